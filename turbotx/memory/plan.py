@@ -1,0 +1,197 @@
+"""The vocabulary of memory planning: what lives when, how large it is, where it lies.
+
+In: nothing, these are records. Out: frozen types that planners make and the checker reads.
+Times are launch indices, half-open; sizes and offsets are bytes inside one arena, for example::
+
+    Placement(Buffer("layer0.qkv", 1_179_648, Lifetime(3, 5)), offset=393_216)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from turbotx.errors import TurbotxError
+
+ALIGNMENT = 64
+"""Every offset is a multiple of this many bytes: a CPU cache line, an AVX-512 vector."""
+
+CHUNK_NBYTES = 2 * 1024 * 1024
+"""The arena's growth unit: a huge page on x86-64, the granule of CUDA's virtual memory."""
+
+
+class PlanError(TurbotxError):
+    """A memory plan, or the request for one, breaks a rule; the message names the buffers."""
+
+
+def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """The smallest multiple of `alignment` (a power of two) that is at least `nbytes`."""
+    return (nbytes + alignment - 1) & -alignment
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetime:
+    """Half-open span of launch indices: alive in launches begin, ..., end - 1."""
+
+    begin: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin < self.end:
+            raise PlanError(
+                f"a lifetime must hold at least one launch and start at 0 or later, "
+                f"got [{self.begin}, {self.end})"
+            )
+
+    def overlaps(self, other: Lifetime) -> bool:
+        return self.begin < other.end and other.begin < self.end
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One block of memory at one concrete shape."""
+
+    name: str
+    nbytes: int
+    lifetime: Lifetime
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A buffer and its offset in bytes from the start of the arena."""
+
+    buffer: Buffer
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.buffer.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A contiguous range of the arena, in bytes."""
+
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every placement at one concrete shape, the chunks under them, and how good that is.
+
+    `peak_nbytes` is the arena's size; `lower_bound_nbytes` is the largest sum of aligned
+    bytes alive in one launch, which no plan can go below.
+    """
+
+    chunks: tuple[Chunk, ...]
+    placements: tuple[Placement, ...]
+    peak_nbytes: int
+    lower_bound_nbytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain lists and integers, ready for JSON."""
+        return {
+            "peak_nbytes": self.peak_nbytes,
+            "lower_bound_nbytes": self.lower_bound_nbytes,
+            "alignment": ALIGNMENT,
+            "chunks": [{"offset": c.offset, "nbytes": c.nbytes} for c in self.chunks],
+            "placements": [
+                {
+                    "name": p.buffer.name,
+                    "nbytes": p.buffer.nbytes,
+                    "begin": p.buffer.lifetime.begin,
+                    "end": p.buffer.lifetime.end,
+                    "offset": p.offset,
+                }
+                for p in self.placements
+            ],
+        }
+
+
+class Planner(Protocol):
+    """Places a fixed set of lifetimes, again and again, as the sizes change with the shape."""
+
+    def offsets(self, class_nbytes: Sequence[int]) -> tuple[Sequence[int], int]:
+        """Offset in bytes of every buffer, and the footprint in bytes. The hot path."""
+        ...
+
+    def plan(self, class_nbytes: Sequence[int]) -> Plan:
+        """The same placements as a full record, for reports and the checker."""
+        ...
+
+
+def lower_bound(buffers: Iterable[Buffer]) -> int:
+    """The largest sum of aligned bytes alive in one launch; 0 for no buffers."""
+    change: dict[int, int] = {}
+    for buffer in buffers:
+        nbytes = align(buffer.nbytes)
+        change[buffer.lifetime.begin] = change.get(buffer.lifetime.begin, 0) + nbytes
+        change[buffer.lifetime.end] = change.get(buffer.lifetime.end, 0) - nbytes
+    live = peak = 0
+    for time in sorted(change):
+        live += change[time]
+        peak = max(peak, live)
+    return peak
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What stays the same when the shape changes: who lives when, and whose sizes are equal."""
+
+    lifetimes: tuple[Lifetime, ...]
+    size_class: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        counts = {len(self.lifetimes), len(self.size_class), len(self.names)}
+        if len(counts) != 1:
+            raise PlanError(
+                f"lifetimes, size_class and names must be equally long, got "
+                f"{len(self.lifetimes)}, {len(self.size_class)} and {len(self.names)}"
+            )
+        if any(c < 0 for c in self.size_class):
+            raise PlanError(f"size classes are indices from 0, got {min(self.size_class)}")
+
+    @property
+    def class_count(self) -> int:
+        return max(self.size_class, default=-1) + 1
+
+    def aligned_sizes(self, class_nbytes: Sequence[int]) -> list[int]:
+        """Aligned bytes per buffer, from bytes per class."""
+        check_class_sizes(class_nbytes, self.class_count)
+        rounded = [align(int(nbytes)) for nbytes in class_nbytes]
+        return [rounded[c] for c in self.size_class]
+
+    def buffers(self, class_nbytes: Sequence[int]) -> tuple[Buffer, ...]:
+        check_class_sizes(class_nbytes, self.class_count)
+        return tuple(
+            Buffer(name, int(class_nbytes[c]), lifetime)
+            for name, c, lifetime in zip(self.names, self.size_class, self.lifetimes, strict=True)
+        )
+
+    def record(
+        self,
+        class_nbytes: Sequence[int],
+        offsets: Sequence[int],
+        peak_nbytes: int,
+        chunks: tuple[Chunk, ...] | None = None,
+    ) -> Plan:
+        """A Plan of these offsets; without `chunks`, the arena is whole 2 MB chunks."""
+        buffers = self.buffers(class_nbytes)
+        if chunks is None:
+            count = -(-peak_nbytes // CHUNK_NBYTES)
+            chunks = tuple(Chunk(i * CHUNK_NBYTES, CHUNK_NBYTES) for i in range(count))
+        placements = tuple(
+            Placement(buffer, int(offset)) for buffer, offset in zip(buffers, offsets, strict=True)
+        )
+        return Plan(chunks, placements, int(peak_nbytes), lower_bound(buffers))
+
+
+def check_class_sizes(class_nbytes: Sequence[int], class_count: int) -> None:
+    """Raises PlanError unless there is one non-negative size for each class."""
+    if len(class_nbytes) < class_count:
+        raise PlanError(f"{class_count} size classes need {class_count} sizes, got {class_nbytes}")
+    if class_count and min(class_nbytes) < 0:
+        raise PlanError(f"sizes in bytes cannot be negative, got {list(class_nbytes)}")
