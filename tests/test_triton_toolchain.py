@@ -37,6 +37,8 @@ def test_builds_without_a_gpu(target: GPUTarget, text: str, binary: str) -> None
         signature={"source": "*fp32", "target": "*fp32", "count": "i32", "TILE": "constexpr"},
         constexprs={"TILE": 256},
     )
-    built = triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": False})
+    built = triton.compile(
+        source, target=target, options={"num_warps": 4, "enable_fp_fusion": False}
+    )
     assert "double" in built.asm[text]
     assert len(built.asm[binary]) > 0
