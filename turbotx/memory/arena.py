@@ -1,0 +1,157 @@
+"""One arena: a flat uint8 tensor over a range of memory that grows without moving.
+
+In: byte counts. Out: a tensor, over mmap on CPUs, over the driver's virtual memory on CUDA, or
+over a plain allocation where neither is to be had (then growing moves it)::
+
+    arena = Arena(open_range(torch.device("cpu"), 1 << 40), index=0, chunk_nbytes=CHUNK_NBYTES)
+    arena.grow(3_000_000); arena.tensor.shape        # (4194304,)
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from turbotx.memory.cpu_range import CpuRange, MemoryExhausted, load_libc
+
+
+class AddressRange(Protocol):
+    """Memory that is backed from its first byte up; `stable` if growing never moves it."""
+
+    stable: bool
+    mapped_nbytes: int
+
+    @property
+    def address(self) -> int: ...
+    def map_to(self, nbytes: int) -> None: ...
+    def unmap_to(self, nbytes: int) -> None: ...
+
+
+class PlainRange:
+    """A torch allocation, replaced by a larger one to grow: the fallback."""
+
+    stable = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.empty(0, dtype=torch.uint8, device=device)
+        self.mapped_nbytes = 0
+
+    @property
+    def address(self) -> int:
+        return self.tensor.data_ptr()
+
+    def map_to(self, nbytes: int) -> None:
+        if nbytes > self.mapped_nbytes:
+            self._replace(nbytes)
+
+    def unmap_to(self, nbytes: int) -> None:
+        if nbytes < self.mapped_nbytes:
+            self._replace(nbytes)
+
+    def _replace(self, nbytes: int) -> None:
+        device = self.tensor.device
+        # The old one goes first, so that both are never alive together.
+        self.tensor = torch.empty(0, dtype=torch.uint8, device=device)
+        self.mapped_nbytes = 0
+        try:
+            self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        except RuntimeError as error:  # torch's OutOfMemoryError and CPU allocator errors
+            raise MemoryExhausted(
+                f"{device} has no {nbytes} bytes for an arena; use smaller batches or shorter "
+                f"sequences"
+            ) from error
+        self.mapped_nbytes = nbytes
+
+
+class _CudaBytes:
+    """Lets torch view memory that it did not allocate; keeps the range alive as long."""
+
+    def __init__(self, memory: AddressRange) -> None:
+        self.memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": (memory.mapped_nbytes,),
+            "typestr": "|u1",
+            "data": (memory.address, False),
+            "version": 2,
+        }
+
+
+def open_range(device: torch.device, address_nbytes: int) -> AddressRange:
+    """The best range that this device has; falls back to a plain allocation."""
+    if device.type == "cpu" and load_libc() is not None:
+        return CpuRange(address_nbytes)
+    return PlainRange(device)
+
+
+def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:
+    """The mapped bytes as a uint8 tensor that keeps the range alive."""
+    if isinstance(memory, PlainRange):
+        return memory.tensor
+    if not memory.mapped_nbytes:
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        return torch.as_tensor(_CudaBytes(memory), device=device)
+    raw: Any = (ctypes.c_uint8 * memory.mapped_nbytes).from_address(memory.address)
+    raw.owner = memory
+    return torch.frombuffer(raw, dtype=torch.uint8)
+
+
+class Arena:
+    """Memory for one execution at a time.
+
+    `tensor` (uint8, flat) covers all of it and is a new one after each growth; `generation`
+    changes whenever the address did, which only a range that is not stable does.
+    """
+
+    def __init__(
+        self, memory: AddressRange, device: torch.device, index: int, chunk_nbytes: int
+    ) -> None:
+        self._memory = memory
+        self._device = device
+        self._chunk_nbytes = chunk_nbytes
+        self.index = index
+        self.generation = 0
+        self.used_nbytes = 0
+        self.tensor = view_range(memory, device)
+
+    @property
+    def data_ptr(self) -> int:
+        return self._memory.address
+
+    @property
+    def mapped_nbytes(self) -> int:
+        return self._memory.mapped_nbytes
+
+    @property
+    def stable(self) -> bool:
+        """Whether the address stays the same for the arena's life."""
+        return self._memory.stable
+
+    def whole_chunks(self, nbytes: int) -> int:
+        return align_up(nbytes, self._chunk_nbytes)
+
+    def grow(self, nbytes: int) -> None:
+        """Maps at least `nbytes`; raises MemoryExhausted and then is as it was, or empty."""
+        self._resize(self._memory.map_to, self.whole_chunks(nbytes))
+
+    def shrink(self, nbytes: int) -> None:
+        self._resize(self._memory.unmap_to, self.whole_chunks(nbytes))
+
+    def _resize(self, change: Callable[[int], None], nbytes: int) -> None:
+        before = (self._memory.address, self._memory.mapped_nbytes)
+        if not self._memory.stable:  # nothing may hold on to what is about to be replaced
+            self.tensor = self.tensor.new_empty(0)
+        try:
+            change(nbytes)
+        finally:
+            if self._memory.address != before[0] and before[1]:
+                self.generation += 1
+            self.tensor = view_range(self._memory, self._device)
+
+
+def align_up(nbytes: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is at least `nbytes`."""
+    return -(-nbytes // unit) * unit

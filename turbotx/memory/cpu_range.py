@@ -1,0 +1,138 @@
+"""A range of CPU addresses, reserved whole and backed with memory chunk by chunk.
+
+In: byte counts. Out: memory at an address that never moves, advised to use huge pages. Linux and
+macOS, by mmap, mprotect and madvise through ctypes::
+
+    memory = CpuRange(1 << 40); memory.map_to(2 << 20); memory.address   # a multiple of 2 MiB
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import weakref
+from collections.abc import Callable
+
+from turbotx.errors import TurbotxError
+from turbotx.memory.plan import CHUNK_NBYTES, align
+
+_PROT_NONE = 0
+_MAP_NORESERVE = 0x4000
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_LEAST_ADDRESS_NBYTES = 1 << 30
+
+
+class MemoryExhausted(TurbotxError):
+    """There is no memory for a plan; what was mapped before still is, and still works."""
+
+
+def load_libc() -> ctypes.CDLL | None:
+    """The C library with the three calls declared, or None where there is no mmap."""
+    if os.name != "posix":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int64,
+    ]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc
+
+
+def available_nbytes() -> int | None:
+    """Memory and swap that the system could still hand out, bytes; None where it does not say."""
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return sum(int(fields[key].split()[0]) * 1024 for key in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+class CpuRange:
+    """Bytes [address, address + mapped_nbytes) are ordinary memory; the rest is only reserved.
+
+    What `unmap_to` gives back stays readable (as zeros) but holds no memory, so that a stale
+    view reads nonsense rather than ending the process. Raises MemoryExhausted.
+    """
+
+    stable = True
+
+    def __init__(self, address_nbytes: int, available: Callable[[], int | None] = available_nbytes):
+        libc = load_libc()
+        if libc is None:
+            raise MemoryExhausted("this system has no mmap to reserve addresses with")
+        self._libc = libc
+        self._available = available
+        self._protected_nbytes = 0
+        self.mapped_nbytes = 0
+        self.capacity_nbytes = align(address_nbytes, CHUNK_NBYTES)
+        raw = self._reserve()
+        self.address = align(raw, CHUNK_NBYTES)
+        self.close = weakref.finalize(self, libc.munmap, raw, self.capacity_nbytes + CHUNK_NBYTES)
+
+    def _reserve(self) -> int:
+        """Halves the wish until it fits the process's address space limit."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        if os.uname().sysname == "Linux":
+            flags |= _MAP_NORESERVE
+        while True:
+            nbytes = self.capacity_nbytes + CHUNK_NBYTES
+            raw = self._libc.mmap(None, nbytes, _PROT_NONE, flags, -1, 0)
+            if raw != _MAP_FAILED:
+                return int(raw)
+            code = ctypes.get_errno()
+            if self.capacity_nbytes <= _LEAST_ADDRESS_NBYTES or code != errno.ENOMEM:
+                raise MemoryExhausted(
+                    f"cannot reserve {nbytes} bytes of addresses: {os.strerror(code)}; "
+                    f"raise the address space limit (ulimit -v)"
+                )
+            self.capacity_nbytes = align(self.capacity_nbytes // 2, CHUNK_NBYTES)
+
+    def map_to(self, nbytes: int) -> None:
+        """Backs the first `nbytes` (a multiple of 2 MiB); never shrinks."""
+        if nbytes <= self.mapped_nbytes:
+            return
+        wanted = nbytes - self.mapped_nbytes
+        if nbytes > self.capacity_nbytes:
+            raise MemoryExhausted(
+                f"an arena of {nbytes} bytes exceeds the {self.capacity_nbytes} bytes of "
+                f"addresses reserved for it"
+            )
+        available = self._available()
+        if available is not None and wanted > available:
+            raise MemoryExhausted(
+                f"{wanted} more bytes are needed for an arena of {nbytes}, but the system has "
+                f"only {available} left; use smaller batches or shorter sequences"
+            )
+        self._protect(nbytes)
+        self.mapped_nbytes = nbytes
+
+    def _protect(self, nbytes: int) -> None:
+        grown = nbytes - self._protected_nbytes
+        if grown <= 0:
+            return
+        start = self.address + self._protected_nbytes
+        if self._libc.mprotect(start, grown, mmap.PROT_READ | mmap.PROT_WRITE):
+            code = ctypes.get_errno()
+            raise MemoryExhausted(f"the system refused {grown} bytes: {os.strerror(code)}")
+        huge = getattr(mmap, "MADV_HUGEPAGE", None)
+        if huge is not None:
+            self._libc.madvise(start, grown, huge)  # advice: a refusal costs speed only
+        self._protected_nbytes = nbytes
+
+    def unmap_to(self, nbytes: int) -> None:
+        """Gives the memory above the first `nbytes` (a multiple of 2 MiB) back to the system."""
+        if nbytes >= self.mapped_nbytes:
+            return
+        self._libc.madvise(self.address + nbytes, self.mapped_nbytes - nbytes, mmap.MADV_DONTNEED)
+        self.mapped_nbytes = nbytes

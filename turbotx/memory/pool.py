@@ -1,0 +1,270 @@
+"""The chunk pool: arenas of 2 MB chunks that outlive the shapes planned into them.
+
+In: how many bytes an execution needs. Out: an arena of its own for each, the same memory again
+and again, at the same address; further executions wait rather than take more memory::
+
+    pool = ChunkPool(torch.device("cpu"), max_arenas=2)
+    with pool.lease(3_000_000) as arena:
+        hidden = arena.tensor[1024:5120].view(torch.float32)
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+
+from turbotx.errors import TurbotxError
+from turbotx.memory.arena import AddressRange, Arena, align_up, open_range
+from turbotx.memory.cpu_range import MemoryExhausted
+from turbotx.memory.plan import CHUNK_NBYTES
+
+ADDRESS_NBYTES = 1 << 40
+"""Addresses reserved for an arena: more than any machine's memory, and free until they are used."""
+
+POISON_BYTE = 0xFF
+"""All ones is a NaN in every floating type, and -1 in every signed integer."""
+
+
+class PoolBusy(TurbotxError):
+    """Every arena stayed leased for longer than the caller would wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """Bytes are summed over the arenas; counts are since the pool was made.
+
+    `chunk_allocations` counts the times that memory was asked of the device, each for one chunk
+    or more; `peak_nbytes` is the most that was mapped, `peak_used_nbytes` the most that leases
+    asked for at one moment; `waits` counts leases that found every arena taken.
+    """
+
+    mapped_nbytes: int
+    used_nbytes: int
+    peak_nbytes: int
+    peak_used_nbytes: int
+    chunk_allocations: int
+    trims: int
+    waits: int
+    arenas: int
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def poison_enabled() -> bool:
+    """Whether TURBOTX_POISON=1 asks for memory to be filled with NaN before it is used."""
+    return os.environ.get("TURBOTX_POISON", "0") not in ("", "0")
+
+
+def poison(arena_tensor: torch.Tensor) -> None:
+    """Fills a uint8 tensor with bytes that read as NaN in every floating type."""
+    arena_tensor.fill_(POISON_BYTE)
+
+
+class ChunkPool:
+    """Leases arenas; thread-safe.
+
+    `max_arenas` bounds concurrent executions, `limit_nbytes` what all arenas map together. An
+    arena that needed at most half its memory for `trim_after` leases in a row is cut to what
+    they needed. `reserve` maps ahead of need and is never trimmed below.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        max_arenas: int = 4,
+        limit_nbytes: int | None = None,
+        trim_after: int = 256,
+        chunk_nbytes: int = CHUNK_NBYTES,
+        open_memory: Callable[[torch.device, int], AddressRange] = open_range,
+    ) -> None:
+        if max_arenas < 1:
+            raise ValueError(f"a pool needs at least one arena, got max_arenas={max_arenas}")
+        self.device = device
+        self.max_arenas = max_arenas
+        self.limit_nbytes = limit_nbytes
+        self.trim_after = trim_after
+        self._chunk_nbytes = chunk_nbytes
+        self._open_memory = open_memory
+        self._changed = threading.Condition()
+        self._arenas: list[Arena] = []
+        self._idle: list[Arena] = []
+        self._quiet_leases: dict[int, int] = {}
+        self._quiet_peak: dict[int, int] = {}
+        self._reserved_nbytes = 0
+        self._peak_nbytes = self._peak_used_nbytes = 0
+        self._chunk_allocations = self._trims = self._waits = 0
+
+    @contextmanager
+    def lease(self, nbytes: int, timeout_s: float | None = None) -> Iterator[Arena]:
+        """An arena of at least `nbytes` that no other lease has until this one ends.
+
+        Waits while `max_arenas` are taken, or while others hold the memory that it needs. Raises
+        PoolBusy after `timeout_s` seconds of waiting, MemoryExhausted if it could never be had.
+        """
+        arena = self._take(nbytes, timeout_s)
+        try:
+            if poison_enabled():
+                poison(arena.tensor)
+            yield arena
+        finally:
+            self._give_back(arena)
+
+    def ensure(self, nbytes: int) -> Arena:
+        """The pool's first arena, grown to `nbytes`: for callers that never run concurrently."""
+        with self._changed:
+            arena = self._arenas[0] if self._arenas else self._open_arena()
+            self._grow(arena, nbytes)
+            return arena
+
+    def reserve(self, nbytes: int, arenas: int = 1) -> None:
+        """Maps `nbytes` in each of the first `arenas` arenas, at once and for good."""
+        if not 1 <= arenas <= self.max_arenas:
+            raise ValueError(f"cannot reserve {arenas} of {self.max_arenas} arenas")
+        with self._changed:
+            while len(self._arenas) < arenas:
+                self._open_arena()
+            for arena in self._arenas[:arenas]:
+                self._grow(arena, nbytes)
+            self._reserved_nbytes = max(self._reserved_nbytes, nbytes)
+
+    def trim(self, keep_nbytes: int = 0) -> int:
+        """Cuts idle arenas to `keep_nbytes`, or what is reserved; returns the bytes given back."""
+        with self._changed:
+            before = self._mapped_nbytes()
+            for arena in self._idle:
+                self._shrink(arena, keep_nbytes)
+            self._changed.notify_all()
+            return before - self._mapped_nbytes()
+
+    def stats(self) -> PoolStats:
+        with self._changed:
+            return PoolStats(
+                mapped_nbytes=self._mapped_nbytes(),
+                used_nbytes=sum(arena.used_nbytes for arena in self._arenas),
+                peak_nbytes=self._peak_nbytes,
+                peak_used_nbytes=self._peak_used_nbytes,
+                chunk_allocations=self._chunk_allocations,
+                trims=self._trims,
+                waits=self._waits,
+                arenas=len(self._arenas),
+            )
+
+    def _take(self, nbytes: int, timeout_s: float | None) -> Arena:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        waited = False
+        with self._changed:
+            while True:
+                arena = self._try_take(nbytes)
+                if arena is not None:
+                    return arena
+                if not waited:
+                    self._waits += 1
+                    waited = True
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise PoolBusy(
+                        f"all {len(self._arenas)} arenas stayed in use for {timeout_s} s; raise "
+                        f"max_arenas or send fewer requests at once"
+                    )
+                self._changed.wait(left)
+
+    def _try_take(self, nbytes: int) -> Arena | None:
+        """An arena, or None where waiting for another lease to end may help."""
+        if not self._idle and len(self._arenas) >= self.max_arenas:
+            return None
+        arena = self._pick_idle(nbytes) if self._idle else self._open_arena()
+        try:
+            self._grow(arena, nbytes)
+        except MemoryExhausted:
+            if len(self._idle) < len(self._arenas):  # someone else's memory may come back
+                return None
+            raise
+        self._idle.remove(arena)
+        arena.used_nbytes = nbytes
+        used_nbytes = sum(a.used_nbytes for a in self._arenas)
+        self._peak_used_nbytes = max(self._peak_used_nbytes, used_nbytes)
+        return arena
+
+    def _pick_idle(self, nbytes: int) -> Arena:
+        """The smallest idle arena that is large enough, else the largest."""
+        fitting = [a for a in self._idle if a.mapped_nbytes >= nbytes]
+        if fitting:
+            return min(fitting, key=lambda a: (a.mapped_nbytes, a.index))
+        return max(self._idle, key=lambda a: (a.mapped_nbytes, -a.index))
+
+    def _give_back(self, arena: Arena) -> None:
+        with self._changed:
+            self._note_need(arena)
+            arena.used_nbytes = 0
+            self._idle.append(arena)
+            self._changed.notify_all()  # the first to wake may need more than this frees
+
+    def _note_need(self, arena: Arena) -> None:
+        """Trims with hysteresis: only after a long run of leases that needed half or less."""
+        if 2 * arena.used_nbytes > arena.mapped_nbytes:
+            self._quiet_leases[arena.index] = self._quiet_peak[arena.index] = 0
+            return
+        count = self._quiet_leases.get(arena.index, 0) + 1
+        peak = max(self._quiet_peak.get(arena.index, 0), arena.used_nbytes)
+        if count >= self.trim_after:
+            self._shrink(arena, peak)
+            count = peak = 0
+        self._quiet_leases[arena.index], self._quiet_peak[arena.index] = count, peak
+
+    def _open_arena(self) -> Arena:
+        memory = self._open_memory(self.device, ADDRESS_NBYTES)
+        arena = Arena(memory, self.device, len(self._arenas), self._chunk_nbytes)
+        self._arenas.append(arena)
+        self._idle.append(arena)
+        return arena
+
+    def _grow(self, arena: Arena, nbytes: int) -> None:
+        if nbytes <= arena.mapped_nbytes:
+            return
+        self._make_room(arena, nbytes)
+        try:
+            arena.grow(nbytes)
+        except MemoryExhausted:
+            if not self._empty_idle(except_for=arena):
+                raise
+            arena.grow(nbytes)
+        self._chunk_allocations += 1
+        self._peak_nbytes = max(self._peak_nbytes, self._mapped_nbytes())
+
+    def _make_room(self, arena: Arena, nbytes: int) -> None:
+        """Keeps the pool within its limit, at the cost of idle arenas; raises MemoryExhausted."""
+        if self.limit_nbytes is None:
+            return
+        grown = align_up(nbytes, self._chunk_nbytes) - arena.mapped_nbytes
+        if self._mapped_nbytes() + grown > self.limit_nbytes:
+            self._empty_idle(except_for=arena)
+        if self._mapped_nbytes() + grown > self.limit_nbytes:
+            raise MemoryExhausted(
+                f"{nbytes} bytes are needed, but the pool may map {self.limit_nbytes} and has "
+                f"mapped {self._mapped_nbytes()}; raise limit_nbytes, or use smaller batches or "
+                f"shorter sequences"
+            )
+
+    def _empty_idle(self, except_for: Arena) -> int:
+        before = self._mapped_nbytes()
+        for arena in self._idle:
+            if arena is not except_for:
+                self._shrink(arena, 0)
+        return before - self._mapped_nbytes()
+
+    def _shrink(self, arena: Arena, keep_nbytes: int) -> None:
+        keep_nbytes = align_up(max(keep_nbytes, self._reserved_nbytes), self._chunk_nbytes)
+        if keep_nbytes < arena.mapped_nbytes:
+            arena.shrink(keep_nbytes)
+            self._trims += 1
+
+    def _mapped_nbytes(self) -> int:
+        return sum(arena.mapped_nbytes for arena in self._arenas)
