@@ -1,0 +1,92 @@
+// The machine's float vectors, as GCC/clang vector extensions: no intrinsics, every target.
+//   in:  pointers of any alignment to float, bf16 or f16
+//   out: ttx::vec, kLanes floats, with the usual operators; kRegisters says how many fit
+//   example:  ttx::vec x = ttx::load_vec(p);  ttx::store_vec(out, x * 2.0f + ttx::load_vec(q));
+#pragma once
+
+#include <cstring>
+
+#include "storage.h"
+
+namespace ttx {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kRegisters = 32;
+#else
+constexpr int kLanes = 4, kRegisters = 16;
+#endif
+
+typedef float vec __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t int_vec __attribute__((vector_size(kLanes * 4)));
+typedef std::uint32_t uint_vec __attribute__((vector_size(kLanes * 4)));
+typedef std::uint16_t half_vec __attribute__((vector_size(kLanes * 2)));
+
+__attribute__((always_inline)) inline vec broadcast(float x) { return x - vec{}; }
+
+__attribute__((always_inline)) inline vec load_vec(const float* p) {
+  vec x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+__attribute__((always_inline)) inline void store_vec(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
+
+__attribute__((always_inline)) inline vec load_vec(const bf16* p) {
+  half_vec h;
+  std::memcpy(&h, p, sizeof h);
+  return __builtin_bit_cast(vec, __builtin_convertvector(h, uint_vec) << 16);
+}
+__attribute__((always_inline)) inline vec load_vec(const f16* p) {
+  half_vec h;
+  std::memcpy(&h, p, sizeof h);
+  uint_vec wide = __builtin_convertvector(h, uint_vec);
+  uint_vec magnitude = (wide & 0x7fffu) << 13, sign = (wide & 0x8000u) << 16;
+  uint_vec finite = __builtin_bit_cast(uint_vec, __builtin_bit_cast(vec, magnitude) * 0x1p+112f);
+  uint_vec answer = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite;
+  return __builtin_bit_cast(vec, answer | sign);
+}
+
+template <class T>
+__attribute__((always_inline)) inline void store_vec(T* p, vec x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(x[i]);
+}
+template <>
+__attribute__((always_inline)) inline void store_vec<bf16>(bf16* p, vec x) {
+  uint_vec b = __builtin_bit_cast(uint_vec, x);
+  uint_vec rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  uint_vec chosen = (b & 0x7fffffffu) > 0x7f800000u ? (b >> 16) | 0x40u : rounded;
+  half_vec h = __builtin_convertvector(chosen, half_vec);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The first `count` lanes; the others are zero when loaded and untouched when stored.
+template <class T>
+inline vec load_part(const T* p, int count) {
+  vec x = {};
+  for (int i = 0; i < count; ++i) x[i] = to_float(p[i]);
+  return x;
+}
+template <class T>
+inline void store_part(T* p, vec x, int count) {
+  for (int i = 0; i < count; ++i) p[i] = from_float<T>(x[i]);
+}
+
+inline float sum_lanes(vec x) {
+  float part[kLanes];
+  store_vec(part, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  return part[0];
+}
+inline float max_lanes(vec x) {
+  float part[kLanes];
+  store_vec(part, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) part[i] = part[i] < part[i + width] ? part[i + width] : part[i];
+  return part[0];
+}
+
+}  // namespace ttx
