@@ -1,0 +1,204 @@
+"""What a batch costs: milliseconds over (padded length, batch size).
+
+In: a small measured grid, or a function. Out: a dense table, monotone in both directions, which
+every observed batch refines and which is kept as JSON, one file per model and device::
+
+    table = CostTable.from_grid([1, 64, 512], [1, 8, 32], [[4, 5, 8], [5, 9, 30], [9, 40, 160]])
+    table.cost_ms(length=100, batch=4)      # interpolated
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbotx.errors import TurbotxError
+
+Table = NDArray[np.float64]
+
+
+class CostTableError(TurbotxError, ValueError):
+    """A cost table is malformed, or was asked for a batch outside its range."""
+
+
+class CostTable:
+    """Monotone cost in ms of a batch of ``batch`` requests, each padded to ``length`` tokens.
+
+    The grid nodes are what was measured; between nodes the cost is bilinear. ``observe`` moves the
+    four nodes round an executed batch towards the time it took (a normalised least-mean-squares
+    step of ``learning_rate``), so the table follows the machine it runs on.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batches: Sequence[int],
+        cost_ms: Sequence[Sequence[float]] | Table,
+        *,
+        learning_rate: float = 0.1,
+        refresh_every: int = 16,
+    ) -> None:
+        self.lengths = _axis("lengths", lengths)
+        self.batches = _axis("batches", batches)
+        self.grid_ms = np.array(cost_ms, dtype=np.float64)
+        if self.grid_ms.shape != (len(self.lengths), len(self.batches)):
+            raise CostTableError(
+                f"cost grid has shape {self.grid_ms.shape}, but there are {len(self.lengths)} "
+                f"lengths and {len(self.batches)} batch sizes: give one row per length"
+            )
+        if not (np.isfinite(self.grid_ms).all() and (self.grid_ms > 0).all()):
+            raise CostTableError("every measured cost must be a finite number of ms above zero")
+        self.grid_ms = make_monotone(self.grid_ms)
+        self.learning_rate = learning_rate
+        self.refresh_every = refresh_every
+        self.observations = 0
+        self._dense: dict[tuple[int, int | None], Table] = {}
+
+    @classmethod
+    def from_grid(
+        cls, lengths: Sequence[int], batches: Sequence[int], cost_ms: Sequence[Sequence[float]]
+    ) -> CostTable:
+        return cls(lengths, batches, cost_ms)
+
+    @classmethod
+    def from_function(
+        cls, cost_ms: Callable[[int, int], float], max_length: int = 100, max_batch: int = 20
+    ) -> CostTable:
+        """A table with a node at every (length, batch) of the range."""
+        lengths, batches = range(1, max_length + 1), range(1, max_batch + 1)
+        return cls(lengths, batches, [[cost_ms(n, b) for b in batches] for n in lengths])
+
+    @property
+    def max_length(self) -> int:
+        return int(self.lengths[-1])
+
+    @property
+    def max_batch(self) -> int:
+        return int(self.batches[-1])
+
+    def cost_ms(self, length: int, batch: int) -> float:
+        if not (1 <= length <= self.max_length and 1 <= batch <= self.max_batch):
+            raise CostTableError(
+                f"no cost for {batch} requests of {length} tokens: the table ends at "
+                f"{self.max_batch} requests of {self.max_length} tokens; measure a larger grid"
+            )
+        return float(self.dense(self.max_batch)[length, batch])
+
+    def dense(self, max_batch: int | None = None, max_tokens: int | None = None) -> Table:
+        """(max_length + 1, max_batch + 1) float64, indexed [length, batch]; row and column 0 are 0.
+
+        A batch of two or more that exceeds ``max_tokens`` padded tokens costs infinity; a single
+        request is always allowed, whatever its length. Do not write to what is returned.
+        """
+        key = (min(max_batch or self.max_batch, self.max_batch), max_tokens)
+        if key not in self._dense:
+            self._dense[key] = self._interpolate(*key)
+        return self._dense[key]
+
+    def observe(self, length: int, batch: int, took_ms: float) -> None:
+        """Refine the table with one executed batch.
+
+        One outlier must not bend the table: what is further than a factor of 4 from the
+        prediction counts as that factor.
+        """
+        i, wi = _position(self.lengths, length)
+        j, wj = _position(self.batches, batch)
+        rows, cols = (i, min(i + 1, len(self.lengths) - 1)), (j, min(j + 1, len(self.batches) - 1))
+        weights = np.outer((1 - wi, wi), (1 - wj, wj))
+        block = np.ix_(rows, cols)
+        predicted = float((weights * self.grid_ms[block]).sum())
+        error = float(np.clip(took_ms, predicted / 4, predicted * 4)) - predicted
+        step = self.learning_rate * error / float((weights**2).sum())
+        for r, row in enumerate(rows):
+            for c, col in enumerate(cols):
+                moved = self.grid_ms[row, col] + step * weights[r, c]
+                self._set_node(row, col, max(moved, self.grid_ms[row, col] / 4))
+        self.observations += 1
+        if self.observations % self.refresh_every == 0:
+            self._dense.clear()
+
+    def _set_node(self, row: int, col: int, value_ms: float) -> None:
+        """Move a node; those it contradicts, not seen as recently, give way."""
+        above, below = self.grid_ms[row:, col:], self.grid_ms[: row + 1, : col + 1]
+        np.maximum(above, value_ms, out=above)
+        np.minimum(below, value_ms, out=below)
+
+    def _interpolate(self, max_batch: int, max_tokens: int | None) -> Table:
+        lengths = np.arange(1, self.max_length + 1)
+        batches = np.arange(1, max_batch + 1)
+        by_batch = np.stack([np.interp(batches, self.batches, row) for row in self.grid_ms])
+        dense = np.zeros((self.max_length + 1, max_batch + 1))
+        for b in batches:
+            dense[1:, b] = np.interp(lengths, self.lengths, by_batch[:, b - 1])
+        if max_tokens is not None:
+            over = np.multiply.outer(np.arange(self.max_length + 1), np.arange(max_batch + 1))
+            over[:, :2] = 0
+            dense[over > max_tokens] = np.inf
+        return np.ascontiguousarray(dense)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "lengths": self.lengths.tolist(),
+            "batches": self.batches.tolist(),
+            "cost_ms": self.grid_ms.tolist(),
+            "observations": self.observations,
+        }
+
+    def save(self, path: Path, *, model: str = "", device: str = "") -> None:
+        """Write JSON, whole or not at all (a temporary file, then a rename)."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"model": model, "device": device, **self.to_dict()})
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(name, path)
+
+    @classmethod
+    def load(cls, path: Path) -> CostTable:
+        """Read what ``save`` wrote. Raises CostTableError when the file is not such a table."""
+        try:
+            data = json.loads(path.read_text())
+            table = cls(data["lengths"], data["batches"], data["cost_ms"])
+            table.observations = int(data["observations"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CostTableError(
+                f"{path} is not a cost table ({error}): delete it and measure again"
+            ) from error
+        return table
+
+
+def make_monotone(grid: Table) -> Table:
+    """The nearest easy table that never falls along either axis.
+
+    The largest value at or below a node, and the smallest at or above it, are both monotone; so is
+    their mean, and it leaves an already monotone table as it is.
+    """
+    rising = np.maximum.accumulate(np.maximum.accumulate(grid, axis=0), axis=1)
+    falling = np.minimum.accumulate(np.minimum.accumulate(grid[::-1, ::-1], axis=0), axis=1)
+    return (rising + falling[::-1, ::-1]) / 2
+
+
+def _axis(name: str, values: Sequence[int]) -> NDArray[np.int64]:
+    axis = np.array(values, dtype=np.int64)
+    if axis.ndim != 1 or axis.size == 0 or axis[0] < 1 or (np.diff(axis) <= 0).any():
+        raise CostTableError(f"{name} must rise strictly from 1 or above, got {list(values)}")
+    if name == "batches" and axis[0] != 1:
+        raise CostTableError(f"batches must begin at 1, got {list(values)}")
+    return axis
+
+
+def _position(axis: NDArray[np.int64], value: int) -> tuple[int, float]:
+    """The node at or below ``value`` and how far it lies towards the next, clamped to the ends."""
+    i = int(np.searchsorted(axis, value, side="right")) - 1
+    if i < 0:
+        return 0, 0.0
+    if i >= len(axis) - 1:
+        return len(axis) - 1, 0.0
+    return i, float((value - axis[i]) / (axis[i + 1] - axis[i]))

@@ -1,0 +1,45 @@
+"""What is scheduled: requests in, batches out.
+
+A ``Request`` is one sequence; a ``Batch`` is what the runtime executes at once, padded to its
+longest member::
+
+    Batch.of([Request("a", 5, 0.0), Request("b", 9, 1.0)], cost_ms=4.4).padded_tokens     # 18
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence that waits to be computed. All times are on the caller's clock."""
+
+    key: Hashable  # the caller's name for it, unique among the waiting
+    length: int  # tokens, >= 1
+    arrival_ms: float
+    deadline_ms: float = math.inf  # when its answer is due
+    priority: int = 0  # each step up is worth a factor of urgency, see policies.Aged
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Requests to run together."""
+
+    requests: tuple[Request, ...]
+    length: int  # of the longest request: every row is padded to it
+    cost_ms: float  # what the cost table predicts
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], cost_ms: float) -> Batch:
+        return cls(tuple(requests), max(r.length for r in requests), cost_ms)
+
+    @property
+    def padded_tokens(self) -> int:
+        return self.length * len(self.requests)
+
+    @property
+    def tokens(self) -> int:
+        return sum(r.length for r in self.requests)

@@ -1,0 +1,172 @@
+"""The queue between those who ask and the one engine that computes.
+
+In: requests, and the time whenever it is asked (it has no clock). Out: the batch to run now, or
+when to ask again::
+
+    scheduler.submit(request, now_ms)      # raises Overloaded when it could not be served in time
+    batch = scheduler.next(now_ms)         # None: nothing to do before scheduler.wake_ms()
+    scheduler.complete(batch, took_ms)     # refines the cost table
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from turbotx.errors import TurbotxError
+from turbotx.serving.cost import CostTable, CostTableError, Table
+from turbotx.serving.policies import Aged, Policy
+from turbotx.serving.request import Batch, Request
+
+
+class Overloaded(TurbotxError):
+    """The queue is full: ask again after ``retry_after_ms``."""
+
+    def __init__(self, message: str, retry_after_ms: float) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
+
+
+class Trigger(Protocol):
+    """Decides when an idle engine gets a batch."""
+
+    def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
+        """The time from which a batch may run; ``now_ms`` or less means now."""
+
+
+@dataclass(frozen=True)
+class Hungry:
+    """Whenever the engine is idle and somebody waits."""
+
+    def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
+        return now_ms
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """When the oldest has waited ``timeout_ms``, or a full batch waits."""
+
+    timeout_ms: float
+    max_batch: int
+    max_tokens: int | None = None  # padded
+
+    def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
+        if len(waiting) >= self.max_batch:
+            return now_ms
+        if self.max_tokens is not None:
+            padded = max(r.length for r in waiting) * len(waiting)
+            if padded >= self.max_tokens:
+                return now_ms
+        return min(r.arrival_ms for r in waiting) + self.timeout_ms
+
+
+@dataclass
+class Scheduler:
+    """Waiting requests, a policy, a trigger and limits. Not thread-safe: one owner calls it."""
+
+    costs: CostTable
+    policy: Policy = field(default_factory=Aged)
+    trigger: Trigger = field(default_factory=Hungry)
+    max_batch: int | None = None  # None: the cost table's
+    max_batch_tokens: int | None = None  # padded; a single request may exceed it
+    max_queue: int = 4096
+    max_wait_ms: float = math.inf  # admit only what the present queue lets start within this
+
+    def __post_init__(self) -> None:
+        self._waiting: dict[Hashable, Request] = {}
+        self._planned: list[Batch] = []
+        self._backlog_ms = 0.0  # of those waiting, each at its share of a well-filled batch
+        self._shares: dict[Hashable, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def waiting(self) -> list[Request]:
+        return list(self._waiting.values())
+
+    @property
+    def table(self) -> Table:
+        return self.costs.dense(self.max_batch, self.max_batch_tokens)
+
+    @property
+    def backlog_ms(self) -> float:
+        """Estimated time to compute everything that waits."""
+        return self._backlog_ms if self._waiting else 0.0
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises Overloaded, CostTableError (length), ValueError (key in use)."""
+        if request.key in self._waiting:
+            raise ValueError(f"a request with the key {request.key!r} already waits")
+        if not 1 <= request.length <= self.costs.max_length:
+            raise CostTableError(
+                f"a request of {request.length} tokens, but the cost table covers 1 to "
+                f"{self.costs.max_length}: truncate it or measure longer ones"
+            )
+        if len(self._waiting) >= self.max_queue or self.backlog_ms > self.max_wait_ms:
+            raise Overloaded(
+                f"{len(self._waiting)} requests wait, about {self.backlog_ms:.0f} ms of work "
+                f"(limits: {self.max_queue} requests, {self.max_wait_ms:.0f} ms)",
+                max(self.backlog_ms / 2, 1.0),
+            )
+        share = self._share_ms(request.length)
+        self._waiting[request.key] = request
+        self._shares[request.key] = share
+        self._backlog_ms += share
+
+    def cancel(self, key: Hashable) -> bool:
+        """Forget a waiting request; False when it is not waiting (any more)."""
+        request = self._waiting.get(key)
+        if request is None:
+            return False
+        self._forget(request)
+        kept = []
+        for batch in self._planned:
+            rest = [r for r in batch.requests if r.key != key]
+            if len(rest) == len(batch.requests):
+                kept.append(batch)
+            elif rest:
+                length = max(r.length for r in rest)
+                kept.append(Batch.of(rest, float(self.table[length, len(rest)])))
+        self._planned = kept
+        return True
+
+    def next(self, now_ms: float) -> Batch | None:
+        """Take the batch to run now off the queue, or None before ``wake_ms``."""
+        if not self._waiting:
+            return None
+        if not self._planned:
+            if self.trigger.ready_ms(self.waiting, now_ms) > now_ms:
+                return None
+            batches = self.policy.plan(self.waiting, now_ms, self.table)
+            self._planned = batches[:1] if self.policy.replans else batches
+        batch = self._planned.pop(0)
+        for request in batch.requests:
+            self._forget(request)
+        return batch
+
+    def wake_ms(self, now_ms: float) -> float:
+        """When to ask ``next`` again if nothing arrives: infinity when nobody waits."""
+        if not self._waiting:
+            return math.inf
+        if self._planned:
+            return now_ms
+        return max(now_ms, self.trigger.ready_ms(self.waiting, now_ms))
+
+    def complete(self, batch: Batch, took_ms: float) -> None:
+        """Tell what an executed batch took."""
+        self.costs.observe(batch.length, len(batch.requests), took_ms)
+
+    def _share_ms(self, length: int) -> float:
+        """The request's part of a batch of its like, the fullest that the limits allow."""
+        row = self.table[length]
+        most = len(row) - 1
+        while most > 1 and math.isinf(row[most]):
+            most -= 1
+        return float(row[most]) / most
+
+    def _forget(self, request: Request) -> None:
+        del self._waiting[request.key]
+        self._backlog_ms -= self._shares.pop(request.key)

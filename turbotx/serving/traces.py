@@ -1,0 +1,78 @@
+"""Seeded request traces: when requests come and how long they are.
+
+In: a rate, a count, a length distribution, a seed. Out: requests sorted by arrival, keys 0, 1, …::
+
+    make_trace(bursty_gaps, uniform_lengths(2, 100), rate_per_s=600, count=5000, seed=0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbotx.serving.request import Request
+
+Floats = NDArray[np.float64]
+Lengths = Callable[[np.random.Generator, int], NDArray[np.int64]]
+Gaps = Callable[[np.random.Generator, int], Floats]  # relative: their mean is about 1
+
+
+def make_trace(
+    gaps: Gaps, lengths: Lengths, *, rate_per_s: float, count: int, seed: int
+) -> list[Request]:
+    """``count`` requests whose mean rate is exactly ``rate_per_s``, the first at time 0."""
+    generator = np.random.default_rng(seed)
+    sizes = lengths(generator, count)
+    gap = gaps(generator, count)
+    arrival_ms = np.cumsum(gap) - gap[0]
+    arrival_ms *= count * 1e3 / rate_per_s / gap.sum()
+    return [
+        Request(key, int(length), float(at))
+        for key, (length, at) in enumerate(zip(sizes, arrival_ms, strict=True))
+    ]
+
+
+def poisson_gaps(generator: np.random.Generator, count: int) -> Floats:
+    return generator.exponential(1.0, count)
+
+
+def bursty_gaps(generator: np.random.Generator, count: int) -> Floats:
+    """On and off: within a burst 1.5 x the mean rate, then a pause (a Markov-modulated process)."""
+    gap = generator.exponential(1 / 1.5, count)
+    pauses = generator.random(count) < 1 / 100  # bursts of 100 requests on average
+    gap[pauses] += generator.exponential(100 / 3, int(pauses.sum()))
+    return gap
+
+
+def diurnal_gaps(generator: np.random.Generator, count: int) -> Floats:
+    """The rate swings by +-30 % as a sine, four periods in the trace."""
+    phase = np.linspace(0, 8 * np.pi, count)
+    gap: Floats = generator.exponential(1.0, count) / (1 + 0.3 * np.sin(phase))
+    return gap
+
+
+def uniform_lengths(least: int, most: int) -> Lengths:
+    """Uniform over ``least`` to ``most``, both included."""
+    return lambda generator, count: generator.integers(least, most + 1, count)
+
+
+def lognormal_lengths(median: float, sigma: float, most: int) -> Lengths:
+    """As texts are: many short, few long, cut at ``most``."""
+
+    def draw(generator: np.random.Generator, count: int) -> NDArray[np.int64]:
+        sizes = np.exp(generator.normal(np.log(median), sigma, count)).round()
+        return np.clip(sizes, 1, most).astype(np.int64)
+
+    return draw
+
+
+GAPS: dict[str, Gaps] = {
+    "poisson": poisson_gaps, "bursty": bursty_gaps, "diurnal": diurnal_gaps
+}  # fmt: skip
+LENGTHS: dict[str, Lengths] = {
+    "uniform_2_100": uniform_lengths(2, 100),
+    "uniform_5_500": uniform_lengths(5, 500),
+    "lognormal": lognormal_lengths(40, 0.8, 500),
+}
