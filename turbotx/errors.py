@@ -11,3 +11,39 @@ from __future__ import annotations
 
 class TurbotxError(Exception):
     """Base of every error that turbotx raises on purpose."""
+
+
+class OptionsError(TurbotxError, ValueError):
+    """An option does not exist, or has a value that it cannot take."""
+
+
+class CaptureError(TurbotxError):
+    """The model could not be traced into one graph that holds for any batch and length."""
+
+
+class TrainingError(TurbotxError):
+    """The model is in training mode, or a gradient was asked for: turbotx is inference only."""
+
+
+class InputError(TurbotxError, ValueError):
+    """A call's inputs do not fit what the model was captured for, and a new capture cannot help."""
+
+
+class IndexOutOfRangeError(TurbotxError, IndexError):
+    """An index read by a kernel (a token id, a gather index) lies outside its table."""
+
+
+class VerifyError(TurbotxError):
+    """An internal invariant does not hold; the message names the node that breaks it."""
+
+
+class BuildError(TurbotxError):
+    """The C++ or GPU compiler refused generated code; the message holds its output."""
+
+
+class NoCompilerError(BuildError):
+    """No C++ compiler was found on this machine."""
+
+
+class BuildWarning(UserWarning):
+    """Generated kernels cannot be built here, so regions run through ATen instead."""

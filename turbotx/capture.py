@@ -1,0 +1,320 @@
+"""Capture: a module and one call's inputs become an fx graph of ATen ops with symbolic sizes.
+
+In: an nn.Module and example args/kwargs. Out: a `Captured` whose graph reads parameters by
+their own names (`get_attr`), takes the call's tensors as placeholders, and whose every size is
+an expression over named dims; the first call's size-1 dims are symbolic too. Example::
+
+    captured = capture(bert, (), {"input_ids": ids, "attention_mask": mask})
+    captured.dims  ->  ("batch", "seq", "attention_mask_d0")
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.export import Dim
+
+from turbotx.errors import CaptureError
+from turbotx.graph import remember_names
+from turbotx.sizes import Expr, dim, expr
+
+# Composite ops that stay whole: the passes and the op table know them as they are, and their
+# decompositions only hide what they mean.
+KEPT_WHOLE = (
+    "aten.scaled_dot_product_attention.default",
+    "aten.linear.default",
+    "aten.layer_norm.default",
+    "aten.rms_norm.default",
+    "aten.group_norm.default",
+    "aten.softmax.int",
+    "aten.log_softmax.int",
+    "aten.matmul.default",
+)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on the dims that held while tracing; `text` is shown when it fails."""
+
+    condition: sympy.Basic
+    text: str
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One traced call: the graph, how to feed it and how to rebuild the model's own output."""
+
+    graph_module: fx.GraphModule
+    name: str
+    input_names: tuple[str, ...]
+    input_sizes: tuple[tuple[Expr, ...], ...]
+    dims: tuple[str, ...]
+    example_dims: tuple[int, ...]
+    guards: tuple[Guard, ...]
+    out_spec: pytree.TreeSpec
+
+
+class _Seen:
+    """What tracing saw; an object of its own because tracing undoes changes to a module."""
+
+    out_spec: pytree.TreeSpec
+
+
+class _Flat(nn.Module):
+    """The model behind a flat signature: tensors in, the output's leaves out."""
+
+    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.model = model
+        self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        self.in_spec = spec
+        self.seen = _Seen()
+        self.training = False
+
+    def forward(self, *tensors: torch.Tensor) -> list[Any]:
+        leaves = list(self.constants)
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            leaves[position] = tensor
+        args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
+        flat, out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        self.seen.out_spec = out_spec
+        return flat
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    """Trace `model(*args, **kwargs)` with every size of every tensor symbolic.
+
+    Raises CaptureError, naming the user's own source line, when the model cannot be traced.
+    """
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    names = _name_inputs(model, leaves, spec)
+    flat = _Flat(model, leaves, spec)
+    examples, varying = _widen(tensors)
+    dynamic = (tuple({d: Dim.AUTO for d in dims} or None for dims in varying),)
+    name = type(model).__name__
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(
+                flat, tuple(examples), dynamic_shapes=dynamic, strict=False
+            )
+            exported = exported.run_decompositions(_decompositions())
+    except Exception as error:
+        raise _capture_error(name, error) from error
+    return _describe(exported, flat, name, names)
+
+
+def _decompositions() -> Any:
+    table = torch.export.default_decompositions()
+    for op in list(table):
+        if str(op) in KEPT_WHOLE:
+            del table[op]
+    return table
+
+
+def _name_inputs(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:
+    """Return a Python name per tensor leaf, from the parameter of forward that carries it."""
+    import inspect
+
+    args, kwargs = pytree.tree_unflatten(list(range(len(leaves))), spec)
+    forward = getattr(model, "turbotx_signature_of", model.forward)
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    positional = [
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    labelled: dict[int, str] = {}
+    for i, arg in enumerate(args):
+        label = positional[i] if i < len(positional) else f"arg{i}"
+        _label_leaves(arg, label, labelled)
+    for label, arg in kwargs.items():
+        _label_leaves(arg, str(label), labelled)
+    return [labelled[i] for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+
+
+def _label_leaves(tree: Any, label: str, labelled: dict[int, str]) -> None:
+    indices = pytree.tree_leaves(tree)
+    for k, index in enumerate(indices):
+        labelled[index] = label if len(indices) == 1 else f"{label}_{k}"
+
+
+def _widen(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """Repeat size-1 dims so that tracing cannot specialise on them; list the dims that vary.
+
+    A size 1 stays fixed only where another input has a larger size at the same position: there
+    it is a broadcast, as in a (1, seq) mask beside (batch, seq) ids.
+    """
+    largest: dict[int, int] = {}
+    for tensor in tensors:
+        for d, size in enumerate(tensor.shape):
+            largest[d] = max(largest.get(d, 0), size)
+    widened, varying = [], []
+    for tensor in tensors:
+        dims = []
+        for d, size in enumerate(tensor.shape):
+            if size == 1 and largest[d] > 1:
+                continue
+            dims.append(d)
+            if size <= 1:
+                tensor = _grow(tensor, d)
+        widened.append(tensor)
+        varying.append(dims)
+    return widened, varying
+
+
+def _grow(tensor: torch.Tensor, d: int) -> torch.Tensor:
+    if tensor.shape[d] == 1:
+        return torch.cat([tensor, tensor], dim=d)
+    shape = list(tensor.shape)
+    shape[d] = 2
+    return tensor.new_zeros(shape)
+
+
+def _capture_error(name: str, error: Exception) -> CaptureError:
+    """Return a CaptureError that points at the deepest frame outside torch and turbotx."""
+    inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith(inside) and not f.filename.startswith("<")
+    ]
+    seen = str(error).strip().splitlines() or [type(error).__name__]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    return CaptureError(
+        f"cannot capture {name}{where}\n  {type(error).__name__}: {seen[0]}\n"
+        "  Every call must be one graph of tensor ops: no Python branch on a tensor's values, no "
+        "output that is neither a tensor nor a plain constant (for a decoder pass use_cache=False)."
+    )
+
+
+def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captured:
+    graph_module, inputs = _unlift(exported, flat, names)
+    fakes = [node.meta["val"] for node in inputs]
+    symbols = _name_dims(fakes, names)
+    shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
+    remember_names(graph_module, symbols)
+    guards = _guards(exported, shape_env, symbols)
+    sizes = tuple(tuple(expr(s).xreplace(symbols) for s in fake.shape) for fake in fakes)
+    dims = tuple(s.name for s in symbols.values())
+    hints = _hints(shape_env, symbols)
+    return Captured(
+        graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
+        flat.seen.out_spec,
+    )  # fmt: skip
+
+
+def _hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[int, ...]:
+    newer = hasattr(shape_env, "backed_var_to_val")  # torch 2.12 renamed it
+    values = getattr(shape_env, "backed_var_to_val" if newer else "var_to_val", {})
+    return tuple(int(values.get(symbol, 2)) for symbol in symbols)
+
+
+def _unlift(exported: Any, flat: _Flat, names: list[str]) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """Turn parameter placeholders into get_attr nodes of the user's own module."""
+    graph: fx.Graph = exported.graph_module.graph
+    targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
+    holder = nn.Module()
+    inputs = []
+    taken: set[str] = set()
+    free = iter(names)
+    for node in [n for n in graph.nodes if n.op == "placeholder"]:
+        target = targets.get(node.name)
+        if target is None:
+            label = next(free)
+            while label in taken:
+                label += "_"
+            taken.add(label)
+            node.target = label
+            node._rename(label) if node.name != label else None
+            inputs.append(node)
+            continue
+        value, path = _attribute(exported, flat, target)
+        _assign(holder, path, value)
+        with graph.inserting_before(node):
+            attribute = graph.create_node("get_attr", path)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    graph_module = fx.GraphModule(holder, graph)
+    graph_module.meta["parameters"] = [n.target for n in graph.nodes if n.op == "get_attr"]
+    return graph_module, inputs
+
+
+def _attribute(exported: Any, flat: _Flat, target: str) -> tuple[torch.Tensor, str]:
+    """Return the user's own tensor for a lifted name, and its path in the user's module."""
+    owner: Any = flat
+    try:
+        for part in target.split("."):
+            owner = getattr(owner, part)
+        return owner, target.removeprefix("model.")
+    except AttributeError:
+        return exported.constants[target], f"constants.{target.replace('.', '_')}"
+
+
+def _assign(holder: nn.Module, path: str, value: torch.Tensor) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if not hasattr(holder, part):
+            holder.add_module(part, nn.Module())
+        holder = getattr(holder, part)
+    if isinstance(value, nn.Parameter):
+        holder.register_parameter(leaf, value)
+    else:
+        holder.register_buffer(leaf, value, persistent=False)
+
+
+def _name_dims(
+    fakes: Sequence[torch.Tensor], names: Sequence[str]
+) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Name dims as a user would: the first input's are batch and seq, others by input and place."""
+    symbols: dict[sympy.Symbol, sympy.Symbol] = {}
+    taken: set[str] = set()
+    plain = {0: "batch", 1: "seq"}
+    for fake, name in zip(fakes, names, strict=True):
+        for d, size in enumerate(fake.shape):
+            for symbol in sorted(expr(size).free_symbols, key=str):
+                if symbol in symbols:
+                    continue
+                label = plain.get(d, "") if fake.dim() <= 3 or d == 0 else ""
+                if not label or label in taken:
+                    label = f"{name}_d{d}"
+                taken.add(label)
+                symbols[symbol] = dim(label)
+    return symbols
+
+
+def _guards(
+    exported: Any, shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> tuple[Guard, ...]:
+    """Return what tracing assumed of the dims, less its assumption that no size is 0 or 1."""
+    guards = []
+    for symbol, interval in exported.range_constraints.items():
+        name = symbols.get(symbol)
+        if name is None:
+            continue
+        if interval.upper.is_Integer and interval.upper < 2**31:
+            condition = sympy.Le(name, interval.upper)
+            guards.append(Guard(condition, f"{name} <= {interval.upper}"))
+        if interval.lower.is_Integer and interval.lower > 2:
+            condition = sympy.Ge(name, interval.lower)
+            guards.append(Guard(condition, f"{name} >= {interval.lower}"))
+    for guard in shape_env.guards if shape_env is not None else ():
+        condition = guard.expr.xreplace(dict(symbols))
+        if condition.free_symbols and condition.free_symbols <= set(symbols.values()):
+            guards.append(Guard(condition, str(condition)))
+    return tuple(dict.fromkeys(guards))

@@ -1,0 +1,129 @@
+"""What the passes ask of an fx node and how they add one.
+
+In: nodes of a captured graph, whose `meta["val"]` is a FakeTensor. Out: shapes as sympy
+expressions over the named dims, and new nodes with the same metadata, for example::
+
+    shape(node)  ->  (batch, seq, 384)
+    emit(graph, aten.permute.default, node, (0, 2, 1))
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from turbotx.sizes import Expr, expr
+
+_names: weakref.WeakKeyDictionary[ShapeEnv, dict[sympy.Symbol, sympy.Symbol]]
+_names = weakref.WeakKeyDictionary()
+
+
+def remember_names(
+    graph_module: fx.GraphModule, symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> None:
+    """Make `shape` speak of the named dims wherever this graph's symbols appear."""
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.fake_mode.shape_env is not None:
+            _names.setdefault(value.fake_mode.shape_env, {}).update(symbols)
+            return
+
+
+def _rename(value: Expr, shape_env: ShapeEnv | None) -> Expr:
+    if value.is_Integer or shape_env is None:
+        return value
+    value = shape_env.replace(value)
+    return sympy.expand(value.xreplace(_names.get(shape_env, {})))
+
+
+def tensor(node: fx.Node) -> torch.Tensor:
+    """Return the node's fake tensor; raise TypeError when it does not produce one."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{node.format_node()} does not produce one tensor")
+    return value
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def shape(node: fx.Node) -> tuple[Expr, ...]:
+    """Return the node's shape over the named dims."""
+    value = tensor(node)
+    return tuple(size(s, value) for s in value.shape)
+
+
+def strides(node: fx.Node) -> tuple[Expr, ...]:
+    """Return the strides, in elements, that eager would give the node's tensor."""
+    value = tensor(node)
+    return tuple(size(s, value) for s in value.stride())
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    return tensor(node).dtype
+
+
+def size(value: Any, of: torch.Tensor | None = None) -> Expr:
+    """Return an int, a SymInt or a node that stands for one, as an expression."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    if isinstance(value, (int, sympy.Expr)):
+        return expr(value)
+    return _rename(expr(value), value.node.shape_env)
+
+
+def fake(value: Any) -> Any:
+    """Return an argument with every node replaced by its fake value."""
+    return fx.node.map_arg(value, lambda n: n.meta["val"])
+
+
+def emit(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """Append `target(*args, **kwargs)` at the insertion point, with its fake value computed."""
+    node = graph.call_function(target, args, kwargs)
+    sources = [n for n in node.all_input_nodes if "val" in n.meta]
+    mode = next((n.meta["val"].fake_mode for n in sources if is_tensor(n)), None)
+    if mode is None:
+        raise TypeError(f"{target} has no tensor argument")
+    with mode, torch.no_grad():
+        node.meta["val"] = target(*fake(args), **fake(kwargs))
+    origin = sources[-1].meta
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in origin:
+            node.meta[key] = origin[key]
+    return node
+
+
+def replace(node: fx.Node, new: fx.Node) -> None:
+    """Give every use of `node` to `new` and erase `node`; `new` keeps the node's origin."""
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in node.meta:
+            new.meta[key] = node.meta[key]
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """Return an ATen op's argument by its schema name, wherever it was passed."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for position, formal in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if formal.name == name:
+            if position < len(node.args) and not formal.kwarg_only:
+                return node.args[position]
+            return formal.default_value if formal.has_default_value() else default
+    raise KeyError(f"{node.target} has no argument {name!r}")
+
+
+GETITEM = operator.getitem

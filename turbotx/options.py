@@ -1,0 +1,64 @@
+"""The options of `turbotx.optimize`, checked when they are given.
+
+In: keyword arguments of the decorator. Out: one frozen `Options`, which is also part of the
+cache key of everything built under it, for example::
+
+    Options(backend="auto", attention="auto", planner="symbolic", pack_weights=True)
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any
+
+from turbotx.errors import OptionsError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "backend": ("auto", "cpp", "aten"),
+    "planner": ("symbolic", "chunked", "greedy"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is compiled.
+
+    backend: which kernels run. "cpp" builds generated C++ and fails without a compiler; "aten" runs
+        every region through PyTorch's own ops, in planned memory; "auto" is "cpp" where a compiler
+        is found and otherwise "aten", with one warning.
+    planner: which memory planner assigns offsets.
+    pack_weights: keep GEMM weights in the library's packed layout beside the module's own (about
+        one more copy of the GEMM weights, much faster for few tokens). In-place updates of a
+        weight are noticed at the next call and packed again.
+    max_shapes: how many shapes keep their bound addresses and sizes; more are re-planned.
+    max_arenas: how many calls may run at the same time, each in memory of its own.
+    """
+
+    backend: str = "auto"
+    planner: str = "symbolic"
+    pack_weights: bool = True
+    max_shapes: int = 256
+    max_arenas: int = 8
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                listed = ", ".join(repr(choice) for choice in allowed)
+                raise OptionsError(f"{name}={value!r} is not one of {listed}")
+        for name in ("max_shapes", "max_arenas"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise OptionsError(f"{name}={value!r} must be an integer of at least 1")
+
+
+def make_options(**given: Any) -> Options:
+    """Return `Options(**given)`; raise OptionsError naming an unknown option and its nearest."""
+    known = [f.name for f in fields(Options)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; options are {', '.join(known)}"
+            raise OptionsError(f"turbotx.optimize has no option {name!r}{hint}")
+    return Options(**given)

@@ -1,0 +1,124 @@
+"""The scalar functions that kernels are made of, one row each: name, C++, Triton and meaning.
+
+In: names used by `ir.Compute` and `ir.Reduce`. Out: how each target spells them, and what they
+mean on float64 tensors (the reference of the tests), for example::
+
+    PRIMITIVES["rsqrt"]  ->  cpp "ttx::rsqrt({0})", triton "tl.rsqrt({0})", torch.rsqrt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """`cost` is in units of one add: what a recomputation costs beside a load."""
+
+    name: str
+    cpp: str
+    triton: str
+    meaning: Callable[..., Any]
+    cost: int = 1
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A reduction over the row axes: how many values it takes and gives, and its meaning.
+
+    `outputs` names the results in order, for readable code.
+    """
+
+    name: str
+    inputs: int
+    outputs: tuple[str, ...]
+    meaning: Callable[..., Any]
+
+
+def _rows(*table: tuple[Any, ...]) -> dict[str, Primitive]:
+    return {row[0]: Primitive(*row) for row in table}
+
+
+PRIMITIVES: dict[str, Primitive] = _rows(
+    # name, C++, Triton, float64 meaning, cost
+    ("add", "{0} + {1}", "{0} + {1}", torch.add),
+    ("sub", "{0} - {1}", "{0} - {1}", torch.sub),
+    ("mul", "{0} * {1}", "{0} * {1}", torch.mul),
+    ("div", "{0} / {1}", "{0} / {1}", torch.true_divide, 4),
+    ("floordiv", "ttx::floordiv({0}, {1})", "floordiv({0}, {1})", torch.floor_divide, 8),
+    ("truncdiv", "ttx::truncdiv({0}, {1})", "truncdiv({0}, {1})", lambda a, b: torch.div(a, b, rounding_mode="trunc"), 8),
+    ("remainder", "ttx::remainder({0}, {1})", "remainder({0}, {1})", torch.remainder, 8),
+    ("fmod", "ttx::fmod({0}, {1})", "fmod({0}, {1})", torch.fmod, 8),
+    ("neg", "-{0}", "-{0}", torch.neg),
+    ("abs", "ttx::abs({0})", "tl.abs({0})", torch.abs),
+    ("sign", "ttx::sign({0})", "sign({0})", torch.sign),
+    ("maximum", "ttx::maximum({0}, {1})", "maximum({0}, {1})", torch.maximum),
+    ("minimum", "ttx::minimum({0}, {1})", "minimum({0}, {1})", torch.minimum),
+    ("exp", "ttx::exp({0})", "tl.exp({0})", torch.exp, 12),
+    ("exp2", "ttx::exp2({0})", "tl.exp2({0})", torch.exp2, 12),
+    ("expm1", "ttx::expm1({0})", "libdevice.expm1({0})", torch.expm1, 16),
+    ("log", "ttx::log({0})", "tl.log({0})", torch.log, 12),
+    ("log2", "ttx::log2({0})", "tl.log2({0})", torch.log2, 12),
+    ("log1p", "ttx::log1p({0})", "libdevice.log1p({0})", torch.log1p, 16),
+    ("sqrt", "ttx::sqrt({0})", "tl.sqrt_rn({0})", torch.sqrt, 6),
+    ("rsqrt", "ttx::rsqrt({0})", "tl.rsqrt({0})", torch.rsqrt, 6),
+    ("sin", "ttx::sin({0})", "tl.sin({0})", torch.sin, 16),
+    ("cos", "ttx::cos({0})", "tl.cos({0})", torch.cos, 16),
+    ("tanh", "ttx::tanh({0})", "libdevice.tanh({0})", torch.tanh, 16),
+    ("erf", "ttx::erf({0})", "tl.erf({0})", torch.erf, 16),
+    ("sigmoid", "ttx::sigmoid({0})", "tl.sigmoid({0})", torch.sigmoid, 14),
+    ("pow", "ttx::pow({0}, {1})", "libdevice.pow({0}, {1})", torch.pow, 30),
+    ("floor", "ttx::floor({0})", "tl.floor({0})", torch.floor),
+    ("ceil", "ttx::ceil({0})", "tl.ceil({0})", torch.ceil),
+    ("trunc", "ttx::trunc({0})", "libdevice.trunc({0})", torch.trunc),
+    ("round", "ttx::round({0})", "libdevice.nearbyint({0})", torch.round),
+    ("isnan", "ttx::isnan({0})", "{0} != {0}", torch.isnan),
+    ("isinf", "ttx::isinf({0})", "tl.abs({0}) == float('inf')", torch.isinf),
+    ("eq", "{0} == {1}", "{0} == {1}", torch.eq),
+    ("ne", "{0} != {1}", "{0} != {1}", torch.ne),
+    ("lt", "{0} < {1}", "{0} < {1}", torch.lt),
+    ("le", "{0} <= {1}", "{0} <= {1}", torch.le),
+    ("gt", "{0} > {1}", "{0} > {1}", torch.gt),
+    ("ge", "{0} >= {1}", "{0} >= {1}", torch.ge),
+    ("and", "{0} & {1}", "{0} & {1}", torch.bitwise_and),
+    ("or", "{0} | {1}", "{0} | {1}", torch.bitwise_or),
+    ("xor", "{0} ^ {1}", "{0} ^ {1}", torch.bitwise_xor),
+    ("not", "ttx::bitwise_not({0})", "~{0}", torch.bitwise_not),
+    ("shl", "ttx::shl({0}, {1})", "{0} << {1}", torch.bitwise_left_shift),
+    ("shr", "ttx::shr({0}, {1})", "{0} >> {1}", torch.bitwise_right_shift),
+    ("where", "{0} ? {1} : {2}", "tl.where({0}, {1}, {2})", torch.where),
+    ("cast", "ttx::cast<{type}>({0})", "{0}.to({type})", lambda x: x),
+)  # fmt: skip
+
+COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf"})
+
+
+def _welford(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mean = x.mean(-1)
+    return mean, ((x - mean.unsqueeze(-1)) ** 2).sum(-1)
+
+
+def _softmax_stats(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    largest = x.amax(-1)
+    return largest, (x - largest.unsqueeze(-1)).exp().sum(-1)
+
+
+REDUCTIONS: dict[str, Reduction] = {
+    row.name: row
+    for row in (
+        Reduction("sum", 1, ("sum",), lambda x: (x.sum(-1),)),
+        Reduction("prod", 1, ("prod",), lambda x: (x.prod(-1),)),
+        Reduction("max", 1, ("max",), lambda x: (x.amax(-1),)),
+        Reduction("min", 1, ("min",), lambda x: (x.amin(-1),)),
+        Reduction("any", 1, ("any",), lambda x: (x.any(-1),)),
+        Reduction("all", 1, ("all",), lambda x: (x.all(-1),)),
+        # mean and sum of squared deviations from it, in one pass (Welford 1962; merged by Chan 1979)
+        Reduction("welford", 1, ("mean", "m2"), _welford),
+        # largest element and sum of exp(x - largest), in one pass (Milakov & Gimelshein 2018)
+        Reduction("softmax", 1, ("largest", "total"), _softmax_stats),
+    )
+}

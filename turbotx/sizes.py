@@ -1,0 +1,138 @@
+"""Symbolic sizes: extents, strides and byte counts as expressions in the captured dims.
+
+In: sympy expressions over symbols such as `batch` and `seq`, all of them integers of at least
+one (a size of zero is handled by the callers' loop bounds). Out: proofs (`is_nonnegative`,
+`divide`), source text (`to_c`, `to_python`) and compiled evaluators, for example::
+
+    divide(384*seq + 32, 32)  ->  12*seq + 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import sympy
+from sympy.printing.precedence import PRECEDENCE
+from sympy.printing.str import StrPrinter
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+
+Expr: TypeAlias = sympy.Expr
+
+ZERO = sympy.Integer(0)
+ONE = sympy.Integer(1)
+
+
+def dim(name: str) -> sympy.Symbol:
+    """Return the size symbol called `name` (equal names are equal symbols)."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def expr(value: Any) -> Expr:
+    """Return an int, SymInt or sympy expression as a sympy expression."""
+    if isinstance(value, sympy.Expr):
+        return value
+    if isinstance(value, int):
+        return sympy.Integer(value)
+    return value.node.expr
+
+
+def product(sizes: Sequence[Expr]) -> Expr:
+    """Return the product of `sizes` (one for none)."""
+    return sympy.expand(sympy.Mul(*sizes)) if sizes else ONE
+
+
+@lru_cache(maxsize=65536)
+def is_nonnegative(value: Expr) -> bool:
+    """Tell whether `value` is provably >= 0 when every symbol is an integer >= 1.
+
+    Substitutes each symbol by one plus a non-negative unknown: then non-negative coefficients
+    prove it. False means "not proved", not "negative".
+    """
+    if value.is_Integer:
+        return bool(value >= 0)
+    if value.has(FloorDiv, Mod, PythonMod):
+        return bool(value.is_nonnegative)
+    shifted = sympy.expand(value.xreplace({s: s + 1 for s in value.free_symbols}))
+    return all(not term.could_extract_minus_sign() for term in sympy.Add.make_args(shifted))
+
+
+@lru_cache(maxsize=65536)
+def divide(value: Expr, by: Expr) -> Expr | None:
+    """Return value / by when `by` divides `value` exactly for all sizes, otherwise None."""
+    if by == 1:
+        return value
+    if value == 0:
+        return ZERO
+    if value.has(FloorDiv, Mod, PythonMod) or by.has(FloorDiv, Mod, PythonMod):
+        return ONE if value == by else None
+    quotient = sympy.expand(sympy.cancel(value / by))
+    for term in sympy.Add.make_args(quotient):
+        coefficient, rest = term.as_coeff_Mul()
+        if not coefficient.is_Integer or sympy.denom(rest) != 1:
+            return None
+    return quotient
+
+
+class _SourcePrinter(StrPrinter):
+    """Prints a size for Python, C and Triton, which agree on + - * and differ on division."""
+
+    def __init__(self, floor_div: str) -> None:
+        super().__init__()
+        self._floor_div = floor_div
+
+    def _print_FloorDiv(self, node: Any) -> str:
+        top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"]) for a in node.args)
+        return f"({top} {self._floor_div} {bottom})"
+
+    def _print_Mod(self, node: Any) -> str:
+        top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"]) for a in node.args)
+        return f"({top} % {bottom})"
+
+    _print_PythonMod = _print_Mod
+
+    def _print_Pow(self, node: Any, rational: bool = False) -> str:
+        base, exponent = node.as_base_exp()
+        return " * ".join([self.parenthesize(base, PRECEDENCE["Mul"])] * int(exponent))
+
+    def _print_Mul(self, node: Any) -> str:
+        numbers, rest = node.as_coeff_mul()
+        factors = [self.parenthesize(f, PRECEDENCE["Mul"]) for f in sorted(rest, key=str)]
+        if numbers == -1:
+            return "-" + " * ".join(factors)
+        return " * ".join(factors + ([str(numbers)] if numbers != 1 else []))
+
+    def _print_Max(self, node: Any) -> str:
+        text = self._print(node.args[0])
+        for other in node.args[1:]:
+            text = f"max({text}, {self._print(other)})"
+        return text
+
+    def _print_Min(self, node: Any) -> str:
+        return self._print_Max(node).replace("max(", "min(")
+
+
+def to_python(value: Expr) -> str:
+    """Return `value` as Python source."""
+    return _SourcePrinter("//").doprint(value)
+
+
+def to_c(value: Expr) -> str:
+    """Return `value` as C++ source over int64_t names (sizes are never negative, so / floors)."""
+    return _SourcePrinter("/").doprint(value)
+
+
+def compile_evaluator(values: Sequence[Expr], dims: Sequence[str]) -> Callable[..., tuple[int, ...]]:
+    """Return a function of the dims, in order, that returns every value as a tuple of ints.
+
+    One Python expression compiled once: a few tens of nanoseconds a value, no sympy at run time.
+    """
+    listed = "".join(f"{to_python(v)}, " for v in values)
+    source = f"lambda {', '.join(dims)}: ({listed})" if values else f"lambda {', '.join(dims)}: ()"
+    return eval(compile(source, "<turbotx sizes>", "eval"), {"max": max, "min": min})
+
+
+def evaluate(value: Expr, dims: Mapping[str, int]) -> int:
+    """Return `value` at concrete dims; slow, for reports and tests."""
+    return int(value.xreplace({s: sympy.Integer(dims[s.name]) for s in value.free_symbols}))
