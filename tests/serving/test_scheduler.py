@@ -94,11 +94,11 @@ def test_a_near_deadline_and_a_priority_come_first():
     assert plan(vip) == ["vip"]
 
 
-def test_half_the_age_bound_puts_the_oldest_first_whatever_the_priority():
+def test_a_third_of_the_age_bound_puts_the_oldest_first_whatever_the_priority():
     requests = [Request("old", 100, 0.0), Request("vip", 2, 49.0, priority=5)]
     patient = Aged(max_age_ms=200.0)
     assert keys(patient.plan(requests, 50.0, TOY.dense())[0]) == ["vip"]
-    assert keys(Aged(max_age_ms=100.0).plan(requests, 50.0, TOY.dense())[0]) == ["old"]
+    assert keys(Aged(max_age_ms=150.0).plan(requests, 50.0, TOY.dense())[0]) == ["old"]
 
 
 def test_very_old_queues_do_not_overflow():
@@ -142,11 +142,19 @@ def test_full_queues_refuse_with_a_time_to_return():
     with pytest.raises(Overloaded, match="2 requests wait") as caught:
         scheduler.submit(Request("c", 5, 0.0))
     assert caught.value.retry_after_ms >= 1
-    slow = Scheduler(TOY, max_wait_ms=10.0)
+    slow = Scheduler(TOY, max_age_ms=30.0)
     for request in queue(*[100] * 5):
         slow.submit(request)
     with pytest.raises(Overloaded, match="about 12 ms of work"):
         slow.submit(Request(5, 100, 0.0))
+
+
+def test_those_who_waited_too_long_are_given_back():
+    scheduler = Scheduler(TOY, max_age_ms=30.0)
+    for request in queue(5, 5):
+        scheduler.submit(request)
+    assert scheduler.expire(29.0) == []
+    assert [r.key for r in scheduler.expire(30.0)] == [0] and len(scheduler) == 1
 
 
 def test_bad_submissions():

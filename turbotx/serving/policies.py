@@ -92,9 +92,9 @@ class Aged:
        (Smith's rule), and a request that has waited as long as the queue takes weighs 2**patience.
        A deadline nearer than drain counts as that much age; each step of priority multiplies by
        ``class_factor``. The group with most urgency per millisecond runs.
-    3. *Age bound.* Once a request has waited half of ``max_age_ms``, the group of the oldest
-       request runs, whatever the rest. With the admission rule of ``Scheduler`` this keeps every
-       wait under the bound.
+    3. *Age bound.* Once a request has waited a third of ``max_age_ms``, the group of the oldest
+       request runs, whatever the rest. ``Scheduler`` admits no more than a third of the bound in
+       work, so waits stay under it with a third to spare for uneven batches.
     """
 
     replans: ClassVar[bool] = True
@@ -114,7 +114,7 @@ class Aged:
         score = np.add.reduceat(urgency, groups.starts) / groups.cost_ms
         order = np.argsort(-score, kind="stable")
         oldest = int(np.argmin(arrival[by_length]))
-        if now_ms - arrival[by_length[oldest]] >= self.max_age_ms / 2:
+        if now_ms - arrival[by_length[oldest]] >= self.max_age_ms / 3:
             first = int(np.searchsorted(groups.ends, oldest, side="right"))
             order = np.concatenate(([first], order[order != first]))
         return _batches([waiting[i] for i in by_length.tolist()], groups, order.tolist())

@@ -67,18 +67,21 @@ class Scheduler:
     """Waiting requests, a policy, a trigger and limits. Not thread-safe: one owner calls it."""
 
     costs: CostTable
-    policy: Policy = field(default_factory=Aged)
+    policy: Policy | None = None  # None: Aged with this age bound
     trigger: Trigger = field(default_factory=Hungry)
     max_batch: int | None = None  # None: the cost table's
     max_batch_tokens: int | None = None  # padded; a single request may exceed it
     max_queue: int = 4096
-    max_wait_ms: float = math.inf  # admit only what the present queue lets start within this
+    max_age_ms: float = math.inf  # nobody waits longer: a third of it in work is admitted
 
     def __post_init__(self) -> None:
+        if self.policy is None:
+            self.policy = Aged(max_age_ms=self.max_age_ms)
         self._waiting: dict[Hashable, Request] = {}
         self._planned: list[Batch] = []
         self._backlog_ms = 0.0  # of those waiting, each at its share of a well-filled batch
         self._shares: dict[Hashable, float] = {}
+        self._excess = 1.0  # what batches cost over the sum of their requests' shares, smoothed
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -93,8 +96,8 @@ class Scheduler:
 
     @property
     def backlog_ms(self) -> float:
-        """Estimated time to compute everything that waits."""
-        return self._backlog_ms if self._waiting else 0.0
+        """Estimated time to compute everything that waits, at the recent batches' efficiency."""
+        return self._backlog_ms * self._excess if self._waiting else 0.0
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises Overloaded, CostTableError (length), ValueError (key in use)."""
@@ -105,10 +108,10 @@ class Scheduler:
                 f"a request of {request.length} tokens, but the cost table covers 1 to "
                 f"{self.costs.max_length}: truncate it or measure longer ones"
             )
-        if len(self._waiting) >= self.max_queue or self.backlog_ms > self.max_wait_ms:
+        if len(self._waiting) >= self.max_queue or self.backlog_ms > self.max_age_ms / 3:
             raise Overloaded(
                 f"{len(self._waiting)} requests wait, about {self.backlog_ms:.0f} ms of work "
-                f"(limits: {self.max_queue} requests, {self.max_wait_ms:.0f} ms)",
+                f"(limits: {self.max_queue} requests, {self.max_age_ms / 3:.0f} ms)",
                 max(self.backlog_ms / 2, 1.0),
             )
         share = self._share_ms(request.length)
@@ -133,6 +136,16 @@ class Scheduler:
         self._planned = kept
         return True
 
+    def expire(self, now_ms: float) -> list[Request]:
+        """Take those off the queue that have waited ``max_age_ms``: they are to be refused.
+
+        Happens only where batches cost far more than the table said when they were admitted.
+        """
+        late = [r for r in self._waiting.values() if now_ms - r.arrival_ms >= self.max_age_ms]
+        for request in late:
+            self.cancel(request.key)
+        return late
+
     def next(self, now_ms: float) -> Batch | None:
         """Take the batch to run now off the queue, or None before ``wake_ms``."""
         if not self._waiting:
@@ -140,9 +153,13 @@ class Scheduler:
         if not self._planned:
             if self.trigger.ready_ms(self.waiting, now_ms) > now_ms:
                 return None
+            assert self.policy is not None
             batches = self.policy.plan(self.waiting, now_ms, self.table)
             self._planned = batches[:1] if self.policy.replans else batches
         batch = self._planned.pop(0)
+        excess = batch.cost_ms / sum(self._shares[r.key] for r in batch.requests)
+        if len(self._waiting) > len(batch.requests):  # a batch of all that waits shows no choice
+            self._excess += 0.1 * (excess - self._excess)
         for request in batch.requests:
             self._forget(request)
         return batch

@@ -65,6 +65,7 @@ def simulate(
             with contextlib.suppress(Overloaded):
                 scheduler.submit(trace[coming])
             coming += 1
+        scheduler.expire(now_ms)
         batch = scheduler.next(now_ms)
         if batch is None:
             arrival = trace[coming].arrival_ms if coming < len(trace) else math.inf
