@@ -127,3 +127,10 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
 
 
 GETITEM = operator.getitem
+
+
+def emit_piece(graph: fx.Graph, pieces: fx.Node, k: int) -> fx.Node:
+    """Append `pieces[k]`, one tensor of a split."""
+    node = graph.call_function(GETITEM, (pieces, k))
+    node.meta = {**pieces.meta, "val": pieces.meta["val"][k]}
+    return node

@@ -1,0 +1,209 @@
+"""Canonicalize: one way to say each thing, and nothing said that has no effect.
+
+In: the captured ATen graph. Out: the same graph without assertions, dropout, no-op copies and
+casts, redundant views, duplicate subexpressions and dead code, for example::
+
+    clone(dropout(layer_norm))  ->  layer_norm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from turbotx import graph as g
+from turbotx.views import is_view
+
+aten = torch.ops.aten
+
+_ASSERTIONS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+_IDENTITIES = {
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.lift_fresh.default,
+    aten.dropout.default,
+}
+_CONVERSIONS = {
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.type_as.default,
+}
+_SLICES_TO_END = 2**62
+
+
+def canonicalize(graph: fx.Graph) -> None:
+    """Rewrite `graph` in place until nothing changes; running it again changes nothing."""
+    for node in list(graph.nodes):
+        if node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    changed = True
+    while changed:
+        changed = False
+        for node in list(graph.nodes):
+            if node.op != "call_function":
+                continue
+            same = _same_as(node)
+            if same is not None:
+                node.replace_all_uses_with(same)
+                graph.erase_node(node)
+                changed = True
+        changed |= merge_duplicates(graph)
+        changed |= eliminate_dead(graph)
+    graph.lint()
+
+
+def _same_as(node: fx.Node) -> fx.Node | None:
+    """Return the node that this one always equals, or None."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source = node.args[0]
+    if node.target in _IDENTITIES:
+        return source
+    if not (g.is_tensor(node) and g.is_tensor(source)):
+        return None
+    if node.target in _CONVERSIONS:
+        same = g.dtype(node) == g.dtype(source) and g.tensor(node).device == g.tensor(source).device
+        return source if same else None
+    if g.shape(node) != g.shape(source):
+        return _merge_views(node, source)
+    rule = _NO_OPS.get(node.target)
+    if rule is not None and rule(node) and g.dtype(node) == g.dtype(source):
+        return source
+    return _merge_views(node, source)
+
+
+def _is_number(value: Any, number: int) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == number
+
+
+def _keeps_order(node: fx.Node) -> bool:
+    return [d % len(node.args[1]) for d in node.args[1]] == list(range(len(node.args[1])))  # type: ignore[arg-type, union-attr]
+
+
+def _same_shape(node: fx.Node) -> bool:
+    return True
+
+
+def _whole_slice(node: fx.Node) -> bool:
+    start, step = g.argument(node, "start"), g.argument(node, "step")
+    return start in (None, 0) and step == 1
+
+
+def _integer_identity(number: int) -> Callable[[fx.Node], bool]:
+    """x + 0 and x * 1; for floats x + 0 turns -0.0 into 0.0, which nothing can depend on here."""
+
+    def rule(node: fx.Node) -> bool:
+        alpha = node.kwargs.get("alpha", 1)
+        return len(node.args) > 1 and _is_number(node.args[1], number) and alpha == 1
+
+    return rule
+
+
+# Ops that do nothing when their result has their input's shape (and the rule agrees).
+_NO_OPS: dict[Any, Callable[[fx.Node], bool]] = {
+    aten.permute.default: _keeps_order,
+    aten.view.default: _same_shape,
+    aten.reshape.default: _same_shape,
+    aten._unsafe_view.default: _same_shape,
+    aten.expand.default: _same_shape,
+    aten.slice.Tensor: _whole_slice,
+    aten.add.Tensor: _integer_identity(0),
+    aten.sub.Tensor: _integer_identity(0),
+    aten.mul.Tensor: _integer_identity(1),
+    aten.div.Tensor: _integer_identity(1),
+}
+_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+
+
+def _merge_views(node: fx.Node, source: fx.Node) -> fx.Node | None:
+    """Fold view-of-view: two reshapes are one, two permutations are one (or none)."""
+    if node.target in _RESHAPES and source.target in _RESHAPES:
+        inner = source.args[0]
+        assert isinstance(inner, fx.Node)
+        if g.shape(inner) == g.shape(node):
+            return inner
+        node.replace_input_with(source, inner)
+    elif node.target is aten.permute.default and source.target is aten.permute.default:
+        first, second = source.args[1], node.args[1]
+        order = [first[d] for d in second]  # type: ignore[index, union-attr]
+        inner = source.args[0]
+        if order == list(range(len(order))):
+            return inner  # type: ignore[return-value]
+        node.args = (inner, order)
+    return None
+
+
+def _key(node: fx.Node) -> Any | None:
+    """Return what makes two calls equal; None for calls that may differ every time."""
+    if node.op == "get_attr":
+        return ("get_attr", node.target)
+    if node.op != "call_function" or _is_random(node):
+        return None
+
+    def freeze(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(freeze(v) for v in value)
+        if isinstance(value, dict):
+            return tuple(sorted((k, freeze(v)) for k, v in value.items()))
+        if isinstance(value, fx.Node):
+            return value
+        return (type(value), repr(value))
+
+    return (node.target, freeze(node.args), freeze(node.kwargs))
+
+
+def _is_random(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    tags = getattr(node.target, "tags", ())
+    mutates = schema is not None and schema.is_mutable
+    return mutates or torch.Tag.nondeterministic_seeded in tags
+
+
+def merge_duplicates(graph: fx.Graph) -> bool:
+    """Merge equal calls of equal arguments; tell whether any were found."""
+    seen: dict[Any, fx.Node] = {}
+    changed = False
+    for node in list(graph.nodes):
+        key = _key(node)
+        if key is None:
+            continue
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def eliminate_dead(graph: fx.Graph) -> bool:
+    """Erase calls that nothing uses; tell whether there were any."""
+    changed = False
+    for node in reversed(list(graph.nodes)):
+        if node.users or node.op in ("output", "placeholder"):
+            continue
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            continue
+        graph.erase_node(node)
+        changed = True
+    return changed
+
+
+def is_redundant_view(node: fx.Node) -> bool:
+    """Tell whether a view shows its input exactly as it is (the checker's question)."""
+    return is_view(node) and _same_as(node) is not None

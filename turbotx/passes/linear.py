@@ -1,0 +1,115 @@
+"""Linear: pack the projections that read one tensor into one GEMM, and free biases to fuse.
+
+In: a canonical graph. Out: Q, K and V (and gate and up) as pieces of one `linear` over the
+concatenated weights, and `linear(x, w, b)` as `linear(x, w) + b` wherever the sum goes on into
+a kernel that can take the bias along for nothing, for example::
+
+    linear(x, wq), linear(x, wk), linear(x, wv)  ->  split(linear(x, cat(wq, wk, wv)))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from turbotx import graph as g
+from turbotx.ops import is_computed
+from turbotx.views import is_view
+
+aten = torch.ops.aten
+
+
+def use_linear(graph: fx.Graph) -> None:
+    """Write addmm(bias, x, w) and mm(x, w) of a 2-d input as linear(x, w^T, bias)."""
+    for node in list(graph.nodes):
+        if g.is_call(node, aten.addmm.default) and not node.kwargs:
+            bias, x, weight = node.args
+        elif g.is_call(node, aten.mm.default):
+            bias, (x, weight) = None, node.args
+        else:
+            continue
+        if not _is_weight(weight) or (bias is not None and len(g.shape(bias)) != 1):
+            continue
+        with graph.inserting_before(node):
+            flipped = g.emit(graph, aten.permute.default, weight, [1, 0])
+            args = (x, flipped) if bias is None else (x, flipped, bias)
+            g.replace(node, g.emit(graph, aten.linear.default, *args))
+
+
+def lift_views(graph: fx.Graph) -> None:
+    """Let a linear read (batch, seq, k) itself where it was shown (batch * seq, k), so that no
+    reshape stands between a kernel and its GEMM."""
+    for node in list(graph.nodes):
+        if not g.is_call(node, aten.linear.default):
+            continue
+        x = node.args[0]
+        if not g.is_call(x, aten.view.default, aten.reshape.default):
+            continue
+        inner = x.args[0]
+        if g.shape(inner)[-1:] != g.shape(x)[-1:]:
+            continue
+        views = [u for u in node.users if g.is_call(u, aten.view.default, aten.reshape.default)]
+        wanted = (*g.shape(inner)[:-1], g.shape(node)[-1])
+        if len(views) != len(node.users) or not all(g.shape(v) == wanted for v in views):
+            continue
+        with graph.inserting_before(node):
+            new = g.emit(graph, aten.linear.default, inner, *node.args[1:])
+        for view in views:
+            g.replace(view, new)
+        graph.erase_node(node)
+
+
+def pack_linears(graph: fx.Graph) -> None:
+    """Give linears of one input one GEMM, where all have a bias or none has one."""
+    groups: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
+    for node in graph.nodes:
+        if g.is_call(node, aten.linear.default) and _is_weight(node.args[1]):
+            groups.setdefault((node.args[0], _bias(node) is not None), []).append(node)
+    for (x, biased), linears in groups.items():
+        dtypes = {g.dtype(n.args[1]) for n in linears}  # type: ignore[arg-type]
+        if len(linears) < 2 or len(dtypes) > 1:
+            continue
+        widths = [int(g.shape(n)[-1]) for n in linears]
+        with graph.inserting_before(linears[0]):
+            weight = g.emit(graph, aten.cat.default, [n.args[1] for n in linears])
+            args = [x, weight]
+            if biased:
+                args.append(g.emit(graph, aten.cat.default, [_bias(n) for n in linears]))
+            packed = g.emit(graph, aten.linear.default, *args)
+            pieces = g.emit(graph, aten.split_with_sizes.default, packed, widths, -1)
+            parts = [g.emit_piece(graph, pieces, k) for k in range(len(linears))]
+        for node, part in zip(linears, parts, strict=True):
+            g.replace(node, part)
+
+
+def free_biases(graph: fx.Graph) -> None:
+    """Turn linear(x, w, b) into linear(x, w) + b where every use ends in a fused kernel."""
+    for node in list(graph.nodes):
+        if not g.is_call(node, aten.linear.default) or _bias(node) is None:
+            continue
+        if not node.users or not all(_ends_in_kernel(u) for u in node.users):
+            continue
+        with graph.inserting_before(node):
+            bare = g.emit(graph, aten.linear.default, *node.args[:2])
+            g.replace(node, g.emit(graph, aten.add.Tensor, bare, _bias(node)))
+
+
+def _bias(node: fx.Node) -> fx.Node | None:
+    return node.args[2] if len(node.args) > 2 else None  # type: ignore[return-value]
+
+
+def _is_weight(node: object) -> bool:
+    """Tell whether a node is a parameter, or a view or concatenation of parameters."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "get_attr":
+        return True
+    if is_view(node) or g.is_call(node, aten.cat.default):
+        return all(_is_weight(n) for n in node.all_input_nodes)
+    return False
+
+
+def _ends_in_kernel(user: fx.Node) -> bool:
+    if is_view(user) or user.target is aten.split_with_sizes.default:
+        return bool(user.users) and all(_ends_in_kernel(u) for u in user.users)
+    return is_computed(user)
