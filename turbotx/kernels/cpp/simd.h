@@ -8,6 +8,10 @@
 
 #include "storage.h"
 
+#ifndef TTX_INLINE
+#define TTX_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace ttx {
 
 #if defined(__AVX512F__)
@@ -25,21 +29,21 @@ typedef std::int32_t int_vec __attribute__((vector_size(kLanes * 4)));
 typedef std::uint32_t uint_vec __attribute__((vector_size(kLanes * 4)));
 typedef std::uint16_t half_vec __attribute__((vector_size(kLanes * 2)));
 
-__attribute__((always_inline)) inline vec broadcast(float x) { return x - vec{}; }
+TTX_INLINE vec broadcast(float x) { return x - vec{}; }
 
-__attribute__((always_inline)) inline vec load_vec(const float* p) {
+TTX_INLINE vec load_vec(const float* p) {
   vec x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
-__attribute__((always_inline)) inline void store_vec(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
+TTX_INLINE void store_vec(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
 
-__attribute__((always_inline)) inline vec load_vec(const bf16* p) {
+TTX_INLINE vec load_vec(const bf16* p) {
   half_vec h;
   std::memcpy(&h, p, sizeof h);
   return __builtin_bit_cast(vec, __builtin_convertvector(h, uint_vec) << 16);
 }
-__attribute__((always_inline)) inline vec load_vec(const f16* p) {
+TTX_INLINE vec load_vec(const f16* p) {
   half_vec h;
   std::memcpy(&h, p, sizeof h);
   uint_vec wide = __builtin_convertvector(h, uint_vec);
@@ -50,11 +54,11 @@ __attribute__((always_inline)) inline vec load_vec(const f16* p) {
 }
 
 template <class T>
-__attribute__((always_inline)) inline void store_vec(T* p, vec x) {
+TTX_INLINE void store_vec(T* p, vec x) {
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(x[i]);
 }
 template <>
-__attribute__((always_inline)) inline void store_vec<bf16>(bf16* p, vec x) {
+TTX_INLINE void store_vec<bf16>(bf16* p, vec x) {
   uint_vec b = __builtin_bit_cast(uint_vec, x);
   uint_vec rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
   uint_vec chosen = (b & 0x7fffffffu) > 0x7f800000u ? (b >> 16) | 0x40u : rounded;

@@ -22,7 +22,9 @@
 #include <limits>
 #include <type_traits>
 
+#ifndef TTX_INLINE
 #define TTX_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace ttx {
 

@@ -1,0 +1,211 @@
+// softmax(scale * q k^T + masks) v for every batch and head, keys visited block by block.
+//   in:  q [batch][heads][q_len][D], k and v [batch][kv_heads][k_len][D] of float, bf16 or f16,
+//        read in place through AttentionShape's strides (a packed QKV GEMM's output, say)
+//   out: [batch][heads][q_len][D] through its own strides; rows that see no key are 0
+//   example:  ttx::AttentionShape s{...};  // attention_shape.h
+//             ttx::attention<float, 64>(qkv, qkv + hidden, qkv + 2 * hidden, out, s);
+//
+// Arithmetic is float32 throughout. Parallel over batch, head and query rows; small calls stay on
+// the calling thread. Scratch memory belongs to the thread, grows to the largest call and stays.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "attention_tile.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace ttx {
+namespace detail {
+
+// A thread's own memory, aligned to cache lines; asking for less than it has costs nothing.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+  float* reserve(long count) {
+    if (count > capacity_) {
+      std::free(memory_);
+      capacity_ = (count + 1023) / 1024 * 1024;
+      memory_ = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * capacity_));
+      if (memory_ == nullptr) throw std::bad_alloc();
+    }
+    return memory_;
+  }
+
+ private:
+  float* memory_ = nullptr;
+  long capacity_ = 0;
+};
+
+inline float* thread_scratch(long count) {
+  static thread_local Scratch scratch;
+  return scratch.reserve(count);
+}
+
+struct KeyRange { long begin, end; };  // half-open
+
+// The keys that query row i sees, masks aside.
+inline KeyRange visible_keys(const AttentionShape& s, long i) {
+  long position = i + s.diagonal, begin = 0, end = s.k_len;
+  if (s.window_left >= 0 && position - s.window_left > begin) begin = position - s.window_left;
+  long right = s.causal ? 0 : s.window_right;
+  if (right >= 0 && position + right + 1 < end) end = position + right + 1;
+  end = end < 0 ? 0 : end;
+  return {begin < end ? begin : end, end};
+}
+
+// One head's keys, values and hidden keys, ready for the tiles.
+struct HeadOperands {
+  const float* keys;
+  const float* values;
+  long value_stride;
+  const float* hidden;  // 0 or -inf per key, or null
+};
+
+template <class T>
+void add_bias_row(const AttentionShape& s, const char* base, long offset, KeyRange keys,
+                  float* row) {
+  long count = keys.end - keys.begin, step = s.bias_k;
+  if (s.bias_kind == Bias::boolean) {
+    const bool* b = reinterpret_cast<const bool*>(base) + offset + keys.begin * step;
+    for (long j = 0; j < count; ++j) row[j] = b[j * step] ? row[j] : kMinusInf;
+  } else if (s.bias_kind == Bias::float32) {
+    const float* b = reinterpret_cast<const float*>(base) + offset + keys.begin * step;
+    if (step == 1)
+      for (long j = 0; j < count; ++j) row[j] += b[j] * kLog2E;
+    else
+      for (long j = 0; j < count; ++j) row[j] += b[j * step] * kLog2E;
+  } else {
+    const T* b = reinterpret_cast<const T*>(base) + offset + keys.begin * step;
+    for (long j = 0; j < count; ++j) row[j] += to_float(b[j * step]) * kLog2E;
+  }
+}
+
+// Adds the masks to one row of scores of keys.begin .. keys.end.
+template <class T>
+void mask_row(const AttentionShape& s, const HeadOperands& head, long batch, long q_head, long i,
+              KeyRange keys, float* row) {
+  if (s.bias_kind != Bias::none)
+    add_bias_row<T>(s, static_cast<const char*>(s.bias),
+                    batch * s.bias_batch + q_head * s.bias_head + i * s.bias_q, keys, row);
+  if (head.hidden != nullptr)
+    for (long j = keys.begin; j < keys.end; ++j) row[j - keys.begin] += head.hidden[j];
+  KeyRange seen = visible_keys(s, i);
+  for (long j = keys.begin; j < seen.begin && j < keys.end; ++j) row[j - keys.begin] = kMinusInf;
+  for (long j = seen.end > keys.begin ? seen.end : keys.begin; j < keys.end; ++j)
+    row[j - keys.begin] = kMinusInf;
+}
+
+// Rows [first, first + ROWS) of a key head's group: row r is query r % q_len of its head r / q_len.
+template <class T, int D, int ROWS>
+void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, T* out, long batch,
+                 long first_head, long first) {
+  alignas(64) float query[ROWS * D], scores[ROWS * kScoreStride], sums[ROWS * padded(D)];
+  float maximum[ROWS], total[ROWS] = {}, keep[ROWS];
+  long q_head[ROWS], index[ROWS];
+  KeyRange all{s.k_len, 0};
+  for (int r = 0; r < ROWS; ++r) {
+    q_head[r] = first_head + (first + r) / s.q_len;
+    index[r] = (first + r) % s.q_len;
+    const T* row = q + batch * s.q.batch + q_head[r] * s.q.head + index[r] * s.q.row;
+    for (int d = 0; d < D; ++d) query[r * D + d] = to_float(row[d]) * (s.scale * kLog2E);
+    maximum[r] = kMinusInf;
+    KeyRange seen = visible_keys(s, index[r]);
+    if (seen.begin < all.begin) all.begin = seen.begin;
+    if (seen.end > all.end) all.end = seen.end;
+  }
+  bool masked = s.bias_kind != Bias::none || head.hidden != nullptr || s.causal ||
+                s.window_left >= 0 || s.window_right >= 0;
+  long start = all.begin / kLanes * kLanes;
+  for (long begin = start; begin < all.end; begin += kKeyBlock) {
+    KeyRange keys{begin, begin + kKeyBlock < all.end ? begin + kKeyBlock : all.end};
+    long count = keys.end - keys.begin, panels = (count + kLanes - 1) / kLanes;
+    score_block<D, ROWS>(query, head.keys + begin * D, count, scores);
+    for (int r = 0; r < ROWS; ++r) {
+      float* row = scores + r * kScoreStride;
+      if (masked) mask_row<T>(s, head, batch, q_head[r], index[r], keys, row);
+      float sum = exponentiate(row, panels, maximum[r], keep[r]);
+      total[r] = total[r] * keep[r] + sum;
+    }
+    weigh_block<D, ROWS>(scores, head.values + begin * head.value_stride, head.value_stride, count,
+                         begin == start ? nullptr : keep, sums);
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    T* row = out + batch * s.out.batch + q_head[r] * s.out.head + index[r] * s.out.row;
+    bool empty = start >= all.end || total[r] == 0.0f;
+    float factor = empty ? 0.0f : 1.0f / total[r];
+    for (int d = 0; d < D; ++d) store(row + d, empty ? 0.0f : sums[r * padded(D) + d] * factor);
+  }
+}
+
+template <class T, int D, int ROWS>
+void attend_rows_of(int rows, const AttentionShape& s, const HeadOperands& head, const T* q, T* out,
+                    long batch, long first_head, long first) {
+  if (rows == ROWS) return attend_rows<T, D, ROWS>(s, head, q, out, batch, first_head, first);
+  if constexpr (ROWS > 1)
+    attend_rows_of<T, D, ROWS - 1>(rows, s, head, q, out, batch, first_head, first);
+}
+
+// Packs one key head into the thread's scratch.
+template <class T, int D>
+HeadOperands prepare_head(const AttentionShape& s, const T* k, const T* v, long batch,
+                          long kv_head) {
+  constexpr bool in_place = std::is_same_v<T, float> && D % kLanes == 0;
+  long padded_keys = (s.k_len + kLanes - 1) / kLanes * kLanes;
+  long value_size = in_place ? 0 : s.k_len * padded(D);
+  float* scratch = thread_scratch(padded_keys * D + value_size + s.k_len);
+  const T* head_k = k + batch * s.k.batch + kv_head * s.k.head;
+  const T* head_v = v + batch * s.v.batch + kv_head * s.v.head;
+  pack_keys<T, D>(head_k, s.k.row, s.k_len, scratch);
+  HeadOperands head{scratch, scratch + padded_keys * D, padded(D), nullptr};
+  if constexpr (in_place) {
+    head.values = head_v;
+    head.value_stride = s.v.row;
+  } else {
+    pack_values<T, D>(head_v, s.v.row, s.k_len, scratch + padded_keys * D);
+  }
+  if (s.key_mask != nullptr) {
+    float* hidden = scratch + padded_keys * D + value_size;
+    const bool* mask = s.key_mask + batch * s.key_mask_stride;
+    for (long j = 0; j < s.k_len; ++j) hidden[j] = mask[j] ? 0.0f : kMinusInf;
+    head.hidden = hidden;
+  }
+  return head;
+}
+
+}  // namespace detail
+
+template <class T, int D>
+void attention(const T* q, const T* k, const T* v, T* out, const AttentionShape& s) {
+  using namespace detail;
+  if (s.batch * s.heads * s.q_len == 0) return;
+  long group = s.heads / s.kv_heads, rows = group * s.q_len, heads = s.batch * s.kv_heads;
+  int threads = 1;
+#ifdef _OPENMP
+  // Below this many multiply-adds a second thread costs more than it brings (2 cores, Zen 4).
+  bool small = heads * rows * s.k_len * D < 150000;
+  threads = small || omp_in_parallel() ? 1 : omp_get_max_threads();
+#endif
+  // Heads alone keep the threads busy if there are enough of them; else their rows are split too.
+  bool enough = heads % threads == 0 || heads >= 4L * threads;
+  long parts = enough ? 1 : (4L * threads + heads - 1) / heads;
+  long most = (rows + 4 * kTileRows - 1) / (4 * kTileRows);
+  parts = parts < most ? parts : most;
+  long tiles = (rows + kTileRows - 1) / kTileRows;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+  for (long unit = 0; unit < heads * parts; ++unit) {
+    long head_index = unit / parts, part = unit % parts;
+    long batch = head_index / s.kv_heads, kv_head = head_index % s.kv_heads;
+    HeadOperands head = prepare_head<T, D>(s, k, v, batch, kv_head);
+    for (long tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
+      long first = rows * tile / tiles, next = rows * (tile + 1) / tiles;
+      attend_rows_of<T, D, kTileRows>(static_cast<int>(next - first), s, head, q, out, batch,
+                                      kv_head * group, first);
+    }
+  }
+}
+
+}  // namespace ttx

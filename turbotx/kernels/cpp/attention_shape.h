@@ -1,0 +1,33 @@
+// What an attention call reads and writes: sizes, strides, masks.
+//   in:  filled in by the caller, by name; the defaults mean "no mask"
+//   out: read by ttx::attention (attention.h)
+//   example:  ttx::AttentionShape s{.batch = 2, .heads = 12, .kv_heads = 12};  s.q_len = 40;
+#pragma once
+
+namespace ttx {
+
+// Strides count elements. head_dim is contiguous everywhere, keys in key_mask too.
+struct AttentionStrides { long batch = 0, head = 0, row = 0; };
+
+enum class Bias { none, boolean, float32, storage };  // storage: the type T of q, k and v
+
+struct AttentionShape {
+  long batch = 0, heads = 0, kv_heads = 0, q_len = 0, k_len = 0;  // heads is a multiple of kv_heads
+  AttentionStrides q, k, v, out;
+  float scale = 1.0f;                                             // multiplies q . k
+
+  const bool* key_mask = nullptr;                                 // [batch][k]: false hides the key
+  long key_mask_stride = 0;                                       // between batches
+
+  const void* bias = nullptr;                                     // added to scale * q . k; a
+  Bias bias_kind = Bias::none;                                    // boolean one hides where false
+  long bias_batch = 0, bias_head = 0, bias_q = 0, bias_k = 0;     // strides; 0 broadcasts
+
+  // Query i stands at key position i + diagonal: 0 is torch's is_causal, k_len - q_len lets the
+  // last query see every key. It sees keys from position - window_left to position + window_right.
+  bool causal = false;                                            // the same as window_right = 0
+  long diagonal = 0;
+  long window_left = -1, window_right = -1;                       // -1: no limit on that side
+};
+
+}  // namespace ttx

@@ -1,0 +1,149 @@
+// One tile of attention: a few query rows against one head's keys, in registers.
+//   in:  query rows times scale * log2(e), keys packed lane by lane, values row by row; float32
+//   out: the rows' weighted sums of values, their maxima and sums, carried from key block to block
+//   used by attention.h; ROWS and D are compile-time so that the accumulators are registers
+#pragma once
+
+#include "attention_shape.h"
+#include "simd.h"
+#include "vecmath.h"
+
+namespace ttx::detail {
+
+constexpr int kTileRows = kRegisters >= 32 ? 8 : 4;  // 8 x 2 accumulators of 32, or 4 x 2 of 16
+constexpr int kKeyBlock = 512;  // 8 rows of scores take 16 KB, half a first-level cache
+constexpr int kScoreStride = kKeyBlock + kLanes;  // off the power of two: rows land in other sets
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+
+constexpr int padded(int d) { return (d + kLanes - 1) / kLanes * kLanes; }
+
+// 2^t for t <= 0, zero below 2^-126; NaN stays. Scores carry log2(e), so this is softmax's exp.
+TTX_INLINE vec exp2_nonpositive(vec t) {
+  vec shifted = t + broadcast(kRound);
+  vec r = t - (shifted - broadcast(kRound));
+  vec p = r * 0x1.416d18p-13f + 0x1.5f09a6p-10f;
+  p = p * r + 0x1.3b2de0p-7f;
+  p = p * r + 0x1.c6af7ap-5f;
+  p = p * r + 0x1.ebfbdcp-3f;
+  p = p * r + 0x1.62e430p-1f;
+  p = p * r + 1.0f;
+  vec power = __builtin_bit_cast(vec, (__builtin_bit_cast(int_vec, shifted) << 23) + 0x3f800000);
+  return t < broadcast(-126.0f) ? vec{} : p * power;
+}
+
+// Packed keys: panels of kLanes keys, each D rows of kLanes floats; the last panel padded with 0.
+template <class T, int D>
+void pack_keys(const T* k, long row_stride, long count, float* packed) {
+  for (long first = 0; first < count; first += kLanes, packed += D * kLanes) {
+    int valid = static_cast<int>(count - first < kLanes ? count - first : kLanes);
+    for (int lane = 0; lane < valid; ++lane) {
+      const T* row = k + (first + lane) * row_stride;
+      for (int d = 0; d < D; ++d) packed[d * kLanes + lane] = to_float(row[d]);
+    }
+    for (int lane = valid; lane < kLanes; ++lane)
+      for (int d = 0; d < D; ++d) packed[d * kLanes + lane] = 0.0f;
+  }
+}
+
+// Values as float32 rows of padded(D), for the types and widths that cannot be read in place.
+template <class T, int D>
+void pack_values(const T* v, long row_stride, long count, float* packed) {
+  for (long j = 0; j < count; ++j, v += row_stride, packed += padded(D)) {
+    for (int d = 0; d < D; ++d) packed[d] = to_float(v[d]);
+    for (int d = D; d < padded(D); ++d) packed[d] = 0.0f;
+  }
+}
+
+template <int D, int ROWS, int PANELS>
+TTX_INLINE void score_panels(const float* q, const float* keys, float* scores) {
+  vec sum[ROWS][PANELS] = {};
+  for (int d = 0; d < D; ++d) {
+    vec key[PANELS];
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; ++p) key[p] = load_vec(keys + (p * D + d) * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      vec x = broadcast(q[r * D + d]);
+#pragma GCC unroll 4
+      for (int p = 0; p < PANELS; ++p) sum[r][p] += x * key[p];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; ++p) store_vec(scores + r * kScoreStride + p * kLanes, sum[r][p]);
+}
+
+// scores[r][j] = q[r] . key j for `panels` panels, then -inf in the padding past `count`.
+template <int D, int ROWS>
+void score_block(const float* q, const float* keys, long count, float* scores) {
+  long panels = (count + kLanes - 1) / kLanes, p = 0;
+  for (; p + 2 <= panels; p += 2)
+    score_panels<D, ROWS, 2>(q, keys + p * D * kLanes, scores + p * kLanes);
+  if (p < panels) score_panels<D, ROWS, 1>(q, keys + p * D * kLanes, scores + p * kLanes);
+  for (int r = 0; r < ROWS; ++r)
+    for (long j = count; j < panels * kLanes; ++j) scores[r * kScoreStride + j] = kMinusInf;
+}
+
+// Turns a row of scores into 2^(score - maximum); returns their sum. `maximum` comes in as the
+// maximum so far and goes out as the new one; `keep` is what earlier blocks are to be scaled by.
+inline float exponentiate(float* row, long panels, float& maximum, float& keep) {
+  vec top = load_vec(row);
+  for (long p = 1; p < panels; ++p) {
+    vec x = load_vec(row + p * kLanes);
+    top = x > top ? x : top;
+  }
+  float block = max_lanes(top), next = block > maximum ? block : maximum;
+  float base = next == kMinusInf ? 0.0f : next;  // a row with every key hidden so far
+  keep = ttx::exp2(maximum - base);
+  maximum = next;
+  vec sum = {}, offset = broadcast(base);
+  for (long p = 0; p < panels; ++p) {
+    vec e = exp2_nonpositive(load_vec(row + p * kLanes) - offset);
+    store_vec(row + p * kLanes, e);
+    sum += e;
+  }
+  return sum_lanes(sum);
+}
+
+template <int ROWS, int VECS>
+TTX_INLINE void weigh_columns(const float* weights, const float* values, long value_stride,
+                              long count, const float* keep, float* out, int out_stride) {
+  vec sum[ROWS][VECS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < VECS; ++c)
+      sum[r][c] = keep ? load_vec(out + r * out_stride + c * kLanes) * keep[r] : vec{};
+  for (long j = 0; j < count; ++j, values += value_stride) {
+    vec value[VECS];
+#pragma GCC unroll 4
+    for (int c = 0; c < VECS; ++c) value[c] = load_vec(values + c * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      vec w = broadcast(weights[r * kScoreStride + j]);
+#pragma GCC unroll 4
+      for (int c = 0; c < VECS; ++c) sum[r][c] += w * value[c];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < VECS; ++c) store_vec(out + r * out_stride + c * kLanes, sum[r][c]);
+}
+
+// out[r] = keep[r] * out[r] + sum over j of weights[r][j] * value j; without keep, out starts at 0.
+template <int D, int ROWS>
+void weigh_block(const float* weights, const float* values, long value_stride, long count,
+                 const float* keep, float* out) {
+  constexpr int vecs = padded(D) / kLanes;
+  int c = 0;
+  for (; c + 2 <= vecs; c += 2)
+    weigh_columns<ROWS, 2>(weights, values + c * kLanes, value_stride, count, keep,
+                           out + c * kLanes, padded(D));
+  if (c < vecs)
+    weigh_columns<ROWS, 1>(weights, values + c * kLanes, value_stride, count, keep,
+                           out + c * kLanes, padded(D));
+}
+
+}  // namespace ttx::detail
