@@ -53,15 +53,18 @@ def make_planner(
     size_class: Sequence[int],
     names: Sequence[str],
     seed_sizes: Sequence[int],
+    sample_sizes: Sequence[Sequence[int]] = (),
 ) -> Planner:
     """A planner for a fixed set of buffers whose sizes change with the shape.
 
     `size_class[i]` is the index of buffer i's size class; `seed_sizes` are bytes per class at
-    one representative shape. Raises PlanError for an unknown kind or lists that do not match.
+    one representative shape, `sample_sizes` at more of the shapes to expect: the symbolic planner
+    is tuned to them, and safe for every other shape as well. Raises PlanError for an unknown
+    kind or lists that do not match.
     """
     workload = Workload(tuple(lifetimes), tuple(size_class), tuple(names))
     if kind == "symbolic":
-        return SymbolicPlanner(workload, seed_sizes)
+        return SymbolicPlanner(workload, seed_sizes, sample_sizes)
     if kind == "chunked":
         return ChunkedPlanner(workload)
     if kind == "greedy":

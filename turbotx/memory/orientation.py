@@ -9,6 +9,7 @@ the largest `row · class sizes`. docs/memory.md proves that no shape then overl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,23 @@ MAX_FORMS = 96
 """A buffer that needs more is planned by walking the order below it instead."""
 
 
+@dataclass(frozen=True, slots=True)
+class Orientation:
+    """Buffers from the bottom up (`order`), and for each the buffers directly `below` it."""
+
+    order: tuple[int, ...]
+    below: tuple[tuple[int, ...], ...]
+
+    def offsets(self, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Longest paths, for sizes of shape (buffers,) or (buffers, shapes); as many offsets."""
+        offsets = np.zeros_like(sizes)
+        for index in self.order:
+            under = list(self.below[index])
+            if under:
+                offsets[index] = (offsets[under] + sizes[under]).max(axis=0)
+        return offsets
+
+
 def overlap_matrix(lifetimes: Sequence[Lifetime]) -> npt.NDArray[np.bool_]:
     """Shape (n, n): which buffers are alive in a common launch; False on the diagonal."""
     begin = np.array([x.begin for x in lifetimes], dtype=np.int64)
@@ -31,10 +49,8 @@ def overlap_matrix(lifetimes: Sequence[Lifetime]) -> npt.NDArray[np.bool_]:
     return both
 
 
-def orient(
-    lifetimes: Sequence[Lifetime], offsets: Sequence[int]
-) -> tuple[list[int], list[list[int]]]:
-    """The order of a placement: buffers from the bottom up, and those directly below each.
+def orient(lifetimes: Sequence[Lifetime], offsets: Sequence[int]) -> Orientation:
+    """The order of a placement.
 
     Every pair alive together is oriented by (offset, index), a total order, so the relation has
     no cycle. Pairs implied by two others are dropped: they bind nothing.
@@ -46,7 +62,9 @@ def orient(
     below = overlap_matrix(lifetimes) & (rank[:, None] < rank[None, :])
     implied = (below.astype(np.float32) @ below.astype(np.float32)) > 0
     direct = below & ~implied
-    return order, [np.flatnonzero(direct[:, i]).tolist() for i in range(count)]
+    return Orientation(
+        tuple(order), tuple(tuple(np.flatnonzero(direct[:, i]).tolist()) for i in range(count))
+    )
 
 
 def prune(rows: Forms) -> Forms:
@@ -67,38 +85,29 @@ class FormTable:
     """
 
     def __init__(
-        self,
-        order: Sequence[int],
-        below: Sequence[Sequence[int]],
-        size_class: Sequence[int],
-        class_count: int,
+        self, orientation: Orientation, size_class: Sequence[int], class_count: int
     ) -> None:
         self.sets: list[Forms] = []
-        self.of_buffer = [0] * len(order)
+        self.of_buffer = [0] * len(orientation.order)
         self.complete = True
+        self.top: Forms = np.zeros((1, class_count), dtype=np.int64)
         self._ids: dict[bytes, int] = {}
         self._class_count = class_count
         self._unions: dict[frozenset[tuple[int, int]], int] = {}
-        for index in order:
-            self.of_buffer[index] = self._stack(
-                frozenset((self.of_buffer[j], size_class[j]) for j in below[index])
-            )
+        for index in orientation.order:
+            under = orientation.below[index]
+            parts = frozenset((self.of_buffer[j], size_class[j]) for j in under)
+            self.of_buffer[index] = self._stack(parts)
             if not self.complete:
                 return
-        ends = frozenset(zip(self.of_buffer, size_class, strict=True))
-        self.top = self.sets[self._stack(ends)]
+        self.top = self._raise(frozenset(zip(self.of_buffer, size_class, strict=True)))
 
     def _stack(self, parts: frozenset[tuple[int, int]]) -> int:
         """The id of the form set of a buffer that lies on top of these (form set, class) pairs."""
         known = self._unions.get(parts)
         if known is not None:
             return known
-        rows = [np.zeros((1, self._class_count), dtype=np.int64)]
-        for set_id, klass in sorted(parts):
-            raised = self.sets[set_id].copy()
-            raised[:, klass] += 1
-            rows.append(raised)
-        forms = prune(np.concatenate(rows))
+        forms = self._raise(parts)
         if len(forms) > MAX_FORMS:
             self.complete = False
         key = forms.tobytes()
@@ -107,6 +116,15 @@ class FormTable:
             self.sets.append(forms)
         self._unions[parts] = self._ids[key]
         return self._ids[key]
+
+    def _raise(self, parts: frozenset[tuple[int, int]]) -> Forms:
+        """Where the tops of these reach: each one's forms plus one of its own class."""
+        rows = [np.zeros((1, self._class_count), dtype=np.int64)]
+        for set_id, klass in sorted(parts):
+            raised = self.sets[set_id].copy()
+            raised[:, klass] += 1
+            rows.append(raised)
+        return prune(np.concatenate(rows))
 
 
 def live_forms(lifetimes: Sequence[Lifetime], size_class: Sequence[int], class_count: int) -> Forms:

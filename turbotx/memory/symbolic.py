@@ -1,7 +1,7 @@
-"""The default planner: solve one shape, keep who lies below whom, and evaluate for any other.
+"""The default planner: solve a few shapes, keep who lies below whom, evaluate for any other.
 
-In: lifetimes, size classes and a seed's sizes, once; then sizes per shape. Out: offsets in
-microseconds, overlap-free for every shape (docs/memory.md has the proof)::
+In: lifetimes, size classes and the sizes of a seed shape, once; then sizes per shape. Out: offsets
+in microseconds, overlap-free for every shape (docs/memory.md has the proof)::
 
     planner = SymbolicPlanner(workload, seed_sizes=[393_216, 1_179_648])
     planner.offsets([3_072, 9_216])        # -> ([0, 3072, 12288, ...], 21504)
@@ -14,79 +14,123 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from turbotx.memory.orientation import FormTable, live_forms, orient
-from turbotx.memory.plan import ALIGNMENT, Plan, PlanError, Workload, check_class_sizes
-from turbotx.memory.solve import solve
+from turbotx.memory.choose import choose_orientations, imagine_samples
+from turbotx.memory.orientation import Forms, FormTable, Orientation, live_forms
+from turbotx.memory.plan import ALIGNMENT, Plan, PlanError, Workload
 
 Int64s = npt.NDArray[np.int64]
 
+_ROUND_UP = np.int64(ALIGNMENT - 1)
+_ROUND_MASK = np.int64(-ALIGNMENT)
 
-class _Orientation:
-    """One order of the buffers, evaluated for all sizes at once; immutable after it is built."""
 
-    def __init__(self, workload: Workload, offsets: Sequence[int]) -> None:
-        self.order, self.below = orient(workload.lifetimes, offsets)
-        self._size_class = workload.size_class
-        table = FormTable(self.order, self.below, workload.size_class, workload.class_count)
-        self.complete = table.complete
-        if not table.complete:
-            return
-        self.top = table.top
-        self.form_count = sum(len(forms) for forms in table.sets)
-        self._rows = np.concatenate(table.sets) if table.sets else np.zeros((0, 0), np.int64)
-        self._starts = np.cumsum([0] + [len(forms) for forms in table.sets[:-1]])
-        self._of_buffer = np.array(table.of_buffer, dtype=np.int64)
+class _Evaluator:
+    """All forms of all orientations in one matrix, so that a plan is one product and one maximum.
 
-    def offsets(self, class_sizes: Int64s) -> list[int]:
-        if not self._size_class:
-            return []
-        if not self.complete:
-            return self._walk(class_sizes.tolist())
-        per_set = np.maximum.reduceat(self._rows @ class_sizes, self._starts)
-        offsets: list[int] = per_set[self._of_buffer].tolist()
-        return offsets
+    Row groups are the distinct offsets of each orientation, then one footprint an orientation.
+    """
 
-    def _walk(self, class_sizes: Sequence[int]) -> list[int]:
-        offsets = [0] * len(self.order)
-        for index in self.order:
-            offsets[index] = max(
-                (offsets[j] + class_sizes[self._size_class[j]] for j in self.below[index]),
-                default=0,
-            )
-        return offsets
+    def __init__(self, tables: Sequence[FormTable]) -> None:
+        groups: list[Forms] = []
+        self._group_of_buffer: list[Int64s] = []
+        for table in tables:
+            self._group_of_buffer.append(np.array(table.of_buffer, dtype=np.int64) + len(groups))
+            groups.extend(table.sets)
+        self._first_top = len(groups)
+        groups.extend(table.top for table in tables)
+        self._rows = np.concatenate(groups)
+        self._starts = np.cumsum([0] + [len(group) for group in groups[:-1]])
+        self.form_count = len(self._rows)
 
-    def footprint(self, class_sizes: Int64s) -> int:
-        if self.complete:
-            return int((self.top @ class_sizes).max())
-        offsets = self._walk(class_sizes.tolist())
-        return max(o + int(class_sizes[c]) for o, c in zip(offsets, self._size_class, strict=True))
+    def __call__(self, class_sizes: Int64s) -> tuple[list[int], int]:
+        values = np.maximum.reduceat(self._rows @ class_sizes, self._starts)
+        tops: list[int] = values[self._first_top :].tolist()
+        footprint_nbytes = min(tops)
+        group_of_buffer = self._group_of_buffer[tops.index(footprint_nbytes)]
+        offsets: list[int] = values[group_of_buffer].tolist()
+        return offsets, footprint_nbytes
+
+
+class _Walker:
+    """Follows the order from the bottom up: for graphs whose forms are too many to keep."""
+
+    def __init__(self, orientation: Orientation, size_class: Sequence[int]) -> None:
+        self._orientation = orientation
+        self._size_class = size_class
+        self.form_count = 0
+
+    def __call__(self, class_sizes: Int64s) -> tuple[list[int], int]:
+        per_class = class_sizes.tolist()
+        sizes = [per_class[c] for c in self._size_class]
+        ends = [0] * len(sizes)
+        for index in self._orientation.order:
+            under = self._orientation.below[index]
+            ends[index] = sizes[index] + max([ends[j] for j in under], default=0)
+        return [e - s for e, s in zip(ends, sizes, strict=True)], max(ends, default=0)
 
 
 class SymbolicPlanner:
-    """Evaluates the orientation of a solved seed; nothing in it changes, so threads share it."""
+    """Evaluates orientations of solved shapes; nothing in it changes, so threads share it.
 
-    def __init__(self, workload: Workload, seed_sizes: Sequence[int]) -> None:
-        check_class_sizes(seed_sizes, workload.class_count)
+    `seed_sizes` are bytes per class at one shape; `sample_sizes`, if given, at more of the
+    shapes to expect, and the orientations are chosen to be good at all of them.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        seed_sizes: Sequence[int],
+        sample_sizes: Sequence[Sequence[int]] = (),
+    ) -> None:
         self._workload = workload
-        seed = solve(workload.lifetimes, workload.aligned_sizes(seed_sizes))
-        self._orientation = _Orientation(workload, seed.offsets)
-        self._live = live_forms(workload.lifetimes, workload.size_class, workload.class_count)
+        self._count = workload.class_count
+        self.live = live_forms(workload.lifetimes, workload.size_class, self._count)
+        # An empty buffer has no place of its own; one byte gives it one for larger shapes.
+        seed = np.maximum(self._aligned(seed_sizes), ALIGNMENT)
+        samples = imagine_samples(seed)
+        if len(sample_sizes):
+            samples = np.stack([self._aligned(sizes) for sizes in sample_sizes], axis=1)
+        self.orientations = choose_orientations(workload, seed, samples, self.live)
+        tables = [FormTable(o, workload.size_class, self._count) for o in self.orientations]
+        kept = [table for table in tables if table.complete]
+        self._tops = [table.top for table in kept]
+        self._evaluate: _Evaluator | _Walker
+        if kept:
+            self._evaluate = _Evaluator(kept)
+        else:
+            self._evaluate = _Walker(self.orientations[0], workload.size_class)
+
+    @property
+    def form_count(self) -> int:
+        """Linear forms that one plan evaluates; 0 if the order is walked instead."""
+        return self._evaluate.form_count
+
+    @property
+    def optimal_everywhere(self) -> bool:
+        """Whether the footprint is proven to be the lower bound for all sizes, not only sampled.
+
+        True if some orientation's every footprint form is covered by what one launch holds.
+        """
+        return any(
+            all(bool((row <= self.live).all(axis=1).any()) for row in top) for top in self._tops
+        )
 
     def offsets(self, class_nbytes: Sequence[int]) -> tuple[Sequence[int], int]:
-        class_sizes = self._aligned(class_nbytes)
-        return self._orientation.offsets(class_sizes), self._orientation.footprint(class_sizes)
+        return self._evaluate(self._aligned(class_nbytes))
 
     def lower_bound(self, class_nbytes: Sequence[int]) -> int:
         """The largest sum of aligned live bytes at these sizes."""
-        return int((self._live @ self._aligned(class_nbytes)).max())
+        return int((self.live @ self._aligned(class_nbytes)).max())
 
     def plan(self, class_nbytes: Sequence[int]) -> Plan:
         offsets, peak_nbytes = self.offsets(class_nbytes)
         return self._workload.record(class_nbytes, offsets, peak_nbytes)
 
     def _aligned(self, class_nbytes: Sequence[int]) -> Int64s:
-        count = self._workload.class_count
-        sizes = np.array(class_nbytes[:count], dtype=np.int64)
-        if len(sizes) < count or (count and int(sizes.min()) < 0):
-            raise PlanError(f"{count} sizes of 0 bytes or more are needed, got {class_nbytes}")
-        return (sizes + (ALIGNMENT - 1)) & -ALIGNMENT
+        if len(class_nbytes) < self._count or min(class_nbytes, default=0) < 0:
+            raise PlanError(
+                f"{self._count} sizes of 0 bytes or more are needed, got {list(class_nbytes)}"
+            )
+        sizes = np.array(class_nbytes[: self._count], dtype=np.int64)
+        aligned: Int64s = (sizes + _ROUND_UP) & _ROUND_MASK
+        return aligned

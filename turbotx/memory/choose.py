@@ -1,0 +1,124 @@
+"""Which orders of the buffers to keep: few, and together at the lower bound for every sample.
+
+In: lifetimes, a seed's sizes, and sizes of sample shapes. Out: one or more orientations; a planner
+takes, for each shape, the one whose footprint is the smallest there::
+
+    choose_orientations(workload, seed, samples)   # one for BERT, two where seq² meets seq
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from turbotx.memory.greedy import footprint
+from turbotx.memory.orientation import Forms, Orientation, orient
+from turbotx.memory.plan import Workload
+from turbotx.memory.solve import portfolio, solve
+
+Int64s = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+MAX_ORIENTATIONS = 4
+MAX_SOLVED = 10
+GOOD_ENOUGH = 1.0 + 1e-4
+IMAGINED_SAMPLES = 48
+SEARCH_EVALUATIONS = 60
+"""Local search a sample, beyond the portfolio: about 0.1 s where the bound cannot be met."""
+
+BUILD_LIMIT_S = 5.0
+"""Only graphs of a thousand buffers and more get this far; the rest is bounded by counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    orientation: Orientation
+    ratio: Floats
+    """Footprint over lower bound, one a sample."""
+
+
+def imagine_samples(seed: Int64s) -> Int64s:
+    """Sizes of shapes that nobody gave: each class of the seed scaled by 1/16 to 16, (classes, n).
+
+    Real shapes move the classes together; these also cover classes that grow apart, as
+    attention scores and hidden states do.
+    """
+    random = np.random.default_rng(0)
+    scale = np.exp2(random.uniform(-4, 4, (len(seed), IMAGINED_SAMPLES)))
+    return np.maximum(np.rint(seed[:, None] * scale).astype(np.int64), 1)
+
+
+def choose_orientations(
+    workload: Workload, seed: Int64s, samples: Int64s, live: Forms
+) -> list[Orientation]:
+    """Orientations of which some one is good at each sample; the first serves the seed.
+
+    `seed` is (classes,), `samples` (classes, n), `live` the lower bound's forms. Solves the
+    seed, then the sample where the kept ones are worst, until none is worse than 1.0001 x the
+    lower bound, MAX_ORIENTATIONS are kept, MAX_SOLVED shapes are solved, or BUILD_LIMIT_S
+    seconds are over.
+    """
+    stop_at = time.perf_counter() + BUILD_LIMIT_S
+    shapes = np.concatenate([seed[:, None], samples], axis=1)
+    bound = np.maximum((live @ shapes).max(axis=0), 1)
+    best = np.full(shapes.shape[1], np.inf)
+    kept: list[_Candidate] = []
+    solved: set[int] = set()
+    at = 0
+    while True:
+        solved.add(at)
+        candidate = _best_at(workload, shapes, bound, best, at)
+        if candidate is not None:
+            kept.append(candidate)
+            best = np.minimum(best, candidate.ratio)
+        open_shapes = [j for j in np.argsort(-best, kind="stable").tolist() if j not in solved]
+        if not open_shapes or best[open_shapes[0]] <= GOOD_ENOUGH:
+            break
+        if len(kept) >= MAX_ORIENTATIONS or len(solved) >= MAX_SOLVED:
+            break
+        if time.perf_counter() > stop_at:
+            break
+        at = open_shapes[0]
+    return [candidate.orientation for candidate in _drop_needless(kept, best)]
+
+
+def _best_at(
+    workload: Workload, shapes: Int64s, bound: Int64s, best: Floats, at: int
+) -> _Candidate | None:
+    """The solution of one shape that helps all shapes most; None if none helps that one."""
+    size_class = list(workload.size_class)
+    sizes = shapes[size_class, at].tolist()
+    chosen: _Candidate | None = None
+    least = np.inf
+    for offsets in _solutions(workload, sizes, int(bound[at])):
+        orientation = orient(workload.lifetimes, offsets)
+        ends = orientation.offsets(shapes[size_class]) + shapes[size_class]
+        ratio = ends.max(axis=0, initial=0) / bound
+        score = float(np.minimum(best, ratio).sum())
+        if ratio[at] < best[at] and score < least:
+            chosen, least = _Candidate(orientation, ratio), score
+    return chosen
+
+
+def _solutions(workload: Workload, sizes: list[int], bound: int) -> Iterator[list[int]]:
+    solved = False
+    for offsets in portfolio(workload.lifetimes, sizes):
+        solved = solved or footprint(offsets, sizes) <= bound
+        yield offsets
+    if not solved:
+        search = solve(workload.lifetimes, sizes, max_evaluations=SEARCH_EVALUATIONS)
+        yield list(search.offsets)
+
+
+def _drop_needless(kept: list[_Candidate], best: Floats) -> list[_Candidate]:
+    """Leaves out, oldest first, what the others make up for at every sample."""
+    needed = list(kept)
+    for candidate in kept:
+        others = [other for other in needed if other is not candidate]
+        if others and bool((np.min([o.ratio for o in others], axis=0) <= best).all()):
+            needed = others
+    return needed
