@@ -9,10 +9,10 @@
 // the calling thread. Scratch memory belongs to the thread, grows to the largest call and stays.
 #pragma once
 
-#include <cstdlib>
-#include <new>
+#include <type_traits>
 
 #include "attention_tile.h"
+#include "scratch.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -20,30 +20,6 @@
 
 namespace ttx {
 namespace detail {
-
-// A thread's own memory, aligned to cache lines; asking for less than it has costs nothing.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-  float* reserve(long count) {
-    if (count > capacity_) {
-      std::free(memory_);
-      capacity_ = (count + 1023) / 1024 * 1024;
-      memory_ = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * capacity_));
-      if (memory_ == nullptr) throw std::bad_alloc();
-    }
-    return memory_;
-  }
-
- private:
-  float* memory_ = nullptr;
-  long capacity_ = 0;
-};
-
-inline float* thread_scratch(long count) {
-  static thread_local Scratch scratch;
-  return scratch.reserve(count);
-}
 
 struct KeyRange { long begin, end; };  // half-open
 

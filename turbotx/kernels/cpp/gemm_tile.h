@@ -1,0 +1,98 @@
+// The inner product of the few-token GEMM: some rows of A times one panel of packed weights.
+//   in:  A row by row, a panel of kPanel output columns packed k by k
+//   out: a float32 tile, rows x kPanel, for the epilogue to finish
+//   used by gemm.h; ROWS is compile-time so that ROWS x 2 vector accumulators stay in registers
+#pragma once
+
+#include "simd.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace ttx::detail {
+
+constexpr int kPanel = 2 * kLanes;
+constexpr int kGemmRows = kRegisters >= 32 ? 12 : 6;  // 12 x 2 accumulators of 32, 6 x 2 of 16
+
+// How a weight type lies in a panel: `step` consecutive k of one column are neighbours.
+template <class T>
+struct PanelLayout { static constexpr int step = 1; };
+#ifdef __AVX512BF16__
+template <>
+struct PanelLayout<bf16> { static constexpr int step = 2; };  // what vdpbf16ps multiplies at once
+#endif
+
+template <class T>
+constexpr long padded_depth(long k) {
+  return (k + PanelLayout<T>::step - 1) / PanelLayout<T>::step * PanelLayout<T>::step;
+}
+
+// While this panel is multiplied the next one is fetched: `bytes_per_k` of it for each k.
+struct NextPanel { const char* address; long bytes_per_k; };
+
+TTX_INLINE void fetch(const NextPanel& next, long k) {
+  const char* p = next.address + k * next.bytes_per_k;
+  __builtin_prefetch(p, 0, 2);
+  __builtin_prefetch(p + 64, 0, 2);
+}
+
+template <int ROWS>
+TTX_INLINE void store_tile(const vec (&sum)[ROWS][2], float* tile) {
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r) {
+    store_vec(tile + r * kPanel, sum[r][0]);
+    store_vec(tile + r * kPanel + kLanes, sum[r][1]);
+  }
+}
+
+// A is float32 (the caller widens 16-bit rows first), the panel of any storage type.
+template <class W, int ROWS>
+void multiply_panel(const float* a, long lda, const W* panel, long depth, NextPanel next,
+                    float* tile) {
+  vec sum[ROWS][2] = {};
+  for (long k = 0; k < depth; ++k, panel += kPanel) {
+    fetch(next, k);
+    vec left = load_vec(panel), right = load_vec(panel + kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+      vec x = broadcast(a[r * lda + k]);
+      sum[r][0] += x * left;
+      sum[r][1] += x * right;
+    }
+  }
+  store_tile<ROWS>(sum, tile);
+}
+
+#ifdef __AVX512BF16__
+TTX_INLINE vec multiply_pairs(vec sum, std::int32_t pair, __m512bh weights) {
+  __m512 r = _mm512_dpbf16_ps(__builtin_bit_cast(__m512, sum),
+                              __builtin_bit_cast(__m512bh, _mm512_set1_epi32(pair)), weights);
+  return __builtin_bit_cast(vec, r);
+}
+
+// bf16 times bf16, two k at once. An odd last k of A is paired with zero, not with what follows.
+template <int ROWS>
+void multiply_panel(const bf16* a, long lda, const bf16* panel, long depth, NextPanel next,
+                    float* tile) {
+  vec sum[ROWS][2] = {};
+  for (long k = 0; k < depth; k += 2, panel += 2 * kPanel) {
+    fetch(next, k);
+    __m512bh left, right;
+    std::memcpy(&left, panel, 64);
+    std::memcpy(&right, panel + kPanel, 64);
+    bool whole = k + 1 < depth;
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+      std::int32_t pair;
+      if (whole) std::memcpy(&pair, a + r * lda + k, 4);
+      else pair = a[r * lda + k].bits;
+      sum[r][0] = multiply_pairs(sum[r][0], pair, left);
+      sum[r][1] = multiply_pairs(sum[r][1], pair, right);
+    }
+  }
+  store_tile<ROWS>(sum, tile);
+}
+#endif
+
+}  // namespace ttx::detail
