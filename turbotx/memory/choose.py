@@ -57,48 +57,64 @@ def choose_orientations(
 ) -> list[Orientation]:
     """Orientations of which some one is good at each sample; the first serves the seed.
 
-    `seed` is (classes,), `samples` (classes, n), `live` the lower bound's forms. Solves the
-    seed, then the sample where the kept ones are worst, until none is worse than 1.0001 x the
-    lower bound, MAX_ORIENTATIONS are kept, MAX_SOLVED shapes are solved, or BUILD_LIMIT_S
-    seconds are over.
+    `seed` is (classes,), `samples` (classes, n) with any n, `live` the lower bound's forms.
+    Without samples, imagined ones take their place; with them, imagined ones decide ties.
+    Solves the seed, then the sample where the kept ones are worst, until none is worse than
+    1.0001 x the lower bound, MAX_ORIENTATIONS are kept, MAX_SOLVED shapes are solved, or
+    BUILD_LIMIT_S seconds are over.
     """
     stop_at = time.perf_counter() + BUILD_LIMIT_S
-    shapes = np.concatenate([seed[:, None], samples], axis=1)
-    bound = np.maximum((live @ shapes).max(axis=0), 1)
-    best = np.full(shapes.shape[1], np.inf)
+    shapes = _Shapes.of(seed, samples, live)
+    best = np.full(len(shapes.bound), np.inf)
     kept: list[_Candidate] = []
     solved: set[int] = set()
     at = 0
     while True:
         solved.add(at)
-        candidate = _best_at(workload, shapes, bound, best, at)
+        candidate = _best_at(workload, shapes, best, at)
         if candidate is not None:
             kept.append(candidate)
             best = np.minimum(best, candidate.ratio)
-        open_shapes = [j for j in np.argsort(-best, kind="stable").tolist() if j not in solved]
-        if not open_shapes or best[open_shapes[0]] <= GOOD_ENOUGH:
+        worst_first = np.argsort(-best[: shapes.expected], kind="stable").tolist()
+        unsolved = [j for j in worst_first if j not in solved]
+        if not unsolved or best[unsolved[0]] <= GOOD_ENOUGH:
             break
         if len(kept) >= MAX_ORIENTATIONS or len(solved) >= MAX_SOLVED:
             break
         if time.perf_counter() > stop_at:
             break
-        at = open_shapes[0]
-    return [candidate.orientation for candidate in _drop_needless(kept, best)]
+        at = unsolved[0]
+    return [candidate.orientation for candidate in _drop_needless(kept, best, shapes.expected)]
 
 
-def _best_at(
-    workload: Workload, shapes: Int64s, bound: Int64s, best: Floats, at: int
-) -> _Candidate | None:
+@dataclass(frozen=True, slots=True)
+class _Shapes:
+    """The seed, then the shapes to expect, `expected` of them with the seed, then imagined ones."""
+
+    sizes: Int64s
+    bound: Int64s
+    weight: Floats
+    expected: int
+
+    @classmethod
+    def of(cls, seed: Int64s, samples: Int64s, live: Forms) -> _Shapes:
+        sizes = np.concatenate([seed[:, None], samples, imagine_samples(seed)], axis=1)
+        expected = 1 + samples.shape[1] if samples.shape[1] else sizes.shape[1]
+        weight = np.where(np.arange(sizes.shape[1]) < expected, 1.0, 1e-6)
+        return cls(sizes, np.maximum((live @ sizes).max(axis=0), 1), weight, expected)
+
+
+def _best_at(workload: Workload, shapes: _Shapes, best: Floats, at: int) -> _Candidate | None:
     """The solution of one shape that helps all shapes most; None if none helps that one."""
-    size_class = list(workload.size_class)
-    sizes = shapes[size_class, at].tolist()
+    per_buffer = shapes.sizes[list(workload.size_class)]
+    sizes = per_buffer[:, at].tolist()
     chosen: _Candidate | None = None
     least = np.inf
-    for offsets in _solutions(workload, sizes, int(bound[at])):
+    for offsets in _solutions(workload, sizes, int(shapes.bound[at])):
         orientation = orient(workload.lifetimes, offsets)
-        ends = orientation.offsets(shapes[size_class]) + shapes[size_class]
-        ratio = ends.max(axis=0, initial=0) / bound
-        score = float(np.minimum(best, ratio).sum())
+        ends = orientation.offsets(per_buffer) + per_buffer
+        ratio = ends.max(axis=0, initial=0) / shapes.bound
+        score = float(np.minimum(np.minimum(best, 1e6), ratio) @ shapes.weight)
         if ratio[at] < best[at] and score < least:
             chosen, least = _Candidate(orientation, ratio), score
     return chosen
@@ -114,11 +130,13 @@ def _solutions(workload: Workload, sizes: list[int], bound: int) -> Iterator[lis
         yield list(search.offsets)
 
 
-def _drop_needless(kept: list[_Candidate], best: Floats) -> list[_Candidate]:
-    """Leaves out, oldest first, what the others make up for at every sample."""
+def _drop_needless(kept: list[_Candidate], best: Floats, expected: int) -> list[_Candidate]:
+    """Leaves out, oldest first, what the others make up for at every shape to expect."""
     needed = list(kept)
     for candidate in kept:
         others = [other for other in needed if other is not candidate]
-        if others and bool((np.min([o.ratio for o in others], axis=0) <= best).all()):
-            needed = others
+        if others:
+            ratio = np.min([other.ratio for other in others], axis=0)
+            if bool((ratio <= best)[:expected].all()):
+                needed = others
     return needed

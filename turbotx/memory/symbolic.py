@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from turbotx.memory.choose import choose_orientations, imagine_samples
+from turbotx.memory.choose import choose_orientations
 from turbotx.memory.orientation import Forms, FormTable, Orientation, live_forms
 from turbotx.memory.plan import ALIGNMENT, Plan, PlanError, Workload
 
@@ -87,7 +87,7 @@ class SymbolicPlanner:
         self.live = live_forms(workload.lifetimes, workload.size_class, self._count)
         # An empty buffer has no place of its own; one byte gives it one for larger shapes.
         seed = np.maximum(self._aligned(seed_sizes), ALIGNMENT)
-        samples = imagine_samples(seed)
+        samples = np.zeros((self._count, 0), dtype=np.int64)
         if len(sample_sizes):
             samples = np.stack([self._aligned(sizes) for sizes in sample_sizes], axis=1)
         self.orientations = choose_orientations(workload, seed, samples, self.live)
