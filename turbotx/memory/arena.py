@@ -10,12 +10,15 @@ over a plain allocation where neither is to be had (then growing moves it)::
 from __future__ import annotations
 
 import ctypes
+import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from turbotx.memory.cpu_range import CpuRange, MemoryExhausted, load_libc
+from turbotx.memory.cuda_range import CudaMemoryError, CudaRange
 
 
 class AddressRange(Protocol):
@@ -53,6 +56,8 @@ class PlainRange:
 
     def _replace(self, nbytes: int) -> None:
         device = self.tensor.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # another stream may still be working on it
         # The old one goes first, so that both are never alive together.
         self.tensor = torch.empty(0, dtype=torch.uint8, device=device)
         self.mapped_nbytes = 0
@@ -83,7 +88,28 @@ def open_range(device: torch.device, address_nbytes: int) -> AddressRange:
     """The best range that this device has; falls back to a plain allocation."""
     if device.type == "cpu" and load_libc() is not None:
         return CpuRange(address_nbytes)
+    if device.type == "cuda" and torch.version.hip is None:
+        return _open_cuda(device, address_nbytes)
     return PlainRange(device)
+
+
+def _open_cuda(device: torch.device, address_nbytes: int) -> AddressRange:
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+    except ImportError:
+        warnings.warn(
+            "cuda-bindings is not installed, so arenas are plain allocations, which move when "
+            "they grow: reserve the largest shape first, or install cuda-bindings",
+            RuntimeWarning,
+        )
+        return PlainRange(device)
+    torch.cuda.synchronize(device)  # makes the device's context, which the driver calls need
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        return CudaRange(index, address_nbytes, driver, lambda: torch.cuda.synchronize(device))
+    except CudaMemoryError as error:
+        warnings.warn(f"{error}; arenas are plain allocations instead", RuntimeWarning)
+        return PlainRange(device)
 
 
 def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:
@@ -97,6 +123,26 @@ def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:
     raw: Any = (ctypes.c_uint8 * memory.mapped_nbytes).from_address(memory.address)
     raw.owner = memory
     return torch.frombuffer(raw, dtype=torch.uint8)
+
+
+class StreamOrder:
+    """Lets the next user of an arena wait, on its own stream, for what the last one queued.
+
+    Costs nothing while one stream is used. A lease must begin before a CUDA graph's capture
+    does, since a captured stream may not wait for one that is not.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last: Any = None
+
+    def enter(self) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        if self._last is not None and self._last != stream:
+            stream.wait_stream(self._last)
+
+    def leave(self) -> None:
+        self._last = torch.cuda.current_stream(self._device)
 
 
 class Arena:
@@ -116,6 +162,7 @@ class Arena:
         self.generation = 0
         self.used_nbytes = 0
         self.tensor = view_range(memory, device)
+        self.order = StreamOrder(device) if device.type == "cuda" else None
 
     @property
     def data_ptr(self) -> int:

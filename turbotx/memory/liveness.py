@@ -156,6 +156,7 @@ def _reuse_in_place(
         storage.root(name): size for name, size in size_of.items() if name == storage.root(name)
     }
     for index, use in enumerate(launches):
+        claimed: set[str] = set()
         for written, read in use.inplace:
             child, parent = storage.root(written), storage.root(read)
             if child == parent or child not in first or parent not in first:
@@ -164,8 +165,9 @@ def _reuse_in_place(
             dies_here = last[parent] == index
             read_once = [storage.root(name) for name in use.reads].count(parent) == 1
             same_size = child in sizes and sizes[child] == sizes.get(parent)
-            if not (born_here and dies_here and read_once and same_size):
+            if parent in claimed or not (born_here and dies_here and read_once and same_size):
                 continue
+            claimed.add(parent)
             storage.merge(child, parent)
             last[parent] = last.pop(child)
             del first[child]

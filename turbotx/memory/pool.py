@@ -111,10 +111,14 @@ class ChunkPool:
         """
         arena = self._take(nbytes, timeout_s)
         try:
+            if arena.order is not None:
+                arena.order.enter()
             if poison_enabled():
                 poison(arena.tensor)
             yield arena
         finally:
+            if arena.order is not None:
+                arena.order.leave()
             self._give_back(arena)
 
     def ensure(self, nbytes: int) -> Arena:

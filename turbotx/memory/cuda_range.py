@@ -1,0 +1,144 @@
+"""A range of CUDA addresses, reserved whole and backed by the driver's virtual memory calls.
+
+In: byte counts. Out: device memory at an address that never moves, so that captured CUDA graphs
+stay valid as it grows. The driver is handed in: `cuda.bindings.driver`, or a stand-in::
+
+    memory = CudaRange(0, 1 << 40, driver, torch.cuda.synchronize); memory.map_to(2 << 20)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from turbotx.errors import TurbotxError
+from turbotx.memory.cpu_range import MemoryExhausted
+
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
+
+class CudaMemoryError(TurbotxError):
+    """The CUDA driver refused a virtual memory call for another reason than a lack of memory."""
+
+
+class CudaRange:
+    """Bytes [address, address + mapped_nbytes) are device memory; the rest is only reserved.
+
+    Each growth is one allocation, mapped behind the last; shrinking releases whole growths from
+    the end, and waits for the device first. The device's context must be initialised and
+    current. Raises MemoryExhausted and CudaMemoryError, and is then as it was.
+    """
+
+    stable = True
+
+    def __init__(
+        self,
+        device_index: int,
+        address_nbytes: int,
+        driver: Any,
+        synchronize: Callable[[], object],
+    ) -> None:
+        self._driver = driver
+        self._synchronize = synchronize
+        self._property = _allocation_property(driver, device_index)
+        flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        self._granule = int(call(driver, "cuMemGetAllocationGranularity", self._property, flag))
+        total_nbytes = int(call(driver, "cuDeviceTotalMem", device_index))
+        wish = min(address_nbytes, 2 * total_nbytes)
+        self.capacity_nbytes = -(-wish // self._granule) * self._granule
+        base = call(driver, "cuMemAddressReserve", self.capacity_nbytes, self._granule, 0, 0)
+        self.address = int(base)
+        self.mapped_nbytes = 0
+        self._growths: list[tuple[int, int, Any]] = []
+        """(offset, nbytes, allocation handle), from the start up."""
+        self.close = weakref.finalize(
+            self,
+            _release_all,
+            driver,
+            synchronize,
+            self.address,
+            self.capacity_nbytes,
+            self._growths,
+        )
+        self.close.atexit = False  # the driver goes away by itself, and takes the memory along
+
+    def map_to(self, nbytes: int) -> None:
+        """Backs at least the first `nbytes`, with one allocation; never shrinks."""
+        wanted = -(-nbytes // self._granule) * self._granule - self.mapped_nbytes
+        if wanted <= 0:
+            return
+        if nbytes > self.capacity_nbytes:
+            raise MemoryExhausted(
+                f"an arena of {nbytes} bytes exceeds the {self.capacity_nbytes} bytes of device "
+                f"addresses reserved for it"
+            )
+        start = self.address + self.mapped_nbytes
+        handle = call(self._driver, "cuMemCreate", wanted, self._property, 0)
+        try:
+            call(self._driver, "cuMemMap", start, wanted, 0, handle, 0)
+            try:
+                access = _access(self._driver, self._property)
+                call(self._driver, "cuMemSetAccess", start, wanted, [access], 1)
+            except TurbotxError:
+                call(self._driver, "cuMemUnmap", start, wanted)
+                raise
+        except TurbotxError:
+            call(self._driver, "cuMemRelease", handle)
+            raise
+        self._growths.append((self.mapped_nbytes, wanted, handle))
+        self.mapped_nbytes += wanted
+
+    def unmap_to(self, nbytes: int) -> None:
+        """Releases every growth that lies above the first `nbytes`; work in flight ends first."""
+        if not self._growths or self._growths[-1][0] < nbytes:
+            return
+        self._synchronize()
+        while self._growths and self._growths[-1][0] >= nbytes:
+            offset, grown, handle = self._growths.pop()
+            self.mapped_nbytes = offset
+            call(self._driver, "cuMemUnmap", self.address + offset, grown)
+            call(self._driver, "cuMemRelease", handle)
+
+
+def call(driver: Any, name: str, *arguments: object) -> Any:
+    """One driver call, by name; its value, or the error that its code stands for."""
+    code, *values = getattr(driver, name)(*arguments)
+    if int(code) == 0:
+        return values[0] if values else None
+    if int(code) == _OUT_OF_MEMORY:
+        raise MemoryExhausted(
+            f"the CUDA device is out of memory ({name}); use smaller batches or shorter "
+            f"sequences, or free what else holds memory on it"
+        )
+    raise CudaMemoryError(f"the CUDA driver's {name} failed with {code}")
+
+
+def _allocation_property(driver: Any, device_index: int) -> Any:
+    allocation = driver.CUmemAllocationProp()
+    allocation.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    allocation.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    allocation.location.id = device_index
+    return allocation
+
+
+def _access(driver: Any, allocation: Any) -> Any:
+    access = driver.CUmemAccessDesc()
+    access.location = allocation.location
+    access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+    return access
+
+
+def _release_all(
+    driver: Any,
+    synchronize: Callable[[], object],
+    address: int,
+    capacity_nbytes: int,
+    growths: list[tuple[int, int, Any]],
+) -> None:
+    synchronize()
+    while growths:
+        offset, grown, handle = growths.pop()
+        call(driver, "cuMemUnmap", address + offset, grown)
+        call(driver, "cuMemRelease", handle)
+    call(driver, "cuMemAddressFree", address, capacity_nbytes)
