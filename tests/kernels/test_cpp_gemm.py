@@ -1,0 +1,168 @@
+"""gemm.h: its own few-token engine and MKL's packed sgemm, against float64.
+
+In: activations with a row stride, weights of odd sizes; out: rows written with a stride, whose
+padding must stay untouched. Example: ``pytest tests/kernels/test_cpp_gemm.py``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.kernels.cpp_probe import NAMES, build, needs_compiler, pointer
+
+pytestmark = needs_compiler
+
+SOURCE = """
+#include "gemm.h"
+using namespace ttx;
+template <class T>
+void run(const void* w, long n, long k, long stride_n, long stride_k, const void* a, long lda,
+         long m, void* c, long ldc, const void* bias, int activation, const void* residual,
+         long ld_residual) {
+  PackedWeight<T> packed(static_cast<const T*>(w), n, k, stride_n, stride_k);
+  Epilogue<T> finish;
+  finish.bias = static_cast<const T*>(bias);
+  finish.activation = static_cast<Activation>(activation);
+  finish.residual = static_cast<const T*>(residual);
+  finish.ld_residual = ld_residual;
+  linear(packed, static_cast<const T*>(a), lda, m, static_cast<T*>(c), ldc, finish);
+}
+extern "C" int mkl_multiply(const float* w, long n, long k, const float* a, long lda, long m,
+                            float* c, long ldc) {
+  MklWeight packed(w, n, k);
+  if (!packed.is_packed()) return 0;
+  packed.multiply(a, lda, m, c, ldc);
+  return 1;
+}
+"""
+WRAPPER = """
+extern "C" void linear_{name}(const void* w, long n, long k, long sn, long sk, const void* a,
+    long lda, long m, void* c, long ldc, const void* b, int act, const void* r, long ldr) {{
+  run<{name}>(w, n, k, sn, sk, a, lda, m, c, ldc, b, act, r, ldr);
+}}
+"""
+ACTIVATIONS: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda x: x,
+    F.relu,
+    F.gelu,
+    lambda x: F.gelu(x, approximate="tanh"),
+    F.silu,
+]
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+SIZES = [
+    (1, 1, 1),
+    (1, 32, 7),
+    (3, 33, 64),
+    (13, 100, 17),
+    (2, 5, 1),
+    (40, 384, 200),
+    (150, 70, 33),
+]
+
+
+@pytest.fixture(scope="module")
+def gemm(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    source = SOURCE + "".join(WRAPPER.format(name=name) for name in NAMES.values())
+    return build(source, tmp_path_factory.mktemp("gemm"))
+
+
+def run_linear(
+    library: ctypes.CDLL,
+    a: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: int = 0,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """activation(a w^T + bias) + residual, (m, n); two columns of padding are checked as well."""
+    (m, k), n = a.shape, w.shape[0]
+    out = torch.full((m, n + 2), math.nan, dtype=a.dtype)
+    longs = [ctypes.c_long(x) for x in (n, k, *w.stride(), a.stride(0), m, n + 2)]
+    getattr(library, f"linear_{NAMES[a.dtype]}")(
+        *(pointer(w), *longs[:4], pointer(a), *longs[4:6], pointer(out), longs[6], pointer(bias)),
+        *(
+            activation,
+            pointer(residual),
+            ctypes.c_long(residual.stride(0) if residual is not None else 0),
+        ),
+    )
+    assert out[:, n:].isnan().all(), "the padding between rows was written"
+    return out[:, :n]
+
+
+def largest_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float(((got.double() - want).abs() / (1.0 + want.abs())).max())
+
+
+@pytest.mark.parametrize("m, n, k", SIZES)
+@pytest.mark.parametrize("dtype", NAMES)
+def test_linear_with_every_epilogue(
+    gemm: ctypes.CDLL, dtype: torch.dtype, m: int, n: int, k: int
+) -> None:
+    torch.manual_seed(m + n + k)
+    a, w = torch.randn(m, k + 3).to(dtype)[:, :k], torch.randn(n, k).to(dtype)
+    bias, residual = torch.randn(n).to(dtype), torch.randn(m, n + 5).to(dtype)[:, :n]
+    product = a.double() @ w.double().T
+    tolerance = TOLERANCE[dtype] * (math.sqrt(k) if dtype == torch.float32 else 1.0)
+    for index, activation in enumerate(ACTIVATIONS):
+        got = run_linear(gemm, a, w, bias, index, residual)
+        want = activation(product + bias.double()) + residual.double()
+        assert largest_error(got, want) <= tolerance, f"activation {index}, bias, residual"
+        got = run_linear(gemm, a, w, activation=index)
+        assert largest_error(got, activation(product)) <= tolerance, f"activation {index} alone"
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+def test_weight_may_lie_input_by_output(gemm: ctypes.CDLL, dtype: torch.dtype) -> None:
+    a, w = torch.randn(9, 45).to(dtype), torch.randn(45, 38).to(dtype)  # GPT-2's Conv1D layout
+    got = run_linear(gemm, a, w.T)
+    assert largest_error(got, a.double() @ w.double()) <= TOLERANCE[dtype] * math.sqrt(45)
+
+
+def test_odd_depth_does_not_read_the_next_row(gemm: ctypes.CDLL) -> None:
+    a = torch.full((2, 4), math.nan, dtype=torch.bfloat16)
+    a[:, :3] = 1.0  # the column after the last is NaN, and not part of the product
+    got = run_linear(gemm, a[:, :3], torch.ones(1, 3, dtype=torch.bfloat16))
+    assert torch.equal(got, torch.full((2, 1), 3.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_row_stays_alone(gemm: ctypes.CDLL, value: float) -> None:
+    a, w = torch.randn(20, 64), torch.randn(40, 64)
+    a[7, 5] = value
+    got = run_linear(gemm, a, w)
+    assert not got[7].isfinite().any()
+    assert got[:7].isfinite().all() and got[8:].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_result_does_not_depend_on_threads(gemm: ctypes.CDLL, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    a, w = torch.randn(33, 256), torch.randn(300, 256)
+    want = run_linear(gemm, a, w)
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(run_linear(gemm, a, w), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("m, n, k", SIZES)
+def test_mkl_engine_where_torch_has_it(gemm: ctypes.CDLL, m: int, n: int, k: int) -> None:
+    a, w, out = torch.randn(m, k + 3)[:, :k], torch.randn(n, k), torch.full((m, n + 2), math.nan)
+    longs = [ctypes.c_long(x) for x in (n, k, a.stride(0), m, n + 2)]
+    ran = gemm.mkl_multiply(
+        *(pointer(w), *longs[:2], pointer(a), *longs[2:4], pointer(out), longs[4])
+    )
+    if not ran:
+        pytest.skip("this torch has no packed MKL")
+    tolerance = TOLERANCE[torch.float32] * math.sqrt(k)
+    assert largest_error(out[:, :n], a.double() @ w.double().T) <= tolerance
+    assert out[:, n:].isnan().all()
