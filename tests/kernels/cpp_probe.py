@@ -16,10 +16,11 @@ import torch
 
 HEADERS = Path(__file__).parents[2] / "turbotx" / "kernels" / "cpp"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-FLAGS = (
-    "-std=c++20 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math "
-    "-ffp-contract=fast -fopenmp -fPIC -Wall -Wextra -Werror"
-).split()
+FLAGS = [
+    *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno"),
+    *("-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-fPIC"),
+    *("-Wall", "-Wextra", "-Werror"),
+]
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
