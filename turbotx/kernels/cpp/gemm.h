@@ -145,7 +145,8 @@ template <class A, class T, class Finish>
 void multiply_panels(const PackedWeight<T>& w, long begin, long end, const A* a, long lda, long m,
                      T* c, long ldc, const Finish& finish) {
   alignas(64) float tile[kGemmRows * kPanel];
-  long tiles = (m + kGemmRows - 1) / kGemmRows;
+  // One pass over the panel while all rows fit it; else tiles of 8, which run closest to the peak.
+  long tiles = m <= kGemmRows ? 1 : (m + 7) / 8;
   long panel_nbytes = w.panel_size() * static_cast<long>(sizeof(T));
   for (long p = begin; p < end; ++p) {
     const T* panel = w.panel(p);
