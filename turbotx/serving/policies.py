@@ -87,9 +87,11 @@ class Aged:
        Those who will arrive meanwhile are delayed too; a longer queue means more of them, so the
        price has a second part, n * n / ``burst``, and for long queues the split tends to the
        paper's, of least total time.
-    2. *Urgency.* A request's is (1 + age / drain) ** ``patience``, where drain is the time that
-       the whole queue takes: fresh queues run the group with most requests per millisecond first
-       (Smith's rule), and a request that has waited as long as the queue takes weighs 2**patience.
+    2. *Urgency.* A request's is (1 + age / drain) ** p, where drain is the time that the whole
+       queue takes: fresh queues run the group with most requests per millisecond first (Smith's
+       rule), and one that has waited as long as the queue takes weighs 2**p. The exponent is
+       ``patience`` * (1 + n / ``crowd``): the longer the queue, the more the oldest decide, since
+       there the tail suffers first.
        A deadline nearer than drain counts as that much age; each step of priority multiplies by
        ``class_factor``. The group with most urgency per millisecond runs.
     3. *Age bound.* Once a request has waited a third of ``max_age_ms``, the group of the oldest
@@ -99,7 +101,8 @@ class Aged:
 
     replans: ClassVar[bool] = True
     max_age_ms: float = math.inf
-    patience: float = 5.0
+    patience: float = 4.0
+    crowd: float = 40.0
     burst: float = 10.0
     class_factor: float = 16.0
 
@@ -125,7 +128,7 @@ class Aged:
         slack = np.array([r.deadline_ms for r in waiting]) - now_ms
         age = np.maximum(np.maximum(now_ms - arrival, drain_ms - slack), 0.0)
         # In logarithms, and relative to the largest: ages of many drains would overflow.
-        grade = self.patience * np.log1p(age / drain_ms)
+        grade = self.patience * (1 + len(waiting) / self.crowd) * np.log1p(age / drain_ms)
         grade += math.log(self.class_factor) * np.array([r.priority for r in waiting])
         urgency: Floats = np.exp(grade - grade.max())
         return urgency

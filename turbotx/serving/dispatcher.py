@@ -1,0 +1,235 @@
+"""The scheduler in real time: an event loop on one side, the engine's thread on the other.
+
+In: token rows, each awaited by whoever asked. Out: their vectors; identical rows in flight are
+computed once, rows that nobody awaits any more leave the queue::
+
+    vector = await dispatcher.compute(row, deadline_ms=dispatcher.now_ms() + 500)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbotx.serving.cache import CacheKey, ResponseCache
+from turbotx.serving.engine import Engine
+from turbotx.serving.metrics import Metrics
+from turbotx.serving.refusals import BackendFailed, Busy, NotReady, Refusal
+from turbotx.serving.request import Batch, Request
+from turbotx.serving.scheduler import Overloaded, Scheduler
+from turbotx.serving.tokens import TokenRow
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """One row in flight and those who await it."""
+
+    key: int
+    row: TokenRow
+    cache_key: CacheKey
+    arrival_ms: float
+    done: asyncio.Future[NDArray[np.float32]] = field(repr=False)
+    awaited_by: int = 1
+    queued_ms: float = math.nan  # how long it waited for its batch to start
+
+
+class Dispatcher:
+    """Owns the scheduler; every method but ``_execute`` runs on the event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        cache: ResponseCache,
+        metrics: Metrics,
+        *,
+        revision: str = "",
+        coalesce: bool = True,
+    ) -> None:
+        self.engine, self.scheduler = engine, scheduler
+        self.cache, self.metrics = cache, metrics
+        self.revision, self.coalesce = revision, coalesce
+        self._jobs: dict[int, Job] = {}
+        self._in_flight: dict[CacheKey, Job] = {}
+        self._keys = itertools.count()
+        self._wake = asyncio.Event()
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="turbotx-engine")
+
+    def now_ms(self) -> float:
+        return time.perf_counter() * 1e3
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def alive(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    @property
+    def full(self) -> bool:
+        """Whether the next request would be refused; costs nothing to ask."""
+        scheduler = self.scheduler
+        return len(scheduler) >= scheduler.max_queue or (
+            scheduler.backlog_ms > scheduler.max_age_ms / 3
+        )
+
+    def refuse_busy(self, message: str = "the queue is full") -> Busy:
+        return Busy(message, retry_after_s=max(self.scheduler.backlog_ms / 2e3, 0.001))
+
+    async def compute(
+        self, row: TokenRow, *, deadline_ms: float = math.inf, priority: int = 0
+    ) -> NDArray[np.float32]:
+        """The row's vector. Raises Busy, BackendFailed, NotReady; cancelling forgets the row."""
+        key = CacheKey.of(self.revision, self.engine.head.kind, row)
+        cached = self.cache.get(key)
+        if cached is not None:
+            self.metrics.cache_hits.inc()
+            return cached
+        if self.cache.max_nbytes:
+            self.metrics.cache_misses.inc()
+        job = self._in_flight.get(key) if self.coalesce else None
+        if job is None:
+            job = self._submit(row, key, deadline_ms, priority)
+        else:
+            job.awaited_by += 1
+            self.metrics.coalesced.inc()
+        try:
+            return await asyncio.shield(job.done)
+        finally:
+            job.awaited_by -= 1
+            if job.awaited_by == 0 and not job.done.done() and self.scheduler.cancel(job.key):
+                self._forget(job)
+                job.done.cancel()
+                self.metrics.dropped.inc()
+
+    async def compute_all(
+        self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
+    ) -> list[NDArray[np.float32]]:
+        """All or nothing: the first row that is refused takes the others off the queue."""
+        if len(rows) == 1:
+            return [await self.compute(rows[0], deadline_ms=deadline_ms, priority=priority)]
+        tasks = [
+            asyncio.ensure_future(self.compute(r, deadline_ms=deadline_ms, priority=priority))
+            for r in rows
+        ]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drain(self) -> None:
+        """Finish what was accepted, accept no more, stop the engine's thread."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await self._task
+        self._thread.shutdown(wait=True)
+
+    def _submit(self, row: TokenRow, key: CacheKey, deadline_ms: float, priority: int) -> Job:
+        if self._closing:
+            raise NotReady("the server is shutting down")
+        loop = asyncio.get_running_loop()
+        job = Job(next(self._keys), row, key, self.now_ms(), loop.create_future())
+        # Whoever awaited it may have left: then nobody retrieves the error, and nobody need.
+        job.done.add_done_callback(lambda done: done.cancelled() or done.exception())
+        try:
+            self.scheduler.submit(Request(job.key, len(row), job.arrival_ms, deadline_ms, priority))
+        except Overloaded as error:
+            raise Busy(str(error), retry_after_s=error.retry_after_ms / 1e3) from error
+        self._jobs[job.key] = job
+        self._in_flight.setdefault(key, job)
+        self._wake.set()
+        return job
+
+    def _forget(self, job: Job) -> None:
+        self._jobs.pop(job.key, None)
+        if self._in_flight.get(job.cache_key) is job:
+            del self._in_flight[job.cache_key]
+
+    async def _run(self) -> None:
+        """Until closed and empty: ask the scheduler, run the batch, answer, again."""
+        while True:
+            now_ms = self.now_ms()
+            for late in self.scheduler.expire(now_ms):
+                self._fail(self._jobs[late.key], Busy("waited beyond the age bound"))  # type: ignore[index]
+            batch = self.scheduler.next(now_ms)
+            self.metrics.plan_ms.observe(self.now_ms() - now_ms)
+            if batch is not None:
+                await self._execute(batch)
+                continue
+            if self._closing and not len(self.scheduler):
+                return
+            self._wake.clear()
+            wait_s = (self.scheduler.wake_ms(now_ms) - self.now_ms()) / 1e3
+            timeout_s = None if math.isinf(wait_s) else max(wait_s, 0.0)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), timeout_s)
+
+    async def _execute(self, batch: Batch) -> None:
+        jobs = [self._jobs[r.key] for r in batch.requests]  # type: ignore[index]
+        begin_ms = self.now_ms()
+        for job in jobs:
+            job.queued_ms = begin_ms - job.arrival_ms
+        loop = asyncio.get_running_loop()
+        try:
+            vectors = await loop.run_in_executor(self._thread, self._compute, jobs)
+        except Exception as error:  # whatever the model raises is that batch's own misfortune
+            log.warning("batch of %d x %d failed: %s", len(jobs), batch.length, error)
+            await self._compute_apart(jobs, error)
+            return
+        took_ms = self.now_ms() - begin_ms
+        self.scheduler.complete(batch, took_ms)
+        self.metrics.count_batch(batch, took_ms, len(self.scheduler))
+        for job, vector in zip(jobs, vectors, strict=True):
+            self._answer(job, vector, took_ms)
+
+    def _compute(self, jobs: Sequence[Job]) -> NDArray[np.float32]:
+        vectors = self.engine.run([job.row for job in jobs])
+        if len(vectors) != len(jobs):
+            raise RuntimeError(f"the engine returned {len(vectors)} rows for {len(jobs)}")
+        return vectors
+
+    async def _compute_apart(self, jobs: Sequence[Job], error: Exception) -> None:
+        """One bad request must not fail its batch: try each alone, once."""
+        loop = asyncio.get_running_loop()
+        for job in jobs:
+            begin_ms = self.now_ms()
+            try:
+                if len(jobs) == 1:
+                    raise error
+                vector = (await loop.run_in_executor(self._thread, self._compute, [job]))[0]
+            except Exception as alone:
+                self._fail(job, BackendFailed(f"the model failed: {type(alone).__name__}"))
+            else:
+                self._answer(job, vector, self.now_ms() - begin_ms)
+
+    def _answer(self, job: Job, vector: NDArray[np.float32], took_ms: float) -> None:
+        if not np.isfinite(vector).all():
+            self._fail(job, BackendFailed("the model returned NaN or infinity for this input"))
+            return
+        self._forget(job)
+        self.cache.put(job.cache_key, vector)
+        self.metrics.count_row(job.queued_ms, took_ms)
+        if not job.done.done():
+            job.done.set_result(vector)
+
+    def _fail(self, job: Job, refusal: Refusal) -> None:
+        self._forget(job)
+        if not job.done.done():
+            job.done.set_exception(refusal)

@@ -1,0 +1,144 @@
+"""What computes a batch: token rows in, one vector per row out.
+
+An engine is called from one thread, one batch at a time. Three of them: a PyTorch module, the same
+module optimized by turbotx, and a stand-in that sleeps what a cost table says::
+
+    TorchEngine(bert, Head("embedding", pooling="mean", normalize=True)).run(rows)   # (n, 384)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbotx.serving.cost import CostTable
+from turbotx.serving.tokens import TokenRow
+
+Vectors = NDArray[np.float32]
+Pooling = Literal["mean", "cls", "max", "last"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a row's vector is: a pooled embedding, or the logits of a classifier."""
+
+    kind: Literal["embedding", "classifier"]
+    pooling: Pooling = "mean"
+    normalize: bool = False  # the model's files say so; the server normalises on request
+    labels: tuple[str, ...] = ()
+
+
+class Engine(Protocol):
+    """Computes batches. ``run`` may raise anything: only that batch fails."""
+
+    @property
+    def head(self) -> Head: ...
+
+    def run(self, rows: Sequence[TokenRow]) -> Vectors:
+        """(len(rows), width) float32: raw pooled embeddings, or logits."""
+
+    def figures(self) -> Mapping[str, float]:
+        """Numbers about its memory and programs for the metrics, by name."""
+
+
+@dataclass
+class TorchEngine:
+    """A Hugging Face style module: ``module(input_ids=, attention_mask=)``, any (batch, seq)."""
+
+    module: Any
+    head: Head
+    pad_id: int = 0
+    takes_types: bool = True  # whether the module reads token_type_ids
+    device: str = "cpu"
+    calls: int = field(default=0, init=False)
+
+    def run(self, rows: Sequence[TokenRow]) -> Vectors:
+        import torch
+
+        ids, mask, types = pad_rows(rows, self.pad_id)
+        inputs = {
+            "input_ids": torch.from_numpy(ids).to(self.device),
+            "attention_mask": torch.from_numpy(mask).to(self.device),
+        }
+        if self.takes_types:
+            inputs["token_type_ids"] = torch.from_numpy(types).to(self.device)
+        with torch.inference_mode():
+            output = self.module(**inputs)
+            if self.head.kind == "classifier":
+                vectors = output["logits"]
+            else:
+                hidden = output["last_hidden_state"]
+                vectors = pool(hidden, inputs["attention_mask"], self.head.pooling)
+            result: Vectors = vectors.float().cpu().numpy()
+        self.calls += 1
+        return result
+
+    def figures(self) -> Mapping[str, float]:
+        found = {"batches": float(self.calls)}
+        figures = getattr(self.module, "figures", None)  # an optimized module's own
+        if callable(figures):
+            found.update({str(k): float(v) for k, v in figures().items()})
+        return found
+
+
+@dataclass
+class SleepEngine:
+    """Takes as long as a cost table says and returns vectors that depend on the ids alone."""
+
+    costs: CostTable
+    width: int = 8
+    head: Head = Head("embedding")
+
+    def run(self, rows: Sequence[TokenRow]) -> Vectors:
+        begin = time.perf_counter()
+        length = max(len(row) for row in rows)
+        due = begin + float(self.costs.dense()[length, len(rows)]) / 1e3
+        vectors = np.empty((len(rows), self.width), dtype=np.float32)
+        for i, row in enumerate(rows):
+            vectors[i] = np.resize(np.array(row.ids, dtype=np.float32), self.width)
+        time.sleep(max(due - time.perf_counter(), 0.0))
+        return vectors
+
+    def figures(self) -> Mapping[str, float]:
+        return {}
+
+
+def pad_rows(
+    rows: Sequence[TokenRow], pad_id: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """(batch, longest) int64 each: ids padded on the right, attention mask, segment ids."""
+    longest = max(len(row) for row in rows)
+    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    types = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row.ids
+        mask[i, : len(row)] = 1
+        if row.types is not None:
+            types[i, : len(row)] = row.types
+    return ids, mask, types
+
+
+def pool(hidden: Any, mask: Any, pooling: Pooling) -> Any:
+    """(batch, seq, width) torch tensor to (batch, width), over the tokens that the mask keeps."""
+    if pooling == "cls":
+        return hidden[:, 0]
+    keep = mask.unsqueeze(-1).to(hidden.dtype)
+    if pooling == "max":
+        return hidden.masked_fill(keep == 0, float("-inf")).amax(1)
+    if pooling == "last":
+        last = mask.sum(1) - 1
+        return hidden[range(len(hidden)), last]
+    return (hidden * keep).sum(1) / keep.sum(1)
+
+
+def normalize_rows(vectors: Vectors) -> Vectors:
+    """Each row scaled to length 1; a zero row stays zero."""
+    norm = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    result: Vectors = vectors / np.maximum(norm, 1e-12)
+    return result

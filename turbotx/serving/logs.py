@@ -1,0 +1,42 @@
+"""Structured logs: one JSON object a line.
+
+In: ordinary logging records, with ``extra={"fields": {…}}`` for what is to be searched. Out: lines
+such as::
+
+    {"ts": "2026-01-02T03:04:05.678Z", "level": "info", "event": "request", "ms": 8.1}
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+
+class JsonFormatter(logging.Formatter):
+    """The message as ``event``, the fields beside it, an exception as ``error``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "ts": f"{stamp}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def log_as_json(level: str = "info") -> None:
+    """Send the logs of turbotx and of uvicorn to stderr in this form."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in ("turbotx", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level.upper())
+        logger.propagate = False

@@ -1,0 +1,123 @@
+"""Warm-up: measures what batches cost on this machine, on a small grid.
+
+In: an engine and its limits. Out: a ``CostTable``, read from disk where this model and device have
+been measured before::
+
+    measure_costs(engine, max_length=512, max_batch=32)     # 6 x 5 shapes, the median of 3 runs
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+
+from turbotx.serving.cost import CostTable, CostTableError
+from turbotx.serving.engine import Engine
+from turbotx.serving.tokens import TokenRow
+
+
+def length_grid(max_length: int) -> list[int]:
+    """1, then doubling from 16, then the end."""
+    return [1, *(2**k for k in range(4, 20) if 2**k < max_length), max_length][: max_length or 1]
+
+
+def batch_grid(max_batch: int) -> list[int]:
+    return [*(4**k for k in range(8) if 4**k < max_batch), max_batch]
+
+
+def measure_costs(
+    engine: Engine,
+    *,
+    max_length: int,
+    max_batch: int,
+    max_tokens: int | None = None,
+    budget_ms: float = 20_000.0,
+    token: int = 100,
+) -> CostTable:
+    """Time the engine on a grid of (length, batch), the median of up to three runs of each.
+
+    Shapes over ``max_tokens`` padded tokens are never run there, so they are not timed either but
+    extended in proportion to the tokens; so is the rest once ``budget_ms`` is spent.
+    """
+    lengths, batches = length_grid(max_length), batch_grid(max_batch)
+    grid = np.full((len(lengths), len(batches)), np.nan)
+    spent_ms = 0.0
+    engine.run([TokenRow((token,) * min(8, max_length))])
+    for tokens, i, j in sorted(
+        (n * b, i, j) for i, n in enumerate(lengths) for j, b in enumerate(batches)
+    ):
+        over = max_tokens is not None and tokens > max_tokens and batches[j] > 1
+        if over or (spent_ms > budget_ms and (i, j) != (0, 0)):
+            continue
+        rows = [TokenRow((token,) * lengths[i])] * batches[j]
+        runs = [_time_ms(engine, rows)]
+        while len(runs) < 3 and runs[0] < 200:
+            runs.append(_time_ms(engine, rows))
+        grid[i, j] = statistics.median(runs)
+        spent_ms += sum(runs)
+    return CostTable(lengths, batches, _extend(grid, lengths, batches))
+
+
+def _extend(grid: np.ndarray, lengths: list[int], batches: list[int]) -> np.ndarray:
+    """Fill what was not measured: the largest measured shape inside it, by padded tokens."""
+    full = grid.copy()
+    for i, j in zip(*np.where(np.isnan(grid)), strict=True):
+        inside = [
+            (lengths[k] * batches[m], grid[k, m])
+            for k in range(i + 1)
+            for m in range(j + 1)
+            if not np.isnan(grid[k, m])
+        ]
+        tokens, took_ms = max(inside)
+        full[i, j] = took_ms * lengths[i] * batches[j] / tokens
+    return full
+
+
+def _time_ms(engine: Engine, rows: list[TokenRow]) -> float:
+    begin = time.perf_counter()
+    engine.run(rows)
+    return max((time.perf_counter() - begin) * 1e3, 1e-3)
+
+
+def load_or_measure(
+    path: Path | None, engine: Engine, *, max_length: int, max_batch: int, max_tokens: int | None
+) -> CostTable:
+    """The table kept at ``path`` where it fits the limits, else a new one."""
+    if path is not None and path.exists():
+        try:
+            table = CostTable.load(path)
+            if (table.max_length, table.max_batch) == (max_length, max_batch):
+                return table
+        except CostTableError:
+            pass  # unreadable: measured again and replaced below
+    return measure_costs(engine, max_length=max_length, max_batch=max_batch, max_tokens=max_tokens)
+
+
+def describe_device(device: str) -> str:
+    """A name for the machine that the table holds for."""
+    if device.startswith("cuda"):
+        import torch
+
+        return str(torch.cuda.get_device_name(device))
+    import torch
+
+    return f"{platform.machine()} {_cpu_model()} {torch.get_num_threads()} threads"
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor()
+
+
+def cost_file(folder: Path, model: str, revision: str, device: str, backend: str) -> Path:
+    """One file per model, backend and device."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{model}-{revision}-{backend}-{device}").strip("-")
+    return folder / f"costs-{name}.json"

@@ -1,0 +1,213 @@
+"""What each path does with a decoded body.
+
+In: the service, a body record, the request's scope. Out: the response as a record or plain data.
+Neither HTTP nor JSON in here; refusals are exceptions::
+
+    await embed(service, EmbedRequest(inputs="hello"), Scope())     # [[0.03, ...]]
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbotx import __version__
+from turbotx.serving.engine import Head, normalize_rows
+from turbotx.serving.refusals import BadInput
+from turbotx.serving.schemas import (
+    EmbeddingItem,
+    EmbeddingsRequest,
+    EmbeddingsResponse,
+    EmbedRequest,
+    Prediction,
+    PredictRequest,
+    Rank,
+    RerankRequest,
+    Token,
+    TokenizeRequest,
+    Usage,
+)
+from turbotx.serving.service import Scope, Service
+from turbotx.serving.tokens import TokenRow
+
+Vector = NDArray[np.float32]
+
+
+async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) -> EmbeddingsResponse:
+    """OpenAI's embeddings: too long a text is refused, vectors are as the model's files say."""
+    head = require_head(service, "embedding")
+    rows = await read_inputs(service, body.input)
+    vectors = await service.compute(rows, scope)
+    finished = finish(vectors, head.normalize, body.dimensions)
+    encode = _to_base64 if body.encoding_format == "base64" else _to_list
+    tokens = sum(len(row) for row in rows)
+    return EmbeddingsResponse(
+        [EmbeddingItem(encode(v), i) for i, v in enumerate(finished)],
+        service.model.info.name,
+        Usage(tokens, tokens),
+    )
+
+
+async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[list[float]]:
+    head = require_head(service, "embedding")
+    keep_end = body.truncation_direction.lower() == "left"
+    rows = await read_inputs(service, body.inputs, body.truncate, keep_end)
+    normalize = head.normalize if body.normalize is None else body.normalize
+    vectors = await service.compute(rows, scope)
+    return [v.tolist() for v in finish(vectors, normalize, body.dimensions)]
+
+
+async def predict(
+    service: Service, body: PredictRequest, scope: Scope
+) -> list[Prediction] | list[list[Prediction]]:
+    head = require_head(service, "classifier")
+    texts, single = read_pairs(body.inputs)
+    service.check_batch(len(texts))
+    keep_end = body.truncation_direction.lower() == "left"
+    rows = await service.encode(texts, truncate=body.truncate, keep_end=keep_end)
+    logits = await service.compute(rows, scope)
+    found = [rank_labels(v, head, body.raw_scores) for v in logits]
+    return found[0] if single else found
+
+
+async def rerank(service: Service, body: RerankRequest, scope: Scope) -> list[Rank]:
+    head = require_head(service, "classifier")
+    if len(head.labels) != 1:
+        raise BadInput(f"this model has {len(head.labels)} classes, reranking needs one score")
+    if not body.texts:
+        raise BadInput("texts is empty: nothing to rank")
+    service.check_batch(len(body.texts))
+    pairs = [(body.query, text) for text in body.texts]
+    keep_end = body.truncation_direction.lower() == "left"
+    rows = await service.encode(pairs, truncate=body.truncate, keep_end=keep_end)
+    logits = await service.compute(rows, scope)
+    scores = [float(v[0]) if body.raw_scores else _sigmoid(float(v[0])) for v in logits]
+    ranks = [
+        Rank(i, score, body.texts[i] if body.return_text else None)
+        for i, score in enumerate(scores)
+    ]
+    return sorted(ranks, key=lambda rank: -rank.score)
+
+
+async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> list[list[Token]]:
+    texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+    service.check_batch(len(texts))
+    described = await service.describe(texts, body.add_special_tokens)
+    return [[Token(**token) for token in tokens] for tokens in described]
+
+
+def describe_service(service: Service) -> dict[str, Any]:
+    """What ``/info`` answers, in text-embeddings-inference's fields and some of our own."""
+    info, settings = service.model.info, service.settings
+    kind: dict[str, Any]
+    if info.head.kind == "embedding":
+        kind = {"embedding": {"pooling": info.head.pooling}}
+    elif len(info.head.labels) == 1:
+        kind = {"reranker": {"id2label": {"0": info.head.labels[0]}}}
+    else:
+        kind = {"classifier": {"id2label": {str(i): n for i, n in enumerate(info.head.labels)}}}
+    return {
+        "model_id": info.name,
+        "model_sha": info.revision,
+        "model_dtype": info.dtype,
+        "model_type": kind,
+        "max_concurrent_requests": settings.max_queue,
+        "max_input_length": info.max_length,
+        "max_batch_tokens": settings.max_batch_tokens,
+        "max_batch_requests": settings.max_batch,
+        "max_client_batch_size": settings.max_client_batch,
+        "tokenization_workers": settings.tokenizer_threads,
+        "version": __version__,
+        "policy": settings.policy,
+        "backend": info.backend,
+        "width": info.width,
+        "normalize": info.head.normalize,
+    }
+
+
+def require_head(service: Service, kind: str) -> Head:
+    head = service.model.info.head
+    if head.kind != kind:
+        raise BadInput(
+            f"{service.model.info.name} is a {head.kind} model: "
+            f"use {'/embed' if head.kind == 'embedding' else '/predict or /rerank'}"
+        )
+    return head
+
+
+async def read_inputs(
+    service: Service, inputs: str | list[Any], truncate: bool = False, keep_end: bool = False
+) -> list[TokenRow]:
+    """One text, many texts, one list of ids or many. Raises BadInput for a mixture or nothing."""
+    if isinstance(inputs, str):
+        return await service.encode([inputs], truncate=truncate, keep_end=keep_end)
+    if not inputs:
+        raise BadInput("the input is an empty list")
+    kinds = {type(item) for item in inputs}
+    if kinds == {int}:
+        return [service.model.tokenizer.check_ids(inputs)]
+    service.check_batch(len(inputs))
+    if kinds == {str}:
+        return await service.encode(inputs, truncate=truncate, keep_end=keep_end)
+    if kinds == {list}:
+        return [service.model.tokenizer.check_ids(ids) for ids in inputs]
+    raise BadInput("the input mixes texts and token ids: send all of one kind")
+
+
+def read_pairs(inputs: str | list[Any]) -> tuple[list[str | tuple[str, str]], bool]:
+    """The texts and pairs of ``/predict``, and whether it was a single one."""
+    if isinstance(inputs, str):
+        return [inputs], True
+    if inputs and all(isinstance(item, str) for item in inputs):
+        return [_pair_of(inputs)], True
+    if not inputs or any(isinstance(item, str) for item in inputs):
+        raise BadInput("inputs must be a text, a pair of texts, or a list of such lists")
+    return [_pair_of(item) for item in inputs], False
+
+
+def _pair_of(texts: Sequence[str]) -> str | tuple[str, str]:
+    if len(texts) == 1:
+        return texts[0]
+    if len(texts) == 2:
+        return texts[0], texts[1]
+    raise BadInput(f"an input is one text or a pair, got {len(texts)} texts")
+
+
+def finish(vectors: Sequence[Vector], normalize: bool, dimensions: int | None) -> Vector:
+    """Cut to ``dimensions``, then normalise. Raises BadInput when the model has fewer."""
+    stacked = np.stack(vectors)
+    if dimensions is not None:
+        if dimensions > stacked.shape[1]:
+            raise BadInput(f"dimensions is {dimensions}, the model has {stacked.shape[1]}")
+        stacked = stacked[:, :dimensions]
+    return normalize_rows(stacked) if normalize else stacked
+
+
+def rank_labels(logits: Vector, head: Head, raw: bool) -> list[Prediction]:
+    """Softmax over the classes, sigmoid where there is but one; best first."""
+    if raw:
+        scores = logits
+    elif len(logits) == 1:
+        scores = np.array([_sigmoid(float(logits[0]))], dtype=np.float32)
+    else:
+        shifted = np.exp(logits - logits.max())
+        scores = shifted / shifted.sum()
+    order = np.argsort(-scores, kind="stable")
+    return [Prediction(float(scores[i]), head.labels[i]) for i in order]
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def _to_list(vector: Vector) -> list[float]:
+    return list(vector.tolist())
+
+
+def _to_base64(vector: Vector) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()

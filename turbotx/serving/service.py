@@ -1,0 +1,200 @@
+"""A loaded model, its tokenizer threads and its dispatcher: everything but HTTP.
+
+In: texts or token ids. Out: vectors, and the state that ``/ready`` tells::
+
+    service = Service(load_model("minilm"), Settings())
+    await service.start()                 # measures costs, then state == "ready"
+    rows = await service.encode(["hello"]); vectors = await service.compute(rows, scope)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbotx.serving.cache import ResponseCache
+from turbotx.serving.cost import CostTable
+from turbotx.serving.dispatcher import Dispatcher
+from turbotx.serving.engine import SleepEngine
+from turbotx.serving.measure import cost_file, describe_device, load_or_measure
+from turbotx.serving.metrics import Metrics
+from turbotx.serving.model_files import LoadedModel
+from turbotx.serving.policies import POLICIES, Aged
+from turbotx.serving.refusals import NotReady, TooLarge
+from turbotx.serving.scheduler import Hungry, Lazy, Scheduler
+from turbotx.serving.settings import Settings
+from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
+
+State = Literal["loading", "ready", "draining", "failed"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Of one HTTP request: when it is due and how urgent it is."""
+
+    deadline_ms: float = math.inf
+    priority: int = 0
+
+
+class Service:
+    """One model behind one queue. ``start`` and everything after it belong to one event loop."""
+
+    def __init__(
+        self, model: LoadedModel, settings: Settings, costs: CostTable | None = None
+    ) -> None:
+        self.model, self.settings = model, settings
+        self.metrics = Metrics()
+        self.state: State = "loading"
+        self.leaving = False  # told to stop: ready for nothing new, though still answering
+        self._costs = costs
+        self._dispatcher: Dispatcher | None = None
+        self._tokenizers = ThreadPoolExecutor(
+            settings.tokenizer_threads, thread_name_prefix="turbotx-tokenizer"
+        )
+        self.metrics.watch(self.figures)
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """Raises NotReady while there is none that accepts."""
+        if self._dispatcher is None or self.state != "ready":
+            raise NotReady(f"the server is {self.state}", retry_after_s=1.0)
+        return self._dispatcher
+
+    async def start(self) -> None:
+        """Measure the costs (once per model and device where they are kept), accept requests."""
+        try:
+            costs = self._costs
+            if costs is None:
+                costs = await asyncio.to_thread(self._measure)
+        except Exception:
+            self.state = "failed"
+            log.exception("the model could not be measured: no request will be served")
+            raise
+        cache = ResponseCache(self.settings.cache_nbytes)
+        self._dispatcher = Dispatcher(
+            self.model.engine,
+            self._scheduler(costs),
+            cache,
+            self.metrics,
+            revision=self.model.info.revision,
+            coalesce=self.settings.coalesce,
+        )
+        self._dispatcher.start()
+        self.state = "ready"
+
+    async def stop(self) -> None:
+        """Answer all that was accepted, keep what was learnt about costs, end the threads."""
+        self.state = "draining"
+        if self._dispatcher is not None:
+            await self._dispatcher.drain()
+            path = self._cost_path()
+            if path is not None:
+                with contextlib.suppress(OSError):  # a read-only folder costs a measurement
+                    self._dispatcher.scheduler.costs.save(path, model=self.model.info.name)
+        self._tokenizers.shutdown(wait=True)
+
+    async def encode(
+        self,
+        texts: Sequence[str | tuple[str, str]],
+        *,
+        truncate: bool = False,
+        keep_end: bool = False,
+    ) -> list[TokenRow]:
+        """Tokenise in the pool, one task for all of a request's texts."""
+
+        def work() -> list[TokenRow]:
+            encode = self.model.tokenizer.encode
+            return [encode(text, truncate=truncate, keep_end=keep_end) for text in texts]
+
+        begin = time.perf_counter()
+        rows = await asyncio.get_running_loop().run_in_executor(self._tokenizers, work)
+        self.metrics.tokenizing.observe(time.perf_counter() - begin)
+        return rows
+
+    async def describe(self, texts: Sequence[str], special: bool) -> list[list[dict[str, Any]]]:
+        """Each text's tokens, for ``/tokenize``. Raises TooLarge for very long texts."""
+        longest = self.model.info.max_length * CHARACTERS_PER_TOKEN
+        if any(len(text) > longest for text in texts):
+            raise TooLarge(f"a text has more than {longest} characters")
+
+        def work() -> list[list[dict[str, Any]]]:
+            describe = self.model.tokenizer.describe
+            return [describe(text, add_special_tokens=special) for text in texts]
+
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizers, work)
+
+    def check_batch(self, count: int) -> None:
+        if count > self.settings.max_client_batch:
+            raise TooLarge(
+                f"{count} inputs in one request, at most {self.settings.max_client_batch}: "
+                "send them in several requests"
+            )
+
+    async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
+        return await self.dispatcher.compute_all(
+            rows, deadline_ms=scope.deadline_ms, priority=scope.priority
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Gauges for the metrics: the queue, the cache, the engine's memory and plans."""
+        found = {"ready": float(self.state == "ready")}
+        if self._dispatcher is not None:
+            cache, scheduler = self._dispatcher.cache, self._dispatcher.scheduler
+            found["backlog_ms"] = scheduler.backlog_ms
+            found["cache_nbytes"] = float(cache.nbytes)
+            found["cache_entries"] = float(len(cache))
+            found["cost_observations"] = float(scheduler.costs.observations)
+        found.update({f"engine_{k}": v for k, v in self.model.engine.figures().items()})
+        return found
+
+    def _scheduler(self, costs: CostTable) -> Scheduler:
+        settings = self.settings
+        policy = POLICIES[settings.policy]()
+        if isinstance(policy, Aged):
+            policy = replace(policy, max_age_ms=settings.max_age_ms)
+        lazy = Lazy(settings.lazy_ms, settings.max_batch, settings.max_batch_tokens)
+        return Scheduler(
+            costs,
+            policy,
+            lazy if settings.lazy_ms else Hungry(),
+            max_batch=settings.max_batch,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_queue=settings.max_queue,
+            max_age_ms=settings.max_age_ms,
+        )
+
+    def _measure(self) -> CostTable:
+        engine, path = self.model.engine, self._cost_path()
+        if isinstance(engine, SleepEngine):
+            return engine.costs
+        table = load_or_measure(
+            path,
+            engine,
+            max_length=self.model.info.max_length,
+            max_batch=self.settings.max_batch,
+            max_tokens=self.settings.max_batch_tokens,
+        )
+        if path is not None:
+            with contextlib.suppress(OSError):
+                table.save(path, model=self.model.info.name)
+        return table
+
+    def _cost_path(self) -> Path | None:
+        folder, info = self.settings.cost_folder, self.model.info
+        if folder is None or isinstance(self.model.engine, SleepEngine):
+            return None
+        return cost_file(
+            folder, info.name, info.revision, describe_device(info.device), info.backend
+        )

@@ -1,0 +1,52 @@
+"""What an operator may set, in one frozen record.
+
+In: keyword arguments, each with a default that suits a small CPU server. Out: a ``Settings``, its
+limits checked, for example::
+
+    Settings(max_batch=32, policy="aged", api_key="secret")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbotx.errors import TurbotxError
+from turbotx.serving.policies import POLICIES
+
+
+class SettingsError(TurbotxError, ValueError):
+    """A setting is out of its range."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and switches of one server. Times in ms, sizes in tokens, requests or bytes."""
+
+    policy: str = "aged"
+    max_batch: int = 32
+    max_batch_tokens: int | None = 16_384  # padded
+    max_queue: int = 4_096  # sequences waiting
+    max_age_ms: float = 5_000.0  # nobody waits longer; a third of it in work is admitted
+    lazy_ms: float = 0.0  # 0: hungry; else wait this long for a batch to fill
+    timeout_ms: float = 30_000.0  # of one HTTP request, from its first byte
+    max_client_batch: int = 256  # inputs in one HTTP request
+    max_body_nbytes: int = 8 << 20
+    cache_nbytes: int = 64 << 20  # of response vectors; 0: off
+    coalesce: bool = True  # compute identical requests in flight once
+    tokenizer_threads: int = 2
+    api_key: str | None = None
+    cost_folder: Path | None = None  # where cost tables are kept; None: measure at every start
+    otel: bool = False  # trace with OpenTelemetry, where it is installed
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise SettingsError(f"no policy {self.policy!r}: one of {', '.join(POLICIES)}")
+        for name in ("max_batch", "max_queue", "max_client_batch", "max_body_nbytes",
+                     "tokenizer_threads", "max_age_ms", "timeout_ms"):  # fmt: skip
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"{name} must be above zero, got {getattr(self, name)}")
+        if self.cache_nbytes < 0 or self.lazy_ms < 0:
+            raise SettingsError("cache_nbytes and lazy_ms must not be negative")
+        if self.api_key == "":
+            raise SettingsError("the API key is empty: leave it out to serve without one")

@@ -1,0 +1,131 @@
+"""Text to token ids.
+
+In: a string, or a pair of them for models that read pairs. Out: a ``TokenRow``, cut to the model's
+length or refused. Thread-safe: called from a pool, the encoder releases the interpreter lock::
+
+    TextTokenizer.load(path, 512).encode("hello world")     # TokenRow(ids=(101, 7592, 2088, 102))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbotx.serving.refusals import BadInput, TooLarge
+
+CHARACTERS_PER_TOKEN = 24  # more than any tokenizer needs on average over a whole text
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One sequence as the model reads it."""
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...] | None = None  # segment ids; None: all zero
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class TextTokenizer:
+    """A Hugging Face tokenizer (``tokenizer.json``) without padding or truncation of its own."""
+
+    def __init__(self, tokenizer: Any, max_length: int, vocabulary: int | None = None) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        self.max_length = max_length
+        self.vocabulary = vocabulary or tokenizer.get_vocab_size()
+
+    @classmethod
+    def load(cls, folder: Path, max_length: int, vocabulary: int | None = None) -> TextTokenizer:
+        path = folder / "tokenizer.json"
+        if path.exists():
+            from tokenizers import Tokenizer
+
+            return cls(Tokenizer.from_file(str(path)), max_length, vocabulary)
+        from transformers import AutoTokenizer
+
+        slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return cls(slow.backend_tokenizer, max_length, vocabulary)
+
+    def encode(
+        self, text: str | tuple[str, str], *, truncate: bool = False, keep_end: bool = False
+    ) -> TokenRow:
+        """Encode with special tokens. Raises TooLarge, unless ``truncate``; BadInput when empty.
+
+        A text that is far too long for the model is cut before it is tokenised, or refused
+        without being tokenised: its cost must not grow with what the client sends.
+        """
+        first, second = (text, None) if isinstance(text, str) else text
+        if not first or second == "":
+            raise BadInput("an input is empty: every text needs at least one character")
+        limit = self.max_length * CHARACTERS_PER_TOKEN
+        first = self._cut(first, limit, truncate, keep_end)
+        second = None if second is None else self._cut(second, limit, truncate, keep_end)
+        encoding = self._encode_text(first, second)
+        if len(encoding.ids) > self.max_length:
+            if not truncate:
+                raise TooLarge(
+                    f"an input has {len(encoding.ids)} tokens, the model takes "
+                    f"{self.max_length}: shorten it, or send truncate=true"
+                )
+            encoding = self._shorten(first, second, encoding, keep_end)
+        types = tuple(encoding.type_ids)
+        return TokenRow(tuple(encoding.ids), types if any(types) else None)
+
+    def check_ids(self, ids: list[int]) -> TokenRow:
+        """Token ids that a client sent. Raises BadInput, TooLarge."""
+        if not ids:
+            raise BadInput("an input of token ids is empty")
+        if len(ids) > self.max_length:
+            raise TooLarge(f"an input has {len(ids)} tokens, the model takes {self.max_length}")
+        if min(ids) < 0 or max(ids) >= self.vocabulary:
+            raise BadInput(f"token ids must lie in 0 to {self.vocabulary - 1}")
+        return TokenRow(tuple(ids))
+
+    def describe(self, text: str, *, add_special_tokens: bool = True) -> list[dict[str, Any]]:
+        """Each token with its id, text and place, for ``/tokenize``; never truncated."""
+        encoding = self._encode_text(text, None, add_special_tokens)
+        return [
+            {
+                "id": token,
+                "text": piece,
+                "special": bool(special),
+                "start": None if special else start,
+                "stop": None if special else stop,
+            }
+            for token, piece, special, (start, stop) in zip(
+                encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets,
+                strict=True,
+            )
+        ]  # fmt: skip
+
+    def _encode_text(self, first: str, second: str | None, special: bool = True) -> Any:
+        try:
+            return self._tokenizer.encode(first, second, add_special_tokens=special)
+        except (TypeError, UnicodeError) as error:  # lone surrogates, which JSON can carry
+            raise BadInput("an input is not valid Unicode text") from error
+
+    def _cut(self, text: str, limit: int, truncate: bool, keep_end: bool) -> str:
+        if len(text) <= limit:
+            return text
+        if not truncate:
+            raise TooLarge(
+                f"an input has {len(text)} characters, far more than the model's "
+                f"{self.max_length} tokens: shorten it, or send truncate=true"
+            )
+        return text[-limit:] if keep_end else text[:limit]
+
+    def _shorten(self, first: str, second: str | None, encoding: Any, keep_end: bool) -> Any:
+        """Keep the special tokens: encode without them, cut, put them round what is left."""
+        a = self._tokenizer.encode(first, add_special_tokens=False)
+        b = None if second is None else self._tokenizer.encode(second, add_special_tokens=False)
+        room = self.max_length - (len(encoding.ids) - len(a.ids) - (len(b.ids) if b else 0))
+        side = "left" if keep_end else "right"
+        keep = room if b is None else max(room - len(b.ids), room // 2)
+        a.truncate(max(min(keep, len(a.ids)), 1), direction=side)
+        if b is not None:
+            b.truncate(max(room - len(a.ids), 1), direction=side)
+        return self._tokenizer.post_process(a, b)
