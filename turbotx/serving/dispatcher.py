@@ -65,6 +65,7 @@ class Dispatcher:
         self._in_flight: dict[CacheKey, Job] = {}
         self._keys = itertools.count()
         self._wake = asyncio.Event()
+        metrics.queue_size.set_function(lambda: len(scheduler))
         self._closing = False
         self._task: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="turbotx-engine")
@@ -195,7 +196,7 @@ class Dispatcher:
             return
         took_ms = self.now_ms() - begin_ms
         self.scheduler.complete(batch, took_ms)
-        self.metrics.count_batch(batch, took_ms, len(self.scheduler))
+        self.metrics.count_batch(batch, took_ms)
         for job, vector in zip(jobs, vectors, strict=True):
             self._answer(job, vector, took_ms)
 

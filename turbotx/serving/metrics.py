@@ -61,8 +61,7 @@ class Metrics:
         """Collect gauges named ``turbotx_…`` from a function at every scrape."""
         self.registry.register(_Figures(figures))
 
-    def count_batch(self, batch: Batch, took_ms: float, waiting: int) -> None:
-        self.queue_size.set(waiting)
+    def count_batch(self, batch: Batch, took_ms: float) -> None:
         self.batch_size.observe(len(batch.requests))
         self.batch_tokens.observe(batch.padded_tokens)
         self.padding.observe(batch.padded_tokens / batch.tokens)

@@ -1,0 +1,206 @@
+"""Real time: batching, coalescing, cancelling, failing batches, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from tests.serving.conftest import fast_costs
+from turbotx.serving.cache import ResponseCache
+from turbotx.serving.dispatcher import Dispatcher
+from turbotx.serving.engine import Head
+from turbotx.serving.metrics import Metrics
+from turbotx.serving.refusals import BackendFailed, Busy, NotReady
+from turbotx.serving.scheduler import Scheduler
+from turbotx.serving.tokens import TokenRow
+
+
+class GatedEngine:
+    """Runs a batch when the test opens the gate; fails on token 13."""
+
+    head = Head("embedding")
+
+    def __init__(self, opened=True):
+        self.gate = threading.Event()
+        self.batches = []
+        if opened:
+            self.gate.set()
+
+    def run(self, rows):
+        assert self.gate.wait(20)
+        self.batches.append([row.ids for row in rows])
+        if any(13 in row.ids for row in rows):
+            raise RuntimeError("unlucky")
+        return np.array([[row.ids[0], len(row)] for row in rows], dtype=np.float32)
+
+    def figures(self):
+        return {}
+
+
+def row(first, length=3):
+    return TokenRow((first,) * length)
+
+
+def in_loop(test, engine, **options):
+    async def go():
+        scheduler = Scheduler(fast_costs(), max_queue=options.pop("max_queue", 100))
+        cache = ResponseCache(options.pop("cache_nbytes", 0))
+        dispatcher = Dispatcher(engine, scheduler, cache, Metrics(), **options)
+        dispatcher.start()
+        try:
+            await asyncio.wait_for(test(dispatcher), 20)
+        finally:
+            engine.gate.set()
+            await dispatcher.drain()
+
+    asyncio.run(go())
+
+
+async def first_is_running(dispatcher):
+    """Occupy the engine, so that what follows waits together."""
+    task = asyncio.create_task(dispatcher.compute(row(1)))
+    while dispatcher.scheduler.waiting or not dispatcher._jobs:
+        await asyncio.sleep(0.001)
+    return task
+
+
+def test_those_who_wait_together_run_together():
+    engine = GatedEngine(opened=False)
+
+    async def test(dispatcher):
+        first = await first_is_running(dispatcher)
+        rest = [asyncio.create_task(dispatcher.compute(row(n))) for n in (2, 4, 5)]
+        await asyncio.sleep(0)
+        engine.gate.set()
+        answers = await asyncio.gather(first, *rest)
+        assert [a.tolist() for a in answers] == [[n, 3] for n in (1, 2, 4, 5)]
+        assert len(engine.batches) == 2 and len(engine.batches[1]) == 3
+
+    in_loop(test, engine)
+
+
+def test_equal_rows_in_flight_are_computed_once():
+    engine = GatedEngine(opened=False)
+
+    async def test(dispatcher):
+        first = await first_is_running(dispatcher)
+        same = [asyncio.create_task(dispatcher.compute(row(7))) for _ in range(5)]
+        await asyncio.sleep(0)
+        assert len(dispatcher.scheduler) == 1
+        same[0].cancel()  # the others still want it
+        engine.gate.set()
+        answers = await asyncio.gather(first, *same[1:])
+        assert all(a.tolist() == [7, 3] for a in answers[1:])
+        assert engine.batches == [[(1, 1, 1)], [(7, 7, 7)]]
+
+    in_loop(test, engine)
+
+
+def test_without_coalescing_each_is_computed():
+    engine = GatedEngine(opened=False)
+
+    async def test(dispatcher):
+        first = await first_is_running(dispatcher)
+        same = [asyncio.create_task(dispatcher.compute(row(7))) for _ in range(2)]
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await asyncio.gather(first, *same)
+        assert sum(map(len, engine.batches)) == 3
+
+    in_loop(test, engine, coalesce=False)
+
+
+def test_a_row_that_nobody_awaits_leaves_the_queue():
+    engine = GatedEngine(opened=False)
+
+    async def test(dispatcher):
+        first = await first_is_running(dispatcher)
+        gone = asyncio.create_task(dispatcher.compute(row(9)))
+        await asyncio.sleep(0)
+        assert len(dispatcher.scheduler) == 1
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        assert len(dispatcher.scheduler) == 0
+        engine.gate.set()
+        await first
+        assert engine.batches == [[(1, 1, 1)]]
+        assert not dispatcher._jobs and not dispatcher._in_flight
+
+    in_loop(test, engine)
+
+
+def test_a_failing_row_does_not_fail_its_batch():
+    engine = GatedEngine(opened=False)
+
+    async def test(dispatcher):
+        first = await first_is_running(dispatcher)
+        mixed = [asyncio.create_task(dispatcher.compute(row(n))) for n in (2, 13, 4)]
+        await asyncio.sleep(0)
+        engine.gate.set()
+        await first
+        good, bad, also = await asyncio.gather(*mixed, return_exceptions=True)
+        assert good.tolist() == [2, 3] and also.tolist() == [4, 3]
+        assert isinstance(bad, BackendFailed) and "RuntimeError" in str(bad)
+        assert (await dispatcher.compute(row(5))).tolist() == [5, 3]
+
+    in_loop(test, engine)
+
+
+def test_not_a_number_is_a_failure():
+    engine = GatedEngine()
+    engine.run = lambda rows: np.full((len(rows), 2), np.nan, dtype=np.float32)
+
+    async def test(dispatcher):
+        with pytest.raises(BackendFailed, match="NaN"):
+            await dispatcher.compute(row(5))
+
+    in_loop(test, engine)
+
+
+def test_cached_answers_skip_the_queue():
+    engine = GatedEngine()
+
+    async def test(dispatcher):
+        for _ in range(3):
+            assert (await dispatcher.compute(row(5))).tolist() == [5, 3]
+        assert len(engine.batches) == 1
+        assert (dispatcher.cache.hits, dispatcher.cache.misses) == (2, 1)
+
+    in_loop(test, engine, cache_nbytes=10_000)
+
+
+def test_a_group_that_does_not_fit_is_refused_whole():
+    engine = GatedEngine(opened=False)
+
+    async def test(dispatcher):
+        first = await first_is_running(dispatcher)
+        with pytest.raises(Busy) as caught:
+            await dispatcher.compute_all([row(n) for n in (2, 3, 4, 5)])
+        assert caught.value.retry_after_s > 0
+        assert len(dispatcher.scheduler) == 0
+        engine.gate.set()
+        await first
+
+    in_loop(test, engine, max_queue=2)
+
+
+def test_draining_answers_what_was_accepted_and_accepts_no_more():
+    engine = GatedEngine(opened=False)
+
+    async def test(dispatcher):
+        first = await first_is_running(dispatcher)
+        waiting = [asyncio.create_task(dispatcher.compute(row(n))) for n in (2, 3)]
+        await asyncio.sleep(0)
+        drained = asyncio.create_task(dispatcher.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(NotReady):
+            await dispatcher.compute(row(8))
+        engine.gate.set()
+        await drained
+        assert [(await t).tolist() for t in (first, *waiting)] == [[1, 3], [2, 3], [3, 3]]
+        assert not dispatcher.alive
+
+    in_loop(test, engine)

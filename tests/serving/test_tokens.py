@@ -1,0 +1,70 @@
+"""Tokenisation: limits, truncation, token ids, pairs."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.serving.conftest import word_tokenizer
+from turbotx.serving.refusals import BadInput, TooLarge
+from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
+
+
+def test_special_tokens_and_segments():
+    tokenizer = word_tokenizer()
+    assert tokenizer.encode("w0 w1") == TokenRow((2, 4, 5, 3))
+    assert tokenizer.encode(("w0", "w1")) == TokenRow((2, 4, 3, 5, 3), (0, 0, 0, 1, 1))
+
+
+def test_too_long_is_refused_or_truncated_on_either_side():
+    tokenizer = word_tokenizer(max_length=4)
+    with pytest.raises(TooLarge, match="5 tokens, the model takes 4"):
+        tokenizer.encode("w0 w1 w2")
+    assert tokenizer.encode("w0 w1 w2", truncate=True).ids == (2, 4, 5, 3)
+    assert tokenizer.encode("w0 w1 w2", truncate=True, keep_end=True).ids == (2, 5, 6, 3)
+
+
+def test_pairs_keep_both_sides_when_truncated():
+    tokenizer = word_tokenizer(max_length=7)
+    row = tokenizer.encode(("w0 w1 w2 w3 w4", "w9"), truncate=True)
+    assert row.ids == (2, 4, 5, 6, 3, 13, 3)
+    row = tokenizer.encode(("w0", "w5 w6 w7 w8"), truncate=True)
+    assert row.ids == (2, 4, 3, 9, 10, 11, 3)
+
+
+def test_enormous_texts_are_cut_before_they_are_tokenised():
+    tokenizer = word_tokenizer(max_length=4)
+    seen = []
+    encode = tokenizer._encode_text
+    tokenizer._encode_text = lambda a, b, s=True: seen.append(len(a)) or encode(a, b, s)
+    huge = "w0 " * 100_000
+    assert len(tokenizer.encode(huge, truncate=True)) == 4
+    with pytest.raises(TooLarge, match="300000 characters"):
+        tokenizer.encode(huge)
+    assert seen == [4 * CHARACTERS_PER_TOKEN]
+
+
+def test_token_ids_are_checked():
+    tokenizer = word_tokenizer(max_length=4)
+    assert tokenizer.check_ids([5, 6]) == TokenRow((5, 6))
+    for ids, error in (([], BadInput), ([-1], BadInput), ([9999], BadInput), ([5] * 5, TooLarge)):
+        with pytest.raises(error):
+            tokenizer.check_ids(ids)
+
+
+@pytest.mark.parametrize("text", ["", ("w0", ""), ("", "w0")])
+def test_empty_texts_are_refused(text):
+    with pytest.raises(BadInput, match="empty"):
+        word_tokenizer().encode(text)
+
+
+def test_lone_surrogates_are_refused():
+    with pytest.raises(BadInput, match="Unicode"):
+        word_tokenizer().encode("w0 \ud800")
+
+
+def test_describes_each_token():
+    first, second, third = word_tokenizer().describe("w7")
+    assert (first["special"], first["start"]) == (True, None)
+    assert second == {"id": 11, "text": "w7", "special": False, "start": 0, "stop": 2}
+    assert third["text"] == "[SEP]"
+    assert len(word_tokenizer().describe("w7", add_special_tokens=False)) == 1
