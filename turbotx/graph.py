@@ -21,6 +21,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from turbotx.sizes import Expr, expr
 
+GETITEM = operator.getitem
+
 _names: weakref.WeakKeyDictionary[ShapeEnv, dict[sympy.Symbol, sympy.Symbol]]
 _names = weakref.WeakKeyDictionary()
 
@@ -85,27 +87,39 @@ def fake(value: Any) -> Any:
     return fx.node.map_arg(value, lambda n: n.meta["val"])
 
 
-def emit(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-    """Append `target(*args, **kwargs)` at the insertion point, with its fake value computed."""
-    node = graph.call_function(target, args, kwargs)
-    sources = [n for n in node.all_input_nodes if "val" in n.meta]
-    mode = next((n.meta["val"].fake_mode for n in sources if is_tensor(n)), None)
-    if mode is None:
+def emit(like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """Append `target(*args, **kwargs)` at the insertion point, with its fake value computed.
+
+    `like` is the call that it stands for: the new node takes over where that came from.
+    """
+    name = getattr(getattr(target, "overloadpacket", target), "__name__", None)
+    node = like.graph.create_node("call_function", target, args, kwargs, name=name)
+    sources = [n for n in node.all_input_nodes if is_tensor(n)]
+    if not sources:
         raise TypeError(f"{target} has no tensor argument")
-    with mode, torch.no_grad():
+    with sources[0].meta["val"].fake_mode, torch.no_grad():
         node.meta["val"] = target(*fake(args), **fake(kwargs))
-    origin = sources[-1].meta
-    for key in ("stack_trace", "nn_module_stack"):
-        if key in origin:
-            node.meta[key] = origin[key]
+    _keep_origin(like, node)
     return node
 
 
-def replace(node: fx.Node, new: fx.Node) -> None:
-    """Give every use of `node` to `new` and erase `node`; `new` keeps the node's origin."""
+def emit_piece(like: fx.Node, pieces: fx.Node, k: int) -> fx.Node:
+    """Append `pieces[k]`, one tensor of a split."""
+    node = like.graph.call_function(GETITEM, (pieces, k))
+    node.meta["val"] = pieces.meta["val"][k]
+    _keep_origin(like, node)
+    return node
+
+
+def _keep_origin(old: fx.Node, new: fx.Node) -> None:
     for key in ("stack_trace", "nn_module_stack"):
-        if key in node.meta:
-            new.meta[key] = node.meta[key]
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
+
+
+def replace(node: fx.Node, new: fx.Node) -> None:
+    """Give every use of `node` to `new` and erase `node`; `new` takes over where it came from."""
+    _keep_origin(node, new)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
@@ -124,13 +138,3 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
                 return node.args[position]
             return formal.default_value if formal.has_default_value() else default
     raise KeyError(f"{node.target} has no argument {name!r}")
-
-
-GETITEM = operator.getitem
-
-
-def emit_piece(graph: fx.Graph, pieces: fx.Node, k: int) -> fx.Node:
-    """Append `pieces[k]`, one tensor of a split."""
-    node = graph.call_function(GETITEM, (pieces, k))
-    node.meta = {**pieces.meta, "val": pieces.meta["val"][k]}
-    return node

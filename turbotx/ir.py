@@ -16,8 +16,8 @@ the axes' own symbols and, for gathers, over the symbols of integer values (`%v3
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import sympy
@@ -136,6 +136,52 @@ class Store:
 Statement: TypeAlias = Load | Index | Constant | Compute | Reduce | Check | Store
 
 
+def results_of(s: Statement) -> tuple[str, ...]:
+    """Return the names of the values that a statement makes."""
+    if isinstance(s, Reduce):
+        return s.results
+    return () if isinstance(s, (Store, Check)) else (s.result,)
+
+
+def values_in(value: Expr) -> list[str]:
+    """Return the names of the integer values in an offset."""
+    return sorted(s.name[1:] for s in value.free_symbols if s.name[0] == "%")
+
+
+def needs_of(s: Statement) -> list[str]:
+    """Return the names of the values that a statement uses."""
+    if isinstance(s, (Compute, Reduce)):
+        return list(s.args)
+    if isinstance(s, Store):
+        return [s.value, *values_in(s.access.offset)]
+    if isinstance(s, Load):
+        return [*values_in(s.access.offset), *([s.access.mask] if s.access.mask else [])]
+    if isinstance(s, Check):
+        return [s.value, *([s.mask] if s.mask else [])]
+    return values_in(s.value) if isinstance(s, Index) else []
+
+
+def rename(s: Statement, names: Mapping[str, str]) -> Statement:
+    """Return the statement with values renamed (the symbols in offsets are the caller's)."""
+
+    def new(name: str) -> str:
+        return names.get(name, name)
+
+    if isinstance(s, Reduce):
+        return replace(s, results=tuple(map(new, s.results)), args=tuple(map(new, s.args)))
+    if isinstance(s, Compute):
+        return replace(s, result=new(s.result), args=tuple(map(new, s.args)))
+    if isinstance(s, Store):
+        return replace(s, value=new(s.value))
+    mask = new(s.mask) if isinstance(s, Check) and s.mask else None
+    if isinstance(s, Check):
+        return replace(s, value=new(s.value), mask=mask)
+    if isinstance(s, Load) and s.access.mask:
+        access = replace(s.access, mask=new(s.access.mask))
+        return replace(s, result=new(s.result), access=access)
+    return replace(s, result=new(s.result))
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One fused kernel, independent of any target and of any concrete shape.
@@ -210,7 +256,58 @@ class Kernel:
         shown = (self.params, self.axes, self.body)
         return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
 
-    def __str__(self) -> str:
-        from turbotx.kernels.show import show_kernel
 
-        return show_kernel(self)
+# --- launches: what a program runs -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named tensor of a program. `kind` says who owns its memory: "input" and "parameter" the
+    caller, "prepared" the program (made from parameters), "output" the caller from then on,
+    "intermediate" the plan."""
+
+    name: str
+    kind: str
+    dtype: torch.dtype
+    shape: tuple[Expr, ...]
+
+    @property
+    def nbytes(self) -> Expr:
+        return product(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A strided window on a program's tensor: strides and offset in elements."""
+
+    tensor: str
+    dtype: torch.dtype
+    shape: tuple[Expr, ...]
+    strides: tuple[Expr, ...]
+    offset: Expr
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One step of a program.
+
+    kind: "kernel" (target: Kernel), "gemm" (target: the packed weight's tensor name),
+    "attention" (target: AttentionKernel) or "aten" (target: the op, with its arguments in
+    `call`). args are in the target's order, None where an optional one is absent; sizes likewise.
+    source: the calls that it computes; module: where they stand in the user's model.
+    """
+
+    name: str
+    kind: str
+    target: object
+    args: tuple[Operand | None, ...]
+    writes: tuple[str, ...]
+    sizes: tuple[Expr, ...] = ()
+    call: tuple[object, ...] = ()
+    source: str = ""
+    module: str = ""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        names = (a.tensor for a in self.args if a is not None)
+        return tuple(dict.fromkeys(n for n in names if n not in self.writes))

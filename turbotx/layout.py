@@ -66,7 +66,7 @@ def layout_of(node: fx.Node) -> Layout | None:
     if below is None:
         return None
     if VIEWS[node.target] == "reshape":
-        strides = _reshape_strides(below, g.shape(node))
+        strides = reshape_strides(below, g.shape(node))
         return None if strides is None else Layout(below.root, g.shape(node), strides, below.offset)
     return _affine(node, below)
 
@@ -90,7 +90,7 @@ def _affine(node: fx.Node, below: Layout) -> Layout:
     return Layout(below.root, shape, tuple(strides), (below.offset + start).expand())
 
 
-def _reshape_strides(below: Layout, shape: tuple[Expr, ...]) -> tuple[Expr, ...] | None:
+def reshape_strides(below: Layout, shape: tuple[Expr, ...]) -> tuple[Expr, ...] | None:
     """Return strides that show `below` under another shape, or None if that needs a copy.
 
     Merges below's dims where stride[i] == stride[i+1] * size[i+1], then splits them to fit.

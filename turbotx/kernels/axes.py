@@ -22,6 +22,7 @@ def tidy(kernel: ir.Kernel) -> tuple[ir.Kernel, frozenset[str]]:
     kernel = drop_dead(kernel)
     kernel = merge_axes(kernel)
     kernel = name_axes(kernel)
+    kernel = separate_names(kernel)
     used = {s.access.param for s in kernel.body if isinstance(s, (ir.Load, ir.Store))}
     kernel = replace(kernel, params=tuple(p for p in kernel.params if p.name in used))
     return kernel, frozenset(used)
@@ -118,3 +119,19 @@ def name_axes(kernel: ir.Kernel) -> ir.Kernel:
             names[axis.name] = f"{base}{k}" if k else base
     kernel = substitute(kernel, {a.symbol: ir.axis_symbol(names[a.name]) for a in kernel.axes})
     return replace(kernel, axes=tuple(replace(a, name=names[a.name]) for a in kernel.axes))
+
+
+def separate_names(kernel: ir.Kernel) -> ir.Kernel:
+    """Rename values that are called like a param or an axis, so that printed names are unique."""
+    taken = {p.name for p in kernel.params} | {a.name for a in kernel.axes} | set(kernel.sizes)
+    new: dict[str, str] = {}
+    for s in kernel.body:
+        for name in ir.results_of(s):
+            fresh = name
+            while fresh in taken:
+                fresh += "_"
+            taken.add(fresh)
+            new[name] = fresh
+    symbols = {ir.value_symbol(a): ir.value_symbol(b) for a, b in new.items() if a != b}
+    kernel = substitute(kernel, symbols) if symbols else kernel
+    return replace(kernel, body=tuple(ir.rename(s, new) for s in kernel.body))

@@ -18,9 +18,10 @@ from torch import fx
 
 from turbotx import graph as g
 from turbotx import ir
-from turbotx.kernels.attention import attention
-from turbotx.kernels.lower import Conflict, Lowering
+from turbotx.attention import attention
 from turbotx.layout import layout_of
+from turbotx.loops import Conflict, Loops, SplitAxis
+from turbotx.pull import Puller
 from turbotx.sizes import expr
 
 aten = torch.ops.aten
@@ -39,38 +40,38 @@ def recognize_attention(graph: fx.Graph) -> None:
     """Replace every attention that the kernels can compute; others stay as they are."""
     for node in list(graph.nodes):
         if g.is_call(node, aten.scaled_dot_product_attention.default):
-            _replace_sdpa(graph, node)
+            _replace_sdpa(node)
         elif g.is_call(node, aten.matmul.default, aten.bmm.default):
-            _replace_chain(graph, node)
+            _replace_chain(node)
 
 
-def _replace_sdpa(graph: fx.Graph, node: fx.Node) -> None:
+def _replace_sdpa(node: fx.Node) -> None:
     q, k, v = node.args[:3]
     mask = g.argument(node, "attn_mask")
     if g.argument(node, "dropout_p") != 0.0:
         return
     scale = g.argument(node, "scale")
-    _emit(graph, node, q, k, v, mask, scale, bool(g.argument(node, "is_causal")))
+    _emit(node, q, k, v, mask, scale, bool(g.argument(node, "is_causal")))
 
 
 def _emit(
-    graph: fx.Graph, node: fx.Node, q: Any, k: Any, v: Any, mask: Any, scale: Any, causal: bool
+    node: fx.Node, q: Any, k: Any, v: Any, mask: Any, scale: Any, causal: bool
 ) -> None:
     if not _fits(q, k, v):
         return
     said = Mask(causal=causal)
-    with graph.inserting_before(node):
+    with node.graph.inserting_before(node):
         if mask is not None and g.dtype(mask) is torch.bool:
             _understand(mask, q, k, said)
-            key_mask = _conjunction(graph, said.keys)
-            bias = _conjunction(graph, said.rest)
+            key_mask = _conjunction(node, said.keys)
+            bias = _conjunction(node, said.rest)
         else:
             key_mask, bias = None, mask
         width = int(g.shape(q)[-1])
         scale = 1 / math.sqrt(width) if scale is None else float(scale)
         kwargs = {"scale": scale, "causal": said.causal}
-        new = g.emit(graph, attention, q, k, v, key_mask, bias, **kwargs)
-        new = g.emit(graph, aten.permute.default, new, [0, 2, 1, 3])
+        new = g.emit(node, attention, q, k, v, key_mask, bias, **kwargs)
+        new = g.emit(node, aten.permute.default, new, [0, 2, 1, 3])
     g.replace(node, new)
 
 
@@ -111,14 +112,13 @@ def _understand(mask: fx.Node, q: fx.Node, k: fx.Node, said: Mask) -> None:
 
 def _meaning(mask: fx.Node) -> str:
     """Return "true", "causal" (key position <= query position) or "other", by lowering the mask."""
-    lowering = Lowering([mask], lambda n: n.op in ("placeholder", "get_attr"), {})
+    loops = Loops({})
+    lowering = Puller(lambda n: n.op in ("placeholder", "get_attr"), loops)
+    index = tuple(loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(mask)))
     try:
-        index = lowering._open_axes(mask)
         element = lowering.element(mask, index)
-    except Exception as failure:
-        if isinstance(failure, (Conflict, KeyError, TypeError)) or "Split" in type(failure).__name__:
-            return "other"
-        raise
+    except (Conflict, SplitAxis):
+        return "other"
     if element.value is True:
         return "true"
     made = {s.result: s for s in lowering.body if isinstance(s, (ir.Compute, ir.Index))}
@@ -134,19 +134,19 @@ def _meaning(mask: fx.Node) -> str:
     return "causal" if is_causal else "other"
 
 
-def _conjunction(graph: fx.Graph, terms: list[fx.Node]) -> fx.Node | None:
+def _conjunction(like: fx.Node, terms: list[fx.Node]) -> fx.Node | None:
     if not terms:
         return None
     whole = terms[0]
     for term in terms[1:]:
-        whole = g.emit(graph, aten.bitwise_and.Tensor, whole, term)
+        whole = g.emit(like, aten.bitwise_and.Tensor, whole, term)
     return whole
 
 
 # --- the chain: softmax(q @ k^T * scale + mask) @ v -----------------------------------------
 
 
-def _replace_chain(graph: fx.Graph, node: fx.Node) -> None:
+def _replace_chain(node: fx.Node) -> None:
     """`node` is the last matmul; walk back through softmax, mask and scale to the first."""
     weights, v = node.args
     scores = _sole_input(weights, aten._to_copy.default, aten.expand.default)
@@ -162,7 +162,7 @@ def _replace_chain(graph: fx.Graph, node: fx.Node) -> None:
             return
         below, mask = (left, right) if _is_scores(left) else (right, left)
     elif g.is_call(below, aten.masked_fill.Scalar) and below.args[2] == -math.inf:
-        below, mask = below.args[0], _negated(graph, below.args[1])
+        below, mask = below.args[0], _negated(below.args[1])
     below, scale = _scaled(below)
     if not g.is_call(below, aten.matmul.default, aten.bmm.default) or len(below.users) > 1:
         return
@@ -170,9 +170,9 @@ def _replace_chain(graph: fx.Graph, node: fx.Node) -> None:
     q, q_scale = _scaled(q)
     if len(g.shape(k_t)) != 4:
         return
-    with graph.inserting_before(node):
-        k = g.emit(graph, aten.permute.default, k_t, [0, 1, 3, 2])
-    _emit(graph, node, q, k, v, mask, scale * q_scale, False)
+    with node.graph.inserting_before(node):
+        k = g.emit(node, aten.permute.default, k_t, [0, 1, 3, 2])
+    _emit(node, q, k, v, mask, scale * q_scale, False)
 
 
 def _sole_input(node: Any, *through: Any) -> Any:
@@ -196,9 +196,9 @@ def _scaled(node: Any) -> tuple[Any, float]:
     return node, 1.0
 
 
-def _negated(graph: fx.Graph, mask: fx.Node) -> fx.Node:
-    with graph.inserting_after(mask):
-        return g.emit(graph, aten.logical_not.default, mask)
+def _negated(mask: fx.Node) -> fx.Node:
+    with mask.graph.inserting_after(mask):
+        return g.emit(mask, aten.logical_not.default, mask)
 
 
 def reads_in_place(node: fx.Node) -> bool:

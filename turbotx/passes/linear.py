@@ -31,9 +31,9 @@ def use_linear(graph: fx.Graph) -> None:
         if not _is_weight(weight) or (bias is not None and len(g.shape(bias)) != 1):
             continue
         with graph.inserting_before(node):
-            flipped = g.emit(graph, aten.permute.default, weight, [1, 0])
+            flipped = g.emit(node, aten.permute.default, weight, [1, 0])
             args = (x, flipped) if bias is None else (x, flipped, bias)
-            g.replace(node, g.emit(graph, aten.linear.default, *args))
+            g.replace(node, g.emit(node, aten.linear.default, *args))
 
 
 def lift_views(graph: fx.Graph) -> None:
@@ -53,7 +53,7 @@ def lift_views(graph: fx.Graph) -> None:
         if len(views) != len(node.users) or not all(g.shape(v) == wanted for v in views):
             continue
         with graph.inserting_before(node):
-            new = g.emit(graph, aten.linear.default, inner, *node.args[1:])
+            new = g.emit(node, aten.linear.default, inner, *node.args[1:])
         for view in views:
             g.replace(view, new)
         graph.erase_node(node)
@@ -70,14 +70,15 @@ def pack_linears(graph: fx.Graph) -> None:
         if len(linears) < 2 or len(dtypes) > 1:
             continue
         widths = [int(g.shape(n)[-1]) for n in linears]
-        with graph.inserting_before(linears[0]):
-            weight = g.emit(graph, aten.cat.default, [n.args[1] for n in linears])
+        first = linears[0]
+        with graph.inserting_before(first):
+            weight = g.emit(first, aten.cat.default, [n.args[1] for n in linears])
             args = [x, weight]
             if biased:
-                args.append(g.emit(graph, aten.cat.default, [_bias(n) for n in linears]))
-            packed = g.emit(graph, aten.linear.default, *args)
-            pieces = g.emit(graph, aten.split_with_sizes.default, packed, widths, -1)
-            parts = [g.emit_piece(graph, pieces, k) for k in range(len(linears))]
+                args.append(g.emit(first, aten.cat.default, [_bias(n) for n in linears]))
+            packed = g.emit(first, aten.linear.default, *args)
+            pieces = g.emit(first, aten.split_with_sizes.default, packed, widths, -1)
+            parts = [g.emit_piece(first, pieces, k) for k in range(len(linears))]
         for node, part in zip(linears, parts, strict=True):
             g.replace(node, part)
 
@@ -90,8 +91,8 @@ def free_biases(graph: fx.Graph) -> None:
         if not node.users or not all(_ends_in_kernel(u) for u in node.users):
             continue
         with graph.inserting_before(node):
-            bare = g.emit(graph, aten.linear.default, *node.args[:2])
-            g.replace(node, g.emit(graph, aten.add.Tensor, bare, _bias(node)))
+            bare = g.emit(node, aten.linear.default, *node.args[:2])
+            g.replace(node, g.emit(node, aten.add.Tensor, bare, _bias(node)))
 
 
 def _bias(node: fx.Node) -> fx.Node | None:

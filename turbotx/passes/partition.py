@@ -9,17 +9,15 @@ longest path to it; connected nodes of one level are a region, for example::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from turbotx import graph as g
-from turbotx.kernels.attention import attention
-from turbotx.kernels.lower import Conflict, Lowered, lower
+from turbotx.attention import attention
 from turbotx.ops import OPS, is_computed
-from turbotx.sizes import Expr
 from turbotx.views import SPLITS, is_view, view_source
 
 aten = torch.ops.aten
@@ -31,16 +29,10 @@ GEMMS = frozenset(
 
 @dataclass
 class Region:
-    """One run: its nodes in order, what it needs and gives, and the kernels it became.
+    """One run: its nodes in order, and those whose values something outside it reads."""
 
-    reasons: why it is more than one kernel, in words; empty for one.
-    """
-
-    name: str
     nodes: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
-    kernels: tuple[Lowered, ...] = ()
-    reasons: list[str] = field(default_factory=list)
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -48,10 +40,18 @@ class Region:
         found = dict.fromkeys(root_of(n) for m in self.nodes for n in tensor_inputs(m))
         return tuple(n for n in found if n not in set(self.nodes))
 
+    @property
+    def needs(self) -> tuple[fx.Node, ...]:
+        """Every node outside that it depends on, views and sizes included, nearest first."""
+        found = dict.fromkeys(n for m in self.nodes for n in m.all_input_nodes)
+        inside = set(self.nodes)
+        return tuple(root_of(n) if root_of(n) not in inside else n for n in found
+                     if n not in inside and root_of(n) not in inside)  # fmt: skip
+
 
 def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
     """Return "input", "parameter", "prepared", "view", "computed", "gemm", "attention", "extern",
-    "size" or "output"."""
+    "piece" (of an extern's result), "size" or "output"."""
     if node.op in ("placeholder", "output", "get_attr"):
         return {"placeholder": "input", "output": "output", "get_attr": "parameter"}[node.op]
     if node in prepared:
@@ -63,6 +63,8 @@ def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
     if node.target in GEMMS:
         return "gemm"
     value = node.meta.get("val")
+    if node.target is g.GETITEM and isinstance(value, torch.Tensor):
+        return "piece"
     if not isinstance(value, torch.Tensor):
         return "extern" if isinstance(value, (list, tuple)) else "size"
     return "computed" if is_computed(node) else "extern"
@@ -103,7 +105,7 @@ def partition(graph: fx.Graph, prepared: frozenset[fx.Node]) -> list[Region]:
         members = set(nodes)
         outputs = tuple(n for n in nodes if _leaves(n, members))
         if outputs:
-            regions.append(Region("", tuple(nodes), outputs))
+            regions.append(Region(tuple(nodes), outputs))
     regions.sort(key=lambda r: order[r.nodes[-1]])
     return regions
 
@@ -171,87 +173,8 @@ def _leaves(node: fx.Node, members: set[fx.Node]) -> bool:
     return any(u not in members for u in _readers(node))
 
 
-# --- from region to kernels -----------------------------------------------------------------
-
-
-def lower_region(region: Region) -> None:
-    """Give the region its kernels: one where possible, otherwise the fewest, with the reasons."""
-    members = set(region.nodes)
-    stored: set[fx.Node] = set()
-
-    def loaded(node: fx.Node) -> bool:
-        return node in stored or (not is_view(node) and node not in members)
-
-    def attempt(outputs: list[fx.Node]) -> Lowered:
-        inside = set(outputs)
-        name = name_kernel(outputs, members, stored)
-        return lower(outputs, lambda n: n not in inside and loaded(n), name, ())
-
-    groups: list[tuple[list[fx.Node], Lowered]] = []
-
-    def place(node: fx.Node) -> None:
-        if node in stored:
-            return
-        if groups:
-            outputs = [*groups[-1][0], node]
-            before = set(stored)
-            stored.difference_update(groups[-1][0])
-            try:
-                groups[-1] = (outputs, attempt(outputs))
-                stored.update(outputs)
-                return
-            except Conflict as conflict:
-                stored.update(before)
-                first_reason = str(conflict)
-        while True:
-            try:
-                lowered = attempt([node])
-                break
-            except Conflict as conflict:
-                if conflict.node is node:
-                    raise
-                _note(region, str(conflict))
-                place(conflict.node)
-        if groups:
-            _note(region, first_reason if not region.reasons else region.reasons[-1])
-        groups.append(([node], lowered))
-        stored.add(node)
-
-    for output in region.outputs:
-        place(output)
-    region.kernels = tuple(lowered for _, lowered in groups)
-
-
-def _note(region: Region, reason: str) -> None:
-    if reason not in region.reasons:
-        region.reasons.append(reason)
-
-
-def name_kernel(outputs: list[fx.Node], members: set[fx.Node], stored: set[fx.Node]) -> str:
-    """Return `fused_` and the ops that this kernel computes, in order, the last four of them."""
-    seen: dict[fx.Node, None] = {}
-
-    def visit(node: fx.Node) -> None:
-        root = root_of(node)
-        if root in seen or root not in members or (root in stored and root not in outputs):
-            return
-        for source in tensor_inputs(root):
-            visit(source)
-        seen[root] = None
-
-    for output in outputs:
-        visit(output)
-    names = [op_name(n) for n in seen]
-    short = [n for k, n in enumerate(names) if k == 0 or n != names[k - 1]]
-    return "_".join(["fused", *short[-4:]])
-
-
 def op_name(node: fx.Node) -> str:
     """Return the plain name of a call: layer_norm for aten.layer_norm.default."""
     target: Any = node.target
     name = getattr(target, "overloadpacket", target)
     return getattr(name, "__name__", str(name)).strip("_")
-
-
-def extents_of(node: fx.Node) -> tuple[Expr, ...]:
-    return g.shape(node)

@@ -10,8 +10,8 @@
 #pragma once
 
 #include <cstdlib>
-#include <memory>
 #include <new>
+#include <type_traits>
 
 #include "gemm_tile.h"
 #include "mkl.h"
@@ -37,45 +37,41 @@ struct Epilogue {
   const T* residual = nullptr;
   long ld_residual = 0;
 
-  TTX_INLINE vec operator()(vec x, long row, long column) const {
-    if (bias != nullptr) x += load_vec(bias + column);
+  // x holds columns column .. column + count of a row; lanes past count are ignored.
+  TTX_INLINE vec operator()(vec x, long row, long column, int count) const {
+    if (bias != nullptr) x += load_some(bias + column, count);
     if (activation == Activation::gelu) x = ttx::gelu(x);
     else if (activation == Activation::relu) x = x < vec{} ? vec{} : x;
     else if (activation == Activation::gelu_tanh) x = ttx::gelu_tanh(x);
     else if (activation == Activation::silu) x = ttx::silu(x);
-    if (residual != nullptr) x += load_vec(residual + row * ld_residual + column);
+    if (residual != nullptr) x += load_some(residual + row * ld_residual + column, count);
     return x;
-  }
-  TTX_INLINE vec part(vec x, long row, long column, int count) const {
-    Epilogue here = *this;
-    alignas(64) T columns[kLanes], rows[kLanes];
-    for (int i = 0; i < count; ++i) {
-      columns[i] = bias != nullptr ? bias[column + i] : T{};
-      rows[i] = residual != nullptr ? residual[row * ld_residual + column + i] : T{};
-    }
-    for (int i = count; i < kLanes; ++i) columns[i] = rows[i] = T{};
-    if (bias != nullptr) here.bias = columns;
-    if (residual != nullptr) here.residual = rows;
-    here.ld_residual = 0;
-    return here(x, 0, 0);
   }
 };
 
 // Memory for weights: 2 MB pages where the system gives them, so that streaming misses no TLB.
-struct FreeMemory { void operator()(void* p) const { std::free(p); } };
-using Memory = std::unique_ptr<char, FreeMemory>;
-
-inline Memory allocate_weights(std::size_t nbytes) {
-  constexpr std::size_t huge = std::size_t{2} << 20;
-  std::size_t unit = nbytes >= huge ? huge : 64;
-  std::size_t rounded = (nbytes + unit - 1) / unit * unit;
-  Memory memory(static_cast<char*>(std::aligned_alloc(unit, rounded ? rounded : unit)));
-  if (memory == nullptr) throw std::bad_alloc();
+class WeightMemory {
+ public:
+  WeightMemory() = default;
+  explicit WeightMemory(std::size_t nbytes) {
+    constexpr std::size_t huge = std::size_t{2} << 20;
+    std::size_t unit = nbytes >= 4 * huge ? huge : 64;
+    std::size_t rounded = (nbytes + unit - 1) / unit * unit;
+    data_ = std::aligned_alloc(unit, rounded > 0 ? rounded : unit);
+    if (data_ == nullptr) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-  if (unit == huge) madvise(memory.get(), rounded, MADV_HUGEPAGE);
+    if (unit == huge) madvise(data_, rounded, MADV_HUGEPAGE);
 #endif
-  return memory;
-}
+  }
+  WeightMemory(const WeightMemory&) = delete;
+  WeightMemory& operator=(const WeightMemory&) = delete;
+  ~WeightMemory() { std::free(data_); }
+  template <class T>
+  T* as() const { return static_cast<T*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+};
 
 // W packed for this file's engine: panels of kPanel columns, each padded_depth(k) deep.
 template <class T>
@@ -83,10 +79,10 @@ class PackedWeight {
  public:
   PackedWeight(const T* w, long n, long k) : PackedWeight(w, n, k, k, 1) {}
   // Element (output j, input i) is w[j * stride_n + i * stride_k].
-  PackedWeight(const T* w, long n, long k, long stride_n, long stride_k) : n(n), k(k) {
+  PackedWeight(const T* w, long n, long k, long stride_n, long stride_k)
+      : n(n), k(k), memory_(sizeof(T) * panels() * panel_size()) {
     constexpr int step = detail::PanelLayout<T>::step;
-    memory_ = allocate_weights(sizeof(T) * panels() * panel_size());
-    T* out = reinterpret_cast<T*>(memory_.get());
+    T* out = memory_.template as<T>();
 #pragma omp parallel for schedule(static)
     for (long p = 0; p < panels(); ++p)
       for (long i = 0; i < detail::padded_depth<T>(k); ++i)
@@ -98,13 +94,11 @@ class PackedWeight {
   }
   long panels() const { return (n + detail::kPanel - 1) / detail::kPanel; }
   long panel_size() const { return detail::padded_depth<T>(k) * detail::kPanel; }
-  const T* panel(long p) const {
-    return reinterpret_cast<const T*>(memory_.get()) + p * panel_size();
-  }
+  const T* panel(long p) const { return memory_.template as<const T>() + p * panel_size(); }
   const long n, k;
 
  private:
-  Memory memory_;
+  WeightMemory memory_;
 };
 
 namespace detail {
@@ -120,8 +114,8 @@ template <class A, class W, int ROWS = kGemmRows>
 void multiply_rows_of(int rows, const A* a, long lda, const W* panel, long depth, NextPanel next,
                       float* tile) {
   if (rows == ROWS) return multiply_rows<A, W, ROWS>(a, lda, panel, depth, next, tile);
-  if constexpr (ROWS > 1)
-    multiply_rows_of<A, W, ROWS - 1>(rows, a, lda, panel, depth, next, tile);
+  constexpr int fewer = ROWS > kBestRows ? ROWS - 2 : ROWS - 1;
+  if constexpr (fewer > 0) multiply_rows_of<A, W, fewer>(rows, a, lda, panel, depth, next, tile);
 }
 
 template <class T, class Finish>
@@ -130,14 +124,18 @@ void finish_tile(const float* tile, long row, int rows, long column, long n, T* 
   for (int r = 0; r < rows; ++r)
     for (int half = 0; half < kPanel; half += kLanes) {
       long j = column + half;
-      vec x = load_vec(tile + r * kPanel + half);
-      T* out = c + (row + r) * ldc + j;
-      if (j + kLanes <= n) store_vec(out, finish(x, row + r, j));
-      else if (j < n) {
-        int count = static_cast<int>(n - j);
-        store_part(out, finish.part(x, row + r, j, count), count);
-      }
+      if (j >= n) continue;
+      int count = static_cast<int>(n - j < kLanes ? n - j : kLanes);
+      vec x = finish(load_vec(tile + r * kPanel + half), row + r, j, count);
+      store_some(c + (row + r) * ldc + j, x, count);
     }
+}
+
+// How many tiles m rows are cut into: one, read straight from memory, where a kernel has as many
+// rows (up to kBestRows, and the even numbers up to kGemmRows); else tiles of about kBestRows.
+inline long count_tiles(long m) {
+  bool single = m <= kBestRows || (m <= kGemmRows && m % 2 == 0);
+  return single ? 1 : (m + kBestRows - 1) / kBestRows;
 }
 
 // Panels [begin, end): each one times every row of A while the next is on its way from memory.
@@ -145,8 +143,7 @@ template <class A, class T, class Finish>
 void multiply_panels(const PackedWeight<T>& w, long begin, long end, const A* a, long lda, long m,
                      T* c, long ldc, const Finish& finish) {
   alignas(64) float tile[kGemmRows * kPanel];
-  // One pass over the panel while all rows fit it; else tiles of 8, which run closest to the peak.
-  long tiles = m <= kGemmRows ? 1 : (m + 7) / 8;
+  long tiles = count_tiles(m);
   long panel_nbytes = w.panel_size() * static_cast<long>(sizeof(T));
   for (long p = begin; p < end; ++p) {
     const T* panel = w.panel(p);
@@ -164,7 +161,7 @@ void multiply_panels(const PackedWeight<T>& w, long begin, long end, const A* a,
 
 }  // namespace detail
 
-// finish(x, row, column) maps a vector of sums; finish.part(x, row, column, count) the last few.
+// finish(x, row, column, count) maps a vector of sums, of which the first `count` lanes are stored.
 template <class T, class Finish = Epilogue<T>>
 void linear(const PackedWeight<T>& w, const T* a, long lda, long m, T* c, long ldc,
             const Finish& finish = {}) {
@@ -193,13 +190,12 @@ void linear(const PackedWeight<T>& w, const T* a, long lda, long m, T* c, long l
 // The same weight packed by MKL; float32 only. C is A W^T alone: bias and the rest come after.
 class MklWeight {
  public:
-  MklWeight(const float* w, long n, long k) : n(n), k(k) {
-    const Mkl& lib = mkl();
-    if (!lib.has_packed()) return;
-    memory_ = allocate_weights(lib.pack_size(Mkl::kMatrixB, kRows, n, k));
-    lib.pack(Mkl::kRowMajor, Mkl::kMatrixB, Mkl::kTrans, kRows, n, k, 1.0f, w, k, data());
+  MklWeight(const float* w, long n, long k)
+      : n(n), k(k), memory_(mkl().has_packed() ? mkl().pack_size(Mkl::kMatrixB, kRows, n, k) : 0) {
+    if (mkl().has_packed())
+      mkl().pack(Mkl::kRowMajor, Mkl::kMatrixB, Mkl::kTrans, kRows, n, k, 1.0f, w, k, data());
   }
-  bool is_packed() const { return memory_ != nullptr; }
+  bool is_packed() const { return mkl().has_packed(); }
   void multiply(const float* a, long lda, long m, float* c, long ldc) const {
     mkl().compute(Mkl::kRowMajor, Mkl::kNoTrans, Mkl::kPacked, m, n, k, a, lda, data(), k, 0.0f, c,
                   ldc);
@@ -208,8 +204,8 @@ class MklWeight {
 
  private:
   static constexpr long kRows = 128;  // MKL's layout does not depend on the rows it was packed for
-  float* data() const { return reinterpret_cast<float*>(memory_.get()); }
-  Memory memory_;
+  float* data() const { return memory_.as<float>(); }
+  WeightMemory memory_;
 };
 
 }  // namespace ttx

@@ -78,6 +78,16 @@ inline void store_part(T* p, vec x, int count) {
   for (int i = 0; i < count; ++i) p[i] = from_float<T>(x[i]);
 }
 
+template <class T>
+TTX_INLINE vec load_some(const T* p, int count) {
+  return count == kLanes ? load_vec(p) : load_part(p, count);
+}
+template <class T>
+TTX_INLINE void store_some(T* p, vec x, int count) {
+  if (count == kLanes) store_vec(p, x);
+  else store_part(p, x, count);
+}
+
 inline float sum_lanes(vec x) {
   float part[kLanes];
   store_vec(part, x);

@@ -1,0 +1,348 @@
+"""Assemble: the partitioned graph becomes a flat list of launches over named tensors.
+
+In: the rewritten graph, its fused regions, its prepared constants. Out: an `Assembly`: tensors,
+launches in order, what the call returns, and what must hold of the dims. For a BERT layer::
+
+    linear (gemm), attention, linear (gemm), fused_add_layer_norm, linear (gemm), fused_add_gelu, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from turbotx import graph as g
+from turbotx import ir
+from turbotx.errors import CaptureError
+from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.fuse import FusedRegion
+from turbotx.layout import Layout, contiguous_strides, layout_of, reshape_strides
+from turbotx.passes.partition import kind_of, op_name
+from turbotx.sizes import ONE, ZERO, Expr, dim, product
+from turbotx.views import SPLITS
+
+aten = torch.ops.aten
+PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Assembly:
+    """A program before it is bound to any machine.
+
+    outputs: per leaf of the model's output an Operand, or a plain constant or size expression.
+    externs: ops that run through ATen, with the reason.
+    """
+
+    tensors: dict[str, ir.Tensor] = field(default_factory=dict)
+    launches: list[ir.Launch] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    requirements: list[tuple[Expr, str]] = field(default_factory=list)
+    prepared: dict[str, fx.Node] = field(default_factory=dict)
+    externs: list[tuple[str, str]] = field(default_factory=list)
+
+
+def assemble(
+    graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node], dims: Sequence[str]
+) -> Assembly:
+    """Return the launches of a partitioned graph, in an order that respects every dependency."""
+    return _Assembler(graph, fused, prepared, dims).run()
+
+
+class _Assembler:
+    def __init__(
+        self, graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node],
+        dims: Sequence[str],
+    ) -> None:  # fmt: skip
+        self.graph, self.prepared = graph, prepared
+        self.dims = set(dims)
+        self.kinds = {n: kind_of(n, prepared) for n in graph.nodes}
+        self.done: set[Any] = set()
+        self.region_of = {n: f for f in fused for n in f.region.nodes}
+        self.out = Assembly()
+        self.names: dict[str, int] = {}
+        self.outside = self._outputs()
+
+    def _outputs(self) -> set[fx.Node]:
+        """The nodes whose memory leaves with the caller."""
+        (leaves,) = next(n for n in self.graph.nodes if n.op == "output").args
+        roots = set()
+        for leaf in leaves:
+            if g.is_tensor(leaf):
+                layout = layout_of(leaf)
+                roots.add(leaf if layout is None else layout.root)
+        return roots
+
+    def run(self) -> Assembly:
+        for node in self.graph.nodes:
+            kind = self.kinds[node]
+            if kind in ("input", "parameter", "prepared"):
+                self._tensor(node, kind)
+                if kind == "prepared":
+                    self.out.prepared[node.name] = node
+        for node in self.graph.nodes:
+            self._ensure(node)
+        return self.out
+
+    def _ensure(self, node: fx.Node) -> None:
+        """Emit the launches that make `node`, after those that it needs.
+
+        A region's launches may have to come before or after calls that stand between its nodes.
+        """
+        region = self.region_of.get(node)
+        unit: Any = node if region is None else id(region)
+        if unit in self.done:
+            return
+        self.done.add(unit)
+        for needed in node.all_input_nodes if region is None else region.region.needs:
+            self._ensure(needed)
+        kind = self.kinds[node]
+        if region is not None:
+            self._kernels(region)
+        elif kind == "gemm":
+            self._gemm(node)
+        elif kind == "attention":
+            self._attention(node)
+        elif kind == "extern":
+            self._extern(node, f"{node.target} has no row in the op table")
+        elif kind == "output":
+            self._return(node)
+
+    # --- tensors and operands ---
+
+    def _tensor(self, node: fx.Node, kind: str | None = None) -> str:
+        if node.name in self.out.tensors:
+            return node.name
+        if kind is None:
+            kind = "output" if node in self.outside else "intermediate"
+        shape = g.shape(node)
+        unknown = {s.name for extent in shape for s in extent.free_symbols} - self.dims
+        if unknown:
+            raise CaptureError(
+                f"{node.format_node()} has a size that depends on its inputs' values, not on their "
+                f"shapes; turbotx needs every size before it runs\n{node.meta.get('stack_trace', '')}"
+            )
+        self.out.tensors[node.name] = ir.Tensor(node.name, kind, g.dtype(node), shape)
+        return node.name
+
+    def _operand(self, node: fx.Node) -> ir.Operand:
+        layout = layout_of(node)
+        if layout is None:
+            layout = self._materialize(node)
+        return self._window(layout, g.dtype(node))
+
+    def _window(self, layout: Layout, dtype: torch.dtype) -> ir.Operand:
+        name = self._tensor(layout.root)
+        return ir.Operand(name, dtype, layout.shape, layout.strides, layout.offset)
+
+    def _materialize(self, view: fx.Node) -> Layout:
+        """A view that strides cannot express is copied by ATen, and listed."""
+        layout = Layout(view, g.shape(view), *_dense(g.shape(view)))
+        if view.name not in self.out.tensors:
+            source = self._operand(view.args[0])  # type: ignore[arg-type]
+            name = self._tensor(view, "output" if view in self.outside else "intermediate")
+            sizes = tuple(g.shape(view))
+            self._aten(view, aten.reshape.default, (source, list(sizes)), {}, (name,))
+            self.out.externs.append((str(view.target), "a view that needs a copy"))
+        return layout
+
+    def _name(self, base: str) -> str:
+        k = self.names.get(base, 0)
+        self.names[base] = k + 1
+        return f"{base}_{k}"
+
+    # --- launches ---
+
+    def _kernels(self, fused: FusedRegion) -> None:
+        for lowered in fused.kernels:
+            kernel = lowered.kernel
+            args = tuple(self._whole(n) for n in lowered.operands)
+            writes = tuple(
+                n.name
+                for n, p in zip(lowered.operands, kernel.params, strict=True)
+                if p.role == "out"
+            )
+            sizes = tuple(_symbol(name) for name in kernel.sizes)
+            last = next(n for n in lowered.operands if n.name == writes[-1])
+            source = ", ".join(n.name for n in fused.region.nodes)
+            self._launch(
+                last, kernel.name, "kernel", kernel, args, writes, sizes, (lowered,), source
+            )
+            self.out.requirements += lowered.requirements
+
+    def _whole(self, node: fx.Node) -> ir.Operand:
+        shape = g.shape(node)
+        return ir.Operand(self._tensor(node), g.dtype(node), shape, *_dense(shape))
+
+    def _launch(
+        self, node: fx.Node, base: str, kind: str, target: object,
+        args: tuple[ir.Operand | None, ...], writes: tuple[str, ...],
+        sizes: tuple[Expr, ...] = (), call: tuple[object, ...] = (), source: str = "",
+    ) -> None:  # fmt: skip
+        stack = node.meta.get("nn_module_stack") or {}
+        module = next(reversed(list(stack.values())), ("", ""))[0] if stack else ""
+        module = str(module).removeprefix("model").removeprefix(".")
+        self.out.launches.append(
+            ir.Launch(self._name(base), kind, target, args, writes, sizes, call, source or node.name, module)
+        )  # fmt: skip
+
+    def _gemm(self, node: fx.Node) -> None:
+        if node.target is not aten.linear.default or not self._packable(node):
+            self._fallback(node, (), out=node.target is not aten.linear.default)
+            return
+        x, weight = node.args[0], node.args[1]
+        bias = node.args[2] if len(node.args) > 2 else None
+        layout = layout_of(x)  # type: ignore[arg-type]
+        rows = product(g.shape(x)[:-1])  # type: ignore[arg-type]
+        depth, width = g.shape(node.args[0])[-1], g.shape(node)[-1]  # type: ignore[arg-type]
+        assert layout is not None
+        flat = reshape_strides(layout, (rows, depth))
+        assert flat is not None
+        name = self._tensor(node)
+        window = self._window(layout, g.dtype(x))  # type: ignore[arg-type]
+        args = (
+            window,
+            self._operand(weight),  # type: ignore[arg-type]
+            None if bias is None else self._operand(bias),  # type: ignore[arg-type]
+            self._whole(node),
+        )
+        sizes = (rows, flat[0] if rows != 1 else depth, width)
+        self._launch(node, "linear", "gemm", weight, args, (name,), sizes)
+
+    def _packable(self, node: fx.Node) -> bool:
+        """Tell whether the packed GEMM can do it: constant 2-d weight, rows of x at one stride."""
+        x, weight = node.args[0], node.args[1]
+        bias = node.args[2] if len(node.args) > 2 else None
+        if g.dtype(x) not in PACKABLE or len(g.shape(weight)) != 2:  # type: ignore[arg-type]
+            return False
+        for constant in (weight, bias):
+            layout = None if constant is None else layout_of(constant)  # type: ignore[arg-type]
+            if constant is not None and (
+                layout is None or self.kinds[layout.root] not in ("parameter", "prepared")
+            ):
+                return False
+        if bias is not None and layout_of(bias).strides != (ONE,):  # type: ignore[arg-type, union-attr]
+            return False
+        layout = layout_of(x)  # type: ignore[arg-type]
+        depth = g.shape(x)[-1]  # type: ignore[arg-type]
+        if layout is None or len(layout.shape) < 1:
+            return False
+        flat = reshape_strides(layout, (product(layout.shape[:-1]), depth))
+        return flat is not None and (flat[1] == 1 or depth == 1)
+
+    def _attention(self, node: fx.Node) -> None:
+        q, k, v, key_mask, bias = node.args
+        operands = [self._operand(n) for n in (q, k, v)]  # type: ignore[arg-type]
+        width = int(g.shape(node)[3])
+        in_place = all(o.strides[3] == 1 or width == 1 for o in operands)
+        if not in_place:
+            self._fallback(node, (), out=False)
+            return
+        out = self._whole(node)
+        batch, q_len, heads, _ = g.shape(node)
+        masks = [None if m is None else self._operand(m) for m in (key_mask, bias)]  # type: ignore[arg-type]
+        kind = "none"
+        if bias is not None:
+            kinds = {torch.bool: "boolean", torch.float32: "float32"}
+            kind = kinds.get(g.dtype(bias), "storage")  # type: ignore[arg-type]
+            if kind == "storage" and g.dtype(bias) != g.dtype(q):  # type: ignore[arg-type]
+                self._fallback(node, (), out=False)
+                return
+        if masks[0] is not None and masks[0].strides[3] not in (ONE, ZERO):
+            self._fallback(node, (), out=False)
+            return
+        scale, causal = node.kwargs["scale"], node.kwargs["causal"]
+        kernel = AttentionKernel(g.dtype(q), width, float(scale), bool(causal), kind)  # type: ignore[arg-type]
+        strides: list[Expr] = []
+        for o in operands:
+            strides += [o.strides[0], o.strides[1], o.strides[2]]
+        strides += [out.strides[0], out.strides[2], out.strides[1]]
+        strides.append(_broadcast(masks[0], 4)[0] if masks[0] is not None else ZERO)
+        strides += _broadcast(masks[1], 4) if masks[1] is not None else [ZERO] * 4
+        sizes = (batch, heads, g.shape(k)[1], q_len, g.shape(k)[2], *strides)  # type: ignore[arg-type]
+        args = (*operands, out, *masks)
+        call = (node.target, (self._arguments(node.args), dict(node.kwargs)))
+        self._launch(node, "attention", "attention", kernel, args, (node.name,), sizes, call)
+
+    # --- through ATen ---
+
+    def _fallback(self, node: fx.Node, reason: Any, out: bool) -> None:
+        """A GEMM or attention that the native kernels do not take runs as PyTorch's own op."""
+        args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
+        self._aten(node, node.target, args, kwargs, (self._tensor(node),), out=out)
+
+    def _extern(self, node: fx.Node, reason: str) -> None:
+        if node.target in SPLITS:
+            return
+        args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
+        if isinstance(node.meta["val"], torch.Tensor):
+            writes: tuple[Any, ...] = (self._tensor(node),)
+        else:
+            pieces = {u.args[1]: u for u in node.users if u.target is g.GETITEM}
+            count = len(node.meta["val"])
+            writes = tuple(self._tensor(pieces[i]) if i in pieces else "" for i in range(count))
+        self._aten(node, node.target, args, kwargs, writes)
+        self.out.externs.append((str(node.target), reason))
+
+    def _arguments(self, args: Any) -> Any:
+        """Replace tensor nodes by operands and size nodes by expressions."""
+
+        def convert(n: fx.Node) -> Any:
+            if g.is_tensor(n):
+                return self._operand(n)
+            if isinstance(n.meta.get("val"), (list, tuple)):
+                return [self._operand(p) for p in n.users]
+            return g.size(n)
+
+        return fx.node.map_arg(args, convert)
+
+    def _aten(
+        self, node: fx.Node, target: Any, args: Any, kwargs: Any, writes: tuple[str, ...],
+        out: bool = False,
+    ) -> None:  # fmt: skip
+        found: list[ir.Operand] = []
+
+        def collect(value: Any) -> None:
+            if isinstance(value, ir.Operand):
+                found.append(value)
+            elif isinstance(value, (list, tuple)):
+                for v in value:
+                    collect(v)
+            elif isinstance(value, dict):
+                collect(list(value.values()))
+
+        collect((args, kwargs))
+        call = (args, kwargs, out)
+        written = tuple(w for w in writes if w)
+        operands = (*found, *(self._as_output(w) for w in writes))
+        self._launch(node, op_name(node), "aten", target, operands, written, (), call)
+
+    def _as_output(self, name: str) -> ir.Operand | None:
+        if not name:
+            return None
+        tensor = self.out.tensors[name]
+        return ir.Operand(name, tensor.dtype, tensor.shape, *_dense(tensor.shape))
+
+    def _return(self, node: fx.Node) -> None:
+        for leaf in node.args[0]:  # type: ignore[union-attr]
+            if g.is_tensor(leaf):
+                self.out.outputs.append(self._operand(leaf))  # type: ignore[arg-type]
+            elif isinstance(leaf, fx.Node):
+                self.out.outputs.append(g.size(leaf))
+            else:
+                self.out.outputs.append(leaf)
+
+
+def _dense(shape: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], Expr]:
+    return contiguous_strides(shape), ZERO
+
+
+def _broadcast(operand: ir.Operand, rank: int) -> list[Expr]:
+    return [ZERO] * (rank - len(operand.strides)) + list(operand.strides)
+
+
+def _symbol(name: str) -> Expr:
+    return dim(name)

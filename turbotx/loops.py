@@ -1,0 +1,140 @@
+"""Loops: the axes of a kernel while it is being lowered, and exact arithmetic on indices.
+
+In: the extents of outputs and reductions. Out: index expressions over axis symbols, split where a
+reshape needs a factor of them, and the choice of which axes reductions run over, for example::
+
+    loops.split(32*@h + @d, 32)  ->  (@h, @d)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import sympy
+from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Mod
+
+from turbotx import ir
+from turbotx.sizes import ZERO, Expr, divide, is_nonnegative, product
+from turbotx.views import reshape_index
+
+
+class Conflict(Exception):
+    """`node` cannot be computed inside this kernel; the message says why, for the report."""
+
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+
+
+class SplitAxis(Exception):
+    """An index needs axis `name` as two: lowering starts again with it split."""
+
+    def __init__(self, name: str, inner: Expr) -> None:
+        super().__init__(name)
+        self.name, self.inner = name, inner
+
+
+@dataclass
+class Loops:
+    """The axes made so far; `rows` are those that reductions run over."""
+
+    splits: dict[str, list[Expr]]
+    axes: dict[str, Expr] = field(default_factory=dict)
+    rows: list[str] = field(default_factory=list)
+
+    def make(self, extent: Expr, name: str) -> Expr:
+        """Return the index expression of a new loop over `extent`, split as asked before."""
+        if extent == 1:
+            return ZERO
+        inner = self.splits.get(name)
+        if inner is None:
+            self.axes[name] = extent
+            return ir.axis_symbol(name)
+        outer = divide(extent, inner[0])
+        assert outer is not None
+        high = self.make(outer, f"{name}h")
+        return (high * inner[0] + self.make(inner[0], f"{name}l")).expand()
+
+    def bounds(self, value: Expr) -> tuple[Expr | None, Expr | None]:
+        """Return the smallest and largest value of an affine index, None where unknown."""
+        low = high = sympy.expand(value)
+        for symbol in value.free_symbols:
+            if symbol.name[0] == "%":
+                return None, None
+            if symbol.name[0] != "@":
+                continue
+            step, last = sympy.diff(value, symbol), self.axes[symbol.name[1:]] - 1
+            if is_nonnegative(step):
+                low, high = low.xreplace({symbol: ZERO}), high.xreplace({symbol: last})
+            elif is_nonnegative(-step):
+                low, high = low.xreplace({symbol: last}), high.xreplace({symbol: ZERO})
+            else:
+                return None, None
+        return sympy.expand(low), sympy.expand(high)
+
+    def split(self, flat: Expr, by: Expr) -> tuple[Expr, Expr]:
+        """Return (flat // by, flat % by), exactly; asks for an axis to be split where that helps."""
+        quotient, rest = ZERO, ZERO
+        for term in sympy.Add.make_args(sympy.expand(flat)):
+            whole = divide(term, by)
+            quotient, rest = (quotient + whole, rest) if whole is not None else (quotient, rest + term)
+        if rest == 0:
+            return quotient, ZERO
+        low, high = self.bounds(rest)
+        if low is not None and high is not None:
+            if is_nonnegative(low) and is_nonnegative(by - 1 - high):
+                return quotient, rest
+        for name, extent in self.axes.items():
+            step = rest.coeff(ir.axis_symbol(name))
+            inner = divide(by, step) if step != 0 else None
+            if inner is not None and inner != extent and divide(extent, inner) is not None:
+                raise SplitAxis(name, inner)
+        return quotient + FloorDiv(rest, by), Mod(rest, by)
+
+    def row_index(
+        self, extents: tuple[Expr, ...], used: set[str], node: fx.Node
+    ) -> tuple[Expr, ...]:
+        """Return the index into a reduction's dims, on the row axes; choose those if need be.
+
+        `used` are the axes of the place that the result stands at. Raises Conflict where the
+        kernel's reductions already run over other axes.
+        """
+        if not self.rows:
+            self.rows = self._choose_rows(extents, used)
+        if used & set(self.rows):
+            raise Conflict(node, f"{node.name} reduces over another axis than the rest of the run")
+        lengths = [self.axes[n] for n in self.rows]
+        symbols = [ir.axis_symbol(n) for n in self.rows]
+        long = [e for e in extents if e != 1]
+        if lengths == long:
+            rest = iter(symbols)
+            return tuple(ZERO if e == 1 else next(rest) for e in extents)
+        if product(lengths) != product(extents):
+            shown = " x ".join(map(str, lengths))
+            raise Conflict(node, f"{node.name} reduces over {extents}, the run's rows are {shown}")
+        return reshape_index(symbols, lengths, extents, self.split)
+
+    def _choose_rows(self, extents: tuple[Expr, ...], used: set[str]) -> list[str]:
+        """Pick the loops that a reduction runs over: existing ones it is free of, or new ones.
+
+        Sharing a loop with the elements that read the result is what keeps a row in registers.
+        """
+        free = [n for n in self.axes if n not in used]
+        chosen: list[str] = []
+        for extent in reversed([e for e in extents if e != 1]):
+            match = next((n for n in reversed(free) if self.axes[n] == extent), None)
+            if match is None:
+                break
+            free = free[: free.index(match)]
+            chosen.insert(0, match)
+        else:
+            return chosen
+        free = [n for n in self.axes if n not in used]
+        if free and product([self.axes[n] for n in free]) == product(extents):
+            return free
+        before = set(self.axes)
+        for k, extent in enumerate(extents):
+            self.make(extent, f"r{k}")
+        made = [n for n in self.axes if n not in before]
+        return made or [next(iter(self.axes))]

@@ -1,0 +1,6 @@
+"""The op table, filled: importing this package adds every row (see `ops.table`)."""
+
+from turbotx.ops import indexing, pointwise, reductions
+from turbotx.ops.table import OPS, Row, is_computed
+
+__all__ = ["OPS", "Row", "indexing", "is_computed", "pointwise", "reductions"]

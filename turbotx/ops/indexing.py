@@ -1,0 +1,146 @@
+"""Rows of the op table that make tensors from nothing, or read their inputs at other places.
+
+In: a node and an index into its result. Out: the element there, for example::
+
+    embedding(table, ids)[b, s, h]  ->  table[ids[b, s], h]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from turbotx import graph as g
+from turbotx.ops.table import indexed
+from turbotx.sizes import ZERO, Expr
+
+# --- creation -------------------------------------------------------------------------------
+
+
+def _arange(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    start, step = g.argument(node, "start", 0), g.argument(node, "step", 1)
+    numbers = [g.fake(v) for v in (start, step)]
+    if all(not isinstance(v, float) for v in numbers):
+        position = g.size(start) + g.size(step) * index[0]
+        return m.cast(m.index(position.expand()), g.dtype(node))
+    return m.constant(start, g.dtype(node)) + m.cast(m.index(index[0]), g.dtype(node)) * step
+
+
+def _full(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    value = g.argument(node, "fill_value")
+    if isinstance(value, (bool, int, float)):
+        return m.constant(value, g.dtype(node))
+    return m.cast(m.index(g.size(value)), g.dtype(node))
+
+
+indexed("aten.arange.start_step", _arange)
+indexed("aten.full.default aten.full_like.default aten.new_full.default", _full)
+for _name, _value in (("zeros", 0), ("ones", 1)):
+    indexed(
+        f"aten.{_name}.default aten.{_name}_like.default aten.new_{_name}.default",
+        lambda m, node, index, _value=_value: m.constant(_value, g.dtype(node)),
+    )
+indexed(
+    "aten.scalar_tensor.default",
+    lambda m, node, index: m.constant(node.args[0], g.dtype(node)),
+)
+
+# --- indexing -------------------------------------------------------------------------------
+
+
+def _embedding(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    table, ids = node.args[:2]
+    row = m.element(ids, index[:-1])
+    return m.element(table, (m.position(row, g.shape(table)[0]), index[-1]))
+
+
+def _gather(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    source, dim, at = node.args[:3]
+    d = dim % len(index)
+    place = m.position(m.element(at, index), g.shape(source)[d])
+    return m.element(source, (*index[:d], place, *index[d + 1 :]))
+
+
+def _index_select(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    source, dim, at = node.args[:3]
+    d = dim % len(index)
+    place = m.position(m.element(at, (index[d],)), g.shape(source)[d])
+    return m.element(source, (*index[:d], place, *index[d + 1 :]))
+
+
+def _index(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    """Advanced indexing: the index tensors' broadcast dims stand where the first of them stands,
+    or first of all when a slice separates them."""
+    source, tensors = node.args[:2]
+    given = [d for d, t in enumerate(tensors) if t is not None]
+    rank = max(len(g.shape(tensors[d])) for d in given)
+    adjacent = given == list(range(given[0], given[-1] + 1))
+    first = given[0] if adjacent else 0
+    shared, rest = index[first : first + rank], index[:first] + index[first + rank :]
+    kept = iter(rest)
+    place: list[Any] = []
+    for d, extent in enumerate(g.shape(source)):
+        at = tensors[d] if d < len(tensors) else None
+        if at is None:
+            place.append(next(kept))
+            continue
+        value = m.element(at, m.broadcast(at, shared))
+        place.append(m.position(value, extent, wrap=True))
+    return m.element(source, tuple(place))
+
+
+def _cat(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    parts = [p for p in node.args[0] if g.shape(p) != (0,)]
+    d = g.argument(node, "dim") % len(index)
+    start, result = ZERO, None
+    pieces = []
+    for part in parts:
+        pieces.append((part, start))
+        start = (start + g.shape(part)[d]).expand()
+    for part, begin in reversed(pieces):
+        local = (*index[:d], (index[d] - begin).expand(), *index[d + 1 :])
+        inside = m.index(index[d]) >= m.index(begin)
+        end = m.index(index[d]) < m.index((begin + g.shape(part)[d]).expand())
+        with m.masked(m.call("and", inside, end)) as mask:
+            value = m.cast(m.element(part, local), g.dtype(node))
+        result = value if result is None else m.where(mask, value, result)
+    return result
+
+
+def _pad(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    source, pads = node.args[:2]
+    value = node.args[2] if len(node.args) > 2 else 0
+    place, mask = list(index), m.constant(True, torch.bool)
+    for k in range(len(pads) // 2):
+        d = len(index) - 1 - k
+        before, after = g.size(pads[2 * k]), g.size(pads[2 * k + 1])
+        place[d] = (index[d] - before).expand()
+        extent = g.shape(source)[d]
+        if before != 0:
+            mask = m.call("and", mask, m.index(place[d]) >= m.index(ZERO))
+        if after != 0:
+            mask = m.call("and", mask, m.index(place[d]) < m.index(extent))
+    with m.masked(mask) as inside:
+        element = m.element(source, tuple(place))
+    return m.where(inside, element, m.constant(value, g.dtype(node)))
+
+
+def _triangle(keep: str) -> Callable[..., Any]:
+    def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+        diagonal = node.args[1] if len(node.args) > 1 else 0
+        kept = m.call(keep, m.index(index[-1] - index[-2]), m.index(g.size(diagonal)))
+        return m.where(kept, m.element(node.args[0], index), m.constant(0, g.dtype(node)))
+
+    return rule
+
+
+indexed("aten.embedding.default", _embedding)
+indexed("aten.gather.default", _gather)
+indexed("aten.index_select.default", _index_select)
+indexed("aten.index.Tensor", _index)
+indexed("aten.cat.default", _cat)
+indexed("aten.constant_pad_nd.default", _pad)
+indexed("aten.tril.default", _triangle("le"))
+indexed("aten.triu.default", _triangle("ge"))

@@ -1,0 +1,132 @@
+"""Rows of the op table that work element by element.
+
+In: elements of the arguments, in the compute dtype. Out: the result's element, for example::
+
+    pointwise("aten.silu.default", lambda m, x: x * m.sigmoid(x))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from turbotx.ops.table import pointwise
+
+# --- pointwise: arithmetic ------------------------------------------------------------------
+
+
+def _scaled(m: Any, y: Any, alpha: Any) -> Any:
+    return y if alpha == 1 else y * alpha
+
+
+def _divide(m: Any, x: Any, y: Any, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is None:
+        return x / y
+    return m.call("floordiv" if rounding_mode == "floor" else "truncdiv", x, y)
+
+
+def _power(m: Any, x: Any, y: Any) -> Any:
+    """Small constant exponents are products and roots, as PyTorch computes them."""
+    whole: dict[Any, Callable[[], Any]] = {
+        1: lambda: x,
+        2: lambda: x * x,
+        3: lambda: x * x * x,
+        0.5: lambda: m.call("sqrt", x),
+        -0.5: lambda: m.call("rsqrt", x),
+        -1: lambda: 1 / x,
+        -2: lambda: 1 / (x * x),
+    }
+    value = m.constant_of(y)
+    if x.is_float and value in whole:
+        return whole[value]()
+    if not x.is_float and value in (1, 2, 3):
+        return whole[value]()
+    return m.call("pow", x, y)
+
+
+pointwise("aten.add.Tensor aten.add.Scalar", lambda m, x, y, alpha=1: x + _scaled(m, y, alpha))
+pointwise("aten.sub.Tensor aten.sub.Scalar", lambda m, x, y, alpha=1: x - _scaled(m, y, alpha))
+pointwise("aten.rsub.Tensor aten.rsub.Scalar", lambda m, x, y, alpha=1: y - _scaled(m, x, alpha))
+pointwise("aten.mul.Tensor aten.mul.Scalar", lambda m, x, y: x * y)
+pointwise("aten.div.Tensor aten.div.Scalar aten.true_divide.Tensor", _divide)
+pointwise("aten.div.Tensor_mode aten.div.Scalar_mode", _divide)
+pointwise("aten.floor_divide.default", lambda m, x, y: m.call("floordiv", x, y))
+pointwise("aten.remainder.Tensor aten.remainder.Scalar", lambda m, x, y: m.call("remainder", x, y))
+pointwise("aten.fmod.Tensor aten.fmod.Scalar", lambda m, x, y: m.call("fmod", x, y))
+pointwise("aten.pow.Tensor_Scalar aten.pow.Tensor_Tensor aten.pow.Scalar", _power)
+pointwise("aten.square.default", lambda m, x: x * x)
+pointwise("aten.neg.default", lambda m, x: -x)
+pointwise("aten.reciprocal.default", lambda m, x: 1 / x)
+pointwise("aten.addcmul.default", lambda m, x, a, b, value=1: x + _scaled(m, a * b, value))
+pointwise("aten.lerp.Scalar aten.lerp.Tensor", lambda m, x, y, w: x + w * (y - x))
+for _name in ("abs", "exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "sin", "cos",
+              "tanh", "erf", "sigmoid", "floor", "ceil", "trunc", "round", "sign", "isnan",
+              "isinf"):  # fmt: skip
+    pointwise(f"aten.{_name}.default", lambda m, x, _op=_name: m.call(_op, x))
+for _name in ("maximum", "minimum"):
+    pointwise(f"aten.{_name}.default", lambda m, x, y, _op=_name: m.call(_op, x, y))
+
+# --- pointwise: activations -----------------------------------------------------------------
+
+
+def _gelu(m: Any, x: Any, approximate: str = "none") -> Any:
+    if approximate == "none":
+        return 0.5 * x * (1 + m.erf(x * math.sqrt(0.5)))
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))
+    return 0.5 * x * (1 + m.tanh(inner))
+
+
+def _clamp(m: Any, x: Any, low: Any = None, high: Any = None) -> Any:
+    x = x if low is None else m.call("maximum", x, low)
+    return x if high is None else m.call("minimum", x, high)
+
+
+def _softplus(m: Any, x: Any, beta: float = 1, threshold: float = 20) -> Any:
+    scaled = x * beta
+    return m.where(scaled > threshold, x, m.call("log1p", m.exp(scaled)) / beta)
+
+
+def _elu(m: Any, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
+    return m.where(x > 0, x * scale, m.call("expm1", x * input_scale) * (alpha * scale))
+
+
+pointwise("aten.gelu.default", _gelu)
+pointwise("aten.relu.default", lambda m, x: m.call("maximum", x, 0))
+pointwise("aten.relu6.default", lambda m, x: _clamp(m, x, 0, 6))
+pointwise("aten.silu.default", lambda m, x: x * m.sigmoid(x))
+pointwise("aten.mish.default", lambda m, x: x * m.tanh(_softplus(m, x)))
+pointwise("aten.softplus.default", _softplus)
+pointwise("aten.elu.default", _elu)
+pointwise("aten.leaky_relu.default", lambda m, x, slope=0.01: m.where(x > 0, x, x * slope))
+pointwise("aten.hardtanh.default", lambda m, x, low=-1, high=1: _clamp(m, x, low, high))
+pointwise("aten.hardsigmoid.default", lambda m, x: _clamp(m, x + 3, 0, 6) / 6)
+pointwise("aten.hardswish.default", lambda m, x: x * _clamp(m, x + 3, 0, 6) / 6)
+pointwise("aten.clamp.default aten.clamp.Tensor", _clamp)
+pointwise("aten.clamp_min.default aten.clamp_min.Tensor", lambda m, x, low: _clamp(m, x, low))
+pointwise("aten.clamp_max.default aten.clamp_max.Tensor", lambda m, x, hi: _clamp(m, x, None, hi))
+
+# --- pointwise: comparisons, logic, choice, conversion --------------------------------------
+
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    pointwise(
+        f"aten.{_name}.Tensor aten.{_name}.Scalar", lambda m, x, y, _op=_name: m.call(_op, x, y)
+    )
+for _name in ("and", "or", "xor"):
+    pointwise(
+        f"aten.bitwise_{_name}.Tensor aten.bitwise_{_name}.Scalar aten.__{_name}__.Tensor",
+        lambda m, x, y, _op=_name: m.call(_op, x, y),
+    )
+    pointwise(
+        f"aten.logical_{_name}.default",
+        lambda m, x, y, _op=_name: m.call(_op, m.truth(x), m.truth(y)),
+    )
+pointwise("aten.bitwise_not.default", lambda m, x: m.call("not", x))
+pointwise("aten.logical_not.default", lambda m, x: m.call("not", m.truth(x)))
+pointwise("aten.where.self aten.where.ScalarOther", lambda m, c, x, y: m.where(c, x, y), as_is=(0,))
+pointwise(
+    "aten.masked_fill.Scalar aten.masked_fill.Tensor",
+    lambda m, x, mask, value: m.where(mask, value, x),
+    as_is=(1,),
+)
+pointwise("aten._to_copy.default aten.clone.default", lambda m, x, **_: x)

@@ -1,0 +1,150 @@
+"""Rows of the op table that reduce: sums, norms, softmax and the normalizations.
+
+In: a node and an index into its result. Out: the element there; every reduction is single-pass,
+its statistics carried together, for example::
+
+    layer_norm(x)[row, col]  ->  mean, m2 = welford(x[row, :]); (x - mean) * rsqrt(m2 / n + eps)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from turbotx import graph as g
+from turbotx.ops.table import indexed
+from turbotx.sizes import Expr, product
+
+# --- reductions -----------------------------------------------------------------------------
+
+
+def _reduction(op: str, finish: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A row for `op` over the node's dims; `finish(m, node, value, count)` ends it."""
+
+    def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+        (value,), count = m.reduce_node(op, node, index)
+        return value if finish is None else finish(m, node, value, count)
+
+    return rule
+
+
+def _variance(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    correction = g.argument(node, "correction")
+    (_, m2), count = m.reduce_node("welford", node, index)
+    degrees = count - m.constant(1 if correction is None else correction, count.dtype)
+    return m2 / m.call("maximum", degrees, m.constant(0, count.dtype))
+
+
+def _vector_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    order = g.argument(node, "ord")
+    if order == 2:
+        (total,), _ = m.reduce_node("sum", node, index, before=lambda x: x * x)
+        return m.call("sqrt", total)
+    if order == 1:
+        return m.reduce_node("sum", node, index, before=lambda x: m.call("abs", x))[0][0]
+    if abs(order) == math.inf:
+        op = "max" if order > 0 else "min"
+        return m.reduce_node(op, node, index, before=lambda x: m.call("abs", x))[0][0]
+    power = m.constant(order, m.compute_dtype(node))
+    raised = m.reduce_node(
+        "sum", node, index, before=lambda x: m.call("pow", m.call("abs", x), power)
+    )[0][0]
+    return m.call("pow", raised, m.constant(1 / order, raised.dtype))
+
+
+def _softmax(log: bool, safe: bool = False) -> Callable[..., Any]:
+    def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+        x = node.args[0]
+        d = node.args[1] % max(len(index), 1)
+        (largest, total), _ = m.reduce_dims("softmax", x, (d,), index, m.compute_dtype(node))
+        here = m.cast(m.element(x, index), m.compute_dtype(node)) - largest
+        if log:
+            return here - m.call("log", total)
+        share = m.exp(here) / total
+        if not safe:
+            return share
+        hidden = m.call("eq", largest, m.constant(-math.inf, largest.dtype))
+        return m.where(hidden, m.constant(0, share.dtype), share)
+
+    return rule
+
+
+def _normalize(m: Any, node: Any, index: tuple[Expr, ...], mean: Any, var: Any, eps: Any) -> Any:
+    x = m.cast(m.element(node.args[0], index), m.compute_dtype(node))
+    x = x if mean is None else x - mean
+    return x * m.call("rsqrt", var + eps)
+
+
+def _affine(m: Any, value: Any, weight: Any, bias: Any, at: tuple[Expr, ...]) -> Any:
+    if weight is not None:
+        value = value * m.cast(m.element(weight, at), value.dtype)
+    return value if bias is None else value + m.cast(m.element(bias, at), value.dtype)
+
+
+def _layer_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    x, shape = node.args[:2]
+    weight, bias, eps = (g.argument(node, n) for n in ("weight", "bias", "eps"))
+    dims = tuple(range(len(index) - len(shape), len(index)))
+    (mean, m2), count = m.reduce_dims("welford", x, dims, index, m.compute_dtype(node))
+    value = _normalize(m, node, index, mean, m2 / count, eps)
+    return _affine(m, value, weight, bias, index[dims[0] :])
+
+
+def _rms_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    x, shape = node.args[:2]
+    weight, eps = g.argument(node, "weight"), g.argument(node, "eps")
+    eps = torch.finfo(g.dtype(x)).eps if eps is None else eps
+    dims = tuple(range(len(index) - len(shape), len(index)))
+    (total,), count = m.reduce_dims(
+        "sum", x, dims, index, m.compute_dtype(node), before=lambda v: v * v
+    )
+    value = _normalize(m, node, index, None, total / count, eps)
+    return _affine(m, value, weight, None, index[dims[0] :])
+
+
+def _group_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    """Statistics over a group of channels and all places, by looking at x as (N, G, C/G, …)."""
+    x, groups = node.args[:2]
+    weight, bias, eps = (g.argument(node, n) for n in ("weight", "bias", "eps"))
+    shape = g.shape(x)
+    within = shape[1] / groups
+    group, _ = m.split(index[1], within)
+    extents = (within, *shape[2:])
+
+    def pull(inner: tuple[Expr, ...]) -> Any:
+        channel = (group * within + inner[0]).expand()
+        element = m.element(x, (index[0], channel, *inner[1:]))
+        return m.cast(element, m.compute_dtype(node))
+
+    mean, m2 = m.reduce("welford", pull, extents, (index[0], group), node)
+    count = m.cast(m.index(product(extents)), mean.dtype)
+    value = _normalize(m, node, index, mean, m2 / count, eps)
+    return _affine(m, value, weight, bias, (index[1],))
+
+
+indexed("aten.sum.default aten.sum.dim_IntList", _reduction("sum"), True)
+indexed(
+    "aten.mean.default aten.mean.dim",
+    _reduction("sum", lambda m, node, value, count: value / count),
+    True,
+)
+indexed("aten.amax.default", _reduction("max"), True)
+indexed("aten.amin.default", _reduction("min"), True)
+indexed("aten.max.default aten.min.default", lambda m, node, index: m.reduce_node(
+    "max" if "max" in str(node.target) else "min", node, index)[0][0], True)  # fmt: skip
+indexed("aten.prod.default aten.prod.dim_int", _reduction("prod"), True)
+indexed("aten.any.default aten.any.dim aten.any.dims", _reduction("any"), True)
+indexed("aten.all.default aten.all.dim aten.all.dims", _reduction("all"), True)
+indexed("aten.var.correction aten.var.dim", _variance, True)
+indexed("aten.std.correction aten.std.dim", lambda m, node, index: m.call(
+    "sqrt", _variance(m, node, index)), True)  # fmt: skip
+indexed("aten.linalg_vector_norm.default", _vector_norm, True)
+indexed("aten.softmax.int aten._softmax.default", _softmax(log=False), True)
+indexed("aten.log_softmax.int aten._log_softmax.default", _softmax(log=True), True)
+indexed("aten._safe_softmax.default", _softmax(log=False, safe=True), True)
+indexed("aten.layer_norm.default", _layer_norm, True)
+indexed("aten.rms_norm.default", _rms_norm, True)
+indexed("aten.group_norm.default", _group_norm, True)

@@ -1,0 +1,62 @@
+"""The op table: one row per ATen op, saying what its element at an index is.
+
+In: an ATen overload. Out: its row, which `pull` calls for one element of the op's result. A
+pointwise row is a function of its arguments' elements; an indexed row also sees the index, and
+may pull its inputs anywhere, or reduce over them. Adding an op is adding a row::
+
+    pointwise("aten.silu.default", lambda m, x: x * m.sigmoid(x))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from turbotx import graph as g
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op: `kind` is "pointwise" or "indexed"; `as_is` are arguments that are not promoted.
+
+    A pointwise `rule` takes (machine, *arguments) where tensors are elements in the compute
+    dtype; an indexed one takes (machine, node, index).
+    """
+
+    overload: str
+    kind: str
+    rule: Callable[..., Any]
+    as_is: tuple[int, ...] = ()
+    reduces: bool = False
+
+
+OPS: dict[Any, Row] = {}
+
+
+def _resolve(overload: str) -> Any | None:
+    namespace, packet, name = overload.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet, None), name, None)
+
+
+def pointwise(overloads: str, rule: Callable[..., Any], as_is: tuple[int, ...] = ()) -> None:
+    """Add a row for each of the space-separated overloads that this torch has."""
+    for overload in overloads.split():
+        target = _resolve(overload)
+        if target is not None:
+            OPS[target] = Row(overload, "pointwise", rule, as_is)
+
+
+def indexed(overloads: str, rule: Callable[..., Any], reduces: bool = False) -> None:
+    """Add a row whose rule sees the node and the index."""
+    for overload in overloads.split():
+        target = _resolve(overload)
+        if target is not None:
+            OPS[target] = Row(overload, "indexed", rule, reduces=reduces)
+
+
+def is_computed(node: Any) -> bool:
+    """Tell whether the table has a row for this fx node, so that a kernel can compute it."""
+    return g.is_tensor(node) and node.op == "call_function" and node.target in OPS

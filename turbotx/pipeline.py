@@ -1,0 +1,82 @@
+"""The pipeline: a captured call becomes a program, one stage a line.
+
+In: a `Captured` and options. Out: a `Compiled`: what every stage made, and the program::
+
+    capture -> canonicalize -> rewrite -> partition -> fuse -> assemble -> build -> plan -> Program
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from turbotx.assemble import Assembly, assemble
+from turbotx.capture import Captured
+from turbotx.kernels.fuse import FusedRegion, fuse
+from turbotx.memory.pool import ChunkPool
+from turbotx.options import Options
+from turbotx.passes.attention import recognize_attention
+from turbotx.passes.canonicalize import canonicalize
+from turbotx.passes.linear import free_biases, lift_views, pack_linears, use_linear
+from turbotx.passes.partition import find_prepared, partition
+from turbotx.program import Program
+from turbotx.runtime.cpu import CpuRuntime
+from turbotx.runtime.weights import Weights
+
+
+@dataclass
+class Compiled:
+    """A program and the stages it came from, for reports."""
+
+    captured: Captured
+    captured_text: str
+    graph: fx.Graph
+    prepared: frozenset[fx.Node]
+    fused: list[FusedRegion]
+    assembly: Assembly
+    program: Program
+
+
+def rewrite(graph: fx.Graph) -> None:
+    """Run the graph passes, each a file of `passes/`, in order."""
+    canonicalize(graph)
+    use_linear(graph)
+    pack_linears(graph)
+    recognize_attention(graph)
+    canonicalize(graph)
+    lift_views(graph)
+    free_biases(graph)
+    canonicalize(graph)
+
+
+def compile_captured(
+    captured: Captured, model: nn.Module, options: Options, pool: ChunkPool
+) -> Compiled:
+    """Compile one captured call; `model` owns the parameters, `pool` the memory."""
+    graph = captured.graph_module.graph
+    text = str(graph)
+    rewrite(graph)
+    prepared = find_prepared(graph)
+    fused = [fuse(region) for region in partition(graph, prepared)]
+    assembly = assemble(graph, fused, prepared, captured.dims)
+    weights = find_weights(captured, model, assembly)
+    runtime = CpuRuntime(assembly, weights, options.backend, captured.dims)
+    program = Program(
+        assembly, captured.dims, captured.example_dims, runtime, pool, options.planner,
+        options.max_shapes,
+    )  # fmt: skip
+    return Compiled(captured, text, graph, prepared, fused, assembly, program)
+
+
+def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> Weights:
+    """Say where the parameters live: in the user's own module, so that its updates are seen."""
+    nodes = {n.name: n for n in captured.graph_module.graph.nodes if n.op == "get_attr"}
+    targets = {name: str(node.target) for name, node in nodes.items()}
+    constants: dict[str, torch.Tensor] = {}
+    holder = captured.graph_module
+    if hasattr(holder, "constants"):
+        constants = dict(holder.constants.named_buffers())
+    return Weights(model, constants, targets, copy.copy(assembly.prepared))

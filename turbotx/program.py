@@ -1,0 +1,225 @@
+"""Program: launches over planned buffers; runs them, decides nothing.
+
+In: an assembly, a runtime for its device, a planner and a pool of chunks. Out: the outputs of a
+call. A new shape evaluates sizes and offsets once (`bind`); nothing is compiled for it::
+
+    binding = program.bind((batch, seq))      # tens of microseconds, kept for the next call
+    outputs = program.run(binding, tensors)   # no allocation but the outputs'
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from turbotx import ir
+from turbotx.assemble import Assembly
+from turbotx.errors import IndexOutOfRangeError
+from turbotx.memory import Plan, make_planner
+from turbotx.memory.liveness import LaunchUse, analyze
+from turbotx.memory.plan import align
+from turbotx.memory.pool import ChunkPool, poison, poison_enabled
+from turbotx.runtime.cpu import CpuRuntime
+from turbotx.sizes import Expr, compile_evaluator, to_python
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A program at one shape: every size evaluated, every offset planned."""
+
+    dims: tuple[int, ...]
+    sizes: Any
+    offsets: np.ndarray[Any, np.dtype[np.int64]]
+    footprint_nbytes: int
+    outputs: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
+    values: tuple[int, ...]
+
+
+class Execution:
+    """The address table of one arena; one call at a time uses it."""
+
+    def __init__(self, count: int) -> None:
+        self.table = (ctypes.c_int64 * count)()
+        self.numbers = np.frombuffer(self.table, dtype=np.int64)
+        self.binding: Binding | None = None
+        self.weights_version = -1
+        self.base = 0
+
+
+class Program:
+    """One captured call, compiled for one device."""
+
+    def __init__(
+        self, assembly: Assembly, dims: Sequence[str], example: Sequence[int],
+        runtime: CpuRuntime, pool: ChunkPool, planner: str, max_shapes: int,
+    ) -> None:  # fmt: skip
+        self.assembly, self.dims = assembly, tuple(dims)
+        self.runtime, self.pool = runtime, pool
+        self.plans = 0
+        self._max_shapes = max_shapes
+        self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
+        self._executions: dict[int, Execution] = {}
+        self._lock = threading.Lock()
+        self._plan_memory(planner, example)
+        table = runtime.table
+        self._evaluate = compile_evaluator(list(table.values), self.dims)
+        requirements = dict.fromkeys(assembly.requirements)
+        self._requirements = [(compile_evaluator([e], self.dims), text) for e, text in requirements]
+        self._outputs = [t for t in assembly.tensors.values() if t.kind == "output"]
+        shapes = [extent for t in self._outputs for extent in t.shape]
+        self._output_shapes = compile_evaluator(shapes, self.dims)
+        self._inputs = [n for n, t in assembly.tensors.items() if t.kind == "input"]
+        self._input_slots = [table.slots[n] for n in self._inputs]
+        self._leaves = [self._leaf(leaf) for leaf in assembly.outputs]
+
+    # --- memory ---
+
+    def _plan_memory(self, kind: str, example: Sequence[int]) -> None:
+        tensors = self.assembly.tensors
+        outside = [n for n, t in tensors.items() if t.kind != "intermediate"]
+        uses = [LaunchUse(x.name, x.reads, x.writes) for x in self.assembly.launches]
+        sizes = {n: to_python(t.nbytes) for n, t in tensors.items()}
+        self.liveness = analyze(uses, outside=outside, size_of=sizes)
+        self.planned = list(self.liveness.names)
+        classes: dict[Expr, int] = {}
+        of = [classes.setdefault(tensors[n].nbytes, len(classes)) for n in self.planned]
+        self._class_nbytes = compile_evaluator(list(classes), self.dims)
+        seed, samples = self._expected_sizes(example)
+        self.planner = make_planner(kind, self.liveness.lifetimes, of, self.planned, seed, samples)
+        slots = self.runtime.table.slots
+        self._planned_slots = np.array([slots[n] for n in self.planned], dtype=np.int64)
+
+    def _expected_sizes(self, example: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+        """Sizes at shapes to expect: the planner is tuned to these, and safe for all others."""
+        expected = [(1, 16), (1, 128), (4, 64), (8, 128), (16, 512), (1, 512)]
+        rows = []
+        for batch, seq in expected:
+            dims = [batch if k == 0 or "_d0" in n else seq for k, n in enumerate(self.dims)]
+            rows.append([max(1, x) for x in self._class_nbytes(*dims)])
+        return rows[3], rows
+
+    def plan(self, dims: Sequence[int]) -> Plan:
+        """Return the full memory plan at these dims, for reports."""
+        return self.planner.plan(self._class_nbytes(*dims))
+
+    # --- binding ---
+
+    def bind(self, dims: tuple[int, ...]) -> Binding:
+        """Return the program at one shape; raise IndexOutOfRangeError where an index cannot fit."""
+        with self._lock:
+            binding = self._bindings.get(dims)
+            if binding is not None:
+                self._bindings.move_to_end(dims)
+                return binding
+            for holds, text in self._requirements:
+                if holds(*dims)[0] < 0:
+                    shown = ", ".join(f"{n}={v}" for n, v in zip(self.dims, dims, strict=True))
+                    raise IndexOutOfRangeError(f"index out of range: {text} fails for {shown}")
+            offsets, footprint = self.planner.offsets(self._class_nbytes(*dims))
+            self.plans += 1
+            values = self._evaluate(*dims)
+            sizes = (ctypes.c_int64 * max(1, len(values)))(*values)
+            array = np.array(offsets, dtype=np.int64)
+            binding = Binding(
+                dims, sizes, array, align(max(footprint, 1)), self._shapes(dims), values
+            )
+            self._bindings[dims] = binding
+            if len(self._bindings) > self._max_shapes:
+                self._bindings.popitem(last=False)
+            return binding
+
+    def _shapes(self, dims: tuple[int, ...]) -> tuple[tuple[int, tuple[int, ...], torch.dtype], ...]:
+        sizes = iter(self._output_shapes(*dims))
+        slots = self.runtime.table.slots
+        return tuple(
+            (slots[t.name], tuple(next(sizes) for _ in t.shape), t.dtype) for t in self._outputs
+        )
+
+    # --- running ---
+
+    def run(
+        self, binding: Binding, tensors: Sequence[torch.Tensor], ticks: Any = None
+    ) -> list[Any]:
+        """Run on `tensors`, in the captured order; return the leaves of the model's output."""
+        self.runtime.weights.refresh()
+        inputs = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+        outputs = [torch.empty(shape, dtype=dtype) for _, shape, dtype in binding.outputs]
+        with self.pool.lease(binding.footprint_nbytes) as arena:
+            if poison_enabled():
+                poison(arena.tensor)
+            execution = self._prepare(arena, binding)
+            table = execution.table
+            for slot, tensor in zip(self._input_slots, inputs, strict=True):
+                table[slot] = tensor.data_ptr()
+            for (slot, _, _), tensor in zip(binding.outputs, outputs, strict=True):
+                table[slot] = tensor.data_ptr()
+            named = dict(zip(self._inputs, inputs, strict=True))
+            named.update((t.name, x) for t, x in zip(self._outputs, outputs, strict=True))
+            failed = self.runtime.run(execution, binding, arena, named, ticks)
+        if failed:
+            self._explain_failure(failed)
+        return [leaf(binding, named) for leaf in self._leaves]
+
+    def _prepare(self, arena: Any, binding: Binding) -> Execution:
+        """Return the arena's address table, set for this shape and these weights."""
+        execution = self._executions.get(id(arena))
+        if execution is None:
+            execution = self._executions[id(arena)] = Execution(len(self.runtime.table.slots))
+        base = arena.data_ptr
+        if execution.binding is not binding or execution.base != base:
+            execution.numbers[self._planned_slots] = binding.offsets + base
+            execution.binding, execution.base = binding, base
+        if execution.weights_version != self.runtime.weights.version:
+            self.runtime.fill_weights(execution.table)
+            execution.weights_version = self.runtime.weights.version
+        return execution
+
+    def _leaf(self, leaf: Any) -> Callable[[Binding, dict[str, torch.Tensor]], Any]:
+        """Return how to make one leaf of the output: a tensor, a view of one, or a value."""
+        if isinstance(leaf, ir.Operand):
+            tensor = self.assembly.tensors[leaf.tensor]
+            return self._tensor_leaf(leaf, tensor)
+        if isinstance(leaf, Expr):
+            evaluate = compile_evaluator([leaf], self.dims)
+            return lambda binding, named: evaluate(*binding.dims)[0]
+        return lambda binding, named: leaf
+
+    def _tensor_leaf(
+        self, leaf: ir.Operand, tensor: ir.Tensor
+    ) -> Callable[[Binding, dict[str, torch.Tensor]], Any]:
+        whole = ir.Operand(tensor.name, tensor.dtype, tensor.shape, leaf.strides, leaf.offset)
+        dense = self.runtime.is_dense(whole) and leaf.shape == tensor.shape
+        window = self.runtime.window_maker(leaf, self.dims)
+
+        def make(binding: Binding, named: dict[str, torch.Tensor]) -> torch.Tensor:
+            base = named.get(leaf.tensor)
+            if base is None:
+                base = self.runtime.weights.tensors[leaf.tensor]
+            return base if dense else window(binding.dims, base)
+
+        return make
+
+    def _explain_failure(self, failed: int) -> None:
+        launch = self.assembly.launches[(failed >> 32) - 1]
+        kernel = launch.target
+        assert isinstance(kernel, ir.Kernel)
+        checks = [s for s in kernel.body if isinstance(s, ir.Check)]
+        check = checks[(failed & 0xFFFFFFFF) - 1]
+        made = {r: s for s in kernel.body for r in ir.results_of(s)}
+        source = made[check.value]
+        name = check.value
+        if isinstance(source, ir.Load):
+            position = [p.name for p in kernel.params].index(source.access.param)
+            operand = launch.args[position]
+            name = operand.tensor if operand is not None else name
+        raise IndexOutOfRangeError(
+            f"index out of range: a value of {name!r} lies outside [0, {check.limit}) "
+            f"in {launch.name} ({launch.source})"
+        )

@@ -1,0 +1,267 @@
+"""Pull: one element of a tensor, as statements of a kernel's body.
+
+In: an fx node and an index over the loops. Out: an `Element`; what it takes to compute it is
+appended to the body once. Views only rewrite the index, so they cost nothing. Example::
+
+    element(layer_norm, (row, col))  ->  loads of x, weight and bias, welford, sub, mul, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from turbotx import graph as g
+from turbotx import ir
+from turbotx.element import Element, Elements
+from turbotx.layout import root_layout
+from turbotx.loops import Conflict, Loops
+from turbotx.ops import OPS, Row
+from turbotx.sizes import ZERO, Expr, is_nonnegative, product
+from turbotx.views import NeedsFactoring, input_index, is_view, reshape_index, view_source
+
+
+class Puller(Elements):
+    """The machine that the op table's rules speak to: it turns pulls into statements.
+
+    loaded(node) tells whether a tensor node lies in memory already; views are looked through.
+    """
+
+    def __init__(self, loaded: Callable[[fx.Node], bool], loops: Loops) -> None:
+        super().__init__()
+        self.loaded = loaded
+        self.loops = loops
+        self.params: dict[fx.Node, str] = {}
+        self.requirements: dict[Expr, str] = {}
+        self._pulled: dict[Any, Element] = {}
+        self._masks: list[Element] = []
+        self._stack: list[fx.Node] = []
+
+    def bounds(self, value: Expr) -> tuple[Expr | None, Expr | None]:
+        return self.loops.bounds(value)
+
+    def split(self, flat: Expr, by: Expr) -> tuple[Expr, Expr]:
+        return self.loops.split(flat, by)
+
+    # --- pulling an element ---
+
+    def element(self, node: Any, index: tuple[Expr, ...]) -> Element:
+        """Return the element of `node` at `index`, as a value in its compute dtype."""
+        if not isinstance(node, fx.Node):
+            return self.constant(node, _scalar_dtype(node))
+        mask = self._masks[-1].name if self._masks else None
+        key = (node, index, mask)
+        if key not in self._pulled:
+            self._pulled[key] = self._pull(node, index)
+        return self._pulled[key]
+
+    def _pull(self, node: fx.Node, index: tuple[Expr, ...]) -> Element:
+        if is_view(node) and not self.loaded(node):
+            try:
+                inner = input_index(node, index)
+            except NeedsFactoring:
+                source = g.shape(view_source(node))
+                inner = reshape_index(index, g.shape(node), source, self.split)
+            return self.element(view_source(node), inner)
+        row = OPS.get(node.target)
+        if self.loaded(node) or row is None:
+            return self._load(node, index)
+        self._stack.append(node)
+        try:
+            value = self._pointwise(row, node, index) if row.kind == "pointwise" else row.rule(
+                self, node, index
+            )  # fmt: skip
+        finally:
+            self._stack.pop()
+        return self.cast(value, g.dtype(node))
+
+    def _pointwise(self, row: Row, node: fx.Node, index: tuple[Expr, ...]) -> Element:
+        dtype = self.compute_dtype(node)
+        if g.dtype(node) is torch.bool:
+            dtype = _common_dtype(node)
+
+        def convert(position: int, value: Any) -> Any:
+            if isinstance(value, fx.Node) and g.is_tensor(value):
+                element = self.element(value, self.broadcast(value, index))
+                return element if position in row.as_is else self.cast(element, dtype)
+            if isinstance(value, fx.Node):
+                return self.cast(self.index(g.size(value)), dtype)
+            if isinstance(value, (bool, int, float)) and position not in row.as_is:
+                return value
+            return value
+
+        args = [convert(k, a) for k, a in enumerate(node.args)]
+        if not any(isinstance(a, Element) for a in args):
+            raise Conflict(node, f"{node.name} has no tensor argument")
+        like = next(a for k, a in enumerate(args) if isinstance(a, Element) and k not in row.as_is)
+        first_scalar = [
+            self.constant(a, like.dtype)
+            if k == 0 and isinstance(a, (bool, int, float))
+            else a
+            for k, a in enumerate(args)
+        ]
+        kwargs = {k: v for k, v in node.kwargs.items() if k not in _IGNORED}
+        return row.rule(self, *first_scalar, **kwargs)
+
+    def _load(self, node: fx.Node, index: tuple[Expr, ...]) -> Element:
+        strides = root_layout(node).strides
+        offset = sum((i * s for i, s in zip(index, strides, strict=True)), ZERO)
+        mask = self._masks[-1].name if self._masks else None
+        access = ir.Access(self._param(node), sympy.expand(offset), mask)
+        return self.emit_load(access, g.dtype(node))
+
+    def broadcast(self, node: Any, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        """Return the index into `node` that broadcasting gives for a result's `index`."""
+        shape = g.shape(node)
+        kept = index[len(index) - len(shape) :]
+        return tuple(ZERO if extent == 1 else i for extent, i in zip(shape, kept, strict=True))
+
+    def position(self, value: Element, extent: Expr, wrap: bool = False) -> Expr:
+        """Return a gathered index as an expression, checked to lie in [0, extent) at run time."""
+        if value.index is not None:
+            low, high = self.bounds(value.index)
+            if low is not None and is_nonnegative(low) and high is not None:
+                if not is_nonnegative(extent - 1 - high):
+                    self.requirements[(extent - 1 - high).expand()] = f"{high} < {extent}"
+                return value.index
+        value = self.cast(value, torch.int64)
+        if wrap:
+            zero = self.constant(0, torch.int64)
+            value = self.where(value < zero, value + self.index(extent), value)
+        mask = self._masks[-1].name if self._masks else None
+        check = ir.Check(value.name, extent, mask)
+        if check not in self.body:
+            self.body.append(check)
+        return ir.value_symbol(value.name)
+
+    @contextmanager
+    def masked(self, condition: Element) -> Iterator[Element]:
+        """Load under `condition` (and those around it): elsewhere nothing is read."""
+        if condition.value is True:
+            yield condition
+            return
+        whole = self.call("and", self._masks[-1], condition) if self._masks else condition
+        self._masks.append(whole)
+        try:
+            yield condition
+        finally:
+            self._masks.pop()
+
+    def _param(self, node: fx.Node) -> str:
+        if node not in self.params:
+            base = "".join(c if c.isalnum() else "_" for c in _base_name(node))
+            taken = set(self.params.values())
+            name, k = base, 1
+            while name in taken:
+                name, k = f"{base}{k}", k + 1
+            self.params[node] = name
+        return self.params[node]
+
+    # --- reductions ---
+
+    def reduce_node(
+        self,
+        op: str,
+        node: fx.Node,
+        index: tuple[Expr, ...],
+        before: Callable[[Element], Element] | None = None,
+    ) -> tuple[tuple[Element, ...], Element]:
+        """Reduce a node's first argument over its `dim`s; return the results and the count."""
+        source = node.args[0]
+        rank = len(g.shape(source))  # type: ignore[arg-type]
+        names = {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
+        dims = g.argument(node, "dim") if "dim" in names else None
+        keep = bool(g.argument(node, "keepdim")) if "keepdim" in names else False
+        listed = [dims] if isinstance(dims, int) else dims
+        chosen = {d % rank for d in listed} if listed and rank else set(range(rank))
+        rest = iter(d for d in range(len(index)))
+        full: list[Expr] = []
+        for d in range(rank):
+            if d in chosen:
+                full.append(ZERO)
+                if keep:
+                    next(rest)
+            else:
+                full.append(index[next(rest)])
+        dtype = torch.bool if op in ("any", "all") else self.compute_dtype(node)
+        return self.reduce_dims(op, source, sorted(chosen), tuple(full), dtype, before)
+
+    def reduce_dims(
+        self,
+        op: str,
+        source: Any,
+        dims: Sequence[int],
+        index: tuple[Expr, ...],
+        dtype: torch.dtype,
+        before: Callable[[Element], Element] | None = None,
+    ) -> tuple[tuple[Element, ...], Element]:
+        """Reduce `source` over `dims`; `index` gives the other dims' places (others ignored)."""
+        shape = g.shape(source)
+        extents = tuple(shape[d] for d in dims)
+        kept = tuple(i for d, i in enumerate(index) if d not in dims)
+
+        def pull(inner: tuple[Expr, ...]) -> Element:
+            full = list(index)
+            for d, i in zip(dims, inner, strict=True):
+                full[d] = i
+            element = self.element(source, tuple(full))
+            value = self.truth(element) if dtype is torch.bool else self.cast(element, dtype)
+            return value if before is None else before(value)
+
+        results = self.reduce(op, pull, extents, kept, self._stack[-1])
+        counted = results[0].dtype if results[0].dtype.is_floating_point else torch.float32
+        return results, self.cast(self.index(product(extents)), counted)
+
+    def reduce(
+        self,
+        op: str,
+        pull: Callable[[tuple[Expr, ...]], Element],
+        extents: Sequence[Expr],
+        kept: Sequence[Expr],
+        node: fx.Node,
+    ) -> tuple[Element, ...]:
+        """Reduce `pull(inner index)` over `extents`; the result stands at the `kept` index."""
+        if self._masks:
+            raise Conflict(node, f"{node.name} reduces inside a masked part (cat or pad)")
+        used = {s.name[1:] for i in kept for s in i.free_symbols if s.name[0] == "@"}
+        for i in kept:
+            for symbol in i.free_symbols:
+                if symbol.name[0] == "%":
+                    raise Conflict(node, f"{node.name} reduces at a gathered position")
+        if all(extent == 1 for extent in extents):
+            return self.reduce_one(op, pull(tuple(ZERO for _ in extents)))
+        inner = self.loops.row_index(tuple(extents), used, node)
+        return self.emit_reduce(op, pull(inner))
+
+
+_IGNORED = {"memory_format", "layout", "device", "pin_memory", "non_blocking", "dtype", "copy"}
+
+
+def _scalar_dtype(value: Any) -> torch.dtype:
+    if isinstance(value, bool):
+        return torch.bool
+    return torch.int64 if isinstance(value, int) else torch.float32
+
+
+def _common_dtype(node: fx.Node) -> torch.dtype:
+    """Return the dtype in which a comparison's arguments meet, for computing."""
+    values = [g.fake(a) for a in node.args]
+    values = [v for v in values if isinstance(v, (torch.Tensor, bool, int, float))]
+    found = values[0].dtype if len(values) == 1 else None
+    if found is None:
+        found = torch.result_type(values[0], values[1])
+    return torch.float32 if found in (torch.float16, torch.bfloat16) else found
+
+
+def _base_name(node: fx.Node) -> str:
+    """Return a name that equal kernels of different layers share."""
+    if node.op == "get_attr":
+        return str(node.target).rsplit(".", 1)[-1]
+    if node.op == "placeholder":
+        return node.name
+    return node.name.rstrip("0123456789").rstrip("_") or node.name

@@ -1,0 +1,162 @@
+"""Native: a program's launches as one table that the C++ runtime walks.
+
+In: an assembly. Out: the library that holds its kernels, and per launch where its arguments and
+sizes lie in the program's address table and size table, ready for `ttx_run`::
+
+    table  = [input_ids, weight, ..., arena + 0, arena + 1179648, ...]     addresses
+    sizes  = [batch, seq, batch*seq, 1152, ...]                            evaluated per shape
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+from turbotx import ir
+from turbotx.assemble import Assembly
+from turbotx.kernels.build import build_library
+from turbotx.kernels.cpp import print_kernel
+from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
+from turbotx.sizes import Expr
+
+PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
+ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention.h"\n\n'
+
+
+class LaunchRecord(ctypes.Structure):
+    """Mirrors `Launch` in native.cpp."""
+
+    _fields_ = (
+        ("call", ctypes.c_void_p),
+        ("arg_count", ctypes.c_int32),
+        ("size_count", ctypes.c_int32),
+        ("slots", ctypes.POINTER(ctypes.c_int32)),
+        ("offsets", ctypes.POINTER(ctypes.c_int32)),
+        ("sizes", ctypes.POINTER(ctypes.c_int32)),
+    )
+
+
+def load_runtime() -> tuple[ctypes.CDLL, bool]:
+    """Build and load the C++ runtime, shared by every program."""
+    source = (Path(__file__).parent / "native.cpp").read_text()
+    library, built = build_library({"runtime": source})
+    library.ttx_pack_weight.restype = ctypes.c_void_p
+    library.ttx_pack_weight.argtypes = [ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 4]
+    library.ttx_free_weight.argtypes = [ctypes.c_void_p]
+    library.ttx_free_weight.restype = None
+    library.ttx_run.restype = ctypes.c_int64
+    library.ttx_run.argtypes = [
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+    ]  # fmt: skip
+    return library, built
+
+
+def print_units(assembly: Assembly) -> tuple[dict[str, str], dict[object, str]]:
+    """Return the C++ translation units and the function name of every kernel in them.
+
+    Equal kernels, of different layers or of different names, are one function.
+    """
+    names: dict[object, str] = {}
+    kernels: list[str] = []
+    attentions: list[str] = []
+    taken: dict[str, int] = {}
+    for launch in assembly.launches:
+        target = launch.target
+        key = kernel_key(target)
+        if key is None or key in names:
+            continue
+        base = target.name  # type: ignore[attr-defined]
+        k = taken.get(base, 0)
+        taken[base] = k + 1
+        name = f"{base}_{k}"
+        names[key] = name
+        if isinstance(target, ir.Kernel):
+            kernels.append(print_kernel(target, name))
+        elif isinstance(target, AttentionKernel):
+            attentions.append(print_attention(target, name))
+    units = {}
+    if kernels:
+        units["kernels"] = PRELUDE + "\n".join(kernels)
+    if attentions:
+        units["attention"] = ATTENTION_PRELUDE + "\n".join(attentions)
+    return units, names
+
+
+def kernel_key(target: object) -> object | None:
+    """Return what makes two launches' functions the same; None for those not generated."""
+    if isinstance(target, ir.Kernel):
+        return target.digest()
+    return target if isinstance(target, AttentionKernel) else None
+
+
+class LaunchTable:
+    """The launches that native code runs, between the ones that PyTorch runs.
+
+    slots: place of every tensor (and packed weight) in the address table. values: the expressions
+    of the size table. segments: (begin, end) ranges of native launches, or the index of one that
+    PyTorch runs.
+    """
+
+    def __init__(
+        self, assembly: Assembly, native_kinds: frozenset[str],
+        runtime: ctypes.CDLL, kernels: ctypes.CDLL | None, names: dict[object, str],
+    ) -> None:  # fmt: skip
+        self.slots: dict[str, int] = {}
+        self.values: dict[Expr, int] = {}
+        self._arrays: list[object] = []
+        for name in assembly.tensors:
+            self.slots[name] = len(self.slots)
+        self.records = (LaunchRecord * max(1, len(assembly.launches)))()
+        self.segments: list[tuple[int, int]] = []
+        for i, launch in enumerate(assembly.launches):
+            native = launch.kind in native_kinds
+            if native:
+                self._fill(self.records[i], launch, runtime, kernels, names)
+            if native and self.segments and self.segments[-1][1] == i and self._native_last:
+                self.segments[-1] = (self.segments[-1][0], i + 1)
+            else:
+                self.segments.append((i, i + 1))
+            self._native_last = native
+
+    def value(self, e: Expr) -> int:
+        return self.values.setdefault(e, len(self.values))
+
+    def slot(self, name: str) -> int:
+        return self.slots.setdefault(name, len(self.slots))
+
+    def _fill(
+        self, record: LaunchRecord, launch: ir.Launch,
+        runtime: ctypes.CDLL, kernels: ctypes.CDLL | None, names: dict[object, str],
+    ) -> None:  # fmt: skip
+        if launch.kind == "gemm":
+            function = runtime.ttx_linear
+        else:
+            assert kernels is not None
+            function = getattr(kernels, names[kernel_key(launch.target)])
+        record.call = ctypes.cast(function, ctypes.c_void_p).value
+        slots, offsets = [], []
+        for k, arg in enumerate(launch.args):
+            packed = launch.kind == "gemm" and k == 1
+            if arg is None:
+                slots.append(-1)
+                offsets.append(-1)
+                continue
+            slots.append(self.slot(packed_name(arg)) if packed else self.slot(arg.tensor))
+            shift = arg.offset * arg.dtype.itemsize
+            offsets.append(-1 if packed or shift == 0 else self.value(shift))
+        sizes = [self.value(e) for e in launch.sizes]
+        record.arg_count, record.size_count = len(slots), len(sizes)
+        record.slots, record.offsets, record.sizes = map(self._array, (slots, offsets, sizes))
+
+    def _array(self, numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
+        array = (ctypes.c_int32 * max(1, len(numbers)))(*numbers)
+        self._arrays.append(array)
+        return array
+
+
+def packed_name(weight: ir.Operand) -> str:
+    """Return the address table's name of a weight in packed form."""
+    flipped = "" if weight.strides[-1] == 1 else ".t"
+    return f"{weight.tensor}{flipped}.packed"

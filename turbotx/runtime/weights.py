@@ -1,0 +1,99 @@
+"""Weights: what a program derives from the module's own parameters, kept fresh.
+
+In: the parameters, by the module that owns them, and the prepared constants' graph. Out: current
+tensors and packed GEMM weights; a parameter that was updated in place, replaced or loaded anew
+is noticed by its version, identity and address, and what derives from it is made again::
+
+    weights.refresh()  ->  True when anything changed since the last call
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx, nn
+
+from turbotx import ir
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class PackedWeight:
+    """A GEMM weight in the native library's layout; freed with the object."""
+
+    def __init__(self, native: ctypes.CDLL, weight: torch.Tensor) -> None:
+        self._native = native
+        n, k = weight.shape
+        self.address = native.ttx_pack_weight(
+            DTYPE_CODES[weight.dtype], weight.data_ptr(), n, k, weight.stride(0), weight.stride(1)
+        )
+        if not self.address:
+            raise MemoryError(f"no memory to pack a weight of {weight.nbytes} bytes")
+
+    def __del__(self) -> None:
+        if getattr(self, "address", None):
+            self._native.ttx_free_weight(self.address)
+
+
+class Weights:
+    """Parameters, prepared constants and packed weights of one program."""
+
+    def __init__(
+        self, model: nn.Module, constants: Mapping[str, torch.Tensor],
+        targets: Mapping[str, str], prepared: Mapping[str, fx.Node],
+    ) -> None:  # fmt: skip
+        """targets: program tensor name -> dotted path in the user's module."""
+        self._model = model
+        self._constants = constants
+        self._prepared = prepared
+        self._slots = {name: self._find(path) for name, path in targets.items()}
+        self._owners = [(owner, leaf) for owner, leaf in self._slots.values()]
+        self._seen: list[tuple[object, int, int]] = []
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.version = 0
+
+    def _find(self, path: str) -> tuple[Mapping[str, torch.Tensor | None], str]:
+        """Return the dictionary that holds a parameter now, so that a replaced one is seen."""
+        if path.startswith("constants."):
+            return self._constants, path.removeprefix("constants.")
+        *parents, leaf = path.split(".")
+        module = self._model.get_submodule(".".join(parents))
+        for table in (module._parameters, module._buffers):
+            if leaf in table:
+                return table, leaf
+        return module.__dict__, leaf
+
+    def refresh(self) -> bool:
+        """Look at every parameter; derive again what changed. Returns whether anything did."""
+        now = [(t := owner[leaf], t._version, t.data_ptr()) for owner, leaf in self._owners]  # type: ignore[union-attr]
+        if self._seen and all(
+            a[0] is b[0] and a[1] == b[1] and a[2] == b[2] for a, b in zip(now, self._seen, strict=True)
+        ):  # fmt: skip
+            return False
+        self.tensors = {name: owner[leaf] for name, (owner, leaf) in self._slots.items()}  # type: ignore[misc]
+        with torch.no_grad():
+            for name, node in self._prepared.items():
+                self.tensors[name] = self._compute(node)
+        self._seen = now
+        self.version += 1
+        return True
+
+    def _compute(self, node: fx.Node) -> torch.Tensor:
+        if node.name in self.tensors:
+            return self.tensors[node.name]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._compute)
+        return node.target(*args, **kwargs).contiguous()  # type: ignore[operator]
+
+    def window(self, operand: ir.Operand) -> torch.Tensor:
+        """Return an operand on a parameter or prepared constant as a tensor."""
+        base = self.tensors[operand.tensor]
+        shape = [int(e) for e in operand.shape]
+        strides = [int(s) for s in operand.strides]
+        return base.as_strided(shape, strides, base.storage_offset() + int(operand.offset))
+
+
+def derived_nbytes(weights: Sequence[torch.Tensor]) -> int:
+    """Return the bytes of packed copies of these weights (padding aside)."""
+    return sum(w.nbytes for w in weights)
