@@ -26,6 +26,10 @@ class FusedRegion:
     kernels: tuple[Lowered, ...] = ()
     reasons: list[str] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        return self.kernels[-1].kernel.name if self.kernels else "fused"
+
 
 def fuse(region: Region) -> FusedRegion:
     """Give the region its kernels: one where possible, otherwise the fewest, with the reasons."""

@@ -19,9 +19,10 @@ from turbotx.sizes import Expr
 
 @dataclass(frozen=True)
 class Extracted:
-    """module(*tensors, *sizes) returns a tuple; `sizes` are the expressions it wants."""
+    """module(*tensors, *sizes) returns a tuple; `sizes` are what the size nodes stand for."""
 
     module: fx.GraphModule
+    size_nodes: tuple[fx.Node, ...]
     sizes: tuple[Expr, ...]
 
 
@@ -42,7 +43,7 @@ def extract(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node], name: str) ->
             made[node] = graph.node_copy(node, made.__getitem__)
     graph.output(tuple(made[n] for n in outputs))
     module = fx.GraphModule(nn.Module(), graph, class_name=name)
-    return Extracted(module, tuple(g.size(n) for n in sizes))
+    return Extracted(module, tuple(sizes), tuple(g.size(n) for n in sizes))
 
 
 def _is_tensor_like(node: fx.Node) -> bool:

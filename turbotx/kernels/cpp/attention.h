@@ -62,7 +62,7 @@ void add_bias_row(const AttentionShape& s, const char* base, long offset, KeyRan
 
 // Adds the masks to one row of scores of keys.begin .. keys.end.
 template <class T>
-void mask_row(const AttentionShape& s, const HeadOperands& head, long batch, long q_head, long i,
+[[gnu::noinline]] void mask_row(const AttentionShape& s, const HeadOperands& head, long batch, long q_head, long i,
               KeyRange keys, float* row) {
   if (s.bias_kind != Bias::none)
     add_bias_row<T>(s, static_cast<const char*>(s.bias),
@@ -75,17 +75,19 @@ void mask_row(const AttentionShape& s, const HeadOperands& head, long batch, lon
     row[j - keys.begin] = kMinusInf;
 }
 
-// Rows [first, first + ROWS) of a key head's group: row r is query r % q_len of its head r / q_len.
+// Rows [first, first + rows) of a key head's group: row r is query r % q_len of its head r / q_len.
+// Rows past `rows` up to ROWS repeat the last one and are not stored.
 template <class T, int D, int ROWS>
 void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, T* out, long batch,
-                 long first_head, long first) {
+                 long first_head, long first, int rows) {
   alignas(64) float query[ROWS * D], scores[ROWS * kScoreStride], sums[ROWS * padded(D)];
   float maximum[ROWS], total[ROWS] = {}, keep[ROWS];
   long q_head[ROWS], index[ROWS];
   KeyRange all{s.k_len, 0};
   for (int r = 0; r < ROWS; ++r) {
-    q_head[r] = first_head + (first + r) / s.q_len;
-    index[r] = (first + r) % s.q_len;
+    long flat = first + (r < rows ? r : rows - 1);
+    q_head[r] = first_head + flat / s.q_len;
+    index[r] = flat % s.q_len;
     const T* row = q + batch * s.q.batch + q_head[r] * s.q.head + index[r] * s.q.row;
     for (int d = 0; d < D; ++d) query[r * D + d] = to_float(row[d]) * (s.scale * kLog2E);
     maximum[r] = kMinusInf;
@@ -109,7 +111,7 @@ void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, 
     weigh_block<D, ROWS>(scores, head.values + begin * head.value_stride, head.value_stride, count,
                          begin == start ? nullptr : keep, sums);
   }
-  for (int r = 0; r < ROWS; ++r) {
+  for (int r = 0; r < rows; ++r) {
     T* row = out + batch * s.out.batch + q_head[r] * s.out.head + index[r] * s.out.row;
     bool empty = start >= all.end || total[r] == 0.0f;
     float factor = empty ? 0.0f : 1.0f / total[r];
@@ -117,12 +119,15 @@ void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, 
   }
 }
 
-template <class T, int D, int ROWS>
+// The smallest tile that holds the rows: 1, 2, 4, 6 or 8, so that few are compiled.
+template <class T, int D, int ROWS = kTileRows>
 void attend_rows_of(int rows, const AttentionShape& s, const HeadOperands& head, const T* q, T* out,
                     long batch, long first_head, long first) {
-  if (rows == ROWS) return attend_rows<T, D, ROWS>(s, head, q, out, batch, first_head, first);
-  if constexpr (ROWS > 1)
-    attend_rows_of<T, D, ROWS - 1>(rows, s, head, q, out, batch, first_head, first);
+  constexpr int fewer = ROWS > 2 ? ROWS - 2 : ROWS - 1;
+  if constexpr (fewer > 0)
+    if (rows <= fewer)
+      return attend_rows_of<T, D, fewer>(rows, s, head, q, out, batch, first_head, first);
+  attend_rows<T, D, ROWS>(s, head, q, out, batch, first_head, first, rows);
 }
 
 // Packs one key head into the thread's scratch.
@@ -177,9 +182,9 @@ void attention(const T* q, const T* k, const T* v, T* out, const AttentionShape&
     long batch = head_index / s.kv_heads, kv_head = head_index % s.kv_heads;
     HeadOperands head = prepare_head<T, D>(s, k, v, batch, kv_head);
     for (long tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
-      long first = rows * tile / tiles, next = rows * (tile + 1) / tiles;
-      attend_rows_of<T, D, kTileRows>(static_cast<int>(next - first), s, head, q, out, batch,
-                                      kv_head * group, first);
+      long first = tile * kTileRows, left = rows - first;
+      attend_rows_of<T, D>(static_cast<int>(left < kTileRows ? left : kTileRows), s, head, q, out,
+                           batch, kv_head * group, first);
     }
   }
 }

@@ -87,7 +87,7 @@ void score_block(const float* q, const float* keys, long count, float* scores) {
 
 // Turns a row of scores into 2^(score - maximum); returns their sum. `maximum` comes in as the
 // maximum so far and goes out as the new one; `keep` is what earlier blocks are to be scaled by.
-inline float exponentiate(float* row, long panels, float& maximum, float& keep) {
+[[gnu::noinline]] inline float exponentiate(float* row, long panels, float& maximum, float& keep) {
   vec top = load_vec(row);
   for (long p = 1; p < panels; ++p) {
     vec x = load_vec(row + p * kLanes);

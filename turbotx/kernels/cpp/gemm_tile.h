@@ -10,7 +10,7 @@ namespace ttx::detail {
 
 constexpr int kPanel = 2 * kLanes;
 constexpr int kGemmRows = kRegisters >= 32 ? 12 : 6;  // 12 x 2 accumulators of 32, 6 x 2 of 16
-constexpr int kBestRows = kRegisters >= 32 ? 8 : 6;   // Zen 4: 8 x 2 at 99 % of the peak, 12 x 2 at 93
+constexpr int kBestRows = kRegisters >= 32 ? 8 : 6;   // Zen 4: 8 x 2 reach 99 % of the peak, 12 93
 
 // How a weight type lies in a panel: `step` consecutive k of one column are neighbours.
 template <class T>

@@ -1,0 +1,380 @@
+"""`turbotx.optimize`: a module, a module class or a function becomes a faster one.
+
+In: something that is called with tensors. Out: the same thing to its caller, captured at the
+first call of each kind (which arguments, dtypes, ranks, flags) for any sizes afterwards::
+
+    fast = turbotx.optimize(model)
+    fast(input_ids=ids, attention_mask=mask)
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar, overload
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from turbotx.capture import capture
+from turbotx.errors import CaptureError, InputError, OptionsError, TrainingError
+from turbotx.memory.pool import ChunkPool
+from turbotx.options import Options, make_options
+from turbotx.pipeline import Compiled, compile_captured
+from turbotx.program import Binding
+from turbotx.signature import SizeMatcher
+
+log = logging.getLogger("turbotx")
+T = TypeVar("T")
+
+
+class _Variant:
+    """One capture: its compiled program and the matcher that tells which sizes it serves."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        self.compiled = compiled
+        self.program = compiled.program
+        self.matcher = SizeMatcher(compiled.captured)
+        self.out_spec = compiled.captured.out_spec
+
+
+class Engine:
+    """Captures and runs the calls of one model; what `optimize` puts behind every kind of target."""
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.model, self.options = model, options
+        self._lock = threading.RLock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every capture, as after `.to(...)`; the next call captures again."""
+        with self._lock:
+            self._variants: dict[Any, list[_Variant]] = {}
+            self._bound: dict[Any, tuple[_Variant, Binding]] = {}
+            self._pool = ChunkPool(torch.device("cpu"), max_arenas=self.options.max_arenas)
+
+    # --- calling ---
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._refuse_training()
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        key = _signature(leaves, spec)
+        shapes = (key, tuple(t.shape for t in tensors))
+        found = self._bound.get(shapes)
+        if found is None:
+            for tensor in tensors:
+                _refuse_tensor(tensor)
+            found = self._bind(key, shapes, tensors, args, kwargs)
+        elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            _refuse_gradient()
+        variant, binding = found
+        with torch.no_grad():
+            outputs = variant.program.run(binding, tensors)
+        return pytree.tree_unflatten(outputs, variant.out_spec)
+
+    def _refuse_training(self) -> None:
+        if self.model.training:
+            raise TrainingError(
+                f"{type(self.model).__name__} is in training mode, and turbotx is for inference only: "
+                "call model.eval() first"
+            )
+
+    def _bind(
+        self, key: Any, shapes: Any, tensors: list[torch.Tensor],
+        args: tuple[Any, ...], kwargs: Mapping[str, Any],
+    ) -> tuple[_Variant, Binding]:  # fmt: skip
+        with self._lock:
+            variant, dims = self._find(key, tensors, args, kwargs)
+            binding = variant.program.bind(dims)
+            if len(self._bound) >= self.options.max_shapes:
+                self._bound.pop(next(iter(self._bound)))
+            self._bound[shapes] = (variant, binding)
+            return self._bound[shapes]
+
+    def _find(
+        self, key: Any, tensors: list[torch.Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[_Variant, tuple[int, ...]]:
+        """Return the variant that serves these sizes, captured now if there is none yet."""
+        known = self._variants.setdefault(key, [])
+        for variant in known:
+            dims = variant.matcher.match([t.shape for t in tensors])
+            if dims is not None:
+                return variant, dims
+        variant = _Variant(self.compile(args, kwargs))
+        dims = variant.matcher.match([t.shape for t in tensors])
+        if dims is None:
+            why = variant.matcher.explain([t.shape for t in tensors])
+            raise CaptureError(
+                f"{type(self.model).__name__} was captured, but the capture does not hold for the "
+                f"very call it came from: {why}"
+            )
+        known.append(variant)
+        return variant, dims
+
+    def compile(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
+        """Capture and compile one call; also `turbotx.explain`'s way in."""
+        captured = capture(self.model, args, kwargs)
+        log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
+        return compile_captured(captured, self.model, self.options, self._pool)
+
+    # --- looking inside ---
+
+    def variants(self) -> list[Compiled]:
+        with self._lock:
+            return [v.compiled for variants in self._variants.values() for v in variants]
+
+    def stats(self) -> dict[str, int]:
+        """Return counts since the last reset: captures, kernel builds, plans, chunk allocations."""
+        compiled = self.variants()
+        pool = self._pool.stats()
+        return {
+            "captures": len(compiled),
+            "kernel_builds": sum(c.program.runtime.builds for c in compiled),
+            "plans": sum(c.program.plans for c in compiled),
+            "chunk_allocations": pool.chunk_allocations,
+            "mapped_nbytes": pool.mapped_nbytes,
+            "used_nbytes": pool.used_nbytes,
+            "peak_nbytes": pool.peak_nbytes,
+            "arenas": pool.arenas,
+        }
+
+    def reserve(self, **dims: int) -> None:
+        """Map the memory of the largest shape now, e.g. reserve(batch=8, seq=512)."""
+        for compiled in self.variants():
+            program = compiled.program
+            unknown = set(dims) - set(program.dims)
+            if unknown:
+                known = ", ".join(program.dims)
+                raise InputError(f"reserve has no dim {sorted(unknown)}; this capture's are {known}")
+            values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
+            self._pool.reserve(program.bind(values).footprint_nbytes)
+
+
+def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
+    """Return what decides which capture a call belongs to: everything but tensors' sizes."""
+    described = tuple(
+        (leaf.dtype, leaf.device, leaf.dim()) if isinstance(leaf, torch.Tensor) else _constant(leaf)
+        for leaf in leaves
+    )
+    return (spec, described)
+
+
+def _constant(leaf: Any) -> Any:
+    if isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device, type(None))):
+        return (type(leaf), leaf)
+    try:
+        hash(leaf)
+    except TypeError:
+        return (type(leaf), id(leaf))
+    return leaf
+
+
+def _refuse_tensor(tensor: torch.Tensor) -> None:
+    if tensor.device.type != "cpu":
+        raise InputError(
+            f"an input is on {tensor.device}, and this build of turbotx runs on CPUs; move it with .cpu()"
+        )
+    if tensor.layout is not torch.strided:
+        raise InputError(f"an input has layout {tensor.layout}; turbotx takes dense tensors only")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        _refuse_gradient()
+
+
+def _refuse_gradient() -> None:
+    raise TrainingError(
+        "an input requires grad, and turbotx is for inference only: call it under torch.no_grad(), or "
+        "pass input.detach()"
+    )
+
+
+class OptimizedModule(nn.Module):
+    """A module that runs through turbotx and otherwise is the module it was made from.
+
+    Parameters, buffers, state_dict and attributes are the original's own. `.to(...)` and the like
+    move the original and forget the captures.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        # nn.Module's own __init__ is left out on purpose: with no state of its own here, every
+        # attribute that nn.Module's methods use is found on the original.
+        object.__setattr__(self, "_original", model)
+        object.__setattr__(self, "_engine", Engine(model, options))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(args, kwargs)
+
+    __call__ = forward
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_original"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._original, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._original, name)
+
+    def __repr__(self) -> str:
+        return f"turbotx.optimize({self._original!r})"
+
+    def __reduce__(self) -> Any:
+        return OptimizedModule, (self._original, self._engine.options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModule:
+        return OptimizedModule(copy.deepcopy(self._original, memo), self._engine.options)
+
+    def train(self, mode: bool = True) -> OptimizedModule:
+        self._original.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self._original._apply(fn, recurse)
+        self._engine.reset()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._original.load_state_dict(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return self._original.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._original.named_buffers(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        return self._original.named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        return self._original.named_children()
+
+    # --- turbotx's own ---
+
+    def stats(self) -> dict[str, int]:
+        """Return counts since the last reset: captures, kernel builds, plans, chunk allocations."""
+        return self._engine.stats()
+
+    def reserve(self, **dims: int) -> None:
+        """Map the memory of the largest shape now, e.g. reserve(batch=8, seq=512)."""
+        self._engine.reserve(**dims)
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The rewritten graph of the latest capture, an ordinary torch.fx.GraphModule."""
+        from turbotx.fused_graph import make_fused_graph
+
+        variants = self._engine.variants()
+        if not variants:
+            raise CaptureError("nothing was captured yet: call the module once")
+        return make_fused_graph(variants[-1])
+
+
+class FunctionModule(nn.Module):
+    """A function of tensors as a module, so that there is one way to capture."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.turbotx_signature_of = function
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def _optimize_function(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    module = FunctionModule(function)
+    module.__class__ = type(function.__name__, (FunctionModule,), {})
+    engine = Engine(module, options)
+
+    @functools.wraps(function)
+    def optimized(*args: Any, **kwargs: Any) -> Any:
+        return engine(args, kwargs)
+
+    optimized.stats = engine.stats  # type: ignore[attr-defined]
+    optimized.reserve = engine.reserve  # type: ignore[attr-defined]
+    optimized._engine = engine  # type: ignore[attr-defined]
+    return optimized
+
+
+def _optimize_class(cls: type[nn.Module], options: Options) -> type[nn.Module]:
+    """Return a subclass whose calls run through turbotx; instances are made as before."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if "_turbotx_engine" not in self.__dict__:
+            object.__setattr__(self, "_turbotx_engine", Engine(self, options))
+        engine: Engine = self.__dict__["_turbotx_engine"]
+        if getattr(_capturing, "engine", None) is engine:
+            return nn.Module.__call__(self, *args, **kwargs)
+        with _marked(engine):
+            return engine(args, kwargs)
+
+    def apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        result = nn.Module._apply(self, fn, recurse)
+        if "_turbotx_engine" in self.__dict__:
+            self.__dict__["_turbotx_engine"].reset()
+        return result
+
+    def stats(self: Any) -> dict[str, int]:
+        return self._turbotx_engine.stats() if "_turbotx_engine" in self.__dict__ else {}
+
+    body = {"__call__": call, "_apply": apply, "stats": stats, "__doc__": cls.__doc__}
+    made = type(cls.__name__, (cls,), body)
+    made.__module__, made.__qualname__ = cls.__module__, cls.__qualname__
+    return made
+
+
+_capturing = threading.local()
+
+
+@contextmanager
+def _marked(engine: Engine) -> Iterator[None]:
+    """While an instance of an optimized class is traced, its own call is the plain one."""
+    before = getattr(_capturing, "engine", None)
+    _capturing.engine = engine
+    try:
+        yield
+    finally:
+        _capturing.engine = before
+
+
+@overload
+def optimize(target: nn.Module, /, **options: Any) -> OptimizedModule: ...
+@overload
+def optimize(target: Callable[..., T], /, **options: Any) -> Callable[..., T]: ...
+@overload
+def optimize(target: None = None, /, **options: Any) -> Callable[[Any], Any]: ...
+def optimize(target: Any = None, /, **options: Any) -> Any:
+    """Return `target` made faster: an nn.Module, an nn.Module class or a function of tensors.
+
+    Also a decorator, bare or with options (see `turbotx.options.Options`). Capture happens at the
+    first call; any batch size and sequence length is served by it afterwards. Outputs have the
+    model's own structure and belong to the caller.
+
+    Raises OptionsError for an unknown option; the first call raises CaptureError where the model
+    cannot be traced, and any call raises TrainingError in training mode or where an input
+    requires grad.
+    """
+    chosen = make_options(**options)
+    if target is None:
+        return lambda real: optimize(real, **options)
+    if isinstance(target, OptimizedModule):
+        return optimize(target._original, **options)
+    if isinstance(target, nn.Module):
+        return OptimizedModule(target, chosen)
+    if inspect.isclass(target) and issubclass(target, nn.Module):
+        return _optimize_class(target, chosen)
+    if callable(target) and not inspect.isclass(target):
+        return _optimize_function(target, chosen)
+    raise OptionsError(
+        f"turbotx.optimize takes an nn.Module, an nn.Module class or a function, not {target!r}"
+    )
