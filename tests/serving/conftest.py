@@ -78,3 +78,10 @@ def sleeping_service(costs=None, **settings):
     defaults = {"max_batch": 8, "max_batch_tokens": None, "cache_nbytes": 0}
     model = stand_in(SleepEngine(costs or fast_costs(), head=Head("embedding", normalize=True)))
     return Service(model, Settings(**{**defaults, **settings}))
+
+
+@pytest.fixture
+def unused_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

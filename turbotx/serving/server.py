@@ -83,7 +83,10 @@ def run(model: LoadedModel, settings: Settings, *, host: str, port: int) -> None
 
 
 class GracefulServer(uvicorn.Server):
-    """Says so on ``/ready`` as soon as it is told to stop, so that no more is sent to it."""
+    """Says so on ``/ready`` as soon as it is told to stop, and exits with 0 when it is done."""
+
+    should_exit: bool
+    force_exit: bool
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -91,7 +94,8 @@ class GracefulServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.leaving = True
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit  # the second signal does not wait
+        self.should_exit = True
 
 
 def cost_folder() -> Path:

@@ -1,0 +1,127 @@
+"""A listening server: real sockets, real clients, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import httpx
+import pytest
+
+from tests.serving.conftest import fast_costs, listening, sleeping_service, wait_until
+
+
+def test_a_client_that_leaves_is_dropped_from_the_queue():
+    service = sleeping_service(fast_costs(scale=500.0))
+    with listening(service) as url:
+
+        async def leave():
+            async with httpx.AsyncClient() as client:
+
+                def post(word):
+                    return asyncio.create_task(client.post(f"{url}/embed", json={"inputs": word}))
+
+                tasks = [post("w0")]
+                while not service.dispatcher._jobs or len(service.dispatcher.scheduler):
+                    await asyncio.sleep(0.005)  # until it runs, so that the others wait
+                tasks += [post("w1"), post("w2")]
+                while len(service.dispatcher.scheduler) < 2:
+                    await asyncio.sleep(0.005)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run(leave())
+        wait_until(lambda: len(service.dispatcher.scheduler) == 0)
+        wait_until(lambda: "turbotx_dropped_total 0.0" not in service.metrics.render().decode())
+
+
+def test_overload_is_429_with_retry_after_and_the_accepted_are_answered():
+    service = sleeping_service(fast_costs(scale=20.0), max_queue=10)
+    with listening(service) as url:
+
+        async def flood():
+            limits = httpx.Limits(max_connections=200)
+            async with httpx.AsyncClient(limits=limits, timeout=20) as client:
+                posts = [client.post(f"{url}/embed", json={"inputs": f"w{i}"}) for i in range(60)]
+                return await asyncio.gather(*posts)
+
+        answers = asyncio.run(flood())
+    statuses = {a.status_code for a in answers}
+    assert statuses == {200, 429}
+    refused = next(a for a in answers if a.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error_type"] == "overloaded"
+
+
+def test_the_openai_client():
+    openai = pytest.importorskip("openai")
+    with listening(sleeping_service(api_key="k")) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0)
+        found = client.embeddings.create(model="stand-in", input=["w0", "w1 w2"])
+        assert [len(d.embedding) for d in found.data] == [8, 8]
+        assert found.usage.prompt_tokens == 7
+        assert client.models.list().data[0].id == "stand-in"
+        with pytest.raises(openai.UnprocessableEntityError, match="empty"):
+            client.embeddings.create(model="stand-in", input="")
+        wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        with pytest.raises(openai.AuthenticationError):
+            wrong.embeddings.create(model="stand-in", input="w0")
+
+
+PROGRAM = """
+    import logging, sys
+    from tests.serving.conftest import fast_costs, stand_in
+    from turbotx.serving.engine import SleepEngine, Head
+    from turbotx.serving.logs import log_as_json
+    from turbotx.serving.server import run
+    from turbotx.serving.settings import Settings
+    log_as_json()
+    model = stand_in(SleepEngine(fast_costs(scale=300.0), head=Head("embedding")))
+    settings = Settings(max_batch=8, max_batch_tokens=None)
+    run(model, settings, host="127.0.0.1", port=int(sys.argv[1]))
+"""
+
+
+def test_told_to_stop_it_answers_what_it_accepted(unused_port):
+    port = str(unused_port)
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), port]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True)
+    url, answers = f"http://127.0.0.1:{port}", []
+
+    def is_ready():
+        try:
+            return httpx.get(f"{url}/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def ask(i):
+        answers.append(httpx.post(f"{url}/embed", json={"inputs": f"w{i}"}, timeout=20))
+
+    try:
+        wait_until(is_ready)
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: 'te_request_count_total{method="/embed"} 4.0' in metrics_of(url))
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(20)
+        logged = process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+    assert [a.status_code for a in answers] == [200] * 4
+    assert process.returncode == 0
+    lines = [json.loads(line) for line in logged.splitlines()]
+    assert sum(line["event"] == "request" and line["status"] == 200 for line in lines) == 4
+
+
+def metrics_of(url):
+    return httpx.get(f"{url}/metrics").text
