@@ -62,8 +62,8 @@ void add_bias_row(const AttentionShape& s, const char* base, long offset, KeyRan
 
 // Adds the masks to one row of scores of keys.begin .. keys.end.
 template <class T>
-[[gnu::noinline]] void mask_row(const AttentionShape& s, const HeadOperands& head, long batch, long q_head, long i,
-              KeyRange keys, float* row) {
+[[gnu::noinline]] void mask_row(const AttentionShape& s, const HeadOperands& head, long batch,
+                                long q_head, long i, KeyRange keys, float* row) {
   if (s.bias_kind != Bias::none)
     add_bias_row<T>(s, static_cast<const char*>(s.bias),
                     batch * s.bias_batch + q_head * s.bias_head + i * s.bias_q, keys, row);
@@ -81,7 +81,7 @@ template <class T, int D, int ROWS>
 void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, T* out, long batch,
                  long first_head, long first, int rows) {
   alignas(64) float query[ROWS * D], scores[ROWS * kScoreStride], sums[ROWS * padded(D)];
-  float maximum[ROWS], total[ROWS] = {}, keep[ROWS];
+  Softmax softmax[ROWS];
   long q_head[ROWS], index[ROWS];
   KeyRange all{s.k_len, 0};
   for (int r = 0; r < ROWS; ++r) {
@@ -90,7 +90,6 @@ void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, 
     index[r] = flat % s.q_len;
     const T* row = q + batch * s.q.batch + q_head[r] * s.q.head + index[r] * s.q.row;
     for (int d = 0; d < D; ++d) query[r * D + d] = to_float(row[d]) * (s.scale * kLog2E);
-    maximum[r] = kMinusInf;
     KeyRange seen = visible_keys(s, index[r]);
     if (seen.begin < all.begin) all.begin = seen.begin;
     if (seen.end > all.end) all.end = seen.end;
@@ -105,16 +104,15 @@ void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, 
     for (int r = 0; r < ROWS; ++r) {
       float* row = scores + r * kScoreStride;
       if (masked) mask_row<T>(s, head, batch, q_head[r], index[r], keys, row);
-      float sum = exponentiate(row, panels, maximum[r], keep[r]);
-      total[r] = total[r] * keep[r] + sum;
+      exponentiate(row, panels, softmax[r]);
     }
     weigh_block<D, ROWS>(scores, head.values + begin * head.value_stride, head.value_stride, count,
-                         begin == start ? nullptr : keep, sums);
+                         begin == start ? nullptr : softmax, sums);
   }
   for (int r = 0; r < rows; ++r) {
     T* row = out + batch * s.out.batch + q_head[r] * s.out.head + index[r] * s.out.row;
-    bool empty = start >= all.end || total[r] == 0.0f;
-    float factor = empty ? 0.0f : 1.0f / total[r];
+    bool empty = start >= all.end || softmax[r].total == 0.0f;
+    float factor = empty ? 0.0f : 1.0f / softmax[r].total;
     for (int d = 0; d < D; ++d) store(row + d, empty ? 0.0f : sums[r * padded(D) + d] * factor);
   }
 }

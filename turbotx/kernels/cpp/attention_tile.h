@@ -17,8 +17,10 @@ constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
 constexpr int padded(int d) { return (d + kLanes - 1) / kLanes * kLanes; }
 
-// 2^t for t <= 0, zero below 2^-126; NaN stays. Scores carry log2(e), so this is softmax's exp.
+// 2^t for t <= 0, zero below 2^-126.5; NaN stays. Scores carry log2(e), so this is softmax's exp.
 TTX_INLINE vec exp2_nonpositive(vec t) {
+  // At -127 the exponent's bits are those of 0. In this order it is one instruction that keeps NaN.
+  t = broadcast(-127.0f) > t ? broadcast(-127.0f) : t;
   vec shifted = t + broadcast(kRound);
   vec r = t - (shifted - broadcast(kRound));
   vec p = r * 0x1.416d18p-13f + 0x1.5f09a6p-10f;
@@ -27,8 +29,7 @@ TTX_INLINE vec exp2_nonpositive(vec t) {
   p = p * r + 0x1.ebfbdcp-3f;
   p = p * r + 0x1.62e430p-1f;
   p = p * r + 1.0f;
-  vec power = __builtin_bit_cast(vec, (__builtin_bit_cast(int_vec, shifted) << 23) + 0x3f800000);
-  return t < broadcast(-126.0f) ? vec{} : p * power;
+  return p * __builtin_bit_cast(vec, (__builtin_bit_cast(int_vec, shifted) << 23) + 0x3f800000);
 }
 
 // Packed keys: panels of kLanes keys, each D rows of kLanes floats; the last panel padded with 0.
@@ -85,36 +86,38 @@ void score_block(const float* q, const float* keys, long count, float* scores) {
     for (long j = count; j < panels * kLanes; ++j) scores[r * kScoreStride + j] = kMinusInf;
 }
 
-// Turns a row of scores into 2^(score - maximum); returns their sum. `maximum` comes in as the
-// maximum so far and goes out as the new one; `keep` is what earlier blocks are to be scaled by.
-[[gnu::noinline]] inline float exponentiate(float* row, long panels, float& maximum, float& keep) {
-  vec top = load_vec(row);
+struct Softmax { float maximum = kMinusInf, total = 0.0f, keep = 0.0f; };
+
+// Turns a row of scores into 2^(score - maximum). `row` carries the maximum and the total over the
+// key blocks so far; its `keep` is what the earlier blocks' weighted values are to be scaled by.
+[[gnu::noinline]] inline void exponentiate(float* scores, long panels, Softmax& row) {
+  vec top = load_vec(scores);
   for (long p = 1; p < panels; ++p) {
-    vec x = load_vec(row + p * kLanes);
+    vec x = load_vec(scores + p * kLanes);
     top = x > top ? x : top;
   }
-  float block = max_lanes(top), next = block > maximum ? block : maximum;
+  float block = max_lanes(top), next = block > row.maximum ? block : row.maximum;
   float base = next == kMinusInf ? 0.0f : next;  // a row with every key hidden so far
-  keep = ttx::exp2(maximum - base);
-  maximum = next;
   vec sum = {}, offset = broadcast(base);
   for (long p = 0; p < panels; ++p) {
-    vec e = exp2_nonpositive(load_vec(row + p * kLanes) - offset);
-    store_vec(row + p * kLanes, e);
+    vec e = exp2_nonpositive(load_vec(scores + p * kLanes) - offset);
+    store_vec(scores + p * kLanes, e);
     sum += e;
   }
-  return sum_lanes(sum);
+  row.keep = row.maximum == kMinusInf ? 0.0f : ttx::exp2(row.maximum - base);
+  row.total = row.total * row.keep + sum_lanes(sum);
+  row.maximum = next;
 }
 
 template <int ROWS, int VECS>
 TTX_INLINE void weigh_columns(const float* weights, const float* values, long value_stride,
-                              long count, const float* keep, float* out, int out_stride) {
+                              long count, const Softmax* rows, float* out, int out_stride) {
   vec sum[ROWS][VECS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < VECS; ++c)
-      sum[r][c] = keep ? load_vec(out + r * out_stride + c * kLanes) * keep[r] : vec{};
+      sum[r][c] = rows ? load_vec(out + r * out_stride + c * kLanes) * rows[r].keep : vec{};
   for (long j = 0; j < count; ++j, values += value_stride) {
     vec value[VECS];
 #pragma GCC unroll 4
@@ -132,17 +135,17 @@ TTX_INLINE void weigh_columns(const float* weights, const float* values, long va
     for (int c = 0; c < VECS; ++c) store_vec(out + r * out_stride + c * kLanes, sum[r][c]);
 }
 
-// out[r] = keep[r] * out[r] + sum over j of weights[r][j] * value j; without keep, out starts at 0.
+// out[r] = rows[r].keep * out[r] + sum over j of weights[r][j] * value j; without rows, from 0.
 template <int D, int ROWS>
 void weigh_block(const float* weights, const float* values, long value_stride, long count,
-                 const float* keep, float* out) {
+                 const Softmax* rows, float* out) {
   constexpr int vecs = padded(D) / kLanes;
   int c = 0;
   for (; c + 2 <= vecs; c += 2)
-    weigh_columns<ROWS, 2>(weights, values + c * kLanes, value_stride, count, keep,
+    weigh_columns<ROWS, 2>(weights, values + c * kLanes, value_stride, count, rows,
                            out + c * kLanes, padded(D));
   if (c < vecs)
-    weigh_columns<ROWS, 1>(weights, values + c * kLanes, value_stride, count, keep,
+    weigh_columns<ROWS, 1>(weights, values + c * kLanes, value_stride, count, rows,
                            out + c * kLanes, padded(D));
 }
 

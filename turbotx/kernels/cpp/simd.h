@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstring>
+#include <utility>
 
 #include "storage.h"
 
@@ -88,19 +89,30 @@ TTX_INLINE void store_some(T* p, vec x, int count) {
   else store_part(p, x, count);
 }
 
-inline float sum_lanes(vec x) {
-  float part[kLanes];
-  store_vec(part, x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
-  return part[0];
+namespace detail {
+
+// Lane i gets lane (i + SHIFT) % kLanes.
+template <int SHIFT, int... I>
+TTX_INLINE vec rotate(vec x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, ((I + SHIFT) % kLanes)...);
 }
-inline float max_lanes(vec x) {
-  float part[kLanes];
-  store_vec(part, x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) part[i] = part[i] < part[i + width] ? part[i + width] : part[i];
-  return part[0];
+
+template <int WIDTH, class Combine>
+TTX_INLINE vec fold(vec x, Combine combine) {
+  if constexpr (WIDTH == 0) return x;
+  else {
+    vec other = rotate<WIDTH>(x, std::make_integer_sequence<int, kLanes>{});
+    return fold<WIDTH / 2>(combine(x, other), combine);
+  }
+}
+
+}  // namespace detail
+
+TTX_INLINE float sum_lanes(vec x) {
+  return detail::fold<kLanes / 2>(x, [](vec a, vec b) { return a + b; })[0];
+}
+TTX_INLINE float max_lanes(vec x) {
+  return detail::fold<kLanes / 2>(x, [](vec a, vec b) { return a > b ? a : b; })[0];
 }
 
 }  // namespace ttx

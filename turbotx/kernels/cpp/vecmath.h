@@ -49,11 +49,11 @@ TTX_INLINE int_like<F> bits(F x) { return __builtin_bit_cast(int_like<F>, x); }
 template <floats F>
 TTX_INLINE F from_bits(int_like<F> i) { return __builtin_bit_cast(F, i); }
 
-// A NaN in x comes through both: the comparison with it is false.
+// One instruction each in this order; a NaN in x comes through, its comparison is false.
 template <floats F>
-TTX_INLINE F at_most(F x, float c) { return x > splat<F>(c) ? splat<F>(c) : x; }
+TTX_INLINE F at_most(F x, float c) { return splat<F>(c) < x ? splat<F>(c) : x; }
 template <floats F>
-TTX_INLINE F at_least(F x, float c) { return x < splat<F>(c) ? splat<F>(c) : x; }
+TTX_INLINE F at_least(F x, float c) { return splat<F>(c) > x ? splat<F>(c) : x; }
 
 template <floats F>
 TTX_INLINE F abs(F x) { return from_bits<F>(bits(x) & 0x7fffffff); }
