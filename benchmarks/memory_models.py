@@ -80,6 +80,12 @@ class Sized:
         batch, seq = np.asarray(batch, dtype=np.int64), np.asarray(seq, dtype=np.int64)
         return np.stack([evaluate(formula, batch, seq) for formula in self.formulas])
 
+    def samples(self) -> list[list[int]]:
+        """Sizes at shapes spread over batch 1..20 and length 1..512, for a planner to aim at."""
+        batch, seq = np.meshgrid([1, 2, 4, 8, 20], [1, 4, 16, 32, 64, 96, 128, 192, 256, 384, 512])
+        rows: list[list[int]] = self.class_nbytes(batch.ravel(), seq.ravel()).T.tolist()
+        return rows
+
 
 def evaluate(formula: str, batch: np.ndarray, seq: np.ndarray) -> np.ndarray:
     """A formula of batch, seq, integers, + - * // and max, over arrays of shapes."""
