@@ -1,0 +1,357 @@
+"""Load test on loopback: an open-loop client against the real server.
+
+In: nothing (traces are seeded). Out: JSON and plots, per policy throughput, latency and refusals.
+The engine is a stand-in that sleeps its cost table, or MiniLM with its real weights::
+
+    python benchmarks/serving.py sleep --out benchmarks/results/serving_sleep.json
+    python benchmarks/serving.py minilm --out benchmarks/results/serving_minilm.json
+    python benchmarks/serving.py overload --out benchmarks/results/serving_overload.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from turbotx.serving import POLICIES, CostTable, Request, Scheduler
+from turbotx.serving.simulation import offline_capacity_per_s, simulate
+from turbotx.serving.traces import make_trace, poisson_gaps, uniform_lengths
+
+SCALE = 8  # the toy table slowed down, so that HTTP's own cost stays small beside it
+LONGEST = 512
+
+
+def sleeping_costs(scale: float) -> CostTable:
+    return CostTable.from_function(lambda n, b: scale * (4 + 0.022 * n * b), 100, 20)
+
+
+# --- the server, in a process of its own ------------------------------------------------------
+
+
+def run_server(options: dict[str, Any]) -> None:
+    from turbotx.serving.engine import Head, SleepEngine
+    from turbotx.serving.logs import log_as_json
+    from turbotx.serving.model_files import LoadedModel, ModelInfo, find_folder, load_model
+    from turbotx.serving.server import run
+    from turbotx.serving.settings import Settings
+    from turbotx.serving.tokens import TextTokenizer
+
+    log_as_json("warning")
+    engine = options["engine"]
+    if engine == "sleep":
+        costs = sleeping_costs(options["scale"])
+        sleeping = SleepEngine(costs, head=Head("embedding"))
+        info = ModelInfo("sleep", "", "float32", costs.max_length, 8, sleeping.head)
+        tokenizer = TextTokenizer.load(find_folder("minilm"), costs.max_length)
+        model = LoadedModel(sleeping, tokenizer, info)
+    else:
+        model = load_model("minilm", backend=engine, max_length=LONGEST)
+    settings = Settings(**{"cache_nbytes": 0, "coalesce": False, **options["settings"]})
+    run(model, settings, host="127.0.0.1", port=options["port"])
+
+
+@contextmanager
+def serving(**options: Any) -> Iterator[tuple[str, int, int]]:
+    """Host, port and process id of a server that is ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, "serve", json.dumps({**options, "port": port})]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["."] + sys.path[1:])}
+    process = subprocess.Popen(command, env=environment)
+    try:
+        _wait_ready(f"http://127.0.0.1:{port}/ready", process)
+        yield "127.0.0.1", port, process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(1200):
+        if process.poll() is not None:
+            raise RuntimeError(f"the server exited with {process.returncode}")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise RuntimeError("the server was not ready within two minutes")
+
+
+# --- the client: sends at the trace's times, whatever comes back ---------------------------------
+
+
+@dataclass
+class Load:
+    """Per request, in the trace's order: status (0: no answer) and ms since it was due."""
+
+    statuses: list[int] = field(default_factory=list)
+    latency_ms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def summary(self) -> dict[str, Any]:
+        statuses, latency = np.array(self.statuses), np.array(self.latency_ms)
+        done, refused = latency[statuses == 200], latency[statuses == 429]
+        found: dict[str, Any] = {
+            "sent": len(statuses),
+            "answered": len(done),
+            "refused": len(refused),
+            "other": int(((statuses != 200) & (statuses != 429)).sum()),
+            "seconds": self.seconds,
+            "per_s": len(done) / self.seconds,
+        }
+        for name, values in (("", done), ("refused_", refused)):
+            for q in (50, 99) if len(values) else ():
+                found[f"{name}p{q}_ms"] = float(np.percentile(values, q))
+        if len(done):
+            found["mean_ms"] = float(done.mean())
+        return found
+
+
+class Client:
+    """HTTP/1.1 over kept connections, no more than a load test needs."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host, self.port = host, port
+        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def post(self, path: str, body: bytes) -> int:
+        head = f"POST {path} HTTP/1.1\r\nhost: {self.host}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"  # noqa: E501
+        reader, writer = self._free.pop() if self._free else await self._open()
+        writer.write(head.encode() + body)
+        answer = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", answer, re.I)
+        await reader.readexactly(int(length[1]) if length else 0)
+        if b"connection: close" in answer.lower():
+            writer.close()
+        else:
+            self._free.append((reader, writer))
+        return int(answer[9:12])
+
+    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(self.host, self.port)
+
+    def close(self) -> None:
+        for _, writer in self._free:
+            writer.close()
+
+
+async def send_trace(host: str, port: int, trace: list[Request], bodies: list[bytes]) -> Load:
+    client, load = Client(host, port), Load()
+    load.statuses, load.latency_ms = [0] * len(trace), [float("nan")] * len(trace)
+    begin = time.perf_counter() + 0.1
+
+    async def send(i: int) -> None:
+        due = begin + trace[i].arrival_ms / 1e3
+        try:
+            load.statuses[i] = await client.post("/embed", bodies[i])
+        except (OSError, asyncio.IncompleteReadError):
+            load.statuses[i] = 0
+        load.latency_ms[i] = (time.perf_counter() - due) * 1e3
+
+    tasks = []
+    for i, request in enumerate(trace):
+        wait_s = begin + request.arrival_ms / 1e3 - time.perf_counter()
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
+        tasks.append(asyncio.create_task(send(i)))
+    await asyncio.gather(*tasks)
+    load.seconds = time.perf_counter() - begin
+    client.close()
+    return load
+
+
+def id_bodies(trace: list[Request]) -> list[bytes]:
+    return [json.dumps({"inputs": [[7592] * r.length]}).encode() for r in trace]
+
+
+# --- the experiments ---------------------------------------------------------------------------
+
+
+def compare_with_simulator(count: int) -> dict[str, Any]:
+    """The sleeping engine behind HTTP against the same trace in simulated time."""
+    costs = sleeping_costs(SCALE)
+    lengths = uniform_lengths(2, 100)
+    capacity = offline_capacity_per_s(lengths(np.random.default_rng(0), count).tolist(), costs)
+    rows = []
+    for load in (0.5, 0.8):
+        trace = make_trace(poisson_gaps, lengths, rate_per_s=capacity * load, count=count, seed=0)
+        for policy in ("aged", "dp", "fifo"):
+            settings = {"policy": policy, "max_batch": 20, "max_batch_tokens": None,
+                        "max_age_ms": 1e6, "timeout_ms": 1e6}  # fmt: skip
+            with serving(engine="sleep", scale=SCALE, settings=settings) as (host, port, _):
+                found = asyncio.run(send_trace(host, port, trace, id_bodies(trace))).summary()
+            simulated = simulate(trace, Scheduler(costs, POLICIES[policy]()))
+            found["simulated_per_s"] = simulated.throughput_per_s
+            found["simulated_p99_ms"] = simulated.percentile_ms(99)
+            found["per_s_ratio"] = found["per_s"] / found["simulated_per_s"]
+            found["p99_ratio"] = found["p99_ms"] / found["simulated_p99_ms"]
+            rows.append({"load": load, "policy": policy, **found})
+            print(rows[-1], flush=True)
+    return {"scale": SCALE, "capacity_per_s": capacity, "rows": rows}
+
+
+def overload(seconds: float) -> dict[str, Any]:
+    """Ten times what the sleeping engine can do, against its peak just under saturation."""
+    scale = 20.0
+    costs, lengths = sleeping_costs(scale), uniform_lengths(2, 100)
+    capacity = offline_capacity_per_s(lengths(np.random.default_rng(0), 2000).tolist(), costs)
+    settings = {"max_batch": 20, "max_batch_tokens": None, "max_age_ms": 6000.0}
+    rows = []
+    with serving(engine="sleep", scale=scale, settings=settings) as (host, port, pid):
+        for load, duration in ((0.9, 30.0), (1.0, 30.0), (1.2, 30.0), (10.0, seconds)):
+            rate = capacity * load
+            trace = make_trace(
+                poisson_gaps, lengths, rate_per_s=rate, count=int(rate * duration), seed=1
+            )
+            before = _resident_nbytes(pid)
+            found = asyncio.run(send_trace(host, port, trace, id_bodies(trace))).summary()
+            after = _resident_nbytes(pid)
+            rows.append({"load": load, **found, "resident_nbytes": [before, after]})
+            print(rows[-1], flush=True)
+    peak = max(row["per_s"] for row in rows[:-1])
+    return {
+        "capacity_per_s": capacity,
+        "rows": rows,
+        "goodput_over_peak": rows[-1]["per_s"] / peak,
+        "unanswered": sum(row["other"] for row in rows),
+    }
+
+
+def _resident_nbytes(pid: int) -> int:
+    text = Path(f"/proc/{pid}/statm").read_text().split()
+    return int(text[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def one_token_words() -> list[str]:
+    from turbotx.serving.model_files import find_folder
+
+    vocabulary = (find_folder("minilm") / "vocab.txt").read_text().split()
+    return [word for word in vocabulary if re.fullmatch(r"[a-z]{3,9}", word)]
+
+
+def serve_minilm(count: int, engines: list[str], load: float) -> dict[str, Any]:
+    """MiniLM with its weights, texts of 5 to 500 tokens: policies, and a peer."""
+    lengths = uniform_lengths(5, 500)
+    words, chooser = one_token_words(), random.Random(0)
+    drawn = lengths(np.random.default_rng(0), count).tolist()
+    texts = [" ".join(chooser.choices(words, k=n - 2)) for n in drawn]
+    peer, service_ms = time_sentence_transformers(texts)
+    capacity = min(peer["offline_per_s"], peer["one_by_one_per_s"])
+    rate = capacity * load
+    trace = make_trace(poisson_gaps, lengths, rate_per_s=rate, count=count, seed=0)
+    assert [r.length for r in trace] == drawn
+    bodies = [json.dumps({"inputs": text}).encode() for text in texts]
+    rows = [{"server": "sentence-transformers, one by one", **queue_of_one(trace, service_ms)}]
+    print(peer, rows[-1], flush=True)
+    for engine in engines:
+        for policy in ("single", "fifo", "dp", "aged"):
+            settings = {"policy": policy, "max_batch": 16, "max_batch_tokens": 4096,
+                        "max_age_ms": 1e6, "timeout_ms": 1e6}  # fmt: skip
+            with serving(engine=engine, settings=settings) as (host, port, _):
+                found = asyncio.run(send_trace(host, port, trace, bodies)).summary()
+            rows.append({"server": f"turbotx, {engine} model", "policy": policy, **found})
+            print(rows[-1], flush=True)
+    return {"rate_per_s": rate, "sentence_transformers": peer, "rows": rows}
+
+
+def time_sentence_transformers(texts: list[str]) -> tuple[dict[str, float], list[float]]:
+    """Its encode on all texts at once (it sorts by length), and on one after the other."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from turbotx.serving.model_files import find_folder
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    model = SentenceTransformer(str(find_folder("minilm")), device="cpu")
+    model.max_seq_length = LONGEST
+    model.encode(texts[:4])
+    begin = time.perf_counter()
+    model.encode(texts, batch_size=16)
+    offline = len(texts) / (time.perf_counter() - begin)
+    took = []
+    for text in texts:
+        begin = time.perf_counter()
+        model.encode(text)
+        took.append((time.perf_counter() - begin) * 1e3)
+    return {"offline_per_s": offline, "one_by_one_per_s": 1e3 / float(np.mean(took))}, took
+
+
+def queue_of_one(trace: list[Request], service_ms: list[float]) -> dict[str, Any]:
+    """First come, first served with the measured times (no HTTP: in the peer's favour)."""
+    free_ms, latency = 0.0, []
+    for request, took in zip(trace, service_ms, strict=True):
+        free_ms = max(free_ms, request.arrival_ms) + took
+        latency.append(free_ms - request.arrival_ms)
+    return Load([200] * len(trace), latency, free_ms / 1e3).summary()
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """p50 and p99 per row as horizontal bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [
+        " ".join(str(row[k]) for k in ("server", "policy", "load") if k in row) for row in rows
+    ]
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(rows) + 1))
+    axes.barh(names, [row.get("p99_ms", 0) for row in rows], color="#b9cfe4", label="p99")
+    axes.barh(names, [row.get("p50_ms", 0) for row in rows], color="#2f5d8a", label="p50")
+    for i, row in enumerate(rows):
+        axes.text(row.get("p99_ms", 0), i, f" {row['per_s']:.1f}/s", va="center", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("latency, ms (throughput beside the bars)")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["serve"]:
+        run_server(json.loads(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("experiment", choices=["sleep", "minilm", "overload"])
+    parser.add_argument("--count", type=int, default=1500)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--load", type=float, default=0.9, help="of the peer's throughput")
+    parser.add_argument("--engines", nargs="*", default=["eager", "turbotx"])
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.experiment == "sleep":
+        result = compare_with_simulator(arguments.count)
+    elif arguments.experiment == "overload":
+        result = overload(arguments.seconds)
+    else:
+        result = serve_minilm(arguments.count, arguments.engines, arguments.load)
+    result["machine"] = platform.processor() or platform.machine()
+    result["python"] = platform.python_version()
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        draw(result["rows"], arguments.out.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()
