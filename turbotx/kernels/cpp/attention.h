@@ -13,10 +13,7 @@
 
 #include "attention_tile.h"
 #include "scratch.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "threads.h"
 
 namespace ttx {
 namespace detail {
@@ -162,12 +159,8 @@ void attention(const T* q, const T* k, const T* v, T* out, const AttentionShape&
   using namespace detail;
   if (s.batch * s.heads * s.q_len == 0) return;
   long group = s.heads / s.kv_heads, rows = group * s.q_len, heads = s.batch * s.kv_heads;
-  int threads = 1;
-#ifdef _OPENMP
   // Below this many multiply-adds a second thread costs more than it brings (2 cores, Zen 4).
-  bool small = heads * rows * s.k_len * D < 150000;
-  threads = small || omp_in_parallel() ? 1 : omp_get_max_threads();
-#endif
+  int threads = usable_threads(heads * rows * s.k_len * D, 150000);
   // Heads alone keep the threads busy if there are enough of them; else their rows are split too.
   bool enough = heads % threads == 0 || heads >= 4L * threads;
   long parts = enough ? 1 : (4L * threads + heads - 1) / heads;

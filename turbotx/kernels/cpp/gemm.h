@@ -16,11 +16,9 @@
 #include "gemm_tile.h"
 #include "mkl.h"
 #include "scratch.h"
+#include "threads.h"
 #include "vecmath.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -174,11 +172,8 @@ void linear(const PackedWeight<T>& w, const T* a, long lda, long m, T* c, long l
       for (long i = 0; i < w.k; ++i) copy[r * w.k + i] = to_float(a[r * lda + i]);
     wide = copy;
   }
-  int threads = 1;
-#ifdef _OPENMP
-  // A second thread pays from about 50,000 multiply-adds or 100 KB of weights on (Zen 4).
-  threads = m * w.n * w.k < 50000 || omp_in_parallel() ? 1 : omp_get_max_threads();
-#endif
+  // A second thread pays from about 50,000 multiply-adds on (Zen 4).
+  int threads = usable_threads(m * w.n * w.k, 50000);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int t = 0; t < threads; ++t) {
     long begin = w.panels() * t / threads, end = w.panels() * (t + 1) / threads;
