@@ -135,9 +135,22 @@ class Client:
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def post(self, path: str, body: bytes) -> int:
-        head = f"POST {path} HTTP/1.1\r\nhost: {self.host}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"  # noqa: E501
-        reader, writer = self._free.pop() if self._free else await self._open()
-        writer.write(head.encode() + body)
+        head = f"POST {path} HTTP/1.1\r\nhost: {self.host}\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        while self._free:  # the server may have closed a kept connection: then try the next
+            reader, writer = self._free.pop()
+            try:
+                return await self._exchange(reader, writer, head.encode() + body)
+            except (OSError, asyncio.IncompleteReadError) as error:
+                writer.close()
+                if getattr(error, "partial", b""):
+                    raise
+        return await self._exchange(*await self._open(), head.encode() + body)
+
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes
+    ) -> int:
+        writer.write(message)
         answer = await reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", answer, re.I)
         await reader.readexactly(int(length[1]) if length else 0)

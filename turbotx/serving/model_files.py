@@ -62,24 +62,41 @@ def load_model(
     ``backend`` is ``turbotx`` (optimized) or ``eager``. ``max_length`` overrides what the model's
     files say, up to its position embeddings. Raises ModelFilesError.
     """
+    if backend not in ("turbotx", "eager"):
+        raise ModelFilesError(f"no backend {backend!r}: use turbotx or eager")
+    tokenizer, info = describe_model(
+        model, backend=backend, device=device, dtype=dtype, max_length=max_length
+    )
+    folder = find_folder(model)
+    config = _read_json(folder / "config.json")
+    module = _load_module(folder, info.head, dtype, device)
+    if backend == "turbotx":
+        module = importlib.import_module("turbotx").optimize(module)
+    takes_types = config.get("type_vocab_size", 0) > 1
+    pad_id = int(config.get("pad_token_id") or 0)
+    engine = TorchEngine(module, info.head, pad_id, takes_types, device)
+    return LoadedModel(engine, tokenizer, info)
+
+
+def describe_model(
+    model: str = DEFAULT_MODEL,
+    *,
+    backend: str = "turbotx",
+    device: str = "cpu",
+    dtype: str = "float32",
+    max_length: int | None = None,
+) -> tuple[TextTokenizer, ModelInfo]:
+    """Tokenizer and description alone, for a process that computes nothing itself."""
     folder = find_folder(model)
     config = _read_json(folder / "config.json")
     if config is None:
         raise ModelFilesError(f"{folder} has no config.json: give a model directory")
     head = read_head(folder, config)
     longest = read_max_length(folder, config, max_length)
-    module = _load_module(folder, head, dtype, device)
-    if backend == "turbotx":
-        module = importlib.import_module("turbotx").optimize(module)
-    elif backend != "eager":
-        raise ModelFilesError(f"no backend {backend!r}: use turbotx or eager")
-    takes_types = config.get("type_vocab_size", 0) > 1
-    engine = TorchEngine(module, head, int(config.get("pad_token_id") or 0), takes_types, device)
     width = len(head.labels) if head.kind == "classifier" else int(config["hidden_size"])
     name = "all-MiniLM-L6-v2" if model == DEFAULT_MODEL else folder.name
     info = ModelInfo(name, digest_files(folder), dtype, longest, width, head, device, backend)
-    tokenizer = TextTokenizer.load(folder, longest, config.get("vocab_size"))
-    return LoadedModel(engine, tokenizer, info)
+    return TextTokenizer.load(folder, longest, config.get("vocab_size")), info
 
 
 def find_folder(model: str) -> Path:

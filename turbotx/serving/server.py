@@ -77,7 +77,7 @@ def run(model: LoadedModel, settings: Settings, *, host: str, port: int) -> None
     service = Service(model, settings)
     config = uvicorn.Config(
         create_app(service), host=host, port=port, log_config=None, access_log=False,
-        timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1e3),
+        timeout_keep_alive=75, timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1e3),
     )  # fmt: skip
     GracefulServer(config, service).run()
 

@@ -1,0 +1,216 @@
+"""Scale-out on Ray Serve: one front that speaks HTTP, replicas that compute.
+
+In: a model and settings. Out: a Ray Serve application. Each replica has turbotx's scheduler inside,
+the router sends like lengths to the same replica, a request whose replica dies goes to another::
+
+    ray.serve.run(build_app("minilm", replicas=2, backend="eager"), route_prefix="/")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import BackPressureError
+from ray.serve.request_router import FIFOMixin, RequestRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from turbotx.serving.app import create_app
+from turbotx.serving.engine import Head, Vectors
+from turbotx.serving.model_files import LoadedModel, describe_model, load_model
+from turbotx.serving.refusals import BackendFailed, Busy, NotReady, Refusal
+from turbotx.serving.routing import LengthRouting
+from turbotx.serving.service import Scope, Service
+from turbotx.serving.settings import Settings
+from turbotx.serving.tokens import TokenRow
+
+REFUSALS = {kind.__name__: kind for kind in (Busy, NotReady, BackendFailed)}
+ATTEMPTS = 3  # a row whose replica dies is computed again: it has no side effects
+
+
+def build_app(
+    model: str = "minilm",
+    *,
+    replicas: int = 2,
+    settings: Settings | None = None,
+    backend: str = "turbotx",
+    device: str = "cpu",
+    num_cpus: float = 1.0,
+    num_gpus: float = 0.0,
+) -> Any:
+    """The application to give to ``ray.serve.run``; the options are those of ``server.serve``."""
+    settings = settings or Settings()
+    options = {"model": model, "backend": backend, "device": device}
+    compute = serve.deployment(
+        Replica,
+        num_replicas=replicas,
+        max_ongoing_requests=settings.max_queue,
+        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
+        request_router_config=RequestRouterConfig(request_router_class=LengthAwareRouter),
+    )
+    front = serve.deployment(
+        Front, max_ongoing_requests=settings.max_queue, ray_actor_options={"num_cpus": 0}
+    )
+    return front.bind(options, settings, compute.bind(options, settings))
+
+
+class LengthAwareRouter(FIFOMixin, RequestRouter):
+    """Asks ``LengthRouting``; the request's second argument is its length in tokens."""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        self._routing = LengthRouting(**kwargs)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[Any], pending_request: Any = None
+    ) -> list[list[Any]]:
+        if not candidate_replicas:
+            return []
+        ordered = sorted(candidate_replicas, key=lambda r: r.replica_id.unique_id)
+        if pending_request is None or len(pending_request.args) < 2:
+            return [ordered]
+        length = int(pending_request.args[1])
+        by_name = {r.replica_id.unique_id: r for r in ordered}
+        names = self._routing.rank(list(by_name), length)
+        return [[by_name[name]] for name in names]
+
+    def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
+        if len(pending_request.args) >= 2:
+            key = pending_request.metadata.internal_request_id
+            self._routing.sent(replica_id.unique_id, key, int(pending_request.args[1]))
+
+    def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
+        self._routing.done(internal_request_id)
+
+    def on_replica_actor_died(self, replica_id: Any) -> None:
+        self._routing.forget(replica_id.unique_id)
+        super().on_replica_actor_died(replica_id)
+
+
+class Replica:
+    """One engine behind one scheduler, without HTTP."""
+
+    def __init__(self, options: Mapping[str, Any], settings: Settings) -> None:
+        self._service = Service(load_model(**options), settings)
+        self._starting: asyncio.Task[None] | None = None
+
+    async def compute(
+        self, rows: Sequence[TokenRow], tokens: int, due_in_ms: float, priority: int
+    ) -> tuple[str, Any, Any]:
+        """("ok", vectors, None), or a refusal's class, message and time to return.
+
+        ``tokens`` is for the router. The deadline is relative: machines have their own clocks.
+        """
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._service.start())
+        await asyncio.shield(self._starting)
+        try:
+            scope = Scope(self._service.dispatcher.now_ms() + due_in_ms, priority)
+            return "ok", np.stack(await self._service.compute(rows, scope)), None
+        except Refusal as refusal:
+            return type(refusal).__name__, str(refusal), refusal.retry_after_s
+
+    def process_id(self) -> int:
+        import os
+
+        return os.getpid()
+
+
+class RemoteEngine:
+    """Describes the engine that is elsewhere."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+
+    def run(self, rows: Sequence[TokenRow]) -> Vectors:
+        raise NotReady("this process does not compute: its replicas do")
+
+    def figures(self) -> Mapping[str, float]:
+        return {}
+
+
+class RemoteQueue:
+    """Stands where a local dispatcher would: the queues are in the replicas."""
+
+    full = False
+
+    def now_ms(self) -> float:
+        return time.perf_counter() * 1e3
+
+    def refuse_busy(self) -> Busy:
+        return Busy("the replicas are full", retry_after_s=1.0)
+
+
+class FrontService(Service):
+    """Tokenises here, computes there."""
+
+    def __init__(self, model: LoadedModel, settings: Settings, handle: Any) -> None:
+        super().__init__(model, settings)
+        self._handle = handle
+        self._queue = RemoteQueue()
+        self.state = "ready"
+
+    @property
+    def dispatcher(self) -> Any:
+        return self._queue
+
+    async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
+        tokens = max(len(row) for row in rows)
+        due_in_ms = scope.deadline_ms - self._queue.now_ms()
+        for attempt in range(ATTEMPTS):
+            try:
+                kind, found, retry_after_s = await self._handle.compute.remote(
+                    list(rows), tokens, due_in_ms, scope.priority
+                )
+            except BackPressureError as error:
+                raise self._queue.refuse_busy() from error
+            except RayActorError as error:
+                if attempt == ATTEMPTS - 1:
+                    raise NotReady("the replicas keep dying", retry_after_s=1.0) from error
+                continue
+            if kind == "ok":
+                return list(found)
+            raise REFUSALS.get(kind, BackendFailed)(found, retry_after_s=retry_after_s)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+class Front:
+    """The HTTP application of ``turbotx serve`` in front of the replicas."""
+
+    def __init__(self, options: Mapping[str, Any], settings: Settings, handle: Any) -> None:
+        tokenizer, info = describe_model(**options)
+        model = LoadedModel(RemoteEngine(info.head), tokenizer, info)
+        self._app = create_app(FrontService(model, settings, handle))
+
+    async def __call__(self, request: Request) -> Response:
+        """Run the application on a request that Ray has already read."""
+        pending = [{"type": "http.request", "body": await request.body(), "more_body": False}]
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            if pending:
+                return pending.pop()
+            await asyncio.Event().wait()  # Ray cancels this call when its client leaves
+            raise AssertionError("unreachable")
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {**request.scope, "app": self._app}
+        await self._app(scope, receive, send)
+        headers = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+        body = b"".join(message.get("body", b"") for message in sent[1:])
+        return Response(body, sent[0]["status"], headers)
+
+
+def run(model: str = "minilm", *, port: int = 8080, **options: Any) -> Any:
+    """Start the application on the local Ray and return its handle."""
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    return serve.run(build_app(model, **options), route_prefix="/")

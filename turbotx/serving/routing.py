@@ -1,0 +1,70 @@
+"""Which of several replicas gets a request, by its length.
+
+In: a length in tokens. Out: the replicas, best first: like lengths go to one replica, where the
+scheduler pads them little, until that replica has clearly more to do than another::
+
+    homes = LengthRouting(); homes.rank(["a", "b"], length=7)      # ["a", "b"]
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
+
+Replica = TypeVar("Replica", bound=Hashable)
+
+
+class LengthRouting:
+    """Each replica is home to an equal share of the recent lengths, in order.
+
+    A request goes to the replica with the least outstanding tokens, where each step away from its
+    home counts as ``stickiness`` requests of average length. Bookkeeping only: no clock.
+    """
+
+    def __init__(self, stickiness: float = 4.0, window: int = 512) -> None:
+        self.stickiness = stickiness
+        self._recent: deque[int] = deque(maxlen=window)
+        self._sorted: list[int] = []
+        self._outstanding: dict[Hashable, int] = {}
+        self._sent: dict[Hashable, tuple[Hashable, int]] = {}
+
+    def rank(self, replicas: Sequence[Replica], length: int) -> list[Replica]:
+        """The replicas, most suitable first. Does not yet count the request."""
+        self._learn(length)
+        first = bisect.bisect_left(self._sorted, length)
+        last = bisect.bisect_right(self._sorted, length)
+        home = (first + last) / 2 / len(self._sorted) * len(replicas) - 0.5
+        step = self.stickiness * sum(self._sorted) / len(self._sorted)
+
+        def work(place: int) -> float:
+            away = max(abs(place - home) - 0.5, 0.0)
+            return self.outstanding(replicas[place]) + away * step
+
+        return [replicas[place] for place in sorted(range(len(replicas)), key=work)]
+
+    def sent(self, replica: Hashable, request: Hashable, length: int) -> None:
+        self._sent[request] = (replica, length)
+        self._outstanding[replica] = self.outstanding(replica) + length
+
+    def done(self, request: Hashable) -> None:
+        """The request was answered, or failed; unknown ones are ignored."""
+        replica, length = self._sent.pop(request, (None, 0))
+        if replica in self._outstanding:
+            self._outstanding[replica] -= length
+
+    def outstanding(self, replica: Hashable) -> int:
+        """Tokens sent to it and not yet answered."""
+        return self._outstanding.get(replica, 0)
+
+    def forget(self, replica: Hashable) -> None:
+        """The replica is gone, and what was sent to it with it."""
+        self._outstanding.pop(replica, None)
+        self._sent = {k: v for k, v in self._sent.items() if v[0] != replica}
+
+    def _learn(self, length: int) -> None:
+        if len(self._recent) == self._recent.maxlen:
+            del self._sorted[bisect.bisect_left(self._sorted, self._recent[0])]
+        self._recent.append(length)
+        bisect.insort(self._sorted, length)
