@@ -1,7 +1,7 @@
 """How close planned memory comes to the least possible, how fast plans are, and who does worse.
 
-In: hand-made launch lists of four model families, or lists that the compiler exported. Out: tables
-on the terminal and a JSON file. Sections may be run alone; each replaces its part of the file::
+In: launch lists of four model families, as compiled and made by hand, or others in that form.
+Out: tables on the terminal and a JSON file. Sections may be run alone, each replaces its part::
 
     python benchmarks/memory.py [grid] [speed] [stream] [oracles] [minimalloc] [--launches FILE]
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from memory_models import LaunchList, Sized, hand_models, size
+from memory_models import LaunchList, Sized, compiled_models, hand_models, size
 from memory_oracles import compare_on_minimalloc, compare_on_samples
 from memory_stream import run_stream
 
@@ -182,7 +182,7 @@ def main() -> None:
     unknown = set(options.sections) - set(SECTIONS)
     if unknown:
         parser.error(f"no section is called {', '.join(sorted(unknown))}")
-    lists = hand_models()
+    lists = compiled_models() + hand_models()
     if options.launches:
         lists = [LaunchList.from_json(path) for path in options.launches]
     models = [size(item) for item in lists]
@@ -199,7 +199,7 @@ def main() -> None:
             for row in part:
                 print_stream(row)
         elif name == "oracles":
-            part = compare_on_samples(first + models[4:8], 5 if options.quick else 20)
+            part = compare_on_samples(models[:12], 5 if options.quick else 20)
             for row in part:
                 print_sample(row)
         else:

@@ -88,7 +88,7 @@ class Sized:
 
 
 def evaluate(formula: str, batch: np.ndarray, seq: np.ndarray) -> np.ndarray:
-    """A formula of batch, seq, integers, + - * // and max, over arrays of shapes."""
+    """A formula of dims, integers, + - * // and max, over arrays of shapes."""
     tree = ast.parse(formula, mode="eval")
     allowed = (
         ast.Expression, ast.BinOp, ast.UnaryOp, ast.Constant, ast.Name, ast.Load, ast.Call,
@@ -97,7 +97,10 @@ def evaluate(formula: str, batch: np.ndarray, seq: np.ndarray) -> np.ndarray:
     for node in ast.walk(tree):
         if not isinstance(node, allowed):
             raise ValueError(f"{formula!r} is no size formula: {type(node).__name__}")
-    names = {"batch": batch, "seq": seq, "max": np.maximum, "__builtins__": {}}
+    free = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    # A capture names each input's dims: attention_mask_d0 is that input's batch.
+    names = {name: batch if name.endswith("_d0") else seq for name in free}
+    names |= {"batch": batch, "seq": seq, "max": np.maximum, "__builtins__": {}}
     value = eval(compile(tree, "<size>", "eval"), names)
     return np.broadcast_to(np.asarray(value, dtype=np.int64), np.broadcast(batch, seq).shape)
 
@@ -287,6 +290,12 @@ def t5(name: str, s: Shape) -> LaunchList:
             [] if last else s.pairs(f"r_{i + 1}", f"m_{i}") + s.pairs(f"n_{i + 1}", f"y_{i}"),
         )  # fmt: skip
     return model
+
+
+def compiled_models() -> list[LaunchList]:
+    """The four families as turbotx compiled them, exported by memory_export.py."""
+    paths = sorted((Path(__file__).parent / "data" / "launches").glob("*.json"))
+    return [LaunchList.from_json(path) for path in paths]
 
 
 def hand_models() -> list[LaunchList]:
