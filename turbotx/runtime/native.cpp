@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "gemv.h"
 
 namespace {
 
@@ -27,33 +28,58 @@ int64_t now_ns() {
              std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// One weight: packed for many tokens, and the module's own memory for one.
 struct Weight {
   virtual ~Weight() = default;
   virtual void multiply(const void* a, long lda, long m, const void* bias, void* c, long ldc) = 0;
 };
 
 template <class T>
-struct OwnWeight : Weight {
-  ttx::PackedWeight<T> packed;
-  OwnWeight(const T* w, long n, long k, long sn, long sk) : packed(w, n, k, sn, sk) {}
+struct TypedWeight : Weight {
+  const T* own;
+  const long n, k;
+  const bool rows_are_outputs, dense;
+  TypedWeight(const T* w, long n, long k, long sn, long sk)
+      : own(w), n(n), k(k), rows_are_outputs(sk == 1),
+        dense((sk == 1 && sn == k) || (sn == 1 && sk == n)) {}
+  virtual void multiply_rows(const T* a, long lda, long m, const T* bias, T* c, long ldc) = 0;
   void multiply(const void* a, long lda, long m, const void* bias, void* c, long ldc) override {
-    ttx::linear(packed, static_cast<const T*>(a), lda, m, static_cast<T*>(c), ldc,
-                ttx::Epilogue<T>{.bias = static_cast<const T*>(bias)});
+    const T *x = static_cast<const T*>(a), *b = static_cast<const T*>(bias);
+    T* out = static_cast<T*>(c);
+    if (m == 1 && dense) ttx::multiply_vector(x, own, n, k, rows_are_outputs, b, out);
+    else multiply_rows(x, lda, m, b, out, ldc);
   }
 };
 
-struct LibraryWeight : Weight {
-  ttx::MklWeight packed;
-  LibraryWeight(const float* w, long n, long k) : packed(w, n, k) {}
-  void multiply(const void* a, long lda, long m, const void* bias, void* c, long ldc) override {
-    float* out = static_cast<float*>(c);
-    packed.multiply(static_cast<const float*>(a), lda, m, out, ldc);
+template <class T>
+struct OwnWeight : TypedWeight<T> {
+  ttx::PackedWeight<T> packed;
+  OwnWeight(const T* w, long n, long k, long sn, long sk)
+      : TypedWeight<T>(w, n, k, sn, sk), packed(w, n, k, sn, sk) {}
+  void multiply_rows(const T* a, long lda, long m, const T* bias, T* c, long ldc) override {
+    ttx::linear(packed, a, lda, m, c, ldc, ttx::Epilogue<T>{.bias = bias});
+  }
+};
+
+struct LibraryWeight : TypedWeight<float> {
+  using Mkl = ttx::Mkl;
+  static constexpr long kRows = 128;  // the layout does not depend on the rows it was packed for
+  ttx::WeightMemory memory;
+  LibraryWeight(const float* w, long n, long k, long sn, long sk)
+      : TypedWeight(w, n, k, sn, sk), memory(ttx::mkl().pack_size(Mkl::kMatrixB, kRows, n, k)) {
+    ttx::mkl().pack(Mkl::kRowMajor, Mkl::kMatrixB, rows_are_outputs ? Mkl::kTrans : Mkl::kNoTrans, kRows,
+             n, k, 1.0f, w, rows_are_outputs ? sn : sk, data());
+  }
+  float* data() const { return memory.as<float>(); }
+  void multiply_rows(const float* a, long lda, long m, const float* bias, float* c,
+                     long ldc) override {
+    ttx::mkl().compute(Mkl::kRowMajor, Mkl::kNoTrans, Mkl::kPacked, m, n, k, a, lda, data(), k,
+                       0.0f, c, ldc);
     if (bias == nullptr) return;
-    const float* b = static_cast<const float*>(bias);
-#pragma omp parallel for if (m * packed.n > 65536)
+#pragma omp parallel for if (m * n > 65536)
     for (long r = 0; r < m; ++r)
 #pragma omp simd
-      for (long j = 0; j < packed.n; ++j) out[r * ldc + j] += b[j];
+      for (long j = 0; j < n; ++j) c[r * ldc + j] += bias[j];
   }
 };
 
@@ -84,8 +110,8 @@ int64_t ttx_run(const Launch* launches, int64_t begin, int64_t end, void* const*
 // dtype 0 is float32, 1 bfloat16, 2 float16; element (output j, input i) at w[j * sn + i * sk].
 void* ttx_pack_weight(int dtype, const void* w, int64_t n, int64_t k, int64_t sn, int64_t sk) {
   try {
-    if (dtype == 0 && ttx::mkl().has_packed() && sk == 1 && sn == k)
-      return new LibraryWeight(static_cast<const float*>(w), n, k);
+    if (dtype == 0 && ttx::mkl().has_packed() && (sk == 1 || sn == 1))
+      return new LibraryWeight(static_cast<const float*>(w), n, k, sn, sk);
     if (dtype == 0) return new OwnWeight<float>(static_cast<const float*>(w), n, k, sn, sk);
     if (dtype == 1) return new OwnWeight<ttx::bf16>(static_cast<const ttx::bf16*>(w), n, k, sn, sk);
     return new OwnWeight<ttx::f16>(static_cast<const ttx::f16*>(w), n, k, sn, sk);
