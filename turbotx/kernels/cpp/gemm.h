@@ -129,10 +129,11 @@ void finish_tile(const float* tile, long row, int rows, long column, long n, T* 
     }
 }
 
-// How many tiles m rows are cut into: one, read straight from memory, where a kernel has as many
-// rows (up to kBestRows, and the even numbers up to kGemmRows); else tiles of about kBestRows.
-inline long count_tiles(long m) {
-  bool single = m <= kBestRows || (m <= kGemmRows && m % 2 == 0);
+// How many tiles m rows are cut into: one, so that weights are read once, where a kernel has as many
+// rows (up to kBestRows, and the even numbers up to kGemmRows); else tiles of about kBestRows. Rows
+// a multiple of 4 KB apart share a cache set, which holds kBestRows of them.
+inline long count_tiles(long m, long row_nbytes) {
+  bool single = m <= kBestRows || (m <= kGemmRows && m % 2 == 0 && row_nbytes % 4096 != 0);
   return single ? 1 : (m + kBestRows - 1) / kBestRows;
 }
 
@@ -141,7 +142,7 @@ template <class A, class T, class Finish>
 void multiply_panels(const PackedWeight<T>& w, long begin, long end, const A* a, long lda, long m,
                      T* c, long ldc, const Finish& finish) {
   alignas(64) float tile[kGemmRows * kPanel];
-  long tiles = count_tiles(m);
+  long tiles = count_tiles(m, lda * static_cast<long>(sizeof(A)));
   long panel_nbytes = w.panel_size() * static_cast<long>(sizeof(T));
   for (long p = begin; p < end; ++p) {
     const T* panel = w.panel(p);
