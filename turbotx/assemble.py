@@ -3,7 +3,7 @@
 In: the rewritten graph, its fused regions, its prepared constants. Out: an `Assembly`: tensors,
 launches in order, what the call returns, and what must hold of the dims. For a BERT layer::
 
-    linear (gemm), attention, linear (gemm), fused_add_layer_norm, linear (gemm), fused_add_gelu, ...
+    linear (gemm), attention, linear (gemm), fused_add_layer_norm, linear (gemm), ...
 """
 
 from __future__ import annotations
@@ -122,8 +122,9 @@ class _Assembler:
         unknown = {s.name for extent in shape for s in extent.free_symbols} - self.dims
         if unknown:
             raise CaptureError(
-                f"{node.format_node()} has a size that depends on its inputs' values, not on their "
-                f"shapes; turbotx needs every size before it runs\n{node.meta.get('stack_trace', '')}"
+                f"{node.format_node()} has a size that depends on its inputs' values, not on "
+                "their shapes; turbotx needs every size before it runs\n"
+                + str(node.meta.get("stack_trace", ""))
             )
         self.out.tensors[node.name] = ir.Tensor(node.name, kind, g.dtype(node), shape)
         return node.name
@@ -185,13 +186,15 @@ class _Assembler:
         stack = node.meta.get("nn_module_stack") or {}
         module = next(reversed(list(stack.values())), ("", ""))[0] if stack else ""
         module = str(module).removeprefix("model").removeprefix(".")
-        self.out.launches.append(
-            ir.Launch(self._name(base), kind, target, args, writes, sizes, call, source or node.name, module)
+        source = source or node.name
+        launch = ir.Launch(
+            self._name(base), kind, target, args, writes, sizes, call, source, module
         )  # fmt: skip
+        self.out.launches.append(launch)
 
     def _gemm(self, node: fx.Node) -> None:
         if node.target is not aten.linear.default or not self._packable(node):
-            self._fallback(node, (), out=node.target is not aten.linear.default)
+            self._fallback(node, out=node.target is not aten.linear.default)
             return
         x, weight = node.args[0], node.args[1]
         bias = node.args[2] if len(node.args) > 2 else None
@@ -210,7 +213,8 @@ class _Assembler:
             self._whole(node),
         )
         sizes = (rows, flat[0] if rows != 1 else depth, width)
-        self._launch(node, "linear", "gemm", weight, args, (name,), sizes)
+        call = (node.target, self._arguments(node.args), dict[str, Any](), (args[3],), False)
+        self._launch(node, "linear", "gemm", weight, args, (name,), sizes, call)
 
     def _packable(self, node: fx.Node) -> bool:
         """Tell whether the packed GEMM can do it: constant 2-d weight, rows of x at one stride."""
@@ -239,7 +243,7 @@ class _Assembler:
         width = int(g.shape(node)[3])
         in_place = all(o.strides[3] == 1 or width == 1 for o in operands)
         if not in_place:
-            self._fallback(node, (), out=False)
+            self._fallback(node, out=False)
             return
         out = self._whole(node)
         batch, q_len, heads, _ = g.shape(node)
@@ -249,10 +253,10 @@ class _Assembler:
             kinds = {torch.bool: "boolean", torch.float32: "float32"}
             kind = kinds.get(g.dtype(bias), "storage")  # type: ignore[arg-type]
             if kind == "storage" and g.dtype(bias) != g.dtype(q):  # type: ignore[arg-type]
-                self._fallback(node, (), out=False)
+                self._fallback(node, out=False)
                 return
         if masks[0] is not None and masks[0].strides[3] not in (ONE, ZERO):
-            self._fallback(node, (), out=False)
+            self._fallback(node, out=False)
             return
         scale, causal = node.kwargs["scale"], node.kwargs["causal"]
         kernel = AttentionKernel(g.dtype(q), width, float(scale), bool(causal), kind)  # type: ignore[arg-type]
@@ -264,12 +268,12 @@ class _Assembler:
         strides += _broadcast(masks[1], 4) if masks[1] is not None else [ZERO] * 4
         sizes = (batch, heads, g.shape(k)[1], q_len, g.shape(k)[2], *strides)  # type: ignore[arg-type]
         args = (*operands, out, *masks)
-        call = (node.target, (self._arguments(node.args), dict(node.kwargs)))
+        call = (node.target, self._arguments(node.args), dict(node.kwargs), (out,), False)
         self._launch(node, "attention", "attention", kernel, args, (node.name,), sizes, call)
 
     # --- through ATen ---
 
-    def _fallback(self, node: fx.Node, reason: Any, out: bool) -> None:
+    def _fallback(self, node: fx.Node, out: bool) -> None:
         """A GEMM or attention that the native kernels do not take runs as PyTorch's own op."""
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
         self._aten(node, node.target, args, kwargs, (self._tensor(node),), out=out)
@@ -315,9 +319,10 @@ class _Assembler:
                 collect(list(value.values()))
 
         collect((args, kwargs))
-        call = (args, kwargs, out)
         written = tuple(w for w in writes if w)
-        operands = (*found, *(self._as_output(w) for w in writes))
+        results = tuple(self._as_output(w) for w in writes)
+        call = (target, args, kwargs, results, out)
+        operands = (*found, *results)
         self._launch(node, op_name(node), "aten", target, operands, written, (), call)
 
     def _as_output(self, name: str) -> ir.Operand | None:

@@ -1,10 +1,10 @@
 """Attention: the op that `passes.attention` writes into the graph, and its meaning.
 
-In: q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, k_len, head_dim), read in place by
-their strides. Out: (batch, q_len, heads, head_dim), dense, which is the (tokens, hidden) matrix that
-the next GEMM reads: no transpose exists around it::
+In: q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, k_len, head_dim), read in place
+by their strides. Out: (batch, q_len, heads, head_dim), dense: the (tokens, hidden) matrix that the
+next GEMM reads, so that no transpose exists around it::
 
-    attention(q, k, v, key_mask, scale=0.125)   # key_mask: bool (batch, 1, 1, k_len), True = visible
+    attention(q, k, v, key_mask, scale=0.125)   # key_mask: bool (batch, 1, 1, k_len)
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def attention(
             mask = mask.masked_fill(~key_mask, float("-inf"))
     if causal and mask is not None:
         visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        mask = mask & visible if mask.dtype is torch.bool else mask.masked_fill(~visible, float("-inf"))
+        mask = (
+            mask & visible
+            if mask.dtype is torch.bool
+            else mask.masked_fill(~visible, float("-inf"))
+        )
         causal = False
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(q.dtype)

@@ -101,7 +101,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     names = _name_inputs(model, leaves, spec)
     flat = _Flat(model, leaves, spec)
     examples, varying = _widen(tensors)
-    dynamic = (tuple({d: Dim.AUTO for d in dims} or None for dims in varying),)
+    dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     name = type(model).__name__
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -134,9 +134,7 @@ def _name_inputs(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec)
     except (TypeError, ValueError):
         parameters = []
     positional = [
-        p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     labelled: dict[int, str] = {}
     for i, arg in enumerate(args):

@@ -17,6 +17,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from turbotx.sizes import Expr, expr
@@ -33,7 +34,7 @@ def remember_names(
     """Make `shape` speak of the named dims wherever this graph's symbols appear."""
     for node in graph_module.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.fake_mode.shape_env is not None:
+        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
             _names.setdefault(value.fake_mode.shape_env, {}).update(symbols)
             return
 

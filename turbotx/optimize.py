@@ -45,7 +45,7 @@ class _Variant:
 
 
 class Engine:
-    """Captures and runs the calls of one model; what `optimize` puts behind every kind of target."""
+    """Captures and runs the calls of one model; it stands behind every kind of target."""
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
@@ -82,8 +82,8 @@ class Engine:
     def _refuse_training(self) -> None:
         if self.model.training:
             raise TrainingError(
-                f"{type(self.model).__name__} is in training mode, and turbotx is for inference only: "
-                "call model.eval() first"
+                f"{type(self.model).__name__} is in training mode, and turbotx is for inference "
+                "only: call model.eval() first"
             )
 
     def _bind(
@@ -99,7 +99,11 @@ class Engine:
             return self._bound[shapes]
 
     def _find(
-        self, key: Any, tensors: list[torch.Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        key: Any,
+        tensors: list[torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> tuple[_Variant, tuple[int, ...]]:
         """Return the variant that serves these sizes, captured now if there is none yet."""
         known = self._variants.setdefault(key, [])
@@ -152,7 +156,9 @@ class Engine:
             unknown = set(dims) - set(program.dims)
             if unknown:
                 known = ", ".join(program.dims)
-                raise InputError(f"reserve has no dim {sorted(unknown)}; this capture's are {known}")
+                raise InputError(
+                    f"reserve has no dim {sorted(unknown)}; this capture's are {known}"
+                )
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
             self._pool.reserve(program.bind(values).footprint_nbytes)
 
@@ -179,7 +185,8 @@ def _constant(leaf: Any) -> Any:
 def _refuse_tensor(tensor: torch.Tensor) -> None:
     if tensor.device.type != "cpu":
         raise InputError(
-            f"an input is on {tensor.device}, and this build of turbotx runs on CPUs; move it with .cpu()"
+            f"an input is on {tensor.device}, and this build of turbotx runs on CPUs: move it "
+            "with .cpu()"
         )
     if tensor.layout is not torch.strided:
         raise InputError(f"an input has layout {tensor.layout}; turbotx takes dense tensors only")
@@ -189,8 +196,8 @@ def _refuse_tensor(tensor: torch.Tensor) -> None:
 
 def _refuse_gradient() -> None:
     raise TrainingError(
-        "an input requires grad, and turbotx is for inference only: call it under torch.no_grad(), or "
-        "pass input.detach()"
+        "an input requires grad, and turbotx is for inference only: call it under "
+        "torch.no_grad(), or pass input.detach()"
     )
 
 

@@ -7,10 +7,8 @@ In: a `Captured` and options. Out: a `Compiled`: what every stage made, and the 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 
 from turbotx.assemble import Assembly, assemble
@@ -75,8 +73,9 @@ def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> We
     """Say where the parameters live: in the user's own module, so that its updates are seen."""
     nodes = {n.name: n for n in captured.graph_module.graph.nodes if n.op == "get_attr"}
     targets = {name: str(node.target) for name, node in nodes.items()}
-    constants: dict[str, torch.Tensor] = {}
-    holder = captured.graph_module
-    if hasattr(holder, "constants"):
-        constants = dict(holder.constants.named_buffers())
-    return Weights(model, constants, targets, copy.copy(assembly.prepared))
+    lifted = (
+        captured.graph_module.get_submodule("constants")
+        if any(t.startswith("constants.") for t in targets.values())
+        else nn.Module()
+    )
+    return Weights(model, dict(lifted.named_buffers()), targets, assembly.prepared)

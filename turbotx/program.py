@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import sympy
 import torch
 
 from turbotx import ir
@@ -26,6 +27,7 @@ from turbotx.memory import Plan, make_planner
 from turbotx.memory.liveness import LaunchUse, analyze
 from turbotx.memory.plan import align
 from turbotx.memory.pool import ChunkPool, poison, poison_enabled
+from turbotx.runtime.aten import RunState, is_whole, make_window
 from turbotx.runtime.cpu import CpuRuntime
 from turbotx.sizes import Expr, compile_evaluator, to_python
 
@@ -47,10 +49,11 @@ class Execution:
 
     def __init__(self, count: int) -> None:
         self.table = (ctypes.c_int64 * count)()
-        self.numbers = np.frombuffer(self.table, dtype=np.int64)
+        self.numbers = np.ctypeslib.as_array(self.table)
         self.binding: Binding | None = None
-        self.weights_version = -1
         self.base = 0
+        self.weights_version = -1
+        self.kept: object = None
 
 
 class Program:
@@ -135,7 +138,9 @@ class Program:
                 self._bindings.popitem(last=False)
             return binding
 
-    def _shapes(self, dims: tuple[int, ...]) -> tuple[tuple[int, tuple[int, ...], torch.dtype], ...]:
+    def _shapes(
+        self, dims: tuple[int, ...]
+    ) -> tuple[tuple[int, tuple[int, ...], torch.dtype], ...]:
         sizes = iter(self._output_shapes(*dims))
         slots = self.runtime.table.slots
         return tuple(
@@ -162,10 +167,17 @@ class Program:
                 table[slot] = tensor.data_ptr()
             named = dict(zip(self._inputs, inputs, strict=True))
             named.update((t.name, x) for t, x in zip(self._outputs, outputs, strict=True))
-            failed = self.runtime.run(execution, binding, arena, named, ticks)
+            failed = self.runtime.run(
+                table, binding.sizes, lambda: self._state(binding, arena, named), ticks
+            )
         if failed:
             self._explain_failure(failed)
         return [leaf(binding, named) for leaf in self._leaves]
+
+    def _state(self, binding: Binding, arena: Any, named: dict[str, torch.Tensor]) -> RunState:
+        offsets = dict(zip(self.planned, binding.offsets.tolist(), strict=True))
+        tensors = ChainMap(named, self.runtime.weights.tensors)
+        return RunState(binding.dims, offsets, arena.tensor, tensors)
 
     def _prepare(self, arena: Any, binding: Binding) -> Execution:
         """Return the arena's address table, set for this shape and these weights."""
@@ -177,8 +189,8 @@ class Program:
             execution.numbers[self._planned_slots] = binding.offsets + base
             execution.binding, execution.base = binding, base
         if execution.weights_version != self.runtime.weights.version:
-            self.runtime.fill_weights(execution.table)
-            execution.weights_version = self.runtime.weights.version
+            filled = self.runtime.fill_weights(execution.table)
+            execution.weights_version, execution.kept = filled
         return execution
 
     def _leaf(self, leaf: Any) -> Callable[[Binding, dict[str, torch.Tensor]], Any]:
@@ -186,7 +198,7 @@ class Program:
         if isinstance(leaf, ir.Operand):
             tensor = self.assembly.tensors[leaf.tensor]
             return self._tensor_leaf(leaf, tensor)
-        if isinstance(leaf, Expr):
+        if isinstance(leaf, sympy.Expr):
             evaluate = compile_evaluator([leaf], self.dims)
             return lambda binding, named: evaluate(*binding.dims)[0]
         return lambda binding, named: leaf
@@ -194,15 +206,14 @@ class Program:
     def _tensor_leaf(
         self, leaf: ir.Operand, tensor: ir.Tensor
     ) -> Callable[[Binding, dict[str, torch.Tensor]], Any]:
-        whole = ir.Operand(tensor.name, tensor.dtype, tensor.shape, leaf.strides, leaf.offset)
-        dense = self.runtime.is_dense(whole) and leaf.shape == tensor.shape
-        window = self.runtime.window_maker(leaf, self.dims)
+        whole = is_whole(leaf, tensor)
+        window = make_window(leaf, self.dims)
 
         def make(binding: Binding, named: dict[str, torch.Tensor]) -> torch.Tensor:
             base = named.get(leaf.tensor)
             if base is None:
                 base = self.runtime.weights.tensors[leaf.tensor]
-            return base if dense else window(binding.dims, base)
+            return base if whole else window(binding.dims, base)
 
         return make
 

@@ -26,7 +26,10 @@ SIZES = (
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """What is fixed about an attention launch. `bias` is "none", "boolean", "float32" or "storage"."""
+    """What is fixed about an attention launch.
+
+    bias is "none", "boolean", "float32" or "storage" (the dtype of q).
+    """
 
     dtype: torch.dtype
     head_dim: int

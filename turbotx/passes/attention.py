@@ -54,9 +54,7 @@ def _replace_sdpa(node: fx.Node) -> None:
     _emit(node, q, k, v, mask, scale, bool(g.argument(node, "is_causal")))
 
 
-def _emit(
-    node: fx.Node, q: Any, k: Any, v: Any, mask: Any, scale: Any, causal: bool
-) -> None:
+def _emit(node: fx.Node, q: Any, k: Any, v: Any, mask: Any, scale: Any, causal: bool) -> None:
     if not _fits(q, k, v):
         return
     said = Mask(causal=causal)

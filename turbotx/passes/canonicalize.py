@@ -43,7 +43,6 @@ _CONVERSIONS = {
     aten.to.dtype_layout,
     aten.type_as.default,
 }
-_SLICES_TO_END = 2**62
 
 
 def canonicalize(graph: fx.Graph) -> None:
@@ -88,11 +87,12 @@ def _same_as(node: fx.Node) -> fx.Node | None:
 
 
 def _is_number(value: Any, number: int) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == number
+    return type(value) in (int, float) and bool(value == number)
 
 
 def _keeps_order(node: fx.Node) -> bool:
-    return [d % len(node.args[1]) for d in node.args[1]] == list(range(len(node.args[1])))  # type: ignore[arg-type, union-attr]
+    order: Any = node.args[1]
+    return [d % len(order) for d in order] == list(range(len(order)))
 
 
 def _same_shape(node: fx.Node) -> bool:
@@ -108,8 +108,8 @@ def _integer_identity(number: int) -> Callable[[fx.Node], bool]:
     """x + 0 and x * 1; for floats x + 0 turns -0.0 into 0.0, which nothing can depend on here."""
 
     def rule(node: fx.Node) -> bool:
-        alpha = node.kwargs.get("alpha", 1)
-        return len(node.args) > 1 and _is_number(node.args[1], number) and alpha == 1
+        plain = bool(node.kwargs.get("alpha", 1) == 1)
+        return plain and len(node.args) > 1 and _is_number(node.args[1], number)
 
     return rule
 

@@ -101,7 +101,7 @@ class LaunchTable:
 
     def __init__(
         self, assembly: Assembly, native_kinds: frozenset[str],
-        runtime: ctypes.CDLL, kernels: ctypes.CDLL | None, names: dict[object, str],
+        runtime: ctypes.CDLL | None, kernels: ctypes.CDLL | None, names: dict[object, str],
     ) -> None:  # fmt: skip
         self.slots: dict[str, int] = {}
         self.values: dict[Expr, int] = {}
@@ -110,15 +110,16 @@ class LaunchTable:
             self.slots[name] = len(self.slots)
         self.records = (LaunchRecord * max(1, len(assembly.launches)))()
         self.segments: list[tuple[int, int]] = []
+        native_before = False
         for i, launch in enumerate(assembly.launches):
             native = launch.kind in native_kinds
             if native:
                 self._fill(self.records[i], launch, runtime, kernels, names)
-            if native and self.segments and self.segments[-1][1] == i and self._native_last:
+            if native and native_before:
                 self.segments[-1] = (self.segments[-1][0], i + 1)
             else:
                 self.segments.append((i, i + 1))
-            self._native_last = native
+            native_before = native
 
     def value(self, e: Expr) -> int:
         return self.values.setdefault(e, len(self.values))
@@ -128,8 +129,9 @@ class LaunchTable:
 
     def _fill(
         self, record: LaunchRecord, launch: ir.Launch,
-        runtime: ctypes.CDLL, kernels: ctypes.CDLL | None, names: dict[object, str],
+        runtime: ctypes.CDLL | None, kernels: ctypes.CDLL | None, names: dict[object, str],
     ) -> None:  # fmt: skip
+        assert runtime is not None
         if launch.kind == "gemm":
             function = runtime.ttx_linear
         else:
@@ -138,7 +140,7 @@ class LaunchTable:
         record.call = ctypes.cast(function, ctypes.c_void_p).value
         slots, offsets = [], []
         for k, arg in enumerate(launch.args):
-            packed = launch.kind == "gemm" and k == 1
+            packed = launch.kind == "gemm" and k == 1  # the weight
             if arg is None:
                 slots.append(-1)
                 offsets.append(-1)

@@ -9,8 +9,9 @@ is noticed by its version, identity and address, and what derives from it is mad
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -23,7 +24,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 class PackedWeight:
     """A GEMM weight in the native library's layout; freed with the object."""
 
-    def __init__(self, native: ctypes.CDLL, weight: torch.Tensor) -> None:
+    def __init__(self, native: Any, weight: torch.Tensor) -> None:
         self._native = native
         n, k = weight.shape
         self.address = native.ttx_pack_weight(
@@ -50,9 +51,10 @@ class Weights:
         self._prepared = prepared
         self._slots = {name: self._find(path) for name, path in targets.items()}
         self._owners = [(owner, leaf) for owner, leaf in self._slots.values()]
-        self._seen: list[tuple[object, int, int]] = []
+        self._seen: list[tuple[int, int, int]] | None = None
         self.tensors: dict[str, torch.Tensor] = {}
         self.version = 0
+        self._lock = threading.Lock()
 
     def _find(self, path: str) -> tuple[Mapping[str, torch.Tensor | None], str]:
         """Return the dictionary that holds a parameter now, so that a replaced one is seen."""
@@ -67,24 +69,17 @@ class Weights:
 
     def refresh(self) -> bool:
         """Look at every parameter; derive again what changed. Returns whether anything did."""
-        now = [(t := owner[leaf], t._version, t.data_ptr()) for owner, leaf in self._owners]  # type: ignore[union-attr]
-        if self._seen and all(
-            a[0] is b[0] and a[1] == b[1] and a[2] == b[2] for a, b in zip(now, self._seen, strict=True)
-        ):  # fmt: skip
+        found: list[Any] = [owner[leaf] for owner, leaf in self._owners]
+        now = [(id(t), t._version, t.data_ptr()) for t in found]
+        if now == self._seen:
             return False
-        self.tensors = {name: owner[leaf] for name, (owner, leaf) in self._slots.items()}  # type: ignore[misc]
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
+            tensors: dict[str, Any] = {n: owner[leaf] for n, (owner, leaf) in self._slots.items()}
             for name, node in self._prepared.items():
-                self.tensors[name] = self._compute(node)
-        self._seen = now
-        self.version += 1
+                tensors[name] = _compute(node, tensors)
+            self.tensors, self._seen = tensors, now
+            self.version += 1
         return True
-
-    def _compute(self, node: fx.Node) -> torch.Tensor:
-        if node.name in self.tensors:
-            return self.tensors[node.name]
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._compute)
-        return node.target(*args, **kwargs).contiguous()  # type: ignore[operator]
 
     def window(self, operand: ir.Operand) -> torch.Tensor:
         """Return an operand on a parameter or prepared constant as a tensor."""
@@ -94,6 +89,9 @@ class Weights:
         return base.as_strided(shape, strides, base.storage_offset() + int(operand.offset))
 
 
-def derived_nbytes(weights: Sequence[torch.Tensor]) -> int:
-    """Return the bytes of packed copies of these weights (padding aside)."""
-    return sum(w.nbytes for w in weights)
+def _compute(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Run a prepared constant's calls on the parameters as they are now."""
+    if node.name in tensors:
+        return tensors[node.name]
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _compute(n, tensors))
+    return node.target(*args, **kwargs).contiguous()  # type: ignore[operator]

@@ -1,0 +1,144 @@
+"""Launches that PyTorch runs: ops without a kernel, and everything where there is no compiler.
+
+In: a launch. Out: a function that runs it on tensors that lie in the plan, results written
+there too, so that the launches around it need not know::
+
+    cumsum  ->  step(state): window(out).copy_(aten.cumsum(window(x), 1))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from turbotx import ir
+from turbotx.kernels.lower import Lowered
+from turbotx.layout import contiguous_strides
+from turbotx.passes.extract import extract
+from turbotx.sizes import compile_evaluator
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What one run of a program works on.
+
+    dims: the shape. offsets: bytes from the arena's start, per planned tensor. arena: its memory,
+    flat uint8. tensors: inputs, outputs, parameters and prepared constants by name.
+    """
+
+    dims: tuple[int, ...]
+    offsets: Mapping[str, int]
+    arena: torch.Tensor
+    tensors: Mapping[str, torch.Tensor]
+
+
+Step = Callable[[RunState], None]
+Maker = Callable[[RunState], Any]
+
+
+class AtenSteps:
+    """Makes steps for one program's launches."""
+
+    def __init__(self, tensors: Mapping[str, ir.Tensor], dims: Sequence[str]) -> None:
+        self._tensors, self._dims = tensors, dims
+
+    def make(self, launch: ir.Launch) -> Step:
+        """Return a function that runs one launch by PyTorch."""
+        if launch.kind == "kernel":
+            (lowered,) = launch.call
+            assert isinstance(lowered, Lowered)
+            return self._region(launch, lowered)
+        target, args, kwargs, writes, has_out = launch.call
+        return self._call(target, args, kwargs, writes, bool(has_out))  # type: ignore[arg-type]
+
+    def _region(self, launch: ir.Launch, lowered: Lowered) -> Step:
+        """A generated kernel's meaning: the region's own ATen calls."""
+        roles = [p.role for p in lowered.kernel.params]
+        operands = list(zip(roles, lowered.operands, launch.args, strict=True))
+        inputs = [node for role, node, _ in operands if role == "in"]
+        outputs = [node for role, node, _ in operands if role == "out"]
+        reads = [arg for role, _, arg in operands if role == "in"]
+        writes = [arg for role, _, arg in operands if role == "out"]
+        extracted = extract(outputs, inputs, lowered.kernel.name)
+        return self._call(extracted.module, (*reads, *extracted.sizes), {}, writes, False)
+
+    def _call(
+        self, target: Any, args: Any, kwargs: Any,
+        writes: Sequence[ir.Operand | None], has_out: bool,
+    ) -> Step:  # fmt: skip
+        arguments = self._rebuild((args, kwargs))
+        results = [None if w is None else self._tensor(w) for w in writes]
+        write_into = target.overloadpacket.out if has_out else None
+
+        def step(state: RunState) -> None:
+            given, options = arguments(state)
+            windows = [None if r is None else r(state) for r in results]
+            if write_into is not None:
+                write_into(*given, **options, out=windows[0])
+                return
+            made = target(*given, **options)
+            made = (made,) if isinstance(made, torch.Tensor) else made
+            for window, value in zip(windows, made, strict=True):
+                if window is not None:
+                    window.copy_(value)
+
+        return step
+
+    def _rebuild(self, structure: Any) -> Maker:
+        """Return a function that rebuilds call arguments with tensors and sizes filled in."""
+        if isinstance(structure, ir.Operand):
+            return self._tensor(structure)
+        if isinstance(structure, sympy.Expr):
+            evaluate = compile_evaluator([structure], self._dims)
+            return lambda state: evaluate(*state.dims)[0]
+        if isinstance(structure, (list, tuple)):
+            parts = [self._rebuild(v) for v in structure]
+            return lambda state: [part(state) for part in parts]
+        if isinstance(structure, dict):
+            named = {k: self._rebuild(v) for k, v in structure.items()}
+            return lambda state: {k: v(state) for k, v in named.items()}
+        return lambda state: structure
+
+    def _tensor(self, operand: ir.Operand) -> Maker:
+        """Return a function that gives the tensor an operand stands for in one run."""
+        name, dtype = operand.tensor, operand.dtype
+        if self._tensors[name].kind != "intermediate":
+            window = make_window(operand, self._dims)
+            return lambda state: window(state.dims, state.tensors[name])
+        shape = compile_evaluator(operand.shape, self._dims)
+        strides = compile_evaluator(operand.strides, self._dims)
+        start = compile_evaluator([operand.offset], self._dims)
+
+        def planned(state: RunState) -> torch.Tensor:
+            begin = state.offsets[name]
+            count = (state.arena.numel() - begin) // dtype.itemsize
+            whole = state.arena[begin : begin + count * dtype.itemsize].view(dtype)
+            offset = start(*state.dims)[0]
+            return whole[offset:].as_strided(shape(*state.dims), strides(*state.dims))
+
+        return planned
+
+
+def make_window(
+    operand: ir.Operand, dims: Sequence[str]
+) -> Callable[[tuple[int, ...], torch.Tensor], torch.Tensor]:
+    """Return a function (dims, the whole tensor) -> the operand's window on it."""
+    shape = compile_evaluator(operand.shape, dims)
+    strides = compile_evaluator(operand.strides, dims)
+    offset = compile_evaluator([operand.offset], dims)
+
+    def window(values: tuple[int, ...], whole: torch.Tensor) -> torch.Tensor:
+        start = whole.storage_offset() + offset(*values)[0]
+        return whole.as_strided(shape(*values), strides(*values), start)
+
+    return window
+
+
+def is_whole(operand: ir.Operand, tensor: ir.Tensor) -> bool:
+    """Tell whether an operand is just its tensor."""
+    dense = operand.offset == 0 and operand.strides == contiguous_strides(operand.shape)
+    return dense and operand.shape == tensor.shape
