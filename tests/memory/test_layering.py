@@ -28,7 +28,7 @@ def test_only_the_pool_knows_torch_and_nothing_knows_fx(path):
 
 
 def test_the_checker_shares_no_code_with_any_planner():
-    names = [name for name in imported(ROOT / "turbotx" / "memory" / "check.py")]
+    names = list(imported(ROOT / "turbotx" / "memory" / "check.py"))
     assert names == ["__future__", "turbotx.memory.plan"]
 
 
