@@ -44,6 +44,11 @@ class Assembly:
     prepared: dict[str, fx.Node] = field(default_factory=dict)
     externs: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def returned(self) -> list[str]:
+        """The tensors that the call returns, or views of which it returns."""
+        return [leaf.tensor for leaf in self.outputs if isinstance(leaf, ir.Operand)]
+
 
 def assemble(
     graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node], dims: Sequence[str]

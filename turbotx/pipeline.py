@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from turbotx import verify
 from turbotx.assemble import Assembly, assemble
 from turbotx.capture import Captured
 from turbotx.kernels.fuse import FusedRegion, fuse
@@ -57,9 +58,16 @@ def compile_captured(
     graph = captured.graph_module.graph
     text = str(graph)
     rewrite(graph)
+    verify.check_graph(graph)
     prepared = find_prepared(graph)
-    fused = [fuse(region) for region in partition(graph, prepared)]
+    regions = partition(graph, prepared)
+    for region in regions:
+        verify.check_region(region.nodes, region.outputs)
+    fused = [fuse(region) for region in regions]
+    for kernel in {k.kernel.digest(): k.kernel for f in fused for k in f.kernels}.values():
+        verify.check_kernel(kernel)
     assembly = assemble(graph, fused, prepared, captured.dims)
+    verify.check_launches(assembly.tensors, assembly.launches, assembly.returned)
     weights = find_weights(captured, model, assembly)
     runtime = CpuRuntime(assembly, weights, options.backend, captured.dims)
     program = Program(
