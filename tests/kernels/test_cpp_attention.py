@@ -208,6 +208,16 @@ def test_attention_reads_a_packed_projection_and_survives_large_scores(
     assert torch.isfinite(got).all()
 
 
+@pytest.mark.parametrize("length", [40, 512, 1500])
+def test_long_rows_are_as_accurate_as_torch(attention: ctypes.CDLL, length: int) -> None:
+    torch.manual_seed(length)
+    q, k, v = torch.randn(3, 1, 2, length, 32)
+    torchs = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.25).double()
+    want = reference(q, k, v)
+    own = attend(attention, q, k, v).double()
+    assert (own - want).square().mean() <= 1.5**2 * (torchs - want).square().mean()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_attention_follows_torch_threads(attention: ctypes.CDLL, threads: int) -> None:
     before = torch.get_num_threads()

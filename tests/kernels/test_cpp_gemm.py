@@ -125,6 +125,15 @@ def test_weight_may_lie_input_by_output(gemm: ctypes.CDLL, dtype: torch.dtype) -
     assert largest_error(got, a.double() @ w.double()) <= TOLERANCE[dtype] * math.sqrt(45)
 
 
+@pytest.mark.parametrize("m", [1, 2, 10, 40])
+def test_long_sums_are_as_accurate_as_torch(gemm: ctypes.CDLL, m: int) -> None:
+    torch.manual_seed(m)
+    a, w = torch.randn(m, 3072), torch.randn(768, 3072)
+    want = a.double() @ w.double().T
+    own, torchs = run_linear(gemm, a, w).double() - want, (a @ w.T).double() - want
+    assert own.square().mean().sqrt() <= 1.5 * torchs.square().mean().sqrt()
+
+
 def test_odd_depth_does_not_read_the_next_row(gemm: ctypes.CDLL) -> None:
     a = torch.full((2, 4), math.nan, dtype=torch.bfloat16)
     a[:, :3] = 1.0  # the column after the last is NaN, and not part of the product

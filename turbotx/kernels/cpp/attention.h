@@ -104,7 +104,7 @@ void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, 
       exponentiate(row, panels, softmax[r]);
     }
     weigh_block<D, ROWS>(scores, head.values + begin * head.value_stride, head.value_stride, count,
-                         begin == start ? nullptr : softmax, sums);
+                         begin == start, softmax, sums);
   }
   for (int r = 0; r < rows; ++r) {
     T* row = out + batch * s.out.batch + q_head[r] * s.out.head + index[r] * s.out.row;

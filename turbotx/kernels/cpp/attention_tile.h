@@ -109,15 +109,17 @@ struct Softmax { float maximum = kMinusInf, total = 0.0f, keep = 0.0f; };
   row.maximum = next;
 }
 
+// Sums over keys run over at most this many before they join the rest: shorter chains of roundings.
+constexpr long kKeyChain = 128;
+
+// What becomes of the sums in `out` when new ones come: dropped, scaled by keep, or added to.
+enum class Earlier { none, scaled, kept };
+
 template <int ROWS, int VECS>
 TTX_INLINE void weigh_columns(const float* weights, const float* values, long value_stride,
-                              long count, const Softmax* rows, float* out, int out_stride) {
-  vec sum[ROWS][VECS];
-#pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < VECS; ++c)
-      sum[r][c] = rows ? load_vec(out + r * out_stride + c * kLanes) * rows[r].keep : vec{};
+                              long count, Earlier earlier, const Softmax* rows, float* out,
+                              int out_stride) {
+  vec sum[ROWS][VECS] = {};
   for (long j = 0; j < count; ++j, values += value_stride) {
     vec value[VECS];
 #pragma GCC unroll 4
@@ -130,23 +132,34 @@ TTX_INLINE void weigh_columns(const float* weights, const float* values, long va
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r)
+  for (int r = 0; r < ROWS; ++r) {
+    float keep = earlier == Earlier::scaled ? rows[r].keep : 1.0f;
 #pragma GCC unroll 4
-    for (int c = 0; c < VECS; ++c) store_vec(out + r * out_stride + c * kLanes, sum[r][c]);
+    for (int c = 0; c < VECS; ++c) {
+      float* p = out + r * out_stride + c * kLanes;
+      store_vec(p, earlier == Earlier::none ? sum[r][c] : load_vec(p) * keep + sum[r][c]);
+    }
+  }
 }
 
-// out[r] = rows[r].keep * out[r] + sum over j of weights[r][j] * value j; without rows, from 0.
+// out[r] = rows[r].keep * out[r] + sum over j of weights[r][j] * value j; in a first block, from 0.
 template <int D, int ROWS>
 void weigh_block(const float* weights, const float* values, long value_stride, long count,
-                 const Softmax* rows, float* out) {
+                 bool is_first, const Softmax* rows, float* out) {
   constexpr int vecs = padded(D) / kLanes;
-  int c = 0;
-  for (; c + 2 <= vecs; c += 2)
-    weigh_columns<ROWS, 2>(weights, values + c * kLanes, value_stride, count, rows,
-                           out + c * kLanes, padded(D));
-  if (c < vecs)
-    weigh_columns<ROWS, 1>(weights, values + c * kLanes, value_stride, count, rows,
-                           out + c * kLanes, padded(D));
+  for (long j = 0; j < count; j += kKeyChain) {
+    long here = count - j < kKeyChain ? count - j : kKeyChain;
+    Earlier earlier = j > 0 ? Earlier::kept : is_first ? Earlier::none : Earlier::scaled;
+    const float* w = weights + j;
+    const float* v = values + j * value_stride;
+    int c = 0;
+    for (; c + 2 <= vecs; c += 2)
+      weigh_columns<ROWS, 2>(w, v + c * kLanes, value_stride, here, earlier, rows,
+                             out + c * kLanes, padded(D));
+    if (c < vecs)
+      weigh_columns<ROWS, 1>(w, v + c * kLanes, value_stride, here, earlier, rows,
+                             out + c * kLanes, padded(D));
+  }
 }
 
 }  // namespace ttx::detail
