@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from turbotx.memory import CHUNK_NBYTES
+from turbotx.memory import pool as pool_module
 from turbotx.memory.arena import PlainRange
 from turbotx.memory.cpu_range import CpuRange
 from turbotx.memory.pool import ChunkPool, MemoryExhausted, PoolBusy, poison
@@ -184,3 +185,23 @@ def test_the_environment_asks_for_poison(monkeypatch):
     monkeypatch.setenv("TURBOTX_POISON", "1")
     with pool.lease(64) as arena:
         assert bool(arena.tensor.view(torch.float32).isnan().all())
+
+
+def test_a_lease_that_fails_to_begin_gives_its_arena_back(monkeypatch):
+    pool = ChunkPool(CPU, max_arenas=1)
+    monkeypatch.setenv("TURBOTX_POISON", "1")
+    monkeypatch.setattr(pool_module, "poison", lambda tensor: 1 / 0)
+    with pytest.raises(ZeroDivisionError), pool.lease(64):
+        pass
+    monkeypatch.delenv("TURBOTX_POISON")
+    with pool.lease(64, timeout_s=0.01):
+        assert pool.stats().used_nbytes == 64
+    assert pool.stats().used_nbytes == 0
+
+
+def test_an_error_inside_a_lease_gives_its_arena_back():
+    pool = ChunkPool(CPU, max_arenas=1)
+    with pytest.raises(KeyError), pool.lease(64):
+        raise KeyError
+    with pool.lease(64, timeout_s=0.01):
+        pass

@@ -13,8 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -67,6 +66,36 @@ def poison(arena_tensor: torch.Tensor) -> None:
     arena_tensor.fill_(POISON_BYTE)
 
 
+class Lease:
+    """Holds an arena from `with` to its end; made by `ChunkPool.lease`."""
+
+    __slots__ = ("_arena", "_nbytes", "_pool", "_timeout_s")
+
+    def __init__(self, pool: ChunkPool, nbytes: int, timeout_s: float | None) -> None:
+        self._pool, self._nbytes, self._timeout_s = pool, nbytes, timeout_s
+        self._arena: Arena | None = None
+
+    def __enter__(self) -> Arena:
+        arena = self._pool._take(self._nbytes, self._timeout_s)
+        self._arena = arena
+        try:
+            if arena.order is not None:
+                arena.order.enter()
+            if poison_enabled():
+                poison(arena.tensor)
+        except BaseException:
+            self.__exit__()
+            raise
+        return arena
+
+    def __exit__(self, *error: object) -> None:
+        arena, self._arena = self._arena, None
+        if arena is not None:
+            if arena.order is not None:
+                arena.order.leave()
+            self._pool._give_back(arena)
+
+
 class ChunkPool:
     """Leases arenas; thread-safe.
 
@@ -99,27 +128,17 @@ class ChunkPool:
         self._quiet_leases: dict[int, int] = {}
         self._quiet_peak: dict[int, int] = {}
         self._reserved_nbytes = 0
-        self._peak_nbytes = self._peak_used_nbytes = 0
+        self._used_nbytes = self._peak_nbytes = self._peak_used_nbytes = 0
+        self._waiting = 0
         self._chunk_allocations = self._trims = self._waits = 0
 
-    @contextmanager
-    def lease(self, nbytes: int, timeout_s: float | None = None) -> Iterator[Arena]:
-        """An arena of at least `nbytes` that no other lease has until this one ends.
+    def lease(self, nbytes: int, timeout_s: float | None = None) -> Lease:
+        """For `with`: an arena of at least `nbytes` that no other lease has until this one ends.
 
         Waits while `max_arenas` are taken, or while others hold the memory that it needs. Raises
         PoolBusy after `timeout_s` seconds of waiting, MemoryExhausted if it could never be had.
         """
-        arena = self._take(nbytes, timeout_s)
-        try:
-            if arena.order is not None:
-                arena.order.enter()
-            if poison_enabled():
-                poison(arena.tensor)
-            yield arena
-        finally:
-            if arena.order is not None:
-                arena.order.leave()
-            self._give_back(arena)
+        return Lease(self, nbytes, timeout_s)
 
     def ensure(self, nbytes: int) -> Arena:
         """The pool's first arena, grown to `nbytes`: for callers that never run concurrently."""
@@ -152,7 +171,7 @@ class ChunkPool:
         with self._changed:
             return PoolStats(
                 mapped_nbytes=self._mapped_nbytes(),
-                used_nbytes=sum(arena.used_nbytes for arena in self._arenas),
+                used_nbytes=self._used_nbytes,
                 peak_nbytes=self._peak_nbytes,
                 peak_used_nbytes=self._peak_used_nbytes,
                 chunk_allocations=self._chunk_allocations,
@@ -178,27 +197,35 @@ class ChunkPool:
                         f"all {len(self._arenas)} arenas stayed in use for {timeout_s} s; raise "
                         f"max_arenas or send fewer requests at once"
                     )
-                self._changed.wait(left)
+                self._waiting += 1
+                try:
+                    self._changed.wait(left)
+                finally:
+                    self._waiting -= 1
 
     def _try_take(self, nbytes: int) -> Arena | None:
         """An arena, or None where waiting for another lease to end may help."""
         if not self._idle and len(self._arenas) >= self.max_arenas:
             return None
         arena = self._pick_idle(nbytes) if self._idle else self._open_arena()
-        try:
-            self._grow(arena, nbytes)
-        except MemoryExhausted:
-            if len(self._idle) < len(self._arenas):  # someone else's memory may come back
-                return None
-            raise
+        if nbytes > arena.mapped_nbytes:
+            try:
+                self._grow(arena, nbytes)
+            except MemoryExhausted:
+                if len(self._idle) < len(self._arenas):  # someone else's memory may come back
+                    return None
+                raise
         self._idle.remove(arena)
         arena.used_nbytes = nbytes
-        used_nbytes = sum(a.used_nbytes for a in self._arenas)
-        self._peak_used_nbytes = max(self._peak_used_nbytes, used_nbytes)
+        self._used_nbytes += nbytes
+        if self._used_nbytes > self._peak_used_nbytes:
+            self._peak_used_nbytes = self._used_nbytes
         return arena
 
     def _pick_idle(self, nbytes: int) -> Arena:
         """The smallest idle arena that is large enough, else the largest."""
+        if len(self._idle) == 1:
+            return self._idle[0]
         fitting = [a for a in self._idle if a.mapped_nbytes >= nbytes]
         if fitting:
             return min(fitting, key=lambda a: (a.mapped_nbytes, a.index))
@@ -207,9 +234,11 @@ class ChunkPool:
     def _give_back(self, arena: Arena) -> None:
         with self._changed:
             self._note_need(arena)
+            self._used_nbytes -= arena.used_nbytes
             arena.used_nbytes = 0
             self._idle.append(arena)
-            self._changed.notify_all()  # the first to wake may need more than this frees
+            if self._waiting:
+                self._changed.notify_all()  # the first to wake may need more than this frees
 
     def _note_need(self, arena: Arena) -> None:
         """Trims with hysteresis: only after a long run of leases that needed half or less."""
