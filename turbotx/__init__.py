@@ -8,6 +8,7 @@ In: a PyTorch transformer. Out: one that runs faster, for any batch size and seq
 
 from turbotx.errors import TurbotxError
 from turbotx.optimize import optimize
+from turbotx.report import explain
 
 __version__ = "0.1.0"
-__all__ = ["TurbotxError", "__version__", "optimize"]
+__all__ = ["TurbotxError", "__version__", "explain", "optimize"]

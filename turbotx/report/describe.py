@@ -1,0 +1,248 @@
+"""Describe: a compiled call's stages as report entries, numbers evaluated at one shape.
+
+In: a `Compiled` and the values of its dims. Out: lists of `entries` records, for example::
+
+    describe_regions(view)  ->  [Region(name="fused_add_gelu_0", nodes=("add_732", "gelu"), ...)]
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import fx
+
+from turbotx import ir
+from turbotx.kernels.cpp import print_kernel
+from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
+from turbotx.passes.partition import GEMMS, op_name
+from turbotx.pipeline import Compiled
+from turbotx.report import entries
+from turbotx.report.cost import Cost, launch_cost
+from turbotx.report.origin import module_of, place_of
+from turbotx.runtime.native import ATTENTION_PRELUDE, PRELUDE, kernel_key, print_units
+from turbotx.show import SHORT, show_expr, show_kernel
+from turbotx.sizes import Expr, evaluate
+
+
+@dataclass(frozen=True)
+class View:
+    """A compiled call at one shape."""
+
+    compiled: Compiled
+    dims: Mapping[str, int]
+
+    def number(self, formula: Expr) -> int:
+        return evaluate(formula, self.dims)
+
+    @property
+    def launches(self) -> list[ir.Launch]:
+        return self.compiled.assembly.launches
+
+    @cached_property
+    def functions(self) -> dict[object, str]:
+        """The name of every generated function, by what makes it one."""
+        return print_units(self.compiled.assembly)[1]
+
+    def function_of(self, launch: ir.Launch) -> str:
+        key = kernel_key(launch.target)
+        return "" if key is None else self.functions[key]
+
+    def cost_of(self, launch: ir.Launch) -> entries.Traffic:
+        cost: Cost = launch_cost(launch)
+        reads, writes = self.number(cost.reads), self.number(cost.writes)
+        return entries.Traffic(
+            reads,
+            writes,
+            reads + writes,
+            show_expr(cost.reads),
+            show_expr(cost.writes),
+            self.number(cost.flops),
+            show_expr(cost.flops),
+        )
+
+
+def describe_launches(view: View) -> list[entries.Launch]:
+    return [
+        entries.Launch(
+            x.name,
+            x.kind,
+            view.function_of(x),
+            x.module,
+            x.source,
+            x.reads,
+            x.writes,
+            view.cost_of(x),
+        )
+        for x in view.launches
+    ]
+
+
+def describe_kernels(view: View) -> list[entries.Kernel]:
+    """One entry a generated function, in the order of first use."""
+    users: dict[str, list[ir.Launch]] = {}
+    for launch in view.launches:
+        name = view.function_of(launch)
+        if name:
+            users.setdefault(name, []).append(launch)
+    return [_kernel(view, name, launches) for name, launches in users.items()]
+
+
+def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.Kernel:
+    target = launches[0].target
+    cost = view.cost_of(launches[0])
+    header = f"// {name}: {launches[0].source}\n// runs as {_listed([x.name for x in launches])}\n"
+    if isinstance(target, AttentionKernel):
+        kind, text = "attention", show_attention(target)
+        sources = {"cpp": header + ATTENTION_PRELUDE + print_attention(target, name)}
+    else:
+        assert isinstance(target, ir.Kernel)
+        kind, text = "kernel", show_kernel(target)
+        sources = {"cpp": header + PRELUDE + print_kernel(target, name)}
+    return entries.Kernel(
+        name,
+        kind,
+        text,
+        sources,
+        tuple(x.name for x in launches),
+        cost.read_nbytes,
+        cost.written_nbytes,
+        cost.compulsory_nbytes,
+        cost.read_formula,
+        cost.written_formula,
+        cost.flops,
+    )
+
+
+def show_attention(kernel: AttentionKernel) -> str:
+    """Return an attention launch as text: what the graph fixes about it."""
+    masks = ["key_mask if given"] + ([f"{kernel.bias} bias"] if kernel.bias != "none" else [])
+    masks += ["causal"] if kernel.causal else []
+    kind = SHORT[kernel.dtype]
+    return (
+        f"{kernel.name}(q: in {kind}, k: in {kind}, v: in {kind}, out: out {kind})\n"
+        f"  for batch, head, query row; head_dim {kernel.head_dim}, one pass over the keys\n"
+        f"    out = softmax({kernel.scale!r} * q k^T; {', '.join(masks)}) v"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def describe_regions(view: View) -> list[entries.Region]:
+    """One entry a region, named as its submodule in the fused graph."""
+    by_kernel: dict[int, ir.Launch] = {id(x.call[0]): x for x in view.launches
+                                       if x.kind == "kernel"}  # fmt: skip
+    names: Counter[str] = Counter()
+    found = []
+    for fused in view.compiled.fused:
+        name = f"{fused.name}_{names[fused.name]}"
+        names[fused.name] += 1
+        launches = [by_kernel[id(k)] for k in fused.kernels if id(k) in by_kernel]
+        nodes = fused.region.nodes
+        found.append(
+            entries.Region(
+                name,
+                tuple(n.name for n in nodes),
+                tuple(op_name(n) for n in nodes),
+                tuple(view.function_of(x) for x in launches),
+                tuple(x.name for x in launches),
+                "; ".join(fused.reasons),
+                _distinct(map(module_of, nodes)),
+                _distinct(map(place_of, nodes)),
+            )
+        )
+    return found
+
+
+def _distinct(values: Any) -> tuple[str, ...]:
+    return tuple(v for v in dict.fromkeys(values) if v)
+
+
+def describe_gemms(view: View) -> list[entries.Gemm]:
+    """Every matrix product: the packed ones, and those that PyTorch runs."""
+    parameters = {n.name: str(n.target) for n in view.compiled.graph.nodes if n.op == "get_attr"}
+    prepared = view.compiled.assembly.prepared
+    found = []
+    for x in view.launches:
+        if x.kind == "gemm":
+            assert x.args[1] is not None
+            weight = x.args[1].tensor
+            behind = _parameters_of(prepared[weight]) if weight in prepared else [weight]
+            names = tuple(parameters.get(n, n) for n in behind)
+            m, n = x.sizes[0], x.sizes[2]
+            k = x.args[0].shape[-1]  # type: ignore[union-attr]
+            found.append(
+                entries.Gemm(
+                    x.name,
+                    x.module,
+                    view.number(m),
+                    view.number(k),
+                    view.number(n),
+                    show_expr(m),
+                    names,
+                    len(names) > 1,
+                    "packed weight",
+                )
+            )
+        elif x.kind == "aten" and x.target in GEMMS:
+            found.append(_aten_gemm(view, x))
+    return found
+
+
+def _aten_gemm(view: View, x: ir.Launch) -> entries.Gemm:
+    operands = [a for a in x.args if a is not None]
+    inputs = [a for a in operands if a.tensor not in x.writes]
+    shape, depth = operands[-1].shape, inputs[0].shape[-1]
+    m = operands[-1].shape[:-1]
+    rows = 1
+    for extent in m:
+        rows *= view.number(extent)
+    return entries.Gemm(
+        x.name,
+        x.module,
+        rows,
+        view.number(depth),
+        view.number(shape[-1]),
+        "*".join(show_expr(e) for e in m),
+        (),
+        False,
+        str(x.target),
+    )
+
+
+def _parameters_of(node: fx.Node) -> list[str]:
+    """Return the parameters that a prepared constant is made from, in order."""
+    if node.op == "get_attr":
+        return [node.name]
+    return [name for source in node.all_input_nodes for name in _parameters_of(source)]
+
+
+def describe_externs(view: View) -> list[entries.Extern]:
+    counted = Counter(view.compiled.assembly.externs)
+    return [entries.Extern(op, count, reason) for (op, reason), count in counted.items()]
+
+
+def describe_plan(view: View, planner: str, pytorch: entries.Held) -> entries.Memory:
+    """The memory plan at the view's shape beside what PyTorch would hold."""
+    program = view.compiled.program
+    plan = program.plan([view.dims[name] for name in program.dims])
+    tensors = view.compiled.assembly.tensors
+    buffers = tuple(
+        entries.Placed(
+            p.buffer.name,
+            p.buffer.nbytes,
+            show_expr(tensors[p.buffer.name].nbytes),
+            (p.buffer.lifetime.begin, p.buffer.lifetime.end),
+            p.offset,
+        )
+        for p in plan.placements
+    )
+    chunks = tuple((c.offset, c.nbytes) for c in plan.chunks)
+    return entries.Memory(
+        planner, plan.peak_nbytes, plan.lower_bound_nbytes, chunks, buffers, pytorch
+    )

@@ -1,0 +1,157 @@
+"""What a report says, as frozen records: one a region, kernel, launch, GEMM, extern and buffer.
+
+In: nothing, these are types. Out: records whose fields are strings, numbers and tuples of them, so
+that `dataclasses.asdict` is ready for JSON. Bytes are stated at one shape and as formulas::
+
+    Traffic(read_nbytes=49152, written_nbytes=49152, read="512*batch*seq", written="...")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one launch has to move, in bytes at the report's shape and as formulas in its dims.
+
+    compulsory_nbytes: every element that the launch needs read once, every result written once.
+    flops: multiply-adds of GEMMs and attention, counted as two; 0 for other kernels.
+    """
+
+    read_nbytes: int
+    written_nbytes: int
+    compulsory_nbytes: int
+    read_formula: str
+    written_formula: str
+    flops: int
+    flops_formula: str
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run of ops between GEMMs, and the kernels that it became.
+
+    reason: why it took more than one kernel, or which ops ended it; empty where there is nothing
+    to tell. places: file:line of the user's source for its ops, in order.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    ops: tuple[str, ...]
+    kernels: tuple[str, ...]
+    launches: tuple[str, ...]
+    reason: str
+    modules: tuple[str, ...]
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One generated function; equal kernels of different layers are one. Traffic is per launch.
+
+    kind: "kernel" or "attention". signature: its parameters, loops and body in turbotx's own
+    notation. sources: target language -> text.
+    """
+
+    name: str
+    kind: str
+    signature: str
+    sources: dict[str, str]
+    launches: tuple[str, ...]
+    read_nbytes: int
+    written_nbytes: int
+    compulsory_nbytes: int
+    read_formula: str
+    written_formula: str
+    flops: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One step of the program, in running order. kernel: the function's name, empty for ATen."""
+
+    name: str
+    kind: str
+    kernel: str
+    module: str
+    source: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """(m, k) x (k, n); weights: the parameters behind its weight, several where they are packed."""
+
+    name: str
+    module: str
+    m: int
+    k: int
+    n: int
+    m_formula: str
+    weights: tuple[str, ...]
+    packed: bool
+    through: str
+
+
+@dataclass(frozen=True)
+class Extern:
+    """An op that PyTorch runs, how often, and why."""
+
+    op: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A planned buffer: alive in launches begin <= i < end, at `offset` bytes in the arena."""
+
+    name: str
+    nbytes: int
+    formula: str
+    lifetime: tuple[int, int]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """What PyTorch would hold for the intermediates of the same ops; see `origin.simulate`."""
+
+    peak_nbytes: int
+    reserved_nbytes: int
+    allocations: int
+    method: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The plan at the report's shape. chunks: (offset, nbytes) of each."""
+
+    planner: str
+    peak_nbytes: int
+    lower_bound_nbytes: int
+    chunks: tuple[tuple[int, int], ...]
+    buffers: tuple[Placed, ...]
+    pytorch: Held
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an op of the captured model went.
+
+    status: "fused" (computed inside kernels), "view" (folded into addresses), "gemm",
+    "attention", "aten", "prepared" (computed once from parameters), "input", "parameter",
+    "output", "merged" (became part of another op) or "removed" (nothing needs it, or it did
+    nothing). launches: what runs it.
+    """
+
+    node: str
+    op: str
+    module: str
+    source: str
+    status: str
+    launches: tuple[str, ...]
+    kernels: tuple[str, ...]

@@ -1,0 +1,203 @@
+"""Origin: the model as it was captured, before any pass, and what PyTorch would hold to run it.
+
+In: a `Captured` that no pass has touched. Out: one `Node` a call with what it reads, where it
+stands in the user's source and how many bytes its result takes::
+
+    simulate(origin, {"batch": 4, "seq": 128})  ->  Held(peak_nbytes=6291456, ...)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from turbotx import graph as g
+from turbotx.capture import Captured
+from turbotx.passes.partition import op_name
+from turbotx.report.entries import Held
+from turbotx.sizes import ZERO, Expr, compile_evaluator, product
+
+ROUND_NBYTES = 512
+"""PyTorch's CUDA allocator hands out multiples of this; its CPU one of 64, which is near enough."""
+
+SHARING = frozenset({"_unsafe_view", "alias", "detach", "dropout", "feature_dropout", "lift_fresh"})
+"""Ops whose schema does not say so, but whose eager result in inference is their input's memory."""
+
+METHOD = (
+    "every op of the captured model in order; its result lives from the op to its last reader, "
+    f"views share what they show, sizes are rounded up to {ROUND_NBYTES} bytes. Inputs, "
+    "parameters and the model's outputs are left out, as they are from the plan; so are the "
+    "ops' own workspaces and whatever the model's Python code keeps longer than it needs. "
+    "reserved_nbytes: the same stream of allocations through a caching allocator that takes "
+    "2 MiB segments for sizes up to 1 MiB and 20 MiB segments up to 10 MiB, best fit, split, merge."
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One call of the captured graph. root: the node whose memory its result is, mostly itself."""
+
+    name: str
+    op: str
+    kind: str
+    target: str
+    inputs: tuple[str, ...]
+    root: str
+    nbytes: Expr
+    module: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The captured graph's nodes in order, and the names of those whose memory the caller keeps."""
+
+    nodes: tuple[Node, ...]
+    kept: frozenset[str]
+    dims: tuple[str, ...]
+
+
+def observe(captured: Captured) -> Origin:
+    """Record a captured graph; call it before the passes, which rewrite the graph in place."""
+    roots: dict[fx.Node, str] = {}
+    nodes = []
+    for node in captured.graph_module.graph.nodes:
+        shared = _shares(node)
+        roots[node] = node.name if shared is None else roots[shared]
+        nodes.append(
+            Node(
+                node.name,
+                op_name(node) if node.op == "call_function" else node.op,
+                node.op,
+                str(node.target),
+                tuple(n.name for n in node.all_input_nodes),
+                roots[node],
+                _nbytes(node),
+                module_of(node),
+                place_of(node),
+            )
+        )
+    output = next(n for n in captured.graph_module.graph.nodes if n.op == "output")
+    kept = frozenset(roots[n] for n in output.all_input_nodes)
+    return Origin(tuple(nodes), kept, captured.dims)
+
+
+def _shares(node: fx.Node) -> fx.Node | None:
+    """Return the argument whose memory this node's result shows, or None."""
+    if node.op != "call_function":
+        return None
+    if node.target is g.GETITEM:
+        source = node.args[0]
+        return source if isinstance(source, fx.Node) and _splits(source) else None
+    schema = getattr(node.target, "_schema", None)
+    aliased = schema is not None and any(r.alias_info for r in schema.returns)
+    if (aliased or op_name(node) in SHARING) and node.args and isinstance(node.args[0], fx.Node):
+        return node.args[0]
+    return None
+
+
+def _splits(node: fx.Node) -> bool:
+    schema: Any = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info for r in schema.returns)
+
+
+def _nbytes(node: fx.Node) -> Expr:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (list, tuple)) else [value]
+    total = ZERO
+    for v in values:
+        if isinstance(v, torch.Tensor):
+            total = total + product([g.size(s, v) for s in v.shape]) * v.dtype.itemsize
+    return total
+
+
+def module_of(node: fx.Node) -> str:
+    """Return the path of the submodule that made a call, "" for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    if path.startswith("_empty_nn_module_stack"):  # torch.export's mark for calls of its own
+        return ""
+    return path.removeprefix("model").removeprefix(".")
+
+
+def place_of(node: fx.Node) -> str:
+    """Return file:line of the user's source for a call, "" where it is not known."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{found[-1][0]}:{found[-1][1]}" if found else ""
+
+
+def simulate(origin: Origin, dims: Mapping[str, int]) -> Held:
+    """Return what PyTorch would hold at these dims; METHOD says what is counted."""
+    evaluate = compile_evaluator([n.nbytes for n in origin.nodes], origin.dims)
+    sizes = evaluate(*(dims[name] for name in origin.dims))
+    nbytes = {n.name: _round(size) for n, size in zip(origin.nodes, sizes, strict=True)}
+    last = {n.root: k for k, n in enumerate(origin.nodes)}
+    root = {n.name: n.root for n in origin.nodes}
+    for k, node in enumerate(origin.nodes):
+        for name in node.inputs:
+            last[root[name]] = k
+    events: list[tuple[str, int]] = []  # (name, bytes), bytes negative for a free
+    dying: dict[int, list[str]] = {}
+    for k, node in enumerate(origin.nodes):
+        owns = node.kind == "call_function" and node.root == node.name and nbytes[node.name]
+        if owns and node.name not in origin.kept:
+            events.append((node.name, nbytes[node.name]))
+            dying.setdefault(last[node.name], []).append(node.name)
+        events += [(name, -nbytes[name]) for name in dying.pop(k, ())]
+    live = peak = 0
+    for _, change in events:
+        live += change
+        peak = max(peak, live)
+    allocations = sum(change > 0 for _, change in events)
+    return Held(peak, reserve(events), allocations, METHOD)
+
+
+def _round(nbytes: int) -> int:
+    return -(-nbytes // ROUND_NBYTES) * ROUND_NBYTES
+
+
+def reserve(events: Sequence[tuple[str, int]]) -> int:
+    """Return the bytes of all segments that a caching allocator takes for a stream of events.
+
+    Best fit over free blocks of the right pool, split on allocation, merged with free neighbours:
+    the scheme of PyTorch's CUDA allocator (c10/cuda/CUDACachingAllocator.cpp), its constants and
+    none of its options.
+    """
+    mib = 2**20
+    free: dict[str, list[list[int]]] = {"small": [], "large": []}  # [segment, begin, end]
+    held: dict[str, tuple[str, list[int]]] = {}
+    total = segments = 0
+    for name, change in events:
+        if change < 0:
+            pool, block = held.pop(name)
+            _merge(free[pool], block)
+            continue
+        pool = "small" if change <= mib else "large"
+        fitting = [b for b in free[pool] if b[2] - b[1] >= change]
+        if fitting:
+            block = min(fitting, key=lambda b: b[2] - b[1])
+            free[pool].remove(block)
+        else:
+            large = 20 * mib if change < 10 * mib else -(-change // (2 * mib)) * 2 * mib
+            size = 2 * mib if pool == "small" else large
+            total, segments = total + size, segments + 1
+            block = [segments, 0, size]
+        rest = block[2] - block[1] - change
+        if rest >= (ROUND_NBYTES if pool == "small" else mib + 1):
+            free[pool].append([block[0], block[1] + change, block[2]])
+            block = [block[0], block[1], block[1] + change]
+        held[name] = (pool, block)
+    return total
+
+
+def _merge(free: list[list[int]], block: list[int]) -> None:
+    for other in list(free):
+        if other[0] == block[0] and (other[2] == block[1] or other[1] == block[2]):
+            free.remove(other)
+            block = [block[0], min(block[1], other[1]), max(block[2], other[2])]
+    free.append(block)

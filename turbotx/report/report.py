@@ -1,0 +1,201 @@
+"""Report: what turbotx made of a model, for reading, for programs and for notebooks.
+
+In: a model and example inputs. Out: a `Report` that prints as tables, draws as HTML and turns into
+plain lists and numbers for JSON::
+
+    report = turbotx.explain(model, input_ids=ids, attention_mask=mask)
+    report.where("gelu")        # Place(status="fused", launches=("fused_add_gelu_0",), ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+
+from turbotx.capture import capture
+from turbotx.errors import InputError
+from turbotx.fused_graph import make_fused_graph
+from turbotx.optimize import Engine, OptimizedModule, _marked, optimize
+from turbotx.pipeline import Compiled, compile_captured
+from turbotx.report import entries
+from turbotx.report.describe import (
+    View,
+    describe_externs,
+    describe_gemms,
+    describe_kernels,
+    describe_launches,
+    describe_plan,
+    describe_regions,
+)
+from turbotx.report.html import render_html
+from turbotx.report.origin import Origin, observe, simulate
+from turbotx.report.table import render_table
+from turbotx.report.where import find_place
+from turbotx.signature import SizeMatcher
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compiled call at one shape. `dims`: the value of every symbolic size."""
+
+    compiled: Compiled
+    origin: Origin
+    dims: dict[str, int]
+    planner: str
+
+    @property
+    def name(self) -> str:
+        """The model's class."""
+        return self.compiled.captured.name
+
+    @cached_property
+    def graph(self) -> fx.GraphModule:
+        """The fused graph: an ordinary torch.fx.GraphModule, a region a submodule."""
+        return make_fused_graph(self.compiled)
+
+    @cached_property
+    def _view(self) -> View:
+        return View(self.compiled, self.dims)
+
+    @cached_property
+    def regions(self) -> list[entries.Region]:
+        return describe_regions(self._view)
+
+    @cached_property
+    def kernels(self) -> list[entries.Kernel]:
+        return describe_kernels(self._view)
+
+    @cached_property
+    def launches(self) -> list[entries.Launch]:
+        return describe_launches(self._view)
+
+    @cached_property
+    def gemms(self) -> list[entries.Gemm]:
+        return describe_gemms(self._view)
+
+    @cached_property
+    def externs(self) -> list[entries.Extern]:
+        return describe_externs(self._view)
+
+    @cached_property
+    def memory(self) -> entries.Memory:
+        held = simulate(self.origin, self.dims)
+        return describe_plan(self._view, self.planner, held)
+
+    def at(self, **dims: int) -> Report:
+        """Return the report at another shape, e.g. at(batch=8, seq=128); nothing is compiled.
+
+        A dim that is not named follows a named one that had its size so far, and otherwise stays.
+        Raises InputError for a dim that the model does not have or a size below 1.
+        """
+        return Report(self.compiled, self.origin, follow(self.dims, dims), self.planner)
+
+    def where(self, node: str | fx.Node) -> entries.Place:
+        """Return what became of an op of the captured model, or which op a rewritten one is.
+
+        Raises InputError for a name that stands in neither graph.
+        """
+        return find_place(self, node.name if isinstance(node, fx.Node) else node)
+
+    def source_nodes(self, launch: str) -> list[entries.Place]:
+        """Return the captured model's ops that a launch computes: the way back from `where`."""
+        places = (self.where(n.name) for n in self.origin.nodes)
+        return [p for p in places if launch in p.launches]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as dicts, lists, strings and numbers, ready for JSON."""
+        return {
+            "model": self.name,
+            "dims": dict(self.dims),
+            "regions": [asdict(r) for r in self.regions],
+            "kernels": [asdict(k) for k in self.kernels],
+            "launches": [asdict(x) for x in self.launches],
+            "gemms": [asdict(x) for x in self.gemms],
+            "externs": [asdict(x) for x in self.externs],
+            "memory": asdict(self.memory),
+        }
+
+    def to_html(self) -> str:
+        """Return a page that stands alone: no network, light and dark."""
+        return render_html(self)
+
+    def _repr_html_(self) -> str:
+        return render_html(self, page=False)
+
+    def __rich__(self) -> Any:
+        return render_table(self)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=100, color_system=None, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+    def __repr__(self) -> str:
+        shape = ", ".join(f"{k}={v}" for k, v in self.dims.items())
+        return f"<turbotx report of {self.name} at {shape}: print() it, or .to_html()>"
+
+
+def follow(dims: Mapping[str, int], given: Mapping[str, int]) -> dict[str, int]:
+    """Return `dims` with the given ones changed, and those changed along that had their sizes."""
+    unknown = sorted(set(given) - set(dims))
+    if unknown:
+        raise InputError(f"no dim is called {unknown[0]!r}; this model's are {', '.join(dims)}")
+    for name, size in given.items():
+        if size < 1:
+            raise InputError(f"{name}={size}: a size must be at least 1")
+    leaders = {dims[name]: size for name, size in reversed(list(given.items()))}
+    return {
+        name: given.get(name, leaders.get(size, size) if "_d" in name else size)
+        for name, size in dims.items()
+    }
+
+
+def explain(model: Any, /, *args: Any, **kwargs: Any) -> Report:
+    """Compile `model(*args, **kwargs)` and return what every stage made of it.
+
+    `model` is a module, an optimized module or a function of tensors; its own options apply where
+    it is optimized. Nothing is run, the inputs are only looked at. Raises InputError without a
+    tensor among the inputs, and what `turbotx.optimize` raises.
+    """
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if not tensors:
+        raise InputError("explain needs example inputs, as in explain(model, input_ids=ids)")
+    engine = _engine_of(model, args, kwargs)
+    engine._refuse_training()
+    own_class = engine is getattr(model, "__dict__", {}).get("_turbotx_engine")
+    with _marked(engine) if own_class else nullcontext():
+        captured = capture(engine.model, args, kwargs)
+    origin = observe(captured)
+    compiled = compile_captured(captured, engine.model, engine.options, engine._pool)
+    sizes = SizeMatcher(captured).match([t.shape for t in tensors])
+    dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
+    return Report(compiled, origin, dims, engine.options.planner)
+
+
+def _engine_of(model: Any, args: Any, kwargs: Any) -> Engine:
+    """Return the engine of something optimized, or make one for a plain module or function."""
+    if isinstance(model, OptimizedModule) or isinstance(getattr(model, "_engine", None), Engine):
+        return model._engine
+    if isinstance(model, type):
+        raise InputError(f"explain takes an instance: make one of {model.__name__} first")
+    if isinstance(model, nn.Module) and _is_optimized_class(model):
+        if "_turbotx_engine" not in model.__dict__:
+            model(*args, **kwargs)
+        return model.__dict__["_turbotx_engine"]
+    made = optimize(model)
+    return made._engine
+
+
+def _is_optimized_class(model: nn.Module) -> bool:
+    call = type(model).__dict__.get("__call__")
+    return getattr(call, "__module__", "") == "turbotx.optimize"

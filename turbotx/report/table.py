@@ -1,0 +1,122 @@
+"""Table: a report for the terminal.
+
+In: a `Report`. Out: something that rich prints: a headline, the regions and what each became, the
+GEMMs, what runs through PyTorch and why, and the memory plan::
+
+    Console().print(report)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from turbotx.report.report import Report
+
+
+def show_nbytes(nbytes: float) -> str:
+    """Return a byte count in the unit that fits: 512 B, 48.0 KiB, 3.25 MiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}" if unit != "KiB" else f"{nbytes / size:.1f} {unit}"
+    return f"{int(nbytes)} B"
+
+
+def show_shape(dims: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in dims.items())
+
+
+def render_table(report: Report) -> RenderableType:
+    """Return the whole report as one renderable."""
+    parts: list[RenderableType] = [_headline(report), regions_table(report), _gemms(report)]
+    if report.externs:
+        parts.append(_externs(report))
+    parts.append(memory_table(report))
+    return Group(*parts)
+
+
+def _headline(report: Report) -> Text:
+    counts = Counter(x.kind for x in report.launches)
+    captured = sum(n.kind == "call_function" for n in report.origin.nodes)
+    shown = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    text = Text(f"{report.name} at {show_shape(report.dims)}", style="bold")
+    text.append(f"\n{captured} captured ops became {len(report.launches)} launches ({shown})")
+    return text
+
+
+def regions_table(report: Report) -> Table:
+    """One row a kind of region: equal regions of different layers are one."""
+    table = Table(title="Regions", title_justify="left", title_style="bold", expand=False)
+    table.add_column("ops between GEMMs", overflow="fold")
+    table.add_column("became", style="cyan", overflow="fold", min_width=20)
+    table.add_column("times", justify="right")
+    table.add_column("moves", justify="right")
+    traffic = {k.name: k for k in report.kernels}
+    rows: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
+    for region in report.regions:
+        key = (region.ops, region.kernels)
+        rows[key] = rows.get(key, 0) + 1
+    reasons = {(r.ops, r.kernels): r.reason for r in report.regions if r.reason}
+    for key, count in rows.items():
+        ops, kernels = key
+        moved = sum(traffic[k].compulsory_nbytes for k in kernels if k in traffic)
+        became = "\n".join(escape(k) for k in dict.fromkeys(kernels)) or "PyTorch's ops"
+        if key in reasons:
+            became += f"\n[dim]{escape(reasons[key])}[/dim]"
+        table.add_row(escape(" → ".join(ops)), became, str(count), show_nbytes(moved))
+    for kernel in report.kernels:
+        if kernel.kind == "attention":
+            moved_text = show_nbytes(kernel.compulsory_nbytes)
+            table.add_row("attention", kernel.name, str(len(kernel.launches)), moved_text)
+    return table
+
+
+def _gemms(report: Report) -> Table:
+    table = Table(title="GEMMs", title_justify="left", title_style="bold")
+    for name in ("m", "k", "n"):
+        table.add_column(name, justify="right")
+    table.add_column("weights")
+    table.add_column("times", justify="right")
+    rows = Counter((g.m, g.k, g.n, len(g.weights), g.through) for g in report.gemms)
+    for (m, k, n, weights, through), count in rows.items():
+        shown = f"{weights} packed into one" if weights > 1 else "as it is"
+        if through != "packed weight":
+            shown = f"through {through}"
+        table.add_row(str(m), str(k), str(n), shown, str(count))
+    return table
+
+
+def _externs(report: Report) -> Table:
+    table = Table(title="Run by PyTorch", title_justify="left", title_style="bold")
+    table.add_column("op")
+    table.add_column("times", justify="right")
+    table.add_column("why")
+    for extern in report.externs:
+        table.add_row(escape(extern.op), str(extern.count), escape(extern.reason))
+    return table
+
+
+def memory_table(report: Report) -> Table:
+    """The plan's peak beside its lower bound and PyTorch's allocation of the same ops."""
+    memory = report.memory
+    table = Table(title="Memory of intermediates", title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("bytes", justify="right")
+    table.add_column("against the bound", justify="right")
+    bound = max(memory.lower_bound_nbytes, 1)
+    chunks = f"{len(memory.chunks)} chunks" if len(memory.chunks) != 1 else "1 chunk"
+    rows = (
+        ("lower bound: most bytes alive at once", memory.lower_bound_nbytes),
+        (f"planned peak, {len(memory.buffers)} buffers in {chunks}", memory.peak_nbytes),
+        ("PyTorch, the captured ops: alive at once", memory.pytorch.peak_nbytes),
+        ("PyTorch, the captured ops: caching allocator", memory.pytorch.reserved_nbytes),
+    )
+    for what, nbytes in rows:
+        table.add_row(what, show_nbytes(nbytes), f"{nbytes / bound:.3f} x")
+    return table

@@ -1,0 +1,146 @@
+"""Where: what became of an op of the model, and where an op of the rewritten graph runs.
+
+In: a report and the name of a node. Out: its `Place`. Most ops keep their names; a GEMM that was
+packed is found by its parameters, an op that a pass replaced by the line it came from::
+
+    find_place(report, "linear_1")  ->  Place(status="gemm", launches=("linear_0",), ...)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from turbotx import ir
+from turbotx.errors import InputError
+from turbotx.kernels.lower import Lowered
+from turbotx.passes.partition import GEMMS, kind_of, op_name, root_of, tensor_inputs
+from turbotx.report.entries import Place
+from turbotx.report.origin import Node, module_of, place_of
+
+if TYPE_CHECKING:
+    from turbotx.report.report import Report
+
+GEMM_NAMES = frozenset(str(target) for target in GEMMS)
+
+
+class _Index:
+    """Launches by what they compute."""
+
+    def __init__(self, report: Report) -> None:
+        compiled = report.compiled
+        self.report = report
+        self.nodes = {n.name: n for n in compiled.graph.nodes}
+        self.origin = {n.name: n for n in report.origin.nodes}
+        self.prepared = compiled.prepared
+        self.of_node: dict[str, list[ir.Launch]] = {}
+        self.of_parameter: dict[str, list[ir.Launch]] = {}
+        for x in compiled.assembly.launches:
+            for name in _computed(x):
+                self.of_node.setdefault(name, []).append(x)
+            if x.kind == "gemm" and x.args[1] is not None:
+                for name in self._behind(x.args[1].tensor):
+                    self.of_parameter.setdefault(name, []).append(x)
+        self.by_line: dict[tuple[str, str], list[fx.Node]] = {}
+        for n in compiled.graph.nodes:
+            if n.op == "call_function" and n.name not in self.origin and place_of(n):
+                self.by_line.setdefault((module_of(n), place_of(n)), []).append(n)
+
+    def _behind(self, weight: str) -> list[str]:
+        node = self.nodes[weight]
+        if node.op == "get_attr":
+            return [str(node.target)]
+        return [t for source in node.all_input_nodes for t in self._behind(source.name)]
+
+
+def _computed(launch: ir.Launch) -> list[str]:
+    """The nodes that a launch computes: of a kernel those that its own outputs need."""
+    if launch.kind == "kernel":
+        (lowered,) = launch.call
+        assert isinstance(lowered, Lowered)
+        roles = zip(lowered.operands, lowered.kernel.params, strict=True)
+        outputs = [node for node, param in roles if param.role == "out"]
+        given = {n for n in lowered.operands if n not in outputs}
+        return _needed(outputs, given)
+    return list(dict.fromkeys([launch.source, *launch.writes]))
+
+
+def _needed(outputs: list[fx.Node], given: set[fx.Node]) -> list[str]:
+    found: dict[fx.Node, None] = {}
+
+    def visit(node: fx.Node) -> None:
+        root = root_of(node)
+        if root in found or root in given or root.op != "call_function":
+            return
+        found[root] = None
+        for source in tensor_inputs(root):
+            visit(source)
+
+    for node in outputs:
+        visit(node)
+    return [n.name for n in found]
+
+
+def find_place(report: Report, name: str) -> Place:
+    """Return the place of a node of the captured or of the rewritten graph."""
+    index: Any = report.__dict__.get("_where")
+    if index is None:
+        index = report.__dict__["_where"] = _Index(report)
+    now, before = index.nodes.get(name), index.origin.get(name)
+    if now is None and before is None:
+        raise InputError(
+            f"no op is called {name!r}: names are those of report.graph and of captured.txt"
+        )
+    if now is not None:
+        return _place_now(index, now)
+    return _place_before(index, before)
+
+
+def _make(index: _Index, name: str, status: str, like: Any, launches: list[ir.Launch]) -> Place:
+    report = index.report
+    if isinstance(like, Node):
+        op, module, source = like.op, like.module, like.place
+    else:
+        op = op_name(like) if like.op == "call_function" else like.op
+        module, source = module_of(like), place_of(like)
+    kernels = dict.fromkeys(report._view.function_of(x) for x in launches)
+    return Place(name, op, module, source, status, tuple(x.name for x in launches),
+                 tuple(k for k in kernels if k))  # fmt: skip
+
+
+def _place_now(index: _Index, node: fx.Node) -> Place:
+    kind = kind_of(node, index.prepared)
+    launches = index.of_node.get(node.name, [])
+    status = {"computed": "fused", "extern": "aten", "piece": "aten", "size": "removed"}
+    if kind == "view":
+        readers = [index.of_node.get(u.name, []) for u in _readers(node)]
+        launches = list({x.name: x for found in readers for x in found}.values())
+    shown = status.get(kind, kind)
+    if kind in ("gemm", "attention") and any(x.kind == "aten" for x in launches):
+        shown = "aten"
+    if kind == "computed" and not launches:
+        shown = "removed"
+    return _make(index, node.name, shown, node, launches)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += _readers(user) if root_of(user) is not user else [user]
+    return found
+
+
+def _place_before(index: _Index, node: Node) -> Place:
+    """A node that a pass took away: by its parameters, or by what stands for its source line."""
+    if node.target in GEMM_NAMES:
+        parameters = [index.origin[n].target for n in node.inputs if n in index.origin]
+        for parameter in parameters:
+            if parameter in index.of_parameter:
+                return _make(index, node.name, "gemm", node, index.of_parameter[parameter][:1])
+    replaced = index.by_line.get((node.module, node.place), []) if node.place else []
+    found = {x.name: x for n in replaced for x in index.of_node.get(n.name, [])}
+    launches = list(found.values())
+    if launches:
+        return _make(index, node.name, "merged", node, launches)
+    return _make(index, node.name, "removed", node, [])
