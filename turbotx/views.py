@@ -91,6 +91,25 @@ def _select(node: fx.Node, index: IndexTuple) -> IndexTuple:
     return (*index[:d], chosen, *index[d:])
 
 
+def _diagonal(node: fx.Node, index: IndexTuple) -> IndexTuple:
+    rank = len(index) + 1
+    a, b = (_dim(g.argument(node, n), rank) for n in ("dim1", "dim2"))
+    offset = g.argument(node, "offset")
+    rest = iter(index[:-1])
+    at = {a: index[-1] + max(-offset, 0), b: index[-1] + max(offset, 0)}
+    return tuple(at[d] if d in at else next(rest) for d in range(rank))
+
+
+def _unfold(node: fx.Node, index: IndexTuple) -> IndexTuple:
+    """Windows along a dim: the last index counts within the window."""
+    rank = len(g.shape(node.args[0]))  # type: ignore[arg-type]
+    inner = list(index[:-1])
+    d, step = _dim(node.args[1], rank), g.size(node.args[3])
+    if rank:
+        inner[d] = (inner[d] * step + index[-1]).expand()
+    return tuple(inner)
+
+
 def _getitem(node: fx.Node, index: IndexTuple) -> IndexTuple:
     """One piece of a split, chunk or unbind."""
     split, piece = node.args
@@ -131,6 +150,8 @@ _MAPS: dict[Any, IndexMap] = {
     aten.select.int: _select,
     aten.alias.default: _same,
     aten.detach.default: _same,
+    aten.diagonal.default: _diagonal,
+    aten.unfold.default: _unfold,
     g.GETITEM: _getitem,
     aten.view.default: _reshape,
     aten.reshape.default: _reshape,

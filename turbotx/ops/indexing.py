@@ -14,7 +14,7 @@ import torch
 
 from turbotx import graph as g
 from turbotx.ops.table import indexed
-from turbotx.sizes import ZERO, Expr
+from turbotx.sizes import ZERO, Expr, product
 
 # --- creation -------------------------------------------------------------------------------
 
@@ -127,6 +127,69 @@ def _pad(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     return m.where(inside, element, m.constant(value, g.dtype(node)))
 
 
+def _flip(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    source, dims = node.args
+    flipped = {d % len(index) for d in dims} if index else set()
+    extents = g.shape(source)
+    place = [extents[d] - 1 - i if d in flipped else i for d, i in enumerate(index)]
+    return m.element(source, tuple(i.expand() for i in place))
+
+
+def _roll(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    """Element i comes from i - shift, around the end; without dims the flat order is rolled."""
+    source, shifts = node.args[:2]
+    dims = node.args[2] if len(node.args) > 2 else []
+    extents = g.shape(source)
+    if not dims:
+        flat, total = ZERO, product(extents)
+        for i, extent in zip(index, extents, strict=True):
+            flat = flat * extent + i
+        place = _rolled(m, flat.expand(), g.size(shifts[0]), total)
+        found: list[Any] = []
+        for extent in reversed(extents):
+            place, low = m.split(place, extent)
+            found.insert(0, low)
+        return m.element(source, tuple(found))
+    place_at = list(index)
+    for shift, d in zip(shifts, dims, strict=True):
+        d %= len(index)
+        place_at[d] = _rolled(m, place_at[d], g.size(shift), extents[d])
+    return m.element(source, tuple(place_at))
+
+
+def _rolled(m: Any, i: Expr, shift: Expr, extent: Expr) -> Expr:
+    backwards = shift.could_extract_minus_sign()
+    distance = m.split(-shift if backwards else shift, extent)[1]
+    start = distance if backwards else extent - distance
+    return m.split((i + start).expand(), extent)[1]
+
+
+def _repeat(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    source = node.args[0]
+    extents = g.shape(source)
+    kept = index[len(index) - len(extents) :]
+    place = [m.split(i, extent)[1] for i, extent in zip(kept, extents, strict=True)]
+    return m.element(source, tuple(place))
+
+
+def _slice_scatter(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    """The second tensor where the slice of the first one stands."""
+    base, piece = node.args[:2]
+    d = g.argument(node, "dim") % len(index)
+    extent = g.shape(base)[d]
+    start, step = g.argument(node, "start"), g.size(g.argument(node, "step"))
+    first = ZERO if start is None else g.size(start)
+    if first.could_extract_minus_sign():
+        first = (first + extent).expand()
+    along, rest = m.split((index[d] - first).expand(), step)
+    inside = m.index(index[d]) >= m.index(first)
+    inside = m.call("and", inside, m.index(along) < m.index(g.shape(piece)[d]))
+    inside = m.call("and", inside, m.call("eq", m.index(rest), m.index(ZERO)))
+    with m.masked(inside) as mask:
+        value = m.cast(m.element(piece, (*index[:d], along, *index[d + 1 :])), g.dtype(node))
+    return m.where(mask, value, m.element(base, index))
+
+
 def _triangle(keep: str) -> Callable[..., Any]:
     def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
         diagonal = node.args[1] if len(node.args) > 1 else 0
@@ -142,5 +205,9 @@ indexed("aten.index_select.default", _index_select)
 indexed("aten.index.Tensor", _index)
 indexed("aten.cat.default", _cat)
 indexed("aten.constant_pad_nd.default", _pad)
+indexed("aten.flip.default", _flip)
+indexed("aten.roll.default", _roll)
+indexed("aten.repeat.default", _repeat)
+indexed("aten.slice_scatter.default", _slice_scatter)
 indexed("aten.tril.default", _triangle("le"))
 indexed("aten.triu.default", _triangle("ge"))

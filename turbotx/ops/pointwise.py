@@ -45,6 +45,23 @@ def _power(m: Any, x: Any, y: Any) -> Any:
     return m.call("pow", x, y)
 
 
+def _ignore_nan(m: Any, op: str, x: Any, y: Any) -> Any:
+    larger = m.where(m.call("isnan", y), x, m.call(op, x, y))
+    return m.where(m.call("isnan", x), y, larger)
+
+
+def _signbit(m: Any, x: Any) -> Any:
+    return m.call("copysign", m.constant(1, x.dtype), x) < 0 if x.is_float else x < 0
+
+
+def _round(m: Any, x: Any, decimals: int) -> Any:
+    """Scaled by a power of ten and back, as PyTorch does it."""
+    scale = m.constant(10.0 ** abs(decimals), x.dtype)
+    if decimals >= 0:
+        return m.call("round", x * scale) / scale
+    return m.call("round", x / scale) * scale
+
+
 pointwise("aten.add.Tensor aten.add.Scalar", lambda m, x, y, alpha=1: x + _scaled(m, y, alpha))
 pointwise("aten.sub.Tensor aten.sub.Scalar", lambda m, x, y, alpha=1: x - _scaled(m, y, alpha))
 pointwise("aten.rsub.Tensor aten.rsub.Scalar", lambda m, x, y, alpha=1: y - _scaled(m, x, alpha))
@@ -62,10 +79,16 @@ pointwise("aten.addcmul.default", lambda m, x, a, b, value=1: x + _scaled(m, a *
 pointwise("aten.lerp.Scalar aten.lerp.Tensor", lambda m, x, y, w: x + w * (y - x))
 for _name in ("abs", "exp", "exp2", "expm1", "log", "log2", "log1p", "sqrt", "rsqrt", "sin", "cos",
               "tanh", "erf", "sigmoid", "floor", "ceil", "trunc", "round", "sign", "isnan",
-              "isinf"):  # fmt: skip
+              "isinf", "log10", "erfc", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh",
+              "acosh", "atanh"):  # fmt: skip
     pointwise(f"aten.{_name}.default", lambda m, x, _op=_name: m.call(_op, x))
-for _name in ("maximum", "minimum"):
+for _name in ("maximum", "minimum", "atan2", "hypot"):
     pointwise(f"aten.{_name}.default", lambda m, x, y, _op=_name: m.call(_op, x, y))
+for _name, _op in (("fmax", "maximum"), ("fmin", "minimum")):
+    pointwise(f"aten.{_name}.default", lambda m, x, y, _op=_op: _ignore_nan(m, _op, x, y))
+pointwise("aten.copysign.Tensor aten.copysign.Scalar", lambda m, x, y: m.call("copysign", x, y))
+pointwise("aten.signbit.default", lambda m, x: _signbit(m, x))
+pointwise("aten.round.decimals", lambda m, x, decimals=0: _round(m, x, decimals))
 
 # --- pointwise: activations -----------------------------------------------------------------
 
@@ -120,6 +143,12 @@ for _name in ("and", "or", "xor"):
     pointwise(
         f"aten.logical_{_name}.default",
         lambda m, x, y, _op=_name: m.call(_op, m.truth(x), m.truth(y)),
+    )
+for _name, _op in (("left", "shl"), ("right", "shr")):
+    pointwise(
+        f"aten.bitwise_{_name}_shift.Tensor aten.bitwise_{_name}_shift.Tensor_Scalar "
+        f"aten.bitwise_{_name}_shift.Scalar_Tensor",
+        lambda m, x, y, _op=_op: m.call(_op, x, y),
     )
 pointwise("aten.bitwise_not.default", lambda m, x: m.call("not", x))
 pointwise("aten.logical_not.default", lambda m, x: m.call("not", m.truth(x)))

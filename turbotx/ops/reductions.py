@@ -16,7 +16,7 @@ import torch
 
 from turbotx import graph as g
 from turbotx.ops.table import indexed
-from turbotx.sizes import Expr, product
+from turbotx.sizes import ZERO, Expr, product
 
 # --- reductions -----------------------------------------------------------------------------
 
@@ -53,6 +53,38 @@ def _vector_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
         "sum", node, index, before=lambda x: m.call("pow", m.call("abs", x), power)
     )[0][0]
     return m.call("pow", raised, m.constant(1 / order, raised.dtype))
+
+
+def _position_of(op: str) -> Callable[..., Any]:
+    """argmax and argmin: the first place that holds the extreme, where a NaN beats everything."""
+
+    def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+        x = node.args[0]
+        shape, d = g.shape(x), g.argument(node, "dim")
+        if not shape:
+            return m.constant(0, torch.int64)
+        if d is not None and g.argument(node, "keepdim") is False:
+            index = (*index[: d % len(shape)], ZERO, *index[d % len(shape) :])
+        dims = tuple(range(len(shape))) if d is None else (d % len(shape),)
+        index = tuple(ZERO for _ in shape) if d is None else index
+        dtype = m.compute_dtype(x)
+        (extreme,), _ = m.reduce_dims(op, x, dims, index, dtype)
+
+        def place(inner: tuple[Expr, ...]) -> Any:
+            here, flat = list(index), ZERO
+            for dim, i in zip(dims, inner, strict=True):
+                here[dim], flat = i, flat * shape[dim] + i
+            value = m.cast(m.element(x, tuple(here)), dtype)
+            found = m.call("eq", value, extreme)
+            if value.is_float:
+                found = m.call("or", found, m.call("isnan", value))
+            last = m.index(product([shape[dim] for dim in dims]))
+            return m.where(found, m.index(flat.expand()), last)
+
+        kept = [i for dim, i in enumerate(index) if dim not in dims]
+        return m.reduce("min", place, [shape[dim] for dim in dims], kept, node)[0]
+
+    return rule
 
 
 def _softmax(log: bool, safe: bool = False) -> Callable[..., Any]:
@@ -138,6 +170,8 @@ indexed("aten.max.default aten.min.default", lambda m, node, index: m.reduce_nod
 indexed("aten.prod.default aten.prod.dim_int", _reduction("prod"), True)
 indexed("aten.any.default aten.any.dim aten.any.dims", _reduction("any"), True)
 indexed("aten.all.default aten.all.dim aten.all.dims", _reduction("all"), True)
+indexed("aten.argmax.default", _position_of("max"), True)
+indexed("aten.argmin.default", _position_of("min"), True)
 indexed("aten.var.correction aten.var.dim", _variance, True)
 indexed("aten.std.correction aten.std.dim", lambda m, node, index: m.call(
     "sqrt", _variance(m, node, index)), True)  # fmt: skip

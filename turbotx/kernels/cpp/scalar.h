@@ -124,6 +124,36 @@ inline T trunc(T x) { return x; }
 template <integer T>
 inline T round(T x) { return x; }
 
+// Rarely needed functions: the C library's own, for float as for double.
+template <real T>
+inline T erfc(T x) { return std::erfc(x); }
+template <real T>
+inline T log10(T x) { return std::log10(x); }
+template <real T>
+inline T tan(T x) { return std::tan(x); }
+template <real T>
+inline T asin(T x) { return std::asin(x); }
+template <real T>
+inline T acos(T x) { return std::acos(x); }
+template <real T>
+inline T atan(T x) { return std::atan(x); }
+template <real T>
+inline T atan2(T y, T x) { return std::atan2(y, x); }
+template <real T>
+inline T sinh(T x) { return std::sinh(x); }
+template <real T>
+inline T cosh(T x) { return std::cosh(x); }
+template <real T>
+inline T asinh(T x) { return std::asinh(x); }
+template <real T>
+inline T acosh(T x) { return std::acosh(x); }
+template <real T>
+inline T atanh(T x) { return std::atanh(x); }
+template <real T>
+inline T hypot(T x, T y) { return std::hypot(x, y); }
+template <real T>
+inline T copysign(T magnitude, T sign_of) { return std::copysign(magnitude, sign_of); }
+
 // double: the C library's functions.
 inline double exp(double x) { return std::exp(x); }
 inline double exp2(double x) { return std::exp2(x); }
