@@ -90,7 +90,7 @@ def run_in_arena(launches, widths, aliases, outputs, unit, kind, pool, poisoned)
 
 
 @pytest.mark.parametrize("kind", ["symbolic", "chunked", "greedy"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(program=programs(), units=st.lists(st.integers(1, 700), min_size=1, max_size=3))
 def test_poisoned_runs_are_bitwise_equal_to_clean_ones(kind, program, units):
     pool = ChunkPool(torch.device("cpu"))
