@@ -82,9 +82,13 @@ def _fits(q: Any, k: Any, v: Any) -> bool:
         return False
     heads = [s[1] for s in shapes]
     widths = {s[3] for s in shapes}
-    if len(widths) != 1 or not all(h.is_Integer for h in heads) or not widths.pop().is_Integer:
+    if len(widths) != 1 or not shapes[0][3].is_Integer or int(shapes[0][3]) > 256:
         return False
-    return heads[1] == heads[2] and heads[0] % heads[1] == 0 and int(shapes[0][3]) <= 256
+    if heads[1] != heads[2]:
+        return False
+    if heads[0] == heads[1]:
+        return True
+    return heads[0].is_Integer and heads[1].is_Integer and int(heads[0]) % int(heads[1]) == 0
 
 
 def _understand(mask: fx.Node, q: fx.Node, k: fx.Node, said: Mask) -> None:

@@ -1,0 +1,151 @@
+"""Attention: recognised from both its forms, its mask taken apart; refused where it must be."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from turbotx.attention import attention
+from turbotx.capture import capture
+from turbotx.graph import shape
+from turbotx.passes.attention import recognize_attention
+from turbotx.passes.canonicalize import canonicalize
+
+X = torch.randn(2, 5, 16)
+KEYS = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+
+
+class Attend(nn.Module):
+    """Projections as models have them, four heads of eight, around the attention under test."""
+
+    def __init__(self, inner, kv_heads=4) -> None:
+        super().__init__()
+        self.inner, self.kv_heads = inner, kv_heads
+        self.q = nn.Linear(16, 32)
+        self.k, self.v = nn.Linear(16, 8 * kv_heads), nn.Linear(16, 8 * kv_heads)
+
+    def forward(self, x, *rest):
+        def heads(y, count):
+            return y.view(*x.shape[:2], count, 8).transpose(1, 2)
+
+        q = heads(self.q(x), 4)
+        return self.inner(q, *(heads(p(x), self.kv_heads) for p in (self.k, self.v)), *rest)
+
+
+def recognized(inner, *rest, kv_heads=4, x=X):
+    module = Attend(inner, kv_heads).to(x.dtype).eval()
+    found = capture(module, (x, *rest), {})
+    graph = found.graph_module.graph
+    canonicalize(graph)
+    recognize_attention(graph)
+    canonicalize(graph)
+    graph.lint()
+    found.graph_module.recompile()
+    (ours,) = found.graph_module(x, *rest)
+    torch.testing.assert_close(ours, module(x, *rest), rtol=2e-5, atol=2e-6)
+    return [n for n in graph.nodes if n.target is attention]
+
+
+def positions(length):
+    return torch.arange(length)
+
+
+def test_plain_sdpa() -> None:
+    (node,) = recognized(lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
+    assert node.args[3:] == (None, None)
+    assert node.kwargs == {"scale": 1 / math.sqrt(8), "causal": False}
+
+
+def test_causal_flag() -> None:
+    (node,) = recognized(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    assert node.kwargs["causal"] is True
+
+
+def test_key_mask_is_not_materialized() -> None:
+    def function(q, k, v, keys):
+        mask = keys.bool()[:, None, None, :].expand(q.shape[0], 1, q.shape[2], k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    (node,) = recognized(function, KEYS)
+    assert node.args[4] is None
+    assert shape(node.args[3])[1:3] == (1, 1)
+
+
+def test_causal_and_key_mask_are_told_apart() -> None:
+    def function(q, k, v, keys):
+        rows, columns = positions(q.shape[2]), positions(k.shape[2])
+        mask = (columns[None, :] <= rows[:, None])[None, None] & keys.bool()[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    (node,) = recognized(function, KEYS)
+    assert node.kwargs["causal"] is True
+    assert node.args[4] is None
+
+
+def test_a_window_is_kept_as_a_mask() -> None:
+    def function(q, k, v):
+        rows, columns = positions(q.shape[2]), positions(q.shape[2])
+        mask = (rows[:, None] - columns[None, :]).abs() <= 2
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    (node,) = recognized(function)
+    assert node.kwargs["causal"] is False
+    assert node.args[4] is not None
+
+
+def test_an_upper_triangle_is_not_causal() -> None:
+    def function(q, k, v):
+        rows, columns = positions(q.shape[2]), positions(q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, columns[None, :] >= rows[:, None])
+
+    (node,) = recognized(function)
+    assert node.kwargs["causal"] is False
+    assert node.args[4] is not None
+
+
+@pytest.mark.parametrize("divide", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_chain_of_matmuls(divide: bool, masked: bool) -> None:
+    def function(q, k, v, keys):
+        scores = q @ k.transpose(-1, -2)
+        scores = scores / math.sqrt(8) if divide else scores * 0.25
+        if masked:
+            scores = scores + (1.0 - keys.float())[:, None, None, :] * -10000.0
+        return scores.softmax(-1) @ v
+
+    (node,) = recognized(function, KEYS)
+    assert node.kwargs["scale"] == pytest.approx(1 / math.sqrt(8) if divide else 0.25)
+    assert (node.args[4] is not None) == masked
+
+
+def test_grouped_queries() -> None:
+    (node,) = recognized(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), kv_heads=2
+    )
+    assert shape(node.args[1])[1] == 2
+
+
+def test_weights_that_are_returned_are_not_fused() -> None:
+    def function(q, k, v):
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        return weights @ v
+
+    def both(q, k, v):
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        return weights @ v + weights.sum()
+
+    assert len(recognized(function)) == 1
+    assert recognized(both) == []
+
+
+def test_softmax_over_queries_is_not_attention() -> None:
+    assert recognized(lambda q, k, v: (q @ k.transpose(-1, -2)).softmax(-2) @ v) == []
+
+
+def test_double_precision_stays_with_pytorch() -> None:
+    plain = F.scaled_dot_product_attention
+    assert recognized(lambda q, k, v: plain(q, k, v), x=X.double()) == []

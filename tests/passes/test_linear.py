@@ -1,0 +1,99 @@
+"""GEMM rewrites: packing projections of one input, freeing biases, reading through reshapes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tests.graphs import calls
+from turbotx.capture import capture
+from turbotx.passes.canonicalize import canonicalize
+from turbotx.passes.linear import free_biases, lift_views, pack_linears, use_linear
+
+X = torch.randn(2, 3, 8)
+
+
+class Projections(nn.Module):
+    def __init__(self, biases: tuple[bool, ...], finish) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(8, 4 + k, bias=b) for k, b in enumerate(biases)])
+        self.finish = finish
+
+    def forward(self, x):
+        return self.finish(*[part(x) for part in self.parts])
+
+
+def rewritten(module: nn.Module, *passes):
+    captured = capture(module.eval(), (X,), {})
+    graph = captured.graph_module.graph
+    canonicalize(graph)
+    for rewrite in passes:
+        rewrite(graph)
+    canonicalize(graph)
+    graph.lint()
+    return captured.graph_module
+
+
+def run(graph_module, x):
+    graph_module.recompile()
+    return graph_module(x)
+
+
+def test_three_projections_are_one_gemm() -> None:
+    module = Projections((True, True, True), lambda a, b, c: (a.exp(), b.exp(), c.exp()))
+    packed = rewritten(module, pack_linears)
+    assert calls(packed.graph).count("linear") == 1
+    for ours, theirs in zip(run(packed, X), module(X), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_biased_and_unbiased_projections_stay_apart() -> None:
+    module = Projections((True, False), lambda a, b: (a.exp(), b.exp()))
+    packed = rewritten(module, pack_linears)
+    assert calls(packed.graph).count("linear") == 2
+
+
+def test_projections_of_different_inputs_stay_apart() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x.exp())
+
+    assert calls(rewritten(Two(), pack_linears).graph).count("linear") == 2
+
+
+def test_a_bias_goes_where_a_kernel_takes_it() -> None:
+    module = Projections((True,), lambda a: a.relu())
+    graph = rewritten(module, free_biases).graph
+    assert calls(graph) == ["linear", "add", "relu"]
+
+
+def test_a_bias_stays_where_no_kernel_follows() -> None:
+    module = Projections((True,), lambda a: a)
+    assert calls(rewritten(module, free_biases).graph) == ["linear"]
+
+
+def test_passes_twice_change_nothing() -> None:
+    module = Projections((True, True), lambda a, b: (a.relu(), b.relu()))
+    once = rewritten(module, pack_linears, free_biases)
+    twice = rewritten(module, pack_linears, free_biases, pack_linears, free_biases)
+    assert calls(once.graph) == calls(twice.graph)
+
+
+def test_addmm_and_mm_become_linear() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.randn(5))
+
+        def forward(self, x):
+            flat = x.view(-1, x.size(-1))
+            return torch.addmm(self.bias, flat, self.weight).view(*x.shape[:-1], 5)
+
+    module = Conv1D()
+    lifted = rewritten(module, use_linear, lift_views)
+    assert calls(lifted.graph) == ["permute", "linear"]
+    torch.testing.assert_close(run(lifted, X)[0], module(X))

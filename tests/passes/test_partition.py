@@ -1,0 +1,82 @@
+"""Partition: maximal, convex regions between GEMMs; what a region needs and gives."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tests.graphs import captured_graph
+from turbotx.capture import capture
+from turbotx.passes.canonicalize import canonicalize
+from turbotx.passes.partition import find_prepared, kind_of, op_name, partition
+from turbotx.verify import check_region
+
+W = torch.randn(8, 8)
+X = torch.randn(3, 8)
+
+
+def regions(function, *args):
+    graph = captured_graph(function, *args)
+    canonicalize(graph)
+    found = partition(graph, find_prepared(graph))
+    for region in found:
+        check_region(region.nodes, region.outputs)
+    return [[op_name(n) for n in r.nodes] for r in found]
+
+
+def test_runs_between_gemms() -> None:
+    def function(x, w):
+        y = (x.exp() + 1) @ w
+        return (y.tanh() * 2) @ w
+
+    assert regions(function, X, W) == [["exp", "add"], ["tanh", "mul"]]
+
+
+def test_a_residual_that_skips_a_gemm_keeps_regions_apart() -> None:
+    def function(x, w):
+        y = x.exp()
+        return (y @ w) + y
+
+    assert regions(function, X, W) == [["exp"], ["add"]]
+
+
+def test_independent_runs_are_independent_regions() -> None:
+    found = regions(lambda x, w: ((x.exp() @ w).sin(), (x.cos() @ w).tanh()), X, W)
+    assert sorted(found) == [["cos"], ["exp"], ["sin"], ["tanh"]]
+
+
+def test_a_value_with_one_late_reader_moves_to_it() -> None:
+    found = regions(lambda x, w: ((x @ w) @ w) + x.exp(), X, W)
+    assert found == [["exp", "add"]]
+
+
+def test_a_reduction_with_one_late_reader_stays() -> None:
+    found = regions(lambda x, w: ((x @ w) @ w) + x.sum(-1, keepdim=True), X, W)
+    assert found == [["sum"], ["add"]]
+
+
+def test_two_readers_keep_a_value_stored() -> None:
+    found = regions(lambda x, w: ((x.exp() @ w).sin() + x.exp(), (x.exp() @ w @ w).sin()), X, W)
+    assert ["exp"] in found
+
+
+def test_an_op_without_a_row_stands_between_regions() -> None:
+    found = regions(lambda x: torch.sort(x.exp(), dim=-1)[0].sin(), X)
+    assert found == [["exp"], ["sin"]]
+
+
+def test_values_of_parameters_alone_are_prepared() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8))
+
+        def forward(self, x):
+            return x * self.weight.exp()
+
+    graph = capture(Scaled().eval(), (X,), {}).graph_module.graph
+    prepared = find_prepared(graph)
+    assert [op_name(n) for n in prepared] == ["exp"]
+    kinds = {op_name(n): kind_of(n, prepared) for n in graph.nodes if n.op == "call_function"}
+    assert kinds["exp"] == "prepared"
+    assert kinds["mul"] == "computed"
