@@ -167,16 +167,17 @@ template <class T, class Finish = Epilogue<T>>
 void linear(const PackedWeight<T>& w, const T* a, long lda, long m, T* c, long ldc,
             const Finish& finish = {}) {
   if (m == 0 || w.n == 0) return;
+  // A second thread pays from about 50,000 multiply-adds on (Zen 4).
+  int threads = usable_threads(m * w.n * w.k, 50000);
   constexpr bool direct = std::is_same_v<T, float> || detail::PanelLayout<T>::step == 2;
   const float* wide = nullptr;
   if constexpr (!direct) {
     float* copy = detail::thread_scratch(m * w.k);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (long r = 0; r < m; ++r)
       for (long i = 0; i < w.k; ++i) copy[r * w.k + i] = to_float(a[r * lda + i]);
     wide = copy;
   }
-  // A second thread pays from about 50,000 multiply-adds on (Zen 4).
-  int threads = usable_threads(m * w.n * w.k, 50000);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int t = 0; t < threads; ++t) {
     long begin = w.panels() * t / threads, end = w.panels() * (t + 1) / threads;

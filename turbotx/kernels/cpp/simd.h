@@ -44,6 +44,21 @@ TTX_INLINE vec load_vec(const bf16* p) {
   std::memcpy(&h, p, sizeof h);
   return __builtin_bit_cast(vec, __builtin_convertvector(h, uint_vec) << 16);
 }
+#if defined(__AVX512F__) || (defined(__AVX__) && defined(__F16C__))
+// These conversions are exact about denormals; as instructions, for their headers compile slowly.
+TTX_INLINE vec load_vec(const f16* p) {
+  half_vec h;
+  vec x;
+  std::memcpy(&h, p, sizeof h);
+  asm("vcvtph2ps %1, %0" : "=v"(x) : "v"(h));
+  return x;
+}
+TTX_INLINE void store_vec(f16* p, vec x) {
+  half_vec h;
+  asm("vcvtps2ph $0, %1, %0" : "=v"(h) : "v"(x));
+  std::memcpy(p, &h, sizeof h);
+}
+#else
 TTX_INLINE vec load_vec(const f16* p) {
   half_vec h;
   std::memcpy(&h, p, sizeof h);
@@ -53,13 +68,12 @@ TTX_INLINE vec load_vec(const f16* p) {
   uint_vec answer = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite;
   return __builtin_bit_cast(vec, answer | sign);
 }
-
-template <class T>
-TTX_INLINE void store_vec(T* p, vec x) {
-  for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(x[i]);
+TTX_INLINE void store_vec(f16* p, vec x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<f16>(x[i]);
 }
-template <>
-TTX_INLINE void store_vec<bf16>(bf16* p, vec x) {
+#endif
+
+TTX_INLINE void store_vec(bf16* p, vec x) {
   uint_vec b = __builtin_bit_cast(uint_vec, x);
   uint_vec rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
   uint_vec chosen = (b & 0x7fffffffu) > 0x7f800000u ? (b >> 16) | 0x40u : rounded;
