@@ -1,0 +1,178 @@
+"""Schedule: how a kernel's loops are cut into tiles for a GPU.
+
+In: an `ir.Kernel`, and dims where a loop's length is only known at run time. Out: a `Schedule`,
+one of a handful for any stream of shapes, because lengths are run-time arguments and tiles come
+from a few sizes. For a LayerNorm over 768 columns, and for a softmax over `seq` = 300 of them::
+
+    Schedule(rows=1, cols=1024, num_warps=4)    Schedule(rows=1, cols=512, num_warps=4)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import sympy
+
+from turbotx import ir
+from turbotx.sizes import Expr, evaluate, product
+
+# Tiles for a row whose length is only known at run time: five builds and the looped one.
+ROW_TILES = (64, 256, 1024, 4096, 16384)
+PERSISTENT = ROW_TILES[-1]
+# Columns in flight in each turn of a looped row: 16 values a thread of 8 warps.
+LOOP_TILE = 4096
+# Elements that a program of four warps should at least have: one 128-bit load a thread.
+SMALLEST_TILE = 512
+POINTWISE_TILE = 1024
+# Side of the tile where neighbours in memory are neighbours along the rows.
+STRIDED_ROWS, STRIDED_COLS = 32, 32
+INT32_LIMIT = 2**31
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A tile of `rows` x `cols` elements for each program.
+
+    looped: the program walks along its row, `cols` at a time, instead of holding it in registers.
+    wide: offsets are computed in 64 bits.
+    """
+
+    rows: int
+    cols: int
+    num_warps: int = 4
+    looped: bool = False
+    wide: bool = False
+
+    @property
+    def tag(self) -> str:
+        """A short name for files and tables: `r1c1024w4`, with l for looped and x for wide."""
+        return f"r{self.rows}c{self.cols}w{self.num_warps}" + "l" * self.looped + "x" * self.wide
+
+
+def vector_axes(kernel: ir.Kernel) -> tuple[ir.Axis, ...]:
+    """Return the axes along a tile's columns: the reduced ones, or else the innermost axis."""
+    return kernel.columns or kernel.axes[-1:]
+
+
+def outer_axes(kernel: ir.Kernel) -> tuple[ir.Axis, ...]:
+    """Return the axes along a tile's rows, outermost first."""
+    return kernel.rows if kernel.columns else kernel.axes[:-1]
+
+
+def choose_schedule(kernel: ir.Kernel, dims: Mapping[str, int] | None = None) -> Schedule:
+    """Return the schedule for a kernel at `dims`; without them, for middling run-time lengths."""
+    length = _length(kernel, dims)
+    chosen = _reduction(kernel, length) if kernel.columns else _pointwise(kernel, length)
+    return replace(chosen, wide=dims is not None and needs_wide(kernel, dims))
+
+
+def _length(kernel: ir.Kernel, dims: Mapping[str, int] | None) -> int:
+    extent = product([a.extent for a in vector_axes(kernel)])
+    if extent.is_Integer:
+        return int(extent)
+    return 1024 if dims is None else evaluate(extent, dims)
+
+
+def is_static(kernel: ir.Kernel) -> bool:
+    """Tell whether the length of the kernel's rows is known before it runs."""
+    return bool(product([a.extent for a in vector_axes(kernel)]).is_Integer)
+
+
+def _reduction(kernel: ir.Kernel, length: int) -> Schedule:
+    if is_strided(kernel):
+        looped = length > 2 * STRIDED_COLS
+        cols = STRIDED_COLS if looped else power_above(length)
+        return Schedule(STRIDED_ROWS, cols, _warps(STRIDED_ROWS * cols), looped)
+    if length > PERSISTENT:
+        return Schedule(1, LOOP_TILE, 8, looped=True)
+    cols = power_above(length)
+    if not is_static(kernel):
+        cols = next(t for t in ROW_TILES if t >= length)
+    rows = max(1, SMALLEST_TILE // cols) if kernel.rows else 1
+    return Schedule(rows, cols, _warps(rows * cols))
+
+
+def _pointwise(kernel: ir.Kernel, length: int) -> Schedule:
+    if len(kernel.axes) < 2:
+        cols = POINTWISE_TILE if not is_static(kernel) else min(power_above(length), POINTWISE_TILE)
+        return Schedule(1, cols, _warps(cols))
+    if is_strided(kernel):
+        cols = min(power_above(length), STRIDED_COLS) if is_static(kernel) else STRIDED_COLS
+        return Schedule(STRIDED_ROWS, cols, 4)
+    if not is_static(kernel):
+        cols = POINTWISE_TILE // 4
+    else:
+        cols = min(power_above(length), POINTWISE_TILE)
+        while length % cols and cols > 128:
+            cols //= 2  # 768 columns are three exact tiles of 256
+        if length % cols:
+            cols = min(power_above(length), POINTWISE_TILE)
+    rows = max(1, POINTWISE_TILE // cols)
+    return Schedule(rows, cols, _warps(rows * cols))
+
+
+def _warps(elements: int) -> int:
+    """Eight elements a thread, sixteen where there are many; at least four warps, at most 16."""
+    if elements <= 1024:
+        return 4
+    return 8 if elements <= 4096 else 16
+
+
+def power_above(length: int) -> int:
+    """Return the smallest power of two that is at least `length`."""
+    return 1 << max(0, length - 1).bit_length()
+
+
+def is_strided(kernel: ir.Kernel) -> bool:
+    """Tell whether most tensors have their neighbours along the rows instead of the columns."""
+    columns, rows = vector_axes(kernel), outer_axes(kernel)
+    if not columns or not rows:
+        return False
+    along = {"rows": 0, "columns": 0}
+    for s in kernel.body:
+        if isinstance(s, (ir.Load, ir.Store)):
+            steps = [s.access.stride(a) for a in (rows[-1], columns[-1])]
+            if all(step is not None and step != 0 for step in steps):
+                along["rows"] += steps[0] == 1
+                along["columns"] += steps[1] == 1
+    return along["rows"] > along["columns"]
+
+
+def needs_wide(kernel: ir.Kernel, dims: Mapping[str, int]) -> bool:
+    """Tell whether an offset or a loop position can pass 2**31 at these dims."""
+    sizes: list[Expr] = [product(p.shape) for p in kernel.params]
+    sizes.append(product([a.extent for a in outer_axes(kernel)]))
+    sizes.append(product([a.extent for a in vector_axes(kernel)]))
+    # A masked tile reaches past the end by less than one tile.
+    return any(evaluate(size, dims) >= INT32_LIMIT - PERSISTENT for size in sizes)
+
+
+def grid(kernel: ir.Kernel, schedule: Schedule, dims: Mapping[str, int]) -> tuple[int, int, int]:
+    """Return the number of programs along the rows (x) and along the columns (y)."""
+    rows = evaluate(product([a.extent for a in outer_axes(kernel)]), dims)
+    x = -(-rows // schedule.rows)
+    if kernel.columns or not kernel.axes:
+        return x, 1, 1
+    cols = evaluate(product([a.extent for a in vector_axes(kernel)]), dims)
+    tiles = -(-cols // schedule.cols)
+    return (tiles, 1, 1) if len(kernel.axes) < 2 else (x, tiles, 1)
+
+
+def tiles_columns(kernel: ir.Kernel, schedule: Schedule) -> bool:
+    """Tell whether a pointwise kernel's rows may take several tiles (else one covers them)."""
+    if kernel.columns or not kernel.axes:
+        return False
+    extent = product([a.extent for a in vector_axes(kernel)])
+    return not (extent.is_Integer and int(extent) <= schedule.cols)
+
+
+def divisible_sizes(kernel: ir.Kernel) -> tuple[str, ...]:
+    """Return the size arguments that stand in strides: where such a size is a multiple of 16, a
+    build that knows it may load 128 bits at a time."""
+    found: set[str] = set()
+    for s in kernel.body:
+        if isinstance(s, (ir.Load, ir.Store)):
+            for term in sympy.Add.make_args(sympy.expand(s.access.offset)):
+                found |= {x.name for x in term.free_symbols if x.name[0] not in "@%"}
+    return tuple(sorted(found))

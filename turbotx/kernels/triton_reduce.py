@@ -1,0 +1,191 @@
+"""Reductions as Triton source: what each carries, how two parts join, and one `tl.reduce` for all.
+
+In: the reductions of one sweep over the same tile. Out: the text of one combine function and of
+the calls around it. Independent reductions share it, so that shuffles and barriers are paid once::
+
+    mean, m2, count = tl.reduce((part, zero, count), 0, combine)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from turbotx import ir
+
+TYPES = {
+    torch.float32: "tl.float32", torch.float64: "tl.float64", torch.bfloat16: "tl.bfloat16",
+    torch.float16: "tl.float16", torch.int64: "tl.int64", torch.int32: "tl.int32",
+    torch.int16: "tl.int16", torch.int8: "tl.int8", torch.uint8: "tl.uint8", torch.bool: "tl.int1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class State:
+    """What a reduction carries for the elements that it has seen.
+
+    parts: the carried values. join: lines that make each from its halves, called `_a` and `_b`.
+    neutral: the parts of no element at all ("lowest" and "highest" stand for the dtype's ends).
+    element: the parts of the one element x.
+    """
+
+    parts: tuple[str, ...]
+    join: tuple[str, ...]
+    neutral: tuple[str, ...]
+    element: tuple[str, ...] = ("{x}",)
+
+
+STATES = {
+    "sum": State(("total",), ("{total} = {total}_a + {total}_b",), ("0",)),
+    "prod": State(("product",), ("{product} = {product}_a * {product}_b",), ("1",)),
+    "max": State(("largest",), ("{largest} = maximum({largest}_a, {largest}_b)",), ("lowest",)),
+    "min": State(
+        ("smallest",), ("{smallest} = minimum({smallest}_a, {smallest}_b)",), ("highest",)
+    ),
+    "any": State(("some",), ("{some} = {some}_a | {some}_b",), ("0",), ("{x}.to(tl.int32)",)),
+    "all": State(("every",), ("{every} = {every}_a & {every}_b",), ("1",), ("{x}.to(tl.int32)",)),
+    # Parts of any size merge without cancellation (Chan, Golub & LeVeque 1979), however large
+    # the mean is beside the deviation.
+    "welford": State(
+        ("mean", "m2", "count"),
+        (
+            "{count} = {count}_a + {count}_b",
+            "{share} = {count}_b / tl.maximum({count}, 1.0)  # of nothing and nothing: 0",
+            "{delta} = {mean}_b - {mean}_a",
+            "{mean} = {mean}_a + {delta} * {share}",
+            "{m2} = {m2}_a + {m2}_b + {delta} * {delta} * {count}_a * {share}",
+        ),
+        ("0", "0", "0"),
+        ("{x}", "tl.zeros_like({x})", "tl.zeros_like({x}) + 1.0"),
+    ),
+    # Largest value and sum of exp(x - largest) together (Milakov & Gimelshein 2018). Equal
+    # maxima fade by exp(0) also where they are infinite; an infinite element itself gives NaN.
+    "softmax": State(
+        ("largest", "total"),
+        (
+            "{largest} = maximum({largest}_a, {largest}_b)",
+            "{gap} = tl.abs({largest}_a - {largest}_b)",
+            "{fade} = tl.where({largest}_a == {largest}_b, 1.0, tl.exp(-{gap}))",
+            "{ahead} = {largest}_a > {largest}_b",
+            "{total} = {total}_a * tl.where({ahead}, 1.0, {fade})"
+            " + {total}_b * tl.where({ahead}, {fade}, 1.0)",
+        ),
+        ("lowest", "0"),
+        ("{x}", 'tl.where({x} == float("inf"), float("nan"), 1.0)'),
+    ),
+}
+LOCALS = ("share", "delta", "gap", "fade", "ahead")
+
+
+def neutral(kind: str, dtype: torch.dtype) -> str:
+    """Return the text of a neutral value in `dtype`."""
+    floating = dtype.is_floating_point
+    if kind in ("lowest", "highest"):
+        if floating:
+            return 'float("-inf")' if kind == "lowest" else 'float("inf")'
+        bounds = torch.iinfo(dtype) if dtype is not torch.bool else None
+        low, high = (0, 1) if bounds is None else (bounds.min, bounds.max)
+        return str(low if kind == "lowest" else high)
+    return f"{kind}.0" if floating else kind
+
+
+def carried_dtype(r: ir.Reduce) -> torch.dtype:
+    """Return the dtype in which a reduction's parts are carried: int32 for truth values."""
+    return torch.int32 if r.dtype is torch.bool else r.dtype
+
+
+@dataclass(frozen=True)
+class Group:
+    """Reductions that are done together, and the name of their combine function.
+
+    shape: the tile's shape as text. masked: whether columns past the end must be left out.
+    """
+
+    reduces: tuple[ir.Reduce, ...]
+    shape: str
+    masked: bool
+    combine: str
+
+    def parts(self) -> list[tuple[ir.Reduce, str, str]]:
+        """Return (reduction, part, name) of everything carried, in order.
+
+        A part that is a result is called as the result is.
+        """
+        found = []
+        for r in self.reduces:
+            names = [
+                *r.results,
+                *(f"{r.results[0]}_{p}" for p in STATES[r.op].parts[len(r.results) :]),
+            ]
+            found += [(r, p, n) for p, n in zip(STATES[r.op].parts, names, strict=True)]
+        return found
+
+    @property
+    def simple(self) -> str | None:
+        """The single plain function that does it, where there is one."""
+        if len(self.reduces) > 1 or self.reduces[0].dtype is torch.bool:
+            return None
+        return {"sum": "tl.sum", "max": "maximum", "min": "minimum"}.get(self.reduces[0].op)
+
+    def function(self) -> str:
+        """Return the text of the combine function ("" where a plain one does)."""
+        if self.simple:
+            return ""
+        lines, arguments = [], []
+        for k, r in enumerate(self.reduces):
+            suffix = str(k) if len(self.reduces) > 1 else ""
+            state = STATES[r.op]
+            names = {n: n + suffix for n in (*state.parts, *LOCALS)}
+            lines += ["    " + line.format_map(names) for line in state.join]
+            arguments += [names[p] for p in state.parts]
+        halves = ", ".join([f"{a}_a" for a in arguments] + [f"{a}_b" for a in arguments])
+        body = "\n".join(lines)
+        head = f"@triton.jit\ndef {self.combine}({halves}):"
+        return f"{head}\n{body}\n    return {', '.join(arguments)}\n"
+
+    def elements(self, name: dict[str, str]) -> list[str]:
+        """Return the text of the parts of the tile's own elements; `name` names the values."""
+        texts = []
+        for r in self.reduces:
+            state, x = STATES[r.op], name[r.args[0]]
+            for form, empty in zip(state.element, state.neutral, strict=True):
+                text = form.format(x=x)
+                if self.masked:
+                    text = f"tl.where(col_ok, {text}, {neutral(empty, carried_dtype(r))})"
+                texts.append(text)
+        return texts
+
+    def start(self, names: Sequence[str]) -> list[str]:
+        """Return lines that begin the carried tiles of a looped row."""
+        lines = []
+        for (r, _, _), name, empty in zip(self.parts(), names, self._empties(), strict=True):
+            dtype = carried_dtype(r)
+            lines.append(f"{name} = tl.full({self.shape}, {neutral(empty, dtype)}, {TYPES[dtype]})")
+        return lines
+
+    def _empties(self) -> list[str]:
+        return [e for r in self.reduces for e in STATES[r.op].neutral]
+
+    def step(self, names: Sequence[str], elements: Sequence[str]) -> list[str]:
+        """Return the lines that take a tile's elements into the carried tiles."""
+        if self.simple == "tl.sum":
+            return [f"{names[0]} += {elements[0]}"]
+        function = self.simple or self.combine
+        return [f"{', '.join(names)} = {function}({', '.join([*names, *elements])})"]
+
+    def finish(self, results: Sequence[str], tiles: Sequence[str], axis: int) -> list[str]:
+        """Return the lines that reduce the tiles along `axis` to the results."""
+        keep = ", keep_dims=True" if axis else ""
+        if self.simple == "tl.sum":
+            return [f"{results[0]} = tl.sum({tiles[0]}, {axis}{keep})"]
+        function = self.simple or self.combine
+        given, target = ", ".join(tiles), ", ".join(results)
+        if len(tiles) > 1:
+            given = f"({given})"
+        lines = [f"{target} = tl.reduce({given}, {axis}, {function}{keep})"]
+        for (r, _, _), name in zip(self.parts(), results, strict=True):
+            if r.dtype is torch.bool:
+                lines.append(f"{name} = {name} != 0")
+        return lines

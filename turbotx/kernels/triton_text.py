@@ -1,0 +1,115 @@
+"""Pieces of Triton source: expressions with their precedence, sizes, constants, long lines.
+
+In: what the printers want to say. Out: text as a careful engineer would lay it out, for example::
+
+    Text("a + b", level=1).inside(2)  ->  "(a + b)"
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from turbotx.sizes import Expr, _SourcePrinter
+
+WIDTH = 100
+ATOM = 3
+# How tightly an operator's own text binds, and what its operands must at least do.
+LEVELS = {
+    "add": (1, (1, 2)), "sub": (1, (1, 2)), "mul": (2, (2, 3)), "div": (2, (2, 3)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Text:
+    """Source of a value. level: how tightly it binds: a name 3, a product 2, a sum 1, others 0."""
+
+    text: str
+    level: int = ATOM
+
+    def inside(self, level: int = ATOM) -> str:
+        """Return the text as part of an expression that binds as tightly as `level`."""
+        return self.text if self.level >= level else f"({self.text})"
+
+
+class _TritonPrinter(_SourcePrinter):
+    """Sizes as Triton source: positions are never negative, so // and % round down there too."""
+
+    def _print_Max(self, node: Any) -> str:
+        text = self._print(node.args[0])
+        for other in node.args[1:]:
+            text = f"tl.maximum({text}, {self._print(other)})"
+        return text
+
+    def _print_Min(self, node: Any) -> str:
+        return self._print_Max(node).replace("tl.maximum(", "tl.minimum(")
+
+    def _print_Add(self, node: Any, order: Any = None) -> str:
+        """Rows before columns before constants, as an address is usually written."""
+
+        def rank(term: Expr) -> tuple[int, str]:
+            text = self._print(term)
+            kind = 3 if term.is_number else 1 if "row" in text else 2 if "col" in text else 0
+            return kind, text
+
+        result = ""
+        for term in sorted(node.args, key=rank):
+            text = self._print(term)
+            if not result:
+                result = text
+            elif text.startswith("-"):
+                result += f" - {text[1:]}"
+            else:
+                result += f" + {text}"
+        return result
+
+
+def size_text(value: Expr) -> str:
+    """Return a size or an offset as Triton source."""
+    return _TritonPrinter("//").doprint(value)
+
+
+def literal(value: bool | int | float, dtype: torch.dtype) -> str:
+    """Return a constant as source; it takes the dtype of what it meets."""
+    if dtype is torch.bool:
+        return str(bool(value))
+    if not dtype.is_floating_point:
+        return str(int(value))
+    if math.isnan(value) or math.isinf(value):
+        return f'float("{float(value)!r}")'
+    return repr(float(value))
+
+
+def wrap(line: str) -> list[str]:
+    """Break a line that is too long at the commas of its last outermost call."""
+    if len(line) <= WIDTH or not line.endswith(")"):
+        return [line]
+    depth, opened = 0, 0
+    for k in range(len(line) - 1, -1, -1):
+        depth += (line[k] == ")") - (line[k] == "(")
+        if depth == 0:
+            opened = k
+            break
+    indent = " " * (len(line) - len(line.lstrip()))
+    inner = f"{indent}    "
+    pieces = split_arguments(line[opened + 1 : -1])
+    return [
+        line[: opened + 1],
+        *(line for p in pieces for line in wrap(f"{inner}{p},")),
+        f"{indent})",
+    ]
+
+
+def split_arguments(text: str) -> list[str]:
+    """Split at commas that stand in no inner parentheses."""
+    pieces, depth, begin = [], 0, 0
+    for k, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            pieces.append(text[begin:k].strip())
+            begin = k + 1
+    pieces.append(text[begin:].strip())
+    return [p for p in pieces if p]
