@@ -78,6 +78,8 @@ def divide(value: Expr, by: Expr) -> Expr | None:
 class _SourcePrinter(StrPrinter):
     """Prints a size for Python, C and Triton, which agree on + - * and differ on division."""
 
+    printmethod = "_turbotx_source"  # torch's FloorDiv would print itself as // otherwise
+
     def __init__(self, floor_div: str) -> None:
         super().__init__()
         self._floor_div = floor_div
