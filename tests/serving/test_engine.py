@@ -63,6 +63,15 @@ def test_types_are_left_out_for_models_without_them():
     assert engine.run(ROWS)[1].tolist() == [8, 0, 0]
 
 
+def test_figures_include_an_optimized_modules_own():
+    module = Echo()
+    engine = TorchEngine(module, Head("embedding"))
+    engine.run(ROWS)
+    assert engine.figures() == {"batches": 1.0}
+    module.stats = lambda: {"plans": 2, "mapped_nbytes": 4096}
+    assert engine.figures() == {"batches": 1.0, "plans": 2.0, "mapped_nbytes": 4096.0}
+
+
 def test_max_pooling_of_negative_values():
     hidden = torch.tensor([[[-3.0], [-1.0], [0.0]]])
     assert pool(hidden, torch.tensor([[1, 1, 0]]), "max").tolist() == [[-1.0]]

@@ -47,13 +47,20 @@ def serving(model):
     return Service(model, Settings(max_batch=4, max_batch_tokens=None), costs)
 
 
-def test_minilm_answers_as_its_files_say():
-    model = load_model("minilm", backend="eager")
+@pytest.mark.parametrize(
+    "backend",
+    ["eager", pytest.param("turbotx", marks=pytest.mark.slow)],  # captures, builds C++
+)
+def test_minilm_answers_as_its_files_say(backend):
+    model = load_model("minilm", backend=backend)
     assert (model.info.head.pooling, model.info.head.normalize) == ("mean", True)
     assert (model.info.max_length, model.info.width) == (256, 384)
     with TestClient(create_app(serving(model))) as client:
         wait_until(lambda: client.get("/ready").status_code == 200)
         found = np.array(client.post("/embed", json={"inputs": TEXTS}).json())
+        assert ("turbotx_engine_mapped_nbytes" in client.get("/metrics").text) == (
+            backend == "turbotx"
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm.get_model_path())
     bert = transformers.BertModel.from_pretrained(minilm.get_model_path()).eval()
     for text, vector in zip(TEXTS, found, strict=True):

@@ -1,7 +1,7 @@
 """Variable-length requests, batched by dynamic programming, served over HTTP.
 
 In: requests that know their length in tokens. Out: batches in the order in which to run them.
-The scheduler needs numpy alone; the HTTP server is the extra ``serve``::
+The scheduler computes with numpy alone; the HTTP server is the extra ``serve``::
 
     scheduler = Scheduler(CostTable.from_function(lambda length, batch: 4 + 0.022 * length * batch))
     scheduler.submit(Request("a", length=17, arrival_ms=0.0))

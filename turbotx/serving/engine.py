@@ -80,9 +80,9 @@ class TorchEngine:
 
     def figures(self) -> Mapping[str, float]:
         found = {"batches": float(self.calls)}
-        figures = getattr(self.module, "figures", None)  # an optimized module's own
-        if callable(figures):
-            found.update({str(k): float(v) for k, v in figures().items()})
+        stats = getattr(self.module, "stats", None)  # an optimized module's: plans, arena, builds
+        if callable(stats):
+            found.update({name: float(value) for name, value in stats().items()})
         return found
 
 
