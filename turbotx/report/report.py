@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from turbotx.report.describe import (
     describe_plan,
     describe_regions,
 )
+from turbotx.report.dump import Dumped, dump
 from turbotx.report.html import render_html
 from turbotx.report.origin import Origin, observe, simulate
 from turbotx.report.table import render_table
@@ -121,6 +123,13 @@ class Report:
             "externs": [asdict(x) for x in self.externs],
             "memory": asdict(self.memory),
         }
+
+    def dump(self, folder: str | Path) -> Dumped:
+        """Write every stage into a folder: graphs, kernels, plan, report.json and report.html.
+
+        Raises DumpError where a file stands in the way.
+        """
+        return dump(self, Path(folder))
 
     def to_html(self) -> str:
         """Return a page that stands alone: no network, light and dark."""

@@ -1,0 +1,108 @@
+"""Draw: the fused graph in Graphviz's DOT, one box a launch-sized node, layers as they flow.
+
+In: a `Report`. Out: DOT text; `draw_svg` hands it to Graphviz where that is installed::
+
+    draw_dot(report)  ->  'digraph BertModel { "linear_37" [label="linear\\n(...)"]; ...'
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from turbotx import graph as g
+from turbotx.attention import attention
+from turbotx.errors import TurbotxError
+from turbotx.passes.partition import GEMMS, op_name
+from turbotx.show import show_expr
+
+if TYPE_CHECKING:
+    from turbotx.report.report import Report
+
+FILL = {
+    "region": "#cfe3ff", "gemm": "#ffe2b8", "attention": "#d9f2d0", "input": "#eeeeee",
+    "output": "#eeeeee", "other": "#ffffff",
+}  # fmt: skip
+
+
+class DrawError(TurbotxError):
+    """Graphviz is not installed, or refused the graph."""
+
+
+def draw_dot(report: Report) -> str:
+    """Return the fused graph as DOT; parameters and the views between calls are left out."""
+    graph = report.graph.graph
+    lines = [
+        f'digraph "{report.name}" {{',
+        '  rankdir=TB; bgcolor="transparent"; node [shape=box, style="rounded,filled", '
+        'fontname="Helvetica", fontsize=11, color="#888888"]; edge [color="#888888"];',
+    ]
+    shown = {n: _kind(n) for n in graph.nodes if _kind(n)}
+    sources: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        above = [s for n in node.all_input_nodes for s in ([n] if n in shown else sources[n])]
+        sources[node] = list(dict.fromkeys(above))
+        if node in shown:
+            label, tip = _label(report, node)
+            lines.append(
+                f'  "{node.name}" [label="{label}", tooltip="{tip}", '
+                f'fillcolor="{FILL[shown[node]]}"];'
+            )
+            lines += [f'  "{source.name}" -> "{node.name}";' for source in sources[node]]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _kind(node: fx.Node) -> str:
+    """Return what a node is drawn as, "" for those that are drawn through."""
+    if node.op in ("placeholder", "output"):
+        return "input" if node.op == "placeholder" else "output"
+    if node.op == "call_module":
+        return "region"
+    if node.target in GEMMS:
+        return "gemm"
+    if node.target is attention:
+        return "attention"
+    if node.op != "call_function" or not g.is_tensor(node) or node.target is g.GETITEM:
+        return ""
+    return "" if _is_view(node) else "other"
+
+
+def _is_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info for r in schema.returns)
+
+
+def _label(report: Report, node: fx.Node) -> tuple[str, str]:
+    if node.op == "output":
+        return "output", "output"
+    if node.op == "call_module":
+        region = next(r for r in report.regions if r.name == node.target)
+        return "\\n".join([node.name, *_wrap(" → ".join(region.ops))]), " ".join(region.nodes)
+    title = node.name if node.op == "placeholder" else op_name(node)
+    shape = ", ".join(show_expr(e) for e in g.shape(node)) if g.is_tensor(node) else ""
+    return f"{title}\\n({shape})", node.name
+
+
+def _wrap(text: str, width: int = 46) -> list[str]:
+    lines = [""]
+    for word in text.split(" "):
+        if len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def draw_svg(report: Report) -> str:
+    """Return the fused graph as SVG; raise DrawError where Graphviz is missing."""
+    dot = shutil.which("dot")
+    if dot is None:
+        raise DrawError("fused.svg needs Graphviz's dot: install the package graphviz")
+    done = subprocess.run(
+        [dot, "-Tsvg"], input=draw_dot(report), capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise DrawError(f"dot failed with exit code {done.returncode}: {done.stderr.strip()[:200]}")
+    return done.stdout

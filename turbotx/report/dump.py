@@ -1,0 +1,106 @@
+"""Dump: a report as files, for reading with an editor, a browser and a debugger.
+
+In: a `Report` and a folder. Out: the files written, in order, and what could not be::
+
+    dump(report, Path("out"))  ->  Dumped(files=[captured.txt, fused.txt, ...], skipped={...})
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from turbotx.errors import TurbotxError
+from turbotx.fused_graph import readable
+from turbotx.memory.svg import plan_to_svg
+from turbotx.report.draw import DrawError, draw_dot, draw_svg
+from turbotx.report.html import find_layers, plan_of
+
+if TYPE_CHECKING:
+    from turbotx.report.report import Report
+
+SUFFIX = {"cpp": "cpp", "triton": "triton.py"}
+
+
+class DumpError(TurbotxError):
+    """The folder to write to cannot be one."""
+
+
+@dataclass
+class Dumped:
+    """files: what was written, in order. skipped: file name -> why it was not."""
+
+    folder: Path
+    files: list[Path] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def make_folder(folder: Path) -> Path:
+    """Return `folder`, made with its parents; raise DumpError where a file stands in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DumpError(f"cannot write to {folder}: there is a file of that name") from error
+    except OSError as error:
+        raise DumpError(f"cannot write to {folder}: {error.strerror}") from error
+    return folder
+
+
+def dump(report: Report, folder: Path, done: Callable[[Path], None] | None = None) -> Dumped:
+    """Write every stage of a report into `folder`; `done` hears of each file.
+
+    Files of an earlier dump are overwritten. Raises DumpError where the folder cannot be made.
+    """
+    dumped = Dumped(make_folder(folder))
+    make_folder(folder / "kernels")
+    for name, text in _texts(report):
+        path = folder / name
+        path.write_text(text, encoding="utf-8")
+        dumped.files.append(path)
+        if done is not None:
+            done(path)
+    try:
+        svg = folder / "fused.svg"
+        svg.write_text(draw_svg(report), encoding="utf-8")
+        dumped.files.append(svg)
+    except DrawError as error:
+        dumped.skipped["fused.svg"] = str(error)
+    return dumped
+
+
+def _texts(report: Report) -> Iterator[tuple[str, str]]:
+    yield "captured.txt", readable_text(report.compiled.captured_text)
+    yield "fused.txt", fused_text(report)
+    yield "fused.dot", draw_dot(report)
+    for kernel in report.kernels:
+        for target, text in kernel.sources.items():
+            yield f"kernels/{kernel.name}.{SUFFIX[target]}", text
+    plan = plan_of(report.memory)
+    yield "memory_plan.json", json.dumps(plan.to_dict(), indent=1) + "\n"
+    yield "memory_plan.svg", plan_to_svg(plan, find_layers(report))
+    yield "report.json", json.dumps(report.to_dict(), indent=1) + "\n"
+    yield "report.html", report.to_html()
+
+
+def readable_text(text: str) -> str:
+    return text if text.endswith("\n") else text + "\n"
+
+
+def fused_text(report: Report) -> str:
+    """Return the fused graph, then what every kind of region computes and became."""
+    parts = [readable(report.graph.graph)]
+    seen: set[tuple[str, ...]] = set()
+    signatures = {k.name: k.signature for k in report.kernels}
+    for region in report.regions:
+        if (*region.ops, *region.kernels) in seen:
+            continue
+        seen.add((*region.ops, *region.kernels))
+        inner = report.graph.get_submodule(region.name)
+        parts.append(f"\n{region.name}: {readable(inner.graph)}")  # type: ignore[arg-type]
+        parts += [f"\nbecame {signatures[k]}" for k in region.kernels if k in signatures]
+        if region.reason:
+            parts.append(f"\nbecause {region.reason}")
+    return "\n".join(parts) + "\n"
