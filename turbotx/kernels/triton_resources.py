@@ -1,0 +1,105 @@
+"""What a compiled GPU kernel uses, read from its machine code.
+
+In: a cubin, or AMD assembly. Out: `Resources`, without a device, for example::
+
+    Resources(registers=32, spills=0, shared_nbytes=512, load_bits=128, store_bits=128, ...)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from turbotx.errors import BuildError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """registers a thread (vector registers on AMD), spilled ones (loads and stores of spilled
+    registers on NVIDIA), shared memory a program, the widest access to global memory and how many
+    instructions the kernel has."""
+
+    registers: int
+    spills: int
+    shared_nbytes: int
+    load_bits: int
+    store_bits: int
+    instructions: int
+
+
+@functools.cache
+def find_tool(name: str) -> str:
+    """Return the path of one of the CUDA binary tools that the Triton wheel carries."""
+    spec = importlib.util.find_spec("triton")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "backends" / "nvidia" / "bin" / name
+        if path.exists():
+            return str(path)
+    raise BuildError(f"the installed Triton carries no {name}: reinstall it from its wheel")
+
+
+def read_cubin(path: Path, shared_nbytes: int) -> Resources:
+    """Disassemble a cubin."""
+    usage = _run([find_tool("cuobjdump"), "--dump-resource-usage", str(path)])
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise BuildError(f"cuobjdump says nothing of registers in {path}:\n{usage}")
+    text = _run([find_tool("nvdisasm"), "-c", str(path)])
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", text, re.M)
+    return Resources(
+        registers=int(registers[1]),
+        spills=sum(op.split(".")[0] in ("LDL", "STL") for op in code),
+        shared_nbytes=shared_nbytes,
+        load_bits=max(
+            (_sass_bits(op) for op in code if op.startswith(("LDG", "LDGSTS"))), default=0
+        ),
+        store_bits=max((_sass_bits(op) for op in code if op.startswith("STG")), default=0),
+        instructions=sum(op != "NOP" for op in code),
+    )
+
+
+def _sass_bits(op: str) -> int:
+    """LDG.E.128.CONSTANT -> 128; without a width an access has 32 bits."""
+    found = re.search(r"\.[US]?(8|16|64|128|256)(?:\.|$)", op)
+    return int(found[1]) if found else 32
+
+
+def read_amdgcn(text: str, shared_nbytes: int) -> Resources:
+    """Read AMD assembly with the metadata at its end."""
+
+    def note(key: str) -> int:
+        found = re.findall(rf"^\s*\.{key}:\s+(\d+)", text, re.M)
+        return max(map(int, found), default=0)
+
+    code = re.findall(r"^\t([a-z]\w+)(?:\s|$)", text, re.M)
+    loads = [op for op in code if re.match(r"(global|buffer|flat)_load", op)]
+    stores = [op for op in code if re.match(r"(global|buffer|flat)_store", op)]
+    return Resources(
+        registers=note("vgpr_count"),
+        spills=note("vgpr_spill_count") + note("sgpr_spill_count"),
+        shared_nbytes=max(shared_nbytes, note("group_segment_fixed_size")),
+        load_bits=_widest(loads),
+        store_bits=_widest(stores),
+        instructions=len(code),
+    )
+
+
+def _widest(ops: Iterable[str]) -> int:
+    widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
+    widest = 0
+    for op in ops:
+        found = (bits for key, bits in widths.items() if op.endswith(key) or key in op.split("_"))
+        widest = max(widest, next(found, 16 if "short" in op else 8))
+    return widest
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
