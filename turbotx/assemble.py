@@ -20,6 +20,7 @@ from turbotx import ir
 from turbotx.errors import CaptureError
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.fuse import FusedRegion
+from turbotx.kernels.inplace import find_inplace
 from turbotx.layout import Layout, contiguous_strides, layout_of, reshape_strides
 from turbotx.passes.partition import kind_of, op_name
 from turbotx.sizes import ONE, ZERO, Expr, dim, product
@@ -174,9 +175,11 @@ class _Assembler:
             sizes = tuple(_symbol(name) for name in kernel.sizes)
             last = next(n for n in lowered.operands if n.name == writes[-1])
             source = ", ".join(n.name for n in fused.region.nodes)
+            named = {p.name: n.name for n, p in zip(lowered.operands, kernel.params, strict=True)}
+            inplace = tuple((named[a], named[b]) for a, b in find_inplace(kernel))
             self._launch(
-                last, kernel.name, "kernel", kernel, args, writes, sizes, (lowered,), source
-            )
+                last, kernel.name, "kernel", kernel, args, writes, sizes, (lowered,), source, inplace
+            )  # fmt: skip
             self.out.requirements += lowered.requirements
 
     def _whole(self, node: fx.Node) -> ir.Operand:
@@ -187,13 +190,14 @@ class _Assembler:
         self, node: fx.Node, base: str, kind: str, target: object,
         args: tuple[ir.Operand | None, ...], writes: tuple[str, ...],
         sizes: tuple[Expr, ...] = (), call: tuple[object, ...] = (), source: str = "",
+        inplace: tuple[tuple[str, str], ...] = (),
     ) -> None:  # fmt: skip
         stack = node.meta.get("nn_module_stack") or {}
         module = next(reversed(list(stack.values())), ("", ""))[0] if stack else ""
         module = str(module).removeprefix("model").removeprefix(".")
         source = source or node.name
         launch = ir.Launch(
-            self._name(base), kind, target, args, writes, sizes, call, source, module
+            self._name(base), kind, target, args, writes, sizes, call, source, module, inplace
         )  # fmt: skip
         self.out.launches.append(launch)
 

@@ -294,7 +294,10 @@ class Launch:
     kind: "kernel" (target: Kernel), "gemm" (target: the packed weight's tensor name),
     "attention" (target: AttentionKernel) or "aten" (target: the op, with its arguments in
     `call`). args are in the target's order, None where an optional one is absent; sizes likewise.
-    source: the calls that it computes; module: where they stand in the user's model.
+    call is what PyTorch runs in its place: (op, args, kwargs, written operands, whether the op
+    writes into them itself), or for kernels the `Lowered` they came from.
+    source: the calls that it computes; module: where they stand in the user's model. inplace: pairs
+    (written tensor, read tensor) that may be the same bytes.
     """
 
     name: str
@@ -306,6 +309,7 @@ class Launch:
     call: tuple[object, ...] = ()
     source: str = ""
     module: str = ""
+    inplace: tuple[tuple[str, str], ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:

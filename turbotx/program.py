@@ -26,7 +26,7 @@ from turbotx.errors import IndexOutOfRangeError
 from turbotx.memory import Plan, make_planner
 from turbotx.memory.liveness import LaunchUse, analyze
 from turbotx.memory.plan import align
-from turbotx.memory.pool import ChunkPool, poison, poison_enabled
+from turbotx.memory.pool import ChunkPool
 from turbotx.runtime.aten import RunState, is_whole, make_window
 from turbotx.runtime.cpu import CpuRuntime
 from turbotx.sizes import Expr, compile_evaluator, to_python
@@ -87,15 +87,20 @@ class Program:
     def _plan_memory(self, kind: str, example: Sequence[int]) -> None:
         tensors = self.assembly.tensors
         outside = [n for n, t in tensors.items() if t.kind != "intermediate"]
-        uses = [LaunchUse(x.name, x.reads, x.writes) for x in self.assembly.launches]
+        uses = [
+            LaunchUse(x.name, x.reads, x.writes, inplace=x.inplace) for x in self.assembly.launches
+        ]
         sizes = {n: to_python(t.nbytes) for n, t in tensors.items()}
         self.liveness = analyze(uses, outside=outside, size_of=sizes)
-        self.planned = list(self.liveness.names)
+        roots = self.liveness.names
+        place = {root: k for k, root in enumerate(roots)}
+        self.planned = list(self.liveness.root_of)  # with the tensors that took over a root
+        self._root_places = np.array([place[r] for r in self.liveness.root_of.values()], np.int64)
         classes: dict[Expr, int] = {}
-        of = [classes.setdefault(tensors[n].nbytes, len(classes)) for n in self.planned]
+        of = [classes.setdefault(tensors[n].nbytes, len(classes)) for n in roots]
         self._class_nbytes = compile_evaluator(list(classes), self.dims)
         seed, samples = self._expected_sizes(example)
-        self.planner = make_planner(kind, self.liveness.lifetimes, of, self.planned, seed, samples)
+        self.planner = make_planner(kind, self.liveness.lifetimes, of, roots, seed, samples)
         slots = self.runtime.table.slots
         self._planned_slots = np.array([slots[n] for n in self.planned], dtype=np.int64)
 
@@ -129,7 +134,7 @@ class Program:
             self.plans += 1
             values = self._evaluate(*dims)
             sizes = (ctypes.c_int64 * max(1, len(values)))(*values)
-            array = np.array(offsets, dtype=np.int64)
+            array = np.array(offsets, dtype=np.int64)[self._root_places]
             binding = Binding(
                 dims, sizes, array, align(max(footprint, 1)), self._shapes(dims), values
             )
@@ -157,8 +162,6 @@ class Program:
         inputs = [t if t.is_contiguous() else t.contiguous() for t in tensors]
         outputs = [torch.empty(shape, dtype=dtype) for _, shape, dtype in binding.outputs]
         with self.pool.lease(binding.footprint_nbytes) as arena:
-            if poison_enabled():
-                poison(arena.tensor)
             execution = self._prepare(arena, binding)
             table = execution.table
             for slot, tensor in zip(self._input_slots, inputs, strict=True):
