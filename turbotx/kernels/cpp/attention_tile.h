@@ -35,14 +35,22 @@ TTX_INLINE vec exp2_nonpositive(vec t) {
 // Packed keys: panels of kLanes keys, each D rows of kLanes floats; the last panel padded with 0.
 template <class T, int D>
 void pack_keys(const T* k, long row_stride, long count, float* packed) {
+  constexpr int whole = D / kLanes * kLanes;
   for (long first = 0; first < count; first += kLanes, packed += D * kLanes) {
     int valid = static_cast<int>(count - first < kLanes ? count - first : kLanes);
-    for (int lane = 0; lane < valid; ++lane) {
-      const T* row = k + (first + lane) * row_stride;
-      for (int d = 0; d < D; ++d) packed[d * kLanes + lane] = to_float(row[d]);
+    const T* rows = k + first * row_stride;
+    for (int d = 0; d < whole; d += kLanes) {
+      vec square[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane)
+        square[lane] = lane < valid ? load_vec(rows + lane * row_stride + d) : vec{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store_vec(packed + (d + i) * kLanes, square[i]);
     }
-    for (int lane = valid; lane < kLanes; ++lane)
-      for (int d = 0; d < D; ++d) packed[d * kLanes + lane] = 0.0f;
+    for (int d = whole; d < D; ++d)
+      for (int lane = 0; lane < kLanes; ++lane)
+        packed[d * kLanes + lane] = lane < valid ? to_float(rows[lane * row_stride + d]) : 0.0f;
   }
 }
 

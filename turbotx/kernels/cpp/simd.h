@@ -111,6 +111,13 @@ TTX_INLINE vec rotate(vec x, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(x, x, ((I + SHIFT) % kLanes)...);
 }
 
+// a0 b0 a1 b1 ... of the first halves, or of the second.
+template <int HALF, int... I>
+TTX_INLINE vec interleave(vec a, vec b, std::integer_sequence<int, I...>) {
+  constexpr int first = HALF * kLanes / 2;
+  return __builtin_shufflevector(a, b, (first + I / 2 + I % 2 * kLanes)...);
+}
+
 template <int WIDTH, class Combine>
 TTX_INLINE vec fold(vec x, Combine combine) {
   if constexpr (WIDTH == 0) return x;
@@ -121,6 +128,22 @@ TTX_INLINE vec fold(vec x, Combine combine) {
 }
 
 }  // namespace detail
+
+// Lane i of row j becomes lane j of row i: log2(kLanes) perfect shuffles of the rows.
+TTX_INLINE void transpose(vec (&rows)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    vec mixed[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      mixed[2 * i] = detail::interleave<0>(rows[i], rows[i + kLanes / 2], lanes);
+      mixed[2 * i + 1] = detail::interleave<1>(rows[i], rows[i + kLanes / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = mixed[i];
+  }
+}
 
 TTX_INLINE float sum_lanes(vec x) {
   return detail::fold<kLanes / 2>(x, [](vec a, vec b) { return a + b; })[0];
