@@ -27,6 +27,7 @@ RESERVED = frozenset(
     {"tl", "triton", "libdevice", "row_ok", "col_ok", "index", "position", "start", "status_ptr",
      "ROWS", "COLS", *FUNCTIONS, *keyword.kwlist, *dir(builtins)}
 )  # fmt: skip
+TENSOR_FUNCTIONS = frozenset(FUNCTIONS) - {"maximum", "minimum"}
 # Longest expression that is written inside another one rather than given a name.
 INLINE_CHARS = 44
 
@@ -199,7 +200,7 @@ class Body:
     def _compute(self, s: ir.Compute) -> Text:
         template = PRIMITIVES[s.op].triton
         call = re.fullmatch(r"[\w.]+\([^()]*\)", template) is not None
-        args = [self.texts[a] for a in s.args]
+        args = [self._argument(a, s) for a in s.args]
         made = [isinstance(self.makers[a], ir.Constant) for a in s.args]
         if s.op == "cast" and made[0]:
             constant = self.makers[s.args[0]]
@@ -213,6 +214,14 @@ class Body:
         if all(values) and s.op not in COMPARISONS and s.op != "cast":
             return Text(f"{Text(text, level).inside()}.to({TYPES[s.dtype]})")
         return Text(text, level)
+
+    def _argument(self, value: str, user: ir.Compute) -> Text:
+        """Return a value as source; device functions want tensors, also for constants."""
+        text, function = self.texts[value], PRIMITIVES[user.op].triton.partition("(")[0]
+        if isinstance(self.makers[value], ir.Constant) and function in TENSOR_FUNCTIONS:
+            tensors = [a for a in user.args if not isinstance(self.makers[a], ir.Constant)]
+            return Text(f"tl.zeros_like({self.texts[tensors[0]].text}) + {text.text}", 1)
+        return text
 
     def may_inline(self, s: ir.Statement, user: ir.Statement | None) -> bool:
         """Tell whether `s` may be written inside `user`, the only statement that needs it."""

@@ -135,11 +135,11 @@ def functions_in(text: str) -> list[str]:
     """Return the texts of the functions that `text` calls, each after those that it needs."""
     found: dict[str, str] = {}
 
-    def visit(caller: str) -> None:
+    def visit(caller: str, after: str) -> None:
         for name, body in FUNCTIONS.items():
-            if name not in found and re.search(rf"(?<![\w.]){name}\(", caller):
-                visit(body.split(":", 1)[1])
+            if name not in found and re.search(rf"(?<![\w.]){name}{after}", caller):
+                visit(body.split(":", 1)[1], after=r"\(")
                 found[name] = "@triton.jit" + body
 
-    visit(text)
+    visit(text, after=r"\b")  # a reduction is given its function by name alone
     return list(found.values())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sympy.printing.precedence import PRECEDENCE
 
 from turbotx.sizes import Expr, _SourcePrinter
 
@@ -46,6 +47,18 @@ class _TritonPrinter(_SourcePrinter):
 
     def _print_Min(self, node: Any) -> str:
         return self._print_Max(node).replace("tl.maximum(", "tl.minimum(")
+
+    def _print_FloorDiv(self, node: Any) -> str:
+        return self._divide(node, "//")
+
+    def _print_Mod(self, node: Any) -> str:
+        return self._divide(node, "%")
+
+    _print_PythonMod = _print_Mod
+
+    def _divide(self, node: Any, sign: str) -> str:
+        top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"], strict=True) for a in node.args)
+        return f"({top} {sign} {bottom})"
 
     def _print_Add(self, node: Any, order: Any = None) -> str:
         """Rows before columns before constants, as an address is usually written."""
@@ -85,8 +98,10 @@ def literal(value: bool | int | float, dtype: torch.dtype) -> str:
 
 def wrap(line: str) -> list[str]:
     """Break a line that is too long at the commas of its last outermost call."""
-    if len(line) <= WIDTH or not line.endswith(")"):
-        return [line]
+    end = "," if line.endswith(",") else ""
+    line = line.removesuffix(",")
+    if len(line) + len(end) <= WIDTH or not line.endswith(")"):
+        return [line + end]
     depth, opened = 0, 0
     for k in range(len(line) - 1, -1, -1):
         depth += (line[k] == ")") - (line[k] == "(")
@@ -99,7 +114,7 @@ def wrap(line: str) -> list[str]:
     return [
         line[: opened + 1],
         *(line for p in pieces for line in wrap(f"{inner}{p},")),
-        f"{indent})",
+        f"{indent}){end}",
     ]
 
 
