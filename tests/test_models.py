@@ -1,0 +1,102 @@
+"""Real architectures, end to end: one capture for every shape, as exact as eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import turbotx
+from tests.models import assert_as_exact_as_eager, in_double, leaves, small_model, token_inputs
+
+ARCHITECTURES = ("bert", "distilbert", "roberta", "albert")
+QUICK = ((1, 1), (2, 17), (7, 2), (3, 128))
+GRID = tuple((b, s) for b in (1, 2, 7) for s in (1, 2, 17, 128, 512))
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def check(model: torch.nn.Module, shapes, token_types: bool = False) -> turbotx.OptimizedModule:
+    fast, exact = turbotx.optimize(model), in_double(model)
+    for batch, seq in shapes:
+        inputs = token_inputs(batch, seq)
+        with torch.no_grad():
+            eager, reference = model(**inputs), exact(**inputs)
+        ours = fast(**inputs)
+        assert type(ours) is type(eager)
+        assert_as_exact_as_eager(ours, eager, reference)
+    assert fast.stats()["captures"] == 1
+    return fast
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_small_models_at_any_shape(architecture: str, dtype: torch.dtype) -> None:
+    fast = check(small_model(architecture, dtype), QUICK)
+    built = fast.stats()["kernel_builds"]
+    fast(**token_inputs(5, 33))
+    assert fast.stats()["kernel_builds"] == built
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_default_configurations_over_the_whole_grid(architecture: str, dtype: torch.dtype) -> None:
+    config = transformers.AutoConfig.for_model(architecture)
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config).to(dtype).eval()
+    check(model, GRID if dtype is torch.float32 else GRID[::2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_minilm_with_its_real_weights(minilm_path, dtype: torch.dtype) -> None:
+    model = transformers.BertModel.from_pretrained(minilm_path).to(dtype).eval()
+    check(model, ((1, 1), (2, 17), (7, 40), (1, 128)))
+
+
+def test_a_bert_layer_is_eight_launches() -> None:
+    fast = turbotx.optimize(small_model("bert"))
+    fast(**token_inputs(2, 9))
+    launches = fast._engine.variants()[0].assembly.launches
+    layer = [x.name.rstrip("_0123456789") for x in launches[2:10]]
+    assert layer == [
+        "linear", "attention", "linear", "fused_add_layer_norm",
+        "linear", "fused_add_gelu", "linear", "fused_add_layer_norm",
+    ]  # fmt: skip
+    assert len(launches) == 2 + 2 * 8 + 2  # embeddings and mask, two layers, the pooler
+
+
+def test_no_mask_is_materialized() -> None:
+    fast = turbotx.optimize(small_model("bert"))
+    fast(**token_inputs(2, 9))
+    tensors = fast._engine.variants()[0].assembly.tensors.values()
+    planned = [t for t in tensors if t.kind == "intermediate"]
+    assert not any(str(t.shape).count("seq") > 1 for t in planned)
+
+
+def test_steady_state_allocates_outputs_only() -> None:
+    fast = turbotx.optimize(small_model("bert"))
+    inputs = token_inputs(2, 17)
+    outputs = leaves(fast(**inputs))
+    chunks = fast.stats()["chunk_allocations"]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        fast(**inputs)
+    allocated = [e.cpu_memory_usage for e in profile.events() if e.cpu_memory_usage > 0]
+    assert sum(allocated) == sum((x.nbytes + 63) // 64 * 64 for x in outputs)
+    assert fast.stats()["chunk_allocations"] == chunks
+
+
+def test_every_output_belongs_to_the_caller() -> None:
+    fast = turbotx.optimize(small_model("bert"))
+    first = fast(**token_inputs(2, 17))
+    kept = first.last_hidden_state.clone()
+    fast(**token_inputs(3, 40))
+    torch.testing.assert_close(first.last_hidden_state, kept, rtol=0, atol=0)
+
+
+def test_poisoned_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = turbotx.optimize(small_model("bert"))
+    inputs = token_inputs(3, 21)
+    clean = fast(**inputs)
+    monkeypatch.setenv("TURBOTX_POISON", "1")
+    poisoned = fast(**inputs)
+    torch.testing.assert_close(clean[0], poisoned[0], rtol=0, atol=0)
