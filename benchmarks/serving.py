@@ -63,6 +63,9 @@ def run_server(options: dict[str, Any]) -> None:
         tokenizer = TextTokenizer.load(find_folder("minilm"), costs.max_length)
         model = LoadedModel(sleeping, tokenizer, info)
     else:
+        import torch
+
+        torch.set_num_threads(options["threads"])
         model = load_model("minilm", backend=engine, max_length=LONGEST)
     settings = Settings(**{"cache_nbytes": 0, "coalesce": False, **options["settings"]})
     run(model, settings, host="127.0.0.1", port=options["port"])
@@ -262,13 +265,13 @@ def one_token_words() -> list[str]:
     return [word for word in vocabulary if re.fullmatch(r"[a-z]{3,9}", word)]
 
 
-def serve_minilm(count: int, engines: list[str], load: float) -> dict[str, Any]:
+def serve_minilm(count: int, engines: list[str], load: float, threads: int) -> dict[str, Any]:
     """MiniLM with its weights, texts of 5 to 500 tokens: policies, and a peer."""
     lengths = uniform_lengths(5, 500)
     words, chooser = one_token_words(), random.Random(0)
     drawn = lengths(np.random.default_rng(0), count).tolist()
     texts = [" ".join(chooser.choices(words, k=n - 2)) for n in drawn]
-    peer, service_ms = time_sentence_transformers(texts)
+    peer, service_ms = time_sentence_transformers(texts, threads)
     capacity = min(peer["offline_per_s"], peer["one_by_one_per_s"])
     rate = capacity * load
     trace = make_trace(poisson_gaps, lengths, rate_per_s=rate, count=count, seed=0)
@@ -280,21 +283,25 @@ def serve_minilm(count: int, engines: list[str], load: float) -> dict[str, Any]:
         for policy in ("single", "fifo", "dp", "aged"):
             settings = {"policy": policy, "max_batch": 16, "max_batch_tokens": 4096,
                         "max_age_ms": 1e6, "timeout_ms": 1e6}  # fmt: skip
-            with serving(engine=engine, settings=settings) as (host, port, _):
+            with serving(engine=engine, threads=threads, settings=settings) as (host, port, _):
                 found = asyncio.run(send_trace(host, port, trace, bodies)).summary()
             rows.append({"server": f"turbotx, {engine} model", "policy": policy, **found})
             print(rows[-1], flush=True)
-    return {"rate_per_s": rate, "sentence_transformers": peer, "rows": rows}
+    return {
+        "rate_per_s": rate, "threads": threads, "sentence_transformers": peer, "rows": rows
+    }  # fmt: skip
 
 
-def time_sentence_transformers(texts: list[str]) -> tuple[dict[str, float], list[float]]:
+def time_sentence_transformers(
+    texts: list[str], threads: int
+) -> tuple[dict[str, float], list[float]]:
     """Its encode on all texts at once (it sorts by length), and on one after the other."""
     import torch
     from sentence_transformers import SentenceTransformer
 
     from turbotx.serving.model_files import find_folder
 
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(threads)
     model = SentenceTransformer(str(find_folder("minilm")), device="cpu")
     model.max_seq_length = LONGEST
     model.encode(texts[:4])
@@ -351,6 +358,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--load", type=float, default=0.9, help="of the peer's throughput")
     parser.add_argument("--engines", nargs="*", default=["eager", "turbotx"])
+    parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.experiment == "sleep":
@@ -358,7 +366,8 @@ def main() -> None:
     elif arguments.experiment == "overload":
         result = overload(arguments.seconds)
     else:
-        result = serve_minilm(arguments.count, arguments.engines, arguments.load)
+        result = serve_minilm(arguments.count, arguments.engines, arguments.load, arguments.threads)
+    result["load_average"] = os.getloadavg()  # above the cores: the timings are disturbed
     result["machine"] = platform.processor() or platform.machine()
     result["python"] = platform.python_version()
     if arguments.out:
