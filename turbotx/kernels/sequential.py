@@ -4,7 +4,7 @@ In: a kernel whose reductions may be tuples (mean and m2, largest and total). Ou
 function over plain sums, maxima and so on: a row lies in the first-level cache while it is worked
 on, so a second look at it costs no memory traffic, and no accuracy is lost::
 
-    mean, m2 = welford(x)  ->  mean = sum(x) / n;  m2 = sum((x - mean)**2)
+    mean, m2 = welford(x)  ->  mean = sum(x) / n;  m2 = sum((x - mean)**2) - sum(x - mean)**2 / n
 """
 
 from __future__ import annotations
@@ -46,7 +46,13 @@ def make_sequential(kernel: ir.Kernel) -> ir.Kernel:
             compute(mean, "div", (total, count), s.dtype)
             away = compute(f"{mean}_away", "sub", (x, mean), s.dtype)
             square = compute(f"{mean}_square", "mul", (away, away), s.dtype)
-            body.append(ir.Reduce((m2,), "sum", (square,), s.dtype))
+            # The mean is rounded; what the deviations add up to tells by how much.
+            raw, drift = f"{m2}_raw", f"{mean}_drift"
+            body.append(ir.Reduce((raw,), "sum", (square,), s.dtype))
+            body.append(ir.Reduce((drift,), "sum", (away,), s.dtype))
+            lost = compute(f"{drift}_lost", "mul", (drift, drift), s.dtype)
+            share = compute(f"{drift}_share", "div", (lost, count), s.dtype)
+            compute(m2, "sub", (raw, share), s.dtype)
         elif isinstance(s, ir.Reduce) and s.op == "softmax":
             largest, total = s.results
             (x,) = s.args

@@ -4,6 +4,7 @@
 //   example:  ttx::remainder(-7, 3) == 2;   ttx::cast<int64_t>(2.9f) == 2
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>

@@ -1,0 +1,105 @@
+"""Compiled kernels against float64: every length, dtype and kind of row, by the project's rule.
+
+In: functions of one tensor, captured once per dtype and run at many shapes. Out: the error of the
+printed C++, at most 1.5 x eager's own plus 2 ulp, for example::
+
+    layer_norm of rows with mean 1e4 and std 1, of length 4097, in bfloat16
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.compiled_functions import Compilation, CppRunner, by_interpreter, compile_function
+from tests.kernels.cpp_probe import needs_compiler
+from tests.ops.operator_samples import excess
+
+pytestmark = needs_compiler
+LENGTHS = (1, 2, 3, 31, 33, 1000, 4097, 70000)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def over_last(x: torch.Tensor) -> list[torch.Tensor]:
+    normal = torch.nn.functional.layer_norm(x, (x.shape[-1],))
+    squares = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return [normal, squares, x.softmax(-1), x.log_softmax(-1), x.sum(-1), x.mean(-1),
+            x.var(-1, correction=0), x.amax(-1), x.argmin(-1)]  # fmt: skip
+
+
+def over_first(x: torch.Tensor) -> list[torch.Tensor]:
+    return [x.sum(0), x.mean(0), x.softmax(0), x.std(0, correction=0), x.amin(0), x.argmax(0)]
+
+
+CASES = {f"last-{dtype}": (over_last, dtype) for dtype in DTYPES} | {
+    f"first-{dtype}": (over_first, dtype) for dtype in DTYPES[:2]
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> tuple[dict[str, Compilation], CppRunner]:
+    made = {
+        name: compile_function(function, torch.randn(3, 5).to(dtype))
+        for name, (function, dtype) in CASES.items()
+    }
+    return made, CppRunner(made.values())
+
+
+def rows_of(kind: str, length: int, count: int = 3) -> torch.Tensor:
+    x = torch.randn(count, length, dtype=torch.float64)
+    if kind == "large mean":
+        return x + 1e4
+    if kind == "hidden":  # rows of -inf, wholly and in part
+        x[0] = -torch.inf
+        x[1, : length // 2] = -torch.inf
+    if kind == "nan":
+        x[1, length // 2] = torch.nan
+    return x
+
+
+def check(name: str, compiled: tuple[dict[str, Compilation], CppRunner], x: torch.Tensor) -> None:
+    function, dtype = CASES[name]
+    x = x.to(dtype)
+    made, runner = compiled
+    outputs = made[name].run((x,), runner)
+    wide = function(x.double())
+    for k, (ours, eager, true) in enumerate(zip(outputs, function(x), wide, strict=True)):
+        if dtype is torch.float64:  # eager is the reference: nothing to compare errors with
+            torch.testing.assert_close(ours, eager, rtol=1e-11, atol=1e-11, equal_nan=True)
+        else:
+            assert excess(ours, eager, true) is None, f"output {k}: {excess(ours, eager, true)}"
+
+
+@pytest.mark.parametrize("kind", ["normal", "large mean", "hidden", "nan"])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", CASES)
+def test_reductions(
+    name: str, length: int, kind: str, compiled: tuple[dict[str, Compilation], CppRunner]
+) -> None:
+    x = rows_of(kind, length)
+    check(name, compiled, x.T.contiguous() if name.startswith("first") else x)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_strided_and_empty_inputs(
+    name: str, compiled: tuple[dict[str, Compilation], CppRunner]
+) -> None:
+    check(name, compiled, torch.randn(37, 9, dtype=torch.float64).T)
+    check(name, compiled, torch.randn(6, 40, dtype=torch.float64)[::2, 1::3])
+    empty = torch.empty(0, 7) if name.startswith("last") else torch.empty(7, 0)
+    check(name, compiled, empty)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_meaning_of_the_kernels(
+    name: str, compiled: tuple[dict[str, Compilation], CppRunner]
+) -> None:
+    """Before any printer: the kernels' own float64 meaning is the function's."""
+    function, dtype = CASES[name]
+    x = torch.randn(4, 6).to(dtype)
+    outputs = compiled[0][name].run((x,), by_interpreter)
+    for ours, true in zip(outputs, function(x.double()), strict=True):
+        if ours.is_floating_point():
+            torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-11)
+        else:
+            assert torch.equal(ours, true)
