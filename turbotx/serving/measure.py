@@ -19,6 +19,8 @@ from turbotx.serving.cost import CostTable, CostTableError
 from turbotx.serving.engine import Engine
 from turbotx.serving.tokens import TokenRow
 
+ROUNDS = 3
+
 
 def length_grid(max_length: int) -> list[int]:
     """1, then doubling from 16, then the end."""
@@ -40,37 +42,39 @@ def measure_costs(
 ) -> CostTable:
     """Time the engine on a grid of (length, batch), the least of up to three runs of each.
 
-    Shapes over ``max_tokens`` padded tokens are never run there, so they are not timed either but
-    extended in proportion to the tokens; so is the rest once ``budget_ms`` is spent.
+    The runs of a shape are rounds apart: a burst of other work on the machine then spoils one of
+    them, not all. Shapes over ``max_tokens`` padded tokens are never run later, so they are not
+    timed either but extended in proportion to the tokens; so is what ``budget_ms`` did not reach.
     """
     lengths, batches = length_grid(max_length), batch_grid(max_batch)
-    grid = np.full((len(lengths), len(batches)), np.nan)
-    spent_ms = 0.0
+    grid = np.full((len(lengths), len(batches)), np.inf)
+    shapes = [
+        (n * b, i, j)
+        for i, n in enumerate(lengths)
+        for j, b in enumerate(batches)
+        if b == 1 or max_tokens is None or n * b <= max_tokens
+    ]
     engine.run([TokenRow((token,) * min(8, max_length))])
-    for tokens, i, j in sorted(
-        (n * b, i, j) for i, n in enumerate(lengths) for j, b in enumerate(batches)
-    ):
-        over = max_tokens is not None and tokens > max_tokens and batches[j] > 1
-        if over or (spent_ms > budget_ms and (i, j) != (0, 0)):
-            continue
-        rows = [TokenRow((token,) * lengths[i])] * batches[j]
-        runs = [_time_ms(engine, rows)]
-        while len(runs) < 3 and runs[0] < 200:
-            runs.append(_time_ms(engine, rows))
-        grid[i, j] = min(runs)  # what disturbs a run only ever makes it longer
-        spent_ms += sum(runs)
+    spent_ms = 0.0
+    for _ in range(ROUNDS):
+        for _, i, j in sorted(shapes):
+            if spent_ms > budget_ms and np.isfinite(grid[0, 0]):
+                break
+            took_ms = _time_ms(engine, [TokenRow((token,) * lengths[i])] * batches[j])
+            grid[i, j] = min(grid[i, j], took_ms)
+            spent_ms += took_ms
     return CostTable(lengths, batches, _extend(grid, lengths, batches))
 
 
 def _extend(grid: np.ndarray, lengths: list[int], batches: list[int]) -> np.ndarray:
     """Fill what was not measured: the largest measured shape inside it, by padded tokens."""
     full = grid.copy()
-    for i, j in zip(*np.where(np.isnan(grid)), strict=True):
+    for i, j in zip(*np.where(np.isinf(grid)), strict=True):
         inside = [
             (lengths[k] * batches[m], grid[k, m])
             for k in range(i + 1)
             for m in range(j + 1)
-            if not np.isnan(grid[k, m])
+            if np.isfinite(grid[k, m])
         ]
         tokens, took_ms = max(inside)
         full[i, j] = took_ms * lengths[i] * batches[j] / tokens

@@ -9,6 +9,7 @@ the router sends like lengths to the same replica, a request whose replica dies 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -118,8 +119,6 @@ class Replica:
             return type(refusal).__name__, str(refusal), refusal.retry_after_s
 
     def process_id(self) -> int:
-        import os
-
         return os.getpid()
 
 
