@@ -30,7 +30,15 @@ import torch
 from turbotx import ir
 from turbotx.errors import BuildError
 from turbotx.kernels.build import cache_directory
+from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.schedule import Schedule, choose_schedule, outer_axes, vector_axes
+from turbotx.kernels.triton_attention import (
+    NAMES,
+    STRIDES,
+    AttentionSchedule,
+    choose_attention_schedule,
+    print_triton_attention,
+)
 from turbotx.kernels.triton_printer import print_triton
 from turbotx.kernels.triton_resources import Resources, read_amdgcn, read_cubin
 
@@ -46,8 +54,6 @@ POINTEES = {
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
     torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
-# Threads that one program may have, on any of these targets.
-MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,35 @@ def kernel_job(
         constexprs=tuple(tiles),
         divisible=(*(name for name, _ in pointers), *(n for n in kernel.sizes if n in divisible)),
         num_warps=_fit_warps(schedule.num_warps, target),
+    )
+
+
+def attention_job(
+    kernel: AttentionKernel,
+    target: str,
+    schedule: AttentionSchedule | None = None,
+    key_mask: bool = False,
+    divisible: Iterable[str] = STRIDES,
+) -> Job:
+    """Return the job for an attention launch; packed layouts have `divisible` strides."""
+    schedule = schedule or choose_attention_schedule(kernel)
+    stored = f"*{POINTEES[kernel.dtype]}"
+    pointers = [(f"{name}_ptr", stored) for name in ("q", "k", "v", "out")]
+    pointers += [("key_mask_ptr", "*i1")] * key_mask
+    if kernel.bias != "none":
+        kinds = {"boolean": "*i1", "float32": "*fp32", "storage": stored}
+        pointers.append(("bias_ptr", kinds[kernel.bias]))
+    sizes = [(name, "i32") for name in NAMES]
+    tiles = (("Q_TILE", schedule.q_tile), ("K_TILE", schedule.k_tile))
+    return Job(
+        name=kernel.name,
+        source=print_triton_attention(kernel, schedule, key_mask),
+        target=target,
+        signature=(*pointers, *sizes, *((name, "constexpr") for name, _ in tiles)),
+        constexprs=tiles,
+        divisible=(*(name for name, _ in pointers), *(n for n in NAMES if n in set(divisible))),
+        num_warps=_fit_warps(schedule.num_warps, target),
+        num_stages=schedule.num_stages,
     )
 
 
@@ -260,7 +295,7 @@ def show_resources(built: Iterable[Built]) -> str:
         "store b",
         "instructions",
     )
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for b in built:
         r = b.resources
         rows.append((b.job.name, b.job.target, *map(str, dataclasses.astuple(r))))

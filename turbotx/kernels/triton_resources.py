@@ -20,8 +20,8 @@ from turbotx.errors import BuildError
 
 @dataclass(frozen=True)
 class Resources:
-    """registers a thread (vector registers on AMD), spilled ones (loads and stores of spilled
-    registers on NVIDIA), shared memory a program, the widest access to global memory and how many
+    """registers a thread (vector registers on AMD), spilled ones (on NVIDIA loads and stores of
+    them; on AMD vector registers, since scalar ones spill into those), shared memory a program, the widest access to global memory and how many
     instructions the kernel has."""
 
     registers: int
@@ -81,7 +81,7 @@ def read_amdgcn(text: str, shared_nbytes: int) -> Resources:
     stores = [op for op in code if re.match(r"(global|buffer|flat)_store", op)]
     return Resources(
         registers=note("vgpr_count"),
-        spills=note("vgpr_spill_count") + note("sgpr_spill_count"),
+        spills=note("vgpr_spill_count"),
         shared_nbytes=max(shared_nbytes, note("group_segment_fixed_size")),
         load_bits=_widest(loads),
         store_bits=_widest(stores),

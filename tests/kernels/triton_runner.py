@@ -1,0 +1,79 @@
+"""Runs printed Triton in Triton's interpreter, on the CPU, in this process.
+
+In: a kernel, one tensor per input param and the dims. Out: the tensors that it stores, so that
+`tests.compiled_functions` can run whole functions with it, for example::
+
+    compile_function(f, x).run((x,), TritonRunner())
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from tests.kernel_interpreter import CheckFailed
+from turbotx import ir
+from turbotx.kernels.schedule import Schedule, choose_schedule, grid
+from turbotx.kernels.targets import kernel_job
+from turbotx.sizes import evaluate
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Let device functions, Triton's own among them, be called by interpreted kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            JITFunction, "__call__", lambda self, *a, **k: InterpretedFunction(self.fn)(*a, **k)
+        )
+        yield
+
+
+def load_function(source: str, name: str) -> Callable[..., Any]:
+    """Import printed source; Triton reads it back from its file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "printed.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location("printed", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        kernel = getattr(module, name)
+        return InterpretedFunction(kernel.fn)
+
+
+class TritonRunner:
+    """Runs kernels at the schedule that they would have, or at a given one."""
+
+    def __init__(self, schedule: Schedule | None = None) -> None:
+        self.schedule = schedule
+
+    def __call__(
+        self, kernel: ir.Kernel, given: dict[str, torch.Tensor], dims: dict[str, int]
+    ) -> dict[str, torch.Tensor]:
+        schedule = self.schedule or choose_schedule(kernel, dims)
+        job = kernel_job(kernel, "sm_90", schedule)
+        made: dict[str, torch.Tensor] = {}
+        for p in kernel.params:
+            if p.role == "out":
+                made[p.name] = torch.zeros([evaluate(e, dims) for e in p.shape], dtype=p.dtype)
+        args: list[Any] = [(given | made)[p.name] for p in kernel.params]
+        status = torch.zeros(1, dtype=torch.int32)
+        if any(name == "status_ptr" for name, _ in job.signature):
+            args.append(status)
+        args += [dims[n] for n in kernel.sizes]
+        programs = grid(kernel, schedule, dims)
+        if 0 not in programs:
+            with interpreting():
+                load_function(job.source, kernel.name)[programs](*args, **dict(job.constexprs))
+        if status.item():
+            raise CheckFailed(f"{kernel.name}: check {status.item()}")
+        return made
