@@ -5,10 +5,9 @@
 //   example:  ttx::PackedWeight<float> w(weight, n, k);  // a copy: the weight itself is free to go
 //             ttx::linear(w, a, k, m, c, n, ttx::Epilogue<float>{.bias = bias});
 //
-// The engine reads every weight once per call, in order, while the threads share out the columns. On
-// Zen 4 it is ahead of MKL's packed sgemm (MklWeight, below) and of oneDNN from 1 to 1,024 tokens,
-// float32 and bf16 (benchmarks/results/cpu_kernels.json), and its sums are at least as accurate as
-// MKL's: use it for every size there, one packed copy a weight.
+// The engine reads weights in order while the threads share out the columns. On Zen 4 it is ahead
+// of MKL's packed sgemm (MklWeight, below) at every size and of oneDNN up to 256 tokens, and beside
+// it at 1,024 (benchmarks/results/cpu_kernels.json); its sums are at least as accurate as MKL's.
 #pragma once
 
 #include <cstdlib>
@@ -139,23 +138,26 @@ inline long count_tiles(long m, long row_nbytes) {
   return single ? 1 : (m + kBestRows - 1) / kBestRows;
 }
 
-// Panels [begin, end): each one times every row of A while the next is on its way from memory.
+struct Range { long begin, end; };  // half-open
+
+// Some panels times some rows: each panel times every row while the next is on its way from memory.
 template <class A, class T, class Finish>
-void multiply_panels(const PackedWeight<T>& w, long begin, long end, const A* a, long lda, long m,
-                     T* c, long ldc, const Finish& finish) {
+void multiply_panels(const PackedWeight<T>& w, Range panels, Range rows, const A* a, long lda, T* c,
+                     long ldc, const Finish& finish) {
   alignas(64) float tile[kGemmRows * kPanel];
-  long tiles = count_tiles(m, lda * static_cast<long>(sizeof(A)));
+  long m = rows.end - rows.begin, tiles = count_tiles(m, lda * static_cast<long>(sizeof(A)));
   long panel_nbytes = w.panel_size() * static_cast<long>(sizeof(T));
-  for (long p = begin; p < end; ++p) {
+  for (long p = panels.begin; p < panels.end; ++p) {
     const T* panel = w.panel(p);
-    const char* next = reinterpret_cast<const char*>(p + 1 < end ? w.panel(p + 1) : panel);
-    long share = p + 1 < end ? panel_nbytes / tiles : 0;
+    bool is_last = p + 1 == panels.end;
+    const char* next = reinterpret_cast<const char*>(is_last ? panel : w.panel(p + 1));
+    long share = is_last ? 0 : panel_nbytes / tiles;
     for (long t = 0; t < tiles; ++t) {
-      long first = m * t / tiles;
-      int rows = static_cast<int>(m * (t + 1) / tiles - first);
-      multiply_rows_of<A, T>(rows, a + first * lda, lda, panel, w.k,
+      long first = rows.begin + m * t / tiles, end = rows.begin + m * (t + 1) / tiles;
+      int count = static_cast<int>(end - first);
+      multiply_rows_of<A, T>(count, a + first * lda, lda, panel, w.k,
                              {next + t * share, share / w.k}, tile);
-      finish_tile(tile, first, rows, p * kPanel, w.n, c, ldc, finish);
+      finish_tile(tile, first, count, p * kPanel, w.n, c, ldc, finish);
     }
   }
 }
@@ -178,11 +180,16 @@ void linear(const PackedWeight<T>& w, const T* a, long lda, long m, T* c, long l
       for (long i = 0; i < w.k; ++i) copy[r * w.k + i] = to_float(a[r * lda + i]);
     wide = copy;
   }
+  // Some 256 rows at a time: few enough for the second-level cache, enough to hide the weights.
+  long blocks = (m + 255) / 256;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int t = 0; t < threads; ++t) {
-    long begin = w.panels() * t / threads, end = w.panels() * (t + 1) / threads;
-    if constexpr (direct) detail::multiply_panels(w, begin, end, a, lda, m, c, ldc, finish);
-    else detail::multiply_panels(w, begin, end, wide, w.k, m, c, ldc, finish);
+    detail::Range panels{w.panels() * t / threads, w.panels() * (t + 1) / threads};
+    for (long b = 0; b < blocks; ++b) {
+      detail::Range rows{m * b / blocks, m * (b + 1) / blocks};
+      if constexpr (direct) detail::multiply_panels(w, panels, rows, a, lda, c, ldc, finish);
+      else detail::multiply_panels(w, panels, rows, wide, w.k, c, ldc, finish);
+    }
   }
 }
 
