@@ -22,6 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim
+from torch.export.graph_signature import OutputKind
 
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
@@ -200,7 +201,22 @@ def _capture_error(name: str, error: Exception) -> CaptureError:
     )
 
 
+def _refuse_mutation(exported: Any, name: str) -> None:
+    """Raise CaptureError where the call changes a buffer or an input: a program could not be run
+    by two threads, or again, and mean the same."""
+    for spec in exported.graph_signature.output_specs:
+        if spec.kind is OutputKind.USER_OUTPUT:
+            continue
+        what = str(spec.target).removeprefix("model.")
+        kind = "an input" if spec.kind is OutputKind.USER_INPUT_MUTATION else "its own tensor"
+        raise CaptureError(
+            f"cannot capture {name}: it changes {kind} {what!r} in place. Return the new value "
+            "instead, or keep that part outside the optimized module"
+        )
+
+
 def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captured:
+    _refuse_mutation(exported, name)
     graph_module, inputs = _unlift(exported, flat, names)
     fakes = [node.meta["val"] for node in inputs]
     symbols = _name_dims(fakes, names)

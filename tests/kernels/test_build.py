@@ -1,0 +1,64 @@
+"""Building: cached by digest, safe side by side, and clear about what the compiler said."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from turbotx.errors import BuildError, NoCompilerError
+from turbotx.kernels.build import build_library, cache_directory, find_compiler
+
+UNIT = 'extern "C" int {name}(int x) {{ return x + {value}; }}\n'
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURBOTX_CACHE_DIR", str(tmp_path))
+
+
+def test_built_once_and_found_again() -> None:
+    units = {"one": UNIT.format(name="f", value=1), "two": UNIT.format(name="g", value=2)}
+    library, built = build_library(units)
+    assert built
+    assert (library.f(1), library.g(1)) == (2, 3)
+    again, built = build_library(units)
+    assert not built
+    assert again.g(2) == 4
+
+
+def test_other_sources_are_another_object() -> None:
+    build_library({"one": UNIT.format(name="f", value=1)})
+    other, built = build_library({"one": UNIT.format(name="f", value=5)})
+    assert built
+    assert other.f(1) == 6
+
+
+def test_the_compilers_own_words() -> None:
+    with pytest.raises(BuildError, match="expected"):
+        build_library({"broken": "int f( {"})
+    assert not list(cache_directory().glob("*.so"))
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(NoCompilerError, match="install g\\+\\+"):
+        find_compiler()
+
+
+def test_two_processes_build_at_once(tmp_path: Path) -> None:
+    script = (
+        "from turbotx.kernels.build import build_library\n"
+        f"library, _ = build_library({{'one': {UNIT.format(name='f', value=7)!r}}})\n"
+        "print(library.f(1))\n"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [p.communicate()[0].strip() for p in processes] == ["8", "8"]
+    assert len(list(tmp_path.glob("*.so"))) == 1
+    assert not [p for p in tmp_path.iterdir() if p.is_dir()]

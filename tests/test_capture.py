@@ -1,0 +1,114 @@
+"""Capture: symbolic sizes, names a user would give, guards, and errors that point at the user."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.graphs import captured
+from turbotx.capture import capture
+from turbotx.errors import CaptureError
+from turbotx.graph import shape
+from turbotx.signature import SizeMatcher
+
+
+class Embed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 4)
+        self.register_buffer("positions", torch.arange(16))
+
+    def forward(self, ids, mask=None):
+        x = self.table(ids) + self.positions[: ids.shape[1], None]
+        return x if mask is None else x * mask[..., None]
+
+
+IDS = torch.zeros(2, 3, dtype=torch.long)
+
+
+def test_dims_are_named_as_a_user_would() -> None:
+    found = capture(Embed().eval(), (IDS,), {"mask": torch.ones(2, 3)})
+    assert found.dims[:2] == ("batch", "seq")
+    assert found.input_names == ("ids", "mask")
+    assert [str(e) for e in found.input_sizes[0]] == ["batch", "seq"]
+
+
+def test_parameters_keep_their_names_and_are_shared() -> None:
+    model = Embed().eval()
+    graph_module = capture(model, (IDS,), {}).graph_module
+    assert {n.target for n in graph_module.graph.nodes if n.op == "get_attr"} == {
+        "table.weight",
+        "positions",
+    }
+    assert graph_module.get_submodule("table").weight is model.table.weight
+
+
+@pytest.mark.parametrize("first", [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_a_size_of_one_is_symbolic(first) -> None:
+    found = captured(lambda x: x.exp(), torch.zeros(first))
+    assert [str(e) for e in found.input_sizes[0]] == ["batch", "seq"]
+
+
+def test_sizes_and_constants_in_the_output() -> None:
+    found = captured(lambda x: (x.exp(), x.shape[0] * 2, None, 3), torch.zeros(4))
+    assert found.out_spec.num_leaves in (3, 4)
+
+
+def test_closed_over_tensors_are_constants() -> None:
+    table = torch.randn(5)
+    found = captured(lambda x: x + table, torch.zeros(5))
+    assert any(
+        "constants" in str(n.target) for n in found.graph_module.graph.find_nodes(op="get_attr")
+    )
+
+
+def test_guards_hold_and_break() -> None:
+    matcher = SizeMatcher(capture(Embed().eval(), (IDS,), {}))
+    assert matcher.match([(5, 16)]) == (5, 16)
+    assert matcher.match([(1, 1)]) == (1, 1)
+    assert matcher.match([(2, 17)]) is None
+    assert "seq <= 16" in matcher.explain([(2, 17)])
+
+
+def test_equal_dims_must_stay_equal() -> None:
+    matcher = SizeMatcher(captured(lambda x, y: x @ y, torch.zeros(2, 3), torch.zeros(3, 4)))
+    assert matcher.match([(5, 6), (6, 7)]) is not None
+    assert matcher.match([(5, 6), (5, 7)]) is None
+
+
+def test_shapes_follow_the_named_dims() -> None:
+    graph = captured(lambda x: x.reshape(-1), torch.zeros(3, 4)).graph_module.graph
+    assert str(shape(next(n for n in graph.nodes if "view" in n.name))) == "(batch*seq,)"
+
+
+def test_a_failure_names_the_users_line() -> None:
+    def wrong(x):
+        return x + torch.zeros(7, 9)  # shown to the user
+
+    with pytest.raises(CaptureError, match="shown to the user"):
+        captured(wrong, torch.zeros(2, 3))
+
+
+def test_outputs_that_are_no_tensors_say_so() -> None:
+    with pytest.raises(CaptureError, match="neither a tensor nor a plain constant"):
+        captured(lambda x: object(), torch.zeros(2))
+
+
+def test_a_model_that_changes_its_buffer_is_refused() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x):
+            self.count.add_(1)
+            return x + self.count
+
+    with pytest.raises(CaptureError, match="count"):
+        capture(Counter().eval(), (torch.zeros(3),), {})
+
+
+def test_an_input_that_is_changed_in_place_is_refused() -> None:
+    with pytest.raises(CaptureError, match="in place"):
+        captured(lambda x: x.add_(1), torch.zeros(3))
