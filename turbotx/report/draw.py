@@ -40,7 +40,8 @@ def draw_dot(report: Report) -> str:
         '  rankdir=TB; bgcolor="transparent"; node [shape=box, style="rounded,filled", '
         'fontname="Helvetica", fontsize=11, color="#888888"]; edge [color="#888888"];',
     ]
-    shown = {n: _kind(n) for n in graph.nodes if _kind(n)}
+    prepared = report.compiled.assembly.prepared  # computed once, from parameters alone
+    shown = {n: _kind(n) for n in graph.nodes if _kind(n) and n.name not in prepared}
     sources: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         above = [s for n in node.all_input_nodes for s in ([n] if n in shown else sources[n])]

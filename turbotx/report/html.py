@@ -31,7 +31,8 @@ body.turbotx { background: var(--page); margin: 0 auto; max-width: 1080px; paddi
 .turbotx table { border-collapse: collapse; width: 100%; background: none; color: inherit; }
 .turbotx th, .turbotx td { text-align: left; vertical-align: top; padding: 4px 12px 4px 0;
   border-bottom: 1px solid var(--line); font-weight: normal; background: none; }
-.turbotx th { color: var(--faint); } .turbotx .number { text-align: right; white-space: nowrap; }
+.turbotx th { color: var(--faint); } .turbotx a { color: inherit; }
+.turbotx .number { text-align: right; white-space: nowrap; }
 .turbotx code, .turbotx pre { font: 12px/1.45 ui-monospace, monospace; color: inherit; }
 .turbotx pre { background: var(--tint); padding: 10px; overflow: auto; max-height: 480px; }
 .turbotx details { border-bottom: 1px solid var(--line); padding: 4px 0; }
@@ -163,12 +164,18 @@ def _kernel(kernel: Kernel) -> str:
         f"<p>{escape(target)}</p><pre>{escape(text)}</pre>"
         for target, text in kernel.sources.items()
     )
+    times = count_of(len(kernel.launches), "launch", "es")
     moved = f"reads {kernel.read_formula} bytes, writes {kernel.written_formula}"
     return (
         f'<details id="{escape(kernel.name)}"><summary><code>{escape(kernel.name)}</code> <span>'
-        f"{len(kernel.launches)} launches, {show_nbytes(kernel.compulsory_nbytes)} each</span>"
+        f"{times}, {show_nbytes(kernel.compulsory_nbytes)} each</span>"
         f"</summary><p>{escape(moved)}</p><pre>{escape(kernel.signature)}</pre>{sources}</details>"
     )
+
+
+def count_of(count: int, what: str, plural: str = "s") -> str:
+    """Return a count with its noun: 1 launch, 6 launches."""
+    return f"{count} {what}{'' if count == 1 else plural}"
 
 
 def _launches(report: Report) -> str:
