@@ -17,7 +17,7 @@ from torch import fx
 
 from turbotx import graph as g
 from turbotx.sizes import ONE, ZERO, Expr, divide, expr, product
-from turbotx.views import VIEWS, input_index
+from turbotx.views import VIEWS, input_index, is_view
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def root_layout(node: fx.Node) -> Layout:
 
 def layout_of(node: fx.Node) -> Layout | None:
     """Return the node's layout over its root, or None where strides cannot express it."""
-    if node.target not in VIEWS or not g.is_tensor(node):
+    if not is_view(node) or not g.is_tensor(node):
         return root_layout(node)
     source = node.args[0]
     assert isinstance(source, fx.Node)
