@@ -30,12 +30,8 @@ def captured_graph(function: Callable[..., Any], *args: Any) -> fx.Graph:
 
 def calls(graph: fx.Graph) -> list[str]:
     """The plain names of a graph's tensor calls, in order; sizes and getitems left out."""
-    return [
-        op_name(n)
-        for n in graph.nodes
-        if n.op == "call_function" and "sym_size" not in n.name and n.name.partition("_")[0] not in ("mul",)
-        and isinstance(n.meta.get("val"), torch.Tensor)
-    ]  # fmt: skip
+    tensors = [n for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    return [op_name(n) for n in tensors if n.op == "call_function"]
 
 
 def node(graph: fx.Graph, name: str) -> fx.Node:

@@ -39,7 +39,7 @@ def test_a_node_without_a_value(graph) -> None:
     exp = node(graph, "exp")
     value = exp.meta.pop("val")
     try:
-        with pytest.raises(VerifyError, match="exp .* has no value"):
+        with pytest.raises(VerifyError, match=r"exp .* has no value"):
             check_graph(graph)
     finally:
         exp.meta["val"] = value
