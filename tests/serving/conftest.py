@@ -13,6 +13,11 @@ pytest.importorskip("starlette")
 pytest.importorskip("tokenizers")
 
 import uvicorn
+
+try:  # what Starlette's test client uses
+    import httpx2 as httpx
+except ImportError:
+    import httpx
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from turbotx.serving.app import create_app
@@ -23,6 +28,7 @@ from turbotx.serving.service import Service
 from turbotx.serving.settings import Settings
 from turbotx.serving.tokens import TextTokenizer
 
+__all__ = ["httpx"]
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(200)))
 
 

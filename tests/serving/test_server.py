@@ -11,10 +11,9 @@ import sys
 import textwrap
 import threading
 
-import httpx
 import pytest
 
-from tests.serving.conftest import fast_costs, listening, sleeping_service, wait_until
+from tests.serving.conftest import fast_costs, httpx, listening, sleeping_service, wait_until
 
 
 def test_a_client_that_leaves_is_dropped_from_the_queue():
