@@ -22,7 +22,69 @@ STORAGE = {
     torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t", torch.bool: "bool",
 }  # fmt: skip
 KEYWORDS = frozenset(
-    ["and", "or", "xor", "not", "bool", "int", "float", "double", "long", "short", "char", "auto", "const", "static", "new", "delete", "this", "if", "else", "for", "while", "do", "switch", "case", "default", "return", "break", "continue", "struct", "class", "enum", "union", "void", "true", "false", "template", "typename", "namespace", "using", "operator", "public", "private", "protected", "signed", "unsigned", "register", "volatile", "inline", "extern", "goto", "try", "catch", "throw", "args", "sizes", "status", "begin", "end", "count", "k", "scratch"]
+    [
+        "and",
+        "or",
+        "xor",
+        "not",
+        "bool",
+        "int",
+        "float",
+        "double",
+        "long",
+        "short",
+        "char",
+        "auto",
+        "const",
+        "static",
+        "new",
+        "delete",
+        "this",
+        "if",
+        "else",
+        "for",
+        "while",
+        "do",
+        "switch",
+        "case",
+        "default",
+        "return",
+        "break",
+        "continue",
+        "struct",
+        "class",
+        "enum",
+        "union",
+        "void",
+        "true",
+        "false",
+        "template",
+        "typename",
+        "namespace",
+        "using",
+        "operator",
+        "public",
+        "private",
+        "protected",
+        "signed",
+        "unsigned",
+        "register",
+        "volatile",
+        "inline",
+        "extern",
+        "goto",
+        "try",
+        "catch",
+        "throw",
+        "args",
+        "sizes",
+        "status",
+        "begin",
+        "end",
+        "count",
+        "k",
+        "scratch",
+    ]
 )
 
 
@@ -56,6 +118,8 @@ class Text:
     def open_block(self, extent: str, size: int) -> None:
         """Open a loop over blocks of `size` places, each from `begin` to `end`."""
         self.open(f"for (int64_t begin = 0; begin < {extent}; begin += {size})")
+        if extent.isdigit() and int(extent) % size == 0:
+            return
         self.put(f"const int64_t end = begin + {size} < {extent} ? begin + {size} : {extent};")
 
     def header(self, name: str) -> None:
@@ -145,9 +209,5 @@ def start_of(op: str, kind: str) -> str:
 
 
 def wider(kind: str) -> str:
-    """Return the type in which values are summed.
-
-    Vectors of double cost nothing beside the latency of the adds, and make a long sum of floats
-    as exact as pairwise summation.
-    """
+    """Return the type in which values, or sums of blocks of them, are summed."""
     return "double" if kind == "float" else kind

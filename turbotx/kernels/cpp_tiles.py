@@ -55,9 +55,10 @@ class _Tiles:
                     continue
                 if isinstance(maker, ir.Reduce):
                     found.add(v)
-                elif not self.sweeps.in_column(maker):
-                    if self.sweeps.in_column(s) or self.sweeps.of(s) != self.sweeps.of(maker):
-                        found.add(v)
+                elif not self.sweeps.in_column(maker) and (
+                    self.sweeps.in_column(s) or self.sweeps.of(s) != self.sweeps.of(maker)
+                ):
+                    found.add(v)
         return found
 
     def write(self, grain: int) -> None:
