@@ -6,7 +6,9 @@ In: examples/*.py. Out: their exit codes; the demo's own checks, on inputs that 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +18,31 @@ import pytest
 import torch
 from torch import nn
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+TINY = (
+    "BertConfig(vocab_size=1000, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, "
+    "intermediate_size=64)"
+)
 
 
-@pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    return load(EXAMPLES / "demo.py")
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    pytest.importorskip("transformers")
+    return load(ROOT / "docs" / "generate.py")
 
 
 class Double(nn.Module):
@@ -76,3 +93,50 @@ def test_the_demo_runs(minilm_path: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "holds" in done.stdout and "captures: 1" in done.stdout
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    text = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert "BertConfig()" in code
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("BertConfig()", TINY), "README.md", "exec"), {})
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/layout.md", "docs/environment.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), f"{page} links to {target}"
+
+
+def test_layout_names_files_that_exist() -> None:
+    folders = ("", "turbotx", "turbotx/report", "examples", "docs")
+    for name in re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "layout.md").read_text()):
+        assert any((ROOT / folder / name).exists() for folder in folders), name
+
+
+def test_results_say_what_is_not_measured(generate: ModuleType, tmp_path: Path) -> None:
+    nothing = generate.results_table(tmp_path)
+    assert nothing.count("not yet measured") == nothing.count("\n") - 1
+    engines = {
+        name: {"median_us": us}
+        for name, us in (("turbotx", 5.0), ("sdpa", 15.0), ("bmm+softmax+bmm", 10.0))
+    }
+    machine = {"device": "a processor", "threads": 2}
+    found = {"attention": {"machine": machine, "rows": [{"engines": engines}]}}
+    (tmp_path / "cpu_kernels.json").write_text(json.dumps(found))
+    assert "2.00 x the speed of the fastest" in generate.results_table(tmp_path)
+
+
+def test_the_table_replaces_the_last_one(generate: ModuleType) -> None:
+    text = f"a\n{generate.BEGIN}\nold\n{generate.END}\nb\n"
+    once = generate.write_readme(text, "new")
+    assert once == generate.write_readme(once, "new") == text.replace("old", "new")
+
+
+def test_the_picture_shows_a_layer(generate: ModuleType) -> None:
+    picture = generate.draw_layer(generate.explain_bert(1), "encoder.layer.0")
+    assert "8 launches" in picture and "attention_0" in picture

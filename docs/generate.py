@@ -1,0 +1,208 @@
+"""Make what the README shows: two pictures from a real compile, and the table of results.
+
+In: a random BERT, and benchmarks/results/*.json. Out: docs/images/*.svg, and the README with the
+table between its marks replaced::
+
+    python docs/generate.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import turbotx
+from turbotx.memory.svg import plan_to_svg
+from turbotx.report import Report
+from turbotx.report.html import find_layers, plan_of
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+BEGIN, END = "<!-- results: docs/generate.py -->", "<!-- end of results -->"
+NOT_YET = "not yet measured"
+
+# --- the picture: one layer before and after ------------------------------------------------
+
+ROW, BOX, WIDTH, GAP, TOP = 19, 15, 250, 210, 56
+COLOURS = {"gemm": "#e8a33d", "attention": "#5fae57", "kernel": "#4f8fd9", "none": "#b5b9c0"}
+STYLE = """
+  text { font: 11px system-ui, sans-serif; fill: #24292f; }
+  .head { font-size: 14px; font-weight: 600; } .faint { fill: #6a7079; }
+  .page { fill: #fff; } path { fill: none; stroke-width: 1.3; opacity: .75; }
+  @media (prefers-color-scheme: dark) { .page { fill: #16181c; } text { fill: #e4e6ea; }
+    .faint { fill: #9aa1ab; } }
+"""
+
+
+def explain_bert(layers: int) -> Report:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(num_hidden_layers=layers, vocab_size=1000)).eval()
+    ids = torch.randint(5, 1000, (4, 128))
+    optimized = turbotx.optimize(model, backend="aten")  # the plan is the same, nothing is built
+    return turbotx.explain(optimized, input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def draw_layer(report: Report, layer: str) -> str:
+    """Return one layer as SVG: every captured op on the left, the launches it became right."""
+    ops = [n for n in report.origin.nodes if n.module.startswith(layer) and n.nbytes != 0]
+    ops = [n for n in ops if n.kind == "call_function"]
+    launches = [x for x in report.launches if x.module.startswith(layer)]
+    height = TOP + ROW * len(ops) + 16
+    step = (height - TOP - 16) / len(launches)
+    middle = {x.name: TOP + step * (k + 0.5) for k, x in enumerate(launches)}
+    total = 16 + WIDTH + GAP + 330 + 16
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height}" role="img" '
+        f'aria-label="One BERT layer: {len(ops)} ops become {len(launches)} launches">',
+        f'<style>{STYLE}</style><rect class="page" width="{total}" height="{height}"/>',
+        f'<text class="head" x="16" y="26">{len(ops)} ops of one BERT layer, as captured</text>',
+        f'<text class="head" x="{16 + WIDTH + GAP}" y="26">{len(launches)} launches</text>',
+        f'<text class="faint" x="{16 + WIDTH + GAP}" y="42">at batch 4, length 128</text>',
+    ]
+    lines += _op_rows(report, ops, middle)
+    for launch in launches:
+        lines += _launch_box(launch, middle[launch.name])
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _op_rows(report: Report, ops: list[Any], middle: dict[str, float]) -> Iterator[str]:
+    kinds = {x.name: x.kind for x in report.launches}
+    for k, op in enumerate(ops):
+        place = report.where(op.name)
+        inside = [name for name in place.launches if name in middle]
+        colour = COLOURS[kinds[inside[0]] if inside else "none"]
+        y = TOP + ROW * k
+        yield (
+            f'<rect x="16" y="{y}" width="{WIDTH}" height="{BOX}" rx="3" fill="{colour}" '
+            f'fill-opacity="{0.25 if place.status in ("view", "removed") else 0.6}"/>'
+        )
+        note = {"view": "only an index", "removed": "does nothing"}.get(place.status, "")
+        yield f'<text x="24" y="{y + 11.5}">{escape(op.op)}</text>'
+        right = 16 + WIDTH - 8
+        yield f'<text class="faint" x="{right}" y="{y + 11.5}" text-anchor="end">{note}</text>'
+        if inside and place.status != "view":
+            x, end, mid = 16 + WIDTH, 16 + WIDTH + GAP, y + BOX / 2
+            yield (
+                f'<path stroke="{colour}" d="M{x} {mid} C{x + 90} {mid} {end - 90} '
+                f'{middle[inside[0]]:.1f} {end} {middle[inside[0]]:.1f}"/>'
+            )
+
+
+def _launch_box(launch: Any, y: float) -> Iterator[str]:
+    x = 16 + WIDTH + GAP
+    moved = f"{launch.traffic.compulsory_nbytes / 2**20:.1f} MiB"
+    name = f"{launch.name}, packed" if ".query" in launch.module else launch.name
+    yield (
+        f'<rect x="{x}" y="{y - 16:.1f}" width="330" height="32" rx="5" '
+        f'fill="{COLOURS[launch.kind]}" fill-opacity=".75"/>'
+    )
+    yield f'<text x="{x + 10}" y="{y + 4:.1f}">{escape(name)}</text>'
+    yield f'<text x="{x + 320}" y="{y + 4:.1f}" text-anchor="end">moves {moved}</text>'
+
+
+# --- the table ----------------------------------------------------------------------------
+
+
+def results_table(folder: Path = RESULTS) -> str:
+    """Return the table as Markdown, a row a claim; what has no result says so."""
+    rows = ["| claim | result | measured by |", "|---|---|---|"]
+    makers = (_memory_rows, _kernel_rows, _serving_rows)
+    for file, maker in zip(("memory", "cpu_kernels", "serving_sim"), makers, strict=True):
+        path = folder / f"{file}.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        rows += [f"| {what} | {result} | `benchmarks/{file}.py` |" for what, result in maker(found)]
+    for what in (
+        "Latency of whole models on a CPU, against eager, torch.compile and ONNX Runtime",
+        "Fused Triton kernels on a GPU: time and achieved bandwidth",
+        "Latency of whole models on a GPU",
+        "Requests per second of the HTTP server with a real model",
+    ):
+        rows.append(f"| {what} | {NOT_YET} | |")
+    return "\n".join(rows)
+
+
+def _memory_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    what = "Planned memory over the lower bound, all shapes of all launch lists (worst)"
+    grid = found.get("grid", {}).get("rows", [])
+    if grid:
+        worst = max(r["symbolic"]["worst"] for r in grid)
+        shapes = sum(r["symbolic"]["shapes"] for r in grid)
+        paper = max(r["chunked_cold"]["mean"] for r in grid)
+        yield (
+            what,
+            f"{worst:.4f} x over {shapes:,} shapes; the paper's chunks, mean: up to {paper:.2f} x",
+        )
+    else:
+        yield what, NOT_YET
+    stream = found.get("stream", {}).get("rows", [])
+    what = "Allocations from the system in a stream of 500 requests of random lengths"
+    if stream:
+        ways = stream[0]["ways"]
+        parts = [f"{name} {ways[name]['device_allocations']}" for name in ways if "," not in name]
+        yield what, ", ".join(parts)
+    else:
+        yield what, NOT_YET
+
+
+def _kernel_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for part, title in (
+        ("gemm_float32", "Packed float32 GEMM on a CPU"),
+        ("gemm_bfloat16", "Packed bfloat16 GEMM on a CPU"),
+        ("attention", "Attention on a CPU"),
+    ):
+        ratios = [_ahead(row["engines"]) for row in found.get(part, {}).get("rows", [])]
+        if not ratios:
+            yield title, NOT_YET
+            continue
+        machine = found[part]["machine"]
+        yield (
+            title,
+            f"{statistics.median(ratios):.2f} x the speed of the fastest of PyTorch's ways (median "
+            f"of {len(ratios)} sizes, worst {min(ratios):.2f} x; {machine['device']}, "
+            f"{machine['threads']} threads, preliminary)",
+        )
+
+
+def _ahead(engines: dict[str, Any]) -> float:
+    """How many times as fast turbotx is as the fastest other engine without an epilogue."""
+    others = [e["median_us"] for n, e in engines.items() if n != "turbotx" and "+bias" not in n]
+    return min(others) / engines["turbotx"]["median_us"]
+
+
+def _serving_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    what = "Batching of variable lengths, simulated: mean latency over the clairvoyant optimum"
+    mean = found.get("small", {}).get("mean", {})
+    if mean:
+        names = {"aged": "turbotx", "dp": "the paper's DP", "fifo": "first come, first served"}
+        yield what, ", ".join(f"{name} {mean[key]:.2f} x" for key, name in names.items())
+    else:
+        yield what, NOT_YET
+
+
+def write_readme(text: str, table: str) -> str:
+    """Return the README with the table between its marks replaced."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main() -> None:
+    images = DOCS / "images"
+    images.mkdir(exist_ok=True)
+    (images / "layer.svg").write_text(draw_layer(explain_bert(1), "encoder.layer.0"))
+    report = explain_bert(4)
+    (images / "memory.svg").write_text(plan_to_svg(plan_of(report.memory), find_layers(report)))
+    readme = DOCS.parent / "README.md"
+    readme.write_text(write_readme(readme.read_text(), results_table()))
+
+
+if __name__ == "__main__":
+    main()
