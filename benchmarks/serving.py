@@ -5,6 +5,7 @@ The engine is a stand-in that sleeps its cost table, or MiniLM with its real wei
 
     python benchmarks/serving.py sleep --out benchmarks/results/serving_sleep.json
     python benchmarks/serving.py minilm --out benchmarks/results/serving_minilm.json
+    python benchmarks/serving.py minilm-costs --out benchmarks/results/serving_minilm_costs.json
     python benchmarks/serving.py overload --out benchmarks/results/serving_overload.json
 """
 
@@ -25,11 +26,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from http_load import Load, send_trace
 
 from turbotx.serving import POLICIES, CostTable, Request, Scheduler
 from turbotx.serving.simulation import offline_capacity_per_s, simulate
@@ -98,102 +102,6 @@ def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
     raise RuntimeError("the server was not ready within two minutes")
-
-
-# --- the client: sends at the trace's times, whatever comes back ---------------------------------
-
-
-@dataclass
-class Load:
-    """Per request, in the trace's order: status (0: no answer) and ms since it was due."""
-
-    statuses: list[int] = field(default_factory=list)
-    latency_ms: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def summary(self) -> dict[str, Any]:
-        statuses, latency = np.array(self.statuses), np.array(self.latency_ms)
-        done, refused = latency[statuses == 200], latency[statuses == 429]
-        found: dict[str, Any] = {
-            "sent": len(statuses),
-            "answered": len(done),
-            "refused": len(refused),
-            "other": int(((statuses != 200) & (statuses != 429)).sum()),
-            "seconds": self.seconds,
-            "per_s": len(done) / self.seconds,
-        }
-        for name, values in (("", done), ("refused_", refused)):
-            for q in (50, 99) if len(values) else ():
-                found[f"{name}p{q}_ms"] = float(np.percentile(values, q))
-        if len(done):
-            found["mean_ms"] = float(done.mean())
-        return found
-
-
-class Client:
-    """HTTP/1.1 over kept connections, no more than a load test needs."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self.host, self.port = host, port
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-
-    async def post(self, path: str, body: bytes) -> int:
-        head = f"POST {path} HTTP/1.1\r\nhost: {self.host}\r\n"
-        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        while self._free:  # the server may have closed a kept connection: then try the next
-            reader, writer = self._free.pop()
-            try:
-                return await self._exchange(reader, writer, head.encode() + body)
-            except (OSError, asyncio.IncompleteReadError) as error:
-                writer.close()
-                if getattr(error, "partial", b""):
-                    raise
-        return await self._exchange(*await self._open(), head.encode() + body)
-
-    async def _exchange(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, message: bytes
-    ) -> int:
-        writer.write(message)
-        answer = await reader.readuntil(b"\r\n\r\n")
-        length = re.search(rb"content-length: (\d+)", answer, re.I)
-        await reader.readexactly(int(length[1]) if length else 0)
-        if b"connection: close" in answer.lower():
-            writer.close()
-        else:
-            self._free.append((reader, writer))
-        return int(answer[9:12])
-
-    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection(self.host, self.port)
-
-    def close(self) -> None:
-        for _, writer in self._free:
-            writer.close()
-
-
-async def send_trace(host: str, port: int, trace: list[Request], bodies: list[bytes]) -> Load:
-    client, load = Client(host, port), Load()
-    load.statuses, load.latency_ms = [0] * len(trace), [float("nan")] * len(trace)
-    begin = time.perf_counter() + 0.1
-
-    async def send(i: int) -> None:
-        due = begin + trace[i].arrival_ms / 1e3
-        try:
-            load.statuses[i] = await client.post("/embed", bodies[i])
-        except (OSError, asyncio.IncompleteReadError):
-            load.statuses[i] = 0
-        load.latency_ms[i] = (time.perf_counter() - due) * 1e3
-
-    tasks = []
-    for i, request in enumerate(trace):
-        wait_s = begin + request.arrival_ms / 1e3 - time.perf_counter()
-        if wait_s > 0:
-            await asyncio.sleep(wait_s)
-        tasks.append(asyncio.create_task(send(i)))
-    await asyncio.gather(*tasks)
-    load.seconds = time.perf_counter() - begin
-    client.close()
-    return load
 
 
 def id_bodies(trace: list[Request]) -> list[bytes]:
@@ -292,6 +200,36 @@ def serve_minilm(count: int, engines: list[str], load: float, threads: int) -> d
     }  # fmt: skip
 
 
+def simulate_minilm(count: int, engines: list[str], load: float, threads: int) -> dict[str, Any]:
+    """The policies in simulated time, on MiniLM's measured costs: the machine disturbs only those.
+
+    The trace is the same for all engines, its rate a part of what the first one's costs allow.
+    """
+    import torch
+
+    from turbotx.serving.measure import measure_costs
+    from turbotx.serving.model_files import load_model
+
+    torch.set_num_threads(threads)
+    lengths, rows, rate, tables = uniform_lengths(5, 500), [], 0.0, {}
+    for engine in engines:
+        model = load_model("minilm", backend=engine, max_length=LONGEST)
+        limits = {"max_length": LONGEST, "max_batch": 16, "max_tokens": 4096}
+        costs = measure_costs(model.engine, **limits, budget_ms=60_000.0)
+        tables[engine] = costs.to_dict()
+        drawn = lengths(np.random.default_rng(0), count).tolist()
+        rate = rate or load * offline_capacity_per_s(drawn, costs)
+        trace = make_trace(poisson_gaps, lengths, rate_per_s=rate, count=count, seed=0)
+        for policy in ("single", "fifo", "dp", "aged"):
+            queue = Scheduler(costs, POLICIES[policy](), max_batch_tokens=4096, max_queue=count)
+            outcome = simulate(trace, queue)
+            latency = outcome.latency_ms.tolist()
+            found = Load([200] * count, latency, outcome.makespan_ms / 1e3).summary()
+            rows.append({"server": f"simulated, {engine} model", "policy": policy, **found})
+            print(rows[-1], flush=True)
+    return {"rate_per_s": rate, "threads": threads, "costs": tables, "rows": rows}
+
+
 def time_sentence_transformers(
     texts: list[str], threads: int
 ) -> tuple[dict[str, float], list[float]]:
@@ -353,7 +291,7 @@ def main() -> None:
         run_server(json.loads(sys.argv[2]))
         return
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("experiment", choices=["sleep", "minilm", "overload"])
+    parser.add_argument("experiment", choices=["sleep", "minilm", "minilm-costs", "overload"])
     parser.add_argument("--count", type=int, default=1500)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--load", type=float, default=0.9, help="of the peer's throughput")
