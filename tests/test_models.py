@@ -11,7 +11,7 @@ from tests.models import assert_as_exact_as_eager, in_double, leaves, small_mode
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "albert")
 QUICK = ((1, 1), (2, 17), (7, 2), (3, 128))
-GRID = tuple((b, s) for b in (1, 2, 7) for s in (1, 2, 17, 128, 512))
+SLOW = ((1, 1), (2, 17), (7, 2), (1, 128), (2, 512))  # benchmarks/parity.py has the whole grid
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -40,11 +40,11 @@ def test_small_models_at_any_shape(architecture: str, dtype: torch.dtype) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_default_configurations_over_the_whole_grid(architecture: str, dtype: torch.dtype) -> None:
+def test_default_configurations(architecture: str, dtype: torch.dtype) -> None:
     config = transformers.AutoConfig.for_model(architecture)
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config).to(dtype).eval()
-    check(model, GRID if dtype is torch.float32 else GRID[::2])
+    check(model, SLOW)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

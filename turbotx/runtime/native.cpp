@@ -36,52 +36,26 @@ struct Weight {
 
 template <class T>
 struct TypedWeight : Weight {
+  ttx::PackedWeight<T> packed;
   const T* own;
-  const long n, k;
   const bool rows_are_outputs, dense;
   TypedWeight(const T* w, long n, long k, long sn, long sk)
-      : own(w), n(n), k(k), rows_are_outputs(sk == 1),
+      : packed(w, n, k, sn, sk), own(w), rows_are_outputs(sk == 1),
         dense((sk == 1 && sn == k) || (sn == 1 && sk == n)) {}
-  virtual void multiply_rows(const T* a, long lda, long m, const T* bias, T* c, long ldc) = 0;
   void multiply(const void* a, long lda, long m, const void* bias, void* c, long ldc) override {
     const T *x = static_cast<const T*>(a), *b = static_cast<const T*>(bias);
     T* out = static_cast<T*>(c);
-    if (m == 1 && dense) ttx::multiply_vector(x, own, n, k, rows_are_outputs, b, out);
-    else multiply_rows(x, lda, m, b, out, ldc);
+    if (m == 1 && dense)
+      ttx::multiply_vector(x, own, packed.n, packed.k, rows_are_outputs, b, out);
+    else
+      ttx::linear(packed, x, lda, m, out, ldc, ttx::Epilogue<T>{.bias = b});
   }
 };
 
 template <class T>
-struct OwnWeight : TypedWeight<T> {
-  ttx::PackedWeight<T> packed;
-  OwnWeight(const T* w, long n, long k, long sn, long sk)
-      : TypedWeight<T>(w, n, k, sn, sk), packed(w, n, k, sn, sk) {}
-  void multiply_rows(const T* a, long lda, long m, const T* bias, T* c, long ldc) override {
-    ttx::linear(packed, a, lda, m, c, ldc, ttx::Epilogue<T>{.bias = bias});
-  }
-};
-
-struct LibraryWeight : TypedWeight<float> {
-  using Mkl = ttx::Mkl;
-  static constexpr long kRows = 128;  // the layout does not depend on the rows it was packed for
-  ttx::WeightMemory memory;
-  LibraryWeight(const float* w, long n, long k, long sn, long sk)
-      : TypedWeight(w, n, k, sn, sk), memory(ttx::mkl().pack_size(Mkl::kMatrixB, kRows, n, k)) {
-    ttx::mkl().pack(Mkl::kRowMajor, Mkl::kMatrixB, rows_are_outputs ? Mkl::kTrans : Mkl::kNoTrans, kRows,
-             n, k, 1.0f, w, rows_are_outputs ? sn : sk, data());
-  }
-  float* data() const { return memory.as<float>(); }
-  void multiply_rows(const float* a, long lda, long m, const float* bias, float* c,
-                     long ldc) override {
-    ttx::mkl().compute(Mkl::kRowMajor, Mkl::kNoTrans, Mkl::kPacked, m, n, k, a, lda, data(), k,
-                       0.0f, c, ldc);
-    if (bias == nullptr) return;
-#pragma omp parallel for if (m * n > 65536)
-    for (long r = 0; r < m; ++r)
-#pragma omp simd
-      for (long j = 0; j < n; ++j) c[r * ldc + j] += bias[j];
-  }
-};
+Weight* pack(const void* w, long n, long k, long sn, long sk) {
+  return new TypedWeight<T>(static_cast<const T*>(w), n, k, sn, sk);
+}
 
 }  // namespace
 
@@ -110,11 +84,8 @@ int64_t ttx_run(const Launch* launches, int64_t begin, int64_t end, void* const*
 // dtype 0 is float32, 1 bfloat16, 2 float16; element (output j, input i) at w[j * sn + i * sk].
 void* ttx_pack_weight(int dtype, const void* w, int64_t n, int64_t k, int64_t sn, int64_t sk) {
   try {
-    if (dtype == 0 && ttx::mkl().has_packed() && (sk == 1 || sn == 1))
-      return new LibraryWeight(static_cast<const float*>(w), n, k, sn, sk);
-    if (dtype == 0) return new OwnWeight<float>(static_cast<const float*>(w), n, k, sn, sk);
-    if (dtype == 1) return new OwnWeight<ttx::bf16>(static_cast<const ttx::bf16*>(w), n, k, sn, sk);
-    return new OwnWeight<ttx::f16>(static_cast<const ttx::f16*>(w), n, k, sn, sk);
+    if (dtype == 0) return pack<float>(w, n, k, sn, sk);
+    return dtype == 1 ? pack<ttx::bf16>(w, n, k, sn, sk) : pack<ttx::f16>(w, n, k, sn, sk);
   } catch (const std::bad_alloc&) {
     return nullptr;
   }
