@@ -225,8 +225,10 @@ def declared_modules() -> set[str]:
     """Import names of the dependencies and extras that pyproject.toml declares."""
     text = (ROOT / "pyproject.toml").read_text()
     project = text[text.index("dependencies = [") : text.index("[project.scripts]")]
-    names = re.findall(r'"([A-Za-z][\w.-]*)\s*[>=<~]', project)
-    return {name.replace("-", "_") for name in names}
+    names = re.findall(r'"([A-Za-z][\w.-]*)(?:\[\w+\])?\s*[>=<~]', project)
+    model = (ROOT / "requirements-model.txt").read_text()
+    names += re.findall(r"^([A-Za-z][\w-]*)==", model, re.MULTILINE)
+    return {re.sub("^opentelemetry_.*", "opentelemetry", n.replace("-", "_")) for n in names}
 
 
 def test_every_import_is_declared() -> None:

@@ -26,7 +26,7 @@ import torch
 from turbotx.errors import BuildError, NoCompilerError
 
 HEADERS = Path(__file__).parent / "cpp"
-FLAGS = (
+FLAGS: tuple[str, ...] = (
     "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno",
     "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-fPIC",
 )  # fmt: skip
@@ -70,10 +70,16 @@ def _headers_digest() -> str:
     return hashlib.sha256(b"\0".join(texts)).hexdigest()
 
 
+@functools.cache
 def _flags(compiler: str) -> tuple[str, ...]:
-    if "clang" in Path(compiler).name or platform.machine() not in ("x86_64", "AMD64"):
-        return tuple(f for f in FLAGS if not f.startswith("-mprefer"))
-    return FLAGS
+    flags = FLAGS
+    if "clang" in _run([compiler, "--version"]):
+        # clang's parallel loops call a runtime of its own, which torch's OpenMP library is not:
+        # vector loops only, on the calling thread.
+        flags = tuple("-fopenmp-simd" if f == "-fopenmp" else f for f in flags)
+    if platform.machine() not in ("x86_64", "AMD64"):
+        flags = tuple(f for f in flags if not f.startswith("-mprefer"))
+    return flags
 
 
 def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
