@@ -30,7 +30,8 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="What to compile, see below.")]
 Shape = Annotated[
-    list[str], typer.Option("--shape", metavar="batch=4,seq=128", help="Sizes; may be repeated.")
+    Sequence[str],
+    typer.Option("--shape", metavar="batch=4,seq=128", help="Sizes; may be repeated."),
 ]
 Dtype = Annotated[str, typer.Option(help="Convert the model: float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -45,7 +46,7 @@ def turbotx() -> None:
 def compile_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go.")],
-    shape: Shape = [],  # noqa: B006
+    shape: Shape = (),
     dtype: Dtype = "",
     as_json: Json = False,
 ) -> None:
@@ -53,6 +54,19 @@ def compile_command(
     from turbotx.cli.compile import compile_model
 
     raise typer.Exit(compile_model(model, out, shape, dtype, Output(as_json)))
+
+
+@app.command("verify")
+def verify_command(
+    model: Model,
+    shape: Shape = (),
+    dtype: Dtype = "",
+    as_json: Json = False,
+) -> None:
+    """Compare every launch and the whole model with float64; exit code 1 past the rule."""
+    from turbotx.cli.verify import verify_model
+
+    raise typer.Exit(verify_model(model, shape, dtype, Output(as_json)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

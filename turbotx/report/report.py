@@ -23,7 +23,7 @@ from torch import fx, nn
 from turbotx.capture import capture
 from turbotx.errors import InputError
 from turbotx.fused_graph import make_fused_graph
-from turbotx.optimize import Engine, OptimizedModule, _marked, optimize
+from turbotx.optimize import Engine, FunctionModule, OptimizedModule, _marked, optimize
 from turbotx.pipeline import Compiled, compile_captured
 from turbotx.report import entries
 from turbotx.report.describe import (
@@ -37,6 +37,7 @@ from turbotx.report.describe import (
 )
 from turbotx.report.dump import Dumped, dump
 from turbotx.report.html import render_html
+from turbotx.report.numerics import Numerics, measure
 from turbotx.report.origin import Origin, observe, simulate
 from turbotx.report.table import render_table
 from turbotx.report.where import find_place
@@ -110,6 +111,16 @@ class Report:
         """Return the captured model's ops that a launch computes: the way back from `where`."""
         places = (self.where(n.name) for n in self.origin.nodes)
         return [p for p in places if launch in p.launches]
+
+    def numerics(self, model: Any, /, *args: Any, **kwargs: Any) -> Numerics:
+        """Return every launch's error, and the outputs', on one call's inputs, against float64.
+
+        `model`: the module itself, whose own error is the measure. Runs everything three times.
+        """
+        model = getattr(model, "_original", model)
+        return measure(
+            _as_module(model), self.compiled, args, kwargs, self._view.function_of, self.dims
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists, strings and numbers, ready for JSON."""
@@ -203,6 +214,11 @@ def _engine_of(model: Any, args: Any, kwargs: Any) -> Engine:
         return model.__dict__["_turbotx_engine"]
     made = optimize(model)
     return made._engine
+
+
+def _as_module(model: Any) -> nn.Module:
+    """Return a plain function as a module, so that it can be captured."""
+    return model if isinstance(model, nn.Module) else FunctionModule(model)
 
 
 def _is_optimized_class(model: nn.Module) -> bool:

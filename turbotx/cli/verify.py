@@ -1,0 +1,86 @@
+"""`turbotx verify`: every launch and the whole model against float64, the worst of each kernel.
+
+In: MODEL and shapes. Out: a table; exit code 1 where an error is larger than the rule allows::
+
+    turbotx verify minilm --shape batch=1,seq=1 --shape batch=4,seq=128
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+import turbotx.report as reports
+from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
+from turbotx.cli.models import load_model
+from turbotx.cli.output import OK, WRONG, Output
+from turbotx.report.numerics import FACTOR, ULPS, Error, Numerics
+
+RULE = f"error at most {FACTOR} x eager's own, plus {ULPS} ulp of the largest value"
+
+
+def verify_model(model: str, shapes: Sequence[str], dtype: str, output: Output) -> int:
+    """Measure at every shape; return 0, or 1 where the rule is broken."""
+    wanted = [parse_shape(text) for text in shapes]
+    found: list[tuple[dict[str, int], Numerics]] = []
+    with output.steps(f"load {model}", total=2 + max(1, len(wanted))) as steps:
+        loaded = load_model(model, {**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})}, dtype)
+        steps("capture, fuse and build")
+        report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
+        for view in [report.at(**dims) for dims in wanted] or [report]:
+            steps(f"run launch by launch in float64 at {_shown(view.dims)}")
+            args, kwargs = resize(view, loaded.args, loaded.kwargs)
+            found.append((view.dims, view.numerics(loaded.model, *args, **kwargs)))
+    for dims, numerics in found:
+        output.console.print(numerics_table(_shown(dims), numerics))
+    holds = all(numerics.holds for _, numerics in found)
+    verdict = "[green]holds[/green]" if holds else "[red bold]is broken[/red bold]"
+    output.console.print(f"{RULE}: {verdict}")
+    output.result({"model": model, "rule": RULE, "holds": holds, "shapes": _as_dicts(found)})
+    return OK if holds else WRONG
+
+
+def _shown(dims: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in dims.items())
+
+
+def worst_of_each(errors: Sequence[Error]) -> list[Error]:
+    """Return the worst launch of every kernel, GEMMs as one."""
+    worst: dict[str, Error] = {}
+    for error in errors:
+        key = error.kernel or error.name.rstrip("0123456789").rstrip("_")
+        kept = worst.get(key)
+        rank = (not error.holds, error.relative)
+        if kept is None or rank > (not kept.holds, kept.relative):
+            worst[key] = error
+    return list(worst.values())
+
+
+def numerics_table(shape: str, numerics: Numerics) -> Table:
+    """One row a kernel: its worst launch; then the model's outputs."""
+    table = Table(title=f"Against float64 at {shape}", title_justify="left", title_style="bold")
+    table.add_column("worst launch", overflow="fold", min_width=24)
+    for name in ("eager", "turbotx", "relative", "allowed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for error in (*worst_of_each(numerics.launches), *numerics.outputs):
+        table.add_row(
+            error.name,
+            *(f"{x:.2e}" for x in (error.eager, error.turbotx, error.relative, error.allowed)),
+            "" if error.holds else "[red bold]too large[/red bold]",
+        )
+    return table
+
+
+def _as_dicts(found: Sequence[tuple[dict[str, int], Numerics]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "dims": dims,
+            "launches": [{**asdict(e), "holds": e.holds} for e in numerics.launches],
+            "outputs": [{**asdict(e), "holds": e.holds} for e in numerics.outputs],
+        }
+        for dims, numerics in found
+    ]

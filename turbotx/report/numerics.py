@@ -1,0 +1,204 @@
+"""Numerics: every launch, and the whole model, against float64.
+
+In: a model and one call's inputs. Out: per launch its error beside that of PyTorch's own ops on the
+same inputs. The rule: at most 1.5 x eager's error plus 2 ulp of the largest value::
+
+    measure(model, report, args, kwargs)  ->  Numerics(launches=(Error("linear_0", ...), ...), ...)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from turbotx import ir
+from turbotx.capture import capture
+from turbotx.kernels.lower import Lowered
+from turbotx.passes.extract import extract
+from turbotx.pipeline import Compiled
+from turbotx.report.replay import Read, replay
+from turbotx.sizes import evaluate
+
+FACTOR, ULPS = 1.5, 2
+
+
+@dataclass(frozen=True)
+class Error:
+    """Largest differences from float64 of one launch, or of one leaf of the model's output.
+
+    largest: the largest finite value in float64. allowed: what the rule allows turbotx.
+    """
+
+    name: str
+    kernel: str
+    module: str
+    eager: float
+    turbotx: float
+    largest: float
+    allowed: float
+
+    @property
+    def relative(self) -> float:
+        return self.turbotx / self.largest if self.largest else self.turbotx
+
+    @property
+    def holds(self) -> bool:
+        return self.turbotx <= self.allowed  # False for a NaN
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Errors of every launch on the inputs that it met, and of the model's outputs."""
+
+    launches: tuple[Error, ...]
+    outputs: tuple[Error, ...]
+
+    @property
+    def holds(self) -> bool:
+        return all(e.holds for e in (*self.launches, *self.outputs))
+
+
+def measure(
+    model: Any, compiled: Compiled, args: Sequence[Any], kwargs: Mapping[str, Any],
+    names: Callable[[ir.Launch], str], dims: Mapping[str, int],
+) -> Numerics:  # fmt: skip
+    """Run the model three ways on one call's inputs. `names`: the function behind a launch.
+
+    `compiled` must be nobody else's while it is measured.
+    """
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    watch = _Watch(compiled, names, dims)
+    ours = replay(compiled, tensors, watch)
+    exact_graph = _to_float64(capture(model, args, kwargs).graph_module)
+    with torch.no_grad():
+        eager = pytree.tree_leaves(model(*args, **kwargs))
+        exact = exact_graph(*map(_double, tensors))
+    outputs = tuple(
+        compare(f"output {k}", "", "", mine, own, true)
+        for k, (mine, own, true) in enumerate(zip(ours, eager, exact, strict=True))
+        if isinstance(own, torch.Tensor)
+    )
+    return Numerics(tuple(watch.errors), outputs)
+
+
+class _Watch:
+    """Keeps what a launch reads, computes it by PyTorch and in float64, compares its results."""
+
+    def __init__(
+        self, compiled: Compiled, names: Callable[[ir.Launch], str], dims: Mapping[str, int]
+    ) -> None:
+        self.launches, self.names, self.dims = compiled.assembly.launches, names, dims
+        self.errors: list[Error] = []
+        self._expected: list[tuple[ir.Operand, torch.Tensor, torch.Tensor]] = []
+
+    def before(self, index: int, read: Read) -> None:
+        function, exact, structure, writes = _meaning(self.launches[index])
+        args, kwargs = self._fill(structure, read)
+        eager = _as_list(function(*args, **kwargs))
+        true = _as_list(exact(*_double_tree(args), **_double_tree(kwargs)))
+        self._expected = [
+            (w, own, t) for w, own, t in zip(writes, eager, true, strict=True) if w is not None
+        ]
+
+    def after(self, index: int, read: Read) -> None:
+        launch = self.launches[index]
+        found = [
+            compare(launch.name, self.names(launch), launch.module, read(window), own, true)
+            for window, own, true in self._expected
+        ]
+        if found:
+            self.errors.append(max(found, key=lambda e: (not e.holds, e.relative)))
+
+    def _fill(self, structure: Any, read: Read) -> Any:
+        """Return call arguments with tensors and sizes in the places of operands and formulas."""
+        if isinstance(structure, ir.Operand):
+            return read(structure)
+        if isinstance(structure, sympy.Expr):
+            return evaluate(structure, self.dims)
+        if isinstance(structure, (list, tuple)):
+            return [self._fill(v, read) for v in structure]
+        if isinstance(structure, dict):
+            return {k: self._fill(v, read) for k, v in structure.items()}
+        return structure
+
+
+def _meaning(launch: ir.Launch) -> tuple[Any, Any, Any, Sequence[ir.Operand | None]]:
+    """Return a launch as PyTorch would run it: function, its float64 form, arguments, results."""
+    if launch.kind != "kernel":
+        target, args, kwargs, writes, _ = launch.call
+        return target, _without_dtypes(target), (args, kwargs), writes  # type: ignore[return-value]
+    (lowered,) = launch.call
+    assert isinstance(lowered, Lowered)
+    roles = [p.role for p in lowered.kernel.params]
+    rows = list(zip(roles, lowered.operands, launch.args, strict=True))
+    inputs = [node for role, node, _ in rows if role == "in"]
+    outputs = [node for role, node, _ in rows if role == "out"]
+    reads = [arg for role, _, arg in rows if role == "in"]
+    writes = [arg for role, _, arg in rows if role == "out"]
+    plain = extract(outputs, inputs, launch.name)
+    exact = _to_float64(extract(outputs, inputs, launch.name).module)
+    return plain.module, exact, ((*reads, *plain.sizes), {}), writes
+
+
+def _without_dtypes(target: Any) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target(*_widen(args), **_widen(kwargs))
+
+    return call
+
+
+def _widen(value: Any) -> Any:
+    """Replace every floating-point dtype among arguments by float64."""
+    return fx.node.map_aggregate(
+        value, lambda v: torch.float64 if isinstance(v, torch.dtype) and v.is_floating_point else v
+    )
+
+
+def _to_float64(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph with its parameters and every cast in it in float64."""
+    module = copy.deepcopy(module).double()
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            node.args, node.kwargs = _widen(node.args), _widen(node.kwargs)
+    module.recompile()
+    return module
+
+
+def _double(value: Any) -> Any:
+    floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.double() if floats else value
+
+
+def _double_tree(value: Any) -> Any:
+    return pytree.tree_map(_double, value)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, torch.Tensor) else list(value)
+
+
+def compare(
+    name: str, kernel: str, module: str,
+    ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor,
+) -> Error:  # fmt: skip
+    """Return the largest differences; equal infinities and NaNs in the same place count as none."""
+    finite = exact.double()[torch.isfinite(exact.double())].abs()
+    largest = finite.max().item() if finite.numel() else 0.0
+    own, mine = difference(eager, exact), difference(ours, exact)
+    ulp = torch.finfo(ours.dtype).eps * largest if ours.is_floating_point() else 0.0
+    return Error(name, kernel, module, own, mine, largest, FACTOR * own + ULPS * ulp)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the largest difference, NaN where only one of the two has a NaN."""
+    a, b = a.double(), b.double().reshape(a.shape)
+    same = (a == b) | (a.isnan() & b.isnan())
+    apart = torch.where(same, 0.0, (a - b).abs())
+    return apart.max().item() if apart.numel() else 0.0
