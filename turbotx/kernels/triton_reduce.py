@@ -152,7 +152,7 @@ class Group:
             state, x = STATES[r.op], name[r.args[0]]
             for form, empty in zip(state.element, state.neutral, strict=True):
                 text = form.format(x=x)
-                if self.masked:
+                if self.masked and text != f"tl.zeros_like({x})":
                     text = f"tl.where(col_ok, {text}, {neutral(empty, carried_dtype(r))})"
                 texts.append(text)
         return texts

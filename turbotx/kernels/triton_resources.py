@@ -20,9 +20,10 @@ from turbotx.errors import BuildError
 
 @dataclass(frozen=True)
 class Resources:
-    """registers a thread (vector registers on AMD), spilled ones (on NVIDIA loads and stores of
-    them; on AMD vector registers, since scalar ones spill into those), shared memory a program, the widest access to global memory and how many
-    instructions the kernel has."""
+    """registers: for each thread (vector registers on AMD). spills: loads and stores of spilled
+    registers (on AMD spilled vector registers; scalar ones spill into those). shared_nbytes: for
+    each program. load_bits, store_bits: the widest access to global memory. instructions: of the
+    whole kernel."""
 
     registers: int
     spills: int

@@ -17,7 +17,7 @@ import torch
 
 from turbotx import ir
 from turbotx.kernels.cpp_attention import AttentionKernel
-from turbotx.sizes import dim, product
+from turbotx.sizes import dim
 
 F32 = torch.float32
 
@@ -83,7 +83,7 @@ def softmax_kernel(attention: AttentionKernel, key_mask: bool = False) -> ir.Ker
     body.append(ir.Store(ir.Access("shares", place), "share"))
     params.append(ir.Param("shares", attention.dtype, shape, "out"))
     name = attention.name.replace("attention", "fused_softmax") + "_masked" * key_mask
-    source = f"softmax(scores * {attention.scale!r}), {product(shape)} elements"
+    source = f"softmax(scores * {attention.scale!r})"
     return ir.Kernel(name, tuple(params), axes, tuple(body), (source,))
 
 

@@ -60,13 +60,20 @@ class _TritonPrinter(_SourcePrinter):
         top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"], strict=True) for a in node.args)
         return f"({top} {sign} {bottom})"
 
+    def _print_Mul(self, node: Any) -> str:
+        """A position before its stride."""
+        number, rest = node.as_coeff_mul()
+        factors = sorted((self.parenthesize(f, PRECEDENCE["Mul"]) for f in rest), key=_is_position)
+        sign = "-" if number < 0 else ""
+        return sign + " * ".join(factors + [str(abs(number))] * (abs(number) != 1))
+
     def _print_Add(self, node: Any, order: Any = None) -> str:
         """Rows before columns before constants, as an address is usually written."""
 
-        def rank(term: Expr) -> tuple[int, str]:
+        def rank(term: Expr) -> tuple[int, int, str]:
             text = self._print(term)
             kind = 3 if term.is_number else 1 if "row" in text else 2 if "col" in text else 0
-            return kind, text
+            return kind, -len(text), text
 
         result = ""
         for term in sorted(node.args, key=rank):
@@ -78,6 +85,10 @@ class _TritonPrinter(_SourcePrinter):
             else:
                 result += f" + {text}"
         return result
+
+
+def _is_position(factor: str) -> tuple[int, str]:
+    return 0 if factor.startswith(("row", "col", "(row", "(col")) else 1, factor
 
 
 def size_text(value: Expr) -> str:
@@ -97,25 +108,28 @@ def literal(value: bool | int | float, dtype: torch.dtype) -> str:
 
 
 def wrap(line: str) -> list[str]:
-    """Break a line that is too long at the commas of its last outermost call."""
-    end = "," if line.endswith(",") else ""
-    line = line.removesuffix(",")
-    if len(line) + len(end) <= WIDTH or not line.endswith(")"):
-        return [line + end]
-    depth, opened = 0, 0
-    for k in range(len(line) - 1, -1, -1):
-        depth += (line[k] == ")") - (line[k] == "(")
-        if depth == 0:
-            opened = k
-            break
+    """Break a line that is too long at the commas of its longest outermost call."""
+    begin, end = _longest_group(line)
+    if len(line) <= WIDTH or end - begin < WIDTH // 3:
+        return [line]
     indent = " " * (len(line) - len(line.lstrip()))
-    inner = f"{indent}    "
-    pieces = split_arguments(line[opened + 1 : -1])
-    return [
-        line[: opened + 1],
-        *(line for p in pieces for line in wrap(f"{inner}{p},")),
-        f"{indent}){end}",
-    ]
+    pieces = [f"{indent}    {p}," for p in split_arguments(line[begin + 1 : end])]
+    inner = [part for piece in pieces for part in wrap(piece)]
+    return [line[: begin + 1], *inner, indent + line[end:]]
+
+
+def _longest_group(line: str) -> tuple[int, int]:
+    """Return where the longest pair of outermost parentheses opens and closes."""
+    best, depth, opened = (0, 0), 0, 0
+    for k, letter in enumerate(line):
+        if letter == "(":
+            opened = opened if depth else k
+            depth += 1
+        elif letter == ")":
+            depth -= 1
+            if depth == 0 and k - opened > best[1] - best[0]:
+                best = (opened, k)
+    return best
 
 
 def split_arguments(text: str) -> list[str]:
