@@ -31,6 +31,9 @@ from turbotx.pipeline import rewrite
 from turbotx.runtime.native import PRELUDE
 from turbotx.signature import SizeMatcher
 
+aten = torch.ops.aten
+# Stored tensors are dense, whatever strides eager would have given them.
+COPYING_VIEWS = {aten.view.default, aten._unsafe_view.default}
 Runner = Callable[[ir.Kernel, dict[str, torch.Tensor], dict[str, int]], dict[str, torch.Tensor]]
 
 
@@ -102,7 +105,8 @@ class _Run:
                 self.env[node] = getattr(module, leaf)
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value)
-                self.env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                target = aten.reshape.default if node.target in COPYING_VIEWS else node.target
+                self.env[node] = target(*args, **kwargs)  # type: ignore[operator]
         return self.env[node]
 
     def _launch(self, lowered: Lowered) -> None:

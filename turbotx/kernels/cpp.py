@@ -10,7 +10,7 @@ from __future__ import annotations
 import sympy
 
 from turbotx import ir
-from turbotx.kernels.cpp_sweeps import Sweeps
+from turbotx.kernels.cpp_sweeps import Sweeps, axes_in
 from turbotx.kernels.cpp_text import STORAGE, Text, start_of, var, wider
 from turbotx.kernels.cpp_tiles import print_tiles, wants_tiles
 from turbotx.kernels.sequential import make_sequential
@@ -82,7 +82,7 @@ class _Elementwise:
 
     def _inside(self, s: ir.Statement, axis: ir.Axis) -> bool:
         if isinstance(s, ir.Store):
-            return True
+            return axis.name in self.sweeps.varies[s.value] | axes_in(s)
         names = {s.value} if isinstance(s, ir.Check) else set(ir.results_of(s))
         return any(axis.name in self.sweeps.varies[n] for n in names)
 

@@ -53,11 +53,9 @@ class _Tiles:
                 maker = self.sweeps.makers[v]
                 if self.row.name not in self.sweeps.varies[v]:
                     continue
-                if isinstance(maker, ir.Reduce):
-                    found.add(v)
-                elif not self.sweeps.in_column(maker) and (
+                if isinstance(maker, ir.Reduce) or (not self.sweeps.in_column(maker) and (
                     self.sweeps.in_column(s) or self.sweeps.of(s) != self.sweeps.of(maker)
-                ):
+                )):
                     found.add(v)
         return found
 
