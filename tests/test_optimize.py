@@ -284,6 +284,16 @@ def test_without_a_compiler_regions_run_through_pytorch(monkeypatch: pytest.Monk
         fast(**token_inputs(1, 4))
 
 
+def test_without_packed_weights() -> None:
+    model = small_model("bert")
+    inputs = token_inputs(2, 9)
+    fast = turbotx.optimize(model, pack_weights=False)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-5)
+    (compiled,) = fast._engine.variants()
+    assert not compiled.program.runtime._gemm_weights
+
+
 def test_the_aten_backend_means_the_same() -> None:
     model = small_model("distilbert")
     inputs = token_inputs(2, 9)

@@ -222,7 +222,7 @@ class _Assembler:
             self._whole(node),
         )
         sizes = (rows, flat[0] if rows != 1 else depth, width)
-        call = (node.target, self._arguments(node.args), dict[str, Any](), (args[3],), False)
+        call = (node.target, self._arguments(node.args), dict[str, Any](), (args[3],), True)
         self._launch(node, "linear", "gemm", weight, args, (name,), sizes, call)
 
     def _packable(self, node: fx.Node) -> bool:

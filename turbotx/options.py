@@ -29,8 +29,8 @@ class Options:
         is found and otherwise "aten", with one warning.
     planner: which memory planner assigns offsets.
     pack_weights: keep GEMM weights in the library's packed layout beside the module's own (about
-        one more copy of the GEMM weights, much faster for few tokens). In-place updates of a
-        weight are noticed at the next call and packed again.
+        one more copy of the GEMM weights, much faster for few tokens). Updates of a weight are
+        noticed at the next call, and it is packed again. False runs GEMMs through PyTorch.
     max_shapes: how many shapes keep their bound addresses and sizes; more are re-planned.
     max_arenas: how many calls may run at the same time, each in memory of its own.
     """

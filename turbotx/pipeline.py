@@ -69,7 +69,7 @@ def compile_captured(
     assembly = assemble(graph, fused, prepared, captured.dims)
     verify.check_launches(assembly.tensors, assembly.launches, assembly.returned)
     weights = find_weights(captured, model, assembly)
-    runtime = CpuRuntime(assembly, weights, options.backend, captured.dims)
+    runtime = CpuRuntime(assembly, weights, options, captured.dims)
     program = Program(
         assembly, captured.dims, captured.example_dims, runtime, pool, options.planner,
         options.max_shapes,

@@ -16,6 +16,7 @@ from typing import Any
 from turbotx.assemble import Assembly
 from turbotx.errors import BuildWarning, NoCompilerError
 from turbotx.kernels.build import build_library
+from turbotx.options import Options
 from turbotx.runtime.aten import AtenSteps, RunState
 from turbotx.runtime.native import LaunchTable, load_runtime, packed_name, print_units
 from turbotx.runtime.weights import PackedWeight, Weights
@@ -30,7 +31,7 @@ class CpuRuntime:
     """
 
     def __init__(
-        self, assembly: Assembly, weights: Weights, backend: str, dims: Sequence[str]
+        self, assembly: Assembly, weights: Weights, options: Options, dims: Sequence[str]
     ) -> None:
         self.assembly, self.weights = assembly, weights
         self.builds = 0
@@ -38,11 +39,11 @@ class CpuRuntime:
         self.names: dict[object, str] = {}
         self._native: ctypes.CDLL | None = None
         kernels = None
-        if backend != "aten":
+        if options.backend != "aten":
             try:
                 kernels = self._build()
             except NoCompilerError as error:
-                if backend == "cpp":
+                if options.backend == "cpp":
                     raise
                 warnings.warn(
                     f"{error}; until then regions run through ATen, in planned memory, slower",
@@ -50,6 +51,8 @@ class CpuRuntime:
                     stacklevel=2,
                 )
         kinds: frozenset[str] = NATIVE_KINDS if self._native is not None else frozenset()
+        if not options.pack_weights:
+            kinds -= {"gemm"}
         self.table = LaunchTable(assembly, kinds, self._native, kernels, self.names)
         steps = AtenSteps(assembly.tensors, dims)
         self._steps = {
