@@ -5,8 +5,8 @@ so that they are as near to the function's true value as torch's own float64; fo
 
     interpret(kernel, {"x": x}, {"batch": 2, "seq": 17})  ->  {"softmax": tensor}
 
-It also checks what a machine would not: a load inside its tensor, every output stored, and with one value
-each.
+It also checks what a machine would not: that loads lie inside their tensors and that every output
+is stored, with one value at each place.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class _Interpreter:
         return total
 
     def _divisor(self, value: Expr) -> torch.Tensor:
-        """Return an extent that something is divided by: one for an empty dim, which has no places."""
+        """Return a divisor: one for an empty dim, which has no places to compute."""
         return self.place(value).clamp(min=1)
 
     def _symbol(self, name: str) -> torch.Tensor:

@@ -24,7 +24,7 @@ UNARY: list[Callable[[Any], Any]] = [
     torch.tanh, torch.sigmoid, torch.neg, torch.abs, torch.nn.functional.gelu, torch.relu,
     lambda x: x * 0.5 + 1, lambda x: x.clamp(-1, 1), lambda x: torch.where(x > 0, x, x * 0.1),
     torch.nn.functional.silu, lambda x: torch.exp(-x.abs()), lambda x: x.masked_fill(x > 1, 1.0),
-    lambda x: (x.abs() + 1).rsqrt(), lambda x: torch.sin(x), lambda x: x.to(torch.int32).to(x.dtype),
+    lambda x: (x.abs() + 1).rsqrt(), torch.sin, lambda x: x.to(torch.int32).to(x.dtype),
 ]  # fmt: skip
 BINARY: list[Callable[[Any, Any], Any]] = [
     torch.add, torch.sub, torch.mul, torch.maximum, lambda x, y: x / (y.abs() + 1),
@@ -41,10 +41,10 @@ REDUCE: list[Callable[[Any, int, bool], Any]] = [
 ]  # fmt: skip
 Step = tuple[str, int, int, int, int]
 Call = Callable[[list[torch.Tensor]], torch.Tensor]
+KINDS = ["unary", "unary", "binary", "binary", "normal", "reduce", "permute", "merge", "split", "slice", "cat", "unsqueeze", "select", "flip", "expand"]
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["unary", "unary", "binary", "binary", "normal", "reduce", "permute", "merge",
-                         "split", "slice", "cat", "unsqueeze", "select", "flip", "expand"]),
+        st.sampled_from(KINDS),
         *[st.integers(0, 1000)] * 4,
     ),
     min_size=5,

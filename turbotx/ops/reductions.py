@@ -45,6 +45,10 @@ def _vector_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
         return m.call("sqrt", total)
     if order == 1:
         return m.reduce_node("sum", node, index, before=lambda x: m.call("abs", x))[0][0]
+    if order == 0:
+        return m.reduce_node(
+            "sum", node, index, before=lambda x: m.cast(m.truth(x), m.compute_dtype(node))
+        )[0][0]
     if abs(order) == math.inf:
         op = "max" if order > 0 else "min"
         return m.reduce_node(op, node, index, before=lambda x: m.call("abs", x))[0][0]

@@ -1,0 +1,70 @@
+extern "C" int fused_add_layer_norm(void* const* args, const int64_t* sizes) {
+  const float* arg0 = static_cast<const float*>(args[0]);
+  const float* arg1 = static_cast<const float*>(args[1]);
+  const float* weight = static_cast<const float*>(args[2]);
+  const float* bias = static_cast<const float*>(args[3]);
+  float* layer_norm = static_cast<float*>(args[4]);
+  const int64_t batch = sizes[0];
+  const int64_t seq = sizes[1];
+  #pragma omp parallel for if (batch * seq * 384 > 16384)
+  for (int64_t row = 0; row < batch * seq; ++row) {
+    float* scratch = ttx::detail::thread_scratch(1 * ((384 + 15) / 16 * 16));
+    float* kept_mean_away = reinterpret_cast<float*>(scratch + 0 * ((384 + 15) / 16 * 16));
+    const int64_t mean_size = 384;
+    const float mean_count = ttx::cast<float>(mean_size);
+    const float c1 = 384.0f;
+    const float c2 = 1e-05f;
+    double wide_mean_total = 0;
+    for (int64_t begin = 0; begin < 384; begin += 128) {
+      float part_mean_total = 0;
+      #pragma omp simd reduction(+:part_mean_total)
+      for (int64_t col = begin; col < begin + 128; ++col) {
+        const float x = ttx::read(arg0 + col + row * 384);
+        const float x1 = ttx::read(arg1 + col + row * 384);
+        const float add = x + x1;
+        part_mean_total += add;
+      }
+      wide_mean_total += part_mean_total;
+    }
+    const float mean_total = static_cast<float>(wide_mean_total);
+    const float mean = mean_total / mean_count;
+    double wide_m20_raw = 0;
+    double wide_mean_drift = 0;
+    for (int64_t begin = 0; begin < 384; begin += 128) {
+      float part_m20_raw = 0;
+      float part_mean_drift = 0;
+      #pragma omp simd reduction(+:part_m20_raw) reduction(+:part_mean_drift)
+      for (int64_t col = begin; col < begin + 128; ++col) {
+        const float x = ttx::read(arg0 + col + row * 384);
+        const float x1 = ttx::read(arg1 + col + row * 384);
+        const float add = x + x1;
+        const float mean_away = add - mean;
+        kept_mean_away[col] = mean_away;
+        const float mean_square = mean_away * mean_away;
+        part_m20_raw += mean_square;
+        part_mean_drift += mean_away;
+      }
+      wide_m20_raw += part_m20_raw;
+      wide_mean_drift += part_mean_drift;
+    }
+    const float m20_raw = static_cast<float>(wide_m20_raw);
+    const float mean_drift = static_cast<float>(wide_mean_drift);
+    const float mean_drift_lost = mean_drift * mean_drift;
+    const float mean_drift_share = mean_drift_lost / mean_count;
+    const float m20 = m20_raw - mean_drift_share;
+    const float div = m20 / c1;
+    const float add1 = div + c2;
+    const float rsqrt = ttx::rsqrt(add1);
+    #pragma omp simd
+    for (int64_t col = 0; col < 384; ++col) {
+      const float mean_away = kept_mean_away[col];
+      const float mul = mean_away * rsqrt;
+      const float x2 = ttx::read(weight + col);
+      const float mul1 = mul * x2;
+      const float x3 = ttx::read(bias + col);
+      const float add2 = mul1 + x3;
+      ttx::write(layer_norm + col + row * 384, add2);
+    }
+  }
+  return 0;
+}

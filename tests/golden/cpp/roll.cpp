@@ -1,0 +1,26 @@
+extern "C" int fused_arange_add_fmod_index_select(void* const* args, const int64_t* sizes) {
+  const float* x = static_cast<const float*>(args[0]);
+  float* index_select = static_cast<float*>(args[1]);
+  const int64_t batch = sizes[0];
+  const int64_t seq = sizes[1];
+  int status = 0;
+  #pragma omp parallel for collapse(2) if (batch * seq > 16384)
+  for (int64_t row = 0; row < batch; ++row) {
+    for (int64_t begin = 0; begin < seq; begin += 4096) {
+      const int64_t end = begin + 4096 < seq ? begin + 4096 : seq;
+      const int64_t i2 = row + (((batch - 1) % (batch)));
+      const int64_t i3 = batch;
+      int64_t fmod = ttx::fmod(i2, i3);
+      if ((fmod < 0 || fmod >= batch)) {
+        #pragma omp atomic write
+        status = 1;
+        fmod = 0;
+      }
+      for (int64_t col = begin; col < end; ++col) {
+        const float x_ = ttx::read(x + col + fmod * seq);
+        ttx::write(index_select + col + row * seq, x_);
+      }
+    }
+  }
+  return status;
+}

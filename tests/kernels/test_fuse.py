@@ -1,0 +1,130 @@
+"""Fuse and lower: how many kernels a run takes, over which axes, and the reason in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.compiled_functions import by_interpreter, compile_function
+from turbotx import ir
+
+x = torch.randn(2, 3, 8)
+
+
+def axes_of(kernel: ir.Kernel) -> list[str]:
+    return [f"{a.name}:{a.extent}{'*' if a.kind == 'row' else ''}" for a in kernel.axes]
+
+
+ONE_KERNEL: dict[str, tuple[Callable[..., Any], list[str]]] = {
+    "elementwise merges into one axis": (lambda x: F.gelu(x) * 2, ["col:batch*seq*x_d2"]),
+    "softmax": (lambda x: x.softmax(-1), ["row:batch*seq", "col:x_d2*"]),
+    "softmax of a layer_norm": (
+        lambda x: F.layer_norm(x, (8,)).softmax(-1),
+        ["row:batch*seq", "col:8*"],
+    ),
+    "several outputs": (lambda x: (x + 1, (x + 1).softmax(-1)), ["row:batch*seq", "col:x_d2*"]),
+    "sum over all": (lambda x: x.sum(), ["col:batch*seq*x_d2*"]),
+    "sum over the first": (lambda x: x.sum(0), ["row:seq*x_d2", "col:batch*"]),
+    "sum over the middle": (lambda x: x.sum(1), ["row1:batch", "row:x_d2", "col:seq*"]),
+    "sum over first and last": (
+        lambda x: x.sum((0, 2)),
+        ["row:seq", "col1:batch*", "col:x_d2*"],
+    ),
+    "transposed on the way out": (
+        lambda x: (x * 2).transpose(1, 2).contiguous() + 1,
+        ["row1:batch", "row:x_d2", "col:seq"],
+    ),
+    "reduction of a broadcast": (
+        lambda x: (x - x.mean(-1, keepdim=True)).amax(-1),
+        ["row:batch*seq", "col:x_d2*"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ONE_KERNEL)
+def test_one_kernel(name: str) -> None:
+    function, axes = ONE_KERNEL[name]
+    made = compile_function(function, x)
+    assert made.reasons == [] and made.externs == []
+    (kernel,) = made.kernels
+    assert axes_of(kernel) == axes
+
+
+TWO_KERNELS: dict[str, tuple[Callable[..., Any], str]] = {
+    "reductions over different axes": (
+        lambda x: x.softmax(-1).sum(0),
+        "softmax reduces over another axis than the rest of the run",
+    ),
+    "a reduction over a reduction": (
+        lambda x: x - x.sum(-1).mean(),
+        "sum_1 reduces over another axis than the rest of the run",
+    ),
+    "reductions of different lengths": (
+        lambda x: (x.sum(-1), x.flatten(1).sum(-1)),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWO_KERNELS)
+def test_two_kernels_with_the_reason(name: str) -> None:
+    function, reason = TWO_KERNELS[name]
+    made = compile_function(function, x)
+    assert len(made.kernels) == 2
+    assert not reason or reason in made.reasons[0]
+    wide = function(x.double())
+    wide = wide if isinstance(wide, tuple) else (wide,)
+    for ours, true in zip(made.run((x,), by_interpreter), wide, strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-10)
+
+
+def test_views_cost_no_statement() -> None:
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.view(x.shape[0], x.shape[1], 2, 4).permute(0, 2, 1, 3) * 2
+
+    (kernel,) = compile_function(heads, x).kernels
+    assert [type(s).__name__ for s in kernel.body] == ["Load", "Constant", "Compute", "Store"]
+    load, store = kernel.body[0], kernel.body[-1]
+    assert isinstance(load, ir.Load) and isinstance(store, ir.Store)
+    last = kernel.axes[-1]
+    assert last.extent == 4 and load.access.stride(last) == store.access.stride(last) == 1
+
+
+def test_equal_values_are_computed_once() -> None:
+    (kernel,) = compile_function(lambda x: x.exp() + x.exp() * x.exp().sum(-1, True), x).kernels
+    ops = [s.op for s in kernel.body if isinstance(s, ir.Compute)]
+    assert ops.count("exp") == 1
+
+
+def test_equal_kernels_of_different_layers_have_one_digest() -> None:
+    def layers(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = F.gelu(x @ w)
+        return x
+
+    made = compile_function(layers, torch.randn(2, 3, 8), torch.randn(8, 8))
+    assert len(made.kernels) == 2
+    assert len({k.digest() for k in made.kernels}) == 1
+
+
+def test_a_gathered_index_is_checked() -> None:
+    def look_up(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, table).sum(-1)
+
+    ids = torch.tensor([[0, 4], [2, 1]])
+    made = compile_function(look_up, torch.randn(5, 3), ids)
+    (kernel,) = made.kernels
+    (check,) = [s for s in kernel.body if isinstance(s, ir.Check)]
+    assert str(check.limit) == "batch"
+
+
+def test_known_positions_need_no_check() -> None:
+    def shift(x: torch.Tensor) -> torch.Tensor:
+        return x[:, torch.arange(x.shape[1])]
+
+    (kernel,) = compile_function(shift, torch.randn(3, 4)).kernels
+    assert not [s for s in kernel.body if isinstance(s, ir.Check)]
