@@ -23,12 +23,14 @@ import torch
 import transformers
 from torch import fx
 
-import turbotx
 from turbotx import graph as g
 from turbotx import ir
+from turbotx.assemble import assemble
 from turbotx.capture import capture
+from turbotx.kernels.fuse import FusedRegion, fuse
 from turbotx.kernels.traffic import kernel_traffic, param_nbytes
-from turbotx.passes.partition import root_of
+from turbotx.passes.partition import find_prepared, partition, root_of
+from turbotx.pipeline import rewrite
 from turbotx.sizes import Expr, evaluate
 from turbotx.views import SPLITS, is_view
 
@@ -86,10 +88,12 @@ def count_turbotx(launches: list[ir.Launch], dims: Mapping[str, int]) -> Count:
     return found
 
 
-def count_bound(compiled: Any, dims: Mapping[str, int]) -> Count:
+def count_bound(
+    regions: list[FusedRegion], launches: list[ir.Launch], dims: Mapping[str, int]
+) -> Count:
     """Each region reads what it needs from outside once and writes what leaves it once."""
     found = Count()
-    for fused in compiled.fused:
+    for fused in regions:
         outputs = {root_of(n) for n in fused.region.outputs}
         params = [pair for low in fused.kernels
                   for pair in zip(low.operands, low.kernel.params, strict=True)]  # fmt: skip
@@ -104,7 +108,7 @@ def count_bound(compiled: Any, dims: Mapping[str, int]) -> Count:
             size = sympy.Mul(*g.shape(node)) * g.dtype(node).itemsize
             found.fused_nbytes += min(sum(evaluate(e, dims) for e in parts), evaluate(size, dims))
         found.launches += bool(fused.kernels)
-    others = [x for x in compiled.assembly.launches if not isinstance(x.target, ir.Kernel)]
+    others = [x for x in launches if not isinstance(x.target, ir.Kernel)]
     rest = count_turbotx(others, dims)
     return Count(
         found.launches + rest.launches, found.fused_nbytes + rest.nbytes, found.fused_nbytes
@@ -140,17 +144,18 @@ def count_model(name: str, layers: int, batch: int, seq: int) -> dict[str, Count
     inputs["attention_mask"] = torch.ones(2, 8, dtype=torch.long)
     if name != "bert":
         inputs["use_cache"] = False
-    model = make_model(name, layers)
-    fast = turbotx.optimize(model)
-    with torch.no_grad():
-        fast(**inputs)
-    compiled = fast._engine.variants()[0]
-    dims = {n: seq if n == "seq" else batch for n in compiled.captured.dims}
-    captured = capture(model, (), inputs).graph_module.graph
+    captured = capture(make_model(name, layers), (), inputs)
+    graph = captured.graph_module.graph
+    dims = {n: seq if n == "seq" else batch for n in captured.dims}
+    eager = count_eager(graph, dims)
+    rewrite(graph)
+    prepared = find_prepared(graph)
+    fused = [fuse(region) for region in partition(graph, prepared)]
+    launches = assemble(graph, fused, prepared, captured.dims).launches
     return {
-        "eager": count_eager(captured, dims),
-        "turbotx": count_turbotx(compiled.assembly.launches, dims),
-        "bound": count_bound(compiled, dims),
+        "eager": eager,
+        "turbotx": count_turbotx(launches, dims),
+        "bound": count_bound(fused, launches, dims),
     }
 
 

@@ -17,14 +17,18 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-import turbotx
 from tests.kernel_interpreter import interpret
 from tests.kernels.triton_runner import TritonRunner
 from turbotx import ir
+from turbotx.assemble import assemble
+from turbotx.capture import capture
 from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.fuse import fuse
 from turbotx.kernels.schedule import choose_schedule, divisible_sizes
 from turbotx.kernels.targets import TARGETS, Job, attention_job, build, kernel_job
 from turbotx.kernels.triton_printer import print_triton
+from turbotx.passes.partition import find_prepared, partition
+from turbotx.pipeline import rewrite
 from turbotx.sizes import evaluate
 
 transformers = pytest.importorskip("transformers")
@@ -56,14 +60,16 @@ def make_model(name: str, width: int) -> torch.nn.Module:
 
 @functools.cache
 def launches_of(name: str, width: int, dtype: torch.dtype = torch.float32) -> list[ir.Launch]:
-    model = turbotx.optimize(make_model(name, width).to(dtype))
     inputs: dict[str, Any] = {"input_ids": torch.ones(2, 7, dtype=torch.long)}
     inputs["attention_mask"] = torch.ones(2, 7, dtype=torch.long)
     if name != "bert":
         inputs["use_cache"] = False
-    with torch.no_grad():
-        model(**inputs)
-    return model._engine.variants()[0].assembly.launches
+    captured = capture(make_model(name, width).to(dtype), (), inputs)
+    graph = captured.graph_module.graph
+    rewrite(graph)
+    prepared = find_prepared(graph)
+    fused = [fuse(region) for region in partition(graph, prepared)]
+    return assemble(graph, fused, prepared, captured.dims).launches
 
 
 def kernels_of(name: str, width: int, dtype: torch.dtype = torch.float32) -> list[ir.Kernel]:
