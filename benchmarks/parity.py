@@ -114,14 +114,14 @@ def main() -> int:
             found = compare(architecture, dtype, shapes, options.layers)
             models[architecture, dtype, options.layers] = found
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-            record = {"device": _processor(), "versions": versions, "models": list(models.values())}
+            record = {"device": processor(), "versions": versions, "models": list(models.values())}
             options.out.parent.mkdir(exist_ok=True)
             options.out.write_text(json.dumps(record, indent=1) + "\n")
             gc.collect()
     return int(any(not row["passes"] for m in models.values() for row in m["rows"]))
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         found = next(line for line in lines if line.startswith("model name"))

@@ -304,7 +304,8 @@ def main() -> None:
     elif arguments.experiment == "overload":
         result = overload(arguments.seconds)
     else:
-        result = serve_minilm(arguments.count, arguments.engines, arguments.load, arguments.threads)
+        run = serve_minilm if arguments.experiment == "minilm" else simulate_minilm
+        result = run(arguments.count, arguments.engines, arguments.load, arguments.threads)
     result["load_average"] = os.getloadavg()  # above the cores: the timings are disturbed
     result["machine"] = platform.processor() or platform.machine()
     result["python"] = platform.python_version()
