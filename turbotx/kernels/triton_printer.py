@@ -309,7 +309,7 @@ class _Printer:
 
     def _loop(self, within: list[ir.Statement]) -> None:
         groups = self._groups(within)
-        carried = {id(g): [f"{n}_so_far" for n in self._results(g)] for g in groups}
+        carried = {id(g): [f"{n.rstrip('_')}_so_far" for n in self._results(g)] for g in groups}
         for group in groups:
             self._note(group)
             for line in group.start(carried[id(group)]):

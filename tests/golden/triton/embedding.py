@@ -1,0 +1,31 @@
+# fused_embedding_mul
+#   reads  ids: int64[batch, seq]
+#   reads  table: float32[table_d0, table_d1]
+#   writes mul: float32[batch, seq, table_d1]
+#   rows batch*seq, by columns table_d1, in tiles of 4 x 256, 4 warps
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fused_embedding_mul(
+    ids_ptr,
+    table_ptr,
+    mul_ptr,
+    status_ptr,
+    batch,
+    seq,
+    table_d0,
+    table_d1,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    row_ok = row < batch * seq
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    col_ok = col < table_d1
+    k = tl.load(ids_ptr + row, mask=row_ok)
+    k_ok = (k >= 0) & (k < table_d0)
+    tl.store(status_ptr + tl.zeros_like(k), 1, mask=~k_ok & row_ok)
+    x = tl.load(table_ptr + k * table_d1 + col, mask=row_ok & col_ok & k_ok, other=0)
+    tl.store(mul_ptr + row * table_d1 + col, x * 16.0, mask=row_ok & col_ok)
