@@ -17,15 +17,23 @@ import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape
 from turbotx.cli.models import load_model
 from turbotx.cli.output import OK, Output
+from turbotx.cli.targets import build_targets, parse_targets, resources_table
 from turbotx.memory.svg import plan_to_svg
 from turbotx.report.dump import Dumped, make_folder
 from turbotx.report.html import find_layers, plan_of
 from turbotx.report.report import Report
 
 
-def compile_model(model: str, out: Path, shapes: Sequence[str], dtype: str, output: Output) -> int:
+def compile_model(
+    model: str,
+    out: Path,
+    shapes: Sequence[str],
+    targets: Sequence[str],
+    dtype: str,
+    output: Output,
+) -> int:
     """Dump everything and say where it is; return the exit code."""
-    wanted = [parse_shape(text) for text in shapes]
+    wanted, gpus = [parse_shape(text) for text in shapes], parse_targets(targets)
     make_folder(out)
     with output.steps(f"load {model}", total=6) as steps:
         loaded = load_model(model, {**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})}, dtype)
@@ -36,11 +44,16 @@ def compile_model(model: str, out: Path, shapes: Sequence[str], dtype: str, outp
         dumped = views[0].dump(out)
         for dims, view in zip(wanted[1:], views[1:], strict=True):
             dumped.files += write_plan(view, dims, out)
+        steps.expect(len(gpus) * len(report.kernels))
+        built, files = build_targets(views[0], gpus, out, steps)
+        dumped.files += files
     output.console.print(views[0])
+    if built:
+        output.console.print(resources_table(built))
     output.console.print(f"\n{len(dumped.files)} files in {dumped.folder}/: begin with report.html")
     for name, why in dumped.skipped.items():
         output.console.print(f"without {name}: {why}")
-    output.result(summarize(model, views, dumped))
+    output.result({**summarize(model, views, dumped), "targets": gpus})
     return OK
 
 

@@ -30,7 +30,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="What to compile, see below.")]
 Shape = Annotated[
-    Sequence[str],
+    list[str] | None,
     typer.Option("--shape", metavar="batch=4,seq=128", help="Sizes; may be repeated."),
 ]
 Dtype = Annotated[str, typer.Option(help="Convert the model: float32, bfloat16 or float16.")]
@@ -46,27 +46,31 @@ def turbotx() -> None:
 def compile_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go.")],
-    shape: Shape = (),
+    shape: Shape = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", metavar="sm_90", help="Also build for: sm_80, sm_90, gfx942, ..."),
+    ] = None,
     dtype: Dtype = "",
     as_json: Json = False,
 ) -> None:
     """Dump every stage: graphs, kernel sources, memory plan, report.html."""
     from turbotx.cli.compile import compile_model
 
-    raise typer.Exit(compile_model(model, out, shape, dtype, Output(as_json)))
+    raise typer.Exit(compile_model(model, out, shape or (), target or (), dtype, Output(as_json)))
 
 
 @app.command("verify")
 def verify_command(
     model: Model,
-    shape: Shape = (),
+    shape: Shape = None,
     dtype: Dtype = "",
     as_json: Json = False,
 ) -> None:
     """Compare every launch and the whole model with float64; exit code 1 past the rule."""
     from turbotx.cli.verify import verify_model
 
-    raise typer.Exit(verify_model(model, shape, dtype, Output(as_json)))
+    raise typer.Exit(verify_model(model, shape or (), dtype, Output(as_json)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ import sympy
 
 from turbotx import ir
 from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.traffic import kernel_traffic
 from turbotx.sizes import ZERO, Expr, product
 
 
@@ -29,32 +30,14 @@ class Cost:
 def launch_cost(launch: ir.Launch) -> Cost:
     """Return what one launch has to move and compute."""
     if isinstance(launch.target, ir.Kernel):
-        return kernel_cost(launch.target)
+        traffic = kernel_traffic(launch.target)
+        return Cost(traffic.read_nbytes, traffic.written_nbytes, ZERO)
     windows = {a.tensor: _operand_nbytes(a) for a in launch.args if a}
     written = {name: n for name, n in windows.items() if name in launch.writes}
     read = {name: n for name, n in windows.items() if name not in launch.writes}
     if isinstance(launch.target, AttentionKernel):
         read = _add_windows(launch)
     return Cost(_total(read.values()), _total(written.values()), _flops(launch))
-
-
-def kernel_cost(kernel: ir.Kernel) -> Cost:
-    """Return a fused kernel's cost; what several statements read counts once."""
-    varies = kernel.varies_over()
-    extents = {a.name: a.extent for a in kernel.axes}
-    read: dict[str, dict[Expr, Expr]] = {}
-    for s in kernel.body:
-        if isinstance(s, ir.Load):
-            count = product([extents[name] for name in sorted(varies[s.result])])
-            read.setdefault(s.access.param, {})[s.access.offset] = count
-    reads = [_at_most(_total(read.get(p.name, {}).values()) * p.dtype.itemsize, p.nbytes)
-             for p in kernel.params if p.role == "in"]  # fmt: skip
-    writes = [p.nbytes for p in kernel.params if p.role == "out"]
-    return Cost(_total(reads), _total(writes), ZERO)
-
-
-def _at_most(value: Expr, limit: Expr) -> Expr:
-    return limit if sympy.expand(value - limit) == 0 else sympy.Min(value, limit)
 
 
 def _operand_nbytes(operand: ir.Operand) -> Expr:

@@ -18,6 +18,7 @@ from torch import fx
 from turbotx import ir
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
+from turbotx.kernels.triton_attention import print_triton_attention
 from turbotx.kernels.triton_printer import print_triton
 from turbotx.passes.partition import GEMMS, op_name
 from turbotx.pipeline import Compiled
@@ -98,7 +99,11 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.Kernel:
     header = f"// {name}: {launches[0].source}\n// runs as {_listed([x.name for x in launches])}\n"
     if isinstance(target, AttentionKernel):
         kind, text = "attention", show_attention(target)
-        sources = {"cpp": header + ATTENTION_PRELUDE + print_attention(target, name)}
+        masked = launches[0].args[4] is not None
+        sources = {
+            "cpp": header + ATTENTION_PRELUDE + print_attention(target, name),
+            "triton": print_triton_attention(target, key_mask=masked, name=name),
+        }
     else:
         assert isinstance(target, ir.Kernel)
         kind, text = "kernel", show_kernel(target)

@@ -20,6 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from turbotx import ir
 from turbotx.capture import capture
 from turbotx.errors import InputError
 from turbotx.fused_graph import make_fused_graph
@@ -112,15 +113,17 @@ class Report:
         places = (self.where(n.name) for n in self.origin.nodes)
         return [p for p in places if launch in p.launches]
 
+    def function_of(self, launch: ir.Launch) -> str:
+        """Return the name of the generated function behind a launch, "" where there is none."""
+        return self._view.function_of(launch)
+
     def numerics(self, model: Any, /, *args: Any, **kwargs: Any) -> Numerics:
         """Return every launch's error, and the outputs', on one call's inputs, against float64.
 
         `model`: the module itself, whose own error is the measure. Runs everything three times.
         """
         model = getattr(model, "_original", model)
-        return measure(
-            _as_module(model), self.compiled, args, kwargs, self._view.function_of, self.dims
-        )
+        return measure(_as_module(model), self.compiled, args, kwargs, self.function_of, self.dims)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists, strings and numbers, ready for JSON."""

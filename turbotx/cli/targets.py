@@ -1,0 +1,96 @@
+"""Targets of `turbotx compile`: the Triton kernels built for GPUs that need not be there.
+
+In: a report, names such as sm_90, a folder. Out: kernels/TARGET/ with every artifact, and
+resources.json with registers, spills and access widths of every kernel::
+
+    kernels/sm_90/fused_add_gelu_0.ptx, .cubin, .ttir, ..., resources.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from turbotx import ir
+from turbotx.errors import InputError
+from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.schedule import choose_schedule, divisible_sizes
+from turbotx.kernels.targets import TARGETS, Built, Job, attention_job, build, kernel_job
+from turbotx.kernels.triton_attention import choose_attention_schedule, print_triton_attention
+from turbotx.report.dump import make_folder
+from turbotx.report.report import Report
+from turbotx.sizes import evaluate
+
+
+def parse_targets(names: Sequence[str]) -> list[str]:
+    """Return the GPU targets among `names`, each once; raise InputError for an unknown one."""
+    for name in names:
+        if name not in TARGETS and name != "cpu":
+            raise InputError(f"--target {name!r} is not one of cpu, {', '.join(TARGETS)}")
+    return [n for n in dict.fromkeys(names) if n != "cpu"]
+
+
+def build_targets(
+    report: Report, targets: Sequence[str], folder: Path, progress: Callable[[str], None]
+) -> tuple[list[Built], list[Path]]:
+    """Build every generated kernel for every target; return what was built and the files.
+
+    Schedules are those for the report's shape. Raises BuildError with the compiler's words.
+    """
+    jobs = [job for target in targets for job in make_jobs(report, target)]
+    built = build(jobs, workers=2, progress=lambda done, total, what: progress(what))
+    files: list[Path] = []
+    for target in targets:
+        chosen = [b for b in built if b.job.target == target]
+        place = make_folder(folder / "kernels" / target)
+        for b in chosen:
+            for kind, path in b.files.items():
+                if kind != "py":  # the source stands beside the folder
+                    files.append(Path(shutil.copy(path, place / f"{b.job.name}.{kind}")))
+        table = place / "resources.json"
+        found = {b.job.name: asdict(b.resources) for b in chosen}
+        table.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        files.append(table)
+    return built, files
+
+
+def make_jobs(report: Report, target: str) -> Iterator[Job]:
+    """One job a generated kernel, named as in the report."""
+    first = {report.function_of(x): x for x in reversed(report.compiled.assembly.launches)}
+    for kernel in report.kernels:
+        launch = first[kernel.name]
+        made = launch.target
+        if isinstance(made, ir.Kernel):
+            sizes = [s for s in divisible_sizes(made) if report.dims[s] % 16 == 0]
+            schedule = choose_schedule(made, report.dims)
+            yield kernel_job(replace(made, name=kernel.name), target, schedule, sizes)
+        elif isinstance(made, AttentionKernel):
+            yield _attention_job(made, launch, kernel.name, target, report)
+
+
+def _attention_job(
+    made: AttentionKernel, launch: ir.Launch, name: str, target: str, report: Report
+) -> Job:
+    tiles = choose_attention_schedule(made, evaluate(launch.sizes[3], report.dims))
+    masked = launch.args[4] is not None
+    job = attention_job(made, target, tiles, masked)
+    return replace(job, name=name, source=print_triton_attention(made, tiles, masked, name))
+
+
+def resources_table(built: Sequence[Built]) -> Table:
+    """Registers a thread, spills, shared memory and the widest accesses of each kernel."""
+    table = Table(title="On GPUs", title_justify="left", title_style="bold")
+    table.add_column("kernel", overflow="fold")
+    table.add_column("target")
+    for name in ("registers", "spills", "shared B", "load b", "store b"):
+        table.add_column(name, justify="right")
+    for b in built:
+        r = b.resources
+        numbers = (r.registers, r.spills, r.shared_nbytes, r.load_bits, r.store_bits)
+        table.add_row(b.job.name, b.job.target, *map(str, numbers))
+    return table
