@@ -23,7 +23,7 @@ from turbotx import ir
 from turbotx.capture import Captured, capture
 from turbotx.kernels.build import build_library
 from turbotx.kernels.cpp import print_kernel
-from turbotx.kernels.fuse import FusedRegion, fuse
+from turbotx.kernels.fuse import FusedRegion, fuse_all
 from turbotx.kernels.lower import Lowered
 from turbotx.optimize import FunctionModule
 from turbotx.passes.partition import find_prepared, partition
@@ -69,7 +69,8 @@ def compile_function(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
     captured = capture(FunctionModule(function), args, kwargs)
     graph = captured.graph_module.graph
     rewrite(graph)
-    return Compilation(captured, graph, [fuse(r) for r in partition(graph, find_prepared(graph))])
+    prepared = find_prepared(graph)
+    return Compilation(captured, graph, fuse_all(graph, partition(graph, prepared), prepared))
 
 
 class _Run:

@@ -85,11 +85,11 @@ class _SourcePrinter(StrPrinter):
         self._floor_div = floor_div
 
     def _print_FloorDiv(self, node: Any) -> str:
-        top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"]) for a in node.args)
+        top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"], strict=True) for a in node.args)
         return f"({top} {self._floor_div} {bottom})"
 
     def _print_Mod(self, node: Any) -> str:
-        top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"]) for a in node.args)
+        top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"], strict=True) for a in node.args)
         return f"({top} % {bottom})"
 
     _print_PythonMod = _print_Mod
@@ -125,7 +125,9 @@ def to_c(value: Expr) -> str:
     return _SourcePrinter("/").doprint(value)
 
 
-def compile_evaluator(values: Sequence[Expr], dims: Sequence[str]) -> Callable[..., tuple[int, ...]]:
+def compile_evaluator(
+    values: Sequence[Expr], dims: Sequence[str]
+) -> Callable[..., tuple[int, ...]]:
     """Return a function of the dims, in order, that returns every value as a tuple of ints.
 
     One Python expression compiled once: a few tens of nanoseconds a value, no sympy at run time.

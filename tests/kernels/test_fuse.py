@@ -128,3 +128,42 @@ def test_known_positions_need_no_check() -> None:
 
     (kernel,) = compile_function(shift, torch.randn(3, 4)).kernels
     assert not [s for s in kernel.body if isinstance(s, ir.Check)]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def test_queries_and_keys_are_rotated_by_one_kernel() -> None:
+    def both(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k = x.split(8, -1)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    inputs = torch.randn(2, 3, 16), torch.randn(3, 8), torch.randn(3, 8)
+    made = compile_function(both, *inputs)
+    (kernel,) = made.kernels
+    loads = [s.access.param for s in kernel.body if isinstance(s, ir.Load)]
+    assert loads.count("cos") == loads.count("sin") == 1
+    wide = both(*(t.double() for t in inputs))
+    for ours, true in zip(made.run(inputs, by_interpreter), wide, strict=True):
+        torch.testing.assert_close(ours, true)
+
+
+def test_regions_over_other_axes_stay_apart() -> None:
+    def both(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x @ w
+        return y[..., :4].exp(), y.flatten(1).sum(-1)
+
+    assert len(compile_function(both, torch.randn(2, 3, 8), torch.randn(8, 6)).kernels) == 2
+
+
+def test_merged_regions_never_wait_for_each_other() -> None:
+    """The second product needs the first region's result: nothing may merge across it."""
+
+    def chain(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x.exp()
+        return y, (y @ w).exp() + x
+
+    made = compile_function(chain, torch.randn(4, 4), torch.randn(4, 4))
+    assert len(made.kernels) == 2

@@ -117,13 +117,16 @@ class _Rows:
     def _scratch(self) -> None:
         """Room for the values that are kept between sweeps, a row of each."""
         text = self.text
-        width = to_c(product([a.extent for a in self.kernel.columns]))
+        width = product([a.extent for a in self.kernel.columns])
         kinds = [text.type_of(v) for v in self.kept]
         words = 2 if {"double", "int64_t"} & set(kinds) else 1
-        padded = f"({width} + 15) / 16 * {16 * words}"
-        text.put(f"float* scratch = ttx::detail::thread_scratch({len(kinds)} * ({padded}));")
+        padded = f"({to_c(width)} + 15) / 16 * {16 * words}"
+        if width.is_Integer:
+            padded = str((int(width) + 15) // 16 * 16 * words)
+        need = f"{len(kinds)} * ({padded})" if len(kinds) > 1 else padded
+        text.put(f"float* scratch = ttx::detail::thread_scratch({need});")
         for k, (v, kind) in enumerate(zip(self.kept, kinds, strict=True)):
-            at = f"scratch + {k} * ({padded})"
+            at = f"scratch + {k} * ({padded})" if k else "scratch"
             text.put(f"{kind}* kept_{v} = reinterpret_cast<{kind}*>({at});")
 
     def _sweep(self, sweep: int) -> None:

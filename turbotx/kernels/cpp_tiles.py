@@ -30,7 +30,7 @@ def wants_tiles(kernel: ir.Kernel, sweeps: Sweeps) -> bool:
         if isinstance(s, ir.Load) and sweeps.in_column(s):
             steps = s.access.stride(row), s.access.stride(column)
             along_row += steps[0] == 1 and steps[1] not in (0, 1)
-            along_column += steps[1] == 1
+            along_column += steps[1] == 1 and steps[0] not in (0, 1)
     return along_row > along_column
 
 
@@ -53,9 +53,10 @@ class _Tiles:
                 maker = self.sweeps.makers[v]
                 if self.row.name not in self.sweeps.varies[v]:
                     continue
-                if isinstance(maker, ir.Reduce) or (not self.sweeps.in_column(maker) and (
-                    self.sweeps.in_column(s) or self.sweeps.of(s) != self.sweeps.of(maker)
-                )):
+                if isinstance(maker, ir.Reduce) or (
+                    not self.sweeps.in_column(maker)
+                    and (self.sweeps.in_column(s) or self.sweeps.of(s) != self.sweeps.of(maker))
+                ):
                     found.add(v)
         return found
 

@@ -8,13 +8,15 @@ one kernel; where a reduction runs over other axes than the rest, its input is c
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from turbotx.kernels.lower import Lowered, lower
 from turbotx.loops import Conflict
-from turbotx.passes.partition import Region, op_name, root_of, tensor_inputs
+from turbotx.passes.partition import Region, kind_of, op_name, root_of, tensor_inputs
+from turbotx.sizes import Expr
 from turbotx.views import is_view
 
 
@@ -79,6 +81,61 @@ def fuse(region: Region) -> FusedRegion:
         place(output)
     fused.kernels = tuple(lowered for _, lowered in groups)
     return fused
+
+
+def fuse_all(
+    graph: fx.Graph, regions: Sequence[Region], prepared: frozenset[fx.Node]
+) -> list[FusedRegion]:
+    """Fuse every region; neighbours that do the same to other parts of one tensor become one.
+
+    Rotary embedding of queries and of keys, say: two regions of one level that read a common
+    tensor over the same axes. One kernel reads what they share once, and is one launch.
+    """
+    level = _levels(graph, prepared)
+    done: list[FusedRegion] = []
+    for region in regions:
+        fused = fuse(region)
+        for k, other in enumerate(done):
+            if _may_merge(fused, other, level):
+                merged = fuse(_union(other.region, region, level))
+                if len(merged.kernels) == 1 and _loops(merged) == _loops(fused):
+                    done[k] = merged
+                    break
+        else:
+            done.append(fused)
+    return done
+
+
+def _levels(graph: fx.Graph, prepared: frozenset[fx.Node]) -> dict[fx.Node, tuple[int, int]]:
+    """Return how many calls that no kernel computes lie before each node, and its place.
+
+    What one region needs of another always lies at a lower level, so regions of one level are
+    free of each other, whatever is merged.
+    """
+    level: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        below = max((level[n] for n in node.all_input_nodes), default=0)
+        level[node] = below + (kind_of(node, prepared) in ("gemm", "attention", "extern"))
+    return {n: (level[n], place) for place, n in enumerate(graph.nodes)}
+
+
+def _may_merge(a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]]) -> bool:
+    if len(a.kernels) != 1 or len(b.kernels) != 1 or _loops(a) != _loops(b):
+        return False
+    if max(level[n][0] for n in a.region.nodes) != max(level[n][0] for n in b.region.nodes):
+        return False
+    shared = set(a.region.inputs) & set(b.region.inputs)
+    return any(n.op != "get_attr" for n in shared)
+
+
+def _loops(fused: FusedRegion) -> list[tuple[Expr, str]]:
+    return [(axis.extent, axis.kind) for axis in fused.kernels[0].kernel.axes]
+
+
+def _union(a: Region, b: Region, level: Mapping[fx.Node, tuple[int, int]]) -> Region:
+    nodes = sorted({*a.nodes, *b.nodes}, key=lambda n: level[n][1])
+    outputs = sorted({*a.outputs, *b.outputs}, key=lambda n: level[n][1])
+    return Region(tuple(nodes), tuple(outputs))
 
 
 def _note(fused: FusedRegion, reason: str) -> None:

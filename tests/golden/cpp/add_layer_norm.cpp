@@ -8,8 +8,8 @@ extern "C" int fused_add_layer_norm(void* const* args, const int64_t* sizes) {
   const int64_t seq = sizes[1];
   #pragma omp parallel for if (batch * seq * 384 > 16384)
   for (int64_t row = 0; row < batch * seq; ++row) {
-    float* scratch = ttx::detail::thread_scratch(1 * ((384 + 15) / 16 * 16));
-    float* kept_mean_away = reinterpret_cast<float*>(scratch + 0 * ((384 + 15) / 16 * 16));
+    float* scratch = ttx::detail::thread_scratch(384);
+    float* kept_mean_away = reinterpret_cast<float*>(scratch);
     const int64_t mean_size = 384;
     const float mean_count = ttx::cast<float>(mean_size);
     const float c1 = 384.0f;

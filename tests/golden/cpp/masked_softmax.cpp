@@ -10,7 +10,7 @@ extern "C" int fused_scalar_tensor_mul_where_softmax(void* const* args, const in
   for (int64_t row1 = 0; row1 < batch; ++row1) {
     for (int64_t row = 0; row < x_d1 * x_d2; ++row) {
       float* scratch = ttx::detail::thread_scratch(2 * ((x_d3 + 15) / 16 * 16));
-      float* kept_where_ = reinterpret_cast<float*>(scratch + 0 * ((x_d3 + 15) / 16 * 16));
+      float* kept_where_ = reinterpret_cast<float*>(scratch);
       float* kept_largest_exp = reinterpret_cast<float*>(scratch + 1 * ((x_d3 + 15) / 16 * 16));
       const float c = -std::numeric_limits<float>::infinity();
       const float c1 = 0.125f;

@@ -8,7 +8,7 @@ extern "C" int fused_arange_add_fmod_index_select(void* const* args, const int64
   for (int64_t row = 0; row < batch; ++row) {
     for (int64_t begin = 0; begin < seq; begin += 4096) {
       const int64_t end = begin + 4096 < seq ? begin + 4096 : seq;
-      const int64_t i2 = row + (((batch - 1) % (batch)));
+      const int64_t i2 = row + (((batch - 1) % batch));
       const int64_t i3 = batch;
       int64_t fmod = ttx::fmod(i2, i3);
       if ((fmod < 0 || fmod >= batch)) {

@@ -13,7 +13,7 @@ extern "C" int fused_neg_cat_mul_add(void* const* args, const int64_t* sizes) {
       for (int64_t row = 0; row < x_d2; ++row) {
         for (int64_t begin = 0; begin < x_d3; begin += 4096) {
           const int64_t end = begin + 4096 < x_d3 ? begin + 4096 : x_d3;
-          const int64_t i1 = x_d3 - (((x_d3) / (2)));
+          const int64_t i1 = x_d3 - ((x_d3 / 2));
           #pragma omp simd
           for (int64_t col = begin; col < end; ++col) {
             const float x_ = ttx::read(x + col + row * x_d3 + row1 * x_d2 * x_d3 + row2 * x_d1 * x_d2 * x_d3);
@@ -21,9 +21,9 @@ extern "C" int fused_neg_cat_mul_add(void* const* args, const int64_t* sizes) {
             const float mul = x_ * x1;
             const int64_t i = col;
             const bool ge = i >= i1;
-            const float x2 = ge ? ttx::read(x + col + row * x_d3 + row1 * x_d2 * x_d3 + row2 * x_d1 * x_d2 * x_d3 - x_d3 + (((x_d3) / (2)))) : float(0);
+            const float x2 = ge ? ttx::read(x + col + row * x_d3 + row1 * x_d2 * x_d3 + row2 * x_d1 * x_d2 * x_d3 - x_d3 + ((x_d3 / 2))) : float(0);
             const bool lt = i < i1;
-            const float x3 = lt ? ttx::read(x + col + row * x_d3 + row1 * x_d2 * x_d3 + row2 * x_d1 * x_d2 * x_d3 + (((x_d3) / (2)))) : float(0);
+            const float x3 = lt ? ttx::read(x + col + row * x_d3 + row1 * x_d2 * x_d3 + row2 * x_d1 * x_d2 * x_d3 + ((x_d3 / 2))) : float(0);
             const float neg = -x3;
             const float where_ = lt ? neg : x2;
             const float x4 = ttx::read(sin + col + row * x_d3);
