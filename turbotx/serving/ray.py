@@ -50,14 +50,16 @@ def build_app(
     """The application to give to ``ray.serve.run``; the options are those of ``server.serve``."""
     settings = settings or Settings()
     options = {"model": model, "backend": backend, "device": device}
-    compute = serve.deployment(
+    deployment: Any = serve.deployment  # its overloads and pydantic's defeat the type checker
+    router_config: Any = RequestRouterConfig
+    compute = deployment(
         Replica,
         num_replicas=replicas,
         max_ongoing_requests=settings.max_queue,
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        request_router_config=RequestRouterConfig(request_router_class=LengthAwareRouter),
+        request_router_config=router_config(request_router_class=LengthAwareRouter),
     )
-    front = serve.deployment(
+    front = deployment(
         Front, max_ongoing_requests=settings.max_queue, ray_actor_options={"num_cpus": 0}
     )
     return front.bind(options, settings, compute.bind(options, settings))
