@@ -73,6 +73,55 @@ def verify_command(
     raise typer.Exit(verify_model(model, shape or (), dtype, Output(as_json)))
 
 
+@app.command("profile")
+def profile_command(
+    model: Model,
+    shape: Shape = None,
+    runs: Annotated[int, typer.Option(help="How many runs the medians are over.")] = 30,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace there.")
+    ] = None,
+    dtype: Dtype = "",
+    as_json: Json = False,
+) -> None:
+    """Time every launch: bytes, bandwidth, by kernel and by module."""
+    from turbotx.cli.profile import profile_model
+
+    raise typer.Exit(profile_model(model, shape or (), runs, trace, dtype, Output(as_json)))
+
+
+@app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """Say what this machine can run, what is missing and how to get it."""
+    from turbotx.cli.doctor import doctor
+
+    raise typer.Exit(doctor(Output(as_json)))
+
+
+@app.command("serve")
+def serve_command(
+    model: Annotated[str, typer.Argument(help="A model directory, hf:PATH, or minilm.")] = "minilm",
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    backend: Annotated[str, typer.Option(help="turbotx or eager.")] = "turbotx",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    max_length: Annotated[int | None, typer.Option(help="Longest input, in tokens.")] = None,
+    policy: Annotated[str, typer.Option(help="How requests are batched.")] = "aged",
+    max_batch: int = 32,
+    lazy_ms: Annotated[float, typer.Option(help="Wait this long for more requests.")] = 0.0,
+    timeout_ms: Annotated[float, typer.Option(help="Refuse what would take longer.")] = 30_000.0,
+    log_level: str = "info",
+) -> None:
+    """Serve embeddings or classes over HTTP, variable lengths batched."""
+    from turbotx.cli.serve import serve_model
+
+    serve_model(
+        model, host=host, port=port, backend=backend, dtype=dtype, max_length=max_length,
+        policy=policy, max_batch=max_batch, lazy_ms=lazy_ms, timeout_ms=timeout_ms,
+        log_level=log_level,
+    )  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     arguments = list(sys.argv[1:] if argv is None else argv)

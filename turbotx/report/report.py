@@ -40,6 +40,7 @@ from turbotx.report.dump import Dumped, dump
 from turbotx.report.html import render_html
 from turbotx.report.numerics import Numerics, measure
 from turbotx.report.origin import Origin, observe, simulate
+from turbotx.report.profile import Profile, profile
 from turbotx.report.table import render_table
 from turbotx.report.where import find_place
 from turbotx.signature import SizeMatcher
@@ -124,6 +125,11 @@ class Report:
         """
         model = getattr(model, "_original", model)
         return measure(_as_module(model), self.compiled, args, kwargs, self.function_of, self.dims)
+
+    def profile(self, *args: Any, runs: int = 30, **kwargs: Any) -> Profile:
+        """Return the time of every launch, medians over `runs` runs on one call's inputs."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        return profile(self, [x for x in leaves if isinstance(x, torch.Tensor)], runs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists, strings and numbers, ready for JSON."""

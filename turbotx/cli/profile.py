@@ -1,0 +1,129 @@
+"""`turbotx profile`: time, bytes and bandwidth of every launch; by kernel and by module.
+
+In: MODEL, a shape, how many runs. Out: tables, and a Chrome trace where a file is named::
+
+    turbotx profile minilm --shape batch=1,seq=40 --trace trace.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import turbotx.report as reports
+from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
+from turbotx.cli.models import load_model
+from turbotx.cli.output import OK, Output
+from turbotx.errors import InputError
+from turbotx.report.dump import DumpError
+from turbotx.report.profile import Profile
+
+
+def profile_model(
+    model: str, shapes: Sequence[str], runs: int, trace: Path | None, dtype: str, output: Output
+) -> int:
+    """Profile at one shape and print it; return the exit code."""
+    if len(shapes) > 1:
+        raise InputError("profile takes one --shape at a time")
+    if runs < 1:
+        raise InputError(f"--runs {runs}: at least 1")
+    dims = parse_shape(shapes[0]) if shapes else {}
+    with output.steps(f"load {model}", total=3) as steps:
+        loaded = load_model(model, {**EXAMPLE_SHAPE, **dims}, dtype)
+        steps("capture, fuse and build")
+        report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs).at(**dims)
+        steps(f"run {runs} times")
+        args, kwargs = resize(report, loaded.args, loaded.kwargs)
+        found = report.profile(*args, runs=runs, **kwargs)
+    if trace is not None:
+        _write_trace(found, trace)
+    shape = ", ".join(f"{name} {size}" for name, size in report.dims.items())
+    output.console.print(f"{report.name} at {shape}, {torch.get_num_threads()} threads")
+    output.console.print(kernels_table(found))
+    output.console.print(modules_table(found))
+    output.console.print(
+        f"{found.total_us / 1e3:.3f} ms a run (median of {found.runs}), of which "
+        f"{found.between_us / 1e3:.3f} ms between launches; reading the clock around every launch "
+        f"added {found.overhead:.1%}"
+    )
+    if trace is not None:
+        output.console.print(f"trace for chrome://tracing or Perfetto: {trace}")
+    output.result({"model": model, "dims": report.dims, **_as_dict(found)})
+    return OK
+
+
+def _write_trace(found: Profile, path: Path) -> None:
+    try:
+        path.write_text(json.dumps(found.to_chrome_trace()) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DumpError(f"cannot write {path}: {error.strerror}") from error
+
+
+def kernels_table(found: Profile) -> Table:
+    """One row a kernel, GEMMs by their size."""
+    rows: dict[str, list[Any]] = {}
+    for t in found.launches:
+        flops, nbytes = t.launch.traffic.flops, t.launch.traffic.compulsory_nbytes
+        name = t.launch.kernel or t.launch.name.rstrip("0123456789").rstrip("_")
+        row = rows.setdefault(f"{name}, {flops / 1e6:.1f} MFLOP" if flops else name, [0, 0.0, 0, 0])
+        for k, value in enumerate((1, t.median_us, nbytes, flops)):
+            row[k] += value
+    table = Table(title="By kernel", title_justify="left", title_style="bold")
+    table.add_column("launch", overflow="fold", min_width=24)
+    for name in ("times", "ms", "share", "GB/s", "GFLOP/s"):
+        table.add_column(name, justify="right")
+    for name, (count, us, nbytes, flops) in sorted(rows.items(), key=lambda item: -item[1][1]):
+        speeds = (nbytes / us / 1e3, flops / us / 1e3) if us else (0.0, 0.0)
+        table.add_row(
+            name, str(count), f"{us / 1e3:.3f}", f"{us / found.total_us:.1%}", f"{speeds[0]:.1f}",
+            f"{speeds[1]:.1f}" if flops else "",
+        )  # fmt: skip
+    return table
+
+
+def modules_table(found: Profile) -> Table:
+    """One row a module down to its layer, the longest first, at most a dozen."""
+    table = Table(title="By module", title_justify="left", title_style="bold")
+    table.add_column("module", overflow="fold")
+    for name in ("launches", "ms", "share"):
+        table.add_column(name, justify="right")
+    rows = found.by(lambda x: shorten(x.module))
+    for name, (us, count) in list(rows.items())[:12]:
+        table.add_row(name, str(count), f"{us / 1e3:.3f}", f"{us / found.total_us:.1%}")
+    return table
+
+
+def shorten(module: str) -> str:
+    """Return a module's path down to its layer: encoder.layer.0 of encoder.layer.0.output.dense."""
+    parts = module.split(".")
+    numbers = [k for k, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else (parts[0] or "(the model itself)")
+
+
+def _as_dict(found: Profile) -> dict[str, Any]:
+    return {
+        "total_us": found.total_us,
+        "between_us": found.between_us,
+        "runs": found.runs,
+        "overhead": found.overhead,
+        "threads": torch.get_num_threads(),
+        "launches": [
+            {
+                "name": t.launch.name,
+                "kind": t.launch.kind,
+                "kernel": t.launch.kernel,
+                "module": t.launch.module,
+                "begin_us": t.begin_us,
+                "median_us": t.median_us,
+                "compulsory_nbytes": t.launch.traffic.compulsory_nbytes,
+                "gb_per_s": t.gb_per_s,
+                "gflop_per_s": t.gflop_per_s,
+            }
+            for t in found.launches
+        ],
+    }

@@ -1,0 +1,153 @@
+"""Profile: how long each launch takes and what it moves in that time.
+
+In: a report and one call's inputs. Out: a `Profile`: medians over runs, a Chrome trace of the
+median run, and what measuring cost::
+
+    report.profile(input_ids=ids, attention_mask=mask).launches[3].median_us
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from turbotx.signature import SizeMatcher
+
+if TYPE_CHECKING:
+    from turbotx.report.entries import Launch
+    from turbotx.report.report import Report
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One launch: its begin and length in the run of median length, and its median over all."""
+
+    launch: Launch
+    begin_us: float
+    length_us: float
+    median_us: float
+
+    @property
+    def gb_per_s(self) -> float:
+        """Compulsory bytes over time: what it achieves, whatever caches do."""
+        nbytes = self.launch.traffic.compulsory_nbytes
+        return nbytes / self.median_us / 1e3 if self.median_us else 0.0
+
+    @property
+    def gflop_per_s(self) -> float:
+        return self.launch.traffic.flops / self.median_us / 1e3 if self.median_us else 0.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """launches: in the order they run. total_us: median from the first begin to the last end.
+
+    between_us: the median time that a run spent in no launch. overhead: what reading the clock
+    around every launch added to the fastest run, as a share of it.
+    """
+
+    launches: tuple[Timed, ...]
+    total_us: float
+    between_us: float
+    runs: int
+    overhead: float
+
+    def by(self, key: Callable[[Launch], str]) -> dict[str, tuple[float, int]]:
+        """Return microseconds and count by a key, the longest first."""
+        found: dict[str, tuple[float, int]] = {}
+        for t in self.launches:
+            before = found.get(key(t.launch), (0.0, 0))
+            found[key(t.launch)] = (before[0] + t.median_us, before[1] + 1)
+        return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+    def to_chrome_trace(self) -> dict[str, Any]:
+        """Return the trace-event format that chrome://tracing and Perfetto read."""
+        events = [
+            {
+                "name": t.launch.name, "cat": t.launch.kind, "ph": "X", "pid": 1, "tid": 1,
+                "ts": t.begin_us, "dur": t.length_us,
+                "args": {
+                    "module": t.launch.module, "computes": t.launch.source,
+                    "bytes": t.launch.traffic.compulsory_nbytes, "GB/s": round(t.gb_per_s, 2),
+                    "GFLOP/s": round(t.gflop_per_s, 2),
+                },
+            }
+            for t in self.launches
+        ]  # fmt: skip
+        return {"traceEvents": events, "displayTimeUnit": "ns"}
+
+
+def profile(report: Report, tensors: Sequence[torch.Tensor], runs: int) -> Profile:
+    """Time every launch over `runs` runs; the compiled call must be nobody else's meanwhile."""
+    program = report.compiled.program
+    dims = SizeMatcher(report.compiled.captured).match([t.shape for t in tensors])
+    assert dims is not None
+    binding, count = program.bind(dims), len(report.launches)
+    runtime = program.runtime
+    ticks = (ctypes.c_int64 * (2 * count))()
+    program.runtime = _Clocked(runtime)  # type: ignore[assignment]
+    try:
+        with torch.no_grad():
+            for _ in range(WARM_UP):
+                program.run(binding, tensors, ticks)
+            taken, plain, clocked = [], [], []
+            for _ in range(runs):
+                begin = time.perf_counter_ns()
+                program.run(binding, tensors)
+                middle = time.perf_counter_ns()
+                program.run(binding, tensors, ticks)
+                clocked.append(time.perf_counter_ns() - middle)
+                plain.append(middle - begin)
+                taken.append(np.array(ticks, dtype=np.int64).reshape(count, 2))
+    finally:
+        program.runtime = runtime
+    return _summarize(report, np.stack(taken), max(0.0, min(clocked) / min(plain) - 1))
+
+
+def _summarize(report: Report, taken: np.ndarray, overhead: float) -> Profile:
+    """taken: nanoseconds, (runs, launches, begin and end)."""
+    totals = (taken[:, -1, 1] - taken[:, 0, 0]) / 1e3
+    middle = int(np.argsort(totals)[len(totals) // 2])
+    begins = (taken[middle, :, 0] - taken[middle, 0, 0]) / 1e3
+    lengths = (taken[:, :, 1] - taken[:, :, 0]) / 1e3
+    between = np.median(totals - lengths.sum(axis=1))
+    medians = np.median(lengths, axis=0).tolist()
+    rows = zip(report.launches, begins.tolist(), lengths[middle].tolist(), medians, strict=True)
+    timed = tuple(Timed(*row) for row in rows)
+    return Profile(timed, float(np.median(totals)), float(between), len(taken), overhead)
+
+
+class _Clocked:
+    """The program's own runtime; reads the clock around launches that PyTorch runs as well."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+    def run(self, table: Any, sizes: Any, state: Any, ticks: Any = None) -> int:
+        if ticks is None:
+            return int(self._runtime.run(table, sizes, state))
+        ctypes.memset(ticks, 0, ctypes.sizeof(ticks))
+        whole = self._runtime.table.segments
+        try:
+            for begin, end in whole:
+                self._runtime.table.segments = [(begin, end)]
+                started = time.perf_counter_ns()
+                failed = self._runtime.run(table, sizes, state, ticks)
+                if failed:
+                    return int(failed)
+                if ticks[2 * begin] == 0:  # native launches wrote theirs, by the same clock
+                    ticks[2 * begin], ticks[2 * begin + 1] = started, time.perf_counter_ns()
+        finally:
+            self._runtime.table.segments = whole
+        return 0
