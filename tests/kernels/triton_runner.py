@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -34,6 +35,14 @@ def interpreting() -> Iterator[None]:
         patch.setattr(
             JITFunction, "__call__", lambda self, *a, **k: InterpretedFunction(self.fn)(*a, **k)
         )
+        original = interpreter._patch_lang_tensor
+
+        def patch_tensor(tensor: Any, *scope: Any) -> None:
+            # Triton 3.6 converts an array of one element to an int, which NumPy 2.4 refuses.
+            original(tensor, *scope)
+            tensor.__index__ = lambda self: int(self.handle.data.reshape(-1)[0])
+
+        patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
         yield
 
 
