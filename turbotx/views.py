@@ -57,7 +57,7 @@ def _squeeze(node: fx.Node, index: IndexTuple) -> IndexTuple:
     source = g.shape(node.args[0])  # type: ignore[arg-type]
     given = node.args[1] if len(node.args) > 1 else list(range(len(source)))
     dims = given if isinstance(given, (list, tuple)) else [given]
-    dropped = {_dim(d, len(source)) for d in dims}
+    dropped = {_dim(d, len(source)) for d in dims} if source else set()
     dropped = {d for d in dropped if source[d] == 1}
     rest = iter(index)
     return tuple(ZERO if d in dropped else next(rest) for d in range(len(source)))
@@ -129,7 +129,7 @@ def _reshape(node: fx.Node, index: IndexTuple) -> IndexTuple:
 
 
 class NeedsFactoring(Exception):
-    """A reshape's index map needs the axes split; `kernels.lower` does that, layouts use strides."""
+    """A reshape's index map needs the axes split: lowering does that, layouts use strides."""
 
 
 SPLITS = frozenset(

@@ -58,6 +58,8 @@ def _embedding(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 
 def _gather(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     source, dim, at = node.args[:3]
+    if not g.shape(source):  # a single element, gathered at place 0
+        return m.element(source, ())
     d = dim % len(index)
     place = m.position(m.element(at, index), g.shape(source)[d])
     return m.element(source, (*index[:d], place, *index[d + 1 :]))
@@ -65,6 +67,8 @@ def _gather(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 
 def _index_select(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     source, dim, at = node.args[:3]
+    if not g.shape(source):
+        return m.element(source, ())
     d = dim % len(index)
     place = m.position(m.element(at, (index[d],)), g.shape(source)[d])
     return m.element(source, (*index[:d], place, *index[d + 1 :]))

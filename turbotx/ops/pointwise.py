@@ -86,6 +86,7 @@ for _name in ("maximum", "minimum", "atan2", "hypot"):
     pointwise(f"aten.{_name}.default", lambda m, x, y, _op=_name: m.call(_op, x, y))
 for _name, _op in (("fmax", "maximum"), ("fmin", "minimum")):
     pointwise(f"aten.{_name}.default", lambda m, x, y, _op=_op: _ignore_nan(m, _op, x, y))
+pointwise("aten.ldexp.Tensor", lambda m, x, y: x * m.call("exp2", y))
 pointwise("aten.copysign.Tensor aten.copysign.Scalar", lambda m, x, y: m.call("copysign", x, y))
 pointwise("aten.signbit.default", lambda m, x: _signbit(m, x))
 pointwise("aten.round.decimals", lambda m, x, decimals=0: _round(m, x, decimals))

@@ -94,8 +94,8 @@ def _position_of(op: str) -> Callable[..., Any]:
 def _softmax(log: bool, safe: bool = False) -> Callable[..., Any]:
     def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
         x = node.args[0]
-        d = node.args[1] % max(len(index), 1)
-        (largest, total), _ = m.reduce_dims("softmax", x, (d,), index, m.compute_dtype(node))
+        dims = (node.args[1] % len(index),) if index else ()
+        (largest, total), _ = m.reduce_dims("softmax", x, dims, index, m.compute_dtype(node))
         here = m.cast(m.element(x, index), m.compute_dtype(node)) - largest
         if log:
             return here - m.call("log", total)
