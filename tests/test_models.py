@@ -11,7 +11,7 @@ from tests.models import assert_as_exact_as_eager, in_double, leaves, small_mode
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "albert")
 QUICK = ((1, 1), (2, 17), (7, 2), (3, 128))
-SLOW = ((1, 1), (2, 17), (7, 2), (1, 128), (2, 512))  # benchmarks/parity.py has the whole grid
+SLOW = ((1, 1), (2, 17), (7, 2), (1, 128))  # benchmarks/parity.py has the whole grid
 DTYPES = (torch.float32, torch.bfloat16)
 
 
