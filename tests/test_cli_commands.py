@@ -1,0 +1,252 @@
+"""verify, profile, doctor, serve and --target: they say what is true, and fail where it is not.
+
+In: a tiny model in a file. Out: JSON, exit codes; a kernel that is made wrong must be named.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import turbotx
+from turbotx.cli import main
+from turbotx.kernels.cpp import print_kernel
+from turbotx.report.numerics import compare, difference
+
+SOURCE = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
+
+    def forward(self, x):
+        return self.norm(x + self.down(torch.nn.functional.gelu(self.up(x)))).sort(-1)[0]
+
+
+def make():
+    torch.manual_seed(0)
+    return Block().eval(), {"x": torch.randn(2, 3, 16)}
+"""
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    def call(*arguments: object) -> Ran:
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return Ran(int(ended.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("models") / "block.py"
+    path.write_text(SOURCE)
+    return f"{path}:make"
+
+
+def test_verify_measures_every_launch_and_the_outputs(run: Callable[..., Ran], model: str) -> None:
+    shapes = ("--shape", "batch=1,seq=1", "--shape", "batch=5,seq=7")
+    ran = run("verify", model, *shapes, "--json")
+    found = ran.json
+    assert ran.code == 0 and found["holds"]
+    assert [s["dims"]["batch"] for s in found["shapes"]] == [1, 5]
+    launches = found["shapes"][1]["launches"]
+    assert {e["name"].rsplit("_", 1)[0] for e in launches} >= {"linear", "fused_add_gelu", "sort"}
+    for error in launches:
+        assert 0 <= error["turbotx"] <= error["allowed"] < 1e-3
+    assert len(found["shapes"][1]["outputs"]) == 1
+
+
+def test_verify_names_a_kernel_that_is_wrong(
+    run: Callable[..., Ran], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(kernel: Any, name: str | None = None) -> str:
+        text = print_kernel(kernel, name)
+        assert "gelu" not in kernel.name or "0.707106" in text
+        return text.replace("0.707106", "0.717106")
+
+    monkeypatch.setattr("turbotx.runtime.native.print_kernel", wrong)
+    ran = run("verify", model, "--json")
+    assert ran.code == 1 and not ran.json["holds"]
+    bad = [e["name"] for e in ran.json["shapes"][0]["launches"] if not e["holds"]]
+    assert bad == ["fused_add_gelu_0"]
+    assert not ran.json["shapes"][0]["outputs"][0]["holds"]
+
+
+def test_verify_catches_a_wrong_pass_in_the_outputs(
+    run: Callable[..., Ran], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every launch does what the graph says then; it is the graph that is wrong."""
+    from turbotx import pipeline
+
+    rewrite = pipeline.rewrite
+
+    def wrong(graph: Any, *rest: Any) -> Any:
+        for node in graph.nodes:
+            if node.target is torch.ops.aten.gelu.default:
+                node.target, node.kwargs = torch.ops.aten.relu.default, {}
+        return rewrite(graph, *rest)
+
+    monkeypatch.setattr(pipeline, "rewrite", wrong)
+    ran = run("verify", model, "--json")
+    assert ran.code == 1
+    assert all(e["holds"] for e in ran.json["shapes"][0]["launches"])
+    assert not ran.json["shapes"][0]["outputs"][0]["holds"]
+
+
+def test_verify_prints_a_table(run: Callable[..., Ran], model: str) -> None:
+    ran = run("verify", model)
+    assert ran.code == 0 and "fused_add_gelu_0" in ran.out and "holds" in ran.out
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    "ours, exact, expected",
+    [([1.0, INF], [1.0, INF], 0.0), ([NAN], [NAN], 0.0), ([-INF], [INF], INF), ([1.5], [1.0], 0.5)],
+)
+def test_difference(ours: list[float], exact: list[float], expected: float) -> None:
+    assert difference(torch.tensor(ours), torch.tensor(exact, dtype=torch.float64)) == expected
+
+
+def test_a_nan_of_ours_is_never_allowed() -> None:
+    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    wrong, right = torch.tensor([1.0, NAN]), torch.tensor([1.0, 2.0])
+    assert not compare("x", "", "", wrong, right, exact).holds
+    assert compare("x", "", "", right, right, exact).holds
+    integers = torch.tensor([1, 2])
+    assert not compare("x", "", "", integers + 1, integers, integers).holds
+
+
+def test_profile_times_every_launch(run: Callable[..., Ran], model: str, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    ran = run("profile", model, "--shape", "batch=4,seq=9", "--runs", 5, "--trace", trace, "--json")
+    found = ran.json
+    assert ran.code == 0 and found["runs"] == 5 and found["dims"]["seq"] == 9
+    kinds = [x["kind"] for x in found["launches"]]
+    assert "gemm" in kinds and "kernel" in kinds and "aten" in kinds
+    assert all(x["median_us"] > 0 for x in found["launches"])
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert [e["name"] for e in events] == [x["name"] for x in found["launches"]]
+    for before, after in pairwise(events):
+        assert before["ts"] + before["dur"] <= after["ts"] + 1e-3
+    gelu = next(x for x in found["launches"] if "gelu" in x["name"])
+    assert gelu["compulsory_nbytes"] == (2 * 4 * 9 * 32 + 32) * 4
+
+
+def test_profile_prints_tables(run: Callable[..., Ran], model: str) -> None:
+    ran = run("profile", model, "--runs", 2)
+    assert ran.code == 0 and "By kernel" in ran.out and "between launches" in ran.out
+
+
+def test_profile_refuses_what_it_cannot_do(
+    run: Callable[..., Ran], model: str, tmp_path: Path
+) -> None:
+    assert run("profile", model, "--shape", "batch=1", "--shape", "batch=2").code == 2
+    assert run("profile", model, "--runs", 0).code == 2
+    assert run("profile", model, "--runs", 1, "--trace", tmp_path / "no" / "t.json").code == 2
+
+
+def test_the_model_runs_as_before_after_a_profile() -> None:
+    layer, x = nn.Linear(4, 4).eval(), torch.randn(3, 4)
+    report = turbotx.explain(layer, x)
+    report.profile(x, runs=2)
+    program = report.compiled.program
+    (found,) = program.run(program.bind((3,)), [x])
+    torch.testing.assert_close(found, layer(x).detach())
+
+
+def test_doctor_tries_what_it_says(run: Callable[..., Ran]) -> None:
+    ran = run("doctor", "--json")
+    checks = {c["name"]: c for c in ran.json["checks"]}
+    assert ran.code == 0 and ran.json["ok"]
+    assert checks["build"]["state"] == checks["cache"]["state"] == "ok"
+    assert torch.__version__ in checks["torch"]["found"]
+
+
+def test_doctor_without_a_compiler_says_how_to_get_one(
+    run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    ran = run("doctor", "--json")
+    checks = {c["name"]: c for c in ran.json["checks"]}
+    assert checks["compiler"]["state"] == "missing" and "g++" in checks["compiler"]["remedy"]
+    assert checks["build"]["state"] == "missing" and ran.code == 0
+
+
+def test_doctor_finds_a_cache_that_cannot_be_written(
+    run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TURBOTX_CACHE_DIR", str(tmp_path / "file"))
+    ran = run("doctor")
+    assert ran.code == 1 and "TURBOTX_CACHE_DIR" in ran.out
+
+
+def test_serve_hands_its_options_over(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = pytest.importorskip("turbotx.serving.server")
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(server, "serve", lambda model, **options: seen.update(options, model=model))
+    assert run("serve", "some/folder", "--port", 9000, "--backend", "eager").code == 0
+    assert (seen["model"], seen["port"], seen["backend"]) == ("some/folder", 9000, "eager")
+    monkeypatch.undo()
+    assert run("serve", "no/such/folder").code != 0
+
+
+def test_serve_names_the_extra_that_is_missing(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.delitem(sys.modules, "turbotx.serving.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    ran = run("serve", "minilm")
+    assert ran.code == 2 and "pip install 'turbotx[serve]'" in ran.err
+
+
+def test_an_unknown_target_is_refused(run: Callable[..., Ran], model: str, tmp_path: Path) -> None:
+    ran = run("compile", model, "--out", tmp_path / "out", "--target", "sm_1")
+    assert ran.code == 2 and "sm_90" in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_compile_for_a_gpu_that_is_not_there(
+    run: Callable[..., Ran], model: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    ran = run("compile", model, "--out", tmp_path / "out", "--target", "sm_90", "--json")
+    assert ran.code == 0 and ran.json["targets"] == ["sm_90"]
+    folder = tmp_path / "out" / "kernels" / "sm_90"
+    resources = json.loads((folder / "resources.json").read_text())
+    assert set(resources) == set(ran.json["kernels"])
+    assert resources["fused_add_gelu_0"]["registers"] > 0
+    assert (folder / "fused_add_gelu_0.cubin").stat().st_size > 0
+    assert "fused_add_gelu_0" in (folder / "fused_add_gelu_0.ptx").read_text()
