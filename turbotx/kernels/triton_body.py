@@ -14,6 +14,7 @@ import re
 from collections import Counter
 
 import sympy
+import torch
 
 from turbotx import ir
 from turbotx.kernels.schedule import Schedule, outer_axes, vector_axes
@@ -199,6 +200,8 @@ class Body:
 
     def _compute(self, s: ir.Compute) -> Text:
         template = PRIMITIVES[s.op].triton
+        if s.op == "tanh" and s.dtype is torch.float64:
+            template = template.replace("tanh(", "tanh_float64(")
         call = re.fullmatch(r"[\w.]+\([^()]*\)", template) is not None
         args = [self._argument(a, s) for a in s.args]
         made = [isinstance(self.makers[a], ir.Constant) for a in s.args]

@@ -36,6 +36,13 @@ def tanh(x):
     far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
     return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
 ''',
+    "tanh_float64": '''
+def tanh_float64(x):
+    """Hyperbolic tangent in double precision, where a short polynomial is not enough."""
+    less = expm1(-2.0 * tl.abs(x))
+    size = -less / (less + 2.0)
+    return tl.where(x < 0, -size, size)
+''',
     "expm1": '''
 def expm1(x):
     """exp(x) - 1 without cancellation near zero (Kahan)."""
