@@ -229,7 +229,7 @@ class Elements:
         if op == "mul" and args[0].value == 1 and args[0].value is not True:
             return args[1]
         if all(a.index is not None for a in args):
-            return self._fold_index(op, [a.index for a in args])  # type: ignore[misc]
+            return self._fold_index(op, [a.index for a in args])
         if all(a.value is not None for a in args) and op != "cast":
             return self._fold_constants(op, args)
         return None

@@ -17,7 +17,7 @@ from torch import fx
 
 from turbotx import graph as g
 from turbotx.sizes import ONE, ZERO, Expr, divide, expr, product
-from turbotx.views import VIEWS, input_index, is_view
+from turbotx.views import VIEWS, input_index, is_view, view_source
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,7 @@ def layout_of(node: fx.Node) -> Layout | None:
     """Return the node's layout over its root, or None where strides cannot express it."""
     if not is_view(node) or not g.is_tensor(node):
         return root_layout(node)
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    if node.target is g.GETITEM:
-        source = source.args[0]  # type: ignore[assignment]
-    below = layout_of(source)
+    below = layout_of(view_source(node))
     if below is None:
         return None
     if VIEWS[node.target] == "reshape":

@@ -174,7 +174,7 @@ def view_source(node: fx.Node) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if node.target is g.GETITEM:
-        source = source.args[0]  # type: ignore[assignment]
+        source = source.args[0]
     return source  # type: ignore[return-value]
 
 

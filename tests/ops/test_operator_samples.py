@@ -31,8 +31,10 @@ REFUSED = (
     "data-dependent",
     "Could not guard",
 )
-INTEGERS = ["add", "sub", "mul", "where", "clamp", "cat", "floor_divide", "remainder", "sum", "amax",
-            "argmax", "eq", "bitwise_and"]  # fmt: skip
+INTEGERS = [
+    *("add", "sub", "mul", "where", "clamp", "cat", "floor_divide", "remainder", "bitwise_and"),
+    *("sum", "amax", "argmax", "eq"),
+]
 
 
 def compile_batch(batch: Batch) -> list[tuple[Batch, Compilation]]:
