@@ -197,7 +197,7 @@ class Elements:
         return compute_dtype(node.meta["val"].dtype)
 
     def cast(self, x: Element, dtype: torch.dtype) -> Element:
-        """Convert as PyTorch does: truncating to integers, != 0 to bool; halves compute as float32."""
+        """Convert as PyTorch does: truncating to integers, != 0 to bool; halves are float32."""
         dtype = compute_dtype(dtype)
         if x.dtype is dtype:
             return x

@@ -43,6 +43,10 @@ def _rows(*table: tuple[Any, ...]) -> dict[str, Primitive]:
     return {row[0]: Primitive(*row) for row in table}
 
 
+def _truncdiv(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.div(a, b, rounding_mode="trunc")
+
+
 PRIMITIVES: dict[str, Primitive] = _rows(
     # name, C++, Triton, float64 meaning, cost
     ("add", "{0} + {1}", "{0} + {1}", torch.add),
@@ -50,7 +54,7 @@ PRIMITIVES: dict[str, Primitive] = _rows(
     ("mul", "{0} * {1}", "{0} * {1}", torch.mul),
     ("div", "{0} / {1}", "{0} / {1}", torch.true_divide, 4),
     ("floordiv", "ttx::floordiv({0}, {1})", "floordiv({0}, {1})", torch.floor_divide, 8),
-    ("truncdiv", "ttx::truncdiv({0}, {1})", "truncdiv({0}, {1})", lambda a, b: torch.div(a, b, rounding_mode="trunc"), 8),
+    ("truncdiv", "ttx::truncdiv({0}, {1})", "truncdiv({0}, {1})", _truncdiv, 8),
     ("remainder", "ttx::remainder({0}, {1})", "remainder({0}, {1})", torch.remainder, 8),
     ("fmod", "ttx::fmod({0}, {1})", "fmod({0}, {1})", torch.fmod, 8),
     ("neg", "-{0}", "-{0}", torch.neg),
@@ -130,9 +134,9 @@ REDUCTIONS: dict[str, Reduction] = {
         Reduction("min", 1, ("min",), lambda x: (x.amin(-1),)),
         Reduction("any", 1, ("any",), lambda x: (x.any(-1),)),
         Reduction("all", 1, ("all",), lambda x: (x.all(-1),)),
-        # mean and sum of squared deviations from it, in one pass (Welford 1962; merged by Chan 1979)
+        # mean and sum of squared deviations, in one pass (Welford 1962; merged by Chan 1979)
         Reduction("welford", 1, ("mean", "m2"), _welford),
-        # largest element and sum of exp(x - largest), in one pass (Milakov & Gimelshein 2018)
+        # largest and sum of exp(x - largest), in one pass (Milakov & Gimelshein 2018)
         Reduction("softmax", 1, ("largest", "total"), _softmax_stats),
     )
 }
