@@ -178,7 +178,8 @@ class _Assembler:
             named = {p.name: n.name for n, p in zip(lowered.operands, kernel.params, strict=True)}
             inplace = tuple((named[a], named[b]) for a, b in find_inplace(kernel))
             self._launch(
-                last, kernel.name, "kernel", kernel, args, writes, sizes, (lowered,), source, inplace
+                last, kernel.name, "kernel", kernel, args, writes, sizes, (lowered,), source,
+                inplace,
             )  # fmt: skip
             self.out.requirements += lowered.requirements
 

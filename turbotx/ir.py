@@ -2,7 +2,7 @@
 
     kernel  := Kernel(name, params, axes, body)       one launch; prints as Triton and as C++
     params  := Param(name, dtype, shape, role)*       tensors by address, sizes by value
-    axes    := parallel Axis* row Axis*               rows are independent; reductions run over row axes
+    axes    := parallel Axis* row Axis*               reductions run over the row axes
     body    := (Load | Index | Constant | Compute | Reduce | Store)*      in dependency order
     Load    := value = param[access]                  converted to its compute dtype
     Compute := value = primitive(value*)              see ops.PRIMITIVES
@@ -50,7 +50,7 @@ def value_symbol(name: str) -> sympy.Symbol:
 
 @dataclass(frozen=True)
 class Param:
-    """A tensor argument: `role` is "in" or "out"; shape is that of the whole tensor it is read from."""
+    """A tensor argument: `role` is "in" or "out"; shape is that of the whole tensor."""
 
     name: str
     dtype: torch.dtype
