@@ -19,6 +19,7 @@ from tests.kernel_interpreter import CheckFailed, interpret
 from tests.kernels.triton_runner import TritonRunner
 from turbotx import ir
 from turbotx.kernels.schedule import Schedule
+from turbotx.kernels.targets import TARGETS, build, kernel_job
 from turbotx.kernels.triton_printer import print_triton
 from turbotx.kernels.triton_softmax import softmax_kernel
 from turbotx.sizes import dim
@@ -172,6 +173,7 @@ POINTWISE = {
     "floor_divide": lambda x: torch.floor_divide(x, 0.7),
     "whole floor_divide": lambda x: (x * 9).long() // 4,
     "whole remainder": lambda x: (x * 9).long() % -4,
+    "whole power": lambda x: (x * 2).long().clamp(-3, 3) ** 3 + 2 ** (x * 2).long().clamp(0, 5),
     "whole truncate": lambda x: torch.div((x * 9).long(), 4, rounding_mode="trunc"),
     "where": lambda x: torch.where(x > 0, x, 2.0),
     "to bool": lambda x: (x > 0) & ~(x > 1),
@@ -185,6 +187,24 @@ POINTWISE = {
 def test_pointwise(name: str) -> None:
     x = torch.tensor([[-3e1, -1.5, -0.5, -1e-6, 0.0, 1e-6], [0.3, 0.5, 1.0, 2.5, 3.5, 30.0]])
     check(POINTWISE[name], x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64], ids=str)
+def test_device_functions_build_for_every_target(dtype: torch.dtype) -> None:
+    """The interpreter accepts more than the compilers do."""
+
+    def floats(x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(x) + torch.expm1(x) + torch.log1p(x) + torch.round(x) + x.trunc() + x.sign()
+        x = x + x.remainder(0.7) + torch.fmod(x, 0.7) + torch.floor_divide(x, 0.7) + x**2.5
+        return x.clamp(min=0) + torch.div(x, 3, rounding_mode="trunc") + x.amax(-1, keepdim=True)
+
+    def wholes(x: torch.Tensor) -> torch.Tensor:
+        x = x // 3 + x % 5 + torch.fmod(x, 4) + x**x + x.sign()
+        return x.clamp(min=0) + torch.div(x, 3, rounding_mode="trunc") + x.amin(-1, keepdim=True)
+
+    function = floats if dtype.is_floating_point else wholes
+    made = compile_function(function, torch.ones(3, 12, dtype=dtype))
+    build([kernel_job(kernel, target) for kernel in made.kernels for target in TARGETS])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -14,11 +14,10 @@ import re
 from collections import Counter
 
 import sympy
-import torch
 
 from turbotx import ir
 from turbotx.kernels.schedule import Schedule, outer_axes, vector_axes
-from turbotx.kernels.triton_functions import FUNCTIONS
+from turbotx.kernels.triton_functions import FUNCTIONS, variant
 from turbotx.kernels.triton_reduce import TYPES
 from turbotx.kernels.triton_text import ATOM, LEVELS, Text, literal, size_text
 from turbotx.primitives import COMPARISONS, PRIMITIVES, REDUCTIONS
@@ -200,8 +199,8 @@ class Body:
 
     def _compute(self, s: ir.Compute) -> Text:
         template = PRIMITIVES[s.op].triton
-        if s.op == "tanh" and s.dtype is torch.float64:
-            template = template.replace("tanh(", "tanh_float64(")
+        name = template.partition("(")[0]
+        template = variant(name, s.dtype) + template.removeprefix(name)
         call = re.fullmatch(r"[\w.]+\([^()]*\)", template) is not None
         args = [self._argument(a, s) for a in s.args]
         made = [isinstance(self.makers[a], ir.Constant) for a in s.args]

@@ -5,13 +5,15 @@ file stands alone and imports nothing but Triton, for example::
 
     functions_in("y = tanh(x)")  ->  ["@triton.jit\\ndef tanh(x): ..."]
 
-They hold for float32 and float64 (and integers, where PyTorch's op does), and run in Triton's
+They hold for float32 and float64 (`variant` names those for whole numbers), and run in Triton's
 interpreter, where libdevice's do not.
 """
 
 from __future__ import annotations
 
 import re
+
+import torch
 
 FUNCTIONS = {
     "maximum": '''
@@ -81,30 +83,41 @@ def sign(x):
 ''',
     "truncdiv": '''
 def truncdiv(a, b):
-    """The quotient rounded towards zero; 0 for whole numbers over zero."""
-    if a.dtype.is_floating():
-        return truncate(a / b)
+    """The quotient rounded towards zero."""
+    return truncate(a / b)
+''',
+    "truncdiv_int": '''
+def truncdiv_int(a, b):
+    """The quotient rounded towards zero; 0 over zero."""
     return tl.where(b == 0, 0, a // tl.where(b == 0, 1, b))
 ''',
     "fmod": '''
 def fmod(a, b):
     """The remainder of truncdiv, with the sign of a."""
-    if a.dtype.is_floating():
-        return a % b
+    return a % b
+''',
+    "fmod_int": '''
+def fmod_int(a, b):
+    """The remainder of truncdiv_int, with the sign of a; 0 over zero."""
     return tl.where(b == 0, 0, a % tl.where(b == 0, 1, b))
 ''',
     "floordiv": '''
 def floordiv(a, b):
-    """The quotient rounded down, as Python's //; 0 for whole numbers over zero."""
+    """The quotient rounded down, as Python's //."""
     rest = fmod(a, b)
     crossed = (rest != 0) & ((rest < 0) != (b < 0))
-    if a.dtype.is_floating():
-        quotient = (a - rest) / b
-        quotient = tl.where(crossed, quotient - 1.0, quotient)
-        low = tl.floor(quotient)
-        low = tl.where(quotient - low > 0.5, low + 1.0, low)
-        return tl.where(b == 0.0, a / b, low)
-    return truncdiv(a, b) - crossed.to(a.dtype)
+    quotient = (a - rest) / b
+    quotient = tl.where(crossed, quotient - 1.0, quotient)
+    low = tl.floor(quotient)
+    low = tl.where(quotient - low > 0.5, low + 1.0, low)
+    return tl.where(b == 0.0, a / b, low)
+''',
+    "floordiv_int": '''
+def floordiv_int(a, b):
+    """The quotient rounded down, as Python's //; 0 over zero."""
+    rest = fmod_int(a, b)
+    crossed = (rest != 0) & ((rest < 0) != (b < 0))
+    return truncdiv_int(a, b) - crossed.to(a.dtype)
 ''',
     "remainder": '''
 def remainder(a, b):
@@ -112,18 +125,27 @@ def remainder(a, b):
     rest = fmod(a, b)
     return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
 ''',
+    "remainder_int": '''
+def remainder_int(a, b):
+    """The remainder of floordiv_int, with the sign of b, as Python's %."""
+    rest = fmod_int(a, b)
+    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+''',
     "power": '''
 def power(x, y):
-    """x to the power y; floats through float64, whole numbers by repeated squaring."""
-    if x.dtype.is_floating():
-        wide = tl.abs(x).to(tl.float64)
-        size = tl.exp2(y.to(tl.float64) * tl.log2(wide))
-        size = tl.where((y == 0.0) | (x == 1.0), 1.0, size)
-        whole = tl.floor(y) == y
-        odd = whole & (y - 2.0 * tl.floor(y * 0.5) == 1.0)
-        size = tl.where((x < 0.0) & odd, -size, size)
-        impossible = (x < 0.0) & ~whole & (tl.abs(x) != float("inf"))
-        return tl.where(impossible, float("nan"), size).to(x.dtype)
+    """x to the power y, through float64: exp2(y * log2(x)) keeps float32's digits there."""
+    wide = tl.abs(x).to(tl.float64)
+    size = tl.exp2(y.to(tl.float64) * tl.log2(wide))
+    size = tl.where((y == 0.0) | (x == 1.0), 1.0, size)
+    whole = tl.floor(y) == y
+    odd = whole & (y - 2.0 * tl.floor(y * 0.5) == 1.0)
+    size = tl.where((x < 0.0) & odd, -size, size)
+    impossible = (x < 0.0) & (whole == 0) & (tl.abs(x) != float("inf"))
+    return tl.where(impossible, float("nan"), size).to(x.dtype)
+''',
+    "power_int": '''
+def power_int(x, y):
+    """x to the power y by repeated squaring; below zero only powers of 1 and -1 are whole."""
     result = tl.where(y < 0, 0, 1).to(x.dtype) + 0 * x
     inverse = tl.where((x == -1) & (y % 2 != 0), -1, tl.where((x == 1) | (x == -1), 1, 0))
     result = tl.where(y < 0, inverse.to(x.dtype), result)
@@ -136,6 +158,13 @@ def power(x, y):
     return result
 ''',
 }
+
+
+def variant(name: str, dtype: torch.dtype) -> str:
+    """Return the name of the function that does `name` for values of `dtype`."""
+    if name == "tanh" and dtype is torch.float64:
+        return "tanh_float64"
+    return f"{name}_int" if not dtype.is_floating_point and f"{name}_int" in FUNCTIONS else name
 
 
 def functions_in(text: str) -> list[str]:
