@@ -69,7 +69,21 @@ class Lowering(Puller):
         for node in self.outputs:
             value = self.cast(self.element(node, index[node]), g.dtype(node))
             self._store(node, index[node], value)
+        for node in self.outputs:
+            self._refuse_repeats(node, first, index[node])
         return self._kernel(name, sources)
+
+    def _refuse_repeats(self, node: fx.Node, first: fx.Node, index: tuple[Expr, ...]) -> None:
+        """Raise Conflict for an output that parallel loops of another one would store many times.
+
+        That costs bytes, and a kernel that writes over one of its inputs must read it once only.
+        """
+        used = {s.name for i in index for s in i.free_symbols}
+        for axis, extent in self.loops.axes.items():
+            if axis not in self.loops.rows and f"@{axis}" not in used:
+                raise Conflict(
+                    node, f"{node.name} would be stored {extent} times by the loops of {first.name}"
+                )
 
     def _main_output(self) -> fx.Node:
         """The first output of the most dims decides the loops."""
@@ -78,9 +92,7 @@ class Lowering(Puller):
     def _open_axes(self, node: fx.Node) -> tuple[Expr, ...]:
         return tuple(self.loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(node)))
 
-    def _align(
-        self, node: fx.Node, first: fx.Node, index: tuple[Expr, ...]
-    ) -> tuple[Expr, ...]:
+    def _align(self, node: fx.Node, first: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
         """Return the index of another output on the first one's loops, matching extents in order."""
         found: list[Expr] = []
         free = list(zip(g.shape(first), index, strict=True))
