@@ -63,6 +63,10 @@ TWO_KERNELS: dict[str, tuple[Callable[..., Any], str]] = {
         lambda x: x - x.sum(-1).mean(),
         "sum_1 reduces over another axis than the rest of the run",
     ),
+    "an output that the other's loops would store again and again": (
+        lambda x: (x * x[0].exp(), x[0].exp()),
+        "would be stored batch times by the loops of",
+    ),
     "reductions of different lengths": (
         lambda x: (x.sum(-1), x.flatten(1).sum(-1)),
         "",

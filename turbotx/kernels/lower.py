@@ -93,7 +93,7 @@ class Lowering(Puller):
         return tuple(self.loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(node)))
 
     def _align(self, node: fx.Node, first: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
-        """Return the index of another output on the first one's loops, matching extents in order."""
+        """Return the index of another output on the first one's loops, extents in order."""
         found: list[Expr] = []
         free = list(zip(g.shape(first), index, strict=True))
         for extent in g.shape(node):
