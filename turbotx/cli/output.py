@@ -76,4 +76,6 @@ class Output:
             print(json.dumps({"error": str(error), "kind": kind, "exit_code": exit_code(error)}))
             return
         self.errors.print("error:", style="red bold", end=" ")
-        self.errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        # One line: the first few of a long message (a compiler's output); --json has all of it.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()][:3]
+        self.errors.print(" | ".join(lines), markup=False, highlight=False, soft_wrap=True)
