@@ -94,6 +94,15 @@ def test_splits_are_exact() -> None:
     assert loops.bounds(ir.value_symbol("x")) == (None, None)
 
 
+def test_an_index_that_runs_backwards_is_not_split_into_negative_loops() -> None:
+    loops = Loops({})
+    flipped = 2 * S - 1 - loops.make(2 * S, "a0")
+    high, low = loops.split(flipped.expand(), S)
+    dims = {"seq": 3, "@a0": 4}
+    found = [int(e.xreplace({s: dims[s.name] for s in e.free_symbols})) for e in (high, low)]
+    assert found == [(2 * 3 - 1 - 4) // 3, (2 * 3 - 1 - 4) % 3]
+
+
 @pytest.mark.parametrize("row", PRIMITIVES.values(), ids=lambda row: row.name)
 def test_every_primitive_spells_its_arguments(row: object) -> None:
     assert isinstance(row.cost, int) and row.cost >= 1  # type: ignore[attr-defined]

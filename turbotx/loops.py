@@ -74,11 +74,13 @@ class Loops:
         return sympy.expand(low), sympy.expand(high)
 
     def split(self, flat: Expr, by: Expr) -> tuple[Expr, Expr]:
-        """Return (flat // by, flat % by), exactly; asks for an axis to be split where that helps."""
+        """Return (flat // by, flat % by), exactly; asks for an axis to be split if that helps."""
         quotient, rest = ZERO, ZERO
         for term in sympy.Add.make_args(sympy.expand(flat)):
             whole = divide(term, by)
-            quotient, rest = (quotient + whole, rest) if whole is not None else (quotient, rest + term)
+            quotient, rest = (
+                (quotient + whole, rest) if whole is not None else (quotient, rest + term)
+            )
         if rest == 0:
             return quotient, ZERO
         low, high = self.bounds(rest)
@@ -88,8 +90,12 @@ class Loops:
         for name, extent in self.axes.items():
             step = rest.coeff(ir.axis_symbol(name))
             inner = divide(by, step) if step != 0 else None
-            if inner is not None and inner != extent and divide(extent, inner) is not None:
+            if inner is None or not is_nonnegative(inner - 1):  # an index that runs backwards
+                continue
+            if inner != extent and divide(extent, inner) is not None:
                 raise SplitAxis(name, inner)
+        if low is None or not is_nonnegative(low):  # division of negatives differs by language
+            quotient, rest = ZERO, sympy.expand(flat)
         return quotient + FloorDiv(rest, by), Mod(rest, by)
 
     def row_index(
