@@ -22,8 +22,8 @@ ROW_TILES = (64, 256, 1024, 4096, 16384)
 PERSISTENT = ROW_TILES[-1]
 # Columns in flight in each turn of a looped row: 16 values a thread of 8 warps.
 LOOP_TILE = 4096
-# Elements that a program of four warps should at least have: one 128-bit load a thread.
-SMALLEST_TILE = 512
+# Bytes that a program of four warps should at least load at once: 128 bits a thread.
+SMALLEST_TILE_NBYTES = 4 * 32 * 16
 POINTWISE_TILE = 1024
 # Side of the tile where neighbours in memory are neighbours along the rows.
 STRIDED_ROWS, STRIDED_COLS = 32, 32
@@ -89,7 +89,10 @@ def _reduction(kernel: ir.Kernel, length: int) -> Schedule:
     cols = power_above(length)
     if not is_static(kernel):
         cols = next(t for t in ROW_TILES if t >= length)
-    rows = max(1, SMALLEST_TILE // cols) if kernel.rows else 1
+    narrowest = min(
+        (p.dtype.itemsize for p in kernel.params if p.dtype.is_floating_point), default=4
+    )
+    rows = max(1, SMALLEST_TILE_NBYTES // narrowest // cols) if kernel.rows else 1
     return Schedule(rows, cols, _warps(rows * cols))
 
 

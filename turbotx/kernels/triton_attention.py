@@ -48,7 +48,8 @@ def choose_attention_schedule(
     few = q_len is not None and q_len <= 16
     if kernel.dtype.itemsize >= 4:
         # Full float32 products run on the ordinary units: small tiles keep them in registers.
-        return AttentionSchedule(16 if few or depth != 64 else 32, 32 if depth <= 64 else 16, 4, 1)
+        q_tile = 32 if depth == 64 and not few else 16
+        return AttentionSchedule(q_tile, 32 if depth <= 64 else 16, 8 if depth == 128 else 4, 1)
     if few:
         return AttentionSchedule(16, 64 if depth <= 128 else 32, 4)
     return AttentionSchedule(64, 64 if depth <= 128 else 32, 4 if depth <= 64 else 8)

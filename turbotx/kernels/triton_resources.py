@@ -20,10 +20,10 @@ from turbotx.errors import BuildError
 
 @dataclass(frozen=True)
 class Resources:
-    """registers: for each thread (vector registers on AMD). spills: loads and stores of spilled
-    registers (on AMD spilled vector registers; scalar ones spill into those). shared_nbytes: for
-    each program. load_bits, store_bits: the widest access to global memory. instructions: of the
-    whole kernel."""
+    """registers: for each thread (vector registers on AMD). spills: words stored and loaded
+    because registers ran out (on AMD spilled vector registers; scalar ones spill into those).
+    shared_nbytes: for each program. load_bits, store_bits: the widest access to global memory.
+    instructions: of the whole kernel."""
 
     registers: int
     spills: int
@@ -52,9 +52,10 @@ def read_cubin(path: Path, shared_nbytes: int) -> Resources:
         raise BuildError(f"cuobjdump says nothing of registers in {path}:\n{usage}")
     text = _run([find_tool("nvdisasm"), "-c", str(path)])
     code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", text, re.M)
+    local = any(op.split(".")[0] in ("LDL", "STL") for op in code)
     return Resources(
         registers=int(registers[1]),
-        spills=sum(op.split(".")[0] in ("LDL", "STL") for op in code),
+        spills=_ask_ptxas(path.with_suffix(".ptx")) if local else 0,
         shared_nbytes=shared_nbytes,
         load_bits=max(
             (_sass_bits(op) for op in code if op.startswith(("LDG", "LDGSTS"))), default=0
@@ -62,6 +63,19 @@ def read_cubin(path: Path, shared_nbytes: int) -> Resources:
         store_bits=max((_sass_bits(op) for op in code if op.startswith("STG")), default=0),
         instructions=sum(op != "NOP" for op in code),
     )
+
+
+def _ask_ptxas(ptx: Path) -> int:
+    """Return the words that the assembler spills; local memory also holds arrays (sine, cosine)."""
+    found = re.search(r"^\.target (sm_(\d+)\w*)", ptx.read_text(), re.M)
+    if found is None:
+        raise BuildError(f"{ptx} names no target")
+    tool = "ptxas-blackwell" if int(found[2]) >= 100 else "ptxas"
+    command = [find_tool(tool), "-v", f"--gpu-name={found[1]}", str(ptx), "-o", "/dev/null"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr))) // 4
 
 
 def _sass_bits(op: str) -> int:
