@@ -85,9 +85,9 @@ def _attention_job(
 def resources_table(built: Sequence[Built]) -> Table:
     """Registers a thread, spills, shared memory and the widest accesses of each kernel."""
     table = Table(title="On GPUs", title_justify="left", title_style="bold")
-    table.add_column("kernel", overflow="fold")
+    table.add_column("kernel", overflow="fold", min_width=24)
     table.add_column("target")
-    for name in ("registers", "spills", "shared B", "load b", "store b"):
+    for name in ("regs", "spills", "shared B", "load b", "store b"):
         table.add_column(name, justify="right")
     for b in built:
         r = b.resources
