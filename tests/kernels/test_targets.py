@@ -92,7 +92,7 @@ def test_without_alignment_loads_are_narrow() -> None:
 def test_refused_source_is_an_error_with_the_compilers_words() -> None:
     job = kernel_job(scale(), "sm_90")
     wrong = dataclasses.replace(job, source=job.source.replace("tl.load(", "tl.lode("))
-    with pytest.raises(BuildError, match="scale for sm_90.*") as caught:
+    with pytest.raises(BuildError, match="scale for sm_90") as caught:
         build([wrong])
     assert "lode" in str(caught.value)
 
