@@ -231,6 +231,31 @@ def test_an_index_out_of_range_is_an_error_and_loses_nothing() -> None:
     torch.testing.assert_close(fast(**inputs)[0], expected, rtol=0, atol=0)
 
 
+def test_one_tensor_passed_twice_is_two_arguments() -> None:
+    @turbotx.optimize
+    def combine(x, y):
+        return x - 2 * y
+
+    a, b = torch.randn(3, 4), torch.randn(3, 4)
+    torch.testing.assert_close(combine(a, a), -a)
+    torch.testing.assert_close(combine(a, b), a - 2 * b)
+
+
+def test_broadcasts_are_aligned_from_the_right_too() -> None:
+    @turbotx.optimize
+    def add(x, y):
+        return x + y
+
+    for a, b in (((5, 5, 1), (1, 5)), ((2, 3, 1), (1, 4)), ((7,), (3, 1))):
+        x, y = torch.randn(a), torch.randn(b)
+        torch.testing.assert_close(add(x, y), x + y)
+
+
+def test_a_call_without_tensors_is_refused() -> None:
+    with pytest.raises(CaptureError, match="no tensor among its arguments"):
+        turbotx.optimize(lambda n: torch.zeros(3) + n)(2)
+
+
 def test_sparse_and_foreign_inputs_are_refused() -> None:
     @turbotx.optimize
     def double(x):

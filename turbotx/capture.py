@@ -101,19 +101,29 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     names = _name_inputs(model, leaves, spec)
     flat = _Flat(model, leaves, spec)
-    examples, varying = _widen(tensors)
-    dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     name = type(model).__name__
+    if not tensors:
+        raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                flat, tuple(examples), dynamic_shapes=dynamic, strict=False
-            )
-            exported = exported.run_decompositions(_decompositions())
+        exported = _export(flat, *_widen(tensors, from_right=False))
     except Exception as error:
-        raise _capture_error(name, error) from error
+        examples, varying = _widen(tensors, from_right=True)
+        if varying == _widen(tensors, from_right=False)[1]:
+            raise _capture_error(name, error) from error
+        try:
+            exported = _export(flat, examples, varying)
+        except Exception:
+            raise _capture_error(name, error) from error
     return _describe(exported, flat, name, names)
+
+
+def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
+    """Trace with the `varying` dims of each example symbolic, down to the ops that are kept."""
+    dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(flat, tuple(examples), dynamic_shapes=dynamic, strict=False)
+        return exported.run_decompositions(_decompositions())
 
 
 def _decompositions() -> Any:
@@ -152,21 +162,31 @@ def _label_leaves(tree: Any, label: str, labelled: dict[int, str]) -> None:
         labelled[index] = label if len(indices) == 1 else f"{label}_{k}"
 
 
-def _widen(tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[list[int]]]:
+def _widen(
+    tensors: Sequence[torch.Tensor], from_right: bool
+) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Repeat size-1 dims so that tracing cannot specialise on them; list the dims that vary.
 
-    A size 1 stays fixed only where another input has a larger size at the same position: there
-    it is a broadcast, as in a (1, seq) mask beside (batch, seq) ids.
+    A size 1 stays fixed only where another input has a larger size at the same position, counted
+    from the left or (if the first attempt failed) from the right too: there it is a broadcast, as
+    in a (1, seq) mask beside (batch, seq) ids. Inputs that are one tensor become two: tracing
+    would take them for one argument.
     """
     largest: dict[int, int] = {}
     for tensor in tensors:
         for d, size in enumerate(tensor.shape):
-            largest[d] = max(largest.get(d, 0), size)
-    widened, varying = [], []
+            for place in (d, d - tensor.dim()):
+                largest[place] = max(largest.get(place, 0), size)
+    widened: list[torch.Tensor] = []
+    varying = []
     for tensor in tensors:
         dims = []
+        rank = tensor.dim()
+        if any(tensor is other for other in widened):
+            tensor = tensor.clone()
         for d, size in enumerate(tensor.shape):
-            if size == 1 and largest[d] > 1:
+            beside = max(largest[d], largest[d - rank]) if from_right else largest[d]
+            if size == 1 and beside > 1:
                 continue
             dims.append(d)
             if size <= 1:

@@ -35,7 +35,7 @@ class Layout:
 
 
 def contiguous_strides(shape: Sequence[Expr]) -> tuple[Expr, ...]:
-    """Return the strides of a dense row-major tensor; size-1 dims get the stride 0 that fits all."""
+    """Return the strides of a dense row-major tensor, 0 for dims of size 1."""
     strides: list[Expr] = []
     step: Expr = ONE
     for extent in reversed(shape):

@@ -78,15 +78,16 @@ class Loops:
         quotient, rest = ZERO, ZERO
         for term in sympy.Add.make_args(sympy.expand(flat)):
             whole = divide(term, by)
-            quotient, rest = (
-                (quotient + whole, rest) if whole is not None else (quotient, rest + term)
-            )
+            if whole is None:
+                rest += term
+            else:
+                quotient += whole
         if rest == 0:
             return quotient, ZERO
         low, high = self.bounds(rest)
-        if low is not None and high is not None:
-            if is_nonnegative(low) and is_nonnegative(by - 1 - high):
-                return quotient, rest
+        known = low is not None and high is not None
+        if known and is_nonnegative(low) and is_nonnegative(by - 1 - high):
+            return quotient, rest
         for name, extent in self.axes.items():
             step = rest.coeff(ir.axis_symbol(name))
             inner = divide(by, step) if step != 0 else None

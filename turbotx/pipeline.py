@@ -14,7 +14,7 @@ from torch import fx, nn
 from turbotx import verify
 from turbotx.assemble import Assembly, assemble
 from turbotx.capture import Captured
-from turbotx.kernels.fuse import FusedRegion, fuse
+from turbotx.kernels.fuse import FusedRegion, fuse_all
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.passes.attention import recognize_attention
@@ -63,7 +63,7 @@ def compile_captured(
     regions = partition(graph, prepared)
     for region in regions:
         verify.check_region(region.nodes, region.outputs)
-    fused = [fuse(region) for region in regions]
+    fused = fuse_all(graph, regions, prepared)
     for kernel in {k.kernel.digest(): k.kernel for f in fused for k in f.kernels}.values():
         verify.check_kernel(kernel)
     assembly = assemble(graph, fused, prepared, captured.dims)

@@ -100,9 +100,7 @@ class Puller(Elements):
             raise Conflict(node, f"{node.name} has no tensor argument")
         like = next(a for k, a in enumerate(args) if isinstance(a, Element) and k not in row.as_is)
         first_scalar = [
-            self.constant(a, like.dtype)
-            if k == 0 and isinstance(a, (bool, int, float))
-            else a
+            self.constant(a, like.dtype) if k == 0 and isinstance(a, (bool, int, float)) else a
             for k, a in enumerate(args)
         ]
         kwargs = {k: v for k, v in node.kwargs.items() if k not in _IGNORED}

@@ -24,11 +24,13 @@ def find_inplace(kernel: ir.Kernel) -> tuple[tuple[str, str], ...]:
         elif isinstance(s, ir.Load):
             loads.setdefault(s.access.param, []).append(s.access)
     params = {p.name: p for p in kernel.params}
+    loops = {a.symbol for a in kernel.axes if a.extent != 1}
     return tuple(
         (out, given)
         for out, written in stores.items()
         for given, read in loads.items()
         if len(written) == 1
+        and loops <= written[0].offset.free_symbols  # each place is written in one iteration
         and params[out].dtype == params[given].dtype
         and all(a.offset == written[0].offset and a.mask is None for a in read)
     )
