@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import turbotx
+import turbotx.program
 from tests.models import small_model, token_inputs
 from turbotx.memory import check_plan
 
@@ -69,3 +70,22 @@ def test_a_shape_seen_again_is_not_planned_again() -> None:
     for seq in (3, 4, 3, 4):
         fast(**token_inputs(2, seq))
     assert fast.stats()["plans"] == 2
+
+
+def test_poisoned_runs_fill_what_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = turbotx.optimize(small_model("bert"))
+    inputs = token_inputs(2, 9)
+    clean = fast(**inputs)[0]
+    filled: list[int] = []
+    poison = turbotx.program.poison
+
+    def record(memory: torch.Tensor) -> None:
+        filled.append(memory.numel())
+        poison(memory)
+
+    monkeypatch.setenv("TURBOTX_POISON", "1")
+    monkeypatch.setattr("turbotx.program.poison", record)
+    torch.testing.assert_close(fast(**inputs)[0], clean, rtol=0, atol=0)
+    (compiled,) = fast._engine.variants()
+    assert len(filled) == len(compiled.program.liveness.names)
+    assert all(filled)

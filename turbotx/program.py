@@ -14,6 +14,7 @@ import threading
 from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from turbotx.errors import IndexOutOfRangeError
 from turbotx.memory import Plan, make_planner
 from turbotx.memory.liveness import LaunchUse, analyze
 from turbotx.memory.plan import align
-from turbotx.memory.pool import ChunkPool
+from turbotx.memory.pool import ChunkPool, poison, poison_enabled
 from turbotx.runtime.aten import RunState, is_whole, make_window
 from turbotx.runtime.cpu import CpuRuntime
 from turbotx.sizes import Expr, compile_evaluator, to_python
@@ -97,7 +98,9 @@ class Program:
         self.planned = list(self.liveness.root_of)  # with the tensors that took over a root
         self._root_places = np.array([place[r] for r in self.liveness.root_of.values()], np.int64)
         classes: dict[Expr, int] = {}
-        of = [classes.setdefault(tensors[n].nbytes, len(classes)) for n in roots]
+        self._root_classes = of = [
+            classes.setdefault(tensors[n].nbytes, len(classes)) for n in roots
+        ]
         self._class_nbytes = compile_evaluator(list(classes), self.dims)
         seed, samples = self._expected_sizes(example)
         self.planner = make_planner(kind, self.liveness.lifetimes, of, roots, seed, samples)
@@ -170,12 +173,24 @@ class Program:
                 table[slot] = tensor.data_ptr()
             named = dict(zip(self._inputs, inputs, strict=True))
             named.update((t.name, x) for t, x in zip(self._outputs, outputs, strict=True))
-            failed = self.runtime.run(
-                table, binding.sizes, lambda: self._state(binding, arena, named), ticks
-            )
+            state = partial(self._state, binding, arena, named)
+            poisoned = {"after": self._poison_dying(binding, arena)} if poison_enabled() else {}
+            failed = self.runtime.run(table, binding.sizes, state, ticks, **poisoned)
         if failed:
             self._explain_failure(failed)
         return [leaf(binding, named) for leaf in self._leaves]
+
+    def _poison_dying(self, binding: Binding, arena: Any) -> Callable[[int], None]:
+        """Return what to do after a launch in poisoned runs: fill what nobody reads again."""
+        sizes = self._class_nbytes(*binding.dims)
+        offsets = dict(zip(self.planned, binding.offsets.tolist(), strict=True))
+        nbytes = dict(zip(self.liveness.names, (sizes[c] for c in self._root_classes), strict=True))
+
+        def after(launch: int) -> None:
+            for name in self.liveness.dying_after(launch):
+                poison(arena.tensor[offsets[name] : offsets[name] + nbytes[name]])
+
+        return after
 
     def _state(self, binding: Binding, arena: Any, named: dict[str, torch.Tensor]) -> RunState:
         offsets = dict(zip(self.planned, binding.offsets.tolist(), strict=True))

@@ -19,7 +19,6 @@ from torch import fx
 from turbotx import graph as g
 from turbotx import ir
 from turbotx.attention import attention
-from turbotx.layout import layout_of
 from turbotx.loops import Conflict, Loops, SplitAxis
 from turbotx.pull import Puller
 from turbotx.sizes import expr
@@ -201,9 +200,3 @@ def _scaled(node: Any) -> tuple[Any, float]:
 def _negated(mask: fx.Node) -> fx.Node:
     with mask.graph.inserting_after(mask):
         return g.emit(mask, aten.logical_not.default, mask)
-
-
-def reads_in_place(node: fx.Node) -> bool:
-    """Tell whether an attention operand can be read by strides with dense rows."""
-    layout = layout_of(node)
-    return layout is not None and layout.strides[-1] in (expr(1), expr(0))

@@ -15,7 +15,6 @@ import torch
 from torch import fx
 
 from turbotx import graph as g
-from turbotx.views import is_view
 
 aten = torch.ops.aten
 
@@ -202,8 +201,3 @@ def eliminate_dead(graph: fx.Graph) -> bool:
         graph.erase_node(node)
         changed = True
     return changed
-
-
-def is_redundant_view(node: fx.Node) -> bool:
-    """Tell whether a view shows its input exactly as it is (the checker's question)."""
-    return is_view(node) and _same_as(node) is not None

@@ -100,21 +100,30 @@ class CpuRuntime:
             table[slots[name]] = weight.address
         return version, (tensors, packed)
 
-    def run(self, table: Any, sizes: Any, state: Callable[[], RunState], ticks: Any = None) -> int:
+    def run(
+        self, table: Any, sizes: Any, state: Callable[[], RunState],
+        ticks: Any = None, after: Callable[[int], None] | None = None,
+    ) -> int:  # fmt: skip
         """Run every launch in order; return 0, or launch << 32 | code of the first that failed.
 
         `state` is asked for only if PyTorch has a launch to run. `ticks` (int64, two a launch)
-        takes the nanoseconds at which each native launch began and ended.
+        takes the nanoseconds at which each native launch began and ended. `after` is called with
+        the number of each launch that has run, which then run one by one.
         """
         addresses, values = ctypes.addressof(table), ctypes.addressof(sizes)
         clock = None if ticks is None else ctypes.addressof(ticks)
-        for begin, end in self.table.segments:
+        segments = self.table.segments
+        if after is not None:
+            segments = [(i, i + 1) for begin, end in segments for i in range(begin, end)]
+        for begin, end in segments:
             step = self._steps.get(begin)
             if step is not None:
                 step(state())
-                continue
-            assert self._native is not None
-            failed = self._native.ttx_run(self._records, begin, end, addresses, values, clock)
-            if failed:
-                return int(failed)
+            else:
+                assert self._native is not None
+                failed = self._native.ttx_run(self._records, begin, end, addresses, values, clock)
+                if failed:
+                    return int(failed)
+            if after is not None:
+                after(begin)
         return 0
