@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import turbotx
 from tests.compiled_functions import compile_function
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.cpp_text import literal, var
@@ -99,3 +100,17 @@ def test_literals() -> None:
 
 def test_names_are_identifiers() -> None:
     assert [var(n) for n in ("and", "sub", "double", "end")] == ["and_", "sub", "double_", "end_"]
+
+
+def test_blocks_that_divide_the_width_and_blocks_that_do_not() -> None:
+    for width in (4095, 8192, 12289, 16384):
+        linear = torch.nn.Linear(4, width).eval()
+
+        def function(x, linear=linear):
+            y = linear(x)
+            return y.tanh() * 2, y.softmax(-1)
+
+        x = torch.randn(3, 4)
+        with torch.no_grad():
+            for ours, theirs in zip(turbotx.optimize(function)(x), function(x), strict=True):
+                torch.testing.assert_close(ours, theirs)

@@ -66,15 +66,14 @@ class _Elementwise:
         for axis in axes[:-1]:
             text.loop(axis)
         name, extent = var(inner.name), to_c(inner.extent)
-        if not short:
-            text.open_block(extent, BLOCK)
+        end = extent if short else text.open_block(extent, BLOCK)
         for s in self.kernel.body:
             if not self._inside(s, inner):
                 text.statement(s)
         if not text.checks:
             text.put("#pragma omp simd")
-        bounds = f"0; {name} < {extent}" if short else f"begin; {name} < end"
-        text.open(f"for (int64_t {name} = {bounds}; ++{name})")
+        begin = "0" if short else "begin"
+        text.open(f"for (int64_t {name} = {begin}; {name} < {end}; ++{name})")
         for s in self.kernel.body:
             if self._inside(s, inner):
                 text.statement(s)
@@ -95,6 +94,7 @@ class _Rows:
         self.kept = sweeps.kept()
         self.last = self.kernel.columns[-1]
         self.block = equal_block(self.last.extent)
+        self.end = ""
 
     def write(self) -> None:
         text, rows = self.text, self.kernel.rows
@@ -141,7 +141,7 @@ class _Rows:
         parts = [r for r in reduces if self._in_parts(r)]
         blocked = bool(parts) and self.block != self.last.extent
         if blocked:
-            text.open_block(to_c(self.last.extent), self.block or SUM_BLOCK)
+            self.end = text.open_block(to_c(self.last.extent), self.block or SUM_BLOCK)
         for r in parts:
             text.put(f"float part_{r.results[0]} = 0;")
         self._vector_loop(sweep, blocked, reduces, stores)
@@ -166,7 +166,7 @@ class _Rows:
             text.put("#pragma omp simd" + "".join(self._clause(r) for r in reduces))
         bounds = f"0; {name} < {to_c(self.last.extent)}"
         if blocked:
-            bounds = f"begin; {name} < " + (f"begin + {self.block}" if self.block else "end")
+            bounds = f"begin; {name} < {self.end}"
         text.open(f"for (int64_t {name} = {bounds}; ++{name})")
         available = {v: k for v, k in self.kept.items() if k < sweep}
         for v in sweeps.closure(sweeps.ends(sweep), available):

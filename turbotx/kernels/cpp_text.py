@@ -115,12 +115,13 @@ class Text:
         name = var(axis.name)
         self.open(f"for (int64_t {name} = 0; {name} < {to_c(axis.extent)}; ++{name})")
 
-    def open_block(self, extent: str, size: int) -> None:
-        """Open a loop over blocks of `size` places, each from `begin` to `end`."""
+    def open_block(self, extent: str, size: int) -> str:
+        """Open a loop over blocks of `size` places from `begin` on; return where each ends."""
         self.open(f"for (int64_t begin = 0; begin < {extent}; begin += {size})")
         if extent.isdigit() and int(extent) % size == 0:
-            return
+            return f"begin + {size}"
         self.put(f"const int64_t end = begin + {size} < {extent} ? begin + {size} : {extent};")
+        return "end"
 
     def header(self, name: str) -> None:
         """Write the signature and name every param and size."""
