@@ -8,6 +8,7 @@ means in float64, and the printed C++ is as near to it as eager is; for example:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,10 @@ from hypothesis import strategies as st
 import turbotx
 from tests.compiled_functions import by_interpreter, compile_function
 from tests.kernels.cpp_probe import needs_compiler
+
+SWEEP = pytest.mark.skipif(
+    "TURBOTX_SWEEP" not in os.environ, reason="takes many minutes: set TURBOTX_SWEEP=1 to run it"
+)
 
 UNARY: list[Callable[[Any], Any]] = [
     torch.tanh, torch.sigmoid, torch.neg, torch.abs, torch.nn.functional.gelu, torch.relu,
@@ -165,6 +170,7 @@ def test_kernels_mean_what_the_graph_means(
 
 
 @pytest.mark.slow
+@SWEEP
 @settings(max_examples=200, **patient)
 @given(steps, inputs(), st.integers(1, 3))
 def test_many_kernels_mean_what_the_graph_means(
@@ -197,6 +203,7 @@ def test_compiled_programs(
 
 
 @pytest.mark.slow
+@SWEEP
 @needs_compiler
 @settings(max_examples=60, **patient)
 @given(steps, inputs(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))

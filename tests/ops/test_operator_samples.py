@@ -9,6 +9,7 @@ that tracing itself refuses is counted out by its reason in REFUSED, for example
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ from tests.kernel_interpreter import CheckFailed
 from tests.kernels.cpp_probe import needs_compiler
 from tests.ops.operator_samples import Batch, batches, dtypes_of, excess, flat_results, reference
 from turbotx.errors import CaptureError
+
+SWEEP = pytest.mark.skipif(
+    "TURBOTX_SWEEP" not in os.environ, reason="takes many minutes: set TURBOTX_SWEEP=1 to run it"
+)
 
 QUICK = ("add", "where", "softmax", "argmax", "flip", "nn.functional.layer_norm")
 NAMES = Path(__file__).with_name("operators.txt").read_text().split()
@@ -84,6 +89,7 @@ def test_meaning_of_a_few(name: str) -> None:
 
 
 @pytest.mark.slow
+@SWEEP
 @needs_compiler
 @pytest.mark.parametrize("begin", range(0, len(NAMES), 12), ids=lambda k: NAMES[k])
 def test_compiled_samples(begin: int) -> None:
@@ -91,6 +97,7 @@ def test_compiled_samples(begin: int) -> None:
 
 
 @pytest.mark.slow
+@SWEEP
 @needs_compiler
 def test_compiled_integer_samples() -> None:
     check(INTEGERS, [torch.int64, torch.int32, torch.uint8, torch.bool], compiled=True)
