@@ -63,6 +63,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "triton" in item.path.relative_to(config.rootpath).as_posix():
             item.add_marker(pytest.mark.triton)
+            if item.get_closest_marker("slow") and "TURBOTX_SWEEP" not in os.environ:
+                item.add_marker(pytest.mark.skip(reason="set TURBOTX_SWEEP=1 for every target"))
 
 
 @pytest.fixture(autouse=True)
