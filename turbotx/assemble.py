@@ -172,7 +172,7 @@ class _Assembler:
                 for n, p in zip(lowered.operands, kernel.params, strict=True)
                 if p.role == "out"
             )
-            sizes = tuple(_symbol(name) for name in kernel.sizes)
+            sizes = tuple(dim(name) for name in kernel.sizes)
             last = next(n for n in lowered.operands if n.name == writes[-1])
             source = ", ".join(n.name for n in fused.region.nodes)
             named = {p.name: n.name for n, p in zip(lowered.operands, kernel.params, strict=True)}
@@ -357,7 +357,3 @@ def _dense(shape: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], Expr]:
 
 def _broadcast(operand: ir.Operand, rank: int) -> list[Expr]:
     return [ZERO] * (rank - len(operand.strides)) + list(operand.strides)
-
-
-def _symbol(name: str) -> Expr:
-    return dim(name)

@@ -15,7 +15,7 @@ from torch import fx
 
 from turbotx.kernels.lower import Lowered, lower
 from turbotx.loops import Conflict
-from turbotx.passes.partition import Region, kind_of, op_name, root_of, tensor_inputs
+from turbotx.passes.partition import Region, find_levels, kind_of, op_name, root_of, tensor_inputs
 from turbotx.sizes import Expr
 from turbotx.views import is_view
 
@@ -112,10 +112,7 @@ def _levels(graph: fx.Graph, prepared: frozenset[fx.Node]) -> dict[fx.Node, tupl
     What one region needs of another always lies at a lower level, so regions of one level are
     free of each other, whatever is merged.
     """
-    level: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        below = max((level[n] for n in node.all_input_nodes), default=0)
-        level[node] = below + (kind_of(node, prepared) in ("gemm", "attention", "extern"))
+    level = find_levels({n: kind_of(n, prepared) for n in graph.nodes})
     return {n: (level[n], place) for place, n in enumerate(graph.nodes)}
 
 

@@ -9,6 +9,7 @@ longest path to it; connected nodes of one level are a region, for example::
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,9 +111,21 @@ def partition(graph: fx.Graph, prepared: frozenset[fx.Node]) -> list[Region]:
     return regions
 
 
+def find_levels(kinds: Mapping[fx.Node, str]) -> dict[fx.Node, int]:
+    """Return how many calls that no kernel computes lie on the longest path to each node.
+
+    `kinds` holds every node of the graph, in its order.
+    """
+    level: dict[fx.Node, int] = {}
+    for node, kind in kinds.items():
+        below = max((level[n] for n in node.all_input_nodes), default=0)
+        level[node] = below + (kind in ("gemm", "attention", "extern"))
+    return level
+
+
 def _connect(graph: fx.Graph, kinds: dict[fx.Node, str]) -> list[list[fx.Node]]:
     """Group computed nodes of one level that feed each other, through views or directly."""
-    level: dict[fx.Node, int] = {}
+    level = find_levels(kinds)
     leader: dict[fx.Node, fx.Node] = {}
 
     def find(node: fx.Node) -> fx.Node:
@@ -122,8 +135,6 @@ def _connect(graph: fx.Graph, kinds: dict[fx.Node, str]) -> list[list[fx.Node]]:
         return node
 
     for node in graph.nodes:
-        below = max((level[n] for n in node.all_input_nodes), default=0)
-        level[node] = below + (kinds[node] in ("gemm", "attention", "extern"))
         if kinds[node] != "computed":
             continue
         leader[node] = node
