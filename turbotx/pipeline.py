@@ -70,10 +70,7 @@ def compile_captured(
     verify.check_launches(assembly.tensors, assembly.launches, assembly.returned)
     weights = find_weights(captured, model, assembly)
     runtime = CpuRuntime(assembly, weights, options, captured.dims)
-    program = Program(
-        assembly, captured.dims, captured.example_dims, runtime, pool, options.planner,
-        options.max_shapes,
-    )  # fmt: skip
+    program = Program(assembly, captured.dims, runtime, pool, options.planner, options.max_shapes)
     return Compiled(captured, text, graph, prepared, fused, assembly, program)
 
 

@@ -42,7 +42,6 @@ class Binding:
     offsets: np.ndarray[Any, np.dtype[np.int64]]
     footprint_nbytes: int
     outputs: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
-    values: tuple[int, ...]
 
 
 class Execution:
@@ -61,8 +60,8 @@ class Program:
     """One captured call, compiled for one device."""
 
     def __init__(
-        self, assembly: Assembly, dims: Sequence[str], example: Sequence[int],
-        runtime: CpuRuntime, pool: ChunkPool, planner: str, max_shapes: int,
+        self, assembly: Assembly, dims: Sequence[str], runtime: CpuRuntime, pool: ChunkPool,
+        planner: str, max_shapes: int,
     ) -> None:  # fmt: skip
         self.assembly, self.dims = assembly, tuple(dims)
         self.runtime, self.pool = runtime, pool
@@ -71,7 +70,7 @@ class Program:
         self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
         self._executions: dict[int, Execution] = {}
         self._lock = threading.Lock()
-        self._plan_memory(planner, example)
+        self._plan_memory(planner)
         table = runtime.table
         self._evaluate = compile_evaluator(list(table.values), self.dims)
         requirements = dict.fromkeys(assembly.requirements)
@@ -85,7 +84,7 @@ class Program:
 
     # --- memory ---
 
-    def _plan_memory(self, kind: str, example: Sequence[int]) -> None:
+    def _plan_memory(self, kind: str) -> None:
         tensors = self.assembly.tensors
         outside = [n for n, t in tensors.items() if t.kind != "intermediate"]
         uses = [
@@ -102,12 +101,12 @@ class Program:
             classes.setdefault(tensors[n].nbytes, len(classes)) for n in roots
         ]
         self._class_nbytes = compile_evaluator(list(classes), self.dims)
-        seed, samples = self._expected_sizes(example)
+        seed, samples = self._expected_sizes()
         self.planner = make_planner(kind, self.liveness.lifetimes, of, roots, seed, samples)
         slots = self.runtime.table.slots
         self._planned_slots = np.array([slots[n] for n in self.planned], dtype=np.int64)
 
-    def _expected_sizes(self, example: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+    def _expected_sizes(self) -> tuple[list[int], list[list[int]]]:
         """Sizes at shapes to expect: the planner is tuned to these, and safe for all others."""
         expected = [(1, 16), (1, 128), (4, 64), (8, 128), (16, 512), (1, 512)]
         rows = []
@@ -138,9 +137,7 @@ class Program:
             values = self._evaluate(*dims)
             sizes = (ctypes.c_int64 * max(1, len(values)))(*values)
             array = np.array(offsets, dtype=np.int64)[self._root_places]
-            binding = Binding(
-                dims, sizes, array, align(max(footprint, 1)), self._shapes(dims), values
-            )
+            binding = Binding(dims, sizes, array, align(max(footprint, 1)), self._shapes(dims))
             self._bindings[dims] = binding
             if len(self._bindings) > self._max_shapes:
                 self._bindings.popitem(last=False)
