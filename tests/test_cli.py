@@ -18,7 +18,7 @@ import torch
 
 from turbotx.cli import main
 from turbotx.cli.inputs import parse_shape
-from turbotx.cli.models import load_model
+from turbotx.cli.models import Source, load_model
 from turbotx.errors import InputError
 
 FACTORY = """
@@ -199,7 +199,7 @@ def test_every_form_loads(factory: Path, tmp_path: Path, monkeypatch) -> None:
     torch.export.save(exported, tmp_path / "block.pt2")
     loaded = load_model(str(tmp_path / "block.pt2"), {})
     torch.testing.assert_close(loaded.model(*loaded.args), module.model(*loaded.args))
-    half = load_model("my_models:make", {}, "bfloat16")
+    half = Source("my_models:make", "bfloat16").load({})
     assert half.model.dense.weight.dtype is half.args[0].dtype is torch.bfloat16
 
 
@@ -208,3 +208,16 @@ def test_the_module_runs_as_a_program() -> None:
         [sys.executable, "-m", "turbotx", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "compile" in done.stdout
+
+
+def test_weights_from_a_file(run, factory: Path, tmp_path: Path) -> None:
+    state = {"dense.weight": torch.ones(8, 8), "dense.bias": torch.zeros(8)}
+    torch.save(state, tmp_path / "w.pt")
+    source = Source(f"{factory}:make", "bfloat16", tmp_path / "w.pt")
+    weight = source.load({}).model.dense.weight
+    assert weight.dtype is torch.bfloat16 and bool((weight == 1).all())
+
+    torch.save({"dense.weight": state["dense.weight"]}, tmp_path / "w.pt")
+    ran = run("verify", f"{factory}:make", "--weights", tmp_path / "w.pt")
+    assert ran.code == 2 and "missing from the file: dense.bias" in ran.err
+    assert run("profile", f"{factory}:make", "--weights", tmp_path / "none.pt").code == 2

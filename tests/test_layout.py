@@ -23,6 +23,7 @@ PACKAGE = ROOT / "turbotx"
 # rows of several names are single files that belong together, a folder has a row to itself.
 LAYERS = (
     ("errors", "options"),
+    ("weight_files",),
     ("sizes",),
     ("graph",),
     ("views",),

@@ -9,6 +9,7 @@ In: a PyTorch transformer. Out: one that runs faster, for any batch size and seq
 from turbotx.errors import TurbotxError
 from turbotx.optimize import optimize
 from turbotx.report import explain
+from turbotx.weight_files import load_weights
 
 __version__ = "0.1.0"
-__all__ = ["TurbotxError", "__version__", "explain", "optimize"]
+__all__ = ["TurbotxError", "__version__", "explain", "load_weights", "optimize"]

@@ -33,6 +33,10 @@ class IndexOutOfRangeError(TurbotxError, IndexError):
     """An index read by a kernel (a token id, a gather index) lies outside its table."""
 
 
+class WeightsError(TurbotxError, ValueError):
+    """A file of weights cannot be read, or does not fit the model; nothing was changed."""
+
+
 class VerifyError(TurbotxError):
     """An internal invariant does not hold; the message names the node that breaks it."""
 

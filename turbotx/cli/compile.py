@@ -15,7 +15,7 @@ from typing import Any
 
 import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape
-from turbotx.cli.models import load_model
+from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
 from turbotx.cli.targets import build_targets, parse_targets, resources_table
 from turbotx.memory.svg import plan_to_svg
@@ -25,18 +25,17 @@ from turbotx.report.report import Report
 
 
 def compile_model(
-    model: str,
+    model: Source,
     out: Path,
     shapes: Sequence[str],
     targets: Sequence[str],
-    dtype: str,
     output: Output,
 ) -> int:
     """Dump everything and say where it is; return the exit code."""
     wanted, gpus = [parse_shape(text) for text in shapes], parse_targets(targets)
     make_folder(out)
     with output.steps(f"load {model}", total=6) as steps:
-        loaded = load_model(model, {**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})}, dtype)
+        loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
         report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
         views = [report.at(**dims) for dims in wanted] or [report]
@@ -53,7 +52,7 @@ def compile_model(
     output.console.print(f"\n{len(dumped.files)} files in {dumped.folder}/: begin with report.html")
     for name, why in dumped.skipped.items():
         output.console.print(f"without {name}: {why}")
-    output.result({**summarize(model, views, dumped), "targets": gpus})
+    output.result({**summarize(str(model), views, dumped), "targets": gpus})
     return OK
 
 

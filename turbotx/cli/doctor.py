@@ -168,6 +168,7 @@ def _graphviz() -> Check:
 
 
 EXTRAS = {
+    "weights": ("safetensors",),
     "hf": ("transformers", "safetensors", "tokenizers"),
     "serve": ("starlette", "uvicorn", "msgspec", "prometheus_client"),
     "bench": ("onnxruntime", "ortools", "matplotlib"),

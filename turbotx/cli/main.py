@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from turbotx.cli.models import Source
 from turbotx.cli.output import Output, exit_code
 from turbotx.errors import TurbotxError
 
@@ -34,6 +35,10 @@ Shape = Annotated[
     typer.Option("--shape", metavar="batch=4,seq=128", help="Sizes; may be repeated."),
 ]
 Dtype = Annotated[str, typer.Option(help="Convert the model: float32, bfloat16 or float16.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Take the weights from safetensors, .npz or a state dict."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -52,12 +57,14 @@ def compile_command(
         typer.Option("--target", metavar="sm_90", help="Also build for: sm_80, sm_90, gfx942, ..."),
     ] = None,
     dtype: Dtype = "",
+    weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Dump every stage: graphs, kernel sources, memory plan, report.html."""
     from turbotx.cli.compile import compile_model
 
-    raise typer.Exit(compile_model(model, out, shape or (), target or (), dtype, Output(as_json)))
+    source = Source(model, dtype, weights)
+    raise typer.Exit(compile_model(source, out, shape or (), target or (), Output(as_json)))
 
 
 @app.command("verify")
@@ -65,12 +72,14 @@ def verify_command(
     model: Model,
     shape: Shape = None,
     dtype: Dtype = "",
+    weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Compare every launch and the whole model with float64; exit code 1 past the rule."""
     from turbotx.cli.verify import verify_model
 
-    raise typer.Exit(verify_model(model, shape or (), dtype, Output(as_json)))
+    source = Source(model, dtype, weights)
+    raise typer.Exit(verify_model(source, shape or (), Output(as_json)))
 
 
 @app.command("profile")
@@ -82,12 +91,14 @@ def profile_command(
         Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace there.")
     ] = None,
     dtype: Dtype = "",
+    weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Time every launch: bytes, bandwidth, by kernel and by module."""
     from turbotx.cli.profile import profile_model
 
-    raise typer.Exit(profile_model(model, shape or (), runs, trace, dtype, Output(as_json)))
+    source = Source(model, dtype, weights)
+    raise typer.Exit(profile_model(source, shape or (), runs, trace, Output(as_json)))
 
 
 @app.command("doctor")
@@ -105,6 +116,7 @@ def serve_command(
     port: int = 8080,
     backend: Annotated[str, typer.Option(help="turbotx or eager.")] = "turbotx",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    weights: Weights = None,
     max_length: Annotated[int | None, typer.Option(help="Longest input, in tokens.")] = None,
     policy: Annotated[str, typer.Option(help="How requests are batched.")] = "aged",
     max_batch: int = 32,
@@ -116,7 +128,8 @@ def serve_command(
     from turbotx.cli.serve import serve_model
 
     serve_model(
-        model, host=host, port=port, backend=backend, dtype=dtype, max_length=max_length,
+        model, host=host, port=port, backend=backend, dtype=dtype, weights=weights,
+        max_length=max_length,
         policy=policy, max_batch=max_batch, lazy_ms=lazy_ms, timeout_ms=timeout_ms,
         log_level=log_level,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from torch import nn
 
 from turbotx.cli.inputs import huggingface_inputs
 from turbotx.errors import TurbotxError
+from turbotx.weight_files import load_weights
 
 FORMS = (
     "package.module:factory, path/to/file.py:factory, hf:PATH, hf-config:TYPE, minilm or FILE.pt2"
@@ -42,23 +43,45 @@ class LoadedModel:
     kwargs: dict[str, Any]
 
 
-def load_model(text: str, shape: Mapping[str, int], dtype: str = "") -> LoadedModel:
-    """Load what `text` names; `shape` is the batch and seq of a Hugging Face model's example.
+@dataclass(frozen=True)
+class Source:
+    """What the command line says of a model.
 
-    dtype: "float32", "bfloat16" or "float16" to convert the module, "" to leave it as it is.
-    Raises ModelError.
+    text: MODEL. dtype: "float32", "bfloat16" or "float16" to convert the module, "" to leave it as
+    it is. weights: a file for `turbotx.load_weights`, read before the module is converted.
     """
+
+    text: str
+    dtype: str = ""
+    weights: Path | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    def load(self, shape: Mapping[str, int]) -> LoadedModel:
+        """Load it; `shape` is the batch and seq of a Hugging Face model's example.
+
+        Raises ModelError, and WeightsError where the file of weights does not fit.
+        """
+        loaded = load_model(self.text, shape)
+        if self.weights is not None:
+            if not isinstance(loaded.model, nn.Module):
+                raise ModelError("--weights fills modules only, and MODEL is a function")
+            load_weights(loaded.model, self.weights)
+        return _convert(loaded, self.dtype) if self.dtype else loaded
+
+
+def load_model(text: str, shape: Mapping[str, int]) -> LoadedModel:
+    """Load what `text` names, as it is; raise ModelError where it names nothing."""
     form, _, rest = text.partition(":")
     if text == "minilm" or form in ("hf", "hf-config"):
         module = _huggingface(text, form, rest)
-        loaded = LoadedModel(module, (), huggingface_inputs(module, shape))
-    elif text.endswith(".pt2"):
-        loaded = _exported(Path(text))
-    elif ":" in text:
-        loaded = _made(text, shape)
-    else:
-        raise ModelError(f"{text!r} is no MODEL: write {FORMS}")
-    return _convert(loaded, dtype) if dtype else loaded
+        return LoadedModel(module, (), huggingface_inputs(module, shape))
+    if text.endswith(".pt2"):
+        return _exported(Path(text))
+    if ":" in text:
+        return _made(text, shape)
+    raise ModelError(f"{text!r} is no MODEL: write {FORMS}")
 
 
 def _convert(loaded: LoadedModel, dtype: str) -> LoadedModel:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from turbotx.cli.models import ModelError
-from turbotx.errors import InputError, OptionsError, TurbotxError
+from turbotx.errors import InputError, OptionsError, TurbotxError, WeightsError
 from turbotx.report.dump import DumpError
 
 OK, WRONG, MISUSED, FAILED = 0, 1, 2, 3
@@ -26,7 +26,7 @@ OK, WRONG, MISUSED, FAILED = 0, 1, 2, 3
 
 def exit_code(error: TurbotxError) -> int:
     """Return 2 where the user can put it right on the command line, otherwise 3."""
-    misused = (ModelError, InputError, OptionsError, DumpError)
+    misused = (ModelError, InputError, OptionsError, DumpError, WeightsError)
     return MISUSED if isinstance(error, misused) else FAILED
 
 

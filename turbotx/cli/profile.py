@@ -17,7 +17,7 @@ from rich.table import Table
 
 import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
-from turbotx.cli.models import load_model
+from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
 from turbotx.errors import InputError
 from turbotx.report.dump import DumpError
@@ -25,7 +25,7 @@ from turbotx.report.profile import Profile
 
 
 def profile_model(
-    model: str, shapes: Sequence[str], runs: int, trace: Path | None, dtype: str, output: Output
+    model: Source, shapes: Sequence[str], runs: int, trace: Path | None, output: Output
 ) -> int:
     """Profile at one shape and print it; return the exit code."""
     if len(shapes) > 1:
@@ -34,7 +34,7 @@ def profile_model(
         raise InputError(f"--runs {runs}: at least 1")
     dims = parse_shape(shapes[0]) if shapes else {}
     with output.steps(f"load {model}", total=3) as steps:
-        loaded = load_model(model, {**EXAMPLE_SHAPE, **dims}, dtype)
+        loaded = model.load({**EXAMPLE_SHAPE, **dims})
         steps("capture, fuse and build")
         report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs).at(**dims)
         steps(f"run {runs} times")
@@ -53,7 +53,7 @@ def profile_model(
     )
     if trace is not None:
         output.console.print(f"trace for chrome://tracing or Perfetto: {trace}")
-    output.result({"model": model, "dims": report.dims, **_as_dict(found)})
+    output.result({"model": str(model), "dims": report.dims, **_as_dict(found)})
     return OK
 
 

@@ -15,19 +15,19 @@ from rich.table import Table
 
 import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
-from turbotx.cli.models import load_model
+from turbotx.cli.models import Source
 from turbotx.cli.output import OK, WRONG, Output
 from turbotx.report.numerics import FACTOR, ULPS, Error, Numerics
 
 RULE = f"error at most {FACTOR} x eager's own, plus {ULPS} ulp of the largest value"
 
 
-def verify_model(model: str, shapes: Sequence[str], dtype: str, output: Output) -> int:
+def verify_model(model: Source, shapes: Sequence[str], output: Output) -> int:
     """Measure at every shape; return 0, or 1 where the rule is broken."""
     wanted = [parse_shape(text) for text in shapes]
     found: list[tuple[dict[str, int], Numerics]] = []
     with output.steps(f"load {model}", total=2 + max(1, len(wanted))) as steps:
-        loaded = load_model(model, {**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})}, dtype)
+        loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
         report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
         for view in [report.at(**dims) for dims in wanted] or [report]:
@@ -39,7 +39,7 @@ def verify_model(model: str, shapes: Sequence[str], dtype: str, output: Output) 
     holds = all(numerics.holds for _, numerics in found)
     verdict = "[green]holds[/green]" if holds else "[red bold]is broken[/red bold]"
     output.console.print(f"{RULE}: {verdict}")
-    output.result({"model": model, "rule": RULE, "holds": holds, "shapes": _as_dicts(found)})
+    output.result({"model": str(model), "rule": RULE, "holds": holds, "shapes": _as_dicts(found)})
     return OK if holds else WRONG
 
 

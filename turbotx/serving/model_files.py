@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from turbotx.errors import TurbotxError
 from turbotx.serving.engine import Engine, Head, Pooling, TorchEngine
 from turbotx.serving.tokens import TextTokenizer
+from turbotx.weight_files import load_weights
 
 DEFAULT_MODEL = "minilm"
 
@@ -56,11 +58,13 @@ def load_model(
     device: str = "cpu",
     dtype: str = "float32",
     max_length: int | None = None,
+    weights: Path | None = None,
 ) -> LoadedModel:
     """Load weights and tokenizer from a local directory.
 
     ``backend`` is ``turbotx`` (optimized) or ``eager``. ``max_length`` overrides what the model's
-    files say, up to its position embeddings. Raises ModelFilesError.
+    files say, up to its position embeddings. ``weights`` is a file for ``turbotx.load_weights`` to
+    take in place of the directory's own. Raises ModelFilesError, WeightsError.
     """
     if backend not in ("turbotx", "eager"):
         raise ModelFilesError(f"no backend {backend!r}: use turbotx or eager")
@@ -69,7 +73,9 @@ def load_model(
     )
     folder = find_folder(model)
     config = _read_json(folder / "config.json")
-    module = _load_module(folder, info.head, dtype, device)
+    module = _load_module(folder, info.head, dtype, device, weights)
+    if weights is not None:
+        info = replace(info, revision=f"{info.revision}-{_digest([weights], weights.parent)}")
     if backend == "turbotx":
         module = importlib.import_module("turbotx").optimize(module)
     takes_types = config.get("type_vocab_size", 0) > 1
@@ -160,9 +166,14 @@ def read_max_length(folder: Path, config: dict[str, Any], wanted: int | None) ->
 
 def digest_files(folder: Path) -> str:
     """Identifies weights and configuration: names, sizes and the first and last 64 KiB of each."""
+    kinds = (".json", ".safetensors", ".bin", ".txt")
+    return _digest((p for p in sorted(folder.rglob("*")) if p.suffix in kinds), folder)
+
+
+def _digest(files: Iterable[Path], folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".json", ".safetensors", ".bin", ".txt") and path.is_file():
+    for path in files:
+        if path.is_file():
             nbytes = path.stat().st_size
             digest.update(f"{path.relative_to(folder)} {nbytes}\n".encode())
             with path.open("rb") as file:
@@ -172,14 +183,19 @@ def digest_files(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load_module(folder: Path, head: Head, dtype: str, device: str) -> Any:
+def _load_module(folder: Path, head: Head, dtype: str, device: str, weights: Path | None) -> Any:
     import torch
     from transformers import AutoModel, AutoModelForSequenceClassification
 
     loader = AutoModelForSequenceClassification if head.kind == "classifier" else AutoModel
+    wanted = getattr(torch, dtype)
     module = loader.from_pretrained(
-        folder, local_files_only=True, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    )
+        folder, local_files_only=True, dtype=wanted if weights is None else torch.float32,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    if weights is not None:
+        load_weights(module, weights)
+        module = module.to(wanted)
     return module.eval().to(device)
 
 

@@ -31,6 +31,7 @@ def serve(
     device: str = "cpu",
     dtype: str = "float32",
     max_length: int | None = None,
+    weights: Path | None = None,
     policy: str = "aged",
     max_batch: int = 32,
     max_batch_tokens: int = 16_384,
@@ -68,7 +69,9 @@ def serve(
         otel=otel,
     )
     log_as_json(log_level)
-    loaded = load_model(model, backend=backend, device=device, dtype=dtype, max_length=max_length)
+    loaded = load_model(
+        model, backend=backend, device=device, dtype=dtype, max_length=max_length, weights=weights
+    )
     run(loaded, settings, host=host, port=port)
 
 
