@@ -17,6 +17,7 @@ from torch import nn
 
 import turbotx
 from turbotx.errors import InputError, TrainingError
+from turbotx.optimize import engine_of
 from turbotx.report import Report
 from turbotx.report.dump import DumpError
 from turbotx.report.origin import reserve
@@ -261,6 +262,39 @@ def test_explain_a_plain_module_a_function_and_an_optimized_class() -> None:
     x = torch.randn(2, 3)
     for target in (Tiny().eval(), turbotx.optimize(Tiny, backend="aten")().eval(), torch.sinh):
         assert len(turbotx.explain(target, x).launches) == 1
+
+
+def test_an_optimized_class_is_measured_against_itself_as_it_was() -> None:
+    class Softer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * 3).softmax(-1)
+
+    x = torch.randn(4, 9)
+    model = turbotx.optimize(Softer, backend="aten")().eval()
+    numerics = turbotx.explain(model, x).numerics(model, x)
+    assert numerics.holds
+    assert model.stats()["captures"] == 0  # neither explaining nor comparing is a call
+    assert torch.equal(engine_of(model).run_plainly((x,), {}), Softer()(x))
+
+
+def test_a_watch_hears_of_every_launch_in_order() -> None:
+    heard: list[tuple[str, int]] = []
+
+    class Watch:
+        def before(self, launch: int, state: object) -> None:
+            heard.append(("before", launch))
+
+        def after(self, launch: int, state: object) -> None:
+            heard.append(("after", launch))
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval()
+    x = torch.randn(2, 4)
+    program = turbotx.explain(turbotx.optimize(model, backend="aten"), x).compiled.program
+    with torch.no_grad():
+        (found,) = program.run(program.bind((2,)), [x], watch=Watch())
+    torch.testing.assert_close(found, model(x).detach())
+    count = len(program.assembly.launches)
+    assert heard == [(when, k) for k in range(count) for when in ("before", "after")]
 
 
 def test_explain_refuses_what_cannot_be_explained() -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from turbotx.capture import capture
+from turbotx.capture import Captured, capture
 from turbotx.errors import CaptureError, InputError, OptionsError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options, make_options
@@ -57,12 +57,12 @@ class Engine:
         with self._lock:
             self._variants: dict[Any, list[_Variant]] = {}
             self._bound: dict[Any, tuple[_Variant, Binding]] = {}
-            self._pool = ChunkPool(torch.device("cpu"), max_arenas=self.options.max_arenas)
+            self.pool = ChunkPool(torch.device("cpu"), max_arenas=self.options.max_arenas)
 
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._refuse_training()
+        self.refuse_training()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         key = _signature(leaves, spec)
@@ -79,7 +79,8 @@ class Engine:
             outputs = variant.program.run(binding, tensors)
         return pytree.tree_unflatten(outputs, variant.out_spec)
 
-    def _refuse_training(self) -> None:
+    def refuse_training(self) -> None:
+        """Raise TrainingError where the model is in training mode."""
         if self.model.training:
             raise TrainingError(
                 f"{type(self.model).__name__} is in training mode, and turbotx is for inference "
@@ -111,7 +112,7 @@ class Engine:
             dims = variant.matcher.match([t.shape for t in tensors])
             if dims is not None:
                 return variant, dims
-        variant = _Variant(self.compile(args, kwargs))
+        variant = _Variant(self.compile(self.capture(args, kwargs)))
         dims = variant.matcher.match([t.shape for t in tensors])
         if dims is None:
             why = variant.matcher.explain([t.shape for t in tensors])
@@ -122,11 +123,31 @@ class Engine:
         known.append(variant)
         return variant, dims
 
-    def compile(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
-        """Capture and compile one call; also `turbotx.explain`'s way in."""
-        captured = capture(self.model, args, kwargs)
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+        """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
+        with self._plain():
+            captured = capture(self.model, args, kwargs)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
-        return compile_captured(captured, self.model, self.options, self._pool)
+        return captured
+
+    def compile(self, captured: Captured) -> Compiled:
+        """Return the program of a captured call, over this engine's memory; rewrites its graph."""
+        return compile_captured(captured, self.model, self.options, self.pool)
+
+    def run_plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return what the model itself makes of a call, without turbotx and gradients."""
+        with self._plain(), torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """Meanwhile, in this thread, an instance of an optimized class is called as it was."""
+        before = getattr(_called_plainly, "engine", None)
+        _called_plainly.engine = self
+        try:
+            yield
+        finally:
+            _called_plainly.engine = before
 
     # --- looking inside ---
 
@@ -137,7 +158,7 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Return counts since the last reset: captures, kernel builds, plans, chunk allocations."""
         compiled = self.variants()
-        pool = self._pool.stats()
+        pool = self.pool.stats()
         return {
             "captures": len(compiled),
             "kernel_builds": sum(c.program.runtime.builds for c in compiled),
@@ -160,7 +181,7 @@ class Engine:
                     f"reserve has no dim {sorted(unknown)}; this capture's are {known}"
                 )
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
-            self._pool.reserve(program.bind(values).footprint_nbytes)
+            self.pool.reserve(program.bind(values).footprint_nbytes)
 
 
 def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
@@ -317,13 +338,10 @@ def _optimize_class(cls: type[nn.Module], options: Options) -> type[nn.Module]:
     """Return a subclass whose calls run through turbotx; instances are made as before."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "_turbotx_engine" not in self.__dict__:
-            object.__setattr__(self, "_turbotx_engine", Engine(self, options))
-        engine: Engine = self.__dict__["_turbotx_engine"]
-        if getattr(_capturing, "engine", None) is engine:
+        engine = engine_of(self)
+        if getattr(_called_plainly, "engine", None) is engine:
             return nn.Module.__call__(self, *args, **kwargs)
-        with _marked(engine):
-            return engine(args, kwargs)
+        return engine(args, kwargs)
 
     def apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         result = nn.Module._apply(self, fn, recurse)
@@ -334,24 +352,39 @@ def _optimize_class(cls: type[nn.Module], options: Options) -> type[nn.Module]:
     def stats(self: Any) -> dict[str, int]:
         return self._turbotx_engine.stats() if "_turbotx_engine" in self.__dict__ else {}
 
-    body = {"__call__": call, "_apply": apply, "stats": stats, "__doc__": cls.__doc__}
+    body: dict[str, Any] = {
+        "__call__": call,
+        "_apply": apply,
+        "stats": stats,
+        "__doc__": cls.__doc__,
+    }
+    body["_turbotx_options"] = options
     made = type(cls.__name__, (cls,), body)
     made.__module__, made.__qualname__ = cls.__module__, cls.__qualname__
     return made
 
 
-_capturing = threading.local()
+_called_plainly = threading.local()
+"""`engine`: whose model this thread is calling as it was, for a trace or a comparison."""
 
 
-@contextmanager
-def _marked(engine: Engine) -> Iterator[None]:
-    """While an instance of an optimized class is traced, its own call is the plain one."""
-    before = getattr(_capturing, "engine", None)
-    _capturing.engine = engine
-    try:
-        yield
-    finally:
-        _capturing.engine = before
+def engine_of(target: Any) -> Engine:
+    """Return the engine behind anything that `optimize` made, or made of anything it takes.
+
+    A plain module or function gets an engine of default options, which nothing else uses. Raises
+    InputError for a class, OptionsError for what `optimize` does not take.
+    """
+    if inspect.isclass(target):
+        raise InputError(f"an instance is needed, not a class: make one of {target.__name__} first")
+    own = getattr(target, "__dict__", {})
+    for name in ("_engine", "_turbotx_engine"):
+        if isinstance(own.get(name), Engine):
+            return own[name]
+    options = getattr(type(target), "_turbotx_options", None)
+    if options is None:
+        return engine_of(optimize(target))
+    object.__setattr__(target, "_turbotx_engine", Engine(target, options))
+    return target.__dict__["_turbotx_engine"]
 
 
 @overload

@@ -30,6 +30,7 @@ from turbotx.memory.plan import align
 from turbotx.memory.pool import ChunkPool, poison, poison_enabled
 from turbotx.runtime.aten import RunState, is_whole, make_window
 from turbotx.runtime.cpu import CpuRuntime
+from turbotx.runtime.watch import Watch
 from turbotx.sizes import Expr, compile_evaluator, to_python
 
 
@@ -54,6 +55,23 @@ class Execution:
         self.base = 0
         self.weights_version = -1
         self.kept: object = None
+
+
+class _Poisoner:
+    """The watch of poisoned runs: fills what nobody reads again."""
+
+    def __init__(self, program: Program, binding: Binding, arena: Any) -> None:
+        self._dying_after, self._arena = program.liveness.dying_after, arena
+        self._offsets = dict(zip(program.planned, binding.offsets.tolist(), strict=True))
+        self._nbytes = program.sizes_at(binding.dims)
+
+    def before(self, launch: int, state: Callable[[], RunState]) -> None:
+        pass
+
+    def after(self, launch: int, state: Callable[[], RunState]) -> None:
+        for name in self._dying_after(launch):
+            begin = self._offsets[name]
+            poison(self._arena.tensor[begin : begin + self._nbytes[name]])
 
 
 class Program:
@@ -155,9 +173,14 @@ class Program:
     # --- running ---
 
     def run(
-        self, binding: Binding, tensors: Sequence[torch.Tensor], ticks: Any = None
-    ) -> list[Any]:
-        """Run on `tensors`, in the captured order; return the leaves of the model's output."""
+        self, binding: Binding, tensors: Sequence[torch.Tensor], ticks: Any = None,
+        watch: Watch | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """Run on `tensors`, in the captured order; return the leaves of the model's output.
+
+        `ticks`: int64, two a launch, takes the nanoseconds at which it began and ended. `watch`
+        is told of every launch, which then run one by one.
+        """
         self.runtime.weights.refresh()
         inputs = [t if t.is_contiguous() else t.contiguous() for t in tensors]
         outputs = [torch.empty(shape, dtype=dtype) for _, shape, dtype in binding.outputs]
@@ -171,23 +194,18 @@ class Program:
             named = dict(zip(self._inputs, inputs, strict=True))
             named.update((t.name, x) for t, x in zip(self._outputs, outputs, strict=True))
             state = partial(self._state, binding, arena, named)
-            poisoned = {"after": self._poison_dying(binding, arena)} if poison_enabled() else {}
-            failed = self.runtime.run(table, binding.sizes, state, ticks, **poisoned)
+            watches = [watch] if watch is not None else []
+            if poison_enabled():
+                watches.append(_Poisoner(self, binding, arena))
+            failed = self.runtime.run(table, binding.sizes, state, ticks, watches)
         if failed:
             self._explain_failure(failed)
         return [leaf(binding, named) for leaf in self._leaves]
 
-    def _poison_dying(self, binding: Binding, arena: Any) -> Callable[[int], None]:
-        """Return what to do after a launch in poisoned runs: fill what nobody reads again."""
-        sizes = self._class_nbytes(*binding.dims)
-        offsets = dict(zip(self.planned, binding.offsets.tolist(), strict=True))
-        nbytes = dict(zip(self.liveness.names, (sizes[c] for c in self._root_classes), strict=True))
-
-        def after(launch: int) -> None:
-            for name in self.liveness.dying_after(launch):
-                poison(arena.tensor[offsets[name] : offsets[name] + nbytes[name]])
-
-        return after
+    def sizes_at(self, dims: Sequence[int]) -> dict[str, int]:
+        """Return the bytes of every planned buffer at these dims."""
+        sizes = self._class_nbytes(*dims)
+        return dict(zip(self.liveness.names, (sizes[c] for c in self._root_classes), strict=True))
 
     def _state(self, binding: Binding, arena: Any, named: dict[str, torch.Tensor]) -> RunState:
         offsets = dict(zip(self.planned, binding.offsets.tolist(), strict=True))

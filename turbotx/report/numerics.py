@@ -19,8 +19,8 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from turbotx import ir
-from turbotx.capture import capture
 from turbotx.kernels.lower import Lowered
+from turbotx.optimize import Engine
 from turbotx.passes.extract import extract
 from turbotx.pipeline import Compiled
 from turbotx.report.replay import Read, replay
@@ -66,19 +66,19 @@ class Numerics:
 
 
 def measure(
-    model: Any, compiled: Compiled, args: Sequence[Any], kwargs: Mapping[str, Any],
+    engine: Engine, compiled: Compiled, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     names: Callable[[ir.Launch], str], dims: Mapping[str, int],
 ) -> Numerics:  # fmt: skip
-    """Run the model three ways on one call's inputs. `names`: the function behind a launch.
+    """Run a model three ways on one call's inputs. `names`: the function behind a launch.
 
     `compiled` must be nobody else's while it is measured.
     """
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     watch = _Watch(compiled, names, dims)
     ours = replay(compiled, tensors, watch)
-    exact_graph = _to_float64(capture(model, args, kwargs).graph_module)
+    exact_graph = _to_float64(engine.capture(args, kwargs).graph_module)
+    eager = pytree.tree_leaves(engine.run_plainly(args, kwargs))
     with torch.no_grad():
-        eager = pytree.tree_leaves(model(*args, **kwargs))
         exact = exact_graph(*map(_double, tensors))
     outputs = tuple(
         compare(f"output {k}", "", "", mine, own, true)

@@ -91,24 +91,19 @@ def profile(report: Report, tensors: Sequence[torch.Tensor], runs: int) -> Profi
     dims = SizeMatcher(report.compiled.captured).match([t.shape for t in tensors])
     assert dims is not None
     binding, count = program.bind(dims), len(report.launches)
-    runtime = program.runtime
     ticks = (ctypes.c_int64 * (2 * count))()
-    program.runtime = _Clocked(runtime)  # type: ignore[assignment]
-    try:
-        with torch.no_grad():
-            for _ in range(WARM_UP):
-                program.run(binding, tensors, ticks)
-            taken, plain, clocked = [], [], []
-            for _ in range(runs):
-                begin = time.perf_counter_ns()
-                program.run(binding, tensors)
-                middle = time.perf_counter_ns()
-                program.run(binding, tensors, ticks)
-                clocked.append(time.perf_counter_ns() - middle)
-                plain.append(middle - begin)
-                taken.append(np.array(ticks, dtype=np.int64).reshape(count, 2))
-    finally:
-        program.runtime = runtime
+    taken, plain, clocked = [], [], []
+    with torch.no_grad():
+        for _ in range(WARM_UP):
+            program.run(binding, tensors, ticks)
+        for _ in range(runs):
+            begin = time.perf_counter_ns()
+            program.run(binding, tensors)
+            middle = time.perf_counter_ns()
+            program.run(binding, tensors, ticks)
+            clocked.append(time.perf_counter_ns() - middle)
+            plain.append(middle - begin)
+            taken.append(np.array(ticks, dtype=np.int64).reshape(count, 2))
     return _summarize(report, np.stack(taken), max(0.0, min(clocked) / min(plain) - 1))
 
 
@@ -123,31 +118,3 @@ def _summarize(report: Report, taken: np.ndarray, overhead: float) -> Profile:
     rows = zip(report.launches, begins.tolist(), lengths[middle].tolist(), medians, strict=True)
     timed = tuple(Timed(*row) for row in rows)
     return Profile(timed, float(np.median(totals)), float(between), len(taken), overhead)
-
-
-class _Clocked:
-    """The program's own runtime; reads the clock around launches that PyTorch runs as well."""
-
-    def __init__(self, runtime: Any) -> None:
-        self._runtime = runtime
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runtime, name)
-
-    def run(self, table: Any, sizes: Any, state: Any, ticks: Any = None) -> int:
-        if ticks is None:
-            return int(self._runtime.run(table, sizes, state))
-        ctypes.memset(ticks, 0, ctypes.sizeof(ticks))
-        whole = self._runtime.table.segments
-        try:
-            for begin, end in whole:
-                self._runtime.table.segments = [(begin, end)]
-                started = time.perf_counter_ns()
-                failed = self._runtime.run(table, sizes, state, ticks)
-                if failed:
-                    return int(failed)
-                if ticks[2 * begin] == 0:  # native launches wrote theirs, by the same clock
-                    ticks[2 * begin], ticks[2 * begin + 1] = started, time.perf_counter_ns()
-        finally:
-            self._runtime.table.segments = whole
-        return 0

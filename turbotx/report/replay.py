@@ -32,43 +32,25 @@ class Observer(Protocol):
 
 def replay(compiled: Compiled, tensors: Sequence[torch.Tensor], observer: Observer) -> list[Any]:
     """Run `compiled`, which nothing else may use meanwhile; return the output's leaves."""
-    program = compiled.program
     dims = SizeMatcher(compiled.captured).match([t.shape for t in tensors])
     assert dims is not None
-    runtime = program.runtime
-    program.runtime = _Stepper(runtime, compiled, observer)  # type: ignore[assignment]
-    try:
-        with torch.no_grad():
-            return program.run(program.bind(dims), tensors)
-    finally:
-        program.runtime = runtime
+    program = compiled.program
+    watch = _Replay(observer, compiled.captured.dims)
+    with torch.no_grad():
+        return program.run(program.bind(dims), tensors, watch=watch)
 
 
-class _Stepper:
-    """The program's own runtime, asked for one launch at a time."""
+class _Replay:
+    """The watch that hands an observer its way to read."""
 
-    def __init__(self, runtime: Any, compiled: Compiled, observer: Observer) -> None:
-        self._runtime, self._observer = runtime, observer
-        self._compiled = compiled
+    def __init__(self, observer: Observer, dims: Sequence[str]) -> None:
+        self._observer, self._dims = observer, dims
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runtime, name)
+    def before(self, launch: int, state: Callable[[], RunState]) -> None:
+        self._observer.before(launch, _reader(state(), self._dims))
 
-    def run(self, table: Any, sizes: Any, state: Callable[[], RunState], ticks: Any = None) -> int:
-        given = state()
-        read = _reader(given, self._compiled.captured.dims)
-        whole = self._runtime.table.segments
-        try:
-            for index in range(len(self._compiled.assembly.launches)):
-                self._observer.before(index, read)
-                self._runtime.table.segments = [(index, index + 1)]
-                failed = self._runtime.run(table, sizes, state, ticks)
-                if failed:
-                    return int(failed)
-                self._observer.after(index, read)
-        finally:
-            self._runtime.table.segments = whole
-        return 0
+    def after(self, launch: int, state: Callable[[], RunState]) -> None:
+        self._observer.after(launch, _reader(state(), self._dims))
 
 
 def _reader(state: RunState, dims: Sequence[str]) -> Read:

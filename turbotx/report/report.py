@@ -10,7 +10,6 @@ plain lists and numbers for JSON::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +17,13 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx, nn
+from torch import fx
 
 from turbotx import ir
-from turbotx.capture import capture
 from turbotx.errors import InputError
 from turbotx.fused_graph import make_fused_graph
-from turbotx.optimize import Engine, FunctionModule, OptimizedModule, _marked, optimize
-from turbotx.pipeline import Compiled, compile_captured
+from turbotx.optimize import engine_of
+from turbotx.pipeline import Compiled
 from turbotx.report import entries
 from turbotx.report.describe import (
     View,
@@ -121,10 +119,11 @@ class Report:
     def numerics(self, model: Any, /, *args: Any, **kwargs: Any) -> Numerics:
         """Return every launch's error, and the outputs', on one call's inputs, against float64.
 
-        `model`: the module itself, whose own error is the measure. Runs everything three times.
+        `model`: the module, plain or optimized, whose own error is the measure. Runs everything
+        three times.
         """
-        model = getattr(model, "_original", model)
-        return measure(_as_module(model), self.compiled, args, kwargs, self.function_of, self.dims)
+        engine = engine_of(model)
+        return measure(engine, self.compiled, args, kwargs, self.function_of, self.dims)
 
     def profile(self, *args: Any, runs: int = 30, **kwargs: Any) -> Profile:
         """Return the time of every launch, medians over `runs` runs on one call's inputs."""
@@ -199,37 +198,11 @@ def explain(model: Any, /, *args: Any, **kwargs: Any) -> Report:
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     if not tensors:
         raise InputError("explain needs example inputs, as in explain(model, input_ids=ids)")
-    engine = _engine_of(model, args, kwargs)
-    engine._refuse_training()
-    own_class = engine is getattr(model, "__dict__", {}).get("_turbotx_engine")
-    with _marked(engine) if own_class else nullcontext():
-        captured = capture(engine.model, args, kwargs)
+    engine = engine_of(model)
+    engine.refuse_training()
+    captured = engine.capture(args, kwargs)
     origin = observe(captured)
-    compiled = compile_captured(captured, engine.model, engine.options, engine._pool)
+    compiled = engine.compile(captured)
     sizes = SizeMatcher(captured).match([t.shape for t in tensors])
     dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
     return Report(compiled, origin, dims, engine.options.planner)
-
-
-def _engine_of(model: Any, args: Any, kwargs: Any) -> Engine:
-    """Return the engine of something optimized, or make one for a plain module or function."""
-    if isinstance(model, OptimizedModule) or isinstance(getattr(model, "_engine", None), Engine):
-        return model._engine
-    if isinstance(model, type):
-        raise InputError(f"explain takes an instance: make one of {model.__name__} first")
-    if isinstance(model, nn.Module) and _is_optimized_class(model):
-        if "_turbotx_engine" not in model.__dict__:
-            model(*args, **kwargs)
-        return model.__dict__["_turbotx_engine"]
-    made = optimize(model)
-    return made._engine
-
-
-def _as_module(model: Any) -> nn.Module:
-    """Return a plain function as a module, so that it can be captured."""
-    return model if isinstance(model, nn.Module) else FunctionModule(model)
-
-
-def _is_optimized_class(model: nn.Module) -> bool:
-    call = type(model).__dict__.get("__call__")
-    return getattr(call, "__module__", "") == "turbotx.optimize"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from turbotx.kernels.build import build_library
 from turbotx.options import Options
 from turbotx.runtime.aten import AtenSteps, RunState
 from turbotx.runtime.native import LaunchTable, load_runtime, packed_name, print_units
+from turbotx.runtime.watch import Watch
 from turbotx.runtime.weights import PackedWeight, Weights
 
 NATIVE_KINDS = frozenset({"kernel", "gemm", "attention"})
@@ -102,28 +104,33 @@ class CpuRuntime:
 
     def run(
         self, table: Any, sizes: Any, state: Callable[[], RunState],
-        ticks: Any = None, after: Callable[[int], None] | None = None,
+        ticks: Any = None, watches: Sequence[Watch] = (),
     ) -> int:  # fmt: skip
         """Run every launch in order; return 0, or launch << 32 | code of the first that failed.
 
         `state` is asked for only if PyTorch has a launch to run. `ticks` (int64, two a launch)
-        takes the nanoseconds at which each native launch began and ended. `after` is called with
-        the number of each launch that has run, which then run one by one.
+        takes the nanoseconds at which each launch began and ended. With `watches`, launches run
+        one by one.
         """
         addresses, values = ctypes.addressof(table), ctypes.addressof(sizes)
         clock = None if ticks is None else ctypes.addressof(ticks)
         segments = self.table.segments
-        if after is not None:
+        if watches:
             segments = [(i, i + 1) for begin, end in segments for i in range(begin, end)]
         for begin, end in segments:
+            for watch in watches:
+                watch.before(begin, state)
             step = self._steps.get(begin)
             if step is not None:
+                started = time.perf_counter_ns()
                 step(state())
+                if ticks is not None:
+                    ticks[2 * begin : 2 * begin + 2] = started, time.perf_counter_ns()
             else:
                 assert self._native is not None
                 failed = self._native.ttx_run(self._records, begin, end, addresses, values, clock)
                 if failed:
                     return int(failed)
-            if after is not None:
-                after(begin)
+            for watch in watches:
+                watch.after(begin, state)
         return 0
