@@ -43,7 +43,7 @@ LAYERS = (
     ("program",),
     ("pipeline",),
     ("signature", "fused_graph"),
-    ("optimize",),
+    ("engine", "optimize"),
     ("report",),
     ("serving",),
     ("cli", "__main__"),

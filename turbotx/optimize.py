@@ -12,214 +12,17 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import logging
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from turbotx.capture import Captured, capture
-from turbotx.errors import CaptureError, InputError, OptionsError, TrainingError
-from turbotx.memory.pool import ChunkPool
+from turbotx.engine import Engine
+from turbotx.errors import CaptureError, InputError, OptionsError
 from turbotx.options import Options, make_options
-from turbotx.pipeline import Compiled, compile_captured
-from turbotx.program import Binding
-from turbotx.signature import SizeMatcher
 
-log = logging.getLogger("turbotx")
 T = TypeVar("T")
-
-
-class _Variant:
-    """One capture: its compiled program and the matcher that tells which sizes it serves."""
-
-    def __init__(self, compiled: Compiled) -> None:
-        self.compiled = compiled
-        self.program = compiled.program
-        self.matcher = SizeMatcher(compiled.captured)
-        self.out_spec = compiled.captured.out_spec
-
-
-class Engine:
-    """Captures and runs the calls of one model; it stands behind every kind of target."""
-
-    def __init__(self, model: nn.Module, options: Options) -> None:
-        self.model, self.options = model, options
-        self._lock = threading.RLock()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget every capture, as after `.to(...)`; the next call captures again."""
-        with self._lock:
-            self._variants: dict[Any, list[_Variant]] = {}
-            self._bound: dict[Any, tuple[_Variant, Binding]] = {}
-            self.pool = ChunkPool(torch.device("cpu"), max_arenas=self.options.max_arenas)
-
-    # --- calling ---
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.refuse_training()
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        key = _signature(leaves, spec)
-        shapes = (key, tuple(t.shape for t in tensors))
-        found = self._bound.get(shapes)
-        if found is None:
-            for tensor in tensors:
-                _refuse_tensor(tensor)
-            found = self._bind(key, shapes, tensors, args, kwargs)
-        elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            _refuse_gradient()
-        variant, binding = found
-        with torch.no_grad():
-            outputs = variant.program.run(binding, tensors)
-        return pytree.tree_unflatten(outputs, variant.out_spec)
-
-    def refuse_training(self) -> None:
-        """Raise TrainingError where the model is in training mode."""
-        if self.model.training:
-            raise TrainingError(
-                f"{type(self.model).__name__} is in training mode, and turbotx is for inference "
-                "only: call model.eval() first"
-            )
-
-    def _bind(
-        self, key: Any, shapes: Any, tensors: list[torch.Tensor],
-        args: tuple[Any, ...], kwargs: Mapping[str, Any],
-    ) -> tuple[_Variant, Binding]:  # fmt: skip
-        with self._lock:
-            variant, dims = self._find(key, tensors, args, kwargs)
-            binding = variant.program.bind(dims)
-            if len(self._bound) >= self.options.max_shapes:
-                self._bound.pop(next(iter(self._bound)))
-            self._bound[shapes] = (variant, binding)
-            return self._bound[shapes]
-
-    def _find(
-        self,
-        key: Any,
-        tensors: list[torch.Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> tuple[_Variant, tuple[int, ...]]:
-        """Return the variant that serves these sizes, captured now if there is none yet."""
-        known = self._variants.setdefault(key, [])
-        for variant in known:
-            dims = variant.matcher.match([t.shape for t in tensors])
-            if dims is not None:
-                return variant, dims
-        variant = _Variant(self.compile(self.capture(args, kwargs)))
-        dims = variant.matcher.match([t.shape for t in tensors])
-        if dims is None:
-            why = variant.matcher.explain([t.shape for t in tensors])
-            raise CaptureError(
-                f"{type(self.model).__name__} was captured, but the capture does not hold for the "
-                f"very call it came from: {why}"
-            )
-        known.append(variant)
-        return variant, dims
-
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
-        """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
-        with self._plain():
-            captured = capture(self.model, args, kwargs)
-        log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
-        return captured
-
-    def compile(self, captured: Captured) -> Compiled:
-        """Return the program of a captured call, over this engine's memory; rewrites its graph."""
-        return compile_captured(captured, self.model, self.options, self.pool)
-
-    def run_plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Return what the model itself makes of a call, without turbotx and gradients."""
-        with self._plain(), torch.no_grad():
-            return self.model(*args, **kwargs)
-
-    @contextmanager
-    def _plain(self) -> Iterator[None]:
-        """Meanwhile, in this thread, an instance of an optimized class is called as it was."""
-        before = getattr(_called_plainly, "engine", None)
-        _called_plainly.engine = self
-        try:
-            yield
-        finally:
-            _called_plainly.engine = before
-
-    # --- looking inside ---
-
-    def variants(self) -> list[Compiled]:
-        with self._lock:
-            return [v.compiled for variants in self._variants.values() for v in variants]
-
-    def stats(self) -> dict[str, int]:
-        """Return counts since the last reset: captures, kernel builds, plans, chunk allocations."""
-        compiled = self.variants()
-        pool = self.pool.stats()
-        return {
-            "captures": len(compiled),
-            "kernel_builds": sum(c.program.runtime.builds for c in compiled),
-            "plans": sum(c.program.plans for c in compiled),
-            "chunk_allocations": pool.chunk_allocations,
-            "mapped_nbytes": pool.mapped_nbytes,
-            "used_nbytes": pool.used_nbytes,
-            "peak_nbytes": pool.peak_nbytes,
-            "arenas": pool.arenas,
-        }
-
-    def reserve(self, **dims: int) -> None:
-        """Map the memory of the largest shape now, e.g. reserve(batch=8, seq=512)."""
-        for compiled in self.variants():
-            program = compiled.program
-            unknown = set(dims) - set(program.dims)
-            if unknown:
-                known = ", ".join(program.dims)
-                raise InputError(
-                    f"reserve has no dim {sorted(unknown)}; this capture's are {known}"
-                )
-            values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
-            self.pool.reserve(program.bind(values).footprint_nbytes)
-
-
-def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
-    """Return what decides which capture a call belongs to: everything but tensors' sizes."""
-    described = tuple(
-        (leaf.dtype, leaf.device, leaf.dim()) if isinstance(leaf, torch.Tensor) else _constant(leaf)
-        for leaf in leaves
-    )
-    return (spec, described)
-
-
-def _constant(leaf: Any) -> Any:
-    if isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device, type(None))):
-        return (type(leaf), leaf)
-    try:
-        hash(leaf)
-    except TypeError:
-        return (type(leaf), id(leaf))
-    return leaf
-
-
-def _refuse_tensor(tensor: torch.Tensor) -> None:
-    if tensor.device.type != "cpu":
-        raise InputError(
-            f"an input is on {tensor.device}, and this build of turbotx runs on CPUs: move it "
-            "with .cpu()"
-        )
-    if tensor.layout is not torch.strided:
-        raise InputError(f"an input has layout {tensor.layout}; turbotx takes dense tensors only")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        _refuse_gradient()
-
-
-def _refuse_gradient() -> None:
-    raise TrainingError(
-        "an input requires grad, and turbotx is for inference only: call it under "
-        "torch.no_grad(), or pass input.detach()"
-    )
 
 
 class OptimizedModule(nn.Module):
@@ -339,7 +142,7 @@ def _optimize_class(cls: type[nn.Module], options: Options) -> type[nn.Module]:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         engine = engine_of(self)
-        if getattr(_called_plainly, "engine", None) is engine:
+        if engine.called_plainly:
             return nn.Module.__call__(self, *args, **kwargs)
         return engine(args, kwargs)
 
@@ -362,10 +165,6 @@ def _optimize_class(cls: type[nn.Module], options: Options) -> type[nn.Module]:
     made = type(cls.__name__, (cls,), body)
     made.__module__, made.__qualname__ = cls.__module__, cls.__qualname__
     return made
-
-
-_called_plainly = threading.local()
-"""`engine`: whose model this thread is calling as it was, for a trace or a comparison."""
 
 
 def engine_of(target: Any) -> Engine:

@@ -19,8 +19,8 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from turbotx import ir
+from turbotx.engine import Engine
 from turbotx.kernels.lower import Lowered
-from turbotx.optimize import Engine
 from turbotx.passes.extract import extract
 from turbotx.pipeline import Compiled
 from turbotx.report.replay import Read, replay
