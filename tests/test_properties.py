@@ -29,11 +29,13 @@ UNARY: list[Callable[[Any], Any]] = [
     torch.tanh, torch.sigmoid, torch.neg, torch.abs, torch.nn.functional.gelu, torch.relu,
     lambda x: x * 0.5 + 1, lambda x: x.clamp(-1, 1), lambda x: torch.where(x > 0, x, x * 0.1),
     torch.nn.functional.silu, lambda x: torch.exp(-x.abs()), lambda x: x.masked_fill(x > 1, 1.0),
-    lambda x: (x.abs() + 1).rsqrt(), torch.sin, lambda x: x.to(torch.int32).to(x.dtype),
+    lambda x: (x.abs() + 1).rsqrt(), torch.sin,
+    lambda x: x.to(torch.int32).to(x.dtype),  # jumps: last
 ]  # fmt: skip
 BINARY: list[Callable[[Any, Any], Any]] = [
     torch.add, torch.sub, torch.mul, torch.maximum, lambda x, y: x / (y.abs() + 1),
-    lambda x, y: torch.where(x > y, x, y), lambda x, y: (x >= y).to(x.dtype),
+    lambda x, y: torch.where(x > y, x, y),
+    lambda x, y: (x >= y).to(x.dtype),  # jumps: last
 ]  # fmt: skip
 NORMAL: list[Callable[[Any], Any]] = [
     lambda x: x.softmax(-1), lambda x: torch.nn.functional.layer_norm(x, x.shape[-1:]),
@@ -60,21 +62,23 @@ steps = st.lists(
 )  # fmt: skip
 
 
-def choose(step: Step, made: list[torch.Tensor]) -> Call | None:
+def choose(step: Step, made: list[torch.Tensor], jumps: bool) -> Call | None:
     """Return the step as a function of all that was made before; None where it does not fit.
 
     Everything is decided on real tensors, so that tracing with symbolic sizes decides nothing.
+    Ops that jump at a value are chosen only with `jumps`: there a rounding error decides.
     """
+    unary, binary = (UNARY, BINARY) if jumps else (UNARY[:-1], BINARY[:-1])
     kind, a, b, c, which = step
     i = len(made) - 1 - a % min(len(made), 3)
     x = made[i]
     rank, d = x.dim(), c % max(x.dim(), 1)
     if kind == "unary":
-        return lambda m: UNARY[which % len(UNARY)](m[i])
+        return lambda m: unary[which % len(unary)](m[i])
     if kind == "binary":
         fitting = [j for j, y in enumerate(made) if broadcasts(x, y)]
         j = fitting[b % len(fitting)]
-        return lambda m: BINARY[which % len(BINARY)](m[i], m[j])
+        return lambda m: binary[which % len(binary)](m[i], m[j])
     if kind == "unsqueeze" and rank < 4:
         return lambda m: m[i].unsqueeze(b % (rank + 1))
     if rank == 0:
@@ -114,21 +118,25 @@ def broadcasts(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 def program(
-    drawn: list[Step], outputs: int, inputs: list[torch.Tensor]
+    drawn: list[Step], outputs: int, inputs: list[torch.Tensor], jumps: bool = True
 ) -> Callable[..., list[torch.Tensor]]:
+    """Return the drawn calls as one function of the inputs, each `noise` relative error off."""
     calls: list[Call] = []
     made = list(inputs)
     for step in drawn:
-        call = choose(step, made)
+        call = choose(step, made, jumps)
         result = None if call is None else call(made)
         if call is not None and result is not None and result.dim() <= 4 and result.numel() < 5000:
             calls.append(call)
             made.append(result)
 
-    def run(*given: torch.Tensor) -> list[torch.Tensor]:
+    def run(*given: torch.Tensor, noise: float = 0.0) -> list[torch.Tensor]:
         values = list(given)
         for call in calls:
-            values.append(call(values))
+            value = call(values)
+            if noise:
+                value = value * (1 + noise * (2 * torch.rand_like(value) - 1))
+            values.append(value)
         return values[-outputs:]
 
     return run
@@ -180,17 +188,19 @@ def test_many_kernels_mean_what_the_graph_means(
 
 
 def check_compiled(drawn: list[Step], shapes: list[torch.Tensor], dtype: torch.dtype) -> None:
-    function = program(drawn, 2, shapes)
+    """Errors at most a few times those of eager, or of float64 that rounds as `dtype` does: a norm
+    of equal numbers, say, magnifies a rounding error that eager happens not to make."""
+    function = program(drawn, 2, shapes, jumps=False)
     x = [t.to(dtype) for t in shapes]
-    eager, true = function(*x), function(*[t.double() for t in x])
+    wide = [t.double() for t in x]
+    eager, true = function(*x), function(*wide)
     eps = torch.finfo(dtype).eps
-    for ours, own, wide in zip(turbotx.optimize(function)(*x), eager, true, strict=True):
-        # Comparisons and truncation may fall on either side of a rounding error.
-        jumps = (ours.double() - wide).abs() > 0.05 * (1 + wide.abs())
-        assert float(jumps.double().mean()) <= 0.2
-        error = (ours.double() - wide).abs()[~jumps]
-        allowed = 2 * (own.double() - wide).abs().max() + 64 * eps * (1 + wide.abs().max())
-        assert error.numel() == 0 or float(error.max()) <= allowed
+    rounded = [function(*wide, noise=eps) for _ in range(8)]
+    for k, ours in enumerate(turbotx.optimize(function)(*x)):
+        allowed = 8 * eps * (1 + true[k].abs().max())
+        for other in (eager, *rounded):
+            allowed = max(allowed, 4 * (other[k].double() - true[k]).abs().max())
+        assert float((ours.double() - true[k]).abs().max()) <= allowed
 
 
 @needs_compiler

@@ -269,7 +269,8 @@ class _Assembler:
             self._fallback(node, out=False)
             return
         scale, causal = node.kwargs["scale"], node.kwargs["causal"]
-        kernel = AttentionKernel(g.dtype(q), width, float(scale), bool(causal), kind)  # type: ignore[arg-type]
+        blind_nan = bool(node.kwargs.get("blind_nan", False))
+        kernel = AttentionKernel(g.dtype(q), width, float(scale), bool(causal), kind, blind_nan)  # type: ignore[arg-type]
         strides: list[Expr] = []
         for o in operands:
             strides += [o.strides[0], o.strides[1], o.strides[2]]

@@ -21,12 +21,14 @@ def attention(
     *,
     scale: float,
     causal: bool = False,
+    blind_nan: bool = False,
 ) -> torch.Tensor:
     """Return softmax(q k^T * scale + bias) v by PyTorch's own ops: the kernel's meaning.
 
     key_mask hides keys per batch row; bias is added (float) or hides (bool) and broadcasts to
     (batch, heads, q_len, k_len); causal hides keys after the query. A query that sees no key
-    gets zeros, as in torch.nn.functional.scaled_dot_product_attention.
+    gets zeros, as in torch.nn.functional.scaled_dot_product_attention, or with blind_nan NaN, as
+    a softmax over scores of -inf gives.
     """
     mask = bias
     if key_mask is not None:
@@ -36,17 +38,32 @@ def attention(
             mask = mask & key_mask
         else:
             mask = mask.masked_fill(~key_mask, float("-inf"))
-    if causal and mask is not None:
+    if causal and (mask is not None or blind_nan):
         visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        mask = (
-            mask & visible
-            if mask.dtype is torch.bool
-            else mask.masked_fill(~visible, float("-inf"))
-        )
+        if mask is None:
+            mask = visible
+        elif mask.dtype is torch.bool:
+            mask = mask & visible
+        else:
+            mask = mask.masked_fill(~visible, float("-inf"))
         causal = False
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(q.dtype)
+    if blind_nan:
+        return _by_softmax(q, k, v, mask, scale).permute(0, 2, 1, 3).contiguous()
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.permute(0, 2, 1, 3).contiguous()
+
+
+def _by_softmax(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    groups = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scale
+    if mask is not None and mask.dtype is torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1) @ v.repeat_interleave(groups, 1)

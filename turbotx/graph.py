@@ -18,14 +18,16 @@ import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
-from turbotx.sizes import Expr, expr
+from turbotx.sizes import ONE, Expr, expr
 
 GETITEM = operator.getitem
 
 _names: weakref.WeakKeyDictionary[ShapeEnv, dict[sympy.Symbol, sympy.Symbol]]
 _names = weakref.WeakKeyDictionary()
+_ones: weakref.WeakKeyDictionary[ShapeEnv, dict[Expr, bool]]
+_ones = weakref.WeakKeyDictionary()
 
 
 def remember_names(
@@ -80,7 +82,23 @@ def size(value: Any, of: torch.Tensor | None = None) -> Expr:
         value = value.meta["val"]
     if isinstance(value, (int, sympy.Expr)):
         return expr(value)
+    if _is_one(value):
+        return ONE
     return _rename(expr(value), value.node.shape_env)
+
+
+def _is_one(value: torch.SymInt) -> bool:
+    """Tell whether what tracing assumed makes a size 1: it then broadcasts, whatever it is called.
+
+    seq // 2 is 1 where tracing has branched on seq < 4, say.
+    """
+    whole, shape_env = value.node.expr, value.node.shape_env
+    if whole.is_Integer or whole.is_Symbol:
+        return bool(whole == 1)
+    known = _ones.setdefault(shape_env, {})
+    if whole not in known:
+        known[whole] = statically_known_true(value == 1)
+    return known[whole]
 
 
 def fake(value: Any) -> Any:

@@ -7,6 +7,7 @@ in float64, bounded by PyTorch's own in the operands' dtype.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,22 @@ def test_bias_may_hide_keys_by_minus_infinity() -> None:
     out = run(case, q, k, v, bias=bias)
     check(out, q, k, v, bias=bias, scale=case.scale)
     assert (out[:, 2] == 0).all()
+
+
+def test_a_query_that_sees_nothing_is_nan_where_softmax_gives_that() -> None:
+    q, k, v = operands(2, 2, 1, 3, 18, 16)
+    visible = torch.arange(18)[None, :] < torch.tensor([[5], [0]])
+    case = replace(kernel(16), blind_nan=True)
+    out = run(case, q, k, v, visible)
+    assert out[1].isnan().all()
+    check(out[:1], q[:1], k[:1], v[:1], visible[:1], scale=case.scale)
+    given = {"scores": q @ k.repeat_interleave(2, 1).transpose(2, 3), "key_mask": visible}
+    dims = {"batch": 2, "heads": 2, "q_len": 3, "k_len": 18}
+    shares = TritonRunner(Schedule(2, 32))(softmax_kernel(case, True), given, dims)["shares"]
+    assert shares[1].isnan().all()
+    assert shares[0].isfinite().all()
+    nothing = run(case, q, k[:, :, :0], v[:, :, :0], visible[:, :0])
+    assert (nothing == 0).all()  # no keys at all: a sum of nothing
 
 
 def test_large_scores_do_not_overflow() -> None:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import turbotx
+from tests.kernels.cpp_probe import needs_compiler
 from turbotx.attention import attention
 from turbotx.capture import capture
 from turbotx.graph import shape
@@ -149,3 +151,81 @@ def test_softmax_over_queries_is_not_attention() -> None:
 def test_double_precision_stays_with_pytorch() -> None:
     plain = F.scaled_dot_product_attention
     assert recognized(lambda q, k, v: plain(q, k, v), x=X.double()) == []
+
+
+INF = float("inf")
+HIDDEN = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
+
+
+def scores_of(q, k):
+    return q @ k.transpose(-1, -2) * 0.3
+
+
+def additive(keys, low):
+    return torch.zeros(keys.shape).masked_fill(~keys, low)[:, None, None, :]
+
+
+# A row whose keys are all hidden: NaN from a softmax of -inf, zeros from SDPA, a plain average
+# from a large negative number.
+FORMS = {
+    "filled": lambda q, k, v, keys: (
+        scores_of(q, k).masked_fill(~keys[:, None, None, :], -INF).softmax(-1) @ v
+    ),
+    "filled, causal": lambda q, k, v, keys: (
+        scores_of(q, k)
+        .masked_fill(
+            ~(keys[:, None, None, :] & (positions(5)[None] <= positions(5)[:, None])), -INF
+        )
+        .softmax(-1)
+        @ v
+    ),
+    "filled with a large number": lambda q, k, v, keys: (
+        scores_of(q, k).masked_fill(~keys[:, None, None, :], -1e9).softmax(-1) @ v
+    ),
+    "chosen": lambda q, k, v, keys: (
+        torch.where(keys[:, None, None, :], scores_of(q, k), -INF).softmax(-1) @ v
+    ),
+    "added": lambda q, k, v, keys: (scores_of(q, k) + additive(keys, -INF)).softmax(-1) @ v,
+    "added, a large number": lambda q, k, v, keys: (
+        (scores_of(q, k) + additive(keys, torch.finfo(torch.float32).min)).softmax(-1) @ v
+    ),
+    "sdpa, boolean": lambda q, k, v, keys: F.scaled_dot_product_attention(
+        q, k, v, keys[:, None, None, :]
+    ),
+    "sdpa, added": lambda q, k, v, keys: F.scaled_dot_product_attention(
+        q, k, v, additive(keys, -INF).expand(q.shape[0], 1, 5, 5)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def rows_that_see_nothing() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Every form's result, by eager and by one compiled program."""
+    modules = nn.ModuleList(Attend(inner) for inner in FORMS.values()).eval()
+
+    class Every(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.forms = modules
+
+        def forward(self, x, keys):
+            return [form(x, keys) for form in self.forms]
+
+    every = Every().eval()
+    with torch.no_grad():
+        return every(X, HIDDEN), turbotx.optimize(every)(X, HIDDEN)
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_that_sees_nothing_is_what_eager_gives(form: str, rows_that_see_nothing) -> None:
+    eager, ours = (results[list(FORMS).index(form)] for results in rows_that_see_nothing)
+    hidden = eager[1]
+    assert hidden.isnan().all() if form in ("filled", "filled, causal", "chosen", "added") else True
+    torch.testing.assert_close(ours, eager, rtol=2e-5, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("form", ["filled", "added", "sdpa, boolean"])
+def test_what_a_blind_row_gives_is_said_by_the_node(form: str) -> None:
+    (node,) = recognized(FORMS[form], torch.ones(2, 5, dtype=torch.bool))
+    assert node.kwargs.get("blind_nan", False) == (not form.startswith("sdpa"))

@@ -28,7 +28,8 @@ SIZES = (
 class AttentionKernel:
     """What is fixed about an attention launch.
 
-    bias is "none", "boolean", "float32" or "storage" (the dtype of q).
+    bias is "none", "boolean", "float32" or "storage" (the dtype of q). A query that sees no key
+    gets zeros, or NaN with blind_nan.
     """
 
     dtype: torch.dtype
@@ -36,13 +37,15 @@ class AttentionKernel:
     scale: float
     causal: bool
     bias: str
+    blind_nan: bool = False
 
     @property
     def name(self) -> str:
         kind = STORAGE[self.dtype].rsplit(":", 1)[-1]
         causal = "_causal" if self.causal else ""
         bias = "" if self.bias == "none" else f"_{self.bias}_bias"
-        return f"attention_{kind}_{self.head_dim}{causal}{bias}"
+        blind = "_nan" if self.blind_nan else ""
+        return f"attention_{kind}_{self.head_dim}{causal}{bias}{blind}"
 
 
 def print_attention(kernel: AttentionKernel, name: str) -> str:
@@ -56,6 +59,7 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
         *fields,
         f"  s.scale = {kernel.scale!r}f;",
         f"  s.causal = {'true' if kernel.causal else 'false'};",
+        *["  s.blind_nan = true;"] * kernel.blind_nan,
         "  s.key_mask = static_cast<const bool*>(args[4]);",
         "  s.bias = args[5];",
         f"  s.bias_kind = ttx::Bias::{kernel.bias};",

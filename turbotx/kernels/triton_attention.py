@@ -22,6 +22,7 @@ from turbotx.kernels.triton_reduce import TYPES
 
 # log2(e): exponentials are powers of two, which GPUs have an instruction for.
 LOG2E = math.log2(math.e)
+MOST = repr(torch.finfo(torch.float32).max)
 NAMES = tuple(name.replace(".", "_") for name in SIZES)
 # The sizes that are strides between vectors of head_dim: multiples of 16 in any packed layout.
 STRIDES = tuple(n for n in NAMES if n.split("_")[0] in ("q", "k", "v", "out") and "len" not in n)
@@ -192,13 +193,24 @@ class _Attention:
         ]
         if k.bias == "boolean":
             return [*lines, "visible = visible & (bias != 0)"]
-        return [*lines, f"scores += bias.to(tl.float32) * {LOG2E!r}"]
+        return [
+            *lines,
+            "bias = bias.to(tl.float32)",
+            "# The most negative float hides a key only beside others, -inf always.",
+            f"bounded = tl.clamp(bias * {LOG2E!r}, -{MOST}, {MOST})",
+            f"scores += tl.where(tl.abs(bias) <= {MOST}, bounded, bias)",
+        ]
 
     def _output(self) -> list[str]:
         mask = self._mask("row_ok", other=False)
+        zeros = "total == 0.0"
+        lines = ["# A query that sees no key gets zeros."]
+        if self.kernel.blind_nan:
+            zeros = "(total == 0.0) & (k_len == 0)"
+            lines = ["# A query that sees no key of some gets 0 / 0."]
         return [
-            "# A query that sees no key gets zeros.",
-            "values = values / tl.where(total == 0.0, 1.0, total)",
+            *lines,
+            f"values = values / tl.where({zeros}, 1.0, total)",
             "out_ptr += batch_index * out_batch + head * out_head",
             "tl.store(",
             "    out_ptr + row.to(tl.int64) * out_row + dim,",

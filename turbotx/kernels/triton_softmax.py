@@ -5,7 +5,7 @@ which prints as any other does (Triton and C++), over scores (batch, heads, q_le
 
     shares[b, h, q, k] = softmax over k of (scores * scale + bias, hidden keys at -inf)
 
-A query that sees no key gets zeros, as in the flash kernel.
+A query that sees no key gets zeros, or NaN with blind_nan, as in the flash kernel.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def softmax_kernel(attention: AttentionKernel, key_mask: bool = False) -> ir.Ker
     if visible:
         body.append(ir.Compute("seen", "where", (visible, score, "hidden"), F32))
         score = "seen"
-    body += _normalize(score)
+    body += _normalize(score, attention.blind_nan)
     body.append(ir.Store(ir.Access("shares", place), "share"))
     params.append(ir.Param("shares", attention.dtype, shape, "out"))
     name = attention.name.replace("attention", "fused_softmax") + "_masked" * key_mask
@@ -87,12 +87,17 @@ def softmax_kernel(attention: AttentionKernel, key_mask: bool = False) -> ir.Ker
     return ir.Kernel(name, tuple(params), axes, tuple(body), (source,))
 
 
-def _normalize(score: str) -> list[ir.Statement]:
-    return [
+def _normalize(score: str, blind_nan: bool) -> list[ir.Statement]:
+    share: list[ir.Statement] = [
         ir.Reduce(("largest", "total"), "softmax", (score,), F32),
         ir.Compute("below", "sub", (score, "largest"), F32),
         ir.Compute("power_", "exp", ("below",), F32),
-        ir.Compute("part", "div", ("power_", "total"), F32),
+        ir.Compute("share" if blind_nan else "part", "div", ("power_", "total"), F32),
+    ]
+    if blind_nan:  # of a row of -inf: exp(-inf - -inf)
+        return share
+    return [
+        *share,
         ir.Compute("blind", "eq", ("largest", "hidden"), torch.bool),
         ir.Constant("none", 0.0, F32),
         ir.Compute("share", "where", ("blind", "none", "part"), F32),

@@ -53,7 +53,10 @@ def _replace_sdpa(node: fx.Node) -> None:
     _emit(node, q, k, v, mask, scale, bool(g.argument(node, "is_causal")))
 
 
-def _emit(node: fx.Node, q: Any, k: Any, v: Any, mask: Any, scale: Any, causal: bool) -> None:
+def _emit(
+    node: fx.Node, q: Any, k: Any, v: Any, mask: Any, scale: Any, causal: bool,
+    blind_nan: bool = False,
+) -> None:  # fmt: skip
     if not _fits(q, k, v):
         return
     said = Mask(causal=causal)
@@ -66,7 +69,9 @@ def _emit(node: fx.Node, q: Any, k: Any, v: Any, mask: Any, scale: Any, causal: 
             key_mask, bias = None, mask
         width = int(g.shape(q)[-1])
         scale = 1 / math.sqrt(width) if scale is None else float(scale)
-        kwargs = {"scale": scale, "causal": said.causal}
+        kwargs = {"scale": scale, "causal": said.causal} | (
+            {"blind_nan": True} if blind_nan else {}
+        )
         new = g.emit(node, attention, q, k, v, key_mask, bias, **kwargs)
         new = g.emit(node, aten.permute.default, new, [0, 2, 1, 3])
     g.replace(node, new)
@@ -162,8 +167,8 @@ def _replace_chain(node: fx.Node) -> None:
         if not (g.is_tensor(left) and g.is_tensor(right)) or len(below.users) > 1:
             return
         below, mask = (left, right) if _is_scores(left) else (right, left)
-    elif g.is_call(below, aten.masked_fill.Scalar) and below.args[2] == -math.inf:
-        below, mask = below.args[0], _negated(below.args[1])
+    else:
+        below, mask = _unhidden(below)
     below, scale = _scaled(below)
     if not g.is_call(below, aten.matmul.default, aten.bmm.default) or len(below.users) > 1:
         return
@@ -173,7 +178,7 @@ def _replace_chain(node: fx.Node) -> None:
         return
     with node.graph.inserting_before(node):
         k = g.emit(node, aten.permute.default, k_t, [0, 1, 3, 2])
-    _emit(node, q, k, v, mask, scale * q_scale, False)
+    _emit(node, q, k, v, mask, scale * q_scale, False, blind_nan=mask is not None)
 
 
 def _sole_input(node: Any, *through: Any) -> Any:
@@ -188,6 +193,24 @@ def _is_scores(node: Any) -> bool:
     return g.is_call(_scaled(node)[0], aten.matmul.default, aten.bmm.default)
 
 
+def _unhidden(node: Any) -> tuple[Any, fx.Node | None]:
+    """Return (scores, visible) for scores hidden by -inf; (node, None) otherwise."""
+    if g.is_call(node, aten.masked_fill.Scalar) and node.args[2] == -math.inf:
+        return node.args[0], _negated(node.args[1])
+    if g.is_call(node, aten.where.self) and len(node.users) == 1:
+        condition, x, y = node.args
+        if _is_minus_infinity(x) and _is_scores(y):
+            return y, _negated(condition)
+        if _is_minus_infinity(y) and _is_scores(x):
+            return x, condition
+    return node, None
+
+
+def _is_minus_infinity(node: Any) -> bool:
+    made = g.is_call(node, aten.scalar_tensor.default, aten.full.default)
+    return made and g.argument(node, "s" if len(node.args) == 1 else "fill_value") == -math.inf
+
+
 def _scaled(node: Any) -> tuple[Any, float]:
     """Return (x, factor) for x * number and x / number; (node, 1) otherwise."""
     if g.is_call(node, aten.mul.Tensor) and isinstance(node.args[1], (int, float)):
@@ -198,5 +221,9 @@ def _scaled(node: Any) -> tuple[Any, float]:
 
 
 def _negated(mask: fx.Node) -> fx.Node:
+    if g.is_call(mask, aten.bitwise_not.default, aten.logical_not.default):
+        (source,) = mask.args
+        if g.is_tensor(source) and g.dtype(source) is torch.bool:  # type: ignore[arg-type]
+            return source  # type: ignore[return-value]
     with mask.graph.inserting_after(mask):
         return g.emit(mask, aten.logical_not.default, mask)

@@ -1,7 +1,8 @@
 // softmax(scale * q k^T + masks) v for every batch and head, keys visited block by block.
 //   in:  q [batch][heads][q_len][D], k and v [batch][kv_heads][k_len][D] of float, bf16 or f16,
 //        read in place through AttentionShape's strides (a packed QKV GEMM's output, say)
-//   out: [batch][heads][q_len][D] through its own strides; rows that see no key are 0
+//   out: [batch][heads][q_len][D] through its own strides; rows that see no key are 0,
+//        or NaN where AttentionShape says so
 //   example:  ttx::AttentionShape s{...};  // attention_shape.h
 //             ttx::attention<float, 64>(qkv, qkv + hidden, qkv + 2 * hidden, out, s);
 //
@@ -9,6 +10,7 @@
 // the calling thread. Scratch memory belongs to the thread, grows to the largest call and stays.
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include "attention_tile.h"
@@ -38,6 +40,15 @@ struct HeadOperands {
   const float* hidden;  // 0 or -inf per key, or null
 };
 
+// A bias in units of log2, finite where it was: the most negative float of a mask hides a key only
+// beside others, while -inf hides it always.
+inline float scaled_bias(float b) {
+  const float most = std::numeric_limits<float>::max();
+  float scaled = b * kLog2E;
+  float bounded = scaled > most ? most : scaled < -most ? -most : scaled;
+  return b <= most && b >= -most ? bounded : b;
+}
+
 template <class T>
 void add_bias_row(const AttentionShape& s, const char* base, long offset, KeyRange keys,
                   float* row) {
@@ -48,12 +59,12 @@ void add_bias_row(const AttentionShape& s, const char* base, long offset, KeyRan
   } else if (s.bias_kind == Bias::float32) {
     const float* b = reinterpret_cast<const float*>(base) + offset + keys.begin * step;
     if (step == 1)
-      for (long j = 0; j < count; ++j) row[j] += b[j] * kLog2E;
+      for (long j = 0; j < count; ++j) row[j] += scaled_bias(b[j]);
     else
-      for (long j = 0; j < count; ++j) row[j] += b[j * step] * kLog2E;
+      for (long j = 0; j < count; ++j) row[j] += scaled_bias(b[j * step]);
   } else {
     const T* b = reinterpret_cast<const T*>(base) + offset + keys.begin * step;
-    for (long j = 0; j < count; ++j) row[j] += to_float(b[j * step]) * kLog2E;
+    for (long j = 0; j < count; ++j) row[j] += scaled_bias(to_float(b[j * step]));
   }
 }
 
@@ -106,11 +117,12 @@ void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, 
     weigh_block<D, ROWS>(scores, head.values + begin * head.value_stride, head.value_stride, count,
                          begin == start, softmax, sums);
   }
+  const float blind = s.blind_nan && s.k_len > 0 ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
   for (int r = 0; r < rows; ++r) {
     T* row = out + batch * s.out.batch + q_head[r] * s.out.head + index[r] * s.out.row;
     bool empty = start >= all.end || softmax[r].total == 0.0f;
     float factor = empty ? 0.0f : 1.0f / softmax[r].total;
-    for (int d = 0; d < D; ++d) store(row + d, empty ? 0.0f : sums[r * padded(D) + d] * factor);
+    for (int d = 0; d < D; ++d) store(row + d, empty ? blind : sums[r * padded(D) + d] * factor);
   }
 }
 

@@ -28,6 +28,9 @@ struct AttentionShape {
   bool causal = false;                                            // the same as window_right = 0
   long diagonal = 0;
   long window_left = -1, window_right = -1;                       // -1: no limit on that side
+
+  bool blind_nan = false;                                         // a query that sees no key of
+                                                                  // some gets NaN instead of 0
 };
 
 }  // namespace ttx
