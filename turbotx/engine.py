@@ -24,7 +24,9 @@ from turbotx.errors import CaptureError, InputError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, compile_captured
+from turbotx.placement import find_device, open_device
 from turbotx.program import Binding
+from turbotx.runtime.device import Device
 from turbotx.signature import SizeMatcher
 
 log = logging.getLogger("turbotx")
@@ -56,7 +58,7 @@ class Engine:
         with self._lock:
             self._variants: dict[Any, list[_Variant]] = {}
             self._bound: dict[Any, tuple[_Variant, Binding]] = {}
-            self.pool = ChunkPool(torch.device("cpu"), max_arenas=self.options.max_arenas)
+            self._pools: dict[torch.device, ChunkPool] = {}
 
     # --- calling ---
 
@@ -124,14 +126,29 @@ class Engine:
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
+        # What cannot run is said before the seconds that tracing takes.
+        self._open_device(pytree.tree_leaves((args, kwargs)))
         with self._plain():
             captured = capture(self.model, args, kwargs)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
         return captured
 
     def compile(self, captured: Captured) -> Compiled:
-        """Return the program of a captured call, over this engine's memory; rewrites its graph."""
-        return compile_captured(captured, self.model, self.options, self.pool)
+        """Return the program of a captured call, over this engine's memory; rewrites its graph.
+
+        It runs where the call's tensors and the model's parameters lie.
+        """
+        nodes = captured.graph_module.graph.find_nodes(op="placeholder")
+        place, device = self._open_device([node.meta["val"] for node in nodes])
+        with self._lock:
+            if place not in self._pools:
+                self._pools[place] = ChunkPool(place, max_arenas=self.options.max_arenas)
+        return compile_captured(captured, self.model, self.options, self._pools[place], device)
+
+    def _open_device(self, leaves: list[Any]) -> tuple[torch.device, Device | None]:
+        """Return where a call runs; the second is None on a CPU."""
+        place = find_device(self.model, leaves)
+        return place, open_device(place, self.options.backend)
 
     def run_plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return what the model itself makes of a call, without turbotx and gradients."""
@@ -162,16 +179,17 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Return counts since the last reset: captures, kernel builds, plans, chunk allocations."""
         compiled = self.variants()
-        pool = self.pool.stats()
+        pools = [pool.stats() for pool in self._pools.values()]
         return {
             "captures": len(compiled),
             "kernel_builds": sum(c.program.runtime.builds for c in compiled),
             "plans": sum(c.program.plans for c in compiled),
-            "chunk_allocations": pool.chunk_allocations,
-            "mapped_nbytes": pool.mapped_nbytes,
-            "used_nbytes": pool.used_nbytes,
-            "peak_nbytes": pool.peak_nbytes,
-            "arenas": pool.arenas,
+            "graph_captures": sum(c.program.graph_captures for c in compiled),
+            "chunk_allocations": sum(pool.chunk_allocations for pool in pools),
+            "mapped_nbytes": sum(pool.mapped_nbytes for pool in pools),
+            "used_nbytes": sum(pool.used_nbytes for pool in pools),
+            "peak_nbytes": sum(pool.peak_nbytes for pool in pools),
+            "arenas": sum(pool.arenas for pool in pools),
         }
 
     def reserve(self, **dims: int) -> None:
@@ -185,7 +203,7 @@ class Engine:
                     f"reserve has no dim {sorted(unknown)}; this capture's are {known}"
                 )
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
-            self.pool.reserve(program.bind(values).footprint_nbytes)
+            program.reserve(program.bind(values))
 
 
 def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
@@ -208,10 +226,10 @@ def _constant(leaf: Any) -> Any:
 
 
 def _refuse_tensor(tensor: torch.Tensor) -> None:
-    if tensor.device.type != "cpu":
+    if tensor.device.type not in ("cpu", "cuda"):
         raise InputError(
-            f"an input is on {tensor.device}, and this build of turbotx runs on CPUs: move it "
-            "with .cpu()"
+            f"an input is on {tensor.device}, and turbotx runs on CPUs and NVIDIA GPUs: move the "
+            'model and its inputs with .to("cpu") or .to("cuda")'
         )
     if tensor.layout is not torch.strided:
         raise InputError(f"an input has layout {tensor.layout}; turbotx takes dense tensors only")

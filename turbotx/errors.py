@@ -49,5 +49,9 @@ class NoCompilerError(BuildError):
     """No C++ compiler was found on this machine."""
 
 
+class DeviceError(TurbotxError):
+    """A GPU cannot be used as asked: it, its driver or Triton is missing, or a launch failed."""
+
+
 class BuildWarning(UserWarning):
     """Generated kernels cannot be built here, so regions run through ATen instead."""

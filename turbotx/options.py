@@ -15,7 +15,7 @@ from typing import Any
 from turbotx.errors import OptionsError
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "backend": ("auto", "cpp", "aten"),
+    "backend": ("auto", "cpp", "triton", "aten"),
     "planner": ("symbolic", "chunked", "greedy"),
 }
 
@@ -24,15 +24,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class Options:
     """How a model is compiled.
 
-    backend: which kernels run. "cpp" builds generated C++ and fails without a compiler; "aten" runs
-        every region through PyTorch's own ops, in planned memory; "auto" is "cpp" where a compiler
-        is found and otherwise "aten", with one warning.
+    backend: which kernels run. "cpp" builds generated C++ and fails without a compiler; "triton"
+        launches generated Triton kernels and fails unless the tensors are on an NVIDIA GPU; "aten"
+        runs every region through PyTorch's own ops, in planned memory; "auto" is "triton" on a GPU,
+        and on a CPU "cpp" where a compiler is found and otherwise "aten", with one warning.
     planner: which memory planner assigns offsets.
     pack_weights: keep GEMM weights in the library's packed layout beside the module's own (about
         one more copy of the GEMM weights, much faster for few tokens). Updates of a weight are
         noticed at the next call, and it is packed again. False runs GEMMs through PyTorch.
     max_shapes: how many shapes keep their bound addresses and sizes; more are re-planned.
     max_arenas: how many calls may run at the same time, each in memory of its own.
+    cuda_graphs: replay a shape's launches as one CUDA graph from its second use on.
+    max_graphs: how many such graphs are kept; the one longest unused goes first.
     """
 
     backend: str = "auto"
@@ -40,6 +43,8 @@ class Options:
     pack_weights: bool = True
     max_shapes: int = 256
     max_arenas: int = 8
+    cuda_graphs: bool = True
+    max_graphs: int = 128
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -47,7 +52,7 @@ class Options:
             if value not in allowed:
                 listed = ", ".join(repr(choice) for choice in allowed)
                 raise OptionsError(f"{name}={value!r} is not one of {listed}")
-        for name in ("max_shapes", "max_arenas"):
+        for name in ("max_shapes", "max_arenas", "max_graphs"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise OptionsError(f"{name}={value!r} must be an integer of at least 1")

@@ -14,6 +14,7 @@ from torch import fx, nn
 from turbotx import verify
 from turbotx.assemble import Assembly, assemble
 from turbotx.capture import Captured
+from turbotx.graphed import GraphedProgram
 from turbotx.kernels.fuse import FusedRegion, fuse_all
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
@@ -23,6 +24,8 @@ from turbotx.passes.linear import free_biases, lift_views, pack_linears, use_lin
 from turbotx.passes.partition import find_prepared, partition
 from turbotx.program import Program
 from turbotx.runtime.cpu import CpuRuntime
+from turbotx.runtime.cuda import CudaRuntime
+from turbotx.runtime.device import Device
 from turbotx.runtime.weights import Weights
 
 
@@ -52,9 +55,13 @@ def rewrite(graph: fx.Graph) -> None:
 
 
 def compile_captured(
-    captured: Captured, model: nn.Module, options: Options, pool: ChunkPool
-) -> Compiled:
-    """Compile one captured call; `model` owns the parameters, `pool` the memory."""
+    captured: Captured, model: nn.Module, options: Options, pool: ChunkPool,
+    device: Device | None = None,
+) -> Compiled:  # fmt: skip
+    """Compile one captured call; `model` owns the parameters, `pool` the memory.
+
+    device: the GPU that it runs on; without one it runs on the CPU.
+    """
     graph = captured.graph_module.graph
     text = str(graph)
     rewrite(graph)
@@ -69,9 +76,24 @@ def compile_captured(
     assembly = assemble(graph, fused, prepared, captured.dims)
     verify.check_launches(assembly.tensors, assembly.launches, assembly.returned)
     weights = find_weights(captured, model, assembly)
-    runtime = CpuRuntime(assembly, weights, options, captured.dims)
-    program = Program(assembly, captured.dims, runtime, pool, options.planner, options.max_shapes)
+    program = make_program(assembly, captured, weights, options, pool, device)
     return Compiled(captured, text, graph, prepared, fused, assembly, program)
+
+
+def make_program(
+    assembly: Assembly, captured: Captured, weights: Weights, options: Options, pool: ChunkPool,
+    device: Device | None,
+) -> Program:  # fmt: skip
+    """Bind an assembly to a device."""
+    dims = captured.dims
+    if device is None:
+        runtime = CpuRuntime(assembly, weights, options, dims)
+        return Program(assembly, dims, runtime, pool, options.planner, options.max_shapes)
+    gpu = CudaRuntime(assembly, weights, options, dims, device, captured.example_dims)
+    graphs = options.max_graphs if options.cuda_graphs else 0
+    return GraphedProgram(
+        assembly, dims, gpu, pool, options.planner, options.max_shapes, max_graphs=graphs
+    )
 
 
 def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> Weights:

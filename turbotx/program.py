@@ -30,6 +30,7 @@ from turbotx.memory.plan import align
 from turbotx.memory.pool import ChunkPool, poison, poison_enabled
 from turbotx.runtime.aten import RunState, is_whole, make_window
 from turbotx.runtime.cpu import CpuRuntime
+from turbotx.runtime.cuda import CudaRuntime
 from turbotx.runtime.watch import Watch
 from turbotx.sizes import Expr, compile_evaluator, to_python
 
@@ -78,12 +79,12 @@ class Program:
     """One captured call, compiled for one device."""
 
     def __init__(
-        self, assembly: Assembly, dims: Sequence[str], runtime: CpuRuntime, pool: ChunkPool,
-        planner: str, max_shapes: int,
+        self, assembly: Assembly, dims: Sequence[str], runtime: CpuRuntime | CudaRuntime,
+        pool: ChunkPool, planner: str, max_shapes: int,
     ) -> None:  # fmt: skip
         self.assembly, self.dims = assembly, tuple(dims)
         self.runtime, self.pool = runtime, pool
-        self.plans = 0
+        self.plans = self.graph_captures = 0
         self._max_shapes = max_shapes
         self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
         self._executions: dict[int, Execution] = {}
@@ -137,6 +138,10 @@ class Program:
         """Return the full memory plan at these dims, for reports."""
         return self.planner.plan(self._class_nbytes(*dims))
 
+    def reserve(self, binding: Binding) -> None:
+        """Map the memory of a shape now, for good."""
+        self.pool.reserve(binding.footprint_nbytes)
+
     # --- binding ---
 
     def bind(self, dims: tuple[int, ...]) -> Binding:
@@ -182,25 +187,40 @@ class Program:
         is told of every launch, which then run one by one.
         """
         self.runtime.weights.refresh()
-        inputs = [t if t.is_contiguous() else t.contiguous() for t in tensors]
-        outputs = [torch.empty(shape, dtype=dtype) for _, shape, dtype in binding.outputs]
+        inputs, outputs = self._readable(tensors), self._new_outputs(binding)
         with self.pool.lease(binding.footprint_nbytes) as arena:
             execution = self._prepare(arena, binding)
-            table = execution.table
-            for slot, tensor in zip(self._input_slots, inputs, strict=True):
-                table[slot] = tensor.data_ptr()
-            for (slot, _, _), tensor in zip(binding.outputs, outputs, strict=True):
-                table[slot] = tensor.data_ptr()
-            named = dict(zip(self._inputs, inputs, strict=True))
-            named.update((t.name, x) for t, x in zip(self._outputs, outputs, strict=True))
-            state = partial(self._state, binding, arena, named)
-            watches = [watch] if watch is not None else []
-            if poison_enabled():
-                watches.append(_Poisoner(self, binding, arena))
-            failed = self.runtime.run(table, binding.sizes, state, ticks, watches)
+            named = self._run_in(arena, execution, binding, inputs, outputs, ticks, watch)
+        return [leaf(binding, named) for leaf in self._leaves]
+
+    def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return inputs as kernels take them."""
+        return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+
+    def _new_outputs(self, binding: Binding) -> list[torch.Tensor]:
+        device = self.runtime.torch_device
+        return [torch.empty(s, dtype=dtype, device=device) for _, s, dtype in binding.outputs]
+
+    def _run_in(
+        self, arena: Any, execution: Execution, binding: Binding, inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor], ticks: Any = None, watch: Watch | None = None,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """Run every launch in an arena; return inputs and outputs by name."""
+        table = execution.table
+        for slot, tensor in zip(self._input_slots, inputs, strict=True):
+            table[slot] = tensor.data_ptr()
+        for (slot, _, _), tensor in zip(binding.outputs, outputs, strict=True):
+            table[slot] = tensor.data_ptr()
+        named = dict(zip(self._inputs, inputs, strict=True))
+        named.update((t.name, x) for t, x in zip(self._outputs, outputs, strict=True))
+        state = partial(self._state, binding, arena, named)
+        watches = [watch] if watch is not None else []
+        if poison_enabled():
+            watches.append(_Poisoner(self, binding, arena))
+        failed = self.runtime.run(table, binding.sizes, state, ticks, watches)
         if failed:
             self._explain_failure(failed)
-        return [leaf(binding, named) for leaf in self._leaves]
+        return named
 
     def sizes_at(self, dims: Sequence[int]) -> dict[str, int]:
         """Return the bytes of every planned buffer at these dims."""
@@ -217,6 +237,11 @@ class Program:
         execution = self._executions.get(id(arena))
         if execution is None:
             execution = self._executions[id(arena)] = Execution(len(self.runtime.table.slots))
+        self._point(execution, arena, binding)
+        return execution
+
+    def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
+        """Set an address table for this memory, this shape and these weights."""
         base = arena.data_ptr
         if execution.binding is not binding or execution.base != base:
             execution.numbers[self._planned_slots] = binding.offsets + base
@@ -224,7 +249,6 @@ class Program:
         if execution.weights_version != self.runtime.weights.version:
             filled = self.runtime.fill_weights(execution.table)
             execution.weights_version, execution.kept = filled
-        return execution
 
     def _leaf(self, leaf: Any) -> Callable[[Binding, dict[str, torch.Tensor]], Any]:
         """Return how to make one leaf of the output: a tensor, a view of one, or a value."""

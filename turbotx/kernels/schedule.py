@@ -62,9 +62,14 @@ def outer_axes(kernel: ir.Kernel) -> tuple[ir.Axis, ...]:
 
 def choose_schedule(kernel: ir.Kernel, dims: Mapping[str, int] | None = None) -> Schedule:
     """Return the schedule for a kernel at `dims`; without them, for middling run-time lengths."""
-    length = _length(kernel, dims)
-    chosen = _reduction(kernel, length) if kernel.columns else _pointwise(kernel, length)
-    return replace(chosen, wide=dims is not None and needs_wide(kernel, dims))
+    wide = dims is not None and needs_wide(kernel, dims)
+    return schedule_for(kernel, _length(kernel, dims), wide, is_strided(kernel))
+
+
+def schedule_for(kernel: ir.Kernel, length: int, wide: bool, strided: bool) -> Schedule:
+    """Return the schedule for a kernel whose tiles' columns are `length` long."""
+    choose = _reduction if kernel.columns else _pointwise
+    return replace(choose(kernel, length, strided), wide=wide)
 
 
 def _length(kernel: ir.Kernel, dims: Mapping[str, int] | None) -> int:
@@ -79,8 +84,8 @@ def is_static(kernel: ir.Kernel) -> bool:
     return bool(product([a.extent for a in vector_axes(kernel)]).is_Integer)
 
 
-def _reduction(kernel: ir.Kernel, length: int) -> Schedule:
-    if is_strided(kernel):
+def _reduction(kernel: ir.Kernel, length: int, strided: bool) -> Schedule:
+    if strided:
         looped = length > 2 * STRIDED_COLS
         cols = STRIDED_COLS if looped else power_above(length)
         return Schedule(STRIDED_ROWS, cols, _warps(STRIDED_ROWS * cols), looped)
@@ -96,11 +101,11 @@ def _reduction(kernel: ir.Kernel, length: int) -> Schedule:
     return Schedule(rows, cols, _warps(rows * cols))
 
 
-def _pointwise(kernel: ir.Kernel, length: int) -> Schedule:
+def _pointwise(kernel: ir.Kernel, length: int, strided: bool) -> Schedule:
     if len(kernel.axes) < 2:
         cols = POINTWISE_TILE if not is_static(kernel) else min(power_above(length), POINTWISE_TILE)
         return Schedule(1, cols, _warps(cols))
-    if is_strided(kernel):
+    if strided:
         cols = min(power_above(length), STRIDED_COLS) if is_static(kernel) else STRIDED_COLS
         return Schedule(STRIDED_ROWS, cols, 4)
     if not is_static(kernel):

@@ -49,6 +49,17 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+
+
+def target_of(name: str) -> tuple[str, int | str, int]:
+    """Return backend, architecture and warp width of a target, e.g. of any NVIDIA GPU's "sm_89"."""
+    if name in TARGETS:
+        return TARGETS[name]
+    if name.startswith("sm_") and name[3:].isdigit():
+        return "cuda", int(name[3:]), 32
+    raise BuildError(f"{name!r} is no target: give one of {', '.join(TARGETS)}, or another sm_NN")
+
+
 POINTEES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
@@ -81,12 +92,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Built:
-    """A compiled job: files by kind ("ttir", "ptx", "cubin", …) and what the kernel uses."""
+    """A compiled job: files by kind ("ttir", "ptx", "cubin", …) and what the kernel uses.
+
+    shared_nbytes: dynamic shared memory to launch it with. cached: nothing had to be compiled.
+    """
 
     job: Job
     files: dict[str, Path]
-    resources: Resources
+    shared_nbytes: int
     cached: bool
+
+    @functools.cached_property
+    def resources(self) -> Resources:
+        """What its machine code uses, disassembled when first asked for and kept on disk."""
+        kept = _folder(self.job) / "resources.json"
+        if not kept.exists():
+            measured = _measure(self.job, kept.parent, self.shared_nbytes)
+            _write(kept, json.dumps(dataclasses.asdict(measured)))
+        return Resources(**json.loads(kept.read_text()))
 
 
 @functools.cache
@@ -130,8 +153,12 @@ def attention_job(
     schedule: AttentionSchedule | None = None,
     key_mask: bool = False,
     divisible: Iterable[str] = STRIDES,
+    unaligned: Iterable[str] = (),
 ) -> Job:
-    """Return the job for an attention launch; packed layouts have `divisible` strides."""
+    """Return the job for an attention launch.
+
+    Packed layouts have `divisible` strides; `unaligned` pointers are no multiples of 16 bytes.
+    """
     schedule = schedule or choose_attention_schedule(kernel)
     stored = f"*{POINTEES[kernel.dtype]}"
     pointers = [(f"{name}_ptr", stored) for name in ("q", "k", "v", "out")]
@@ -147,7 +174,10 @@ def attention_job(
         target=target,
         signature=(*pointers, *sizes, *((name, "constexpr") for name, _ in tiles)),
         constexprs=tiles,
-        divisible=(*(name for name, _ in pointers), *(n for n in NAMES if n in set(divisible))),
+        divisible=(
+            *(name for name, _ in pointers if name not in set(unaligned)),
+            *(n for n in NAMES if n in set(divisible)),
+        ),
         num_warps=_fit_warps(schedule.num_warps, target),
         num_stages=schedule.num_stages,
     )
@@ -155,7 +185,7 @@ def attention_job(
 
 def _fit_warps(num_warps: int, target: str) -> int:
     """A warp of 64 threads does the work of two of 32."""
-    backend, _, width = TARGETS[target]
+    backend, _, width = target_of(target)
     return max(1, num_warps * 32 // width) if backend == "hip" else num_warps
 
 
@@ -163,10 +193,12 @@ def build(
     jobs: Sequence[Job],
     workers: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    measure: bool = True,
 ) -> list[Built]:
     """Compile `jobs`, each once, in `workers` processes (the machine's cores by default).
 
-    progress(done, total, what) is called after each. Raises BuildError with the compiler's words.
+    progress(done, total, what) is called after each. With `measure` the machine code is also
+    disassembled there and then. Raises BuildError with the compiler's words.
     """
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     unique = {job.digest(): job for job in jobs}
@@ -190,7 +222,7 @@ def build(
         else:
             waiting.put(job)
     count = min(waiting.qsize(), workers or os.cpu_count() or 1)
-    threads = [threading.Thread(target=_drain, args=(waiting, done)) for _ in range(count)]
+    threads = [threading.Thread(target=_drain, args=(waiting, done, measure)) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -200,7 +232,7 @@ def build(
     return [found[job.digest()] for job in jobs]
 
 
-def _drain(waiting: queue.SimpleQueue[Job], done: Callable[..., None]) -> None:
+def _drain(waiting: queue.SimpleQueue[Job], done: Callable[..., None], measure: bool) -> None:
     """Keep one compiler process busy until no job waits."""
     path = Path(__file__).with_name("triton_worker.py")
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
@@ -216,7 +248,10 @@ def _drain(waiting: queue.SimpleQueue[Job], done: Callable[..., None]) -> None:
                 except queue.Empty:
                     break
                 try:
-                    done(job.digest(), _compile(job, process))
+                    built = _compile(job, process)
+                    if measure:
+                        built.resources  # noqa: B018
+                    done(job.digest(), built)
                 except Exception as error:
                     log.seek(0)
                     tail = log.read()[-2000:]
@@ -246,7 +281,7 @@ def _compile(job: Job, process: subprocess.Popen[str]) -> Built:
         "signature": dict(job.signature),
         "constexprs": dict(job.constexprs),
         "divisible": job.divisible,
-        "target": TARGETS[job.target],
+        "target": target_of(job.target),
         "options": {
             "num_warps": job.num_warps, "num_stages": job.num_stages, "enable_fp_fusion": True,
         },
@@ -258,8 +293,7 @@ def _compile(job: Job, process: subprocess.Popen[str]) -> Built:
         answer = json.loads(process.stdout.readline() or '{"error": "the compiler process ended"}')
         if "error" in answer:
             raise BuildError(f"Triton refused it:\n{answer['error']}\n{job.source}")
-        resources = _measure(job, out, answer["shared_nbytes"])
-        (out / "result.json").write_text(json.dumps(dataclasses.asdict(resources)))
+        (out / "result.json").write_text(json.dumps(answer))
         try:
             os.rename(out, folder)
         except OSError:  # another process built the same
@@ -271,16 +305,23 @@ def _compile(job: Job, process: subprocess.Popen[str]) -> Built:
 
 
 def _measure(job: Job, folder: Path, shared_nbytes: int) -> Resources:
-    if TARGETS[job.target][0] == "cuda":
+    if target_of(job.target)[0] == "cuda":
         return read_cubin(folder / f"{job.name}.cubin", shared_nbytes)
     return read_amdgcn((folder / f"{job.name}.amdgcn").read_text(), shared_nbytes)
 
 
 def _load(job: Job, cached: bool) -> Built:
     folder = _folder(job)
-    files = {p.suffix[1:]: p for p in sorted(folder.iterdir()) if p.name != "result.json"}
-    resources = Resources(**json.loads((folder / "result.json").read_text()))
-    return Built(job, files, resources, cached)
+    files = {p.suffix[1:]: p for p in sorted(folder.iterdir()) if p.suffix != ".json"}
+    answer = json.loads((folder / "result.json").read_text())
+    return Built(job, files, answer["shared_nbytes"], cached)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole file in one step, beside others that may write the same."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
 
 
 def show_resources(built: Iterable[Built]) -> str:

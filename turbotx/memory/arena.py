@@ -149,7 +149,8 @@ class Arena:
     """Memory for one execution at a time.
 
     `tensor` (uint8, flat) covers all of it and is a new one after each growth; `generation`
-    changes whenever the address did, which only a range that is not stable does.
+    changes whenever the address did, which only a range that is not stable does; `shrinks` counts
+    the times that memory was given back, so that a CUDA graph over it is not replayed again.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class Arena:
         self._device = device
         self._chunk_nbytes = chunk_nbytes
         self.index = index
-        self.generation = 0
+        self.generation = self.shrinks = 0
         self.used_nbytes = 0
         self.tensor = view_range(memory, device)
         self.order = StreamOrder(device) if device.type == "cuda" else None
@@ -185,6 +186,7 @@ class Arena:
         self._resize(self._memory.map_to, self.whole_chunks(nbytes))
 
     def shrink(self, nbytes: int) -> None:
+        self.shrinks += 1
         self._resize(self._memory.unmap_to, self.whole_chunks(nbytes))
 
     def _resize(self, change: Callable[[int], None], nbytes: int) -> None:

@@ -71,7 +71,7 @@ class AtenSteps:
         writes: Sequence[ir.Operand | None], has_out: bool,
     ) -> Step:  # fmt: skip
         arguments = self._rebuild((args, kwargs))
-        results = [None if w is None else self._tensor(w) for w in writes]
+        results = [None if w is None else self.tensor(w) for w in writes]
         write_into = target.overloadpacket.out if has_out else None
 
         def step(state: RunState) -> None:
@@ -91,7 +91,7 @@ class AtenSteps:
     def _rebuild(self, structure: Any) -> Maker:
         """Return a function that rebuilds call arguments with tensors and sizes filled in."""
         if isinstance(structure, ir.Operand):
-            return self._tensor(structure)
+            return self.tensor(structure)
         if isinstance(structure, sympy.Expr):
             evaluate = compile_evaluator([structure], self._dims)
             return lambda state: evaluate(*state.dims)[0]
@@ -103,7 +103,7 @@ class AtenSteps:
             return lambda state: {k: v(state) for k, v in named.items()}
         return lambda state: structure
 
-    def _tensor(self, operand: ir.Operand) -> Maker:
+    def tensor(self, operand: ir.Operand) -> Maker:
         """Return a function that gives the tensor an operand stands for in one run."""
         name, dtype = operand.tensor, operand.dtype
         if self._tensors[name].kind != "intermediate":

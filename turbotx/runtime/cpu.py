@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from turbotx.assemble import Assembly
 from turbotx.errors import BuildWarning, NoCompilerError
 from turbotx.kernels.build import build_library
@@ -36,6 +38,7 @@ class CpuRuntime:
         self, assembly: Assembly, weights: Weights, options: Options, dims: Sequence[str]
     ) -> None:
         self.assembly, self.weights = assembly, weights
+        self.torch_device = torch.device("cpu")
         self.builds = 0
         self.sources: dict[str, str] = {}
         self.names: dict[object, str] = {}

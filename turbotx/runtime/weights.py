@@ -69,8 +69,7 @@ class Weights:
 
     def refresh(self) -> bool:
         """Look at every parameter; derive again what changed. Returns whether anything did."""
-        found: list[Any] = [owner[leaf] for owner, leaf in self._owners]
-        now = [(id(t), t._version, t.data_ptr()) for t in found]
+        now = self._look()
         if now == self._seen:
             return False
         with self._lock, torch.no_grad():
@@ -80,6 +79,14 @@ class Weights:
             self.tensors, self._seen = tensors, now
             self.version += 1
         return True
+
+    def is_stale(self) -> bool:
+        """Tell whether `refresh` would derive anything again."""
+        return self._look() != self._seen
+
+    def _look(self) -> list[tuple[int, int, int]]:
+        found: list[Any] = [owner[leaf] for owner, leaf in self._owners]
+        return [(id(t), t._version, t.data_ptr()) for t in found]
 
     def window(self, operand: ir.Operand) -> torch.Tensor:
         """Return an operand on a parameter or prepared constant as a tensor."""

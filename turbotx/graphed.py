@@ -1,0 +1,227 @@
+"""A program on a GPU: plain at a shape's first use, a replayed CUDA graph from the second on.
+
+In: what `Program` takes, and how many graphs may be kept. Out: the same results. A graph reads and
+writes the arena alone: inputs are copied in, outputs are copied out to tensors of the caller's::
+
+    [intermediates, as planned | input_ids | attention_mask | hidden states]   one arena, all graphs
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from turbotx.errors import BuildWarning, DeviceError, TurbotxError
+from turbotx.memory.plan import align
+from turbotx.memory.pool import poison_enabled
+from turbotx.program import Binding, Execution, Program
+from turbotx.runtime.cuda import CudaRuntime
+from turbotx.runtime.device import Graph, Recorder
+from turbotx.runtime.watch import Watch
+from turbotx.sizes import compile_evaluator
+
+# cuBLAS and 128-bit accesses are at their best from addresses like an allocator's.
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph of one shape in one arena, and what it stands and falls with.
+
+    stamp: addresses, weights and settings at its capture. kept: memory that it reads.
+    """
+
+    graph: Graph
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    stamp: object
+    kept: object
+
+
+class GraphedProgram(Program):
+    """Runs launches one by one, or as one graph a shape; thread-safe as `Program` is."""
+
+    runtime: CudaRuntime
+
+    def __init__(self, *args: Any, max_graphs: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._max_graphs = max_graphs
+        self._used: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, tuple[int, ...]], Captured] = OrderedDict()
+        self._recorders: dict[int, Recorder] = {}
+        self._graphs_lock = threading.Lock()
+        kinds = self.assembly.tensors
+        names = [*self._inputs, *(t.name for t in self._outputs)]
+        self._outer = [kinds[n] for n in names]
+        self._outer_shapes = compile_evaluator([e for t in self._outer for e in t.shape], self.dims)
+
+    def run(
+        self, binding: Binding, tensors: Sequence[torch.Tensor], ticks: Any = None,
+        watch: Watch | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """Run on `tensors`; see `Program.run`. The device may still be at work on return."""
+        device = self.runtime.device
+        with device.active():
+            if device.is_capturing():
+                return self._run_inside_capture(binding, tensors)
+            plain = ticks is not None or watch is not None or poison_enabled()
+            plain = plain or self._max_graphs == 0
+            if not plain and not self._is_first(binding.dims):
+                try:
+                    return self._replay(binding, tensors)
+                except _NotCapturable as error:
+                    self._max_graphs = 0
+                    warnings.warn(
+                        f"launches run one by one, because they cannot be captured as a CUDA "
+                        f"graph: {error}; cuda_graphs=False says so beforehand",
+                        BuildWarning,
+                        stacklevel=4,
+                    )
+            return super().run(binding, tensors, ticks, watch)
+
+    def reserve(self, binding: Binding) -> None:
+        """Map the memory of a shape now, that of its graph included."""
+        self.pool.reserve(
+            self._lay_out(binding)[1] if self._max_graphs else binding.footprint_nbytes
+        )
+
+    def _is_first(self, dims: tuple[int, ...]) -> bool:
+        """Tell whether a shape was not seen lately; remembers four times as many as graphs."""
+        with self._graphs_lock:
+            first = dims not in self._used
+            self._used[dims] = None
+            self._used.move_to_end(dims)
+            if len(self._used) > 4 * self._max_graphs:
+                self._used.popitem(last=False)
+            return first
+
+    def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Inputs are read 16 bytes at a time: a slice that begins between is copied."""
+        dense = super()._readable(tensors)
+        return [t if t.data_ptr() % 16 == 0 else t.clone() for t in dense]
+
+    # --- graphs ---
+
+    def _replay(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        offsets, nbytes = self._lay_out(binding)
+        with self.pool.lease(nbytes) as arena:
+            captured = self._find(arena, binding, offsets)
+            outputs = self._play(captured, tensors)
+            # Looking at every parameter takes as long as a short model: the device works meanwhile,
+            # on memory that `captured` keeps, and its results are dropped if one has changed.
+            if self.runtime.weights.refresh():
+                captured = self._find(arena, binding, offsets)
+                outputs = self._play(captured, tensors)
+        failed = self.runtime.failed()
+        if failed:
+            self._explain_failure(failed)
+        named = dict(zip(self._inputs, super()._readable(tensors), strict=True))
+        named.update((t.name, x) for t, x in zip(self._outputs, outputs, strict=True))
+        return [leaf(binding, named) for leaf in self._leaves]
+
+    def _play(self, captured: Captured, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        call = self.runtime.device.call
+        outputs: list[torch.Tensor] = []
+        call(lambda: torch._foreach_copy_(captured.inputs, list(tensors)))
+        captured.graph.replay()
+        call(lambda: outputs.extend(x.clone() for x in captured.outputs))
+        return outputs
+
+    def _find(self, arena: Any, binding: Binding, offsets: list[int]) -> Captured:
+        """Return the graph of a shape in this arena, captured now if there is none that holds."""
+        key = (arena.index, binding.dims)
+        stamp = (arena.data_ptr, arena.shrinks, self.runtime.weights.version, math_settings())
+        with self._graphs_lock:
+            captured = self._graphs.get(key)
+            if captured is not None and captured.stamp == stamp:
+                self._graphs.move_to_end(key)
+                return captured
+        captured = self._capture(arena, binding, offsets, stamp)
+        with self._graphs_lock:
+            self._graphs[key] = captured
+            while len(self._graphs) > self._max_graphs:
+                self._graphs.popitem(last=False)
+        return captured
+
+    def _capture(self, arena: Any, binding: Binding, offsets: list[int], stamp: object) -> Captured:
+        shapes = iter(self._outer_shapes(*binding.dims))
+        views = []
+        for tensor, offset in zip(self._outer, offsets, strict=True):
+            shape = [next(shapes) for _ in tensor.shape]
+            count = 1
+            for extent in shape:
+                count *= extent
+            part = arena.tensor[offset : offset + count * tensor.dtype.itemsize]
+            views.append(part.view(tensor.dtype).view(shape))
+        inputs, outputs = views[: len(self._inputs)], views[len(self._inputs) :]
+        execution = self._prepare(arena, binding)
+        recorder = self._recorders.get(arena.index)
+        if recorder is None:
+            recorder = self._recorders[arena.index] = self.runtime.device.recorder()
+        try:
+            graph = recorder.capture(
+                lambda: self._run_in(arena, execution, binding, inputs, outputs)
+            )
+        except TurbotxError:
+            raise
+        except RuntimeError as error:  # an op that waits for the device, most likely
+            raise _NotCapturable(str(error).splitlines()[0]) from error
+        self.graph_captures += 1
+        return Captured(graph, inputs, outputs, stamp, execution.kept)
+
+    def _lay_out(self, binding: Binding) -> tuple[list[int], int]:
+        """Return where inputs and outputs lie behind the plan, and the bytes of all."""
+        shapes = iter(self._outer_shapes(*binding.dims))
+        offsets, end = [], align(binding.footprint_nbytes, ALIGNMENT)
+        for tensor in self._outer:
+            offsets.append(end)
+            nbytes = tensor.dtype.itemsize
+            for _ in tensor.shape:
+                nbytes *= next(shapes)
+            end = align(end + nbytes, ALIGNMENT)
+        return offsets, end
+
+    # --- inside a graph that the caller captures ---
+
+    def _run_inside_capture(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        """Queue into the caller's graph, in memory that this graph owns alone."""
+        if self.runtime.weights.is_stale():
+            raise DeviceError(
+                "a CUDA graph is being captured around a turbotx module that has not run yet, or "
+                "whose parameters have changed: call it once before the capture"
+            )
+        device = self.runtime.torch_device
+        arena = _OwnMemory(torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device))
+        execution = Execution(len(self.runtime.table.slots))
+        self._point(execution, arena, binding)
+        inputs, outputs = self._readable(tensors), self._new_outputs(binding)
+        named = self._run_in(arena, execution, binding, inputs, outputs)
+        return [leaf(binding, named) for leaf in self._leaves]
+
+
+class _NotCapturable(Exception):
+    """A launch does something that a graph cannot hold."""
+
+
+class _OwnMemory:
+    """What a run needs of an arena, over one plain tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.data_ptr = tensor.data_ptr()
+
+
+def math_settings() -> tuple[object, ...]:
+    """The user's settings that decide what cuBLAS computes; a graph holds them as they were."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        matmul.fp32_precision,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+    )

@@ -1,0 +1,198 @@
+"""A CUDA device: PyTorch's streams and memory, the driver's launches.
+
+In: jobs, launches, calls of PyTorch's ops. Out: the same on the caller's current stream, or
+captured as a CUDA graph::
+
+    device = CudaDevice(torch.device("cuda:0"))
+    with device.active(): device.launch(function, grid, addresses, device.stream())
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
+
+import torch
+
+from turbotx.errors import DeviceError
+from turbotx.kernels.targets import Job, build
+from turbotx.runtime import cuda_driver
+from turbotx.runtime.device import Graph, Grid
+
+# PyTorch lets one graph at a time be captured into a pool, and its caches are shared.
+_capturing = threading.Lock()
+
+
+class CudaDevice:
+    """One NVIDIA GPU of this process. Raises DeviceError where it cannot be used."""
+
+    def __init__(self, torch_device: torch.device, driver: Any = None) -> None:
+        require_cuda()
+        index = torch_device.index
+        self.index: int = torch.cuda.current_device() if index is None else index
+        self.torch_device = torch.device("cuda", self.index)
+        major, minor = torch.cuda.get_device_capability(self.index)
+        if major < 8:
+            raise DeviceError(
+                f"{self.describe()} has compute capability {major}.{minor}; turbotx's kernels need "
+                "8.0 (Ampere) or newer: run the model without turbotx on it"
+            )
+        self.target = f"sm_{major}{minor}"
+        self._driver = driver or cuda_driver.open_driver()
+        self._functions: dict[str, cuda_driver.Function] = {}
+        self._loading = threading.Lock()
+
+    def describe(self) -> str:
+        return torch.cuda.get_device_name(self.index)
+
+    def active(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.index)
+
+    def load(self, jobs: Sequence[Job]) -> tuple[list[cuda_driver.Function], int]:
+        """Build what is not on disk in parallel, load what is not on the device."""
+        compiled = 0
+        with self._loading, self.active():
+            missing = [job for job in jobs if job.digest() not in self._functions]
+            if missing:
+                torch.cuda.init()
+                cuda_driver.ensure_context(self._driver, self.index)
+                properties: Any = torch.cuda.get_device_properties(self.index)
+                limit = properties.shared_memory_per_block_optin
+                for built in build(missing, measure=False):
+                    compiled += not built.cached
+                    self._functions[built.job.digest()] = cuda_driver.load_function(
+                        self._driver, built.job, built.files["cubin"], built.files["ptx"],
+                        built.shared_nbytes, limit,
+                    )  # fmt: skip
+            return [self._functions[job.digest()] for job in jobs], compiled
+
+    def stream(self) -> int:
+        """The current stream's handle; this thread has a context afterwards."""
+        cuda_driver.ensure_context(self._driver, self.index)
+        return int(torch.cuda.current_stream(self.index).cuda_stream)
+
+    def launch(
+        self, function: cuda_driver.Function, grid: Grid, addresses: Any, stream: int
+    ) -> None:
+        cuda_driver.launch(self._driver, function, grid, addresses, stream)
+
+    def call(self, step: Callable[[], object]) -> None:
+        step()
+
+    def recorder(self) -> CudaRecorder:
+        return CudaRecorder(self.torch_device)
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def new_status(self, count: int) -> torch.Tensor:
+        # Pinned memory has one address for host and device; only a failed check writes to it.
+        return torch.zeros(count, dtype=torch.int32, pin_memory=True)
+
+    def clock(self) -> Callable[[], int]:
+        start = _epoch(self.index)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+
+        def read() -> int:
+            event.synchronize()
+            return int(start.elapsed_time(event) * 1e6)
+
+        return read
+
+
+_epochs: dict[int, torch.cuda.Event] = {}
+
+
+def _epoch(index: int) -> torch.cuda.Event:
+    """An event from which every time on a device is counted."""
+    if index not in _epochs:
+        _epochs[index] = torch.cuda.Event(enable_timing=True)
+        _epochs[index].record()
+        _epochs[index].synchronize()
+    return _epochs[index]
+
+
+class CudaRecorder:
+    """Captures graphs on a stream of its own, their temporary memory in one pool."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self._device = torch_device
+        self._stream = torch.cuda.Stream(torch_device)
+        self._pool: Any = None
+        self._anchor: torch.cuda.CUDAGraph | None = None
+
+    def capture(self, body: Callable[[], object]) -> Graph:
+        """Return what `body` queues as a graph; the current stream is not captured."""
+        current = torch.cuda.current_stream(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with _capturing, _no_collection():
+            self._stream.wait_stream(current)
+            # cuBLAS keeps a workspace for each stream: made anew inside the capture, it lies in the
+            # graphs' own pool, where nobody else's clearing of the cache can take it away.
+            torch._C._cuda_clearCublasWorkspaces()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.stream(self._stream):
+                # Other threads may go on calling CUDA meanwhile.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    body()
+                except BaseException:
+                    self._abandon(graph)
+                    raise
+                graph.capture_end()
+            torch._C._cuda_clearCublasWorkspaces()
+            current.wait_stream(self._stream)
+        # A pool must not lose its last graph: PyTorch forgets it then.
+        self._anchor = self._anchor or graph
+        return graph
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed, so that the stream can be used again."""
+        with suppress(RuntimeError):
+            graph.capture_end()
+        torch._C._cuda_clearCublasWorkspaces()
+        if self._anchor is None:
+            self._pool = None
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the collector from destroying another graph in the middle of a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def require_cuda() -> None:
+    """Raise DeviceError, saying what to do, where no program can run on a GPU."""
+    if torch.version.hip is not None:
+        raise DeviceError(
+            "this PyTorch is built for ROCm, and turbotx runs programs on NVIDIA GPUs and CPUs: "
+            "kernels for gfx942 can be built with `turbotx compile --target gfx942`"
+        )
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        raise DeviceError(
+            "PyTorch sees no CUDA device: "
+            + (
+                "check `nvidia-smi`, the driver and CUDA_VISIBLE_DEVICES"
+                if built
+                else "it is a CPU build; install one with CUDA, see pytorch.org"
+            )
+        )
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise DeviceError(
+            "programs on a GPU need Triton: pip install triton (it is part of PyTorch's CUDA "
+            "wheels on Linux)"
+        ) from error

@@ -1,0 +1,118 @@
+"""The few calls of the CUDA driver that launch a compiled kernel, through ctypes.
+
+In: cubins. Out: loaded functions, launched by one driver call each, with no Python dispatch and
+no compiler in between; every version of Triton compiles to the same calls::
+
+    function = load_function(driver, built); launch(driver, function, (40, 1, 1), addresses, stream)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbotx.errors import BuildError, DeviceError
+from turbotx.kernels.targets import Job
+
+# A kernel may use this much shared memory without asking first.
+PLAIN_SHARED_NBYTES = 48 * 1024
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel on the device. arguments: how many its code takes, Triton's own two included."""
+
+    job: Job
+    handle: int
+    threads: int
+    shared_nbytes: int
+    arguments: int
+
+
+def open_driver() -> Any:
+    """Return libcuda; raise DeviceError where there is none."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise DeviceError(
+            f"the CUDA driver's libcuda.so.1 cannot be loaded ({error}): install NVIDIA's driver"
+        ) from error
+    library.cuLaunchKernel.argtypes = [
+        ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+    ]  # fmt: skip
+    return library
+
+
+def check(driver: Any, code: int, what: str) -> None:
+    """Raise DeviceError in the driver's own words where a call failed."""
+    if code == 0:
+        return
+    text = ctypes.c_char_p()
+    driver.cuGetErrorString(code, ctypes.byref(text))
+    words = text.value.decode() if text.value else "unknown error"
+    raise DeviceError(f"CUDA error {code} ({words}) in {what}")
+
+
+def ensure_context(driver: Any, index: int) -> None:
+    """Give this thread the device's context, where no CUDA call of PyTorch's has done so yet."""
+    current = ctypes.c_void_p()
+    check(driver, driver.cuCtxGetCurrent(ctypes.byref(current)), "cuCtxGetCurrent")
+    if current.value:
+        return
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    check(driver, driver.cuDeviceGet(ctypes.byref(device), index), "cuDeviceGet")
+    retained = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    check(driver, retained, "cuDevicePrimaryCtxRetain")
+    check(driver, driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
+def load_function(
+    driver: Any, job: Job, cubin: Path, ptx: Path, shared_nbytes: int, limit_nbytes: int
+) -> Function:
+    """Load a cubin into the current context; it stays loaded as long as the process lives.
+
+    `limit_nbytes`: shared memory that a program may have on this device.
+    """
+    name, threads, arguments = read_entry(ptx.read_text())
+    taken = sum(kind != "constexpr" for _, kind in job.signature)
+    if arguments < taken:
+        raise BuildError(f"{job.name} was compiled to {arguments} arguments, not {taken}: {ptx}")
+    if shared_nbytes > limit_nbytes:
+        raise BuildError(
+            f"{job.name} needs {shared_nbytes} bytes of shared memory and the device has "
+            f"{limit_nbytes} for a program: choose smaller tiles for it (option schedules)"
+        )
+    module, handle = ctypes.c_void_p(), ctypes.c_void_p()
+    image = cubin.read_bytes()
+    check(driver, driver.cuModuleLoadData(ctypes.byref(module), image), f"loading {job.name}")
+    found = driver.cuModuleGetFunction(ctypes.byref(handle), module, name.encode())
+    check(driver, found, f"looking for {name}")
+    if shared_nbytes > PLAIN_SHARED_NBYTES:
+        asked = driver.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared_nbytes)
+        check(driver, asked, f"asking for {shared_nbytes} bytes of shared memory for {name}")
+    assert handle.value is not None
+    return Function(job, handle.value, threads, shared_nbytes, arguments)
+
+
+def read_entry(ptx: str) -> tuple[str, int, int]:
+    """Return the kernel's name in the machine code, its threads and its number of arguments."""
+    entry = re.search(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)\s*\.(?:req|max)ntid\s+(\d+)", ptx)
+    if entry is None:
+        raise BuildError("the PTX has no entry that says how many threads it runs with")
+    return entry[1], int(entry[3]), entry[2].count(".param")
+
+
+def launch(
+    driver: Any, function: Function, grid: tuple[int, int, int], addresses: Any, stream: int
+) -> None:
+    """Queue a kernel on a stream; `addresses` is an array of pointers to its arguments."""
+    code = driver.cuLaunchKernel(
+        function.handle, *grid, function.threads, 1, 1, function.shared_nbytes, stream,
+        addresses, None,
+    )  # fmt: skip
+    if code:
+        check(driver, code, f"launching {function.job.name} on a grid of {grid}")

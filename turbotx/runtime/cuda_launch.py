@@ -1,0 +1,118 @@
+"""Which compiled variant of a kernel a shape needs, and on what grid.
+
+In: the launches of a program and its evaluated sizes. Out: for each launch a job (printed once for
+each schedule) and a grid, in microseconds, since every size was evaluated by the binding::
+
+    family.pick(sizes)  ->  (Job fused_add_layer_norm_0, (40, 1, 1))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from turbotx import ir
+from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.schedule import (
+    INT32_LIMIT,
+    PERSISTENT,
+    Schedule,
+    divisible_sizes,
+    is_strided,
+    outer_axes,
+    schedule_for,
+    vector_axes,
+)
+from turbotx.kernels.targets import Job, attention_job, kernel_job
+from turbotx.kernels.triton_attention import (
+    NAMES,
+    STRIDES,
+    attention_grid,
+    choose_attention_schedule,
+)
+from turbotx.runtime.device import Grid
+from turbotx.sizes import Expr, dim, product
+
+# What the printed code may assume of an address, in bytes.
+ALIGNED_NBYTES = 16
+
+Choose = Callable[[ir.Kernel, int, bool, bool], Schedule]
+
+
+class SizeTable:
+    """Places of tensors in a program's address table and of expressions in its size table."""
+
+    def __init__(self, tensors: Sequence[str]) -> None:
+        self.slots = {name: k for k, name in enumerate(tensors)}
+        self.values: dict[Expr, int] = {}
+
+    def value(self, e: Expr) -> int:
+        return self.values.setdefault(e, len(self.values))
+
+
+class KernelFamily:
+    """All variants of one generated kernel; equal kernels of several layers share one."""
+
+    def __init__(
+        self, kernel: ir.Kernel, target: str, table: SizeTable, choose: Choose = schedule_for
+    ) -> None:
+        self.kernel, self._target, self._choose = kernel, target, choose
+        self._length = table.value(product([a.extent for a in vector_axes(kernel)]))
+        self._outer = table.value(product([a.extent for a in outer_axes(kernel)]))
+        counts = [table.value(product(p.shape)) for p in kernel.params]
+        self._counts = [*counts, self._length, self._outer]
+        self._strides = [(name, table.value(dim(name))) for name in divisible_sizes(kernel)]
+        self._strided = is_strided(kernel)
+        self._schedules: dict[tuple[int, bool], Schedule] = {}
+        self._jobs: dict[tuple[Schedule, tuple[str, ...]], Job] = {}
+
+    def pick(self, sizes: Sequence[int]) -> tuple[Job, Grid]:
+        """Return what to run at these sizes; a grid with a zero means nothing."""
+        length, outer = sizes[self._length], sizes[self._outer]
+        wide = any(sizes[k] >= INT32_LIMIT - PERSISTENT for k in self._counts)
+        schedule = self._schedules.get((length, wide))
+        if schedule is None:
+            schedule = self._choose(self.kernel, length, wide, self._strided)
+            self._schedules[length, wide] = schedule
+        divisible = tuple(name for name, k in self._strides if sizes[k] % 16 == 0)
+        job = self._jobs.get((schedule, divisible))
+        if job is None:
+            job = kernel_job(self.kernel, self._target, schedule, divisible)
+            self._jobs[schedule, divisible] = job
+        return job, self._grid(schedule, length, outer)
+
+    def _grid(self, schedule: Schedule, length: int, outer: int) -> Grid:
+        programs = -(-outer // schedule.rows)
+        if self.kernel.columns or not self.kernel.axes:
+            return programs, 1, 1
+        tiles = -(-length // schedule.cols)
+        return (tiles, 1, 1) if len(self.kernel.axes) < 2 else (programs, tiles, 1)
+
+
+class AttentionFamily:
+    """The variants of one attention launch: tiles by the number of queries, strides, addresses."""
+
+    def __init__(self, launch: ir.Launch, target: str, table: SizeTable) -> None:
+        assert isinstance(launch.target, AttentionKernel)
+        self.kernel, self._target = launch.target, target
+        self._masked = launch.args[4] is not None
+        self._sizes = [table.value(e) for e in launch.sizes]
+        names = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "key_mask_ptr", "bias_ptr")
+        self._shifts = [
+            (name, table.value(a.offset * a.dtype.itemsize))
+            for name, a in zip(names, launch.args, strict=True)
+            if a is not None and a.offset != 0
+        ]
+        self._jobs: dict[object, Job] = {}
+
+    def pick(self, sizes: Sequence[int]) -> tuple[Job, Grid]:
+        values = dict(zip(NAMES, (sizes[k] for k in self._sizes), strict=True))
+        schedule = choose_attention_schedule(self.kernel, values["q_len"])
+        divisible = tuple(name for name in STRIDES if values[name] % 16 == 0)
+        unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
+        job = self._jobs.get((schedule, divisible, unaligned))
+        if job is None:
+            job = attention_job(
+                self.kernel, self._target, schedule, self._masked, divisible, unaligned
+            )
+            self._jobs[schedule, divisible, unaligned] = job
+        return job, attention_grid(schedule, values["batch"], values["heads"], values["q_len"])
