@@ -20,7 +20,7 @@ import torch
 import turbotx
 from turbotx.memory.svg import plan_to_svg
 from turbotx.report import Report
-from turbotx.report.html import find_layers, plan_of
+from turbotx.report.layers import find_layers, plan_of
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"

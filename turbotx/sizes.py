@@ -125,6 +125,25 @@ def to_c(value: Expr) -> str:
     return _SourcePrinter("/").doprint(value)
 
 
+class _JavaScriptPrinter(_SourcePrinter):
+    """JavaScript's numbers are doubles: exact below 2**53, and division has to be floored."""
+
+    def _print_FloorDiv(self, node: Any) -> str:
+        top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"], strict=True) for a in node.args)
+        return f"Math.floor({top} / {bottom})"
+
+    def _print_Max(self, node: Any) -> str:
+        return f"Math.max({', '.join(map(self._print, node.args))})"
+
+    def _print_Min(self, node: Any) -> str:
+        return f"Math.min({', '.join(map(self._print, node.args))})"
+
+
+def to_javascript(value: Expr) -> str:
+    """Return `value` as JavaScript source (sizes are never negative, so % is the same there)."""
+    return _JavaScriptPrinter("/").doprint(value)
+
+
 def compile_evaluator(
     values: Sequence[Expr], dims: Sequence[str]
 ) -> Callable[..., tuple[int, ...]]:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import turbotx.report as reports
-from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape
+from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
-from turbotx.cli.output import OK, Output
-from turbotx.cli.targets import build_targets, parse_targets, resources_table
+from turbotx.cli.output import OK, WRONG, Output
+from turbotx.cli.targets import build_targets, parse_targets, resources_of, resources_table
 from turbotx.memory.svg import plan_to_svg
 from turbotx.report.dump import Dumped, make_folder
-from turbotx.report.html import find_layers, plan_of
+from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.report import Report
 
 
@@ -29,9 +29,10 @@ def compile_model(
     out: Path,
     shapes: Sequence[str],
     targets: Sequence[str],
+    verify: bool,
     output: Output,
 ) -> int:
-    """Dump everything and say where it is; return the exit code."""
+    """Dump everything and say where it is; return the exit code, 1 where `verify` finds errors."""
     wanted, gpus = [parse_shape(text) for text in shapes], parse_targets(targets)
     make_folder(out)
     with output.steps(f"load {model}", total=6) as steps:
@@ -39,12 +40,18 @@ def compile_model(
         steps("capture, fuse and build")
         report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
         views = [report.at(**dims) for dims in wanted] or [report]
+        steps.expect(len(gpus) * len(report.kernels) + verify)
+        built, files = build_targets(views[0], gpus, out, steps)
+        views[0] = views[0].with_findings(resources=resources_of(built))
+        if verify:
+            steps("run launch by launch in float64")
+            args, kwargs = resize(views[0], loaded.args, loaded.kwargs)
+            numerics = views[0].numerics(loaded.model, *args, **kwargs)
+            views[0] = views[0].with_findings(numerics=numerics)
         steps("write files")
         dumped = views[0].dump(out)
         for dims, view in zip(wanted[1:], views[1:], strict=True):
             dumped.files += write_plan(view, dims, out)
-        steps.expect(len(gpus) * len(report.kernels))
-        built, files = build_targets(views[0], gpus, out, steps)
         dumped.files += files
     output.console.print(views[0])
     if built:
@@ -53,7 +60,8 @@ def compile_model(
     for name, why in dumped.skipped.items():
         output.console.print(f"without {name}: {why}")
     output.result({**summarize(str(model), views, dumped), "targets": gpus})
-    return OK
+    found = views[0].findings.numerics
+    return OK if found is None or found.holds else WRONG
 
 
 def write_plan(report: Report, dims: Mapping[str, int], folder: Path) -> list[Path]:

@@ -58,13 +58,16 @@ def compile_command(
     ] = None,
     dtype: Dtype = "",
     weights: Weights = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also run every launch against float64.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Dump every stage: graphs, kernel sources, memory plan, report.html."""
     from turbotx.cli.compile import compile_model
 
     source = Source(model, dtype, weights)
-    raise typer.Exit(compile_model(source, out, shape or (), target or (), Output(as_json)))
+    raise typer.Exit(compile_model(source, out, shape or (), target or (), verify, Output(as_json)))
 
 
 @app.command("verify")

@@ -22,6 +22,7 @@ from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.schedule import choose_schedule, divisible_sizes
 from turbotx.kernels.targets import TARGETS, Built, Job, attention_job, build, kernel_job
 from turbotx.kernels.triton_attention import choose_attention_schedule, print_triton_attention
+from turbotx.kernels.triton_resources import Resources
 from turbotx.report.dump import make_folder
 from turbotx.report.report import Report
 from turbotx.sizes import evaluate
@@ -57,6 +58,14 @@ def build_targets(
         table.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         files.append(table)
     return built, files
+
+
+def resources_of(built: Sequence[Built]) -> dict[str, dict[str, Resources]]:
+    """Return kernel -> target -> what it uses there."""
+    found: dict[str, dict[str, Resources]] = {}
+    for b in built:
+        found.setdefault(b.job.name, {})[b.job.target] = b.resources
+    return found
 
 
 def make_jobs(report: Report, target: str) -> Iterator[Job]:

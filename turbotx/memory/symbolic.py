@@ -72,6 +72,7 @@ class _Walker:
 class SymbolicPlanner:
     """Evaluates orientations of solved shapes; nothing in it changes, so threads share it.
 
+    `in_use`: the orientations it chooses from, the one with the smallest footprint at each shape.
     `seed_sizes` are bytes per class at one shape; `sample_sizes`, if given, at more of the
     shapes to expect, and the orientations are chosen to be good at all of them.
     """
@@ -93,6 +94,8 @@ class SymbolicPlanner:
         self.orientations = choose_orientations(workload, seed, samples, self.live)
         tables = [FormTable(o, workload.size_class, self._count) for o in self.orientations]
         kept = [table for table in tables if table.complete]
+        self.in_use = [o for o, t in zip(self.orientations, tables, strict=True) if t.complete]
+        self.in_use = self.in_use or self.orientations[:1]
         self._tops = [table.top for table in kept]
         self._evaluate: _Evaluator | _Walker
         if kept:

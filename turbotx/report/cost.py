@@ -3,7 +3,7 @@
 In: an `ir.Launch`. Out: its `Cost`. An element that a launch needs is counted once, whatever the
 kernel does; a gather counts what it picks, at most the whole table. For a bias and GELU::
 
-    Cost(reads=6144*batch*seq + 6144, writes=6144*batch*seq, flops=0)
+    Cost(reads=6144*batch*seq + 6144, writes=6144*batch*seq, flops=39936*batch*seq)
 """
 
 from __future__ import annotations
@@ -15,12 +15,21 @@ import sympy
 from turbotx import ir
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.traffic import kernel_traffic
+from turbotx.primitives import PRIMITIVES
+from turbotx.report.origin import Origin
 from turbotx.sizes import ZERO, Expr, product
+
+PICKING = frozenset({"embedding", "index", "index_select", "gather", "take", "take_along_dim"})
+"""Ops that read only the elements they pick."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes read, bytes written and floating-point operations of one launch."""
+    """Bytes read, bytes written and operations of one launch.
+
+    flops: a multiply-add of a GEMM or of attention counts as two; what a fused kernel computes
+    counts in adds, by the `cost` of its primitives.
+    """
 
     reads: Expr
     writes: Expr
@@ -31,13 +40,51 @@ def launch_cost(launch: ir.Launch) -> Cost:
     """Return what one launch has to move and compute."""
     if isinstance(launch.target, ir.Kernel):
         traffic = kernel_traffic(launch.target)
-        return Cost(traffic.read_nbytes, traffic.written_nbytes, ZERO)
+        return Cost(traffic.read_nbytes, traffic.written_nbytes, _arithmetic(launch.target))
     windows = {a.tensor: _operand_nbytes(a) for a in launch.args if a}
     written = {name: n for name, n in windows.items() if name in launch.writes}
     read = {name: n for name, n in windows.items() if name not in launch.writes}
     if isinstance(launch.target, AttentionKernel):
         read = _add_windows(launch)
     return Cost(_total(read.values()), _total(written.values()), _flops(launch))
+
+
+def _arithmetic(kernel: ir.Kernel) -> Expr:
+    """Every computed value once for each position that it varies over; casts are free."""
+    varies, extents = kernel.varies_over(), {a.name: a.extent for a in kernel.axes}
+    counts: dict[frozenset[str], int] = {}
+    for s in kernel.body:
+        if isinstance(s, ir.Compute) and s.op != "cast":
+            axes, cost = varies[s.result], PRIMITIVES[s.op].cost
+        elif isinstance(s, ir.Reduce):
+            axes = frozenset().union(*(varies[a] for a in s.args))
+            cost = len(s.results)
+        else:
+            continue
+        counts[axes] = counts.get(axes, 0) + cost
+    return _total(n * product([extents[a] for a in sorted(axes)]) for axes, n in counts.items())
+
+
+def eager_nbytes(origin: Origin) -> dict[str, Expr]:
+    """Return what each op of the captured model moves where PyTorch runs it by itself.
+
+    It reads each input and writes its result; of a table it reads at most as much as it writes.
+    Views, and ops that do nothing in inference, are not there.
+    """
+    node = {n.name: n for n in origin.nodes}
+    found = {}
+    for n in origin.nodes:
+        if not n.makes_memory:
+            continue
+        inputs = [_least(node[i].nbytes, node[node[i].root].nbytes) for i in n.inputs]
+        if n.op in PICKING:
+            inputs = [_least(size, n.nbytes) for size in inputs]
+        found[n.name] = sympy.expand(n.nbytes + sum(inputs, ZERO))
+    return found
+
+
+def _least(a: Expr, b: Expr) -> Expr:
+    return a if a == b else sympy.Min(a, b)
 
 
 def _operand_nbytes(operand: ir.Operand) -> Expr:

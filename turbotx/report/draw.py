@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx
 
 from turbotx import graph as g
@@ -20,6 +23,7 @@ from turbotx.passes.partition import GEMMS, op_name
 from turbotx.show import show_expr
 
 if TYPE_CHECKING:
+    from turbotx.report.entries import Region
     from turbotx.report.report import Report
 
 FILL = {
@@ -32,27 +36,52 @@ class DrawError(TurbotxError):
     """Graphviz is not installed, or refused the graph."""
 
 
-def draw_dot(report: Report) -> str:
-    """Return the fused graph as DOT; parameters and the views between calls are left out."""
+@dataclass(frozen=True)
+class Box:
+    """A node of the drawing. kind: a key of FILL. name: as in report.graph. text: ops or a shape.
+
+    sources: the boxes whose values it reads.
+    """
+
+    name: str
+    kind: str
+    title: str
+    text: str
+    tip: str
+    sources: tuple[str, ...]
+
+
+def find_boxes(report: Report) -> list[Box]:
+    """Return the fused graph's nodes but for parameters and the views between calls, in order."""
     graph = report.graph.graph
+    found = []
+    regions = {r.name: r for r in report.regions}
+    prepared = report.compiled.assembly.prepared  # computed once, from parameters alone
+    shown = {n: _kind(n) for n in graph.nodes if _kind(n) and n.name not in prepared}
+    sources: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        given = [n for n in node.all_input_nodes if n in shown or not _is_size(n)]
+        feeding = [s for n in given for s in ([n] if n in shown else sources[n])]
+        sources[node] = list(dict.fromkeys(feeding))
+        if node in shown:
+            above = tuple(s.name for s in sources[node])
+            found.append(Box(node.name, shown[node], *_label(regions, node), above))
+    return found
+
+
+def draw_dot(report: Report) -> str:
+    """Return the fused graph as DOT."""
     lines = [
         f'digraph "{report.name}" {{',
         '  rankdir=TB; bgcolor="transparent"; node [shape=box, style="rounded,filled", '
         'fontname="Helvetica", fontsize=11, color="#888888"]; edge [color="#888888"];',
     ]
-    prepared = report.compiled.assembly.prepared  # computed once, from parameters alone
-    shown = {n: _kind(n) for n in graph.nodes if _kind(n) and n.name not in prepared}
-    sources: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        above = [s for n in node.all_input_nodes for s in ([n] if n in shown else sources[n])]
-        sources[node] = list(dict.fromkeys(above))
-        if node in shown:
-            label, tip = _label(report, node)
-            lines.append(
-                f'  "{node.name}" [label="{label}", tooltip="{tip}", '
-                f'fillcolor="{FILL[shown[node]]}"];'
-            )
-            lines += [f'  "{source.name}" -> "{node.name}";' for source in sources[node]]
+    for box in find_boxes(report):
+        label = "\\n".join([box.title, *(_wrap(box.text) if box.text else [])])
+        lines.append(
+            f'  "{box.name}" [label="{label}", tooltip="{box.tip}", fillcolor="{FILL[box.kind]}"];'
+        )
+        lines += [f'  "{source}" -> "{box.name}";' for source in box.sources]
     return "\n".join([*lines, "}"]) + "\n"
 
 
@@ -66,9 +95,15 @@ def _kind(node: fx.Node) -> str:
         return "gemm"
     if node.target is attention:
         return "attention"
-    if node.op != "call_function" or not g.is_tensor(node) or node.target is g.GETITEM:
+    tensors = g.is_tensor(node) or isinstance(node.meta.get("val"), (list, tuple))
+    if node.op != "call_function" or not tensors or node.target is g.GETITEM:
         return ""
     return "" if _is_view(node) else "other"
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Sizes are known from the shape alone: who uses one does not wait for its tensor."""
+    return node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -76,15 +111,16 @@ def _is_view(node: fx.Node) -> bool:
     return schema is not None and any(r.alias_info for r in schema.returns)
 
 
-def _label(report: Report, node: fx.Node) -> tuple[str, str]:
+def _label(regions: Mapping[str, Region], node: fx.Node) -> tuple[str, str, str]:
+    """Return title, text and tip."""
     if node.op == "output":
-        return "output", "output"
+        return "output", "", "output"
     if node.op == "call_module":
-        region = next(r for r in report.regions if r.name == node.target)
-        return "\\n".join([node.name, *_wrap(" → ".join(region.ops))]), " ".join(region.nodes)
+        region = regions[str(node.target)]
+        return node.name, " → ".join(region.ops), " ".join(region.nodes)
     title = node.name if node.op == "placeholder" else op_name(node)
     shape = ", ".join(show_expr(e) for e in g.shape(node)) if g.is_tensor(node) else ""
-    return f"{title}\\n({shape})", node.name
+    return title, f"({shape})", node.name
 
 
 def _wrap(text: str, width: int = 46) -> list[str]:

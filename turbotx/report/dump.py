@@ -17,7 +17,7 @@ from turbotx.errors import TurbotxError
 from turbotx.fused_graph import readable
 from turbotx.memory.svg import plan_to_svg
 from turbotx.report.draw import DrawError, draw_dot, draw_svg
-from turbotx.report.html import find_layers, plan_of
+from turbotx.report.layers import find_layers, plan_of
 
 if TYPE_CHECKING:
     from turbotx.report.report import Report

@@ -16,7 +16,8 @@ class Traffic:
     """What one launch has to move, in bytes at the report's shape and as formulas in its dims.
 
     compulsory_nbytes: every element that the launch needs read once, every result written once.
-    flops: multiply-adds of GEMMs and attention, counted as two; 0 for other kernels.
+    flops: multiply-adds of GEMMs and attention, counted as two; of other kernels what they compute,
+    in adds.
     """
 
     read_nbytes: int
@@ -118,6 +119,14 @@ class Placed:
     lifetime: tuple[int, int]
     offset: int
     tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Eager:
+    """What PyTorch does for the same call, op by op: what it launches, and the bytes those move."""
+
+    launches: int
+    moved_nbytes: int
 
 
 @dataclass(frozen=True)

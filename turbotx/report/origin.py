@@ -52,6 +52,11 @@ class Node:
     module: str
     place: str
 
+    @property
+    def makes_memory(self) -> bool:
+        """Whether PyTorch launches something for it, whose result is memory of its own."""
+        return self.kind == "call_function" and self.root == self.name and self.nbytes != 0
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -131,23 +136,32 @@ def place_of(node: fx.Node) -> str:
     return f"{found[-1][0]}:{found[-1][1]}" if found else ""
 
 
-def simulate(origin: Origin, dims: Mapping[str, int]) -> Held:
-    """Return what PyTorch would hold at these dims; METHOD says what is counted."""
-    evaluate = compile_evaluator([n.nbytes for n in origin.nodes], origin.dims)
-    sizes = evaluate(*(dims[name] for name in origin.dims))
-    nbytes = {n.name: _round(size) for n, size in zip(origin.nodes, sizes, strict=True)}
+def find_lives(origin: Origin) -> dict[str, tuple[int, int]]:
+    """Return the first and the last node that each intermediate is alive in, in running order."""
     last = {n.root: k for k, n in enumerate(origin.nodes)}
     root = {n.name: n.root for n in origin.nodes}
     for k, node in enumerate(origin.nodes):
         for name in node.inputs:
             last[root[name]] = k
+    return {
+        node.name: (k, last[node.name])
+        for k, node in enumerate(origin.nodes)
+        if node.makes_memory and node.name not in origin.kept
+    }
+
+
+def simulate(origin: Origin, dims: Mapping[str, int]) -> Held:
+    """Return what PyTorch would hold at these dims; METHOD says what is counted."""
+    evaluate = compile_evaluator([n.nbytes for n in origin.nodes], origin.dims)
+    sizes = evaluate(*(dims[name] for name in origin.dims))
+    nbytes = {n.name: _round(size) for n, size in zip(origin.nodes, sizes, strict=True)}
+    alive = find_lives(origin)
     events: list[tuple[str, int]] = []  # (name, bytes), bytes negative for a free
     dying: dict[int, list[str]] = {}
     for k, node in enumerate(origin.nodes):
-        owns = node.kind == "call_function" and node.root == node.name and nbytes[node.name]
-        if owns and node.name not in origin.kept:
+        if node.name in alive and nbytes[node.name]:
             events.append((node.name, nbytes[node.name]))
-            dying.setdefault(last[node.name], []).append(node.name)
+            dying.setdefault(alive[node.name][1], []).append(node.name)
         events += [(name, -nbytes[name]) for name in dying.pop(k, ())]
     live = peak = 0
     for _, change in events:

@@ -10,7 +10,7 @@ plain lists and numbers for JSON::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from turbotx.fused_graph import make_fused_graph
 from turbotx.optimize import engine_of
 from turbotx.pipeline import Compiled
 from turbotx.report import entries
+from turbotx.report.cost import eager_nbytes
 from turbotx.report.describe import (
     View,
     describe_externs,
@@ -35,7 +36,8 @@ from turbotx.report.describe import (
     describe_regions,
 )
 from turbotx.report.dump import Dumped, dump
-from turbotx.report.html import render_html
+from turbotx.report.findings import Findings
+from turbotx.report.html import render_miniature, render_page
 from turbotx.report.numerics import Numerics, measure
 from turbotx.report.origin import Origin, observe, simulate
 from turbotx.report.profile import Profile, profile
@@ -46,12 +48,16 @@ from turbotx.signature import SizeMatcher
 
 @dataclass(frozen=True)
 class Report:
-    """One compiled call at one shape. `dims`: the value of every symbolic size."""
+    """One compiled call at one shape.
+
+    dims: the value of every symbolic size. findings: what running and building showed at it.
+    """
 
     compiled: Compiled
     origin: Origin
     dims: dict[str, int]
     planner: str
+    findings: Findings = field(default_factory=Findings)
 
     @property
     def name(self) -> str:
@@ -92,13 +98,24 @@ class Report:
         held = simulate(self.origin, self.dims)
         return describe_plan(self._view, self.planner, held)
 
+    @cached_property
+    def eager(self) -> entries.Eager:
+        """The captured model as PyTorch runs it, to compare with."""
+        moved = eager_nbytes(self.origin)
+        return entries.Eager(len(moved), sum(self._view.number(n) for n in moved.values()))
+
     def at(self, **dims: int) -> Report:
         """Return the report at another shape, e.g. at(batch=8, seq=128); nothing is compiled.
 
         A dim that is not named follows a named one that had its size so far, and otherwise stays.
         Raises InputError for a dim that the model does not have or a size below 1.
         """
-        return Report(self.compiled, self.origin, follow(self.dims, dims), self.planner)
+        findings = Findings(resources=self.findings.resources)  # the others are of one shape
+        return replace(self, dims=follow(self.dims, dims), findings=findings)
+
+    def with_findings(self, **found: Any) -> Report:
+        """Return the report with more findings: numerics, profile or resources, see `Findings`."""
+        return replace(self, findings=replace(self.findings, **found))
 
     def where(self, node: str | fx.Node) -> entries.Place:
         """Return what became of an op of the captured model, or which op a rewritten one is.
@@ -141,6 +158,10 @@ class Report:
             "gemms": [asdict(x) for x in self.gemms],
             "externs": [asdict(x) for x in self.externs],
             "memory": asdict(self.memory),
+            "eager": asdict(self.eager),
+            "resources": self.findings.resources_as_dicts(),
+            "numerics": self.findings.numerics_as_dicts(),
+            "times_us": self.findings.times_us(),
         }
 
     def dump(self, folder: str | Path) -> Dumped:
@@ -151,11 +172,11 @@ class Report:
         return dump(self, Path(folder))
 
     def to_html(self) -> str:
-        """Return a page that stands alone: no network, light and dark."""
-        return render_html(self)
+        """Return a page that stands alone: no network, light and dark, any shape."""
+        return render_page(self)
 
     def _repr_html_(self) -> str:
-        return render_html(self, page=False)
+        return render_miniature(self)
 
     def __rich__(self) -> Any:
         return render_table(self)

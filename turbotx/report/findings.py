@@ -1,0 +1,56 @@
+"""Findings: what running or building showed, kept beside a report to be shown with it.
+
+In: numerics, a profile, resources of built kernels. Out: the same as plain dicts, empty where
+nothing was looked at::
+
+    report.with_findings(numerics=report.numerics(model, x)).to_html()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from turbotx.kernels.triton_resources import Resources
+    from turbotx.report.numerics import Error, Numerics
+    from turbotx.report.profile import Profile
+
+
+@dataclass(frozen=True)
+class Findings:
+    """resources: kernel -> target -> what it uses there. All belong to the report's shape."""
+
+    numerics: Numerics | None = None
+    profile: Profile | None = None
+    resources: Mapping[str, Mapping[str, Resources]] = field(default_factory=dict)
+
+    def resources_as_dicts(self) -> dict[str, dict[str, dict[str, int]]]:
+        return {
+            kernel: {target: asdict(r) for target, r in targets.items()}
+            for kernel, targets in self.resources.items()
+        }
+
+    def numerics_as_dicts(self) -> dict[str, Any] | None:
+        if self.numerics is None:
+            return None
+        return {
+            "holds": self.numerics.holds,
+            "launches": [_error(e) for e in self.numerics.launches],
+            "outputs": [_error(e) for e in self.numerics.outputs],
+        }
+
+    def times_us(self) -> dict[str, float]:
+        """Return the median time of every launch by its name."""
+        timed = self.profile.launches if self.profile else ()
+        return {t.launch.name: t.median_us for t in timed}
+
+
+def _error(error: Error) -> dict[str, Any]:
+    """NaN and infinity are no JSON: they become None."""
+    values = {**asdict(error), "relative": error.relative, "holds": error.holds}
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }

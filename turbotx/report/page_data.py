@@ -1,0 +1,225 @@
+"""What the page knows: a report as JSON that the page's scripts draw and evaluate at any shape.
+
+In: a `Report`. Out: plain dicts and lists; byte counts are indices into `formulas`, which are
+JavaScript over the dims, so that a slider needs no server::
+
+    {"dims": [...], "formulas": ["384*batch*seq", ...], "boxes": [...], "launches": [...], ...}
+"""
+
+from __future__ import annotations
+
+import linecache
+import sysconfig
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import CppLexer, PythonLexer
+
+from turbotx.memory import ALIGNMENT, CHUNK_NBYTES
+from turbotx.memory.symbolic import SymbolicPlanner
+from turbotx.report.cost import eager_nbytes, launch_cost
+from turbotx.report.draw import Box, find_boxes
+from turbotx.report.layered import lay_out
+from turbotx.report.layers import find_layers
+from turbotx.report.origin import ROUND_NBYTES, find_lives
+from turbotx.show import show_expr
+from turbotx.sizes import Expr, evaluate, to_javascript
+
+if TYPE_CHECKING:
+    from turbotx.report.report import Report
+
+SLIDER_ENDS = (4096, 2048, 1024, 512, 256, 128)
+BATCH_END = 64
+SNAPSHOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BOX_HEIGHT, LETTER, MAX_LETTERS = 40.0, 6.6, 40
+
+
+class _Formulas:
+    """Every formula once, as JavaScript and as people read it."""
+
+    def __init__(self) -> None:
+        self._places: dict[Expr, int] = {}
+
+    def place(self, value: Expr) -> int:
+        return self._places.setdefault(value, len(self._places))
+
+    def to_lists(self) -> tuple[list[str], list[str]]:
+        return [to_javascript(v) for v in self._places], [show_expr(v) for v in self._places]
+
+
+def page_data(report: Report) -> dict[str, Any]:
+    """Return everything that the page shows; its size grows with the model's launches and ops."""
+    formulas = _Formulas()
+    layer = find_layers(report)
+    ops = _ops(report, formulas)
+    data: dict[str, Any] = {
+        "model": report.name,
+        "dims": _dims(report),
+        "boxes": _boxes(report),
+        "launches": _launches(report, formulas, layer),
+        "ops": ops,
+        "places": {op["place"]: _place(op["place"]) for op in ops if op["place"]},
+        "regions": [
+            {"name": r.name, "launches": r.launches, "kernels": r.kernels, "reason": r.reason}
+            for r in report.regions
+        ],
+        "kernels": {k.name: _kernel(k) for k in report.kernels},
+        "externs": [asdict(x) for x in report.externs],
+        "resources": report.findings.resources_as_dicts(),
+        "numerics": report.findings.numerics_as_dicts(),
+        "times": report.findings.times_us(),
+        "memory": _memory(report, formulas, layer),
+    }
+    data["formulas"], data["shown"] = formulas.to_lists()
+    return data
+
+
+def _dims(report: Report) -> list[dict[str, Any]]:
+    """Every dim; those that follow another have no slider. end: the largest size to offer."""
+    leaders: dict[int, str] = {}
+    found = []
+    for k, (name, size) in enumerate(report.dims.items()):
+        follows = leaders.get(size) if "_d" in name else None
+        if follows is None:
+            leaders.setdefault(size, name)
+        ends = [BATCH_END] if k == 0 and "_d" not in name else SLIDER_ENDS
+        end = next((e for e in ends if _allowed(report, name, e)), size)
+        found.append({"name": name, "size": size, "follows": follows, "end": max(end, size)})
+    return found
+
+
+def _allowed(report: Report, name: str, size: int) -> bool:
+    dims = report.at(**{name: size}).dims
+    return all(evaluate(e, dims) >= 0 for e, _ in report.compiled.assembly.requirements)
+
+
+def _boxes(report: Report) -> dict[str, Any]:
+    """Boxes where they go, and the arrows between them with their bends."""
+    boxes = find_boxes(report)
+    launches = {r.name: r.launches for r in report.regions}
+    made: list[dict[str, Any]] = [
+        {
+            "name": box.name, "kind": box.kind, "title": box.title, "text": _shorten(box.text),
+            "launches": launches.get(box.name) or report.where(box.name).launches,
+        }
+        for box in boxes
+    ]  # fmt: skip
+    sizes = {b.name: (_width(b), BOX_HEIGHT if b.text else 26.0) for b in boxes}
+    layout = lay_out(sizes, [(s, b.name) for b in boxes for s in b.sources])
+    for entry in made:
+        name = str(entry["name"])
+        (x, y), (width, height) = layout.centres[name], sizes[name]
+        entry.update(x=round(x, 1), y=round(y, 1), width=round(width), height=height)
+    arrows = [
+        {"from": a, "to": b, "bends": [[round(x, 1), round(y, 1)] for x, y in points]}
+        for (a, b), points in layout.bends.items()
+    ]
+    return {"list": made, "arrows": arrows, "width": layout.width, "height": layout.height}
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 1] + "…"
+
+
+def _width(box: Box) -> float:
+    return max(96.0, 24 + LETTER * max(len(box.title), len(_shorten(box.text)) * 0.88))
+
+
+def _launches(report: Report, formulas: _Formulas, layer: Any) -> list[dict[str, Any]]:
+    found = []
+    for entry, launch in zip(report.launches, report.compiled.assembly.launches, strict=True):
+        cost = launch_cost(launch)
+        found.append(
+            {
+                "name": entry.name, "kind": entry.kind, "kernel": entry.kernel,
+                "module": entry.module, "source": entry.source, "layer": layer(entry.writes[0]),
+                "reads": formulas.place(cost.reads), "writes": formulas.place(cost.writes),
+                "flops": formulas.place(cost.flops),
+            }
+        )  # fmt: skip
+    return found
+
+
+def _ops(report: Report, formulas: _Formulas) -> list[dict[str, Any]]:
+    """The captured model's ops in order: what became of each, and what it would move alone."""
+    moves = eager_nbytes(report.origin)
+    found = []
+    for n in report.origin.nodes:
+        if n.kind != "call_function" or n.nbytes == 0:
+            continue
+        place = report.where(n.name)
+        found.append(
+            {
+                "name": n.name, "op": n.op, "status": place.status, "launches": place.launches,
+                "place": place.source, "module": n.module,
+                "moves": formulas.place(moves[n.name]) if n.name in moves else -1,
+            }
+        )  # fmt: skip
+    return found
+
+
+def _place(place: str) -> dict[str, str]:
+    """Return a place with its path made short and the line of source that stands there."""
+    path, _, line = place.rpartition(":")
+    short = path
+    for root in (sysconfig.get_paths()["purelib"], str(Path.cwd())):
+        short = short.removeprefix(root + "/")
+    return {"short": f"{short}:{line}", "code": linecache.getline(path, int(line)).strip()}
+
+
+def _kernel(kernel: Any) -> dict[str, Any]:
+    formatter = HtmlFormatter(nowrap=True)
+    return {
+        "kind": kernel.kind,
+        "signature": kernel.signature,
+        "launches": kernel.launches,
+        "triton": highlight(kernel.sources["triton"], PythonLexer(), formatter),
+        "cpp": highlight(kernel.sources["cpp"], CppLexer(), formatter),
+    }
+
+
+def _memory(report: Report, formulas: _Formulas, layer: Any) -> dict[str, Any]:
+    """Lifetimes and sizes, and how offsets follow: orders to walk, or plans at a few shapes."""
+    program, tensors = report.compiled.program, report.compiled.assembly.tensors
+    sharing = Counter(program.liveness.root_of.values())
+    buffers = [
+        {
+            "name": name, "begin": life.begin, "end": life.end, "layer": layer(name),
+            "nbytes": formulas.place(tensors[name].nbytes), "tensors": sharing[name],
+        }
+        for name, life in zip(program.liveness.names, program.liveness.lifetimes, strict=True)
+    ]  # fmt: skip
+    sizes = {n.name: n.nbytes for n in report.origin.nodes}
+    eager = [
+        [formulas.place(sizes[name]), *life] for name, life in find_lives(report.origin).items()
+    ]
+    planner = program.planner
+    orders = [
+        {"order": list(o.order), "below": [list(b) for b in o.below]}
+        for o in (planner.in_use if isinstance(planner, SymbolicPlanner) else [])
+    ]
+    return {
+        "planner": report.planner, "alignment": ALIGNMENT, "chunk": CHUNK_NBYTES,
+        "buffers": buffers, "orders": orders,
+        "snapshots": [] if orders else _snapshots(report),
+        "pytorch": eager, "rounding": ROUND_NBYTES, "method": report.memory.pytorch.method,
+    }  # fmt: skip
+
+
+def _snapshots(report: Report) -> list[dict[str, Any]]:
+    """Plans of a planner that the page cannot evaluate, at this shape and along every slider."""
+    views = [report]
+    for dim in _dims(report):
+        sizes = [s for s in SNAPSHOTS if s <= dim["end"] and not dim["follows"]]
+        views += [report.at(**{dim["name"]: s}) for s in sizes]
+    return [
+        {
+            "dims": list(view.dims.values()), "peak": view.memory.peak_nbytes,
+            "offsets": [b.offset for b in view.memory.buffers],
+        }
+        for view in views
+    ]  # fmt: skip
