@@ -8,13 +8,20 @@ import pytest
 import torch
 
 from tests.graphs import captured_graph, node
+from turbotx import graph as g
 from turbotx import ir
 from turbotx.errors import VerifyError
 from turbotx.kernels.fuse import fuse
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.partition import find_prepared, partition
 from turbotx.sizes import ZERO, dim
-from turbotx.verify import check_graph, check_kernel, check_launches, check_region
+from turbotx.verify import (
+    check_graph,
+    check_inputs,
+    check_kernel,
+    check_launches,
+    check_region,
+)
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +158,10 @@ def test_a_read_of_what_does_not_exist() -> None:
     del tensors["x"]
     with pytest.raises(VerifyError, match="'x', which does not exist"):
         check_launches(tensors, [first, second], ["y"])
+
+
+def test_an_input_whose_size_was_fixed_is_found(graph) -> None:
+    sizes = [g.shape(n) for n in graph.nodes if n.op == "placeholder"]
+    check_inputs(graph, sizes)
+    with pytest.raises(VerifyError, match="fixed a size to the example's"):
+        check_inputs(graph, [(dim("other"), *sizes[0][1:]), *sizes[1:]])

@@ -17,6 +17,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
@@ -116,7 +117,8 @@ def emit(like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -
     sources = [n for n in node.all_input_nodes if is_tensor(n)]
     if not sources:
         raise TypeError(f"{target} has no tensor argument")
-    with sources[0].meta["val"].fake_mode, torch.no_grad():
+    # Composite ops written in C++ would look at symbolic sizes and fix them to the example's.
+    with sources[0].meta["val"].fake_mode, enable_python_dispatcher(), torch.no_grad():
         node.meta["val"] = target(*fake(args), **fake(kwargs))
     _keep_origin(like, node)
     return node

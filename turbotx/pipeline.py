@@ -66,6 +66,7 @@ def compile_captured(
     text = str(graph)
     rewrite(graph)
     verify.check_graph(graph)
+    verify.check_inputs(graph, captured.input_sizes)
     prepared = find_prepared(graph)
     regions = partition(graph, prepared)
     for region in regions:

@@ -18,6 +18,7 @@ from turbotx import graph as g
 from turbotx import ir
 from turbotx.errors import VerifyError
 from turbotx.primitives import PRIMITIVES, REDUCTIONS
+from turbotx.sizes import Expr
 from turbotx.views import SPLITS, is_view
 
 
@@ -35,6 +36,17 @@ def check_graph(graph: fx.Graph) -> None:
             raise VerifyError(f"{node.name} ({node.target}) has no value in its metadata")
         if g.is_tensor(node):
             _check_dims(node)
+
+
+def check_inputs(graph: fx.Graph, sizes: Sequence[Sequence[Expr]]) -> None:
+    """The inputs still have the sizes of the capture: computing a fake value may fix one."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    for node, wanted in zip(inputs, sizes, strict=True):
+        if g.shape(node) != tuple(wanted):
+            raise VerifyError(
+                f"{node.name} was captured as {tuple(wanted)}, and is {g.shape(node)} after the "
+                "passes: one of them has fixed a size to the example's"
+            )
 
 
 def _check_dims(node: fx.Node) -> None:
