@@ -20,7 +20,7 @@ UNFINISHED := $(VENV).unfinished
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast lint format setup clean
+.PHONY: help demo test test-fast lint format notebooks setup clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)$$/\1|\2/p' $(MAKEFILE_LIST) | \
@@ -46,6 +46,9 @@ lint: $(VENV)/test.stamp ## style, formatting and types
 format: $(VENV)/test.stamp ## rewrite files in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: $(VENV)/test.stamp ## run the sources in examples/ and write their .ipynb
+	$(BIN)/python examples/notebooks.py
 
 setup: $(VENV)/test.stamp ## only make the environment that the tests use
 

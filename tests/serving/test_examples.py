@@ -14,7 +14,7 @@ def test_the_notebook_shows_what_it_says(monkeypatch, capsys):
     matplotlib = pytest.importorskip("matplotlib")
     monkeypatch.setenv("MPLBACKEND", "Agg")
     matplotlib.use("Agg")
-    names = runpy.run_path(str(EXAMPLES / "06_dp_scheduler.py"))
+    names = runpy.run_path(str(EXAMPLES / "07_dp_scheduler.py"))
     matplotlib.pyplot.close("all")
     outcomes = names["outcomes"]
     assert outcomes["aged"].percentile_ms(99) < outcomes["dp"].percentile_ms(99)

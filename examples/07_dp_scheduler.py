@@ -1,6 +1,7 @@
 # ---
 # jupyter:
 #   jupytext:
+#     formats: py:percent,ipynb
 #     text_representation:
 #       extension: .py
 #       format_name: percent
@@ -181,3 +182,4 @@ hurried = [*waiting[:3], Request(3, 90, 0.0, deadline_ms=6.0)]
 for name, queue in (("no deadline", waiting), ("due in 6 ms", hurried)):
     batches = policy.plan(queue, 0.0, table)
     print(name, [[r.length for r in batch.requests] for batch in batches])
+assert [r.length for r in batches[0].requests] == [90]

@@ -1,0 +1,56 @@
+"""The notebooks: every source runs to its end, and the .ipynb beside it is of that source.
+
+In: examples/0*.py. Out: one failure a notebook, with the cell that failed. They run as `make
+notebooks` does, each in a kernel of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_examples import EXAMPLES, load
+
+SOURCES = sorted(EXAMPLES.glob("[0-9][0-9]_*.py"))
+MAX_NBYTES = 400_000
+
+
+@pytest.fixture(scope="module")
+def notebooks() -> Any:
+    pytest.importorskip("jupytext")
+    pytest.importorskip("nbclient")
+    return load(EXAMPLES / "notebooks.py")
+
+
+def cells(notebook: Any) -> list[tuple[str, str]]:
+    return [(cell.cell_type, cell.source.strip()) for cell in notebook.cells]
+
+
+def test_there_are_seven() -> None:
+    assert [path.name[:2] for path in SOURCES] == [f"0{k}" for k in range(1, 8)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_the_notebook_is_that_of_its_source(notebooks: Any, path: Path) -> None:
+    saved = path.with_suffix(".ipynb")
+    notebook = notebooks.jupytext.read(saved)
+    assert cells(notebook) == cells(notebooks.jupytext.read(path)), "run: make notebooks"
+    assert saved.stat().st_size < MAX_NBYTES
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert any("image/" in kind for c in code for o in c.outputs for kind in o.get("data", {}))
+    assert not [o for c in code for o in c.outputs if o.output_type == "error"]
+    assert any(line.startswith("assert ") for line in code[-1].source.splitlines())
+    assert notebook.cells[0].cell_type == "markdown"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_the_notebook_runs(notebooks: Any, path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    if "transformers" in path.read_text():
+        pytest.importorskip("transformers")
+    if "make_jobs" in path.read_text():
+        pytest.importorskip("triton")
+    notebooks.execute(path)
