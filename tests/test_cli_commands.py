@@ -242,7 +242,8 @@ def test_compile_for_a_gpu_that_is_not_there(
     run: Callable[..., Ran], model: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("triton")
-    ran = run("compile", model, "--out", tmp_path / "out", "--target", "sm_90", "--json")
+    flags = ("--target", "sm_90", "--verify", "--json")
+    ran = run("compile", model, "--out", tmp_path / "out", *flags)
     assert ran.code == 0 and ran.json["targets"] == ["sm_90"]
     folder = tmp_path / "out" / "kernels" / "sm_90"
     resources = json.loads((folder / "resources.json").read_text())
@@ -250,3 +251,7 @@ def test_compile_for_a_gpu_that_is_not_there(
     assert resources["fused_add_gelu_0"]["registers"] > 0
     assert (folder / "fused_add_gelu_0.cubin").stat().st_size > 0
     assert "fused_add_gelu_0" in (folder / "fused_add_gelu_0.ptx").read_text()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["resources"]["fused_add_gelu_0"]["sm_90"] == resources["fused_add_gelu_0"]
+    assert report["numerics"]["holds"] is True
+    assert len(report["numerics"]["launches"]) >= len(report["launches"])

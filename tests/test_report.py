@@ -19,6 +19,7 @@ import turbotx
 from turbotx.errors import InputError, TrainingError
 from turbotx.optimize import engine_of
 from turbotx.report import Report
+from turbotx.report.draw import find_boxes
 from turbotx.report.dump import DumpError
 from turbotx.report.origin import reserve
 
@@ -176,6 +177,40 @@ def test_where_and_back(report: Report) -> None:
     assert ops == {"linear"} and len(report.source_nodes("linear_0")) == 3
     gelu = report.where("gelu")
     assert "gelu" in {p.node for p in report.source_nodes(gelu.launches[0])}
+
+
+def test_every_node_of_every_graph_has_its_place_and_every_launch_its_ops(report: Report) -> None:
+    calls = {x.name for x in report.launches}
+    regions = {r.name for r in report.regions}
+    for node in report.graph.graph.nodes:
+        place = report.where(node)
+        assert set(place.launches) <= calls
+        if node.op == "call_module":
+            assert place.op == "region" and place.launches and place.node in regions
+        elif node.op == "call_function" and place.status in ("fused", "gemm", "attention"):
+            assert place.launches, node.name
+    sources = {x.name: {p.node for p in report.source_nodes(x.name)} for x in report.launches}
+    assert all(sources.values())
+    for n in report.origin.nodes:
+        place = report.where(n.name)
+        assert all(n.name in sources[launch] for launch in place.launches)
+        if place.status in ("fused", "gemm", "attention", "aten"):
+            assert place.launches, n.name
+
+
+def test_every_launch_has_a_box_in_the_drawing() -> None:
+    weight = torch.randn(6, 5)
+
+    def mixed(x: torch.Tensor) -> torch.Tensor:
+        ordered = torch.sort(x, -1)[0].softmax(-1)
+        return ordered.unsqueeze(2).expand(-1, -1, 3, -1).reshape(x.shape[0], -1, 6) @ weight
+
+    report = turbotx.explain(turbotx.optimize(mixed, backend="aten"), torch.randn(2, 4, 6))
+    boxes = find_boxes(report)
+    regions = {r.name: r.launches for r in report.regions}
+    drawn = [n for b in boxes for n in regions.get(b.name) or report.where(b.name).launches]
+    assert sorted(drawn) == sorted(x.name for x in report.launches)
+    assert len({b.kind for b in boxes} & {"region", "gemm", "other"}) == 3
 
 
 def test_where_refuses_an_unknown_name(report: Report) -> None:

@@ -22,6 +22,8 @@ from turbotx.pipeline import Compiled
 def make_fused_graph(compiled: Compiled) -> fx.GraphModule:
     """Return the rewritten graph with one `call_module` a region.
 
+    meta["rewritten"] of every other node is its name in the rewritten graph, where names of pieces
+    of regions and of calls may differ.
     Its forward takes the captured tensors in order and returns the output's leaves as a list.
     """
     graph = compiled.captured.graph_module.graph
@@ -59,7 +61,9 @@ class _Builder:
         self._copy(node)
 
     def _copy(self, node: fx.Node) -> None:
-        self.made[node] = self.graph.node_copy(node, self.made.__getitem__)
+        copied = self.graph.node_copy(node, self.made.__getitem__)
+        copied.meta["rewritten"] = node.name
+        self.made[node] = copied
         if node.op == "get_attr":
             owner, _, leaf = str(node.target).rpartition(".")
             self.root[str(node.target)] = getattr(self.source.get_submodule(owner), leaf)
@@ -80,7 +84,7 @@ class _Builder:
         call.meta["kernels"] = [k.kernel.name for k in fused.kernels]
         for k, output in enumerate(region.outputs):
             piece = self.graph.call_function(g.GETITEM, (call, k))
-            piece.meta = dict(output.meta)
+            piece.meta = {**output.meta, "rewritten": output.name}
             self.made[output] = piece
         for node in region.nodes:
             self.made.setdefault(node, call)

@@ -57,7 +57,8 @@ def find_boxes(report: Report) -> list[Box]:
     found = []
     regions = {r.name: r for r in report.regions}
     prepared = report.compiled.assembly.prepared  # computed once, from parameters alone
-    shown = {n: _kind(n) for n in graph.nodes if _kind(n) and n.name not in prepared}
+    kinds = {n: _kind(report, n) for n in graph.nodes if n.name not in prepared}
+    shown = {n: kind for n, kind in kinds.items() if kind}
     sources: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         given = [n for n in node.all_input_nodes if n in shown or not _is_size(n)]
@@ -85,7 +86,7 @@ def draw_dot(report: Report) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _kind(node: fx.Node) -> str:
+def _kind(report: Report, node: fx.Node) -> str:
     """Return what a node is drawn as, "" for those that are drawn through."""
     if node.op in ("placeholder", "output"):
         return "input" if node.op == "placeholder" else "output"
@@ -98,7 +99,8 @@ def _kind(node: fx.Node) -> str:
     tensors = g.is_tensor(node) or isinstance(node.meta.get("val"), (list, tuple))
     if node.op != "call_function" or not tensors or node.target is g.GETITEM:
         return ""
-    return "" if _is_view(node) else "other"
+    # A reshape that no strides express is a launch of its own.
+    return "" if _is_view(node) and report.where(node).status != "aten" else "other"
 
 
 def _is_size(node: fx.Node) -> bool:

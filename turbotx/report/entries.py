@@ -158,7 +158,8 @@ class Place:
     status: "fused" (computed inside kernels), "view" (folded into addresses), "gemm",
     "attention", "aten", "prepared" (computed once from parameters), "input", "parameter",
     "output", "merged" (became part of another op) or "removed" (nothing needs it, or it did
-    nothing). launches: what runs it.
+    nothing). launches: what runs it. A region's op is "region", its module and source are those of
+    its first op.
     """
 
     node: str

@@ -118,11 +118,13 @@ class Report:
         return replace(self, findings=replace(self.findings, **found))
 
     def where(self, node: str | fx.Node) -> entries.Place:
-        """Return what became of an op of the captured model, or which op a rewritten one is.
+        """Return what became of an op of the captured model, or of a node of `graph`.
 
-        Raises InputError for a name that stands in neither graph.
+        A region of `graph` is found by its name as well. Raises InputError for a name that stands
+        in none of the graphs.
         """
-        return find_place(self, node.name if isinstance(node, fx.Node) else node)
+        name = node.meta.get("rewritten", node.name) if isinstance(node, fx.Node) else node
+        return find_place(self, name)
 
     def source_nodes(self, launch: str) -> list[entries.Place]:
         """Return the captured model's ops that a launch computes: the way back from `where`."""

@@ -88,6 +88,10 @@ def find_place(report: Report, name: str) -> Place:
     if index is None:
         index = report.__dict__["_where"] = _Index(report)
     now, before = index.nodes.get(name), index.origin.get(name)
+    region = next((r for r in report.regions if r.name == name), None)
+    if region is not None:
+        module, source = (values[0] if values else "" for values in (region.modules, region.places))
+        return Place(name, "region", module, source, "fused", region.launches, region.kernels)
     if now is None and before is None:
         raise InputError(
             f"no op is called {name!r}: names are those of report.graph and of captured.txt"
@@ -113,11 +117,12 @@ def _place_now(index: _Index, node: fx.Node) -> Place:
     kind = kind_of(node, index.prepared)
     launches = index.of_node.get(node.name, [])
     status = {"computed": "fused", "extern": "aten", "piece": "aten", "size": "removed"}
-    if kind == "view":
+    if kind == "view" and not launches:
         readers = [index.of_node.get(u.name, []) for u in _readers(node)]
         launches = list({x.name: x for found in readers for x in found}.values())
     shown = status.get(kind, kind)
-    if kind in ("gemm", "attention") and any(x.kind == "aten" for x in launches):
+    copied = kind == "view" and node.name in index.of_node  # no strides express it: a launch does
+    if copied or (kind in ("gemm", "attention") and any(x.kind == "aten" for x in launches)):
         shown = "aten"
     if kind == "computed" and not launches:
         shown = "removed"
