@@ -24,14 +24,26 @@ import turbotx
 
 RESULTS = Path(__file__).parent / "results" / "parity.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers")
+SMALL = {
+    "hidden_size": 64, "dim": 64, "d_model": 64, "n_embd": 64, "embedding_size": 32,
+    "num_attention_heads": 4, "n_heads": 4, "n_head": 4, "num_heads": 4, "d_kv": 16,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "intermediate_size": 128, "hidden_dim": 128, "d_ff": 128, "ffn_dim": 128,
+    "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "word_embed_proj_dim": 64, "vocab_size": 1000,
+    "image_size": 32, "patch_size": 8, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+    "cls_token_id": 0, "sep_token_id": 2,
+}  # fmt: skip
 
 
-def make_model(architecture: str, layers: int | None) -> nn.Module:
-    """A random model of the default configuration, cut to `layers` where that is given."""
+def make_model(architecture: str, layers: int | None, small: bool = False) -> nn.Module:
+    """A random model of the default configuration, or of 64 channels where `small`, cut to
+    `layers` where that is given."""
     config = transformers.AutoConfig.for_model(architecture)
-    for name in ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers"):
-        if layers is not None and hasattr(config, name):
-            setattr(config, name, layers)
+    changes = dict.fromkeys(DEPTHS, layers) if layers is not None else {}
+    for name, value in (changes | SMALL if small else changes).items():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, value)
     config.use_cache = False
     torch.manual_seed(0)
     if architecture == "t5":
@@ -91,7 +103,7 @@ def compare(
     return {
         "architecture": architecture, "dtype": dtype, "layers": layers, "rows": rows,
         "captures": stats["captures"], "kernel_builds": stats["kernel_builds"],
-        "launches": launches, "externs": sorted({op for op, _ in compiled.assembly.externs}),
+        "launches": launches, "externs": dict(compiled.assembly.externs),
         "split": sorted({r for f in compiled.fused for r in f.reasons}),
     }  # fmt: skip
 

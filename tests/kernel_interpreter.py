@@ -151,7 +151,9 @@ class _Interpreter:
     def _store(self, s: ir.Store) -> None:
         target, times = self.outputs[s.access.param], self.times[s.access.param]
         at, value = self.place(s.access.offset), self.values[s.value]
-        at, value = torch.broadcast_tensors(at, value)
+        mask = self.values[s.access.mask] if s.access.mask else torch.tensor(True)
+        at, value, mask = torch.broadcast_tensors(at, value, mask)
+        at, value = at[mask], value[mask]
         assert bool(((at >= 0) & (at < target.numel())).all()), f"{s} writes outside its tensor"
         target.view(-1)[at.reshape(-1)] = value.reshape(-1).to(target.dtype)
         times.index_add_(0, at.reshape(-1), torch.ones_like(at.reshape(-1)))

@@ -147,12 +147,12 @@ class _Assembler:
 
     def _materialize(self, view: fx.Node) -> Layout:
         """A view that strides cannot express is copied by ATen, and listed."""
-        layout = Layout(view, g.shape(view), *_dense(g.shape(view)))
+        shape = g.shape(view)
+        layout = Layout(view, shape, contiguous_strides(shape), ZERO)
         if view.name not in self.out.tensors:
             source = self._operand(view.args[0])  # type: ignore[arg-type]
             name = self._tensor(view, "output" if view in self.outside else "intermediate")
-            sizes = tuple(g.shape(view))
-            self._aten(view, aten.reshape.default, (source, list(sizes)), {}, (name,))
+            self._aten(view, aten.reshape.default, (source, list(shape)), {}, (name,))
             self.out.externs.append((str(view.target), "a view that needs a copy"))
         return layout
 
@@ -184,8 +184,7 @@ class _Assembler:
             self.out.requirements += lowered.requirements
 
     def _whole(self, node: fx.Node) -> ir.Operand:
-        shape = g.shape(node)
-        return ir.Operand(self._tensor(node), g.dtype(node), shape, *_dense(shape))
+        return _dense(self.out.tensors[self._tensor(node)])
 
     def _launch(
         self, node: fx.Node, base: str, kind: str, target: object,
@@ -331,16 +330,10 @@ class _Assembler:
 
         collect((args, kwargs))
         written = tuple(w for w in writes if w)
-        results = tuple(self._as_output(w) for w in writes)
+        results = tuple(_dense(self.out.tensors[w]) if w else None for w in writes)
         call = (target, args, kwargs, results, out)
         operands = (*found, *results)
         self._launch(node, op_name(node), "aten", target, operands, written, (), call)
-
-    def _as_output(self, name: str) -> ir.Operand | None:
-        if not name:
-            return None
-        tensor = self.out.tensors[name]
-        return ir.Operand(name, tensor.dtype, tensor.shape, *_dense(tensor.shape))
 
     def _return(self, node: fx.Node) -> None:
         for leaf in node.args[0]:  # type: ignore[union-attr]
@@ -352,8 +345,10 @@ class _Assembler:
                 self.out.outputs.append(leaf)
 
 
-def _dense(shape: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], Expr]:
-    return contiguous_strides(shape), ZERO
+def _dense(tensor: ir.Tensor) -> ir.Operand:
+    """Return the whole of a tensor that owns its memory."""
+    strides = contiguous_strides(tensor.shape)
+    return ir.Operand(tensor.name, tensor.dtype, tensor.shape, strides, ZERO)
 
 
 def _broadcast(operand: ir.Operand, rank: int) -> list[Expr]:

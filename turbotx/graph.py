@@ -10,8 +10,11 @@ expressions over the named dims, and new nodes with the same metadata, for examp
 from __future__ import annotations
 
 import operator
+import os
+import re
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -24,6 +27,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_tru
 from turbotx.sizes import ONE, Expr, expr
 
 GETITEM = operator.getitem
+# Beginnings of paths in stack traces; torch's own graph passes give theirs without a folder.
+_NOT_THE_USERS = (*(str(Path(f).parent) + os.sep for f in (torch.__file__, __file__)), "torch/")
 
 _names: weakref.WeakKeyDictionary[ShapeEnv, dict[sympy.Symbol, sympy.Symbol]]
 _names = weakref.WeakKeyDictionary()
@@ -136,6 +141,15 @@ def _keep_origin(old: fx.Node, new: fx.Node) -> None:
     for key in ("stack_trace", "nn_module_stack"):
         if key in old.meta:
             new.meta[key] = old.meta[key]
+
+
+def place_of(node: fx.Node) -> str:
+    """Return file:line of the user's source for a call, "" where it is not known.
+
+    Lines of torch's own modules, and of turbotx, are the user's only through their callers.
+    """
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return next((f"{f}:{n}" for f, n in reversed(frames) if not f.startswith(_NOT_THE_USERS)), "")
 
 
 def replace(node: fx.Node, new: fx.Node) -> None:

@@ -66,7 +66,7 @@ class Param:
 class Access:
     """Where a param is touched: `offset` in elements; `mask` names a bool value or is None.
 
-    A masked-off load reads nothing and gives zero.
+    A masked-off load reads nothing and gives zero; a masked-off store writes nothing.
     """
 
     param: str
@@ -152,10 +152,10 @@ def needs_of(s: Statement) -> list[str]:
     """Return the names of the values that a statement uses."""
     if isinstance(s, (Compute, Reduce)):
         return list(s.args)
-    if isinstance(s, Store):
-        return [s.value, *values_in(s.access.offset)]
-    if isinstance(s, Load):
-        return [*values_in(s.access.offset), *([s.access.mask] if s.access.mask else [])]
+    if isinstance(s, (Load, Store)):
+        value = [s.value] if isinstance(s, Store) else []
+        mask = [s.access.mask] if s.access.mask else []
+        return [*value, *values_in(s.access.offset), *mask]
     if isinstance(s, Check):
         return [s.value, *([s.mask] if s.mask else [])]
     return values_in(s.value) if isinstance(s, Index) else []
@@ -171,14 +171,12 @@ def rename(s: Statement, names: Mapping[str, str]) -> Statement:
         return replace(s, results=tuple(map(new, s.results)), args=tuple(map(new, s.args)))
     if isinstance(s, Compute):
         return replace(s, result=new(s.result), args=tuple(map(new, s.args)))
+    if isinstance(s, Check):
+        return replace(s, value=new(s.value), mask=new(s.mask) if s.mask else None)
+    if isinstance(s, (Load, Store)) and s.access.mask:
+        s = replace(s, access=replace(s.access, mask=new(s.access.mask)))
     if isinstance(s, Store):
         return replace(s, value=new(s.value))
-    mask = new(s.mask) if isinstance(s, Check) and s.mask else None
-    if isinstance(s, Check):
-        return replace(s, value=new(s.value), mask=mask)
-    if isinstance(s, Load) and s.access.mask:
-        access = replace(s.access, mask=new(s.access.mask))
-        return replace(s, result=new(s.result), access=access)
     return replace(s, result=new(s.result))
 
 

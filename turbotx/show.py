@@ -35,7 +35,8 @@ def show_statement(s: ir.Statement) -> str:
         mask = f" if {s.access.mask}" if s.access.mask else ""
         return f"{s.result} = {s.access.param}[{show_expr(s.access.offset)}]{mask}"
     if isinstance(s, ir.Store):
-        return f"{s.access.param}[{show_expr(s.access.offset)}] = {s.value}"
+        mask = f" if {s.access.mask}" if s.access.mask else ""
+        return f"{s.access.param}[{show_expr(s.access.offset)}] = {s.value}{mask}"
     if isinstance(s, ir.Index):
         return f"{s.result} = {show_expr(s.value)}"
     if isinstance(s, ir.Constant):

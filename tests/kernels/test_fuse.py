@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import turbotx
 from tests.compiled_functions import by_interpreter, compile_function
 from turbotx import ir
+from turbotx.kernels.inplace import find_inplace
 
 x = torch.randn(2, 3, 8)
+mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
 
 
 def axes_of(kernel: ir.Kernel) -> list[str]:
@@ -38,6 +41,36 @@ ONE_KERNEL: dict[str, tuple[Callable[..., Any], list[str]]] = {
         lambda x: (x * 2).transpose(1, 2).contiguous() + 1,
         ["row1:batch", "row:x_d2", "col:seq"],
     ),
+    "other shapes of the same elements": (
+        lambda x: (x * 2, (x * 2).flatten(0, 1).softmax(-1)),
+        ["row:batch*seq", "col:x_d2*"],
+    ),
+    "a copy with the dims in another order": (
+        lambda x: (x * 2, (x * 3).permute(2, 0, 1).contiguous() + 1),
+        ["row1:batch", "row:seq", "col:x_d2"],
+    ),
+    "a mask's row beside a reduction, between other outputs": (
+        lambda x, m: (x + 1, m > 0, F.layer_norm(x + 1, (8,))),
+        ["row:batch*seq", "col:8*"],
+    ),
+    "pooled over the sequence under a mask": (
+        lambda x, m: (x * m.unsqueeze(-1)).sum(1) / m.sum(1, keepdim=True).clamp(min=1e-9),
+        ["row1:batch", "row:x_d2", "col:seq*"],
+    ),
+    "embeddings, summed and normalised": (
+        lambda x, m: F.layer_norm(
+            F.embedding(m.long(), torch.ones(4, 8)) + torch.ones(9, 8)[: m.shape[1]] + x, (8,)
+        ),
+        ["row1:batch", "row:seq", "col:8*"],
+    ),
+    "normalised, transposed in and out": (
+        lambda x: F.layer_norm(x.transpose(1, 2), (3,)).transpose(1, 2).contiguous() * 2,
+        ["row1:batch", "row:x_d2", "col:3*"],
+    ),
+    "variances and means over several axes": (
+        lambda x: (x.var((1, 2)), x.mean((1, 2)), x.amax((1, 2))),
+        ["row:batch", "col1:seq*", "col:x_d2*"],
+    ),
     "reduction of a broadcast": (
         lambda x: (x - x.mean(-1, keepdim=True)).amax(-1),
         ["row:batch*seq", "col:x_d2*"],
@@ -48,10 +81,15 @@ ONE_KERNEL: dict[str, tuple[Callable[..., Any], list[str]]] = {
 @pytest.mark.parametrize("name", ONE_KERNEL)
 def test_one_kernel(name: str) -> None:
     function, axes = ONE_KERNEL[name]
-    made = compile_function(function, x)
+    inputs = (x, mask)[: function.__code__.co_argcount]
+    made = compile_function(function, *inputs)
     assert made.reasons == [] and made.externs == []
     (kernel,) = made.kernels
     assert axes_of(kernel) == axes
+    wide = function(*(t.double() for t in inputs))
+    wide = wide if isinstance(wide, tuple) else (wide,)
+    for ours, true in zip(made.run(inputs, by_interpreter), wide, strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-6, atol=1e-6, check_dtype=False)
 
 
 TWO_KERNELS: dict[str, tuple[Callable[..., Any], str]] = {
@@ -171,3 +209,40 @@ def test_merged_regions_never_wait_for_each_other() -> None:
 
     made = compile_function(chain, torch.randn(4, 4), torch.randn(4, 4))
     assert len(made.kernels) == 2
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    return x.view(x.shape[0], x.shape[1], heads, 8).transpose(1, 2)
+
+
+def grouped_rotary(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    q, k, _ = x.split((32, 16, 16), -1)
+    return rotate(split_heads(q, 4), cos, sin), rotate(split_heads(k, 2), cos, sin)
+
+
+def test_fewer_key_heads_continue_the_loop_over_query_heads() -> None:
+    inputs = torch.randn(2, 3, 64), torch.randn(3, 8), torch.randn(3, 8)
+    made = compile_function(grouped_rotary, *inputs)
+    (kernel,) = made.kernels
+    assert axes_of(kernel) == ["row2:batch", "row1:6", "row:seq", "col:8"]
+    assert [s.access.mask for s in kernel.body if isinstance(s, ir.Store)] == [
+        "in_first", "in_second",
+    ]  # fmt: skip
+    assert [s.access.param for s in kernel.body if isinstance(s, ir.Load)].count("x") == 3
+    assert find_inplace(kernel) == ()
+    wide = grouped_rotary(*(t.double() for t in inputs))
+    for ours, true in zip(made.run(inputs, by_interpreter), wide, strict=True):
+        torch.testing.assert_close(ours, true)
+    for ours, true in zip(turbotx.optimize(grouped_rotary)(*inputs), wide, strict=True):
+        torch.testing.assert_close(ours, true.float())
+
+
+def test_other_sums_over_more_heads_are_not_stacked() -> None:
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x * 1  # keeps both in one level, without being one region
+        q, k = y[..., :32], y[..., 32:48]
+        return split_heads(q, 4) * 2, split_heads(k, 2) * 3
+
+    assert len(compile_function(function, torch.randn(2, 3, 64)).kernels) == 2

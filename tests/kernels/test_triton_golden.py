@@ -1,4 +1,4 @@
-"""The text of ten printed kernels, as files in tests/golden/triton.
+"""The text of representative printed kernels, as files in tests/golden/triton.
 
 In: functions, captured and fused. Out: their Triton source, compared letter by letter; with
 TURBOTX_UPDATE_GOLDEN=1 in the environment the files are written anew, to be read in the diff.
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.compiled_functions import compile_function
+from tests.kernels.test_fuse import grouped_rotary
 from turbotx import ir
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.schedule import Schedule, choose_schedule
@@ -79,6 +80,12 @@ def transposed_heads() -> str:
     return print_triton(fused(lambda x: x.permute(0, 2, 1, 3).contiguous() * 0.125, x))
 
 
+def rotary_of_grouped_heads() -> str:
+    return print_triton(
+        fused(grouped_rotary, torch.ones(2, 3, 64), torch.ones(3, 8), torch.ones(3, 8))
+    )
+
+
 def wide_offsets() -> str:
     kernel = fused(lambda x: x.tanh(), torch.ones(2, 3))
     return print_triton(kernel, Schedule(1, 1024, wide=True))
@@ -97,7 +104,7 @@ def flash_attention() -> str:
 CASES = (
     add_layer_norm, gelu, swiglu, rms_norm_of_short_rows, embedding, softmax_of_any_length,
     softmax_looped, sum_over_the_first_axis, transposed_heads, wide_offsets, masked_softmax,
-    flash_attention,
+    flash_attention, rotary_of_grouped_heads,
 )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ def drop_dead(kernel: ir.Kernel) -> ir.Kernel:
         if isinstance(s, ir.Store):
             live.add(s.value)
             mark(s.access.offset)
+            live |= {s.access.mask} if s.access.mask else set()
         elif isinstance(s, ir.Check):
             if s.value not in live:
                 continue

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -25,6 +26,8 @@ import torch
 
 from turbotx.errors import BuildError, NoCompilerError
 
+# A kernel's header names lines of the user's model: moving them is no reason to compile again.
+_COMMENTS = re.compile(r"^//.*\n", re.MULTILINE)
 HEADERS = Path(__file__).parent / "cpp"
 FLAGS: tuple[str, ...] = (
     "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno",
@@ -89,7 +92,8 @@ def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
     """
     compiler = find_compiler()
     flags = _flags(compiler)
-    identity = (_compiler_identity(compiler), _headers_digest(), *flags, *sorted(units.items()))
+    code = {name: _COMMENTS.sub("", text) for name, text in units.items()}
+    identity = (_compiler_identity(compiler), _headers_digest(), *flags, *sorted(code.items()))
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
     path = cache_directory() / f"{digest}.so"
     built = False

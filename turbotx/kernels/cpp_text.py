@@ -126,7 +126,7 @@ class Text:
     def header(self, name: str) -> None:
         """Write the signature and name every param and size."""
         for source in self.kernel.sources:
-            self.lines.append(f"// {source}")
+            self.lines.append(f"// computes {source}")
         self.lines.append(f'extern "C" int {name}(void* const* args, const int64_t* sizes) {{')
         for i, p in enumerate(self.kernel.params):
             const = "const " if p.role == "in" else ""

@@ -1,7 +1,7 @@
 """Fuse: a region becomes one kernel, or the fewest that it needs, with the reasons in words.
 
-In: a `Region`. Out: its `FusedRegion`: kernels in the order they run. All outputs are tried as
-one kernel; where a reduction runs over other axes than the rest, its input is cut there::
+In: a `Region`. Out: its `FusedRegion`: kernels in the order they run. Every output is tried in the
+kernels that there are; where a reduction runs over other axes than the rest, its input is cut::
 
     layer_norm(x).sum(dim=1)  ->  2 kernels: "layer_norm reduces over another axis ..."
 """
@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from turbotx.kernels.lower import Lowered, lower
+from turbotx.kernels.sources import describe_sources, find_computed, name_kernel
+from turbotx.kernels.stack import stack
 from turbotx.loops import Conflict
-from turbotx.passes.partition import Region, find_levels, kind_of, op_name, root_of, tensor_inputs
+from turbotx.passes.partition import Region, find_levels, kind_of
 from turbotx.sizes import Expr
 from turbotx.views import is_view
 
@@ -35,52 +37,84 @@ class FusedRegion:
 
 def fuse(region: Region) -> FusedRegion:
     """Give the region its kernels: one where possible, otherwise the fewest, with the reasons."""
-    fused = FusedRegion(region)
-    members = set(region.nodes)
-    stored: set[fx.Node] = set()
+    fusing = _Fusing(region)
+    for output in region.outputs:
+        fusing.place(output)
+    fusing.merge_groups()
+    kernels = tuple(group.lowered for group in fusing.groups)
+    reasons = fusing.reasons if len(kernels) > 1 else {}
+    return FusedRegion(region, kernels, list(reasons))
 
-    def loaded(node: fx.Node) -> bool:
-        return node in stored or (not is_view(node) and node not in members)
 
-    def attempt(outputs: list[fx.Node]) -> Lowered:
-        inside = set(outputs)
-        name = name_kernel(outputs, members, stored)
-        return lower(outputs, lambda n: n not in inside and loaded(n), name, ())
+@dataclass
+class _Group:
+    """The outputs of one kernel, and the kernel."""
 
-    groups: list[tuple[list[fx.Node], Lowered]] = []
+    outputs: list[fx.Node]
+    lowered: Lowered
 
-    def place(node: fx.Node) -> None:
-        if node in stored:
+
+class _Fusing:
+    """The kernels of a region while it is being fused, in the order they run."""
+
+    def __init__(self, region: Region) -> None:
+        self.members = set(region.nodes)
+        self.groups: list[_Group] = []
+        self.reasons: dict[str, None] = {}
+
+    def place(self, node: fx.Node) -> None:
+        """Store a node's value: in the latest kernel that can compute it too, or in a new one."""
+        if any(node in group.outputs for group in self.groups):
             return
-        if groups:
-            outputs = [*groups[-1][0], node]
-            before = set(stored)
-            stored.difference_update(groups[-1][0])
+        refused = ""
+        for k in reversed(range(len(self.groups))):
             try:
-                groups[-1] = (outputs, attempt(outputs))
-                stored.update(outputs)
+                self._replace(k, [*self.groups[k].outputs, node])
                 return
             except Conflict as conflict:
-                stored.update(before)
-                first_reason = str(conflict)
+                refused = refused or str(conflict)
         while True:
             try:
-                lowered = attempt([node])
+                group = self._attempt([node], len(self.groups))
                 break
             except Conflict as conflict:
                 if conflict.node is node:
                     raise
-                _note(fused, str(conflict))
-                place(conflict.node)
-        if groups:
-            _note(fused, first_reason if not fused.reasons else fused.reasons[-1])
-        groups.append(([node], lowered))
-        stored.add(node)
+                refused = str(conflict)
+                self.place(conflict.node)
+        if refused:
+            self.reasons[refused] = None
+        self.groups.append(group)
 
-    for output in region.outputs:
-        place(output)
-    fused.kernels = tuple(lowered for _, lowered in groups)
-    return fused
+    def merge_groups(self) -> None:
+        """Join kernels that only the order of the outputs kept apart."""
+        k = len(self.groups) - 1
+        while k > 0:
+            for j in range(k):
+                try:
+                    self._replace(j, [*self.groups[j].outputs, *self.groups[k].outputs])
+                except Conflict:
+                    continue
+                del self.groups[k]
+                break
+            k -= 1
+
+    def _replace(self, k: int, outputs: list[fx.Node]) -> None:
+        self.groups[k] = self._attempt(outputs, k)
+
+    def _attempt(self, outputs: list[fx.Node], k: int) -> _Group:
+        """Lower outputs to the kernel at place k, which may load what those before it store."""
+        stored = {n for group in self.groups[:k] for n in group.outputs}
+        inside = set(outputs)
+
+        def loaded(node: fx.Node) -> bool:
+            if node in inside:
+                return False
+            return node in stored or (not is_view(node) and node not in self.members)
+
+        computed = find_computed(outputs, self.members, stored)
+        name, lines = name_kernel(computed), describe_sources(computed)
+        return _Group(outputs, lower(outputs, loaded, name, lines))
 
 
 def fuse_all(
@@ -89,21 +123,36 @@ def fuse_all(
     """Fuse every region; neighbours that do the same to other parts of one tensor become one.
 
     Rotary embedding of queries and of keys, say: two regions of one level that read a common
-    tensor over the same axes. One kernel reads what they share once, and is one launch.
+    tensor over the same axes, or over axes of which one continues the other's. One kernel reads
+    what they share once, and is one launch.
     """
     level = _levels(graph, prepared)
     done: list[FusedRegion] = []
     for region in regions:
         fused = fuse(region)
         for k, other in enumerate(done):
-            if _may_merge(fused, other, level):
-                merged = fuse(_union(other.region, region, level))
-                if len(merged.kernels) == 1 and _loops(merged) == _loops(fused):
-                    done[k] = merged
-                    break
+            joined = _join(other, fused, level)
+            if joined is not None:
+                done[k] = joined
+                break
         else:
             done.append(fused)
     return done
+
+
+def _join(
+    a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]]
+) -> FusedRegion | None:
+    """Return two regions as one of one kernel, where that is possible."""
+    if not _are_siblings(a, b, level):
+        return None
+    union = _union(a.region, b.region, level)
+    if _loops(a) == _loops(b):
+        joined = fuse(union)
+        return joined if len(joined.kernels) == 1 and _loops(joined) == _loops(a) else None
+    (first,), (second,) = a.kernels, b.kernels
+    stacked = stack(first, second) or stack(second, first)
+    return None if stacked is None else FusedRegion(union, (stacked,))
 
 
 def _levels(graph: fx.Graph, prepared: frozenset[fx.Node]) -> dict[fx.Node, tuple[int, int]]:
@@ -116,8 +165,9 @@ def _levels(graph: fx.Graph, prepared: frozenset[fx.Node]) -> dict[fx.Node, tupl
     return {n: (level[n], place) for place, n in enumerate(graph.nodes)}
 
 
-def _may_merge(a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]]) -> bool:
-    if len(a.kernels) != 1 or len(b.kernels) != 1 or _loops(a) != _loops(b):
+def _are_siblings(a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]]) -> bool:
+    """Tell whether neither needs the other, each is one kernel, and they read a common tensor."""
+    if len(a.kernels) != 1 or len(b.kernels) != 1:
         return False
     if max(level[n][0] for n in a.region.nodes) != max(level[n][0] for n in b.region.nodes):
         return False
@@ -133,27 +183,3 @@ def _union(a: Region, b: Region, level: Mapping[fx.Node, tuple[int, int]]) -> Re
     nodes = sorted({*a.nodes, *b.nodes}, key=lambda n: level[n][1])
     outputs = sorted({*a.outputs, *b.outputs}, key=lambda n: level[n][1])
     return Region(tuple(nodes), tuple(outputs))
-
-
-def _note(fused: FusedRegion, reason: str) -> None:
-    if reason not in fused.reasons:
-        fused.reasons.append(reason)
-
-
-def name_kernel(outputs: list[fx.Node], members: set[fx.Node], stored: set[fx.Node]) -> str:
-    """Return `fused_` and the ops that this kernel computes, in order, the last four of them."""
-    seen: dict[fx.Node, None] = {}
-
-    def visit(node: fx.Node) -> None:
-        root = root_of(node)
-        if root in seen or root not in members or (root in stored and root not in outputs):
-            return
-        for source in tensor_inputs(root):
-            visit(source)
-        seen[root] = None
-
-    for output in outputs:
-        visit(output)
-    names = [op_name(n) for n in seen]
-    short = [n for k, n in enumerate(names) if k == 0 or n != names[k - 1]]
-    return "_".join(["fused", *short[-4:]])

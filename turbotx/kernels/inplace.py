@@ -30,6 +30,7 @@ def find_inplace(kernel: ir.Kernel) -> tuple[tuple[str, str], ...]:
         for out, written in stores.items()
         for given, read in loads.items()
         if len(written) == 1
+        and written[0].mask is None
         and loops <= written[0].offset.free_symbols  # each place is written in one iteration
         and params[out].dtype == params[given].dtype
         and all(a.offset == written[0].offset and a.mask is None for a in read)

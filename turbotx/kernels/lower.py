@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import sympy
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 from turbotx import graph as g
 from turbotx import ir
@@ -22,7 +23,8 @@ from turbotx.kernels.axes import tidy
 from turbotx.layout import root_layout
 from turbotx.loops import Conflict, Loops, SplitAxis
 from turbotx.pull import Puller
-from turbotx.sizes import ZERO, Expr
+from turbotx.sizes import ZERO, Expr, product
+from turbotx.views import reshape_index
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,31 @@ class Lowering(Puller):
         return tuple(self.loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(node)))
 
     def _align(self, node: fx.Node, first: fx.Node, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
-        """Return the index of another output on the first one's loops, extents in order."""
-        found: list[Expr] = []
-        free = list(zip(g.shape(first), index, strict=True))
-        for extent in g.shape(node):
+        """Return the index of another output on the first one's loops.
+
+        Their dims are the same ones in order, or some of them; or in another order where no two
+        have one extent; or the same elements under another shape.
+        """
+        shape, loops = g.shape(node), g.shape(first)
+        if product(shape) == product(loops):
+            wanted, given = ([e for e in s if e != 1] for s in (shape, loops))
+            if wanted != given and sorted(wanted, key=str) != sorted(given, key=str):
+                found = list(reshape_index(index, loops, shape, self.split))
+                if any(i.has(FloorDiv, Mod) for i in found):
+                    raise Conflict(node, f"{node.name} shows {first.name}'s elements in parts")
+                return tuple(found)
+        free = [(e, i) for e, i in zip(loops, index, strict=True) if e != 1]
+        anywhere = len({e for e, _ in free}) == len(free)
+        found = []
+        for extent in shape:
             if extent == 1:
                 found.append(ZERO)
                 continue
-            while free and free[0][0] != extent:
-                free.pop(0)
-            if not free:
+            k = next((k for k, (e, _) in enumerate(free) if e == extent), None)
+            if k is None:
                 raise Conflict(node, f"{node.name} iterates over other axes than {first.name}")
-            found.append(free.pop(0)[1])
+            found.append(free[k][1])
+            free = free[:k] + free[k + 1 :] if anywhere else free[k + 1 :]
         return tuple(found)
 
     def _store(self, node: fx.Node, index: tuple[Expr, ...], value: Element) -> None:

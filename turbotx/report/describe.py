@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+from turbotx import graph as g
 from turbotx import ir
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
@@ -24,7 +25,7 @@ from turbotx.passes.partition import GEMMS, op_name
 from turbotx.pipeline import Compiled
 from turbotx.report import entries
 from turbotx.report.cost import Cost, launch_cost
-from turbotx.report.origin import module_of, place_of
+from turbotx.report.origin import module_of
 from turbotx.runtime.native import ATTENTION_PRELUDE, PRELUDE, kernel_key, print_units
 from turbotx.show import SHORT, show_expr, show_kernel
 from turbotx.sizes import Expr, evaluate
@@ -162,7 +163,7 @@ def describe_regions(view: View) -> list[entries.Region]:
                 tuple(x.name for x in launches),
                 "; ".join(fused.reasons),
                 _distinct(map(module_of, nodes)),
-                _distinct(map(place_of, nodes)),
+                _distinct(map(g.place_of, nodes)),
             )
         )
     return found

@@ -8,7 +8,6 @@ stands in the user's source and how many bytes its result takes::
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +83,7 @@ def observe(captured: Captured) -> Origin:
                 roots[node],
                 _nbytes(node),
                 module_of(node),
-                place_of(node),
+                g.place_of(node),
             )
         )
     output = next(n for n in captured.graph_module.graph.nodes if n.op == "output")
@@ -128,12 +127,6 @@ def module_of(node: fx.Node) -> str:
     if path.startswith("_empty_nn_module_stack"):  # torch.export's mark for calls of its own
         return ""
     return path.removeprefix("model").removeprefix(".")
-
-
-def place_of(node: fx.Node) -> str:
-    """Return file:line of the user's source for a call, "" where it is not known."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{found[-1][0]}:{found[-1][1]}" if found else ""
 
 
 def find_lives(origin: Origin) -> dict[str, tuple[int, int]]:

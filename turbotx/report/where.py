@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from turbotx import graph as g
 from turbotx import ir
 from turbotx.errors import InputError
 from turbotx.kernels.lower import Lowered
 from turbotx.passes.partition import GEMMS, kind_of, op_name, root_of, tensor_inputs
 from turbotx.report.entries import Place
-from turbotx.report.origin import Node, module_of, place_of
+from turbotx.report.origin import Node, module_of
 
 if TYPE_CHECKING:
     from turbotx.report.report import Report
@@ -44,8 +45,8 @@ class _Index:
                     self.of_parameter.setdefault(name, []).append(x)
         self.by_line: dict[tuple[str, str], list[fx.Node]] = {}
         for n in compiled.graph.nodes:
-            if n.op == "call_function" and n.name not in self.origin and place_of(n):
-                self.by_line.setdefault((module_of(n), place_of(n)), []).append(n)
+            if n.op == "call_function" and n.name not in self.origin and g.place_of(n):
+                self.by_line.setdefault((module_of(n), g.place_of(n)), []).append(n)
 
     def _behind(self, weight: str) -> list[str]:
         node = self.nodes[weight]
@@ -107,7 +108,7 @@ def _make(index: _Index, name: str, status: str, like: Any, launches: list[ir.La
         op, module, source = like.op, like.module, like.place
     else:
         op = op_name(like) if like.op == "call_function" else like.op
-        module, source = module_of(like), place_of(like)
+        module, source = module_of(like), g.place_of(like)
     kernels = dict.fromkeys(report._view.function_of(x) for x in launches)
     return Place(name, op, module, source, status, tuple(x.name for x in launches),
                  tuple(k for k in kernels if k))  # fmt: skip
