@@ -1,7 +1,7 @@
-"""Make what the README shows: two pictures from a real compile, and the table of results.
+"""Make what the README shows: two pictures from a real compile, and the tables of results.
 
-In: a random BERT, and benchmarks/results/*.json. Out: docs/images/*.svg, and the README with the
-table between its marks replaced::
+In: a random BERT, and benchmarks/results/*.json. Out: docs/images/*.svg, and the README and
+architectures.md with the tables between their marks replaced::
 
     python docs/generate.py
 """
@@ -187,11 +187,48 @@ def _serving_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield what, NOT_YET
 
 
-def write_readme(text: str, table: str) -> str:
-    """Return the README with the table between its marks replaced."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+# --- architectures ------------------------------------------------------------------------
+
+
+def architectures_table(folder: Path = RESULTS) -> str:
+    """Return docs/architectures.md's table: a row an architecture, footnotes for the reasons."""
+    path = folder / "architectures.json"
+    if not path.exists():
+        return NOT_YET
+    found = json.loads(path.read_text())
+    shapes = ", ".join(f"{r['batch']} x {r['seq']}" for r in found["models"][0]["rows"])
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    rows = [
+        f"Batch x length {shapes}; {versions}; {found['device']}.",
+        "",
+        "| architecture | dtype | error: eager | turbotx | launches a layer | split | ATen |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    notes: dict[str, int] = {}
+    for model in found["models"]:
+        eager, ours = (max(r[who] for r in model["rows"]) for who in ("eager", "turbotx"))
+        failing = "" if all(r["passes"] for r in model["rows"]) else " **breaks the rule**"
+        split = [notes.setdefault(reason, len(notes) + 1) for reason in model["split"]]
+        externs = "; ".join(f"`{op}`: {why}" for op, why in model["externs"].items())
+        rows.append(
+            f"| {model['architecture']} | {model['dtype']} | {eager:.1e} | {ours:.1e}{failing} "
+            f"| {_launches(model['layer'])} | {', '.join(f'({k})' for k in split) or 'none'} "
+            f"| {externs or 'none'} |"
+        )
+    return "\n".join([*rows, "", *(f"({k}) {reason}" for reason, k in notes.items())])
+
+
+def _launches(layer: dict[str, int]) -> str:
+    words = {"gemm": "GEMMs", "attention": "attention", "kernel": "fused", "aten": "ATen"}
+    parts = [f"{layer[kind]} {word}" for kind, word in words.items() if kind in layer]
+    return f"{sum(layer.values())}: {', '.join(parts)}"
+
+
+def write_between(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
+    """Return the page with what stands between two marks replaced."""
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def main() -> None:
@@ -201,7 +238,10 @@ def main() -> None:
     report = explain_bert(4)
     (images / "memory.svg").write_text(plan_to_svg(plan_of(report.memory), find_layers(report)))
     readme = DOCS.parent / "README.md"
-    readme.write_text(write_readme(readme.read_text(), results_table()))
+    readme.write_text(write_between(readme.read_text(), results_table()))
+    page = DOCS / "architectures.md"
+    marks = "<!-- architectures: docs/generate.py -->", "<!-- end of architectures -->"
+    page.write_text(write_between(page.read_text(), architectures_table(), *marks))
 
 
 if __name__ == "__main__":

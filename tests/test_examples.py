@@ -133,8 +133,25 @@ def test_results_say_what_is_not_measured(generate: ModuleType, tmp_path: Path) 
 
 def test_the_table_replaces_the_last_one(generate: ModuleType) -> None:
     text = f"a\n{generate.BEGIN}\nold\n{generate.END}\nb\n"
-    once = generate.write_readme(text, "new")
-    assert once == generate.write_readme(once, "new") == text.replace("old", "new")
+    once = generate.write_between(text, "new")
+    assert once == generate.write_between(once, "new") == text.replace("old", "new")
+
+
+def test_the_architectures_say_what_split_and_what_failed(
+    generate: ModuleType, tmp_path: Path
+) -> None:
+    assert generate.architectures_table(tmp_path) == generate.NOT_YET
+    row = {"batch": 2, "seq": 17, "eager": 1e-6, "turbotx": 2e-6, "passes": False}
+    model = {
+        "architecture": "bert", "dtype": "float32", "rows": [row], "split": ["one", "two"],
+        "layer": {"kernel": 3, "gemm": 4, "attention": 1}, "externs": {"aten.x": "no row"},
+    }  # fmt: skip
+    record = {"device": "a machine", "versions": {"torch": "2.11"}, "models": [model]}
+    (tmp_path / "architectures.json").write_text(json.dumps(record))
+    table = generate.architectures_table(tmp_path)
+    assert "| 1.0e-06 | 2.0e-06 **breaks the rule** |" in table
+    assert "| 8: 4 GEMMs, 1 attention, 3 fused | (1), (2) | `aten.x`: no row |" in table
+    assert table.endswith("(1) one\n(2) two") and "2 x 17; torch 2.11; a machine" in table
 
 
 def test_the_picture_shows_a_layer(generate: ModuleType) -> None:

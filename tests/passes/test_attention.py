@@ -56,6 +56,38 @@ def positions(length):
     return torch.arange(length)
 
 
+def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
+    batch, heads, length, width = x.shape
+    wide = x[:, :, None].expand(batch, heads, times, length, width)
+    return wide.reshape(batch, heads * times, length, width)
+
+
+def test_repeated_key_heads_are_read_in_place() -> None:
+    def inner(q, k, v):
+        return F.scaled_dot_product_attention(q, repeat_heads(k, 2), repeat_heads(v, 2))
+
+    (node,) = recognized(inner, kv_heads=2)
+    assert [int(shape(n)[1]) for n in node.args[:3]] == [4, 2, 2]
+
+
+def test_a_scale_of_the_query_alone_is_the_kernels() -> None:
+    def scaled(q, k, v):
+        return F.scaled_dot_product_attention(q * 0.25, k, v, scale=2.0)
+
+    (node,) = recognized(scaled)
+    assert node.kwargs["scale"] == 0.5
+    assert not [n for n in node.graph.nodes if "mul" in str(n.target) and n.users]
+
+
+def test_a_scale_that_others_read_stays() -> None:
+    def shared(q, k, v):
+        y = q * 0.25
+        return F.scaled_dot_product_attention(y, y, v, scale=2.0)
+
+    (node,) = recognized(shared)
+    assert node.kwargs["scale"] == 2.0
+
+
 def test_plain_sdpa() -> None:
     (node,) = recognized(lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
     assert node.args[3:] == (None, None)

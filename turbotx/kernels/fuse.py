@@ -13,22 +13,24 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from turbotx.kernels.cost import Choice, compare_nbytes, moved_nbytes
 from turbotx.kernels.lower import Lowered, lower
 from turbotx.kernels.sources import describe_sources, find_computed, name_kernel
 from turbotx.kernels.stack import stack
 from turbotx.loops import Conflict
-from turbotx.passes.partition import Region, find_levels, kind_of
-from turbotx.sizes import Expr
+from turbotx.passes.partition import Region, find_levels, kind_of, root_of, tensor_inputs
 from turbotx.views import is_view
 
 
 @dataclass
 class FusedRegion:
-    """A region, its kernels, and why it took more than one of them."""
+    """A region and its kernels. reasons: why it took more than one of them. choices: which values
+    that several need are stored, and which are computed again."""
 
     region: Region
     kernels: tuple[Lowered, ...] = ()
     reasons: list[str] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -41,9 +43,10 @@ def fuse(region: Region) -> FusedRegion:
     for output in region.outputs:
         fusing.place(output)
     fusing.merge_groups()
+    fusing.share_values()
     kernels = tuple(group.lowered for group in fusing.groups)
     reasons = fusing.reasons if len(kernels) > 1 else {}
-    return FusedRegion(region, kernels, list(reasons))
+    return FusedRegion(region, kernels, list(reasons), [str(c) for c in fusing.choices])
 
 
 @dataclass
@@ -61,6 +64,7 @@ class _Fusing:
         self.members = set(region.nodes)
         self.groups: list[_Group] = []
         self.reasons: dict[str, None] = {}
+        self.choices: list[Choice] = []
 
     def place(self, node: fx.Node) -> None:
         """Store a node's value: in the latest kernel that can compute it too, or in a new one."""
@@ -99,13 +103,49 @@ class _Fusing:
                 break
             k -= 1
 
+    def share_values(self) -> None:
+        """Store what two kernels compute where the second then moves fewer bytes in all."""
+        for k in range(1, len(self.groups)):
+            for j in range(k):
+                for node in self._shared(j, k):
+                    self._share(node, j, k)
+
+    def _shared(self, j: int, k: int) -> list[fx.Node]:
+        """Return the last values that both kernels compute, on the way to their outputs."""
+        early, late = (
+            find_computed(self.groups[i].outputs, self.members, self._stored(i)) for i in (j, k)
+        )
+        both = set(early) & set(late)
+        own = [n for n in late if n not in both]
+        ends = {root_of(n) for m in own for n in tensor_inputs(m)} & both
+        return [n for n in late if n in ends and n not in self._stored(len(self.groups))]
+
+    def _share(self, node: fx.Node, j: int, k: int) -> None:
+        before = list(self.groups)
+        try:
+            self._replace(j, [*before[j].outputs, node])
+            self._replace(k, before[k].outputs)
+        except Conflict:
+            self.groups = before
+            return
+        after, self.groups = self.groups, before
+        moved = [moved_nbytes([x.lowered.kernel for x in way]) for way in (after, before)]
+        choice = Choice(node.name, *moved)
+        self.choices.append(choice)
+        if choice.is_stored:
+            self.groups = after
+
+    def _stored(self, k: int) -> set[fx.Node]:
+        """Return what the kernels before place k store."""
+        return {n for group in self.groups[:k] for n in group.outputs}
+
     def _replace(self, k: int, outputs: list[fx.Node]) -> None:
-        self.groups[k] = self._attempt(outputs, k)
+        group = self._attempt(outputs, k)
+        self.groups = [*self.groups[:k], group, *self.groups[k + 1 :]]
 
     def _attempt(self, outputs: list[fx.Node], k: int) -> _Group:
         """Lower outputs to the kernel at place k, which may load what those before it store."""
-        stored = {n for group in self.groups[:k] for n in group.outputs}
-        inside = set(outputs)
+        stored, inside = self._stored(k), set(outputs)
 
         def loaded(node: fx.Node) -> bool:
             if node in inside:
@@ -147,12 +187,20 @@ def _join(
     if not _are_siblings(a, b, level):
         return None
     union = _union(a.region, b.region, level)
-    if _loops(a) == _loops(b):
-        joined = fuse(union)
-        return joined if len(joined.kernels) == 1 and _loops(joined) == _loops(a) else None
     (first,), (second,) = a.kernels, b.kernels
+    joined = fuse(union)
+    if len(joined.kernels) == 1 and _is_better(joined.kernels[0], (first, second)):
+        return joined
     stacked = stack(first, second) or stack(second, first)
     return None if stacked is None else FusedRegion(union, (stacked,))
+
+
+def _is_better(one: Lowered, both: tuple[Lowered, Lowered]) -> bool:
+    """Tell whether one kernel moves no more than two, with loops left to run in parallel."""
+    serial = one.kernel.columns and not one.kernel.rows
+    if serial and not all(x.kernel.columns and not x.kernel.rows for x in both):
+        return False
+    return compare_nbytes(moved_nbytes([one.kernel]), moved_nbytes([x.kernel for x in both])) <= 0
 
 
 def _levels(graph: fx.Graph, prepared: frozenset[fx.Node]) -> dict[fx.Node, tuple[int, int]]:
@@ -173,10 +221,6 @@ def _are_siblings(a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[
         return False
     shared = set(a.region.inputs) & set(b.region.inputs)
     return any(n.op != "get_attr" for n in shared)
-
-
-def _loops(fused: FusedRegion) -> list[tuple[Expr, str]]:
-    return [(axis.extent, axis.kind) for axis in fused.kernels[0].kernel.axes]
 
 
 def _union(a: Region, b: Region, level: Mapping[fx.Node, tuple[int, int]]) -> Region:

@@ -20,6 +20,7 @@ from turbotx import graph as g
 from turbotx import ir
 from turbotx.attention import attention
 from turbotx.loops import Conflict, Loops, SplitAxis
+from turbotx.passes.operands import share_heads, take_scale
 from turbotx.pull import Puller
 from turbotx.sizes import expr
 
@@ -57,8 +58,12 @@ def _emit(
     node: fx.Node, q: Any, k: Any, v: Any, mask: Any, scale: Any, causal: bool,
     blind_nan: bool = False,
 ) -> None:  # fmt: skip
+    k, v = share_heads(k), share_heads(v)
     if not _fits(q, k, v):
         return
+    width = int(g.shape(q)[-1])
+    scale = 1 / math.sqrt(width) if scale is None else float(scale)
+    q, factor = (q, 1.0) if q in (k, v) else take_scale(q)
     said = Mask(causal=causal)
     with node.graph.inserting_before(node):
         if mask is not None and g.dtype(mask) is torch.bool:
@@ -67,9 +72,7 @@ def _emit(
             bias = _conjunction(node, said.rest)
         else:
             key_mask, bias = None, mask
-        width = int(g.shape(q)[-1])
-        scale = 1 / math.sqrt(width) if scale is None else float(scale)
-        kwargs = {"scale": scale, "causal": said.causal} | (
+        kwargs = {"scale": scale * factor, "causal": said.causal} | (
             {"blind_nan": True} if blind_nan else {}
         )
         new = g.emit(node, attention, q, k, v, key_mask, bias, **kwargs)

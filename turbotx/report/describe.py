@@ -161,7 +161,7 @@ def describe_regions(view: View) -> list[entries.Region]:
                 tuple(op_name(n) for n in nodes),
                 tuple(view.function_of(x) for x in launches),
                 tuple(x.name for x in launches),
-                "; ".join(fused.reasons),
+                "; ".join(fused.reasons + fused.choices),
                 _distinct(map(module_of, nodes)),
                 _distinct(map(g.place_of, nodes)),
             )

@@ -33,8 +33,9 @@ class Traffic:
 class Region:
     """A run of ops between GEMMs, and the kernels that it became.
 
-    reason: why it took more than one kernel, or which ops ended it; empty where there is nothing
-    to tell. places: file:line of the user's source for its ops, in order.
+    reason: why it took more than one kernel, what these share through memory or compute again, at
+    what cost, or which ops ended it; empty where there is nothing to tell. places: file:line of the
+    user's source for its ops, in order.
     """
 
     name: str

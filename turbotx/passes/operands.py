@@ -1,0 +1,56 @@
+"""Operands of attention: what stands between a GEMM's output and what attention reads of it.
+
+In: the q, k or v of an attention in the graph. Out: the tensor without what the kernel does by
+itself: key heads repeated for groups of query heads, and a scale, for example::
+
+    reshape(expand(unsqueeze(k, 2)))  ->  k, one head for each group    q * 0.125  ->  q and 0.125
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from turbotx import graph as g
+from turbotx.views import SPLITS, is_view
+
+aten = torch.ops.aten
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+def share_heads(node: Any) -> Any:
+    """Return (batch, kv_heads, len, head_dim) where `node` repeats its heads for a group each."""
+    if not g.is_call(node, *RESHAPES) or not g.is_call(node.args[0], aten.expand.default):
+        return node
+    wide = node.args[0]
+    thin = wide.args[0]
+    if not g.is_call(thin, aten.unsqueeze.default) or thin.args[1] != 2:
+        return node
+    kept = g.shape(thin.args[0])
+    repeated = g.shape(wide)
+    if len(kept) != 4 or repeated != (*kept[:2], repeated[2], *kept[2:]):
+        return node
+    grouped = (kept[0], kept[1] * repeated[2], *kept[2:])
+    return thin.args[0] if g.shape(node) == grouped else node
+
+
+def take_scale(q: Any) -> tuple[Any, float]:
+    """Return q without its multiplication by a number, and the number, where only q reads it.
+
+    The kernel scales in float32, so this rounds once less.
+    """
+    node = q
+    while is_view(node) and node.args[0].target not in SPLITS and len(node.users) == 1:
+        node = node.args[0]
+    if not g.is_call(node, aten.mul.Tensor) or len(node.users) != 1:
+        return q, 1.0
+    x, factor = node.args
+    if not isinstance(factor, (int, float)) or not g.is_tensor(x) or g.dtype(x) != g.dtype(node):
+        return q, 1.0
+    if node is q:
+        return x, float(factor)
+    assert isinstance(x, fx.Node)
+    node.replace_all_uses_with(x)
+    return q, float(factor)
