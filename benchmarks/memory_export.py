@@ -16,7 +16,7 @@ import torch
 
 from turbotx.assemble import assemble
 from turbotx.capture import capture
-from turbotx.kernels.fuse import fuse
+from turbotx.kernels.fuse import fuse_all
 from turbotx.passes.partition import find_prepared, partition
 from turbotx.pipeline import rewrite
 from turbotx.sizes import to_python
@@ -32,7 +32,7 @@ def export(name: str, model: torch.nn.Module) -> dict[str, Any]:
     graph = captured.graph_module.graph
     rewrite(graph)
     prepared = find_prepared(graph)
-    regions = [fuse(region) for region in partition(graph, prepared)]
+    regions = fuse_all(graph, partition(graph, prepared), prepared)
     assembly = assemble(graph, regions, prepared, captured.dims)
     tensors = assembly.tensors
     return {

@@ -22,7 +22,7 @@ from turbotx import ir
 from turbotx.assemble import assemble
 from turbotx.capture import capture
 from turbotx.kernels.cpp_attention import AttentionKernel
-from turbotx.kernels.fuse import fuse
+from turbotx.kernels.fuse import fuse_all
 from turbotx.kernels.schedule import divisible_sizes
 from turbotx.kernels.targets import TARGETS, attention_job, build, kernel_job, show_resources
 from turbotx.passes.partition import find_prepared, partition
@@ -41,7 +41,7 @@ def targets_of(name: str, dtype: torch.dtype) -> list[Any]:
     graph = captured.graph_module.graph
     rewrite(graph)
     prepared = find_prepared(graph)
-    fused = [fuse(region) for region in partition(graph, prepared)]
+    fused = fuse_all(graph, partition(graph, prepared), prepared)
     found: dict[Any, Any] = {}
     for launch in assemble(graph, fused, prepared, captured.dims).launches:
         if isinstance(launch.target, ir.Kernel):

@@ -27,7 +27,7 @@ from turbotx import graph as g
 from turbotx import ir
 from turbotx.assemble import assemble
 from turbotx.capture import capture
-from turbotx.kernels.fuse import FusedRegion, fuse
+from turbotx.kernels.fuse import FusedRegion, fuse_all
 from turbotx.kernels.traffic import kernel_traffic, param_nbytes
 from turbotx.passes.partition import find_prepared, partition, root_of
 from turbotx.pipeline import rewrite
@@ -150,7 +150,7 @@ def count_model(name: str, layers: int, batch: int, seq: int) -> dict[str, Count
     eager = count_eager(graph, dims)
     rewrite(graph)
     prepared = find_prepared(graph)
-    fused = [fuse(region) for region in partition(graph, prepared)]
+    fused = fuse_all(graph, partition(graph, prepared), prepared)
     launches = assemble(graph, fused, prepared, captured.dims).launches
     return {
         "eager": eager,

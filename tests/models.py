@@ -10,29 +10,15 @@ import copy
 from typing import Any
 
 import torch
-import transformers
 
-SMALL = {
-    "hidden_size": 64, "dim": 64, "d_model": 64, "n_embd": 64, "embedding_size": 32,
-    "num_hidden_layers": 2, "n_layers": 2, "n_layer": 2, "num_layers": 2,
-    "num_attention_heads": 4, "n_heads": 4, "n_head": 4, "num_heads": 4, "d_kv": 16,
-    "intermediate_size": 128, "hidden_dim": 128, "d_ff": 128, "vocab_size": 200,
-    "max_position_embeddings": 514, "n_positions": 514,
-}  # fmt: skip
+from benchmarks.parity import make_model
 
 
-def small_model(architecture: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A random model of two layers and 64 channels in evaluation mode."""
-    config = transformers.AutoConfig.for_model(architecture)
-    for name, value in SMALL.items():
-        if hasattr(config, name):
-            try:
-                setattr(config, name, value)
-            except (AttributeError, NotImplementedError):
-                continue
-    config.use_cache = False
-    torch.manual_seed(0)
-    return transformers.AutoModel.from_config(config).to(dtype).eval()
+def small_model(
+    architecture: str, dtype: torch.dtype = torch.float32, layers: int = 2
+) -> torch.nn.Module:
+    """A random model of few layers and 64 channels in evaluation mode."""
+    return make_model(architecture, layers, small=True).to(dtype)
 
 
 def token_inputs(batch: int, seq: int) -> dict[str, torch.Tensor]:

@@ -7,9 +7,13 @@ import torch
 import transformers
 
 import turbotx
+from benchmarks.parity import make_inputs
 from tests.models import assert_as_exact_as_eager, in_double, leaves, small_model, token_inputs
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "albert")
+OTHERS = (
+    "electra", "gpt2", "opt", "t5", "llama", "mistral", "qwen2", "vit", "bart", "modernbert",
+)  # fmt: skip
 QUICK = ((1, 1), (2, 17), (7, 2), (3, 128))
 SLOW = ((1, 1), (2, 17), (7, 2), (1, 128))  # benchmarks/parity.py has the whole grid
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,6 +39,33 @@ def test_small_models_at_any_shape(architecture: str, dtype: torch.dtype) -> Non
     built = fast.stats()["kernel_builds"]
     fast(**token_inputs(5, 33))
     assert fast.stats()["kernel_builds"] == built
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_small_models_of_other_architectures(architecture: str) -> None:
+    """benchmarks/architectures.py has their default sizes."""
+    model = small_model(architecture)
+    fast, exact = turbotx.optimize(model), in_double(model)
+    for batch, seq in ((1, 1), (2, 17), (3, 40)):
+        inputs = make_inputs(model, batch, seq, torch.float32)
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        with torch.no_grad():
+            eager, reference = model(**inputs), exact(**wide)
+        assert_as_exact_as_eager(fast(**inputs), eager, reference)
+    assert fast.stats()["captures"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
+def test_launches_a_layer(architecture: str) -> None:
+    totals = []
+    for layers in (2, 3):
+        model = small_model(architecture, layers=layers)
+        fast = turbotx.optimize(model, backend="aten")
+        fast(**make_inputs(model, 2, 8, torch.float32))
+        totals.append(len(fast._engine.variants()[0].assembly.launches))
+    assert totals[1] - totals[0] <= 8
 
 
 @pytest.mark.slow

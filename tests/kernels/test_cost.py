@@ -79,6 +79,6 @@ def test_the_report_says_it() -> None:
         def forward(self, x, y, z):
             return sums((x * y + z).tanh())
 
-    report = turbotx.explain(turbotx.optimize(Model(), backend="aten"), x, y, z)
+    report = turbotx.explain(turbotx.optimize(Model().eval(), backend="aten"), x, y, z)
     (region,) = report.regions
     assert "tanh is stored, not computed again" in region.reason

@@ -23,7 +23,7 @@ from turbotx import ir
 from turbotx.assemble import assemble
 from turbotx.capture import capture
 from turbotx.kernels.cpp_attention import AttentionKernel
-from turbotx.kernels.fuse import fuse
+from turbotx.kernels.fuse import fuse_all
 from turbotx.kernels.schedule import choose_schedule, divisible_sizes
 from turbotx.kernels.targets import TARGETS, Job, attention_job, build, kernel_job
 from turbotx.kernels.triton_printer import print_triton
@@ -68,7 +68,7 @@ def launches_of(name: str, width: int, dtype: torch.dtype = torch.float32) -> li
     graph = captured.graph_module.graph
     rewrite(graph)
     prepared = find_prepared(graph)
-    fused = [fuse(region) for region in partition(graph, prepared)]
+    fused = fuse_all(graph, partition(graph, prepared), prepared)
     return assemble(graph, fused, prepared, captured.dims).launches
 
 

@@ -1,3 +1,4 @@
+// computes mul, neg, cat, mul, add
 extern "C" int fused_neg_cat_mul_add(void* const* args, const int64_t* sizes) {
   const float* x = static_cast<const float*>(args[0]);
   const float* cos = static_cast<const float*>(args[1]);

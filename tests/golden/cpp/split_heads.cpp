@@ -1,3 +1,4 @@
+// computes mul
 extern "C" int fused_mul(void* const* args, const int64_t* sizes) {
   const float* x = static_cast<const float*>(args[0]);
   float* mul = static_cast<float*>(args[1]);

@@ -1,4 +1,5 @@
 # fused_embedding_mul
+#   computes embedding, mul
 #   reads  ids: int64[batch, seq]
 #   reads  table: float32[table_d0, table_d1]
 #   writes mul: float32[batch, seq, table_d1]

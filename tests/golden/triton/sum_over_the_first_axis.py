@@ -1,4 +1,5 @@
 # fused_sum
+#   computes sum
 #   reads  x: float32[batch, seq]
 #   writes sum: float32[seq]
 #   rows seq, reduced over columns batch, in turns of 32, 4 warps
