@@ -48,7 +48,7 @@ ONE_KERNEL: dict[str, tuple[Callable[..., Any], list[str]]] = {
     ),
     "a copy with the dims in another order": (
         lambda x: (x * 2, (x * 3).permute(2, 0, 1).contiguous() + 1),
-        ["row1:batch", "row:seq", "col:x_d2"],
+        ["row:batch*seq", "col:x_d2"],
     ),
     "a mask's row beside a reduction, between other outputs": (
         lambda x, m: (x + m[..., None], m > 0, F.layer_norm(x + m[..., None], (8,))),
