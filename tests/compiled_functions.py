@@ -25,7 +25,7 @@ from turbotx.kernels.build import build_library
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.fuse import FusedRegion, fuse_all
 from turbotx.kernels.lower import Lowered
-from turbotx.optimize import FunctionModule
+from turbotx.optimized import FunctionModule
 from turbotx.passes.partition import find_prepared, partition
 from turbotx.pipeline import rewrite
 from turbotx.runtime.native import PRELUDE

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from turbotx.capture import Captured, capture
-from turbotx.optimize import FunctionModule
+from turbotx.optimized import FunctionModule
 from turbotx.passes.partition import op_name
 
 

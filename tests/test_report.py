@@ -17,7 +17,7 @@ from torch import nn
 
 import turbotx
 from turbotx.errors import InputError, TrainingError
-from turbotx.optimize import engine_of
+from turbotx.optimized import engine_of
 from turbotx.report import Report
 from turbotx.report.draw import find_boxes
 from turbotx.report.dump import DumpError

@@ -6,10 +6,38 @@ In: a PyTorch transformer. Out: one that runs faster, for any batch size and seq
     fast(input_ids=ids, attention_mask=mask)
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from turbotx.errors import TurbotxError
-from turbotx.optimize import optimize
-from turbotx.report import explain
-from turbotx.weight_files import load_weights
+
+if TYPE_CHECKING:
+    from turbotx.optimized import optimize
+    from turbotx.report import explain
+    from turbotx.saved.load import load
+    from turbotx.saved.save import save
+    from turbotx.weight_files import load_weights
 
 __version__ = "0.1.0"
-__all__ = ["TurbotxError", "__version__", "explain", "load_weights", "optimize"]
+__all__ = ["TurbotxError", "__version__", "explain", "load", "load_weights", "optimize", "save"]
+
+# Imported at their first use: a process that only loads a saved model needs no tracing and no
+# symbolic algebra, whose imports take longer than all else that it does.
+_PLACES = {
+    "explain": "turbotx.report",
+    "load": "turbotx.saved.load",
+    "load_weights": "turbotx.weight_files",
+    "optimize": "turbotx.optimized",
+    "save": "turbotx.saved.save",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'turbotx' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_PLACES[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

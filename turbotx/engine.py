@@ -10,9 +10,11 @@ In: a model and options. Out: the model's outputs, from one compiled variant per
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from turbotx.capture import Captured, capture
 from turbotx.errors import CaptureError, InputError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
-from turbotx.pipeline import Compiled, compile_captured
+from turbotx.pipeline import Compiled, bind_weights, compile_captured
 from turbotx.placement import find_device, open_device
 from turbotx.program import Binding
 from turbotx.runtime.device import Device
@@ -35,7 +37,7 @@ _called_plainly = threading.local()
 """`engine`: whose model this thread is calling as it was, for a trace or a comparison."""
 
 
-class _Variant:
+class Variant:
     """One capture: its compiled program and the matcher that tells which sizes it serves."""
 
     def __init__(self, compiled: Compiled) -> None:
@@ -56,8 +58,8 @@ class Engine:
     def reset(self) -> None:
         """Forget every capture, as after `.to(...)`; the next call captures again."""
         with self._lock:
-            self._variants: dict[Any, list[_Variant]] = {}
-            self._bound: dict[Any, tuple[_Variant, Binding]] = {}
+            self._variants: dict[Any, list[Variant]] = {}
+            self._bound: dict[Any, tuple[Variant, Binding]] = {}
             self._pools: dict[torch.device, ChunkPool] = {}
 
     # --- calling ---
@@ -91,7 +93,7 @@ class Engine:
     def _bind(
         self, key: Any, shapes: Any, tensors: list[torch.Tensor],
         args: tuple[Any, ...], kwargs: Mapping[str, Any],
-    ) -> tuple[_Variant, Binding]:  # fmt: skip
+    ) -> tuple[Variant, Binding]:  # fmt: skip
         with self._lock:
             variant, dims = self._find(key, tensors, args, kwargs)
             binding = variant.program.bind(dims)
@@ -106,14 +108,14 @@ class Engine:
         tensors: list[torch.Tensor],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-    ) -> tuple[_Variant, tuple[int, ...]]:
+    ) -> tuple[Variant, tuple[int, ...]]:
         """Return the variant that serves these sizes, captured now if there is none yet."""
         known = self._variants.setdefault(key, [])
         for variant in known:
             dims = variant.matcher.match([t.shape for t in tensors])
             if dims is not None:
                 return variant, dims
-        variant = _Variant(self.compile(self.capture(args, kwargs)))
+        variant = Variant(self.make(args, kwargs))
         dims = variant.matcher.match([t.shape for t in tensors])
         if dims is None:
             why = variant.matcher.explain([t.shape for t in tensors])
@@ -123,6 +125,17 @@ class Engine:
             )
         known.append(variant)
         return variant, dims
+
+    def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
+        """Capture and compile one call; TURBOTX_DUMP and TURBOTX_VERIFY look at the result."""
+        captured = self.capture(args, kwargs)
+        if not any(os.environ.get(name) for name in ("TURBOTX_DUMP", "TURBOTX_VERIFY")):
+            return self.compile(captured)
+        # Reports come later in the flow: only on request are they reached from here.
+        finish = import_module("turbotx.report.debug").watch(self, captured, args, kwargs)
+        compiled = self.compile(captured)
+        finish(compiled)
+        return compiled
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
@@ -138,12 +151,24 @@ class Engine:
 
         It runs where the call's tensors and the model's parameters lie.
         """
+        pool, device = self._find_memory(captured)
+        return compile_captured(captured, self.model, self.options, pool, device)
+
+    def share(self, compiled: Compiled) -> Compiled:
+        """Return what another engine compiled, with this engine's parameters and memory.
+
+        The models must be of the same structure; nothing is traced.
+        """
+        pool, device = self._find_memory(compiled.captured)
+        return bind_weights(compiled, self.model, self.options, pool, device)
+
+    def _find_memory(self, captured: Captured) -> tuple[ChunkPool, Device | None]:
         nodes = captured.graph_module.graph.find_nodes(op="placeholder")
         place, device = self._open_device([node.meta["val"] for node in nodes])
         with self._lock:
             if place not in self._pools:
                 self._pools[place] = ChunkPool(place, max_arenas=self.options.max_arenas)
-        return compile_captured(captured, self.model, self.options, self._pools[place], device)
+        return self._pools[place], device
 
     def _open_device(self, leaves: list[Any]) -> tuple[torch.device, Device | None]:
         """Return where a call runs; the second is None on a CPU."""
@@ -171,6 +196,11 @@ class Engine:
             _called_plainly.engine = before
 
     # --- looking inside ---
+
+    def keyed_variants(self) -> list[tuple[Any, Variant]]:
+        """Return every capture with the signature of the calls that it serves."""
+        with self._lock:
+            return [(key, v) for key, variants in self._variants.items() for v in variants]
 
     def variants(self) -> list[Compiled]:
         with self._lock:

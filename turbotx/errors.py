@@ -32,9 +32,24 @@ class InputError(TurbotxError, ValueError):
 class IndexOutOfRangeError(TurbotxError, IndexError):
     """An index read by a kernel (a token id, a gather index) lies outside its table."""
 
+    @classmethod
+    def of(cls, tensor: str, limit: str, launch: str, source: str) -> IndexOutOfRangeError:
+        return cls(
+            f"index out of range: a value of {tensor!r} lies outside [0, {limit}) "
+            f"in {launch} ({source})"
+        )
+
 
 class WeightsError(TurbotxError, ValueError):
     """A file of weights cannot be read, or does not fit the model; nothing was changed."""
+
+
+class SaveError(TurbotxError):
+    """A model holds something that turbotx.save cannot write."""
+
+
+class SavedFileError(TurbotxError, ValueError):
+    """A file of turbotx.save is damaged, or not for this version or this machine."""
 
 
 class VerifyError(TurbotxError):
@@ -55,3 +70,7 @@ class DeviceError(TurbotxError):
 
 class BuildWarning(UserWarning):
     """Generated kernels cannot be built here, so regions run through ATen instead."""
+
+
+class EagerWarning(UserWarning):
+    """A part of a model runs in PyTorch instead of turbotx; the message says which and why."""

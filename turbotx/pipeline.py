@@ -7,7 +7,7 @@ In: a `Captured` and options. Out: a `Compiled`: what every stage made, and the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -79,6 +79,17 @@ def compile_captured(
     weights = find_weights(captured, model, assembly)
     program = make_program(assembly, captured, weights, options, pool, device)
     return Compiled(captured, text, graph, prepared, fused, assembly, program)
+
+
+def bind_weights(
+    compiled: Compiled, model: nn.Module, options: Options, pool: ChunkPool,
+    device: Device | None = None,
+) -> Compiled:  # fmt: skip
+    """Return the same compiled call for another module of the same structure; traces nothing."""
+    captured, assembly = compiled.captured, compiled.assembly
+    weights = find_weights(captured, model, assembly)
+    program = make_program(assembly, captured, weights, options, pool, device)
+    return replace(compiled, program=program)
 
 
 def make_program(

@@ -104,6 +104,7 @@ class Program:
     # --- memory ---
 
     def _plan_memory(self, kind: str) -> None:
+        self.planner_kind = kind
         tensors = self.assembly.tensors
         outside = [n for n, t in tensors.items() if t.kind != "intermediate"]
         uses = [
@@ -116,7 +117,7 @@ class Program:
         self.planned = list(self.liveness.root_of)  # with the tensors that took over a root
         self._root_places = np.array([place[r] for r in self.liveness.root_of.values()], np.int64)
         classes: dict[Expr, int] = {}
-        self._root_classes = of = [
+        self.size_classes = of = [
             classes.setdefault(tensors[n].nbytes, len(classes)) for n in roots
         ]
         self._class_nbytes = compile_evaluator(list(classes), self.dims)
@@ -225,7 +226,7 @@ class Program:
     def sizes_at(self, dims: Sequence[int]) -> dict[str, int]:
         """Return the bytes of every planned buffer at these dims."""
         sizes = self._class_nbytes(*dims)
-        return dict(zip(self.liveness.names, (sizes[c] for c in self._root_classes), strict=True))
+        return dict(zip(self.liveness.names, (sizes[c] for c in self.size_classes), strict=True))
 
     def _state(self, binding: Binding, arena: Any, named: dict[str, torch.Tensor]) -> RunState:
         offsets = dict(zip(self.planned, binding.offsets.tolist(), strict=True))
@@ -276,18 +277,23 @@ class Program:
 
     def _explain_failure(self, failed: int) -> None:
         launch = self.assembly.launches[(failed >> 32) - 1]
+        name, limit = self.checks_of(launch)[(failed & 0xFFFFFFFF) - 1]
+        raise IndexOutOfRangeError.of(name, limit, launch.name, launch.source)
+
+    def checks_of(self, launch: ir.Launch) -> list[tuple[str, str]]:
+        """Return what a kernel checks: tensors whose values must lie in [0, limit), and limits."""
         kernel = launch.target
-        assert isinstance(kernel, ir.Kernel)
-        checks = [s for s in kernel.body if isinstance(s, ir.Check)]
-        check = checks[(failed & 0xFFFFFFFF) - 1]
+        if not isinstance(kernel, ir.Kernel):
+            return []
         made = {r: s for s in kernel.body for r in ir.results_of(s)}
-        source = made[check.value]
-        name = check.value
-        if isinstance(source, ir.Load):
-            position = [p.name for p in kernel.params].index(source.access.param)
-            operand = launch.args[position]
-            name = operand.tensor if operand is not None else name
-        raise IndexOutOfRangeError(
-            f"index out of range: a value of {name!r} lies outside [0, {check.limit}) "
-            f"in {launch.name} ({launch.source})"
-        )
+        found = []
+        for check in kernel.body:
+            if not isinstance(check, ir.Check):
+                continue
+            name, source = check.value, made[check.value]
+            if isinstance(source, ir.Load):
+                position = [p.name for p in kernel.params].index(source.access.param)
+                operand = launch.args[position]
+                name = operand.tensor if operand is not None else name
+            found.append((name, str(check.limit)))
+        return found

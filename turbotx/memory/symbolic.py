@@ -83,16 +83,33 @@ class SymbolicPlanner:
         seed_sizes: Sequence[int],
         sample_sizes: Sequence[Sequence[int]] = (),
     ) -> None:
-        self._workload = workload
-        self._count = workload.class_count
-        self.live = live_forms(workload.lifetimes, workload.size_class, self._count)
+        self._set_workload(workload)
         # An empty buffer has no place of its own; one byte gives it one for larger shapes.
         seed = np.maximum(self._aligned(seed_sizes), ALIGNMENT)
         samples = np.zeros((self._count, 0), dtype=np.int64)
         if len(sample_sizes):
             samples = np.stack([self._aligned(sizes) for sizes in sample_sizes], axis=1)
-        self.orientations = choose_orientations(workload, seed, samples, self.live)
-        tables = [FormTable(o, workload.size_class, self._count) for o in self.orientations]
+        self._set_orientations(choose_orientations(workload, seed, samples, self.live))
+
+    @classmethod
+    def of_orientations(
+        cls, workload: Workload, orientations: Sequence[Orientation]
+    ) -> SymbolicPlanner:
+        """A planner of orientations that another one of the same workload has chosen."""
+        planner = cls.__new__(cls)
+        planner._set_workload(workload)
+        planner._set_orientations(orientations)
+        return planner
+
+    def _set_workload(self, workload: Workload) -> None:
+        self._workload = workload
+        self._count = workload.class_count
+        self.live = live_forms(workload.lifetimes, workload.size_class, self._count)
+
+    def _set_orientations(self, orientations: Sequence[Orientation]) -> None:
+        self.orientations = list(orientations)
+        size_class = self._workload.size_class
+        tables = [FormTable(o, size_class, self._count) for o in self.orientations]
         kept = [table for table in tables if table.complete]
         self.in_use = [o for o, t in zip(self.orientations, tables, strict=True) if t.complete]
         self.in_use = self.in_use or self.orientations[:1]
@@ -101,7 +118,7 @@ class SymbolicPlanner:
         if kept:
             self._evaluate = _Evaluator(kept)
         else:
-            self._evaluate = _Walker(self.orientations[0], workload.size_class)
+            self._evaluate = _Walker(self.orientations[0], size_class)
 
     @property
     def form_count(self) -> int:

@@ -20,11 +20,13 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from turbotx import ir
+from turbotx.engine import Engine
 from turbotx.errors import InputError
 from turbotx.fused_graph import make_fused_graph
-from turbotx.optimize import engine_of
+from turbotx.optimized import engine_of
 from turbotx.pipeline import Compiled
 from turbotx.report import entries
+from turbotx.report.adversarial import stress
 from turbotx.report.cost import eager_nbytes
 from turbotx.report.describe import (
     View,
@@ -38,7 +40,7 @@ from turbotx.report.describe import (
 from turbotx.report.dump import Dumped, dump
 from turbotx.report.findings import Findings
 from turbotx.report.html import render_miniature, render_page
-from turbotx.report.numerics import Numerics, measure
+from turbotx.report.numerics import Error, Numerics, measure
 from turbotx.report.origin import Origin, observe, simulate
 from turbotx.report.profile import Profile, profile
 from turbotx.report.table import render_table
@@ -141,8 +143,22 @@ class Report:
         `model`: the module, plain or optimized, whose own error is the measure. Runs everything
         three times.
         """
-        engine = engine_of(model)
+        return self.numerics_of(engine_of(model), args, kwargs)
+
+    def numerics_of(
+        self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Numerics:
+        """Return the same for the model behind an engine."""
         return measure(engine, self.compiled, args, kwargs, self.function_of, self.dims)
+
+    def stress(self, *args: Any, **kwargs: Any) -> dict[str, tuple[Error, ...]]:
+        """Return, by case, the error of every kernel on inputs that break careless arithmetic.
+
+        The call's inputs give shapes and indices; the cases are those of `report.adversarial`.
+        """
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        return stress(self.compiled, tensors, self.function_of, self.dims)
 
     def profile(self, *args: Any, runs: int = 30, **kwargs: Any) -> Profile:
         """Return the time of every launch, medians over `runs` runs on one call's inputs."""

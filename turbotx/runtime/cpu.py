@@ -11,11 +11,12 @@ import ctypes
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from turbotx import ir
 from turbotx.assemble import Assembly
 from turbotx.errors import BuildWarning, NoCompilerError
 from turbotx.kernels.build import build_library
@@ -82,6 +83,16 @@ class CpuRuntime:
         library, built = build_library(self.sources)
         self.builds += built
         return library
+
+    @property
+    def is_native(self) -> bool:
+        """Whether generated kernels run, not PyTorch's ops in their place."""
+        return self._native is not None
+
+    def packings(self) -> Iterator[tuple[str, ir.Operand, tuple[Any, ...]]]:
+        """Give every packed weight: its name in the table, what it is made of, further options."""
+        for name, operand in self._gemm_weights.items():
+            yield name, operand, ()
 
     def fill_weights(self, table: Any) -> tuple[int, object]:
         """Write the addresses of everything made from parameters into a table.

@@ -18,38 +18,18 @@ from turbotx.assemble import Assembly
 from turbotx.kernels.build import build_library
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
+from turbotx.runtime.abi import LaunchRecord, declare_runtime
 from turbotx.sizes import Expr
 
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
 ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention.h"\n\n'
 
 
-class LaunchRecord(ctypes.Structure):
-    """Mirrors `Launch` in native.cpp."""
-
-    _fields_ = (
-        ("call", ctypes.c_void_p),
-        ("arg_count", ctypes.c_int32),
-        ("size_count", ctypes.c_int32),
-        ("slots", ctypes.POINTER(ctypes.c_int32)),
-        ("offsets", ctypes.POINTER(ctypes.c_int32)),
-        ("sizes", ctypes.POINTER(ctypes.c_int32)),
-    )
-
-
 def load_runtime() -> tuple[ctypes.CDLL, bool]:
     """Build and load the C++ runtime, shared by every program."""
     source = (Path(__file__).parent / "native.cpp").read_text()
     library, built = build_library({"runtime": source})
-    library.ttx_pack_weight.restype = ctypes.c_void_p
-    library.ttx_pack_weight.argtypes = [ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 4]
-    library.ttx_free_weight.argtypes = [ctypes.c_void_p]
-    library.ttx_free_weight.restype = None
-    library.ttx_run.restype = ctypes.c_int64
-    library.ttx_run.argtypes = [
-        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
-        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
-    ]  # fmt: skip
+    declare_runtime(library)
     return library, built
 
 
@@ -95,8 +75,8 @@ class LaunchTable:
     """The launches that native code runs, between the ones that PyTorch runs.
 
     slots: place of every tensor (and packed weight) in the address table. values: the expressions
-    of the size table. segments: (begin, end) ranges of native launches, or the index of one that
-    PyTorch runs.
+    of the size table. symbols: the function of each native launch. segments: (begin, end) ranges
+    of native launches, or the index of one that PyTorch runs.
     """
 
     def __init__(
@@ -108,13 +88,15 @@ class LaunchTable:
         self._arrays: list[object] = []
         for name in assembly.tensors:
             self.slots[name] = len(self.slots)
+        self.symbols: dict[int, str] = {}
         self.records = (LaunchRecord * max(1, len(assembly.launches)))()
         self.segments: list[tuple[int, int]] = []
         native_before = False
         for i, launch in enumerate(assembly.launches):
             native = launch.kind in native_kinds
             if native:
-                self._fill(self.records[i], launch, runtime, kernels, names)
+                self.symbols[i] = _symbol_of(launch, names)
+                self._fill(self.records[i], launch, self.symbols[i], runtime, kernels)
             if native and native_before:
                 self.segments[-1] = (self.segments[-1][0], i + 1)
             else:
@@ -128,15 +110,12 @@ class LaunchTable:
         return self.slots.setdefault(name, len(self.slots))
 
     def _fill(
-        self, record: LaunchRecord, launch: ir.Launch,
-        runtime: ctypes.CDLL | None, kernels: ctypes.CDLL | None, names: dict[object, str],
+        self, record: LaunchRecord, launch: ir.Launch, symbol: str,
+        runtime: ctypes.CDLL | None, kernels: ctypes.CDLL | None,
     ) -> None:  # fmt: skip
-        assert runtime is not None
-        if launch.kind == "gemm":
-            function = runtime.ttx_linear
-        else:
-            assert kernels is not None
-            function = getattr(kernels, names[kernel_key(launch.target)])
+        library = runtime if launch.kind == "gemm" else kernels
+        assert library is not None
+        function = getattr(library, symbol)
         record.call = ctypes.cast(function, ctypes.c_void_p).value
         slots, offsets = [], []
         for k, arg in enumerate(launch.args):
@@ -156,6 +135,11 @@ class LaunchTable:
         array = (ctypes.c_int32 * max(1, len(numbers)))(*numbers)
         self._arrays.append(array)
         return array
+
+
+def _symbol_of(launch: ir.Launch, names: dict[object, str]) -> str:
+    """Return the name of a launch's function in the library that holds it."""
+    return "ttx_linear" if launch.kind == "gemm" else names[kernel_key(launch.target)]
 
 
 def packed_name(weight: ir.Operand) -> str:

@@ -10,13 +10,14 @@ is noticed by its version, identity and address, and what derives from it is mad
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
-from turbotx import ir
+if TYPE_CHECKING:
+    from turbotx import ir
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -46,9 +47,10 @@ class Weights:
         targets: Mapping[str, str], prepared: Mapping[str, fx.Node],
     ) -> None:  # fmt: skip
         """targets: program tensor name -> dotted path in the user's module."""
+        self.paths = targets
         self._model = model
         self._constants = constants
-        self._prepared = prepared
+        self.prepared = prepared
         self._slots = {name: self._find(path) for name, path in targets.items()}
         self._owners = [(owner, leaf) for owner, leaf in self._slots.values()]
         self._seen: list[tuple[int, int, int]] | None = None
@@ -67,6 +69,11 @@ class Weights:
                 return table, leaf
         return module.__dict__, leaf
 
+    def owned(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Give every parameter, buffer and constant as it is now, by its path."""
+        for path, (owner, leaf) in zip(self.paths.values(), self._slots.values(), strict=True):
+            yield path, owner[leaf]  # type: ignore[misc]
+
     def refresh(self) -> bool:
         """Look at every parameter; derive again what changed. Returns whether anything did."""
         now = self._look()
@@ -74,7 +81,7 @@ class Weights:
             return False
         with self._lock, torch.no_grad():
             tensors: dict[str, Any] = {n: owner[leaf] for n, (owner, leaf) in self._slots.items()}
-            for name, node in self._prepared.items():
+            for name, node in self.prepared.items():
                 tensors[name] = _compute(node, tensors)
             self.tensors, self._seen = tensors, now
             self.version += 1

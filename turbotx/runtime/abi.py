@@ -1,0 +1,38 @@
+"""ABI: what Python and the C++ runtime agree on; mirrors `native.cpp`.
+
+In: the loaded runtime library. Out: its functions declared, the struct of a launch, and weights in
+its packed layout; nothing here needs a compiler or symbolic sizes::
+
+    declare_runtime(library)
+    library.ttx_run(records, 0, 8, table, sizes, None)
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class LaunchRecord(ctypes.Structure):
+    """Mirrors `Launch` in native.cpp."""
+
+    _fields_ = (
+        ("call", ctypes.c_void_p),
+        ("arg_count", ctypes.c_int32),
+        ("size_count", ctypes.c_int32),
+        ("slots", ctypes.POINTER(ctypes.c_int32)),
+        ("offsets", ctypes.POINTER(ctypes.c_int32)),
+        ("sizes", ctypes.POINTER(ctypes.c_int32)),
+    )
+
+
+def declare_runtime(library: ctypes.CDLL) -> None:
+    """Tell ctypes the types of the runtime's functions."""
+    library.ttx_pack_weight.restype = ctypes.c_void_p
+    library.ttx_pack_weight.argtypes = [ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 4]
+    library.ttx_free_weight.argtypes = [ctypes.c_void_p]
+    library.ttx_free_weight.restype = None
+    library.ttx_run.restype = ctypes.c_int64
+    library.ttx_run.argtypes = [
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+    ]  # fmt: skip

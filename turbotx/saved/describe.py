@@ -1,0 +1,241 @@
+"""Describe: a compiled call as the tables that a saved file holds; every size becomes text.
+
+In: a compiled call. Out: dicts, lists, numbers and strings, which `saved.program` runs from::
+
+    {"dims": ["batch", "seq"], "values": ["batch * seq", ...], "launches": [...], "memory": {...}}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch.utils._pytree as pytree
+from torch import fx
+
+from turbotx import ir
+from turbotx.capture import Captured
+from turbotx.engine import Variant
+from turbotx.errors import SaveError
+from turbotx.kernels.lower import Lowered
+from turbotx.memory.symbolic import SymbolicPlanner
+from turbotx.passes.extract import extract
+from turbotx.program import Program
+from turbotx.runtime.aten import is_whole
+from turbotx.runtime.cpu import CpuRuntime
+from turbotx.saved.calls import encode_arguments, encode_nodes, encode_target
+from turbotx.saved.values import Leaf, encode_constant, encode_tree
+from turbotx.sizes import to_python
+
+RELATIONS = {
+    sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">=",
+}  # fmt: skip
+
+
+def describe_variant(variant: Variant) -> dict[str, Any]:
+    """Return a compiled call as JSON; raise SaveError for what cannot be one."""
+    program, captured = variant.program, variant.compiled.captured
+    runtime = program.runtime
+    assert isinstance(runtime, CpuRuntime)
+    count = variant.out_spec.num_leaves
+    out = pytree.tree_unflatten([Leaf(k) for k in range(count)], variant.out_spec)
+    table = runtime.table
+    return {
+        "name": captured.name,
+        "dims": list(captured.dims),
+        "inputs": _describe_inputs(captured, program, runtime),
+        "guards": [[_condition(g.condition), g.text] for g in captured.guards],
+        "requirements": [[to_python(e), text] for e, text in program.assembly.requirements],
+        "slot_count": len(table.slots),
+        "values": [to_python(e) for e in table.values],
+        "segments": [list(s) for s in table.segments],
+        "launches": [
+            _describe_launch(k, x, program, runtime)
+            for k, x in enumerate(program.assembly.launches)
+        ],
+        "outputs": [
+            {
+                "slot": table.slots[t.name], "name": t.name, "dtype": encode_constant(t.dtype),
+                "shape": [to_python(e) for e in t.shape],
+            }
+            for t in program.assembly.tensors.values()
+            if t.kind == "output"
+        ],
+        "leaves": [_describe_leaf(leaf, program) for leaf in program.assembly.outputs],
+        "out": encode_tree(out),
+        "memory": _describe_memory(program),
+        "weights": _describe_weights(program, runtime),
+    }  # fmt: skip
+
+
+def _describe_inputs(
+    captured: Captured, program: Program, runtime: CpuRuntime
+) -> list[dict[str, Any]]:
+    names = [n for n, t in program.assembly.tensors.items() if t.kind == "input"]
+    rows = zip(names, captured.input_names, captured.input_sizes, strict=True)
+    return [
+        {
+            "slot": runtime.table.slots[name],
+            "name": label,
+            "tensor": name,
+            "sizes": [_describe_size(size) for size in sizes],
+        }
+        for name, label, sizes in rows
+    ]
+
+
+def _describe_size(size: sympy.Expr) -> dict[str, Any]:
+    """An input's size: its text, and where it has one unknown, how the unknown follows from it."""
+    described: dict[str, Any] = {"text": to_python(size)}
+    if len(size.free_symbols) == 1:
+        (unknown,) = size.free_symbols
+        slope = sympy.diff(size, unknown)
+        if slope.is_Integer:  # size = slope * unknown + rest
+            described["solve"] = [unknown.name, int(slope), int(size.xreplace({unknown: 0}))]
+    return described
+
+
+def _condition(condition: sympy.Basic) -> str:
+    """Return a guard as Python source. Sizes of 0 and 1 count as 2 in it, as when it was traced."""
+    if isinstance(condition, (sympy.And, sympy.Or)):
+        word = " and " if isinstance(condition, sympy.And) else " or "
+        return f"({word.join(_condition(a) for a in condition.args)})"
+    if isinstance(condition, sympy.Not):
+        return f"(not {_condition(condition.args[0])})"
+    for kind, sign in RELATIONS.items():
+        if isinstance(condition, kind):
+            return f"({to_python(condition.args[0])} {sign} {to_python(condition.args[1])})"
+    raise SaveError(f"what tracing assumed cannot be saved: {condition}")
+
+
+# --- launches ---
+
+
+def _describe_launch(
+    index: int, launch: ir.Launch, program: Program, runtime: CpuRuntime
+) -> dict[str, Any]:
+    described: dict[str, Any] = {"name": launch.name, "source": launch.source}
+    symbol = runtime.table.symbols.get(index)
+    if symbol is None:
+        return {**described, "aten": _describe_call(launch, program)}
+    record = runtime.table.records[index]
+    described["symbol"] = symbol
+    described["library"] = "runtime" if launch.kind == "gemm" else "kernels"
+    described["slots"] = record.slots[: record.arg_count]
+    described["offsets"] = record.offsets[: record.arg_count]
+    described["sizes"] = record.sizes[: record.size_count]
+    described["checks"] = program.checks_of(launch)
+    return described
+
+
+def _describe_call(launch: ir.Launch, program: Program) -> dict[str, Any]:
+    """A launch that PyTorch runs: one op, or the calls that a kernel stands for."""
+    if launch.kind == "kernel":
+        (lowered,) = launch.call
+        assert isinstance(lowered, Lowered)
+        roles = [p.role for p in lowered.kernel.params]
+        rows = list(zip(roles, lowered.operands, launch.args, strict=True))
+        inputs, outputs = ([n for role, n, _ in rows if role == kind] for kind in ("in", "out"))
+        reads, writes = ([a for role, _, a in rows if role == kind] for kind in ("in", "out"))
+        extracted = extract(outputs, inputs, launch.name)
+        target: Any = extracted.module
+        args: Any = (*reads, *extracted.sizes)
+        kwargs: Any = {}
+        has_out = False
+    else:
+        target, args, kwargs, writes, has_out = launch.call  # type: ignore[assignment]
+
+    def special(value: Any) -> Any:
+        if isinstance(value, ir.Operand):
+            return {"window": _describe_window(value, program)}
+        return {"size": to_python(value)} if isinstance(value, sympy.Expr) else None
+
+    described = {
+        "args": encode_arguments(list(args), special),
+        "kwargs": encode_arguments(dict(kwargs), special),
+        "writes": [None if w is None else _describe_window(w, program) for w in writes],
+        "has_out": bool(has_out),
+    }
+    if isinstance(target, fx.GraphModule):
+        return {**described, "graph": _describe_module(target)}
+    return {**described, "target": encode_target(target)}
+
+
+def _describe_module(module: fx.GraphModule) -> dict[str, Any]:
+    nodes = module.graph.nodes
+    (output,) = (n for n in nodes if n.op == "output")
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    return {
+        "inputs": [n.name for n in inputs],
+        "nodes": encode_nodes([*inputs, *output.args[0]]),
+        "outputs": [n.name for n in output.args[0]],
+    }
+
+
+def _describe_window(operand: ir.Operand, program: Program) -> dict[str, Any]:
+    return {
+        "tensor": operand.tensor,
+        "planned": program.assembly.tensors[operand.tensor].kind == "intermediate",
+        "dtype": encode_constant(operand.dtype),
+        "shape": [to_python(e) for e in operand.shape],
+        "strides": [to_python(e) for e in operand.strides],
+        "offset": to_python(operand.offset),
+    }
+
+
+def _describe_leaf(leaf: Any, program: Program) -> dict[str, Any]:
+    if isinstance(leaf, ir.Operand):
+        if is_whole(leaf, program.assembly.tensors[leaf.tensor]):
+            return {"tensor": leaf.tensor}
+        return {"window": _describe_window(leaf, program)}
+    if isinstance(leaf, sympy.Expr):
+        return {"size": to_python(leaf)}
+    return {"constant": encode_constant(leaf)}
+
+
+# --- memory and weights ---
+
+
+def _describe_memory(program: Program) -> dict[str, Any]:
+    tensors, liveness = program.assembly.tensors, program.liveness
+    classes = program.size_classes
+    texts = {c: to_python(tensors[n].nbytes) for n, c in zip(liveness.names, classes, strict=True)}
+    planner = program.planner
+    orders = planner.orientations if isinstance(planner, SymbolicPlanner) else ()
+    place = {root: k for k, root in enumerate(liveness.names)}
+    return {
+        "planner": program.planner_kind,
+        "names": list(liveness.names),
+        "lifetimes": [[x.begin, x.end] for x in liveness.lifetimes],
+        "size_class": list(classes),
+        "class_nbytes": [texts[c] for c in range(len(texts))],
+        "orientations": [{"order": o.order, "below": o.below} for o in orders],
+        "planned": [
+            [name, place[root], program.runtime.table.slots[name]]
+            for name, root in liveness.root_of.items()
+        ],
+    }
+
+
+def _describe_weights(program: Program, runtime: CpuRuntime) -> dict[str, Any]:
+    slots = runtime.table.slots
+    weights = runtime.weights
+    return {
+        "paths": dict(weights.paths),
+        "prepared": encode_nodes(weights.prepared.values()),
+        "prepared_names": list(weights.prepared),
+        "slots": {
+            name: slots[name]
+            for name, t in program.assembly.tensors.items()
+            if t.kind in ("parameter", "prepared")
+        },
+        "packed": [
+            {
+                "slot": slots[name], "tensor": weight.tensor,
+                "shape": [int(e) for e in weight.shape],
+                "strides": [int(e) for e in weight.strides], "offset": int(weight.offset),
+                "options": list(options),
+            }
+            for name, weight, options in runtime.packings()
+        ],
+    }  # fmt: skip

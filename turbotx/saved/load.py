@@ -1,0 +1,223 @@
+"""Load: a saved file becomes a module that answers the calls it was saved with, at any sizes.
+
+In: a file of `turbotx.save`. Out: a `SavedModule`; nothing is traced, solved or compiled, unless
+the file's machine code is for another processor and is built again::
+
+    fast = turbotx.load("model.ttx")
+    fast(input_ids=ids, attention_mask=mask)
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from turbotx.errors import InputError, SavedFileError, TrainingError
+from turbotx.memory.pool import ChunkPool
+from turbotx.saved.container import read_container
+from turbotx.saved.native import Libraries
+from turbotx.saved.program import Binding, SavedProgram
+from turbotx.saved.values import decode_constant, decode_tree
+from turbotx.weight_files import load_weights
+
+
+def load(
+    path: str | PathLike[str], *, weights: str | PathLike[str] | nn.Module | None = None
+) -> SavedModule:
+    """Return the module of a file that `turbotx.save` wrote.
+
+    weights: where to take them from, in place of the file's own: a file for `load_weights`, or a
+    module of the same names and shapes, whose tensors are then used as they are. Needed where the
+    file was saved without weights.
+
+    Raises SavedFileError for a file that is damaged, of another version or for another processor,
+    WeightsError for weights that do not fit.
+    """
+    manifest, entries = read_container(Path(path))
+    state = json.loads(entries["state.json"])
+    if weights is None and not manifest["weights"]:
+        raise SavedFileError(
+            f"{path} was saved without weights: give them, load(path, weights=...)"
+        )
+    own = {} if weights is not None else _tensors(path, entries["weights.safetensors"])
+    if isinstance(weights, nn.Module):
+        own = {k: v for k, v in weights.state_dict(keep_vars=True).items() if v is not None}
+    held = _tensors(path, entries["held.safetensors"])
+    model = SavedModule(manifest, state, own, held)
+    if weights is not None and not isinstance(weights, nn.Module):
+        load_weights(model, weights)
+    libraries = Libraries(manifest, entries)
+    for k, tables in enumerate(json.loads(entries["programs.json"])):
+        prefix = f"{k}.constants."
+        constants = {n.removeprefix(prefix): t for n, t in held.items() if n.startswith(prefix)}
+        model._add(SavedProgram(tables, libraries, model, constants, model._pool))
+    return model
+
+
+def _tensors(path: Any, data: bytes) -> dict[str, torch.Tensor]:
+    if not data:
+        return {}
+    try:
+        from safetensors.torch import load as from_bytes
+    except ImportError as error:
+        raise SavedFileError(
+            f"{path} needs the package safetensors: pip install 'turbotx[weights]'"
+        ) from error
+    return dict(from_bytes(data))
+
+
+class SavedModule(nn.Module):
+    """The calls of a saved model. Its parameters have the model's own names, and may be changed.
+
+    Outputs are the model's, nested as they were; a class of its own (as of Hugging Face's outputs)
+    is used where its package is imported already, and is otherwise an ordered dict with attributes.
+    """
+
+    def __init__(
+        self, manifest: Mapping[str, Any], state: list[Mapping[str, Any]],
+        own: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.training = False
+        self.saved_by = dict(manifest)
+        self._pool = ChunkPool(torch.device("cpu"))
+        self._lock = threading.Lock()
+        self._programs: dict[Any, list[SavedProgram]] = {}
+        self._bound: dict[Any, tuple[SavedProgram, Binding]] = {}
+        tied: dict[str, torch.Tensor] = {}
+        for one in state:
+            if one["tied_to"] not in tied:
+                tied[one["tied_to"]] = _make_tensor(one, own)
+            self._place(one["name"], tied[one["tied_to"]], persistent=True)
+        for name, tensor in held.items():
+            if ".constants." not in name:
+                self._place(name, tensor, persistent=False)
+
+    def _place(self, path: str, tensor: torch.Tensor, persistent: bool) -> None:
+        *parents, leaf = path.split(".")
+        module: nn.Module = self
+        for part in parents:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]  # type: ignore[assignment]
+        if isinstance(tensor, nn.Parameter):
+            module._parameters[leaf] = tensor
+        else:
+            module.register_buffer(leaf, tensor, persistent=persistent)
+
+    def _add(self, program: SavedProgram) -> None:
+        call = program.tables["call"]
+        kinds = [(decode_constant(dtype), torch.device("cpu"), n) for dtype, n in call["inputs"]]
+        args, kwargs = decode_tree(call["tree"], lambda k: _Given(kinds[k]))
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        self._programs.setdefault((spec, tuple(map(_describe, leaves))), []).append(program)
+
+    # --- calls ---
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            raise TrainingError("a saved model is for inference only: call .eval()")
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise TrainingError("an input requires grad: call under torch.no_grad()")
+        key = (spec, tuple(map(_describe, leaves)))
+        shapes = (key, tuple(t.shape for t in tensors))
+        found = self._bound.get(shapes)
+        if found is None:
+            found = self._bind(key, tensors)
+            with self._lock:
+                if len(self._bound) >= 256:
+                    self._bound.pop(next(iter(self._bound)))
+                self._bound[shapes] = found
+        program, binding = found
+        with torch.no_grad():
+            return program.run(binding, tensors)
+
+    __call__ = forward
+
+    def _bind(self, key: Any, tensors: list[torch.Tensor]) -> tuple[SavedProgram, Binding]:
+        shapes = [t.shape for t in tensors]
+        for program in self._programs.get(key, ()):
+            dims = program.match(shapes)
+            if dims is not None:
+                return program, program.bind(dims)
+        refused = [p.explain(shapes) for p in self._programs.get(key, ())]
+        if refused:
+            raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")
+        known = "; ".join(dict.fromkeys(_show(k) for k in self._programs))
+        raise InputError(
+            f"the file holds no call of this kind: {_show(key)}. It holds {known}. Call the "
+            "optimized module this way before it is saved"
+        )
+
+    def stats(self) -> dict[str, int]:
+        """Return counts since the file was loaded: programs, plans, chunk allocations."""
+        programs = [p for found in self._programs.values() for p in found]
+        pool = self._pool.stats()
+        return {
+            "programs": len(programs),
+            "plans": sum(p.plans for p in programs),
+            "chunk_allocations": pool.chunk_allocations,
+            "peak_nbytes": pool.peak_nbytes,
+        }
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        raise InputError(
+            "a saved model stays in the dtype and on the device that it was saved for: convert the "
+            "model before turbotx.optimize, and save that"
+        )
+
+    def __repr__(self) -> str:
+        calls = "; ".join(dict.fromkeys(_show(k) for k in self._programs))
+        return f"<turbotx.SavedModule of {self.saved_by['model']}: {calls}>"
+
+
+class _Given:
+    """Stands for a tensor of a dtype, a device and a rank in a saved call."""
+
+    def __init__(self, kind: tuple[torch.dtype, torch.device, int]) -> None:
+        self.kind = kind
+
+
+def _describe(leaf: Any) -> Any:
+    """Return what of an argument decides which program serves the call."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.dtype, leaf.device, leaf.dim()
+    return leaf.kind if isinstance(leaf, _Given) else (type(leaf), leaf)
+
+
+def _show(key: Any) -> str:
+    spec, described = key
+    shown = [
+        f"{str(d[0]).removeprefix('torch.')}[{', '.join('?' * d[2])}]"
+        if len(d) == 3
+        else repr(d[1])
+        for d in described
+    ]
+    args, kwargs = pytree.tree_unflatten(shown, spec)
+    return f"({', '.join([*map(str, args), *(f'{k}={v}' for k, v in kwargs.items())])})"
+
+
+def _make_tensor(one: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return a state's tensor: the one given, or memory for one that is still to come."""
+    dtype, shape = decode_constant(one["dtype"]), list(one["shape"])
+    found = own.get(one["name"])
+    if found is None:
+        found = torch.empty(shape, dtype=dtype)
+    if found.dtype != dtype or list(found.shape) != shape:
+        raise InputError(
+            f"{one['name']} is {found.dtype} {list(found.shape)}, the program was saved for "
+            f"{dtype} {shape}"
+        )
+    if one["parameter"] and not isinstance(found, nn.Parameter):
+        return nn.Parameter(found, requires_grad=False)
+    return found

@@ -1,0 +1,111 @@
+"""Native: the machine code of a saved file, loaded as it is or built again for this processor.
+
+In: shared objects and C++ from a file, and what the processor that made them could do. Out: loaded
+libraries, or a SavedFileError that says what the processor lacks::
+
+    libraries = Libraries(manifest, entries)
+    libraries.open("kernels-0123456789abcdef").fused_gelu_0
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import platform
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from turbotx.errors import BuildError, BuildWarning, SavedFileError
+from turbotx.kernels.build import HEADERS, build_library, share_openmp
+from turbotx.runtime.abi import declare_runtime
+
+SOURCE = Path(__file__).parents[1] / "runtime" / "native.cpp"
+# What -march=native may use, by the names of /proc/cpuinfo (x86 and ARM).
+INSTRUCTIONS = re.compile(
+    r"(sse|ssse|avx|amx|fma|f16c|bmi|lzcnt|abm|popcnt|movbe|aes|vaes|sha|gfni|pclmul|vpclmul|adx"
+    r"|rdseed|rdrnd|asimd|sve|sme|i8mm|bf16|fphp|crc32|atomics|lrcpc|dcpop)"
+)
+
+
+def cpu_features() -> frozenset[str]:
+    """Return the instruction sets of this processor; nothing where the system does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.M)
+    return frozenset(f for f in (found[1].split() if found else ()) if INSTRUCTIONS.match(f))
+
+
+@functools.cache
+def runtime_digest() -> str:
+    """Return what identifies this turbotx's C++: a file made with another cannot run here."""
+    files = [SOURCE, *sorted(HEADERS.glob("*.h"))]
+    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
+
+
+class Libraries:
+    """The libraries of one file, each opened once."""
+
+    def __init__(self, manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> None:
+        self._entries = entries
+        self._opened: dict[str, ctypes.CDLL] = {}
+        if manifest["runtime"] != runtime_digest():
+            raise SavedFileError(
+                f"the file was saved by turbotx {manifest['turbotx']} with another C++ runtime "
+                "than this one's: save the model again with this version"
+            )
+        self._lacking = _find_lacking(manifest)
+        share_openmp()
+
+    def open(self, name: str) -> ctypes.CDLL:
+        """Return a library, rebuilt where its machine code is not for this processor."""
+        if name not in self._opened:
+            library = self._rebuild(name) if self._lacking else _load(self._entries[f"{name}.so"])
+            if name.startswith("runtime"):
+                declare_runtime(library)
+            self._opened[name] = library
+        return self._opened[name]
+
+    def _rebuild(self, name: str) -> ctypes.CDLL:
+        units = {
+            Path(entry).stem: data.decode()
+            for entry, data in self._entries.items()
+            if entry.startswith(f"{name}/") and entry.endswith(".cpp")
+        }
+        if name.startswith("runtime"):
+            units = {"runtime": SOURCE.read_text()}
+        try:
+            library, built = build_library(units)
+        except BuildError as error:
+            raise SavedFileError(
+                f"the file's kernels are for a processor with {self._lacking}, which this one "
+                f"lacks, and they cannot be built again here: {error}"
+            ) from error
+        if built:
+            warnings.warn(
+                f"the file's kernels are for a processor with {self._lacking}, which this one "
+                "lacks: they were built again, and are kept in the cache",
+                BuildWarning,
+                stacklevel=2,
+            )
+        return library
+
+
+def _find_lacking(manifest: Mapping[str, Any]) -> str:
+    if manifest["machine"] != platform.machine():
+        return str(manifest["machine"])
+    return ", ".join(sorted(set(manifest["cpu_features"]) - cpu_features()))
+
+
+def _load(data: bytes) -> ctypes.CDLL:
+    """Map machine code; a file of a name never used before, which is gone once it is mapped."""
+    with tempfile.NamedTemporaryFile(prefix="turbotx-", suffix=".so") as file:
+        file.write(data)
+        file.flush()
+        return ctypes.CDLL(file.name)

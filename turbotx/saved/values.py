@@ -1,0 +1,178 @@
+"""Values: what stands in a saved program's JSON, and how it is read back.
+
+In: dtypes, constants, nested inputs and outputs, sizes as text. Out: plain JSON, and the same again
+without sympy; texts are checked to be arithmetic on sizes before they are compiled::
+
+    encode_tree((Leaf(0), {"past": None}))  ->  {"tuple": [{"leaf": 0}, {"dict": [["past", ...]]}]}
+    compile_texts(["4 * seq + 32"], ["batch", "seq"])(2, 10)  ->  (72,)
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from turbotx.errors import SavedFileError, SaveError
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A place in a nested value that a tensor, a size or a constant takes."""
+
+    index: int
+
+
+class Output(OrderedDict[str, Any]):
+    """What a model's own output class becomes where its package is not imported.
+
+    Entries by name, by attribute and, as in a tuple, by number.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the output has no {name!r}, only {', '.join(self)}") from None
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self.values())
+
+
+# --- constants ---
+
+
+def encode_constant(value: Any) -> Any:
+    """Return a plain constant as JSON; raise SaveError for anything else."""
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if isinstance(value, torch.layout):
+        return {"layout": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value).removeprefix("torch.")}
+    if isinstance(value, float):
+        return {"float": value.hex()}  # JSON has neither infinities nor NaN
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise SaveError(f"a {type(value).__name__} cannot be saved: {value!r}")
+
+
+def decode_constant(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, text),) = value.items()
+    if kind == "float":
+        return float.fromhex(text)
+    if kind == "device":
+        return torch.device(text)
+    types = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+    found = getattr(torch, text, None)
+    if kind not in types or not isinstance(found, types[kind]):
+        raise SavedFileError(f"the file speaks of {kind} {text!r}, which PyTorch does not know")
+    return found
+
+
+# --- nested values ---
+
+
+def encode_tree(value: Any) -> Any:
+    """Return nested tuples, lists, dicts and records of leaves and constants as JSON."""
+    if isinstance(value, Leaf):
+        return {"leaf": value.index}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        fields = zip(value._fields, value, strict=True)
+        return {"named": _place(type(value)), "items": [[k, encode_tree(v)] for k, v in fields]}
+    if type(value) in (tuple, list):
+        return {type(value).__name__: [encode_tree(v) for v in value]}
+    if isinstance(value, Mapping):
+        items = [[_key(k), encode_tree(v)] for k, v in value.items()]
+        if type(value) in (dict, OrderedDict):
+            return {"dict": items}
+        return {"record": _place(type(value)), "items": items}
+    return {"constant": encode_constant(value)}
+
+
+def _key(key: Any) -> str:
+    if not isinstance(key, str):
+        raise SaveError(f"a dict with the key {key!r} cannot be saved: keys must be strings")
+    return key
+
+
+def _place(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def decode_tree(value: Mapping[str, Any], leaves: Callable[[int], Any]) -> Any:
+    """Return the nested value again, `leaves(k)` in the place of each leaf."""
+    if "leaf" in value:
+        return leaves(value["leaf"])
+    if "constant" in value:
+        return decode_constant(value["constant"])
+    for kind in (tuple, list):
+        if kind.__name__ in value:
+            return kind(decode_tree(v, leaves) for v in value[kind.__name__])
+    pairs = value["dict"] if "dict" in value else value["items"]
+    items = {k: decode_tree(v, leaves) for k, v in pairs}
+    if "dict" in value:
+        return items
+    found = _imported(value.get("named") or value["record"])
+    if "named" in value:
+        made: Any = found or namedtuple(value["named"].rpartition(".")[2], list(items))
+        return made(**items)
+    return Output(items) if found is None else found(**items)
+
+
+def _imported(place: str) -> Any:
+    """Return a class whose module the process has imported anyway; None where it has not."""
+    module, _, name = place.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+# --- sizes ---
+
+_ARITHMETIC = (
+    ast.Expression, ast.Lambda, ast.arguments, ast.arg, ast.Tuple, ast.Load, ast.BinOp, ast.Add,
+    ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.UnaryOp, ast.USub, ast.Not, ast.BoolOp, ast.And,
+    ast.Or, ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
+)  # fmt: skip
+
+
+def compile_texts(texts: Sequence[str], dims: Sequence[str]) -> Callable[..., tuple[Any, ...]]:
+    """Return a function of the dims, in order, that evaluates every text; all in one call."""
+    source = f"lambda {', '.join(dims)}: ({''.join(f'{t}, ' for t in texts)})"
+    try:
+        tree = ast.parse(source, mode="eval")
+    except SyntaxError as error:
+        raise SavedFileError(f"the file holds sizes that are no arithmetic: {error}") from error
+    for node in _walk(tree):
+        if not _is_arithmetic(node, dims):
+            raise SavedFileError(f"the file holds sizes that are no arithmetic: {ast.dump(node)}")
+    code = compile(tree, "<turbotx sizes>", "eval")
+    return eval(code, {"__builtins__": {}, "max": max, "min": min})
+
+
+def _walk(tree: ast.AST) -> Iterator[ast.AST]:
+    yield from ast.walk(tree)
+
+
+def _is_arithmetic(node: ast.AST, dims: Sequence[str]) -> bool:
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, int)
+    if isinstance(node, ast.Name):
+        return node.id in dims or node.id in ("max", "min")
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and not node.keywords
+    return isinstance(node, _ARITHMETIC)
