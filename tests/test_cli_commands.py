@@ -17,6 +17,7 @@ from torch import nn
 
 import turbotx
 from turbotx.cli import main
+from turbotx.errors import VerifyError
 from turbotx.kernels.cpp import print_kernel
 from turbotx.report.numerics import compare, difference
 
@@ -79,6 +80,9 @@ def test_verify_measures_every_launch_and_the_outputs(run: Callable[..., Ran], m
     for error in launches:
         assert 0 <= error["turbotx"] <= error["allowed"] < 1e-3
     assert len(found["shapes"][1]["outputs"]) == 1
+    assert list(found["adversarial"]) == ["large mean", "-inf rows", "denormals"]
+    harsh = {e["name"] for e in found["adversarial"]["large mean"]}
+    assert harsh and all(name.startswith("fused_") for name in harsh)
 
 
 def test_verify_names_a_kernel_that_is_wrong(
@@ -95,6 +99,11 @@ def test_verify_names_a_kernel_that_is_wrong(
     bad = [e["name"] for e in ran.json["shapes"][0]["launches"] if not e["holds"]]
     assert bad == ["fused_add_gelu_0"]
     assert not ran.json["shapes"][0]["outputs"][0]["holds"]
+    harsh = {
+        case: {e["name"]: e["holds"] for e in v} for case, v in ran.json["adversarial"].items()
+    }
+    assert not harsh["-inf rows"]["fused_add_gelu_0"]
+    assert harsh["large mean"]["fused_add_gelu_0"], "gelu(x) is x there, whatever its factor"
 
 
 def test_verify_catches_a_wrong_pass_in_the_outputs(
@@ -170,6 +179,31 @@ def test_profile_refuses_what_it_cannot_do(
     assert run("profile", model, "--shape", "batch=1", "--shape", "batch=2").code == 2
     assert run("profile", model, "--runs", 0).code == 2
     assert run("profile", model, "--runs", 1, "--trace", tmp_path / "no" / "t.json").code == 2
+
+
+def test_an_optimized_module_profiles_itself() -> None:
+    fast, x = turbotx.optimize(nn.Sequential(nn.Linear(4, 4), nn.GELU()).eval()), torch.randn(3, 4)
+    found = fast.profile(x, runs=2)
+    assert sum(count for _, count in found.by_region().values()) == len(found.launches)
+    assert sum(us for us, _ in found.by_module().values()) > 0 and found.overhead >= 0
+    assert len(found.to_chrome_trace()["traceEvents"]) == len(found.launches)
+
+
+def test_the_environment_dumps_and_verifies_what_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = nn.Sequential(nn.Linear(4, 4), nn.GELU()).eval(), torch.randn(3, 4)
+    monkeypatch.setenv("TURBOTX_DUMP", str(tmp_path))
+    monkeypatch.setenv("TURBOTX_VERIFY", "1")
+    fast = turbotx.optimize(layer)
+    torch.testing.assert_close(fast(x), layer(x).detach())
+    turbotx.optimize(layer)(x)
+    assert {p.name for p in tmp_path.iterdir()} == {"Sequential_0", "Sequential_1"}
+    assert (tmp_path / "Sequential_1" / "report.html").is_file()
+    monkeypatch.setattr("turbotx.report.numerics.FACTOR", -1.0)
+    monkeypatch.setattr("turbotx.report.numerics.ULPS", -1)
+    with pytest.raises(VerifyError, match="TURBOTX_VERIFY"):
+        turbotx.optimize(layer)(x)
 
 
 def test_the_model_runs_as_before_after_a_profile() -> None:

@@ -92,17 +92,10 @@ def modules_table(found: Profile) -> Table:
     table.add_column("module", overflow="fold")
     for name in ("launches", "ms", "share"):
         table.add_column(name, justify="right")
-    rows = found.by(lambda x: shorten(x.module))
+    rows = found.by_module()
     for name, (us, count) in list(rows.items())[:12]:
         table.add_row(name, str(count), f"{us / 1e3:.3f}", f"{us / found.total_us:.1%}")
     return table
-
-
-def shorten(module: str) -> str:
-    """Return a module's path down to its layer: encoder.layer.0 of encoder.layer.0.output.dense."""
-    parts = module.split(".")
-    numbers = [k for k, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else (parts[0] or "(the model itself)")
 
 
 def _as_dict(found: Profile) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """`turbotx verify`: every launch and the whole model against float64, the worst of each kernel.
 
-In: MODEL and shapes. Out: a table; exit code 1 where an error is larger than the rule allows::
+Kernels are also run on large means, rows of minus infinity and denormals. In: MODEL and shapes.
+Out: tables; exit code 1 where an error is larger than the rule allows::
 
     turbotx verify minilm --shape batch=1,seq=1 --shape batch=4,seq=128
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,7 +27,7 @@ def verify_model(model: Source, shapes: Sequence[str], output: Output) -> int:
     """Measure at every shape; return 0, or 1 where the rule is broken."""
     wanted = [parse_shape(text) for text in shapes]
     found: list[tuple[dict[str, int], Numerics]] = []
-    with output.steps(f"load {model}", total=2 + max(1, len(wanted))) as steps:
+    with output.steps(f"load {model}", total=3 + max(1, len(wanted))) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
         report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
@@ -34,12 +35,20 @@ def verify_model(model: Source, shapes: Sequence[str], output: Output) -> int:
             steps(f"run launch by launch in float64 at {_shown(view.dims)}")
             args, kwargs = resize(view, loaded.args, loaded.kwargs)
             found.append((view.dims, view.numerics(loaded.model, *args, **kwargs)))
+        steps("run kernels on inputs that break careless arithmetic")
+        harsh = view.stress(*args, **kwargs)
     for dims, numerics in found:
         output.console.print(numerics_table(_shown(dims), numerics))
-    holds = all(numerics.holds for _, numerics in found)
+    output.console.print(harsh_table(harsh))
+    stressed = all(e.holds for errors in harsh.values() for e in errors)
+    holds = stressed and all(numerics.holds for _, numerics in found)
     verdict = "[green]holds[/green]" if holds else "[red bold]is broken[/red bold]"
     output.console.print(f"{RULE}: {verdict}")
-    output.result({"model": str(model), "rule": RULE, "holds": holds, "shapes": _as_dicts(found)})
+    adversarial = {case: _errors(errors) for case, errors in harsh.items()}
+    output.result({
+        "model": str(model), "rule": RULE, "holds": holds, "shapes": _as_dicts(found),
+        "adversarial": adversarial,
+    })  # fmt: skip
     return OK if holds else WRONG
 
 
@@ -75,12 +84,34 @@ def numerics_table(shape: str, numerics: Numerics) -> Table:
     return table
 
 
+def harsh_table(harsh: Mapping[str, Sequence[Error]]) -> Table:
+    """One row a case and kernel whose error is the largest relative to its rule."""
+    table = Table(title="On adversarial inputs", title_justify="left", title_style="bold")
+    table.add_column("case")
+    table.add_column("kernel", overflow="fold", min_width=24)
+    for name in ("eager", "turbotx", "allowed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for case, errors in harsh.items():
+        for error in worst_of_each(errors):
+            table.add_row(
+                case, error.name,
+                *(f"{x:.2e}" for x in (error.eager, error.turbotx, error.allowed)),
+                "" if error.holds else "[red bold]too large[/red bold]",
+            )  # fmt: skip
+    return table
+
+
+def _errors(errors: Sequence[Error]) -> list[dict[str, Any]]:
+    return [{**asdict(e), "relative": e.relative, "holds": e.holds} for e in errors]
+
+
 def _as_dicts(found: Sequence[tuple[dict[str, int], Numerics]]) -> list[dict[str, Any]]:
     return [
         {
             "dims": dims,
-            "launches": [{**asdict(e), "holds": e.holds} for e in numerics.launches],
-            "outputs": [{**asdict(e), "holds": e.holds} for e in numerics.outputs],
+            "launches": _errors(numerics.launches),
+            "outputs": _errors(numerics.outputs),
         }
         for dims, numerics in found
     ]

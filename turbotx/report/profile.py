@@ -68,6 +68,14 @@ class Profile:
             found[key(t.launch)] = (before[0] + t.median_us, before[1] + 1)
         return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
+    def by_region(self) -> dict[str, tuple[float, int]]:
+        """Return microseconds and count of every kernel, and of GEMMs by their module."""
+        return self.by(lambda x: x.kernel or f"{x.name.rstrip('0123456789_')} {x.module}".strip())
+
+    def by_module(self) -> dict[str, tuple[float, int]]:
+        """Return microseconds and count of every module, down to its layer."""
+        return self.by(lambda x: shorten(x.module))
+
     def to_chrome_trace(self) -> dict[str, Any]:
         """Return the trace-event format that chrome://tracing and Perfetto read."""
         events = [
@@ -83,6 +91,13 @@ class Profile:
             for t in self.launches
         ]  # fmt: skip
         return {"traceEvents": events, "displayTimeUnit": "ns"}
+
+
+def shorten(module: str) -> str:
+    """Return a module's path down to its layer: encoder.layer.0 of encoder.layer.0.output.dense."""
+    parts = module.split(".")
+    numbers = [k for k, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else (parts[0] or "(the model itself)")
 
 
 def profile(report: Report, tensors: Sequence[torch.Tensor], runs: int) -> Profile:

@@ -47,14 +47,22 @@ class _Replay:
         self._observer, self._dims = observer, dims
 
     def before(self, launch: int, state: Callable[[], RunState]) -> None:
-        self._observer.before(launch, _reader(state(), self._dims))
+        self._observer.before(launch, make_reader(state(), self._dims))
 
     def after(self, launch: int, state: Callable[[], RunState]) -> None:
-        self._observer.after(launch, _reader(state(), self._dims))
+        self._observer.after(launch, make_reader(state(), self._dims))
 
 
-def _reader(state: RunState, dims: Sequence[str]) -> Read:
-    def read(operand: ir.Operand) -> torch.Tensor:
+def make_reader(state: RunState, dims: Sequence[str]) -> Read:
+    """Return a function that gives a copy of what an operand shows in a run."""
+    view = make_viewer(state, dims)
+    return lambda operand: view(operand).clone()
+
+
+def make_viewer(state: RunState, dims: Sequence[str]) -> Read:
+    """Return a function that gives an operand's own memory in a run, as a tensor."""
+
+    def view(operand: ir.Operand) -> torch.Tensor:
         evaluate = compile_evaluator([*operand.shape, *operand.strides, operand.offset], dims)
         numbers = evaluate(*state.dims)
         rank = len(operand.shape)
@@ -64,6 +72,6 @@ def _reader(state: RunState, dims: Sequence[str]) -> Read:
             begin, size = state.offsets[operand.tensor], operand.dtype.itemsize
             count = (state.arena.numel() - begin) // size
             base = state.arena[begin : begin + count * size].view(operand.dtype)
-        return base.as_strided(shape, strides, base.storage_offset() + offset).clone()
+        return base.as_strided(shape, strides, base.storage_offset() + offset)
 
-    return read
+    return view

@@ -1,0 +1,107 @@
+"""Adversarial: every kernel on inputs that break careless arithmetic, against float64.
+
+In: a compiled call and its tensors. Out: the errors of every generated kernel beside eager's own,
+when what it reads has a large mean, rows of minus infinity, or numbers too small to be normal::
+
+    stress(compiled, tensors, names, dims)["large mean"][3].holds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from turbotx import ir
+from turbotx.pipeline import Compiled
+from turbotx.report.numerics import Error, LaunchErrors
+from turbotx.report.replay import make_reader, make_viewer
+from turbotx.runtime.aten import RunState
+from turbotx.signature import SizeMatcher
+
+
+def _large_mean(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator) + 1e4
+
+
+def _hidden_rows(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Every third row is minus infinity throughout, and every second element of the next one."""
+    values = torch.randn(shape, generator=generator)
+    if values.dim() and values.numel():
+        rows = values.reshape(-1, shape[-1])
+        rows[::3] = float("-inf")
+        rows[1::3, ::2] = float("-inf")
+    return values
+
+
+def _denormals(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator) * 1e-39
+
+
+CASES: Mapping[str, Callable[[torch.Size, torch.Generator], torch.Tensor]] = {
+    "large mean": _large_mean,
+    "-inf rows": _hidden_rows,
+    "denormals": _denormals,
+}
+
+
+def stress(
+    compiled: Compiled, tensors: Sequence[torch.Tensor],
+    names: Callable[[ir.Launch], str], dims: Mapping[str, int],
+) -> dict[str, tuple[Error, ...]]:  # fmt: skip
+    """Return, by case, the error of every generated kernel; nothing else may use `compiled`.
+
+    Attention takes the small numbers, and minus infinities in its bias: scores of 1e8 would measure
+    how products are rounded, which is the GEMM's matter, in eager as in turbotx.
+    """
+    sizes = SizeMatcher(compiled.captured).match([t.shape for t in tensors])
+    assert sizes is not None
+    found = {}
+    for case in CASES:
+        watch = _Harsh(case, compiled, names, dims)
+        program = compiled.program
+        copies = [t.clone() for t in tensors]  # a call's inputs are the caller's
+        with torch.no_grad():
+            program.run(program.bind(sizes), copies, watch=watch)
+        found[case] = tuple(watch.errors.found)
+    return found
+
+
+class _Harsh:
+    """Writes over what a kernel is about to read, then compares what it makes of that."""
+
+    def __init__(
+        self, case: str, compiled: Compiled,
+        names: Callable[[ir.Launch], str], dims: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        self._case, self._dims = case, compiled.captured.dims
+        self._launches, self._tensors = compiled.assembly.launches, compiled.assembly.tensors
+        self.errors = LaunchErrors(compiled, names, dims)
+
+    def before(self, launch: int, state: Callable[[], RunState]) -> None:
+        if self._launches[launch].kind not in ("kernel", "attention"):
+            return
+        given = state()
+        view = make_viewer(given, self._dims)
+        generator = torch.Generator().manual_seed(launch)
+        for operand in self._replaced(self._launches[launch]):
+            tensor = view(operand)
+            if all(s > 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+                tensor.copy_(CASES[self._case](tensor.shape, generator))
+        self.errors.before(launch, make_reader(given, self._dims))
+
+    def after(self, launch: int, state: Callable[[], RunState]) -> None:
+        if self._launches[launch].kind in ("kernel", "attention"):
+            self.errors.after(launch, make_reader(state(), self._dims))
+
+    def _replaced(self, launch: ir.Launch) -> list[ir.Operand]:
+        reads = [a for a in launch.args if a is not None and a.tensor in launch.reads]
+        if launch.kind == "attention":
+            chosen = {"denormals": launch.args[:3], "-inf rows": launch.args[5:6]}
+            reads = [a for a in chosen.get(self._case, ()) if a is not None]
+        return [
+            a
+            for a in reads
+            if a.dtype.is_floating_point
+            and self._tensors[a.tensor].kind in ("input", "intermediate")
+        ]

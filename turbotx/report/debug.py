@@ -1,0 +1,77 @@
+"""Debug: TURBOTX_DUMP and TURBOTX_VERIFY: look at everything that a process compiles.
+
+In: an engine, a call it has captured and is about to compile. Out: the stages as files, one folder
+a compiled call, or a VerifyError that names the launch whose error breaks the rule::
+
+    TURBOTX_DUMP=out TURBOTX_VERIFY=1 python serve_my_model.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from turbotx.capture import Captured
+from turbotx.engine import Engine
+from turbotx.errors import VerifyError
+from turbotx.pipeline import Compiled
+from turbotx.report.origin import observe
+from turbotx.report.report import Report
+from turbotx.signature import SizeMatcher
+
+log = logging.getLogger("turbotx")
+Finish = Callable[[Compiled], None]
+
+
+def watch(
+    engine: Engine, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Finish:
+    """Return what to do with the compiled call; the captured graph is looked at before it goes."""
+    origin = observe(captured)
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    sizes = SizeMatcher(captured).match([t.shape for t in tensors])
+    dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
+
+    def finish(compiled: Compiled) -> None:
+        report = Report(compiled, origin, dims, engine.options.planner)
+        if os.environ.get("TURBOTX_VERIFY", "0") not in ("", "0"):
+            report = _verify(engine, report, args, kwargs)
+        folder = os.environ.get("TURBOTX_DUMP")
+        if folder:
+            dumped = report.dump(_new_folder(Path(folder), report.name))
+            log.info("dumped %d files into %s", len(dumped.files), dumped.folder)
+
+    return finish
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Return a folder that no other call and no other process has taken."""
+    for k in itertools.count():
+        folder = parent / f"{name}_{k}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+def _verify(
+    engine: Engine, report: Report, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Report:
+    numerics = report.numerics_of(engine, args, kwargs)
+    for error in (*numerics.launches, *numerics.outputs):
+        if not error.holds:
+            raise VerifyError(
+                f"TURBOTX_VERIFY: {error.name} of {report.name} differs from float64 by "
+                f"{error.turbotx:.3g}, eager by {error.eager:.3g}; {error.allowed:.3g} is allowed"
+            )
+    log.info("verified %d launches of %s", len(numerics.launches), report.name)
+    return report.with_findings(numerics=numerics)
