@@ -210,7 +210,8 @@ def _latency_lines(
     share = _floor_us(row, ceilings) / row["row_us"]
     lines = [
         f"{place}: turbotx {row['latency_us']:.1f} µs, in a row {row['row_us']:.1f} µs, "
-        f"{share:.1%} of the weight-streaming floor's rate, {row['peak_nbytes'] / 2**20:.1f} MiB"
+        f"{share:.1%} of the weight-streaming floor's rate, "
+        f"{(row['peak_nbytes'] + row.get('arena_nbytes', 0)) / 2**20:.1f} MiB"
     ]
     for device, targets in TARGETS.items():
         target = targets.get(place.rsplit("/", 1)[-1])

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from gpu_models import DTYPES, compare, make_call, make_inputs, make_model, streamed_nbytes
-from gpu_timing import kernel_times, peak_memory, time_call, time_graphed, time_row
+from gpu_timing import DEVICE, kernel_times, peak_memory, time_call, time_graphed, time_row
 from torch.nn import functional
 
 import turbotx
@@ -71,6 +71,8 @@ def measure_latency(name: str, dtype: str, shape: tuple[int, int], engine: str) 
     found: dict[str, Any] = {"ready_s": round(ready_s, 2), **time_call(call)}
     found["peak_nbytes"] = peak_memory(call)
     found["streamed_nbytes"] = streamed_nbytes(model)
+    if engine == "turbotx":  # its arena is none of PyTorch's allocator's
+        found["arena_nbytes"] = call.func.stats()["mapped_nbytes"]  # type: ignore[attr-defined]
     return found
 
 
@@ -117,8 +119,8 @@ def measure_function(
 ) -> dict[str, Any]:
     """Softmax or LayerNorm: of many rows in a row of calls, of 40 rows inside a graph."""
     rows = MANY_BYTES // (width * DTYPES[dtype].itemsize) if large else 40
-    x = torch.randn(rows, width, dtype=DTYPES[dtype], device="cuda")
-    weight, bias = (torch.randn(width, dtype=x.dtype, device="cuda") for _ in range(2))
+    x = torch.randn(rows, width, dtype=DTYPES[dtype], device=DEVICE)
+    weight, bias = (torch.randn(width, dtype=x.dtype, device=DEVICE) for _ in range(2))
 
     def softmax(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return functional.softmax(x, -1)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from gpu_timing import DEVICE
 from torch import nn
 
 import turbotx
@@ -61,7 +63,7 @@ def make_model(name: str, dtype: torch.dtype, layers: int | None = None) -> nn.M
         if layers is not None and hasattr(config, field):
             setattr(config, field, layers)
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = transformers.AutoModel.from_config(config)
     return model.to(dtype).eval()
 
@@ -72,8 +74,8 @@ def make_inputs(
     """Random ids and a mask (with `padded`, every second row is half as long), or pixels."""
     if getattr(model.config, "image_size", None):
         side = model.config.image_size
-        return {"pixel_values": torch.randn(batch, 3, side, side, dtype=dtype, device="cuda")}
-    ids = torch.randint(3, 1000, (batch, seq), device="cuda")
+        return {"pixel_values": torch.randn(batch, 3, side, side, dtype=dtype, device=DEVICE)}
+    ids = torch.randint(3, 1000, (batch, seq), device=DEVICE)
     mask = torch.ones_like(ids)
     if padded:
         mask[1::2, max(1, seq // 2) :] = 0
@@ -83,8 +85,7 @@ def make_inputs(
 def make_call(engine: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
     """Return one call of a model by an engine, ready to be timed."""
     if engine == "turbotx":
-        fast = turbotx.optimize(model)
-        return lambda: fast(**inputs)
+        return partial(turbotx.optimize(model), **inputs)
     if engine == "eager":
         return lambda: _plain(model, inputs)
     if engine == "eager-graphs":

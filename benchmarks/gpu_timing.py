@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
+DEVICE = "cuda"
 
 
 def time_call(call: Call, seconds: float = 0.5) -> dict[str, float]:
@@ -74,13 +75,13 @@ def time_graphed(call: Call, repeat: int = 20) -> float:
 
 def measure_ceilings() -> dict[str, float]:
     """The device's own limits: a copy far larger than its caches, a large product, a launch."""
-    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
+    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     copy_us = min(time_row(partial(target.copy_, source), 5) for _ in range(3))
     del source, target
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     product_us = min(time_row(lambda: a @ b, 5) for _ in range(3))
-    small = torch.ones(32, device="cuda")
+    small = torch.ones(32, device=DEVICE)
     return {
         "copy_gb_per_s": round(2 * (1 << 30) / copy_us / 1e3, 1),
         "matmul_tflop_per_s": round(2 * 8192**3 / product_us / 1e6, 1),

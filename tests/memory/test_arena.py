@@ -1,7 +1,7 @@
 """How an arena picks its memory and orders streams, with CUDA replaced by stand-ins."""
 
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace, SimpleNamespace
 
 import pytest
 import torch
@@ -37,11 +37,13 @@ def test_cuda_memory_is_the_drivers_after_the_context_exists(monkeypatch, made):
     def make(index, nbytes, given, synchronize):
         assert given is driver
         made.append((index, nbytes))
-        return "driver range"
+        return memory
 
+    memory = SimpleNamespace(map_to=made.append, unmap_to=made.append)
     monkeypatch.setattr(arena_module, "CudaRange", make)
-    assert open_range(CUDA, 1 << 40) == "driver range"
-    assert made == ["synchronize", (1, 1 << 40)]
+    assert open_range(CUDA, 1 << 40) is memory
+    # It is tried before anything relies on it: some machines reserve addresses and never back them.
+    assert made == ["synchronize", (1, 1 << 40), 1, 0]
 
     def refuse(*arguments):
         raise CudaMemoryError("the CUDA driver's cuMemAddressReserve failed with 801")

@@ -27,6 +27,7 @@ from turbotx import __version__
 from turbotx.cli.output import OK, WRONG, Output
 from turbotx.errors import TurbotxError
 from turbotx.kernels.build import build_library, cache_directory, find_compiler, share_openmp
+from turbotx.runtime.cuda_device import CudaDevice
 
 VECTORS = ("avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "avx2", "fma", "f16c", "asimd", "sve")
 
@@ -142,8 +143,14 @@ def _vectors() -> Check:
 def _gpu() -> Check:
     if not torch.cuda.is_available():
         return Check("gpu", "missing", "none that PyTorch sees; kernels can be built for one")
-    name = torch.cuda.get_device_name()
-    return Check("gpu", "missing", name, "this version of turbotx runs programs on CPUs only")
+    try:
+        device = CudaDevice(torch.device("cuda"))
+    except TurbotxError as error:
+        return Check("gpu", "missing", torch.cuda.get_device_name(), str(error))
+    found = f"{device.describe()}, kernels for {device.target}"
+    if importlib.util.find_spec("cuda") is None:
+        return Check("gpu", "ok", found, "pip install cuda-bindings: arenas then never move")
+    return Check("gpu", "ok", found)
 
 
 def _cache() -> Check:

@@ -106,7 +106,10 @@ def _open_cuda(device: torch.device, address_nbytes: int) -> AddressRange:
     torch.cuda.synchronize(device)  # makes the device's context, which the driver calls need
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
-        return CudaRange(index, address_nbytes, driver, lambda: torch.cuda.synchronize(device))
+        memory = CudaRange(index, address_nbytes, driver, lambda: torch.cuda.synchronize(device))
+        memory.map_to(1)  # some virtual machines reserve addresses and cannot back them
+        memory.unmap_to(0)
+        return memory
     except CudaMemoryError as error:
         warnings.warn(f"{error}; arenas are plain allocations instead", RuntimeWarning)
         return PlainRange(device)

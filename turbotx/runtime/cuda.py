@@ -20,6 +20,7 @@ import torch
 from turbotx import ir
 from turbotx.assemble import Assembly
 from turbotx.errors import InputError
+from turbotx.kernels.targets import Job
 from turbotx.options import Options
 from turbotx.runtime.aten import AtenSteps, RunState
 from turbotx.runtime.cuda_gemm import bind_gemm
@@ -55,6 +56,7 @@ class CudaRuntime:
         self.builds = 0
         self.sources: dict[str, str] = {}
         self._dims = tuple(dims)
+        self._functions: dict[int, tuple[Job, Any]] = {}
         launches = assembly.launches
         self.table = SizeTable(list(assembly.tensors))
         self._families = self._find_families(options)
@@ -110,21 +112,20 @@ class CudaRuntime:
         """Build, in parallel and before the first run, what the shapes to expect will need."""
         evaluate = compile_evaluator(list(self.table.values), self._dims)
         first = [tuple(example_dims)] if example_dims else []
-        jobs = {}
-        for dims in [*first, *expected_dims(self._dims)]:
-            sizes = evaluate(*dims)
-            for family in self._families.values():
-                job, _ = family.pick(sizes)
-                jobs[job.digest()] = job
-        self._load(list(jobs.values()))
+        shapes = [evaluate(*dims) for dims in [*first, *expected_dims(self._dims)]]
+        self._load([f.pick(sizes)[0] for sizes in shapes for f in self._families.values()])
 
-    def _load(self, jobs: Sequence[Any]) -> list[Any]:
-        functions, compiled = self.device.load(jobs)
-        self.builds += compiled
-        for job in jobs:
-            tiles = "".join(f"_{name.lower()}{value}" for name, value in job.constexprs)
-            self.sources[job.name + tiles] = job.source
-        return functions
+    def _load(self, jobs: Sequence[Job]) -> list[Any]:
+        """Return the functions of jobs, which are few objects however many launches there are."""
+        new = {id(job): job for job in jobs if id(job) not in self._functions}
+        if new:
+            functions, compiled = self.device.load(list(new.values()))
+            self.builds += compiled
+            for job, function in zip(new.values(), functions, strict=True):
+                self._functions[id(job)] = (job, function)
+                tiles = "".join(f"_{name.lower()}{value}" for name, value in job.constexprs)
+                self.sources[job.name + tiles] = job.source
+        return [self._functions[id(job)][1] for job in jobs]
 
     def _bind(self, sizes: Any) -> _Bound:
         """Return the functions and grids for a shape, kept with its sizes."""
