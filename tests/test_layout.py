@@ -42,7 +42,7 @@ LAYERS = (
     ("runtime",),
     ("program", "graphed"),
     ("pipeline",),
-    ("signature", "fused_graph", "placement"),
+    ("signature", "fused_graph", "placement", "tune"),
     ("engine", "optimized"),
     ("saved",),
     ("dynamo",),

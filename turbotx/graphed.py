@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,16 @@ class GraphedProgram(Program):
         self.pool.reserve(
             self._lay_out(binding)[1] if self._max_graphs else binding.footprint_nbytes
         )
+
+    @contextmanager
+    def used(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
+        """Run once and keep the memory: yields the address table, for launches over it again."""
+        self.runtime.weights.refresh()
+        inputs, outputs = self._readable(tensors), self._new_outputs(binding)
+        with self.pool.lease(binding.footprint_nbytes) as arena:
+            execution = self._prepare(arena, binding)
+            self._run_in(arena, execution, binding, inputs, outputs)
+            yield execution.table
 
     def _is_first(self, dims: tuple[int, ...]) -> bool:
         """Tell whether a shape was not seen lately; remembers four times as many as graphs."""

@@ -9,6 +9,8 @@ cache key of everything built under it, for example::
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,6 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "backend": ("auto", "cpp", "triton", "aten"),
     "planner": ("symbolic", "chunked", "greedy"),
 }
+_TAG = re.compile(r"(?=.)(r\d+)?(c\d+)?(w\d+)?")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Options:
     max_arenas: how many calls may run at the same time, each in memory of its own.
     cuda_graphs: replay a shape's launches as one CUDA graph from its second use on.
     max_graphs: how many such graphs are kept; the one longest unused goes first.
+    schedules: on a GPU, tiles of kernels by name, as in {"fused_add_layer_norm*": "r2w8"}: rows a
+        program, columns (c1024) and warps, over what tuning and the heuristics choose.
     """
 
     backend: str = "auto"
@@ -45,6 +50,7 @@ class Options:
     max_arenas: int = 8
     cuda_graphs: bool = True
     max_graphs: int = 128
+    schedules: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -52,6 +58,15 @@ class Options:
             if value not in allowed:
                 listed = ", ".join(repr(choice) for choice in allowed)
                 raise OptionsError(f"{name}={value!r} is not one of {listed}")
+        if isinstance(self.schedules, Mapping):  # options are part of keys: immutable
+            object.__setattr__(self, "schedules", tuple(self.schedules.items()))
+        pairs: tuple[tuple[str, str], ...] = tuple(self.schedules)  # type: ignore[arg-type]
+        for pattern, tag in pairs:
+            if not isinstance(pattern, str) or not isinstance(tag, str) or not _TAG.fullmatch(tag):
+                raise OptionsError(
+                    f"schedules={{{pattern!r}: {tag!r}}}: write rows a program, columns and warps, "
+                    'each a power of two, as in "r2c1024w8", "r4" or "w8"'
+                )
         for name in ("max_shapes", "max_arenas", "max_graphs"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from turbotx import ir
+from turbotx.kernels.heuristics import DEFAULT
 from turbotx.kernels.schedule import (
-    LOOP_TILE,
     PERSISTENT,
     ROW_TILES,
     Schedule,
@@ -52,7 +52,7 @@ def test_rows_stay_in_registers(length: int) -> None:
 
 @pytest.mark.parametrize("length", [PERSISTENT + 1, 70000, 10**7])
 def test_longer_rows_are_walked_along(length: int) -> None:
-    assert choose_schedule(kernel(length)) == Schedule(1, LOOP_TILE, 8, looped=True)
+    assert choose_schedule(kernel(length)) == Schedule(1, DEFAULT.loop_tile, 8, looped=True)
 
 
 def test_short_rows_share_a_program() -> None:

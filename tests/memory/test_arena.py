@@ -1,7 +1,7 @@
 """How an arena picks its memory and orders streams, with CUDA replaced by stand-ins."""
 
 import sys
-from types import ModuleType, SimpleNamespace, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch

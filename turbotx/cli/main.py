@@ -104,6 +104,20 @@ def profile_command(
     raise typer.Exit(profile_model(source, shape or (), runs, trace, Output(as_json)))
 
 
+@app.command("tune")
+def tune_command(
+    model: Model,
+    shape: Shape = None,
+    dtype: Dtype = "",
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Time the tiles of every kernel on this GPU, and remember the fastest."""
+    from turbotx.cli.tune import tune_model
+
+    raise typer.Exit(tune_model(Source(model, dtype, weights), shape or (), Output(as_json)))
+
+
 @app.command("doctor")
 def doctor_command(as_json: Json = False) -> None:
     """Say what this machine can run, what is missing and how to get it."""

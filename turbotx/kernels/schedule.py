@@ -15,18 +15,12 @@ from dataclasses import dataclass, replace
 import sympy
 
 from turbotx import ir
+from turbotx.kernels.heuristics import DEFAULT, Heuristics
 from turbotx.sizes import Expr, evaluate, product
 
 # Tiles for a row whose length is only known at run time: five builds and the looped one.
 ROW_TILES = (64, 256, 1024, 4096, 16384)
 PERSISTENT = ROW_TILES[-1]
-# Columns in flight in each turn of a looped row: 16 values a thread of 8 warps.
-LOOP_TILE = 4096
-# Bytes that a program of four warps should at least load at once: 128 bits a thread.
-SMALLEST_TILE_NBYTES = 4 * 32 * 16
-POINTWISE_TILE = 1024
-# Side of the tile where neighbours in memory are neighbours along the rows.
-STRIDED_ROWS, STRIDED_COLS = 32, 32
 INT32_LIMIT = 2**31
 
 
@@ -66,10 +60,12 @@ def choose_schedule(kernel: ir.Kernel, dims: Mapping[str, int] | None = None) ->
     return schedule_for(kernel, _length(kernel, dims), wide, is_strided(kernel))
 
 
-def schedule_for(kernel: ir.Kernel, length: int, wide: bool, strided: bool) -> Schedule:
+def schedule_for(
+    kernel: ir.Kernel, length: int, wide: bool, strided: bool, numbers: Heuristics = DEFAULT
+) -> Schedule:
     """Return the schedule for a kernel whose tiles' columns are `length` long."""
     choose = _reduction if kernel.columns else _pointwise
-    return replace(choose(kernel, length, strided), wide=wide)
+    return replace(choose(kernel, length, strided, numbers), wide=wide)
 
 
 def _length(kernel: ir.Kernel, dims: Mapping[str, int] | None) -> int:
@@ -84,47 +80,49 @@ def is_static(kernel: ir.Kernel) -> bool:
     return bool(product([a.extent for a in vector_axes(kernel)]).is_Integer)
 
 
-def _reduction(kernel: ir.Kernel, length: int, strided: bool) -> Schedule:
+def _reduction(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristics) -> Schedule:
+    side = numbers.strided
     if strided:
-        looped = length > 2 * STRIDED_COLS
-        cols = STRIDED_COLS if looped else power_above(length)
-        return Schedule(STRIDED_ROWS, cols, _warps(STRIDED_ROWS * cols), looped)
-    if length > PERSISTENT:
-        return Schedule(1, LOOP_TILE, 8, looped=True)
+        looped = length > 2 * side
+        cols = side if looped else power_above(length)
+        return Schedule(side, cols, _warps(side * cols, numbers), looped)
+    if length > numbers.persistent:
+        return Schedule(1, numbers.loop_tile, 8, looped=True)
     cols = power_above(length)
     if not is_static(kernel):
         cols = next(t for t in ROW_TILES if t >= length)
     narrowest = min(
         (p.dtype.itemsize for p in kernel.params if p.dtype.is_floating_point), default=4
     )
-    rows = max(1, SMALLEST_TILE_NBYTES // narrowest // cols) if kernel.rows else 1
-    return Schedule(rows, cols, _warps(rows * cols))
+    rows = max(1, numbers.row_nbytes // narrowest // cols) if kernel.rows else 1
+    return Schedule(rows, cols, _warps(rows * cols, numbers))
 
 
-def _pointwise(kernel: ir.Kernel, length: int, strided: bool) -> Schedule:
+def _pointwise(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristics) -> Schedule:
+    tile, side = numbers.pointwise_tile, numbers.strided
     if len(kernel.axes) < 2:
-        cols = POINTWISE_TILE if not is_static(kernel) else min(power_above(length), POINTWISE_TILE)
-        return Schedule(1, cols, _warps(cols))
+        cols = tile if not is_static(kernel) else min(power_above(length), tile)
+        return Schedule(1, cols, _warps(cols, numbers))
     if strided:
-        cols = min(power_above(length), STRIDED_COLS) if is_static(kernel) else STRIDED_COLS
-        return Schedule(STRIDED_ROWS, cols, 4)
+        cols = min(power_above(length), side) if is_static(kernel) else side
+        return Schedule(side, cols, 4)
     if not is_static(kernel):
-        cols = POINTWISE_TILE // 4
+        cols = tile // 4
     else:
-        cols = min(power_above(length), POINTWISE_TILE)
+        cols = min(power_above(length), tile)
         while length % cols and cols > 128:
             cols //= 2  # 768 columns are three exact tiles of 256
         if length % cols:
-            cols = min(power_above(length), POINTWISE_TILE)
-    rows = max(1, POINTWISE_TILE // cols)
-    return Schedule(rows, cols, _warps(rows * cols))
+            cols = min(power_above(length), tile)
+    rows = max(1, tile // cols)
+    return Schedule(rows, cols, _warps(rows * cols, numbers))
 
 
-def _warps(elements: int) -> int:
+def _warps(elements: int, numbers: Heuristics) -> int:
     """Eight elements a thread, sixteen where there are many; at least four warps, at most 16."""
-    if elements <= 1024:
+    if elements <= numbers.few:
         return 4
-    return 8 if elements <= 4096 else 16
+    return 8 if elements <= numbers.many else 16
 
 
 def power_above(length: int) -> int:

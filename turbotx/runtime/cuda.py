@@ -21,6 +21,7 @@ from turbotx import ir
 from turbotx.assemble import Assembly
 from turbotx.errors import InputError
 from turbotx.kernels.targets import Job
+from turbotx.kernels.tuned import load_tuned, make_chooser
 from turbotx.options import Options
 from turbotx.runtime.aten import AtenSteps, RunState
 from turbotx.runtime.cuda_gemm import bind_gemm
@@ -59,8 +60,8 @@ class CudaRuntime:
         self._functions: dict[int, tuple[Job, Any]] = {}
         launches = assembly.launches
         self.table = SizeTable(list(assembly.tensors))
-        self._families = self._find_families(options)
-        self._layouts = {i: self._layout(launches[i], f) for i, f in self._families.items()}
+        self.families = self._find_families(options)
+        self._layouts = {i: self._layout(launches[i], f) for i, f in self.families.items()}
         steps = AtenSteps(assembly.tensors, dims)
         outside = {n for n, t in assembly.tensors.items() if t.kind in ("input", "output")}
         self._gemms, self._steps = {}, {}
@@ -68,7 +69,7 @@ class CudaRuntime:
             if launch.kind == "gemm":
                 fixed = not outside & {a.tensor for a in launch.args if a is not None}
                 self._gemms[i] = (bind_gemm(launch, steps), fixed)
-            elif i not in self._families:
+            elif i not in self.families:
                 self._steps[i] = steps.make(launch)
         self._status = device.new_status(max(1, len(launches)))
         self._status_seen = self._status.numpy()
@@ -84,11 +85,12 @@ class CudaRuntime:
             return found
         kernels: dict[str, KernelFamily] = {}
         target = self.device.target
+        choose = make_chooser(tuple(options.schedules), target, load_tuned(self.device.describe()))  # type: ignore[arg-type]
         for i, launch in enumerate(self.assembly.launches):
             if isinstance(launch.target, ir.Kernel):
                 digest = launch.target.digest()
                 if digest not in kernels:
-                    kernels[digest] = KernelFamily(launch.target, target, self.table)
+                    kernels[digest] = KernelFamily(launch.target, target, self.table, choose)
                 found[i] = kernels[digest]
             elif launch.kind == "attention":
                 found[i] = AttentionFamily(launch, target, self.table)
@@ -113,7 +115,7 @@ class CudaRuntime:
         evaluate = compile_evaluator(list(self.table.values), self._dims)
         first = [tuple(example_dims)] if example_dims else []
         shapes = [evaluate(*dims) for dims in [*first, *expected_dims(self._dims)]]
-        self._load([f.pick(sizes)[0] for sizes in shapes for f in self._families.values()])
+        self._load([f.pick(sizes)[0] for sizes in shapes for f in self.families.values()])
 
     def _load(self, jobs: Sequence[Job]) -> list[Any]:
         """Return the functions of jobs, which are few objects however many launches there are."""
@@ -131,12 +133,19 @@ class CudaRuntime:
         """Return the functions and grids for a shape, kept with its sizes."""
         bound: _Bound | None = getattr(sizes, "bound", None)
         if bound is None:
-            picked = {i: family.pick(sizes) for i, family in self._families.items()}
+            picked = {i: family.pick(sizes) for i, family in self.families.items()}
             functions = self._load([job for job, _ in picked.values()])
             grids = [grid for _, grid in picked.values()]
             bound = _Bound(dict(zip(picked, zip(functions, grids, strict=True), strict=True)))
             sizes.bound = bound
         return bound
+
+    def queue(self, launch: int, job: Job, grid: Grid, table: Any) -> None:
+        """Queue one launch by another variant of its kernel, on a table that `run` has used."""
+        (function,) = self._load([job])
+        if 0 not in grid:
+            stream = self.device.stream()
+            self.device.launch(function, grid, table.frame.addresses[launch], stream)
 
     # --- weights ---
 

@@ -8,7 +8,7 @@ each schedule) and a grid, in microseconds, since every size was evaluated by th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from turbotx import ir
 from turbotx.kernels.cpp_attention import AttentionKernel
@@ -19,7 +19,6 @@ from turbotx.kernels.schedule import (
     divisible_sizes,
     is_strided,
     outer_axes,
-    schedule_for,
     vector_axes,
 )
 from turbotx.kernels.targets import Job, attention_job, kernel_job
@@ -29,13 +28,12 @@ from turbotx.kernels.triton_attention import (
     attention_grid,
     choose_attention_schedule,
 )
+from turbotx.kernels.tuned import Choose
 from turbotx.runtime.device import Grid
 from turbotx.sizes import Expr, dim, product
 
 # What the printed code may assume of an address, in bytes.
 ALIGNED_NBYTES = 16
-
-Choose = Callable[[ir.Kernel, int, bool, bool], Schedule]
 
 
 class SizeTable:
@@ -52,9 +50,7 @@ class SizeTable:
 class KernelFamily:
     """All variants of one generated kernel; equal kernels of several layers share one."""
 
-    def __init__(
-        self, kernel: ir.Kernel, target: str, table: SizeTable, choose: Choose = schedule_for
-    ) -> None:
+    def __init__(self, kernel: ir.Kernel, target: str, table: SizeTable, choose: Choose) -> None:
         self.kernel, self._target, self._choose = kernel, target, choose
         self._length = table.value(product([a.extent for a in vector_axes(kernel)]))
         self._outer = table.value(product([a.extent for a in outer_axes(kernel)]))
@@ -67,18 +63,28 @@ class KernelFamily:
 
     def pick(self, sizes: Sequence[int]) -> tuple[Job, Grid]:
         """Return what to run at these sizes; a grid with a zero means nothing."""
-        length, outer = sizes[self._length], sizes[self._outer]
+        length = sizes[self._length]
         wide = any(sizes[k] >= INT32_LIMIT - PERSISTENT for k in self._counts)
         schedule = self._schedules.get((length, wide))
         if schedule is None:
             schedule = self._choose(self.kernel, length, wide, self._strided)
             self._schedules[length, wide] = schedule
+        return self.at(schedule, sizes)
+
+    def at(self, schedule: Schedule, sizes: Sequence[int]) -> tuple[Job, Grid]:
+        """Return what to run at these sizes by a given schedule."""
         divisible = tuple(name for name, k in self._strides if sizes[k] % 16 == 0)
         job = self._jobs.get((schedule, divisible))
         if job is None:
             job = kernel_job(self.kernel, self._target, schedule, divisible)
             self._jobs[schedule, divisible] = job
-        return job, self._grid(schedule, length, outer)
+        return job, self._grid(schedule, sizes[self._length], sizes[self._outer])
+
+    def chosen(self, sizes: Sequence[int]) -> tuple[int, Schedule]:
+        """Return the length of a tile's columns, and the schedule that `pick` takes."""
+        self.pick(sizes)
+        length = sizes[self._length]
+        return length, next(s for (n, _), s in self._schedules.items() if n == length)
 
     def _grid(self, schedule: Schedule, length: int, outer: int) -> Grid:
         programs = -(-outer // schedule.rows)

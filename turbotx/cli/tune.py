@@ -1,0 +1,77 @@
+"""`turbotx tune`: the fastest tiles of a model's kernels on this GPU, found and remembered.
+
+In: MODEL and shapes. Out: a table of what was gained; schedules kept for devices of this name,
+which every later program on one of them takes::
+
+    turbotx tune minilm --shape batch=1,seq=40 --shape batch=32,seq=128 --dtype float16
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+import torch.utils._pytree as pytree
+from rich.table import Table
+
+import turbotx.report as reports
+from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
+from turbotx.cli.models import Source
+from turbotx.cli.output import OK, Output
+from turbotx.graphed import GraphedProgram
+from turbotx.kernels.tuned import save_tuned
+from turbotx.runtime.cuda_device import require_cuda
+from turbotx.signature import SizeMatcher
+from turbotx.tune import Found, tune_program
+
+
+def tune_model(model: Source, shapes: Sequence[str], output: Output) -> int:
+    """Tune every shape, keep what is faster, print it; raise DeviceError where there is no GPU."""
+    require_cuda()
+    wanted = [parse_shape(text) for text in shapes]
+    found: list[Found] = []
+    with output.steps(f"load {model}", total=2 + max(1, len(wanted))) as steps:
+        loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
+        args, kwargs = pytree.tree_map_only(
+            torch.Tensor, lambda x: x.cuda(), (loaded.args, loaded.kwargs)
+        )
+        steps("capture, fuse and build")
+        report = reports.explain(loaded.model.cuda(), *args, **kwargs)
+        program = report.compiled.program
+        assert isinstance(program, GraphedProgram)
+        for view in [report.at(**dims) for dims in wanted] or [report]:
+            steps("time kernels at " + ", ".join(f"{n} {s}" for n, s in view.dims.items()))
+            leaves = pytree.tree_leaves(resize(view, args, kwargs))
+            tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+            dims = SizeMatcher(report.compiled.captured).match([t.shape for t in tensors])
+            assert dims is not None
+            found += tune_program(program, dims, tensors)
+    device = program.runtime.device.describe()
+    file = save_tuned(device, gains(found))
+    output.console.print(found_table(device, found))
+    output.console.print(f"kept in {file}")
+    output.result({"device": device, "file": str(file), "kernels": [asdict(f) for f in found]})
+    return OK
+
+
+def gains(found: Sequence[Found]) -> dict[str, dict[str, str]]:
+    """Return the schedules that are worth keeping: those that beat the ones chosen before."""
+    kept: dict[str, dict[str, str]] = {}
+    for f in found:
+        if f.best != f.before:
+            kept.setdefault(f.digest, {})[f.bucket] = f.best.tag
+    return kept
+
+
+def found_table(device: str, found: Sequence[Found]) -> Table:
+    table = Table(title=f"Kernels on {device}", title_justify="left", title_style="bold")
+    table.add_column("kernel", overflow="fold", min_width=24)
+    for name in ("length", "before", "best", "before µs", "best µs", "tried"):
+        table.add_column(name, justify="right")
+    for f in found:
+        table.add_row(
+            f.kernel, str(f.length), f.before.tag, f.best.tag, f"{f.before_us:.2f}",
+            f"{f.best_us:.2f}", str(f.tried),
+        )  # fmt: skip
+    return table

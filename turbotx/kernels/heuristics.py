@@ -1,0 +1,50 @@
+"""Heuristics: the numbers that tiles are chosen by, one row for each class of devices.
+
+In: a target's name. Out: its row; a device between two classes takes the older one's::
+
+    heuristics_for("sm_89")  ->  Heuristics(pointwise_tile=1024, row_nbytes=2048, ...)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Heuristics:
+    """pointwise_tile: elements of a program without reductions. row_nbytes: what a program that
+    reduces should at least load at once; short rows share one. persistent: the longest row held in
+    registers. loop_tile: columns in flight where a row is longer. strided: side of the square tile
+    where neighbours in memory lie along the rows. few, many: elements up to which a program has 4
+    and 8 warps; more take 16.
+    """
+
+    pointwise_tile: int = 1024
+    row_nbytes: int = 4 * 32 * 16  # 128 bits for each thread of four warps
+    persistent: int = 16384
+    loop_tile: int = 4096
+    strided: int = 32
+    few: int = 1024
+    many: int = 4096
+
+
+# Bytes that must be in flight on a multiprocessor to keep memory busy: bandwidth x latency (about
+# 700 ns) / multiprocessors. A100 2.0 TB/s, 108: 13 KB. H100 3.35 TB/s, 132: 18 KB. Both have them
+# with 8 halves a thread at half occupancy (1024 threads, 16 KB). B200 8 TB/s, 148: 38 KB, which
+# takes 16 halves a thread. From data sheets, not from measurements.
+TABLE: dict[str, Heuristics] = {
+    "sm_80": Heuristics(),
+    "sm_90": Heuristics(),
+    "sm_100": Heuristics(pointwise_tile=2048, row_nbytes=4096, few=2048, many=8192),
+    "gfx942": Heuristics(),
+}
+DEFAULT = Heuristics()
+
+
+def heuristics_for(target: str) -> Heuristics:
+    """Return the row of a target, or of the newest NVIDIA class that is not newer than it."""
+    if target in TABLE or not target.startswith("sm_"):
+        return TABLE.get(target, DEFAULT)
+    number = int(target[3:])
+    older = [name for name in TABLE if name.startswith("sm_") and int(name[3:]) <= number]
+    return TABLE[max(older, key=lambda name: int(name[3:]))] if older else DEFAULT
