@@ -1,6 +1,6 @@
-"""Make what the README shows: two pictures from a real compile, and the tables of results.
+"""Make what the README shows: three pictures from a real compile, and the tables of results.
 
-In: a random BERT, and benchmarks/results/*.json. Out: docs/images/*.svg, and the README and
+In: a random BERT, and benchmarks/results/*.json. Out: docs/images/*, and the README and
 architectures.md with the tables between their marks replaced::
 
     python docs/generate.py
@@ -9,7 +9,10 @@ architectures.md with the tables between their marks replaced::
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -106,6 +109,20 @@ def _launch_box(launch: Any, y: float) -> Iterator[str]:
     )
     yield f'<text x="{x + 10}" y="{y + 4:.1f}">{escape(name)}</text>'
     yield f'<text x="{x + 320}" y="{y + 4:.1f}" text-anchor="end">moves {moved}</text>'
+
+
+def shoot_report(report: Report, picture: Path, at: str) -> None:
+    """Write what a browser shows of report.html, opened at a box; say so where there is none."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+    if browser is None:
+        print(f"{picture.name} is left as it was: it takes Chromium to make it")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+        page.write_text(report.to_html(), encoding="utf-8")
+        flags = ("--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1400,860")
+        shot = f"--screenshot={picture}"
+        subprocess.run([browser, *flags, shot, f"{page.as_uri()}#{at}"], check=True)
 
 
 # --- the table ----------------------------------------------------------------------------
@@ -237,6 +254,7 @@ def main() -> None:
     (images / "layer.svg").write_text(draw_layer(explain_bert(1), "encoder.layer.0"))
     report = explain_bert(4)
     (images / "memory.svg").write_text(plan_to_svg(plan_of(report.memory), find_layers(report)))
+    shoot_report(report, images / "report.png", "memory")
     readme = DOCS.parent / "README.md"
     readme.write_text(write_between(readme.read_text(), results_table()))
     page = DOCS / "architectures.md"

@@ -205,7 +205,7 @@ def test_the_sliders_plan_memory_as_the_planner_does(
         assert found["peak"] == memory.peak_nbytes
         assert max(found["live"]) == memory.lower_bound_nbytes
         assert page.execute_script("return pytorchPeak()") == memory.pytorch.peak_nbytes
-    rects = page.find_elements("css selector", "#memory .buffer")
+    rects = page.find_elements("css selector", "#memory-chart .buffer")
     assert len(rects) == len(report.memory.buffers)
 
 
@@ -222,12 +222,12 @@ def test_a_real_slider_moves_every_number(open_page: Open, report: Report) -> No
     page = open_page(report)
     before = text(page)
     tab(page, "memory")
-    picture = one(page, "#memory .live").get_attribute("points")
+    picture = one(page, "#memory-chart .live").get_attribute("points")
     slider = one(page, "#dim-seq")
     slider.send_keys("\ue014" * 60)  # right
     size = int(text(page, "#dims label:nth-child(2) output"))
     assert size > 7
-    assert one(page, "#memory .live").get_attribute("points") != picture
+    assert one(page, "#memory-chart .live").get_attribute("points") != picture
     tab(page, "overview")
     assert f"seq {size}" in text(page) and text(page) != before
     tab(page, "roofline")
@@ -259,7 +259,7 @@ def test_traffic_is_the_reports_at_any_shape(open_page: Open, report: Report) ->
 def test_the_roofline_stands_on_its_device(open_page: Open, report: Report) -> None:
     page = open_page(report)
     tab(page, "roofline")
-    dots = page.find_elements("css selector", "#roofline .dot")
+    dots = page.find_elements("css selector", "#roofline-chart .dot")
     assert len(dots) >= len(report.kernels)
     least = page.execute_script("return sum(data.launches.map(leastUs))")
     one(page, "#device option:nth-child(2)").click()  # an H200, whose memory is faster
@@ -327,6 +327,33 @@ def test_formulas_mean_the_same_in_javascript(browser: Any) -> None:
     for sizes in ((1, 1), (3, 50), (64, 4096)):
         call = f"return new Function('batch', 'seq', {source!r})(...arguments)"
         assert browser.execute_script(call, *sizes) == list(python(*sizes))
+
+
+def test_a_link_leads_to_its_box_or_tab(open_page: Open, report: Report) -> None:
+    page = open_page(report)
+    address = page.current_url
+    page.get(f"{address}#fused_add_gelu_1")
+    page.refresh()
+    assert "fused_add_gelu_1" in text(page, "#title")
+    page.get(f"{address}#memory")
+    page.refresh()
+    assert one(page, "#memory-chart .live")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (0, 3), ()])
+@pytest.mark.parametrize("what", ["nothing", "a view", "a sum"])
+def test_small_and_empty_models_have_pages_too(
+    open_page: Open, what: str, shape: tuple[int, ...]
+) -> None:
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "nothing": lambda x: x, "a view": lambda x: x.mT if x.dim() else x.view(1, 1),
+        "a sum": lambda x: x.sum(),
+    }  # fmt: skip
+    function = turbotx.optimize(functions[what], backend="aten")
+    page = open_page(turbotx.explain(function, torch.ones(shape)))
+    for name in ("selected", "memory", "roofline", "refused", "numerics", "overview"):
+        tab(page, name)
+        assert "NaN" not in text(page) and "undefined" not in text(page)
 
 
 def test_names_are_never_markup(open_page: Open) -> None:

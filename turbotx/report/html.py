@@ -33,15 +33,16 @@ SCRIPTS = (
 # but what stands for a kind.
 STYLE = """
 .turbotx { font: 13px/1.5 system-ui, sans-serif; max-width: 900px; }
-.turbotx table { border-collapse: collapse; margin: 6px 0 14px; }
+.turbotx table { border-collapse: collapse; margin: 6px 0 14px; font-size: inherit; }
 .turbotx th, .turbotx td { text-align: left; vertical-align: top; padding: 3px 14px 3px 0;
   border-bottom: 1px solid rgba(128, 128, 128, .3); font-weight: normal; background: none; }
-.turbotx th, .turbotx .faint { opacity: .7; } .turbotx .number { text-align: right; }
+.turbotx th, .turbotx .faint { opacity: .7; }
+.turbotx .number { text-align: right; white-space: nowrap; }
 .turbotx svg { max-width: 100%; height: auto; } .turbotx summary { cursor: pointer; }
 """
 COLOURS = {
     "kernel": "#4f8fd9", "gemm": "#e8a33d", "attention": "#5fae57", "aten": "#d4574f",
-    "nothing": "#a9afb8",
+    "not needed": "#a9afb8",
 }  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def _ribbons(report: Report) -> str:
     for node in report.origin.nodes:
         if node.makes_memory:
             place = report.where(node.name)
-            kind = kinds[place.launches[0]] if place.launches else "nothing"
+            kind = kinds[place.launches[0]] if place.launches else "not needed"
             above.append(
                 (COLOURS[kind], f"{node.op} → {', '.join(place.launches) or place.status}")
             )
@@ -101,7 +102,7 @@ def _ribbons(report: Report) -> str:
         for y, row in ((0, above), (20, below))
         for k, (colour, text) in enumerate(row)
     ]
-    shown = set(kinds.values()) | ({"nothing"} if len(above) > len(below) else set())
+    shown = set(kinds.values()) | ({"not needed"} if len(above) > len(below) else set())
     keys = "".join(
         f'<span style="margin-right:14px"><span style="display:inline-block;width:9px;height:9px;'
         f'background:{c};margin-right:4px"></span>{escape(k)}</span>'

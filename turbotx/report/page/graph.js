@@ -248,5 +248,6 @@ function choose(name, move = false) {
   element.classList.add("chosen");
   for (const arrow of data.boxes.arrows) arrow.line.classList.toggle("lit", arrow.from === name || arrow.to === name);
   if (move) center(box);
+  history.replaceState(null, "", `#${encodeURIComponent(name)}`); // a link to this box
   openTab("selected");
 }

@@ -2,7 +2,7 @@
 
 const memory = data.memory;
 const roundUp = (nbytes, to) => Math.ceil(nbytes / to) * to;
-const launchCount = Math.max(data.launches.length, ...memory.buffers.map((b) => b.end));
+const launchCount = Math.max(1, data.launches.length, ...memory.buffers.map((b) => b.end));
 
 // What the symbolic planner does: a buffer lies on the highest top of those below it, in the
 // order that is lowest at this shape. Other planners' plans were made beforehand.
@@ -51,7 +51,7 @@ const colourOf = (layer) => `light-dark(oklch(0.75 0.11 ${hues.get(layer)}), okl
 let player = null;
 
 function memoryTab(pane) {
-  const chart = draw("svg", { class: "chart", id: "memory", viewBox: `0 0 ${frame.W} ${frame.H}` });
+  const chart = draw("svg", { class: "chart", id: "memory-chart", viewBox: `0 0 ${frame.W} ${frame.H}` });
   const facts = make("p", { id: "memory-facts" });
   const last = data.dims.filter((d) => !d.follows).at(-1);
   pane.append(make("h2", {}, "Memory of intermediates", make("small", {}, "address over time; the sliders above choose the shape")),

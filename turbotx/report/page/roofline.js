@@ -34,7 +34,7 @@ function rooflineChart() {
   const x0 = Math.floor(Math.min(0, ...points.map((p) => Math.log10(p.intensity))) - 0.2), x1 = Math.max(4, ...points.map((p) => Math.log10(p.intensity) + 0.5)), y1 = Math.log10(device().matrix * 1e12) + 0.4, y0 = y1 - 7;
   const x = (v) => L + ((Math.log10(v) - x0) / (x1 - x0)) * (W - L - R);
   const y = (v) => H - B - ((Math.log10(v) - y0) / (y1 - y0)) * (H - B - T);
-  const svg = draw("svg", { class: "chart", viewBox: `0 0 ${W} ${H}`, id: "roofline" });
+  const svg = draw("svg", { class: "chart", viewBox: `0 0 ${W} ${H}`, id: "roofline-chart" });
   for (let e = Math.ceil(x0); e <= x1; e++) svg.append(draw("line", { class: "grid", x1: x(10 ** e), x2: x(10 ** e), y1: T, y2: H - B }), draw("text", { x: x(10 ** e), y: H - B + 16, "text-anchor": "middle" }, String(10 ** e)));
   for (let e = Math.ceil(y0); e <= y1; e++) svg.append(draw("line", { class: "grid", x1: L, x2: W - R, y1: y(10 ** e), y2: y(10 ** e) }), draw("text", { x: L - 7, y: y(10 ** e) + 4, "text-anchor": "end" }, showFlops(10 ** e).replace(".00", "")));
   const bandwidth = device().memory * 1e9;
