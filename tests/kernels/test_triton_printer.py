@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.compiled_functions import Compilation, by_interpreter, compile_function
 from tests.kernel_interpreter import CheckFailed, interpret
+from tests.kernels.test_fuse import grouped_rotary
 from tests.kernels.triton_runner import TritonRunner
 from turbotx import ir
 from turbotx.kernels.schedule import Schedule
@@ -181,6 +182,13 @@ POINTWISE = {
     "float64 tanh": lambda x: torch.tanh(x.double()),
     "positions": lambda x: x + torch.arange(x.shape[1]),
 }
+
+
+@pytest.mark.parametrize("schedule", [Schedule(1, 8), Schedule(4, 16)], ids=lambda s: s.tag)
+def test_a_loop_over_two_parts_stores_each_where_it_belongs(schedule: Schedule) -> None:
+    """Rotary embedding of four query heads and the two key heads behind them."""
+    inputs = torch.randn(2, 3, 64), torch.randn(3, 8), torch.randn(3, 8)
+    check(grouped_rotary, *inputs, schedule=schedule)
 
 
 @pytest.mark.parametrize("name", POINTWISE)

@@ -107,7 +107,12 @@ class Body:
         masks = self.edge_masks(dims)
         masks += [f"{self.names[v]}_ok" for v in ir.values_in(access.offset) if self._checked(v)]
         if access.mask:
-            masks.append(self.texts[access.mask].inside())
+            mask = self.texts[access.mask].inside()
+            if dims and not self.dims(self.varies[access.mask]):
+                # Triton's interpreter takes one element for a number where it meets a tile.
+                axis = self.col_axis() if "c" in dims else self.row_axis()
+                mask = f"((({axis} >= 0) & {mask}) != 0)"
+            masks.append(mask)
         return pointer, dims, masks
 
     def row_axis(self) -> str:
