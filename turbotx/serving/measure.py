@@ -31,6 +31,11 @@ def batch_grid(max_batch: int) -> list[int]:
     return [*(4**k for k in range(8) if 4**k < max_batch), max_batch]
 
 
+def warm_up(engine: Engine, max_length: int, token: int = 100) -> None:
+    """Run a short batch: the first one may capture and build for seconds."""
+    engine.run([TokenRow((token,) * min(8, max_length))])
+
+
 def measure_costs(
     engine: Engine,
     *,
@@ -54,7 +59,7 @@ def measure_costs(
         for j, b in enumerate(batches)
         if b == 1 or max_tokens is None or n * b <= max_tokens
     ]
-    engine.run([TokenRow((token,) * min(8, max_length))])
+    warm_up(engine, max_length, token)
     spent_ms = 0.0
     for _ in range(ROUNDS):
         for _, i, j in sorted(shapes):

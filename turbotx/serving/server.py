@@ -16,6 +16,7 @@ from types import FrameType
 import uvicorn
 
 from turbotx.serving.app import create_app
+from turbotx.serving.cost import CostTable
 from turbotx.serving.logs import log_as_json
 from turbotx.serving.model_files import DEFAULT_MODEL, LoadedModel, load_model
 from turbotx.serving.service import Service
@@ -75,9 +76,16 @@ def serve(
     run(loaded, settings, host=host, port=port)
 
 
-def run(model: LoadedModel, settings: Settings, *, host: str, port: int) -> None:
-    """Listen with a model that is already loaded."""
-    service = Service(model, settings)
+def run(
+    model: LoadedModel,
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    costs: CostTable | None = None,
+) -> None:
+    """Listen with a model that is already loaded. No ``costs``: measured at the start."""
+    service = Service(model, settings, costs)
     config = uvicorn.Config(
         create_app(service), host=host, port=port, log_config=None, access_log=False,
         timeout_keep_alive=75, timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1e3),

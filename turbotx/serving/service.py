@@ -27,7 +27,7 @@ from turbotx.serving.cache import ResponseCache
 from turbotx.serving.cost import CostTable
 from turbotx.serving.dispatcher import Dispatcher
 from turbotx.serving.engine import SleepEngine
-from turbotx.serving.measure import cost_file, describe_device, load_or_measure
+from turbotx.serving.measure import cost_file, describe_device, load_or_measure, warm_up
 from turbotx.serving.metrics import Metrics
 from turbotx.serving.model_files import LoadedModel
 from turbotx.serving.policies import POLICIES, Aged
@@ -75,9 +75,7 @@ class Service:
     async def start(self) -> None:
         """Measure the costs (once per model and device where they are kept), accept requests."""
         try:
-            costs = self._costs
-            if costs is None:
-                costs = await asyncio.to_thread(self._measure)
+            costs = await asyncio.to_thread(self._prepare)
         except Exception:
             self.state = "failed"
             log.exception("the model could not be measured: no request will be served")
@@ -175,10 +173,14 @@ class Service:
             max_age_ms=settings.max_age_ms,
         )
 
-    def _measure(self) -> CostTable:
+    def _prepare(self) -> CostTable:
+        """Run the engine once, so that no request waits for a capture, and know its costs."""
         engine, path = self.model.engine, self._cost_path()
         if isinstance(engine, SleepEngine):
-            return engine.costs
+            return self._costs or engine.costs
+        warm_up(engine, self.model.info.max_length)
+        if self._costs is not None:
+            return self._costs
         table = load_or_measure(
             path,
             engine,

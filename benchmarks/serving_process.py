@@ -1,0 +1,89 @@
+"""The server of a load test, in a process of its own.
+
+In: which engine, which settings. Out: host, port and process id of a server that is ready::
+
+    with serving(engine="sleep", scale=8, settings={"policy": "fifo"}) as (host, port, pid): ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from turbotx.serving import CostTable
+
+LONGEST = 512
+
+
+def sleeping_costs(scale: float) -> CostTable:
+    """The toy table of the simulations, ``scale`` times as slow."""
+    return CostTable.from_function(lambda n, b: scale * (4 + 0.022 * n * b), 100, 20)
+
+
+@contextmanager
+def serving(**options: Any) -> Iterator[tuple[str, int, int]]:
+    """Options: engine (sleep, eager, turbotx), settings; scale; threads, costs (a table)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, json.dumps({**options, "port": port})]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path[1:]])}
+    process = subprocess.Popen(command, env=environment)
+    try:
+        _wait_ready(f"http://127.0.0.1:{port}/ready", process)
+        yield "127.0.0.1", port, process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(1200):
+        if process.poll() is not None:
+            raise RuntimeError(f"the server exited with {process.returncode}")
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise RuntimeError("the server was not ready within two minutes")
+
+
+def run_server(options: dict[str, Any]) -> None:
+    from turbotx.serving.engine import Head, SleepEngine
+    from turbotx.serving.logs import log_as_json
+    from turbotx.serving.model_files import LoadedModel, ModelInfo, find_folder, load_model
+    from turbotx.serving.server import run
+    from turbotx.serving.settings import Settings
+    from turbotx.serving.tokens import TextTokenizer
+
+    log_as_json("warning")
+    engine = options["engine"]
+    if engine == "sleep":
+        costs = sleeping_costs(options["scale"])
+        sleeping = SleepEngine(costs, head=Head("embedding"))
+        info = ModelInfo("sleep", "", "float32", costs.max_length, 8, sleeping.head)
+        tokenizer = TextTokenizer.load(find_folder("minilm"), costs.max_length)
+        model = LoadedModel(sleeping, tokenizer, info)
+    else:
+        import torch
+
+        torch.set_num_threads(options["threads"])
+        model = load_model("minilm", backend=engine, max_length=LONGEST)
+        table = options["costs"]
+        costs = CostTable(table["lengths"], table["batches"], table["cost_ms"])
+    settings = Settings(**{"cache_nbytes": 0, "coalesce": False, **options["settings"]})
+    run(model, settings, host="127.0.0.1", port=options["port"], costs=costs)
+
+
+if __name__ == "__main__":
+    run_server(json.loads(sys.argv[1]))
