@@ -39,7 +39,7 @@ from turbotx.serving.simulation import offline_capacity_per_s, simulate
 from turbotx.serving.traces import make_trace, poisson_gaps, uniform_lengths
 
 RESULTS = Path(__file__).parent / "results"
-SCALE = 8  # the toy table slowed down, so that HTTP's own cost stays small beside it
+SCALE = 16  # the toy table slowed down, so that HTTP's own cost stays small beside it
 OVERLOAD_SCALE = 20  # the same, and so that ten times the capacity is within one client's reach
 UNLIMITED = {"max_age_ms": 1e6, "timeout_ms": 1e6}
 
@@ -51,23 +51,18 @@ def id_bodies(trace: list[Request]) -> list[bytes]:
 # --- the server against the simulator ---------------------------------------------------------
 
 
-def compare_with_simulator(slices: Slices, count: int) -> None:
+def compare_with_simulator(slices: Slices, counts: dict[float, int]) -> None:
     """The sleeping engine behind HTTP against the same trace in simulated time."""
     costs, lengths = sleeping_costs(SCALE), uniform_lengths(2, 100)
-    capacity = offline_capacity_per_s(lengths(np.random.default_rng(0), count).tolist(), costs)
     rows = []
-    for load in (0.5, 0.8):
-        trace = make_trace(poisson_gaps, lengths, rate_per_s=capacity * load, count=count, seed=0)
+    for load, count in counts.items():
+        drawn = lengths(np.random.default_rng(0), count).tolist()
+        rate = load * offline_capacity_per_s(drawn, costs)
+        trace = make_trace(poisson_gaps, lengths, rate_per_s=rate, count=count, seed=0)
         for policy in ("aged", "dp", "fifo"):
-            simulated = simulate(trace, Scheduler(costs, POLICIES[policy]()))
             found = slices.measure(f"{policy} at {load}", lambda p=policy, t=trace: sleep_row(p, t))
-            row = {
-                "load": load,
-                "policy": policy,
-                **found,
-                "simulated_per_s": simulated.throughput_per_s,
-                "simulated_p99_ms": simulated.percentile_ms(99),
-            }
+            row = {"load": load, "policy": policy, **found}
+            row["simulated_per_s"], row["simulated_p99_ms"] = simulate_late(trace, costs, policy)
             row["per_s_ratio"] = row["per_s"] / row["simulated_per_s"]
             row["p99_ratio"] = row["p99_ms"] / row["simulated_p99_ms"]
             rows.append(row)
@@ -77,7 +72,25 @@ def compare_with_simulator(slices: Slices, count: int) -> None:
         ),
         "p99 within 15 % of the simulator": all(abs(r["p99_ratio"] - 1) <= 0.15 for r in rows),
     }
-    slices.write(scale=SCALE, capacity_per_s=capacity, rows=rows, checks=checks)
+    slices.write(scale=SCALE, rows=rows, checks=checks)
+
+
+def simulate_late(trace: list[Request], costs: CostTable, policy: str) -> tuple[float, float]:
+    """Throughput and p99, each the median of nine runs whose requests come up to 1 ms late.
+
+    Near saturation a request that just misses a batch changes all batches after it: the p99 of one
+    simulated run moves by 8 % with less than that.
+    """
+    found = []
+    for seed in range(9):
+        late = np.random.default_rng(seed).uniform(0, 1, len(trace))
+        arrival = np.array([r.arrival_ms for r in trace]) + late
+        order = np.argsort(arrival)
+        shifted = [Request(k, trace[i].length, float(arrival[i])) for k, i in enumerate(order)]
+        outcome = simulate(shifted, Scheduler(costs, POLICIES[policy]()))
+        found.append((outcome.throughput_per_s, outcome.percentile_ms(99)))
+    per_s, p99_ms = np.median(found, axis=0)
+    return float(per_s), float(p99_ms)
 
 
 def sleep_row(policy: str, trace: list[Request]) -> dict[str, Any]:
@@ -94,7 +107,7 @@ def overload(slices: Slices, seconds: float) -> None:
     costs, lengths = sleeping_costs(OVERLOAD_SCALE), uniform_lengths(2, 100)
     capacity = offline_capacity_per_s(lengths(np.random.default_rng(0), 2000).tolist(), costs)
     rows = []
-    for load in (0.9, 1.0, 1.2, 1.5, 10.0):
+    for load in (0.9, 1.0, 1.5, 10.0):
         duration = seconds if load == 10.0 else 30.0
         found = slices.measure(
             f"load {load}", lambda a=capacity * load, d=duration: overload_row(a, d)
@@ -189,7 +202,7 @@ def serve_minilm(slices: Slices, count: int, load: float, threads: int) -> None:
             "all_at_once_per_s": peer["all_at_once_per_s"],
         },
     ]
-    for engine in ("eager", "turbotx"):
+    for engine in ("turbotx", "eager"):
         table = slices.measure(f"costs, {engine}", lambda e=engine: measure_model(e, threads))
         for policy in ("single", "fifo", "dp", "aged"):
             row = slices.measure(
@@ -307,13 +320,17 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiment", choices=["sleep", "minilm", "overload"])
-    parser.add_argument("--count", type=int, help="requests (sleep 1500, minilm 400)")
+    parser.add_argument("--count", type=int, help="requests (sleep 800 and 1200, minilm 400)")
     parser.add_argument("--seconds", type=float, default=120.0, help="of overload")
     parser.add_argument("--load", type=float, default=0.9, help="of the peer's throughput")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument(
         "--for", type=float, dest="limit_s", default=math.inf, metavar="SECONDS",
         help="start no further measurement after this; the same command goes on",
+    )  # fmt: skip
+    parser.add_argument(
+        "--redo", type=float, default=math.inf, metavar="CORES",
+        help="measure again what was taken while others used more cores than this",
     )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="forget what has been measured")
     parser.add_argument("--out", type=Path, help="default: results/serving_EXPERIMENT.json")
@@ -331,16 +348,16 @@ def main() -> None:
 
 def run(asked: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
     if asked.experiment == "sleep":
-        count = asked.count or 1500
-        slices = Slices(out, {"count": count}, asked.limit_s)
-        compare_with_simulator(slices, count)
+        counts = {0.5: asked.count or 800, 0.8: asked.count or 1200}
+        slices = Slices(out, {"scale": SCALE, "counts": str(counts)}, asked.limit_s, asked.redo)
+        compare_with_simulator(slices, counts)
     elif asked.experiment == "overload":
-        slices = Slices(out, {"seconds": asked.seconds}, asked.limit_s)
+        slices = Slices(out, {"seconds": asked.seconds}, asked.limit_s, asked.redo)
         overload(slices, asked.seconds)
     else:
         count = asked.count or 400
         parameters = {"count": count, "load": asked.load, "threads": asked.threads}
-        slices = Slices(out, parameters, asked.limit_s)
+        slices = Slices(out, parameters, asked.limit_s, asked.redo)
         serve_minilm(slices, **parameters)
     for name, passed in slices.kept.get("checks", {}).items():
         print(f"{'passed' if passed else 'FAILED'}  {name}")

@@ -1,9 +1,10 @@
 """A long benchmark in slices: what has been measured is kept, the next run goes on.
 
-In: a JSON file, the parameters, how long this run may start new measurements. Out: each named
+In: a JSON file, the parameters, how long this run may start new measurements, and how
+much disturbance is too much. Out: each named
 measurement, read back or taken now; ``Later`` once the time is spent::
 
-    slices = Slices(Path("found.json"), {"count": 400}, seconds=240)
+    slices = Slices(Path("found.json"), {"count": 400}, 240.0, redo_cores=0.3)
     row = slices.measure("fifo at 0.8", lambda: {"p99_ms": 12.5})
 """
 
@@ -29,14 +30,20 @@ class Later(Exception):
 class Slices:
     """Named measurements of one experiment, written after each of them."""
 
-    def __init__(self, path: Path | None, parameters: dict[str, Any], seconds: float) -> None:
+    def __init__(
+        self, path: Path, parameters: dict[str, Any], seconds: float, redo_cores: float
+    ) -> None:
         self.path = path
         self.until = time.monotonic() + seconds
-        self.kept: dict[str, Any] = {"parameters": parameters, **_machine(), "measured": {}}
-        if path is not None and path.exists():
+        self.kept: dict[str, Any] = {"parameters": parameters, **describe_machine(), "measured": {}}
+        if path.exists():
             found = json.loads(path.read_text())
             if found.get("parameters") == parameters:  # else it belongs to another experiment
-                self.kept["measured"] = found["measured"]
+                self.kept["measured"] = {
+                    name: row
+                    for name, row in found["measured"].items()
+                    if row["cores_used_by_others"] <= redo_cores
+                }
 
     def measure(self, name: str, take: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``take`` returns, and how much others disturbed it. Raises Later."""
@@ -56,8 +63,7 @@ class Slices:
 
     def write(self, **more: Any) -> None:
         self.kept.update(more)
-        if self.path is not None:
-            self.path.write_text(json.dumps(self.kept, indent=1) + "\n")
+        self.path.write_text(json.dumps(self.kept, indent=1) + "\n")
 
 
 def _others_busy_s() -> float:
@@ -68,7 +74,7 @@ def _others_busy_s() -> float:
     return busy_s - sum(os.times()[:4])
 
 
-def _machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:

@@ -244,15 +244,38 @@ def test_doctor_finds_a_cache_that_cannot_be_written(
 
 
 def test_serve_hands_its_options_over(
-    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     server = pytest.importorskip("turbotx.serving.server")
     seen: dict[str, Any] = {}
     monkeypatch.setattr(server, "serve", lambda model, **options: seen.update(options, model=model))
     assert run("serve", "some/folder", "--port", 9000, "--backend", "eager").code == 0
     assert (seen["model"], seen["port"], seen["backend"]) == ("some/folder", 9000, "eager")
-    monkeypatch.undo()
-    assert run("serve", "no/such/folder").code != 0
+    assert seen["api_keys"] == () and seen["max_batch_tokens"] == 16_384
+    (tmp_path / "keys").write_text("# ours\nfirst\n\n second\n")
+    monkeypatch.setenv("TURBOTX_API_KEY", "zeroth")
+    run("serve", "--api-key-file", tmp_path / "keys", "--max-batch-tokens", 0, "--no-normalize")
+    assert seen["api_keys"] == ("zeroth", "first", "second")
+    assert seen["max_batch_tokens"] is None and seen["normalize"] is False
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["no/such/folder"], "not a directory"),
+        (["--max-batch", "0"], "max_batch"),
+        (["--api-key", ""], "API key"),
+        (["--api-key-file", "no/such/file"], "API keys"),
+        (["--policy", "random"], "aged"),
+        (["--max-length", "9999"], "positions"),
+    ],
+)
+def test_serve_says_which_option_is_wrong(
+    run: Callable[..., Ran], options: list[str], says: str, minilm_path: Path
+) -> None:
+    pytest.importorskip("turbotx.serving.server")
+    ran = run("serve", *options)
+    assert ran.code == 2 and says in ran.err
 
 
 def test_serve_names_the_extra_that_is_missing(

@@ -186,7 +186,7 @@ def test_predict_texts_pairs_and_lists():
 
 
 def test_a_key_is_asked_for_except_by_probes():
-    with client_of(sleeping_service(api_key="s3cret")) as client:
+    with client_of(sleeping_service(api_keys=("other", "s3cret"))) as client:
         body = {"inputs": "w0"}
         assert client.post("/embed", json=body).status_code == 401
         for wrong in ("Bearer no", "Basic s3cret", "Bearer \xe9"):
@@ -221,4 +221,4 @@ def test_settings_are_checked():
     with pytest.raises(SettingsError, match="max_batch"):
         Settings(max_batch=0)
     with pytest.raises(SettingsError, match="API key"):
-        Settings(api_key="")
+        Settings(api_keys=("",))

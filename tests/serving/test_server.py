@@ -61,7 +61,7 @@ def test_overload_is_429_with_retry_after_and_the_accepted_are_answered():
 
 def test_the_openai_client():
     openai = pytest.importorskip("openai")
-    with listening(sleeping_service(api_key="k")) as url:
+    with listening(sleeping_service(api_keys=("k",))) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0)
         found = client.embeddings.create(model="stand-in", input=["w0", "w1 w2"])
         assert [len(d.embedding) for d in found.data] == [8, 8]

@@ -17,6 +17,7 @@ import typer
 
 from turbotx.cli.models import Source
 from turbotx.cli.output import Output, exit_code
+from turbotx.cli.serve import serve_command
 from turbotx.errors import TurbotxError
 
 app = typer.Typer(
@@ -126,30 +127,7 @@ def doctor_command(as_json: Json = False) -> None:
     raise typer.Exit(doctor(Output(as_json)))
 
 
-@app.command("serve")
-def serve_command(
-    model: Annotated[str, typer.Argument(help="A model directory, hf:PATH, or minilm.")] = "minilm",
-    host: str = "127.0.0.1",
-    port: int = 8080,
-    backend: Annotated[str, typer.Option(help="turbotx or eager.")] = "turbotx",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    weights: Weights = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest input, in tokens.")] = None,
-    policy: Annotated[str, typer.Option(help="How requests are batched.")] = "aged",
-    max_batch: int = 32,
-    lazy_ms: Annotated[float, typer.Option(help="Wait this long for more requests.")] = 0.0,
-    timeout_ms: Annotated[float, typer.Option(help="Refuse what would take longer.")] = 30_000.0,
-    log_level: str = "info",
-) -> None:
-    """Serve embeddings or classes over HTTP, variable lengths batched."""
-    from turbotx.cli.serve import serve_model
-
-    serve_model(
-        model, host=host, port=port, backend=backend, dtype=dtype, weights=weights,
-        max_length=max_length,
-        policy=policy, max_batch=max_batch, lazy_ms=lazy_ms, timeout_ms=timeout_ms,
-        log_level=log_level,
-    )  # fmt: skip
+app.command("serve")(serve_command)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -187,11 +187,12 @@ async def _read_body(request: Request, max_nbytes: int) -> bytes:
 
 
 def _check_key(service: Service, request: Request) -> None:
-    key = service.settings.api_key
-    if key is None:
+    keys = service.settings.api_keys
+    if not keys:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), key.encode()):
+    fits = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]  # all, in any case
+    if scheme.lower() != "bearer" or not any(fits):
         raise Unauthorized("give the API key as 'Authorization: Bearer KEY'")
 
 

@@ -22,6 +22,7 @@ from turbotx.serving.tokens import TextTokenizer
 from turbotx.weight_files import load_weights
 
 DEFAULT_MODEL = "minilm"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ModelFilesError(TurbotxError):
@@ -59,18 +60,24 @@ def load_model(
     dtype: str = "float32",
     max_length: int | None = None,
     weights: Path | None = None,
+    pooling: Pooling | None = None,
+    normalize: bool | None = None,
 ) -> LoadedModel:
     """Load weights and tokenizer from a local directory.
 
     ``backend`` is ``turbotx`` (optimized) or ``eager``. ``max_length`` overrides what the model's
     files say, up to its position embeddings. ``weights`` is a file for ``turbotx.load_weights`` to
-    take in place of the directory's own. Raises ModelFilesError, WeightsError.
+    take in place of the directory's own. ``pooling`` and ``normalize`` override the files of an
+    embedding model. Raises ModelFilesError, WeightsError.
     """
     if backend not in ("turbotx", "eager"):
         raise ModelFilesError(f"no backend {backend!r}: use turbotx or eager")
+    if dtype not in DTYPES:
+        raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     tokenizer, info = describe_model(
-        model, backend=backend, device=device, dtype=dtype, max_length=max_length
-    )
+        model, backend=backend, device=device, dtype=dtype, max_length=max_length,
+        pooling=pooling, normalize=normalize,
+    )  # fmt: skip
     folder = find_folder(model)
     config = _read_json(folder / "config.json")
     module = _load_module(folder, info.head, dtype, device, weights)
@@ -91,18 +98,28 @@ def describe_model(
     device: str = "cpu",
     dtype: str = "float32",
     max_length: int | None = None,
+    pooling: Pooling | None = None,
+    normalize: bool | None = None,
 ) -> tuple[TextTokenizer, ModelInfo]:
     """Tokenizer and description alone, for a process that computes nothing itself."""
     folder = find_folder(model)
     config = _read_json(folder / "config.json")
     if config is None:
         raise ModelFilesError(f"{folder} has no config.json: give a model directory")
-    head = read_head(folder, config)
+    head = _override(read_head(folder, config), pooling, normalize)
     longest = read_max_length(folder, config, max_length)
     width = len(head.labels) if head.kind == "classifier" else int(config["hidden_size"])
     name = "all-MiniLM-L6-v2" if model == DEFAULT_MODEL else folder.name
     info = ModelInfo(name, digest_files(folder), dtype, longest, width, head, device, backend)
     return TextTokenizer.load(folder, longest, config.get("vocab_size")), info
+
+
+def _override(head: Head, pooling: Pooling | None, normalize: bool | None) -> Head:
+    if head.kind == "classifier" and (pooling is not None or normalize is not None):
+        raise ModelFilesError("this model classifies: pooling and normalize are for embeddings")
+    if pooling is not None:
+        head = replace(head, pooling=pooling)
+    return head if normalize is None else replace(head, normalize=normalize)
 
 
 def find_folder(model: str) -> Path:

@@ -3,7 +3,7 @@
 In: the command line's arguments. Out: a server on host and port until it is told to stop; then it
 answers what it has accepted and exits::
 
-    serve("minilm", port=8080, policy="aged", api_key="secret")
+    serve("minilm", port=8080, policy="aged", api_keys=("secret",))
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import math
 import os
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from turbotx.serving.app import create_app
 from turbotx.serving.cost import CostTable
+from turbotx.serving.engine import Pooling
 from turbotx.serving.logs import log_as_json
 from turbotx.serving.model_files import DEFAULT_MODEL, LoadedModel, load_model
 from turbotx.serving.service import Service
@@ -33,47 +35,25 @@ def serve(
     dtype: str = "float32",
     max_length: int | None = None,
     weights: Path | None = None,
-    policy: str = "aged",
-    max_batch: int = 32,
-    max_batch_tokens: int = 16_384,
-    max_queue: int = 4_096,
-    max_age_ms: float = 5_000.0,
-    lazy_ms: float = 0.0,
-    timeout_ms: float = 30_000.0,
-    max_client_batch: int = 256,
-    max_body_nbytes: int = 8 << 20,
-    cache_nbytes: int = 64 << 20,
-    tokenizer_threads: int = 2,
-    api_key: str | None = None,
-    otel: bool = False,
+    pooling: Pooling | None = None,
+    normalize: bool | None = None,
     log_level: str = "info",
+    **settings: Any,
 ) -> None:
     """Serve a model directory over HTTP until SIGINT or SIGTERM.
 
-    ``api_key`` defaults to the environment variable TURBOTX_API_KEY. Raises ModelFilesError,
-    SettingsError.
+    ``settings`` are the fields of ``Settings``; costs are kept in turbotx's cache unless
+    ``cost_folder`` says where. The others are those of ``load_model``. Raises ModelFilesError,
+    SettingsError, WeightsError.
     """
-    settings = Settings(
-        policy=policy,
-        max_batch=max_batch,
-        max_batch_tokens=max_batch_tokens,
-        max_queue=max_queue,
-        max_age_ms=max_age_ms,
-        lazy_ms=lazy_ms,
-        timeout_ms=timeout_ms,
-        max_client_batch=max_client_batch,
-        max_body_nbytes=max_body_nbytes,
-        cache_nbytes=cache_nbytes,
-        tokenizer_threads=tokenizer_threads,
-        api_key=api_key or os.environ.get("TURBOTX_API_KEY") or None,
-        cost_folder=cost_folder(),
-        otel=otel,
-    )
+    settings["cost_folder"] = settings.get("cost_folder") or cost_folder()
+    checked = Settings(**settings)
     log_as_json(log_level)
     loaded = load_model(
-        model, backend=backend, device=device, dtype=dtype, max_length=max_length, weights=weights
-    )
-    run(loaded, settings, host=host, port=port)
+        model, backend=backend, device=device, dtype=dtype, max_length=max_length, weights=weights,
+        pooling=pooling, normalize=normalize,
+    )  # fmt: skip
+    run(loaded, checked, host=host, port=port)
 
 
 def run(

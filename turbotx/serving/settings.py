@@ -3,7 +3,7 @@
 In: keyword arguments, each with a default that suits a small CPU server. Out: a ``Settings``, its
 limits checked, for example::
 
-    Settings(max_batch=32, policy="aged", api_key="secret")
+    Settings(max_batch=32, policy="aged", api_keys=("secret",))
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Settings:
     cache_nbytes: int = 64 << 20  # of response vectors; 0: off
     coalesce: bool = True  # compute identical requests in flight once
     tokenizer_threads: int = 2
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()  # any of them opens the door; none: everybody may ask
     cost_folder: Path | None = None  # where cost tables are kept; None: measure at every start
     otel: bool = False  # trace with OpenTelemetry, where it is installed
 
@@ -48,5 +48,22 @@ class Settings:
                 raise SettingsError(f"{name} must be above zero, got {getattr(self, name)}")
         if self.cache_nbytes < 0 or self.lazy_ms < 0:
             raise SettingsError("cache_nbytes and lazy_ms must not be negative")
-        if self.api_key == "":
-            raise SettingsError("the API key is empty: leave it out to serve without one")
+        if self.max_batch_tokens is not None and self.max_batch_tokens <= 0:
+            raise SettingsError(f"max_batch_tokens must be above zero, got {self.max_batch_tokens}")
+        if not all(key.strip() == key and key for key in self.api_keys):
+            raise SettingsError("an API key is empty or has blanks round it: leave it out, trim it")
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The API keys of a file, one a line. Raises SettingsError: a file without keys opens nothing.
+
+    Blank lines and what follows a ``#`` at the start of a line are left out.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read the API keys in {path}: {error}") from error
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise SettingsError(f"{path} holds no API key: write one a line")
+    return keys
