@@ -131,16 +131,20 @@ def shoot_report(report: Report, picture: Path, at: str) -> None:
 def results_table(folder: Path = RESULTS) -> str:
     """Return the table as Markdown, a row a claim; what has no result says so."""
     rows = ["| claim | result | measured by |", "|---|---|---|"]
-    makers = (_memory_rows, _kernel_rows, _serving_rows)
-    for file, maker in zip(("memory", "cpu_kernels", "serving_sim"), makers, strict=True):
+    for file, maker in (
+        ("memory", _memory_rows),
+        ("cpu_kernels", _kernel_rows),
+        ("serving_sim", _serving_rows),
+        ("serving_minilm", _server_rows),
+    ):
         path = folder / f"{file}.json"
         found = json.loads(path.read_text()) if path.exists() else {}
-        rows += [f"| {what} | {result} | `benchmarks/{file}.py` |" for what, result in maker(found)]
+        script = f"{file}.py".replace("_minilm.py", ".py minilm")
+        rows += [f"| {what} | {result} | `benchmarks/{script}` |" for what, result in maker(found)]
     for what in (
         "Latency of whole models on a CPU, against eager, torch.compile and ONNX Runtime",
         "Fused Triton kernels on a GPU: time and achieved bandwidth",
         "Latency of whole models on a GPU",
-        "Requests per second of the HTTP server with a real model",
     ):
         rows.append(f"| {what} | {NOT_YET} | |")
     return "\n".join(rows)
@@ -200,6 +204,21 @@ def _serving_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if mean:
         names = {"aged": "turbotx", "dp": "the paper's DP", "fifo": "first come, first served"}
         yield what, ", ".join(f"{name} {mean[key]:.2f} x" for key, name in names.items())
+    else:
+        yield what, NOT_YET
+
+
+def _server_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    what = "Requests per second of the HTTP server: MiniLM, texts of 5 to 500 tokens, all at once"
+    rows = {(r["server"], r.get("policy")): r["all_at_once_per_s"] for r in found.get("rows", [])}
+    if rows:
+        names = {
+            ("turbotx serve, turbotx model", "aged"): "turbotx",
+            ("turbotx serve, eager model", "aged"): "PyTorch eager behind the same server",
+            ("sentence-transformers, encode of all", None): "sentence-transformers' own encode",
+        }
+        parts = ", ".join(f"{name} {rows[key]:.1f}" for key, name in names.items())
+        yield what, f"{parts} ({found['device']}, {found['cores']} cores)"
     else:
         yield what, NOT_YET
 
