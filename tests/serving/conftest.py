@@ -73,7 +73,7 @@ def listening(service):
         thread.join(20)
 
 
-def wait_until(condition, limit_s=20.0):
+def wait_until(condition, limit_s=90.0):
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "waited in vain"

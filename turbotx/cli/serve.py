@@ -24,76 +24,91 @@ PANELS = LISTEN, MODEL, BATCH, LIMIT, KEEP, WATCH = (
 )  # fmt: skip
 
 
+Model = Annotated[str, typer.Argument(help="A model directory, hf:PATH, or minilm.")]
+Host = Annotated[str, _option(LISTEN, "Address to listen on; 0.0.0.0 for all.")]
+Port = Annotated[int, _option(LISTEN, "TCP port.")]
+ApiKey = Annotated[
+    list[str] | None,
+    _option(
+        LISTEN,
+        "A key that clients must give, may be repeated. Arguments show in the list of "
+        "processes: prefer the variable or a file.",
+        envvar="TURBOTX_API_KEY",
+    ),
+]
+ApiKeyFile = Annotated[
+    Path | None, _option(LISTEN, "File of keys, one a line; # begins a comment.")
+]
+Backend = Annotated[
+    Literal["turbotx", "eager"], _option(MODEL, "What computes: turbotx, or PyTorch alone.")
+]
+Device = Annotated[str, _option(MODEL, "PyTorch's name of it: cpu, cuda, cuda:1.")]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], _option(MODEL, "Of the weights.")]
+Weights = Annotated[
+    Path | None,
+    _option(MODEL, "Weights from safetensors, .npz or a state dict instead.", metavar="FILE"),
+]
+MaxLength = Annotated[int | None, _option(MODEL, "Longest input in tokens; default: the model's.")]
+Pooling = Annotated[
+    Literal["mean", "cls", "max", "last"] | None,
+    _option(MODEL, "Tokens to one vector; default: as the model's files say."),
+]
+Normalize = Annotated[
+    bool | None, _option(MODEL, "Vectors of length 1; default: as the model's files say.")
+]
+Policy = Annotated[
+    Literal["aged", "dp", "sort", "fifo", "single"], _option(BATCH, "Which batch runs next.")
+]
+MaxBatch = Annotated[int, _option(BATCH, "Sequences in a batch.")]
+MaxBatchTokens = Annotated[int, _option(BATCH, "Padded tokens in a batch; 0: no limit.")]
+LazyMs = Annotated[float, _option(BATCH, "Wait this long for a batch to fill; 0: run when idle.")]
+MaxAgeMs = Annotated[
+    float, _option(BATCH, "Nobody waits longer; a third of it in work is admitted.")
+]
+CostFolder = Annotated[
+    Path | None, _option(BATCH, "Where measured costs are kept; default: turbotx's cache.")
+]
+MaxQueue = Annotated[int, _option(LIMIT, "Sequences that may wait.")]
+MaxClientBatch = Annotated[int, _option(LIMIT, "Inputs in one request.")]
+MaxBodyNbytes = Annotated[int, _option(LIMIT, "Bytes of a request's body.")]
+TimeoutMs = Annotated[float, _option(LIMIT, "Longest time to answer one request, then 503.")]
+TokenizerThreads = Annotated[int, _option(LIMIT, "Threads that tokenise.")]
+CacheNbytes = Annotated[int, _option(KEEP, "Bytes of answers kept; 0: no cache.")]
+Coalesce = Annotated[bool, _option(KEEP, "Compute identical inputs in flight once.")]
+Otel = Annotated[bool, _option(WATCH, "Trace every request with OpenTelemetry.")]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"], _option(WATCH, "Of the JSON lines on stderr.")
+]
+
+
 def serve_command(
-    model: Annotated[str, typer.Argument(help="A model directory, hf:PATH, or minilm.")] = "minilm",
-    host: Annotated[str, _option(LISTEN, "Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, _option(LISTEN, "TCP port.")] = 8080,
-    api_key: Annotated[
-        list[str] | None,
-        _option(
-            LISTEN,
-            "A key that clients must give, may be repeated. Arguments show in the list of "
-            "processes: prefer the variable or a file.",
-            envvar="TURBOTX_API_KEY",
-        ),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, _option(LISTEN, "File of keys, one a line; # begins a comment.")
-    ] = None,
-    backend: Annotated[
-        Literal["turbotx", "eager"], _option(MODEL, "What computes: turbotx, or PyTorch alone.")
-    ] = "turbotx",
-    device: Annotated[str, _option(MODEL, "PyTorch's name of it: cpu, cuda, cuda:1.")] = "cpu",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], _option(MODEL, "Of the weights.")
-    ] = "float32",
-    weights: Annotated[
-        Path | None,
-        _option(MODEL, "Weights from safetensors, .npz or a state dict instead.", metavar="FILE"),
-    ] = None,
-    max_length: Annotated[
-        int | None, _option(MODEL, "Longest input in tokens; default: the model's.")
-    ] = None,
-    pooling: Annotated[
-        Literal["mean", "cls", "max", "last"] | None,
-        _option(MODEL, "Tokens to one vector; default: as the model's files say."),
-    ] = None,
-    normalize: Annotated[
-        bool | None, _option(MODEL, "Vectors of length 1; default: as the model's files say.")
-    ] = None,
-    policy: Annotated[
-        Literal["aged", "dp", "sort", "fifo", "single"], _option(BATCH, "Which batch runs next.")
-    ] = "aged",
-    max_batch: Annotated[int, _option(BATCH, "Sequences in a batch.")] = 32,
-    max_batch_tokens: Annotated[
-        int, _option(BATCH, "Padded tokens in a batch; 0: no limit.")
-    ] = 16_384,
-    lazy_ms: Annotated[
-        float, _option(BATCH, "Wait this long for a batch to fill; 0: run when idle.")
-    ] = 0.0,
-    max_age_ms: Annotated[
-        float, _option(BATCH, "Nobody waits longer; a third of it in work is admitted.")
-    ] = 5_000.0,
-    cost_folder: Annotated[
-        Path | None, _option(BATCH, "Where measured costs are kept; default: turbotx's cache.")
-    ] = None,
-    max_queue: Annotated[int, _option(LIMIT, "Sequences that may wait.")] = 4_096,
-    max_client_batch: Annotated[int, _option(LIMIT, "Inputs in one request.")] = 256,
-    max_body_nbytes: Annotated[int, _option(LIMIT, "Bytes of a request's body.")] = 8 << 20,
-    timeout_ms: Annotated[
-        float, _option(LIMIT, "Longest time to answer one request, then 503.")
-    ] = 30_000.0,
-    tokenizer_threads: Annotated[int, _option(LIMIT, "Threads that tokenise.")] = 2,
-    cache_nbytes: Annotated[
-        int, _option(KEEP, "Bytes of answers kept; 0: no cache.")
-    ] = 64 << 20,
-    coalesce: Annotated[
-        bool, _option(KEEP, "Compute identical inputs in flight once.")
-    ] = True,
-    otel: Annotated[bool, _option(WATCH, "Trace every request with OpenTelemetry.")] = False,
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], _option(WATCH, "Of the JSON lines on stderr.")
-    ] = "info",
+    model: Model = "minilm",
+    host: Host = "127.0.0.1",
+    port: Port = 8080,
+    api_key: ApiKey = None,
+    api_key_file: ApiKeyFile = None,
+    backend: Backend = "turbotx",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    weights: Weights = None,
+    max_length: MaxLength = None,
+    pooling: Pooling = None,
+    normalize: Normalize = None,
+    policy: Policy = "aged",
+    max_batch: MaxBatch = 32,
+    max_batch_tokens: MaxBatchTokens = 16_384,
+    lazy_ms: LazyMs = 0.0,
+    max_age_ms: MaxAgeMs = 5_000.0,
+    cost_folder: CostFolder = None,
+    max_queue: MaxQueue = 4_096,
+    max_client_batch: MaxClientBatch = 256,
+    max_body_nbytes: MaxBodyNbytes = 8 << 20,
+    timeout_ms: TimeoutMs = 30_000.0,
+    tokenizer_threads: TokenizerThreads = 2,
+    cache_nbytes: CacheNbytes = 64 << 20,
+    coalesce: Coalesce = True,
+    otel: Otel = False,
+    log_level: LogLevel = "info",
 ) -> None:  # fmt: skip
     """Serve embeddings or classes over HTTP, variable lengths batched."""
     options = dict(locals())

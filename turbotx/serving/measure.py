@@ -93,7 +93,13 @@ def _time_ms(engine: Engine, rows: list[TokenRow]) -> float:
 
 
 def load_or_measure(
-    path: Path | None, engine: Engine, *, max_length: int, max_batch: int, max_tokens: int | None
+    path: Path | None,
+    engine: Engine,
+    *,
+    max_length: int,
+    max_batch: int,
+    max_tokens: int | None,
+    token: int = 100,
 ) -> CostTable:
     """The table kept at ``path`` where it fits the limits, else a new one."""
     if path is not None and path.exists():
@@ -103,7 +109,8 @@ def load_or_measure(
                 return table
         except CostTableError:
             pass  # unreadable: measured again and replaced below
-    return measure_costs(engine, max_length=max_length, max_batch=max_batch, max_tokens=max_tokens)
+    limits = {"max_length": max_length, "max_batch": max_batch, "max_tokens": max_tokens}
+    return measure_costs(engine, **limits, token=token)  # type: ignore[arg-type]
 
 
 def describe_device(device: str) -> str:

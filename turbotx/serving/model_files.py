@@ -22,6 +22,8 @@ from turbotx.serving.tokens import TextTokenizer
 from turbotx.weight_files import load_weights
 
 DEFAULT_MODEL = "minilm"
+WIDTHS = ("hidden_size", "dim", "d_model", "n_embd", "emb_dim")  # one idea, by architecture
+POSITIONS = ("max_position_embeddings", "n_positions")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -108,7 +110,7 @@ def describe_model(
         raise ModelFilesError(f"{folder} has no config.json: give a model directory")
     head = _override(read_head(folder, config), pooling, normalize)
     longest = read_max_length(folder, config, max_length)
-    width = len(head.labels) if head.kind == "classifier" else int(config["hidden_size"])
+    width = len(head.labels) if head.kind == "classifier" else _size(config, WIDTHS, folder)
     name = "all-MiniLM-L6-v2" if model == DEFAULT_MODEL else folder.name
     info = ModelInfo(name, digest_files(folder), dtype, longest, width, head, device, backend)
     return TextTokenizer.load(folder, longest, config.get("vocab_size")), info
@@ -171,7 +173,7 @@ def _pooling_of(options: dict[str, Any]) -> Pooling:
 
 def read_max_length(folder: Path, config: dict[str, Any], wanted: int | None) -> int:
     """The wanted length, or the files', never above the position embeddings."""
-    positions = int(config.get("max_position_embeddings", 512))
+    positions = _size({"n_positions": 512, **config}, POSITIONS, folder)
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         positions -= 2  # their positions begin after the padding's
     said = (_read_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
@@ -179,6 +181,13 @@ def read_max_length(folder: Path, config: dict[str, Any], wanted: int | None) ->
     if wanted is not None and wanted > positions:
         raise ModelFilesError(f"max_length {wanted} exceeds the model's {positions} positions")
     return min(int(length), positions)
+
+
+def _size(config: dict[str, Any], names: tuple[str, ...], folder: Path) -> int:
+    for name in names:
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    raise ModelFilesError(f"{folder}/config.json has none of {', '.join(names)}")
 
 
 def digest_files(folder: Path) -> str:

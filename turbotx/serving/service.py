@@ -178,7 +178,8 @@ class Service:
         engine, path = self.model.engine, self._cost_path()
         if isinstance(engine, SleepEngine):
             return self._costs or engine.costs
-        warm_up(engine, self.model.info.max_length)
+        token = min(100, self.model.tokenizer.vocabulary - 1)  # any of the model's will do
+        warm_up(engine, self.model.info.max_length, token)
         if self._costs is not None:
             return self._costs
         table = load_or_measure(
@@ -187,6 +188,7 @@ class Service:
             max_length=self.model.info.max_length,
             max_batch=self.settings.max_batch,
             max_tokens=self.settings.max_batch_tokens,
+            token=token,
         )
         if path is not None:
             with contextlib.suppress(OSError):
