@@ -96,7 +96,7 @@ def minilm_table(folder: Path) -> str:
             r["server"], r.get("policy", ""), f"{r['all_at_once_per_s']:.1f}",
             *(f"{r[k]:.0f}" if k in r else "" for k in ("p50_ms", "p99_ms", "simulated_p99_ms")),
         )
-        for r in _read(folder, "serving_minilm")["rows"]
+        for r in _read(folder, "serving_minilm").get("rows", [])
     ]  # fmt: skip
     heads = ("server", "policy", "all at once, per s", "p50 ms", "p99 ms", "simulated p99 ms")
     return table(heads, rows)
