@@ -1,7 +1,7 @@
 """Whole models as programs for a GPU, every kernel in Triton's interpreter, against eager.
 
-In: BERT, GPT-2 and Llama, tiny, with padded rows; several shapes, each run plainly, captured and
-replayed. Out: errors against float64 by the rule of every other test, and no kernel built twice.
+In: BERT, GPT-2 and Llama, tiny, with padded rows; two shapes, run plainly, captured and replayed.
+Out: errors against float64 by the rule of every other test, and no kernel built twice.
 """
 
 from __future__ import annotations
@@ -50,14 +50,13 @@ def check(fast: Any, model: torch.nn.Module, batch: int, seq: int) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_a_model_runs_as_a_gpu_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny(name)
+    model = tiny(name, torch.float16 if name == "gpt2" else torch.float32)
     device = InterpretedDevice()
     fast = bind_to(device, model, monkeypatch)
     check(fast, model, 2, 3)
     built = fast.stats()["kernel_builds"]
-    for batch, seq in ((1, 1), (2, 3), (1, 1), (2, 3)):  # plain, captured, captured, replayed
+    for batch, seq in ((1, 1), (2, 3)):  # plainly again, then captured and replayed
         check(fast, model, batch, seq)
-    assert fast.stats()["captures"] == 1
-    assert fast.stats()["graph_captures"] == 2
+    assert fast.stats()["captures"] == fast.stats()["graph_captures"] == 1
     assert fast.stats()["kernel_builds"] == built
-    assert [graph.replays for graph in device.graphs] == [2, 1]
+    assert [graph.replays for graph in device.graphs] == [1]
