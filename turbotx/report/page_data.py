@@ -136,6 +136,7 @@ def _launches(report: Report, formulas: _Formulas, layer: Any) -> list[dict[str,
         found.append(
             {
                 "name": entry.name, "kind": entry.kind, "kernel": entry.kernel,
+                "op": str(launch.target) if entry.kind == "aten" else "",
                 "module": entry.module, "source": entry.source, "layer": layer(entry.writes[0]),
                 "reads": formulas.place(cost.reads), "writes": formulas.place(cost.writes),
                 "flops": formulas.place(cost.flops),

@@ -13,28 +13,54 @@ function drawGraph() {
   drawBands();
   const at = new Map(data.boxes.list.map((b) => [b.name, b]));
   for (const arrow of data.boxes.arrows) {
-    const line = draw("path", { class: "arrow", d: arrowPath(at.get(arrow.from), at.get(arrow.to), arrow.bends) });
+    const line = draw("path", {
+      class: "arrow",
+      d: arrowPath(at.get(arrow.from), at.get(arrow.to), arrow.bends),
+    });
     arrow.line = line;
     world.append(line);
   }
   for (const box of data.boxes.list) world.append(drawBox(box));
   drawOverview();
-  const used = [["region", "fused kernel"], ["gemm", "GEMM"], ["attention", "attention"], ["other", "PyTorch's op"], ["input", "input, output"]];
-  document.getElementById("legend").append(...used.filter(([kind]) =>
-    data.boxes.list.some((b) => b.kind === kind)).map(([kind, what]) => make("span", { class: `key ${kind}` }, what)));
+  const used = [
+    ["region", "fused kernel"],
+    ["gemm", "GEMM"],
+    ["attention", "attention"],
+    ["other", "PyTorch's op"],
+    ["input", "input, output"],
+  ];
+  document
+    .getElementById("legend")
+    .append(
+      ...used
+        .filter(([kind]) => data.boxes.list.some((b) => b.kind === kind))
+        .map(([kind, what]) => make("span", { class: `key ${kind}` }, what)),
+    );
 }
 
 function drawBox(box) {
-  const x = box.x - box.width / 2, y = box.y - box.height / 2;
-  const element = draw("g", {
-    class: `box ${box.kind}`, "data-name": box.name,
-    onclick: () => { if (!drag.moved) choose(box.name); },
-  },
+  const x = box.x - box.width / 2,
+    y = box.y - box.height / 2;
+  const element = draw(
+    "g",
+    {
+      class: `box ${box.kind}`,
+      "data-name": box.name,
+      onclick: () => {
+        if (!drag.moved) choose(box.name);
+      },
+    },
     draw("rect", { class: "face", x, y, width: box.width, height: box.height, rx: 6 }),
     draw("rect", { class: "edge", x, y: y + 5, width: 3.5, height: box.height - 10, rx: 1.5 }),
     draw("text", { x: x + 12, y: box.text ? y + 16 : y + 17 }, box.title),
     box.text ? draw("text", { class: "what", x: x + 12, y: y + 30 }, box.text) : null,
-    hint(box.launches.map((n) => launchOf.get(n).module).filter(Boolean).join(", ") || box.title));
+    hint(
+      box.launches
+        .map((n) => launchOf.get(n).module)
+        .filter(Boolean)
+        .join(", ") || box.title,
+    ),
+  );
   graph.boxes.set(box.name, { box, element, text: searchText(box) });
   return element;
 }
@@ -43,9 +69,15 @@ function searchText(box) {
   const mine = new Set(box.launches);
   const ops = data.ops.filter((op) => op.launches.some((n) => mine.has(n)));
   const launches = box.launches.map((n) => launchOf.get(n));
-  return [box.name, box.title, box.text,
+  return [
+    box.name,
+    box.title,
+    box.text,
     ...launches.flatMap((l) => [l.name, l.kernel, l.module]),
-    ...ops.flatMap((op) => [op.name, op.op, op.module, op.place])].join("\n").toLowerCase();
+    ...ops.flatMap((op) => [op.name, op.op, op.module, op.place]),
+  ]
+    .join("\n")
+    .toLowerCase();
 }
 
 // A line that leaves downwards, passes its bends upright and arrives from above.
@@ -53,7 +85,9 @@ function arrowPath(from, to, bends) {
   const points = [[from.x, from.y + from.height / 2], ...bends, [to.x, to.y - to.height / 2]];
   let path = `M${points[0][0]} ${points[0][1]}`;
   for (let k = 1; k < points.length; k++) {
-    const [x0, y0] = points[k - 1], [x1, y1] = points[k], bend = (y1 - y0) * 0.45;
+    const [x0, y0] = points[k - 1],
+      [x1, y1] = points[k],
+      bend = (y1 - y0) * 0.45;
     path += x0 === x1 ? `L${x1} ${y1}` : `C${x0} ${y0 + bend} ${x1} ${y1 - bend} ${x1} ${y1}`;
   }
   return path;
@@ -73,8 +107,16 @@ function drawBands() {
   if (sorted.some(([, range], k) => k && range[0] < sorted[k - 1][1][1])) return;
   for (const [layer, [top, bottom]] of sorted) {
     world.append(
-      draw("rect", { class: "band", x: -MARGIN, y: top - 13, width: data.boxes.width + 2 * MARGIN, height: bottom - top + 26, rx: 10 }),
-      draw("text", { class: "band-name", x: -MARGIN + 9, y: top + 3 }, layer));
+      draw("rect", {
+        class: "band",
+        x: -MARGIN,
+        y: top - 13,
+        width: data.boxes.width + 2 * MARGIN,
+        height: bottom - top + 26,
+        rx: 10,
+      }),
+      draw("text", { class: "band-name", x: -MARGIN + 9, y: top + 3 }, layer),
+    );
   }
 }
 
@@ -98,7 +140,9 @@ function fit(whole) {
   const { clientWidth: width, clientHeight: height } = canvas;
   const across = width / (data.boxes.width + 2 * MARGIN + 24);
   const down = (height - 110) / data.boxes.height;
-  graph.scale = whole ? Math.min(across, down) : Math.min(1.15, Math.max(across, Math.min(down, 0.62)));
+  graph.scale = whole
+    ? Math.min(across, down)
+    : Math.min(1.15, Math.max(across, Math.min(down, 0.62)));
   graph.x = width / 2 - (graph.scale * data.boxes.width) / 2;
   graph.y = whole ? (height - graph.scale * data.boxes.height) / 2 + 8 : 62;
   place();
@@ -106,8 +150,10 @@ function fit(whole) {
 
 // Sideways only where the box would not be seen: the graph stays put while one steps down it.
 function center(box) {
-  const left = graph.x + (box.x - box.width / 2) * graph.scale, right = left + box.width * graph.scale;
-  if (left < 0 || right > canvas.clientWidth) graph.x = canvas.clientWidth / 2 - box.x * graph.scale;
+  const left = graph.x + (box.x - box.width / 2) * graph.scale,
+    right = left + box.width * graph.scale;
+  if (left < 0 || right > canvas.clientWidth)
+    graph.x = canvas.clientWidth / 2 - box.x * graph.scale;
   graph.y = canvas.clientHeight / 2 - box.y * graph.scale;
   place();
 }
@@ -115,16 +161,29 @@ function center(box) {
 const drag = { pointers: new Map(), moved: false, apart: 0 };
 
 function listenToPointers() {
-  canvas.addEventListener("wheel", (event) => {
-    event.preventDefault();
-    if (event.ctrlKey || event.metaKey || event.altKey || !event.shiftKey && !isTrackpad(event)) {
-      zoom(Math.exp(-event.deltaY * (event.ctrlKey ? 0.012 : 0.0016)), event.offsetX, event.offsetY);
-    } else {
-      graph.x -= event.deltaX;
-      graph.y -= event.deltaY;
-      place();
-    }
-  }, { passive: false });
+  canvas.addEventListener(
+    "wheel",
+    (event) => {
+      event.preventDefault();
+      if (
+        event.ctrlKey ||
+        event.metaKey ||
+        event.altKey ||
+        (!event.shiftKey && !isTrackpad(event))
+      ) {
+        zoom(
+          Math.exp(-event.deltaY * (event.ctrlKey ? 0.012 : 0.0016)),
+          event.offsetX,
+          event.offsetY,
+        );
+      } else {
+        graph.x -= event.deltaX;
+        graph.y -= event.deltaY;
+        place();
+      }
+    },
+    { passive: false },
+  );
   canvas.addEventListener("pointerdown", (event) => {
     drag.pointers.set(event.pointerId, event);
     drag.moved = false;
@@ -133,7 +192,8 @@ function listenToPointers() {
   addEventListener("pointermove", (event) => {
     const last = drag.pointers.get(event.pointerId);
     if (!last) return;
-    if (!drag.moved && Math.hypot(event.clientX - last.clientX, event.clientY - last.clientY) < 4) return;
+    if (!drag.moved && Math.hypot(event.clientX - last.clientX, event.clientY - last.clientY) < 4)
+      return;
     drag.moved = true;
     canvas.classList.add("moving");
     drag.pointers.set(event.pointerId, event);
@@ -142,7 +202,8 @@ function listenToPointers() {
       graph.y += event.clientY - last.clientY;
       place();
     } else {
-      const apart = pinch(), bounds = canvas.getBoundingClientRect();
+      const apart = pinch(),
+        bounds = canvas.getBoundingClientRect();
       if (drag.apart) zoom(apart / drag.apart, event.clientX - bounds.x, event.clientY - bounds.y);
       drag.apart = apart;
     }
@@ -157,7 +218,8 @@ function listenToPointers() {
 }
 
 // A trackpad sends small or sideways steps, a wheel large ones.
-const isTrackpad = (event) => event.deltaMode === 0 && (event.deltaX !== 0 || Math.abs(event.deltaY) < 40);
+const isTrackpad = (event) =>
+  event.deltaMode === 0 && (event.deltaX !== 0 || Math.abs(event.deltaY) < 40);
 
 function pinch() {
   const [a, b] = [...drag.pointers.values()];
@@ -175,7 +237,16 @@ function drawOverview() {
   overview.setAttribute("preserveAspectRatio", "none");
   overview.style.height = `${Math.min(260, Math.max(60, height / 8))}px`;
   for (const b of data.boxes.list) {
-    overview.append(draw("rect", { class: b.kind, fill: "var(--kind)", x: b.x - b.width / 2, y: b.y - b.height / 2, width: b.width, height: b.height }));
+    overview.append(
+      draw("rect", {
+        class: b.kind,
+        fill: "var(--kind)",
+        x: b.x - b.width / 2,
+        y: b.y - b.height / 2,
+        width: b.width,
+        height: b.height,
+      }),
+    );
   }
   overview.append(sight);
   const jump = (event) => {
@@ -190,10 +261,16 @@ function drawOverview() {
 }
 
 function placeOverview() {
-  fill(sight, {
-    x: -graph.x / graph.scale, y: -graph.y / graph.scale,
-    width: canvas.clientWidth / graph.scale, height: canvas.clientHeight / graph.scale,
-  }, []);
+  fill(
+    sight,
+    {
+      x: -graph.x / graph.scale,
+      y: -graph.y / graph.scale,
+      width: canvas.clientWidth / graph.scale,
+      height: canvas.clientHeight / graph.scale,
+    },
+    [],
+  );
 }
 
 // --- searching and choosing ---
@@ -217,7 +294,11 @@ function search() {
 function listenToSearch() {
   for (const event of ["input", "change"]) searchInput.addEventListener(event, search);
   searchInput.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") { searchInput.value = ""; search(); canvas.focus(); }
+    if (event.key === "Escape") {
+      searchInput.value = "";
+      search();
+      canvas.focus();
+    }
     if (event.key === "Enter" && graph.hits.length) {
       graph.hit = (graph.hit + (event.shiftKey ? -1 : 1) + graph.hits.length) % graph.hits.length;
       choose(graph.hits[graph.hit].name, true);
@@ -225,7 +306,10 @@ function listenToSearch() {
   });
   addEventListener("keydown", (event) => {
     if (event.target.matches("input")) return;
-    if (event.key === "/") { event.preventDefault(); searchInput.focus(); }
+    if (event.key === "/") {
+      event.preventDefault();
+      searchInput.focus();
+    }
     if (event.key === "ArrowDown" || event.key === "ArrowUp") {
       if (event.target !== canvas) return;
       event.preventDefault();
@@ -246,7 +330,8 @@ function choose(name, move = false) {
   graph.chosen = name;
   const { box, element } = graph.boxes.get(name);
   element.classList.add("chosen");
-  for (const arrow of data.boxes.arrows) arrow.line.classList.toggle("lit", arrow.from === name || arrow.to === name);
+  for (const arrow of data.boxes.arrows)
+    arrow.line.classList.toggle("lit", arrow.from === name || arrow.to === name);
   if (move) center(box);
   history.replaceState(null, "", `#${encodeURIComponent(name)}`); // a link to this box
   openTab("selected");

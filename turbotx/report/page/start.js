@@ -3,17 +3,58 @@
 function refusedTab(pane) {
   const split = data.regions.filter((r) => r.reason);
   pane.append(make("h2", {}, "Left to PyTorch"));
-  if (!data.externs.length) pane.append(make("p", { class: "good" }, "Nothing: every op has a kernel."));
-  else pane.append(table(["op", "#times", "why", "where"], data.externs.map((x) => {
-    const launches = data.launches.filter((l) => l.kind === "aten" && opsOf.get(l.name).some((op) => x.op.includes(op.op)));
-    return [make("code", {}, x.op), x.count, x.reason, launches.slice(0, 4).flatMap((l) => [linkTo(l.name), " "])];
-  })));
+  if (!data.externs.length)
+    pane.append(make("p", { class: "good" }, "Nothing: every op has a kernel."));
+  else
+    pane.append(
+      table(
+        ["op", "#times", "why", "where"],
+        data.externs.map((x) => {
+          const launches = data.launches.filter((l) => l.op === x.op);
+          return [
+            make("code", {}, x.op),
+            x.count,
+            x.reason,
+            launches.slice(0, 4).flatMap((l) => [linkTo(l.name), " "]),
+          ];
+        }),
+      ),
+    );
   pane.append(make("h2", {}, "Regions of more than one kernel"));
-  if (!split.length) pane.append(make("p", { class: "good" }, "None: each run of ops between two matrix products is one kernel."));
-  else pane.append(table(["region", "#kernels", "why"], groupRegions(split).map(([r, names]) => [
-    names.slice(0, 6).flatMap((n) => [make("button", { class: "link", onclick: () => choose(n, true) }, n), " "]).concat(names.length > 6 ? `and ${names.length - 6} more` : []), r.kernels.length, r.reason])));
+  if (!split.length)
+    pane.append(
+      make(
+        "p",
+        { class: "good" },
+        "None: each run of ops between two matrix products is one kernel.",
+      ),
+    );
+  else
+    pane.append(
+      table(
+        ["region", "#kernels", "why"],
+        groupRegions(split).map(([r, names]) => [
+          names
+            .slice(0, 6)
+            .flatMap((n) => [
+              make("button", { class: "link", onclick: () => choose(n, true) }, n),
+              " ",
+            ])
+            .concat(names.length > 6 ? `and ${names.length - 6} more` : []),
+          r.kernels.length,
+          r.reason,
+        ]),
+      ),
+    );
   const idle = data.ops.filter((op) => op.status === "removed" || op.status === "merged");
-  pane.append(make("h2", {}, "Ops that are gone", make("small", {}, "because they do nothing here, or another does it too")));
+  pane.append(
+    make(
+      "h2",
+      {},
+      "Ops that are gone",
+      make("small", {}, "because they do nothing here, or another does it too"),
+    ),
+  );
   pane.append(idle.length ? goneTable(idle) : make("p", {}, "None."));
 }
 
@@ -25,10 +66,24 @@ function goneTable(ops) {
     (groups.get(key) ?? groups.set(key, []).get(key)).push(op);
   }
   const launches = (group) => [...new Set(group.flatMap((op) => op.launches))].slice(0, 5);
-  return table(["op", "#times", "what became of it", "nodes"], [...groups.values()].map((group) => [
-    make("code", {}, group[0].op), group.length,
-    group[0].status === "merged" ? ["part of ", ...launches(group).flatMap((n) => [linkTo(n), " "])] : "removed",
-    make("small", {}, group.slice(0, 8).map((op) => op.name).join(", ") + (group.length > 8 ? ", …" : ""))]));
+  return table(
+    ["op", "#times", "what became of it", "nodes"],
+    [...groups.values()].map((group) => [
+      make("code", {}, group[0].op),
+      group.length,
+      group[0].status === "merged"
+        ? ["part of ", ...launches(group).flatMap((n) => [linkTo(n), " "])]
+        : "removed",
+      make(
+        "small",
+        {},
+        group
+          .slice(0, 8)
+          .map((op) => op.name)
+          .join(", ") + (group.length > 8 ? ", …" : ""),
+      ),
+    ]),
+  );
 }
 
 // Regions of one reason and the same kernels, as of repeated layers, are one row.
@@ -41,32 +96,69 @@ function groupRegions(regions) {
   return [...groups.values()];
 }
 
-const errorTable = (errors) => table(["launch", "#eager", "#turbotx", "#relative", "#allowed", ""], errors.map((e) => [
-  [launchOf.has(e.name) ? linkTo(e.name) : make("code", {}, e.name), " ", make("small", {}, e.module)],
-  showError(e.eager), showError(e.turbotx), showError(e.relative), showError(e.allowed),
-  make("span", { class: e.holds ? "good" : "bad" }, e.holds ? "holds" : "too large")]));
+const errorTable = (errors) =>
+  table(
+    ["launch", "#eager", "#turbotx", "#relative", "#allowed", ""],
+    errors.map((e) => [
+      [
+        launchOf.has(e.name) ? linkTo(e.name) : make("code", {}, e.name),
+        " ",
+        make("small", {}, e.module),
+      ],
+      showError(e.eager),
+      showError(e.turbotx),
+      showError(e.relative),
+      showError(e.allowed),
+      make("span", { class: e.holds ? "good" : "bad" }, e.holds ? "holds" : "too large"),
+    ]),
+  );
 
 function numericsTab(pane) {
   const numerics = data.numerics;
   if (!numerics) {
-    pane.append(make("p", { class: "note" }, "Not measured for this page: turbotx compile --verify runs every launch against float64."));
+    pane.append(
+      note(
+        "Not measured for this page: turbotx compile --verify runs every launch against float64.",
+      ),
+    );
     return;
   }
-  pane.append(make("h2", {}, "Against float64", make("small", {}, "largest differences: PyTorch's own ops, and turbotx")),
-    make("p", { class: numerics.holds ? "good" : "bad" }, numerics.holds ? "The rule holds for every launch and every output: at most 1.5 × eager's error, plus 2 ulp of the largest value." : "The rule is broken: see below."),
-    errorTable(numerics.outputs), make("h2", {}, "Launch by launch"), errorTable([...numerics.launches].sort((a, b) => a.holds - b.holds || b.relative - a.relative)));
+  pane.append(
+    make(
+      "h2",
+      {},
+      "Against float64",
+      make("small", {}, "largest differences: PyTorch's own ops, and turbotx"),
+    ),
+    make(
+      "p",
+      { class: numerics.holds ? "good" : "bad" },
+      numerics.holds
+        ? "The rule holds for every launch and every output: at most 1.5 × eager's error, plus 2 ulp of the largest value."
+        : "The rule is broken: see below.",
+    ),
+    errorTable(numerics.outputs),
+    make("h2", {}, "Launch by launch"),
+    errorTable([...numerics.launches].sort((a, b) => a.holds - b.holds || b.relative - a.relative)),
+  );
 }
 
 const TABS = [
-  ["overview", "Overview", overviewTab], ["selected", "Selected", selectedTab], ["memory", "Memory", memoryTab],
-  ["roofline", "Roofline", rooflineTab], ["refused", "Not fused", refusedTab], ["numerics", "Numerics", numericsTab],
+  ["overview", "Overview", overviewTab],
+  ["selected", "Selected", selectedTab],
+  ["memory", "Memory", memoryTab],
+  ["roofline", "Roofline", rooflineTab],
+  ["refused", "Not fused", refusedTab],
+  ["numerics", "Numerics", numericsTab],
 ];
-let open = "overview", update = null;
+let open = "overview",
+  update = null;
 
 function openTab(name) {
   if (player && name !== "memory") stopPlaying();
   open = name;
-  for (const button of document.querySelectorAll("#tabs button")) button.setAttribute("aria-selected", button.dataset.tab === name);
+  for (const button of document.querySelectorAll("#tabs button"))
+    button.setAttribute("aria-selected", button.dataset.tab === name);
   const pane = document.getElementById("pane");
   pane.replaceChildren();
   pane.scrollTop = 0;
@@ -75,17 +167,28 @@ function openTab(name) {
 
 // A tab that can says how it changes with the shape; others are made anew where they stand.
 function refresh() {
-  if (update) { update(); return; }
-  const pane = document.getElementById("pane"), top = pane.scrollTop;
+  if (update) {
+    update();
+    return;
+  }
+  const pane = document.getElementById("pane"),
+    top = pane.scrollTop;
   openTab(open);
   pane.scrollTop = top;
 }
 
 function listenToGrip() {
-  const grip = document.getElementById("grip"), panel = document.getElementById("graph");
-  grip.addEventListener("pointerdown", (event) => { grip.setPointerCapture(event.pointerId); event.preventDefault(); });
+  const grip = document.getElementById("grip"),
+    panel = document.getElementById("graph");
+  grip.addEventListener("pointerdown", (event) => {
+    grip.setPointerCapture(event.pointerId);
+    event.preventDefault();
+  });
   grip.addEventListener("pointermove", (event) => {
-    if (event.buttons) { panel.style.width = `${event.clientX}px`; placeOverview(); }
+    if (event.buttons) {
+      panel.style.width = `${event.clientX}px`;
+      placeOverview();
+    }
   });
 }
 
@@ -98,8 +201,13 @@ function listenToTheme() {
 }
 
 shape.values = evaluate(...shape.dims);
-document.getElementById("tabs").append(...TABS.map(([key, title]) =>
-  make("button", { "data-tab": key, role: "tab", onclick: () => openTab(key) }, title)));
+document
+  .getElementById("tabs")
+  .append(
+    ...TABS.map(([key, title]) =>
+      make("button", { "data-tab": key, role: "tab", onclick: () => openTab(key) }, title),
+    ),
+  );
 showHeadline();
 makeSliders();
 drawGraph();
