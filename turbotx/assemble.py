@@ -8,26 +8,28 @@ launches in order, what the call returns, and what must hold of the dims. For a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from sympy import Integer
 from torch import fx
 
 from turbotx import graph as g
 from turbotx import ir
 from turbotx.errors import CaptureError
 from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.epilogue import ACTIVATIONS, Epilogue, GemmKernel, is_packable
 from turbotx.kernels.fuse import FusedRegion
 from turbotx.kernels.inplace import find_inplace
 from turbotx.layout import Layout, contiguous_strides, layout_of, reshape_strides
+from turbotx.passes.extract import extract
 from turbotx.passes.partition import kind_of, op_name
 from turbotx.sizes import ONE, ZERO, Expr, dim, product
 from turbotx.views import SPLITS
 
 aten = torch.ops.aten
-PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -52,18 +54,24 @@ class Assembly:
 
 
 def assemble(
-    graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node], dims: Sequence[str]
-) -> Assembly:
-    """Return the launches of a partitioned graph, in an order that respects every dependency."""
-    return _Assembler(graph, fused, prepared, dims).run()
+    graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node],
+    dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue] | None = None,
+) -> Assembly:  # fmt: skip
+    """Return the launches of a partitioned graph, in an order that respects every dependency.
+
+    `epilogues`: the linears whose launch computes a region as well.
+    """
+    return _Assembler(graph, fused, prepared, dims, epilogues or {}).run()
 
 
 class _Assembler:
     def __init__(
         self, graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node],
-        dims: Sequence[str],
+        dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue],
     ) -> None:  # fmt: skip
         self.graph, self.prepared = graph, prepared
+        self.epilogues = epilogues
+        self.ends = {e.output: e for e in epilogues.values()}
         self.dims = set(dims)
         self.kinds = {n: kind_of(n, prepared) for n in graph.nodes}
         self.done: set[Any] = set()
@@ -107,8 +115,9 @@ class _Assembler:
             self._ensure(needed)
         kind = self.kinds[node]
         if region is not None:
-            self._kernels(region)
-        elif kind == "gemm":
+            end = self.ends.get(region.region.outputs[-1])
+            self._kernels(region) if end is None else self._gemm(end.linear, end)
+        elif kind == "gemm" and node not in self.epilogues:
             self._gemm(node)
         elif kind == "attention":
             self._attention(node)
@@ -201,50 +210,40 @@ class _Assembler:
         )  # fmt: skip
         self.out.launches.append(launch)
 
-    def _gemm(self, node: fx.Node) -> None:
-        if node.target is not aten.linear.default or not self._packable(node):
+    def _gemm(self, node: fx.Node, end: Epilogue | None = None) -> None:
+        if not is_packable(node, self.kinds):
             self._fallback(node, out=node.target is not aten.linear.default)
             return
+        end = end or Epilogue(node, node, (node,), node.args[2] if len(node.args) > 2 else None)  # type: ignore[arg-type]
         x, weight = node.args[0], node.args[1]
-        bias = node.args[2] if len(node.args) > 2 else None
         layout = layout_of(x)  # type: ignore[arg-type]
         rows = product(g.shape(x)[:-1])  # type: ignore[arg-type]
-        depth, width = g.shape(node.args[0])[-1], g.shape(node)[-1]  # type: ignore[arg-type]
+        depth, width = g.shape(x)[-1], g.shape(end.output)[-1]  # type: ignore[arg-type]
         assert layout is not None
         flat = reshape_strides(layout, (rows, depth))
         assert flat is not None
-        name = self._tensor(node)
         window = self._window(layout, g.dtype(x))  # type: ignore[arg-type]
-        args = (
-            window,
-            self._operand(weight),  # type: ignore[arg-type]
-            None if bias is None else self._operand(bias),  # type: ignore[arg-type]
-            self._whole(node),
+        out = self._whole(end.output)
+        bias, residual = (None if n is None else self._operand(n) for n in (end.bias, end.residual))
+        args = (window, self._operand(weight), bias, out, residual)  # type: ignore[arg-type]
+        activation = Integer(ACTIVATIONS.index(end.activation))
+        sizes = (rows, flat[0] if rows != 1 else depth, width, width, activation)
+        call: tuple[object, ...]
+        if end.output is node:
+            call = (node.target, self._arguments(node.args), dict[str, Any](), (out,), True)
+        else:
+            given = [n for n in (x, weight, end.bias, end.residual) if n is not None]
+            meant = extract([end.output], given, end.name)  # type: ignore[arg-type]
+            reads = [self._operand(n) for n in given]  # type: ignore[arg-type]
+            call = (meant.module, (*reads, *meant.sizes), dict[str, Any](), (out,), False)
+        inplace: tuple[tuple[str, str], ...] = ()
+        if residual is not None and residual.tensor != window.tensor:
+            inplace = ((out.tensor, residual.tensor),)
+        source = ", ".join(n.name for n in end.nodes)
+        kind = GemmKernel(end.activation, end.gated)
+        self._launch(
+            end.output, end.name, "gemm", kind, args, (out.tensor,), sizes, call, source, inplace
         )
-        sizes = (rows, flat[0] if rows != 1 else depth, width)
-        call = (node.target, self._arguments(node.args), dict[str, Any](), (args[3],), True)
-        self._launch(node, "linear", "gemm", weight, args, (name,), sizes, call)
-
-    def _packable(self, node: fx.Node) -> bool:
-        """Tell whether the packed GEMM can do it: constant 2-d weight, rows of x at one stride."""
-        x, weight = node.args[0], node.args[1]
-        bias = node.args[2] if len(node.args) > 2 else None
-        if g.dtype(x) not in PACKABLE or len(g.shape(weight)) != 2:  # type: ignore[arg-type]
-            return False
-        for constant in (weight, bias):
-            layout = None if constant is None else layout_of(constant)  # type: ignore[arg-type]
-            if constant is not None and (
-                layout is None or self.kinds[layout.root] not in ("parameter", "prepared")
-            ):
-                return False
-        if bias is not None and layout_of(bias).strides != (ONE,):  # type: ignore[arg-type, union-attr]
-            return False
-        layout = layout_of(x)  # type: ignore[arg-type]
-        depth = g.shape(x)[-1]  # type: ignore[arg-type]
-        if layout is None or len(layout.shape) < 1:
-            return False
-        flat = reshape_strides(layout, (product(layout.shape[:-1]), depth))
-        return flat is not None and (flat[1] == 1 or depth == 1)
 
     def _attention(self, node: fx.Node) -> None:
         q, k, v, key_mask, bias = node.args

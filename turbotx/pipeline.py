@@ -2,7 +2,8 @@
 
 In: a `Captured` and options. Out: a `Compiled`: what every stage made, and the program::
 
-    capture -> canonicalize -> rewrite -> partition -> fuse -> assemble -> build -> plan -> Program
+    capture -> canonicalize -> rewrite -> partition -> fuse -> epilogues -> assemble -> build
+        -> plan -> Program
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from turbotx import verify
 from turbotx.assemble import Assembly, assemble
 from turbotx.capture import Captured
 from turbotx.graphed import GraphedProgram
+from turbotx.kernels.epilogue import find_epilogues
 from turbotx.kernels.fuse import FusedRegion, fuse_all
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.passes.attention import recognize_attention
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.linear import free_biases, lift_views, pack_linears, use_linear
-from turbotx.passes.partition import find_prepared, partition
+from turbotx.passes.partition import find_prepared, kind_of, partition
 from turbotx.program import Program
 from turbotx.runtime.cpu import CpuRuntime
 from turbotx.runtime.cuda import CudaRuntime
@@ -72,9 +74,12 @@ def compile_captured(
     for region in regions:
         verify.check_region(region.nodes, region.outputs)
     fused = fuse_all(graph, regions, prepared)
-    for kernel in {k.kernel.digest(): k.kernel for f in fused for k in f.kernels}.values():
+    epilogues = find_epilogues(fused, {n: kind_of(n, prepared) for n in graph.nodes})
+    joined = {e.output for e in epilogues.values()}
+    kernels = [k for f in fused if f.region.outputs[-1] not in joined for k in f.kernels]
+    for kernel in {k.kernel.digest(): k.kernel for k in kernels}.values():
         verify.check_kernel(kernel)
-    assembly = assemble(graph, fused, prepared, captured.dims)
+    assembly = assemble(graph, fused, prepared, captured.dims, epilogues)
     verify.check_launches(assembly.tensors, assembly.launches, assembly.returned)
     weights = find_weights(captured, model, assembly)
     program = make_program(assembly, captured, weights, options, pool, device)

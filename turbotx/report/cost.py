@@ -104,9 +104,9 @@ def _add_windows(launch: ir.Launch) -> dict[str, Expr]:
 
 def _flops(launch: ir.Launch) -> Expr:
     if launch.kind == "gemm":
-        x, _, _, out = launch.args
-        assert x is not None and out is not None
-        return 2 * product(out.shape) * x.shape[-1]
+        weight = launch.args[1]
+        assert weight is not None
+        return 2 * launch.sizes[0] * product(weight.shape)
     if isinstance(launch.target, AttentionKernel):
         batch, heads, _, q_len, k_len = launch.sizes[:5]
         return 4 * batch * heads * q_len * k_len * launch.target.head_dim

@@ -147,6 +147,7 @@ def describe_regions(view: View) -> list[entries.Region]:
     """One entry a region, named as its submodule in the fused graph."""
     by_kernel: dict[int, ir.Launch] = {id(x.call[0]): x for x in view.launches
                                        if x.kind == "kernel"}  # fmt: skip
+    gemms = {name: x for x in view.launches if x.kind == "gemm" for name in x.writes}
     names: Counter[str] = Counter()
     found = []
     for fused in view.compiled.fused:
@@ -154,14 +155,16 @@ def describe_regions(view: View) -> list[entries.Region]:
         names[fused.name] += 1
         launches = [by_kernel[id(k)] for k in fused.kernels if id(k) in by_kernel]
         nodes = fused.region.nodes
+        joined = [gemms[n.name] for n in fused.region.outputs if n.name in gemms]
+        reasons = [f"computed by the epilogue of {x.name}" for x in joined] or fused.reasons + fused.choices
         found.append(
             entries.Region(
                 name,
                 tuple(n.name for n in nodes),
                 tuple(op_name(n) for n in nodes),
                 tuple(view.function_of(x) for x in launches),
-                tuple(x.name for x in launches),
-                "; ".join(fused.reasons + fused.choices),
+                tuple(x.name for x in launches or joined),
+                "; ".join(reasons),
                 _distinct(map(module_of, nodes)),
                 _distinct(map(g.place_of, nodes)),
             )
@@ -184,7 +187,7 @@ def describe_gemms(view: View) -> list[entries.Gemm]:
             weight = x.args[1].tensor
             behind = _parameters_of(prepared[weight]) if weight in prepared else [weight]
             names = tuple(parameters.get(n, n) for n in behind)
-            m, n = x.sizes[0], x.sizes[2]
+            m, n = x.sizes[0], x.args[1].shape[0]
             k = x.args[0].shape[-1]  # type: ignore[union-attr]
             found.append(
                 entries.Gemm(

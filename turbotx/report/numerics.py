@@ -133,7 +133,9 @@ def _meaning(launch: ir.Launch) -> tuple[Any, Any, Any, Sequence[ir.Operand | No
     """Return a launch as PyTorch would run it: function, its float64 form, arguments, results."""
     if launch.kind != "kernel":
         target, args, kwargs, writes, _ = launch.call
-        return target, _without_dtypes(target), (args, kwargs), writes  # type: ignore[return-value]
+        joined = isinstance(target, fx.GraphModule)  # a GEMM and its epilogue
+        exact = _to_float64(target) if joined else _without_dtypes(target)  # type: ignore[arg-type]
+        return target, exact, (args, kwargs), writes  # type: ignore[return-value]
     (lowered,) = launch.call
     assert isinstance(lowered, Lowered)
     roles = [p.role for p in lowered.kernel.params]

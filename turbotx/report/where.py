@@ -64,7 +64,7 @@ def _computed(launch: ir.Launch) -> list[str]:
         outputs = [node for node, param in roles if param.role == "out"]
         given = {n for n in lowered.operands if n not in outputs}
         return _needed(outputs, given)
-    return list(dict.fromkeys([launch.source, *launch.writes]))
+    return list(dict.fromkeys([*launch.source.split(", "), *launch.writes]))
 
 
 def _needed(outputs: list[fx.Node], given: set[fx.Node]) -> list[str]:

@@ -28,7 +28,9 @@ class LaunchRecord(ctypes.Structure):
 def declare_runtime(library: ctypes.CDLL) -> None:
     """Tell ctypes the types of the runtime's functions."""
     library.ttx_pack_weight.restype = ctypes.c_void_p
-    library.ttx_pack_weight.argtypes = [ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 4]
+    library.ttx_pack_weight.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_int,
+    ]  # fmt: skip
     library.ttx_free_weight.argtypes = [ctypes.c_void_p]
     library.ttx_free_weight.restype = None
     library.ttx_run.restype = ctypes.c_int64

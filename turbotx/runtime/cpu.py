@@ -20,6 +20,7 @@ from turbotx import ir
 from turbotx.assemble import Assembly
 from turbotx.errors import BuildWarning, NoCompilerError
 from turbotx.kernels.build import build_library
+from turbotx.kernels.epilogue import GemmKernel
 from turbotx.options import Options
 from turbotx.runtime.aten import AtenSteps, RunState
 from turbotx.runtime.native import LaunchTable, load_runtime, packed_name, print_units
@@ -67,9 +68,9 @@ class CpuRuntime:
         self._packed: dict[str, PackedWeight] = {}
         self._packed_version = 0
         self._gemm_weights = {
-            packed_name(x.args[1]): x.args[1]
+            packed_name(x): (x.args[1], x.target.gated)
             for x in assembly.launches
-            if x.kind == "gemm" and x.kind in kinds and x.args[1] is not None
+            if isinstance(x.target, GemmKernel) and x.kind in kinds and x.args[1] is not None
         }
         self._lock = threading.Lock()
         self._records = ctypes.addressof(self.table.records)
@@ -91,8 +92,8 @@ class CpuRuntime:
 
     def packings(self) -> Iterator[tuple[str, ir.Operand, tuple[Any, ...]]]:
         """Give every packed weight: its name in the table, what it is made of, further options."""
-        for name, operand in self._gemm_weights.items():
-            yield name, operand, ()
+        for name, (operand, gated) in self._gemm_weights.items():
+            yield name, operand, (gated,)
 
     def fill_weights(self, table: Any) -> tuple[int, object]:
         """Write the addresses of everything made from parameters into a table.
@@ -103,8 +104,8 @@ class CpuRuntime:
             version, tensors = self.weights.version, self.weights.tensors
             if self._packed_version != version:
                 self._packed = {
-                    name: PackedWeight(self._native, self.weights.window(operand))
-                    for name, operand in self._gemm_weights.items()
+                    name: PackedWeight(self._native, self.weights.window(operand), *options)
+                    for name, operand, options in self.packings()
                 }
                 self._packed_version = version
             packed = self._packed

@@ -5,7 +5,6 @@
 #include <chrono>
 #include <cstdint>
 
-#include "attention.h"
 #include "gemm.h"
 #include "gemv.h"
 
@@ -28,10 +27,22 @@ int64_t now_ns() {
              std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// What a launch asks of a weight: C = epilogue(A W^T), m rows.
+struct Product {
+  const void* a;
+  long lda, m;
+  const void* bias;
+  const void* residual;
+  long ld_residual;
+  ttx::Activation activation;
+  void* c;
+  long ldc;
+};
+
 // One weight: packed for many tokens, and the module's own memory for one.
 struct Weight {
   virtual ~Weight() = default;
-  virtual void multiply(const void* a, long lda, long m, const void* bias, void* c, long ldc) = 0;
+  virtual void multiply(const Product& p) = 0;
 };
 
 template <class T>
@@ -39,22 +50,27 @@ struct TypedWeight : Weight {
   ttx::PackedWeight<T> packed;
   const T* own;
   const bool rows_are_outputs, dense;
-  TypedWeight(const T* w, long n, long k, long sn, long sk)
-      : packed(w, n, k, sn, sk), own(w), rows_are_outputs(sk == 1),
+  TypedWeight(const T* w, long n, long k, long sn, long sk, bool gated)
+      : packed(w, gated ? n / 2 : n, k, sn, sk, gated), own(w), rows_are_outputs(sk == 1),
         dense((sk == 1 && sn == k) || (sn == 1 && sk == n)) {}
-  void multiply(const void* a, long lda, long m, const void* bias, void* c, long ldc) override {
-    const T *x = static_cast<const T*>(a), *b = static_cast<const T*>(bias);
-    T* out = static_cast<T*>(c);
-    if (m == 1 && dense)
-      ttx::multiply_vector(x, own, packed.n, packed.k, rows_are_outputs, b, out);
+  void multiply(const Product& p) override {
+    const T* a = static_cast<const T*>(p.a);
+    T* c = static_cast<T*>(p.c);
+    ttx::Epilogue<T> finish{.bias = static_cast<const T*>(p.bias),
+                            .activation = p.activation,
+                            .residual = static_cast<const T*>(p.residual),
+                            .ld_residual = p.ld_residual,
+                            .gated = packed.group == 2 ? packed.n : 0};
+    if (p.m == 1 && dense)
+      ttx::multiply_vector(a, own, packed.n, packed.k, rows_are_outputs, c, finish);
     else
-      ttx::linear(packed, x, lda, m, out, ldc, ttx::Epilogue<T>{.bias = b});
+      ttx::linear(packed, a, p.lda, p.m, c, p.ldc, finish);
   }
 };
 
 template <class T>
-Weight* pack(const void* w, long n, long k, long sn, long sk) {
-  return new TypedWeight<T>(static_cast<const T*>(w), n, k, sn, sk);
+Weight* pack(const void* w, long n, long k, long sn, long sk, bool gated) {
+  return new TypedWeight<T>(static_cast<const T*>(w), n, k, sn, sk, gated);
 }
 
 }  // namespace
@@ -81,11 +97,14 @@ int64_t ttx_run(const Launch* launches, int64_t begin, int64_t end, void* const*
   return 0;
 }
 
-// dtype 0 is float32, 1 bfloat16, 2 float16; element (output j, input i) at w[j * sn + i * sk].
-void* ttx_pack_weight(int dtype, const void* w, int64_t n, int64_t k, int64_t sn, int64_t sk) {
+// dtype 0 is float32, 1 bfloat16, 2 float16; element (output j, input i) at w[j * sn + i * sk]. Of a
+// gated weight the first n / 2 outputs are the gate, the others its factor.
+void* ttx_pack_weight(int dtype, const void* w, int64_t n, int64_t k, int64_t sn, int64_t sk,
+                      int gated) {
   try {
-    if (dtype == 0) return pack<float>(w, n, k, sn, sk);
-    return dtype == 1 ? pack<ttx::bf16>(w, n, k, sn, sk) : pack<ttx::f16>(w, n, k, sn, sk);
+    if (dtype == 0) return pack<float>(w, n, k, sn, sk, gated);
+    if (dtype == 1) return pack<ttx::bf16>(w, n, k, sn, sk, gated);
+    return pack<ttx::f16>(w, n, k, sn, sk, gated);
   } catch (const std::bad_alloc&) {
     return nullptr;
   }
@@ -93,10 +112,15 @@ void* ttx_pack_weight(int dtype, const void* w, int64_t n, int64_t k, int64_t sn
 
 void ttx_free_weight(void* weight) { delete static_cast<Weight*>(weight); }
 
-// args: a, packed weight, bias or null, out; sizes: m, lda, ldc.
+// args: a, packed weight, bias or null, out, residual or null; sizes: m, lda, ldc, the residual's
+// row stride, the activation.
 int ttx_linear(void* const* args, const int64_t* sizes) {
   if (sizes[0] > 0)
-    static_cast<Weight*>(args[1])->multiply(args[0], sizes[1], sizes[0], args[2], args[3], sizes[2]);
+    static_cast<Weight*>(args[1])->multiply({.a = args[0], .lda = sizes[1], .m = sizes[0],
+                                             .bias = args[2], .residual = args[4],
+                                             .ld_residual = sizes[3],
+                                             .activation = static_cast<ttx::Activation>(sizes[4]),
+                                             .c = args[3], .ldc = sizes[2]});
   return 0;
 }
 

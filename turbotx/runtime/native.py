@@ -18,6 +18,7 @@ from turbotx.assemble import Assembly
 from turbotx.kernels.build import build_library
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
+from turbotx.kernels.epilogue import GemmKernel
 from turbotx.runtime.abi import LaunchRecord, declare_runtime
 from turbotx.sizes import Expr
 
@@ -124,7 +125,7 @@ class LaunchTable:
                 slots.append(-1)
                 offsets.append(-1)
                 continue
-            slots.append(self.slot(packed_name(arg)) if packed else self.slot(arg.tensor))
+            slots.append(self.slot(packed_name(launch) if packed else arg.tensor))
             shift = arg.offset * arg.dtype.itemsize
             offsets.append(-1 if packed or shift == 0 else self.value(shift))
         sizes = [self.value(e) for e in launch.sizes]
@@ -142,7 +143,9 @@ def _symbol_of(launch: ir.Launch, names: dict[object, str]) -> str:
     return "ttx_linear" if launch.kind == "gemm" else names[kernel_key(launch.target)]
 
 
-def packed_name(weight: ir.Operand) -> str:
-    """Return the address table's name of a weight in packed form."""
+def packed_name(launch: ir.Launch) -> str:
+    """Return the address table's name of a GEMM's weight in packed form."""
+    weight, kind = launch.args[1], launch.target
+    assert weight is not None and isinstance(kind, GemmKernel)
     flipped = "" if weight.strides[-1] == 1 else ".t"
-    return f"{weight.tensor}{flipped}.packed"
+    return f"{weight.tensor}{flipped}{'.gated' if kind.gated else ''}.packed"

@@ -25,11 +25,11 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 class PackedWeight:
     """A GEMM weight in the native library's layout; freed with the object."""
 
-    def __init__(self, native: Any, weight: torch.Tensor) -> None:
+    def __init__(self, native: Any, weight: torch.Tensor, gated: bool = False) -> None:
         self._native = native
         n, k = weight.shape
         self.address = native.ttx_pack_weight(
-            DTYPE_CODES[weight.dtype], weight.data_ptr(), n, k, weight.stride(0), weight.stride(1)
+            DTYPE_CODES[weight.dtype], weight.data_ptr(), n, k, *weight.stride(), gated
         )
         if not self.address:
             raise MemoryError(f"no memory to pack a weight of {weight.nbytes} bytes")

@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "gemm.h"
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
 #endif
@@ -52,5 +54,26 @@ inline const Mkl& mkl() {
   }();
   return found;
 }
+
+// The same weight packed by MKL; float32 only. C is A W^T alone: bias and the rest come after.
+class MklWeight {
+ public:
+  MklWeight(const float* w, long n, long k)
+      : n(n), k(k), memory_(mkl().has_packed() ? mkl().pack_size(Mkl::kMatrixB, kRows, n, k) : 0) {
+    if (mkl().has_packed())
+      mkl().pack(Mkl::kRowMajor, Mkl::kMatrixB, Mkl::kTrans, kRows, n, k, 1.0f, w, k, data());
+  }
+  bool is_packed() const { return mkl().has_packed(); }
+  void multiply(const float* a, long lda, long m, float* c, long ldc) const {
+    mkl().compute(Mkl::kRowMajor, Mkl::kNoTrans, Mkl::kPacked, m, n, k, a, lda, data(), k, 0.0f, c,
+                  ldc);
+  }
+  const long n, k;
+
+ private:
+  static constexpr long kRows = 128;  // MKL's layout does not depend on the rows it was packed for
+  float* data() const { return memory_.as<float>(); }
+  WeightMemory memory_;
+};
 
 }  // namespace ttx
