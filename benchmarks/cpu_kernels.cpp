@@ -3,6 +3,7 @@
 //   example:  void* w = pack_float(weight, n, k);  linear_float(w, a, k, m, c, n, nullptr, 0);
 #include "attention.h"
 #include "gemm.h"
+#include "mkl.h"
 
 using namespace ttx;
 

@@ -48,7 +48,8 @@ def build_library() -> ctypes.CDLL:
         compiler, source = find_compiler(), Path(__file__).with_suffix(".cpp")
         unit = str(path.with_suffix(".o"))
         subprocess.run(
-            [compiler, *FLAGS, f"-I{HEADERS}", "-c", str(source), "-o", unit], check=True
+            [compiler, *FLAGS, f"-I{HEADERS}", f"-I{source.parent}", "-c", str(source), "-o", unit],
+            check=True,
         )
         subprocess.run([compiler, "-shared", unit, "-o", str(path)], check=True)
         library = ctypes.CDLL(str(path))

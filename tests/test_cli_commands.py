@@ -32,7 +32,7 @@ class Block(nn.Module):
         self.up, self.down, self.norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
 
     def forward(self, x):
-        return self.norm(x + self.down(torch.nn.functional.gelu(self.up(x)))).sort(-1)[0]
+        return self.norm(x + self.down(2 * torch.nn.functional.gelu(self.up(x)))).sort(-1)[0]
 
 
 def make():
@@ -76,7 +76,11 @@ def test_verify_measures_every_launch_and_the_outputs(run: Callable[..., Ran], m
     assert ran.code == 0 and found["holds"]
     assert [s["dims"]["batch"] for s in found["shapes"]] == [1, 5]
     launches = found["shapes"][1]["launches"]
-    assert {e["name"].rsplit("_", 1)[0] for e in launches} >= {"linear", "fused_add_gelu", "sort"}
+    assert {e["name"].rsplit("_", 1)[0] for e in launches} >= {
+        "linear",
+        "fused_add_gelu_mul",
+        "sort",
+    }
     for error in launches:
         assert 0 <= error["turbotx"] <= error["allowed"] < 1e-3
     assert len(found["shapes"][1]["outputs"]) == 1
@@ -97,7 +101,7 @@ def test_verify_names_a_kernel_that_is_wrong(
     ran = run("verify", model, "--json")
     assert ran.code == 1 and not ran.json["holds"]
     bad = [e["name"] for e in ran.json["shapes"][0]["launches"] if not e["holds"]]
-    assert bad == ["fused_add_gelu_0"]
+    assert bad == ["fused_add_gelu_mul_0"]
     assert not ran.json["shapes"][0]["outputs"][0]["holds"]
     harsh = {
         case: {e["name"]: e["holds"] for e in v} for case, v in ran.json["adversarial"].items()
@@ -129,7 +133,7 @@ def test_verify_catches_a_wrong_pass_in_the_outputs(
 
 def test_verify_prints_a_table(run: Callable[..., Ran], model: str) -> None:
     ran = run("verify", model)
-    assert ran.code == 0 and "fused_add_gelu_0" in ran.out and "holds" in ran.out
+    assert ran.code == 0 and "fused_add_gelu_mul_0" in ran.out and "holds" in ran.out
 
 
 INF, NAN = float("inf"), float("nan")
@@ -305,10 +309,10 @@ def test_compile_for_a_gpu_that_is_not_there(
     folder = tmp_path / "out" / "kernels" / "sm_90"
     resources = json.loads((folder / "resources.json").read_text())
     assert set(resources) == set(ran.json["kernels"])
-    assert resources["fused_add_gelu_0"]["registers"] > 0
-    assert (folder / "fused_add_gelu_0.cubin").stat().st_size > 0
-    assert "fused_add_gelu_0" in (folder / "fused_add_gelu_0.ptx").read_text()
+    assert resources["fused_add_gelu_mul_0"]["registers"] > 0
+    assert (folder / "fused_add_gelu_mul_0.cubin").stat().st_size > 0
+    assert "fused_add_gelu_mul_0" in (folder / "fused_add_gelu_mul_0.ptx").read_text()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["resources"]["fused_add_gelu_0"]["sm_90"] == resources["fused_add_gelu_0"]
+    assert report["resources"]["fused_add_gelu_mul_0"]["sm_90"] == resources["fused_add_gelu_mul_0"]
     assert report["numerics"]["holds"] is True
     assert len(report["numerics"]["launches"]) >= len(report["launches"])

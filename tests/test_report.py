@@ -77,7 +77,9 @@ def test_every_launch_has_its_kernel(report: Report) -> None:
         x.name for x in generated
     )
     in_regions = [n for r in report.regions for n in r.launches]
-    assert sorted(in_regions) == sorted(x.name for x in report.launches if x.kind == "kernel")
+    joined = [x.name for x in report.launches if x.kind == "gemm" and ", " in x.source]
+    kernels = [x.name for x in report.launches if x.kind == "kernel"]
+    assert sorted(in_regions) == sorted(kernels + joined) and "linear_gelu_0" in joined
 
 
 def test_layers_share_kernels(report: Report) -> None:
@@ -167,7 +169,7 @@ def test_where_every_op_went(report: Report) -> None:
     assert len(packed) == LAYERS  # three ops, one launch a layer
     for name in ("gelu", "layer_norm", "tanh", "embedding"):
         assert places[name].status == "fused"
-        assert places[name].kernels[0].startswith("fused_")
+        assert places[name].launches[0].startswith(("fused_", f"linear_{name}"))
     attention = places["scaled_dot_product_attention"]
     assert attention.launches == ("attention_0",) and attention.source.endswith(tuple("0123456789"))
 
@@ -231,7 +233,9 @@ def test_fused_graph_runs_as_the_model_does(
 def test_text_fits_and_names_the_kernels(report: Report) -> None:
     text = str(report)
     assert max(map(len, text.splitlines())) <= 100
-    assert "fused_add_gelu_0" in text and "lower bound" in text and "3 packed into one" in text
+    assert (
+        "fused_add_layer_norm_0" in text and "lower bound" in text and "3 packed into one" in text
+    )
 
 
 class _Balanced(HTMLParser):
@@ -255,7 +259,7 @@ def test_html_stands_alone(report: Report, page: bool) -> None:
     parser = _Balanced()
     parser.feed(text)
     assert parser.open == []
-    assert "fused_add_gelu_0" in text
+    assert "fused_add_layer_norm_0" in text
     loaded = re.findall(r'(?:src|href)="(?!data:)([^#][^"]*)"|url\(|@import', text)
     assert loaded == []
     assert len(text) < 5_000_000
@@ -265,12 +269,14 @@ def test_dump_writes_every_stage(report: Report, tmp_path: Path) -> None:
     dumped = report.dump(tmp_path / "deep" / "out")
     names = {p.relative_to(dumped.folder).as_posix() for p in dumped.files}
     assert {"captured.txt", "fused.txt", "fused.dot", "memory_plan.json", "memory_plan.svg",
-            "report.json", "report.html", "kernels/fused_add_gelu_0.cpp",
-            "kernels/fused_add_gelu_0.triton.py"} <= names  # fmt: skip
+            "report.json", "report.html", "kernels/fused_add_layer_norm_0.cpp",
+            "kernels/fused_add_layer_norm_0.triton.py"} <= names  # fmt: skip
     assert ("fused.svg" in names) == (shutil.which("dot") is not None)
     assert "scaled_dot_product_attention" in (dumped.folder / "captured.txt").read_text()
     assert "call_module" in (dumped.folder / "fused.txt").read_text()
-    compile((dumped.folder / "kernels/fused_add_gelu_0.triton.py").read_text(), "kernel", "exec")
+    compile(
+        (dumped.folder / "kernels/fused_add_layer_norm_0.triton.py").read_text(), "kernel", "exec"
+    )
     plan = json.loads((dumped.folder / "memory_plan.json").read_text())
     assert plan["peak_nbytes"] == report.memory.peak_nbytes
 

@@ -232,7 +232,8 @@ class _Assembler:
         if end.output is node:
             call = (node.target, self._arguments(node.args), dict[str, Any](), (out,), True)
         else:
-            given = [n for n in (x, weight, end.bias, end.residual) if n is not None]
+            named = (x, weight, end.bias, end.residual)
+            given = list(dict.fromkeys(n for n in named if n is not None))
             meant = extract([end.output], given, end.name)  # type: ignore[arg-type]
             reads = [self._operand(n) for n in given]  # type: ignore[arg-type]
             call = (meant.module, (*reads, *meant.sizes), dict[str, Any](), (out,), False)

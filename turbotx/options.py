@@ -35,6 +35,8 @@ class Options:
     pack_weights: keep GEMM weights in the library's packed layout beside the module's own (about
         one more copy of the GEMM weights, much faster for few tokens). Updates of a weight are
         noticed at the next call, and it is packed again. False runs GEMMs through PyTorch.
+    epilogues: let a GEMM's launch finish its sums (bias, activation, gate, residual) where a region
+        is just that; False gives every region a kernel of its own, as programs for GPUs have.
     max_shapes: how many shapes keep their bound addresses and sizes; more are re-planned.
     max_arenas: how many calls may run at the same time, each in memory of its own.
     cuda_graphs: replay a shape's launches as one CUDA graph from its second use on.
@@ -46,6 +48,7 @@ class Options:
     backend: str = "auto"
     planner: str = "symbolic"
     pack_weights: bool = True
+    epilogues: bool = True
     max_shapes: int = 256
     max_arenas: int = 8
     cuda_graphs: bool = True

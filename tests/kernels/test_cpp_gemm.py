@@ -1,4 +1,4 @@
-"""gemm.h: its own few-token engine and MKL's packed sgemm, against float64.
+"""gemm.h and gemv.h: every epilogue at every size, against float64.
 
 In: activations with a row stride, weights of odd sizes; out: rows written with a stride, whose
 padding must stay untouched. Example: ``pytest tests/kernels/test_cpp_gemm.py``.
@@ -20,31 +20,30 @@ pytestmark = needs_compiler
 
 SOURCE = """
 #include "gemm.h"
+#include "gemv.h"
 using namespace ttx;
 template <class T>
 void run(const void* w, long n, long k, long stride_n, long stride_k, const void* a, long lda,
          long m, void* c, long ldc, const void* bias, int activation, const void* residual,
-         long ld_residual) {
-  PackedWeight<T> packed(static_cast<const T*>(w), n, k, stride_n, stride_k);
+         long ld_residual, long gated) {
+  PackedWeight<T> packed(static_cast<const T*>(w), n, k, stride_n, stride_k, gated > 0);
   Epilogue<T> finish;
   finish.bias = static_cast<const T*>(bias);
   finish.activation = static_cast<Activation>(activation);
   finish.residual = static_cast<const T*>(residual);
   finish.ld_residual = ld_residual;
+  finish.gated = gated;
+  if (m == 1 && stride_k == 1)
+    return multiply_vector(static_cast<const T*>(a), static_cast<const T*>(w), n, k, true,
+                           static_cast<T*>(c), finish);
   linear(packed, static_cast<const T*>(a), lda, m, static_cast<T*>(c), ldc, finish);
-}
-extern "C" int mkl_multiply(const float* w, long n, long k, const float* a, long lda, long m,
-                            float* c, long ldc) {
-  MklWeight packed(w, n, k);
-  if (!packed.is_packed()) return 0;
-  packed.multiply(a, lda, m, c, ldc);
-  return 1;
 }
 """
 WRAPPER = """
 extern "C" void linear_{name}(const void* w, long n, long k, long sn, long sk, const void* a,
-    long lda, long m, void* c, long ldc, const void* b, int act, const void* r, long ldr) {{
-  run<{name}>(w, n, k, sn, sk, a, lda, m, c, ldc, b, act, r, ldr);
+    long lda, long m, void* c, long ldc, const void* b, int act, const void* r, long ldr,
+    long gated) {{
+  run<{name}>(w, n, k, sn, sk, a, lda, m, c, ldc, b, act, r, ldr, gated);
 }}
 """
 ACTIVATIONS: list[Callable[[torch.Tensor], torch.Tensor]] = [
@@ -53,6 +52,7 @@ ACTIVATIONS: list[Callable[[torch.Tensor], torch.Tensor]] = [
     F.gelu,
     lambda x: F.gelu(x, approximate="tanh"),
     F.silu,
+    torch.tanh,
 ]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 SIZES = [
@@ -79,9 +79,10 @@ def run_linear(
     bias: torch.Tensor | None = None,
     activation: int = 0,
     residual: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> torch.Tensor:
     """activation(a w^T + bias) + residual, (m, n); two columns of padding are checked as well."""
-    (m, k), n = a.shape, w.shape[0]
+    (m, k), n = a.shape, w.shape[0] // (2 if gated else 1)
     out = torch.full((m, n + 2), math.nan, dtype=a.dtype)
     longs = [ctypes.c_long(x) for x in (n, k, *w.stride(), a.stride(0), m, n + 2)]
     getattr(library, f"linear_{NAMES[a.dtype]}")(
@@ -90,6 +91,7 @@ def run_linear(
             activation,
             pointer(residual),
             ctypes.c_long(residual.stride(0) if residual is not None else 0),
+            ctypes.c_long(n if gated else 0),
         ),
     )
     assert out[:, n:].isnan().all(), "the padding between rows was written"
@@ -116,6 +118,18 @@ def test_linear_with_every_epilogue(
         assert largest_error(got, want) <= tolerance, f"activation {index}, bias, residual"
         got = run_linear(gemm, a, w, activation=index)
         assert largest_error(got, activation(product)) <= tolerance, f"activation {index} alone"
+
+
+@pytest.mark.parametrize("m, n, k", SIZES)
+@pytest.mark.parametrize("dtype", NAMES)
+def test_gated_linear(gemm: ctypes.CDLL, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    torch.manual_seed(m + n + k)
+    a, w = torch.randn(m, k + 3).to(dtype)[:, :k], torch.randn(2 * n, k).to(dtype)
+    bias, residual = torch.randn(2 * n).to(dtype), torch.randn(m, n).to(dtype)
+    gate, factor = (a.double() @ w.double().T + bias.double()).chunk(2, -1)
+    got = run_linear(gemm, a, w, bias, 4, residual, gated=True)
+    tolerance = TOLERANCE[dtype] * 2 * (math.sqrt(k) if dtype == torch.float32 else 1.0)
+    assert largest_error(got, F.silu(gate) * factor + residual.double()) <= tolerance
 
 
 @pytest.mark.parametrize("dtype", NAMES)
@@ -161,17 +175,3 @@ def test_result_does_not_depend_on_threads(gemm: ctypes.CDLL, threads: int) -> N
         assert torch.equal(run_linear(gemm, a, w), want)
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("m, n, k", SIZES)
-def test_mkl_engine_where_torch_has_it(gemm: ctypes.CDLL, m: int, n: int, k: int) -> None:
-    a, w, out = torch.randn(m, k + 3)[:, :k], torch.randn(n, k), torch.full((m, n + 2), math.nan)
-    longs = [ctypes.c_long(x) for x in (n, k, a.stride(0), m, n + 2)]
-    ran = gemm.mkl_multiply(
-        *(pointer(w), *longs[:2], pointer(a), *longs[2:4], pointer(out), longs[4])
-    )
-    if not ran:
-        pytest.skip("this torch has no packed MKL")
-    tolerance = TOLERANCE[torch.float32] * math.sqrt(k)
-    assert largest_error(out[:, :n], a.double() @ w.double().T) <= tolerance
-    assert out[:, n:].isnan().all()

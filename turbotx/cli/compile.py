@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import turbotx
 import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
@@ -38,7 +39,8 @@ def compile_model(
     with output.steps(f"load {model}", total=6) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
-        report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
+        compiled = turbotx.optimize(loaded.model, epilogues=not gpus)
+        report = reports.explain(compiled, *loaded.args, **loaded.kwargs)
         views = [report.at(**dims) for dims in wanted] or [report]
         steps.expect(len(gpus) * len(report.kernels) + verify)
         built, files = build_targets(views[0], gpus, out, steps)

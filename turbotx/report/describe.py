@@ -156,7 +156,8 @@ def describe_regions(view: View) -> list[entries.Region]:
         launches = [by_kernel[id(k)] for k in fused.kernels if id(k) in by_kernel]
         nodes = fused.region.nodes
         joined = [gemms[n.name] for n in fused.region.outputs if n.name in gemms]
-        reasons = [f"computed by the epilogue of {x.name}" for x in joined] or fused.reasons + fused.choices
+        reasons = [f"computed by the epilogue of {x.name}" for x in joined]
+        reasons = reasons or fused.reasons + fused.choices
         found.append(
             entries.Region(
                 name,
