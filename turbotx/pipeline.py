@@ -75,7 +75,8 @@ def compile_captured(
         verify.check_region(region.nodes, region.outputs)
     fused = fuse_all(graph, regions, prepared)
     kinds = {n: kind_of(n, prepared) for n in graph.nodes}
-    epilogues = find_epilogues(fused, kinds) if options.epilogues else {}
+    joins = options.epilogues and device is None
+    epilogues = find_epilogues(fused, kinds) if joins else {}
     joined = {e.output for e in epilogues.values()}
     kernels = [k for f in fused if f.region.outputs[-1] not in joined for k in f.kernels]
     for kernel in {k.kernel.digest(): k.kernel for k in kernels}.values():
