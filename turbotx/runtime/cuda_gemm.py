@@ -26,9 +26,9 @@ def bind_gemm(launch: ir.Launch, steps: AtenSteps) -> Callable[[RunState], Call]
     The bias is added to the float32 sums before they are rounded, as in PyTorch's linear; float32
     follows `torch.backends.cuda.matmul`, so TF32 is used only where the user allows it.
     """
-    x, weight, bias, out = launch.args
+    x, weight, bias, out, _ = launch.args
     assert x is not None and weight is not None and out is not None
-    rows, stride, width = launch.sizes
+    rows, stride, width = launch.sizes[:3]
     depth = x.shape[-1]
     rows_of_x = steps.tensor(ir.Operand(x.tensor, x.dtype, (rows, depth), (stride, ONE), x.offset))
     rows_of_out = steps.tensor(ir.Operand(out.tensor, out.dtype, (rows, width), (width, ONE), ZERO))
