@@ -119,6 +119,28 @@ def tune_command(
     raise typer.Exit(tune_model(Source(model, dtype, weights), shape or (), Output(as_json)))
 
 
+@app.command("bench")
+def bench_command(
+    model: Model,
+    shape: Shape = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option("--engine", metavar="NAME", help="turbotx, eager, compile, onnxruntime, ..."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every engine has its turn.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of every engine; 0: PyTorch's.")] = 0,
+    dtype: Dtype = "",
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Compare with eager, torch.compile, ONNX Runtime and the floor."""
+    from turbotx.cli.bench.command import bench_model
+
+    source = Source(model, dtype, weights)
+    chosen = (shape or (), engine or (), rounds, threads)
+    raise typer.Exit(bench_model(source, *chosen, Output(as_json)))
+
+
 @app.command("doctor")
 def doctor_command(as_json: Json = False) -> None:
     """Say what this machine can run, what is missing and how to get it."""

@@ -1,0 +1,101 @@
+"""`turbotx bench`: a model at some shapes, by every engine that can be had here.
+
+In: MODEL, shapes, engines, rounds. Out: a table of medians in ms with their spread, the fastest
+marked, and what could not be measured and why; a JSON object with --json::
+
+    turbotx bench minilm --shape batch=1,seq=40 --engine turbotx --engine eager
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import turbotx.report as reports
+from turbotx import optimize
+from turbotx.cli.bench.engines import ENGINES
+from turbotx.cli.bench.room import OthersUse, Room, Spread, describe_machine
+from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
+from turbotx.cli.models import Source
+from turbotx.cli.output import OK, Output
+from turbotx.errors import InputError
+
+
+def bench_model(
+    source: Source, shapes: Sequence[str], engines: Sequence[str], rounds: int, threads: int,
+    output: Output,
+) -> int:  # fmt: skip
+    """Measure and print; return the exit code."""
+    unknown = [e for e in engines if e not in ENGINES]
+    if unknown:
+        raise InputError(f"--engine {unknown[0]}: there are {', '.join(ENGINES)}")
+    wanted = [parse_shape(text) for text in shapes] or [{}]
+    chosen = list(engines or ENGINES)
+    threads = threads or torch.get_num_threads()
+    total = 1 + len(wanted)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        output.steps(f"start {len(chosen)} engines, one after another", total=total) as steps,
+    ):
+        files = write_inputs(source, wanted, Path(folder))
+        rows: list[dict[str, Any]] = []
+        with Room(chosen, source, threads) as room:
+            ready = {e: round(w.ready_s or 0.0, 3) for e, w in room.workers.items()}
+            for dims, file in files:
+                steps(", ".join(f"{k} {v}" for k, v in dims.items()))
+                with OthersUse(room) as others:
+                    found = room.measure(file, rounds)
+                rows.append({"dims": dims, "others_cores": others.cores, "engines": found})
+            failed = room.failed
+    output.console.print(f"{source}, {threads} threads, ms: median (tenths at both ends)")
+    output.console.print(latency_table(rows))
+    for engine, why in failed.items():
+        output.console.print(f"without {engine}: {why}", markup=False)
+    shown = [{**r, "engines": {e: asdict(s) for e, s in r["engines"].items()}} for r in rows]
+    output.result(
+        {"model": str(source), "machine": describe_machine(threads), "rows": shown,
+         "ready_s": ready, "failed": failed}
+    )  # fmt: skip
+    return OK
+
+
+def write_inputs(
+    source: Source, shapes: Sequence[Mapping[str, int]], folder: Path
+) -> list[tuple[dict[str, int], Path]]:
+    """Write one call's inputs at every shape, where all engines read them; return the dims too."""
+    loaded = source.load(EXAMPLE_SHAPE)
+    compiled = optimize(loaded.model, backend="aten")
+    report = reports.explain(compiled, *loaded.args, **loaded.kwargs)
+    files = []
+    for k, dims in enumerate(shapes):
+        view = report.at(**dims)
+        file = folder / f"inputs_{k}.pt"
+        torch.save(resize(view, loaded.args, loaded.kwargs), file)
+        files.append((dict(view.dims), file))
+    return files
+
+
+def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a shape, one column an engine."""
+    engines = list(dict.fromkeys(e for row in rows for e in row["engines"]))
+    table = Table()
+    table.add_column("shape")
+    for engine in engines:
+        table.add_column(engine, justify="right", overflow="fold")
+    for row in rows:
+        spreads: Mapping[str, Spread] = row["engines"]
+        real = [s.median_ms for e, s in spreads.items() if not e.startswith("floor")]
+        cells = []
+        for engine in engines:
+            s = spreads.get(engine)
+            bold = s is not None and not engine.startswith("floor") and s.median_ms == min(real)
+            text = f"{s.median_ms:.2f}\n({s.low_ms:.2f}-{s.high_ms:.2f})" if s else "-"
+            cells.append(f"[bold]{text}[/bold]" if bold else text)
+        table.add_row(" ".join(f"{k}={v}" for k, v in row["dims"].items()), *cells)
+    return table

@@ -1,0 +1,103 @@
+"""Engines: the ways to run a model that are compared, each as a function of one call's inputs.
+
+In: a name of `ENGINES`, a loaded model. Out: what runs it; engines that cannot be had here raise,
+and the reason is shown in their place::
+
+    run = make_engine("turbotx", loaded, folder)
+    run((), {"input_ids": ids, "attention_mask": mask})
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import turbotx
+from turbotx.cli.bench.floor import make_floor
+from turbotx.cli.models import LoadedModel, ModelError
+
+Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
+ENGINES = {
+    "turbotx": "turbotx.optimize(model)",
+    "floor-mkl": "the GEMMs over weights packed once by MKL, and attention, in the model's order",
+    "floor-onednn": "the same with oneDNN",
+    "eager": "the model itself",
+    "onnxruntime": "ONNX Runtime, the model exported by torch.onnx.export",
+    "onnxruntime-optimized": "the same after ONNX Runtime's transformer optimizer",
+    "compile": "torch.compile(model), weights frozen",
+    "compile-dynamic": "torch.compile(model, dynamic=True), weights frozen",
+}
+
+
+def make_engine(name: str, loaded: LoadedModel, folder: Path) -> Run:
+    """Return what runs the model; `folder` is for its files. Raises what the engine raises."""
+    model: Any = loaded.model
+    if name.startswith("floor-"):
+        return make_floor(loaded, name.partition("-")[2])
+    if name.startswith("onnxruntime"):
+        return _make_onnxruntime(loaded, folder, optimize=name.endswith("optimized"))
+    if name == "turbotx":
+        model = turbotx.optimize(model)
+    elif name.startswith("compile"):
+        inductor: Any = importlib.import_module("torch._inductor.config")
+        inductor.freezing = True
+        model = torch.compile(model, dynamic=True if name == "compile-dynamic" else None)
+    elif name != "eager":
+        raise ModelError(f"no engine is called {name!r}: there are {', '.join(ENGINES)}")
+    return lambda args, kwargs: model(*args, **kwargs)
+
+
+def _make_onnxruntime(loaded: LoadedModel, folder: Path, optimize: bool) -> Run:
+    """A session over the exported model, every tensor's first two sizes dynamic."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    if loaded.args:
+        raise ModelError("ONNX Runtime is measured on keyword inputs only")
+    path = folder / "model.onnx"
+    given = {k: v for k, v in loaded.kwargs.items() if isinstance(v, torch.Tensor)}
+    dynamic = {k: dict.fromkeys(range(v.dim()), torch.export.Dim.AUTO) for k, v in given.items()}
+    rest = {k: v for k, v in loaded.kwargs.items() if k not in given}
+    torch.onnx.export(
+        _Fixed(loaded.model, rest), (), str(path), kwargs=given, dynamo=True,
+        dynamic_shapes={"kwargs": dynamic}, optimize=True, verbose=False,
+    )  # fmt: skip
+    if optimize:
+        path = _optimize(loaded.model, path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options)
+    wanted = [x.name for x in session.get_inputs()]
+
+    def run(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return session.run(None, {name: kwargs[name].numpy() for name in wanted})
+
+    return run
+
+
+class _Fixed(torch.nn.Module):
+    """A model with its non-tensor arguments filled in, tensors out."""
+
+    def __init__(self, model: Any, rest: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model, self.rest = model, dict(rest)
+        self.training = False
+
+    def forward(self, **kwargs: torch.Tensor) -> list[torch.Tensor]:
+        leaves = torch.utils._pytree.tree_leaves(self.model(**kwargs, **self.rest))
+        return [x for x in leaves if isinstance(x, torch.Tensor)]
+
+
+def _optimize(model: Any, path: Path) -> Path:
+    """Fuse attention, GELU and LayerNorm as ONNX Runtime's own tool does."""
+    optimizer = importlib.import_module("onnxruntime.transformers.optimizer")
+    config = model.config
+    optimized = optimizer.optimize_model(
+        str(path), model_type=str(config.model_type), num_heads=config.num_attention_heads,
+        hidden_size=config.hidden_size, opt_level=1,
+    )  # fmt: skip
+    target = path.with_name("optimized.onnx")
+    optimized.save_model_to_file(str(target), use_external_data_format=True)
+    return target

@@ -1,0 +1,99 @@
+"""Floor: what every engine has to do, and nothing else.
+
+In: a loaded model. Out: a function that runs its matrix products, over weights that a library has
+packed once, and its attention, on dense dummies of the right sizes, in the model's order::
+
+    make_floor(loaded, "mkl")((), inputs)      # as long as a perfect compiler would take
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+import turbotx
+from turbotx import ir
+from turbotx.cli.models import LoadedModel, ModelError
+from turbotx.optimize import engine_of
+from turbotx.signature import SizeMatcher
+from turbotx.sizes import evaluate
+
+Packed = Callable[[torch.Tensor], torch.Tensor]
+Step = Callable[[], object]
+
+
+def make_floor(loaded: LoadedModel, library: str) -> Callable[..., None]:
+    """Return the floor with "mkl" or "onednn". Raises ModelError where the library cannot do it."""
+    module = turbotx.optimize(loaded.model, backend="aten")
+    engine = engine_of(module)
+    captured = engine.capture(loaded.args, loaded.kwargs)
+    compiled = engine.compile(captured)
+    weights = compiled.program.runtime.weights
+    weights.refresh()
+    matcher = SizeMatcher(captured)
+    pack = {"mkl": _pack_mkl, "onednn": _pack_onednn}[library]
+    makers: list[Callable[[Mapping[str, int]], Step]] = []
+    for launch in compiled.assembly.launches:
+        if launch.kind == "gemm" and launch.args[1] is not None:
+            makers.append(_product(launch, pack(weights.window(launch.args[1]).contiguous())))
+        elif launch.kind == "attention":
+            makers.append(_attend(launch))
+    bound: dict[tuple[int, ...], list[Step]] = {}
+
+    def run(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        leaves = pytree.tree_leaves((args, dict(kwargs)))
+        dims = matcher.match([x.shape for x in leaves if isinstance(x, torch.Tensor)])
+        assert dims is not None
+        if dims not in bound:
+            named = dict(zip(captured.dims, dims, strict=True))
+            bound[dims] = [make(named) for make in makers]
+        for step in bound[dims]:
+            step()
+
+    return run
+
+
+def _product(launch: ir.Launch, packed: Packed) -> Callable[[Mapping[str, int]], Step]:
+    x = launch.args[0]
+    assert x is not None
+
+    def make(dims: Mapping[str, int]) -> Step:
+        rows, depth = evaluate(launch.sizes[0], dims), int(x.shape[-1])
+        given = torch.ones(rows, depth, dtype=x.dtype)
+        return lambda: packed(given)
+
+    return make
+
+
+def _attend(launch: ir.Launch) -> Callable[[Mapping[str, int]], Step]:
+    """q, k and v lie as a packed projection leaves them; the result's heads are merged."""
+    operands = launch.args[:3]
+
+    def make(dims: Mapping[str, int]) -> Step:
+        given = []
+        for operand in operands:
+            assert operand is not None
+            batch, heads, rows, width = (evaluate(e, dims) for e in operand.shape)
+            whole = torch.ones(batch, rows, heads, width, dtype=operand.dtype)
+            given.append(whole.transpose(1, 2))
+        grouped = given[0].shape[1] != given[1].shape[1]
+        q, k, v = given
+        attend: Any = torch.nn.functional.scaled_dot_product_attention
+        return lambda: attend(q, k, v, enable_gqa=grouped).transpose(1, 2).flatten(2)
+
+    return make
+
+
+def _pack_mkl(weight: torch.Tensor) -> Packed:
+    if weight.dtype is not torch.float32 or not torch.backends.mkl.is_available():
+        raise ModelError("MKL's packed GEMM is for float32, in a PyTorch built with MKL")
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, 128)
+    return lambda x: torch.ops.mkl._mkl_linear(x, packed, weight, None, x.shape[0])
+
+
+def _pack_onednn(weight: torch.Tensor) -> Packed:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

@@ -1,0 +1,67 @@
+"""One engine's process: inputs in, milliseconds out, a line of JSON each.
+
+In: the engine, the model and the threads as one JSON argument; then a line a request. Out: a line a
+reply; whatever else is printed goes to standard error::
+
+    {"inputs": "inputs.pt", "count": 8, "warm": 3}  ->  {"times_ms": [4.31, 4.29, ...]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turbotx.cli.bench.engines import make_engine
+from turbotx.cli.inputs import EXAMPLE_SHAPE
+from turbotx.cli.models import Source
+
+TURN_S = 0.4  # a turn is cut short where a call is long, so that the others come round
+
+
+def serve(engine: str, source: Source, threads: int) -> None:
+    """Answer requests until standard input ends."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print what they like
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+
+        def reply(value: dict[str, Any]) -> None:
+            replies.write(json.dumps(value) + "\n")
+            replies.flush()
+
+        try:
+            loaded = source.load(EXAMPLE_SHAPE)
+            began = time.perf_counter()
+            run = make_engine(engine, loaded, Path(folder))
+            reply({"ready_s": time.perf_counter() - began})
+            for line in sys.stdin:
+                reply(answer(run, json.loads(line)))
+        except Exception as error:  # shown in the engine's place
+            reply({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"})
+
+
+def answer(run: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Run on the inputs of one request; the first calls of `warm` are not counted."""
+    args, kwargs = torch.load(request["inputs"], weights_only=False)
+    for _ in range(request["warm"]):
+        run(args, kwargs)
+    times: list[float] = []
+    while len(times) < request["count"] and (len(times) < 2 or sum(times) < TURN_S * 1e3):
+        start = time.perf_counter()
+        run(args, kwargs)
+        times.append((time.perf_counter() - start) * 1e3)
+    return {"times_ms": times}
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    weights = Path(given["weights"]) if given["weights"] else None
+    source = Source(given["model"], given["dtype"], weights)
+    serve(given["engine"], source, int(given["threads"]))
