@@ -88,10 +88,13 @@ def find_epilogues(
 ) -> dict[fx.Node, Epilogue]:
     """Return the epilogues by their linear. `kinds`: what each node of the graph is."""
     found: dict[fx.Node, Epilogue] = {}
+    readers = {(n, id(f)) for f in fused for k in f.kernels for n in k.operands}
     for f in fused:
         if len(f.region.outputs) != 1:
             continue
-        linears = [n for n in f.region.inputs if n not in found and is_packable(n, kinds)]
+        elsewhere = {n for n, reader in readers if reader != id(f)}  # may compute a value again
+        linears = [n for n in f.region.inputs if n not in found and n not in elsewhere]
+        linears = [n for n in linears if is_packable(n, kinds)]
         for linear in reversed(linears):  # the other one, if there are two, is the residual
             epilogue = _Match(f.region, linear, kinds).run()
             if epilogue is not None:
