@@ -101,10 +101,18 @@ def _boxes(report: Report) -> dict[str, Any]:
     """Boxes where they go, and the arrows between them with their bends."""
     boxes = find_boxes(report)
     launches = {r.name: r.launches for r in report.regions}
+    taken = {name for names in launches.values() for name in names}
+
+    def shown(name: str) -> list[str]:
+        """A launch has one box: of a GEMM and the region that it finishes, the region's."""
+        if launches.get(name):
+            return list(launches[name])
+        return [x for x in report.where(name).launches if x not in taken]
+
     made: list[dict[str, Any]] = [
         {
             "name": box.name, "kind": box.kind, "title": box.title, "text": _shorten(box.text),
-            "launches": launches.get(box.name) or report.where(box.name).launches,
+            "launches": shown(box.name),
         }
         for box in boxes
     ]  # fmt: skip
