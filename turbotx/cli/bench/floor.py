@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 import turbotx
 from turbotx import ir
 from turbotx.cli.models import LoadedModel, ModelError
-from turbotx.optimize import engine_of
+from turbotx.optimized import engine_of
 from turbotx.signature import SizeMatcher
 from turbotx.sizes import evaluate
 
