@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+import turbotx
 import turbotx.report as reports
-from turbotx import optimize
 from turbotx.cli.bench.engines import ENGINES
 from turbotx.cli.bench.room import OthersUse, Room, Spread, describe_machine
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
@@ -70,7 +70,7 @@ def write_inputs(
 ) -> list[tuple[dict[str, int], Path]]:
     """Write one call's inputs at every shape, where all engines read them; return the dims too."""
     loaded = source.load(EXAMPLE_SHAPE)
-    compiled = optimize(loaded.model, backend="aten")
+    compiled = turbotx.optimize(loaded.model, backend="aten")
     report = reports.explain(compiled, *loaded.args, **loaded.kwargs)
     files = []
     for k, dims in enumerate(shapes):
