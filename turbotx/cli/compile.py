@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import turbotx
 import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, WRONG, Output
 from turbotx.cli.targets import build_targets, parse_targets, resources_of, resources_table
 from turbotx.memory.svg import plan_to_svg
+from turbotx.optimized import optimize
 from turbotx.report.dump import Dumped, make_folder
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.report import Report
@@ -39,7 +39,7 @@ def compile_model(
     with output.steps(f"load {model}", total=6) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
-        compiled = turbotx.optimize(loaded.model, epilogues=not gpus)
+        compiled = optimize(loaded.model, epilogues=not gpus)
         report = reports.explain(compiled, *loaded.args, **loaded.kwargs)
         views = [report.at(**dims) for dims in wanted] or [report]
         steps.expect(len(gpus) * len(report.kernels) + verify)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from rich.table import Table
 
-import turbotx
 import turbotx.report as reports
 from turbotx.cli.bench.engines import ENGINES
 from turbotx.cli.bench.room import OthersUse, Room, Spread, describe_machine
@@ -25,6 +24,7 @@ from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
 from turbotx.errors import InputError
+from turbotx.optimized import optimize
 
 
 def bench_model(
@@ -70,7 +70,7 @@ def write_inputs(
 ) -> list[tuple[dict[str, int], Path]]:
     """Write one call's inputs at every shape, where all engines read them; return the dims too."""
     loaded = source.load(EXAMPLE_SHAPE)
-    compiled = turbotx.optimize(loaded.model, backend="aten")
+    compiled = optimize(loaded.model, backend="aten")
     report = reports.explain(compiled, *loaded.args, **loaded.kwargs)
     files = []
     for k, dims in enumerate(shapes):

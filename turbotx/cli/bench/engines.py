@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-import turbotx
 from turbotx.cli.bench.floor import make_floor
 from turbotx.cli.models import LoadedModel, ModelError
+from turbotx.optimized import optimize
 
 Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 ENGINES = {
@@ -39,9 +39,9 @@ def make_engine(name: str, loaded: LoadedModel, folder: Path) -> Run:
     if name.startswith("floor-"):
         return make_floor(loaded, name.partition("-")[2])
     if name.startswith("onnxruntime"):
-        return _make_onnxruntime(loaded, folder, optimize=name.endswith("optimized"))
+        return _make_onnxruntime(loaded, folder, fuse=name.endswith("optimized"))
     if name == "turbotx":
-        model = turbotx.optimize(model)
+        model = optimize(model)
     elif name.startswith("compile"):
         inductor: Any = importlib.import_module("torch._inductor.config")
         inductor.freezing = True
@@ -51,7 +51,7 @@ def make_engine(name: str, loaded: LoadedModel, folder: Path) -> Run:
     return lambda args, kwargs: model(*args, **kwargs)
 
 
-def _make_onnxruntime(loaded: LoadedModel, folder: Path, optimize: bool) -> Run:
+def _make_onnxruntime(loaded: LoadedModel, folder: Path, fuse: bool) -> Run:
     """A session over the exported model, every tensor's first two sizes dynamic."""
     onnxruntime = importlib.import_module("onnxruntime")
     if loaded.args:
@@ -64,7 +64,7 @@ def _make_onnxruntime(loaded: LoadedModel, folder: Path, optimize: bool) -> Run:
         _Fixed(loaded.model, rest), (), str(path), kwargs=given, dynamo=True,
         dynamic_shapes={"kwargs": dynamic}, optimize=True, verbose=False,
     )  # fmt: skip
-    if optimize:
+    if fuse:
         path = _optimize(loaded.model, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-import turbotx
 from turbotx import ir
 from turbotx.cli.models import LoadedModel, ModelError
-from turbotx.optimized import engine_of
+from turbotx.optimized import engine_of, optimize
 from turbotx.signature import SizeMatcher
 from turbotx.sizes import evaluate
 
@@ -27,7 +26,7 @@ Step = Callable[[], object]
 
 def make_floor(loaded: LoadedModel, library: str) -> Callable[..., None]:
     """Return the floor with "mkl" or "onednn". Raises ModelError where the library cannot do it."""
-    module = turbotx.optimize(loaded.model, backend="aten")
+    module = optimize(loaded.model, backend="aten")
     engine = engine_of(module)
     captured = engine.capture(loaded.args, loaded.kwargs)
     compiled = engine.compile(captured)
