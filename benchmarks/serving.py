@@ -180,7 +180,8 @@ def watching(pid: int) -> Iterator[list[int]]:
 
 
 def serve_minilm(slices: Slices, count: int, load: float, threads: int) -> None:
-    """MiniLM, texts of 5 to 500 tokens: every policy over HTTP, and sentence-transformers.
+    """MiniLM, texts of 5 to 500 tokens: every policy over HTTP, and the peers: PyTorch eager in
+    the same server, sentence-transformers.
 
     Two arrivals of the same texts: Poisson at ``load`` of what the peer can do, for latency; and
     all at once, for throughput. Beside them the simulator, on the costs measured at the start.
@@ -202,9 +203,9 @@ def serve_minilm(slices: Slices, count: int, load: float, threads: int) -> None:
             "all_at_once_per_s": peer["all_at_once_per_s"],
         },
     ]
-    for engine in ("turbotx", "eager"):
+    for engine, policies in (("turbotx", ("single", "fifo", "dp", "aged")), ("eager", ("single",))):
         table = slices.measure(f"costs, {engine}", lambda e=engine: measure_model(e, threads))
-        for policy in ("single", "fifo", "dp", "aged"):
+        for policy in policies:
             row = slices.measure(
                 f"{engine}, {policy}",
                 lambda e=engine, p=policy, t=table: minilm_row(e, p, threads, t, trace, texts),

@@ -78,7 +78,7 @@ class Program:
             worth = np.array([row.dual_value() for row in self._covered])
             late = self._late.dual_value() * LATE * len(worth)
             found, dearest = self._price(worth)
-            proven = max(proven, (worth.sum() + late) / dearest / period)
+            proven = max(proven, float(worth.sum() + late) / dearest / period)
             if not found or value - proven < gap or proven > 1 or value < 1 - 10 * gap:
                 break
             for members, cost_ms in found:

@@ -214,11 +214,11 @@ def _server_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if rows:
         names = {
             ("turbotx serve, turbotx model", "aged"): "turbotx",
-            ("turbotx serve, eager model", "aged"): "PyTorch eager behind the same server",
+            ("turbotx serve, eager model", "single"): "PyTorch eager behind the same server",
             ("sentence-transformers, encode of all", None): "sentence-transformers' own encode",
         }
         parts = ", ".join(f"{name} {rows[key]:.1f}" for key, name in names.items())
-        yield what, f"{parts} ({found['device']}, {found['cores']} cores)"
+        yield what, f"{parts} ({found['device']}, {found['cores']} cores, preliminary)"
     else:
         yield what, NOT_YET
 
