@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 THREADS = 2
@@ -34,6 +34,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.command_line import Ran, make_run
 
 # No deadline: the machines that run this are shared, and no test asserts a time.
 settings.register_profile("developer", deadline=None)
@@ -79,6 +81,12 @@ def _unchanged_thread_count() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """`turbotx ...` as a user types it: see tests/command_line.py."""
+    return make_run(capsys)
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from turbotx.cli import main
 from turbotx.cli.inputs import parse_shape
 from turbotx.cli.models import Source, load_model
 from turbotx.errors import InputError
@@ -65,23 +63,6 @@ BERT = (
     "hf-config:bert,num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,"
     "vocab_size=50"
 )
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> Ran:
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return Ran(int(ended.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +202,16 @@ def test_weights_from_a_file(run, factory: Path, tmp_path: Path) -> None:
     ran = run("verify", f"{factory}:make", "--weights", tmp_path / "w.pt")
     assert ran.code == 2 and "missing from the file: dense.bias" in ran.err
     assert run("profile", f"{factory}:make", "--weights", tmp_path / "none.pt").code == 2
+
+
+def test_one_stage_is_printed_and_nothing_written(run, factory: Path, tmp_path: Path) -> None:
+    model = f"{factory}:make"
+    ran = run("compile", model, "--stage", "cpp", "--out", tmp_path / "out")
+    assert ran.code == 0 and 'extern "C" int fused_add_gelu_0' in ran.out
+    assert not (tmp_path / "out").exists()
+    found = json.loads(run("compile", model, "--stage", "memory", "--json").out)
+    assert found["stage"] == "memory" and json.loads(found["text"])["peak_nbytes"] > 0
+    ran = run("compile", model, "--stage", "assembly")
+    assert ran.code == 2 and "captured, fused, triton, cpp, memory, report" in ran.err
+    ran = run("compile", model)
+    assert ran.code == 2 and "--out DIR" in ran.err

@@ -9,14 +9,14 @@ import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import turbotx
-from turbotx.cli import main
+from tests.command_line import Ran
 from turbotx.errors import VerifyError
 from turbotx.kernels.cpp import print_kernel
 from turbotx.report.numerics import compare, difference
@@ -39,27 +39,6 @@ def make():
     torch.manual_seed(0)
     return Block().eval(), {"x": torch.randn(2, 3, 16)}
 """
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    def call(*arguments: object) -> Ran:
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return Ran(int(ended.value.code or 0), captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")

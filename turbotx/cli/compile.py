@@ -9,6 +9,7 @@ report.json, report.html and more, for example::
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, WRONG, Output
 from turbotx.cli.targets import build_targets, parse_targets, resources_of, resources_table
+from turbotx.errors import InputError
 from turbotx.memory.svg import plan_to_svg
 from turbotx.optimized import optimize
-from turbotx.report.dump import Dumped, make_folder
+from turbotx.report.dump import STAGES, Dumped, make_folder, stage_text
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.report import Report
 
@@ -64,6 +66,24 @@ def compile_model(
     output.result({**summarize(str(model), views, dumped), "targets": gpus})
     found = views[0].findings.numerics
     return OK if found is None or found.holds else WRONG
+
+
+def print_stage(model: Source, stage: str, shapes: Sequence[str], output: Output) -> int:
+    """Print one stage on standard output and write nothing; with --json, as {"stage", "text"}."""
+    if stage not in STAGES:
+        raise InputError(f"--stage {stage!r} is not one of {', '.join(STAGES)}")
+    if len(shapes) > 1:
+        raise InputError("--stage prints one --shape at a time")
+    wanted = parse_shape(shapes[0]) if shapes else {}
+    with output.steps(f"load {model}", total=2) as steps:
+        loaded = model.load({**EXAMPLE_SHAPE, **wanted})
+        steps("capture, fuse and build")
+        report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs).at(**wanted)
+    text = stage_text(report, stage)
+    if not output.as_json:
+        sys.stdout.write(text)
+    output.result({"model": str(model), "stage": stage, "dims": report.dims, "text": text})
+    return OK
 
 
 def write_plan(report: Report, dims: Mapping[str, int], folder: Path) -> list[Path]:

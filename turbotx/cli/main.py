@@ -18,7 +18,7 @@ import typer
 from turbotx.cli.models import Source
 from turbotx.cli.output import Output, exit_code
 from turbotx.cli.serve import serve_command
-from turbotx.errors import TurbotxError
+from turbotx.errors import InputError, TurbotxError
 
 app = typer.Typer(
     name="turbotx",
@@ -51,7 +51,9 @@ def turbotx() -> None:
 @app.command("compile")
 def compile_command(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the files go.")
+    ] = None,
     shape: Shape = None,
     target: Annotated[
         list[str] | None,
@@ -62,12 +64,20 @@ def compile_command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Also run every launch against float64.")
     ] = False,
+    stage: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Print captured, fused, triton, cpp, memory or report."),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Dump every stage: graphs, kernel sources, memory plan, report.html."""
-    from turbotx.cli.compile import compile_model
+    from turbotx.cli.compile import compile_model, print_stage
 
     source = Source(model, dtype, weights)
+    if stage:
+        raise typer.Exit(print_stage(source, stage, shape or (), Output(as_json)))
+    if out is None:
+        raise InputError("compile needs --out DIR, or --stage NAME to print one stage")
     raise typer.Exit(compile_model(source, out, shape or (), target or (), verify, Output(as_json)))
 
 

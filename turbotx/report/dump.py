@@ -71,6 +71,23 @@ def dump(report: Report, folder: Path, done: Callable[[Path], None] | None = Non
     return dumped
 
 
+STAGES = {
+    "captured": "captured.txt",
+    "fused": "fused.txt",
+    "triton": ".triton.py",
+    "cpp": ".cpp",
+    "memory": "memory_plan.json",
+    "report": "report.json",
+}
+"""The stages that have a text of their own, by the names of their files."""
+
+
+def stage_text(report: Report, stage: str) -> str:
+    """Return one stage as text: the file of a dump, or all kernels' sources one after another."""
+    found = [text for name, text in _texts(report) if name.endswith(STAGES[stage])]
+    return "\n".join(readable_text(text) for text in found)
+
+
 def _texts(report: Report) -> Iterator[tuple[str, str]]:
     yield "captured.txt", readable_text(report.compiled.captured_text)
     yield "fused.txt", fused_text(report)
