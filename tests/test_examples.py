@@ -105,7 +105,9 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/layout.md", "docs/environment.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/layout.md", "docs/environment.md", "docs/saving.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
