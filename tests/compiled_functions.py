@@ -53,10 +53,10 @@ class Compilation:
 
     @property
     def externs(self) -> list[str]:
-        """The calls that no kernel computes, views aside."""
+        """The calls that no kernel computes, those of parameters alone and views aside."""
         from turbotx.passes.partition import kind_of
 
-        inside = {n for f in self.fused for n in f.region.nodes}
+        inside = {n for f in self.fused for n in f.region.nodes} | find_prepared(self.graph)
         return [str(n.target) for n in self.graph.nodes
                 if n not in inside and kind_of(n) in ("extern", "computed")]  # fmt: skip
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from turbotx import ir
-from turbotx.primitives import PRIMITIVES, REDUCTIONS
+from turbotx.primitives import PRIMITIVES, REDUCTIONS, SCANS
 from turbotx.sizes import Expr, evaluate
 
 
@@ -114,6 +114,8 @@ class _Interpreter:
             values[s.result] = result
         elif isinstance(s, ir.Reduce):
             self._reduce(s)
+        elif isinstance(s, ir.Scan):
+            self._scan(s)
         elif isinstance(s, ir.Check):
             value, limit = values[s.value], self.place(s.limit)
             wrong = (value < 0) | (value >= limit)
@@ -147,6 +149,14 @@ class _Interpreter:
             x = x.new_zeros((*x.shape[:-1], 1))  # of no columns: nothing depends on the result
         for name, result in zip(s.results, REDUCTIONS[s.op].meaning(x), strict=True):
             self.values[name] = result.reshape(shape).to(self.dtype(s.dtype))
+
+    def _scan(self, s: ir.Scan) -> None:
+        kept = [k for k in range(len(self.extents)) if k not in self.columns]
+        order = [*kept, *self.columns]
+        x = self._spread(self.values[s.args[0]]).permute(*order)
+        rows = x.reshape([self.extents[k] for k in kept] + [-1]) if x.numel() else x
+        result = SCANS[s.op].meaning(rows).to(self.dtype(s.dtype)).reshape(x.shape)
+        self.values[s.result] = result.permute([order.index(k) for k in range(len(order))])
 
     def _store(self, s: ir.Store) -> None:
         target, times = self.outputs[s.access.param], self.times[s.access.param]

@@ -142,6 +142,14 @@ class Elements:
             self._shared[key] = tuple(Element(self, n, value.dtype) for n in names)
         return self._shared[key]
 
+    def emit_scan(self, op: str, value: Element) -> Element:
+        key = ("scan", op, value.name)
+        if key not in self._shared:
+            name = self._name(f"running_{op}")
+            self.body.append(ir.Scan(name, op, (value.name,), value.dtype))
+            self._shared[key] = Element(self, name, value.dtype)
+        return self._shared[key]
+
     def reduce_one(self, op: str, value: Element) -> tuple[Element, ...]:
         """Return a reduction over a single element."""
         if op == "welford":

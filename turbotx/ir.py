@@ -3,10 +3,11 @@
     kernel  := Kernel(name, params, axes, body)       one launch; prints as Triton and as C++
     params  := Param(name, dtype, shape, role)*       tensors by address, sizes by value
     axes    := parallel Axis* row Axis*               reductions run over the row axes
-    body    := (Load | Index | Constant | Compute | Reduce | Store)*      in dependency order
+    body    := (Load | Index | Constant | Compute | Reduce | Scan | Store)*   in dependency order
     Load    := value = param[access]                  converted to its compute dtype
     Compute := value = primitive(value*)              see ops.PRIMITIVES
     Reduce  := value+ = reduction(value*) over all row axes; the results do not vary over them
+    Scan    := value = scan(value) over all row axes, first to last; its place itself included
     Store   := param[access] = value
 
 Extents, strides and offsets are sympy expressions over the captured dims; offsets are also over
@@ -119,6 +120,14 @@ class Reduce:
 
 
 @dataclass(frozen=True)
+class Scan:
+    result: str
+    op: str
+    args: tuple[str, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Check:
     """An index that must satisfy 0 <= value < limit; a kernel that meets another one reports it."""
 
@@ -133,7 +142,7 @@ class Store:
     value: str
 
 
-Statement: TypeAlias = Load | Index | Constant | Compute | Reduce | Check | Store
+Statement: TypeAlias = Load | Index | Constant | Compute | Reduce | Scan | Check | Store
 
 
 def results_of(s: Statement) -> tuple[str, ...]:
@@ -150,7 +159,7 @@ def values_in(value: Expr) -> list[str]:
 
 def needs_of(s: Statement) -> list[str]:
     """Return the names of the values that a statement uses."""
-    if isinstance(s, (Compute, Reduce)):
+    if isinstance(s, (Compute, Reduce, Scan)):
         return list(s.args)
     if isinstance(s, (Load, Store)):
         value = [s.value] if isinstance(s, Store) else []
@@ -169,7 +178,7 @@ def rename(s: Statement, names: Mapping[str, str]) -> Statement:
 
     if isinstance(s, Reduce):
         return replace(s, results=tuple(map(new, s.results)), args=tuple(map(new, s.args)))
-    if isinstance(s, Compute):
+    if isinstance(s, (Compute, Scan)):
         return replace(s, result=new(s.result), args=tuple(map(new, s.args)))
     if isinstance(s, Check):
         return replace(s, value=new(s.value), mask=new(s.mask) if s.mask else None)
@@ -247,6 +256,8 @@ class Kernel:
             elif isinstance(s, Reduce):
                 kept = frozenset().union(*(varies[a] for a in s.args)) - reduced
                 varies.update(dict.fromkeys(s.results, kept))
+            elif isinstance(s, Scan):
+                varies[s.result] = reduced.union(*(varies[a] for a in s.args))
         return varies
 
     def digest(self) -> str:

@@ -24,6 +24,7 @@ from turbotx.passes.attention import recognize_attention
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.linear import free_biases, lift_views, pack_linears, use_linear
 from turbotx.passes.partition import find_prepared, kind_of, partition
+from turbotx.passes.results import use_single_results
 from turbotx.program import Program
 from turbotx.runtime.cpu import CpuRuntime
 from turbotx.runtime.cuda import CudaRuntime
@@ -46,6 +47,7 @@ class Compiled:
 
 def rewrite(graph: fx.Graph) -> None:
     """Run the graph passes, each a file of `passes/`, in order."""
+    use_single_results(graph)
     canonicalize(graph)
     use_linear(graph)
     pack_linears(graph)

@@ -1,7 +1,7 @@
 """The scalar functions that kernels are made of, one row each: name, C++, Triton and meaning.
 
-In: names used by `ir.Compute` and `ir.Reduce`. Out: how each target spells them, and what they
-mean on float64 tensors (the reference of the tests), for example::
+In: names used by `ir.Compute`, `ir.Reduce` and `ir.Scan`. Out: how each target spells them, and
+what they mean on float64 tensors (the reference of the tests), for example::
 
     PRIMITIVES["rsqrt"]  ->  cpp "ttx::rsqrt({0})", triton "tl.rsqrt({0})", torch.rsqrt
 """
@@ -138,5 +138,25 @@ REDUCTIONS: dict[str, Reduction] = {
         Reduction("welford", 1, ("mean", "m2"), _welford),
         # largest and sum of exp(x - largest), in one pass (Milakov & Gimelshein 2018)
         Reduction("softmax", 1, ("largest", "total"), _softmax_stats),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A running result over the row axes; `start` and `cpp` are how C++ begins and goes on."""
+
+    name: str
+    start: str
+    cpp: str
+    triton: str
+    meaning: Callable[..., Any]
+
+
+SCANS: dict[str, Scan] = {
+    row.name: row
+    for row in (
+        Scan("sum", "0", "+", "tl.cumsum", lambda x: x.cumsum(-1)),
+        Scan("prod", "1", "*", "tl.cumprod", lambda x: x.cumprod(-1)),
     )
 }

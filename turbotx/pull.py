@@ -224,17 +224,33 @@ class Puller(Elements):
         node: fx.Node,
     ) -> tuple[Element, ...]:
         """Reduce `pull(inner index)` over `extents`; the result stands at the `kept` index."""
-        if self._masks:
-            raise Conflict(node, f"{node.name} reduces inside a masked part (cat or pad)")
-        used = {s.name[1:] for i in kept for s in i.free_symbols if s.name[0] == "@"}
-        for i in kept:
-            for symbol in i.free_symbols:
-                if symbol.name[0] == "%":
-                    raise Conflict(node, f"{node.name} reduces at a gathered position")
+        used = self._axes_at(kept, node)
         if all(extent == 1 for extent in extents):
             return self.reduce_one(op, pull(tuple(ZERO for _ in extents)))
         inner = self.loops.row_index(tuple(extents), used, node)
         return self.emit_reduce(op, pull(inner))
+
+    def scan(
+        self, op: str, source: Any, d: int, index: tuple[Expr, ...], dtype: torch.dtype
+    ) -> Element:
+        """Return the running `op` of `source` over dim `d`, from its first element to `index`."""
+        node, extent = self._stack[-1], g.shape(source)[d]
+        used = self._axes_at([*index[:d], *index[d + 1 :]], node)
+        if extent != 1:
+            (along,) = self.loops.row_index((extent,), used, node)
+            if sympy.expand(along - index[d]) != 0:
+                raise Conflict(node, f"{node.name} is read at other places than it runs along")
+        value = self.cast(self.element(source, index), dtype)
+        return value if extent == 1 else self.emit_scan(op, value)
+
+    def _axes_at(self, kept: Sequence[Expr], node: fx.Node) -> set[str]:
+        """Return the axes that a reduction's or scan's place moves along."""
+        if self._masks:
+            raise Conflict(node, f"{node.name} reduces inside a masked part (cat or pad)")
+        symbols = [s for i in kept for s in i.free_symbols]
+        if any(s.name[0] == "%" for s in symbols):
+            raise Conflict(node, f"{node.name} reduces at a gathered position")
+        return {s.name[1:] for s in symbols if s.name[0] == "@"}
 
 
 _IGNORED = {"memory_format", "layout", "device", "pin_memory", "non_blocking", "dtype", "copy"}

@@ -46,6 +46,8 @@ def show_statement(s: ir.Statement) -> str:
         return f"check 0 <= {s.value} < {show_expr(s.limit)}{mask}"
     if isinstance(s, ir.Reduce):
         return f"{', '.join(s.results)} = reduce {s.op}({', '.join(s.args)})"
+    if isinstance(s, ir.Scan):
+        return f"{s.result} = scan {s.op}({', '.join(s.args)})"
     kind = f" as {SHORT[s.dtype]}" if s.op == "cast" else ""
     return f"{s.result} = {s.op}({', '.join(s.args)}){kind}"
 

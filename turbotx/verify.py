@@ -17,7 +17,7 @@ from torch import fx
 from turbotx import graph as g
 from turbotx import ir
 from turbotx.errors import VerifyError
-from turbotx.primitives import PRIMITIVES, REDUCTIONS
+from turbotx.primitives import PRIMITIVES, REDUCTIONS, SCANS
 from turbotx.sizes import Expr
 from turbotx.views import SPLITS, is_view
 
@@ -134,6 +134,8 @@ def _check_statement(
             raise VerifyError(f"{kernel.name}: {s.result!r} mixes {sorted(map(str, kinds))}")
     if isinstance(s, ir.Reduce) and s.op not in REDUCTIONS:
         raise VerifyError(f"{kernel.name}: no reduction is called {s.op!r}")
+    if isinstance(s, ir.Scan) and s.op not in SCANS:
+        raise VerifyError(f"{kernel.name}: no scan is called {s.op!r}")
 
 
 def _expressions(s: ir.Statement) -> list[ir.Expr]:
@@ -145,8 +147,8 @@ def _expressions(s: ir.Statement) -> list[ir.Expr]:
 
 
 def _check_reductions(kernel: ir.Kernel) -> None:
-    if any(isinstance(s, ir.Reduce) for s in kernel.body) and not kernel.columns:
-        raise VerifyError(f"{kernel.name}: it reduces, and has no row axis")
+    if any(isinstance(s, (ir.Reduce, ir.Scan)) for s in kernel.body) and not kernel.columns:
+        raise VerifyError(f"{kernel.name}: it reduces or scans, and has no row axis")
 
 
 def check_launches(

@@ -24,11 +24,14 @@ def over_last(x: torch.Tensor) -> list[torch.Tensor]:
     normal = torch.nn.functional.layer_norm(x, (x.shape[-1],))
     squares = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
     return [normal, squares, x.softmax(-1), x.log_softmax(-1), x.sum(-1), x.mean(-1),
-            x.var(-1, correction=0), x.amax(-1), x.argmin(-1)]  # fmt: skip
+            x.var(-1, correction=0), x.amax(-1), x.argmin(-1),
+            torch.nn.functional.rms_norm(x, (x.shape[-1],)), x.norm(dim=-1), x.logsumexp(-1),
+            (x > 0).any(-1), (x > 0).all(-1), x.argmax(-1), x.cumsum(-1)]  # fmt: skip
 
 
 def over_first(x: torch.Tensor) -> list[torch.Tensor]:
-    return [x.sum(0), x.mean(0), x.softmax(0), x.std(0, correction=0), x.amin(0), x.argmax(0)]
+    return [x.sum(0), x.mean(0), x.softmax(0), x.std(0, correction=0), x.amin(0), x.argmax(0),
+            x.norm(dim=0), x.log_softmax(0), x.cumsum(0), (x > 0).any(0)]  # fmt: skip
 
 
 CASES = {f"last-{dtype}": (over_last, dtype) for dtype in DTYPES} | {

@@ -83,6 +83,12 @@ REDUCTIONS = {
     "all": lambda x: (x > -1).all(-1),
     "softmax of a norm": lambda x: F.layer_norm(x, (12,)).softmax(-1),
     "whole numbers": lambda x: (x * 9).long().sum(-1),
+    "norm": lambda x: x.norm(dim=-1),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "argmax": lambda x: x.argmax(-1),
+    "running sum": lambda x: (x + 1).cumsum(-1) * 2,
+    "running product of a softmax": lambda x: (x.softmax(-1) * 9).cumprod(-1),
+    "running count": lambda x: (x > 0).cumsum(-1),
 }
 
 
@@ -128,6 +134,7 @@ def test_rows_with_infinities_and_nan(schedule: Schedule) -> None:
 
 AXES = {
     "first axis": (lambda x: x.sum(0), torch.randn(5, 6)),
+    "running along the first": (lambda x: x.cumsum(0) + 1, torch.randn(5, 6)),
     "middle axis": (lambda x: x.mean(1), torch.randn(2, 5, 6)),
     "two axes": (lambda x: x.sum((0, 2)), torch.randn(2, 5, 6)),
     "everything": (lambda x: x.sum() * 2, torch.randn(3, 4)),

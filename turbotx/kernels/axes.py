@@ -56,7 +56,7 @@ def drop_dead(kernel: ir.Kernel) -> ir.Kernel:
             live |= {s.access.mask} if s.access.mask else set()
         elif isinstance(s, ir.Index):
             mark(s.value)
-        elif isinstance(s, ir.Compute):
+        elif isinstance(s, (ir.Compute, ir.Scan)):
             live.update(s.args)
         kept.append(s)
     return replace(kernel, body=tuple(reversed(kept)))

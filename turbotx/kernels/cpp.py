@@ -14,6 +14,7 @@ from turbotx.kernels.cpp_sweeps import Sweeps, axes_in
 from turbotx.kernels.cpp_text import STORAGE, Text, start_of, var, wider
 from turbotx.kernels.cpp_tiles import print_tiles, wants_tiles
 from turbotx.kernels.sequential import make_sequential
+from turbotx.primitives import SCANS
 from turbotx.sizes import Expr, product, to_c
 
 __all__ = ["STORAGE", "print_kernel"]
@@ -136,6 +137,10 @@ class _Rows:
             return
         for r in reduces:
             self._declare(r)
+        known = {v for v, k in self.kept.items() if k < sweep}
+        scans = [s for s in sweeps.scans(self._values(sweep)) if s.result not in known]
+        for s in scans:
+            text.put(f"{wider(STORAGE[s.dtype])} {s.result}_so_far = {SCANS[s.op].start};")
         for axis in self.kernel.columns[:-1]:
             text.loop(axis)
         parts = [r for r in reduces if self._in_parts(r)]
@@ -144,7 +149,7 @@ class _Rows:
             self.end = text.open_block(to_c(self.last.extent), self.block or SUM_BLOCK)
         for r in parts:
             text.put(f"float part_{r.results[0]} = 0;")
-        self._vector_loop(sweep, blocked, reduces, stores)
+        self._vector_loop(sweep, blocked, reduces, stores, in_order=bool(scans))
         for r in parts:
             text.put(f"{total_of(r)} += part_{r.results[0]};")
         text.close(len(self.kernel.columns) - 1 + blocked)
@@ -159,23 +164,28 @@ class _Rows:
         return self.block is not None or (isinstance(s, ir.Compute) and s.op == "exp")
 
     def _vector_loop(
-        self, sweep: int, blocked: bool, reduces: list[ir.Reduce], stores: list[ir.Store]
-    ) -> None:
+        self, sweep: int, blocked: bool, reduces: list[ir.Reduce], stores: list[ir.Store],
+        in_order: bool,
+    ) -> None:  # fmt: skip
         text, sweeps, name = self.text, self.sweeps, var(self.last.name)
-        if not any(sweeps.in_column(c) for c in text.checks):
+        if not in_order and not any(sweeps.in_column(c) for c in text.checks):
             text.put("#pragma omp simd" + "".join(self._clause(r) for r in reduces))
         bounds = f"0; {name} < {to_c(self.last.extent)}"
         if blocked:
             bounds = f"begin; {name} < {self.end}"
         text.open(f"for (int64_t {name} = {bounds}; ++{name})")
-        available = {v: k for v, k in self.kept.items() if k < sweep}
-        for v in sweeps.closure(sweeps.ends(sweep), available):
-            self._value(v, v in available, sweep)
+        for v in self._values(sweep):
+            self._value(v, self.kept.get(v, sweep) < sweep, sweep)
         for r in reduces:
             self._accumulate(r)
         for s in stores:
             text.statement(s)
         text.close()
+
+    def _values(self, sweep: int) -> list[str]:
+        """Return what a sweep's column loop computes, or reads from scratch."""
+        available = {v: k for v, k in self.kept.items() if k < sweep}
+        return self.sweeps.closure(self.sweeps.ends(sweep), available)
 
     def _value(self, v: str, known: bool, sweep: int) -> None:
         text = self.text

@@ -60,6 +60,10 @@ class Sweeps:
         """Return what is the same for the whole row and known before a sweep, in order."""
         return [s for s in self.kernel.body if not self.in_column(s) and self.of(s) == sweep]
 
+    def scans(self, values: Iterable[str]) -> list[ir.Scan]:
+        """Return the scans among what a column loop computes."""
+        return [s for v in values if isinstance(s := self.makers[v], ir.Scan)]
+
     def ends(self, sweep: int) -> list[str]:
         """What a column loop is there for: its reductions' arguments, its stores."""
         wanted: list[ir.Statement] = [*self.reduces(sweep), *self.stores(sweep)]
@@ -101,7 +105,7 @@ class Sweeps:
         inner = {a for v in kept for a in self.closure([v]) if a != v}
         outside = {
             a for s in self.kernel.body
-            if isinstance(s, (ir.Compute, ir.Reduce, ir.Store))
+            if isinstance(s, (ir.Compute, ir.Reduce, ir.Scan, ir.Store))
             and not set(ir.results_of(s)) & set(kept)
             for a in ir.needs_of(s)
         }  # fmt: skip

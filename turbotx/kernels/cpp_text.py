@@ -13,7 +13,7 @@ import sympy
 import torch
 
 from turbotx import ir
-from turbotx.primitives import PRIMITIVES
+from turbotx.primitives import PRIMITIVES, SCANS
 from turbotx.sizes import Expr, to_c
 
 STORAGE = {
@@ -98,6 +98,7 @@ class Text:
         self.checked = {c.value for c in self.checks}
         self.lines: list[str] = []
         self.depth = 1
+        self.lane = ""  # what picks a row's running value where several rows go together
 
     def put(self, line: str) -> None:
         self.lines.append("  " * self.depth + line)
@@ -150,6 +151,10 @@ class Text:
         elif isinstance(s, ir.Compute):
             names = (var(a) for a in s.args)
             self._let(s.result, PRIMITIVES[s.op].cpp.format(*names, type=STORAGE[s.dtype]))
+        elif isinstance(s, ir.Scan):
+            running = f"{s.result}_so_far{self.lane}"
+            self.put(f"{running} {SCANS[s.op].cpp}= {var(s.args[0])};")
+            self._let(s.result, f"static_cast<{STORAGE[s.dtype]}>({running})")
         elif isinstance(s, ir.Store):
             target = f"{var(s.access.param)} + {self.expr(s.access.offset)}"
             guard = f"if ({var(s.access.mask)}) " if s.access.mask else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from turbotx import ir
 from turbotx.kernels.cpp_sweeps import Sweeps
 from turbotx.kernels.cpp_text import Text, start_of, var, wider
+from turbotx.primitives import SCANS
 from turbotx.sizes import product, to_c
 
 # Rows of one tile: 256 bytes of a float row, four vectors of AVX-512, so that every line of
@@ -128,12 +129,18 @@ class _Tiles:
             kind = wider(kind) if r.op == "sum" else kind
             text.put(f"{kind} {name}[{TILE}];")
             text.put(f"std::fill_n({name}, {TILE}, {kind}({start}));")
+        values = self.sweeps.closure(self.sweeps.ends(sweep))
+        for scan in self.sweeps.scans(values):
+            kind = wider(text.type_of(scan.result))
+            text.put(f"{kind} {scan.result}_so_far[{TILE}];")
+            start = f"{kind}({SCANS[scan.op].start})"
+            text.put(f"std::fill_n({scan.result}_so_far, {TILE}, {start});")
         for axis in self.kernel.columns:
             text.loop(axis)
-        values = self.sweeps.closure(self.sweeps.ends(sweep))
         statements = [self.sweeps.makers[v] for v in values]
         self._open_lanes()
         self._fetch([*statements, *reduces, *stores])
+        text.lane = "[k]"
         for s in statements:
             text.statement(s)
         for r in reduces:

@@ -66,7 +66,7 @@ def make_sequential(kernel: ir.Kernel) -> ir.Kernel:
 
 
 def _rename(s: ir.Statement, renamed: dict[str, str]) -> ir.Statement:
-    if isinstance(s, (ir.Compute, ir.Reduce)):
+    if isinstance(s, (ir.Compute, ir.Reduce, ir.Scan)):
         return replace(s, args=tuple(renamed.get(a, a) for a in s.args))
     if isinstance(s, (ir.Load, ir.Store)) and s.access.mask in renamed:
         s = replace(s, access=replace(s.access, mask=renamed[s.access.mask]))

@@ -20,7 +20,7 @@ from turbotx.kernels.schedule import Schedule, outer_axes, vector_axes
 from turbotx.kernels.triton_functions import FUNCTIONS, variant
 from turbotx.kernels.triton_reduce import TYPES
 from turbotx.kernels.triton_text import ATOM, LEVELS, Text, literal, size_text
-from turbotx.primitives import COMPARISONS, PRIMITIVES, REDUCTIONS
+from turbotx.primitives import COMPARISONS, PRIMITIVES, REDUCTIONS, SCANS
 from turbotx.sizes import Expr
 
 RESERVED = frozenset(
@@ -139,6 +139,8 @@ class Body:
             return []
         if isinstance(s, ir.Load):
             return [f"{self.names[s.result]} = {self._load(s)}"]
+        if isinstance(s, ir.Scan):
+            return self._scan(s)
         if isinstance(s, ir.Index):
             text = self._index(s)
         elif isinstance(s, ir.Compute):
@@ -178,6 +180,33 @@ class Body:
             f"{name}_ok = ({name} >= 0) & ({name} < {self.expr(s.limit)})",
             f"tl.store({status}, {number}, mask={' & '.join(masks)})",
         ]
+
+    def _scan(self, s: ir.Scan) -> list[str]:
+        """A tile's running value; a looped row goes on from the last one of the tile before."""
+        name, axis, row = self.names[s.result], int(self.two_dims), SCANS[s.op]
+        text = f"{row.triton}({self.whole_tile(s.args[0])}, {axis})"
+        if not self.schedule.looped:
+            return [f"{name} = {text}"]
+        place = self.col_axis() if len(vector_axes(self.kernel)) == 1 else "position"
+        last = f"tl.where({place} == start + COLS - 1, {name}, 0)"
+        return [
+            f"{name} = {name}_so_far {row.cpp} {text}",
+            f"{name}_so_far = tl.sum({last}, {axis}, keep_dims=True)",
+        ]
+
+    def start_of_scan(self, s: ir.Scan) -> str:
+        """Return the line before a looped row's first tile."""
+        rows = "ROWS" if "r" in self.dims(self.varies[s.result]) else "1"
+        shape = f"({rows}, 1)" if self.two_dims else "(1,)"
+        start = f"tl.full({shape}, {SCANS[s.op].start}, {TYPES[s.dtype]})"
+        return f"{self.names[s.result]}_so_far = {start}"
+
+    def whole_tile(self, value: str) -> str:
+        """Return a value as text that has a column for each of the tile's."""
+        text = self.texts[value].inside()
+        if "c" in self.dims(self.varies[value]):
+            return text
+        return f"tl.where({self.col_axis()} >= 0, {text}, 0)"
 
     def _index(self, s: ir.Index) -> Text:
         text = self.expr(s.value)

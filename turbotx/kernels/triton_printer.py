@@ -257,13 +257,7 @@ class _Printer:
 
     def _inputs(self, group: Group) -> dict[str, str]:
         """Name what a group reduces, as whole tiles."""
-        found: dict[str, str] = {}
-        for r in group.reduces:
-            value = r.args[0]
-            found[value] = self.body.texts[value].inside()
-            if "c" not in self.body.dims(self.body.varies[value]):
-                found[value] = f"tl.where({self.cols[-1].name} >= 0, {found[value]}, 0)"
-        return found
+        return {r.args[0]: self.body.whole_tile(r.args[0]) for r in group.reduces}
 
     def _note(self, group: Group) -> None:
         results = ", ".join(self.body.names[n] for r in group.reduces for n in r.results)
@@ -315,11 +309,14 @@ class _Printer:
             for line in group.start(carried[id(group)]):
                 self.put(line)
         kept = set(self.emitted)
+        needed = self._needed(within)
+        for s in self.kernel.body:
+            if isinstance(s, ir.Scan) and s.result in needed:
+                self.put(self.body.start_of_scan(s))
         bound = self.body.expr(self.length)
         self.put(f"for start in range(0, {bound}, COLS):")
         self.depth += 1
         self._columns("start + tl.arange(0, COLS)" + ("[None, :]" if self.body.two_dims else ""))
-        needed = self._needed(within)
         self._section([s for s in self.kernel.body if self._chosen(s, needed, within)])
         for group in groups:
             for line in group.step(carried[id(group)], group.elements(self._inputs(group))):

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 from turbotx import graph as g
 from turbotx.ops.table import indexed
-from turbotx.sizes import ZERO, Expr, product
+from turbotx.sizes import ZERO, Expr, divide, expr, product
 
 # --- reductions -----------------------------------------------------------------------------
 
@@ -32,7 +33,9 @@ def _reduction(op: str, finish: Callable[..., Any] | None = None) -> Callable[..
 
 
 def _variance(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
-    correction = g.argument(node, "correction")
+    names = {a.name for a in node.target._schema.arguments}
+    unbiased = "unbiased" in names and g.argument(node, "unbiased") is False
+    correction = g.argument(node, "correction") if "correction" in names else 1 - unbiased
     (_, m2), count = m.reduce_node("welford", node, index)
     degrees = count - m.constant(1 if correction is None else correction, count.dtype)
     return m2 / m.call("maximum", degrees, m.constant(0, count.dtype))
@@ -91,6 +94,16 @@ def _position_of(op: str) -> Callable[..., Any]:
     return rule
 
 
+def _running(op: str) -> Callable[..., Any]:
+    def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+        x, dtype = node.args[0], m.compute_dtype(node)
+        if not index:
+            return m.cast(m.element(x, ()), dtype)
+        return m.scan(op, x, node.args[1] % len(index), index, dtype)
+
+    return rule
+
+
 def _softmax(log: bool, safe: bool = False) -> Callable[..., Any]:
     def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
         x = node.args[0]
@@ -132,7 +145,7 @@ def _layer_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 def _rms_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     x, shape = node.args[:2]
     weight, eps = g.argument(node, "weight"), g.argument(node, "eps")
-    eps = torch.finfo(g.dtype(x)).eps if eps is None else eps
+    eps = torch.finfo(m.compute_dtype(x)).eps if eps is None else eps
     dims = tuple(range(len(index) - len(shape), len(index)))
     (total,), count = m.reduce_dims(
         "sum", x, dims, index, m.compute_dtype(node), before=lambda v: v * v
@@ -146,7 +159,7 @@ def _group_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     x, groups = node.args[:2]
     weight, bias, eps = (g.argument(node, n) for n in ("weight", "bias", "eps"))
     shape = g.shape(x)
-    within = shape[1] / groups
+    within = divide(shape[1], expr(groups)) or FloorDiv(shape[1], groups)
     group, _ = m.split(index[1], within)
     extents = (within, *shape[2:])
 
@@ -176,6 +189,8 @@ indexed("aten.any.default aten.any.dim aten.any.dims", _reduction("any"), True)
 indexed("aten.all.default aten.all.dim aten.all.dims", _reduction("all"), True)
 indexed("aten.argmax.default", _position_of("max"), True)
 indexed("aten.argmin.default", _position_of("min"), True)
+indexed("aten.cumsum.default", _running("sum"), True)
+indexed("aten.cumprod.default", _running("prod"), True)
 indexed("aten.var.correction aten.var.dim", _variance, True)
 indexed("aten.std.correction aten.std.dim", lambda m, node, index: m.call(
     "sqrt", _variance(m, node, index)), True)  # fmt: skip
