@@ -24,6 +24,7 @@ from turbotx.kernels.epilogue import ACTIVATIONS, Epilogue, GemmKernel, is_packa
 from turbotx.kernels.fuse import FusedRegion
 from turbotx.kernels.inplace import find_inplace
 from turbotx.layout import Layout, contiguous_strides, layout_of, reshape_strides
+from turbotx.ops import why_outside
 from turbotx.passes.extract import extract
 from turbotx.passes.partition import kind_of, op_name
 from turbotx.sizes import ONE, ZERO, Expr, dim, product
@@ -122,7 +123,7 @@ class _Assembler:
         elif kind == "attention":
             self._attention(node)
         elif kind == "extern":
-            self._extern(node, f"{node.target} has no row in the op table")
+            self._extern(node, why_outside(node.target))
         elif kind == "output":
             self._return(node)
 

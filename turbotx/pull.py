@@ -8,6 +8,7 @@ appended to the body once. Views only rewrite the index, so they cost nothing. E
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -90,7 +91,7 @@ class Puller(Elements):
                 element = self.element(value, self.broadcast(value, index))
                 return element if position in row.as_is else self.cast(element, dtype)
             if isinstance(value, fx.Node):
-                return self.cast(self.index(g.size(value)), dtype)
+                return self.number(value, dtype)
             if isinstance(value, (bool, int, float)) and position not in row.as_is:
                 return value
             return value
@@ -112,6 +113,18 @@ class Puller(Elements):
         mask = self._masks[-1].name if self._masks else None
         access = ir.Access(self._param(node), sympy.expand(offset), mask)
         return self.emit_load(access, g.dtype(node))
+
+    def number(self, value: Any, dtype: torch.dtype) -> Element:
+        """Return a number, a size, or a float computed from sizes (in double), as an element."""
+        if isinstance(value, (bool, int, float)):
+            return self.constant(value, dtype)
+        if not isinstance(value.meta["val"], (float, torch.SymFloat)):
+            return self.cast(self.index(g.size(value)), dtype)
+        if value.target not in _OF_NUMBERS:
+            raise Conflict(value, f"{value.target} of sizes is not computed by kernels")
+        args = [self.number(a, torch.float64) for a in value.args]
+        op = _OF_NUMBERS[value.target]
+        return self.cast(self.call(op, *args) if op else args[0], dtype)
 
     def broadcast(self, node: Any, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
         """Return the index into `node` that broadcasting gives for a result's `index`."""
@@ -253,6 +266,10 @@ class Puller(Elements):
         return {s.name[1:] for s in symbols if s.name[0] == "@"}
 
 
+_OF_NUMBERS: dict[Any, str] = {
+    operator.truediv: "div", operator.mul: "mul", operator.add: "add", operator.sub: "sub",
+    operator.pow: "pow", operator.neg: "neg", torch.sym_float: "", torch._sym_sqrt: "sqrt",
+}  # fmt: skip
 _IGNORED = {"memory_format", "layout", "device", "pin_memory", "non_blocking", "dtype", "copy"}
 
 

@@ -25,7 +25,7 @@ def over_last(x: torch.Tensor) -> list[torch.Tensor]:
     squares = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
     return [normal, squares, x.softmax(-1), x.log_softmax(-1), x.sum(-1), x.mean(-1),
             x.var(-1, correction=0), x.amax(-1), x.argmin(-1),
-            torch.nn.functional.rms_norm(x, (x.shape[-1],)), x.norm(dim=-1), x.logsumexp(-1),
+            torch.nn.functional.rms_norm(x, (x.shape[-1],), eps=1e-6), x.norm(dim=-1), x.logsumexp(-1),
             (x > 0).any(-1), (x > 0).all(-1), x.argmax(-1), x.cumsum(-1)]  # fmt: skip
 
 
@@ -81,6 +81,17 @@ def test_reductions(
 ) -> None:
     x = rows_of(kind, length)
     check(name, compiled, x.T.contiguous() if name.startswith("first") else x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_the_default_eps_of_rms_norm_is_that_of_float32(dtype: torch.dtype) -> None:
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, (4,))
+
+    x = torch.full((3, 4), 0.05).to(dtype)
+    made = compile_function(norm, x)
+    (ours,) = made.run((x,), CppRunner([made]))
+    assert torch.equal(ours, norm(x))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -25,14 +25,12 @@ def _arange(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     if all(not isinstance(v, float) for v in numbers):
         position = g.size(start) + g.size(step) * index[0]
         return m.cast(m.index(position.expand()), g.dtype(node))
-    return m.constant(start, g.dtype(node)) + m.cast(m.index(index[0]), g.dtype(node)) * step
+    place = m.cast(m.index(index[0]), g.dtype(node))
+    return m.number(start, g.dtype(node)) + place * m.number(step, g.dtype(node))
 
 
 def _full(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
-    value = g.argument(node, "fill_value")
-    if isinstance(value, (bool, int, float)):
-        return m.constant(value, g.dtype(node))
-    return m.cast(m.index(g.size(value)), g.dtype(node))
+    return m.number(g.argument(node, "fill_value"), g.dtype(node))
 
 
 indexed("aten.arange.start_step", _arange)
@@ -44,7 +42,7 @@ for _name, _value in (("zeros", 0), ("ones", 1)):
     )
 indexed(
     "aten.scalar_tensor.default",
-    lambda m, node, index: m.constant(node.args[0], g.dtype(node)),
+    lambda m, node, index: m.number(node.args[0], g.dtype(node)),
 )
 
 # --- indexing -------------------------------------------------------------------------------

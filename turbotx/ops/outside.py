@@ -1,0 +1,39 @@
+"""Ops that have no row on purpose: ATen runs them between the kernels, and why.
+
+In: an ATen overload. Out: the reason that the report lists, for example::
+
+    why_outside(aten.topk.default)  ->  "orders a row by comparisons: ATen's own sort does that"
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ORDERS = "orders a row by comparisons: ATen's own sort does that"
+_WRITES = "writes at places that are known only when it runs, where two may be one"
+_COUNTS = "has a result whose size depends on values, or counts by value"
+_WINDOWS = "is a product over windows: the vendor's library does that"
+_CARRIES = "carries more than one number along a row, which a scan does not"
+
+# By the name of the op, whichever of its overloads it is.
+REASONS = {
+    **dict.fromkeys(("topk", "sort", "argsort", "kthvalue", "median", "mode", "msort"), _ORDERS),
+    **dict.fromkeys(
+        ("index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "masked_scatter"),
+        _WRITES,
+    ),
+    **dict.fromkeys(("nonzero", "unique", "bincount", "histc", "masked_select"), _COUNTS),
+    **dict.fromkeys(("convolution", "avg_pool2d", "max_pool2d_with_indices", "grid_sampler_2d",
+                     "upsample_bicubic2d", "upsample_bilinear2d"), _WINDOWS),
+    **dict.fromkeys(("cummax", "cummin", "logcumsumexp"), _CARRIES),
+    **dict.fromkeys(("_fft_c2c", "_fft_r2c", "_fft_c2r"), "is a Fourier transform"),
+    "view_as_real": "shows complex numbers, which no kernel computes",
+}  # fmt: skip
+
+
+def why_outside(target: Any) -> str:
+    """Return why ATen runs a call."""
+    name = getattr(getattr(target, "overloadpacket", None), "__name__", "")
+    if name in REASONS:
+        return f"{target} {REASONS[name]}"
+    return f"{target} has no row in the op table"
