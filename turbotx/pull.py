@@ -268,7 +268,7 @@ class Puller(Elements):
 
 _OF_NUMBERS: dict[Any, str] = {
     operator.truediv: "div", operator.mul: "mul", operator.add: "add", operator.sub: "sub",
-    operator.pow: "pow", operator.neg: "neg", torch.sym_float: "", torch._sym_sqrt: "sqrt",
+    operator.pow: "pow", operator.neg: "neg", torch.sym_float: "", torch.sym_sqrt: "sqrt",
 }  # fmt: skip
 _IGNORED = {"memory_format", "layout", "device", "pin_memory", "non_blocking", "dtype", "copy"}
 
