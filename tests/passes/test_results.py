@@ -12,7 +12,7 @@ from torch import fx
 
 from tests.compiled_functions import by_interpreter, compile_function
 from turbotx.capture import capture
-from turbotx.optimize import FunctionModule
+from turbotx.optimized import FunctionModule
 from turbotx.passes.results import use_single_results
 
 aten = torch.ops.aten
