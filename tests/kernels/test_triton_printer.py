@@ -19,7 +19,7 @@ from tests.kernel_interpreter import CheckFailed, interpret
 from tests.kernels.test_fuse import grouped_rotary
 from tests.kernels.triton_runner import TritonRunner
 from turbotx import ir
-from turbotx.kernels.schedule import Schedule
+from turbotx.kernels.schedule import Schedule, choose_schedule
 from turbotx.kernels.targets import TARGETS, build, kernel_job
 from turbotx.kernels.triton_printer import print_triton
 from turbotx.kernels.triton_softmax import softmax_kernel
@@ -220,6 +220,21 @@ def test_device_functions_build_for_every_target(dtype: torch.dtype) -> None:
     function = floats if dtype.is_floating_point else wholes
     made = compile_function(function, torch.ones(3, 12, dtype=dtype))
     build([kernel_job(kernel, target) for kernel in made.kernels for target in TARGETS])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1000, 4097, 70000])
+def test_long_rows_build(length: int) -> None:
+    """Too long for the interpreter: in registers, in the largest tile, and walked along."""
+
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        normal, squares = F.layer_norm(x, x.shape[-1:]), F.rms_norm(x, x.shape[-1:])
+        return [normal, squares, x.softmax(-1), x.log_softmax(-1), x.cumsum(-1), x.var(-1),
+                x.norm(dim=-1), x.logsumexp(-1), x.argmax(-1), (x > 0).any(-1)]  # fmt: skip
+
+    made = compile_function(function, torch.ones(3, 12))
+    dims = {"batch": 3, "seq": length}
+    build([kernel_job(k, "sm_90", choose_schedule(k, dims)) for k in made.kernels])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
