@@ -22,7 +22,7 @@ REASONS = {
         ("index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "masked_scatter"),
         _WRITES,
     ),
-    **dict.fromkeys(("nonzero", "unique", "bincount", "histc", "masked_select"), _COUNTS),
+    **dict.fromkeys(("nonzero", "_unique2", "bincount", "histc", "masked_select"), _COUNTS),
     **dict.fromkeys(("convolution", "avg_pool2d", "max_pool2d_with_indices", "grid_sampler_2d",
                      "upsample_bicubic2d", "upsample_bilinear2d"), _WINDOWS),
     **dict.fromkeys(("cummax", "cummin", "logcumsumexp"), _CARRIES),
