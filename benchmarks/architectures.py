@@ -51,14 +51,15 @@ def main() -> int:
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="batch,length")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--vocab", type=int, help="tokens, where memory is short: only looked up")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     shapes = [(int(b), int(s)) for b, s in (shape.split(",") for shape in given.shapes)]
     known = json.loads(given.out.read_text())["models"] if given.out.exists() else []
     models = {(m["architecture"], m["dtype"]): m for m in known}
     for architecture in given.architectures:
-        found = compare(architecture, given.dtype, shapes, 2)
-        found["layer"] = count_layer(architecture)
+        found = compare(architecture, given.dtype, shapes, 2, given.vocab)
+        found |= {"layer": count_layer(architecture), "vocab": given.vocab}
         print(f"{architecture:12} a layer: {found['layer']}", flush=True)
         models[architecture, given.dtype] = found
         order = sorted(models.values(), key=lambda m: ARCHITECTURES.index(m["architecture"]))

@@ -36,11 +36,15 @@ SMALL = {
 }  # fmt: skip
 
 
-def make_model(architecture: str, layers: int | None, small: bool = False) -> nn.Module:
+def make_model(
+    architecture: str, layers: int | None, small: bool = False, vocab: int | None = None
+) -> nn.Module:
     """A random model of the default configuration, or of 64 channels where `small`, cut to
-    `layers` where that is given."""
+    `layers` and to `vocab` tokens where they are given."""
     config = transformers.AutoConfig.for_model(architecture)
     changes = dict.fromkeys(DEPTHS, layers) if layers is not None else {}
+    if vocab is not None:
+        changes |= {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     for name, value in (changes | SMALL if small else changes).items():
         if getattr(config, name, None) is not None:
             setattr(config, name, value)
@@ -75,10 +79,11 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 
 def compare(
-    architecture: str, dtype: str, shapes: list[tuple[int, int]], layers: int | None
-) -> dict[str, Any]:
+    architecture: str, dtype: str, shapes: list[tuple[int, int]], layers: int | None,
+    vocab: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Run one model over every shape, three ways."""
-    model = make_model(architecture, layers).to(DTYPES[dtype])
+    model = make_model(architecture, layers, vocab=vocab).to(DTYPES[dtype])
     exact, fast = copy.deepcopy(model).double(), turbotx.optimize(model)
     rows = []
     for batch, seq in shapes:
