@@ -3,7 +3,8 @@
 In: model names (bert, gpt2, llama; a default config of random weights, few layers) and a shape.
 Out: a table and JSON. Counted from graphs, so no device is needed. A layer is what three layers
 have more than two. Columns, in bytes: eager reads and writes every ATen op's operands; turbotx
-those of its launches; the bound takes each run of non-GEMM ops as one ideal kernel::
+those of its launches, before GEMMs take some as epilogues; the bound takes each run of non-GEMM
+ops as one ideal kernel::
 
     python benchmarks/traffic.py bert gpt2 llama --batch 1 --seq 128
 """
