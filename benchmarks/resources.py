@@ -21,10 +21,11 @@ from traffic import make_model
 from turbotx import ir
 from turbotx.assemble import assemble
 from turbotx.capture import capture
+from turbotx.kernels.attention_jobs import attention_job
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.fuse import fuse_all
 from turbotx.kernels.schedule import divisible_sizes
-from turbotx.kernels.targets import TARGETS, attention_job, build, kernel_job, show_resources
+from turbotx.kernels.targets import TARGETS, build, kernel_job, show_resources
 from turbotx.passes.partition import find_prepared, partition
 from turbotx.pipeline import rewrite
 
@@ -66,7 +67,7 @@ def main() -> None:
         for kernel in targets_of(name, getattr(torch, given.dtype)):
             for target in given.targets:
                 if isinstance(kernel, AttentionKernel):
-                    jobs.append(attention_job(kernel, target, key_mask=True))
+                    jobs.append(attention_job(kernel, target))
                 else:
                     jobs.append(kernel_job(kernel, target, divisible=divisible_sizes(kernel)))
         built = build(jobs, given.workers)

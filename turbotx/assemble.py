@@ -18,8 +18,10 @@ from torch import fx
 
 from turbotx import graph as g
 from turbotx import ir
+from turbotx.attention import attention_scores
 from turbotx.errors import CaptureError
-from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.cpp_attention import describe_attention
+from turbotx.kernels.cpp_products import describe_product
 from turbotx.kernels.epilogue import ACTIVATIONS, Epilogue, GemmKernel, is_packable
 from turbotx.kernels.fuse import FusedRegion
 from turbotx.kernels.inplace import find_inplace
@@ -122,6 +124,8 @@ class _Assembler:
             self._gemm(node)
         elif kind == "attention":
             self._attention(node)
+        elif kind == "product":
+            self._product(node)
         elif kind == "extern":
             self._extern(node, why_outside(node.target))
         elif kind == "output":
@@ -248,44 +252,55 @@ class _Assembler:
         )
 
     def _attention(self, node: fx.Node) -> None:
-        q, k, v, key_mask, bias = node.args
-        operands = [self._operand(n) for n in (q, k, v)]  # type: ignore[arg-type]
-        width = int(g.shape(node)[3])
-        in_place = all(o.strides[3] == 1 or width == 1 for o in operands)
-        if not in_place:
-            self._fallback(node, out=False)
-            return
+        *given, keys, bias = node.args
+        shown = None if keys is None else self._rows(keys)  # type: ignore[arg-type]
+        added = None if bias is None else self._operand(bias)  # type: ignore[arg-type]
+        q, k, v = (self._rows(n) for n in given)  # type: ignore[arg-type]
+        self._require_equal("q's and k's batch", q.shape[0], k.shape[0])
+        self._require_equal("k's and v's batch", k.shape[0], v.shape[0])
+        self._require_equal("k's and v's length", k.shape[2], v.shape[2])
         out = self._whole(node)
-        batch, q_len, heads, _ = g.shape(node)
-        masks = [None if m is None else self._operand(m) for m in (key_mask, bias)]  # type: ignore[arg-type]
-        kind = "none"
-        if bias is not None:
-            kinds = {torch.bool: "boolean", torch.float32: "float32"}
-            kind = kinds.get(g.dtype(bias), "storage")  # type: ignore[arg-type]
-            if kind == "storage" and g.dtype(bias) != g.dtype(q):  # type: ignore[arg-type]
-                self._fallback(node, out=False)
-                return
-        if masks[0] is not None and masks[0].strides[3] not in (ONE, ZERO):
-            self._fallback(node, out=False)
-            return
-        scale, causal = node.kwargs["scale"], node.kwargs["causal"]
-        blind_nan = bool(node.kwargs.get("blind_nan", False))
-        kernel = AttentionKernel(g.dtype(q), width, float(scale), bool(causal), kind, blind_nan)  # type: ignore[arg-type]
-        strides: list[Expr] = []
-        for o in operands:
-            strides += [o.strides[0], o.strides[1], o.strides[2]]
-        strides += [out.strides[0], out.strides[2], out.strides[1]]
-        strides.append(_broadcast(masks[0], 4)[0] if masks[0] is not None else ZERO)
-        strides += _broadcast(masks[1], 4) if masks[1] is not None else [ZERO] * 4
-        sizes = (batch, heads, g.shape(k)[1], q_len, g.shape(k)[2], *strides)  # type: ignore[arg-type]
-        args = (*operands, out, *masks)
+        kernel, sizes = describe_attention((q, k, v, out), shown, added, node.kwargs)
         call = (node.target, self._arguments(node.args), dict(node.kwargs), (out,), False)
+        args = (q, k, v, out, shown, added)
         self._launch(node, "attention", "attention", kernel, args, (node.name,), sizes, call)
+
+    def _product(self, node: fx.Node) -> None:
+        which = "scores" if node.target is attention_scores else "values"
+        a, b = (self._rows(n) for n in node.args)  # type: ignore[arg-type]
+        self._require_equal("the batch of attention's operands", a.shape[0], b.shape[0])
+        if which == "values":
+            self._require_equal("k's and v's length", a.shape[3], b.shape[2])
+        out = self._whole(node)
+        kernel, sizes = describe_product(which, a, b, out)
+        call = (node.target, self._arguments(node.args), dict[str, Any](), (out,), False)
+        base = f"attention_{which}"
+        self._launch(node, base, "product", kernel, (a, b, out), (node.name,), sizes, call)
+
+    def _require_equal(self, what: str, a: Expr, b: Expr) -> None:
+        """Refuse calls where sizes differ that kernels read as one, unless one of them is 1."""
+        if ONE not in (a, b):
+            for less in {(a - b).expand(), (b - a).expand()} - {ZERO}:
+                self.out.requirements.append((less, f"{a} = {b} ({what})"))
+
+    def _rows(self, node: fx.Node) -> ir.Operand:
+        """Return an operand whose elements lie side by side along its last dim."""
+        operand = self._operand(node)
+        side_by_side = operand.strides[-1] == 1 or operand.shape[-1] == 1
+        return operand if side_by_side else self._copy(node)
+
+    def _copy(self, node: fx.Node) -> ir.Operand:
+        """Return a dense copy of a view, made by ATen and listed."""
+        source, name = self._operand(node), self._name(f"{node.name}_copied")
+        self.out.tensors[name] = ir.Tensor(name, "intermediate", g.dtype(node), g.shape(node))
+        self._aten(node, aten.clone.default, (source,), {}, (name,))
+        self.out.externs.append((str(node.target), "attention reads its elements side by side"))
+        return _dense(self.out.tensors[name])
 
     # --- through ATen ---
 
     def _fallback(self, node: fx.Node, out: bool) -> None:
-        """A GEMM or attention that the native kernels do not take runs as PyTorch's own op."""
+        """A GEMM that the native kernels do not take runs as PyTorch's own op."""
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
         self._aten(node, node.target, args, kwargs, (self._tensor(node),), out=out)
 
@@ -350,7 +365,3 @@ def _dense(tensor: ir.Tensor) -> ir.Operand:
     """Return the whole of a tensor that owns its memory."""
     strides = contiguous_strides(tensor.shape)
     return ir.Operand(tensor.name, tensor.dtype, tensor.shape, strides, ZERO)
-
-
-def _broadcast(operand: ir.Operand, rank: int) -> list[Expr]:
-    return [ZERO] * (rank - len(operand.strides)) + list(operand.strides)

@@ -1,69 +1,98 @@
-"""Attention: the op that `passes.attention` writes into the graph, and its meaning.
+"""Attention: the ops that `passes.attention` writes into the graph, and their meaning.
 
 In: q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, k_len, head_dim), read in place
 by their strides. Out: (batch, q_len, heads, head_dim), dense: the (tokens, hidden) matrix that the
-next GEMM reads, so that no transpose exists around it::
+next GEMM reads, so that no transpose exists around it. One op, or two around a softmax kernel::
 
-    attention(q, k, v, key_mask, scale=0.125)   # key_mask: bool (batch, 1, 1, k_len)
+    attention(q, k, v, keys, scale=0.125)                  # keys: bool (batch, 1, 1, k_len)
+    attention_values(softmax(attention_scores(q, k) * 0.125), v)
 """
 
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+NO_WINDOW = (-1, -1)
 
 
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    key_mask: torch.Tensor | None = None,
+    keys: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
+    window: tuple[int, int] = NO_WINDOW,
     blind_nan: bool = False,
 ) -> torch.Tensor:
     """Return softmax(q k^T * scale + bias) v by PyTorch's own ops: the kernel's meaning.
 
-    key_mask hides keys per batch row; bias is added (float) or hides (bool) and broadcasts to
-    (batch, heads, q_len, k_len); causal hides keys after the query. A query that sees no key
-    gets zeros, as in torch.nn.functional.scaled_dot_product_attention, or with blind_nan NaN, as
-    a softmax over scores of -inf gives.
+    keys says which keys there are, per batch row: bool (batch, 1, 1, k_len), or int64 (batch,), the
+    number of them. bias is added (float) or hides (bool) and broadcasts to (batch, heads, q_len,
+    k_len). causal hides keys after the query; window (left, right) hides those more than so many
+    places before and after it, -1 for no limit. A query that sees no key gets zeros, as in
+    torch.nn.functional.scaled_dot_product_attention, or with blind_nan NaN, as a softmax over
+    scores of -inf gives.
     """
-    mask = bias
-    if key_mask is not None:
-        if mask is None:
-            mask = key_mask
-        elif mask.dtype is torch.bool:
-            mask = mask & key_mask
-        else:
-            mask = mask.masked_fill(~key_mask, float("-inf"))
-    if causal and (mask is not None or blind_nan):
-        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        if mask is None:
-            mask = visible
-        elif mask.dtype is torch.bool:
-            mask = mask & visible
-        else:
-            mask = mask.masked_fill(~visible, float("-inf"))
-        causal = False
+    visible = _visible(q, k, keys, causal, window)
+    mask, plainly_causal = bias, False
+    if mask is None:
+        plainly_causal = causal and keys is None and tuple(window) == NO_WINDOW
+        mask = None if plainly_causal else visible
+    elif visible is not None:
+        boolean = mask.dtype is torch.bool
+        mask = mask & visible if boolean else mask.masked_fill(~visible, float("-inf"))
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(q.dtype)
-    if blind_nan:
-        return _by_softmax(q, k, v, mask, scale).permute(0, 2, 1, 3).contiguous()
+    grouped = q.shape[1] != k.shape[1]
     out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, is_causal=plainly_causal, scale=scale, enable_gqa=grouped
     )
+    if blind_nan and mask is not None and k.shape[2] != 0:
+        seen = mask if mask.dtype is torch.bool else mask != float("-inf")
+        out = out.masked_fill(~seen.any(-1, keepdim=True), float("nan"))
     return out.permute(0, 2, 1, 3).contiguous()
 
 
-def _by_softmax(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    groups = q.shape[1] // k.shape[1]
-    scores = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scale
-    if mask is not None and mask.dtype is torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    elif mask is not None:
-        scores = scores + mask
-    return scores.softmax(-1) @ v.repeat_interleave(groups, 1)
+def _visible(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    keys: torch.Tensor | None,
+    causal: bool,
+    window: tuple[int, int],
+) -> torch.Tensor | None:
+    """Return which keys a query sees, bias aside; None where it sees all."""
+    place = torch.arange(k.shape[2], device=q.device)
+    seen = None if keys is None else keys
+    if keys is not None and keys.dtype is not torch.bool:
+        seen = (place < keys[:, None])[:, None, None, :]
+    ahead = place - torch.arange(q.shape[2], device=q.device)[:, None]
+    left, right = window
+    limits = [ahead <= (0 if causal else right)] if causal or right >= 0 else []
+    limits += [ahead >= -left] if left >= 0 else []
+    for limit in limits:
+        seen = limit if seen is None else seen & limit
+    return seen
+
+
+def attention_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Return q k^T as float32 (batch, heads, q_len, k_len); key heads serve groups of heads."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] != k.shape[1] else k
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.to(wide) @ k.to(wide).transpose(2, 3)
+
+
+def attention_values(shares: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return shares v as (batch, q_len, heads, head_dim), dense, in v's dtype."""
+    if isinstance(v, FakeTensor):
+        # While tracing, a product would fix v's length to k's where they are dims of their own.
+        return v.new_empty(shares.shape[0], shares.shape[2], shares.shape[1], v.shape[3])
+    v = (
+        v.repeat_interleave(shares.shape[1] // v.shape[1], 1)
+        if shares.shape[1] != v.shape[1]
+        else v
+    )
+    return (shares @ v).permute(0, 2, 1, 3).contiguous()

@@ -3,7 +3,7 @@
 In: keyword arguments of the decorator. Out: one frozen `Options`, which is also part of the
 cache key of everything built under it, for example::
 
-    Options(backend="auto", attention="auto", planner="symbolic", pack_weights=True)
+    Options(backend="auto", attention="flash", planner="symbolic", pack_weights=True)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from turbotx.errors import OptionsError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "backend": ("auto", "cpp", "triton", "aten"),
+    "attention": ("auto", "flash", "fused-softmax"),
     "planner": ("symbolic", "chunked", "greedy"),
 }
 _TAG = re.compile(r"(?=.)(r\d+)?(c\d+)?(w\d+)?")
@@ -31,6 +32,11 @@ class Options:
         launches generated Triton kernels and fails unless the tensors are on an NVIDIA GPU; "aten"
         runs every region through PyTorch's own ops, in planned memory; "auto" is "triton" on a GPU,
         and on a CPU "cpp" where a compiler is found and otherwise "aten", with one warning.
+    attention: how softmax(q k^T) v is computed. "flash" is one kernel that never stores the scores;
+        "fused-softmax" is a batched GEMM, one scale + mask + softmax kernel and a batched GEMM;
+        "auto" takes flash where its kernel can compute it (q, k and v of one head_dim of at most
+        256), fused-softmax elsewhere, and leaves what neither computes to PyTorch (float64, say),
+        which the named ones refuse with an OptionsError at the first call.
     planner: which memory planner assigns offsets.
     pack_weights: keep GEMM weights in the library's packed layout beside the module's own (about
         one more copy of the GEMM weights, much faster for few tokens). Updates of a weight are
@@ -46,6 +52,7 @@ class Options:
     """
 
     backend: str = "auto"
+    attention: str = "auto"
     planner: str = "symbolic"
     pack_weights: bool = True
     epilogues: bool = True

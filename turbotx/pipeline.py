@@ -45,13 +45,16 @@ class Compiled:
     program: Program
 
 
-def rewrite(graph: fx.Graph) -> None:
-    """Run the graph passes, each a file of `passes/`, in order."""
+def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
+    """Run the graph passes, each a file of `passes/`, in order.
+
+    attention: the option of that name.
+    """
     use_single_results(graph)
     canonicalize(graph)
     use_linear(graph)
     pack_linears(graph)
-    recognize_attention(graph)
+    recognize_attention(graph, attention)
     canonicalize(graph)
     lift_views(graph)
     free_biases(graph)
@@ -68,7 +71,7 @@ def compile_captured(
     """
     graph = captured.graph_module.graph
     text = str(graph)
-    rewrite(graph)
+    rewrite(graph, options.attention)
     verify.check_graph(graph)
     verify.check_inputs(graph, captured.input_sizes)
     prepared = find_prepared(graph)

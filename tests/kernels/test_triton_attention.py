@@ -14,71 +14,25 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from tests.kernels.triton_runner import TritonRunner, interpreting, load_function
-from turbotx.attention import attention
+from tests.kernels.attention_runner import check, multiply, operands, run
+from turbotx.attention import attention_scores, attention_values
+from turbotx.kernels.attention_jobs import attention_job, product_job
 from turbotx.kernels.cpp_attention import AttentionKernel
-from turbotx.kernels.schedule import Schedule
-from turbotx.kernels.targets import TARGETS, attention_job, build
+from turbotx.kernels.cpp_products import ProductKernel
+from turbotx.kernels.targets import TARGETS, build
 from turbotx.kernels.triton_attention import (
-    AttentionSchedule,
-    attention_grid,
     choose_attention_schedule,
-    print_triton_attention,
 )
-from turbotx.kernels.triton_softmax import softmax_kernel
-
-SMALL = AttentionSchedule(q_tile=16, k_tile=16)
-
-
-def run(kernel, q, k, v, key_mask=None, bias=None, schedule=SMALL):
-    """Run the printed kernel over operands of any strides; out is (batch, q_len, heads, dim)."""
-    batch, heads, q_len, width = q.shape
-    out = torch.full((batch, q_len, heads, width), float("nan"), dtype=q.dtype)
-    pointers = [t for t in (q, k, v, out, key_mask, bias) if t is not None]
-    sizes = [batch, heads, k.shape[1], q_len, k.shape[2]]
-    for t in (q, k, v):
-        sizes += t.stride()[:3]
-    sizes += [out.stride(0), out.stride(2), out.stride(1)]
-    sizes.append(0 if key_mask is None else key_mask.stride(0))
-    full = None if bias is None else bias.expand(batch, heads, q_len, k.shape[2])
-    sizes += [0] * 4 if full is None else full.stride()
-    source = print_triton_attention(kernel, schedule, key_mask is not None)
-    with interpreting():
-        grid = attention_grid(schedule, batch, heads, q_len)
-        load_function(source, kernel.name)[grid](
-            *pointers, *sizes, Q_TILE=schedule.q_tile, K_TILE=schedule.k_tile
-        )
-    return out
+from turbotx.kernels.triton_products import (
+    choose_product_schedule,
+)
 
 
-def operands(batch, heads, kv_heads, q_len, k_len, width, dtype=torch.float32):
-    """q, k and v as windows on one packed GEMM output where the lengths allow it."""
-    if q_len == k_len:
-        packed = torch.randn(batch, q_len, heads + 2 * kv_heads, width, dtype=dtype)
-        pieces = packed.split([heads, kv_heads, kv_heads], dim=2)
-        return [p.transpose(1, 2) for p in pieces]
-    shapes = [(heads, q_len), (kv_heads, k_len), (kv_heads, k_len)]
-    return [torch.randn(batch, h, n, width, dtype=dtype) for h, n in shapes]
+def kernel(width, dtype=torch.float32, causal=False, bias="none", scale=None, **rest):
+    return AttentionKernel(dtype, width, scale or 1 / math.sqrt(width), causal, bias, **rest)
 
 
-def check(out, q, k, v, key_mask=None, bias=None, *, scale, causal=False):
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    exact_bias = bias.double() if bias is not None and bias.is_floating_point() else bias
-    exact = attention(
-        q.double(), k.double(), v.double(), mask, exact_bias, scale=scale, causal=causal
-    )
-    own = attention(q, k, v, mask, bias, scale=scale, causal=causal).double()
-    assert out.shape == exact.shape
-    allowed = 2 * (own - exact).abs().max() + 4 * torch.finfo(q.dtype).eps
-    assert (out.double() - exact).abs().max() <= allowed
-
-
-def kernel(width, dtype=torch.float32, causal=False, bias="none", scale=None):
-    return AttentionKernel(dtype, width, scale or 1 / math.sqrt(width), causal, bias)
-
-
-@pytest.mark.parametrize("width", [16, 20, 64])
-@pytest.mark.parametrize("length", [1, 15, 33])
+@pytest.mark.parametrize(("width", "length"), [(16, 1), (20, 33), (64, 15), (256, 3)])
 def test_reads_packed_operands_in_place(width: int, length: int) -> None:
     q, k, v = operands(2, 2, 2, length, length, width)
     case = kernel(width)
@@ -105,6 +59,38 @@ def test_key_mask_and_a_sequence_that_sees_nothing() -> None:
     out = run(case, q, k, v, visible)
     check(out, q, k, v, visible, scale=case.scale)
     assert (out[2] == 0).all()
+
+
+@pytest.mark.parametrize("window", [(3, 2), (0, -1), (-1, 4), (20, 40)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_around_each_query(window: tuple[int, int], causal: bool) -> None:
+    q, k, v = operands(1, 2, 1, 35, 35, 16)
+    case = kernel(16, causal=causal, window=window)
+    check(run(case, q, k, v), q, k, v, scale=case.scale, window=window, causal=causal)
+
+
+def test_lengths_count_the_keys_of_each_sequence() -> None:
+    q, k, v = operands(4, 2, 2, 3, 20, 16)
+    lengths = torch.tensor([20, 1, 0, 30])  # 30: more than there are
+    case = kernel(16)
+    out = run(case, q, k, v, lengths)
+    check(out, q, k, v, lengths, scale=case.scale)
+    assert (out[2] == 0).all()
+
+
+@pytest.mark.parametrize("given", ["lengths", "bias"])
+def test_a_query_that_sees_nothing_of_a_bias_or_lengths_is_nan(given: str) -> None:
+    q, k, v = operands(2, 2, 2, 3, 18, 16)
+    case = kernel(16, bias="float32" if given == "bias" else "none", blind_nan=True)
+    keys = bias = None
+    if given == "bias":
+        bias = torch.zeros(2, 1, 3, 18)
+        bias[1] = float("-inf")
+    else:
+        keys = torch.tensor([18, 0])
+    out = run(case, q, k, v, keys, bias)
+    check(out, q, k, v, keys, bias, scale=case.scale, blind_nan=True)
+    assert out[1].isnan().all() and not out[0].isnan().any()
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 7, 19), (1, 2, 1, 19), (2, 1, 7, 1), (1, 1, 7, 19)])
@@ -134,11 +120,6 @@ def test_a_query_that_sees_nothing_is_nan_where_softmax_gives_that() -> None:
     out = run(case, q, k, v, visible)
     assert out[1].isnan().all()
     check(out[:1], q[:1], k[:1], v[:1], visible[:1], scale=case.scale)
-    given = {"scores": q @ k.repeat_interleave(2, 1).transpose(2, 3), "key_mask": visible}
-    dims = {"batch": 2, "heads": 2, "q_len": 3, "k_len": 18}
-    shares = TritonRunner(Schedule(2, 32))(softmax_kernel(case, True), given, dims)["shares"]
-    assert shares[1].isnan().all()
-    assert shares[0].isfinite().all()
     nothing = run(case, q, k[:, :, :0], v[:, :, :0], visible[:, :0])
     assert (nothing == 0).all()  # no keys at all: a sum of nothing
 
@@ -149,47 +130,56 @@ def test_large_scores_do_not_overflow() -> None:
     check(run(case, q, k, v), q, k, v, scale=1000.0)
 
 
-def test_halves_accumulate_in_float32() -> None:
-    dtype = torch.float16  # the interpreter multiplies bfloat16 as if it were whole numbers
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_halves_accumulate_in_float32(dtype: torch.dtype) -> None:
     q, k, v = operands(1, 2, 2, 8, 40, 16, dtype)
     case = kernel(16, dtype, bias="storage")
     bias = torch.randn(1, 2, 8, 40, dtype=dtype)
     check(run(case, q, k, v, bias=bias), q, k, v, bias=bias, scale=case.scale)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("bias", ["none", "boolean", "float32"])
-def test_softmax_between_two_gemms_is_the_same_function(causal: bool, bias: str) -> None:
-    q, k, v = operands(2, 2, 2, 5, 7, 16)
-    case = kernel(16, causal=causal, bias=bias)
-    given = {"scores": q @ k.transpose(2, 3)}
-    visible = torch.arange(7)[None, :] < torch.tensor([[7], [0]])
-    given["key_mask"] = visible
-    table = None
-    if bias != "none":
-        table = torch.rand(2, 2, 5, 7) < 0.8 if bias == "boolean" else torch.randn(2, 2, 5, 7)
-        given["bias"] = table
-    dims = {"batch": 2, "heads": 2, "q_len": 5, "k_len": 7}
-    dims |= {"bias_batch": 70, "bias_head": 35, "bias_q": 7, "bias_k": 1}
-    made = TritonRunner(Schedule(2, 8))(softmax_kernel(case, key_mask=True), given, dims)
-    out = (made["shares"] @ v).permute(0, 2, 1, 3)
-    check(out, q, k, v, visible, table, scale=case.scale, causal=causal)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "q_len", "k_len", "width"), [(2, 1, 1, 16), (4, 17, 17, 20), (2, 3, 33, 40)]
+)
+def test_products_around_a_softmax(
+    dtype: torch.dtype, heads: int, q_len: int, k_len: int, width: int
+) -> None:
+    q, k, v = operands(2, heads, 2, q_len, k_len, width, dtype)
+    scores = multiply(ProductKernel("scores", dtype, width), q, k)
+    exact = attention_scores(q.double(), k.double())
+    assert (scores - exact).abs().max() <= 1e-5 * exact.abs().max()
+    shares = exact.softmax(-1).to(dtype)
+    values = multiply(ProductKernel("values", dtype, width), shares, v)
+    exact = attention_values(shares.double(), v.double())
+    assert values.shape == exact.shape and values.dtype is dtype
+    assert (values - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [16, 64, 80, 128, 256])
 def test_builds_for_every_target_without_spills(dtype: torch.dtype, width: int) -> None:
-    case = kernel(width, dtype)
-    built = build([attention_job(case, target, key_mask=True) for target in TARGETS])
-    for b in built:
-        assert b.resources.spills == 0, b.resources
-        assert b.resources.load_bits >= 128, b.resources
+    case = kernel(width, dtype, keys="mask")
+    others = [
+        kernel(width, dtype, causal=True, window=(127, -1), keys="lengths", bias="storage"),
+        kernel(width, dtype, bias="boolean", blind_nan=True),
+    ]
+    products = [ProductKernel(which, dtype, width) for which in ("scores", "values")]
+    jobs = [attention_job(c, target) for target in TARGETS for c in (case, *others)]
+    jobs += [product_job(p, target) for target in TARGETS for p in products]
+    for b in build(jobs):
+        assert b.resources.spills == 0, (b.job.name, b.job.target, b.resources)
+        assert b.resources.load_bits >= 128, (b.job.name, b.job.target, b.resources)
 
 
-def test_builds_with_every_operand() -> None:
-    case = kernel(64, torch.float16, causal=True, bias="storage")
-    schedule = choose_attention_schedule(case, q_len=1)
-    (built,) = build([attention_job(case, "sm_90", schedule, key_mask=True)])
-    assert built.resources.spills == 0
-    assert built.resources.load_bits == 128
+@pytest.mark.parametrize("q_len", [1, 128])
+def test_builds_with_every_operand(q_len: int) -> None:
+    case = kernel(64, torch.float16, causal=True, bias="storage", keys="mask")
+    jobs = [attention_job(case, "sm_90", choose_attention_schedule(case, q_len))]
+    for which in ("scores", "values"):
+        product = ProductKernel(which, torch.float16, 64)
+        jobs.append(product_job(product, "sm_90", choose_product_schedule(product, q_len)))
+    for built in build(jobs):
+        assert built.resources.spills == 0, (built.job.name, built.resources)
+        assert built.resources.load_bits == 128, (built.job.name, built.resources)

@@ -6,6 +6,7 @@ TURBOTX_UPDATE_GOLDEN=1 in the environment the files are written anew, to be rea
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.schedule import Schedule, choose_schedule
 from turbotx.kernels.triton_attention import print_triton_attention
 from turbotx.kernels.triton_printer import print_triton
-from turbotx.kernels.triton_softmax import softmax_kernel
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "triton"
 F = torch.nn.functional
@@ -92,13 +92,16 @@ def wide_offsets() -> str:
 
 
 def masked_softmax() -> str:
-    attention = AttentionKernel(torch.float16, 64, 0.125, False, "none")
-    return print_triton(softmax_kernel(attention, key_mask=True))
+    def function(scores, hidden):
+        return torch.ops.aten._safe_softmax((scores * 0.125).masked_fill(hidden, -math.inf), -1)
+
+    scores, hidden = torch.ones(2, 4, 7, 7), torch.zeros(2, 1, 1, 7, dtype=torch.bool)
+    return print_triton(fused(function, scores, hidden))
 
 
 def flash_attention() -> str:
-    attention = AttentionKernel(torch.float16, 64, 0.125, True, "none")
-    return print_triton_attention(attention, key_mask=True)
+    attention = AttentionKernel(torch.float16, 64, 0.125, True, keys="mask")
+    return print_triton_attention(attention)
 
 
 CASES = (

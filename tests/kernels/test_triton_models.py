@@ -1,14 +1,15 @@
 """Every kernel of real architectures: right in Triton's interpreter, and built for every GPU.
 
-In: BERT, GPT-2 and Llama with random weights and two layers, tiny for the interpreter, and of
-their usual widths for the compilers. Out: differences from the kernels' meaning in float64; spills
-and the width of accesses to memory on each target.
+In: transformers with random weights and two layers, tiny for the interpreter, and of their usual
+widths for the compilers. Out: differences from the kernels' meaning in float64; spills and the
+width of accesses to memory on each target. TURBOTX_SWEEP adds the architectures not run by default.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections import Counter
 from typing import Any
 
@@ -18,14 +19,17 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.kernel_interpreter import interpret
+from tests.kernels.attention_runner import check_attention, check_product
 from tests.kernels.triton_runner import TritonRunner
 from turbotx import ir
 from turbotx.assemble import assemble
 from turbotx.capture import capture
+from turbotx.kernels.attention_jobs import attention_job, product_job
 from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.cpp_products import ProductKernel
 from turbotx.kernels.fuse import fuse_all
 from turbotx.kernels.schedule import choose_schedule, divisible_sizes
-from turbotx.kernels.targets import TARGETS, Job, attention_job, build, kernel_job
+from turbotx.kernels.targets import TARGETS, Job, build, kernel_job
 from turbotx.kernels.triton_printer import print_triton
 from turbotx.passes.partition import find_prepared, partition
 from turbotx.pipeline import rewrite
@@ -34,39 +38,74 @@ from turbotx.sizes import evaluate
 transformers = pytest.importorskip("transformers")
 
 MODELS = ("bert", "gpt2", "llama")
+FURTHER = (
+    "distilbert", "roberta", "albert", "electra", "opt", "t5", "mistral", "qwen2", "vit", "bart",
+    "modernbert",
+)  # fmt: skip
+swept = pytest.mark.skipif("TURBOTX_SWEEP" not in os.environ, reason="set TURBOTX_SWEEP=1")
+EVERY = [*MODELS, *(pytest.param(name, marks=swept) for name in FURTHER)]
+# What configurations call their sizes: width, inner width, heads, layers, and lengths that masks
+# and positions need.
+NAMES = {
+    "width": ("hidden_size", "dim", "d_model", "n_embd", "embedding_size", "word_embed_proj_dim"),
+    "inner": ("intermediate_size", "hidden_dim", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim"),
+    "heads": ("num_attention_heads", "n_heads", "n_head", "num_heads", "encoder_attention_heads"),
+    "layers": ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers"),
+    "window": ("sliding_window", "local_attention"),
+    "length": ("max_position_embeddings", "n_positions"),
+    "vocabulary": ("vocab_size",),
+}
 
 
 def make_model(name: str, width: int) -> torch.nn.Module:
-    heads, inner = max(2, width // 64), 2 * width if width < 64 else 4 * width
+    """A model of two layers in evaluation mode; of those that also decode, the encoder."""
+    config = transformers.AutoConfig.for_model(name)
+    heads = max(2, width // 64)
+    sizes = {
+        "width": width, "inner": 2 * width if width < 64 else 4 * width, "heads": heads,
+        "layers": 2, "window": 4, "length": 64, "vocabulary": 64,
+    }  # fmt: skip
+    for size, names in NAMES.items():
+        for attribute in names:
+            if attribute in config.to_dict():
+                setattr(config, attribute, sizes[size])
+    if hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = max(1, heads // 2)
+    if name in ("mistral", "qwen2"):
+        config.use_sliding_window, config.layer_types = True, ["sliding_attention"] * 2
+    if name == "t5":
+        config.d_kv = width // heads
+    if name == "vit":
+        config.image_size, config.patch_size = 12, 4
+    if name == "modernbert":
+        config.layer_types = ["full_attention", "sliding_attention"]
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id"):
+        if getattr(config, token, None) is not None:
+            setattr(config, token, 1)
+    config.use_cache = False
     torch.manual_seed(0)
-    if name == "bert":
-        config = transformers.BertConfig(
-            hidden_size=width, num_hidden_layers=2, num_attention_heads=heads,
-            intermediate_size=inner, vocab_size=50, max_position_embeddings=64,
-        )  # fmt: skip
-        return transformers.BertModel(config).eval()
-    if name == "gpt2":
-        config = transformers.GPT2Config(
-            n_embd=width, n_layer=2, n_head=heads, n_inner=inner, vocab_size=50, n_positions=64,
-            bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-        return transformers.GPT2Model(config).eval()
-    config = transformers.LlamaConfig(
-        hidden_size=width, num_hidden_layers=2, num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2), intermediate_size=inner, vocab_size=50,
-    )  # fmt: skip
-    return transformers.LlamaModel(config).eval()
+    model = transformers.AutoModel.from_config(config)
+    return (model.get_encoder() if config.is_encoder_decoder else model).eval()
+
+
+def make_call(name: str) -> dict[str, Any]:
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 12, 12)}
+    return {
+        "input_ids": torch.ones(2, 7, dtype=torch.long),
+        "attention_mask": torch.ones(2, 7, dtype=torch.long),
+    }
 
 
 @functools.cache
-def launches_of(name: str, width: int, dtype: torch.dtype = torch.float32) -> list[ir.Launch]:
-    inputs: dict[str, Any] = {"input_ids": torch.ones(2, 7, dtype=torch.long)}
-    inputs["attention_mask"] = torch.ones(2, 7, dtype=torch.long)
-    if name != "bert":
-        inputs["use_cache"] = False
+def launches_of(
+    name: str, width: int, dtype: torch.dtype = torch.float32, way: str = "auto"
+) -> list[ir.Launch]:
+    given = make_call(name)
+    inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in given.items()}
     captured = capture(make_model(name, width).to(dtype), (), inputs)
     graph = captured.graph_module.graph
-    rewrite(graph)
+    rewrite(graph, way)
     prepared = find_prepared(graph)
     fused = fuse_all(graph, partition(graph, prepared), prepared)
     return assemble(graph, fused, prepared, captured.dims).launches
@@ -90,12 +129,12 @@ def make_inputs(kernel: ir.Kernel, dims: dict[str, int]) -> dict[str, torch.Tens
     return {p.name: made[p.name] for p in kernel.params if p.role == "in"}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_kernel_is_right_in_the_interpreter(name: str) -> None:
     for kernel in kernels_of(name, 16):
         dims = {n: 3 if n == "seq" else 2 for n in kernel.sizes}
-        given = make_inputs(kernel, {"batch": 2, "seq": 3, **dims, "attention_mask_d0": 2})
         dims = {"batch": 2, "seq": 3, "attention_mask_d0": 2} | dims
+        given = make_inputs(kernel, dims)
         chosen = choose_schedule(kernel, dims)
         if kernel.columns:  # the interpreter combines 5000 elements a second
             chosen = dataclasses.replace(chosen, rows=2)
@@ -106,21 +145,41 @@ def test_every_kernel_is_right_in_the_interpreter(name: str) -> None:
             assert error <= 4e-6 * exact[key].double().abs().max().clamp(min=1), kernel.name
 
 
-def jobs_of(name: str, width: int, dtype: torch.dtype, target: str) -> list[Job]:
-    jobs = [
-        kernel_job(k, target, divisible=divisible_sizes(k)) for k in kernels_of(name, width, dtype)
-    ]
-    attentions = {x.target for x in launches_of(name, width, dtype)
-                  if isinstance(x.target, AttentionKernel)}  # fmt: skip
-    return jobs + [attention_job(a, target, key_mask=True) for a in attentions]
+@pytest.mark.parametrize("way", ["flash", "fused-softmax"])
+@pytest.mark.parametrize("name", EVERY)
+def test_every_attention_is_right_in_the_interpreter(name: str, way: str) -> None:
+    launches = launches_of(name, 16, way=way)
+    attentions = {x.target for x in launches if isinstance(x.target, AttentionKernel)}
+    products = {x.target for x in launches if isinstance(x.target, ProductKernel)}
+    assert len(products) == (2 if way == "fused-softmax" else 0)
+    assert bool(attentions) == (way == "flash")
+    for kernel in attentions:
+        check_attention(kernel)
+    for product in products:
+        check_product(product)
+
+
+def jobs_of(name: str, width: int, dtype: torch.dtype, target: str, way: str = "auto") -> list[Job]:
+    jobs: dict[Any, Job] = {}
+    for launch in launches_of(name, width, dtype, way):
+        made = launch.target
+        if isinstance(made, ir.Kernel):
+            jobs[made.digest()] = kernel_job(made, target, divisible=divisible_sizes(made))
+        elif isinstance(made, AttentionKernel):
+            jobs[made] = attention_job(made, target)
+        elif isinstance(made, ProductKernel):
+            jobs[made] = product_job(made, target)
+    return list(jobs.values())
 
 
 def check_built(jobs: list[Job]) -> None:
     """No spills; 128 bits at a time where a kernel works on floats that lie side by side."""
     for b in build(jobs):
         assert b.resources.spills == 0, f"{b.job.name} for {b.job.target}: {b.resources}"
-        if "_to_copy_arange" in b.job.name and "layer_norm" not in b.job.name:
+        if "fp" not in "".join(kind for _, kind in b.job.signature):
             continue  # booleans made from one mask: as narrow as their source allows
+        if "_to_copy_arange" in b.job.name and "layer_norm" not in b.job.name:
+            continue
         assert b.resources.load_bits >= 128, f"{b.job.name} for {b.job.target}: {b.resources}"
 
 
@@ -130,10 +189,17 @@ def test_bert_builds_for_one_target() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EVERY)
 def test_usual_widths_build_for_every_target(name: str, dtype: torch.dtype) -> None:
-    width = {"bert": 384, "gpt2": 768, "llama": 1024}[name]
+    width = {"bert": 384, "llama": 1024}.get(name, 768)
     check_built([job for target in TARGETS for job in jobs_of(name, width, dtype, target)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_papers_way_builds_for_every_target(name: str) -> None:
+    for target in TARGETS:
+        check_built(jobs_of(name, 768, torch.float16, target, "fused-softmax"))
 
 
 @pytest.mark.parametrize("name", MODELS)

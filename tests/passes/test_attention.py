@@ -16,6 +16,7 @@ from turbotx.capture import capture
 from turbotx.graph import shape
 from turbotx.passes.attention import recognize_attention
 from turbotx.passes.canonicalize import canonicalize
+from turbotx.passes.partition import op_name
 
 X = torch.randn(2, 5, 16)
 KEYS = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
@@ -120,15 +121,77 @@ def test_causal_and_key_mask_are_told_apart() -> None:
     assert node.args[4] is None
 
 
-def test_a_window_is_kept_as_a_mask() -> None:
+WINDOWS = {
+    "no further than 2": (lambda q, k: (q - k).abs() <= 2, False, (2, 2)),
+    "nearer than 3": (lambda q, k: abs(k - q) < 3, False, (2, 2)),
+    "the last 3": (lambda q, k: (k <= q) & (k > q - 3), True, (2, -1)),
+    "from 1 before": (lambda q, k: q - 1 <= k, False, (1, -1)),
+    "to 2 after": (lambda q, k: k < q + 3, False, (-1, 2)),
+    "the narrower of two": (lambda q, k: (q - k <= 3) & (q - k <= 1) & (k <= q), True, (1, -1)),
+}
+
+
+@pytest.mark.parametrize("said", WINDOWS)
+def test_a_window_is_not_materialized(said: str) -> None:
+    compare, causal, window = WINDOWS[said]
+
     def function(q, k, v):
-        rows, columns = positions(q.shape[2]), positions(q.shape[2])
-        mask = (rows[:, None] - columns[None, :]).abs() <= 2
-        return F.scaled_dot_product_attention(q, k, v, mask)
+        rows, columns = positions(q.shape[2])[:, None], positions(q.shape[2])[None, :]
+        return F.scaled_dot_product_attention(q, k, v, compare(rows, columns))
 
     (node,) = recognized(function)
-    assert node.kwargs["causal"] is False
+    assert node.kwargs["causal"] is causal
+    assert node.kwargs["window"] == window
+    assert node.args[3:] == (None, None)
+
+
+@pytest.mark.parametrize(
+    "compare",
+    [lambda q, k: k < q, lambda q, k: 2 * q >= k, lambda q, k: (q - k).abs() >= 2],
+    ids=["strictly before", "twice as far", "away"],
+)
+def test_other_comparisons_of_places_are_kept_as_a_mask(compare) -> None:
+    def function(q, k, v):
+        rows, columns = positions(q.shape[2])[:, None], positions(q.shape[2])[None, :]
+        return F.scaled_dot_product_attention(q, k, v, compare(rows, columns))
+
+    (node,) = recognized(function)
+    assert "window" not in node.kwargs and node.kwargs["causal"] is False
     assert node.args[4] is not None
+
+
+def test_lengths_are_not_made_a_mask() -> None:
+    def function(q, k, v, lengths):
+        mask = positions(k.shape[2])[None, :] < lengths[:, None]
+        return F.scaled_dot_product_attention(q, k, v, mask[:, None, None, :])
+
+    (node,) = recognized(function, torch.tensor([3, 5]))
+    assert shape(node.args[3]) == shape(node.args[0])[:1]
+    assert node.args[4] is None
+
+
+def test_a_mask_of_one_key_for_all_is_a_bias() -> None:
+    def function(q, k, v, keys):
+        return F.scaled_dot_product_attention(q, k, v, keys.bool()[:, :1, None, None])
+
+    (node,) = recognized(function, torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 1, 1]]))
+    assert node.args[3] is None
+    assert node.args[4] is not None
+
+
+def test_the_papers_way_is_two_products_and_ordinary_ops() -> None:
+    module = Attend(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    found = capture(module.eval(), (X,), {})
+    graph = found.graph_module.graph
+    canonicalize(graph)
+    recognize_attention(graph, "fused-softmax")
+    names = [op_name(n) for n in graph.nodes if n.op == "call_function"]
+    first = names.index("attention_scores")
+    between = names[first + 1 : names.index("attention_values")]
+    assert between == ["mul", "full_like", "tril", "logical_not", "masked_fill", "safe_softmax"]
+    found.graph_module.recompile()
+    (ours,) = found.graph_module(X)
+    torch.testing.assert_close(ours, module(X), rtol=2e-5, atol=2e-6)
 
 
 def test_an_upper_triangle_is_not_causal() -> None:
@@ -138,7 +201,7 @@ def test_an_upper_triangle_is_not_causal() -> None:
 
     (node,) = recognized(function)
     assert node.kwargs["causal"] is False
-    assert node.args[4] is not None
+    assert node.kwargs["window"] == (0, -1)
 
 
 @pytest.mark.parametrize("divide", [True, False])

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.models import assert_as_exact_as_eager, in_double, token_inputs
 from tests.runtime.stand_in_device import InterpretedDevice, bind_to
+from tests.test_attention import every_mask, operands
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,6 +47,16 @@ def check(fast: Any, model: torch.nn.Module, batch: int, seq: int) -> None:
     with torch.no_grad():
         eager, exact = model(**inputs), in_double(model)(**copy.deepcopy(inputs))
     assert_as_exact_as_eager(fast(**inputs), eager, exact)
+
+
+@pytest.mark.parametrize("way", ["flash", "fused-softmax"])
+def test_every_mask_of_attention(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = bind_to(InterpretedDevice(), every_mask, monkeypatch, attention=way)
+    given = operands(3, 5, 20, torch.float32)
+    exact = every_mask(*(t.double() if t.is_floating_point() else t for t in given))
+    for ours, eager, true in zip(fast(*given), every_mask(*given), exact, strict=True):
+        assert torch.equal(ours.isnan(), true.isnan())
+        assert_as_exact_as_eager(ours.nan_to_num(), eager.nan_to_num(), true.nan_to_num())
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])

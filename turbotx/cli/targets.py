@@ -18,10 +18,13 @@ from rich.table import Table
 
 from turbotx import ir
 from turbotx.errors import InputError
+from turbotx.kernels.attention_jobs import attention_job, product_job
 from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.cpp_products import ProductKernel
 from turbotx.kernels.schedule import choose_schedule, divisible_sizes
-from turbotx.kernels.targets import TARGETS, Built, Job, attention_job, build, kernel_job
-from turbotx.kernels.triton_attention import choose_attention_schedule, print_triton_attention
+from turbotx.kernels.targets import TARGETS, Built, Job, build, kernel_job
+from turbotx.kernels.triton_attention import choose_attention_schedule
+from turbotx.kernels.triton_products import choose_product_schedule
 from turbotx.kernels.triton_resources import Resources
 from turbotx.report.dump import make_folder
 from turbotx.report.report import Report
@@ -79,16 +82,11 @@ def make_jobs(report: Report, target: str) -> Iterator[Job]:
             schedule = choose_schedule(made, report.dims)
             yield kernel_job(replace(made, name=kernel.name), target, schedule, sizes)
         elif isinstance(made, AttentionKernel):
-            yield _attention_job(made, launch, kernel.name, target, report)
-
-
-def _attention_job(
-    made: AttentionKernel, launch: ir.Launch, name: str, target: str, report: Report
-) -> Job:
-    tiles = choose_attention_schedule(made, evaluate(launch.sizes[3], report.dims))
-    masked = launch.args[4] is not None
-    job = attention_job(made, target, tiles, masked)
-    return replace(job, name=name, source=print_triton_attention(made, tiles, masked, name))
+            tiles = choose_attention_schedule(made, evaluate(launch.sizes[3], report.dims))
+            yield attention_job(made, target, tiles, name=kernel.name)
+        elif isinstance(made, ProductKernel):
+            few = choose_product_schedule(made, evaluate(launch.sizes[3], report.dims))
+            yield product_job(made, target, few, name=kernel.name)
 
 
 def resources_table(built: Sequence[Built]) -> Table:

@@ -1,20 +1,24 @@
-"""Print an attention launch as C++: a call of the attention template with everything fixed
-that the graph fixes.
+"""Attention launches: what the graph fixes about one, and its C++ text, a call of a template.
 
-In: dtype, head_dim, scale and which masks there are. Out: one extern "C" function with the
-uniform signature of every launch::
+In: the operands of an attention in the graph. Out: an `AttentionKernel`, the sizes of its launch,
+and one extern "C" function with the uniform signature of every launch::
 
-    args: q, k, v, out, key_mask or null, bias or null
+    args: q, k, v, out, key mask or lengths or null, bias or null
     sizes: the names in SIZES, in order, strides in elements
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from turbotx import ir
+from turbotx.attention import NO_WINDOW
 from turbotx.kernels.cpp import STORAGE
+from turbotx.sizes import ZERO, Expr
 
 SIZES = (
     "batch", "heads", "kv_heads", "q_len", "k_len",
@@ -28,24 +32,65 @@ SIZES = (
 class AttentionKernel:
     """What is fixed about an attention launch.
 
-    bias is "none", "boolean", "float32" or "storage" (the dtype of q). A query that sees no key
-    gets zeros, or NaN with blind_nan.
+    bias is "none", "boolean", "float32" or "storage" (the dtype of q). keys: "all", "mask" or
+    "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
+    -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan.
     """
 
     dtype: torch.dtype
     head_dim: int
     scale: float
     causal: bool
-    bias: str
+    bias: str = "none"
+    keys: str = "all"
+    window: tuple[int, int] = NO_WINDOW
     blind_nan: bool = False
 
     @property
     def name(self) -> str:
         kind = STORAGE[self.dtype].rsplit(":", 1)[-1]
         causal = "_causal" if self.causal else ""
+        window = "" if self.window == NO_WINDOW else "_window"
+        keys = {"all": "", "mask": "_key_mask", "lengths": "_lengths"}[self.keys]
         bias = "" if self.bias == "none" else f"_{self.bias}_bias"
         blind = "_nan" if self.blind_nan else ""
-        return f"attention_{kind}_{self.head_dim}{causal}{bias}{blind}"
+        return f"attention_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{blind}"
+
+
+def describe_attention(
+    operands: tuple[ir.Operand, ir.Operand, ir.Operand, ir.Operand],
+    keys: ir.Operand | None,
+    bias: ir.Operand | None,
+    said: Mapping[str, Any],
+) -> tuple[AttentionKernel, tuple[Expr, ...]]:
+    """Return the kernel of an attention and its launch's sizes.
+
+    operands: q, k, v and out, the last (batch, q_len, heads, head_dim), all with adjacent elements
+    along head_dim. said: the keyword arguments of the call.
+    """
+    q, k, _, out = operands
+    kinds = {torch.bool: "boolean", torch.float32: "float32"}
+    kernel = AttentionKernel(
+        q.dtype,
+        int(q.shape[3]),
+        float(said["scale"]),
+        bool(said.get("causal", False)),
+        "none" if bias is None else kinds.get(bias.dtype, "storage"),
+        "all" if keys is None else "mask" if keys.dtype is torch.bool else "lengths",
+        tuple(said.get("window", NO_WINDOW)),
+        bool(said.get("blind_nan", False)),
+    )
+    strides = [s for o in operands[:3] for s in o.strides[:3]]
+    strides += [out.strides[0], out.strides[2], out.strides[1]]
+    strides.append(_broadcast(keys)[0] if kernel.keys == "mask" else ZERO)
+    strides += _broadcast(bias)
+    return kernel, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], *strides)
+
+
+def _broadcast(operand: ir.Operand | None) -> list[Expr]:
+    """Return strides over four dims, 0 where the operand does not vary."""
+    given = () if operand is None else operand.strides
+    return [ZERO] * (4 - len(given)) + list(given)
 
 
 def print_attention(kernel: AttentionKernel, name: str) -> str:
@@ -53,14 +98,20 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
     kind = STORAGE[kernel.dtype]
     fields = [f"  s.{name} = sizes[{i}];" for i, name in enumerate(SIZES)]
     const = f"static_cast<const {kind}*>"
+    if kernel.keys == "mask":
+        fields.append("  s.key_mask = static_cast<const bool*>(args[4]);")
+    elif kernel.keys == "lengths":
+        fields.append("  s.lengths = static_cast<const int64_t*>(args[4]);")
+    left, right = kernel.window
+    fields += [f"  s.window_left = {left};"] * (left >= 0)
+    fields += [f"  s.window_right = {right};"] * (right >= 0)
+    fields += ["  s.blind_nan = true;"] * kernel.blind_nan
     lines = [
         f'extern "C" int {name}(void* const* args, const int64_t* sizes) {{',
         "  ttx::AttentionShape s;",
         *fields,
         f"  s.scale = {kernel.scale!r}f;",
         f"  s.causal = {'true' if kernel.causal else 'false'};",
-        *["  s.blind_nan = true;"] * kernel.blind_nan,
-        "  s.key_mask = static_cast<const bool*>(args[4]);",
         "  s.bias = args[5];",
         f"  s.bias_kind = ttx::Bias::{kernel.bias};",
         f"  ttx::attention<{kind}, {kernel.head_dim}>(",

@@ -30,15 +30,7 @@ import torch
 from turbotx import ir
 from turbotx.errors import BuildError
 from turbotx.kernels.build import cache_directory
-from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.schedule import Schedule, choose_schedule, outer_axes, vector_axes
-from turbotx.kernels.triton_attention import (
-    NAMES,
-    STRIDES,
-    AttentionSchedule,
-    choose_attention_schedule,
-    print_triton_attention,
-)
 from turbotx.kernels.triton_printer import print_triton
 from turbotx.kernels.triton_resources import Resources, read_amdgcn, read_cubin
 
@@ -143,47 +135,11 @@ def kernel_job(
         signature=(*pointers, *sizes, *((name, "constexpr") for name, _ in tiles)),
         constexprs=tuple(tiles),
         divisible=(*(name for name, _ in pointers), *(n for n in kernel.sizes if n in divisible)),
-        num_warps=_fit_warps(schedule.num_warps, target),
+        num_warps=fit_warps(schedule.num_warps, target),
     )
 
 
-def attention_job(
-    kernel: AttentionKernel,
-    target: str,
-    schedule: AttentionSchedule | None = None,
-    key_mask: bool = False,
-    divisible: Iterable[str] = STRIDES,
-    unaligned: Iterable[str] = (),
-) -> Job:
-    """Return the job for an attention launch.
-
-    Packed layouts have `divisible` strides; `unaligned` pointers are no multiples of 16 bytes.
-    """
-    schedule = schedule or choose_attention_schedule(kernel)
-    stored = f"*{POINTEES[kernel.dtype]}"
-    pointers = [(f"{name}_ptr", stored) for name in ("q", "k", "v", "out")]
-    pointers += [("key_mask_ptr", "*i1")] * key_mask
-    if kernel.bias != "none":
-        kinds = {"boolean": "*i1", "float32": "*fp32", "storage": stored}
-        pointers.append(("bias_ptr", kinds[kernel.bias]))
-    sizes = [(name, "i32") for name in NAMES]
-    tiles = (("Q_TILE", schedule.q_tile), ("K_TILE", schedule.k_tile))
-    return Job(
-        name=kernel.name,
-        source=print_triton_attention(kernel, schedule, key_mask),
-        target=target,
-        signature=(*pointers, *sizes, *((name, "constexpr") for name, _ in tiles)),
-        constexprs=tiles,
-        divisible=(
-            *(name for name, _ in pointers if name not in set(unaligned)),
-            *(n for n in NAMES if n in set(divisible)),
-        ),
-        num_warps=_fit_warps(schedule.num_warps, target),
-        num_stages=schedule.num_stages,
-    )
-
-
-def _fit_warps(num_warps: int, target: str) -> int:
+def fit_warps(num_warps: int, target: str) -> int:
     """A warp of 64 threads does the work of two of 32."""
     backend, _, width = target_of(target)
     return max(1, num_warps * 32 // width) if backend == "hip" else num_warps

@@ -1,10 +1,10 @@
 """Print an attention launch as Triton: a flash-attention forward pass, scores never in memory.
 
-In: an `AttentionKernel`, and whether there is a key mask. Out: stand-alone source of one function
-over the operands of the C++ launch: q, k and v in place by strides (a packed GEMM's output among
-them), out head-merged, then the sizes of `cpp_attention.SIZES`, dots written as underscores::
+In: an `AttentionKernel`. Out: stand-alone source of one function over the operands of the C++
+launch: q, k and v in place by strides (a packed GEMM's output among them), out head-merged, then
+the sizes of `cpp_attention.SIZES`, dots written as underscores. One program a tile of queries::
 
-    args: q_ptr, k_ptr, v_ptr, out_ptr, [key_mask_ptr], [bias_ptr], sizes...   grid: q tiles x heads
+    args: q_ptr, k_ptr, v_ptr, out_ptr, [keys_ptr: mask or lengths], [bias_ptr], sizes...
 
 Online softmax after Milakov & Gimelshein 2018, tiling after Dao et al. 2022 (FlashAttention).
 """
@@ -16,12 +16,15 @@ from dataclasses import dataclass
 
 import torch
 
+from turbotx.attention import NO_WINDOW
 from turbotx.kernels.cpp_attention import SIZES, AttentionKernel
 from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton_reduce import TYPES
 
 # log2(e): exponentials are powers of two, which GPUs have an instruction for.
 LOG2E = math.log2(math.e)
+# As many as fit the smallest tile of a matrix unit.
+FEW_QUERIES = 16
 MOST = repr(torch.finfo(torch.float32).max)
 NAMES = tuple(name.replace(".", "_") for name in SIZES)
 # The sizes that are strides between vectors of head_dim: multiples of 16 in any packed layout.
@@ -41,12 +44,12 @@ class AttentionSchedule:
 def choose_attention_schedule(
     kernel: AttentionKernel, q_len: int | None = None
 ) -> AttentionSchedule:
-    """Return one of two schedules for a kernel: for few queries (16 or less), and for many.
+    """Return one of two schedules for a kernel: for few queries, and for many.
 
     Tiles are as large as registers and 64 KiB of shared memory allow on every target.
     """
     depth = max(16, power_above(kernel.head_dim))
-    few = q_len is not None and q_len <= 16
+    few = q_len is not None and q_len <= FEW_QUERIES
     if kernel.dtype.itemsize >= 4:
         # Full float32 products run on the ordinary units: small tiles keep them in registers.
         q_tile = 32 if depth == 64 and not few else 16
@@ -57,30 +60,30 @@ def choose_attention_schedule(
 
 
 def print_triton_attention(
-    kernel: AttentionKernel,
-    schedule: AttentionSchedule | None = None,
-    key_mask: bool = False,
-    name: str | None = None,
+    kernel: AttentionKernel, schedule: AttentionSchedule | None = None, name: str | None = None
 ) -> str:
     """Return the Triton source of an attention launch."""
-    return _Attention(kernel, schedule or choose_attention_schedule(kernel), key_mask).text(
+    return _Attention(kernel, schedule or choose_attention_schedule(kernel)).text(
         name or kernel.name
     )
 
 
 class _Attention:
-    def __init__(
-        self, kernel: AttentionKernel, schedule: AttentionSchedule, key_mask: bool
-    ) -> None:
-        self.kernel, self.schedule, self.key_mask = kernel, schedule, key_mask
+    def __init__(self, kernel: AttentionKernel, schedule: AttentionSchedule) -> None:
+        self.kernel, self.schedule = kernel, schedule
         self.depth = max(16, power_above(kernel.head_dim))
         self.padded = self.depth != kernel.head_dim
         self.stored = TYPES[kernel.dtype]
         self.exact = kernel.dtype is torch.float32
+        # The places, relative to a query's own, of the first and last key that it may see.
+        left, right = kernel.window
+        self.left = left if left >= 0 else None
+        self.right = 0 if kernel.causal else right if right >= 0 else None
+        self.count = "count" if kernel.keys == "lengths" else "k_len"
 
     def text(self, name: str) -> str:
         arguments = ["q_ptr", "k_ptr", "v_ptr", "out_ptr"]
-        arguments += ["key_mask_ptr"] * self.key_mask
+        arguments += ["keys_ptr"] * (self.kernel.keys != "all")
         arguments += ["bias_ptr"] * (self.kernel.bias != "none")
         arguments += [*NAMES, "Q_TILE: tl.constexpr", "K_TILE: tl.constexpr"]
         head = [f"def {name}(", *(f"    {a}," for a in arguments), "):"]
@@ -90,8 +93,10 @@ class _Attention:
 
     def _header(self, name: str) -> list[str]:
         k = self.kernel
-        hidden = [w for w, on in (("a key mask", self.key_mask), ("causal", k.causal)) if on]
-        hidden += [f"{k.bias} bias"] if k.bias != "none" else []
+        hidden = [] if k.keys == "all" else ["a key mask" if k.keys == "mask" else "lengths"]
+        hidden += ["causal"] * k.causal
+        hidden += [f"a window of {k.window}"] * (k.window != NO_WINDOW)
+        hidden += [f"{k.bias} bias"] * (k.bias != "none")
         return [
             f"# {name}",
             f"#   softmax(q k^T * {k.scale!r}) v with head_dim {k.head_dim}"
@@ -111,10 +116,13 @@ class _Attention:
 
     def _queries(self) -> list[str]:
         lines = [
-            "batch_index = (tl.program_id(1) // heads).to(tl.int64)",
-            "head = (tl.program_id(1) % heads).to(tl.int64)",
+            "tiles = tl.cdiv(q_len, Q_TILE)",
+            "first = tl.program_id(0) % tiles * Q_TILE",
+            "sequence_head = tl.program_id(0) // tiles",
+            "batch_index = (sequence_head // heads).to(tl.int64)",
+            "head = (sequence_head % heads).to(tl.int64)",
             "kv_head = head // (heads // kv_heads)",
-            "row = tl.program_id(0) * Q_TILE + tl.arange(0, Q_TILE)[:, None]",
+            "row = first + tl.arange(0, Q_TILE)[:, None]",
             f"dim = tl.arange(0, {self.depth})[None, :]",
             "row_ok = row < q_len",
         ]
@@ -132,21 +140,30 @@ class _Attention:
             f"values = tl.zeros((Q_TILE, {self.depth}), tl.float32)",
         ]
 
+    def _range(self) -> tuple[list[str], str, str]:
+        """Return lines, and the bounds (half-open) of the keys that some query of the tile sees."""
+        lines, begin, end = [], "0", self.count
+        if self.kernel.keys == "lengths":
+            lines.append("count = tl.minimum(tl.load(keys_ptr + batch_index), k_len).to(tl.int32)")
+        if self.right is not None or self.left is not None:
+            lines.append("# Keys that no query of this tile sees are not visited.")
+        if self.right is not None:
+            reach = f" + {self.right}" if self.right else ""
+            lines.append(f"end = tl.minimum({self.count}, first + Q_TILE{reach})")
+            end = "end"
+        if self.left is not None:
+            lines.append(f"begin = tl.maximum(first - {self.left}, 0) // K_TILE * K_TILE")
+            begin = "begin"
+        return lines, begin, end
+
     def _keys(self) -> list[str]:
         k = self.kernel
-        end = "k_len"
-        lines = []
-        if k.causal:
-            end = "end"
-            lines = [
-                "# Keys after this tile's last query are seen by none of it.",
-                "end = tl.minimum(k_len, (tl.program_id(0) + 1) * Q_TILE)",
-            ]
+        lines, begin, end = self._range()
         precision = ', input_precision="ieee"' if self.exact else ""
         step = [
             "col = start + tl.arange(0, K_TILE)[None, :]",
             "key = start + tl.arange(0, K_TILE)[:, None]",
-            "key_ok = key < k_len",
+            f"key_ok = key < {self.count}",
             f"k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, {self._mask('key_ok')})",
             f"scores = tl.dot(q, tl.trans(k){precision}) * {k.scale * LOG2E!r}",
             *self._visible(),
@@ -163,7 +180,7 @@ class _Attention:
         ]
         return [
             *lines,
-            f"for start in range(0, {end}, K_TILE):",
+            f"for start in range({begin}, {end}, K_TILE):",
             *(f"    {line}" for line in step),
             "",
         ]
@@ -171,16 +188,19 @@ class _Attention:
     def _visible(self) -> list[str]:
         """Lines that decide which keys a query sees, and that add the bias to its scores."""
         k = self.kernel
-        lines = ["visible = (col < k_len) & row_ok"]
-        if self.key_mask:
+        lines = [f"visible = (col < {self.count}) & row_ok"]
+        if k.keys == "mask":
             lines += [
                 "mask = tl.load(",
-                "    key_mask_ptr + batch_index * key_mask_stride + col, mask=col < k_len, other=0",
+                "    keys_ptr + batch_index * key_mask_stride + col, mask=col < k_len, other=0",
                 ")",
                 "visible = visible & (mask != 0)",
             ]
-        if k.causal:
-            lines.append("visible = visible & (col <= row)")
+        if self.right is not None:
+            reach = f" + {self.right}" if self.right else ""
+            lines.append(f"visible = visible & (col <= row{reach})")
+        if self.left is not None:
+            lines.append(f"visible = visible & (col >= row - {self.left})")
         if k.bias == "none":
             return lines
         lines += [
@@ -223,5 +243,5 @@ class _Attention:
 def attention_grid(
     schedule: AttentionSchedule, batch: int, heads: int, q_len: int
 ) -> tuple[int, int, int]:
-    """Return the number of programs: tiles of queries, and heads of all sequences."""
-    return -(-q_len // schedule.q_tile), batch * heads, 1
+    """Return the number of programs: one a tile of queries, tiles of one head side by side."""
+    return -(-q_len // schedule.q_tile) * batch * heads, 1, 1

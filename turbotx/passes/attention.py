@@ -1,146 +1,193 @@
-"""Attention: recognise it in the graph, and find out what its mask really says.
+"""Attention: recognise it in the graph, and write it the way that the kernels compute it.
 
 In: a canonical graph with scaled_dot_product_attention calls, or the chain matmul, scale, mask,
-softmax, matmul. Out: `attention(q, k, v, ...)` nodes that return (batch, q_len, heads, head_dim),
-as the next GEMM reads it, and whose mask is split into what it is made of::
+softmax, matmul. Out: one `attention(q, k, v, ...)` node each, whose mask is split into what it is
+made of ("flash"), or two products around a softmax that is fused as any other op::
 
-    expand(key_ok & (k <= q))  ->  key_mask=key_ok, causal=True
+    attention(q, k, v, key_ok, scale=0.125, causal=True)
+    attention_values(safe_softmax(where(visible, attention_scores(q, k) * 0.125, -inf)), v)
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from turbotx import graph as g
-from turbotx import ir
-from turbotx.attention import attention
-from turbotx.loops import Conflict, Loops, SplitAxis
+from turbotx.attention import NO_WINDOW, attention, attention_scores, attention_values
+from turbotx.errors import OptionsError
+from turbotx.passes.masks import Mask, understand_mask
 from turbotx.passes.operands import share_heads, take_scale
-from turbotx.pull import Puller
-from turbotx.sizes import expr
 
 aten = torch.ops.aten
 
+# The widest head that the flash kernels hold in registers.
+WIDEST_HEAD = 256
 
-@dataclass
-class Mask:
-    """What a mask says: keys hidden per batch row, causality, and what is left over."""
 
-    keys: list[fx.Node] = field(default_factory=list)
-    rest: list[fx.Node] = field(default_factory=list)
+@dataclass(frozen=True)
+class Found:
+    """An attention in the graph: softmax(q k^T * scale + mask) v, heads before rows.
+
+    blind_nan: a query that sees no key gets NaN instead of zeros.
+    """
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    scale: float
     causal: bool = False
+    blind_nan: bool = False
 
 
-def recognize_attention(graph: fx.Graph) -> None:
-    """Replace every attention that the kernels can compute; others stay as they are."""
+def recognize_attention(graph: fx.Graph, way: str = "auto") -> None:
+    """Rewrite every attention that the kernels can compute; others stay as they are.
+
+    way: "flash" and "fused-softmax" name the kernels for all of them; "auto" takes flash where its
+    kernel can compute it, and otherwise fused-softmax. Raises OptionsError where a way that was
+    asked for by name cannot compute one of torch's own attention calls.
+    """
     for node in list(graph.nodes):
         if g.is_call(node, aten.scaled_dot_product_attention.default):
-            _replace_sdpa(node)
+            found = _read_sdpa(node)
         elif g.is_call(node, aten.matmul.default, aten.bmm.default):
-            _replace_chain(node)
-
-
-def _replace_sdpa(node: fx.Node) -> None:
-    q, k, v = node.args[:3]
-    mask = g.argument(node, "attn_mask")
-    if g.argument(node, "dropout_p") != 0.0:
-        return
-    scale = g.argument(node, "scale")
-    _emit(node, q, k, v, mask, scale, bool(g.argument(node, "is_causal")))
-
-
-def _emit(
-    node: fx.Node, q: Any, k: Any, v: Any, mask: Any, scale: Any, causal: bool,
-    blind_nan: bool = False,
-) -> None:  # fmt: skip
-    k, v = share_heads(k), share_heads(v)
-    if not _fits(q, k, v):
-        return
-    width = int(g.shape(q)[-1])
-    scale = 1 / math.sqrt(width) if scale is None else float(scale)
-    q, factor = (q, 1.0) if q in (k, v) else take_scale(q)
-    said = Mask(causal=causal)
-    with node.graph.inserting_before(node):
-        if mask is not None and g.dtype(mask) is torch.bool:
-            _understand(mask, q, k, said)
-            key_mask = _conjunction(node, said.keys)
-            bias = _conjunction(node, said.rest)
+            found = _read_chain(node)
         else:
-            key_mask, bias = None, mask
-        kwargs = {"scale": scale * factor, "causal": said.causal} | (
-            {"blind_nan": True} if blind_nan else {}
+            continue
+        if found is None:
+            continue
+        found = replace(found, k=share_heads(found.k), v=share_heads(found.v))
+        write = _choose(node, found, way)
+        if write is not None:
+            if found.q not in (found.k, found.v):
+                q, factor = take_scale(found.q)
+                found = replace(found, q=q, scale=found.scale * factor)
+            with graph.inserting_before(node):
+                new = write(node, found)
+                new = g.emit(node, aten.permute.default, new, [0, 2, 1, 3])
+            g.replace(node, new)
+
+
+def _choose(node: fx.Node, found: Found, way: str) -> Callable[..., fx.Node] | None:
+    refused = _why_not_products(found)
+    if not refused and way != "fused-softmax":
+        no_flash = _why_not_flash(found)
+        if not no_flash:
+            return _write_flash
+        refused = no_flash if way == "flash" else ""
+    if not refused:
+        return _write_fused_softmax
+    if way != "auto" and g.is_call(node, aten.scaled_dot_product_attention.default):
+        raise OptionsError(
+            f"attention={way!r} cannot compute {node.name}, because {refused}; "
+            f"attention='auto' finds another way\n{node.meta.get('stack_trace', '')}"
         )
-        new = g.emit(node, attention, q, k, v, key_mask, bias, **kwargs)
-        new = g.emit(node, aten.permute.default, new, [0, 2, 1, 3])
-    g.replace(node, new)
+    return None
 
 
-def _fits(q: Any, k: Any, v: Any) -> bool:
-    """Four dims, one head_dim, heads a multiple of the key heads, and rows readable in place."""
+def _read_sdpa(node: fx.Node) -> Found | None:
+    if g.argument(node, "dropout_p") != 0.0:
+        return None
+    q, k, v = node.args[:3]
+    mask, scale = g.argument(node, "attn_mask"), g.argument(node, "scale")
+    if scale is None:
+        width = g.shape(q)[-1]  # type: ignore[arg-type]
+        scale = 1 / math.sqrt(int(width)) if width.is_Integer else math.nan
+    causal = bool(g.argument(node, "is_causal"))
+    return Found(q, k, v, mask, float(scale), causal)  # type: ignore[arg-type]
+
+
+def _why_not_products(found: Found) -> str:
+    """Say why neither way can compute it; "" if both products can."""
+    q, k, v = found.q, found.k, found.v
     shapes = [g.shape(n) for n in (q, k, v)]
-    if any(len(s) != 4 for s in shapes) or g.dtype(q) != g.dtype(k) or g.dtype(q) != g.dtype(v):
-        return False
-    if not g.dtype(q).is_floating_point or g.dtype(q) is torch.float64:
-        return False
+    dtypes = {g.dtype(n) for n in (q, k, v)}
+    if any(len(s) != 4 for s in shapes):
+        return "its operands are not (batch, heads, length, head_dim)"
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        shown = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        return f"the kernels take float32, bfloat16 or float16, and its operands are {shown}"
+    widths = [s[3] for s in shapes]
+    if not all(w.is_Integer for w in widths) or widths[0] != widths[1]:
+        return "its head_dim is not one number known from the graph"
     heads = [s[1] for s in shapes]
-    widths = {s[3] for s in shapes}
-    if len(widths) != 1 or not shapes[0][3].is_Integer or int(shapes[0][3]) > 256:
-        return False
-    if heads[1] != heads[2]:
-        return False
-    if heads[0] == heads[1]:
-        return True
-    return heads[0].is_Integer and heads[1].is_Integer and int(heads[0]) % int(heads[1]) == 0
+    grouped = all(h.is_Integer for h in heads) and int(heads[0]) % int(heads[1]) == 0
+    if heads[1] != heads[2] or not (heads[0] == heads[1] or grouped):
+        return f"its heads do not fit together: {', '.join(map(str, heads))}"
+    return ""
 
 
-def _understand(mask: fx.Node, q: fx.Node, k: fx.Node, said: Mask) -> None:
-    """Split a conjunction into its terms and say what each of them is."""
-    if g.is_call(mask, aten.expand.default):
-        _understand(mask.args[0], q, k, said)  # type: ignore[arg-type]
-        return
-    if g.is_call(mask, aten.bitwise_and.Tensor, aten.logical_and.default):
-        for term in mask.args:
-            _understand(term, q, k, said)  # type: ignore[arg-type]
-        return
-    value = _meaning(mask)
-    if value == "true":
-        return
-    shape = (expr(1),) * (4 - len(g.shape(mask))) + g.shape(mask)
-    if shape[1] == 1 and shape[2] == 1:
-        said.keys.append(mask)
-    elif value == "causal" and shape[2:] == (g.shape(q)[2], g.shape(k)[2]) and shape[2] == shape[3]:
-        said.causal = True
+def _why_not_flash(found: Found) -> str:
+    """Say why the flash kernel cannot compute what the products can; "" if it can."""
+    width, of_v = int(g.shape(found.q)[3]), int(g.shape(found.v)[3])
+    if width != of_v:
+        return f"v's head_dim {of_v} is not q's {width}"
+    return f"its head_dim {width} is above {WIDEST_HEAD}" if width > WIDEST_HEAD else ""
+
+
+def _split(found: Found) -> Mask:
+    said = Mask(causal=found.causal)
+    if found.mask is not None and g.dtype(found.mask) is torch.bool:
+        understand_mask(found.mask, found.q, found.k, said)
+    return said
+
+
+def _write_flash(node: fx.Node, found: Found) -> fx.Node:
+    said = _split(found)
+    keys = said.lengths.get(said.keys[0]) if len(said.keys) == 1 else None
+    keys = _conjunction(node, said.keys) if keys is None else keys
+    bias = _conjunction(node, said.rest)
+    if found.mask is not None and g.dtype(found.mask) is not torch.bool:
+        bias = _as_bias(node, found.mask, g.dtype(found.q))
+    kwargs: dict[str, Any] = {"scale": found.scale, "causal": said.causal}
+    if said.window != NO_WINDOW:
+        kwargs["window"] = said.window
+    if found.blind_nan:
+        kwargs["blind_nan"] = True
+    return g.emit(node, attention, found.q, found.k, found.v, keys, bias, **kwargs)
+
+
+def _as_bias(node: fx.Node, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The kernels add float32 and the dtype of q; another is converted, the mask's own op."""
+    if g.dtype(mask) in (torch.float32, dtype):
+        return mask
+    return g.emit(node, aten._to_copy.default, mask, dtype=torch.float32)
+
+
+def _write_fused_softmax(node: fx.Node, found: Found) -> fx.Node:
+    """Between the two products stand ordinary ops, which partition makes one kernel."""
+    said = _split(found)
+    scores = g.emit(node, attention_scores, found.q, found.k)
+    below = g.emit(node, aten.mul.Tensor, scores, found.scale)
+    visible = [*said.keys, *said.rest]
+    left, right = said.window
+    if said.causal or right >= 0:
+        visible.append(_band(node, scores, aten.tril.default, 0 if said.causal else right))
+    if left >= 0:
+        visible.append(_band(node, scores, aten.triu.default, -left))
+    if found.mask is not None and g.dtype(found.mask) is not torch.bool:
+        below = g.emit(node, aten.add.Tensor, below, found.mask)
+    if visible:
+        hidden = g.emit(node, aten.logical_not.default, _conjunction(node, visible))
+        below = g.emit(node, aten.masked_fill.Scalar, below, hidden, -math.inf)
+    if found.blind_nan or not (visible or found.mask is not None):
+        shares = g.emit(node, aten._softmax.default, below, -1, False)
     else:
-        said.rest.append(mask)
+        shares = g.emit(node, aten._safe_softmax.default, below, -1)
+    if g.dtype(found.v) is not g.dtype(shares):
+        shares = g.emit(node, aten._to_copy.default, shares, dtype=g.dtype(found.v))
+    return g.emit(node, attention_values, shares, found.v)
 
 
-def _meaning(mask: fx.Node) -> str:
-    """Return "true", "causal" (key position <= query position) or "other", by lowering the mask."""
-    loops = Loops({})
-    lowering = Puller(lambda n: n.op in ("placeholder", "get_attr"), loops)
-    index = tuple(loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(mask)))
-    try:
-        element = lowering.element(mask, index)
-    except (Conflict, SplitAxis):
-        return "other"
-    if element.value is True:
-        return "true"
-    made = {s.result: s for s in lowering.body if isinstance(s, (ir.Compute, ir.Index))}
-    last = made.get(element.name)
-    if len(index) < 2 or not isinstance(last, ir.Compute) or last.op not in ("le", "ge"):
-        return "other"
-    sides = [made.get(a) for a in last.args]
-    if last.op == "ge":
-        sides.reverse()
-    if not all(isinstance(s, ir.Index) for s in sides):
-        return "other"
-    is_causal = (sides[0].value, sides[1].value) == (index[-1], index[-2])  # type: ignore[union-attr]
-    return "causal" if is_causal else "other"
+def _band(node: fx.Node, scores: fx.Node, keep: Any, diagonal: int) -> fx.Node:
+    ones = g.emit(node, aten.full_like.default, scores, True, dtype=torch.bool)
+    return g.emit(node, keep, ones, diagonal)
 
 
 def _conjunction(like: fx.Node, terms: list[fx.Node]) -> fx.Node | None:
@@ -155,33 +202,36 @@ def _conjunction(like: fx.Node, terms: list[fx.Node]) -> fx.Node | None:
 # --- the chain: softmax(q @ k^T * scale + mask) @ v -----------------------------------------
 
 
-def _replace_chain(node: fx.Node) -> None:
-    """`node` is the last matmul; walk back through softmax, mask and scale to the first."""
+def _read_chain(node: fx.Node) -> Found | None:
+    """`node` is the last matmul; walk back through softmax, mask and scale to the first.
+
+    A softmax over nothing but hidden keys is NaN, where scaled_dot_product_attention gives zeros.
+    """
     weights, v = node.args
     scores = _sole_input(weights, aten._to_copy.default, aten.expand.default)
     if not g.is_call(scores, aten.softmax.int, aten._softmax.default) or len(scores.users) > 1:
-        return
+        return None
     if scores.args[1] not in (-1, len(g.shape(scores)) - 1):
-        return
+        return None
     below, mask, scale = scores.args[0], None, 1.0
     below = _sole_input(below, aten._to_copy.default)
     if g.is_call(below, aten.add.Tensor) and below.kwargs.get("alpha", 1) == 1:
         left, right = below.args
         if not (g.is_tensor(left) and g.is_tensor(right)) or len(below.users) > 1:
-            return
+            return None
         below, mask = (left, right) if _is_scores(left) else (right, left)
     else:
         below, mask = _unhidden(below)
     below, scale = _scaled(below)
     if not g.is_call(below, aten.matmul.default, aten.bmm.default) or len(below.users) > 1:
-        return
+        return None
     q, k_t = below.args
     q, q_scale = _scaled(q)
     if len(g.shape(k_t)) != 4:
-        return
+        return None
     with node.graph.inserting_before(node):
         k = g.emit(node, aten.permute.default, k_t, [0, 1, 3, 2])
-    _emit(node, q, k, v, mask, scale * q_scale, False, blind_nan=mask is not None)
+    return Found(q, k, v, mask, scale * q_scale, blind_nan=mask is not None)  # type: ignore[arg-type]
 
 
 def _sole_input(node: Any, *through: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from turbotx import graph as g
-from turbotx.attention import attention
+from turbotx.attention import attention, attention_scores, attention_values
 from turbotx.ops import OPS, is_computed
 from turbotx.views import SPLITS, is_view, view_source
 
@@ -51,8 +51,8 @@ class Region:
 
 
 def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
-    """Return "input", "parameter", "prepared", "view", "computed", "gemm", "attention", "extern",
-    "piece" (of an extern's result), "size" or "output"."""
+    """Return "input", "parameter", "prepared", "view", "computed", "gemm", "attention", "product"
+    (one of attention's two), "extern", "piece" (of an extern's result), "size" or "output"."""
     if node.op in ("placeholder", "output", "get_attr"):
         return {"placeholder": "input", "output": "output", "get_attr": "parameter"}[node.op]
     if node in prepared:
@@ -61,6 +61,8 @@ def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
         return "view"
     if node.target is attention:
         return "attention"
+    if node.target in (attention_scores, attention_values):
+        return "product"
     if node.target in GEMMS:
         return "gemm"
     value = node.meta.get("val")
@@ -119,7 +121,7 @@ def find_levels(kinds: Mapping[fx.Node, str]) -> dict[fx.Node, int]:
     level: dict[fx.Node, int] = {}
     for node, kind in kinds.items():
         below = max((level[n] for n in node.all_input_nodes), default=0)
-        level[node] = below + (kind in ("gemm", "attention", "extern"))
+        level[node] = below + (kind in ("gemm", "attention", "product", "extern"))
     return level
 
 

@@ -14,6 +14,7 @@ import sympy
 
 from turbotx import ir
 from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.cpp_products import ProductKernel
 from turbotx.kernels.traffic import kernel_traffic
 from turbotx.primitives import PRIMITIVES
 from turbotx.report.origin import Origin
@@ -44,7 +45,7 @@ def launch_cost(launch: ir.Launch) -> Cost:
     windows = {a.tensor: _operand_nbytes(a) for a in launch.args if a}
     written = {name: n for name, n in windows.items() if name in launch.writes}
     read = {name: n for name, n in windows.items() if name not in launch.writes}
-    if isinstance(launch.target, AttentionKernel):
+    if isinstance(launch.target, (AttentionKernel, ProductKernel)):
         read = _add_windows(launch)
     return Cost(_total(read.values()), _total(written.values()), _flops(launch))
 
@@ -107,6 +108,9 @@ def _flops(launch: ir.Launch) -> Expr:
         weight = launch.args[1]
         assert weight is not None
         return 2 * launch.sizes[0] * product(weight.shape)
+    if isinstance(launch.target, ProductKernel):
+        batch, heads, _, q_len, k_len = launch.sizes[:5]
+        return 2 * batch * heads * q_len * k_len * launch.target.head_dim
     if isinstance(launch.target, AttentionKernel):
         batch, heads, _, q_len, k_len = launch.sizes[:5]
         return 4 * batch * heads * q_len * k_len * launch.target.head_dim

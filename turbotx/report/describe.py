@@ -13,20 +13,30 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import fx
 
 from turbotx import graph as g
 from turbotx import ir
+from turbotx.attention import NO_WINDOW
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
+from turbotx.kernels.cpp_products import ProductKernel, print_product
 from turbotx.kernels.triton_attention import print_triton_attention
 from turbotx.kernels.triton_printer import print_triton
+from turbotx.kernels.triton_products import print_triton_product
 from turbotx.passes.partition import GEMMS, op_name
 from turbotx.pipeline import Compiled
 from turbotx.report import entries
 from turbotx.report.cost import Cost, launch_cost
 from turbotx.report.origin import module_of
-from turbotx.runtime.native import ATTENTION_PRELUDE, PRELUDE, kernel_key, print_units
+from turbotx.runtime.native import (
+    ATTENTION_PRELUDE,
+    PRELUDE,
+    PRODUCTS_PRELUDE,
+    kernel_key,
+    print_units,
+)
 from turbotx.show import SHORT, show_expr, show_kernel
 from turbotx.sizes import Expr, evaluate
 
@@ -100,10 +110,15 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.Kernel:
     header = f"// {name}: {launches[0].source}\n// runs as {_listed([x.name for x in launches])}\n"
     if isinstance(target, AttentionKernel):
         kind, text = "attention", show_attention(target)
-        masked = launches[0].args[4] is not None
         sources = {
             "cpp": header + ATTENTION_PRELUDE + print_attention(target, name),
-            "triton": print_triton_attention(target, key_mask=masked, name=name),
+            "triton": print_triton_attention(target, name=name),
+        }
+    elif isinstance(target, ProductKernel):
+        kind, text = "product", show_product(target)
+        sources = {
+            "cpp": header + PRODUCTS_PRELUDE + print_product(target, name),
+            "triton": print_triton_product(target, name=name),
         }
     else:
         assert isinstance(target, ir.Kernel)
@@ -129,13 +144,28 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.Kernel:
 
 def show_attention(kernel: AttentionKernel) -> str:
     """Return an attention launch as text: what the graph fixes about it."""
-    masks = ["key_mask if given"] + ([f"{kernel.bias} bias"] if kernel.bias != "none" else [])
+    masks = [] if kernel.keys == "all" else ["key mask" if kernel.keys == "mask" else "lengths"]
+    masks += [f"{kernel.bias} bias"] if kernel.bias != "none" else []
     masks += ["causal"] if kernel.causal else []
+    masks += [f"window {kernel.window}"] if kernel.window != NO_WINDOW else []
     kind = SHORT[kernel.dtype]
     return (
         f"{kernel.name}(q: in {kind}, k: in {kind}, v: in {kind}, out: out {kind})\n"
         f"  for batch, head, query row; head_dim {kernel.head_dim}, one pass over the keys\n"
-        f"    out = softmax({kernel.scale!r} * q k^T; {', '.join(masks)}) v"
+        f"    out = softmax({'; '.join([f'{kernel.scale!r} * q k^T', *masks])}) v"
+    )
+
+
+def show_product(kernel: ProductKernel) -> str:
+    """Return one of attention's products as text."""
+    kind = SHORT[kernel.dtype]
+    scores = kernel.which == "scores"
+    args = f"q: in {kind}, k: in {kind}, scores: out {SHORT[torch.float32]}"
+    if not scores:
+        args = f"shares: in {kind}, v: in {kind}, out: out {kind}"
+    return (
+        f"{kernel.name}({args})\n  for batch, head, query row; head_dim {kernel.head_dim}\n"
+        f"    {'scores = q k^T' if scores else 'out = shares v'}"
     )
 
 

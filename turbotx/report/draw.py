@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from turbotx import graph as g
-from turbotx.attention import attention
+from turbotx.attention import attention, attention_scores, attention_values
 from turbotx.errors import TurbotxError
 from turbotx.passes.partition import GEMMS, op_name
 from turbotx.show import show_expr
@@ -92,7 +92,7 @@ def _kind(report: Report, node: fx.Node) -> str:
         return "input" if node.op == "placeholder" else "output"
     if node.op == "call_module":
         return "region"
-    if node.target in GEMMS:
+    if node.target in GEMMS or node.target in (attention_scores, attention_values):
         return "gemm"
     if node.target is attention:
         return "attention"

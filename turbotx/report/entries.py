@@ -52,8 +52,8 @@ class Region:
 class Kernel:
     """One generated function; equal kernels of different layers are one. Traffic is per launch.
 
-    kind: "kernel" or "attention". signature: its parameters, loops and body in turbotx's own
-    notation. sources: target language -> text.
+    kind: "kernel", "attention" or "product". signature: its parameters, loops and body in
+    turbotx's own notation. sources: target language -> text.
     """
 
     name: str
@@ -157,10 +157,10 @@ class Place:
     """Where an op of the captured model went.
 
     status: "fused" (computed inside kernels), "view" (folded into addresses), "gemm",
-    "attention", "aten", "prepared" (computed once from parameters), "input", "parameter",
-    "output", "merged" (became part of another op) or "removed" (nothing needs it, or it did
-    nothing). launches: what runs it. A region's op is "region", its module and source are those of
-    its first op.
+    "attention", "product", "aten", "prepared" (computed once from parameters), "input",
+    "parameter", "output", "merged" (became part of another op) or "removed" (nothing needs it, or
+    it did nothing). launches: what runs it. A region's op is "region", its module and source are
+    those of its first op.
     """
 
     node: str

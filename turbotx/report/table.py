@@ -71,9 +71,9 @@ def regions_table(report: Report) -> Table:
             became += f"\n[dim]{escape(reasons[key])}[/dim]"
         table.add_row(escape(" → ".join(ops)), became, str(count), show_nbytes(moved))
     for kernel in report.kernels:
-        if kernel.kind == "attention":
+        if kernel.kind in ("attention", "product"):
             moved_text = show_nbytes(kernel.compulsory_nbytes)
-            table.add_row("attention", kernel.name, str(len(kernel.launches)), moved_text)
+            table.add_row(kernel.kind, kernel.name, str(len(kernel.launches)), moved_text)
     return table
 
 

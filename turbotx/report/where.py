@@ -123,7 +123,9 @@ def _place_now(index: _Index, node: fx.Node) -> Place:
         launches = list({x.name: x for found in readers for x in found}.values())
     shown = status.get(kind, kind)
     copied = kind == "view" and node.name in index.of_node  # no strides express it: a launch does
-    if copied or (kind in ("gemm", "attention") and any(x.kind == "aten" for x in launches)):
+    if copied or (
+        kind in ("gemm", "attention", "product") and any(x.kind == "aten" for x in launches)
+    ):
         shown = "aten"
     if kind == "computed" and not launches:
         shown = "removed"

@@ -27,7 +27,7 @@ from turbotx.runtime.native import LaunchTable, load_runtime, packed_name, print
 from turbotx.runtime.watch import Watch
 from turbotx.runtime.weights import PackedWeight, Weights
 
-NATIVE_KINDS = frozenset({"kernel", "gemm", "attention"})
+NATIVE_KINDS = frozenset({"kernel", "gemm", "attention", "product"})
 
 
 class CpuRuntime:

@@ -92,7 +92,7 @@ class CudaRuntime:
                 if digest not in kernels:
                     kernels[digest] = KernelFamily(launch.target, target, self.table, choose)
                 found[i] = kernels[digest]
-            elif launch.kind == "attention":
+            elif launch.kind in ("attention", "product"):
                 found[i] = AttentionFamily(launch, target, self.table)
         return found
 

@@ -8,10 +8,12 @@ each schedule) and a grid, in microseconds, since every size was evaluated by th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from turbotx import ir
+from turbotx.kernels.attention_jobs import attention_job, product_job
 from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.cpp_products import ProductKernel
 from turbotx.kernels.schedule import (
     INT32_LIMIT,
     PERSISTENT,
@@ -21,12 +23,19 @@ from turbotx.kernels.schedule import (
     outer_axes,
     vector_axes,
 )
-from turbotx.kernels.targets import Job, attention_job, kernel_job
+from turbotx.kernels.targets import Job, kernel_job
 from turbotx.kernels.triton_attention import (
+    FEW_QUERIES,
     NAMES,
     STRIDES,
     attention_grid,
     choose_attention_schedule,
+)
+from turbotx.kernels.triton_products import (
+    PRODUCT_NAMES,
+    PRODUCT_STRIDES,
+    choose_product_schedule,
+    product_grid,
 )
 from turbotx.kernels.tuned import Choose
 from turbotx.runtime.device import Grid
@@ -95,14 +104,17 @@ class KernelFamily:
 
 
 class AttentionFamily:
-    """The variants of one attention launch: tiles by the number of queries, strides, addresses."""
+    """The variants of an attention launch, or of one of attention's two products: tiles by the
+    number of queries, strides, addresses."""
 
     def __init__(self, launch: ir.Launch, target: str, table: SizeTable) -> None:
-        assert isinstance(launch.target, AttentionKernel)
+        assert isinstance(launch.target, (AttentionKernel, ProductKernel))
         self.kernel, self._target = launch.target, target
-        self._masked = launch.args[4] is not None
         self._sizes = [table.value(e) for e in launch.sizes]
-        names = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "key_mask_ptr", "bias_ptr")
+        flash = isinstance(launch.target, AttentionKernel)
+        self._names, self._strides = (NAMES, STRIDES) if flash else (PRODUCT_NAMES, PRODUCT_STRIDES)
+        of_flash = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr")
+        names = of_flash if flash else ("a_ptr", "b_ptr", "out_ptr")
         self._shifts = [
             (name, table.value(a.offset * a.dtype.itemsize))
             for name, a in zip(names, launch.args, strict=True)
@@ -111,14 +123,28 @@ class AttentionFamily:
         self._jobs: dict[object, Job] = {}
 
     def pick(self, sizes: Sequence[int]) -> tuple[Job, Grid]:
-        values = dict(zip(NAMES, (sizes[k] for k in self._sizes), strict=True))
-        schedule = choose_attention_schedule(self.kernel, values["q_len"])
-        divisible = tuple(name for name in STRIDES if values[name] % 16 == 0)
+        """Return what to run at these sizes; a grid with a zero means nothing."""
+        values = dict(zip(self._names, (sizes[k] for k in self._sizes), strict=True))
+        divisible = tuple(name for name in self._strides if values[name] % 16 == 0)
         unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
-        job = self._jobs.get((schedule, divisible, unaligned))
+        few = values["q_len"] <= FEW_QUERIES
+        key = (few, divisible, unaligned)
+        job = self._jobs.get(key)
         if job is None:
-            job = attention_job(
-                self.kernel, self._target, schedule, self._masked, divisible, unaligned
-            )
-            self._jobs[schedule, divisible, unaligned] = job
-        return job, attention_grid(schedule, values["batch"], values["heads"], values["q_len"])
+            job = self._jobs[key] = self._make(values["q_len"], divisible, unaligned)
+        return job, self._grid(values)
+
+    def _make(self, q_len: int, divisible: Iterable[str], unaligned: Iterable[str]) -> Job:
+        if isinstance(self.kernel, AttentionKernel):
+            tiles = choose_attention_schedule(self.kernel, q_len)
+            return attention_job(self.kernel, self._target, tiles, divisible, unaligned)
+        cut = choose_product_schedule(self.kernel, q_len)
+        return product_job(self.kernel, self._target, cut, divisible, unaligned)
+
+    def _grid(self, values: Mapping[str, int]) -> Grid:
+        batch, heads, q_len = values["batch"], values["heads"], values["q_len"]
+        if isinstance(self.kernel, AttentionKernel):
+            tiles = choose_attention_schedule(self.kernel, q_len)
+            return attention_grid(tiles, batch, heads, q_len)
+        cut = choose_product_schedule(self.kernel, q_len)
+        return product_grid(self.kernel, cut, batch, heads, q_len, values["k_len"])

@@ -18,12 +18,14 @@ from turbotx.assemble import Assembly
 from turbotx.kernels.build import build_library
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
+from turbotx.kernels.cpp_products import ProductKernel, print_product
 from turbotx.kernels.epilogue import GemmKernel
 from turbotx.runtime.abi import LaunchRecord, declare_runtime
 from turbotx.sizes import Expr
 
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
 ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention.h"\n\n'
+PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
 
 
 def load_runtime() -> tuple[ctypes.CDLL, bool]:
@@ -42,6 +44,7 @@ def print_units(assembly: Assembly) -> tuple[dict[str, str], dict[object, str]]:
     names: dict[object, str] = {}
     kernels: list[str] = []
     attentions: list[str] = []
+    products: list[str] = []
     taken: dict[str, int] = {}
     for launch in assembly.launches:
         target = launch.target
@@ -57,11 +60,15 @@ def print_units(assembly: Assembly) -> tuple[dict[str, str], dict[object, str]]:
             kernels.append(print_kernel(target, name))
         elif isinstance(target, AttentionKernel):
             attentions.append(print_attention(target, name))
+        elif isinstance(target, ProductKernel):
+            products.append(print_product(target, name))
     units = {}
     if kernels:
         units["kernels"] = PRELUDE + "\n".join(kernels)
     if attentions:
         units["attention"] = ATTENTION_PRELUDE + "\n".join(attentions)
+    if products:
+        units["products"] = PRODUCTS_PRELUDE + "\n".join(products)
     return units, names
 
 
@@ -69,7 +76,7 @@ def kernel_key(target: object) -> object | None:
     """Return what makes two launches' functions the same; None for those not generated."""
     if isinstance(target, ir.Kernel):
         return target.digest()
-    return target if isinstance(target, AttentionKernel) else None
+    return target if isinstance(target, (AttentionKernel, ProductKernel)) else None
 
 
 class LaunchTable:

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx.attention import attention
+from turbotx.attention import attention, attention_scores, attention_values
 from turbotx.errors import SavedFileError, SaveError
 from turbotx.saved.values import decode_constant, encode_constant
 
 # The functions that stand in graphs and are none of PyTorch's ops.
-OWN: dict[str, Callable[..., Any]] = {"getitem": operator.getitem, "attention": attention}
+OWN: dict[str, Callable[..., Any]] = {
+    "getitem": operator.getitem, "attention": attention,
+    "attention_scores": attention_scores, "attention_values": attention_values,
+}  # fmt: skip
 
 
 def encode_target(target: Any) -> str:

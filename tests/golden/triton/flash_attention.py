@@ -1,4 +1,4 @@
-# attention_f16_64_causal
+# attention_f16_64_causal_key_mask
 #   softmax(q k^T * 0.125) v with head_dim 64, a key mask, causal
 #   tiles of 64 queries x 64 keys, 4 warps
 import triton
@@ -6,12 +6,12 @@ import triton.language as tl
 
 
 @triton.jit
-def attention_f16_64_causal(
+def attention_f16_64_causal_key_mask(
     q_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
-    key_mask_ptr,
+    keys_ptr,
     batch,
     heads,
     kv_heads,
@@ -37,10 +37,13 @@ def attention_f16_64_causal(
     Q_TILE: tl.constexpr,
     K_TILE: tl.constexpr,
 ):
-    batch_index = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+    tiles = tl.cdiv(q_len, Q_TILE)
+    first = tl.program_id(0) % tiles * Q_TILE
+    sequence_head = tl.program_id(0) // tiles
+    batch_index = (sequence_head // heads).to(tl.int64)
+    head = (sequence_head % heads).to(tl.int64)
     kv_head = head // (heads // kv_heads)
-    row = tl.program_id(0) * Q_TILE + tl.arange(0, Q_TILE)[:, None]
+    row = first + tl.arange(0, Q_TILE)[:, None]
     dim = tl.arange(0, 64)[None, :]
     row_ok = row < q_len
     q_ptr += batch_index * q_batch + head * q_head
@@ -52,8 +55,8 @@ def attention_f16_64_causal(
     largest = tl.full((Q_TILE, 1), float("-inf"), tl.float32)
     total = tl.zeros((Q_TILE, 1), tl.float32)
     values = tl.zeros((Q_TILE, 64), tl.float32)
-    # Keys after this tile's last query are seen by none of it.
-    end = tl.minimum(k_len, (tl.program_id(0) + 1) * Q_TILE)
+    # Keys that no query of this tile sees are not visited.
+    end = tl.minimum(k_len, first + Q_TILE)
     for start in range(0, end, K_TILE):
         col = start + tl.arange(0, K_TILE)[None, :]
         key = start + tl.arange(0, K_TILE)[:, None]
@@ -62,7 +65,7 @@ def attention_f16_64_causal(
         scores = tl.dot(q, tl.trans(k)) * 0.18033688011112042
         visible = (col < k_len) & row_ok
         mask = tl.load(
-            key_mask_ptr + batch_index * key_mask_stride + col, mask=col < k_len, other=0
+            keys_ptr + batch_index * key_mask_stride + col, mask=col < k_len, other=0
         )
         visible = visible & (mask != 0)
         visible = visible & (col <= row)

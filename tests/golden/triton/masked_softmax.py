@@ -1,9 +1,8 @@
-# fused_softmax_f16_64_masked
-#   computes softmax(scores * 0.125)
-#   reads  scores: float16[batch, heads, q_len, k_len]
-#   reads  key_mask: bool[batch, k_len]
-#   writes shares: float16[batch, heads, q_len, k_len]
-#   rows batch x heads x q_len, reduced over columns k_len, in tiles of 1 x 1024, 4 warps
+# fused_logical_not_softmax_full_like_where
+#   reads  hidden: bool[batch, 1, 1, scores_d3]
+#   reads  scores: float32[batch, scores_d1, scores_d2, scores_d3]
+#   writes where: float32[batch, scores_d1, scores_d2, scores_d3]
+#   rows batch x scores_d1*scores_d2, reduced over columns scores_d3, in tiles of 1 x 1024, 4 warps
 import triton
 import triton.language as tl
 
@@ -15,50 +14,53 @@ def maximum(a, b):
 
 
 @triton.jit
-def combine(largest_a, total_a, largest_b, total_b):
-    largest = maximum(largest_a, largest_b)
-    gap = tl.abs(largest_a - largest_b)
-    fade = tl.where(largest_a == largest_b, 1.0, tl.exp(-gap))
-    ahead = largest_a > largest_b
-    total = total_a * tl.where(ahead, 1.0, fade) + total_b * tl.where(ahead, fade, 1.0)
-    return largest, total
+def combine(some0_a, largest1_a, total1_a, some0_b, largest1_b, total1_b):
+    some0 = some0_a | some0_b
+    largest1 = maximum(largest1_a, largest1_b)
+    gap1 = tl.abs(largest1_a - largest1_b)
+    fade1 = tl.where(largest1_a == largest1_b, 1.0, tl.exp(-gap1))
+    ahead1 = largest1_a > largest1_b
+    total1 = total1_a * tl.where(ahead1, 1.0, fade1) + total1_b * tl.where(ahead1, fade1, 1.0)
+    return some0, largest1, total1
 
 
 @triton.jit
-def fused_softmax_f16_64_masked(
+def fused_logical_not_softmax_full_like_where(
+    hidden_ptr,
     scores_ptr,
-    key_mask_ptr,
-    shares_ptr,
+    where_ptr,
     batch,
-    heads,
-    k_len,
-    q_len,
+    scores_d1,
+    scores_d2,
+    scores_d3,
     COLS: tl.constexpr,
 ):
     index = tl.program_id(0)
-    row = index % q_len
-    row1 = index // q_len % heads
-    row2 = index // (heads * q_len)
+    row = index % (scores_d1 * scores_d2)
+    row1 = index // (scores_d1 * scores_d2)
     col = tl.arange(0, COLS)
-    col_ok = col < k_len
-    score = tl.load(
-        scores_ptr + row2 * heads * k_len * q_len + row1 * k_len * q_len + row * k_len + col,
+    col_ok = col < scores_d3
+    k = tl.load(hidden_ptr + row1 * scores_d3 + col, mask=col_ok)
+    x = tl.load(
+        scores_ptr + row1 * scores_d1 * scores_d2 * scores_d3 + row * scores_d3 + col,
         mask=col_ok,
-    ).to(tl.float32)
-    key_visible = tl.load(key_mask_ptr + row2 * k_len + col, mask=col_ok)
-    seen = tl.where(key_visible, score * 0.125, float("-inf"))
-    # largest, total over col in one pass
-    largest, total = tl.reduce(
+    )
+    where = tl.where(k, float("-inf"), x * 0.125)
+    not_ = ~(where == float("-inf"))
+    # any_, largest, total over col in one pass
+    any_, largest, total = tl.reduce(
         (
-            tl.where(col_ok, seen, float("-inf")),
-            tl.where(col_ok, tl.where(seen == float("inf"), float("nan"), 1.0), 0.0),
+            tl.where(col_ok, not_.to(tl.int32), 0),
+            tl.where(col_ok, where, float("-inf")),
+            tl.where(col_ok, tl.where(where == float("inf"), float("nan"), 1.0), 0.0),
         ),
         0,
         combine,
     )
-    share = tl.where(largest == float("-inf"), 0.0, tl.exp(seen - largest) / total)
+    any_ = any_ != 0
+    where_1 = tl.where(~any_, 0.0, tl.exp(where - largest) / total)
     tl.store(
-        shares_ptr + row2 * heads * k_len * q_len + row1 * k_len * q_len + row * k_len + col,
-        share,
+        where_ptr + row1 * scores_d1 * scores_d2 * scores_d3 + row * scores_d3 + col,
+        where_1,
         mask=col_ok,
     )

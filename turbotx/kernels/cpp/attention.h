@@ -22,9 +22,15 @@ namespace detail {
 
 struct KeyRange { long begin, end; };  // half-open
 
-// The keys that query row i sees, masks aside.
-inline KeyRange visible_keys(const AttentionShape& s, long i) {
-  long position = i + s.diagonal, begin = 0, end = s.k_len;
+// The keys that a batch row has.
+inline long count_keys(const AttentionShape& s, long batch) {
+  long count = s.lengths == nullptr || s.lengths[batch] > s.k_len ? s.k_len : s.lengths[batch];
+  return count < 0 ? 0 : count;
+}
+
+// The keys that query row i sees of `count`, masks aside.
+inline KeyRange visible_keys(const AttentionShape& s, long i, long count) {
+  long position = i + s.diagonal, begin = 0, end = count;
   if (s.window_left >= 0 && position - s.window_left > begin) begin = position - s.window_left;
   long right = s.causal ? 0 : s.window_right;
   if (right >= 0 && position + right + 1 < end) end = position + right + 1;
@@ -38,6 +44,7 @@ struct HeadOperands {
   const float* values;
   long value_stride;
   const float* hidden;  // 0 or -inf per key, or null
+  long count;           // of keys
 };
 
 // A bias in units of log2, finite where it was: the most negative float of a mask hides a key only
@@ -77,7 +84,7 @@ template <class T>
                     batch * s.bias_batch + q_head * s.bias_head + i * s.bias_q, keys, row);
   if (head.hidden != nullptr)
     for (long j = keys.begin; j < keys.end; ++j) row[j - keys.begin] += head.hidden[j];
-  KeyRange seen = visible_keys(s, i);
+  KeyRange seen = visible_keys(s, i, head.count);
   for (long j = keys.begin; j < seen.begin && j < keys.end; ++j) row[j - keys.begin] = kMinusInf;
   for (long j = seen.end > keys.begin ? seen.end : keys.begin; j < keys.end; ++j)
     row[j - keys.begin] = kMinusInf;
@@ -91,14 +98,14 @@ void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, 
   alignas(64) float query[ROWS * D], scores[ROWS * kScoreStride], sums[ROWS * padded(D)];
   Softmax softmax[ROWS];
   long q_head[ROWS], index[ROWS];
-  KeyRange all{s.k_len, 0};
+  KeyRange all{head.count, 0};
   for (int r = 0; r < ROWS; ++r) {
     long flat = first + (r < rows ? r : rows - 1);
     q_head[r] = first_head + flat / s.q_len;
     index[r] = flat % s.q_len;
     const T* row = q + batch * s.q.batch + q_head[r] * s.q.head + index[r] * s.q.row;
     for (int d = 0; d < D; ++d) query[r * D + d] = to_float(row[d]) * (s.scale * kLog2E);
-    KeyRange seen = visible_keys(s, index[r]);
+    KeyRange seen = visible_keys(s, index[r], head.count);
     if (seen.begin < all.begin) all.begin = seen.begin;
     if (seen.end > all.end) all.end = seen.end;
   }
@@ -142,23 +149,23 @@ template <class T, int D>
 HeadOperands prepare_head(const AttentionShape& s, const T* k, const T* v, long batch,
                           long kv_head) {
   constexpr bool in_place = std::is_same_v<T, float> && D % kLanes == 0;
-  long padded_keys = (s.k_len + kLanes - 1) / kLanes * kLanes;
-  long value_size = in_place ? 0 : s.k_len * padded(D);
-  float* scratch = thread_scratch(padded_keys * D + value_size + s.k_len);
+  long count = count_keys(s, batch), padded_keys = (count + kLanes - 1) / kLanes * kLanes;
+  long value_size = in_place ? 0 : count * padded(D);
+  float* scratch = thread_scratch(padded_keys * D + value_size + count);
   const T* head_k = k + batch * s.k.batch + kv_head * s.k.head;
   const T* head_v = v + batch * s.v.batch + kv_head * s.v.head;
-  pack_keys<T, D>(head_k, s.k.row, s.k_len, scratch);
-  HeadOperands head{scratch, scratch + padded_keys * D, padded(D), nullptr};
+  pack_keys<T, D>(head_k, s.k.row, count, scratch);
+  HeadOperands head{scratch, scratch + padded_keys * D, padded(D), nullptr, count};
   if constexpr (in_place) {
     head.values = head_v;
     head.value_stride = s.v.row;
   } else {
-    pack_values<T, D>(head_v, s.v.row, s.k_len, scratch + padded_keys * D);
+    pack_values<T, D>(head_v, s.v.row, count, scratch + padded_keys * D);
   }
   if (s.key_mask != nullptr) {
     float* hidden = scratch + padded_keys * D + value_size;
     const bool* mask = s.key_mask + batch * s.key_mask_stride;
-    for (long j = 0; j < s.k_len; ++j) hidden[j] = mask[j] ? 0.0f : kMinusInf;
+    for (long j = 0; j < count; ++j) hidden[j] = mask[j] ? 0.0f : kMinusInf;
     head.hidden = hidden;
   }
   return head;

@@ -4,6 +4,8 @@
 //   example:  ttx::AttentionShape s{.batch = 2, .heads = 12, .kv_heads = 12};  s.q_len = 40;
 #pragma once
 
+#include <cstdint>
+
 namespace ttx {
 
 // Strides count elements. head_dim is contiguous everywhere, keys in key_mask too.
@@ -18,6 +20,7 @@ struct AttentionShape {
 
   const bool* key_mask = nullptr;                                 // [batch][k]: false hides the key
   long key_mask_stride = 0;                                       // between batches
+  const int64_t* lengths = nullptr;                               // [batch]: keys there are
 
   const void* bias = nullptr;                                     // added to scale * q . k; a
   Bias bias_kind = Bias::none;                                    // boolean one hides where false

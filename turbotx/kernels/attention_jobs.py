@@ -1,0 +1,106 @@
+"""Jobs that compile attention launches for a GPU target, as `targets.kernel_job` does kernels.
+
+In: an `AttentionKernel` or a `ProductKernel`, a target, tiles, and what is known of strides and
+addresses. Out: a `Job`: source, signature, tiles, and the arguments that are multiples of 16::
+
+    attention_job(kernel, "sm_90", choose_attention_schedule(kernel, q_len))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.cpp_products import ProductKernel
+from turbotx.kernels.targets import POINTEES, Job, fit_warps
+from turbotx.kernels.triton_attention import (
+    NAMES,
+    STRIDES,
+    AttentionSchedule,
+    choose_attention_schedule,
+    print_triton_attention,
+)
+from turbotx.kernels.triton_products import (
+    PRODUCT_NAMES,
+    ProductSchedule,
+    choose_product_schedule,
+    packed_strides,
+    print_triton_product,
+)
+
+
+def attention_job(
+    kernel: AttentionKernel,
+    target: str,
+    schedule: AttentionSchedule | None = None,
+    divisible: Iterable[str] = STRIDES,
+    unaligned: Iterable[str] = (),
+    name: str | None = None,
+) -> Job:
+    """Return the job for an attention launch.
+
+    Packed layouts have `divisible` strides; `unaligned` pointers are no multiples of 16 bytes.
+    """
+    schedule = schedule or choose_attention_schedule(kernel)
+    stored = f"*{POINTEES[kernel.dtype]}"
+    pointers = [(f"{tensor}_ptr", stored) for tensor in ("q", "k", "v", "out")]
+    if kernel.keys != "all":
+        pointers.append(("keys_ptr", {"mask": "*i1", "lengths": "*i64"}[kernel.keys]))
+    if kernel.bias != "none":
+        kinds = {"boolean": "*i1", "float32": "*fp32", "storage": stored}
+        pointers.append(("bias_ptr", kinds[kernel.bias]))
+    tiles = (("Q_TILE", schedule.q_tile), ("K_TILE", schedule.k_tile))
+    return Job(
+        name=name or kernel.name,
+        source=print_triton_attention(kernel, schedule, name),
+        target=target,
+        signature=(
+            *pointers, *((size, "i32") for size in NAMES), *((t, "constexpr") for t, _ in tiles),
+        ),
+        constexprs=tiles,
+        divisible=_assumed(pointers, unaligned, NAMES, divisible),
+        num_warps=fit_warps(schedule.num_warps, target),
+        num_stages=schedule.num_stages,
+    )  # fmt: skip
+
+
+def product_job(
+    kernel: ProductKernel,
+    target: str,
+    schedule: ProductSchedule | None = None,
+    divisible: Iterable[str] | None = None,
+    unaligned: Iterable[str] = (),
+    name: str | None = None,
+) -> Job:
+    """Return the job for one of attention's two products, as `attention_job`.
+
+    By default the strides of q, k, v and out are divisible where packed layouts make them so.
+    """
+    schedule = schedule or choose_product_schedule(kernel)
+    stored = f"*{POINTEES[kernel.dtype]}"
+    out = "*fp32" if kernel.which == "scores" else stored
+    pointers = [("a_ptr", stored), ("b_ptr", stored), ("out_ptr", out)]
+    known = packed_strides(kernel) if divisible is None else divisible
+    tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
+    return Job(
+        name=name or kernel.name,
+        source=print_triton_product(kernel, schedule, name),
+        target=target,
+        signature=(
+            *pointers, *((size, "i32") for size in PRODUCT_NAMES),
+            *((t, "constexpr") for t, _ in tiles),
+        ),
+        constexprs=tiles,
+        divisible=_assumed(pointers, unaligned, PRODUCT_NAMES, known),
+        num_warps=fit_warps(schedule.num_warps, target),
+        num_stages=schedule.num_stages,
+    )  # fmt: skip
+
+
+def _assumed(
+    pointers: Iterable[tuple[str, str]], unaligned: Iterable[str],
+    sizes: Iterable[str], divisible: Iterable[str],
+) -> tuple[str, ...]:  # fmt: skip
+    """Return the arguments that are multiples of 16: addresses, in bytes, and sizes."""
+    odd, even = set(unaligned), set(divisible)
+    return (*(p for p, _ in pointers if p not in odd), *(n for n in sizes if n in even))

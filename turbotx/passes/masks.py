@@ -1,0 +1,165 @@
+"""Masks: find out what an attention's boolean mask really says, term by term.
+
+In: a mask as it is computed in the graph, any chain of ops. Out: a `Mask`: keys hidden per batch
+row (or their number), causality, a window, and what is left over, for example::
+
+    expand(key_ok & (k <= q) & (k > q - 128))  ->  keys=[key_ok], causal=True, window=(127, -1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from turbotx import graph as g
+from turbotx import ir
+from turbotx.attention import NO_WINDOW
+from turbotx.loops import Conflict, Loops, SplitAxis
+from turbotx.pull import Puller
+from turbotx.sizes import Expr, expr
+
+aten = torch.ops.aten
+
+COMPARES = ("le", "lt", "ge", "gt")
+
+
+@dataclass
+class Mask:
+    """What a mask says. window counts the keys seen before and after a query's place, -1 for all.
+
+    keys, rest: boolean nodes whose conjunction is the mask's remainder. lengths: for a term of
+    keys that says key < n, the node that holds n for each batch row.
+    """
+
+    keys: list[fx.Node] = field(default_factory=list)
+    rest: list[fx.Node] = field(default_factory=list)
+    causal: bool = False
+    window: tuple[int, int] = NO_WINDOW
+    lengths: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+def understand_mask(mask: fx.Node, q: fx.Node, k: fx.Node, said: Mask) -> None:
+    """Split a conjunction into its terms and add what each of them says to `said`."""
+    if g.is_call(mask, aten.expand.default):
+        understand_mask(mask.args[0], q, k, said)  # type: ignore[arg-type]
+        return
+    if g.is_call(mask, aten.bitwise_and.Tensor, aten.logical_and.default):
+        for part in mask.args:
+            understand_mask(part, q, k, said)  # type: ignore[arg-type]
+        return
+    term = _Term(mask)
+    if term.is_true:
+        return
+    lengths = (g.shape(q)[2], g.shape(k)[2])
+    shape = (expr(1),) * (4 - len(g.shape(mask))) + g.shape(mask)
+    band = term.band() if shape[2:] == lengths else None
+    if shape[1] == 1 and shape[2] == 1 and shape[3] == lengths[1]:
+        said.keys.append(mask)
+        counted = term.lengths(g.shape(q)[0])
+        if counted is not None:
+            said.lengths[mask] = counted
+    elif band is not None:
+        _narrow(said, *band)
+    else:
+        said.rest.append(mask)
+
+
+def _narrow(said: Mask, left: int, right: int) -> None:
+    """Add a band to what is said: the tighter limit of each side holds."""
+    if right == 0:
+        said.causal, right = True, -1
+    both = zip(said.window, (left, right), strict=True)
+    said.window = tuple(min(a, b) if a >= 0 and b >= 0 else max(a, b) for a, b in both)  # type: ignore[assignment]
+    if said.causal:
+        said.window = (said.window[0], -1)
+
+
+class _Term:
+    """One term of a mask, lowered to statements over its own index."""
+
+    def __init__(self, mask: fx.Node) -> None:
+        loops = Loops({})
+        puller = Puller(lambda n: n.op in ("placeholder", "get_attr"), loops)
+        self.index = tuple(loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(mask)))
+        self.is_true = False
+        self.made: dict[str, ir.Statement] = {}
+        self.compare: ir.Compute | None = None
+        try:
+            element = puller.element(mask, self.index)
+        except (Conflict, SplitAxis):
+            return
+        self.is_true = element.value is True
+        self.nodes = {name: node for node, name in puller.params.items()}
+        for s in puller.body:
+            self.made.update(dict.fromkeys(ir.results_of(s), s))
+        last = self.made.get(element.name)
+        if isinstance(last, ir.Compute) and last.op in COMPARES:
+            self.compare = last
+
+    def band(self) -> tuple[int, int] | None:
+        """Return (left, right), -1 for no limit, where the term compares places: k - q <= right,
+        q - k <= left, or |q - k| <= both."""
+        if self.compare is None or len(self.index) < 2:
+            return None
+        low, high = self.compare.args
+        if self.compare.op in ("ge", "gt"):
+            low, high = high, low
+        strict = self.compare.op in ("lt", "gt")
+        absolute = self.made.get(low)
+        if isinstance(absolute, ir.Compute) and absolute.op == "abs":
+            limit, inner = self._place(high), self._place(absolute.args[0])
+            if limit is None or inner is None or not limit.is_Integer:
+                return None
+            if self._distance(inner) != 0 and self._distance(-inner) != 0:
+                return None
+            reach = int(limit) - strict
+            return (reach, reach) if reach >= 0 else None
+        first, second = self._place(low), self._place(high)
+        if first is None or second is None:
+            return None
+        ahead, behind = self._distance(first - second), self._distance(second - first)
+        if ahead is not None and int(-ahead) - strict >= 0:  # k - q + ahead <= 0
+            return -1, int(-ahead) - strict
+        if behind is not None and int(behind) - strict >= 0:  # q - k <= behind
+            return int(behind) - strict, -1
+        return None
+
+    def _distance(self, value: Expr) -> Expr | None:
+        """Return c where value is k - q + c with a whole number c."""
+        rest = (value - self.index[-1] + self.index[-2]).expand()
+        return rest if rest.is_Integer else None
+
+    def _place(self, name: str) -> Expr | None:
+        """Return an integer value as an expression of the loop position, if it is one."""
+        s = self.made.get(name)
+        if isinstance(s, ir.Index):
+            return s.value
+        if isinstance(s, ir.Constant) and not isinstance(s.value, bool):
+            return expr(int(s.value)) if s.value == int(s.value) else None
+        if isinstance(s, ir.Compute) and s.op in ("add", "sub", "neg"):
+            parts = [self._place(a) for a in s.args]
+            if any(p is None for p in parts):
+                return None
+            if s.op == "neg":
+                return -parts[0]  # type: ignore[operator]
+            return parts[0] + parts[1] if s.op == "add" else parts[0] - parts[1]  # type: ignore[operator]
+        return None
+
+    def lengths(self, batch: Expr) -> fx.Node | None:
+        """Return the int64 (batch,) node n where the term says key < n[batch row]."""
+        if self.compare is None or len(self.index) != 4:
+            return None
+        low, high = self.compare.args
+        if self.compare.op == "gt":
+            low, high = high, low
+        elif self.compare.op != "lt":
+            return None
+        load = self.made.get(high)
+        if self._place(low) != self.index[-1] or not isinstance(load, ir.Load):
+            return None
+        node = self.nodes[load.access.param]
+        if g.dtype(node) is not torch.int64 or g.shape(node) != (batch,):
+            return None
+        return node if load.access.offset == self.index[0] and not load.access.mask else None
