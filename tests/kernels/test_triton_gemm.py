@@ -1,0 +1,293 @@
+"""Triton GEMMs in the interpreter against float64, and compiled; tiles chosen, overridden, kept.
+
+In: small operands on the CPU. Out: differences from the formula in float64, bounded by what
+PyTorch's own ops in the same dtype give; spills and access widths of what is compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+from tests.kernels.triton_runner import interpreting, load_function
+from turbotx.errors import OptionsError
+from turbotx.kernels.gemm_choice import (
+    BUCKETS,
+    DEVICES,
+    bucket_of,
+    choose_gemm,
+    choose_tiles,
+    device_class,
+    gemm_job,
+    load_overrides,
+    save_overrides,
+)
+from turbotx.kernels.targets import build
+from turbotx.kernels.triton_gemm import (
+    GemmSchedule,
+    GemmTemplate,
+    fold_norm,
+    gemm_arguments,
+    gemm_grid,
+    gemm_scratch,
+    print_triton_gemm,
+)
+
+SMALL = GemmSchedule(16, 16, 16)
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def run(template: GemmTemplate, schedule: GemmSchedule, **given: torch.Tensor) -> dict[str, Any]:
+    """Run a GEMM over named tensors; return "out" and, where they are left, "stats"."""
+    x, w = given["x"], given["w"]
+    tokens, tiles = len(x), -(-template.n // schedule.n_tile)
+    partial, turns = (nbytes // 4 for nbytes in gemm_scratch(template, schedule, tokens))
+    made = {
+        "out": torch.full((tokens, template.n), float("nan"), dtype=template.dtype),
+        "stats": torch.full((2, tokens, tiles), float("nan")),
+        "partial": torch.full((partial,), float("nan")),
+        "turns": torch.zeros(turns, dtype=torch.int32),
+    }
+    sizes = {"tokens": tokens, "x_row": x.stride(0), "out_row": template.n}
+    sizes["w_row"] = w.stride(1) if template.flipped else w.stride(0)
+    if template.residual:
+        sizes["residual_row"] = given["residual"].stride(0)
+    named = {f"{k}_ptr": t for k, t in (given | made).items()} | sizes
+    args = [named[name] for name, _ in gemm_arguments(template, schedule)]
+    grid = gemm_grid(template, schedule, tokens)
+    consts = {"M_TILE": schedule.m_tile, "N_TILE": schedule.n_tile, "K_TILE": schedule.k_tile}
+    if tokens:
+        with interpreting():
+            load_function(print_triton_gemm(template, schedule), template.name)[grid](
+                *args, **consts
+            )
+    assert (made["turns"] == 0).all()
+    return made
+
+
+def operands(template: GemmTemplate, tokens: int) -> dict[str, torch.Tensor]:
+    rows = template.n * (1 + template.gated)
+    wide = torch.randn(tokens, template.k + 16)  # x is a window on wider rows
+    given = {"x": wide[:, : template.k], "w": torch.randn(rows, template.k) / template.k**0.5}
+    if template.flipped:
+        given["w"] = given["w"].t().contiguous().t()
+    if template.bias:
+        given["bias"] = torch.randn(rows)
+    if template.residual:
+        given["residual"] = torch.randn(tokens, template.n)
+    return {name: t.to(template.dtype) for name, t in given.items()}
+
+
+def meaning(template: GemmTemplate, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    sums = F.linear(given["x"], given["w"], given.get("bias"))
+    sums, gate = sums.chunk(2, 1) if template.gated else (sums, None)
+    out = ACTIVATIONS[template.activation](sums)
+    out = out if gate is None else out * gate
+    return out + given["residual"] if template.residual else out
+
+
+def check(template: GemmTemplate, tokens: int, schedule: GemmSchedule = SMALL) -> None:
+    given = operands(template, tokens)
+    exact = meaning(template, {name: t.double() for name, t in given.items()})
+    own, ours = meaning(template, given).double(), run(template, schedule, **given)["out"].double()
+    unit = torch.finfo(template.dtype).eps * exact.abs().max()
+    assert (ours - exact).abs().max() <= 1.5 * (own - exact).abs().max() + 2 * unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "n", "k"), [(1, 16, 16), (5, 40, 33), (33, 16, 64)], ids=lambda v: str(v)
+)
+def test_sums_of_any_size(dtype: torch.dtype, tokens: int, n: int, k: int) -> None:
+    check(GemmTemplate(dtype, n, k, bias=True), tokens)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_epilogue(activation: str, gated: bool) -> None:
+    template = GemmTemplate(
+        torch.float32, 24, 16, bias=True, activation=activation, gated=gated, residual=True
+    )
+    check(template, 3)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize("gated", [False, True])
+def test_sums_in_parts(splits: int, gated: bool) -> None:
+    template = GemmTemplate(torch.float32, 24, 100, bias=True, gated=gated, residual=True)
+    check(template, 18, replace(SMALL, splits=splits))
+
+
+def test_weights_stored_the_other_way() -> None:
+    check(GemmTemplate(torch.float32, 24, 40, bias=True, gated=True, flipped=True), 5)
+
+
+def test_no_tokens_and_many_groups_of_tiles() -> None:
+    check(GemmTemplate(torch.float32, 16, 16), 16 * 17 + 1)
+    assert gemm_grid(GemmTemplate(torch.float32, 16, 16), SMALL, 0) == (0, 1, 1)
+
+
+@pytest.mark.parametrize(("n", "tile"), [(32, 16), (40, 16), (16, 32)])
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_statistics_are_those_of_what_is_stored(n: int, tile: int, mean: float) -> None:
+    template = GemmTemplate(torch.float32, n, 16, residual=True, stats=True)
+    given = operands(template, 5)
+    given["residual"] += mean
+    made = run(template, replace(SMALL, n_tile=tile), **given)
+    out = made["out"].double()
+    for k, piece in enumerate(out.split(tile, 1)):
+        means, m2 = made["stats"][:, :, k].double()
+        torch.testing.assert_close(means, piece.mean(1), rtol=1e-6, atol=1e-6)
+        exact = (piece - piece.mean(1, keepdim=True)).square().sum(1)
+        torch.testing.assert_close(m2, exact, rtol=1e-4 if mean else 1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean"),
+    [(torch.float32, 0.0), (torch.float32, 1e4), (torch.float16, 1.0), (torch.float16, 100.0),
+     (torch.bfloat16, 0.0), (torch.bfloat16, 30.0)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_norm_between_two_gemms(dtype: torch.dtype, mean: float, norm: str) -> None:
+    first = GemmTemplate(dtype, 40, 32, residual=True, stats=True)
+    given = operands(first, 5)
+    given["residual"] = (given["residual"].float() + mean).to(dtype)
+    made = run(first, SMALL, **given)
+    hidden = made["out"]
+    weight, bias = (torch.randn(24, 40) / 6).to(dtype), torch.randn(24).to(dtype)
+    gamma, beta = torch.randn(40).to(dtype), torch.randn(40).to(dtype)
+    beta = beta if norm == "layer" else torch.zeros_like(beta)
+    folded, sums, shift = fold_norm(weight, gamma, beta, bias)
+
+    def plain(x, w, b, g, s):
+        normal = F.layer_norm(x, (40,), g, s) if norm == "layer" else F.rms_norm(x, (40,), g, 1e-5)
+        return F.linear(normal, w, b)
+
+    template = GemmTemplate(dtype, 24, 40, bias=True, norm=norm)
+    ours = run(
+        template, replace(SMALL, stat_tile=16), x=hidden, w=folded, bias=shift,
+        sums=sums, x_stats=made["stats"],
+    )["out"].double()  # fmt: skip
+    parameters = (weight, bias, gamma, beta)
+    exact = plain(hidden.double(), *(p.double() for p in parameters))
+    own = plain(hidden, *parameters).double()
+    unit = torch.finfo(dtype).eps * exact.abs().max()
+    assert (ours - exact).abs().max() <= 1.5 * (own - exact).abs().max() + 2 * unit
+
+
+def test_sums_are_those_of_the_rounded_weight() -> None:
+    weight = torch.randn(8, 64, dtype=torch.float64).to(torch.bfloat16)
+    folded, sums, shift = fold_norm(weight, torch.rand(64).to(torch.bfloat16))
+    assert folded.dtype is torch.bfloat16
+    assert torch.equal(sums, folded.double().sum(1).float())
+    assert (shift == 0).all()
+
+
+# --- choosing tiles ---
+
+SHAPES = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (1152, 384), (30, 768)]
+
+
+@pytest.mark.parametrize("target", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_tiles_fit_the_device(target: str, dtype: torch.dtype) -> None:
+    device = DEVICES[target]
+    for n, k in SHAPES:
+        for gated in (False, True):
+            template = GemmTemplate(dtype, n, k, gated=gated)
+            for tokens in (1, 16, 40, 128, 500, 4096, 100000):
+                s = choose_tiles(template, tokens, target)
+                assert s.m_tile <= max(16, bucket_of(tokens))
+                held = (s.m_tile + s.n_tile * (1 + gated)) * s.k_tile * dtype.itemsize
+                assert held * s.num_stages <= device.shared_nbytes
+                assert s.splits == 1 or s.splits * s.k_tile <= k
+
+
+def test_any_stream_of_lengths_needs_a_handful_of_builds() -> None:
+    template = GemmTemplate(torch.float16, 768, 768)
+    chosen = {choose_tiles(template, tokens, "sm_90") for tokens in range(1, 5000, 7)}
+    assert len(chosen) <= len(BUCKETS)
+    busy = choose_gemm(template, 16, "sm_90").grid
+    assert busy[0] * busy[1] >= 64  # few tokens: narrow tiles, and sums in parts
+
+
+def test_a_choice_can_be_overridden_kept_and_read_again(tmp_path: Path) -> None:
+    template = GemmTemplate(torch.float16, 768, 768, norm="layer")
+    mine = GemmSchedule(32, 64, 64, 8, 2, 4)
+    table = {(64, 768, 768, torch.float16, "sm_90"): mine}
+    save_overrides(tmp_path / "tiles.json", table)
+    assert load_overrides(tmp_path / "tiles.json") == table
+    launch = choose_gemm(template, 40, "sm_90", table, stat_tile=128)
+    assert launch.schedule == replace(mine, stat_tile=128)
+    assert launch.grid == (2 * 12, 4, 1)
+    assert (launch.partial_nbytes, launch.turns_nbytes) == (24 * 4 * 32 * 64 * 4, 24 * 4)
+    assert choose_gemm(template, 65, "sm_90", table).schedule.num_warps != 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[", "no table of GEMM tiles"), ('[{"tokens": 16}]', "no choice"),
+     ('[{"tokens": 17, "n": 1, "k": 1, "dtype": "float16", "target": "sm_90", "schedule": '
+      '{"m_tile": 16, "n_tile": 16, "k_tile": 16}}]', "tokens is 17")],
+)  # fmt: skip
+def test_a_broken_table_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "tiles.json").write_text(text)
+    with pytest.raises(OptionsError, match=message):
+        load_overrides(tmp_path / "tiles.json")
+
+
+def test_devices_between_the_classes_count_as_the_older_one() -> None:
+    assert device_class("sm_89") is DEVICES["sm_80"]
+    assert device_class("sm_120") is DEVICES["sm_100"]
+
+
+# --- compiled ---
+
+FULL = {"bias": True, "residual": True, "stats": True}
+TEMPLATES = [
+    GemmTemplate(torch.float16, 768, 3072, **FULL),
+    GemmTemplate(torch.bfloat16, 3072, 768, bias=True, activation="gelu", norm="layer"),
+    GemmTemplate(torch.float16, 2816, 1024, activation="silu", gated=True, norm="rms"),
+    GemmTemplate(torch.float32, 768, 768, activation="gelu_tanh", norm="layer", **FULL),
+    GemmTemplate(torch.float16, 2304, 768, bias=True, flipped=True),
+]
+
+
+def check_built(template: GemmTemplate, tokens: int, targets: list[str]) -> None:
+    for b in build([choose_gemm(template, tokens, t, stat_tile=64).job for t in targets]):
+        assert b.resources.spills == 0, (b.job.name, b.job.target, b.job.constexprs, b.resources)
+        assert b.resources.load_bits >= 128, (b.job.name, b.job.target, b.resources)
+
+
+@pytest.mark.parametrize("tokens", [16, 1024])
+def test_builds_without_spills(tokens: int) -> None:
+    check_built(TEMPLATES[1], tokens, ["sm_90"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", BUCKETS)
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.name)
+def test_every_bucket_builds_for_every_target(template: GemmTemplate, tokens: int) -> None:
+    check_built(template, tokens, list(DEVICES))
+
+
+def test_unaligned_rows_are_loaded_narrowly() -> None:
+    template = GemmTemplate(torch.float16, 64, 64)
+    job = gemm_job(template, "sm_90", choose_tiles(template, 16, "sm_90"), divisible=())
+    (built,) = build([job])
+    assert built.resources.load_bits < 128

@@ -1,0 +1,233 @@
+"""Which tiles a GEMM gets: a table of heuristics for each device class, overridable entry by entry.
+
+In: how many tokens, a `GemmTemplate`, a target. Out: a `GemmLaunch`: the job to compile, its grid
+and its scratch. Tokens count by bucket, so that any stream of lengths needs a handful of builds::
+
+    choose_gemm(template, tokens=40, target="sm_90").schedule
+        ->  GemmSchedule(m_tile=64, n_tile=32, k_tile=128, ..., splits=2)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from turbotx.errors import OptionsError
+from turbotx.kernels.targets import POINTEES, Job, fit_warps
+from turbotx.kernels.triton_gemm import (
+    GemmSchedule,
+    GemmTemplate,
+    gemm_arguments,
+    gemm_grid,
+    gemm_scratch,
+    print_triton_gemm,
+)
+
+# Token counts that are told apart; a count belongs to the first bucket that holds it.
+BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 4096)
+# Steps through k that a part of a split sum should at least make: fewer do not hide memory latency.
+FEWEST_STEPS = 3
+MOST_SPLITS = 8
+
+
+@dataclass(frozen=True)
+class DeviceClass:
+    """What the choice of tiles depends on: processors, shared memory for one program, stages that
+    pay. widest: the largest m and n tile whose float32 sums stay in registers, with 8 warps."""
+
+    processors: int
+    shared_nbytes: int
+    stages: int
+    widest: tuple[int, int] = (128, 128)
+
+
+# From the vendors' data sheets: A100, H100 SXM, B200, MI300X.
+DEVICES = {
+    "sm_80": DeviceClass(108, 160 * 1024, 4),
+    "sm_90": DeviceClass(132, 224 * 1024, 4, (128, 256)),
+    "sm_100": DeviceClass(148, 224 * 1024, 4, (128, 256)),
+    "gfx942": DeviceClass(304, 64 * 1024, 2),
+}
+
+Key = tuple[int, int, int, torch.dtype, str]
+
+
+@dataclass(frozen=True)
+class GemmLaunch:
+    """A GEMM at a number of tokens: what to compile, on how many programs, with what scratch.
+
+    partial_nbytes: float32 sums of the parts, any contents. turns_nbytes: int32 counters that must
+    be zero, and are again when the launch has ended.
+    """
+
+    job: Job
+    schedule: GemmSchedule
+    grid: tuple[int, int, int]
+    partial_nbytes: int
+    turns_nbytes: int
+
+
+def device_class(target: str) -> DeviceClass:
+    """Return the class of a target; an NVIDIA GPU of another kind counts as the next older one."""
+    if target in DEVICES:
+        return DEVICES[target]
+    number = int(target.removeprefix("sm_")) if target.removeprefix("sm_").isdigit() else 0
+    older = [n for n in DEVICES if n.startswith("sm_") and int(n[3:]) <= number]
+    return DEVICES[older[-1] if older else "sm_80"]
+
+
+def bucket_of(tokens: int) -> int:
+    """Return the bucket of a number of tokens; the last one holds all larger numbers."""
+    return next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
+
+
+def choose_tiles(template: GemmTemplate, tokens: int, target: str) -> GemmSchedule:
+    """Return the heuristic's tiles for the bucket of `tokens`.
+
+    For few tokens the weight streams through every processor once: tiles are narrow, and the sums
+    are split until all processors have work. For many, tiles are as large as registers allow.
+    """
+    device, bucket = device_class(target), bucket_of(tokens)
+    size = template.dtype.itemsize
+    if size == 4 and not template.tf32:
+        return _on_ordinary_units(template, bucket, device)
+    m_tile = min(device.widest[0], max(16, bucket)) if bucket <= 256 else device.widest[0]
+    n_tile = _widest_that_fills(template, bucket, m_tile, device)
+    k_tile = 128 if template.k >= 2048 and m_tile * n_tile <= 64 * 64 else 64
+    k_tile = k_tile * 2 // size
+    stages = device.stages
+    while stages > 2 and _shared_nbytes(template, m_tile, n_tile, k_tile, stages) > (
+        device.shared_nbytes
+    ):
+        stages -= 1
+    while k_tile > 32 and _shared_nbytes(template, m_tile, n_tile, k_tile, stages) > (
+        device.shared_nbytes
+    ):
+        k_tile //= 2
+    warps = 8 if m_tile * n_tile * (1 + template.gated) >= 128 * 128 else 4
+    splits = _splits(template, bucket, m_tile, n_tile, k_tile, device)
+    return GemmSchedule(m_tile, n_tile, k_tile, warps, stages, splits)
+
+
+def _widest_that_fills(
+    template: GemmTemplate, bucket: int, m_tile: int, device: DeviceClass
+) -> int:
+    """Return the widest n tile that still gives every processor a program; 32 if none does."""
+    widest = device.widest[1] // (2 if template.gated else 1)
+    if m_tile <= 32:
+        widest = min(widest, 128)
+    for n_tile in (256, 128, 64):
+        tiles = -(-bucket // m_tile) * -(-template.n // n_tile)
+        if n_tile <= widest and tiles >= device.processors:
+            return n_tile
+    return 32
+
+
+def _on_ordinary_units(template: GemmTemplate, bucket: int, device: DeviceClass) -> GemmSchedule:
+    """Full float32 products: small tiles, which stay in registers, and little in flight."""
+    m_tile = 16 if bucket <= 16 else 32
+    n_tile = 32 if template.gated or m_tile == 16 else 64
+    splits = _splits(template, bucket, m_tile, n_tile, 32, device)
+    return GemmSchedule(m_tile, n_tile, 32, 4, 2, splits)
+
+
+def _shared_nbytes(template: GemmTemplate, m: int, n: int, k: int, stages: int) -> int:
+    return (m + n * (1 + template.gated)) * k * template.dtype.itemsize * stages
+
+
+def _splits(
+    template: GemmTemplate, bucket: int, m_tile: int, n_tile: int, k_tile: int, device: DeviceClass
+) -> int:
+    """Return into how many parts to split k so that the processors have work, one if they do."""
+    tiles = -(-bucket // m_tile) * -(-template.n // n_tile)
+    steps = -(-template.k // k_tile)
+    splits = 1
+    while (
+        splits < MOST_SPLITS
+        and tiles * splits * 2 <= device.processors
+        and steps // (splits * 2) >= FEWEST_STEPS
+    ):
+        splits *= 2
+    return splits
+
+
+def choose_gemm(
+    template: GemmTemplate,
+    tokens: int,
+    target: str,
+    overrides: Mapping[Key, GemmSchedule] | None = None,
+    stat_tile: int = 0,
+    divisible: Iterable[str] = ("x_row", "w_row", "out_row", "residual_row"),
+    name: str | None = None,
+) -> GemmLaunch:
+    """Return how to run a GEMM at `tokens`.
+
+    overrides: tiles by (bucket, n, k, dtype, target) that go before the heuristics. stat_tile: the
+    columns of each of x's statistics. divisible: the strides that are multiples of 16.
+    """
+    key = (bucket_of(tokens), template.n, template.k, template.dtype, target)
+    schedule = (overrides or {}).get(key) or choose_tiles(template, tokens, target)
+    if template.norm != "none":
+        schedule = GemmSchedule(**{**asdict(schedule), "stat_tile": stat_tile or template.k})
+    job = gemm_job(template, target, schedule, divisible, name)
+    scratch = gemm_scratch(template, schedule, tokens)
+    return GemmLaunch(job, schedule, gemm_grid(template, schedule, tokens), *scratch)
+
+
+def gemm_job(
+    template: GemmTemplate,
+    target: str,
+    schedule: GemmSchedule,
+    divisible: Iterable[str] = ("x_row", "w_row", "out_row", "residual_row"),
+    name: str | None = None,
+) -> Job:
+    """Return the job that compiles a GEMM; arguments as `gemm_arguments` lists them."""
+    kinds = {"storage": f"*{POINTEES[template.dtype]}", "fp32": "*fp32", "i32": "*i32"}
+    given = gemm_arguments(template, schedule)
+    tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
+    multiples = set(divisible)
+    return Job(
+        name=name or template.name,
+        source=print_triton_gemm(template, schedule, name),
+        target=target,
+        signature=(
+            *((a, kinds.get(kind, "i32")) for a, kind in given),
+            *((tile, "constexpr") for tile, _ in tiles),
+        ),
+        constexprs=tiles,
+        divisible=tuple(a for a, kind in given if kind != "size" or a in multiples),
+        num_warps=fit_warps(schedule.num_warps, target),
+        num_stages=schedule.num_stages,
+    )
+
+
+def save_overrides(path: Path, overrides: Mapping[Key, GemmSchedule]) -> None:
+    """Write measured choices as JSON, one object an entry."""
+    rows = [
+        {"tokens": t, "n": n, "k": k, "dtype": str(dtype).removeprefix("torch."), "target": target}
+        | {"schedule": asdict(schedule)}
+        for (t, n, k, dtype, target), schedule in overrides.items()
+    ]
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def load_overrides(path: Path) -> dict[Key, GemmSchedule]:
+    """Read what `save_overrides` wrote; raise OptionsError naming the entry that is wrong."""
+    found: dict[Key, GemmSchedule] = {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionsError(f"no table of GEMM tiles can be read from {path}: {error}") from error
+    for row in rows:
+        try:
+            key = (row["tokens"], row["n"], row["k"], getattr(torch, row["dtype"]), row["target"])
+            found[key] = GemmSchedule(**row["schedule"])
+            if key[0] not in BUCKETS:
+                raise ValueError(f"tokens is {key[0]}, the buckets are {BUCKETS}")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise OptionsError(f"{path} has an entry that is no choice: {row} ({error})") from error
+    return found
