@@ -29,6 +29,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 BEGIN, END = "<!-- results: docs/generate.py -->", "<!-- end of results -->"
 NOT_YET = "not yet measured"
+QUIET_CORES = 0.2  # what others may use of the machine while a latency is measured
 
 # --- the picture: one layer before and after ------------------------------------------------
 
@@ -134,6 +135,7 @@ def results_table(folder: Path = RESULTS) -> str:
     for file, maker in (
         ("memory", _memory_rows),
         ("cpu_kernels", _kernel_rows),
+        ("latency", _latency_rows),
         ("serving_sim", _serving_rows),
         ("serving_minilm", _server_rows),
     ):
@@ -142,7 +144,6 @@ def results_table(folder: Path = RESULTS) -> str:
         script = f"{file}.py".replace("_minilm.py", ".py minilm")
         rows += [f"| {what} | {result} | `benchmarks/{script}` |" for what, result in maker(found)]
     for what in (
-        "Latency of whole models on a CPU, against eager, torch.compile and ONNX Runtime",
         "Fused Triton kernels on a GPU: time and achieved bandwidth",
         "Latency of whole models on a GPU",
     ):
@@ -189,6 +190,28 @@ def _kernel_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"{statistics.median(ratios):.2f} x the speed of the fastest of PyTorch's ways (median "
             f"of {len(ratios)} sizes, worst {min(ratios):.2f} x; {machine['device']}, "
             f"{machine['threads']} threads, preliminary)",
+        )
+
+
+def _latency_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """One row a model and dtype; shapes measured while others used the cores are left out."""
+    models: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for row in found.get("rows", []):
+        engines = row["engines"]
+        if engines.get("turbotx", {"others_cores": 1.0})["others_cores"] <= QUIET_CORES:
+            medians = {e: x["median_ms"] for e, x in engines.items()}
+            models.setdefault((row["model"], row["dtype"]), []).append(medians)
+    if not models:
+        yield "Latency of whole models on a CPU", NOT_YET
+    for (model, dtype), rows in models.items():
+        parts = []
+        for engine in dict.fromkeys(e for r in rows for e in r if e != "turbotx"):
+            ratios = [r[engine] / r["turbotx"] for r in rows if engine in r]
+            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} x as long by {engine}")
+        shown = f"{', '.join(parts)} ({len(rows)} shapes; {found['machine']['device']}, "
+        yield (
+            f"Latency of {model} in {dtype} on a CPU",
+            f"{shown}{found['machine']['threads']} threads, preliminary)",
         )
 
 
