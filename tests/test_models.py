@@ -57,16 +57,15 @@ def test_small_models_of_other_architectures(architecture: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "most"), [("bert", 8), ("gpt2", 8), ("llama", 9)])
-def test_launches_a_layer(architecture: str, most: int) -> None:
-    """Llama's ninth is the gate of its MLP, or a part of the GEMM before it."""
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
+def test_launches_a_layer(architecture: str) -> None:
     totals = []
     for layers in (2, 3):
         model = small_model(architecture, layers=layers)
         fast = turbotx.optimize(model, backend="aten")
         fast(**make_inputs(model, 2, 8, torch.float32))
         totals.append(len(fast._engine.variants()[0].assembly.launches))
-    assert totals[1] - totals[0] <= most
+    assert totals[1] - totals[0] <= 8
 
 
 @pytest.mark.slow
