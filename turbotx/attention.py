@@ -27,6 +27,7 @@ def attention(
     causal: bool = False,
     window: tuple[int, int] = NO_WINDOW,
     blind_nan: bool = False,
+    blind_mean: bool = False,
 ) -> torch.Tensor:
     """Return softmax(q k^T * scale + bias) v by PyTorch's own ops: the kernel's meaning.
 
@@ -35,11 +36,15 @@ def attention(
     k_len). causal hides keys after the query; window (left, right) hides those more than so many
     places before and after it, -1 for no limit. A query that sees no key gets zeros, as in
     torch.nn.functional.scaled_dot_product_attention, or with blind_nan NaN, as a softmax over
-    scores of -inf gives.
+    scores of -inf gives, or with blind_mean the mean of the values, as where the scores of hidden
+    keys are the most negative float instead (keys alone may hide then).
     """
     visible = _visible(q, k, keys, causal, window)
     mask, plainly_causal = bias, False
-    if mask is None:
+    if blind_mean and visible is not None:
+        mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask.to(q.dtype)
+        mask = torch.where(visible, mask, torch.finfo(q.dtype).min)
+    elif mask is None:
         plainly_causal = causal and keys is None and tuple(window) == NO_WINDOW
         mask = None if plainly_causal else visible
     elif visible is not None:

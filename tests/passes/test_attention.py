@@ -57,6 +57,20 @@ def positions(length):
     return torch.arange(length)
 
 
+def test_a_bias_stays_without_a_batch_where_the_mask_only_hides_keys() -> None:
+    """As T5 adds its position bias; a row without keys gets the mean of the values."""
+    table, keys = torch.randn(4, 5, 5), torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
+
+    def inner(q, k, v, keys, table):
+        least = torch.finfo(q.dtype).min
+        mask = torch.where(keys[:, None, None, :] > 0, table[None], least)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+
+    (node,) = recognized(inner, keys, table)
+    assert node.kwargs["blind_mean"]
+    assert shape(node.args[3])[1:3] == (1, 1) and shape(node.args[4])[0] == 1
+
+
 def repeat_heads(x: torch.Tensor, times: int) -> torch.Tensor:
     batch, heads, length, width = x.shape
     wide = x[:, :, None].expand(batch, heads, times, length, width)

@@ -20,6 +20,8 @@ from turbotx.attention import NO_WINDOW
 from turbotx.kernels.cpp import STORAGE
 from turbotx.sizes import ZERO, Expr
 
+# What hides a key beside others, and not where there are no others: any score vanishes in it.
+MOST_HIDDEN = -1e30
 SIZES = (
     "batch", "heads", "kv_heads", "q_len", "k_len",
     "q.batch", "q.head", "q.row", "k.batch", "k.head", "k.row", "v.batch", "v.head", "v.row",
@@ -34,7 +36,8 @@ class AttentionKernel:
 
     bias is "none", "boolean", "float32" or "storage" (the dtype of q). keys: "all", "mask" or
     "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
-    -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan.
+    -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
+    with blind_mean the mean of all values.
     """
 
     dtype: torch.dtype
@@ -45,6 +48,7 @@ class AttentionKernel:
     keys: str = "all"
     window: tuple[int, int] = NO_WINDOW
     blind_nan: bool = False
+    blind_mean: bool = False
 
     @property
     def name(self) -> str:
@@ -53,7 +57,7 @@ class AttentionKernel:
         window = "" if self.window == NO_WINDOW else "_window"
         keys = {"all": "", "mask": "_key_mask", "lengths": "_lengths"}[self.keys]
         bias = "" if self.bias == "none" else f"_{self.bias}_bias"
-        blind = "_nan" if self.blind_nan else ""
+        blind = "_nan" if self.blind_nan else "_mean" if self.blind_mean else ""
         return f"attention_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{blind}"
 
 
@@ -79,6 +83,7 @@ def describe_attention(
         "all" if keys is None else "mask" if keys.dtype is torch.bool else "lengths",
         tuple(said.get("window", NO_WINDOW)),
         bool(said.get("blind_nan", False)),
+        bool(said.get("blind_mean", False)),
     )
     strides = [s for o in operands[:3] for s in o.strides[:3]]
     strides += [out.strides[0], out.strides[2], out.strides[1]]
@@ -106,6 +111,7 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
     fields += [f"  s.window_left = {left};"] * (left >= 0)
     fields += [f"  s.window_right = {right};"] * (right >= 0)
     fields += ["  s.blind_nan = true;"] * kernel.blind_nan
+    fields += [f"  s.hidden = {MOST_HIDDEN!r}f;"] * kernel.blind_mean
     lines = [
         f'extern "C" int {name}(void* const* args, const int64_t* sizes) {{',
         "  ttx::AttentionShape s;",

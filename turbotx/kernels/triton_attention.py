@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from turbotx.attention import NO_WINDOW
-from turbotx.kernels.cpp_attention import SIZES, AttentionKernel
+from turbotx.kernels.cpp_attention import MOST_HIDDEN, SIZES, AttentionKernel
 from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton_reduce import TYPES
 
@@ -167,6 +167,7 @@ class _Attention:
             f"k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, {self._mask('key_ok')})",
             f"scores = tl.dot(q, tl.trans(k){precision}) * {k.scale * LOG2E!r}",
             *self._visible(),
+            *[f"scores = tl.where(mask != 0, scores, {MOST_HIDDEN!r})"] * k.blind_mean,
             'scores = tl.where(visible, scores, float("-inf"))',
             "larger = tl.maximum(largest, tl.max(scores, 1, keep_dims=True))",
             "# A query that has seen no key yet has no largest score to subtract.",
@@ -194,7 +195,7 @@ class _Attention:
                 "mask = tl.load(",
                 "    keys_ptr + batch_index * key_mask_stride + col, mask=col < k_len, other=0",
                 ")",
-                "visible = visible & (mask != 0)",
+                *["visible = visible & (mask != 0)"] * (not k.blind_mean),
             ]
         if self.right is not None:
             reach = f" + {self.right}" if self.right else ""

@@ -22,7 +22,7 @@ from turbotx import graph as g
 from turbotx.attention import NO_WINDOW, attention, attention_scores, attention_values
 from turbotx.errors import OptionsError
 from turbotx.passes.masks import Mask, understand_mask
-from turbotx.passes.operands import share_heads, take_scale
+from turbotx.passes.operands import share_heads, take_hidden, take_scale
 
 aten = torch.ops.aten
 
@@ -34,7 +34,8 @@ WIDEST_HEAD = 256
 class Found:
     """An attention in the graph: softmax(q k^T * scale + mask) v, heads before rows.
 
-    blind_nan: a query that sees no key gets NaN instead of zeros.
+    blind_nan: a query that sees no key gets NaN instead of zeros; blind_mean: the mean of the
+    values. bias: added beside a mask that is boolean.
     """
 
     q: fx.Node
@@ -44,6 +45,8 @@ class Found:
     scale: float
     causal: bool = False
     blind_nan: bool = False
+    bias: fx.Node | None = None
+    blind_mean: bool = False
 
 
 def recognize_attention(graph: fx.Graph, way: str = "auto") -> None:
@@ -63,6 +66,7 @@ def recognize_attention(graph: fx.Graph, way: str = "auto") -> None:
         if found is None:
             continue
         found = replace(found, k=share_heads(found.k), v=share_heads(found.v))
+        found = _part_mask(found)
         write = _choose(node, found, way)
         if write is not None:
             if found.q not in (found.k, found.v):
@@ -131,6 +135,20 @@ def _why_not_flash(found: Found) -> str:
     return f"its head_dim {width} is above {WIDEST_HEAD}" if width > WIDEST_HEAD else ""
 
 
+def _part_mask(found: Found) -> Found:
+    """Where a float mask only hides keys, beside a bias, say both: the bias then stays as small as
+    it was (T5's has no batch dim)."""
+    parts = None if found.mask is None or len(g.shape(found.q)) != 4 else take_hidden(found.mask)
+    if parts is None:
+        return found
+    visible, bias = parts
+    said = Mask()
+    understand_mask(visible, found.q, found.k, said)
+    if said.rest or said.causal or said.window != NO_WINDOW or not said.keys or found.causal:
+        return found
+    return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=True)
+
+
 def _split(found: Found) -> Mask:
     said = Mask(causal=found.causal)
     if found.mask is not None and g.dtype(found.mask) is torch.bool:
@@ -140,16 +158,21 @@ def _split(found: Found) -> Mask:
 
 def _write_flash(node: fx.Node, found: Found) -> fx.Node:
     said = _split(found)
-    keys = said.lengths.get(said.keys[0]) if len(said.keys) == 1 else None
+    counted = len(said.keys) == 1 and not found.blind_mean
+    keys = said.lengths.get(said.keys[0]) if counted else None
     keys = _conjunction(node, said.keys) if keys is None else keys
     bias = _conjunction(node, said.rest)
     if found.mask is not None and g.dtype(found.mask) is not torch.bool:
         bias = _as_bias(node, found.mask, g.dtype(found.q))
+    elif found.bias is not None:
+        bias = _as_bias(node, found.bias, g.dtype(found.q))
     kwargs: dict[str, Any] = {"scale": found.scale, "causal": said.causal}
     if said.window != NO_WINDOW:
         kwargs["window"] = said.window
     if found.blind_nan:
         kwargs["blind_nan"] = True
+    if found.blind_mean:
+        kwargs["blind_mean"] = True
     return g.emit(node, attention, found.q, found.k, found.v, keys, bias, **kwargs)
 
 
@@ -173,10 +196,13 @@ def _write_fused_softmax(node: fx.Node, found: Found) -> fx.Node:
         visible.append(_band(node, scores, aten.triu.default, -left))
     if found.mask is not None and g.dtype(found.mask) is not torch.bool:
         below = g.emit(node, aten.add.Tensor, below, found.mask)
+    if found.bias is not None:
+        below = g.emit(node, aten.add.Tensor, below, found.bias)
     if visible:
         hidden = g.emit(node, aten.logical_not.default, _conjunction(node, visible))
-        below = g.emit(node, aten.masked_fill.Scalar, below, hidden, -math.inf)
-    if found.blind_nan or not (visible or found.mask is not None):
+        least = torch.finfo(torch.float32).min if found.blind_mean else -math.inf
+        below = g.emit(node, aten.masked_fill.Scalar, below, hidden, least)
+    if found.blind_nan or found.blind_mean or not (visible or found.mask is not None):
         shares = g.emit(node, aten._softmax.default, below, -1, False)
     else:
         shares = g.emit(node, aten._safe_softmax.default, below, -1)

@@ -36,6 +36,28 @@ def share_heads(node: Any) -> Any:
     return thin.args[0] if g.shape(node) == grouped else node
 
 
+def take_hidden(mask: Any) -> tuple[fx.Node, fx.Node | None] | None:
+    """Return (visible, bias) of a float mask where(visible, bias, most negative float), or None.
+
+    bias is None where it is the number 0.
+    """
+    if not g.is_call(mask, aten.where.self):
+        return None
+    visible, bias, low = mask.args
+    if _number(low) != torch.finfo(g.dtype(mask)).min or g.dtype(visible) is not torch.bool:
+        return None
+    return visible, None if _number(bias) == 0 else bias
+
+
+def _number(node: Any) -> Any:
+    """Return the number that a tensor of one element was made from; None for others."""
+    if g.is_call(node, aten.scalar_tensor.default):
+        return node.args[0]
+    if g.is_call(node, aten.full.default) and not g.shape(node):
+        return node.args[1]
+    return None
+
+
 def take_scale(q: Any) -> tuple[Any, float]:
     """Return q without its multiplication by a number, and the number, where only q reads it.
 

@@ -43,7 +43,7 @@ struct HeadOperands {
   const float* keys;
   const float* values;
   long value_stride;
-  const float* hidden;  // 0 or -inf per key, or null
+  const float* hidden;  // 0 or AttentionShape::hidden per key, or null
   long count;           // of keys
 };
 
@@ -165,7 +165,7 @@ HeadOperands prepare_head(const AttentionShape& s, const T* k, const T* v, long 
   if (s.key_mask != nullptr) {
     float* hidden = scratch + padded_keys * D + value_size;
     const bool* mask = s.key_mask + batch * s.key_mask_stride;
-    for (long j = 0; j < count; ++j) hidden[j] = mask[j] ? 0.0f : kMinusInf;
+    for (long j = 0; j < count; ++j) hidden[j] = mask[j] ? 0.0f : s.hidden;
     head.hidden = hidden;
   }
   return head;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace ttx {
 
@@ -20,6 +21,7 @@ struct AttentionShape {
 
   const bool* key_mask = nullptr;                                 // [batch][k]: false hides the key
   long key_mask_stride = 0;                                       // between batches
+  float hidden = -std::numeric_limits<float>::infinity();         // added to a hidden key's score
   const int64_t* lengths = nullptr;                               // [batch]: keys there are
 
   const void* bias = nullptr;                                     // added to scale * q . k; a
