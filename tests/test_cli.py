@@ -49,6 +49,10 @@ def bare():
     return Block().eval()
 
 
+def norm():
+    return nn.LayerNorm(8).eval(), (torch.randn(2, 8),)
+
+
 def number():
     return 7
 
@@ -206,11 +210,14 @@ def test_weights_from_a_file(run, factory: Path, tmp_path: Path) -> None:
 
 def test_one_stage_is_printed_and_nothing_written(run, factory: Path, tmp_path: Path) -> None:
     model = f"{factory}:make"
-    ran = run("compile", model, "--stage", "cpp", "--out", tmp_path / "out")
+    ran = run("compile", f"{factory}:norm", "--stage", "cpp", "--out", tmp_path / "out")
     assert ran.code == 0 and 'extern "C" int fused_' in ran.out
     assert not (tmp_path / "out").exists()
+    ran = run("compile", model, "--stage", "cpp")
+    assert ran.code == 0 and ran.out == "" and "no kernel was generated" in ran.err
     found = json.loads(run("compile", model, "--stage", "memory", "--json").out)
-    assert found["stage"] == "memory" and json.loads(found["text"])["peak_nbytes"] > 0
+    plan = json.loads(found["text"])
+    assert found["stage"] == "memory" and plan["peak_nbytes"] == 0, "one launch, into the output"
     ran = run("compile", model, "--stage", "assembly")
     assert ran.code == 2 and "captured, fused, triton, cpp, memory, report" in ran.err
     ran = run("compile", model)

@@ -85,8 +85,8 @@ def test_verify_names_a_kernel_that_is_wrong(
     harsh = {
         case: {e["name"]: e["holds"] for e in v} for case, v in ran.json["adversarial"].items()
     }
-    assert not harsh["-inf rows"]["fused_add_gelu_0"]
-    assert harsh["large mean"]["fused_add_gelu_0"], "gelu(x) is x there, whatever its factor"
+    assert not harsh["-inf rows"]["fused_add_gelu_mul_0"]
+    assert harsh["large mean"]["fused_add_gelu_mul_0"], "gelu(x) is x there, whatever its factor"
 
 
 def test_verify_catches_a_wrong_pass_in_the_outputs(

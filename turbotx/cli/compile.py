@@ -82,6 +82,9 @@ def print_stage(model: Source, stage: str, shapes: Sequence[str], output: Output
     text = stage_text(report, stage)
     if not output.as_json:
         sys.stdout.write(text)
+        if not text:
+            why = "what lies between the GEMMs is part of their launches, or runs in PyTorch"
+            output.errors.print(f"no kernel was generated: {why}")
     output.result({"model": str(model), "stage": stage, "dims": report.dims, "text": text})
     return OK
 

@@ -56,7 +56,9 @@ def choose_attention_schedule(
         return AttentionSchedule(q_tile, 32 if depth <= 64 else 16, 8 if depth == 128 else 4, 1)
     if few:
         return AttentionSchedule(16, 64 if depth <= 128 else 32, 4)
-    return AttentionSchedule(64, 64 if depth <= 128 else 32, 4 if depth <= 64 else 8)
+    # A bias in flight beside the scores does not fit the registers of four warps.
+    wide = depth > 64 or kernel.bias == "storage"
+    return AttentionSchedule(64, 64 if depth <= 128 else 32, 8 if wide else 4)
 
 
 def print_triton_attention(
