@@ -9,6 +9,7 @@ In: a model and options. Out: the model's outputs, from one compiled variant per
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -29,6 +30,7 @@ from turbotx.pipeline import Compiled, bind_weights, compile_captured
 from turbotx.placement import find_device, open_device
 from turbotx.program import Binding
 from turbotx.runtime.device import Device
+from turbotx.runtime.native import start_runtime
 from turbotx.signature import SizeMatcher
 
 log = logging.getLogger("turbotx")
@@ -140,8 +142,10 @@ class Engine:
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
         # What cannot run is said before the seconds that tracing takes.
-        self._open_device(pytree.tree_leaves((args, kwargs)))
-        with self._plain():
+        _, device = self._open_device(pytree.tree_leaves((args, kwargs)))
+        if device is None and self.options.backend != "aten":
+            start_runtime()
+        with self._plain(), _without_collection():
             captured = capture(self.model, args, kwargs)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
         return captured
@@ -234,6 +238,18 @@ class Engine:
                 )
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
             program.reserve(program.bind(values))
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Meanwhile no cyclic garbage is looked for: a trace makes a million objects, all alive."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from turbotx import ir
 from turbotx.assemble import Assembly
-from turbotx.kernels.build import build_library
+from turbotx.kernels.build import build_library, cache_directory
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
 from turbotx.kernels.cpp_products import ProductKernel, print_product
@@ -28,8 +29,32 @@ ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention.h"\n\n'
 PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
 
 
+_started: dict[Path, Future[tuple[ctypes.CDLL, bool]]] = {}
+"""By cache directory: the runtime that is being built in the background, until it is asked for."""
+
+
+def start_runtime() -> None:
+    """Begin to build the C++ runtime in the background: capturing a call leaves a core idle.
+
+    What fails there is raised by the `load_runtime` that comes next.
+    """
+    folder = cache_directory()
+    if folder not in _started:
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turbotx-build")
+        _started[folder] = worker.submit(_build_runtime)
+        worker.shutdown(wait=False)
+
+
 def load_runtime() -> tuple[ctypes.CDLL, bool]:
-    """Build and load the C++ runtime, shared by every program."""
+    """Return the C++ runtime, shared by every program, and whether it had to be compiled.
+
+    Raises NoCompilerError, or BuildError with the compiler's own words.
+    """
+    begun = _started.pop(cache_directory(), None)
+    return begun.result() if begun is not None else _build_runtime()
+
+
+def _build_runtime() -> tuple[ctypes.CDLL, bool]:
     source = (Path(__file__).parent / "native.cpp").read_text()
     library, built = build_library({"runtime": source})
     declare_runtime(library)
