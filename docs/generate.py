@@ -136,6 +136,8 @@ def results_table(folder: Path = RESULTS) -> str:
         ("memory", _memory_rows),
         ("cpu_kernels", _kernel_rows),
         ("latency", _latency_rows),
+        ("cold_start", _cold_rows),
+        ("saved_model", _saved_rows),
         ("serving_sim", _serving_rows),
         ("serving_minilm", _server_rows),
     ):
@@ -213,6 +215,17 @@ def _latency_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"Latency of {model} in {dtype} on a CPU",
             f"{shown}{found['machine']['threads']} threads, preliminary)",
         )
+
+
+def _cold_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    what = "First call of MiniLM on a CPU, capture included"
+    times = [f"{found[c]['first_call_ms'] / 1e3:.1f} s" for c in ("empty", "warm") if found]
+    yield what, f"{times[0]} with an empty cache, {times[1]} with a warm one" if times else NOT_YET
+
+
+def _saved_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    what = "A saved MiniLM, from the file to its first result in a fresh process without a compiler"
+    yield what, f"{found['median']['file_to_first_result_ms']:.0f} ms" if found else NOT_YET
 
 
 def _ahead(engines: dict[str, Any]) -> float:
