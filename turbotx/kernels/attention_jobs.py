@@ -8,7 +8,7 @@ addresses. Out: a `Job`: source, signature, tiles, and the arguments that are mu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.cpp_products import ProductKernel
@@ -50,18 +50,9 @@ def attention_job(
         kinds = {"boolean": "*i1", "float32": "*fp32", "storage": stored}
         pointers.append(("bias_ptr", kinds[kernel.bias]))
     tiles = (("Q_TILE", schedule.q_tile), ("K_TILE", schedule.k_tile))
-    return Job(
-        name=name or kernel.name,
-        source=print_triton_attention(kernel, schedule, name),
-        target=target,
-        signature=(
-            *pointers, *((size, "i32") for size in NAMES), *((t, "constexpr") for t, _ in tiles),
-        ),
-        constexprs=tiles,
-        divisible=_assumed(pointers, unaligned, NAMES, divisible),
-        num_warps=fit_warps(schedule.num_warps, target),
-        num_stages=schedule.num_stages,
-    )  # fmt: skip
+    source = print_triton_attention(kernel, schedule, name)
+    assumed = _assumed(pointers, unaligned, NAMES, divisible)
+    return _job(name or kernel.name, source, target, schedule, pointers, NAMES, tiles, assumed)
 
 
 def product_job(
@@ -82,16 +73,26 @@ def product_job(
     pointers = [("a_ptr", stored), ("b_ptr", stored), ("out_ptr", out)]
     known = packed_strides(kernel) if divisible is None else divisible
     tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
+    source, names = print_triton_product(kernel, schedule, name), PRODUCT_NAMES
+    assumed = _assumed(pointers, unaligned, names, known)
+    return _job(name or kernel.name, source, target, schedule, pointers, names, tiles, assumed)
+
+
+def _job(
+    name: str, source: str, target: str, schedule: AttentionSchedule | ProductSchedule,
+    pointers: Sequence[tuple[str, str]], sizes: Sequence[str], tiles: tuple[tuple[str, int], ...],
+    assumed: tuple[str, ...],
+) -> Job:  # fmt: skip
+    """Return a job whose arguments are pointers, then sizes, then tiles."""
     return Job(
-        name=name or kernel.name,
-        source=print_triton_product(kernel, schedule, name),
+        name=name,
+        source=source,
         target=target,
         signature=(
-            *pointers, *((size, "i32") for size in PRODUCT_NAMES),
-            *((t, "constexpr") for t, _ in tiles),
+            *pointers, *((size, "i32") for size in sizes), *((t, "constexpr") for t, _ in tiles),
         ),
         constexprs=tiles,
-        divisible=_assumed(pointers, unaligned, PRODUCT_NAMES, known),
+        divisible=assumed,
         num_warps=fit_warps(schedule.num_warps, target),
         num_stages=schedule.num_stages,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from turbotx import ir
 from turbotx.kernels.lower import Lowered
 from turbotx.layout import contiguous_strides
 from turbotx.passes.extract import extract
+from turbotx.runtime.outside import call_into
 from turbotx.sizes import compile_evaluator
 
 
@@ -72,19 +73,11 @@ class AtenSteps:
     ) -> Step:  # fmt: skip
         arguments = self._rebuild((args, kwargs))
         results = [None if w is None else self.tensor(w) for w in writes]
-        write_into = target.overloadpacket.out if has_out else None
 
         def step(state: RunState) -> None:
             given, options = arguments(state)
             windows = [None if r is None else r(state) for r in results]
-            if write_into is not None:
-                write_into(*given, **options, out=windows[0])
-                return
-            made = target(*given, **options)
-            made = (made,) if isinstance(made, torch.Tensor) else made
-            for window, value in zip(windows, made, strict=True):
-                if window is not None:
-                    window.copy_(value)
+            call_into(target, given, options, windows, has_out)
 
         return step
 

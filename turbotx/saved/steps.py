@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from turbotx.runtime.outside import call_into
 from turbotx.saved.calls import decode_arguments, decode_nodes, decode_target
 from turbotx.saved.values import compile_texts, decode_constant
 
@@ -74,14 +75,7 @@ def make_step(call: Mapping[str, Any], dims: Sequence[str]) -> Step:
     def step(run: Run) -> None:
         given, options = _fill(args, run), _fill(kwargs, run)
         windows = [None if w is None else w(run) for w in writes]
-        if call["has_out"]:
-            target.overloadpacket.out(*given, **options, out=windows[0])  # type: ignore[attr-defined]
-            return
-        made = target(*given, **options)
-        made = (made,) if isinstance(made, torch.Tensor) else made
-        for window, value in zip(windows, made, strict=True):
-            if window is not None:
-                window.copy_(value)
+        call_into(target, given, options, windows, call["has_out"])
 
     return step
 
