@@ -70,6 +70,17 @@ def test_a_view_that_needs_a_copy() -> None:
     torch.testing.assert_close(turbotx.optimize(model)(x), model(x))
 
 
+def test_views_of_a_copy() -> None:
+    """Key heads repeated for groups, then transposed: only the repetition copies."""
+
+    def scores(x):
+        heads = x.exp()[:, :, None].expand(-1, -1, 2, -1).reshape(x.shape[0], -1, x.shape[2])
+        return torch.bmm(x, heads.transpose(1, 2)), heads.transpose(1, 2)
+
+    fast = check(scores, X)
+    assert kinds(fast) == ["kernel", "aten", "aten"]
+
+
 def test_a_linear_over_selected_tokens_reads_in_place() -> None:
     class First(nn.Module):
         def __init__(self) -> None:

@@ -25,12 +25,18 @@ from turbotx.kernels.cpp_products import describe_product
 from turbotx.kernels.epilogue import ACTIVATIONS, Epilogue, GemmKernel, is_packable
 from turbotx.kernels.fuse import FusedRegion
 from turbotx.kernels.inplace import find_inplace
-from turbotx.layout import Layout, contiguous_strides, layout_of, reshape_strides
+from turbotx.layout import (
+    Layout,
+    contiguous_strides,
+    layout_of,
+    layout_with_copies,
+    reshape_strides,
+)
 from turbotx.ops import why_outside
 from turbotx.passes.extract import extract
 from turbotx.passes.partition import kind_of, op_name
 from turbotx.sizes import ONE, ZERO, Expr, dim, product
-from turbotx.views import SPLITS
+from turbotx.views import SPLITS, is_view
 
 aten = torch.ops.aten
 
@@ -89,8 +95,7 @@ class _Assembler:
         roots = set()
         for leaf in leaves:
             if g.is_tensor(leaf):
-                layout = layout_of(leaf)
-                roots.add(leaf if layout is None else layout.root)
+                roots.add(layout_with_copies(leaf).root)
         return roots
 
     def run(self) -> Assembly:
@@ -150,25 +155,22 @@ class _Assembler:
         return node.name
 
     def _operand(self, node: fx.Node) -> ir.Operand:
-        layout = layout_of(node)
-        if layout is None:
-            layout = self._materialize(node)
+        layout = layout_with_copies(node)
+        if is_view(layout.root):
+            self._materialize(layout.root)
         return self._window(layout, g.dtype(node))
 
     def _window(self, layout: Layout, dtype: torch.dtype) -> ir.Operand:
         name = self._tensor(layout.root)
         return ir.Operand(name, dtype, layout.shape, layout.strides, layout.offset)
 
-    def _materialize(self, view: fx.Node) -> Layout:
-        """A view that strides cannot express is copied by ATen, and listed."""
-        shape = g.shape(view)
-        layout = Layout(view, shape, contiguous_strides(shape), ZERO)
+    def _materialize(self, view: fx.Node) -> None:
+        """A view that strides cannot express is copied by ATen, once, and listed."""
         if view.name not in self.out.tensors:
             source = self._operand(view.args[0])  # type: ignore[arg-type]
-            name = self._tensor(view, "output" if view in self.outside else "intermediate")
-            self._aten(view, aten.reshape.default, (source, list(shape)), {}, (name,))
+            name, shape = self._tensor(view), list(g.shape(view))
+            self._aten(view, aten.reshape.default, (source, shape), {}, (name,))
             self.out.externs.append((str(view.target), "a view that needs a copy"))
-        return layout
 
     def _name(self, base: str) -> str:
         k = self.names.get(base, 0)

@@ -58,13 +58,22 @@ def layout_of(node: fx.Node) -> Layout | None:
     """Return the node's layout over its root, or None where strides cannot express it."""
     if not is_view(node) or not g.is_tensor(node):
         return root_layout(node)
-    below = layout_of(view_source(node))
-    if below is None:
-        return None
-    if VIEWS[node.target] == "reshape":
-        strides = reshape_strides(below, g.shape(node))
-        return None if strides is None else Layout(below.root, g.shape(node), strides, below.offset)
-    return _affine(node, below)
+    layout = layout_with_copies(node)
+    return None if is_view(layout.root) else layout
+
+
+def layout_with_copies(node: fx.Node) -> Layout:
+    """Return the node's layout where views that strides cannot express are copies: then its root
+    is the last such view below it, dense."""
+    if not is_view(node) or not g.is_tensor(node):
+        return root_layout(node)
+    below = layout_with_copies(view_source(node))
+    if VIEWS[node.target] != "reshape":
+        return _affine(node, below)
+    strides = reshape_strides(below, g.shape(node))
+    if strides is None:
+        return root_layout(node)
+    return Layout(below.root, g.shape(node), strides, below.offset)
 
 
 def _affine(node: fx.Node, below: Layout) -> Layout:

@@ -97,3 +97,19 @@ def test_addmm_and_mm_become_linear() -> None:
     lifted = rewritten(module, use_linear, lift_views)
     assert calls(lifted.graph) == ["permute", "linear"]
     torch.testing.assert_close(run(lifted, X)[0], module(X))
+
+
+def test_a_matmul_by_a_weight_becomes_linear() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.scores = nn.Parameter(torch.randn(5, 8)), nn.Parameter(X.clone())
+
+        def forward(self, x):
+            return x @ self.weight.T, x @ self.scores.transpose(1, 2)
+
+    module = Plain()
+    found = rewritten(module, use_linear)
+    assert [c for c in calls(found.graph) if c != "permute"] == ["linear", "matmul"]
+    for ours, wanted in zip(run(found, X), module(X), strict=True):
+        torch.testing.assert_close(ours, wanted)

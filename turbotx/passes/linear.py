@@ -20,15 +20,17 @@ aten = torch.ops.aten
 
 
 def use_linear(graph: fx.Graph) -> None:
-    """Write addmm(bias, x, w) and mm(x, w) of a 2-d input as linear(x, w^T, bias)."""
+    """Write addmm(bias, x, w), mm(x, w) and matmul(x, w) by a weight as linear(x, w^T, bias)."""
     for node in list(graph.nodes):
         if g.is_call(node, aten.addmm.default) and not node.kwargs:
             bias, x, weight = node.args
-        elif g.is_call(node, aten.mm.default):
+        elif g.is_call(node, aten.mm.default, aten.matmul.default):
             bias, (x, weight) = None, node.args
         else:
             continue
         if not _is_weight(weight) or (bias is not None and len(g.shape(bias)) != 1):
+            continue
+        if len(g.shape(weight)) != 2 or len(g.shape(x)) < 2:
             continue
         with graph.inserting_before(node):
             flipped = g.emit(node, aten.permute.default, weight, [1, 0])
