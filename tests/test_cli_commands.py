@@ -136,8 +136,9 @@ def test_a_nan_of_ours_is_never_allowed() -> None:
 
 
 def test_profile_times_every_launch(run: Callable[..., Ran], model: str, tmp_path: Path) -> None:
-    trace = tmp_path / "trace.json"
-    ran = run("profile", model, "--shape", "batch=4,seq=9", "--runs", 5, "--trace", trace, "--json")
+    trace, page = tmp_path / "trace.json", tmp_path / "report.html"
+    files = ("--trace", trace, "--report", page)
+    ran = run("profile", model, "--shape", "batch=4,seq=9", "--runs", 5, *files, "--json")
     found = ran.json
     assert ran.code == 0 and found["runs"] == 5 and found["dims"]["seq"] == 9
     kinds = [x["kind"] for x in found["launches"]]
@@ -149,6 +150,7 @@ def test_profile_times_every_launch(run: Callable[..., Ran], model: str, tmp_pat
         assert before["ts"] + before["dur"] <= after["ts"] + 1e-3
     gelu = next(x for x in found["launches"] if "gelu" in x["name"])
     assert gelu["compulsory_nbytes"] == (2 * 4 * 9 * 32 + 32) * 4
+    assert f'"{gelu["name"]}":{gelu["median_us"]}' in page.read_text()
 
 
 def test_profile_prints_tables(run: Callable[..., Ran], model: str) -> None:

@@ -256,14 +256,40 @@ def test_traffic_is_the_reports_at_any_shape(open_page: Open, report: Report) ->
     ]
 
 
+def choose_device(page: Any, name: str) -> None:
+    found = [o for o in page.find_elements("css selector", "#device option") if name in o.text]
+    found[0].click()
+
+
 def test_the_roofline_stands_on_its_device(open_page: Open, report: Report) -> None:
     page = open_page(report)
     tab(page, "roofline")
+    choose_device(page, "H100")
     dots = page.find_elements("css selector", "#roofline-chart .dot")
     assert len(dots) >= len(report.kernels)
     least = page.execute_script("return sum(data.launches.map(leastUs))")
-    one(page, "#device option:nth-child(2)").click()  # an H200, whose memory is faster
+    choose_device(page, "H200")  # its memory is faster
     assert page.execute_script("return sum(data.launches.map(leastUs))") < least
+
+
+def test_the_roofline_shows_what_was_measured(open_page: Open, report: Report) -> None:
+    page = open_page(report)
+    tab(page, "roofline")
+    found = {
+        name: us
+        for names, us in page.execute_script("return groupLaunches().map((g) => [g.names, g.us])")
+        for name in names
+    }
+    times = report.findings.times_us()
+    assert found.keys() == times.keys()
+    assert sum(found.values()) == pytest.approx(sum(times.values()))
+    # No launch is above the roofs, which are the best of all launches.
+    assert page.execute_script(
+        "return data.launches.every((l) => data.times[l.name] >= leastUs(l) * 0.999)"
+    )
+    assert "Where the time went" in text(page)
+    slide(page, "seq", 33)  # nothing was measured there
+    assert "Where the time must go" in text(page)
 
 
 def test_light_and_dark_by_preference_and_by_hand(open_page: Open, report: Report) -> None:

@@ -104,6 +104,10 @@ def profile_command(
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace there.")
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Write report.html, with the times, there."),
+    ] = None,
     dtype: Dtype = "",
     weights: Weights = None,
     as_json: Json = False,
@@ -112,7 +116,7 @@ def profile_command(
     from turbotx.cli.profile import profile_model
 
     source = Source(model, dtype, weights)
-    raise typer.Exit(profile_model(source, shape or (), runs, trace, Output(as_json)))
+    raise typer.Exit(profile_model(source, shape or (), runs, trace, page, Output(as_json)))
 
 
 @app.command("tune")

@@ -1,8 +1,9 @@
 """`turbotx profile`: time, bytes and bandwidth of every launch; by kernel and by module.
 
-In: MODEL, a shape, how many runs. Out: tables, and a Chrome trace where a file is named::
+In: MODEL, a shape, how many runs. Out: tables, and a Chrome trace and a report.html whose roofline
+shows what each launch reached, where files are named::
 
-    turbotx profile minilm --shape batch=1,seq=40 --trace trace.json
+    turbotx profile minilm --shape batch=1,seq=40 --trace trace.json --report report.html
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from turbotx.report.profile import Profile
 
 
 def profile_model(
-    model: Source, shapes: Sequence[str], runs: int, trace: Path | None, output: Output
-) -> int:
+    model: Source, shapes: Sequence[str], runs: int,
+    trace: Path | None, page: Path | None, output: Output,
+) -> int:  # fmt: skip
     """Profile at one shape and print it; return the exit code."""
     if len(shapes) > 1:
         raise InputError("profile takes one --shape at a time")
@@ -41,7 +43,9 @@ def profile_model(
         args, kwargs = resize(report, loaded.args, loaded.kwargs)
         found = report.profile(*args, runs=runs, **kwargs)
     if trace is not None:
-        _write_trace(found, trace)
+        _write(trace, json.dumps(found.to_chrome_trace()) + "\n")
+    if page is not None:
+        _write(page, report.with_findings(profile=found).to_html())
     shape = ", ".join(f"{name} {size}" for name, size in report.dims.items())
     output.console.print(f"{report.name} at {shape}, {torch.get_num_threads()} threads")
     output.console.print(kernels_table(found))
@@ -53,13 +57,15 @@ def profile_model(
     )
     if trace is not None:
         output.console.print(f"trace for chrome://tracing or Perfetto: {trace}")
+    if page is not None:
+        output.console.print(f"report with the times: {page}")
     output.result({"model": str(model), "dims": report.dims, **_as_dict(found)})
     return OK
 
 
-def _write_trace(found: Profile, path: Path) -> None:
+def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(found.to_chrome_trace()) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise DumpError(f"cannot write {path}: {error.strerror}") from error
 

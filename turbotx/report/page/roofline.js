@@ -1,4 +1,5 @@
-// Roofline: what each launch could reach on a device, from its bytes and operations.
+// Roofline: what each launch could reach on a device, from its bytes and operations; where the
+// report has times, also what it did reach on the machine that they were taken on.
 
 // Data sheets: memory in GB/s; dense matrix units in half precision, and float32, in TFLOP/s.
 const DEVICES = [
@@ -8,9 +9,32 @@ const DEVICES = [
   { name: "L4", memory: 300, matrix: 121, vector: 30.3 },
   { name: "MI300X", memory: 5300, matrix: 1307, vector: 163.4 },
 ];
+const hasTimes = Object.keys(data.times).length > 0;
+if (hasTimes) DEVICES.unshift(measuredDevice());
 let chosenDevice = 0;
 const device = () => DEVICES[chosenDevice];
-const hasTimes = Object.keys(data.times).length > 0;
+// Times belong to the shape that they were taken at, and to the machine that took them.
+const isMeasured = () =>
+  device().measured && data.dims.every((dim, k) => dim.size === shape.dims[k]);
+
+// Roofs of the machine that took the times: the best that any launch reached there.
+function measuredDevice() {
+  const values = evaluate(...data.dims.map((dim) => dim.size));
+  const best = (launches, amount) =>
+    Math.max(1e-9, ...launches.map((l) => amount(l) / (Math.max(data.times[l.name], 1e-3) * 1e-6)));
+  const kernels = data.launches.filter((l) => l.kind === "kernel"),
+    products = data.launches.filter((l) => l.kind !== "kernel");
+  const flops = (l) => values[l.flops];
+  const vector = best(kernels, flops) / 1e12;
+  return {
+    name: "measured here",
+    memory: best(data.launches, (l) => values[l.reads] + values[l.writes]) / 1e9,
+    matrix: Math.max(vector, best(products, flops) / 1e12),
+    vector,
+    measured: true,
+  };
+}
+const showPeak = (peak) => Number(peak.toPrecision(3)).toString();
 
 // Kernels compute outside the matrix units; GEMMs and attention in them.
 const peakOf = (launch) => (launch.kind === "kernel" ? device().vector : device().matrix) * 1e12;
@@ -31,7 +55,9 @@ function rooflineTab(pane) {
       make(
         "option",
         { value: k, selected: k === chosenDevice ? "" : null },
-        `${d.name}: ${d.memory} GB/s, ${d.matrix} TFLOP/s in half precision, ${d.vector} in float32`,
+        d.measured
+          ? `${d.name}: up to ${showPeak(d.memory)} GB/s, ${showPeak(d.matrix * 1e3)} GFLOP/s in products, ${showPeak(d.vector * 1e3)} in kernels`
+          : `${d.name}: ${d.memory} GB/s, ${d.matrix} TFLOP/s in half precision, ${d.vector} in float32`,
       ),
     ),
   );
@@ -44,14 +70,25 @@ function rooflineTab(pane) {
     make(
       "p",
       {},
-      `At ${shownShape()}, ${bound} of ${data.launches.length} launches are bound by memory on this device, and all of them take at least ${showUs(total)}, whatever their code.`,
+      isMeasured()
+        ? `At ${shownShape()}, the ${data.launches.length} launches took ${showUs(sum(data.launches.map((l) => data.times[l.name])))}; at the best that any of them reached here, they would take ${showUs(total)}.`
+        : `At ${shownShape()}, ${bound} of ${data.launches.length} launches are bound by memory on this device, and all of them take at least ${showUs(total)}, whatever their code.`,
     ),
     rooflineChart(),
     note(
-      "A dot stands for launches of the same bytes and operations, where the device allows them to be: on its roof. Caches that keep what the last launch wrote can lift them over it. Peaks are data-sheet values.",
+      `A dot stands for launches of the same bytes and operations, ${
+        isMeasured()
+          ? "at the speed that they were measured at."
+          : "where the device allows them to be: on its roof. Caches that keep what the last launch wrote can lift them over it."
+      } ${
+        device().measured
+          ? "The roofs are the best that any launch reached" +
+            (isMeasured() ? "." : ", at another shape.")
+          : "Peaks are data-sheet values."
+      }`,
     ),
-    make("h2", {}, "Where the time must go"),
-    leastTable(),
+    make("h2", {}, isMeasured() ? "Where the time went" : "Where the time must go"),
+    timeTable(),
   );
 }
 
@@ -111,12 +148,12 @@ function rooflineChart() {
         {
           class: `dot ${p.kind}`,
           cx: x(p.intensity),
-          cy: y(Math.max(10 ** y0, p.attainable)),
+          cy: y(Math.max(10 ** y0, p.reached)),
           r: 4 + 2.2 * Math.sqrt(p.names.length),
           onclick: () => chooseLaunch(p.names[0]),
         },
         hint(
-          `${p.title}\n${count(p.names.length, "launch", "es")}\n${p.intensity.toFixed(2)} operations a byte\nat least ${showUs(p.us)} each`,
+          `${p.title}\n${count(p.names.length, "launch", "es")}\n${p.intensity.toFixed(2)} operations a byte\n${isMeasured() ? "" : "at least "}${showUs(p.us)} each`,
         ),
       ),
     );
@@ -130,7 +167,7 @@ function groupLaunches() {
     const nbytes = moved(l),
       flops = number(l.flops),
       key = `${l.kind} ${l.kernel} ${nbytes} ${flops}`;
-    const us = leastUs(l),
+    const us = isMeasured() ? data.times[l.name] : leastUs(l),
       intensity = Math.max(flops / Math.max(nbytes, 1), 1e-3);
     const title = l.kernel || `${l.kind}: ${l.source}`;
     const group =
@@ -140,22 +177,31 @@ function groupLaunches() {
           kind: l.kind,
           title,
           names: [],
-          us,
+          us: [],
           nbytes,
+          flops,
           intensity,
-          attainable: Math.max(flops, nbytes * 1e-3) / Math.max(us / 1e6, 1e-12),
         })
         .get(key);
     group.names.push(l.name);
+    group.us.push(us);
   }
-  return [...groups.values()];
+  return [...groups.values()].map((g) => {
+    const us = sum(g.us) / g.us.length;
+    return {
+      ...g,
+      us,
+      // A launch without operations is drawn at one for 1,000 bytes, as its intensity is.
+      reached: Math.max(g.flops, g.nbytes * 1e-3) / Math.max(us / 1e6, 1e-12),
+    };
+  });
 }
 
-function leastTable() {
+function timeTable() {
   const groups = groupLaunches().sort((a, b) => b.us * b.names.length - a.us * a.names.length);
   const total = sum(groups.map((g) => g.us * g.names.length));
   return table(
-    ["launch", "#times", "#moves, each", "#at least, each", "#share"],
+    ["launch", "#times", "#moves, each", isMeasured() ? "#took, each" : "#at least, each", "#share"],
     groups
       .slice(0, 40)
       .map((g) => [
