@@ -7,11 +7,13 @@ VENV ?= .venv
 PIP_ARGS ?=
 # Extra arguments for pytest, for example PYTEST_ARGS="tests/memory -x".
 PYTEST_ARGS ?=
+# One worker a core, up to 8 (a worker takes up to 1.5 GB); empty for one process, as pdb needs it.
+PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 DEMO_EXTRAS := hf
-TEST_EXTRAS := hf,serve,notebook,bench,dev
+TEST_EXTRAS := hf,serve,ray,notebook,bench,dev
 PINS := pyproject.toml constraints.txt requirements-model.txt
 
 # Names what was being installed. It stands beside the environment, not inside: where it
@@ -33,10 +35,10 @@ demo: $(VENV)/$(if $(wildcard $(VENV)/test.stamp),test,demo).stamp ## MiniLM wit
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/test.stamp ## the whole test suite, slow tests included
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/test.stamp ## the inner loop: no slow tests, stop at the first failure
-	$(BIN)/python -m pytest -m "not slow" -x -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" -x -q $(PYTEST_ARGS)
 
 lint: $(VENV)/test.stamp ## style, formatting and types
 	$(BIN)/ruff check .

@@ -203,7 +203,8 @@ def serve_minilm(slices: Slices, count: int, load: float, threads: int) -> None:
             "all_at_once_per_s": peer["all_at_once_per_s"],
         },
     ]
-    for engine, policies in (("turbotx", ("single", "fifo", "dp", "aged")), ("eager", ("single",))):
+    served = {"turbotx": ("single", "fifo", "dp", "aged"), "eager": ("single", "fifo")}
+    for engine, policies in served.items():
         table = slices.measure(f"costs, {engine}", lambda e=engine: measure_model(e, threads))
         for policy in policies:
             row = slices.measure(

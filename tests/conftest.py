@@ -1,7 +1,7 @@
 """What every test may rely on: fixed seeds, few threads, no network, no files outside the session.
 
 In: nothing. Out: environment variables set before torch is imported, the `triton` marker on
-every test whose file has triton in its path, and fixtures, for example::
+every test whose file has triton in its path, `slow` on those in slow.txt, and fixtures::
 
     def test_embeds(minilm_path):
         model = transformers.BertModel.from_pretrained(minilm_path)
@@ -18,10 +18,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 THREADS = 2
-SESSION_DIR = Path(tempfile.mkdtemp(prefix="turbotx-tests-"))
+# pytest-xdist's workers inherit the folder of the process that started them: what one worker
+# has compiled, the other finds.
+STARTED_BY = os.environ.get("TURBOTX_TESTS_DIR") if "PYTEST_XDIST_WORKER" in os.environ else None
+SESSION_DIR = Path(STARTED_BY or tempfile.mkdtemp(prefix="turbotx-tests-"))
 
 # Before torch, Triton and transformers are imported: they read these once. The caches are
 # replaced whatever the caller's shell says, so that no test reads or writes a user's cache.
+os.environ["TURBOTX_TESTS_DIR"] = str(SESSION_DIR)
 os.environ["TURBOTX_CACHE_DIR"] = str(SESSION_DIR / "turbotx")
 os.environ["TRITON_CACHE_DIR"] = str(SESSION_DIR / "triton")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,6 +33,8 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+# Workers together have more threads than there are cores: one that waits must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
@@ -48,7 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(SESSION_DIR, ignore_errors=True)
+    if STARTED_BY is None:
+        shutil.rmtree(SESSION_DIR, ignore_errors=True)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -62,11 +69,14 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = set((Path(__file__).parent / "slow.txt").read_text().split())
     for item in items:
         if "triton" in item.path.relative_to(config.rootpath).as_posix():
             item.add_marker(pytest.mark.triton)
             if item.get_closest_marker("slow") and "TURBOTX_SWEEP" not in os.environ:
                 item.add_marker(pytest.mark.skip(reason="set TURBOTX_SWEEP=1 for every target"))
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

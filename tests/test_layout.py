@@ -300,3 +300,9 @@ def test_machine_trace_is_found(text: str) -> None:
 @pytest.mark.parametrize("text", ["docs/home/page", "network/work/", "example.org", "~/work/x"])
 def test_ordinary_text_names_no_machine(text: str) -> None:
     assert machine_traces(text) == []
+
+
+def test_slow_tests_are_tests() -> None:
+    for line in (ROOT / "tests" / "slow.txt").read_text().split():
+        file, _, name = line.partition("::")
+        assert f"def {name}(" in (ROOT / file).read_text(), f"tests/slow.txt names {line}"

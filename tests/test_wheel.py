@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
+import time
+import urllib.request
 import venv
 import zipfile
 from pathlib import Path
@@ -77,15 +80,17 @@ class Newcomer:
         (own / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
         (folder / "my_model.py").write_text(MODEL)
 
-    def run(self, *command: str) -> str:
         kept = {k: v for k, v in os.environ.items() if k in ("HOME", "OMP_NUM_THREADS", "TMPDIR")}
-        environment = {
+        self.environment = {
             **kept, "PATH": f"{self.bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
             "TURBOTX_CACHE_DIR": str(self.folder / "cache"),
         }  # fmt: skip
+
+    def run(self, *command: str) -> str:
         done = subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
-        )
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -127,6 +132,40 @@ def test_commands(newcomer: Newcomer) -> None:
     assert verified["holds"]
     profiled = newcomer.run("turbotx", "profile", "my_model:make", "--runs", "2", "--json")
     assert json.loads(profiled)["runs"] == 2
+
+
+def test_serve(newcomer: Newcomer, minilm_path: Path) -> None:
+    """Until the model answers over HTTP; then SIGTERM, as a supervisor does it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    few = ("--backend", "eager", "--max-length", "16", "--max-batch", "2")
+    server = subprocess.Popen(
+        [newcomer.bin / "turbotx", "serve", minilm_path, "--port", port, *few],
+        cwd=newcomer.folder, env=newcomer.environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_until_ready(server, f"http://127.0.0.1:{port}/ready")
+        asked = json.dumps({"inputs": ["one", "two words"]}).encode()
+        head = {"content-type": "application/json"}
+        embed = urllib.request.Request(f"http://127.0.0.1:{port}/embed", asked, head)
+        with urllib.request.urlopen(embed, timeout=30) as answer:
+            assert [len(row) for row in json.load(answer)] == [384, 384]
+    finally:
+        server.terminate()
+        _, said = server.communicate(timeout=60)
+    assert server.returncode == 0, said
+
+
+def wait_until_ready(server: subprocess.Popen[str], url: str) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"not ready: exit code {server.poll()}")
 
 
 def test_the_library(newcomer: Newcomer) -> None:

@@ -20,7 +20,7 @@ from tests.kernels.test_fuse import grouped_rotary
 from tests.kernels.triton_runner import TritonRunner
 from turbotx import ir
 from turbotx.kernels.schedule import Schedule, choose_schedule
-from turbotx.kernels.targets import TARGETS, build, kernel_job
+from turbotx.kernels.targets import build, kernel_job
 from turbotx.kernels.triton_printer import print_triton
 from turbotx.sizes import dim
 
@@ -204,7 +204,7 @@ def test_pointwise(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64], ids=str)
-def test_device_functions_build_for_every_target(dtype: torch.dtype) -> None:
+def test_device_functions_build_for_both_vendors(dtype: torch.dtype) -> None:
     """The interpreter accepts more than the compilers do."""
 
     def floats(x: torch.Tensor) -> torch.Tensor:
@@ -218,7 +218,7 @@ def test_device_functions_build_for_every_target(dtype: torch.dtype) -> None:
 
     function = floats if dtype.is_floating_point else wholes
     made = compile_function(function, torch.ones(3, 12, dtype=dtype))
-    build([kernel_job(kernel, target) for kernel in made.kernels for target in TARGETS])
+    build([kernel_job(kernel, target) for kernel in made.kernels for target in ("sm_90", "gfx942")])
 
 
 @pytest.mark.slow

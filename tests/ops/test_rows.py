@@ -2,13 +2,14 @@
 
 In: `row_samples`, one call for each row, met by the row itself and not decomposed before. Out:
 the kernel's meaning is ATen's result in float64; the printed C++ is as near to it as ATen is; the
-printed Triton too, in its interpreter, and it compiles for NVIDIA and AMD.
+printed Triton too, in its interpreter or else by compiling for NVIDIA and AMD.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -113,13 +114,17 @@ def test_the_printed_triton(overload: str) -> None:
     check(made, run(made, lambda kernel, given: runner(kernel, given, {})))
 
 
-@pytest.mark.slow
+@pytest.mark.triton
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_every_row_compiles_as_triton(target: str) -> None:
+def test_the_printed_triton_compiles(target: str) -> None:
+    """The rows that the interpreter leaves out; with TURBOTX_SWEEP every row."""
     pytest.importorskip("triton", reason="Triton is for Linux only")
     assert target in TARGETS
     kernels = {
-        x.kernel.digest(): x.kernel for overload in ROWS for x in call(overload).fused.kernels
+        x.kernel.digest(): x.kernel
+        for overload in ROWS
+        for x in call(overload).fused.kernels
+        if "TURBOTX_SWEEP" in os.environ or "libdevice" in print_triton(x.kernel)
     }
     built = build([kernel_job(kernel, target) for kernel in kernels.values()])
     assert len(built) == len(kernels)
