@@ -1,7 +1,7 @@
 """Make what the README shows: three pictures from a real compile, and the tables of results.
 
-In: a random BERT, and benchmarks/results/*.json. Out: docs/images/*, and the README and
-architectures.md with the tables between their marks replaced::
+In: a random BERT, and benchmarks/results/*.json. Out: docs/images/*, and the README,
+architectures.md, operators.md and triton.md with the tables between their marks replaced::
 
     python docs/generate.py
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from proof_tables import operators_table, resources_table
 
 import turbotx
 from turbotx.memory.svg import plan_to_svg
@@ -312,9 +313,14 @@ def main() -> None:
     shoot_report(report, images / "report.png", "memory")
     readme = DOCS.parent / "README.md"
     readme.write_text(write_between(readme.read_text(), results_table()))
-    page = DOCS / "architectures.md"
-    marks = "<!-- architectures: docs/generate.py -->", "<!-- end of architectures -->"
-    page.write_text(write_between(page.read_text(), architectures_table(), *marks))
+    for page, name, table in (
+        ("architectures", "architectures", architectures_table()),
+        ("operators", "operators", operators_table(RESULTS)),
+        ("triton", "resources", resources_table(RESULTS)),
+    ):
+        marks = f"<!-- {name}: docs/generate.py -->", f"<!-- end of {name} -->"
+        path = DOCS / f"{page}.md"
+        path.write_text(write_between(path.read_text(), table, *marks))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def over_last(x: torch.Tensor) -> list[torch.Tensor]:
 
 def over_first(x: torch.Tensor) -> list[torch.Tensor]:
     return [x.sum(0), x.mean(0), x.softmax(0), x.std(0, correction=0), x.amin(0), x.argmax(0),
-            x.norm(dim=0), x.log_softmax(0), x.cumsum(0), (x > 0).any(0)]  # fmt: skip
+            x.norm(dim=0), x.log_softmax(0), x.cumsum(0), (x > 0).any(0),
+            x.sum(0) / torch.ones_like(x, dtype=torch.long).sum(0)]  # fmt: skip
 
 
 CASES = {f"last-{dtype}": (over_last, dtype) for dtype in DTYPES} | {

@@ -45,6 +45,7 @@ def interpreting() -> Iterator[None]:
 
         patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", _multiply)
+        patch.setattr(interpreter.ReduceOps, "generic_reduce", _reduce_in_halves)
         with np.errstate(all="ignore"):  # infinities and NaN are as ordinary as on a GPU
             yield
 
@@ -58,6 +59,29 @@ def _multiply(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
             bits = (bits.astype(np.uint32) << 16).view(np.float32)
         parts.append(bits.astype(d.data.dtype))
     return interpreter.TensorHandle(np.matmul(*parts) + d.data, d.dtype.scalar)
+
+
+def _reduce_in_halves(self: Any, given: Any) -> list[Any]:
+    """A reduction by a combine function over all elements at once, neighbours first, as a GPU does.
+
+    The interpreter's own calls the function for one pair of elements after another.
+    """
+    axis = self.axis or 0
+    kinds = [x.dtype for x in given]
+    values = [np.moveaxis(x.handle.data, axis, -1) for x in given]
+    if self.axis is None:
+        values = [x.handle.data.reshape(-1) for x in given]
+    while values[0].shape[-1] > 1:  # a power of two, as every tile
+        sides = [np.ascontiguousarray(v[..., k::2]) for k in (0, 1) for v in values]
+        pairs = zip(sides, [*kinds, *kinds], strict=True)
+        made = self.combine_fn.fn(*(self.to_tensor(v, kind) for v, kind in pairs))
+        values = [x.handle.data for x in (made if isinstance(made, tuple) else (made,))]
+    made = [v[..., 0] for v in values]
+    if self.keep_dims:
+        rank = given[0].handle.data.ndim
+        made = [v.reshape((1,) * rank) if self.axis is None else np.expand_dims(v, axis)
+                for v in made]  # fmt: skip
+    return [self.to_tensor(v if v.shape else v.item(), k) for v, k in zip(made, kinds, strict=True)]
 
 
 def load_function(source: str, name: str) -> Callable[..., Any]:

@@ -1,9 +1,9 @@
 """torch's own operator samples, as functions that turbotx compiles: many samples, one capture.
 
-In: the name of an operator in torch's database, a dtype. Out: batches of samples, each a function
-of all their tensors that calls the operator once per sample, and the error rule of the project::
+In: the name of an operator in torch's database, a dtype. Out: its samples; a batch of them as one
+function of all their tensors, one call a sample; and the error rule of the project::
 
-    for batch in batches("softmax", torch.float32): compile_function(batch.call, *batch.tensors)
+    for batch in batches(samples_of("softmax", torch.float32)): turbotx.optimize(batch.call)
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
-FLOATS = (torch.float32, torch.bfloat16)
+NAMES = tuple(Path(__file__).with_name("operators.txt").read_text().split())
 
 
 @functools.cache
@@ -34,74 +35,84 @@ def dtypes_of(name: str) -> set[torch.dtype]:
     return set(_database()[name].dtypes)
 
 
-@dataclass
-class Batch:
-    """Samples of one operator: `call(*tensors)` returns one result per sample."""
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One call of one operator."""
 
     name: str
     dtype: torch.dtype
-    samples: list[tuple[list[Any], pytree.TreeSpec]]
+    leaves: list[Any]
+    spec: pytree.TreeSpec
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [x for leaves, _ in self.samples for x in leaves if isinstance(x, torch.Tensor)]
+        return [x for x in self.leaves if isinstance(x, torch.Tensor)]
+
+    def call(self, tensors: Iterator[torch.Tensor]) -> Any:
+        filled = [next(tensors) if isinstance(x, torch.Tensor) else x for x in self.leaves]
+        args, kwargs = pytree.tree_unflatten(filled, self.spec)
+        return _database()[self.name].op(*args, **kwargs)
+
+    def eager(self) -> list[torch.Tensor]:
+        return flat_results(self.call(iter(self.tensors)))
+
+    def reference(self) -> list[torch.Tensor]:
+        """Return the results in float64: inputs converted exactly, the operator run on them."""
+        wide = [x.double() if x.is_floating_point() else x for x in self.tensors]
+        try:
+            return flat_results(self.call(iter(wide)))
+        except (RuntimeError, NotImplementedError):
+            return [x.double() if x.is_floating_point() else x for x in self.eager()]
+
+    def __str__(self) -> str:
+        shown = [
+            f"{str(x.dtype)[6:]}{list(x.shape)}" if isinstance(x, torch.Tensor) else repr(x)
+            for x in self.leaves
+        ]
+        return f"{self.name} of {', '.join(shown)}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples as one function: `call(*tensors)` returns one result per sample."""
+
+    samples: Sequence[Sample]
 
     @property
-    def operator(self) -> Any:
-        return _database()[self.name].op
+    def tensors(self) -> list[torch.Tensor]:
+        return [x for sample in self.samples for x in sample.tensors]
 
     def call(self, *tensors: torch.Tensor) -> list[Any]:
         given = iter(tensors)
-        results = []
-        for leaves, spec in self.samples:
-            filled = [next(given) if isinstance(x, torch.Tensor) else x for x in leaves]
-            args, kwargs = pytree.tree_unflatten(filled, spec)
-            results.append(self.operator(*args, **kwargs))
-        return results
+        return [sample.call(given) for sample in self.samples]
 
     def halves(self) -> list[Batch]:
         middle = len(self.samples) // 2
-        parts = (self.samples[:middle], self.samples[middle:])
-        return [Batch(self.name, self.dtype, part) for part in parts if part]
-
-    def describe(self) -> str:
-        shown = []
-        for leaves, spec in self.samples:
-            parts = [
-                f"{tuple(x.shape)}{str(x.dtype)[6:]}" if isinstance(x, torch.Tensor) else repr(x)
-                for x in leaves
-            ]
-            shown.append(str(pytree.tree_unflatten(parts, spec)))
-        return "; ".join(shown)
+        return [Batch(part) for part in (self.samples[:middle], self.samples[middle:]) if part]
 
 
-def batches(name: str, dtype: torch.dtype, size: int = 24) -> Iterator[Batch]:
-    """Yield all samples of an operator; those that eager itself refuses are left out."""
-    op = _database()[name]
+def samples_of(name: str, dtype: torch.dtype) -> list[Sample]:
+    """Return all samples of an operator; none for a dtype that it does not take."""
+    if dtype not in dtypes_of(name):
+        return []
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for sample in op.sample_inputs("cpu", dtype, requires_grad=False):
+        for sample in _database()[name].sample_inputs("cpu", dtype, requires_grad=False):
             args, kwargs = (sample.input, *sample.args), dict(sample.kwargs)
             leaves, spec = pytree.tree_flatten((args, kwargs))
             leaves = [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
-            found.append((leaves, spec))
-    for begin in range(0, len(found), size):
-        yield Batch(name, dtype, found[begin : begin + size])
+            found.append(Sample(name, dtype, leaves, spec))
+    return found
+
+
+def batches(samples: Sequence[Sample], size: int = 12) -> Iterator[Batch]:
+    for begin in range(0, len(samples), size):
+        yield Batch(samples[begin : begin + size])
 
 
 def flat_results(value: Any) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
-
-
-def reference(batch: Batch, eager: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the results in float64: inputs converted exactly, the operator run on them."""
-    given = [x.double() if x.is_floating_point() else x for x in batch.tensors]
-    try:
-        wide = flat_results(batch.call(*given))
-    except (RuntimeError, NotImplementedError):
-        return [x.double() if x.is_floating_point() else x for x in eager]
-    return wide
 
 
 def excess(ours: torch.Tensor, eager: torch.Tensor, wide: torch.Tensor) -> str | None:

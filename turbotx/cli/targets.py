@@ -11,24 +11,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
 
-from turbotx import ir
 from turbotx.errors import InputError
-from turbotx.kernels.attention_jobs import attention_job, product_job
-from turbotx.kernels.cpp_attention import AttentionKernel
-from turbotx.kernels.cpp_products import ProductKernel
-from turbotx.kernels.schedule import choose_schedule, divisible_sizes
-from turbotx.kernels.targets import TARGETS, Built, Job, build, kernel_job
-from turbotx.kernels.triton_attention import choose_attention_schedule
-from turbotx.kernels.triton_products import choose_product_schedule
+from turbotx.kernels.launch_jobs import launch_job
+from turbotx.kernels.targets import TARGETS, Built, Job, build
 from turbotx.kernels.triton_resources import Resources
 from turbotx.report.dump import make_folder
 from turbotx.report.report import Report
-from turbotx.sizes import evaluate
 
 
 def parse_targets(names: Sequence[str]) -> list[str]:
@@ -75,18 +68,9 @@ def make_jobs(report: Report, target: str) -> Iterator[Job]:
     """One job a generated kernel, named as in the report."""
     first = {report.function_of(x): x for x in reversed(report.compiled.assembly.launches)}
     for kernel in report.kernels:
-        launch = first[kernel.name]
-        made = launch.target
-        if isinstance(made, ir.Kernel):
-            sizes = [s for s in divisible_sizes(made) if report.dims[s] % 16 == 0]
-            schedule = choose_schedule(made, report.dims)
-            yield kernel_job(replace(made, name=kernel.name), target, schedule, sizes)
-        elif isinstance(made, AttentionKernel):
-            tiles = choose_attention_schedule(made, evaluate(launch.sizes[3], report.dims))
-            yield attention_job(made, target, tiles, name=kernel.name)
-        elif isinstance(made, ProductKernel):
-            few = choose_product_schedule(made, evaluate(launch.sizes[3], report.dims))
-            yield product_job(made, target, few, name=kernel.name)
+        job = launch_job(first[kernel.name], target, report.dims, kernel.name)
+        if job is not None:
+            yield job
 
 
 def resources_table(built: Sequence[Built]) -> Table:

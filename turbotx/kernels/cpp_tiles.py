@@ -148,10 +148,13 @@ class _Tiles:
         for store in stores:
             text.statement(store)
         text.close(len(self.kernel.columns) + 1)
-        for v in [v for r in reduces for v in r.results if v in self.tiled]:
-            text.open("for (int64_t k = 0; k < count; ++k)")
-            text.put(f"tile_{v}[k] = static_cast<{text.type_of(v)}>(total_{v}[k]);")
-            text.close()
+        for v in [v for r in reduces for v in r.results]:
+            if v in self.tiled:
+                text.open("for (int64_t k = 0; k < count; ++k)")
+                text.put(f"tile_{v}[k] = static_cast<{text.type_of(v)}>(total_{v}[k]);")
+                text.close()
+            elif self.row.name not in self.sweeps.varies[v]:  # such as a count: the same in a tile
+                text.put(f"const {text.type_of(v)} {var(v)} = {text.type_of(v)}(total_{v}[0]);")
 
     def _accumulate(self, r: ir.Reduce) -> None:
         x, place = var(r.args[0]), f"total_{r.results[0]}[k]"

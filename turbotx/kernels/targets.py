@@ -59,6 +59,10 @@ POINTEES = {
 }  # fmt: skip
 
 
+# What a signature promises of an address, in bytes, where nothing else is said.
+ALIGNED_NBYTES = 16
+
+
 @dataclass(frozen=True)
 class Job:
     """One kernel to compile for one target.

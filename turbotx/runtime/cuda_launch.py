@@ -23,7 +23,7 @@ from turbotx.kernels.schedule import (
     outer_axes,
     vector_axes,
 )
-from turbotx.kernels.targets import Job, kernel_job
+from turbotx.kernels.targets import ALIGNED_NBYTES, Job, kernel_job
 from turbotx.kernels.triton_attention import (
     FEW_QUERIES,
     NAMES,
@@ -40,9 +40,6 @@ from turbotx.kernels.triton_products import (
 from turbotx.kernels.tuned import Choose
 from turbotx.runtime.device import Grid
 from turbotx.sizes import Expr, dim, product
-
-# What the printed code may assume of an address, in bytes.
-ALIGNED_NBYTES = 16
 
 
 class SizeTable:
