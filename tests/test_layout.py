@@ -34,6 +34,7 @@ LAYERS = (
     ("ops", "attention"),
     ("pull",),
     ("verify",),
+    ("decompose",),
     ("capture",),
     ("passes",),
     ("kernels",),

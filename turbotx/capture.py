@@ -10,6 +10,7 @@ an expression over named dims; the first call's size-1 dims are symbolic too. Ex
 
 from __future__ import annotations
 
+import copy
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,21 +25,24 @@ from torch import fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import OutputKind
 
+from turbotx.decompose import NotNodeByNode, decompose_nodes
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
 from turbotx.sizes import Expr, dim, expr
 
 # Composite ops that stay whole: the passes and the op table know them as they are, and their
 # decompositions only hide what they mean.
-KEPT_WHOLE = (
-    "aten.scaled_dot_product_attention.default",
-    "aten.linear.default",
-    "aten.layer_norm.default",
-    "aten.rms_norm.default",
-    "aten.group_norm.default",
-    "aten.softmax.int",
-    "aten.log_softmax.int",
-    "aten.matmul.default",
+KEPT_WHOLE = frozenset(
+    (
+        "aten.scaled_dot_product_attention.default",
+        "aten.linear.default",
+        "aten.layer_norm.default",
+        "aten.rms_norm.default",
+        "aten.group_norm.default",
+        "aten.softmax.int",
+        "aten.log_softmax.int",
+        "aten.matmul.default",
+    )
 )
 
 
@@ -123,7 +127,13 @@ def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]])
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(flat, tuple(examples), dynamic_shapes=dynamic, strict=False)
-        return exported.run_decompositions(_decompositions())
+        before = copy.deepcopy(exported.graph)
+        try:
+            decompose_nodes(exported.graph_module, KEPT_WHOLE)
+        except NotNodeByNode:
+            exported.graph_module.graph = before
+            return exported.run_decompositions(_decompositions())
+        return exported
 
 
 def _decompositions() -> Any:

@@ -156,7 +156,8 @@ class Engine:
         It runs where the call's tensors and the model's parameters lie.
         """
         pool, device = self._find_memory(captured)
-        return compile_captured(captured, self.model, self.options, pool, device)
+        with _without_collection():
+            return compile_captured(captured, self.model, self.options, pool, device)
 
     def share(self, compiled: Compiled) -> Compiled:
         """Return what another engine compiled, with this engine's parameters and memory.
