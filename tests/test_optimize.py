@@ -347,3 +347,19 @@ def test_the_rewritten_graph_is_an_ordinary_graph_module() -> None:
         outputs = fast.graph(*inputs.values())
         torch.testing.assert_close(outputs[0], model(**inputs)[0])
     assert "fused_add_layer_norm_0" in fast.graph.code
+
+
+def test_calls_that_differ_in_anything_but_sizes_have_variants_of_their_own() -> None:
+    @turbotx.optimize
+    def scale(x, by=1, extra=None):
+        return x * by if extra is None else x * by + extra
+
+    x = torch.ones(2, 3)
+    assert scale(x, 2).dtype == torch.float32
+    assert scale(x, True).dtype == torch.float32
+    assert scale(x.int(), 2).dtype == torch.int32
+    assert scale(x.int(), 2.0).dtype == torch.float32
+    assert torch.equal(scale(x, extra=x), x + x)
+    assert torch.equal(scale(x, by=2, extra=x), 3 * x)
+    assert torch.equal(scale(torch.ones(5, 4), 2), torch.full((5, 4), 2.0))
+    assert scale.stats()["captures"] == 6

@@ -60,6 +60,7 @@ def decompose_nodes(graph_module: fx.GraphModule, kept: frozenset[str]) -> None:
             graph.erase_node(node)
         elif node.target not in SIZE_OPS and _decomposition(node.target, kept) is not None:
             _replace(node, _Recorder(node, sizes, kept))
+    graph.eliminate_dead_code()
 
 
 def _refuse(node: fx.Node) -> None:
@@ -190,7 +191,8 @@ class _Recorder(TorchDispatchMode):
         return value
 
     def _append(self, target: Any, args: Any, kwargs: Any, result: Any) -> fx.Node:
-        node = self.sizes.graph.call_function(target, args, kwargs)
+        name = getattr(getattr(target, "overloadpacket", target), "__name__", None)
+        node = self.sizes.graph.create_node("call_function", target, args, kwargs, name=name)
         node.meta = {k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta")}
         node.meta["val"] = result
         return node

@@ -67,22 +67,33 @@ class Engine:
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.refuse_training()
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        key = _signature(leaves, spec)
-        shapes = (key, tuple(t.shape for t in tensors))
-        found = self._bound.get(shapes)
-        if found is None:
-            for tensor in tensors:
-                _refuse_tensor(tensor)
-            found = self._bind(key, shapes, tensors, args, kwargs)
-        elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            _refuse_gradient()
-        variant, binding = found
+        variant, binding, tensors = self.check(args, kwargs)
         with torch.no_grad():
             outputs = variant.program.run(binding, tensors)
         return pytree.tree_unflatten(outputs, variant.out_spec)
+
+    def check(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Variant, Binding, list[torch.Tensor]]:
+        """Return what serves a call, and its tensors: the guards of every call, and all of them
+        but the parameters' (`Weights.refresh`). Captures and binds where nothing serves it yet."""
+        self.refuse_training()
+        described, tensors = describe_call(args, kwargs)
+        found = self._bound.get(described) if described is not None else None
+        if found is None:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            key = _signature(leaves, spec)
+            if described is None:
+                described = (key, tuple(t.shape for t in tensors))
+                found = self._bound.get(described)
+        if found is None:
+            for tensor in tensors:
+                _refuse_tensor(tensor)
+            found = self._bind(key, described, tensors, args, kwargs)
+        elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            _refuse_gradient()
+        return *found, tensors
 
     def refuse_training(self) -> None:
         """Raise TrainingError where the model is in training mode."""
@@ -251,6 +262,27 @@ def _without_collection() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
+    """Return all that a call is told from others by, in one pass, and its tensors in order.
+
+    None instead of a description where an argument is neither a tensor nor a plain constant.
+    """
+    parts: list[Any] = [len(args), *kwargs]
+    tensors = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            parts += (value.shape, value.dtype, value.device)
+            tensors.append(value)
+        elif type(value) in _PLAIN:
+            parts += (type(value), value)
+        else:
+            return None, []
+    return tuple(parts), tensors
 
 
 def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:

@@ -38,3 +38,5 @@ def declare_runtime(library: ctypes.CDLL) -> None:
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
     ]  # fmt: skip
+    library.ttx_tensors_changed.restype = ctypes.c_int
+    library.ttx_tensors_changed.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 5]

@@ -57,6 +57,7 @@ class CpuRuntime:
                     BuildWarning,
                     stacklevel=2,
                 )
+        weights.native = self._native
         kinds: frozenset[str] = NATIVE_KINDS if self._native is not None else frozenset()
         if not options.pack_weights:
             kinds -= {"gemm"}

@@ -9,12 +9,16 @@ is noticed by its version, identity and address, and what derives from it is mad
 
 from __future__ import annotations
 
+import ctypes
+import operator
 import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+
+from turbotx.runtime.tensor_watch import TensorWatch, make_watch
 
 if TYPE_CHECKING:
     from turbotx import ir
@@ -52,7 +56,10 @@ class Weights:
         self._constants = constants
         self.prepared = prepared
         self._slots = {name: self._find(path) for name, path in targets.items()}
-        self._owners = [(owner, leaf) for owner, leaf in self._slots.values()]
+        self._owners = [owner for owner, _ in self._slots.values()]
+        self._leaves = [leaf for _, leaf in self._slots.values()]
+        self._watched: tuple[list[Any], TensorWatch] | None = None
+        self.native: ctypes.CDLL | None = None
         self._seen: list[tuple[int, int, int]] | None = None
         self.tensors: dict[str, torch.Tensor] = {}
         self.version = 0
@@ -76,6 +83,8 @@ class Weights:
 
     def refresh(self) -> bool:
         """Look at every parameter; derive again what changed. Returns whether anything did."""
+        if self._watched is not None and not self._have_changed(*self._watched):
+            return False
         now = self._look()
         if now == self._seen:
             return False
@@ -85,15 +94,30 @@ class Weights:
                 tensors[name] = _compute(node, tensors)
             self.tensors, self._seen = tensors, now
             self.version += 1
+            self._start_watch()
         return True
+
+    def _start_watch(self) -> None:
+        """Watch the parameters natively from now on, where the runtime is there for it."""
+        tensors, watch = self._owned(), None
+        if self.native is not None and all(isinstance(t, torch.Tensor) for t in tensors):
+            watch = make_watch(self.native, tensors)
+        self._watched = (tensors, watch) if watch is not None else None
+
+    def _have_changed(self, tensors: list[Any], watch: TensorWatch) -> bool:
+        """Tell whether the module holds other tensors than these, or these were changed."""
+        now = map(operator.getitem, self._owners, self._leaves)
+        return not all(map(operator.is_, now, tensors)) or watch.changed()
+
+    def _owned(self) -> list[Any]:
+        return list(map(operator.getitem, self._owners, self._leaves))
 
     def is_stale(self) -> bool:
         """Tell whether `refresh` would derive anything again."""
         return self._look() != self._seen
 
     def _look(self) -> list[tuple[int, int, int]]:
-        found: list[Any] = [owner[leaf] for owner, leaf in self._owners]
-        return [(id(t), t._version, t.data_ptr()) for t in found]
+        return [(id(t), t._version, t.data_ptr()) for t in self._owned()]
 
     def window(self, operand: ir.Operand) -> torch.Tensor:
         """Return an operand on a parameter or prepared constant as a tensor."""

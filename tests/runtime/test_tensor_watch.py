@@ -1,0 +1,60 @@
+"""Tensor watch: every way in which a parameter changes is seen, and nothing else."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import turbotx
+from turbotx.runtime.native import load_runtime
+from turbotx.runtime.tensor_watch import make_watch
+
+
+def tensors() -> list[torch.Tensor]:
+    return [torch.zeros(3), nn.Parameter(torch.ones(2, 2)), torch.empty(0)]
+
+
+CHANGES = {
+    "nothing": lambda x: None,
+    "read": lambda x: x[1].sum(),
+    "in place": lambda x: x[0].mul_(2),
+    "the last one": lambda x: x[2].resize_(4),
+    "other data": lambda x: setattr(x[1], "data", torch.ones(2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_are_seen(name: str) -> None:
+    given = tensors()
+    watch = make_watch(load_runtime()[0], given)
+    assert watch is not None
+    assert not watch.changed()
+    with torch.no_grad():
+        CHANGES[name](given)
+    assert watch.changed() is (name not in ("nothing", "read"))
+
+
+def test_a_tensor_without_a_version_is_not_watched() -> None:
+    with torch.inference_mode():
+        given = [torch.ones(2)]
+    assert make_watch(load_runtime()[0], given) is None
+
+
+def test_nothing_is_kept_once_the_watch_is_gone() -> None:
+    given = tensors()
+    gone = weakref.ref(given[0])
+    watch = make_watch(load_runtime()[0], given)
+    del given, watch
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_program_watches_its_parameters_natively() -> None:
+    fast = turbotx.optimize(nn.Linear(4, 4).eval())
+    fast(torch.ones(2, 4))
+    (compiled,) = fast._engine.variants()
+    assert compiled.program.runtime.weights._watched is not None
