@@ -224,7 +224,8 @@ def _replace(node: fx.Node, recorder: _Recorder) -> None:
             for user in list(node.users):
                 if user.target is not operator.getitem:
                     raise NotNodeByNode(f"{user.format_node()} takes several tensors as one")
-                user.replace_all_uses_with(recorder._argument(result[user.args[1]]))
+                place: Any = user.args[1]
+                user.replace_all_uses_with(recorder._argument(result[place]))
                 node.graph.erase_node(user)
         else:
             raise NotNodeByNode(f"{node.format_node()} gives {type(result).__name__}")
