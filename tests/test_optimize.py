@@ -316,7 +316,7 @@ def test_without_packed_weights() -> None:
     with torch.no_grad():
         torch.testing.assert_close(fast(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-5)
     (compiled,) = fast._engine.variants()
-    assert not compiled.program.runtime._gemm_weights
+    assert not compiled.program.runtime.packings
 
 
 def test_the_aten_backend_means_the_same() -> None:

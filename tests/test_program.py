@@ -46,7 +46,7 @@ def test_planned_buffers_that_overlap_in_time_do_not_in_space() -> None:
     program = compiled.program
     binding = program.bind((2, 33, 2)[: len(program.dims)])
     lifetimes = dict(zip(program.liveness.names, program.liveness.lifetimes, strict=True))
-    offsets = dict(zip(program.planned, binding.offsets.tolist(), strict=True))
+    offsets = binding.offset_of
     plan = program.plan(binding.dims)
     sizes = {p.buffer.name: p.buffer.nbytes for p in plan.placements}
     for a in lifetimes:

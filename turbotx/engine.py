@@ -28,9 +28,9 @@ from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, bind_weights, compile_captured
 from turbotx.placement import find_device, open_device
-from turbotx.program import Binding
 from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
+from turbotx.runtime.planned import Binding
 from turbotx.signature import SizeMatcher
 
 log = logging.getLogger("turbotx")

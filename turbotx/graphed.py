@@ -21,9 +21,10 @@ import torch
 from turbotx.errors import BuildWarning, DeviceError, TurbotxError
 from turbotx.memory.plan import align
 from turbotx.memory.pool import poison_enabled
-from turbotx.program import Binding, Execution, Program
+from turbotx.program import Program
 from turbotx.runtime.cuda import CudaRuntime
 from turbotx.runtime.device import Graph, Recorder
+from turbotx.runtime.planned import Binding, Execution
 from turbotx.runtime.watch import Watch
 from turbotx.sizes import compile_evaluator
 
@@ -58,7 +59,8 @@ class GraphedProgram(Program):
         self._recorders: dict[int, Recorder] = {}
         self._graphs_lock = threading.Lock()
         kinds = self.assembly.tensors
-        names = [*self._inputs, *(t.name for t in self._outputs)]
+        inputs = [name for name, _ in self._places.inputs]
+        names = [*inputs, *(o.name for o in self._places.outputs)]
         self._outer = [kinds[n] for n in names]
         self._outer_shapes = compile_evaluator([e for t in self._outer for e in t.shape], self.dims)
 
@@ -99,7 +101,8 @@ class GraphedProgram(Program):
         inputs, outputs = self._readable(tensors), self._new_outputs(binding)
         with self.pool.lease(binding.footprint_nbytes) as arena:
             execution = self._prepare(arena, binding)
-            self._run_in(arena, execution, binding, inputs, outputs)
+            state = self._state(binding, arena, inputs, outputs)
+            self._run_in(execution, binding, state, inputs, outputs)
             yield execution.table
 
     def _is_first(self, dims: tuple[int, ...]) -> bool:
@@ -132,9 +135,8 @@ class GraphedProgram(Program):
         failed = self.runtime.failed()
         if failed:
             self._explain_failure(failed)
-        named = dict(zip(self._inputs, super()._readable(tensors), strict=True))
-        named.update((t.name, x) for t, x in zip(self._outputs, outputs, strict=True))
-        return [leaf(binding, named) for leaf in self._leaves]
+        state = self._state(binding, arena, super()._readable(tensors), outputs)
+        return [leaf(state) for leaf in self._leaves]
 
     def _play(self, captured: Captured, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         call = self.runtime.device.call
@@ -170,14 +172,16 @@ class GraphedProgram(Program):
                 count *= extent
             part = arena.tensor[offset : offset + count * tensor.dtype.itemsize]
             views.append(part.view(tensor.dtype).view(shape))
-        inputs, outputs = views[: len(self._inputs)], views[len(self._inputs) :]
+        count = len(self._places.inputs)
+        inputs, outputs = views[:count], views[count:]
         execution = self._prepare(arena, binding)
+        state = self._state(binding, arena, inputs, outputs)
         recorder = self._recorders.get(arena.index)
         if recorder is None:
             recorder = self._recorders[arena.index] = self.runtime.device.recorder()
         try:
             graph = recorder.capture(
-                lambda: self._run_in(arena, execution, binding, inputs, outputs)
+                lambda: self._run_in(execution, binding, state, inputs, outputs)
             )
         except TurbotxError:
             raise
@@ -209,11 +213,12 @@ class GraphedProgram(Program):
             )
         device = self.runtime.torch_device
         arena = _OwnMemory(torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device))
-        execution = Execution(len(self.runtime.table.slots))
+        execution = Execution(self.runtime.slot_count)
         self._point(execution, arena, binding)
         inputs, outputs = self._readable(tensors), self._new_outputs(binding)
-        named = self._run_in(arena, execution, binding, inputs, outputs)
-        return [leaf(binding, named) for leaf in self._leaves]
+        state = self._state(binding, arena, inputs, outputs)
+        self._run_in(execution, binding, state, inputs, outputs)
+        return [leaf(state) for leaf in self._leaves]
 
 
 class _NotCapturable(Exception):

@@ -16,7 +16,7 @@ from turbotx import ir
 from turbotx.pipeline import Compiled
 from turbotx.report.numerics import Error, LaunchErrors
 from turbotx.report.replay import make_reader, make_viewer
-from turbotx.runtime.aten import RunState
+from turbotx.runtime.state import RunState
 from turbotx.signature import SizeMatcher
 
 
@@ -78,21 +78,20 @@ class _Harsh:
         self._launches, self._tensors = compiled.assembly.launches, compiled.assembly.tensors
         self.errors = LaunchErrors(compiled, names, dims)
 
-    def before(self, launch: int, state: Callable[[], RunState]) -> None:
+    def before(self, launch: int, state: RunState) -> None:
         if self._launches[launch].kind not in ("kernel", "attention"):
             return
-        given = state()
-        view = make_viewer(given, self._dims)
+        view = make_viewer(state, self._dims)
         generator = torch.Generator().manual_seed(launch)
         for operand in self._replaced(self._launches[launch]):
             tensor = view(operand)
             if all(s > 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
                 tensor.copy_(CASES[self._case](tensor.shape, generator))
-        self.errors.before(launch, make_reader(given, self._dims))
+        self.errors.before(launch, make_reader(state, self._dims))
 
-    def after(self, launch: int, state: Callable[[], RunState]) -> None:
+    def after(self, launch: int, state: RunState) -> None:
         if self._launches[launch].kind in ("kernel", "attention"):
-            self.errors.after(launch, make_reader(state(), self._dims))
+            self.errors.after(launch, make_reader(state, self._dims))
 
     def _replaced(self, launch: ir.Launch) -> list[ir.Operand]:
         reads = [a for a in launch.args if a is not None and a.tensor in launch.reads]

@@ -15,9 +15,9 @@ import torch
 
 from turbotx import ir
 from turbotx.pipeline import Compiled
-from turbotx.runtime.aten import RunState
+from turbotx.runtime.aten import window_of
+from turbotx.runtime.state import RunState
 from turbotx.signature import SizeMatcher
-from turbotx.sizes import compile_evaluator
 
 Read = Callable[[ir.Operand], torch.Tensor]
 
@@ -46,11 +46,11 @@ class _Replay:
     def __init__(self, observer: Observer, dims: Sequence[str]) -> None:
         self._observer, self._dims = observer, dims
 
-    def before(self, launch: int, state: Callable[[], RunState]) -> None:
-        self._observer.before(launch, make_reader(state(), self._dims))
+    def before(self, launch: int, state: RunState) -> None:
+        self._observer.before(launch, make_reader(state, self._dims))
 
-    def after(self, launch: int, state: Callable[[], RunState]) -> None:
-        self._observer.after(launch, make_reader(state(), self._dims))
+    def after(self, launch: int, state: RunState) -> None:
+        self._observer.after(launch, make_reader(state, self._dims))
 
 
 def make_reader(state: RunState, dims: Sequence[str]) -> Read:
@@ -61,17 +61,4 @@ def make_reader(state: RunState, dims: Sequence[str]) -> Read:
 
 def make_viewer(state: RunState, dims: Sequence[str]) -> Read:
     """Return a function that gives an operand's own memory in a run, as a tensor."""
-
-    def view(operand: ir.Operand) -> torch.Tensor:
-        evaluate = compile_evaluator([*operand.shape, *operand.strides, operand.offset], dims)
-        numbers = evaluate(*state.dims)
-        rank = len(operand.shape)
-        shape, strides, offset = numbers[:rank], numbers[rank : 2 * rank], numbers[-1]
-        base = state.tensors.get(operand.tensor)
-        if base is None:
-            begin, size = state.offsets[operand.tensor], operand.dtype.itemsize
-            count = (state.arena.numel() - begin) // size
-            base = state.arena[begin : begin + count * size].view(operand.dtype)
-        return base.as_strided(shape, strides, base.storage_offset() + offset)
-
-    return view
+    return lambda operand: window_of(operand, dims)(state)

@@ -8,8 +8,7 @@ there too, so that the launches around it need not know::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -20,32 +19,15 @@ from turbotx.kernels.lower import Lowered
 from turbotx.layout import contiguous_strides
 from turbotx.passes.extract import extract
 from turbotx.runtime.outside import call_into
+from turbotx.runtime.state import Maker, RunState, Step, make_window
 from turbotx.sizes import compile_evaluator
-
-
-@dataclass(frozen=True, slots=True)
-class RunState:
-    """What one run of a program works on.
-
-    dims: the shape. offsets: bytes from the arena's start, per planned tensor. arena: its memory,
-    flat uint8. tensors: inputs, outputs, parameters and prepared constants by name.
-    """
-
-    dims: tuple[int, ...]
-    offsets: Mapping[str, int]
-    arena: torch.Tensor
-    tensors: Mapping[str, torch.Tensor]
-
-
-Step = Callable[[RunState], None]
-Maker = Callable[[RunState], Any]
 
 
 class AtenSteps:
     """Makes steps for one program's launches."""
 
-    def __init__(self, tensors: Mapping[str, ir.Tensor], dims: Sequence[str]) -> None:
-        self._tensors, self._dims = tensors, dims
+    def __init__(self, dims: Sequence[str]) -> None:
+        self._dims = dims
 
     def make(self, launch: ir.Launch) -> Step:
         """Return a function that runs one launch by PyTorch."""
@@ -96,39 +78,17 @@ class AtenSteps:
             return lambda state: {k: v(state) for k, v in named.items()}
         return lambda state: structure
 
-    def tensor(self, operand: ir.Operand) -> Maker:
+    def tensor(self, operand: ir.Operand) -> Callable[[RunState], torch.Tensor]:
         """Return a function that gives the tensor an operand stands for in one run."""
-        name, dtype = operand.tensor, operand.dtype
-        if self._tensors[name].kind != "intermediate":
-            window = make_window(operand, self._dims)
-            return lambda state: window(state.dims, state.tensors[name])
-        shape = compile_evaluator(operand.shape, self._dims)
-        strides = compile_evaluator(operand.strides, self._dims)
-        start = compile_evaluator([operand.offset], self._dims)
-
-        def planned(state: RunState) -> torch.Tensor:
-            begin = state.offsets[name]
-            count = (state.arena.numel() - begin) // dtype.itemsize
-            whole = state.arena[begin : begin + count * dtype.itemsize].view(dtype)
-            offset = start(*state.dims)[0]
-            return whole[offset:].as_strided(shape(*state.dims), strides(*state.dims))
-
-        return planned
+        return window_of(operand, self._dims)
 
 
-def make_window(
-    operand: ir.Operand, dims: Sequence[str]
-) -> Callable[[tuple[int, ...], torch.Tensor], torch.Tensor]:
-    """Return a function (dims, the whole tensor) -> the operand's window on it."""
+def window_of(operand: ir.Operand, dims: Sequence[str]) -> Callable[[RunState], torch.Tensor]:
+    """Return a function that gives an operand's own memory in one run, as a tensor."""
     shape = compile_evaluator(operand.shape, dims)
     strides = compile_evaluator(operand.strides, dims)
     offset = compile_evaluator([operand.offset], dims)
-
-    def window(values: tuple[int, ...], whole: torch.Tensor) -> torch.Tensor:
-        start = whole.storage_offset() + offset(*values)[0]
-        return whole.as_strided(shape(*values), strides(*values), start)
-
-    return window
+    return make_window(operand.tensor, operand.dtype, shape, strides, offset)
 
 
 def is_whole(operand: ir.Operand, tensor: ir.Tensor) -> bool:

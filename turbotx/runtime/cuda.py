@@ -23,10 +23,11 @@ from turbotx.errors import InputError
 from turbotx.kernels.targets import Job
 from turbotx.kernels.tuned import load_tuned, make_chooser
 from turbotx.options import Options
-from turbotx.runtime.aten import AtenSteps, RunState
+from turbotx.runtime.aten import AtenSteps
 from turbotx.runtime.cuda_gemm import bind_gemm
 from turbotx.runtime.cuda_launch import AttentionFamily, KernelFamily, SizeTable
 from turbotx.runtime.device import Device, Grid
+from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
 from turbotx.runtime.weights import Weights
 from turbotx.sizes import compile_evaluator
@@ -62,7 +63,7 @@ class CudaRuntime:
         self.table = SizeTable(list(assembly.tensors))
         self.families = self._find_families(options)
         self._layouts = {i: self._layout(launches[i], f) for i, f in self.families.items()}
-        steps = AtenSteps(assembly.tensors, dims)
+        steps = AtenSteps(dims)
         outside = {n for n, t in assembly.tensors.items() if t.kind in ("input", "output")}
         self._gemms, self._steps = {}, {}
         for i, launch in enumerate(launches):
@@ -76,6 +77,11 @@ class CudaRuntime:
         self._lock = threading.Lock()
         self._kept: tuple[int, dict[str, torch.Tensor]] = (-1, {})
         self._build_expected(example_dims)
+
+    @property
+    def slot_count(self) -> int:
+        """How many addresses its table holds."""
+        return len(self.table.slots)
 
     # --- kernels ---
 
@@ -181,7 +187,7 @@ class CudaRuntime:
     # --- running ---
 
     def run(
-        self, table: Any, sizes: Any, state: Callable[[], RunState],
+        self, table: Any, sizes: Any, state: RunState,
         ticks: Any = None, watches: Sequence[Watch] = (),
     ) -> int:  # fmt: skip
         """Queue every launch in order on the current stream.
@@ -190,9 +196,9 @@ class CudaRuntime:
         have been in an earlier call. `ticks` takes nanoseconds on the device at which each launch
         began and ended, and waits for them. `watches` are told of each launch as it is queued.
         """
-        bound, given = self._bind(sizes), state()
+        bound = self._bind(sizes)
         frame = self._frame(table, sizes)
-        views = frame.views(bound, (given.arena.data_ptr(), self.weights.version))
+        views = frame.views(bound, (state.arena.data_ptr(), self.weights.version))
         moments = []
         with self.device.active():
             stream = self.device.stream()
@@ -202,7 +208,7 @@ class CudaRuntime:
                 began = None if ticks is None else self.device.clock()
                 kernel = bound.kernels.get(i)
                 if kernel is None:
-                    self.device.call(self._step(i, given, views))
+                    self.device.call(self._step(i, state, views))
                 elif 0 not in kernel[1]:
                     self.device.launch(*kernel, frame.addresses[i], stream)
                 if began is not None:
@@ -223,7 +229,7 @@ class CudaRuntime:
         return (launch + 1) << 32 | check
 
     def _step(
-        self, i: int, given: RunState, views: dict[int, Callable[[], object]]
+        self, i: int, state: RunState, views: dict[int, Callable[[], object]]
     ) -> Callable[[], object]:
         """Return PyTorch's part; that of a GEMM over planned memory is kept for the next call."""
         if i in views:
@@ -231,8 +237,8 @@ class CudaRuntime:
         gemm = self._gemms.get(i)
         if gemm is None:
             step = self._steps[i]
-            return lambda: step(given)
-        bound = gemm[0](given)
+            return lambda: step(state)
+        bound = gemm[0](state)
         if gemm[1]:
             views[i] = bound
         return bound

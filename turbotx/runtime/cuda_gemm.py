@@ -14,7 +14,8 @@ from functools import partial
 import torch
 
 from turbotx import ir
-from turbotx.runtime.aten import AtenSteps, RunState
+from turbotx.runtime.aten import AtenSteps
+from turbotx.runtime.state import RunState
 from turbotx.sizes import ONE, ZERO
 
 Call = Callable[[], object]

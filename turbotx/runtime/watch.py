@@ -1,22 +1,21 @@
 """Watch: what is told of every launch of one run, between which memory can be looked at.
 
-In: given to `Program.run` for one call. Out: called before and after each launch, with a way to
-get at the run's tensors; what it writes is seen by the launches after it::
+In: given to `Program.run` for one call. Out: called before and after each launch with the run's
+tensors; what it writes is seen by the launches after it::
 
     program.run(binding, tensors, watch=watch)    # watch.before(0, state), .after(0, state), ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
-from turbotx.runtime.aten import RunState
+from turbotx.runtime.state import RunState
 
 
 class Watch(Protocol):
-    """`launch` counts from 0; `state()` has the run's memory and tensors."""
+    """`launch` counts from 0; `state` has the run's memory and tensors."""
 
-    def before(self, launch: int, state: Callable[[], RunState]) -> None: ...
+    def before(self, launch: int, state: RunState) -> None: ...
 
-    def after(self, launch: int, state: Callable[[], RunState]) -> None: ...
+    def after(self, launch: int, state: RunState) -> None: ...

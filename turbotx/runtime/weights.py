@@ -12,18 +12,28 @@ from __future__ import annotations
 import ctypes
 import operator
 import threading
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 
 from turbotx.runtime.tensor_watch import TensorWatch, make_watch
 
-if TYPE_CHECKING:
-    from turbotx import ir
-
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Window(Protocol):
+    """A part of a weight, by sizes that are numbers."""
+
+    @property
+    def tensor(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[Any]: ...
+    @property
+    def strides(self) -> Sequence[Any]: ...
+    @property
+    def offset(self) -> Any: ...
 
 
 class PackedWeight:
@@ -119,7 +129,7 @@ class Weights:
     def _look(self) -> list[tuple[int, int, int]]:
         return [(id(t), t._version, t.data_ptr()) for t in self._owned()]
 
-    def window(self, operand: ir.Operand) -> torch.Tensor:
+    def window(self, operand: Window) -> torch.Tensor:
         """Return an operand on a parameter or prepared constant as a tensor."""
         base = self.tensors[operand.tensor]
         shape = [int(e) for e in operand.shape]

@@ -231,11 +231,11 @@ def _describe_weights(program: Program, runtime: CpuRuntime) -> dict[str, Any]:
         },
         "packed": [
             {
-                "slot": slots[name], "tensor": weight.tensor,
-                "shape": [int(e) for e in weight.shape],
-                "strides": [int(e) for e in weight.strides], "offset": int(weight.offset),
-                "options": list(options),
+                "slot": p.slot, "tensor": p.window.tensor,
+                "shape": [int(e) for e in p.window.shape],
+                "strides": [int(e) for e in p.window.strides], "offset": int(p.window.offset),
+                "options": list(p.options),
             }
-            for name, weight, options in runtime.packings()
+            for p in runtime.packings
         ],
     }  # fmt: skip

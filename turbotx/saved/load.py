@@ -22,9 +22,10 @@ from torch import nn
 
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
+from turbotx.runtime.planned import Binding
 from turbotx.saved.container import read_container
 from turbotx.saved.native import Libraries
-from turbotx.saved.program import Binding, SavedProgram
+from turbotx.saved.program import SavedProgram
 from turbotx.saved.values import decode_constant, decode_tree
 from turbotx.weight_files import load_weights
 
@@ -140,7 +141,7 @@ class SavedModule(nn.Module):
                 self._bound[shapes] = found
         program, binding = found
         with torch.no_grad():
-            return program.run(binding, tensors)
+            return program.answer(binding, tensors)
 
     __call__ = forward
 

@@ -3,7 +3,7 @@
 In: a launch's call as JSON. Out: a function that runs it on one run's tensors and memory::
 
     step = make_step({"target": "aten.cumsum.default", "args": [{"window": {...}}, 1], ...}, dims)
-    step(run)
+    step(state)
 """
 
 from __future__ import annotations
@@ -17,64 +17,37 @@ import torch
 from torch import fx, nn
 
 from turbotx.runtime.outside import call_into
+from turbotx.runtime.planned import make_size
+from turbotx.runtime.state import Maker, RunState, Step, make_window
 from turbotx.saved.calls import decode_arguments, decode_nodes, decode_target
 from turbotx.saved.values import compile_texts, decode_constant
 
 
-@dataclass(frozen=True)
-class Run:
-    """What one run works on: the shape, planned memory, and inputs, outputs and weights by name."""
-
-    dims: tuple[int, ...]
-    offsets: Mapping[str, int]
-    arena: torch.Tensor
-    named: Mapping[str, torch.Tensor]
-    weights: Mapping[str, torch.Tensor]
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return an input, an output or a weight."""
-        found = self.named.get(name)
-        return self.weights[name] if found is None else found
-
-
-Step = Callable[[Run], None]
-
-
-def make_window(window: Mapping[str, Any], dims: Sequence[str]) -> Callable[[Run], torch.Tensor]:
+def window_of(window: Mapping[str, Any], dims: Sequence[str]) -> Callable[[RunState], torch.Tensor]:
     """Return a function that gives the tensor a window stands for in one run."""
-    shape, strides = compile_texts(window["shape"], dims), compile_texts(window["strides"], dims)
-    offset = compile_texts([window["offset"]], dims)
-    name, dtype = window["tensor"], decode_constant(window["dtype"])
-
-    def whole(run: Run) -> torch.Tensor:
-        if not window["planned"]:
-            return run.tensor(name)
-        begin = run.offsets[name]
-        count = (run.arena.numel() - begin) // dtype.itemsize
-        return run.arena[begin : begin + count * dtype.itemsize].view(dtype)
-
-    def look(run: Run) -> torch.Tensor:
-        base = whole(run)
-        start = base.storage_offset() + offset(*run.dims)[0]
-        return base.as_strided(shape(*run.dims), strides(*run.dims), start)
-
-    return look
+    return make_window(
+        window["tensor"],
+        decode_constant(window["dtype"]),
+        compile_texts(window["shape"], dims),
+        compile_texts(window["strides"], dims),
+        compile_texts([window["offset"]], dims),
+    )
 
 
 def make_step(call: Mapping[str, Any], dims: Sequence[str]) -> Step:
     """Return a function that runs one launch by PyTorch and puts its results where they belong."""
     special: dict[str, Callable[[Any], Any]] = {
-        "window": lambda window: _Made(make_window(window, dims)),
-        "size": lambda text: _Made(_make_size(text, dims)),
+        "window": lambda window: _Made(window_of(window, dims)),
+        "size": lambda text: _Made(make_size(compile_texts([text], dims))),
     }
     args = decode_arguments(call["args"], special)
     kwargs = decode_arguments(call["kwargs"], special)
-    writes = [None if w is None else make_window(w, dims) for w in call["writes"]]
+    writes = [None if w is None else window_of(w, dims) for w in call["writes"]]
     target = _make_module(call["graph"]) if "graph" in call else decode_target(call["target"])
 
-    def step(run: Run) -> None:
-        given, options = _fill(args, run), _fill(kwargs, run)
-        windows = [None if w is None else w(run) for w in writes]
+    def step(state: RunState) -> None:
+        given, options = _fill(args, state), _fill(kwargs, state)
+        windows = [None if w is None else w(state) for w in writes]
         call_into(target, given, options, windows, call["has_out"])
 
     return step
@@ -84,21 +57,16 @@ def make_step(call: Mapping[str, Any], dims: Sequence[str]) -> Step:
 class _Made:
     """An argument that is made anew in each run."""
 
-    make: Callable[[Run], Any]
+    make: Maker
 
 
-def _make_size(text: str, dims: Sequence[str]) -> Callable[[Run], int]:
-    evaluate = compile_texts([text], dims)
-    return lambda run: int(evaluate(*run.dims)[0])
-
-
-def _fill(structure: Any, run: Run) -> Any:
+def _fill(structure: Any, state: RunState) -> Any:
     if isinstance(structure, _Made):
-        return structure.make(run)
+        return structure.make(state)
     if isinstance(structure, list):
-        return [_fill(v, run) for v in structure]
+        return [_fill(v, state) for v in structure]
     if isinstance(structure, dict):
-        return {k: _fill(v, run) for k, v in structure.items()}
+        return {k: _fill(v, state) for k, v in structure.items()}
     return structure
 
 
