@@ -4,7 +4,7 @@ In: architectures (default configurations of random weights, two layers). Out: a
 benchmarks/results/resources.json, from machine code compiled here; no GPU is needed. Attention is
 compiled both ways, flash and as two products around a softmax; equal kernels are one row::
 
-    python benchmarks/resources.py bert llama --targets sm_90 gfx942 --dtypes float16
+    python benchmarks/resources.py bert llama --targets sm_90 gfx942 --dtypes bfloat16
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from turbotx.signature import SizeMatcher
 
 RESULTS = Path(__file__).parent / "results" / "resources.json"
 WAYS = ("flash", "fused-softmax")
-# Few queries, which take tiles of their own, and many; the second is no multiple of 16.
-SHAPES = ((1, 16), (2, 128), (3, 250))
+# Few queries, which take tiles of their own, and many. Lengths that are multiples of 16: others
+# have builds without the promise, whose accesses are as narrow as any alignment allows.
+SHAPES = ((1, 16), (2, 128))
 
 
 def find_jobs(architecture: str, dtype: torch.dtype, targets: list[str]) -> Iterator[Job]:
@@ -73,7 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES)
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--dtypes", nargs="*", default=["float16", "float32"])
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--workers", type=int, help="processes that compile; default: the cores")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()

@@ -74,4 +74,25 @@ def resources_table(folder: Path) -> str:
             f"| {max(row['registers'] for row in own)} "
             f"| {max(row['shared_nbytes'] for row in own) / 1024:.0f} | {wide[0]} | {wide[1]} |"
         )
+    rows += [
+        "",
+        "Whose widest access to memory is narrower, in bits:",
+        "",
+        "| kernel | targets | load | store |",
+        "|---|---|---|---|",
+        *(
+            f"| `{name}` | {', '.join(targets)} | {load} | {store} |"
+            for (name, load, store), targets in _narrow(kernels).items()
+        ),
+    ]
     return "\n".join(rows)
+
+
+def _narrow(kernels: list[dict[str, Any]]) -> dict[tuple[str, int, int], dict[str, None]]:
+    """Return kernel and widths -> targets, where less than 128 bits move at once."""
+    found: dict[tuple[str, int, int], dict[str, None]] = {}
+    for row in sorted(kernels, key=lambda row: str(row["kernel"])):
+        widths = row["load_bits"], row["store_bits"]
+        if min(widths) < 128:
+            found.setdefault((row["kernel"], *widths), {})[row["target"]] = None
+    return found

@@ -81,6 +81,8 @@ def test_digest_covers_everything_that_shapes_the_binary() -> None:
         dataclasses.replace(job, source=job.source + "\n"),
     ]
     assert len({j.digest() for j in [job, *others]}) == 6
+    moved = dataclasses.replace(job, source="# computes model.py:12\n" + job.source)
+    assert moved.digest() == job.digest()
 
 
 def test_without_alignment_loads_are_narrow() -> None:

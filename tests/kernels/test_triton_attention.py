@@ -24,6 +24,7 @@ from turbotx.kernels.triton_attention import (
     choose_attention_schedule,
 )
 from turbotx.kernels.triton_products import (
+    PRODUCT_STRIDES,
     choose_product_schedule,
 )
 
@@ -179,7 +180,9 @@ def test_builds_with_every_operand(q_len: int) -> None:
     jobs = [attention_job(case, "sm_90", choose_attention_schedule(case, q_len))]
     for which in ("scores", "values"):
         product = ProductKernel(which, torch.float16, 64)
-        jobs.append(product_job(product, "sm_90", choose_product_schedule(product, q_len)))
+        tiles = choose_product_schedule(product, q_len)
+        jobs.append(product_job(product, "sm_90", tiles, PRODUCT_STRIDES))
     for built in build(jobs):
         assert built.resources.spills == 0, (built.job.name, built.resources)
         assert built.resources.load_bits == 128, (built.job.name, built.resources)
+        assert built.resources.store_bits == 128, (built.job.name, built.resources)

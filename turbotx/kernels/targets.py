@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,7 @@ POINTEES = {
 }  # fmt: skip
 
 
+_COMMENTS = re.compile(r"^#.*\n", re.MULTILINE)
 # What a signature promises of an address, in bytes, where nothing else is said.
 ALIGNED_NBYTES = 16
 
@@ -82,7 +84,10 @@ class Job:
     num_stages: int = 2
 
     def digest(self) -> str:
-        shown = (_triton_version(), dataclasses.astuple(self))
+        """Return a digest of all that shapes the binary, which comments do not: a kernel's header
+        names lines of the user's model."""
+        code = dataclasses.replace(self, source=_COMMENTS.sub("", self.source))
+        shown = (_triton_version(), dataclasses.astuple(code))
         return hashlib.sha256(repr(shown).encode()).hexdigest()[:24]
 
 

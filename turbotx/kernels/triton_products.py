@@ -18,7 +18,10 @@ from turbotx.kernels.triton_attention import FEW_QUERIES
 from turbotx.kernels.triton_reduce import TYPES
 
 PRODUCT_NAMES = tuple(name.replace(".", "_") for name in SIZES)
-PRODUCT_STRIDES = tuple(n for n in PRODUCT_NAMES if n.split("_")[0] in ("a", "b", "out"))
+# With k_len, which bounds the columns of scores: a multiple of 16 where their stride is one.
+PRODUCT_STRIDES = tuple(n for n in PRODUCT_NAMES if n.split("_")[0] in ("a", "b", "out")) + (
+    "k_len",
+)
 
 
 @dataclass(frozen=True)
