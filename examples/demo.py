@@ -53,8 +53,7 @@ SENTENCES = (
 )  # fmt: skip
 
 SHAPES = ((1, 10), (1, 40), (1, 128), (8, 64), (16, 32))
-ROUNDS, MAX_S = 15, 8.0
-"""Timed calls of each kind a shape, fewer where they would take longer than MAX_S together."""
+ROUNDS = 15  # timed calls of each kind a shape, fewer where they would take too long together
 RULE = "error against float64 at most 1.5 x eager's own, plus 2 ulp"
 
 
@@ -107,10 +106,10 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.double() - b.double()).abs().max().item()
 
 
-def median_ms(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def median_ms(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """Return each call's median time; the calls take turns, so that a slow moment hits them all."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + MAX_S
+    end = time.perf_counter() + seconds
     for round_number in range(ROUNDS + 2):
         if round_number > 4 and time.perf_counter() > end:
             break
@@ -123,7 +122,7 @@ def median_ms(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def time_shapes(
-    model: nn.Module, fast: Any, done: Callable[[], None]
+    model: nn.Module, fast: Any, seconds: float, done: Callable[[], None]
 ) -> list[tuple[tuple[int, int], dict[str, float]]]:
     rows = []
     for batch, seq in SHAPES:
@@ -138,7 +137,8 @@ def time_shapes(
         def run_fast(inputs: dict[str, torch.Tensor] = inputs) -> Any:
             return fast(**inputs)
 
-        rows.append(((batch, seq), median_ms({"eager": run_eager, "turbotx": run_fast})))
+        calls = {"eager": run_eager, "turbotx": run_fast}
+        rows.append(((batch, seq), median_ms(calls, seconds)))
         done()
     return rows
 
@@ -187,6 +187,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("demo-output"), help="where files are dumped"
     )
+    parser.add_argument("--seconds", type=float, default=8.0, help="of timing a shape, at the most")
     chosen = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     console = Console()
@@ -210,7 +211,9 @@ def main() -> int:
         step(f"embed {len(SENTENCES)} sentences: eager, turbotx and float64")
         found = compare(model, fast, batches)
         step("time eager and turbotx in turns")
-        rows = time_shapes(model, fast, lambda: step("time eager and turbotx in turns"))
+        rows = time_shapes(
+            model, fast, chosen.seconds, lambda: step("time eager and turbotx in turns")
+        )
         progress.update(task, description="explain, and dump every stage")
         report = turbotx.explain(fast, **batches[0])
         dumped = report.dump(chosen.out)

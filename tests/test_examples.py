@@ -86,8 +86,9 @@ def test_a_pooled_sentence_does_not_see_its_padding(demo: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_the_demo_runs(minilm_path: Path, tmp_path: Path) -> None:
+    options = ("--out", str(tmp_path / "out"), "--seconds", "0")
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "demo.py"), "--out", str(tmp_path / "out")],
+        [sys.executable, str(EXAMPLES / "demo.py"), *options],
         capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "100"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
