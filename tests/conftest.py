@@ -32,6 +32,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # its pool of processes takes long to start
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 # Workers together have more threads than there are cores: one that waits must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

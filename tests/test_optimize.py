@@ -221,7 +221,7 @@ def test_a_branch_on_values_names_the_users_line() -> None:
 
 
 def test_an_index_out_of_range_is_an_error_and_loses_nothing() -> None:
-    model = small_model("bert")
+    model = small_model("bert", layers=1)
     fast = turbotx.optimize(model)
     inputs = token_inputs(2, 5)
     expected = fast(**inputs)[0]
@@ -268,7 +268,7 @@ def test_sparse_and_foreign_inputs_are_refused() -> None:
 
 
 def test_threads_share_one_module() -> None:
-    model = small_model("bert")
+    model = small_model("bert", layers=1)
     fast = turbotx.optimize(model)
     cases = [token_inputs(b, s) for b, s in ((1, 5), (2, 9), (3, 30), (2, 17))]
     with torch.no_grad():
@@ -297,7 +297,7 @@ def test_threads_share_one_module() -> None:
 def test_without_a_compiler_regions_run_through_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    model = small_model("bert")
+    model = small_model("bert", layers=1)
     fast = turbotx.optimize(model)
     inputs = token_inputs(3, 9)
     with pytest.warns(BuildWarning, match="no C\\+\\+ compiler") as seen:
@@ -310,7 +310,7 @@ def test_without_a_compiler_regions_run_through_pytorch(monkeypatch: pytest.Monk
 
 
 def test_without_packed_weights() -> None:
-    model = small_model("bert")
+    model = small_model("bert", layers=1)
     inputs = token_inputs(2, 9)
     fast = turbotx.optimize(model, pack_weights=False)
     with torch.no_grad():
@@ -320,14 +320,14 @@ def test_without_packed_weights() -> None:
 
 
 def test_the_aten_backend_means_the_same() -> None:
-    model = small_model("distilbert")
+    model = small_model("distilbert", layers=1)
     inputs = token_inputs(2, 9)
     ours = turbotx.optimize(model, backend="aten")(**inputs)
     torch.testing.assert_close(ours[0], turbotx.optimize(model)(**inputs)[0])
 
 
 def test_reserve_takes_the_memory_at_once() -> None:
-    fast = turbotx.optimize(small_model("bert"))
+    fast = turbotx.optimize(small_model("bert", layers=1))
     fast(**token_inputs(1, 2))
     fast.reserve(batch=4, seq=256)
     before = fast.stats()["chunk_allocations"]
@@ -339,7 +339,7 @@ def test_reserve_takes_the_memory_at_once() -> None:
 
 
 def test_the_rewritten_graph_is_an_ordinary_graph_module() -> None:
-    model = small_model("bert")
+    model = small_model("bert", layers=1)
     fast = turbotx.optimize(model)
     inputs = token_inputs(2, 9)
     with torch.no_grad():

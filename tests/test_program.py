@@ -15,7 +15,7 @@ PLANNERS = ("symbolic", "chunked", "greedy")
 
 @pytest.mark.parametrize("planner", PLANNERS)
 def test_every_planner_serves_every_shape(planner: str) -> None:
-    model = small_model("bert")
+    model = small_model("bert", layers=1)
     fast = turbotx.optimize(model, planner=planner)
     for batch, seq in ((1, 1), (3, 40), (2, 7), (1, 300), (3, 40)):
         inputs = token_inputs(batch, seq)
@@ -30,7 +30,7 @@ def test_every_planner_serves_every_shape(planner: str) -> None:
 
 
 def test_the_symbolic_plan_meets_the_lower_bound() -> None:
-    fast = turbotx.optimize(small_model("bert"))
+    fast = turbotx.optimize(small_model("bert", layers=1))
     fast(**token_inputs(2, 9))
     (compiled,) = fast._engine.variants()
     for batch in (1, 3, 20):
@@ -40,7 +40,7 @@ def test_the_symbolic_plan_meets_the_lower_bound() -> None:
 
 
 def test_planned_buffers_that_overlap_in_time_do_not_in_space() -> None:
-    fast = turbotx.optimize(small_model("gpt2"))
+    fast = turbotx.optimize(small_model("gpt2", layers=1))
     fast(**token_inputs(2, 9))
     (compiled,) = fast._engine.variants()
     program = compiled.program
@@ -56,7 +56,7 @@ def test_planned_buffers_that_overlap_in_time_do_not_in_space() -> None:
 
 
 def test_shapes_are_forgotten_in_order() -> None:
-    fast = turbotx.optimize(small_model("bert"), max_shapes=2)
+    fast = turbotx.optimize(small_model("bert", layers=1), max_shapes=2)
     for seq in (3, 4, 5, 3):
         fast(**token_inputs(1, seq))
     (compiled,) = fast._engine.variants()
@@ -66,14 +66,14 @@ def test_shapes_are_forgotten_in_order() -> None:
 
 
 def test_a_shape_seen_again_is_not_planned_again() -> None:
-    fast = turbotx.optimize(small_model("bert"))
+    fast = turbotx.optimize(small_model("bert", layers=1))
     for seq in (3, 4, 3, 4):
         fast(**token_inputs(2, seq))
     assert fast.stats()["plans"] == 2
 
 
 def test_poisoned_runs_fill_what_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast = turbotx.optimize(small_model("bert"))
+    fast = turbotx.optimize(small_model("bert", layers=1))
     inputs = token_inputs(2, 9)
     clean = fast(**inputs)[0]
     filled: list[int] = []

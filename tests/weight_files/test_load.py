@@ -87,7 +87,7 @@ def test_every_format_fills_the_models_own_tensors(
 
 
 def test_an_optimized_module_sees_them_at_the_next_call(tmp_path: Path) -> None:
-    model = small_model("bert")
+    model = small_model("bert", layers=1)
     fast, inputs = turbotx.optimize(model), token_inputs(2, 7)
     fast(**inputs)
     state = model.state_dict().items()
@@ -114,7 +114,7 @@ def pack_as_turbotransformers(state: State) -> State:
 
 
 def test_turbotransformers_layout(tmp_path: Path) -> None:
-    source, model = small_model("bert"), small_model("bert")
+    source, model = small_model("bert", layers=1), small_model("bert", layers=1)
     with torch.no_grad():
         for p in source.parameters():
             p.add_(torch.randn_like(p))
