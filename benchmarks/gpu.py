@@ -18,7 +18,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,9 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
-from gpu_models import ENGINES, MODELS, SHAPES  # noqa: E402
+from gpu_models import ENGINES, MODELS, SHAPES, VARIANTS  # noqa: E402
 
+GEMMS = ("turbotx-triton", "turbotx-cublas", "turbotx-triton-pdl")
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 TARGETS = {"NVIDIA H100": {"1x40": 260.0, "32x128": 1350.0}}  # µs, BERT-base fp16
 
@@ -45,6 +46,7 @@ class Measurement:
 
 def plan_measurements() -> list[Measurement]:
     """All measurements, in the order of their worth: correctness, the claims, then the rest."""
+    import gpu_gemms
     import gpu_measurements as m
     from gpu_timing import measure_ceilings
 
@@ -58,15 +60,21 @@ def plan_measurements() -> list[Measurement]:
         for dtype in dtypes if name == "bert-base" else dtypes[:1]:
             add(f"kernels-right/{name}/{dtype}", 6, m.check_kernels, name, dtype)
             add(f"model-right/{name}/{dtype}", 5, m.check_model, name, dtype)
+    for engine in GEMMS:
+        for name in ("bert-base", "gpt2"):
+            add(f"gemms-right/{name}/fp16/{engine}", 6, m.check_model, name, "fp16", engine)
     add("cold-start/bert-base/fp16", 20, m.measure_cold_start, "bert-base", "fp16")
     seconds = dict(zip(ENGINES, (8, 3, 4, 30, 35, 150), strict=True))
     for engine in ENGINES[:5]:
         _add_latency(add, "bert-base", "fp16", (1, 40), engine, seconds[engine])
     for engine in ENGINES[:3]:
         _add_latency(add, "bert-base", "fp16", (32, 128), engine, seconds[engine])
+    for engine in VARIANTS:
+        _add_latency(add, "bert-base", "fp16", (1, 40), engine, 8)
     lengths = [(1, n) for n in m.LENGTHS]
     add("lengths/bert-base/fp16", 14, m.measure_shapes, "bert-base", "fp16", lengths)
     add("stream/bert-base/fp16", 30, m.measure_stream, "bert-base", "fp16", 1000)
+    _add_gemms(add, gpu_gemms.WIDTHS[:1], GEMMS[:2])
     for size, engine, cost in (
         ("large", "turbotx", 3), ("large", "torch", 1), ("large", "inductor", 7),
         ("short", "turbotx", 3), ("short", "torch", 1), ("short", "inductor", 7),
@@ -76,6 +84,8 @@ def plan_measurements() -> list[Measurement]:
                 label = f"{function}/{width}/fp16/{size}/{engine}"
                 add(label, cost, m.measure_function, function, width, "fp16", engine,
                     size == "large")  # fmt: skip
+    _add_gemms(add, gpu_gemms.WIDTHS, GEMMS)
+    add("tuned/bert-base/fp16/1x40", 90, gpu_gemms.measure_tuned, "bert-base", "fp16", (1, 40))
     for shape in ((1, 40), (32, 128), (1, 512)):
         label = f"kernel-times/bert-base/fp16/{shape[0]}x{shape[1]}"
         add(label, 12, m.measure_kernels, "bert-base", "fp16", shape)
@@ -95,6 +105,18 @@ def plan_measurements() -> list[Measurement]:
     for measurement in found:
         first.setdefault(measurement.name, measurement)
     return list(first.values())
+
+
+def _add_gemms(
+    add: Callable[..., None], widths: Sequence[tuple[int, int]], engines: Sequence[str]
+) -> None:
+    """Feed-forward blocks at every bucket of tokens."""
+    import gpu_gemms
+
+    for hidden, inner in widths:
+        for engine in engines:
+            label = f"gemms/{hidden}x{inner}/fp16/{engine}"
+            add(label, 14, gpu_gemms.measure_blocks, hidden, inner, "fp16", engine)
 
 
 def _add_latency(
@@ -194,7 +216,9 @@ def summarize(record: dict[str, Any]) -> list[str]:
                     f"  {shape:7} {ours['latency_us']:9.1f} µs, in a row {ours['row_us']:9.1f} µs,"
                     f" eager {eager['latency_us']:9.1f} µs, floor {floor / ours['row_us']:6.1%}"
                 )
-        elif name.startswith(("stream/", "cold-start/")):
+        elif name.startswith("gemms/") and name.endswith("/turbotx-triton"):
+            lines += _gemm_lines(name.removesuffix("/turbotx-triton"), results)
+        elif name.startswith(("stream/", "cold-start/", "tuned/")):
             lines.append(f"{name}: {json.dumps(row)[:300]}")
     lines += [f"failed: {name}" for name in record["failed"]]
     skipped = record["skipped"]
@@ -219,7 +243,7 @@ def _latency_lines(
             lines.append(
                 f"  target {target:.0f} µs: {'met' if row['row_us'] <= target else 'missed'}"
             )
-    for engine in ENGINES[1:]:
+    for engine in (*ENGINES[1:], *VARIANTS):
         other = results.get(f"{place}/{engine}")
         if other:
             lines.append(
@@ -227,6 +251,16 @@ def _latency_lines(
                 f"{other['latency_us'] / row['latency_us']:.2f} x and "
                 f"{other['row_us'] / row['row_us']:.2f} x"
             )
+    return lines
+
+
+def _gemm_lines(place: str, results: dict[str, Any]) -> list[str]:
+    """A block of two GEMMs at every bucket of tokens, by each that ran it."""
+    found = {e: results[f"{place}/{e}"]["rows"] for e in GEMMS if f"{place}/{e}" in results}
+    lines = [place]
+    for tokens in found["turbotx-triton"]:
+        times = (f"{e} {rows[tokens]['block_us']:8.2f} µs" for e, rows in found.items())
+        lines.append(f"  {tokens:>5} tokens: " + ", ".join(times))
     return lines
 
 

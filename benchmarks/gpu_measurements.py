@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import DTYPES, compare, make_call, make_inputs, make_model, streamed_nbytes
+from gpu_models import (
+    DTYPES,
+    VARIANTS,
+    compare,
+    make_call,
+    make_inputs,
+    make_model,
+    streamed_nbytes,
+)
 from gpu_timing import DEVICE, kernel_times, peak_memory, time_call, time_graphed, time_row
 from torch.nn import functional
 
@@ -45,13 +53,13 @@ def check_kernels(name: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def check_model(name: str, dtype: str) -> dict[str, Any]:
+def check_model(name: str, dtype: str, engine: str = "turbotx") -> dict[str, Any]:
     """A model against float64, plainly, captured and replayed, at shapes that alternate.
 
     BERT-base at its full depth, the others cut to two layers.
     """
     model = make_model(name, DTYPES[dtype], None if name == "bert-base" else 2)
-    fast = turbotx.optimize(model)
+    fast = turbotx.optimize(model, **VARIANTS.get(engine, {}))
     rows = {}
     for batch, seq in ((1, 40), (4, 33), (1, 1), (1, 40), (2, 128)):
         inputs = make_inputs(model, batch, seq, DTYPES[dtype], padded=True)
@@ -71,7 +79,7 @@ def measure_latency(name: str, dtype: str, shape: tuple[int, int], engine: str) 
     found: dict[str, Any] = {"ready_s": round(ready_s, 2), **time_call(call)}
     found["peak_nbytes"] = peak_memory(call)
     found["streamed_nbytes"] = streamed_nbytes(model)
-    if engine == "turbotx":  # its arena is none of PyTorch's allocator's
+    if engine.startswith("turbotx"):  # its arena is none of PyTorch's allocator's
         found["arena_nbytes"] = call.func.stats()["mapped_nbytes"]  # type: ignore[attr-defined]
     return found
 

@@ -25,6 +25,14 @@ ENGINES = (
     "turbotx", "eager", "eager-graphs", "compile", "compile-reduce-overhead",
     "compile-max-autotune",
 )  # fmt: skip
+# turbotx with one thing changed, beside the default.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "turbotx-triton": {"gemms": "triton"},
+    "turbotx-cublas": {"gemms": "cublas"},
+    "turbotx-no-epilogues": {"epilogues": False},
+    "turbotx-pdl": {"pdl": True},
+    "turbotx-triton-pdl": {"gemms": "triton", "pdl": True},
+}
 COMPILE_MODES = {
     "compile": "default",
     "compile-reduce-overhead": "reduce-overhead",
@@ -84,8 +92,8 @@ def make_inputs(
 
 def make_call(engine: str, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], Any]:
     """Return one call of a model by an engine, ready to be timed."""
-    if engine == "turbotx":
-        return partial(turbotx.optimize(model), **inputs)
+    if engine.startswith("turbotx"):
+        return partial(turbotx.optimize(model, **VARIANTS.get(engine, {})), **inputs)
     if engine == "eager":
         return lambda: _plain(model, inputs)
     if engine == "eager-graphs":

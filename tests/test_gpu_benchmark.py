@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -46,6 +48,13 @@ def test_a_dry_run_lists_every_row_that_is_promised(
             for batch, seq in gpu.SHAPES:
                 for engine in gpu.ENGINES[2:]:
                     assert f"latency/{model}/{dtype}/{batch}x{seq}/{engine}" in names
+    for engine in gpu.GEMMS:
+        assert f"gemms/768x3072/fp16/{engine}" in names
+    for engine in gpu.VARIANTS:
+        assert f"latency/bert-base/fp16/1x40/{engine}" in names
+    assert (
+        "gemms-right/gpt2/fp16/turbotx-triton-pdl" in names and "tuned/bert-base/fp16/1x40" in names
+    )
     fits = [line.split()[-1] for line in lines[:-1] if not line.startswith("skipped")]
     # Right before fast, and the claims inside the budget.
     assert fits[1].startswith("kernels-right")
@@ -114,6 +123,8 @@ def test_the_summary_compares_and_counts_what_is_wrong(gpu: ModuleType) -> None:
             "kernels-right/bert-base/fp16": {"holds": True},
             "model-right/gpt2/fp16": {"holds": False},
             "latency/bert-base/fp16/1x40/turbotx": time,
+            "gemms/768x3072/fp16/turbotx-triton": {"rows": {"16": {"block_us": 8.0}}},
+            "gemms/768x3072/fp16/turbotx-cublas": {"rows": {"16": {"block_us": 9.0}}},
             "latency/bert-base/fp16/1x40/eager": {**time, "latency_us": 800.0, "row_us": 340.0},
         },
     }  # fmt: skip
@@ -121,3 +132,17 @@ def test_the_summary_compares_and_counts_what_is_wrong(gpu: ModuleType) -> None:
     assert "right: 1 of 2\n  WRONG model-right/gpt2/fp16" in text
     assert "50.0% of the weight-streaming floor" in text
     assert "4.00 x and 2.00 x" in text
+    assert "16 tokens: turbotx-triton     8.00 µs, turbotx-cublas     9.00 µs" in text
+
+
+def test_it_starts_where_only_the_terminals_packages_are_missing() -> None:
+    """PyTorch's GPU images have Triton and transformers, and not always rich."""
+    script = (
+        "import sys\n"
+        "for name in ('rich', 'typer', 'pygments'): sys.modules[name] = None\n"
+        "import turbotx; turbotx.optimize, turbotx.explain, turbotx.save\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -235,3 +235,21 @@ def test_a_call_is_on_one_device() -> None:
         find_device(Block(), [x])
     assert find_device(Block().to("meta"), [x, 3]) == torch.device("meta")
     assert find_device(nn.Module(), []) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_80"])
+def test_dependent_launches_follow_kernels_only(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = RecordingDevice()
+    device.target = target
+    wide = {"schedules": {"gemm_*16x8*": "cublas"}}  # the first GEMM is PyTorch's
+    fast = bind_to(device, Block().eval(), monkeypatch, pdl=True, gemms="triton", **wide)
+    for _ in range(2):  # plainly, then captured
+        device.log.clear()
+        fast(torch.randn(2, 3, 8))
+        begin = [e[0] for e in device.log].index("capture") if device.graphs else 0
+        queued = [e for e in device.log[begin:] if e[0] in ("launch", "call")][:3]
+        # PyTorch's GEMM, the kernel behind it in the ordinary way, a template behind that kernel.
+        assert [e[-1] for e in queued] == ["mm", False, target == "sm_90"]
+    assert all(job.pdl == (target == "sm_90") for job in device.loaded.values())

@@ -39,7 +39,7 @@ LAYERS = (
     ("passes",),
     ("kernels",),
     ("memory",),
-    ("assemble",),
+    ("assemble", "alternatives"),
     ("runtime",),
     ("program", "graphed"),
     ("pipeline",),

@@ -200,7 +200,7 @@ class _Assembler:
             self.out.requirements += lowered.requirements
 
     def _whole(self, node: fx.Node) -> ir.Operand:
-        return _dense(self.out.tensors[self._tensor(node)])
+        return dense(self.out.tensors[self._tensor(node)])
 
     def _launch(
         self, node: fx.Node, base: str, kind: str, target: object,
@@ -297,7 +297,7 @@ class _Assembler:
         self.out.tensors[name] = ir.Tensor(name, "intermediate", g.dtype(node), g.shape(node))
         self._aten(node, aten.clone.default, (source,), {}, (name,))
         self.out.externs.append((str(node.target), "attention reads its elements side by side"))
-        return _dense(self.out.tensors[name])
+        return dense(self.out.tensors[name])
 
     # --- through ATen ---
 
@@ -348,7 +348,7 @@ class _Assembler:
 
         collect((args, kwargs))
         written = tuple(w for w in writes if w)
-        results = tuple(_dense(self.out.tensors[w]) if w else None for w in writes)
+        results = tuple(dense(self.out.tensors[w]) if w else None for w in writes)
         call = (target, args, kwargs, results, out)
         operands = (*found, *results)
         self._launch(node, op_name(node), "aten", target, operands, written, (), call)
@@ -363,7 +363,7 @@ class _Assembler:
                 self.out.outputs.append(leaf)
 
 
-def _dense(tensor: ir.Tensor) -> ir.Operand:
+def dense(tensor: ir.Tensor) -> ir.Operand:
     """Return the whole of a tensor that owns its memory."""
     strides = contiguous_strides(tensor.shape)
     return ir.Operand(tensor.name, tensor.dtype, tensor.shape, strides, ZERO)

@@ -25,6 +25,7 @@ from turbotx.program import Program
 from turbotx.runtime.cuda import CudaRuntime
 from turbotx.runtime.device import Graph, Recorder
 from turbotx.runtime.planned import Binding, Execution
+from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
 from turbotx.sizes import compile_evaluator
 
@@ -95,15 +96,18 @@ class GraphedProgram(Program):
         )
 
     @contextmanager
-    def used(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
-        """Run once and keep the memory: yields the address table, for launches over it again."""
+    def used(
+        self, binding: Binding, tensors: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[Any, RunState]]:
+        """Run once and keep the memory: yields the address table, for launches over it again, and
+        what PyTorch's part of them works on."""
         self.runtime.weights.refresh()
         inputs, outputs = self._readable(tensors), self._new_outputs(binding)
         with self.pool.lease(binding.footprint_nbytes) as arena:
             execution = self._prepare(arena, binding)
             state = self._state(binding, arena, inputs, outputs)
             self._run_in(execution, binding, state, inputs, outputs)
-            yield execution.table
+            yield execution.table, state
 
     def _is_first(self, dims: tuple[int, ...]) -> bool:
         """Tell whether a shape was not seen lately; remembers four times as many as graphs."""
@@ -201,6 +205,11 @@ class GraphedProgram(Program):
                 nbytes *= next(shapes)
             end = align(end + nbytes, ALIGNMENT)
         return offsets, end
+
+    def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
+        super()._point(execution, arena, binding)
+        with self.runtime.device.active():
+            self.runtime.frame(execution.table)
 
     # --- inside a graph that the caller captures ---
 

@@ -307,7 +307,9 @@ class Launch:
     call is what PyTorch runs in its place: (op, args, kwargs, written operands, whether the op
     writes into them itself), or for kernels the `Lowered` they came from.
     source: the calls that it computes; module: where they stand in the user's model. inplace: pairs
-    (written tensor, read tensor) that may be the same bytes.
+    (written tensor, read tensor) that may be the same bytes. workspaces: tensors that only this
+    launch touches. instead: launches that do the same one after another, over the same tensors and
+    workspaces; a runtime may take them at some shapes.
     """
 
     name: str
@@ -320,6 +322,8 @@ class Launch:
     source: str = ""
     module: str = ""
     inplace: tuple[tuple[str, str], ...] = ()
+    workspaces: tuple[str, ...] = ()
+    instead: tuple[Launch, ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:

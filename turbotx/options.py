@@ -20,8 +20,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "backend": ("auto", "cpp", "triton", "aten"),
     "attention": ("auto", "flash", "fused-softmax"),
     "planner": ("symbolic", "chunked", "greedy"),
+    "gemms": ("auto", "cublas", "triton"),
 }
-_TAG = re.compile(r"(?=.)(r\d+)?(c\d+)?(w\d+)?")
+_TAG = re.compile(r"cublas|([rcmnqkwsx]\d+)+")
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,19 @@ class Options:
         one more copy of the GEMM weights, much faster for few tokens). Updates of a weight are
         noticed at the next call, and it is packed again. False runs GEMMs through PyTorch.
     epilogues: let a GEMM's launch finish its sums (bias, activation, gate, residual) where a region
-        is just that; False gives every region a kernel of its own, as programs for GPUs have.
+        is just that; False gives every region a kernel of its own.
+    gemms: on a GPU, what runs matrix products: "cublas", with a kernel for what follows; "triton",
+        generated kernels that also do what follows; "auto" takes for each range of token counts
+        what `turbotx tune` has measured on this device, or else what the heuristics expect to win.
+    pdl: programmatic dependent launch on GPUs from compute capability 9.0 on: a kernel is started
+        while the one before it ends, and waits for its results by itself.
     max_shapes: how many shapes keep their bound addresses and sizes; more are re-planned.
     max_arenas: how many calls may run at the same time, each in memory of its own.
     cuda_graphs: replay a shape's launches as one CUDA graph from its second use on.
     max_graphs: how many such graphs are kept; the one longest unused goes first.
-    schedules: on a GPU, tiles of kernels by name, as in {"fused_add_layer_norm*": "r2w8"}: rows a
-        program, columns (c1024) and warps, over what tuning and the heuristics choose.
+    schedules: on a GPU, tiles of kernels by name, over what tuning and the heuristics choose.
+        {"fused_add_layer_norm*": "r2w8"}: rows a program, columns (c1024), warps. {"gemm_float16*":
+        "m64n32k128w4s3x2"}: tile, warps, stages, parts of k, or "cublas". {"attention*": "q64k64"}.
     """
 
     backend: str = "auto"
@@ -56,6 +63,8 @@ class Options:
     planner: str = "symbolic"
     pack_weights: bool = True
     epilogues: bool = True
+    gemms: str = "auto"
+    pdl: bool = False
     max_shapes: int = 256
     max_arenas: int = 8
     cuda_graphs: bool = True
@@ -75,7 +84,8 @@ class Options:
             if not isinstance(pattern, str) or not isinstance(tag, str) or not _TAG.fullmatch(tag):
                 raise OptionsError(
                     f"schedules={{{pattern!r}: {tag!r}}}: write rows a program, columns and warps, "
-                    'each a power of two, as in "r2c1024w8", "r4" or "w8"'
+                    'each a power of two, as in "r2c1024w8", "r4" or "w8", and for GEMMs "cublas" '
+                    'or as in "m64n32k128w4s3x2"'
                 )
         for name in ("max_shapes", "max_arenas", "max_graphs"):
             value = getattr(self, name)

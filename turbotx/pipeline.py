@@ -2,8 +2,8 @@
 
 In: a `Captured` and options. Out: a `Compiled`: what every stage made, and the program::
 
-    capture -> canonicalize -> rewrite -> partition -> fuse -> epilogues -> assemble -> build
-        -> plan -> Program
+    capture -> canonicalize -> rewrite -> partition -> fuse -> epilogues -> assemble
+        -> alternatives (on a GPU) -> build -> plan -> Program
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from turbotx import verify
+from turbotx.alternatives import add_alternatives
 from turbotx.assemble import Assembly, assemble
 from turbotx.capture import Captured
 from turbotx.graphed import GraphedProgram
@@ -80,13 +81,16 @@ def compile_captured(
         verify.check_region(region.nodes, region.outputs)
     fused = fuse_all(graph, regions, prepared)
     kinds = {n: kind_of(n, prepared) for n in graph.nodes}
-    joins = options.epilogues and device is None
+    chooses = device is not None and options.backend != "aten" and options.gemms != "cublas"
+    joins = options.epilogues and (device is None or chooses)
     epilogues = find_epilogues(fused, kinds) if joins else {}
-    joined = {e.output for e in epilogues.values()}
+    joined = {e.output for e in epilogues.values()} if device is None else set()
     kernels = [k for f in fused if f.region.outputs[-1] not in joined for k in f.kernels]
     for kernel in {k.kernel.digest(): k.kernel for k in kernels}.values():
         verify.check_kernel(kernel)
     assembly = assemble(graph, fused, prepared, captured.dims, epilogues)
+    if chooses:
+        add_alternatives(assembly, fused, epilogues)
     verify.check_launches(assembly.tensors, assembly.launches, assembly.returned)
     weights = find_weights(captured, model, assembly)
     program = make_program(assembly, captured, weights, options, pool, device)

@@ -143,7 +143,9 @@ def _analyze(assembly: Assembly) -> tuple[Liveness, list[int], list[Expr]]:
     """Return who lives when, the size class of every root, and the classes' bytes."""
     tensors = assembly.tensors
     outside = [n for n, t in tensors.items() if t.kind != "intermediate"]
-    uses = [LaunchUse(x.name, x.reads, x.writes, inplace=x.inplace) for x in assembly.launches]
+    uses = [
+        LaunchUse(x.name, x.reads, x.writes, x.workspaces, x.inplace) for x in assembly.launches
+    ]
     sizes = {n: to_python(t.nbytes) for n, t in tensors.items()}
     found = analyze(uses, outside=outside, size_of=sizes)
     classes: dict[Expr, int] = {}

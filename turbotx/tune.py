@@ -17,10 +17,11 @@ import torch
 
 from turbotx.errors import TurbotxError
 from turbotx.graphed import GraphedProgram
-from turbotx.kernels.schedule import Schedule, power_above
-from turbotx.kernels.tuned import neighbours, search
-from turbotx.runtime.cuda_launch import KernelFamily
+from turbotx.kernels.tuned import search
+from turbotx.runtime.cuda import CudaRuntime
+from turbotx.runtime.cuda_launch import Part
 from turbotx.runtime.device import Device
+from turbotx.runtime.state import RunState
 
 # Launches inside the graph that is timed, and replays of it.
 REPEAT, REPLAYS = 50, 5
@@ -28,20 +29,21 @@ REPEAT, REPLAYS = 50, 5
 
 @dataclass(frozen=True)
 class Found:
-    """One kernel at one length: the schedule it had and the fastest, in microseconds a launch."""
+    """One kernel at one length: the schedule it had and the fastest, in microseconds a launch.
+
+    bucket: the lengths that the schedule is kept for. A GEMM's schedule may be "cublas", and its
+    length is the number of tokens.
+    """
 
     kernel: str
     digest: str
     length: int
-    before: Schedule
-    best: Schedule
+    bucket: str
+    before: str
+    best: str
     before_us: float
     best_us: float
     tried: int
-
-    @property
-    def bucket(self) -> str:
-        return str(power_above(self.length))
 
 
 Timer = Callable[[Device, Callable[[], None]], float]
@@ -69,44 +71,48 @@ def tune_program(
     program: GraphedProgram, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
     timer: Timer = time_launches, progress: Callable[[str], None] = lambda what: None,
 ) -> list[Found]:  # fmt: skip
-    """Time every generated kernel of a program at one shape; nobody else may use it meanwhile."""
+    """Time every kernel and GEMM of a program at one shape; nobody else may use it meanwhile."""
     runtime, binding = program.runtime, program.bind(dims)
-    found: dict[tuple[str, int], Found] = {}
-    with torch.no_grad(), runtime.device.active(), program.used(binding, tensors) as table:
+    found: dict[tuple[str, str], Found] = {}
+    with torch.no_grad(), runtime.device.active(), program.used(binding, tensors) as run:
+        family: Any
         for i, family in runtime.families.items():
-            if not isinstance(family, KernelFamily):
-                continue
             length, start = family.chosen(binding.sizes)
-            key = (family.kernel.digest(), length)
-            if key in found:
+            key = (family.structure(), family.bucket(length))
+            if key in found or not key[0]:
                 continue
-            progress(family.kernel.name)
+            progress(family.name)
 
-            def measure(schedules: Sequence[Schedule], i: int = i, family: Any = family) -> Any:
-                return [
-                    _time(program, i, family, s, binding.sizes, table, timer) for s in schedules
-                ]
+            def measure(schedules: Sequence[Any], i: int = i, family: Any = family) -> Any:
+                parts = (family.at(s, binding.sizes) for s in schedules)
+                return [_time(runtime, i, p, run, timer) for p in parts]
 
-            def step(schedule: Schedule, family: Any = family, length: int = length) -> Any:
-                return neighbours(family.kernel, schedule, length)
+            def step(schedule: Any, family: Any = family, length: int = length) -> Any:
+                return family.neighbours(schedule, length)
 
             best, times = search(start, step, measure)
             found[key] = Found(
-                family.kernel.name, key[0], length, start, best, times[start], times[best],
-                len(times),
+                family.name, key[0], length, key[1], family.tag(start), family.tag(best),
+                times[start], times[best], len(times),
             )  # fmt: skip
     return list(found.values())
 
 
 def _time(
-    program: GraphedProgram, i: int, family: KernelFamily, schedule: Schedule, sizes: Any,
-    table: Any, timer: Timer,
-) -> float:  # fmt: skip
+    runtime: CudaRuntime, i: int, parts: Sequence[Part], run: tuple[Any, RunState], timer: Timer
+) -> float:
     """Return the time of one candidate, infinity where the device cannot run it."""
-    runtime = program.runtime
-    job, grid = family.at(schedule, sizes)
     try:
-        runtime.queue(i, job, grid, table)  # builds and loads it, outside of any capture
-        return timer(runtime.device, lambda: runtime.queue(i, job, grid, table))
+        runtime.queue(i, parts, *run)  # builds and loads it, outside of any capture
+        return timer(runtime.device, lambda: runtime.queue(i, parts, *run))
     except TurbotxError:
         return math.inf
+
+
+def gains(found: Sequence[Found]) -> dict[str, dict[str, str]]:
+    """Return the schedules that are worth keeping: those that beat the ones chosen before."""
+    kept: dict[str, dict[str, str]] = {}
+    for f in found:
+        if f.best != f.before:
+            kept.setdefault(f.digest, {})[f.bucket] = f.best
+    return kept

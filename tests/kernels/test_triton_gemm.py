@@ -6,8 +6,9 @@ PyTorch's own ops in the same dtype give; spills and access widths of what is co
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,19 +18,19 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.kernels.triton_runner import interpreting, load_function
-from turbotx.errors import OptionsError
 from turbotx.kernels.gemm_choice import (
     BUCKETS,
     DEVICES,
+    MOST_TURNS,
+    SPLIT_SUMS_NBYTES,
     bucket_of,
     choose_gemm,
     choose_tiles,
     device_class,
     gemm_job,
-    load_overrides,
-    save_overrides,
+    prefers_template,
 )
-from turbotx.kernels.targets import build
+from turbotx.kernels.targets import Job, build
 from turbotx.kernels.triton_gemm import (
     GemmSchedule,
     GemmTemplate,
@@ -226,29 +227,37 @@ def test_any_stream_of_lengths_needs_a_handful_of_builds() -> None:
     assert busy[0] * busy[1] >= 64  # few tokens: narrow tiles, and sums in parts
 
 
-def test_a_choice_can_be_overridden_kept_and_read_again(tmp_path: Path) -> None:
-    template = GemmTemplate(torch.float16, 768, 768, norm="layer")
+def test_scratch_holds_the_parts_of_every_choice() -> None:
+    for dtype in (torch.float16, torch.float32):
+        for n, k in SHAPES:
+            for gated in (False, True):
+                template = GemmTemplate(dtype, n, k, gated=gated)
+                for target, tokens in itertools.product(DEVICES, (*BUCKETS, 100000)):
+                    launch = choose_gemm(template, tokens, target)
+                    assert launch.partial_nbytes <= SPLIT_SUMS_NBYTES
+                    assert launch.turns_nbytes <= 4 * MOST_TURNS
     mine = GemmSchedule(32, 64, 64, 8, 2, 4)
-    table = {(64, 768, 768, torch.float16, "sm_90"): mine}
-    save_overrides(tmp_path / "tiles.json", table)
-    assert load_overrides(tmp_path / "tiles.json") == table
-    launch = choose_gemm(template, 40, "sm_90", table, stat_tile=128)
+    launch = choose_gemm(
+        GemmTemplate(torch.float16, 768, 768, norm="layer"), 40, "sm_90", mine, 128
+    )
     assert launch.schedule == replace(mine, stat_tile=128)
     assert launch.grid == (2 * 12, 4, 1)
     assert (launch.partial_nbytes, launch.turns_nbytes) == (24 * 4 * 32 * 64 * 4, 24 * 4)
-    assert choose_gemm(template, 65, "sm_90", table).schedule.num_warps != 8
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("[", "no table of GEMM tiles"), ('[{"tokens": 16}]', "no choice"),
-     ('[{"tokens": 17, "n": 1, "k": 1, "dtype": "float16", "target": "sm_90", "schedule": '
-      '{"m_tile": 16, "n_tile": 16, "k_tile": 16}}]', "tokens is 17")],
-)  # fmt: skip
-def test_a_broken_table_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "tiles.json").write_text(text)
-    with pytest.raises(OptionsError, match=message):
-        load_overrides(tmp_path / "tiles.json")
+def test_few_tokens_take_a_template_and_many_the_library_where_it_is_faster() -> None:
+    plain, joined = GemmTemplate(torch.float16, 768, 768), GemmTemplate(
+        torch.float16, 3072, 768, bias=True, activation="gelu"
+    )  # fmt: skip
+    for target in DEVICES:
+        for template in (plain, joined):
+            assert all(prefers_template(template, t, target) for t in (1, 16, 40, 64))
+        assert not any(prefers_template(plain, t, target) for t in (65, 128, 512, 4096, 100000))
+        exact = replace(plain, dtype=torch.float32)
+        assert not prefers_template(exact, 512, target)
+    assert prefers_template(joined, 4096, "sm_90")  # the bytes that a second kernel would move
+    answers = {t: prefers_template(joined, t, "sm_90") for t in range(513, 1025)}
+    assert len(set(answers.values())) == 1  # of one bucket
 
 
 def test_devices_between_the_classes_count_as_the_older_one() -> None:
@@ -265,25 +274,31 @@ TEMPLATES = [
     GemmTemplate(torch.float16, 2816, 1024, activation="silu", gated=True, norm="rms"),
     GemmTemplate(torch.float32, 768, 768, activation="gelu_tanh", norm="layer", **FULL),
     GemmTemplate(torch.float16, 2304, 768, bias=True, flipped=True),
+    GemmTemplate(torch.bfloat16, 2816, 1024, activation="silu", gated=True),
+    GemmTemplate(torch.float32, 1536, 384, bias=True, activation="gelu"),
+    GemmTemplate(torch.float32, 768, 768, bias=True, residual=True, tf32=True),
 ]
 
 
-def check_built(template: GemmTemplate, tokens: int, targets: list[str]) -> None:
-    for b in build([choose_gemm(template, tokens, t, stat_tile=64).job for t in targets]):
+def check_built(jobs: Iterable[Job]) -> None:
+    for b in build(list(jobs)):
         assert b.resources.spills == 0, (b.job.name, b.job.target, b.job.constexprs, b.resources)
         assert b.resources.load_bits >= 128, (b.job.name, b.job.target, b.resources)
 
 
-@pytest.mark.parametrize("tokens", [16, 1024])
-def test_builds_without_spills(tokens: int) -> None:
-    check_built(TEMPLATES[1], tokens, ["sm_90"])
+def test_builds_without_spills() -> None:
+    """Each template once, over the buckets and the targets; the next test has all of them."""
+    check_built(
+        choose_gemm(template, BUCKETS[k], list(DEVICES)[k % 4], stat_tile=64).job
+        for k, template in enumerate(TEMPLATES)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", BUCKETS)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.name)
 def test_every_bucket_builds_for_every_target(template: GemmTemplate, tokens: int) -> None:
-    check_built(template, tokens, list(DEVICES))
+    check_built(choose_gemm(template, tokens, t, stat_tile=64).job for t in DEVICES)
 
 
 def test_unaligned_rows_are_loaded_narrowly() -> None:

@@ -24,7 +24,7 @@ import torch
 import turbotx
 from tests.kernels.triton_runner import interpreting, load_function
 from turbotx.kernels.targets import POINTEES, Job
-from turbotx.runtime.cuda import EXTRA_ARGUMENTS
+from turbotx.runtime.cuda_frame import EXTRA_ARGUMENTS
 
 DTYPES = {name: dtype for dtype, name in POINTEES.items()}
 # The interpreter's state is the process's.
@@ -73,9 +73,12 @@ class RecordingDevice:
     def stream(self) -> Any:
         return self.current_stream
 
-    def launch(self, function: Job, grid: Any, addresses: Any, stream: Any) -> None:
+    def launch(
+        self, function: Job, grid: Any, addresses: Any, stream: Any, dependent: bool = False
+    ) -> None:
         values = read_arguments(function, addresses)
-        self.log.append(("launch", function.name, grid, stream, tuple(values)))
+        assert function.pdl or not dependent
+        self.log.append(("launch", function.name, grid, stream, tuple(values), dependent))
         self._now_or_later(lambda: self.execute(function, grid, values))
 
     def execute(self, job: Job, grid: Any, values: list[int]) -> None:

@@ -94,6 +94,27 @@ def test_a_launch_is_one_call(built: Built) -> None:
     assert given == (HANDLE, 40, 2, 1, function.threads, 1, 1, 512, 99, addresses, None)
 
 
+def test_a_dependent_launch_says_so_to_the_driver(built: Built) -> None:
+    seen: list[Any] = []
+
+    class Driver(StandInDriver):
+        def cuLaunchKernelEx(self, config: Any, function: Any, addresses: Any, extra: Any) -> int:
+            c = config._obj
+            assert ctypes.sizeof(c) == 56 and ctypes.sizeof(cuda_driver.LaunchAttribute) == 72
+            given = (tuple(c.grid), tuple(c.block), c.shared, c.stream, c.count)
+            seen.append((given, c.attributes[0].id, c.attributes[0].value, function.value, extra))
+            return 0
+
+    function = load(driver := Driver(), built)
+    addresses = (ctypes.c_void_p * 4)(1, 2, 3, 4)
+    cuda_driver.launch_dependent(driver, function, (40, 2, 1), addresses, 99)
+    block = (function.threads, 1, 1)
+    assert seen == [(((40, 2, 1), block, 512, 99, 1), 6, 1, HANDLE, None)]
+    failing = StandInDriver(cuLaunchKernelEx=1)
+    with pytest.raises(DeviceError, match=r"CUDA error 1 \(invalid argument\) in launching"):
+        cuda_driver.launch_dependent(failing, load(failing, built), (1, 1, 1), None, 0)
+
+
 def test_errors_are_in_the_drivers_words(built: Built) -> None:
     driver = StandInDriver(cuLaunchKernel=1)
     function = load(driver, built)

@@ -1,6 +1,7 @@
 """Whole models as programs for a GPU, every kernel in Triton's interpreter, against eager.
 
-In: BERT, GPT-2 and Llama, tiny, with padded rows; two shapes, run plainly, captured and replayed.
+In: BERT, GPT-2 and Llama, tiny, with padded rows; two shapes, run plainly, captured and replayed;
+GEMMs as templates, with split sums, or PyTorch's with a kernel behind them.
 Out: errors against float64 by the rule of every other test, and no kernel built twice.
 """
 
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
@@ -63,12 +65,60 @@ def test_every_mask_of_attention(way: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert_as_exact_as_eager(ours.nan_to_num(), eager.nan_to_num(), true.nan_to_num())
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_a_model_runs_as_a_gpu_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+# In how many parts k is summed, where a template runs; "cublas": PyTorch's GEMM everywhere.
+WAYS = {
+    "templates": {"gemms": "triton"},
+    "split": {"gemms": "triton", "schedules": {"gemm_*": "m16n16k16x2"}},
+    "library": {"schedules": {"gemm_*": "cublas"}},
+}
+
+
+class Epilogues(torch.nn.Module):
+    """Every kind of epilogue: in place over the sums or not, by the library itself, none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        linear = torch.nn.Linear
+        self.up, self.down, self.gate = linear(16, 40), linear(40, 16), linear(16, 80, bias=False)
+        self.relu, self.last = linear(40, 30), linear(30, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x + self.down(F.gelu(self.up(x)))
+        first, second = self.gate(h).chunk(2, -1)
+        return self.last(F.relu(self.relu(F.silu(first) * second)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_epilogue_each_way(
+    way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, device = Epilogues().to(dtype).eval(), InterpretedDevice()
+    fast = bind_to(device, model, monkeypatch, **WAYS[way])
+    for shape in ((2, 9, 16), (1, 1, 16), (2, 9, 16), (2, 0, 16)):
+        x = torch.randn(*shape).to(dtype)
+        with torch.no_grad():
+            assert_as_exact_as_eager(fast(x), model(x), in_double(model)(x.double()))
+    names = [n.removeprefix("gemm_") for n in device.names("launch")]
+    assert any(n.endswith("_silu_gated") for n in names) == (way != "library")
+    splits = {e[2][1] for e in device.log if e[0] == "launch" and e[1].startswith("gemm_")}
+    assert splits == {"templates": {1}, "split": {2}, "library": set()}[way]
+    assert ("_addmm_activation" in device.names("call")) == (way == "library")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [("bert", "templates"), ("gpt2", "split"), ("llama", "library")]
+)
+def test_a_model_runs_as_a_gpu_program(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny(name, torch.float16 if name == "gpt2" else torch.float32)
     device = InterpretedDevice()
-    fast = bind_to(device, model, monkeypatch)
+    fast = bind_to(device, model, monkeypatch, **WAYS[way])
     check(fast, model, 2, 3)
+    called = [n for n in device.names("call") if n in ("mm", "addmm")]
+    assert bool(called) == (way == "library")
+    assert any(n.startswith("gemm_") for n in device.names("launch")) == (way != "library")
     built = fast.stats()["kernel_builds"]
     for batch, seq in ((1, 1), (2, 3)):  # plainly again, then captured and replayed
         check(fast, model, batch, seq)

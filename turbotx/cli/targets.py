@@ -16,12 +16,18 @@ from pathlib import Path
 
 from rich.table import Table
 
+from turbotx.assemble import assemble
 from turbotx.errors import InputError
+from turbotx.kernels.epilogue import find_epilogues
+from turbotx.kernels.gemm_choice import choose_gemm
 from turbotx.kernels.launch_jobs import launch_job
 from turbotx.kernels.targets import TARGETS, Built, Job, build
 from turbotx.kernels.triton_resources import Resources
+from turbotx.passes.partition import kind_of
 from turbotx.report.dump import make_folder
 from turbotx.report.report import Report
+from turbotx.runtime.cuda_gemm import make_template
+from turbotx.sizes import evaluate
 
 
 def parse_targets(names: Sequence[str]) -> list[str]:
@@ -35,11 +41,12 @@ def parse_targets(names: Sequence[str]) -> list[str]:
 def build_targets(
     report: Report, targets: Sequence[str], folder: Path, progress: Callable[[str], None]
 ) -> tuple[list[Built], list[Path]]:
-    """Build every generated kernel for every target; return what was built and the files.
+    """Build every generated kernel and GEMM for every target; return what was built and the files.
 
     Schedules are those for the report's shape. Raises BuildError with the compiler's words.
     """
     jobs = [job for target in targets for job in make_jobs(report, target)]
+    jobs += [job for target in targets for job in make_gemm_jobs(report, target)]
     built = build(jobs, workers=2, progress=lambda done, total, what: progress(what))
     files: list[Path] = []
     for target in targets:
@@ -47,7 +54,8 @@ def build_targets(
         place = make_folder(folder / "kernels" / target)
         for b in chosen:
             for kind, path in b.files.items():
-                if kind != "py":  # the source stands beside the folder
+                # Other sources stand beside the folder.
+                if kind != "py" or b.job.name.startswith("gemm_"):
                     files.append(Path(shutil.copy(path, place / f"{b.job.name}.{kind}")))
         table = place / "resources.json"
         found = {b.job.name: asdict(b.resources) for b in chosen}
@@ -71,6 +79,28 @@ def make_jobs(report: Report, target: str) -> Iterator[Job]:
         job = launch_job(first[kernel.name], target, report.dims, kernel.name)
         if job is not None:
             yield job
+
+
+def make_gemm_jobs(report: Report, target: str) -> Iterator[Job]:
+    """One job a GEMM with its epilogue, as a GPU program launches it at the report's shape.
+
+    Whether it takes these or the library's GEMM and a kernel is decided when it binds a shape.
+    """
+    compiled, made = report.compiled, set()
+    kinds = {n: kind_of(n, compiled.prepared) for n in compiled.graph.nodes}
+    epilogues = find_epilogues(compiled.fused, kinds)
+    graph, dims = compiled.graph, compiled.captured.dims
+    launches = assemble(graph, compiled.fused, compiled.prepared, dims, epilogues).launches
+    for launch in launches:
+        template = make_template(launch) if launch.kind == "gemm" else None
+        weight = launch.args[1] if launch.args else None
+        if template is not None and weight is not None and template not in made:
+            made.add(template)
+            rows, row = (evaluate(e, report.dims) for e in launch.sizes[:2])
+            down = int(weight.strides[template.flipped])
+            even = {"x_row": row, "w_row": down, "out_row": template.n, "residual_row": template.n}
+            divisible = [name for name, size in even.items() if size % 16 == 0]
+            yield choose_gemm(template, rows, target, divisible=divisible).job
 
 
 def resources_table(built: Sequence[Built]) -> Table:

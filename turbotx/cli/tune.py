@@ -23,7 +23,7 @@ from turbotx.graphed import GraphedProgram
 from turbotx.kernels.tuned import save_tuned
 from turbotx.runtime.cuda_device import require_cuda
 from turbotx.signature import SizeMatcher
-from turbotx.tune import Found, tune_program
+from turbotx.tune import Found, gains, tune_program
 
 
 def tune_model(model: Source, shapes: Sequence[str], output: Output) -> int:
@@ -55,15 +55,6 @@ def tune_model(model: Source, shapes: Sequence[str], output: Output) -> int:
     return OK
 
 
-def gains(found: Sequence[Found]) -> dict[str, dict[str, str]]:
-    """Return the schedules that are worth keeping: those that beat the ones chosen before."""
-    kept: dict[str, dict[str, str]] = {}
-    for f in found:
-        if f.best != f.before:
-            kept.setdefault(f.digest, {})[f.bucket] = f.best.tag
-    return kept
-
-
 def found_table(device: str, found: Sequence[Found]) -> Table:
     table = Table(title=f"Kernels on {device}", title_justify="left", title_style="bold")
     table.add_column("kernel", overflow="fold", min_width=24)
@@ -71,7 +62,7 @@ def found_table(device: str, found: Sequence[Found]) -> Table:
         table.add_column(name, justify="right")
     for f in found:
         table.add_row(
-            f.kernel, str(f.length), f.before.tag, f.best.tag, f"{f.before_us:.2f}",
+            f.kernel, str(f.length), f.before, f.best, f"{f.before_us:.2f}",
             f"{f.best_us:.2f}", str(f.tried),
         )  # fmt: skip
     return table

@@ -1,4 +1,4 @@
-"""Which tiles a GEMM gets: a table of heuristics for each device class, overridable entry by entry.
+"""Which tiles a GEMM gets, and whether a template should run it at all, by class of device.
 
 In: how many tokens, a `GemmTemplate`, a target. Out: a `GemmLaunch`: the job to compile, its grid
 and its scratch. Tokens count by bucket, so that any stream of lengths needs a handful of builds::
@@ -9,14 +9,9 @@ and its scratch. Tokens count by bucket, so that any stream of lengths needs a h
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-import torch
-
-from turbotx.errors import OptionsError
 from turbotx.kernels.targets import POINTEES, Job, fit_warps
 from turbotx.kernels.triton_gemm import (
     GemmSchedule,
@@ -32,28 +27,40 @@ BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 4096)
 # Steps through k that a part of a split sum should at least make: fewer do not hide memory latency.
 FEWEST_STEPS = 3
 MOST_SPLITS = 8
+# What a program keeps for them: float32 sums of the parts of one launch, and its tiles' turns.
+SPLIT_SUMS_NBYTES = 1 << 21
+MOST_TURNS = 512
+STRIDES = ("x_row", "w_row", "out_row", "residual_row")
 
 
 @dataclass(frozen=True)
 class DeviceClass:
     """What the choice of tiles depends on: processors, shared memory for one program, stages that
-    pay. widest: the largest m and n tile whose float32 sums stay in registers, with 8 warps."""
+    pay. widest: the largest m and n tile whose float32 sums stay in registers, with 8 warps.
+    tflops, tflops_fp32, tb_per_s: dense 16-bit products, ordinary float32 ones, memory."""
 
     processors: int
     shared_nbytes: int
     stages: int
     widest: tuple[int, int] = (128, 128)
+    tflops: float = 300.0
+    tflops_fp32: float = 19.0
+    tb_per_s: float = 2.0
 
 
 # From the vendors' data sheets: A100, H100 SXM, B200, MI300X.
 DEVICES = {
-    "sm_80": DeviceClass(108, 160 * 1024, 4),
-    "sm_90": DeviceClass(132, 224 * 1024, 4, (128, 256)),
-    "sm_100": DeviceClass(148, 224 * 1024, 4, (128, 256)),
-    "gfx942": DeviceClass(304, 64 * 1024, 2),
+    "sm_80": DeviceClass(108, 160 * 1024, 4, tflops=312.0, tflops_fp32=19.5, tb_per_s=2.0),
+    "sm_90": DeviceClass(132, 224 * 1024, 4, (128, 256), 990.0, 67.0, 3.35),
+    "sm_100": DeviceClass(148, 224 * 1024, 4, (128, 256), 2250.0, 75.0, 8.0),
+    "gfx942": DeviceClass(304, 64 * 1024, 2, tflops=1307.0, tflops_fp32=163.0, tb_per_s=5.3),
 }
-
-Key = tuple[int, int, int, torch.dtype, str]
+# What a template reaches of a library's rate where arithmetic is the limit, and what a launch
+# costs inside a CUDA graph. Assumptions, not measured: `turbotx tune` replaces them.
+TEMPLATE_RATE = {2: 0.75, 4: 0.3}
+LAUNCH_US = 2.5
+# Up to here the weight's way through the processors is what takes the time.
+FEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -100,11 +107,11 @@ def choose_tiles(template: GemmTemplate, tokens: int, target: str) -> GemmSchedu
     k_tile = 128 if template.k >= 2048 and m_tile * n_tile <= 64 * 64 else 64
     k_tile = k_tile * 2 // size
     stages = device.stages
-    while stages > 2 and _shared_nbytes(template, m_tile, n_tile, k_tile, stages) > (
+    while stages > 2 and _held_nbytes(template, m_tile, n_tile, k_tile, stages) > (
         device.shared_nbytes
     ):
         stages -= 1
-    while k_tile > 32 and _shared_nbytes(template, m_tile, n_tile, k_tile, stages) > (
+    while k_tile > 32 and _held_nbytes(template, m_tile, n_tile, k_tile, stages) > (
         device.shared_nbytes
     ):
         k_tile //= 2
@@ -135,8 +142,14 @@ def _on_ordinary_units(template: GemmTemplate, bucket: int, device: DeviceClass)
     return GemmSchedule(m_tile, 32, 32, 4, 2, splits)
 
 
-def _shared_nbytes(template: GemmTemplate, m: int, n: int, k: int, stages: int) -> int:
+def _held_nbytes(template: GemmTemplate, m: int, n: int, k: int, stages: int) -> int:
     return (m + n * (1 + template.gated)) * k * template.dtype.itemsize * stages
+
+
+def shared_nbytes(template: GemmTemplate, schedule: GemmSchedule) -> int:
+    """Return the shared memory that the tiles in flight take."""
+    s = schedule
+    return _held_nbytes(template, s.m_tile, s.n_tile, s.k_tile, s.num_stages)
 
 
 def _splits(
@@ -145,51 +158,94 @@ def _splits(
     """Return into how many parts to split k so that the processors have work, one if they do."""
     tiles = -(-bucket // m_tile) * -(-template.n // n_tile)
     steps = -(-template.k // k_tile)
+    part_nbytes = 4 * tiles * m_tile * n_tile * (1 + template.gated)
     splits = 1
     while (
         splits < MOST_SPLITS
+        and bucket < BUCKETS[-1]  # which holds any number of tokens
+        and tiles <= MOST_TURNS
         and tiles * splits * 2 <= device.processors
         and steps // (splits * 2) >= FEWEST_STEPS
+        and part_nbytes * splits * 2 <= SPLIT_SUMS_NBYTES
     ):
         splits *= 2
     return splits
+
+
+def fits_scratch(template: GemmTemplate, schedule: GemmSchedule, bucket: int) -> bool:
+    """Tell whether a program's scratch holds the split sums of every launch of a bucket."""
+    partial_nbytes, turns_nbytes = gemm_scratch(template, schedule, bucket)
+    if bucket == BUCKETS[-1]:
+        return schedule.splits == 1
+    return partial_nbytes <= SPLIT_SUMS_NBYTES and turns_nbytes <= 4 * MOST_TURNS
 
 
 def choose_gemm(
     template: GemmTemplate,
     tokens: int,
     target: str,
-    overrides: Mapping[Key, GemmSchedule] | None = None,
+    schedule: GemmSchedule | None = None,
     stat_tile: int = 0,
-    divisible: Iterable[str] = ("x_row", "w_row", "out_row", "residual_row"),
+    divisible: Iterable[str] = STRIDES,
     name: str | None = None,
 ) -> GemmLaunch:
-    """Return how to run a GEMM at `tokens`.
+    """Return how to run a GEMM at `tokens`, by the heuristics unless a schedule is given.
 
-    overrides: tiles by (bucket, n, k, dtype, target) that go before the heuristics. stat_tile: the
-    columns of each of x's statistics. divisible: the strides that are multiples of 16.
+    stat_tile: the columns of each of x's statistics. divisible: the strides that are multiples of
+    16.
     """
-    key = (bucket_of(tokens), template.n, template.k, template.dtype, target)
-    schedule = (overrides or {}).get(key) or choose_tiles(template, tokens, target)
+    schedule = schedule or choose_tiles(template, tokens, target)
     if template.norm != "none":
-        schedule = GemmSchedule(**{**asdict(schedule), "stat_tile": stat_tile or template.k})
-    job = gemm_job(template, target, schedule, divisible, name)
+        schedule = replace(schedule, stat_tile=stat_tile or template.k)
+    job = gemm_job(template, target, schedule, divisible, name=name)
     scratch = gemm_scratch(template, schedule, tokens)
     return GemmLaunch(job, schedule, gemm_grid(template, schedule, tokens), *scratch)
+
+
+def prefers_template(template: GemmTemplate, tokens: int, target: str) -> bool:
+    """Tell whether a template should beat the library's GEMM and a kernel for the epilogue.
+
+    Few tokens: the weight streams through once, and a launch less is what counts. Many: the
+    library's higher rate against the bytes that the separate epilogue moves.
+    """
+    device, bucket = device_class(target), bucket_of(tokens)
+    size = template.dtype.itemsize
+    exact = size == 4 and not template.tf32
+    if bucket <= FEW_TOKENS and not exact:
+        return True
+    tokens = bucket  # one answer for all that belong to it
+    width = template.n * (1 + template.gated)
+    rate = device.tflops_fp32 if exact else device.tflops * 2 / size
+    sums_us = 2 * tokens * width * template.k / rate / 1e6
+    moved = size * (
+        width * template.k + tokens * (template.k + template.n * (1 + template.residual))
+    )
+    moved_us = moved / device.tb_per_s / 1e6
+    template_us = max(sums_us / TEMPLATE_RATE[4 if exact else 2], moved_us)
+    library_us = max(sums_us, moved_us)
+    if template.activation != "none" or template.gated or template.residual:
+        again = size * tokens * (2 * width + template.n * (1 + template.residual))
+        library_us += LAUNCH_US + again / device.tb_per_s / 1e6
+    return template_us < library_us
 
 
 def gemm_job(
     template: GemmTemplate,
     target: str,
     schedule: GemmSchedule,
-    divisible: Iterable[str] = ("x_row", "w_row", "out_row", "residual_row"),
+    divisible: Iterable[str] = STRIDES,
+    unaligned: Iterable[str] = (),
     name: str | None = None,
 ) -> Job:
-    """Return the job that compiles a GEMM; arguments as `gemm_arguments` lists them."""
+    """Return the job that compiles a GEMM; arguments as `gemm_arguments` lists them.
+
+    divisible: strides that are multiples of 16; unaligned: pointers that are no multiples of 16
+    bytes.
+    """
     kinds = {"storage": f"*{POINTEES[template.dtype]}", "fp32": "*fp32", "i32": "*i32"}
     given = gemm_arguments(template, schedule)
     tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
-    multiples = set(divisible)
+    multiples = {a for a, kind in given if kind != "size"} - set(unaligned) | set(divisible)
     return Job(
         name=name or template.name,
         source=print_triton_gemm(template, schedule, name),
@@ -199,35 +255,7 @@ def gemm_job(
             *((tile, "constexpr") for tile, _ in tiles),
         ),
         constexprs=tiles,
-        divisible=tuple(a for a, kind in given if kind != "size" or a in multiples),
+        divisible=tuple(a for a, _ in given if a in multiples),
         num_warps=fit_warps(schedule.num_warps, target),
         num_stages=schedule.num_stages,
     )
-
-
-def save_overrides(path: Path, overrides: Mapping[Key, GemmSchedule]) -> None:
-    """Write measured choices as JSON, one object an entry."""
-    rows = [
-        {"tokens": t, "n": n, "k": k, "dtype": str(dtype).removeprefix("torch."), "target": target}
-        | {"schedule": asdict(schedule)}
-        for (t, n, k, dtype, target), schedule in overrides.items()
-    ]
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-
-def load_overrides(path: Path) -> dict[Key, GemmSchedule]:
-    """Read what `save_overrides` wrote; raise OptionsError naming the entry that is wrong."""
-    found: dict[Key, GemmSchedule] = {}
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OptionsError(f"no table of GEMM tiles can be read from {path}: {error}") from error
-    for row in rows:
-        try:
-            key = (row["tokens"], row["n"], row["k"], getattr(torch, row["dtype"]), row["target"])
-            found[key] = GemmSchedule(**row["schedule"])
-            if key[0] not in BUCKETS:
-                raise ValueError(f"tokens is {key[0]}, the buckets are {BUCKETS}")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise OptionsError(f"{path} has an entry that is no choice: {row} ({error})") from error
-    return found

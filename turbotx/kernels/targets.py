@@ -71,7 +71,7 @@ class Job:
 
     signature: the Triton type of every argument, in order ("constexpr" for tiles).
     divisible: arguments that are multiples of 16 (pointers: addresses), so that an access may be
-    128 bits wide.
+    128 bits wide. pdl: it waits for the kernel before it by itself (see `dependent`).
     """
 
     name: str
@@ -82,6 +82,7 @@ class Job:
     divisible: tuple[str, ...]
     num_warps: int
     num_stages: int = 2
+    pdl: bool = False
 
     def digest(self) -> str:
         """Return a digest of all that shapes the binary, which comments do not: a kernel's header

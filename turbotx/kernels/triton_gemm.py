@@ -66,6 +66,7 @@ class GemmTemplate:
     def name(self) -> str:
         kind = TYPES[self.dtype].removeprefix("tl.")
         parts = [f"gemm_{kind}_{self.n}x{self.k}", f"{self.norm}_norm" * (self.norm != "none")]
+        parts += ["flipped" * self.flipped, "bias" * self.bias]
         parts += [self.activation * (self.activation != "none"), "gated" * self.gated]
         parts += ["add" * self.residual, "stats" * self.stats]
         return "_".join(p for p in parts if p)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from turbotx import ir
 from turbotx.errors import OptionsError
@@ -22,6 +23,7 @@ from turbotx.kernels.build import cache_directory
 from turbotx.kernels.heuristics import heuristics_for
 from turbotx.kernels.schedule import Schedule, outer_axes, power_above, schedule_for
 
+S = TypeVar("S")
 Choose = Callable[[ir.Kernel, int, bool, bool], Schedule]
 # digest of a kernel -> length, rounded up to a power of two -> tag
 Tuned = dict[str, dict[str, str]]
@@ -90,10 +92,10 @@ def neighbours(kernel: ir.Kernel, schedule: Schedule, length: int) -> list[Sched
 
 
 def search(
-    start: Schedule,
-    step: Callable[[Schedule], Iterable[Schedule]],
-    measure: Callable[[Sequence[Schedule]], Sequence[float]],
-) -> tuple[Schedule, dict[Schedule, float]]:
+    start: S,
+    step: Callable[[S], Iterable[S]],
+    measure: Callable[[Sequence[S]], Sequence[float]],
+) -> tuple[S, dict[S, float]]:
     """Walk from `start` to better neighbours until none is better by `GAIN`.
 
     measure(schedules) gives a time for each, infinity where one cannot run. Returns the best and

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from turbotx.memory.svg import plan_to_svg
+from turbotx.report.amounts import show_nbytes, show_shape
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.page_data import page_data
-from turbotx.report.table import show_nbytes, show_shape
 
 if TYPE_CHECKING:
     from turbotx.report.entries import Region

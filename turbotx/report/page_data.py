@@ -15,10 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import CppLexer, PythonLexer
-
 from turbotx.memory import ALIGNMENT, CHUNK_NBYTES
 from turbotx.memory.symbolic import SymbolicPlanner
 from turbotx.report.cost import eager_nbytes, launch_cost
@@ -181,6 +177,11 @@ def _place(place: str) -> dict[str, str]:
 
 
 def _kernel(kernel: Any) -> dict[str, Any]:
+    # Comes with rich, which only those need who look at reports.
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import CppLexer, PythonLexer
+
     formatter = HtmlFormatter(nowrap=True)
     return {
         "kind": kernel.kind,

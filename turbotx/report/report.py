@@ -43,7 +43,6 @@ from turbotx.report.html import render_miniature, render_page
 from turbotx.report.numerics import Error, Numerics, measure
 from turbotx.report.origin import Origin, observe, simulate
 from turbotx.report.profile import Profile, profile
-from turbotx.report.table import render_table
 from turbotx.report.where import find_place
 from turbotx.signature import SizeMatcher
 
@@ -197,6 +196,9 @@ class Report:
         return render_miniature(self)
 
     def __rich__(self) -> Any:
+        # Only a terminal needs rich: compiling, running and measuring do without.
+        from turbotx.report.table import render_table
+
         return render_table(self)
 
     def __str__(self) -> str:

@@ -16,20 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from turbotx.report.amounts import show_nbytes, show_shape
+
 if TYPE_CHECKING:
     from turbotx.report.report import Report
-
-
-def show_nbytes(nbytes: float) -> str:
-    """Return a byte count in the unit that fits: 512 B, 48.0 KiB, 3.25 MiB."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= size:
-            return f"{nbytes / size:.2f} {unit}" if unit != "KiB" else f"{nbytes / size:.1f} {unit}"
-    return f"{int(nbytes)} B"
-
-
-def show_shape(dims: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size}" for name, size in dims.items())
 
 
 def render_table(report: Report) -> RenderableType:

@@ -8,9 +8,7 @@ table, as the CPU runtime does; nothing is allocated, and nothing waits for the 
 
 from __future__ import annotations
 
-import ctypes
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,12 +18,16 @@ import torch
 from turbotx import ir
 from turbotx.assemble import Assembly
 from turbotx.errors import InputError
+from turbotx.kernels.dependent import can_depend, make_dependent
+from turbotx.kernels.gemm_choice import MOST_TURNS
 from turbotx.kernels.targets import Job
+from turbotx.kernels.tiles import Tiles
 from turbotx.kernels.tuned import load_tuned, make_chooser
 from turbotx.options import Options
 from turbotx.runtime.aten import AtenSteps
-from turbotx.runtime.cuda_gemm import bind_gemm
-from turbotx.runtime.cuda_launch import AttentionFamily, KernelFamily, SizeTable
+from turbotx.runtime.cuda_frame import Frame, Key, Layout, lay_out
+from turbotx.runtime.cuda_gemm import GemmFamily, bind_gemm, find_library_call, uses_tf32
+from turbotx.runtime.cuda_launch import AttentionFamily, KernelFamily, Part, SizeTable
 from turbotx.runtime.device import Device, Grid
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
@@ -35,12 +37,8 @@ from turbotx.sizes import compile_evaluator
 # Sequence lengths whose kernels are built before the first run: below and at the edges of the
 # tiles for run-time lengths, with and without sizes that allow 128-bit accesses.
 EXPECTED_LENGTHS = (16, 17, 256, 250, 512, 500)
-# Shapes whose views of GEMM operands are kept, an arena.
-KEPT_SHAPES = 16
-# Arguments that Triton's calling convention adds behind a kernel's own, with room to spare.
-EXTRA_ARGUMENTS = 4
 
-Family = KernelFamily | AttentionFamily
+Family = KernelFamily | AttentionFamily | GemmFamily
 
 
 class CudaRuntime:
@@ -59,17 +57,21 @@ class CudaRuntime:
         self.sources: dict[str, str] = {}
         self._dims = tuple(dims)
         self._functions: dict[int, tuple[Job, Any]] = {}
+        self._depends = options.pdl and can_depend(device.target)
         launches = assembly.launches
         self.table = SizeTable(list(assembly.tensors))
+        self._layouts: dict[Key, Layout] = {}
+        self._kernels: dict[str, KernelFamily] = {}
+        self._shared: dict[object, GemmFamily] = {}
         self.families = self._find_families(options)
-        self._layouts = {i: self._layout(launches[i], f) for i, f in self.families.items()}
         steps = AtenSteps(dims)
         outside = {n for n, t in assembly.tensors.items() if t.kind in ("input", "output")}
         self._gemms, self._steps = {}, {}
         for i, launch in enumerate(launches):
             if launch.kind == "gemm":
-                fixed = not outside & {a.tensor for a in launch.args if a is not None}
-                self._gemms[i] = (bind_gemm(launch, steps), fixed)
+                called, _ = find_library_call(launch)
+                fixed = not outside & {a.tensor for a in called.args if a is not None}
+                self._gemms[i] = (bind_gemm(called, steps), fixed)
             elif i not in self.families:
                 self._steps[i] = steps.make(launch)
         self._status = device.new_status(max(1, len(launches)))
@@ -86,48 +88,64 @@ class CudaRuntime:
     # --- kernels ---
 
     def _find_families(self, options: Options) -> dict[int, Family]:
-        found: dict[int, Family] = {}
         if options.backend == "aten":
-            return found
-        kernels: dict[str, KernelFamily] = {}
-        target = self.device.target
-        choose = make_chooser(tuple(options.schedules), target, load_tuned(self.device.describe()))  # type: ignore[arg-type]
+            return {}
+        found: dict[int, Family] = {}
+        target, overrides = self.device.target, tuple(options.schedules)
+        tuned = load_tuned(self.device.describe())
+        self._choose = make_chooser(overrides, target, tuned)  # type: ignore[arg-type]
+        tiles = Tiles(overrides, target, tuned, options.gemms)  # type: ignore[arg-type]
         for i, launch in enumerate(self.assembly.launches):
             if isinstance(launch.target, ir.Kernel):
-                digest = launch.target.digest()
-                if digest not in kernels:
-                    kernels[digest] = KernelFamily(launch.target, target, self.table, choose)
-                found[i] = kernels[digest]
+                found[i] = self._kernel(i, "kernel", launch)
             elif launch.kind in ("attention", "product"):
-                found[i] = AttentionFamily(launch, target, self.table)
+                found[i] = AttentionFamily(launch, target, self.table, tiles)
+                self._lay_out(i, "kernel", launch)
+            elif launch.workspaces:
+                _, ends = find_library_call(launch)
+                finish = [self._kernel(i, f"end{k}", end) for k, end in enumerate(ends)]
+                family = GemmFamily(launch, target, self.table, tiles, finish)
+                family = found[i] = self._shared.setdefault(family.key, family)
+                for which, layout in family.layouts(launch, self.table).items():
+                    self._layouts[i, which] = layout
         return found
 
-    def _layout(self, launch: ir.Launch, family: Family) -> _Layout:
-        """Say where a launch's arguments lie, in the order of its signature."""
-        pointers = []
-        for arg in launch.args:
-            if arg is not None:
-                shift = arg.offset * arg.dtype.itemsize
-                pointers.append(
-                    (self.table.slots[arg.tensor], None if shift == 0 else self.table.value(shift))
-                )
-        checked = isinstance(family, KernelFamily) and any(
-            isinstance(s, ir.Check) for s in family.kernel.body
-        )
-        return _Layout(pointers, checked, [self.table.value(e) for e in launch.sizes])
+    def _kernel(self, i: int, which: str, launch: ir.Launch) -> KernelFamily:
+        """Return the family of a generated kernel, with its arguments laid out."""
+        kernel = launch.target
+        assert isinstance(kernel, ir.Kernel)
+        digest = kernel.digest()
+        if digest not in self._kernels:
+            target = self.device.target
+            self._kernels[digest] = KernelFamily(kernel, target, self.table, self._choose)
+        self._lay_out(i, which, launch)
+        return self._kernels[digest]
+
+    def _lay_out(self, i: int, which: str, launch: ir.Launch) -> None:
+        body = launch.target.body if isinstance(launch.target, ir.Kernel) else ()
+        checked = "status" if any(isinstance(s, ir.Check) for s in body) else ""
+        operands = [a for a in launch.args if a is not None]
+        sizes = [self.table.value(e) for e in launch.sizes]
+        self._layouts[i, which] = lay_out(operands, checked, sizes, self.table)
 
     def _build_expected(self, example_dims: Sequence[int]) -> None:
         """Build, in parallel and before the first run, what the shapes to expect will need."""
         evaluate = compile_evaluator(list(self.table.values), self._dims)
         first = [tuple(example_dims)] if example_dims else []
         shapes = [evaluate(*dims) for dims in [*first, *expected_dims(self._dims)]]
-        self._load([f.pick(sizes)[0] for sizes in shapes for f in self.families.values()])
+        jobs: list[Job | None] = []
+        for family in self.families.values():
+            jobs += [part.job for sizes in shapes for part in family.pick(sizes)]
+            if isinstance(family, GemmFamily):
+                jobs += family.expected(shapes[0])
+        self._load([job for job in jobs if job is not None])
 
     def _load(self, jobs: Sequence[Job]) -> list[Any]:
         """Return the functions of jobs, which are few objects however many launches there are."""
         new = {id(job): job for job in jobs if id(job) not in self._functions}
         if new:
-            functions, compiled = self.device.load(list(new.values()))
+            loaded = [make_dependent(j) if self._depends else j for j in new.values()]
+            functions, compiled = self.device.load(loaded)
             self.builds += compiled
             for job, function in zip(new.values(), functions, strict=True):
                 self._functions[id(job)] = (job, function)
@@ -138,20 +156,38 @@ class CudaRuntime:
     def _bind(self, sizes: Any) -> _Bound:
         """Return the functions and grids for a shape, kept with its sizes."""
         bound: _Bound | None = getattr(sizes, "bound", None)
-        if bound is None:
+        settings = uses_tf32()
+        if bound is None or bound.settings != settings:
             picked = {i: family.pick(sizes) for i, family in self.families.items()}
-            functions = self._load([job for job, _ in picked.values()])
-            grids = [grid for _, grid in picked.values()]
-            bound = _Bound(dict(zip(picked, zip(functions, grids, strict=True), strict=True)))
-            sizes.bound = bound
+            bound = sizes.bound = _Bound({i: self._ready(p) for i, p in picked.items()}, settings)
         return bound
 
-    def queue(self, launch: int, job: Job, grid: Grid, table: Any) -> None:
-        """Queue one launch by another variant of its kernel, on a table that `run` has used."""
-        (function,) = self._load([job])
-        if 0 not in grid:
-            stream = self.device.stream()
-            self.device.launch(function, grid, table.frame.addresses[launch], stream)
+    def _ready(self, parts: Sequence[Part]) -> list[_Ready]:
+        """Return parts with their kernels loaded."""
+        functions = iter(self._load([p.job for p in parts if p.job is not None]))
+        return [
+            (p.which, None if p.job is None else next(functions), p.grid)
+            for p in parts
+            if 0 not in p.grid or p.job is None
+        ]
+
+    def queue(self, launch: int, parts: Sequence[Part], table: Any, state: RunState) -> None:
+        """Queue one launch by other variants of its kernels, on a table that `run` has used."""
+        self._queue(launch, self._ready(parts), table.frame, self.device.stream(), state, {})
+
+    def _queue(
+        self, i: int, parts: Sequence[_Ready], frame: Frame, stream: Any, state: RunState,
+        views: dict[int, Callable[[], object]], follows: bool = False,
+    ) -> bool:  # fmt: skip
+        """Queue parts of a launch; `follows`, and the result: the last thing queued is a kernel of
+        ours behind which the next one may start early. What PyTorch queues may be none."""
+        for which, function, grid in parts:
+            if function is None:
+                self.device.call(self._step(i, state, views))
+            else:
+                self.device.launch(function, grid, frame.addresses[i, which], stream, follows)
+            follows = self._depends and function is not None
+        return follows
 
     # --- weights ---
 
@@ -197,20 +233,19 @@ class CudaRuntime:
         began and ended, and waits for them. `watches` are told of each launch as it is queued.
         """
         bound = self._bind(sizes)
-        frame = self._frame(table, sizes)
+        frame = self.frame(table)
+        frame.refill(sizes)
         views = frame.views(bound, (state.arena.data_ptr(), self.weights.version))
-        moments = []
+        moments, follows = [], False
         with self.device.active():
             stream = self.device.stream()
             for i in range(len(self.assembly.launches)):
                 for watch in watches:
                     watch.before(i, state)
                 began = None if ticks is None else self.device.clock()
-                kernel = bound.kernels.get(i)
-                if kernel is None:
-                    self.device.call(self._step(i, state, views))
-                elif 0 not in kernel[1]:
-                    self.device.launch(*kernel, frame.addresses[i], stream)
+                follows = follows and ticks is None and not watches
+                parts = bound.parts.get(i, PYTORCH)
+                follows = self._queue(i, parts, frame, stream, state, views, follows)
                 if began is not None:
                     moments.append((i, began, self.device.clock()))
                 for watch in watches:
@@ -243,12 +278,18 @@ class CudaRuntime:
             views[i] = bound
         return bound
 
-    def _frame(self, table: Any, sizes: Any) -> _Frame:
-        """Return the arguments of every kernel at one table, brought up to date."""
-        frame: _Frame | None = getattr(table, "frame", None)
+    def frame(self, table: Any) -> Frame:
+        """Return the arguments of every kernel at one table, made at its first use.
+
+        Must be called once outside of a graph's capture: what it allocates has to be zero at once.
+        """
+        frame: Frame | None = getattr(table, "frame", None)
         if frame is None:
-            frame = table.frame = _Frame(table, self._layouts, len(sizes), self._status)
-        frame.refill(sizes)
+            split = any(layout.cell == "turns" for layout in self._layouts.values())
+            count = MOST_TURNS if split else 0
+            turns = torch.zeros(count, dtype=torch.int32, device=self.torch_device)
+            count = len(self.table.values)
+            frame = table.frame = Frame(table, self._layouts, count, self._status, turns)
         return frame
 
 
@@ -259,73 +300,13 @@ def expected_dims(dims: Sequence[str]) -> Iterable[tuple[int, ...]]:
         yield tuple(batch if k == 0 or "_d0" in n else length for k, n in enumerate(dims))
 
 
-class _Layout:
-    """pointers: (slot, place of the offset in bytes or None). sizes: places in the size table."""
-
-    def __init__(
-        self, pointers: list[tuple[int, int | None]], checked: bool, sizes: list[int]
-    ) -> None:
-        self.pointers, self.checked, self.sizes = pointers, checked, sizes
+# A part whose kernel is loaded: its list of arguments, its function or None for PyTorch, its grid.
+_Ready = tuple[str, Any, Grid]
+PYTORCH: list[_Ready] = [("call", None, (1, 1, 1))]
 
 
 class _Bound:
-    """A shape's compiled functions and grids, by launch."""
+    """A shape's compiled functions and grids, by launch, under PyTorch's settings."""
 
-    def __init__(self, kernels: dict[int, tuple[Any, Grid]]) -> None:
-        self.kernels = kernels
-
-
-class _Frame:
-    """Argument arrays over one address table: the driver reads through them, launch by launch.
-
-    Whole tensors are read from the table itself, windows from `shifted`, sizes from `sizes`.
-    """
-
-    def __init__(
-        self, table: Any, layouts: dict[int, _Layout], count: int, status: torch.Tensor
-    ) -> None:
-        self._table = np.ctypeslib.as_array(table)
-        self._sizes = np.zeros(max(1, count), dtype=np.int64)
-        windows = dict.fromkeys(
-            p for layout in layouts.values() for p in layout.pointers if p[1] is not None
-        )
-        self._bases = np.array([slot for slot, _ in windows], dtype=np.int64)
-        self._shifts = np.array([shift for _, shift in windows], dtype=np.int64)
-        self._shifted = np.zeros(max(1, len(windows)), dtype=np.int64)
-        self._places = {p: 8 * k for k, p in enumerate(windows)}
-        launches = max(layouts, default=-1) + 1
-        self._status = status  # what the addresses below point at
-        self._statuses = status.data_ptr() + 4 * np.arange(max(1, launches), dtype=np.int64)
-        self._nothing = np.zeros(1, dtype=np.int64)
-        self.addresses = {i: self._array(i, layout) for i, layout in layouts.items()}
-        self._stamp: object = None
-        self._views: OrderedDict[int, tuple[_Bound, dict[int, Callable[[], object]]]]
-        self._views = OrderedDict()
-
-    def _array(self, i: int, layout: _Layout) -> Any:
-        table, shifted = self._table.ctypes.data, self._shifted.ctypes.data
-        found = [
-            table + 8 * p[0] if p[1] is None else shifted + self._places[p] for p in layout.pointers
-        ]
-        found += [self._statuses.ctypes.data + 8 * i] * layout.checked
-        # A size that a kernel takes in 32 bits is the low half of its 64.
-        found += [self._sizes.ctypes.data + 8 * k for k in layout.sizes]
-        found += [self._nothing.ctypes.data] * EXTRA_ARGUMENTS
-        return (ctypes.c_void_p * len(found))(*found)
-
-    def refill(self, sizes: Any) -> None:
-        """Take over a shape's sizes, and the table's addresses as they are now."""
-        self._sizes[: len(sizes)] = sizes
-        if len(self._bases):
-            self._shifted[:] = self._table[self._bases] + self._sizes[self._shifts]
-
-    def views(self, bound: _Bound, stamp: object) -> dict[int, Callable[[], object]]:
-        """Return the steps kept for a shape, none of which outlive the memory they look at."""
-        if self._stamp != stamp:
-            self._views.clear()
-            self._stamp = stamp
-        kept = self._views.pop(id(bound), (bound, {}))
-        self._views[id(bound)] = kept
-        if len(self._views) > KEPT_SHAPES:
-            self._views.popitem(last=False)
-        return kept[1]
+    def __init__(self, parts: dict[int, list[_Ready]], settings: object) -> None:
+        self.parts, self.settings = parts, settings

@@ -75,9 +75,11 @@ class CudaDevice:
         return int(torch.cuda.current_stream(self.index).cuda_stream)
 
     def launch(
-        self, function: cuda_driver.Function, grid: Grid, addresses: Any, stream: int
-    ) -> None:
-        cuda_driver.launch(self._driver, function, grid, addresses, stream)
+        self, function: cuda_driver.Function, grid: Grid, addresses: Any, stream: int,
+        dependent: bool = False,
+    ) -> None:  # fmt: skip
+        launch = cuda_driver.launch_dependent if dependent else cuda_driver.launch
+        launch(self._driver, function, grid, addresses, stream)
 
     def call(self, step: Callable[[], object]) -> None:
         step()

@@ -22,6 +22,28 @@ PLAIN_SHARED_NBYTES = 48 * 1024
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
+_PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute: a name and 64 bytes of value."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )  # fmt: skip
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Function:
     """A kernel on the device. arguments: how many its code takes, Triton's own two included."""
@@ -114,5 +136,24 @@ def launch(
         function.handle, *grid, function.threads, 1, 1, function.shared_nbytes, stream,
         addresses, None,
     )  # fmt: skip
+    if code:
+        check(driver, code, f"launching {function.job.name} on a grid of {grid}")
+
+
+def launch_dependent(
+    driver: Any, function: Function, grid: tuple[int, int, int], addresses: Any, stream: int
+) -> None:
+    """Queue a kernel that may start before the one queued last on the stream has ended.
+
+    It has to wait for that one's results by itself (`kernels.dependent`).
+    """
+    attribute = LaunchAttribute(_PROGRAMMATIC_SERIALIZATION, b"", 1)
+    config = LaunchConfig(
+        grid, (function.threads, 1, 1), function.shared_nbytes, stream,
+        ctypes.pointer(attribute), 1,
+    )  # fmt: skip
+    code = driver.cuLaunchKernelEx(
+        ctypes.byref(config), ctypes.c_void_p(function.handle), addresses, None
+    )
     if code:
         check(driver, code, f"launching {function.job.name} on a grid of {grid}")

@@ -1,31 +1,191 @@
-"""GEMMs of a GPU program: PyTorch's own (cuBLAS), written straight into planned memory.
+"""GEMMs of a GPU program: one Triton launch, or the library's GEMM and kernels for what follows.
 
-In: a gemm launch: x by rows at one stride, a weight, perhaps a bias. Out: a function that binds it
-to one run's memory, and gives a call with nothing left to look up::
+In: a gemm launch with its alternatives, sizes. Out: the parts to queue, by the bucket of tokens::
 
-    addmm(bias, x.as_strided((tokens, 768), ...), weight.t(), out=planned)
+    linear_gelu_0 at 40 tokens    ->  [gemm_float16_3072x768_bias_gelu on (96, 1)]
+    linear_gelu_0 at 4096 tokens  ->  [cuBLAS's addmm into out, fused_add_gelu over it]
+
+The library's calls are PyTorch's own (cuBLAS), written by `out=` straight into planned memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from turbotx import ir
+from turbotx.kernels.epilogue import GemmKernel
+from turbotx.kernels.gemm_choice import BUCKETS, STRIDES, bucket_of, gemm_job
+from turbotx.kernels.targets import ALIGNED_NBYTES, Job
+from turbotx.kernels.tiles import Tiles, gemm_neighbours, structure_of, tag_of
+from turbotx.kernels.triton_gemm import GemmSchedule, GemmTemplate, gemm_arguments, gemm_grid
 from turbotx.runtime.aten import AtenSteps
+from turbotx.runtime.cuda_frame import Layout, lay_out
+from turbotx.runtime.cuda_launch import KernelFamily, Part, SizeTable
 from turbotx.runtime.state import RunState
 from turbotx.sizes import ONE, ZERO
 
 Call = Callable[[], object]
+LIBRARY_CALL = Part("library")
+
+
+def make_template(launch: ir.Launch) -> GemmTemplate | None:
+    """Return what a Triton kernel for a gemm launch is made from; None where its weight has no
+    rows or columns of adjacent elements."""
+    x, weight, bias, _, residual = launch.args
+    assert x is not None and weight is not None and isinstance(launch.target, GemmKernel)
+    k = int(weight.shape[1])
+    if weight.strides[1] != 1 and weight.strides[0] != 1 and k != 1:
+        return None
+    return GemmTemplate(
+        x.dtype,
+        int(launch.sizes[2]),
+        k,
+        bias=bias is not None,
+        activation=launch.target.activation,
+        gated=launch.target.gated,
+        residual=residual is not None,
+        flipped=weight.strides[1] != 1 and k != 1,
+    )
+
+
+class GemmFamily:
+    """The alternatives of gemm launches; equal ones of several layers share one.
+
+    finish: the kernels behind the library's GEMM.
+    """
+
+    def __init__(
+        self, launch: ir.Launch, target: str, table: SizeTable, tiles: Tiles,
+        finish: Sequence[KernelFamily],
+    ) -> None:  # fmt: skip
+        self.template, self.finish = make_template(launch), tuple(finish)
+        self._target, self._tiles = target, tiles
+        x, weight, bias, out, residual = launch.args
+        assert x is not None and weight is not None and out is not None
+        rows, stride, width = launch.sizes[:3]
+        down = weight.strides[1] if self.template and self.template.flipped else weight.strides[0]
+        sizes = {"tokens": rows, "x_row": stride, "w_row": down, "out_row": width}
+        if residual is not None:
+            sizes["residual_row"] = width
+        self._sizes = {name: table.value(e) for name, e in sizes.items()}
+        operands = {"x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "residual_ptr": residual}
+        self._shifts = [
+            (name, table.value(a.offset * a.dtype.itemsize))
+            for name, a in operands.items()
+            if a is not None and a.offset != 0
+        ]
+        self._chosen: dict[tuple[GemmTemplate, int], GemmSchedule | None] = {}
+        self._jobs: dict[object, Job] = {}
+
+    @property
+    def key(self) -> object:
+        """Equal for launches that can share a family."""
+        return (
+            self.template, tuple(self._sizes.values()), tuple(self._shifts),
+            tuple(id(f) for f in self.finish),
+        )  # fmt: skip
+
+    def layouts(self, launch: ir.Launch, table: SizeTable) -> dict[str, Layout]:
+        """Say where a launch's arguments lie for a template, with and without split sums."""
+        if self.template is None:
+            return {}
+        x, weight, bias, out, residual = launch.args
+        tensors = {"x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "out_ptr": out}
+        given = gemm_arguments(self.template, GemmSchedule(16, 16, 16))
+        operands = [
+            (tensors | {"residual_ptr": residual})[a] for a, kind in given if kind != "size"
+        ]
+        sizes = [self._sizes[a] for a, kind in given if kind == "size"]
+        plain = lay_out([a for a in operands if a is not None], "", sizes, table)
+        sums = (table.slots[launch.workspaces[0]], None)
+        split = replace(plain, pointers=(*plain.pointers, sums), cell="turns")
+        return {"gemm": plain, "split": split}
+
+    def pick(self, sizes: Sequence[int]) -> list[Part]:
+        """Return what to queue at these sizes."""
+        return self.at(self.chosen(sizes)[1], sizes)
+
+    def chosen(self, sizes: Sequence[int]) -> tuple[int, GemmSchedule | None]:
+        """Return the bucket of tokens, and the schedule that `pick` takes; None: the library's."""
+        bucket, template = bucket_of(sizes[self._sizes["tokens"]]), self._typed()
+        if template is None:
+            return bucket, None
+        key = (template, bucket)
+        if key not in self._chosen:
+            self._chosen[key] = self._tiles.gemm(template, bucket)
+        return bucket, self._chosen[key]
+
+    def expected(self, sizes: Sequence[int]) -> list[Job]:
+        """Return the templates' jobs for every bucket, so that no stream of lengths builds more."""
+        tokens, found = self._sizes["tokens"], []
+        for bucket in BUCKETS:
+            parts = self.pick([*sizes[:tokens], bucket, *sizes[tokens + 1 :]])
+            found += [p.job for p in parts if p.which in ("gemm", "split") and p.job is not None]
+        return found
+
+    def at(self, schedule: GemmSchedule | None, sizes: Sequence[int]) -> list[Part]:
+        """Return what to queue at these sizes by a given schedule."""
+        template, tokens = self._typed(), sizes[self._sizes["tokens"]]
+        if schedule is None or template is None:
+            finish = [p for family in self.finish for p in family.pick(sizes)]
+            return [LIBRARY_CALL, *(replace(p, which=f"end{k}") for k, p in enumerate(finish))]
+        divisible = tuple(n for n in STRIDES if n in self._sizes and self._even(n, sizes))
+        unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
+        key = (template, schedule, divisible, unaligned)
+        job = self._jobs.get(key)
+        if job is None:
+            job = gemm_job(template, self._target, schedule, divisible, unaligned)
+            self._jobs[key] = job
+        which = "gemm" if schedule.splits == 1 else "split"
+        return [Part(which, job, gemm_grid(template, schedule, tokens))]
+
+    def _even(self, name: str, sizes: Sequence[int]) -> bool:
+        return sizes[self._sizes[name]] % 16 == 0
+
+    def _typed(self) -> GemmTemplate | None:
+        """The template under PyTorch's settings as they are now."""
+        if self.template is None or self.template.dtype is not torch.float32:
+            return self.template
+        return replace(self.template, tf32=uses_tf32())
+
+    # --- tuning ---
+
+    @property
+    def name(self) -> str:
+        return self.template.name if self.template is not None else ""
+
+    def structure(self) -> str:
+        template = self._typed()
+        return "" if template is None else structure_of(template)
+
+    def neighbours(self, schedule: GemmSchedule | None, bucket: int) -> Sequence[object]:
+        template = self._typed()
+        if template is None:
+            return []
+        return gemm_neighbours(template, schedule, bucket, self._target)
+
+    def bucket(self, length: int) -> str:
+        return str(length)
+
+    def tag(self, schedule: GemmSchedule | None) -> str:
+        return tag_of(schedule)
+
+
+def uses_tf32() -> bool:
+    """Tell whether the user lets float32 products round their factors to TF32."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def bind_gemm(launch: ir.Launch, steps: AtenSteps) -> Callable[[RunState], Call]:
     """Return a function from a run's state to the call that computes x @ weight.t() + bias.
 
     The bias is added to the float32 sums before they are rounded, as in PyTorch's linear; float32
-    follows `torch.backends.cuda.matmul`, so TF32 is used only where the user allows it.
+    follows `torch.backends.cuda.matmul`, so TF32 is used only where the user allows it. A ReLU
+    behind it is done by the library too (cuBLASLt's GELU is the tanh one, in its own rounding).
     """
     x, weight, bias, out, _ = launch.args
     assert x is not None and weight is not None and out is not None
@@ -35,12 +195,25 @@ def bind_gemm(launch: ir.Launch, steps: AtenSteps) -> Callable[[RunState], Call]
     rows_of_out = steps.tensor(ir.Operand(out.tensor, out.dtype, (rows, width), (width, ONE), ZERO))
     weights = steps.tensor(weight)
     biases = None if bias is None else steps.tensor(bias)
+    relu = isinstance(launch.target, GemmKernel) and launch.target.activation == "relu"
 
     def bind(state: RunState) -> Call:
         given, target = rows_of_x(state), rows_of_out(state)
         flipped = weights(state).t()
         if biases is None:
             return partial(torch.mm, given, flipped, out=target)
+        if relu:
+            add = torch._addmm_activation
+            return partial(add, biases(state), given, flipped, use_gelu=False, out=target)
         return partial(torch.addmm, biases(state), given, flipped, out=target)
 
     return bind
+
+
+def find_library_call(launch: ir.Launch) -> tuple[ir.Launch, tuple[ir.Launch, ...]]:
+    """Return the launch that the library's GEMM does, and the kernels behind it."""
+    kind, (_, _, bias, _, residual) = launch.target, launch.args
+    assert isinstance(kind, GemmKernel)
+    if kind == GemmKernel("relu") and bias is not None and residual is None:
+        return launch, ()
+    return (launch.instead[0], launch.instead[1:]) if launch.instead else (launch, ())

@@ -3,12 +3,14 @@
 In: the launches of a program and its evaluated sizes. Out: for each launch a job (printed once for
 each schedule) and a grid, in microseconds, since every size was evaluated by the binding::
 
-    family.pick(sizes)  ->  (Job fused_add_layer_norm_0, (40, 1, 1))
+    family.pick(sizes)  ->  [Part("kernel", Job fused_add_layer_norm_0, (40, 1, 1))]
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from turbotx import ir
 from turbotx.kernels.attention_jobs import attention_job, product_job
@@ -21,25 +23,40 @@ from turbotx.kernels.schedule import (
     divisible_sizes,
     is_strided,
     outer_axes,
+    power_above,
     vector_axes,
 )
 from turbotx.kernels.targets import ALIGNED_NBYTES, Job, kernel_job
+from turbotx.kernels.tiles import (
+    AttentionTiles,
+    Tiles,
+    attention_neighbours,
+    queries_bucket,
+    structure_of,
+    tag_of,
+)
 from turbotx.kernels.triton_attention import (
-    FEW_QUERIES,
     NAMES,
     STRIDES,
+    AttentionSchedule,
     attention_grid,
-    choose_attention_schedule,
 )
-from turbotx.kernels.triton_products import (
-    PRODUCT_NAMES,
-    PRODUCT_STRIDES,
-    choose_product_schedule,
-    product_grid,
-)
-from turbotx.kernels.tuned import Choose
+from turbotx.kernels.triton_products import PRODUCT_NAMES, PRODUCT_STRIDES, product_grid
+from turbotx.kernels.tuned import Choose, neighbours
 from turbotx.runtime.device import Grid
 from turbotx.sizes import Expr, dim, product
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that a launch queues: a kernel, or without a job what PyTorch runs.
+
+    which: the list of arguments that it takes, among the launch's own.
+    """
+
+    which: str
+    job: Job | None = None
+    grid: Grid = (1, 1, 1)
 
 
 class SizeTable:
@@ -67,7 +84,7 @@ class KernelFamily:
         self._schedules: dict[tuple[int, bool], Schedule] = {}
         self._jobs: dict[tuple[Schedule, tuple[str, ...]], Job] = {}
 
-    def pick(self, sizes: Sequence[int]) -> tuple[Job, Grid]:
+    def pick(self, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes; a grid with a zero means nothing."""
         length = sizes[self._length]
         wide = any(sizes[k] >= INT32_LIMIT - PERSISTENT for k in self._counts)
@@ -77,20 +94,37 @@ class KernelFamily:
             self._schedules[length, wide] = schedule
         return self.at(schedule, sizes)
 
-    def at(self, schedule: Schedule, sizes: Sequence[int]) -> tuple[Job, Grid]:
+    def at(self, schedule: Schedule, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes by a given schedule."""
         divisible = tuple(name for name, k in self._strides if sizes[k] % 16 == 0)
         job = self._jobs.get((schedule, divisible))
         if job is None:
             job = kernel_job(self.kernel, self._target, schedule, divisible)
             self._jobs[schedule, divisible] = job
-        return job, self._grid(schedule, sizes[self._length], sizes[self._outer])
+        grid = self._grid(schedule, sizes[self._length], sizes[self._outer])
+        return [Part("kernel", job, grid)]
 
     def chosen(self, sizes: Sequence[int]) -> tuple[int, Schedule]:
         """Return the length of a tile's columns, and the schedule that `pick` takes."""
         self.pick(sizes)
         length = sizes[self._length]
         return length, next(s for (n, _), s in self._schedules.items() if n == length)
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    def structure(self) -> str:
+        return self.kernel.digest()
+
+    def neighbours(self, schedule: Schedule, length: int) -> Sequence[Schedule]:
+        return neighbours(self.kernel, schedule, length)
+
+    def bucket(self, length: int) -> str:
+        return str(power_above(length))
+
+    def tag(self, schedule: Schedule) -> str:
+        return schedule.tag
 
     def _grid(self, schedule: Schedule, length: int, outer: int) -> Grid:
         programs = -(-outer // schedule.rows)
@@ -104,9 +138,9 @@ class AttentionFamily:
     """The variants of an attention launch, or of one of attention's two products: tiles by the
     number of queries, strides, addresses."""
 
-    def __init__(self, launch: ir.Launch, target: str, table: SizeTable) -> None:
+    def __init__(self, launch: ir.Launch, target: str, table: SizeTable, tiles: Tiles) -> None:
         assert isinstance(launch.target, (AttentionKernel, ProductKernel))
-        self.kernel, self._target = launch.target, target
+        self.kernel, self._target, self._tiles = launch.target, target, tiles
         self._sizes = [table.value(e) for e in launch.sizes]
         flash = isinstance(launch.target, AttentionKernel)
         self._names, self._strides = (NAMES, STRIDES) if flash else (PRODUCT_NAMES, PRODUCT_STRIDES)
@@ -117,31 +151,55 @@ class AttentionFamily:
             for name, a in zip(names, launch.args, strict=True)
             if a is not None and a.offset != 0
         ]
+        self._chosen: dict[int, AttentionTiles] = {}
         self._jobs: dict[object, Job] = {}
 
-    def pick(self, sizes: Sequence[int]) -> tuple[Job, Grid]:
+    def pick(self, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes; a grid with a zero means nothing."""
+        return self.at(self.chosen(sizes)[1], sizes)
+
+    def chosen(self, sizes: Sequence[int]) -> tuple[int, AttentionTiles]:
+        """Return the bucket of the number of queries, and the schedule that `pick` takes."""
+        bucket = queries_bucket(sizes[self._sizes[self._names.index("q_len")]])
+        if bucket not in self._chosen:
+            self._chosen[bucket] = self._tiles.attention(self.kernel, bucket)
+        return bucket, self._chosen[bucket]
+
+    def at(self, tiles: AttentionTiles, sizes: Sequence[int]) -> list[Part]:
+        """Return what to run at these sizes by a given schedule."""
         values = dict(zip(self._names, (sizes[k] for k in self._sizes), strict=True))
         divisible = tuple(name for name in self._strides if values[name] % 16 == 0)
         unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
-        few = values["q_len"] <= FEW_QUERIES
-        key = (few, divisible, unaligned)
+        key = (tiles, divisible, unaligned)
         job = self._jobs.get(key)
         if job is None:
-            job = self._jobs[key] = self._make(values["q_len"], divisible, unaligned)
-        return job, self._grid(values)
+            job = self._jobs[key] = self._make(tiles, divisible, unaligned)
+        return [Part("kernel", job, self._grid(tiles, values))]
 
-    def _make(self, q_len: int, divisible: Iterable[str], unaligned: Iterable[str]) -> Job:
-        if isinstance(self.kernel, AttentionKernel):
-            tiles = choose_attention_schedule(self.kernel, q_len)
-            return attention_job(self.kernel, self._target, tiles, divisible, unaligned)
-        cut = choose_product_schedule(self.kernel, q_len)
-        return product_job(self.kernel, self._target, cut, divisible, unaligned)
+    def _make(self, tiles: Any, divisible: Iterable[str], unaligned: Iterable[str]) -> Job:
+        make: Any = attention_job if isinstance(self.kernel, AttentionKernel) else product_job
+        job: Job = make(self.kernel, self._target, tiles, divisible, unaligned)
+        return job
 
-    def _grid(self, values: Mapping[str, int]) -> Grid:
+    def _grid(self, tiles: AttentionTiles, values: Mapping[str, int]) -> Grid:
         batch, heads, q_len = values["batch"], values["heads"], values["q_len"]
-        if isinstance(self.kernel, AttentionKernel):
-            tiles = choose_attention_schedule(self.kernel, q_len)
+        if isinstance(tiles, AttentionSchedule):
             return attention_grid(tiles, batch, heads, q_len)
-        cut = choose_product_schedule(self.kernel, q_len)
-        return product_grid(self.kernel, cut, batch, heads, q_len, values["k_len"])
+        assert isinstance(self.kernel, ProductKernel)
+        return product_grid(self.kernel, tiles, batch, heads, q_len, values["k_len"])
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    def structure(self) -> str:
+        return structure_of(self.kernel)
+
+    def neighbours(self, tiles: AttentionTiles, bucket: int) -> Sequence[AttentionTiles]:
+        return attention_neighbours(tiles)
+
+    def bucket(self, length: int) -> str:
+        return str(length)
+
+    def tag(self, tiles: AttentionTiles) -> str:
+        return tag_of(tiles)

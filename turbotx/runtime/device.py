@@ -52,8 +52,13 @@ class Device(Protocol):
     def stream(self) -> Any:
         """Return the caller's current stream, ready for launches by this thread."""
 
-    def launch(self, function: Any, grid: Grid, addresses: Any, stream: Any) -> None:
-        """Queue a kernel; `addresses` point at its arguments, which are read before returning."""
+    def launch(
+        self, function: Any, grid: Grid, addresses: Any, stream: Any, dependent: bool = False
+    ) -> None:
+        """Queue a kernel; `addresses` point at its arguments, which are read before returning.
+
+        dependent: it waits by itself for the kernel queued before it, and may start earlier.
+        """
 
     def call(self, step: Callable[[], object]) -> None:
         """Let PyTorch queue something."""

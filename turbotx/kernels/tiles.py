@@ -1,0 +1,181 @@
+"""Tiles of GEMMs and attention: what was asked for or measured, over what the heuristics choose.
+
+In: tags such as "m64n32k128w4s3x2" (tile, warps, stages, splits of k), "q64k64w4s2" or "cublas",
+by name or by structure and size. Out: schedules; None where the library's GEMM is to run::
+
+    Tiles((("gemm_float16_768x*", "s4"),), "sm_90", load_tuned("NVIDIA H100")).gemm(template, 40)
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from turbotx.errors import OptionsError
+from turbotx.kernels.cpp_attention import AttentionKernel
+from turbotx.kernels.cpp_products import ProductKernel
+from turbotx.kernels.gemm_choice import (
+    BUCKETS,
+    bucket_of,
+    choose_tiles,
+    device_class,
+    fits_scratch,
+    prefers_template,
+    shared_nbytes,
+)
+from turbotx.kernels.schedule import power_above
+from turbotx.kernels.triton_attention import (
+    FEW_QUERIES,
+    AttentionSchedule,
+    choose_attention_schedule,
+)
+from turbotx.kernels.triton_gemm import GemmSchedule, GemmTemplate
+from turbotx.kernels.triton_products import ProductSchedule, choose_product_schedule
+from turbotx.kernels.tuned import Tuned
+
+LIBRARY = "cublas"
+# letter -> field, least, most
+PARTS: dict[str, tuple[str, int, int]] = {
+    "m": ("m_tile", 16, 256), "n": ("n_tile", 16, 256), "q": ("q_tile", 16, 128),
+    "k": ("k_tile", 16, 256), "w": ("num_warps", 1, 16), "s": ("num_stages", 1, 5),
+    "x": ("splits", 1, 16),
+}  # fmt: skip
+# Float32 sums of a tile that a thread may hold.
+MOST_SUMS = 128
+Tiled = TypeVar("Tiled", GemmSchedule, AttentionSchedule, ProductSchedule)
+AttentionTiles = AttentionSchedule | ProductSchedule
+
+
+def tag_of(schedule: GemmSchedule | AttentionTiles | None) -> str:
+    """Return what `with_tag` reads; "cublas" for None."""
+    if schedule is None:
+        return LIBRARY
+    return "".join(
+        f"{letter}{getattr(schedule, field)}"
+        for letter, (field, _, _) in PARTS.items()
+        if hasattr(schedule, field)
+    )
+
+
+def with_tag(schedule: Tiled, tag: str) -> Tiled:
+    """Return a schedule with the parts that a tag names; what it has no use for is left.
+
+    Raises OptionsError for what is no tag, or is out of bounds.
+    """
+    found = re.findall(r"([a-z])(\d+)", tag)
+    if not found or "".join(letter + number for letter, number in found) != tag:
+        raise OptionsError(f"{tag!r} names no tiles: write as in {tag_of(schedule)!r}")
+    known = {f.name for f in fields(schedule)}
+    given: dict[str, int] = {}
+    for letter, number in found:
+        field, low, high = PARTS.get(letter, ("", 0, 0))
+        if field not in known:
+            continue
+        value = int(number)
+        power = value & (value - 1) == 0 or letter in "sx"
+        if not low <= value <= high or not power:
+            rule = f"{low} to {high}" + ("" if letter in "sx" else ", a power of two")
+            raise OptionsError(f"tiles {tag!r}: {letter}{value} is none of {rule}")
+        given[field] = value
+    return replace(schedule, **given)
+
+
+def structure_of(made: GemmTemplate | AttentionKernel | ProductKernel) -> str:
+    """Return a digest under which tuning keeps what it finds."""
+    return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Chooses for one device. overrides: (pattern of names, tag). gemms: the option."""
+
+    overrides: Sequence[tuple[str, str]]
+    target: str
+    tuned: Tuned
+    gemms: str = "auto"
+
+    def gemm(self, template: GemmTemplate, tokens: int) -> GemmSchedule | None:
+        """Return the tiles for the bucket of `tokens`, or None: the library runs it.
+
+        Sums are split no further than a program's scratch has room for at the bucket.
+        """
+        bucket = bucket_of(tokens)
+        tags = self._tags(template.name, template, bucket)
+        asked = [tag for tag in tags if tag != LIBRARY]
+        library = tags[-1] == LIBRARY if tags else not prefers_template(
+            template, bucket, self.target
+        )  # fmt: skip
+        if self.gemms == "triton":  # what was measured does not matter, what was asked for does
+            library = self._asked(template.name)[-1:] == [LIBRARY]
+        if library or self.gemms == LIBRARY:
+            return None
+        schedule = choose_tiles(template, bucket, self.target)
+        for tag in asked:
+            schedule = with_tag(schedule, tag)
+        while not fits_scratch(template, schedule, bucket):
+            schedule = replace(schedule, splits=schedule.splits // 2)
+        return schedule
+
+    def attention(self, kernel: AttentionKernel | ProductKernel, q_len: int) -> AttentionTiles:
+        """Return the tiles of attention, or of one of its products, for a number of queries."""
+        tags = self._tags(kernel.name, kernel, queries_bucket(q_len))
+        if isinstance(kernel, ProductKernel):
+            cut = choose_product_schedule(kernel, q_len)
+            return functools.reduce(with_tag, tags, cut)
+        return functools.reduce(with_tag, tags, choose_attention_schedule(kernel, q_len))
+
+    def _tags(self, name: str, made: Any, bucket: int) -> list[str]:
+        """Return what was tuned, then what was asked for, to be applied in this order."""
+        tuned = self.tuned.get(structure_of(made), {}).get(str(bucket))
+        asked = self._asked(name)
+        return [tuned, *asked] if tuned is not None else asked
+
+    def _asked(self, name: str) -> list[str]:
+        return [tag for pattern, tag in self.overrides if fnmatch.fnmatch(name, pattern)]
+
+
+def queries_bucket(q_len: int) -> int:
+    """Return the power of two that stands for a number of queries."""
+    return max(FEW_QUERIES, power_above(q_len))
+
+
+def gemm_neighbours(
+    template: GemmTemplate, schedule: GemmSchedule | None, tokens: int, target: str
+) -> list[GemmSchedule | None]:
+    """Return schedules one step away; the library's GEMM is next to all of them."""
+    bucket, device = bucket_of(tokens), device_class(target)
+    if schedule is None:
+        return [choose_tiles(template, bucket, target)]
+    found: list[GemmSchedule | None] = [None]
+    for other in _steps(schedule):
+        sums = other.m_tile * other.n_tile * (1 + template.gated)
+        if (
+            sums <= MOST_SUMS * 32 * other.num_warps
+            and other.m_tile <= max(16, BUCKETS[-1] if bucket == BUCKETS[-1] else bucket)
+            and other.splits * other.k_tile <= max(template.k, other.k_tile)
+            and shared_nbytes(template, other) <= device.shared_nbytes
+            and fits_scratch(template, other, bucket)
+        ):
+            found.append(other)
+    return found
+
+
+def attention_neighbours(schedule: AttentionTiles) -> list[AttentionTiles]:
+    """Return schedules of attention, or of one of its products, one step away."""
+    return list(_steps(schedule))
+
+
+def _steps(schedule: Any) -> list[Any]:
+    found = []
+    for field, low, high in PARTS.values():
+        if not hasattr(schedule, field):
+            continue
+        value = getattr(schedule, field)
+        near = (value - 1, value + 1) if field == "num_stages" else (value // 2, value * 2)
+        found += [replace(schedule, **{field: v}) for v in near if low <= v <= high]
+    return found

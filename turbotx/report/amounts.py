@@ -1,0 +1,20 @@
+"""Amounts: byte counts and shapes as people read them, for tables and pages.
+
+In: numbers. Out: short text::
+
+    show_nbytes(3407872)  ->  "3.25 MiB"      show_shape({"batch": 1, "seq": 40})
+"""
+
+from __future__ import annotations
+
+
+def show_nbytes(nbytes: float) -> str:
+    """Return a byte count in the unit that fits: 512 B, 48.0 KiB, 3.25 MiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}" if unit != "KiB" else f"{nbytes / size:.1f} {unit}"
+    return f"{int(nbytes)} B"
+
+
+def show_shape(dims: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in dims.items())
