@@ -18,7 +18,13 @@ import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, WRONG, Output
-from turbotx.cli.targets import build_targets, parse_targets, resources_of, resources_table
+from turbotx.cli.targets import (
+    build_targets,
+    make_gemm_jobs,
+    parse_targets,
+    resources_of,
+    resources_table,
+)
 from turbotx.errors import InputError
 from turbotx.memory.svg import plan_to_svg
 from turbotx.optimized import optimize
@@ -44,7 +50,8 @@ def compile_model(
         compiled = optimize(loaded.model, epilogues=not gpus)
         report = reports.explain(compiled, *loaded.args, **loaded.kwargs)
         views = [report.at(**dims) for dims in wanted] or [report]
-        steps.expect(len(gpus) * len(report.kernels) + verify)
+        gemms = len(list(make_gemm_jobs(views[0], gpus[0]))) if gpus else 0
+        steps.expect(len(gpus) * (len(report.kernels) + gemms) + verify)
         built, files = build_targets(views[0], gpus, out, steps)
         views[0] = views[0].with_findings(resources=resources_of(built))
         if verify:
