@@ -26,6 +26,7 @@ import torch
 
 from turbotx.cli.bench.engines import ENGINES, make_engine
 from turbotx.cli.bench.room import describe_machine
+from turbotx.cli.bench.worker import explain_error
 from turbotx.cli.inputs import EXAMPLE_SHAPE, huggingface_inputs
 from turbotx.cli.models import Source
 
@@ -67,7 +68,7 @@ def serve_stream(engine: str, source: Source, requests: int) -> None:
                 run((), given)
                 reply({"s": time.perf_counter() - start, "builds": builds()})
         except Exception as error:  # shown in the engine's place
-            reply({"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"})
+            reply({"error": explain_error(error)})
 
 
 def count_builds(engine: str) -> Any:

@@ -58,11 +58,11 @@ def _make_onnxruntime(loaded: LoadedModel, folder: Path, fuse: bool) -> Run:
         raise ModelError("ONNX Runtime is measured on keyword inputs only")
     path = folder / "model.onnx"
     given = {k: v for k, v in loaded.kwargs.items() if isinstance(v, torch.Tensor)}
-    dynamic = {k: dict.fromkeys(range(v.dim()), torch.export.Dim.AUTO) for k, v in given.items()}
+    dynamic = tuple(dict.fromkeys(range(v.dim()), torch.export.Dim.AUTO) for v in given.values())
     rest = {k: v for k, v in loaded.kwargs.items() if k not in given}
     torch.onnx.export(
-        _Fixed(loaded.model, rest), (), str(path), kwargs=given, dynamo=True,
-        dynamic_shapes={"kwargs": dynamic}, optimize=True, verbose=False,
+        _Fixed(loaded.model, tuple(given), rest), tuple(given.values()), str(path), dynamo=True,
+        input_names=list(given), dynamic_shapes=(dynamic,), optimize=True, verbose=False,
     )  # fmt: skip
     if fuse:
         path = _optimize(loaded.model, path)
@@ -80,13 +80,14 @@ def _make_onnxruntime(loaded: LoadedModel, folder: Path, fuse: bool) -> Run:
 class _Fixed(torch.nn.Module):
     """A model with its non-tensor arguments filled in, tensors out."""
 
-    def __init__(self, model: Any, rest: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, names: tuple[str, ...], rest: Mapping[str, Any]) -> None:
         super().__init__()
-        self.model, self.rest = model, dict(rest)
+        self.model, self.names, self.rest = model, names, dict(rest)
         self.training = False
 
-    def forward(self, **kwargs: torch.Tensor) -> list[torch.Tensor]:
-        leaves = torch.utils._pytree.tree_leaves(self.model(**kwargs, **self.rest))
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        given = dict(zip(self.names, tensors, strict=True))
+        leaves = torch.utils._pytree.tree_leaves(self.model(**given, **self.rest))
         return [x for x in leaves if isinstance(x, torch.Tensor)]
 
 

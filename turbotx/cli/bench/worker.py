@@ -44,7 +44,15 @@ def serve(engine: str, source: Source, threads: int) -> None:
             for line in sys.stdin:
                 reply(answer(run, json.loads(line)))
         except Exception as error:  # shown in the engine's place
-            reply({"error": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"})
+            reply({"error": explain_error(error)})
+
+
+def explain_error(error: BaseException) -> str:
+    """Return the first line of what went wrong first: exporters wrap it in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def answer(run: Any, request: dict[str, Any]) -> dict[str, Any]:
