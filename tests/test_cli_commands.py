@@ -6,6 +6,7 @@ In: a tiny model in a file. Out: JSON, exit codes; a kernel that is made wrong m
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -144,6 +145,10 @@ def test_profile_times_every_launch(run: Callable[..., Ran], model: str, tmp_pat
     kinds = [x["kind"] for x in found["launches"]]
     assert "gemm" in kinds and "kernel" in kinds and "aten" in kinds
     assert all(x["median_us"] > 0 for x in found["launches"])
+    assert found["guards_us"] > 0
+    assert found["between_launches_us"] * len(found["launches"]) == pytest.approx(
+        found["between_us"]
+    )
     events = json.loads(trace.read_text())["traceEvents"]
     assert [e["name"] for e in events] == [x["name"] for x in found["launches"]]
     for before, after in pairwise(events):
@@ -299,3 +304,14 @@ def test_compile_for_a_gpu_that_is_not_there(
     assert report["resources"]["fused_add_gelu_mul_0"]["sm_90"] == resources["fused_add_gelu_mul_0"]
     assert report["numerics"]["holds"] is True
     assert len(report["numerics"]["launches"]) >= len(report["launches"])
+
+
+def test_compile_for_the_cpu_fills_the_cache_ahead(
+    run: Callable[..., Ran], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TURBOTX_CACHE_DIR", str(tmp_path / "cache"))
+    assert run("compile", model, "--target", "cpu", "--out", tmp_path / "out").code == 0
+    module, given = runpy.run_path(model.rpartition(":")[0])["make"]()
+    fast = turbotx.optimize(module)
+    fast(**given)
+    assert fast.stats()["kernel_builds"] == 0 and fast.stats()["captures"] == 1

@@ -28,6 +28,7 @@ from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, bind_weights, compile_captured
 from turbotx.placement import find_device, open_device
+from turbotx.progress import show_progress
 from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
 from turbotx.runtime.planned import Binding
@@ -141,14 +142,17 @@ class Engine:
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
         """Capture and compile one call; TURBOTX_DUMP and TURBOTX_VERIFY look at the result."""
-        captured = self.capture(args, kwargs)
-        if not any(os.environ.get(name) for name in ("TURBOTX_DUMP", "TURBOTX_VERIFY")):
-            return self.compile(captured)
-        # Reports come later in the flow: only on request are they reached from here.
-        finish = import_module("turbotx.report.debug").watch(self, captured, args, kwargs)
-        compiled = self.compile(captured)
-        finish(compiled)
-        return compiled
+        name = type(self.model).__name__
+        with show_progress(f"capture {name}") as step:
+            captured = self.capture(args, kwargs)
+            step(f"compile {name}")
+            if not any(os.environ.get(name) for name in ("TURBOTX_DUMP", "TURBOTX_VERIFY")):
+                return self.compile(captured)
+            # Reports come later in the flow: only on request are they reached from here.
+            finish = import_module("turbotx.report.debug").watch(self, captured, args, kwargs)
+            compiled = self.compile(captured)
+            finish(compiled)
+            return compiled
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from turbotx.cli.models import ModelError
 from turbotx.errors import InputError, OptionsError, TurbotxError, WeightsError
+from turbotx.progress import hide_progress
 from turbotx.report.dump import DumpError
 
 OK, WRONG, MISUSED, FAILED = 0, 1, 2, 3
@@ -58,7 +59,7 @@ class Output:
     def steps(self, first: str, total: int) -> Iterator[Steps]:
         """Show progress on standard error while the block runs; nothing where it is no terminal."""
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
-        with Progress(
+        with hide_progress(), Progress(
             *columns, TimeElapsedColumn(), console=self.errors, transient=True,
             disable=not self.errors.is_terminal,
         ) as progress:  # fmt: skip

@@ -52,8 +52,9 @@ def profile_model(
     output.console.print(modules_table(found))
     output.console.print(
         f"{found.total_us / 1e3:.3f} ms a run (median of {found.runs}), of which "
-        f"{found.between_us / 1e3:.3f} ms between launches; reading the clock around every launch "
-        f"added {found.overhead:.1%}"
+        f"{found.between_us / 1e3:.3f} ms between launches "
+        f"({found.between_launches_us:.2f} us a launch); reading the clock around every "
+        f"launch added {found.overhead:.1%}; the guards of a call take {found.guards_us:.1f} us"
     )
     if trace is not None:
         output.console.print(f"trace for chrome://tracing or Perfetto: {trace}")
@@ -108,6 +109,8 @@ def _as_dict(found: Profile) -> dict[str, Any]:
     return {
         "total_us": found.total_us,
         "between_us": found.between_us,
+        "between_launches_us": found.between_launches_us,
+        "guards_us": found.guards_us,
         "runs": found.runs,
         "overhead": found.overhead,
         "threads": torch.get_num_threads(),

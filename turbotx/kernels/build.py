@@ -17,14 +17,16 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from turbotx.errors import BuildError, NoCompilerError
+from turbotx.errors import BuildError, BuildWarning, NoCompilerError
 
 # A kernel's header names lines of the user's model: moving them is no reason to compile again.
 _COMMENTS = re.compile(r"^//.*\n", re.MULTILINE)
@@ -77,12 +79,31 @@ def _headers_digest() -> str:
 def _flags(compiler: str) -> tuple[str, ...]:
     flags = FLAGS
     if "clang" in _run([compiler, "--version"]):
-        # clang's parallel loops call a runtime of its own, which torch's OpenMP library is not:
-        # vector loops only, on the calling thread.
-        flags = tuple("-fopenmp-simd" if f == "-fopenmp" else f for f in flags)
+        flags = tuple(f for f in flags if f != "-fopenmp") + _clang_openmp(compiler)
     if platform.machine() not in ("x86_64", "AMD64"):
         flags = tuple(f for f in flags if not f.startswith("-mprefer"))
     return flags
+
+
+def _clang_openmp(compiler: str) -> tuple[str, ...]:
+    """Return clang's flags for parallel loops over the OpenMP library that torch has loaded.
+
+    clang's loops call LLVM's library (libomp, libiomp5), which PyTorch brings on macOS and in
+    builds with Intel's; its wheels for Linux bring GCC's, which has none of these functions. A
+    second library would be a second pool of threads, so that there the loops stay on one thread.
+    """
+    library = share_openmp()
+    if library is not None and hasattr(ctypes.CDLL(library), "__kmpc_fork_call"):
+        # Apple's clang takes -fopenmp through -Xclang only, and any clang does.
+        return ("-Xclang", "-fopenmp")
+    warnings.warn(
+        f"{compiler} builds kernels that run on one thread: this PyTorch has loaded "
+        f"{Path(library).name if library else 'no OpenMP library'}, and clang's parallel loops "
+        "need LLVM's. Install g++, or name it in the variable CXX, for kernels on all cores",
+        BuildWarning,
+        stacklevel=2,
+    )
+    return ("-fopenmp-simd",)
 
 
 def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
@@ -120,7 +141,8 @@ def _compile(compiler: str, flags: tuple[str, ...], units: Mapping[str, str], pa
         linked = str(Path(folder) / path.name)
         # Linked without -fopenmp: its symbols resolve to the OpenMP library that torch has
         # loaded, so that there is one pool of threads in the process.
-        _run([compiler, "-shared", *objects, "-o", linked])
+        late = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        _run([compiler, "-shared", *late, *objects, "-o", linked])
         for name, source in units.items():
             path.with_name(f"{path.stem}.{name}.cpp").write_text(source)
         os.replace(linked, path)
@@ -140,8 +162,12 @@ def share_openmp() -> str | None:
     torch.get_num_threads()  # loads the runtime
     try:
         maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
+    except OSError:  # not Linux
+        own = Path(torch.__file__).parent / "lib" / "libomp.dylib"
+        if not own.exists():
+            return None
+        ctypes.CDLL(str(own), mode=ctypes.RTLD_GLOBAL)
+        return str(own)
     for line in maps.splitlines():
         file = line.rpartition(" ")[2]
         name = Path(file).name

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 
+from turbotx.engine import describe_call
 from turbotx.signature import SizeMatcher
 
 if TYPE_CHECKING:
+    from turbotx.pipeline import Compiled
     from turbotx.report.entries import Launch
     from turbotx.report.report import Report
 
@@ -50,8 +53,9 @@ class Timed:
 class Profile:
     """launches: in the order they run. total_us: median from the first begin to the last end.
 
-    between_us: the median time that a run spent in no launch. overhead: what reading the clock
-    around every launch added to the fastest run, as a share of it.
+    between_us: the median time that a run spent in no launch. guards_us: what a call spends on
+    finding out that this program serves it, its parameters' state included. overhead: what reading
+    the clock around every launch added to the fastest run, as a share of it.
     """
 
     launches: tuple[Timed, ...]
@@ -59,6 +63,12 @@ class Profile:
     between_us: float
     runs: int
     overhead: float
+    guards_us: float = 0.0
+
+    @property
+    def between_launches_us(self) -> float:
+        """What one launch costs beyond its own work: addresses, sizes and the call."""
+        return self.between_us / len(self.launches) if self.launches else 0.0
 
     def by(self, key: Callable[[Launch], str]) -> dict[str, tuple[float, int]]:
         """Return microseconds and count by a key, the longest first."""
@@ -100,8 +110,9 @@ def shorten(module: str) -> str:
     return ".".join(parts[: numbers[0] + 1]) if numbers else (parts[0] or "(the model itself)")
 
 
-def profile(report: Report, tensors: Sequence[torch.Tensor], runs: int) -> Profile:
+def profile(report: Report, args: tuple[Any, ...], kwargs: dict[str, Any], runs: int) -> Profile:
     """Time every launch over `runs` runs; the compiled call must be nobody else's meanwhile."""
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     program = report.compiled.program
     dims = SizeMatcher(report.compiled.captured).match([t.shape for t in tensors])
     assert dims is not None
@@ -119,7 +130,26 @@ def profile(report: Report, tensors: Sequence[torch.Tensor], runs: int) -> Profi
             clocked.append(time.perf_counter_ns() - middle)
             plain.append(middle - begin)
             taken.append(np.array(ticks, dtype=np.int64).reshape(count, 2))
-    return _summarize(report, np.stack(taken), max(0.0, min(clocked) / min(plain) - 1))
+    found = _summarize(report, np.stack(taken), max(0.0, min(clocked) / min(plain) - 1))
+    return replace(found, guards_us=time_guards(report.compiled, args, kwargs))
+
+
+def time_guards(compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Return the microseconds of a call's checks, the median of many: `Engine.check` of a call
+    that was seen before, and `Weights.refresh`."""
+    weights = compiled.program.runtime.weights
+    known = {describe_call(args, kwargs)[0]: compiled}
+    times = []
+    with torch.no_grad():
+        for _ in range(200):
+            begin = time.perf_counter_ns()
+            described, tensors = describe_call(args, kwargs)
+            if known.get(described) is None:
+                raise AssertionError("a call is not like itself")
+            torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+            weights.refresh()
+            times.append(time.perf_counter_ns() - begin)
+    return float(np.median(times)) / 1e3
 
 
 def _summarize(report: Report, taken: np.ndarray, overhead: float) -> Profile:

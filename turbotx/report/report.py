@@ -161,8 +161,7 @@ class Report:
 
     def profile(self, *args: Any, runs: int = 30, **kwargs: Any) -> Profile:
         """Return the time of every launch, medians over `runs` runs on one call's inputs."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        return profile(self, [x for x in leaves if isinstance(x, torch.Tensor)], runs)
+        return profile(self, args, kwargs, runs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists, strings and numbers, ready for JSON."""

@@ -1,0 +1,75 @@
+"""What a call costs beyond its kernels: its guards, each launch, and the rest of its Python.
+
+In: models; MiniLM and BERT-base by default. Out: a line a model and
+benchmarks/results/dispatch.json. `guards_us` is a call's checks, parameters included;
+`between_launches_us` what a launch costs around its own work; `call_us` all that a call takes, and
+`outside_us` how much of it is neither guards nor the native run::
+
+    python benchmarks/dispatch.py --models minilm --shape 1x10
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import turbotx
+from turbotx.cli.bench.room import describe_machine
+from turbotx.cli.inputs import huggingface_inputs
+from turbotx.cli.models import Source
+
+RESULTS = Path(__file__).parent / "results" / "dispatch.json"
+MODELS = {"minilm": "minilm", "bert-base": "hf-config:bert"}
+
+
+def measure(name: str, batch: int, seq: int, runs: int) -> dict[str, Any]:
+    """Return microseconds of one model at one shape, medians over `runs` calls."""
+    model = Source(MODELS[name]).load({}).model
+    given = huggingface_inputs(model, {"batch": batch, "seq": seq})
+    fast = turbotx.optimize(model)
+    whole = []
+    with torch.no_grad():
+        for k in range(runs + 3):
+            begin = time.perf_counter()
+            fast(**given)
+            if k >= 3:
+                whole.append((time.perf_counter() - begin) * 1e6)
+    found = turbotx.explain(model, **given).at(batch=batch, seq=seq).profile(**given, runs=runs)
+    call_us = statistics.median(whole)
+    return {
+        "model": name, "batch": batch, "seq": seq, "launches": len(found.launches),
+        "parameters": sum(1 for _ in model.parameters()),
+        "guards_us": round(found.guards_us, 2),
+        "between_launches_us": round(found.between_launches_us, 3),
+        "native_us": round(found.total_us, 1), "call_us": round(call_us, 1),
+        "outside_us": round(call_us - found.total_us - found.guards_us, 1), "runs": runs,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--shape", default="1x10", metavar="BATCHxSEQ")
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    record = json.loads(options.out.read_text()) if options.out.exists() else {}
+    rows = {(r["model"], r["batch"], r["seq"]): r for r in record.get("rows", [])}
+    for name in options.models:
+        batch, seq = map(int, options.shape.split("x"))
+        row = rows[name, batch, seq] = measure(name, batch, seq, options.runs)
+        record = {"machine": describe_machine(options.threads), "rows": list(rows.values())}
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

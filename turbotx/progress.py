@@ -1,0 +1,77 @@
+"""Progress: what a first call is doing, on a terminal, once it takes longer than two seconds.
+
+In: what comes next. Out: a line with a spinner on standard error that vanishes at the end; nothing
+where standard error is no terminal, or where the logger `turbotx` is silenced::
+
+    with show_progress("capture BertModel") as step:
+        ...
+        step("compile BertModel")
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+AFTER_S = 2.0
+log = logging.getLogger("turbotx")
+_hidden = 0
+
+
+@contextmanager
+def hide_progress() -> Iterator[None]:
+    """Meanwhile nothing is shown, in any thread: the caller shows progress of its own."""
+    global _hidden
+    _hidden += 1
+    try:
+        yield
+    finally:
+        _hidden -= 1
+
+
+@contextmanager
+def show_progress(first: str, after_s: float = AFTER_S) -> Iterator[Callable[[str], None]]:
+    """Show `first`, and then what the yielded function is given, while the block runs."""
+    if _hidden or not log.isEnabledFor(logging.WARNING) or not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    line = _Line(first)
+    timer = threading.Timer(after_s, line.begin)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield line.say
+    finally:
+        timer.cancel()
+        line.end()
+
+
+class _Line:
+    """A line that a timer begins and the call ends, whichever comes first."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._lock, self._ended = text, threading.Lock(), False
+        self._status: object = None
+
+    def begin(self) -> None:
+        from rich.console import Console  # a tenth of a second that short calls need not wait
+
+        with self._lock:
+            if not self._ended:
+                self._status = Console(stderr=True).status(f"turbotx: {self._text}")
+                self._status.start()
+
+    def say(self, text: str) -> None:
+        with self._lock:
+            self._text = text
+            if self._status is not None:
+                self._status.update(f"turbotx: {text}")  # type: ignore[attr-defined]
+
+    def end(self) -> None:
+        with self._lock:
+            self._ended = True
+            if self._status is not None:
+                self._status.stop()  # type: ignore[attr-defined]
