@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_tables import TABLES as CPU_TABLES
+from cpu_tables import latency_table
 from proof_tables import operators_table, resources_table
 
 import turbotx
@@ -304,6 +306,12 @@ def write_between(text: str, table: str, begin: str = BEGIN, end: str = END) -> 
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
+def write_marked(text: str, name: str, table: str) -> str:
+    """Return the page with the table of that name replaced."""
+    marks = f"<!-- {name}: docs/generate.py -->", f"<!-- end of {name} -->"
+    return write_between(text, table, *marks)
+
+
 def main() -> None:
     images = DOCS / "images"
     images.mkdir(exist_ok=True)
@@ -312,15 +320,20 @@ def main() -> None:
     (images / "memory.svg").write_text(plan_to_svg(plan_of(report.memory), find_layers(report)))
     shoot_report(report, images / "report.png", "memory")
     readme = DOCS.parent / "README.md"
-    readme.write_text(write_between(readme.read_text(), results_table()))
+    text = write_between(readme.read_text(), results_table())
+    readme.write_text(write_marked(text, "latency", latency_table(RESULTS)))
+    cpu = DOCS / "cpu.md"
+    text = cpu.read_text()
+    for name, make in CPU_TABLES.items():
+        text = write_marked(text, name, make(RESULTS))
+    cpu.write_text(text)
     for page, name, table in (
         ("architectures", "architectures", architectures_table()),
         ("operators", "operators", operators_table(RESULTS)),
         ("triton", "resources", resources_table(RESULTS)),
     ):
-        marks = f"<!-- {name}: docs/generate.py -->", f"<!-- end of {name} -->"
         path = DOCS / f"{page}.md"
-        path.write_text(write_between(path.read_text(), table, *marks))
+        path.write_text(write_marked(path.read_text(), name, table))
 
 
 if __name__ == "__main__":

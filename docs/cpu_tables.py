@@ -1,0 +1,153 @@
+"""The tables of docs/cpu.md, and the README's of whole models: what the CPU benchmarks measured.
+
+In: benchmarks/results/{latency,stream,dispatch,fused_kernels,cold_start}.json. Out: Markdown, rows
+that turbotx loses included and marked; what has no result says so::
+
+    latency_table(RESULTS)  ->  "| model | dtype | batch x length | turbotx | floor ..."
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+NOT_YET = "not yet measured"
+QUIET_CORES = 0.2  # what others may use of the machine while a latency is measured
+ENGINES = {
+    "turbotx": "turbotx", "floor-mkl": "floor, MKL", "floor-onednn": "floor, oneDNN",
+    "eager": "eager", "compile": "torch.compile", "compile-dynamic": "torch.compile, dynamic",
+    "onnxruntime": "ONNX Runtime", "onnxruntime-optimized": "ONNX Runtime, optimized",
+}  # fmt: skip
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def latency_table(folder: Path) -> str:
+    """A row a model, dtype and shape, medians in ms; the fastest real engine is bold."""
+    found = read(folder, "latency")
+    rows = found.get("rows", [])
+    if not rows:
+        return NOT_YET
+    engines = [e for e in ENGINES if any(e in r["engines"] for r in rows)]
+    heads = ["model", "dtype", "batch x length", *(ENGINES[e] for e in engines), "turbotx / floor"]
+    lines = [_caption(found), "", _row(heads), _row(["---"] * 3 + ["---:"] * (len(heads) - 3))]
+    disturbed = False
+    for row in rows:
+        ms = {e: x["median_ms"] for e, x in row["engines"].items()}
+        real = [t for e, t in ms.items() if not e.startswith("floor")]
+        floors = [t for e, t in ms.items() if e.startswith("floor")]
+        cells = []
+        for engine in engines:
+            text = f"{ms[engine]:.2f}" if engine in ms else "-"
+            best = engine in ms and not engine.startswith("floor") and ms[engine] == min(real)
+            noisy = row["engines"].get(engine, {}).get("others_cores", 0.0) > QUIET_CORES
+            disturbed |= noisy
+            cells.append((f"**{text}**" if best else text) + ("*" if noisy else ""))
+        ratio = f"{ms['turbotx'] / min(floors):.2f}" if floors and "turbotx" in ms else "-"
+        shape = row["shape"].replace("x", " x ")
+        lines.append(_row([row["model"], row["dtype"], shape, *cells, ratio]))
+    if disturbed:
+        lines += ["", f"\\* others used more than {QUIET_CORES} cores of the machine meanwhile."]
+    reasons = {
+        (e, r["dtype"], why): None for r in rows for e, why in r["failed"].items()
+    }  # fmt: skip
+    lines += [f"\nWithout {ENGINES.get(e, e)} in {dtype}: {why}." for e, dtype, why in reasons]
+    return "\n".join(lines)
+
+
+def stream_table(folder: Path) -> str:
+    """A row an engine: the whole stream, first call and builds included."""
+    found = read(folder, "stream")
+    if not found:
+        return NOT_YET
+    heads = ["model", "engine", "total s", "requests", "first call s", "median ms", "built",
+             "after ten shapes"]  # fmt: skip
+    lines = [_caption(found), "", _row(heads), _row(["---"] * 2 + ["---:"] * 6)]
+    for model, engines in found["models"].items():
+        for engine, x in engines.items():
+            name = ENGINES.get(engine, engine)
+            if not x["requests"]:
+                why = x.get("error") or f"nothing within {x['stopped_at_s']:.0f} s"
+                lines.append(_row([model, name, why, "0", "-", "-", "-", "-"]))
+                continue
+            stopped = f" (stopped at {x['stopped_at_s']:.0f} s)" if "stopped_at_s" in x else ""
+            numbers = [f"{x['total_s']:.1f}{stopped}", x["requests"], f"{x['first_call_s']:.1f}",
+                       f"{x['median_ms']:.1f}", x["builds"], x["built_after_ten"]]  # fmt: skip
+            lines.append(_row([model, name, *map(str, numbers)]))
+    return "\n".join(lines)
+
+
+def dispatch_table(folder: Path) -> str:
+    """A row a model: what a call costs beyond its kernels."""
+    found = read(folder, "dispatch")
+    if not found:
+        return NOT_YET
+    names = {
+        "model": "model", "launches": "launches", "parameters": "parameters",
+        "guards_us": "guards, µs", "between_launches_us": "a launch beyond its work, µs",
+        "outside_us": "the rest of the call, µs", "native_us": "native run, µs",
+    }  # fmt: skip
+    lines = [_caption(found), "", _row(list(names.values())), _row(["---"] + ["---:"] * 6)]
+    lines += [_row([str(r[k]) for k in names]) for r in found["rows"]]
+    return "\n".join(lines)
+
+
+def fused_table(folder: Path) -> str:
+    """A row a kernel and number of rows: bandwidth over a copy's, time of torch and Inductor."""
+    found = read(folder, "fused_kernels")
+    if not found:
+        return NOT_YET
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        groups.setdefault((row["kernel"], row["rows"]), []).append(row)
+    heads = ["kernel", "rows", "widths", "launch GB/s", "copy GB/s", "call, µs", "torch, µs",
+             "Inductor, µs"]  # fmt: skip
+    lines = [_caption(found), "", "Medians over the widths.", "", _row(heads),
+             _row(["---"] + ["---:"] * 7)]  # fmt: skip
+    for (kernel, count), rows in groups.items():
+        speeds = [r["nbytes"] / r["kernel_us"] / 1e3 for r in rows if r.get("kernel_us")]
+        copies = [r["gb_per_s"]["copy"] for r in rows if "copy" in r["gb_per_s"]]
+        us = [_median([r["us"][e] for r in rows if e in r["us"]])
+              for e in ("turbotx", "torch", "inductor")]  # fmt: skip
+        cells = [kernel, str(count), str(len(rows)), _median(speeds), _median(copies), *us]
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def cold_table(folder: Path) -> str:
+    found = read(folder, "cold_start")
+    if not found:
+        return NOT_YET
+    lines = [_caption(found), "", "| cache | first call, s | capture, s | compile, s | builds |",
+             "|---|---:|---:|---:|---:|"]  # fmt: skip
+    for cache in ("empty", "warm"):
+        x = found[cache]
+        seconds = [f"{x[k] / 1e3:.2f}" for k in ("first_call_ms", "capture_ms", "compile_ms")]
+        lines.append(_row([cache, *seconds, f"{x['builds']:.0f}"]))
+    return "\n".join(lines)
+
+
+TABLES = {
+    "latency": latency_table, "stream": stream_table, "dispatch": dispatch_table,
+    "fused_kernels": fused_table, "cold_start": cold_table,
+}  # fmt: skip
+
+
+def _caption(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"{machine['device']}, {machine['threads']} threads; {versions}."
+
+
+def _median(values: list[float]) -> str:
+    return f"{statistics.median(values):.1f}" if values else "-"
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
