@@ -33,7 +33,9 @@ def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)  # as a script sees the files beside it
+        spec.loader.exec_module(module)
     return module
 
 
@@ -135,6 +137,20 @@ def test_results_say_what_is_not_measured(generate: ModuleType, tmp_path: Path) 
     found = {"attention": {"machine": machine, "rows": [{"engines": engines}]}}
     (tmp_path / "cpu_kernels.json").write_text(json.dumps(found))
     assert "2.00 x the speed of the fastest" in generate.results_table(tmp_path)
+
+
+def test_latency_shows_the_rows_that_turbotx_loses(generate: ModuleType, tmp_path: Path) -> None:
+    assert "not yet" in generate.latency_table(tmp_path)
+    engines = {"turbotx": 4.0, "eager": 3.0, "floor-mkl": 2.0}
+    row = {
+        "model": "small", "dtype": "float32", "shape": "1x10", "failed": {"compile": "no memory"},
+        "engines": {e: {"median_ms": t, "others_cores": 0.0} for e, t in engines.items()},
+    }  # fmt: skip
+    machine = {"device": "a CPU", "threads": 1, "versions": {"torch": "2"}}
+    (tmp_path / "latency.json").write_text(json.dumps({"machine": machine, "rows": [row]}))
+    table = generate.latency_table(tmp_path)
+    assert "| small | float32 | 1 x 10 | 4.00 | 2.00 | **3.00** | 2.00 |" in table
+    assert "Without torch.compile in float32: no memory." in table
 
 
 def test_the_table_replaces_the_last_one(generate: ModuleType) -> None:
