@@ -28,6 +28,7 @@ def attention(
     window: tuple[int, int] = NO_WINDOW,
     blind_nan: bool = False,
     blind_mean: bool = False,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Return softmax(q k^T * scale + bias) v by PyTorch's own ops: the kernel's meaning.
 
@@ -37,7 +38,8 @@ def attention(
     places before and after it, -1 for no limit. A query that sees no key gets zeros, as in
     torch.nn.functional.scaled_dot_product_attention, or with blind_nan NaN, as a softmax over
     scores of -inf gives, or with blind_mean the mean of the values, as where the scores of hidden
-    keys are the most negative float instead (keys alone may hide then).
+    keys are the most negative float instead (keys alone may hide then). softcap: unless 0, scores
+    become softcap * tanh(score / softcap) before the bias.
     """
     visible = _visible(q, k, keys, causal, window)
     mask, plainly_causal = bias, False
@@ -53,13 +55,31 @@ def attention(
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=plainly_causal, scale=scale, enable_gqa=grouped
-    )
+    if softcap:
+        if plainly_causal:
+            mask = _visible(q, k, None, causal, window)
+        out = _attend_capped(q, k, v, mask, scale, softcap)
+    else:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=plainly_causal, scale=scale, enable_gqa=grouped
+        )
     if blind_nan and mask is not None and k.shape[2] != 0:
         seen = mask if mask.dtype is torch.bool else mask != float("-inf")
         out = out.masked_fill(~seen.any(-1, keepdim=True), float("nan"))
     return out.permute(0, 2, 1, 3).contiguous()
+
+
+def _attend_capped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
+    scale: float, softcap: float,
+) -> torch.Tensor:  # fmt: skip
+    scores = softcap * torch.tanh(attention_scores(q, k) * (scale / softcap))
+    if mask is not None and mask.dtype is torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    shares = torch.ops.aten._safe_softmax.default(scores, -1).to(v.dtype)
+    return shares @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
 
 def _visible(

@@ -288,9 +288,15 @@ def _unlift(exported: Any, flat: _Flat, names: list[str]) -> tuple[fx.GraphModul
             inputs.append(node)
             continue
         value, path = _attribute(exported, flat, target)
-        _assign(holder, path, value)
         with graph.inserting_before(node):
-            attribute = graph.create_node("get_attr", path)
+            if path.startswith("constants.") and value.dim() == 0 and not value.is_complex():
+                # torch.tensor(0.5) in the model's code: the number, which kernels and passes know.
+                made: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+                scalar = torch.ops.aten.scalar_tensor.default
+                attribute = graph.call_function(scalar, (value.item(),), made)
+            else:
+                _assign(holder, path, value)
+                attribute = graph.create_node("get_attr", path)
         attribute.meta = dict(node.meta)
         node.replace_all_uses_with(attribute)
         graph.erase_node(node)

@@ -114,7 +114,8 @@ def check_attention(kernel: AttentionKernel, length: int = 19) -> None:
     given = (keys, bias if kernel.bias != "none" else None)
     said = {"scale": kernel.scale, "causal": kernel.causal, "window": kernel.window}
     out = run(kernel, q, k, v, *given)
-    check(out, q, k, v, *given, **said, blind_nan=kernel.blind_nan)
+    said |= {"blind_nan": kernel.blind_nan, "blind_mean": kernel.blind_mean}
+    check(out, q, k, v, *given, **said, softcap=kernel.softcap)
 
 
 def check_product(kernel: ProductKernel, length: int = 19) -> None:

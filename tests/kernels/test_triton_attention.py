@@ -125,6 +125,27 @@ def test_a_query_that_sees_nothing_is_nan_where_softmax_gives_that() -> None:
     assert (nothing == 0).all()  # no keys at all: a sum of nothing
 
 
+@pytest.mark.parametrize("bias", ["none", "float32"])
+def test_hidden_keys_of_a_blind_row_weigh_the_same(bias: str) -> None:
+    """As where hidden scores are the most negative float: T5's padding, beside its bias."""
+    q, k, v = operands(3, 2, 2, 5, 19, 16)
+    visible = torch.arange(19)[None, :] < torch.tensor([[19], [3], [0]])
+    case = kernel(16, bias=bias, blind_mean=True)
+    added = torch.randn(1, 2, 5, 19) if bias == "float32" else None
+    out = run(case, q, k, v, visible, added)
+    check(out, q, k, v, visible, added, scale=case.scale, blind_mean=True)
+    mean = v[2].mean(1).expand(5, 2, 16)
+    torch.testing.assert_close(out[2], mean)
+
+
+def test_scores_are_capped_before_the_bias() -> None:
+    q, k, v = operands(2, 2, 1, 7, 19, 16)
+    case = kernel(16, bias="float32", softcap=0.5, causal=True)
+    bias = torch.randn(2, 1, 7, 19)
+    said = {"scale": case.scale, "softcap": 0.5, "causal": True}
+    check(run(case, q, k, v, bias=bias), q, k, v, bias=bias, **said)
+
+
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = operands(1, 1, 1, 4, 20, 16)
     case = kernel(16, scale=1000.0)

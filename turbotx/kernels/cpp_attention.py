@@ -37,7 +37,7 @@ class AttentionKernel:
     bias is "none", "boolean", "float32" or "storage" (the dtype of q). keys: "all", "mask" or
     "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
     -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
-    with blind_mean the mean of all values.
+    with blind_mean the mean of all values. softcap: 0 for none.
     """
 
     dtype: torch.dtype
@@ -49,6 +49,7 @@ class AttentionKernel:
     window: tuple[int, int] = NO_WINDOW
     blind_nan: bool = False
     blind_mean: bool = False
+    softcap: float = 0.0
 
     @property
     def name(self) -> str:
@@ -58,7 +59,8 @@ class AttentionKernel:
         keys = {"all": "", "mask": "_key_mask", "lengths": "_lengths"}[self.keys]
         bias = "" if self.bias == "none" else f"_{self.bias}_bias"
         blind = "_nan" if self.blind_nan else "_mean" if self.blind_mean else ""
-        return f"attention_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{blind}"
+        capped = "_capped" if self.softcap else ""
+        return f"attention_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{capped}{blind}"
 
 
 def describe_attention(
@@ -84,6 +86,7 @@ def describe_attention(
         tuple(said.get("window", NO_WINDOW)),
         bool(said.get("blind_nan", False)),
         bool(said.get("blind_mean", False)),
+        float(said.get("softcap", 0.0)),
     )
     strides = [s for o in operands[:3] for s in o.strides[:3]]
     strides += [out.strides[0], out.strides[2], out.strides[1]]
@@ -112,6 +115,7 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
     fields += [f"  s.window_right = {right};"] * (right >= 0)
     fields += ["  s.blind_nan = true;"] * kernel.blind_nan
     fields += [f"  s.hidden = {MOST_HIDDEN!r}f;"] * kernel.blind_mean
+    fields += [f"  s.softcap = {kernel.softcap!r}f;"] * (kernel.softcap != 0)
     lines = [
         f'extern "C" int {name}(void* const* args, const int64_t* sizes) {{',
         "  ttx::AttentionShape s;",

@@ -19,6 +19,7 @@ import torch
 from turbotx.attention import NO_WINDOW
 from turbotx.kernels.cpp_attention import MOST_HIDDEN, SIZES, AttentionKernel
 from turbotx.kernels.schedule import power_above
+from turbotx.kernels.triton_functions import functions_in
 from turbotx.kernels.triton_reduce import TYPES
 
 # log2(e): exponentials are powers of two, which GPUs have an instruction for.
@@ -92,13 +93,15 @@ class _Attention:
         head = [f"def {name}(", *(f"    {a}," for a in arguments), "):"]
         body = [*self._queries(), *self._keys(), *self._output()]
         lines = ["@triton.jit", *head, *(f"    {line}" if line else "" for line in body)]
-        return "\n".join([*self._header(name), *lines]) + "\n"
+        called = [f"{f}\n\n" for f in functions_in("\n".join(lines))]
+        return "\n".join([*self._header(name), *called, *lines]) + "\n"
 
     def _header(self, name: str) -> list[str]:
         k = self.kernel
         hidden = [] if k.keys == "all" else ["a key mask" if k.keys == "mask" else "lengths"]
         hidden += ["causal"] * k.causal
         hidden += [f"a window of {k.window}"] * (k.window != NO_WINDOW)
+        hidden += [f"scores capped at {k.softcap!r}"] * (k.softcap != 0)
         hidden += [f"{k.bias} bias"] * (k.bias != "none")
         return [
             f"# {name}",
@@ -169,6 +172,7 @@ class _Attention:
             f"key_ok = key < {self.count}",
             f"k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, {self._mask('key_ok')})",
             f"scores = tl.dot(q, tl.trans(k){precision}) * {k.scale * LOG2E!r}",
+            *self._capped(),
             *self._visible(),
             *[f"scores = tl.where(mask != 0, scores, {MOST_HIDDEN!r})"] * k.blind_mean,
             'scores = tl.where(visible, scores, float("-inf"))',
@@ -188,6 +192,10 @@ class _Attention:
             *(f"    {line}" for line in step),
             "",
         ]
+
+    def _capped(self) -> list[str]:
+        bound = self.kernel.softcap * LOG2E
+        return [f"scores = tanh(scores * {1 / bound!r}) * {bound!r}"] if bound else []
 
     def _visible(self) -> list[str]:
         """Lines that decide which keys a query sees, and that add the bias to its scores."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from turbotx.ops.table import OPS
+
 _ORDERS = "orders a row by comparisons: ATen's own sort does that"
 _WRITES = "writes at places that are known only when it runs, where two may be one"
 _COUNTS = "has a result whose size depends on values, or counts by value"
@@ -36,4 +38,6 @@ def why_outside(target: Any) -> str:
     name = getattr(getattr(target, "overloadpacket", None), "__name__", "")
     if name in REASONS:
         return f"{target} {REASONS[name]}"
+    if target in OPS:
+        return f"{target} works on complex numbers, which kernels do not"
     return f"{target} has no row in the op table"

@@ -59,4 +59,7 @@ def indexed(overloads: str, rule: Callable[..., Any], reduces: bool = False) -> 
 
 def is_computed(node: Any) -> bool:
     """Tell whether the table has a row for this fx node, so that a kernel can compute it."""
-    return g.is_tensor(node) and node.op == "call_function" and node.target in OPS
+    if not g.is_tensor(node) or node.op != "call_function" or node.target not in OPS:
+        return False
+    tensors = [n for n in (node, *node.all_input_nodes) if g.is_tensor(n)]
+    return not any(g.dtype(n).is_complex for n in tensors)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import fx
 from turbotx import graph as g
 from turbotx.attention import NO_WINDOW, attention, attention_scores, attention_values
 from turbotx.errors import OptionsError
+from turbotx.passes.chains import PRODUCTS, Found, hide_in_bias, read_chain
 from turbotx.passes.masks import Mask, understand_mask
 from turbotx.passes.operands import share_heads, take_hidden, take_scale
 
@@ -28,25 +29,6 @@ aten = torch.ops.aten
 
 # The widest head that the flash kernels hold in registers.
 WIDEST_HEAD = 256
-
-
-@dataclass(frozen=True)
-class Found:
-    """An attention in the graph: softmax(q k^T * scale + mask) v, heads before rows.
-
-    blind_nan: a query that sees no key gets NaN instead of zeros; blind_mean: the mean of the
-    values. bias: added beside a mask that is boolean.
-    """
-
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    mask: fx.Node | None
-    scale: float
-    causal: bool = False
-    blind_nan: bool = False
-    bias: fx.Node | None = None
-    blind_mean: bool = False
 
 
 def recognize_attention(graph: fx.Graph, way: str = "auto") -> None:
@@ -59,22 +41,23 @@ def recognize_attention(graph: fx.Graph, way: str = "auto") -> None:
     for node in list(graph.nodes):
         if g.is_call(node, aten.scaled_dot_product_attention.default):
             found = _read_sdpa(node)
-        elif g.is_call(node, aten.matmul.default, aten.bmm.default):
-            found = _read_chain(node)
+        elif g.is_call(node, *PRODUCTS):
+            found = read_chain(node)
         else:
             continue
         if found is None:
             continue
-        found = replace(found, k=share_heads(found.k), v=share_heads(found.v))
-        found = _part_mask(found)
+        k, v = share_heads(found.k), share_heads(found.v)
+        if g.shape(k)[:2] == g.shape(v)[:2]:
+            found = replace(found, k=k, v=v)
         write = _choose(node, found, way)
         if write is not None:
-            if found.q not in (found.k, found.v):
-                q, factor = take_scale(found.q)
-                found = replace(found, q=q, scale=found.scale * factor)
             with graph.inserting_before(node):
+                found = _take_scales(_part_mask(node, found))
                 new = write(node, found)
                 new = g.emit(node, aten.permute.default, new, [0, 2, 1, 3])
+                if len(g.shape(node)) == 3:
+                    new = g.emit(node, aten.flatten.using_ints, new, 0, 1)
             g.replace(node, new)
 
 
@@ -135,18 +118,34 @@ def _why_not_flash(found: Found) -> str:
     return f"its head_dim {width} is above {WIDEST_HEAD}" if width > WIDEST_HEAD else ""
 
 
-def _part_mask(found: Found) -> Found:
-    """Where a float mask only hides keys, beside a bias, say both: the bias then stays as small as
-    it was (T5's has no batch dim)."""
-    parts = None if found.mask is None or len(g.shape(found.q)) != 4 else take_hidden(found.mask)
+def _take_scales(found: Found) -> Found:
+    """Multiply scores by what q and k were multiplied by; a key's is left where v shares it."""
+    if found.q in (found.k, found.v):
+        return found
+    q, factor = take_scale(found.q)
+    found = replace(found, q=q, scale=found.scale * factor)
+    if found.k is found.v:
+        return found
+    k, factor = take_scale(found.k)
+    return replace(found, k=k, scale=found.scale * factor)
+
+
+def _part_mask(node: fx.Node, found: Found) -> Found:
+    """Where scores of hidden keys are the most negative float, the kernel hides keys per sequence
+    and leaves the bias as small as it was (T5's has no batch dim); all else becomes bias."""
+    parts = (found.mask, found.bias) if found.blind_mean else take_hidden(found.mask)
     if parts is None:
         return found
     visible, bias = parts
     said = Mask()
-    understand_mask(visible, found.q, found.k, said)
-    if said.rest or said.causal or said.window != NO_WINDOW or not said.keys or found.causal:
+    understand_mask(visible, found.q, found.k, said)  # type: ignore[arg-type]
+    banded = said.causal or said.window != NO_WINDOW or found.causal
+    if not said.rest and said.keys and not banded:
+        return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=True)
+    if not found.blind_mean:
         return found
-    return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=True)
+    whole = hide_in_bias(node, visible, bias, torch.finfo(torch.float32).min)  # type: ignore[arg-type]
+    return replace(found, mask=whole, bias=None, blind_mean=False)
 
 
 def _split(found: Found) -> Mask:
@@ -165,7 +164,8 @@ def _write_flash(node: fx.Node, found: Found) -> fx.Node:
     if found.mask is not None and g.dtype(found.mask) is not torch.bool:
         bias = _as_bias(node, found.mask, g.dtype(found.q))
     elif found.bias is not None:
-        bias = _as_bias(node, found.bias, g.dtype(found.q))
+        added = found.bias if bias is None else hide_in_bias(node, bias, found.bias, -math.inf)
+        bias = _as_bias(node, added, g.dtype(found.q))
     kwargs: dict[str, Any] = {"scale": found.scale, "causal": said.causal}
     if said.window != NO_WINDOW:
         kwargs["window"] = said.window
@@ -173,6 +173,8 @@ def _write_flash(node: fx.Node, found: Found) -> fx.Node:
         kwargs["blind_nan"] = True
     if found.blind_mean:
         kwargs["blind_mean"] = True
+    if found.softcap:
+        kwargs["softcap"] = found.softcap
     return g.emit(node, attention, found.q, found.k, found.v, keys, bias, **kwargs)
 
 
@@ -188,6 +190,10 @@ def _write_fused_softmax(node: fx.Node, found: Found) -> fx.Node:
     said = _split(found)
     scores = g.emit(node, attention_scores, found.q, found.k)
     below = g.emit(node, aten.mul.Tensor, scores, found.scale)
+    if found.softcap:
+        share = g.emit(node, aten.div.Tensor, below, found.softcap)
+        share = g.emit(node, aten.tanh.default, share)
+        below = g.emit(node, aten.mul.Tensor, share, found.softcap)
     visible = [*said.keys, *said.rest]
     left, right = said.window
     if said.causal or right >= 0:
@@ -223,86 +229,3 @@ def _conjunction(like: fx.Node, terms: list[fx.Node]) -> fx.Node | None:
     for term in terms[1:]:
         whole = g.emit(like, aten.bitwise_and.Tensor, whole, term)
     return whole
-
-
-# --- the chain: softmax(q @ k^T * scale + mask) @ v -----------------------------------------
-
-
-def _read_chain(node: fx.Node) -> Found | None:
-    """`node` is the last matmul; walk back through softmax, mask and scale to the first.
-
-    A softmax over nothing but hidden keys is NaN, where scaled_dot_product_attention gives zeros.
-    """
-    weights, v = node.args
-    scores = _sole_input(weights, aten._to_copy.default, aten.expand.default)
-    if not g.is_call(scores, aten.softmax.int, aten._softmax.default) or len(scores.users) > 1:
-        return None
-    if scores.args[1] not in (-1, len(g.shape(scores)) - 1):
-        return None
-    below, mask, scale = scores.args[0], None, 1.0
-    below = _sole_input(below, aten._to_copy.default)
-    if g.is_call(below, aten.add.Tensor) and below.kwargs.get("alpha", 1) == 1:
-        left, right = below.args
-        if not (g.is_tensor(left) and g.is_tensor(right)) or len(below.users) > 1:
-            return None
-        below, mask = (left, right) if _is_scores(left) else (right, left)
-    else:
-        below, mask = _unhidden(below)
-    below, scale = _scaled(below)
-    if not g.is_call(below, aten.matmul.default, aten.bmm.default) or len(below.users) > 1:
-        return None
-    q, k_t = below.args
-    q, q_scale = _scaled(q)
-    if len(g.shape(k_t)) != 4:
-        return None
-    with node.graph.inserting_before(node):
-        k = g.emit(node, aten.permute.default, k_t, [0, 1, 3, 2])
-    return Found(q, k, v, mask, scale * q_scale, blind_nan=mask is not None)  # type: ignore[arg-type]
-
-
-def _sole_input(node: Any, *through: Any) -> Any:
-    while g.is_call(node, *through) and len(node.users) == 1 and g.is_tensor(node.args[0]):
-        if g.shape(node.args[0]) != g.shape(node):
-            break
-        node = node.args[0]
-    return node
-
-
-def _is_scores(node: Any) -> bool:
-    return g.is_call(_scaled(node)[0], aten.matmul.default, aten.bmm.default)
-
-
-def _unhidden(node: Any) -> tuple[Any, fx.Node | None]:
-    """Return (scores, visible) for scores hidden by -inf; (node, None) otherwise."""
-    if g.is_call(node, aten.masked_fill.Scalar) and node.args[2] == -math.inf:
-        return node.args[0], _negated(node.args[1])
-    if g.is_call(node, aten.where.self) and len(node.users) == 1:
-        condition, x, y = node.args
-        if _is_minus_infinity(x) and _is_scores(y):
-            return y, _negated(condition)
-        if _is_minus_infinity(y) and _is_scores(x):
-            return x, condition
-    return node, None
-
-
-def _is_minus_infinity(node: Any) -> bool:
-    made = g.is_call(node, aten.scalar_tensor.default, aten.full.default)
-    return made and g.argument(node, "s" if len(node.args) == 1 else "fill_value") == -math.inf
-
-
-def _scaled(node: Any) -> tuple[Any, float]:
-    """Return (x, factor) for x * number and x / number; (node, 1) otherwise."""
-    if g.is_call(node, aten.mul.Tensor) and isinstance(node.args[1], (int, float)):
-        return node.args[0], float(node.args[1])
-    if g.is_call(node, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
-        return node.args[0], 1 / float(node.args[1])
-    return node, 1.0
-
-
-def _negated(mask: fx.Node) -> fx.Node:
-    if g.is_call(mask, aten.bitwise_not.default, aten.logical_not.default):
-        (source,) = mask.args
-        if g.is_tensor(source) and g.dtype(source) is torch.bool:  # type: ignore[arg-type]
-            return source  # type: ignore[return-value]
-    with mask.graph.inserting_after(mask):
-        return g.emit(mask, aten.logical_not.default, mask)

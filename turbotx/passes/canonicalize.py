@@ -15,6 +15,8 @@ import torch
 from torch import fx
 
 from turbotx import graph as g
+from turbotx.sizes import ZERO
+from turbotx.views import VIEWS
 
 aten = torch.ops.aten
 
@@ -34,6 +36,16 @@ _IDENTITIES = {
     aten.lift_fresh_copy.default,
     aten.lift_fresh.default,
     aten.dropout.default,
+}
+_ARITHMETIC = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.neg.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
 }
 _CONVERSIONS = {
     aten._to_copy.default,
@@ -55,7 +67,8 @@ def canonicalize(graph: fx.Graph) -> None:
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
-            same = _same_as(node)
+            _drop_empty(node)
+            same = _same_as(node) or _as_number(node)
             if same is not None:
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)
@@ -65,8 +78,43 @@ def canonicalize(graph: fx.Graph) -> None:
     graph.lint()
 
 
+def _drop_empty(node: fx.Node) -> None:
+    """Take from a concatenation what has no element (a cache before its first token), where the
+    rest decides the dtype; of one tensor it is that tensor."""
+    if not g.is_call(node, aten.cat.default):
+        return
+    parts: Any = node.args[0]
+    kept = [x for x in parts if ZERO not in g.shape(x)]
+    if kept and len(kept) < len(parts) and any(g.dtype(x) == g.dtype(node) for x in kept):
+        node.args = (kept, *node.args[1:])
+
+
+def _as_number(node: fx.Node) -> fx.Node | None:
+    """Return, as a number's tensor, arithmetic on such tensors: sqrt(torch.tensor(3) * 2)."""
+    sources = node.all_input_nodes
+    if node.target not in _ARITHMETIC or not sources or g.shape(node) or node.kwargs:
+        return None
+    made = [n.args[0] for n in sources if g.is_call(n, aten.scalar_tensor.default)]
+    if len(made) < len(sources) or not all(isinstance(x, (int, float)) for x in made):
+        return None
+    compute: Any = node.target
+    number = compute(*fx.node.map_arg(node.args, _value))
+    with node.graph.inserting_before(node):
+        kwargs = {"dtype": number.dtype, "device": number.device}
+        new = node.graph.call_function(aten.scalar_tensor.default, (number.item(),), kwargs)
+    new.meta = dict(node.meta)
+    return new
+
+
+def _value(node: fx.Node) -> Any:
+    made: Any = node.target
+    return made(*node.args, **node.kwargs)
+
+
 def _same_as(node: fx.Node) -> fx.Node | None:
     """Return the node that this one always equals, or None."""
+    if g.is_call(node, aten.cat.default) and len(node.args[0]) == 1:  # type: ignore[arg-type]
+        return node.args[0][0]  # type: ignore[index, return-value]
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0]
@@ -131,7 +179,7 @@ _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 def _merge_views(node: fx.Node, source: fx.Node) -> fx.Node | None:
     """Fold view-of-view: two reshapes are one, two permutations are one (or none)."""
-    if node.target in _RESHAPES and source.target in _RESHAPES:
+    if node.target in _RESHAPES and VIEWS.get(source.target) == "reshape":
         inner = source.args[0]
         assert isinstance(inner, fx.Node)
         if g.shape(inner) == g.shape(node):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
 from turbotx import graph as g
@@ -40,7 +41,9 @@ def extract(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node], name: str) ->
             sizes[node] = made[node] = graph.placeholder(node.name)
     for node in needed:
         if node not in made:
-            made[node] = graph.node_copy(node, made.__getitem__)
+            made[node] = copied = graph.node_copy(node, made.__getitem__)
+            if copied.target is torch.ops.aten.view.default:  # what it shows may not be dense here
+                copied.target = torch.ops.aten.reshape.default
     graph.output(tuple(made[n] for n in outputs))
     module = fx.GraphModule(nn.Module(), graph, class_name=name)
     return Extracted(module, tuple(sizes), tuple(g.size(n) for n in sizes))

@@ -44,18 +44,20 @@ def take_hidden(mask: Any) -> tuple[fx.Node, fx.Node | None] | None:
     if not g.is_call(mask, aten.where.self):
         return None
     visible, bias, low = mask.args
-    if _number(low) != torch.finfo(g.dtype(mask)).min or g.dtype(visible) is not torch.bool:
+    if number_in(low) != torch.finfo(g.dtype(mask)).min or g.dtype(visible) is not torch.bool:
         return None
-    return visible, None if _number(bias) == 0 else bias
+    return visible, None if number_in(bias) == 0 else bias
 
 
-def _number(node: Any) -> Any:
+def number_in(node: Any) -> Any:
     """Return the number that a tensor of one element was made from; None for others."""
     if g.is_call(node, aten.scalar_tensor.default):
-        return node.args[0]
-    if g.is_call(node, aten.full.default) and not g.shape(node):
-        return node.args[1]
-    return None
+        number = node.args[0]
+    elif g.is_call(node, aten.full.default) and all(n == 1 for n in g.shape(node)):
+        number = node.args[1]
+    else:
+        return None
+    return number if isinstance(number, (int, float)) else None
 
 
 def take_scale(q: Any) -> tuple[Any, float]:

@@ -75,6 +75,15 @@ void add_bias_row(const AttentionShape& s, const char* base, long offset, KeyRan
   }
 }
 
+// Bounds a row of scores, in units of log2, by the softcap; lanes past `count` stay hidden.
+[[gnu::noinline]] inline void cap_row(float softcap, long count, float* row) {
+  vec bound = broadcast(softcap * kLog2E), inverse = broadcast(1.0f / (softcap * kLog2E));
+  long end = (count + kLanes - 1) / kLanes * kLanes;
+  for (long j = 0; j < end; j += kLanes)
+    store_vec(row + j, bound * ttx::tanh<vec>(load_vec(row + j) * inverse));
+  for (long j = count; j < end; ++j) row[j] = kMinusInf;
+}
+
 // Adds the masks to one row of scores of keys.begin .. keys.end.
 template <class T>
 [[gnu::noinline]] void mask_row(const AttentionShape& s, const HeadOperands& head, long batch,
@@ -118,6 +127,7 @@ void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, 
     score_block<D, ROWS>(query, head.keys + begin * D, count, scores);
     for (int r = 0; r < ROWS; ++r) {
       float* row = scores + r * kScoreStride;
+      if (s.softcap != 0.0f) cap_row(s.softcap, count, row);
       if (masked) mask_row<T>(s, head, batch, q_head[r], index[r], keys, row);
       exponentiate(row, panels, softmax[r]);
     }

@@ -19,6 +19,9 @@ struct AttentionShape {
   AttentionStrides q, k, v, out;
   float scale = 1.0f;                                             // multiplies q . k
 
+  float softcap = 0.0f;                                           // scores become softcap *
+                                                                  // tanh(score / it); 0: they stay
+
   const bool* key_mask = nullptr;                                 // [batch][k]: false hides the key
   long key_mask_stride = 0;                                       // between batches
   float hidden = -std::numeric_limits<float>::infinity();         // added to a hidden key's score
