@@ -112,3 +112,12 @@ def test_a_model_that_changes_its_buffer_is_refused() -> None:
 def test_an_input_that_is_changed_in_place_is_refused() -> None:
     with pytest.raises(CaptureError, match="in place"):
         captured(lambda x: x.add_(1), torch.zeros(3))
+
+
+def test_numbers_made_by_the_model_are_numbers_and_closed_over_tensors_stay_tensors() -> None:
+    own, x = torch.tensor(0.5), torch.randn(3, 4)
+    found = captured(lambda x: x * own / torch.sqrt(torch.tensor(2.0)), x)
+    targets = [n.target for n in found.graph_module.graph.nodes]
+    assert targets.count(torch.ops.aten.scalar_tensor.default) == 1
+    own.fill_(3.0)
+    torch.testing.assert_close(found.graph_module(x)[0], x * 3.0 / 2.0**0.5)

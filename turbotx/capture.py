@@ -121,19 +121,32 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return _describe(exported, flat, name, names)
 
 
+FRESH = "fresh constants"
+
+
 def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
     """Trace with the `varying` dims of each example symbolic, down to the ops that are kept."""
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(flat, tuple(examples), dynamic_shapes=dynamic, strict=False)
-        before = copy.deepcopy(exported.graph)
+        before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
         try:
             decompose_nodes(exported.graph_module, KEPT_WHOLE)
         except NotNodeByNode:
             exported.graph_module.graph = before
-            return exported.run_decompositions(_decompositions())
-        return exported
+            exported = exported.run_decompositions(_decompositions())
+    exported.graph_module.meta[FRESH] = fresh
+    return exported
+
+
+def _fresh_constants(exported: Any) -> set[str]:
+    """Return the constants that only tracing made, of torch.tensor(0.5) in the model's code: the
+    user has no name by which to change one later."""
+    targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
+    lift = torch.ops.aten.lift_fresh_copy.default
+    nodes = [n for n in exported.graph_module.graph.nodes if n.name in targets]
+    return {targets[n.name] for n in nodes if all(u.target is lift for u in n.users)}
 
 
 def _decompositions() -> Any:
@@ -272,6 +285,7 @@ def _unlift(exported: Any, flat: _Flat, names: list[str]) -> tuple[fx.GraphModul
     """Turn parameter placeholders into get_attr nodes of the user's own module."""
     graph: fx.Graph = exported.graph_module.graph
     targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
+    fresh = exported.graph_module.meta[FRESH] & set(exported.constants)
     holder = nn.Module()
     inputs = []
     taken: set[str] = set()
@@ -289,8 +303,8 @@ def _unlift(exported: Any, flat: _Flat, names: list[str]) -> tuple[fx.GraphModul
             continue
         value, path = _attribute(exported, flat, target)
         with graph.inserting_before(node):
-            if path.startswith("constants.") and value.dim() == 0 and not value.is_complex():
-                # torch.tensor(0.5) in the model's code: the number, which kernels and passes know.
+            if target in fresh and value.dim() == 0 and not value.is_complex():
+                # A number, which passes and kernels may know.
                 made: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
                 scalar = torch.ops.aten.scalar_tensor.default
                 attribute = graph.call_function(scalar, (value.item(),), made)
