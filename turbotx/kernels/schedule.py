@@ -102,6 +102,10 @@ def _reduction(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristic
 
 def _pointwise(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristics) -> Schedule:
     tile, side = numbers.pointwise_tile, numbers.strided
+    if sum(isinstance(s, ir.Compute) and s.op in ("sin", "cos") for s in kernel.body) > 2:
+        # Their exact reduction of large angles holds many registers: four of them at eight elements
+        # a thread spilled two words on sm_80, four on sm_100.
+        tile = min(tile, 512)
     if len(kernel.axes) < 2:
         cols = tile if not is_static(kernel) else min(power_above(length), tile)
         return Schedule(1, cols, _warps(cols, numbers))
