@@ -236,7 +236,7 @@ class _Holder(nn.Module):
 
     def __init__(self, graph: nn.Module, feed: _Feed, fixed: Sequence[Any]) -> None:
         super().__init__()
-        self.graph, self.feed = graph, feed
+        self.body, self.feed = graph, feed  # fx.GraphModule has no room for a child "graph"
         self.names = [f"fixed_{k}" for k in range(len(fixed))]
         for name, value in zip(self.names, fixed, strict=True):
             if isinstance(value, nn.Parameter):
@@ -249,7 +249,7 @@ class _Holder(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         fixed = [getattr(self, name) for name in self.names]
-        return self.graph(*self.feed.rebuild(fixed, tensors))
+        return self.body(*self.feed.rebuild(fixed, tensors))
 
 
 class _SharingEngine(Engine):
