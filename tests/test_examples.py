@@ -27,9 +27,6 @@ TINY = (
 
 
 def load(path: Path) -> ModuleType:
-    """Import a script, with its folder on the path as when it is run."""
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
