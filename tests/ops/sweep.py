@@ -39,7 +39,7 @@ REFUSED = {
     "Expected dtype int32/int64 for index": "an empty index of uint8, which only eager takes",
     "normalized_shape": "a size of 1 that the call spells out too, where tracing takes it for any",
     "PendingUnbackedSymbolNotFound": "a position that is the value of a tensor",
-    "changes an input": "an argument that the call changes in place (max_norm)",
+    "changes an input": "an argument that the call changes in place (max_norm, running statistics)",
     "dynamic_shapes": "no tensor among the arguments",
     "data-dependent": "a result whose shape or branch depends on values",
     "Could not guard": "a result whose shape or branch depends on values",
