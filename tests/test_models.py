@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -145,3 +146,24 @@ def test_poisoned_memory_changes_nothing(
     monkeypatch.setenv("TURBOTX_POISON", "1")
     poisoned = bert(**inputs)
     torch.testing.assert_close(clean[0], poisoned[0], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_inside_the_gemm_is_as_exact_as_eager(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=176, vocab_size=500, use_cache=False,
+    )  # fmt: skip
+    model = transformers.LlamaModel(config).eval().to(dtype)
+    fast = turbotx.optimize(model)
+    exact = copy.deepcopy(model).double()
+    for batch, seq in ((1, 1), (1, 7), (3, 33)):
+        given = {"input_ids": torch.randint(0, 500, (batch, seq))}
+        with torch.no_grad():
+            wanted = exact(**given)[0]
+            eager, ours = ((f(**given)[0].double() - wanted).abs().max() for f in (model, fast))
+        assert ours <= 1.5 * eager + 2 * torch.finfo(dtype).eps * wanted.abs().max()
+    (compiled,) = fast._engine.variants()
+    assert sum(getattr(x.target, "gated", False) for x in compiled.assembly.launches) == 1
