@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import turbotx
 from tests.graphs import captured
 from turbotx.capture import capture
 from turbotx.errors import CaptureError
@@ -42,6 +43,28 @@ def test_parameters_keep_their_names_and_are_shared() -> None:
         "positions",
     }
     assert graph_module.get_submodule("table").weight is model.table.weight
+
+
+class Named(nn.Module):
+    """Children called as attributes of a GraphModule are, and as those would be renamed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph, self.code, self.graph_ = (nn.Linear(4, 4) for _ in range(3))
+        self.register_buffer("meta", torch.ones(4))
+
+    def forward(self, x):
+        return self.graph_(self.graph(x)).relu() + self.code(x) * self.meta
+
+
+def test_children_may_have_any_name() -> None:
+    model, x = Named().eval(), torch.randn(3, 4)
+    fast = turbotx.optimize(model, backend="aten")
+    torch.testing.assert_close(fast(x), model(x))
+    with torch.no_grad():
+        model.graph.weight.mul_(2)
+        model.meta = torch.zeros(4)
+    torch.testing.assert_close(fast(x), model(x))
 
 
 @pytest.mark.parametrize("first", [(1, 1), (1, 3), (2, 1), (2, 3)])

@@ -34,7 +34,7 @@ LAYERS = (
     ("ops", "attention"),
     ("pull",),
     ("verify",),
-    ("decompose",),
+    ("decompose", "unlift"),
     ("capture",),
     ("passes",),
     ("kernels",),

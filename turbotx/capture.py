@@ -29,6 +29,7 @@ from turbotx.decompose import NotNodeByNode, decompose_nodes
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
 from turbotx.sizes import Expr, dim, expr
+from turbotx.unlift import FRESH, unlift
 
 # Composite ops that stay whole: the passes and the op table know them as they are, and their
 # decompositions only hide what they mean.
@@ -119,9 +120,6 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         except Exception:
             raise _capture_error(name, error) from error
     return _describe(exported, flat, name, names)
-
-
-FRESH = "fresh constants"
 
 
 def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
@@ -260,7 +258,7 @@ def _refuse_mutation(exported: Any, name: str) -> None:
 
 def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captured:
     _refuse_mutation(exported, name)
-    graph_module, inputs = _unlift(exported, flat, names)
+    graph_module, inputs = unlift(exported, flat, names)
     fakes = [node.meta["val"] for node in inputs]
     symbols = _name_dims(fakes, names)
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
@@ -279,67 +277,6 @@ def _hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tupl
     newer = hasattr(shape_env, "backed_var_to_val")  # torch 2.12 renamed it
     values = getattr(shape_env, "backed_var_to_val" if newer else "var_to_val", {})
     return tuple(int(values.get(symbol, 2)) for symbol in symbols)
-
-
-def _unlift(exported: Any, flat: _Flat, names: list[str]) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """Turn parameter placeholders into get_attr nodes of the user's own module."""
-    graph: fx.Graph = exported.graph_module.graph
-    targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
-    fresh = exported.graph_module.meta[FRESH] & set(exported.constants)
-    holder = nn.Module()
-    inputs = []
-    taken: set[str] = set()
-    free = iter(names)
-    for node in [n for n in graph.nodes if n.op == "placeholder"]:
-        target = targets.get(node.name)
-        if target is None:
-            label = next(free)
-            while label in taken:
-                label += "_"
-            taken.add(label)
-            node.target = label
-            node._rename(label) if node.name != label else None
-            inputs.append(node)
-            continue
-        value, path = _attribute(exported, flat, target)
-        with graph.inserting_before(node):
-            if target in fresh and value.dim() == 0 and not value.is_complex():
-                # A number, which passes and kernels may know.
-                made: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
-                scalar = torch.ops.aten.scalar_tensor.default
-                attribute = graph.call_function(scalar, (value.item(),), made)
-            else:
-                _assign(holder, path, value)
-                attribute = graph.create_node("get_attr", path)
-        attribute.meta = dict(node.meta)
-        node.replace_all_uses_with(attribute)
-        graph.erase_node(node)
-    graph_module = fx.GraphModule(holder, graph)
-    graph_module.meta["parameters"] = [n.target for n in graph.nodes if n.op == "get_attr"]
-    return graph_module, inputs
-
-
-def _attribute(exported: Any, flat: _Flat, target: str) -> tuple[torch.Tensor, str]:
-    """Return the user's own tensor for a lifted name, and its path in the user's module."""
-    owner: Any = flat
-    try:
-        for part in target.split("."):
-            owner = getattr(owner, part)
-        return owner, target.removeprefix("model.")
-    except AttributeError:
-        return exported.constants[target], f"constants.{target.replace('.', '_')}"
-
-
-def _assign(holder: nn.Module, path: str, value: torch.Tensor) -> None:
-    *parents, leaf = path.split(".")
-    for part in parents:
-        if not hasattr(holder, part):
-            holder.add_module(part, nn.Module())
-        holder = getattr(holder, part)
-    if isinstance(value, nn.Parameter):
-        holder.register_parameter(leaf, value)
-    else:
-        holder.register_buffer(leaf, value, persistent=False)
 
 
 def _name_dims(

@@ -127,7 +127,8 @@ def make_program(
 def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> Weights:
     """Say where the parameters live: in the user's own module, so that its updates are seen."""
     nodes = {n.name: n for n in captured.graph_module.graph.nodes if n.op == "get_attr"}
-    targets = {name: str(node.target) for name, node in nodes.items()}
+    paths = captured.graph_module.meta["paths"]
+    targets = {name: paths[node.target] for name, node in nodes.items()}
     lifted = (
         captured.graph_module.get_submodule("constants")
         if any(t.startswith("constants.") for t in targets.values())

@@ -253,6 +253,10 @@ class Puller(Elements):
             (along,) = self.loops.row_index((extent,), used, node)
             if sympy.expand(along - index[d]) != 0:
                 raise Conflict(node, f"{node.name} is read at other places than it runs along")
+            again = [n for n in self.loops.axes if n not in used and n not in self.loops.rows]
+            if again:
+                times = product([self.loops.axes[n] for n in again])
+                raise Conflict(node, f"{node.name} would run {times} times, always the same")
         value = self.cast(self.element(source, index), dtype)
         return value if extent == 1 else self.emit_scan(op, value)
 

@@ -106,6 +106,10 @@ TWO_KERNELS: dict[str, tuple[Callable[..., Any], str]] = {
         lambda x: (x * x[0].exp(), x[0].exp()),
         "would be stored batch times by the loops of",
     ),
+    "a scan that the loops of its reader would run again and again": (
+        lambda x: x[..., 0].cumsum(1)[..., None] + x,
+        "cumsum would run x_d2 times, always the same",
+    ),
     "reductions of different lengths": (
         lambda x: (x.sum(-1), x.flatten(1).sum(-1)),
         "",

@@ -1,0 +1,100 @@
+"""Unlift: an exported program's parameters, which it takes as inputs, become attributes again.
+
+In: a `torch.export` program and names for its other inputs. Out: an fx graph that reads parameters
+by the names that they have in the user's module, and its placeholders in order::
+
+    linear(x, p_model_up_weight, ...)  ->  linear(x, get_attr "up.weight", ...)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+# The key, in the exported graph's meta, of the constants that only tracing made.
+FRESH = "fresh constants"
+# A GraphModule has attributes of its own, `graph` and `code` among them.
+RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+
+
+def unlift(
+    exported: Any, flat: nn.Module, names: list[str]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """Return the graph and its inputs, called by `names` in their order.
+
+    flat: the traced module, the user's own one being `flat.model`. meta["paths"] says where the
+    user's module has what a get_attr node names.
+    """
+    graph: fx.Graph = exported.graph_module.graph
+    targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
+    fresh = exported.graph_module.meta[FRESH] & set(exported.constants)
+    holder = nn.Module()
+    inputs: list[fx.Node] = []
+    paths: dict[str, str] = {}
+    for node in [n for n in graph.nodes if n.op == "placeholder"]:
+        target = targets.get(node.name)
+        if target is None:
+            _rename(node, names[len(inputs)], {str(n.target) for n in inputs})
+            inputs.append(node)
+            continue
+        value, path = _find(exported, flat, target)
+        with graph.inserting_before(node):
+            if target in fresh and value.dim() == 0 and not value.is_complex():
+                # A number, which passes and kernels may know.
+                made: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+                scalar = torch.ops.aten.scalar_tensor.default
+                attribute = graph.call_function(scalar, (value.item(),), made)
+            else:
+                inside = _path_inside(path, flat)
+                _assign(holder, inside, value)
+                attribute = graph.create_node("get_attr", inside)
+                paths[inside] = path
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    graph_module = fx.GraphModule(holder, graph)
+    graph_module.meta["paths"] = paths
+    return graph_module, inputs
+
+
+def _rename(node: fx.Node, label: str, taken: set[str]) -> None:
+    while label in taken:
+        label += "_"
+    node.target = label
+    if node.name != label:
+        node._rename(label)
+
+
+def _find(exported: Any, flat: nn.Module, target: str) -> tuple[torch.Tensor, str]:
+    """Return the user's own tensor for a lifted name, and its path in the user's module."""
+    owner: Any = flat
+    try:
+        for part in target.split("."):
+            owner = getattr(owner, part)
+        return owner, target.removeprefix("model.")
+    except AttributeError:
+        return exported.constants[target], f"constants.{target.replace('.', '_')}"
+
+
+def _path_inside(path: str, flat: nn.Module) -> str:
+    """Return a path that a GraphModule has room for: graph.weight becomes graph_.weight."""
+    name, dot, rest = path.partition(".")
+    if name in RESERVED:
+        name += "_"
+        while hasattr(flat.model, name):
+            name += "_"
+    return name + dot + rest
+
+
+def _assign(holder: nn.Module, path: str, value: torch.Tensor) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if not hasattr(holder, part):
+            holder.add_module(part, nn.Module())
+        holder = getattr(holder, part)
+    if isinstance(value, nn.Parameter):
+        holder.register_parameter(leaf, value)
+    else:
+        holder.register_buffer(leaf, value, persistent=False)
