@@ -91,3 +91,14 @@ def test_a_change_in_place_needs_the_whole_trace() -> None:
         decompose_nodes(exported(AddsInPlace()).graph_module, KEPT_WHOLE)
     graph = capture(AddsInPlace(), (torch.randn(2, 5, 8),), {}).graph_module.graph
     assert ops_of(graph)["aten.add.Tensor"] == 1
+
+
+class TransposesNothing(nn.Module):
+    def forward(self, x):
+        return x.transpose(0, 0) * 2, x.transpose(-1, 2)
+
+
+def test_a_view_that_changes_nothing_is_its_input() -> None:
+    program = exported(TransposesNothing())
+    decompose_nodes(program.graph_module, KEPT_WHOLE)
+    assert ops_of(program.graph) == {"aten.mul.Tensor": 1}

@@ -169,7 +169,11 @@ class _Recorder(TorchDispatchMode):
             if found is not NotImplemented:
                 return found
         if func in IDENTITIES:
-            return args[0]
+            # Another tensor, of the same node: a view that is its own base is an error.
+            result = func(*args, **kwargs)
+            self.known[id(result)] = self._argument(args[0])
+            self.alive.append(result)
+            return result
         if func._schema.is_mutable:
             raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
         result = func(*args, **kwargs)

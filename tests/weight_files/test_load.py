@@ -120,14 +120,14 @@ def test_turbotransformers_layout(tmp_path: Path) -> None:
             p.add_(torch.randn_like(p))
     packed = pack_as_turbotransformers(source.state_dict())
     assert packed["encoder.layer.0.attention.qkv.weight"].shape == (64, 192)
-    assert packed["encoder.layer.1.attention.qkv.bias"].shape == (192,)
+    assert packed["encoder.layer.0.attention.qkv.bias"].shape == (192,)
     write_npz(packed, tmp_path / "bert.npz")
     load_weights(model, tmp_path / "bert.npz")
     assert_same_state(model, source.state_dict())
 
-    del packed["encoder.layer.1.attention.qkv.bias"]
+    del packed["encoder.layer.0.attention.qkv.bias"]
     write_npz(packed, tmp_path / "less.npz")
-    with pytest.raises(WeightsError, match=r"3 missing.*layer\.1\.attention\.self\.query\.bias"):
+    with pytest.raises(WeightsError, match=r"3 missing.*layer\.0\.attention\.self\.query\.bias"):
         load_weights(model, tmp_path / "less.npz")
 
 

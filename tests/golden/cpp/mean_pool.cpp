@@ -30,6 +30,7 @@ extern "C" int fused_mul_sum_clamp_div(void* const* args, const int64_t* sizes) 
       for (int64_t k = 0; k < count; ++k) {
         tile_sum[k] = static_cast<float>(total_sum[k]);
       }
+      const float sum1 = float(total_sum1[0]);
       const float maximum = ttx::maximum(sum1, c);
       #pragma omp simd
       for (int64_t k = 0; k < count; ++k) {
