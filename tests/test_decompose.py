@@ -95,7 +95,7 @@ def test_a_change_in_place_needs_the_whole_trace() -> None:
 
 class TransposesNothing(nn.Module):
     def forward(self, x):
-        return x.transpose(0, 0) * 2, x.transpose(-1, 2)
+        return x.transpose(0, 0) * 2
 
 
 def test_a_view_that_changes_nothing_is_its_input() -> None:
