@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import turbotx
+from turbotx.runtime import tensor_watch
 from turbotx.runtime.native import load_runtime
 from turbotx.runtime.tensor_watch import make_watch
 
@@ -42,6 +43,14 @@ def test_a_tensor_without_a_version_is_not_watched() -> None:
     with torch.inference_mode():
         given = [torch.ones(2)]
     assert make_watch(load_runtime()[0], given) is None
+
+
+def test_a_first_call_may_be_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_watch, "_checked", {})
+    given = tensors()
+    with torch.inference_mode():
+        watch = make_watch(load_runtime()[0], given)
+    assert watch is not None and not watch.changed()
 
 
 def test_nothing_is_kept_once_the_watch_is_gone() -> None:

@@ -82,9 +82,10 @@ def _works(native: ctypes.CDLL, library: ctypes.CDLL) -> bool:
             lambda t: t.add_(1),
             lambda t: setattr(t, "data", torch.ones(2)),
         ):
-            tensor = torch.zeros(2)
-            watch = TensorWatch(native, library, [tensor])
-            change(tensor)
+            with torch.inference_mode(False), torch.no_grad():  # whatever the caller is in
+                tensor = torch.zeros(2)
+                watch = TensorWatch(native, library, [tensor])
+                change(tensor)
             answers.append(watch.changed())
         _checked[native._handle] = answers == [False, True, True]
     return _checked[native._handle]
