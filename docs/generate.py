@@ -216,7 +216,7 @@ def _latency_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         shown = f"{', '.join(parts)} ({len(rows)} shapes; {found['machine']['device']}, "
         yield (
             f"Latency of {model} in {dtype} on a CPU",
-            f"{shown}{found['machine']['threads']} threads, preliminary)",
+            f"{shown}{found['machine']['threads']} threads)",
         )
 
 
@@ -257,7 +257,7 @@ def _server_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
             ("sentence-transformers, encode of all", None): "sentence-transformers' own encode",
         }
         parts = ", ".join(f"{name} {rows[key]:.1f}" for key, name in names.items())
-        yield what, f"{parts} ({found['device']}, {found['cores']} cores, preliminary)"
+        yield what, f"{parts} ({found['device']}, {found['cores']} cores)"
     else:
         yield what, NOT_YET
 
