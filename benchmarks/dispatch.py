@@ -40,7 +40,7 @@ def measure(name: str, batch: int, seq: int, runs: int) -> dict[str, Any]:
             fast(**given)
             if k >= 3:
                 whole.append((time.perf_counter() - begin) * 1e6)
-    found = turbotx.explain(model, **given).at(batch=batch, seq=seq).profile(**given, runs=runs)
+    found = turbotx.explain(fast, **given).at(batch=batch, seq=seq).profile(**given, runs=runs)
     call_us = statistics.median(whole)
     return {
         "model": name, "batch": batch, "seq": seq, "launches": len(found.launches),
