@@ -9,7 +9,6 @@ In: a model and options. Out: the model's outputs, from one compiled variant per
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import threading
@@ -23,6 +22,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx.capture import Captured, capture
+from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
@@ -160,7 +160,7 @@ class Engine:
         _, device = self._open_device(pytree.tree_leaves((args, kwargs)))
         if device is None and self.options.backend != "aten":
             start_runtime()
-        with self._plain(), _without_collection():
+        with self._plain(), pause_collection():
             captured = capture(self.model, args, kwargs)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
         return captured
@@ -171,7 +171,7 @@ class Engine:
         It runs where the call's tensors and the model's parameters lie.
         """
         pool, device = self._find_memory(captured)
-        with _without_collection():
+        with pause_collection():
             return compile_captured(captured, self.model, self.options, pool, device)
 
     def share(self, compiled: Compiled) -> Compiled:
@@ -254,18 +254,6 @@ class Engine:
                 )
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
             program.reserve(program.bind(values))
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Meanwhile no cyclic garbage is looked for: a trace makes a million objects, all alive."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 _PLAIN = (bool, int, float, str, type(None))

@@ -9,14 +9,14 @@ captured as a CUDA graph::
 
 from __future__ import annotations
 
-import gc
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
 
+from turbotx.collection import pause_collection
 from turbotx.errors import DeviceError
 from turbotx.kernels.targets import Job, build
 from turbotx.runtime import cuda_driver
@@ -131,7 +131,7 @@ class CudaRecorder:
         """Return what `body` queues as a graph; the current stream is not captured."""
         current = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        with _capturing, _no_collection():
+        with _capturing, pause_collection():
             self._stream.wait_stream(current)
             # cuBLAS keeps a workspace for each stream: made anew inside the capture, it lies in the
             # graphs' own pool, where nobody else's clearing of the cache can take it away.
@@ -160,18 +160,6 @@ class CudaRecorder:
         torch._C._cuda_clearCublasWorkspaces()
         if self._anchor is None:
             self._pool = None
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep the collector from destroying another graph in the middle of a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def require_cuda() -> None:
