@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
+import pytest
 import torch
 from torch import nn
 
 import turbotx
+from turbotx.runtime import weights as weights_module
 
 X = torch.randn(4, 8)
 
@@ -42,6 +46,39 @@ def test_a_change_of_one_piece_repacks_the_whole() -> None:
         model.b.weight.add_(1)
     torch.testing.assert_close(fast(X), model(X))
     assert weights_of(fast).version == before + 1
+
+
+def test_a_call_beside_one_that_derives_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Packed().eval()
+    fast = turbotx.optimize(model)
+    fast(X)
+    weights = weights_of(fast)
+    before, compute, entered, go = (
+        weights.version, weights_module._compute, threading.Event(), threading.Event()
+    )  # fmt: skip
+
+    def compute_slowly(node, tensors):
+        entered.set()
+        assert go.wait(60)
+        return compute(node, tensors)
+
+    monkeypatch.setattr(weights_module, "_compute", compute_slowly)
+    with torch.no_grad():
+        model.b.weight.add_(1)
+    seen: list[int] = []
+    calls = [
+        threading.Thread(target=lambda: (weights.refresh(), seen.append(weights.version)))
+        for _ in range(2)
+    ]
+    calls[0].start()
+    assert entered.wait(60)
+    calls[1].start()
+    calls[1].join(0.2)
+    assert not seen  # neither went on with the packed weights of before
+    go.set()
+    for call in calls:
+        call.join()
+    assert seen == [before + 1] * 2
 
 
 def test_prepared_constants_are_not_the_users_tensors() -> None:

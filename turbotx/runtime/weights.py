@@ -95,13 +95,15 @@ class Weights:
         """Look at every parameter; derive again what changed. Returns whether anything did."""
         if self._watched is not None and not self._have_changed(*self._watched):
             return False
-        now = self._look()
-        if now == self._seen:
-            return False
-        with self._lock, torch.no_grad():
+        # Whoever comes while another thread derives waits for it, rather than run on what was.
+        with self._lock:
+            now = self._look()
+            if now == self._seen:
+                return False
             tensors: dict[str, Any] = {n: owner[leaf] for n, (owner, leaf) in self._slots.items()}
-            for name, node in self.prepared.items():
-                tensors[name] = _compute(node, tensors)
+            with torch.no_grad():
+                for name, node in self.prepared.items():
+                    tensors[name] = _compute(node, tensors)
             self.tensors, self._seen = tensors, now
             self.version += 1
             self._start_watch()
