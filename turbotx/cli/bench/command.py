@@ -26,6 +26,8 @@ from turbotx.cli.output import OK, Output
 from turbotx.errors import InputError
 from turbotx.optimized import optimize
 
+QUIET_CORES = 0.2  # what others may use of the machine before times are not to be trusted
+
 
 def bench_model(
     source: Source, shapes: Sequence[str], engines: Sequence[str], rounds: int, threads: int,
@@ -53,8 +55,11 @@ def bench_model(
                     found = room.measure(file, rounds)
                 rows.append({"dims": dims, "others_cores": others.cores, "engines": found})
             failed = room.failed
-    output.console.print(f"{source}, {threads} threads, ms: median (tenths at both ends)")
+    output.console.print(f"{source}, {threads} {'thread' if threads == 1 else 'threads'}")
     output.console.print(latency_table(rows))
+    busy = max(r["others_cores"] for r in rows)
+    if busy > QUIET_CORES:
+        output.console.print(f"others used {busy:.1f} of the cores meanwhile: measure again")
     for engine, why in failed.items():
         output.console.print(f"without {engine}: {why}", markup=False)
     shown = [{**r, "engines": {e: asdict(s) for e, s in r["engines"].items()}} for r in rows]
@@ -82,20 +87,23 @@ def write_inputs(
 
 
 def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a shape, one column an engine."""
-    engines = list(dict.fromkeys(e for row in rows for e in row["engines"]))
-    table = Table()
-    table.add_column("shape")
-    for engine in engines:
-        table.add_column(engine, justify="right", overflow="fold")
+    """One row an engine, one column a shape; the fastest real engine of each shape is bold."""
+    table = Table(caption="ms: median (tenths at both ends)", caption_justify="left")
+    table.add_column("engine", no_wrap=True)
     for row in rows:
-        spreads: Mapping[str, Spread] = row["engines"]
-        real = [s.median_ms for e, s in spreads.items() if not e.startswith("floor")]
+        table.add_column("\n".join(f"{k}={v}" for k, v in row["dims"].items()), justify="right")
+    fastest = [
+        min(
+            (s.median_ms for e, s in row["engines"].items() if not e.startswith("floor")), default=0
+        )
+        for row in rows
+    ]
+    for engine in dict.fromkeys(e for row in rows for e in row["engines"]):
         cells = []
-        for engine in engines:
-            s = spreads.get(engine)
-            bold = s is not None and not engine.startswith("floor") and s.median_ms == min(real)
-            text = f"{s.median_ms:.2f}\n({s.low_ms:.2f}-{s.high_ms:.2f})" if s else "-"
+        for row, best in zip(rows, fastest, strict=True):
+            s: Spread | None = row["engines"].get(engine)
+            text = f"{s.median_ms:.2f} ({s.low_ms:.2f}-{s.high_ms:.2f})" if s else "-"
+            bold = s is not None and not engine.startswith("floor") and s.median_ms == best
             cells.append(f"[bold]{text}[/bold]" if bold else text)
-        table.add_row(" ".join(f"{k}={v}" for k, v in row["dims"].items()), *cells)
+        table.add_row(engine, *cells)
     return table
