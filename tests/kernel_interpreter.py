@@ -145,7 +145,7 @@ class _Interpreter:
         x = self._spread(self.values[argument]).permute(*kept, *self.columns)
         x = x.reshape([self.extents[k] for k in kept] + [-1]) if x.numel() else _emptied(x, kept)
         shape = [1 if k in self.columns else n for k, n in enumerate(self.extents)]
-        if x.shape[-1] == 0 and s.op not in ("sum", "prod", "any", "all"):
+        if x.shape[-1] == 0 and s.op in ("max", "min", "softmax"):
             x = x.new_zeros((*x.shape[:-1], 1))  # of no columns: nothing depends on the result
         for name, result in zip(s.results, REDUCTIONS[s.op].meaning(x), strict=True):
             self.values[name] = result.reshape(shape).to(self.dtype(s.dtype))

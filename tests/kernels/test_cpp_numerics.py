@@ -23,7 +23,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def over_last(x: torch.Tensor) -> list[torch.Tensor]:
     normal = torch.nn.functional.layer_norm(x, (x.shape[-1],))
     squares = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return [normal, squares, x.softmax(-1), x.log_softmax(-1), x.sum(-1), x.mean(-1),
+    away = x - x.mean(-1, keepdim=True)
+    by_hand = away * torch.rsqrt(away.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return [normal, by_hand, squares, x.softmax(-1), x.log_softmax(-1), x.sum(-1), x.mean(-1),
             x.var(-1, correction=0), x.amax(-1), x.argmin(-1),
             torch.nn.functional.rms_norm(x, (x.shape[-1],), eps=1e-6), x.norm(dim=-1),
             x.logsumexp(-1), (x > 0).any(-1), (x > 0).all(-1), x.argmax(-1),

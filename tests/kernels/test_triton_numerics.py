@@ -8,8 +8,12 @@ length has on a GPU. Out: errors at most 1.5 x eager's own plus 2 ulp, for examp
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import pytest
 import torch
+from torch.nn.functional import group_norm, layer_norm, rms_norm
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
@@ -18,30 +22,50 @@ from tests.kernels.test_cpp_numerics import LENGTHS, rows_of
 from tests.kernels.triton_runner import TritonRunner
 from tests.ops.operator_samples import excess
 
+Function: TypeAlias = Callable[[torch.Tensor], list[torch.Tensor]]
 
-def reductions(x: torch.Tensor) -> list[torch.Tensor]:
-    normal = torch.nn.functional.layer_norm(x, (x.shape[-1],))
-    return [normal, x.var(-1, correction=0), x.mean(-1), x.softmax(-1), x.logsumexp(-1),
-            torch.nn.functional.rms_norm(x, (x.shape[-1],)), x.argmax(-1)]  # fmt: skip
+
+def along_rows(x: torch.Tensor) -> list[torch.Tensor]:
+    size = (x.shape[-1],)
+    return [layer_norm(x, size), x.var(-1, correction=0), x.std(-1, correction=0), x.mean(-1),
+            group_norm(x[:, None], 1), x.softmax(-1), x.logsumexp(-1), rms_norm(x, size),
+            x.argmax(-1)]  # fmt: skip
+
+
+def down_columns(x: torch.Tensor) -> list[torch.Tensor]:
+    """What is normal over the batch, as BatchNorm in training; x[place, feature]."""
+    var, mean = torch.var_mean(x, 0, correction=0)
+    return [var, mean, (x - mean) * torch.rsqrt(var + 1e-5), x.std(0, correction=0)]
+
+
+def by_hand(x: torch.Tensor) -> list[torch.Tensor]:
+    away = x - x.mean(-1, keepdim=True)
+    return [away.pow(2).mean(-1), away / torch.sqrt(away.square().mean(-1, keepdim=True) + 1e-5)]
+
+
+FUNCTIONS = (along_rows, down_columns, by_hand)
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Compilation:
-    return compile_function(reductions, torch.randn(3, 5))
+def compiled() -> dict[Function, Compilation]:
+    return {f: compile_function(f, torch.randn(3, 5)) for f in FUNCTIONS}
+
+
+def check(function: Function, made: dict[Function, Compilation], x: torch.Tensor) -> None:
+    outputs = made[function].run((x,), TritonRunner())
+    trues = function(x.double())
+    for k, (ours, own, true) in enumerate(zip(outputs, function(x), trues, strict=True)):
+        assert excess(ours, own, true) is None, f"output {k}: {excess(ours, own, true)}"
 
 
 @pytest.mark.parametrize("kind", ["large mean", "hidden"])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_reductions(length: int, kind: str, compiled: Compilation) -> None:
-    x = rows_of(kind, length).float()
-    outputs = compiled.run((x,), TritonRunner())
-    eager, wide = reductions(x), reductions(x.double())
-    if kind == "large mean":
-        # On a CPU eager's variance is a sum in float64. On GPUs its means are float32 too, where
-        # neighbours at 1e4 are 1e-3 apart: a few roundings of them, as here. E[x²] - E[x]² of
-        # float32 sums would be wrong by 8 or more.
-        for _ in range(2):
-            assert (outputs.pop(0) - wide.pop(0)).abs().max() < 4e-3
-            eager.pop(0)
-    for k, (ours, own, true) in enumerate(zip(outputs, eager, wide, strict=True)):
-        assert excess(ours, own, true) is None, f"output {k}: {excess(ours, own, true)}"
+def test_along_rows(length: int, kind: str, compiled: dict[Function, Compilation]) -> None:
+    check(along_rows, compiled, rows_of(kind, length).float())
+
+
+@pytest.mark.parametrize("length", [0, *LENGTHS[:-2]])
+@pytest.mark.parametrize("function", [down_columns, by_hand])
+def test_moments(function: Function, length: int, compiled: dict[Function, Compilation]) -> None:
+    x = rows_of("large mean", length).float()
+    check(function, compiled, x.T.contiguous() if function is down_columns else x)

@@ -20,6 +20,7 @@ from turbotx import graph as g
 from turbotx import ir
 from turbotx.element import Element
 from turbotx.kernels.axes import tidy
+from turbotx.kernels.moments import join_moments
 from turbotx.layout import root_layout
 from turbotx.loops import Conflict, Loops, SplitAxis
 from turbotx.pull import Puller
@@ -141,6 +142,6 @@ class Lowering(Puller):
             for n, p in self.params.items()
         )
         kernel = ir.Kernel(name, params, tuple(ordered), tuple(self.body), tuple(sources))
-        kernel, kept = tidy(kernel)
+        kernel, kept = tidy(join_moments(kernel))
         operands = tuple(n for n, p in self.params.items() if p in kept)
         return Lowered(kernel, operands, tuple(self.requirements.items()))

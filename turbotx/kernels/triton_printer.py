@@ -14,6 +14,7 @@ params by pointer, `status_ptr` where indices are checked, and the sizes by valu
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import sympy
 
@@ -243,12 +244,12 @@ class _Printer:
                 by_shape.setdefault(shape, []).append(s)
         groups = []
         for shape, reduces in by_shape.items():
-            group = Group(tuple(reduces), shape, self.body.col_masked, "combine")
+            empty = not self.length.is_Integer
+            group = Group(tuple(reduces), shape, self.body.col_masked, "combine", empty)
             text = group.function()
             same = next((n for n, t in self.functions.items() if t == text), None)
             if text and same is None and "combine" in self.functions:
-                name = f"combine{len(self.functions)}"
-                group = Group(tuple(reduces), shape, self.body.col_masked, name)
+                group = replace(group, combine=f"combine{len(self.functions)}")
                 text = group.function()
             if text:
                 self.functions[group.combine] = text

@@ -3,7 +3,7 @@
 In: the reductions of one sweep over the same tile. Out: the text of one combine function and of
 the calls around it. Independent reductions share it, so that shuffles and barriers are paid once::
 
-    mean, m2, count = tl.reduce((part, zero, count), 0, combine)
+    mean, m2, mean_low, mean_count = tl.reduce((part, zero, zero, count), 0, combine)
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ class State:
 
     parts: the carried values. join: lines that make each from its halves, called `_a` and `_b`.
     neutral: the parts of no element at all ("lowest" and "highest" stand for the dtype's ends).
-    element: the parts of the one element x.
+    element: the parts of the one element x. finish: lines after the last two halves have joined;
+    of_nothing: further ones where there may have been no element at all.
     """
 
     parts: tuple[str, ...]
     join: tuple[str, ...]
     neutral: tuple[str, ...]
     element: tuple[str, ...] = ("{x}",)
+    finish: tuple[str, ...] = ()
+    of_nothing: tuple[str, ...] = ()
 
 
 STATES = {
@@ -47,18 +50,25 @@ STATES = {
     "any": State(("some",), ("{some} = {some}_a | {some}_b",), ("0",), ("{x}.to(tl.int32)",)),
     "all": State(("every",), ("{every} = {every}_a & {every}_b",), ("1",), ("{x}.to(tl.int32)",)),
     # Parts of any size merge without cancellation (Chan, Golub & LeVeque 1979), however large
-    # the mean is beside the deviation.
+    # the mean is beside the deviation. Near 1e4 float32 has steps of 1e-3: `low` carries what
+    # rounding took from the mean (a sum in two words, Dekker 1971), or m2 would be off by 4e-4.
     "welford": State(
-        ("mean", "m2", "count"),
+        ("mean", "m2", "low", "count"),
         (
             "{count} = {count}_a + {count}_b",
             "{share} = {count}_b / tl.maximum({count}, 1.0)  # of nothing and nothing: 0",
             "{delta} = {mean}_b - {mean}_a",
-            "{mean} = {mean}_a + {delta} * {share}",
+            "{below} = {low}_b - {low}_a",
+            "{step} = {delta} * {share}",
+            "{mean} = {mean}_a + {step}",
+            "{low} = {low}_a + {below} * {share} + ({step} - ({mean} - {mean}_a))",
+            "{delta} += {below}",
             "{m2} = {m2}_a + {m2}_b + {delta} * {delta} * {count}_a * {share}",
         ),
-        ("0", "0", "0"),
-        ("{x}", "tl.zeros_like({x})", "tl.zeros_like({x}) + 1.0"),
+        ("0", "0", "0", "0"),
+        ("{x}", "tl.zeros_like({x})", "tl.zeros_like({x})", "tl.zeros_like({x}) + 1.0"),
+        ("{mean} += {low}",),
+        ('{mean} = tl.where({count} > 0, {mean}, float("nan"))',),
     ),
     # Largest value and sum of exp(x - largest) together (Milakov & Gimelshein 2018). Equal
     # maxima fade by exp(0) also where they are infinite; an infinite element itself gives NaN.
@@ -76,7 +86,7 @@ STATES = {
         ("{x}", 'tl.where({x} == float("inf"), float("nan"), 1.0)'),
     ),
 }
-LOCALS = ("share", "delta", "gap", "fade", "ahead")
+LOCALS = ("share", "delta", "below", "step", "gap", "fade", "ahead")
 
 
 def neutral(kind: str, dtype: torch.dtype) -> str:
@@ -101,12 +111,14 @@ class Group:
     """Reductions that are done together, and the name of their combine function.
 
     shape: the tile's shape as text. masked: whether columns past the end must be left out.
+    maybe_empty: whether a row may have no columns.
     """
 
     reduces: tuple[ir.Reduce, ...]
     shape: str
     masked: bool
     combine: str
+    maybe_empty: bool = False
 
     def parts(self) -> list[tuple[ir.Reduce, str, str]]:
         """Return (reduction, part, name) of everything carried, in order.
@@ -185,7 +197,13 @@ class Group:
         if len(tiles) > 1:
             given = f"({given})"
         lines = [f"{target} = tl.reduce({given}, {axis}, {function}{keep})"]
-        for (r, _, _), name in zip(self.parts(), results, strict=True):
+        named: dict[ir.Reduce, dict[str, str]] = {}
+        for (r, part, _), name in zip(self.parts(), results, strict=True):
+            named.setdefault(r, {})[part] = name
             if r.dtype is torch.bool:
                 lines.append(f"{name} = {name} != 0")
+        for r, names in named.items():
+            state = STATES[r.op]
+            ending = state.finish + (state.of_nothing if self.maybe_empty else ())
+            lines += [line.format_map(names) for line in ending]
         return lines

@@ -11,13 +11,17 @@ import triton.language as tl
 
 
 @triton.jit
-def combine(mean_a, m2_a, count_a, mean_b, m2_b, count_b):
+def combine(mean_a, m2_a, low_a, count_a, mean_b, m2_b, low_b, count_b):
     count = count_a + count_b
     share = count_b / tl.maximum(count, 1.0)  # of nothing and nothing: 0
     delta = mean_b - mean_a
-    mean = mean_a + delta * share
+    below = low_b - low_a
+    step = delta * share
+    mean = mean_a + step
+    low = low_a + below * share + (step - (mean - mean_a))
+    delta += below
     m2 = m2_a + m2_b + delta * delta * count_a * share
-    return mean, m2, count
+    return mean, m2, low, count
 
 
 @triton.jit
@@ -40,14 +44,16 @@ def fused_add_layer_norm(
     add1 = x + x1 + x2
     x3 = tl.load(weight_ptr + col, mask=col_ok)
     # mean, m2 over col in one pass
-    mean, m2, mean_count = tl.reduce(
+    mean, m2, mean_low, mean_count = tl.reduce(
         (
             tl.where(col_ok, add1, 0.0),
+            tl.zeros_like(add1),
             tl.zeros_like(add1),
             tl.where(col_ok, tl.zeros_like(add1) + 1.0, 0.0),
         ),
         0,
         combine,
     )
+    mean += mean_low
     mul1 = (add1 - mean) * tl.rsqrt(m2 / 384.0 + 1e-05) * x3
     tl.store(layer_norm_ptr + row * 384 + col, mul1, mask=col_ok)
