@@ -108,9 +108,22 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/layout.md", "docs/environment.md", "docs/saving.md"]
-)
+def test_the_page_about_fusion_says_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "fusion.md").read_text(), re.S)
+    scope: dict[str, object] = {}
+    for code in blocks:
+        exec(compile(code, "fusion.md", "exec"), scope)
+    told = re.findall(r"print\(.*\)  # (.*)", "".join(blocks))
+    printed = capsys.readouterr().out.splitlines()
+    for line, words in zip(printed, told, strict=True):
+        pattern = ".*".join(re.escape(part.strip()) for part in words.split("..."))
+        assert re.fullmatch(pattern, line), (line, words)
+
+
+PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
