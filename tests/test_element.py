@@ -103,6 +103,20 @@ def test_an_index_that_runs_backwards_is_not_split_into_negative_loops() -> None
     assert found == [(2 * 3 - 1 - 4) // 3, (2 * 3 - 1 - 4) % 3]
 
 
+def test_no_division_is_left_of_an_index_that_runs_backwards() -> None:
+    """C and Triton would round (-1 - col) / 2 up, Python rounds it down."""
+    loops = Loops({})
+    row, col = loops.make(S, "a0"), loops.make(sympy.Integer(2), "a1")
+    high, low = loops.split((2 * S - 1 - 2 * row - col).expand(), sympy.Integer(2))
+    assert (high, low) == (S - 1 - row, 1 - col)
+    mixed = (2 * S + row - 3 * col).expand()  # below zero at some places of its last terms
+    high, low = loops.split(mixed, sympy.Integer(2))
+    for i, j in ((0, 1), (1, 1), (2, 0)):
+        dims = {"seq": 3, "@a0": i, "@a1": j}
+        found = [int(e.xreplace({s: dims[s.name] for s in e.free_symbols})) for e in (high, low)]
+        assert found == list(divmod(6 + i - 3 * j, 2))
+
+
 @pytest.mark.parametrize("row", PRIMITIVES.values(), ids=lambda row: row.name)
 def test_every_primitive_spells_its_arguments(row: object) -> None:
     assert isinstance(row.cost, int) and row.cost >= 1  # type: ignore[attr-defined]

@@ -251,6 +251,26 @@ def test_broadcasts_are_aligned_from_the_right_too() -> None:
         torch.testing.assert_close(add(x, y), x + y)
 
 
+def test_sizes_of_1_that_only_broadcast_once_the_dims_have_moved() -> None:
+    @turbotx.optimize
+    def combine(x, y):
+        return (x.flatten() + y.transpose(0, 1)).tanh()
+
+    for shape in ((1, 1), (1, 4), (3, 1)):
+        x, y = torch.randn(shape), torch.randn(shape[1], 1)
+        torch.testing.assert_close(combine(x, y), (x.flatten() + y.transpose(0, 1)).tanh())
+
+
+def test_a_value_repeated_and_read_backwards() -> None:
+    def function(x):
+        y = torch.sigmoid(x).repeat_interleave(2, 0)
+        return torch.minimum(y, y), y.flip(0)
+
+    x = torch.randn(5)
+    for ours, eager in zip(turbotx.optimize(function)(x), function(x), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
 def test_a_call_without_tensors_is_refused() -> None:
     with pytest.raises(CaptureError, match="no tensor among its arguments"):
         turbotx.optimize(lambda n: torch.zeros(3) + n)(2)

@@ -78,7 +78,9 @@ def test_divide() -> None:
     assert divide(ZERO, S) == 0
     assert divide(S, S) == 1
     assert divide(FloorDiv(S, 2), ONE) == FloorDiv(S, 2)
-    assert divide(FloorDiv(S, 2) * 2, sympy.Integer(2)) is None
+    assert divide(FloorDiv(S, 2) * 2, sympy.Integer(2)) == FloorDiv(S, 2)
+    assert divide(B * FloorDiv(S, 2), FloorDiv(S, 2)) == B
+    assert divide(FloorDiv(S, 2), sympy.Integer(2)) is None
 
 
 @settings(max_examples=60)

@@ -109,17 +109,27 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     name = type(model).__name__
     if not tensors:
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
-    try:
-        exported = _export(flat, *_widen(tensors, from_right=False))
-    except Exception as error:
-        examples, varying = _widen(tensors, from_right=True)
-        if varying == _widen(tensors, from_right=False)[1]:
-            raise _capture_error(name, error) from error
+    return _describe(_export_widened(flat, tensors, name), flat, name, names)
+
+
+def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], name: str) -> Any:
+    """Trace with as many dims symbolic as the call takes; raise the first attempt's error.
+
+    A size of 1 varies unless a larger one stands beside it, counted from the left, or else from
+    either side. Where that fails too it is taken for a broadcast: the call may have moved the dims.
+    """
+    first, tried = None, []
+    for sides in ("left", "both", "none"):
+        examples, varying = _widen(tensors, sides)
+        if varying in tried:
+            continue
+        tried.append(varying)
         try:
-            exported = _export(flat, examples, varying)
-        except Exception:
-            raise _capture_error(name, error) from error
-    return _describe(exported, flat, name, names)
+            return _export(flat, examples, varying)
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise _capture_error(name, first) from first
 
 
 def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
@@ -184,14 +194,14 @@ def _label_leaves(tree: Any, label: str, labelled: dict[int, str]) -> None:
 
 
 def _widen(
-    tensors: Sequence[torch.Tensor], from_right: bool
+    tensors: Sequence[torch.Tensor], sides: str
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Repeat size-1 dims so that tracing cannot specialise on them; list the dims that vary.
 
-    A size 1 stays fixed only where another input has a larger size at the same position, counted
-    from the left or (if the first attempt failed) from the right too: there it is a broadcast, as
-    in a (1, seq) mask beside (batch, seq) ids. Inputs that are one tensor become two: tracing
-    would take them for one argument.
+    sides: where another input with a larger size keeps a size 1 fixed: at the same position from
+    the "left" or from "both" sides, as a (1, seq) mask beside (batch, seq) ids is a broadcast; with
+    "none" every size 1 is fixed. Inputs that are one tensor become two: tracing would take them for
+    one argument.
     """
     largest: dict[int, int] = {}
     for tensor in tensors:
@@ -206,8 +216,8 @@ def _widen(
         if any(tensor is other for other in widened):
             tensor = tensor.clone()
         for d, size in enumerate(tensor.shape):
-            beside = max(largest[d], largest[d - rank]) if from_right else largest[d]
-            if size == 1 and beside > 1:
+            beside = largest[d] if sides == "left" else max(largest[d], largest[d - rank])
+            if size == 1 and (beside > 1 or sides == "none"):
                 continue
             dims.append(d)
             if size <= 1:

@@ -66,6 +66,12 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def is_size(node: fx.Node) -> bool:
+    """Tell whether a call gives a number made of sizes: it reads no element of its arguments."""
+    value = node.meta.get("val")
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
 def shape(node: fx.Node) -> tuple[Expr, ...]:
     """Return the node's shape over the named dims."""
     value = tensor(node)

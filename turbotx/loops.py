@@ -75,29 +75,34 @@ class Loops:
 
     def split(self, flat: Expr, by: Expr) -> tuple[Expr, Expr]:
         """Return (flat // by, flat % by), exactly; asks for an axis to be split if that helps."""
-        quotient, rest = ZERO, ZERO
-        for term in sympy.Add.make_args(sympy.expand(flat)):
-            whole = divide(term, by)
-            if whole is None:
-                rest += term
-            else:
-                quotient += whole
+        quotient, rest = _take_multiples(flat, by)
         if rest == 0:
             return quotient, ZERO
-        low, high = self.bounds(rest)
-        known = low is not None and high is not None
-        if known and is_nonnegative(low) and is_nonnegative(by - 1 - high):
+        if self._lies_below(rest, by):
             return quotient, rest
+        # An index that runs backwards: floor(r / n) = -floor((n - 1 - r) / n).
+        back, turned = _take_multiples(by - 1 - rest, by)
+        if self._lies_below(turned, by):
+            return quotient - back, sympy.expand(rest + back * by)
+        low, _ = self.bounds(rest)
         for name, extent in self.axes.items():
             step = rest.coeff(ir.axis_symbol(name))
             inner = divide(by, step) if step != 0 else None
             if inner is None or not is_nonnegative(inner - 1):  # an index that runs backwards
                 continue
-            if inner != extent and divide(extent, inner) is not None:
+            if inner not in (1, extent) and divide(extent, inner) is not None:
                 raise SplitAxis(name, inner)
-        if low is None or not is_nonnegative(low):  # division of negatives differs by language
-            quotient, rest = ZERO, sympy.expand(flat)
+        if low is None or not is_nonnegative(low):
+            # Python rounds a negative quotient down, C and Triton up: divide what is divisible.
+            remains = Mod(sympy.expand(flat), by)
+            return quotient + FloorDiv(rest - remains, by), remains
         return quotient + FloorDiv(rest, by), Mod(rest, by)
+
+    def _lies_below(self, value: Expr, limit: Expr) -> bool:
+        """Tell whether 0 <= value < limit is known."""
+        low, high = self.bounds(value)
+        known = low is not None and high is not None
+        return known and is_nonnegative(low) and is_nonnegative(limit - 1 - high)
 
     def row_index(
         self, extents: tuple[Expr, ...], used: set[str], node: fx.Node
@@ -145,3 +150,15 @@ class Loops:
             self.make(extent, f"r{k}")
         made = [n for n in self.axes if n not in before]
         return made or [next(iter(self.axes))]
+
+
+def _take_multiples(value: Expr, by: Expr) -> tuple[Expr, Expr]:
+    """Return the terms that are multiples of `by`, divided by it, and the sum of the others."""
+    quotient, rest = ZERO, ZERO
+    for term in sympy.Add.make_args(sympy.expand(value)):
+        whole = divide(term, by)
+        if whole is None:
+            rest += term
+        else:
+            quotient += whole
+    return quotient, rest

@@ -144,7 +144,9 @@ class Puller(Elements):
         if wrap:
             zero = self.constant(0, torch.int64)
             value = self.where(value < zero, value + self.index(extent), value)
-        mask = self._masks[-1].name if self._masks else None
+        mask = None
+        if self._masks:  # looked at wherever the mask is known, maybe deeper in the loops
+            value, mask = self.where(self._masks[-1], value, 0), self._masks[-1].name
         check = ir.Check(value.name, extent, mask)
         if check not in self.body:
             self.body.append(check)

@@ -65,14 +65,16 @@ def divide(value: Expr, by: Expr) -> Expr | None:
         return value
     if value == 0:
         return ZERO
-    if value.has(FloorDiv, Mod, PythonMod) or by.has(FloorDiv, Mod, PythonMod):
-        return ONE if value == by else None
-    quotient = sympy.expand(sympy.cancel(value / by))
+    # What is rounded is a whole number like any other: n // 2 divides 4 * (n // 2).
+    kinds = (FloorDiv, Mod, PythonMod)
+    rounded = value.atoms(*kinds) | by.atoms(*kinds)
+    names = {whole: sympy.Dummy(integer=True) for whole in rounded}
+    quotient = sympy.expand(sympy.cancel(value.xreplace(names) / by.xreplace(names)))
     for term in sympy.Add.make_args(quotient):
         coefficient, rest = term.as_coeff_Mul()
         if not coefficient.is_Integer or sympy.denom(rest) != 1:
             return None
-    return quotient
+    return quotient.xreplace({name: whole for whole, name in names.items()})
 
 
 class _SourcePrinter(StrPrinter):

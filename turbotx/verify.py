@@ -66,6 +66,8 @@ def check_region(nodes: Sequence[fx.Node], outputs: Collection[fx.Node]) -> None
     after: set[fx.Node] = set()
     for node in _between(nodes):
         reached = any(n in after or n in inside for n in node.all_input_nodes)
+        if g.is_size(node):  # known before anything runs
+            continue
         if node in inside and any(n in after for n in node.all_input_nodes):
             raise VerifyError(f"a path leaves the region and comes back at {node.name}")
         if node not in inside and reached and not _is_view_of_inside(node, inside, after):

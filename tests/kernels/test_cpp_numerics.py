@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.compiled_functions import Compilation, CppRunner, by_interpreter, compile_function
+from tests.kernel_interpreter import CheckFailed
 from tests.kernels.cpp_probe import needs_compiler
 from tests.ops.operator_samples import excess
 
@@ -121,3 +122,28 @@ def test_meaning_of_the_kernels(
             torch.testing.assert_close(ours, true, rtol=1e-11, atol=1e-11)
         else:
             assert torch.equal(ours, true)
+
+
+def test_what_two_column_loops_compute_and_what_a_pad_gathers() -> None:
+    """A running sum that both loops of a norm run, along the columns and along the rows; a gathered
+    row whose positions are known before the loop in which the pad decides."""
+
+    def running(x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(-1).log_softmax(-1)
+
+    def running_down(x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(0).log_softmax(0)
+
+    def gathered(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x.tanh().index_select(0, at), (1, 1))
+
+    x, at = torch.randn(40, 33), torch.tensor([3, 0, 39])
+    cases = [(running, (x,)), (running_down, (x,)), (gathered, (x, at))]
+    made = [compile_function(function, *args) for function, args in cases]
+    runner = CppRunner(made)
+    for compilation, (function, args) in zip(made, cases, strict=True):
+        (ours,) = compilation.run(args, runner)
+        wide = [a.double() if a.is_floating_point() else a for a in args]
+        assert excess(ours, function(*args), function(*wide)) is None
+    with pytest.raises(CheckFailed):
+        made[2].run((x, torch.tensor([3, 40, 0])), runner)

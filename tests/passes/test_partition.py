@@ -60,6 +60,21 @@ def test_two_readers_keep_a_value_stored() -> None:
     assert ["exp"] in found
 
 
+def test_the_size_of_a_value_is_no_reader_of_it() -> None:
+    """Tracing may ask a value for its size where no input has that size."""
+    aten = torch.ops.aten
+    graph = captured_graph(lambda x, k: x.exp()[k % 3].tanh(), X, torch.arange(4))
+    (exp,) = graph.find_nodes(op="call_function", target=aten.exp.default)
+    (remainder,) = graph.find_nodes(op="call_function", target=aten.remainder.Scalar)
+    with graph.inserting_after(exp):
+        size = graph.call_function(aten.sym_size.int, (exp, 0))
+    size.meta["val"] = exp.meta["val"].shape[0]
+    remainder.update_arg(1, size)
+    (region,) = partition(graph, find_prepared(graph))
+    check_region(region.nodes, region.outputs)
+    assert [op_name(n) for n in region.outputs] == ["tanh"]
+
+
 def test_an_op_without_a_row_stands_between_regions() -> None:
     found = regions(lambda x: torch.sort(x.exp(), dim=-1)[0].sin(), X)
     assert found == [["exp"], ["sin"]]

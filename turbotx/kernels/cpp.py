@@ -93,6 +93,7 @@ class _Rows:
     def __init__(self, text: Text, sweeps: Sweeps) -> None:
         self.text, self.sweeps, self.kernel = text, sweeps, text.kernel
         self.kept = sweeps.kept()
+        self.running: set[str] = set()
         self.last = self.kernel.columns[-1]
         self.block = equal_block(self.last.extent)
         self.end = ""
@@ -140,7 +141,10 @@ class _Rows:
         known = {v for v, k in self.kept.items() if k < sweep}
         scans = [s for s in sweeps.scans(self._values(sweep)) if s.result not in known]
         for s in scans:
-            text.put(f"{wider(STORAGE[s.dtype])} {s.result}_so_far = {SCANS[s.op].start};")
+            again = s.result in self.running  # an earlier sweep ran it too
+            kind = "" if again else f"{wider(STORAGE[s.dtype])} "
+            text.put(f"{kind}{s.result}_so_far = {SCANS[s.op].start};")
+            self.running.add(s.result)
         for axis in self.kernel.columns[:-1]:
             text.loop(axis)
         parts = [r for r in reduces if self._in_parts(r)]

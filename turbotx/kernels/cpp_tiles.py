@@ -45,6 +45,7 @@ class _Tiles:
         self.text, self.sweeps, self.kernel = text, sweeps, text.kernel
         self.row = self.kernel.rows[-1]
         self.tiled = self._tiled_values()
+        self.running: set[str] = set()
 
     def _tiled_values(self) -> set[str]:
         """Values of a row that something in another loop reads: one array of a tile each."""
@@ -132,7 +133,9 @@ class _Tiles:
         values = self.sweeps.closure(self.sweeps.ends(sweep))
         for scan in self.sweeps.scans(values):
             kind = wider(text.type_of(scan.result))
-            text.put(f"{kind} {scan.result}_so_far[{TILE}];")
+            if scan.result not in self.running:  # an earlier sweep may have run it too
+                text.put(f"{kind} {scan.result}_so_far[{TILE}];")
+            self.running.add(scan.result)
             start = f"{kind}({SCANS[scan.op].start})"
             text.put(f"std::fill_n({scan.result}_so_far, {TILE}, {start});")
         for axis in self.kernel.columns:

@@ -172,9 +172,11 @@ def _sink(groups: list[list[fx.Node]], kinds: dict[fx.Node, str]) -> list[list[f
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    """Return who reads a node's elements, looking through views."""
+    """Return who reads a node's elements, looking through views; its sizes are no elements."""
     found: list[fx.Node] = []
     for user in node.users:
+        if g.is_size(user):
+            continue
         if is_view(user) or user.target in SPLITS:
             found += _readers(user)
         else:
