@@ -106,9 +106,10 @@ def make_gemm_jobs(report: Report, target: str) -> Iterator[Job]:
 def resources_table(built: Sequence[Built]) -> Table:
     """Registers a thread, spills, shared memory and the widest accesses of each kernel."""
     table = Table(title="On GPUs", title_justify="left", title_style="bold")
+    table.caption, table.caption_justify = "shared: bytes; load, store: widest, in bits", "left"
     table.add_column("kernel", overflow="fold", min_width=24)
     table.add_column("target")
-    for name in ("regs", "spills", "shared B", "load b", "store b"):
+    for name in ("regs", "spills", "shared", "load", "store"):
         table.add_column(name, justify="right")
     for b in built:
         r = b.resources
