@@ -23,7 +23,13 @@ from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.passes.attention import recognize_attention
 from turbotx.passes.canonicalize import canonicalize
-from turbotx.passes.linear import free_biases, lift_views, pack_linears, use_linear
+from turbotx.passes.linear import (
+    free_biases,
+    lift_views,
+    pack_linears,
+    use_linear,
+    use_multiplication,
+)
 from turbotx.passes.partition import find_prepared, kind_of, partition
 from turbotx.passes.results import use_single_results
 from turbotx.program import Program
@@ -53,6 +59,7 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     """
     use_single_results(graph)
     canonicalize(graph)
+    use_multiplication(graph)
     use_linear(graph)
     pack_linears(graph)
     recognize_attention(graph, attention)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from tests.graphs import calls
+import turbotx
+from tests.graphs import calls, captured_graph
 from turbotx.capture import capture
 from turbotx.passes.canonicalize import canonicalize
-from turbotx.passes.linear import free_biases, lift_views, pack_linears, use_linear
+from turbotx.passes.linear import (
+    free_biases,
+    lift_views,
+    pack_linears,
+    use_linear,
+    use_multiplication,
+)
 
 X = torch.randn(2, 3, 8)
 
@@ -113,3 +121,34 @@ def test_a_matmul_by_a_weight_becomes_linear() -> None:
     assert [c for c in calls(found.graph) if c != "permute"] == ["linear", "matmul"]
     for ours, wanted in zip(run(found, X), module(X), strict=True):
         torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [
+        (lambda x: x[..., None] @ x[:, :, None], ["unsqueeze", "mul"]),
+        (lambda x: x[0, :1].mT.mm(x[1, :1]), ["mul"]),
+        (lambda x: x.transpose(1, 2) @ x, ["permute", "matmul"]),
+        (lambda x: x[:, :, :1].transpose(1, 2) @ x[:, :, :1], ["matmul"]),
+        (lambda x: x[0, 0, :1] @ x[0, :1], ["matmul"]),  # a vector's result has one dim less
+    ],
+)
+def test_sums_of_one_term_are_multiplications(function, left) -> None:
+    graph = captured_graph(function, X)
+    use_multiplication(graph)
+    assert calls(graph)[-len(left) :] == left
+    before = str(graph)
+    use_multiplication(graph)
+    assert str(graph) == before
+
+
+def test_angles_of_rotary_embeddings_are_part_of_a_run() -> None:
+    def angles(frequencies: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        steps = torch.arange(x.shape[1])[None, None, :].expand(x.shape[0], 1, -1).float()
+        return (frequencies[None, :, None].expand(x.shape[0], -1, 1) @ steps).mT.cos() * x
+
+    frequencies = torch.rand(8)
+    fast = turbotx.optimize(angles)
+    torch.testing.assert_close(fast(frequencies, X), angles(frequencies, X))
+    (compiled,) = fast._engine.variants()
+    assert [x.kind for x in compiled.assembly.launches] == ["kernel"]

@@ -1,4 +1,4 @@
-"""Linear: pack the projections that read one tensor into one GEMM, and free biases to fuse.
+"""Linear: products as what they are best run as, projections of one tensor packed, biases free.
 
 In: a canonical graph. Out: Q, K and V (and gate and up) as pieces of one `linear` over the
 concatenated weights, and `linear(x, w, b)` as `linear(x, w) + b` wherever the sum goes on into
@@ -17,6 +17,21 @@ from turbotx.ops import is_computed
 from turbotx.views import is_view
 
 aten = torch.ops.aten
+
+
+def use_multiplication(graph: fx.Graph) -> None:
+    """Write products whose sums are of one term, (.., m, 1) @ (.., 1, n), as multiplications.
+
+    Rotary embeddings make their angles so; a GEMM would end the run of calls around it.
+    """
+    for node in list(graph.nodes):
+        if not g.is_call(node, aten.mm.default, aten.bmm.default, aten.matmul.default):
+            continue
+        column, row = (g.shape(n) for n in node.args)
+        if min(len(column), len(row)) < 2 or not column[-1] == row[-2] == 1:
+            continue
+        with graph.inserting_before(node):
+            g.replace(node, g.emit(node, aten.mul.Tensor, *node.args))
 
 
 def use_linear(graph: fx.Graph) -> None:
