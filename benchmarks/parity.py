@@ -32,7 +32,7 @@ SMALL = {
     "head_dim": 16, "intermediate_size": 128, "hidden_dim": 128, "d_ff": 128, "ffn_dim": 128,
     "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "word_embed_proj_dim": 64, "vocab_size": 1000,
     "image_size": 32, "patch_size": 8, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-    "cls_token_id": 0, "sep_token_id": 2,
+    "cls_token_id": 0, "sep_token_id": 2, "rotary_dim": 8,
 }  # fmt: skip
 
 

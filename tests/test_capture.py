@@ -144,3 +144,52 @@ def test_numbers_made_by_the_model_are_numbers_and_closed_over_tensors_stay_tens
     assert targets.count(torch.ops.aten.scalar_tensor.default) == 1
     own.fill_(3.0)
     torch.testing.assert_close(found.graph_module(x)[0], x * 3.0 / 2.0**0.5)
+
+
+def next_and_own(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(x[:, 1:], (0, 0, 0, 1)) + 2 * x
+
+
+@pytest.mark.parametrize("first", [1, 2, 5])
+def test_a_part_of_a_length_may_be_one_or_empty(first: int) -> None:
+    fast = turbotx.optimize(next_and_own, backend="aten")
+    for length in (first, 1, 2, 9):
+        x = torch.randn(3, length, 4)
+        torch.testing.assert_close(fast(x), next_and_own(x))
+    assert fast.stats()["captures"] == 1
+
+
+def last_but_for_one_token(x: torch.Tensor) -> torch.Tensor:
+    rest = x[:, 1:]
+    return rest * 3 if rest.shape[1] == 1 else rest
+
+
+def test_a_model_may_tell_one_from_others() -> None:
+    fast = turbotx.optimize(last_but_for_one_token, backend="aten")
+    for length in (5, 2, 1, 9):
+        x = torch.randn(3, length, 4)
+        torch.testing.assert_close(fast(x), last_but_for_one_token(x))
+
+
+def test_a_model_made_in_inference_mode_is_refused_by_name() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4)).eval()
+    with pytest.raises(CaptureError, match=r"'0\.weight' was made under torch\.inference_mode"):
+        turbotx.optimize(model)(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_slices_from_the_end_and_of_what_is_too_short(first: int) -> None:
+    table = torch.randn(40, 4)
+    cases = (
+        lambda x: x[:, 2:] * 2,
+        lambda x: x[:, -3:] * 2,
+        lambda x: x[:, -x.shape[1] // 2 :] * 2,
+        lambda x: x + table[-x.shape[1] :],
+        lambda x: x + table[30 - x.shape[1]] + table[-x.shape[1]],
+    )
+    for case in cases:
+        fast = turbotx.optimize(case)
+        for length in (first, 1, 2, 3, 9):
+            x = torch.randn(3, length, 4)
+            torch.testing.assert_close(fast(x), case(x))

@@ -34,7 +34,7 @@ LAYERS = (
     ("ops", "attention"),
     ("pull",),
     ("verify",),
-    ("decompose", "unlift"),
+    ("decompose", "unlift", "size_tensors"),
     ("capture",),
     ("passes",),
     ("kernels",),

@@ -99,6 +99,23 @@ def test_printed_source_means_the_expression(
         assert eval(to_c(v).replace("/", "//"), {}, dims) == w
 
 
+def test_the_larger_of_the_smaller() -> None:
+    value = sympy.Max(sympy.Min(B, S), S - 3, 1)
+    for dims in ({"batch": 2, "seq": 9}, {"batch": 7, "seq": 4}, {"batch": 9, "seq": 1}):
+        wanted = evaluate(value, dims)
+        assert eval(to_python(value), {}, dims) == wanted
+        assert compile_evaluator([value], ("batch", "seq"))(**dims) == (wanted,)
+        source = to_c(value)
+        assert "std::min<int64_t>(" in source
+        assert eval(source.replace("std::", "").replace("<int64_t>", ""), {}, dims) == wanted
+
+
+def test_a_negative_size_is_made_to_divide_evenly_in_c() -> None:
+    value = FloorDiv(-S, sympy.Integer(2))
+    assert to_c(value) == "(((-seq) - ((-seq) % 2 + 2) % 2) / 2)"
+    assert to_c(FloorDiv(S, sympy.Integer(2))) == "(seq / 2)"
+
+
 def test_products() -> None:
     assert product(()) == 1
     assert product((B, S, sympy.Integer(3))) == 3 * B * S

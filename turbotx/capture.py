@@ -11,6 +11,7 @@ an expression over named dims; the first call's size-1 dims are symbolic too. Ex
 from __future__ import annotations
 
 import copy
+import os
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,11 +25,13 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import OutputKind
+from torch.utils._sympy.functions import Mod, PythonMod
 
 from turbotx.decompose import NotNodeByNode, decompose_nodes
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
-from turbotx.sizes import Expr, dim, expr
+from turbotx.size_tensors import SizeTensors
+from turbotx.sizes import Expr, dim, expr, is_nonnegative
 from turbotx.unlift import FRESH, unlift
 
 # Composite ops that stay whole: the passes and the op table know them as they are, and their
@@ -49,10 +52,15 @@ KEPT_WHOLE = frozenset(
 
 @dataclass(frozen=True)
 class Guard:
-    """A condition on the dims that held while tracing; `text` is shown when it fails."""
+    """A condition on the dims that held while tracing; `text` is shown when it fails.
+
+    least: tracing tells 0 and 1 from other sizes, which most conditions do not mean: it is enough
+    that one holds where smaller sizes are taken for this one.
+    """
 
     condition: sympy.Basic
     text: str
+    least: int = 2
 
 
 @dataclass(frozen=True)
@@ -97,9 +105,12 @@ class _Flat(nn.Module):
         return flat
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], least: int = 2
+) -> Captured:
     """Trace `model(*args, **kwargs)` with every size of every tensor symbolic.
 
+    least: sizes of 1 and 2 are traced as this size; 0 traces the call's own sizes.
     Raises CaptureError, naming the user's own source line, when the model cannot be traced.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
@@ -109,10 +120,11 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     name = type(model).__name__
     if not tensors:
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
-    return _describe(_export_widened(flat, tensors, name), flat, name, names)
+    _refuse_inference_tensors(model)
+    return _describe(_export_widened(flat, tensors, least, name), flat, name, names)
 
 
-def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], name: str) -> Any:
+def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, name: str) -> Any:
     """Trace with as many dims symbolic as the call takes; raise the first attempt's error.
 
     A size of 1 varies unless a larger one stands beside it, counted from the left, or else from
@@ -120,7 +132,7 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], name: str) -> 
     """
     first, tried = None, []
     for sides in ("left", "both", "none"):
-        examples, varying = _widen(tensors, sides)
+        examples, varying = _widen(tensors, least, sides)
         if varying in tried:
             continue
         tried.append(varying)
@@ -137,7 +149,10 @@ def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]])
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(flat, tuple(examples), dynamic_shapes=dynamic, strict=False)
+        with SizeTensors():
+            exported = torch.export.export(
+                flat, tuple(examples), dynamic_shapes=dynamic, strict=False
+            )
         before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
         try:
             decompose_nodes(exported.graph_module, KEPT_WHOLE)
@@ -194,7 +209,7 @@ def _label_leaves(tree: Any, label: str, labelled: dict[int, str]) -> None:
 
 
 def _widen(
-    tensors: Sequence[torch.Tensor], sides: str
+    tensors: Sequence[torch.Tensor], least: int, sides: str
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Repeat size-1 dims so that tracing cannot specialise on them; list the dims that vary.
 
@@ -220,19 +235,31 @@ def _widen(
             if size == 1 and (beside > 1 or sides == "none"):
                 continue
             dims.append(d)
-            if size <= 1:
-                tensor = _grow(tensor, d)
+            if size <= 2 and size < least:
+                tensor = _grow(tensor, d, least)
         widened.append(tensor)
         varying.append(dims)
     return widened, varying
 
 
-def _grow(tensor: torch.Tensor, d: int) -> torch.Tensor:
-    if tensor.shape[d] == 1:
-        return torch.cat([tensor, tensor], dim=d)
+def _grow(tensor: torch.Tensor, d: int, least: int) -> torch.Tensor:
+    if tensor.shape[d]:
+        return tensor.index_select(d, torch.arange(least, device=tensor.device) % tensor.shape[d])
     shape = list(tensor.shape)
-    shape[d] = 2
+    shape[d] = least
     return tensor.new_zeros(shape)
+
+
+def _refuse_inference_tensors(model: nn.Module) -> None:
+    """Raise CaptureError for parameters and buffers without a version: torch.export takes none,
+    and a change of them would go unnoticed."""
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise CaptureError(
+                f"cannot capture {type(model).__name__}: its {path!r} was made under "
+                "torch.inference_mode(), and nothing tells when such a tensor changes. Make or "
+                "load the model outside of it (torch.no_grad() is fine); calls may be inside"
+            )
 
 
 def _capture_error(name: str, error: Exception) -> CaptureError:
@@ -273,7 +300,7 @@ def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captur
     symbols = _name_dims(fakes, names)
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
     remember_names(graph_module, symbols)
-    guards = _guards(exported, shape_env, symbols)
+    guards = _guards(exported, shape_env, symbols) + _guard_sizes(graph_module, symbols)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in fake.shape) for fake in fakes)
     dims = tuple(s.name for s in symbols.values())
     hints = _hints(shape_env, symbols)
@@ -325,7 +352,32 @@ def _guards(
             condition = sympy.Ge(name, interval.lower)
             guards.append(Guard(condition, f"{name} >= {interval.lower}"))
     for guard in shape_env.guards if shape_env is not None else ():
+        if _tells_one_from_others(guard):
+            continue
         condition = guard.expr.xreplace(dict(symbols))
         if condition.free_symbols and condition.free_symbols <= set(symbols.values()):
             guards.append(Guard(condition, str(condition)))
     return tuple(dict.fromkeys(guards))
+
+
+def _guard_sizes(
+    graph_module: fx.GraphModule, symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> tuple[Guard, ...]:
+    """Return that no tensor has a negative size: x[:, 2:] as it was traced needs two places."""
+    fakes = [node.meta.get("val") for node in graph_module.graph.nodes]
+    raw = {expr(n) for fake in fakes if isinstance(fake, torch.Tensor) for n in fake.shape}
+    sizes = {s.xreplace(dict(symbols)) for s in raw if not (s.is_Symbol or s.is_Integer)}
+    sizes = {s for s in sizes if s.free_symbols <= set(symbols.values())}
+    short = sorted((s for s in sizes if not is_nonnegative(s)), key=str)
+    return tuple(Guard(sympy.Ge(s, 0), f"{s} >= 0", least=0) for s in short)
+
+
+def _tells_one_from_others(guard: Any) -> bool:
+    """Tell whether an op of PyTorch asked if a size made of others (seq - 1) is 0 or 1, as it asks
+    of every size: no result depends on the answer. Where the model asks, its results may."""
+    condition = guard.expr
+    if not isinstance(condition, sympy.Ne) or condition.has(Mod, PythonMod):
+        return False
+    asked_in = str(getattr(guard.sloc.framework_loc, "filename", ""))
+    within = asked_in.startswith(str(Path(torch.__file__).parent) + os.sep)
+    return within and any(side in (0, 1) for side in condition.args)

@@ -36,6 +36,10 @@ from turbotx.signature import SizeMatcher
 
 log = logging.getLogger("turbotx")
 
+LONGER = 7
+"""What a size is traced as where 2 turned out to be too short to be free: it has room for a model
+that looks a few places back, and is no usual number of anything."""
+
 _called_plainly = threading.local()
 """`engine`: whose model this thread is calling as it was, for a trace or a comparison."""
 
@@ -162,7 +166,28 @@ class Engine:
             start_runtime()
         with self._plain(), pause_collection():
             captured = capture(self.model, args, kwargs)
+            captured = self._capture_elsewhere(captured, args, kwargs)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
+        return captured
+
+    def _capture_elsewhere(
+        self, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Captured:
+        """Return a capture that serves more where this one took sizes of 1 and 2 for fixed, because
+        what the model makes of them (the length less one) was 1; and where it does not serve the
+        call itself (whose length is too short for its other branch), one of exactly its sizes."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        traced = zip(captured.input_sizes, shapes, strict=True)
+        fixed = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
+        served = SizeMatcher(captured).match(shapes) is not None
+        for least in (*([LONGER] if fixed else []), *([] if served else [0])):
+            try:
+                found = capture(self.model, args, kwargs, least)
+            except CaptureError:
+                continue
+            if SizeMatcher(found).match(shapes) is not None:
+                return found
         return captured
 
     def compile(self, captured: Captured) -> Compiled:

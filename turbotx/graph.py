@@ -99,6 +99,20 @@ def size(value: Any, of: torch.Tensor | None = None) -> Expr:
     return _rename(expr(value), value.node.shape_env)
 
 
+def is_negative(value: Any) -> bool:
+    """Tell whether a position, an int or a node that stands for one, counts from the end.
+
+    Tracing has decided it wherever the position matters; 32 - seq is negative or not by that.
+    """
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    if isinstance(value, torch.SymInt):
+        if statically_known_true(value >= 0) or statically_known_true(value < 0):
+            return statically_known_true(value < 0)
+        return bool(expr(value).could_extract_minus_sign())
+    return value is not None and bool(value < 0)
+
+
 def _is_one(value: torch.SymInt) -> bool:
     """Tell whether what tracing assumed makes a size 1: it then broadcasts, whatever it is called.
 

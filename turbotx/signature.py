@@ -56,10 +56,12 @@ class SizeMatcher:
         return dims, self._broken_guard(dims)
 
     def _broken_guard(self, dims: dict[str, int]) -> str:
-        """Tracing tells 0 and 1 from other sizes, and nothing generated depends on that: a guard is
-        asked about sizes of at least two."""
         for guard in self._captured.guards:
-            values = {s: max(2, dims[s.name]) for s in guard.condition.free_symbols}
-            if guard.condition.xreplace({s: sympy.Integer(v) for s, v in values.items()}) == False:  # noqa: E712
+            for least in (0, guard.least):
+                values = {s: max(least, dims[s.name]) for s in guard.condition.free_symbols}
+                numbers = {s: sympy.Integer(v) for s, v in values.items()}
+                if guard.condition.xreplace(numbers) != False:  # noqa: E712
+                    break
+            else:
                 return f"{guard.text} does not hold"
         return ""

@@ -9,6 +9,7 @@ one (a size of zero is handled by the callers' loop bounds). Out: proofs (`is_no
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -81,6 +82,7 @@ class _SourcePrinter(StrPrinter):
     """Prints a size for Python, C and Triton, which agree on + - * and differ on division."""
 
     printmethod = "_turbotx_source"  # torch's FloorDiv would print itself as // otherwise
+    largest, least = "max", "min"
 
     def __init__(self, floor_div: str) -> None:
         super().__init__()
@@ -88,6 +90,8 @@ class _SourcePrinter(StrPrinter):
 
     def _print_FloorDiv(self, node: Any) -> str:
         top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"], strict=True) for a in node.args)
+        if self._floor_div == "/" and _may_be_negative(node.args[0]):
+            top = f"({top} - ({top} % {bottom} + {bottom}) % {bottom})"
         return f"({top} {self._floor_div} {bottom})"
 
     def _print_Mod(self, node: Any) -> str:
@@ -108,13 +112,20 @@ class _SourcePrinter(StrPrinter):
         return " * ".join(factors + ([str(numbers)] if numbers != 1 else []))
 
     def _print_Max(self, node: Any) -> str:
-        text = self._print(node.args[0])
-        for other in node.args[1:]:
-            text = f"max({text}, {self._print(other)})"
-        return text
+        return self._fold(self.largest, node)
 
     def _print_Min(self, node: Any) -> str:
-        return self._print_Max(node).replace("max(", "min(")
+        return self._fold(self.least, node)
+
+    def _fold(self, function: str, node: Any) -> str:
+        return functools.reduce(
+            lambda a, b: f"{function}({a}, {b})", [self._print(a) for a in node.args]
+        )
+
+
+def _may_be_negative(value: Expr) -> bool:
+    """Tell whether a size, not a position, was made of others by taking away: (-seq) // 2."""
+    return all(s.name[0] not in "@%" for s in value.free_symbols) and not is_nonnegative(value)
 
 
 def to_python(value: Expr) -> str:
@@ -122,23 +133,26 @@ def to_python(value: Expr) -> str:
     return _SourcePrinter("//").doprint(value)
 
 
+class _CPrinter(_SourcePrinter):
+    """C++ deduces no common type of an int64_t and a literal, so it is told which one."""
+
+    largest, least = "std::max<int64_t>", "std::min<int64_t>"
+
+
 def to_c(value: Expr) -> str:
-    """Return `value` as C++ source over int64_t names (sizes are never negative, so / floors)."""
-    return _SourcePrinter("/").doprint(value)
+    """Return `value` as C++ source over int64_t names, where / rounds to zero: what is divided is
+    a position or a size, never negative, or made to divide evenly."""
+    return _CPrinter("/").doprint(value)
 
 
 class _JavaScriptPrinter(_SourcePrinter):
     """JavaScript's numbers are doubles: exact below 2**53, and division has to be floored."""
 
+    largest, least = "Math.max", "Math.min"
+
     def _print_FloorDiv(self, node: Any) -> str:
         top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"], strict=True) for a in node.args)
         return f"Math.floor({top} / {bottom})"
-
-    def _print_Max(self, node: Any) -> str:
-        return f"Math.max({', '.join(map(self._print, node.args))})"
-
-    def _print_Min(self, node: Any) -> str:
-        return f"Math.min({', '.join(map(self._print, node.args))})"
 
 
 def to_javascript(value: Expr) -> str:

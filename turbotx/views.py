@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import sympy
 import torch
 from torch import fx
 
 from turbotx import graph as g
-from turbotx.sizes import ONE, ZERO, Expr, divide, is_nonnegative, product
+from turbotx.sizes import ONE, ZERO, Expr, divide, expr, product
 
 aten = torch.ops.aten
 IndexTuple: TypeAlias = tuple[Expr, ...]
@@ -74,9 +75,9 @@ def _slice(node: fx.Node, index: IndexTuple) -> IndexTuple:
     d = _dim(g.argument(node, "dim"), len(index))
     start, step = g.argument(node, "start"), g.argument(node, "step")
     first = ZERO if start is None else g.size(start)
-    if first.could_extract_minus_sign():
-        first = first + g.shape(source)[d]  # type: ignore[arg-type]
-        first = first if is_nonnegative(first) else ZERO
+    if g.is_negative(start):
+        extent = g.shape(source)[d]  # type: ignore[arg-type]
+        first = expr(sympy.Max(first + extent, ZERO))
     inner = list(index)
     inner[d] = (first + index[d] * g.size(step)).expand()
     return tuple(inner)
@@ -86,7 +87,7 @@ def _select(node: fx.Node, index: IndexTuple) -> IndexTuple:
     extents = g.shape(node.args[0])  # type: ignore[arg-type]
     d = _dim(node.args[1], len(extents))
     chosen = g.size(node.args[2])
-    if chosen.could_extract_minus_sign():
+    if g.is_negative(node.args[2]):
         chosen = chosen + extents[d]
     return (*index[:d], chosen, *index[d:])
 

@@ -80,6 +80,17 @@ def test_an_op_without_a_row_stands_between_regions() -> None:
     assert found == [["exp"], ["sin"]]
 
 
+def test_what_depends_on_sizes_is_not_prepared() -> None:
+    table = torch.randn(9, 4)
+
+    class Cut(nn.Module):
+        def forward(self, x):
+            return x * table[: x.shape[1]].sum() * table[x.shape[1] - 1].exp()
+
+    graph = capture(Cut().eval(), (torch.zeros(2, 3, 4),), {}).graph_module.graph
+    assert not find_prepared(graph)
+
+
 def test_values_of_parameters_alone_are_prepared() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -39,14 +39,7 @@ class Text:
 class _TritonPrinter(_SourcePrinter):
     """Sizes as Triton source: positions are never negative, so // and % round down there too."""
 
-    def _print_Max(self, node: Any) -> str:
-        text = self._print(node.args[0])
-        for other in node.args[1:]:
-            text = f"tl.maximum({text}, {self._print(other)})"
-        return text
-
-    def _print_Min(self, node: Any) -> str:
-        return self._print_Max(node).replace("tl.maximum(", "tl.minimum(")
+    largest, least = "tl.maximum", "tl.minimum"
 
     def _print_FloorDiv(self, node: Any) -> str:
         return self._divide(node, "//")

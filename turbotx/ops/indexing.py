@@ -155,12 +155,12 @@ def _roll(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     place_at = list(index)
     for shift, d in zip(shifts, dims, strict=True):
         d %= len(index)
-        place_at[d] = _rolled(m, place_at[d], g.size(shift), extents[d])
+        place_at[d] = _rolled(m, place_at[d], shift, extents[d])
     return m.element(source, tuple(place_at))
 
 
-def _rolled(m: Any, i: Expr, shift: Expr, extent: Expr) -> Expr:
-    backwards = shift.could_extract_minus_sign()
+def _rolled(m: Any, i: Expr, by: Any, extent: Expr) -> Expr:
+    backwards, shift = g.is_negative(by), g.size(by)
     distance = m.split(-shift if backwards else shift, extent)[1]
     start = distance if backwards else extent - distance
     return m.split((i + start).expand(), extent)[1]
@@ -181,7 +181,7 @@ def _slice_scatter(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     extent = g.shape(base)[d]
     start, step = g.argument(node, "start"), g.size(g.argument(node, "step"))
     first = ZERO if start is None else g.size(start)
-    if first.could_extract_minus_sign():
+    if g.is_negative(start):
         first = (first + extent).expand()
     along, rest = m.split((index[d] - first).expand(), step)
     inside = m.index(index[d]) >= m.index(first)

@@ -91,10 +91,21 @@ def find_prepared(graph: fx.Graph) -> frozenset[fx.Node]:
         if not g.is_tensor(node) or node.op != "call_function" or is_view(node):
             continue
         sources = [root_of(n) for n in node.all_input_nodes]
-        static = all(s.is_Integer for s in g.shape(node))
-        if sources and static and all(s.op == "get_attr" or s in prepared for s in sources):
+        if not all(s.is_Integer for s in g.shape(node)) or _reads_sizes(node):
+            continue
+        if sources and all(s.op == "get_attr" or s in prepared for s in sources):
             prepared.add(node)
     return frozenset(prepared)
+
+
+def _reads_sizes(node: fx.Node) -> bool:
+    """Tell whether a call, or a view that it looks through, depends on the sizes of the inputs."""
+    for source in node.all_input_nodes:
+        if isinstance(source.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return True
+        if (is_view(source) or source.target in SPLITS) and _reads_sizes(source):
+            return True
+    return False
 
 
 def partition(graph: fx.Graph, prepared: frozenset[fx.Node]) -> list[Region]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from turbotx.errors import SavedFileError
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever an older reader would misunderstand what is written."""
 
 MANIFEST = "manifest.json"

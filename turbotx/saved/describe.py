@@ -44,7 +44,7 @@ def describe_variant(variant: Variant) -> dict[str, Any]:
         "name": captured.name,
         "dims": list(captured.dims),
         "inputs": _describe_inputs(captured, program, runtime),
-        "guards": [[_condition(g.condition), g.text] for g in captured.guards],
+        "guards": [[_condition(g.condition), g.text, g.least] for g in captured.guards],
         "requirements": [[to_python(e), text] for e, text in program.assembly.requirements],
         "slot_count": len(table.slots),
         "values": [to_python(e) for e in table.values],

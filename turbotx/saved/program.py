@@ -174,8 +174,10 @@ class _Matcher:
     def __init__(self, tables: Mapping[str, Any], dims: Sequence[str]) -> None:
         self._dims, self._inputs = dims, tables["inputs"]
         self._sizes = compile_texts([s["text"] for x in self._inputs for s in x["sizes"]], dims)
-        self._guards = compile_texts([condition for condition, _ in tables["guards"]], dims)
-        self._texts = [text for _, text in tables["guards"]]
+        self._guards = [
+            (compile_texts([condition], dims), least, text)
+            for condition, text, least in tables["guards"]
+        ]
 
     def match(self, shapes: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
         dims, failed = self.solve(shapes)
@@ -202,7 +204,7 @@ class _Matcher:
         for (place, size, actual), expected in zip(places, self._sizes(*dims), strict=True):
             if actual != expected:
                 return (), f"{place} is {actual}, not {size['text']} = {expected}"
-        for holds, text in zip(self._guards(*(max(2, x) for x in dims)), self._texts, strict=True):
-            if not holds:
+        for holds, least, text in self._guards:
+            if not (all(holds(*dims)) or all(holds(*(max(least, x) for x in dims)))):
                 return (), f"{text} does not hold"
         return dims, ""
