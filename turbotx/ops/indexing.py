@@ -146,7 +146,7 @@ def _roll(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
         flat, total = ZERO, product(extents)
         for i, extent in zip(index, extents, strict=True):
             flat = flat * extent + i
-        place = _rolled(m, flat.expand(), g.size(shifts[0]), total)
+        place = _rolled(m, flat.expand(), shifts[0], total)
         found: list[Any] = []
         for extent in reversed(extents):
             place, low = m.split(place, extent)
