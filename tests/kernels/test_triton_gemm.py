@@ -18,6 +18,13 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.kernels.triton_runner import interpreting, load_function
+from turbotx.kernels.folded import (
+    fold_scales,
+    fold_shift,
+    fold_sums,
+    fold_weight,
+    join_affine,
+)
 from turbotx.kernels.gemm_choice import (
     BUCKETS,
     DEVICES,
@@ -34,7 +41,6 @@ from turbotx.kernels.targets import Job, build
 from turbotx.kernels.triton_gemm import (
     GemmSchedule,
     GemmTemplate,
-    fold_norm,
     gemm_arguments,
     gemm_grid,
     gemm_scratch,
@@ -157,46 +163,99 @@ def test_statistics_are_those_of_what_is_stored(n: int, tile: int, mean: float) 
         torch.testing.assert_close(m2, exact, rtol=1e-4 if mean else 1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "mean"),
-    [(torch.float32, 0.0), (torch.float32, 1e4), (torch.float16, 1.0), (torch.float16, 100.0),
-     (torch.bfloat16, 0.0), (torch.bfloat16, 30.0)],
-    ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-def test_a_norm_between_two_gemms(dtype: torch.dtype, mean: float, norm: str) -> None:
-    first = GemmTemplate(dtype, 40, 32, residual=True, stats=True)
+MEANS = [(torch.float32, 0.0), (torch.float32, 1e4), (torch.float16, 1.0), (torch.float16, 100.0),
+         (torch.bfloat16, 0.0), (torch.bfloat16, 30.0)]  # fmt: skip
+
+
+def normalise(x: torch.Tensor, norm: str, gamma: Any, beta: Any) -> torch.Tensor:
+    shape = x.shape[-1:]
+    return F.layer_norm(x, shape, gamma, beta) if norm == "layer" else F.rms_norm(x, shape, gamma,
+                                                                                  1e-5)  # fmt: skip
+
+
+def rows_with_statistics(dtype: torch.dtype, mean: float, width: int) -> dict[str, Any]:
+    """What a GEMM leaves: rows of `width`, 5 of them, and statistics of every 16 columns."""
+    first = GemmTemplate(dtype, width, 32, residual=True, stats=True)
     given = operands(first, 5)
     given["residual"] = (given["residual"].float() + mean).to(dtype)
-    made = run(first, SMALL, **given)
-    hidden = made["out"]
+    return run(first, SMALL, **given)
+
+
+def assert_close(ours: torch.Tensor, own: torch.Tensor, exact: torch.Tensor) -> None:
+    unit = torch.finfo(own.dtype).eps * exact.abs().max()
+    error, allowed = (ours.double() - exact).abs().max(), (own.double() - exact).abs().max()
+    assert error <= 1.5 * allowed + 2 * unit
+
+
+@pytest.mark.parametrize(("dtype", "mean"), MEANS, ids=str)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_norm_between_two_gemms(dtype: torch.dtype, mean: float, norm: str) -> None:
+    made = rows_with_statistics(dtype, mean, 40)
     weight, bias = (torch.randn(24, 40) / 6).to(dtype), torch.randn(24).to(dtype)
-    gamma, beta = torch.randn(40).to(dtype), torch.randn(40).to(dtype)
-    beta = beta if norm == "layer" else torch.zeros_like(beta)
-    folded, sums, shift = fold_norm(weight, gamma, beta, bias)
-
-    def plain(x, w, b, g, s):
-        normal = F.layer_norm(x, (40,), g, s) if norm == "layer" else F.rms_norm(x, (40,), g, 1e-5)
-        return F.linear(normal, w, b)
-
-    template = GemmTemplate(dtype, 24, 40, bias=True, norm=norm)
+    gamma, beta = torch.randn(40).to(dtype), torch.randn(40).to(dtype) if norm == "layer" else None
+    scales = fold_scales(weight, gamma) if dtype is torch.float16 else None
+    folded = fold_weight(weight, gamma, scales)
+    template = GemmTemplate(dtype, 24, 40, bias=True, norm=norm, scaled=scales is not None)
     ours = run(
-        template, replace(SMALL, stat_tile=16), x=hidden, w=folded, bias=shift,
-        sums=sums, x_stats=made["stats"],
-    )["out"].double()  # fmt: skip
-    parameters = (weight, bias, gamma, beta)
-    exact = plain(hidden.double(), *(p.double() for p in parameters))
-    own = plain(hidden, *parameters).double()
-    unit = torch.finfo(dtype).eps * exact.abs().max()
-    assert (ours - exact).abs().max() <= 1.5 * (own - exact).abs().max() + 2 * unit
+        template, replace(SMALL, stat_tile=16), x=made["out"], w=folded, scales=scales,
+        bias=fold_shift(weight, beta, bias), sums=fold_sums(folded, scales), x_stats=made["stats"],
+    )["out"]  # fmt: skip
+    given = [made["out"], gamma, beta, weight, bias]
+    exact, own = (
+        F.linear(normalise(x, norm, g, s), w, b)
+        for x, g, s, w, b in ([t if t is None else t.double() for t in given], given)
+    )
+    assert_close(ours, own, exact)
+
+
+@pytest.mark.parametrize(("dtype", "mean"), MEANS, ids=str)
+@pytest.mark.parametrize(("norm", "splits"), [("layer", 1), ("layer", 2), ("rms", 1)])
+def test_a_residual_is_normalised_as_it_is_read(
+    dtype: torch.dtype, mean: float, norm: str, splits: int
+) -> None:
+    made = rows_with_statistics(dtype, mean, 24)
+    template = GemmTemplate(dtype, 24, 40, bias=True, residual=True, residual_norm=norm, stats=True)
+    gamma, beta = torch.randn(24).to(dtype), torch.randn(24).to(dtype) if norm == "layer" else None
+    given = operands(template, 5) | {"residual": made["out"]}
+    ours = run(
+        template, replace(SMALL, residual_tile=16, splits=splits), **given,
+        residual_norm=join_affine(given["w"], gamma, beta), residual_stats=made["stats"],
+    )["out"]  # fmt: skip
+    own = meaning(template, given | {"residual": normalise(made["out"], norm, gamma, beta)})
+    wide = {name: t.double() for name, t in given.items()}
+    affine = [t if t is None else t.double() for t in (gamma, beta)]
+    wide["residual"] = normalise(wide["residual"], norm, *affine)
+    assert_close(ours, own, meaning(template, wide))
+
+
+def test_many_statistics_are_merged_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turbotx.kernels.triton_gemm.MERGED", 0)  # 16 of them
+    made = rows_with_statistics(torch.float32, 3.0, 300)
+    weight = torch.randn(16, 300) / 17
+    template = GemmTemplate(torch.float32, 16, 300, norm="layer")
+    ours = run(template, replace(SMALL, stat_tile=16), x=made["out"], w=weight,
+               x_stats=made["stats"])["out"]  # fmt: skip
+    exact = F.linear(normalise(made["out"].double(), "layer", None, None), weight.double())
+    assert_close(ours, F.linear(normalise(made["out"], "layer", None, None), weight), exact)
 
 
 def test_sums_are_those_of_the_rounded_weight() -> None:
     weight = torch.randn(8, 64, dtype=torch.float64).to(torch.bfloat16)
-    folded, sums, shift = fold_norm(weight, torch.rand(64).to(torch.bfloat16))
+    folded = fold_weight(weight, torch.rand(64).to(torch.bfloat16), None)
     assert folded.dtype is torch.bfloat16
-    assert torch.equal(sums, folded.double().sum(1).float())
-    assert (shift == 0).all()
+    assert torch.equal(fold_sums(folded, None), folded.double().sum(1).float())
+    assert (fold_shift(weight, None, None) == 0).all()
+
+
+@pytest.mark.parametrize("size", [1e-5, 1.0, 6e4])
+def test_scales_keep_a_small_or_large_gamma_in_range(size: float) -> None:
+    weight, gamma = torch.randn(8, 64).half(), (torch.rand(64) * size).half()
+    scales = fold_scales(weight, gamma)
+    back = fold_weight(weight, gamma, scales).double() * scales.double()[:, None]
+    exact = weight.double() * gamma.double()
+    largest = exact.abs().amax(1, keepdim=True)
+    assert ((back - exact).abs() <= 2**-11 * exact.abs() + 2**-24 * largest).all()
+    assert torch.equal(fold_scales(torch.zeros(2, 64).half(), gamma), torch.ones(2))
 
 
 # --- choosing tiles ---

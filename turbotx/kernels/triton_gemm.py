@@ -3,13 +3,14 @@
 In: a `GemmTemplate`, what the graph fixes about a linear and its surroundings, and a
 `GemmSchedule`. Out: stand-alone source of one function; rows are tokens, the weight is (n, k)::
 
-    out = activation(norm(x) w^T + bias) [* the same of the second half of w] + residual
+    out = activation(norm(x) w^T + bias) [* the same of the second half of w] + [norm of] residual
 
 A norm is folded: LN(x) W = rstd * (x (gamma W) - mean * sums) + beta W + bias, where sums are
-those of gamma W over k, as it is stored (see `fold_norm`), so that its rounding cancels with the
-mean. float32 subtracts the mean from x instead, which rounds as LayerNorm itself does. mean and
-rstd come from statistics that the GEMM before has left behind: (mean, m2) of each row over each of
-its tiles, which merge without cancellation (Chan, Golub & LeVeque 1979).
+those of gamma W over k, as it is stored (see `folded.py`), so that its rounding cancels with the
+mean. float32 subtracts the mean from x instead, which rounds as LayerNorm itself does. A residual
+is normalised as it is read. mean and rstd come from statistics that the GEMM before has left
+behind: (mean, m2) of each row over each of its tiles, which merge without cancellation (Chan,
+Golub & LeVeque 1979).
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ ACTIVATIONS = {
 }
 # Tiles of rows that share a turn through the weight, so that it is read from memory once.
 GROUP = 8
+# Statistics that a program merges at a time.
+MERGED = 4096
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,10 @@ class GemmTemplate:
     """What is fixed about a GEMM launch: out (tokens, n) of x (tokens, k) and a weight.
 
     The weight has n rows, or 2 n where `gated`: the second half times the first, after activation.
-    flipped: it is stored (k, n). norm: "none", "layer" or "rms", of x over k, with eps. stats:
-    leave the row statistics of out behind. tf32: float32 factors may be rounded to TF32.
+    flipped: it is stored (k, n). norm: "none", "layer" or "rms", of x over k, with eps; scaled: the
+    weight with gamma in it is stored times a power of two a row. residual_norm: likewise, of the
+    residual over n. stats: leave the row statistics of out behind. tf32: float32 factors may be
+    rounded to TF32.
     """
 
     dtype: torch.dtype
@@ -53,6 +58,9 @@ class GemmTemplate:
     residual: bool = False
     norm: str = "none"
     eps: float = 1e-5
+    scaled: bool = False
+    residual_norm: str = "none"
+    residual_eps: float = 1e-5
     stats: bool = False
     flipped: bool = False
     tf32: bool = False
@@ -63,13 +71,23 @@ class GemmTemplate:
         return self.norm == "layer" and self.dtype is torch.float32
 
     @property
+    def folds(self) -> bool:
+        """Whether it has a part in a folded norm: then no library's GEMM can do the same."""
+        return self.stats or {self.norm, self.residual_norm} != {"none"}
+
+    @property
     def name(self) -> str:
         kind = TYPES[self.dtype].removeprefix("tl.")
         parts = [f"gemm_{kind}_{self.n}x{self.k}", f"{self.norm}_norm" * (self.norm != "none")]
         parts += ["flipped" * self.flipped, "bias" * self.bias]
         parts += [self.activation * (self.activation != "none"), "gated" * self.gated]
-        parts += ["add" * self.residual, "stats" * self.stats]
+        parts += ["add" * self.residual, f"{self.residual_norm}_norm" * self._adds_normed]
+        parts += ["stats" * self.stats]
         return "_".join(p for p in parts if p)
+
+    @property
+    def _adds_normed(self) -> bool:
+        return self.residual_norm != "none"
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,7 @@ class GemmSchedule:
     """A tile of m tokens x n outputs, k at a time; the sums over k in `splits` programs.
 
     stat_tile: over how many columns each of x's statistics is, the n_tile of the GEMM that left
-    them (k where one statistic covers the row).
+    them (k where one statistic covers the row); residual_tile: likewise of the residual's.
     """
 
     m_tile: int
@@ -87,39 +105,27 @@ class GemmSchedule:
     num_stages: int = 3
     splits: int = 1
     stat_tile: int = 0
-
-
-def fold_norm(
-    weight: torch.Tensor,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (gamma W in W's dtype, its sums over k, beta W + bias), both sums float32 (n,).
-
-    weight: (n, k). The sums are of the rounded product: what x times it is going to contain.
-    """
-    wide = weight.double()
-    folded = (wide if gamma is None else wide * gamma.double()).to(weight.dtype)
-    shift = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
-    shift = shift if beta is None else wide @ beta.double()
-    shift = shift if bias is None else shift + bias.double()
-    return folded, folded.double().sum(1).float(), shift.float()
+    residual_tile: int = 0
 
 
 def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple[str, str]]:
     """Return the arguments before the tiles and what they are: "storage", "fp32", "i32" or "size".
 
-    bias is float32 where a norm is folded into it. x_stats and stats: float32 (2, tokens, tiles),
-    means and m2. partial and turns: scratch of a split GEMM, turns zero before and after.
+    bias is float32 where a norm is folded into it, as are sums and scales of the weight's rows.
+    residual_norm: float32 (2, n), gamma and beta. x_stats, residual_stats and stats: float32
+    (2, tokens, tiles), means and m2. partial and turns: scratch of a split GEMM, turns zero before
+    and after.
     """
     t = template
     bias = "fp32" if t.norm != "none" else "storage"
     pointers = [("x_ptr", "storage"), ("w_ptr", "storage")]
     pointers += [("bias_ptr", bias)] * t.bias
     pointers += [("sums_ptr", "fp32")] * (t.norm == "layer" and not t.centered)
+    pointers += [("scales_ptr", "fp32")] * t.scaled
     pointers += [("x_stats_ptr", "fp32")] * (t.norm != "none")
     pointers += [("residual_ptr", "storage")] * t.residual
+    normed = ("residual_norm_ptr", "residual_stats_ptr")
+    pointers += [(name, "fp32") for name in normed if t.residual_norm != "none"]
     pointers += [("out_ptr", "storage")]
     pointers += [("stats_ptr", "fp32")] * t.stats
     pointers += [("partial_ptr", "fp32"), ("turns_ptr", "i32")] * (schedule.splits > 1)
@@ -177,7 +183,8 @@ class _Gemm:
         x = {"none": "x", "layer": "layer_norm(x)", "rms": "rms_norm(x)"}[t.norm]
         inner = f"{x} w^T" + " + bias" * t.bias
         formula = inner if t.activation == "none" else f"{t.activation}({inner})"
-        formula += " * (second half of w)" * t.gated + " + residual" * t.residual
+        residual = {"none": "residual"}.get(t.residual_norm, f"{t.residual_norm}_norm(residual)")
+        formula += " * (second half of w)" * t.gated + f" + {residual}" * t.residual
         split = f", k in {s.splits} parts" if s.splits > 1 else ""
         return "\n".join([
             f"# {name}",
@@ -206,27 +213,46 @@ class _Gemm:
         return [*lines, *([f"n_ok = n < {self.t.n}"] if self.n_masked else [])]
 
     def _statistics(self) -> list[str]:
-        """Merge the parts of x's row statistics."""
-        t = self.t
-        if t.norm == "none":
-            return []
-        tile = self.s.stat_tile or t.k
-        parts = -(-t.k // tile)
+        """Merge the parts of row statistics: x's and the residual's."""
+        t, s = self.t, self.s
+        lines = []
+        if t.norm != "none":
+            lines += self._merge("x", t.norm, t.k, s.stat_tile or t.k, t.eps)
+        if t.residual_norm != "none":
+            tile = s.residual_tile or t.n
+            lines += self._merge("residual", t.residual_norm, t.n, tile, t.residual_eps)
+        return lines
+
+    def _merge(self, name: str, norm: str, width: int, tile: int, eps: float) -> list[str]:
+        """mean and rstd of rows of `width` elements, from statistics of every `tile` of them."""
+        parts = -(-width // tile)
+        # Beyond these, a tile of rows would not stay in registers.
+        step = min(power_above(parts), max(16, MERGED // self.s.m_tile))
+        mean, m2 = f"{name}_mean", f"{name}_m2"
+        count = f"tl.maximum(tl.minimum({width} - part * {tile}, {tile}), 0).to(tl.float32)"
+        load = [
+            f"part = first + tl.arange(0, {step})[None, :]",
+            f"part_ok = m_ok & (part < {parts})",
+            f"count = {count}",
+            f"at = {name}_stats_ptr + m.to(tl.int64) * {parts} + part",
+            "part_mean = tl.load(at, mask=part_ok, other=0.0)",
+        ]
         lines = [
             "",
-            f"# Statistics of x's rows, from those of every {tile} columns.",
-            f"part = tl.arange(0, {power_above(parts)})[None, :]",
-            f"part_ok = m_ok & (part < {parts})",
-            f"at = x_stats_ptr + m.to(tl.int64) * {parts} + part",
-            "part_mean = tl.load(at, mask=part_ok, other=0.0)",
-            f"part_m2 = tl.load(at + tokens.to(tl.int64) * {parts}, mask=part_ok, other=0.0)",
-            f"count = tl.maximum(tl.minimum({t.k} - part * {tile}, {tile}), 0).to(tl.float32)",
-            f"mean = tl.sum(part_mean * count, 1, keep_dims=True) / {t.k}",
-            "off = part_mean - mean",
-            "m2 = tl.sum(part_m2 + count * off * off, 1, keep_dims=True)",
+            f"# Statistics of {name}'s rows, from those of every {tile} columns.",
+            f"{mean} = tl.zeros((M_TILE, 1), tl.float32)",
+            f"{m2} = tl.zeros((M_TILE, 1), tl.float32)",
+            f"for first in range(0, {parts}, {step}):",
+            *(f"    {line}" for line in load),
+            f"    {mean} += tl.sum(part_mean * count, 1, keep_dims=True) / {width}",
+            f"for first in range(0, {parts}, {step}):",
+            *(f"    {line}" for line in load),
+            f"    part_m2 = tl.load(at + tokens.to(tl.int64) * {parts}, mask=part_ok, other=0.0)",
+            f"    off = part_mean - {mean}",
+            f"    {m2} += tl.sum(part_m2 + count * off * off, 1, keep_dims=True)",
         ]
-        square = f"m2 / {t.k}" + (" + mean * mean" if t.norm == "rms" else "")
-        return [*lines, f"rstd = tl.rsqrt({square} + {t.eps!r})"]
+        square = f"{m2} / {width}" + (f" + {mean} * {mean}" if norm == "rms" else "")
+        return [*lines, f"{name}_rstd = tl.rsqrt({square} + {eps!r})"]
 
     # --- the sums ---
 
@@ -250,7 +276,7 @@ class _Gemm:
         ]
         if t.centered:
             # A masked x would be -mean: the weight is zero there.
-            step.append("x = x - mean")
+            step.append("x = x - x_mean")
         if t.flipped:
             step.append("k_down = start + tl.arange(0, K_TILE)[:, None]")
         precision = ""
@@ -314,10 +340,12 @@ class _Gemm:
         lines = [""]
         for k, a in enumerate(self.accumulators):
             off = f" + {t.n}" if k else ""
+            if t.scaled:
+                lines.append(f"{a} = {a} * {self._column('scales_ptr', off)}")
             if t.norm == "layer" and not t.centered:
-                lines.append(f"{a} = rstd * ({a} - mean * {self._column('sums_ptr', off)})")
+                lines.append(f"{a} = x_rstd * ({a} - x_mean * {self._column('sums_ptr', off)})")
             elif t.norm != "none":
-                lines.append(f"{a} = rstd * {a}")
+                lines.append(f"{a} = x_rstd * {a}")
             if t.bias:
                 lines.append(f"{a} += {self._column('bias_ptr', off)}")
         if t.activation != "none":
@@ -330,9 +358,15 @@ class _Gemm:
                 "    residual_ptr + m.to(tl.int64) * residual_row + n,",
                 f"    mask={self._ok()},",
                 "    other=0.0,",
-                ")",
-                "sums += residual.to(tl.float32)",
+                ").to(tl.float32)",
             ]
+            if t.residual_norm == "layer":
+                lines.append("residual = residual - residual_mean")
+            if t.residual_norm != "none":
+                gamma = self._column("residual_norm_ptr")
+                beta = self._column("residual_norm_ptr", f" + {t.n}")
+                lines.append(f"residual = residual * residual_rstd * {gamma} + {beta}")
+            lines.append("sums += residual")
         return lines
 
     def _ok(self) -> str:
