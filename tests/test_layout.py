@@ -39,7 +39,7 @@ LAYERS = (
     ("passes",),
     ("kernels",),
     ("memory",),
-    ("assemble", "alternatives"),
+    ("assemble", "alternatives", "folding"),
     ("runtime",),
     ("program", "graphed"),
     ("pipeline",),

@@ -1,7 +1,8 @@
 """Alternatives: the launches that a GEMM with an epilogue stands for, for a GPU to choose from.
 
 In: an assembly with GEMM launches. Out: each with memory for split sums, and where it has an
-epilogue with `instead`: a bare GEMM, then the region's own kernels. For a BERT layer's first::
+epilogue with `instead`: a bare GEMM, then the region's own kernels (but not where norms are folded:
+no library does that). For a BERT layer's first::
 
     linear_gelu_0 (gemm)  ->  instead: linear (gemm) into out, fused_add_gelu over it in place
 
@@ -40,8 +41,8 @@ def add_alternatives(
         shape = (Integer(SPLIT_SUMS_NBYTES // 4),)
         assembly.tensors[name] = ir.Tensor(name, "intermediate", torch.float32, shape)
         launch = replace(launch, workspaces=(name,))
-        (written,) = launch.writes
-        if written in ends:
+        written = launch.writes[0]
+        if written in ends and not launch.target.folds:  # type: ignore[attr-defined]
             launch = _Parts(assembly, launch, ends[written], regions[written]).run()
         assembly.launches[i] = launch
 

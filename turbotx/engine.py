@@ -28,6 +28,7 @@ from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, bind_weights, compile_captured
 from turbotx.placement import find_device, open_device
+from turbotx.program import Program
 from turbotx.progress import show_progress
 from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
@@ -66,20 +67,20 @@ class Engine:
         """Forget every capture, as after `.to(...)`; the next call captures again."""
         with self._lock:
             self._variants: dict[Any, list[Variant]] = {}
-            self._bound: dict[Any, tuple[Variant, Binding]] = {}
+            self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
             self._pools: dict[torch.device, ChunkPool] = {}
 
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        variant, binding, tensors = self.check(args, kwargs)
+        variant, program, binding, tensors = self.check(args, kwargs)
         with torch.no_grad():
-            outputs = variant.program.run(binding, tensors)
+            outputs = program.run(binding, tensors)
         return pytree.tree_unflatten(outputs, variant.out_spec)
 
     def check(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Variant, Binding, list[torch.Tensor]]:
+    ) -> tuple[Variant, Program, Binding, list[torch.Tensor]]:
         """Return what serves a call, and its tensors: the guards of every call, and all of them
         but the parameters' (`Weights.refresh`). Captures and binds where nothing serves it yet."""
         self.refuse_training()
@@ -111,13 +112,14 @@ class Engine:
     def _bind(
         self, key: Any, shapes: Any, tensors: list[torch.Tensor],
         args: tuple[Any, ...], kwargs: Mapping[str, Any],
-    ) -> tuple[Variant, Binding]:  # fmt: skip
+    ) -> tuple[Variant, Program, Binding]:  # fmt: skip
         with self._lock:
             variant, dims = self._find(key, tensors, args, kwargs)
-            binding = variant.program.bind(dims)
+            program = variant.compiled.at(dims).program
+            binding = program.bind(dims)
             if len(self._bound) >= self.options.max_shapes:
                 self._bound.pop(next(iter(self._bound)))
-            self._bound[shapes] = (variant, binding)
+            self._bound[shapes] = (variant, program, binding)
             return self._bound[shapes]
 
     def _find(
@@ -254,12 +256,13 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Return counts since the last reset: captures, kernel builds, plans, chunk allocations."""
         compiled = self.variants()
+        programs = [x.program for c in compiled for x in c.twins]
         pools = [pool.stats() for pool in self._pools.values()]
         return {
             "captures": len(compiled),
-            "kernel_builds": sum(c.program.runtime.builds for c in compiled),
-            "plans": sum(c.program.plans for c in compiled),
-            "graph_captures": sum(c.program.graph_captures for c in compiled),
+            "kernel_builds": sum(p.runtime.builds for p in programs),
+            "plans": sum(p.plans for p in programs),
+            "graph_captures": sum(p.graph_captures for p in programs),
             "chunk_allocations": sum(pool.chunk_allocations for pool in pools),
             "mapped_nbytes": sum(pool.mapped_nbytes for pool in pools),
             "used_nbytes": sum(pool.used_nbytes for pool in pools),
@@ -278,6 +281,7 @@ class Engine:
                     f"reserve has no dim {sorted(unknown)}; this capture's are {known}"
                 )
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
+            program = compiled.at(values).program
             program.reserve(program.bind(values))
 
 

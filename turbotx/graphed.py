@@ -47,18 +47,28 @@ class Captured:
     kept: object
 
 
+class Graphs:
+    """The graphs of a call, at most so many, by arena and shape: the one longest unused goes first.
+
+    used: shapes seen lately. recorders: one an arena, so that its graphs share temporary memory.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.used: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self.kept: OrderedDict[tuple[int, tuple[int, ...]], Captured] = OrderedDict()
+        self.recorders: dict[int, Recorder] = {}
+        self.lock = threading.Lock()
+
+
 class GraphedProgram(Program):
     """Runs launches one by one, or as one graph a shape; thread-safe as `Program` is."""
 
     runtime: CudaRuntime
 
-    def __init__(self, *args: Any, max_graphs: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, graphs: Graphs, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._max_graphs = max_graphs
-        self._used: OrderedDict[tuple[int, ...], None] = OrderedDict()
-        self._graphs: OrderedDict[tuple[int, tuple[int, ...]], Captured] = OrderedDict()
-        self._recorders: dict[int, Recorder] = {}
-        self._graphs_lock = threading.Lock()
+        self._graphs = graphs
         kinds = self.assembly.tensors
         inputs = [name for name, _ in self._places.inputs]
         names = [*inputs, *(o.name for o in self._places.outputs)]
@@ -75,12 +85,12 @@ class GraphedProgram(Program):
             if device.is_capturing():
                 return self._run_inside_capture(binding, tensors)
             plain = ticks is not None or watch is not None or poison_enabled()
-            plain = plain or self._max_graphs == 0
+            plain = plain or self._graphs.most == 0
             if not plain and not self._is_first(binding.dims):
                 try:
                     return self._replay(binding, tensors)
                 except _NotCapturable as error:
-                    self._max_graphs = 0
+                    self._graphs.most = 0
                     warnings.warn(
                         f"launches run one by one, because they cannot be captured as a CUDA "
                         f"graph: {error}; cuda_graphs=False says so beforehand",
@@ -92,7 +102,7 @@ class GraphedProgram(Program):
     def reserve(self, binding: Binding) -> None:
         """Map the memory of a shape now, that of its graph included."""
         self.pool.reserve(
-            self._lay_out(binding)[1] if self._max_graphs else binding.footprint_nbytes
+            self._lay_out(binding)[1] if self._graphs.most else binding.footprint_nbytes
         )
 
     @contextmanager
@@ -111,12 +121,12 @@ class GraphedProgram(Program):
 
     def _is_first(self, dims: tuple[int, ...]) -> bool:
         """Tell whether a shape was not seen lately; remembers four times as many as graphs."""
-        with self._graphs_lock:
-            first = dims not in self._used
-            self._used[dims] = None
-            self._used.move_to_end(dims)
-            if len(self._used) > 4 * self._max_graphs:
-                self._used.popitem(last=False)
+        with self._graphs.lock:
+            first = dims not in self._graphs.used
+            self._graphs.used[dims] = None
+            self._graphs.used.move_to_end(dims)
+            if len(self._graphs.used) > 4 * self._graphs.most:
+                self._graphs.used.popitem(last=False)
             return first
 
     def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -154,16 +164,16 @@ class GraphedProgram(Program):
         """Return the graph of a shape in this arena, captured now if there is none that holds."""
         key = (arena.index, binding.dims)
         stamp = (arena.data_ptr, arena.shrinks, self.runtime.weights.version, math_settings())
-        with self._graphs_lock:
-            captured = self._graphs.get(key)
+        with self._graphs.lock:
+            captured = self._graphs.kept.get(key)
             if captured is not None and captured.stamp == stamp:
-                self._graphs.move_to_end(key)
+                self._graphs.kept.move_to_end(key)
                 return captured
         captured = self._capture(arena, binding, offsets, stamp)
-        with self._graphs_lock:
-            self._graphs[key] = captured
-            while len(self._graphs) > self._max_graphs:
-                self._graphs.popitem(last=False)
+        with self._graphs.lock:
+            self._graphs.kept[key] = captured
+            while len(self._graphs.kept) > self._graphs.most:
+                self._graphs.kept.popitem(last=False)
         return captured
 
     def _capture(self, arena: Any, binding: Binding, offsets: list[int], stamp: object) -> Captured:
@@ -180,9 +190,9 @@ class GraphedProgram(Program):
         inputs, outputs = views[:count], views[count:]
         execution = self._prepare(arena, binding)
         state = self._state(binding, arena, inputs, outputs)
-        recorder = self._recorders.get(arena.index)
+        recorder = self._graphs.recorders.get(arena.index)
         if recorder is None:
-            recorder = self._recorders[arena.index] = self.runtime.device.recorder()
+            recorder = self._graphs.recorders[arena.index] = self.runtime.device.recorder()
         try:
             graph = recorder.capture(
                 lambda: self._run_in(execution, binding, state, inputs, outputs)

@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention": ("auto", "flash", "fused-softmax"),
     "planner": ("symbolic", "chunked", "greedy"),
     "gemms": ("auto", "cublas", "triton"),
+    "norms": ("auto", "fold", "store"),
 }
 _TAG = re.compile(r"cublas|([rcmnqkwsx]\d+)+")
 
@@ -47,6 +48,10 @@ class Options:
     gemms: on a GPU, what runs matrix products: "cublas", with a kernel for what follows; "triton",
         generated kernels that also do what follows; "auto" takes for each range of token counts
         what `turbotx tune` has measured on this device, or else what the heuristics expect to win.
+    norms: on a GPU, what becomes of a LayerNorm or RMSNorm between GEMMs: "store" computes it in a
+        kernel; "fold" lets the GEMMs that read it normalise by themselves, so that it needs no
+        launch (and their weights are kept once more, with gamma in them, from the first such call
+        on); "auto" chooses by the number of tokens, as `gemms` does.
     pdl: programmatic dependent launch on GPUs from compute capability 9.0 on: a kernel is started
         while the one before it ends, and waits for its results by itself.
     max_shapes: how many shapes keep their bound addresses and sizes; more are re-planned.
@@ -64,6 +69,7 @@ class Options:
     pack_weights: bool = True
     epilogues: bool = True
     gemms: str = "auto"
+    norms: str = "auto"
     pdl: bool = False
     max_shapes: int = 256
     max_arenas: int = 8
@@ -77,6 +83,12 @@ class Options:
             if value not in allowed:
                 listed = ", ".join(repr(choice) for choice in allowed)
                 raise OptionsError(f"{name}={value!r} is not one of {listed}")
+        if self.norms == "fold" and (self.gemms == "cublas" or not self.epilogues):
+            other = "epilogues=False" if not self.epilogues else "gemms='cublas'"
+            raise OptionsError(
+                f"norms='fold' lets generated GEMMs normalise what they read, and {other} forbids "
+                "those: leave out one of the two"
+            )
         if isinstance(self.schedules, Mapping):  # options are part of keys: immutable
             object.__setattr__(self, "schedules", tuple(self.schedules.items()))
         pairs: tuple[tuple[str, str], ...] = tuple(self.schedules)  # type: ignore[arg-type]

@@ -3,12 +3,15 @@
 In: a `Captured` and options. Out: a `Compiled`: what every stage made, and the program::
 
     capture -> canonicalize -> rewrite -> partition -> fuse -> epilogues -> assemble
-        -> alternatives (on a GPU) -> build -> plan -> Program
+        -> fold norms, alternatives (on a GPU) -> build -> plan -> Program
+
+On a GPU a second program, whose norms are folded into GEMMs, may serve the calls of few tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
@@ -16,9 +19,11 @@ from turbotx import verify
 from turbotx.alternatives import add_alternatives
 from turbotx.assemble import Assembly, assemble
 from turbotx.capture import Captured
-from turbotx.graphed import GraphedProgram
+from turbotx.folding import assemble_folded
+from turbotx.graphed import GraphedProgram, Graphs
 from turbotx.kernels.epilogue import find_epilogues
 from turbotx.kernels.fuse import FusedRegion, fuse_all
+from turbotx.kernels.norms import find_folds
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.passes.attention import recognize_attention
@@ -36,6 +41,7 @@ from turbotx.program import Program
 from turbotx.runtime.cpu import CpuRuntime
 from turbotx.runtime.cuda import CudaRuntime
 from turbotx.runtime.device import Device
+from turbotx.runtime.share import Share, share_calls
 from turbotx.runtime.weights import Weights
 
 
@@ -50,6 +56,15 @@ class Compiled:
     fused: list[FusedRegion]
     assembly: Assembly
     program: Program
+    # Itself, and on a GPU perhaps the same call with norms folded: each serves some shapes.
+    twins: tuple[Compiled, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.twins = (self,)
+
+    def at(self, dims: Sequence[int]) -> Compiled:
+        """Return this or its twin: the one that serves a shape."""
+        return next(x for x in self.twins if x.program.serves(dims))
 
 
 def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
@@ -95,13 +110,24 @@ def compile_captured(
     kernels = [k for f in fused if f.region.outputs[-1] not in joined for k in f.kernels]
     for kernel in {k.kernel.digest(): k.kernel for k in kernels}.values():
         verify.check_kernel(kernel)
-    assembly = assemble(graph, fused, prepared, captured.dims, epilogues)
-    if chooses:
-        add_alternatives(assembly, fused, epilogues)
-    verify.check_launches(assembly.tensors, assembly.launches, assembly.returned)
-    weights = find_weights(captured, model, assembly)
-    program = make_program(assembly, captured, weights, options, pool, device)
-    return Compiled(captured, text, graph, prepared, fused, assembly, program)
+    assembled = [(fused, assemble(graph, fused, prepared, captured.dims, epilogues), epilogues)]
+    may_fold = chooses and joins and options.norms != "store"
+    folds = find_folds(fused, kinds, epilogues) if may_fold else {}
+    if folds:
+        assembled.append(assemble_folded(graph, fused, prepared, captured.dims, epilogues, folds))
+    for parts, assembly, ends in assembled:
+        if chooses:
+            add_alternatives(assembly, parts, ends)
+        verify.check_launches(assembly.tensors, assembly.launches, assembly.returned)
+    bind = _Binder(captured, model, options, pool, device)
+    shares = share_calls([a for _, a, _ in assembled], captured.dims, options, device)
+    return join_twins(
+        [
+            Compiled(captured, text, graph, prepared, parts, assembly, bind(assembly, share))
+            for (parts, assembly, _), share in zip(assembled, shares, strict=True)
+            if share is None or share.buckets
+        ]
+    )
 
 
 def bind_weights(
@@ -109,26 +135,39 @@ def bind_weights(
     device: Device | None = None,
 ) -> Compiled:  # fmt: skip
     """Return the same compiled call for another module of the same structure; traces nothing."""
-    captured, assembly = compiled.captured, compiled.assembly
-    weights = find_weights(captured, model, assembly)
-    program = make_program(assembly, captured, weights, options, pool, device)
-    return replace(compiled, program=program)
-
-
-def make_program(
-    assembly: Assembly, captured: Captured, weights: Weights, options: Options, pool: ChunkPool,
-    device: Device | None,
-) -> Program:  # fmt: skip
-    """Bind an assembly to a device."""
-    dims = captured.dims
-    if device is None:
-        runtime = CpuRuntime(assembly, weights, options, dims)
-        return Program(assembly, dims, runtime, pool, options.planner, options.max_shapes)
-    gpu = CudaRuntime(assembly, weights, options, dims, device, captured.example_dims)
-    graphs = options.max_graphs if options.cuda_graphs else 0
-    return GraphedProgram(
-        assembly, dims, gpu, pool, options.planner, options.max_shapes, max_graphs=graphs
+    bind = _Binder(compiled.captured, model, options, pool, device)
+    return join_twins(
+        [replace(x, program=bind(x.assembly, x.program.share)) for x in compiled.twins]
     )
+
+
+def join_twins(twins: list[Compiled]) -> Compiled:
+    """Let programs of one call know each other; return the first."""
+    for compiled in twins:
+        compiled.twins = tuple(twins)
+    return twins[0]
+
+
+class _Binder:
+    """Binds assemblies of one call to a device; their graphs count together."""
+
+    def __init__(
+        self, captured: Captured, model: nn.Module, options: Options, pool: ChunkPool,
+        device: Device | None,
+    ) -> None:  # fmt: skip
+        self.captured, self.model, self.options = captured, model, options
+        self.pool, self.device = pool, device
+        self.graphs = Graphs(options.max_graphs if options.cuda_graphs else 0)
+
+    def __call__(self, assembly: Assembly, share: Share | None) -> Program:
+        options, dims = self.options, self.captured.dims
+        weights = find_weights(self.captured, self.model, assembly)
+        kept = (self.pool, options.planner, options.max_shapes)
+        if self.device is None:
+            return Program(assembly, dims, CpuRuntime(assembly, weights, options, dims), *kept)
+        examples = self.captured.example_dims
+        gpu = CudaRuntime(assembly, weights, options, dims, self.device, examples, share)
+        return GraphedProgram(assembly, dims, gpu, *kept, graphs=self.graphs)
 
 
 def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> Weights:

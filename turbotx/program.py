@@ -24,6 +24,7 @@ from turbotx.runtime.aten import is_whole, window_of
 from turbotx.runtime.cpu import CpuRuntime
 from turbotx.runtime.cuda import CudaRuntime
 from turbotx.runtime.planned import Binding, Formulas, Output, Places, PlannedCall, make_size
+from turbotx.runtime.share import Share
 from turbotx.runtime.state import Evaluate, Maker, RunState
 from turbotx.runtime.watch import Watch
 from turbotx.sizes import Expr, compile_evaluator, to_python
@@ -102,6 +103,15 @@ class Program(PlannedCall):
         return dict(zip(self.liveness.names, (sizes[c] for c in self.size_classes), strict=True))
 
     # --- running ---
+
+    @property
+    def share(self) -> Share | None:
+        """Which calls it serves; None: all of them."""
+        return self.runtime.share
+
+    def serves(self, dims: Sequence[int]) -> bool:
+        """Tell whether it, and not its twin, is to run at these dims."""
+        return self.share is None or self.share.holds(dims)
 
     def _own_watches(self, binding: Binding) -> Sequence[Watch]:
         return [_Poisoner(self, binding)] if poison_enabled() else []

@@ -75,12 +75,32 @@ class Epilogue:
 
 
 @dataclass(frozen=True)
+class RowNorm:
+    """A norm of rows: kind "layer" or "rms", with eps inside the root."""
+
+    kind: str
+    eps: float
+
+
+@dataclass(frozen=True)
 class GemmKernel:
     """What is fixed about a GEMM launch: its activation, and whether the second half of the
-    weight's columns multiplies the first."""
+    weight's columns multiplies the first.
+
+    norm, residual_norm: what it does to the rows of x and of the residual; stats: whether it leaves
+    statistics of its own rows for those. Such a launch has six arguments more: sums and scales of
+    the weight's rows, x's statistics, gamma and beta for the residual, its statistics, its own.
+    """
 
     activation: str = "none"
     gated: bool = False
+    norm: RowNorm | None = None
+    residual_norm: RowNorm | None = None
+    stats: bool = False
+
+    @property
+    def folds(self) -> bool:
+        return self.stats or not self.norm is self.residual_norm is None
 
 
 def find_epilogues(
@@ -88,19 +108,35 @@ def find_epilogues(
 ) -> dict[fx.Node, Epilogue]:
     """Return the epilogues by their linear. `kinds`: what each node of the graph is."""
     found: dict[fx.Node, Epilogue] = {}
-    readers = {(n, id(f)) for f in fused for k in f.kernels for n in k.operands}
     for f in fused:
         if len(f.region.outputs) != 1:
             continue
-        elsewhere = {n for n, reader in readers if reader != id(f)}  # may compute a value again
-        linears = [n for n in f.region.inputs if n not in found and n not in elsewhere]
-        linears = [n for n in linears if is_packable(n, kinds)]
-        for linear in reversed(linears):  # the other one, if there are two, is the residual
-            epilogue = _Match(f.region, linear, kinds).run()
+        for linear in packable_inputs(f, fused, kinds):
+            epilogue = None if linear in found else match_epilogue(f.region, linear, kinds)
             if epilogue is not None:
                 found[linear] = epilogue
                 break
     return found
+
+
+def packable_inputs(
+    f: FusedRegion, fused: Sequence[FusedRegion], kinds: Mapping[fx.Node, str]
+) -> list[fx.Node]:
+    """Return the linears that a region may finish: those that no other region's kernels read.
+
+    The last comes first: where there are two, the other one is the residual.
+    """
+    # Another kernel may compute a value of this region again.
+    elsewhere = {n for other in fused if other is not f for k in other.kernels for n in k.operands}
+    found = [n for n in f.region.inputs if n not in elsewhere and is_packable(n, kinds)]
+    return found[::-1]
+
+
+def match_epilogue(
+    region: Region, linear: fx.Node, kinds: Mapping[fx.Node, str]
+) -> Epilogue | None:
+    """Read a region with one output as the end of `linear`; None where it is more than that."""
+    return _Match(region, linear, kinds).run()
 
 
 def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:

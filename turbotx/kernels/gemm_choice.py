@@ -61,6 +61,9 @@ TEMPLATE_RATE = {2: 0.75, 4: 0.3}
 LAUNCH_US = 2.5
 # Up to here the weight's way through the processors is what takes the time.
 FEW_TOKENS = 64
+# Up to here norms are folded where that is expected to win. Assumed, as the rates are: what a
+# template loses to a library grows with the tokens, and what a norm's kernel costs hardly does.
+MOST_FOLDED = 256
 
 
 @dataclass(frozen=True)
@@ -209,12 +212,37 @@ def prefers_template(template: GemmTemplate, tokens: int, target: str) -> bool:
     Few tokens: the weight streams through once, and a launch less is what counts. Many: the
     library's higher rate against the bytes that the separate epilogue moves.
     """
-    device, bucket = device_class(target), bucket_of(tokens)
-    size = template.dtype.itemsize
-    exact = size == 4 and not template.tf32
-    if bucket <= FEW_TOKENS and not exact:
+    bucket = bucket_of(tokens)  # one answer for all that belong to it
+    if bucket <= FEW_TOKENS and not _is_exact(template):
         return True
-    tokens = bucket  # one answer for all that belong to it
+    template_us, library_us = expected_us(template, bucket, target)
+    return template_us < library_us
+
+
+def prefers_folding(
+    plain: Iterable[GemmTemplate], folded: Iterable[GemmTemplate], tokens: int, target: str
+) -> bool:
+    """Tell whether GEMMs that fold norms should beat those of the same model that do not, each run
+    by whoever is faster, and a kernel for each norm."""
+    folded, bucket = list(folded), bucket_of(tokens)
+    if bucket > MOST_FOLDED:
+        return False
+    if bucket <= FEW_TOKENS and not any(_is_exact(t) for t in folded):
+        return True
+    rate = device_class(target).tb_per_s * 1e6
+    plain_us = sum(min(expected_us(t, bucket, target)) for t in plain)
+    for t in folded:  # a norm's kernel reads the sums and a residual, and writes rows and result
+        plain_us += t.stats * (LAUNCH_US + 4 * t.dtype.itemsize * bucket * t.n / rate)
+    return sum(expected_us(t, bucket, target)[0] for t in folded) < plain_us
+
+
+def _is_exact(template: GemmTemplate) -> bool:
+    return template.dtype.itemsize == 4 and not template.tf32
+
+
+def expected_us(template: GemmTemplate, tokens: int, target: str) -> tuple[float, float]:
+    """Return what a GEMM should take by a template, and by a library and a kernel behind it."""
+    device, size, exact = device_class(target), template.dtype.itemsize, _is_exact(template)
     width = template.n * (1 + template.gated)
     rate = device.tflops_fp32 if exact else device.tflops * 2 / size
     sums_us = 2 * tokens * width * template.k / rate / 1e6
@@ -227,7 +255,7 @@ def prefers_template(template: GemmTemplate, tokens: int, target: str) -> bool:
     if template.activation != "none" or template.gated or template.residual:
         again = size * tokens * (2 * width + template.n * (1 + template.residual))
         library_us += LAUNCH_US + again / device.tb_per_s / 1e6
-    return template_us < library_us
+    return template_us, library_us
 
 
 def gemm_job(

@@ -25,6 +25,7 @@ from turbotx.kernels.gemm_choice import (
     choose_tiles,
     device_class,
     fits_scratch,
+    prefers_folding,
     prefers_template,
     shared_nbytes,
 )
@@ -39,6 +40,8 @@ from turbotx.kernels.triton_products import ProductSchedule, choose_product_sche
 from turbotx.kernels.tuned import Tuned
 
 LIBRARY = "cublas"
+# What tuning keeps of a program's norms.
+FOLDED, STORED = "folded", "stored"
 # letter -> field, least, most
 PARTS: dict[str, tuple[str, int, int]] = {
     "m": ("m_tile", 16, 256), "n": ("n_tile", 16, 256), "q": ("q_tile", 16, 128),
@@ -85,24 +88,28 @@ def with_tag(schedule: Tiled, tag: str) -> Tiled:
     return replace(schedule, **given)
 
 
-def structure_of(made: GemmTemplate | AttentionKernel | ProductKernel) -> str:
+def structure_of(
+    made: GemmTemplate | AttentionKernel | ProductKernel | tuple[GemmTemplate, ...],
+) -> str:
     """Return a digest under which tuning keeps what it finds."""
     return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Chooses for one device. overrides: (pattern of names, tag). gemms: the option."""
+    """Chooses for one device. overrides: (pattern of names, tag). gemms, norms: the options."""
 
     overrides: Sequence[tuple[str, str]]
     target: str
     tuned: Tuned
     gemms: str = "auto"
+    norms: str = "auto"
 
     def gemm(self, template: GemmTemplate, tokens: int) -> GemmSchedule | None:
         """Return the tiles for the bucket of `tokens`, or None: the library runs it.
 
-        Sums are split no further than a program's scratch has room for at the bucket.
+        Sums are split no further than a program's scratch has room for at the bucket. What has a
+        part in a folded norm has no alternative: `folds` has answered for all of it.
         """
         bucket = bucket_of(tokens)
         tags = self._tags(template.name, template, bucket)
@@ -112,7 +119,7 @@ class Tiles:
         )  # fmt: skip
         if self.gemms == "triton":  # what was measured does not matter, what was asked for does
             library = self._asked(template.name)[-1:] == [LIBRARY]
-        if library or self.gemms == LIBRARY:
+        if (library or self.gemms == LIBRARY) and not template.folds:
             return None
         schedule = choose_tiles(template, bucket, self.target)
         for tag in asked:
@@ -120,6 +127,23 @@ class Tiles:
         while not fits_scratch(template, schedule, bucket):
             schedule = replace(schedule, splits=schedule.splits // 2)
         return schedule
+
+    def folds(
+        self, plain: Sequence[GemmTemplate], folded: Sequence[GemmTemplate], tokens: int
+    ) -> bool:
+        """Tell whether a program folds its norms at the bucket of `tokens`.
+
+        plain, folded: the templates of all GEMMs that this makes a difference to.
+        """
+        if self.norms != "auto":
+            return self.norms == "fold"
+        if any(self._asked(t.name)[-1:] == [LIBRARY] for t in folded):
+            return False
+        bucket = bucket_of(tokens)
+        tuned = self.tuned.get(structure_of(tuple(folded)), {}).get(str(bucket))
+        if tuned is not None:
+            return tuned == FOLDED
+        return prefers_folding(plain, folded, bucket, self.target)
 
     def attention(self, kernel: AttentionKernel | ProductKernel, q_len: int) -> AttentionTiles:
         """Return the tiles of attention, or of one of its products, for a number of queries."""
@@ -151,7 +175,7 @@ def gemm_neighbours(
     bucket, device = bucket_of(tokens), device_class(target)
     if schedule is None:
         return [choose_tiles(template, bucket, target)]
-    found: list[GemmSchedule | None] = [None]
+    found: list[GemmSchedule | None] = [] if template.folds else [None]
     for other in _steps(schedule):
         sums = other.m_tile * other.n_tile * (1 + template.gated)
         if (

@@ -34,6 +34,8 @@ ACTIVATIONS = {
 }
 # Tiles of rows that share a turn through the weight, so that it is read from memory once.
 GROUP = 8
+# The narrowest tile of outputs: no row has more statistics than one for each of these.
+NARROWEST = 16
 # Statistics that a program merges at a time.
 MERGED = 4096
 
@@ -81,13 +83,9 @@ class GemmTemplate:
         parts = [f"gemm_{kind}_{self.n}x{self.k}", f"{self.norm}_norm" * (self.norm != "none")]
         parts += ["flipped" * self.flipped, "bias" * self.bias]
         parts += [self.activation * (self.activation != "none"), "gated" * self.gated]
-        parts += ["add" * self.residual, f"{self.residual_norm}_norm" * self._adds_normed]
-        parts += ["stats" * self.stats]
+        normed = "" if self.residual_norm == "none" else f"{self.residual_norm}_norm"
+        parts += ["add" * self.residual, normed, "stats" * self.stats]
         return "_".join(p for p in parts if p)
-
-    @property
-    def _adds_normed(self) -> bool:
-        return self.residual_norm != "none"
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,8 @@ def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple
     """Return the arguments before the tiles and what they are: "storage", "fp32", "i32" or "size".
 
     bias is float32 where a norm is folded into it, as are sums and scales of the weight's rows.
-    residual_norm: float32 (2, n), gamma and beta. x_stats, residual_stats and stats: float32
-    (2, tokens, tiles), means and m2. partial and turns: scratch of a split GEMM, turns zero before
-    and after.
+    residual_norm: float32 (2, n), gamma and beta. Statistics: float32 (2, tokens, tiles), means and
+    m2. partial and turns: scratch of a split GEMM, turns zero before and after.
     """
     t = template
     bias = "fp32" if t.norm != "none" else "storage"

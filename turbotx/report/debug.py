@@ -40,7 +40,8 @@ def watch(
     dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
 
     def finish(compiled: Compiled) -> None:
-        report = Report(compiled, origin, dims, engine.options.planner)
+        at = compiled.at(tuple(dims.values()))
+        report = Report(at, origin, dims, engine.options.planner)
         if os.environ.get("TURBOTX_VERIFY", "0") not in ("", "0"):
             report = _verify(engine, report, args, kwargs)
         folder = os.environ.get("TURBOTX_DUMP")

@@ -22,6 +22,7 @@ from turbotx.attention import NO_WINDOW
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
 from turbotx.kernels.cpp_products import ProductKernel, print_product
+from turbotx.kernels.folded import fold_weight
 from turbotx.kernels.triton_attention import print_triton_attention
 from turbotx.kernels.triton_printer import print_triton
 from turbotx.kernels.triton_products import print_triton_product
@@ -216,8 +217,8 @@ def describe_gemms(view: View) -> list[entries.Gemm]:
         if x.kind == "gemm":
             assert x.args[1] is not None
             weight = x.args[1].tensor
-            behind = _parameters_of(prepared[weight]) if weight in prepared else [weight]
-            names = tuple(parameters.get(n, n) for n in behind)
+            made = weight in prepared
+            names = tuple(parameters_of(prepared[weight]) if made else [parameters[weight]])
             m, n = x.sizes[0], x.args[1].shape[0]
             k = x.args[0].shape[-1]  # type: ignore[union-attr]
             found.append(
@@ -259,11 +260,13 @@ def _aten_gemm(view: View, x: ir.Launch) -> entries.Gemm:
     )
 
 
-def _parameters_of(node: fx.Node) -> list[str]:
-    """Return the parameters that a prepared constant is made from, in order."""
-    if node.op == "get_attr":
-        return [node.name]
-    return [name for source in node.all_input_nodes for name in _parameters_of(source)]
+def parameters_of(weight: fx.Node) -> list[str]:
+    """Return the paths of the parameters that a weight is made from, in order, but not those of a
+    norm that is folded into it."""
+    if weight.op == "get_attr":
+        return [str(weight.target)]
+    sources = weight.all_input_nodes[: 1 if weight.target is fold_weight else None]
+    return [path for source in sources for path in parameters_of(source)]
 
 
 def describe_externs(view: View) -> list[entries.Extern]:

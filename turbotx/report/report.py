@@ -112,7 +112,9 @@ class Report:
         Raises InputError for a dim that the model does not have or a size below 1.
         """
         findings = Findings(resources=self.findings.resources)  # the others are of one shape
-        return replace(self, dims=follow(self.dims, dims), findings=findings)
+        wanted = follow(self.dims, dims)
+        compiled = self.compiled.at(tuple(wanted.values()))
+        return replace(self, compiled=compiled, dims=wanted, findings=findings)
 
     def with_findings(self, **found: Any) -> Report:
         """Return the report with more findings: numerics, profile or resources, see `Findings`."""
@@ -245,4 +247,4 @@ def explain(model: Any, /, *args: Any, **kwargs: Any) -> Report:
     compiled = engine.compile(captured)
     sizes = SizeMatcher(captured).match([t.shape for t in tensors])
     dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
-    return Report(compiled, origin, dims, engine.options.planner)
+    return Report(compiled.at(tuple(dims.values())), origin, dims, engine.options.planner)

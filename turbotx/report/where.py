@@ -17,6 +17,7 @@ from turbotx import ir
 from turbotx.errors import InputError
 from turbotx.kernels.lower import Lowered
 from turbotx.passes.partition import GEMMS, kind_of, op_name, root_of, tensor_inputs
+from turbotx.report.describe import parameters_of
 from turbotx.report.entries import Place
 from turbotx.report.origin import Node, module_of
 
@@ -34,25 +35,20 @@ class _Index:
         self.report = report
         self.nodes = {n.name: n for n in compiled.graph.nodes}
         self.origin = {n.name: n for n in report.origin.nodes}
-        self.prepared = compiled.prepared
+        self.prepared, constants = compiled.prepared, compiled.assembly.prepared
         self.of_node: dict[str, list[ir.Launch]] = {}
         self.of_parameter: dict[str, list[ir.Launch]] = {}
         for x in compiled.assembly.launches:
             for name in _computed(x):
                 self.of_node.setdefault(name, []).append(x)
             if x.kind == "gemm" and x.args[1] is not None:
-                for name in self._behind(x.args[1].tensor):
+                weight = x.args[1].tensor
+                for name in parameters_of(constants.get(weight) or self.nodes[weight]):
                     self.of_parameter.setdefault(name, []).append(x)
         self.by_line: dict[tuple[str, str], list[fx.Node]] = {}
         for n in compiled.graph.nodes:
             if n.op == "call_function" and n.name not in self.origin and g.place_of(n):
                 self.by_line.setdefault((module_of(n), g.place_of(n)), []).append(n)
-
-    def _behind(self, weight: str) -> list[str]:
-        node = self.nodes[weight]
-        if node.op == "get_attr":
-            return [str(node.target)]
-        return [t for source in node.all_input_nodes for t in self._behind(source.name)]
 
 
 def _computed(launch: ir.Launch) -> list[str]:

@@ -32,6 +32,8 @@ class CpuRuntime(SegmentedRuntime):
     builds: how many shared objects had to be compiled. sources: the C++ by translation unit.
     """
 
+    share = None  # it serves every call
+
     def __init__(
         self, assembly: Assembly, weights: Weights, options: Options, dims: Sequence[str]
     ) -> None:

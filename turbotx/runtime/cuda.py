@@ -19,16 +19,17 @@ from turbotx import ir
 from turbotx.assemble import Assembly
 from turbotx.errors import InputError
 from turbotx.kernels.dependent import can_depend, make_dependent
-from turbotx.kernels.gemm_choice import MOST_TURNS
+from turbotx.kernels.gemm_choice import BUCKETS, MOST_TURNS
 from turbotx.kernels.targets import Job
-from turbotx.kernels.tiles import Tiles
-from turbotx.kernels.tuned import load_tuned, make_chooser
+from turbotx.kernels.triton_gemm import GemmTemplate
+from turbotx.kernels.tuned import make_chooser
 from turbotx.options import Options
 from turbotx.runtime.aten import AtenSteps
 from turbotx.runtime.cuda_frame import Frame, Key, Layout, lay_out
 from turbotx.runtime.cuda_gemm import GemmFamily, bind_gemm, find_library_call, uses_tf32
 from turbotx.runtime.cuda_launch import AttentionFamily, KernelFamily, Part, SizeTable
 from turbotx.runtime.device import Device, Grid
+from turbotx.runtime.share import Share, make_tiles
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
 from turbotx.runtime.weights import Weights
@@ -49,10 +50,11 @@ class CudaRuntime:
 
     def __init__(
         self, assembly: Assembly, weights: Weights, options: Options, dims: Sequence[str],
-        device: Device, example_dims: Sequence[int] = (),
+        device: Device, example_dims: Sequence[int] = (), share: Share | None = None,
     ) -> None:  # fmt: skip
+        """share: the calls that it serves, for which kernels are built; None: all."""
         self.assembly, self.weights, self.device = assembly, weights, device
-        self.torch_device = device.torch_device
+        self.torch_device, self.share = device.torch_device, share
         self.builds = 0
         self.sources: dict[str, str] = {}
         self._dims = tuple(dims)
@@ -68,7 +70,7 @@ class CudaRuntime:
         outside = {n for n, t in assembly.tensors.items() if t.kind in ("input", "output")}
         self._gemms, self._steps = {}, {}
         for i, launch in enumerate(launches):
-            if launch.kind == "gemm":
+            if launch.kind == "gemm" and not launch.target.folds:  # type: ignore[attr-defined]
                 called, _ = find_library_call(launch)
                 fixed = not outside & {a.tensor for a in called.args if a is not None}
                 self._gemms[i] = (bind_gemm(called, steps), fixed)
@@ -91,10 +93,9 @@ class CudaRuntime:
         if options.backend == "aten":
             return {}
         found: dict[int, Family] = {}
-        target, overrides = self.device.target, tuple(options.schedules)
-        tuned = load_tuned(self.device.describe())
-        self._choose = make_chooser(overrides, target, tuned)  # type: ignore[arg-type]
-        tiles = Tiles(overrides, target, tuned, options.gemms)  # type: ignore[arg-type]
+        left_by: dict[str, GemmTemplate] = {}
+        target, tiles = self.device.target, make_tiles(options, self.device)
+        self._choose = make_chooser(tiles.overrides, target, tiles.tuned)
         for i, launch in enumerate(self.assembly.launches):
             if isinstance(launch.target, ir.Kernel):
                 found[i] = self._kernel(i, "kernel", launch)
@@ -104,8 +105,10 @@ class CudaRuntime:
             elif launch.workspaces:
                 _, ends = find_library_call(launch)
                 finish = [self._kernel(i, f"end{k}", end) for k, end in enumerate(ends)]
-                family = GemmFamily(launch, target, self.table, tiles, finish)
+                family = GemmFamily(launch, target, self.table, tiles, finish, left_by)
                 family = found[i] = self._shared.setdefault(family.key, family)
+                if family.template is not None:
+                    left_by |= dict.fromkeys(launch.writes[1:], family.template)
                 for which, layout in family.layouts(launch, self.table).items():
                     self._layouts[i, which] = layout
         return found
@@ -132,12 +135,16 @@ class CudaRuntime:
         """Build, in parallel and before the first run, what the shapes to expect will need."""
         evaluate = compile_evaluator(list(self.table.values), self._dims)
         first = [tuple(example_dims)] if example_dims else []
-        shapes = [evaluate(*dims) for dims in [*first, *expected_dims(self._dims)]]
+        dims, share = [*first, *expected_dims(self._dims)], self.share
+        some = evaluate(*dims[0])
+        shapes = [evaluate(*d) for d in dims if share is None or share.holds(d)]
         jobs: list[Job | None] = []
         for family in self.families.values():
             jobs += [part.job for sizes in shapes for part in family.pick(sizes)]
             if isinstance(family, GemmFamily):
-                jobs += family.expected(shapes[0])
+                tokens = self.table.expression(family.tokens)
+                buckets = BUCKETS if share is None else share.buckets_of(tokens)
+                jobs += family.expected(some, buckets)
         self._load([job for job in jobs if job is not None])
 
     def _load(self, jobs: Sequence[Job]) -> list[Any]:

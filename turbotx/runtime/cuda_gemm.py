@@ -10,14 +10,14 @@ The library's calls are PyTorch's own (cuBLAS), written by `out=` straight into 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from turbotx import ir
-from turbotx.kernels.epilogue import GemmKernel
+from turbotx.kernels.epilogue import GemmKernel, RowNorm
 from turbotx.kernels.gemm_choice import BUCKETS, STRIDES, bucket_of, gemm_job
 from turbotx.kernels.targets import ALIGNED_NBYTES, Job
 from turbotx.kernels.tiles import Tiles, gemm_neighbours, structure_of, tag_of
@@ -30,14 +30,21 @@ from turbotx.sizes import ONE, ZERO
 
 Call = Callable[[], object]
 LIBRARY_CALL = Part("library")
+# What a template calls the arguments of a gemm launch, in their order.
+POINTERS = (
+    "x_ptr", "w_ptr", "bias_ptr", "out_ptr", "residual_ptr", "sums_ptr", "scales_ptr",
+    "x_stats_ptr", "residual_norm_ptr", "residual_stats_ptr", "stats_ptr",
+)  # fmt: skip
 
 
 def make_template(launch: ir.Launch) -> GemmTemplate | None:
     """Return what a Triton kernel for a gemm launch is made from; None where its weight has no
     rows or columns of adjacent elements."""
-    x, weight, bias, _, residual = launch.args
+    x, weight, bias, _, residual = launch.args[:5]
     assert x is not None and weight is not None and isinstance(launch.target, GemmKernel)
-    k = int(weight.shape[1])
+    k, kind = int(weight.shape[1]), launch.target
+    none = RowNorm("none", 1e-5)
+    norm, added = kind.norm or none, kind.residual_norm or none
     if weight.strides[1] != 1 and weight.strides[0] != 1 and k != 1:
         return None
     return GemmTemplate(
@@ -45,9 +52,15 @@ def make_template(launch: ir.Launch) -> GemmTemplate | None:
         int(launch.sizes[2]),
         k,
         bias=bias is not None,
-        activation=launch.target.activation,
-        gated=launch.target.gated,
+        activation=kind.activation,
+        gated=kind.gated,
         residual=residual is not None,
+        norm=norm.kind,
+        eps=norm.eps,
+        scaled=kind.folds and launch.args[6] is not None,
+        residual_norm=added.kind,
+        residual_eps=added.eps,
+        stats=kind.stats,
         flipped=weight.strides[1] != 1 and k != 1,
     )
 
@@ -55,16 +68,20 @@ def make_template(launch: ir.Launch) -> GemmTemplate | None:
 class GemmFamily:
     """The alternatives of gemm launches; equal ones of several layers share one.
 
-    finish: the kernels behind the library's GEMM.
+    finish: the kernels behind the library's GEMM. left_by: for each tensor of row statistics the
+    template that leaves them.
     """
 
     def __init__(
         self, launch: ir.Launch, target: str, table: SizeTable, tiles: Tiles,
-        finish: Sequence[KernelFamily],
+        finish: Sequence[KernelFamily], left_by: Mapping[str, GemmTemplate] | None = None,
     ) -> None:  # fmt: skip
         self.template, self.finish = make_template(launch), tuple(finish)
         self._target, self._tiles = target, tiles
-        x, weight, bias, out, residual = launch.args
+        x, weight, bias, out, residual = launch.args[:5]
+        read = [None, None] if len(launch.args) == 5 else [launch.args[7], launch.args[9]]
+        # Those of x and of the residual: their tiles' widths are these templates'.
+        self._left_by = [None if a is None else (left_by or {})[a.tensor] for a in read]
         assert x is not None and weight is not None and out is not None
         rows, stride, width = launch.sizes[:3]
         down = weight.strides[1] if self.template and self.template.flipped else weight.strides[0]
@@ -86,19 +103,16 @@ class GemmFamily:
         """Equal for launches that can share a family."""
         return (
             self.template, tuple(self._sizes.values()), tuple(self._shifts),
-            tuple(id(f) for f in self.finish),
+            tuple(id(f) for f in self.finish), tuple(self._left_by),
         )  # fmt: skip
 
     def layouts(self, launch: ir.Launch, table: SizeTable) -> dict[str, Layout]:
         """Say where a launch's arguments lie for a template, with and without split sums."""
         if self.template is None:
             return {}
-        x, weight, bias, out, residual = launch.args
-        tensors = {"x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "out_ptr": out}
+        tensors = dict(zip(POINTERS, launch.args, strict=False))
         given = gemm_arguments(self.template, GemmSchedule(16, 16, 16))
-        operands = [
-            (tensors | {"residual_ptr": residual})[a] for a, kind in given if kind != "size"
-        ]
+        operands = [tensors[a] for a, kind in given if kind != "size"]
         sizes = [self._sizes[a] for a, kind in given if kind == "size"]
         plain = lay_out([a for a in operands if a is not None], "", sizes, table)
         sums = (table.slots[launch.workspaces[0]], None)
@@ -119,10 +133,15 @@ class GemmFamily:
             self._chosen[key] = self._tiles.gemm(template, bucket)
         return bucket, self._chosen[key]
 
-    def expected(self, sizes: Sequence[int]) -> list[Job]:
-        """Return the templates' jobs for every bucket, so that no stream of lengths builds more."""
-        tokens, found = self._sizes["tokens"], []
-        for bucket in BUCKETS:
+    @property
+    def tokens(self) -> int:
+        """The place of the number of tokens among a program's sizes."""
+        return self._sizes["tokens"]
+
+    def expected(self, sizes: Sequence[int], buckets: Iterable[int] = BUCKETS) -> list[Job]:
+        """Return the templates' jobs for buckets, so that no stream of lengths builds more."""
+        tokens, found = self.tokens, []
+        for bucket in buckets:
             parts = self.pick([*sizes[:tokens], bucket, *sizes[tokens + 1 :]])
             found += [p.job for p in parts if p.which in ("gemm", "split") and p.job is not None]
         return found
@@ -133,6 +152,7 @@ class GemmFamily:
         if schedule is None or template is None:
             finish = [p for family in self.finish for p in family.pick(sizes)]
             return [LIBRARY_CALL, *(replace(p, which=f"end{k}") for k, p in enumerate(finish))]
+        schedule = self._with_statistics(schedule, tokens)
         divisible = tuple(n for n in STRIDES if n in self._sizes and self._even(n, sizes))
         unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
         key = (template, schedule, divisible, unaligned)
@@ -143,14 +163,22 @@ class GemmFamily:
         which = "gemm" if schedule.splits == 1 else "split"
         return [Part(which, job, gemm_grid(template, schedule, tokens))]
 
+    def _with_statistics(self, schedule: GemmSchedule, tokens: int) -> GemmSchedule:
+        """Say how wide the tiles were over which the statistics that it reads are."""
+        widths = [0, 0]
+        for k, template in enumerate(self._left_by):
+            if template is not None:
+                made = self._tiles.gemm(with_settings(template), tokens)
+                assert made is not None
+                widths[k] = made.n_tile
+        return replace(schedule, stat_tile=widths[0], residual_tile=widths[1])
+
     def _even(self, name: str, sizes: Sequence[int]) -> bool:
         return sizes[self._sizes[name]] % 16 == 0
 
     def _typed(self) -> GemmTemplate | None:
         """The template under PyTorch's settings as they are now."""
-        if self.template is None or self.template.dtype is not torch.float32:
-            return self.template
-        return replace(self.template, tf32=uses_tf32())
+        return None if self.template is None else with_settings(self.template)
 
     # --- tuning ---
 
@@ -173,6 +201,11 @@ class GemmFamily:
 
     def tag(self, schedule: GemmSchedule | None) -> str:
         return tag_of(schedule)
+
+
+def with_settings(template: GemmTemplate) -> GemmTemplate:
+    """Return a template under PyTorch's settings as they are now."""
+    return replace(template, tf32=uses_tf32()) if template.dtype is torch.float32 else template
 
 
 def uses_tf32() -> bool:
@@ -211,8 +244,9 @@ def bind_gemm(launch: ir.Launch, steps: AtenSteps) -> Callable[[RunState], Call]
 
 
 def find_library_call(launch: ir.Launch) -> tuple[ir.Launch, tuple[ir.Launch, ...]]:
-    """Return the launch that the library's GEMM does, and the kernels behind it."""
-    kind, (_, _, bias, _, residual) = launch.target, launch.args
+    """Return the launch that the library's GEMM does, and the kernels behind it; itself where norms
+    are folded into it, which no library does."""
+    kind, (_, _, bias, _, residual) = launch.target, launch.args[:5]
     assert isinstance(kind, GemmKernel)
     if kind == GemmKernel("relu") and bias is not None and residual is None:
         return launch, ()

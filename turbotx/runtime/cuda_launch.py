@@ -69,6 +69,9 @@ class SizeTable:
     def value(self, e: Expr) -> int:
         return self.values.setdefault(e, len(self.values))
 
+    def expression(self, place: int) -> Expr:
+        return list(self.values)[place]
+
 
 class KernelFamily:
     """All variants of one generated kernel; equal kernels of several layers share one."""
