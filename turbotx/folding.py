@@ -45,7 +45,7 @@ def assemble_folded(
     regions = [part for f in fused for part in _split(f, made.get(id(f)))]
     ends = {**epilogues, **{f.end.linear: f.end for f in folds.values()}}
     assembly = assemble(graph, regions, prepared, dims, ends)
-    folding = _Folding(assembly, graph, folds, ends)
+    folding = _Folding(assembly, graph, prepared, folds, ends)
     assembly.launches[:] = [folding.fold(x) for x in assembly.launches]
     folding.drop_unread()
     return regions, assembly, ends
@@ -64,10 +64,10 @@ def _split(f: FusedRegion, fold: Fold | None) -> list[FusedRegion]:
 
 class _Folding:
     def __init__(
-        self, assembly: Assembly, graph: fx.Graph, folds: Mapping[fx.Node, Fold],
-        ends: Mapping[fx.Node, Epilogue],
+        self, assembly: Assembly, graph: fx.Graph, prepared: frozenset[fx.Node],
+        folds: Mapping[fx.Node, Fold], ends: Mapping[fx.Node, Epilogue],
     ) -> None:  # fmt: skip
-        self.assembly = assembly
+        self.assembly, self.prepared = assembly, prepared
         folded = [f for f in folds.values() if not f.stored]
         self.by_result = {f.result.name: f for f in folded}
         self.by_rows = {f.rows.name: f for f in folded}
@@ -153,7 +153,7 @@ class _Folding:
 
     def _call(self, end: Epilogue, norms: Iterable[Fold], out: ir.Operand) -> tuple[object, ...]:
         """Return what PyTorch runs in a launch's place, from the rows on."""
-        allowed = set(end.nodes)
+        allowed = {*end.nodes, *self.prepared}  # plain weights are not prepared here
         for fold in norms:
             allowed |= set(fold.nodes)
         given = _find_given(end.output, allowed)
