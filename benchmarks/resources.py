@@ -1,8 +1,9 @@
 """What every generated kernel uses on every GPU target: registers, spills, widths, instructions.
 
 In: architectures (default configurations of random weights, two layers). Out: a table and
-benchmarks/results/resources.json, from machine code compiled here; no GPU is needed. Attention is
-compiled both ways, flash and as two products around a softmax; equal kernels are one row::
+benchmarks/results/resources.json, from machine code compiled here; no GPU is needed. It is all that
+a GPU program launches at two shapes: attention as one kernel and as products around a softmax,
+GEMMs by templates where they are chosen, kernels behind the library's. Equal ones are a row::
 
     python benchmarks/resources.py bert llama --targets sm_90 gfx942 --dtypes bfloat16
 """
@@ -14,7 +15,8 @@ import gc
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,42 +27,75 @@ import triton
 from architectures import ARCHITECTURES
 from parity import make_inputs, make_model
 
-from turbotx.assemble import assemble
 from turbotx.capture import capture
-from turbotx.kernels.fuse import fuse_all
-from turbotx.kernels.launch_jobs import launch_job
 from turbotx.kernels.targets import TARGETS, Job, build, show_resources
-from turbotx.passes.partition import find_prepared, partition
-from turbotx.pipeline import rewrite
+from turbotx.memory.pool import ChunkPool
+from turbotx.options import Options
+from turbotx.pipeline import Compiled, compile_captured
+from turbotx.runtime.cuda import CudaRuntime
 from turbotx.signature import SizeMatcher
+from turbotx.sizes import compile_evaluator
 
 RESULTS = Path(__file__).parent / "results" / "resources.json"
 WAYS = ("flash", "fused-softmax")
+# Templates where they are expected to win; none, which leaves kernels behind the library's GEMMs.
+GEMMS = ("auto", "cublas")
 # Few queries, which take tiles of their own, and many. Lengths that are multiples of 16: others
 # have builds without the promise, whose accesses are as narrow as any alignment allows.
 SHAPES = ((1, 16), (2, 128))
 
 
+class NoDevice:
+    """A GPU that is not there: programs are bound for its kind, and never run."""
+
+    torch_device = torch.device("cpu")
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def active(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def load(self, jobs: Sequence[Job]) -> tuple[list[Any], int]:
+        return list(jobs), 0
+
+    def new_status(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int32)
+
+    def describe(self) -> str:
+        return "no device"  # for which nothing was tuned
+
+
 def find_jobs(architecture: str, dtype: torch.dtype, targets: list[str]) -> Iterator[Job]:
-    """Yield what the launches of a model compile, at every shape, for every target."""
+    """Yield what the programs of a model launch, at every shape, on every target."""
     with torch.device("meta"):
         model = make_model(architecture, 2, vocab=1000).to(dtype)
     model.to_empty(device="cpu")  # values do not matter
     for way in WAYS:
-        inputs = make_inputs(model, 2, 128, dtype)
-        captured = capture(model, (), inputs)
-        graph = captured.graph_module.graph
-        rewrite(graph, way)
-        prepared = find_prepared(graph)
-        fused = fuse_all(graph, partition(graph, prepared), prepared)
-        launches = assemble(graph, fused, prepared, captured.dims).launches
-        for batch, seq in SHAPES:
-            shapes = [t.shape for t in make_inputs(model, batch, seq, dtype).values()]
-            values = SizeMatcher(captured).match(shapes)
-            assert values is not None, f"{architecture} was captured for other shapes"
-            dims = dict(zip(captured.dims, values, strict=True))
-            made = (launch_job(x, target, dims) for target in targets for x in launches)
-            yield from (job for job in made if job is not None)
+        captured = capture(model, (), make_inputs(model, 2, 128, dtype))
+        matcher = SizeMatcher(captured)
+        given = [make_inputs(model, batch, seq, dtype).values() for batch, seq in SHAPES]
+        found = [matcher.match([t.shape for t in tensors]) for tensors in given]
+        dims = [values for values in found if values is not None]
+        assert len(dims) == len(SHAPES), f"{architecture} was captured for other shapes"
+        pool, options = ChunkPool(torch.device("cpu")), Options(attention=way)
+        compiled = compile_captured(captured, model, options, pool, NoDevice("sm_90"))
+        for target in targets:
+            for gemms in GEMMS:
+                yield from launched(compiled, Options(attention=way, gemms=gemms), target, dims)
+
+
+def launched(
+    compiled: Compiled, options: Options, target: str, shapes: Sequence[Sequence[int]]
+) -> Iterator[Job]:
+    """Yield the kernels that a program launches at some dims on a target."""
+    names, weights = compiled.captured.dims, compiled.program.runtime.weights
+    runtime = CudaRuntime(compiled.assembly, weights, options, names, NoDevice(target))
+    evaluate = compile_evaluator(list(runtime.table.values), names)
+    for dims in shapes:
+        sizes = evaluate(*dims)
+        parts = [part for family in runtime.families.values() for part in family.pick(sizes)]
+        yield from (part.job for part in parts if part.job is not None)
 
 
 def show_progress(done: int, total: int, what: str) -> None:

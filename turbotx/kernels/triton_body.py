@@ -9,9 +9,11 @@ In: a kernel and its schedule. Out: text for one statement at a time, for exampl
 from __future__ import annotations
 
 import builtins
+import itertools
 import keyword
 import re
 from collections import Counter
+from collections.abc import Set
 
 import sympy
 
@@ -53,6 +55,7 @@ class Body:
     def _name_values(self) -> dict[str, str]:
         """Give every value a Python name of its own, without the underscores that C++ needed."""
         taken = set(RESERVED) | {a.name for a in self.kernel.axes} | set(self.kernel.sizes)
+        taken |= {f"{p.name}_ptr" for p in self.kernel.params}
         names: dict[str, str] = {}
         nicer = {
             r: n
@@ -60,10 +63,14 @@ class Body:
             if isinstance(s, ir.Reduce)
             for r, n in zip(s.results, REDUCTIONS[s.op].outputs, strict=True)
         }
+        loads = {s.result: s.access.param for s in self.kernel.body if isinstance(s, ir.Load)}
+        later = {v.rstrip("_") for v in self.makers if v not in loads}
         for value in self.makers:
             name = value.rstrip("_")
             if value in nicer and nicer[value] not in taken:
                 name = nicer[value]
+            if value in loads:
+                name = _numbered(loads[value].rstrip("_"), taken | later)
             while name in taken:
                 name += "_"
             taken.add(name)
@@ -274,3 +281,10 @@ class Body:
             if x.name[0] in "@%"
         }
         return size_text(value.xreplace(plain))
+
+
+def _numbered(name: str, taken: Set[str]) -> str:
+    """Return a tensor's name for what is read of it, with a number if another value has it."""
+    if name not in taken:
+        return name
+    return next(f"{name}{k}" for k in itertools.count(1) if f"{name}{k}" not in taken)

@@ -39,10 +39,10 @@ def fused_add_layer_norm(
     col = tl.arange(0, COLS)
     col_ok = col < 384
     x = tl.load(x_ptr + row * 384 + col, mask=col_ok)
-    x1 = tl.load(bias_ptr + col, mask=col_ok)
-    x2 = tl.load(y_ptr + row * 384 + col, mask=col_ok)
-    add1 = x + x1 + x2
-    x3 = tl.load(weight_ptr + col, mask=col_ok)
+    bias = tl.load(bias_ptr + col, mask=col_ok)
+    y = tl.load(y_ptr + row * 384 + col, mask=col_ok)
+    add1 = x + bias + y
+    weight = tl.load(weight_ptr + col, mask=col_ok)
     # mean, m2 over col in one pass
     mean, m2, mean_low, mean_count = tl.reduce(
         (
@@ -55,5 +55,5 @@ def fused_add_layer_norm(
         combine,
     )
     mean += mean_low
-    mul1 = (add1 - mean) * tl.rsqrt(m2 / 384.0 + 1e-05) * x3
+    mul1 = (add1 - mean) * tl.rsqrt(m2 / 384.0 + 1e-05) * weight
     tl.store(layer_norm_ptr + row * 384 + col, mul1, mask=col_ok)

@@ -25,8 +25,8 @@ def fused_embedding_mul(
     row_ok = row < batch * seq
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
     col_ok = col < table_d1
-    k = tl.load(ids_ptr + row, mask=row_ok)
-    k_ok = (k >= 0) & (k < table_d0)
-    tl.store(status_ptr + tl.zeros_like(k), 1, mask=~k_ok & row_ok)
-    x = tl.load(table_ptr + k * table_d1 + col, mask=row_ok & col_ok & k_ok, other=0)
-    tl.store(mul_ptr + row * table_d1 + col, x * 16.0, mask=row_ok & col_ok)
+    ids = tl.load(ids_ptr + row, mask=row_ok)
+    ids_ok = (ids >= 0) & (ids < table_d0)
+    tl.store(status_ptr + tl.zeros_like(ids), 1, mask=~ids_ok & row_ok)
+    table = tl.load(table_ptr + ids * table_d1 + col, mask=row_ok & col_ok & ids_ok, other=0)
+    tl.store(mul_ptr + row * table_d1 + col, table * 16.0, mask=row_ok & col_ok)

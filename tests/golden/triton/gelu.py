@@ -24,7 +24,7 @@ def fused_add_gelu(
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
     col_ok = col < x_d2
     x = tl.load(x_ptr + row * x_d2 + col, mask=row_ok & col_ok)
-    x1 = tl.load(b_ptr + col, mask=col_ok)
-    add = x + x1
+    b = tl.load(b_ptr + col, mask=col_ok)
+    add = x + b
     mul2 = 0.5 * add * (1.0 + tl.erf(add * 0.7071067811865476))
     tl.store(gelu_ptr + row * x_d2 + col, mul2, mask=row_ok & col_ok)

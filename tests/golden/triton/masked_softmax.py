@@ -41,12 +41,12 @@ def fused_logical_not_softmax_full_like_where(
     row1 = index // (scores_d1 * scores_d2)
     col = tl.arange(0, COLS)
     col_ok = col < scores_d3
-    k = tl.load(hidden_ptr + row1 * scores_d3 + col, mask=col_ok)
-    x = tl.load(
+    hidden = tl.load(hidden_ptr + row1 * scores_d3 + col, mask=col_ok)
+    scores = tl.load(
         scores_ptr + row1 * scores_d1 * scores_d2 * scores_d3 + row * scores_d3 + col,
         mask=col_ok,
     )
-    where = tl.where(k, float("-inf"), x * 0.125)
+    where = tl.where(hidden, float("-inf"), scores * 0.125)
     not_ = ~(where == float("-inf"))
     # any_, largest, total over col in one pass
     any_, largest, total = tl.reduce(

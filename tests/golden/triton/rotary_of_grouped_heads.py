@@ -31,13 +31,13 @@ def fused_neg_cat_mul_add(
     in_first = row1 < 4
     in_second = row1 >= 4
     x = tl.load(x_ptr + row2 * seq * 64 + row * 64 + row1 * 8 + col, mask=row_ok)
-    x1 = tl.load(cos_ptr + row * 8 + col, mask=row_ok)
+    cos = tl.load(cos_ptr + row * 8 + col, mask=row_ok)
     ge = col >= 4
-    x2 = tl.load(x_ptr + row2 * seq * 64 + row * 64 + row1 * 8 + col - 4, mask=row_ok & ge, other=0)
+    x1 = tl.load(x_ptr + row2 * seq * 64 + row * 64 + row1 * 8 + col - 4, mask=row_ok & ge, other=0)
     lt = col < 4
-    x3 = tl.load(x_ptr + row2 * seq * 64 + row * 64 + row1 * 8 + col + 4, mask=row_ok & lt, other=0)
-    x4 = tl.load(sin_ptr + row * 8 + col, mask=row_ok)
-    add = x * x1 + tl.where(lt, -x3, x2) * x4
+    x2 = tl.load(x_ptr + row2 * seq * 64 + row * 64 + row1 * 8 + col + 4, mask=row_ok & lt, other=0)
+    sin = tl.load(sin_ptr + row * 8 + col, mask=row_ok)
+    add = x * cos + tl.where(lt, -x2, x1) * sin
     tl.store(
         add_ptr + row2 * seq * 32 + row1 * seq * 8 + row * 8 + col,
         add,
