@@ -261,6 +261,16 @@ def test_sizes_of_1_that_only_broadcast_once_the_dims_have_moved() -> None:
         torch.testing.assert_close(combine(x, y), (x.flatten() + y.transpose(0, 1)).tanh())
 
 
+def test_a_roll_further_than_the_row_is_long() -> None:
+    @turbotx.optimize
+    def rolled(x):
+        return x.roll((5, -7), (0, 1)) * 2
+
+    for n in (9, 3, 1):
+        x = torch.randn(n, n + 1)
+        torch.testing.assert_close(rolled(x), x.roll((5, -7), (0, 1)) * 2)
+
+
 def test_a_value_repeated_and_read_backwards() -> None:
     def function(x):
         y = torch.sigmoid(x).repeat_interleave(2, 0)

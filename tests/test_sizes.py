@@ -8,7 +8,7 @@ import pytest
 import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from turbotx.sizes import (
     ONE,
@@ -81,6 +81,12 @@ def test_divide() -> None:
     assert divide(FloorDiv(S, 2) * 2, sympy.Integer(2)) == FloorDiv(S, 2)
     assert divide(B * FloorDiv(S, 2), FloorDiv(S, 2)) == B
     assert divide(FloorDiv(S, 2), sympy.Integer(2)) is None
+
+
+def test_the_rest_of_a_negative_size_is_that_of_its_divisor() -> None:
+    assert to_c(PythonMod(S, B)) == "(seq % batch)"
+    assert to_c(PythonMod(S - 5, S)) == "((((seq - 5) % seq) + seq) % seq)"
+    assert to_python(PythonMod(S - 5, S)) == "((seq - 5) % seq)"
 
 
 @settings(max_examples=60)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 NO_WINDOW = (-1, -1)
 
@@ -54,7 +55,7 @@ def attention(
         mask = mask & visible if boolean else mask.masked_fill(~visible, float("-inf"))
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(q.dtype)
-    grouped = q.shape[1] != k.shape[1]
+    grouped = not statically_known_true(q.shape[1] == k.shape[1])
     if softcap:
         if plainly_causal:
             mask = _visible(q, k, None, causal, window)

@@ -128,7 +128,8 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, na
     """Trace with as many dims symbolic as the call takes; raise the first attempt's error.
 
     A size of 1 varies unless a larger one stands beside it, counted from the left, or else from
-    either side. Where that fails too it is taken for a broadcast: the call may have moved the dims.
+    either side. Where that fails too it is taken for a broadcast (the call may have moved the dims)
+    or for a number that the call spells out too.
     """
     first, tried = None, []
     for sides in ("left", "both", "none"):
@@ -137,11 +138,25 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, na
             continue
         tried.append(varying)
         try:
-            return _export(flat, examples, varying)
+            exported = _export(flat, examples, varying)
+            _refuse_fixed(exported, tensors, varying)
+            return exported
         except Exception as error:
             first = first or error
     assert first is not None
     raise _capture_error(name, first) from first
+
+
+def _refuse_fixed(
+    exported: Any, tensors: Sequence[torch.Tensor], varying: Sequence[Sequence[int]]
+) -> None:
+    """Raise ValueError where tracing has fixed a widened size: the call itself does not have it."""
+    inputs = exported.graph.find_nodes(op="placeholder")[-len(tensors) :]
+    for node, tensor, dims in zip(inputs, tensors, varying, strict=True):
+        for d in dims:
+            size = expr(node.meta["val"].shape[d])
+            if size.is_Integer and size != tensor.shape[d]:
+                raise ValueError(f"a size of {tensor.shape[d]} was traced as one of {size}")
 
 
 def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
@@ -215,8 +230,8 @@ def _widen(
 
     sides: where another input with a larger size keeps a size 1 fixed: at the same position from
     the "left" or from "both" sides, as a (1, seq) mask beside (batch, seq) ids is a broadcast; with
-    "none" every size 1 is fixed. Inputs that are one tensor become two: tracing would take them for
-    one argument.
+    "none" every size 1 is fixed, and every 0. Inputs that are one tensor become two: tracing would
+    take them for one argument.
     """
     largest: dict[int, int] = {}
     for tensor in tensors:
@@ -232,7 +247,7 @@ def _widen(
             tensor = tensor.clone()
         for d, size in enumerate(tensor.shape):
             beside = largest[d] if sides == "left" else max(largest[d], largest[d - rank])
-            if size == 1 and (beside > 1 or sides == "none"):
+            if (size == 1 and beside > 1) or (size <= 1 and sides == "none"):
                 continue
             dims.append(d)
             if size <= 2 and size < least:

@@ -87,6 +87,7 @@ class _SourcePrinter(StrPrinter):
     def __init__(self, floor_div: str) -> None:
         super().__init__()
         self._floor_div = floor_div
+        self._rounds_down = floor_div == "//"
 
     def _print_FloorDiv(self, node: Any) -> str:
         top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"], strict=True) for a in node.args)
@@ -98,7 +99,16 @@ class _SourcePrinter(StrPrinter):
         top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"], strict=True) for a in node.args)
         return f"({top} % {bottom})"
 
-    _print_PythonMod = _print_Mod
+    def _print_PythonMod(self, node: Any) -> str:
+        return self._print_Mod(node) if self._rounds_down else self._rest_of_negative(node)
+
+    def _rest_of_negative(self, node: Any) -> str:
+        """C and Triton give the rest of a negative number its sign, Python its divisor's."""
+        rest = self._print_Mod(node)
+        if is_nonnegative(node.args[0]):
+            return rest
+        bottom = self.parenthesize(node.args[1], PRECEDENCE["Atom"], strict=True)
+        return f"(({rest} + {bottom}) % {bottom})"
 
     def _print_Pow(self, node: Any, rational: bool = False) -> str:
         base, exponent = node.as_base_exp()

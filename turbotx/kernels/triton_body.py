@@ -112,10 +112,11 @@ class Body:
                 pointer += f" + {name} * 0"
         dims = "".join(d for d in "rc" if d in wanted)
         masks = self.edge_masks(dims)
-        masks += [f"{self.names[v]}_ok" for v in ir.values_in(access.offset) if self._checked(v)]
+        texts = {v: f"{self.names[v]}_ok" for v in ir.values_in(access.offset) if self._checked(v)}
         if access.mask:
-            mask = self.texts[access.mask].inside()
-            if dims and not self.dims(self.varies[access.mask]):
+            texts[access.mask] = self.texts[access.mask].inside()
+        for value, mask in texts.items():
+            if dims and not self.dims(self.varies[value]):
                 # Triton's interpreter takes one element for a number where it meets a tile.
                 axis = self.col_axis() if "c" in dims else self.row_axis()
                 mask = f"((({axis} >= 0) & {mask}) != 0)"
@@ -178,7 +179,9 @@ class Body:
         """An index outside its table is reported through `status`, and nothing is read there."""
         name, number = self.names[s.value], self.checks.index(s) + 1
         dims = self.dims(self.varies[s.value])
-        masks = [f"~{name}_ok", *self.edge_masks(dims)]
+        # Triton's interpreter takes one element for a number, and ~ of that is no mask.
+        wrong = f"~{name}_ok" if dims else f"({name}_ok == 0)"
+        masks = [wrong, *self.edge_masks(dims)]
         if s.mask:
             masks.append(self.texts[s.mask].inside())
             dims = dims or self.dims(self.varies[s.mask])

@@ -47,7 +47,8 @@ class _TritonPrinter(_SourcePrinter):
     def _print_Mod(self, node: Any) -> str:
         return self._divide(node, "%")
 
-    _print_PythonMod = _print_Mod
+    def _print_PythonMod(self, node: Any) -> str:
+        return self._rest_of_negative(node)
 
     def _divide(self, node: Any, sign: str) -> str:
         top, bottom = (self.parenthesize(a, PRECEDENCE["Atom"], strict=True) for a in node.args)

@@ -80,10 +80,13 @@ def _layer_norm(like: fx.Node, node: fx.Node, k: int) -> fx.Node:
 
 
 def _group_norm(like: fx.Node, node: fx.Node, k: int) -> fx.Node:
-    x, weight, bias, batch, _, _, groups, eps = node.args
+    x, weight, bias, batch, channels, places, groups, eps = node.args
     if k == 0:
         return g.emit(like, aten.group_norm.default, x, groups, weight, bias, eps)
-    rows = g.emit(like, aten.view.default, x, [batch, groups, -1])
+    within: Any = -1
+    if batch == 0 and isinstance(channels, int) and isinstance(places, int):
+        within = channels * places // groups  # type: ignore[operator]
+    rows = g.emit(like, aten.view.default, x, [batch, groups, within])
     found = _statistic(like, rows, [2], eps, k)
     return g.emit(like, aten.squeeze.dims, found, [2])
 
