@@ -81,6 +81,25 @@ def test_a_call_beside_one_that_derives_waits_for_it(monkeypatch: pytest.MonkeyP
     assert seen == [before + 1] * 2
 
 
+class Parts(nn.Module):
+    """Queries by the first rows of a weight, keys and values by the rest, as in PyTorch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(24, 8)), nn.Parameter(torch.randn(24))
+
+    def forward(self, x, memory):
+        (first, rest), (b, c) = self.weight.split([8, 16]), self.bias.split([8, 16])
+        return nn.functional.linear(x, first, b), nn.functional.linear(memory, rest, c)
+
+
+def test_products_read_parts_of_one_weight() -> None:
+    model = Parts().eval()
+    fast, memory = turbotx.optimize(model), torch.randn(3, 8)
+    for ours, theirs in zip(fast(X, memory), model(X, memory), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_prepared_constants_are_not_the_users_tensors() -> None:
     model = Packed().eval()
     fast = turbotx.optimize(model)

@@ -179,5 +179,8 @@ def packed_name(launch: ir.Launch) -> str:
     """Return the address table's name of a GEMM's weight in packed form."""
     weight, kind = launch.args[1], launch.target
     assert weight is not None and isinstance(kind, GemmKernel)
-    flipped = "" if weight.strides[-1] == 1 else ".t"
-    return f"{weight.tensor}{flipped}{'.gated' if kind.gated else ''}.packed"
+    rows, columns = weight.shape
+    down, along = weight.strides
+    # Several products may read a part each of one weight.
+    part = f"{rows}x{columns} by {down},{along} from {weight.offset}"
+    return f"{weight.tensor} {part}{' gated' if kind.gated else ''}.packed"
