@@ -31,6 +31,7 @@ import torch  # noqa: E402
 from gpu_models import ENGINES, MODELS, SHAPES, VARIANTS  # noqa: E402
 
 GEMMS = ("turbotx-triton", "turbotx-cublas", "turbotx-triton-pdl")
+NORMS = ("turbotx-fold", "turbotx-store")
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 TARGETS = {"NVIDIA H100": {"1x40": 260.0, "32x128": 1350.0}}  # µs, BERT-base fp16
 
@@ -63,6 +64,9 @@ def plan_measurements() -> list[Measurement]:
     for engine in GEMMS:
         for name in ("bert-base", "gpt2"):
             add(f"gemms-right/{name}/fp16/{engine}", 6, m.check_model, name, "fp16", engine)
+    for engine in NORMS:
+        for name in ("bert-base", "gpt2", "llama"):
+            add(f"norms-right/{name}/fp16/{engine}", 6, m.check_model, name, "fp16", engine)
     add("cold-start/bert-base/fp16", 20, m.measure_cold_start, "bert-base", "fp16")
     seconds = dict(zip(ENGINES, (8, 3, 4, 30, 35, 150), strict=True))
     for engine in ENGINES[:5]:
@@ -75,6 +79,10 @@ def plan_measurements() -> list[Measurement]:
     add("lengths/bert-base/fp16", 14, m.measure_shapes, "bert-base", "fp16", lengths)
     add("stream/bert-base/fp16", 30, m.measure_stream, "bert-base", "fp16", 1000)
     _add_gemms(add, gpu_gemms.WIDTHS[:1], GEMMS[:2])
+    for name in ("bert-base", "gpt2", "llama"):
+        for engine in NORMS:
+            label = f"norms/{name}/fp16/{engine}"
+            add(label, 6, gpu_gemms.measure_norms, name, "fp16", engine)
     for size, engine, cost in (
         ("large", "turbotx", 3), ("large", "torch", 1), ("large", "inductor", 7),
         ("short", "turbotx", 3), ("short", "torch", 1), ("short", "inductor", 7),
@@ -216,6 +224,8 @@ def summarize(record: dict[str, Any]) -> list[str]:
                     f"  {shape:7} {ours['latency_us']:9.1f} µs, in a row {ours['row_us']:9.1f} µs,"
                     f" eager {eager['latency_us']:9.1f} µs, floor {floor / ours['row_us']:6.1%}"
                 )
+        elif name.startswith("norms/") and name.endswith("/turbotx-fold"):
+            lines += _norm_lines(name.removesuffix("/turbotx-fold"), results)
         elif name.startswith("gemms/") and name.endswith("/turbotx-triton"):
             lines += _gemm_lines(name.removesuffix("/turbotx-triton"), results)
         elif name.startswith(("stream/", "cold-start/", "tuned/")):
@@ -261,6 +271,19 @@ def _gemm_lines(place: str, results: dict[str, Any]) -> list[str]:
     for tokens in found["turbotx-triton"]:
         times = (f"{e} {rows[tokens]['block_us']:8.2f} µs" for e, rows in found.items())
         lines.append(f"  {tokens:>5} tokens: " + ", ".join(times))
+    return lines
+
+
+def _norm_lines(place: str, results: dict[str, Any]) -> list[str]:
+    """Four layers at every bucket of tokens, with norms folded and stored."""
+    found = {e: results[f"{place}/{e}"]["rows"] for e in NORMS if f"{place}/{e}" in results}
+    lines = [place]
+    for tokens in found["turbotx-fold"]:
+        times = (
+            f"{e} {rows[tokens]['row_us']:8.2f} µs in a row, {rows[tokens]['launches']} launches"
+            for e, rows in found.items()
+        )
+        lines.append(f"  {tokens:>5} tokens: " + "; ".join(times))
     return lines
 
 

@@ -22,11 +22,14 @@ import turbotx
 from turbotx.graphed import GraphedProgram
 from turbotx.kernels.gemm_choice import BUCKETS
 from turbotx.kernels.tuned import save_tuned
-from turbotx.tune import gains, tune_program
+from turbotx.signature import SizeMatcher
+from turbotx.tune import gains, tune_call, tune_norms
 
 WIDTHS = ((768, 3072), (1024, 4096), (384, 1536))
 # Weights of all blocks together: larger than any cache, as a model's are.
 STREAMED_NBYTES = 1 << 28
+# Positions of the smallest model.
+NORM_TOKENS = 512
 
 
 class Blocks(nn.Module):
@@ -76,6 +79,20 @@ def check(fast: Any, model: nn.Module, x: torch.Tensor, engine: str) -> None:
         raise RuntimeError(f"{engine} is wrong by {error} at {len(x[0])} tokens, not {allowed}")
 
 
+def measure_norms(name: str, dtype: str, engine: str) -> dict[str, Any]:
+    """A model cut to four layers at each bucket of tokens that its positions allow, one call."""
+    model = make_model(name, DTYPES[dtype], layers=4)
+    fast = turbotx.optimize(model, **VARIANTS[engine])
+    rows = {}
+    for tokens in BUCKETS:
+        if tokens <= NORM_TOKENS:
+            inputs = make_inputs(model, 1, tokens, DTYPES[dtype])
+            rows[str(tokens)] = time_call(lambda inputs=inputs: fast(**inputs), 0.2)
+            launches = turbotx.explain(fast, **inputs).compiled.assembly.launches
+            rows[str(tokens)]["launches"] = len(launches)
+    return {"rows": rows, "mapped_nbytes": fast.stats()["mapped_nbytes"]}
+
+
 def measure_tuned(name: str, dtype: str, shape: tuple[int, int]) -> dict[str, Any]:
     """A model's latency before and after its tiles were searched; keeps nothing."""
     model = make_model(name, DTYPES[dtype])
@@ -86,10 +103,15 @@ def measure_tuned(name: str, dtype: str, shape: tuple[int, int]) -> dict[str, An
         try:
             first = turbotx.optimize(model)
             kept["before"] = time_call(lambda: first(**inputs))
-            program = turbotx.explain(first, **inputs).compiled.program
-            assert isinstance(program, GraphedProgram)
-            found = tune_program(program, shape, list(inputs.values()))
-            save_tuned(program.runtime.device.describe(), gains(found))
+            tensors, compiled = list(inputs.values()), turbotx.explain(first, **inputs).compiled
+            dims = SizeMatcher(compiled.captured).match([t.shape for t in tensors])
+            assert isinstance(compiled.program, GraphedProgram) and dims is not None
+            device = compiled.program.runtime.device.describe()
+            found = tune_call(compiled, dims, tensors)
+            save_tuned(device, gains(found))
+            again = turbotx.explain(turbotx.optimize(model), **inputs).compiled
+            found += tune_norms(again, dims, tensors)
+            save_tuned(device, gains(found))
             second = turbotx.optimize(model)
             kept["after"] = time_call(lambda: second(**inputs))
         finally:

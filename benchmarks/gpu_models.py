@@ -32,6 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "turbotx-no-epilogues": {"epilogues": False},
     "turbotx-pdl": {"pdl": True},
     "turbotx-triton-pdl": {"gemms": "triton", "pdl": True},
+    "turbotx-fold": {"norms": "fold"},
+    "turbotx-store": {"norms": "store"},
 }
 COMPILE_MODES = {
     "compile": "default",
@@ -58,6 +60,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"use_cache": False}),
     "vit-base": ("vit", {}),
 }  # fmt: skip
+# Of norms that the others do not have.
+NORM_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": (
+        "llama",
+        {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "intermediate_size": 8192, "use_cache": False},
+    ),
+}  # fmt: skip
 FACTOR, ULPS = 1.5, 2
 
 
@@ -65,7 +75,7 @@ def make_model(name: str, dtype: torch.dtype, layers: int | None = None) -> nn.M
     """A random model on the device, in evaluation mode, cut to `layers` where that is given."""
     import transformers
 
-    kind, changed = MODELS[name]
+    kind, changed = (MODELS | NORM_MODELS)[name]
     config = transformers.AutoConfig.for_model(kind, **changed)
     for field in ("num_hidden_layers", "n_layers", "n_layer"):
         if layers is not None and hasattr(config, field):

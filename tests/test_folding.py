@@ -7,6 +7,7 @@ Out: launches a layer, errors against float64, which of the two programs serves 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 import turbotx
 from tests.models import assert_as_exact_as_eager, in_double, token_inputs
-from tests.runtime.stand_in_device import InterpretedDevice, bind_to
+from tests.runtime.stand_in_device import InterpretedDevice, RecordingDevice, bind_to
 from turbotx.errors import OptionsError
+from turbotx.kernels.tuned import save_tuned
+from turbotx.tune import gains, tune_call, tune_norms
 
 transformers = pytest.importorskip("transformers")
 
@@ -210,3 +213,35 @@ def test_options_that_contradict_each_other() -> None:
     for other in ({"gemms": "cublas"}, {"epilogues": False}):
         with pytest.raises(OptionsError, match="leave out one"):
             turbotx.optimize(torch.nn.Linear(2, 2), norms="fold", **other)
+
+
+def test_tuning_times_both_programs_and_keeps_the_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TURBOTX_CACHE_DIR", str(tmp_path))
+    model, x, device = Chain(16).half().eval(), torch.randn(2, 3, 16).half(), RecordingDevice()
+    fast = bind_to(device, model, monkeypatch, cuda_graphs=False)
+    fast(x)
+    (compiled,) = fast._engine.variants()
+    assert compiled.at((2, 3)) is compiled.twins[1]
+
+    def timer(device: RecordingDevice, run: Any) -> float:
+        device.log.clear()
+        run()
+        return 1.0 if any(n.startswith("fused") for n in device.names("launch")) else 2.0
+
+    tiles = {f.kernel for f in tune_call(compiled, (2, 3), [x], lambda device, run: 1.0)}
+    assert {"fused_add_layer_norm", "gemm_float16_9x16_layer_norm_bias"} <= tiles
+    (found,) = tune_norms(compiled, (2, 3), [x], timer)
+    assert (found.kernel, found.length, found.before, found.best) == (
+        "norms", 16, "folded", "stored",
+    )  # fmt: skip
+    save_tuned(device.describe(), gains([found]))
+    again = bind_to(RecordingDevice(), model, monkeypatch, cuda_graphs=False)
+    again(x)
+    (compiled,) = again._engine.variants()
+    assert compiled.at((2, 3)) is compiled.twins[0]
+    assert compiled.at((4, 5)) is compiled.twins[1]  # another bucket
+    asked = bind_to(RecordingDevice(), model, monkeypatch, schedules={"gemm_*": "cublas"})
+    asked(x)
+    assert len(asked._engine.variants()[0].twins) == 1

@@ -50,6 +50,9 @@ def test_a_dry_run_lists_every_row_that_is_promised(
                     assert f"latency/{model}/{dtype}/{batch}x{seq}/{engine}" in names
     for engine in gpu.GEMMS:
         assert f"gemms/768x3072/fp16/{engine}" in names
+    for engine in gpu.NORMS:
+        for name in ("bert-base", "gpt2", "llama"):
+            assert {f"norms-right/{name}/fp16/{engine}", f"norms/{name}/fp16/{engine}"} <= {*names}
     for engine in gpu.VARIANTS:
         assert f"latency/bert-base/fp16/1x40/{engine}" in names
     assert (
@@ -60,7 +63,9 @@ def test_a_dry_run_lists_every_row_that_is_promised(
     assert fits[1].startswith("kernels-right")
     for needed in ("latency/bert-base/fp16/1x40/turbotx", "stream/bert-base/fp16",
                    "latency/bert-base/fp16/1x40/compile-reduce-overhead",
-                   "latency/bert-base/fp16/32x128/turbotx", "lengths/bert-base/fp16"):  # fmt: skip
+                   "latency/bert-base/fp16/32x128/turbotx", "lengths/bert-base/fp16",
+                   "norms-right/bert-base/fp16/turbotx-fold", "norms/bert-base/fp16/turbotx-fold",
+                   "norms/bert-base/fp16/turbotx-store"):  # fmt: skip
         assert needed in fits
     assert "480 s" in lines[-1]
 

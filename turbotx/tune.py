@@ -4,6 +4,8 @@ In: a GPU program, tensors, a timer. Out: for each kernel and length the fastest
 what it gains::
 
     tune_program(program, dims, tensors, time_launches)  ->  [Found("fused_add_layer_norm", ...)]
+
+Where norms can be folded there are two programs, which are timed as wholes (`tune_norms`).
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from turbotx.errors import TurbotxError
 from turbotx.graphed import GraphedProgram
-from turbotx.kernels.tuned import search
+from turbotx.kernels.tiles import FOLDED, STORED
+from turbotx.kernels.tuned import GAIN, search
+from turbotx.pipeline import Compiled
 from turbotx.runtime.cuda import CudaRuntime
 from turbotx.runtime.cuda_launch import Part
 from turbotx.runtime.device import Device
@@ -32,7 +37,8 @@ class Found:
     """One kernel at one length: the schedule it had and the fastest, in microseconds a launch.
 
     bucket: the lengths that the schedule is kept for. A GEMM's schedule may be "cublas", and its
-    length is the number of tokens.
+    length is the number of tokens. Of norms it is "folded" or "stored", and times are of all
+    launches.
     """
 
     kernel: str
@@ -96,6 +102,50 @@ def tune_program(
                 times[start], times[best], len(times),
             )  # fmt: skip
     return list(found.values())
+
+
+def tune_call(
+    compiled: Compiled, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
+    timer: Timer = time_launches, progress: Callable[[str], None] = lambda what: None,
+) -> list[Found]:  # fmt: skip
+    """Time every kernel and GEMM of a call at one shape, with norms folded and stored."""
+    found: dict[tuple[str, str], Found] = {}
+    for twin in compiled.twins:
+        assert isinstance(twin.program, GraphedProgram)
+        for f in tune_program(twin.program, dims, tensors, timer, progress):
+            found.setdefault((f.digest, f.bucket), f)
+    return list(found.values())
+
+
+def tune_norms(
+    compiled: Compiled, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
+    timer: Timer = time_launches,
+) -> list[Found]:  # fmt: skip
+    """Time a call at one shape with norms stored and folded, whole; nothing where only one is there
+    to be timed. Its tiles should have been tuned before."""
+    if len(compiled.twins) < 2:
+        return []
+    times: dict[str, float] = {}
+    for tag, twin in zip((STORED, FOLDED), compiled.twins, strict=True):
+        program = twin.program
+        assert isinstance(program, GraphedProgram)
+        runtime, binding = program.runtime, program.bind(dims)
+        with torch.no_grad(), runtime.device.active(), program.used(binding, tensors) as used:
+            table, state = used
+            run = partial(runtime.run, table, binding.sizes, state)
+            times[tag] = timer(runtime.device, lambda run=run: run())  # type: ignore[misc]
+    share = compiled.twins[1].program.share
+    assert share is not None
+    before = FOLDED if share.holds(dims) else STORED
+    other = STORED if before == FOLDED else FOLDED
+    best = other if times[other] < times[before] * (1 - GAIN) else before
+    bucket = share.bucket(dims)
+    return [
+        Found(
+            "norms", share.structure, bucket, str(bucket), before, best,
+            times[before], times[best], len(times),
+        )
+    ]  # fmt: skip
 
 
 def _time(

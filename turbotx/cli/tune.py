@@ -8,8 +8,9 @@ which every later program on one of them takes::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -21,9 +22,11 @@ from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
 from turbotx.graphed import GraphedProgram
 from turbotx.kernels.tuned import save_tuned
+from turbotx.pipeline import Compiled
+from turbotx.report.report import Report
 from turbotx.runtime.cuda_device import require_cuda
 from turbotx.signature import SizeMatcher
-from turbotx.tune import Found, gains, tune_program
+from turbotx.tune import Found, gains, tune_call, tune_norms
 
 
 def tune_model(model: Source, shapes: Sequence[str], output: Output) -> int:
@@ -31,28 +34,44 @@ def tune_model(model: Source, shapes: Sequence[str], output: Output) -> int:
     require_cuda()
     wanted = [parse_shape(text) for text in shapes]
     found: list[Found] = []
-    with output.steps(f"load {model}", total=2 + max(1, len(wanted))) as steps:
+    with output.steps(f"load {model}", total=3 + max(1, len(wanted))) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         args, kwargs = pytree.tree_map_only(
             torch.Tensor, lambda x: x.cuda(), (loaded.args, loaded.kwargs)
         )
         steps("capture, fuse and build")
         report = reports.explain(loaded.model.cuda(), *args, **kwargs)
-        program = report.compiled.program
-        assert isinstance(program, GraphedProgram)
-        for view in [report.at(**dims) for dims in wanted] or [report]:
-            steps("time kernels at " + ", ".join(f"{n} {s}" for n, s in view.dims.items()))
-            leaves = pytree.tree_leaves(resize(view, args, kwargs))
-            tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-            dims = SizeMatcher(report.compiled.captured).match([t.shape for t in tensors])
-            assert dims is not None
-            found += tune_program(program, dims, tensors)
-    device = program.runtime.device.describe()
-    file = save_tuned(device, gains(found))
+        device = _describe_device(report.compiled)
+        for dims, tensors, shown in _calls(report, wanted, args, kwargs):
+            steps(f"time kernels at {shown}")
+            found += tune_call(report.compiled, dims, tensors)
+        file = save_tuned(device, gains(found))
+        steps("time folded norms")
+        report = reports.explain(loaded.model, *args, **kwargs)  # by the tiles that were found
+        for dims, tensors, _ in _calls(report, wanted, args, kwargs):
+            found += tune_norms(report.compiled, dims, tensors)
+        save_tuned(device, gains(found))
     output.console.print(found_table(device, found))
     output.console.print(f"kept in {file}")
     output.result({"device": device, "file": str(file), "kernels": [asdict(f) for f in found]})
     return OK
+
+
+def _describe_device(compiled: Compiled) -> str:
+    assert isinstance(compiled.program, GraphedProgram)
+    return compiled.program.runtime.device.describe()
+
+
+def _calls(
+    report: Report, wanted: Sequence[dict[str, int]], args: Any, kwargs: Any
+) -> Iterator[tuple[tuple[int, ...], list[torch.Tensor], str]]:
+    """Give the dims and tensors of each shape that is asked for, and its words."""
+    for view in [report.at(**dims) for dims in wanted] or [report]:
+        leaves = pytree.tree_leaves(resize(view, args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        dims = SizeMatcher(report.compiled.captured).match([t.shape for t in tensors])
+        assert dims is not None
+        yield dims, tensors, ", ".join(f"{n} {s}" for n, s in view.dims.items())
 
 
 def found_table(device: str, found: Sequence[Found]) -> Table:

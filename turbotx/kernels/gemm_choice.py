@@ -118,7 +118,9 @@ def choose_tiles(template: GemmTemplate, tokens: int, target: str) -> GemmSchedu
         device.shared_nbytes
     ):
         k_tile //= 2
-    warps = 8 if m_tile * n_tile * (1 + template.gated) >= 128 * 128 else 4
+    # With a norm 128 x 64 took 254 registers of 4 warps on sm_100, and spilled a word.
+    most = 128 * (64 if template.norm != "none" else 128)
+    warps = 8 if m_tile * n_tile * (1 + template.gated) >= most else 4
     splits = _splits(template, bucket, m_tile, n_tile, k_tile, device)
     return GemmSchedule(m_tile, n_tile, k_tile, warps, stages, splits)
 
@@ -129,7 +131,7 @@ def _widest_that_fills(
     """Return the widest n tile that still gives every processor a program; 32 if none does."""
     widest = device.widest[1] // (2 if template.gated else 1)
     # Beside an activation or a norm the sums of 128 x 256 do not fit: exact GELU spilled 20 words.
-    if m_tile <= 32 or template.activation != "none" or template.norm != "none":
+    if m_tile <= 32 or template.activation != "none" or template.folds:
         widest = min(widest, 128)
     for n_tile in (256, 128, 64):
         tiles = -(-bucket // m_tile) * -(-template.n // n_tile)
@@ -195,12 +197,14 @@ def choose_gemm(
 ) -> GemmLaunch:
     """Return how to run a GEMM at `tokens`, by the heuristics unless a schedule is given.
 
-    stat_tile: the columns of each of x's statistics. divisible: the strides that are multiples of
-    16.
+    stat_tile: the columns of each statistic that it reads. divisible: the strides that are
+    multiples of 16.
     """
     schedule = schedule or choose_tiles(template, tokens, target)
     if template.norm != "none":
         schedule = replace(schedule, stat_tile=stat_tile or template.k)
+    if template.residual_norm != "none":
+        schedule = replace(schedule, residual_tile=stat_tile or template.n)
     job = gemm_job(template, target, schedule, divisible, name=name)
     scratch = gemm_scratch(template, schedule, tokens)
     return GemmLaunch(job, schedule, gemm_grid(template, schedule, tokens), *scratch)

@@ -210,15 +210,11 @@ class _Gemm:
         return [*lines, *([f"n_ok = n < {self.t.n}"] if self.n_masked else [])]
 
     def _statistics(self) -> list[str]:
-        """Merge the parts of row statistics: x's and the residual's."""
-        t, s = self.t, self.s
-        lines = []
-        if t.norm != "none":
-            lines += self._merge("x", t.norm, t.k, s.stat_tile or t.k, t.eps)
-        if t.residual_norm != "none":
-            tile = s.residual_tile or t.n
-            lines += self._merge("residual", t.residual_norm, t.n, tile, t.residual_eps)
-        return lines
+        """Merge the parts of x's row statistics."""
+        t = self.t
+        if t.norm == "none":
+            return []
+        return self._merge("x", t.norm, t.k, self.s.stat_tile or t.k, t.eps)
 
     def _merge(self, name: str, norm: str, width: int, tile: int, eps: float) -> list[str]:
         """mean and rstd of rows of `width` elements, from statistics of every `tile` of them."""
@@ -349,6 +345,9 @@ class _Gemm:
             lines.append(f"sums = {ACTIVATIONS[t.activation].format('sums')}")
         if t.gated:
             lines.append("sums = sums * gate")
+        if t.residual_norm != "none":  # not earlier: it would be held through the sums
+            tile = self.s.residual_tile or t.n
+            lines += self._merge("residual", t.residual_norm, t.n, tile, t.residual_eps)
         if t.residual:
             lines += [
                 "residual = tl.load(",

@@ -16,7 +16,7 @@ from functools import cached_property
 from turbotx.assemble import Assembly
 from turbotx.kernels.epilogue import GemmKernel
 from turbotx.kernels.gemm_choice import BUCKETS, bucket_of
-from turbotx.kernels.tiles import Tiles
+from turbotx.kernels.tiles import Tiles, structure_of
 from turbotx.kernels.triton_gemm import GemmTemplate
 from turbotx.kernels.tuned import load_tuned
 from turbotx.options import Options
@@ -28,14 +28,22 @@ from turbotx.sizes import Expr, compile_evaluator
 
 @dataclass(frozen=True)
 class Share:
-    """The calls whose largest of some numbers of tokens belongs to one of some buckets."""
+    """The calls whose largest of some numbers of tokens belongs to one of some buckets.
+
+    structure: under which tuning keeps the choice.
+    """
 
     tokens: tuple[Expr, ...]
     dims: tuple[str, ...]
     buckets: frozenset[int]
+    structure: str = ""
 
     def holds(self, dims: Sequence[int]) -> bool:
-        return bucket_of(max(self._evaluate(*dims))) in self.buckets
+        return self.bucket(dims) in self.buckets
+
+    def bucket(self, dims: Sequence[int]) -> int:
+        """Return the bucket that decides at these dims."""
+        return bucket_of(max(self._evaluate(*dims)))
 
     def buckets_of(self, tokens: Expr) -> Collection[int]:
         """Return the buckets in which a number of tokens can be, in such a call."""
@@ -61,7 +69,8 @@ def share_calls(
         if isinstance(x.target, GemmKernel) and x.target.folds
     )
     shares = (frozenset(BUCKETS) - chosen, chosen)
-    return [Share(tuple(tokens), tuple(dims), buckets) for buckets in shares]
+    structure = structure_of(tuple(folded))
+    return [Share(tuple(tokens), tuple(dims), buckets, structure) for buckets in shares]
 
 
 def _templates(assembly: Assembly) -> list[GemmTemplate]:
