@@ -17,7 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,12 @@ from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, compile_captured
 from turbotx.runtime.cuda import CudaRuntime
+from turbotx.runtime.share import share_calls
 from turbotx.signature import SizeMatcher
 from turbotx.sizes import compile_evaluator
 
 RESULTS = Path(__file__).parent / "results" / "resources.json"
 WAYS = ("flash", "fused-softmax")
-# Templates where they are expected to win; none, which leaves kernels behind the library's GEMMs.
-GEMMS = ("auto", "cublas")
 # Few queries, which take tiles of their own, and many. Lengths that are multiples of 16: others
 # have builds without the promise, whose accesses are as narrow as any alignment allows.
 SHAPES = ((1, 16), (2, 128))
@@ -81,21 +80,28 @@ def find_jobs(architecture: str, dtype: torch.dtype, targets: list[str]) -> Iter
         pool, options = ChunkPool(torch.device("cpu")), Options(attention=way)
         compiled = compile_captured(captured, model, options, pool, NoDevice("sm_90"))
         for target in targets:
-            for gemms in GEMMS:
-                yield from launched(compiled, Options(attention=way, gemms=gemms), target, dims)
+            yield from launched(compiled, options, target, dims)
+            yield from launched(compiled, replace(options, gemms="cublas"), target, dims)
 
 
 def launched(
     compiled: Compiled, options: Options, target: str, shapes: Sequence[Sequence[int]]
 ) -> Iterator[Job]:
-    """Yield the kernels that a program launches at some dims on a target."""
-    names, weights = compiled.captured.dims, compiled.program.runtime.weights
-    runtime = CudaRuntime(compiled.assembly, weights, options, names, NoDevice(target))
-    evaluate = compile_evaluator(list(runtime.table.values), names)
-    for dims in shapes:
-        sizes = evaluate(*dims)
-        parts = [part for family in runtime.families.values() for part in family.pick(sizes)]
-        yield from (part.job for part in parts if part.job is not None)
+    """Yield the kernels that a program launches at some dims on a target.
+
+    Without templates that leaves kernels behind the library's GEMMs, and no norms are folded.
+    """
+    names, device = compiled.captured.dims, NoDevice(target)
+    twins = compiled.twins if options.gemms != "cublas" else compiled.twins[:1]
+    shares = share_calls([twin.assembly for twin in twins], names, options, device)
+    for twin, share in zip(twins, shares, strict=True):
+        weights = twin.program.runtime.weights
+        runtime = CudaRuntime(twin.assembly, weights, options, names, device, share=share)
+        evaluate = compile_evaluator(list(runtime.table.values), names)
+        for dims in shapes:
+            if share is None or share.holds(dims):
+                picked = (family.pick(evaluate(*dims)) for family in runtime.families.values())
+                yield from (part.job for parts in picked for part in parts if part.job is not None)
 
 
 def show_progress(done: int, total: int, what: str) -> None:
