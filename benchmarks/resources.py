@@ -3,7 +3,8 @@
 In: architectures (default configurations of random weights, two layers). Out: a table and
 benchmarks/results/resources.json, from machine code compiled here; no GPU is needed. It is all that
 a GPU program launches at two shapes: attention as one kernel and as products around a softmax,
-GEMMs by templates where they are chosen, kernels behind the library's. Equal ones are a row::
+GEMMs by templates where they are chosen, kernels behind the library's. Equal ones are a row;
+rows of models that are not named stay::
 
     python benchmarks/resources.py bert llama --targets sm_90 gfx942 --dtypes bfloat16
 """
@@ -15,7 +16,7 @@ import gc
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from architectures import ARCHITECTURES
 from parity import make_inputs, make_model
 
 from turbotx.capture import capture
-from turbotx.kernels.targets import TARGETS, Job, build, show_resources
+from turbotx.kernels.targets import TARGETS, Built, Job, build, show_resources
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, compile_captured
@@ -129,22 +130,50 @@ def main() -> int:
                 users.setdefault(digest, {})[f"{name} {dtype}"] = None
             gc.collect()
             print(f"{name} {dtype}: {len(jobs)} kernels so far", file=sys.stderr, flush=True)
-    rows: list[dict[str, Any]] = []
     built = build(list(jobs.values()), given.workers, show_progress)
-    for digest, b in zip(jobs, built, strict=True):
-        tiles = dict(b.job.constexprs) | {"warps": b.job.num_warps}
-        row = {"kernel": b.job.name, "target": b.job.target, "tiles": tiles}
-        rows.append(row | asdict(b.resources) | {"models": list(users[digest])})
     print(show_resources(built))
+    made = [make_row(digest, b, users[digest]) for digest, b in zip(jobs, built, strict=True)]
+    known = json.loads(given.out.read_text())["kernels"] if given.out.exists() else []
+    models = {f"{name} {dtype}" for name in given.architectures for dtype in given.dtypes}
+    rows = merge(known, made, models, given.targets)
+    write(rows, given.out)
+    spilling = Counter(row["target"] for row in rows if row["spills"])
+    print(f"{len(made)} of {len(rows)} kernels, spilling: {dict(spilling) or 'none'}")
+    return int(bool(spilling))
+
+
+def make_row(digest: str, built: Built, users: Iterable[str]) -> dict[str, Any]:
+    job = built.job
+    tiles = dict(job.constexprs) | {"warps": job.num_warps}
+    row = {"kernel": job.name, "target": job.target, "digest": digest, "tiles": tiles}
+    return row | asdict(built.resources) | {"models": list(users)}
+
+
+def merge(
+    known: Iterable[dict[str, Any]], made: Iterable[dict[str, Any]], models: set[str],
+    targets: Iterable[str],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return the rows with those of `models` on `targets` made anew, by target and kernel."""
+    anew = set(targets)
+    rows: dict[str, dict[str, Any]] = {}
+    for row in known:
+        left = [m for m in row["models"] if m not in models or row["target"] not in anew]
+        if left:
+            rows[row["digest"]] = row | {"models": left}
+    for row in made:
+        others = rows.get(row["digest"], {"models": []})["models"]
+        rows[row["digest"]] = row | {"models": sorted({*row["models"], *others})}
+    order = list(TARGETS)
+    return sorted(rows.values(), key=lambda row: (order.index(row["target"]), row["kernel"]))
+
+
+def write(rows: list[dict[str, Any]], out: Path) -> None:
     versions = {m.__name__: m.__version__ for m in (torch, triton, transformers)}
     record = {"versions": versions, "note": "compiled without a device"}
     lines = ",\n".join(json.dumps(row) for row in rows)
     text = json.dumps(record, indent=1).removesuffix("\n}") + f',\n "kernels": [\n{lines}\n ]\n}}\n'
-    given.out.parent.mkdir(exist_ok=True)
-    given.out.write_text(text)
-    spilling = Counter(row["target"] for row in rows if row["spills"])
-    print(f"{len(rows)} kernels, spilling: {dict(spilling) or 'none'}")
-    return int(bool(spilling))
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(text)
 
 
 if __name__ == "__main__":

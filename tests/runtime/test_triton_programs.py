@@ -17,6 +17,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.models import assert_as_exact_as_eager, in_double, token_inputs
+from tests.ops.operator_samples import excess
 from tests.runtime.stand_in_device import InterpretedDevice, bind_to
 from tests.test_attention import every_mask, operands
 
@@ -125,3 +126,47 @@ def test_a_model_runs_as_a_gpu_program(
     assert fast.stats()["captures"] == fast.stats()["graph_captures"] == 1
     assert fast.stats()["kernel_builds"] == built
     assert [graph.replays for graph in device.graphs] == [1]
+
+
+class EveryKind(torch.nn.Module):
+    """Floats, whole numbers and truth values through checked lookups, sums, norms and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = torch.nn.Embedding(50, 16), torch.nn.Embedding(40, 16)
+        self.norm, self.qkv = torch.nn.LayerNorm(16), torch.nn.Linear(16, 48)
+
+    def forward(
+        self, x: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, small: torch.Tensor
+    ) -> list[torch.Tensor]:
+        place = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        h = self.norm(self.words(ids) + self.places(place) + x)
+        q, k, v = self.qkv(h).chunk(3, -1)
+        scores = (q @ k.mT * 0.25).masked_fill(~mask[:, None], -torch.inf)
+        whole = (small.to(torch.int32) * 3 - 7) // 2 % 5
+        bits = (small & 7) ^ (small >> 1)
+        return [
+            h + scores.softmax(-1).nan_to_num(0.0) @ v, x.amax(-1).logsumexp(-1), x.isnan().sum(-1),
+            whole.sum(-1), bits.amax(-1), (mask & (small > 3)).any(-1), mask.all(-1),
+            small.float().argmax(-1), torch.where(mask, ids, -1).amax(-1),
+        ]  # fmt: skip
+
+
+def test_hostile_values_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = EveryKind().half().eval()
+    wide, fast = in_double(model), bind_to(InterpretedDevice(), model, monkeypatch)
+    values = {"plain": 1.0, "denormal": 1e-7, "infinite": torch.inf, "none": torch.nan,
+              "hidden": 1.0}  # fmt: skip
+    for kind, value in values.items():
+        x = torch.randn(2, 5, 16).half()
+        x = x * value if kind == "denormal" else x
+        x[0, 0, 3] *= value
+        ids, small = torch.randint(0, 50, (2, 5)), torch.randint(0, 100, (2, 5)).byte()
+        mask = torch.rand(2, 5) > 0.3
+        mask[0] &= kind != "hidden"
+        with torch.no_grad():
+            eager, exact = model(x, ids, mask, small), wide(x.double(), ids, mask, small)
+        for k, (ours, own, true) in enumerate(
+            zip(fast(x, ids, mask, small), eager, exact, strict=True)
+        ):
+            assert excess(ours, own, true) is None, f"{kind}, {k}: {excess(ours, own, true)}"

@@ -130,8 +130,9 @@ def kernel_job(
     """Return the job for a kernel; `divisible` are the sizes that are multiples of 16."""
     schedule = schedule or choose_schedule(kernel)
     pointers = [(f"{p.name}_ptr", f"*{POINTEES[p.dtype]}") for p in kernel.params]
+    aligned = tuple(name for name, _ in pointers)
     if any(isinstance(s, ir.Check) for s in kernel.body):
-        pointers.append(("status_ptr", "*i32"))
+        pointers.append(("status_ptr", "*i32"))  # one of many words: any multiple of four
     sizes = [(name, "i64" if schedule.wide else "i32") for name in kernel.sizes]
     tiles = []
     if outer_axes(kernel) and schedule.rows > 1:
@@ -144,7 +145,7 @@ def kernel_job(
         target=target,
         signature=(*pointers, *sizes, *((name, "constexpr") for name, _ in tiles)),
         constexprs=tuple(tiles),
-        divisible=(*(name for name, _ in pointers), *(n for n in kernel.sizes if n in divisible)),
+        divisible=(*aligned, *(n for n in kernel.sizes if n in divisible)),
         num_warps=fit_warps(schedule.num_warps, target),
     )
 
