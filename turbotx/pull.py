@@ -240,16 +240,22 @@ class Puller(Elements):
     ) -> tuple[Element, ...]:
         """Reduce `pull(inner index)` over `extents`; the result stands at the `kept` index."""
         used = self._axes_at(kept, node)
-        if all(extent == 1 for extent in extents):
-            return self.reduce_one(op, pull(tuple(ZERO for _ in extents)))
-        inner = self.loops.row_index(tuple(extents), used, node)
-        return self.emit_reduce(op, pull(inner))
+        masked = bool(self._masks)
+        with self._unmasked(used, node):
+            if all(extent == 1 for extent in extents):
+                return self.reduce_one(op, pull(tuple(ZERO for _ in extents)))
+            inner = self.loops.row_index(tuple(extents), used, node)
+            if masked and set(self.loops.axes) - used - set(self.loops.rows):
+                raise Conflict(node, f"{node.name} reduces inside a masked part (cat or pad)")
+            return self.emit_reduce(op, pull(inner))
 
     def scan(
         self, op: str, source: Any, d: int, index: tuple[Expr, ...], dtype: torch.dtype
     ) -> Element:
         """Return the running `op` of `source` over dim `d`, from its first element to `index`."""
         node, extent = self._stack[-1], g.shape(source)[d]
+        if self._masks:
+            raise Conflict(node, f"{node.name} runs inside a masked part (cat or pad)")
         used = self._axes_at([*index[:d], *index[d + 1 :]], node)
         if extent != 1:
             (along,) = self.loops.row_index((extent,), used, node)
@@ -262,10 +268,34 @@ class Puller(Elements):
         value = self.cast(self.element(source, index), dtype)
         return value if extent == 1 else self.emit_scan(op, value)
 
+    @contextmanager
+    def _unmasked(self, used: set[str], node: fx.Node) -> Iterator[None]:
+        """Meanwhile reduce as outside of cat's and pad's parts, where only places along other axes
+        than `used` tell the parts apart: the half of a normalised row has the whole row's mean."""
+        masks, self._masks = self._masks, []
+        if any(self._varies_over(mask) & (used | {"%"}) for mask in masks):
+            self._masks = masks
+            raise Conflict(node, f"{node.name} reduces inside a masked part (cat or pad)")
+        try:
+            yield
+        finally:
+            self._masks = masks
+
+    def _varies_over(self, value: Element) -> set[str]:
+        """Return the axes that a value depends on, and "%" where it depends on loaded ones."""
+        made = {name: s for s in self.body for name in ir.results_of(s)}
+        found, left = set(), [value.name]
+        while left:
+            s = made[left.pop()]
+            left += ir.needs_of(s)
+            if isinstance(s, ir.Load):
+                found.add("%")
+            if isinstance(s, ir.Index):
+                found |= {x.name[1:] for x in s.value.free_symbols if x.name[0] == "@"}
+        return found
+
     def _axes_at(self, kept: Sequence[Expr], node: fx.Node) -> set[str]:
         """Return the axes that a reduction's or scan's place moves along."""
-        if self._masks:
-            raise Conflict(node, f"{node.name} reduces inside a masked part (cat or pad)")
         symbols = [s for i in kept for s in i.free_symbols]
         if any(s.name[0] == "%" for s in symbols):
             raise Conflict(node, f"{node.name} reduces at a gathered position")

@@ -11,6 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from turbotx import graph as g
+from turbotx import ir
 from turbotx.kernels.lower import Lowered, lower
 from turbotx.loops import Conflict
 from turbotx.show import show_kernel
@@ -135,6 +136,15 @@ def a_sum_inside_a_cat(made: Graph) -> tuple[fx.Node, ...]:
     x = made.tensor("x", 4, 8)
     summed = made.call(aten.sum.dim_IntList, x, [1], True)
     return (made.call(aten.cat.default, [x, summed], 1),)
+
+
+def test_the_halves_of_a_normalised_row_share_its_sum(made: Graph) -> None:
+    x = made.tensor("x", 4, 8)
+    row = made.call(aten.softmax.int, x, 1)
+    halves = [made.call(aten.slice.Tensor, row, 1, k, k + 4) for k in (4, 0)]
+    out = made.call(aten.add.Tensor, row, made.call(aten.cat.default, halves, 1))
+    body = lowered(out).kernel.body
+    assert sum(isinstance(s, ir.Reduce) for s in body) == 1
 
 
 REFUSED: dict[Callable[[Graph], tuple[fx.Node, ...]], str] = {

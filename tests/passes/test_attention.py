@@ -57,6 +57,18 @@ def positions(length):
     return torch.arange(length)
 
 
+def test_places_hidden_by_the_most_negative_number_are_causal_where_a_query_sees_itself() -> None:
+    def inner(q, k, v):
+        place = positions(q.shape[2])
+        least = torch.finfo(q.dtype).min
+        seen = (place[None, :] <= place[:, None])[None, None]
+        mask = torch.where(seen, torch.zeros((), dtype=q.dtype), least)
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    (node,) = recognized(inner)
+    assert node.kwargs["causal"] and node.args[3] is None and node.args[4] is None
+
+
 def test_a_bias_stays_without_a_batch_where_the_mask_only_hides_keys() -> None:
     """As T5 adds its position bias; a row without keys gets the mean of the values."""
     table, keys = torch.randn(4, 5, 5), torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])

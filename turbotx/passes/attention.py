@@ -142,6 +142,9 @@ def _part_mask(node: fx.Node, found: Found) -> Found:
     banded = said.causal or said.window != NO_WINDOW or found.causal
     if not said.rest and said.keys and not banded:
         return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=True)
+    if not said.rest and not said.keys and g.shape(found.q)[2] == g.shape(found.k)[2]:
+        # Every query sees its own place at least, beside which what is hidden counts for nothing.
+        return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=False)
     if not found.blind_mean:
         return found
     whole = hide_in_bias(node, visible, bias, torch.finfo(torch.float32).min)  # type: ignore[arg-type]
