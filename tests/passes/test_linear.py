@@ -152,3 +152,44 @@ def test_angles_of_rotary_embeddings_are_part_of_a_run() -> None:
     torch.testing.assert_close(fast(frequencies, X), angles(frequencies, X))
     (compiled,) = fast._engine.variants()
     assert [x.kind for x in compiled.assembly.launches] == ["kernel"]
+
+
+class Einsums(nn.Module):
+    """Two projections to heads, whose weights keep the heads apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = (nn.Parameter(torch.randn(8, 2, 5)) for _ in range(2))
+
+    def forward(self, x):
+        return [torch.einsum("ibh,hnd->ibnd", x, w).exp() for w in (self.q, self.k)]
+
+
+def test_einsum_by_weights_is_linear() -> None:
+    module = Einsums()
+    found = rewritten(module, use_linear, pack_linears)
+    assert calls(found.graph).count("linear") == 2 and "bmm" not in calls(found.graph)
+    for ours, theirs in zip(run(found, X), module(X), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class Products(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = (nn.Parameter(torch.randn(8, 4)) for _ in range(2))
+
+    def forward(self, x):
+        return (x @ self.q).exp(), (x @ self.k.view(8, 4)).exp()
+
+
+def test_products_by_views_of_weights_are_packed() -> None:
+    module = Products()
+    found = rewritten(module, use_linear, pack_linears)
+    assert calls(found.graph).count("linear") == 1
+    for ours, theirs in zip(run(found, X), module(X), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_product_of_two_inputs_stays_one() -> None:
+    found = rewritten(Projections((True, True), lambda a, b: a.mT @ b), use_linear)
+    assert "matmul" in calls(found.graph)

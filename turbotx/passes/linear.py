@@ -35,8 +35,12 @@ def use_multiplication(graph: fx.Graph) -> None:
 
 
 def use_linear(graph: fx.Graph) -> None:
-    """Write addmm(bias, x, w), mm(x, w) and matmul(x, w) by a weight as linear(x, w^T, bias)."""
+    """Write addmm(bias, x, w), mm(x, w) and matmul(x, w) by a weight as linear(x, w^T, bias), and
+    bmm of one matrix by one weight, which einsum becomes."""
     for node in list(graph.nodes):
+        if g.is_call(node, aten.bmm.default):
+            _use_linear_alone(node)
+            continue
         if g.is_call(node, aten.addmm.default) and not node.kwargs:
             bias, x, weight = node.args
         elif g.is_call(node, aten.mm.default, aten.matmul.default):
@@ -51,6 +55,22 @@ def use_linear(graph: fx.Graph) -> None:
             flipped = g.emit(node, aten.permute.default, weight, [1, 0])
             args = (x, flipped) if bias is None else (x, flipped, bias)
             g.replace(node, g.emit(node, aten.linear.default, *args))
+
+
+def _use_linear_alone(node: fx.Node) -> None:
+    """Write bmm((1, n, k), (1, k, m)) by a weight as linear((n, k), (m, k)).
+
+    Each reads a view of its own, so that they are not packed: what einsum does to the results is
+    to merge heads into the batch, which pieces of a packed result would have to be copied for.
+    """
+    x, weight = node.args
+    if not _is_weight(weight) or g.shape(weight)[0] != 1:  # type: ignore[arg-type]
+        return
+    with node.graph.inserting_before(node):
+        flat, matrix = (g.emit(node, aten.squeeze.dim, n, 0) for n in (x, weight))
+        flipped = g.emit(node, aten.permute.default, matrix, [1, 0])
+        product = g.emit(node, aten.linear.default, flat, flipped)
+        g.replace(node, g.emit(node, aten.unsqueeze.default, product, 0))
 
 
 def lift_views(graph: fx.Graph) -> None:
@@ -88,6 +108,9 @@ def pack_linears(graph: fx.Graph) -> None:
             continue
         widths = [int(g.shape(n)[-1]) for n in linears]
         first = linears[0]
+        for node in linears:
+            for given in node.args[1:]:
+                _move_before(first, given)  # type: ignore[arg-type]
         with graph.inserting_before(first):
             weight = g.emit(first, aten.cat.default, [n.args[1] for n in linears])
             args = [x, weight]
@@ -98,6 +121,14 @@ def pack_linears(graph: fx.Graph) -> None:
             parts = [g.emit_piece(first, pieces, k) for k in range(len(linears))]
         for node, part in zip(linears, parts, strict=True):
             g.replace(node, part)
+
+
+def _move_before(first: fx.Node, weight: fx.Node) -> None:
+    """Let the views of a parameter come before a call that is to read it earlier than they did."""
+    if weight.op == "call_function" and first < weight:
+        for source in weight.all_input_nodes:
+            _move_before(first, source)
+        first.prepend(weight)
 
 
 def free_biases(graph: fx.Graph) -> None:
