@@ -354,8 +354,10 @@ def check_built(jobs: Iterable[Job]) -> None:
 def test_builds_without_spills() -> None:
     """Each template once, over the buckets and the targets; the next test has all of them."""
     check_built(
-        choose_gemm(template, BUCKETS[k], list(DEVICES)[k % 4], stat_tile=NARROW).job
-        for k, template in enumerate(TEMPLATES)
+        choose_gemm(template, bucket, target, stat_tile=NARROW).job
+        for template, bucket, target in zip(
+            TEMPLATES, itertools.cycle(BUCKETS), itertools.cycle(DEVICES), strict=False
+        )
     )
 
 
