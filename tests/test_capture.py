@@ -193,3 +193,19 @@ def test_slices_from_the_end_and_of_what_is_too_short(first: int) -> None:
         for length in (first, 1, 2, 3, 9):
             x = torch.randn(3, length, 4)
             torch.testing.assert_close(fast(x), case(x))
+
+
+def test_sizes_of_1_and_0_that_the_call_spells_out() -> None:
+    """Tracing them as any size does not work; then they are what they are."""
+
+    def norm(x):
+        return torch.nn.functional.layer_norm(x, (1, 3))
+
+    def sums(x):
+        return x.view(0, 4).softmax(-1).sum(0)
+
+    for function, x in ((norm, torch.randn(2, 1, 3)), (sums, torch.randn(0, 4))):
+        fast = turbotx.optimize(function)
+        torch.testing.assert_close(fast(x), function(x))
+    with pytest.raises(CaptureError, match="cannot capture"):
+        fast(torch.randn(3, 4))

@@ -80,7 +80,8 @@ class Batch:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [x for sample in self.samples for x in sample.tensors]
+        """The samples' tensors; where there are none, as for zeros, one that no sample takes."""
+        return [x for sample in self.samples for x in sample.tensors] or [torch.zeros(2)]
 
     def call(self, *tensors: torch.Tensor) -> list[Any]:
         given = iter(tensors)
