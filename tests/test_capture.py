@@ -209,3 +209,17 @@ def test_sizes_of_1_and_0_that_the_call_spells_out() -> None:
         torch.testing.assert_close(fast(x), function(x))
     with pytest.raises(CaptureError, match="cannot capture"):
         fast(torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("dims", [None, 1, (0, 2)], ids=str)
+def test_a_squeeze_drops_what_is_1_and_keeps_what_is_not(dims) -> None:
+    """Which of both, tracing has to decide; another size is another trace."""
+
+    def squeezed(x):
+        return (x.squeeze() if dims is None else x.squeeze(dims)) * 2
+
+    fast = turbotx.optimize(squeezed)
+    for size in ((5, 1, 3), (1, 1, 1), (4, 3, 2), (1, 2, 3)):
+        x = torch.randn(size)
+        assert fast(x).shape == squeezed(x).shape
+        torch.testing.assert_close(fast(x), squeezed(x))

@@ -34,7 +34,7 @@ LAYERS = (
     ("ops", "attention"),
     ("pull",),
     ("verify",),
-    ("decompose", "unlift", "size_tensors"),
+    ("decompose", "unlift", "size_tensors", "guards"),
     ("capture",),
     ("passes",),
     ("kernels",),

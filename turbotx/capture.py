@@ -11,7 +11,6 @@ an expression over named dims; the first call's size-1 dims are symbolic too. Ex
 from __future__ import annotations
 
 import copy
-import os
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -25,15 +24,17 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import OutputKind
-from torch.utils._sympy.functions import Mod, PythonMod
 
 from turbotx.decompose import NotNodeByNode, decompose_nodes
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
+from turbotx.guards import Guard, find_guards, find_squeezed, guard_sizes, guard_squeezed
 from turbotx.size_tensors import SizeTensors
-from turbotx.sizes import Expr, dim, expr, is_nonnegative
+from turbotx.sizes import Expr, dim, expr
 from turbotx.unlift import FRESH, unlift
 
+# The key, in the exported graph's meta, of the sizes that a squeeze looks at.
+SQUEEZED = "squeezed"
 # Composite ops that stay whole: the passes and the op table know them as they are, and their
 # decompositions only hide what they mean.
 KEPT_WHOLE = frozenset(
@@ -48,19 +49,6 @@ KEPT_WHOLE = frozenset(
         "aten.matmul.default",
     )
 )
-
-
-@dataclass(frozen=True)
-class Guard:
-    """A condition on the dims that held while tracing; `text` is shown when it fails.
-
-    least: tracing tells 0 and 1 from other sizes, which most conditions do not mean: it is enough
-    that one holds where smaller sizes are taken for this one.
-    """
-
-    condition: sympy.Basic
-    text: str
-    least: int = 2
 
 
 @dataclass(frozen=True)
@@ -169,12 +157,13 @@ def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]])
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
         before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
+        squeezed = find_squeezed(exported.graph)
         try:
             decompose_nodes(exported.graph_module, KEPT_WHOLE)
         except NotNodeByNode:
             exported.graph_module.graph = before
             exported = exported.run_decompositions(_decompositions())
-    exported.graph_module.meta[FRESH] = fresh
+    exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed}
     return exported
 
 
@@ -247,7 +236,7 @@ def _widen(
             tensor = tensor.clone()
         for d, size in enumerate(tensor.shape):
             beside = largest[d] if sides == "left" else max(largest[d], largest[d - rank])
-            if (size == 1 and beside > 1) or (size <= 1 and sides == "none"):
+            if (size == 1 and beside > 1) or (size <= 1 and (sides == "none" or not least)):
                 continue
             dims.append(d)
             if size <= 2 and size < least:
@@ -315,7 +304,9 @@ def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captur
     symbols = _name_dims(fakes, names)
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
     remember_names(graph_module, symbols)
-    guards = _guards(exported, shape_env, symbols) + _guard_sizes(graph_module, symbols)
+    squeezed = exported.graph_module.meta[SQUEEZED]
+    guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
+    guards += guard_squeezed(squeezed, symbols)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in fake.shape) for fake in fakes)
     dims = tuple(s.name for s in symbols.values())
     hints = _hints(shape_env, symbols)
@@ -349,50 +340,3 @@ def _name_dims(
                 taken.add(label)
                 symbols[symbol] = dim(label)
     return symbols
-
-
-def _guards(
-    exported: Any, shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]
-) -> tuple[Guard, ...]:
-    """Return what tracing assumed of the dims, less its assumption that no size is 0 or 1."""
-    guards = []
-    for symbol, interval in exported.range_constraints.items():
-        name = symbols.get(symbol)
-        if name is None:
-            continue
-        if interval.upper.is_Integer and interval.upper < 2**31:
-            condition = sympy.Le(name, interval.upper)
-            guards.append(Guard(condition, f"{name} <= {interval.upper}"))
-        if interval.lower.is_Integer and interval.lower > 2:
-            condition = sympy.Ge(name, interval.lower)
-            guards.append(Guard(condition, f"{name} >= {interval.lower}"))
-    for guard in shape_env.guards if shape_env is not None else ():
-        if _tells_one_from_others(guard):
-            continue
-        condition = guard.expr.xreplace(dict(symbols))
-        if condition.free_symbols and condition.free_symbols <= set(symbols.values()):
-            guards.append(Guard(condition, str(condition)))
-    return tuple(dict.fromkeys(guards))
-
-
-def _guard_sizes(
-    graph_module: fx.GraphModule, symbols: Mapping[sympy.Symbol, sympy.Symbol]
-) -> tuple[Guard, ...]:
-    """Return that no tensor has a negative size: x[:, 2:] as it was traced needs two places."""
-    fakes = [node.meta.get("val") for node in graph_module.graph.nodes]
-    raw = {expr(n) for fake in fakes if isinstance(fake, torch.Tensor) for n in fake.shape}
-    sizes = {s.xreplace(dict(symbols)) for s in raw if not (s.is_Symbol or s.is_Integer)}
-    sizes = {s for s in sizes if s.free_symbols <= set(symbols.values())}
-    short = sorted((s for s in sizes if not is_nonnegative(s)), key=str)
-    return tuple(Guard(sympy.Ge(s, 0), f"{s} >= 0", least=0) for s in short)
-
-
-def _tells_one_from_others(guard: Any) -> bool:
-    """Tell whether an op of PyTorch asked if a size made of others (seq - 1) is 0 or 1, as it asks
-    of every size: no result depends on the answer. Where the model asks, its results may."""
-    condition = guard.expr
-    if not isinstance(condition, sympy.Ne) or condition.has(Mod, PythonMod):
-        return False
-    asked_in = str(getattr(guard.sloc.framework_loc, "filename", ""))
-    within = asked_in.startswith(str(Path(torch.__file__).parent) + os.sep)
-    return within and any(side in (0, 1) for side in condition.args)

@@ -41,6 +41,7 @@ REFUSED = {
     "PendingUnbackedSymbolNotFound": "a position that is the value of a tensor",
     "changes an input": "an argument that the call changes in place (max_norm, running statistics)",
     "dynamic_shapes": "no tensor among the arguments",
+    "depends on its inputs' values": "a result whose shape or branch depends on values",
     "data-dependent": "a result whose shape or branch depends on values",
     "Could not guard": "a result whose shape or branch depends on values",
 }

@@ -1,0 +1,106 @@
+"""Guards: the conditions on the dims under which what was traced is what the model computes.
+
+In: an exported program, its shape environment and the dims' names. Out: the conditions that a
+call's sizes have to meet, for example::
+
+    x[:, 2:] and x.squeeze(0)  ->  seq - 2 >= 0, batch != 1
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.functions import Mod, PythonMod
+
+from turbotx.sizes import Expr, expr, is_nonnegative
+
+aten = torch.ops.aten
+_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on the dims that held while tracing; `text` is shown when it fails.
+
+    least: tracing tells 0 and 1 from other sizes, which most conditions do not mean: it is enough
+    that one holds where smaller sizes are taken for this one.
+    """
+
+    condition: sympy.Basic
+    text: str
+    least: int = 2
+
+
+def find_guards(
+    exported: Any, shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> tuple[Guard, ...]:
+    """Return what tracing assumed of the dims, less its assumption that no size is 0 or 1."""
+    guards = []
+    for symbol, interval in exported.range_constraints.items():
+        name = symbols.get(symbol)
+        if name is None:
+            continue
+        if interval.upper.is_Integer and interval.upper < 2**31:
+            condition = sympy.Le(name, interval.upper)
+            guards.append(Guard(condition, f"{name} <= {interval.upper}"))
+        if interval.lower.is_Integer and interval.lower > 2:
+            condition = sympy.Ge(name, interval.lower)
+            guards.append(Guard(condition, f"{name} >= {interval.lower}"))
+    for guard in shape_env.guards if shape_env is not None else ():
+        if _tells_one_from_others(guard):
+            continue
+        condition = guard.expr.xreplace(dict(symbols))
+        if condition.free_symbols and condition.free_symbols <= set(symbols.values()):
+            guards.append(Guard(condition, str(condition)))
+    return tuple(dict.fromkeys(guards))
+
+
+def guard_sizes(
+    graph_module: fx.GraphModule, symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> tuple[Guard, ...]:
+    """Return that no tensor has a negative size: x[:, 2:] as it was traced needs two places."""
+    fakes = [node.meta.get("val") for node in graph_module.graph.nodes]
+    raw = {expr(n) for fake in fakes if isinstance(fake, torch.Tensor) for n in fake.shape}
+    sizes = {s.xreplace(dict(symbols)) for s in raw if not (s.is_Symbol or s.is_Integer)}
+    sizes = {s for s in sizes if s.free_symbols <= set(symbols.values())}
+    short = sorted((s for s in sizes if not is_nonnegative(s)), key=str)
+    return tuple(Guard(sympy.Ge(s, 0), f"{s} >= 0", least=0) for s in short)
+
+
+def find_squeezed(graph: fx.Graph) -> set[Expr]:
+    """Return the sizes that a squeeze would drop if they were 1, of a graph as it was traced."""
+    found: set[Expr] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in _SQUEEZES:
+            continue
+        shape = node.args[0].meta["val"].shape
+        given = node.args[1] if len(node.args) > 1 else list(range(len(shape)))
+        dims = given if isinstance(given, (list, tuple)) else [given]
+        found |= {expr(shape[d]) for d in dims if shape}
+    return {size for size in found if not size.is_Integer}
+
+
+def guard_squeezed(
+    squeezed: set[Expr], symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> tuple[Guard, ...]:
+    """Return that no size which a squeeze has kept is 1."""
+    sizes = sorted((s.xreplace(dict(symbols)) for s in squeezed), key=str)
+    return tuple(Guard(sympy.Ne(s, 1), f"{s} != 1", least=0) for s in sizes)
+
+
+def _tells_one_from_others(guard: Any) -> bool:
+    """Tell whether an op of PyTorch asked if a size made of others (seq - 1) is 0 or 1, as it asks
+    of every size: no result depends on the answer. Where the model asks, its results may."""
+    condition = guard.expr
+    if not isinstance(condition, sympy.Ne) or condition.has(Mod, PythonMod):
+        return False
+    asked_in = str(getattr(guard.sloc.framework_loc, "filename", ""))
+    within = asked_in.startswith(str(Path(torch.__file__).parent) + os.sep)
+    return within and any(side in (0, 1) for side in condition.args)
