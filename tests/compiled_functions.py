@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 
 from tests.kernel_interpreter import CheckFailed, interpret
@@ -67,6 +68,9 @@ class Compilation:
 
 def compile_function(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Compilation:
     captured = capture(FunctionModule(function), args, kwargs)
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    if SizeMatcher(captured).match([x.shape for x in tensors]) is None:  # as the engine does
+        captured = capture(FunctionModule(function), args, kwargs, least=0)
     graph = captured.graph_module.graph
     rewrite(graph)
     prepared = find_prepared(graph)

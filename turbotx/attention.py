@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 NO_WINDOW = (-1, -1)
 
@@ -55,7 +54,7 @@ def attention(
         mask = mask & visible if boolean else mask.masked_fill(~visible, float("-inf"))
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(q.dtype)
-    grouped = not statically_known_true(q.shape[1] == k.shape[1])
+    grouped = _may_differ(q.shape[1], k.shape[1])
     if softcap:
         if plainly_causal:
             mask = _visible(q, k, None, causal, window)
@@ -68,6 +67,16 @@ def attention(
         seen = mask if mask.dtype is torch.bool else mask != float("-inf")
         out = out.masked_fill(~seen.any(-1, keepdim=True), float("nan"))
     return out.permute(0, 2, 1, 3).contiguous()
+
+
+def _may_differ(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    """Tell whether two numbers of heads are not known to be equal; fixes neither."""
+    if isinstance(one, int) and isinstance(other, int):
+        return one != other
+    # Loads sympy, which a saved program runs without.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return not statically_known_true(one == other)
 
 
 def _attend_capped(

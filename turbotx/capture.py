@@ -126,25 +126,11 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, na
             continue
         tried.append(varying)
         try:
-            exported = _export(flat, examples, varying)
-            _refuse_fixed(exported, tensors, varying)
-            return exported
+            return _export(flat, examples, varying)
         except Exception as error:
             first = first or error
     assert first is not None
     raise _capture_error(name, first) from first
-
-
-def _refuse_fixed(
-    exported: Any, tensors: Sequence[torch.Tensor], varying: Sequence[Sequence[int]]
-) -> None:
-    """Raise ValueError where tracing has fixed a widened size: the call itself does not have it."""
-    inputs = exported.graph.find_nodes(op="placeholder")[-len(tensors) :]
-    for node, tensor, dims in zip(inputs, tensors, varying, strict=True):
-        for d in dims:
-            size = expr(node.meta["val"].shape[d])
-            if size.is_Integer and size != tensor.shape[d]:
-                raise ValueError(f"a size of {tensor.shape[d]} was traced as one of {size}")
 
 
 def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
