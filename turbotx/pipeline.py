@@ -41,7 +41,7 @@ from turbotx.program import Program
 from turbotx.runtime.cpu import CpuRuntime
 from turbotx.runtime.cuda import CudaRuntime
 from turbotx.runtime.device import Device
-from turbotx.runtime.share import Share, share_calls
+from turbotx.runtime.share import Share, make_tiles, share_calls
 from turbotx.runtime.weights import Weights
 
 
@@ -120,7 +120,8 @@ def compile_captured(
             add_alternatives(assembly, parts, ends)
         verify.check_launches(assembly.tensors, assembly.launches, assembly.returned)
     bind = _Binder(captured, model, options, pool, device)
-    shares = share_calls([a for _, a, _ in assembled], captured.dims, options, device)
+    tiles = None if device is None else make_tiles(options, device)
+    shares = share_calls([a for _, a, _ in assembled], captured.dims, tiles)
     return join_twins(
         [
             Compiled(captured, text, graph, prepared, parts, assembly, bind(assembly, share))

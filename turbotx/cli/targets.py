@@ -10,23 +10,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.table import Table
 
+from turbotx import ir
 from turbotx.assemble import assemble
 from turbotx.errors import InputError
+from turbotx.folding import assemble_folded
 from turbotx.kernels.epilogue import find_epilogues
-from turbotx.kernels.gemm_choice import choose_gemm
+from turbotx.kernels.gemm_choice import choose_tiles, gemm_job
 from turbotx.kernels.launch_jobs import launch_job
+from turbotx.kernels.norms import find_folds
 from turbotx.kernels.targets import TARGETS, Built, Job, build
+from turbotx.kernels.tiles import Tiles
+from turbotx.kernels.triton_gemm import GemmTemplate
 from turbotx.kernels.triton_resources import Resources
 from turbotx.passes.partition import kind_of
+from turbotx.pipeline import Compiled
 from turbotx.report.dump import make_folder
 from turbotx.report.report import Report
 from turbotx.runtime.cuda_gemm import make_template
+from turbotx.runtime.share import share_calls
 from turbotx.sizes import evaluate
 
 
@@ -82,25 +89,48 @@ def make_jobs(report: Report, target: str) -> Iterator[Job]:
 
 
 def make_gemm_jobs(report: Report, target: str) -> Iterator[Job]:
-    """One job a GEMM with its epilogue, as a GPU program launches it at the report's shape.
+    """One job a GEMM with epilogue and norm, as a GPU program launches it at the report's shape.
 
     Whether it takes these or the library's GEMM and a kernel is decided when it binds a shape.
     """
-    compiled, made = report.compiled, set()
-    kinds = {n: kind_of(n, compiled.prepared) for n in compiled.graph.nodes}
-    epilogues = find_epilogues(compiled.fused, kinds)
-    graph, dims = compiled.graph, compiled.captured.dims
-    launches = assemble(graph, compiled.fused, compiled.prepared, dims, epilogues).launches
-    for launch in launches:
+    made: set[GemmTemplate] = set()
+    left_by: dict[str, GemmTemplate] = {}
+    for launch in _find_launches(report.compiled, report.dims, target):
         template = make_template(launch) if launch.kind == "gemm" else None
         weight = launch.args[1] if launch.args else None
-        if template is not None and weight is not None and template not in made:
-            made.add(template)
-            rows, row = (evaluate(e, report.dims) for e in launch.sizes[:2])
-            down = int(weight.strides[template.flipped])
-            even = {"x_row": row, "w_row": down, "out_row": template.n, "residual_row": template.n}
-            divisible = [name for name, size in even.items() if size % 16 == 0]
-            yield choose_gemm(template, rows, target, divisible=divisible).job
+        if template is None or weight is None:
+            continue
+        left_by |= dict.fromkeys(launch.writes[1:], template)
+        if template in made:
+            continue
+        made.add(template)
+        rows, row = (evaluate(e, report.dims) for e in launch.sizes[:2])
+        down = int(weight.strides[template.flipped])
+        even = {"x_row": row, "w_row": down, "out_row": template.n, "residual_row": template.n}
+        divisible = [name for name, size in even.items() if size % 16 == 0]
+        read = (launch.args[7], launch.args[9]) if template.folds else (None, None)
+        x_tile, residual_tile = (
+            0 if a is None else choose_tiles(left_by[a.tensor], rows, target).n_tile for a in read
+        )
+        tiles = choose_tiles(template, rows, target)
+        tiles = replace(tiles, stat_tile=x_tile, residual_tile=residual_tile)
+        yield gemm_job(template, target, tiles, divisible)
+
+
+def _find_launches(compiled: Compiled, dims: Mapping[str, int], target: str) -> list[ir.Launch]:
+    """Return the launches of a GPU program at these dims: of the one with norms folded, if that is
+    what the heuristics take there."""
+    kinds = {n: kind_of(n, compiled.prepared) for n in compiled.graph.nodes}
+    epilogues = find_epilogues(compiled.fused, kinds)
+    given = (compiled.graph, compiled.fused, compiled.prepared, compiled.captured.dims, epilogues)
+    stored, folds = assemble(*given), find_folds(compiled.fused, kinds, epilogues)
+    if folds:
+        _, folded, _ = assemble_folded(*given, folds)
+        tiles = Tiles((), target, {})
+        _, share = share_calls([stored, folded], compiled.captured.dims, tiles)
+        if share is not None and share.holds([dims[name] for name in compiled.captured.dims]):
+            return folded.launches
+    return stored.launches
 
 
 def resources_table(built: Sequence[Built]) -> Table:

@@ -3,7 +3,7 @@
 In: the same launches with norms stored and with norms folded, a device. Out: for each the buckets
 of tokens in which it is to run, decided once, before anything is built::
 
-    share_calls([stored, folded], ("batch", "seq"), options, device)
+    share_calls([stored, folded], ("batch", "seq"), make_tiles(options, device))
         ->  [Share((batch*seq,), {512, 1024, 4096}), Share((batch*seq,), {16, 32, 64, 128, 256})]
 """
 
@@ -55,13 +55,12 @@ class Share:
 
 
 def share_calls(
-    assemblies: Sequence[Assembly], dims: Sequence[str], options: Options, device: Device | None
+    assemblies: Sequence[Assembly], dims: Sequence[str], tiles: Tiles | None
 ) -> list[Share | None]:
     """Return the shares of a program and of its twin with norms folded; None: all calls."""
-    if len(assemblies) == 1 or device is None:
+    if len(assemblies) == 1 or tiles is None:
         return [None] * len(assemblies)
     stored, folded = (_templates(a) for a in assemblies)
-    tiles = make_tiles(options, device)
     chosen = frozenset(b for b in BUCKETS if tiles.folds(stored, folded, b))
     tokens = dict.fromkeys(
         x.sizes[0]
