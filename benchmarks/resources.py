@@ -34,7 +34,7 @@ from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, compile_captured
 from turbotx.runtime.cuda import CudaRuntime
-from turbotx.runtime.share import share_calls
+from turbotx.runtime.share import make_tiles, share_calls
 from turbotx.signature import SizeMatcher
 from turbotx.sizes import compile_evaluator
 
@@ -94,7 +94,7 @@ def launched(
     """
     names, device = compiled.captured.dims, NoDevice(target)
     twins = compiled.twins if options.gemms != "cublas" else compiled.twins[:1]
-    shares = share_calls([twin.assembly for twin in twins], names, options, device)
+    shares = share_calls([twin.assembly for twin in twins], names, make_tiles(options, device))
     for twin, share in zip(twins, shares, strict=True):
         weights = twin.program.runtime.weights
         runtime = CudaRuntime(twin.assembly, weights, options, names, device, share=share)

@@ -39,7 +39,7 @@ from turbotx.passes.partition import find_prepared, kind_of, partition
 from turbotx.passes.results import use_single_results
 from turbotx.program import Program
 from turbotx.runtime.cpu import CpuRuntime
-from turbotx.runtime.cuda import CudaRuntime
+from turbotx.runtime.cuda import CudaRuntime, build_expected
 from turbotx.runtime.device import Device
 from turbotx.runtime.share import Share, make_tiles, share_calls
 from turbotx.runtime.weights import Weights
@@ -143,9 +143,13 @@ def bind_weights(
 
 
 def join_twins(twins: list[Compiled]) -> Compiled:
-    """Let programs of one call know each other; return the first."""
+    """Let programs of one call know each other, and build their kernels; return the first."""
     for compiled in twins:
         compiled.twins = tuple(twins)
+    runtimes = [x.program.runtime for x in twins]
+    gpu = [r for r in runtimes if isinstance(r, CudaRuntime)]
+    if gpu:
+        build_expected(gpu, twins[0].captured.example_dims)
     return twins[0]
 
 
@@ -166,8 +170,7 @@ class _Binder:
         kept = (self.pool, options.planner, options.max_shapes)
         if self.device is None:
             return Program(assembly, dims, CpuRuntime(assembly, weights, options, dims), *kept)
-        examples = self.captured.example_dims
-        gpu = CudaRuntime(assembly, weights, options, dims, self.device, examples, share)
+        gpu = CudaRuntime(assembly, weights, options, dims, self.device, share)
         return GraphedProgram(assembly, dims, gpu, *kept, graphs=self.graphs)
 
 

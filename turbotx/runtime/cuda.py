@@ -50,9 +50,9 @@ class CudaRuntime:
 
     def __init__(
         self, assembly: Assembly, weights: Weights, options: Options, dims: Sequence[str],
-        device: Device, example_dims: Sequence[int] = (), share: Share | None = None,
+        device: Device, share: Share | None = None,
     ) -> None:  # fmt: skip
-        """share: the calls that it serves, for which kernels are built; None: all."""
+        """share: the calls that it serves; None: all. `build_expected` builds what they need."""
         self.assembly, self.weights, self.device = assembly, weights, device
         self.torch_device, self.share = device.torch_device, share
         self.builds = 0
@@ -80,7 +80,6 @@ class CudaRuntime:
         self._status_seen = self._status.numpy()
         self._lock = threading.Lock()
         self._kept: tuple[int, dict[str, torch.Tensor]] = (-1, {})
-        self._build_expected(example_dims)
 
     @property
     def slot_count(self) -> int:
@@ -131,8 +130,8 @@ class CudaRuntime:
         sizes = [self.table.value(e) for e in launch.sizes]
         self._layouts[i, which] = lay_out(operands, checked, sizes, self.table)
 
-    def _build_expected(self, example_dims: Sequence[int]) -> None:
-        """Build, in parallel and before the first run, what the shapes to expect will need."""
+    def expected_jobs(self, example_dims: Sequence[int]) -> list[Job]:
+        """Return what the shapes to expect will need, of the calls that it serves."""
         evaluate = compile_evaluator(list(self.table.values), self._dims)
         first = [tuple(example_dims)] if example_dims else []
         dims, share = [*first, *expected_dims(self._dims)], self.share
@@ -145,20 +144,23 @@ class CudaRuntime:
                 tokens = self.table.expression(family.tokens)
                 buckets = BUCKETS if share is None else share.buckets_of(tokens)
                 jobs += family.expected(some, buckets)
-        self._load([job for job in jobs if job is not None])
+        return list({id(job): job for job in jobs if job is not None}.values())
 
-    def _load(self, jobs: Sequence[Job]) -> list[Any]:
+    def load(self, jobs: Sequence[Job]) -> list[Any]:
         """Return the functions of jobs, which are few objects however many launches there are."""
         new = {id(job): job for job in jobs if id(job) not in self._functions}
         if new:
-            loaded = [make_dependent(j) if self._depends else j for j in new.values()]
-            functions, compiled = self.device.load(loaded)
+            functions, compiled = self.device.load([self.adapt(j) for j in new.values()])
             self.builds += compiled
             for job, function in zip(new.values(), functions, strict=True):
                 self._functions[id(job)] = (job, function)
                 tiles = "".join(f"_{name.lower()}{value}" for name, value in job.constexprs)
                 self.sources[job.name + tiles] = job.source
         return [self._functions[id(job)][1] for job in jobs]
+
+    def adapt(self, job: Job) -> Job:
+        """Return a job as the options want it."""
+        return make_dependent(job) if self._depends else job
 
     def _bind(self, sizes: Any) -> _Bound:
         """Return the functions and grids for a shape, kept with its sizes."""
@@ -171,7 +173,7 @@ class CudaRuntime:
 
     def _ready(self, parts: Sequence[Part]) -> list[_Ready]:
         """Return parts with their kernels loaded."""
-        functions = iter(self._load([p.job for p in parts if p.job is not None]))
+        functions = iter(self.load([p.job for p in parts if p.job is not None]))
         return [
             (p.which, None if p.job is None else next(functions), p.grid)
             for p in parts
@@ -298,6 +300,17 @@ class CudaRuntime:
             count = len(self.table.values)
             frame = table.frame = Frame(table, self._layouts, count, self._status, turns)
         return frame
+
+
+def build_expected(runtimes: Sequence[CudaRuntime], example_dims: Sequence[int]) -> None:
+    """Build what programs of one call will need, in parallel and before the first run."""
+    first, jobs = runtimes[0], [r.expected_jobs(example_dims) for r in runtimes]
+    # All at once: what a device has loaded costs the second program nothing.
+    new = [r.adapt(j) for r, own in zip(runtimes, jobs, strict=True) for j in own]
+    together = {job.digest(): job for job in new}
+    first.builds += first.device.load(list(together.values()))[1]
+    for runtime, own in zip(runtimes, jobs, strict=True):
+        runtime.load(own)
 
 
 def expected_dims(dims: Sequence[str]) -> Iterable[tuple[int, ...]]:
