@@ -100,6 +100,24 @@ def test_equal_dims_must_stay_equal() -> None:
     assert matcher.match([(5, 6), (5, 7)]) is None
 
 
+def test_dims_that_a_view_makes_equal_are_one() -> None:
+    weight = torch.eye(8)
+
+    def heads(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        length, batch, _ = q.shape
+        q = (q @ weight).reshape(length, batch * 2, 4).transpose(0, 1)
+        return q @ (k @ weight).reshape(k.shape[0], batch * 2, 4).permute(1, 2, 0)
+
+    fast = turbotx.optimize(heads)
+    for batch in (3, 1):
+        q, k = torch.randn(5, batch, 8), torch.randn(4, batch, 8)
+        torch.testing.assert_close(fast(q, k), heads(q, k))
+    (compiled,) = fast._engine.variants()
+    assert compiled.captured.dims == ("batch", "seq", "k_d0")
+    with pytest.raises(turbotx.TurbotxError):
+        fast(torch.randn(5, 3, 8), torch.randn(4, 2, 8))
+
+
 def test_shapes_follow_the_named_dims() -> None:
     graph = captured(lambda x: x.reshape(-1), torch.zeros(3, 4)).graph_module.graph
     assert str(shape(next(n for n in graph.nodes if "view" in n.name))) == "(batch*seq,)"

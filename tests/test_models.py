@@ -62,6 +62,22 @@ def test_small_models_of_other_architectures(architecture: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_pytorchs_own_transformer(batch_first: bool) -> None:
+    """Queries and keys by parts of one weight, heads beside the batch, the sequence first."""
+    model = torch.nn.Transformer(32, 2, 1, 2, 48, batch_first=batch_first).eval()
+    fast, exact = turbotx.optimize(model), in_double(model)
+    for batch, source, target in ((2, 9, 7), (1, 1, 1), (3, 4, 11)):
+        sizes = [(batch, n, 32) if batch_first else (n, batch, 32) for n in (source, target)]
+        inputs = [torch.randn(*size) for size in sizes]
+        with torch.no_grad():
+            eager, reference = model(*inputs), exact(*(x.double() for x in inputs))
+        assert_as_exact_as_eager(fast(*inputs), eager, reference)
+    launches = fast._engine.variants()[0].assembly.launches
+    assert {x.kind for x in launches} == {"gemm", "attention", "kernel"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
 def test_launches_a_layer(architecture: str) -> None:
     totals = []

@@ -138,6 +138,29 @@ def test_a_reshape_of_a_transpose_has_no_strides() -> None:
         input_index(flat, (ZERO,))
 
 
+def test_what_is_merged_and_split_again_needs_no_copy() -> None:
+    node, mode = graph_of((5, 3, 8))
+    keys = node.graph.call_function(aten.slice.Tensor, (node, 2, 4, 8))  # rows of 4 in rows of 8
+    merged = node.graph.call_function(aten.view.default, (keys, [5, 6, 2]))
+    turned = node.graph.call_function(aten.permute.default, (merged, [1, 0, 2]))
+    heads = node.graph.call_function(aten.view.default, (turned, [3, 2, 5, 2]))
+    lost = node.graph.call_function(aten.view.default, (turned, [2, 3, 5, 2]))
+    with mode:
+        for made, shape in (
+            (keys, (5, 3, 4)), (merged, (5, 6, 2)), (turned, (6, 5, 2)),
+            (heads, (3, 2, 5, 2)), (lost, (2, 3, 5, 2)),
+        ):  # fmt: skip
+            made.meta["val"] = torch.empty(shape)
+    assert layout_of(merged) is None
+    found = layout_of(heads)
+    assert found is not None
+    base = torch.arange(5 * 3 * 8)
+    real = base.view(5, 3, 8)[:, :, 4:].reshape(5, 6, 2).permute(1, 0, 2).reshape(3, 2, 5, 2)
+    strides = [int(s) for s in found.strides]
+    assert torch.equal(base.as_strided(real.shape, strides, int(found.offset)), real)
+    assert layout_of(lost) is None
+
+
 def test_symbolic_head_split() -> None:
     batch, seq = dim("batch"), dim("seq")
     node, _ = graph_of((2, 3, 8))

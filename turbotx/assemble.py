@@ -28,7 +28,6 @@ from turbotx.kernels.inplace import find_inplace
 from turbotx.layout import (
     Layout,
     contiguous_strides,
-    layout_of,
     layout_with_copies,
     reshape_strides,
 )
@@ -223,13 +222,12 @@ class _Assembler:
             return
         end = end or Epilogue(node, node, (node,), node.args[2] if len(node.args) > 2 else None)  # type: ignore[arg-type]
         x, weight = node.args[0], node.args[1]
-        layout = layout_of(x)  # type: ignore[arg-type]
+        layout = layout_with_copies(x)  # type: ignore[arg-type]
         rows = product(g.shape(x)[:-1])  # type: ignore[arg-type]
         depth, width = g.shape(x)[-1], g.shape(end.output)[-1]  # type: ignore[arg-type]
-        assert layout is not None
         flat = reshape_strides(layout, (rows, depth))
         assert flat is not None
-        window = self._window(layout, g.dtype(x))  # type: ignore[arg-type]
+        window = self._operand(x)  # type: ignore[arg-type]
         out = self._whole(end.output)
         bias, residual = (None if n is None else self._operand(n) for n in (end.bias, end.residual))
         args = (window, self._operand(weight), bias, out, residual)  # type: ignore[arg-type]

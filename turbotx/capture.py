@@ -287,14 +287,14 @@ def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captur
     _refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, flat, names)
     fakes = [node.meta["val"] for node in inputs]
-    symbols = _name_dims(fakes, names)
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
+    symbols = _name_dims(fakes, names, _find_equals(shape_env))
     remember_names(graph_module, symbols)
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
     guards += guard_squeezed(squeezed, symbols)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in fake.shape) for fake in fakes)
-    dims = tuple(s.name for s in symbols.values())
+    dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
     hints = _hints(shape_env, symbols)
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
@@ -303,15 +303,47 @@ def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captur
 
 
 def _hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[int, ...]:
+    """Return each dim's size while tracing."""
     newer = hasattr(shape_env, "backed_var_to_val")  # torch 2.12 renamed it
     values = getattr(shape_env, "backed_var_to_val" if newer else "var_to_val", {})
-    return tuple(int(values.get(symbol, 2)) for symbol in symbols)
+    return tuple({dim: int(values.get(symbol, 2)) for symbol, dim in symbols.items()}.values())
+
+
+def _find_equals(shape_env: Any) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Return the symbols that a guard makes equal to an earlier one.
+
+    torch.export solves a == b by itself, and not 64 * n * a == 64 * n * b, as a view of
+    (n, a, 64) as (n, b * 4, 16) asserts.
+    """
+    earlier: dict[sympy.Symbol, sympy.Symbol] = {}
+    for guard in shape_env.guards if shape_env is not None else ():
+        if not isinstance(guard.expr, sympy.Eq):
+            continue
+        left, right = (side.xreplace(earlier) for side in guard.expr.args)
+        if not (left - right).is_polynomial():
+            continue
+        factors = [f for f, _ in sympy.factor_list(left - right)[1] if not f.is_Symbol]
+        if len(factors) != 1 or len(factors[0].free_symbols) != 2:
+            continue
+        a, b = sorted(factors[0].free_symbols, key=_number_of)
+        if factors[0] in (a - b, b - a):
+            earlier = {k: v.xreplace({b: a}) for k, v in earlier.items()} | {b: a}
+    return earlier
+
+
+def _number_of(symbol: sympy.Symbol) -> tuple[int, str]:
+    digits = "".join(c for c in symbol.name if c.isdigit())
+    return int(digits or 0), symbol.name
 
 
 def _name_dims(
-    fakes: Sequence[torch.Tensor], names: Sequence[str]
-) -> dict[sympy.Symbol, sympy.Symbol]:
-    """Name dims as a user would: the first input's are batch and seq, others by input and place."""
+    fakes: Sequence[torch.Tensor], names: Sequence[str],
+    equals: Mapping[sympy.Symbol, sympy.Symbol],
+) -> dict[sympy.Symbol, sympy.Symbol]:  # fmt: skip
+    """Name dims as a user would: the first input's are batch and seq, others by input and place.
+
+    equals: symbols that stand for the same size as another one, and get its name.
+    """
     symbols: dict[sympy.Symbol, sympy.Symbol] = {}
     taken: set[str] = set()
     plain = {0: "batch", 1: "seq"}
@@ -319,6 +351,10 @@ def _name_dims(
         for d, size in enumerate(fake.shape):
             for symbol in sorted(expr(size).free_symbols, key=str):
                 if symbol in symbols:
+                    continue
+                known = [s for s in symbols if equals.get(s, s) == equals.get(symbol, symbol)]
+                if known:
+                    symbols[symbol] = symbols[known[0]]
                     continue
                 label = plain.get(d, "") if fake.dim() <= 3 or d == 0 else ""
                 if not label or label in taken:

@@ -13,11 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from turbotx import graph as g
-from turbotx.sizes import ONE, ZERO, Expr, divide, expr, product
+from turbotx.sizes import ONE, ZERO, Expr, dim, divide, expr, product
 from turbotx.views import VIEWS, input_index, is_view, view_source
+
+aten = torch.ops.aten
+PERMUTATIONS = (aten.permute.default, aten.transpose.int, aten.t.default)
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,13 @@ def layout_of(node: fx.Node) -> Layout | None:
 
 def layout_with_copies(node: fx.Node) -> Layout:
     """Return the node's layout where views that strides cannot express are copies: then its root
-    is the last such view below it, dense."""
+    is the last such view below it, dense. What is merged only to be split again needs no copy."""
     if not is_view(node) or not g.is_tensor(node):
         return root_layout(node)
+    nested = _nest(node)
+    flat = None if nested is None else nested.flat()
+    if flat is not None:
+        return flat
     below = layout_with_copies(view_source(node))
     if VIEWS[node.target] != "reshape":
         return _affine(node, below)
@@ -74,6 +82,98 @@ def layout_with_copies(node: fx.Node) -> Layout:
     if strides is None:
         return root_layout(node)
     return Layout(below.root, g.shape(node), strides, below.offset)
+
+
+# A dim that takes several strides: (extent, stride) from the outermost.
+Factors = tuple[tuple[Expr, Expr], ...]
+
+
+@dataclass(frozen=True)
+class _Nested:
+    """A window whose dims may each take several strides: (batch, seq * 4, 16) of (batch, seq, 64)
+    in rows of 128 is ((batch, 128 * seq)), ((seq, 128), (4, 16)), ((16, 1))."""
+
+    root: fx.Node
+    dims: tuple[Factors, ...]
+    offset: Expr
+
+    @staticmethod
+    def of(layout: Layout) -> _Nested:
+        pairs = zip(layout.shape, layout.strides, strict=True)
+        return _Nested(layout.root, tuple(((n, s),) for n, s in pairs), layout.offset)
+
+    def flat(self) -> Layout | None:
+        """Return the same with one stride a dim, or None where one does not do."""
+        if any(len(factors) > 1 for factors in self.dims):
+            return None
+        pairs = [factors[0] if factors else (ONE, ZERO) for factors in self.dims]
+        shape, strides = tuple(n for n, _ in pairs), tuple(s for _, s in pairs)
+        return Layout(self.root, shape, strides, self.offset)
+
+
+def _nest(node: fx.Node) -> _Nested | None:
+    """Return a chain of views as strides, several a dim where need be; None if that is not enough.
+
+    Nested strides as in CuTe's layouts (NVIDIA CUTLASS 3).
+    """
+    if not is_view(node) or not g.is_tensor(node):
+        return _Nested.of(root_layout(node))
+    below = _nest(view_source(node))
+    if below is None:
+        return None
+    if VIEWS[node.target] == "reshape":
+        dims = _regroup([f for factors in below.dims for f in factors], g.shape(node))
+        return None if dims is None else _Nested(below.root, dims, below.offset)
+    flat = below.flat()
+    return _Nested.of(_affine(node, flat)) if flat is not None else _permute(node, below)
+
+
+def _permute(node: fx.Node, below: _Nested) -> _Nested | None:
+    """Return a view that only orders the dims of `below`; None for any other."""
+    if node.target not in PERMUTATIONS:
+        return None
+    rank = len(below.dims)
+    marks = tuple(dim(f"dim_{d}") for d in range(rank))
+    order = input_index(node, marks)
+    return _Nested(below.root, tuple(below.dims[order.index(mark)] for mark in marks), below.offset)
+
+
+def _regroup(factors: list[tuple[Expr, Expr]], shape: Sequence[Expr]) -> tuple[Factors, ...] | None:
+    """Return strides, several a dim where need be, that show a window under another shape."""
+    left = _merge(factors)
+    dims: list[Factors] = []
+    for extent in reversed(shape):
+        taken: list[tuple[Expr, Expr]] = []
+        rest = extent
+        while rest != 1:
+            if not left:
+                return None
+            inner, stride = left.pop()
+            more, outer = divide(rest, inner), divide(inner, rest)
+            if more is not None:
+                taken.append((inner, stride))
+                rest = more
+            elif outer is not None:
+                taken.append((rest, stride))
+                left.append((outer, product((stride, rest))))
+                rest = ONE
+            else:
+                return None
+        dims.append(tuple(_merge(taken[::-1])) or ((ONE, ZERO),))
+    return None if left else tuple(reversed(dims))
+
+
+def _merge(factors: Sequence[tuple[Expr, Expr]]) -> list[tuple[Expr, Expr]]:
+    """Return the factors without those of extent 1, neighbours that are one stride joined."""
+    merged: list[tuple[Expr, Expr]] = []
+    for extent, stride in factors:
+        if extent == 1:
+            continue
+        if merged and (merged[-1][1] - stride * extent).expand() == 0:
+            merged[-1] = (product((merged[-1][0], extent)), stride)
+        else:
+            merged.append((extent, stride))
+    return merged
 
 
 def _affine(node: fx.Node, below: Layout) -> Layout:
@@ -100,25 +200,15 @@ def reshape_strides(below: Layout, shape: tuple[Expr, ...]) -> tuple[Expr, ...] 
 
     Merges below's dims where stride[i] == stride[i+1] * size[i+1], then splits them to fit.
     """
-    merged: list[list[Expr]] = []
-    for extent, stride in zip(below.shape, below.strides, strict=True):
-        if extent == 1:
-            continue
-        if merged and (merged[-1][1] - stride * extent).expand() == 0:
-            merged[-1] = [product((merged[-1][0], extent)), stride]
-        else:
-            merged.append([extent, stride])
-    strides: list[Expr] = [ZERO] * len(shape)
-    d = len(shape) - 1
-    for extent, stride in reversed(merged):
-        left, step = extent, stride
-        while left != 1:
-            while d >= 0 and shape[d] == 1:
-                d -= 1
-            rest = divide(left, shape[d]) if d >= 0 else None
-            if rest is None:
-                return None
-            strides[d] = step
-            step = product((step, shape[d]))
-            left, d = rest, d - 1
-    return tuple(strides) if all(n == 1 for n in shape[: d + 1]) else None
+    pairs = list(zip(below.shape, below.strides, strict=True))
+    dims = _regroup(pairs, shape)
+    if dims is None or any(len(factors) > 1 for factors in dims):
+        return None
+    return tuple(factors[0][1] for factors in dims)
+
+
+def has_plain_rows(layout: Layout) -> bool:
+    """Tell whether a GEMM can read a window as a matrix: rows at one stride, elements adjacent."""
+    depth = layout.shape[-1]
+    flat = reshape_strides(layout, (product(layout.shape[:-1]), depth))
+    return flat is not None and (flat[1] == 1 or depth == 1)

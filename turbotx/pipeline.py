@@ -30,6 +30,7 @@ from turbotx.passes.attention import recognize_attention
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.linear import (
     free_biases,
+    lift_permutations,
     lift_views,
     pack_linears,
     use_linear,
@@ -78,6 +79,8 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     use_linear(graph)
     pack_linears(graph)
     recognize_attention(graph, attention)
+    canonicalize(graph)
+    lift_permutations(graph)
     canonicalize(graph)
     lift_views(graph)
     free_biases(graph)

@@ -12,6 +12,7 @@ from turbotx.capture import capture
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.linear import (
     free_biases,
+    lift_permutations,
     lift_views,
     pack_linears,
     use_linear,
@@ -193,3 +194,44 @@ def test_products_by_views_of_weights_are_packed() -> None:
 def test_a_product_of_two_inputs_stays_one() -> None:
     found = rewritten(Projections((True, True), lambda a, b: a.mT @ b), use_linear)
     assert "matmul" in calls(found.graph)
+
+
+class Projected(nn.Module):
+    """A linear of what `turn` makes of x, with something behind it that takes any order."""
+
+    def __init__(self, turn) -> None:
+        super().__init__()
+        self.linear, self.turn = nn.Linear(8, 4), turn
+
+    def forward(self, x):
+        return self.linear(self.turn(x)).exp()
+
+
+@pytest.mark.parametrize(
+    ("turn", "fires"),
+    [
+        (lambda x: x.transpose(0, 1), True),
+        (lambda x: x.view(2, 3, 2, 4).permute(1, 0, 2, 3).reshape(-1, 8), True),  # merges heads
+        (lambda x: x.view(2, 3, 4, 2).permute(0, 1, 3, 2).reshape(2, 3, 8), False),  # within rows
+        (lambda x: x.reshape(-1, 8), False),
+    ],
+)
+def test_linears_read_rows_as_they_lie(turn, fires: bool) -> None:
+    module = Projected(turn)
+    before = calls(rewritten(module).graph)
+    lifted = rewritten(module, lift_permutations)
+    order = calls(lifted.graph)
+    turned = "permute" in order and order.index("permute") > order.index("linear")
+    assert turned == fires
+    assert fires or order == before
+    torch.testing.assert_close(turbotx.optimize(module.eval())(X), module(X))
+    again = str(lifted.graph)
+    lift_permutations(lifted.graph)
+    assert str(lifted.graph) == again
+
+
+def test_what_the_caller_gets_stays_dense() -> None:
+    module = nn.Sequential(nn.Flatten(0, 1), nn.Linear(8, 4))
+    module.forward = lambda x: module[1](x.transpose(0, 1))  # type: ignore[method-assign]
+    graph = rewritten(module, lift_permutations).graph
+    assert calls(graph) == ["permute", "linear"]

@@ -18,7 +18,7 @@ from torch import fx
 
 from turbotx import graph as g
 from turbotx.kernels.fuse import FusedRegion
-from turbotx.layout import layout_of, reshape_strides
+from turbotx.layout import has_plain_rows, layout_of, layout_with_copies, reshape_strides
 from turbotx.passes.partition import Region, op_name, tensor_inputs
 from turbotx.sizes import ONE, product
 
@@ -155,12 +155,10 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
             return False
     if bias is not None and layout_of(bias).strides != (ONE,):  # type: ignore[arg-type, union-attr]
         return False
-    layout = layout_of(x)  # type: ignore[arg-type]
-    depth = g.shape(x)[-1]  # type: ignore[arg-type]
-    if layout is None or len(layout.shape) < 1:
+    layout = layout_with_copies(x)  # type: ignore[arg-type]
+    if not layout.shape:
         return False
-    flat = reshape_strides(layout, (product(layout.shape[:-1]), depth))
-    return flat is not None and (flat[1] == 1 or depth == 1)
+    return has_plain_rows(layout)
 
 
 class _Match:

@@ -9,11 +9,15 @@ a kernel that can take the bias along for nothing, for example::
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from turbotx import graph as g
+from turbotx.layout import has_plain_rows, layout_of
 from turbotx.ops import is_computed
+from turbotx.sizes import Expr, product
 from turbotx.views import is_view
 
 aten = torch.ops.aten
@@ -94,6 +98,55 @@ def lift_views(graph: fx.Graph) -> None:
         for view in views:
             g.replace(view, new)
         graph.erase_node(node)
+
+
+def lift_permutations(graph: fx.Graph) -> None:
+    """Let a linear read rows as they lie, and show its result in the order it was asked for.
+
+    For (seq, batch, k) transposed, or attention's (batch, seq, heads, head_dim) of which a model
+    that has the sequence first makes (seq * batch, k): a GEMM's rows may come in any order, and
+    kernels read them in another at no cost.
+    """
+    for node in list(graph.nodes):
+        if not g.is_call(node, aten.linear.default):
+            continue
+        x: Any = node.args[0]
+        layout = layout_of(x)
+        if (layout is not None and has_plain_rows(layout)) or _is_returned(node):
+            continue
+        merged = g.is_call(x, aten.view.default, aten.reshape.default)
+        turned = x.args[0] if merged else x
+        if not g.is_call(turned, aten.permute.default):
+            continue
+        source, order = turned.args
+        last = _count_trailing(g.shape(source), g.shape(x)[-1])
+        rank = len(order)
+        kept = list(range(rank - last, rank))
+        if not last or [d % rank for d in order[rank - last :]] != kept:
+            continue
+        with graph.inserting_before(node):
+            if last > 1:
+                source = g.emit(node, aten.flatten.using_ints, source, rank - last, -1)
+            rows = g.emit(node, aten.linear.default, source, *node.args[1:])
+            lead = [d % rank for d in order[: rank - last]]
+            new = g.emit(node, aten.permute.default, rows, [*lead, len(lead)])
+            if merged:
+                sizes = [*x.args[1][:-1], int(g.shape(rows)[-1])]
+                new = g.emit(node, aten.reshape.default, new, sizes)
+            g.replace(node, new)
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Tell whether the caller gets a node's elements as they lie: dense, as from PyTorch."""
+    return any(u.op == "output" or (is_view(u) and _is_returned(u)) for u in node.users)
+
+
+def _count_trailing(shape: tuple[Expr, ...], size: Expr) -> int:
+    """Return how many of the last dims make up `size`; 0 where none do."""
+    for count in range(1, len(shape) + 1):
+        if product(shape[-count:]) == size:
+            return count
+    return 0
 
 
 def pack_linears(graph: fx.Graph) -> None:
