@@ -71,7 +71,8 @@ def guard_sizes(
     sizes = {s.xreplace(dict(symbols)) for s in raw if not (s.is_Symbol or s.is_Integer)}
     sizes = {s for s in sizes if s.free_symbols <= set(symbols.values())}
     short = sorted((s for s in sizes if not is_nonnegative(s)), key=str)
-    return tuple(Guard(sympy.Ge(s, 0), f"{s} >= 0", least=0) for s in short)
+    guards = (Guard(sympy.Ge(s, 0), f"{s} >= 0", least=0) for s in short)
+    return tuple(guard for guard in guards if guard.condition != True)  # noqa: E712
 
 
 def find_squeezed(graph: fx.Graph) -> set[Expr]:
