@@ -57,10 +57,13 @@ def resources_table(folder: Path) -> str:
         return NOT_YET
     found = json.loads(path.read_text())
     kernels: list[dict[str, Any]] = found["kernels"]
-    models = sorted({model.split()[0] for row in kernels for model in row["models"]})
+    models: dict[str, set[str]] = {}
+    for name, dtype in (model.split() for row in kernels for model in row["models"]):
+        models.setdefault(dtype, set()).add(name)
+    listed = "; ".join(f"{dtype}: {', '.join(sorted(names))}" for dtype, names in models.items())
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     rows = [
-        f"{', '.join(models)}; {versions}.",
+        f"{listed}; {versions}.",
         "",
         "| target | kernels | spilling | registers, most | shared KiB, most "
         "| loads of 128 bits | stores of 128 bits |",
@@ -81,18 +84,25 @@ def resources_table(folder: Path) -> str:
         "| kernel | targets | load | store |",
         "|---|---|---|---|",
         *(
-            f"| `{name}` | {', '.join(targets)} | {load} | {store} |"
+            f"| {name} | {', '.join(targets)} | {load} | {store} |"
             for (name, load, store), targets in _narrow(kernels).items()
         ),
     ]
     return "\n".join(rows)
 
 
-def _narrow(kernels: list[dict[str, Any]]) -> dict[tuple[str, int, int], dict[str, None]]:
-    """Return kernel and widths -> targets, where less than 128 bits move at once."""
-    found: dict[tuple[str, int, int], dict[str, None]] = {}
+def _narrow(kernels: list[dict[str, Any]]) -> dict[tuple[str, int, int], list[str]]:
+    """Return kernel and widths -> targets, where less than 128 bits move at once; the templates of
+    GEMMs are many names of one kernel, and count together."""
+    found: dict[tuple[str, int, int], Counter[str]] = {}
     for row in sorted(kernels, key=lambda row: str(row["kernel"])):
         widths = row["load_bits"], row["store_bits"]
         if min(widths) < 128:
-            found.setdefault((row["kernel"], *widths), {})[row["target"]] = None
-    return found
+            gemm = row["kernel"].startswith("gemm_")
+            name = "GEMM templates" if gemm else f"`{row['kernel']}`"
+            found.setdefault((name, *widths), Counter())[row["target"]] += 1
+    return {
+        key: [f"{target} ({count})" if "GEMM" in key[0] else target
+              for target, count in targets.items()]
+        for key, targets in found.items()
+    }  # fmt: skip
