@@ -22,6 +22,7 @@ from turbotx import ir
 from turbotx.kernels.schedule import Schedule, choose_schedule
 from turbotx.kernels.targets import build, kernel_job
 from turbotx.kernels.triton_printer import print_triton
+from turbotx.kernels.triton_text import wrap
 from turbotx.sizes import dim
 
 F = torch.nn.functional
@@ -309,3 +310,13 @@ def test_lines_fit_and_names_are_python() -> None:
         source = print_triton(kernel, schedule)
         compile(source, "printed", "exec")
         assert max(map(len, source.splitlines())) <= 100
+
+
+def test_a_broken_line_keeps_its_value() -> None:
+    long = " + ".join(f"value_{k} * {k}" for k in range(12))
+    for text in (f"x = 3 * ({long})", f"x = sum([{long}]) + ({long}) * 2", f"x = max({long}, 2)"):
+        values = {f"value_{k}": k for k in range(12)}
+        broken, whole = dict(values), dict(values)
+        exec("\n".join(wrap(text)), broken)
+        exec(text, whole)
+        assert broken["x"] == whole["x"]

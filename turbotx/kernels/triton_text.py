@@ -107,7 +107,11 @@ def wrap(line: str) -> list[str]:
     if len(line) <= WIDTH or end - begin < WIDTH // 3:
         return [line]
     indent = " " * (len(line) - len(line.lstrip()))
-    pieces = [f"{indent}    {p}," for p in split_arguments(line[begin + 1 : end])]
+    parts = split_arguments(line[begin + 1 : end])
+    # A comma behind the one part of plain parentheses would make a tuple of it.
+    called = begin > 0 and (line[begin - 1].isalnum() or line[begin - 1] in "_]")
+    comma = "," if called or len(parts) > 1 else ""
+    pieces = [f"{indent}    {p}{comma}" for p in parts]
     inner = [part for piece in pieces for part in wrap(piece)]
     return [line[: begin + 1], *inner, indent + line[end:]]
 
