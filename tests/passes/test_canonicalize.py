@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import turbotx
 from tests.graphs import calls, captured_graph
 from turbotx.passes.canonicalize import canonicalize
 
@@ -52,6 +53,26 @@ def test_no_ops_go(function, left) -> None:
 )
 def test_real_work_stays(function, left) -> None:
     assert calls(canonical(function, X)) == left
+
+
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [
+        (lambda x: x.unsqueeze(1).reshape(6, 8).exp(), ["view", "exp"]),
+        (lambda x: x[:, :, None].transpose(1, 2).reshape(6, 8).exp(), ["view", "exp"]),
+        (
+            lambda x: x[..., None].permute(0, 2, 3, 1).reshape(16, 3).exp(),
+            ["permute", "view", "exp"],
+        ),
+    ],
+)
+def test_dims_of_one_are_in_nobodys_way(function, left) -> None:
+    graph = canonical(function, X)
+    assert [c for c in calls(graph) if c not in ("clone", "sym_size")] == left
+    before = str(graph)
+    canonicalize(graph)
+    assert str(graph) == before
+    torch.testing.assert_close(turbotx.optimize(function)(X), function(X))
 
 
 def test_reshapes_of_reshapes_are_one() -> None:

@@ -177,9 +177,21 @@ _NO_OPS: dict[Any, Callable[[fx.Node], bool]] = {
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
+_OF_ONES = {
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+}
+
+
 def _merge_views(node: fx.Node, source: fx.Node) -> fx.Node | None:
     """Fold view-of-view: two reshapes are one, two permutations are one (or none)."""
-    if node.target in _RESHAPES and VIEWS.get(source.target) == "reshape":
+    if node.target in _RESHAPES and (
+        VIEWS.get(source.target) == "reshape"
+        or source.target in _OF_ONES
+        or _moves_only_ones(source)
+    ):
         inner = source.args[0]
         assert isinstance(inner, fx.Node)
         if g.shape(inner) == g.shape(node):
@@ -192,7 +204,34 @@ def _merge_views(node: fx.Node, source: fx.Node) -> fx.Node | None:
         if order == list(range(len(order))):
             return inner  # type: ignore[return-value]
         node.args = (inner, order)
+    elif node.target is aten.permute.default and source.target is aten.unsqueeze.default:
+        return _permute_first(node, source)
     return None
+
+
+def _moves_only_ones(node: fx.Node) -> bool:
+    """Tell whether a permutation leaves every dim of more than one element in its order."""
+    if not g.is_call(node, aten.permute.default):
+        return False
+    shape = g.shape(node.args[0])  # type: ignore[arg-type]
+    moved = [d % len(shape) for d in node.args[1]]  # type: ignore[union-attr]
+    longer = [d for d in moved if shape[d] != 1]
+    return longer == sorted(longer)
+
+
+def _permute_first(node: fx.Node, source: fx.Node) -> fx.Node:
+    """Permute before a dim of size 1 is added, not after: then reshapes see only what they merge.
+
+    einsum adds such dims and moves them along with the others.
+    """
+    inner, added = source.args
+    rank = len(g.shape(node))
+    added = added % rank  # type: ignore[operator]
+    order = [d % rank for d in node.args[1]]  # type: ignore[union-attr]
+    rest = [d - (d > added) for d in order if d != added]
+    with node.graph.inserting_before(node):
+        turned = g.emit(node, aten.permute.default, inner, rest)
+        return g.emit(node, aten.unsqueeze.default, turned, order.index(added))
 
 
 def _key(node: fx.Node) -> Any | None:
