@@ -136,6 +136,31 @@ def test_outputs_that_are_no_tensors_say_so() -> None:
         captured(lambda x: object(), torch.zeros(2))
 
 
+class Caching(nn.Module):
+    """Keeps the places of its longest call, as models with position biases do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", None, persistent=False)
+        self.names: list[str] = []
+
+    def forward(self, x):
+        if self.places is None or len(self.places) < x.shape[1]:
+            self.register_buffer("places", torch.arange(x.shape[1]).float(), persistent=False)
+        self.last = x.sum()
+        return x + self.places[: x.shape[1]]
+
+
+def test_a_trace_leaves_the_model_as_it_was() -> None:
+    model, fresh = Caching().eval(), Caching()
+    before = set(vars(model))
+    fast, x = turbotx.optimize(model), torch.randn(2, 5)
+    torch.testing.assert_close(fast(x), fresh(x))
+    assert model.places is None and set(vars(model)) == before
+    torch.testing.assert_close(model(x), fresh(x))
+    torch.testing.assert_close(fast(torch.randn(3, 9)).shape, torch.Size([3, 9]))
+
+
 def test_a_model_that_changes_its_buffer_is_refused() -> None:
     class Counter(nn.Module):
         def __init__(self) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,24 @@ def capture(
     if not tensors:
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     _refuse_inference_tensors(model)
-    return _describe(_export_widened(flat, tensors, least, name), flat, name, names)
+    with _left_as_it_was(model):
+        exported = _export_widened(flat, tensors, least, name)
+    return _describe(exported, flat, name, names)
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Undo what a trace leaves in a model that keeps something of a call, a cached mask for one:
+    its sizes are symbols, and the model's own later calls would meet them."""
+    before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, name: str) -> Any:

@@ -9,7 +9,7 @@ casts, redundant views, duplicate subexpressions and dead code, for example::
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -213,9 +213,9 @@ def _moves_only_ones(node: fx.Node) -> bool:
     """Tell whether a permutation leaves every dim of more than one element in its order."""
     if not g.is_call(node, aten.permute.default):
         return False
-    shape = g.shape(node.args[0])  # type: ignore[arg-type]
-    moved = [d % len(shape) for d in node.args[1]]  # type: ignore[union-attr]
-    longer = [d for d in moved if shape[d] != 1]
+    source, order = cast(Any, node.args)
+    shape = g.shape(source)
+    longer = [d % len(shape) for d in order if shape[d] != 1]
     return longer == sorted(longer)
 
 
@@ -224,10 +224,10 @@ def _permute_first(node: fx.Node, source: fx.Node) -> fx.Node:
 
     einsum adds such dims and moves them along with the others.
     """
-    inner, added = source.args
+    inner, place = cast(Any, source.args)
     rank = len(g.shape(node))
-    added = added % rank  # type: ignore[operator]
-    order = [d % rank for d in node.args[1]]  # type: ignore[union-attr]
+    added = place % rank
+    order = [d % rank for d in cast(Any, node.args[1])]
     rest = [d - (d > added) for d in order if d != added]
     with node.graph.inserting_before(node):
         turned = g.emit(node, aten.permute.default, inner, rest)
