@@ -207,3 +207,9 @@ def test_builds_with_every_operand(q_len: int) -> None:
         assert built.resources.spills == 0, (built.job.name, built.resources)
         assert built.resources.load_bits == 128, (built.job.name, built.resources)
         assert built.resources.store_bits == 128, (built.job.name, built.resources)
+
+
+def test_a_bias_beside_wide_heads_does_not_spill() -> None:
+    case = kernel(128, torch.float16, bias="boolean", blind_nan=True)
+    (built,) = build([attention_job(case, "sm_100")])
+    assert built.resources.spills == 0, built.resources

@@ -58,9 +58,11 @@ def choose_attention_schedule(
         return AttentionSchedule(q_tile, 32 if depth <= 64 else 16, 8 if depth == 128 else 4, 1)
     if few:
         return AttentionSchedule(16, 64 if depth <= 128 else 32, 4)
-    # A bias in flight beside the scores does not fit the registers of four warps.
+    # A bias in flight beside the scores does not fit the registers of four warps, nor, beside
+    # sums of depth 128, those of eight with 64 keys.
     wide = depth > 64 or kernel.bias == "storage"
-    return AttentionSchedule(64, 64 if depth <= 128 else 32, 8 if wide else 4)
+    short = depth > 128 or (depth == 128 and kernel.bias != "none")
+    return AttentionSchedule(64, 32 if short else 64, 8 if wide else 4)
 
 
 def print_triton_attention(
