@@ -34,13 +34,9 @@ INTEGERS = (
 )  # fmt: skip
 # What tracing with symbolic sizes says about samples that it cannot take, and what that means.
 REFUSED = {
-    "Attempting to broadcast": "sizes of 1 beside larger ones in a batch of one trace",
-    "Number of dimensions of tensors must match": "cat of the old empty tensor of shape (0,)",
     "Expected dtype int32/int64 for index": "an empty index of uint8, which only eager takes",
-    "normalized_shape": "a size of 1 that the call spells out too, where tracing takes it for any",
     "PendingUnbackedSymbolNotFound": "a position that is the value of a tensor",
     "changes an input": "an argument that the call changes in place (max_norm, running statistics)",
-    "dynamic_shapes": "no tensor among the arguments",
     "depends on its inputs' values": "a result whose shape or branch depends on values",
     "data-dependent": "a result whose shape or branch depends on values",
     "Could not guard": "a result whose shape or branch depends on values",
