@@ -227,8 +227,9 @@ class GraphedProgram(Program):
         """Queue into the caller's graph, in memory that this graph owns alone."""
         if self.runtime.weights.is_stale():
             raise DeviceError(
-                "a CUDA graph is being captured around a turbotx module that has not run yet, or "
-                "whose parameters have changed: call it once before the capture"
+                "a CUDA graph is being captured around a turbotx module whose program for these "
+                "sizes has not run yet, or whose parameters have changed: call it once before "
+                "the capture, with inputs of these sizes"
             )
         device = self.runtime.torch_device
         arena = _OwnMemory(torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device))
