@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 import turbotx
 from tests.models import assert_as_exact_as_eager, in_double, token_inputs
 from tests.runtime.stand_in_device import InterpretedDevice, RecordingDevice, bind_to
-from turbotx.errors import OptionsError
+from turbotx.errors import DeviceError, OptionsError
 from turbotx.kernels.tuned import save_tuned
 from turbotx.tune import gains, tune_call, tune_norms
 
@@ -57,9 +57,8 @@ def launches_a_layer(compiled: Any) -> int:
 
 @pytest.mark.parametrize(
     ("name", "dtype", "launches"),
-    [("bert", torch.float16, [7, 5]),
-     pytest.param("gpt2", torch.float16, [7, 5], marks=pytest.mark.slow),
-     pytest.param("llama", torch.bfloat16, [8, 6], marks=pytest.mark.slow)],
+    [("bert", torch.float16, [7, 5]), ("gpt2", torch.float16, [7, 5]),
+     ("llama", torch.bfloat16, [8, 6])],
     ids=str,
 )  # fmt: skip
 def test_shapes_that_alternate_between_two_programs(
@@ -194,6 +193,24 @@ def test_what_others_read_is_stored(how: str, monkeypatch: pytest.MonkeyPatch) -
     (compiled,) = fast._engine.variants()
     folds = [x for x in compiled.assembly.launches if x.kind == "gemm" and x.target.folds]
     assert len(folds) == (2 if how == "rows" else 0)
+
+
+def test_a_callers_own_capture_wants_the_program_of_its_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("turbotx.kernels.gemm_choice.MOST_FOLDED", 16)
+    device = RecordingDevice()
+    fast = bind_to(device, Chain(16).half().eval(), monkeypatch)
+    few, many = torch.randn(2, 3, 16).half(), torch.randn(5, 7, 16).half()
+    fast(few)
+    device.users_capture = True
+    fast(torch.randn(4, 4, 16).half())  # other sizes of the same program
+    with pytest.raises(DeviceError, match="for these sizes has not run yet"):
+        fast(many)
+    device.users_capture = False
+    fast(many)
+    device.users_capture = True
+    fast(many)
 
 
 def test_the_report_is_of_the_program_that_serves_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
