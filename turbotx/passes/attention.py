@@ -21,9 +21,10 @@ from torch import fx
 from turbotx import graph as g
 from turbotx.attention import NO_WINDOW, attention, attention_scores, attention_values
 from turbotx.errors import OptionsError
-from turbotx.passes.chains import PRODUCTS, Found, hide_in_bias, read_chain
+from turbotx.passes.chains import PRODUCTS, read_chain
 from turbotx.passes.masks import Mask, understand_mask
 from turbotx.passes.operands import share_heads, take_hidden, take_scale
+from turbotx.passes.scores import Found, hide_in_bias
 
 aten = torch.ops.aten
 

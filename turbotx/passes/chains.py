@@ -12,7 +12,7 @@ Scores may pass between (batch, heads, q, k) and (batch * heads, q, k), and betw
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import fx
 
 from turbotx import graph as g
 from turbotx.passes.operands import number_in
+from turbotx.passes.scores import Found, Step, read_steps, without_factors
 from turbotx.sizes import Expr
 from turbotx.views import VIEWS
 
@@ -29,40 +30,6 @@ SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 # A fill this low, or the most negative one of its dtype, leaves a key nothing beside any other:
 # where a real score is as low, float32 has no digit left to tell scores apart by.
 HIDING = -1e9
-
-
-@dataclass(frozen=True)
-class Found:
-    """An attention in the graph: softmax(cap(q k^T * scale) + bias, hidden by mask) v.
-
-    q, k, v: (batch, heads, length, head_dim). mask: boolean, or itself a bias. softcap: cap(x) is
-    softcap * tanh(x / softcap), and x where it is 0. blind_nan: a query that sees no key gets NaN
-    instead of zeros; blind_mean: the mean of the values. bias: beside a mask that is boolean.
-    """
-
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    mask: fx.Node | None
-    scale: float
-    causal: bool = False
-    blind_nan: bool = False
-    bias: fx.Node | None = None
-    blind_mean: bool = False
-    softcap: float = 0.0
-
-
-@dataclass(frozen=True)
-class Step:
-    """What happens to scores. kind: "scale" (by a number or a tensor of one element), "tanh",
-    "add", "sub", or "hide" (keys whose `operand` is true, or false if `negated`, get `number`)."""
-
-    kind: str
-    rank: int
-    number: float = 0.0
-    operand: fx.Node | None = None
-    divides: bool = False
-    negated: bool = False
 
 
 def read_chain(node: fx.Node) -> Found | None:
@@ -94,7 +61,24 @@ def read_chain(node: fx.Node) -> Found | None:
         return None
     with node.graph.inserting_before(node):
         heads = _Heads.of(x, v, [*ranked, x, node])
-        return None if heads is None else _replay(node, heads, x, v, steps)
+        return None if heads is None else _read_in_heads(node, heads, x, v, steps)
+
+
+def _read_in_heads(
+    node: fx.Node, heads: _Heads, product: Any, v: Any, steps: list[Step]
+) -> Found | None:
+    """Read steps, found last one first, on operands with heads in a dim of their own."""
+    shown = []
+    for step in reversed(steps):
+        operand = None if step.operand is None else heads.beside(step.operand, step.rank)
+        if step.operand is not None and operand is None:
+            return None
+        shown.append(replace(step, operand=operand))
+    factors = [without_factors(n) for n in product.args]
+    q, k_t, v = (heads.split(n) for n in (*(x for x, _ in factors), v))
+    if q is None or k_t is None or v is None:
+        return None
+    return read_steps(node, (q, k_t), factors[0][1] * factors[1][1], v, shown)
 
 
 # --- walking back ---------------------------------------------------------------------------
@@ -250,104 +234,3 @@ def _source_of(x: Any) -> fx.Node | None:
     assert isinstance(source, fx.Node)
     same = len(g.shape(source)) == 4 and g.shape(source)[2:] == g.shape(x)[1:]
     return source if same else None
-
-
-# --- and forth --------------------------------------------------------------------------------
-
-
-def _replay(node: fx.Node, heads: _Heads, product: Any, v: Any, steps: list[Step]) -> Found | None:
-    """Do to a score of zero what the steps do: that is the bias, whatever their order."""
-    (q, q_scale), (k_t, k_scale) = (_unscaled(n) for n in product.args)
-    q, k_t, v = (heads.split(n) for n in (q, k_t, v))
-    if q is None or k_t is None or v is None:
-        return None
-    scale, cap, bias = q_scale * k_scale, 0.0, None
-    hides: list[Step] = []
-    shown: list[Any] = []
-    folded = False  # whether hides are in the bias already
-    for step in reversed(steps):
-        operand = None if step.operand is None else heads.beside(step.operand, step.rank)
-        if step.operand is not None and operand is None:
-            return None
-        finite = any(h.number != -math.inf for h in hides)
-        if step.kind == "tanh":
-            if cap or bias is not None or hides:
-                return None
-            cap = 1.0
-        elif step.kind == "scale":
-            if finite or (cap and operand is not None):
-                return None
-            if operand is not None:
-                op = aten.div.Tensor if step.divides else aten.mul.Tensor
-                q = g.emit(node, op, q, operand)
-                bias = None if bias is None else g.emit(node, op, bias, operand)
-            elif step.number <= 0:
-                return None
-            else:
-                scale, cap = (scale, cap * step.number) if cap else (scale * step.number, cap)
-                bias = None if bias is None else g.emit(node, aten.mul.Tensor, bias, step.number)
-        elif step.kind == "hide":
-            hides.append(step)
-            shown.append(operand if step.negated else _negated(operand))
-            if len({h.number for h in hides}) > 1 or folded:
-                bias, folded = _hide(node, bias, shown, hides, folded), True
-        else:
-            operand = operand if step.kind == "add" else g.emit(node, aten.neg.default, operand)
-            if finite and not folded:
-                bias, folded = _hide(node, bias, shown, hides, folded), True
-            bias = operand if bias is None else g.emit(node, aten.add.Tensor, bias, operand)
-    swaps = g.is_call(k_t, aten.permute.default) and list(k_t.args[1]) == [0, 1, 3, 2]
-    k = k_t.args[0] if swaps else g.emit(node, aten.permute.default, k_t, [0, 1, 3, 2])
-    scale = scale * cap if cap else scale
-    if folded or not shown:
-        return Found(q, k, v, bias, scale, blind_nan=bias is not None, softcap=cap)
-    mask = shown[0]
-    for term in shown[1:]:
-        mask = g.emit(node, aten.bitwise_and.Tensor, mask, term)
-    mean = hides[0].number != -math.inf
-    return Found(
-        q, k, v, mask, scale, blind_nan=not mean, bias=bias, blind_mean=mean, softcap=cap
-    )  # fmt: skip
-
-
-def _unscaled(x: Any) -> tuple[Any, float]:
-    """Return an operand without its multiplications by numbers, and their product."""
-    scale = 1.0
-    while g.is_call(x, aten.mul.Tensor, aten.div.Tensor) and not x.kwargs:
-        inner, factor = x.args
-        number = factor if isinstance(factor, (int, float)) else number_in(factor)
-        if number is None or not g.is_tensor(inner) or g.shape(inner) != g.shape(x):
-            break
-        if g.dtype(inner) != g.dtype(x):
-            break
-        x, scale = inner, scale / number if x.target is aten.div.Tensor else scale * number
-    return x, scale
-
-
-def _hide(
-    node: fx.Node, bias: fx.Node | None, shown: list[fx.Node], hides: list[Step], folded: bool
-) -> fx.Node:
-    """Return the bias with what the steps hide filled in: all of them, or the last one."""
-    pairs = list(zip(shown, hides, strict=True))
-    for term, step in pairs[-1:] if folded else pairs:
-        bias = hide_in_bias(node, term, bias, step.number)
-    assert bias is not None
-    return bias
-
-
-def hide_in_bias(like: fx.Node, visible: fx.Node, bias: fx.Node | None, fill: float) -> fx.Node:
-    """Return where(visible, bias or 0, fill) as a bias of its own, float32 where it was none."""
-    if bias is None:
-        bias = g.emit(like, aten.full_like.default, visible, 0.0, dtype=torch.float32)
-    fill = max(fill, torch.finfo(g.dtype(bias)).min) if fill != -math.inf else fill
-    return g.emit(like, aten.masked_fill.Scalar, bias, _negated(visible), fill)
-
-
-def _negated(mask: Any) -> fx.Node:
-    while g.is_call(mask, aten.expand.default):
-        mask = mask.args[0]
-    if g.is_call(mask, aten.bitwise_not.default, aten.logical_not.default):
-        (source,) = mask.args
-        if g.is_tensor(source) and g.dtype(source) is torch.bool:
-            return source
-    return g.emit(mask, aten.logical_not.default, mask)

@@ -1,0 +1,194 @@
+"""Scores: what attention written out does to q k^T, step by step, as what attention takes.
+
+In: q and k^T with heads before rows, the steps between the two products in order. Out: `Found`:
+scale, softcap, bias and mask that come to the same, or None where no attention does, for example::
+
+    / 4, tanh, * 8, + bias, where(ok, ., -inf)
+        ->  scale=2, softcap=8, bias=bias, mask=ok, blind_nan
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from turbotx import graph as g
+from turbotx.passes.operands import number_in
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Found:
+    """An attention in the graph: softmax(cap(q k^T * scale) + bias, hidden by mask) v.
+
+    q, k, v: (batch, heads, length, head_dim). mask: boolean, or itself a bias. softcap: cap(x) is
+    softcap * tanh(x / softcap), and x where it is 0. blind_nan: a query that sees no key gets NaN
+    instead of zeros; blind_mean: the mean of the values. bias: beside a mask that is boolean.
+    """
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    scale: float
+    causal: bool = False
+    blind_nan: bool = False
+    bias: fx.Node | None = None
+    blind_mean: bool = False
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to scores. kind: "scale" (by a number or a tensor of one element), "tanh",
+    "add", "sub", or "hide" (keys whose `operand` is true, or false if `negated`, get `number`)."""
+
+    kind: str
+    rank: int
+    number: float = 0.0
+    operand: fx.Node | None = None
+    divides: bool = False
+    negated: bool = False
+
+
+def read_steps(
+    node: fx.Node, product: Sequence[Any], scale: float, v: Any, steps: Sequence[Step]
+) -> Found | None:
+    """Return what steps on the scores of `product`, scaled q and k^T, do before `v` is multiplied.
+
+    Emits, before `node`, what it takes to hand over operands and masks.
+    """
+    q, k_t = product
+    scores = _Scores(node, q, scale)
+    if not all(scores.take(step) for step in steps):
+        return None
+    swaps = g.is_call(k_t, aten.permute.default) and list(k_t.args[1]) == [0, 1, 3, 2]
+    k = k_t.args[0] if swaps else g.emit(node, aten.permute.default, k_t, [0, 1, 3, 2])
+    return scores.found(k, v)
+
+
+class _Scores:
+    """A score of zero, to which the steps are done: what it becomes is the bias."""
+
+    def __init__(self, node: fx.Node, q: fx.Node, scale: float) -> None:
+        self.node, self.q, self.scale = node, q, scale
+        self.cap = 0.0
+        self.bias: fx.Node | None = None
+        self.hides: list[tuple[Any, float]] = []  # (what is visible, what the rest gets)
+        self.folded = False  # whether hides are in the bias already
+
+    def take(self, step: Step) -> bool:
+        """Do a step; return False where no attention does it in this place."""
+        if step.kind == "tanh":
+            return self._cap()
+        if step.kind == "scale":
+            return self._scale(step)
+        if step.kind == "hide":
+            self._hide(step)
+        else:
+            self._add(step)
+        return True
+
+    def found(self, k: fx.Node, v: fx.Node) -> Found:
+        scale = self.scale * self.cap if self.cap else self.scale
+        if self.folded or not self.hides:
+            blind = self.bias is not None
+            return Found(self.q, k, v, self.bias, scale, blind_nan=blind, softcap=self.cap)
+        mask = self.hides[0][0]
+        for term, _ in self.hides[1:]:
+            mask = self._emit(aten.bitwise_and.Tensor, mask, term)
+        mean = self._keeps_finite()
+        return Found(
+            self.q, k, v, mask, scale, blind_nan=not mean, bias=self.bias, blind_mean=mean,
+            softcap=self.cap,
+        )  # fmt: skip
+
+    def _cap(self) -> bool:
+        if self.cap or self.bias is not None or self.hides:
+            return False
+        self.cap = 1.0
+        return True
+
+    def _scale(self, step: Step) -> bool:
+        if self._keeps_finite():
+            return False
+        if step.operand is not None:
+            if self.cap:
+                return False
+            op = aten.div.Tensor if step.divides else aten.mul.Tensor
+            self.q = self._emit(op, self.q, step.operand)
+            self.bias = None if self.bias is None else self._emit(op, self.bias, step.operand)
+            return True
+        if step.number <= 0:
+            return False
+        if self.cap:
+            self.cap *= step.number
+        else:
+            self.scale *= step.number
+        if self.bias is not None:
+            self.bias = self._emit(aten.mul.Tensor, self.bias, step.number)
+        return True
+
+    def _hide(self, step: Step) -> None:
+        visible = step.operand if step.negated else negated(step.operand)
+        self.hides.append((visible, step.number))
+        if len({number for _, number in self.hides}) > 1 or self.folded:
+            self._fold_hides()
+
+    def _add(self, step: Step) -> None:
+        added = step.operand if step.kind == "add" else self._emit(aten.neg.default, step.operand)
+        if self._keeps_finite() and not self.folded:
+            self._fold_hides()
+        self.bias = added if self.bias is None else self._emit(aten.add.Tensor, self.bias, added)
+
+    def _keeps_finite(self) -> bool:
+        """Tell whether a hidden score is a number, which further steps change."""
+        return any(number != -math.inf for _, number in self.hides)
+
+    def _fold_hides(self) -> None:
+        """Fill what is hidden into the bias: the last hide, or all where none is there yet."""
+        for visible, number in self.hides[-1:] if self.folded else self.hides:
+            self.bias = hide_in_bias(self.node, visible, self.bias, number)
+        self.folded = True
+
+    def _emit(self, target: Any, *args: Any) -> fx.Node:
+        return g.emit(self.node, target, *args)
+
+
+def without_factors(x: Any) -> tuple[Any, float]:
+    """Return an operand without its multiplications by numbers, and their product."""
+    scale = 1.0
+    while g.is_call(x, aten.mul.Tensor, aten.div.Tensor) and not x.kwargs:
+        inner, factor = x.args
+        number = factor if isinstance(factor, (int, float)) else number_in(factor)
+        if number is None or not g.is_tensor(inner) or g.shape(inner) != g.shape(x):
+            break
+        if g.dtype(inner) != g.dtype(x):
+            break
+        x, scale = inner, scale / number if x.target is aten.div.Tensor else scale * number
+    return x, scale
+
+
+def hide_in_bias(like: fx.Node, visible: fx.Node, bias: fx.Node | None, fill: float) -> fx.Node:
+    """Return where(visible, bias or 0, fill) as a bias of its own, float32 where it was none."""
+    if bias is None:
+        bias = g.emit(like, aten.full_like.default, visible, 0.0, dtype=torch.float32)
+    fill = max(fill, torch.finfo(g.dtype(bias)).min) if fill != -math.inf else fill
+    return g.emit(like, aten.masked_fill.Scalar, bias, negated(visible), fill)
+
+
+def negated(mask: Any) -> fx.Node:
+    """Return where a boolean mask is false."""
+    while g.is_call(mask, aten.expand.default):
+        mask = mask.args[0]
+    if g.is_call(mask, aten.bitwise_not.default, aten.logical_not.default):
+        (source,) = mask.args
+        if g.is_tensor(source) and g.dtype(source) is torch.bool:
+            return source
+    return g.emit(mask, aten.logical_not.default, mask)
