@@ -57,13 +57,13 @@ def resources_table(folder: Path) -> str:
         return NOT_YET
     found = json.loads(path.read_text())
     kernels: list[dict[str, Any]] = found["kernels"]
-    models: dict[str, set[str]] = {}
+    models: dict[str, set[str]] = {}  # dtype -> architectures
     for name, dtype in (model.split() for row in kernels for model in row["models"]):
         models.setdefault(dtype, set()).add(name)
     listed = "; ".join(f"{dtype}: {', '.join(sorted(names))}" for dtype, names in models.items())
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     rows = [
-        f"{listed}; {versions}.",
+        f"{len(kernels)} builds, each a kernel on a target. {listed}. {versions}.",
         "",
         "| target | kernels | spilling | registers, most | shared KiB, most "
         "| loads of 128 bits | stores of 128 bits |",
