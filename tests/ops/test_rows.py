@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import turbotx
 from tests.kernel_interpreter import interpret
 from tests.kernels.cpp_probe import needs_compiler
 from tests.ops.operator_samples import excess
@@ -129,3 +130,14 @@ def test_the_printed_triton_compiles(target: str) -> None:
     built = build([kernel_job(kernel, target) for kernel in kernels.values()])
     assert len(built) == len(kernels)
     assert all(b.resources.instructions for b in built)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_places_of_fractional_steps_are_those_of_eager() -> None:
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.arange(2.1, -2.9, -1.0) + x, torch.arange(0, len(x), 0.7) + x[0]]
+
+    fast = turbotx.optimize(function)
+    for ours, eager in zip(fast(torch.zeros(5)), function(torch.zeros(5)), strict=True):
+        assert torch.equal(ours, eager)

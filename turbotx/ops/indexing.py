@@ -25,8 +25,11 @@ def _arange(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     if all(not isinstance(v, float) for v in numbers):
         position = g.size(start) + g.size(step) * index[0]
         return m.cast(m.index(position.expand()), g.dtype(node))
-    place = m.cast(m.index(index[0]), g.dtype(node))
-    return m.number(start, g.dtype(node)) + place * m.number(step, g.dtype(node))
+    # In float64, as PyTorch does on a CPU: 2.1 - 2 * 1.0 in float32 keeps few of its digits.
+    dtype = g.dtype(node)
+    wide = torch.float64 if dtype.is_floating_point else dtype
+    place = m.cast(m.index(index[0]), wide)
+    return m.cast(m.number(start, wide) + place * m.number(step, wide), dtype)
 
 
 def _full(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
