@@ -159,6 +159,32 @@ def test_tied_weights_and_no_gamma(monkeypatch: pytest.MonkeyPatch) -> None:
     compare(fast, model, torch.randn(3, 5, 24))
 
 
+class Merge(torch.nn.Module):
+    """Heads merged, which no strides express: the GEMM before the norm reads a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.next = torch.nn.Linear(24, 24), torch.nn.Linear(24, 24)
+        self.norm = torch.nn.LayerNorm(24)
+
+    def forward(self, heads: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        rows = self.into(heads.transpose(1, 2).flatten(2)) + residual
+        return self.next(self.norm(rows))
+
+
+def test_a_gemm_that_reads_a_copy_leaves_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Merge().eval()
+    randomise(model)
+    fast = bind_to(InterpretedDevice(), model, monkeypatch, norms="fold", cuda_graphs=False)
+    inputs = torch.randn(2, 3, 5, 8), torch.randn(2, 5, 24)
+    with torch.no_grad():
+        ours, own = fast(*inputs), model(*inputs)
+        assert_as_exact_as_eager(ours, own, in_double(model)(*(x.double() for x in inputs)))
+    (compiled,) = fast._engine.variants()
+    gemms = [x.target for x in compiled.assembly.launches if x.kind == "gemm"]
+    assert [x.stats for x in gemms] == [True, False] and gemms[1].norm is not None
+
+
 class Read(torch.nn.Module):
     """A norm whose result others read too."""
 

@@ -27,7 +27,7 @@ from turbotx.kernels.folded import fold_scales, fold_shift, fold_sums, fold_weig
 from turbotx.kernels.fuse import FusedRegion, fuse
 from turbotx.kernels.norms import Fold
 from turbotx.kernels.triton_gemm import NARROWEST
-from turbotx.layout import layout_of
+from turbotx.layout import layout_of, layout_with_copies
 from turbotx.passes.extract import extract
 from turbotx.passes.partition import Region
 from turbotx.sizes import Expr, product
@@ -162,8 +162,8 @@ class _Folding:
         return meant.module, (*reads, *meant.sizes), dict[str, Any](), (out,), False
 
     def _operand(self, node: fx.Node) -> ir.Operand:
-        layout = layout_of(node)
-        assert layout is not None
+        layout = layout_with_copies(node)  # copies are launches of the assembly already
+        assert layout.root.name in self.assembly.tensors, f"nothing holds {layout.root}"
         return ir.Operand(
             layout.root.name, g.dtype(node), layout.shape, layout.strides, layout.offset
         )
