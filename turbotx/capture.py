@@ -29,7 +29,14 @@ from torch.export.graph_signature import OutputKind
 from turbotx.decompose import NotNodeByNode, decompose_nodes
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
-from turbotx.guards import Guard, find_guards, find_squeezed, guard_sizes, guard_squeezed
+from turbotx.guards import (
+    Guard,
+    find_equals,
+    find_guards,
+    find_squeezed,
+    guard_sizes,
+    guard_squeezed,
+)
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, dim, expr
 from turbotx.unlift import FRESH, unlift
@@ -306,7 +313,7 @@ def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captur
     graph_module, inputs = unlift(exported, flat, names)
     fakes = [node.meta["val"] for node in inputs]
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
-    symbols = _name_dims(fakes, names, _find_equals(shape_env))
+    symbols = _name_dims(fakes, names, find_equals(shape_env))
     remember_names(graph_module, symbols)
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
@@ -325,33 +332,6 @@ def _hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tupl
     newer = hasattr(shape_env, "backed_var_to_val")  # torch 2.12 renamed it
     values = getattr(shape_env, "backed_var_to_val" if newer else "var_to_val", {})
     return tuple({dim: int(values.get(symbol, 2)) for symbol, dim in symbols.items()}.values())
-
-
-def _find_equals(shape_env: Any) -> dict[sympy.Symbol, sympy.Symbol]:
-    """Return the symbols that a guard makes equal to an earlier one.
-
-    torch.export solves a == b by itself, and not 64 * n * a == 64 * n * b, as a view of
-    (n, a, 64) as (n, b * 4, 16) asserts.
-    """
-    earlier: dict[sympy.Symbol, sympy.Symbol] = {}
-    for guard in shape_env.guards if shape_env is not None else ():
-        if not isinstance(guard.expr, sympy.Eq):
-            continue
-        left, right = (side.xreplace(earlier) for side in guard.expr.args)
-        if not (left - right).is_polynomial():
-            continue
-        factors = [f for f, _ in sympy.factor_list(left - right)[1] if not f.is_Symbol]
-        if len(factors) != 1 or len(factors[0].free_symbols) != 2:
-            continue
-        a, b = sorted(factors[0].free_symbols, key=_number_of)
-        if factors[0] in (a - b, b - a):
-            earlier = {k: v.xreplace({b: a}) for k, v in earlier.items()} | {b: a}
-    return earlier
-
-
-def _number_of(symbol: sympy.Symbol) -> tuple[int, str]:
-    digits = "".join(c for c in symbol.name if c.isdigit())
-    return int(digits or 0), symbol.name
 
 
 def _name_dims(

@@ -105,3 +105,30 @@ def _tells_one_from_others(guard: Any) -> bool:
     asked_in = str(getattr(guard.sloc.framework_loc, "filename", ""))
     within = asked_in.startswith(str(Path(torch.__file__).parent) + os.sep)
     return within and any(side in (0, 1) for side in condition.args)
+
+
+def find_equals(shape_env: Any) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Return the symbols that a guard makes equal to an earlier one.
+
+    torch.export solves a == b by itself, and not 64 * n * a == 64 * n * b, as a view of
+    (n, a, 64) as (n, b * 4, 16) asserts.
+    """
+    earlier: dict[sympy.Symbol, sympy.Symbol] = {}
+    for guard in shape_env.guards if shape_env is not None else ():
+        if not isinstance(guard.expr, sympy.Eq):
+            continue
+        left, right = (side.xreplace(earlier) for side in guard.expr.args)
+        if not (left - right).is_polynomial():
+            continue
+        factors = [f for f, _ in sympy.factor_list(left - right)[1] if not f.is_Symbol]
+        if len(factors) != 1 or len(factors[0].free_symbols) != 2:
+            continue
+        a, b = sorted(factors[0].free_symbols, key=_number_of)
+        if factors[0] in (a - b, b - a):
+            earlier = {k: v.xreplace({b: a}) for k, v in earlier.items()} | {b: a}
+    return earlier
+
+
+def _number_of(symbol: sympy.Symbol) -> tuple[int, str]:
+    digits = "".join(c for c in symbol.name if c.isdigit())
+    return int(digits or 0), symbol.name
