@@ -13,8 +13,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from turbotx.cli.bench.room import QUIET_CORES
+
 NOT_YET = "not yet measured"
-QUIET_CORES = 0.2  # what others may use of the machine while a latency is measured
 ENGINES = {
     "turbotx": "turbotx", "floor-mkl": "floor, MKL", "floor-onednn": "floor, oneDNN",
     "eager": "eager", "compile": "torch.compile", "compile-dynamic": "torch.compile, dynamic",

@@ -24,6 +24,7 @@ from cpu_tables import latency_table
 from proof_tables import operators_table, resources_table
 
 import turbotx
+from turbotx.cli.bench.room import QUIET_CORES
 from turbotx.memory.svg import plan_to_svg
 from turbotx.report import Report
 from turbotx.report.layers import find_layers, plan_of
@@ -32,7 +33,6 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 BEGIN, END = "<!-- results: docs/generate.py -->", "<!-- end of results -->"
 NOT_YET = "not yet measured"
-QUIET_CORES = 0.2  # what others may use of the machine while a latency is measured
 
 # --- the picture: one layer before and after ------------------------------------------------
 

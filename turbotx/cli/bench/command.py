@@ -19,14 +19,12 @@ from rich.table import Table
 
 import turbotx.report as reports
 from turbotx.cli.bench.engines import ENGINES
-from turbotx.cli.bench.room import OthersUse, Room, Spread, describe_machine
+from turbotx.cli.bench.room import QUIET_CORES, OthersUse, Room, Spread, describe_machine
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
 from turbotx.errors import InputError
 from turbotx.optimized import optimize
-
-QUIET_CORES = 0.2  # what others may use of the machine before times are not to be trusted
 
 
 def bench_model(

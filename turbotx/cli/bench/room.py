@@ -139,6 +139,10 @@ class Room:
         return (user + nice + system + irq + softirq + steal) / tick, spent / tick
 
 
+QUIET_CORES = 0.2
+"""What others may use of the machine while times are taken that are to be trusted."""
+
+
 class OthersUse:
     """How many cores other processes used while the block ran."""
 
