@@ -45,7 +45,7 @@ FOLDED, STORED = "folded", "stored"
 # letter -> field, least, most
 PARTS: dict[str, tuple[str, int, int]] = {
     "m": ("m_tile", 16, 256), "n": ("n_tile", 16, 256), "q": ("q_tile", 16, 128),
-    "k": ("k_tile", 16, 256), "w": ("num_warps", 1, 16), "s": ("num_stages", 1, 5),
+    "k": ("k_tile", 16, 256), "w": ("num_warps", 1, 16), "s": ("num_stages", 1, 8),
     "x": ("splits", 1, 16),
 }  # fmt: skip
 # Float32 sums of a tile that a thread may hold.
