@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from turbotx.kernels.dependent import can_depend, make_dependent
 from turbotx.kernels.gemm_choice import choose_gemm
+from turbotx.kernels.gemm_template import GemmTemplate
 from turbotx.kernels.targets import build
-from turbotx.kernels.triton_gemm import GemmTemplate
 
 TEMPLATE = GemmTemplate(torch.float16, 64, 64, bias=True, activation="gelu_tanh")
 

@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from turbotx.kernels.targets import POINTEES, Job, fit_warps
-from turbotx.kernels.triton_gemm import (
+from turbotx.kernels.gemm_template import (
     GemmSchedule,
     GemmTemplate,
     gemm_arguments,
     gemm_grid,
     gemm_scratch,
-    print_triton_gemm,
 )
+from turbotx.kernels.targets import POINTEES, Job, fit_warps
+from turbotx.kernels.triton_gemm import print_triton_gemm
 
 # Token counts that are told apart; a count belongs to the first bucket that holds it.
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 4096)
