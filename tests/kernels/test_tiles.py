@@ -34,7 +34,7 @@ ATTENTION = AttentionKernel(torch.float16, 64, 0.125, causal=False)
 
 def test_a_tag_names_all_of_a_schedule_or_a_part() -> None:
     schedule = GemmSchedule(64, 32, 128, 4, 3, 2)
-    assert tag_of(schedule) == "m64n32k128w4s3x2l1"
+    assert tag_of(schedule) == "m64n32k128w4s3x2l1p1"
     assert with_tag(GemmSchedule(16, 16, 16), tag_of(schedule)) == schedule
     assert with_tag(schedule, "s4x1r2") == replace(schedule, num_stages=4, splits=1)
     assert with_tag(schedule, "l0").late == 0 and with_tag(schedule, "s8").num_stages == 8

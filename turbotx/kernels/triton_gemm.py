@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 
+from turbotx.kernels.dependent import MARK
 from turbotx.kernels.gemm_template import GemmSchedule, GemmTemplate, gemm_arguments
 from turbotx.kernels.triton_functions import functions_in
 from turbotx.kernels.triton_reduce import TYPES
@@ -123,7 +124,14 @@ class _Gemm:
             "n = n_tile * N_TILE + tl.arange(0, N_TILE)[None, :]",
             "m_ok = m < tokens",
         ]
-        return [*lines, *([f"n_ok = n < {self.t.n}"] if self.n_masked else [])]
+        lines += [f"n_ok = n < {self.t.n}"] * self.n_masked
+        if self.s.splits > 1:
+            steps = -(-self.t.k // self.s.k_tile)
+            lines += [
+                f"begin = tl.program_id(1) * {steps} // {self.s.splits} * K_TILE",
+                f"end = (tl.program_id(1) + 1) * {steps} // {self.s.splits} * K_TILE",
+            ]
+        return [*lines, MARK]
 
     def _early_statistics(self) -> list[str]:
         """Merge x's row statistics before the sums, where those need them or all cannot wait."""
@@ -161,16 +169,8 @@ class _Gemm:
 
     def _sum(self) -> list[str]:
         t, s = self.t, self.s
-        begin, end = "0", str(t.k)
-        lines = [""]
-        if s.splits > 1:
-            steps = -(-t.k // s.k_tile)
-            begin, end = "begin", "end"
-            lines += [
-                f"begin = tl.program_id(1) * {steps} // {s.splits} * K_TILE",
-                f"end = (tl.program_id(1) + 1) * {steps} // {s.splits} * K_TILE",
-            ]
-        lines += [f"{a} = tl.zeros((M_TILE, N_TILE), tl.float32)" for a in self.accumulators]
+        begin, end = ("begin", "end") if s.splits > 1 else ("0", str(t.k))
+        lines = ["", *(f"{a} = tl.zeros((M_TILE, N_TILE), tl.float32)" for a in self.accumulators)]
         k_ok = f"(k < {t.k})"
         x_ok = " & ".join(["m_ok", *([k_ok] if self.k_masked else [])])
         step = [
