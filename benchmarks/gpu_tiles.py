@@ -74,17 +74,20 @@ MANY = {
     ),
     512: (
         "m128n64k64w4s4x1", "m64n128k64w4s4x1", "m128n128k64w8s4x1", "m64n64k64w4s5x1",
-        "m128n64k128w8s4x1", "m128n128k64w4s4x1",
+        "m128n64k128w8s4x1", "m128n128k64w8s3x1",
     ),
     1024: (
-        "m128n128k64w4s4x1", "m64n256k64w4s4x1", "m128n64k64w4s5x1", "m128n256k64w8s3x1",
+        "m128n128k64w8s3x1", "m64n256k64w8s4x1", "m128n64k64w4s5x1", "m256n64k64w8s4x1",
         "m128n128k128w8s3x1", "m64n128k64w4s5x1",
     ),
     4096: (
-        "m128n256k64w8s4x1", "m128n256k64w8s3x1", "m128n128k64w4s4x1", "m64n256k64w4s4x1",
-        "m128n128k128w8s3x1", "m256n128k64w8s3x1",
+        "m128n128k64w8s3x1", "m64n256k64w8s4x1", "m256n64k64w8s4x1", "m128n128k128w8s3x1",
+        "m64n256k64w8s3x1", "m128n64k64w4s5x1",
     ),
 }  # fmt: skip
+# 128 x 256 sums: exact GELU beside them spills 12 words of 16 warps, and 22 of 8.
+WIDE = {"qkv": ("m128n256k64w8s3x1", "m128n256k64w16s3x1"), "out": ("m128n256k64w16s3x1",),
+        "down": ("m128n256k64w16s3x1", "m128n256k64w16s4x1")}  # fmt: skip
 
 
 def candidates(bucket: int, n: int, k: int) -> list[str]:
@@ -95,6 +98,7 @@ def candidates(bucket: int, n: int, k: int) -> list[str]:
         listed = [f"m{max(16, bucket)}{tag}" for tag in FEW[name]]
     else:
         listed = list(SOME[name] if bucket == 128 else MANY[bucket])
+        listed += WIDE.get(name, ()) if bucket >= 1024 else ()
     rule = choose_by_rule(template_of(bucket, n, k), bucket, "sm_90")
     own = tag_of(rule).partition("l")[0]
     return list(dict.fromkeys([*listed, own]))

@@ -1,6 +1,6 @@
 """The tiles that the sweep on a device times: what a device can run, the likely ones first.
 
-In: the list for BERT-base. Out: each fits the device and a program's scratch; compiled, none spills.
+In: the list for BERT-base. Out: each fits the device and a program's scratch, and none spills.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def test_no_candidate_spills(bucket: int) -> None:
     jobs = []
     for n, k in PRODUCTS.values():
         template = template_of(bucket, n, k)
-        for s in schedules(bucket, n, k):
-            for width in (16, 32):
-                jobs.append(choose_gemm(template, bucket, "sm_90", s, stat_tile=width).job)
+        jobs += [
+            choose_gemm(template, bucket, "sm_90", s, stat_tile=width).job
+            for s in schedules(bucket, n, k)
+            for width in (16, 32)
+        ]
     for b in build(jobs):
         assert b.resources.spills == 0, (b.job.name, b.job.constexprs, b.resources)
