@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,6 +133,34 @@ def test_a_capture_that_fails_is_ended_and_its_pool_forgotten(
     assert cuda.log[-2:] == ["end", "clear workspaces"]
     assert gc.isenabled()
     assert recorder._pool is None
+
+
+def test_short_times_are_exact_however_long_the_process_has_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    StandInCuda(monkeypatch)
+    times = [0, 300_000_000_000, 300_000_003_000]  # nanoseconds: at first, five minutes on, then
+    waited: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = times.pop(0)
+
+        def synchronize(self) -> None:
+            waited.append(self.at)
+
+        def elapsed_time(self, end: Event) -> float:
+            return float(np.float32((end.at - self.at) / 1e6))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    device = CudaDevice(GPU, StandInDriver())
+    device.clock()
+    begin, end = device.clock(), device.clock()
+    assert device.elapsed(begin, end) == 3000
+    assert waited == [300_000_003_000]
 
 
 def test_a_device_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

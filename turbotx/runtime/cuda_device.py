@@ -94,28 +94,16 @@ class CudaDevice:
         # Pinned memory has one address for host and device; only a failed check writes to it.
         return torch.zeros(count, dtype=torch.int32, pin_memory=True)
 
-    def clock(self) -> Callable[[], int]:
-        start = _epoch(self.index)
+    def clock(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
+        return event
 
-        def read() -> int:
-            event.synchronize()
-            return int(start.elapsed_time(event) * 1e6)
-
-        return read
-
-
-_epochs: dict[int, torch.cuda.Event] = {}
-
-
-def _epoch(index: int) -> torch.cuda.Event:
-    """An event from which every time on a device is counted."""
-    if index not in _epochs:
-        _epochs[index] = torch.cuda.Event(enable_timing=True)
-        _epochs[index].record()
-        _epochs[index].synchronize()
-    return _epochs[index]
+    def elapsed(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> int:
+        # The driver's answer is a float32 of milliseconds: exact for what lies close together, but
+        # a step of 31 us five minutes apart. So times are never counted from a common origin.
+        end.synchronize()
+        return round(begin.elapsed_time(end) * 1e6)
 
 
 class CudaRecorder:
