@@ -111,6 +111,19 @@ def test_times_of_launches_are_measured_from_one_mark_to_the_next(
     assert (times[:, 1] - times[:, 0] == 3000).all()
 
 
+def test_kernels_are_loaded_before_a_capture_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, model, device = make(monkeypatch, max_shapes=1)
+    check(fast, model, 2, 3, 8)
+    check(fast, model, 2, 5, 8)
+    runtime = fast._engine.variants()[0].program.runtime
+    # The first shape's binding has made room for the second's, and so have its kernels.
+    runtime._functions.clear()
+    device.loaded.clear()
+    check(fast, model, 2, 3, 8)
+    assert len(device.graphs) == 1
+    assert device.loaded
+
+
 def test_outputs_are_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, model, _ = make(monkeypatch)
     results = [check(fast, model, 2, 3, 8) for _ in range(4)]

@@ -66,6 +66,7 @@ class RecordingDevice:
 
     def load(self, jobs: Sequence[Job]) -> tuple[list[Any], int]:
         new = {job.digest(): job for job in jobs if job.digest() not in self.loaded}
+        assert not new or self.captured is None, "a kernel was loaded while a graph was captured"
         self.loaded.update(new)
         return [self.loaded[job.digest()] for job in jobs], len(new)
 

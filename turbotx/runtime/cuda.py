@@ -162,8 +162,11 @@ class CudaRuntime:
         """Return a job as the options want it."""
         return make_dependent(job) if self._depends else job
 
-    def _bind(self, sizes: Any) -> _Bound:
-        """Return the functions and grids for a shape, kept with its sizes."""
+    def bind(self, sizes: Any) -> _Bound:
+        """Return the functions and grids for a shape, kept with its sizes.
+
+        Must be called once outside of a graph's capture: it may build kernels, and load them.
+        """
         bound: _Bound | None = getattr(sizes, "bound", None)
         settings = uses_tf32()
         if bound is None or bound.settings != settings:
@@ -242,7 +245,7 @@ class CudaRuntime:
         in nanoseconds since the first began, and waits for them. `watches` are told of each launch
         as it is queued.
         """
-        bound = self._bind(sizes)
+        bound = self.bind(sizes)
         frame = self.frame(table)
         frame.refill(sizes)
         views = frame.views(bound, (state.arena.data_ptr(), self.weights.version))
