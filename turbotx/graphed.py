@@ -189,6 +189,7 @@ class GraphedProgram(Program):
         count = len(self._places.inputs)
         inputs, outputs = views[:count], views[count:]
         execution = self._prepare(arena, binding)
+        self.runtime.bind(binding.sizes)
         state = self._state(binding, arena, inputs, outputs)
         recorder = self._graphs.recorders.get(arena.index)
         if recorder is None:

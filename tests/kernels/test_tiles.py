@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 from turbotx.errors import OptionsError
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.gemm_choice import choose_tiles, device_class, fits_scratch, shared_nbytes
+from turbotx.kernels.gemm_template import GemmSchedule, GemmTemplate
 from turbotx.kernels.tiles import (
     MOST_SUMS,
     Tiles,
@@ -25,7 +26,6 @@ from turbotx.kernels.tiles import (
     with_tag,
 )
 from turbotx.kernels.triton_attention import choose_attention_schedule
-from turbotx.kernels.triton_gemm import GemmSchedule, GemmTemplate
 from turbotx.options import Options
 
 GEMM = GemmTemplate(torch.float16, 768, 3072, bias=True, residual=True)
@@ -34,15 +34,16 @@ ATTENTION = AttentionKernel(torch.float16, 64, 0.125, causal=False)
 
 def test_a_tag_names_all_of_a_schedule_or_a_part() -> None:
     schedule = GemmSchedule(64, 32, 128, 4, 3, 2)
-    assert tag_of(schedule) == "m64n32k128w4s3x2"
+    assert tag_of(schedule) == "m64n32k128w4s3x2l1p1"
     assert with_tag(GemmSchedule(16, 16, 16), tag_of(schedule)) == schedule
     assert with_tag(schedule, "s4x1r2") == replace(schedule, num_stages=4, splits=1)
+    assert with_tag(schedule, "l0").late == 0 and with_tag(schedule, "s8").num_stages == 8
     assert tag_of(None) == "cublas"
     tiles = choose_attention_schedule(ATTENTION, 100)
     assert with_tag(tiles, "q32w8") == replace(tiles, q_tile=32, num_warps=8)
 
 
-@pytest.mark.parametrize("tag", ["", "m", "m48", "k8", "s9", "w3", "m64-n32", "cublas"])
+@pytest.mark.parametrize("tag", ["", "m", "m48", "k8", "s9", "w3", "l2", "m64-n32", "cublas"])
 def test_what_names_no_tiles_is_refused(tag: str) -> None:
     with pytest.raises(OptionsError, match="tiles"):
         with_tag(GemmSchedule(16, 16, 16), tag)

@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from turbotx.kernels.targets import POINTEES, Job, fit_warps
-from turbotx.kernels.triton_gemm import (
+from turbotx.kernels.gemm_template import (
     GemmSchedule,
     GemmTemplate,
     gemm_arguments,
     gemm_grid,
     gemm_scratch,
-    print_triton_gemm,
 )
+from turbotx.kernels.targets import POINTEES, Job, fit_warps
+from turbotx.kernels.triton_gemm import print_triton_gemm
+from turbotx.kernels.triton_prefetch import print_prefetch
 
 # Token counts that are told apart; a count belongs to the first bucket that holds it.
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -281,6 +282,7 @@ def gemm_job(
     given = gemm_arguments(template, schedule)
     tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
     multiples = {a for a, kind in given if kind != "size"} - set(unaligned) | set(divisible)
+    prefetch = print_prefetch(template, schedule, {"w_ptr", "w_row"} <= multiples)
     return Job(
         name=name or template.name,
         source=print_triton_gemm(template, schedule, name),
@@ -293,4 +295,5 @@ def gemm_job(
         divisible=tuple(a for a, _ in given if a in multiples),
         num_warps=fit_warps(schedule.num_warps, target),
         num_stages=schedule.num_stages,
+        before_wait="".join(f"    {line}\n" if line else "\n" for line in prefetch),
     )

@@ -1,6 +1,7 @@
 """Tiles of GEMMs and attention: what was asked for or measured, over what the heuristics choose.
 
-In: tags such as "m64n32k128w4s3x2" (tile, warps, stages, splits of k), "q64k64w4s2" or "cublas",
+In: tags such as "m64n32k128w4s3x2l1p1" (tile, warps, stages, splits of k, and two of
+`GemmSchedule`'s choices), "q64k64w4s2" or "cublas",
 by name or by structure and size. Out: schedules; None where the library's GEMM is to run::
 
     Tiles((("gemm_float16_768x*", "s4"),), "sm_90", load_tuned("NVIDIA H100")).gemm(template, 40)
@@ -29,13 +30,13 @@ from turbotx.kernels.gemm_choice import (
     prefers_template,
     shared_nbytes,
 )
+from turbotx.kernels.gemm_template import GemmSchedule, GemmTemplate
 from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton_attention import (
     FEW_QUERIES,
     AttentionSchedule,
     choose_attention_schedule,
 )
-from turbotx.kernels.triton_gemm import GemmSchedule, GemmTemplate
 from turbotx.kernels.triton_products import ProductSchedule, choose_product_schedule
 from turbotx.kernels.tuned import Tuned
 
@@ -45,8 +46,8 @@ FOLDED, STORED = "folded", "stored"
 # letter -> field, least, most
 PARTS: dict[str, tuple[str, int, int]] = {
     "m": ("m_tile", 16, 256), "n": ("n_tile", 16, 256), "q": ("q_tile", 16, 128),
-    "k": ("k_tile", 16, 256), "w": ("num_warps", 1, 16), "s": ("num_stages", 1, 5),
-    "x": ("splits", 1, 16),
+    "k": ("k_tile", 16, 256), "w": ("num_warps", 1, 16), "s": ("num_stages", 1, 8),
+    "x": ("splits", 1, 16), "l": ("late", 0, 1), "p": ("prefetch", 0, 2),
 }  # fmt: skip
 # Float32 sums of a tile that a thread may hold.
 MOST_SUMS = 128
@@ -197,9 +198,10 @@ def attention_neighbours(schedule: AttentionTiles) -> list[AttentionTiles]:
 def _steps(schedule: Any) -> list[Any]:
     found = []
     for field, low, high in PARTS.values():
-        if not hasattr(schedule, field):
-            continue
+        if not hasattr(schedule, field) or field == "prefetch":
+            continue  # launches are timed one by one, where nothing waits
         value = getattr(schedule, field)
-        near = (value - 1, value + 1) if field == "num_stages" else (value // 2, value * 2)
+        one_by_one = field in ("num_stages", "late")
+        near = (value - 1, value + 1) if one_by_one else (value // 2, value * 2)
         found += [replace(schedule, **{field: v}) for v in near if low <= v <= high]
     return found
