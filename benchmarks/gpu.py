@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from gpu_plans import PLANS, Stage  # noqa: E402
+from gpu_plans import NEW_FOLDER, PLANS, Stage  # noqa: E402
 from gpu_tables import collect, read_rows, summarize  # noqa: E402
 
 RESULTS = HERE / "results" / "gpu.json"
@@ -52,6 +53,8 @@ def run_stage(plan: str, out: Path, stage: Stage, limit_s: float) -> tuple[str, 
     ]
     log = out.with_name(f"{out.stem}-{stage.name.replace('/', '-')}.log")
     environment = {**os.environ, **stage.environment}
+    new = [name for name, value in stage.environment.items() if value == NEW_FOLDER]
+    environment |= {name: tempfile.mkdtemp() for name in new}
     with open(log, "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         try:

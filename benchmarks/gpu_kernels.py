@@ -11,14 +11,14 @@ from __future__ import annotations
 import statistics
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from gpu_models import DTYPES
+from gpu_plans import Sweep
 from gpu_session import Session
-from gpu_stages import Emit, Shape, label
+from gpu_stages import Emit, is_sticky, label
 from gpu_timing import DEVICE, DRY, time_graphed, time_replay, time_row
 from torch import nn
 from torch.nn import functional
@@ -27,23 +27,6 @@ import turbotx
 from turbotx.errors import IndexOutOfRangeError
 
 MANY_BYTES = 1 << (20 if DRY else 29)  # several times the caches of any GPU
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What to try at one shape. tags: pattern of kernels' names -> tiles, one change at a time;
-    joint: tiles of several kinds at once."""
-
-    shape: Shape
-    folded: bool
-    pdl: bool
-    tags: Mapping[str, Sequence[str]]
-    joint: Sequence[Mapping[str, str]] = ()
-    runs: int = 20
-
-    @property
-    def way(self) -> str:
-        return ("fold" if self.folded else "store") + "-pdl" * self.pdl
 
 
 class Block(nn.Module):
@@ -104,12 +87,6 @@ def smoke(emit: Emit) -> None:
                 if is_sticky(error):
                     raise
     emit("smoke/index", {"holds": DRY or _check_index(Part(block, "embed").eval())})
-
-
-def is_sticky(error: BaseException) -> bool:
-    """Tell whether a CUDA error has broken this process's context."""
-    text = str(error)
-    return "CUDA error" in text or isinstance(error, getattr(torch, "AcceleratorError", ()))
 
 
 def _probe_memory() -> dict[str, Any]:
@@ -213,7 +190,7 @@ def sweep(emit: Emit, name: str, dtype: str, given: Sequence[Sweep]) -> None:
     for one in given:
         place = f"sweep/{name}/{dtype}/{label(one.shape)}/{one.way}"
         singles = ({p: tag} for p, tags in one.tags.items() for tag in tags)
-        for schedules in [{}, *singles, *one.joint]:
+        for schedules in [{}, *singles, *one.together]:
             shown = ",".join(f"{p}={tag}" for p, tag in schedules.items()) or "default"
             try:
                 bound = session.bind(one.shape, one.folded, pdl=one.pdl, schedules=schedules)
@@ -222,46 +199,3 @@ def sweep(emit: Emit, name: str, dtype: str, given: Sequence[Sweep]) -> None:
                 emit(f"{place}/{shown}", {"error": str(error)[-300:]})
                 if is_sticky(error):
                     raise
-
-
-def sweep_few(emit: Emit) -> None:
-    """Tiles of few tokens, norms folded, with and without dependent launches."""
-    given = [Sweep((1, 40), True, pdl, FEW_TAGS) for pdl in (False, True)]
-    sweep(emit, "bert-base", "fp16", given)
-
-
-def sweep_many(emit: Emit) -> None:
-    """Tiles of many tokens, norms stored."""
-    sweep(emit, "bert-base", "fp16", [Sweep((32, 128), False, False, MANY_TAGS, runs=10)])
-
-
-FEW_TAGS = {
-    "gemm*2304x768*": ("m64n32k128w4s5", "m64n16k128w4s5", "m64n32k256w4s4", "m64n32k128w4s4x2"),
-    "gemm*3072x768*": ("m64n32k128w4s5", "m64n32k128w4s6", "m64n32k256w4s4", "m64n64k128w4s5"),
-    "gemm*768x768_bias_add*": (
-        "m64n16k256w4s4x1",
-        "m64n16k128w4s5x2",
-        "m64n32k128w4s5x2",
-        "m64n16k128w4s6x1",
-    ),
-    "gemm*768x3072*": (
-        "m64n32k128w4s5x5",
-        "m64n16k128w4s5x2",
-        "m64n32k256w4s3x4",
-        "m64n16k256w4s4x2",
-    ),
-    "attention*": ("q16k64w4s1", "q32k64w4s1", "q16k64w2s1", "q64k64w4s1"),
-}
-MANY_TAGS = {
-    "gemm*2304x768*": (
-        "cublas",
-        "m128n256k64w8s3",
-        "m128n128k64w8s4",
-        "m128n128k64w4s4",
-        "m64n256k64w4s4",
-    ),
-    "gemm*3072x768*": ("cublas", "m128n256k64w8s3", "m128n128k64w8s4", "m128n128k64w4s4"),
-    "gemm*768x768_bias_add*": ("cublas", "m128n256k64w8s3", "m128n128k64w8s4", "m128n128k64w4s4"),
-    "gemm*768x3072*": ("cublas", "m128n256k64w8s3", "m128n128k64w8s4", "m128n128k64w4s4"),
-    "attention*": ("q128k64w8s2", "q128k128w8s2", "q64k128w4s2", "q64k64w4s3", "q128k64w4s2"),
-}

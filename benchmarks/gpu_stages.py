@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,8 +25,10 @@ from gpu_models import (
     make_model,
     streamed_nbytes,
 )
+from gpu_plans import Shape, label
 from gpu_session import Session
 from gpu_timing import (
+    DEVICE,
     DRY,
     kernel_times,
     measure_ceilings,
@@ -37,7 +40,6 @@ from gpu_timing import (
 import turbotx
 
 Emit = Callable[[str, dict[str, Any]], None]
-Shape = tuple[int, int]
 ALTERNATING: tuple[Shape, ...] = ((1, 40), (4, 33), (1, 1), (1, 40), (2, 128))
 LENGTHS: tuple[Shape, ...] = tuple((1, n) for n in (1, 16, 40, 64, 96, 128, 160, 192))
 # What one graph is bound to: the program (folded or not), options.
@@ -48,10 +50,6 @@ BOUND: dict[str, tuple[bool | None, dict[str, Any]]] = {
     "store": (False, {}),
     "store-pdl": (False, {"pdl": True}),
 }
-
-
-def label(shape: Shape) -> str:
-    return f"{shape[0]}x{shape[1]}"
 
 
 def ceilings(emit: Emit) -> None:
@@ -216,8 +214,8 @@ def make_eager(model: Any) -> Callable[..., Any]:
     return run
 
 
-def first(emit: Emit, name: str, dtype: str) -> None:
-    """Seconds to the first result in this process; the caller decides whether a cache is there."""
+def first(emit: Emit, name: str, dtype: str, kind: str) -> None:
+    """Seconds to the first result in this process. kind: whether kernels are built already."""
     begin = time.perf_counter()
     model = make_model(name, DTYPES[dtype])
     inputs = make_inputs(model, 1, 40, DTYPES[dtype])
@@ -227,6 +225,43 @@ def first(emit: Emit, name: str, dtype: str) -> None:
     fast(**inputs)
     torch.cuda.synchronize()
     end = time.perf_counter()
-    emit(f"first/{name}/{dtype}",
+    emit(f"first/{name}/{dtype}/{kind}",
          {"model_s": round(made - begin, 2), "first_result_s": round(end - made, 2),
           "kernel_builds": fast.stats()["kernel_builds"]})  # fmt: skip
+
+
+def architectures(emit: Emit, part: int, parts: int) -> None:
+    """Every `parts`-th architecture of docs/architectures.md, cut to two layers, in float16 and
+    bfloat16."""
+    import architectures as known
+    import parity
+
+    for name in known.ARCHITECTURES[part::parts]:
+        for dtype in DTYPES:
+            try:
+                model = parity.make_model(name, 2, vocab=1000).to(DEVICE, DTYPES[dtype])
+                emit(f"architecture/{name}/{dtype}", _check_shapes(model, DTYPES[dtype]))
+            except Exception as error:
+                emit(f"architecture/{name}/{dtype}",
+                     {"holds": False, "error": traceback.format_exc()[-1500:]})  # fmt: skip
+                if is_sticky(error):
+                    raise
+
+
+def _check_shapes(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    import parity
+
+    fast, rows = turbotx.optimize(model), []
+    for batch, seq in ((2, 17), (1, 1), (3, 40)):
+        inputs = parity.make_inputs(model, batch, seq, dtype)
+        rows.append(compare(model, fast, {k: v.to(DEVICE) for k, v in inputs.items()}))
+    worst = max(r["turbotx"] / r["allowed"] for r in rows)
+    stats = fast.stats()
+    return {"holds": all(r["holds"] for r in rows), "worst": round(worst, 3),
+            "captures": stats["captures"], "builds": stats["kernel_builds"]}  # fmt: skip
+
+
+def is_sticky(error: BaseException) -> bool:
+    """Tell whether a CUDA error has broken this process's context."""
+    text = str(error)
+    return "CUDA error" in text or isinstance(error, getattr(torch, "AcceleratorError", ()))
