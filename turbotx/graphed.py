@@ -156,7 +156,7 @@ class GraphedProgram(Program):
     def _play(
         self, captured: Captured, binding: Binding, tensors: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Copy inputs in, replay, copy outputs out: tensors of one dtype are copied by one kernel."""
+        """Copy inputs in, replay, copy outputs out: one kernel copies all of a dtype."""
         call, outputs = self.runtime.device.call, self._new_outputs(binding)
         if tensors:  # a list of none is refused
             call(partial(torch._foreach_copy_, captured.inputs, list(tensors)))
