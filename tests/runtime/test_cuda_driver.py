@@ -76,13 +76,14 @@ def test_a_cubin_is_loaded_by_the_name_and_threads_in_its_ptx(built: Built) -> N
     assert (function.handle, function.threads) == (HANDLE, 32 * built.job.num_warps)
     taken = sum(kind != "constexpr" for _, kind in built.job.signature)
     assert taken <= function.arguments <= taken + 2
-    assert not driver.named("cuFuncSetAttribute")
+    # Every kernel prefers shared memory, so that no processor is divided anew between two.
+    assert [a[1:] for a in driver.named("cuFuncSetAttribute")] == [(9, 100)]
 
 
 def test_much_shared_memory_is_asked_for_and_too_much_refused(built: Built) -> None:
     driver = StandInDriver()
     load(driver, built, 100_000)
-    assert driver.named("cuFuncSetAttribute")[0][1:] == (8, 100_000)
+    assert [a[1:] for a in driver.named("cuFuncSetAttribute")] == [(8, 100_000), (9, 100)]
     with pytest.raises(BuildError, match="needs 300000 bytes of shared memory and the device has"):
         load(driver, built, 300_000)
 
