@@ -64,10 +64,8 @@ class CudaDevice:
                 limit = properties.shared_memory_per_block_optin
                 for built in build(missing, measure=False):
                     compiled += not built.cached
-                    self._functions[built.job.digest()] = cuda_driver.load_function(
-                        self._driver, built.job, built.files["cubin"], built.files["ptx"],
-                        built.shared_nbytes, limit,
-                    )  # fmt: skip
+                    function = cuda_driver.load_function(self._driver, built, limit)
+                    self._functions[built.job.digest()] = function
             return [self._functions[job.digest()] for job in jobs], compiled
 
     def stream(self) -> int:
