@@ -73,9 +73,10 @@ class GemmSchedule:
 
     stat_tile: over how many columns each of x's statistics is, the n_tile of the GEMM that left
     them (k where one statistic covers the row); residual_tile: likewise of the residual's.
-    late: 1 asks for statistics, residual and columns before the sums and uses them after; 0 merges
-    x's statistics first, and asks for the rest after the sums. prefetch: what a dependent launch
-    does before it waits: 0 nothing, 1 brings its weight to L2 by lines, 2 by rows.
+    late: 1 asks for statistics, residual and columns before the sums and uses them after, where a
+    thread has room for them; 0 merges x's statistics first, and asks for the rest after the sums.
+    prefetch: what a dependent launch does before it waits: 0 nothing, 1 brings its weight to L2 by
+    lines, 2 by rows.
     """
 
     m_tile: int

@@ -39,8 +39,8 @@ ACTIVATIONS = {
 }
 # Tiles of rows that share a turn through the weight, so that it is read from memory once.
 GROUP = 8
-# Elements a thread of a residual that is held in registers while the sums over k are made.
-HELD_RESIDUAL = 32
+# Sums a thread up to which other operands are held in registers beside them.
+FEW_SUMS = 32
 
 
 def print_triton_gemm(
@@ -59,14 +59,13 @@ class _Gemm:
         self.k_masked = template.k % schedule.k_tile != 0
         self.x_stats = self._row_statistics("x", template.norm)
         self.added_stats = self._row_statistics("residual", template.residual_norm)
-        late, threads = schedule.late, 32 * schedule.num_warps
+        sums = schedule.m_tile * schedule.n_tile * len(self.accumulators)
+        self.late = bool(schedule.late) and sums <= FEW_SUMS * 32 * schedule.num_warps
         # Whether they are asked for before the sums, and used after: x's mean may be needed in it.
         self.x_waits, self.added_waits = (
-            bool(late and s is not None and s.can_wait(schedule.num_warps))
+            self.late and s is not None and s.can_wait(schedule.num_warps)
             for s in (None if template.centered else self.x_stats, self.added_stats)
         )
-        few = schedule.m_tile * schedule.n_tile <= HELD_RESIDUAL * threads
-        self.residual_waits = bool(late and template.residual and few)
 
     def text(self, name: str) -> str:
         arguments = [a for a, _ in gemm_arguments(self.t, self.s)]
@@ -145,7 +144,7 @@ class _Gemm:
         It comes while they are: the reduction of statistics, with its shuffles and barriers, would
         keep the first tile of the weight waiting.
         """
-        if not self.s.late:
+        if not self.late:
             return []
         lines = ["", "# What is done to the sums asks for its operands before they are made."]
         for s, waits in ((self.x_stats, self.x_waits), (self.added_stats, self.added_waits)):
@@ -153,7 +152,7 @@ class _Gemm:
         for k, a in enumerate(self.accumulators):
             off = f" + {self.t.n}" if k else ""
             lines += [f"{a}_{what} = {self._column(what, off)}" for what in self._columns()]
-        if self.residual_waits:
+        if self.t.residual:
             lines += self._residual()
         if self.t.residual_norm != "none":
             lines += [f"{name} = {read}" for name, read in self._affine().items()]
@@ -260,7 +259,7 @@ class _Gemm:
         for k, a in enumerate(self.accumulators):
             off = f" + {t.n}" if k else ""
             read = {c: self._column(c, off) for c in self._columns()}
-            if self.s.late:
+            if self.late:
                 read = {c: f"{a}_{c}" for c in read}
             if t.scaled:
                 lines.append(f"{a} = {a} * {read['scales']}")
@@ -284,12 +283,12 @@ class _Gemm:
         ):  # not earlier: mean and rstd would be held through the sums
             merge = merge_loaded if self.added_waits else merge_in_steps
             lines += merge(self.added_stats)
-        lines += [] if self.residual_waits else self._residual()
+        lines += [] if self.late else self._residual()
         lines.append("residual = residual.to(tl.float32)")
         if t.residual_norm == "layer":
             lines.append("residual = residual - residual_mean")
         if t.residual_norm != "none":
-            gamma, beta = self._affine() if self.s.late else self._affine().values()
+            gamma, beta = self._affine() if self.late else self._affine().values()
             lines.append(f"residual = residual * residual_rstd * {gamma} + {beta}")
         return [*lines, "sums += residual"]
 
