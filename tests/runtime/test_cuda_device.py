@@ -7,6 +7,7 @@ pools; and the words of errors for devices that cannot be used.
 from __future__ import annotations
 
 import gc
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from tests.compiled_functions import compile_function
 from tests.runtime.test_cuda_driver import StandInDriver
 from turbotx.errors import DeviceError
 from turbotx.kernels.targets import kernel_job
+from turbotx.memory.capture_lock import capture_lock
 from turbotx.runtime.cuda_device import CudaDevice, CudaRecorder, require_cuda
 
 GPU = torch.device("cuda", 1)
@@ -126,6 +128,8 @@ def test_a_capture_is_on_a_stream_and_in_a_pool_of_its_own(monkeypatch: pytest.M
     def body() -> None:
         cuda.log.append("body")
         collecting.append(gc.isenabled())
+        # Nobody waits for the device meanwhile.
+        assert capture_lock._owner == threading.get_ident()
 
     recorder.capture(body)
     begin = ("begin", (0, 1), "thread_local")

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from turbotx.memory.capture_lock import capture_lock
 from turbotx.memory.cpu_range import CpuRange, MemoryExhausted, load_libc
 from turbotx.memory.cuda_range import CudaRange
 
@@ -58,8 +59,9 @@ class PlainRange:
 
     def _replace(self, nbytes: int) -> None:
         device = self.tensor.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # another stream may still be working on it
+        if device.type == "cuda" and self.mapped_nbytes:
+            with capture_lock:
+                torch.cuda.synchronize(device)  # another stream may still be working on it
         # The old one goes first, so that both are never alive together.
         self.tensor = torch.empty(0, dtype=torch.uint8, device=device)
         self.mapped_nbytes = 0
@@ -105,7 +107,9 @@ def _open_cuda(device: torch.device, address_nbytes: int) -> AddressRange:
             RuntimeWarning,
         )
         return PlainRange(device)
-    torch.cuda.synchronize(device)  # makes the device's context, which the driver calls need
+    # An event makes the device's context, which the driver calls need, and waits for nothing.
+    with torch.cuda.device(device):
+        torch.cuda.Event().record()
     index = torch.cuda.current_device() if device.index is None else device.index
     memory = None
     try:
@@ -115,10 +119,7 @@ def _open_cuda(device: torch.device, address_nbytes: int) -> AddressRange:
     except Exception as error:  # whatever it is, a plain allocation does not need it
         reason = f"{type(error).__name__}: {error}"
     if memory is not None:
-        try:
-            memory.close()
-        except Exception as error:
-            reason += f" (and its addresses could not be given back: {error})"
+        memory.close()
     warnings.warn(
         f"virtual memory of {device} cannot be used, so arenas are plain allocations, which move "
         f"when they grow: {reason}",

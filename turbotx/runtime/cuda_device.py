@@ -20,11 +20,9 @@ import torch
 from turbotx.collection import pause_collection
 from turbotx.errors import DeviceError
 from turbotx.kernels.targets import Job, build
+from turbotx.memory.capture_lock import capture_lock
 from turbotx.runtime import cuda_driver
 from turbotx.runtime.device import Graph, Grid
-
-# PyTorch lets one graph at a time be captured into a pool, and its caches are shared.
-_capturing = threading.Lock()
 
 
 class CudaDevice:
@@ -118,7 +116,8 @@ class CudaRecorder:
         """Return what `body` queues as a graph; the current stream is not captured."""
         current = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        with _capturing, pause_collection():
+        # One at a time, also because PyTorch's pools and caches are shared.
+        with capture_lock, pause_collection():
             self._stream.wait_stream(current)
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
