@@ -11,15 +11,16 @@ from __future__ import annotations
 import ctypes
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from turbotx.errors import BuildError, DeviceError
-from turbotx.kernels.targets import Job
+from turbotx.kernels.targets import Built, Job
 
 # A kernel may use this much shared memory without asking first.
 PLAIN_SHARED_NBYTES = 48 * 1024
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+# CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent of what a processor can have.
+_SHARED_CARVEOUT, _MOST_SHARED = 9, 100
 
 
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -92,30 +93,39 @@ def ensure_context(driver: Any, index: int) -> None:
     check(driver, driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
-def load_function(
-    driver: Any, job: Job, cubin: Path, ptx: Path, shared_nbytes: int, limit_nbytes: int
-) -> Function:
+def load_function(driver: Any, built: Built, limit_nbytes: int) -> Function:
     """Load a cubin into the current context; it stays loaded as long as the process lives.
 
     `limit_nbytes`: shared memory that a program may have on this device.
     """
+    job, shared_nbytes, ptx = built.job, built.shared_nbytes, built.files["ptx"]
     name, threads, arguments = read_entry(ptx.read_text())
     taken = sum(kind != "constexpr" for _, kind in job.signature)
     if arguments < taken:
         raise BuildError(f"{job.name} was compiled to {arguments} arguments, not {taken}: {ptx}")
+    if built.scratch_nbytes:
+        raise BuildError(
+            f"{job.name} wants {built.scratch_nbytes} bytes of global scratch memory a program, "
+            f"which turbotx gives to none: choose other tiles for it (option schedules), and unset "
+            f"what instruments kernels, as TRITON_INSTRUMENTATION_MODE does"
+        )
     if shared_nbytes > limit_nbytes:
         raise BuildError(
             f"{job.name} needs {shared_nbytes} bytes of shared memory and the device has "
             f"{limit_nbytes} for a program: choose smaller tiles for it (option schedules)"
         )
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
-    image = cubin.read_bytes()
+    image = built.files["cubin"].read_bytes()
     check(driver, driver.cuModuleLoadData(ctypes.byref(module), image), f"loading {job.name}")
     found = driver.cuModuleGetFunction(ctypes.byref(handle), module, name.encode())
     check(driver, found, f"looking for {name}")
     if shared_nbytes > PLAIN_SHARED_NBYTES:
         asked = driver.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared_nbytes)
         check(driver, asked, f"asking for {shared_nbytes} bytes of shared memory for {name}")
+    # A processor divides one memory into cache and shared, anew only once it is idle: kernels that
+    # all prefer the same division can overlap, and as many programs fit as their tiles allow.
+    asked = driver.cuFuncSetAttribute(handle, _SHARED_CARVEOUT, _MOST_SHARED)
+    check(driver, asked, f"asking for shared memory rather than cache for {name}")
     assert handle.value is not None
     return Function(job, handle.value, threads, shared_nbytes, arguments)
 
