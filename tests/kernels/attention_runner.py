@@ -17,6 +17,7 @@ from tests.kernels.triton_runner import interpreting, load_function
 from turbotx.attention import attention, attention_scores, attention_values
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.cpp_products import ProductKernel
+from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton_attention import (
     AttentionSchedule,
     attention_grid,
@@ -29,10 +30,15 @@ from turbotx.kernels.triton_products import (
 )
 
 SMALL = AttentionSchedule(q_tile=16, k_tile=16)
+# Whether `run` takes the form without a loop.
+ONCE = False
 
 
-def run(kernel, q, k, v, keys=None, bias=None, schedule=SMALL):
+def run(kernel, q, k, v, keys=None, bias=None, schedule=None):
     """Run the printed kernel over operands of any strides; out is (batch, q_len, heads, dim)."""
+    if schedule is None:
+        k_tile = max(16, power_above(k.shape[2]))
+        schedule = AttentionSchedule(16, k_tile, once=1) if ONCE else SMALL
     batch, heads, q_len, width = q.shape
     out = torch.full((batch, q_len, heads, width), float("nan"), dtype=q.dtype)
     if keys is not None:

@@ -16,17 +16,13 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.kernels.attention_runner import check, multiply, operands, run
 from turbotx.attention import attention_scores, attention_values
-from turbotx.kernels.attention_jobs import attention_job, product_job
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.cpp_products import ProductKernel
-from turbotx.kernels.targets import TARGETS, build
-from turbotx.kernels.triton_attention import (
-    choose_attention_schedule,
-)
-from turbotx.kernels.triton_products import (
-    PRODUCT_STRIDES,
-    choose_product_schedule,
-)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["tiles", "once"])
+def _form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.kernels.attention_runner.ONCE", request.param)
 
 
 def kernel(width, dtype=torch.float32, causal=False, bias="none", scale=None, **rest):
@@ -45,6 +41,15 @@ def test_causal(q_len: int, k_len: int) -> None:
     q, k, v = operands(1, 2, 2, q_len, k_len, 16)
     case = kernel(16, causal=True)
     check(run(case, q, k, v), q, k, v, scale=case.scale, causal=True)
+
+
+@pytest.mark.parametrize("deep", [1, 2, 5])
+def test_more_sequences_than_a_grid_is_deep(deep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turbotx.kernels.triton_attention.MOST_DEEP", deep)
+    q, k, v = operands(5, 2, 1, 20, 20, 16)
+    visible = torch.arange(20)[None, :] < torch.tensor([20, 1, 7, 0, 19])[:, None]
+    case = kernel(16)
+    check(run(case, q, k, v, visible), q, k, v, visible, scale=case.scale)
 
 
 def test_grouped_heads_share_keys() -> None:
@@ -176,40 +181,3 @@ def test_products_around_a_softmax(
     exact = attention_values(shares.double(), v.double())
     assert values.shape == exact.shape and values.dtype is dtype
     assert (values - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("width", [16, 64, 80, 128, 256])
-def test_builds_for_every_target_without_spills(dtype: torch.dtype, width: int) -> None:
-    case = kernel(width, dtype, keys="mask")
-    others = [
-        kernel(width, dtype, causal=True, window=(127, -1), keys="lengths", bias="storage"),
-        kernel(width, dtype, bias="boolean", blind_nan=True),
-    ]
-    products = [ProductKernel(which, dtype, width) for which in ("scores", "values")]
-    jobs = [attention_job(c, target) for target in TARGETS for c in (case, *others)]
-    jobs += [product_job(p, target) for target in TARGETS for p in products]
-    for b in build(jobs):
-        assert b.resources.spills == 0, (b.job.name, b.job.target, b.resources)
-        assert b.resources.load_bits >= 128, (b.job.name, b.job.target, b.resources)
-
-
-@pytest.mark.parametrize("q_len", [1, 128])
-def test_builds_with_every_operand(q_len: int) -> None:
-    case = kernel(64, torch.float16, causal=True, bias="storage", keys="mask")
-    jobs = [attention_job(case, "sm_90", choose_attention_schedule(case, q_len))]
-    for which in ("scores", "values"):
-        product = ProductKernel(which, torch.float16, 64)
-        tiles = choose_product_schedule(product, q_len)
-        jobs.append(product_job(product, "sm_90", tiles, PRODUCT_STRIDES))
-    for built in build(jobs):
-        assert built.resources.spills == 0, (built.job.name, built.resources)
-        assert built.resources.load_bits == 128, (built.job.name, built.resources)
-        assert built.resources.store_bits == 128, (built.job.name, built.resources)
-
-
-def test_a_bias_beside_wide_heads_does_not_spill() -> None:
-    case = kernel(128, torch.float16, bias="boolean", blind_nan=True)
-    (built,) = build([attention_job(case, "sm_100")])
-    assert built.resources.spills == 0, built.resources

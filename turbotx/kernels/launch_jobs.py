@@ -18,7 +18,12 @@ from turbotx.kernels.cpp_products import ProductKernel
 from turbotx.kernels.heuristics import heuristics_for
 from turbotx.kernels.schedule import choose_schedule, divisible_sizes
 from turbotx.kernels.targets import ALIGNED_NBYTES, Job, kernel_job
-from turbotx.kernels.triton_attention import NAMES, STRIDES, choose_attention_schedule
+from turbotx.kernels.triton_attention import (
+    NAMES,
+    STRIDES,
+    choose_attention_schedule,
+    with_keys,
+)
 from turbotx.kernels.triton_products import (
     PRODUCT_NAMES,
     PRODUCT_STRIDES,
@@ -37,7 +42,8 @@ def launch_job(
         schedule = choose_schedule(made, dims, heuristics_for(target))
         return kernel_job(replace(made, name=name or made.name), target, schedule, sizes)
     if isinstance(made, AttentionKernel):
-        tiles = choose_attention_schedule(made, _queries(launch, dims))
+        keys = evaluate(launch.sizes[NAMES.index("k_len")], dims)
+        tiles = with_keys(choose_attention_schedule(made, _queries(launch, dims)), keys)
         return attention_job(made, target, tiles, *_alignment(launch, dims), name=name)
     if isinstance(made, ProductKernel):
         cut = choose_product_schedule(made, _queries(launch, dims))

@@ -21,7 +21,7 @@ LIBRARY = "cublas"
 PARTS: dict[str, tuple[str, int, int]] = {
     "m": ("m_tile", 16, 256), "n": ("n_tile", 16, 256), "q": ("q_tile", 16, 128),
     "k": ("k_tile", 16, 256), "w": ("num_warps", 1, 16), "s": ("num_stages", 1, 8),
-    "x": ("splits", 1, 16), "l": ("late", 0, 1), "p": ("prefetch", 0, 2),
+    "x": ("splits", 1, 16), "l": ("late", 0, 1), "p": ("prefetch", 0, 2), "o": ("once", 0, 1),
 }  # fmt: skip
 Tiled = TypeVar("Tiled", GemmSchedule, AttentionSchedule, ProductSchedule)
 AttentionTiles = AttentionSchedule | ProductSchedule

@@ -156,7 +156,7 @@ def _steps(schedule: Any) -> list[Any]:
         if not hasattr(schedule, field) or field == "prefetch":
             continue  # launches are timed one by one, where nothing waits
         value = getattr(schedule, field)
-        one_by_one = field in ("num_stages", "late")
+        one_by_one = field in ("num_stages", "late", "once")
         near = (value - 1, value + 1) if one_by_one else (value // 2, value * 2)
         found += [replace(schedule, **{field: v}) for v in near if low <= v <= high]
     return found

@@ -6,13 +6,15 @@ the sizes of `cpp_attention.SIZES`, dots written as underscores. One program a t
 
     args: q_ptr, k_ptr, v_ptr, out_ptr, [keys_ptr: mask or lengths], [bias_ptr], sizes...
 
+Where all keys are in one tile there is no loop, and nothing to carry through one.
 Online softmax after Milakov & Gimelshein 2018, tiling after Dao et al. 2022 (FlashAttention).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,7 +28,12 @@ from turbotx.kernels.triton_reduce import TYPES
 LOG2E = math.log2(math.e)
 # As many as fit the smallest tile of a matrix unit.
 FEW_QUERIES = 16
+# Up to here one tile may have all keys of a sequence's attention to itself.
+ONE_TILE = 64
 MOST = repr(torch.finfo(torch.float32).max)
+# What a grid has along its third axis, where the sequences are; no division then finds a program's
+# place, which would take longer than all else before its first load.
+MOST_DEEP = 65535
 NAMES = tuple(name.replace(".", "_") for name in SIZES)
 # The sizes that are strides between vectors of head_dim: multiples of 16 in any packed layout.
 STRIDES = tuple(n for n in NAMES if n.split("_")[0] in ("q", "k", "v", "out") and "len" not in n)
@@ -34,12 +41,16 @@ STRIDES = tuple(n for n in NAMES if n.split("_")[0] in ("q", "k", "v", "out") an
 
 @dataclass(frozen=True)
 class AttentionSchedule:
-    """Queries and keys of a tile, warps, and how many tiles of keys are in flight."""
+    """Queries and keys of a tile, warps, and how many tiles of keys are in flight.
+
+    once: 1 for the form without a loop where one tile has all keys; it is right nowhere else.
+    """
 
     q_tile: int
     k_tile: int
     num_warps: int = 4
     num_stages: int = 2
+    once: int = 0
 
 
 def choose_attention_schedule(
@@ -47,15 +58,29 @@ def choose_attention_schedule(
 ) -> AttentionSchedule:
     """Return one of two schedules for a kernel: for few queries, and for many.
 
-    Tiles are as large as registers and 64 KiB of shared memory allow on every target.
+    Tiles are as large as registers and 64 KiB of shared memory allow on every target. Of 64
+    queries a warp has whole rows, and needs no other's sums. For short sequences they are `once`,
+    which `with_keys` takes back where there are more keys.
     """
+    schedule = _tiles_for(kernel, q_len)
+    return replace(schedule, once=int(q_len is not None and q_len <= ONE_TILE))
+
+
+def with_keys(schedule: AttentionSchedule, k_len: int) -> AttentionSchedule:
+    """Return the schedule for a number of keys: in a loop where they do not fit one tile."""
+    return replace(schedule, once=0) if k_len > schedule.k_tile else schedule
+
+
+def _tiles_for(kernel: AttentionKernel, q_len: int | None) -> AttentionSchedule:
     depth = max(16, power_above(kernel.head_dim))
     few = q_len is not None and q_len <= FEW_QUERIES
     if kernel.dtype.itemsize >= 4:
         # Full float32 products run on the ordinary units: small tiles keep them in registers.
         # (The assembler of Triton 3.6 spills at depth 16 with 16 rows, at 56 registers.)
         q_tile = 32 if depth == 16 or (depth == 64 and not few) else 16
-        return AttentionSchedule(q_tile, 32 if depth <= 64 else 16, 8 if depth == 128 else 4, 1)
+        # 32 x 32 scores beside a bias and sums of depth 64 spilled 3 words of 4 warps on sm_90.
+        wide = depth == 128 or (q_tile == 32 and depth == 64 and kernel.bias == "storage")
+        return AttentionSchedule(q_tile, 32 if depth <= 64 else 16, 8 if wide else 4, 1)
     if few:
         return AttentionSchedule(16, 64 if depth <= 128 else 32, 4)
     # A bias in flight beside the scores does not fit the registers of four warps, nor, beside
@@ -124,12 +149,22 @@ class _Attention:
 
     def _queries(self) -> list[str]:
         lines = [
-            "tiles = tl.cdiv(q_len, Q_TILE)",
-            "first = tl.program_id(0) % tiles * Q_TILE",
-            "sequence_head = tl.program_id(0) // tiles",
-            "batch_index = (sequence_head // heads).to(tl.int64)",
-            "head = (sequence_head % heads).to(tl.int64)",
-            "kv_head = head // (heads // kv_heads)",
+            "tile = tl.program_id(0)",
+            "head = tl.program_id(1)",
+            "batch_index = tl.program_id(2)",
+            f"if batch > {MOST_DEEP}:  # the others are along the first axis",
+            "    tiles = tl.cdiv(q_len, Q_TILE)",
+            f"    batch_index += tile // tiles * {MOST_DEEP}",
+            "    tile = tile % tiles",
+            "    q_len = tl.where(batch_index < batch, q_len, 0)",
+            "    batch_index = tl.minimum(batch_index, batch - 1)",
+            "kv_head = head",
+            "if kv_heads != heads:",
+            "    kv_head = head // (heads // kv_heads)",
+            "batch_index = batch_index.to(tl.int64)",
+            "head = head.to(tl.int64)",
+            "kv_head = kv_head.to(tl.int64)",
+            "first = tile * Q_TILE",
             "row = first + tl.arange(0, Q_TILE)[:, None]",
             f"dim = tl.arange(0, {self.depth})[None, :]",
             "row_ok = row < q_len",
@@ -142,17 +177,61 @@ class _Attention:
             "v_ptr += batch_index * v_batch + kv_head * v_head",
             f"q = tl.load(q_ptr + row.to(tl.int64) * q_row + dim, {self._mask('row_ok')})",
             "",
+        ]
+
+    def _keys(self) -> list[str]:
+        return [*self._all_keys(), ""] if self.schedule.once else self._tiles_of_keys()
+
+    def _all_keys(self) -> list[str]:
+        """Attention over all keys at once."""
+        lines = self._lengths()
+        load = self._load("v")
+        return [
+            *lines,
+            "start = 0",
+            *self._mask_of_keys(),
+            *self._scores(load),
+            "largest = tl.max(scores, 1, keep_dims=True)",
+            "# A query that sees no key has no largest score to subtract.",
+            'shift = tl.where(largest == float("-inf"), 0.0, largest)',
+            "share = tl.exp2(scores - shift)",
+            "total = tl.sum(share, 1, keep_dims=True)",
+            f"values = tl.dot(share.to({self.stored}), v{self._precision()})",
+        ]
+
+    def _tiles_of_keys(self) -> list[str]:
+        """Attention over a tile of keys at a time."""
+        carried = [
             "# For each query: the largest score so far, the sum of exponentials, of values.",
             'largest = tl.full((Q_TILE, 1), float("-inf"), tl.float32)',
             "total = tl.zeros((Q_TILE, 1), tl.float32)",
             f"values = tl.zeros((Q_TILE, {self.depth}), tl.float32)",
         ]
+        lines, begin, end = self._range()
+        step = [
+            *self._mask_of_keys(),
+            *self._scores(),
+            "larger = tl.maximum(largest, tl.max(scores, 1, keep_dims=True))",
+            "# A query that has seen no key yet has no largest score to subtract.",
+            'shift = tl.where(larger == float("-inf"), 0.0, larger)',
+            "share = tl.exp2(scores - shift)",
+            "fade = tl.exp2(largest - shift)",
+            "total = total * fade + tl.sum(share, 1, keep_dims=True)",
+            *self._load("v"),
+            f"values = values * fade + tl.dot(share.to({self.stored}), v{self._precision()})",
+            "largest = larger",
+        ]
+        return [
+            *carried,
+            *lines,
+            f"for start in range({begin}, {end}, K_TILE):",
+            *(f"    {line}" for line in step),
+            "",
+        ]
 
     def _range(self) -> tuple[list[str], str, str]:
         """Return lines, and the bounds (half-open) of the keys that some query of the tile sees."""
-        lines, begin, end = [], "0", self.count
-        if self.kernel.keys == "lengths":
-            lines.append("count = tl.minimum(tl.load(keys_ptr + batch_index), k_len).to(tl.int32)")
+        lines, begin, end = self._lengths(), "0", self.count
         if self.right is not None or self.left is not None:
             lines.append("# Keys that no query of this tile sees are not visited.")
         if self.right is not None:
@@ -164,36 +243,47 @@ class _Attention:
             begin = "begin"
         return lines, begin, end
 
-    def _keys(self) -> list[str]:
-        k = self.kernel
-        lines, begin, end = self._range()
-        precision = ', input_precision="ieee"' if self.exact else ""
-        step = [
+    def _lengths(self) -> list[str]:
+        if self.kernel.keys != "lengths":
+            return []
+        return ["count = tl.minimum(tl.load(keys_ptr + batch_index), k_len).to(tl.int32)"]
+
+    def _mask_of_keys(self) -> list[str]:
+        """Where the keys of a tile are, and which are hidden: asked for before the keys, whose way
+        takes as long."""
+        lines = [
             "col = start + tl.arange(0, K_TILE)[None, :]",
             "key = start + tl.arange(0, K_TILE)[:, None]",
             f"key_ok = key < {self.count}",
-            f"k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, {self._mask('key_ok')})",
-            f"scores = tl.dot(q, tl.trans(k){precision}) * {k.scale * LOG2E!r}",
+        ]
+        if self.kernel.keys == "mask":
+            lines += [
+                "mask = tl.load(",
+                "    keys_ptr + batch_index * key_mask_stride + col, mask=col < k_len, other=0",
+                ")",
+            ]
+        return lines
+
+    def _scores(self, ahead: Iterable[str] = ()) -> list[str]:
+        """Scores of a tile of keys, -inf where a key is not seen; `ahead` is done before them."""
+        k = self.kernel
+        return [
+            *self._load("k"),
+            *ahead,
+            f"scores = tl.dot(q, tl.trans(k){self._precision()}) * {k.scale * LOG2E!r}",
             *self._capped(),
             *self._visible(),
             *[f"scores = tl.where(mask != 0, scores, {MOST_HIDDEN!r})"] * k.blind_mean,
             'scores = tl.where(visible, scores, float("-inf"))',
-            "larger = tl.maximum(largest, tl.max(scores, 1, keep_dims=True))",
-            "# A query that has seen no key yet has no largest score to subtract.",
-            'shift = tl.where(larger == float("-inf"), 0.0, larger)',
-            "share = tl.exp2(scores - shift)",
-            "fade = tl.exp2(largest - shift)",
-            "total = total * fade + tl.sum(share, 1, keep_dims=True)",
-            f"v = tl.load(v_ptr + key.to(tl.int64) * v_row + dim, {self._mask('key_ok')})",
-            f"values = values * fade + tl.dot(share.to({self.stored}), v{precision})",
-            "largest = larger",
         ]
-        return [
-            *lines,
-            f"for start in range({begin}, {end}, K_TILE):",
-            *(f"    {line}" for line in step),
-            "",
-        ]
+
+    def _load(self, name: str) -> list[str]:
+        """Load a tile of keys, or of values."""
+        address = f"{name}_ptr + key.to(tl.int64) * {name}_row + dim"
+        return [f"{name} = tl.load({address}, {self._mask('key_ok')})"]
+
+    def _precision(self) -> str:
+        return ', input_precision="ieee"' if self.exact else ""
 
     def _capped(self) -> list[str]:
         bound = self.kernel.softcap * LOG2E
@@ -202,14 +292,9 @@ class _Attention:
     def _visible(self) -> list[str]:
         """Lines that decide which keys a query sees, and that add the bias to its scores."""
         k = self.kernel
-        lines = [f"visible = (col < {self.count}) & row_ok"]
-        if k.keys == "mask":
-            lines += [
-                "mask = tl.load(",
-                "    keys_ptr + batch_index * key_mask_stride + col, mask=col < k_len, other=0",
-                ")",
-                *["visible = visible & (mask != 0)"] * (not k.blind_mean),
-            ]
+        lines = [f"visible = col < {self.count}"]
+        if k.keys == "mask" and not k.blind_mean:
+            lines.append("visible = visible & (mask != 0)")
         if self.right is not None:
             reach = f" + {self.right}" if self.right else ""
             lines.append(f"visible = visible & (col <= row{reach})")
@@ -221,7 +306,7 @@ class _Attention:
             "bias = tl.load(",
             "    bias_ptr + batch_index * bias_batch + head * bias_head",
             "    + row.to(tl.int64) * bias_q + col.to(tl.int64) * bias_k,",
-            "    mask=visible,",
+            "    mask=visible & row_ok,",
             "    other=0,",
             ")",
         ]
@@ -258,4 +343,5 @@ def attention_grid(
     schedule: AttentionSchedule, batch: int, heads: int, q_len: int
 ) -> tuple[int, int, int]:
     """Return the number of programs: one a tile of queries, tiles of one head side by side."""
-    return -(-q_len // schedule.q_tile) * batch * heads, 1, 1
+    tiles = -(-q_len // schedule.q_tile) * -(-batch // MOST_DEEP)
+    return tiles, heads, min(batch, MOST_DEEP)

@@ -140,6 +140,8 @@ class CudaRuntime:
         jobs: list[Job | None] = []
         for family in self.families.values():
             jobs += [part.job for sizes in shapes for part in family.pick(sizes)]
+            if isinstance(family, AttentionFamily):
+                jobs += [job for sizes in shapes for job in family.expected(sizes)]
             if isinstance(family, GemmFamily):
                 tokens = self.table.expression(family.tokens)
                 buckets = BUCKETS if share is None else share.buckets_of(tokens)

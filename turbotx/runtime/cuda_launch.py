@@ -9,7 +9,7 @@ each schedule) and a grid, in microseconds, since every size was evaluated by th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from turbotx import ir
@@ -39,11 +39,14 @@ from turbotx.kernels.triton_attention import (
     STRIDES,
     AttentionSchedule,
     attention_grid,
+    with_keys,
 )
 from turbotx.kernels.triton_products import PRODUCT_NAMES, PRODUCT_STRIDES, product_grid
 from turbotx.kernels.tuned import Choose, neighbours
 from turbotx.runtime.device import Grid
 from turbotx.sizes import Expr, dim, product
+
+KEYS = ("q_len", "k_len")
 
 
 @dataclass(frozen=True)
@@ -167,9 +170,19 @@ class AttentionFamily:
             self._chosen[bucket] = self._tiles.attention(self.kernel, bucket)
         return bucket, self._chosen[bucket]
 
+    def expected(self, sizes: Sequence[int]) -> list[Job]:
+        """Return the jobs for these sizes, and for the same queries with any number of keys."""
+        tiles, q, k = self.chosen(sizes)[1], *(self._sizes[self._names.index(n)] for n in KEYS)
+        found = self.at(tiles, sizes)
+        if isinstance(tiles, AttentionSchedule) and tiles.once and q != k:
+            found += self.at(replace(tiles, once=0), sizes)
+        return [part.job for part in found if part.job is not None]
+
     def at(self, tiles: AttentionTiles, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes by a given schedule."""
         values = dict(zip(self._names, (sizes[k] for k in self._sizes), strict=True))
+        if isinstance(tiles, AttentionSchedule):
+            tiles = with_keys(tiles, values["k_len"])
         divisible = tuple(name for name in self._strides if values[name] % 16 == 0)
         unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
         key = (tiles, divisible, unaligned)

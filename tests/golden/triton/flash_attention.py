@@ -37,12 +37,22 @@ def attention_f16_64_causal_key_mask(
     Q_TILE: tl.constexpr,
     K_TILE: tl.constexpr,
 ):
-    tiles = tl.cdiv(q_len, Q_TILE)
-    first = tl.program_id(0) % tiles * Q_TILE
-    sequence_head = tl.program_id(0) // tiles
-    batch_index = (sequence_head // heads).to(tl.int64)
-    head = (sequence_head % heads).to(tl.int64)
-    kv_head = head // (heads // kv_heads)
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    batch_index = tl.program_id(2)
+    if batch > 65535:  # the others are along the first axis
+        tiles = tl.cdiv(q_len, Q_TILE)
+        batch_index += tile // tiles * 65535
+        tile = tile % tiles
+        q_len = tl.where(batch_index < batch, q_len, 0)
+        batch_index = tl.minimum(batch_index, batch - 1)
+    kv_head = head
+    if kv_heads != heads:
+        kv_head = head // (heads // kv_heads)
+    batch_index = batch_index.to(tl.int64)
+    head = head.to(tl.int64)
+    kv_head = kv_head.to(tl.int64)
+    first = tile * Q_TILE
     row = first + tl.arange(0, Q_TILE)[:, None]
     dim = tl.arange(0, 64)[None, :]
     row_ok = row < q_len
@@ -61,12 +71,12 @@ def attention_f16_64_causal_key_mask(
         col = start + tl.arange(0, K_TILE)[None, :]
         key = start + tl.arange(0, K_TILE)[:, None]
         key_ok = key < k_len
-        k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, mask=key_ok, other=0.0)
-        scores = tl.dot(q, tl.trans(k)) * 0.18033688011112042
-        visible = (col < k_len) & row_ok
         mask = tl.load(
             keys_ptr + batch_index * key_mask_stride + col, mask=col < k_len, other=0
         )
+        k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, mask=key_ok, other=0.0)
+        scores = tl.dot(q, tl.trans(k)) * 0.18033688011112042
+        visible = col < k_len
         visible = visible & (mask != 0)
         visible = visible & (col <= row)
         scores = tl.where(visible, scores, float("-inf"))
