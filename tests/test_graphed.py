@@ -192,6 +192,52 @@ def test_launches_go_to_the_callers_stream(monkeypatch: pytest.MonkeyPatch) -> N
     assert streams == ["default"] * (len(streams) // 2) + ["another"] * (len(streams) // 2)
 
 
+class Twice(nn.Module):
+    """Two GEMMs on one input, whose weights are put together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x).tanh() + self.b(x).tanh()
+
+
+def test_other_streams_read_derived_weights_when_they_are_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fast, model, device = make(monkeypatch, Twice())
+    for change in (False, True):
+        if change:
+            with torch.no_grad():
+                model.a.weight.mul_(2)
+        device.log.clear()
+        for _ in range(3):
+            check(fast, model, 2, 3, 8)
+        kinds = [entry[0] for entry in device.log]
+        assert kinds.count("wait") == 1
+        assert kinds.index("wait") < kinds.index("launch")
+
+
+def test_weights_are_retained_once_by_each_stream_that_reads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fast, model, device = make(monkeypatch, Twice())
+    for stream in ("default", "another", "default", "another", "third"):
+        device.current_stream = stream
+        check(fast, model, 2, 3, 8)  # plain, then captured, then replayed
+    assert device.names("retain") == ["default", "another", "third"]
+    weights = fast._engine.variants()[0].program.runtime.weights
+    derived = {weights.tensors[name].data_ptr() for name in weights.prepared}
+    assert derived
+    assert all(derived <= set(e[2]) for e in device.log if e[0] == "retain")
+    with torch.no_grad():
+        model.a.weight.mul_(2)
+    device.log.clear()
+    check(fast, model, 2, 3, 8)
+    assert device.names("retain") == ["third"]  # the new ones
+
+
 def test_two_threads_have_an_arena_and_graphs_each(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, model, _ = make(monkeypatch)
     check(fast, model, 2, 3, 8)

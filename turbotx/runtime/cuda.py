@@ -8,7 +8,6 @@ table, as the CPU runtime does; nothing is allocated, and nothing waits for the 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 
 from turbotx import ir
 from turbotx.assemble import Assembly
-from turbotx.errors import InputError
 from turbotx.kernels.dependent import can_depend, make_dependent
 from turbotx.kernels.gemm_choice import BUCKETS, MOST_TURNS
 from turbotx.kernels.gemm_template import GemmTemplate
@@ -28,6 +26,7 @@ from turbotx.runtime.aten import AtenSteps
 from turbotx.runtime.cuda_frame import Frame, Key, Layout, lay_out
 from turbotx.runtime.cuda_gemm import GemmFamily, bind_gemm, find_library_call, uses_tf32
 from turbotx.runtime.cuda_launch import AttentionFamily, KernelFamily, Part, SizeTable
+from turbotx.runtime.cuda_weights import Held, PlacedWeights
 from turbotx.runtime.device import Device, Grid
 from turbotx.runtime.share import Share, make_tiles
 from turbotx.runtime.state import RunState
@@ -78,8 +77,7 @@ class CudaRuntime:
                 self._steps[i] = steps.make(launch)
         self._status = device.new_status(max(1, len(launches)))
         self._status_seen = self._status.numpy()
-        self._lock = threading.Lock()
-        self._kept: tuple[int, dict[str, torch.Tensor]] = (-1, {})
+        self.placed = PlacedWeights(weights, device, self.table.slots)
 
     @property
     def slot_count(self) -> int:
@@ -203,34 +201,13 @@ class CudaRuntime:
 
     # --- weights ---
 
-    def fill_weights(self, table: Any) -> tuple[int, object]:
+    def fill_weights(self, table: Any) -> tuple[int, Held]:
         """Write the addresses of everything made from parameters into a table.
 
         Returns their version, and what must be kept alive as long as the table is used. Raises
         InputError where a parameter lies on another device.
         """
-        with self._lock:
-            version, tensors = self.weights.version, self.weights.tensors
-            if self._kept[0] != version:
-                moved = {n: self._place(n, t) for n, t in tensors.items()}
-                self._kept = (version, moved)
-            kept = self._kept[1]
-        for name, tensor in kept.items():
-            if name in self.table.slots:
-                table[self.table.slots[name]] = tensor.data_ptr()
-        # A storage outlives the parameter that may let go of it while a graph still reads it.
-        return version, [t.untyped_storage() for t in kept.values()]
-
-    def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor that kernels can read: here, and where 16 bytes may be loaded at once."""
-        if tensor.device != self.torch_device:
-            if tensor.numel() != 1:
-                raise InputError(
-                    f"parameter {name} is on {tensor.device}, and the call's inputs are on "
-                    f"{self.torch_device}: move the whole model there with .to(...)"
-                )
-            return tensor.to(self.torch_device)
-        return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+        return self.placed.fill(table)
 
     # --- running ---
 
