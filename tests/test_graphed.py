@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -274,6 +275,25 @@ def test_inside_a_callers_own_capture_memory_is_not_shared(monkeypatch: pytest.M
         model.up.weight.mul_(2)
     with pytest.raises(DeviceError, match="call it once before the capture"):
         fast(torch.randn(2, 3, 8))
+
+
+@torch.no_grad()
+def test_a_callers_graph_keeps_the_weights_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, model, device = make(monkeypatch, Twice())
+    check(fast, model, 2, 3, 8)
+    runtime = fast._engine.variants()[0].program.runtime
+    device.users_capture = True
+    for _ in range(2):
+        check(fast, model, 2, 3, 8)
+    read = [weakref.ref(t) for t in runtime.placed._held.tensors.values()]
+    device.users_capture = False
+    for changes in (1, 2):
+        model.a.weight.mul_(2)
+        check(fast, model, 2, 3, 8)
+        assert all(tensor() is not None for tensor in read)
+        assert runtime.weights.version == 1 + changes
+    # What no graph of the caller's has read is let go of.
+    assert list(fast._engine.variants()[0].program._callers) == [1]
 
 
 def test_what_cannot_be_captured_runs_plainly_with_one_warning(

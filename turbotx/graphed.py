@@ -71,6 +71,8 @@ class GraphedProgram(Program):
     def __init__(self, *args: Any, graphs: Graphs, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._graphs = graphs
+        self._callers: dict[int, Held] = {}
+        """Weights that graphs of the caller's read, by version: nothing tells when those go."""
         kinds = self.assembly.tensors
         inputs = [name for name, _ in self._places.inputs]
         names = [*inputs, *(o.name for o in self._places.outputs)]
@@ -244,6 +246,7 @@ class GraphedProgram(Program):
         arena = _OwnMemory(torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device))
         execution = Execution(self.runtime.slot_count)
         self._point(execution, arena, binding)
+        self._callers[execution.kept.version] = execution.kept
         inputs, outputs = self._readable(tensors), self._new_outputs(binding)
         state = self._state(binding, arena, inputs, outputs)
         self._run_in(execution, binding, state, inputs, outputs)
