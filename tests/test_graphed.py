@@ -183,6 +183,29 @@ def test_an_index_out_of_range_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(fast(good), model(good))
 
 
+class TwoLookups(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.kinds = nn.Embedding(10, 8), nn.Embedding(3, 8)
+
+    def forward(self, ids: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+        return self.words(ids) * 2.0 + self.kinds(kinds)
+
+
+def test_each_check_of_a_kernel_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, model, device = make(monkeypatch, TwoLookups())
+    good = (torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 2]]))
+    for _ in range(3):  # plainly, captured, replayed
+        seen = []
+        for call in ((good[0] * 5, good[1] * 5), good):
+            with pytest.raises(IndexOutOfRangeError) as raised:
+                fast(*call)
+            seen.append(str(raised.value))
+        assert len(set(seen)) == 2
+        torch.testing.assert_close(fast(*good), model(*good))
+    assert len(set(device.names("launch"))) == 1
+
+
 def test_launches_go_to_the_callers_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     device = RecordingDevice()
     fast = bind_to(device, Block().eval(), monkeypatch, cuda_graphs=False)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from turbotx import ir
@@ -26,6 +25,7 @@ from turbotx.runtime.aten import AtenSteps
 from turbotx.runtime.cuda_frame import Frame, Key, Layout, lay_out
 from turbotx.runtime.cuda_gemm import GemmFamily, bind_gemm, find_library_call, uses_tf32
 from turbotx.runtime.cuda_launch import AttentionFamily, KernelFamily, Part, SizeTable
+from turbotx.runtime.cuda_status import Status
 from turbotx.runtime.cuda_weights import Held, PlacedWeights
 from turbotx.runtime.device import Device, Grid
 from turbotx.runtime.share import Share, make_tiles
@@ -62,6 +62,7 @@ class CudaRuntime:
         launches = assembly.launches
         self.table = SizeTable(list(assembly.tensors))
         self._layouts: dict[Key, Layout] = {}
+        self._checks: dict[int, int] = {}
         self._kernels: dict[str, KernelFamily] = {}
         self._shared: dict[object, GemmFamily] = {}
         self.families = self._find_families(options)
@@ -75,8 +76,7 @@ class CudaRuntime:
                 self._gemms[i] = (bind_gemm(called, steps), fixed)
             elif i not in self.families:
                 self._steps[i] = steps.make(launch)
-        self._status = device.new_status(max(1, len(launches)))
-        self._status_seen = self._status.numpy()
+        self._status = Status(device, [self._checks.get(i, 0) for i in range(len(launches))])
         self.placed = PlacedWeights(weights, device, self.table.slots)
 
     @property
@@ -123,10 +123,11 @@ class CudaRuntime:
 
     def _lay_out(self, i: int, which: str, launch: ir.Launch) -> None:
         body = launch.target.body if isinstance(launch.target, ir.Kernel) else ()
-        checked = "status" if any(isinstance(s, ir.Check) for s in body) else ""
+        checks = sum(isinstance(s, ir.Check) for s in body)
+        self._checks[i] = max(checks, self._checks.get(i, 0))
         operands = [a for a in launch.args if a is not None]
         sizes = [self.table.value(e) for e in launch.sizes]
-        self._layouts[i, which] = lay_out(operands, checked, sizes, self.table)
+        self._layouts[i, which] = lay_out(operands, "status" if checks else "", sizes, self.table)
 
     def expected_jobs(self, example_dims: Sequence[int]) -> list[Job]:
         """Return what the shapes to expect will need, of the calls that it serves."""
@@ -255,12 +256,7 @@ class CudaRuntime:
 
     def failed(self) -> int:
         """Return and forget what a kernel has reported by now, without waiting for any."""
-        if not self._status_seen.any():
-            return 0
-        launch = int(np.flatnonzero(self._status_seen)[0])
-        check = int(self._status_seen[launch])
-        self._status_seen[launch] = 0
-        return (launch + 1) << 32 | check
+        return self._status.take()
 
     def _step(
         self, i: int, state: RunState, views: dict[int, Callable[[], object]]
