@@ -95,6 +95,8 @@ def figures() -> list[list[Stage]]:
                 stage(f"warm/{label(shape)}/{e}", 110, "baseline", *bert, shape, e, False)
                 for shape, e in compiled
             ),
+            Stage("sanitizer", 110, "right", ("minilm", "fp16", 2), wrapper=SANITIZER),
+            stage("tests", 110, "device_tests"),
         ],
         [
             stage("right/bert-base/fp16", 60, "right", *bert),
@@ -173,4 +175,6 @@ MANY_TILES = (
     ),
 )  # fmt: skip
 NEW_FOLDER = "new folder"
+# Exits with an error where a kernel reads or writes memory that is not its own.
+SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
 PLANS: dict[str, Callable[[], list[list[Stage]]]] = {"first": first, "figures": figures}

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import random
 import statistics
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -259,6 +262,18 @@ def _check_shapes(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     stats = fast.stats()
     return {"holds": all(r["holds"] for r in rows), "worst": round(worst, 3),
             "captures": stats["captures"], "builds": stats["kernel_builds"]}  # fmt: skip
+
+
+def device_tests(emit: Emit) -> None:
+    """The tests that need a device."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-x", "--no-header", "tests/runtime"],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    last = (done.stdout.splitlines() or [""])[-1]
+    holds = done.returncode == 0 or DRY
+    emit("tests", {"holds": holds, "last": last, "output": "" if holds else done.stdout[-3000:]})
 
 
 def is_sticky(error: BaseException) -> bool:
