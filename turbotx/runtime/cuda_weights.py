@@ -61,6 +61,11 @@ class PlacedWeights:
                 table[self._slots[name]] = tensor.data_ptr()
         return version, held
 
+    @property
+    def held(self) -> Held:
+        """The version that was filled in last."""
+        return self._held
+
     def are_filled(self) -> bool:
         """Tell whether nothing has to be derived or placed anew before kernels can read them."""
         return not self._weights.is_stale() and self._held.version == self._weights.version
