@@ -32,8 +32,9 @@ from turbotx.kernels.triton_statistics import (
 ACTIVATIONS = {
     "none": "{0}",
     "relu": "tl.where({0} > 0.0, {0}, {0} * 0.0)",  # NaN stays
-    "gelu": "0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476))",
-    "gelu_tanh": "0.5 * {0} * (1.0 + tanh(0.79788456 * ({0} + 0.044715 * {0} * {0} * {0})))",
+    "gelu": "0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476))",  # 16 bits: `gelu`
+    # x/2 (1 + tanh(y)) = x / (1 + exp(-2 y)), which loses nothing where tanh(y) is near -1.
+    "gelu_tanh": "{0} / (1.0 + tl.exp(-1.5957691216057308 * ({0} + 0.044715 * {0} * {0} * {0})))",
     "silu": "{0} / (1.0 + tl.exp(-{0}))",
     "tanh": "tanh({0})",
 }
@@ -270,7 +271,9 @@ class _Gemm:
             if t.bias:
                 lines.append(f"{a} += {read['bias']}")
         if t.activation != "none":
-            lines.append(f"sums = {ACTIVATIONS[t.activation].format('sums')}")
+            short = t.activation == "gelu" and t.dtype.itemsize == 2
+            applied = "gelu({0})" if short else ACTIVATIONS[t.activation]
+            lines.append(f"sums = {applied.format('sums')}")
         if t.gated:
             lines.append("sums = sums * gate")
         return lines + self._add() if t.residual else lines
