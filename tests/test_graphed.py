@@ -300,6 +300,19 @@ def test_inside_a_callers_own_capture_memory_is_not_shared(monkeypatch: pytest.M
         fast(torch.randn(2, 3, 8))
 
 
+def test_a_callers_graph_cannot_load_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, model, device = make(monkeypatch)
+    check(fast, model, 2, 3, 8)
+    fast._engine.variants()[0].program.runtime._functions.clear()
+    device.users_capture = True
+    with pytest.raises(DeviceError, match="wants kernels that are not loaded"):
+        fast(torch.randn(2, 5, 8))
+    device.users_capture = False
+    check(fast, model, 2, 5, 8)
+    device.users_capture = True
+    check(fast, model, 2, 5, 8)
+
+
 @torch.no_grad()
 def test_a_callers_graph_keeps_the_weights_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, model, device = make(monkeypatch, Twice())

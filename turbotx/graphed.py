@@ -236,11 +236,11 @@ class GraphedProgram(Program):
 
     def _run_inside_capture(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """Queue into the caller's graph, in memory that this graph owns alone."""
-        if not self.runtime.placed.are_filled():
+        if not self.runtime.placed.are_filled() or not self.runtime.is_loaded(binding.sizes):
             raise DeviceError(
                 "a CUDA graph is being captured around a turbotx module whose program for these "
-                "sizes has not run yet, or whose parameters have changed: call it once before "
-                "the capture, with inputs of these sizes"
+                "sizes has not run yet, or wants kernels that are not loaded, or whose parameters "
+                "have changed: call it once before the capture, with inputs of these sizes"
             )
         device = self.runtime.torch_device
         arena = _OwnMemory(torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device))

@@ -173,6 +173,11 @@ class CudaRuntime:
             bound = sizes.bound = _Bound({i: self._ready(p) for i, p in picked.items()}, settings)
         return bound
 
+    def is_loaded(self, sizes: Any) -> bool:
+        """Tell whether `bind` would neither build nor load a kernel."""
+        jobs = (p.job for family in self.families.values() for p in family.pick(sizes))
+        return all(job is None or id(job) in self._functions for job in jobs)
+
     def _ready(self, parts: Sequence[Part]) -> list[_Ready]:
         """Return parts with their kernels loaded."""
         functions = iter(self.load([p.job for p in parts if p.job is not None]))
