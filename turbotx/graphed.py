@@ -24,6 +24,7 @@ from turbotx.memory.plan import align
 from turbotx.memory.pool import poison_enabled
 from turbotx.program import Program
 from turbotx.runtime.cuda import CudaRuntime
+from turbotx.runtime.cuda_weights import Held
 from turbotx.runtime.device import Graph, Recorder
 from turbotx.runtime.planned import Binding, Execution
 from turbotx.runtime.state import RunState
@@ -38,14 +39,14 @@ ALIGNMENT = 256
 class Captured:
     """A graph of one shape in one arena, and what it stands and falls with.
 
-    stamp: addresses, weights and settings at its capture. kept: memory that it reads.
+    stamp: addresses, weights and settings at its capture. kept: the weights that it reads.
     """
 
     graph: Graph
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
     stamp: object
-    kept: object
+    kept: Held
 
 
 class Graphs:
@@ -70,6 +71,8 @@ class GraphedProgram(Program):
     def __init__(self, *args: Any, graphs: Graphs, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._graphs = graphs
+        self._callers: dict[int, Held] = {}
+        """Weights that graphs of the caller's read, by version: nothing tells when those go."""
         kinds = self.assembly.tensors
         inputs = [name for name, _ in self._places.inputs]
         names = [*inputs, *(o.name for o in self._places.outputs)]
@@ -160,6 +163,7 @@ class GraphedProgram(Program):
         call, outputs = self.runtime.device.call, self._new_outputs(binding)
         if tensors:  # a list of none is refused
             call(partial(torch._foreach_copy_, captured.inputs, list(tensors)))
+        self.runtime.placed.use(captured.kept)
         captured.graph.replay()
         if outputs:
             call(partial(torch._foreach_copy_, outputs, captured.outputs))
@@ -225,22 +229,24 @@ class GraphedProgram(Program):
     def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
         super()._point(execution, arena, binding)
         with self.runtime.device.active():
+            self.runtime.placed.use(execution.kept)
             self.runtime.frame(execution.table)
 
     # --- inside a graph that the caller captures ---
 
     def _run_inside_capture(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """Queue into the caller's graph, in memory that this graph owns alone."""
-        if self.runtime.weights.is_stale():
+        if not self.runtime.placed.are_filled() or not self.runtime.is_loaded(binding.sizes):
             raise DeviceError(
                 "a CUDA graph is being captured around a turbotx module whose program for these "
-                "sizes has not run yet, or whose parameters have changed: call it once before "
-                "the capture, with inputs of these sizes"
+                "sizes has not run yet, or wants kernels that are not loaded, or whose parameters "
+                "have changed: call it once before the capture, with inputs of these sizes"
             )
         device = self.runtime.torch_device
         arena = _OwnMemory(torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device))
         execution = Execution(self.runtime.slot_count)
         self._point(execution, arena, binding)
+        self._callers[execution.kept.version] = execution.kept
         inputs, outputs = self._readable(tensors), self._new_outputs(binding)
         state = self._state(binding, arena, inputs, outputs)
         self._run_in(execution, binding, state, inputs, outputs)

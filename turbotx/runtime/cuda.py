@@ -8,16 +8,13 @@ table, as the CPU runtime does; nothing is allocated, and nothing waits for the 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from turbotx import ir
 from turbotx.assemble import Assembly
-from turbotx.errors import InputError
 from turbotx.kernels.dependent import can_depend, make_dependent
 from turbotx.kernels.gemm_choice import BUCKETS, MOST_TURNS
 from turbotx.kernels.gemm_template import GemmTemplate
@@ -28,6 +25,8 @@ from turbotx.runtime.aten import AtenSteps
 from turbotx.runtime.cuda_frame import Frame, Key, Layout, lay_out
 from turbotx.runtime.cuda_gemm import GemmFamily, bind_gemm, find_library_call, uses_tf32
 from turbotx.runtime.cuda_launch import AttentionFamily, KernelFamily, Part, SizeTable
+from turbotx.runtime.cuda_status import Status
+from turbotx.runtime.cuda_weights import Held, PlacedWeights
 from turbotx.runtime.device import Device, Grid
 from turbotx.runtime.share import Share, make_tiles
 from turbotx.runtime.state import RunState
@@ -63,6 +62,7 @@ class CudaRuntime:
         launches = assembly.launches
         self.table = SizeTable(list(assembly.tensors))
         self._layouts: dict[Key, Layout] = {}
+        self._checks: dict[int, int] = {}
         self._kernels: dict[str, KernelFamily] = {}
         self._shared: dict[object, GemmFamily] = {}
         self.families = self._find_families(options)
@@ -76,10 +76,8 @@ class CudaRuntime:
                 self._gemms[i] = (bind_gemm(called, steps), fixed)
             elif i not in self.families:
                 self._steps[i] = steps.make(launch)
-        self._status = device.new_status(max(1, len(launches)))
-        self._status_seen = self._status.numpy()
-        self._lock = threading.Lock()
-        self._kept: tuple[int, dict[str, torch.Tensor]] = (-1, {})
+        self._status = Status(device, [self._checks.get(i, 0) for i in range(len(launches))])
+        self.placed = PlacedWeights(weights, device, self.table.slots)
 
     @property
     def slot_count(self) -> int:
@@ -125,10 +123,11 @@ class CudaRuntime:
 
     def _lay_out(self, i: int, which: str, launch: ir.Launch) -> None:
         body = launch.target.body if isinstance(launch.target, ir.Kernel) else ()
-        checked = "status" if any(isinstance(s, ir.Check) for s in body) else ""
+        checks = sum(isinstance(s, ir.Check) for s in body)
+        self._checks[i] = max(checks, self._checks.get(i, 0))
         operands = [a for a in launch.args if a is not None]
         sizes = [self.table.value(e) for e in launch.sizes]
-        self._layouts[i, which] = lay_out(operands, checked, sizes, self.table)
+        self._layouts[i, which] = lay_out(operands, "status" if checks else "", sizes, self.table)
 
     def expected_jobs(self, example_dims: Sequence[int]) -> list[Job]:
         """Return what the shapes to expect will need, of the calls that it serves."""
@@ -174,6 +173,11 @@ class CudaRuntime:
             bound = sizes.bound = _Bound({i: self._ready(p) for i, p in picked.items()}, settings)
         return bound
 
+    def is_loaded(self, sizes: Any) -> bool:
+        """Tell whether `bind` would neither build nor load a kernel."""
+        jobs = (p.job for family in self.families.values() for p in family.pick(sizes))
+        return all(job is None or id(job) in self._functions for job in jobs)
+
     def _ready(self, parts: Sequence[Part]) -> list[_Ready]:
         """Return parts with their kernels loaded."""
         functions = iter(self.load([p.job for p in parts if p.job is not None]))
@@ -203,34 +207,13 @@ class CudaRuntime:
 
     # --- weights ---
 
-    def fill_weights(self, table: Any) -> tuple[int, object]:
+    def fill_weights(self, table: Any) -> tuple[int, Held]:
         """Write the addresses of everything made from parameters into a table.
 
         Returns their version, and what must be kept alive as long as the table is used. Raises
         InputError where a parameter lies on another device.
         """
-        with self._lock:
-            version, tensors = self.weights.version, self.weights.tensors
-            if self._kept[0] != version:
-                moved = {n: self._place(n, t) for n, t in tensors.items()}
-                self._kept = (version, moved)
-            kept = self._kept[1]
-        for name, tensor in kept.items():
-            if name in self.table.slots:
-                table[self.table.slots[name]] = tensor.data_ptr()
-        # A storage outlives the parameter that may let go of it while a graph still reads it.
-        return version, [t.untyped_storage() for t in kept.values()]
-
-    def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor that kernels can read: here, and where 16 bytes may be loaded at once."""
-        if tensor.device != self.torch_device:
-            if tensor.numel() != 1:
-                raise InputError(
-                    f"parameter {name} is on {tensor.device}, and the call's inputs are on "
-                    f"{self.torch_device}: move the whole model there with .to(...)"
-                )
-            return tensor.to(self.torch_device)
-        return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+        return self.placed.fill(table)
 
     # --- running ---
 
@@ -278,12 +261,7 @@ class CudaRuntime:
 
     def failed(self) -> int:
         """Return and forget what a kernel has reported by now, without waiting for any."""
-        if not self._status_seen.any():
-            return 0
-        launch = int(np.flatnonzero(self._status_seen)[0])
-        check = int(self._status_seen[launch])
-        self._status_seen[launch] = 0
-        return (launch + 1) << 32 | check
+        return self._status.take()
 
     def _step(
         self, i: int, state: RunState, views: dict[int, Callable[[], object]]
