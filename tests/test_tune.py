@@ -82,11 +82,13 @@ def test_newer_devices_take_larger_tiles(pointwise_kernel: ir.Kernel) -> None:
 
 def test_an_override_goes_before_tuning_and_that_before_heuristics(row_kernel: ir.Kernel) -> None:
     plain = make_chooser((), "sm_90", {})(row_kernel, 40, False, False)
-    assert plain == schedule_for(row_kernel, 40, False, False)
+    numbers = heuristics_for("sm_90")
+    assert plain == schedule_for(row_kernel, 40, False, False, numbers)
     tuned = {row_kernel.digest(): {"64": "r2w2"}}
     chosen = make_chooser((), "sm_90", tuned)
     assert chosen(row_kernel, 40, False, False) == Schedule(2, plain.cols, 2)
-    assert chosen(row_kernel, 300, False, False) == schedule_for(row_kernel, 300, False, False)
+    untuned = schedule_for(row_kernel, 300, False, False, numbers)
+    assert chosen(row_kernel, 300, False, False) == untuned
     both = make_chooser((("fused_soft*", "w8"), ("other", "w16")), "sm_90", tuned)
     assert both(row_kernel, 40, False, False) == Schedule(2, plain.cols, 8)
 

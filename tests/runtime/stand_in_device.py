@@ -12,6 +12,7 @@ is replayed.
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,7 +23,9 @@ import torch
 
 import turbotx
 from tests.kernels.triton_runner import interpreting, load_function
+from turbotx.kernels.dependent import IMPORT, WAIT
 from turbotx.kernels.targets import POINTEES, Job
+from turbotx.kernels.triton_prefetch import MEANWHILE
 from turbotx.runtime.cuda_frame import EXTRA_ARGUMENTS
 
 DTYPES = {name: dtype for dtype, name in POINTEES.items()}
@@ -156,8 +159,14 @@ class InterpretedDevice(RecordingDevice):
         digest = job.digest()
         with _interpreter, interpreting():
             if digest not in self._functions:
-                self._functions[digest] = load_function(job.source, job.name)
+                self._functions[digest] = load_function(without_waiting(job.source), job.name)
             self._functions[digest][grid](*given, **dict(job.constexprs))
+
+
+def without_waiting(source: str) -> str:
+    """Return a kernel's source less what the interpreter has no word for, and no need of."""
+    source = re.sub(rf"\n    {MEANWHILE}.*?(?={re.escape(WAIT)})", "", source, flags=re.DOTALL)
+    return source.replace(WAIT, "").replace(IMPORT, "")
 
 
 def read_arguments(job: Job, addresses: Any) -> list[int]:

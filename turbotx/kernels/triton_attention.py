@@ -172,6 +172,7 @@ class _Attention:
             "col = start + tl.arange(0, K_TILE)[None, :]",
             "key = start + tl.arange(0, K_TILE)[:, None]",
             f"key_ok = key < {self.count}",
+            *self._key_mask(),
             f"k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, {self._mask('key_ok')})",
             f"scores = tl.dot(q, tl.trans(k){precision}) * {k.scale * LOG2E!r}",
             *self._capped(),
@@ -199,17 +200,23 @@ class _Attention:
         bound = self.kernel.softcap * LOG2E
         return [f"scores = tanh(scores * {1 / bound!r}) * {bound!r}"] if bound else []
 
+    def _key_mask(self) -> list[str]:
+        """Lines that ask for the mask of a tile's keys, before the keys: behind the scores it would
+        take a memory's latency of its own."""
+        if self.kernel.keys != "mask":
+            return []
+        return [
+            "mask = tl.load(",
+            "    keys_ptr + batch_index * key_mask_stride + col, mask=col < k_len, other=0",
+            ")",
+        ]
+
     def _visible(self) -> list[str]:
         """Lines that decide which keys a query sees, and that add the bias to its scores."""
         k = self.kernel
         lines = [f"visible = (col < {self.count}) & row_ok"]
         if k.keys == "mask":
-            lines += [
-                "mask = tl.load(",
-                "    keys_ptr + batch_index * key_mask_stride + col, mask=col < k_len, other=0",
-                ")",
-                *["visible = visible & (mask != 0)"] * (not k.blind_mean),
-            ]
+            lines += ["visible = visible & (mask != 0)"] * (not k.blind_mean)
         if self.right is not None:
             reach = f" + {self.right}" if self.right else ""
             lines.append(f"visible = visible & (col <= row{reach})")

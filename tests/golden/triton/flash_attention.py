@@ -61,12 +61,12 @@ def attention_f16_64_causal_key_mask(
         col = start + tl.arange(0, K_TILE)[None, :]
         key = start + tl.arange(0, K_TILE)[:, None]
         key_ok = key < k_len
-        k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, mask=key_ok, other=0.0)
-        scores = tl.dot(q, tl.trans(k)) * 0.18033688011112042
-        visible = (col < k_len) & row_ok
         mask = tl.load(
             keys_ptr + batch_index * key_mask_stride + col, mask=col < k_len, other=0
         )
+        k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, mask=key_ok, other=0.0)
+        scores = tl.dot(q, tl.trans(k)) * 0.18033688011112042
+        visible = (col < k_len) & row_ok
         visible = visible & (mask != 0)
         visible = visible & (col <= row)
         scores = tl.where(visible, scores, float("-inf"))
