@@ -59,6 +59,9 @@ class NoDevice:
     def load(self, jobs: Sequence[Job]) -> tuple[list[Any], int]:
         return list(jobs), 0
 
+    def wait(self) -> None:
+        pass
+
     def new_status(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int32)
 

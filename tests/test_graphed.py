@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import weakref
 from typing import Any
 
 import numpy as np
@@ -280,56 +279,6 @@ def test_two_threads_have_an_arena_and_graphs_each(monkeypatch: pytest.MonkeyPat
     for thread in threads:
         thread.join()
     assert not failures
-
-
-def test_inside_a_callers_own_capture_memory_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, model, device = make(monkeypatch)
-    check(fast, model, 2, 3, 8)
-    arena = fast._engine.variants()[0].program.pool._arenas[0]
-    device.users_capture = True
-    mark = len(device.log)
-    check(fast, model, 2, 3, 8)
-    check(fast, model, 2, 3, 8)
-    assert not device.graphs
-    inside = range(arena.data_ptr, arena.data_ptr + arena.mapped_nbytes)
-    for entry in device.log[mark:]:
-        assert entry[0] != "launch" or not any(value in inside for value in entry[4])
-    with torch.no_grad():
-        model.up.weight.mul_(2)
-    with pytest.raises(DeviceError, match="call it once before the capture"):
-        fast(torch.randn(2, 3, 8))
-
-
-def test_a_callers_graph_cannot_load_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, model, device = make(monkeypatch)
-    check(fast, model, 2, 3, 8)
-    fast._engine.variants()[0].program.runtime._functions.clear()
-    device.users_capture = True
-    with pytest.raises(DeviceError, match="wants kernels that are not loaded"):
-        fast(torch.randn(2, 5, 8))
-    device.users_capture = False
-    check(fast, model, 2, 5, 8)
-    device.users_capture = True
-    check(fast, model, 2, 5, 8)
-
-
-@torch.no_grad()
-def test_a_callers_graph_keeps_the_weights_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, model, device = make(monkeypatch, Twice())
-    check(fast, model, 2, 3, 8)
-    runtime = fast._engine.variants()[0].program.runtime
-    device.users_capture = True
-    for _ in range(2):
-        check(fast, model, 2, 3, 8)
-    read = [weakref.ref(t) for t in runtime.placed._held.tensors.values()]
-    device.users_capture = False
-    for changes in (1, 2):
-        model.a.weight.mul_(2)
-        check(fast, model, 2, 3, 8)
-        assert all(tensor() is not None for tensor in read)
-        assert runtime.weights.version == 1 + changes
-    # What no graph of the caller's has read is let go of.
-    assert list(fast._engine.variants()[0].program._callers) == [1]
 
 
 def test_what_cannot_be_captured_runs_plainly_with_one_warning(
