@@ -29,7 +29,8 @@ from architectures import ARCHITECTURES
 from parity import make_inputs, make_model
 
 from turbotx.capture import capture
-from turbotx.kernels.targets import TARGETS, Built, Job, build, show_resources
+from turbotx.kernels.job import Job
+from turbotx.kernels.targets import TARGETS, Built, build, show_resources
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, compile_captured

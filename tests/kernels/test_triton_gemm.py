@@ -37,7 +37,8 @@ from turbotx.kernels.gemm_choice import (
     gemm_job,
     prefers_template,
 )
-from turbotx.kernels.targets import Job, build
+from turbotx.kernels.job import Job
+from turbotx.kernels.targets import build
 from turbotx.kernels.triton_gemm import (
     GemmSchedule,
     GemmTemplate,

@@ -23,7 +23,8 @@ import torch
 
 import turbotx
 from tests.kernels.triton_runner import interpreting, load_function
-from turbotx.kernels.targets import POINTEES, Job
+from turbotx.kernels.job import Binary, Job
+from turbotx.kernels.targets import POINTEES
 from turbotx.runtime.cuda_frame import EXTRA_ARGUMENTS
 
 DTYPES = {name: dtype for dtype, name in POINTEES.items()}
@@ -69,6 +70,9 @@ class RecordingDevice:
         new = {job.digest(): job for job in jobs if job.digest() not in self.loaded}
         self.loaded.update(new)
         return [self.loaded[job.digest()] for job in jobs], len(new)
+
+    def place(self, binaries: Sequence[Binary]) -> list[Any]:
+        raise AssertionError("no program of a file runs on this stand-in")
 
     def stream(self) -> Any:
         return self.current_stream

@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from turbotx.kernels.targets import Job, target_of
+from turbotx.kernels.job import Job
+from turbotx.kernels.targets import target_of
 
 IMPORT = "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
 # The wait ends when the whole grid before has ended and its stores are seen. The other call comes

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from turbotx.kernels.targets import POINTEES, Job, fit_warps
+from turbotx.kernels.job import Job
+from turbotx.kernels.targets import POINTEES, fit_warps
 from turbotx.kernels.triton_gemm import (
     GemmSchedule,
     GemmTemplate,

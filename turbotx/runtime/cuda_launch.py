@@ -9,13 +9,13 @@ each schedule) and a grid, in microseconds, since every size was evaluated by th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from turbotx import ir
 from turbotx.kernels.attention_jobs import attention_job, product_job
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.cpp_products import ProductKernel
+from turbotx.kernels.job import ALIGNED_NBYTES, Job
 from turbotx.kernels.schedule import (
     INT32_LIMIT,
     PERSISTENT,
@@ -26,7 +26,7 @@ from turbotx.kernels.schedule import (
     power_above,
     vector_axes,
 )
-from turbotx.kernels.targets import ALIGNED_NBYTES, Job, kernel_job
+from turbotx.kernels.targets import kernel_job
 from turbotx.kernels.tiles import (
     AttentionTiles,
     Tiles,
@@ -43,20 +43,10 @@ from turbotx.kernels.triton_attention import (
 )
 from turbotx.kernels.triton_products import PRODUCT_NAMES, PRODUCT_STRIDES, product_grid
 from turbotx.kernels.tuned import Choose, neighbours
+from turbotx.runtime.cuda_frame import Layout
 from turbotx.runtime.device import Grid
+from turbotx.runtime.parts import Part
 from turbotx.sizes import Expr, dim, product
-
-
-@dataclass(frozen=True)
-class Part:
-    """One thing that a launch queues: a kernel, or without a job what PyTorch runs.
-
-    which: the list of arguments that it takes, among the launch's own.
-    """
-
-    which: str
-    job: Job | None = None
-    grid: Grid = (1, 1, 1)
 
 
 class SizeTable:
@@ -71,6 +61,17 @@ class SizeTable:
 
     def expression(self, place: int) -> Expr:
         return list(self.values)[place]
+
+
+def lay_out(
+    operands: list[ir.Operand], cell: str, sizes: list[int], table: SizeTable
+) -> Layout:  # fmt: skip
+    """Return the layout of arguments: operands, a cell, sizes by their place in the table."""
+    pointers = []
+    for arg in operands:
+        shift = arg.offset * arg.dtype.itemsize
+        pointers.append((table.slots[arg.tensor], None if shift == 0 else table.value(shift)))
+    return Layout(tuple(pointers), cell, tuple(sizes))
 
 
 class KernelFamily:
