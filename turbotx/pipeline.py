@@ -99,6 +99,18 @@ def compile_captured(
     graph = captured.graph_module.graph
     text = str(graph)
     rewrite(graph, options.attention)
+    return compile_rewritten(captured, text, model, options, pool, device)
+
+
+def compile_rewritten(
+    captured: Captured, text: str, model: nn.Module, options: Options, pool: ChunkPool,
+    device: Device | None = None,
+) -> Compiled:  # fmt: skip
+    """Compile a captured call that the passes have been over, perhaps for another device before.
+
+    text: the graph as it was captured.
+    """
+    graph = captured.graph_module.graph
     verify.check_graph(graph)
     verify.check_inputs(graph, captured.input_sizes)
     prepared = find_prepared(graph)

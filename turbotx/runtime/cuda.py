@@ -59,8 +59,10 @@ class CudaRuntime(CudaQueue):
         self.families = self._find_families(options)
         gemms, steps = self._find_calls()
         split = any(layout.cell == "turns" for layout in self._layouts.values())
+        slots, kinds = self.table.slots, ("parameter", "prepared")
         queued = Queued(
-            self.families, self._layouts, gemms, steps, len(assembly.launches), self.table.slots,
+            self.families, self._layouts, gemms, steps, len(assembly.launches),
+            {n: slots[n] for n, t in assembly.tensors.items() if t.kind in kinds}, len(slots),
             len(self.table.values), MOST_TURNS if split else 0,
             options.pdl and can_depend(device.target),
         )  # fmt: skip

@@ -21,7 +21,7 @@ from turbotx.kernels.tiles import Tiles, gemm_neighbours, structure_of, tag_of
 from turbotx.kernels.triton_gemm import GemmSchedule, GemmTemplate, gemm_arguments, gemm_grid
 from turbotx.runtime.aten import AtenSteps
 from turbotx.runtime.cuda_frame import Layout
-from turbotx.runtime.cuda_launch import KernelFamily, SizeTable, lay_out
+from turbotx.runtime.cuda_launch import Deciders, KernelFamily, SizeTable, lay_out
 from turbotx.runtime.library_gemm import Call, make_gemm
 from turbotx.runtime.parts import Part
 from turbotx.runtime.settings import uses_tf32
@@ -136,6 +136,20 @@ class GemmFamily:
     def tokens(self) -> int:
         """The place of the number of tokens among a program's sizes."""
         return self._sizes["tokens"]
+
+    @property
+    def deciders(self) -> Deciders:
+        """Its own, and those of the kernels behind the library's GEMM."""
+        behind = [family.deciders for family in self.finish]
+        even = (
+            *(self._sizes[n] for n in STRIDES if n in self._sizes),
+            *(k for _, k in self._shifts),
+        )
+        return Deciders(
+            ((self.tokens, BUCKETS), *(by for d in behind for by in d.by)),
+            (*even, *(k for d in behind for k in d.even)),
+            tuple(k for d in behind for k in d.large),
+        )
 
     def expected(self, sizes: Sequence[int], buckets: Iterable[int] = BUCKETS) -> list[Job]:
         """Return the templates' jobs for buckets, so that no stream of lengths builds more."""

@@ -9,6 +9,7 @@ each schedule) and a grid, in microseconds, since every size was evaluated by th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from turbotx import ir
@@ -48,6 +49,9 @@ from turbotx.runtime.device import Grid
 from turbotx.runtime.parts import Part
 from turbotx.sizes import Expr, dim, product
 
+# Elements from which on a kernel counts in 64 bits: a masked tile reaches past the end.
+LARGE = INT32_LIMIT - PERSISTENT
+
 
 class SizeTable:
     """Places of tensors in a program's address table and of expressions in its size table."""
@@ -74,6 +78,23 @@ def lay_out(
     return Layout(tuple(pointers), cell, tuple(sizes))
 
 
+# Lengths up to which a choice by powers of two holds; the last one stands for all larger ones.
+POWERS = tuple(1 << k for k in range(31))
+
+
+@dataclass(frozen=True)
+class Deciders:
+    """What of a program's sizes decides over a family's variants, by their places.
+
+    by: up to which values one choice holds, the last one for all larger. even: whether it is a
+    multiple of 16. large: whether any of them passes what 32 bits can count.
+    """
+
+    by: tuple[tuple[int, tuple[int, ...]], ...]
+    even: tuple[int, ...]
+    large: tuple[int, ...] = ()
+
+
 class KernelFamily:
     """All variants of one generated kernel; equal kernels of several layers share one."""
 
@@ -91,12 +112,17 @@ class KernelFamily:
     def pick(self, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes; a grid with a zero means nothing."""
         length = sizes[self._length]
-        wide = any(sizes[k] >= INT32_LIMIT - PERSISTENT for k in self._counts)
+        wide = any(sizes[k] >= LARGE for k in self._counts)
         schedule = self._schedules.get((length, wide))
         if schedule is None:
             schedule = self._choose(self.kernel, length, wide, self._strided)
             self._schedules[length, wide] = schedule
         return self.at(schedule, sizes)
+
+    @property
+    def deciders(self) -> Deciders:
+        strides = tuple(place for _, place in self._strides)
+        return Deciders(((self._length, POWERS),), strides, tuple(self._counts))
 
     def at(self, schedule: Schedule, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes by a given schedule."""
@@ -168,6 +194,12 @@ class AttentionFamily:
         if bucket not in self._chosen:
             self._chosen[bucket] = self._tiles.attention(self.kernel, bucket)
         return bucket, self._chosen[bucket]
+
+    @property
+    def deciders(self) -> Deciders:
+        places = dict(zip(self._names, self._sizes, strict=True))
+        even = (*(places[n] for n in self._strides), *(k for _, k in self._shifts))
+        return Deciders(((places["q_len"], POWERS),), even)
 
     def at(self, tiles: AttentionTiles, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes by a given schedule."""

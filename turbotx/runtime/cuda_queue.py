@@ -35,9 +35,9 @@ class Queued:
 
     families: those that kernels run. layouts: where the arguments of each lie. gemms: of those
     that the library runs, how to make the call, and whether it may be kept. steps: what else
-    PyTorch runs. count: of launches. slots: the place of every tensor in the address table.
-    values: how many sizes there are. turns: counters that split sums share. depends: kernels wait
-    by themselves for those before them.
+    PyTorch runs. count: of launches. weights: the place of each in the address table, which
+    has `slots` of them. values: how many sizes there are. turns: counters that split sums share.
+    depends: kernels wait by themselves for those before them.
     """
 
     families: Mapping[int, Family]
@@ -45,7 +45,8 @@ class Queued:
     gemms: Mapping[int, tuple[Callable[[RunState], Call], bool]]
     steps: Mapping[int, Step]
     count: int
-    slots: Mapping[str, int]
+    weights: Mapping[str, int]
+    slots: int
     values: int
     turns: int = 0
     depends: bool = False
@@ -67,7 +68,7 @@ class CudaQueue(ABC):
     @property
     def slot_count(self) -> int:
         """How many addresses its table holds."""
-        return len(self.queued.slots)
+        return self.queued.slots
 
     # --- kernels ---
 
@@ -134,9 +135,8 @@ class CudaQueue(ABC):
                 moved = {n: self._place(n, t) for n, t in tensors.items()}
                 self._kept = (version, moved)
             kept = self._kept[1]
-        for name, tensor in kept.items():
-            if name in self.queued.slots:
-                table[self.queued.slots[name]] = tensor.data_ptr()
+        for name, slot in self.queued.weights.items():
+            table[slot] = kept[name].data_ptr()
         # A storage outlives the parameter that may let go of it while a graph still reads it.
         return version, [t.untyped_storage() for t in kept.values()]
 
