@@ -42,11 +42,16 @@ class FileDevice(InterpretedDevice):
         super().__init__()
         self.target, self.jobs = target, jobs
         self.placed: list[Binary] = []
+        self.ran: list[Job] = []
         self.compiles = False
 
     def place(self, binaries: Sequence[Binary]) -> list[Any]:
         self.placed += binaries
         return [self.jobs[b.image] for b in binaries]
+
+    def execute(self, job: Job, grid: Any, values: list[int]) -> None:
+        self.ran.append(job)
+        super().execute(job, grid, values)
 
     def load(self, jobs: Sequence[Job]) -> tuple[list[Any], int]:
         if not self.compiles:
@@ -61,7 +66,7 @@ class Cubins:
         self.jobs: dict[bytes, Job] = {}
         self._monkeypatch = monkeypatch
         monkeypatch.setattr("turbotx.saved.save.build", self._build)
-        self.device: FileDevice | None = None
+        self.device: FileDevice
 
     def _build(
         self, jobs: Sequence[Job], progress: Callable[..., None], measure: bool
