@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ from turbotx.saved.variants import Variants
 def save(
     optimized: Any, path: str | PathLike[str], *, weights: bool = True,
     targets: Sequence[str] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> None:  # fmt: skip
     """Write every call that `optimized` has compiled so far to one file.
 
@@ -57,7 +58,8 @@ def save(
     `turbotx.load` is given them. Buffers that are no part of the state dict are always written.
     targets: what to write programs for, "cpu" or GPUs as "sm_90", which need not be here; by
     default where the calls ran. Kernels for a GPU are compiled for every shape, which takes about
-    half a second each (needs Triton).
+    half a second each (needs Triton). progress: is called after each, with how many are done, of
+    how many, and its name; without it a terminal shows them.
 
     Raises SaveError where nothing was compiled yet, or the model cannot be saved; OSError where the
     file cannot be written.
@@ -69,11 +71,11 @@ def save(
     writer = _Writer(engine)
     for number, (key, variant) in enumerate(variants):
         ran = _target_of(variant.compiled)
-        for target in dict.fromkeys([ran] if targets is None else map(_check_target, targets)):
+        for target in dict.fromkeys([ran] if targets is None else map(check_target, targets)):
             native = target == ran
             compiled = variant.compiled if native else engine.compile_for(variant.compiled, target)
             writer.add(number, key, target, compiled)
-    writer.build()
+    writer.build(progress)
     state, held = _split_weights(engine.model, [v for _, v in variants])
     found = list(dict.fromkeys(x["target"] for x in writer.programs))
     facts: dict[str, Any] = {
@@ -95,7 +97,7 @@ def _target_of(compiled: Compiled) -> str:
     return "cpu" if isinstance(runtime, CpuRuntime) else runtime.device.target
 
 
-def _check_target(target: str) -> str:
+def check_target(target: str) -> str:
     """Return a target that programs run on; raise SaveError for others."""
     number = target.removeprefix("sm_")
     if target == "cpu" or (number != target and number.isdigit() and int(number) >= 80):
@@ -140,7 +142,7 @@ class _Writer:
                 self.entries[f"{names[unit]}/{name}.cpp"] = text.encode()
         return names
 
-    def build(self) -> None:
+    def build(self, progress: Callable[[int, int, str], None] | None) -> None:
         """Compile every kernel of every target, in parallel, what is kept on disk excepted."""
         jobs = [
             job
@@ -149,9 +151,11 @@ class _Writer:
             if needed
         ]
         with show_progress("compile kernels") as step:
-            built = build(
-                jobs, progress=lambda done, n, what: step(f"{done}/{n} {what}"), measure=False
-            )
+
+            def show(done: int, total: int, what: str) -> None:
+                step(f"{done}/{total} {what}")
+
+            built = build(jobs, progress=progress or show, measure=False)
         binaries = {b.job.digest(): b.binary() for b in built}
         for target, variants in self._variants.items():
             listed = []
