@@ -29,6 +29,7 @@ from tests.saved.stand_in_cubins import Cubins
 from tests.saved.test_saved import Model, assert_equal, ids
 from turbotx.errors import BuildWarning, IndexOutOfRangeError, SavedFileError, SaveError
 from turbotx.runtime.settings import assume_tf32
+from turbotx.saved.calls import decode_nodes, encode_nodes
 from turbotx.saved.container import read_container
 from turbotx.saved.gpu_program import read_variants
 from turbotx.saved.places import choose_target
@@ -98,7 +99,9 @@ def test_the_same_kernels_run_as_without_a_file(
         fast = bind_to(device, model, patched, schedules={"gemm_*": "m16n16k16x2"})
         fast(**token_inputs(2, 3))
         turbotx.save(fast, path)
+        turbotx.save(fast, path.with_suffix(".cpu"), targets=["cpu"])
     loaded = cubins.load(path, "sm_90")
+    check(turbotx.load(path.with_suffix(".cpu")), model, 2, 3)
     inputs = token_inputs(2, 3)
     for _ in range(3):
         ours, expected = loaded(**inputs), fast(**inputs)
@@ -300,6 +303,15 @@ def test_nothing_is_pickled_and_files_for_cpus_are_as_before(cubins: Cubins, pat
     save_small(path, "cpu")
     with zipfile.ZipFile(path) as archive:
         assert json.loads(archive.read("manifest.json"))["format"] == 2
+
+
+def test_calls_run_where_the_program_does() -> None:
+    """A capture on a CPU names it in what it makes anew; its program may run elsewhere."""
+    graph = torch.fx.Graph()
+    given = {"device": torch.device("cuda", 3), "pin_memory": False}
+    made = graph.call_function(torch.ops.aten.arange.default, (4,), given)
+    (node,) = decode_nodes(encode_nodes([made]), torch.device("meta")).values()
+    assert node.target(*node.args, **node.kwargs).device.type == "meta"
 
 
 def test_real_cubins(path: Path) -> None:
