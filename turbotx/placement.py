@@ -58,6 +58,8 @@ def open_device(place: torch.device, backend: str, builds: bool = True) -> Devic
                 f'backend="cpp" runs on CPUs, and the call\'s tensors are on {place}: move them '
                 'with .cpu(), or use backend="triton"'
             )
+        if place.index is None and torch.cuda.is_available():
+            place = torch.device("cuda", torch.cuda.current_device())
         device = _cuda_device(place)
         if builds:
             require_triton()

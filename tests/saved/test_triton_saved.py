@@ -219,6 +219,37 @@ def test_a_fresh_process_needs_neither_triton_nor_algebra(cubins: Cubins, path: 
     assert done.stdout.strip() == "[]"
 
 
+GPU = """
+    import sys, torch
+    torch.zeros(1, device="cuda")
+    for name in ("sympy", "triton", "transformers"):
+        sys.modules[name] = None
+    import turbotx
+    loaded = turbotx.load(PATH)
+    inputs, expected = torch.load(PATH + ".pt")
+    for _ in range(3):
+        made = loaded(**{k: v.cuda() for k, v in inputs.items()})["last_hidden_state"]
+        torch.testing.assert_close(made.cpu(), expected, rtol=2e-2, atol=2e-2)
+    stats = loaded.stats()
+    assert stats["graph_captures"] == 1 and stats["kernel_builds"] == 0, stats
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(2, 3), (4, 80), (4, 300)], ids=str)
+def test_a_file_made_on_the_cpu_runs_on_this_gpu(shape: tuple[int, int], path: Path) -> None:
+    major, minor = torch.cuda.get_device_capability()
+    model = tiny("bert", torch.float16, max_position_embeddings=512)
+    save(model, path, f"sm_{major}{minor}")
+    inputs = token_inputs(*shape)
+    with torch.no_grad():
+        torch.save((inputs, model(**inputs)["last_hidden_state"]), f"{path}.pt")
+    code = textwrap.dedent(GPU).replace("PATH", repr(str(path)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_counts_in_64_bits_is_built_where_something_can(
     cubins: Cubins, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
