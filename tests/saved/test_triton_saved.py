@@ -27,7 +27,13 @@ from tests.runtime.stand_in_device import InterpretedDevice, bind_to
 from tests.runtime.test_triton_programs import check, tiny
 from tests.saved.stand_in_cubins import Cubins
 from tests.saved.test_saved import Model, assert_equal, ids
-from turbotx.errors import BuildWarning, IndexOutOfRangeError, SavedFileError, SaveError
+from turbotx.errors import (
+    BuildWarning,
+    IndexOutOfRangeError,
+    InputError,
+    SavedFileError,
+    SaveError,
+)
 from turbotx.runtime.settings import assume_tf32
 from turbotx.saved.calls import decode_nodes, encode_nodes
 from turbotx.saved.container import read_container
@@ -289,6 +295,8 @@ def test_other_devices_are_told_what_the_file_has(cubins: Cubins, path: Path) ->
     words = r"has programs for sm_90 and sm_100, and cuda \(a stand-in\) is sm_80, .*'sm_80'"
     with pytest.raises(SavedFileError, match=words):
         cubins.load(path, "sm_80")
+    with pytest.raises(InputError, match="an input is on meta, and this file was loaded for cpu"):
+        cubins.load(path, "sm_90")(ids(1, 2).to("meta"))
     with pytest.raises(SavedFileError, match="for sm_90 and sm_100, not for CPUs"):
         turbotx.load(path, device="cpu")
 
@@ -306,6 +314,8 @@ def test_targets_that_nothing_runs_on(target: str, path: Path) -> None:
     fast(ids(2, 5))
     with pytest.raises(SaveError, match=f"no programs for '{target}'"):
         turbotx.save(fast, path, targets=["cpu", target])
+    with pytest.raises(SaveError, match="leaves nothing to save"):
+        turbotx.save(fast, path, targets=[])
     assert not path.exists()
 
 

@@ -190,6 +190,12 @@ class SavedModule(nn.Module):
         refused = [p.explain(shapes) for p in self._programs.get(key, ())]
         if refused:
             raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")
+        for tensor in tensors:
+            if tensor.device != self._place:
+                raise InputError(
+                    f"an input is on {tensor.device}, and this file was loaded for {self._place}: "
+                    "move the inputs there, or give turbotx.load another device"
+                )
         known = "; ".join(dict.fromkeys(_show(k) for k in self._programs))
         raise InputError(
             f"the file holds no call of this kind: {_show(key)}. It holds {known}. Call the "

@@ -68,10 +68,13 @@ def save(
     variants = engine.keyed_variants()
     if not variants:
         raise SaveError("nothing was compiled yet: call the module once, then save it")
+    wanted = None if targets is None else [check_target(name) for name in targets]
+    if wanted == []:
+        raise SaveError("targets=[] leaves nothing to save: name some, or leave it out")
     writer = _Writer(engine)
     for number, (key, variant) in enumerate(variants):
         ran = _target_of(variant.compiled)
-        for target in dict.fromkeys([ran] if targets is None else map(check_target, targets)):
+        for target in dict.fromkeys(wanted or [ran]):
             native = target == ran
             compiled = variant.compiled if native else engine.compile_for(variant.compiled, target)
             writer.add(number, key, target, compiled)
