@@ -9,6 +9,10 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 # One worker a core, up to 8 (a worker takes up to 1.5 GB); empty for one process, as pdb needs it.
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
+# For gpu-ready: a Python with the PyTorch, Triton and transformers of the machine with the GPU, and
+# which plans of benchmarks/gpu.py to prepare.
+GPU_PYTHON ?= $(BIN)/python
+GPU_PLANS ?= first figures
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -22,7 +26,7 @@ UNFINISHED := $(VENV).unfinished
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast lint format notebooks setup clean
+.PHONY: help demo test test-fast lint format notebooks gpu-ready setup clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)$$/\1|\2/p' $(MAKEFILE_LIST) | \
@@ -51,6 +55,9 @@ format: $(VENV)/test.stamp ## rewrite files in the project's style
 
 notebooks: $(VENV)/test.stamp ## run the sources in examples/ and write their .ipynb
 	$(BIN)/python examples/notebooks.py
+
+gpu-ready: $(VENV)/test.stamp ## try benchmarks/gpu.py without a GPU, build its kernels, print the commands
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_ready.py --plans $(GPU_PLANS) --out build/gpu-ready
 
 setup: $(VENV)/test.stamp ## only make the environment that the tests use
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from gpu_timing import DEVICE
+from gpu_timing import DEVICE, DRY
 from torch import nn
 
 import turbotx
@@ -77,6 +77,7 @@ def make_model(name: str, dtype: torch.dtype, layers: int | None = None) -> nn.M
 
     kind, changed = (MODELS | NORM_MODELS)[name]
     config = transformers.AutoConfig.for_model(kind, **changed)
+    layers = min(2, layers or 2) if DRY else layers
     for field in ("num_hidden_layers", "n_layers", "n_layer"):
         if layers is not None and hasattr(config, field):
             setattr(config, field, layers)
@@ -108,6 +109,8 @@ def make_call(engine: str, model: nn.Module, inputs: dict[str, torch.Tensor]) ->
         return lambda: _plain(model, inputs)
     if engine == "eager-graphs":
         return _graphed(model, inputs)
+    if DRY:
+        return lambda: _plain(model, inputs)
     torch._dynamo.reset()
     compiled = torch.compile(model, mode=COMPILE_MODES[engine], dynamic=False)
 

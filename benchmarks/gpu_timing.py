@@ -4,12 +4,14 @@ In: something to call. Out: microseconds, medians over many runs after a warm-up
 
     time_call(lambda: model(**inputs))  ->  {"latency_us": 181.0, "row_us": 165.2, "runs": 200}
 
-latency_us: from an idle device to the result, host work included. row_us: one of many calls
-queued in a row, which hides host work behind the device where it can.
+latency_us: from an idle device to the result, host work included. host_us: until the call returns,
+which does not wait for the device. row_us: one of many calls queued in a row, which hides host work
+behind the device where it can.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -19,32 +21,43 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
-DEVICE = "cuda"
+# Set by a dry run (`gpu_standin.py`): everything is small, and nothing is measured.
+DRY = bool(os.environ.get("TURBOTX_BENCHMARK_DRY"))
+DEVICE = "cpu" if DRY else "cuda"
 
 
-def time_call(call: Call, seconds: float = 0.5) -> dict[str, float]:
+def time_call(call: Call, seconds: float = 0.4) -> dict[str, float]:
     """Warm up, then measure for about `seconds`."""
-    for _ in range(4):
+    for _ in range(1 if DRY else 4):
         call()
     torch.cuda.synchronize()
     begin = time.perf_counter()
     call()
     torch.cuda.synchronize()
     once = max(time.perf_counter() - begin, 1e-5)
-    runs = max(5, min(300, int(seconds / 2 / once)))
-    singles = []
+    runs = 1 if DRY else max(5, min(300, int(seconds / 2 / once)))
+    singles, hosts = [], []
     for _ in range(runs):
         begin = time.perf_counter()
         call()
+        hosts.append((time.perf_counter() - begin) * 1e6)
         torch.cuda.synchronize()
         singles.append((time.perf_counter() - begin) * 1e6)
-    row = [time_row(call, max(1, runs // 5)) for _ in range(5)]
+    row = [time_row(call, max(1, runs // 5)) for _ in range(1 if DRY else 5)]
     return {
         "latency_us": round(statistics.median(singles), 2),
         "row_us": round(statistics.median(row), 2),
         "spread_us": round(max(row) - min(row), 2),
+        "host_us": round(statistics.median(hosts), 2),
         "runs": runs,
     }
+
+
+def time_replay(replay: Call, runs: int = 40) -> float:
+    """Microseconds of one of many bare replays in a row: the least of five medians' runs."""
+    runs = 1 if DRY else runs
+    replay()
+    return round(min(time_row(replay, runs) for _ in range(1 if DRY else 5)), 2)
 
 
 def time_row(call: Call, count: int) -> float:
@@ -75,16 +88,17 @@ def time_graphed(call: Call, repeat: int = 20) -> float:
 
 def measure_ceilings() -> dict[str, float]:
     """The device's own limits: a copy far larger than its caches, a large product, a launch."""
-    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device=DEVICE)
+    nbytes, side = (1 << 20, 64) if DRY else (1 << 30, 8192)
+    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     copy_us = min(time_row(partial(target.copy_, source), 5) for _ in range(3))
     del source, target
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     product_us = min(time_row(lambda: a @ b, 5) for _ in range(3))
     small = torch.ones(32, device=DEVICE)
     return {
-        "copy_gb_per_s": round(2 * (1 << 30) / copy_us / 1e3, 1),
-        "matmul_tflop_per_s": round(2 * 8192**3 / product_us / 1e6, 1),
+        "copy_gb_per_s": round(2 * nbytes / copy_us / 1e3, 1),
+        "matmul_tflop_per_s": round(2 * side**3 / product_us / 1e6, 1),
         "graph_node_us": round(time_graphed(lambda: small.add_(1), 200), 3),
     }
 
@@ -94,6 +108,8 @@ def kernel_times(call: Call, runs: int = 10) -> dict[str, tuple[float, float]]:
     for _ in range(3):
         call()
     torch.cuda.synchronize()
+    if DRY:
+        return {}
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(runs):

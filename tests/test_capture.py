@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import turbotx
 from tests.graphs import captured
-from turbotx.capture import capture
+from turbotx.capture import _attentions, capture
 from turbotx.errors import CaptureError
 from turbotx.graph import shape
 from turbotx.signature import SizeMatcher
@@ -266,3 +270,50 @@ def test_a_squeeze_drops_what_is_1_and_keeps_what_is_not(dims) -> None:
         x = torch.randn(size)
         assert fast(x).shape == squeezed(x).shape
         torch.testing.assert_close(fast(x), squeezed(x))
+
+
+chosen: list[str] = []
+
+
+class Attending(nn.Module):
+    """Notes how attention's kernel is chosen; `view` asks for the fused kernels' layout."""
+
+    def __init__(self, view: bool = False, device: str = "cpu") -> None:
+        super().__init__()
+        self.view = view
+        self.shift = nn.Parameter(torch.zeros(16, device=device))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        fused = torch.backends.cuda.mem_efficient_sdp_enabled()
+        chosen.append("fused" if fused else "plain")
+        q = (x + self.shift).unflatten(-1, (2, -1)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask).transpose(1, 2)
+        return mixed.view(x.shape) if self.view else mixed.flatten(2)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_attention_on_a_gpu_is_traced_whole_whatever_kernel_is_chosen(
+    view: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu = _attentions([torch.empty(0), SimpleNamespace(is_cuda=True)])
+    assert _attentions([torch.empty(0)]) == on_gpu[1:]
+    monkeypatch.setattr("turbotx.capture._attentions", lambda tensors: on_gpu)
+    chosen.clear()
+    model = Attending(view)
+    captured = capture(model, (torch.randn(2, 7, 16), torch.ones(2, 1, 7, 7).bool()), {})
+    targets = [str(n.target) for n in captured.graph_module.graph.nodes]
+    assert targets.count("aten.scaled_dot_product_attention.default") == 1
+    assert not captured.guards
+    assert chosen == (["plain", "fused"] if view else ["plain"])
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
+def test_attention_over_tensors_of_a_gpu_is_traced_by_the_plain_kernel() -> None:
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        x = torch.empty(2, 7, 16, device="cuda")
+        mask = torch.empty(2, 1, 7, 7, device="cuda", dtype=torch.bool)
+        model = Attending(device="cuda")
+    chosen.clear()
+    assert not capture(model, (x, mask), {}).guards
+    assert chosen == ["plain"]

@@ -1,13 +1,14 @@
-"""The GPU benchmark without a GPU: what it would measure, and how it spends its budget.
+"""The GPU benchmark without a GPU: its plans, how a stage ends, what is kept, a dry run of a stage.
 
-In: benchmarks/gpu.py as a module, and measurements that do nothing. Out: the list of --dry-run,
-what is skipped, what is kept of a failure, and the lines of the summary.
+In: benchmarks/gpu.py as a module, and stages that do little. Out: rows, how stages ended, and the
+lines of the summary.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,117 +28,124 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("gpu")
 
 
-def dry_run(
-    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *more: str
-) -> list[str]:
-    monkeypatch.setattr("sys.argv", ["gpu.py", "--dry-run", *more])
-    assert gpu.main() == 0
-    return capsys.readouterr().out.splitlines()
-
-
-def test_a_dry_run_lists_every_row_that_is_promised(
-    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = dry_run(gpu, monkeypatch, capsys)
-    names = [line.split()[-1] for line in lines[:-1]]
-    assert len(names) == len(set(names))
-    for model in gpu.MODELS:
-        for dtype in ("fp16", "bf16"):
-            assert {f"{kind}/{model}/{dtype}" for kind in
-                    ("kernels-right", "model-right", "shapes")} <= set(names)  # fmt: skip
-            for batch, seq in gpu.SHAPES:
-                for engine in gpu.ENGINES[2:]:
-                    assert f"latency/{model}/{dtype}/{batch}x{seq}/{engine}" in names
-    for engine in gpu.GEMMS:
-        assert f"gemms/768x3072/fp16/{engine}" in names
-    for engine in gpu.NORMS:
-        for name in ("bert-base", "gpt2", "llama"):
-            assert {f"norms-right/{name}/fp16/{engine}", f"norms/{name}/fp16/{engine}"} <= {*names}
-    for engine in gpu.VARIANTS:
-        assert f"latency/bert-base/fp16/1x40/{engine}" in names
-    assert (
-        "gemms-right/gpt2/fp16/turbotx-triton-pdl" in names and "tuned/bert-base/fp16/1x40" in names
+def run_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *arguments]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
-    fits = [line.split()[-1] for line in lines[:-1] if not line.startswith("skipped")]
-    # Right before fast, and the claims inside the budget.
-    assert fits[1].startswith("kernels-right")
-    for needed in ("latency/bert-base/fp16/1x40/turbotx", "stream/bert-base/fp16",
-                   "latency/bert-base/fp16/1x40/compile-reduce-overhead",
-                   "latency/bert-base/fp16/32x128/turbotx", "lengths/bert-base/fp16",
-                   "norms-right/bert-base/fp16/turbotx-fold", "norms/bert-base/fp16/turbotx-fold",
-                   "norms/bert-base/fp16/turbotx-store"):  # fmt: skip
-        assert needed in fits
-    assert "480 s" in lines[-1]
 
 
-def test_a_part_can_be_asked_for(
-    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = dry_run(gpu, monkeypatch, capsys, "--only", "latency/gpt2/bf16/1x40")
-    assert len(lines) == 1 + len(gpu.ENGINES[2:])
-    assert len(dry_run(gpu, monkeypatch, capsys, "--only", "*/inductor")) == 1 + 12
+def test_every_stage_of_every_plan_has_a_name_and_a_limit_of_its_own(gpu: ModuleType) -> None:
+    stages = importlib.import_module("gpu_stages"), importlib.import_module("gpu_kernels")
+    for plan, make in gpu.PLANS.items():
+        names = [s.name for group in make() for s in group]
+        assert len(names) == len(set(names)), plan
+        for group in make():
+            for stage in group:
+                assert 0 < stage.limit_s <= 120
+                assert any(hasattr(m, stage.function) for m in stages), stage.name
+                # What is timed has the device to itself.
+                timed = stage.name.startswith(("latency", "sweep", "shapes", "norms", "stream"))
+                assert len(group) == 1 or not timed, stage.name
 
 
-def test_without_a_gpu_it_says_so(
-    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["gpu.py"])
-    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
-    assert gpu.main() == 3
-    assert "--dry-run" in capsys.readouterr().err
+def test_the_claims_are_in_the_plan_of_all_figures(gpu: ModuleType) -> None:
+    names = {s.name for group in gpu.PLANS["figures"]() for s in group}
+    assert {
+        "latency/1x40", "latency/32x128", "latency/1x40/compile", "latency/32x128/compile",
+        "latency/1x40/compile-reduce-overhead", "latency/32x128/compile-reduce-overhead",
+        "stream", "shapes", "norms", "functions", "cold",
+    } <= names  # fmt: skip
 
 
-def test_the_budget_skips_what_no_longer_fits_and_keeps_failures(
+def test_a_part_can_be_listed(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    sys.argv, kept = ["gpu.py", "first", "--list", "--only", "latency/*"], sys.argv
+    try:
+        assert gpu.main() == 0
+    finally:
+        sys.argv = kept
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(line.split()[-1].startswith("latency/") for line in lines)
+
+
+def test_without_a_gpu_it_says_so(gpu: ModuleType, tmp_path: Path) -> None:
+    if gpu.describe_device()["name"] != "none":
+        pytest.skip("there is a GPU here")
+    done = run_process("first", "--out", str(tmp_path / "rows.jsonl"))
+    assert done.returncode == 3
+    assert "TURBOTX_BENCHMARK_DRY=1" in done.stderr
+
+
+SCRIPT = """
+import json, sys, time
+name, out = sys.argv[sys.argv.index("--stage") + 1], sys.argv[sys.argv.index("--out") + 1]
+with open(out, "a") as file:
+    file.write(json.dumps({"name": name, "us": 1.0, "stage": name}) + "\\n")
+if name == "hangs": time.sleep(60)
+if name == "fails": raise RuntimeError("CUDA error: an illegal memory access was encountered")
+"""
+
+
+def test_a_stage_that_hangs_or_fails_costs_itself_alone(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    script = tmp_path / "stages.py"
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    limits = {"first": 20.0, "fails": 20.0, "hangs": 1.0, "last": 20.0}
+    stage = {name: gpu.Stage(name, limit, "smoke") for name, limit in limits.items()}
+    out = tmp_path / "rows.jsonl"
+    gpu.append(out, "device", {"name": "some GPU", "versions": {}})
+    groups = [[stage["first"], stage["fails"]], [stage["hangs"]], [stage["last"]]]
+    gpu.run_plan("first", groups, out, 100.0)
+    gpu.run_plan("first", [[gpu.Stage("late", 20.0, "smoke")]], out, 5.0)
+    rows = gpu.read_rows([out])
+    assert {"first", "fails", "hangs", "last"} <= rows.keys()  # what was known before the end
+    assert "late" not in rows
+    assert rows["stage/fails"]["ended"] == "failed (1)"
+    assert "illegal memory access" in rows["stage/fails"]["log"]
+    assert rows["stage/hangs"]["ended"] == "out of time"
+    assert rows["stage/late"]["ended"] == "skipped for lack of time"
+    assert "stage/last" not in rows
+    shown = capsys.readouterr().out
+    assert "done  last" in shown
+    assert "skipped  late" in shown
+    kept = gpu.collect(rows)
+    assert kept["device"]["name"] == "some GPU"
+    assert set(kept["results"]) == {"first", "fails", "hangs", "last"}
+
+
+def test_the_summary_says_what_is_wrong_and_cut_lines_are_left_out(
     gpu: ModuleType, tmp_path: Path
 ) -> None:
-    now = [0.0]
-
-    def take(seconds: float) -> dict[str, object]:
-        now[0] += seconds
-        return {"us": seconds}
-
-    def fail() -> dict[str, object]:
-        raise ValueError("no such kernel")
-
-    one = gpu.Measurement
-    planned = [
-        one("a", 1, lambda: take(6)), one("b", 5, lambda: take(5)), one("c", 1, fail),
-        one("d", 3, lambda: take(1)),
-    ]  # fmt: skip
-    out = tmp_path / "gpu.json"
-    record = gpu.run_all(planned, 10, out, lambda: now[0])
-    assert list(record["results"]) == ["a", "d"]
-    assert record["skipped"] == ["b"]
-    assert "no such kernel" in record["failed"]["c"]
-    assert json.loads(out.read_text()) == record
-    # A later run on the same device adds what was missing.
-    again = gpu.run_all(planned[1:2], 10, out, lambda: now[0])
-    assert list(again["results"]) == ["a", "d", "b"]
-    lines = gpu.summarize(record)
-    assert "failed: c" in lines
-    assert lines[-1] == "skipped for lack of time: 1\n  b"
+    out = tmp_path / "rows.jsonl"
+    for name, numbers in (
+        ("latency/bert-base/fp16/1x40/turbotx", {"latency_us": 190.5, "row_us": 170.0}),
+        ("right/bert-base/fp16", {"holds": True}),
+        ("right/gpt2/fp16", {"holds": False, "worst": 3.0}),
+        ("kernels/bert-base/fp16/1x40/fold",
+         {"sum_us": 9.0, "kernels": {"gemm": {"us": 3.0, "launches": 3.0}}}),
+    ):  # fmt: skip
+        gpu.append(out, name, numbers)
+    with open(out, "a") as file:
+        file.write('{"name": "cut o')
+    text = "\n".join(gpu.summarize(gpu.read_rows([out])))
+    assert "latency_us 190.5, row_us 170.0" in text
+    assert "3.00 us x   3.0  gemm" in text
+    assert "right: 1, wrong: 1\nright/gpt2/fp16" in text
 
 
-def test_the_summary_compares_and_counts_what_is_wrong(gpu: ModuleType) -> None:
-    time = {"latency_us": 200.0, "row_us": 170.0, "peak_nbytes": 1 << 20,
-            "streamed_nbytes": 170_000_000}  # fmt: skip
-    record = {
-        "device": {"name": "some GPU"}, "failed": {}, "skipped": [],
-        "results": {
-            "device/ceilings": {"copy_gb_per_s": 2000.0},
-            "kernels-right/bert-base/fp16": {"holds": True},
-            "model-right/gpt2/fp16": {"holds": False},
-            "latency/bert-base/fp16/1x40/turbotx": time,
-            "gemms/768x3072/fp16/turbotx-triton": {"rows": {"16": {"block_us": 8.0}}},
-            "gemms/768x3072/fp16/turbotx-cublas": {"rows": {"16": {"block_us": 9.0}}},
-            "latency/bert-base/fp16/1x40/eager": {**time, "latency_us": 800.0, "row_us": 340.0},
-        },
-    }  # fmt: skip
-    text = "\n".join(gpu.summarize(record))
-    assert "right: 1 of 2\n  WRONG model-right/gpt2/fp16" in text
-    assert "50.0% of the weight-streaming floor" in text
-    assert "4.00 x and 2.00 x" in text
-    assert "16 tokens: turbotx-triton     8.00 µs, turbotx-cublas     9.00 µs" in text
+def test_a_dry_run_goes_through_a_stage_and_builds_what_it_would_load(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    done = run_process(
+        "first", "--stage", "right/minilm/bf16", "--out", str(out), TURBOTX_BENCHMARK_DRY="1"
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["captures"] == 1
+    assert row["builds"] > 10  # asked of the stand-in, which builds none
 
 
 def test_it_starts_where_only_the_terminals_packages_are_missing() -> None:

@@ -6,9 +6,11 @@ results equal to eager's whatever order shapes come in, and logs of launches and
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -78,6 +80,48 @@ def test_the_first_use_is_plain_and_a_replay_launches_nothing_itself(
     check(fast, model, 2, 3, 8)
     assert len(device.names("launch")) == 2 * launches
     assert device.graphs[0].replays == 2
+
+
+class CoarseClock(RecordingDevice):
+    """Launches of 3 us, a second apart; a difference is a float32 of milliseconds, as CUDA's is."""
+
+    def clock(self) -> int:
+        super().clock()
+        count = sum(entry[0] == "clock" for entry in self.log) - 1
+        return count // 2 * 1_000_000_000 + count % 2 * 3000
+
+    def elapsed(self, begin: int, end: int) -> int:
+        return round(float(np.float32((end - begin) / 1e6)) * 1e6)
+
+
+@torch.no_grad()
+def test_times_of_launches_are_measured_from_one_mark_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = nn.Sequential(*(Block() for _ in range(8))).eval(), torch.randn(2, 3, 8)
+    fast = bind_to(CoarseClock(), model, monkeypatch)
+    fast(x)
+    program = fast._engine.variants()[0].program
+    count = len(program.assembly.launches)
+    assert count >= 16
+    ticks = (ctypes.c_int64 * (2 * count))()
+    program.run(program.bind((2, 3)), [x], ticks)
+    times = np.array(ticks).reshape(count, 2)
+    assert times[0, 0] == 0
+    assert (times[:, 1] - times[:, 0] == 3000).all()
+
+
+def test_kernels_are_loaded_before_a_capture_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, model, device = make(monkeypatch, max_shapes=1)
+    check(fast, model, 2, 3, 8)
+    check(fast, model, 2, 5, 8)
+    runtime = fast._engine.variants()[0].program.runtime
+    # The first shape's binding has made room for the second's, and so have its kernels.
+    runtime._functions.clear()
+    device.loaded.clear()
+    check(fast, model, 2, 3, 8)
+    assert len(device.graphs) == 1
+    assert device.loaded
 
 
 def test_outputs_are_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,11 @@ an expression over named dims; the first call's size-1 dims are symbolic too. Ex
 from __future__ import annotations
 
 import copy
+import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import OutputKind
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turbotx.decompose import NotNodeByNode, decompose_nodes
 from turbotx.errors import CaptureError
@@ -150,12 +152,37 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, na
         if varying in tried:
             continue
         tried.append(varying)
-        try:
-            return _export(flat, examples, varying)
-        except Exception as error:
-            first = first or error
+        for attention in _attentions(tensors):
+            try:
+                with attention():
+                    return _export(flat, examples, varying)
+            except Exception as error:
+                first = first or error
     assert first is not None
     raise _capture_error(name, first) from first
+
+
+def _attentions(
+    tensors: Sequence[torch.Tensor],
+) -> Sequence[Callable[[], AbstractContextManager[object]]]:
+    """Return how PyTorch may choose attention's kernel meanwhile, in the order to be tried.
+
+    The graph holds attention whole, but tracing follows the choice inside. On CUDA the
+    memory-efficient one asks whether the mask's length is a multiple of 16, which would be a guard
+    on seq; the plain one asks nothing. A model that cannot be traced so, because it views the
+    result as the fused ones lay it out, is traced by the device's own choice.
+    """
+    return (_plain_attention, nullcontext) if any(t.is_cuda for t in tensors) else (nullcontext,)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    # The choice is the process's: restored out of order, it would stay as another thread made it.
+    with _choosing_attention, sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+_choosing_attention = threading.RLock()
 
 
 def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:

@@ -25,8 +25,8 @@ from turbotx.assemble import Assembly, assemble, dense
 from turbotx.kernels.epilogue import Epilogue, GemmKernel
 from turbotx.kernels.folded import fold_scales, fold_shift, fold_sums, fold_weight, join_affine
 from turbotx.kernels.fuse import FusedRegion, fuse
+from turbotx.kernels.gemm_template import NARROWEST
 from turbotx.kernels.norms import Fold
-from turbotx.kernels.triton_gemm import NARROWEST
 from turbotx.layout import layout_of, layout_with_copies
 from turbotx.passes.extract import extract
 from turbotx.passes.partition import Region

@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gemms": ("auto", "cublas", "triton"),
     "norms": ("auto", "fold", "store"),
 }
-_TAG = re.compile(r"cublas|([rcmnqkwsx]\d+)+")
+_TAG = re.compile(r"cublas|([rcmnqkwsxlp]\d+)+")
 
 
 @dataclass(frozen=True)

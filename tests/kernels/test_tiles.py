@@ -14,18 +14,25 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from turbotx.errors import OptionsError
 from turbotx.kernels.cpp_attention import AttentionKernel
-from turbotx.kernels.gemm_choice import choose_tiles, device_class, fits_scratch, shared_nbytes
+from turbotx.kernels.gemm_choice import (
+    BUCKETS,
+    choose_by_rule,
+    choose_tiles,
+    device_class,
+    fits_scratch,
+    shared_nbytes,
+)
+from turbotx.kernels.gemm_template import GemmSchedule, GemmTemplate
+from turbotx.kernels.gemm_tiles import EXPECTED_TILES, MEASURED_TILES
+from turbotx.kernels.tags import tag_of, with_tag
 from turbotx.kernels.tiles import (
     MOST_SUMS,
     Tiles,
     attention_neighbours,
     gemm_neighbours,
     structure_of,
-    tag_of,
-    with_tag,
 )
 from turbotx.kernels.triton_attention import choose_attention_schedule
-from turbotx.kernels.triton_gemm import GemmSchedule, GemmTemplate
 from turbotx.options import Options
 
 GEMM = GemmTemplate(torch.float16, 768, 3072, bias=True, residual=True)
@@ -34,15 +41,16 @@ ATTENTION = AttentionKernel(torch.float16, 64, 0.125, causal=False)
 
 def test_a_tag_names_all_of_a_schedule_or_a_part() -> None:
     schedule = GemmSchedule(64, 32, 128, 4, 3, 2)
-    assert tag_of(schedule) == "m64n32k128w4s3x2"
+    assert tag_of(schedule) == "m64n32k128w4s3x2l1p1"
     assert with_tag(GemmSchedule(16, 16, 16), tag_of(schedule)) == schedule
     assert with_tag(schedule, "s4x1r2") == replace(schedule, num_stages=4, splits=1)
+    assert with_tag(schedule, "l0").late == 0 and with_tag(schedule, "s8").num_stages == 8
     assert tag_of(None) == "cublas"
     tiles = choose_attention_schedule(ATTENTION, 100)
     assert with_tag(tiles, "q32w8") == replace(tiles, q_tile=32, num_warps=8)
 
 
-@pytest.mark.parametrize("tag", ["", "m", "m48", "k8", "s9", "w3", "m64-n32", "cublas"])
+@pytest.mark.parametrize("tag", ["", "m", "m48", "k8", "s9", "w3", "l2", "m64-n32", "cublas"])
 def test_what_names_no_tiles_is_refused(tag: str) -> None:
     with pytest.raises(OptionsError, match="tiles"):
         with_tag(GemmSchedule(16, 16, 16), tag)
@@ -65,6 +73,43 @@ def test_an_option_goes_before_tuning_and_that_before_the_heuristics() -> None:
     )
     asked = Tiles((("gemm_float16_768x*", "w8"),), "sm_90", tuned).gemm(GEMM, 40)
     assert asked == replace(own, num_warps=8)
+
+
+def test_a_table_goes_before_the_rule_and_what_was_measured_before_what_is_expected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rule = choose_by_rule(GEMM, 40, "sm_90")
+    expected = choose_tiles(GEMM, 40, "sm_90")
+    assert expected == with_tag(rule, EXPECTED_TILES["sm_90"][64, 768, 3072]) != rule
+    monkeypatch.setitem(MEASURED_TILES["sm_90"], (64, 768, 3072), "n16s3")
+    monkeypatch.setitem(MEASURED_TILES["sm_90"], (64, 768, 3072, True), "n32s2")
+    assert choose_tiles(GEMM, 40, "sm_90") == replace(rule, n_tile=16, num_stages=3)
+    assert choose_tiles(replace(GEMM, gated=True), 40, "sm_90").num_stages == 2
+    for other in (replace(GEMM, flipped=True), replace(GEMM, dtype=torch.float32)):
+        assert choose_tiles(other, 40, "sm_90") == choose_by_rule(other, 40, "sm_90")
+    assert choose_tiles(GEMM, 65, "sm_90") == choose_by_rule(GEMM, 65, "sm_90")
+    assert choose_tiles(GEMM, 40, "sm_80") == choose_by_rule(GEMM, 40, "sm_80")
+
+
+def test_the_tables_hold_what_a_device_can_run() -> None:
+    for table in (MEASURED_TILES, EXPECTED_TILES):
+        for target, rows in table.items():
+            for bucket, n, k, *gated in rows:
+                template = GemmTemplate(torch.float16, n, k, gated=bool(gated))
+                s = choose_tiles(template, bucket, target)
+                assert bucket in BUCKETS and s.m_tile <= max(16, bucket)
+                assert shared_nbytes(template, s) <= device_class(target).shared_nbytes
+                assert fits_scratch(template, s, bucket)
+
+
+def test_memory_is_kept_busy_by_few_tokens() -> None:
+    wanted = device_class("sm_90").in_flight_nbytes
+    for n, k in ((1024, 1024), (3072, 1024), (1024, 4096), (5120, 5120), (640, 640)):
+        template = GemmTemplate(torch.bfloat16, n, k)
+        s = choose_tiles(template, 40, "sm_90")
+        steps = min(s.num_stages - 1, -(-k // s.k_tile // s.splits))
+        held = -(-n // s.n_tile) * s.splits * steps * s.n_tile * s.k_tile * 2
+        assert held >= min(wanted, n * k * 2), (n, k, s)
 
 
 def test_sums_are_split_as_far_as_there_is_room() -> None:

@@ -37,16 +37,16 @@ from turbotx.kernels.gemm_choice import (
     gemm_job,
     prefers_template,
 )
-from turbotx.kernels.job import Job
-from turbotx.kernels.targets import build
-from turbotx.kernels.triton_gemm import (
+from turbotx.kernels.gemm_template import (
     GemmSchedule,
     GemmTemplate,
     gemm_arguments,
     gemm_grid,
     gemm_scratch,
-    print_triton_gemm,
 )
+from turbotx.kernels.job import Job
+from turbotx.kernels.targets import build
+from turbotx.kernels.triton_gemm import print_triton_gemm
 
 SMALL = GemmSchedule(16, 16, 16)
 ACTIVATIONS = {
@@ -125,19 +125,19 @@ def test_sums_of_any_size(dtype: torch.dtype, tokens: int, n: int, k: int) -> No
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("gated", [False, True])
-def test_epilogue(activation: str, gated: bool) -> None:
+@pytest.mark.parametrize(("gated", "late"), [(False, 1), (True, 1), (True, 0)])
+def test_epilogue(activation: str, gated: bool, late: int) -> None:
     template = GemmTemplate(
         torch.float32, 24, 16, bias=True, activation=activation, gated=gated, residual=True
     )
-    check(template, 3)
+    check(template, 3, replace(SMALL, late=late))
 
 
-@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize(("splits", "late"), [(2, 1), (3, 0), (3, 1), (8, 1)])
 @pytest.mark.parametrize("gated", [False, True])
-def test_sums_in_parts(splits: int, gated: bool) -> None:
+def test_sums_in_parts(splits: int, gated: bool, late: int) -> None:
     template = GemmTemplate(torch.float32, 24, 100, bias=True, gated=gated, residual=True)
-    check(template, 18, replace(SMALL, splits=splits))
+    check(template, 18, replace(SMALL, splits=splits, late=late))
 
 
 def test_weights_stored_the_other_way() -> None:
@@ -189,8 +189,12 @@ def assert_close(ours: torch.Tensor, own: torch.Tensor, exact: torch.Tensor) -> 
 
 
 @pytest.mark.parametrize(("dtype", "mean"), MEANS, ids=str)
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-def test_a_norm_between_two_gemms(dtype: torch.dtype, mean: float, norm: str) -> None:
+@pytest.mark.parametrize(
+    ("norm", "late", "splits"), [("layer", 1, 1), ("layer", 0, 1), ("layer", 1, 3), ("rms", 1, 1)]
+)
+def test_a_norm_between_two_gemms(
+    dtype: torch.dtype, mean: float, norm: str, late: int, splits: int
+) -> None:
     made = rows_with_statistics(dtype, mean, 40)
     weight, bias = (torch.randn(24, 40) / 6).to(dtype), torch.randn(24).to(dtype)
     gamma, beta = torch.randn(40).to(dtype), torch.randn(40).to(dtype) if norm == "layer" else None
@@ -198,7 +202,8 @@ def test_a_norm_between_two_gemms(dtype: torch.dtype, mean: float, norm: str) ->
     folded = fold_weight(weight, gamma, scales)
     template = GemmTemplate(dtype, 24, 40, bias=True, norm=norm, scaled=scales is not None)
     ours = run(
-        template, replace(SMALL, stat_tile=16), x=made["out"], w=folded, scales=scales,
+        template, replace(SMALL, stat_tile=16, late=late, splits=splits),
+        x=made["out"], w=folded, scales=scales,
         bias=fold_shift(weight, beta, bias), sums=fold_sums(folded, scales), x_stats=made["stats"],
     )["out"]  # fmt: skip
     given = [made["out"], gamma, beta, weight, bias]
@@ -210,16 +215,18 @@ def test_a_norm_between_two_gemms(dtype: torch.dtype, mean: float, norm: str) ->
 
 
 @pytest.mark.parametrize(("dtype", "mean"), MEANS, ids=str)
-@pytest.mark.parametrize(("norm", "splits"), [("layer", 1), ("layer", 2), ("rms", 1)])
+@pytest.mark.parametrize(
+    ("norm", "late", "splits"), [("layer", 1, 1), ("layer", 0, 2), ("layer", 1, 2), ("rms", 1, 1)]
+)
 def test_a_residual_is_normalised_as_it_is_read(
-    dtype: torch.dtype, mean: float, norm: str, splits: int
+    dtype: torch.dtype, mean: float, norm: str, late: int, splits: int
 ) -> None:
     made = rows_with_statistics(dtype, mean, 24)
     template = GemmTemplate(dtype, 24, 40, bias=True, residual=True, residual_norm=norm, stats=True)
     gamma, beta = torch.randn(24).to(dtype), torch.randn(24).to(dtype) if norm == "layer" else None
     given = operands(template, 5) | {"residual": made["out"]}
     ours = run(
-        template, replace(SMALL, residual_tile=16, splits=splits), **given,
+        template, replace(SMALL, residual_tile=16, late=late, splits=splits), **given,
         residual_norm=join_affine(given["w"], gamma, beta), residual_stats=made["stats"],
     )["out"]  # fmt: skip
     own = meaning(template, given | {"residual": normalise(made["out"], norm, gamma, beta)})
@@ -230,7 +237,7 @@ def test_a_residual_is_normalised_as_it_is_read(
 
 
 def test_many_statistics_are_merged_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turbotx.kernels.triton_gemm.MERGED", 0)  # 16 of them
+    monkeypatch.setattr("turbotx.kernels.triton_statistics.MERGED", 0)  # 16 of them
     made = rows_with_statistics(torch.float32, 3.0, 300)
     weight = torch.randn(16, 300) / 17
     template = GemmTemplate(torch.float32, 16, 300, norm="layer")
@@ -283,7 +290,7 @@ def test_any_stream_of_lengths_needs_a_handful_of_builds() -> None:
     template = GemmTemplate(torch.float16, 768, 768)
     chosen = {choose_tiles(template, tokens, "sm_90") for tokens in range(1, 5000, 7)}
     assert len(chosen) <= len(BUCKETS)
-    busy = choose_gemm(template, 16, "sm_90").grid
+    busy = choose_gemm(replace(template, n=1024, k=1024), 16, "sm_90").grid
     assert busy[0] * busy[1] >= 64  # few tokens: narrow tiles, and sums in parts
 
 

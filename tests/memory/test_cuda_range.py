@@ -1,12 +1,15 @@
 """The CUDA driver's virtual memory, against a stand-in that records and checks every call."""
 
 import gc
+import threading
 from enum import IntEnum
 from types import SimpleNamespace
 
 import pytest
 
+from turbotx.errors import TurbotxError
 from turbotx.memory import CHUNK_NBYTES
+from turbotx.memory.capture_lock import capture_lock
 from turbotx.memory.cuda_range import CudaMemoryError, CudaRange, MemoryExhausted
 
 BASE = 1 << 44
@@ -107,7 +110,11 @@ def driver():
 
 
 def open_range(driver):
-    return CudaRange(3, 1 << 40, driver, lambda: driver.calls.append("synchronize"))
+    def synchronize():
+        assert capture_lock._owner == threading.get_ident(), "a graph may be being captured"
+        driver.calls.append("synchronize")
+
+    return CudaRange(3, 1 << 40, driver, synchronize)
 
 
 def test_growth_maps_behind_what_is_mapped_and_the_address_stays(driver):
@@ -150,6 +157,49 @@ def test_everything_is_given_back_with_the_range(driver):
     assert not driver.mapped
     assert not driver.handles
     assert not driver.reserved
+
+
+def test_a_range_that_ends_during_a_capture_is_given_back_after_it(driver):
+    memory = open_range(driver)
+    memory.map_to(CHUNK_NBYTES)
+    with capture_lock:
+        del memory
+        gc.collect()
+        assert driver.mapped
+        with pytest.raises(TurbotxError, match="while this thread captures"), capture_lock:
+            pass
+    assert not driver.mapped
+    assert not driver.reserved
+
+
+def test_shrinking_waits_for_another_threads_capture(driver):
+    memory = open_range(driver)
+    memory.map_to(CHUNK_NBYTES)
+    shrinking = threading.Thread(target=memory.unmap_to, args=(0,))
+    with capture_lock:
+        shrinking.start()
+        shrinking.join(0.05)
+        assert shrinking.is_alive()
+        assert driver.mapped
+    shrinking.join()
+    assert not driver.mapped
+
+
+def test_a_release_that_fails_is_a_warning_and_others_follow():
+    done = []
+
+    def refuse():
+        raise CudaMemoryError("cuMemUnmap failed with 1")
+
+    def release_both():
+        with capture_lock:
+            capture_lock.when_free(refuse)
+            capture_lock.when_free(lambda: done.append(True))
+            assert not done
+
+    with pytest.warns(RuntimeWarning, match="could not be given back: cuMemUnmap failed with 1"):
+        release_both()
+    assert done
 
 
 def test_out_of_memory_is_clear_and_leaves_the_range_working(driver):

@@ -205,3 +205,20 @@ def test_an_error_inside_a_lease_gives_its_arena_back():
         raise KeyError
     with pool.lease(64, timeout_s=0.01):
         pass
+
+
+def test_an_arena_that_could_not_be_cut_is_leased_again(monkeypatch):
+    pool = ChunkPool(CPU, max_arenas=1, trim_after=2)
+    pool.ensure(8 * CHUNK_NBYTES)
+
+    def refuse(arena, nbytes):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(pool_module.Arena, "shrink", refuse)
+    with pool.lease(64):
+        pass
+    with pytest.raises(RuntimeError, match="illegal memory access"), pool.lease(64):
+        pass
+    assert pool.stats().used_nbytes == 0
+    with pytest.raises(RuntimeError, match="illegal memory access"), pool.lease(64, timeout_s=0.01):
+        pass

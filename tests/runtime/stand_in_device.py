@@ -12,7 +12,6 @@ is replayed.
 from __future__ import annotations
 
 import ctypes
-import functools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -68,6 +67,7 @@ class RecordingDevice:
 
     def load(self, jobs: Sequence[Job]) -> tuple[list[Any], int]:
         new = {job.digest(): job for job in jobs if job.digest() not in self.loaded}
+        assert not new or self.captured is None, "a kernel was loaded while a graph was captured"
         self.loaded.update(new)
         return [self.loaded[job.digest()] for job in jobs], len(new)
 
@@ -122,9 +122,12 @@ class RecordingDevice:
     def new_status(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int32)
 
-    def clock(self) -> Callable[[], int]:
+    def clock(self) -> int:
         self.log.append(("clock",))
-        return functools.partial(int, len(self.log))
+        return len(self.log)
+
+    def elapsed(self, begin: int, end: int) -> int:
+        return end - begin
 
     def describe(self) -> str:
         return "a stand-in"

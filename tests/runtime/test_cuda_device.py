@@ -7,11 +7,13 @@ pools; and the words of errors for devices that cannot be used.
 from __future__ import annotations
 
 import gc
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ from tests.runtime.test_cuda_driver import StandInDriver
 from turbotx.errors import DeviceError
 from turbotx.kernels.job import Binary
 from turbotx.kernels.targets import kernel_job
+from turbotx.memory.capture_lock import capture_lock
 from turbotx.runtime.cuda_device import CudaDevice, CudaRecorder, require_cuda
 
 GPU = torch.device("cuda", 1)
@@ -35,7 +38,7 @@ class StandInCuda:
     ) -> None:
         self.log: list[Any] = []
         self.current = SimpleNamespace(cuda_stream=7, wait_stream=self.note("current waits for"))
-        self.fail_at_end = False
+        self.invalid, self.recording = False, set()
         facts = {
             "is_available": lambda: True,
             "get_device_capability": lambda index: capability,
@@ -49,30 +52,52 @@ class StandInCuda:
             "stream": self.entered("stream"),
             "Stream": lambda device: SimpleNamespace(wait_stream=self.note("side waits for")),
             "CUDAGraph": lambda: SimpleNamespace(
-                capture_begin=self.note("begin"), capture_end=self.end, replay=self.note("replay")
+                capture_begin=self.begin, capture_end=self.end, replay=self.note("replay")
             ),
             "graph_pool_handle": lambda: (0, len(self.log)),
+            "current_blas_handle": self.note("cuBLAS handle"),
         }
         for name, value in facts.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.version, "hip", None)
-        clear = self.note("clear workspaces")
-        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
+        functions = {
+            "clearCublasWorkspaces": self.note("clear workspaces"),
+            "endAllocateToPool": self.end_allocation,
+            "releasePool": lambda index, pool: self.log.append(("release", index, pool)),
+        }
+        for name, value in functions.items():
+            monkeypatch.setattr(torch._C, f"_cuda_{name}", value, raising=False)
 
     def note(self, name: str) -> Any:
         return lambda *args, **options: self.log.append((name, options) if options else name)
 
+    def begin(self, pool: Any = "its own", capture_error_mode: str = "") -> None:
+        assert pool not in self.recording, "beginAllocateToPool: already recording to mempool_id"
+        self.log.append(("begin", pool, capture_error_mode))
+        self.recording.add(pool)
+        self.latest = pool
+
     def end(self) -> None:
+        """As PyTorch's: the allocator is told after the stream's capture has ended well."""
         self.log.append("end")
-        if self.fail_at_end:
-            raise RuntimeError("the capture was invalidated")
+        if self.invalid and self.latest != "its own":
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.recording.discard(self.latest)
+
+    def end_allocation(self, index: int, pool: Any) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.recording.remove(pool)
+        self.log.append(("end allocation", index, pool))
 
     def entered(self, name: str) -> Any:
         @contextmanager
         def enter(what: Any) -> Any:
             self.log.append(f"enter {name}")
-            yield
-            self.log.append(f"leave {name}")
+            try:
+                yield
+            finally:
+                self.log.append(f"leave {name}")
 
         return enter
 
@@ -119,12 +144,14 @@ def test_a_capture_is_on_a_stream_and_in_a_pool_of_its_own(monkeypatch: pytest.M
     def body() -> None:
         cuda.log.append("body")
         collecting.append(gc.isenabled())
+        # Nobody waits for the device meanwhile.
+        assert capture_lock._owner == threading.get_ident()
 
     recorder.capture(body)
-    begin = ("begin", {"pool": (0, 2), "capture_error_mode": "thread_local"})
+    begin = ("begin", (0, 1), "thread_local")
     assert cuda.log == [
-        "side waits for", "clear workspaces", "enter stream", begin, "body", "end", "leave stream",
-        "clear workspaces", "current waits for",
+        "side waits for", "enter stream", "cuBLAS handle", "clear workspaces", begin, "body", "end",
+        "leave stream", "clear workspaces", "current waits for",
     ]  # fmt: skip
     assert collecting == [False]
     assert gc.isenabled()
@@ -133,21 +160,71 @@ def test_a_capture_is_on_a_stream_and_in_a_pool_of_its_own(monkeypatch: pytest.M
     assert begin in cuda.log  # the same pool
 
 
-def test_a_capture_that_fails_is_ended_and_its_pool_forgotten(
-    monkeypatch: pytest.MonkeyPatch,
+def fail() -> None:
+    raise RuntimeError("not permitted while capturing")
+
+
+@pytest.mark.parametrize("captured_before", [False, True])
+def test_a_capture_that_the_device_breaks_off_is_ended_everywhere(
+    captured_before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda = StandInCuda(monkeypatch)
     recorder = CudaRecorder(GPU)
-    cuda.fail_at_end = True
+    if captured_before:
+        recorder.capture(lambda: None)
+    for body, words in ((fail, "not permitted"), (lambda: None, "previous error")):
+        cuda.log.clear()
+        cuda.invalid = True
+        with pytest.raises(RuntimeError, match=words):
+            recorder.capture(body)
+        assert not cuda.recording
+        pool = next(entry[1] for entry in cuda.log if entry[0] == "begin")
+        told = [("end allocation", 1, pool), ("release", 1, pool)]
+        # Random generators learn of the end by a capture of nothing.
+        nothing = [("begin", "its own", "thread_local"), "end"]
+        assert cuda.log[-6:] == [*told, *nothing, "clear workspaces", "leave stream"]
+        assert gc.isenabled()
+        cuda.invalid = False
+        recorder.capture(lambda: None)
+        assert ("begin", pool, "thread_local") not in cuda.log[-9:]  # another pool
 
-    def body() -> None:
-        raise RuntimeError("not permitted while capturing")
 
+def test_a_capture_whose_body_fails_is_ended_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = StandInCuda(monkeypatch)
+    recorder = CudaRecorder(GPU)
     with pytest.raises(RuntimeError, match="not permitted"):
-        recorder.capture(body)
-    assert cuda.log[-2:] == ["end", "clear workspaces"]
-    assert gc.isenabled()
-    assert recorder._pool is None
+        recorder.capture(fail)
+    # PyTorch has told its allocator, and gives the pool back with the graph.
+    assert cuda.log[-3:] == ["end", "clear workspaces", "leave stream"]
+    assert not cuda.recording
+
+
+def test_short_times_are_exact_however_long_the_process_has_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    StandInCuda(monkeypatch)
+    times = [0, 300_000_000_000, 300_000_003_000]  # nanoseconds: at first, five minutes on, then
+    waited: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = times.pop(0)
+
+        def synchronize(self) -> None:
+            waited.append(self.at)
+
+        def elapsed_time(self, end: Event) -> float:
+            return float(np.float32((end.at - self.at) / 1e6))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    device = CudaDevice(GPU, StandInDriver())
+    device.clock()
+    begin, end = device.clock(), device.clock()
+    assert device.elapsed(begin, end) == 3000
+    assert waited == [300_000_003_000]
 
 
 def test_a_device_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ the words of errors.
 from __future__ import annotations
 
 import ctypes
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,15 +77,35 @@ def test_a_cubin_is_loaded_by_the_name_and_threads_in_its_ptx(built: Built) -> N
     assert driver.named("cuModuleGetFunction")[0][2] == built.job.name.encode()
     assert (function.handle, function.binary.threads) == (HANDLE, 32 * built.job.num_warps)
     assert built.job.taken <= function.binary.arguments <= built.job.taken + 2
-    assert not driver.named("cuFuncSetAttribute")
+    # Every kernel prefers shared memory, so that no processor is divided anew between two.
+    assert [a[1:] for a in driver.named("cuFuncSetAttribute")] == [(9, 100)]
 
 
 def test_much_shared_memory_is_asked_for_and_too_much_refused(built: Built) -> None:
     driver = StandInDriver()
     load(driver, built, 100_000)
-    assert driver.named("cuFuncSetAttribute")[0][1:] == (8, 100_000)
+    assert [a[1:] for a in driver.named("cuFuncSetAttribute")] == [(8, 100_000), (9, 100)]
     with pytest.raises(BuildError, match="needs 300000 bytes of shared memory and the device has"):
         load(driver, built, 300_000)
+
+
+def test_a_kernel_that_wants_scratch_memory_is_refused(
+    built: Built, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert built.scratch_nbytes == 0
+    folder = built.files["cubin"].parent
+    shutil.copytree(folder, tmp_path / "triton" / folder.name)
+    monkeypatch.setenv("TURBOTX_CACHE_DIR", str(tmp_path))
+    result = tmp_path / "triton" / folder.name / "result.json"
+    kept = json.loads(result.read_text())
+    assert kept.pop("scratch_nbytes") == 0
+    driver = StandInDriver()
+    result.write_text(json.dumps({**kept, "scratch_nbytes": 256}))
+    with pytest.raises(BuildError, match="wants 256 bytes of global scratch memory"):
+        load(driver, build([built.job], measure=False)[0])
+    assert not driver.calls
+    result.write_text(json.dumps(kept))  # as results were kept before
+    assert load(driver, build([built.job], measure=False)[0]).handle == HANDLE
 
 
 def test_a_launch_is_one_call(built: Built) -> None:

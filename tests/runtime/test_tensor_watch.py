@@ -12,7 +12,7 @@ from torch import nn
 import turbotx
 from turbotx.runtime import tensor_watch
 from turbotx.runtime.native import load_runtime
-from turbotx.runtime.tensor_watch import make_watch
+from turbotx.runtime.tensor_watch import PlainWatch, TensorWatch, make_watch
 
 
 def tensors() -> list[torch.Tensor]:
@@ -28,11 +28,12 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("name", CHANGES)
-def test_changes_are_seen(name: str) -> None:
+def test_changes_are_seen(name: str, native: bool) -> None:
     given = tensors()
-    watch = make_watch(load_runtime()[0], given)
-    assert watch is not None
+    watch = make_watch(load_runtime()[0] if native else None, given)
+    assert isinstance(watch, TensorWatch if native else PlainWatch)
     assert not watch.changed()
     with torch.no_grad():
         CHANGES[name](given)
@@ -42,7 +43,8 @@ def test_changes_are_seen(name: str) -> None:
 def test_a_tensor_without_a_version_is_not_watched() -> None:
     with torch.inference_mode():
         given = [torch.ones(2)]
-    assert make_watch(load_runtime()[0], given) is None
+    with pytest.raises(RuntimeError, match="version counter"):
+        make_watch(load_runtime()[0], given)
 
 
 def test_a_first_call_may_be_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +52,8 @@ def test_a_first_call_may_be_in_inference_mode(monkeypatch: pytest.MonkeyPatch) 
     given = tensors()
     with torch.inference_mode():
         watch = make_watch(load_runtime()[0], given)
-    assert watch is not None and not watch.changed()
+    assert isinstance(watch, TensorWatch)
+    assert not watch.changed()
 
 
 def test_nothing_is_kept_once_the_watch_is_gone() -> None:
@@ -66,4 +69,4 @@ def test_a_program_watches_its_parameters_natively() -> None:
     fast = turbotx.optimize(nn.Linear(4, 4).eval())
     fast(torch.ones(2, 4))
     (compiled,) = fast._engine.variants()
-    assert compiled.program.runtime.weights._watched is not None
+    assert isinstance(compiled.program.runtime.weights._watched[1], TensorWatch)

@@ -5,7 +5,8 @@ the grid before it, and then lets the one behind it come to wait in turn::
 
     make_dependent(job).source    # ..., gdc_wait(), gdc_launch_dependents(), the kernel's own lines
 
-Both do nothing where a kernel is launched in the ordinary way.
+A kernel that has something to do meanwhile marks where it begins to read (`MARK`); its job says
+what to do (`Job.before_wait`). Waiting and launching do nothing in an ordinary launch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import replace
 from turbotx.kernels.job import Job
 from turbotx.kernels.targets import target_of
 
+# Above, a kernel computes where it works, and reads nothing.
+MARK = "# From here on it reads what other kernels have written."
 IMPORT = "from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait\n"
 # The wait ends when the whole grid before has ended and its stores are seen. The other call comes
 # after it, so that no more than two kernels of a chain are ever under way.
@@ -37,4 +40,7 @@ def make_dependent(job: Job) -> Job:
     assert begin is not None, job.source
     head, body = job.source[: begin.end()], job.source[begin.end() :]
     language = "import triton.language as tl\n"
-    return replace(job, source=head.replace(language, language + IMPORT) + WAIT + body, pdl=True)
+    head = head.replace(language, language + IMPORT)
+    first, mark, rest = body.partition(f"    {MARK}\n")
+    body = first + job.before_wait + WAIT + rest if mark else WAIT + body
+    return replace(job, source=head + body, before_wait="", pdl=True)

@@ -12,22 +12,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from turbotx.kernels.job import Job
-from turbotx.kernels.targets import POINTEES, fit_warps
-from turbotx.kernels.triton_gemm import (
+from turbotx.kernels.gemm_template import (
     GemmSchedule,
     GemmTemplate,
     gemm_arguments,
     gemm_grid,
     gemm_scratch,
-    print_triton_gemm,
 )
+from turbotx.kernels.gemm_tiles import known_tiles
+from turbotx.kernels.job import Job
+from turbotx.kernels.tags import with_tag
+from turbotx.kernels.targets import POINTEES, fit_warps
+from turbotx.kernels.triton_gemm import print_triton_gemm
+from turbotx.kernels.triton_prefetch import print_prefetch
 
 # Token counts that are told apart; a count belongs to the first bucket that holds it.
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 4096)
 # Steps through k that a part of a split sum should at least make: fewer do not hide memory latency.
 FEWEST_STEPS = 3
 MOST_SPLITS = 8
+MOST_STAGES = 6
 # What a program keeps for them: float32 sums of the parts of one launch, and its tiles' turns.
 SPLIT_SUMS_NBYTES = 1 << 21
 MOST_TURNS = 512
@@ -38,7 +42,8 @@ STRIDES = ("x_row", "w_row", "out_row", "residual_row")
 class DeviceClass:
     """What the choice of tiles depends on: processors, shared memory for one program, stages that
     pay. widest: the largest m and n tile whose float32 sums stay in registers, with 8 warps.
-    tflops, tflops_fp32, tb_per_s: dense 16-bit products, ordinary float32 ones, memory."""
+    tflops, tflops_fp32, tb_per_s: dense 16-bit products, ordinary float32 ones, memory.
+    in_flight_nbytes: what must be on its way to keep memory busy; 0: what those stages hold."""
 
     processors: int
     shared_nbytes: int
@@ -47,12 +52,14 @@ class DeviceClass:
     tflops: float = 300.0
     tflops_fp32: float = 19.0
     tb_per_s: float = 2.0
+    in_flight_nbytes: int = 0
 
 
-# From the vendors' data sheets: A100, H100 SXM, B200, MI300X.
+# From the vendors' data sheets: A100, H100 SXM, B200, MI300X. In flight: bandwidth times a latency
+# of 650 ns, which is assumed.
 DEVICES = {
     "sm_80": DeviceClass(108, 160 * 1024, 4, tflops=312.0, tflops_fp32=19.5, tb_per_s=2.0),
-    "sm_90": DeviceClass(132, 224 * 1024, 4, (128, 256), 990.0, 67.0, 3.35),
+    "sm_90": DeviceClass(132, 224 * 1024, 4, (128, 256), 990.0, 67.0, 3.35, 2_200_000),
     "sm_100": DeviceClass(148, 224 * 1024, 4, (128, 256), 2250.0, 75.0, 8.0),
     "gfx942": DeviceClass(304, 64 * 1024, 2, tflops=1307.0, tflops_fp32=163.0, tb_per_s=5.3),
 }
@@ -82,13 +89,18 @@ class GemmLaunch:
     turns_nbytes: int
 
 
-def device_class(target: str) -> DeviceClass:
+def class_name(target: str) -> str:
     """Return the class of a target; an NVIDIA GPU of another kind counts as the next older one."""
     if target in DEVICES:
-        return DEVICES[target]
+        return target
     number = int(target.removeprefix("sm_")) if target.removeprefix("sm_").isdigit() else 0
     older = [n for n in DEVICES if n.startswith("sm_") and int(n[3:]) <= number]
-    return DEVICES[older[-1] if older else "sm_80"]
+    return older[-1] if older else "sm_80"
+
+
+def device_class(target: str) -> DeviceClass:
+    """Return the numbers of a target's class."""
+    return DEVICES[class_name(target)]
 
 
 def bucket_of(tokens: int) -> int:
@@ -97,6 +109,16 @@ def bucket_of(tokens: int) -> int:
 
 
 def choose_tiles(template: GemmTemplate, tokens: int, target: str) -> GemmSchedule:
+    """Return the tiles for the bucket of `tokens`: a table's that knows the GEMM, or a rule's."""
+    t, bucket = template, bucket_of(tokens)
+    schedule = choose_by_rule(t, bucket, target)
+    if t.dtype.itemsize != 2 or t.flipped:
+        return schedule
+    tag = known_tiles(class_name(target), bucket, t.n, t.k, t.gated)
+    return schedule if tag is None else with_tag(schedule, tag)
+
+
+def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSchedule:
     """Return the heuristic's tiles for the bucket of `tokens`.
 
     For few tokens the weight streams through every processor once: tiles are narrow, and the sums
@@ -121,11 +143,37 @@ def choose_tiles(template: GemmTemplate, tokens: int, target: str) -> GemmSchedu
         k_tile //= 2
     # With a norm 128 x 64 took 254 registers of 4 warps on sm_100, and spilled a word.
     most = 128 * (64 if template.norm != "none" else 128)
-    # Row statistics of 128 x 32 x 64 spilled 12 words there, at 72 registers; 8 warps take 56.
-    few = template.stats and (m_tile, n_tile, k_tile) == (128, 32, 64)
+    # Row statistics of 128 x 32 x 64 spilled 12 words there, at 72 registers, and a gate 6; 8 warps
+    # take 56.
+    few = (template.stats or template.gated) and (m_tile, n_tile, k_tile) == (128, 32, 64)
     warps = 8 if m_tile * n_tile * (1 + template.gated) >= most or few else 4
     splits = _splits(template, bucket, m_tile, n_tile, k_tile, device)
-    return GemmSchedule(m_tile, n_tile, k_tile, warps, stages, splits)
+    schedule = GemmSchedule(m_tile, n_tile, k_tile, warps, stages, splits)
+    return _keep_busy(template, schedule, bucket, device) if bucket <= FEW_TOKENS else schedule
+
+
+def _keep_busy(
+    template: GemmTemplate, schedule: GemmSchedule, bucket: int, device: DeviceClass
+) -> GemmSchedule:
+    """Take more steps of k at a time, then more stages, until enough of the weight is in flight."""
+    t, s = template, schedule
+    row_nbytes = t.dtype.itemsize * (1 + t.gated)
+    wanted = min(device.in_flight_nbytes, row_nbytes * t.n * t.k)
+    while True:
+        blocks = -(-bucket // s.m_tile) * -(-t.n // s.n_tile) * s.splits
+        together = device.processors * max(1, device.shared_nbytes // shared_nbytes(t, s))
+        steps = min(s.num_stages - 1, -(-t.k // s.k_tile // s.splits))
+        held = min(blocks, together) * steps * s.n_tile * s.k_tile * row_nbytes
+        if held >= wanted:
+            return s
+        if s.k_tile * t.dtype.itemsize < 256:
+            splits = _splits(t, bucket, s.m_tile, s.n_tile, 2 * s.k_tile, device)
+            more = replace(s, k_tile=2 * s.k_tile, splits=splits)
+        else:
+            more = replace(s, num_stages=s.num_stages + 1)
+        if more.num_stages > MOST_STAGES or shared_nbytes(t, more) > device.shared_nbytes:
+            return s
+        s = more
 
 
 def _widest_that_fills(
@@ -282,6 +330,7 @@ def gemm_job(
     given = gemm_arguments(template, schedule)
     tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
     multiples = {a for a, kind in given if kind != "size"} - set(unaligned) | set(divisible)
+    prefetch = print_prefetch(template, schedule, {"w_ptr", "w_row"} <= multiples)
     return Job(
         name=name or template.name,
         source=print_triton_gemm(template, schedule, name),
@@ -294,4 +343,5 @@ def gemm_job(
         divisible=tuple(a for a, _ in given if a in multiples),
         num_warps=fit_warps(schedule.num_warps, target),
         num_stages=schedule.num_stages,
+        before_wait="".join(f"    {line}\n" if line else "\n" for line in prefetch),
     )

@@ -27,7 +27,8 @@ class Job:
 
     signature: the Triton type of every argument, in order ("constexpr" for tiles).
     divisible: arguments that are multiples of 16 (pointers: addresses), so that an access may be
-    128 bits wide. pdl: it waits for the kernel before it by itself (see `dependent`).
+    128 bits wide. pdl: it waits for the kernel before it by itself (see `dependent`); before_wait:
+    the lines that it then does first.
     """
 
     name: str
@@ -39,11 +40,13 @@ class Job:
     num_warps: int
     num_stages: int = 2
     pdl: bool = False
+    before_wait: str = ""
 
     def digest(self) -> str:
         """Return a digest of all that shapes the binary, which comments do not: a kernel's header
         names lines of the user's model."""
-        code = dataclasses.replace(self, source=_COMMENTS.sub("", self.source))
+        source = _COMMENTS.sub("", self.source)
+        code = dataclasses.replace(self, source=source, before_wait="")
         shown = (_triton_version(), dataclasses.astuple(code))
         return hashlib.sha256(repr(shown).encode()).hexdigest()[:24]
 

@@ -64,12 +64,14 @@ class Built:
     """A compiled job: files by kind ("ttir", "ptx", "cubin", …) and what the kernel uses.
 
     shared_nbytes: dynamic shared memory to launch it with. cached: nothing had to be compiled.
+    scratch_nbytes: global memory that every program of it wants from its launcher.
     """
 
     job: Job
     files: dict[str, Path]
     shared_nbytes: int
     cached: bool
+    scratch_nbytes: int = 0
 
     @functools.cached_property
     def resources(self) -> Resources:
@@ -87,6 +89,12 @@ class Built:
         if arguments < job.taken:
             raise BuildError(
                 f"{job.name} was compiled to {arguments} arguments, not {job.taken}: {ptx}"
+            )
+        if self.scratch_nbytes:
+            raise BuildError(
+                f"{job.name} wants {self.scratch_nbytes} bytes of global scratch memory a program, "
+                "which turbotx gives to none: choose other tiles for it (option schedules), and "
+                "unset what instruments kernels, as TRITON_INSTRUMENTATION_MODE does"
             )
         image = self.files["cubin"].read_bytes()
         return Binary(
@@ -254,7 +262,9 @@ def _load(job: Job, cached: bool) -> Built:
     folder = _folder(job)
     files = {p.suffix[1:]: p for p in sorted(folder.iterdir()) if p.suffix != ".json"}
     answer = json.loads((folder / "result.json").read_text())
-    return Built(job, files, answer["shared_nbytes"], cached)
+    # Results that were kept before scratch was asked for are of kernels that have none.
+    scratch = answer.get("scratch_nbytes", 0)
+    return Built(job, files, answer["shared_nbytes"], cached, scratch)
 
 
 def _write(path: Path, text: str) -> None:

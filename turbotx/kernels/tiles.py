@@ -1,6 +1,7 @@
 """Tiles of GEMMs and attention: what was asked for or measured, over what the heuristics choose.
 
-In: tags such as "m64n32k128w4s3x2" (tile, warps, stages, splits of k), "q64k64w4s2" or "cublas",
+In: tags such as "m64n32k128w4s3x2l1p1" (tile, warps, stages, splits of k, and two of
+`GemmSchedule`'s choices), "q64k64w4s2" or "cublas",
 by name or by structure and size. Out: schedules; None where the library's GEMM is to run::
 
     Tiles((("gemm_float16_768x*", "s4"),), "sm_90", load_tuned("NVIDIA H100")).gemm(template, 40)
@@ -11,12 +12,10 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
-from turbotx.errors import OptionsError
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.cpp_products import ProductKernel
 from turbotx.kernels.gemm_choice import (
@@ -29,63 +28,20 @@ from turbotx.kernels.gemm_choice import (
     prefers_template,
     shared_nbytes,
 )
+from turbotx.kernels.gemm_template import GemmSchedule, GemmTemplate
 from turbotx.kernels.schedule import power_above
+from turbotx.kernels.tags import LIBRARY, PARTS, AttentionTiles, with_tag
 from turbotx.kernels.triton_attention import (
     FEW_QUERIES,
-    AttentionSchedule,
     choose_attention_schedule,
 )
-from turbotx.kernels.triton_gemm import GemmSchedule, GemmTemplate
-from turbotx.kernels.triton_products import ProductSchedule, choose_product_schedule
+from turbotx.kernels.triton_products import choose_product_schedule
 from turbotx.kernels.tuned import Tuned
 
-LIBRARY = "cublas"
 # What tuning keeps of a program's norms.
 FOLDED, STORED = "folded", "stored"
-# letter -> field, least, most
-PARTS: dict[str, tuple[str, int, int]] = {
-    "m": ("m_tile", 16, 256), "n": ("n_tile", 16, 256), "q": ("q_tile", 16, 128),
-    "k": ("k_tile", 16, 256), "w": ("num_warps", 1, 16), "s": ("num_stages", 1, 5),
-    "x": ("splits", 1, 16),
-}  # fmt: skip
 # Float32 sums of a tile that a thread may hold.
 MOST_SUMS = 128
-Tiled = TypeVar("Tiled", GemmSchedule, AttentionSchedule, ProductSchedule)
-AttentionTiles = AttentionSchedule | ProductSchedule
-
-
-def tag_of(schedule: GemmSchedule | AttentionTiles | None) -> str:
-    """Return what `with_tag` reads; "cublas" for None."""
-    if schedule is None:
-        return LIBRARY
-    return "".join(
-        f"{letter}{getattr(schedule, field)}"
-        for letter, (field, _, _) in PARTS.items()
-        if hasattr(schedule, field)
-    )
-
-
-def with_tag(schedule: Tiled, tag: str) -> Tiled:
-    """Return a schedule with the parts that a tag names; what it has no use for is left.
-
-    Raises OptionsError for what is no tag, or is out of bounds.
-    """
-    found = re.findall(r"([a-z])(\d+)", tag)
-    if not found or "".join(letter + number for letter, number in found) != tag:
-        raise OptionsError(f"{tag!r} names no tiles: write as in {tag_of(schedule)!r}")
-    known = {f.name for f in fields(schedule)}
-    given: dict[str, int] = {}
-    for letter, number in found:
-        field, low, high = PARTS.get(letter, ("", 0, 0))
-        if field not in known:
-            continue
-        value = int(number)
-        power = value & (value - 1) == 0 or letter in "sx"
-        if not low <= value <= high or not power:
-            rule = f"{low} to {high}" + ("" if letter in "sx" else ", a power of two")
-            raise OptionsError(f"tiles {tag!r}: {letter}{value} is none of {rule}")
-        given[field] = value
-    return replace(schedule, **given)
 
 
 def structure_of(
@@ -197,9 +153,10 @@ def attention_neighbours(schedule: AttentionTiles) -> list[AttentionTiles]:
 def _steps(schedule: Any) -> list[Any]:
     found = []
     for field, low, high in PARTS.values():
-        if not hasattr(schedule, field):
-            continue
+        if not hasattr(schedule, field) or field == "prefetch":
+            continue  # launches are timed one by one, where nothing waits
         value = getattr(schedule, field)
-        near = (value - 1, value + 1) if field == "num_stages" else (value // 2, value * 2)
+        one_by_one = field in ("num_stages", "late")
+        near = (value - 1, value + 1) if one_by_one else (value // 2, value * 2)
         found += [replace(schedule, **{field: v}) for v in near if low <= v <= high]
     return found

@@ -26,6 +26,19 @@ def minimum(a, b):
     """The smaller one, NaN where either is NaN."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 ''',
+    "gelu": '''
+def gelu(x):
+    """x Phi(x) for results of 16 bits: Phi(-|x|) is a power of two, to 2^-17, and to 2^-8 at 8."""
+    a = tl.abs(x)
+    power = -1.75619198e-06 * a + 6.00929161e-05
+    power = power * a - 9.19088430e-04
+    power = power * a + 8.46408308e-03
+    power = power * a - 5.38713522e-02
+    power = power * a - 4.58554953e-01
+    power = power * a - 1.15121150
+    tail = tl.exp2(power * a - 1.0)
+    return x * tl.where(x > 0, 1.0 - tail, tail)
+''',
     "tanh": '''
 def tanh(x):
     """Hyperbolic tangent to 2 ulp: a polynomial near zero, the exponential elsewhere."""

@@ -15,119 +15,33 @@ Golub & LeVeque 1979).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from turbotx.kernels.schedule import power_above
+from turbotx.kernels.dependent import MARK
+from turbotx.kernels.gemm_template import GemmSchedule, GemmTemplate, gemm_arguments
 from turbotx.kernels.triton_functions import functions_in
 from turbotx.kernels.triton_reduce import TYPES
+from turbotx.kernels.triton_statistics import (
+    RowStatistics,
+    load_statistics,
+    merge_in_steps,
+    merge_loaded,
+)
 
 # What becomes of the sums; in the epilogue's own arithmetic, float32.
 ACTIVATIONS = {
     "none": "{0}",
     "relu": "tl.where({0} > 0.0, {0}, {0} * 0.0)",  # NaN stays
-    "gelu": "0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476))",
-    "gelu_tanh": "0.5 * {0} * (1.0 + tanh(0.79788456 * ({0} + 0.044715 * {0} * {0} * {0})))",
+    "gelu": "0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476))",  # 16 bits: `gelu`
+    # x/2 (1 + tanh(y)) = x / (1 + exp(-2 y)), which loses nothing where tanh(y) is near -1.
+    "gelu_tanh": "{0} / (1.0 + tl.exp(-1.5957691216057308 * ({0} + 0.044715 * {0} * {0} * {0})))",
     "silu": "{0} / (1.0 + tl.exp(-{0}))",
     "tanh": "tanh({0})",
 }
 # Tiles of rows that share a turn through the weight, so that it is read from memory once.
 GROUP = 8
-# The narrowest tile of outputs: no row has more statistics than one for each of these.
-NARROWEST = 16
-# Statistics that a program merges at a time.
-MERGED = 4096
-
-
-@dataclass(frozen=True)
-class GemmTemplate:
-    """What is fixed about a GEMM launch: out (tokens, n) of x (tokens, k) and a weight.
-
-    The weight has n rows, or 2 n where `gated`: the second half times the first, after activation.
-    flipped: it is stored (k, n). norm: "none", "layer" or "rms", of x over k, with eps; scaled: the
-    weight with gamma in it is stored times a power of two a row. residual_norm: likewise, of the
-    residual over n. stats: leave the row statistics of out behind. tf32: float32 factors may be
-    rounded to TF32.
-    """
-
-    dtype: torch.dtype
-    n: int
-    k: int
-    bias: bool = False
-    activation: str = "none"
-    gated: bool = False
-    residual: bool = False
-    norm: str = "none"
-    eps: float = 1e-5
-    scaled: bool = False
-    residual_norm: str = "none"
-    residual_eps: float = 1e-5
-    stats: bool = False
-    flipped: bool = False
-    tf32: bool = False
-
-    @property
-    def centered(self) -> bool:
-        """Whether the mean is subtracted from x, and not from the sums."""
-        return self.norm == "layer" and self.dtype is torch.float32
-
-    @property
-    def folds(self) -> bool:
-        """Whether it has a part in a folded norm: then no library's GEMM can do the same."""
-        return self.stats or {self.norm, self.residual_norm} != {"none"}
-
-    @property
-    def name(self) -> str:
-        kind = TYPES[self.dtype].removeprefix("tl.")
-        parts = [f"gemm_{kind}_{self.n}x{self.k}", f"{self.norm}_norm" * (self.norm != "none")]
-        parts += ["flipped" * self.flipped, "bias" * self.bias]
-        parts += [self.activation * (self.activation != "none"), "gated" * self.gated]
-        normed = "" if self.residual_norm == "none" else f"{self.residual_norm}_norm"
-        parts += ["add" * self.residual, normed, "stats" * self.stats]
-        return "_".join(p for p in parts if p)
-
-
-@dataclass(frozen=True)
-class GemmSchedule:
-    """A tile of m tokens x n outputs, k at a time; the sums over k in `splits` programs.
-
-    stat_tile: over how many columns each of x's statistics is, the n_tile of the GEMM that left
-    them (k where one statistic covers the row); residual_tile: likewise of the residual's.
-    """
-
-    m_tile: int
-    n_tile: int
-    k_tile: int
-    num_warps: int = 4
-    num_stages: int = 3
-    splits: int = 1
-    stat_tile: int = 0
-    residual_tile: int = 0
-
-
-def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple[str, str]]:
-    """Return the arguments before the tiles and what they are: "storage", "fp32", "i32" or "size".
-
-    bias is float32 where a norm is folded into it, as are sums and scales of the weight's rows.
-    residual_norm: float32 (2, n), gamma and beta. Statistics: float32 (2, tokens, tiles), means and
-    m2. partial and turns: scratch of a split GEMM, turns zero before and after.
-    """
-    t = template
-    bias = "fp32" if t.norm != "none" else "storage"
-    pointers = [("x_ptr", "storage"), ("w_ptr", "storage")]
-    pointers += [("bias_ptr", bias)] * t.bias
-    pointers += [("sums_ptr", "fp32")] * (t.norm == "layer" and not t.centered)
-    pointers += [("scales_ptr", "fp32")] * t.scaled
-    pointers += [("x_stats_ptr", "fp32")] * (t.norm != "none")
-    pointers += [("residual_ptr", "storage")] * t.residual
-    normed = ("residual_norm_ptr", "residual_stats_ptr")
-    pointers += [(name, "fp32") for name in normed if t.residual_norm != "none"]
-    pointers += [("out_ptr", "storage")]
-    pointers += [("stats_ptr", "fp32")] * t.stats
-    pointers += [("partial_ptr", "fp32"), ("turns_ptr", "i32")] * (schedule.splits > 1)
-    sizes = ["tokens", "x_row", "w_row", "out_row"] + ["residual_row"] * t.residual
-    return [*pointers, *((size, "size") for size in sizes)]
+# Sums a thread up to which other operands are held in registers beside them.
+FEW_SUMS = 32
 
 
 def print_triton_gemm(
@@ -137,21 +51,6 @@ def print_triton_gemm(
     return _Gemm(template, schedule).text(name or template.name)
 
 
-def gemm_grid(template: GemmTemplate, schedule: GemmSchedule, tokens: int) -> tuple[int, int, int]:
-    """Return the number of programs: one a tile of out, and one a part of its sums."""
-    tiles = -(-tokens // schedule.m_tile) * -(-template.n // schedule.n_tile)
-    return tiles, schedule.splits, 1
-
-
-def gemm_scratch(template: GemmTemplate, schedule: GemmSchedule, tokens: int) -> tuple[int, int]:
-    """Return the bytes of partial sums and of turns that a launch needs, 0 without splits."""
-    if schedule.splits == 1:
-        return 0, 0
-    tiles = gemm_grid(template, schedule, tokens)[0]
-    sums = tiles * schedule.splits * schedule.m_tile * schedule.n_tile * (1 + template.gated)
-    return 4 * sums, 4 * tiles
-
-
 class _Gemm:
     def __init__(self, template: GemmTemplate, schedule: GemmSchedule) -> None:
         self.t, self.s = template, schedule
@@ -159,16 +58,25 @@ class _Gemm:
         self.n_tiles = -(-template.n // schedule.n_tile)
         self.n_masked = template.n % schedule.n_tile != 0
         self.k_masked = template.k % schedule.k_tile != 0
+        self.x_stats = self._row_statistics("x", template.norm)
+        self.added_stats = self._row_statistics("residual", template.residual_norm)
+        sums = schedule.m_tile * schedule.n_tile * len(self.accumulators)
+        self.late = bool(schedule.late) and sums <= FEW_SUMS * 32 * schedule.num_warps
+        # Whether they are asked for before the sums, and used after: x's mean may be needed in it.
+        self.x_waits, self.added_waits = (
+            self.late and s is not None and s.can_wait(schedule.num_warps)
+            for s in (None if template.centered else self.x_stats, self.added_stats)
+        )
 
     def text(self, name: str) -> str:
         arguments = [a for a, _ in gemm_arguments(self.t, self.s)]
         arguments += [f"{tile}_TILE: tl.constexpr" for tile in "MNK"]
-        body = [*self._place(), *self._statistics(), *self._sum()]
+        body, sums = self._place(), [*self._early_statistics(), *self._sum()]
         end = [*self._finish(), *self._store()]
-        if self.s.splits > 1:
-            body += [*self._meet(), *(f"    {line}" for line in end)]
+        if self.s.splits > 1:  # only the last program of a tile needs what is asked for
+            body += [*sums, *self._meet(), *(f"    {line}" if line else "" for line in end)]
         else:
-            body += end
+            body += [*self._ask(), *sums, *end]
         lines = ["@triton.jit", f"def {name}(", *(f"    {a}," for a in arguments), "):"]
         lines += [f"    {line}" if line else "" for line in body]
         printed = "\n".join(lines)
@@ -194,6 +102,15 @@ class _Gemm:
 
     # --- where a program works ---
 
+    def _row_statistics(self, name: str, norm: str) -> RowStatistics | None:
+        t, s = self.t, self.s
+        if norm == "none":
+            return None
+        width, tile, eps = (
+            (t.k, s.stat_tile, t.eps) if name == "x" else (t.n, s.residual_tile, t.residual_eps)
+        )
+        return RowStatistics(name, norm, width, tile or width, eps, s.m_tile)
+
     def _place(self) -> list[str]:
         lines = [
             "# Programs of a few tiles of tokens go through the weight together.",
@@ -207,60 +124,53 @@ class _Gemm:
             "n = n_tile * N_TILE + tl.arange(0, N_TILE)[None, :]",
             "m_ok = m < tokens",
         ]
-        return [*lines, *([f"n_ok = n < {self.t.n}"] if self.n_masked else [])]
+        lines += [f"n_ok = n < {self.t.n}"] * self.n_masked
+        if self.s.splits > 1:
+            steps = -(-self.t.k // self.s.k_tile)
+            lines += [
+                f"begin = tl.program_id(1) * {steps} // {self.s.splits} * K_TILE",
+                f"end = (tl.program_id(1) + 1) * {steps} // {self.s.splits} * K_TILE",
+            ]
+        return [*lines, MARK]
 
-    def _statistics(self) -> list[str]:
-        """Merge the parts of x's row statistics."""
-        t = self.t
-        if t.norm == "none":
+    def _early_statistics(self) -> list[str]:
+        """Merge x's row statistics before the sums, where those need them or all cannot wait."""
+        if self.x_stats is None or self.x_waits:
             return []
-        return self._merge("x", t.norm, t.k, self.s.stat_tile or t.k, t.eps)
+        return merge_in_steps(self.x_stats)
 
-    def _merge(self, name: str, norm: str, width: int, tile: int, eps: float) -> list[str]:
-        """mean and rstd of rows of `width` elements, from statistics of every `tile` of them."""
-        parts = -(-width // tile)
-        # Beyond these, a tile of rows would not stay in registers.
-        step = min(power_above(parts), max(16, MERGED // self.s.m_tile))
-        mean, m2 = f"{name}_mean", f"{name}_m2"
-        count = f"tl.maximum(tl.minimum({width} - part * {tile}, {tile}), 0).to(tl.float32)"
-        load = [
-            f"part = first + tl.arange(0, {step})[None, :]",
-            f"part_ok = m_ok & (part < {parts})",
-            f"count = {count}",
-            f"at = {name}_stats_ptr + m.to(tl.int64) * {parts} + part",
-            "part_mean = tl.load(at, mask=part_ok, other=0.0)",
-        ]
-        lines = [
-            "",
-            f"# Statistics of {name}'s rows, from those of every {tile} columns.",
-            f"{mean} = tl.zeros((M_TILE, 1), tl.float32)",
-            f"{m2} = tl.zeros((M_TILE, 1), tl.float32)",
-            f"for first in range(0, {parts}, {step}):",
-            *(f"    {line}" for line in load),
-            f"    {mean} += tl.sum(part_mean * count, 1, keep_dims=True) / {width}",
-            f"for first in range(0, {parts}, {step}):",
-            *(f"    {line}" for line in load),
-            f"    part_m2 = tl.load(at + tokens.to(tl.int64) * {parts}, mask=part_ok, other=0.0)",
-            f"    off = part_mean - {mean}",
-            f"    {m2} += tl.sum(part_m2 + count * off * off, 1, keep_dims=True)",
-        ]
-        square = f"{m2} / {width}" + (f" + {mean} * {mean}" if norm == "rms" else "")
-        return [*lines, f"{name}_rstd = tl.rsqrt({square} + {eps!r})"]
+    def _ask(self) -> list[str]:
+        """Ask for what is needed once the sums over k are made.
+
+        It comes while they are: the reduction of statistics, with its shuffles and barriers, would
+        keep the first tile of the weight waiting.
+        """
+        if not self.late:
+            return []
+        lines = ["", "# What is done to the sums asks for its operands before they are made."]
+        for s, waits in ((self.x_stats, self.x_waits), (self.added_stats, self.added_waits)):
+            lines += load_statistics(s) if s is not None and waits else []
+        for k, a in enumerate(self.accumulators):
+            off = f" + {self.t.n}" if k else ""
+            lines += [f"{a}_{what} = {self._column(what, off)}" for what in self._columns()]
+        if self.t.residual:
+            lines += self._residual()
+        if self.t.residual_norm != "none":
+            lines += [f"{name} = {read}" for name, read in self._affine().items()]
+        return lines if len(lines) > 2 else []
+
+    def _columns(self) -> list[str]:
+        """What is read of each column, by the argument's name."""
+        t = self.t
+        sums = t.norm == "layer" and not t.centered
+        return ["scales"] * t.scaled + ["sums"] * sums + ["bias"] * t.bias
 
     # --- the sums ---
 
     def _sum(self) -> list[str]:
         t, s = self.t, self.s
-        begin, end = "0", str(t.k)
-        lines = [""]
-        if s.splits > 1:
-            steps = -(-t.k // s.k_tile)
-            begin, end = "begin", "end"
-            lines += [
-                f"begin = tl.program_id(1) * {steps} // {s.splits} * K_TILE",
-                f"end = (tl.program_id(1) + 1) * {steps} // {s.splits} * K_TILE",
-            ]
-        lines += [f"{a} = tl.zeros((M_TILE, N_TILE), tl.float32)" for a in self.accumulators]
+        begin, end = ("begin", "end") if s.splits > 1 else ("0", str(t.k))
+        lines = ["", *(f"{a} = tl.zeros((M_TILE, N_TILE), tl.float32)" for a in self.accumulators)]
         k_ok = f"(k < {t.k})"
         x_ok = " & ".join(["m_ok", *([k_ok] if self.k_masked else [])])
         step = [
@@ -315,6 +225,7 @@ class _Gemm:
             f"if turn == {splits - 1}:",
             "    tl.store(turns_ptr + tl.program_id(0), 0)",
         ]
+        lines += [f"    {line}" if line else "" for line in self._ask()]
         lines += [f"    {a} = tl.zeros((M_TILE, N_TILE), tl.float32)" for a in self.accumulators]
         lines.append(f"    for split in range({splits}):")
         for k, a in enumerate(self.accumulators):
@@ -324,46 +235,65 @@ class _Gemm:
 
     # --- the epilogue ---
 
-    def _column(self, pointer: str, off: str = "") -> str:
+    def _column(self, argument: str, off: str = "") -> str:
         mask = ", mask=n_ok, other=0.0" if self.n_masked else ""
-        return f"tl.load({pointer} + n{off}{mask}).to(tl.float32)"
+        return f"tl.load({argument}_ptr + n{off}{mask}).to(tl.float32)"
+
+    def _affine(self) -> dict[str, str]:
+        """What a normalised residual is multiplied by, and what is added."""
+        second = self._column("residual_norm", f" + {self.t.n}")
+        return {"gamma": self._column("residual_norm"), "beta": second}
+
+    def _residual(self) -> list[str]:
+        return [
+            "residual = tl.load(",
+            "    residual_ptr + m.to(tl.int64) * residual_row + n,",
+            f"    mask={self._ok()},",
+            "    other=0.0,",
+            ")",
+        ]
 
     def _finish(self) -> list[str]:
         t = self.t
-        lines = [""]
+        lines = merge_loaded(self.x_stats) if self.x_stats is not None and self.x_waits else []
+        lines.append("")
         for k, a in enumerate(self.accumulators):
             off = f" + {t.n}" if k else ""
+            read = {c: self._column(c, off) for c in self._columns()}
+            if self.late:
+                read = {c: f"{a}_{c}" for c in read}
             if t.scaled:
-                lines.append(f"{a} = {a} * {self._column('scales_ptr', off)}")
+                lines.append(f"{a} = {a} * {read['scales']}")
             if t.norm == "layer" and not t.centered:
-                lines.append(f"{a} = x_rstd * ({a} - x_mean * {self._column('sums_ptr', off)})")
+                lines.append(f"{a} = x_rstd * ({a} - x_mean * {read['sums']})")
             elif t.norm != "none":
                 lines.append(f"{a} = x_rstd * {a}")
             if t.bias:
-                lines.append(f"{a} += {self._column('bias_ptr', off)}")
+                lines.append(f"{a} += {read['bias']}")
         if t.activation != "none":
-            lines.append(f"sums = {ACTIVATIONS[t.activation].format('sums')}")
+            short = t.activation == "gelu" and t.dtype.itemsize == 2
+            applied = "gelu({0})" if short else ACTIVATIONS[t.activation]
+            lines.append(f"sums = {applied.format('sums')}")
         if t.gated:
             lines.append("sums = sums * gate")
-        if t.residual_norm != "none":  # not earlier: it would be held through the sums
-            tile = self.s.residual_tile or t.n
-            lines += self._merge("residual", t.residual_norm, t.n, tile, t.residual_eps)
-        if t.residual:
-            lines += [
-                "residual = tl.load(",
-                "    residual_ptr + m.to(tl.int64) * residual_row + n,",
-                f"    mask={self._ok()},",
-                "    other=0.0,",
-                ").to(tl.float32)",
-            ]
-            if t.residual_norm == "layer":
-                lines.append("residual = residual - residual_mean")
-            if t.residual_norm != "none":
-                gamma = self._column("residual_norm_ptr")
-                beta = self._column("residual_norm_ptr", f" + {t.n}")
-                lines.append(f"residual = residual * residual_rstd * {gamma} + {beta}")
-            lines.append("sums += residual")
-        return lines
+        return lines + self._add() if t.residual else lines
+
+    def _add(self) -> list[str]:
+        """Add the residual, normalised."""
+        t, lines = self.t, []
+        if (
+            self.added_stats is not None
+        ):  # not earlier: mean and rstd would be held through the sums
+            merge = merge_loaded if self.added_waits else merge_in_steps
+            lines += merge(self.added_stats)
+        lines += [] if self.late else self._residual()
+        lines.append("residual = residual.to(tl.float32)")
+        if t.residual_norm == "layer":
+            lines.append("residual = residual - residual_mean")
+        if t.residual_norm != "none":
+            gamma, beta = self._affine() if self.late else self._affine().values()
+            lines.append(f"residual = residual * residual_rstd * {gamma} + {beta}")
+        return [*lines, "sums += residual"]
 
     def _ok(self) -> str:
         return "m_ok & n_ok" if self.n_masked else "m_ok"

@@ -45,7 +45,11 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
             content = built.asm[kind]
             data = content if isinstance(content, bytes) else content.encode()
             (Path(job["out"]) / f"{job['name']}.{kind}").write_bytes(data)
-    return {"shared_nbytes": built.metadata.shared}
+    scratch = ("global_scratch_size", "profile_scratch_size")  # not every backend has them
+    return {
+        "shared_nbytes": built.metadata.shared,
+        "scratch_nbytes": sum(getattr(built.metadata, name, 0) or 0 for name in scratch),
+    }
 
 
 def main() -> None:

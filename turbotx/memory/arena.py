@@ -17,8 +17,11 @@ from typing import Any, Protocol
 
 import torch
 
+from turbotx.memory.capture_lock import capture_lock
 from turbotx.memory.cpu_range import CpuRange, MemoryExhausted, load_libc
-from turbotx.memory.cuda_range import CudaMemoryError, CudaRange
+from turbotx.memory.cuda_range import CudaRange
+
+_PROBE_BYTE = 0xA5
 
 
 class AddressRange(Protocol):
@@ -56,8 +59,9 @@ class PlainRange:
 
     def _replace(self, nbytes: int) -> None:
         device = self.tensor.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # another stream may still be working on it
+        if device.type == "cuda" and self.mapped_nbytes:
+            with capture_lock:
+                torch.cuda.synchronize(device)  # another stream may still be working on it
         # The old one goes first, so that both are never alive together.
         self.tensor = torch.empty(0, dtype=torch.uint8, device=device)
         self.mapped_nbytes = 0
@@ -103,16 +107,42 @@ def _open_cuda(device: torch.device, address_nbytes: int) -> AddressRange:
             RuntimeWarning,
         )
         return PlainRange(device)
-    torch.cuda.synchronize(device)  # makes the device's context, which the driver calls need
+    # An event makes the device's context, which the driver calls need, and waits for nothing.
+    with torch.cuda.device(device):
+        torch.cuda.Event().record()
     index = torch.cuda.current_device() if device.index is None else device.index
+    memory = None
     try:
         memory = CudaRange(index, address_nbytes, driver, lambda: torch.cuda.synchronize(device))
-        memory.map_to(1)  # some virtual machines reserve addresses and cannot back them
-        memory.unmap_to(0)
+        _try_out(memory, device)
         return memory
-    except CudaMemoryError as error:
-        warnings.warn(f"{error}; arenas are plain allocations instead", RuntimeWarning)
-        return PlainRange(device)
+    except Exception as error:  # whatever it is, a plain allocation does not need it
+        reason = f"{type(error).__name__}: {error}"
+    if memory is not None:
+        memory.close()
+    warnings.warn(
+        f"virtual memory of {device} cannot be used, so arenas are plain allocations, which move "
+        f"when they grow: {reason}",
+        RuntimeWarning,
+    )
+    return PlainRange(device)
+
+
+def _try_out(memory: CudaRange, device: torch.device) -> None:
+    """Use a new range once, as arenas will; raise what that raises, or RuntimeError.
+
+    Some virtual machines reserve addresses and cannot back them, and memory that is mapped need
+    not be what PyTorch takes for a tensor.
+    """
+    memory.map_to(1)
+    tensor = view_range(memory, device)
+    if tensor.data_ptr() != memory.address:
+        raise RuntimeError("PyTorch copied the mapped memory, where it was to make a view of it")
+    ends = tensor.fill_(_PROBE_BYTE)[:: tensor.numel() - 1].tolist()
+    if ends != [_PROBE_BYTE] * 2:
+        raise RuntimeError(f"bytes written as {_PROBE_BYTE} were read back as {ends}")
+    del tensor
+    memory.unmap_to(0)
 
 
 def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from turbotx.errors import TurbotxError
+from turbotx.memory.capture_lock import capture_lock
 from turbotx.memory.cpu_range import MemoryExhausted
 
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
@@ -26,8 +28,8 @@ class CudaRange:
     """Bytes [address, address + mapped_nbytes) are device memory; the rest is only reserved.
 
     Each growth is one allocation, mapped behind the last; shrinking releases whole growths from
-    the end, and waits for the device first. The device's context must be initialised and
-    current. Raises MemoryExhausted and CudaMemoryError, and is then as it was.
+    the end, and waits for the device first, as does the end of the range. The device's context must
+    be initialised and current. Raises MemoryExhausted and CudaMemoryError, and is then as it was.
     """
 
     stable = True
@@ -52,15 +54,10 @@ class CudaRange:
         self.mapped_nbytes = 0
         self._growths: list[tuple[int, int, Any]] = []
         """(offset, nbytes, allocation handle), from the start up."""
-        self.close = weakref.finalize(
-            self,
-            _release_all,
-            driver,
-            synchronize,
-            self.address,
-            self.capacity_nbytes,
-            self._growths,
+        release = partial(
+            _release_all, driver, synchronize, self.address, self.capacity_nbytes, self._growths
         )
+        self.close = weakref.finalize(self, capture_lock.when_free, release)
         self.close.atexit = False  # the driver goes away by itself, and takes the memory along
 
     def map_to(self, nbytes: int) -> None:
@@ -93,12 +90,13 @@ class CudaRange:
         """Releases every growth that lies above the first `nbytes`; work in flight ends first."""
         if not self._growths or self._growths[-1][0] < nbytes:
             return
-        self._synchronize()
-        while self._growths and self._growths[-1][0] >= nbytes:
-            offset, grown, handle = self._growths.pop()
-            self.mapped_nbytes = offset
-            call(self._driver, "cuMemUnmap", self.address + offset, grown)
-            call(self._driver, "cuMemRelease", handle)
+        with capture_lock:
+            self._synchronize()
+            while self._growths and self._growths[-1][0] >= nbytes:
+                offset, grown, handle = self._growths.pop()
+                self.mapped_nbytes = offset
+                call(self._driver, "cuMemUnmap", self.address + offset, grown)
+                call(self._driver, "cuMemRelease", handle)
 
 
 def call(driver: Any, name: str, *arguments: object) -> Any:

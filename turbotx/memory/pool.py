@@ -91,9 +91,11 @@ class Lease:
     def __exit__(self, *error: object) -> None:
         arena, self._arena = self._arena, None
         if arena is not None:
-            if arena.order is not None:
-                arena.order.leave()
-            self._pool._give_back(arena)
+            try:
+                if arena.order is not None:
+                    arena.order.leave()
+            finally:
+                self._pool._give_back(arena)
 
 
 class ChunkPool:
@@ -233,12 +235,14 @@ class ChunkPool:
 
     def _give_back(self, arena: Arena) -> None:
         with self._changed:
-            self._note_need(arena)
-            self._used_nbytes -= arena.used_nbytes
-            arena.used_nbytes = 0
-            self._idle.append(arena)
-            if self._waiting:
-                self._changed.notify_all()  # the first to wake may need more than this frees
+            try:
+                self._note_need(arena)
+            finally:  # whatever kept it from being cut, the next lease may have it
+                self._used_nbytes -= arena.used_nbytes
+                arena.used_nbytes = 0
+                self._idle.append(arena)
+                if self._waiting:
+                    self._changed.notify_all()  # the first to wake may need more than this frees
 
     def _note_need(self, arena: Arena) -> None:
         """Trims with hysteresis: only after a long run of leases that needed half or less."""

@@ -61,5 +61,8 @@ class AbsentDevice:
     def clock(self) -> NoReturn:
         self._refuse()
 
+    def elapsed(self, begin: Any, end: Any) -> NoReturn:
+        self._refuse()
+
     def _refuse(self) -> NoReturn:
         raise DeviceError(f"this program was compiled for {self.target} to be saved: it runs there")

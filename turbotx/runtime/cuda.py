@@ -15,8 +15,8 @@ from turbotx import ir
 from turbotx.assemble import Assembly
 from turbotx.kernels.dependent import can_depend, make_dependent
 from turbotx.kernels.gemm_choice import BUCKETS, MOST_TURNS
+from turbotx.kernels.gemm_template import GemmTemplate
 from turbotx.kernels.job import Job
-from turbotx.kernels.triton_gemm import GemmTemplate
 from turbotx.kernels.tuned import make_chooser
 from turbotx.options import Options
 from turbotx.runtime.aten import AtenSteps

@@ -10,6 +10,7 @@ captured as a CUDA graph::
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
@@ -19,11 +20,9 @@ import torch
 from turbotx.collection import pause_collection
 from turbotx.errors import DeviceError
 from turbotx.kernels.job import Binary, Job
+from turbotx.memory.capture_lock import capture_lock
 from turbotx.runtime import cuda_driver
 from turbotx.runtime.device import Graph, Grid
-
-# PyTorch lets one graph at a time be captured into a pool, and its caches are shared.
-_capturing = threading.Lock()
 
 
 class CudaDevice:
@@ -107,28 +106,16 @@ class CudaDevice:
         # Pinned memory has one address for host and device; only a failed check writes to it.
         return torch.zeros(count, dtype=torch.int32, pin_memory=True)
 
-    def clock(self) -> Callable[[], int]:
-        start = _epoch(self.index)
+    def clock(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
+        return event
 
-        def read() -> int:
-            event.synchronize()
-            return int(start.elapsed_time(event) * 1e6)
-
-        return read
-
-
-_epochs: dict[int, torch.cuda.Event] = {}
-
-
-def _epoch(index: int) -> torch.cuda.Event:
-    """An event from which every time on a device is counted."""
-    if index not in _epochs:
-        _epochs[index] = torch.cuda.Event(enable_timing=True)
-        _epochs[index].record()
-        _epochs[index].synchronize()
-    return _epochs[index]
+    def elapsed(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> int:
+        # The driver's answer is a float32 of milliseconds: exact for what lies close together, but
+        # a step of 31 us five minutes apart. So times are never counted from a common origin.
+        end.synchronize()
+        return round(begin.elapsed_time(end) * 1e6)
 
 
 class CudaRecorder:
@@ -144,22 +131,25 @@ class CudaRecorder:
         """Return what `body` queues as a graph; the current stream is not captured."""
         current = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        with _capturing, pause_collection():
+        # One at a time, also because PyTorch's pools and caches are shared.
+        with capture_lock, pause_collection():
             self._stream.wait_stream(current)
-            # cuBLAS keeps a workspace for each stream: made anew inside the capture, it lies in the
-            # graphs' own pool, where nobody else's clearing of the cache can take it away.
-            torch._C._cuda_clearCublasWorkspaces()
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             with torch.cuda.stream(self._stream):
-                # Other threads may go on calling CUDA meanwhile.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                # A thread's first call of cuBLAS makes its handle, which allocates and waits.
+                torch.cuda.current_blas_handle()
+                # cuBLAS keeps a workspace for each stream: made anew inside the capture, it lies in
+                # the graphs' own pool, where nobody else's clearing of the cache takes it away.
+                torch._C._cuda_clearCublasWorkspaces()
                 try:
+                    # Other threads may go on calling CUDA meanwhile.
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                     body()
+                    graph.capture_end()
                 except BaseException:
                     self._abandon(graph)
                     raise
-                graph.capture_end()
             torch._C._cuda_clearCublasWorkspaces()
             current.wait_stream(self._stream)
         # A pool must not lose its last graph: PyTorch forgets it then.
@@ -167,12 +157,42 @@ class CudaRecorder:
         return graph
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed, so that the stream can be used again."""
+        """End a capture that failed, so that its stream and PyTorch can be used again."""
         with suppress(RuntimeError):
             graph.capture_end()
+        if self._ends_allocation():
+            # PyTorch does not tell its host allocator either, which goes on asking this graph.
+            _unfinished.append(graph)
+            self._end_generators()
         torch._C._cuda_clearCublasWorkspaces()
-        if self._anchor is None:
-            self._pool = None
+        # Graphs captured before keep the old pool.
+        self._pool = self._anchor = None
+
+    def _ends_allocation(self) -> bool:
+        """Tell PyTorch's allocator that the capture is over, where `capture_end` did not.
+
+        It raises as soon as the device calls the capture invalid. The allocator would then take
+        every later capture for a second one into the pool, and hold back what others free.
+        """
+        try:
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+        except RuntimeError:  # it has been told
+            return False
+        torch._C._cuda_releasePool(self._device.index, self._pool)
+        return True
+
+    def _end_generators(self) -> None:
+        """Capture nothing: PyTorch 2.11 tells its random generators of a capture's end only where
+        it ends well, and takes every later random number for one inside of a capture."""
+        empty = torch.cuda.CUDAGraph()
+        with suppress(RuntimeError), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+            empty.capture_begin(capture_error_mode="thread_local")
+            empty.capture_end()
+
+
+# Graphs whose capture the device broke off.
+_unfinished: list[torch.cuda.CUDAGraph] = []
 
 
 def require_cuda() -> None:

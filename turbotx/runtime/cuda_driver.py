@@ -19,6 +19,8 @@ from turbotx.kernels.job import Binary
 # A kernel may use this much shared memory without asking first.
 PLAIN_SHARED_NBYTES = 48 * 1024
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+# CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, in percent of what a processor can have.
+_SHARED_CARVEOUT, _MOST_SHARED = 9, 100
 
 
 _PROGRAMMATIC_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -106,6 +108,10 @@ def load_function(driver: Any, binary: Binary, limit_nbytes: int) -> Function:
     if shared_nbytes > PLAIN_SHARED_NBYTES:
         asked = driver.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared_nbytes)
         check(driver, asked, f"asking for {shared_nbytes} bytes of shared memory for {name}")
+    # A processor divides one memory into cache and shared, anew only once it is idle: kernels that
+    # all prefer the same division can overlap, and as many programs fit as their tiles allow.
+    asked = driver.cuFuncSetAttribute(handle, _SHARED_CARVEOUT, _MOST_SHARED)
+    check(driver, asked, f"asking for shared memory rather than cache for {name}")
     assert handle.value is not None
     return Function(binary, handle.value)
 

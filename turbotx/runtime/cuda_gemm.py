@@ -16,9 +16,10 @@ import torch
 from turbotx import ir
 from turbotx.kernels.epilogue import GemmKernel, RowNorm
 from turbotx.kernels.gemm_choice import BUCKETS, STRIDES, bucket_of, gemm_job
+from turbotx.kernels.gemm_template import GemmSchedule, GemmTemplate, gemm_arguments, gemm_grid
 from turbotx.kernels.job import ALIGNED_NBYTES, Job
-from turbotx.kernels.tiles import Tiles, gemm_neighbours, structure_of, tag_of
-from turbotx.kernels.triton_gemm import GemmSchedule, GemmTemplate, gemm_arguments, gemm_grid
+from turbotx.kernels.tags import tag_of
+from turbotx.kernels.tiles import Tiles, gemm_neighbours, structure_of
 from turbotx.runtime.aten import AtenSteps
 from turbotx.runtime.cuda_frame import Layout
 from turbotx.runtime.cuda_launch import Deciders, KernelFamily, SizeTable, lay_out

@@ -27,14 +27,13 @@ from turbotx.kernels.schedule import (
     power_above,
     vector_axes,
 )
+from turbotx.kernels.tags import AttentionTiles, tag_of
 from turbotx.kernels.targets import kernel_job
 from turbotx.kernels.tiles import (
-    AttentionTiles,
     Tiles,
     attention_neighbours,
     queries_bucket,
     structure_of,
-    tag_of,
 )
 from turbotx.kernels.triton_attention import (
     NAMES,

@@ -85,8 +85,11 @@ class CudaQueue(ABC):
     def _obtain(self, jobs: Sequence[Any]) -> Sequence[Any]:
         """Return the functions of jobs that were not asked for before; counts what it builds."""
 
-    def _bind(self, sizes: Any) -> _Bound:
-        """Return the functions and grids for a shape, kept with its sizes."""
+    def bind(self, sizes: Any) -> _Bound:
+        """Return the functions and grids for a shape, kept with its sizes.
+
+        Must be called once outside of a graph's capture: it may build kernels, and load them.
+        """
         bound: _Bound | None = getattr(sizes, "bound", None)
         settings = uses_tf32()
         if bound is None or bound.settings != settings:
@@ -160,30 +163,40 @@ class CudaQueue(ABC):
         """Queue every launch in order on the current stream.
 
         Returns 0, or launch << 32 | code where a kernel has met an index out of range, which may
-        have been in an earlier call. `ticks` takes nanoseconds on the device at which each launch
-        began and ended, and waits for them. `watches` are told of each launch as it is queued.
+        have been in an earlier call. `ticks` takes when each launch began and ended on the device,
+        in nanoseconds since the first began, and waits for them. `watches` are told of each launch
+        as it is queued.
         """
-        bound = self._bind(sizes)
+        bound = self.bind(sizes)
         frame = self.frame(table)
         frame.refill(sizes)
         views = frame.views(bound, (state.arena.data_ptr(), self.weights.version))
-        moments, follows = [], False
+        marks: list[Any] = []
+        follows = False
         with self.device.active():
             stream = self.device.stream()
             for i in range(self.queued.count):
                 for watch in watches:
                     watch.before(i, state)
-                began = None if ticks is None else self.device.clock()
+                if ticks is not None:
+                    marks.append(self.device.clock())
                 follows = follows and ticks is None and not watches
                 parts = bound.parts.get(i, PYTORCH)
                 follows = self._queue(i, parts, frame, stream, state, views, follows)
-                if began is not None:
-                    moments.append((i, began, self.device.clock()))
+                if ticks is not None:
+                    marks.append(self.device.clock())
                 for watch in watches:
                     watch.after(i, state)
-        for i, began, ended in moments:
-            ticks[2 * i], ticks[2 * i + 1] = began(), ended()
+        self._count(marks, ticks)
         return self.failed()
+
+    def _count(self, marks: Sequence[Any], ticks: Any) -> None:
+        """Write the nanoseconds of marks since the first, summed from one to the next: a device
+        measures short times exactly, and long ones coarsely."""
+        passed = 0
+        for k, mark in enumerate(marks):
+            passed += self.device.elapsed(marks[k - 1], mark) if k else 0
+            ticks[k] = passed
 
     def failed(self) -> int:
         """Return and forget what a kernel has reported by now, without waiting for any."""

@@ -76,8 +76,11 @@ class Device(Protocol):
     def new_status(self, count: int) -> torch.Tensor:
         """Return zeroed int32 on the host that kernels may write to."""
 
-    def clock(self) -> Callable[[], int]:
-        """Mark this moment on the stream; the returned function waits for it: nanoseconds."""
+    def clock(self) -> Any:
+        """Return a mark of this moment on the current stream, for `elapsed`."""
+
+    def elapsed(self, begin: Any, end: Any) -> int:
+        """Return the nanoseconds between two marks, once the device has passed both."""
 
     def describe(self) -> str:
         """Return the device's name."""

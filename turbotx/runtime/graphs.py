@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,24 +145,28 @@ class GraphedCall(PlannedCall):
         offsets, nbytes = self._lay_out(binding)
         with self.pool.lease(nbytes) as arena:
             captured = self._find(arena, binding, offsets)
-            outputs = self._play(captured, tensors)
+            outputs = self._play(captured, binding, tensors)
             # Looking at every parameter takes as long as a short model: the device works meanwhile,
             # on memory that `captured` keeps, and its results are dropped if one has changed.
             if self.runtime.weights.refresh():
                 captured = self._find(arena, binding, offsets)
-                outputs = self._play(captured, tensors)
+                outputs = self._play(captured, binding, tensors)
         failed = self.runtime.failed()
         if failed:
             self._explain_failure(failed)
         state = self._state(binding, arena, super()._readable(tensors), outputs)
         return [leaf(state) for leaf in self._leaves]
 
-    def _play(self, captured: Captured, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        call = self.runtime.device.call
-        outputs: list[torch.Tensor] = []
-        call(lambda: torch._foreach_copy_(captured.inputs, list(tensors)))
+    def _play(
+        self, captured: Captured, binding: Binding, tensors: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Copy inputs in, replay, copy outputs out: one kernel copies all of a dtype."""
+        call, outputs = self.runtime.device.call, self._new_outputs(binding)
+        if tensors:  # a list of none is refused
+            call(partial(torch._foreach_copy_, captured.inputs, list(tensors)))
         captured.graph.replay()
-        call(lambda: outputs.extend(x.clone() for x in captured.outputs))
+        if outputs:
+            call(partial(torch._foreach_copy_, outputs, captured.outputs))
         return outputs
 
     def _find(self, arena: Any, binding: Binding, offsets: list[int]) -> Captured:
@@ -188,6 +193,7 @@ class GraphedCall(PlannedCall):
         count = len(self._places.inputs)
         inputs, outputs = views[:count], views[count:]
         execution = self._prepare(arena, binding)
+        self.runtime.bind(binding.sizes)
         state = self._state(binding, arena, inputs, outputs)
         recorder = self._graphs.recorders.get(arena.index)
         if recorder is None:

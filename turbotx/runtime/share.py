@@ -16,8 +16,8 @@ from functools import cached_property
 from turbotx.assemble import Assembly
 from turbotx.kernels.epilogue import GemmKernel
 from turbotx.kernels.gemm_choice import BUCKETS, bucket_of
+from turbotx.kernels.gemm_template import GemmTemplate
 from turbotx.kernels.tiles import Tiles, structure_of
-from turbotx.kernels.triton_gemm import GemmTemplate
 from turbotx.kernels.tuned import load_tuned
 from turbotx.options import Options
 from turbotx.runtime.cuda_gemm import make_template, with_settings

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,15 +48,36 @@ class TensorWatch:
             self._torch.aoti_torch_delete_tensor_object(ctypes.c_void_p(handle))
 
 
-def make_watch(native: ctypes.CDLL, tensors: Sequence[torch.Tensor]) -> TensorWatch | None:
-    """Return a watch over `tensors`, or None where this PyTorch cannot be asked natively."""
+class PlainWatch:
+    """The same from Python, with no loop of its own: where there is no C++ runtime, as on a GPU."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._seen = self._look()
+
+    def changed(self) -> bool:
+        """Tell whether any tensor lies elsewhere, or was written to, since this was made."""
+        return self._look() != self._seen
+
+    def _look(self) -> tuple[list[int], list[int]]:
+        return list(map(_version, self._tensors)), list(map(_address, self._tensors))
+
+
+_version = operator.attrgetter("_version")
+_address = torch.Tensor.data_ptr
+Watch = TensorWatch | PlainWatch
+
+
+def make_watch(native: ctypes.CDLL | None, tensors: Sequence[torch.Tensor]) -> Watch:
+    """Return a watch over `tensors`, a native one where this PyTorch can be asked natively."""
     library = _torch_library()
-    if library is None or not _works(native, library):
-        return None
+    dense = all(isinstance(t, torch.Tensor) for t in tensors)
+    if native is None or library is None or not dense or not _works(native, library):
+        return PlainWatch(tensors)
     try:
         return TensorWatch(native, library, tensors)
     except RuntimeError:  # a tensor without memory or without a version
-        return None
+        return PlainWatch(tensors)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from turbotx.runtime.tensor_watch import TensorWatch, make_watch
+from turbotx.runtime.tensor_watch import Watch, make_watch
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -68,7 +68,7 @@ class Weights:
         self._slots = {name: self._find(path) for name, path in targets.items()}
         self._owners = [owner for owner, _ in self._slots.values()]
         self._leaves = [leaf for _, leaf in self._slots.values()]
-        self._watched: tuple[list[Any], TensorWatch] | None = None
+        self._watched: tuple[list[Any], Watch] | None = None
         self.native: ctypes.CDLL | None = None
         self._seen: list[tuple[int, int, int]] | None = None
         self.tensors: dict[str, torch.Tensor] = {}
@@ -110,13 +110,11 @@ class Weights:
         return True
 
     def _start_watch(self) -> None:
-        """Watch the parameters natively from now on, where the runtime is there for it."""
-        tensors, watch = self._owned(), None
-        if self.native is not None and all(isinstance(t, torch.Tensor) for t in tensors):
-            watch = make_watch(self.native, tensors)
-        self._watched = (tensors, watch) if watch is not None else None
+        """Watch the parameters from now on, natively where the runtime is there for it."""
+        tensors = self._owned()
+        self._watched = (tensors, make_watch(self.native, tensors))
 
-    def _have_changed(self, tensors: list[Any], watch: TensorWatch) -> bool:
+    def _have_changed(self, tensors: list[Any], watch: Watch) -> bool:
         """Tell whether the module holds other tensors than these, or these were changed."""
         now = map(operator.getitem, self._owners, self._leaves)
         return not all(map(operator.is_, now, tensors)) or watch.changed()
@@ -126,7 +124,7 @@ class Weights:
 
     def is_stale(self) -> bool:
         """Tell whether `refresh` would derive anything again."""
-        return self._look() != self._seen
+        return self._watched is None or self._have_changed(*self._watched)
 
     def _look(self) -> list[tuple[int, int, int]]:
         return [(id(t), t._version, t.data_ptr()) for t in self._owned()]

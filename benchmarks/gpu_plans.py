@@ -1,0 +1,180 @@
+"""What `gpu.py` runs: plans, each a list of groups of stages.
+
+The stages of a group run at the same time, so only what is not timed shares one. A plan's first
+groups tell whether anything is right, and what a later one needs is warm by then::
+
+    PLANS["first"]()  ->  [[smoke, right/bert-base, ...], [latency/...], [sweep/...]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Shape = tuple[int, int]
+HEAD: Shape = (1, 40)
+MANY: Shape = (32, 128)
+COMPILED = ("compile", "compile-reduce-overhead")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to try at one shape. tags: pattern of kernels' names -> tiles, one change at a time;
+    together: tiles of several kinds at once."""
+
+    shape: Shape
+    folded: bool
+    pdl: bool
+    tags: Mapping[str, Sequence[str]]
+    together: Sequence[Mapping[str, str]] = ()
+    runs: int = 20
+
+    @property
+    def way(self) -> str:
+        return ("fold" if self.folded else "store") + "-pdl" * self.pdl
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A function of `gpu_stages` or `gpu_kernels` and its arguments, run as a process of its own.
+
+    name: of the stage and of its log. limit_s: seconds after which the process is ended.
+    environment: variables that it gets. wrapper: a command in front of it.
+    """
+
+    name: str
+    limit_s: float
+    function: str
+    arguments: tuple[Any, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    wrapper: tuple[str, ...] = ()
+
+    def run(self, emit: Callable[[str, dict[str, Any]], None]) -> None:
+        import gpu_kernels
+        import gpu_stages
+
+        found = getattr(gpu_stages, self.function, None) or getattr(gpu_kernels, self.function)
+        found(emit, *self.arguments)
+
+
+def stage(name: str, limit_s: float, function: str, *arguments: Any) -> Stage:
+    return Stage(name, limit_s, function, arguments)
+
+
+def first() -> list[list[Stage]]:
+    """Does it run, is it right, where does the time go: about three minutes."""
+    bert = ("bert-base", "fp16")
+    return [
+        [
+            stage("smoke", 60, "smoke"),
+            stage("right/bert-base/fp16", 60, "right", *bert),
+            stage("right/gpt2/fp16", 60, "right", "gpt2", "fp16", 3),
+            stage("right/llama/fp16", 60, "right", "llama", "fp16", 2),
+            stage("right/minilm/bf16", 60, "right", "minilm", "bf16"),
+            stage("right/bert-base/fp16/pdl", 60, "right", *bert, 3, "pdl"),
+            stage("right/bert-base/fp16/store", 60, "right", *bert, 3, "store"),
+            stage("right/bert-base/fp16/cublas", 60, "right", *bert, 3, "cublas"),
+        ],
+        [stage("latency/1x40", 45, "latency", *bert, HEAD)],
+        [stage("sweep/few", 50, "sweep", *bert, FEW)],
+        [stage("latency/32x128", 40, "latency", *bert, MANY)],
+        [stage("sweep/many", 40, "sweep", *bert, MANY_TILES)],
+    ]
+
+
+def figures() -> list[list[Stage]]:
+    """Everything that is claimed, beside what it is compared with: about five minutes."""
+    bert = ("bert-base", "fp16")
+    compiled = [(shape, e) for shape in (HEAD, MANY) for e in COMPILED]
+    parts = 6
+    return [
+        [
+            *(stage(f"architectures/{k}", 110, "architectures", k, parts) for k in range(parts)),
+            *(
+                stage(f"warm/{label(shape)}/{e}", 110, "baseline", *bert, shape, e, False)
+                for shape, e in compiled
+            ),
+            Stage("sanitizer", 110, "right", ("minilm", "fp16", 2), wrapper=SANITIZER),
+            stage("tests", 110, "device_tests"),
+        ],
+        [
+            stage("right/bert-base/fp16", 60, "right", *bert),
+            stage("right/bert-base/bf16", 60, "right", "bert-base", "bf16"),
+            stage("right/bert-base/fp16/pdl", 60, "right", *bert, 12, "pdl"),
+            stage("right/bert-base/fp16/fold", 60, "right", *bert, 12, "fold"),
+            stage("right/bert-base/fp16/store", 60, "right", *bert, 12, "store"),
+            stage("right/gpt2/fp16", 60, "right", "gpt2", "fp16"),
+            stage("right/llama/fp16", 60, "right", "llama", "fp16"),
+        ],
+        [stage("latency/1x40", 45, "latency", *bert, HEAD)],
+        *[[stage(f"latency/1x40/{e}", 40, "baseline", *bert, HEAD, e, True)] for e in COMPILED],
+        [stage("latency/32x128", 40, "latency", *bert, MANY)],
+        *[[stage(f"latency/32x128/{e}", 40, "baseline", *bert, MANY, e, True)] for e in COMPILED],
+        [stage("norms", 40, "norms", *bert)],
+        [stage("shapes", 40, "shapes", *bert)],
+        [stage("stream", 40, "stream", *bert)],
+        [stage("functions", 60, "functions", "fp16", True)],
+        [Stage("cold", 40, "first", (*bert, "cold"), {"TURBOTX_CACHE_DIR": NEW_FOLDER})],
+        [stage("warm-start", 40, "first", *bert, "warm")],
+    ]
+
+
+def label(shape: Shape) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+# Ways to cut the GEMMs and the attention of BERT-base.
+FEW_TAGS: dict[str, tuple[str, ...]] = {
+    "gemm*": ("l0",),
+    "gemm*2304x768*": (
+        "m64n32k64s4", "m64n16k128s5", "m64n16k256s3", "m64n32k256s4", "m64n64k128s5",
+        "m64n32k128s3x2",
+    ),
+    "gemm*3072x768*": (
+        "m64n32k64s4", "m64n16k128s5", "m64n32k256s4", "m64n64k128s5", "m64n32k128s3w8",
+    ),
+    "gemm*768x768_bias_add*": (
+        "m64n32k64s4x4", "m64n16k128s6x1", "m64n16k128s3x2", "m64n16k64s4x4", "m64n32k128s3x2",
+    ),
+    "gemm*768x3072*": (
+        "m64n32k128s4x4", "m64n16k128s6x2", "m64n16k128s5x4", "m64n32k256s3x4", "m64n16k256s4x1",
+        "m64n32k128s3x8",
+    ),
+    "attention*": ("q16k64w4s1", "q32k64w4s1", "q16k64w2s1"),
+}  # fmt: skip
+# As the rule had it.
+BEFORE = {
+    "gemm*2304x768*": "m64n32k64s4x1", "gemm*3072x768*": "m64n32k64s4x1",
+    "gemm*768x768_bias_add*": "m64n32k64s4x4", "gemm*768x3072*": "m64n32k128s4x4",
+}  # fmt: skip
+TOGETHER: tuple[dict[str, str], ...] = (
+    BEFORE,
+    {"gemm*2304x768*": "m64n16k128s5", "gemm*768x768_bias_add*": "m64n16k128s6x1",
+     "gemm*768x3072*": "m64n16k128s6x2", "attention*": "q16k64w4s1"},
+)  # fmt: skip
+FEW = (
+    Sweep(HEAD, True, False, FEW_TAGS, TOGETHER),
+    Sweep(HEAD, True, True, FEW_TAGS | {"gemm*": ("l0", "p0", "p2")}, TOGETHER),
+    Sweep(HEAD, False, True, {"gemm*": ("p0",)}, TOGETHER),
+)
+MANY_GEMM = ("cublas", "m128n256k64w8s3", "m128n128k64w8s4", "m128n128k64w4s4", "m64n256k64w4s4",
+             "m128n256k64w8s4", "m256n128k64w8s3")  # fmt: skip
+MANY_TILES = (
+    Sweep(
+        MANY, False, False,
+        {
+            "gemm*2304x768*": MANY_GEMM,
+            "gemm*3072x768*": MANY_GEMM,
+            "gemm*768x768_bias_add*": MANY_GEMM[:5],
+            "gemm*768x3072*": MANY_GEMM[:5],
+            "attention*": ("q128k64w8s2", "q128k128w8s2", "q64k128w4s2", "q64k64w4s3",
+                           "q128k64w4s2", "q64k128w8s2"),
+        },
+        runs=8,
+    ),
+)  # fmt: skip
+NEW_FOLDER = "new folder"
+# Exits with an error where a kernel reads or writes memory that is not its own.
+SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
+PLANS: dict[str, Callable[[], list[list[Stage]]]] = {"first": first, "figures": figures}

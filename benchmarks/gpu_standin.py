@@ -1,0 +1,121 @@
+"""A dry run of `gpu.py` without a GPU: every line runs, and kernels are only collected.
+
+In: nothing; `start()` puts stand-ins in the place of PyTorch's CUDA and of turbotx's device. Out:
+the jobs of all kernels that the device would have loaded, to be built beforehand::
+
+    device = start("sm_90"); ...; build(device.jobs.values())
+
+Launches do nothing and every result is garbage: a dry run tells that the scripts run, not more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from turbotx.kernels.job import Job
+
+
+class StandIn:
+    """A device that loads nothing and remembers what it was asked to load."""
+
+    def __init__(self, target: str) -> None:
+        self.torch_device, self.target = torch.device("cpu"), target
+        self.jobs: dict[str, Job] = {}
+
+    def active(self) -> Any:
+        return nullcontext()
+
+    def load(self, jobs: Sequence[Job]) -> tuple[list[Any], int]:
+        new = {j.digest(): j for j in jobs if j.digest() not in self.jobs}
+        self.jobs.update(new)
+        return list(jobs), len(new)
+
+    def stream(self) -> int:
+        return 0
+
+    def launch(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def call(self, step: Callable[[], object]) -> None:
+        step()
+
+    def recorder(self) -> StandIn:
+        return self
+
+    def capture(self, body: Callable[[], object]) -> Any:
+        body()
+        return SimpleNamespace(replay=lambda: None)
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def new_status(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int32)
+
+    def clock(self) -> Callable[[], int]:
+        return lambda: 0
+
+    def describe(self) -> str:
+        return f"no device, for {self.target}"
+
+
+class Event:
+    """torch.cuda.Event by the host's clock."""
+
+    def __init__(self, **options: Any) -> None:
+        self.at = 0.0
+
+    def record(self, *args: Any) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: Event) -> float:
+        return (other.at - self.at) * 1e3 + 1e-3
+
+
+class Graph:
+    """torch.cuda.CUDAGraph, of nothing."""
+
+    def replay(self) -> None:
+        pass
+
+
+class Stream:
+    """torch.cuda.Stream, on which nothing is queued."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+
+@contextmanager
+def _nothing(*args: Any, **options: Any) -> Iterator[None]:
+    yield
+
+
+def start(target: str) -> StandIn:
+    """Put stand-ins in place for the rest of the process."""
+    import turbotx.engine
+
+    device = StandIn(target)
+    turbotx.engine.open_device = lambda place, backend: device  # type: ignore[assignment]
+    stand_ins: dict[str, Any] = {
+        "Event": Event, "synchronize": lambda *a: None, "Stream": Stream,
+        "stream": _nothing, "current_stream": Stream, "CUDAGraph": Graph,
+        "graph": _nothing, "empty_cache": lambda: None, "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 0, "max_memory_allocated": lambda: 0,
+        "memory_stats": lambda: {"num_device_alloc": 0},
+    }  # fmt: skip
+    for name, value in stand_ins.items():
+        setattr(torch.cuda, name, value)
+    return device

@@ -1,0 +1,153 @@
+"""On a CUDA device: whole models against float64, in every way in which a call can run.
+
+In: small models, half precision. Out: errors within the rule of all tests, plainly, captured and
+replayed; the same from threads, on other streams and inside a caller's own graph. Skipped where
+there is no device.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+import transformers
+
+import turbotx
+from turbotx.errors import IndexOutOfRangeError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SHAPES = ((2, 17), (1, 1), (3, 40), (1, 128), (2, 17))
+SIZES: dict[str, Any] = {"vocab_size": 500, "hidden_size": 128, "num_hidden_layers": 2,
+                         "num_attention_heads": 2, "intermediate_size": 256}  # fmt: skip
+
+
+def make_bert(dtype: torch.dtype, **changed: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**(SIZES | changed))
+    return transformers.BertModel(config).eval().to("cuda", dtype)
+
+
+def make_inputs(batch: int, seq: int) -> dict[str, torch.Tensor]:
+    mask = torch.ones(batch, seq, dtype=torch.int64, device="cuda")
+    mask[1::2, max(1, seq // 2) :] = 0
+    return {"input_ids": torch.randint(0, 500, (batch, seq), device="cuda"), "attention_mask": mask}
+
+
+@torch.no_grad()
+def assert_right(model: nn.Module, fast: Callable[..., Any], inputs: dict[str, Any]) -> None:
+    exact = copy.deepcopy(model).double()(**inputs)[0]
+    own, got = model(**inputs)[0], fast(**inputs)[0]
+    allowed = 1.5 * (own - exact).abs().max()
+    allowed += 2 * torch.finfo(own.dtype).eps * exact.abs().max()
+    assert (got - exact).abs().max() <= allowed  # False for a NaN
+
+
+@pytest.mark.parametrize("options", [{}, {"pdl": True}, {"norms": "store"}, {"gemms": "cublas"}])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_model_is_right_at_every_shape(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    model = make_bert(dtype)
+    fast = turbotx.optimize(model, **options)
+    for shape in SHAPES:
+        inputs = make_inputs(*shape)
+        for _ in range(3):  # plainly, captured, replayed
+            assert_right(model, fast, inputs)
+    assert fast.stats()["captures"] == 1
+    assert fast.stats()["graph_captures"] == len(set(SHAPES))
+
+
+def test_the_arena_is_the_drivers_virtual_memory() -> None:
+    pytest.importorskip("cuda.bindings.driver")
+    fast = turbotx.optimize(make_bert(torch.float16))
+    fast(**make_inputs(1, 8))
+    (pool,) = fast._engine._pools.values()
+    with pool.lease(1) as arena:
+        address = arena.data_ptr
+        assert arena.stable
+    fast(**make_inputs(8, 512))
+    with pool.lease(1) as arena:
+        assert arena.data_ptr == address
+
+
+def test_threads_on_streams_of_their_own() -> None:
+    model = make_bert(torch.float16)
+    fast, failed = turbotx.optimize(model), []
+
+    def work(shape: tuple[int, int]) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(8):
+                    assert_right(model, fast, make_inputs(*shape))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(shape,)) for shape in SHAPES[:4]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
+
+
+def test_inside_a_graph_of_the_callers() -> None:
+    model = make_bert(torch.float16)
+    fast, inputs = turbotx.optimize(model), make_inputs(2, 24)
+    fast(**inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = fast(**inputs)[0]
+    inputs["input_ids"].random_(0, 500)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(got, fast(**inputs)[0])
+
+
+def test_changed_parameters_are_seen_by_a_replayed_graph() -> None:
+    model = make_bert(torch.float16)
+    fast, inputs = turbotx.optimize(model), make_inputs(1, 24)
+    for _ in range(3):
+        fast(**inputs)
+    with torch.no_grad():
+        model.encoder.layer[0].output.LayerNorm.weight.mul_(1.5)
+        model.encoder.layer[1].output.dense.weight.data = torch.randn(
+            128, 256, device="cuda", dtype=torch.float16
+        )
+    for _ in range(3):
+        assert_right(model, fast, inputs)
+
+
+def test_an_index_out_of_range_is_reported_by_a_later_call() -> None:
+    fast, inputs = turbotx.optimize(make_bert(torch.float16)), make_inputs(1, 8)
+    for _ in range(3):  # the plain run, the capture and a replay each report it
+        fast(**inputs)
+        fast(**{**inputs, "input_ids": inputs["input_ids"] + 1000})
+        torch.cuda.synchronize()
+        with pytest.raises(IndexOutOfRangeError, match="input_ids"):
+            fast(**inputs)
+
+
+def test_full_float32_and_tf32_follow_pytorchs_setting() -> None:
+    model = make_bert(torch.float32)
+    fast, inputs = turbotx.optimize(model), make_inputs(2, 40)
+    exact = copy.deepcopy(model).double()(**inputs)[0]
+    before = torch.backends.cuda.matmul.fp32_precision
+    errors = {}
+    try:
+        for setting in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            errors[setting] = float((fast(**inputs)[0] - exact).abs().max())
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert errors["ieee"] < 1e-5 < errors["tf32"] < 1e-1
