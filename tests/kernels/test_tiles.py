@@ -150,5 +150,6 @@ def test_neighbours_fit_the_device(tokens: int, gated: bool) -> None:
 
 def test_options_know_the_words() -> None:
     Options(gemms="triton", pdl=True, schedules={"gemm_*": "cublas", "attention*": "q32k64s1"})
+    Options(schedules={"gemm_*": "m64n32k128w4s5x1l0p2"})
     with pytest.raises(OptionsError, match="gemms='mkl' is not one of 'auto', 'cublas', 'triton'"):
         Options(gemms="mkl")

@@ -119,6 +119,14 @@ class RecordingDevice:
     def is_capturing(self) -> bool:
         return self.users_capture
 
+    def wait(self) -> None:
+        assert not self.users_capture, "a stream that is being captured cannot be waited for"
+        self.log.append(("wait", self.current_stream))
+
+    def retain(self, tensors: Sequence[torch.Tensor]) -> None:
+        assert all(isinstance(t, torch.Tensor) for t in tensors)
+        self.log.append(("retain", self.current_stream, [t.data_ptr() for t in tensors]))
+
     def new_status(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int32)
 

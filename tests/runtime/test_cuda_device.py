@@ -136,6 +136,18 @@ def test_machine_code_is_loaded_as_it_is_and_once(monkeypatch: pytest.MonkeyPatc
     assert names.index("cuCtxSetCurrent") < names.index("cuModuleLoadData")
 
 
+def test_weights_are_waited_for_and_recorded_on_the_current_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = StandInCuda(monkeypatch)
+    cuda.current.synchronize = cuda.note("synchronize")
+    device = CudaDevice(GPU, StandInDriver())
+    device.wait()
+    tensor = SimpleNamespace(record_stream=lambda stream: cuda.log.append(stream))
+    device.retain([tensor])
+    assert cuda.log == ["synchronize", cuda.current]
+
+
 def test_a_capture_is_on_a_stream_and_in_a_pool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = StandInCuda(monkeypatch)
     recorder = CudaRecorder(GPU)

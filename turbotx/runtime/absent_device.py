@@ -41,6 +41,12 @@ class AbsentDevice:
     def new_status(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int32)
 
+    def wait(self) -> None:
+        pass
+
+    def retain(self, tensors: Sequence[torch.Tensor]) -> None:
+        pass
+
     def is_capturing(self) -> bool:
         return False
 

@@ -54,6 +54,7 @@ class CudaRuntime(CudaQueue):
         self._dims = tuple(dims)
         self.table = SizeTable(list(assembly.tensors))
         self._layouts: dict[Key, Layout] = {}
+        self._checks: dict[int, int] = {}
         self._kernels: dict[str, KernelFamily] = {}
         self._shared: dict[object, GemmFamily] = {}
         self.families = self._find_families(options)
@@ -61,7 +62,8 @@ class CudaRuntime(CudaQueue):
         split = any(layout.cell == "turns" for layout in self._layouts.values())
         slots, kinds = self.table.slots, ("parameter", "prepared")
         queued = Queued(
-            self.families, self._layouts, gemms, steps, len(assembly.launches),
+            self.families, self._layouts, gemms, steps,
+            [self._checks.get(i, 0) for i in range(len(assembly.launches))],
             {n: slots[n] for n, t in assembly.tensors.items() if t.kind in kinds}, len(slots),
             len(self.table.values), MOST_TURNS if split else 0,
             options.pdl and can_depend(device.target),
@@ -107,10 +109,11 @@ class CudaRuntime(CudaQueue):
 
     def _lay_out(self, i: int, which: str, launch: ir.Launch) -> None:
         body = launch.target.body if isinstance(launch.target, ir.Kernel) else ()
-        checked = "status" if any(isinstance(s, ir.Check) for s in body) else ""
+        checks = sum(isinstance(s, ir.Check) for s in body)
+        self._checks[i] = max(checks, self._checks.get(i, 0))
         operands = [a for a in launch.args if a is not None]
         sizes = [self.table.value(e) for e in launch.sizes]
-        self._layouts[i, which] = lay_out(operands, checked, sizes, self.table)
+        self._layouts[i, which] = lay_out(operands, "status" if checks else "", sizes, self.table)
 
     def _find_calls(
         self,

@@ -102,6 +102,14 @@ class CudaDevice:
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
+    def wait(self) -> None:
+        torch.cuda.current_stream(self.index).synchronize()
+
+    def retain(self, tensors: Sequence[torch.Tensor]) -> None:
+        stream = torch.cuda.current_stream(self.index)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+
     def new_status(self, count: int) -> torch.Tensor:
         # Pinned memory has one address for host and device; only a failed check writes to it.
         return torch.zeros(count, dtype=torch.int32, pin_memory=True)

@@ -9,17 +9,16 @@ something that runs them over an address table; nothing is allocated, nothing wa
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from turbotx.errors import InputError
 from turbotx.runtime.cuda_frame import Frame, Key, Layout
+from turbotx.runtime.cuda_status import Status
+from turbotx.runtime.cuda_weights import Held, PlacedWeights
 from turbotx.runtime.device import Device, Grid
 from turbotx.runtime.library_gemm import Call
 from turbotx.runtime.parts import Family, Part
@@ -35,16 +34,16 @@ class Queued:
 
     families: those that kernels run. layouts: where the arguments of each lie. gemms: of those
     that the library runs, how to make the call, and whether it may be kept. steps: what else
-    PyTorch runs. count: of launches. weights: the place of each in the address table, which
-    has `slots` of them. values: how many sizes there are. turns: counters that split sums share.
-    depends: kernels wait by themselves for those before them.
+    PyTorch runs. checks: how many each launch makes. weights: the place of each in the address
+    table, which has `slots` of them. values: how many sizes there are. turns: counters that split
+    sums share. depends: kernels wait by themselves for those before them.
     """
 
     families: Mapping[int, Family]
     layouts: Mapping[Key, Layout]
     gemms: Mapping[int, tuple[Callable[[RunState], Call], bool]]
     steps: Mapping[int, Step]
-    count: int
+    checks: Sequence[int]
     weights: Mapping[str, int]
     slots: int
     values: int
@@ -60,10 +59,8 @@ class CudaQueue(ABC):
         self.torch_device = device.torch_device
         self.builds = 0
         self._functions: dict[int, tuple[Any, Any]] = {}
-        self._status = device.new_status(max(1, queued.count))
-        self._status_seen = self._status.numpy()
-        self._lock = threading.Lock()
-        self._kept: tuple[int, dict[str, torch.Tensor]] = (-1, {})
+        self._status = Status(device, queued.checks)
+        self.placed = PlacedWeights(weights, device, queued.weights)
 
     @property
     def slot_count(self) -> int:
@@ -97,6 +94,11 @@ class CudaQueue(ABC):
             bound = sizes.bound = _Bound({i: self._ready(p) for i, p in picked.items()}, settings)
         return bound
 
+    def is_loaded(self, sizes: Any) -> bool:
+        """Tell whether `bind` would neither build nor load a kernel."""
+        jobs = (p.job for family in self.queued.families.values() for p in family.pick(sizes))
+        return all(job is None or id(job) in self._functions for job in jobs)
+
     def _ready(self, parts: Sequence[Part]) -> list[_Ready]:
         """Return parts with their kernels loaded."""
         functions = iter(self.load([p.job for p in parts if p.job is not None]))
@@ -126,33 +128,13 @@ class CudaQueue(ABC):
 
     # --- weights ---
 
-    def fill_weights(self, table: Any) -> tuple[int, object]:
+    def fill_weights(self, table: Any) -> tuple[int, Held]:
         """Write the addresses of everything made from parameters into a table.
 
         Returns their version, and what must be kept alive as long as the table is used. Raises
         InputError where a parameter lies on another device.
         """
-        with self._lock:
-            version, tensors = self.weights.version, self.weights.tensors
-            if self._kept[0] != version:
-                moved = {n: self._place(n, t) for n, t in tensors.items()}
-                self._kept = (version, moved)
-            kept = self._kept[1]
-        for name, slot in self.queued.weights.items():
-            table[slot] = kept[name].data_ptr()
-        # A storage outlives the parameter that may let go of it while a graph still reads it.
-        return version, [t.untyped_storage() for t in kept.values()]
-
-    def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor that kernels can read: here, and where 16 bytes may be loaded at once."""
-        if tensor.device != self.torch_device:
-            if tensor.numel() != 1:
-                raise InputError(
-                    f"parameter {name} is on {tensor.device}, and the call's inputs are on "
-                    f"{self.torch_device}: move the whole model there with .to(...)"
-                )
-            return tensor.to(self.torch_device)
-        return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+        return self.placed.fill(table)
 
     # --- running ---
 
@@ -175,7 +157,7 @@ class CudaQueue(ABC):
         follows = False
         with self.device.active():
             stream = self.device.stream()
-            for i in range(self.queued.count):
+            for i in range(len(self.queued.checks)):
                 for watch in watches:
                     watch.before(i, state)
                 if ticks is not None:
@@ -200,12 +182,7 @@ class CudaQueue(ABC):
 
     def failed(self) -> int:
         """Return and forget what a kernel has reported by now, without waiting for any."""
-        if not self._status_seen.any():
-            return 0
-        launch = int(np.flatnonzero(self._status_seen)[0])
-        check = int(self._status_seen[launch])
-        self._status_seen[launch] = 0
-        return (launch + 1) << 32 | check
+        return self._status.take()
 
     def _step(
         self, i: int, state: RunState, views: dict[int, Callable[[], object]]

@@ -73,6 +73,13 @@ class Device(Protocol):
     def is_capturing(self) -> bool:
         """Tell whether the caller is capturing a graph of its own on the current stream."""
 
+    def wait(self) -> None:
+        """Return when what is queued on the current stream is done."""
+
+    def retain(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Have the current stream read tensors: their memory, once freed, is given to nobody
+        before what was queued on it by then is done."""
+
     def new_status(self, count: int) -> torch.Tensor:
         """Return zeroed int32 on the host that kernels may write to."""
 

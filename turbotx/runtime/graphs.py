@@ -24,6 +24,7 @@ from turbotx.errors import BuildWarning, DeviceError, TurbotxError
 from turbotx.memory.plan import align
 from turbotx.memory.pool import poison_enabled
 from turbotx.runtime.cuda_queue import CudaQueue
+from turbotx.runtime.cuda_weights import Held
 from turbotx.runtime.device import Graph, Recorder
 from turbotx.runtime.planned import Binding, Execution, PlannedCall
 from turbotx.runtime.settings import math_settings
@@ -38,14 +39,14 @@ ALIGNMENT = 256
 class Captured:
     """A graph of one shape in one arena, and what it stands and falls with.
 
-    stamp: addresses, weights and settings at its capture. kept: memory that it reads.
+    stamp: addresses, weights and settings at its capture. kept: the weights that it reads.
     """
 
     graph: Graph
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
     stamp: object
-    kept: object
+    kept: Held
 
 
 class Graphs:
@@ -78,6 +79,8 @@ class GraphedCall(PlannedCall):
     def keep_graphs(self, graphs: Graphs, inputs: Inputs) -> None:
         """Say where graphs are kept, and what inputs are to be copied into; done once."""
         self._graphs = graphs
+        self._callers: dict[int, Held] = {}
+        """Weights that graphs of the caller's read, by version: nothing tells when those go."""
         self._extents, self._kinds = inputs.extents, inputs.kinds
 
     def run(
@@ -164,6 +167,7 @@ class GraphedCall(PlannedCall):
         call, outputs = self.runtime.device.call, self._new_outputs(binding)
         if tensors:  # a list of none is refused
             call(partial(torch._foreach_copy_, captured.inputs, list(tensors)))
+        self.runtime.placed.use(captured.kept)
         captured.graph.replay()
         if outputs:
             call(partial(torch._foreach_copy_, outputs, captured.outputs))
@@ -226,22 +230,24 @@ class GraphedCall(PlannedCall):
     def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
         super()._point(execution, arena, binding)
         with self.runtime.device.active():
+            self.runtime.placed.use(execution.kept)
             self.runtime.frame(execution.table)
 
     # --- inside a graph that the caller captures ---
 
     def _run_inside_capture(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """Queue into the caller's graph, in memory that this graph owns alone."""
-        if self.runtime.weights.is_stale():
+        if not self.runtime.placed.are_filled() or not self.runtime.is_loaded(binding.sizes):
             raise DeviceError(
                 "a CUDA graph is being captured around a turbotx module whose program for these "
-                "sizes has not run yet, or whose parameters have changed: call it once before "
-                "the capture, with inputs of these sizes"
+                "sizes has not run yet, or wants kernels that are not loaded, or whose parameters "
+                "have changed: call it once before the capture, with inputs of these sizes"
             )
         device = self.runtime.torch_device
         arena = _OwnMemory(torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device))
         execution = Execution(self.runtime.slot_count)
         self._point(execution, arena, binding)
+        self._callers[execution.kept.version] = execution.kept
         inputs, outputs = self._readable(tensors), self._new_outputs(binding)
         state = self._state(binding, arena, inputs, outputs)
         self._run_in(execution, binding, state, inputs, outputs)

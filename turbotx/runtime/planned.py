@@ -92,7 +92,7 @@ class Execution:
         self.binding: Binding | None = None
         self.base = 0
         self.weights_version = -1
-        self.kept: object = None
+        self.kept: Any = None
 
 
 class Runtime(Protocol):

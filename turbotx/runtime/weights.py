@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import operator
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +70,8 @@ class Weights:
         self._leaves = [leaf for _, leaf in self._slots.values()]
         self._watched: tuple[list[Any], Watch] | None = None
         self.native: ctypes.CDLL | None = None
+        self.settle: Callable[[], object] = lambda: None
+        """Waits until what was queued for derived weights is done, where a device queues it."""
         self._seen: list[tuple[int, int, int]] | None = None
         self.tensors: dict[str, torch.Tensor] = {}
         self.version = 0
@@ -104,6 +106,8 @@ class Weights:
             with torch.no_grad():
                 for name, node in self.prepared.items():
                     tensors[name] = _compute(node, tensors)
+            if self.prepared:
+                self.settle()
             self.tensors, self._seen = tensors, now
             self.version += 1
             self._start_watch()

@@ -58,6 +58,7 @@ def describe_for_gpu(compiled: Compiled, variants: Variants, most_graphs: int) -
             [i, which, x.pointers, x.cell, x.sizes]
             for (i, which), x in runtime.queued.layouts.items()
         ],
+        "checks": list(runtime.queued.checks),
         "turns": runtime.queued.turns,
         "depends": runtime.queued.depends,
         "graphs": most_graphs,

@@ -106,7 +106,7 @@ class SavedGpuRuntime(CudaQueue):
         }
         weight_slots = tables["weights"]["slots"]
         queued = Queued(
-            families, layouts, gemms, steps, len(tables["launches"]), weight_slots,
+            families, layouts, gemms, steps, tables["checks"], weight_slots,
             tables["slot_count"], len(tables["values"]), tables["turns"], tables["depends"],
         )  # fmt: skip
         super().__init__(device, weights, queued)
