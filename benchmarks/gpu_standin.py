@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from turbotx.kernels.targets import Job
+from turbotx.kernels.job import Job
 
 
 class StandIn:

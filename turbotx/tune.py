@@ -25,8 +25,8 @@ from turbotx.kernels.tiles import FOLDED, STORED
 from turbotx.kernels.tuned import GAIN, search
 from turbotx.pipeline import Compiled
 from turbotx.runtime.cuda import CudaRuntime
-from turbotx.runtime.cuda_launch import Part
 from turbotx.runtime.device import Device
+from turbotx.runtime.parts import Part
 from turbotx.runtime.planned import Binding
 from turbotx.runtime.weight_copies import WeightCopies
 

@@ -24,7 +24,8 @@ import torch
 import turbotx
 from tests.kernels.triton_runner import interpreting, load_function
 from turbotx.kernels.dependent import IMPORT, WAIT
-from turbotx.kernels.targets import POINTEES, Job
+from turbotx.kernels.job import Binary, Job
+from turbotx.kernels.targets import POINTEES
 from turbotx.kernels.triton_prefetch import MEANWHILE
 from turbotx.runtime.cuda_frame import EXTRA_ARGUMENTS
 
@@ -72,6 +73,9 @@ class RecordingDevice:
         assert not new or self.captured is None, "a kernel was loaded while a graph was captured"
         self.loaded.update(new)
         return [self.loaded[job.digest()] for job in jobs], len(new)
+
+    def place(self, binaries: Sequence[Binary]) -> list[Any]:
+        raise AssertionError("no program of a file runs on this stand-in")
 
     def stream(self) -> Any:
         return self.current_stream

@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from turbotx import ir
-from turbotx.runtime.cuda_launch import SizeTable
 from turbotx.runtime.cuda_status import Status
 
 # Shapes whose views of GEMM operands are kept, an arena.
@@ -38,17 +36,6 @@ class Layout:
     pointers: tuple[tuple[int, int | None], ...]
     cell: str
     sizes: tuple[int, ...]
-
-
-def lay_out(
-    operands: list[ir.Operand], cell: str, sizes: list[int], table: SizeTable
-) -> Layout:  # fmt: skip
-    """Return the layout of arguments: operands, a cell, sizes by their place in the table."""
-    pointers = []
-    for arg in operands:
-        shift = arg.offset * arg.dtype.itemsize
-        pointers.append((table.slots[arg.tensor], None if shift == 0 else table.value(shift)))
-    return Layout(tuple(pointers), cell, tuple(sizes))
 
 
 class Frame:

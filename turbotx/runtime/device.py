@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from turbotx.kernels.targets import Job
+from turbotx.kernels.job import Binary, Job
 
 Grid = tuple[int, int, int]
 
@@ -35,7 +35,8 @@ class Recorder(Protocol):
 
 
 class Device(Protocol):
-    """One GPU, as far as a program needs it; all calls but `load` are made inside `active()`.
+    """One GPU, as far as a program needs it; all calls but those that load kernels are made inside
+    `active()`.
 
     torch_device: where its tensors lie. target: what kernels are compiled for, as "sm_90".
     """
@@ -48,6 +49,9 @@ class Device(Protocol):
 
     def load(self, jobs: Sequence[Job]) -> tuple[list[Any], int]:
         """Build and load kernels; return their handles, and how many had to be compiled."""
+
+    def place(self, binaries: Sequence[Binary]) -> list[Any]:
+        """Load kernels that are compiled already; return their handles."""
 
     def stream(self) -> Any:
         """Return the caller's current stream, ready for launches by this thread."""
