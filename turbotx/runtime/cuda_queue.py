@@ -24,6 +24,7 @@ from turbotx.runtime.library_gemm import Call
 from turbotx.runtime.parts import Family, Part
 from turbotx.runtime.settings import uses_tf32
 from turbotx.runtime.state import RunState, Step
+from turbotx.runtime.tensor_watch import start_native_watch
 from turbotx.runtime.watch import Watch
 from turbotx.runtime.weights import Weights
 
@@ -60,6 +61,8 @@ class CudaQueue(ABC):
         self.builds = 0
         self._functions: dict[int, tuple[Any, Any]] = {}
         self._status = Status(device, queued.checks)
+        if device.torch_device.type == "cuda":
+            weights.later = start_native_watch()
         self.placed = PlacedWeights(weights, device, queued.weights)
 
     @property
