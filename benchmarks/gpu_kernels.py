@@ -151,9 +151,19 @@ def functions(
                 emit(place, _time_function(function, width, dtype, engine, large))
 
 
+def sweep_rows(emit: Emit, dtype: str) -> None:
+    """Softmax and LayerNorm of many rows, by rows and warps a program."""
+    for function in ("softmax", "layer_norm"):
+        for width, tags in ((768, ("r1w1", "r1w2", "r1w4", "r2w2", "r4w4", "r4w8")),
+                            (4096, ("r1w2", "r1w4", "r1w8", "r1w16"))):  # fmt: skip
+            for tag in tags:
+                place = f"sweep/{function}/{width}/{dtype}/{tag}"
+                emit(place, _time_function(function, width, dtype, "turbotx", True, tag))
+
+
 @torch.no_grad()
 def _time_function(
-    function: str, width: int, dtype: str, engine: str, large: bool
+    function: str, width: int, dtype: str, engine: str, large: bool, tag: str = ""
 ) -> dict[str, Any]:
     rows = MANY_BYTES // (width * DTYPES[dtype].itemsize) if large else 40
     x = torch.randn(rows, width, dtype=DTYPES[dtype], device=DEVICE)
@@ -168,7 +178,8 @@ def _time_function(
     plain: Callable[..., torch.Tensor] = softmax if function == "softmax" else layer_norm
     run = plain
     if engine == "turbotx":
-        run = turbotx.optimize(plain, cuda_graphs=False)
+        schedules = {"*": tag} if tag else {}
+        run = turbotx.optimize(plain, cuda_graphs=False, schedules=schedules)
     elif engine == "inductor" and not DRY:
         torch._dynamo.reset()
         run = torch.compile(plain, dynamic=False)

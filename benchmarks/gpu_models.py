@@ -30,8 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "turbotx-triton": {"gemms": "triton"},
     "turbotx-cublas": {"gemms": "cublas"},
     "turbotx-no-epilogues": {"epilogues": False},
-    "turbotx-pdl": {"pdl": True},
-    "turbotx-triton-pdl": {"gemms": "triton", "pdl": True},
+    "turbotx-no-pdl": {"pdl": False},
     "turbotx-fold": {"norms": "fold"},
     "turbotx-store": {"norms": "store"},
 }

@@ -72,14 +72,24 @@ def first() -> list[list[Stage]]:
             stage("right/gpt2/fp16", 60, "right", "gpt2", "fp16", 3),
             stage("right/llama/fp16", 60, "right", "llama", "fp16", 2),
             stage("right/minilm/bf16", 60, "right", "minilm", "bf16"),
-            stage("right/bert-base/fp16/pdl", 60, "right", *bert, 3, "pdl"),
+            stage("right/bert-base/fp16/no-pdl", 60, "right", *bert, 3, "no-pdl"),
             stage("right/bert-base/fp16/store", 60, "right", *bert, 3, "store"),
             stage("right/bert-base/fp16/cublas", 60, "right", *bert, 3, "cublas"),
         ],
         [stage("latency/1x40", 45, "latency", *bert, HEAD)],
-        [stage("sweep/few", 50, "sweep", *bert, FEW)],
         [stage("latency/32x128", 40, "latency", *bert, MANY)],
+        *tiles(),
+    ]
+
+
+def tiles() -> list[list[Stage]]:
+    """Which tiles are fastest in a whole call, and which for rows that are reduced."""
+    bert = ("bert-base", "fp16")
+    return [
+        [stage("sweep/few", 60, "sweep", *bert, FEW)],
+        [stage("sweep/some", 60, "sweep", *bert, SOME)],
         [stage("sweep/many", 40, "sweep", *bert, MANY_TILES)],
+        [stage("sweep/rows", 40, "sweep_rows", "fp16")],
     ]
 
 
@@ -101,7 +111,7 @@ def figures() -> list[list[Stage]]:
         [
             stage("right/bert-base/fp16", 60, "right", *bert),
             stage("right/bert-base/bf16", 60, "right", "bert-base", "bf16"),
-            stage("right/bert-base/fp16/pdl", 60, "right", *bert, 12, "pdl"),
+            stage("right/bert-base/fp16/no-pdl", 60, "right", *bert, 12, "no-pdl"),
             stage("right/bert-base/fp16/fold", 60, "right", *bert, 12, "fold"),
             stage("right/bert-base/fp16/store", 60, "right", *bert, 12, "store"),
             stage("right/gpt2/fp16", 60, "right", "gpt2", "fp16"),
@@ -124,52 +134,66 @@ def label(shape: Shape) -> str:
     return f"{shape[0]}x{shape[1]}"
 
 
-# Ways to cut the GEMMs and the attention of BERT-base.
+# Ways to cut the GEMMs and the attention of BERT-base, by bucket of tokens. Two launches share a
+# processor where both take less than half of its 227 KB.
 FEW_TAGS: dict[str, tuple[str, ...]] = {
-    "gemm*": ("l0",),
     "gemm*2304x768*": (
-        "m64n32k64s4", "m64n16k128s5", "m64n16k256s3", "m64n32k256s4", "m64n64k128s5",
-        "m64n32k128s3x2",
+        "m64n32k128s4", "m64n32k128s3", "m64n32k64s6", "m64n32k64s8", "m64n32k128s3x2",
+        "m64n16k128s3",
     ),
     "gemm*3072x768*": (
-        "m64n32k64s4", "m64n16k128s5", "m64n32k256s4", "m64n64k128s5", "m64n32k128s3w8",
+        "m64n32k128s4", "m64n32k128s3", "m64n32k64s6", "m64n32k64s8", "m64n64k64s6",
     ),
     "gemm*768x768_bias_add*": (
-        "m64n32k64s4x4", "m64n16k128s6x1", "m64n16k128s3x2", "m64n16k64s4x4", "m64n32k128s3x2",
+        "m64n16k128s5x1", "m64n32k128s4x1", "m64n32k128s3x2", "m64n32k64s4x3", "m64n32k64s3x4",
+        "m64n16k64s6x2", "m64n64k64s4x6",
     ),
     "gemm*768x3072*": (
-        "m64n32k128s4x4", "m64n16k128s6x2", "m64n16k128s5x4", "m64n32k256s3x4", "m64n16k256s4x1",
-        "m64n32k128s3x8",
+        "m64n32k128s4x4", "m64n32k128s4x6", "m64n32k128s3x8", "m64n32k64s6x6", "m64n32k64s6x4",
+        "m64n16k128s4x3", "m64n64k64s5x8", "m64n64k128s3x8", "m64n32k128s3x3",
     ),
-    "attention*": ("q16k64w4s1", "q32k64w4s1", "q16k64w2s1"),
+    "attention*": ("q16k64w4s1", "q32k64w4s1", "q16k64w2s1", "q16k64w1s1", "q64k64w4s1"),
 }  # fmt: skip
-# As the rule had it.
-BEFORE = {
-    "gemm*2304x768*": "m64n32k64s4x1", "gemm*3072x768*": "m64n32k64s4x1",
-    "gemm*768x768_bias_add*": "m64n32k64s4x4", "gemm*768x3072*": "m64n32k128s4x4",
-}  # fmt: skip
-TOGETHER: tuple[dict[str, str], ...] = (
-    BEFORE,
-    {"gemm*2304x768*": "m64n16k128s5", "gemm*768x768_bias_add*": "m64n16k128s6x1",
-     "gemm*768x3072*": "m64n16k128s6x2", "attention*": "q16k64w4s1"},
-)  # fmt: skip
+STORE_TAGS = {
+    "gemm*768x768": ("m64n32k64s4x3", "m64n32k64s3x4", "m64n32k128s3x2", "m64n16k128s5x1"),
+    "gemm*768x3072": ("m64n32k128s4x4", "m64n32k128s4x6", "m64n32k64s6x6"),
+    "fused_add_layer_norm*": ("r1w2", "r1w4"),
+}
 FEW = (
-    Sweep(HEAD, True, False, FEW_TAGS, TOGETHER),
-    Sweep(HEAD, True, True, FEW_TAGS | {"gemm*": ("l0", "p0", "p2")}, TOGETHER),
-    Sweep(HEAD, False, True, {"gemm*": ("p0",)}, TOGETHER),
+    Sweep(HEAD, True, True, FEW_TAGS),
+    Sweep(HEAD, False, True, STORE_TAGS),
+    Sweep((1, 16), True, True, {k: tuple(t.replace("m64", "m16") for t in v)
+                                for k, v in FEW_TAGS.items() if k != "attention*"}),
+)  # fmt: skip
+SOME_TAGS: dict[str, tuple[str, ...]] = {
+    "gemm*2304x768*": (
+        "m128n32k64s4", "m64n64k64s5", "m64n32k64s5", "m64n32k128s3", "m64n64k128s3",
+    ),
+    "gemm*3072x768*": (
+        "m128n32k64s4", "m64n64k64s5", "m64n32k64s5", "m64n32k128s3", "m64n64k128s3",
+    ),
+    "gemm*768x768_bias_add*": (
+        "m64n32k64s5x1", "m64n32k64s4x2", "m64n16k128s4x1", "m64n32k128s4x1", "m64n64k64s4x3",
+    ),
+    "gemm*768x3072*": (
+        "m64n32k64s6x2", "m64n32k128s4x2", "m64n32k128s3x4", "m64n32k64s6x4", "m64n64k64s5x4",
+        "m128n32k64s4x4",
+    ),
+}  # fmt: skip
+SOME = (
+    Sweep((1, 128), True, True, SOME_TAGS),
+    Sweep((1, 192), True, True, SOME_TAGS),
+    Sweep((1, 128), False, True, {}),
+    Sweep((1, 192), False, True, {}),
 )
-MANY_GEMM = ("cublas", "m128n256k64w8s3", "m128n128k64w8s4", "m128n128k64w4s4", "m64n256k64w4s4",
-             "m128n256k64w8s4", "m256n128k64w8s3")  # fmt: skip
 MANY_TILES = (
     Sweep(
-        MANY, False, False,
+        MANY, False, True,
         {
-            "gemm*2304x768*": MANY_GEMM,
-            "gemm*3072x768*": MANY_GEMM,
-            "gemm*768x768_bias_add*": MANY_GEMM[:5],
-            "gemm*768x3072*": MANY_GEMM[:5],
-            "attention*": ("q128k64w8s2", "q128k128w8s2", "q64k128w4s2", "q64k64w4s3",
-                           "q128k64w4s2", "q64k128w8s2"),
+            "gemm*3072x768*": ("m128n256k64w8s3", "cublas"),
+            "attention*": ("q128k64w8s2", "q64k128w4s2", "q64k64w4s3", "q64k64w4s1", "q64k32w4s3"),
+            "fused_add_layer_norm*": ("r2w2", "r4w4", "r4w2", "r2w1"),
+            "fused_add_embedding*": ("r1w2", "r2w2"),
         },
         runs=8,
     ),
@@ -177,4 +201,8 @@ MANY_TILES = (
 NEW_FOLDER = "new folder"
 # Exits with an error where a kernel reads or writes memory that is not its own.
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
-PLANS: dict[str, Callable[[], list[list[Stage]]]] = {"first": first, "figures": figures}
+PLANS: dict[str, Callable[[], list[list[Stage]]]] = {
+    "first": first,
+    "tiles": tiles,
+    "figures": figures,
+}

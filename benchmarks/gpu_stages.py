@@ -49,9 +49,9 @@ LENGTHS: tuple[Shape, ...] = tuple((1, n) for n in (1, 16, 40, 64, 96, 128, 160,
 BOUND: dict[str, tuple[bool | None, dict[str, Any]]] = {
     "default": (None, {}),
     "fold": (True, {}),
-    "fold-pdl": (True, {"pdl": True}),
+    "fold-no-pdl": (True, {"pdl": False}),
     "store": (False, {}),
-    "store-pdl": (False, {"pdl": True}),
+    "store-no-pdl": (False, {"pdl": False}),
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from turbotx.kernels.targets import Job
+from turbotx.kernels.job import Job
 
 
 class StandIn:
@@ -58,8 +58,17 @@ class StandIn:
     def new_status(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int32)
 
-    def clock(self) -> Callable[[], int]:
-        return lambda: 0
+    def wait(self) -> None:
+        pass
+
+    def retain(self, tensors: Sequence[torch.Tensor]) -> None:
+        pass
+
+    def clock(self) -> int:
+        return 0
+
+    def elapsed(self, begin: int, end: int) -> int:
+        return 1
 
     def describe(self) -> str:
         return f"no device, for {self.target}"

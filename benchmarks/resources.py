@@ -17,7 +17,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,12 @@ from architectures import ARCHITECTURES
 from parity import make_inputs, make_model
 
 from turbotx.capture import capture
-from turbotx.kernels.targets import TARGETS, Built, Job, build, show_resources
+from turbotx.kernels.job import Job
+from turbotx.kernels.targets import TARGETS, Built, build, show_resources
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, compile_captured
+from turbotx.runtime.absent_device import AbsentDevice
 from turbotx.runtime.cuda import CudaRuntime
 from turbotx.runtime.share import make_tiles, share_calls
 from turbotx.signature import SizeMatcher
@@ -43,27 +44,6 @@ WAYS = ("flash", "fused-softmax")
 # Few queries, which take tiles of their own, and many. Lengths that are multiples of 16: others
 # have builds without the promise, whose accesses are as narrow as any alignment allows.
 SHAPES = ((1, 16), (2, 128))
-
-
-class NoDevice:
-    """A GPU that is not there: programs are bound for its kind, and never run."""
-
-    torch_device = torch.device("cpu")
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-    def active(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def load(self, jobs: Sequence[Job]) -> tuple[list[Any], int]:
-        return list(jobs), 0
-
-    def new_status(self, count: int) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.int32)
-
-    def describe(self) -> str:
-        return "no device"  # for which nothing was tuned
 
 
 def find_jobs(architecture: str, dtype: torch.dtype, targets: list[str]) -> Iterator[Job]:
@@ -79,7 +59,7 @@ def find_jobs(architecture: str, dtype: torch.dtype, targets: list[str]) -> Iter
         dims = [values for values in found if values is not None]
         assert len(dims) == len(SHAPES), f"{architecture} was captured for other shapes"
         pool, options = ChunkPool(torch.device("cpu")), Options(attention=way)
-        compiled = compile_captured(captured, model, options, pool, NoDevice("sm_90"))
+        compiled = compile_captured(captured, model, options, pool, AbsentDevice("sm_90"))
         for target in targets:
             yield from launched(compiled, options, target, dims)
             yield from launched(compiled, replace(options, gemms="cublas"), target, dims)
@@ -92,7 +72,7 @@ def launched(
 
     Without templates that leaves kernels behind the library's GEMMs, and no norms are folded.
     """
-    names, device = compiled.captured.dims, NoDevice(target)
+    names, device = compiled.captured.dims, AbsentDevice(target)
     twins = compiled.twins if options.gemms != "cublas" else compiled.twins[:1]
     shares = share_calls([twin.assembly for twin in twins], names, make_tiles(options, device))
     for twin, share in zip(twins, shares, strict=True):

@@ -306,6 +306,26 @@ def test_compile_for_a_gpu_that_is_not_there(
     assert len(report["numerics"]["launches"]) >= len(report["launches"])
 
 
+def test_one_file_for_a_gpu_that_is_not_there(
+    run: Callable[..., Ran], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from tests.saved.stand_in_cubins import Cubins
+
+    Cubins(monkeypatch)
+    path = tmp_path / "model.ttx"
+    ran = run("compile", model, "--target", "sm_90", "--target", "cpu", "--save", path, "--json")
+    assert ran.code == 0 and ran.json["targets"] == ["sm_90", "cpu"]
+    assert ran.json["nbytes"] == path.stat().st_size
+    module, given = runpy.run_path(model.rpartition(":")[0])["make"]()
+    torch.testing.assert_close(turbotx.load(path)(**given), module(**given))
+    ran = run("compile", model, "--target", "gfx942", "--save", tmp_path / "other.ttx")
+    assert ran.code == 3 and "no programs for 'gfx942'" in ran.err
+    ran = run("compile", model, "--out", tmp_path / "out", "--save", path)
+    assert ran.code == 0 and "for cpu; turbotx.load takes it" in ran.out
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 def test_compile_for_the_cpu_fills_the_cache_ahead(
     run: Callable[..., Ran], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

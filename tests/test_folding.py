@@ -268,12 +268,12 @@ def test_tuning_times_both_programs_and_keeps_the_faster(
     (compiled,) = fast._engine.variants()
     assert compiled.at((2, 3)) is compiled.twins[1]
 
-    def timer(device: RecordingDevice, run: Any) -> float:
+    def timer(device: RecordingDevice, run: Any, repeat: int) -> float:
         device.log.clear()
         run()
         return 1.0 if any(n.startswith("fused") for n in device.names("launch")) else 2.0
 
-    tiles = {f.kernel for f in tune_call(compiled, (2, 3), [x], lambda device, run: 1.0)}
+    tiles = {f.kernel for f in tune_call(compiled, (2, 3), [x], lambda device, run, repeat: 1.0)}
     assert {"fused_add_layer_norm", "gemm_float16_9x16_layer_norm_bias"} <= tiles
     (found,) = tune_norms(compiled, (2, 3), [x], timer)
     assert (found.kernel, found.length, found.before, found.best) == (

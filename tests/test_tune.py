@@ -21,7 +21,7 @@ from tests.compiled_functions import compile_function
 from tests.runtime.stand_in_device import InterpretedDevice, RecordingDevice, bind_to
 from turbotx import ir
 from turbotx.cli.main import main
-from turbotx.errors import OptionsError
+from turbotx.errors import BuildError, OptionsError
 from turbotx.kernels.heuristics import TABLE, heuristics_for
 from turbotx.kernels.schedule import Schedule, schedule_for
 from turbotx.kernels.tuned import (
@@ -36,6 +36,7 @@ from turbotx.kernels.tuned import (
     search,
 )
 from turbotx.options import Options
+from turbotx.runtime.weight_copies import MOST_COPIES, WeightCopies
 from turbotx.tune import gains, time_launches, tune_program
 
 
@@ -81,11 +82,13 @@ def test_newer_devices_take_larger_tiles(pointwise_kernel: ir.Kernel) -> None:
 
 def test_an_override_goes_before_tuning_and_that_before_heuristics(row_kernel: ir.Kernel) -> None:
     plain = make_chooser((), "sm_90", {})(row_kernel, 40, False, False)
-    assert plain == schedule_for(row_kernel, 40, False, False)
+    numbers = heuristics_for("sm_90")
+    assert plain == schedule_for(row_kernel, 40, False, False, numbers)
     tuned = {row_kernel.digest(): {"64": "r2w2"}}
     chosen = make_chooser((), "sm_90", tuned)
     assert chosen(row_kernel, 40, False, False) == Schedule(2, plain.cols, 2)
-    assert chosen(row_kernel, 300, False, False) == schedule_for(row_kernel, 300, False, False)
+    untuned = schedule_for(row_kernel, 300, False, False, numbers)
+    assert chosen(row_kernel, 300, False, False) == untuned
     both = make_chooser((("fused_soft*", "w8"), ("other", "w16")), "sm_90", tuned)
     assert both(row_kernel, 40, False, False) == Schedule(2, plain.cols, 8)
 
@@ -160,7 +163,7 @@ def test_a_tuned_program_is_right_and_takes_what_was_found(monkeypatch: pytest.M
     program = fast._engine.variants()[0].program
     timed: list[str] = []
 
-    def timer(device: RecordingDevice, launch: Any) -> float:
+    def timer(device: RecordingDevice, launch: Any, repeat: int) -> float:
         device.log.clear()
         launch()
         queued = [e for e in device.log if e[0] == "launch"]
@@ -203,7 +206,7 @@ def test_gemms_and_attention_are_tuned_and_what_was_found_is_taken(
     fast = bind_to(device, model, monkeypatch)
     fast(x)
 
-    def timer(device: RecordingDevice, launch: Any) -> float:
+    def timer(device: RecordingDevice, launch: Any, repeat: int) -> float:
         """Prefers the library for the wide GEMM, two parts for the other, small tiles of keys."""
         device.log.clear()
         launch()
@@ -230,6 +233,90 @@ def test_gemms_and_attention_are_tuned_and_what_was_found_is_taken(
         torch.testing.assert_close(again(x), model(x))
     assert device.names("call").count("addmm") == 1
     assert [e[2][1] for e in device.log if e[0] == "launch" and "gelu" in e[1]] == [2]
+
+
+class Building(RecordingDevice):
+    """Cannot build one kernel: the last of the first ten or more."""
+
+    refused = ""
+
+    def load(self, jobs: Any) -> Any:
+        new = [j for j in jobs if j.digest() not in self.loaded]
+        if len(new) >= 10 and not self.refused:
+            self.refused = new[-1].digest()
+        super().load([j for j in new if j.digest() != self.refused])
+        if any(j.digest() == self.refused for j in new):
+            raise BuildError("Triton refused it")
+        return super().load(jobs)[0], len(new)
+
+
+def test_candidates_are_built_together_before_any_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, x = Building(), torch.randn(1, 3, 32)
+    fast = bind_to(device, Attend().eval(), monkeypatch)
+    fast(x)
+    known: list[int] = []
+
+    def timer(device: RecordingDevice, launch: Any, repeat: int) -> float:
+        known.append(len(device.loaded))
+        return 1.0
+
+    found = tune_program(fast._engine.variants()[0].program, (1, 3), [x], timer)
+    assert len(found) == 3
+    assert len(known) > 15
+    assert len(set(known)) == 1
+    assert device.refused not in device.loaded
+    # It was looked at like the others, and cannot run.
+    assert sum(f.tried for f in found) == len(known) + 1
+
+
+def test_weights_come_from_memory_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turbotx.runtime.weight_copies.LEAST_NBYTES", 100_000)
+    device, x = RecordingDevice(), torch.randn(1, 3, 32)
+    fast = bind_to(device, Attend().eval(), monkeypatch, gemms="triton")
+    fast(x)
+    program = fast._engine.variants()[0].program
+    slots, held = program.runtime.table.slots, program.runtime.placed.held.tensors
+    weights = {n: t.data_ptr() for n, t in held.items()}
+    seen: list[tuple[int, ...]] = []
+
+    def timer(device: RecordingDevice, launch: Any, repeat: int) -> float:
+        device.log.clear()
+        for _ in range(3):
+            launch()
+        read = [e[4][1] for e in device.log if e[0] == "launch" and e[1].startswith("gemm")]
+        if len(read) == 3:
+            seen.append(tuple(read))
+        assert repeat >= 50
+        return 1.0
+
+    tune_program(program, (1, 3), [x], timer)
+    assert seen
+    own = set(weights.values())
+    for first, second, third in seen:
+        assert first in own
+        assert not {second, third} & own
+        assert second != third
+    # Afterwards the program reads its own weights again.
+    (execution,) = program._executions.values()
+    assert all(execution.table[slots[n]] == address for n, address in weights.items())
+
+
+def test_what_pytorch_runs_reads_the_same_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Norm().eval(), torch.randn(2, 100, 8)
+    fast = bind_to(RecordingDevice(), model, monkeypatch)
+    fast(x)
+    program = fast._engine.variants()[0].program
+    runtime, binding = program.runtime, program.bind((2, 100))
+    gemm = next(i for i, x in enumerate(program.assembly.launches) if x.kind == "gemm")
+    with torch.no_grad(), program.used(binding, [x]) as (table, state):
+        with WeightCopies(runtime, gemm, table, state, binding.sizes) as copies:
+            assert copies.count == MOST_COPIES  # of a weight of a few bytes
+            states = [copies.turn() for _ in range(MOST_COPIES + 1)]
+        (name,) = {n for n in runtime.placed.held.tensors if "up_weight" in n}
+        assert states[0].tensors[name] is states[-1].tensors[name] is model.up.weight
+        copy = states[1].tensors[name]
+        assert copy.data_ptr() != model.up.weight.data_ptr()
+        torch.testing.assert_close(copy, model.up.weight)
 
 
 def test_schedules_by_option_are_right(monkeypatch: pytest.MonkeyPatch) -> None:

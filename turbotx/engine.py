@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -26,10 +27,11 @@ from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
-from turbotx.pipeline import Compiled, bind_weights, compile_captured
+from turbotx.pipeline import Compiled, bind_weights, compile_captured, compile_rewritten
 from turbotx.placement import find_device, open_device
 from turbotx.program import Program
 from turbotx.progress import show_progress
+from turbotx.runtime.absent_device import AbsentDevice
 from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
 from turbotx.runtime.planned import Binding
@@ -200,6 +202,17 @@ class Engine:
         pool, device = self._find_memory(captured)
         with pause_collection():
             return compile_captured(captured, self.model, self.options, pool, device)
+
+    def compile_for(self, compiled: Compiled, target: str) -> Compiled:
+        """Return the program of a call for "cpu" or a GPU that need not be here, as "sm_90"; it is
+        to be saved, and builds nothing for a GPU yet."""
+        chosen = "aten" if self.options.backend == "aten" else "auto"
+        options = replace(self.options, backend=chosen)
+        device = None if target == "cpu" else AbsentDevice(target)
+        pool = ChunkPool(torch.device("cpu"))
+        captured, text = compiled.captured, compiled.captured_text
+        with pause_collection():
+            return compile_rewritten(captured, text, self.model, options, pool, device)
 
     def share(self, compiled: Compiled) -> Compiled:
         """Return what another engine compiled, with this engine's parameters and memory.

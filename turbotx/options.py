@@ -53,7 +53,8 @@ class Options:
         launch (and their weights are kept once more, with gamma in them, from the first such call
         on); "auto" chooses by the number of tokens, as `gemms` does.
     pdl: programmatic dependent launch on GPUs from compute capability 9.0 on: a kernel is started
-        while the one before it ends, and waits for its results by itself.
+        while the one before it ends, brings its weight nearer, and waits for that one's results by
+        itself.
     max_shapes: how many shapes keep their bound addresses and sizes; more are re-planned.
     max_arenas: how many calls may run at the same time, each in memory of its own.
     cuda_graphs: replay a shape's launches as one CUDA graph from its second use on.
@@ -70,7 +71,7 @@ class Options:
     epilogues: bool = True
     gemms: str = "auto"
     norms: str = "auto"
-    pdl: bool = False
+    pdl: bool = True
     max_shapes: int = 256
     max_arenas: int = 8
     cuda_graphs: bool = True

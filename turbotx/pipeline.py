@@ -20,7 +20,7 @@ from turbotx.alternatives import add_alternatives
 from turbotx.assemble import Assembly, assemble
 from turbotx.capture import Captured
 from turbotx.folding import assemble_folded
-from turbotx.graphed import GraphedProgram, Graphs
+from turbotx.graphed import GraphedProgram
 from turbotx.kernels.epilogue import find_epilogues
 from turbotx.kernels.fuse import FusedRegion, fuse_all
 from turbotx.kernels.norms import find_folds
@@ -42,6 +42,7 @@ from turbotx.program import Program
 from turbotx.runtime.cpu import CpuRuntime
 from turbotx.runtime.cuda import CudaRuntime, build_expected
 from turbotx.runtime.device import Device
+from turbotx.runtime.graphs import Graphs
 from turbotx.runtime.share import Share, make_tiles, share_calls
 from turbotx.runtime.weights import Weights
 
@@ -98,6 +99,18 @@ def compile_captured(
     graph = captured.graph_module.graph
     text = str(graph)
     rewrite(graph, options.attention)
+    return compile_rewritten(captured, text, model, options, pool, device)
+
+
+def compile_rewritten(
+    captured: Captured, text: str, model: nn.Module, options: Options, pool: ChunkPool,
+    device: Device | None = None,
+) -> Compiled:  # fmt: skip
+    """Compile a captured call that the passes have been over, perhaps for another device before.
+
+    text: the graph as it was captured.
+    """
+    graph = captured.graph_module.graph
     verify.check_graph(graph)
     verify.check_inputs(graph, captured.input_sizes)
     prepared = find_prepared(graph)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from turbotx.errors import InputError, OptionsError
-from turbotx.runtime.cuda_device import CudaDevice
+from turbotx.runtime.cuda_device import CudaDevice, require_triton
 from turbotx.runtime.device import Device
 
 
@@ -46,10 +46,11 @@ def _rank(place: torch.device) -> bool:
     return place.type == "cuda"
 
 
-def open_device(place: torch.device, backend: str) -> Device | None:
+def open_device(place: torch.device, backend: str, builds: bool = True) -> Device | None:
     """Return the device for a backend, None for the CPU; raise OptionsError if they do not fit.
 
-    Raises DeviceError where there is a GPU that turbotx cannot use, and says why.
+    builds: kernels are to be compiled for it. Raises DeviceError where there is a GPU that turbotx
+    cannot use, and says why.
     """
     if place.type == "cuda":
         if backend == "cpp":
@@ -57,7 +58,12 @@ def open_device(place: torch.device, backend: str) -> Device | None:
                 f'backend="cpp" runs on CPUs, and the call\'s tensors are on {place}: move them '
                 'with .cpu(), or use backend="triton"'
             )
-        return _cuda_device(place)
+        if place.index is None and torch.cuda.is_available():
+            place = torch.device("cuda", torch.cuda.current_device())
+        device = _cuda_device(place)
+        if builds:
+            require_triton()
+        return device
     if backend == "triton":
         raise OptionsError(
             f'backend="triton" runs on NVIDIA GPUs, and the call\'s tensors are on {place}: move '

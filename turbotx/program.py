@@ -54,7 +54,6 @@ class Program(PlannedCall):
         pool: ChunkPool, planner: str, max_shapes: int,
     ) -> None:  # fmt: skip
         self.assembly, self.runtime, self.planner_kind = assembly, runtime, planner
-        self.graph_captures = 0
         self.liveness, self.size_classes, classes = _analyze(assembly)
         names, tensors = tuple(dims), assembly.tensors.values()
         self._class_nbytes = compile_evaluator(classes, names)
@@ -92,10 +91,6 @@ class Program(PlannedCall):
     def plan(self, dims: Sequence[int]) -> Plan:
         """Return the full memory plan at these dims, for reports."""
         return self.planner.plan(self._class_nbytes(*dims))
-
-    def reserve(self, binding: Binding) -> None:
-        """Map the memory of a shape now, for good."""
-        self.pool.reserve(binding.footprint_nbytes)
 
     def sizes_at(self, dims: Sequence[int]) -> dict[str, int]:
         """Return the bytes of every planned buffer at these dims."""

@@ -11,7 +11,8 @@ Where norms can be folded there are two programs, which are timed as wholes (`tu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,11 +25,12 @@ from turbotx.kernels.tiles import FOLDED, STORED
 from turbotx.kernels.tuned import GAIN, search
 from turbotx.pipeline import Compiled
 from turbotx.runtime.cuda import CudaRuntime
-from turbotx.runtime.cuda_launch import Part
 from turbotx.runtime.device import Device
-from turbotx.runtime.state import RunState
+from turbotx.runtime.parts import Part
+from turbotx.runtime.planned import Binding
+from turbotx.runtime.weight_copies import WeightCopies
 
-# Launches inside the graph that is timed, and replays of it.
+# Launches inside the graph that is timed, at least, and replays of it.
 REPEAT, REPLAYS = 50, 5
 
 
@@ -52,14 +54,14 @@ class Found:
     tried: int
 
 
-Timer = Callable[[Device, Callable[[], None]], float]
+Timer = Callable[[Device, Callable[[], None], int], float]
 
 
-def time_launches(device: Device, launch: Callable[[], None]) -> float:
-    """Microseconds of one launch among many in a CUDA graph: the least of several replays."""
+def time_launches(device: Device, launch: Callable[[], None], repeat: int = REPEAT) -> float:
+    """Microseconds of one launch among `repeat` in a CUDA graph: the least of several replays."""
 
     def body() -> None:
-        for _ in range(REPEAT):
+        for _ in range(repeat):
             launch()
 
     graph = device.recorder().capture(body)
@@ -69,8 +71,25 @@ def time_launches(device: Device, launch: Callable[[], None]) -> float:
         begin = device.clock()
         graph.replay()
         end = device.clock()
-        taken.append(device.elapsed(begin, end) / 1e3 / REPEAT)
+        taken.append(device.elapsed(begin, end) / 1e3 / repeat)
     return min(taken)
+
+
+@dataclass(frozen=True)
+class _Tunable:
+    """A family of kernels, a launch that takes it, and where its search begins."""
+
+    family: Any
+    launch: int
+    length: int
+    start: Any
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.family.structure(), self.family.bucket(self.length)
+
+    def step(self, schedule: Any) -> Sequence[Any]:
+        return self.family.neighbours(schedule, self.length)
 
 
 def tune_program(
@@ -79,29 +98,44 @@ def tune_program(
 ) -> list[Found]:  # fmt: skip
     """Time every kernel and GEMM of a program at one shape; nobody else may use it meanwhile."""
     runtime, binding = program.runtime, program.bind(dims)
-    found: dict[tuple[str, str], Found] = {}
+    tunables: dict[tuple[str, str], _Tunable] = {}
+    for i, family in runtime.families.items():
+        one = _Tunable(family, i, *family.chosen(binding.sizes))
+        if one.key[0]:
+            tunables.setdefault(one.key, one)
+    found = []
     with torch.no_grad(), runtime.device.active(), program.used(binding, tensors) as run:
-        family: Any
-        for i, family in runtime.families.items():
-            length, start = family.chosen(binding.sizes)
-            key = (family.structure(), family.bucket(length))
-            if key in found or not key[0]:
-                continue
-            progress(family.name)
+        first = ((t.family, [t.start, *t.step(t.start)]) for t in tunables.values())
+        _build(runtime, (f.at(s, binding.sizes) for f, schedules in first for s in schedules))
+        for tunable in tunables.values():
+            progress(tunable.family.name)
+            with WeightCopies(runtime, tunable.launch, *run, binding.sizes) as copies:
+                found.append(_tune_one(runtime, binding, tunable, copies, timer))
+    return found
 
-            def measure(schedules: Sequence[Any], i: int = i, family: Any = family) -> Any:
-                parts = (family.at(s, binding.sizes) for s in schedules)
-                return [_time(runtime, i, p, run, timer) for p in parts]
 
-            def step(schedule: Any, family: Any = family, length: int = length) -> Any:
-                return family.neighbours(schedule, length)
+def _tune_one(
+    runtime: CudaRuntime, binding: Binding, tunable: _Tunable, copies: WeightCopies, timer: Timer
+) -> Found:
+    """Search one family's schedules, on weights that come from memory."""
+    family = tunable.family
 
-            best, times = search(start, step, measure)
-            found[key] = Found(
-                family.name, key[0], length, key[1], family.tag(start), family.tag(best),
-                times[start], times[best], len(times),
-            )  # fmt: skip
-    return list(found.values())
+    def measure(schedules: Sequence[Any]) -> list[float]:
+        candidates = [family.at(s, binding.sizes) for s in schedules]
+        _build(runtime, candidates)
+        return [_time(runtime, tunable.launch, parts, copies, timer) for parts in candidates]
+
+    best, times = search(tunable.start, tunable.step, measure)
+    return Found(
+        family.name, tunable.key[0], tunable.length, tunable.key[1], family.tag(tunable.start),
+        family.tag(best), times[tunable.start], times[best], len(times),
+    )  # fmt: skip
+
+
+def _build(runtime: CudaRuntime, candidates: Iterable[Sequence[Part]]) -> None:
+    """Build and load the kernels of candidates, in parallel; `_time` finds those that cannot be."""
+    with suppress(TurbotxError):
+        runtime.load([p.job for parts in candidates for p in parts if p.job is not None])
 
 
 def tune_call(
@@ -133,7 +167,7 @@ def tune_norms(
         with torch.no_grad(), runtime.device.active(), program.used(binding, tensors) as used:
             table, state = used
             run = partial(runtime.run, table, binding.sizes, state)
-            times[tag] = timer(runtime.device, lambda run=run: run())  # type: ignore[misc]
+            times[tag] = timer(runtime.device, lambda run=run: run(), REPEAT)  # type: ignore[misc]
     share = compiled.twins[1].program.share
     assert share is not None
     before = FOLDED if share.holds(dims) else STORED
@@ -149,14 +183,21 @@ def tune_norms(
 
 
 def _time(
-    runtime: CudaRuntime, i: int, parts: Sequence[Part], run: tuple[Any, RunState], timer: Timer
+    runtime: CudaRuntime, i: int, parts: Sequence[Part], copies: WeightCopies, timer: Timer
 ) -> float:
     """Return the time of one candidate, infinity where the device cannot run it."""
+
+    def launch() -> None:
+        runtime.queue(i, parts, copies.table, copies.turn())
+
     try:
-        runtime.queue(i, parts, *run)  # builds and loads it, outside of any capture
-        return timer(runtime.device, lambda: runtime.queue(i, parts, *run))
+        launch()  # loads it, outside of any capture
+        copies.restore()
+        return timer(runtime.device, launch, max(REPEAT, copies.count))
     except TurbotxError:
         return math.inf
+    finally:
+        copies.restore()
 
 
 def gains(found: Sequence[Found]) -> dict[str, dict[str, str]]:

@@ -44,7 +44,8 @@ from turbotx.kernels.gemm_template import (
     gemm_grid,
     gemm_scratch,
 )
-from turbotx.kernels.targets import Job, build
+from turbotx.kernels.job import Job
+from turbotx.kernels.targets import build
 from turbotx.kernels.triton_gemm import print_triton_gemm
 
 SMALL = GemmSchedule(16, 16, 16)

@@ -28,9 +28,10 @@ from turbotx.capture import capture
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.cpp_products import ProductKernel
 from turbotx.kernels.fuse import fuse_all
+from turbotx.kernels.job import Job
 from turbotx.kernels.launch_jobs import launch_job
 from turbotx.kernels.schedule import choose_schedule
-from turbotx.kernels.targets import TARGETS, Job, build
+from turbotx.kernels.targets import TARGETS, build
 from turbotx.kernels.triton_printer import print_triton
 from turbotx.passes.partition import find_prepared, partition
 from turbotx.pipeline import rewrite

@@ -113,7 +113,7 @@ class TritonRunner:
             if p.role == "out":
                 made[p.name] = torch.zeros([evaluate(e, dims) for e in p.shape], dtype=p.dtype)
         args: list[Any] = [(given | made)[p.name] for p in kernel.params]
-        status = torch.zeros(1, dtype=torch.int32)
+        status = torch.zeros(sum(isinstance(s, ir.Check) for s in kernel.body), dtype=torch.int32)
         if any(name == "status_ptr" for name, _ in job.signature):
             args.append(status)
         args += [dims[n] for n in kernel.sizes]
@@ -121,6 +121,6 @@ class TritonRunner:
         if 0 not in programs:
             with interpreting():
                 load_function(job.source, kernel.name)[programs](*args, **dict(job.constexprs))
-        if status.item():
-            raise CheckFailed(f"{kernel.name}: check {status.item()}")
+        if status.any():
+            raise CheckFailed(f"{kernel.name}: check {status.max().item()}")
         return made

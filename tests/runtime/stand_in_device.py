@@ -12,6 +12,7 @@ is replayed.
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,7 +23,10 @@ import torch
 
 import turbotx
 from tests.kernels.triton_runner import interpreting, load_function
-from turbotx.kernels.targets import POINTEES, Job
+from turbotx.kernels.dependent import IMPORT, WAIT
+from turbotx.kernels.job import Binary, Job
+from turbotx.kernels.targets import POINTEES
+from turbotx.kernels.triton_prefetch import MEANWHILE
 from turbotx.runtime.cuda_frame import EXTRA_ARGUMENTS
 
 DTYPES = {name: dtype for dtype, name in POINTEES.items()}
@@ -70,6 +74,9 @@ class RecordingDevice:
         self.loaded.update(new)
         return [self.loaded[job.digest()] for job in jobs], len(new)
 
+    def place(self, binaries: Sequence[Binary]) -> list[Any]:
+        raise AssertionError("no program of a file runs on this stand-in")
+
     def stream(self) -> Any:
         return self.current_stream
 
@@ -115,6 +122,14 @@ class RecordingDevice:
     def is_capturing(self) -> bool:
         return self.users_capture
 
+    def wait(self) -> None:
+        assert not self.users_capture, "a stream that is being captured cannot be waited for"
+        self.log.append(("wait", self.current_stream))
+
+    def retain(self, tensors: Sequence[torch.Tensor]) -> None:
+        assert all(isinstance(t, torch.Tensor) for t in tensors)
+        self.log.append(("retain", self.current_stream, [t.data_ptr() for t in tensors]))
+
     def new_status(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int32)
 
@@ -148,8 +163,14 @@ class InterpretedDevice(RecordingDevice):
         digest = job.digest()
         with _interpreter, interpreting():
             if digest not in self._functions:
-                self._functions[digest] = load_function(job.source, job.name)
+                self._functions[digest] = load_function(without_waiting(job.source), job.name)
             self._functions[digest][grid](*given, **dict(job.constexprs))
+
+
+def without_waiting(source: str) -> str:
+    """Return a kernel's source less what the interpreter has no word for, and no need of."""
+    source = re.sub(rf"\n    {MEANWHILE}.*?(?={re.escape(WAIT)})", "", source, flags=re.DOTALL)
+    return source.replace(WAIT, "").replace(IMPORT, "")
 
 
 def read_arguments(job: Job, addresses: Any) -> list[int]:

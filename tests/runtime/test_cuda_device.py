@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 from tests.compiled_functions import compile_function
 from tests.runtime.test_cuda_driver import StandInDriver
 from turbotx.errors import DeviceError
+from turbotx.kernels.job import Binary
 from turbotx.kernels.targets import kernel_job
 from turbotx.memory.capture_lock import capture_lock
 from turbotx.runtime.cuda_device import CudaDevice, CudaRecorder, require_cuda
@@ -118,6 +120,32 @@ def test_kernels_are_built_for_the_device_and_loaded_once(monkeypatch: pytest.Mo
     # The context is there before anything is loaded.
     names = [name for name, _ in driver.calls]
     assert names.index("cuCtxSetCurrent") < names.index("cuModuleLoadData")
+
+
+def test_machine_code_is_loaded_as_it_is_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    StandInCuda(monkeypatch)
+    driver = StandInDriver()
+    device = CudaDevice(GPU, driver)
+    binary = Binary("k", "sm_90", "k_0d1d", 128, 4, 0, b"\x7fELF...")
+    (function,) = device.place([binary])
+    assert device.place([replace(binary)]) == [function]
+    (loaded,) = driver.named("cuModuleLoadData")
+    assert loaded[1] == binary.image
+    assert driver.named("cuModuleGetFunction")[0][2] == b"k_0d1d"
+    names = [name for name, _ in driver.calls]
+    assert names.index("cuCtxSetCurrent") < names.index("cuModuleLoadData")
+
+
+def test_weights_are_waited_for_and_recorded_on_the_current_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = StandInCuda(monkeypatch)
+    cuda.current.synchronize = cuda.note("synchronize")
+    device = CudaDevice(GPU, StandInDriver())
+    device.wait()
+    tensor = SimpleNamespace(record_stream=lambda stream: cuda.log.append(stream))
+    device.retain([tensor])
+    assert cuda.log == ["synchronize", cuda.current]
 
 
 def test_a_capture_is_on_a_stream_and_in_a_pool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

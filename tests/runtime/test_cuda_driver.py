@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.compiled_functions import compile_function
 from turbotx.errors import BuildError, DeviceError
+from turbotx.kernels.job import read_entry
 from turbotx.kernels.targets import Built, build, kernel_job
 from turbotx.runtime import cuda_driver
 
@@ -65,7 +66,8 @@ def built() -> Built:
 
 
 def load(driver: Any, built: Built, shared_nbytes: int = 512) -> cuda_driver.Function:
-    return cuda_driver.load_function(driver, replace(built, shared_nbytes=shared_nbytes), 200_000)
+    binary = replace(built.binary(), shared_nbytes=shared_nbytes)
+    return cuda_driver.load_function(driver, binary, 200_000)
 
 
 def test_a_cubin_is_loaded_by_the_name_and_threads_in_its_ptx(built: Built) -> None:
@@ -73,9 +75,8 @@ def test_a_cubin_is_loaded_by_the_name_and_threads_in_its_ptx(built: Built) -> N
     function = load(driver, built)
     assert driver.named("cuModuleLoadData")[0][1] == built.files["cubin"].read_bytes()
     assert driver.named("cuModuleGetFunction")[0][2] == built.job.name.encode()
-    assert (function.handle, function.threads) == (HANDLE, 32 * built.job.num_warps)
-    taken = sum(kind != "constexpr" for _, kind in built.job.signature)
-    assert taken <= function.arguments <= taken + 2
+    assert (function.handle, function.binary.threads) == (HANDLE, 32 * built.job.num_warps)
+    assert built.job.taken <= function.binary.arguments <= built.job.taken + 2
     # Every kernel prefers shared memory, so that no processor is divided anew between two.
     assert [a[1:] for a in driver.named("cuFuncSetAttribute")] == [(9, 100)]
 
@@ -113,7 +114,7 @@ def test_a_launch_is_one_call(built: Built) -> None:
     addresses = (ctypes.c_void_p * 4)(1, 2, 3, 4)
     cuda_driver.launch(driver, function, (40, 2, 1), addresses, 99)
     (given,) = driver.named("cuLaunchKernel")
-    assert given == (HANDLE, 40, 2, 1, function.threads, 1, 1, 512, 99, addresses, None)
+    assert given == (HANDLE, 40, 2, 1, function.binary.threads, 1, 1, 512, 99, addresses, None)
 
 
 def test_a_dependent_launch_says_so_to_the_driver(built: Built) -> None:
@@ -130,7 +131,7 @@ def test_a_dependent_launch_says_so_to_the_driver(built: Built) -> None:
     function = load(driver := Driver(), built)
     addresses = (ctypes.c_void_p * 4)(1, 2, 3, 4)
     cuda_driver.launch_dependent(driver, function, (40, 2, 1), addresses, 99)
-    block = (function.threads, 1, 1)
+    block = (function.binary.threads, 1, 1)
     assert seen == [(((40, 2, 1), block, 512, 99, 1), 6, 1, HANDLE, None)]
     failing = StandInDriver(cuLaunchKernelEx=1)
     with pytest.raises(DeviceError, match=r"CUDA error 1 \(invalid argument\) in launching"):
@@ -157,6 +158,6 @@ def test_a_new_thread_gets_the_devices_context_once() -> None:
 
 def test_ptx_that_is_not_understood_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="no entry"):
-        cuda_driver.read_entry(".visible .func f()")
+        read_entry(".visible .func f()")
     maximum = ".visible .entry k(\n .param .u64 a,\n .param .u32 b\n)\n.maxntid 256, 1, 1\n{"
-    assert cuda_driver.read_entry(maximum) == ("k", 256, 2)
+    assert read_entry(maximum) == ("k", 256, 2)

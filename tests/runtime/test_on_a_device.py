@@ -54,7 +54,7 @@ def assert_right(model: nn.Module, fast: Callable[..., Any], inputs: dict[str, A
     assert (got - exact).abs().max() <= allowed  # False for a NaN
 
 
-@pytest.mark.parametrize("options", [{}, {"pdl": True}, {"norms": "store"}, {"gemms": "cublas"}])
+@pytest.mark.parametrize("options", [{}, {"pdl": False}, {"norms": "store"}, {"gemms": "cublas"}])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_model_is_right_at_every_shape(dtype: torch.dtype, options: dict[str, Any]) -> None:
     model = make_bert(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from torch import nn
 import turbotx
 from turbotx.runtime import tensor_watch
 from turbotx.runtime.native import load_runtime
-from turbotx.runtime.tensor_watch import PlainWatch, TensorWatch, make_watch
+from turbotx.runtime.tensor_watch import (
+    PlainWatch,
+    TensorWatch,
+    make_watch,
+    start_native_watch,
+)
+from turbotx.runtime.weights import Weights
 
 
 def tensors() -> list[torch.Tensor]:
@@ -28,12 +35,19 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("native", [True, False])
+LIBRARIES = {
+    "runtime": lambda: load_runtime()[0],
+    "watch": lambda: start_native_watch().result(),
+    "none": lambda: None,
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("name", CHANGES)
-def test_changes_are_seen(name: str, native: bool) -> None:
+def test_changes_are_seen(name: str, library: str) -> None:
     given = tensors()
-    watch = make_watch(load_runtime()[0] if native else None, given)
-    assert isinstance(watch, TensorWatch if native else PlainWatch)
+    watch = make_watch(LIBRARIES[library](), given)
+    assert isinstance(watch, PlainWatch if library == "none" else TensorWatch)
     assert not watch.changed()
     with torch.no_grad():
         CHANGES[name](given)
@@ -70,3 +84,18 @@ def test_a_program_watches_its_parameters_natively() -> None:
     fast(torch.ones(2, 4))
     (compiled,) = fast._engine.variants()
     assert isinstance(compiled.program.runtime.weights._watched[1], TensorWatch)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_library_that_comes_later_takes_over_and_misses_nothing(changed: bool) -> None:
+    model = nn.Linear(4, 4)
+    weights = Weights(model, {}, {"w": "weight"}, {})
+    weights.later = Future()
+    assert weights.refresh()
+    assert isinstance(weights._watched[1], PlainWatch)
+    weights.later.set_result(start_native_watch().result())
+    assert not weights.refresh()
+    assert isinstance(weights._watched[1], TensorWatch)
+    if changed:
+        model.weight.data = torch.ones(4, 4)
+    assert weights.refresh() is changed

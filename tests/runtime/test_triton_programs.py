@@ -24,12 +24,14 @@ from tests.test_attention import every_mask, operands
 transformers = pytest.importorskip("transformers")
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def tiny(
+    name: str, dtype: torch.dtype = torch.float32, max_position_embeddings: int = 32
+) -> torch.nn.Module:
     torch.manual_seed(0)
     if name == "bert":
         config = transformers.BertConfig(
             hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-            vocab_size=160, max_position_embeddings=32,
+            vocab_size=160, max_position_embeddings=max_position_embeddings,
         )  # fmt: skip
         return transformers.BertModel(config).to(dtype).eval()
     if name == "gpt2":

@@ -3,7 +3,7 @@
 In: MODEL, shapes, targets, a folder. Out: captured.txt, fused.txt, kernels/, memory_plan.json,
 report.json, report.html and more, for example::
 
-    turbotx compile minilm --shape batch=4,seq=128 --out out
+    turbotx compile minilm --shape batch=4,seq=128 --out out --save minilm.ttx
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, WRONG, Output
+from turbotx.cli.save import chosen_targets, show_written, write_file
 from turbotx.cli.targets import (
     build_targets,
     make_gemm_jobs,
@@ -39,9 +40,14 @@ def compile_model(
     shapes: Sequence[str],
     targets: Sequence[str],
     verify: bool,
+    save: Path | None,
     output: Output,
 ) -> int:
-    """Dump everything and say where it is; return the exit code, 1 where `verify` finds errors."""
+    """Dump everything and say where it is; return the exit code, 1 where `verify` finds errors.
+
+    save: also write one file for `turbotx.load` there.
+    """
+    saved_for = chosen_targets(targets) if save is not None else []
     wanted, gpus = [parse_shape(text) for text in shapes], parse_targets(targets)
     make_folder(out)
     with output.steps(f"load {model}", total=6) as steps:
@@ -64,13 +70,16 @@ def compile_model(
         for dims, view in zip(wanted[1:], views[1:], strict=True):
             dumped.files += write_plan(view, dims, out)
         dumped.files += files
+        written = {} if save is None else write_file(loaded, save, saved_for, steps)
     output.console.print(views[0])
     if built:
         output.console.print(resources_table(built))
     output.console.print(f"\n{len(dumped.files)} files in {dumped.folder}/: begin with report.html")
     for name, why in dumped.skipped.items():
         output.console.print(f"without {name}: {why}")
-    output.result({**summarize(str(model), views, dumped), "targets": gpus})
+    if written:
+        output.console.print(show_written(written))
+    output.result({**summarize(str(model), views, dumped), **written, "targets": gpus})
     found = views[0].findings.numerics
     return OK if found is None or found.holds else WRONG
 

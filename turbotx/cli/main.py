@@ -59,6 +59,10 @@ def compile_command(
         list[str] | None,
         typer.Option("--target", metavar="sm_90", help="Also build for: sm_80, sm_90, gfx942, ..."),
     ] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one file for turbotx.load, for every --target."),
+    ] = None,
     dtype: Dtype = "",
     weights: Weights = None,
     verify: Annotated[
@@ -72,13 +76,17 @@ def compile_command(
 ) -> None:
     """Dump every stage: graphs, kernel sources, memory plan, report.html."""
     from turbotx.cli.compile import compile_model, print_stage
+    from turbotx.cli.save import save_model
 
     source = Source(model, dtype, weights)
     if stage:
         raise typer.Exit(print_stage(source, stage, shape or (), Output(as_json)))
+    if out is None and save is not None:
+        raise typer.Exit(save_model(source, save, target or (), Output(as_json)))
     if out is None:
-        raise InputError("compile needs --out DIR, or --stage NAME to print one stage")
-    raise typer.Exit(compile_model(source, out, shape or (), target or (), verify, Output(as_json)))
+        raise InputError("compile needs --out DIR, --save FILE, or --stage NAME to print one stage")
+    chosen = (out, shape or (), target or (), verify, save)
+    raise typer.Exit(compile_model(source, *chosen, Output(as_json)))
 
 
 @app.command("verify")

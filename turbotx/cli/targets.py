@@ -23,9 +23,10 @@ from turbotx.folding import assemble_folded
 from turbotx.kernels.epilogue import find_epilogues
 from turbotx.kernels.gemm_choice import choose_tiles, gemm_job
 from turbotx.kernels.gemm_template import GemmTemplate
+from turbotx.kernels.job import Job
 from turbotx.kernels.launch_jobs import launch_job
 from turbotx.kernels.norms import find_folds
-from turbotx.kernels.targets import TARGETS, Built, Job, build
+from turbotx.kernels.targets import TARGETS, Built, build
 from turbotx.kernels.tiles import Tiles
 from turbotx.kernels.triton_resources import Resources
 from turbotx.passes.partition import kind_of

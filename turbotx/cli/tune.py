@@ -24,7 +24,7 @@ from turbotx.graphed import GraphedProgram
 from turbotx.kernels.tuned import save_tuned
 from turbotx.pipeline import Compiled
 from turbotx.report.report import Report
-from turbotx.runtime.cuda_device import require_cuda
+from turbotx.runtime.cuda_device import require_cuda, require_triton
 from turbotx.signature import SizeMatcher
 from turbotx.tune import Found, gains, tune_call, tune_norms
 
@@ -32,6 +32,7 @@ from turbotx.tune import Found, gains, tune_call, tune_norms
 def tune_model(model: Source, shapes: Sequence[str], output: Output) -> int:
     """Tune every shape, keep what is faster, print it; raise DeviceError where there is no GPU."""
     require_cuda()
+    require_triton()
     wanted = [parse_shape(text) for text in shapes]
     found: list[Found] = []
     with output.steps(f"load {model}", total=3 + max(1, len(wanted))) as steps:

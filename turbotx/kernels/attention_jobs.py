@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.cpp_products import ProductKernel
-from turbotx.kernels.targets import POINTEES, Job, fit_warps
+from turbotx.kernels.job import Job
+from turbotx.kernels.targets import POINTEES, fit_warps
 from turbotx.kernels.triton_attention import (
     NAMES,
     STRIDES,

@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from turbotx.kernels.targets import Job, target_of
+from turbotx.kernels.job import Job
+from turbotx.kernels.targets import target_of
 
 # Above, a kernel computes where it works, and reads nothing.
 MARK = "# From here on it reads what other kernels have written."

@@ -16,8 +16,9 @@ from turbotx.kernels.attention_jobs import attention_job, product_job
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.cpp_products import ProductKernel
 from turbotx.kernels.heuristics import heuristics_for
+from turbotx.kernels.job import ALIGNED_NBYTES, Job
 from turbotx.kernels.schedule import choose_schedule, divisible_sizes
-from turbotx.kernels.targets import ALIGNED_NBYTES, Job, kernel_job
+from turbotx.kernels.targets import kernel_job
 from turbotx.kernels.triton_attention import (
     NAMES,
     STRIDES,

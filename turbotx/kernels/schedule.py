@@ -97,7 +97,7 @@ def _reduction(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristic
         (p.dtype.itemsize for p in kernel.params if p.dtype.is_floating_point), default=4
     )
     rows = max(1, numbers.row_nbytes // narrowest // cols) if kernel.rows else 1
-    return Schedule(rows, cols, _warps(rows * cols, numbers))
+    return Schedule(rows, cols, _row_warps(rows * cols, numbers))
 
 
 def _pointwise(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristics) -> Schedule:
@@ -122,6 +122,13 @@ def _pointwise(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristic
             cols = min(power_above(length), tile)
     rows = max(1, tile // cols)
     return Schedule(rows, cols, _warps(rows * cols, numbers))
+
+
+def _row_warps(elements: int, numbers: Heuristics) -> int:
+    """As many warps as leave a thread its share of the rows that are reduced."""
+    if not numbers.row_elements:
+        return _warps(elements, numbers)
+    return min(16, max(1, elements // (32 * numbers.row_elements)))
 
 
 def _warps(elements: int, numbers: Heuristics) -> int:

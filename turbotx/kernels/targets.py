@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import queue
-import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +29,7 @@ import torch
 from turbotx import ir
 from turbotx.errors import BuildError
 from turbotx.kernels.build import cache_directory
+from turbotx.kernels.job import Binary, Job, read_entry
 from turbotx.kernels.schedule import Schedule, choose_schedule, outer_axes, vector_axes
 from turbotx.kernels.triton_printer import print_triton
 from turbotx.kernels.triton_resources import Resources, read_amdgcn, read_cubin
@@ -60,41 +59,6 @@ POINTEES = {
 }  # fmt: skip
 
 
-_COMMENTS = re.compile(r"^#.*\n", re.MULTILINE)
-# What a signature promises of an address, in bytes, where nothing else is said.
-ALIGNED_NBYTES = 16
-
-
-@dataclass(frozen=True)
-class Job:
-    """One kernel to compile for one target.
-
-    signature: the Triton type of every argument, in order ("constexpr" for tiles).
-    divisible: arguments that are multiples of 16 (pointers: addresses), so that an access may be
-    128 bits wide. pdl: it waits for the kernel before it by itself (see `dependent`); before_wait:
-    the lines that it then does first.
-    """
-
-    name: str
-    source: str
-    target: str
-    signature: tuple[tuple[str, str], ...]
-    constexprs: tuple[tuple[str, int], ...]
-    divisible: tuple[str, ...]
-    num_warps: int
-    num_stages: int = 2
-    pdl: bool = False
-    before_wait: str = ""
-
-    def digest(self) -> str:
-        """Return a digest of all that shapes the binary, which comments do not: a kernel's header
-        names lines of the user's model."""
-        source = _COMMENTS.sub("", self.source)
-        code = dataclasses.replace(self, source=source, before_wait="")
-        shown = (_triton_version(), dataclasses.astuple(code))
-        return hashlib.sha256(repr(shown).encode()).hexdigest()[:24]
-
-
 @dataclass(frozen=True)
 class Built:
     """A compiled job: files by kind ("ttir", "ptx", "cubin", …) and what the kernel uses.
@@ -118,12 +82,24 @@ class Built:
             _write(kept, json.dumps(dataclasses.asdict(measured)))
         return Resources(**json.loads(kept.read_text()))
 
-
-@functools.cache
-def _triton_version() -> str:
-    import triton
-
-    return str(triton.__version__)
+    def binary(self) -> Binary:
+        """Return what a device needs of it; raise BuildError where the PTX is not understood."""
+        job, ptx = self.job, self.files["ptx"]
+        entry, threads, arguments = read_entry(ptx.read_text())
+        if arguments < job.taken:
+            raise BuildError(
+                f"{job.name} was compiled to {arguments} arguments, not {job.taken}: {ptx}"
+            )
+        if self.scratch_nbytes:
+            raise BuildError(
+                f"{job.name} wants {self.scratch_nbytes} bytes of global scratch memory a program, "
+                "which turbotx gives to none: choose other tiles for it (option schedules), and "
+                "unset what instruments kernels, as TRITON_INSTRUMENTATION_MODE does"
+            )
+        image = self.files["cubin"].read_bytes()
+        return Binary(
+            job.name, job.target, entry, threads, arguments, self.shared_nbytes, image, job.pdl
+        )
 
 
 def kernel_job(

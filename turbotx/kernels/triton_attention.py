@@ -31,8 +31,8 @@ FEW_QUERIES = 16
 # Up to here one tile may have all keys of a sequence's attention to itself.
 ONE_TILE = 64
 MOST = repr(torch.finfo(torch.float32).max)
-# What a grid has along its third axis, where the sequences are; no division then finds a program's
-# place, which would take longer than all else before its first load.
+# Sequences are along a grid's third axis, which has room for as many: no division then finds a
+# program's place, which would take longer than all else before its first load.
 MOST_DEEP = 65535
 NAMES = tuple(name.replace(".", "_") for name in SIZES)
 # The sizes that are strides between vectors of head_dim: multiples of 16 in any packed layout.
@@ -152,9 +152,9 @@ class _Attention:
             "tile = tl.program_id(0)",
             "head = tl.program_id(1)",
             "batch_index = tl.program_id(2)",
-            f"if batch > {MOST_DEEP}:  # the others are along the first axis",
+            f"if batch >= {MOST_DEEP}:  # the others are along the first axis",
             "    tiles = tl.cdiv(q_len, Q_TILE)",
-            f"    batch_index += tile // tiles * {MOST_DEEP}",
+            "    batch_index += tile // tiles * tl.num_programs(2)",
             "    tile = tile % tiles",
             "    q_len = tl.where(batch_index < batch, q_len, 0)",
             "    batch_index = tl.minimum(batch_index, batch - 1)",
@@ -343,5 +343,5 @@ def attention_grid(
     schedule: AttentionSchedule, batch: int, heads: int, q_len: int
 ) -> tuple[int, int, int]:
     """Return the number of programs: one a tile of queries, tiles of one head side by side."""
-    tiles = -(-q_len // schedule.q_tile) * -(-batch // MOST_DEEP)
-    return tiles, heads, min(batch, MOST_DEEP)
+    folds = 1 + batch // MOST_DEEP  # without comparing: saved programs keep the arithmetic
+    return -(-q_len // schedule.q_tile) * folds, heads, -(-batch // folds)

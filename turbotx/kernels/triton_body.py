@@ -176,8 +176,8 @@ class Body:
         return f"tl.store({pointer}, {self.texts[s.value].text}{mask})"
 
     def _check(self, s: ir.Check) -> list[str]:
-        """An index outside its table is reported through `status`, and nothing is read there."""
-        name, number = self.names[s.value], self.checks.index(s) + 1
+        """An index outside its table is reported in the check's word, and nothing is read there."""
+        name, number = self.names[s.value], self.checks.index(s)
         dims = self.dims(self.varies[s.value])
         # Triton's interpreter takes one element for a number, and ~ of that is no mask.
         wrong = f"~{name}_ok" if dims else f"({name}_ok == 0)"
@@ -185,10 +185,11 @@ class Body:
         if s.mask:
             masks.append(self.texts[s.mask].inside())
             dims = dims or self.dims(self.varies[s.mask])
-        status = f"status_ptr + tl.zeros_like({name})" if dims else "status_ptr"
+        word = f"status_ptr + {number}" if number else "status_ptr"
+        status = f"{word} + tl.zeros_like({name})" if dims else word
         return [
             f"{name}_ok = ({name} >= 0) & ({name} < {self.expr(s.limit)})",
-            f"tl.store({status}, {number}, mask={' & '.join(masks)})",
+            f"tl.store({status}, {number + 1}, mask={' & '.join(masks)})",
         ]
 
     def _scan(self, s: ir.Scan) -> list[str]:

@@ -17,6 +17,7 @@ LINE_NBYTES = 128
 # What a program brings at most, of all that it will read: a few KB a thread block are enough to
 # cover a launch, and what comes too early drives out what others need.
 MOST_NBYTES = 64 * 1024
+MEANWHILE = "# Meanwhile the weight may come to L2, for the first tile of tokens."
 # One request for a line where a mask says so. The result is of no use, but there has to be one.
 LINE_REQUEST = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }"
 # One request for a row of bytes, by the one thread that a number names.
@@ -39,7 +40,7 @@ def print_prefetch(template: GemmTemplate, schedule: GemmSchedule, aligned: bool
     span = _span(t, s, width * t.dtype.itemsize)
     begin = "begin" if s.splits > 1 else "0"
     stop = f"tl.minimum({begin} + {span}, end)" if s.splits > 1 else str(span)
-    lines = ["", "# Meanwhile the weight may come to L2, for the first tile of tokens."]
+    lines = ["", MEANWHILE]
     lines.append(f"stop = tl.minimum({stop}, {t.k})" if s.splits > 1 else f"stop = {stop}")
     if s.prefetch == BULK and aligned and not t.flipped and _even(t, s, span):
         return lines + _rows(t, s, halves, begin)

@@ -38,5 +38,10 @@ def declare_runtime(library: ctypes.CDLL) -> None:
         ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
     ]  # fmt: skip
+    declare_watch(library)
+
+
+def declare_watch(library: ctypes.CDLL) -> None:
+    """Tell ctypes about the one function of `tensor_watch.cpp`."""
     library.ttx_tensors_changed.restype = ctypes.c_int
     library.ttx_tensors_changed.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 5]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from turbotx.collection import pause_collection
 from turbotx.errors import DeviceError
-from turbotx.kernels.targets import Job, build
+from turbotx.kernels.job import Binary, Job
 from turbotx.memory.capture_lock import capture_lock
 from turbotx.runtime import cuda_driver
 from turbotx.runtime.device import Graph, Grid
@@ -52,19 +52,34 @@ class CudaDevice:
 
     def load(self, jobs: Sequence[Job]) -> tuple[list[cuda_driver.Function], int]:
         """Build what is not on disk in parallel, load what is not on the device."""
+        # A process that runs saved programs has no use for what this imports.
+        from turbotx.kernels.targets import build
+
         compiled = 0
-        with self._loading, self.active():
+        with self._loading:
             missing = [job for job in jobs if job.digest() not in self._functions]
-            if missing:
-                torch.cuda.init()
-                cuda_driver.ensure_context(self._driver, self.index)
-                properties: Any = torch.cuda.get_device_properties(self.index)
-                limit = properties.shared_memory_per_block_optin
-                for built in build(missing, measure=False):
-                    compiled += not built.cached
-                    function = cuda_driver.load_function(self._driver, built, limit)
-                    self._functions[built.job.digest()] = function
+            found = build(missing, measure=False) if missing else []
+            self._add({b.job.digest(): b.binary() for b in found})
+            compiled = sum(not b.cached for b in found)
             return [self._functions[job.digest()] for job in jobs], compiled
+
+    def place(self, binaries: Sequence[Binary]) -> list[cuda_driver.Function]:
+        """Load what is not on the device."""
+        with self._loading:
+            self._add({b.digest: b for b in binaries if b.digest not in self._functions})
+            return [self._functions[b.digest] for b in binaries]
+
+    def _add(self, binaries: Mapping[str, Binary]) -> None:
+        if not binaries:
+            return
+        with self.active():
+            torch.cuda.init()
+            cuda_driver.ensure_context(self._driver, self.index)
+            properties: Any = torch.cuda.get_device_properties(self.index)
+            limit = properties.shared_memory_per_block_optin
+            for digest, binary in binaries.items():
+                function = cuda_driver.load_function(self._driver, binary, limit)
+                self._functions[digest] = function
 
     def stream(self) -> int:
         """The current stream's handle; this thread has a context afterwards."""
@@ -86,6 +101,14 @@ class CudaDevice:
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self.index).synchronize()
+
+    def retain(self, tensors: Sequence[torch.Tensor]) -> None:
+        stream = torch.cuda.current_stream(self.index)
+        for tensor in tensors:
+            tensor.record_stream(stream)
 
     def new_status(self, count: int) -> torch.Tensor:
         # Pinned memory has one address for host and device; only a failed check writes to it.
@@ -197,6 +220,10 @@ def require_cuda() -> None:
                 else "it is a CPU build; install one with CUDA, see pytorch.org"
             )
         )
+
+
+def require_triton() -> None:
+    """Raise DeviceError, saying what to do, where no kernels can be compiled."""
     try:
         import triton  # noqa: F401
     except ImportError as error:

@@ -3,18 +3,18 @@
 In: cubins. Out: loaded functions, launched by one driver call each, with no Python dispatch and
 no compiler in between; every version of Triton compiles to the same calls::
 
-    function = load_function(driver, built); launch(driver, function, (40, 1, 1), addresses, stream)
+    function = load_function(driver, binary, limit)
+    launch(driver, function, (40, 1, 1), addresses, stream)
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from turbotx.errors import BuildError, DeviceError
-from turbotx.kernels.targets import Built, Job
+from turbotx.kernels.job import Binary
 
 # A kernel may use this much shared memory without asking first.
 PLAIN_SHARED_NBYTES = 48 * 1024
@@ -47,13 +47,10 @@ class LaunchConfig(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Function:
-    """A kernel on the device. arguments: how many its code takes, Triton's own two included."""
+    """A kernel on the device, and what it was loaded from."""
 
-    job: Job
+    binary: Binary
     handle: int
-    threads: int
-    shared_nbytes: int
-    arguments: int
 
 
 def open_driver() -> Any:
@@ -93,32 +90,21 @@ def ensure_context(driver: Any, index: int) -> None:
     check(driver, driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
-def load_function(driver: Any, built: Built, limit_nbytes: int) -> Function:
+def load_function(driver: Any, binary: Binary, limit_nbytes: int) -> Function:
     """Load a cubin into the current context; it stays loaded as long as the process lives.
 
     `limit_nbytes`: shared memory that a program may have on this device.
     """
-    job, shared_nbytes, ptx = built.job, built.shared_nbytes, built.files["ptx"]
-    name, threads, arguments = read_entry(ptx.read_text())
-    taken = sum(kind != "constexpr" for _, kind in job.signature)
-    if arguments < taken:
-        raise BuildError(f"{job.name} was compiled to {arguments} arguments, not {taken}: {ptx}")
-    if built.scratch_nbytes:
-        raise BuildError(
-            f"{job.name} wants {built.scratch_nbytes} bytes of global scratch memory a program, "
-            f"which turbotx gives to none: choose other tiles for it (option schedules), and unset "
-            f"what instruments kernels, as TRITON_INSTRUMENTATION_MODE does"
-        )
+    name, shared_nbytes = binary.name, binary.shared_nbytes
     if shared_nbytes > limit_nbytes:
         raise BuildError(
-            f"{job.name} needs {shared_nbytes} bytes of shared memory and the device has "
+            f"{name} needs {shared_nbytes} bytes of shared memory and the device has "
             f"{limit_nbytes} for a program: choose smaller tiles for it (option schedules)"
         )
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
-    image = built.files["cubin"].read_bytes()
-    check(driver, driver.cuModuleLoadData(ctypes.byref(module), image), f"loading {job.name}")
-    found = driver.cuModuleGetFunction(ctypes.byref(handle), module, name.encode())
-    check(driver, found, f"looking for {name}")
+    check(driver, driver.cuModuleLoadData(ctypes.byref(module), binary.image), f"loading {name}")
+    found = driver.cuModuleGetFunction(ctypes.byref(handle), module, binary.entry.encode())
+    check(driver, found, f"looking for {binary.entry}")
     if shared_nbytes > PLAIN_SHARED_NBYTES:
         asked = driver.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared_nbytes)
         check(driver, asked, f"asking for {shared_nbytes} bytes of shared memory for {name}")
@@ -127,15 +113,7 @@ def load_function(driver: Any, built: Built, limit_nbytes: int) -> Function:
     asked = driver.cuFuncSetAttribute(handle, _SHARED_CARVEOUT, _MOST_SHARED)
     check(driver, asked, f"asking for shared memory rather than cache for {name}")
     assert handle.value is not None
-    return Function(job, handle.value, threads, shared_nbytes, arguments)
-
-
-def read_entry(ptx: str) -> tuple[str, int, int]:
-    """Return the kernel's name in the machine code, its threads and its number of arguments."""
-    entry = re.search(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)\s*\.(?:req|max)ntid\s+(\d+)", ptx)
-    if entry is None:
-        raise BuildError("the PTX has no entry that says how many threads it runs with")
-    return entry[1], int(entry[3]), entry[2].count(".param")
+    return Function(binary, handle.value)
 
 
 def launch(
@@ -143,11 +121,11 @@ def launch(
 ) -> None:
     """Queue a kernel on a stream; `addresses` is an array of pointers to its arguments."""
     code = driver.cuLaunchKernel(
-        function.handle, *grid, function.threads, 1, 1, function.shared_nbytes, stream,
-        addresses, None,
+        function.handle, *grid, function.binary.threads, 1, 1, function.binary.shared_nbytes,
+        stream, addresses, None,
     )  # fmt: skip
     if code:
-        check(driver, code, f"launching {function.job.name} on a grid of {grid}")
+        check(driver, code, f"launching {function.binary.name} on a grid of {grid}")
 
 
 def launch_dependent(
@@ -159,11 +137,11 @@ def launch_dependent(
     """
     attribute = LaunchAttribute(_PROGRAMMATIC_SERIALIZATION, b"", 1)
     config = LaunchConfig(
-        grid, (function.threads, 1, 1), function.shared_nbytes, stream,
+        grid, (function.binary.threads, 1, 1), function.binary.shared_nbytes, stream,
         ctypes.pointer(attribute), 1,
     )  # fmt: skip
     code = driver.cuLaunchKernelEx(
         ctypes.byref(config), ctypes.c_void_p(function.handle), addresses, None
     )
     if code:
-        check(driver, code, f"launching {function.job.name} on a grid of {grid}")
+        check(driver, code, f"launching {function.binary.name} on a grid of {grid}")

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from turbotx import ir
-from turbotx.runtime.cuda_launch import SizeTable
+from turbotx.runtime.cuda_status import Status
 
 # Shapes whose views of GEMM operands are kept, an arena.
 KEPT_SHAPES = 16
@@ -39,17 +38,6 @@ class Layout:
     sizes: tuple[int, ...]
 
 
-def lay_out(
-    operands: list[ir.Operand], cell: str, sizes: list[int], table: SizeTable
-) -> Layout:  # fmt: skip
-    """Return the layout of arguments: operands, a cell, sizes by their place in the table."""
-    pointers = []
-    for arg in operands:
-        shift = arg.offset * arg.dtype.itemsize
-        pointers.append((table.slots[arg.tensor], None if shift == 0 else table.value(shift)))
-    return Layout(tuple(pointers), cell, tuple(sizes))
-
-
 class Frame:
     """Argument arrays over one address table.
 
@@ -58,7 +46,7 @@ class Frame:
     """
 
     def __init__(
-        self, table: Any, layouts: Mapping[Key, Layout], count: int, status: torch.Tensor,
+        self, table: Any, layouts: Mapping[Key, Layout], count: int, status: Status,
         turns: torch.Tensor,
     ) -> None:  # fmt: skip
         self._table = np.ctypeslib.as_array(table)
@@ -72,7 +60,7 @@ class Frame:
         self._places = {p: 8 * k for k, p in enumerate(windows)}
         launches = max((i for i, _ in layouts), default=-1) + 1
         self._status, self._turns = status, turns  # what the addresses below point at
-        self._statuses = status.data_ptr() + 4 * np.arange(max(1, launches), dtype=np.int64)
+        self._statuses = np.array([status.address(i) for i in range(launches)], dtype=np.int64)
         self._turn = np.array([turns.data_ptr()], dtype=np.int64)
         self._nothing = np.zeros(1, dtype=np.int64)
         self.addresses = {key: self._array(key[0], layout) for key, layout in layouts.items()}

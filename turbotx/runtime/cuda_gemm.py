@@ -4,15 +4,12 @@ In: a gemm launch with its alternatives, sizes. Out: the parts to queue, by the 
 
     linear_gelu_0 at 40 tokens    ->  [gemm_float16_3072x768_bias_gelu on (96, 1)]
     linear_gelu_0 at 4096 tokens  ->  [cuBLAS's addmm into out, fused_add_gelu over it]
-
-The library's calls are PyTorch's own (cuBLAS), written by `out=` straight into planned memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -20,16 +17,18 @@ from turbotx import ir
 from turbotx.kernels.epilogue import GemmKernel, RowNorm
 from turbotx.kernels.gemm_choice import BUCKETS, STRIDES, bucket_of, gemm_job
 from turbotx.kernels.gemm_template import GemmSchedule, GemmTemplate, gemm_arguments, gemm_grid
+from turbotx.kernels.job import ALIGNED_NBYTES, Job
 from turbotx.kernels.tags import tag_of
-from turbotx.kernels.targets import ALIGNED_NBYTES, Job
 from turbotx.kernels.tiles import Tiles, gemm_neighbours, structure_of
 from turbotx.runtime.aten import AtenSteps
-from turbotx.runtime.cuda_frame import Layout, lay_out
-from turbotx.runtime.cuda_launch import KernelFamily, Part, SizeTable
+from turbotx.runtime.cuda_frame import Layout
+from turbotx.runtime.cuda_launch import Deciders, KernelFamily, SizeTable, lay_out
+from turbotx.runtime.library_gemm import Call, make_gemm
+from turbotx.runtime.parts import Part
+from turbotx.runtime.settings import uses_tf32
 from turbotx.runtime.state import RunState
 from turbotx.sizes import ONE, ZERO
 
-Call = Callable[[], object]
 LIBRARY_CALL = Part("library")
 # What a template calls the arguments of a gemm launch, in their order.
 POINTERS = (
@@ -139,12 +138,28 @@ class GemmFamily:
         """The place of the number of tokens among a program's sizes."""
         return self._sizes["tokens"]
 
+    @property
+    def deciders(self) -> Deciders:
+        """Its own, and those of the kernels behind the library's GEMM."""
+        behind = [family.deciders for family in self.finish]
+        even = (
+            *(self._sizes[n] for n in STRIDES if n in self._sizes),
+            *(k for _, k in self._shifts),
+        )
+        return Deciders(
+            ((self.tokens, BUCKETS), *(by for d in behind for by in d.by)),
+            (*even, *(k for d in behind for k in d.even)),
+            tuple(k for d in behind for k in d.large),
+        )
+
     def expected(self, sizes: Sequence[int], buckets: Iterable[int] = BUCKETS) -> list[Job]:
         """Return the templates' jobs for buckets, so that no stream of lengths builds more."""
         tokens, found = self.tokens, []
         for bucket in buckets:
             parts = self.pick([*sizes[:tokens], bucket, *sizes[tokens + 1 :]])
-            found += [p.job for p in parts if p.which in ("gemm", "split") and p.job is not None]
+            found += [
+                p.job for p in parts if p.which in ("gemm", "split") and isinstance(p.job, Job)
+            ]
         return found
 
     def at(self, schedule: GemmSchedule | None, sizes: Sequence[int]) -> list[Part]:
@@ -209,39 +224,29 @@ def with_settings(template: GemmTemplate) -> GemmTemplate:
     return replace(template, tf32=uses_tf32()) if template.dtype is torch.float32 else template
 
 
-def uses_tf32() -> bool:
-    """Tell whether the user lets float32 products round their factors to TF32."""
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
 def bind_gemm(launch: ir.Launch, steps: AtenSteps) -> Callable[[RunState], Call]:
-    """Return a function from a run's state to the call that computes x @ weight.t() + bias.
+    """Return a function from a run's state to the library's call of a launch."""
+    x, weight, bias, out = library_operands(launch)
+    biases = None if bias is None else steps.tensor(bias)
+    looks = (steps.tensor(x), steps.tensor(weight), biases, steps.tensor(out))
+    return make_gemm(*looks, runs_relu(launch))
 
-    The bias is added to the float32 sums before they are rounded, as in PyTorch's linear; float32
-    follows `torch.backends.cuda.matmul`, so TF32 is used only where the user allows it. A ReLU
-    behind it is done by the library too (cuBLASLt's GELU is the tanh one, in its own rounding).
-    """
+
+def library_operands(
+    launch: ir.Launch,
+) -> tuple[ir.Operand, ir.Operand, ir.Operand | None, ir.Operand]:
+    """Return x, weight, bias and out of a launch as the library takes them: rows of two dims."""
     x, weight, bias, out, _ = launch.args
     assert x is not None and weight is not None and out is not None
     rows, stride, width = launch.sizes[:3]
-    depth = x.shape[-1]
-    rows_of_x = steps.tensor(ir.Operand(x.tensor, x.dtype, (rows, depth), (stride, ONE), x.offset))
-    rows_of_out = steps.tensor(ir.Operand(out.tensor, out.dtype, (rows, width), (width, ONE), ZERO))
-    weights = steps.tensor(weight)
-    biases = None if bias is None else steps.tensor(bias)
-    relu = isinstance(launch.target, GemmKernel) and launch.target.activation == "relu"
+    given = ir.Operand(x.tensor, x.dtype, (rows, x.shape[-1]), (stride, ONE), x.offset)
+    target = ir.Operand(out.tensor, out.dtype, (rows, width), (width, ONE), ZERO)
+    return given, weight, bias, target
 
-    def bind(state: RunState) -> Call:
-        given, target = rows_of_x(state), rows_of_out(state)
-        flipped = weights(state).t()
-        if biases is None:
-            return partial(torch.mm, given, flipped, out=target)
-        if relu:
-            add = torch._addmm_activation
-            return partial(add, biases(state), given, flipped, use_gelu=False, out=target)
-        return partial(torch.addmm, biases(state), given, flipped, out=target)
 
-    return bind
+def runs_relu(launch: ir.Launch) -> bool:
+    """Tell whether the library does a ReLU behind the bias of a launch."""
+    return isinstance(launch.target, GemmKernel) and launch.target.activation == "relu"
 
 
 def find_library_call(launch: ir.Launch) -> tuple[ir.Launch, tuple[ir.Launch, ...]]:

@@ -16,6 +16,7 @@ from turbotx import ir
 from turbotx.kernels.attention_jobs import attention_job, product_job
 from turbotx.kernels.cpp_attention import AttentionKernel
 from turbotx.kernels.cpp_products import ProductKernel
+from turbotx.kernels.job import ALIGNED_NBYTES, Job
 from turbotx.kernels.schedule import (
     INT32_LIMIT,
     PERSISTENT,
@@ -27,7 +28,7 @@ from turbotx.kernels.schedule import (
     vector_axes,
 )
 from turbotx.kernels.tags import AttentionTiles, tag_of
-from turbotx.kernels.targets import ALIGNED_NBYTES, Job, kernel_job
+from turbotx.kernels.targets import kernel_job
 from turbotx.kernels.tiles import (
     Tiles,
     attention_neighbours,
@@ -43,22 +44,16 @@ from turbotx.kernels.triton_attention import (
 )
 from turbotx.kernels.triton_products import PRODUCT_NAMES, PRODUCT_STRIDES, product_grid
 from turbotx.kernels.tuned import Choose, neighbours
+from turbotx.runtime.cuda_frame import Layout
 from turbotx.runtime.device import Grid
+from turbotx.runtime.parts import Part
 from turbotx.sizes import Expr, dim, product
 
 KEYS = ("q_len", "k_len")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One thing that a launch queues: a kernel, or without a job what PyTorch runs.
-
-    which: the list of arguments that it takes, among the launch's own.
-    """
-
-    which: str
-    job: Job | None = None
-    grid: Grid = (1, 1, 1)
+# How many keys a tile of attention can have; the last stands for more than any.
+TILES_OF_KEYS = (16, 32, 64, 128, 256, 1 << 30)
+# Elements from which on a kernel counts in 64 bits: a masked tile reaches past the end.
+LARGE = INT32_LIMIT - PERSISTENT
 
 
 class SizeTable:
@@ -73,6 +68,34 @@ class SizeTable:
 
     def expression(self, place: int) -> Expr:
         return list(self.values)[place]
+
+
+def lay_out(
+    operands: list[ir.Operand], cell: str, sizes: list[int], table: SizeTable
+) -> Layout:  # fmt: skip
+    """Return the layout of arguments: operands, a cell, sizes by their place in the table."""
+    pointers = []
+    for arg in operands:
+        shift = arg.offset * arg.dtype.itemsize
+        pointers.append((table.slots[arg.tensor], None if shift == 0 else table.value(shift)))
+    return Layout(tuple(pointers), cell, tuple(sizes))
+
+
+# Lengths up to which a choice by powers of two holds; the last one stands for all larger ones.
+POWERS = tuple(1 << k for k in range(31))
+
+
+@dataclass(frozen=True)
+class Deciders:
+    """What of a program's sizes decides over a family's variants, by their places.
+
+    by: up to which values one choice holds, the last one for all larger. even: whether it is a
+    multiple of 16. large: whether any of them passes what 32 bits can count.
+    """
+
+    by: tuple[tuple[int, tuple[int, ...]], ...]
+    even: tuple[int, ...]
+    large: tuple[int, ...] = ()
 
 
 class KernelFamily:
@@ -92,12 +115,17 @@ class KernelFamily:
     def pick(self, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes; a grid with a zero means nothing."""
         length = sizes[self._length]
-        wide = any(sizes[k] >= INT32_LIMIT - PERSISTENT for k in self._counts)
+        wide = any(sizes[k] >= LARGE for k in self._counts)
         schedule = self._schedules.get((length, wide))
         if schedule is None:
             schedule = self._choose(self.kernel, length, wide, self._strided)
             self._schedules[length, wide] = schedule
         return self.at(schedule, sizes)
+
+    @property
+    def deciders(self) -> Deciders:
+        strides = tuple(place for _, place in self._strides)
+        return Deciders(((self._length, POWERS),), strides, tuple(self._counts))
 
     def at(self, schedule: Schedule, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes by a given schedule."""
@@ -176,7 +204,16 @@ class AttentionFamily:
         found = self.at(tiles, sizes)
         if isinstance(tiles, AttentionSchedule) and tiles.once and q != k:
             found += self.at(replace(tiles, once=0), sizes)
-        return [part.job for part in found if part.job is not None]
+        return [part.job for part in found if isinstance(part.job, Job)]
+
+    @property
+    def deciders(self) -> Deciders:
+        places = dict(zip(self._names, self._sizes, strict=True))
+        even = (*(places[n] for n in self._strides), *(k for _, k in self._shifts))
+        by = [(places["q_len"], POWERS)]
+        if isinstance(self.kernel, AttentionKernel):  # whether one tile has all keys
+            by.append((places["k_len"], TILES_OF_KEYS))
+        return Deciders(tuple(by), even)
 
     def at(self, tiles: AttentionTiles, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes by a given schedule."""

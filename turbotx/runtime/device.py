@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from turbotx.kernels.targets import Job
+from turbotx.kernels.job import Binary, Job
 
 Grid = tuple[int, int, int]
 
@@ -35,7 +35,8 @@ class Recorder(Protocol):
 
 
 class Device(Protocol):
-    """One GPU, as far as a program needs it; all calls but `load` are made inside `active()`.
+    """One GPU, as far as a program needs it; all calls but those that load kernels are made inside
+    `active()`.
 
     torch_device: where its tensors lie. target: what kernels are compiled for, as "sm_90".
     """
@@ -48,6 +49,9 @@ class Device(Protocol):
 
     def load(self, jobs: Sequence[Job]) -> tuple[list[Any], int]:
         """Build and load kernels; return their handles, and how many had to be compiled."""
+
+    def place(self, binaries: Sequence[Binary]) -> list[Any]:
+        """Load kernels that are compiled already; return their handles."""
 
     def stream(self) -> Any:
         """Return the caller's current stream, ready for launches by this thread."""
@@ -68,6 +72,13 @@ class Device(Protocol):
 
     def is_capturing(self) -> bool:
         """Tell whether the caller is capturing a graph of its own on the current stream."""
+
+    def wait(self) -> None:
+        """Return when what is queued on the current stream is done."""
+
+    def retain(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Have the current stream read tensors: their memory, once freed, is given to nobody
+        before what was queued on it by then is done."""
 
     def new_status(self, count: int) -> torch.Tensor:
         """Return zeroed int32 on the host that kernels may write to."""

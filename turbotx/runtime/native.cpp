@@ -112,19 +112,6 @@ void* ttx_pack_weight(int dtype, const void* w, int64_t n, int64_t k, int64_t sn
 
 void ttx_free_weight(void* weight) { delete static_cast<Weight*>(weight); }
 
-// Whether any tensor lies elsewhere than at its address, or has another version. `address_of` and
-// `version_of` are PyTorch's own functions of a tensor's handle.
-int ttx_tensors_changed(int64_t count, void* const* tensors, void* const* addresses,
-                        const int64_t* versions, int32_t (*address_of)(void*, void**),
-                        int64_t (*version_of)(void*)) {
-  for (int64_t i = 0; i < count; ++i) {
-    void* address = nullptr;
-    if (version_of(tensors[i]) != versions[i]) return 1;
-    if (address_of(tensors[i], &address) != 0 || address != addresses[i]) return 1;
-  }
-  return 0;
-}
-
 // args: a, packed weight, bias or null, out, residual or null; sizes: m, lda, ldc, the residual's
 // row stride, the activation.
 int ttx_linear(void* const* args, const int64_t* sizes) {

@@ -92,7 +92,7 @@ class Execution:
         self.binding: Binding | None = None
         self.base = 0
         self.weights_version = -1
-        self.kept: object = None
+        self.kept: Any = None
 
 
 class Runtime(Protocol):
@@ -128,7 +128,7 @@ class PlannedCall(ABC):
         pool: ChunkPool, max_shapes: int,
     ) -> None:  # fmt: skip
         self.dims, self.pool, self.planner = formulas.dims, pool, planner
-        self.plans = 0
+        self.plans = self.graph_captures = 0
         self._formulas, self._places, self._runtime = formulas, places, runtime
         self._max_shapes = max_shapes
         self._root_places = np.array([k for _, k, _ in places.planned], dtype=np.int64)
@@ -173,6 +173,10 @@ class PlannedCall(ABC):
             for o in self._places.outputs
         )
         return Binding(dims, sizes, array, offset_of, align(max(footprint, 1)), outputs)
+
+    def reserve(self, binding: Binding) -> None:
+        """Map the memory of a shape now, for good."""
+        self.pool.reserve(binding.footprint_nbytes)
 
     # --- running ---
 

@@ -13,11 +13,17 @@ import ctypes
 import functools
 import operator
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from turbotx.errors import TurbotxError
+from turbotx.kernels.build import build_library, cache_directory
+from turbotx.runtime.abi import declare_watch
+
+WATCH_SOURCE = Path(__file__).with_name("tensor_watch.cpp")
 VERSION_SYMBOL = "_ZNK2at10TensorBase8_versionEv"
 """at::TensorBase::_version() as GCC and Clang name it: PyTorch's C interface does not have it."""
 
@@ -61,6 +67,29 @@ class PlainWatch:
 
     def _look(self) -> tuple[list[int], list[int]]:
         return list(map(_version, self._tensors)), list(map(_address, self._tensors))
+
+
+def start_native_watch() -> Future[ctypes.CDLL | None]:
+    """Begin to build the loop alone in the background, for programs without the C++ runtime; None
+    comes of it where there is no compiler, or it fails: then `PlainWatch` does the same."""
+    return _start_native_watch(cache_directory())
+
+
+@functools.cache
+def _start_native_watch(folder: Path) -> Future[ctypes.CDLL | None]:
+    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="turbotx-watch")
+    begun = worker.submit(_build_watch)
+    worker.shutdown(wait=False)
+    return begun
+
+
+def _build_watch() -> ctypes.CDLL | None:
+    try:
+        library, _ = build_library({"watch": WATCH_SOURCE.read_text()})
+    except (TurbotxError, OSError):
+        return None
+    declare_watch(library)
+    return library
 
 
 _version = operator.attrgetter("_version")

@@ -12,7 +12,8 @@ from __future__ import annotations
 import ctypes
 import operator
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +71,9 @@ class Weights:
         self._leaves = [leaf for _, leaf in self._slots.values()]
         self._watched: tuple[list[Any], Watch] | None = None
         self.native: ctypes.CDLL | None = None
+        self.later: Future[ctypes.CDLL | None] | None = None
+        self.settle: Callable[[], object] = lambda: None
+        """Waits until what was queued for derived weights is done, where a device queues it."""
         self._seen: list[tuple[int, int, int]] | None = None
         self.tensors: dict[str, torch.Tensor] = {}
         self.version = 0
@@ -94,25 +98,39 @@ class Weights:
     def refresh(self) -> bool:
         """Look at every parameter; derive again what changed. Returns whether anything did."""
         if self._watched is not None and not self._have_changed(*self._watched):
+            if self.later is not None and self.later.done():
+                self._watch_natively(self.later.result())
             return False
         # Whoever comes while another thread derives waits for it, rather than run on what was.
         with self._lock:
+            watched = self._new_watch()  # first, so that it sees what changes from now on
             now = self._look()
             if now == self._seen:
+                self._watched = watched
                 return False
             tensors: dict[str, Any] = {n: owner[leaf] for n, (owner, leaf) in self._slots.items()}
             with torch.no_grad():
                 for name, node in self.prepared.items():
                     tensors[name] = _compute(node, tensors)
+            if self.prepared:
+                self.settle()
             self.tensors, self._seen = tensors, now
             self.version += 1
-            self._start_watch()
+            self._watched = watched
         return True
 
-    def _start_watch(self) -> None:
-        """Watch the parameters from now on, natively where the runtime is there for it."""
+    def _new_watch(self) -> tuple[list[Any], Watch]:
+        """Watch the parameters as they are, natively where the library is there for it."""
         tensors = self._owned()
-        self._watched = (tensors, make_watch(self.native, tensors))
+        return tensors, make_watch(self.native, tensors)
+
+    def _watch_natively(self, native: ctypes.CDLL | None) -> None:
+        """Go on with a library that was built meanwhile."""
+        with self._lock:
+            self.native, self.later, before = native, None, self._watched
+            watched = self._new_watch()
+            if before is not None and not self._have_changed(*before):
+                self._watched = watched  # what it takes for unchanged is what was seen before
 
     def _have_changed(self, tensors: list[Any], watch: Watch) -> bool:
         """Tell whether the module holds other tensors than these, or these were changed."""

@@ -17,12 +17,15 @@ from torch import fx
 
 from turbotx.attention import attention, attention_scores, attention_values
 from turbotx.errors import SavedFileError, SaveError
+from turbotx.kernels.folded import fold_scales, fold_shift, fold_sums, fold_weight, join_affine
 from turbotx.saved.values import decode_constant, encode_constant
 
 # The functions that stand in graphs and are none of PyTorch's ops.
 OWN: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem, "attention": attention,
     "attention_scores": attention_scores, "attention_values": attention_values,
+    "fold_weight": fold_weight, "fold_scales": fold_scales, "fold_sums": fold_sums,
+    "fold_shift": fold_shift, "join_affine": join_affine,
 }  # fmt: skip
 
 
@@ -99,14 +102,24 @@ def encode_nodes(nodes: Iterable[fx.Node]) -> list[dict[str, Any]]:
 
     for node in nodes:
         visit(node)
-    return list(done.values())
+    # Folded norms' constants have copies of the parameters' own calls.
+    unique: dict[str, dict[str, Any]] = {}
+    for entry in done.values():
+        if unique.setdefault(entry["name"], entry) != entry:
+            raise SaveError(f"two constants are called {entry['name']}; please report it")
+    return list(unique.values())
 
 
-def decode_nodes(entries: Iterable[Mapping[str, Any]]) -> dict[str, fx.Node]:
-    """Return the calls as nodes of one fx graph, by name; what they are given as placeholders."""
+def decode_nodes(entries: Iterable[Mapping[str, Any]], place: torch.device) -> dict[str, fx.Node]:
+    """Return the calls as nodes of one fx graph, by name; what they are given as placeholders.
+
+    place: where they run now, whatever device they name.
+    """
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}
-    special = {"node": lambda name: made[name]}
+    special: dict[str, Callable[[Any], Any]] = {
+        "node": lambda name: made[name], "device": lambda name: place,
+    }  # fmt: skip
     for entry in entries:
         name = entry["name"]
         if "target" in entry:

@@ -3,7 +3,7 @@
 In: entries by name. Out: a file whose every byte is covered by a digest; reading it back gives the
 entries, or a SavedFileError that says what is wrong with the file::
 
-    write_container(path, {"programs.json": b"...", "runtime.so": b"..."}, {"turbotx": "0.1.0"})
+    write_container(path, {"programs.json": b"...", "runtime.so": b"..."}, {"targets": ["cpu"]})
     manifest, entries = read_container(path)
 """
 
@@ -21,8 +21,11 @@ from typing import Any
 
 from turbotx.errors import SavedFileError
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever an older reader would misunderstand what is written."""
+
+CPU_ONLY = 2
+"""The format of files without programs for GPUs, which older readers understand."""
 
 MANIFEST = "manifest.json"
 
@@ -30,7 +33,8 @@ MANIFEST = "manifest.json"
 def write_container(path: Path, entries: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
     """Write a file in one step: whoever reads it meanwhile sees the old one or the new one."""
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in entries.items()}
-    manifest = {"format": FORMAT, **facts, "entries": digests}
+    form = CPU_ONLY if set(facts["targets"]) <= {"cpu"} else FORMAT
+    manifest = {"format": form, **facts, "entries": digests}
     text = json.dumps(manifest, indent=1).encode()
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -77,8 +81,9 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def _check_format(path: Path, manifest: Mapping[str, Any]) -> None:
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") not in (CPU_ONLY, FORMAT):
         raise SavedFileError(
             f"{path} has format {manifest.get('format')}, of turbotx {manifest.get('turbotx')}; "
-            f"this turbotx reads format {FORMAT}: save the model again with this version"
+            f"this turbotx reads formats {CPU_ONLY} and {FORMAT}: save the model again with this "
+            "version"
         )

@@ -15,11 +15,11 @@ from torch import fx
 
 from turbotx import ir
 from turbotx.capture import Captured
-from turbotx.engine import Variant
 from turbotx.errors import SaveError
 from turbotx.kernels.lower import Lowered
 from turbotx.memory.symbolic import SymbolicPlanner
 from turbotx.passes.extract import extract
+from turbotx.pipeline import Compiled
 from turbotx.program import Program
 from turbotx.runtime.aten import is_whole
 from turbotx.runtime.cpu import CpuRuntime
@@ -32,27 +32,24 @@ RELATIONS = {
 }  # fmt: skip
 
 
-def describe_variant(variant: Variant) -> dict[str, Any]:
-    """Return a compiled call as JSON; raise SaveError for what cannot be one."""
-    program, captured = variant.program, variant.compiled.captured
-    runtime = program.runtime
-    assert isinstance(runtime, CpuRuntime)
-    count = variant.out_spec.num_leaves
-    out = pytree.tree_unflatten([Leaf(k) for k in range(count)], variant.out_spec)
-    table = runtime.table
+def describe_call(compiled: Compiled) -> dict[str, Any]:
+    """Return what is the same of a compiled call on every device, as JSON.
+
+    Raises SaveError for what cannot be saved.
+    """
+    program, captured = compiled.program, compiled.captured
+    table = program.runtime.table
+    out = pytree.tree_unflatten(
+        [Leaf(k) for k in range(captured.out_spec.num_leaves)], captured.out_spec
+    )
     return {
         "name": captured.name,
         "dims": list(captured.dims),
-        "inputs": _describe_inputs(captured, program, runtime),
+        "inputs": _describe_inputs(captured, program),
         "guards": [[_condition(g.condition), g.text, g.least] for g in captured.guards],
         "requirements": [[to_python(e), text] for e, text in program.assembly.requirements],
         "slot_count": len(table.slots),
         "values": [to_python(e) for e in table.values],
-        "segments": [list(s) for s in table.segments],
-        "launches": [
-            _describe_launch(k, x, program, runtime)
-            for k, x in enumerate(program.assembly.launches)
-        ],
         "outputs": [
             {
                 "slot": table.slots[t.name], "name": t.name, "dtype": encode_constant(t.dtype),
@@ -64,18 +61,38 @@ def describe_variant(variant: Variant) -> dict[str, Any]:
         "leaves": [_describe_leaf(leaf, program) for leaf in program.assembly.outputs],
         "out": encode_tree(out),
         "memory": _describe_memory(program),
-        "weights": _describe_weights(program, runtime),
+        "weights": _describe_weights(program),
     }  # fmt: skip
 
 
-def _describe_inputs(
-    captured: Captured, program: Program, runtime: CpuRuntime
-) -> list[dict[str, Any]]:
-    names = [n for n, t in program.assembly.tensors.items() if t.kind == "input"]
+def describe_for_cpu(compiled: Compiled) -> dict[str, Any]:
+    """Return a compiled call of the CPU as JSON; raise SaveError for what cannot be one."""
+    program, runtime = compiled.program, compiled.program.runtime
+    assert isinstance(runtime, CpuRuntime)
+    described = describe_call(compiled)
+    described["segments"] = [list(s) for s in runtime.table.segments]
+    described["launches"] = [
+        _describe_launch(k, x, program, runtime) for k, x in enumerate(program.assembly.launches)
+    ]
+    described["weights"]["packed"] = [
+        {
+            "slot": p.slot, "tensor": p.window.tensor,
+            "shape": [int(e) for e in p.window.shape],
+            "strides": [int(e) for e in p.window.strides], "offset": int(p.window.offset),
+            "options": list(p.options),
+        }
+        for p in runtime.packings
+    ]  # fmt: skip
+    return described
+
+
+def _describe_inputs(captured: Captured, program: Program) -> list[dict[str, Any]]:
+    tensors, slots = program.assembly.tensors, program.runtime.table.slots
+    names = [n for n, t in tensors.items() if t.kind == "input"]
     rows = zip(names, captured.input_names, captured.input_sizes, strict=True)
     return [
         {
-            "slot": runtime.table.slots[name],
+            "slot": slots[name],
             "name": label,
             "tensor": name,
             "sizes": [_describe_size(size) for size in sizes],
@@ -117,7 +134,7 @@ def _describe_launch(
     described: dict[str, Any] = {"name": launch.name, "source": launch.source}
     symbol = runtime.table.symbols.get(index)
     if symbol is None:
-        return {**described, "aten": _describe_call(launch, program)}
+        return {**described, "aten": describe_step(launch, program)}
     record = runtime.table.records[index]
     described["symbol"] = symbol
     described["library"] = "runtime" if launch.kind == "gemm" else "kernels"
@@ -128,7 +145,7 @@ def _describe_launch(
     return described
 
 
-def _describe_call(launch: ir.Launch, program: Program) -> dict[str, Any]:
+def describe_step(launch: ir.Launch, program: Program) -> dict[str, Any]:
     """A launch that PyTorch runs: one op, or the calls that a kernel stands for."""
     if launch.kind == "kernel":
         (lowered,) = launch.call
@@ -147,13 +164,13 @@ def _describe_call(launch: ir.Launch, program: Program) -> dict[str, Any]:
 
     def special(value: Any) -> Any:
         if isinstance(value, ir.Operand):
-            return {"window": _describe_window(value, program)}
+            return {"window": describe_window(value, program)}
         return {"size": to_python(value)} if isinstance(value, sympy.Expr) else None
 
     described = {
         "args": encode_arguments(list(args), special),
         "kwargs": encode_arguments(dict(kwargs), special),
-        "writes": [None if w is None else _describe_window(w, program) for w in writes],
+        "writes": [None if w is None else describe_window(w, program) for w in writes],
         "has_out": bool(has_out),
     }
     if isinstance(target, fx.GraphModule):
@@ -172,7 +189,7 @@ def _describe_module(module: fx.GraphModule) -> dict[str, Any]:
     }
 
 
-def _describe_window(operand: ir.Operand, program: Program) -> dict[str, Any]:
+def describe_window(operand: ir.Operand, program: Program) -> dict[str, Any]:
     return {
         "tensor": operand.tensor,
         "planned": program.assembly.tensors[operand.tensor].kind == "intermediate",
@@ -187,7 +204,7 @@ def _describe_leaf(leaf: Any, program: Program) -> dict[str, Any]:
     if isinstance(leaf, ir.Operand):
         if is_whole(leaf, program.assembly.tensors[leaf.tensor]):
             return {"tensor": leaf.tensor}
-        return {"window": _describe_window(leaf, program)}
+        return {"window": describe_window(leaf, program)}
     if isinstance(leaf, sympy.Expr):
         return {"size": to_python(leaf)}
     return {"constant": encode_constant(leaf)}
@@ -217,9 +234,8 @@ def _describe_memory(program: Program) -> dict[str, Any]:
     }
 
 
-def _describe_weights(program: Program, runtime: CpuRuntime) -> dict[str, Any]:
-    slots = runtime.table.slots
-    weights = runtime.weights
+def _describe_weights(program: Program) -> dict[str, Any]:
+    slots, weights = program.runtime.table.slots, program.runtime.weights
     return {
         "paths": dict(weights.paths),
         "prepared": encode_nodes(weights.prepared.values()),
@@ -229,13 +245,4 @@ def _describe_weights(program: Program, runtime: CpuRuntime) -> dict[str, Any]:
             for name, t in program.assembly.tensors.items()
             if t.kind in ("parameter", "prepared")
         },
-        "packed": [
-            {
-                "slot": p.slot, "tensor": p.window.tensor,
-                "shape": [int(e) for e in p.window.shape],
-                "strides": [int(e) for e in p.window.strides], "offset": int(p.window.offset),
-                "options": list(p.options),
-            }
-            for p in runtime.packings
-        ],
-    }  # fmt: skip
+    }

@@ -22,25 +22,35 @@ from torch import nn
 
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
+from turbotx.runtime.device import Device
+from turbotx.runtime.graphs import Graphs
 from turbotx.runtime.planned import Binding
+from turbotx.runtime.weights import Weights
 from turbotx.saved.container import read_container
+from turbotx.saved.gpu_program import SavedGpuProgram, SavedGpuRuntime, read_variants
 from turbotx.saved.native import Libraries
-from turbotx.saved.program import SavedProgram
+from turbotx.saved.places import CPU, open_place
+from turbotx.saved.program import SavedCpuRuntime, SavedProgram, read_weights
 from turbotx.saved.values import decode_constant, decode_tree
 from turbotx.weight_files import load_weights
 
+Maker = Callable[[Mapping[str, Any], Weights, ChunkPool], SavedProgram]
+
 
 def load(
-    path: str | PathLike[str], *, weights: str | PathLike[str] | nn.Module | None = None
-) -> SavedModule:
+    path: str | PathLike[str], *, weights: str | PathLike[str] | nn.Module | None = None,
+    device: str | torch.device | None = None,
+) -> SavedModule:  # fmt: skip
     """Return the module of a file that `turbotx.save` wrote.
 
     weights: where to take them from, in place of the file's own: a file for `load_weights`, or a
     module of the same names and shapes, whose tensors are then used as they are. Needed where the
-    file was saved without weights.
+    file was saved without weights. device: where to run, and to put the file's weights, as "cuda";
+    by default where a module given as `weights` lies, or else the CPU if the file has a program for
+    it, or else the current GPU.
 
-    Raises SavedFileError for a file that is damaged, of another version or for another processor,
-    WeightsError for weights that do not fit.
+    Raises SavedFileError for a file that is damaged, of another version or for another processor
+    or GPU, WeightsError for weights that do not fit.
     """
     manifest, entries = read_container(Path(path))
     state = json.loads(entries["state.json"])
@@ -48,22 +58,47 @@ def load(
         raise SavedFileError(
             f"{path} was saved without weights: give them, load(path, weights=...)"
         )
-    own = {} if weights is not None else _tensors(path, entries["weights.safetensors"])
+    target, gpu = open_place(path, manifest, weights, device)
+    place = CPU if gpu is None else gpu.torch_device
+    own = {} if weights is not None else _tensors(path, entries["weights.safetensors"], place)
     if isinstance(weights, nn.Module):
         own = {k: v for k, v in weights.state_dict(keep_vars=True).items() if v is not None}
-    held = _tensors(path, entries["held.safetensors"])
-    model = SavedModule(manifest, state, own, held)
+    held = _tensors(path, entries["held.safetensors"], place)
+    model = SavedModule(manifest, state, own, held, place)
     if weights is not None and not isinstance(weights, nn.Module):
         load_weights(model, weights)
-    libraries = Libraries(manifest, entries)
-    for k, tables in enumerate(json.loads(entries["programs.json"])):
-        prefix = f"{k}.constants."
+    programs = enumerate(json.loads(entries["programs.json"]))
+    chosen = [(k, x) for k, x in programs if x.get("target", "cpu") == target]
+    make = _cpu_maker(manifest, entries) if gpu is None else _gpu_maker(target, entries, gpu)
+    for k, tables in chosen:
+        prefix = f"{tables.get('variant', k)}.constants."
         constants = {n.removeprefix(prefix): t for n, t in held.items() if n.startswith(prefix)}
-        model._add(SavedProgram(tables, libraries, model, constants, model._pool))
+        model._add(make(tables, read_weights(tables, model, constants, place), model._pool))
     return model
 
 
-def _tensors(path: Any, data: bytes) -> dict[str, torch.Tensor]:
+def _cpu_maker(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> Maker:
+    libraries = Libraries(manifest, entries)
+
+    def make(tables: Mapping[str, Any], weights: Weights, pool: ChunkPool) -> SavedProgram:
+        return SavedProgram(tables, SavedCpuRuntime(tables, libraries, weights), pool)
+
+    return make
+
+
+def _gpu_maker(target: str, entries: Mapping[str, bytes], device: Device) -> Maker:
+    variants = read_variants(target, entries)
+    graphs: dict[int, Graphs] = {}  # programs of one call share theirs
+
+    def make(tables: Mapping[str, Any], weights: Weights, pool: ChunkPool) -> SavedProgram:
+        own = graphs.setdefault(tables["variant"], Graphs(tables["graphs"]))
+        runtime = SavedGpuRuntime(tables, variants, weights, device)
+        return SavedGpuProgram(tables, runtime, pool, own)
+
+    return make
+
+
+def _tensors(path: Any, data: bytes, place: torch.device) -> dict[str, torch.Tensor]:
     if not data:
         return {}
     try:
@@ -72,7 +107,7 @@ def _tensors(path: Any, data: bytes) -> dict[str, torch.Tensor]:
         raise SavedFileError(
             f"{path} needs the package safetensors: pip install 'turbotx[weights]'"
         ) from error
-    return dict(from_bytes(data))
+    return {name: tensor.to(place) for name, tensor in from_bytes(data).items()}
 
 
 class SavedModule(nn.Module):
@@ -84,25 +119,26 @@ class SavedModule(nn.Module):
 
     def __init__(
         self, manifest: Mapping[str, Any], state: list[Mapping[str, Any]],
-        own: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor],
+        own: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor], place: torch.device,
     ) -> None:  # fmt: skip
         super().__init__()
         self.training = False
         self.saved_by = dict(manifest)
-        self._pool = ChunkPool(torch.device("cpu"))
+        self._place = place
+        self._pool = ChunkPool(place)
         self._lock = threading.Lock()
         self._programs: dict[Any, list[SavedProgram]] = {}
         self._bound: dict[Any, tuple[SavedProgram, Binding]] = {}
         tied: dict[str, torch.Tensor] = {}
         for one in state:
             if one["tied_to"] not in tied:
-                tied[one["tied_to"]] = _make_tensor(one, own)
-            self._place(one["name"], tied[one["tied_to"]], persistent=True)
+                tied[one["tied_to"]] = _make_tensor(one, own, place)
+            self._hold(one["name"], tied[one["tied_to"]], persistent=True)
         for name, tensor in held.items():
             if ".constants." not in name:
-                self._place(name, tensor, persistent=False)
+                self._hold(name, tensor, persistent=False)
 
-    def _place(self, path: str, tensor: torch.Tensor, persistent: bool) -> None:
+    def _hold(self, path: str, tensor: torch.Tensor, persistent: bool) -> None:
         *parents, leaf = path.split(".")
         module: nn.Module = self
         for part in parents:
@@ -116,7 +152,7 @@ class SavedModule(nn.Module):
 
     def _add(self, program: SavedProgram) -> None:
         call = program.tables["call"]
-        kinds = [(decode_constant(dtype), torch.device("cpu"), n) for dtype, n in call["inputs"]]
+        kinds = [(decode_constant(dtype), self._place, n) for dtype, n in call["inputs"]]
         args, kwargs = decode_tree(call["tree"], lambda k: _Given(kinds[k]))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         self._programs.setdefault((spec, tuple(map(_describe, leaves))), []).append(program)
@@ -149,11 +185,17 @@ class SavedModule(nn.Module):
         shapes = [t.shape for t in tensors]
         for program in self._programs.get(key, ()):
             dims = program.match(shapes)
-            if dims is not None:
+            if dims is not None and program.serves(dims):
                 return program, program.bind(dims)
         refused = [p.explain(shapes) for p in self._programs.get(key, ())]
         if refused:
             raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")
+        for tensor in tensors:
+            if tensor.device != self._place:
+                raise InputError(
+                    f"an input is on {tensor.device}, and this file was loaded for {self._place}: "
+                    "move the inputs there, or give turbotx.load another device"
+                )
         known = "; ".join(dict.fromkeys(_show(k) for k in self._programs))
         raise InputError(
             f"the file holds no call of this kind: {_show(key)}. It holds {known}. Call the "
@@ -161,12 +203,14 @@ class SavedModule(nn.Module):
         )
 
     def stats(self) -> dict[str, int]:
-        """Return counts since the file was loaded: programs, plans, chunk allocations."""
+        """Return counts since the file was loaded: programs, builds, plans, graphs, allocations."""
         programs = [p for found in self._programs.values() for p in found]
         pool = self._pool.stats()
         return {
             "programs": len(programs),
+            "kernel_builds": sum(p.builds for p in programs),
             "plans": sum(p.plans for p in programs),
+            "graph_captures": sum(p.graph_captures for p in programs),
             "chunk_allocations": pool.chunk_allocations,
             "peak_nbytes": pool.peak_nbytes,
         }
@@ -208,12 +252,14 @@ def _show(key: Any) -> str:
     return f"({', '.join([*map(str, args), *(f'{k}={v}' for k, v in kwargs.items())])})"
 
 
-def _make_tensor(one: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _make_tensor(
+    one: Mapping[str, Any], own: Mapping[str, torch.Tensor], place: torch.device
+) -> torch.Tensor:
     """Return a state's tensor: the one given, or memory for one that is still to come."""
     dtype, shape = decode_constant(one["dtype"]), list(one["shape"])
     found = own.get(one["name"])
     if found is None:
-        found = torch.empty(shape, dtype=dtype)
+        found = torch.empty(shape, dtype=dtype, device=place)
     if found.dtype != dtype or list(found.shape) != shape:
         raise InputError(
             f"{one['name']} is {found.dtype} {list(found.shape)}, the program was saved for "

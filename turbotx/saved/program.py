@@ -1,7 +1,7 @@
 """Program: runs one compiled call of a saved file from its tables; decides and compiles nothing.
 
-In: the tables of `saved.describe`, the file's libraries, the weights. Out: the outputs of a call,
-at any sizes the capture holds for, as `turbotx.program` would give them::
+In: the tables of `saved.describe`, and a runtime: for a CPU, of the file's libraries. Out: the
+outputs of a call, at any sizes the capture holds for, as `turbotx.program` would give them::
 
     dims = program.match([t.shape for t in tensors])      # None where the capture does not hold
     output = program.answer(program.bind(dims), tensors)
@@ -21,7 +21,15 @@ from turbotx.memory.plan import Lifetime, Planner, Workload
 from turbotx.memory.pool import ChunkPool
 from turbotx.memory.restore import restore_planner
 from turbotx.runtime.abi import LaunchRecord
-from turbotx.runtime.planned import Binding, Formulas, Output, Places, PlannedCall, make_size
+from turbotx.runtime.planned import (
+    Binding,
+    Formulas,
+    Output,
+    Places,
+    PlannedCall,
+    Runtime,
+    make_size,
+)
 from turbotx.runtime.segments import Packing, SegmentedRuntime
 from turbotx.runtime.state import Evaluate, Maker, Step
 from turbotx.runtime.weights import Weights
@@ -46,10 +54,7 @@ class _Window:
 class SavedProgram(PlannedCall):
     """One compiled call."""
 
-    def __init__(
-        self, tables: Mapping[str, Any], libraries: Libraries, model: nn.Module,
-        constants: Mapping[str, torch.Tensor], pool: ChunkPool,
-    ) -> None:  # fmt: skip
+    def __init__(self, tables: Mapping[str, Any], runtime: Runtime, pool: ChunkPool) -> None:
         self.tables = tables
         dims = tuple(tables["dims"])
         self._matcher = _Matcher(tables, dims)
@@ -64,11 +69,20 @@ class SavedProgram(PlannedCall):
                 planned=[(name, place, slot) for name, place, slot in tables["memory"]["planned"]],
             ),
             _read_planner(tables["memory"]),
-            _SavedRuntime(tables, libraries, model, constants),
+            runtime,
             pool,
             MAX_SHAPES,
         )
         self._leaves = [self._leaf(leaf) for leaf in tables["leaves"]]
+
+    @property
+    def builds(self) -> int:
+        """How many kernels had to be compiled since it was loaded."""
+        return 0
+
+    def serves(self, dims: Sequence[int]) -> bool:
+        """Tell whether it, and not another program of the same call, is to run at these dims."""
+        return True
 
     def match(self, shapes: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
         """Return the dims of a call's shapes in order, None where the capture does not hold."""
@@ -120,39 +134,45 @@ def _read_planner(memory: Mapping[str, Any]) -> Planner:
     return restore_planner(memory["planner"], workload, memory["orientations"])
 
 
-class _SavedRuntime(SegmentedRuntime):
+def read_weights(
+    tables: Mapping[str, Any], model: nn.Module, constants: Mapping[str, torch.Tensor],
+    place: torch.device,
+) -> Weights:  # fmt: skip
+    """Return what a program derives from its parameters, on the device where they lie."""
+    weights = tables["weights"]
+    nodes = decode_nodes(weights["prepared"], place)
+    prepared = {name: nodes[name] for name in weights["prepared_names"]}
+    return Weights(model, constants, weights["paths"], prepared)
+
+
+class SavedCpuRuntime(SegmentedRuntime):
     """Launches from a file's tables and libraries."""
 
-    def __init__(
-        self, tables: Mapping[str, Any], libraries: Libraries, model: nn.Module,
-        constants: Mapping[str, torch.Tensor],
-    ) -> None:  # fmt: skip
+    def __init__(self, tables: Mapping[str, Any], libraries: Libraries, weights: Weights) -> None:
         self._tables, self._libraries = tables, libraries
         self._arrays: list[Any] = []  # what the records point at
-        launches, weights = tables["launches"], tables["weights"]
+        launches, described = tables["launches"], tables["weights"]
         records = (LaunchRecord * max(1, len(launches)))()
         steps: dict[int, Step] = {}
         for k, launch in enumerate(launches):
             if "aten" in launch:
-                steps[k] = make_step(launch["aten"], tables["dims"])
+                steps[k] = make_step(launch["aten"], tables["dims"], torch.device("cpu"))
             else:
                 self._fill(records[k], launch)
-        nodes = decode_nodes(weights["prepared"])
-        prepared = {name: nodes[name] for name in weights["prepared_names"]}
         super().__init__(
-            Weights(model, constants, weights["paths"], prepared),
+            weights,
             libraries.open(tables["libraries"]["runtime"]),
             records,
             tables["segments"],
             steps,
-            weight_slots=weights["slots"],
+            weight_slots=described["slots"],
             packings=[
                 Packing(
                     w["slot"],
                     _Window(w["tensor"], w["shape"], w["strides"], w["offset"]),
                     w["options"],
                 )
-                for w in weights["packed"]
+                for w in described["packed"]
             ],
             slot_count=tables["slot_count"],
         )

@@ -5,6 +5,7 @@ launches, plan tables, kernels as machine code and as C++, and the weights::
 
     turbotx.save(fast, "model.ttx")
     turbotx.save(fast, "program.ttx", weights=False)    # to be given weights when it is loaded
+    turbotx.save(fast, "model.ttx", targets=["cpu", "sm_90"])
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,43 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx import __version__
-from turbotx.engine import Variant
+from turbotx.engine import Engine, Variant
 from turbotx.errors import SaveError
 from turbotx.kernels.build import build_library
+from turbotx.kernels.targets import build
 from turbotx.optimized import engine_of
+from turbotx.pipeline import Compiled
+from turbotx.progress import show_progress
 from turbotx.runtime.cpu import CpuRuntime
+from turbotx.runtime.cuda_device import require_triton
 from turbotx.runtime.native import load_runtime
 from turbotx.saved.container import write_container
-from turbotx.saved.describe import describe_variant
+from turbotx.saved.describe import describe_for_cpu
+from turbotx.saved.describe_gpu import describe_for_gpu
+from turbotx.saved.gpu_program import (
+    describe_binary,
+    describe_job,
+    image_entry,
+    variants_entry,
+)
 from turbotx.saved.native import cpu_features, runtime_digest
 from turbotx.saved.values import Leaf, encode_constant, encode_tree
+from turbotx.saved.variants import Variants
 
 
-def save(optimized: Any, path: str | PathLike[str], *, weights: bool = True) -> None:
+def save(
+    optimized: Any, path: str | PathLike[str], *, weights: bool = True,
+    targets: Sequence[str] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> None:  # fmt: skip
     """Write every call that `optimized` has compiled so far to one file.
 
     weights: also write the model's parameters and buffers (needs the extra `weights`); without them
     `turbotx.load` is given them. Buffers that are no part of the state dict are always written.
+    targets: what to write programs for, "cpu" or GPUs as "sm_90", which need not be here; by
+    default where the calls ran. Kernels for a GPU are compiled for every shape, which takes about
+    half a second each (needs Triton). progress: is called after each, with how many are done, of
+    how many, and its name; without it a terminal shows them.
 
     Raises SaveError where nothing was compiled yet, or the model cannot be saved; OSError where the
     file cannot be written.
@@ -47,25 +68,26 @@ def save(optimized: Any, path: str | PathLike[str], *, weights: bool = True) -> 
     variants = engine.keyed_variants()
     if not variants:
         raise SaveError("nothing was compiled yet: call the module once, then save it")
-    entries: dict[str, bytes] = {}
-    programs = []
-    for key, variant in variants:
-        names = {}
-        for unit, (library, sources) in _kernels_of(variant).items():
-            names[unit] = f"{unit}-{hashlib.sha256(library).hexdigest()[:16]}"
-            entries[f"{names[unit]}.so"] = library
-            for name, text in sources.items():
-                entries[f"{names[unit]}/{name}.cpp"] = text.encode()
-        programs.append({
-            "call": _describe_call(key), "libraries": names, **describe_variant(variant),
-        })  # fmt: skip
+    wanted = None if targets is None else [check_target(name) for name in targets]
+    if wanted == []:
+        raise SaveError("targets=[] leaves nothing to save: name some, or leave it out")
+    writer = _Writer(engine)
+    for number, (key, variant) in enumerate(variants):
+        ran = _target_of(variant.compiled)
+        for target in dict.fromkeys(wanted or [ran]):
+            native = target == ran
+            compiled = variant.compiled if native else engine.compile_for(variant.compiled, target)
+            writer.add(number, key, target, compiled)
+    writer.build(progress)
     state, held = _split_weights(engine.model, [v for _, v in variants])
+    found = list(dict.fromkeys(x["target"] for x in writer.programs))
     facts: dict[str, Any] = {
         "turbotx": __version__, "torch": torch.__version__, "runtime": runtime_digest(),
         "machine": platform.machine(), "cpu_features": sorted(cpu_features()),
-        "model": type(engine.model).__name__, "weights": weights,
+        "model": type(engine.model).__name__, "weights": weights, "targets": found,
     }  # fmt: skip
-    entries["programs.json"] = json.dumps(programs).encode()
+    entries = writer.entries
+    entries["programs.json"] = json.dumps(writer.programs).encode()
     entries["state.json"] = json.dumps(_describe_state(engine.model, state)).encode()
     entries["held.safetensors"] = _to_safetensors(held)
     if weights:
@@ -73,14 +95,88 @@ def save(optimized: Any, path: str | PathLike[str], *, weights: bool = True) -> 
     write_container(Path(path), entries, facts)
 
 
-def _kernels_of(variant: Variant) -> dict[str, tuple[bytes, Mapping[str, str]]]:
+def _target_of(compiled: Compiled) -> str:
+    runtime = compiled.program.runtime
+    return "cpu" if isinstance(runtime, CpuRuntime) else runtime.device.target
+
+
+def check_target(target: str) -> str:
+    """Return a target that programs run on; raise SaveError for others."""
+    number = target.removeprefix("sm_")
+    if target == "cpu" or (number != target and number.isdigit() and int(number) >= 80):
+        return target
+    raise SaveError(
+        f"there are no programs for {target!r}: targets are 'cpu' and NVIDIA GPUs from compute "
+        "capability 8.0 on, as 'sm_90'"
+    )
+
+
+class _Writer:
+    """Collects programs and the entries that they need."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.entries: dict[str, bytes] = {}
+        self.programs: list[dict[str, Any]] = []
+        self._variants: dict[str, Variants] = {}
+
+    def add(self, number: int, key: Any, target: str, compiled: Compiled) -> None:
+        """Add a call, of a number, compiled for a target."""
+        shared = {"target": target, "variant": number, "call": _describe_call(key)}
+        if target == "cpu":
+            libraries = self._add_libraries(compiled)
+            described = {**shared, "libraries": libraries, **describe_for_cpu(compiled)}
+            self.programs.append(described)
+            return
+        require_triton()
+        variants = self._variants.setdefault(target, Variants())
+        options = self.engine.options
+        graphs = options.max_graphs if options.cuda_graphs else 0
+        for twin in compiled.twins:
+            # Last, since a description names the target that it was compiled for.
+            self.programs.append({**describe_for_gpu(twin, variants, graphs), **shared})
+
+    def _add_libraries(self, compiled: Compiled) -> dict[str, str]:
+        names = {}
+        for unit, (library, sources) in _kernels_of(compiled).items():
+            names[unit] = f"{unit}-{hashlib.sha256(library).hexdigest()[:16]}"
+            self.entries[f"{names[unit]}.so"] = library
+            for name, text in sources.items():
+                self.entries[f"{names[unit]}/{name}.cpp"] = text.encode()
+        return names
+
+    def build(self, progress: Callable[[int, int, str], None] | None) -> None:
+        """Compile every kernel of every target, in parallel, what is kept on disk excepted."""
+        jobs = [
+            job
+            for variants in self._variants.values()
+            for job, needed in zip(variants.jobs, variants.needed, strict=True)
+            if needed
+        ]
+        with show_progress("compile kernels") as step:
+
+            def show(done: int, total: int, what: str) -> None:
+                step(f"{done}/{total} {what}")
+
+            built = build(jobs, progress=progress or show, measure=False)
+        binaries = {b.job.digest(): b.binary() for b in built}
+        for target, variants in self._variants.items():
+            listed = []
+            for job in variants.jobs:
+                binary = binaries.get(job.digest())
+                listed.append(describe_job(job) if binary is None else describe_binary(binary))
+                if binary is not None:
+                    self.entries[image_entry(binary)] = binary.image
+            self.entries[variants_entry(target)] = json.dumps(listed).encode()
+
+
+def _kernels_of(compiled: Compiled) -> dict[str, tuple[bytes, Mapping[str, str]]]:
     """Return machine code and sources by library: the generated kernels', and the runtime's.
 
     The runtime's source is turbotx's own, and not in the file.
     """
-    runtime = variant.program.runtime
-    if not isinstance(runtime, CpuRuntime):
-        raise SaveError("only programs for the CPU can be saved")
+    runtime = compiled.program.runtime
+    assert isinstance(runtime, CpuRuntime)
     if not runtime.is_native:
         raise SaveError(
             "its kernels were not built, so that there is nothing to save: install a C++ compiler, "
@@ -102,9 +198,7 @@ def _describe_call(key: Any) -> dict[str, Any]:
     tree: list[Any] = []
     for one in described:
         if len(one) == 3 and isinstance(one[0], torch.dtype):
-            dtype, device, rank = one
-            if device.type != "cpu":
-                raise SaveError(f"a call with an input on {device} cannot be saved: CPUs only")
+            dtype, _, rank = one
             tree.append(Leaf(len(tensors)))
             tensors.append([encode_constant(dtype), rank])
         else:
@@ -122,11 +216,12 @@ def _split_weights(
     state = {k: v.detach() for k, v in model.state_dict(keep_vars=True).items()}
     held: dict[str, torch.Tensor] = {}
     for k, variant in enumerate(variants):
-        for path, tensor in variant.program.runtime.weights.owned():
-            if path.startswith("constants."):
-                held[f"{k}.{path}"] = tensor.detach()
-            elif path not in state:
-                held[path] = tensor.detach()
+        for program in (twin.program for twin in variant.compiled.twins):
+            for path, tensor in program.runtime.weights.owned():
+                if path.startswith("constants."):
+                    held[f"{k}.{path}"] = tensor.detach()
+                elif path not in state:
+                    held[path] = tensor.detach()
     return state, held
 
 
@@ -165,7 +260,7 @@ def _to_safetensors(tensors: dict[str, torch.Tensor]) -> bytes:
         raise SaveError("saving weights needs safetensors: pip install 'turbotx[weights]'") from (
             error
         )
-    dense = {k: v.contiguous() for k, v in tensors.items()}
+    dense = {k: v.cpu().contiguous() for k, v in tensors.items()}
     # One tensor's memory under two names, as of overlapping views, is written twice.
     seen: set[int] = set()
     for name, tensor in dense.items():

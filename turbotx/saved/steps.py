@@ -2,7 +2,8 @@
 
 In: a launch's call as JSON. Out: a function that runs it on one run's tensors and memory::
 
-    step = make_step({"target": "aten.cumsum.default", "args": [{"window": {...}}, 1], ...}, dims)
+    call = {"target": "aten.cumsum.default", "args": [{"window": {...}}, 1], ...}
+    step = make_step(call, dims, torch.device("cpu"))
     step(state)
 """
 
@@ -34,16 +35,22 @@ def window_of(window: Mapping[str, Any], dims: Sequence[str]) -> Callable[[RunSt
     )
 
 
-def make_step(call: Mapping[str, Any], dims: Sequence[str]) -> Step:
-    """Return a function that runs one launch by PyTorch and puts its results where they belong."""
+def make_step(call: Mapping[str, Any], dims: Sequence[str], place: torch.device) -> Step:
+    """Return a function that runs one launch by PyTorch and puts its results where they belong.
+
+    place: where it runs, whatever device the call names.
+    """
     special: dict[str, Callable[[Any], Any]] = {
         "window": lambda window: _Made(window_of(window, dims)),
+        "device": lambda name: place,
         "size": lambda text: _Made(make_size(compile_texts([text], dims))),
     }
     args = decode_arguments(call["args"], special)
     kwargs = decode_arguments(call["kwargs"], special)
     writes = [None if w is None else window_of(w, dims) for w in call["writes"]]
-    target = _make_module(call["graph"]) if "graph" in call else decode_target(call["target"])
+    target = (
+        _make_module(call["graph"], place) if "graph" in call else decode_target(call["target"])
+    )
 
     def step(state: RunState) -> None:
         given, options = _fill(args, state), _fill(kwargs, state)
@@ -70,8 +77,8 @@ def _fill(structure: Any, state: RunState) -> Any:
     return structure
 
 
-def _make_module(described: Mapping[str, Any]) -> fx.GraphModule:
-    nodes = decode_nodes(described["nodes"])
+def _make_module(described: Mapping[str, Any], place: torch.device) -> fx.GraphModule:
+    nodes = decode_nodes(described["nodes"], place)
     graph = next(iter(nodes.values())).graph
     graph.output(tuple(nodes[name] for name in described["outputs"]))
     order = [nodes[name] for name in described["inputs"]]

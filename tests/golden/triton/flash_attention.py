@@ -40,9 +40,9 @@ def attention_f16_64_causal_key_mask(
     tile = tl.program_id(0)
     head = tl.program_id(1)
     batch_index = tl.program_id(2)
-    if batch > 65535:  # the others are along the first axis
+    if batch >= 65535:  # the others are along the first axis
         tiles = tl.cdiv(q_len, Q_TILE)
-        batch_index += tile // tiles * 65535
+        batch_index += tile // tiles * tl.num_programs(2)
         tile = tile % tiles
         q_len = tl.where(batch_index < batch, q_len, 0)
         batch_index = tl.minimum(batch_index, batch - 1)

@@ -1,0 +1,61 @@
+"""`turbotx compile --save`: a model as one file, for GPUs that need not be here.
+
+In: MODEL, targets, a path. Out: a file for `turbotx.load`, with every kernel that any shape of the
+example call can ask for::
+
+    turbotx compile minilm --target sm_90 --target cpu --save minilm.ttx
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from turbotx.cli.inputs import EXAMPLE_SHAPE
+from turbotx.cli.models import LoadedModel, Source
+from turbotx.cli.output import OK, Output, Steps
+from turbotx.optimized import optimize
+from turbotx.saved.save import check_target, save
+
+
+def save_model(model: Source, path: Path, targets: Sequence[str], output: Output) -> int:
+    """Write the file, say what is in it; raise SaveError for a target that nothing runs on."""
+    names = chosen_targets(targets)
+    with output.steps(f"load {model}", total=3) as steps:
+        loaded = model.load(EXAMPLE_SHAPE)
+        steps("capture and fuse")
+        written = write_file(loaded, path, names, steps)
+    output.console.print(show_written(written))
+    output.result({"model": str(model), **written})
+    return OK
+
+
+def chosen_targets(targets: Sequence[str]) -> list[str]:
+    """Return what to save for, the CPU unless something is named; raise SaveError otherwise."""
+    return [check_target(name) for name in dict.fromkeys(targets)] or ["cpu"]
+
+
+def write_file(
+    loaded: LoadedModel, path: Path, targets: Sequence[str], steps: Steps
+) -> dict[str, Any]:
+    """Write the file and return what `--json` says of it."""
+    fast = optimize(loaded.model)
+    fast(*loaded.args, **loaded.kwargs)
+    expected = 0
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal expected
+        if not expected:
+            steps.expect(total)
+            expected = total
+        steps(f"compile {what}")
+
+    steps(f"save for {', '.join(targets)}")
+    save(fast, path, targets=targets, progress=progress)
+    return {"saved": str(path), "targets": list(targets), "nbytes": path.stat().st_size}
+
+
+def show_written(written: dict[str, Any]) -> str:
+    names, size = " and ".join(written["targets"]), written["nbytes"] / 1e6
+    return f"{written['saved']}: {size:.1f} MB, for {names}; turbotx.load takes it"

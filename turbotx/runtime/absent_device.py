@@ -1,0 +1,74 @@
+"""A GPU that is not here, for which programs are compiled and saved.
+
+In: a target. Out: what a program asks of its device while it is made; nothing runs on it::
+
+    CudaRuntime(assembly, weights, options, dims, AbsentDevice("sm_90")).expected_jobs(dims)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NoReturn
+
+import torch
+
+from turbotx.errors import DeviceError
+from turbotx.kernels.job import Binary, Job
+from turbotx.runtime.device import Grid
+
+
+class AbsentDevice:
+    """Answers for a target; kernels are neither built nor loaded."""
+
+    torch_device = torch.device("cpu")
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def describe(self) -> str:
+        return f"no device, {self.target}"  # for which nothing was tuned
+
+    def active(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def load(self, jobs: Sequence[Job]) -> tuple[list[Any], int]:
+        return list(jobs), 0
+
+    def place(self, binaries: Sequence[Binary]) -> list[Any]:
+        return list(binaries)
+
+    def new_status(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int32)
+
+    def wait(self) -> None:
+        pass
+
+    def retain(self, tensors: Sequence[torch.Tensor]) -> None:
+        pass
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def launch(
+        self, function: Any, grid: Grid, addresses: Any, stream: Any, dependent: bool = False
+    ) -> None:
+        self._refuse()
+
+    def stream(self) -> NoReturn:
+        self._refuse()
+
+    def call(self, step: Callable[[], object]) -> None:
+        self._refuse()
+
+    def recorder(self) -> NoReturn:
+        self._refuse()
+
+    def clock(self) -> NoReturn:
+        self._refuse()
+
+    def elapsed(self, begin: Any, end: Any) -> NoReturn:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise DeviceError(f"this program was compiled for {self.target} to be saved: it runs there")

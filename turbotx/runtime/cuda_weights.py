@@ -1,0 +1,91 @@
+"""Weights as a device's kernels read them: where they lie, and how long they have to lie there.
+
+In: parameters and what was derived from them. Out: their addresses in a program's table, and a
+`Held`, which keeps their memory as long as a table or a graph refers to it::
+
+    version, held = placed.fill(table); placed.use(held)    # on whatever stream reads them next
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from turbotx.errors import InputError
+from turbotx.runtime.device import Device
+from turbotx.runtime.weights import Weights
+
+
+class Held:
+    """The memory of one version of the weights, and the streams on which it was read.
+
+    tensors: by name in the program, each with the storage that it had: a parameter may let go of
+    its own while a graph still reads it.
+    """
+
+    def __init__(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.version = version
+        self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.streams: set[Any] = set()
+
+
+class PlacedWeights:
+    """The weights of one program on its device; thread-safe."""
+
+    def __init__(self, weights: Weights, device: Device, slots: Mapping[str, int]) -> None:
+        """slots: places in the program's table by name."""
+        self._weights, self._device, self._slots = weights, device, slots
+        self._held = Held(-1, {})
+        self._lock = threading.Lock()
+        # Other threads read on streams of theirs, which wait for nothing of this one.
+        weights.settle = device.wait
+
+    def fill(self, table: Any) -> tuple[int, Held]:
+        """Write their addresses into a table; return their version and what holds them.
+
+        Raises InputError where a parameter lies on another device.
+        """
+        with self._lock:
+            version, tensors = self._weights.version, self._weights.tensors
+            if self._held.version != version:
+                moved = {n: self._place(n, t) for n, t in tensors.items()}
+                if any(moved[n] is not t for n, t in tensors.items()):
+                    self._device.wait()
+                self._held = Held(version, moved)
+            held = self._held
+        for name, tensor in held.tensors.items():
+            if name in self._slots:
+                table[self._slots[name]] = tensor.data_ptr()
+        return version, held
+
+    @property
+    def held(self) -> Held:
+        """The version that was filled in last."""
+        return self._held
+
+    def are_filled(self) -> bool:
+        """Tell whether nothing has to be derived or placed anew before kernels can read them."""
+        return not self._weights.is_stale() and self._held.version == self._weights.version
+
+    def use(self, held: Held) -> None:
+        """Note that the current stream reads them: memory that is freed later is not given to
+        others before the stream has done so."""
+        stream = self._device.stream()
+        if stream not in held.streams:
+            self._device.retain(list(held.tensors.values()))
+            held.streams.add(stream)
+
+    def _place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor that kernels can read: here, and where 16 bytes may be loaded at once."""
+        here = self._device.torch_device
+        if tensor.device != here:
+            if tensor.numel() != 1:
+                raise InputError(
+                    f"parameter {name} is on {tensor.device}, and the call's inputs are on {here}: "
+                    "move the whole model there with .to(...)"
+                )
+            return tensor.to(here)
+        return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

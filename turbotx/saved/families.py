@@ -1,0 +1,120 @@
+"""Families of a saved GPU program: which kernel a launch takes at which sizes, from a table.
+
+In: what decides, as places in a program's sizes, and a row for every combination. Out: what a
+compiled family would pick, without tiles, printers or a compiler::
+
+    SavedFamily(tables, variants).pick(sizes)  ->  [Part("kernel", Binary fused_gelu_0, (40, 1, 1))]
+
+A row's key says TF32, the range of each size that decides by ranges, which sizes are multiples of
+16 (one bit each), and whether a size passes what 32 bits count: "0/3/2/0".
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from turbotx.errors import SavedFileError
+from turbotx.kernels.job import Binary, Job
+from turbotx.runtime.device import Grid
+from turbotx.runtime.parts import Part
+from turbotx.runtime.settings import uses_tf32
+from turbotx.saved.values import compile_texts
+
+ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What decides, by places in a program's sizes.
+
+    by: up to which values each range goes; the last one holds all that is larger. even: sizes that
+    may be multiples of 16. large: sizes that may reach `limit`. tf32: PyTorch's setting matters.
+    """
+
+    by: Sequence[tuple[int, Sequence[int]]]
+    even: Sequence[int]
+    large: Sequence[int]
+    limit: int
+    tf32: bool
+
+    def key(self, sizes: Any) -> str:
+        """Return the key of the row for these sizes."""
+        ranges = [min(bisect_left(most, sizes[k]), len(most) - 1) for k, most in self.by]
+        mask = sum(1 << bit for bit, k in enumerate(self.even) if sizes[k] % ALIGNED == 0)
+        wide = any(sizes[k] >= self.limit for k in self.large)
+        return make_key(self.tf32 and uses_tf32(), ranges, mask, wide)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "by": [[place, list(most)] for place, most in self.by], "even": list(self.even),
+            "large": list(self.large), "limit": self.limit, "tf32": self.tf32,
+        }  # fmt: skip
+
+
+def make_key(tf32: bool, ranges: Sequence[int], mask: int, wide: bool) -> str:
+    return "/".join(str(int(x)) for x in (tf32, *ranges, mask, wide))
+
+
+@dataclass(frozen=True)
+class SavedFamily:
+    """All variants of one launch, by rows.
+
+    rows: key -> number of a choice. choices: what each queues: list of arguments, number of a
+    variant or None for PyTorch's part, number of a grid. grids: texts over sizes named "s7".
+    """
+
+    decision: Decision
+    rows: Mapping[str, int]
+    choices: Sequence[Sequence[tuple[str, int | None, int]]]
+    grids: Sequence[tuple[Sequence[int], Sequence[str]]]
+    variants: Sequence[Binary | Job]
+    _compiled: dict[int, Callable[..., Grid]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tables: Mapping[str, Any], variants: Sequence[Binary | Job]) -> SavedFamily:
+        """Return the family that `to_json` has described."""
+        d = tables["decision"]
+        decision = Decision(d["by"], d["even"], d["large"], d["limit"], d["tf32"])
+        return cls(decision, tables["rows"], tables["choices"], tables["grids"], variants)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "decision": self.decision.to_json(), "rows": self.rows, "choices": self.choices,
+            "grids": self.grids,
+        }  # fmt: skip
+
+    def pick(self, sizes: Sequence[int]) -> list[Part]:
+        """Return what to run at these sizes; a grid with a zero means nothing."""
+        key = self.decision.key(sizes)
+        if key not in self.rows:
+            names = dict.fromkeys(v.name for v in self._used())
+            raise SavedFileError(
+                f"the file has no variant {key} of {', '.join(names) or 'a GEMM'}: save the model "
+                "again, and report this, since a file is to have all of them"
+            )
+        return [
+            Part(which, None if v is None else self.variants[v], self._grid(grid, sizes))
+            for which, v, grid in self.choices[self.rows[key]]
+        ]
+
+    def binaries(self, tf32: bool) -> list[Binary]:
+        """Return the kernels that the file has as machine code, under one of PyTorch's settings."""
+        first = str(int(self.decision.tf32 and tf32))
+        chosen = {c for key, c in self.rows.items() if key[0] == first}
+        numbers = (v for c in sorted(chosen) for _, v, _ in self.choices[c] if v is not None)
+        found = (self.variants[v] for v in dict.fromkeys(numbers))
+        return [v for v in found if isinstance(v, Binary)]
+
+    def _used(self) -> list[Binary | Job]:
+        return [self.variants[v] for choice in self.choices for _, v, _ in choice if v is not None]
+
+    def _grid(self, grid: int, sizes: Sequence[int]) -> Grid:
+        places, texts = self.grids[grid]
+        evaluate = self._compiled.get(grid)
+        if evaluate is None:
+            evaluate = compile_texts(texts, [f"s{k}" for k in places])
+            self._compiled[grid] = evaluate
+        return evaluate(*(sizes[k] for k in places))

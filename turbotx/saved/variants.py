@@ -1,0 +1,265 @@
+"""Variants: every kernel that any shape can ask of a GPU program, found before it is saved.
+
+In: a compiled family and what decides over its variants. Out: a `SavedFamily` with a row for each
+combination that can occur. Sizes that decide take one value of each range, multiples of 16 or not;
+the family itself says what it would queue, on a grid that remembers how it was computed::
+
+    pick({length: 1024, seq: 17})  ->  fused_softmax_0 by tiles of 1024, on "-(-s3 // 2)" programs
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+
+from turbotx.errors import SaveError
+from turbotx.kernels.gemm_choice import bucket_of
+from turbotx.kernels.job import Job
+from turbotx.kernels.schedule import INT32_LIMIT
+from turbotx.runtime.cuda import Compiling, CudaRuntime
+from turbotx.runtime.cuda_gemm import GemmFamily
+from turbotx.runtime.cuda_launch import LARGE
+from turbotx.runtime.settings import assume_tf32
+from turbotx.saved.families import ALIGNED, Decision, SavedFamily, make_key
+from turbotx.sizes import Expr, compile_evaluator
+
+# Remainders of all dims that are tried before every combination is taken for possible.
+MOST_REMAINDERS = 1 << 18
+# What a size that decides nothing has while a family is asked.
+SOME = 3
+
+
+class Variants:
+    """The kernels of one target's programs, each once. needed: by whether it is built ahead:
+    what only counts in 64 bits is kept as source."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.needed: list[bool] = []
+        self._numbers: dict[str, int] = {}
+        self._by_object: dict[int, tuple[Job, int]] = {}
+
+    def number(self, job: Job, wide: bool) -> int:
+        found = self._by_object.get(id(job))
+        if found is None:
+            number = self._numbers.setdefault(job.digest(), len(self.jobs))
+            if number == len(self.jobs):
+                self.jobs.append(job)
+                self.needed.append(False)
+            found = self._by_object[id(job)] = (job, number)
+        self.needed[found[1]] |= not wide
+        return found[1]
+
+
+class _Traced(int):
+    """A size that remembers, through a grid's arithmetic, how a number was made of it."""
+
+    text: str
+    places: frozenset[int]
+
+    @classmethod
+    def make(cls, value: int, text: str, places: frozenset[int]) -> _Traced:
+        made = cls(value)
+        made.text, made.places = text, places
+        return made
+
+    def _join(self, sign: str, other: int, value: int, turned: bool = False) -> _Traced:
+        text = other.text if isinstance(other, _Traced) else f"({int(other)})"
+        sides = (text, self.text) if turned else (self.text, text)
+        places = self.places | (other.places if isinstance(other, _Traced) else frozenset())
+        return self.make(value, f"({sides[0]} {sign} {sides[1]})", places)
+
+    def __neg__(self) -> _Traced:
+        return self.make(-int(self), f"(-{self.text})", self.places)
+
+    def __floordiv__(self, other: int) -> _Traced:
+        return self._join("//", other, int(self) // int(other))
+
+    def __mul__(self, other: int) -> _Traced:
+        return self._join("*", other, int(self) * int(other))
+
+    def __rmul__(self, other: int) -> _Traced:
+        return self._join("*", other, int(self) * int(other), turned=True)
+
+    def __add__(self, other: int) -> _Traced:
+        return self._join("+", other, int(self) + int(other))
+
+    def __radd__(self, other: int) -> _Traced:
+        return self._join("+", other, int(self) + int(other), turned=True)
+
+    def __sub__(self, other: int) -> _Traced:
+        return self._join("-", other, int(self) - int(other))
+
+
+class _Sizes:
+    """A program's sizes by place, where most may be anything."""
+
+    def __init__(self, constants: Mapping[int, int], given: Mapping[int, int], traced: bool):
+        self._constants, self._given, self._traced = constants, given, traced
+
+    def __getitem__(self, place: int) -> int:
+        if place in self._constants:
+            return self._constants[place]
+        value = self._given.get(place, SOME)
+        return _Traced.make(value, f"s{place}", frozenset({place})) if self._traced else value
+
+
+class Tabulator:
+    """Makes tables of one runtime's families."""
+
+    def __init__(self, runtime: CudaRuntime, dims: Sequence[str], variants: Variants) -> None:
+        self._runtime, self._dims, self._variants = runtime, dims, variants
+        self._sizes = list(runtime.table.values)
+        self._constants = {k: int(e) for k, e in enumerate(self._sizes) if e.is_Integer}
+
+    def tabulate(self, family: Compiling) -> SavedFamily:
+        """Return a family as a table; raise SaveError where it does not answer as the family."""
+        by, even, large = self._deciders(family)
+        masks = self._masks(even)
+        asked: dict[str, tuple[Any, bool]] = {}
+        for tf32, wide in itertools.product((False, True), (False, True) if large else (False,)):
+            for ranges in itertools.product(*(range(len(most)) for _, most in by)):
+                for mask in masks:
+                    given = self._sample(by, ranges, even, mask, large, wide)
+                    if given is not None and self._serves(family, given):
+                        asked[make_key(tf32, ranges, mask, wide)] = (given, wide)
+        table = _Table(Decision(by, even, large, LARGE, True), self._variants)
+        for key, (given, wide) in asked.items():
+            with assume_tf32(key[0] == "1"):
+                plain = family.pick(_Sizes(self._constants, given, False))  # type: ignore[arg-type]
+                traced = family.pick(_Sizes(self._constants, given, True))  # type: ignore[arg-type]
+            assert [p.job for p in plain] == [p.job for p in traced]
+            table.add(key, [(p.which, p.job, p.grid) for p in traced], wide, self._runtime.adapt)
+        return table.finish()
+
+    def _deciders(
+        self, family: Compiling
+    ) -> tuple[list[tuple[int, list[int]]], list[int], list[int]]:
+        """Return what can decide, each size once: constants do not."""
+        found, bounds = family.deciders, dict[int, set[int]]()
+        for place, most in found.by:
+            if place not in self._constants:
+                bounds.setdefault(place, set()).update(most)
+        even, large = (
+            [k for k in dict.fromkeys(places) if k not in self._constants]
+            for places in (found.even, found.large)
+        )
+        return [(k, sorted(most)) for k, most in bounds.items()], even, large
+
+    def _serves(self, family: Compiling, given: Mapping[int, int]) -> bool:
+        """Tell whether the program serves calls of this many tokens at all."""
+        share = self._runtime.share
+        if share is None or not isinstance(family, GemmFamily) or family.tokens not in given:
+            return True
+        return bucket_of(given[family.tokens]) in share.buckets_of(self._sizes[family.tokens])
+
+    def _sample(
+        self, by: Sequence[tuple[int, Sequence[int]]], ranges: Sequence[int],
+        even: Sequence[int], mask: int, large: Sequence[int], wide: bool,
+    ) -> dict[int, int] | None:  # fmt: skip
+        """Return sizes that decide this way; None where there are none."""
+        multiple = {place: bool(mask >> bit & 1) for bit, place in enumerate(even)}
+        given = {place: 16 if yes else 17 for place, yes in multiple.items()}
+        for (place, most), k in zip(by, ranges, strict=True):
+            least = most[k - 1] + 1 if k else 0
+            value = most[k]
+            if place in multiple and multiple[place] != (value % ALIGNED == 0):
+                value = value // ALIGNED * ALIGNED if multiple[place] else value - 1
+            if value < least:
+                return None
+            given[place] = value
+        if wide:
+            last = {
+                place for (place, most), k in zip(by, ranges, strict=True) if k + 1 == len(most)
+            }
+            ranged = {place for place, _ in by}
+            free = [k for k in large if k not in ranged] or [k for k in large if k in last]
+            if not free:
+                return None
+            given[free[0]] = INT32_LIMIT + (not multiple.get(free[0], True))
+        return given
+
+    def _masks(self, even: Sequence[int]) -> list[int]:
+        """Return which of some sizes can be multiples of 16 together, one bit each."""
+        sizes = [self._sizes[k] for k in even]
+        names = sorted({s.name for e in sizes for s in e.free_symbols})
+        period = ALIGNED * math.lcm(1, *(_divisor(e) for e in sizes))
+        if period ** len(names) > MOST_REMAINDERS:
+            return list(range(1 << len(even)))
+        evaluate = compile_evaluator(sizes, names)
+        return sorted(
+            {
+                sum(1 << bit for bit, v in enumerate(evaluate(*dims)) if v % ALIGNED == 0)
+                for dims in itertools.product(range(period, 2 * period), repeat=len(names))
+            }
+        )
+
+
+def _divisor(size: Expr) -> int:
+    """Return a number such that what a size rounds or takes the rest of repeats with it."""
+    found = 1
+    for node in sympy.preorder_traversal(size):
+        if len(node.args) == 2 and type(node).__name__ in ("FloorDiv", "Mod", "PythonMod"):
+            by = node.args[1]
+            found *= int(by) if by.is_Integer else MOST_REMAINDERS
+    return found
+
+
+class _Table:
+    """Collects rows; equal choices and grids are kept once."""
+
+    def __init__(self, decision: Decision, variants: Variants) -> None:
+        self._decision, self._variants = decision, variants
+        self._rows: dict[str, int] = {}
+        self._choices: dict[tuple[tuple[str, int | None, int], ...], int] = {}
+        self._grids: dict[tuple[tuple[int, ...], tuple[str, ...]], int] = {}
+
+    def add(
+        self, key: str, parts: Sequence[tuple[str, Any, Any]], wide: bool,
+        adapt: Callable[[Job], Job],
+    ) -> None:  # fmt: skip
+        choice = tuple(
+            (which, None if job is None else self._variants.number(adapt(job), wide),
+             self._grid(grid))
+            for which, job, grid in parts
+        )  # fmt: skip
+        self._rows[key] = self._choices.setdefault(choice, len(self._choices))
+
+    def _grid(self, grid: Sequence[int]) -> int:
+        places = sorted({k for x in grid if isinstance(x, _Traced) for k in x.places})
+        texts = tuple(x.text if isinstance(x, _Traced) else str(x) for x in grid)
+        return self._grids.setdefault((tuple(places), texts), len(self._grids))
+
+    def finish(self) -> SavedFamily:
+        """Return the table, without TF32 where that makes no difference."""
+        rows = self._rows
+        plain = {k: c for k, c in rows.items() if k[0] == "0"}
+        tf32 = any(rows["1" + k[1:]] != c for k, c in plain.items())
+        d = self._decision
+        decision = Decision(d.by, d.even, d.large, d.limit, tf32)
+        return SavedFamily(
+            decision, rows if tf32 else plain, list(self._choices), list(self._grids), ()
+        )
+
+
+def check_table(
+    family: Compiling, saved: SavedFamily, adapt: Callable[[Any], Job],
+    sizes: Iterator[Sequence[int]],
+) -> None:  # fmt: skip
+    """Raise SaveError where a table does not say what its family says, at some sizes."""
+    for values in sizes:
+        for tf32 in (False, True):
+            with assume_tf32(tf32):
+                expected = family.pick(values)
+                found = saved.pick(values)
+            wanted = [(p.which, p.job and adapt(p.job), tuple(p.grid)) for p in expected]
+            kept = [(p.which, p.job, tuple(p.grid)) for p in found]
+            if kept != wanted:
+                raise SaveError(
+                    f"a launch chooses its kernel by more than a file can say: {found} for "
+                    f"{expected}; please report it"
+                )
