@@ -79,15 +79,17 @@ def test_a_table_goes_before_the_rule_and_what_was_measured_before_what_is_expec
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rule = choose_by_rule(GEMM, 40, "sm_90")
-    expected = choose_tiles(GEMM, 40, "sm_90")
-    assert expected == with_tag(rule, EXPECTED_TILES["sm_90"][64, 768, 3072]) != rule
+    measured = choose_tiles(GEMM, 40, "sm_90")
+    assert measured == with_tag(rule, MEASURED_TILES["sm_90"][64, 768, 3072]) != rule
+    expected = with_tag(choose_by_rule(GEMM, 20, "sm_90"), EXPECTED_TILES["sm_90"][32, 768, 3072])
+    assert choose_tiles(GEMM, 20, "sm_90") == expected
     monkeypatch.setitem(MEASURED_TILES["sm_90"], (64, 768, 3072), "n16s3")
     monkeypatch.setitem(MEASURED_TILES["sm_90"], (64, 768, 3072, True), "n32s2")
     assert choose_tiles(GEMM, 40, "sm_90") == replace(rule, n_tile=16, num_stages=3)
     assert choose_tiles(replace(GEMM, gated=True), 40, "sm_90").num_stages == 2
     for other in (replace(GEMM, flipped=True), replace(GEMM, dtype=torch.float32)):
         assert choose_tiles(other, 40, "sm_90") == choose_by_rule(other, 40, "sm_90")
-    assert choose_tiles(GEMM, 65, "sm_90") == choose_by_rule(GEMM, 65, "sm_90")
+    assert choose_tiles(GEMM, 513, "sm_90") == choose_by_rule(GEMM, 513, "sm_90")
     assert choose_tiles(GEMM, 40, "sm_80") == choose_by_rule(GEMM, 40, "sm_80")
 
 
