@@ -15,12 +15,14 @@ import argparse
 import fnmatch
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import gpu_timing  # noqa: E402
 from gpu_plans import NEW_FOLDER, PLANS, Stage  # noqa: E402
 from gpu_tables import collect, read_rows, summarize  # noqa: E402
 
@@ -55,23 +58,32 @@ def run_stage(plan: str, out: Path, stage: Stage, limit_s: float) -> tuple[str, 
     environment = {**os.environ, **stage.environment}
     new = [name for name, value in stage.environment.items() if value == NEW_FOLDER]
     environment |= {name: tempfile.mkdtemp() for name in new}
+    environment["TURBOTX_BENCHMARK_LOCK"] = str(out.with_suffix(".lock"))
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
         try:
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            process.terminate()
-            try:
-                process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
             code = 124
+            stop(process)
     ended = {0: "done", 124: "out of time"}.get(code, f"failed ({code})")
     if code:
         tail = log.read_text()[-1500:]
         append(out, f"stage/{stage.name}", {"ended": ended, "log": tail})
     return ended, time.perf_counter() - begin
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and whatever it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def run_plan(plan: str, groups: list[list[Stage]], out: Path, limit_s: float) -> None:
@@ -107,9 +119,14 @@ def do_stage(plan: str, name: str, out: Path) -> int:
         import gpu_standin
 
         device = gpu_standin.start("sm_90")
-    stage_names = {"stage": stage.name}
+
+    def emit(row: str, numbers: dict[str, Any]) -> None:
+        disturbed = {"beside_others": True} if gpu_timing.beside_others else {}
+        append(out, row, {**numbers, **disturbed, "stage": stage.name})
+
     try:
-        stage.run(lambda row, numbers: append(out, row, {**numbers, **stage_names}))
+        gpu_timing.share_device()
+        stage.run(emit)
     except Exception:
         # Nothing is asked of the device any more: after an error it may not answer.
         traceback.print_exc()

@@ -12,6 +12,7 @@ import statistics
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from gpu_models import DTYPES
 from gpu_plans import Sweep
 from gpu_session import Session
 from gpu_stages import Emit, is_sticky, label
-from gpu_timing import DEVICE, DRY, time_graphed, time_replay, time_row
+from gpu_timing import DEVICE, DRY, alone, time_graphed, time_replay, time_row
 from torch import nn
 from torch.nn import functional
 
@@ -126,13 +127,13 @@ def _check_part(part: Part, ids: bool, options: dict[str, Any]) -> dict[str, Any
 
 
 def _check_index(part: Part) -> bool:
-    """An index out of range is reported by the next call, and reads nothing."""
+    """An index out of range is reported at once or by the next call, and reads nothing."""
     fast = turbotx.optimize(part)
     good = torch.zeros(1, 8, dtype=torch.int64, device=DEVICE)
     fast(good)
-    fast(good + 5000)
-    torch.cuda.synchronize()
     try:
+        fast(good + 5000)  # says so itself where the device was quick
+        torch.cuda.synchronize()
         fast(good)
     except IndexOutOfRangeError:
         return True
@@ -144,11 +145,16 @@ def functions(
 ) -> None:
     """Softmax and LayerNorm by turbotx, PyTorch and Inductor: of many rows in a row of calls, of 40
     rows inside a graph."""
-    for function in ("softmax", "layer_norm"):
-        for width in widths:
-            for engine in ("turbotx", "torch", "inductor"):
-                place = f"{function}/{width}/{dtype}/{'large' if large else 'short'}/{engine}"
-                emit(place, _time_function(function, width, dtype, engine, large))
+    made = {
+        f"{function}/{width}/{dtype}/{'large' if large else 'short'}/{engine}":
+            _prepare(function, width, dtype, engine, large)
+        for function in ("softmax", "layer_norm")
+        for width in widths
+        for engine in ("turbotx", "torch", "inductor")
+    }  # fmt: skip
+    with alone():
+        for place, prepared in made.items():
+            emit(place, _time_prepared(prepared, large))
 
 
 def sweep_rows(emit: Emit, dtype: str) -> None:
@@ -161,10 +167,22 @@ def sweep_rows(emit: Emit, dtype: str) -> None:
                 emit(place, _time_function(function, width, dtype, "turbotx", True, tag))
 
 
-@torch.no_grad()
+Prepared = tuple[Callable[[], torch.Tensor], torch.Tensor]
+
+
 def _time_function(
     function: str, width: int, dtype: str, engine: str, large: bool, tag: str = ""
 ) -> dict[str, Any]:
+    prepared = _prepare(function, width, dtype, engine, large, tag)
+    with alone():
+        return _time_prepared(prepared, large)
+
+
+@torch.no_grad()
+def _prepare(
+    function: str, width: int, dtype: str, engine: str, large: bool, tag: str = ""
+) -> Prepared:
+    """A call, right against float64, and its input."""
     rows = MANY_BYTES // (width * DTYPES[dtype].itemsize) if large else 40
     x = torch.randn(rows, width, dtype=DTYPES[dtype], device=DEVICE)
     weight, bias = (torch.randn(width, dtype=x.dtype, device=DEVICE) for _ in range(2))
@@ -187,11 +205,17 @@ def _time_function(
     error = float((run(x, weight, bias)[-9:].double() - exact).abs().max())
     if not DRY and not error <= 2e-2 * float(exact.abs().max()):
         raise RuntimeError(f"{engine} is wrong by {error}")
+    return partial(run, x, weight, bias), x
+
+
+@torch.no_grad()
+def _time_prepared(prepared: Prepared, large: bool) -> dict[str, Any]:
+    call, x = prepared
     if large:
-        us = statistics.median(time_row(lambda: run(x, weight, bias), 10) for _ in range(5))
+        us = statistics.median(time_row(call, 10) for _ in range(5))
     else:
-        us = time_graphed(lambda: run(x, weight, bias))
-    return {"us": round(us, 3), "gb_per_s": round(2 * x.nbytes / us / 1e3, 1), "rows": rows}
+        us = time_graphed(call)
+    return {"us": round(us, 3), "gb_per_s": round(2 * x.nbytes / us / 1e3, 1), "rows": len(x)}
 
 
 def sweep(emit: Emit, name: str, dtype: str, given: Sequence[Sweep]) -> None:
@@ -205,7 +229,9 @@ def sweep(emit: Emit, name: str, dtype: str, given: Sequence[Sweep]) -> None:
             shown = ",".join(f"{p}={tag}" for p, tag in schedules.items()) or "default"
             try:
                 bound = session.bind(one.shape, one.folded, pdl=one.pdl, schedules=schedules)
-                emit(f"{place}/{shown}", {"replay_us": time_replay(bound.replay(), one.runs)})
+                replay = bound.replay()
+                with alone():
+                    emit(f"{place}/{shown}", {"replay_us": time_replay(replay, one.runs)})
             except turbotx.TurbotxError as error:
                 emit(f"{place}/{shown}", {"error": str(error)[-300:]})
                 if is_sticky(error):

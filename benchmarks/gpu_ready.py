@@ -50,6 +50,23 @@ def dry_run(plan: str, folder: Path, only: set[str] | None = None) -> list[str]:
     return failed
 
 
+SAVE = """
+import sys, torch, transformers, turbotx
+model = transformers.BertModel(transformers.BertConfig()).half().eval()
+fast, ids = turbotx.optimize(model), torch.ones(1, 16, dtype=torch.long)
+fast(input_ids=ids, attention_mask=ids)
+turbotx.save(fast, sys.argv[1], targets=["sm_90"], weights=False)
+"""
+
+
+def save_bert(folder: Path) -> Path:
+    """Save a BERT-base for the device without its weights, which any such model has."""
+    path = folder / "bert-base.ttx"
+    environment = {**os.environ, "TURBOTX_CACHE_DIR": str(folder / "cache")}
+    subprocess.run([sys.executable, "-c", SAVE, str(path)], env=environment, check=True)
+    return path
+
+
 def pack(folder: Path) -> Path:
     """Put what loading needs of the built kernels into one file."""
     archive, cache = folder / ARCHIVE, folder / "cache"
@@ -70,11 +87,13 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     only = set(options.stages) if options.stages else None
     failed = [f for plan in options.plans for f in dry_run(plan, folder, only)]
+    saved = save_bert(folder)
     archive = pack(folder)
     import triton
 
     print(f"\n{archive}: {archive.stat().st_size / 2**20:.1f} MiB, Triton {triton.__version__}")
-    print("there, in the checkout, with this file beside it:")
+    print(f"{saved}: {saved.stat().st_size / 2**20:.1f} MiB")
+    print("there, in the checkout, with these files beside it:")
     print(f"    mkdir -p /tmp/cache && tar xzf {archive.name} -C /tmp/cache")
     print("    export TURBOTX_CACHE_DIR=/tmp/cache PYTHONPATH=. PYTHONUNBUFFERED=1")
     for plan in options.plans:

@@ -32,13 +32,13 @@ import torch
 imported = time.perf_counter()
 for name in ("sympy", "triton", "transformers"):
     sys.modules[name] = None
-path, device = sys.argv[1:]
+path, device, *weights = sys.argv[1:]
 on_gpu = device.startswith("cuda")
 if on_gpu:
     torch.zeros(1, device=device)
 started = time.perf_counter()
 import turbotx
-fast = turbotx.load(path, device=device)
+fast = turbotx.load(path, device=device, weights=weights[0] if weights else None)
 loaded = time.perf_counter()
 ids = torch.randint(1000, 20000, (1, 40)).to(device)
 moments = [loaded]
@@ -71,10 +71,11 @@ def save_minilm(path: Path) -> None:
     turbotx.save(fast, path)
 
 
-def measure(path: Path, device: str) -> dict[str, float]:
+def measure(path: Path, device: str, weights: Path | None = None) -> dict[str, float]:
+    """Return a process's times. weights: a file of them, where the model's has none."""
     environment = {**os.environ, "PATH": "", "CXX": ""}
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(path), device],
+        [sys.executable, "-c", CHILD, str(path), device, *([str(weights)] if weights else [])],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:

@@ -63,9 +63,8 @@ class DeviceClass:
 # of 650 ns, which is assumed.
 DEVICES = {
     "sm_80": DeviceClass(108, 160 * 1024, 4, tflops=312.0, tflops_fp32=19.5, tb_per_s=2.0),
-    # Measured on an H200, BERT-base float16, whole calls: 192 tokens take 367 us by templates and
-    # 462 by cuBLAS, 384 as long by either; norms folded and stored 312 and 321 us at 128 tokens, 382
-    # and 367 at 192.
+    # H200, BERT-base float16, whole calls in us: 192 tokens 367 by templates and 462 by cuBLAS, 384
+    # the same by either; norms folded and stored 312 and 321 at 128 tokens, 382 and 367 at 192.
     "sm_90": DeviceClass(132, 224 * 1024, 4, (128, 256), 990.0, 67.0, 3.35, 2_200_000, 256, 128),
     "sm_100": DeviceClass(148, 224 * 1024, 4, (128, 256), 2250.0, 75.0, 8.0),
     "gfx942": DeviceClass(304, 64 * 1024, 2, tflops=1307.0, tflops_fp32=163.0, tb_per_s=5.3),

@@ -16,10 +16,10 @@ Key = tuple[int, int, int] | tuple[int, int, int, bool]
 Table = dict[str, dict[Key, str]]
 
 # H200, BERT-base float16, bare replays of the whole call, dependent launches, one change at a time
-# (`python benchmarks/gpu.py tiles`). 40 tokens, 248 us: 268 to 277 with 64 steps of k, 3 or 4 stages
-# or twice the parts for QKV and up, 265 to 304 for the others of down. 16 tokens, 207 us: 211 to
-# 234. 128 tokens, norms folded: 397 -> 312 us. 192, stored: 466 -> 367. 384 and 1024: 543 -> 529,
-# 640 -> 609. 4096: up alone 48.9 -> 40.6 us.
+# (`python benchmarks/gpu.py tiles`), in us. 40 tokens, 248: 268 to 277 with 64 steps of k, 3 or 4
+# stages or twice the parts for QKV and up, 265 to 304 for the others of down. 16 tokens, 207: 211
+# to 234. 128 tokens, norms folded: 397 -> 312. 192, stored: 466 -> 367. 384 and 1024: 543 -> 529,
+# 640 -> 609. 4096: up alone 48.9 -> 40.6.
 MEASURED_TILES: Table = {
     "sm_90": {
         (16, 2304, 768): "m16n32k128w4s5x1",
