@@ -146,6 +146,7 @@ def test_weights_stored_the_other_way() -> None:
 
 def test_no_tokens_and_many_groups_of_tiles() -> None:
     check(GemmTemplate(torch.float32, 16, 16), 16 * 17 + 1)
+    check(GemmTemplate(torch.float32, 56, 16), 16 * 11)  # 8 and 3 tiles of tokens, 4 of outputs
     assert gemm_grid(GemmTemplate(torch.float32, 16, 16), SMALL, 0) == (0, 1, 1)
 
 

@@ -122,9 +122,10 @@ class _Gemm:
             f"place = tl.program_id(0) % ({GROUP} * {self.n_tiles})",
             "m_tile = group",
             "n_tile = place",
-            "if height > 1:  # a division takes longer than all else up to the first load",
-            "    m_tile = group + place % height",
-            "    n_tile = place // height",
+            "if height > 1:",
+            "    # Exact below 2**20; a division of integers is a call, which spills registers.",
+            "    n_tile = ((place.to(tl.float32) + 0.5) / height.to(tl.float32)).to(tl.int32)",
+            "    m_tile = group + place - n_tile * height",
             "m = m_tile * M_TILE + tl.arange(0, M_TILE)[:, None]",
             "n = n_tile * N_TILE + tl.arange(0, N_TILE)[None, :]",
             "m_ok = m < tokens",
@@ -181,32 +182,33 @@ class _Gemm:
         step = ["k = start + tl.arange(0, K_TILE)[None, :]"]
         if t.flipped:
             step.append("k_down = start + tl.arange(0, K_TILE)[:, None]")
-        for k, a in enumerate(self.accumulators):  # first: it comes from farther away than x
-            step += self._weight(f"{a}_w", k * t.n)
-        step.append(f"x = tl.load(x_ptr + m.to(tl.int64) * x_row + k, mask={x_ok}, other=0.0)")
-        if t.centered:
-            # A masked x would be -mean: the weight is zero there.
-            step.append("x = x - x_mean")
         precision = ""
         if t.dtype is torch.float32:
             precision = f', input_precision="{"tf32" if t.tf32 else "ieee"}"'
-        step += [f"{a} = tl.dot(x, {a}_w, {a}{precision})" for a in self.accumulators]
+        x = [f"x = tl.load(x_ptr + m.to(tl.int64) * x_row + k, mask={x_ok}, other=0.0)"]
+        if t.centered:
+            # A masked x would be -mean: the weight is zero there.
+            x.append("x = x - x_mean")
+        for k, a in enumerate(self.accumulators):
+            step += self._weight(k * t.n)
+            step += [] if k else x  # behind the weight, which comes from farther away
+            step.append(f"{a} = tl.dot(x, w, {a}{precision})")
         lines.append(f"for start in range({begin}, {end}, K_TILE):")
         return [*lines, *(f"    {line}" for line in step)]
 
-    def _weight(self, name: str, first: int) -> list[str]:
+    def _weight(self, first: int) -> list[str]:
         """Load a (K_TILE, N_TILE) tile of the weight, from output `first` on."""
         off = f" + {first}" if first else ""
         if self.t.flipped:
             ok = ["n_ok"] * self.n_masked + [f"(k_down < {self.t.k})"] * self.k_masked
             mask = f", mask={' & '.join(ok)}, other=0.0" if ok else ""
-            return [f"{name} = tl.load(w_ptr + k_down.to(tl.int64) * w_row + n{off}{mask})"]
+            return [f"w = tl.load(w_ptr + k_down.to(tl.int64) * w_row + n{off}{mask})"]
         down = "(n_tile * N_TILE + tl.arange(0, N_TILE)[:, None])"
         ok = [f"(down < {self.t.n})"] * self.n_masked + [f"(k < {self.t.k})"] * self.k_masked
         mask = f", mask={' & '.join(ok)}, other=0.0" if ok else ""
         return [
             f"down = {down}",
-            f"{name} = tl.trans(tl.load(w_ptr + (down{off}).to(tl.int64) * w_row + k{mask}))",
+            f"w = tl.trans(tl.load(w_ptr + (down{off}).to(tl.int64) * w_row + k{mask}))",
         ]
 
     def _meet(self) -> list[str]:
