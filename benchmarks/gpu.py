@@ -172,15 +172,15 @@ def main() -> int:
         [s for s in g if fnmatch.fnmatch(s.name, options.only)] for g in PLANS[options.plan]()
     ]
     if options.list:
-        for group in chosen:
-            print("\n".join(f"{s.limit_s:5.0f} s  {s.name}" for s in group))
+        for stage in (s for group in chosen for s in group):
+            print(f"{stage.limit_s:5.0f} s  {stage.name}")
         return 0
     device = describe_device()
     if device["name"] == "none" and not DRY:
         print("no CUDA device here: TURBOTX_BENCHMARK_DRY=1 runs every line", file=sys.stderr)
         return 3
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    append(options.out, "device", device)
+    append(options.out, "device", {"device": device})
     run_plan(options.plan, chosen, options.out, options.limit)
     rows = read_rows([options.out])
     if options.keep:

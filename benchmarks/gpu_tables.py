@@ -35,7 +35,7 @@ def collect(rows: Rows) -> dict[str, Any]:
         for name, row in rows.items()
         if name != "device" and not name.startswith(("stage/", "warm/"))
     }
-    return {"device": rows["device"], "results": results}
+    return {"device": rows["device"]["device"], "results": results}
 
 
 def summarize(rows: Rows) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from cpu_tables import TABLES as CPU_TABLES
 from cpu_tables import latency_table
+from gpu_tables import GPU_TABLES, claims
 from proof_tables import operators_table, resources_table
 
 import turbotx
@@ -148,11 +149,9 @@ def results_table(folder: Path = RESULTS) -> str:
         found = json.loads(path.read_text()) if path.exists() else {}
         script = f"{file}.py".replace("_minilm.py", ".py minilm")
         rows += [f"| {what} | {result} | `benchmarks/{script}` |" for what, result in maker(found)]
-    for what in (
-        "Fused Triton kernels on a GPU: time and achieved bandwidth",
-        "Latency of whole models on a GPU",
-    ):
-        rows.append(f"| {what} | {NOT_YET} | |")
+    rows += [
+        f"| {what} | {result} | `benchmarks/gpu.py figures` |" for what, result in claims(folder)
+    ]
     return "\n".join(rows)
 
 
@@ -327,6 +326,11 @@ def main() -> None:
     for name, make in CPU_TABLES.items():
         text = write_marked(text, name, make(RESULTS))
     cpu.write_text(text)
+    gpu = DOCS / "gpu.md"
+    text = gpu.read_text()
+    for name, make in GPU_TABLES.items():
+        text = write_marked(text, name, make(RESULTS))
+    gpu.write_text(text)
     for page, name, table in (
         ("architectures", "architectures", architectures_table()),
         ("operators", "operators", operators_table(RESULTS)),

@@ -1,0 +1,190 @@
+"""The tables of docs/gpu.md, and the README's rows about GPUs: what `benchmarks/gpu.py` measured.
+
+In: benchmarks/results/gpu.json. Out: Markdown for the pages, one table a name, losing rows too::
+
+    GPU_TABLES["gpu_latency"](Path("benchmarks/results"))
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+NOT_YET = "not yet measured"
+ENGINES = {
+    "turbotx": "turbotx", "eager": "eager", "eager-graphs": "eager in a CUDA graph",
+    "compile": "torch.compile", "compile-reduce-overhead": "torch.compile, reduce-overhead",
+}  # fmt: skip
+Rows = dict[str, dict[str, Any]]
+
+
+def read(folder: Path) -> tuple[str, Rows]:
+    """Return the device with its versions, in words, and all rows by name; no rows where none are."""
+    path = folder / "gpu.json"
+    if not path.exists():
+        return "", {}
+    found = json.loads(path.read_text())
+    device, versions = found["device"]["name"], found["device"]["versions"]
+    words = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "transformers"))
+    return f"{device}; {words}", found["results"]
+
+
+def latency_rows(folder: Path) -> str:
+    """One model at the shapes that every engine ran."""
+    device, rows = read(folder)
+    table = [
+        f"BERT-base, float16, medians in us. {device}.", "",
+        "| batch x length | engine | one call | calls in a row | host | turbotx is faster by |",
+        "|---|---|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for place in _places(rows, r"latency/bert-base/fp16/(\d+x\d+)/turbotx"):
+        own = rows[f"latency/bert-base/fp16/{place}/turbotx"]
+        for engine, words in ENGINES.items():
+            row = rows.get(f"latency/bert-base/fp16/{place}/{engine}")
+            if row is not None:
+                ahead = f"{row['row_us'] / own['row_us']:.2f} x" if row is not own else ""
+                table.append(
+                    f"| {place.replace('x', ' x ')} | {words} | {row['latency_us']:,.0f} | "
+                    f"{row['row_us']:,.0f} | {row['host_us']:,.0f} | {ahead} |"
+                )
+    return "\n".join(table)
+
+
+def program_rows(folder: Path) -> str:
+    """Bare replays: both programs at every length, and what dependent launches make of them."""
+    _, rows = read(folder)
+    table = ["| tokens | as chosen | norms folded | norms stored |", "|---:|---:|---:|---:|"]
+    for place in _places(rows, r"norms/bert-base/fp16/1x(\d+)"):
+        row = rows[f"norms/bert-base/fp16/1x{place}"]
+        table.append(f"| {place} | {row['default']:.0f} | {row['fold']:.0f} | {row['store']:.0f} |")
+    ways = {
+        way: rows.get(f"latency/bert-base/fp16/1x40/replay-{way}")
+        for way in ("fold", "fold-no-pdl", "store", "store-no-pdl")
+    }
+    if all(ways.values()):
+        us = {way: f"{row['replay_us']:.0f}" for way, row in ways.items() if row}
+        table += [
+            "",
+            f"At 40 tokens without dependent launches: {us['fold-no-pdl']} folded and "
+            f"{us['store-no-pdl']} stored, with them {us['fold']} and {us['store']}.",
+        ]
+    return "\n".join(table)
+
+
+def shape_rows(folder: Path) -> str:
+    """Models at several shapes, eager beside each."""
+    _, rows = read(folder)
+    table = [
+        "| model | batch x length | turbotx, one call | in a row | eager, one call | in a row |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for place in _places(rows, r"shapes/(\S+/fp16/\d+x\d+)"):
+        name, _, shape = place.split("/")
+        row = rows[f"shapes/{place}"]
+        table.append(
+            f"| {name} | {shape.replace('x', ' x ')} | {row['latency_us']:,.0f} | "
+            f"{row['row_us']:,.0f} | {row['eager_us']:,.0f} | {row['eager_row_us']:,.0f} |"
+        )
+    return "\n".join(table)
+
+
+def function_rows(folder: Path) -> str:
+    """Softmax and LayerNorm as shares of a plain copy's bandwidth."""
+    _, rows = read(folder)
+    copy = rows.get("device/ceilings", {}).get("copy_gb_per_s", 0.0)
+    table = [
+        f"512 MiB of float16; a copy of 1 GiB moves {copy:,.0f} GB/s.", "",
+        "| function | width | turbotx | of the copy | PyTorch | Inductor |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for place in _places(rows, r"((?:softmax|layer_norm)/\d+/fp16/large)/turbotx"):
+        function, width, *_ = place.split("/")
+        found = [
+            rows[f"{place}/{engine}"]["gb_per_s"] for engine in ("turbotx", "torch", "inductor")
+        ]
+        share = f"{found[0] / copy:.0%}" if copy else ""
+        table.append(
+            f"| {function} | {width} | {found[0]:,.0f} GB/s | {share} | {found[1]:,.0f} | "
+            f"{found[2]:,.0f} |"
+        )
+    return "\n".join(table)
+
+
+def right_rows(folder: Path) -> str:
+    """What was compared with float64 on the device."""
+    _, rows = read(folder)
+    models = {n: r for n, r in rows.items() if n.startswith("right/")}
+    known = {n: r for n, r in rows.items() if n.startswith("architecture/")}
+    lines = []
+    for what, found in (
+        ("models, plainly, captured and replayed", models),
+        ("architectures in float16 and bfloat16, cut to two layers", known),
+    ):
+        good = [n for n, r in found.items() if r["holds"]]
+        rest = [n for n in found if n not in good]
+        worst = max((found[n]["worst"] for n in good), default=0.0)
+        bad = f"; not: {', '.join(rest)}" if rest else ""
+        lines.append(
+            f"- {len(good)} of {len(found)} {what}: the largest error is {worst:.2f} of what is "
+            f"allowed{bad}."
+        )
+    return "\n".join(lines)
+
+
+def claims(folder: Path) -> Iterator[tuple[str, str]]:
+    """The README's rows."""
+    device, rows = read(folder)
+    device = device.partition(";")[0]
+    what = "Latency of BERT-base in float16 on a GPU, calls in a row"
+    parts = []
+    for shape in ("1x40", "32x128"):
+        place = f"latency/bert-base/fp16/{shape}"
+        if f"{place}/turbotx" in rows:
+            own = rows[f"{place}/turbotx"]["row_us"]
+            others = (
+                f"{rows[f'{place}/{e}']['row_us'] / own:.2f} x as long by {words}"
+                for e, words in ENGINES.items()
+                if e != "turbotx" and f"{place}/{e}" in rows
+            )
+            parts.append(f"({shape.replace('x', ', ')}) {own:,.0f} us; {', '.join(others)}")
+    yield what, f"{'. '.join(parts)} ({device})" if parts else NOT_YET
+    stream = rows.get("stream/bert-base/fp16")
+    what = "1,000 requests of random lengths on a GPU, BERT-base in float16"
+    if stream:
+        grown = stream["grown"]
+        yield (
+            what,
+            (
+                f"median {stream['turbotx']['p50_us']:,.0f} us, eager {stream['eager']['p50_us']:,.0f}; "
+                f"{grown['kernel_builds']} kernels built, {grown['captures']} captures of the model, "
+                f"{grown['chunk_allocations']} allocations of memory ({device})"
+            ),
+        )
+    else:
+        yield what, NOT_YET
+    copy = rows.get("device/ceilings", {}).get("copy_gb_per_s", 0.0)
+    shares = [
+        rows[name]["gb_per_s"] / copy
+        for name in rows
+        if re.fullmatch(r"(softmax|layer_norm)/\d+/fp16/large/turbotx", name) and copy
+    ]
+    what = "Softmax and LayerNorm of 512 MiB on a GPU, of a copy's bandwidth"
+    yield what, f"{min(shares):.0%} to {max(shares):.0%} ({device})" if shares else NOT_YET
+
+
+def _places(rows: Rows, pattern: str) -> list[str]:
+    """Return what the pattern's group finds in the names of rows, each once."""
+    found = (re.fullmatch(pattern, name) for name in rows)
+    return list(dict.fromkeys(m[1] for m in found if m))
+
+
+GPU_TABLES: dict[str, Callable[[Path], str]] = {
+    "gpu_latency": latency_rows,
+    "gpu_programs": program_rows,
+    "gpu_shapes": shape_rows,
+    "gpu_functions": function_rows,
+    "gpu_right": right_rows,
+}
