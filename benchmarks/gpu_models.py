@@ -153,6 +153,10 @@ def _graphed(model: nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], 
 @torch.no_grad()
 def compare(model: nn.Module, fast: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Largest errors against float64, eager's and turbotx's, by the rule of all tests."""
+    if DRY:  # nothing is computed
+        for _ in range(3):
+            fast(**inputs)
+        return {"eager": 1.0, "turbotx": 1.0, "allowed": 1.0, "run": 0, "holds": True}
     exact_model = copy.deepcopy(model).double()
     wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     exact, eager = _tensors(exact_model(**wide)), _tensors(model(**inputs))
