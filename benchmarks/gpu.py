@@ -31,7 +31,6 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import gpu_timing  # noqa: E402
 from gpu_plans import NEW_FOLDER, PLANS, Stage  # noqa: E402
 from gpu_tables import collect, read_rows, summarize  # noqa: E402
 
@@ -58,7 +57,6 @@ def run_stage(plan: str, out: Path, stage: Stage, limit_s: float) -> tuple[str, 
     environment = {**os.environ, **stage.environment}
     new = [name for name, value in stage.environment.items() if value == NEW_FOLDER]
     environment |= {name: tempfile.mkdtemp() for name in new}
-    environment["TURBOTX_BENCHMARK_LOCK"] = str(out.with_suffix(".lock"))
     with open(log, "w") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=file, env=environment, start_new_session=True
@@ -121,11 +119,9 @@ def do_stage(plan: str, name: str, out: Path) -> int:
         device = gpu_standin.start("sm_90")
 
     def emit(row: str, numbers: dict[str, Any]) -> None:
-        disturbed = {"beside_others": True} if gpu_timing.beside_others else {}
-        append(out, row, {**numbers, **disturbed, "stage": stage.name})
+        append(out, row, {**numbers, "stage": stage.name})
 
     try:
-        gpu_timing.share_device()
         stage.run(emit)
     except Exception:
         # Nothing is asked of the device any more: after an error it may not answer.

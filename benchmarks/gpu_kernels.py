@@ -20,7 +20,7 @@ from gpu_models import DTYPES
 from gpu_plans import Sweep
 from gpu_session import Session
 from gpu_stages import Emit, is_sticky, label
-from gpu_timing import DEVICE, DRY, alone, time_graphed, time_replay, time_row
+from gpu_timing import DEVICE, DRY, time_graphed, time_replay, time_row
 from torch import nn
 from torch.nn import functional
 
@@ -152,9 +152,8 @@ def functions(
         for width in widths
         for engine in ("turbotx", "torch", "inductor")
     }  # fmt: skip
-    with alone():
-        for place, prepared in made.items():
-            emit(place, _time_prepared(prepared, large))
+    for place, prepared in made.items():
+        emit(place, _time_prepared(prepared, large))
 
 
 def sweep_rows(emit: Emit, dtype: str) -> None:
@@ -174,8 +173,7 @@ def _time_function(
     function: str, width: int, dtype: str, engine: str, large: bool, tag: str = ""
 ) -> dict[str, Any]:
     prepared = _prepare(function, width, dtype, engine, large, tag)
-    with alone():
-        return _time_prepared(prepared, large)
+    return _time_prepared(prepared, large)
 
 
 @torch.no_grad()
@@ -230,8 +228,7 @@ def sweep(emit: Emit, name: str, dtype: str, given: Sequence[Sweep]) -> None:
             try:
                 bound = session.bind(one.shape, one.folded, pdl=one.pdl, schedules=schedules)
                 replay = bound.replay()
-                with alone():
-                    emit(f"{place}/{shown}", {"replay_us": time_replay(replay, one.runs)})
+                emit(f"{place}/{shown}", {"replay_us": time_replay(replay, one.runs)})
             except turbotx.TurbotxError as error:
                 emit(f"{place}/{shown}", {"error": str(error)[-300:]})
                 if is_sticky(error):

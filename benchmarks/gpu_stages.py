@@ -34,7 +34,6 @@ from gpu_session import Session
 from gpu_timing import (
     DEVICE,
     DRY,
-    alone,
     kernel_times,
     measure_ceilings,
     peak_memory,
@@ -59,8 +58,7 @@ BOUND: dict[str, tuple[bool | None, dict[str, Any]]] = {
 
 def ceilings(emit: Emit) -> None:
     """What the device does at best."""
-    with alone():
-        emit("device/ceilings", measure_ceilings())
+    emit("device/ceilings", measure_ceilings())
 
 
 def right(emit: Emit, name: str, dtype: str, layers: int | None = None, engine: str = "") -> None:
@@ -92,20 +90,19 @@ def latency(emit: Emit, name: str, dtype: str, shape: Shape) -> None:
     ready_s = round(time.perf_counter() - begin, 2)
     place, fast = f"latency/{name}/{dtype}/{label(shape)}", session.fast
     inputs = session.inputs(shape)
-    with alone():
-        row: dict[str, Any] = {"ready_s": ready_s, **time_call(lambda: fast(**inputs))}
-        row["peak_nbytes"] = peak_memory(lambda: fast(**inputs))
-        row["arena_nbytes"] = fast.stats()["mapped_nbytes"]
-        row["streamed_nbytes"] = streamed_nbytes(session.model)
-        emit(f"{place}/turbotx", row)
-        for way, (folded, options) in BOUND.items():
-            if folded and len(session.variant.compiled.twins) < 2:
-                continue
-            bound = session.bind(shape, folded, **options)
-            replay_us = time_replay(bound.replay())
-            emit(f"{place}/replay-{way}", {"replay_us": replay_us, "launches": bound.launches})
-        for engine in ("eager", "eager-graphs"):
-            emit(f"{place}/{engine}", time_call(make_call(engine, session.model, inputs), 0.2))
+    row: dict[str, Any] = {"ready_s": ready_s, **time_call(lambda: fast(**inputs))}
+    row["peak_nbytes"] = peak_memory(lambda: fast(**inputs))
+    row["arena_nbytes"] = fast.stats()["mapped_nbytes"]
+    row["streamed_nbytes"] = streamed_nbytes(session.model)
+    emit(f"{place}/turbotx", row)
+    for way, (folded, options) in BOUND.items():
+        if folded and len(session.variant.compiled.twins) < 2:
+            continue
+        bound = session.bind(shape, folded, **options)
+        replay_us = time_replay(bound.replay())
+        emit(f"{place}/replay-{way}", {"replay_us": replay_us, "launches": bound.launches})
+    for engine in ("eager", "eager-graphs"):
+        emit(f"{place}/{engine}", time_call(make_call(engine, session.model, inputs), 0.2))
 
 
 def kernels(emit: Emit, name: str, dtype: str, shape: Shape) -> None:
@@ -113,8 +110,7 @@ def kernels(emit: Emit, name: str, dtype: str, shape: Shape) -> None:
     session = Session(name, dtype, shape=shape)
     for way in ("fold-no-pdl", "store-no-pdl"):
         if way == "store-no-pdl" or len(session.variant.compiled.twins) > 1:
-            with alone():
-                rows = _kernel_rows(session, shape, BOUND[way])
+            rows = _kernel_rows(session, shape, BOUND[way])
             emit(f"kernels/{name}/{dtype}/{label(shape)}/{way}", rows)
 
 
@@ -135,13 +131,12 @@ def shapes(emit: Emit, name: str, dtype: str, given: Sequence[Shape] = tuple(SHA
     calls = {shape: session.inputs(shape) for shape in chosen}
     for inputs in calls.values():
         session.fast(**inputs)
-    with alone():
-        for shape, inputs in calls.items():
-            row = time_call(lambda inputs=inputs: session.fast(**inputs), 0.12)  # type: ignore[misc]
-            theirs = time_call(make_call("eager", session.model, inputs), 0.12)
-            row["eager_us"], row["eager_row_us"] = theirs["latency_us"], theirs["row_us"]
-            row["streamed_nbytes"] = streamed_nbytes(session.model)
-            emit(f"shapes/{name}/{dtype}/{label(shape)}", row)
+    for shape, inputs in calls.items():
+        row = time_call(lambda inputs=inputs: session.fast(**inputs), 0.12)  # type: ignore[misc]
+        theirs = time_call(make_call("eager", session.model, inputs), 0.12)
+        row["eager_us"], row["eager_row_us"] = theirs["latency_us"], theirs["row_us"]
+        row["streamed_nbytes"] = streamed_nbytes(session.model)
+        emit(f"shapes/{name}/{dtype}/{label(shape)}", row)
     emit(f"shapes/{name}/{dtype}/stats", session.fast.stats())
 
 
@@ -156,14 +151,15 @@ def norms(emit: Emit, name: str, dtype: str, given: Sequence[Shape] = LENGTHS) -
         for way in ways
     }
     replays = {key: b.replay() for key, b in bound.items()}
-    with alone():
-        for shape in chosen:
-            row = {way: time_replay(replays[shape, way], 20) for way in ways}
-            emit(f"norms/{name}/{dtype}/{label(shape)}", row)
+    for shape in chosen:
+        row = {way: time_replay(replays[shape, way], 20) for way in ways}
+        emit(f"norms/{name}/{dtype}/{label(shape)}", row)
 
 
-def baseline(emit: Emit, name: str, dtype: str, shape: Shape, engine: str) -> None:
-    """torch.compile in one mode at one shape."""
+def baseline(
+    emit: Emit, name: str, dtype: str, shape: Shape, engine: str, timed: bool = True
+) -> None:  # fmt: skip
+    """torch.compile in one mode at one shape; not `timed`: only fill its cache on disk."""
     model = make_model(name, DTYPES[dtype])
     inputs = make_inputs(model, *shape, DTYPES[dtype])
     begin = time.perf_counter()
@@ -172,9 +168,9 @@ def baseline(emit: Emit, name: str, dtype: str, shape: Shape, engine: str) -> No
         call()
     torch.cuda.synchronize()
     ready_s = round(time.perf_counter() - begin, 2)
-    with alone():
-        row = time_call(call)
-    emit(f"latency/{name}/{dtype}/{label(shape)}/{engine}", {"ready_s": ready_s, **row})
+    row = time_call(call) if timed else {}
+    kind = "latency" if timed else "warm"
+    emit(f"{kind}/{name}/{dtype}/{label(shape)}/{engine}", {"ready_s": ready_s, **row})
 
 
 def stream(emit: Emit, name: str, dtype: str, requests: int = 1000) -> None:
@@ -192,9 +188,8 @@ def stream(emit: Emit, name: str, dtype: str, requests: int = 1000) -> None:
     before = fast.stats()
     numbers = random.Random(0)
     given = [make_inputs(model, 1, numbers.randint(1, 512), DTYPES[dtype]) for _ in range(requests)]
-    with alone():
-        ways = (("turbotx", fast), ("eager", make_eager(model)))
-        taken = {engine: _time_each(call, given) for engine, call in ways}
+    ways = (("turbotx", fast), ("eager", make_eager(model)))
+    taken = {engine: _time_each(call, given) for engine, call in ways}
     after = fast.stats()
     grown = {k: after[k] - before[k] for k in after}
     emit(f"stream/{name}/{dtype}",

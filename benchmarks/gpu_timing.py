@@ -11,12 +11,10 @@ behind the device where it can.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,54 +24,6 @@ Call = Callable[[], Any]
 # Set by a dry run (`gpu_standin.py`): everything is small, and nothing is measured.
 DRY = bool(os.environ.get("TURBOTX_BENCHMARK_DRY"))
 DEVICE = "cpu" if DRY else "cuda"
-
-
-_ready: Any = None
-# Seconds after which a process measures beside others that still prepare; its rows then say so.
-PATIENCE_S = 100
-beside_others = False
-
-
-def share_device() -> None:
-    """Say that this process prepares something, for as long as it lives or until it is `alone`.
-
-    TURBOTX_BENCHMARK_LOCK names the file by which processes of one benchmark agree.
-    """
-    global _ready
-    path = os.environ.get("TURBOTX_BENCHMARK_LOCK")
-    if path:
-        _ready = open(path, "a")  # noqa: SIM115 - as long as the process
-        fcntl.flock(_ready, fcntl.LOCK_SH)
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Wait until every process has prepared what it measures, then have the device to oneself.
-
-    So tracing, compiling and checking go on side by side, and nothing goes on beside a timing.
-    """
-    global beside_others
-    if _ready is not None:
-        torch.cuda.synchronize()
-        fcntl.flock(_ready, fcntl.LOCK_UN)
-        beside_others = not _take(_ready)
-    try:
-        yield
-    finally:
-        if _ready is not None:
-            torch.cuda.synchronize()
-            fcntl.flock(_ready, fcntl.LOCK_UN)
-
-
-def _take(file: Any) -> bool:
-    """Take a lock that nobody else may hold; False where that lasts too long."""
-    for _ in range(10 * PATIENCE_S):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.1)
-    return False
 
 
 def time_call(call: Call, seconds: float = 0.4) -> dict[str, float]:

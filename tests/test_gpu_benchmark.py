@@ -7,7 +7,6 @@ lines of the summary.
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 import subprocess
@@ -44,13 +43,10 @@ def test_every_stage_of_every_plan_has_a_name_and_a_limit_of_its_own(gpu: Module
         for group in make():
             for stage in group:
                 assert 0 < stage.limit_s <= 180
-                (function,) = (getattr(m, stage.function) for m in stages
-                               if getattr(m, stage.function, None).__class__.__name__ == "function"
-                               and m.__name__ == getattr(m, stage.function).__module__)  # fmt: skip
-                # What is timed has the device to itself.
-                timed = stage.name.startswith(("latency", "shapes", "norms", "stream", "functions"))
-                own = len(group) == 1 or "with alone():" in inspect.getsource(function)
-                assert own or not timed, stage.name
+                assert any(hasattr(m, stage.function) for m in stages), stage.name
+                # What is timed has the machine to itself.
+                timed = stage.name.startswith(("latency", "sweep", "shapes", "norms", "stream"))
+                assert len(group) == 1 or not timed, stage.name
 
 
 def test_the_claims_are_in_the_plan_of_all_figures(gpu: ModuleType) -> None:
@@ -150,31 +146,6 @@ def test_a_dry_run_goes_through_a_stage_and_builds_what_it_would_load(tmp_path: 
     (row,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert row["captures"] == 1
     assert row["builds"] > 10  # asked of the stand-in, which builds none
-
-
-def test_what_is_timed_waits_for_what_is_prepared(tmp_path: Path) -> None:
-    """Two processes: one prepares for a while, the other wants the device to itself."""
-    script = (
-        "import sys, time; import gpu_timing as t\n"
-        "t.torch.cuda.synchronize = lambda: None\n"
-        "t.share_device()\n"
-        "if sys.argv[1] == 'prepares': print('begun', flush=True); time.sleep(1.5); print('done')\n"
-        "else:\n"
-        "    with t.alone(): print('alone', time.time(), t.beside_others)\n"
-        "print(time.time())\n"
-    )
-    environment = {**os.environ, "TURBOTX_BENCHMARK_LOCK": str(tmp_path / "lock"),
-                   "PYTHONPATH": str(BENCHMARKS)}  # fmt: skip
-    command = [sys.executable, "-c", script]
-    with subprocess.Popen([*command, "prepares"], env=environment, stdout=subprocess.PIPE,
-                          text=True) as first:  # fmt: skip
-        assert first.stdout is not None and first.stdout.readline() == "begun\n"
-        second = subprocess.run([*command, "times"], env=environment, capture_output=True,
-                                text=True, check=True)  # fmt: skip
-        ended = float(first.stdout.read().split()[-1])
-    _, at, beside = second.stdout.splitlines()[0].split()
-    assert float(at) > ended
-    assert beside == "False"
 
 
 def test_it_starts_where_only_the_terminals_packages_are_missing() -> None:
