@@ -28,7 +28,7 @@ from turbotx.kernels.schedule import (
 )
 from turbotx.kernels.triton_body import Body
 from turbotx.kernels.triton_functions import functions_in
-from turbotx.kernels.triton_reduce import Group
+from turbotx.kernels.triton_reduce import HELD, Group, reduce_held
 from turbotx.kernels.triton_text import wrap
 from turbotx.show import show_expr, show_shape
 from turbotx.sizes import product
@@ -206,8 +206,11 @@ class _Printer:
                 needed |= self._needed(early) | {s.result for s in early}
             chosen = [s for s in self.kernel.body if self._chosen(s, needed, ends)]
             self._section(chosen)
-            for group in self._groups(ends):
+            held = [s for s in ends if isinstance(s, ir.Reduce) and s.op in HELD]
+            for group in self._groups([s for s in ends if s not in held]):
                 self._reduce_tile(group)
+            for r in held:
+                self._reduce_held(r)
 
     def _chosen(self, s: ir.Statement, needed: set[str], ends: list[ir.Statement]) -> bool:
         if isinstance(s, ir.Store):
@@ -277,6 +280,16 @@ class _Printer:
         for line in group.finish(self._results(group), elements, axis):
             self.put(line)
         self._mark(group)
+
+    def _reduce_held(self, r: ir.Reduce) -> None:
+        axis, count = 1 if self.body.two_dims else 0, self.body.expr(self.length)
+        over = ", ".join(a.name for a in self.cols)
+        results, x = [self.body.names[n] for n in r.results], self.body.whole_tile(r.args[0])
+        self.put(f"# {', '.join(results)} over {over}, of the row in registers")
+        masked = self.body.col_masked
+        for line in reduce_held(results, x, count, masked, axis):
+            self.put(line)
+        self.emitted.update(r.results)
 
     def _mark(self, group: Group) -> None:
         for r in group.reduces:

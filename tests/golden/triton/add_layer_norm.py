@@ -11,20 +11,6 @@ import triton.language as tl
 
 
 @triton.jit
-def combine(mean_a, m2_a, low_a, count_a, mean_b, m2_b, low_b, count_b):
-    count = count_a + count_b
-    share = count_b / tl.maximum(count, 1.0)  # of nothing and nothing: 0
-    delta = mean_b - mean_a
-    below = low_b - low_a
-    step = delta * share
-    mean = mean_a + step
-    low = low_a + below * share + (step - (mean - mean_a))
-    delta += below
-    m2 = m2_a + m2_b + delta * delta * count_a * share
-    return mean, m2, low, count
-
-
-@triton.jit
 def fused_add_layer_norm(
     x_ptr,
     bias_ptr,
@@ -43,17 +29,13 @@ def fused_add_layer_norm(
     y = tl.load(y_ptr + row * 384 + col, mask=col_ok)
     add1 = x + bias + y
     weight = tl.load(weight_ptr + col, mask=col_ok)
-    # mean, m2 over col in one pass
-    mean, m2, mean_low, mean_count = tl.reduce(
-        (
-            tl.where(col_ok, add1, 0.0),
-            tl.zeros_like(add1),
-            tl.zeros_like(add1),
-            tl.where(col_ok, tl.zeros_like(add1) + 1.0, 0.0),
-        ),
-        0,
-        combine,
-    )
+    # mean, m2 over col, of the row in registers
+    mean_share = 1.0 / (384)
+    mean = tl.sum(tl.where(col_ok, add1, 0.0) * mean_share, 0)
+    mean_off = tl.where(col_ok, add1 - mean, 0.0)
+    mean_low = tl.sum(mean_off * mean_share, 0)
+    mean_off = tl.where(col_ok, mean_off - mean_low, 0.0)
+    m2 = tl.sum(mean_off * mean_off, 0)
     mean += mean_low
     mul1 = (add1 - mean) * tl.rsqrt(m2 / 384.0 + 1e-05) * weight
     tl.store(layer_norm_ptr + row * 384 + col, mul1, mask=col_ok)
