@@ -118,8 +118,8 @@ def choose_tiles(template: GemmTemplate, tokens: int, target: str) -> GemmSchedu
     """Return the tiles for the bucket of `tokens`: a table's that knows the GEMM, or a rule's."""
     t, bucket = template, bucket_of(tokens)
     schedule = choose_by_rule(t, bucket, target)
-    if t.dtype.itemsize != 2 or t.flipped:
-        return schedule
+    if t.dtype.itemsize != 2 or t.flipped or (t.folds and bucket > MOST_FOLDED):
+        return schedule  # the tables' large tiles have no room for a norm: 106 words of 128 x 256
     tag = known_tiles(class_name(target), bucket, t.n, t.k, t.gated)
     return schedule if tag is None else with_tag(schedule, tag)
 

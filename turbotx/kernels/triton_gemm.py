@@ -40,8 +40,8 @@ ACTIVATIONS = {
 }
 # Tiles of rows that share a turn through the weight, so that it is read from memory once.
 GROUP = 8
-# Parts of sums that a thread may have asked for at once.
-MOST_HELD = 128
+# Registers a thread for parts of sums and statistics that it may have asked for at once.
+MOST_HELD = 160
 # Sums a thread up to which other operands are held in registers beside them.
 FEW_SUMS = 32
 
@@ -234,7 +234,10 @@ class _Gemm:
         lines += [f"    {a} = tl.zeros((M_TILE, N_TILE), tl.float32)" for a in self.accumulators]
         # All parts are asked for at once where a thread has room for them: one after the other they
         # took half of a launch (BERT-base's 768 x 3072 at 40 tokens, H200: 2.4 of 5.6 us).
-        held = self.s.m_tile * self.s.n_tile * count * splits // (32 * self.s.num_warps)
+        held = self.s.m_tile * self.s.n_tile * count * splits
+        behind = (self.x_stats if self.x_waits else None, self.added_stats)
+        held += sum(2 * s.m_tile * s.step for s in behind if s is not None)
+        held //= 32 * self.s.num_warps
         unrolled = "tl.static_range" if held <= MOST_HELD else "range"
         lines.append(f"    for split in {unrolled}({splits}):")
         for k, a in enumerate(self.accumulators):
