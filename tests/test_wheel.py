@@ -116,7 +116,11 @@ def test_the_wheel_holds_the_package_and_no_machine_code(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt")))
-    assert {"turbotx/py.typed", "turbotx/runtime/native.cpp"} <= set(names)
+    assert {
+        "turbotx/py.typed",
+        "turbotx/runtime/native.cpp",
+        "turbotx/runtime/tensor_watch.cpp",
+    } <= set(names)
     assert any(n.startswith("turbotx/kernels/cpp/") and n.endswith(".h") for n in names)
     assert not [n for n in names if n.endswith((".so", ".pyc")) or n.startswith("tests")]
     assert b"torch_dynamo_backends" in entry_points

@@ -10,6 +10,12 @@ its packed layout; nothing here needs a compiler or symbolic sizes::
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
+
+RUNTIME_SOURCES = {
+    "runtime": Path(__file__).with_name("native.cpp"),
+    "watch": Path(__file__).with_name("tensor_watch.cpp"),
+}
 
 
 class LaunchRecord(ctypes.Structure):
@@ -45,3 +51,8 @@ def declare_watch(library: ctypes.CDLL) -> None:
     """Tell ctypes about the one function of `tensor_watch.cpp`."""
     library.ttx_tensors_changed.restype = ctypes.c_int
     library.ttx_tensors_changed.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 5]
+
+
+def runtime_units() -> dict[str, str]:
+    """Return the C++ source of the runtime, by translation unit."""
+    return {name: path.read_text() for name, path in RUNTIME_SOURCES.items()}

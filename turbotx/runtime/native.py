@@ -21,8 +21,7 @@ from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
 from turbotx.kernels.cpp_products import ProductKernel, print_product
 from turbotx.kernels.epilogue import GemmKernel
-from turbotx.runtime.abi import LaunchRecord, declare_runtime
-from turbotx.runtime.tensor_watch import WATCH_SOURCE
+from turbotx.runtime.abi import LaunchRecord, declare_runtime, runtime_units
 from turbotx.sizes import Expr
 
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
@@ -56,8 +55,7 @@ def load_runtime() -> tuple[ctypes.CDLL, bool]:
 
 
 def _build_runtime() -> tuple[ctypes.CDLL, bool]:
-    source = (Path(__file__).parent / "native.cpp").read_text()
-    library, built = build_library({"runtime": source, "watch": WATCH_SOURCE.read_text()})
+    library, built = build_library(runtime_units())
     declare_runtime(library)
     return library, built
 

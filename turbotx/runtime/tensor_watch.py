@@ -21,9 +21,8 @@ import torch
 
 from turbotx.errors import TurbotxError
 from turbotx.kernels.build import build_library, cache_directory
-from turbotx.runtime.abi import declare_watch
+from turbotx.runtime.abi import RUNTIME_SOURCES, declare_watch
 
-WATCH_SOURCE = Path(__file__).with_name("tensor_watch.cpp")
 VERSION_SYMBOL = "_ZNK2at10TensorBase8_versionEv"
 """at::TensorBase::_version() as GCC and Clang name it: PyTorch's C interface does not have it."""
 
@@ -85,7 +84,7 @@ def _start_native_watch(folder: Path) -> Future[ctypes.CDLL | None]:
 
 def _build_watch() -> ctypes.CDLL | None:
     try:
-        library, _ = build_library({"watch": WATCH_SOURCE.read_text()})
+        library, _ = build_library({"watch": RUNTIME_SOURCES["watch"].read_text()})
     except (TurbotxError, OSError):
         return None
     declare_watch(library)

@@ -22,9 +22,8 @@ from typing import Any
 
 from turbotx.errors import BuildError, BuildWarning, SavedFileError
 from turbotx.kernels.build import HEADERS, build_library, share_openmp
-from turbotx.runtime.abi import declare_runtime
+from turbotx.runtime.abi import RUNTIME_SOURCES, declare_runtime, runtime_units
 
-SOURCE = Path(__file__).parents[1] / "runtime" / "native.cpp"
 # What -march=native may use, by the names of /proc/cpuinfo (x86 and ARM).
 INSTRUCTIONS = re.compile(
     r"(sse|ssse|avx|amx|fma|f16c|bmi|lzcnt|abm|popcnt|movbe|aes|vaes|sha|gfni|pclmul|vpclmul|adx"
@@ -45,7 +44,7 @@ def cpu_features() -> frozenset[str]:
 @functools.cache
 def runtime_digest() -> str:
     """Return what identifies this turbotx's C++: a file made with another cannot run here."""
-    files = [SOURCE, *sorted(HEADERS.glob("*.h"))]
+    files = [*RUNTIME_SOURCES.values(), *sorted(HEADERS.glob("*.h"))]
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
 
@@ -79,7 +78,7 @@ class Libraries:
             if entry.startswith(f"{name}/") and entry.endswith(".cpp")
         }
         if name.startswith("runtime"):
-            units = {"runtime": SOURCE.read_text()}
+            units = runtime_units()
         try:
             library, built = build_library(units)
         except BuildError as error:
