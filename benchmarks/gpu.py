@@ -32,7 +32,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from gpu_plans import NEW_FOLDER, PLANS, Stage  # noqa: E402
-from gpu_tables import collect, read_rows, summarize  # noqa: E402
+from gpu_rows import collect, read_rows, summarize  # noqa: E402
 
 RESULTS = HERE / "results" / "gpu.json"
 DRY = bool(os.environ.get("TURBOTX_BENCHMARK_DRY"))

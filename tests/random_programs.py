@@ -33,10 +33,18 @@ WHOLE_UNARY: list[Callable[[Any], Any]] = [
     lambda x: x.clamp(-2, 5), lambda x: torch.where(x > 2, x, -x), lambda x: x // 3,
     lambda x: x % 5, lambda x: x >> 1, lambda x: x.sign() if x.dtype != torch.uint8 else x,
 ]  # fmt: skip
+
+
+def _lerp(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Between two of one dtype, which it asks for; the same whatever dtypes a program runs in."""
+    wider = torch.promote_types(x.dtype, y.dtype)
+    return torch.lerp(x.to(wider), y.to(wider), 0.25)
+
+
 BINARY: list[Callable[[Any, Any], Any]] = [
     torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum,
     lambda x, y: x / (y.abs() + 1), lambda x, y: torch.where(x > y, x, y),
-    lambda x, y: torch.lerp(x, y, 0.25) if x.dtype == y.dtype else x + y,
+    _lerp,
 ]  # fmt: skip
 WHOLE_BINARY: list[Callable[[Any, Any], Any]] = [
     torch.add, torch.sub, torch.mul, torch.maximum, torch.minimum, torch.bitwise_and,
