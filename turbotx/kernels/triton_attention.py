@@ -87,7 +87,10 @@ def _tiles_for(kernel: AttentionKernel, q_len: int | None) -> AttentionSchedule:
     # sums of depth 128, those of eight with 64 keys.
     wide = depth > 64 or kernel.bias == "storage"
     short = depth > 128 or (depth == 128 and kernel.bias != "none")
-    return AttentionSchedule(64, 32 if short else 64, 8 if wide else 4)
+    # With two tiles in flight a boolean bias beside sums of depth 128 spilled 2 words on sm_100
+    # (Triton 3.6).
+    stages = 1 if depth == 128 and kernel.bias == "boolean" else 2
+    return AttentionSchedule(64, 32 if short else 64, 8 if wide else 4, stages)
 
 
 def print_triton_attention(
