@@ -74,7 +74,6 @@ class Weights:
         self.later: Future[ctypes.CDLL | None] | None = None
         self.settle: Callable[[], object] = lambda: None
         """Waits until what was queued for derived weights is done, where a device queues it."""
-        self._seen: list[tuple[int, int, int]] | None = None
         self.tensors: dict[str, torch.Tensor] = {}
         self.version = 0
         self._lock = threading.Lock()
@@ -97,24 +96,22 @@ class Weights:
 
     def refresh(self) -> bool:
         """Look at every parameter; derive again what changed. Returns whether anything did."""
-        if self._watched is not None and not self._have_changed(*self._watched):
+        if not self.is_stale():
             if self.later is not None and self.later.done():
                 self._watch_natively(self.later.result())
             return False
         # Whoever comes while another thread derives waits for it, rather than run on what was.
         with self._lock:
-            watched = self._new_watch()  # first, so that it sees what changes from now on
-            now = self._look()
-            if now == self._seen:
-                self._watched = watched
+            if not self.is_stale():
                 return False
+            watched = self._new_watch()  # first, so that it sees what changes from now on
             tensors: dict[str, Any] = {n: owner[leaf] for n, (owner, leaf) in self._slots.items()}
             with torch.no_grad():
                 for name, node in self.prepared.items():
                     tensors[name] = _compute(node, tensors)
             if self.prepared:
                 self.settle()
-            self.tensors, self._seen = tensors, now
+            self.tensors = tensors
             self.version += 1
             self._watched = watched
         return True
@@ -143,9 +140,6 @@ class Weights:
     def is_stale(self) -> bool:
         """Tell whether `refresh` would derive anything again."""
         return self._watched is None or self._have_changed(*self._watched)
-
-    def _look(self) -> list[tuple[int, int, int]]:
-        return [(id(t), t._version, t.data_ptr()) for t in self._owned()]
 
     def window(self, operand: Window) -> torch.Tensor:
         """Return an operand on a parameter or prepared constant as a tensor."""
