@@ -191,8 +191,8 @@ def _widest_that_fills(
     widest = device.widest[1] // (2 if template.gated else 1)
     # Beside a norm, or another activation than a 16-bit GELU, sums of 128 x 256 do not fit: GELU by
     # erf spilled 20 words. H200, 4096 x 3072 x 768: 40.6 us where 128 x 128 took 48.9.
-    light = template.activation == "gelu" and template.dtype.itemsize == 2
-    if m_tile <= 32 or not (template.activation == "none" or light) or template.folds:
+    fits = template.activation == "none" or template.light_gelu
+    if m_tile <= 32 or not fits or template.folds:
         widest = min(widest, 128)
     for n_tile in (256, 128, 64):
         tiles = -(-bucket // m_tile) * -(-template.n // n_tile)

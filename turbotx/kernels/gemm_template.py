@@ -52,6 +52,11 @@ class GemmTemplate:
         return self.norm == "layer" and self.dtype is torch.float32
 
     @property
+    def light_gelu(self) -> bool:
+        """Whether its GELU is exact to 16 bits only, in few instructions."""
+        return self.activation == "gelu" and self.dtype.itemsize == 2
+
+    @property
     def folds(self) -> bool:
         """Whether it has a part in a folded norm: then no library's GEMM can do the same."""
         return self.stats or {self.norm, self.residual_norm} != {"none"}

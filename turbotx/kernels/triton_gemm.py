@@ -283,8 +283,7 @@ class _Gemm:
             if t.bias:
                 lines.append(f"{a} += {read['bias']}")
         if t.activation != "none":
-            short = t.activation == "gelu" and t.dtype.itemsize == 2
-            applied = "gelu({0})" if short else ACTIVATIONS[t.activation]
+            applied = "gelu({0})" if t.light_gelu else ACTIVATIONS[t.activation]
             lines.append(f"sums = {applied.format('sums')}")
         if t.gated:
             lines.append("sums = sums * gate")
