@@ -4,9 +4,9 @@ In: the name of a plan, a list of stages. Each stage is a process of its own wit
 crash or a hang costs that stage alone; every row is appended to a file as soon as it is known. Out:
 OUT.jsonl, and a table. Runs from a checkout::
 
-    python benchmarks/gpu.py all --out /tmp/rows.jsonl --keep   # and into results/gpu.json
+    python benchmarks/gpu.py figures --out /tmp/rows.jsonl --keep   # and into results/gpu.json
     python benchmarks/gpu.py first --only 'latency*'
-    TURBOTX_BENCHMARK_DRY=1 python benchmarks/gpu.py all        # needs no GPU: does every line run?
+    TURBOTX_BENCHMARK_DRY=1 python benchmarks/gpu.py figures    # needs no GPU: does every line run?
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from gpu_plans import NEW_FOLDER, PLANS, Stage  # noqa: E402
+from gpu_plans import DRY, NEW_FOLDER, PLANS, Stage  # noqa: E402
 from gpu_rows import collect, read_rows, summarize  # noqa: E402
 
 RESULTS = HERE / "results" / "gpu.json"
-DRY = bool(os.environ.get("TURBOTX_BENCHMARK_DRY"))
 # What a stage's process gets to end by itself after its limit.
 GRACE_S = 5
 

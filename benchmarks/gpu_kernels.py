@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from gpu_models import DTYPES
-from gpu_plans import Sweep
+from gpu_plans import DRY, Sweep, label
 from gpu_session import Session
-from gpu_stages import Emit, is_sticky, label
-from gpu_timing import DEVICE, DRY, time_graphed, time_replay, time_row
+from gpu_stages import Emit, is_sticky
+from gpu_timing import DEVICE, time_graphed, time_replay, time_row
 from torch import nn
 from torch.nn import functional
 
@@ -79,8 +79,8 @@ def smoke(emit: Emit) -> None:
     torch.manual_seed(0)
     block = Block().to(DEVICE, torch.float16).eval()
     for which in ("pointwise", "layer_norm", "softmax", "gelu", "residual", "attention", "embed"):
-        for options in ({}, {"pdl": True}):
-            name = f"smoke/{which}{'-pdl' if options else ''}"
+        for options in ({}, {"pdl": False}):
+            name = f"smoke/{which}{'-no-pdl' if options else ''}"
             try:
                 emit(name, _check_part(Part(block, which).eval(), which == "embed", options))
             except Exception as error:
@@ -163,17 +163,11 @@ def sweep_rows(emit: Emit, dtype: str) -> None:
                             (4096, ("r1w2", "r1w4", "r1w8", "r1w16"))):  # fmt: skip
             for tag in tags:
                 place = f"sweep/{function}/{width}/{dtype}/{tag}"
-                emit(place, _time_function(function, width, dtype, "turbotx", True, tag))
+                prepared = _prepare(function, width, dtype, "turbotx", True, tag)
+                emit(place, _time_prepared(prepared, True))
 
 
 Prepared = tuple[Callable[[], torch.Tensor], torch.Tensor]
-
-
-def _time_function(
-    function: str, width: int, dtype: str, engine: str, large: bool, tag: str = ""
-) -> dict[str, Any]:
-    prepared = _prepare(function, width, dtype, engine, large, tag)
-    return _time_prepared(prepared, large)
 
 
 @torch.no_grad()

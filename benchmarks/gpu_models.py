@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from gpu_timing import DEVICE, DRY
+from gpu_plans import DRY
+from gpu_timing import DEVICE
 from torch import nn
 
 import turbotx
@@ -105,24 +106,24 @@ def make_call(engine: str, model: nn.Module, inputs: dict[str, torch.Tensor]) ->
     if engine.startswith("turbotx"):
         return partial(turbotx.optimize(model, **VARIANTS.get(engine, {})), **inputs)
     if engine == "eager":
-        return lambda: _plain(model, inputs)
+        return lambda: run_plainly(model, inputs)
     if engine == "eager-graphs":
         return _graphed(model, inputs)
     if DRY:
-        return lambda: _plain(model, inputs)
+        return lambda: run_plainly(model, inputs)
     torch._dynamo.reset()
     compiled = torch.compile(model, mode=COMPILE_MODES[engine], dynamic=False)
 
     def call() -> Any:
         if engine != "compile":
             torch.compiler.cudagraph_mark_step_begin()
-        return _plain(compiled, inputs)
+        return run_plainly(compiled, inputs)
 
     return call
 
 
 @torch.no_grad()
-def _plain(model: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
+def run_plainly(model: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
     return model(**inputs)
 
 

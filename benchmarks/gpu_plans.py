@@ -8,10 +8,13 @@ groups tell whether anything is right, and what a later one needs is warm by the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+# Set for a dry run (`gpu_standin.py`): everything is small, and nothing is measured.
+DRY = bool(os.environ.get("TURBOTX_BENCHMARK_DRY"))
 Shape = tuple[int, int]
 HEAD: Shape = (1, 40)
 MANY: Shape = (32, 128)
@@ -79,6 +82,7 @@ def first() -> list[list[Stage]]:
         ],
         [stage("latency/1x40", 45, "latency", *bert, HEAD)],
         [stage("latency/32x128", 40, "latency", *bert, MANY)],
+        *([stage(f"kernels/{label(s)}", 40, "kernels", *bert, s)] for s in (HEAD, MANY)),
         *tiles(),
     ]
 

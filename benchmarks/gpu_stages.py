@@ -27,13 +27,13 @@ from gpu_models import (
     make_call,
     make_inputs,
     make_model,
+    run_plainly,
     streamed_nbytes,
 )
-from gpu_plans import Shape, label
+from gpu_plans import DRY, Shape, label
 from gpu_session import Session
 from gpu_timing import (
     DEVICE,
-    DRY,
     kernel_times,
     measure_ceilings,
     peak_memory,
@@ -188,7 +188,7 @@ def stream(emit: Emit, name: str, dtype: str, requests: int = 1000) -> None:
     before = fast.stats()
     numbers = random.Random(0)
     given = [make_inputs(model, 1, numbers.randint(1, 512), DTYPES[dtype]) for _ in range(requests)]
-    ways = (("turbotx", fast), ("eager", make_eager(model)))
+    ways = (("turbotx", fast), ("eager", lambda **inputs: run_plainly(model, inputs)))
     taken = {engine: _time_each(call, given) for engine, call in ways}
     after = fast.stats()
     grown = {k: after[k] - before[k] for k in after}
@@ -213,14 +213,6 @@ def _time_each(call: Callable[..., Any], given: Sequence[dict[str, torch.Tensor]
         "p99_us": round(singles[len(singles) * 99 // 100], 1),
         "allocations_by_pytorch": torch.cuda.memory_stats()["num_device_alloc"] - mallocs,
     }
-
-
-def make_eager(model: Any) -> Callable[..., Any]:
-    @torch.no_grad()
-    def run(**inputs: torch.Tensor) -> Any:
-        return model(**inputs)
-
-    return run
 
 
 def first(emit: Emit, name: str, dtype: str, kind: str) -> None:

@@ -12,32 +12,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from turbotx.kernels.job import Job
+from turbotx.runtime.absent_device import AbsentDevice
 
 
-class StandIn:
-    """A device that loads nothing and remembers what it was asked to load."""
+class StandIn(AbsentDevice):
+    """An absent device that lets a program run, and remembers what it was asked to load."""
 
     def __init__(self, target: str) -> None:
-        self.torch_device, self.target = torch.device("cpu"), target
+        super().__init__(target)
         self.jobs: dict[str, Job] = {}
-
-    def active(self) -> Any:
-        return nullcontext()
 
     def load(self, jobs: Sequence[Job]) -> tuple[list[Any], int]:
         new = {j.digest(): j for j in jobs if j.digest() not in self.jobs}
         self.jobs.update(new)
         return list(jobs), len(new)
-
-    def stream(self) -> int:
-        return 0
 
     def launch(self, *args: Any, **options: Any) -> None:
         pass
@@ -45,33 +39,21 @@ class StandIn:
     def call(self, step: Callable[[], object]) -> None:
         step()
 
-    def recorder(self) -> StandIn:
-        return self
-
-    def capture(self, body: Callable[[], object]) -> Any:
-        body()
-        return SimpleNamespace(replay=lambda: None)
-
-    def is_capturing(self) -> bool:
-        return False
-
-    def new_status(self, count: int) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.int32)
-
-    def wait(self) -> None:
-        pass
-
-    def retain(self, tensors: Sequence[torch.Tensor]) -> None:
-        pass
-
-    def clock(self) -> int:
+    def stream(self) -> Any:
         return 0
 
-    def elapsed(self, begin: int, end: int) -> int:
-        return 1
+    def recorder(self) -> Any:
+        return self
 
-    def describe(self) -> str:
-        return f"no device, for {self.target}"
+    def capture(self, body: Callable[[], object]) -> Graph:
+        body()
+        return Graph()
+
+    def clock(self) -> Any:
+        return 0
+
+    def elapsed(self, begin: Any, end: Any) -> Any:
+        return 1
 
 
 class Event:

@@ -11,7 +11,6 @@ behind the device where it can.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -19,10 +18,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from gpu_plans import DRY
 
 Call = Callable[[], Any]
-# Set by a dry run (`gpu_standin.py`): everything is small, and nothing is measured.
-DRY = bool(os.environ.get("TURBOTX_BENCHMARK_DRY"))
 DEVICE = "cpu" if DRY else "cuda"
 
 
