@@ -14,11 +14,11 @@ import copy
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -39,6 +39,7 @@ from turbotx.guards import (
     guard_sizes,
     guard_squeezed,
 )
+from turbotx.size_questions import sizes_from_one
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, dim, expr
 from turbotx.unlift import FRESH, unlift
@@ -103,12 +104,18 @@ class _Flat(nn.Module):
         return flat
 
 
-def capture(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], least: int = 2
-) -> Captured:
-    """Trace `model(*args, **kwargs)` with every size of every tensor symbolic.
+Places: TypeAlias = Collection[tuple[int, int]]
+"""Dims of a call's tensors: the tensor's number and the dim's."""
 
-    least: sizes of 1 and 2 are traced as this size; 0 traces the call's own sizes.
+
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], least: int = 2,
+    fixed: Places = (),
+) -> Captured:  # fmt: skip
+    """Trace `model(*args, **kwargs)` with every size of every tensor symbolic, less those of 0.
+
+    least: sizes of 1 and 2 are traced as this size. fixed: dims whose sizes are to be numbers, the
+    call's own.
     Raises CaptureError, naming the user's own source line, when the model cannot be traced.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
@@ -120,7 +127,7 @@ def capture(
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     _refuse_inference_tensors(model)
     with _left_as_it_was(model):
-        exported = _export_widened(flat, tensors, least, name)
+        exported = _export_widened(flat, tensors, least, fixed, name)
     return _describe(exported, flat, name, names)
 
 
@@ -139,7 +146,9 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
-def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, name: str) -> Any:
+def _export_widened(
+    flat: _Flat, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
+) -> Any:
     """Trace with as many dims symbolic as the call takes; raise the first attempt's error.
 
     A size of 1 varies unless a larger one stands beside it, counted from the left, or else from
@@ -148,7 +157,7 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, na
     """
     first, tried = None, []
     for sides in ("left", "both", "none"):
-        examples, varying = _widen(tensors, least, sides)
+        examples, varying = _widen(tensors, least, fixed, sides)
         if varying in tried:
             continue
         tried.append(varying)
@@ -190,7 +199,7 @@ def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]])
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with SizeTensors():
+        with SizeTensors(), sizes_from_one():
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
@@ -251,14 +260,14 @@ def _label_leaves(tree: Any, label: str, labelled: dict[int, str]) -> None:
 
 
 def _widen(
-    tensors: Sequence[torch.Tensor], least: int, sides: str
+    tensors: Sequence[torch.Tensor], least: int, fixed: Places, sides: str
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Repeat size-1 dims so that tracing cannot specialise on them; list the dims that vary.
 
     sides: where another input with a larger size keeps a size 1 fixed: at the same position from
     the "left" or from "both" sides, as a (1, seq) mask beside (batch, seq) ids is a broadcast; with
-    "none" every size 1 is fixed, and every 0. Inputs that are one tensor become two: tracing would
-    take them for one argument.
+    "none" every size 1 is fixed. A size of 0 is always, and where `fixed` says so. Inputs that are
+    one tensor become two: tracing would take them for one argument.
     """
     largest: dict[int, int] = {}
     for tensor in tensors:
@@ -267,29 +276,23 @@ def _widen(
                 largest[place] = max(largest.get(place, 0), size)
     widened: list[torch.Tensor] = []
     varying = []
-    for tensor in tensors:
+    for i, tensor in enumerate(tensors):
         dims = []
         rank = tensor.dim()
         if any(tensor is other for other in widened):
             tensor = tensor.clone()
         for d, size in enumerate(tensor.shape):
             beside = largest[d] if sides == "left" else max(largest[d], largest[d - rank])
-            if (size == 1 and beside > 1) or (size <= 1 and (sides == "none" or not least)):
+            spread = size == 1 and (beside > 1 or sides == "none")
+            if spread or size == 0 or (i, d) in fixed:
                 continue
             dims.append(d)
             if size <= 2 and size < least:
-                tensor = _grow(tensor, d, least)
+                places = torch.arange(least, device=tensor.device) % size
+                tensor = tensor.index_select(d, places)
         widened.append(tensor)
         varying.append(dims)
     return widened, varying
-
-
-def _grow(tensor: torch.Tensor, d: int, least: int) -> torch.Tensor:
-    if tensor.shape[d]:
-        return tensor.index_select(d, torch.arange(least, device=tensor.device) % tensor.shape[d])
-    shape = list(tensor.shape)
-    shape[d] = least
-    return tensor.new_zeros(shape)
 
 
 def _refuse_inference_tensors(model: nn.Module) -> None:

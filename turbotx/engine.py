@@ -176,15 +176,26 @@ class Engine:
     ) -> Captured:
         """Return a capture that serves more where this one took sizes of 1 and 2 for fixed, because
         what the model makes of them (the length less one) was 1; and where it does not serve the
-        call itself (whose length is too short for its other branch), one of exactly its sizes."""
+        call itself (which takes another branch at a length of 1), one of its sizes: first those of
+        the dims that decide are numbers, then every 1, then all of them."""
         leaves = pytree.tree_leaves((args, kwargs))
         shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
         traced = zip(captured.input_sizes, shapes, strict=True)
-        fixed = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
-        served = SizeMatcher(captured).match(shapes) is not None
-        for least in (*([LONGER] if fixed else []), *([] if served else [0])):
+        short = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
+        matcher = SizeMatcher(captured)
+        if matcher.match(shapes) is not None and not short:
+            return captured
+        every = {(i, d): n for i, s in enumerate(shapes) for d, n in enumerate(s)}
+        ones = {place for place, n in every.items() if n == 1}
+        tries = [(LONGER, set())] if short else []
+        if matcher.match(shapes) is None:
+            decide = matcher.find_deciding(shapes) & ones
+            tries += [(2, decide), (2, ones), (2, set(every))]
+        for k, (least, fixed) in enumerate(tries):
+            if (least, fixed) in tries[:k] or (least, fixed) == (2, set()):
+                continue
             try:
-                found = capture(self.model, args, kwargs, least)
+                found = capture(self.model, args, kwargs, least, fixed)
             except CaptureError:
                 continue
             if SizeMatcher(found).match(shapes) is not None:

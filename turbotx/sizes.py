@@ -1,7 +1,7 @@
 """Symbolic sizes: extents, strides and byte counts as expressions in the captured dims.
 
 In: sympy expressions over symbols such as `batch` and `seq`, all of them integers of at least
-one (a size of zero is handled by the callers' loop bounds). Out: proofs (`is_nonnegative`,
+one (a call with an empty tensor has a capture of its own, in which that 0 is a number). Out: proofs (`is_nonnegative`,
 `divide`), source text (`to_c`, `to_python`) and compiled evaluators, for example::
 
     divide(384*seq + 32, 32)  ->  12*seq + 1

@@ -1,0 +1,89 @@
+"""Conditions: whether a part of a condition in Python code decides anything.
+
+In: a frame that is about to branch on one operand of `a and b and c`. Out: whether another operand
+settles the whole, whatever this one is, for example while `q.shape[2] > 1` is asked::
+
+    is_causal = q.shape[2] > 1 and attention_mask is None        # with a mask: False anyway
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import linecache
+from types import CodeType, FrameType
+from typing import Any
+
+_UNKNOWN = object()
+_ABOUT_TRACING = {"is_compiling", "is_exporting", "is_dynamo_compiling", "is_torchdynamo_compiling"}
+"""Functions of PyTorch and transformers that tell whether a trace is on."""
+_BEFORE = 4
+"""Instructions, with their caches, between what makes an operand and the jump over the others."""
+
+
+def decides_nothing(frame: FrameType) -> bool:
+    """Tell whether the frame's present operand of an `and` or `or` cannot change the whole.
+
+    Looks only at operands that are flags, whether a name is None, and whether a trace is on. What
+    it does not understand, code without source, and Python 3.10 (which keeps no columns), decide.
+    """
+    whole = _find_condition(frame.f_code, frame.f_lasti)
+    if whole is None:
+        return False
+    settles = isinstance(whole.op, ast.Or)
+    return any(_value(operand, frame) is settles for operand in whole.values)
+
+
+@functools.lru_cache(maxsize=256)
+def _find_condition(code: CodeType, offset: int) -> ast.BoolOp | None:
+    """Return the `and` or `or`, one of whose operands is what is computed at a place in code."""
+    places = getattr(code, "co_positions", None)
+    if places is None:
+        return None
+    # The jump is of the whole condition; a few places before it is what made the operand.
+    last = offset // 2
+    near = set(list(places())[max(0, last - _BEFORE) : last + 1])
+    for node in _find_conditions(code.co_filename):
+        for part in node.values:
+            if (part.lineno, part.end_lineno, part.col_offset, part.end_col_offset) in near:
+                return node
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _find_conditions(filename: str) -> list[ast.BoolOp]:
+    try:
+        tree = ast.parse("".join(linecache.getlines(filename)))
+    except (SyntaxError, ValueError):
+        return []
+    return [node for node in ast.walk(tree) if isinstance(node, ast.BoolOp)]
+
+
+def _value(operand: ast.expr, frame: FrameType) -> Any:
+    """Return the bool that an operand is, running no code of the model; _UNKNOWN for others."""
+    if isinstance(operand, ast.Name):
+        value = frame.f_locals.get(operand.id, _UNKNOWN)
+        return value if isinstance(value, bool) else _UNKNOWN
+    if isinstance(operand, ast.UnaryOp) and isinstance(operand.op, ast.Not):
+        value = _value(operand.operand, frame)
+        return _UNKNOWN if value is _UNKNOWN else not value
+    if isinstance(operand, ast.Compare) and len(operand.ops) == 1:
+        left, right = operand.left, operand.comparators[0]
+        nothing = isinstance(right, ast.Constant) and right.value is None
+        if isinstance(left, ast.Name) and left.id in frame.f_locals and nothing:
+            if isinstance(operand.ops[0], (ast.Is, ast.IsNot)):
+                return (frame.f_locals[left.id] is None) == isinstance(operand.ops[0], ast.Is)
+    if isinstance(operand, ast.Call) and not operand.args and not operand.keywords:
+        if isinstance(operand.func, (ast.Name, ast.Attribute)):
+            return _ask_about_tracing(operand.func, frame)
+    return _UNKNOWN
+
+
+def _ask_about_tracing(function: ast.Name | ast.Attribute, frame: FrameType) -> Any:
+    name = function.id if isinstance(function, ast.Name) else function.attr
+    if name not in _ABOUT_TRACING:
+        return _UNKNOWN
+    found: Any = frame.f_globals.get(ast.unparse(function).split(".")[0], _UNKNOWN)
+    for part in ast.unparse(function).split(".")[1:]:
+        found = getattr(found, part, _UNKNOWN)
+    return bool(found()) if callable(found) else _UNKNOWN
