@@ -14,6 +14,8 @@ import linecache
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
+
 _UNKNOWN = object()
 _ABOUT_TRACING = {"is_compiling", "is_exporting", "is_dynamo_compiling", "is_torchdynamo_compiling"}
 """Functions of PyTorch and transformers that tell whether a trace is on."""
@@ -24,30 +26,35 @@ _BEFORE = 4
 def decides_nothing(frame: FrameType) -> bool:
     """Tell whether the frame's present operand of an `and` or `or` cannot change the whole.
 
-    Looks only at operands that are flags, whether a name is None, and whether a trace is on. What
-    it does not understand, code without source, and Python 3.10 (which keeps no columns), decide.
+    Understands flags, a size beside itself, whether a name is None, and whether a trace is on. An
+    operand in code without source, or that others follow before one settles the whole, decides; in
+    Python 3.10, which keeps no columns, every one does.
     """
-    whole = _find_condition(frame.f_code, frame.f_lasti)
-    if whole is None:
-        return False
-    settles = isinstance(whole.op, ast.Or)
-    return any(_value(operand, frame) is settles for operand in whole.values)
+    settles, following = _find_condition(frame.f_code, frame.f_lasti)
+    for operand in following:
+        value = _value(operand, frame)
+        if value is _UNKNOWN:
+            return False
+        if value is settles:
+            return True
+    return False
 
 
 @functools.lru_cache(maxsize=256)
-def _find_condition(code: CodeType, offset: int) -> ast.BoolOp | None:
-    """Return the `and` or `or`, one of whose operands is what is computed at a place in code."""
+def _find_condition(code: CodeType, offset: int) -> tuple[bool, list[ast.expr]]:
+    """Return the operands after the one that is computed at a place in code, and what settles."""
     places = getattr(code, "co_positions", None)
     if places is None:
-        return None
+        return False, []
     # The jump is of the whole condition; a few places before it is what made the operand.
     last = offset // 2
     near = set(list(places())[max(0, last - _BEFORE) : last + 1])
-    for node in _find_conditions(code.co_filename):
-        for part in node.values:
+    found: tuple[bool, list[ast.expr]] = False, []
+    for node in _find_conditions(code.co_filename):  # inner ones come last
+        for k, part in enumerate(node.values):
             if (part.lineno, part.end_lineno, part.col_offset, part.end_col_offset) in near:
-                return node
-    return None
+                found = isinstance(node.op, ast.Or), node.values[k + 1 :]
+    return found
 
 
 @functools.lru_cache(maxsize=8)
@@ -69,6 +76,8 @@ def _value(operand: ast.expr, frame: FrameType) -> Any:
         return _UNKNOWN if value is _UNKNOWN else not value
     if isinstance(operand, ast.Compare) and len(operand.ops) == 1:
         left, right = operand.left, operand.comparators[0]
+        if isinstance(left, ast.Name) and isinstance(right, ast.Name):
+            return _compare(operand.ops[0], *(frame.f_locals.get(n.id) for n in (left, right)))
         nothing = isinstance(right, ast.Constant) and right.value is None
         if isinstance(left, ast.Name) and left.id in frame.f_locals and nothing:
             if isinstance(operand.ops[0], (ast.Is, ast.IsNot)):
@@ -76,6 +85,18 @@ def _value(operand: ast.expr, frame: FrameType) -> Any:
     if isinstance(operand, ast.Call) and not operand.args and not operand.keywords:
         if isinstance(operand.func, (ast.Name, ast.Attribute)):
             return _ask_about_tracing(operand.func, frame)
+    return _UNKNOWN
+
+
+_SAME = (ast.Eq, ast.LtE, ast.GtE)
+_OTHER = (ast.NotEq, ast.Lt, ast.Gt)
+
+
+def _compare(operator: ast.cmpop, left: Any, right: Any) -> Any:
+    """Return what a comparison of one size with itself is."""
+    if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt):
+        if left.node.expr == right.node.expr and isinstance(operator, _SAME + _OTHER):
+            return isinstance(operator, _SAME)
     return _UNKNOWN
 
 

@@ -63,13 +63,11 @@ def _is_idle(question: sympy.Basic, answer: bool, otherwise: bool | None) -> boo
     """
     if answer == otherwise:
         return True
-    differ = (isinstance(question, sympy.Eq) and not answer) or (
-        isinstance(question, sympy.Ne) and answer
-    )
     frame = _find_asker()
     module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
     native = module == "torch._ops" or name == "__torch_function__"
-    if differ and sympy.S.One in question.args and (native or otherwise is not None):
+    differ = isinstance(question, sympy.Ne if answer else sympy.Eq)
+    if differ and (native or otherwise is not None) and _is_for_one(question):
         return True  # a size that is spread over another: where it is 1, the other one is too
     if not native and not module.startswith("torch."):
         return decides_nothing(frame)
@@ -81,6 +79,15 @@ def _is_idle(question: sympy.Basic, answer: bool, otherwise: bool | None) -> boo
             return True
         asker = asker.f_back
     return False
+
+
+def _is_for_one(question: sympy.Basic) -> bool:
+    """Tell whether two numbers are equal where a size is 1, as 8 * seq and 8, a row's strides."""
+    left, right = question.args
+    whole, symbols = sympy.sympify(left - right), question.free_symbols
+    return sympy.S.One in question.args or any(
+        sympy.expand(whole.xreplace({s: sympy.S.One})) == 0 for s in symbols
+    )
 
 
 def _find_asker() -> FrameType:
