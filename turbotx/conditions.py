@@ -79,12 +79,11 @@ def _value(operand: ast.expr, frame: FrameType) -> Any:
         if isinstance(left, ast.Name) and isinstance(right, ast.Name):
             return _compare(operand.ops[0], *(frame.f_locals.get(n.id) for n in (left, right)))
         nothing = isinstance(right, ast.Constant) and right.value is None
-        if isinstance(left, ast.Name) and left.id in frame.f_locals and nothing:
-            if isinstance(operand.ops[0], (ast.Is, ast.IsNot)):
-                return (frame.f_locals[left.id] is None) == isinstance(operand.ops[0], ast.Is)
+        known = isinstance(left, ast.Name) and left.id in frame.f_locals
+        if known and nothing and isinstance(operand.ops[0], (ast.Is, ast.IsNot)):
+            return (frame.f_locals[ast.unparse(left)] is None) == isinstance(operand.ops[0], ast.Is)
     if isinstance(operand, ast.Call) and not operand.args and not operand.keywords:
-        if isinstance(operand.func, (ast.Name, ast.Attribute)):
-            return _ask_about_tracing(operand.func, frame)
+        return _ask_about_tracing(operand.func, frame)
     return _UNKNOWN
 
 
@@ -94,17 +93,17 @@ _OTHER = (ast.NotEq, ast.Lt, ast.Gt)
 
 def _compare(operator: ast.cmpop, left: Any, right: Any) -> Any:
     """Return what a comparison of one size with itself is."""
-    if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt):
-        if left.node.expr == right.node.expr and isinstance(operator, _SAME + _OTHER):
-            return isinstance(operator, _SAME)
+    sizes = isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt)
+    if sizes and left.node.expr == right.node.expr and isinstance(operator, _SAME + _OTHER):
+        return isinstance(operator, _SAME)
     return _UNKNOWN
 
 
-def _ask_about_tracing(function: ast.Name | ast.Attribute, frame: FrameType) -> Any:
-    name = function.id if isinstance(function, ast.Name) else function.attr
-    if name not in _ABOUT_TRACING:
+def _ask_about_tracing(function: ast.expr, frame: FrameType) -> Any:
+    first, *parts = ast.unparse(function).split(".")
+    if (parts or [first])[-1] not in _ABOUT_TRACING:
         return _UNKNOWN
-    found: Any = frame.f_globals.get(ast.unparse(function).split(".")[0], _UNKNOWN)
-    for part in ast.unparse(function).split(".")[1:]:
+    found: Any = frame.f_globals.get(first, _UNKNOWN)
+    for part in parts:
         found = getattr(found, part, _UNKNOWN)
     return bool(found()) if callable(found) else _UNKNOWN

@@ -187,7 +187,7 @@ class Engine:
             return captured
         every = {(i, d): n for i, s in enumerate(shapes) for d, n in enumerate(s)}
         ones = {place for place, n in every.items() if n == 1}
-        tries = [(LONGER, set())] if short else []
+        tries: list[tuple[int, set[tuple[int, int]]]] = [(LONGER, set())] if short else []
         if matcher.match(shapes) is None:
             decide = matcher.find_deciding(shapes) & ones
             tries += [(2, decide), (2, ones), (2, set(every))]

@@ -49,9 +49,9 @@ class SizesFromOne(ShapeEnv):
     ) -> Any:
         """Return a question's answer; a guard is noted where a result depends on it."""
         answer = sym_node.hint
-        if isinstance(answer, bool) and self._maybe_evaluate_static(sym_node.expr) is None:
-            if _is_idle(sym_node.expr, answer, fallback_value):
-                return sympy.true if answer else sympy.false
+        asked = isinstance(answer, bool) and self._maybe_evaluate_static(sym_node.expr) is None
+        if asked and _is_idle(sym_node.expr, answer, fallback_value):
+            return sympy.true if answer else sympy.false
         return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
 
 

@@ -342,10 +342,10 @@ def test_nothing_is_pickled_and_files_for_cpus_are_as_before(cubins: Cubins, pat
     save_small(path, "sm_90")
     with zipfile.ZipFile(path) as archive:
         assert {Path(n).suffix for n in archive.namelist()} == {".json", ".cubin", ".safetensors"}
-        assert json.loads(archive.read("manifest.json"))["format"] == 3
+        assert json.loads(archive.read("manifest.json"))["format"] == 5
     save_small(path, "cpu")
     with zipfile.ZipFile(path) as archive:
-        assert json.loads(archive.read("manifest.json"))["format"] == 2
+        assert json.loads(archive.read("manifest.json"))["format"] == 4
 
 
 def test_calls_run_where_the_program_does() -> None:

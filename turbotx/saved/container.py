@@ -21,11 +21,11 @@ from typing import Any
 
 from turbotx.errors import SavedFileError
 
-FORMAT = 3
+FORMAT = 5
 """Raised whenever an older reader would misunderstand what is written."""
 
-CPU_ONLY = 2
-"""The format of files without programs for GPUs, which older readers understand."""
+CPU_ONLY = 4
+"""The format of files without programs for GPUs."""
 
 MANIFEST = "manifest.json"
 

@@ -46,7 +46,7 @@ def describe_call(compiled: Compiled) -> dict[str, Any]:
         "name": captured.name,
         "dims": list(captured.dims),
         "inputs": _describe_inputs(captured, program),
-        "guards": [[_condition(g.condition), g.text, g.least] for g in captured.guards],
+        "guards": [[_condition(g.condition), g.text] for g in captured.guards],
         "requirements": [[to_python(e), text] for e, text in program.assembly.requirements],
         "slot_count": len(table.slots),
         "values": [to_python(e) for e in table.values],
@@ -113,7 +113,7 @@ def _describe_size(size: sympy.Expr) -> dict[str, Any]:
 
 
 def _condition(condition: sympy.Basic) -> str:
-    """Return a guard as Python source. Sizes of 0 and 1 count as 2 in it, as when it was traced."""
+    """Return a guard as Python source, over dims of at least 1."""
     if isinstance(condition, (sympy.And, sympy.Or)):
         word = " and " if isinstance(condition, sympy.And) else " or "
         return f"({word.join(_condition(a) for a in condition.args)})"

@@ -195,8 +195,7 @@ class _Matcher:
         self._dims, self._inputs = dims, tables["inputs"]
         self._sizes = compile_texts([s["text"] for x in self._inputs for s in x["sizes"]], dims)
         self._guards = [
-            (compile_texts([condition], dims), least, text)
-            for condition, text, least in tables["guards"]
+            (compile_texts([condition], dims), text) for condition, text in tables["guards"]
         ]
 
     def match(self, shapes: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
@@ -224,7 +223,10 @@ class _Matcher:
         for (place, size, actual), expected in zip(places, self._sizes(*dims), strict=True):
             if actual != expected:
                 return (), f"{place} is {actual}, not {size['text']} = {expected}"
-        for holds, least, text in self._guards:
-            if not (all(holds(*dims)) or all(holds(*(max(least, x) for x in dims)))):
+        for name, value in found.items():
+            if value < 1:
+                return (), f"{name} is {value}; a call with a size of 0 is captured by itself"
+        for holds, text in self._guards:
+            if not all(holds(*dims)):
                 return (), f"{text} does not hold"
         return dims, ""
