@@ -112,6 +112,8 @@ CASES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "greatest": lambda x: x.amax(1),
     "trapezoid": lambda x: torch.trapezoid(x, dim=0) * 0.1,
     "gathered": lambda x: x.gather(1, torch.zeros(x.shape[0], 1, 4, dtype=torch.long)) * 2,
+    "looked up": lambda x: x.gather(1, x.long() * 0)[:, :1] * 2,
+    "between": lambda x: F.interpolate(x.transpose(1, 2), size=5, mode="linear"),
     "squeezed": lambda x: x.squeeze(1) * 2,
 }
 
