@@ -28,6 +28,8 @@ from torch.export import Dim
 from torch.export.graph_signature import OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from turbotx.ambient import Ambient, no_autocast_cache, read_ambient, watch_reads, without_autocast
+from turbotx.casts import write_casts
 from turbotx.decompose import NotNodeByNode, decompose_nodes
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
@@ -63,7 +65,11 @@ KEPT_WHOLE = frozenset(
 
 @dataclass(frozen=True)
 class Captured:
-    """One traced call: the graph, how to feed it and how to rebuild the model's own output."""
+    """One traced call: the graph, how to feed it and how to rebuild the model's own output.
+
+    ambient: the state of PyTorch that it was traced in. asked: the places in it that Python code
+    asked for, beside those that decide every trace.
+    """
 
     graph_module: fx.GraphModule
     name: str
@@ -73,6 +79,12 @@ class Captured:
     example_dims: tuple[int, ...]
     guards: tuple[Guard, ...]
     out_spec: pytree.TreeSpec
+    ambient: Ambient
+    asked: tuple[int, ...]
+
+    def holds_in(self, ambient: Ambient) -> bool:
+        """Tell whether what its Python code asked PyTorch for is as it was."""
+        return all(ambient[k] == self.ambient[k] for k in self.asked)
 
 
 class _Seen:
@@ -119,9 +131,11 @@ def capture(
     if not tensors:
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     _refuse_inference_tensors(model)
-    with _left_as_it_was(model):
+    ambient = read_ambient()
+    with _left_as_it_was(model), no_autocast_cache(), watch_reads(ambient) as asked:
         exported = _export_widened(flat, tensors, least, name)
-    return _describe(exported, flat, name, names)
+    with without_autocast():
+        return _describe(exported, flat, name, names, ambient, tuple(sorted(asked)))
 
 
 @contextmanager
@@ -194,6 +208,7 @@ def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]])
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
+        write_casts(exported.graph)
         before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
         squeezed = find_squeezed(exported.graph)
         try:
@@ -335,7 +350,9 @@ def _refuse_mutation(exported: Any, name: str) -> None:
         )
 
 
-def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captured:
+def _describe(
+    exported: Any, flat: _Flat, name: str, names: list[str], ambient: Ambient, asked: tuple[int, ...]
+) -> Captured:
     _refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, flat, names)
     fakes = [node.meta["val"] for node in inputs]
@@ -350,7 +367,7 @@ def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captur
     hints = _hints(shape_env, symbols)
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
-        flat.seen.out_spec,
+        flat.seen.out_spec, ambient, asked,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from turbotx.ambient import read_ambient
 from turbotx.engine import Engine, _signature
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
 from turbotx.options import Options, make_options
@@ -264,8 +265,11 @@ class _SharingEngine(Engine):
         graph = self._graph()
         assert graph is not None
         with graph._lock:
-            known = graph.compiled.setdefault(_signature(leaves, spec), [])
+            ambient = read_ambient()
+            known = graph.compiled.setdefault(_signature(leaves, spec, ambient), [])
             for compiled in known:
+                if not compiled.captured.holds_in(ambient):
+                    continue
                 if SizeMatcher(compiled.captured).match([t.shape for t in leaves]) is not None:
                     return self.share(compiled)
             made = super().make(args, kwargs)

@@ -22,6 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from turbotx.ambient import DECISIVE, Ambient, read_ambient, read_asked, read_decisive, unknown_modes, without_autocast
 from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, TrainingError
@@ -71,6 +72,8 @@ class Engine:
             self._variants: dict[Any, list[Variant]] = {}
             self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
             self._pools: dict[torch.device, ChunkPool] = {}
+            self._asked: tuple[int, ...] = ()
+            """What the traces asked PyTorch for: places in `ambient.NAMES`."""
 
     # --- calling ---
 
@@ -86,14 +89,17 @@ class Engine:
         """Return what serves a call, and its tensors: the guards of every call, and all of them
         but the parameters' (`Weights.refresh`). Captures and binds where nothing serves it yet."""
         self.refuse_training()
-        described, tensors = describe_call(args, kwargs)
+        ambient = read_decisive()
+        if self._asked:
+            ambient += read_asked(self._asked)
+        described, tensors = describe_call(args, kwargs, ambient)
         found = self._bound.get(described) if described is not None else None
         if found is None:
             leaves, spec = pytree.tree_flatten((args, kwargs))
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            key = _signature(leaves, spec)
+            key = _signature(leaves, spec, ambient)
             if described is None:
-                described = (key, tuple(t.shape for t in tensors))
+                described = (key, ambient, tuple(t.shape for t in tensors))
                 found = self._bound.get(described)
         if found is None:
             for tensor in tensors:
@@ -132,11 +138,12 @@ class Engine:
         kwargs: Mapping[str, Any],
     ) -> tuple[Variant, tuple[int, ...]]:
         """Return the variant that serves these sizes, captured now if there is none yet."""
-        known = self._variants.setdefault(key, [])
+        known, ambient = self._variants.setdefault(key, []), read_ambient()
         for variant in known:
             dims = variant.matcher.match([t.shape for t in tensors])
-            if dims is not None:
+            if dims is not None and variant.compiled.captured.holds_in(ambient):
                 return variant, dims
+        _refuse_modes(ambient)
         variant = Variant(self.make(args, kwargs))
         dims = variant.matcher.match([t.shape for t in tensors])
         if dims is None:
@@ -146,6 +153,10 @@ class Engine:
                 f"very call it came from: {why}"
             )
         known.append(variant)
+        asked = {*self._asked, *variant.compiled.captured.asked}
+        if len(asked) > len(self._asked):  # from now on a part of what calls are told apart by
+            self._asked = tuple(sorted(asked))
+            self._bound.clear()
         return variant, dims
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
@@ -200,7 +211,7 @@ class Engine:
         It runs where the call's tensors and the model's parameters lie.
         """
         pool, device = self._find_memory(captured)
-        with pause_collection():
+        with without_autocast(), pause_collection():
             return compile_captured(captured, self.model, self.options, pool, device)
 
     def compile_for(self, compiled: Compiled, target: str) -> Compiled:
@@ -211,7 +222,7 @@ class Engine:
         device = None if target == "cpu" else AbsentDevice(target)
         pool = ChunkPool(torch.device("cpu"))
         captured, text = compiled.captured, compiled.captured_text
-        with pause_collection():
+        with without_autocast(), pause_collection():
             return compile_rewritten(captured, text, self.model, options, pool, device)
 
     def share(self, compiled: Compiled) -> Compiled:
@@ -220,7 +231,8 @@ class Engine:
         The models must be of the same structure; nothing is traced.
         """
         pool, device = self._find_memory(compiled.captured)
-        return bind_weights(compiled, self.model, self.options, pool, device)
+        with without_autocast():
+            return bind_weights(compiled, self.model, self.options, pool, device)
 
     def _find_memory(self, captured: Captured) -> tuple[ChunkPool, Device | None]:
         nodes = captured.graph_module.graph.find_nodes(op="placeholder")
@@ -301,12 +313,14 @@ class Engine:
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
+def describe_call(
+    args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Ambient
+) -> tuple[Any, list[torch.Tensor]]:
     """Return all that a call is told from others by, in one pass, and its tensors in order.
 
     None instead of a description where an argument is neither a tensor nor a plain constant.
     """
-    parts: list[Any] = [len(args), *kwargs]
+    parts: list[Any] = [ambient, len(args), *kwargs]
     tensors = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
@@ -319,13 +333,14 @@ def describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, l
     return tuple(parts), tensors
 
 
-def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
-    """Return what decides which capture a call belongs to: everything but tensors' sizes."""
+def _signature(leaves: list[Any], spec: pytree.TreeSpec, ambient: Ambient) -> Any:
+    """Return what decides which capture a call belongs to: everything but tensors' sizes, and but
+    the part of the ambient state that only some traces ask for."""
     described = tuple(
         (leaf.dtype, leaf.device, leaf.dim()) if isinstance(leaf, torch.Tensor) else _constant(leaf)
         for leaf in leaves
     )
-    return (spec, described)
+    return (spec, described, ambient[:DECISIVE])
 
 
 def _constant(leaf: Any) -> Any:
@@ -348,6 +363,17 @@ def _refuse_tensor(tensor: torch.Tensor) -> None:
         raise InputError(f"an input has layout {tensor.layout}; turbotx takes dense tensors only")
     if tensor.requires_grad and torch.is_grad_enabled():
         _refuse_gradient()
+
+
+def _refuse_modes(ambient: Ambient) -> None:
+    """A program is not PyTorch's functions: nothing would intercept them."""
+    names = unknown_modes(ambient)
+    if names:
+        raise InputError(
+            f"the call is made under {', '.join(names)}, which intercepts PyTorch's functions, and "
+            "a compiled program does not call them: leave the mode around the call, or call the "
+            "model that was given to turbotx.optimize"
+        )
 
 
 def _refuse_gradient() -> None:

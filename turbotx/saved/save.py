@@ -193,7 +193,7 @@ def _kernels_of(compiled: Compiled) -> dict[str, tuple[bytes, Mapping[str, str]]
 
 def _describe_call(key: Any) -> dict[str, Any]:
     """Return a call's signature: its arguments' structure, dtypes and ranks, and constants."""
-    spec, described = key
+    spec, described, _ = key
     tensors: list[list[Any]] = []
     tree: list[Any] = []
     for one in described:
