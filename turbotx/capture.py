@@ -351,7 +351,12 @@ def _refuse_mutation(exported: Any, name: str) -> None:
 
 
 def _describe(
-    exported: Any, flat: _Flat, name: str, names: list[str], ambient: Ambient, asked: tuple[int, ...]
+    exported: Any,
+    flat: _Flat,
+    name: str,
+    names: list[str],
+    ambient: Ambient,
+    asked: tuple[int, ...],
 ) -> Captured:
     _refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, flat, names)

@@ -22,7 +22,15 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from turbotx.ambient import DECISIVE, Ambient, read_ambient, read_asked, read_decisive, unknown_modes, without_autocast
+from turbotx.ambient import (
+    DECISIVE,
+    Ambient,
+    read_ambient,
+    read_asked,
+    read_decisive,
+    unknown_modes,
+    without_autocast,
+)
 from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, TrainingError

@@ -20,6 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from turbotx.ambient import Ambient, differences, read_ambient, read_asked, read_decisive
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.runtime.device import Device
@@ -31,7 +32,7 @@ from turbotx.saved.gpu_program import SavedGpuProgram, SavedGpuRuntime, read_var
 from turbotx.saved.native import Libraries
 from turbotx.saved.places import CPU, open_place
 from turbotx.saved.program import SavedCpuRuntime, SavedProgram, read_weights
-from turbotx.saved.values import decode_constant, decode_tree
+from turbotx.saved.values import decode_ambient, decode_constant, decode_tree
 from turbotx.weight_files import load_weights
 
 Maker = Callable[[Mapping[str, Any], Weights, ChunkPool], SavedProgram]
@@ -129,6 +130,8 @@ class SavedModule(nn.Module):
         self._lock = threading.Lock()
         self._programs: dict[Any, list[SavedProgram]] = {}
         self._bound: dict[Any, tuple[SavedProgram, Binding]] = {}
+        self._ambients: dict[int, tuple[Ambient, tuple[int, ...]]] = {}
+        self._asked: tuple[int, ...] = ()
         tied: dict[str, torch.Tensor] = {}
         for one in state:
             if one["tied_to"] not in tied:
@@ -156,6 +159,9 @@ class SavedModule(nn.Module):
         args, kwargs = decode_tree(call["tree"], lambda k: _Given(kinds[k]))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         self._programs.setdefault((spec, tuple(map(_describe, leaves))), []).append(program)
+        ambient, asked = decode_ambient(program.tables["ambient"])
+        self._ambients[id(program)] = ambient, asked
+        self._asked = tuple(sorted({*self._asked, *asked}))
 
     # --- calls ---
 
@@ -167,7 +173,8 @@ class SavedModule(nn.Module):
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise TrainingError("an input requires grad: call under torch.no_grad()")
         key = (spec, tuple(map(_describe, leaves)))
-        shapes = (key, tuple(t.shape for t in tensors))
+        ambient = read_decisive() + read_asked(self._asked)
+        shapes = (key, ambient, tuple(t.shape for t in tensors))
         found = self._bound.get(shapes)
         if found is None:
             found = self._bind(key, tensors)
@@ -182,12 +189,22 @@ class SavedModule(nn.Module):
     __call__ = forward
 
     def _bind(self, key: Any, tensors: list[torch.Tensor]) -> tuple[SavedProgram, Binding]:
-        shapes = [t.shape for t in tensors]
-        for program in self._programs.get(key, ()):
+        shapes, ambient = [t.shape for t in tensors], read_ambient()
+        known = self._programs.get(key, ())
+        differ = [differences(ambient, *self._ambients[id(p)]) for p in known]
+        holding = [p for p, found in zip(known, differ, strict=True) if not found]
+        if known and not holding:
+            told = "; or ".join(dict.fromkeys("; ".join(found) for found in differ))
+            raise InputError(
+                f"no saved program was captured in the state that this call is made in: {told}. "
+                "Call the optimized module in this state too before it is saved, or load's module "
+                "in the other"
+            )
+        for program in holding:
             dims = program.match(shapes)
             if dims is not None and program.serves(dims):
                 return program, program.bind(dims)
-        refused = [p.explain(shapes) for p in self._programs.get(key, ())]
+        refused = [p.explain(shapes) for p in holding]
         if refused:
             raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")
         for tensor in tensors:
@@ -196,9 +213,9 @@ class SavedModule(nn.Module):
                     f"an input is on {tensor.device}, and this file was loaded for {self._place}: "
                     "move the inputs there, or give turbotx.load another device"
                 )
-        known = "; ".join(dict.fromkeys(_show(k) for k in self._programs))
+        held = "; ".join(dict.fromkeys(_show(k) for k in self._programs))
         raise InputError(
-            f"the file holds no call of this kind: {_show(key)}. It holds {known}. Call the "
+            f"the file holds no call of this kind: {_show(key)}. It holds {held}. Call the "
             "optimized module this way before it is saved"
         )
 

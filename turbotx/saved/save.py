@@ -43,7 +43,7 @@ from turbotx.saved.gpu_program import (
     variants_entry,
 )
 from turbotx.saved.native import cpu_features, runtime_digest
-from turbotx.saved.values import Leaf, encode_constant, encode_tree
+from turbotx.saved.values import Leaf, encode_ambient, encode_constant, encode_tree
 from turbotx.saved.variants import Variants
 
 
@@ -122,7 +122,10 @@ class _Writer:
 
     def add(self, number: int, key: Any, target: str, compiled: Compiled) -> None:
         """Add a call, of a number, compiled for a target."""
-        shared = {"target": target, "variant": number, "call": _describe_call(key)}
+        shared = {
+            "target": target, "variant": number, "call": _describe_call(key),
+            "ambient": encode_ambient(compiled.captured.ambient, compiled.captured.asked),
+        }  # fmt: skip
         if target == "cpu":
             libraries = self._add_libraries(compiled)
             described = {**shared, "libraries": libraries, **describe_for_cpu(compiled)}
