@@ -23,6 +23,8 @@ PACKAGE = ROOT / "turbotx"
 # rows of several names are single files that belong together, a folder has a row to itself.
 LAYERS = (
     ("ambient", "collection", "errors", "options", "progress"),
+    ("arguments",),
+    ("traced_float",),
     ("weight_files",),
     ("sizes",),
     ("graph",),

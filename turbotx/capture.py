@@ -29,6 +29,15 @@ from torch.export.graph_signature import OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turbotx.ambient import Ambient, no_autocast_cache, read_ambient, watch_reads, without_autocast
+from turbotx.arguments import (
+    FloatInput,
+    Structure,
+    carry,
+    changed_arguments,
+    flatten_call,
+    is_float,
+    rebuild,
+)
 from turbotx.casts import write_casts
 from turbotx.decompose import NotNodeByNode, decompose_nodes
 from turbotx.errors import CaptureError
@@ -43,6 +52,7 @@ from turbotx.guards import (
 )
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, dim, expr
+from turbotx.traced_float import FloatReads, read_floats
 from turbotx.unlift import FRESH, unlift
 
 # The key, in the exported graph's meta, of the sizes that a squeeze looks at.
@@ -82,6 +92,12 @@ class Captured:
     ambient: Ambient
     asked: tuple[int, ...]
 
+    floats: tuple[FloatInput, ...] = ()
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether the floats that its Python code asked for are as they were."""
+        return all(x.takes(tensors) for x in self.floats)
+
     def holds_in(self, ambient: Ambient) -> bool:
         """Tell whether what its Python code asked PyTorch for is as it was."""
         return all(ambient[k] == self.ambient[k] for k in self.asked)
@@ -96,23 +112,42 @@ class _Seen:
 class _Flat(nn.Module):
     """The model behind a flat signature: tensors in, the output's leaves out."""
 
-    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
+    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: Structure) -> None:
         super().__init__()
         self.model = model
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        self.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        carried = (i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) or is_float(x))
+        self.positions = list(carried)
+        self.floats = FloatReads()
         self.in_spec = spec
         self.seen = _Seen()
         self.training = False
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
         leaves = list(self.constants)
-        for position, tensor in zip(self.positions, tensors, strict=True):
-            leaves[position] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
-        flat, out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        self.floats.begin()
+        for k, (position, tensor) in enumerate(zip(self.positions, tensors, strict=True)):
+            number = leaves[position]
+            leaves[position] = tensor if number is None else self.floats.make(number, tensor, k)
+        args, kwargs = rebuild(leaves, self.in_spec)
+        output = self.model(*args, **kwargs)
+        _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
+        flat, out_spec = pytree.tree_flatten(output)
         self.seen.out_spec = out_spec
-        return flat
+        return [read_floats(leaf) for leaf in flat]
+
+    def describe_floats(self) -> tuple[FloatInput, ...]:
+        """Return every float of the call, with what the trace took for granted of it."""
+        numbers = [(k, self.constants[i]) for k, i in enumerate(self.positions)]
+        return tuple(self.floats.describe(k, x) for k, x in numbers if x is not None)
+
+
+def _refuse_changes(changed: Sequence[str]) -> None:
+    if changed:
+        raise CaptureError(
+            f"it changes its argument {', '.join(changed)} (an attribute, an entry or an item), "
+            "which a program cannot do for the caller: return the new value instead"
+        )
 
 
 def capture(
@@ -123,17 +158,23 @@ def capture(
     least: sizes of 1 and 2 are traced as this size; 0 traces the call's own sizes.
     Raises CaptureError, naming the user's own source line, when the model cannot be traced.
     """
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    names = _name_inputs(model, leaves, spec)
+    leaves, spec = flatten_call(args, kwargs)
+    tensors = carry(leaves)
+    names = _name_inputs(model, args, kwargs)
     flat = _Flat(model, leaves, spec)
     name = type(model).__name__
-    if not tensors:
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     _refuse_inference_tensors(model)
     ambient = read_ambient()
     with _left_as_it_was(model), no_autocast_cache(), watch_reads(ambient) as asked:
-        exported = _export_widened(flat, tensors, least, name)
+        try:
+            exported = _export_widened(flat, tensors, least, name)
+        except CaptureError:
+            if not flat.describe_floats():
+                raise
+            flat.floats.fixed = True  # an op or a class took no stand-in for a number
+            exported = _export_widened(flat, tensors, least, name)
     with without_autocast():
         return _describe(exported, flat, name, names, ambient, tuple(sorted(asked)))
 
@@ -237,11 +278,12 @@ def _decompositions() -> Any:
     return table
 
 
-def _name_inputs(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:
-    """Return a Python name per tensor leaf, from the parameter of forward that carries it."""
+def _name_inputs(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[str]:
+    """Return a Python name per input, from the parameter of forward that carries it."""
     import inspect
 
-    args, kwargs = pytree.tree_unflatten(list(range(len(leaves))), spec)
     forward = getattr(model, "turbotx_signature_of", model.forward)
     try:
         parameters = list(inspect.signature(forward).parameters.values())
@@ -250,19 +292,16 @@ def _name_inputs(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec)
     positional = [
         p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    labelled: dict[int, str] = {}
-    for i, arg in enumerate(args):
-        label = positional[i] if i < len(positional) else f"arg{i}"
-        _label_leaves(arg, label, labelled)
-    for label, arg in kwargs.items():
-        _label_leaves(arg, str(label), labelled)
-    return [labelled[i] for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-
-
-def _label_leaves(tree: Any, label: str, labelled: dict[int, str]) -> None:
-    indices = pytree.tree_leaves(tree)
-    for k, index in enumerate(indices):
-        labelled[index] = label if len(indices) == 1 else f"{label}_{k}"
+    named = [
+        (positional[i] if i < len(positional) else f"arg{i}", arg) for i, arg in enumerate(args)
+    ]
+    found = []
+    for label, value in (*named, *kwargs.items()):
+        leaves, _ = flatten_call((value,), {})
+        for k, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) or is_float(leaf):
+                found.append(str(label) if len(leaves) == 1 else f"{label}_{k}")
+    return found
 
 
 def _widen(
@@ -372,7 +411,7 @@ def _describe(
     hints = _hints(shape_env, symbols)
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
-        flat.seen.out_spec, ambient, asked,
+        flat.seen.out_spec, ambient, asked, flat.describe_floats(),
     )  # fmt: skip
 
 

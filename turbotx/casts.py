@@ -76,7 +76,7 @@ def _plain(node: fx.Node) -> str:
 
 def _find_casts(node: fx.Node, sources: list[fx.Node]) -> list[torch.dtype | None]:
     """Return the dtype that each tensor among a call's arguments is cast to, None where to none."""
-    values = [n.meta.get("val") for n in sources]
+    values: list[Any] = [n.meta.get("val") for n in sources]
     watch = _FirstCasts(values)
     wanted = _dtypes(node.meta["val"])
     _run(node, {}, watch)

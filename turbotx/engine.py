@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -30,6 +30,14 @@ from turbotx.ambient import (
     read_decisive,
     unknown_modes,
     without_autocast,
+)
+from turbotx.arguments import (
+    Structure,
+    carry,
+    describe_leaf,
+    flatten_call,
+    is_float,
+    tensors_of,
 )
 from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
@@ -64,6 +72,15 @@ class Variant:
         self.program = compiled.program
         self.matcher = SizeMatcher(compiled.captured)
         self.out_spec = compiled.captured.out_spec
+        floats = compiled.captured.floats
+        self._takes = compiled.captured.takes if any(x.is_particular for x in floats) else None
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether the numbers among a call's arguments are those that it serves."""
+        return self._takes is None or self._takes(tensors)
+
+    def numbers(self, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
+        return tuple(tensors[x.place].item().hex() for x in self.compiled.captured.floats)
 
 
 class Engine:
@@ -102,13 +119,19 @@ class Engine:
             ambient += read_asked(self._asked)
         described, tensors = describe_call(args, kwargs, ambient)
         found = self._bound.get(described) if described is not None else None
+        if found is not None and not found[0].takes(tensors):
+            described = (described, found[0].numbers(tensors))
+            found = self._bound.get(described)
         if found is None:
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            leaves, spec = flatten_call(args, kwargs)
+            tensors = carry(leaves)
             key = _signature(leaves, spec, ambient)
             if described is None:
                 described = (key, ambient, tuple(t.shape for t in tensors))
                 found = self._bound.get(described)
+        if found is not None and not found[0].takes(tensors):
+            described = (described, found[0].numbers(tensors))
+            found = self._bound.get(described)
         if found is None:
             for tensor in tensors:
                 _refuse_tensor(tensor)
@@ -149,7 +172,8 @@ class Engine:
         known, ambient = self._variants.setdefault(key, []), read_ambient()
         for variant in known:
             dims = variant.matcher.match([t.shape for t in tensors])
-            if dims is not None and variant.compiled.captured.holds_in(ambient):
+            captured = variant.compiled.captured
+            if dims is not None and captured.holds_in(ambient) and captured.takes(tensors):
                 return variant, dims
         _refuse_modes(ambient)
         variant = Variant(self.make(args, kwargs))
@@ -184,7 +208,7 @@ class Engine:
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
         # What cannot run is said before the seconds that tracing takes.
-        _, device = self._open_device(pytree.tree_leaves((args, kwargs)))
+        _, device = self._open_device(flatten_call(args, kwargs)[0])
         if device is None and self.options.backend != "aten":
             start_runtime()
         with self._plain(), pause_collection():
@@ -199,8 +223,7 @@ class Engine:
         """Return a capture that serves more where this one took sizes of 1 and 2 for fixed, because
         what the model makes of them (the length less one) was 1; and where it does not serve the
         call itself (whose length is too short for its other branch), one of exactly its sizes."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        shapes = [tensor.shape for tensor in tensors_of(args, kwargs)]
         traced = zip(captured.input_sizes, shapes, strict=True)
         fixed = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
         served = SizeMatcher(captured).match(shapes) is not None
@@ -318,7 +341,7 @@ class Engine:
             program.reserve(program.bind(values))
 
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, str, type(None))
 
 
 def describe_call(
@@ -330,35 +353,26 @@ def describe_call(
     """
     parts: list[Any] = [ambient, len(args), *kwargs]
     tensors = []
+    floats = False
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
             parts += (value.shape, value.dtype, value.device)
             tensors.append(value)
         elif type(value) in _PLAIN:
             parts += (type(value), value)
+        elif is_float(value):
+            parts.append(float)
+            tensors.append(value)  # carried once the device is known
+            floats = True
         else:
             return None, []
-    return tuple(parts), tensors
+    return tuple(parts), carry(tensors) if floats else tensors
 
 
-def _signature(leaves: list[Any], spec: pytree.TreeSpec, ambient: Ambient) -> Any:
+def _signature(leaves: list[Any], spec: Structure, ambient: Ambient) -> Any:
     """Return what decides which capture a call belongs to: everything but tensors' sizes, and but
     the part of the ambient state that only some traces ask for."""
-    described = tuple(
-        (leaf.dtype, leaf.device, leaf.dim()) if isinstance(leaf, torch.Tensor) else _constant(leaf)
-        for leaf in leaves
-    )
-    return (spec, described, ambient[:DECISIVE])
-
-
-def _constant(leaf: Any) -> Any:
-    if isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device, type(None))):
-        return (type(leaf), leaf)
-    try:
-        hash(leaf)
-    except TypeError:
-        return (type(leaf), id(leaf))
-    return leaf
+    return (spec, tuple(map(describe_leaf, leaves)), ambient[:DECISIVE])
 
 
 def _refuse_tensor(tensor: torch.Tensor) -> None:

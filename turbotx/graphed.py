@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from turbotx.ambient import without_autocast
 from turbotx.program import Program
 from turbotx.runtime.cuda import CudaRuntime
 from turbotx.runtime.graphs import GraphedCall, Graphs, Inputs
