@@ -22,8 +22,9 @@ PACKAGE = ROOT / "turbotx"
 # The flow, earliest first. A module may import what stands in an earlier row, or in its own:
 # rows of several names are single files that belong together, a folder has a row to itself.
 LAYERS = (
-    ("ambient", "collection", "errors", "options", "progress"),
+    ("ambient", "collection", "errors", "observers", "options", "progress"),
     ("arguments",),
+    ("call_key",),
     ("traced_float",),
     ("weight_files",),
     ("sizes",),
@@ -37,7 +38,7 @@ LAYERS = (
     ("pull",),
     ("verify",),
     ("casts",),
-    ("decompose", "unlift", "size_tensors", "guards"),
+    ("decompose", "unlift", "size_tensors", "guards", "input_names"),
     ("capture",),
     ("passes",),
     ("kernels",),

@@ -67,9 +67,7 @@ class _Refused(Exception):
 # --- taking apart ---
 
 
-def flatten_call(
-    args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[list[Any], Structure]:
+def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Structure]:
     """Return the leaves of a call, tensors and constants, and their structure.
 
     Raises InputError, naming the argument, for what is neither and cannot be taken apart.
@@ -94,11 +92,13 @@ def _name_argument(path: str) -> str:
 
 def _type_name(value: Any) -> str:
     cls = type(value)
-    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    return (
+        cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    )
 
 
 def _flatten(tree: Any, depth: int) -> tuple[list[Any], Structure]:
-    leaves, spec = pytree.tree_flatten(tree)
+    leaves, spec = pytree.tree_flatten(tree, is_leaf=_is_size)
     if all(isinstance(x, (torch.Tensor, *_PLAIN)) or is_float(x) for x in leaves):
         return leaves, spec
     made: list[Any] = []
@@ -107,7 +107,7 @@ def _flatten(tree: Any, depth: int) -> tuple[list[Any], Structure]:
         try:
             part = None if is_leaf(leaf) else _open(leaf, depth)
         except _Refused as error:
-            keyed, _ = pytree.tree_flatten_with_path(tree)
+            keyed, _ = pytree.tree_flatten_with_path(tree, is_leaf=_is_size)
             error.path.append(pytree.keystr(keyed[k][0]))
             raise
         if part is None:
@@ -117,6 +117,10 @@ def _flatten(tree: Any, depth: int) -> tuple[list[Any], Structure]:
             made += inner
             parts.append((k, found))
     return made, Opened(spec, tuple(parts)) if parts else spec
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is torch.Size  # pytree makes a tuple of it
 
 
 def is_float(value: Any) -> bool:
@@ -219,16 +223,13 @@ class Untouchable:
     """Stands in a trace for what is not Python's own, and refuses to be looked at."""
 
     def __init__(self, cls: type) -> None:
-        object.__setattr__(self, "_cls", cls)
+        self._cls = cls
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return object.__getattribute__(self, "_cls")  # type: ignore[no-any-return]
+    __class__ = property(lambda self: self._cls)  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
         raise InputError(
-            f"the model looks at .{name} of a {self.__class__.__module__}."
-            f"{self.__class__.__qualname__} among its arguments, which cannot be taken apart: pass "
+            f"the model looks at .{name} of a {self._cls.__module__}.{self._cls.__qualname__} among its arguments, which cannot be taken apart: pass "
             "what it holds"
         )
 
@@ -335,7 +336,10 @@ def carry_float(value: float, device: torch.device | None) -> torch.Tensor:
 
 
 def changed_arguments(
-    args: Sequence[Any], kwargs: Mapping[str, Any], leaves: Sequence[Any], structure: Structure,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[Any],
+    structure: Structure,
     output: Any,
 ) -> list[str]:
     """Return the arguments whose containers a call has changed and does not return.
@@ -343,14 +347,13 @@ def changed_arguments(
     args, kwargs: as `rebuild` made them of `leaves`, after the call.
     """
     given_args, given_kwargs = rebuild(leaves, structure)
-    given = {**dict(enumerate(given_args)), **given_kwargs}
+    given: dict[Any, Any] = {**dict(enumerate(given_args)), **given_kwargs}
+    after: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     returned = _containers(output)
     return [
         repr(name) if isinstance(name, str) else f"number {name}"
-        for name, value in {**dict(enumerate(args)), **kwargs}.items()
-        if not is_leaf(value)
-        and not _containers(value) & returned
-        and _differ(value, given[name])
+        for name, value in after.items()
+        if not is_leaf(value) and not _containers(value) & returned and _differ(value, given[name])
     ]
 
 
@@ -376,33 +379,3 @@ def _differ(value: Any, given: Any) -> bool:
         a is not b and (isinstance(a, torch.Tensor) or a != b)
         for a, b in zip(after, before, strict=True)
     )
-
-
-
-
-# --- floats that were looked at ---
-
-
-@dataclass(frozen=True)
-class FloatInput:
-    """A float among a program's inputs: its place among them, the value that it must have where
-    the model's Python code asked for it, and whether it was divided by."""
-
-    place: int
-    fixed: float | None
-    nonzero: bool
-
-    @property
-    def is_particular(self) -> bool:
-        """Whether it does not serve every number."""
-        return self.fixed is not None or self.nonzero
-
-    def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        if not self.is_particular:
-            return True
-        value = float(tensors[self.place].item())
-        fits = self.fixed is None or value.hex() == self.fixed.hex()
-        return fits and (value != 0.0 or not self.nonzero)
-
-    def __str__(self) -> str:
-        return "not 0.0" if self.fixed is None else repr(self.fixed)

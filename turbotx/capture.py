@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
@@ -30,7 +29,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turbotx.ambient import Ambient, no_autocast_cache, read_ambient, watch_reads, without_autocast
 from turbotx.arguments import (
-    FloatInput,
     Structure,
     carry,
     changed_arguments,
@@ -50,9 +48,10 @@ from turbotx.guards import (
     guard_sizes,
     guard_squeezed,
 )
+from turbotx.input_names import find_hints, name_dims, name_inputs
 from turbotx.size_tensors import SizeTensors
-from turbotx.sizes import Expr, dim, expr
-from turbotx.traced_float import FloatReads, read_floats
+from turbotx.sizes import Expr, expr
+from turbotx.traced_float import FloatInput, FloatReads, read_floats
 from turbotx.unlift import FRESH, unlift
 
 # The key, in the exported graph's meta, of the sizes that a squeeze looks at.
@@ -160,7 +159,7 @@ def capture(
     """
     leaves, spec = flatten_call(args, kwargs)
     tensors = carry(leaves)
-    names = _name_inputs(model, args, kwargs)
+    names = name_inputs(model, args, kwargs)
     flat = _Flat(model, leaves, spec)
     name = type(model).__name__
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
@@ -278,32 +277,6 @@ def _decompositions() -> Any:
     return table
 
 
-def _name_inputs(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[str]:
-    """Return a Python name per input, from the parameter of forward that carries it."""
-    import inspect
-
-    forward = getattr(model, "turbotx_signature_of", model.forward)
-    try:
-        parameters = list(inspect.signature(forward).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    positional = [
-        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    named = [
-        (positional[i] if i < len(positional) else f"arg{i}", arg) for i, arg in enumerate(args)
-    ]
-    found = []
-    for label, value in (*named, *kwargs.items()):
-        leaves, _ = flatten_call((value,), {})
-        for k, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor) or is_float(leaf):
-                found.append(str(label) if len(leaves) == 1 else f"{label}_{k}")
-    return found
-
-
 def _widen(
     tensors: Sequence[torch.Tensor], least: int, sides: str
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
@@ -401,50 +374,15 @@ def _describe(
     graph_module, inputs = unlift(exported, flat, names)
     fakes = [node.meta["val"] for node in inputs]
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
-    symbols = _name_dims(fakes, names, find_equals(shape_env))
+    symbols = name_dims(fakes, names, find_equals(shape_env))
     remember_names(graph_module, symbols)
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
     guards += guard_squeezed(squeezed, symbols)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in fake.shape) for fake in fakes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
-    hints = _hints(shape_env, symbols)
+    hints = find_hints(shape_env, symbols)
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
         flat.seen.out_spec, ambient, asked, flat.describe_floats(),
     )  # fmt: skip
-
-
-def _hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[int, ...]:
-    """Return each dim's size while tracing."""
-    newer = hasattr(shape_env, "backed_var_to_val")  # torch 2.12 renamed it
-    values = getattr(shape_env, "backed_var_to_val" if newer else "var_to_val", {})
-    return tuple({dim: int(values.get(symbol, 2)) for symbol, dim in symbols.items()}.values())
-
-
-def _name_dims(
-    fakes: Sequence[torch.Tensor], names: Sequence[str],
-    equals: Mapping[sympy.Symbol, sympy.Symbol],
-) -> dict[sympy.Symbol, sympy.Symbol]:  # fmt: skip
-    """Name dims as a user would: the first input's are batch and seq, others by input and place.
-
-    equals: symbols that stand for the same size as another one, and get its name.
-    """
-    symbols: dict[sympy.Symbol, sympy.Symbol] = {}
-    taken: set[str] = set()
-    plain = {0: "batch", 1: "seq"}
-    for fake, name in zip(fakes, names, strict=True):
-        for d, size in enumerate(fake.shape):
-            for symbol in sorted(expr(size).free_symbols, key=str):
-                if symbol in symbols:
-                    continue
-                known = [s for s in symbols if equals.get(s, s) == equals.get(symbol, symbol)]
-                if known:
-                    symbols[symbol] = symbols[known[0]]
-                    continue
-                label = plain.get(d, "") if fake.dim() <= 3 or d == 0 else ""
-                if not label or label in taken:
-                    label = f"{name}_d{d}"
-                taken.add(label)
-                symbols[symbol] = dim(label)
-    return symbols

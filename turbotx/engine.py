@@ -10,12 +10,10 @@ In: a model and options. Out: the model's outputs, from one compiled variant per
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,7 +21,6 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx.ambient import (
-    DECISIVE,
     Ambient,
     read_ambient,
     read_asked,
@@ -31,18 +28,13 @@ from turbotx.ambient import (
     unknown_modes,
     without_autocast,
 )
-from turbotx.arguments import (
-    Structure,
-    carry,
-    describe_leaf,
-    flatten_call,
-    is_float,
-    tensors_of,
-)
+from turbotx.arguments import carry, flatten_call, tensors_of
+from turbotx.call_key import describe_call, make_signature
 from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, TrainingError
 from turbotx.memory.pool import ChunkPool
+from turbotx.observers import observers
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, bind_weights, compile_captured, compile_rewritten
 from turbotx.placement import find_device, open_device
@@ -80,7 +72,7 @@ class Variant:
         return self._takes is None or self._takes(tensors)
 
     def numbers(self, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
-        return tuple(tensors[x.place].item().hex() for x in self.compiled.captured.floats)
+        return tuple(float(tensors[x.place].item()).hex() for x in self.compiled.captured.floats)
 
 
 class Engine:
@@ -125,7 +117,7 @@ class Engine:
         if found is None:
             leaves, spec = flatten_call(args, kwargs)
             tensors = carry(leaves)
-            key = _signature(leaves, spec, ambient)
+            key = make_signature(leaves, spec, ambient)
             if described is None:
                 described = (key, ambient, tuple(t.shape for t in tensors))
                 found = self._bound.get(described)
@@ -192,17 +184,15 @@ class Engine:
         return variant, dims
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
-        """Capture and compile one call; TURBOTX_DUMP and TURBOTX_VERIFY look at the result."""
+        """Capture and compile one call; the `observers` look at the result."""
         name = type(self.model).__name__
         with show_progress(f"capture {name}") as step:
             captured = self.capture(args, kwargs)
             step(f"compile {name}")
-            if not any(os.environ.get(name) for name in ("TURBOTX_DUMP", "TURBOTX_VERIFY")):
-                return self.compile(captured)
-            # Reports come later in the flow: only on request are they reached from here.
-            finish = import_module("turbotx.report.debug").watch(self, captured, args, kwargs)
+            finishes = [begin(self, captured, args, kwargs) for begin in observers]
             compiled = self.compile(captured)
-            finish(compiled)
+            for finish in finishes:
+                finish(compiled)
             return compiled
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
@@ -339,40 +329,6 @@ class Engine:
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
             program = compiled.at(values).program
             program.reserve(program.bind(values))
-
-
-_PLAIN = (bool, int, str, type(None))
-
-
-def describe_call(
-    args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Ambient
-) -> tuple[Any, list[torch.Tensor]]:
-    """Return all that a call is told from others by, in one pass, and its tensors in order.
-
-    None instead of a description where an argument is neither a tensor nor a plain constant.
-    """
-    parts: list[Any] = [ambient, len(args), *kwargs]
-    tensors = []
-    floats = False
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            parts += (value.shape, value.dtype, value.device)
-            tensors.append(value)
-        elif type(value) in _PLAIN:
-            parts += (type(value), value)
-        elif is_float(value):
-            parts.append(float)
-            tensors.append(value)  # carried once the device is known
-            floats = True
-        else:
-            return None, []
-    return tuple(parts), carry(tensors) if floats else tensors
-
-
-def _signature(leaves: list[Any], spec: Structure, ambient: Ambient) -> Any:
-    """Return what decides which capture a call belongs to: everything but tensors' sizes, and but
-    the part of the ambient state that only some traces ask for."""
-    return (spec, tuple(map(describe_leaf, leaves)), ambient[:DECISIVE])
 
 
 def _refuse_tensor(tensor: torch.Tensor) -> None:

@@ -10,14 +10,45 @@ math.sqrt) gets it, and the capture then serves that value only::
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from turbotx.arguments import FloatInput
-
 Tensor: Any = torch.Tensor
+
+
+@dataclass(frozen=True)
+class FloatInput:
+    """A float among a program's inputs: its place among them, the value that it must have where
+    the model's Python code asked for it, and whether it was divided by."""
+
+    place: int
+    fixed: float | None
+    nonzero: bool
+
+    @property
+    def is_particular(self) -> bool:
+        """Whether it does not serve every number."""
+        return self.fixed is not None or self.nonzero
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        if not self.is_particular:
+            return True
+        value = float(tensors[self.place].item())
+        fits = self.fixed is None or value.hex() == self.fixed.hex()
+        return fits and (value != 0.0 or not self.nonzero)
+
+
+def describe_floats(floats: Sequence[FloatInput]) -> str:
+    """Return in words which numbers a program serves."""
+    told = [
+        f"{'not 0.0' if x.fixed is None else x.fixed!r} (input {x.place})"
+        for x in floats
+        if x.is_particular
+    ]
+    return " and ".join(told)
 
 
 class TracedFloat:
@@ -36,9 +67,7 @@ class TracedFloat:
         self._value, self._tensor, self._places = value, tensor, places
         self._reads, self._nonzero, self._is_input = reads, nonzero, is_input
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return float
+    __class__ = property(lambda self: float)  # type: ignore[assignment]
 
     def read(self) -> float:
         """Return the number: what was traced holds for this one only."""

@@ -125,6 +125,10 @@ class _Writer:
         shared = {
             "target": target, "variant": number, "call": _describe_call(key),
             "ambient": encode_ambient(compiled.captured.ambient, compiled.captured.asked),
+            "floats": [
+                [x.place, None if x.fixed is None else encode_constant(x.fixed), x.nonzero]
+                for x in compiled.captured.floats
+            ],
         }  # fmt: skip
         if target == "cpu":
             libraries = self._add_libraries(compiled)
@@ -204,8 +208,16 @@ def _describe_call(key: Any) -> dict[str, Any]:
             dtype, _, rank = one
             tree.append(Leaf(len(tensors)))
             tensors.append([encode_constant(dtype), rank])
+        elif one == (float,):
+            tree.append(Leaf(len(tensors)))
+            tensors.append(["float", 0])
         else:
             tree.append(one[1])
+    if not isinstance(spec, pytree.TreeSpec):
+        raise SaveError(
+            "a call with an object among its arguments cannot be saved: pass the tensors that it "
+            "holds, or a tuple, list or dict of them"
+        )
     return {"inputs": tensors, "tree": encode_tree(pytree.tree_unflatten(tree, spec))}
 
 
