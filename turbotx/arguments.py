@@ -225,12 +225,13 @@ class Untouchable:
     def __init__(self, cls: type) -> None:
         self._cls = cls
 
-    __class__ = property(lambda self: self._cls)  # type: ignore[assignment]
+    __class__ = property(lambda self: self._cls)
 
     def __getattr__(self, name: str) -> Any:
+        cls = self._cls
         raise InputError(
-            f"the model looks at .{name} of a {self._cls.__module__}.{self._cls.__qualname__} among its arguments, which cannot be taken apart: pass "
-            "what it holds"
+            f"the model looks at .{name} of a {cls.__module__}.{cls.__qualname__} among its "
+            "arguments, which cannot be taken apart: pass what it holds"
         )
 
 

@@ -67,7 +67,7 @@ class TracedFloat:
         self._value, self._tensor, self._places = value, tensor, places
         self._reads, self._nonzero, self._is_input = reads, nonzero, is_input
 
-    __class__ = property(lambda self: float)  # type: ignore[assignment]
+    __class__ = property(lambda self: float)
 
     def read(self) -> float:
         """Return the number: what was traced holds for this one only."""
