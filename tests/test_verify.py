@@ -199,7 +199,7 @@ def test_an_input_whose_size_was_fixed_is_found(graph) -> None:
 def test_a_launch_of_another_dtype_than_its_tensor() -> None:
     tensors, first, second = launches()
     tensors["h"] = replace(tensors["h"], dtype=torch.bfloat16)
-    with pytest.raises(VerifyError, match="first takes 'h' for torch.float32"):
+    with pytest.raises(VerifyError, match=r"first takes 'h' for torch\.float32"):
         check_launches(tensors, [first, second], ["y"])
 
 

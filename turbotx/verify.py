@@ -170,8 +170,8 @@ def check_launches(
             if kind not in ("intermediate", "output"):
                 raise VerifyError(f"{launch.name} writes {name!r}, which is {kind} memory")
             written.add(name)
-        _check_dtypes(launch, tensors)
         _check_inplace_pairs(tensors, launch)
+        _check_dtypes(launch, tensors)
     for name in returned:
         if name not in written:
             raise VerifyError(f"the output {name!r} is never written")
