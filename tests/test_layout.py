@@ -22,7 +22,10 @@ PACKAGE = ROOT / "turbotx"
 # The flow, earliest first. A module may import what stands in an earlier row, or in its own:
 # rows of several names are single files that belong together, a folder has a row to itself.
 LAYERS = (
-    ("collection", "errors", "observers", "options", "progress"),
+    ("ambient", "collection", "errors", "observers", "options", "progress"),
+    ("arguments",),
+    ("call_key",),
+    ("traced_float",),
     ("weight_files",),
     ("sizes",),
     ("graph",),
@@ -34,8 +37,8 @@ LAYERS = (
     ("ops", "attention"),
     ("pull",),
     ("verify",),
-    ("conditions",),
-    ("decompose", "unlift", "size_tensors", "size_questions", "guards"),
+    ("casts", "conditions"),
+    ("decompose", "unlift", "size_tensors", "size_questions", "guards", "input_names"),
     ("capture",),
     ("passes",),
     ("kernels",),

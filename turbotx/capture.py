@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
@@ -28,6 +27,16 @@ from torch.export import Dim
 from torch.export.graph_signature import OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from turbotx.ambient import Ambient, no_autocast_cache, read_ambient, watch_reads, without_autocast
+from turbotx.arguments import (
+    Structure,
+    carry,
+    changed_arguments,
+    flatten_call,
+    is_float,
+    rebuild,
+)
+from turbotx.casts import write_casts
 from turbotx.decompose import NotNodeByNode, decompose_nodes
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
@@ -39,9 +48,11 @@ from turbotx.guards import (
     guard_sizes,
     guard_squeezed,
 )
+from turbotx.input_names import find_hints, name_dims, name_inputs
 from turbotx.size_questions import sizes_from_one
 from turbotx.size_tensors import SizeTensors
-from turbotx.sizes import Expr, dim, expr
+from turbotx.sizes import Expr, expr
+from turbotx.traced_float import FloatInput, FloatReads, read_floats
 from turbotx.unlift import FRESH, unlift
 
 # The key, in the exported graph's meta, of the sizes that a squeeze looks at.
@@ -64,7 +75,11 @@ KEPT_WHOLE = frozenset(
 
 @dataclass(frozen=True)
 class Captured:
-    """One traced call: the graph, how to feed it and how to rebuild the model's own output."""
+    """One traced call: the graph, how to feed it and how to rebuild the model's own output.
+
+    ambient: the state of PyTorch that it was traced in. asked: the places in it that Python code
+    asked for, beside those that decide every trace.
+    """
 
     graph_module: fx.GraphModule
     name: str
@@ -74,6 +89,18 @@ class Captured:
     example_dims: tuple[int, ...]
     guards: tuple[Guard, ...]
     out_spec: pytree.TreeSpec
+    ambient: Ambient
+    asked: tuple[int, ...]
+
+    floats: tuple[FloatInput, ...] = ()
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether the floats that its Python code asked for are as they were."""
+        return all(x.takes(tensors) for x in self.floats)
+
+    def holds_in(self, ambient: Ambient) -> bool:
+        """Tell whether what its Python code asked PyTorch for is as it was."""
+        return all(ambient[k] == self.ambient[k] for k in self.asked)
 
 
 class _Seen:
@@ -85,23 +112,42 @@ class _Seen:
 class _Flat(nn.Module):
     """The model behind a flat signature: tensors in, the output's leaves out."""
 
-    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
+    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: Structure) -> None:
         super().__init__()
         self.model = model
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        self.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        carried = (i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) or is_float(x))
+        self.positions = list(carried)
+        self.floats = FloatReads()
         self.in_spec = spec
         self.seen = _Seen()
         self.training = False
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
         leaves = list(self.constants)
-        for position, tensor in zip(self.positions, tensors, strict=True):
-            leaves[position] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
-        flat, out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        self.floats.begin()
+        for k, (position, tensor) in enumerate(zip(self.positions, tensors, strict=True)):
+            number = leaves[position]
+            leaves[position] = tensor if number is None else self.floats.make(number, tensor, k)
+        args, kwargs = rebuild(leaves, self.in_spec)
+        output = self.model(*args, **kwargs)
+        _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
+        flat, out_spec = pytree.tree_flatten(output)
         self.seen.out_spec = out_spec
-        return flat
+        return [read_floats(leaf) for leaf in flat]
+
+    def describe_floats(self) -> tuple[FloatInput, ...]:
+        """Return every float of the call, with what the trace took for granted of it."""
+        numbers = [(k, self.constants[i]) for k, i in enumerate(self.positions)]
+        return tuple(self.floats.describe(k, x) for k, x in numbers if x is not None)
+
+
+def _refuse_changes(changed: Sequence[str]) -> None:
+    if changed:
+        raise CaptureError(
+            f"it changes its argument {', '.join(changed)} (an attribute, an entry or an item), "
+            "which a program cannot do for the caller: return the new value instead"
+        )
 
 
 Places: TypeAlias = Collection[tuple[int, int]]
@@ -118,17 +164,25 @@ def capture(
     call's own.
     Raises CaptureError, naming the user's own source line, when the model cannot be traced.
     """
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    names = _name_inputs(model, leaves, spec)
+    leaves, spec = flatten_call(args, kwargs)
+    tensors = carry(leaves)
+    names = name_inputs(model, args, kwargs)
     flat = _Flat(model, leaves, spec)
     name = type(model).__name__
-    if not tensors:
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     _refuse_inference_tensors(model)
-    with _left_as_it_was(model):
-        exported = _export_widened(flat, tensors, least, fixed, name)
-    return _describe(exported, flat, name, names)
+    ambient = read_ambient()
+    with _left_as_it_was(model), no_autocast_cache(), watch_reads(ambient) as asked:
+        try:
+            exported = _export_widened(flat, tensors, least, fixed, name)
+        except CaptureError:
+            if not flat.describe_floats():
+                raise
+            flat.floats.fixed = True  # an op or a class took no stand-in for a number
+            exported = _export_widened(flat, tensors, least, fixed, name)
+    with without_autocast():
+        return _describe(exported, flat, name, names, ambient, tuple(sorted(asked)))
 
 
 @contextmanager
@@ -203,6 +257,7 @@ def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]])
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
+        write_casts(exported.graph)
         before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
         squeezed = find_squeezed(exported.graph)
         try:
@@ -229,34 +284,6 @@ def _decompositions() -> Any:
         if str(op) in KEPT_WHOLE:
             del table[op]
     return table
-
-
-def _name_inputs(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:
-    """Return a Python name per tensor leaf, from the parameter of forward that carries it."""
-    import inspect
-
-    args, kwargs = pytree.tree_unflatten(list(range(len(leaves))), spec)
-    forward = getattr(model, "turbotx_signature_of", model.forward)
-    try:
-        parameters = list(inspect.signature(forward).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    positional = [
-        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    labelled: dict[int, str] = {}
-    for i, arg in enumerate(args):
-        label = positional[i] if i < len(positional) else f"arg{i}"
-        _label_leaves(arg, label, labelled)
-    for label, arg in kwargs.items():
-        _label_leaves(arg, str(label), labelled)
-    return [labelled[i] for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-
-
-def _label_leaves(tree: Any, label: str, labelled: dict[int, str]) -> None:
-    indices = pytree.tree_leaves(tree)
-    for k, index in enumerate(indices):
-        labelled[index] = label if len(indices) == 1 else f"{label}_{k}"
 
 
 def _widen(
@@ -338,55 +365,27 @@ def _refuse_mutation(exported: Any, name: str) -> None:
         )
 
 
-def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captured:
+def _describe(
+    exported: Any,
+    flat: _Flat,
+    name: str,
+    names: list[str],
+    ambient: Ambient,
+    asked: tuple[int, ...],
+) -> Captured:
     _refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, flat, names)
     fakes = [node.meta["val"] for node in inputs]
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
-    symbols = _name_dims(fakes, names, find_equals(shape_env))
+    symbols = name_dims(fakes, names, find_equals(shape_env))
     remember_names(graph_module, symbols)
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
     guards += guard_squeezed(squeezed, symbols)
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in fake.shape) for fake in fakes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
-    hints = _hints(shape_env, symbols)
+    hints = find_hints(shape_env, symbols)
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
-        flat.seen.out_spec,
+        flat.seen.out_spec, ambient, asked, flat.describe_floats(),
     )  # fmt: skip
-
-
-def _hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[int, ...]:
-    """Return each dim's size while tracing."""
-    newer = hasattr(shape_env, "backed_var_to_val")  # torch 2.12 renamed it
-    values = getattr(shape_env, "backed_var_to_val" if newer else "var_to_val", {})
-    return tuple({dim: int(values.get(symbol, 2)) for symbol, dim in symbols.items()}.values())
-
-
-def _name_dims(
-    fakes: Sequence[torch.Tensor], names: Sequence[str],
-    equals: Mapping[sympy.Symbol, sympy.Symbol],
-) -> dict[sympy.Symbol, sympy.Symbol]:  # fmt: skip
-    """Name dims as a user would: the first input's are batch and seq, others by input and place.
-
-    equals: symbols that stand for the same size as another one, and get its name.
-    """
-    symbols: dict[sympy.Symbol, sympy.Symbol] = {}
-    taken: set[str] = set()
-    plain = {0: "batch", 1: "seq"}
-    for fake, name in zip(fakes, names, strict=True):
-        for d, size in enumerate(fake.shape):
-            for symbol in sorted(expr(size).free_symbols, key=str):
-                if symbol in symbols:
-                    continue
-                known = [s for s in symbols if equals.get(s, s) == equals.get(symbol, symbol)]
-                if known:
-                    symbols[symbol] = symbols[known[0]]
-                    continue
-                label = plain.get(d, "") if fake.dim() <= 3 or d == 0 else ""
-                if not label or label in taken:
-                    label = f"{name}_d{d}"
-                taken.add(label)
-                symbols[symbol] = dim(label)
-    return symbols

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from turbotx.ambient import (
+    Ambient,
+    read_ambient,
+    read_asked,
+    read_decisive,
+    unknown_modes,
+    without_autocast,
+)
+from turbotx.arguments import carry, flatten_call, tensors_of
+from turbotx.call_key import describe_call, make_signature
 from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, TrainingError
@@ -54,6 +64,15 @@ class Variant:
         self.program = compiled.program
         self.matcher = SizeMatcher(compiled.captured)
         self.out_spec = compiled.captured.out_spec
+        floats = compiled.captured.floats
+        self._takes = compiled.captured.takes if any(x.is_particular for x in floats) else None
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether the numbers among a call's arguments are those that it serves."""
+        return self._takes is None or self._takes(tensors)
+
+    def numbers(self, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
+        return tuple(float(tensors[x.place].item()).hex() for x in self.compiled.captured.floats)
 
 
 class Engine:
@@ -70,6 +89,8 @@ class Engine:
             self._variants: dict[Any, list[Variant]] = {}
             self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
             self._pools: dict[torch.device, ChunkPool] = {}
+            self._asked: tuple[int, ...] = ()
+            """What the traces asked PyTorch for: places in `ambient.NAMES`."""
 
     # --- calling ---
 
@@ -85,15 +106,24 @@ class Engine:
         """Return what serves a call, and its tensors: the guards of every call, and all of them
         but the parameters' (`Weights.refresh`). Captures and binds where nothing serves it yet."""
         self.refuse_training()
-        described, tensors = describe_call(args, kwargs)
+        ambient = read_decisive()
+        if self._asked:
+            ambient += read_asked(self._asked)
+        described, tensors = describe_call(args, kwargs, ambient)
         found = self._bound.get(described) if described is not None else None
+        if found is not None and not found[0].takes(tensors):
+            described = (described, found[0].numbers(tensors))
+            found = self._bound.get(described)
         if found is None:
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            key = _signature(leaves, spec)
+            leaves, spec = flatten_call(args, kwargs)
+            tensors = carry(leaves)
+            key = make_signature(leaves, spec, ambient)
             if described is None:
-                described = (key, tuple(t.shape for t in tensors))
+                described = (key, ambient, tuple(t.shape for t in tensors))
                 found = self._bound.get(described)
+        if found is not None and not found[0].takes(tensors):
+            described = (described, found[0].numbers(tensors))
+            found = self._bound.get(described)
         if found is None:
             for tensor in tensors:
                 _refuse_tensor(tensor)
@@ -131,11 +161,13 @@ class Engine:
         kwargs: Mapping[str, Any],
     ) -> tuple[Variant, tuple[int, ...]]:
         """Return the variant that serves these sizes, captured now if there is none yet."""
-        known = self._variants.setdefault(key, [])
+        known, ambient = self._variants.setdefault(key, []), read_ambient()
         for variant in known:
             dims = variant.matcher.match([t.shape for t in tensors])
-            if dims is not None:
+            captured = variant.compiled.captured
+            if dims is not None and captured.holds_in(ambient) and captured.takes(tensors):
                 return variant, dims
+        _refuse_modes(ambient)
         variant = Variant(self.make(args, kwargs))
         dims = variant.matcher.match([t.shape for t in tensors])
         if dims is None:
@@ -145,6 +177,10 @@ class Engine:
                 f"very call it came from: {why}"
             )
         known.append(variant)
+        asked = {*self._asked, *variant.compiled.captured.asked}
+        if len(asked) > len(self._asked):  # from now on a part of what calls are told apart by
+            self._asked = tuple(sorted(asked))
+            self._bound.clear()
         return variant, dims
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
@@ -162,7 +198,7 @@ class Engine:
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
         # What cannot run is said before the seconds that tracing takes.
-        _, device = self._open_device(pytree.tree_leaves((args, kwargs)))
+        _, device = self._open_device(flatten_call(args, kwargs)[0])
         if device is None and self.options.backend != "aten":
             start_runtime()
         with self._plain(), pause_collection():
@@ -178,8 +214,7 @@ class Engine:
         what the model makes of them (the length less one) was 1; and where it does not serve the
         call itself (which takes another branch at a length of 1), one of its sizes: first those of
         the dims that decide are numbers, then every 1, then all of them."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        shapes = [tensor.shape for tensor in tensors_of(args, kwargs)]
         traced = zip(captured.input_sizes, shapes, strict=True)
         short = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
         matcher = SizeMatcher(captured)
@@ -208,7 +243,7 @@ class Engine:
         It runs where the call's tensors and the model's parameters lie.
         """
         pool, device = self._find_memory(captured)
-        with pause_collection():
+        with without_autocast(), pause_collection():
             return compile_captured(captured, self.model, self.options, pool, device)
 
     def compile_for(self, compiled: Compiled, target: str) -> Compiled:
@@ -219,7 +254,7 @@ class Engine:
         device = None if target == "cpu" else AbsentDevice(target)
         pool = ChunkPool(torch.device("cpu"))
         captured, text = compiled.captured, compiled.captured_text
-        with pause_collection():
+        with without_autocast(), pause_collection():
             return compile_rewritten(captured, text, self.model, options, pool, device)
 
     def share(self, compiled: Compiled) -> Compiled:
@@ -228,7 +263,8 @@ class Engine:
         The models must be of the same structure; nothing is traced.
         """
         pool, device = self._find_memory(compiled.captured)
-        return bind_weights(compiled, self.model, self.options, pool, device)
+        with without_autocast():
+            return bind_weights(compiled, self.model, self.options, pool, device)
 
     def _find_memory(self, captured: Captured) -> tuple[ChunkPool, Device | None]:
         nodes = captured.graph_module.graph.find_nodes(op="placeholder")
@@ -306,46 +342,6 @@ class Engine:
             program.reserve(program.bind(values))
 
 
-_PLAIN = (bool, int, float, str, type(None))
-
-
-def describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
-    """Return all that a call is told from others by, in one pass, and its tensors in order.
-
-    None instead of a description where an argument is neither a tensor nor a plain constant.
-    """
-    parts: list[Any] = [len(args), *kwargs]
-    tensors = []
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            parts += (value.shape, value.dtype, value.device)
-            tensors.append(value)
-        elif type(value) in _PLAIN:
-            parts += (type(value), value)
-        else:
-            return None, []
-    return tuple(parts), tensors
-
-
-def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
-    """Return what decides which capture a call belongs to: everything but tensors' sizes."""
-    described = tuple(
-        (leaf.dtype, leaf.device, leaf.dim()) if isinstance(leaf, torch.Tensor) else _constant(leaf)
-        for leaf in leaves
-    )
-    return (spec, described)
-
-
-def _constant(leaf: Any) -> Any:
-    if isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device, type(None))):
-        return (type(leaf), leaf)
-    try:
-        hash(leaf)
-    except TypeError:
-        return (type(leaf), id(leaf))
-    return leaf
-
-
 def _refuse_tensor(tensor: torch.Tensor) -> None:
     if tensor.device.type not in ("cpu", "cuda"):
         raise InputError(
@@ -356,6 +352,17 @@ def _refuse_tensor(tensor: torch.Tensor) -> None:
         raise InputError(f"an input has layout {tensor.layout}; turbotx takes dense tensors only")
     if tensor.requires_grad and torch.is_grad_enabled():
         _refuse_gradient()
+
+
+def _refuse_modes(ambient: Ambient) -> None:
+    """A program is not PyTorch's functions: nothing would intercept them."""
+    names = unknown_modes(ambient)
+    if names:
+        raise InputError(
+            f"the call is made under {', '.join(names)}, which intercepts PyTorch's functions, and "
+            "a compiled program does not call them: leave the mode around the call, or call the "
+            "model that was given to turbotx.optimize"
+        )
 
 
 def _refuse_gradient() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from turbotx.ambient import without_autocast
 from turbotx.errors import BuildWarning, DeviceError, TurbotxError
 from turbotx.memory.plan import align
 from turbotx.memory.pool import poison_enabled
@@ -89,7 +90,7 @@ class GraphedCall(PlannedCall):
     ) -> list[Any]:  # fmt: skip
         """Run on `tensors`; see `PlannedCall.run`. The device may still be at work on return."""
         device = self.runtime.device
-        with device.active():
+        with without_autocast(), device.active():
             if device.is_capturing():
                 return self._run_inside_capture(binding, tensors)
             plain = ticks is not None or watch is not None or poison_enabled()

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from turbotx.ambient import without_autocast
 from turbotx.errors import IndexOutOfRangeError
 from turbotx.memory.plan import Planner, align
 from turbotx.memory.pool import ChunkPool
@@ -187,15 +188,17 @@ class PlannedCall(ABC):
         """Run on `tensors`, in the captured order; return the leaves of the model's output.
 
         `ticks`: int64, two a launch, takes the nanoseconds at which it began and ended. `watch`
-        is told of every launch, which then run one by one.
+        is told of every launch, which then run one by one. Autocast's casts are launches of the
+        program where it was traced under it: nothing here is cast again.
         """
-        self._runtime.weights.refresh()
-        inputs, outputs = self._readable(tensors), self._new_outputs(binding)
-        with self.pool.lease(binding.footprint_nbytes) as arena:
-            execution = self._prepare(arena, binding)
-            state = self._state(binding, arena, inputs, outputs)
-            self._run_in(execution, binding, state, inputs, outputs, ticks, watch)
-        return [leaf(state) for leaf in self._leaves]
+        with without_autocast():
+            self._runtime.weights.refresh()
+            inputs, outputs = self._readable(tensors), self._new_outputs(binding)
+            with self.pool.lease(binding.footprint_nbytes) as arena:
+                execution = self._prepare(arena, binding)
+                state = self._state(binding, arena, inputs, outputs)
+                self._run_in(execution, binding, state, inputs, outputs, ticks, watch)
+            return [leaf(state) for leaf in self._leaves]
 
     def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return inputs as kernels take them."""

@@ -37,6 +37,7 @@ from turbotx.saved.calls import decode_nodes
 from turbotx.saved.native import Libraries
 from turbotx.saved.steps import make_step, window_of
 from turbotx.saved.values import compile_texts, decode_constant, decode_tree
+from turbotx.traced_float import FloatInput
 
 MAX_SHAPES = 256
 
@@ -58,6 +59,10 @@ class SavedProgram(PlannedCall):
         self.tables = tables
         dims = tuple(tables["dims"])
         self._matcher = _Matcher(tables, dims)
+        self.floats = tuple(
+            FloatInput(place, decode_constant(fixed), nonzero)
+            for place, fixed, nonzero in tables["floats"]
+        )
         super().__init__(
             _read_formulas(tables, dims),
             Places(

@@ -43,7 +43,7 @@ from turbotx.saved.gpu_program import (
     variants_entry,
 )
 from turbotx.saved.native import cpu_features, runtime_digest
-from turbotx.saved.values import Leaf, encode_constant, encode_tree
+from turbotx.saved.values import Leaf, encode_ambient, encode_constant, encode_tree
 from turbotx.saved.variants import Variants
 
 
@@ -122,7 +122,14 @@ class _Writer:
 
     def add(self, number: int, key: Any, target: str, compiled: Compiled) -> None:
         """Add a call, of a number, compiled for a target."""
-        shared = {"target": target, "variant": number, "call": _describe_call(key)}
+        shared = {
+            "target": target, "variant": number, "call": _describe_call(key),
+            "ambient": encode_ambient(compiled.captured.ambient, compiled.captured.asked),
+            "floats": [
+                [x.place, None if x.fixed is None else encode_constant(x.fixed), x.nonzero]
+                for x in compiled.captured.floats
+            ],
+        }  # fmt: skip
         if target == "cpu":
             libraries = self._add_libraries(compiled)
             described = {**shared, "libraries": libraries, **describe_for_cpu(compiled)}
@@ -193,7 +200,7 @@ def _kernels_of(compiled: Compiled) -> dict[str, tuple[bytes, Mapping[str, str]]
 
 def _describe_call(key: Any) -> dict[str, Any]:
     """Return a call's signature: its arguments' structure, dtypes and ranks, and constants."""
-    spec, described = key
+    spec, described, _ = key
     tensors: list[list[Any]] = []
     tree: list[Any] = []
     for one in described:
@@ -201,8 +208,16 @@ def _describe_call(key: Any) -> dict[str, Any]:
             dtype, _, rank = one
             tree.append(Leaf(len(tensors)))
             tensors.append([encode_constant(dtype), rank])
+        elif one == (float,):
+            tree.append(Leaf(len(tensors)))
+            tensors.append(["float", 0])
         else:
             tree.append(one[1])
+    if not isinstance(spec, pytree.TreeSpec):
+        raise SaveError(
+            "a call with an object among its arguments cannot be saved: pass the tensors that it "
+            "holds, or a tuple, list or dict of them"
+        )
     return {"inputs": tensors, "tree": encode_tree(pytree.tree_unflatten(tree, spec))}
 
 
