@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from turbotx.guards import (
     guard_sizes,
     guard_squeezed,
 )
+from turbotx.module_state.record import StateRecord, make_record, start_recording
+from turbotx.module_state.recorder import Recorder
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, dim, expr
 from turbotx.unlift import FRESH, unlift
@@ -73,6 +75,7 @@ class Captured:
     example_dims: tuple[int, ...]
     guards: tuple[Guard, ...]
     out_spec: pytree.TreeSpec
+    state: StateRecord | None = None
 
 
 class _Seen:
@@ -84,9 +87,11 @@ class _Seen:
 class _Flat(nn.Module):
     """The model behind a flat signature: tensors in, the output's leaves out."""
 
-    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
+    def __init__(
+        self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, recorder: Recorder
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.recorder = model, recorder
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         self.in_spec = spec
@@ -98,7 +103,10 @@ class _Flat(nn.Module):
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
-        flat, out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        model = self.model
+        with self.recorder.on():
+            output = model(*args, **kwargs)
+        flat, out_spec = pytree.tree_flatten(output)
         self.seen.out_spec = out_spec
         return flat
 
@@ -114,14 +122,17 @@ def capture(
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     names = _name_inputs(model, leaves, spec)
-    flat = _Flat(model, leaves, spec)
+    recorder, code_names = start_recording(model)
+    flat = _Flat(model, leaves, spec, recorder)
     name = type(model).__name__
     if not tensors:
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     _refuse_inference_tensors(model)
-    with _left_as_it_was(model):
+    with _left_as_it_was(model), recorder.installed():
         exported = _export_widened(flat, tensors, least, name)
-    return _describe(exported, flat, name, names)
+    return replace(
+        _describe(exported, flat, name, names), state=make_record(model, recorder, code_names)
+    )
 
 
 @contextmanager

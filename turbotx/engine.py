@@ -9,9 +9,12 @@ In: a model and options. Out: the model's outputs, from one compiled variant per
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,6 +27,7 @@ from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, TrainingError
 from turbotx.memory.pool import ChunkPool
+from turbotx.module_state.record import training_error
 from turbotx.observers import observers
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, bind_weights, compile_captured, compile_rewritten
@@ -34,7 +38,9 @@ from turbotx.runtime.absent_device import AbsentDevice
 from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
 from turbotx.runtime.planned import Binding
+from turbotx.runtime.tensor_watch import start_native_watch
 from turbotx.signature import SizeMatcher
+from turbotx.state_guard import StateGuard
 
 log = logging.getLogger("turbotx")
 
@@ -47,21 +53,43 @@ _called_plainly = threading.local()
 
 
 class Variant:
-    """One capture: its compiled program and the matcher that tells which sizes it serves."""
+    """One capture: its compiled program, the matcher that tells which sizes it serves, and the
+    guard that tells whether the model's state is as it was.
 
-    def __init__(self, compiled: Compiled) -> None:
+    guarded: False where something else sees to the state.
+    """
+
+    def __init__(self, compiled: Compiled, guarded: bool = True) -> None:
         self.compiled = compiled
         self.program = compiled.program
         self.matcher = SizeMatcher(compiled.captured)
         self.out_spec = compiled.captured.out_spec
+        self.used = 0  # when it was last found for a call, counted in calls
+        state = compiled.captured.state if guarded else None
+        self.state = state and StateGuard(state, _find_library(compiled))
+        self.holds: Callable[[], bool] = self.state.holds if self.state else lambda: True
+
+
+def _find_library(compiled: Compiled) -> Future[ctypes.CDLL | None]:
+    """Return the library of native guards: the program's own runtime, where it is in C++."""
+    native = compiled.program.runtime.weights.native
+    if native is None:
+        return start_native_watch()
+    found: Future[ctypes.CDLL | None] = Future()
+    found.set_result(native)
+    return found
 
 
 class Engine:
     """Captures and runs the calls of one model; it stands behind every kind of target."""
 
+    guards_state = True
+    """Whether captures are checked against the model's attributes, hooks and globals."""
+
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
         self._lock = threading.RLock()
+        self._calls = itertools.count(1)
         self.reset()
 
     def reset(self) -> None:
@@ -87,19 +115,21 @@ class Engine:
         self.refuse_training()
         described, tensors = describe_call(args, kwargs)
         found = self._bound.get(described) if described is not None else None
-        if found is None:
+        if found is None or not found[0].holds():
+            found = None
             leaves, spec = pytree.tree_flatten((args, kwargs))
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             key = _signature(leaves, spec)
             if described is None:
                 described = (key, tuple(t.shape for t in tensors))
                 found = self._bound.get(described)
-        if found is None:
+        if found is None or not found[0].holds():
             for tensor in tensors:
                 _refuse_tensor(tensor)
             found = self._bind(key, described, tensors, args, kwargs)
         elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             _refuse_gradient()
+        found[0].used = next(self._calls)
         return *found, tensors
 
     def refuse_training(self) -> None:
@@ -134,9 +164,11 @@ class Engine:
         known = self._variants.setdefault(key, [])
         for variant in known:
             dims = variant.matcher.match([t.shape for t in tensors])
-            if dims is not None:
+            if dims is not None and variant.holds():
                 return variant, dims
-        variant = Variant(self.make(args, kwargs))
+            if dims is not None and variant.state is not None:
+                self._note_difference(variant.state)
+        variant = Variant(self.make(args, kwargs), self.guards_state)
         dims = variant.matcher.match([t.shape for t in tensors])
         if dims is None:
             why = variant.matcher.explain([t.shape for t in tensors])
@@ -145,7 +177,30 @@ class Engine:
                 f"very call it came from: {why}"
             )
         known.append(variant)
+        variant.used = next(self._calls)
+        self._drop_unused()
         return variant, dims
+
+    def _note_difference(self, state: StateGuard) -> None:
+        """Say why a capture does not serve a call; raise TrainingError where that is the reason."""
+        found = state.difference()
+        if found is None:
+            return
+        if found.is_training:
+            raise training_error(self.model, found.place.text)
+        log.info("%s changed since a capture: %s", type(self.model).__name__, found)
+
+    def _drop_unused(self) -> None:
+        """Drop the captures longest unused, beyond `max_variants`."""
+        kept = [(v.used, key, v) for key, variants in self._variants.items() for v in variants]
+        kept.sort(key=lambda entry: entry[0])
+        for _, key, variant in kept[: len(kept) - self.options.max_variants]:
+            log.info(
+                "dropped a capture of %s: more than max_variants=%d are in use",
+                type(self.model).__name__, self.options.max_variants,
+            )  # fmt: skip
+            self._variants[key].remove(variant)
+            self._bound = {k: x for k, x in self._bound.items() if x[0] is not variant}
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
         """Capture and compile one call; the `observers` look at the result."""

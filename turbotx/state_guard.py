@@ -1,0 +1,109 @@
+"""State guard: whether what a capture read of Python's state still holds, asked at every call.
+
+In: the record of a capture. Out: one native look at the dicts, lists and closures that the record
+came from; only where one was touched are its entries compared, and where those are equal, as after
+`model.eval()` once more or a counter that nobody reads, the look is armed again::
+
+    guard.holds()  ->  False;  str(guard.difference())  ->  "encoder.scale was 1.0, is 5.0"
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from turbotx.module_state.record import Difference, StateRecord
+from turbotx.runtime.dict_watch import DictWatch, find_mechanism
+
+
+class StateGuard:
+    """One capture's record, with a watch over it; thread-safe."""
+
+    def __init__(self, record: StateRecord, library: Future[ctypes.CDLL | None]) -> None:
+        """library: where the native look comes from; until it is there, every call compares."""
+        self._record = record
+        self._library: Future[ctypes.CDLL | None] | None = library
+        self._lock = threading.RLock()
+        self._everything = range(len(record.places))
+        self._compared: list[int] = []
+        self._failed: int | None = None
+        self._watch: DictWatch | None = None
+        self._users: list[list[int]] = []
+        self._arm()
+        self._failed = record.differing(self._everything)  # what changed before it was watched
+
+    def holds(self) -> bool:
+        """Tell whether all that the trace read is as it was."""
+        watch = self._watch
+        if watch is not None and not self._compared and watch.first_touched(0) < 0:
+            return self._failed is None
+        with self._lock:
+            return self._compare()
+
+    def difference(self) -> Difference | None:
+        """Return what `holds` found to differ."""
+        failed = self._failed
+        return None if failed is None else self._record.difference(failed)
+
+    def _compare(self) -> bool:
+        record = self._record
+        if self._failed is not None:
+            if record.differing((self._failed,)) is not None:
+                return False
+            self._failed = None
+        if self._watch is None:
+            self._arm()
+            self._failed = record.differing(self._everything)
+            return self._failed is None
+        self._failed = record.differing(self._compared)
+        if self._failed is not None:
+            return False
+        return self._compare_touched(self._watch)
+
+    def _compare_touched(self, watch: DictWatch) -> bool:
+        """Compare what lies in the containers that were touched; go on with them where it holds."""
+        accepted: list[Callable[[], None]] = []
+        renewed = False
+        i = watch.first_touched(0)
+        while i >= 0:
+            accept = watch.accept(i)  # before it is read: what changes from now on is seen
+            self._failed = self._record.differing(self._users[i])
+            if self._failed is not None:
+                return False
+            renewed |= not all(map(self._record.look_again, self._users[i]))
+            accepted.append(accept)
+            i = watch.first_touched(i + 1)
+        if renewed:  # an equal container lies where another one was
+            self._arm()
+            self._failed = self._record.differing(self._everything)
+            return self._failed is None
+        for accept in accepted:
+            accept()
+        return True
+
+    def _arm(self) -> None:
+        """Watch the containers as they are."""
+        library = self._library
+        if library is None or not library.done():
+            return
+        native = library.result()
+        locate = None if native is None else find_mechanism(native)
+        if native is None or locate is None:
+            self._library = None
+            return
+        looks = self._record.looks
+        users: dict[int, list[int]] = {}
+        held: tuple[dict[int, Any], ...] = ({}, {}, {})
+        for i, look in enumerate(looks):
+            for kind, found in zip(held, (look.dicts, look.cells, look.lists), strict=True):
+                kind.update(found)
+                for key in found:
+                    users.setdefault(key, []).append(i)
+        dicts, cells, lists = (list(kind.values()) for kind in held)
+        watch = DictWatch(native, locate, dicts, lists, cells)
+        self._users = [users[id(x)] for x in watch.watched]
+        self._compared = [i for i, look in enumerate(looks) if look.unversioned]
+        self._watch = watch
