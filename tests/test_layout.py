@@ -45,6 +45,7 @@ LAYERS = (
     ("program", "graphed"),
     ("pipeline",),
     ("signature", "state_guard", "fused_graph", "placement", "tune"),
+    ("variant",),
     ("engine", "optimized"),
     ("saved",),
     ("dynamo",),

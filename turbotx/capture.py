@@ -104,7 +104,7 @@ class _Flat(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
         model = self.model
-        with self.recorder.on():
+        with self.recorder.on(tensors):
             output = model(*args, **kwargs)
         flat, out_spec = pytree.tree_flatten(output)
         self.seen.out_spec = out_spec

@@ -9,12 +9,10 @@ In: a model and options. Out: the model's outputs, from one compiled variant per
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -38,9 +36,9 @@ from turbotx.runtime.absent_device import AbsentDevice
 from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
 from turbotx.runtime.planned import Binding
-from turbotx.runtime.tensor_watch import start_native_watch
 from turbotx.signature import SizeMatcher
 from turbotx.state_guard import StateGuard
+from turbotx.variant import Variant
 
 log = logging.getLogger("turbotx")
 
@@ -50,34 +48,6 @@ that looks a few places back, and is no usual number of anything."""
 
 _called_plainly = threading.local()
 """`engine`: whose model this thread is calling as it was, for a trace or a comparison."""
-
-
-class Variant:
-    """One capture: its compiled program, the matcher that tells which sizes it serves, and the
-    guard that tells whether the model's state is as it was.
-
-    guarded: False where something else sees to the state.
-    """
-
-    def __init__(self, compiled: Compiled, guarded: bool = True) -> None:
-        self.compiled = compiled
-        self.program = compiled.program
-        self.matcher = SizeMatcher(compiled.captured)
-        self.out_spec = compiled.captured.out_spec
-        self.used = 0  # when it was last found for a call, counted in calls
-        state = compiled.captured.state if guarded else None
-        self.state = state and StateGuard(state, _find_library(compiled))
-        self.holds: Callable[[], bool] = self.state.holds if self.state else lambda: True
-
-
-def _find_library(compiled: Compiled) -> Future[ctypes.CDLL | None]:
-    """Return the library of native guards: the program's own runtime, where it is in C++."""
-    native = compiled.program.runtime.weights.native
-    if native is None:
-        return start_native_watch()
-    found: Future[ctypes.CDLL | None] = Future()
-    found.set_result(native)
-    return found
 
 
 class Engine:
@@ -166,8 +136,8 @@ class Engine:
             dims = variant.matcher.match([t.shape for t in tensors])
             if dims is not None and variant.holds():
                 return variant, dims
-            if dims is not None and variant.state is not None:
-                self._note_difference(variant.state)
+            if dims is not None and variant.guard is not None:
+                self._note_difference(variant.guard)
         variant = Variant(self.make(args, kwargs), self.guards_state)
         dims = variant.matcher.match([t.shape for t in tensors])
         if dims is None:
@@ -181,9 +151,9 @@ class Engine:
         self._drop_unused()
         return variant, dims
 
-    def _note_difference(self, state: StateGuard) -> None:
+    def _note_difference(self, guard: StateGuard) -> None:
         """Say why a capture does not serve a call; raise TrainingError where that is the reason."""
-        found = state.difference()
+        found = guard.difference()
         if found is None:
             return
         if found.is_training:

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import types
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import torch
+
 from turbotx.module_state.record import Difference, StateRecord
 from turbotx.runtime.dict_watch import DictWatch, find_mechanism
+from turbotx.runtime.tensor_watch import Watch, make_watch
 
 
 class StateGuard:
@@ -32,6 +36,8 @@ class StateGuard:
         self._failed: int | None = None
         self._watch: DictWatch | None = None
         self._users: list[list[int]] = []
+        self._tensors: Watch | None = None
+        self._with_tensors: list[int] = []
         self._arm()
         self._failed = record.differing(self._everything)  # what changed before it was watched
 
@@ -39,7 +45,9 @@ class StateGuard:
         """Tell whether all that the trace read is as it was."""
         watch = self._watch
         if watch is not None and not self._compared and watch.first_touched(0) < 0:
-            return self._failed is None
+            tensors = self._tensors
+            if tensors is None or not tensors.changed():
+                return self._failed is None
         with self._lock:
             return self._compare()
 
@@ -58,7 +66,7 @@ class StateGuard:
             self._arm()
             self._failed = record.differing(self._everything)
             return self._failed is None
-        self._failed = record.differing(self._compared)
+        self._failed = record.differing((*self._compared, *self._with_tensors))
         if self._failed is not None:
             return False
         return self._compare_touched(self._watch)
@@ -82,6 +90,8 @@ class StateGuard:
             return self._failed is None
         for accept in accepted:
             accept()
+        if self._tensors is not None and self._tensors.changed():
+            self._arm()  # what a parameter holds is no part of the record
         return True
 
     def _arm(self) -> None:
@@ -96,14 +106,20 @@ class StateGuard:
             return
         looks = self._record.looks
         users: dict[int, list[int]] = {}
-        held: tuple[dict[int, Any], ...] = ({}, {}, {})
+        dicts: dict[int, dict[Any, Any]] = {}
+        cells: dict[int, types.CellType] = {}
+        lists: dict[int, list[Any]] = {}
+        tensors: dict[int, torch.Tensor] = {}
         for i, look in enumerate(looks):
-            for kind, found in zip(held, (look.dicts, look.cells, look.lists), strict=True):
-                kind.update(found)
-                for key in found:
-                    users.setdefault(key, []).append(i)
-        dicts, cells, lists = (list(kind.values()) for kind in held)
-        watch = DictWatch(native, locate, dicts, lists, cells)
+            dicts |= look.dicts
+            cells |= look.cells
+            lists |= look.lists
+            tensors |= look.tensors
+            for key in (*look.dicts, *look.cells, *look.lists):
+                users.setdefault(key, []).append(i)
+        watch = DictWatch(native, locate, [*dicts.values()], [*lists.values()], [*cells.values()])
         self._users = [users[id(x)] for x in watch.watched]
         self._compared = [i for i, look in enumerate(looks) if look.unversioned]
+        self._with_tensors = [i for i, look in enumerate(looks) if look.tensors]
+        self._tensors = make_watch(native, [*tensors.values()]) if tensors else None
         self._watch = watch

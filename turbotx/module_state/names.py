@@ -48,15 +48,16 @@ class Names:
     def __init__(self) -> None:
         self.places: dict[Any, Place] = {}
         self.meet: Callable[[Any], None] = lambda value: None
-        self._entered: dict[int, Any] = {}
+        self._entered: dict[tuple[int, type | None], types.FunctionType] = {}
         self._to_do: list[tuple[types.FunctionType, type | None]] = []
 
     def enter(self, value: Any, owner: type | None = None) -> None:
         """Look into a function later, with the class whose method it is."""
         for function in _functions_in(value):
-            known = id(function) in self._entered or len(self._entered) >= MAX_FUNCTIONS
-            if not known and not is_library(function.__module__):
-                self._entered[id(function)] = function
+            key = (id(function), owner)
+            known = key in self._entered or len(self._entered) >= MAX_FUNCTIONS
+            if not known and (_is_layer(function) or not is_library(function.__module__)):
+                self._entered[key] = function
                 self._to_do.append((function, owner))
 
     def work(self) -> None:
@@ -75,7 +76,7 @@ class Names:
                         self.enter(find_in_class(owner, chain[0]), owner)
 
     def _follow(self, scope: dict[str, Any], chain: tuple[str, ...]) -> None:
-        """Note the value of a global, and of what is read from it where it is a module or a class."""
+        """Note a global's value, and what is read from it where it is a module or a class."""
         home = scope.get("__name__", "")
         for i, name in enumerate(chain):
             if name not in scope:
@@ -83,21 +84,16 @@ class Names:
                     self._add(ItemPlace(scope, name, f"{home}.{name}"))
                 return
             value = scope[name]
-            inside = isinstance(value, (types.ModuleType, type))
-            if is_library(home) and (isinstance(value, type) or not callable(value)):
-                if not isinstance(value, types.ModuleType):
-                    return
-            if not isinstance(value, types.ModuleType):
-                self._add(ItemPlace(scope, name, f"{home}.{name}"))
-            if not inside or i + 1 == len(chain):
-                return
             if isinstance(value, types.ModuleType):
                 scope, home = vars(value), value.__name__
-            else:
-                if is_library(value.__module__):
-                    return
-                holder = next((c for c in value.__mro__ if chain[i + 1] in vars(c)), value)
-                scope, home = class_dict(holder), f"{holder.__module__}.{holder.__qualname__}"
+                continue
+            if is_library(home) and (isinstance(value, type) or not callable(value)):
+                return
+            self._add(ItemPlace(scope, name, f"{home}.{name}"))
+            if not isinstance(value, type) or i + 1 == len(chain) or is_library(value.__module__):
+                return
+            holder = next((c for c in value.__mro__ if chain[i + 1] in vars(c)), value)
+            scope, home = class_dict(holder), f"{holder.__module__}.{holder.__qualname__}"
 
     def _add(self, place: Place) -> None:
         if place.key in self.places:
@@ -108,6 +104,12 @@ class Names:
             return
         self.meet(value)
         self.enter(value)
+
+
+def _is_layer(function: types.FunctionType) -> bool:
+    """Tell the code of PyTorch's own layers, which call functions that a user may replace."""
+    home = function.__module__ or ""
+    return home.startswith("torch.nn.modules.") and home != nn.Module.__module__
 
 
 def _functions_in(value: Any, depth: int = 0) -> Iterable[types.FunctionType]:

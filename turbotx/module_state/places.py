@@ -7,8 +7,8 @@ change is all that can make it another one::
     place.read()    ->  1.0
     place.dicts()   ->  [encoder.__dict__]
 
-A parameter or buffer counts for what a trace sees of it (dtype, sizes, strides), since programs read
-the tensor itself anew; that two names are one tensor is a place of its own (`TiedPlace`).
+A parameter or buffer counts for what a trace sees of it (dtype, sizes, strides), since programs
+read the tensor itself anew; that two names are one tensor is a place of its own (`TiedPlace`).
 """
 
 from __future__ import annotations
@@ -57,11 +57,14 @@ class AttributePlace:
     A property is told by which it is: what it reads in turn are places too.
     """
 
-    def __init__(self, owner: Any, name: str, text: str) -> None:
-        self.owner, self.name, self.text = owner, name, text
+    def __init__(self, owner: Any, name: str, text: str, inside: bool = True) -> None:
+        """inside: whether a module is a part of the model; a program has the tensors of others as
+        constants."""
+        self.owner, self.name, self.text, self._inside = owner, name, text, inside
         self.key = ("attribute", id(owner), name)
         own = isinstance(owner, nn.Module)
-        self._computed = not own and type(owner).__getattribute__ is not object.__getattribute__
+        getter: Any = type(owner).__getattribute__
+        self._computed = not own and getter is not object.__getattribute__
         self._guessed = not own and hasattr(type(owner), "__getattr__")
 
     def read(self) -> Any:
@@ -76,17 +79,19 @@ class AttributePlace:
             look.dicts[id(found)] = found
         in_class = find_in_class(type(self.owner), self.name)
         look.unversioned |= isinstance(in_class, types.MemberDescriptorType)
-        if isinstance(self.owner, nn.Module):
+        if isinstance(self.owner, nn.Module) and self._inside:
             if self.name in TABLES and isinstance(value, dict):
                 return describe_table(look, value)
             if isinstance(value, torch.Tensor) and in_class is MISSING:
                 return describe_own_tensor(value)
+        elif isinstance(self.owner, nn.Module) and isinstance(value, nn.Parameter):
+            return look.place_of(value)  # programs look after what it holds
         return look(value)
 
     def _find(self) -> tuple[Any, list[dict[Any, Any]]]:
         """Return the value and the dicts through which it was found."""
         owner, name = self.owner, self.name
-        attributes = _dict_of(owner)
+        attributes = dict_of(owner)
         dicts = [attributes] if attributes is not None else []
         if self._computed:  # by the class's own __getattribute__ or __getattr__
             return getattr(owner, name, MISSING), [*dicts, *_class_dicts(type(owner))]
@@ -211,7 +216,8 @@ def _is_data_descriptor(value: Any) -> bool:
     return hasattr(type(value), "__set__") or hasattr(type(value), "__delete__")
 
 
-def _dict_of(owner: Any) -> dict[str, Any] | None:
+def dict_of(owner: Any) -> dict[str, Any] | None:
+    """Return an object's own attributes; None where it has slots only."""
     try:
         found: dict[str, Any] = object.__getattribute__(owner, "__dict__")
         return found

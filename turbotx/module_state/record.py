@@ -1,7 +1,7 @@
 """Record: everything that a trace read, as it was, and whether it still is.
 
-In: a recorder that has been on while a model's forward ran, and the names in the code that ran. Out:
-a list of places with what lay there, and for any of them what differs now::
+In: a recorder that has been on while a model's forward ran, and the names in the code that ran.
+Out: a list of places with what lay there, and for any of them what differs now::
 
     record = make_record(model, recorder, names)
     record.differing([17])  ->  Difference(place=encoder.scale, was="1.0", now="5.0")
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from turbotx.errors import CaptureError, TrainingError
+from turbotx.errors import CaptureError, StateWarning, TrainingError
 from turbotx.module_state.names import Names, find_names
-from turbotx.module_state.places import TABLES, AttributePlace, ItemPlace, Place, TiedPlace
+from turbotx.module_state.places import (
+    TABLES,
+    AttributePlace,
+    ItemPlace,
+    Place,
+    TiedPlace,
+    dict_of,
+)
 from turbotx.module_state.recorder import Recorder, Write
-from turbotx.module_state.values import MISSING, Look, show
+from turbotx.module_state.values import Look, show
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -69,7 +77,7 @@ class StateRecord:
         known = self.looks[i]
         same = all(
             getattr(look, kind).keys() == getattr(known, kind).keys()
-            for kind in ("dicts", "lists", "cells")
+            for kind in ("dicts", "lists", "cells", "tensors")
         )
         if not same:
             self.looks[i] = look
@@ -89,10 +97,7 @@ def start_recording(model: nn.Module) -> tuple[Recorder, Names]:
         cls = type(module)
         names.enter(cls.forward, cls)
         for value in vars(module).values():
-            if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
-                names.enter(value)
-            elif isinstance(value, dict) and value:
-                names.enter(value)
+            names.enter(value)
     return recorder, find_names((), recorder.meet, names)
 
 
@@ -104,12 +109,14 @@ def make_record(model: nn.Module, recorder: Recorder, names: Names) -> StateReco
     """
     paths = {id(vars(m)): path for path, m in model.named_modules()}
     places = [
-        AttributePlace(owner, name, _text(paths, owner, name))
+        AttributePlace(owner, name, _text(paths, owner, name), id(dict_of(owner)) in paths)
         for owner, names_read in recorder.reads
         for name in names_read
+        if not _is_tracers(owner, paths)
     ]
     _refuse_training(model, places)
-    _refuse_changes(model, recorder.writes, paths)
+    writes = [w for w in recorder.writes if not _is_tracers(w.owner, paths)]
+    _refuse_changes(model, writes, paths)
     for place in places:
         value = place.read()
         if isinstance(value, (types.FunctionType, types.MethodType, property, functools.partial)):
@@ -122,8 +129,13 @@ def make_record(model: nn.Module, recorder: Recorder, names: Names) -> StateReco
     return StateRecord([*places, *_find_ties(places), *hooks, *names.places.values()])
 
 
+def _is_tracers(owner: Any, paths: dict[int, str]) -> bool:
+    """Tell the bare module in which PyTorch's tracer keeps constants from one of the user's."""
+    return type(owner) is nn.Module and id(vars(owner)) not in paths
+
+
 def _text(paths: dict[int, str], owner: Any, name: str) -> str:
-    path = paths.get(id(getattr(owner, "__dict__", None)))
+    path = paths.get(id(dict_of(owner)))
     if path is None:
         return f"{type(owner).__name__}'s {name}"
     return f"{path}.{name}" if path else name
@@ -158,19 +170,32 @@ def training_error(model: nn.Module, text: str) -> TrainingError:
 
 
 def _refuse_changes(model: nn.Module, writes: Iterable[Write], paths: dict[int, str]) -> None:
-    """Raise CaptureError for state that a call reads and then sets to another plain value: what a
-    later call gives depends on how often it was called, which a program does not follow."""
+    """Raise CaptureError for state that a call reads and then makes another, so that a later call
+    depends on this one, which a program does not follow; warn of what is only set.
+
+    What every call would find the same, as a mask made from a size, is no matter.
+    """
     for write in writes:
-        if not write.read_first or isinstance(write.value, torch.Tensor):
-            continue
-        before = AttributePlace(write.owner, write.name, "").read()
-        if before is write.value or Look()(before) == Look()(write.value):
-            continue
-        if before is MISSING or isinstance(before, torch.Tensor):
-            continue
         text = _text(paths, write.owner, write.name)
-        raise CaptureError(
-            f"cannot capture {type(model).__name__}: its forward reads {text!r} "
-            f"({show(before)}) and sets it to {show(write.value)}, so that a call depends on the "
-            "calls before it. Keep that outside of the optimized module, or pass it as an argument"
+        before = AttributePlace(write.owner, write.name, text).read()
+        tensor = isinstance(write.value, torch.Tensor)
+        if not write.from_inputs if tensor else Look()(before) == Look()(write.value):
+            continue
+        name = type(model).__name__
+        counts = write.from_inputs or (_is_number(before) and _is_number(write.value))
+        if write.read_first and counts:
+            raise CaptureError(
+                f"cannot capture {name}: its forward reads {text!r} ({show(before)}) and sets it "
+                f"to {show(write.value)}, so that a call depends on the calls before it. Keep that "
+                "outside of the optimized module, or pass it as an argument"
+            )
+        warnings.warn(
+            f"{name}'s forward sets {text!r} to {show(write.value)}; turbotx does not, and runs "
+            "every call as if it were the first",
+            StateWarning,
+            stacklevel=2,
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, torch.SymInt)) and not isinstance(value, bool)

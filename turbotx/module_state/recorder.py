@@ -6,7 +6,7 @@ names that it set::
 
     with recorder.on():
         model(x)
-    recorder.reads   ->  [(Encoder(), ["scale", "layers", "_forward_hooks", ...]), (Config(), ["eps"])]
+    recorder.reads   ->  [(Encoder(), ["scale", "layers", ...]), (Config(), ["eps"])]
 
 Meanwhile `__getattribute__` and `__setattr__` of nn.Module, and of the classes of objects that are
 met, are replaced; other threads only pay the look whether they are the one that traces.
@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx.experimental import proxy_tensor
 
+from turbotx.module_state.dependence import depends_on_values
 from turbotx.module_state.values import MAX_DEPTH, MISSING, is_library, is_watchable, unwatchable
 
 ALL = "__dict__"
@@ -42,12 +44,14 @@ _patched: dict[type, int] = {}
 
 @dataclass
 class Write:
-    """What a forward set: `owner.name`, last to `value`; `read_first`: it had asked for it before."""
+    """What a forward set: `owner.name`, last to `value`; `read_first`: it had asked for it before;
+    `from_inputs`: it is a tensor that was computed from the call's values."""
 
     owner: Any
     name: str
     value: Any
     read_first: bool
+    from_inputs: bool
 
 
 class Recorder:
@@ -58,6 +62,7 @@ class Recorder:
         self._writes: dict[tuple[int, str], Write] = {}
         self._classes: list[type] = []
         self._met: dict[int, Any] = {}
+        self._inputs: Sequence[torch.Tensor] = ()
 
     @property
     def reads(self) -> list[tuple[Any, list[str]]]:
@@ -72,16 +77,18 @@ class Recorder:
         """Have classes report to recorders; `on` in this says when to note."""
         self._watch_class(nn.Module)
         try:
-            yield
+            with _global_hooks_inside():
+                yield
         finally:
             for cls in self._classes:
                 _release(cls)
             self._classes.clear()
 
     @contextmanager
-    def on(self) -> Iterator[None]:
-        """Note what this thread reads from now on, as the first that the code does."""
+    def on(self, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Note what this thread reads from now on, in a call with the tensors `inputs`."""
         self._writes.clear()
+        self._inputs = inputs
         before = getattr(_active, "recorder", None)
         _active.recorder = self
         try:
@@ -125,12 +132,41 @@ class Recorder:
     def note_write(self, owner: Any, name: str, value: Any) -> None:
         attributes = _attributes(owner)
         key = id(owner) if attributes is None else id(attributes)
+        tensor = isinstance(value, torch.Tensor)
+        computed = tensor and depends_on_values(value, self._inputs)
         known = self._writes.get((key, name))
         if known is not None:
-            known.value = value
+            known.value, known.from_inputs = value, computed
             return
         read = name in self._reads.get(key, (None, {}))[1]
-        self._writes[key, name] = Write(_real(owner), name, value, read)
+        self._writes[key, name] = Write(_real(owner), name, value, read, computed)
+
+
+@contextmanager
+def _global_hooks_inside() -> Iterator[None]:
+    """Meanwhile hooks of every module run in this thread only while a recorder is on: what PyTorch
+    and turbotx wrap around the model for a trace are modules too."""
+    thread = threading.get_ident()
+
+    def inside(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            on = getattr(_active, "recorder", None) is not None
+            return hook(*args, **kwargs) if on or threading.get_ident() != thread else None
+
+        return run
+
+    replaced = []
+    module = nn.modules.module
+    for hooks in (module._global_forward_hooks, module._global_forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            hooks[key] = inside(hook)
+            replaced.append((hooks, key, hook))
+    try:
+        yield
+    finally:
+        for hooks, key, hook in replaced:
+            if key in hooks:  # not removed meanwhile
+                hooks[key] = hook
 
 
 def _attributes(owner: Any) -> dict[str, Any] | None:

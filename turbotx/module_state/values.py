@@ -6,10 +6,10 @@ for what a trace would have taken for the same, and the dicts and lists it came 
     Look()(-0.0)        ->  (float, "-0x0.0p+0")        told from 0.0, and nan is like itself
     Look()({"a": [1]})  ->  (dict, (((str, "a"), (list, ((int, 1),))),))
 
-Plain constants go by type and value, containers by what they hold, numpy arrays by their bytes while
-they are small, tensors, modules, functions and other objects by which they are. The attributes of an
-object are noted when they are read (`recorder.py`); those of a class that cannot be watched so, as
-types.SimpleNamespace, are looked at with the object.
+Plain constants go by type and value, containers by what they hold, numpy arrays by their bytes
+while they are small, tensors, modules, functions and other objects by which they are. The
+attributes of an object are noted when they are read (`recorder.py`); those of a class that cannot
+be watched so, as types.SimpleNamespace, are looked at with the object.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import nn
 MAX_DEPTH = 8
 """Containers in containers; deeper ones go by which they are."""
 MAX_ITEMS = 4096
-"""Items of one value in all, and elements of a numpy array; what is beyond goes by which they are."""
+"""Items of one value in all, and elements of a numpy array; those beyond go by which they are."""
 
 MISSING = enum.Enum("MISSING", "missing").missing  # type: ignore[attr-defined]
 """What an attribute is that is not there; hasattr looks for some."""
@@ -62,13 +62,14 @@ def is_watchable(cls: type) -> bool:
 
 
 class Look:
-    """Describes values; afterwards `dicts`, `lists` and `cells` are what to watch for changes,
-    and `unversioned` tells that some content can only be compared."""
+    """Describes values; afterwards `dicts`, `lists`, `cells` and `tensors` are what to watch for
+    changes, and `unversioned` tells that some content can only be compared."""
 
     def __init__(self) -> None:
         self.dicts: dict[int, dict[Any, Any]] = {}
         self.lists: dict[int, list[Any]] = {}
         self.cells: dict[int, types.CellType] = {}
+        self.tensors: dict[int, torch.Tensor] = {}
         self.kept: list[Any] = []  # so that an id stays what it was taken from
         self.unversioned = False
         self._items = 0
@@ -117,7 +118,9 @@ class Look:
                 return cls, self._which(value.__func__), self._which(value.__self__)
             if isinstance(value, slice):
                 return cls, self._each((value.start, value.stop, value.step), depth)
-            if isinstance(value, _SNAPSHOT) or cls in unwatchable:
+            if isinstance(value, _SNAPSHOT):
+                return cls, self._own(value, depth, always=True)
+            if cls in unwatchable:
                 return self._which(value), self._own(value, depth, always=True)
             return self._which(value)
         finally:
@@ -144,9 +147,16 @@ class Look:
 
     def _tensor(self, value: torch.Tensor) -> Any:
         """Describe a tensor that is no module's: a trace takes what it holds for a constant."""
-        self.unversioned = True
-        version = None if value.is_inference() else value._version
-        return self._which(value), version, value.data_ptr() if _has_data(value) else None
+        if value.is_inference() or not _has_data(value):
+            self.unversioned = True
+            return self._which(value)
+        self.tensors[id(value)] = value
+        return self._which(value), value._version, value.data_ptr()
+
+    def place_of(self, value: torch.Tensor) -> Any:
+        """Describe a tensor by which it is and where it lies, whatever it holds."""
+        described = self(value)
+        return described[:2] + described[-1:]
 
     def _array(self, value: Any) -> Any:
         if value.size > MAX_ITEMS or value.dtype.hasobject:

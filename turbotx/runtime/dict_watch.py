@@ -1,14 +1,14 @@
-"""Dict watch: whether any of many dicts, lists and closure cells was touched since it was last asked.
+"""Dict watch: whether any of many dicts, lists and closure cells was touched since last asked.
 
-In: the containers in which the state lies that a trace read. Out: one native call that says which was
-touched first, where a comparison from Python takes a microsecond each; a BERT has a thousand::
+In: the containers in which the state lies that a trace read. Out: one native call that says which
+was touched first, where comparing from Python takes a microsecond each; a BERT has a thousand::
 
     watch = DictWatch(native, mechanism, dicts, lists, cells)
     watch.first_touched(0)  ->  17     # the eighteenth
     watch.accept(17)                   # as it is now; -1 afterwards
 
 Python 3.10 to 3.12 count the changes of a dict in the dict itself; from 3.12 on Python tells a
-watcher of them (PyDict_Watch), which counts. Which of both works is found by trying it.
+watcher of them (PyDict_Watch), which counts. Which of them works is found by trying it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import ctypes
 import functools
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 TAG_OFFSET = 24
 """Of `ma_version_tag` in a dict object: after its reference count, type and size."""
+VALUES_OFFSET = 40
+"""Of `ma_values`, which is null in a dict that has a table of its own."""
 CELL_OFFSET = 16
 """Of the content of a cell object."""
 
@@ -71,8 +73,14 @@ class DictWatch:
         kept = self._kept[: len(self._lists)]
         items = [id(x) for held in kept for x in held]
         sizes = (ctypes.c_int64 * len(kept))(*map(len, kept))
-        arrays = (self._where, self._seen, self._lists, sizes, (ctypes.c_void_p * len(items))(*items))
-        where, seen, lists, *others = map(ctypes.addressof, arrays)
+        arrays = (
+            self._where,
+            self._seen,
+            self._lists,
+            sizes,
+            (ctypes.c_void_p * len(items))(*items),
+        )
+        where, seen, lists, *others = (ctypes.addressof(a) for a in arrays)
         table = _Watched(self._count, where, seen, len(kept), lists, *others)
         table.arrays = arrays
         return ctypes.addressof(table), table
@@ -122,15 +130,38 @@ def find_mechanism(native: ctypes.CDLL) -> Locate | None:
     """Return how changes of dicts are seen natively in this Python; None where they are not."""
     if native._handle not in _found:
         usable = sys.implementation.name == "cpython" and ctypes.sizeof(ctypes.c_void_p) == 8
-        # A version that Python counts by itself says which dict it was; a watcher shares counters.
-        kinds = (lambda: _tag_of, lambda: _start_watcher(native)) if usable else ()
-        tried = (kind() for kind in kinds)
-        _found[native._handle] = next((x for x in tried if x and _works(native, x)), None)
+        _found[native._handle] = None
+        for locate in _mechanisms(native) if usable else ():
+            if _works(native, locate):
+                _found[native._handle] = locate
+                break
     return _found[native._handle]
 
 
+def _mechanisms(native: ctypes.CDLL) -> Iterator[Locate]:
+    """Give the ways to see changes, the best first."""
+    yield _tag_of  # a number of each dict's own
+    watch = _start_watcher(native)
+    if watch is None:
+        return
+    yield watch
+
+    def watch_table(found: dict[Any, Any]) -> int:
+        # Python 3.13.0 tells no watcher of attributes set in an object that keeps their values in
+        # itself. A key that is no name moves them to a table of the dict's own.
+        if _number_at(id(found) + VALUES_OFFSET):
+            found[_NO_NAME] = None
+            del found[_NO_NAME]
+        return watch(found)
+
+    yield watch_table
+
+
+_NO_NAME = 0
+
+
 def _start_watcher(native: ctypes.CDLL) -> Locate | None:
-    """Register the native callback with this Python; None where it has no such thing, or no room."""
+    """Register the native callback with this Python; None where it has no such thing or room."""
     api = ctypes.pythonapi
     if not hasattr(api, "PyDict_AddWatcher"):
         return None
