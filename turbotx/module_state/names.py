@@ -14,20 +14,27 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
-from turbotx.module_state.places import CellPlace, ItemPlace, Place, class_dict, find_in_class
-from turbotx.module_state.values import MISSING, is_library
+from turbotx.module_state.places import (
+    CellPlace,
+    ClassPlace,
+    DefaultsPlace,
+    ItemPlace,
+    Place,
+    find_in_class,
+)
+from turbotx.module_state.values import MISSING, is_library, is_watchable
 
 MAX_FUNCTIONS = 2000
 """Functions that are looked into for one model."""
 _GLOBAL = frozenset(("LOAD_GLOBAL", "LOAD_NAME"))
 _ATTRIBUTE = frozenset(("LOAD_ATTR", "LOAD_METHOD"))
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def find_names(
@@ -68,10 +75,16 @@ class Names:
                 function.__code__.co_freevars, function.__closure__ or (), strict=True
             ):
                 self._add(CellPlace(cell, f"{cell_name} of {function.__qualname__}"))
+            if any(isinstance(x, (dict, list, set)) for x in function.__defaults__ or ()):
+                self._add(DefaultsPlace(function))
             for code in _codes(function.__code__):
-                for kind, chain in _chains(code):
+                found = _chains(code)
+                attributes = [chain[0] for kind, chain in found if kind == "attribute"]
+                for kind, chain in found:
                     if kind == "global":
                         self._follow(function.__globals__, chain)
+                    elif kind == "import":
+                        self._import(chain[0], attributes)
                     elif owner is not None:
                         self.enter(find_in_class(owner, chain[0]), owner)
 
@@ -92,8 +105,25 @@ class Names:
             self._add(ItemPlace(scope, name, f"{home}.{name}"))
             if not isinstance(value, type) or i + 1 == len(chain) or is_library(value.__module__):
                 return
-            holder = next((c for c in value.__mro__ if chain[i + 1] in vars(c)), value)
-            scope, home = class_dict(holder), f"{holder.__module__}.{holder.__qualname__}"
+            self._follow_class(value, chain[i + 1 :])
+            return
+
+    def _follow_class(self, cls: type, chain: tuple[str, ...]) -> None:
+        """Note what is read from a class, and from one in it."""
+        for name in chain:
+            place = ClassPlace(cls, name, f"{cls.__module__}.{cls.__qualname__}.{name}")
+            self._add(place)
+            cls = place.read()
+            if not isinstance(cls, type):
+                return
+
+    def _import(self, name: str, used: Iterable[str]) -> None:
+        """Note what code reads from a module that it imports by itself."""
+        module = sys.modules.get(name)
+        if module is not None and not is_library(name):
+            for attribute in used:
+                if attribute in vars(module):
+                    self._follow(vars(module), (attribute,))
 
     def _add(self, place: Place) -> None:
         if place.key in self.places:
@@ -122,6 +152,15 @@ def _functions_in(value: Any, depth: int = 0) -> Iterable[types.FunctionType]:
         yield from _functions_in(value.func, depth + 1)
     elif isinstance(value, types.FunctionType):
         yield value
+    elif isinstance(value, functools._lru_cache_wrapper):
+        yield from _functions_in(value.__wrapped__, depth + 1)
+    elif isinstance(value, type) or is_watchable(type(value)):
+        # What Python calls without being asked by name: __call__, __getitem__, __init__ ...
+        for cls in (value if isinstance(value, type) else type(value)).__mro__:
+            if not is_library(cls.__module__):
+                for name, held in vars(cls).items():
+                    if name.startswith("__") and isinstance(held, types.FunctionType):
+                        yield held
     elif isinstance(value, (dict, list, tuple)) and depth < 3:
         for item in list(value.values() if isinstance(value, dict) else value):
             yield from _functions_in(item, depth + 1)
@@ -140,14 +179,16 @@ _known_chains: dict[int, tuple[types.CodeType, tuple[tuple[str, tuple[str, ...]]
 
 def _chains(code: types.CodeType) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return the globals that code loads, each with the attributes read from it at once, and the
-    other attributes it loads: ("global", ("settings", "EPS")), ("attribute", ("scale",))."""
+    other attributes and modules: ("global", ("settings", "EPS")), ("attribute", ("scale",))."""
     known = _known_chains.get(id(code))
     if known is not None and known[0] is code:
         return known[1]
     found: dict[tuple[str, tuple[str, ...]], None] = {}
     chain: list[str] = []
     for step in dis.get_instructions(code):
-        if step.opname in _ATTRIBUTE:
+        if step.opname == "IMPORT_NAME":
+            found["import", (step.argval,)] = None
+        if step.opname in _ATTRIBUTE or step.opname == "IMPORT_FROM":
             if chain:
                 chain.append(step.argval)
             else:

@@ -137,6 +137,42 @@ class ItemPlace:
         return look(self.read())
 
 
+class ClassPlace:
+    """An attribute of a class, its own or of a base."""
+
+    def __init__(self, cls: type, name: str, text: str) -> None:
+        self.cls, self.name, self.text = cls, name, text
+        self.key = ("class", cls, name)
+
+    def read(self) -> Any:
+        return find_in_class(self.cls, self.name)
+
+    def dicts(self) -> list[dict[Any, Any]]:
+        return _class_dicts(self.cls, self.name)
+
+    def describe(self, look: Look) -> Any:
+        for found in self.dicts():
+            look.dicts[id(found)] = found
+        return look(self.read())
+
+
+class DefaultsPlace:
+    """What a function takes where an argument is left out, of which some can change by itself."""
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self.function, self.text = function, f"defaults of {function.__qualname__}"
+        self.key = ("defaults", id(function))
+
+    def read(self) -> Any:
+        return self.function.__defaults__
+
+    def dicts(self) -> list[dict[Any, Any]]:
+        return []
+
+    def describe(self, look: Look) -> Any:
+        return look(self.read())
+
+
 class CellPlace:
     """A variable of an enclosing function, in a closure."""
 

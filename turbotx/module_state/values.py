@@ -156,7 +156,7 @@ class Look:
     def place_of(self, value: torch.Tensor) -> Any:
         """Describe a tensor by which it is and where it lies, whatever it holds."""
         described = self(value)
-        return described[:2] + described[-1:]
+        return described[0], described[-1]
 
     def _array(self, value: Any) -> Any:
         if value.size > MAX_ITEMS or value.dtype.hasobject:
