@@ -10,6 +10,7 @@ came from; only where one was touched are its entries compared, and where those 
 from __future__ import annotations
 
 import ctypes
+import operator
 import threading
 import types
 from collections.abc import Callable
@@ -38,6 +39,9 @@ class StateGuard:
         self._users: list[list[int]] = []
         self._tensors: Watch | None = None
         self._with_tensors: list[int] = []
+        # Sets have no version, and are seldom: each with what was in it.
+        self._sets: tuple[list[set[Any]], list[set[Any]]] = ([], [])
+        self._with_sets: list[int] = []
         self._arm()
         self._failed = record.differing(self._everything)  # what changed before it was watched
 
@@ -46,7 +50,8 @@ class StateGuard:
         watch = self._watch
         if watch is not None and not self._compared and watch.first_touched(0) < 0:
             tensors = self._tensors
-            if tensors is None or not tensors.changed():
+            same = all(map(operator.eq, *self._sets))
+            if same and (tensors is None or not tensors.changed()):
                 return self._failed is None
         with self._lock:
             return self._compare()
@@ -66,7 +71,8 @@ class StateGuard:
             self._arm()
             self._failed = record.differing(self._everything)
             return self._failed is None
-        self._failed = record.differing((*self._compared, *self._with_tensors))
+        also = (*self._compared, *self._with_tensors, *self._with_sets)
+        self._failed = record.differing(also)
         if self._failed is not None:
             return False
         return self._compare_touched(self._watch)
@@ -121,5 +127,8 @@ class StateGuard:
         self._users = [users[id(x)] for x in watch.watched]
         self._compared = [i for i, look in enumerate(looks) if look.unversioned]
         self._with_tensors = [i for i, look in enumerate(looks) if look.tensors]
+        sets = [*{id(x): x for look in looks for x in look.sets.values()}.values()]
+        self._sets = (sets, [set(x) for x in sets])
+        self._with_sets = [i for i, look in enumerate(looks) if look.sets]
         self._tensors = make_watch(native, [*tensors.values()]) if tensors else None
         self._watch = watch

@@ -35,6 +35,14 @@ MAX_FUNCTIONS = 2000
 """Functions that are looked into for one model."""
 _GLOBAL = frozenset(("LOAD_GLOBAL", "LOAD_NAME"))
 _ATTRIBUTE = frozenset(("LOAD_ATTR", "LOAD_METHOD"))
+_UNCALLED = frozenset(
+    f"__{name}__"
+    for name in (
+        "repr", "str", "format", "del", "dir", "sizeof", "reduce", "reduce_ex", "getstate",
+        "setstate", "copy", "deepcopy", "init_subclass", "class_getitem",
+    )
+)  # fmt: skip
+"""What Python calls by itself only to show, copy, keep or derive something."""
 
 
 def find_names(
@@ -159,7 +167,8 @@ def _functions_in(value: Any, depth: int = 0) -> Iterable[types.FunctionType]:
         for cls in (value if isinstance(value, type) else type(value)).__mro__:
             if not is_library(cls.__module__):
                 for name, held in vars(cls).items():
-                    if name.startswith("__") and isinstance(held, types.FunctionType):
+                    called = name.startswith("__") and name not in _UNCALLED
+                    if called and isinstance(held, types.FunctionType):
                         yield held
     elif isinstance(value, (dict, list, tuple)) and depth < 3:
         for item in list(value.values() if isinstance(value, dict) else value):

@@ -77,7 +77,7 @@ class StateRecord:
         known = self.looks[i]
         same = all(
             getattr(look, kind).keys() == getattr(known, kind).keys()
-            for kind in ("dicts", "lists", "cells", "tensors")
+            for kind in ("dicts", "lists", "cells", "tensors", "sets")
         )
         if not same:
             self.looks[i] = look

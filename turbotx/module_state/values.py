@@ -62,14 +62,15 @@ def is_watchable(cls: type) -> bool:
 
 
 class Look:
-    """Describes values; afterwards `dicts`, `lists`, `cells` and `tensors` are what to watch for
-    changes, and `unversioned` tells that some content can only be compared."""
+    """Describes values; afterwards `dicts`, `lists`, `cells`, `tensors` and `sets` are what to
+    watch for changes, and `unversioned` tells that some content can only be compared."""
 
     def __init__(self) -> None:
         self.dicts: dict[int, dict[Any, Any]] = {}
         self.lists: dict[int, list[Any]] = {}
         self.cells: dict[int, types.CellType] = {}
         self.tensors: dict[int, torch.Tensor] = {}
+        self.sets: dict[int, set[Any]] = {}
         self.kept: list[Any] = []  # so that an id stays what it was taken from
         self.unversioned = False
         self._items = 0
@@ -109,7 +110,8 @@ class Look:
                 self.unversioned |= isinstance(value, collections.deque)
                 return cls, self._each(value, depth), self._own(value, depth)
             if isinstance(value, (set, frozenset)):
-                self.unversioned |= isinstance(value, set)
+                if isinstance(value, set):
+                    self.sets[id(value)] = value
                 return cls, frozenset(self._each(value, depth))
             if isinstance(value, functools.partial):
                 parts = (value.func, value.args, value.keywords)
