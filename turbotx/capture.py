@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -49,6 +49,8 @@ from turbotx.guards import (
     guard_squeezed,
 )
 from turbotx.input_names import find_hints, name_dims, name_inputs
+from turbotx.module_state.record import StateRecord, make_record, start_recording
+from turbotx.module_state.recorder import Recorder
 from turbotx.size_questions import sizes_from_one
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, expr
@@ -93,6 +95,7 @@ class Captured:
     asked: tuple[int, ...]
 
     floats: tuple[FloatInput, ...] = ()
+    state: StateRecord | None = None
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Tell whether the floats that its Python code asked for are as they were."""
@@ -112,9 +115,11 @@ class _Seen:
 class _Flat(nn.Module):
     """The model behind a flat signature: tensors in, the output's leaves out."""
 
-    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: Structure) -> None:
+    def __init__(
+        self, model: nn.Module, leaves: Sequence[Any], spec: Structure, recorder: Recorder
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.recorder = model, recorder
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         carried = (i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) or is_float(x))
         self.positions = list(carried)
@@ -130,7 +135,9 @@ class _Flat(nn.Module):
             number = leaves[position]
             leaves[position] = tensor if number is None else self.floats.make(number, tensor, k)
         args, kwargs = rebuild(leaves, self.in_spec)
-        output = self.model(*args, **kwargs)
+        model = self.model
+        with self.recorder.on(tensors):
+            output = model(*args, **kwargs)
         _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
         flat, out_spec = pytree.tree_flatten(output)
         self.seen.out_spec = out_spec
@@ -167,13 +174,17 @@ def capture(
     leaves, spec = flatten_call(args, kwargs)
     tensors = carry(leaves)
     names = name_inputs(model, args, kwargs)
-    flat = _Flat(model, leaves, spec)
+    recorder, code_names = start_recording(model)
+    flat = _Flat(model, leaves, spec, recorder)
     name = type(model).__name__
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     _refuse_inference_tensors(model)
     ambient = read_ambient()
-    with _left_as_it_was(model), no_autocast_cache(), watch_reads(ambient) as asked:
+    with (
+        _left_as_it_was(model), recorder.installed(), no_autocast_cache(),
+        watch_reads(ambient) as asked,
+    ):  # fmt: skip
         try:
             exported = _export_widened(flat, tensors, least, fixed, name)
         except CaptureError:
@@ -182,7 +193,8 @@ def capture(
             flat.floats.fixed = True  # an op or a class took no stand-in for a number
             exported = _export_widened(flat, tensors, least, fixed, name)
     with without_autocast():
-        return _describe(exported, flat, name, names, ambient, tuple(sorted(asked)))
+        captured = _describe(exported, flat, name, names, ambient, tuple(sorted(asked)))
+    return replace(captured, state=make_record(model, recorder, code_names))
 
 
 @contextmanager

@@ -260,6 +260,8 @@ class _Holder(nn.Module):
 class _SharingEngine(Engine):
     """Runs a graph with one module's parameters; captures are shared by all of them."""
 
+    guards_state = False  # Dynamo's own guards do
+
     def __init__(self, graph: _Graph, holder: _Holder) -> None:
         super().__init__(holder, graph.options)
         self._graph = weakref.ref(graph)

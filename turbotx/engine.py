@@ -9,9 +9,10 @@ In: a model and options. Out: the model's outputs, from one compiled variant per
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,7 @@ from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, TrainingError
 from turbotx.memory.pool import ChunkPool
+from turbotx.module_state.record import training_error
 from turbotx.observers import observers
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, bind_weights, compile_captured, compile_rewritten
@@ -45,6 +47,8 @@ from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
 from turbotx.runtime.planned import Binding
 from turbotx.signature import SizeMatcher
+from turbotx.state_guard import StateGuard
+from turbotx.variant import Variant
 
 log = logging.getLogger("turbotx")
 
@@ -56,31 +60,16 @@ _called_plainly = threading.local()
 """`engine`: whose model this thread is calling as it was, for a trace or a comparison."""
 
 
-class Variant:
-    """One capture: its compiled program and the matcher that tells which sizes it serves."""
-
-    def __init__(self, compiled: Compiled) -> None:
-        self.compiled = compiled
-        self.program = compiled.program
-        self.matcher = SizeMatcher(compiled.captured)
-        self.out_spec = compiled.captured.out_spec
-        floats = compiled.captured.floats
-        self._takes = compiled.captured.takes if any(x.is_particular for x in floats) else None
-
-    def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Tell whether the numbers among a call's arguments are those that it serves."""
-        return self._takes is None or self._takes(tensors)
-
-    def numbers(self, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
-        return tuple(float(tensors[x.place].item()).hex() for x in self.compiled.captured.floats)
-
-
 class Engine:
     """Captures and runs the calls of one model; it stands behind every kind of target."""
+
+    guards_state = True
+    """Whether captures are checked against the model's attributes, hooks and globals."""
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
         self._lock = threading.RLock()
+        self._calls = itertools.count(1)
         self.reset()
 
     def reset(self) -> None:
@@ -114,7 +103,8 @@ class Engine:
         if found is not None and not found[0].takes(tensors):
             described = (described, found[0].numbers(tensors))
             found = self._bound.get(described)
-        if found is None:
+        if found is None or not found[0].holds():
+            found = None
             leaves, spec = flatten_call(args, kwargs)
             tensors = carry(leaves)
             key = make_signature(leaves, spec, ambient)
@@ -124,12 +114,13 @@ class Engine:
         if found is not None and not found[0].takes(tensors):
             described = (described, found[0].numbers(tensors))
             found = self._bound.get(described)
-        if found is None:
+        if found is None or not found[0].holds():
             for tensor in tensors:
                 _refuse_tensor(tensor)
             found = self._bind(key, described, tensors, args, kwargs)
         elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             _refuse_gradient()
+        found[0].used = next(self._calls)
         return *found, tensors
 
     def refuse_training(self) -> None:
@@ -165,10 +156,14 @@ class Engine:
         for variant in known:
             dims = variant.matcher.match([t.shape for t in tensors])
             captured = variant.compiled.captured
-            if dims is not None and captured.holds_in(ambient) and captured.takes(tensors):
+            if dims is None or not captured.holds_in(ambient) or not captured.takes(tensors):
+                continue
+            if variant.holds():
                 return variant, dims
+            if variant.guard is not None:
+                self._note_difference(variant.guard)
         _refuse_modes(ambient)
-        variant = Variant(self.make(args, kwargs))
+        variant = Variant(self.make(args, kwargs), self.guards_state)
         dims = variant.matcher.match([t.shape for t in tensors])
         if dims is None:
             why = variant.matcher.explain([t.shape for t in tensors])
@@ -181,7 +176,30 @@ class Engine:
         if len(asked) > len(self._asked):  # from now on a part of what calls are told apart by
             self._asked = tuple(sorted(asked))
             self._bound.clear()
+        variant.used = next(self._calls)
+        self._drop_unused()
         return variant, dims
+
+    def _note_difference(self, guard: StateGuard) -> None:
+        """Say why a capture does not serve a call; raise TrainingError where that is the reason."""
+        found = guard.difference()
+        if found is None:
+            return
+        if found.is_training:
+            raise training_error(self.model, found.place.text)
+        log.info("%s changed since a capture: %s", type(self.model).__name__, found)
+
+    def _drop_unused(self) -> None:
+        """Drop the captures longest unused, beyond `max_variants`."""
+        kept = [(v.used, key, v) for key, variants in self._variants.items() for v in variants]
+        kept.sort(key=lambda entry: entry[0])
+        for _, key, variant in kept[: len(kept) - self.options.max_variants]:
+            log.info(
+                "dropped a capture of %s: more than max_variants=%d are in use",
+                type(self.model).__name__, self.options.max_variants,
+            )  # fmt: skip
+            self._variants[key].remove(variant)
+            self._bound = {k: x for k, x in self._bound.items() if x[0] is not variant}
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
         """Capture and compile one call; the `observers` look at the result."""

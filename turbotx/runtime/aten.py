@@ -47,7 +47,8 @@ class AtenSteps:
         reads = [arg for role, _, arg in operands if role == "in"]
         writes = [arg for role, _, arg in operands if role == "out"]
         extracted = extract(outputs, inputs, lowered.kernel.name)
-        return self._call(extracted.module, (*reads, *extracted.sizes), {}, writes, False)
+        # Its forward, since hooks that a user gave to every module are not for this one.
+        return self._call(extracted.module.forward, (*reads, *extracted.sizes), {}, writes, False)
 
     def _call(
         self, target: Any, args: Any, kwargs: Any,

@@ -69,7 +69,7 @@ class PlainWatch:
 
 
 def start_native_watch() -> Future[ctypes.CDLL | None]:
-    """Begin to build the loop alone in the background, for programs without the C++ runtime; None
+    """Begin to build the loops alone in the background, for programs without the C++ runtime; None
     comes of it where there is no compiler, or it fails: then `PlainWatch` does the same."""
     return _start_native_watch(cache_directory())
 
@@ -84,7 +84,8 @@ def _start_native_watch(folder: Path) -> Future[ctypes.CDLL | None]:
 
 def _build_watch() -> ctypes.CDLL | None:
     try:
-        library, _ = build_library({"watch": RUNTIME_SOURCES["watch"].read_text()})
+        names = ("watch", "dict_watch")
+        library, _ = build_library({name: RUNTIME_SOURCES[name].read_text() for name in names})
     except (TurbotxError, OSError):
         return None
     declare_watch(library)

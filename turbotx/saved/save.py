@@ -23,7 +23,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx import __version__
-from turbotx.engine import Engine, Variant
+from turbotx.engine import Engine
 from turbotx.errors import SaveError
 from turbotx.kernels.build import build_library
 from turbotx.kernels.targets import build
@@ -45,6 +45,7 @@ from turbotx.saved.gpu_program import (
 from turbotx.saved.native import cpu_features, runtime_digest
 from turbotx.saved.values import Leaf, encode_ambient, encode_constant, encode_tree
 from turbotx.saved.variants import Variants
+from turbotx.variant import Variant
 
 
 def save(
@@ -52,7 +53,7 @@ def save(
     targets: Sequence[str] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:  # fmt: skip
-    """Write every call that `optimized` has compiled so far to one file.
+    """Write every call that `optimized` has compiled so far, as its model is now, to one file.
 
     weights: also write the model's parameters and buffers (needs the extra `weights`); without them
     `turbotx.load` is given them. Buffers that are no part of the state dict are always written.
@@ -65,9 +66,12 @@ def save(
     file cannot be written.
     """
     engine = engine_of(optimized)
-    variants = engine.keyed_variants()
+    # Those of a state that the model has left would be taken for its own.
+    variants = [(key, variant) for key, variant in engine.keyed_variants() if variant.holds()]
     if not variants:
-        raise SaveError("nothing was compiled yet: call the module once, then save it")
+        raise SaveError(
+            "nothing was compiled yet for the model as it is: call the module once, then save it"
+        )
     wanted = None if targets is None else [check_target(name) for name in targets]
     if wanted == []:
         raise SaveError("targets=[] leaves nothing to save: name some, or leave it out")
