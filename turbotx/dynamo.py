@@ -267,7 +267,9 @@ class _SharingEngine(Engine):
             known = graph.compiled.setdefault(_signature(leaves, spec), [])
             for compiled in known:
                 if SizeMatcher(compiled.captured).match([t.shape for t in leaves]) is not None:
-                    return self.share(compiled)
+                    shared = self.share(compiled)
+                    if not shared.program.runtime.weights.misfit():
+                        return shared
             made = super().make(args, kwargs)
             known.append(made)
             return made

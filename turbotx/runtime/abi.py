@@ -48,9 +48,13 @@ def declare_runtime(library: ctypes.CDLL) -> None:
 
 
 def declare_watch(library: ctypes.CDLL) -> None:
-    """Tell ctypes about the one function of `tensor_watch.cpp`."""
+    """Tell ctypes about the functions of `tensor_watch.cpp`."""
+    library.ttx_watch_tensors.restype = ctypes.c_void_p
+    library.ttx_watch_tensors.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
     library.ttx_tensors_changed.restype = ctypes.c_int
-    library.ttx_tensors_changed.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 5]
+    library.ttx_tensors_changed.argtypes = [ctypes.c_void_p]
+    library.ttx_free_watch.restype = None
+    library.ttx_free_watch.argtypes = [ctypes.c_void_p]
 
 
 def runtime_units() -> dict[str, str]:

@@ -21,10 +21,10 @@ from typing import Any
 
 from turbotx.errors import SavedFileError
 
-FORMAT = 3
+FORMAT = 5
 """Raised whenever an older reader would misunderstand what is written."""
 
-CPU_ONLY = 2
+CPU_ONLY = 4
 """The format of files without programs for GPUs, which older readers understand."""
 
 MANIFEST = "manifest.json"

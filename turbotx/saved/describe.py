@@ -238,6 +238,14 @@ def _describe_weights(program: Program) -> dict[str, Any]:
     slots, weights = program.runtime.table.slots, program.runtime.weights
     return {
         "paths": dict(weights.paths),
+        "kinds": {
+            name: {
+                "dtype": encode_constant(kind.dtype),
+                "shape": list(kind.shape),
+                "strides": list(kind.strides),
+            }
+            for name, kind in weights.kinds.items()
+        },
         "prepared": encode_nodes(weights.prepared.values()),
         "prepared_names": list(weights.prepared),
         "slots": {

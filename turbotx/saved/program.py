@@ -32,7 +32,7 @@ from turbotx.runtime.planned import (
 )
 from turbotx.runtime.segments import Packing, SegmentedRuntime
 from turbotx.runtime.state import Evaluate, Maker, Step
-from turbotx.runtime.weights import Weights
+from turbotx.runtime.weights import Kind, Weights
 from turbotx.saved.calls import decode_nodes
 from turbotx.saved.native import Libraries
 from turbotx.saved.steps import make_step, window_of
@@ -142,7 +142,11 @@ def read_weights(
     weights = tables["weights"]
     nodes = decode_nodes(weights["prepared"], place)
     prepared = {name: nodes[name] for name in weights["prepared_names"]}
-    return Weights(model, constants, weights["paths"], prepared)
+    kinds = {
+        name: Kind(decode_constant(k["dtype"]), tuple(k["shape"]), tuple(k["strides"]), place)
+        for name, k in weights["kinds"].items()
+    }
+    return Weights(model, constants, weights["paths"], prepared, kinds)
 
 
 class SavedCpuRuntime(SegmentedRuntime):

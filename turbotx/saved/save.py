@@ -65,7 +65,10 @@ def save(
     file cannot be written.
     """
     engine = engine_of(optimized)
-    variants = engine.keyed_variants()
+    # What was compiled for parameters of another dtype or layout serves no call any more.
+    variants = [
+        (k, v) for k, v in engine.keyed_variants() if not v.program.runtime.weights.misfit()
+    ]
     if not variants:
         raise SaveError("nothing was compiled yet: call the module once, then save it")
     wanted = None if targets is None else [check_target(name) for name in targets]
@@ -90,6 +93,7 @@ def save(
     entries["programs.json"] = json.dumps(writer.programs).encode()
     entries["state.json"] = json.dumps(_describe_state(engine.model, state)).encode()
     entries["held.safetensors"] = _to_safetensors(held)
+    entries["held.json"] = json.dumps({k: list(v.stride()) for k, v in held.items()}).encode()
     if weights:
         entries["weights.safetensors"] = _to_safetensors(_without_ties(state))
     write_container(Path(path), entries, facts)
@@ -233,6 +237,7 @@ def _describe_state(model: nn.Module, state: dict[str, torch.Tensor]) -> list[di
             "name": name,
             "dtype": encode_constant(tensor.dtype),
             "shape": list(tensor.shape),
+            "strides": list(tensor.stride()),
             "parameter": name in parameters,
             "tied_to": first.setdefault(_memory(tensor), name),
         }
