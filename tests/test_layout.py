@@ -22,7 +22,7 @@ PACKAGE = ROOT / "turbotx"
 # The flow, earliest first. A module may import what stands in an earlier row, or in its own:
 # rows of several names are single files that belong together, a folder has a row to itself.
 LAYERS = (
-    ("collection", "errors", "observers", "options", "progress"),
+    ("collection", "errors", "memory_order", "observers", "options", "progress"),
     ("weight_files",),
     ("sizes",),
     ("graph",),
@@ -34,12 +34,12 @@ LAYERS = (
     ("ops", "attention"),
     ("pull",),
     ("verify",),
-    ("decompose", "unlift", "size_tensors", "guards"),
+    ("decompose", "eager", "unlift", "size_tensors", "guards"),
     ("capture",),
     ("passes",),
     ("kernels",),
     ("memory",),
-    ("assemble", "alternatives", "folding"),
+    ("assembly", "copies", "assemble", "alternatives", "folding"),
     ("runtime",),
     ("program", "graphed"),
     ("pipeline",),

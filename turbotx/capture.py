@@ -29,6 +29,7 @@ from torch.export.graph_signature import OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turbotx.decompose import NotNodeByNode, decompose_nodes
+from turbotx.eager import ORDER, note_layouts
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
 from turbotx.guards import (
@@ -39,6 +40,7 @@ from turbotx.guards import (
     guard_sizes,
     guard_squeezed,
 )
+from turbotx.memory_order import by_order, in_memory, inverse, make_dense, memory_order, moved_dims
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, dim, expr
 from turbotx.unlift import FRESH, unlift
@@ -82,21 +84,22 @@ class _Seen:
 
 
 class _Flat(nn.Module):
-    """The model behind a flat signature: tensors in, the output's leaves out."""
+    """The model behind a flat signature: tensors in, by their order in memory, leaves out."""
 
     def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
         super().__init__()
         self.model = model
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        self.orders = [memory_order(leaves[i]) for i in self.positions]
         self.in_spec = spec
         self.seen = _Seen()
         self.training = False
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
         leaves = list(self.constants)
-        for position, tensor in zip(self.positions, tensors, strict=True):
-            leaves[position] = tensor
+        for position, tensor, order in zip(self.positions, tensors, self.orders, strict=True):
+            leaves[position] = in_memory(tensor, inverse(order))
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
         flat, out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
         self.seen.out_spec = out_spec
@@ -149,6 +152,8 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, na
     first, tried = None, []
     for sides in ("left", "both", "none"):
         examples, varying = _widen(tensors, least, sides)
+        examples = list(map(make_dense, examples, flat.orders))
+        varying = list(map(moved_dims, varying, flat.orders))
         if varying in tried:
             continue
         tried.append(varying)
@@ -339,13 +344,17 @@ def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captur
     _refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, flat, names)
     fakes = [node.meta["val"] for node in inputs]
+    shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]
+    for node, order in zip(inputs, flat.orders, strict=True):
+        node.meta[ORDER] = order
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
-    symbols = _name_dims(fakes, names, find_equals(shape_env))
+    symbols = _name_dims(shapes, names, find_equals(shape_env))
     remember_names(graph_module, symbols)
+    note_layouts(graph_module.graph)
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
     guards += guard_squeezed(squeezed, symbols)
-    sizes = tuple(tuple(expr(s).xreplace(symbols) for s in fake.shape) for fake in fakes)
+    sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
     hints = _hints(shape_env, symbols)
     return Captured(
@@ -362,7 +371,7 @@ def _hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tupl
 
 
 def _name_dims(
-    fakes: Sequence[torch.Tensor], names: Sequence[str],
+    shapes: Sequence[Sequence[Any]], names: Sequence[str],
     equals: Mapping[sympy.Symbol, sympy.Symbol],
 ) -> dict[sympy.Symbol, sympy.Symbol]:  # fmt: skip
     """Name dims as a user would: the first input's are batch and seq, others by input and place.
@@ -372,8 +381,8 @@ def _name_dims(
     symbols: dict[sympy.Symbol, sympy.Symbol] = {}
     taken: set[str] = set()
     plain = {0: "batch", 1: "seq"}
-    for fake, name in zip(fakes, names, strict=True):
-        for d, size in enumerate(fake.shape):
+    for shape, name in zip(shapes, names, strict=True):
+        for d, size in enumerate(shape):
             for symbol in sorted(expr(size).free_symbols, key=str):
                 if symbol in symbols:
                     continue
@@ -381,7 +390,7 @@ def _name_dims(
                 if known:
                     symbols[symbol] = symbols[known[0]]
                     continue
-                label = plain.get(d, "") if fake.dim() <= 3 or d == 0 else ""
+                label = plain.get(d, "") if len(shape) <= 3 or d == 0 else ""
                 if not label or label in taken:
                     label = f"{name}_d{d}"
                 taken.add(label)

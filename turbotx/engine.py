@@ -24,6 +24,7 @@ from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, ModelChangedError, TrainingError
 from turbotx.memory.pool import ChunkPool
+from turbotx.memory_order import key_of, memory_order
 from turbotx.observers import observers
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, bind_weights, compile_captured, compile_rewritten
@@ -333,7 +334,8 @@ def describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, l
     tensors = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
-            parts += (value.shape, value.dtype, value.device)
+            order = None if value.is_contiguous() else memory_order(value)
+            parts += (value.shape, value.dtype, value.device, order)
             tensors.append(value)
         elif type(value) in _PLAIN:
             parts += (type(value), value)
@@ -343,10 +345,10 @@ def describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, l
 
 
 def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
-    """Return what decides which capture a call belongs to: everything but tensors' sizes."""
+    """Return what decides which capture a call belongs to: everything but tensors' sizes, and that
+    they are slices."""
     described = tuple(
-        (leaf.dtype, leaf.device, leaf.dim()) if isinstance(leaf, torch.Tensor) else _constant(leaf)
-        for leaf in leaves
+        key_of(leaf) if isinstance(leaf, torch.Tensor) else _constant(leaf) for leaf in leaves
     )
     return (spec, described)
 

@@ -36,6 +36,7 @@ from turbotx.passes.linear import (
     use_linear,
     use_multiplication,
 )
+from turbotx.passes.outputs import own_outputs
 from turbotx.passes.partition import find_prepared, kind_of, partition
 from turbotx.passes.results import use_single_results
 from turbotx.program import Program
@@ -86,6 +87,7 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     lift_views(graph)
     free_biases(graph)
     canonicalize(graph)
+    own_outputs(graph)
 
 
 def compile_captured(

@@ -91,12 +91,12 @@ class GraphedCall(PlannedCall):
         device = self.runtime.device
         with device.active():
             if device.is_capturing():
-                return self._run_inside_capture(binding, tensors)
+                return self._run_inside_capture(binding, self.in_memory(tensors))
             plain = ticks is not None or watch is not None or poison_enabled()
             plain = plain or self._graphs.most == 0
             if not plain and not self._is_first(binding.dims):
                 try:
-                    return self._replay(binding, tensors)
+                    return self._replay(binding, self.in_memory(tensors))
                 except _NotCapturable as error:
                     self._graphs.most = 0
                     warnings.warn(
@@ -120,6 +120,7 @@ class GraphedCall(PlannedCall):
         """Run once and keep the memory: yields the address table, for launches over it again, and
         what PyTorch's part of them works on."""
         self.runtime.weights.refresh()
+        tensors = self.in_memory(tensors)
         inputs, outputs = self._readable(tensors), self._new_outputs(binding)
         with self.pool.lease(binding.footprint_nbytes) as arena:
             execution = self._prepare(arena, binding)
@@ -157,7 +158,7 @@ class GraphedCall(PlannedCall):
         failed = self.runtime.failed()
         if failed:
             self._explain_failure(failed)
-        state = self._state(binding, arena, super()._readable(tensors), outputs)
+        state = self._state(binding, arena, tensors, outputs, tensors)
         return [leaf(state) for leaf in self._leaves]
 
     def _play(
@@ -251,7 +252,7 @@ class GraphedCall(PlannedCall):
         self._point(execution, arena, binding)
         self._callers[execution.kept.version] = execution.kept
         inputs, outputs = self._readable(tensors), self._new_outputs(binding)
-        state = self._state(binding, arena, inputs, outputs)
+        state = self._state(binding, arena, inputs, outputs, tensors)
         self._run_in(execution, binding, state, inputs, outputs)
         return [leaf(state) for leaf in self._leaves]
 

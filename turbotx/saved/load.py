@@ -22,6 +22,7 @@ from torch import nn
 
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
+from turbotx.memory_order import key_of
 from turbotx.runtime.device import Device
 from turbotx.runtime.graphs import Graphs
 from turbotx.runtime.planned import Binding
@@ -154,7 +155,10 @@ class SavedModule(nn.Module):
 
     def _add(self, program: SavedProgram) -> None:
         call = program.tables["call"]
-        kinds = [(decode_constant(dtype), self._place, n) for dtype, n in call["inputs"]]
+        kinds = [
+            (decode_constant(dtype), self._place, rank, *map(tuple, order))
+            for dtype, rank, *order in call["inputs"]
+        ]
         args, kwargs = decode_tree(call["tree"], lambda k: _Given(kinds[k]))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         self._programs.setdefault((spec, tuple(map(_describe, leaves))), []).append(program)
@@ -235,16 +239,16 @@ class SavedModule(nn.Module):
 
 
 class _Given:
-    """Stands for a tensor of a dtype, a device and a rank in a saved call."""
+    """Stands for a tensor of a dtype, a device, a rank and a memory order in a saved call."""
 
-    def __init__(self, kind: tuple[torch.dtype, torch.device, int]) -> None:
+    def __init__(self, kind: tuple[Any, ...]) -> None:
         self.kind = kind
 
 
 def _describe(leaf: Any) -> Any:
     """Return what of an argument decides which program serves the call."""
     if isinstance(leaf, torch.Tensor):
-        return leaf.dtype, leaf.device, leaf.dim()
+        return key_of(leaf)
     return leaf.kind if isinstance(leaf, _Given) else (type(leaf), leaf)
 
 
@@ -252,7 +256,7 @@ def _show(key: Any) -> str:
     spec, described = key
     shown = [
         f"{str(d[0]).removeprefix('torch.')}[{', '.join('?' * d[2])}]"
-        if len(d) == 3
+        if len(d) >= 3
         else repr(d[1])
         for d in described
     ]

@@ -35,7 +35,7 @@ from turbotx.runtime.state import Evaluate, Maker, Step
 from turbotx.runtime.weights import Kind, Weights
 from turbotx.saved.calls import decode_nodes
 from turbotx.saved.native import Libraries
-from turbotx.saved.steps import make_step, window_of
+from turbotx.saved.steps import alias_of, make_step, window_of
 from turbotx.saved.values import compile_texts, decode_constant, decode_tree
 
 MAX_SHAPES = 256
@@ -67,6 +67,8 @@ class SavedProgram(PlannedCall):
                     for o in tables["outputs"]
                 ],
                 planned=[(name, place, slot) for name, place, slot in tables["memory"]["planned"]],
+                orders=[x["order"] for x in tables["inputs"]],
+                raw={x["tensor"] for x in tables["inputs"] if x["raw"]},
             ),
             _read_planner(tables["memory"]),
             runtime,
@@ -102,6 +104,8 @@ class SavedProgram(PlannedCall):
             return lambda state: state.tensors[name]
         if "window" in leaf:
             return window_of(leaf["window"], self.dims)
+        if "alias" in leaf:
+            return alias_of(leaf, self.dims)
         if "size" in leaf:
             return make_size(compile_texts([leaf["size"]], self.dims))
         constant = decode_constant(leaf["constant"])

@@ -201,10 +201,10 @@ def _describe_call(key: Any) -> dict[str, Any]:
     tensors: list[list[Any]] = []
     tree: list[Any] = []
     for one in described:
-        if len(one) == 3 and isinstance(one[0], torch.dtype):
-            dtype, _, rank = one
+        if len(one) >= 3 and isinstance(one[0], torch.dtype):
+            dtype, _, rank, *order = one
             tree.append(Leaf(len(tensors)))
-            tensors.append([encode_constant(dtype), rank])
+            tensors.append([encode_constant(dtype), rank, *order])
         else:
             tree.append(one[1])
     return {"inputs": tensors, "tree": encode_tree(pytree.tree_unflatten(tree, spec))}
