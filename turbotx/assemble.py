@@ -36,7 +36,7 @@ from turbotx.kernels.cpp_products import describe_product
 from turbotx.kernels.epilogue import ACTIVATIONS, Epilogue, GemmKernel, is_packable
 from turbotx.kernels.fuse import FusedRegion
 from turbotx.kernels.inplace import find_inplace
-from turbotx.layout import Layout, contiguous_strides, layout_with_copies, reshape_strides
+from turbotx.layout import contiguous_strides, layout_with_copies, reshape_strides
 from turbotx.ops import OPS, takes_any_layout, why_outside
 from turbotx.passes.extract import extract
 from turbotx.passes.outputs import copied_leaves
@@ -76,13 +76,12 @@ class _Assembler:
         self.leaves: Any = self.output.args[0]
         self.returns: Any = self.output.meta.get(RETURNS) or [None] * len(self.leaves)
         self.copied = copied_leaves(self.output, self.kinds)
-        self.outside = self._outputs()
-
-    def _outputs(self) -> set[fx.Node]:
-        """The nodes whose memory leaves with the caller."""
-        own = (x for k, x in enumerate(self.leaves) if k not in self.copied and g.is_tensor(x))
-        aliases = {x for x, r in zip(self.leaves, self.returns, strict=True) if type(r) is Alias}
-        return {layout_with_copies(x).root for x in own if x not in aliases}
+        # The nodes whose memory leaves with the caller.
+        self.outside = {
+            layout_with_copies(leaf).root
+            for k, (leaf, returned) in enumerate(zip(self.leaves, self.returns, strict=True))
+            if g.is_tensor(leaf) and k not in self.copied and type(returned) is not Alias
+        }
 
     def run(self) -> Assembly:
         for node in self.graph.nodes:
@@ -146,11 +145,8 @@ class _Assembler:
         layout = layout_with_copies(node)
         if is_view(layout.root):
             self._materialize(layout.root)
-        return self._window(layout, g.dtype(node))
-
-    def _window(self, layout: Layout, dtype: torch.dtype) -> ir.Operand:
         name = self._tensor(layout.root)
-        return ir.Operand(name, dtype, layout.shape, layout.strides, layout.offset)
+        return ir.Operand(name, g.dtype(node), layout.shape, layout.strides, layout.offset)
 
     def _materialize(self, view: fx.Node) -> None:
         """A view that strides cannot express is copied by ATen, once, and listed."""
@@ -342,9 +338,9 @@ class _Assembler:
         return window
 
     def _copy_into(self, node: fx.Node, base: str, source: ir.Operand, window: ir.Operand) -> None:
-        call: tuple[object, ...] = (aten.clone.default, (source,), {}, (window,), False)
-        args, writes = (source, window), (window.tensor,)
-        self._launch(node, base, "aten", aten.clone.default, args, writes, (), call)
+        copy, args, writes = aten.clone.default, (source, window), (window.tensor,)
+        call = (copy, (source,), dict[str, Any](), (window,), False)
+        self._launch(node, base, "aten", copy, args, writes, (), call)
 
     def _arguments(self, args: Any, laid_out: list[Any] | None = None) -> Any:
         """Replace tensor nodes by operands and size nodes by expressions.
