@@ -63,15 +63,13 @@ class _Assembler:
         self, graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node],
         dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue],
     ) -> None:  # fmt: skip
-        self.graph, self.prepared = graph, prepared
-        self.epilogues = epilogues
+        self.graph, self.prepared, self.epilogues = graph, prepared, epilogues
         self.ends = {e.output: e for e in epilogues.values()}
-        self.dims = set(dims)
+        self.dims, self.names = set(dims), dict[str, int]()
         self.kinds = {n: kind_of(n, prepared) for n in graph.nodes}
         self.done: set[Any] = set()
         self.region_of = {n: f for f in fused for n in f.region.nodes}
         self.out = Assembly()
-        self.names: dict[str, int] = {}
         (self.output,) = graph.find_nodes(op="output")
         self.leaves: Any = self.output.args[0]
         self.returns: Any = self.output.meta.get(RETURNS) or [None] * len(self.leaves)
