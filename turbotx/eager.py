@@ -31,7 +31,8 @@ RETURNS = "returns"
 OWN = "own"
 """In a node's meta: it is a copy for the caller, made by every call."""
 ORDER = "order"
-"""In an input's meta: the order in memory of the caller's dims, None where it is theirs."""
+"""In an input's meta: the order in memory of the caller's dims, None where it is theirs; otherwise a
+`permute` shows the input as the caller has it."""
 READS = "reads"
 """In the meta of an op that may read raw memory: its tensor arguments' strides, in order."""
 
@@ -58,8 +59,11 @@ class Fresh:
 
 @dataclass(frozen=True)
 class Alias:
-    """A leaf that is a view of an input or a parameter, or that itself: `steps` are the calls to
-    make of it, each (op, arguments after the first, keywords), their sizes as expressions."""
+    """A leaf that is a view of an input, as the caller gave it, or a parameter, or that itself.
+
+    steps: the calls to make of it, each (op, arguments after the first, keywords), their sizes as
+    expressions.
+    """
 
     root: str
     steps: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...]
@@ -169,6 +173,8 @@ def _returned(leaf: Any) -> Fresh | Alias | None:
         return None
     chain = _chain(leaf)
     if chain[-1].op in ("placeholder", "get_attr"):
+        if chain[-1].meta.get(ORDER) is not None and len(chain) > 1:
+            chain.pop(-2)  # what shows the input as the caller has it
         steps = [(n.target, n.args[1:], n.kwargs) for n in reversed(chain[:-1])]
         convert = [
             (t, *fx.node.map_arg((tuple(args), dict(kwargs)), g.size)) for t, args, kwargs in steps

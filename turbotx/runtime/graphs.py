@@ -91,12 +91,12 @@ class GraphedCall(PlannedCall):
         device = self.runtime.device
         with device.active():
             if device.is_capturing():
-                return self._run_inside_capture(binding, self.in_memory(tensors))
+                return self._run_inside_capture(binding, tensors)
             plain = ticks is not None or watch is not None or poison_enabled()
             plain = plain or self._graphs.most == 0
             if not plain and not self._is_first(binding.dims):
                 try:
-                    return self._replay(binding, self.in_memory(tensors))
+                    return self._replay(binding, tensors)
                 except _NotCapturable as error:
                     self._graphs.most = 0
                     warnings.warn(
@@ -120,8 +120,7 @@ class GraphedCall(PlannedCall):
         """Run once and keep the memory: yields the address table, for launches over it again, and
         what PyTorch's part of them works on."""
         self.runtime.weights.refresh()
-        tensors = self.in_memory(tensors)
-        inputs, outputs = self._readable(tensors), self._new_outputs(binding)
+        inputs, outputs = self._readable(self.in_memory(tensors)), self._new_outputs(binding)
         with self.pool.lease(binding.footprint_nbytes) as arena:
             execution = self._prepare(arena, binding)
             state = self._state(binding, arena, inputs, outputs)
@@ -167,7 +166,7 @@ class GraphedCall(PlannedCall):
         """Copy inputs in, replay, copy outputs out: one kernel copies all of a dtype."""
         call = self.runtime.device.call
         if tensors:  # a list of none is refused
-            call(partial(torch._foreach_copy_, captured.inputs, list(tensors)))
+            call(partial(torch._foreach_copy_, captured.inputs, list(self.in_memory(tensors))))
         captured.graph.replay()
         # The device is at work: the rest of the host's part costs nothing while that lasts.
         self.runtime.placed.use(captured.kept)
@@ -251,7 +250,7 @@ class GraphedCall(PlannedCall):
         execution = Execution(self.runtime.slot_count)
         self._point(execution, arena, binding)
         self._callers[execution.kept.version] = execution.kept
-        inputs, outputs = self._readable(tensors), self._new_outputs(binding)
+        inputs, outputs = self._readable(self.in_memory(tensors)), self._new_outputs(binding)
         state = self._state(binding, arena, inputs, outputs, tensors)
         self._run_in(execution, binding, state, inputs, outputs)
         return [leaf(state) for leaf in self._leaves]

@@ -195,8 +195,7 @@ class PlannedCall(ABC):
         is told of every launch, which then run one by one.
         """
         self._runtime.weights.refresh()
-        tensors = self.in_memory(tensors)
-        inputs, outputs = self._readable(tensors), self._new_outputs(binding)
+        inputs, outputs = self._readable(self.in_memory(tensors)), self._new_outputs(binding)
         with self.pool.lease(binding.footprint_nbytes) as arena:
             execution = self._prepare(arena, binding)
             state = self._state(binding, arena, inputs, outputs, tensors)
