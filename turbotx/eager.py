@@ -31,7 +31,7 @@ RETURNS = "returns"
 OWN = "own"
 """In a node's meta: it is a copy for the caller, made by every call."""
 ORDER = "order"
-"""In an input's meta: the order in memory of the caller's dims, None where it is theirs; otherwise a
+"""In an input's meta: the order in memory of the caller's dims, None where it is theirs; else a
 `permute` shows the input as the caller has it."""
 READS = "reads"
 """In the meta of an op that may read raw memory: its tensor arguments' strides, in order."""
