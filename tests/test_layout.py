@@ -22,7 +22,7 @@ PACKAGE = ROOT / "turbotx"
 # The flow, earliest first. A module may import what stands in an earlier row, or in its own:
 # rows of several names are single files that belong together, a folder has a row to itself.
 LAYERS = (
-    ("ambient", "collection", "errors", "observers", "options", "progress"),
+    ("ambient", "collection", "errors", "memory_order", "observers", "options", "progress"),
     ("arguments",),
     ("call_key",),
     ("traced_float",),
@@ -38,13 +38,13 @@ LAYERS = (
     ("pull",),
     ("verify",),
     ("casts", "conditions"),
-    ("decompose", "unlift", "size_tensors", "size_questions", "guards", "input_names"),
+    ("decompose", "eager", "unlift", "size_tensors", "size_questions", "guards", "input_names"),
     ("module_state",),
     ("capture",),
     ("passes",),
     ("kernels",),
     ("memory",),
-    ("assemble", "alternatives", "folding"),
+    ("assembly", "copies", "assemble", "alternatives", "folding"),
     ("runtime",),
     ("program", "graphed"),
     ("pipeline",),

@@ -19,6 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from turbotx.errors import InputError
+from turbotx.memory_order import key_of
 
 _PLAIN = (bool, int, str, type(None))
 _BY_VALUE = (
@@ -295,9 +296,9 @@ def _rebuild_part(leaves: Sequence[Any], part: Part) -> Any:
 
 def describe_leaf(leaf: Any) -> Any:
     """Return what of a leaf decides which capture a call belongs to: all of a constant, less the
-    value of a float, which is an input; a tensor's dtype, device and rank."""
+    value of a float, which is an input; a tensor's dtype, device, rank and order in memory."""
     if isinstance(leaf, torch.Tensor):
-        return leaf.dtype, leaf.device, leaf.dim()
+        return key_of(leaf)
     if is_float(leaf):
         return (float,)
     return type(leaf), _value_of(leaf)

@@ -38,6 +38,7 @@ from turbotx.arguments import (
 )
 from turbotx.casts import write_casts
 from turbotx.decompose import NotNodeByNode, decompose_nodes
+from turbotx.eager import ORDER, note_layouts
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
 from turbotx.guards import (
@@ -49,6 +50,7 @@ from turbotx.guards import (
     guard_squeezed,
 )
 from turbotx.input_names import find_hints, name_dims, name_inputs
+from turbotx.memory_order import by_order, in_memory, inverse, make_dense, memory_order, moved_dims
 from turbotx.module_state.record import StateRecord, make_record, start_recording
 from turbotx.module_state.recorder import Recorder
 from turbotx.size_questions import sizes_from_one
@@ -113,7 +115,7 @@ class _Seen:
 
 
 class _Flat(nn.Module):
-    """The model behind a flat signature: tensors in, the output's leaves out."""
+    """The model behind a flat signature: tensors in, by their order in memory, leaves out."""
 
     def __init__(
         self, model: nn.Module, leaves: Sequence[Any], spec: Structure, recorder: Recorder
@@ -121,8 +123,11 @@ class _Flat(nn.Module):
         super().__init__()
         self.model, self.recorder = model, recorder
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        carried = (i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) or is_float(x))
-        self.positions = list(carried)
+        self.positions = [
+            i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) or is_float(x)
+        ]
+        carried = (leaves[i] for i in self.positions)
+        self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
         self.floats = FloatReads()
         self.in_spec = spec
         self.seen = _Seen()
@@ -131,9 +136,13 @@ class _Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
         leaves = list(self.constants)
         self.floats.begin()
-        for k, (position, tensor) in enumerate(zip(self.positions, tensors, strict=True)):
+        given = zip(self.positions, tensors, self.orders, strict=True)
+        for k, (position, tensor, order) in enumerate(given):
             number = leaves[position]
-            leaves[position] = tensor if number is None else self.floats.make(number, tensor, k)
+            if number is None:
+                leaves[position] = in_memory(tensor, inverse(order))
+            else:
+                leaves[position] = self.floats.make(number, tensor, k)
         args, kwargs = rebuild(leaves, self.in_spec)
         model = self.model
         with self.recorder.on(tensors):
@@ -224,6 +233,8 @@ def _export_widened(
     first, tried = None, []
     for sides in ("left", "both", "none"):
         examples, varying = _widen(tensors, least, fixed, sides)
+        examples = list(map(make_dense, examples, flat.orders))
+        varying = list(map(moved_dims, varying, flat.orders))
         if varying in tried:
             continue
         tried.append(varying)
@@ -388,13 +399,17 @@ def _describe(
     _refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, flat, names)
     fakes = [node.meta["val"] for node in inputs]
+    shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]
+    for node, order in zip(inputs, flat.orders, strict=True):
+        node.meta[ORDER] = order
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
-    symbols = name_dims(fakes, names, find_equals(shape_env))
+    symbols = name_dims(shapes, names, find_equals(shape_env))
     remember_names(graph_module, symbols)
+    note_layouts(graph_module.graph)
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
     guards += guard_squeezed(squeezed, symbols)
-    sizes = tuple(tuple(expr(s).xreplace(symbols) for s in fake.shape) for fake in fakes)
+    sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
     hints = find_hints(shape_env, symbols)
     return Captured(

@@ -279,7 +279,9 @@ class _SharingEngine(Engine):
                 if not captured.holds_in(ambient) or not captured.takes(tensors):
                     continue
                 if SizeMatcher(captured).match([t.shape for t in tensors]) is not None:
-                    return self.share(compiled)
+                    shared = self.share(compiled)
+                    if not shared.program.runtime.weights.misfit():
+                        return shared
             made = super().make(args, kwargs)
             known.append(made)
             return made

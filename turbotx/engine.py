@@ -33,7 +33,7 @@ from turbotx.arguments import carry, flatten_call, tensors_of
 from turbotx.call_key import describe_call, make_signature
 from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
-from turbotx.errors import CaptureError, InputError, TrainingError
+from turbotx.errors import CaptureError, InputError, ModelChangedError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.module_state.record import training_error
 from turbotx.observers import observers
@@ -55,6 +55,9 @@ log = logging.getLogger("turbotx")
 LONGER = 7
 """What a size is traced as where 2 turned out to be too short to be free: it has room for a model
 that looks a few places back, and is no usual number of anything."""
+
+MOST_CHANGES = 8
+"""How often one call is captured anew while others convert the model's parameters meanwhile."""
 
 _called_plainly = threading.local()
 """`engine`: whose model this thread is calling as it was, for a trace or a comparison."""
@@ -84,10 +87,33 @@ class Engine:
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        variant, program, binding, tensors = self.check(args, kwargs)
-        with torch.no_grad():
-            outputs = program.run(binding, tensors)
-        return pytree.tree_unflatten(outputs, variant.out_spec)
+        for _ in range(MOST_CHANGES):
+            variant, program, binding, tensors = self.check(args, kwargs)
+            try:
+                with torch.no_grad():
+                    outputs = program.run(binding, tensors)
+            except ModelChangedError as error:
+                self._forget(variant, error)
+                continue
+            return pytree.tree_unflatten(outputs, variant.out_spec)
+        raise CaptureError(
+            f"{type(self.model).__name__} was captured {MOST_CHANGES} times for one call, and its "
+            "parameters were of another kind after each capture: does another thread convert it?"
+        )
+
+    def _forget(self, variant: Variant, error: ModelChangedError) -> None:
+        """Leave out a variant whose parameters are not what it was compiled for any more."""
+        log.info("%s: a call is captured anew, because %s", type(self.model).__name__, error)
+        with self._lock:
+            for variants in self._variants.values():
+                variants[:] = [v for v in variants if v is not variant]
+            self._bound = {k: b for k, b in self._bound.items() if b[0] is not variant}
+
+    def refresh(self) -> None:
+        """Derive from the parameters again at the next call, whatever they are now."""
+        for compiled in self.variants():
+            for twin in compiled.twins:
+                twin.program.runtime.weights.forget()
 
     def check(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

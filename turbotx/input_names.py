@@ -50,7 +50,7 @@ def find_hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> 
 
 
 def name_dims(
-    fakes: Sequence[torch.Tensor], names: Sequence[str],
+    shapes: Sequence[Sequence[Any]], names: Sequence[str],
     equals: Mapping[sympy.Symbol, sympy.Symbol],
 ) -> dict[sympy.Symbol, sympy.Symbol]:  # fmt: skip
     """Name dims as a user would: the first input's are batch and seq, others by input and place.
@@ -60,8 +60,8 @@ def name_dims(
     symbols: dict[sympy.Symbol, sympy.Symbol] = {}
     taken: set[str] = set()
     plain = {0: "batch", 1: "seq"}
-    for fake, name in zip(fakes, names, strict=True):
-        for d, size in enumerate(fake.shape):
+    for shape, name in zip(shapes, names, strict=True):
+        for d, size in enumerate(shape):
             for symbol in sorted(expr(size).free_symbols, key=str):
                 if symbol in symbols:
                     continue
@@ -69,7 +69,7 @@ def name_dims(
                 if known:
                     symbols[symbol] = symbols[known[0]]
                     continue
-                label = plain.get(d, "") if fake.dim() <= 3 or d == 0 else ""
+                label = plain.get(d, "") if len(shape) <= 3 or d == 0 else ""
                 if not label or label in taken:
                     label = f"{name}_d{d}"
                 taken.add(label)

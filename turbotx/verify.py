@@ -17,6 +17,7 @@ from torch import fx
 from turbotx import graph as g
 from turbotx import ir
 from turbotx.errors import VerifyError
+from turbotx.memory_order import by_order
 from turbotx.primitives import PRIMITIVES, REDUCTIONS, SCANS
 from turbotx.sizes import Expr
 from turbotx.views import SPLITS, is_view
@@ -42,7 +43,7 @@ def check_inputs(graph: fx.Graph, sizes: Sequence[Sequence[Expr]]) -> None:
     """The inputs still have the sizes of the capture: computing a fake value may fix one."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     for node, wanted in zip(inputs, sizes, strict=True):
-        if g.shape(node) != tuple(wanted):
+        if g.shape(node) != by_order(wanted, node.meta.get("order")):
             raise VerifyError(
                 f"{node.name} was captured as {tuple(wanted)}, and is {g.shape(node)} after the "
                 "passes: one of them has fixed a size to the example's"

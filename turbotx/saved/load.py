@@ -63,10 +63,12 @@ def load(
         )
     target, gpu = open_place(path, manifest, weights, device)
     place = CPU if gpu is None else gpu.torch_device
+    laid = {one["name"]: one["strides"] for one in state} | json.loads(entries["held.json"])
     own = {} if weights is not None else _tensors(path, entries["weights.safetensors"], place)
+    held = _tensors(path, entries["held.safetensors"], place)
+    own, held = ({n: _lay_out(t, laid[n]) for n, t in x.items()} for x in (own, held))
     if isinstance(weights, nn.Module):
         own = {k: v for k, v in weights.state_dict(keep_vars=True).items() if v is not None}
-    held = _tensors(path, entries["held.safetensors"], place)
     model = SavedModule(manifest, state, own, held, place)
     if weights is not None and not isinstance(weights, nn.Module):
         load_weights(model, weights)
@@ -159,8 +161,10 @@ class SavedModule(nn.Module):
     def _add(self, program: SavedProgram) -> None:
         call = program.tables["call"]
         kinds = [
-            (float,) if kind == "float" else (decode_constant(kind), self._place, rank)
-            for kind, rank in call["inputs"]
+            (float,)
+            if kind == "float"
+            else (decode_constant(kind), self._place, rank, *map(tuple, order))
+            for kind, rank, *order in call["inputs"]
         ]
         args, kwargs = decode_tree(call["tree"], lambda k: _Given(kinds[k]))
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -234,6 +238,12 @@ class SavedModule(nn.Module):
             "optimized module this way before it is saved"
         )
 
+    def refresh(self) -> None:
+        """Derive packed weights and constants again at the next call, as `optimize`'s refresh."""
+        for programs in self._programs.values():
+            for program in programs:
+                program._runtime.weights.forget()
+
     def stats(self) -> dict[str, int]:
         """Return counts since the file was loaded: programs, builds, plans, graphs, allocations."""
         programs = [p for found in self._programs.values() for p in found]
@@ -259,7 +269,8 @@ class SavedModule(nn.Module):
 
 
 class _Given:
-    """Stands for a tensor of a dtype, a device and a rank, or a number, in a saved call."""
+    """Stands for a tensor of a dtype, a device, a rank and a memory order, or a number, in a saved
+    call."""
 
     def __init__(self, kind: tuple[Any, ...]) -> None:
         self.kind = kind
@@ -274,7 +285,7 @@ def _show(key: Any) -> str:
     spec, described = key
     shown = [
         f"{str(d[0]).removeprefix('torch.')}[{', '.join('?' * d[2])}]"
-        if len(d) == 3
+        if len(d) >= 3
         else "float"
         if len(d) == 1
         else repr(d[1])
@@ -293,7 +304,7 @@ def _make_tensor(
     dtype, shape = decode_constant(one["dtype"]), list(one["shape"])
     found = own.get(one["name"])
     if found is None:
-        found = torch.empty(shape, dtype=dtype, device=place)
+        found = _lay_out(torch.empty(shape, dtype=dtype, device=place), one["strides"])
     if found.dtype != dtype or list(found.shape) != shape:
         raise InputError(
             f"{one['name']} is {found.dtype} {list(found.shape)}, the program was saved for "
@@ -302,3 +313,15 @@ def _make_tensor(
     if one["parameter"] and not isinstance(found, nn.Parameter):
         return nn.Parameter(found, requires_grad=False)
     return found
+
+
+def _lay_out(tensor: torch.Tensor, strides: list[int]) -> torch.Tensor:
+    """Return a tensor as it was laid out in the model: files hold dense rows, programs read by
+    strides."""
+    if list(tensor.stride()) == strides:
+        return tensor
+    part = tensor
+    for d, stride in enumerate(strides):
+        if stride == 0 and tensor.shape[d] > 1:
+            part = part.narrow(d, 0, 1)
+    return part.new_empty_strided(part.shape, strides).copy_(part).expand(tensor.shape)

@@ -32,10 +32,10 @@ from turbotx.runtime.planned import (
 )
 from turbotx.runtime.segments import Packing, SegmentedRuntime
 from turbotx.runtime.state import Evaluate, Maker, Step
-from turbotx.runtime.weights import Weights
+from turbotx.runtime.weights import Kind, Weights
 from turbotx.saved.calls import decode_nodes
 from turbotx.saved.native import Libraries
-from turbotx.saved.steps import make_step, window_of
+from turbotx.saved.steps import alias_of, make_step, window_of
 from turbotx.saved.values import compile_texts, decode_constant, decode_tree
 from turbotx.traced_float import FloatInput
 
@@ -72,6 +72,8 @@ class SavedProgram(PlannedCall):
                     for o in tables["outputs"]
                 ],
                 planned=[(name, place, slot) for name, place, slot in tables["memory"]["planned"]],
+                orders=[x["order"] for x in tables["inputs"]],
+                raw={x["tensor"] for x in tables["inputs"] if x["raw"]},
             ),
             _read_planner(tables["memory"]),
             runtime,
@@ -107,6 +109,8 @@ class SavedProgram(PlannedCall):
             return lambda state: state.tensors[name]
         if "window" in leaf:
             return window_of(leaf["window"], self.dims)
+        if "alias" in leaf:
+            return alias_of(leaf, self.dims)
         if "size" in leaf:
             return make_size(compile_texts([leaf["size"]], self.dims))
         constant = decode_constant(leaf["constant"])
@@ -147,7 +151,11 @@ def read_weights(
     weights = tables["weights"]
     nodes = decode_nodes(weights["prepared"], place)
     prepared = {name: nodes[name] for name in weights["prepared_names"]}
-    return Weights(model, constants, weights["paths"], prepared)
+    kinds = {
+        name: Kind(decode_constant(k["dtype"]), tuple(k["shape"]), tuple(k["strides"]), place)
+        for name, k in weights["kinds"].items()
+    }
+    return Weights(model, constants, weights["paths"], prepared, kinds)
 
 
 class SavedCpuRuntime(SegmentedRuntime):

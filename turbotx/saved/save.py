@@ -66,8 +66,13 @@ def save(
     file cannot be written.
     """
     engine = engine_of(optimized)
-    # Those of a state that the model has left would be taken for its own.
-    variants = [(key, variant) for key, variant in engine.keyed_variants() if variant.holds()]
+    # Those of a state that the model has left would be taken for its own, and what was compiled for
+    # parameters of another dtype or layout serves no call any more.
+    variants = [
+        (key, variant)
+        for key, variant in engine.keyed_variants()
+        if variant.holds() and not variant.program.runtime.weights.misfit()
+    ]
     if not variants:
         raise SaveError(
             "nothing was compiled yet for the model as it is: call the module once, then save it"
@@ -94,6 +99,7 @@ def save(
     entries["programs.json"] = json.dumps(writer.programs).encode()
     entries["state.json"] = json.dumps(_describe_state(engine.model, state)).encode()
     entries["held.safetensors"] = _to_safetensors(held)
+    entries["held.json"] = json.dumps({k: list(v.stride()) for k, v in held.items()}).encode()
     if weights:
         entries["weights.safetensors"] = _to_safetensors(_without_ties(state))
     write_container(Path(path), entries, facts)
@@ -208,10 +214,10 @@ def _describe_call(key: Any) -> dict[str, Any]:
     tensors: list[list[Any]] = []
     tree: list[Any] = []
     for one in described:
-        if len(one) == 3 and isinstance(one[0], torch.dtype):
-            dtype, _, rank = one
+        if len(one) >= 3 and isinstance(one[0], torch.dtype):
+            dtype, _, rank, *order = one
             tree.append(Leaf(len(tensors)))
-            tensors.append([encode_constant(dtype), rank])
+            tensors.append([encode_constant(dtype), rank, *order])
         elif one == (float,):
             tree.append(Leaf(len(tensors)))
             tensors.append(["float", 0])
@@ -252,6 +258,7 @@ def _describe_state(model: nn.Module, state: dict[str, torch.Tensor]) -> list[di
             "name": name,
             "dtype": encode_constant(tensor.dtype),
             "shape": list(tensor.shape),
+            "strides": list(tensor.stride()),
             "parameter": name in parameters,
             "tied_to": first.setdefault(_memory(tensor), name),
         }
