@@ -14,11 +14,11 @@ import copy
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -58,6 +58,7 @@ from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, expr
 from turbotx.traced_float import FloatInput, FloatReads, read_floats
 from turbotx.unlift import FRESH, unlift
+from turbotx.widen import Places, widen
 
 # The key, in the exported graph's meta, of the sizes that a squeeze looks at.
 SQUEEZED = "squeezed"
@@ -166,10 +167,6 @@ def _refuse_changes(changed: Sequence[str]) -> None:
         )
 
 
-Places: TypeAlias = Collection[tuple[int, int]]
-"""Dims of a call's tensors: the tensor's number and the dim's."""
-
-
 def capture(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], least: int = 2,
     fixed: Places = (),
@@ -232,7 +229,7 @@ def _export_widened(
     """
     first, tried = None, []
     for sides in ("left", "both", "none"):
-        examples, varying = _widen(tensors, least, fixed, sides)
+        examples, varying = widen(tensors, least, fixed, sides)
         examples = list(map(make_dense, examples, flat.orders))
         varying = list(map(moved_dims, varying, flat.orders))
         if varying in tried:
@@ -307,42 +304,6 @@ def _decompositions() -> Any:
         if str(op) in KEPT_WHOLE:
             del table[op]
     return table
-
-
-def _widen(
-    tensors: Sequence[torch.Tensor], least: int, fixed: Places, sides: str
-) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """Repeat size-1 dims so that tracing cannot specialise on them; list the dims that vary.
-
-    sides: where another input with a larger size keeps a size 1 fixed: at the same position from
-    the "left" or from "both" sides, as a (1, seq) mask beside (batch, seq) ids is a broadcast; with
-    "none" every size 1 is fixed. A size of 0 is always, and where `fixed` says so. Inputs that are
-    one tensor become two: tracing would take them for one argument.
-    """
-    largest: dict[int, int] = {}
-    for tensor in tensors:
-        for d, size in enumerate(tensor.shape):
-            for place in (d, d - tensor.dim()):
-                largest[place] = max(largest.get(place, 0), size)
-    widened: list[torch.Tensor] = []
-    varying = []
-    for i, tensor in enumerate(tensors):
-        dims = []
-        rank = tensor.dim()
-        if any(tensor is other for other in widened):
-            tensor = tensor.clone()
-        for d, size in enumerate(tensor.shape):
-            beside = largest[d] if sides == "left" else max(largest[d], largest[d - rank])
-            spread = size == 1 and (beside > 1 or sides == "none")
-            if spread or size == 0 or (i, d) in fixed:
-                continue
-            dims.append(d)
-            if size <= 2 and size < least:
-                places = torch.arange(least, device=tensor.device) % size
-                tensor = tensor.index_select(d, places)
-        widened.append(tensor)
-        varying.append(dims)
-    return widened, varying
 
 
 def _refuse_inference_tensors(model: nn.Module) -> None:

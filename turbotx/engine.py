@@ -29,9 +29,10 @@ from turbotx.ambient import (
     unknown_modes,
     without_autocast,
 )
-from turbotx.arguments import carry, flatten_call, tensors_of
+from turbotx.arguments import carry, flatten_call
 from turbotx.call_key import describe_call, make_signature
-from turbotx.capture import Captured, capture
+from turbotx.capture import Captured
+from turbotx.capture_sizes import capture_sizes
 from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, ModelChangedError, TrainingError
 from turbotx.memory.pool import ChunkPool
@@ -46,15 +47,10 @@ from turbotx.runtime.absent_device import AbsentDevice
 from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
 from turbotx.runtime.planned import Binding
-from turbotx.signature import SizeMatcher
 from turbotx.state_guard import StateGuard
 from turbotx.variant import Variant
 
 log = logging.getLogger("turbotx")
-
-LONGER = 7
-"""What a size is traced as where 2 turned out to be too short to be free: it has room for a model
-that looks a few places back, and is no usual number of anything."""
 
 MOST_CHANGES = 8
 """How often one call is captured anew while others convert the model's parameters meanwhile."""
@@ -246,39 +242,8 @@ class Engine:
         if device is None and self.options.backend != "aten":
             start_runtime()
         with self._plain(), pause_collection():
-            captured = capture(self.model, args, kwargs)
-            captured = self._capture_elsewhere(captured, args, kwargs)
+            captured = capture_sizes(self.model, args, kwargs)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
-        return captured
-
-    def _capture_elsewhere(
-        self, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Captured:
-        """Return a capture that serves more where this one took sizes of 1 and 2 for fixed, because
-        what the model makes of them (the length less one) was 1; and where it does not serve the
-        call itself (which takes another branch at a length of 1), one of its sizes: first those of
-        the dims that decide are numbers, then every 1, then all of them."""
-        shapes = [tensor.shape for tensor in tensors_of(args, kwargs)]
-        traced = zip(captured.input_sizes, shapes, strict=True)
-        short = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
-        matcher = SizeMatcher(captured)
-        if matcher.match(shapes) is not None and not short:
-            return captured
-        every = {(i, d): n for i, s in enumerate(shapes) for d, n in enumerate(s)}
-        ones = {place for place, n in every.items() if n == 1}
-        tries: list[tuple[int, set[tuple[int, int]]]] = [(LONGER, set())] if short else []
-        if matcher.match(shapes) is None:
-            decide = matcher.find_deciding(shapes) & ones
-            tries += [(2, decide), (2, ones), (2, set(every))]
-        for k, (least, fixed) in enumerate(tries):
-            if (least, fixed) in tries[:k] or (least, fixed) == (2, set()):
-                continue
-            try:
-                found = capture(self.model, args, kwargs, least, fixed)
-            except CaptureError:
-                continue
-            if SizeMatcher(found).match(shapes) is not None:
-                return found
         return captured
 
     def compile(self, captured: Captured) -> Compiled:
