@@ -22,7 +22,7 @@ PACKAGE = ROOT / "turbotx"
 # The flow, earliest first. A module may import what stands in an earlier row, or in its own:
 # rows of several names are single files that belong together, a folder has a row to itself.
 LAYERS = (
-    ("collection", "errors", "observers", "options", "progress"),
+    ("collection", "composition", "errors", "observers", "options", "parts", "progress"),
     ("weight_files",),
     ("sizes",),
     ("graph",),
@@ -44,7 +44,8 @@ LAYERS = (
     ("program", "graphed"),
     ("pipeline",),
     ("signature", "fused_graph", "placement", "tune"),
-    ("engine", "optimized"),
+    ("engine",),
+    ("callables", "drop_in", "optimized"),
     ("saved",),
     ("dynamo",),
     ("report",),

@@ -28,6 +28,7 @@ from torch.export import Dim
 from torch.export.graph_signature import OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from turbotx.composition import calls_forward
 from turbotx.decompose import NotNodeByNode, decompose_nodes
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
@@ -87,6 +88,7 @@ class _Flat(nn.Module):
     def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
         super().__init__()
         self.model = model
+        self.calls_forward = calls_forward(model)
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         self.in_spec = spec
@@ -98,7 +100,9 @@ class _Flat(nn.Module):
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
-        flat, out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        # Hooks of the model itself are left out: they run around the program, on real tensors.
+        called = self.model.forward if self.calls_forward else self.model
+        flat, out_spec = pytree.tree_flatten(called(*args, **kwargs))
         self.seen.out_spec = out_spec
         return flat
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import types
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ from torch import nn
 
 from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
-from turbotx.errors import CaptureError, InputError, TrainingError
+from turbotx.composition import calls_forward, is_dense, leave_foreign, left_alone
+from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.observers import observers
 from turbotx.options import Options
@@ -42,9 +45,6 @@ LONGER = 7
 """What a size is traced as where 2 turned out to be too short to be free: it has room for a model
 that looks a few places back, and is no usual number of anything."""
 
-_called_plainly = threading.local()
-"""`engine`: whose model this thread is calling as it was, for a trace or a comparison."""
-
 
 class Variant:
     """One capture: its compiled program and the matcher that tells which sizes it serves."""
@@ -61,6 +61,12 @@ class Engine:
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
+        self.calls_forward = calls_forward(model)
+        self.tolerates: Callable[[], bool] = lambda: False
+        """Asked whether a call that is refused runs in PyTorch instead: then it is refused at once
+        where the like of it was."""
+        self.eager_calls = 0
+        self._told: set[str] = set()
         self._lock = threading.RLock()
         self.reset()
 
@@ -70,6 +76,8 @@ class Engine:
             self._variants: dict[Any, list[Variant]] = {}
             self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
             self._pools: dict[torch.device, ChunkPool] = {}
+            self._refused: dict[Any, CaptureError] = {}
+            self.parts: dict[str, Any] = {}
 
     # --- calling ---
 
@@ -89,6 +97,7 @@ class Engine:
         found = self._bound.get(described) if described is not None else None
         if found is None:
             leaves, spec = pytree.tree_flatten((args, kwargs))
+            leave_foreign(leaves)
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             key = _signature(leaves, spec)
             if described is None:
@@ -136,7 +145,14 @@ class Engine:
             dims = variant.matcher.match([t.shape for t in tensors])
             if dims is not None:
                 return variant, dims
-        variant = Variant(self.make(args, kwargs))
+        if key in self._refused and self.tolerates():
+            raise self._refused[key]
+        try:
+            variant = Variant(self.make(args, kwargs))
+        except CaptureError as error:
+            self._refused[key] = error.with_traceback(None)
+            raise
+        self._refused.pop(key, None)
         dims = variant.matcher.match([t.shape for t in tensors])
         if dims is None:
             why = variant.matcher.explain([t.shape for t in tensors])
@@ -165,7 +181,7 @@ class Engine:
         _, device = self._open_device(pytree.tree_leaves((args, kwargs)))
         if device is None and self.options.backend != "aten":
             start_runtime()
-        with self._plain(), pause_collection():
+        with left_alone(), pause_collection():
             captured = capture(self.model, args, kwargs)
             captured = self._capture_elsewhere(captured, args, kwargs)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
@@ -234,23 +250,15 @@ class Engine:
 
     def run_plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return what the model itself makes of a call, without turbotx and gradients."""
-        with self._plain(), torch.no_grad():
-            return self.model(*args, **kwargs)
+        with left_alone(), torch.no_grad():
+            return (self.model.forward if self.calls_forward else self.model)(*args, **kwargs)
 
-    @property
-    def called_plainly(self) -> bool:
-        """Whether this thread is calling the model as it was, for a trace or a comparison."""
-        return getattr(_called_plainly, "engine", None) is self
-
-    @contextmanager
-    def _plain(self) -> Iterator[None]:
-        """Meanwhile, in this thread, an instance of an optimized class is called as it was."""
-        before = getattr(_called_plainly, "engine", None)
-        _called_plainly.engine = self
-        try:
-            yield
-        finally:
-            _called_plainly.engine = before
+    def count_eager(self, why: str) -> None:
+        """Count a call that runs in PyTorch; warn of it, once a reason."""
+        self.eager_calls += 1
+        if why not in self._told:
+            self._told.add(why)
+            warnings.warn(why, EagerWarning, stacklevel=4)
 
     # --- looking inside ---
 
@@ -270,6 +278,7 @@ class Engine:
         pools = [pool.stats() for pool in self._pools.values()]
         return {
             "captures": len(compiled),
+            "eager_calls": self.eager_calls,
             "kernel_builds": sum(p.runtime.builds for p in programs),
             "plans": sum(p.plans for p in programs),
             "graph_captures": sum(p.graph_captures for p in programs),
@@ -306,7 +315,7 @@ def describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, l
     parts: list[Any] = [len(args), *kwargs]
     tensors = []
     for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
+        if is_dense(value):
             parts += (value.shape, value.dtype, value.device)
             tensors.append(value)
         elif type(value) in _PLAIN:
@@ -325,9 +334,17 @@ def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
     return (spec, described)
 
 
+_IMMUTABLE = (type, Enum, types.FunctionType, types.BuiltinFunctionType, nn.Module)
+
+
 def _constant(leaf: Any) -> Any:
     if isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device, type(None))):
         return (type(leaf), leaf)
+    if not isinstance(leaf, _IMMUTABLE) and hasattr(leaf, "__dict__"):
+        raise InputError(
+            f"an argument is a {type(leaf).__name__}: turbotx takes tensors, plain constants, and "
+            "containers of these that PyTorch's pytree knows; pass what it holds instead"
+        )
     try:
         hash(leaf)
     except TypeError:
