@@ -17,9 +17,9 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -279,7 +279,7 @@ def _names_of(model: nn.Module) -> dict[str, Any]:
 
 def _view(model: nn.Module, cls: type) -> nn.Module:
     """Return another object of the same state, of that class."""
-    made = object.__new__(cls)
+    made: nn.Module = object.__new__(cls)
     object.__setattr__(made, "__dict__", model.__dict__)
     return made
 
@@ -294,12 +294,12 @@ def _optimized_again(model: nn.Module, options: Options, in_place: bool) -> Any:
 
 
 def _instance_of(cls: type[nn.Module], options: Options) -> Any:
-    return object.__new__(_class_of_copies(cls, options))
+    return object.__new__(_class_of_copies(cast(Hashable, cls), options))
 
 
 @functools.cache
-def _class_of_copies(cls: Any, options: Options) -> type:
-    return optimize_class(cls, options)
+def _class_of_copies(cls: Hashable, options: Options) -> type:
+    return optimize_class(cast(type[nn.Module], cls), options)
 
 
 def _is_importable(cls: type) -> bool:

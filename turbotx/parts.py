@@ -8,14 +8,17 @@ code calls, which nobody sees who only replaces the call of the model::
 
 from __future__ import annotations
 
-import dis
+import ast
 import inspect
+import textwrap
 import types
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import Any
 
 from torch import nn
+
+RUNNING = ("generate", "encode", "decode", "predict", "embed", "score")
+"""Names of methods that compute: `set_adapter` of a part, in `set_adapter`, does not."""
 
 
 def calls_of_parts(cls: type, names: Iterable[str]) -> dict[str, list[str]]:
@@ -30,32 +33,30 @@ def calls_of_parts(cls: type, names: Iterable[str]) -> dict[str, list[str]]:
             continue
         method = inspect.unwrap(inspect.getattr_static(cls, name, None))
         if isinstance(method, types.FunctionType) and wanted & set(method.__code__.co_names):
-            called = _called(method.__code__, name, wanted)
+            called = _called(method, name, wanted)
             if called:
                 found[name] = called
     return found
 
 
-def _called(code: Any, method: str, wanted: frozenset[str]) -> list[str]:
-    """Return which attributes of its first argument the code calls."""
-    if not code.co_argcount:
-        return []
-    owner, found = code.co_varnames[0], []
-    steps = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PUSH_NULL")]
-    for k, (load, attribute) in enumerate(pairwise(steps)):
-        last = load.argval[-1] if isinstance(load.argval, tuple) else load.argval
-        if not load.opname.startswith("LOAD_FAST") or last != owner:
-            continue
-        if attribute.argval in wanted and attribute.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            after = steps[k + 2]
-            delegated = _is_method_load(after) and after.argval in (method, "forward")
-            if _is_method_load(attribute) or delegated:
-                found.append(attribute.argval)
+def _called(method: types.FunctionType, name: str, wanted: frozenset[str]) -> list[str]:
+    """Return which attributes of its first argument the method's code calls."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, SyntaxError, TypeError):
+        return []  # typed in, or generated
+    owner = method.__code__.co_varnames[:1]
+    passed_on = {name, "forward"} if name.startswith(RUNNING) else {"forward"}
+    found = []
+    for node in ast.walk(tree):
+        called: Any = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and called.attr in passed_on:
+            called = called.value
+        if (
+            isinstance(called, ast.Attribute)
+            and isinstance(called.value, ast.Name)
+            and (called.value.id,) == owner
+            and called.attr in wanted
+        ):
+            found.append(called.attr)
     return list(dict.fromkeys(found))
-
-
-def _is_method_load(step: dis.Instruction) -> bool:
-    """Tell an attribute that is loaded to be called: Python 3.12 has one instruction for both."""
-    return step.opname == "LOAD_METHOD" or (
-        step.opname == "LOAD_ATTR" and "NULL" in (step.argrepr or "")
-    )
