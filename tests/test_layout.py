@@ -45,7 +45,7 @@ LAYERS = (
     ("pipeline",),
     ("signature", "fused_graph", "placement", "tune"),
     ("engine",),
-    ("callables", "drop_in", "optimized"),
+    ("callables", "drop_in", "optimized", "subclassing"),
     ("saved",),
     ("dynamo",),
     ("report",),

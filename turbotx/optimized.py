@@ -19,17 +19,11 @@ from torch import nn
 
 from turbotx.callables import Held, as_module
 from turbotx.composition import LeftToPyTorch, left_to_pytorch
-from turbotx.drop_in import (
-    OptimizedModule,
-    make_twin,
-    optimize_class,
-    optimize_in_place,
-    original_of,
-    renew_engine,
-)
+from turbotx.drop_in import OptimizedModule, original_of
 from turbotx.engine import Engine
 from turbotx.errors import InputError, OptionsError
 from turbotx.options import Options, make_options
+from turbotx.subclassing import make_twin, optimize_class, optimize_in_place, renew_engine
 
 T = TypeVar("T")
 
