@@ -352,3 +352,39 @@ def test_assigning_over_a_property_that_gives_a_submodule() -> None:
 def test_torchscript_is_refused_by_name() -> None:
     with pytest.raises(OptionsError, match="TorchScript"):
         turbotx.optimize(torch.jit.trace(net(), X))
+
+
+class Features(dict):
+    """A container that pytree does not know."""
+
+
+class Wrapper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.calls = net(), 0
+
+    def forward(self, features):
+        self.calls += 1
+        features["out"] = self.model(features["x"])
+        return features
+
+    def encode(self, x):
+        return self(Features(x=x))["out"]
+
+
+@torch.no_grad()
+def test_a_wrapper_whose_call_is_refused_runs_around_its_model() -> None:
+    wrapper = nn.Sequential(Wrapper()).eval()
+    fast = turbotx.optimize(wrapper)
+    features = Features(x=X)
+    assert fast(features) is features
+    close(features["out"], wrapper[0].model(X))
+    assert fast.stats()["captures"] == 1
+    assert wrapper[0].calls == 1
+    assert type(wrapper[0].model) is Net
+    inner = turbotx.optimize(wrapper[0])
+    close(inner.encode(X), features["out"])
+    assert inner.stats() | {"captures": 1, "eager_calls": 0} == inner.stats()
+    wrapper.train()
+    with pytest.raises(TrainingError):
+        fast(Features(x=X))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from turbotx.parts import calls_of_parts
+from turbotx.parts import calls_of_parts, path_to_model
 
 
 def announced(function):
@@ -64,3 +64,15 @@ def test_nothing_where_there_are_no_parts() -> None:
         space,
     )
     assert calls_of_parts(space["Typed"], ("a",)) == {}
+
+
+def test_the_model_in_a_wrapper() -> None:
+    two = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert path_to_model(two) == ()
+    assert path_to_model(nn.Linear(2, 2)) == ()
+    assert path_to_model(nn.Sequential(nn.ReLU())) == ()
+    holder = nn.Module()
+    holder.model, holder.pool, holder.nothing = two, nn.ReLU(), None
+    assert path_to_model(nn.Sequential(holder, nn.Tanh())) == ("0", "model")
+    holder.register_buffer("scale", torch.ones(1))
+    assert path_to_model(nn.Sequential(holder, nn.Tanh())) == ("0",)

@@ -19,6 +19,8 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from turbotx.errors import CaptureError
+
 
 class LeftToPyTorch(Exception):
     """A call has an argument that only PyTorch can compute with: the original is to run."""
@@ -87,3 +89,16 @@ def calls_forward(model: nn.Module) -> bool:
         for c in type(model).__mro__
         if c is not nn.Module
     )
+
+
+def refuse_foreign_weights(model: nn.Module) -> None:
+    """Raise CaptureError for a parameter or buffer that computes by code of its own: fake,
+    distributed, quantised by a subclass."""
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        own = getattr(type(tensor), "__torch_dispatch__", None)
+        if not is_dense(tensor) and own is not torch.Tensor.__torch_dispatch__:
+            raise CaptureError(
+                f"cannot capture {type(model).__name__}: its {path!r} is a {type(tensor).__name__},"
+                " whose values kernels cannot read. Call the model without turbotx, or optimize "
+                "the parts whose weights are plain tensors"
+            )

@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,11 +30,13 @@ REFUSALS = (CaptureError, InputError, TrainingError)
 """What a method of the model's own class, `generate` for one, is not stopped by."""
 
 REASON_LENGTH = 300
+PYTORCH = str(Path(torch.__file__).parent)
 
 
 class _Added:
     """What turbotx adds to a class of the user's: it gives way to whatever an instance has of that
-    name, and PyTorch finds the name free when it registers something there."""
+    name, and PyTorch itself sees none of it: the name is free when it registers something there,
+    and TorchScript, which looks at every name, finds no more than in the model."""
 
     def __init__(self, function: Callable[..., Any], value: str = "") -> None:
         """value: the name of an attribute that `function` computes, "" for a method."""
@@ -46,7 +49,7 @@ class _Added:
         for table in ("_parameters", "_buffers", "_modules"):
             if self.name in instance.__dict__.get(table, ()):
                 return instance.__dict__[table][self.name]
-        if sys._getframe(1).f_code.co_filename == nn_module.__file__:
+        if sys._getframe(1).f_code.co_filename.startswith(PYTORCH):
             raise AttributeError(self.name)
         return (
             self.function(instance) if self.is_value else types.MethodType(self.function, instance)
@@ -67,6 +70,7 @@ class OptimizedModule(nn.Module):
     __jit_unused_properties__ = ("_turbotx_engine",)
     _turbotx_engine: Any = None
     """None for the model as it was, as inside of a trace."""
+    _turbotx_run_around: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # A class that turbotx makes is none of the user's: no registry of theirs is to see it.
@@ -86,6 +90,9 @@ class OptimizedModule(nn.Module):
         except LeftToPyTorch:
             pass
         except REFUSALS as error:
+            done, output = self._turbotx_run_around(error, args, kwargs)
+            if done:
+                return output
             if not _may_go_on(engine, error):
                 raise
         if not engine.calls_forward:
@@ -107,6 +114,9 @@ class OptimizedModule(nn.Module):
         except LeftToPyTorch:
             return super().forward(*args, **kwargs)
         except REFUSALS as error:
+            done, output = self._turbotx_run_around(error, args, kwargs)
+            if done:
+                return output
             if not _may_go_on(engine, error):
                 raise
             return super().forward(*args, **kwargs)
@@ -187,10 +197,10 @@ def tolerate(engine: Engine, always: bool = False) -> None:
 def _is_called_by_a_method(state: dict[str, Any]) -> bool:
     """Tell whether a method of the optimized object of that state is running in this thread."""
     frame: Any = sys._getframe(1)
-    own = (__file__, nn_module.__file__)
+    own = (str(Path(__file__).parent), nn_module.__file__)
     while frame is not None:
         code = frame.f_code
-        if code.co_argcount and code.co_filename not in own:
+        if code.co_argcount and not code.co_filename.startswith(own):
             found = frame.f_locals.get(code.co_varnames[0])
             if isinstance(found, OptimizedModule) and found.__dict__ is state:
                 return True

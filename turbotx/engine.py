@@ -24,7 +24,13 @@ from torch import nn
 
 from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
-from turbotx.composition import calls_forward, is_dense, leave_foreign, left_alone
+from turbotx.composition import (
+    calls_forward,
+    is_dense,
+    leave_foreign,
+    left_alone,
+    refuse_foreign_weights,
+)
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.observers import observers
@@ -178,6 +184,7 @@ class Engine:
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
         # What cannot run is said before the seconds that tracing takes.
+        refuse_foreign_weights(self.model)
         _, device = self._open_device(pytree.tree_leaves((args, kwargs)))
         if device is None and self.options.backend != "aten":
             start_runtime()
@@ -272,11 +279,12 @@ class Engine:
             return [v.compiled for variants in self._variants.values() for v in variants]
 
     def stats(self) -> dict[str, int]:
-        """Return counts since the last reset: captures, kernel builds, plans, chunk allocations."""
+        """Return counts since the last reset: captures, kernel builds, plans, chunk allocations;
+        those of parts that are optimized for it included."""
         compiled = self.variants()
         programs = [x.program for c in compiled for x in c.twins]
         pools = [pool.stats() for pool in self._pools.values()]
-        return {
+        found = {
             "captures": len(compiled),
             "eager_calls": self.eager_calls,
             "kernel_builds": sum(p.runtime.builds for p in programs),
@@ -288,6 +296,10 @@ class Engine:
             "peak_nbytes": sum(pool.peak_nbytes for pool in pools),
             "arenas": sum(pool.arenas for pool in pools),
         }
+        for part in self.parts.values():
+            for name, count in part._turbotx_engine.stats().items():
+                found[name] += count
+        return found
 
     def reserve(self, **dims: int) -> None:
         """Map the memory of the largest shape now, e.g. reserve(batch=8, seq=512)."""

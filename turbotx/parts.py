@@ -1,9 +1,10 @@
-"""Parts: which methods of a model's class call its submodules without calling the model.
+"""Parts: which submodules run by themselves: called by a method, or all that a wrapper holds.
 
 In: a class and the names of an instance's submodules. Out: for each method the submodules that its
 code calls, which nobody sees who only replaces the call of the model::
 
     calls_of_parts(Autoencoder, model._modules)  ->  {"encode": ["encoder"]}
+    path_to_model(sentence_transformer)          ->  ("0", "model")
 """
 
 from __future__ import annotations
@@ -70,3 +71,16 @@ def _called(method: types.FunctionType, name: str, wanted: frozenset[str]) -> li
         ):
             found.append(called.attr)
     return list(dict.fromkeys(found))
+
+
+def path_to_model(module: nn.Module) -> tuple[str, ...]:
+    """Return the way to the one submodule with weights that a module without any is wrapped around,
+    through wrappers of wrappers; () where there is no such."""
+    path: tuple[str, ...] = ()
+    while not module._parameters and not module._buffers:
+        held = {n: m for n, m in module._modules.items() if m is not None}
+        heavy = [n for n, m in held.items() if next(m.parameters(), None) is not None]
+        if len(heavy) != 1:
+            break
+        path, module = (*path, heavy[0]), held[heavy[0]]
+    return path

@@ -18,13 +18,15 @@ import weakref
 from collections.abc import Hashable
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from turbotx.composition import left_to_pytorch
-from turbotx.drop_in import OptimizedModule, tolerate
+from turbotx.drop_in import OptimizedModule, original_of, tolerate
 from turbotx.engine import Engine
+from turbotx.errors import TrainingError
 from turbotx.options import Options
-from turbotx.parts import calls_of_parts
+from turbotx.parts import calls_of_parts, path_to_model
 
 OWN_NAMES = ("stats", "reserve", "refresh", "profile", "graph", "_engine")
 """What turbotx adds; where the model's class has something of that name, the model's stays."""
@@ -237,3 +239,54 @@ def _optimized_part(method: Any) -> Any:
         return known
 
     return get
+
+
+# --- wrappers ---
+
+
+def _run_around(
+    self: Any, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[bool, Any]:
+    """Run a wrapper whose call was refused in PyTorch, around its model through turbotx.
+
+    That is for calls whose tensors all come inside of something, as the features that a
+    SentenceTransformer passes from part to part and writes to. Returns whether it was one.
+    """
+    engine = self._turbotx_engine
+    if isinstance(error, TrainingError) or any(
+        isinstance(x, torch.Tensor) for x in (*args, *kwargs.values())
+    ):
+        return False, None
+    path = path_to_model(engine.model)
+    inner = engine.model.get_submodule(".".join(path))
+    if not path or isinstance(inner, OptimizedModule):
+        return False, None
+    part = engine.parts.get("model")
+    if part is None or part.__dict__ is not inner.__dict__:
+        part = engine.parts["model"] = make_twin(inner, engine.options)
+        part._turbotx_engine.tolerates = engine.tolerates
+    views: list[tuple[nn.Module, nn.Module]] = []
+    view: Any = _view_around(engine.model, path, part, views)
+    try:
+        return True, (view.forward if engine.calls_forward else view)(*args, **kwargs)
+    finally:
+        for module, seen in views:  # what the call has set
+            module.__dict__.update({k: v for k, v in seen.__dict__.items() if k != "_modules"})
+
+
+def _view_around(
+    module: nn.Module, path: tuple[str, ...], part: nn.Module,
+    views: list[tuple[nn.Module, nn.Module]],
+) -> nn.Module:  # fmt: skip
+    """Return an object like `module` with `part` in the place of what the path leads to."""
+    name, *rest = path
+    child = module._modules[name]
+    inside = _view_around(cast(nn.Module, child), tuple(rest), part, views) if rest else part
+    view = object.__new__(type(original_of(module)))
+    state = {**module.__dict__, "_modules": {**module._modules, name: inside}}
+    object.__setattr__(view, "__dict__", state)
+    views.append((module, view))
+    return cast(nn.Module, view)
+
+
+OptimizedModule._turbotx_run_around = _run_around
