@@ -58,10 +58,15 @@ def as_module(function: Callable[..., Any]) -> FunctionModule:
 
 
 class Held:
-    """Tensors, modules and numbers that a callable holds, as they were when this was made."""
+    """Tensors and modules that a callable holds, as they were when this was made.
+
+    Of the object that a bound method is of, numbers too: a trace sees neither it nor them read.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._entries = list(_find(function, {}, 0))
+        self._entries = [e for e in _find(function, {}, 0) if type(e[2]) not in _PLAIN]
+        owner = function.__self__ if isinstance(function, types.MethodType) else None
+        self._entries += [e for e in _find(owner, {}, 0) if type(e[2]) in _PLAIN]
 
     def register(self, module: FunctionModule) -> None:
         """Make tensors buffers and modules submodules of `module`, in place of earlier ones."""
@@ -74,19 +79,16 @@ class Held:
                 module._buffers[f"held_{k}"] = value
 
     def have_changed(self) -> bool:
-        """Tell whether the callable holds something else now; what lies inside the tensors and
-        modules is watched as weights are."""
+        """Tell whether the callable holds others now; what lies inside the tensors and modules is
+        watched as weights are."""
         for holder, key, value in self._entries:
             now = _read(holder, key)
-            if now is not value and not (
-                type(now) is type(value) and type(value) in _PLAIN and _same(now, value)
-            ):
+            is_equal = (
+                type(now) is type(value) and type(value) in _PLAIN and repr(now) == repr(value)
+            )
+            if now is not value and not is_equal:
                 return True
         return False
-
-
-def _same(now: Any, value: Any) -> bool:
-    return repr(now) == repr(value) if isinstance(value, (float, complex)) else now == value
 
 
 _MISSING = object()
@@ -94,7 +96,7 @@ _MISSING = object()
 
 def _read(holder: Any, key: Any) -> Any:
     try:
-        return holder.cell_contents if key is None else holder[key]
+        return holder.cell_contents if isinstance(holder, types.CellType) else holder[key]
     except (KeyError, IndexError, ValueError):
         return _MISSING
 

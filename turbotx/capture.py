@@ -101,8 +101,9 @@ class _Flat(nn.Module):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
         # Hooks of the model itself are left out: they run around the program, on real tensors.
-        called = self.model.forward if self.calls_forward else self.model
-        flat, out_spec = pytree.tree_flatten(called(*args, **kwargs))
+        model = self.model
+        output = model.forward(*args, **kwargs) if self.calls_forward else model(*args, **kwargs)
+        flat, out_spec = pytree.tree_flatten(output)
         self.seen.out_spec = out_spec
         return flat
 

@@ -19,11 +19,11 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from turbotx.errors import CaptureError
+from turbotx.errors import CaptureError, InputError
 
 
-class LeftToPyTorch(Exception):
-    """A call has an argument that only PyTorch can compute with: the original is to run."""
+class LeftToPyTorch(InputError):
+    """A call has tensors that only PyTorch can compute with: the original is to run."""
 
 
 class _Around(threading.local):
@@ -77,7 +77,9 @@ def leave_foreign(leaves: Iterable[Any]) -> None:
     """Raise LeftToPyTorch where an argument is a tensor of a subclass, or a proxy of a trace."""
     for leaf in leaves:
         if not is_dense(leaf) and hasattr(type(leaf), "__torch_function__"):
-            raise LeftToPyTorch(f"an argument is a {type(leaf).__name__}")
+            raise LeftToPyTorch(
+                f"an argument is a {type(leaf).__name__}: turbotx computes with plain tensors only"
+            )
 
 
 def calls_forward(model: nn.Module) -> bool:
@@ -93,7 +95,10 @@ def calls_forward(model: nn.Module) -> bool:
 
 def refuse_foreign_weights(model: nn.Module) -> None:
     """Raise CaptureError for a parameter or buffer that computes by code of its own: fake,
-    distributed, quantised by a subclass."""
+    distributed, quantised by a subclass; LeftToPyTorch for parameters that are none, as
+    `torch.func.functional_call` puts them in place for one call."""
+    if not all(isinstance(p, nn.Parameter) for p in model.parameters()):
+        raise LeftToPyTorch("the model's parameters are other tensors for this call")
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         own = getattr(type(tensor), "__torch_dispatch__", None)
         if not is_dense(tensor) and own is not torch.Tensor.__torch_dispatch__:

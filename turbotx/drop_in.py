@@ -202,7 +202,8 @@ def _is_called_by_a_method(state: dict[str, Any]) -> bool:
         code = frame.f_code
         if code.co_argcount and not code.co_filename.startswith(own):
             found = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(found, OptimizedModule) and found.__dict__ is state:
+            is_own = isinstance(found, OptimizedModule) and found.__dict__ is state
+            if is_own and hasattr(type(found), code.co_name):
                 return True
         frame = frame.f_back
     return False

@@ -21,6 +21,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from turbotx.composition import LeftToPyTorch, left_to_pytorch
 from turbotx.engine import Engine, _signature
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
 from turbotx.options import Options, make_options
@@ -96,7 +97,7 @@ class _Graph:
     def __call__(self, *inputs: Any) -> Any:
         if torch.is_grad_enabled():
             _refuse_gradients(self.module, inputs)
-        if self.eager:
+        if self.eager or left_to_pytorch():
             return self.module(*inputs)
         try:
             tensors = self.feed.tensors_of(inputs)
@@ -104,6 +105,8 @@ class _Graph:
             # Export cannot trace in inference mode, and parameters are no inference tensors.
             with torch.inference_mode(False), torch.no_grad():
                 return engine(tensors, {})
+        except LeftToPyTorch:
+            return self.module(*inputs)
         except (CaptureError, InputError) as error:
             self._give_up(error)
             return self.module(*inputs)
