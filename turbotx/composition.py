@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from turbotx.errors import CaptureError, InputError
+from turbotx.errors import InputError
 
 
 class LeftToPyTorch(InputError):
@@ -91,19 +91,3 @@ def calls_forward(model: nn.Module) -> bool:
         for c in type(model).__mro__
         if c is not nn.Module
     )
-
-
-def refuse_foreign_weights(model: nn.Module) -> None:
-    """Raise CaptureError for a parameter or buffer that computes by code of its own: fake,
-    distributed, quantised by a subclass; LeftToPyTorch for parameters that are none, as
-    `torch.func.functional_call` puts them in place for one call."""
-    if not all(isinstance(p, nn.Parameter) for p in model.parameters()):
-        raise LeftToPyTorch("the model's parameters are other tensors for this call")
-    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-        own = getattr(type(tensor), "__torch_dispatch__", None)
-        if not is_dense(tensor) and own is not torch.Tensor.__torch_dispatch__:
-            raise CaptureError(
-                f"cannot capture {type(model).__name__}: its {path!r} is a {type(tensor).__name__},"
-                " whose values kernels cannot read. Call the model without turbotx, or optimize "
-                "the parts whose weights are plain tensors"
-            )

@@ -147,6 +147,15 @@ class OptimizedModule(nn.Module):
         self._turbotx_engine.reserve(**dims)
 
     @_added
+    def refresh(self) -> None:
+        """Derive packed weights and constants again at the next call.
+
+        Needed only where single elements were written through `.data`, or where parameters on a
+        GPU were written through `.data` at all: every other change is noticed.
+        """
+        self._turbotx_engine.refresh()
+
+    @_added
     def profile(self, *args: Any, runs: int = 30, **kwargs: Any) -> Any:
         """Return the time of every launch of a call, medians over `runs`: a `report.Profile`.
 

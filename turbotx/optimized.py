@@ -50,6 +50,7 @@ def _optimize_function(function: Callable[..., Any], options: Options) -> Callab
 
     optimized.stats = engine.stats  # type: ignore[attr-defined]
     optimized.reserve = engine.reserve  # type: ignore[attr-defined]
+    optimized.refresh = engine.refresh  # type: ignore[attr-defined]
     optimized._engine = engine  # type: ignore[attr-defined]
     return optimized
 
