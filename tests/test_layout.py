@@ -22,9 +22,19 @@ PACKAGE = ROOT / "turbotx"
 # The flow, earliest first. A module may import what stands in an earlier row, or in its own:
 # rows of several names are single files that belong together, a folder has a row to itself.
 LAYERS = (
-    ("ambient", "collection", "errors", "memory_order", "observers", "options", "progress"),
+    (
+        "ambient",
+        "collection",
+        "composition",
+        "errors",
+        "memory_order",
+        "observers",
+        "options",
+        "parts",
+        "progress",
+    ),
     ("arguments",),
-    ("call_key",),
+    ("call_key", "refusals"),
     ("traced_float",),
     ("weight_files",),
     ("sizes",),
@@ -59,7 +69,8 @@ LAYERS = (
     ("pipeline",),
     ("signature", "state_guard", "fused_graph", "placement", "tune"),
     ("capture_sizes", "variant"),
-    ("engine", "optimized"),
+    ("engine",),
+    ("callables", "drop_in", "optimized", "subclassing"),
     ("saved",),
     ("dynamo",),
     ("report",),

@@ -24,7 +24,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim
-from torch.export.graph_signature import OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turbotx.ambient import Ambient, no_autocast_cache, read_ambient, watch_reads, without_autocast
@@ -37,6 +36,7 @@ from turbotx.arguments import (
     rebuild,
 )
 from turbotx.casts import write_casts
+from turbotx.composition import calls_forward
 from turbotx.decompose import NotNodeByNode, decompose_nodes
 from turbotx.eager import ORDER, note_layouts
 from turbotx.errors import CaptureError
@@ -53,6 +53,7 @@ from turbotx.input_names import find_hints, name_dims, name_inputs
 from turbotx.memory_order import by_order, in_memory, inverse, make_dense, memory_order, moved_dims
 from turbotx.module_state.record import StateRecord, make_record, start_recording
 from turbotx.module_state.recorder import Recorder
+from turbotx.refusals import refuse_inference_tensors, refuse_mutation, refuse_objects
 from turbotx.size_questions import sizes_from_one
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, expr
@@ -123,6 +124,7 @@ class _Flat(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.recorder = model, recorder
+        self.calls_forward = calls_forward(model)
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.positions = [
             i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) or is_float(x)
@@ -147,9 +149,12 @@ class _Flat(nn.Module):
         args, kwargs = rebuild(leaves, self.in_spec)
         model = self.model
         with self.recorder.on(tensors):
-            output = model(*args, **kwargs)
+            # Hooks of the model itself are left out: they run around the program.
+            called = model.forward if self.calls_forward else model
+            output = called(*args, **kwargs)
         _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
         flat, out_spec = pytree.tree_flatten(output)
+        refuse_objects(flat)
         self.seen.out_spec = out_spec
         return [read_floats(leaf) for leaf in flat]
 
@@ -185,7 +190,7 @@ def capture(
     name = type(model).__name__
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
-    _refuse_inference_tensors(model)
+    refuse_inference_tensors(model)
     ambient = read_ambient()
     with (
         _left_as_it_was(model), recorder.installed(), no_autocast_cache(),
@@ -306,18 +311,6 @@ def _decompositions() -> Any:
     return table
 
 
-def _refuse_inference_tensors(model: nn.Module) -> None:
-    """Raise CaptureError for parameters and buffers without a version: torch.export takes none,
-    and a change of them would go unnoticed."""
-    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_inference():
-            raise CaptureError(
-                f"cannot capture {type(model).__name__}: its {path!r} was made under "
-                "torch.inference_mode(), and nothing tells when such a tensor changes. Make or "
-                "load the model outside of it (torch.no_grad() is fine); calls may be inside"
-            )
-
-
 def _capture_error(name: str, error: Exception) -> CaptureError:
     """Return a CaptureError that points at the deepest frame outside torch and turbotx."""
     inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -335,20 +328,6 @@ def _capture_error(name: str, error: Exception) -> CaptureError:
     )
 
 
-def _refuse_mutation(exported: Any, name: str) -> None:
-    """Raise CaptureError where the call changes a buffer or an input: a program could not be run
-    by two threads, or again, and mean the same."""
-    for spec in exported.graph_signature.output_specs:
-        if spec.kind is OutputKind.USER_OUTPUT:
-            continue
-        what = str(spec.target).removeprefix("model.")
-        kind = "an input" if spec.kind is OutputKind.USER_INPUT_MUTATION else "its own tensor"
-        raise CaptureError(
-            f"cannot capture {name}: it changes {kind} {what!r} in place. Return the new value "
-            "instead, or keep that part outside the optimized module"
-        )
-
-
 def _describe(
     exported: Any,
     flat: _Flat,
@@ -357,7 +336,7 @@ def _describe(
     ambient: Ambient,
     asked: tuple[int, ...],
 ) -> Captured:
-    _refuse_mutation(exported, name)
+    refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, flat, names)
     fakes = [node.meta["val"] for node in inputs]
     shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]
