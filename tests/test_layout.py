@@ -24,7 +24,7 @@ PACKAGE = ROOT / "turbotx"
 LAYERS = (
     ("collection", "errors", "options", "progress"),
     ("weight_files",),
-    ("sizes",),
+    ("size_functions", "sizes"),
     ("graph",),
     ("views",),
     ("layout",),
@@ -34,7 +34,7 @@ LAYERS = (
     ("ops", "attention"),
     ("pull",),
     ("verify",),
-    ("decompose", "unlift", "size_tensors", "guards"),
+    ("decompose", "unlift", "size_tensors", "guards", "outputs"),
     ("capture",),
     ("passes",),
     ("kernels",),

@@ -34,7 +34,7 @@ from turbotx.layout import (
 from turbotx.ops import why_outside
 from turbotx.passes.extract import extract
 from turbotx.passes.partition import kind_of, op_name
-from turbotx.sizes import ONE, ZERO, Expr, dim, product
+from turbotx.sizes import ONE, ZERO, Expr, dim, product, spell_out
 from turbotx.views import SPLITS, is_view
 
 aten = torch.ops.aten
@@ -131,7 +131,7 @@ class _Assembler:
         elif kind == "product":
             self._product(node)
         elif kind == "extern":
-            self._extern(node, why_outside(node.target))
+            self._extern(node, why_outside(node))
         elif kind == "output":
             self._return(node)
 
@@ -143,7 +143,7 @@ class _Assembler:
         if kind is None:
             kind = "output" if node in self.outside else "intermediate"
         shape = g.shape(node)
-        unknown = {s.name for extent in shape for s in extent.free_symbols} - self.dims
+        unknown = {s.name for e in shape for s in spell_out(e).free_symbols} - self.dims
         if unknown:
             raise CaptureError(
                 f"{node.format_node()} has a size that depends on its inputs' values, not on "

@@ -39,6 +39,7 @@ from turbotx.guards import (
     guard_sizes,
     guard_squeezed,
 )
+from turbotx.outputs import take_apart
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, dim, expr
 from turbotx.unlift import FRESH, unlift
@@ -79,6 +80,7 @@ class _Seen:
     """What tracing saw; an object of its own because tracing undoes changes to a module."""
 
     out_spec: pytree.TreeSpec
+    constants: dict[int, Any]
 
 
 class _Flat(nn.Module):
@@ -98,8 +100,9 @@ class _Flat(nn.Module):
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
-        flat, out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
-        self.seen.out_spec = out_spec
+        output = self.model(*args, **kwargs)
+        name = type(self.model).__name__
+        flat, self.seen.out_spec, self.seen.constants = take_apart(output, name)
         return flat
 
 
@@ -156,6 +159,8 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, na
             try:
                 with attention():
                     return _export(flat, examples, varying)
+            except CaptureError:  # says what it is; no other sizes would help
+                raise
             except Exception as error:
                 first = first or error
     assert first is not None
@@ -338,6 +343,7 @@ def _refuse_mutation(exported: Any, name: str) -> None:
 def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captured:
     _refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, flat, names)
+    _put_constants(graph_module.graph, flat.seen.constants)
     fakes = [node.meta["val"] for node in inputs]
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
     symbols = _name_dims(fakes, names, find_equals(shape_env))
@@ -352,6 +358,12 @@ def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captur
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
         flat.seen.out_spec,
     )  # fmt: skip
+
+
+def _put_constants(graph: fx.Graph, constants: Mapping[int, Any]) -> None:
+    """Return what tracing could not return, a dtype for one, where it stood in the output."""
+    (node,) = graph.find_nodes(op="output")
+    node.args = ([constants.get(k, leaf) for k, leaf in enumerate(node.args[0])],)
 
 
 def _hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[int, ...]:

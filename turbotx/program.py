@@ -117,8 +117,10 @@ class Program(PlannedCall):
             if is_whole(leaf, self.assembly.tensors[leaf.tensor]):
                 return lambda state: state.whole(leaf.tensor, leaf.dtype)
             return window_of(leaf, self.dims)
-        if isinstance(leaf, sympy.Expr):
+        if isinstance(leaf, sympy.Basic):
             return make_size(compile_evaluator([leaf], self.dims))
+        if isinstance(leaf, set):  # the caller may change what it gets
+            return lambda state: set(leaf)
         return lambda state: leaf
 
     def _check_of(self, launch: int, check: int) -> tuple[str, str, str, str]:

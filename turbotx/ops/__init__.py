@@ -2,6 +2,15 @@
 
 from turbotx.ops import indexing, pointwise, reductions
 from turbotx.ops.outside import why_outside
-from turbotx.ops.table import OPS, Row, is_computed
+from turbotx.ops.table import OF_NUMBERS, OPS, Row, is_computed
 
-__all__ = ["OPS", "Row", "indexing", "is_computed", "pointwise", "reductions", "why_outside"]
+__all__ = [
+    "OF_NUMBERS",
+    "OPS",
+    "Row",
+    "indexing",
+    "is_computed",
+    "pointwise",
+    "reductions",
+    "why_outside",
+]
