@@ -88,10 +88,10 @@ CASES: dict[str, tuple[Any, Callable[[int], Any]]] = {
     "Identity": (functions.Identity(S + 1), lambda n: n + 1),
 }
 for _name in (n for n in FUNCTIONS if n.startswith("OpaqueUnaryFn_")):
-    _of_one = _name.removeprefix("OpaqueUnaryFn_")
+    _exact = getattr(math, _name.removeprefix("OpaqueUnaryFn_"))
     CASES[_name] = (
         getattr(functions, _name)(FloatTrueDiv(X, 16.0)),
-        lambda n, f=getattr(math, _of_one): f(n / 16.0),
+        lambda n, exact=_exact: exact(n / 16.0),
     )
 SIZES = (1, 2, 3, 4, 5, 7, 10, 13, 16)
 

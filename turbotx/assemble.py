@@ -19,7 +19,6 @@ from torch import fx
 from turbotx import graph as g
 from turbotx import ir
 from turbotx.attention import attention_scores
-from turbotx.errors import CaptureError
 from turbotx.kernels.cpp_attention import describe_attention
 from turbotx.kernels.cpp_products import describe_product
 from turbotx.kernels.epilogue import ACTIVATIONS, Epilogue, GemmKernel, is_packable
@@ -34,7 +33,7 @@ from turbotx.layout import (
 from turbotx.ops import why_outside
 from turbotx.passes.extract import extract
 from turbotx.passes.partition import kind_of, op_name
-from turbotx.sizes import ONE, ZERO, Expr, dim, product, spell_out
+from turbotx.sizes import ONE, ZERO, Expr, dim, product
 from turbotx.views import SPLITS, is_view
 
 aten = torch.ops.aten
@@ -143,13 +142,6 @@ class _Assembler:
         if kind is None:
             kind = "output" if node in self.outside else "intermediate"
         shape = g.shape(node)
-        unknown = {s.name for e in shape for s in spell_out(e).free_symbols} - self.dims
-        if unknown:
-            raise CaptureError(
-                f"{node.format_node()} has a size that depends on its inputs' values, not on "
-                "their shapes; turbotx needs every size before it runs\n"
-                + str(node.meta.get("stack_trace", ""))
-            )
         self.out.tensors[node.name] = ir.Tensor(node.name, kind, g.dtype(node), shape)
         return node.name
 

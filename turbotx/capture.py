@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import copy
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -40,8 +38,11 @@ from turbotx.guards import (
     guard_squeezed,
 )
 from turbotx.outputs import take_apart
+from turbotx.quiet import quiet_torch
+from turbotx.refusals import Stopped, capture_error, refuse_parts
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, dim, expr
+from turbotx.tensor_indices import TensorIndices
 from turbotx.unlift import FRESH, unlift
 
 # The key, in the exported graph's meta, of the sizes that a squeeze looks at.
@@ -100,9 +101,13 @@ class _Flat(nn.Module):
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
-        output = self.model(*args, **kwargs)
         name = type(self.model).__name__
-        flat, self.seen.out_spec, self.seen.constants = take_apart(output, name)
+        try:
+            with TensorIndices():
+                output = self.model(*args, **kwargs)
+            flat, self.seen.out_spec, self.seen.constants = take_apart(output, name)
+        except Exception as error:
+            raise Stopped(error) from error
         return flat
 
 
@@ -121,8 +126,8 @@ def capture(
     name = type(model).__name__
     if not tensors:
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
-    _refuse_inference_tensors(model)
-    with _left_as_it_was(model):
+    refuse_parts(model)
+    with _left_as_it_was(model), quiet_torch():
         exported = _export_widened(flat, tensors, least, name)
     return _describe(exported, flat, name, names)
 
@@ -150,6 +155,7 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, na
     or for a number that the call spells out too.
     """
     first, tried = None, []
+    tensors = [_settle(t) for t in tensors]
     for sides in ("left", "both", "none"):
         examples, varying = _widen(tensors, least, sides)
         if varying in tried:
@@ -159,12 +165,22 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, na
             try:
                 with attention():
                     return _export(flat, examples, varying)
-            except CaptureError:  # says what it is; no other sizes would help
-                raise
             except Exception as error:
+                error = error.error if isinstance(error, Stopped) else error
+                if isinstance(error, CaptureError):  # no other sizes would help
+                    raise error from None
                 first = first or error
     assert first is not None
-    raise _capture_error(name, first) from first
+    raise capture_error(name, first) from first
+
+
+def _settle(tensor: torch.Tensor) -> torch.Tensor:
+    """Return an input as every program reads it: row-major from the start of its memory.
+
+    Of a slice tracing would keep the strides and the offset, and this call's would be all calls'.
+    """
+    tensor = tensor.resolve_conj().resolve_neg().contiguous()
+    return tensor.clone() if tensor.storage_offset() else tensor
 
 
 def _attentions(
@@ -295,35 +311,6 @@ def _grow(tensor: torch.Tensor, d: int, least: int) -> torch.Tensor:
     shape = list(tensor.shape)
     shape[d] = least
     return tensor.new_zeros(shape)
-
-
-def _refuse_inference_tensors(model: nn.Module) -> None:
-    """Raise CaptureError for parameters and buffers without a version: torch.export takes none,
-    and a change of them would go unnoticed."""
-    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_inference():
-            raise CaptureError(
-                f"cannot capture {type(model).__name__}: its {path!r} was made under "
-                "torch.inference_mode(), and nothing tells when such a tensor changes. Make or "
-                "load the model outside of it (torch.no_grad() is fine); calls may be inside"
-            )
-
-
-def _capture_error(name: str, error: Exception) -> CaptureError:
-    """Return a CaptureError that points at the deepest frame outside torch and turbotx."""
-    inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith(inside) and not f.filename.startswith("<")
-    ]
-    seen = str(error).strip().splitlines() or [type(error).__name__]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    return CaptureError(
-        f"cannot capture {name}{where}\n  {type(error).__name__}: {seen[0]}\n"
-        "  Every call must be one graph of tensor ops: no Python branch on a tensor's values, no "
-        "output that is neither a tensor nor a plain constant (for a decoder pass use_cache=False)."
-    )
 
 
 def _refuse_mutation(exported: Any, name: str) -> None:

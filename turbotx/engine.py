@@ -25,12 +25,14 @@ from torch import nn
 from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, TrainingError
+from turbotx.failures import named_failures
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, bind_weights, compile_captured, compile_rewritten
 from turbotx.placement import find_device, open_device
 from turbotx.program import Program
 from turbotx.progress import show_progress
+from turbotx.quiet import quiet_torch
 from turbotx.runtime.absent_device import AbsentDevice
 from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
@@ -117,8 +119,9 @@ class Engine:
     ) -> tuple[Variant, Program, Binding]:  # fmt: skip
         with self._lock:
             variant, dims = self._find(key, tensors, args, kwargs)
-            program = variant.compiled.at(dims).program
-            binding = program.bind(dims)
+            with named_failures(type(self.model).__name__):
+                program = variant.compiled.at(dims).program
+                binding = program.bind(dims)
             if len(self._bound) >= self.options.max_shapes:
                 self._bound.pop(next(iter(self._bound)))
             self._bound[shapes] = (variant, program, binding)
@@ -168,7 +171,8 @@ class Engine:
         _, device = self._open_device(pytree.tree_leaves((args, kwargs)))
         if device is None and self.options.backend != "aten":
             start_runtime()
-        with self._plain(), pause_collection():
+        name = type(self.model).__name__
+        with self._plain(), pause_collection(), named_failures(name):
             captured = capture(self.model, args, kwargs)
             captured = self._capture_elsewhere(captured, args, kwargs)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
@@ -200,7 +204,7 @@ class Engine:
         It runs where the call's tensors and the model's parameters lie.
         """
         pool, device = self._find_memory(captured)
-        with pause_collection():
+        with pause_collection(), named_failures(captured.name), quiet_torch():
             return compile_captured(captured, self.model, self.options, pool, device)
 
     def compile_for(self, compiled: Compiled, target: str) -> Compiled:
@@ -211,7 +215,7 @@ class Engine:
         device = None if target == "cpu" else AbsentDevice(target)
         pool = ChunkPool(torch.device("cpu"))
         captured, text = compiled.captured, compiled.captured_text
-        with pause_collection():
+        with pause_collection(), named_failures(captured.name), quiet_torch():
             return compile_rewritten(captured, text, self.model, options, pool, device)
 
     def share(self, compiled: Compiled) -> Compiled:
@@ -344,8 +348,9 @@ def _refuse_tensor(tensor: torch.Tensor) -> None:
             f"an input is on {tensor.device}, and turbotx runs on CPUs and NVIDIA GPUs: move the "
             'model and its inputs with .to("cpu") or .to("cuda")'
         )
-    if tensor.layout is not torch.strided:
-        raise InputError(f"an input has layout {tensor.layout}; turbotx takes dense tensors only")
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        kind = f"dtype {tensor.dtype}" if tensor.is_quantized else f"layout {tensor.layout}"
+        raise InputError(f"an input has {kind}; turbotx takes plain dense tensors only")
     if tensor.requires_grad and torch.is_grad_enabled():
         _refuse_gradient()
 

@@ -3,7 +3,7 @@
 In: the output of a model's forward while it is traced. Out: leaves that a graph can return, the
 structure around them, and what is neither a tensor nor a number but always the same::
 
-    take_apart((x, x.shape, x.dtype), "Net")  ->  [x, 2, 3, None], (*, Extents(*, *), *), {3: float32}
+    take_apart((x, x.shape, x.dtype), "")  ->  [x, 2, 3, None], (*, Extents(*, *), *), {3: float32}
 """
 
 from __future__ import annotations

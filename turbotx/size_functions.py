@@ -5,8 +5,8 @@ Python function that it is, and how it is spelled in Python and in JavaScript::
 
     FUNCTIONS["FloorToInt"].python.format("0.5 * seq")  ->  "floor(0.5 * seq)"
 
-Kernels are given what these functions return as an argument, see `sizes.name_functions`: so a size that goes
-through a float has one value on every device, Python's own.
+Kernels are given what these functions return as an argument, see `sizes.name_functions`: so a size
+that goes through a float has one value on every device, Python's own.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _same(x: Any) -> Any:
 
 def _symbolic(name: str) -> Callable[[Any], Any]:
     """Return a function of one float as PyTorch traces it, of which plain numbers are given too."""
-    return getattr(torch, f"_sym_{name}")  # type: ignore[no-any-return]
+    return getattr(torch, f"_sym_{name}")
 
 
 _TO_EVEN = (

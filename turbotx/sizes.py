@@ -309,7 +309,7 @@ def compile_evaluator(values: Sequence[Any], dims: Sequence[str]) -> Callable[..
     listed = "".join(f"{to_python(v)}, " for v in values)
     source = f"lambda {', '.join(dims)}: ({listed})" if values else f"lambda {', '.join(dims)}: ()"
     names = {**PYTHON_NAMES, "__builtins__": {}}
-    return eval(compile(source, "<turbotx sizes>", "eval"), names)  # type: ignore[no-any-return]
+    return eval(compile(source, "<turbotx sizes>", "eval"), names)
 
 
 def evaluate(value: Expr, dims: Mapping[str, int]) -> int:

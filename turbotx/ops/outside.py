@@ -13,6 +13,7 @@ from torch import fx
 
 from turbotx.graph import is_tensor
 from turbotx.ops.table import OPS, is_number_computed
+from turbotx.subgraphs import WithGraphs
 
 _ORDERS = "orders a row by comparisons: ATen's own sort does that"
 _WRITES = "writes at places that are known only when it runs, where two may be one"
@@ -39,6 +40,8 @@ REASONS = {
 def why_outside(node: fx.Node) -> str:
     """Return why ATen runs a call."""
     target: Any = node.target
+    if isinstance(target, WithGraphs):
+        return f"{target} is given graphs, which PyTorch runs"
     name = getattr(getattr(target, "overloadpacket", None), "__name__", "")
     if name in REASONS:
         return f"{target} {REASONS[name]}"

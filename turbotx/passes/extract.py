@@ -18,7 +18,6 @@ from torch import fx, nn
 from turbotx import graph as g
 from turbotx.sizes import Expr
 
-
 aten = torch.ops.aten
 # What makes a tensor of the shape of its first argument and reads nothing of it; 0 or 1 is what it
 # is filled with, None: its own argument.

@@ -15,7 +15,6 @@ from torch import fx
 
 from turbotx import ir
 from turbotx.capture import Captured
-from turbotx.errors import SaveError
 from turbotx.kernels.lower import Lowered
 from turbotx.memory.symbolic import SymbolicPlanner
 from turbotx.passes.extract import extract
