@@ -78,7 +78,7 @@ class _Extractor:
     def _create(self, node: fx.Node, places: Mapping[Expr, fx.Node]) -> fx.Node:
         """Make the tensor of a shape, without the tensor that has that shape."""
         value, shape = node.meta["val"], g.shape(node)
-        fill: Any = SHAPED_AS[node.target]
+        fill: Any = SHAPED_AS.get(node.target, 0)
         if fill is None:
             fill = g.argument(node, "fill_value")
             fill = self.made[fill] if isinstance(fill, fx.Node) else fill
@@ -90,10 +90,13 @@ class _Extractor:
         return made
 
     def _only_shaped(self, node: fx.Node) -> bool:
-        return (
-            node not in self.given and node.target in SHAPED_AS
-            and not self._is_reached(node.args[0])  # type: ignore[arg-type]
-        )  # fmt: skip
+        """Tell whether nothing but the shape of a call's argument, or of a tensor itself, matters:
+        a kernel is given every tensor of which it reads an element."""
+        if node in self.given:
+            return False
+        if node.op in ("placeholder", "get_attr"):
+            return True
+        return node.target in SHAPED_AS and not self._is_reached(node.args[0])  # type: ignore[arg-type]
 
     def _is_reached(self, node: fx.Node) -> bool:
         """Tell whether a tensor is computed from what is given."""
