@@ -13,12 +13,11 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
-import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
@@ -26,7 +25,18 @@ from torch.export import Dim
 from torch.export.graph_signature import OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from turbotx.ambient import Ambient, no_autocast_cache, read_ambient, watch_reads, without_autocast
+from turbotx.arguments import (
+    Structure,
+    carry,
+    changed_arguments,
+    flatten_call,
+    is_float,
+    rebuild,
+)
+from turbotx.casts import write_casts
 from turbotx.decompose import NotNodeByNode, decompose_nodes
+from turbotx.eager import ORDER, note_layouts
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
 from turbotx.guards import (
@@ -37,12 +47,18 @@ from turbotx.guards import (
     guard_sizes,
     guard_squeezed,
 )
-from turbotx.outputs import take_apart
+from turbotx.input_names import find_hints, name_dims, name_inputs
+from turbotx.memory_order import by_order, in_memory, inverse, make_dense, memory_order, moved_dims
+from turbotx.module_state.record import StateRecord, make_record, start_recording
+from turbotx.module_state.recorder import Recorder
 from turbotx.quiet import quiet_torch
 from turbotx.refusals import Stopped, capture_error, refuse_parts
+from turbotx.returned import put_constants, take_apart
+from turbotx.size_questions import sizes_from_one
 from turbotx.size_tensors import SizeTensors
-from turbotx.sizes import Expr, dim, expr
+from turbotx.sizes import Expr, expr
 from turbotx.tensor_indices import TensorIndices
+from turbotx.traced_float import FloatInput, FloatReads, read_floats
 from turbotx.unlift import FRESH, unlift
 
 # The key, in the exported graph's meta, of the sizes that a squeeze looks at.
@@ -65,7 +81,11 @@ KEPT_WHOLE = frozenset(
 
 @dataclass(frozen=True)
 class Captured:
-    """One traced call: the graph, how to feed it and how to rebuild the model's own output."""
+    """One traced call: the graph, how to feed it and how to rebuild the model's own output.
+
+    ambient: the state of PyTorch that it was traced in. asked: the places in it that Python code
+    asked for, beside those that decide every trace.
+    """
 
     graph_module: fx.GraphModule
     name: str
@@ -75,6 +95,19 @@ class Captured:
     example_dims: tuple[int, ...]
     guards: tuple[Guard, ...]
     out_spec: pytree.TreeSpec
+    ambient: Ambient
+    asked: tuple[int, ...]
+
+    floats: tuple[FloatInput, ...] = ()
+    state: StateRecord | None = None
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether the floats that its Python code asked for are as they were."""
+        return all(x.takes(tensors) for x in self.floats)
+
+    def holds_in(self, ambient: Ambient) -> bool:
+        """Tell whether what its Python code asked PyTorch for is as it was."""
+        return all(ambient[k] == self.ambient[k] for k in self.asked)
 
 
 class _Seen:
@@ -85,51 +118,97 @@ class _Seen:
 
 
 class _Flat(nn.Module):
-    """The model behind a flat signature: tensors in, the output's leaves out."""
+    """The model behind a flat signature: tensors in, by their order in memory, leaves out."""
 
-    def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
+    def __init__(
+        self, model: nn.Module, leaves: Sequence[Any], spec: Structure, recorder: Recorder
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.recorder = model, recorder
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        self.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        self.positions = [
+            i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) or is_float(x)
+        ]
+        carried = (leaves[i] for i in self.positions)
+        self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
+        self.floats = FloatReads()
         self.in_spec = spec
         self.seen = _Seen()
         self.training = False
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
         leaves = list(self.constants)
-        for position, tensor in zip(self.positions, tensors, strict=True):
-            leaves[position] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
-        name = type(self.model).__name__
+        self.floats.begin()
+        given = zip(self.positions, tensors, self.orders, strict=True)
+        for k, (position, tensor, order) in enumerate(given):
+            number = leaves[position]
+            if number is None:
+                leaves[position] = in_memory(tensor, inverse(order))
+            else:
+                leaves[position] = self.floats.make(number, tensor, k)
+        args, kwargs = rebuild(leaves, self.in_spec)
+        model, name = self.model, type(self.model).__name__
         try:
-            with TensorIndices():
-                output = self.model(*args, **kwargs)
+            with self.recorder.on(tensors), TensorIndices():
+                output = model(*args, **kwargs)
+            _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
             flat, self.seen.out_spec, self.seen.constants = take_apart(output, name)
         except Exception as error:
             raise Stopped(error) from error
-        return flat
+        return [read_floats(leaf) for leaf in flat]
+
+    def describe_floats(self) -> tuple[FloatInput, ...]:
+        """Return every float of the call, with what the trace took for granted of it."""
+        numbers = [(k, self.constants[i]) for k, i in enumerate(self.positions)]
+        return tuple(self.floats.describe(k, x) for k, x in numbers if x is not None)
+
+
+def _refuse_changes(changed: Sequence[str]) -> None:
+    if changed:
+        raise CaptureError(
+            f"it changes its argument {', '.join(changed)} (an attribute, an entry or an item), "
+            "which a program cannot do for the caller: return the new value instead"
+        )
+
+
+Places: TypeAlias = Collection[tuple[int, int]]
+"""Dims of a call's tensors: the tensor's number and the dim's."""
 
 
 def capture(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], least: int = 2
-) -> Captured:
-    """Trace `model(*args, **kwargs)` with every size of every tensor symbolic.
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], least: int = 2,
+    fixed: Places = (),
+) -> Captured:  # fmt: skip
+    """Trace `model(*args, **kwargs)` with every size of every tensor symbolic, less those of 0.
 
-    least: sizes of 1 and 2 are traced as this size; 0 traces the call's own sizes.
+    least: sizes of 1 and 2 are traced as this size. fixed: dims whose sizes are to be numbers, the
+    call's own.
     Raises CaptureError, naming the user's own source line, when the model cannot be traced.
     """
-    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    names = _name_inputs(model, leaves, spec)
-    flat = _Flat(model, leaves, spec)
-    name = type(model).__name__
-    if not tensors:
-        raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     refuse_parts(model)
-    with _left_as_it_was(model), quiet_torch():
-        exported = _export_widened(flat, tensors, least, name)
-    return _describe(exported, flat, name, names)
+    leaves, spec = flatten_call(args, kwargs)
+    tensors = carry(leaves)
+    names = name_inputs(model, args, kwargs)
+    recorder, code_names = start_recording(model)
+    flat = _Flat(model, leaves, spec, recorder)
+    name = type(model).__name__
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
+    ambient = read_ambient()
+    with (
+        _left_as_it_was(model), recorder.installed(), no_autocast_cache(),
+        watch_reads(ambient) as asked, quiet_torch(),
+    ):  # fmt: skip
+        try:
+            exported = _export_widened(flat, tensors, least, fixed, name)
+        except CaptureError:
+            if not flat.describe_floats():
+                raise
+            flat.floats.fixed = True  # an op or a class took no stand-in for a number
+            exported = _export_widened(flat, tensors, least, fixed, name)
+    with without_autocast():
+        captured = _describe(exported, flat, name, names, ambient, tuple(sorted(asked)))
+    return replace(captured, state=make_record(model, recorder, code_names))
 
 
 @contextmanager
@@ -147,7 +226,9 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
-def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, name: str) -> Any:
+def _export_widened(
+    flat: _Flat, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
+) -> Any:
     """Trace with as many dims symbolic as the call takes; raise the first attempt's error.
 
     A size of 1 varies unless a larger one stands beside it, counted from the left, or else from
@@ -155,9 +236,11 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, na
     or for a number that the call spells out too.
     """
     first, tried = None, []
-    tensors = [_settle(t) for t in tensors]
+    tensors = [t.resolve_conj().resolve_neg() for t in tensors]
     for sides in ("left", "both", "none"):
-        examples, varying = _widen(tensors, least, sides)
+        examples, varying = _widen(tensors, least, fixed, sides)
+        examples = list(map(make_dense, examples, flat.orders))
+        varying = list(map(moved_dims, varying, flat.orders))
         if varying in tried:
             continue
         tried.append(varying)
@@ -167,20 +250,11 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, na
                     return _export(flat, examples, varying)
             except Exception as error:
                 error = error.error if isinstance(error, Stopped) else error
-                if isinstance(error, CaptureError):  # no other sizes would help
+                if str(error).startswith("cannot capture"):  # no other sizes would help
                     raise error from None
                 first = first or error
     assert first is not None
     raise capture_error(name, first) from first
-
-
-def _settle(tensor: torch.Tensor) -> torch.Tensor:
-    """Return an input as every program reads it: row-major from the start of its memory.
-
-    Of a slice tracing would keep the strides and the offset, and this call's would be all calls'.
-    """
-    tensor = tensor.resolve_conj().resolve_neg().contiguous()
-    return tensor.clone() if tensor.storage_offset() else tensor
 
 
 def _attentions(
@@ -211,10 +285,11 @@ def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]])
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with SizeTensors():
+        with SizeTensors(), sizes_from_one():
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
+        write_casts(exported.graph)
         before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
         squeezed = find_squeezed(exported.graph)
         try:
@@ -243,43 +318,15 @@ def _decompositions() -> Any:
     return table
 
 
-def _name_inputs(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:
-    """Return a Python name per tensor leaf, from the parameter of forward that carries it."""
-    import inspect
-
-    args, kwargs = pytree.tree_unflatten(list(range(len(leaves))), spec)
-    forward = getattr(model, "turbotx_signature_of", model.forward)
-    try:
-        parameters = list(inspect.signature(forward).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    positional = [
-        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    labelled: dict[int, str] = {}
-    for i, arg in enumerate(args):
-        label = positional[i] if i < len(positional) else f"arg{i}"
-        _label_leaves(arg, label, labelled)
-    for label, arg in kwargs.items():
-        _label_leaves(arg, str(label), labelled)
-    return [labelled[i] for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-
-
-def _label_leaves(tree: Any, label: str, labelled: dict[int, str]) -> None:
-    indices = pytree.tree_leaves(tree)
-    for k, index in enumerate(indices):
-        labelled[index] = label if len(indices) == 1 else f"{label}_{k}"
-
-
 def _widen(
-    tensors: Sequence[torch.Tensor], least: int, sides: str
+    tensors: Sequence[torch.Tensor], least: int, fixed: Places, sides: str
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Repeat size-1 dims so that tracing cannot specialise on them; list the dims that vary.
 
     sides: where another input with a larger size keeps a size 1 fixed: at the same position from
     the "left" or from "both" sides, as a (1, seq) mask beside (batch, seq) ids is a broadcast; with
-    "none" every size 1 is fixed, and every 0. Inputs that are one tensor become two: tracing would
-    take them for one argument.
+    "none" every size 1 is fixed. A size of 0 is always, and where `fixed` says so. Inputs that are
+    one tensor become two: tracing would take them for one argument.
     """
     largest: dict[int, int] = {}
     for tensor in tensors:
@@ -288,29 +335,23 @@ def _widen(
                 largest[place] = max(largest.get(place, 0), size)
     widened: list[torch.Tensor] = []
     varying = []
-    for tensor in tensors:
+    for i, tensor in enumerate(tensors):
         dims = []
         rank = tensor.dim()
         if any(tensor is other for other in widened):
             tensor = tensor.clone()
         for d, size in enumerate(tensor.shape):
             beside = largest[d] if sides == "left" else max(largest[d], largest[d - rank])
-            if (size == 1 and beside > 1) or (size <= 1 and (sides == "none" or not least)):
+            spread = size == 1 and (beside > 1 or sides == "none")
+            if spread or size == 0 or (i, d) in fixed:
                 continue
             dims.append(d)
             if size <= 2 and size < least:
-                tensor = _grow(tensor, d, least)
+                places = torch.arange(least, device=tensor.device) % size
+                tensor = tensor.index_select(d, places)
         widened.append(tensor)
         varying.append(dims)
     return widened, varying
-
-
-def _grow(tensor: torch.Tensor, d: int, least: int) -> torch.Tensor:
-    if tensor.shape[d]:
-        return tensor.index_select(d, torch.arange(least, device=tensor.device) % tensor.shape[d])
-    shape = list(tensor.shape)
-    shape[d] = least
-    return tensor.new_zeros(shape)
 
 
 def _refuse_mutation(exported: Any, name: str) -> None:
@@ -327,62 +368,32 @@ def _refuse_mutation(exported: Any, name: str) -> None:
         )
 
 
-def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captured:
+def _describe(
+    exported: Any,
+    flat: _Flat,
+    name: str,
+    names: list[str],
+    ambient: Ambient,
+    asked: tuple[int, ...],
+) -> Captured:
     _refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, flat, names)
-    _put_constants(graph_module.graph, flat.seen.constants)
+    put_constants(graph_module.graph, flat.seen.constants)
     fakes = [node.meta["val"] for node in inputs]
+    shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]
+    for node, order in zip(inputs, flat.orders, strict=True):
+        node.meta[ORDER] = order
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
-    symbols = _name_dims(fakes, names, find_equals(shape_env))
+    symbols = name_dims(shapes, names, find_equals(shape_env))
     remember_names(graph_module, symbols)
+    note_layouts(graph_module.graph)
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
     guards += guard_squeezed(squeezed, symbols)
-    sizes = tuple(tuple(expr(s).xreplace(symbols) for s in fake.shape) for fake in fakes)
+    sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
-    hints = _hints(shape_env, symbols)
+    hints = find_hints(shape_env, symbols)
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
-        flat.seen.out_spec,
+        flat.seen.out_spec, ambient, asked, flat.describe_floats(),
     )  # fmt: skip
-
-
-def _put_constants(graph: fx.Graph, constants: Mapping[int, Any]) -> None:
-    """Return what tracing could not return, a dtype for one, where it stood in the output."""
-    (node,) = graph.find_nodes(op="output")
-    node.args = ([constants.get(k, leaf) for k, leaf in enumerate(node.args[0])],)
-
-
-def _hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[int, ...]:
-    """Return each dim's size while tracing."""
-    newer = hasattr(shape_env, "backed_var_to_val")  # torch 2.12 renamed it
-    values = getattr(shape_env, "backed_var_to_val" if newer else "var_to_val", {})
-    return tuple({dim: int(values.get(symbol, 2)) for symbol, dim in symbols.items()}.values())
-
-
-def _name_dims(
-    fakes: Sequence[torch.Tensor], names: Sequence[str],
-    equals: Mapping[sympy.Symbol, sympy.Symbol],
-) -> dict[sympy.Symbol, sympy.Symbol]:  # fmt: skip
-    """Name dims as a user would: the first input's are batch and seq, others by input and place.
-
-    equals: symbols that stand for the same size as another one, and get its name.
-    """
-    symbols: dict[sympy.Symbol, sympy.Symbol] = {}
-    taken: set[str] = set()
-    plain = {0: "batch", 1: "seq"}
-    for fake, name in zip(fakes, names, strict=True):
-        for d, size in enumerate(fake.shape):
-            for symbol in sorted(expr(size).free_symbols, key=str):
-                if symbol in symbols:
-                    continue
-                known = [s for s in symbols if equals.get(s, s) == equals.get(symbol, symbol)]
-                if known:
-                    symbols[symbol] = symbols[known[0]]
-                    continue
-                label = plain.get(d, "") if fake.dim() <= 3 or d == 0 else ""
-                if not label or label in taken:
-                    label = f"{name}_d{d}"
-                taken.add(label)
-                symbols[symbol] = dim(label)
-    return symbols

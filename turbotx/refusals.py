@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from turbotx.errors import CaptureError
+from turbotx.ambient import Ambient, unknown_modes
+from turbotx.errors import CaptureError, InputError, TrainingError
 
 
 class Stopped(Exception):
@@ -94,3 +95,38 @@ def capture_error(name: str, error: Exception) -> CaptureError:
         "  Every call must be one graph of tensor ops: no Python branch on a tensor's values, no "
         "output that is neither a tensor nor a plain constant (for a decoder pass use_cache=False)."
     )
+
+
+def refuse_tensor(tensor: torch.Tensor) -> None:
+    """Raise InputError, or TrainingError, for an input that no program takes."""
+    if tensor.is_nested:
+        raise InputError("an input is a nested tensor; turbotx takes plain dense tensors only")
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise InputError(
+            f"an input is on {tensor.device}, and turbotx runs on CPUs and NVIDIA GPUs: move the "
+            'model and its inputs with .to("cpu") or .to("cuda")'
+        )
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        kind = f"dtype {tensor.dtype}" if tensor.is_quantized else f"layout {tensor.layout}"
+        raise InputError(f"an input has {kind}; turbotx takes plain dense tensors only")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        refuse_gradient()
+
+
+def refuse_gradient() -> None:
+    """Raise TrainingError for an input that requires grad."""
+    raise TrainingError(
+        "an input requires grad, and turbotx is for inference only: call it under "
+        "torch.no_grad(), or pass input.detach()"
+    )
+
+
+def refuse_modes(ambient: Ambient) -> None:
+    """Raise InputError: a program is not PyTorch's functions: nothing would intercept them."""
+    names = unknown_modes(ambient)
+    if names:
+        raise InputError(
+            f"the call is made under {', '.join(names)}, which intercepts PyTorch's functions, and "
+            "a compiled program does not call them: leave the mode around the call, or call the "
+            "model that was given to turbotx.optimize"
+        )

@@ -18,6 +18,7 @@ from torch import fx
 
 from turbotx import graph as g
 from turbotx.attention import attention, attention_scores, attention_values
+from turbotx.eager import OWN
 from turbotx.ops import OPS, is_computed
 from turbotx.views import SPLITS, is_view, view_source
 
@@ -70,7 +71,13 @@ def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
         return "piece"
     if not isinstance(value, torch.Tensor):
         return "extern" if isinstance(value, (list, tuple)) else "size"
-    return "computed" if is_computed(node) else "extern"
+    return "computed" if is_computed(node) and not _is_about_nothing(node) else "extern"
+
+
+def _is_about_nothing(node: fx.Node) -> bool:
+    """Tell whether a tensor of a call is empty whatever the dims: PyTorch knows what that gives,
+    and which of it is an error; a kernel would divide by its extents."""
+    return any(0 in g.shape(n) for n in (node, *tensor_inputs(node)))
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
@@ -91,7 +98,7 @@ def find_prepared(graph: fx.Graph) -> frozenset[fx.Node]:
         if not g.is_tensor(node) or node.op != "call_function" or is_view(node):
             continue
         sources = [root_of(n) for n in node.all_input_nodes]
-        if not all(s.is_Integer for s in g.shape(node)) or _reads_sizes(node):
+        if not all(s.is_Integer for s in g.shape(node)) or _reads_sizes(node) or OWN in node.meta:
             continue
         if sources and all(s.op == "get_attr" or s in prepared for s in sources):
             prepared.add(node)

@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from turbotx import ir
+from turbotx.arguments import tensors_of
 from turbotx.engine import Engine
 from turbotx.kernels.lower import Lowered
 from turbotx.passes.extract import extract
@@ -73,13 +74,14 @@ def measure(
 
     `compiled` must be nobody else's while it is measured.
     """
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = tensors_of(args, kwargs)
     watch = LaunchErrors(compiled, names, dims)
     ours = replay(compiled, tensors, watch)
     exact_graph = _to_float64(engine.capture(args, kwargs).graph_module)
+    given = compiled.program.in_memory(tensors)
     eager = pytree.tree_leaves(engine.run_plainly(args, kwargs))
     with torch.no_grad():
-        exact = exact_graph(*map(_double, tensors))
+        exact = exact_graph(*map(_double, given))
     outputs = tuple(
         compare(f"output {k}", "", "", mine, own, true)
         for k, (mine, own, true) in enumerate(zip(ours, eager, exact, strict=True))

@@ -1,4 +1,4 @@
-"""Outputs: what a model returns, taken apart for tracing, and put together again at every call.
+"""Returned: what a model returns, taken apart for tracing, and put together again at every call.
 
 In: the output of a model's forward while it is traced. Out: leaves that a graph can return, the
 structure around them, and what is neither a tensor nor a number but always the same::
@@ -9,10 +9,12 @@ structure around them, and what is neither a tensor nor a number but always the 
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from torch import fx
 
 from turbotx.errors import CaptureError
 
@@ -77,3 +79,9 @@ def _refusal(leaf: Any, name: str) -> str:
         "was at the first call. Return tensors, numbers and strings in tuples, lists, dicts or "
         "named tuples, or register the class with torch.utils._pytree.register_pytree_node"
     )
+
+
+def put_constants(graph: fx.Graph, constants: Mapping[int, Any]) -> None:
+    """Return what tracing could not return, a dtype for one, where it stood in the output."""
+    (node,) = graph.find_nodes(op="output")
+    node.args = ([constants.get(k, leaf) for k, leaf in enumerate(node.args[0])],)
