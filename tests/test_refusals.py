@@ -156,6 +156,15 @@ def test_inputs_that_are_slices(slice_first: bool) -> None:
         torch.testing.assert_close(fast(x), model(x))
 
 
+def test_raw_strides_of_a_transposed_input() -> None:
+    fast = turbotx.optimize(lambda x: (x.as_strided((x.shape[0],), (1,)), x.t(), x.t()[1:]))
+    for x in (torch.randn(4, 3).t(), torch.randn(3, 4), torch.randn(5, 2).t()):
+        for mine, own in zip(
+            fast(x), (x.as_strided((len(x),), (1,)), x.t(), x.t()[1:]), strict=True
+        ):
+            torch.testing.assert_close(mine, own)
+
+
 def test_negative_and_conjugate_bits() -> None:
     fast = turbotx.optimize(lambda x: x * 2)
     for x in (torch.randn(4), torch._neg_view(torch.randn(4)), torch.randn(4)):
