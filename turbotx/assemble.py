@@ -30,7 +30,6 @@ from turbotx.eager import (
     strides_of,
     tensor_arguments,
 )  # fmt: skip
-from turbotx.errors import CaptureError
 from turbotx.kernels.cpp_attention import describe_attention
 from turbotx.kernels.cpp_products import describe_product
 from turbotx.kernels.epilogue import ACTIVATIONS, Epilogue, GemmKernel, is_packable
@@ -117,7 +116,7 @@ class _Assembler:
         elif kind == "product":
             self._product(node)
         elif kind == "extern":
-            self._extern(node, why_outside(node.target))
+            self._extern(node, why_outside(node))
         elif kind == "output":
             self._return()
 
@@ -129,13 +128,6 @@ class _Assembler:
         if kind is None:
             kind = "output" if node in self.outside else "intermediate"
         shape = g.shape(node)
-        unknown = {s.name for extent in shape for s in extent.free_symbols} - self.dims
-        if unknown:
-            raise CaptureError(
-                f"{node.format_node()} has a size that depends on its inputs' values, not on "
-                "their shapes; turbotx needs every size before it runs\n"
-                + str(node.meta.get("stack_trace", ""))
-            )
         self.out.tensors[node.name] = ir.Tensor(node.name, kind, g.dtype(node), shape)
         return node.name
 

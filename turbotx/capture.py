@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import copy
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,10 +51,14 @@ from turbotx.input_names import find_hints, name_dims, name_inputs
 from turbotx.memory_order import by_order, in_memory, inverse, make_dense, memory_order, moved_dims
 from turbotx.module_state.record import StateRecord, make_record, start_recording
 from turbotx.module_state.recorder import Recorder
-from turbotx.refusals import refuse_inference_tensors, refuse_mutation, refuse_objects
+from turbotx.quiet import quiet_torch
+from turbotx.refusals import refuse_mutation, refuse_parts
+from turbotx.returned import put_constants, take_apart
 from turbotx.size_questions import sizes_from_one
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, expr
+from turbotx.tensor_indices import TensorIndices
+from turbotx.trace_errors import Stopped, capture_error
 from turbotx.traced_float import FloatInput, FloatReads, read_floats
 from turbotx.unlift import FRESH, unlift
 from turbotx.widen import Places, widen
@@ -114,6 +116,7 @@ class _Seen:
     """What tracing saw; an object of its own because tracing undoes changes to a module."""
 
     out_spec: pytree.TreeSpec
+    constants: dict[int, Any]
 
 
 class _Flat(nn.Module):
@@ -147,15 +150,16 @@ class _Flat(nn.Module):
             else:
                 leaves[position] = self.floats.make(number, tensor, k)
         args, kwargs = rebuild(leaves, self.in_spec)
-        model = self.model
-        with self.recorder.on(tensors):
-            # Hooks of the model itself are left out: they run around the program.
-            called = model.forward if self.calls_forward else model
-            output = called(*args, **kwargs)
-        _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
-        flat, out_spec = pytree.tree_flatten(output)
-        refuse_objects(flat)
-        self.seen.out_spec = out_spec
+        model, name = self.model, type(self.model).__name__
+        try:
+            with self.recorder.on(tensors), TensorIndices():
+                # Hooks of the model itself are left out: they run around the program.
+                called = model.forward if self.calls_forward else model
+                output = called(*args, **kwargs)
+            _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
+            flat, self.seen.out_spec, self.seen.constants = take_apart(output, name)
+        except Exception as error:
+            raise Stopped(error) from error
         return [read_floats(leaf) for leaf in flat]
 
     def describe_floats(self) -> tuple[FloatInput, ...]:
@@ -182,6 +186,7 @@ def capture(
     call's own.
     Raises CaptureError, naming the user's own source line, when the model cannot be traced.
     """
+    refuse_parts(model)
     leaves, spec = flatten_call(args, kwargs)
     tensors = carry(leaves)
     names = name_inputs(model, args, kwargs)
@@ -190,11 +195,10 @@ def capture(
     name = type(model).__name__
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
-    refuse_inference_tensors(model)
     ambient = read_ambient()
     with (
         _left_as_it_was(model), recorder.installed(), no_autocast_cache(),
-        watch_reads(ambient) as asked,
+        watch_reads(ambient) as asked, quiet_torch(),
     ):  # fmt: skip
         try:
             exported = _export_widened(flat, tensors, least, fixed, name)
@@ -233,6 +237,7 @@ def _export_widened(
     or for a number that the call spells out too.
     """
     first, tried = None, []
+    tensors = [t.resolve_conj().resolve_neg() for t in tensors]
     for sides in ("left", "both", "none"):
         examples, varying = widen(tensors, least, fixed, sides)
         examples = list(map(make_dense, examples, flat.orders))
@@ -245,9 +250,12 @@ def _export_widened(
                 with attention():
                     return _export(flat, examples, varying)
             except Exception as error:
+                error = error.error if isinstance(error, Stopped) else error
+                if str(error).startswith("cannot capture"):  # no other sizes would help
+                    raise error from None
                 first = first or error
     assert first is not None
-    raise _capture_error(name, first) from first
+    raise capture_error(name, first) from first
 
 
 def _attentions(
@@ -311,23 +319,6 @@ def _decompositions() -> Any:
     return table
 
 
-def _capture_error(name: str, error: Exception) -> CaptureError:
-    """Return a CaptureError that points at the deepest frame outside torch and turbotx."""
-    inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith(inside) and not f.filename.startswith("<")
-    ]
-    seen = str(error).strip().splitlines() or [type(error).__name__]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    return CaptureError(
-        f"cannot capture {name}{where}\n  {type(error).__name__}: {seen[0]}\n"
-        "  Every call must be one graph of tensor ops: no Python branch on a tensor's values, no "
-        "output that is neither a tensor nor a plain constant (for a decoder pass use_cache=False)."
-    )
-
-
 def _describe(
     exported: Any,
     flat: _Flat,
@@ -338,6 +329,7 @@ def _describe(
 ) -> Captured:
     refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, flat, names)
+    put_constants(graph_module.graph, flat.seen.constants)
     fakes = [node.meta["val"] for node in inputs]
     shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]
     for node, order in zip(inputs, flat.orders, strict=True):

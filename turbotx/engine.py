@@ -38,6 +38,7 @@ from turbotx.composition import (
     left_alone,
 )
 from turbotx.errors import CaptureError, EagerWarning, InputError, ModelChangedError, TrainingError
+from turbotx.failures import named_failures
 from turbotx.memory.pool import ChunkPool
 from turbotx.module_state.record import training_error
 from turbotx.observers import observers
@@ -46,6 +47,7 @@ from turbotx.pipeline import Compiled, bind_weights, compile_captured, compile_r
 from turbotx.placement import find_device, open_device
 from turbotx.program import Program
 from turbotx.progress import show_progress
+from turbotx.quiet import quiet_torch
 from turbotx.refusals import refuse_foreign_weights, refuse_gradient, refuse_modes, refuse_tensor
 from turbotx.runtime.absent_device import AbsentDevice
 from turbotx.runtime.device import Device
@@ -169,8 +171,9 @@ class Engine:
     ) -> tuple[Variant, Program, Binding]:  # fmt: skip
         with self._lock:
             variant, dims = self._find(key, tensors, args, kwargs)
-            program = variant.compiled.at(dims).program
-            binding = program.bind(dims)
+            with named_failures(type(self.model).__name__):
+                program = variant.compiled.at(dims).program
+                binding = program.bind(dims)
             if len(self._bound) >= self.options.max_shapes:
                 self._bound.pop(next(iter(self._bound)))
             self._bound[shapes] = (variant, program, binding)
@@ -259,7 +262,7 @@ class Engine:
         _, device = self._open_device(flatten_call(args, kwargs)[0])
         if device is None and self.options.backend != "aten":
             start_runtime()
-        with left_alone(), pause_collection():
+        with left_alone(), pause_collection(), named_failures(type(self.model).__name__):
             captured = capture_sizes(self.model, args, kwargs)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
         return captured
@@ -270,7 +273,8 @@ class Engine:
         It runs where the call's tensors and the model's parameters lie.
         """
         pool, device = self._find_memory(captured)
-        with without_autocast(), pause_collection():
+        name = captured.name
+        with without_autocast(), pause_collection(), named_failures(name), quiet_torch():
             return compile_captured(captured, self.model, self.options, pool, device)
 
     def compile_for(self, compiled: Compiled, target: str) -> Compiled:
@@ -281,7 +285,8 @@ class Engine:
         device = None if target == "cpu" else AbsentDevice(target)
         pool = ChunkPool(torch.device("cpu"))
         captured, text = compiled.captured, compiled.captured_text
-        with without_autocast(), pause_collection():
+        name = captured.name
+        with without_autocast(), pause_collection(), named_failures(name), quiet_torch():
             return compile_rewritten(captured, text, self.model, options, pool, device)
 
     def share(self, compiled: Compiled) -> Compiled:

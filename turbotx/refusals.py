@@ -8,7 +8,6 @@ what was seen and what to do::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +20,17 @@ from turbotx.errors import CaptureError, InputError, TrainingError
 
 
 def refuse_tensor(tensor: torch.Tensor) -> None:
+    """Raise InputError, or TrainingError, for an input that no program takes."""
+    if tensor.is_nested:
+        raise InputError("an input is a nested tensor; turbotx takes plain dense tensors only")
     if tensor.device.type not in ("cpu", "cuda"):
         raise InputError(
             f"an input is on {tensor.device}, and turbotx runs on CPUs and NVIDIA GPUs: move the "
             'model and its inputs with .to("cpu") or .to("cuda")'
         )
-    if tensor.layout is not torch.strided:
-        raise InputError(f"an input has layout {tensor.layout}; turbotx takes dense tensors only")
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        kind = f"dtype {tensor.dtype}" if tensor.is_quantized else f"layout {tensor.layout}"
+        raise InputError(f"an input has {kind}; turbotx takes plain dense tensors only")
     if tensor.requires_grad and torch.is_grad_enabled():
         refuse_gradient()
 
@@ -66,6 +69,27 @@ def refuse_foreign_weights(model: nn.Module) -> None:
             )
 
 
+def refuse_parts(model: nn.Module) -> None:
+    """Raise CaptureError for a model with a part that no trace of PyTorch can look into."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        part = f"its part {path!r}" if path else "it"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"cannot capture {name}: {part} is TorchScript, whose code runs outside of Python, "
+                "with decisions on sizes that nothing tells of. Put the Python module that it was "
+                "made from in its place, or optimize the parts around it one by one"
+            )
+        packed = [k for k, v in vars(module).items() if isinstance(v, torch.ScriptObject)]
+        if packed:
+            raise CaptureError(
+                f"cannot capture {name}: {part} ({type(module).__name__}) holds {packed[0]!r}, a "
+                f"{vars(module)[packed[0]]._type().name()} packed by PyTorch's own quantisation, "
+                "which has no tensors to trace. Optimize the model as it was before that"
+            )
+    refuse_inference_tensors(model)
+
+
 def refuse_inference_tensors(model: nn.Module) -> None:
     """Raise CaptureError for parameters and buffers without a version: torch.export takes none,
     and a change of them would go unnoticed."""
@@ -90,13 +114,3 @@ def refuse_mutation(exported: Any, name: str) -> None:
             f"cannot capture {name}: it changes {kind} {what!r} in place. Return the new value "
             "instead, or keep that part outside the optimized module"
         )
-
-
-def refuse_objects(outputs: Sequence[Any]) -> None:
-    """Raise CaptureError for a mapping among a call's outputs that pytree does not take apart."""
-    for output in outputs:
-        if isinstance(output, Mapping):
-            raise CaptureError(
-                f"its output holds a {type(output).__name__}, a mapping that PyTorch's pytree does "
-                "not know: return a dict, or the tensors"
-            )
