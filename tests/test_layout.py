@@ -34,7 +34,7 @@ LAYERS = (
     ("ops", "attention"),
     ("pull",),
     ("verify",),
-    ("decompose", "unlift", "size_tensors", "guards"),
+    ("decompose", "unlift", "size_tensors", "guards", "host_random"),
     ("capture",),
     ("passes",),
     ("kernels",),

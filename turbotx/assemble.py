@@ -84,6 +84,8 @@ class _Assembler:
         self.kinds = {n: kind_of(n, prepared) for n in graph.nodes}
         self.done: set[Any] = set()
         self.region_of = {n: f for f in fused for n in f.region.nodes}
+        draws = [n for n in graph.nodes if g.is_random(n)]
+        self.drawn_before = dict(zip(draws[1:], draws, strict=False))
         self.out = Assembly()
         self.names: dict[str, int] = {}
         self.outside = self._outputs()
@@ -118,6 +120,8 @@ class _Assembler:
         if unit in self.done:
             return
         self.done.add(unit)
+        if node in self.drawn_before:  # numbers come from the generator in the model's own order
+            self._ensure(self.drawn_before[node])
         for needed in node.all_input_nodes if region is None else region.region.needs:
             self._ensure(needed)
         kind = self.kinds[node]

@@ -28,7 +28,7 @@ from torch.export import Dim
 from torch.export.graph_signature import OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from turbotx.decompose import NotNodeByNode, decompose_nodes
+from turbotx.decompose import NotNodeByNode, decompose_nodes, table_without
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
 from turbotx.guards import (
@@ -39,6 +39,7 @@ from turbotx.guards import (
     guard_sizes,
     guard_squeezed,
 )
+from turbotx.host_random import find_draws, look_at_generators
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, dim, expr
 from turbotx.unlift import FRESH, unlift
@@ -120,7 +121,16 @@ def capture(
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     _refuse_inference_tensors(model)
     with _left_as_it_was(model):
+        before = look_at_generators()
         exported = _export_widened(flat, tensors, least, name)
+        if look_at_generators() != before:
+            drawn = find_draws(lambda: _export_widened(flat, tensors, least, name))
+            if drawn:
+                raise CaptureError(
+                    f"cannot capture {name}: it draws a number from {drawn}, which a program would "
+                    "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
+                    "every call, or pass the number as an argument"
+                )
     return _describe(exported, flat, name, names)
 
 
@@ -200,7 +210,7 @@ def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]])
             decompose_nodes(exported.graph_module, KEPT_WHOLE)
         except NotNodeByNode:
             exported.graph_module.graph = before
-            exported = exported.run_decompositions(_decompositions())
+            exported = exported.run_decompositions(table_without(KEPT_WHOLE))
     exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed}
     return exported
 
@@ -212,14 +222,6 @@ def _fresh_constants(exported: Any) -> set[str]:
     lift = torch.ops.aten.lift_fresh_copy.default
     nodes = [n for n in exported.graph_module.graph.nodes if n.name in targets]
     return {targets[n.name] for n in nodes if all(u.target is lift for u in n.users)}
-
-
-def _decompositions() -> Any:
-    table = torch.export.default_decompositions()
-    for op in list(table):
-        if str(op) in KEPT_WHOLE:
-            del table[op]
-    return table
 
 
 def _name_inputs(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> list[str]:
@@ -314,6 +316,8 @@ def _capture_error(name: str, error: Exception) -> CaptureError:
     ]
     seen = str(error).strip().splitlines() or [type(error).__name__]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    if isinstance(error, CaptureError):
+        return CaptureError(f"cannot capture {name}{where}\n  {error}")
     return CaptureError(
         f"cannot capture {name}{where}\n  {type(error).__name__}: {seen[0]}\n"
         "  Every call must be one graph of tensor ops: no Python branch on a tensor's values, no "
