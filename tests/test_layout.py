@@ -22,7 +22,7 @@ PACKAGE = ROOT / "turbotx"
 # The flow, earliest first. A module may import what stands in an earlier row, or in its own:
 # rows of several names are single files that belong together, a folder has a row to itself.
 LAYERS = (
-    ("collection", "errors", "options", "progress"),
+    ("collection", "errors", "observers", "options", "progress"),
     ("weight_files",),
     ("sizes",),
     ("graph",),

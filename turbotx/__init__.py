@@ -6,10 +6,12 @@ In: a PyTorch transformer. Out: one that runs faster, for any batch size and seq
     fast(input_ids=ids, attention_mask=mask)
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from turbotx.errors import TurbotxError
+from turbotx.observers import observers
 
 if TYPE_CHECKING:
     from turbotx.optimized import optimize
@@ -37,6 +39,16 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'turbotx' has no attribute {name!r}")
     found = globals()[name] = getattr(import_module(_PLACES[name]), name)
     return found
+
+
+def _debug(*call: Any) -> Any:
+    """Look at a call that is compiled, where TURBOTX_DUMP or TURBOTX_VERIFY asks for it."""
+    if any(os.environ.get(name) for name in ("TURBOTX_DUMP", "TURBOTX_VERIFY")):
+        return import_module("turbotx.report.debug").watch(*call)
+    return lambda compiled: None
+
+
+observers.append(_debug)
 
 
 def __dir__() -> list[str]:

@@ -10,12 +10,10 @@ In: a model and options. Out: the model's outputs, from one compiled variant per
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, TrainingError
 from turbotx.memory.pool import ChunkPool
+from turbotx.observers import observers
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, bind_weights, compile_captured, compile_rewritten
 from turbotx.placement import find_device, open_device
@@ -149,17 +148,15 @@ class Engine:
         return variant, dims
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
-        """Capture and compile one call; TURBOTX_DUMP and TURBOTX_VERIFY look at the result."""
+        """Capture and compile one call; the `observers` look at the result."""
         name = type(self.model).__name__
         with show_progress(f"capture {name}") as step:
             captured = self.capture(args, kwargs)
             step(f"compile {name}")
-            if not any(os.environ.get(name) for name in ("TURBOTX_DUMP", "TURBOTX_VERIFY")):
-                return self.compile(captured)
-            # Reports come later in the flow: only on request are they reached from here.
-            finish = import_module("turbotx.report.debug").watch(self, captured, args, kwargs)
+            finishes = [begin(self, captured, args, kwargs) for begin in observers]
             compiled = self.compile(captured)
-            finish(compiled)
+            for finish in finishes:
+                finish(compiled)
             return compiled
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -20,11 +19,10 @@ from turbotx import graph as g
 from turbotx.attention import attention, attention_scores, attention_values
 from turbotx.errors import TurbotxError
 from turbotx.passes.partition import GEMMS, op_name
+from turbotx.report.entries import Region
+from turbotx.report.record import Record
+from turbotx.report.where import find_place
 from turbotx.show import show_expr
-
-if TYPE_CHECKING:
-    from turbotx.report.entries import Region
-    from turbotx.report.report import Report
 
 FILL = {
     "region": "#cfe3ff", "gemm": "#ffe2b8", "attention": "#d9f2d0", "input": "#eeeeee",
@@ -51,7 +49,7 @@ class Box:
     sources: tuple[str, ...]
 
 
-def find_boxes(report: Report) -> list[Box]:
+def find_boxes(report: Record) -> list[Box]:
     """Return the fused graph's nodes but for parameters and the views between calls, in order."""
     graph = report.graph.graph
     found = []
@@ -70,7 +68,7 @@ def find_boxes(report: Report) -> list[Box]:
     return found
 
 
-def draw_dot(report: Report) -> str:
+def draw_dot(report: Record) -> str:
     """Return the fused graph as DOT."""
     lines = [
         f'digraph "{report.name}" {{',
@@ -86,7 +84,7 @@ def draw_dot(report: Report) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def _kind(report: Report, node: fx.Node) -> str:
+def _kind(report: Record, node: fx.Node) -> str:
     """Return what a node is drawn as, "" for those that are drawn through."""
     if node.op in ("placeholder", "output"):
         return "input" if node.op == "placeholder" else "output"
@@ -100,7 +98,7 @@ def _kind(report: Report, node: fx.Node) -> str:
     if node.op != "call_function" or not tensors or node.target is g.GETITEM:
         return ""
     # A reshape that no strides express is a launch of its own.
-    return "" if _is_view(node) and report.where(node).status != "aten" else "other"
+    return "" if _is_view(node) and find_place(report, node).status != "aten" else "other"
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -134,7 +132,7 @@ def _wrap(text: str, width: int = 46) -> list[str]:
     return lines
 
 
-def draw_svg(report: Report) -> str:
+def draw_svg(report: Record) -> str:
     """Return the fused graph as SVG; raise DrawError where Graphviz is missing."""
     dot = shutil.which("dot")
     if dot is None:

@@ -11,16 +11,14 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from turbotx.errors import TurbotxError
 from turbotx.fused_graph import readable
 from turbotx.memory.svg import plan_to_svg
 from turbotx.report.draw import DrawError, draw_dot, draw_svg
+from turbotx.report.html import render_page
 from turbotx.report.layers import find_layers, plan_of
-
-if TYPE_CHECKING:
-    from turbotx.report.report import Report
+from turbotx.report.record import Record
 
 SUFFIX = {"cpp": "cpp", "triton": "triton.py"}
 
@@ -49,7 +47,7 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def dump(report: Report, folder: Path, done: Callable[[Path], None] | None = None) -> Dumped:
+def dump(report: Record, folder: Path, done: Callable[[Path], None] | None = None) -> Dumped:
     """Write every stage of a report into `folder`; `done` hears of each file.
 
     Files of an earlier dump are overwritten. Raises DumpError where the folder cannot be made.
@@ -82,13 +80,13 @@ STAGES = {
 """The stages that have a text of their own, by the names of their files."""
 
 
-def stage_text(report: Report, stage: str) -> str:
+def stage_text(report: Record, stage: str) -> str:
     """Return one stage as text: the file of a dump, or all kernels' sources one after another."""
     found = [text for name, text in _texts(report) if name.endswith(STAGES[stage])]
     return "\n".join(readable_text(text) for text in found)
 
 
-def _texts(report: Report) -> Iterator[tuple[str, str]]:
+def _texts(report: Record) -> Iterator[tuple[str, str]]:
     yield "captured.txt", readable_text(report.compiled.captured_text)
     yield "fused.txt", fused_text(report)
     yield "fused.dot", draw_dot(report)
@@ -99,14 +97,14 @@ def _texts(report: Report) -> Iterator[tuple[str, str]]:
     yield "memory_plan.json", json.dumps(plan.to_dict(), indent=1) + "\n"
     yield "memory_plan.svg", plan_to_svg(plan, find_layers(report))
     yield "report.json", json.dumps(report.to_dict(), indent=1) + "\n"
-    yield "report.html", report.to_html()
+    yield "report.html", render_page(report)
 
 
 def readable_text(text: str) -> str:
     return text if text.endswith("\n") else text + "\n"
 
 
-def fused_text(report: Report) -> str:
+def fused_text(report: Record) -> str:
     """Return the fused graph, then what every kind of region computes and became."""
     parts = [readable(report.graph.graph)]
     seen: set[tuple[str, ...]] = set()

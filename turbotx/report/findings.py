@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from turbotx.kernels.triton_resources import Resources
-    from turbotx.report.numerics import Error, Numerics
-    from turbotx.report.profile import Profile
+from turbotx.kernels.triton_resources import Resources
+from turbotx.report.numerics import Error, Numerics
+from turbotx.report.profile import Profile
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,16 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from turbotx.memory.svg import plan_to_svg
 from turbotx.report.amounts import show_nbytes, show_shape
+from turbotx.report.entries import Region
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.page_data import page_data
-
-if TYPE_CHECKING:
-    from turbotx.report.entries import Region
-    from turbotx.report.report import Report
+from turbotx.report.record import Record
+from turbotx.report.where import find_place
 
 SCRIPTS = (
     "shape.js", "graph.js", "overview.js", "selected.js", "roofline.js", "memory.js", "start.js",
@@ -46,7 +44,7 @@ COLOURS = {
 }  # fmt: skip
 
 
-def render_page(report: Report) -> str:
+def render_page(report: Record) -> str:
     """Return the whole page; findings of the report are shown in it."""
     folder = Path(__file__).parent / "page"
     templates = Environment(loader=FileSystemLoader(folder), undefined=StrictUndefined)
@@ -56,7 +54,7 @@ def render_page(report: Report) -> str:
     return page.render(model=escape(report.name), data=data, scripts=SCRIPTS) + "\n"
 
 
-def render_miniature(report: Report) -> str:
+def render_miniature(report: Record) -> str:
     """Return a fragment without scripts: what became of the ops, the regions, the memory plan."""
     parts = [_headline(report), _ribbons(report), _regions(report), _externs(report)]
     parts.append(_memory(report))
@@ -74,7 +72,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence
     return f"<table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _headline(report: Report) -> str:
+def _headline(report: Record) -> str:
     return (
         f"<div><b>{escape(report.name)}</b> at {escape(show_shape(report.dims))}: "
         f"{report.eager.launches} launches of PyTorch became {len(report.launches)}, of "
@@ -83,13 +81,13 @@ def _headline(report: Report) -> str:
     )
 
 
-def _ribbons(report: Report) -> str:
+def _ribbons(report: Record) -> str:
     """Every launch as a cell in the order they run, PyTorch's above, turbotx's below."""
     kinds = {x.name: x.kind for x in report.launches}
     above = []
     for node in report.origin.nodes:
         if node.makes_memory:
-            place = report.where(node.name)
+            place = find_place(report, node.name)
             kind = kinds[place.launches[0]] if place.launches else "not needed"
             above.append(
                 (COLOURS[kind], f"{node.op} → {', '.join(place.launches) or place.status}")
@@ -115,7 +113,7 @@ def _ribbons(report: Report) -> str:
     )
 
 
-def _regions(report: Report) -> str:
+def _regions(report: Record) -> str:
     """Equal regions of different layers are one row."""
     groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Region]] = {}
     for region in report.regions:
@@ -132,12 +130,12 @@ def _regions(report: Report) -> str:
     return _table(("ops between GEMMs", "became", "times", "moves"), rows, (2, 3))
 
 
-def _externs(report: Report) -> str:
+def _externs(report: Record) -> str:
     rows = [(escape(x.op), str(x.count), escape(x.reason)) for x in report.externs]
     return _table(("run by PyTorch", "times", "why"), rows, (1,)) if rows else ""
 
 
-def _memory(report: Report) -> str:
+def _memory(report: Record) -> str:
     memory = report.memory
     if not memory.buffers:
         return "<div>Memory of intermediates: none is needed</div>"

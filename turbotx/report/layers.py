@@ -9,16 +9,13 @@ behind a report's memory::
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from turbotx.memory import Buffer, Chunk, Lifetime, Placement, Plan
-
-if TYPE_CHECKING:
-    from turbotx.report.entries import Memory
-    from turbotx.report.report import Report
+from turbotx.report.entries import Memory
+from turbotx.report.record import Record
 
 
-def find_layers(report: Report) -> Callable[[str], str]:
+def find_layers(report: Record) -> Callable[[str], str]:
     """Return a function from a buffer's name to the layer whose launch writes it."""
     module = {w: x.module for x in report.launches for w in x.writes}
     return lambda buffer: layer_of(module.get(buffer, ""))

@@ -13,7 +13,7 @@ import sysconfig
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from turbotx.memory import ALIGNMENT, CHUNK_NBYTES
 from turbotx.memory.symbolic import SymbolicPlanner
@@ -22,11 +22,10 @@ from turbotx.report.draw import Box, find_boxes
 from turbotx.report.layered import lay_out
 from turbotx.report.layers import find_layers
 from turbotx.report.origin import ROUND_NBYTES, find_lives
+from turbotx.report.record import Record
+from turbotx.report.where import find_place
 from turbotx.show import show_expr
 from turbotx.sizes import Expr, evaluate, to_javascript
-
-if TYPE_CHECKING:
-    from turbotx.report.report import Report
 
 SLIDER_ENDS = (4096, 2048, 1024, 512, 256, 128)
 BATCH_END = 64
@@ -47,7 +46,7 @@ class _Formulas:
         return [to_javascript(v) for v in self._places], [show_expr(v) for v in self._places]
 
 
-def page_data(report: Report) -> dict[str, Any]:
+def page_data(report: Record) -> dict[str, Any]:
     """Return everything that the page shows; its size grows with the model's launches and ops."""
     formulas = _Formulas()
     layer = find_layers(report)
@@ -74,7 +73,7 @@ def page_data(report: Report) -> dict[str, Any]:
     return data
 
 
-def _dims(report: Report) -> list[dict[str, Any]]:
+def _dims(report: Record) -> list[dict[str, Any]]:
     """Every dim; those that follow another have no slider. end: the largest size to offer."""
     leaders: dict[int, str] = {}
     found = []
@@ -88,12 +87,12 @@ def _dims(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def _allowed(report: Report, name: str, size: int) -> bool:
+def _allowed(report: Record, name: str, size: int) -> bool:
     dims = report.at(**{name: size}).dims
     return all(evaluate(e, dims) >= 0 for e, _ in report.compiled.assembly.requirements)
 
 
-def _boxes(report: Report) -> dict[str, Any]:
+def _boxes(report: Record) -> dict[str, Any]:
     """Boxes where they go, and the arrows between them with their bends."""
     boxes = find_boxes(report)
     launches = {r.name: r.launches for r in report.regions}
@@ -103,7 +102,7 @@ def _boxes(report: Report) -> dict[str, Any]:
         """A launch has one box: of a GEMM and the region that it finishes, the region's."""
         if launches.get(name):
             return list(launches[name])
-        return [x for x in report.where(name).launches if x not in taken]
+        return [x for x in find_place(report, name).launches if x not in taken]
 
     made: list[dict[str, Any]] = [
         {
@@ -133,7 +132,7 @@ def _width(box: Box) -> float:
     return max(96.0, 24 + LETTER * max(len(box.title), len(_shorten(box.text)) * 0.88))
 
 
-def _launches(report: Report, formulas: _Formulas, layer: Any) -> list[dict[str, Any]]:
+def _launches(report: Record, formulas: _Formulas, layer: Any) -> list[dict[str, Any]]:
     found = []
     for entry, launch in zip(report.launches, report.compiled.assembly.launches, strict=True):
         cost = launch_cost(launch)
@@ -149,14 +148,14 @@ def _launches(report: Report, formulas: _Formulas, layer: Any) -> list[dict[str,
     return found
 
 
-def _ops(report: Report, formulas: _Formulas) -> list[dict[str, Any]]:
+def _ops(report: Record, formulas: _Formulas) -> list[dict[str, Any]]:
     """The captured model's ops in order: what became of each, and what it would move alone."""
     moves = eager_nbytes(report.origin)
     found = []
     for n in report.origin.nodes:
         if n.kind != "call_function" or n.nbytes == 0:
             continue
-        place = report.where(n.name)
+        place = find_place(report, n.name)
         found.append(
             {
                 "name": n.name, "op": n.op, "status": place.status, "launches": place.launches,
@@ -192,7 +191,7 @@ def _kernel(kernel: Any) -> dict[str, Any]:
     }
 
 
-def _memory(report: Report, formulas: _Formulas, layer: Any) -> dict[str, Any]:
+def _memory(report: Record, formulas: _Formulas, layer: Any) -> dict[str, Any]:
     """Lifetimes and sizes, and how offsets follow: orders to walk, or plans at a few shapes."""
     program, tensors = report.compiled.program, report.compiled.assembly.tensors
     sharing = Counter(program.liveness.root_of.values())
@@ -220,7 +219,7 @@ def _memory(report: Report, formulas: _Formulas, layer: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _snapshots(report: Report) -> list[dict[str, Any]]:
+def _snapshots(report: Record) -> list[dict[str, Any]]:
     """Plans of a planner that the page cannot evaluate, at this shape and along every slider."""
     views = [report]
     for dim in _dims(report):

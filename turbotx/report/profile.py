@@ -1,7 +1,7 @@
 """Profile: how long each launch takes and what it moves in that time.
 
-In: a report and one call's inputs. Out: a `Profile`: medians over runs, a Chrome trace of the
-median run, and what measuring cost::
+In: a compiled call, its launches and one call's inputs. Out: a `Profile`: medians over runs, a
+Chrome trace of the median run, and what measuring cost::
 
     report.profile(input_ids=ids, attention_mask=mask).launches[3].median_us
 """
@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
 
 from turbotx.engine import describe_call
+from turbotx.pipeline import Compiled
+from turbotx.report.entries import Launch
 from turbotx.signature import SizeMatcher
-
-if TYPE_CHECKING:
-    from turbotx.pipeline import Compiled
-    from turbotx.report.entries import Launch
-    from turbotx.report.report import Report
 
 WARM_UP = 3
 
@@ -110,13 +107,16 @@ def shorten(module: str) -> str:
     return ".".join(parts[: numbers[0] + 1]) if numbers else (parts[0] or "(the model itself)")
 
 
-def profile(report: Report, args: tuple[Any, ...], kwargs: dict[str, Any], runs: int) -> Profile:
+def profile(
+    compiled: Compiled, launches: Sequence[Launch],
+    args: tuple[Any, ...], kwargs: dict[str, Any], runs: int,
+) -> Profile:  # fmt: skip
     """Time every launch over `runs` runs; the compiled call must be nobody else's meanwhile."""
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    program = report.compiled.program
-    dims = SizeMatcher(report.compiled.captured).match([t.shape for t in tensors])
+    program = compiled.program
+    dims = SizeMatcher(compiled.captured).match([t.shape for t in tensors])
     assert dims is not None
-    binding, count = program.bind(dims), len(report.launches)
+    binding, count = program.bind(dims), len(launches)
     ticks = (ctypes.c_int64 * (2 * count))()
     taken, plain, clocked = [], [], []
     with torch.no_grad():
@@ -130,8 +130,8 @@ def profile(report: Report, args: tuple[Any, ...], kwargs: dict[str, Any], runs:
             clocked.append(time.perf_counter_ns() - middle)
             plain.append(middle - begin)
             taken.append(np.array(ticks, dtype=np.int64).reshape(count, 2))
-    found = _summarize(report, np.stack(taken), max(0.0, min(clocked) / min(plain) - 1))
-    return replace(found, guards_us=time_guards(report.compiled, args, kwargs))
+    found = _summarize(launches, np.stack(taken), max(0.0, min(clocked) / min(plain) - 1))
+    return replace(found, guards_us=time_guards(compiled, args, kwargs))
 
 
 def time_guards(compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -152,7 +152,7 @@ def time_guards(compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any
     return float(np.median(times)) / 1e3
 
 
-def _summarize(report: Report, taken: np.ndarray, overhead: float) -> Profile:
+def _summarize(launches: Sequence[Launch], taken: np.ndarray, overhead: float) -> Profile:
     """taken: nanoseconds, (runs, launches, begin and end)."""
     totals = (taken[:, -1, 1] - taken[:, 0, 0]) / 1e3
     middle = int(np.argsort(totals)[len(totals) // 2])
@@ -160,6 +160,6 @@ def _summarize(report: Report, taken: np.ndarray, overhead: float) -> Profile:
     lengths = (taken[:, :, 1] - taken[:, :, 0]) / 1e3
     between = np.median(totals - lengths.sum(axis=1))
     medians = np.median(lengths, axis=0).tolist()
-    rows = zip(report.launches, begins.tolist(), lengths[middle].tolist(), medians, strict=True)
+    rows = zip(launches, begins.tolist(), lengths[middle].tolist(), medians, strict=True)
     timed = tuple(Timed(*row) for row in rows)
     return Profile(timed, float(np.median(totals)), float(between), len(taken), overhead)

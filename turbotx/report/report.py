@@ -10,8 +10,7 @@ plain lists and numbers for JSON::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,124 +18,37 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from turbotx import ir
 from turbotx.engine import Engine
 from turbotx.errors import InputError
-from turbotx.fused_graph import make_fused_graph
 from turbotx.optimized import engine_of
-from turbotx.pipeline import Compiled
-from turbotx.report import entries
 from turbotx.report.adversarial import stress
-from turbotx.report.cost import eager_nbytes
-from turbotx.report.describe import (
-    View,
-    describe_externs,
-    describe_gemms,
-    describe_kernels,
-    describe_launches,
-    describe_plan,
-    describe_regions,
-)
 from turbotx.report.dump import Dumped, dump
-from turbotx.report.findings import Findings
+from turbotx.report.entries import Place
 from turbotx.report.html import render_miniature, render_page
 from turbotx.report.numerics import Error, Numerics, measure
-from turbotx.report.origin import Origin, observe, simulate
+from turbotx.report.origin import observe
 from turbotx.report.profile import Profile, profile
+from turbotx.report.record import Record
 from turbotx.report.where import find_place
 from turbotx.signature import SizeMatcher
 
 
-@dataclass(frozen=True)
-class Report:
-    """One compiled call at one shape.
+@dataclass(frozen=True, repr=False)
+class Report(Record):
+    """A record that answers: where an op went, how long and how exact it is, what it looks like."""
 
-    dims: the value of every symbolic size. findings: what running and building showed at it.
-    """
-
-    compiled: Compiled
-    origin: Origin
-    dims: dict[str, int]
-    planner: str
-    findings: Findings = field(default_factory=Findings)
-
-    @property
-    def name(self) -> str:
-        """The model's class."""
-        return self.compiled.captured.name
-
-    @cached_property
-    def graph(self) -> fx.GraphModule:
-        """The fused graph: an ordinary torch.fx.GraphModule, a region a submodule."""
-        return make_fused_graph(self.compiled)
-
-    @cached_property
-    def _view(self) -> View:
-        return View(self.compiled, self.dims)
-
-    @cached_property
-    def regions(self) -> list[entries.Region]:
-        return describe_regions(self._view)
-
-    @cached_property
-    def kernels(self) -> list[entries.Kernel]:
-        return describe_kernels(self._view)
-
-    @cached_property
-    def launches(self) -> list[entries.Launch]:
-        return describe_launches(self._view)
-
-    @cached_property
-    def gemms(self) -> list[entries.Gemm]:
-        return describe_gemms(self._view)
-
-    @cached_property
-    def externs(self) -> list[entries.Extern]:
-        return describe_externs(self._view)
-
-    @cached_property
-    def memory(self) -> entries.Memory:
-        held = simulate(self.origin, self.dims)
-        return describe_plan(self._view, self.planner, held)
-
-    @cached_property
-    def eager(self) -> entries.Eager:
-        """The captured model as PyTorch runs it, to compare with."""
-        moved = eager_nbytes(self.origin)
-        return entries.Eager(len(moved), sum(self._view.number(n) for n in moved.values()))
-
-    def at(self, **dims: int) -> Report:
-        """Return the report at another shape, e.g. at(batch=8, seq=128); nothing is compiled.
-
-        A dim that is not named follows a named one that had its size so far, and otherwise stays.
-        Raises InputError for a dim that the model does not have or a size below 1.
-        """
-        findings = Findings(resources=self.findings.resources)  # the others are of one shape
-        wanted = follow(self.dims, dims)
-        compiled = self.compiled.at(tuple(wanted.values()))
-        return replace(self, compiled=compiled, dims=wanted, findings=findings)
-
-    def with_findings(self, **found: Any) -> Report:
-        """Return the report with more findings: numerics, profile or resources, see `Findings`."""
-        return replace(self, findings=replace(self.findings, **found))
-
-    def where(self, node: str | fx.Node) -> entries.Place:
+    def where(self, node: str | fx.Node) -> Place:
         """Return what became of an op of the captured model, or of a node of `graph`.
 
         A region of `graph` is found by its name as well. Raises InputError for a name that stands
         in none of the graphs.
         """
-        name = node.meta.get("rewritten", node.name) if isinstance(node, fx.Node) else node
-        return find_place(self, name)
+        return find_place(self, node)
 
-    def source_nodes(self, launch: str) -> list[entries.Place]:
+    def source_nodes(self, launch: str) -> list[Place]:
         """Return the captured model's ops that a launch computes: the way back from `where`."""
         places = (self.where(n.name) for n in self.origin.nodes)
         return [p for p in places if launch in p.launches]
-
-    def function_of(self, launch: ir.Launch) -> str:
-        """Return the name of the generated function behind a launch, "" where there is none."""
-        return self._view.function_of(launch)
 
     def numerics(self, model: Any, /, *args: Any, **kwargs: Any) -> Numerics:
         """Return every launch's error, and the outputs', on one call's inputs, against float64.
@@ -163,24 +75,7 @@ class Report:
 
     def profile(self, *args: Any, runs: int = 30, **kwargs: Any) -> Profile:
         """Return the time of every launch, medians over `runs` runs on one call's inputs."""
-        return profile(self, args, kwargs, runs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as dicts, lists, strings and numbers, ready for JSON."""
-        return {
-            "model": self.name,
-            "dims": dict(self.dims),
-            "regions": [asdict(r) for r in self.regions],
-            "kernels": [asdict(k) for k in self.kernels],
-            "launches": [asdict(x) for x in self.launches],
-            "gemms": [asdict(x) for x in self.gemms],
-            "externs": [asdict(x) for x in self.externs],
-            "memory": asdict(self.memory),
-            "eager": asdict(self.eager),
-            "resources": self.findings.resources_as_dicts(),
-            "numerics": self.findings.numerics_as_dicts(),
-            "times_us": self.findings.times_us(),
-        }
+        return profile(self.compiled, self.launches, args, kwargs, runs)
 
     def dump(self, folder: str | Path) -> Dumped:
         """Write every stage into a folder: graphs, kernels, plan, report.json and report.html.
@@ -213,21 +108,6 @@ class Report:
     def __repr__(self) -> str:
         shape = ", ".join(f"{k}={v}" for k, v in self.dims.items())
         return f"<turbotx report of {self.name} at {shape}: print() it, or .to_html()>"
-
-
-def follow(dims: Mapping[str, int], given: Mapping[str, int]) -> dict[str, int]:
-    """Return `dims` with the given ones changed, and those changed along that had their sizes."""
-    unknown = sorted(set(given) - set(dims))
-    if unknown:
-        raise InputError(f"no dim is called {unknown[0]!r}; this model's are {', '.join(dims)}")
-    for name, size in given.items():
-        if size < 1:
-            raise InputError(f"{name}={size}: a size must be at least 1")
-    leaders = {dims[name]: size for name, size in reversed(list(given.items()))}
-    return {
-        name: given.get(name, leaders.get(size, size) if "_d" in name else size)
-        for name, size in dims.items()
-    }
 
 
 def explain(model: Any, /, *args: Any, **kwargs: Any) -> Report:

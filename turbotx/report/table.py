@@ -9,7 +9,6 @@ GEMMs, what runs through PyTorch and why, and the memory plan::
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -17,12 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from turbotx.report.amounts import show_nbytes, show_shape
-
-if TYPE_CHECKING:
-    from turbotx.report.report import Report
+from turbotx.report.record import Record
 
 
-def render_table(report: Report) -> RenderableType:
+def render_table(report: Record) -> RenderableType:
     """Return the whole report as one renderable."""
     parts: list[RenderableType] = [_headline(report), regions_table(report), _gemms(report)]
     if report.externs:
@@ -31,7 +28,7 @@ def render_table(report: Report) -> RenderableType:
     return Group(*parts)
 
 
-def _headline(report: Report) -> Text:
+def _headline(report: Record) -> Text:
     counts = Counter(x.kind for x in report.launches)
     captured = sum(n.kind == "call_function" for n in report.origin.nodes)
     shown = ", ".join(f"{count} {kind}" for kind, count in counts.items())
@@ -40,7 +37,7 @@ def _headline(report: Report) -> Text:
     return text
 
 
-def regions_table(report: Report) -> Table:
+def regions_table(report: Record) -> Table:
     """One row a kind of region: equal regions of different layers are one."""
     table = Table(title="Regions", title_justify="left", title_style="bold", expand=False)
     table.add_column("ops between GEMMs", overflow="fold")
@@ -67,7 +64,7 @@ def regions_table(report: Report) -> Table:
     return table
 
 
-def _gemms(report: Report) -> Table:
+def _gemms(report: Record) -> Table:
     table = Table(title="GEMMs", title_justify="left", title_style="bold")
     for name in ("m", "k", "n"):
         table.add_column(name, justify="right")
@@ -82,7 +79,7 @@ def _gemms(report: Report) -> Table:
     return table
 
 
-def _externs(report: Report) -> Table:
+def _externs(report: Record) -> Table:
     table = Table(title="Run by PyTorch", title_justify="left", title_style="bold")
     table.add_column("op")
     table.add_column("times", justify="right")
@@ -92,7 +89,7 @@ def _externs(report: Report) -> Table:
     return table
 
 
-def memory_table(report: Report) -> Table:
+def memory_table(report: Record) -> Table:
     """The plan's peak beside its lower bound and PyTorch's allocation of the same ops."""
     memory = report.memory
     table = Table(title="Memory of intermediates", title_justify="left", title_style="bold")

@@ -8,7 +8,7 @@ packed is found by its parameters, an op that a pass replaced by the line it cam
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
@@ -20,9 +20,7 @@ from turbotx.passes.partition import GEMMS, kind_of, op_name, root_of, tensor_in
 from turbotx.report.describe import parameters_of
 from turbotx.report.entries import Place
 from turbotx.report.origin import Node, module_of
-
-if TYPE_CHECKING:
-    from turbotx.report.report import Report
+from turbotx.report.record import Record
 
 GEMM_NAMES = frozenset(str(target) for target in GEMMS)
 
@@ -30,7 +28,7 @@ GEMM_NAMES = frozenset(str(target) for target in GEMMS)
 class _Index:
     """Launches by what they compute."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Record) -> None:
         compiled = report.compiled
         self.report = report
         self.nodes = {n.name: n for n in compiled.graph.nodes}
@@ -79,8 +77,12 @@ def _needed(outputs: list[fx.Node], given: set[fx.Node]) -> list[str]:
     return [n.name for n in found]
 
 
-def find_place(report: Report, name: str) -> Place:
-    """Return the place of a node of the captured or of the rewritten graph."""
+def find_place(report: Record, node: str | fx.Node) -> Place:
+    """Return the place of a node of the captured or of the rewritten graph, given or by name.
+
+    Raises InputError for a name that stands in neither.
+    """
+    name = node.meta.get("rewritten", node.name) if isinstance(node, fx.Node) else node
     index: Any = report.__dict__.get("_where")
     if index is None:
         index = report.__dict__["_where"] = _Index(report)
@@ -105,7 +107,7 @@ def _make(index: _Index, name: str, status: str, like: Any, launches: list[ir.La
     else:
         op = op_name(like) if like.op == "call_function" else like.op
         module, source = module_of(like), g.place_of(like)
-    kernels = dict.fromkeys(report._view.function_of(x) for x in launches)
+    kernels = dict.fromkeys(report.view.function_of(x) for x in launches)
     return Place(name, op, module, source, status, tuple(x.name for x in launches),
                  tuple(k for k in kernels if k))  # fmt: skip
 

@@ -1,0 +1,17 @@
+"""Observers: what looks at every call that a process compiles, without the engine knowing it.
+
+In: functions of an engine, a captured call and its arguments, called before the passes change its
+graph. Out: what each of them returns is called with the compiled call::
+
+    observers.append(lambda engine, captured, args, kwargs: print)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Observer = Callable[..., Callable[[Any], object]]
+
+observers: list[Observer] = []
+"""In the order in which they are asked."""

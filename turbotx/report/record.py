@@ -1,0 +1,146 @@
+"""Record: what every stage made of one call, at one shape, as plain entries.
+
+In: a compiled call, its origin and the sizes of its dims. Out: regions, kernels, launches, GEMMs,
+PyTorch's ops, the memory plan; all of it as dicts for JSON::
+
+    record.kernels[0].signature  ->  "fused_add_layer_norm_0(x[batch, seq, 384], ...)"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+from torch import fx
+
+from turbotx import ir
+from turbotx.errors import InputError
+from turbotx.fused_graph import make_fused_graph
+from turbotx.pipeline import Compiled
+from turbotx.report import entries
+from turbotx.report.cost import eager_nbytes
+from turbotx.report.describe import (
+    View,
+    describe_externs,
+    describe_gemms,
+    describe_kernels,
+    describe_launches,
+    describe_plan,
+    describe_regions,
+)
+from turbotx.report.findings import Findings
+from turbotx.report.origin import Origin, simulate
+
+Self = TypeVar("Self", bound="Record")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One compiled call at one shape.
+
+    dims: the value of every symbolic size. findings: what running and building showed at it.
+    """
+
+    compiled: Compiled
+    origin: Origin
+    dims: dict[str, int]
+    planner: str
+    findings: Findings = field(default_factory=Findings)
+
+    @property
+    def name(self) -> str:
+        """The model's class."""
+        return self.compiled.captured.name
+
+    @cached_property
+    def graph(self) -> fx.GraphModule:
+        """The fused graph: an ordinary torch.fx.GraphModule, a region a submodule."""
+        return make_fused_graph(self.compiled)
+
+    @cached_property
+    def view(self) -> View:
+        return View(self.compiled, self.dims)
+
+    @cached_property
+    def regions(self) -> list[entries.Region]:
+        return describe_regions(self.view)
+
+    @cached_property
+    def kernels(self) -> list[entries.Kernel]:
+        return describe_kernels(self.view)
+
+    @cached_property
+    def launches(self) -> list[entries.Launch]:
+        return describe_launches(self.view)
+
+    @cached_property
+    def gemms(self) -> list[entries.Gemm]:
+        return describe_gemms(self.view)
+
+    @cached_property
+    def externs(self) -> list[entries.Extern]:
+        return describe_externs(self.view)
+
+    @cached_property
+    def memory(self) -> entries.Memory:
+        held = simulate(self.origin, self.dims)
+        return describe_plan(self.view, self.planner, held)
+
+    @cached_property
+    def eager(self) -> entries.Eager:
+        """The captured model as PyTorch runs it, to compare with."""
+        moved = eager_nbytes(self.origin)
+        return entries.Eager(len(moved), sum(self.view.number(n) for n in moved.values()))
+
+    def at(self: Self, **dims: int) -> Self:
+        """Return the report at another shape, e.g. at(batch=8, seq=128); nothing is compiled.
+
+        A dim that is not named follows a named one that had its size so far, and otherwise stays.
+        Raises InputError for a dim that the model does not have or a size below 1.
+        """
+        findings = Findings(resources=self.findings.resources)  # the others are of one shape
+        wanted = follow(self.dims, dims)
+        compiled = self.compiled.at(tuple(wanted.values()))
+        return replace(self, compiled=compiled, dims=wanted, findings=findings)
+
+    def with_findings(self: Self, **found: Any) -> Self:
+        """Return the report with more findings: numerics, profile or resources, see `Findings`."""
+        return replace(self, findings=replace(self.findings, **found))
+
+    def function_of(self, launch: ir.Launch) -> str:
+        """Return the name of the generated function behind a launch, "" where there is none."""
+        return self.view.function_of(launch)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as dicts, lists, strings and numbers, ready for JSON."""
+        return {
+            "model": self.name,
+            "dims": dict(self.dims),
+            "regions": [asdict(r) for r in self.regions],
+            "kernels": [asdict(k) for k in self.kernels],
+            "launches": [asdict(x) for x in self.launches],
+            "gemms": [asdict(x) for x in self.gemms],
+            "externs": [asdict(x) for x in self.externs],
+            "memory": asdict(self.memory),
+            "eager": asdict(self.eager),
+            "resources": self.findings.resources_as_dicts(),
+            "numerics": self.findings.numerics_as_dicts(),
+            "times_us": self.findings.times_us(),
+        }
+
+
+def follow(dims: Mapping[str, int], given: Mapping[str, int]) -> dict[str, int]:
+    """Return `dims` with the given ones changed, and those changed along that had their sizes."""
+    unknown = sorted(set(given) - set(dims))
+    if unknown:
+        raise InputError(f"no dim is called {unknown[0]!r}; this model's are {', '.join(dims)}")
+    for name, size in given.items():
+        if size < 1:
+            raise InputError(f"{name}={size}: a size must be at least 1")
+    leaders = {dims[name]: size for name, size in reversed(list(given.items()))}
+    return {
+        name: given.get(name, leaders.get(size, size) if "_d" in name else size)
+        for name, size in dims.items()
+    }
