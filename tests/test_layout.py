@@ -34,6 +34,7 @@ LAYERS = (
     ("ops", "attention"),
     ("pull",),
     ("verify",),
+    ("watched", "leaks", "shadow", "reach", "effects", "sandbox", "tracing"),
     ("decompose", "unlift", "size_tensors", "guards", "host_random"),
     ("capture",),
     ("passes",),

@@ -29,6 +29,7 @@ from torch.export.graph_signature import OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turbotx.decompose import NotNodeByNode, decompose_nodes, table_without
+from turbotx.effects import Effect
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
 from turbotx.guards import (
@@ -40,8 +41,10 @@ from turbotx.guards import (
     guard_squeezed,
 )
 from turbotx.host_random import find_draws, look_at_generators
+from turbotx.sandbox import Sandbox
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, dim, expr
+from turbotx.tracing import tracing
 from turbotx.unlift import FRESH, unlift
 
 # The key, in the exported graph's meta, of the sizes that a squeeze looks at.
@@ -74,24 +77,21 @@ class Captured:
     example_dims: tuple[int, ...]
     guards: tuple[Guard, ...]
     out_spec: pytree.TreeSpec
-
-
-class _Seen:
-    """What tracing saw; an object of its own because tracing undoes changes to a module."""
-
-    out_spec: pytree.TreeSpec
+    effects: tuple[Effect, ...] = ()
 
 
 class _Flat(nn.Module):
-    """The model behind a flat signature: tensors in, the output's leaves out."""
+    """The model's shadow behind a flat signature: tensors in, the output's leaves out, and after
+    them what the call leaves behind."""
 
     def __init__(self, model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> None:
         super().__init__()
-        self.model = model
+        # An object of its own, because tracing undoes changes to a module.
+        self.seen = Sandbox(model)
+        self.model = self.seen.model
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         self.in_spec = spec
-        self.seen = _Seen()
         self.training = False
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
@@ -99,9 +99,9 @@ class _Flat(nn.Module):
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
         args, kwargs = pytree.tree_unflatten(leaves, self.in_spec)
-        flat, out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
-        self.seen.out_spec = out_spec
-        return flat
+        self.seen.begin(tensors)
+        flat, self.seen.out_spec = pytree.tree_flatten(self.model(*args, **kwargs))
+        return flat + self.seen.finish()
 
 
 def capture(
@@ -115,12 +115,12 @@ def capture(
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     names = _name_inputs(model, leaves, spec)
-    flat = _Flat(model, leaves, spec)
     name = type(model).__name__
     if not tensors:
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     _refuse_inference_tensors(model)
-    with _left_as_it_was(model):
+    with tracing():
+        flat = _Flat(model, leaves, spec)
         before = look_at_generators()
         exported = _export_widened(flat, tensors, least, name)
         if look_at_generators() != before:
@@ -131,22 +131,7 @@ def capture(
                     "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
                     "every call, or pass the number as an argument"
                 )
-    return _describe(exported, flat, name, names)
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Undo what a trace leaves in a model that keeps something of a call, a cached mask for one:
-    its sizes are symbols, and the model's own later calls would meet them."""
-    before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        return _describe(exported, model, flat.seen, name, names)
 
 
 def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, name: str) -> Any:
@@ -154,19 +139,21 @@ def _export_widened(flat: _Flat, tensors: Sequence[torch.Tensor], least: int, na
 
     A size of 1 varies unless a larger one stands beside it, counted from the left, or else from
     either side. Where that fails too it is taken for a broadcast (the call may have moved the dims)
-    or for a number that the call spells out too.
+    or for a number that the call spells out too. A size that the code makes a key of is fixed.
     """
     first, tried = None, []
-    for sides in ("left", "both", "none"):
-        examples, varying = _widen(tensors, least, sides)
+    spelled: frozenset[tuple[int, int]] = frozenset()
+    for sides in ("left", "left", "both", "none"):
+        examples, varying = _widen(tensors, least, sides, spelled)
         if varying in tried:
             continue
         tried.append(varying)
         for attention in _attentions(tensors):
             try:
-                with attention():
+                with attention(), flat.seen.held():
                     return _export(flat, examples, varying)
             except Exception as error:
+                spelled |= flat.seen.find_spelled(error)
                 first = first or error
     assert first is not None
     raise _capture_error(name, first) from first
@@ -253,14 +240,17 @@ def _label_leaves(tree: Any, label: str, labelled: dict[int, str]) -> None:
 
 
 def _widen(
-    tensors: Sequence[torch.Tensor], least: int, sides: str
+    tensors: Sequence[torch.Tensor],
+    least: int,
+    sides: str,
+    fixed: frozenset[tuple[int, int]] = frozenset(),
 ) -> tuple[list[torch.Tensor], list[list[int]]]:
     """Repeat size-1 dims so that tracing cannot specialise on them; list the dims that vary.
 
     sides: where another input with a larger size keeps a size 1 fixed: at the same position from
     the "left" or from "both" sides, as a (1, seq) mask beside (batch, seq) ids is a broadcast; with
-    "none" every size 1 is fixed, and every 0. Inputs that are one tensor become two: tracing would
-    take them for one argument.
+    "none" every size 1 is fixed, and every 0. fixed: (input, dim) that do not vary. Inputs that
+    are one tensor become two: tracing would take them for one argument.
     """
     largest: dict[int, int] = {}
     for tensor in tensors:
@@ -269,7 +259,7 @@ def _widen(
                 largest[place] = max(largest.get(place, 0), size)
     widened: list[torch.Tensor] = []
     varying = []
-    for tensor in tensors:
+    for place, tensor in enumerate(tensors):
         dims = []
         rank = tensor.dim()
         if any(tensor is other for other in widened):
@@ -277,6 +267,8 @@ def _widen(
         for d, size in enumerate(tensor.shape):
             beside = largest[d] if sides == "left" else max(largest[d], largest[d - rank])
             if (size == 1 and beside > 1) or (size <= 1 and (sides == "none" or not least)):
+                continue
+            if (place, d) in fixed:
                 continue
             dims.append(d)
             if size <= 2 and size < least:
@@ -339,9 +331,11 @@ def _refuse_mutation(exported: Any, name: str) -> None:
         )
 
 
-def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captured:
+def _describe(
+    exported: Any, model: nn.Module, seen: Sandbox, name: str, names: list[str]
+) -> Captured:
     _refuse_mutation(exported, name)
-    graph_module, inputs = unlift(exported, flat, names)
+    graph_module, inputs = unlift(exported, model, names)
     fakes = [node.meta["val"] for node in inputs]
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
     symbols = _name_dims(fakes, names, find_equals(shape_env))
@@ -354,7 +348,7 @@ def _describe(exported: Any, flat: _Flat, name: str, names: list[str]) -> Captur
     hints = _hints(shape_env, symbols)
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
-        flat.seen.out_spec,
+        seen.out_spec, seen.effects,
     )  # fmt: skip
 
 

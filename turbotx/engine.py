@@ -35,6 +35,7 @@ from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
 from turbotx.runtime.planned import Binding
 from turbotx.signature import SizeMatcher
+from turbotx.tracing import tracing
 
 log = logging.getLogger("turbotx")
 
@@ -54,6 +55,7 @@ class Variant:
         self.program = compiled.program
         self.matcher = SizeMatcher(compiled.captured)
         self.out_spec = compiled.captured.out_spec
+        self.effects = compiled.captured.effects
 
 
 class Engine:
@@ -77,6 +79,11 @@ class Engine:
         variant, program, binding, tensors = self.check(args, kwargs)
         with torch.no_grad():
             outputs = program.run(binding, tensors)
+        if variant.effects:
+            count = variant.out_spec.num_leaves
+            outputs, left = outputs[:count], outputs[count:]
+            for effect in variant.effects:
+                effect.replay(left)
         return pytree.tree_unflatten(outputs, variant.out_spec)
 
     def check(
@@ -197,7 +204,8 @@ class Engine:
         It runs where the call's tensors and the model's parameters lie.
         """
         pool, device = self._find_memory(captured)
-        with pause_collection():
+        # PyTorch gives sizes to a trace, whichever thread computes with them.
+        with tracing(), pause_collection():
             return compile_captured(captured, self.model, self.options, pool, device)
 
     def compile_for(self, compiled: Compiled, target: str) -> Compiled:
@@ -208,7 +216,7 @@ class Engine:
         device = None if target == "cpu" else AbsentDevice(target)
         pool = ChunkPool(torch.device("cpu"))
         captured, text = compiled.captured, compiled.captured_text
-        with pause_collection():
+        with tracing(), pause_collection():
             return compile_rewritten(captured, text, self.model, options, pool, device)
 
     def share(self, compiled: Compiled) -> Compiled:
