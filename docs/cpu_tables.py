@@ -1,4 +1,4 @@
-"""The tables of docs/cpu.md, and the README's of whole models: what the CPU benchmarks measured.
+"""The tables of docs/cpu.md, and of whole models in docs/results.md: what CPUs measured.
 
 In: benchmarks/results/{latency,stream,dispatch,fused_kernels,cold_start}.json. Out: Markdown, rows
 that turbotx loses included and marked; what has no result says so::
@@ -58,8 +58,16 @@ def latency_table(folder: Path) -> str:
     reasons = {
         (e, r["dtype"], why): None for r in rows for e, why in r["failed"].items()
     }  # fmt: skip
-    lines += [f"\nWithout {ENGINES.get(e, e)} in {dtype}: {why}." for e, dtype, why in reasons]
+    lines += [
+        f"\nWithout {ENGINES.get(e, e)} in {dtype}: {_brief(why)}." for e, dtype, why in reasons
+    ]
     return "\n".join(lines)
+
+
+def _brief(why: str) -> str:
+    """Return what an error says, without its class and the codes that stand before the words."""
+    _, coded, words = why.rpartition(" : ")
+    return words if coded else why.partition(": ")[2] or why
 
 
 def stream_table(folder: Path) -> str:

@@ -1,7 +1,7 @@
-"""Make what the README shows: three pictures from a real compile, and the tables of results.
+"""Make what README and docs show: pictures of a real compile, plots and tables of results.
 
-In: a random BERT, and benchmarks/results/*.json. Out: docs/images/*, and the README,
-architectures.md, operators.md and triton.md with the tables between their marks replaced::
+In: a random BERT, and benchmarks/results/*.json. Out: docs/images/*, and results.md, cpu.md,
+gpu.md, architectures.md, operators.md and triton.md with the tables between their marks replaced::
 
     python docs/generate.py
 """
@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_tables import ENGINES, latency_table
 from cpu_tables import TABLES as CPU_TABLES
-from cpu_tables import latency_table
 from gpu_tables import GPU_TABLES, claims
+from latency_plot import draw_latency
 from proof_tables import operators_table, resources_table
 
 import turbotx
@@ -211,12 +212,17 @@ def _latency_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         parts = []
         for engine in dict.fromkeys(e for r in rows for e in r if e != "turbotx"):
             ratios = [r[engine] / r["turbotx"] for r in rows if engine in r]
-            parts.append(f"{min(ratios):.2f} to {max(ratios):.2f} x as long by {engine}")
-        shown = f"{', '.join(parts)} ({len(rows)} shapes; {found['machine']['device']}, "
+            parts.append(f"{_times_faster(ratios)} than {ENGINES.get(engine, engine)}")
+        shown = f"{'; '.join(parts)} ({len(rows)} shapes; {found['machine']['device']}, "
         yield (
             f"Latency of {model} in {dtype} on a CPU",
             f"{shown}{found['machine']['threads']} threads)",
         )
+
+
+def _times_faster(ratios: list[float]) -> str:
+    """Return by how much turbotx is ahead, from the least to the most; below 1 it is behind."""
+    return f"{min(ratios):.2f} to {max(ratios):.2f} x faster"
 
 
 def _cold_rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -318,9 +324,10 @@ def main() -> None:
     report = explain_bert(4)
     (images / "memory.svg").write_text(plan_to_svg(plan_of(report.memory), find_layers(report)))
     shoot_report(report, images / "report.png", "memory")
-    readme = DOCS.parent / "README.md"
-    text = write_between(readme.read_text(), results_table())
-    readme.write_text(write_marked(text, "latency", latency_table(RESULTS)))
+    draw_latency(RESULTS, images / "latency.svg")
+    results = DOCS / "results.md"
+    text = write_between(results.read_text(), results_table())
+    results.write_text(write_marked(text, "latency", latency_table(RESULTS)))
     cpu = DOCS / "cpu.md"
     text = cpu.read_text()
     for name, make in CPU_TABLES.items():

@@ -1,4 +1,4 @@
-"""The tables of docs/gpu.md, and the README's rows about GPUs: what `benchmarks/gpu.py` measured.
+"""The tables of docs/gpu.md, and rows of docs/results.md: what `benchmarks/gpu.py` measured.
 
 In: benchmarks/results/gpu.json. Out: Markdown for the pages, one table a name, losing rows too::
 
@@ -151,7 +151,7 @@ def right_rows(folder: Path) -> str:
 
 
 def claims(folder: Path) -> Iterator[tuple[str, str]]:
-    """The README's rows."""
+    """The rows of docs/results.md."""
     device, rows = read(folder)
     device = device.partition(";")[0]
     what = "Latency of BERT-base in float16 on a GPU"
@@ -162,7 +162,7 @@ def claims(folder: Path) -> Iterator[tuple[str, str]]:
         if replay and f"{place}/turbotx" in rows:
             own = rows[f"{place}/turbotx"]["row_us"]
             others = (
-                f"{rows[f'{place}/{e}']['row_us'] / own:.2f} x as long by {words}"
+                f"{rows[f'{place}/{e}']['row_us'] / own:.2f} x faster than {words}"
                 for e, words in ENGINES.items()
                 if e in ("eager-graphs", "compile-reduce-overhead") and f"{place}/{e}" in rows
             )

@@ -101,10 +101,12 @@ def test_the_demo_runs(minilm_path: Path, tmp_path: Path) -> None:
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     text = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    short, code = re.findall(r"```python\n(.*?)```", text, re.S)
     assert "BertConfig()" in code
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace("BertConfig()", TINY), "README.md", "exec"), {})
+    scope: dict[str, object] = {}
+    exec(compile(code.replace("BertConfig()", TINY), "README.md", "exec"), scope)
+    exec(compile(short, "README.md", "exec"), scope)  # of the same model, ids and mask
     assert (tmp_path / "out" / "report.html").is_file()
 
 

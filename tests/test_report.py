@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ import turbotx
 from turbotx.errors import InputError, TrainingError
 from turbotx.optimized import engine_of
 from turbotx.report import Report
-from turbotx.report.draw import find_boxes
+from turbotx.report.draw import draw_svg, find_boxes
 from turbotx.report.dump import DumpError
 from turbotx.report.origin import reserve
 
@@ -268,10 +268,10 @@ def test_html_stands_alone(report: Report, page: bool) -> None:
 def test_dump_writes_every_stage(report: Report, tmp_path: Path) -> None:
     dumped = report.dump(tmp_path / "deep" / "out")
     names = {p.relative_to(dumped.folder).as_posix() for p in dumped.files}
-    assert {"captured.txt", "fused.txt", "fused.dot", "memory_plan.json", "memory_plan.svg",
-            "report.json", "report.html", "kernels/fused_add_layer_norm_0.cpp",
+    assert {"captured.txt", "fused.txt", "fused.dot", "fused.svg",
+            "memory_plan.json", "memory_plan.svg", "report.json", "report.html",
+            "kernels/fused_add_layer_norm_0.cpp",
             "kernels/fused_add_layer_norm_0.triton.py"} <= names  # fmt: skip
-    assert ("fused.svg" in names) == (shutil.which("dot") is not None)
     assert "scaled_dot_product_attention" in (dumped.folder / "captured.txt").read_text()
     assert "call_module" in (dumped.folder / "fused.txt").read_text()
     compile(
@@ -281,12 +281,16 @@ def test_dump_writes_every_stage(report: Report, tmp_path: Path) -> None:
     assert plan["peak_nbytes"] == report.memory.peak_nbytes
 
 
-def test_without_graphviz_the_picture_is_skipped_with_a_reason(
-    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    dumped = report.dump(tmp_path / "out")
-    assert "graphviz" in dumped.skipped["fused.svg"]
+def test_the_picture_shows_every_box_and_arrow(report: Report) -> None:
+    picture = ElementTree.fromstring(draw_svg(report))
+    boxes = find_boxes(report)
+    drawn = picture.findall(".//{*}rect[@class='box']")
+    assert [r.find("{*}title").text for r in drawn] == [b.tip for b in boxes]
+    assert len(picture.findall(".//{*}path")) == sum(len(b.sources) for b in boxes)
+    width, height = map(float, picture.get("viewBox").split()[2:])
+    for r in drawn:
+        x, y, w, h = (float(r.get(k)) for k in ("x", "y", "width", "height"))
+        assert x >= 0 and y >= 0 and x + w <= width and y + h <= height
 
 
 def test_dump_refuses_a_folder_that_is_a_file(report: Report, tmp_path: Path) -> None:

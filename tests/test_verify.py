@@ -160,6 +160,35 @@ def test_a_read_of_what_does_not_exist() -> None:
         check_launches(tensors, [first, second], ["y"])
 
 
+def test_pairs_of_one_thing_written_and_one_read_pass() -> None:
+    tensors, first, second = launches()
+    check_launches(tensors, [first, replace(second, inplace=(("y", "h"),))], ["y"])
+
+
+@pytest.mark.parametrize(
+    ("pair", "again", "words"),
+    [
+        (("y", "x"), None, "does not write the one or read the other"),
+        (("h", "h"), None, "does not write the one or read the other"),
+        (("y", "h"), ZERO, "'h' is shown 2 times"),
+        (("y", "h"), dim("batch"), "'h' is shown 2 times"),
+    ],
+)
+def test_a_pair_that_is_more_than_that(pair, again, words) -> None:
+    tensors, first, second = launches()
+    extra = () if again is None else (replace(second.args[0], offset=again),)
+    second = replace(second, args=(*second.args, *extra), inplace=(pair,))
+    with pytest.raises(VerifyError, match=words):
+        check_launches(tensors, [first, second], ["y"])
+
+
+def test_a_pair_of_two_dtypes() -> None:
+    tensors, first, second = launches()
+    tensors["h"] = replace(tensors["h"], dtype=torch.int32)
+    with pytest.raises(VerifyError, match="of another dtype"):
+        check_launches(tensors, [first, replace(second, inplace=(("y", "h"),))], ["y"])
+
+
 def test_an_input_whose_size_was_fixed_is_found(graph) -> None:
     sizes = [g.shape(n) for n in graph.nodes if n.op == "placeholder"]
     check_inputs(graph, sizes)

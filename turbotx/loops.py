@@ -8,6 +8,7 @@ reshape needs a factor of them, and the choice of which axes reductions run over
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import sympy
@@ -56,15 +57,21 @@ class Loops:
         high = self.make(outer, f"{name}h")
         return (high * inner[0] + self.make(inner[0], f"{name}l")).expand()
 
-    def bounds(self, value: Expr) -> tuple[Expr | None, Expr | None]:
-        """Return the smallest and largest value of an affine index, None where unknown."""
+    def bounds(
+        self, value: Expr, extents: Mapping[str, Expr] = {}
+    ) -> tuple[Expr | None, Expr | None]:
+        """Return the smallest and largest value of an affine index, None where unknown.
+
+        extents: of axes that are no loops.
+        """
+        axes = {**self.axes, **extents}
         low = high = sympy.expand(value)
         for symbol in value.free_symbols:
             if symbol.name[0] == "%":
                 return None, None
             if symbol.name[0] != "@":
                 continue
-            step, last = sympy.diff(value, symbol), self.axes[symbol.name[1:]] - 1
+            step, last = sympy.diff(value, symbol), axes[symbol.name[1:]] - 1
             if is_nonnegative(step):
                 low, high = low.xreplace({symbol: ZERO}), high.xreplace({symbol: last})
             elif is_nonnegative(-step):

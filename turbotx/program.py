@@ -10,6 +10,7 @@ call. A new shape evaluates sizes and offsets once (`bind`); nothing is compiled
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import sympy
@@ -23,6 +24,7 @@ from turbotx.memory.pool import ChunkPool, poison, poison_enabled
 from turbotx.runtime.aten import is_whole, window_of
 from turbotx.runtime.cpu import CpuRuntime
 from turbotx.runtime.cuda import CudaRuntime
+from turbotx.runtime.inplace_watch import InplaceWatch, Place, Reuse
 from turbotx.runtime.planned import Binding, Formulas, Output, Places, PlannedCall, make_size
 from turbotx.runtime.share import Share
 from turbotx.runtime.state import Evaluate, Maker, RunState
@@ -108,8 +110,29 @@ class Program(PlannedCall):
         """Tell whether it, and not its twin, is to run at these dims."""
         return self.share is None or self.share.holds(dims)
 
-    def _own_watches(self, binding: Binding) -> Sequence[Watch]:
-        return [_Poisoner(self, binding)] if poison_enabled() else []
+    def _own_watches(self, table: Any, binding: Binding) -> Sequence[Watch]:
+        if not poison_enabled():
+            return []
+        runtime, poisoner = self.runtime, _Poisoner(self, binding)
+        if not isinstance(runtime, CpuRuntime):
+            return [poisoner]
+        repeat = partial(runtime.repeat, table=table, sizes=binding.sizes)
+        return [InplaceWatch(self._reuses(binding.dims), table, repeat), poisoner]
+
+    def _reuses(self, dims: Sequence[int]) -> dict[int, Reuse]:
+        """Return the launches that write over what they read, by index."""
+        slots, nbytes, root = self.runtime.table.slots, self.sizes_at(dims), self.liveness.root_of
+        taken = self.liveness.reused
+
+        def place(name: str) -> Place:
+            return Place(name, slots[name], nbytes[root[name]] if name in root else 0)
+
+        found = {}
+        for i, launch in enumerate(self.assembly.launches):
+            lost = [place(read) for written, read in taken if written in launch.writes]
+            if lost:
+                found[i] = Reuse(launch.name, lost, [place(n) for n in launch.writes])
+        return found
 
     def _leaf(self, leaf: Any) -> Maker:
         """Return how to make one leaf of the output: a tensor, a view of one, or a value."""

@@ -26,6 +26,9 @@ from turbotx.ops import OPS, Row
 from turbotx.sizes import ZERO, Expr, is_nonnegative, product
 from turbotx.views import NeedsFactoring, input_index, is_view, reshape_index, view_source
 
+# The name of an axis that stands for a place in the part that a mask lets through.
+WITHIN = "within"
+
 
 class Puller(Elements):
     """The machine that the op table's rules speak to: it turns pulls into statements.
@@ -41,6 +44,7 @@ class Puller(Elements):
         self.requirements: dict[Expr, str] = {}
         self._pulled: dict[Any, Element] = {}
         self._masks: list[Element] = []
+        self._ranges: list[tuple[Expr, Expr]] = []
         self._stack: list[fx.Node] = []
 
     def bounds(self, value: Expr) -> tuple[Expr | None, Expr | None]:
@@ -135,7 +139,7 @@ class Puller(Elements):
     def position(self, value: Element, extent: Expr, wrap: bool = False) -> Expr:
         """Return a gathered index as an expression, checked to lie in [0, extent) at run time."""
         if value.index is not None:
-            low, high = self.bounds(value.index)
+            low, high = self._bounds_here(value.index)
             if low is not None and is_nonnegative(low) and high is not None:
                 if not is_nonnegative(extent - 1 - high):
                     self.requirements[(extent - 1 - high).expand()] = f"{high} < {extent}"
@@ -152,18 +156,36 @@ class Puller(Elements):
             self.body.append(check)
         return ir.value_symbol(value.name)
 
+    def _bounds_here(self, value: Expr) -> tuple[Expr | None, Expr | None]:
+        """Return the smallest and largest value of an index where the masks around hold."""
+        within = ir.axis_symbol(WITHIN)
+        for place, extent in reversed(self._ranges):
+            axes = [x for x in place.free_symbols if x.name[0] == "@"]
+            steady = next((x for x in axes if place.coeff(x) == 1), None)
+            if steady is None:
+                continue
+            moved = sympy.expand(value.xreplace({steady: within - (place - steady)}))
+            if within in moved.free_symbols and not moved.free_symbols & set(axes):
+                return self.loops.bounds(moved, {WITHIN: extent})
+        return self.bounds(value)
+
     @contextmanager
-    def masked(self, condition: Element) -> Iterator[Element]:
-        """Load under `condition` (and those around it): elsewhere nothing is read."""
+    def masked(self, condition: Element, *ranges: tuple[Expr, Expr]) -> Iterator[Element]:
+        """Load under `condition` (and those around it): elsewhere nothing is read.
+
+        ranges: (place, extent) where the condition says that 0 <= place < extent.
+        """
         if condition.value is True:
             yield condition
             return
         whole = self.call("and", self._masks[-1], condition) if self._masks else condition
         self._masks.append(whole)
+        self._ranges += ranges
         try:
             yield condition
         finally:
             self._masks.pop()
+            del self._ranges[len(self._ranges) - len(ranges) :]
 
     def _param(self, node: fx.Node) -> str:
         if node not in self.params:
@@ -273,13 +295,14 @@ class Puller(Elements):
         """Meanwhile reduce as outside of cat's and pad's parts, where only places along other axes
         than `used` tell the parts apart: the half of a normalised row has the whole row's mean."""
         masks, self._masks = self._masks, []
+        ranges, self._ranges = self._ranges, []
         if any(self._varies_over(mask) & (used | {"%"}) for mask in masks):
-            self._masks = masks
+            self._masks, self._ranges = masks, ranges
             raise Conflict(node, f"{node.name} reduces inside a masked part (cat or pad)")
         try:
             yield
         finally:
-            self._masks = masks
+            self._masks, self._ranges = masks, ranges
 
     def _varies_over(self, value: Element) -> set[str]:
         """Return the axes that a value depends on, and "%" where it depends on loaded ones."""

@@ -169,6 +169,23 @@ def check_launches(
             if kind not in ("intermediate", "output"):
                 raise VerifyError(f"{launch.name} writes {name!r}, which is {kind} memory")
             written.add(name)
+        _check_inplace_pairs(tensors, launch)
     for name in returned:
         if name not in written:
             raise VerifyError(f"the output {name!r} is never written")
+
+
+def _check_inplace_pairs(tensors: dict[str, ir.Tensor], launch: ir.Launch) -> None:
+    """What may be the same bytes is one thing written and one read, each whole and by one operand
+    only (what a kernel does with the two is checked on its source)."""
+    operands = [a for a in launch.args if a is not None]
+    for out, given in launch.inplace:
+        what = f"{launch.name} may write {out!r} over {given!r}"
+        if out not in launch.writes or given not in launch.reads:
+            raise VerifyError(f"{what}, and does not write the one or read the other")
+        if tensors[out].dtype != tensors[given].dtype:
+            raise VerifyError(f"{what}, of another dtype")
+        for name in (out, given):
+            shown = [a for a in operands if a.tensor == name]
+            if len(shown) != 1 or shown[0].offset != 0:
+                raise VerifyError(f"{what}, and {name!r} is shown {len(shown)} times or in part")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
 
 import turbotx
-from tests.graphs import captured_graph
-from turbotx.kernels.fuse import fuse
+from tests.compiled_functions import compile_function
 from turbotx.kernels.inplace import find_inplace
-from turbotx.passes.canonicalize import canonicalize
-from turbotx.passes.partition import find_prepared, partition
 
 X, B = torch.randn(3, 4, 8), torch.randn(8)
 
 
 def pairs(function, *args):
-    graph = captured_graph(function, *args)
-    canonicalize(graph)
-    (region,) = partition(graph, find_prepared(graph))
-    return find_inplace(fuse(region).kernels[0].kernel)
+    (kernel,) = compile_function(function, *args).kernels
+    return find_inplace(kernel)
 
 
 def test_elementwise_kernels_write_over_what_they_read() -> None:
@@ -46,12 +43,47 @@ def test_a_flipped_read_is_refused() -> None:
     assert pairs(lambda x: torch.cat([x[:, 2:], x[:, :2]], 1) * 2, X) == ()
 
 
-def test_an_early_store_is_refused() -> None:
+def test_an_early_store_is_refused_and_the_last_one_taken() -> None:
     def function(x):
         y = x.exp()
         return y, y - y.mean(-1, keepdim=True)
 
-    assert pairs(function, X) == ()
+    assert pairs(function, X) == (("sub", "x"),)
+
+
+def test_a_load_behind_the_store_is_refused() -> None:
+    def function(x, y):
+        halves = torch.cat([x[..., :4], x[..., 4:]], -1).tanh()
+        return halves, halves + y
+
+    assert ("tanh", "y") not in pairs(function, X, X.clone())
+
+
+def test_a_store_between_the_loops_of_a_variance_is_refused() -> None:
+    def function(x):
+        return x - x.mean(-1, keepdim=True), x.std(-1, keepdim=True) * x
+
+    assert pairs(function, X) == (("mul", "x"),)
+
+
+@pytest.mark.parametrize("width", [8, 24])
+def test_what_a_later_load_needs_stays(width: int) -> None:
+    """Rolled halves, and rows of a variance, between products that have intermediates to reuse."""
+    w = torch.randn(width, width)
+
+    def rolled(x):
+        h = F.rms_norm(x, (width,))
+        a = torch.cat([(h @ w)[:, 2:], (h @ w)[:, :2]], 1)
+        return (h - a) @ w, h * a
+
+    def scaled(x):
+        h = x @ w
+        away = h - h.mean(-1, keepdim=True)
+        return away @ w, h * h.var(-1, keepdim=True), away.roll(1, 0)
+
+    x = torch.randn(2, 5, width)
+    for function in (rolled, scaled):
+        torch.testing.assert_close(turbotx.optimize(function)(x), function(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_chain_of_reuse_computes_the_same() -> None:

@@ -13,6 +13,7 @@ from turbotx.memory.arena import PlainRange, StreamOrder, _CudaBytes, open_range
 from turbotx.memory.capture_lock import capture_lock
 from turbotx.memory.cpu_range import CpuRange, MemoryExhausted
 from turbotx.memory.cuda_range import CudaMemoryError
+from turbotx.memory.plan import CHUNK_NBYTES
 
 CUDA = torch.device("cuda", 1)
 
@@ -36,6 +37,18 @@ def made(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(arena_module, "PlainRange", lambda device: ("plain", device))
     return made
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
+def test_a_vector_may_hang_over_either_end_of_cpu_memory():
+    memory = open_range(torch.device("cpu"), 1 << 32)
+    for nbytes in (CHUNK_NBYTES, 4 * CHUNK_NBYTES):
+        memory.map_to(nbytes)
+        with open("/proc/self/maps") as lines:
+            spans = [line.split()[:2] for line in lines]
+        readable = [span.split("-") for span, flags in spans if flags[0] == "r"]
+        for place in (memory.address - 64, memory.address + nbytes + 63):
+            assert any(int(a, 16) <= place < int(b, 16) for a, b in readable)
 
 
 def test_cpu_memory_is_a_reserved_range():

@@ -56,6 +56,53 @@ def test_three_projections_are_one_gemm() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+class Chained(nn.Module):
+    """Down to two, up from each by two: the inputs of the second pairs are pieces of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([nn.Linear(8, n, bias=False) for n in (4, 6)])
+        self.up = nn.ModuleList([nn.Linear(n, 8, bias=b) for n in (4, 6) for b in (True, True)])
+
+    def forward(self, x):
+        low = [part(x) for part in self.down]
+        high = [part(low[k // 2]) for k, part in enumerate(self.up)]
+        return (*high, *(torch.tanh(part(high[0])) for part in self.down))
+
+
+def test_projections_of_projections_are_packed_in_turn() -> None:
+    module = Chained()
+    packed = rewritten(module, pack_linears)
+    assert calls(packed.graph).count("linear") == 4
+    for ours, theirs in zip(run(packed, X), module(X), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(turbotx.optimize(module)(X), module(X), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_that_comes_from_another_projection_stays_apart() -> None:
+    module = Projections((True, True), None)
+    weight = torch.randn(3, 8)
+
+    def function(x):
+        a, b = module.parts[0](x), module.parts[1](x)
+        return a, nn.functional.linear(x, weight, b[0, 0, :3] + a[0, 0, :3])
+
+    for ours, theirs in zip(turbotx.optimize(function)(X), function(X), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_bias_of_one_number_is_added_apart() -> None:
+    w, v, one, many = torch.randn(8, 5), torch.randn(8, 5), torch.randn(1), torch.randn(5)
+
+    def function(x):
+        x = x.flatten(0, 1)
+        return torch.addmm(one, x, w).exp(), torch.addmm(many, x, v), torch.addmm(one, x, v)
+
+    for ours, theirs in zip(turbotx.optimize(function)(X), function(X), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_biased_and_unbiased_projections_stay_apart() -> None:
     module = Projections((True, False), lambda a, b: (a.exp(), b.exp()))
     packed = rewritten(module, pack_linears)

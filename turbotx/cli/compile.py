@@ -75,8 +75,6 @@ def compile_model(
     if built:
         output.console.print(resources_table(built))
     output.console.print(f"\n{len(dumped.files)} files in {dumped.folder}/: begin with report.html")
-    for name, why in dumped.skipped.items():
-        output.console.print(f"without {name}: {why}")
     if written:
         output.console.print(show_written(written))
     output.result({**summarize(str(model), views, dumped), **written, "targets": gpus})
@@ -123,7 +121,6 @@ def summarize(model: str, views: Sequence[Report], dumped: Dumped) -> dict[str, 
         "name": first.name,
         "out": str(dumped.folder),
         "files": [str(f.relative_to(dumped.folder)) for f in dumped.files],
-        "skipped": dumped.skipped,
         "launches": len(first.launches),
         "kernels": [k.name for k in first.kernels],
         "externs": [{"op": e.op, "count": e.count, "reason": e.reason} for e in first.externs],

@@ -45,7 +45,7 @@ class Check:
 def doctor(output: Output) -> int:
     """Try everything; return 0, or 1 where something is broken."""
     makers: tuple[Callable[[], Check], ...] = (
-        _python, _torch, _triton, _compiler, _build, _openmp, _vectors, _gpu, _cache, _graphviz,
+        _python, _torch, _triton, _compiler, _build, _openmp, _vectors, _gpu, _cache,
     )  # fmt: skip
     with output.steps("look around", total=len(makers)) as steps:
         checks = []
@@ -165,13 +165,6 @@ def _cache() -> Check:
         return Check("cache", "broken", f"{folder}: {error.strerror}", remedy)
     free = shutil.disk_usage(folder).free
     return Check("cache", "ok", f"{folder}: {nbytes / 2**20:.1f} MiB, {free / 2**30:.1f} GiB free")
-
-
-def _graphviz() -> Check:
-    found = shutil.which("dot")
-    if found is None:
-        return Check("graphviz", "missing", "no dot", "install graphviz: compile draws fused.svg")
-    return Check("graphviz", "ok", found)
 
 
 EXTRAS = {

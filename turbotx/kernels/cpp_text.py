@@ -13,6 +13,7 @@ import sympy
 import torch
 
 from turbotx import ir
+from turbotx.kernels.cpp_masks import find_hidden
 from turbotx.primitives import PRIMITIVES, SCANS
 from turbotx.sizes import Expr, to_c
 
@@ -96,6 +97,7 @@ class Text:
         self.makers = {r: s for s in kernel.body for r in ir.results_of(s)}
         self.checks = [s for s in kernel.body if isinstance(s, ir.Check)]
         self.checked = {c.value for c in self.checks}
+        self.hidden = find_hidden(kernel)
         self.lines: list[str] = []
         self.depth = 1
         self.lane = ""  # what picks a row's running value where several rows go together
@@ -147,7 +149,8 @@ class Text:
         elif isinstance(s, ir.Index):
             self._let(s.result, self.expr(s.value))
         elif isinstance(s, ir.Constant):
-            self._let(s.result, literal(s.value, s.dtype))
+            value = literal(s.value, s.dtype)
+            self._let(s.result, f"ttx::hidden({value})" if s.result in self.hidden else value)
         elif isinstance(s, ir.Compute):
             names = (var(a) for a in s.args)
             self._let(s.result, PRIMITIVES[s.op].cpp.format(*names, type=STORAGE[s.dtype]))

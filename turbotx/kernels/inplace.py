@@ -1,53 +1,85 @@
 """In place: which output of a kernel may take over the memory of which input.
 
 In: a kernel. Out: pairs (output param, input param) for which it is safe that both are the same
-bytes: every element of the input is read only where the output's element at the same place is
-computed, and before it is stored, for example::
+bytes: each place of the input is read only where the output's is computed, and never again once
+that is stored, in the loops that the printers write, for example::
 
     fused_add_gelu: gelu[row, col] = f(linear[row, col], bias[col])  ->  (gelu, linear)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from turbotx import ir
+from turbotx.kernels.cpp_sweeps import Sweeps
+from turbotx.kernels.sequential import make_sequential
 
 
 def find_inplace(kernel: ir.Kernel) -> tuple[tuple[str, str], ...]:
-    """Return the safe pairs. Stores of an early sweep would be read by later ones: none then."""
-    if not _stores_come_last(kernel):
-        return ()
-    stores: dict[str, list[ir.Access]] = {}
-    loads: dict[str, list[ir.Access]] = {}
-    for s in kernel.body:
-        if isinstance(s, ir.Store):
-            stores.setdefault(s.access.param, []).append(s.access)
-        elif isinstance(s, ir.Load):
-            loads.setdefault(s.access.param, []).append(s.access)
+    """Return the pairs that are safe in C++ and in Triton alike, whatever the schedule."""
+    # C++ takes a variance in two column loops, a looped Triton row in one: what a statement waits
+    # for, and with it what may be read after a store, is another thing in each.
+    printed = (Sweeps(make_sequential(kernel)), Sweeps(kernel))
     params = {p.name: p for p in kernel.params}
-    loops = {a.symbol for a in kernel.axes if a.extent != 1}
+    touched: dict[str, list[ir.Access]] = {}
+    for s in kernel.body:
+        if isinstance(s, (ir.Load, ir.Store)):
+            touched.setdefault(s.access.param, []).append(s.access)
     return tuple(
         (out, given)
-        for out, written in stores.items()
-        for given, read in loads.items()
-        if len(written) == 1
-        and written[0].mask is None
-        and loops <= written[0].offset.free_symbols  # each place is written in one iteration
+        for out in touched
+        for given in touched
+        if (params[out].role, params[given].role) == ("out", "in")
         and params[out].dtype == params[given].dtype
-        and all(a.offset == written[0].offset and a.mask is None for a in read)
+        and _same_places(kernel, touched[out], touched[given])
+        and all(_stored_last(sweeps, out, given) for sweeps in printed)
     )
 
 
-def _stores_come_last(kernel: ir.Kernel) -> bool:
-    """Tell whether every store waits for every reduction (or there is none)."""
-    phase: dict[str, int] = {}
-    stored: set[int] = set()
-    last = 0
-    for s in kernel.body:
-        below = max((phase[n] for n in ir.needs_of(s)), default=0)
-        if isinstance(s, ir.Store):
-            stored.add(below)
-        if isinstance(s, ir.Reduce):
-            last = max(last, below + 1)
-        for name in ir.results_of(s):
-            phase[name] = below + isinstance(s, ir.Reduce)
-    return stored == {last}
+def _same_places(kernel: ir.Kernel, written: list[ir.Access], read: list[ir.Access]) -> bool:
+    """Tell whether each iteration reads the place that it writes, and no other."""
+    loops = {a.symbol for a in kernel.axes if a.extent != 1}
+    first = written[0]
+    return (
+        len(written) == 1
+        and first.mask is None
+        and loops <= first.offset.free_symbols  # each place is written in one iteration
+        and all(a.offset == first.offset and a.mask is None for a in read)
+    )
+
+
+def _stored_last(sweeps: Sweeps, out: str, given: str) -> bool:
+    """Tell whether nothing reads `given` after `out` is stored.
+
+    Every loop loads anew what it needs, and within one a load comes before what needs it: so the
+    stored value must need all loads, and no later loop may need any. (On a GPU that also orders
+    threads: what one of them stores has come from the one that loaded it.)
+    """
+    body = sweeps.kernel.body
+    loads = {s.result for s in body if isinstance(s, ir.Load) and s.access.param == given}
+    (store,) = (s for s in body if isinstance(s, ir.Store) and s.access.param == out)
+    later = [
+        s for s in body
+        if isinstance(s, (ir.Reduce, ir.Store)) and sweeps.of(s) > sweeps.of(store)
+    ]  # fmt: skip
+    if not loads <= _needed(sweeps, [store], across=True):
+        return False
+    return not loads & _needed(sweeps, later, across=False)
+
+
+def _needed(sweeps: Sweeps, ends: Sequence[ir.Statement], across: bool) -> set[str]:
+    """Return the values that statements need; `across`: also those behind reductions, which
+    earlier loops compute."""
+    checks = [s for s in sweeps.kernel.body if isinstance(s, ir.Check)]
+    found: set[str] = set()
+    todo = [v for s in ends for v in ir.needs_of(s)]
+    while todo:
+        v = todo.pop()
+        maker = sweeps.makers[v]
+        if v in found or (isinstance(maker, ir.Reduce) and not across):
+            continue
+        found.add(v)
+        todo += ir.needs_of(maker)
+        todo += [c.mask for c in checks if c.value == v and c.mask]
+    return found

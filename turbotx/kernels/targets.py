@@ -29,6 +29,8 @@ import torch
 from turbotx import ir
 from turbotx.errors import BuildError
 from turbotx.kernels.build import cache_directory
+from turbotx.kernels.inplace import find_inplace
+from turbotx.kernels.inplace_check import check_inplace
 from turbotx.kernels.job import Binary, Job, read_entry
 from turbotx.kernels.schedule import Schedule, choose_schedule, outer_axes, vector_axes
 from turbotx.kernels.triton_printer import print_triton
@@ -108,8 +110,15 @@ def kernel_job(
     schedule: Schedule | None = None,
     divisible: Iterable[str] = (),
 ) -> Job:
-    """Return the job for a kernel; `divisible` are the sizes that are multiples of 16."""
+    """Return the job for a kernel; `divisible` are the sizes that are multiples of 16.
+
+    Raises VerifyError where in-place reuse would spoil what is printed.
+    """
     schedule = schedule or choose_schedule(kernel)
+    source = print_triton(kernel, schedule)
+    loops = [a.name for a in kernel.axes if a.extent != 1]
+    pairs = [(f"{out}_ptr", f"{given}_ptr") for out, given in find_inplace(kernel)]
+    check_inplace(kernel.name, source, loops, pairs)
     pointers = [(f"{p.name}_ptr", f"*{POINTEES[p.dtype]}") for p in kernel.params]
     aligned = tuple(name for name, _ in pointers)
     if any(isinstance(s, ir.Check) for s in kernel.body):
@@ -122,7 +131,7 @@ def kernel_job(
         tiles.append(("COLS", schedule.cols))
     return Job(
         name=kernel.name,
-        source=print_triton(kernel, schedule),
+        source=source,
         target=target,
         signature=(*pointers, *sizes, *((name, "constexpr") for name, _ in tiles)),
         constexprs=tuple(tiles),

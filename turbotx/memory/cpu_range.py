@@ -22,6 +22,8 @@ _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _LEAST_ADDRESS_NBYTES = 1 << 30
+# The largest page of any Linux: protection is by pages.
+MARGIN_NBYTES = 64 * 1024
 
 
 class MemoryExhausted(TurbotxError):
@@ -59,7 +61,8 @@ def available_nbytes() -> int | None:
 
 
 class CpuRange:
-    """Bytes [address, address + mapped_nbytes) are ordinary memory; the rest is only reserved.
+    """Bytes [address, address + mapped_nbytes) are ordinary memory; the rest is only reserved, but
+    for a page on either side: a vector that hangs over an end may be read, whoever made it.
 
     What `unmap_to` gives back stays readable (as zeros) but holds no memory, so that a stale
     view reads nonsense rather than ending the process. Raises MemoryExhausted.
@@ -77,8 +80,13 @@ class CpuRange:
         self.mapped_nbytes = 0
         self.capacity_nbytes = align(address_nbytes, CHUNK_NBYTES)
         raw = self._reserve()
-        self.address = align(raw, CHUNK_NBYTES)
-        self.close = weakref.finalize(self, libc.munmap, raw, self.capacity_nbytes + CHUNK_NBYTES)
+        self.address = align(raw + MARGIN_NBYTES, CHUNK_NBYTES)
+        self.close = weakref.finalize(self, libc.munmap, raw, self._reserved_nbytes)
+
+    @property
+    def _reserved_nbytes(self) -> int:
+        """With room to begin at a multiple of a chunk, and for both margins."""
+        return self.capacity_nbytes + CHUNK_NBYTES + 2 * MARGIN_NBYTES
 
     def _reserve(self) -> int:
         """Halves the wish until it fits the process's address space limit."""
@@ -86,7 +94,7 @@ class CpuRange:
         if os.uname().sysname == "Linux":
             flags |= _MAP_NORESERVE
         while True:
-            nbytes = self.capacity_nbytes + CHUNK_NBYTES
+            nbytes = self._reserved_nbytes
             raw = self._libc.mmap(None, nbytes, _PROT_NONE, flags, -1, 0)
             if raw != _MAP_FAILED:
                 return int(raw)
@@ -122,7 +130,8 @@ class CpuRange:
         if grown <= 0:
             return
         start = self.address + self._protected_nbytes
-        if self._libc.mprotect(start, grown, mmap.PROT_READ | mmap.PROT_WRITE):
+        margins = (start - MARGIN_NBYTES, grown + 2 * MARGIN_NBYTES)
+        if self._libc.mprotect(*margins, mmap.PROT_READ | mmap.PROT_WRITE):
             code = ctypes.get_errno()
             raise MemoryExhausted(f"the system refused {grown} bytes: {os.strerror(code)}")
         huge = getattr(mmap, "MADV_HUGEPAGE", None)

@@ -108,7 +108,8 @@ def _cat(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
         local = (*index[:d], (index[d] - begin).expand(), *index[d + 1 :])
         inside = m.index(index[d]) >= m.index(begin)
         end = m.index(index[d]) < m.index((begin + g.shape(part)[d]).expand())
-        with m.masked(m.call("and", inside, end)) as mask:
+        within = (local[d], g.shape(part)[d])
+        with m.masked(m.call("and", inside, end), within) as mask:
             value = m.cast(m.element(part, local), g.dtype(node))
         result = value if result is None else m.where(mask, value, result)
     return result
@@ -118,16 +119,18 @@ def _pad(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     source, pads = node.args[:2]
     value = node.args[2] if len(node.args) > 2 else 0
     place, mask = list(index), m.constant(True, torch.bool)
+    within = []
     for k in range(len(pads) // 2):
         d = len(index) - 1 - k
         before, after = g.size(pads[2 * k]), g.size(pads[2 * k + 1])
         place[d] = (index[d] - before).expand()
         extent = g.shape(source)[d]
+        within.append((place[d], extent))
         if before != 0:
             mask = m.call("and", mask, m.index(place[d]) >= m.index(ZERO))
         if after != 0:
             mask = m.call("and", mask, m.index(place[d]) < m.index(extent))
-    with m.masked(mask) as inside:
+    with m.masked(mask, *within) as inside:
         element = m.element(source, tuple(place))
     return m.where(inside, element, m.constant(value, g.dtype(node)))
 
@@ -190,7 +193,7 @@ def _slice_scatter(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     inside = m.index(index[d]) >= m.index(first)
     inside = m.call("and", inside, m.index(along) < m.index(g.shape(piece)[d]))
     inside = m.call("and", inside, m.call("eq", m.index(rest), m.index(ZERO)))
-    with m.masked(inside) as mask:
+    with m.masked(inside, (along, g.shape(piece)[d])) as mask:
         value = m.cast(m.element(piece, (*index[:d], along, *index[d + 1 :])), g.dtype(node))
     return m.where(mask, value, m.element(base, index))
 

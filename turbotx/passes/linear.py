@@ -57,8 +57,13 @@ def use_linear(graph: fx.Graph) -> None:
             continue
         with graph.inserting_before(node):
             flipped = g.emit(node, aten.permute.default, weight, [1, 0])
-            args = (x, flipped) if bias is None else (x, flipped, bias)
-            g.replace(node, g.emit(node, aten.linear.default, *args))
+            if bias is None or g.shape(bias) == g.shape(weight)[1:]:
+                args = (x, flipped) if bias is None else (x, flipped, bias)
+                new = g.emit(node, aten.linear.default, *args)
+            else:  # one number for all columns, which no linear has
+                new = g.emit(node, aten.linear.default, x, flipped)
+                new = g.emit(node, aten.add.Tensor, new, bias)
+            g.replace(node, new)
 
 
 def _use_linear_alone(node: fx.Node) -> None:
@@ -150,17 +155,21 @@ def _count_trailing(shape: tuple[Expr, ...], size: Expr) -> int:
 
 
 def pack_linears(graph: fx.Graph) -> None:
-    """Give linears of one input one GEMM, where all have a bias or none has one."""
+    """Give linears of one input one GEMM, where all have a bias or none has one.
+
+    Biases that are computed stay apart: they may come from one of the others.
+    """
     groups: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
     for node in graph.nodes:
-        if g.is_call(node, aten.linear.default) and _is_weight(node.args[1]):
+        if g.is_call(node, aten.linear.default) and all(_is_weight(n) for n in node.args[1:]):
             groups.setdefault((node.args[0], _bias(node) is not None), []).append(node)
-    for (x, biased), linears in groups.items():
+    for (_, biased), linears in groups.items():
         dtypes = {g.dtype(n.args[1]) for n in linears}  # type: ignore[arg-type]
         if len(linears) < 2 or len(dtypes) > 1:
             continue
         widths = [int(g.shape(n)[-1]) for n in linears]
         first = linears[0]
+        x = first.args[0]  # what it reads now: an earlier group may have replaced what it read
         for node in linears:
             for given in node.args[1:]:
                 _move_before(first, given)  # type: ignore[arg-type]

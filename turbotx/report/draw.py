@@ -1,25 +1,24 @@
-"""Draw: the fused graph in Graphviz's DOT, one box a launch-sized node, layers as they flow.
+"""Draw: the fused graph as boxes and arrows, one box a launch-sized node, layers as they flow.
 
-In: a `Report`. Out: DOT text; `draw_svg` hands it to Graphviz where that is installed::
+In: a `Report`. Out: SVG that stands alone; Graphviz's DOT, for whoever lays it out anew::
 
     draw_dot(report)  ->  'digraph BertModel { "linear_37" [label="linear\\n(...)"]; ...'
 """
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from html import escape
 
 import torch
 from torch import fx
 
 from turbotx import graph as g
 from turbotx.attention import attention, attention_scores, attention_values
-from turbotx.errors import TurbotxError
 from turbotx.passes.partition import GEMMS, op_name
 from turbotx.report.entries import Region
+from turbotx.report.layered import Layout, lay_out
 from turbotx.report.record import Record
 from turbotx.report.where import find_place
 from turbotx.show import show_expr
@@ -29,9 +28,13 @@ FILL = {
     "output": "#eeeeee", "other": "#ffffff",
 }  # fmt: skip
 
-
-class DrawError(TurbotxError):
-    """Graphviz is not installed, or refused the graph."""
+BOX_HEIGHT, TITLE_HEIGHT, LETTER, MAX_LETTERS, MARGIN = 40.0, 26.0, 6.6, 40, 12.0
+STYLE = """
+  text { font: 12px system-ui, sans-serif; fill: #24292f; text-anchor: middle; }
+  .text { font-size: 10.5px; fill: #57606a; } .page { fill: #fff; } rect.box { stroke: #888; }
+  path { fill: none; stroke: #888; stroke-width: 1.1; }
+  @media (prefers-color-scheme: dark) { .page { fill: #16181c; } }
+"""
 
 
 @dataclass(frozen=True)
@@ -132,14 +135,68 @@ def _wrap(text: str, width: int = 46) -> list[str]:
     return lines
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """Boxes, their (width, height), and where they go."""
+
+    boxes: list[Box]
+    sizes: dict[str, tuple[float, float]]
+    layout: Layout
+
+
+def lay_out_boxes(report: Record) -> Drawing:
+    """Return the fused graph's boxes with their places, flow from top to bottom."""
+    boxes = find_boxes(report)
+    sizes = {b.name: (_width(b), BOX_HEIGHT if b.text else TITLE_HEIGHT) for b in boxes}
+    return Drawing(boxes, sizes, lay_out(sizes, [(s, b.name) for b in boxes for s in b.sources]))
+
+
+def shorten(text: str) -> str:
+    """Return as much of a box's text as it has room for."""
+    return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 1] + "…"
+
+
+def _width(box: Box) -> float:
+    return max(96.0, 24 + LETTER * max(len(box.title), len(shorten(box.text)) * 0.88))
+
+
 def draw_svg(report: Record) -> str:
-    """Return the fused graph as SVG; raise DrawError where Graphviz is missing."""
-    dot = shutil.which("dot")
-    if dot is None:
-        raise DrawError("fused.svg needs Graphviz's dot: install the package graphviz")
-    done = subprocess.run(
-        [dot, "-Tsvg"], input=draw_dot(report), capture_output=True, text=True, check=False
+    """Return the fused graph as SVG that stands alone; hovering over a box says what is in it."""
+    drawing = lay_out_boxes(report)
+    width, height = drawing.layout.width + 2 * MARGIN, drawing.layout.height + 2 * MARGIN
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'width="{width:.0f}" height="{height:.0f}" role="img" '
+        f'aria-label="The fused graph of {escape(report.name)}">',
+        f'<style>{STYLE}</style><rect class="page" width="100%" height="100%"/>',
+        f'<g transform="translate({MARGIN:.0f} {MARGIN:.0f})">',
+        *_arrows(drawing),
+        *(line for box in drawing.boxes for line in _box(drawing, box)),
+    ]
+    return "\n".join([*lines, "</g></svg>"]) + "\n"
+
+
+def _arrows(drawing: Drawing) -> Iterator[str]:
+    """Curves from the foot of a box, by the bends, to the head of another."""
+    for (a, b), bends in drawing.layout.bends.items():
+        (x, y), (end, below) = drawing.layout.centres[a], drawing.layout.centres[b]
+        y, below = y + drawing.sizes[a][1] / 2, below - drawing.sizes[b][1] / 2
+        path = f"M{x:.1f} {y:.1f}"
+        for to_x, to_y in (*bends, (end, below)):
+            middle = (y + to_y) / 2
+            path += f" C{x:.1f} {middle:.1f} {to_x:.1f} {middle:.1f} {to_x:.1f} {to_y:.1f}"
+            x, y = to_x, to_y
+        tip = f"M{x - 3:.1f} {y - 6:.1f} L{x:.1f} {y:.1f} L{x + 3:.1f} {y - 6:.1f}"
+        yield f'<path d="{path} {tip}"/>'
+
+
+def _box(drawing: Drawing, box: Box) -> Iterator[str]:
+    (x, y), (width, height) = drawing.layout.centres[box.name], drawing.sizes[box.name]
+    yield (
+        f'<rect class="box" x="{x - width / 2:.1f}" y="{y - height / 2:.1f}" width="{width:.1f}" '
+        f'height="{height:.1f}" rx="5" fill="{FILL[box.kind]}"><title>{escape(box.tip)}</title>'
+        "</rect>"
     )
-    if done.returncode != 0:
-        raise DrawError(f"dot failed with exit code {done.returncode}: {done.stderr.strip()[:200]}")
-    return done.stdout
+    yield f'<text x="{x:.1f}" y="{y - 4 if box.text else y + 4:.1f}">{escape(box.title)}</text>'
+    if box.text:
+        yield f'<text class="text" x="{x:.1f}" y="{y + 12:.1f}">{escape(shorten(box.text))}</text>'

@@ -1,8 +1,8 @@
 """Dump: a report as files, for reading with an editor, a browser and a debugger.
 
-In: a `Report` and a folder. Out: the files written, in order, and what could not be::
+In: a `Report` and a folder. Out: the files written, in order::
 
-    dump(report, Path("out"))  ->  Dumped(files=[captured.txt, fused.txt, ...], skipped={...})
+    dump(report, Path("out"))  ->  Dumped(folder, files=[captured.txt, fused.txt, ...])
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from turbotx.errors import TurbotxError
 from turbotx.fused_graph import readable
 from turbotx.memory.svg import plan_to_svg
-from turbotx.report.draw import DrawError, draw_dot, draw_svg
+from turbotx.report.draw import draw_dot, draw_svg
 from turbotx.report.html import render_page
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.record import Record
@@ -29,11 +29,10 @@ class DumpError(TurbotxError):
 
 @dataclass
 class Dumped:
-    """files: what was written, in order. skipped: file name -> why it was not."""
+    """files: what was written, in order."""
 
     folder: Path
     files: list[Path] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def make_folder(folder: Path) -> Path:
@@ -60,12 +59,6 @@ def dump(report: Record, folder: Path, done: Callable[[Path], None] | None = Non
         dumped.files.append(path)
         if done is not None:
             done(path)
-    try:
-        svg = folder / "fused.svg"
-        svg.write_text(draw_svg(report), encoding="utf-8")
-        dumped.files.append(svg)
-    except DrawError as error:
-        dumped.skipped["fused.svg"] = str(error)
     return dumped
 
 
@@ -90,6 +83,7 @@ def _texts(report: Record) -> Iterator[tuple[str, str]]:
     yield "captured.txt", readable_text(report.compiled.captured_text)
     yield "fused.txt", fused_text(report)
     yield "fused.dot", draw_dot(report)
+    yield "fused.svg", draw_svg(report)
     for kernel in report.kernels:
         for target, text in kernel.sources.items():
             yield f"kernels/{kernel.name}.{SUFFIX[target]}", text

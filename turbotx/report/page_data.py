@@ -18,8 +18,7 @@ from typing import Any
 from turbotx.memory import ALIGNMENT, CHUNK_NBYTES
 from turbotx.memory.symbolic import SymbolicPlanner
 from turbotx.report.cost import eager_nbytes, launch_cost
-from turbotx.report.draw import Box, find_boxes
-from turbotx.report.layered import lay_out
+from turbotx.report.draw import lay_out_boxes, shorten
 from turbotx.report.layers import find_layers
 from turbotx.report.origin import ROUND_NBYTES, find_lives
 from turbotx.report.record import Record
@@ -30,7 +29,6 @@ from turbotx.sizes import Expr, evaluate, to_javascript
 SLIDER_ENDS = (4096, 2048, 1024, 512, 256, 128)
 BATCH_END = 64
 SNAPSHOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-BOX_HEIGHT, LETTER, MAX_LETTERS = 40.0, 6.6, 40
 
 
 class _Formulas:
@@ -94,7 +92,8 @@ def _allowed(report: Record, name: str, size: int) -> bool:
 
 def _boxes(report: Record) -> dict[str, Any]:
     """Boxes where they go, and the arrows between them with their bends."""
-    boxes = find_boxes(report)
+    drawing = lay_out_boxes(report)
+    layout = drawing.layout
     launches = {r.name: r.launches for r in report.regions}
     taken = {name for names in launches.values() for name in names}
 
@@ -106,30 +105,20 @@ def _boxes(report: Record) -> dict[str, Any]:
 
     made: list[dict[str, Any]] = [
         {
-            "name": box.name, "kind": box.kind, "title": box.title, "text": _shorten(box.text),
+            "name": box.name, "kind": box.kind, "title": box.title, "text": shorten(box.text),
             "launches": shown(box.name),
         }
-        for box in boxes
+        for box in drawing.boxes
     ]  # fmt: skip
-    sizes = {b.name: (_width(b), BOX_HEIGHT if b.text else 26.0) for b in boxes}
-    layout = lay_out(sizes, [(s, b.name) for b in boxes for s in b.sources])
     for entry in made:
         name = str(entry["name"])
-        (x, y), (width, height) = layout.centres[name], sizes[name]
+        (x, y), (width, height) = layout.centres[name], drawing.sizes[name]
         entry.update(x=round(x, 1), y=round(y, 1), width=round(width), height=height)
     arrows = [
         {"from": a, "to": b, "bends": [[round(x, 1), round(y, 1)] for x, y in points]}
         for (a, b), points in layout.bends.items()
     ]
     return {"list": made, "arrows": arrows, "width": layout.width, "height": layout.height}
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 1] + "…"
-
-
-def _width(box: Box) -> float:
-    return max(96.0, 24 + LETTER * max(len(box.title), len(_shorten(box.text)) * 0.88))
 
 
 def _launches(report: Record, formulas: _Formulas, layer: Any) -> list[dict[str, Any]]:

@@ -20,7 +20,10 @@ from turbotx.kernels.build import build_library, cache_directory
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
 from turbotx.kernels.cpp_products import ProductKernel, print_product
+from turbotx.kernels.cpp_text import var
 from turbotx.kernels.epilogue import GemmKernel
+from turbotx.kernels.inplace import find_inplace
+from turbotx.kernels.inplace_check import check_inplace
 from turbotx.runtime.abi import LaunchRecord, declare_runtime, runtime_units
 from turbotx.sizes import Expr
 
@@ -81,7 +84,7 @@ def print_units(assembly: Assembly) -> tuple[dict[str, str], dict[object, str]]:
         name = f"{base}_{k}"
         names[key] = name
         if isinstance(target, ir.Kernel):
-            kernels.append(print_kernel(target, name))
+            kernels.append(_print_checked(target, name))
         elif isinstance(target, AttentionKernel):
             attentions.append(print_attention(target, name))
         elif isinstance(target, ProductKernel):
@@ -94,6 +97,15 @@ def print_units(assembly: Assembly) -> tuple[dict[str, str], dict[object, str]]:
     if products:
         units["products"] = PRODUCTS_PRELUDE + "\n".join(products)
     return units, names
+
+
+def _print_checked(kernel: ir.Kernel, name: str) -> str:
+    """Return a kernel's source; raise VerifyError where in-place reuse would spoil it."""
+    source = print_kernel(kernel, name)
+    loops = [var(a.name) for a in kernel.axes if a.extent != 1]
+    pairs = [(var(out), var(given)) for out, given in find_inplace(kernel)]
+    check_inplace(name, source, loops, pairs)
+    return source
 
 
 def kernel_key(target: object) -> object | None:

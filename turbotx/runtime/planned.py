@@ -226,13 +226,13 @@ class PlannedCall(ABC):
             table[slot] = tensor.data_ptr()
         for (slot, _, _), tensor in zip(binding.outputs, outputs, strict=True):
             table[slot] = tensor.data_ptr()
-        watches = [*([] if watch is None else [watch]), *self._own_watches(binding)]
+        watches = [*([] if watch is None else [watch]), *self._own_watches(table, binding)]
         failed = self._runtime.run(table, binding.sizes, state, ticks, watches)
         if failed:
             self._explain_failure(failed)
 
-    def _own_watches(self, binding: Binding) -> Sequence[Watch]:
-        """Return what is to be told of every launch, whoever calls."""
+    def _own_watches(self, table: Any, binding: Binding) -> Sequence[Watch]:
+        """Return what is to be told of every launch over a table of addresses, whoever calls."""
         return ()
 
     def _prepare(self, arena: Any, binding: Binding) -> Execution:

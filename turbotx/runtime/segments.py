@@ -106,3 +106,12 @@ class SegmentedRuntime:
             for watch in watches:
                 watch.after(begin, state)
         return 0
+
+    def repeat(self, launch: int, table: Any, sizes: Any) -> bool:
+        """Run one native launch again over an address table; False where PyTorch runs it."""
+        if launch in self._steps or self._native is None:
+            return False
+        pointers = (ctypes.addressof(x) for x in (self._records, table, sizes))
+        records, addresses, values = pointers
+        self._native.ttx_run(records, launch, launch + 1, addresses, values, None)
+        return True

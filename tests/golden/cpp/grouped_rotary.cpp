@@ -15,7 +15,7 @@ extern "C" int fused_neg_cat_mul_add(void* const* args, const int64_t* sizes) {
         const int64_t first_part = int64_t(4);
         const bool in_first = part < first_part;
         const bool in_second = part >= first_part;
-        const int64_t c = int64_t(4);
+        const int64_t c = ttx::hidden(int64_t(4));
         #pragma omp simd
         for (int64_t col = 0; col < 8; ++col) {
           const float x_ = ttx::read(x + col + row * 64 + row1 * 8 + row2 * seq * 64);

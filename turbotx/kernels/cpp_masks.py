@@ -1,0 +1,57 @@
+"""Masks in C++: constants that the compiler must not see, so that a masked load stays one.
+
+In: a kernel. Out: the constants that it compares positions with under which it loads or stores.
+GCC 12 turns a vector load under a mask that it knows, as in the first lines of a cat of two columns
+each, into one of the whole vector and a blend, and so reads what lies before the tensor::
+
+    const int64_t c = ttx::hidden(int64_t(2));      // i >= c is then known at run time only
+
+Where a part begins at a multiple of the vector, the mask of each vector is all true or all false,
+and is better known: the halves of a rotary embedding, say.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from turbotx import ir
+
+VECTOR_NBYTES = 64
+
+
+def find_hidden(kernel: ir.Kernel) -> frozenset[str]:
+    """Return the constants behind masks that may cut a vector in two."""
+    makers = {r: s for s in kernel.body for r in ir.results_of(s)}
+    itemsize = {p.name: p.dtype.itemsize for p in kernel.params}
+    found: set[str] = set()
+    for s in kernel.body:
+        if isinstance(s, (ir.Load, ir.Store)) and s.access.mask:
+            lanes = VECTOR_NBYTES // itemsize[s.access.param]
+            todo = [s.access.mask]
+            while todo:
+                maker = makers[todo.pop()]
+                if isinstance(maker, ir.Constant):
+                    found.add(maker.result)
+                elif not _is_whole(kernel, maker, makers, lanes):
+                    todo += ir.needs_of(maker)
+    return frozenset(found)
+
+
+def _is_whole(
+    kernel: ir.Kernel, s: ir.Statement, makers: dict[str, ir.Statement], lanes: int
+) -> bool:
+    """Tell whether a comparison is one and the same within each vector of `lanes` columns."""
+    if not isinstance(s, ir.Compute) or s.op not in ("ge", "lt"):
+        return False
+    position, bound = (makers[a] for a in s.args)
+    if not isinstance(position, ir.Index) or not isinstance(bound, ir.Constant):
+        return False
+    inner = {axes[-1].symbol for axes in (kernel.axes, kernel.rows) if axes}
+    terms = sympy.Add.make_args(sympy.expand(position.value - bound.value))
+    along = [t for t in terms if t.free_symbols & inner]
+    steps = [t.as_coeff_Mul()[0] for t in terms if t not in along]
+    return not along or (
+        len(along) == 1
+        and along[0] in inner
+        and all(k.is_Integer and k % lanes == 0 for k in steps)
+    )
