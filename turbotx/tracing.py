@@ -74,6 +74,11 @@ class _InThread:
     def __bool__(self) -> bool:
         return threading.get_ident() == self._owner
 
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    __hash__ = object.__hash__
+
     def __or__(self, other: Any) -> Any:
         return bool(self) | other
 
