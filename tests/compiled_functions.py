@@ -70,7 +70,8 @@ def compile_function(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
     captured = capture(FunctionModule(function), args, kwargs)
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     if SizeMatcher(captured).match([x.shape for x in tensors]) is None:  # as the engine does
-        captured = capture(FunctionModule(function), args, kwargs, least=0)
+        small = {(i, d) for i, x in enumerate(tensors) for d, n in enumerate(x.shape) if n < 2}
+        captured = capture(FunctionModule(function), args, kwargs, fixed=small)
     graph = captured.graph_module.graph
     rewrite(graph)
     prepared = find_prepared(graph)

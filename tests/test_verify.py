@@ -194,3 +194,19 @@ def test_an_input_whose_size_was_fixed_is_found(graph) -> None:
     check_inputs(graph, sizes)
     with pytest.raises(VerifyError, match="fixed a size to the example's"):
         check_inputs(graph, [(dim("other"), *sizes[0][1:]), *sizes[1:]])
+
+
+def test_a_launch_of_another_dtype_than_its_tensor() -> None:
+    tensors, first, second = launches()
+    tensors["h"] = replace(tensors["h"], dtype=torch.bfloat16)
+    with pytest.raises(VerifyError, match=r"first takes 'h' for torch\.float32"):
+        check_launches(tensors, [first, second], ["y"])
+
+
+def test_a_product_of_two_dtypes() -> None:
+    tensors, first, second = launches()
+    tensors["h"] = replace(tensors["h"], dtype=torch.bfloat16)
+    x, h = first.args
+    mixed = replace(first, kind="gemm", args=(x, x, None, replace(h, dtype=torch.bfloat16), None))
+    with pytest.raises(VerifyError, match="computes in one dtype"):
+        check_launches(tensors, [mixed, second], ["y"])

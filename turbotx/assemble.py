@@ -9,7 +9,6 @@ launches in order, what the call returns, and what must hold of the dims. For a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,47 +17,34 @@ from torch import fx
 
 from turbotx import graph as g
 from turbotx import ir
+from turbotx.assembly import Assembly, dense
 from turbotx.attention import attention_scores
+from turbotx.copies import lay_out, lay_out_returned, show_by_strides
+from turbotx.eager import (
+    ORDER,
+    READS,
+    RETURNS,
+    Alias,
+    Fresh,
+    are_equal_strides,
+    strides_of,
+    tensor_arguments,
+)  # fmt: skip
 from turbotx.errors import CaptureError
 from turbotx.kernels.cpp_attention import describe_attention
 from turbotx.kernels.cpp_products import describe_product
 from turbotx.kernels.epilogue import ACTIVATIONS, Epilogue, GemmKernel, is_packable
 from turbotx.kernels.fuse import FusedRegion
 from turbotx.kernels.inplace import find_inplace
-from turbotx.layout import (
-    Layout,
-    contiguous_strides,
-    layout_with_copies,
-    reshape_strides,
-)
-from turbotx.ops import why_outside
+from turbotx.layout import contiguous_strides, layout_with_copies, reshape_strides
+from turbotx.ops import OPS, takes_any_layout, why_outside
 from turbotx.passes.extract import extract
+from turbotx.passes.outputs import copied_leaves
 from turbotx.passes.partition import kind_of, op_name
 from turbotx.sizes import ONE, ZERO, Expr, dim, product
 from turbotx.views import SPLITS, is_view
 
 aten = torch.ops.aten
-
-
-@dataclass
-class Assembly:
-    """A program before it is bound to any machine.
-
-    outputs: per leaf of the model's output an Operand, or a plain constant or size expression.
-    externs: ops that run through ATen, with the reason.
-    """
-
-    tensors: dict[str, ir.Tensor] = field(default_factory=dict)
-    launches: list[ir.Launch] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
-    requirements: list[tuple[Expr, str]] = field(default_factory=list)
-    prepared: dict[str, fx.Node] = field(default_factory=dict)
-    externs: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def returned(self) -> list[str]:
-        """The tensors that the call returns, or views of which it returns."""
-        return [leaf.tensor for leaf in self.outputs if isinstance(leaf, ir.Operand)]
 
 
 def assemble(
@@ -77,33 +63,33 @@ class _Assembler:
         self, graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node],
         dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue],
     ) -> None:  # fmt: skip
-        self.graph, self.prepared = graph, prepared
-        self.epilogues = epilogues
+        self.graph, self.prepared, self.epilogues = graph, prepared, epilogues
         self.ends = {e.output: e for e in epilogues.values()}
-        self.dims = set(dims)
+        self.dims, self.names = set(dims), dict[str, int]()
         self.kinds = {n: kind_of(n, prepared) for n in graph.nodes}
         self.done: set[Any] = set()
         self.region_of = {n: f for f in fused for n in f.region.nodes}
         draws = [n for n in graph.nodes if g.is_random(n)]
         self.drawn_before = dict(zip(draws[1:], draws, strict=False))
         self.out = Assembly()
-        self.names: dict[str, int] = {}
-        self.outside = self._outputs()
-
-    def _outputs(self) -> set[fx.Node]:
-        """The nodes whose memory leaves with the caller."""
-        (leaves,) = next(n for n in self.graph.nodes if n.op == "output").args
-        roots = set()
-        for leaf in leaves:
-            if g.is_tensor(leaf):
-                roots.add(layout_with_copies(leaf).root)
-        return roots
+        (self.output,) = graph.find_nodes(op="output")
+        self.leaves: Any = self.output.args[0]
+        self.returns: Any = self.output.meta.get(RETURNS) or [None] * len(self.leaves)
+        self.copied = copied_leaves(self.output, self.kinds)
+        # The nodes whose memory leaves with the caller.
+        self.outside = {
+            layout_with_copies(leaf).root
+            for k, (leaf, returned) in enumerate(zip(self.leaves, self.returns, strict=True))
+            if g.is_tensor(leaf) and k not in self.copied and type(returned) is not Alias
+        }
 
     def run(self) -> Assembly:
         for node in self.graph.nodes:
             kind = self.kinds[node]
             if kind in ("input", "parameter", "prepared"):
                 self._tensor(node, kind)
+                if kind == "input":
+                    self.out.orders[node.name] = node.meta.get(ORDER)
                 if kind == "prepared":
                     self.out.prepared[node.name] = node
         for node in self.graph.nodes:
@@ -137,7 +123,7 @@ class _Assembler:
         elif kind == "extern":
             self._extern(node, why_outside(node.target))
         elif kind == "output":
-            self._return(node)
+            self._return()
 
     # --- tensors and operands ---
 
@@ -161,11 +147,8 @@ class _Assembler:
         layout = layout_with_copies(node)
         if is_view(layout.root):
             self._materialize(layout.root)
-        return self._window(layout, g.dtype(node))
-
-    def _window(self, layout: Layout, dtype: torch.dtype) -> ir.Operand:
         name = self._tensor(layout.root)
-        return ir.Operand(name, dtype, layout.shape, layout.strides, layout.offset)
+        return ir.Operand(name, g.dtype(node), layout.shape, layout.strides, layout.offset)
 
     def _materialize(self, view: fx.Node) -> None:
         """A view that strides cannot express is copied by ATen, once, and listed."""
@@ -291,15 +274,13 @@ class _Assembler:
         """Return an operand whose elements lie side by side along its last dim."""
         operand = self._operand(node)
         side_by_side = operand.strides[-1] == 1 or operand.shape[-1] == 1
-        return operand if side_by_side else self._copy(node)
-
-    def _copy(self, node: fx.Node) -> ir.Operand:
-        """Return a dense copy of a view, made by ATen and listed."""
-        source, name = self._operand(node), self._name(f"{node.name}_copied")
-        self.out.tensors[name] = ir.Tensor(name, "intermediate", g.dtype(node), g.shape(node))
-        self._aten(node, aten.clone.default, (source,), {}, (name,))
-        self.out.externs.append((str(node.target), "attention reads its elements side by side"))
-        return dense(self.out.tensors[name])
+        if side_by_side:
+            return operand
+        dense_rows, reason = (
+            contiguous_strides(operand.shape),
+            "attention reads elements side by side",
+        )
+        return self._laid_out(node, dense_rows, reason)
 
     # --- through ATen ---
 
@@ -311,7 +292,11 @@ class _Assembler:
     def _extern(self, node: fx.Node, reason: str) -> None:
         if node.target in SPLITS:
             return
-        args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
+        if node.target is aten.as_strided.default:
+            self._as_strided(node)
+            return
+        laid_out = self._read_strides(node)
+        args, kwargs = self._arguments((node.args, node.kwargs), laid_out)
         if isinstance(node.meta["val"], torch.Tensor):
             writes: tuple[Any, ...] = (self._tensor(node),)
         else:
@@ -321,12 +306,53 @@ class _Assembler:
         self._aten(node, node.target, args, kwargs, writes)
         self.out.externs.append((str(node.target), reason))
 
-    def _arguments(self, args: Any) -> Any:
-        """Replace tensor nodes by operands and size nodes by expressions."""
+    def _read_strides(self, node: fx.Node) -> list[Any]:
+        """Return eager's strides of each tensor argument, None where any will do."""
+        given = tensor_arguments(node)
+        if node.target in OPS or takes_any_layout(node.target):
+            return [None] * len(given)
+        noted = node.meta.get(READS, ())  # before passes took a clone for what it clones
+        return list(noted if len(noted) == len(given) else map(strides_of, given))
+
+    def _as_strided(self, node: fx.Node) -> None:
+        """A window by strides on the whole memory of an argument, laid out as eager's; copied."""
+        given = tensor_arguments(node)[0]
+        source = self._laid_out(given, node.meta[READS][0])
+        window, rest = show_by_strides(node, given, source)
+        self.out.requirements.append((rest, f"{node.name} within the memory of {given.name}"))
+        if self.kinds[given] == "input":
+            self.out.raw.append(given.name)
+        self._aten(node, aten.clone.default, (window,), {}, (self._tensor(node),))
+        self.out.externs.append((str(node.target), "reads memory by strides of the call's own"))
+
+    def _laid_out(
+        self, node: fx.Node, strides: Sequence[Expr] | None,
+        reason: str = "an op that PyTorch runs reads it as eager's",
+    ) -> ir.Operand:  # fmt: skip
+        """Return an operand that lies by these strides, None for any, copied where it does not."""
+        operand = self._operand(node)
+        if strides is None or are_equal_strides(operand.shape, operand.strides, strides):
+            return operand
+        tensor, window = lay_out(self._name(f"{node.name}_copied"), operand, strides)
+        self.out.tensors[tensor.name] = tensor
+        self._copy_into(node, "laid_out", operand, window)
+        self.out.externs.append((str(node.target), reason))
+        return window
+
+    def _copy_into(self, node: fx.Node, base: str, source: ir.Operand, window: ir.Operand) -> None:
+        copy, args, writes = aten.clone.default, (source, window), (window.tensor,)
+        call = (copy, (source,), dict[str, Any](), (window,), False)
+        self._launch(node, base, "aten", copy, args, writes, (), call)
+
+    def _arguments(self, args: Any, laid_out: list[Any] | None = None) -> Any:
+        """Replace tensor nodes by operands and size nodes by expressions.
+
+        laid_out: the strides of each tensor in order, None where any will do.
+        """
 
         def convert(n: fx.Node) -> Any:
             if g.is_tensor(n):
-                return self._operand(n)
+                return self._laid_out(n, laid_out.pop(0)) if laid_out else self._operand(n)
             if isinstance(n.meta.get("val"), (list, tuple)):
                 return [self._operand(p) for p in n.users]
             return g.size(n)
@@ -355,17 +381,24 @@ class _Assembler:
         operands = (*found, *results)
         self._launch(node, op_name(node), "aten", target, operands, written, (), call)
 
-    def _return(self, node: fx.Node) -> None:
-        for leaf in node.args[0]:  # type: ignore[union-attr]
-            if g.is_tensor(leaf):
-                self.out.outputs.append(self._operand(leaf))  # type: ignore[arg-type]
-            elif isinstance(leaf, fx.Node):
-                self.out.outputs.append(g.size(leaf))
-            else:
-                self.out.outputs.append(leaf)
+    def _return(self) -> None:
+        for k, leaf in enumerate(self.leaves):
+            made = g.size(leaf) if isinstance(leaf, fx.Node) and not g.is_tensor(leaf) else leaf
+            if isinstance(self.returns[k], Alias):
+                made = self.returns[k]
+            elif k in self.copied:
+                made = self._copy_out(leaf, self.copied[k])
+            elif g.is_tensor(leaf):
+                made = self._operand(leaf)
+            self.out.outputs.append(made)
 
-
-def dense(tensor: ir.Tensor) -> ir.Operand:
-    """Return the whole of a tensor that owns its memory."""
-    strides = contiguous_strides(tensor.shape)
-    return ir.Operand(tensor.name, tensor.dtype, tensor.shape, strides, ZERO)
+    def _copy_out(self, leaf: fx.Node, fresh: Fresh) -> ir.Operand:
+        """Copy a leaf into memory laid out as eager's, and shared with other views of it."""
+        if fresh.overlaps:  # such a window cannot be written to
+            fresh = fresh.apart(leaf.name)
+        name = f"{fresh.memory}_returned"
+        tensor, source, written, leaves = lay_out_returned(name, self._operand(leaf), fresh)
+        self.out.tensors.setdefault(name, tensor)
+        self._copy_into(leaf, "returned", source, written)
+        self.out.externs.append((str(leaf.target), "what is returned lies otherwise than eager's"))
+        return leaves

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from turbotx.casts import inside
 from turbotx.graph import GETITEM, draws, is_random
 from turbotx.sizes import expr
 
@@ -187,7 +188,7 @@ class _Recorder(TorchDispatchMode):
         decomposition = _decomposition(func, self.kept)
         # A draw that is taken apart draws other numbers than eager's.
         if decomposition is not None and not draws(func, args, kwargs):
-            with self:
+            with self, inside(func):
                 found = decomposition(*args, **kwargs)
             if found is not NotImplemented:
                 return found
@@ -236,14 +237,15 @@ class _Recorder(TorchDispatchMode):
 
 def _replace(node: fx.Node, recorder: _Recorder) -> None:
     """Put what a composite node is made of in its place."""
-    decomposition = _decomposition(node.target, recorder.kept)
+    target: Any = node.target
+    decomposition = _decomposition(target, recorder.kept)
     assert decomposition is not None
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
     mode = next((f.fake_mode for f in _fakes((args, kwargs, node.meta["val"]))), None)
     if mode is None:
         raise NotNodeByNode(f"{node.format_node()} has no fake tensor")
     with node.graph.inserting_before(node):
-        with torch.no_grad(), enable_python_dispatcher(), mode, recorder:
+        with torch.no_grad(), enable_python_dispatcher(), mode, recorder, inside(target):
             result = decomposition(*args, **kwargs)
         if isinstance(result, torch.Tensor):
             node.replace_all_uses_with(recorder._argument(result))

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 
-from turbotx.engine import Engine, _signature
+from turbotx.ambient import read_ambient
+from turbotx.arguments import carry, flatten_call
+from turbotx.call_key import make_signature
+from turbotx.engine import Engine
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
 from turbotx.options import Options, make_options
 from turbotx.pipeline import Compiled
@@ -99,11 +101,11 @@ class _Graph:
         if self.eager:
             return self.module(*inputs)
         try:
-            tensors = self.feed.tensors_of(inputs)
+            arguments = self.feed.arguments_of(inputs)
             engine = self._engine(self.feed.fixed_of(inputs))
             # Export cannot trace in inference mode, and parameters are no inference tensors.
             with torch.inference_mode(False), torch.no_grad():
-                return engine(tensors, {})
+                return engine(arguments, {})
         except (CaptureError, InputError) as error:
             self._give_up(error)
             return self.module(*inputs)
@@ -138,14 +140,14 @@ class _Graph:
 class _Feed:
     """How a graph's inputs become a module's: by position in what Dynamo passes.
 
-    fixed: parameters and buffers, and `scalars`: Python's floats, which Dynamo wraps in tensors; a
-    module each. dynamic: tensors. sizes: for each integer the tensor and the dim whose size it is;
+    fixed: parameters and buffers; a module each. scalars: Python's numbers, which Dynamo wraps in
+    tensors. dynamic: tensors. sizes: for each integer the tensor and the dim whose size it is;
     integers that are no tensor's size come as `carriers`, empty tensors of that size.
     """
 
     count: int
     fixed: tuple[int, ...]
-    scalars: frozenset[int]
+    scalars: tuple[int, ...]
     dynamic: tuple[int, ...]
     sizes: Mapping[int, tuple[int, int]]
     carriers: tuple[int, ...]
@@ -153,8 +155,8 @@ class _Feed:
     @classmethod
     def of(cls, examples: Sequence[Any], scalars: frozenset[int]) -> _Feed:
         tensors = [i for i, x in enumerate(examples) if isinstance(x, torch.Tensor)]
-        fixed = tuple(i for i in tensors if i in scalars or _is_static(examples[i]))
-        dynamic = tuple(i for i in tensors if i not in fixed)
+        fixed = tuple(i for i in tensors if i not in scalars and _is_static(examples[i]))
+        dynamic = tuple(i for i in tensors if i not in fixed and i not in scalars)
         sizes: dict[int, tuple[int, int]] = {}
         for i, x in enumerate(examples):
             if isinstance(x, torch.SymInt):
@@ -162,29 +164,32 @@ class _Feed:
                 if found is not None:
                     sizes[i] = found
         others = [i for i in range(len(examples)) if i not in tensors and i not in sizes]
-        return cls(len(examples), fixed, scalars, dynamic, sizes, tuple(others))
+        return cls(len(examples), fixed, tuple(sorted(scalars)), dynamic, sizes, tuple(others))
 
     def fixed_of(self, inputs: Sequence[Any]) -> list[Any]:
         """Return the inputs that do not change between the calls of one module."""
-        return [inputs[i].item() if i in self.scalars else inputs[i] for i in self.fixed]
+        return [inputs[i] for i in self.fixed]
 
-    def tensors_of(self, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-        """Return the tensors to call the module with; raise InputError for what cannot be one."""
+    def arguments_of(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the tensors and then the numbers to call the module with; raise InputError for
+        what cannot be one."""
         made = []
         for i in self.carriers:
             value = inputs[i]
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InputError(f"an input is {value!r}: neither a tensor nor a size")
             made.append(torch.empty(value, 0))
-        return (*(inputs[i] for i in self.dynamic), *made)
+        numbers = (inputs[i].item() for i in self.scalars)
+        return (*(inputs[i] for i in self.dynamic), *made, *numbers)
 
-    def rebuild(self, fixed: Sequence[Any], tensors: Sequence[torch.Tensor]) -> list[Any]:
+    def rebuild(self, fixed: Sequence[Any], given: Sequence[Any]) -> list[Any]:
         """Return the graph's own inputs again, sizes read from the tensors."""
         found: list[Any] = [None] * self.count
         for i, value in zip(self.fixed, fixed, strict=True):
             found[i] = value
-        for i, tensor in zip((*self.dynamic, *self.carriers), tensors, strict=True):
-            found[i] = tensor if i in self.dynamic else tensor.shape[0]
+        places = (*self.dynamic, *self.carriers, *self.scalars)
+        for i, value in zip(places, given, strict=True):
+            found[i] = value.shape[0] if i in self.carriers else value
         for i, (place, d) in self.sizes.items():
             found[i] = found[place].shape[d]
         return found
@@ -217,7 +222,7 @@ def _find_scalars(graph_module: fx.GraphModule) -> frozenset[int]:
     )
 
 
-def _take_numbers(graph_module: fx.GraphModule, scalars: frozenset[int]) -> fx.GraphModule:
+def _take_numbers(graph_module: fx.GraphModule, scalars: Sequence[int]) -> fx.GraphModule:
     """Return the graph with those inputs as numbers."""
     if not scalars:
         return graph_module
@@ -247,27 +252,36 @@ class _Holder(nn.Module):
                 setattr(self, name, value)
         self.training = False
 
-    def forward(self, *tensors: torch.Tensor) -> Any:
+    def forward(self, *given: Any) -> Any:
         fixed = [getattr(self, name) for name in self.names]
-        return self.body(*self.feed.rebuild(fixed, tensors))
+        return self.body(*self.feed.rebuild(fixed, given))
 
 
 class _SharingEngine(Engine):
     """Runs a graph with one module's parameters; captures are shared by all of them."""
+
+    guards_state = False  # Dynamo's own guards do
 
     def __init__(self, graph: _Graph, holder: _Holder) -> None:
         super().__init__(holder, graph.options)
         self._graph = weakref.ref(graph)
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = flatten_call(args, kwargs)
+        tensors = carry(leaves)
         graph = self._graph()
         assert graph is not None
         with graph._lock:
-            known = graph.compiled.setdefault(_signature(leaves, spec), [])
+            ambient = read_ambient()
+            known = graph.compiled.setdefault(make_signature(leaves, spec, ambient), [])
             for compiled in known:
-                if SizeMatcher(compiled.captured).match([t.shape for t in leaves]) is not None:
-                    return self.share(compiled)
+                captured = compiled.captured
+                if not captured.holds_in(ambient) or not captured.takes(tensors):
+                    continue
+                if SizeMatcher(captured).match([t.shape for t in tensors]) is not None:
+                    shared = self.share(compiled)
+                    if not shared.program.runtime.weights.misfit():
+                        return shared
             made = super().make(args, kwargs)
             known.append(made)
             return made

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from turbotx.errors import CaptureError
 from turbotx.leaks import find_leaks
+from turbotx.traced_float import TracedFloat, read_floats
 from turbotx.watched import Difference, Put, Taken, Watched, apply
 
 _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -49,6 +50,9 @@ class Effect:
     difference: Difference
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
+    makes_tensor: bool = False
+    makes_size: bool = False
+    """Whether what is written is a tensor of this call, or a size of it."""
 
     def replay(self, results: Sequence[Any]) -> None:
         """Write it again, with the results of another run."""
@@ -69,6 +73,7 @@ def find_effects(
     results: list[Any] = []
 
     def store(leaf: Any, text: str) -> Any:
+        leaf = read_floats(leaf) if type(leaf) is TracedFloat else leaf
         if isinstance(leaf, (FakeTensor, *_SIZES)):
             results.append(leaf)
             return _Result(len(results) - 1)
@@ -92,13 +97,20 @@ def find_effects(
                 )
             if isinstance(difference, Put):
                 _check_key(difference.key, symbols, text)
+                if type(difference.key) is TracedFloat:
+                    difference = replace(difference, key=read_floats(difference.key))
                 name = difference.key
                 text = f"{text}.{name}".lstrip(".") if isinstance(name, str) else f"{text}[{name}]"
             value: Any = difference.value
             known = original_of(value)
             tree, spec = pytree.tree_flatten(value) if known is value else ([known], _LEAF)
             leaves = tuple(store(leaf, text) for leaf in tree)
-            effects.append(Effect(one.target, text, difference, spec, leaves))
+            effects.append(
+                Effect(
+                    one.target, text, difference, spec, leaves,
+                    isinstance(value, FakeTensor), isinstance(value, _SIZES),
+                )
+            )  # fmt: skip
     return effects, results
 
 

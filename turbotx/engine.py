@@ -9,6 +9,7 @@ In: a model and options. Out: the model's outputs, from one compiled variant per
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,20 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from turbotx.ambient import (
+    read_ambient,
+    read_asked,
+    read_decisive,
+    without_autocast,
+)
+from turbotx.arguments import carry, flatten_call, tensors_of
+from turbotx.call_key import describe_call, make_signature
+from turbotx.call_refusals import refuse_gradient, refuse_modes, refuse_tensor
 from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
-from turbotx.errors import CaptureError, InputError, TrainingError
+from turbotx.errors import CaptureError, InputError, ModelChangedError, TrainingError
 from turbotx.memory.pool import ChunkPool
+from turbotx.module_state.record import training_error
 from turbotx.observers import observers
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, bind_weights, compile_captured, compile_rewritten
@@ -35,7 +46,9 @@ from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
 from turbotx.runtime.planned import Binding
 from turbotx.signature import SizeMatcher
+from turbotx.state_guard import StateGuard
 from turbotx.tracing import tracing
+from turbotx.variant import Variant
 
 log = logging.getLogger("turbotx")
 
@@ -43,27 +56,23 @@ LONGER = 7
 """What a size is traced as where 2 turned out to be too short to be free: it has room for a model
 that looks a few places back, and is no usual number of anything."""
 
+MOST_CHANGES = 8
+"""How often one call is captured anew while others convert the model's parameters meanwhile."""
+
 _called_plainly = threading.local()
 """`engine`: whose model this thread is calling as it was, for a trace or a comparison."""
-
-
-class Variant:
-    """One capture: its compiled program and the matcher that tells which sizes it serves."""
-
-    def __init__(self, compiled: Compiled) -> None:
-        self.compiled = compiled
-        self.program = compiled.program
-        self.matcher = SizeMatcher(compiled.captured)
-        self.out_spec = compiled.captured.out_spec
-        self.effects = compiled.captured.effects
 
 
 class Engine:
     """Captures and runs the calls of one model; it stands behind every kind of target."""
 
+    guards_state = True
+    """Whether captures are checked against the model's attributes, hooks and globals."""
+
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
         self._lock = threading.RLock()
+        self._calls = itertools.count(1)
         self.reset()
 
     def reset(self) -> None:
@@ -72,19 +81,41 @@ class Engine:
             self._variants: dict[Any, list[Variant]] = {}
             self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
             self._pools: dict[torch.device, ChunkPool] = {}
+            self._asked: tuple[int, ...] = ()
+            """What the traces asked PyTorch for: places in `ambient.NAMES`."""
 
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        variant, program, binding, tensors = self.check(args, kwargs)
-        with torch.no_grad():
-            outputs = program.run(binding, tensors)
-        if variant.effects:
-            count = variant.out_spec.num_leaves
-            outputs, left = outputs[:count], outputs[count:]
-            for effect in variant.effects:
-                effect.replay(left)
-        return pytree.tree_unflatten(outputs, variant.out_spec)
+        for _ in range(MOST_CHANGES):
+            variant, program, binding, tensors = self.check(args, kwargs)
+            try:
+                with torch.no_grad():
+                    outputs = program.run(binding, tensors)
+            except ModelChangedError as error:
+                self._forget(variant, error)
+                continue
+            if variant.effects:
+                outputs = variant.leave(outputs)
+            return pytree.tree_unflatten(outputs, variant.out_spec)
+        raise CaptureError(
+            f"{type(self.model).__name__} was captured {MOST_CHANGES} times for one call, and its "
+            "parameters were of another kind after each capture: does another thread convert it?"
+        )
+
+    def _forget(self, variant: Variant, error: ModelChangedError) -> None:
+        """Leave out a variant whose parameters are not what it was compiled for any more."""
+        log.info("%s: a call is captured anew, because %s", type(self.model).__name__, error)
+        with self._lock:
+            for variants in self._variants.values():
+                variants[:] = [v for v in variants if v is not variant]
+            self._bound = {k: b for k, b in self._bound.items() if b[0] is not variant}
+
+    def refresh(self) -> None:
+        """Derive from the parameters again at the next call, whatever they are now."""
+        for compiled in self.variants():
+            for twin in compiled.twins:
+                twin.program.runtime.weights.forget()
 
     def check(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -92,21 +123,32 @@ class Engine:
         """Return what serves a call, and its tensors: the guards of every call, and all of them
         but the parameters' (`Weights.refresh`). Captures and binds where nothing serves it yet."""
         self.refuse_training()
-        described, tensors = describe_call(args, kwargs)
+        ambient = read_decisive()
+        if self._asked:
+            ambient += read_asked(self._asked)
+        described, tensors = describe_call(args, kwargs, ambient)
         found = self._bound.get(described) if described is not None else None
-        if found is None:
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-            key = _signature(leaves, spec)
+        if found is not None and not found[0].takes(tensors):
+            described = (described, found[0].numbers(tensors))
+            found = self._bound.get(described)
+        if found is None or not found[0].holds():
+            found = None
+            leaves, spec = flatten_call(args, kwargs)
+            tensors = carry(leaves)
+            key = make_signature(leaves, spec, ambient)
             if described is None:
-                described = (key, tuple(t.shape for t in tensors))
+                described = (key, ambient, tuple(t.shape for t in tensors))
                 found = self._bound.get(described)
-        if found is None:
+        if found is not None and not found[0].takes(tensors):
+            described = (described, found[0].numbers(tensors))
+            found = self._bound.get(described)
+        if found is None or not found[0].holds():
             for tensor in tensors:
-                _refuse_tensor(tensor)
+                refuse_tensor(tensor)
             found = self._bind(key, described, tensors, args, kwargs)
         elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            _refuse_gradient()
+            refuse_gradient()
+        found[0].used = next(self._calls)
         return *found, tensors
 
     def refuse_training(self) -> None:
@@ -138,12 +180,18 @@ class Engine:
         kwargs: Mapping[str, Any],
     ) -> tuple[Variant, tuple[int, ...]]:
         """Return the variant that serves these sizes, captured now if there is none yet."""
-        known = self._variants.setdefault(key, [])
+        known, ambient = self._variants.setdefault(key, []), read_ambient()
         for variant in known:
             dims = variant.matcher.match([t.shape for t in tensors])
-            if dims is not None:
+            captured = variant.compiled.captured
+            if dims is None or not captured.holds_in(ambient) or not captured.takes(tensors):
+                continue
+            if variant.holds():
                 return variant, dims
-        variant = Variant(self.make(args, kwargs))
+            if variant.guard is not None:
+                self._note_difference(variant.guard)
+        refuse_modes(ambient)
+        variant = Variant(self.make(args, kwargs), self.guards_state)
         dims = variant.matcher.match([t.shape for t in tensors])
         if dims is None:
             why = variant.matcher.explain([t.shape for t in tensors])
@@ -152,7 +200,34 @@ class Engine:
                 f"very call it came from: {why}"
             )
         known.append(variant)
+        asked = {*self._asked, *variant.compiled.captured.asked}
+        if len(asked) > len(self._asked):  # from now on a part of what calls are told apart by
+            self._asked = tuple(sorted(asked))
+            self._bound.clear()
+        variant.used = next(self._calls)
+        self._drop_unused()
         return variant, dims
+
+    def _note_difference(self, guard: StateGuard) -> None:
+        """Say why a capture does not serve a call; raise TrainingError where that is the reason."""
+        found = guard.difference()
+        if found is None:
+            return
+        if found.is_training:
+            raise training_error(self.model, found.place.text)
+        log.info("%s changed since a capture: %s", type(self.model).__name__, found)
+
+    def _drop_unused(self) -> None:
+        """Drop the captures longest unused, beyond `max_variants`."""
+        kept = [(v.used, key, v) for key, variants in self._variants.items() for v in variants]
+        kept.sort(key=lambda entry: entry[0])
+        for _, key, variant in kept[: len(kept) - self.options.max_variants]:
+            log.info(
+                "dropped a capture of %s: more than max_variants=%d are in use",
+                type(self.model).__name__, self.options.max_variants,
+            )  # fmt: skip
+            self._variants[key].remove(variant)
+            self._bound = {k: x for k, x in self._bound.items() if x[0] is not variant}
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
         """Capture and compile one call; the `observers` look at the result."""
@@ -169,7 +244,7 @@ class Engine:
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
         # What cannot run is said before the seconds that tracing takes.
-        _, device = self._open_device(pytree.tree_leaves((args, kwargs)))
+        _, device = self._open_device(flatten_call(args, kwargs)[0])
         if device is None and self.options.backend != "aten":
             start_runtime()
         with self._plain(), pause_collection():
@@ -183,15 +258,25 @@ class Engine:
     ) -> Captured:
         """Return a capture that serves more where this one took sizes of 1 and 2 for fixed, because
         what the model makes of them (the length less one) was 1; and where it does not serve the
-        call itself (whose length is too short for its other branch), one of exactly its sizes."""
-        leaves = pytree.tree_leaves((args, kwargs))
-        shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        call itself (which takes another branch at a length of 1), one of its sizes: first those of
+        the dims that decide are numbers, then every 1, then all of them."""
+        shapes = [tensor.shape for tensor in tensors_of(args, kwargs)]
         traced = zip(captured.input_sizes, shapes, strict=True)
-        fixed = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
-        served = SizeMatcher(captured).match(shapes) is not None
-        for least in (*([LONGER] if fixed else []), *([] if served else [0])):
+        short = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
+        matcher = SizeMatcher(captured)
+        if matcher.match(shapes) is not None and not short:
+            return captured
+        every = {(i, d): n for i, s in enumerate(shapes) for d, n in enumerate(s)}
+        ones = {place for place, n in every.items() if n == 1}
+        tries: list[tuple[int, set[tuple[int, int]]]] = [(LONGER, set())] if short else []
+        if matcher.match(shapes) is None:
+            decide = matcher.find_deciding(shapes) & ones
+            tries += [(2, decide), (2, ones), (2, set(every))]
+        for k, (least, fixed) in enumerate(tries):
+            if (least, fixed) in tries[:k] or (least, fixed) == (2, set()):
+                continue
             try:
-                found = capture(self.model, args, kwargs, least)
+                found = capture(self.model, args, kwargs, least, fixed)
             except CaptureError:
                 continue
             if SizeMatcher(found).match(shapes) is not None:
@@ -205,7 +290,7 @@ class Engine:
         """
         pool, device = self._find_memory(captured)
         # PyTorch gives sizes to a trace, whichever thread computes with them.
-        with tracing(), pause_collection():
+        with tracing(), without_autocast(), pause_collection():
             return compile_captured(captured, self.model, self.options, pool, device)
 
     def compile_for(self, compiled: Compiled, target: str) -> Compiled:
@@ -216,7 +301,7 @@ class Engine:
         device = None if target == "cpu" else AbsentDevice(target)
         pool = ChunkPool(torch.device("cpu"))
         captured, text = compiled.captured, compiled.captured_text
-        with tracing(), pause_collection():
+        with tracing(), without_autocast(), pause_collection():
             return compile_rewritten(captured, text, self.model, options, pool, device)
 
     def share(self, compiled: Compiled) -> Compiled:
@@ -225,7 +310,8 @@ class Engine:
         The models must be of the same structure; nothing is traced.
         """
         pool, device = self._find_memory(compiled.captured)
-        return bind_weights(compiled, self.model, self.options, pool, device)
+        with without_autocast():
+            return bind_weights(compiled, self.model, self.options, pool, device)
 
     def _find_memory(self, captured: Captured) -> tuple[ChunkPool, Device | None]:
         nodes = captured.graph_module.graph.find_nodes(op="placeholder")
@@ -301,62 +387,3 @@ class Engine:
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
             program = compiled.at(values).program
             program.reserve(program.bind(values))
-
-
-_PLAIN = (bool, int, float, str, type(None))
-
-
-def describe_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
-    """Return all that a call is told from others by, in one pass, and its tensors in order.
-
-    None instead of a description where an argument is neither a tensor nor a plain constant.
-    """
-    parts: list[Any] = [len(args), *kwargs]
-    tensors = []
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            parts += (value.shape, value.dtype, value.device)
-            tensors.append(value)
-        elif type(value) in _PLAIN:
-            parts += (type(value), value)
-        else:
-            return None, []
-    return tuple(parts), tensors
-
-
-def _signature(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
-    """Return what decides which capture a call belongs to: everything but tensors' sizes."""
-    described = tuple(
-        (leaf.dtype, leaf.device, leaf.dim()) if isinstance(leaf, torch.Tensor) else _constant(leaf)
-        for leaf in leaves
-    )
-    return (spec, described)
-
-
-def _constant(leaf: Any) -> Any:
-    if isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device, type(None))):
-        return (type(leaf), leaf)
-    try:
-        hash(leaf)
-    except TypeError:
-        return (type(leaf), id(leaf))
-    return leaf
-
-
-def _refuse_tensor(tensor: torch.Tensor) -> None:
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise InputError(
-            f"an input is on {tensor.device}, and turbotx runs on CPUs and NVIDIA GPUs: move the "
-            'model and its inputs with .to("cpu") or .to("cuda")'
-        )
-    if tensor.layout is not torch.strided:
-        raise InputError(f"an input has layout {tensor.layout}; turbotx takes dense tensors only")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        _refuse_gradient()
-
-
-def _refuse_gradient() -> None:
-    raise TrainingError(
-        "an input requires grad, and turbotx is for inference only: call it under "
-        "torch.no_grad(), or pass input.detach()"
-    )

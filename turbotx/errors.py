@@ -44,6 +44,13 @@ class WeightsError(TurbotxError, ValueError):
     """A file of weights cannot be read, or does not fit the model; nothing was changed."""
 
 
+class ModelChangedError(TurbotxError):
+    """A parameter is of another dtype, size, layout or device than a program was compiled for.
+
+    `turbotx.optimize` captures anew and does not raise it; a saved program cannot.
+    """
+
+
 class SaveError(TurbotxError):
     """A model holds something that turbotx.save cannot write."""
 
@@ -74,3 +81,7 @@ class BuildWarning(UserWarning):
 
 class EagerWarning(UserWarning):
     """A part of a model runs in PyTorch instead of turbotx; the message says which and why."""
+
+
+class StateWarning(UserWarning):
+    """A model's forward sets an attribute, which turbotx does not; the message says which."""

@@ -8,16 +8,13 @@ call's sizes have to meet, for example::
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import Mod, PythonMod
 
 from turbotx.sizes import Expr, expr, is_nonnegative
 
@@ -27,21 +24,17 @@ _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 @dataclass(frozen=True)
 class Guard:
-    """A condition on the dims that held while tracing; `text` is shown when it fails.
-
-    least: tracing tells 0 and 1 from other sizes, which most conditions do not mean: it is enough
-    that one holds where smaller sizes are taken for this one.
-    """
+    """A condition on the dims, each at least 1, that held while tracing; `text` is shown when it
+    fails."""
 
     condition: sympy.Basic
     text: str
-    least: int = 2
 
 
 def find_guards(
     exported: Any, shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]
 ) -> tuple[Guard, ...]:
-    """Return what tracing assumed of the dims, less its assumption that no size is 0 or 1."""
+    """Return what tracing assumed of the dims: of sizes that may be 1, see size_questions.py."""
     guards = []
     for symbol, interval in exported.range_constraints.items():
         name = symbols.get(symbol)
@@ -50,12 +43,10 @@ def find_guards(
         if interval.upper.is_Integer and interval.upper < 2**31:
             condition = sympy.Le(name, interval.upper)
             guards.append(Guard(condition, f"{name} <= {interval.upper}"))
-        if interval.lower.is_Integer and interval.lower > 2:
+        if interval.lower.is_Integer and interval.lower > 1:
             condition = sympy.Ge(name, interval.lower)
             guards.append(Guard(condition, f"{name} >= {interval.lower}"))
     for guard in shape_env.guards if shape_env is not None else ():
-        if _tells_one_from_others(guard):
-            continue
         condition = guard.expr.xreplace(dict(symbols))
         if condition.free_symbols and condition.free_symbols <= set(symbols.values()):
             guards.append(Guard(condition, str(condition)))
@@ -71,7 +62,7 @@ def guard_sizes(
     sizes = {s.xreplace(dict(symbols)) for s in raw if not (s.is_Symbol or s.is_Integer)}
     sizes = {s for s in sizes if s.free_symbols <= set(symbols.values())}
     short = sorted((s for s in sizes if not is_nonnegative(s)), key=str)
-    guards = (Guard(sympy.Ge(s, 0), f"{s} >= 0", least=0) for s in short)
+    guards = (Guard(sympy.Ge(s, 0), f"{s} >= 0") for s in short)
     return tuple(guard for guard in guards if guard.condition != True)  # noqa: E712
 
 
@@ -93,18 +84,7 @@ def guard_squeezed(
 ) -> tuple[Guard, ...]:
     """Return that no size which a squeeze has kept is 1."""
     sizes = sorted((s.xreplace(dict(symbols)) for s in squeezed), key=str)
-    return tuple(Guard(sympy.Ne(s, 1), f"{s} != 1", least=0) for s in sizes)
-
-
-def _tells_one_from_others(guard: Any) -> bool:
-    """Tell whether an op of PyTorch asked if a size made of others (seq - 1) is 0 or 1, as it asks
-    of every size: no result depends on the answer. Where the model asks, its results may."""
-    condition = guard.expr
-    if not isinstance(condition, sympy.Ne) or condition.has(Mod, PythonMod):
-        return False
-    asked_in = str(getattr(guard.sloc.framework_loc, "filename", ""))
-    within = asked_in.startswith(str(Path(torch.__file__).parent) + os.sep)
-    return within and any(side in (0, 1) for side in condition.args)
+    return tuple(Guard(sympy.Ne(s, 1), f"{s} != 1") for s in sizes)
 
 
 def find_equals(shape_env: Any) -> dict[sympy.Symbol, sympy.Symbol]:

@@ -99,6 +99,14 @@ class OptimizedModule(nn.Module):
         """Map the memory of the largest shape now, e.g. reserve(batch=8, seq=512)."""
         self._engine.reserve(**dims)
 
+    def refresh(self) -> None:
+        """Derive packed weights and constants again at the next call.
+
+        Needed only where single elements were written through `.data`, or where parameters on a
+        GPU were written through `.data` at all: every other change is noticed.
+        """
+        self._engine.refresh()
+
     def profile(self, *args: Any, runs: int = 30, **kwargs: Any) -> Any:
         """Return the time of every launch of a call, medians over `runs`: a `report.Profile`.
 
@@ -143,6 +151,7 @@ def _optimize_function(function: Callable[..., Any], options: Options) -> Callab
 
     optimized.stats = engine.stats  # type: ignore[attr-defined]
     optimized.reserve = engine.reserve  # type: ignore[attr-defined]
+    optimized.refresh = engine.refresh  # type: ignore[attr-defined]
     optimized._engine = engine  # type: ignore[attr-defined]
     return optimized
 

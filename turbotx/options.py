@@ -56,6 +56,8 @@ class Options:
         while the one before it ends, brings its weight nearer, and waits for that one's results by
         itself.
     max_shapes: how many shapes keep their bound addresses and sizes; more are re-planned.
+    max_variants: how many captures are kept, one for each kind of call and state of the model that
+        it was called in (attributes, hooks, parts: docs/guards.md); the longest unused goes first.
     max_arenas: how many calls may run at the same time, each in memory of its own.
     cuda_graphs: replay a shape's launches as one CUDA graph from its second use on.
     max_graphs: how many such graphs are kept; the one longest unused goes first.
@@ -73,6 +75,7 @@ class Options:
     norms: str = "auto"
     pdl: bool = True
     max_shapes: int = 256
+    max_variants: int = 32
     max_arenas: int = 8
     cuda_graphs: bool = True
     max_graphs: int = 128
@@ -100,7 +103,7 @@ class Options:
                     'each a power of two, as in "r2c1024w8", "r4" or "w8", and for GEMMs "cublas" '
                     'or as in "m64n32k128w4s3x2"'
                 )
-        for name in ("max_shapes", "max_arenas", "max_graphs"):
+        for name in ("max_shapes", "max_variants", "max_arenas", "max_graphs"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise OptionsError(f"{name}={value!r} must be an integer of at least 1")

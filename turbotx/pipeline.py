@@ -36,6 +36,7 @@ from turbotx.passes.linear import (
     use_linear,
     use_multiplication,
 )
+from turbotx.passes.outputs import own_outputs
 from turbotx.passes.partition import find_prepared, kind_of, partition
 from turbotx.passes.results import use_single_results
 from turbotx.program import Program
@@ -44,7 +45,7 @@ from turbotx.runtime.cuda import CudaRuntime, build_expected
 from turbotx.runtime.device import Device
 from turbotx.runtime.graphs import Graphs
 from turbotx.runtime.share import Share, make_tiles, share_calls
-from turbotx.runtime.weights import Weights
+from turbotx.runtime.weights import Kind, Weights
 
 
 @dataclass
@@ -86,6 +87,7 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     lift_views(graph)
     free_biases(graph)
     canonicalize(graph)
+    own_outputs(graph)
 
 
 def compile_captured(
@@ -200,4 +202,8 @@ def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> We
         if any(t.startswith("constants.") for t in targets.values())
         else nn.Module()
     )
-    return Weights(model, dict(lifted.named_buffers()), targets, assembly.prepared)
+    kinds = {name: Kind.of(node.meta["val"]) for name, node in nodes.items()}
+    # Not named_buffers(): that leaves out a tensor's second name.
+    held = {**lifted._buffers, **lifted._parameters}
+    constants = {name: tensor for name, tensor in held.items() if tensor is not None}
+    return Weights(model, constants, targets, assembly.prepared, kinds)

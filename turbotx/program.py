@@ -17,11 +17,12 @@ import sympy
 
 from turbotx import ir
 from turbotx.assemble import Assembly
+from turbotx.eager import Alias
 from turbotx.memory import Plan, make_planner
 from turbotx.memory.liveness import LaunchUse, Liveness, analyze
 from turbotx.memory.plan import Planner
 from turbotx.memory.pool import ChunkPool, poison, poison_enabled
-from turbotx.runtime.aten import is_whole, window_of
+from turbotx.runtime.aten import AtenSteps, is_whole, window_of
 from turbotx.runtime.cpu import CpuRuntime
 from turbotx.runtime.cuda import CudaRuntime
 from turbotx.runtime.inplace_watch import InplaceWatch, Place, Reuse
@@ -76,6 +77,8 @@ class Program(PlannedCall):
             outputs=[Output(t.name, slots[t.name], len(t.shape), t.dtype) for t in outputs],
             # With the tensors that took over a root's memory.
             planned=[(n, place[root], slots[n]) for n, root in self.liveness.root_of.items()],
+            orders=[assembly.orders.get(t.name) for t in tensors if t.kind == "input"],
+            raw=frozenset(assembly.raw),
         )
         made = self._make_planner(names)
         super().__init__(formulas, places, made, runtime, pool, max_shapes)
@@ -140,6 +143,8 @@ class Program(PlannedCall):
             if is_whole(leaf, self.assembly.tensors[leaf.tensor]):
                 return lambda state: state.whole(leaf.tensor, leaf.dtype)
             return window_of(leaf, self.dims)
+        if isinstance(leaf, Alias):
+            return AtenSteps(self.dims).alias(leaf)
         if isinstance(leaf, sympy.Expr):
             return make_size(compile_evaluator([leaf], self.dims))
         return lambda state: leaf

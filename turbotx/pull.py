@@ -144,6 +144,10 @@ class Puller(Elements):
                 if not is_nonnegative(extent - 1 - high):
                     self.requirements[(extent - 1 - high).expand()] = f"{high} < {extent}"
                 return value.index
+        if not is_nonnegative(extent - 1):  # a check that fails reads the first element
+            places = product([n for _, n in self._ranges])
+            some = extent - 1 if is_nonnegative(places - 1) else sympy.Max(extent - 1, -places)
+            self.requirements[some] = f"0 < {extent}"
         value = self.cast(value, torch.int64)
         if wrap:
             zero = self.constant(0, torch.int64)

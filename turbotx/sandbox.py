@@ -36,6 +36,7 @@ class Sandbox:
         self._watched = [*self._shadow.watched, *self._reach.watched]
         self._inputs: list[list[frozenset[str]]] = []
         self.model = self._shadow.model
+        self.original_of = self._shadow.original_of
         self.effects: tuple[Effect, ...] = ()
 
     @contextmanager
@@ -60,7 +61,7 @@ class Sandbox:
     def finish(self) -> list[object]:
         """Return the tensors and sizes that the code has left behind, for effects to be made of."""
         symbols = frozenset(s for sizes in self._inputs for size in sizes for s in size)
-        effects, results = find_effects(self._watched, self._shadow.original_of, symbols)
+        effects, results = find_effects(self._watched, self.original_of, symbols)
         self.effects = tuple(effects)
         return results
 

@@ -1,8 +1,8 @@
 """Symbolic sizes: extents, strides and byte counts as expressions in the captured dims.
 
 In: sympy expressions over symbols such as `batch` and `seq`, all of them integers of at least
-one (a size of zero is handled by the callers' loop bounds). Out: proofs (`is_nonnegative`,
-`divide`), source text (`to_c`, `to_python`) and compiled evaluators, for example::
+one (a call with a size of 0 has a capture of its own, in which that 0 is a number). Out: proofs
+(`is_nonnegative`, `divide`), source text (`to_c`, `to_python`) and compiled evaluators, such as::
 
     divide(384*seq + 32, 32)  ->  12*seq + 1
 """

@@ -84,11 +84,37 @@ def _find(
         owner = getattr(owner, part, None)
     if isinstance(owner, torch.Tensor):
         return owner, path
-    value = (
-        exported.constants[target] if target in exported.constants else exported.state_dict[target]
-    )
+    made = exported.constants if target in exported.constants else exported.state_dict
+    value = _users_own(exported, made[target])
     known = owned.get(_place(value)) if value.numel() else None
     return value, known or f"constants.{target.replace('.', '_')}"
+
+
+def _users_own(exported: Any, constant: torch.Tensor) -> torch.Tensor:
+    """Return the tensor that a constant of the program is an alias of: export takes `.data` of a
+    parameter that the module does not own (a closure's), which shows no later change of it.
+
+    It is among the tensors that tracing met, of which PyTorch keeps a list of its own (2.11 to
+    2.13 alike); without that the constant itself is watched.
+    """
+    fakes = (n.meta.get("val") for n in exported.graph_module.graph.nodes)
+    mode: Any = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
+    seen: Any = mode
+    for name in ("fake_tensor_converter", "meta_converter", "describer", "lookup_tensor"):
+        seen = getattr(seen, name, None)
+    if constant.layout is not torch.strided or not constant.numel():
+        return constant
+    for tensor in () if seen is None else list(seen):
+        if isinstance(tensor, nn.Parameter) and _is_alias(tensor, constant):
+            return tensor
+    return constant
+
+
+def _is_alias(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether two tensors show the same elements of one memory alike."""
+    same = tensor.dtype == other.dtype and tensor.device == other.device
+    laid = same and tensor.shape == other.shape and tensor.stride() == other.stride()
+    return laid and tensor.data_ptr() == other.data_ptr()
 
 
 def _place(tensor: torch.Tensor) -> Any:

@@ -17,6 +17,7 @@ from torch import fx
 from turbotx import graph as g
 from turbotx import ir
 from turbotx.errors import VerifyError
+from turbotx.memory_order import by_order
 from turbotx.primitives import PRIMITIVES, REDUCTIONS, SCANS
 from turbotx.sizes import Expr
 from turbotx.views import SPLITS, is_view
@@ -42,7 +43,7 @@ def check_inputs(graph: fx.Graph, sizes: Sequence[Sequence[Expr]]) -> None:
     """The inputs still have the sizes of the capture: computing a fake value may fix one."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     for node, wanted in zip(inputs, sizes, strict=True):
-        if g.shape(node) != tuple(wanted):
+        if g.shape(node) != by_order(wanted, node.meta.get("order")):
             raise VerifyError(
                 f"{node.name} was captured as {tuple(wanted)}, and is {g.shape(node)} after the "
                 "passes: one of them has fixed a size to the example's"
@@ -156,7 +157,8 @@ def _check_reductions(kernel: ir.Kernel) -> None:
 def check_launches(
     tensors: dict[str, ir.Tensor], launches: Sequence[ir.Launch], returned: Collection[str]
 ) -> None:
-    """Everything read was written before, every operand lies inside its tensor, nothing is lost."""
+    """Everything read was written before, nothing is lost, and a launch's dtypes are its tensors':
+    one that wrote wider elements than the graph says would write over what lies behind."""
     written = {n for n, t in tensors.items() if t.kind in ("input", "parameter", "prepared")}
     for launch in launches:
         for name in launch.reads:
@@ -170,9 +172,35 @@ def check_launches(
                 raise VerifyError(f"{launch.name} writes {name!r}, which is {kind} memory")
             written.add(name)
         _check_inplace_pairs(tensors, launch)
+        _check_dtypes(launch, tensors)
     for name in returned:
         if name not in written:
             raise VerifyError(f"the output {name!r} is never written")
+
+
+_ONE_DTYPE = {"gemm": (0, 1, 2, 3, 4), "attention": (0, 1, 2, 3)}
+"""The args of a launch that are of one dtype: x, weight, bias, out, residual; q, k, v, out."""
+
+
+def _check_dtypes(launch: ir.Launch, tensors: dict[str, ir.Tensor]) -> None:
+    for operand in launch.args:
+        if operand is not None and operand.dtype != tensors[operand.tensor].dtype:
+            made = tensors[operand.tensor].dtype
+            raise VerifyError(
+                f"{launch.name} takes {operand.tensor!r} for {operand.dtype}, and it is {made}"
+            )
+    if isinstance(launch.target, ir.Kernel):
+        for param, operand in zip(launch.target.params, launch.args, strict=True):
+            if operand is not None and operand.dtype != param.dtype:
+                raise VerifyError(
+                    f"{launch.name} reads or writes {operand.tensor!r} as {param.dtype}, and it is "
+                    f"{operand.dtype}"
+                )
+    places = [k for k in _ONE_DTYPE.get(launch.kind, ()) if k < len(launch.args)]
+    operands = [x for k in places if (x := launch.args[k]) is not None]
+    if len({x.dtype for x in operands}) > 1:
+        shown = ", ".join(f"{x.tensor!r} of {x.dtype}" for x in operands)
+        raise VerifyError(f"{launch.name} computes in one dtype, and is given {shown}")
 
 
 def _check_inplace_pairs(tensors: dict[str, ir.Tensor], launch: ir.Launch) -> None:

@@ -131,7 +131,7 @@ def test_two_kernels_with_the_reason(name: str) -> None:
 
 def test_views_cost_no_statement() -> None:
     def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.view(x.shape[0], x.shape[1], 2, 4).permute(0, 2, 1, 3) * 2
+        return x.view(x.shape[0], x.shape[1], 2, 4).permute(0, 2, 1, 3).contiguous() * 2
 
     (kernel,) = compile_function(heads, x).kernels
     assert [type(s).__name__ for s in kernel.body] == ["Load", "Constant", "Compute", "Store"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from concurrent.futures import Future
@@ -19,7 +20,7 @@ from turbotx.runtime.tensor_watch import (
     make_watch,
     start_native_watch,
 )
-from turbotx.runtime.weights import Weights
+from turbotx.runtime.weights import Kind, Weights
 
 
 def tensors() -> list[torch.Tensor]:
@@ -32,6 +33,9 @@ CHANGES = {
     "in place": lambda x: x[0].mul_(2),
     "the last one": lambda x: x[2].resize_(4),
     "other data": lambda x: setattr(x[1], "data", torch.ones(2, 2)),
+    "turned": lambda x: setattr(x[1], "data", x[1].data.t()),
+    "another shape": lambda x: setattr(x[1], "data", x[1].data.view(4)),
+    "another dtype": lambda x: setattr(x[0], "data", x[0].data.view(torch.int32)),
 }
 
 
@@ -52,6 +56,49 @@ def test_changes_are_seen(name: str, library: str) -> None:
     with torch.no_grad():
         CHANGES[name](given)
     assert watch.changed() is (name not in ("nothing", "read"))
+
+
+UNSEEN = {
+    "filled": lambda x: x.data.fill_(0.5),
+    "an average": lambda x: x.data.mul_(0.999).add_(0.001),
+    "NaN": lambda x: x.data.fill_(float("nan")),
+    "the first element": lambda x: x.data[:1, :1].fill_(7),
+}
+KINDS = {
+    "float32": torch.rand(70, 9),
+    "bfloat16": torch.rand(70, 9).bfloat16(),
+    "transposed": torch.rand(9, 70).t(),
+    "a slice": torch.rand(80, 20)[5:75, 3:12],
+    "float64": torch.rand(70, 9).double(),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_was_derived_from_is_looked_at(name: str, kind: str, library: str) -> None:
+    given = [torch.zeros(3), copy.deepcopy(KINDS[kind])]  # with its strides
+    watch = make_watch(LIBRARIES[library](), given, [False, True])
+    assert not any(watch.changed() for _ in range(40))
+    UNSEEN[name](given[1])
+    assert any(watch.changed() for _ in range(40))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_nan_is_like_itself_and_what_is_read_as_it_is_may_change(library: str) -> None:
+    given = [torch.full((40, 3), float("nan")), torch.zeros(3)]
+    watch = make_watch(LIBRARIES[library](), given, [True, False])
+    given[1].data.fill_(3)
+    assert not watch.changed()
+
+
+def test_one_look_at_each_notices_a_change_of_all() -> None:
+    given = [torch.rand(60, 60) for _ in range(300)]
+    watch = make_watch(load_runtime()[0], given, [True] * len(given))
+    assert not any(watch.changed() for _ in range(3))
+    for tensor in given:
+        tensor.data.mul_(0.9999)
+    assert watch.changed()
 
 
 def test_a_tensor_without_a_version_is_not_watched() -> None:
@@ -89,7 +136,7 @@ def test_a_program_watches_its_parameters_natively() -> None:
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_library_that_comes_later_takes_over_and_misses_nothing(changed: bool) -> None:
     model = nn.Linear(4, 4)
-    weights = Weights(model, {}, {"w": "weight"}, {})
+    weights = Weights(model, {}, {"w": "weight"}, {}, {"w": Kind.of(model.weight)})
     weights.later = Future()
     assert weights.refresh()
     assert isinstance(weights._watched[1], PlainWatch)

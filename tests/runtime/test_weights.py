@@ -115,3 +115,94 @@ def test_half_precision_weights() -> None:
     model = Packed().to(torch.bfloat16).eval()
     x = X.to(torch.bfloat16)
     torch.testing.assert_close(turbotx.optimize(model)(x), model(x), rtol=2e-2, atol=2e-2)
+
+
+def run(change, model, call=X, captures: int = 1) -> None:
+    """Change a model after a call; the next one is the changed model's."""
+    fast = turbotx.optimize(model.eval())
+    fast(call)
+    with torch.no_grad():
+        change(model)
+    expected = model(call)
+    torch.testing.assert_close(fast(call), expected, rtol=1e-2, atol=1e-2)
+    assert fast(call).dtype == expected.dtype
+    assert fast.stats()["captures"] == captures
+
+
+CONVERTED = {
+    "double": lambda m: m.double(),
+    "a part": lambda m: (m[0].bfloat16(), m[2].bfloat16()),
+    "there and back": lambda m: m.bfloat16().float(),
+    "turned": lambda m: setattr(m[1].weight, "data", m[1].weight.data.t()),
+    "turned by set_": lambda m: m[1].weight.set_(torch.rand(6, 6).t()),
+    "wider inside": lambda m: (
+        setattr(m[1], "weight", nn.Parameter(torch.rand(9, 6))),
+        setattr(m[1], "bias", nn.Parameter(torch.rand(9))),
+        setattr(m[2], "weight", nn.Parameter(torch.rand(5, 9))),
+    ),
+    "no bias": lambda m: setattr(m[2], "bias", None),
+    "average": lambda m: [p.data.mul_(0.99).add_(0.01) for p in m.parameters()],
+    "clamp": lambda m: m[1].weight.data.clamp_(-0.01, 0.01),
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_parameters_that_became_others(name: str) -> None:
+    model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 5))
+    if name == "a part":
+        model[1] = nn.Flatten()
+        model[2] = nn.Linear(18, 5)
+    run(CONVERTED[name], model, torch.tensor([[1, 2, 6], [0, 3, 5]]))
+
+
+def test_what_is_derived_is_made_again_after_data_was_written() -> None:
+    run(lambda m: m.b.weight.data.normal_(), Packed())  # packed from two parameters
+
+
+def test_a_closures_parameters_are_watched_themselves() -> None:
+    linear = nn.Linear(8, 3).requires_grad_(False)
+    fast = turbotx.optimize(lambda x: linear(x) + 1)
+    fast(X)
+    linear.weight.data = torch.randn(3, 8)
+    torch.testing.assert_close(fast(X), linear(X) + 1)
+    linear.weight.data = torch.randn(8, 3).t()
+    torch.testing.assert_close(fast(X), linear(X) + 1)
+    linear.double()
+    torch.testing.assert_close(fast(X.double()), linear(X.double()) + 1)
+
+
+def test_refresh_sees_what_no_look_does() -> None:
+    model = nn.Linear(64, 64).eval()
+    fast, x = turbotx.optimize(model), torch.randn(4, 64)
+    fast(x)
+    model.weight.data[31, 17] += 100
+    fast.refresh()
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_values_alone_are_no_reason_to_capture() -> None:
+    model = Packed().eval()
+    fast = turbotx.optimize(model)
+    fast(X)
+    (before,) = fast._engine.variants()
+    model.a.weight.data = torch.randn(8, 8)
+    fast(X)
+    assert fast._engine.variants() == [before]
+
+
+def test_threads_meet_a_converted_model_with_one_capture() -> None:
+    model = Packed().eval()
+    fast = turbotx.optimize(model)
+    fast(X)
+    model.double()
+    made = []
+    make, fast._engine.make = fast._engine.make, lambda *call: made.append(call) or make(*call)
+    found: list[torch.Tensor] = []
+    calls = [threading.Thread(target=lambda: found.append(fast(X.double()))) for _ in range(3)]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    assert len(found) == 3 and len(made) == 1
+    for one in found:
+        torch.testing.assert_close(one, model(X.double()))

@@ -338,14 +338,11 @@ def test_a_changed_kernel_or_table_is_refused(end: str, cubins: Cubins, path: Pa
         cubins.load(path)
 
 
-def test_nothing_is_pickled_and_files_for_cpus_are_as_before(cubins: Cubins, path: Path) -> None:
+def test_nothing_is_pickled(cubins: Cubins, path: Path) -> None:
     save_small(path, "sm_90")
     with zipfile.ZipFile(path) as archive:
         assert {Path(n).suffix for n in archive.namelist()} == {".json", ".cubin", ".safetensors"}
-        assert json.loads(archive.read("manifest.json"))["format"] == 3
-    save_small(path, "cpu")
-    with zipfile.ZipFile(path) as archive:
-        assert json.loads(archive.read("manifest.json"))["format"] == 2
+        assert json.loads(archive.read("manifest.json"))["format"] == 5
 
 
 def test_calls_run_where_the_program_does() -> None:

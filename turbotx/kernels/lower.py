@@ -24,7 +24,7 @@ from turbotx.kernels.moments import join_moments
 from turbotx.layout import root_layout
 from turbotx.loops import Conflict, Loops, SplitAxis
 from turbotx.pull import Puller
-from turbotx.sizes import ZERO, Expr, product
+from turbotx.sizes import ZERO, Expr, is_nonnegative, product
 from turbotx.views import reshape_index
 
 
@@ -144,4 +144,9 @@ class Lowering(Puller):
         kernel = ir.Kernel(name, params, tuple(ordered), tuple(self.body), tuple(sources))
         kernel, kept = tidy(join_moments(kernel))
         operands = tuple(n for n, p in self.params.items() if p in kept)
-        return Lowered(kernel, operands, tuple(self.requirements.items()))
+        elements = product([a.extent for a in axes if a.kind == "parallel"])
+        needed = {
+            r if is_nonnegative(elements - 1) else sympy.Max(r, -elements): text
+            for r, text in self.requirements.items()  # a kernel without elements needs nothing
+        }
+        return Lowered(kernel, operands, tuple(needed.items()))

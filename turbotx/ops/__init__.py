@@ -1,7 +1,10 @@
 """The op table, filled: importing this package adds every row (see `ops.table`)."""
 
 from turbotx.ops import indexing, pointwise, reductions
-from turbotx.ops.outside import why_outside
+from turbotx.ops.outside import takes_any_layout, why_outside
 from turbotx.ops.table import OPS, Row, is_computed
 
-__all__ = ["OPS", "Row", "indexing", "is_computed", "pointwise", "reductions", "why_outside"]
+__all__ = [
+    "OPS", "Row", "indexing", "is_computed", "pointwise", "reductions", "takes_any_layout",
+    "why_outside",
+]  # fmt: skip

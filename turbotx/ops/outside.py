@@ -1,8 +1,10 @@
-"""Ops that have no row on purpose: ATen runs them between the kernels, and why.
+"""Ops that have no row on purpose: ATen runs them between the kernels, why, and on what layout.
 
-In: an ATen overload. Out: the reason that the report lists, for example::
+In: an ATen overload. Out: the reason that the report lists, and whether it takes elements wherever
+they lie; an op that is not known to gets its arguments laid out as eager would give them::
 
     why_outside(aten.topk.default)  ->  "orders a row by comparisons: ATen's own sort does that"
+    takes_any_layout(aten.mkldnn_rnn_layer.default)  ->  False
 """
 
 from __future__ import annotations
@@ -41,3 +43,19 @@ def why_outside(target: Any) -> str:
     if target in OPS:
         return f"{target} works on complex numbers, which kernels do not"
     return f"{target} has no row in the op table"
+
+
+# Ops that read by strides whatever they are: what `REASONS` names, and the products. Others may
+# read raw memory (`as_strided`, recurrent layers, ops of one's own), ask for dense rows
+# (`view_as_complex`) or draw numbers in the order of memory.
+_BY_STRIDES = frozenset(REASONS) - {"view_as_real"} | {
+    "linear", "mm", "bmm", "matmul", "addmm", "baddbmm", "scaled_dot_product_attention",
+    "_embedding_bag", "_cdist_forward", "linalg_vector_norm", "searchsorted", "bucketize",
+}  # fmt: skip
+
+
+def takes_any_layout(target: Any) -> bool:
+    """Tell whether a call gives the same for equal elements, however they are laid out."""
+    packet = getattr(target, "overloadpacket", None)
+    name = getattr(packet, "__name__", "")
+    return getattr(target, "namespace", "aten") == "aten" and name in _BY_STRIDES

@@ -18,6 +18,7 @@ from torch import fx
 
 from turbotx import graph as g
 from turbotx.attention import attention, attention_scores, attention_values
+from turbotx.eager import OWN
 from turbotx.ops import OPS, is_computed
 from turbotx.views import SPLITS, is_view, view_source
 
@@ -91,7 +92,7 @@ def find_prepared(graph: fx.Graph) -> frozenset[fx.Node]:
         if not g.is_tensor(node) or node.op != "call_function" or is_view(node):
             continue
         sources = [root_of(n) for n in node.all_input_nodes]
-        if g.is_random(node):
+        if g.is_random(node) or OWN in node.meta:
             continue
         if not all(s.is_Integer for s in g.shape(node)) or _reads_sizes(node):
             continue

@@ -15,9 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.utils._pytree as pytree
-
+from turbotx.arguments import tensors_of
 from turbotx.capture import Captured
 from turbotx.engine import Engine
 from turbotx.errors import VerifyError
@@ -36,7 +34,7 @@ def watch(
 ) -> Finish:
     """Return what to do with the compiled call; the captured graph is looked at before it goes."""
     origin = observe(captured)
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = tensors_of(args, kwargs)
     sizes = SizeMatcher(captured).match([t.shape for t in tensors])
     dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
 

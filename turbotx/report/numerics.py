@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from turbotx import ir
+from turbotx.arguments import tensors_of
 from turbotx.engine import Engine
 from turbotx.graph import draws
 from turbotx.kernels.lower import Lowered
@@ -74,15 +75,16 @@ def measure(
 
     `compiled` must be nobody else's while it is measured.
     """
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = tensors_of(args, kwargs)
     watch = LaunchErrors(compiled, names, dims)
     ours = replay(compiled, tensors, watch)
     exact_graph = _to_float64(engine.capture(args, kwargs).graph_module)
     if any(_draws(x) for x in compiled.assembly.launches):
         return Numerics(tuple(watch.found), ())  # of other numbers, nothing can be compared
+    given = compiled.program.in_memory(tensors)
     eager = pytree.tree_leaves(engine.run_plainly(args, kwargs))
     with torch.no_grad():
-        exact = exact_graph(*map(_double, tensors))
+        exact = exact_graph(*map(_double, given))
     # What a call leaves behind comes after its results, which eager's are.
     outputs = tuple(
         compare(f"output {k}", "", "", mine, own, true)

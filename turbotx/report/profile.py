@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 
-from turbotx.engine import describe_call
+from turbotx.ambient import read_decisive
+from turbotx.arguments import tensors_of
+from turbotx.call_key import describe_call
 from turbotx.pipeline import Compiled
 from turbotx.report.entries import Launch
 from turbotx.signature import SizeMatcher
@@ -112,7 +113,7 @@ def profile(
     args: tuple[Any, ...], kwargs: dict[str, Any], runs: int,
 ) -> Profile:  # fmt: skip
     """Time every launch over `runs` runs; the compiled call must be nobody else's meanwhile."""
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = tensors_of(args, kwargs)
     program = compiled.program
     dims = SizeMatcher(compiled.captured).match([t.shape for t in tensors])
     assert dims is not None
@@ -138,12 +139,12 @@ def time_guards(compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any
     """Return the microseconds of a call's checks, the median of many: `Engine.check` of a call
     that was seen before, and `Weights.refresh`."""
     weights = compiled.program.runtime.weights
-    known = {describe_call(args, kwargs)[0]: compiled}
+    known = {describe_call(args, kwargs, read_decisive())[0]: compiled}
     times = []
     with torch.no_grad():
         for _ in range(200):
             begin = time.perf_counter_ns()
-            described, tensors = describe_call(args, kwargs)
+            described, tensors = describe_call(args, kwargs, read_decisive())
             if known.get(described) is None:
                 raise AssertionError("a call is not like itself")
             torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
+from turbotx.arguments import tensors_of
 from turbotx.engine import Engine
 from turbotx.errors import InputError
 from turbotx.optimized import engine_of
@@ -69,8 +68,7 @@ class Report(Record):
 
         The call's inputs give shapes and indices; the cases are those of `report.adversarial`.
         """
-        leaves = pytree.tree_leaves((args, kwargs))
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        tensors = tensors_of(args, kwargs)
         return stress(self.compiled, tensors, self.function_of, self.dims)
 
     def profile(self, *args: Any, runs: int = 30, **kwargs: Any) -> Profile:
@@ -117,7 +115,7 @@ def explain(model: Any, /, *args: Any, **kwargs: Any) -> Report:
     it is optimized. Nothing is run, the inputs are only looked at. Raises InputError without a
     tensor among the inputs, and what `turbotx.optimize` raises.
     """
-    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = tensors_of(args, kwargs)
     if not tensors:
         raise InputError("explain needs example inputs, as in explain(model, input_ids=ids)")
     engine = engine_of(model)

@@ -15,6 +15,7 @@ from pathlib import Path
 RUNTIME_SOURCES = {
     "runtime": Path(__file__).with_name("native.cpp"),
     "watch": Path(__file__).with_name("tensor_watch.cpp"),
+    "dict_watch": Path(__file__).with_name("dict_watch.cpp"),
 }
 
 
@@ -48,9 +49,15 @@ def declare_runtime(library: ctypes.CDLL) -> None:
 
 
 def declare_watch(library: ctypes.CDLL) -> None:
-    """Tell ctypes about the one function of `tensor_watch.cpp`."""
+    """Tell ctypes about the functions of `tensor_watch.cpp` and `dict_watch.cpp`."""
+    library.ttx_watch_tensors.restype = ctypes.c_void_p
+    library.ttx_watch_tensors.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
     library.ttx_tensors_changed.restype = ctypes.c_int
-    library.ttx_tensors_changed.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 5]
+    library.ttx_tensors_changed.argtypes = [ctypes.c_void_p]
+    library.ttx_free_watch.restype = None
+    library.ttx_free_watch.argtypes = [ctypes.c_void_p]
+    library.ttx_dict_counter.restype = ctypes.c_void_p
+    library.ttx_dict_counter.argtypes = [ctypes.c_void_p]
 
 
 def runtime_units() -> dict[str, str]:

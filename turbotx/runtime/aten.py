@@ -15,11 +15,12 @@ import sympy
 import torch
 
 from turbotx import ir
+from turbotx.eager import Alias
 from turbotx.kernels.lower import Lowered
 from turbotx.layout import contiguous_strides
 from turbotx.passes.extract import extract
 from turbotx.runtime.outside import call_into
-from turbotx.runtime.state import Maker, RunState, Step, make_window
+from turbotx.runtime.state import Maker, RunState, Step, make_alias, make_window
 from turbotx.sizes import compile_evaluator
 
 
@@ -47,7 +48,8 @@ class AtenSteps:
         reads = [arg for role, _, arg in operands if role == "in"]
         writes = [arg for role, _, arg in operands if role == "out"]
         extracted = extract(outputs, inputs, lowered.kernel.name)
-        return self._call(extracted.module, (*reads, *extracted.sizes), {}, writes, False)
+        # Its forward, since hooks that a user gave to every module are not for this one.
+        return self._call(extracted.module.forward, (*reads, *extracted.sizes), {}, writes, False)
 
     def _call(
         self, target: Any, args: Any, kwargs: Any,
@@ -62,6 +64,13 @@ class AtenSteps:
             call_into(target, given, options, windows, has_out)
 
         return step
+
+    def alias(self, leaf: Alias) -> Callable[[RunState], torch.Tensor]:
+        """Return a function that gives a leaf that is an input, a parameter or a view of one."""
+        steps = [
+            (op, self._rebuild(args), self._rebuild(kwargs)) for op, args, kwargs in leaf.steps
+        ]
+        return make_alias(leaf.root, steps)
 
     def _rebuild(self, structure: Any) -> Maker:
         """Return a function that rebuilds call arguments with tensors and sizes filled in."""

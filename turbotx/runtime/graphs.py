@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from turbotx.ambient import without_autocast
 from turbotx.errors import BuildWarning, DeviceError, TurbotxError
 from turbotx.memory.plan import align
 from turbotx.memory.pool import poison_enabled
@@ -89,7 +90,7 @@ class GraphedCall(PlannedCall):
     ) -> list[Any]:  # fmt: skip
         """Run on `tensors`; see `PlannedCall.run`. The device may still be at work on return."""
         device = self.runtime.device
-        with device.active():
+        with without_autocast(), device.active():
             if device.is_capturing():
                 return self._run_inside_capture(binding, tensors)
             plain = ticks is not None or watch is not None or poison_enabled()
@@ -120,7 +121,7 @@ class GraphedCall(PlannedCall):
         """Run once and keep the memory: yields the address table, for launches over it again, and
         what PyTorch's part of them works on."""
         self.runtime.weights.refresh()
-        inputs, outputs = self._readable(tensors), self._new_outputs(binding)
+        inputs, outputs = self._readable(self.in_memory(tensors)), self._new_outputs(binding)
         with self.pool.lease(binding.footprint_nbytes) as arena:
             execution = self._prepare(arena, binding)
             state = self._state(binding, arena, inputs, outputs)
@@ -157,7 +158,7 @@ class GraphedCall(PlannedCall):
         failed = self.runtime.failed()
         if failed:
             self._explain_failure(failed)
-        state = self._state(binding, arena, super()._readable(tensors), outputs)
+        state = self._state(binding, arena, tensors, outputs, tensors)
         return [leaf(state) for leaf in self._leaves]
 
     def _play(
@@ -166,7 +167,7 @@ class GraphedCall(PlannedCall):
         """Copy inputs in, replay, copy outputs out: one kernel copies all of a dtype."""
         call = self.runtime.device.call
         if tensors:  # a list of none is refused
-            call(partial(torch._foreach_copy_, captured.inputs, list(tensors)))
+            call(partial(torch._foreach_copy_, captured.inputs, list(self.in_memory(tensors))))
         captured.graph.replay()
         # The device is at work: the rest of the host's part costs nothing while that lasts.
         self.runtime.placed.use(captured.kept)
@@ -250,8 +251,8 @@ class GraphedCall(PlannedCall):
         execution = Execution(self.runtime.slot_count)
         self._point(execution, arena, binding)
         self._callers[execution.kept.version] = execution.kept
-        inputs, outputs = self._readable(tensors), self._new_outputs(binding)
-        state = self._state(binding, arena, inputs, outputs)
+        inputs, outputs = self._readable(self.in_memory(tensors)), self._new_outputs(binding)
+        state = self._state(binding, arena, inputs, outputs, tensors)
         self._run_in(execution, binding, state, inputs, outputs)
         return [leaf(state) for leaf in self._leaves]
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from turbotx.errors import VerifyError
+
 
 def call_into(
     target: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
@@ -19,13 +21,25 @@ def call_into(
 ) -> None:  # fmt: skip
     """Run `target`; its results end in `windows`, one each, None for those nobody reads.
 
-    has_out: the op's `out` overload writes the first window itself.
+    has_out: the op's `out` overload writes the first window itself. Raises VerifyError for a result
+    of another dtype or shape than its window, which is what the graph says.
     """
     if has_out:
-        target.overloadpacket.out(*args, **kwargs, out=windows[0])
+        window = windows[0]
+        assert window is not None
+        place, shape = window.data_ptr(), window.shape
+        target.overloadpacket.out(*args, **kwargs, out=window)
+        if window.data_ptr() != place or window.shape != shape:
+            raise VerifyError(f"{target} gives {tuple(window.shape)}, and the graph {tuple(shape)}")
         return
     made = target(*args, **kwargs)
     made = (made,) if isinstance(made, torch.Tensor) else made
     for window, value in zip(windows, made, strict=True):
-        if window is not None:
-            window.copy_(value)
+        if window is None:
+            continue
+        if value.dtype != window.dtype or value.shape != window.shape:
+            raise VerifyError(
+                f"{target} gives {value.dtype} {tuple(value.shape)}, and the graph says "
+                f"{window.dtype} {tuple(window.shape)}"
+            )
+        window.copy_(value)

@@ -14,16 +14,18 @@ import ctypes
 import threading
 from abc import ABC, abstractmethod
 from collections import ChainMap, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from turbotx.errors import IndexOutOfRangeError
+from turbotx.ambient import without_autocast
+from turbotx.errors import IndexOutOfRangeError, InputError
 from turbotx.memory.plan import Planner, align
 from turbotx.memory.pool import ChunkPool
+from turbotx.memory_order import in_memory
 from turbotx.runtime.state import Evaluate, Maker, RunState
 from turbotx.runtime.watch import Watch
 from turbotx.runtime.weights import Weights
@@ -60,12 +62,15 @@ class Output:
 class Places:
     """Where a call's tensors lie in the table of addresses.
 
-    inputs: (name, slot). planned: (name, which of the planner's offsets, slot).
+    inputs: (name, slot). planned: (name, which of the planner's offsets, slot). orders: of each
+    input's dims in memory, None where it is their own. raw: inputs that must be dense.
     """
 
     inputs: Sequence[tuple[str, int]]
     outputs: Sequence[Output]
     planned: Sequence[tuple[str, int, int]]
+    orders: Sequence[Sequence[int] | None]
+    raw: Collection[str]
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ class PlannedCall(ABC):
         self.plans = self.graph_captures = 0
         self._formulas, self._places, self._runtime = formulas, places, runtime
         self._max_shapes = max_shapes
+        self._is_ordered = any(order is not None for order in places.orders)
         self._root_places = np.array([k for _, k, _ in places.planned], dtype=np.int64)
         self._planned_slots = np.array([s for _, _, s in places.planned], dtype=np.int64)
         self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
@@ -187,15 +193,38 @@ class PlannedCall(ABC):
         """Run on `tensors`, in the captured order; return the leaves of the model's output.
 
         `ticks`: int64, two a launch, takes the nanoseconds at which it began and ended. `watch`
-        is told of every launch, which then run one by one.
+        is told of every launch, which then run one by one. Autocast's casts are launches of the
+        program where it was traced under it: nothing here is cast again.
         """
-        self._runtime.weights.refresh()
-        inputs, outputs = self._readable(tensors), self._new_outputs(binding)
-        with self.pool.lease(binding.footprint_nbytes) as arena:
-            execution = self._prepare(arena, binding)
-            state = self._state(binding, arena, inputs, outputs)
-            self._run_in(execution, binding, state, inputs, outputs, ticks, watch)
-        return [leaf(state) for leaf in self._leaves]
+        with without_autocast():
+            self._runtime.weights.refresh()
+            inputs = self._readable(self.in_memory(tensors))
+            outputs = self._new_outputs(binding)
+            with self.pool.lease(binding.footprint_nbytes) as arena:
+                execution = self._prepare(arena, binding)
+                state = self._state(binding, arena, inputs, outputs, tensors)
+                self._run_in(execution, binding, state, inputs, outputs, ticks, watch)
+            return [leaf(state) for leaf in self._leaves]
+
+    def in_memory(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return inputs by the order of their dims in memory, for which the call was captured.
+
+        Raises InputError where one is read past its elements, and they are not dense.
+        """
+        if self._is_ordered:
+            tensors = list(map(in_memory, tensors, self._places.orders))
+        if self._places.raw:
+            self._refuse_slices(tensors)
+        return tensors
+
+    def _refuse_slices(self, tensors: Sequence[torch.Tensor]) -> None:
+        for (name, _), tensor in zip(self._places.inputs, tensors, strict=True):
+            dense = tensor.is_contiguous() and tensor.storage_offset() == 0
+            if name in self._places.raw and not dense:
+                raise InputError(
+                    f"as_strided reads the memory of {name!r} by strides of its own, and this one "
+                    f"is a part of a larger tensor: pass {name}.clone()"
+                )
 
     def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return inputs as kernels take them."""
@@ -207,13 +236,15 @@ class PlannedCall(ABC):
 
     def _state(
         self, binding: Binding, arena: Any, inputs: Sequence[torch.Tensor],
-        outputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = (),
     ) -> RunState:  # fmt: skip
+        """given: the inputs as they came, where leaves are to be made that may be these."""
         places = self._places
         named = {name: x for (name, _), x in zip(places.inputs, inputs, strict=True)}
         named.update((o.name, x) for o, x in zip(places.outputs, outputs, strict=True))
         tensors = ChainMap(named, self._runtime.weights.tensors)
-        return RunState(binding.dims, binding.offset_of, arena.tensor, tensors)
+        own = {name: x for (name, _), x in zip(places.inputs, given, strict=False)}
+        return RunState(binding.dims, binding.offset_of, arena.tensor, tensors, own)
 
     def _run_in(
         self, execution: Execution, binding: Binding, state: RunState,

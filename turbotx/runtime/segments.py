@@ -45,6 +45,7 @@ class SegmentedRuntime:
     ) -> None:  # fmt: skip
         self.weights = weights
         weights.native = native
+        weights.packed = frozenset(p.window.tensor for p in packings)
         self.torch_device = torch.device("cpu")
         self.packings, self.slot_count = packings, slot_count
         self._native, self._steps = native, steps

@@ -21,11 +21,9 @@ from typing import Any
 
 from turbotx.errors import SavedFileError
 
-FORMAT = 3
-"""Raised whenever an older reader would misunderstand what is written."""
-
-CPU_ONLY = 2
-"""The format of files without programs for GPUs, which older readers understand."""
+FORMAT = 5
+"""Raised whenever an older reader would misunderstand what is written: since 4, what a program
+assumes of the state around a call; since 5, conditions on sizes of 0 and 1."""
 
 MANIFEST = "manifest.json"
 
@@ -33,8 +31,7 @@ MANIFEST = "manifest.json"
 def write_container(path: Path, entries: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
     """Write a file in one step: whoever reads it meanwhile sees the old one or the new one."""
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in entries.items()}
-    form = CPU_ONLY if set(facts["targets"]) <= {"cpu"} else FORMAT
-    manifest = {"format": form, **facts, "entries": digests}
+    manifest = {"format": FORMAT, **facts, "entries": digests}
     text = json.dumps(manifest, indent=1).encode()
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -81,9 +78,8 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def _check_format(path: Path, manifest: Mapping[str, Any]) -> None:
-    if manifest.get("format") not in (CPU_ONLY, FORMAT):
+    if manifest.get("format") != FORMAT:
         raise SavedFileError(
             f"{path} has format {manifest.get('format')}, of turbotx {manifest.get('turbotx')}; "
-            f"this turbotx reads formats {CPU_ONLY} and {FORMAT}: save the model again with this "
-            "version"
+            f"this turbotx reads format {FORMAT}: save the model again with this version"
         )

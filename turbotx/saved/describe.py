@@ -15,6 +15,7 @@ from torch import fx
 
 from turbotx import ir
 from turbotx.capture import Captured
+from turbotx.eager import Alias
 from turbotx.errors import SaveError
 from turbotx.kernels.lower import Lowered
 from turbotx.memory.symbolic import SymbolicPlanner
@@ -52,7 +53,7 @@ def describe_call(compiled: Compiled) -> dict[str, Any]:
         "name": captured.name,
         "dims": list(captured.dims),
         "inputs": _describe_inputs(captured, program),
-        "guards": [[_condition(g.condition), g.text, g.least] for g in captured.guards],
+        "guards": [[_condition(g.condition), g.text] for g in captured.guards],
         "requirements": [[to_python(e), text] for e, text in program.assembly.requirements],
         "slot_count": len(table.slots),
         "values": [to_python(e) for e in table.values],
@@ -101,6 +102,8 @@ def _describe_inputs(captured: Captured, program: Program) -> list[dict[str, Any
             "slot": slots[name],
             "name": label,
             "tensor": name,
+            "order": program.assembly.orders.get(name),
+            "raw": name in program.assembly.raw,
             "sizes": [_describe_size(size) for size in sizes],
         }
         for name, label, sizes in rows
@@ -119,7 +122,7 @@ def _describe_size(size: sympy.Expr) -> dict[str, Any]:
 
 
 def _condition(condition: sympy.Basic) -> str:
-    """Return a guard as Python source. Sizes of 0 and 1 count as 2 in it, as when it was traced."""
+    """Return a guard as Python source, over dims of at least 1."""
     if isinstance(condition, (sympy.And, sympy.Or)):
         word = " and " if isinstance(condition, sympy.And) else " or "
         return f"({word.join(_condition(a) for a in condition.args)})"
@@ -206,11 +209,25 @@ def describe_window(operand: ir.Operand, program: Program) -> dict[str, Any]:
     }
 
 
+def _size_text(value: Any) -> Any:
+    return {"size": to_python(value)} if isinstance(value, sympy.Expr) else None
+
+
 def _describe_leaf(leaf: Any, program: Program) -> dict[str, Any]:
     if isinstance(leaf, ir.Operand):
         if is_whole(leaf, program.assembly.tensors[leaf.tensor]):
             return {"tensor": leaf.tensor}
         return {"window": describe_window(leaf, program)}
+    if isinstance(leaf, Alias):
+        steps = [
+            {
+                "target": encode_target(op),
+                "args": encode_arguments(list(args), _size_text),
+                "kwargs": encode_arguments(dict(kwargs), _size_text),
+            }
+            for op, args, kwargs in leaf.steps
+        ]
+        return {"alias": leaf.root, "steps": steps}
     if isinstance(leaf, sympy.Expr):
         return {"size": to_python(leaf)}
     return {"constant": encode_constant(leaf)}
@@ -244,6 +261,14 @@ def _describe_weights(program: Program) -> dict[str, Any]:
     slots, weights = program.runtime.table.slots, program.runtime.weights
     return {
         "paths": dict(weights.paths),
+        "kinds": {
+            name: {
+                "dtype": encode_constant(kind.dtype),
+                "shape": list(kind.shape),
+                "strides": list(kind.strides),
+            }
+            for name, kind in weights.kinds.items()
+        },
         "prepared": encode_nodes(weights.prepared.values()),
         "prepared_names": list(weights.prepared),
         "slots": {

@@ -20,6 +20,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from turbotx.ambient import Ambient, differences, read_ambient, read_asked, read_decisive
+from turbotx.arguments import carry, describe_leaf, flatten_call, is_float
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.runtime.device import Device
@@ -31,7 +33,8 @@ from turbotx.saved.gpu_program import SavedGpuProgram, SavedGpuRuntime, read_var
 from turbotx.saved.native import Libraries
 from turbotx.saved.places import CPU, open_place
 from turbotx.saved.program import SavedCpuRuntime, SavedProgram, read_weights
-from turbotx.saved.values import decode_constant, decode_tree
+from turbotx.saved.values import decode_ambient, decode_constant, decode_tree
+from turbotx.traced_float import describe_floats
 from turbotx.weight_files import load_weights
 
 Maker = Callable[[Mapping[str, Any], Weights, ChunkPool], SavedProgram]
@@ -60,10 +63,12 @@ def load(
         )
     target, gpu = open_place(path, manifest, weights, device)
     place = CPU if gpu is None else gpu.torch_device
+    laid = {one["name"]: one["strides"] for one in state} | json.loads(entries["held.json"])
     own = {} if weights is not None else _tensors(path, entries["weights.safetensors"], place)
+    held = _tensors(path, entries["held.safetensors"], place)
+    own, held = ({n: _lay_out(t, laid[n]) for n, t in x.items()} for x in (own, held))
     if isinstance(weights, nn.Module):
         own = {k: v for k, v in weights.state_dict(keep_vars=True).items() if v is not None}
-    held = _tensors(path, entries["held.safetensors"], place)
     model = SavedModule(manifest, state, own, held, place)
     if weights is not None and not isinstance(weights, nn.Module):
         load_weights(model, weights)
@@ -129,6 +134,9 @@ class SavedModule(nn.Module):
         self._lock = threading.Lock()
         self._programs: dict[Any, list[SavedProgram]] = {}
         self._bound: dict[Any, tuple[SavedProgram, Binding]] = {}
+        self._ambients: dict[int, tuple[Ambient, tuple[int, ...]]] = {}
+        self._asked: tuple[int, ...] = ()
+        self._asks_floats = False
         tied: dict[str, torch.Tensor] = {}
         for one in state:
             if one["tied_to"] not in tied:
@@ -152,22 +160,33 @@ class SavedModule(nn.Module):
 
     def _add(self, program: SavedProgram) -> None:
         call = program.tables["call"]
-        kinds = [(decode_constant(dtype), self._place, n) for dtype, n in call["inputs"]]
+        kinds = [
+            (float,)
+            if kind == "float"
+            else (decode_constant(kind), self._place, rank, *map(tuple, order))
+            for kind, rank, *order in call["inputs"]
+        ]
         args, kwargs = decode_tree(call["tree"], lambda k: _Given(kinds[k]))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         self._programs.setdefault((spec, tuple(map(_describe, leaves))), []).append(program)
+        ambient, asked = decode_ambient(program.tables["ambient"])
+        self._ambients[id(program)] = ambient, asked
+        self._asked = tuple(sorted({*self._asked, *asked}))
+        self._asks_floats |= any(x.is_particular for x in program.floats)
 
     # --- calls ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.training:
             raise TrainingError("a saved model is for inference only: call .eval()")
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        leaves, spec = flatten_call(args, kwargs)
+        tensors = carry(leaves)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise TrainingError("an input requires grad: call under torch.no_grad()")
         key = (spec, tuple(map(_describe, leaves)))
-        shapes = (key, tuple(t.shape for t in tensors))
+        ambient = read_decisive() + read_asked(self._asked)
+        numbers = tuple(x.hex() for x in leaves if is_float(x)) if self._asks_floats else ()
+        shapes = (key, ambient, numbers, tuple(t.shape for t in tensors))
         found = self._bound.get(shapes)
         if found is None:
             found = self._bind(key, tensors)
@@ -182,12 +201,29 @@ class SavedModule(nn.Module):
     __call__ = forward
 
     def _bind(self, key: Any, tensors: list[torch.Tensor]) -> tuple[SavedProgram, Binding]:
-        shapes = [t.shape for t in tensors]
-        for program in self._programs.get(key, ()):
+        shapes, ambient = [t.shape for t in tensors], read_ambient()
+        known = self._programs.get(key, ())
+        differ = [differences(ambient, *self._ambients[id(p)]) for p in known]
+        holding = [p for p, found in zip(known, differ, strict=True) if not found]
+        if known and not holding:
+            told = "; or ".join(dict.fromkeys("; ".join(found) for found in differ))
+            raise InputError(
+                f"no saved program was captured in the state that this call is made in: {told}. "
+                "Call the optimized module in this state too before it is saved, or load's module "
+                "in the other"
+            )
+        taking = [p for p in holding if all(x.takes(tensors) for x in p.floats)]
+        if holding and not taking:
+            told = "; or ".join(dict.fromkeys(describe_floats(p.floats) for p in holding))
+            raise InputError(
+                f"the model computes in another way for other numbers, and was saved for {told}: "
+                "call the optimized module with this one too before it is saved"
+            )
+        for program in taking:
             dims = program.match(shapes)
             if dims is not None and program.serves(dims):
                 return program, program.bind(dims)
-        refused = [p.explain(shapes) for p in self._programs.get(key, ())]
+        refused = [p.explain(shapes) for p in taking]
         if refused:
             raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")
         for tensor in tensors:
@@ -196,11 +232,17 @@ class SavedModule(nn.Module):
                     f"an input is on {tensor.device}, and this file was loaded for {self._place}: "
                     "move the inputs there, or give turbotx.load another device"
                 )
-        known = "; ".join(dict.fromkeys(_show(k) for k in self._programs))
+        held = "; ".join(dict.fromkeys(_show(k) for k in self._programs))
         raise InputError(
-            f"the file holds no call of this kind: {_show(key)}. It holds {known}. Call the "
+            f"the file holds no call of this kind: {_show(key)}. It holds {held}. Call the "
             "optimized module this way before it is saved"
         )
+
+    def refresh(self) -> None:
+        """Derive packed weights and constants again at the next call, as `optimize`'s refresh."""
+        for programs in self._programs.values():
+            for program in programs:
+                program._runtime.weights.forget()
 
     def stats(self) -> dict[str, int]:
         """Return counts since the file was loaded: programs, builds, plans, graphs, allocations."""
@@ -227,27 +269,30 @@ class SavedModule(nn.Module):
 
 
 class _Given:
-    """Stands for a tensor of a dtype, a device and a rank in a saved call."""
+    """Stands for a tensor of a dtype, a device, a rank and a memory order, or a number, in a saved
+    call."""
 
-    def __init__(self, kind: tuple[torch.dtype, torch.device, int]) -> None:
+    def __init__(self, kind: tuple[Any, ...]) -> None:
         self.kind = kind
 
 
 def _describe(leaf: Any) -> Any:
     """Return what of an argument decides which program serves the call."""
-    if isinstance(leaf, torch.Tensor):
-        return leaf.dtype, leaf.device, leaf.dim()
-    return leaf.kind if isinstance(leaf, _Given) else (type(leaf), leaf)
+    return leaf.kind if isinstance(leaf, _Given) else describe_leaf(leaf)
 
 
 def _show(key: Any) -> str:
     spec, described = key
     shown = [
         f"{str(d[0]).removeprefix('torch.')}[{', '.join('?' * d[2])}]"
-        if len(d) == 3
+        if len(d) >= 3
+        else "float"
+        if len(d) == 1
         else repr(d[1])
         for d in described
     ]
+    if not isinstance(spec, pytree.TreeSpec):
+        return f"({', '.join(shown)}, in objects)"
     args, kwargs = pytree.tree_unflatten(shown, spec)
     return f"({', '.join([*map(str, args), *(f'{k}={v}' for k, v in kwargs.items())])})"
 
@@ -259,7 +304,7 @@ def _make_tensor(
     dtype, shape = decode_constant(one["dtype"]), list(one["shape"])
     found = own.get(one["name"])
     if found is None:
-        found = torch.empty(shape, dtype=dtype, device=place)
+        found = _lay_out(torch.empty(shape, dtype=dtype, device=place), one["strides"])
     if found.dtype != dtype or list(found.shape) != shape:
         raise InputError(
             f"{one['name']} is {found.dtype} {list(found.shape)}, the program was saved for "
@@ -268,3 +313,15 @@ def _make_tensor(
     if one["parameter"] and not isinstance(found, nn.Parameter):
         return nn.Parameter(found, requires_grad=False)
     return found
+
+
+def _lay_out(tensor: torch.Tensor, strides: list[int]) -> torch.Tensor:
+    """Return a tensor as it was laid out in the model: files hold dense rows, programs read by
+    strides."""
+    if list(tensor.stride()) == strides:
+        return tensor
+    part = tensor
+    for d, stride in enumerate(strides):
+        if stride == 0 and tensor.shape[d] > 1:
+            part = part.narrow(d, 0, 1)
+    return part.new_empty_strided(part.shape, strides).copy_(part).expand(tensor.shape)

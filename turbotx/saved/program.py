@@ -32,11 +32,12 @@ from turbotx.runtime.planned import (
 )
 from turbotx.runtime.segments import Packing, SegmentedRuntime
 from turbotx.runtime.state import Evaluate, Maker, Step
-from turbotx.runtime.weights import Weights
+from turbotx.runtime.weights import Kind, Weights
 from turbotx.saved.calls import decode_nodes
 from turbotx.saved.native import Libraries
-from turbotx.saved.steps import make_step, window_of
+from turbotx.saved.steps import alias_of, make_step, window_of
 from turbotx.saved.values import compile_texts, decode_constant, decode_tree
+from turbotx.traced_float import FloatInput
 
 MAX_SHAPES = 256
 
@@ -58,6 +59,10 @@ class SavedProgram(PlannedCall):
         self.tables = tables
         dims = tuple(tables["dims"])
         self._matcher = _Matcher(tables, dims)
+        self.floats = tuple(
+            FloatInput(place, decode_constant(fixed), nonzero)
+            for place, fixed, nonzero in tables["floats"]
+        )
         super().__init__(
             _read_formulas(tables, dims),
             Places(
@@ -67,6 +72,8 @@ class SavedProgram(PlannedCall):
                     for o in tables["outputs"]
                 ],
                 planned=[(name, place, slot) for name, place, slot in tables["memory"]["planned"]],
+                orders=[x["order"] for x in tables["inputs"]],
+                raw={x["tensor"] for x in tables["inputs"] if x["raw"]},
             ),
             _read_planner(tables["memory"]),
             runtime,
@@ -102,6 +109,8 @@ class SavedProgram(PlannedCall):
             return lambda state: state.tensors[name]
         if "window" in leaf:
             return window_of(leaf["window"], self.dims)
+        if "alias" in leaf:
+            return alias_of(leaf, self.dims)
         if "size" in leaf:
             return make_size(compile_texts([leaf["size"]], self.dims))
         constant = decode_constant(leaf["constant"])
@@ -142,7 +151,11 @@ def read_weights(
     weights = tables["weights"]
     nodes = decode_nodes(weights["prepared"], place)
     prepared = {name: nodes[name] for name in weights["prepared_names"]}
-    return Weights(model, constants, weights["paths"], prepared)
+    kinds = {
+        name: Kind(decode_constant(k["dtype"]), tuple(k["shape"]), tuple(k["strides"]), place)
+        for name, k in weights["kinds"].items()
+    }
+    return Weights(model, constants, weights["paths"], prepared, kinds)
 
 
 class SavedCpuRuntime(SegmentedRuntime):
@@ -195,8 +208,7 @@ class _Matcher:
         self._dims, self._inputs = dims, tables["inputs"]
         self._sizes = compile_texts([s["text"] for x in self._inputs for s in x["sizes"]], dims)
         self._guards = [
-            (compile_texts([condition], dims), least, text)
-            for condition, text, least in tables["guards"]
+            (compile_texts([condition], dims), text) for condition, text in tables["guards"]
         ]
 
     def match(self, shapes: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
@@ -224,7 +236,10 @@ class _Matcher:
         for (place, size, actual), expected in zip(places, self._sizes(*dims), strict=True):
             if actual != expected:
                 return (), f"{place} is {actual}, not {size['text']} = {expected}"
-        for holds, least, text in self._guards:
-            if not (all(holds(*dims)) or all(holds(*(max(least, x) for x in dims)))):
+        for name, value in found.items():
+            if value < 1:
+                return (), f"{name} is {value}; a call with a size of 0 is captured by itself"
+        for holds, text in self._guards:
+            if not all(holds(*dims)):
                 return (), f"{text} does not hold"
         return dims, ""

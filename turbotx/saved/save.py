@@ -23,7 +23,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx import __version__
-from turbotx.engine import Engine, Variant
+from turbotx.engine import Engine
 from turbotx.errors import SaveError
 from turbotx.kernels.build import build_library
 from turbotx.kernels.targets import build
@@ -43,8 +43,9 @@ from turbotx.saved.gpu_program import (
     variants_entry,
 )
 from turbotx.saved.native import cpu_features, runtime_digest
-from turbotx.saved.values import Leaf, encode_constant, encode_tree
+from turbotx.saved.values import Leaf, encode_ambient, encode_constant, encode_tree
 from turbotx.saved.variants import Variants
+from turbotx.variant import Variant
 
 
 def save(
@@ -52,7 +53,7 @@ def save(
     targets: Sequence[str] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:  # fmt: skip
-    """Write every call that `optimized` has compiled so far to one file.
+    """Write every call that `optimized` has compiled so far, as its model is now, to one file.
 
     weights: also write the model's parameters and buffers (needs the extra `weights`); without them
     `turbotx.load` is given them. Buffers that are no part of the state dict are always written.
@@ -65,9 +66,17 @@ def save(
     file cannot be written.
     """
     engine = engine_of(optimized)
-    variants = engine.keyed_variants()
+    # Those of a state that the model has left would be taken for its own, and what was compiled for
+    # parameters of another dtype or layout serves no call any more.
+    variants = [
+        (key, variant)
+        for key, variant in engine.keyed_variants()
+        if variant.holds() and not variant.program.runtime.weights.misfit()
+    ]
     if not variants:
-        raise SaveError("nothing was compiled yet: call the module once, then save it")
+        raise SaveError(
+            "nothing was compiled yet for the model as it is: call the module once, then save it"
+        )
     wanted = None if targets is None else [check_target(name) for name in targets]
     if wanted == []:
         raise SaveError("targets=[] leaves nothing to save: name some, or leave it out")
@@ -90,6 +99,7 @@ def save(
     entries["programs.json"] = json.dumps(writer.programs).encode()
     entries["state.json"] = json.dumps(_describe_state(engine.model, state)).encode()
     entries["held.safetensors"] = _to_safetensors(held)
+    entries["held.json"] = json.dumps({k: list(v.stride()) for k, v in held.items()}).encode()
     if weights:
         entries["weights.safetensors"] = _to_safetensors(_without_ties(state))
     write_container(Path(path), entries, facts)
@@ -122,7 +132,14 @@ class _Writer:
 
     def add(self, number: int, key: Any, target: str, compiled: Compiled) -> None:
         """Add a call, of a number, compiled for a target."""
-        shared = {"target": target, "variant": number, "call": _describe_call(key)}
+        shared = {
+            "target": target, "variant": number, "call": _describe_call(key),
+            "ambient": encode_ambient(compiled.captured.ambient, compiled.captured.asked),
+            "floats": [
+                [x.place, None if x.fixed is None else encode_constant(x.fixed), x.nonzero]
+                for x in compiled.captured.floats
+            ],
+        }  # fmt: skip
         if target == "cpu":
             libraries = self._add_libraries(compiled)
             described = {**shared, "libraries": libraries, **describe_for_cpu(compiled)}
@@ -193,16 +210,24 @@ def _kernels_of(compiled: Compiled) -> dict[str, tuple[bytes, Mapping[str, str]]
 
 def _describe_call(key: Any) -> dict[str, Any]:
     """Return a call's signature: its arguments' structure, dtypes and ranks, and constants."""
-    spec, described = key
+    spec, described, _ = key
     tensors: list[list[Any]] = []
     tree: list[Any] = []
     for one in described:
-        if len(one) == 3 and isinstance(one[0], torch.dtype):
-            dtype, _, rank = one
+        if len(one) >= 3 and isinstance(one[0], torch.dtype):
+            dtype, _, rank, *order = one
             tree.append(Leaf(len(tensors)))
-            tensors.append([encode_constant(dtype), rank])
+            tensors.append([encode_constant(dtype), rank, *order])
+        elif one == (float,):
+            tree.append(Leaf(len(tensors)))
+            tensors.append(["float", 0])
         else:
             tree.append(one[1])
+    if not isinstance(spec, pytree.TreeSpec):
+        raise SaveError(
+            "a call with an object among its arguments cannot be saved: pass the tensors that it "
+            "holds, or a tuple, list or dict of them"
+        )
     return {"inputs": tensors, "tree": encode_tree(pytree.tree_unflatten(tree, spec))}
 
 
@@ -233,6 +258,7 @@ def _describe_state(model: nn.Module, state: dict[str, torch.Tensor]) -> list[di
             "name": name,
             "dtype": encode_constant(tensor.dtype),
             "shape": list(tensor.shape),
+            "strides": list(tensor.stride()),
             "parameter": name in parameters,
             "tied_to": first.setdefault(_memory(tensor), name),
         }

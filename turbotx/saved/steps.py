@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from turbotx.runtime.outside import call_into
 from turbotx.runtime.planned import make_size
-from turbotx.runtime.state import Maker, RunState, Step, make_window
+from turbotx.runtime.state import Maker, RunState, Step, make_alias, make_window
 from turbotx.saved.calls import decode_arguments, decode_nodes, decode_target
 from turbotx.saved.values import compile_texts, decode_constant
 
@@ -58,6 +58,20 @@ def make_step(call: Mapping[str, Any], dims: Sequence[str], place: torch.device)
         call_into(target, given, options, windows, call["has_out"])
 
     return step
+
+
+def alias_of(leaf: Mapping[str, Any], dims: Sequence[str]) -> Callable[[RunState], torch.Tensor]:
+    """Return a function that gives a leaf that is an input, a parameter or a view of one."""
+    special = {"size": lambda text: _Made(make_size(compile_texts([text], dims)))}
+
+    def filled(structure: Any) -> Maker:
+        decoded = decode_arguments(structure, special)
+        return lambda state: _fill(decoded, state)
+
+    steps = [
+        (decode_target(s["target"]), filled(s["args"]), filled(s["kwargs"])) for s in leaf["steps"]
+    ]
+    return make_alias(leaf["alias"], steps)
 
 
 @dataclass(frozen=True)

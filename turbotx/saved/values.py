@@ -82,6 +82,23 @@ def decode_constant(value: Any) -> Any:
     return found
 
 
+# --- the state around a call ---
+
+
+def encode_ambient(ambient: Sequence[Any], asked: Sequence[int]) -> dict[str, Any]:
+    """Return what a trace was made in as JSON; asked: what its Python code asked for, by place."""
+    autocast, dtype, modes, *rest = ambient
+    on = [[device, encode_constant(kind)] for device, kind in autocast]
+    return {"state": [on, encode_constant(dtype), list(modes), *rest], "asked": list(asked)}
+
+
+def decode_ambient(value: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Return the state and the places in it that were asked for."""
+    autocast, dtype, modes, *rest = value["state"]
+    on = tuple((device, decode_constant(kind)) for device, kind in autocast)
+    return (on, decode_constant(dtype), tuple(modes), *rest), tuple(value["asked"])
+
+
 # --- nested values ---
 
 

@@ -1,0 +1,192 @@
+"""Ambient: the state around a call that decides what PyTorch computes, and so what a trace records.
+
+In: nothing; it is read from PyTorch, for this thread. Out: a tuple that is part of what a call is
+told from others by (under a microsecond), and ways to run without it::
+
+    read_ambient()  ->  ((("cpu", torch.bfloat16),), torch.float32, (), False, ...)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+Ambient = tuple[Any, ...]
+"""What `read_ambient` returns, in the order of NAMES."""
+
+NAMES = (
+    "torch.autocast", "torch.get_default_dtype", "torch.get_default_device and the like",
+    "torch.are_deterministic_algorithms_enabled",
+    "torch.is_deterministic_algorithms_warn_only_enabled",
+    "torch.get_float32_matmul_precision", "torch.backends.cuda.flash_sdp_enabled",
+    "torch.backends.cuda.math_sdp_enabled", "torch.backends.cuda.mem_efficient_sdp_enabled",
+    "torch.backends.cuda.cudnn_sdp_enabled", "torch.is_grad_enabled",
+    "torch.is_inference_mode_enabled",
+)  # fmt: skip
+
+DECISIVE = 3
+"""The first ones decide every trace; the others where Python code asks for them (`watch_reads`)."""
+
+DEVICES = ("cpu", "cuda")
+"""What turbotx runs on: autocast for others does not touch it."""
+
+_C: Any = torch._C
+_any_autocast: Callable[[], bool] = _C._is_any_autocast_enabled
+_count_modes: Callable[[], int] = _C._len_torch_function_stack
+_default_dtype = torch.get_default_dtype
+_GETTERS: tuple[Callable[[], Any], ...] = (
+    _C._get_deterministic_algorithms, _C._get_deterministic_algorithms_warn_only,
+    _C._get_float32_matmul_precision, _C._get_flash_sdp_enabled, _C._get_math_sdp_enabled,
+    _C._get_mem_efficient_sdp_enabled, _C._get_cudnn_sdp_enabled, torch.is_grad_enabled,
+    torch.is_inference_mode_enabled,
+)  # fmt: skip
+
+
+def read_ambient() -> Ambient:
+    """Return all of it as it is now in this thread: hashable, equal where nothing changed."""
+    return (*read_decisive(), *(get() for get in _GETTERS))
+
+
+def read_decisive() -> Ambient:
+    """Return the part that decides every trace, in a third of a microsecond."""
+    return (
+        _autocast() if _any_autocast() else (),
+        _default_dtype(),
+        _modes() if _count_modes() else (),
+    )
+
+
+def read_asked(places: Sequence[int]) -> Ambient:
+    """Return what stands at some of the later places of NAMES."""
+    return tuple(_GETTERS[k - DECISIVE]() for k in places)
+
+
+def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
+    """Return the devices for which autocast is on, each with its dtype."""
+    on = [name for name in DEVICES if torch.is_autocast_enabled(name)]
+    return tuple((name, torch.get_autocast_dtype(name)) for name in on)
+
+
+def _modes() -> tuple[Any, ...]:
+    """Return what intercepts PyTorch's functions: devices of `with torch.device(...)`, by name, and
+    other modes as they are."""
+    modes = [_C._get_function_stack_at(k) for k in range(_count_modes())]
+    return tuple(str(d) if (d := getattr(m, "device", None)) is not None else m for m in modes)
+
+
+def unknown_modes(ambient: Ambient) -> list[str]:
+    """Return the types of the TorchFunctionModes around, less those that only set a device."""
+    return [type(mode).__name__ for mode in ambient[2] if not isinstance(mode, str)]
+
+
+def is_autocast(ambient: Ambient) -> bool:
+    return bool(ambient[0])
+
+
+def differences(ambient: Ambient, wanted: Ambient, asked: Sequence[int]) -> list[str]:
+    """Return in words what differs, of the decisive ones and of those `asked` for."""
+    return [
+        f"{NAMES[k]}: {_show(k, ambient[k])} now, {_show(k, wanted[k])} then"
+        for k in (*range(DECISIVE), *asked)
+        if ambient[k] != wanted[k]
+    ]
+
+
+def _show(place: int, value: Any) -> str:
+    if place == 0:
+        return " and ".join(f"{dtype} on {device}" for device, dtype in value) or "off"
+    if place == 2:
+        return ", ".join(m if isinstance(m, str) else type(m).__name__ for m in value) or "none"
+    return str(value)
+
+
+def without_autocast() -> AbstractContextManager[object]:
+    """Meanwhile, in this thread, ops compute in the dtypes that they are given."""
+    return _Off() if _any_autocast() else _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+class _Off:
+    def __enter__(self) -> None:
+        self.on = [name for name in DEVICES if torch.is_autocast_enabled(name)]
+        for name in self.on:
+            torch.set_autocast_enabled(name, False)
+
+    def __exit__(self, *error: object) -> None:
+        for name in self.on:
+            torch.set_autocast_enabled(name, True)
+
+
+@contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """Meanwhile, in this thread, every cast of autocast is made: a trace would leave fake tensors
+    in the cache, and would miss the casts that are in it."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+# --- what Python code asks for ---
+
+_WATCHED: tuple[tuple[Any, str, int], ...] = (
+    (torch, "are_deterministic_algorithms_enabled", 3),
+    (torch, "is_deterministic_algorithms_warn_only_enabled", 4),
+    (torch, "get_deterministic_debug_mode", 3),
+    (torch, "get_float32_matmul_precision", 5),
+    (torch.backends.cuda, "flash_sdp_enabled", 6),
+    (torch.backends.cuda, "math_sdp_enabled", 7),
+    (torch.backends.cuda, "mem_efficient_sdp_enabled", 8),
+    (torch.backends.cuda, "cudnn_sdp_enabled", 9),
+    (torch, "is_grad_enabled", 10),
+    (torch, "is_inference_mode_enabled", 11),
+)
+_INSIDE = str(Path(torch.__file__).parent) + os.sep
+
+
+@contextmanager
+def watch_reads(ambient: Ambient) -> Iterator[set[int]]:
+    """Give a set that takes the places in NAMES of what is asked for meanwhile in this thread.
+
+    A trace runs without gradients: who asks for the mode, outside PyTorch itself (which asks all
+    the time, and whose results do not depend on it), is told the caller's. One at a time.
+    """
+    asked: set[int] = set()
+    thread = threading.get_ident()
+    with ExitStack() as stack:
+        for owner, name, place in _WATCHED:
+            original = getattr(owner, name, None)
+            if original is not None:
+                watched = _watched(original, place, ambient, asked, thread)
+                stack.enter_context(patch.object(owner, name, watched))
+        yield asked
+
+
+def _watched(
+    original: Callable[[], Any], place: int, ambient: Ambient, asked: set[int], thread: int
+) -> Callable[[], Any]:
+    mode = NAMES[place] in ("torch.is_grad_enabled", "torch.is_inference_mode_enabled")
+
+    def ask() -> Any:
+        if threading.get_ident() != thread:
+            return original()
+        if not mode:
+            asked.add(place)
+        elif not sys._getframe(1).f_code.co_filename.startswith(_INSIDE):
+            asked.add(place)
+            return ambient[place]
+        return original()
+
+    return ask

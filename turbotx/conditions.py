@@ -1,0 +1,109 @@
+"""Conditions: whether a part of a condition in Python code decides anything.
+
+In: a frame that is about to branch on one operand of `a and b and c`. Out: whether another operand
+settles the whole, whatever this one is, for example while `q.shape[2] > 1` is asked::
+
+    is_causal = q.shape[2] > 1 and attention_mask is None        # with a mask: False anyway
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import linecache
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+
+_UNKNOWN = object()
+_ABOUT_TRACING = {"is_compiling", "is_exporting", "is_dynamo_compiling", "is_torchdynamo_compiling"}
+"""Functions of PyTorch and transformers that tell whether a trace is on."""
+_BEFORE = 4
+"""Instructions, with their caches, between what makes an operand and the jump over the others."""
+
+
+def decides_nothing(frame: FrameType) -> bool:
+    """Tell whether the frame's present operand of an `and` or `or` cannot change the whole.
+
+    Understands flags, a size beside itself, whether a name is None, and whether a trace is on. An
+    operand in code without source, or that others follow before one settles the whole, decides; in
+    Python 3.10, which keeps no columns, every one does.
+    """
+    settles, following = _find_condition(frame.f_code, frame.f_lasti)
+    for operand in following:
+        value = _value(operand, frame)
+        if value is _UNKNOWN:
+            return False
+        if value is settles:
+            return True
+    return False
+
+
+@functools.lru_cache(maxsize=256)
+def _find_condition(code: CodeType, offset: int) -> tuple[bool, list[ast.expr]]:
+    """Return the operands after the one that is computed at a place in code, and what settles."""
+    places = getattr(code, "co_positions", None)
+    if places is None:
+        return False, []
+    # The jump is of the whole condition; a few places before it is what made the operand.
+    last = offset // 2
+    near = set(list(places())[max(0, last - _BEFORE) : last + 1])
+    found: tuple[bool, list[ast.expr]] = False, []
+    for node in _find_conditions(code.co_filename):  # inner ones come last
+        for k, part in enumerate(node.values):
+            if (part.lineno, part.end_lineno, part.col_offset, part.end_col_offset) in near:
+                found = isinstance(node.op, ast.Or), node.values[k + 1 :]
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _find_conditions(filename: str) -> list[ast.BoolOp]:
+    try:
+        tree = ast.parse("".join(linecache.getlines(filename)))
+    except (SyntaxError, ValueError):
+        return []
+    return [node for node in ast.walk(tree) if isinstance(node, ast.BoolOp)]
+
+
+def _value(operand: ast.expr, frame: FrameType) -> Any:
+    """Return the bool that an operand is, running no code of the model; _UNKNOWN for others."""
+    if isinstance(operand, ast.Name):
+        value = frame.f_locals.get(operand.id, _UNKNOWN)
+        return value if isinstance(value, bool) else _UNKNOWN
+    if isinstance(operand, ast.UnaryOp) and isinstance(operand.op, ast.Not):
+        value = _value(operand.operand, frame)
+        return _UNKNOWN if value is _UNKNOWN else not value
+    if isinstance(operand, ast.Compare) and len(operand.ops) == 1:
+        left, right = operand.left, operand.comparators[0]
+        if isinstance(left, ast.Name) and isinstance(right, ast.Name):
+            return _compare(operand.ops[0], *(frame.f_locals.get(n.id) for n in (left, right)))
+        nothing = isinstance(right, ast.Constant) and right.value is None
+        known = isinstance(left, ast.Name) and left.id in frame.f_locals
+        if known and nothing and isinstance(operand.ops[0], (ast.Is, ast.IsNot)):
+            return (frame.f_locals[ast.unparse(left)] is None) == isinstance(operand.ops[0], ast.Is)
+    if isinstance(operand, ast.Call) and not operand.args and not operand.keywords:
+        return _ask_about_tracing(operand.func, frame)
+    return _UNKNOWN
+
+
+_SAME = (ast.Eq, ast.LtE, ast.GtE)
+_OTHER = (ast.NotEq, ast.Lt, ast.Gt)
+
+
+def _compare(operator: ast.cmpop, left: Any, right: Any) -> Any:
+    """Return what a comparison of one size with itself is."""
+    sizes = isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt)
+    if sizes and left.node.expr == right.node.expr and isinstance(operator, _SAME + _OTHER):
+        return isinstance(operator, _SAME)
+    return _UNKNOWN
+
+
+def _ask_about_tracing(function: ast.expr, frame: FrameType) -> Any:
+    first, *parts = ast.unparse(function).split(".")
+    if (parts or [first])[-1] not in _ABOUT_TRACING:
+        return _UNKNOWN
+    found: Any = frame.f_globals.get(first, _UNKNOWN)
+    for part in parts:
+        found = getattr(found, part, _UNKNOWN)
+    return bool(found()) if callable(found) else _UNKNOWN

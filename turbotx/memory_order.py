@@ -1,0 +1,66 @@
+"""Memory order: in which order a tensor's dims lie, and the tensor by that order.
+
+In: an input of a call. Out: its dims from the slowest in memory to the fastest, where that is not
+how it counts them: calls are captured for it, since eager's results lie by it::
+
+    memory_order(torch.empty(2, 3, 8).transpose(1, 2))  ->  (0, 2, 1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return a tensor's dims from the slowest in memory to the fastest; None where that is theirs.
+
+    Dims of one element, and those that repeat one, stand where they are.
+    """
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    moved = [d for d, (n, s) in enumerate(zip(tensor.shape, strides, strict=True)) if n > 1 and s]
+    order = list(range(tensor.dim()))
+    for place, d in zip(moved, sorted(moved, key=lambda d: -strides[d]), strict=True):
+        order[place] = d
+    return tuple(order) if order != list(range(tensor.dim())) else None
+
+
+def by_order(values: Sequence[T], order: Sequence[int] | None) -> tuple[T, ...]:
+    """Return what is said of each dim, from the slowest dim in memory on."""
+    return tuple(values) if order is None else tuple(values[d] for d in order)
+
+
+def inverse(order: Sequence[int] | None) -> list[int] | None:
+    """Return the order that leads back."""
+    return None if order is None else sorted(range(len(order)), key=order.__getitem__)
+
+
+def in_memory(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
+    """Return a tensor by its dims' order in memory, as programs take it."""
+    return tensor if order is None else tensor.permute(*order)
+
+
+def key_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what of an input decides which capture serves it, whatever its sizes are."""
+    order = memory_order(tensor)
+    kind = (tensor.dtype, tensor.device, tensor.dim())
+    return kind if order is None else (*kind, order)
+
+
+def make_dense(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
+    """Return a tensor by its dims' order in memory, dense from where its memory begins; itself
+    where it is that."""
+    if order is None and tensor.is_contiguous() and tensor.storage_offset() == 0:
+        return tensor
+    return in_memory(tensor.detach(), order).clone(memory_format=torch.contiguous_format)
+
+
+def moved_dims(dims: Sequence[int], order: Sequence[int] | None) -> list[int]:
+    """Return where some of the dims are, by their order in memory."""
+    return list(dims) if order is None else sorted(order.index(d) for d in dims)

@@ -1,0 +1,221 @@
+"""Values: what a value that a trace read is told from others by, and what shows that it changed.
+
+In: anything that an attribute, a global or a closure holds. Out: a description that is equal only
+for what a trace would have taken for the same, and the dicts and lists it came from::
+
+    Look()(-0.0)        ->  (float, "-0x0.0p+0")        told from 0.0, and nan is like itself
+    Look()({"a": [1]})  ->  (dict, (((str, "a"), (list, ((int, 1),))),))
+
+Plain constants go by type and value, containers by what they hold, numpy arrays by their bytes
+while they are small, tensors, modules, functions and other objects by which they are. The
+attributes of an object are noted when they are read (`recorder.py`); those of a class that cannot
+be watched so, as types.SimpleNamespace, are looked at with the object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import enum
+import functools
+import sys
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+MAX_DEPTH = 8
+"""Containers in containers; deeper ones go by which they are."""
+MAX_ITEMS = 4096
+"""Items of one value in all, and elements of a numpy array; those beyond go by which they are."""
+
+MISSING = enum.Enum("MISSING", "missing").missing  # type: ignore[attr-defined]
+"""What an attribute is that is not there; hasattr looks for some."""
+
+_EXACT = (bool, int, str, bytes, type(None), type(Ellipsis), range)
+_CONSTANT = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum)
+_SEQUENCES = (list, tuple, collections.deque)
+_SNAPSHOT = (types.SimpleNamespace, argparse.Namespace)
+_LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "triton", "turbotx"}
+_HEAP_TYPE = 1 << 9
+
+unwatchable: set[type] = set()
+"""Classes that refused to have their reads noted: their objects are looked at as a whole."""
+
+
+def is_library(name: str | None) -> bool:
+    """Tell a module of Python, PyTorch or turbotx from one of a user, or of a library of models."""
+    return name is None or name.partition(".")[0] in _LIBRARIES
+
+
+def is_watchable(cls: type) -> bool:
+    """Tell whether reads of attributes of its objects are noted: classes of users, and of libraries
+    of models, written in Python."""
+    if not cls.__flags__ & _HEAP_TYPE or cls in unwatchable:
+        return False
+    if issubclass(cls, (nn.Module, torch.Tensor, enum.Enum, type)):
+        return False
+    return not is_library(getattr(cls, "__module__", None))
+
+
+class Look:
+    """Describes values; afterwards `dicts`, `lists`, `cells`, `tensors` and `sets` are what to
+    watch for changes, and `unversioned` tells that some content can only be compared."""
+
+    def __init__(self, left_out: Mapping[int, frozenset[Any] | None] | None = None) -> None:
+        """left_out: by the id of a container, keys that do not count, or None for all it holds."""
+        self._left_out = left_out or {}
+        self.held: set[int] = set()  # every container that was looked into, or left out
+        self.dicts: dict[int, dict[Any, Any]] = {}
+        self.lists: dict[int, list[Any]] = {}
+        self.cells: dict[int, types.CellType] = {}
+        self.tensors: dict[int, torch.Tensor] = {}
+        self.sets: dict[int, set[Any]] = {}
+        self.kept: list[Any] = []  # so that an id stays what it was taken from
+        self.unversioned = False
+        self._items = 0
+        self._open: dict[int, int] = {}
+
+    def __call__(self, value: Any, depth: int = 0) -> Any:
+        """Return what `value` is told from others by: hashable parts, compared with ==."""
+        cls = type(value)
+        if cls in _EXACT:
+            return cls, value
+        if cls is float:
+            return cls, value.hex()
+        if cls is complex:
+            return cls, value.real.hex(), value.imag.hex()
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, _CONSTANT):
+            return cls, value
+        if isinstance(value, (np.ndarray, np.generic)):
+            return self._array(value)
+        if isinstance(value, nn.Module) or depth > MAX_DEPTH or self._items > MAX_ITEMS:
+            return self._which(value)
+        if id(value) in self._open:
+            return "again", self._open[id(value)]
+        return self._contents(cls, value, depth)
+
+    def _contents(self, cls: type, value: Any, depth: int) -> Any:
+        """Describe a container, or what is to be looked at as one."""
+        self._open[id(value)] = len(self._open)
+        self.held.add(id(value))
+        hidden = self._left_out.get(id(value), frozenset())
+        try:
+            if hidden is None:
+                return self._which(value)
+            if isinstance(value, dict):
+                self.dicts[id(value)] = value
+                items = dict.items(value)
+                if hidden:
+                    self.kept.append(value)
+                    items = [(k, v) for k, v in items if k not in hidden]  # type: ignore[assignment]
+                    return cls, id(value), self._pairs(items, depth), self._own(value, depth)
+                return cls, self._pairs(items, depth), self._own(value, depth)
+            if isinstance(value, _SEQUENCES):
+                if isinstance(value, list):
+                    self.lists[id(value)] = value
+                self.unversioned |= isinstance(value, collections.deque)
+                return cls, self._each(value, depth), self._own(value, depth)
+            if isinstance(value, (set, frozenset)):
+                if isinstance(value, set):
+                    self.sets[id(value)] = value
+                return cls, frozenset(self._each(value, depth))
+            if isinstance(value, functools.partial):
+                parts = (value.func, value.args, value.keywords)
+                return cls, self._each(parts, depth)
+            if isinstance(value, types.MethodType):  # made anew by each read
+                return cls, self._which(value.__func__), self._which(value.__self__)
+            if isinstance(value, slice):
+                return cls, self._each((value.start, value.stop, value.step), depth)
+            if isinstance(value, _SNAPSHOT):
+                return cls, self._own(value, depth, always=True)
+            if cls in unwatchable:
+                return self._which(value), self._own(value, depth, always=True)
+            return self._which(value)
+        finally:
+            del self._open[id(value)]
+
+    def _own(self, value: Any, depth: int, always: bool = False) -> Any:
+        """Describe attributes that nobody notes the reads of."""
+        if not always and (is_watchable(type(value)) or type(value).__module__ == "builtins"):
+            return None
+        attributes = getattr(value, "__dict__", None)
+        return None if not attributes else self(attributes, depth + 1)
+
+    def _pairs(self, items: Any, depth: int) -> tuple[Any, ...]:
+        self._items += len(items)
+        if self._items > MAX_ITEMS:
+            return self._which_all([x for pair in items for x in pair])
+        return tuple((self(k, depth + 1), self(v, depth + 1)) for k, v in list(items))
+
+    def _each(self, values: Any, depth: int) -> tuple[Any, ...]:
+        self._items += len(values)
+        if self._items > MAX_ITEMS:
+            return self._which_all(list(values))
+        return tuple(self(v, depth + 1) for v in list(values))
+
+    def _tensor(self, value: torch.Tensor) -> Any:
+        """Describe a tensor that is no module's: a trace takes what it holds for a constant."""
+        if value.is_inference() or not _has_data(value):
+            self.unversioned = True
+            return self._which(value)
+        self.tensors[id(value)] = value
+        return self._which(value), value._version, value.data_ptr()
+
+    def place_of(self, value: torch.Tensor) -> Any:
+        """Describe a tensor by which it is and where it lies, whatever it holds."""
+        described = self(value)
+        return described[0], described[-1]
+
+    def _array(self, value: Any) -> Any:
+        if value.size > MAX_ITEMS or value.dtype.hasobject:
+            return self._which(value)
+        self.unversioned |= isinstance(value, np.ndarray)
+        return type(value), value.dtype.str, value.shape, value.tobytes()
+
+    def _which_all(self, values: list[Any]) -> tuple[Any, ...]:
+        self.kept.append(values)
+        return "are", *map(id, values)
+
+    def _which(self, value: Any) -> tuple[str, int]:
+        self.kept.append(value)
+        return "is", id(value)
+
+
+def describe_own_tensor(tensor: torch.Tensor | None) -> Any:
+    """Describe a parameter or buffer in its module, which programs read anew when it is replaced:
+    not which one it is, but what a trace sees of it."""
+    if tensor is None or not isinstance(tensor, torch.Tensor):
+        return type(tensor), tensor if tensor is None else id(tensor)
+    strides = tensor.stride() if tensor.layout is torch.strided else None
+    return type(tensor), tensor.dtype, tensor.device, tuple(tensor.shape), strides
+
+
+def describe_table(look: Look, table: Mapping[str, Any]) -> Any:
+    """Describe a module's whole `_parameters`, `_buffers` or `_modules`."""
+    look.dicts[id(table)] = table  # type: ignore[assignment]
+    return tuple(
+        (k, look(v) if isinstance(v, nn.Module) else describe_own_tensor(v))
+        for k, v in table.items()
+    )
+
+
+def _has_data(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+
+
+def show(value: Any) -> str:
+    """Return a value as a message has it."""
+    if value is MISSING:
+        return "not there"
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, nn.Module):
+        return f"a {type(value).__name__}"
+    text = repr(value) if type(value) in (*_EXACT, float, list, tuple, dict, set) else ""
+    return text if text and len(text) <= 80 else f"a {type(value).__name__}"

@@ -1,0 +1,275 @@
+"""Traced floats: a Python float among a call's arguments is an input of its program.
+
+In: a number and the tensor of no dims that carries it in the trace. Out: what takes the number's
+place in the user's code: arithmetic on it is traced; whoever asks for its value (a branch on it,
+math.sqrt) gets it, and the capture then serves that value only::
+
+    x * scale  ->  mul(x, scale.to(float32));    if scale > 0.5: ...  ->  scale is read
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Tensor: Any = torch.Tensor
+
+
+@dataclass(frozen=True)
+class FloatInput:
+    """A float among a program's inputs: its place among them, the value that it must have where
+    the model's Python code asked for it, and whether it was divided by."""
+
+    place: int
+    fixed: float | None
+    nonzero: bool
+
+    @property
+    def is_particular(self) -> bool:
+        """Whether it does not serve every number."""
+        return self.fixed is not None or self.nonzero
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        if not self.is_particular:
+            return True
+        value = float(tensors[self.place].item())
+        fits = self.fixed is None or value.hex() == self.fixed.hex()
+        return fits and (value != 0.0 or not self.nonzero)
+
+
+def describe_floats(floats: Sequence[FloatInput]) -> str:
+    """Return in words which numbers a program serves."""
+    told = [
+        f"{'not 0.0' if x.fixed is None else x.fixed!r} (input {x.place})"
+        for x in floats
+        if x.is_particular
+    ]
+    return " and ".join(told)
+
+
+class TracedFloat:
+    """A float whose value a trace need not know; `isinstance(x, float)` holds.
+
+    reads: takes the places of the inputs whose value was asked for. nonzero: those that were
+    divided by, where Python raises for 0.0.
+    """
+
+    __slots__ = ("_is_input", "_nonzero", "_places", "_reads", "_tensor", "_value")
+
+    def __init__(
+        self, value: float, tensor: torch.Tensor, places: frozenset[int], reads: set[int],
+        nonzero: set[int], is_input: bool = True,
+    ) -> None:  # fmt: skip
+        self._value, self._tensor, self._places = value, tensor, places
+        self._reads, self._nonzero, self._is_input = reads, nonzero, is_input
+
+    __class__ = property(lambda self: float)
+
+    def read(self) -> float:
+        """Return the number: what was traced holds for this one only."""
+        self._reads |= self._places
+        return self._value
+
+    def _made(self, value: float, tensor: torch.Tensor, places: frozenset[int]) -> TracedFloat:
+        return TracedFloat(value, tensor, places, self._reads, self._nonzero, False)
+
+    # --- arithmetic ---
+
+    def _with(self, other: Any, compute: Callable[[Any, Any], Any], flipped: bool) -> Any:
+        if isinstance(other, torch.Tensor):
+            return NotImplemented  # the tensor's own operator comes to __torch_function__
+        traced = type(other) is TracedFloat
+        if not traced and type(other) not in (int, float):
+            return compute(other, self.read()) if flipped else compute(self.read(), other)
+        places = self._places | (other._places if traced else frozenset())
+        values, tensors = [self._value], [self._tensor]
+        values.append(other._value if traced else float(other))
+        # As a tensor: a number divided by one is computed by way of its reciprocal.
+        tensors.append(other._tensor if traced else torch.full_like(self._tensor, float(other)))
+        if flipped:
+            values.reverse()
+            tensors.reverse()
+        return self._made(compute(*values), compute(*tensors), places)
+
+    def __add__(self, other: Any) -> Any:
+        return self._with(other, operator.add, False)
+
+    def __radd__(self, other: Any) -> Any:
+        return self._with(other, operator.add, True)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._with(other, operator.sub, False)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._with(other, operator.sub, True)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._with(other, operator.mul, False)
+
+    def __rmul__(self, other: Any) -> Any:
+        return self._with(other, operator.mul, True)
+
+    def __truediv__(self, other: Any) -> Any:
+        if type(other) is TracedFloat and not other._is_nonzero():
+            return self.read() / other.read()
+        return self._with(other, operator.truediv, False)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        if isinstance(other, torch.Tensor) or self._is_nonzero():
+            return self._with(other, operator.truediv, True)
+        return other / self.read()
+
+    def _is_nonzero(self) -> bool:
+        """Whether it can be divided by: it is an input itself, which every call can look at."""
+        if self._is_input and self._value:
+            self._nonzero |= self._places
+        return self._is_input and bool(self._value)
+
+    def __neg__(self) -> TracedFloat:
+        return self._made(-self._value, -self._tensor, self._places)
+
+    def __pos__(self) -> TracedFloat:
+        return self
+
+    def __abs__(self) -> TracedFloat:
+        return self._made(abs(self._value), self._tensor.abs(), self._places)
+
+    # --- in PyTorch's functions ---
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        rule = None if kwargs else _RULES.get(func)
+        if rule is not None:
+            found = rule(func, args)
+            if found is not NotImplemented:
+                return found
+        return func(*read_floats(args), **read_floats(kwargs or {}))
+
+
+class FloatReads:
+    """What one trace takes for granted of the floats among a call's arguments.
+
+    fixed: give the numbers themselves, where what the model calls takes nothing else.
+    """
+
+    def __init__(self) -> None:
+        self.fixed = False
+        self._reads: set[int] = set()
+        self._nonzero: set[int] = set()
+
+    def begin(self) -> None:
+        self._reads.clear()
+        self._nonzero.clear()
+
+    def make(self, value: float, tensor: torch.Tensor, place: int) -> float | TracedFloat:
+        """Return what stands for a number in the trace; place: of its tensor among the inputs."""
+        if self.fixed:
+            self._reads.add(place)
+            return value
+        return TracedFloat(value, tensor, frozenset((place,)), self._reads, self._nonzero)
+
+    def describe(self, place: int, value: float) -> FloatInput:
+        fixed = value if place in self._reads else None
+        return FloatInput(place, fixed, place in self._nonzero)
+
+
+def read_floats(value: Any) -> Any:
+    """Return arguments with numbers in the place of traced floats, at any depth."""
+    if type(value) is TracedFloat:
+        return value.read()
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        made = [read_floats(v) for v in value]
+        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+    if isinstance(value, Mapping):
+        return {k: read_floats(v) for k, v in value.items()}
+    return value
+
+
+def _result(tensor: torch.Tensor) -> torch.dtype | None:
+    """Return the dtype that PyTorch gives an op of a tensor and a Python float; None where the
+    number does not end in it as one of no more than its own digits."""
+    found = torch.result_type(tensor, 1.0)
+    if found in (torch.float32, torch.float64):
+        return found
+    return found if found == tensor.dtype and found in (torch.bfloat16, torch.float16) else None
+
+
+def _arithmetic(func: Any, args: tuple[Any, ...]) -> Any:
+    """x * number: computed in float32 at least, and rounded to x's dtype, as PyTorch does."""
+    if len(args) != 2 or not any(isinstance(a, torch.Tensor) for a in args):
+        return NotImplemented
+    tensor = next(a for a in args if isinstance(a, torch.Tensor))
+    dtype = _result(tensor)
+    if dtype is None:
+        return NotImplemented
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    result = func(*(a._tensor.to(wide) if type(a) is TracedFloat else a for a in args))
+    in_place = result.dtype == tensor.dtype
+    return result if in_place or result.dtype == dtype else result.to(dtype)
+
+
+def _same_dtype(func: Any, args: tuple[Any, ...]) -> Any:
+    """x > number, where(c, x, number), x.masked_fill(m, number): the number in x's dtype."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor) and a.dtype is not torch.bool]
+    if len(tensors) != 1:
+        return NotImplemented
+    dtype = _result(tensors[0])
+    if dtype is None or (func in _FILLS and dtype != tensors[0].dtype):
+        return NotImplemented
+    return func(*(a._tensor.to(dtype) if type(a) is TracedFloat else a for a in args))
+
+
+_FILLS = (torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_)
+_RULES: dict[Any, Callable[[Any, tuple[Any, ...]], Any]] = {
+    **dict.fromkeys(
+        (
+            torch.add, torch.sub, torch.mul, torch.div, torch.true_divide, torch.rsub,
+            torch.multiply, torch.divide, torch.subtract,
+            Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, Tensor.true_divide,
+            Tensor.multiply, Tensor.divide, Tensor.subtract,
+            Tensor.__add__, Tensor.__radd__, Tensor.__sub__, Tensor.__rsub__, Tensor.__mul__,
+            Tensor.__rmul__, Tensor.__truediv__, Tensor.__rtruediv__, Tensor.__rdiv__,
+            Tensor.__iadd__, Tensor.__isub__, Tensor.__imul__, Tensor.__itruediv__,
+            Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.div_,
+        ),
+        _arithmetic,
+    ),
+    **dict.fromkeys(
+        (
+            torch.gt, torch.lt, torch.ge, torch.le, torch.eq, torch.ne,
+            Tensor.gt, Tensor.lt, Tensor.ge, Tensor.le, Tensor.eq, Tensor.ne,
+            Tensor.__gt__, Tensor.__lt__, Tensor.__ge__, Tensor.__le__, Tensor.__eq__,
+            Tensor.__ne__, torch.where, *_FILLS,
+        ),
+        _same_dtype,
+    ),
+}  # fmt: skip
+
+
+def _reader(name: str) -> Callable[..., Any]:
+    """Return a method that asks for the number, and does with it what floats do."""
+    own = getattr(float, name)
+
+    def method(self: TracedFloat, *args: Any) -> Any:
+        if any(isinstance(a, torch.Tensor) for a in args):
+            return NotImplemented
+        return own(self.read(), *read_floats(args))
+
+    return method
+
+
+for _name in (
+    "__bool__", "__float__", "__int__", "__trunc__", "__round__", "__floor__", "__ceil__",
+    "__hash__", "__str__", "__repr__", "__format__", "__eq__", "__ne__", "__lt__", "__le__",
+    "__gt__", "__ge__", "__pow__", "__rpow__", "__mod__", "__rmod__", "__floordiv__",
+    "__rfloordiv__", "__divmod__", "__rdivmod__", "is_integer", "hex", "as_integer_ratio",
+    "conjugate",
+):  # fmt: skip
+    setattr(TracedFloat, _name, _reader(_name))
+del _name
