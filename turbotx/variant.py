@@ -44,8 +44,12 @@ class Variant:
     def leave(self, outputs: Sequence[Any]) -> list[Any]:
         """Leave behind what a call of the model leaves; return the call's own results."""
         count = self.out_spec.num_leaves
+        guard = self.guard
+        calm = guard is not None and guard.is_untouched()
         for effect in self.effects:
             effect.replay(outputs[count:])
+        if guard is not None and calm:
+            guard.accept_own()
         return list(outputs[:count])
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:

@@ -51,6 +51,9 @@ class Difference:
     was: str
     now: str
 
+    by_calls: bool = False
+    """Whether a call changes it itself."""
+
     @property
     def is_training(self) -> bool:
         """Whether a module was put in training mode."""
@@ -94,7 +97,9 @@ class StateRecord:
 
     def difference(self, i: int) -> Difference:
         """Return in words what differs at a place."""
-        return Difference(self.places[i], self._shown[i], show(self.places[i].read()))
+        place = self.places[i]
+        by_calls = place.key in self.changed_by_calls
+        return Difference(place, self._shown[i], show(place.read()), by_calls)
 
 
 def start_recording(model: nn.Module) -> tuple[Recorder, Names]:
