@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from sympy import Integer
 from torch import fx
 
@@ -363,18 +364,7 @@ class _Assembler:
         self, node: fx.Node, target: Any, args: Any, kwargs: Any, writes: tuple[str, ...],
         out: bool = False,
     ) -> None:  # fmt: skip
-        found: list[ir.Operand] = []
-
-        def collect(value: Any) -> None:
-            if isinstance(value, ir.Operand):
-                found.append(value)
-            elif isinstance(value, (list, tuple)):
-                for v in value:
-                    collect(v)
-            elif isinstance(value, dict):
-                collect(list(value.values()))
-
-        collect((args, kwargs))
+        found = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, ir.Operand)]
         written = tuple(w for w in writes if w)
         results = tuple(dense(self.out.tensors[w]) if w else None for w in writes)
         call = (target, args, kwargs, results, out)

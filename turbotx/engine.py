@@ -34,7 +34,7 @@ from turbotx.capture import Captured, capture
 from turbotx.collection import pause_collection
 from turbotx.errors import CaptureError, InputError, ModelChangedError, TrainingError
 from turbotx.memory.pool import ChunkPool
-from turbotx.module_state.record import training_error
+from turbotx.module_state.record import Difference, training_error
 from turbotx.observers import observers
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, bind_weights, compile_captured, compile_rewritten
@@ -48,7 +48,7 @@ from turbotx.runtime.planned import Binding
 from turbotx.signature import SizeMatcher
 from turbotx.state_guard import StateGuard
 from turbotx.tracing import tracing
-from turbotx.variant import Variant
+from turbotx.variant import Recaptures, Variant
 
 log = logging.getLogger("turbotx")
 
@@ -81,6 +81,7 @@ class Engine:
             self._variants: dict[Any, list[Variant]] = {}
             self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
             self._pools: dict[torch.device, ChunkPool] = {}
+            self._recaptures = Recaptures()
             self._asked: tuple[int, ...] = ()
             """What the traces asked PyTorch for: places in `ambient.NAMES`."""
 
@@ -181,6 +182,7 @@ class Engine:
     ) -> tuple[Variant, tuple[int, ...]]:
         """Return the variant that serves these sizes, captured now if there is none yet."""
         known, ambient = self._variants.setdefault(key, []), read_ambient()
+        changed: list[Difference] = []
         for variant in known:
             dims = variant.matcher.match([t.shape for t in tensors])
             captured = variant.compiled.captured
@@ -189,9 +191,11 @@ class Engine:
             if variant.holds():
                 return variant, dims
             if variant.guard is not None:
-                self._note_difference(variant.guard)
+                changed += self._find_difference(variant.guard)
         refuse_modes(ambient)
+        self._recaptures.refuse_endless(changed, type(self.model).__name__)
         variant = Variant(self.make(args, kwargs), self.guards_state)
+        self._recaptures.note(changed, variant)
         dims = variant.matcher.match([t.shape for t in tensors])
         if dims is None:
             why = variant.matcher.explain([t.shape for t in tensors])
@@ -208,14 +212,15 @@ class Engine:
         self._drop_unused()
         return variant, dims
 
-    def _note_difference(self, guard: StateGuard) -> None:
+    def _find_difference(self, guard: StateGuard) -> list[Difference]:
         """Say why a capture does not serve a call; raise TrainingError where that is the reason."""
         found = guard.difference()
         if found is None:
-            return
+            return []
         if found.is_training:
             raise training_error(self.model, found.place.text)
         log.info("%s changed since a capture: %s", type(self.model).__name__, found)
+        return [found]
 
     def _drop_unused(self) -> None:
         """Drop the captures longest unused, beyond `max_variants`."""

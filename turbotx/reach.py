@@ -10,6 +10,7 @@ The code is read, not run: what it reaches by a name that is made at run time is
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
 import threading
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from turbotx.leaks import find_leaks
 from turbotx.watched import CONTAINERS, Watched
@@ -30,6 +31,7 @@ MAX_ITEMS = 20_000
 """Items that are looked at in all; what lies behind is not watched."""
 
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "triton", "sympy", "turbotx"}
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 _CACHE = type(functools.lru_cache(lambda: None))
 
 
@@ -46,6 +48,10 @@ class Reach:
         self._names: dict[Any, frozenset[str]] = {}
         for value, text in shared:
             self._visit(value, text, 0, frozenset())
+        scope = nn.modules.module
+        for hooks in (scope._global_forward_hooks, scope._global_forward_pre_hooks):
+            for hook in list(hooks.values()):
+                self._visit(hook, "a hook of all modules", 0, frozenset())
         for cls in dict.fromkeys(type(m) for m in model.modules()):
             self._visit_method(cls, "forward")
 
@@ -106,7 +112,9 @@ class Reach:
         elif depth <= MAX_DEPTH and _is_users_object(value) and self._is_new(value):
             attributes = object.__getattribute__(value, "__dict__")
             self.watched.append(Watched(attributes, attributes, text))
-            self._visit_method(kind, "__call__")
+            module = isinstance(value, nn.Module)
+            depth = 0 if module else depth
+            self._visit_method(kind, "forward" if module else "__call__")
             for name, item in list(attributes.items()):
                 self._visit(item, f"{text}.{name}", depth + 1, names)
 
@@ -209,7 +217,10 @@ def _is_library(name: str | None) -> bool:
 
 def _is_users_object(value: Any) -> bool:
     kind = type(value)
-    if isinstance(value, (nn.Module, torch.Tensor, BaseException)) or _is_library(kind.__module__):
+    if isinstance(value, (torch.jit.ScriptModule, fx.GraphModule, torch.Tensor, BaseException)):
+        return False
+    known = isinstance(value, nn.Module) or kind in _NAMESPACES
+    if _is_library(kind.__module__) and not known:
         return False
     try:
         return type(object.__getattribute__(value, "__dict__")) is dict

@@ -34,10 +34,15 @@ class Sandbox:
         self._shadow = Shadow(model)
         self._reach = Reach(model, self._shadow.shared)
         self._watched = [*self._shadow.watched, *self._reach.watched]
+        self._followed = {id(w.traced) for w in self._watched}
         self._inputs: list[list[frozenset[str]]] = []
         self.model = self._shadow.model
         self.original_of = self._shadow.original_of
         self.effects: tuple[Effect, ...] = ()
+
+    def follows(self, container: object) -> bool:
+        """Tell whether what the code writes to this container or `__dict__` is noted."""
+        return id(container) in self._followed
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -60,7 +60,9 @@ class StateGuard:
         """Tell whether no container was touched since it was last looked at; False where what a
         call writes is read as well, so that `accept_own` is not to be asked."""
         watch = self._watch
-        return watch is not None and not self._record.changed_by_calls and watch.first_touched(0) < 0
+        return (
+            watch is not None and not self._record.changed_by_calls and watch.first_touched(0) < 0
+        )
 
     def accept_own(self) -> None:
         """Take what was touched since `is_untouched` for what the call itself wrote, which the

@@ -9,16 +9,22 @@ model's attributes and of globals still holds::
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 
+from turbotx.errors import CaptureError
+from turbotx.module_state.record import Difference
 from turbotx.pipeline import Compiled
 from turbotx.runtime.tensor_watch import start_native_watch
 from turbotx.signature import SizeMatcher
 from turbotx.state_guard import StateGuard
+
+MOST_RECAPTURES = 8
+"""How often a state that forward reads and changes itself may be captured anew."""
 
 
 class Variant:
@@ -59,6 +65,31 @@ class Variant:
     def numbers(self, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
         """Return the numbers among a call's arguments, as what tells calls apart."""
         return tuple(float(tensors[x.place].item()).hex() for x in self.compiled.captured.floats)
+
+
+class Recaptures:
+    """Counts captures that were made since a call had changed what it reads itself, and that change
+    it again."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[Any] = Counter()
+
+    def note(self, changed: Iterable[Difference], variant: Variant) -> None:
+        """Count a capture that was made because of what `changed`."""
+        state = variant.compiled.captured.state
+        again = frozenset() if state is None else state.changed_by_calls
+        self._counts.update({c.place.key for c in changed if c.by_calls} & again)
+
+    def refuse_endless(self, changed: Iterable[Difference], name: str) -> None:
+        """Raise CaptureError where yet another capture would be made in this way."""
+        for change in changed:
+            if change.by_calls and self._counts[change.place.key] >= MOST_RECAPTURES:
+                raise CaptureError(
+                    f"{name} was captured {MOST_RECAPTURES} times because its forward changes "
+                    f"{change.place.text!r}, which it reads ({change}): every call depends on the "
+                    "calls before it. Keep that outside of the optimized module, or pass it as an "
+                    "argument"
+                )
 
 
 def _find_library(compiled: Compiled) -> Future[ctypes.CDLL | None]:

@@ -88,6 +88,25 @@ def test_reductions(
     check(name, compiled, x.T.contiguous() if name.startswith("first") else x)
 
 
+@pytest.mark.parametrize("kind", ["large mean", "hidden", "nan"])
+@pytest.mark.parametrize("width", [128, 390, 768])
+def test_norms_of_a_known_width(width: int, kind: str) -> None:
+    """Of which 128 and 768 are summed in blocks."""
+
+    def norms(x: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
+        x = x + b
+        away = x - x.mean(-1, keepdim=True)
+        return [torch.nn.functional.layer_norm(x, (width,)), x.var(-1), x.std(-1, correction=0),
+                away / torch.sqrt(away.square().mean(-1, keepdim=True) + 1e-5)]  # fmt: skip
+
+    x, b = rows_of(kind, width, 9).float(), torch.zeros(width)
+    made = compile_function(norms, x, b)
+    outputs = made.run((x, b), CppRunner([made]))
+    trues = norms(x.double(), b.double())
+    for k, (ours, own, true) in enumerate(zip(outputs, norms(x, b), trues, strict=True)):
+        assert excess(ours, own, true) is None, f"output {k}: {excess(ours, own, true)}"
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_the_default_eps_of_rms_norm_is_that_of_float32(dtype: torch.dtype) -> None:
     def norm(x: torch.Tensor) -> torch.Tensor:

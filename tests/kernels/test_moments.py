@@ -72,6 +72,13 @@ def test_joins(function: Function, x: torch.Tensor, sweeps: int) -> None:
     assert Sweeps(kernel).count == sweeps
 
 
+def test_a_known_width_is_a_count_too() -> None:
+    b = torch.ones(6)
+    kernel = lower(lambda x: normalize(x + b), torch.randn(3, 6))
+    assert reductions(kernel).count("welford") == 1
+    assert Sweeps(kernel).count == 2
+
+
 @pytest.mark.parametrize("function", [center, about_another, half_mean])
 def test_keeps(function: Function) -> None:
     kernel = lower(function, torch.randn(3, 5))

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 import turbotx
-from tests.ops.operator_samples import Sample, excess, flat_results
+from tests.ops.operator_samples import Sample, excess, flat_results, samples_of
 
 SIZES = (1, 0, 2, 3)
 
@@ -30,6 +30,16 @@ def resized(sample: Sample) -> Iterator[Sample]:
                     for x in sample.leaves
                 ]
                 yield replace(sample, leaves=leaves)
+
+
+def pick_samples(name: str, count: int) -> list[Sample]:
+    """Return a few of an operator's float32 samples, spread over those that are not large."""
+    found = [
+        s
+        for s in samples_of(name, torch.float32)
+        if 1 < max((x.numel() for x in s.tensors), default=0) < 5000
+    ]
+    return found[:: max(1, len(found) // count)][:count]
 
 
 def _resize(x: torch.Tensor, old: int, new: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from tests.compiled_functions import by_interpreter, compile_function
 from tests.kernels.cpp_probe import needs_compiler
 from tests.ops.operator_samples import NAMES, batches, excess, samples_of
+from tests.ops.sample_sizes import find_size_faults, pick_samples
 from tests.ops.sweep import DTYPES, INTEGER_DTYPES, INTEGERS, find_fault, record_of, sweep
 from turbotx.errors import CaptureError
 
@@ -64,6 +65,21 @@ def test_compiled_samples(name: str) -> None:
 def test_compiled_integer_samples(name: str) -> None:
     outcomes, _ = sweep(name, INTEGER_DTYPES)
     assert not [o.wrong for o in outcomes if o.wrong]
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name", ["softmax", "cat", "gather", "nn.functional.group_norm", "amax"])
+def test_samples_at_sizes_0_to_3(name: str) -> None:
+    assert not find_size_faults(pick_samples(name, 1)[0])
+
+
+@pytest.mark.slow
+@SWEEP
+@needs_compiler
+@pytest.mark.parametrize("name", NAMES)
+def test_every_operator_at_sizes_0_to_3(name: str) -> None:
+    assert not [fault for sample in pick_samples(name, 3) for fault in find_size_faults(sample)]
 
 
 def test_a_wrong_result_is_found() -> None:

@@ -13,7 +13,7 @@ from turbotx import ir
 from turbotx.kernels.cpp_sweeps import Sweeps, axes_in
 from turbotx.kernels.cpp_text import STORAGE, Text, start_of, var, wider
 from turbotx.kernels.cpp_tiles import print_tiles, wants_tiles
-from turbotx.kernels.sequential import make_sequential
+from turbotx.kernels.sequential import equal_block, make_sequential
 from turbotx.primitives import SCANS
 from turbotx.sizes import Expr, product, to_c
 
@@ -162,9 +162,10 @@ class _Rows:
 
     def _in_parts(self, r: ir.Reduce) -> bool:
         """Tell whether a sum is made of partial ones in float: exact enough, and twice as fast."""
-        if r.op != "sum" or wider(STORAGE[r.dtype]) == STORAGE[r.dtype]:
-            return False
         s = self.sweeps.makers[r.args[0]]
+        kind = self.text.type_of(r.args[0])
+        if r.op != "sum" or wider(kind) == kind:
+            return False
         return self.block is not None or (isinstance(s, ir.Compute) and s.op == "exp")
 
     def _vector_loop(
@@ -256,11 +257,3 @@ def total_of(r: ir.Reduce) -> str:
 def is_ordered(r: ir.Reduce) -> bool:
     """Tell whether a reduction must notice NaN by itself."""
     return r.op in ("max", "min") and r.dtype.is_floating_point
-
-
-def equal_block(extent: Expr) -> int | None:
-    """Return a number of columns, several whole vectors, that divides a known extent."""
-    if not extent.is_Integer:
-        return None
-    fitting = [n for n in range(64, 129, 16) if int(extent) % n == 0]
-    return fitting[-1] if fitting else None

@@ -110,4 +110,6 @@ class _Moments:
         if isinstance(s, ir.Compute) and s.op == "cast":
             whole = self.makers[s.args[0]]
             return isinstance(whole, ir.Index) and whole.value == self.columns
-        return isinstance(s, ir.Constant) and s.dtype.is_floating_point and s.value == self.columns
+        if not isinstance(s, ir.Constant) or not s.dtype.is_floating_point:
+            return False
+        return bool(self.columns.is_Integer) and s.value == int(self.columns)

@@ -38,15 +38,6 @@ class OwnChanges:
     places: set[Any] = field(default_factory=set)
 
 
-def is_replayed(write: Write, effects: Sequence[Effect]) -> bool:
-    """Tell whether what forward set is set by its program too, at every call."""
-    targets = {id(d) for d in _dicts_of(write.owner)}
-    return any(
-        isinstance(e.difference, Put) and e.difference.key == write.name and id(e.target) in targets
-        for e in effects
-    )
-
-
 def _dicts_of(owner: Any) -> list[Any]:
     try:
         attributes = object.__getattribute__(owner, "__dict__")

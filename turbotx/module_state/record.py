@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import types
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +19,12 @@ import torch
 from torch import nn
 
 from turbotx.effects import Effect
-from turbotx.errors import CaptureError, StateWarning, TrainingError
+from turbotx.errors import CaptureError, TrainingError
 from turbotx.module_state.names import Names, find_names
 from turbotx.module_state.own_changes import (
     OwnChanges,
     depends_on_before,
     find_own_changes,
-    is_number,
-    is_replayed,
 )
 from turbotx.module_state.places import (
     TABLES,
@@ -107,6 +104,9 @@ def start_recording(model: nn.Module) -> tuple[Recorder, Names]:
     objects; to be called before the trace."""
     recorder = Recorder()
     names = Names()
+    scope = vars(torch.nn.modules.module)
+    for hooks in _GLOBAL_HOOKS:
+        names.enter(scope[hooks])
     for module in model.modules():
         cls = type(module)
         names.enter(cls.forward, cls)
@@ -133,7 +133,7 @@ def make_record(
     ]
     _refuse_training(model, places)
     writes = [w for w in recorder.writes if not _is_tracers(w.owner, paths)]
-    _refuse_changes(model, writes, paths, effects)
+    _refuse_changes(model, writes, paths)
     for place in places:
         value = place.read()
         if isinstance(value, (types.FunctionType, types.MethodType, property, functools.partial)):
@@ -187,37 +187,18 @@ def training_error(model: nn.Module, text: str) -> TrainingError:
     )
 
 
-def _refuse_changes(
-    model: nn.Module, writes: Iterable[Write], paths: dict[int, str], effects: Sequence[Effect]
-) -> None:
-    """Raise CaptureError for state that a call reads and then makes another, so that a later call
-    depends on this one, which a program does not follow; warn of what is only set and what the
-    program does not set as well.
-
-    What every call would find the same, as a mask made from a size, is no matter.
-    """
+def _refuse_changes(model: nn.Module, writes: Iterable[Write], paths: dict[int, str]) -> None:
+    """Raise CaptureError for state that a call reads and then makes another, so that every later
+    call would need a capture of its own."""
     for write in writes:
         text = _text(paths, write.owner, write.name)
         before = AttributePlace(write.owner, write.name, text).read()
-        tensor = isinstance(write.value, torch.Tensor)
-        replayed = is_replayed(write, effects)
-        if not replayed and tensor and not write.from_inputs:
+        if not isinstance(write.value, torch.Tensor) and Look()(before) == Look()(write.value):
             continue
-        if not tensor and Look()(before) == Look()(write.value):
-            continue
-        name = type(model).__name__
-        counts = write.from_inputs or (is_number(before) and is_number(write.value))
-        if depends_on_before(write, before) if replayed else write.read_first and counts:
+        if depends_on_before(write, before):
             raise CaptureError(
-                f"cannot capture {name}: its forward reads {text!r} ({show(before)}) and sets it "
-                f"to {show(write.value)}, so that a call depends on the calls before it. Keep that "
-                "outside of the optimized module, or pass it as an argument"
+                f"cannot capture {type(model).__name__}: its forward reads {text!r} "
+                f"({show(before)}) and sets it to {show(write.value)}, so that a call depends on "
+                "the calls before it. Keep that outside of the optimized module, or pass it as an "
+                "argument"
             )
-        if replayed:
-            continue
-        warnings.warn(
-            f"{name}'s forward sets {text!r} to {show(write.value)}; turbotx does not, and runs "
-            "every call as if it were the first",
-            StateWarning,
-            stacklevel=2,
-        )

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.fx.experimental import proxy_tensor
 
+from turbotx.errors import CaptureError
 from turbotx.module_state.dependence import depends_on_values
 from turbotx.module_state.values import MAX_DEPTH, MISSING, is_library, is_watchable, unwatchable
 
@@ -65,6 +66,8 @@ class Recorder:
         self._classes: list[type] = []
         self._met: dict[int, Any] = {}
         self._inputs: Sequence[torch.Tensor] = ()
+        self.follows: Callable[[Any], bool] = lambda attributes: True
+        """Tells whether what is written to an object's attributes is put back, and replayed."""
         self.original_of: Callable[[Any], Any] = lambda owner: owner
         """Gives the user's own object for a copy that a trace runs in its place."""
 
@@ -136,6 +139,12 @@ class Recorder:
     def note_write(self, owner: Any, name: str, value: Any) -> None:
         attributes = _attributes(owner)
         key = id(owner) if attributes is None else id(attributes)
+        if id(owner) in self._met and (attributes is None or not self.follows(attributes)):
+            raise CaptureError(
+                f"its code sets {name!r} of a {type(owner).__name__}, which a program cannot do "
+                "(its class has __slots__, or it lies too deep in containers): keep it in an "
+                "attribute of the module, or return it"
+            )
         tensor = isinstance(value, torch.Tensor)
         computed = tensor and depends_on_values(value, self._inputs)
         known = self._writes.get((key, name))

@@ -71,7 +71,13 @@ def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
         return "piece"
     if not isinstance(value, torch.Tensor):
         return "extern" if isinstance(value, (list, tuple)) else "size"
-    return "computed" if is_computed(node) else "extern"
+    return "computed" if is_computed(node) and not _is_about_nothing(node) else "extern"
+
+
+def _is_about_nothing(node: fx.Node) -> bool:
+    """Tell whether a tensor of a call is empty whatever the dims: PyTorch knows what that gives,
+    and which of it is an error; a kernel would divide by its extents."""
+    return any(0 in g.shape(n) for n in (node, *tensor_inputs(node)))
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
