@@ -47,6 +47,7 @@ LAYERS = (
     ("ops", "attention"),
     ("pull",),
     ("verify",),
+    ("watched", "leaks", "shadow", "reach", "effects", "sandbox", "tracing"),
     ("casts", "conditions", "failures"),
     (
         "decompose",
@@ -61,8 +62,10 @@ LAYERS = (
         "tensor_indices",
         "quiet",
         "trace_errors",
+        "host_random",
     ),
     ("module_state",),
+    ("flat_call",),
     ("capture",),
     ("passes",),
     ("kernels",),

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from sympy import Integer
 from torch import fx
 
@@ -68,6 +69,8 @@ class _Assembler:
         self.kinds = {n: kind_of(n, prepared) for n in graph.nodes}
         self.done: set[Any] = set()
         self.region_of = {n: f for f in fused for n in f.region.nodes}
+        draws = [n for n in graph.nodes if g.is_random(n)]
+        self.drawn_before = dict(zip(draws[1:], draws, strict=False))
         self.out = Assembly()
         (self.output,) = graph.find_nodes(op="output")
         self.leaves: Any = self.output.args[0]
@@ -103,6 +106,8 @@ class _Assembler:
         if unit in self.done:
             return
         self.done.add(unit)
+        if node in self.drawn_before:  # numbers come from the generator in the model's own order
+            self._ensure(self.drawn_before[node])
         for needed in node.all_input_nodes if region is None else region.region.needs:
             self._ensure(needed)
         kind = self.kinds[node]
@@ -351,18 +356,7 @@ class _Assembler:
         self, node: fx.Node, target: Any, args: Any, kwargs: Any, writes: tuple[str, ...],
         out: bool = False,
     ) -> None:  # fmt: skip
-        found: list[ir.Operand] = []
-
-        def collect(value: Any) -> None:
-            if isinstance(value, ir.Operand):
-                found.append(value)
-            elif isinstance(value, (list, tuple)):
-                for v in value:
-                    collect(v)
-            elif isinstance(value, dict):
-                collect(list(value.values()))
-
-        collect((args, kwargs))
+        found = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, ir.Operand)]
         written = tuple(w for w in writes if w)
         results = tuple(dense(self.out.tensors[w]) if w else None for w in writes)
         call = (target, args, kwargs, results, out)

@@ -25,19 +25,13 @@ from torch.export import Dim
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turbotx.ambient import Ambient, no_autocast_cache, read_ambient, watch_reads, without_autocast
-from turbotx.arguments import (
-    Structure,
-    carry,
-    changed_arguments,
-    flatten_call,
-    is_float,
-    rebuild,
-)
+from turbotx.arguments import carry, flatten_call
 from turbotx.casts import write_casts
-from turbotx.composition import calls_forward
-from turbotx.decompose import NotNodeByNode, decompose_nodes
+from turbotx.decompose import NotNodeByNode, decompose_nodes, table_without
 from turbotx.eager import ORDER, note_layouts
+from turbotx.effects import Effect
 from turbotx.errors import CaptureError
+from turbotx.flat_call import FlatCall
 from turbotx.graph import remember_names
 from turbotx.guards import (
     Guard,
@@ -47,19 +41,19 @@ from turbotx.guards import (
     guard_sizes,
     guard_squeezed,
 )
+from turbotx.host_random import find_draws, look_at_generators
 from turbotx.input_names import find_hints, name_dims, name_inputs
-from turbotx.memory_order import by_order, in_memory, inverse, make_dense, memory_order, moved_dims
+from turbotx.memory_order import by_order, inverse, make_dense, moved_dims
 from turbotx.module_state.record import StateRecord, make_record, start_recording
-from turbotx.module_state.recorder import Recorder
 from turbotx.quiet import quiet_torch
 from turbotx.refusals import refuse_mutation, refuse_parts
-from turbotx.returned import put_constants, take_apart
+from turbotx.returned import put_constants
 from turbotx.size_questions import sizes_from_one
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, expr
-from turbotx.tensor_indices import TensorIndices
 from turbotx.trace_errors import Stopped, capture_error
-from turbotx.traced_float import FloatInput, FloatReads, read_floats
+from turbotx.traced_float import FloatInput
+from turbotx.tracing import tracing
 from turbotx.unlift import FRESH, unlift
 from turbotx.widen import Places, widen
 
@@ -101,6 +95,7 @@ class Captured:
     asked: tuple[int, ...]
 
     floats: tuple[FloatInput, ...] = ()
+    effects: tuple[Effect, ...] = ()
     state: StateRecord | None = None
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -110,70 +105,6 @@ class Captured:
     def holds_in(self, ambient: Ambient) -> bool:
         """Tell whether what its Python code asked PyTorch for is as it was."""
         return all(ambient[k] == self.ambient[k] for k in self.asked)
-
-
-class _Seen:
-    """What tracing saw; an object of its own because tracing undoes changes to a module."""
-
-    out_spec: pytree.TreeSpec
-    constants: dict[int, Any]
-
-
-class _Flat(nn.Module):
-    """The model behind a flat signature: tensors in, by their order in memory, leaves out."""
-
-    def __init__(
-        self, model: nn.Module, leaves: Sequence[Any], spec: Structure, recorder: Recorder
-    ) -> None:
-        super().__init__()
-        self.model, self.recorder = model, recorder
-        self.calls_forward = calls_forward(model)
-        self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        self.positions = [
-            i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) or is_float(x)
-        ]
-        carried = (leaves[i] for i in self.positions)
-        self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
-        self.floats = FloatReads()
-        self.in_spec = spec
-        self.seen = _Seen()
-        self.training = False
-
-    def forward(self, *tensors: torch.Tensor) -> list[Any]:
-        leaves = list(self.constants)
-        self.floats.begin()
-        given = zip(self.positions, tensors, self.orders, strict=True)
-        for k, (position, tensor, order) in enumerate(given):
-            number = leaves[position]
-            if number is None:
-                leaves[position] = in_memory(tensor, inverse(order))
-            else:
-                leaves[position] = self.floats.make(number, tensor, k)
-        args, kwargs = rebuild(leaves, self.in_spec)
-        model, name = self.model, type(self.model).__name__
-        try:
-            with self.recorder.on(tensors), TensorIndices():
-                # Hooks of the model itself are left out: they run around the program.
-                called = model.forward if self.calls_forward else model
-                output = called(*args, **kwargs)
-            _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
-            flat, self.seen.out_spec, self.seen.constants = take_apart(output, name)
-        except Exception as error:
-            raise Stopped(error) from error
-        return [read_floats(leaf) for leaf in flat]
-
-    def describe_floats(self) -> tuple[FloatInput, ...]:
-        """Return every float of the call, with what the trace took for granted of it."""
-        numbers = [(k, self.constants[i]) for k, i in enumerate(self.positions)]
-        return tuple(self.floats.describe(k, x) for k, x in numbers if x is not None)
-
-
-def _refuse_changes(changed: Sequence[str]) -> None:
-    if changed:
-        raise CaptureError(
-            f"it changes its argument {', '.join(changed)} (an attribute, an entry or an item), "
-            "which a program cannot do for the caller: return the new value instead"
-        )
 
 
 def capture(
@@ -190,56 +121,65 @@ def capture(
     leaves, spec = flatten_call(args, kwargs)
     tensors = carry(leaves)
     names = name_inputs(model, args, kwargs)
-    recorder, code_names = start_recording(model)
-    flat = _Flat(model, leaves, spec, recorder)
     name = type(model).__name__
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     ambient = read_ambient()
-    with (
-        _left_as_it_was(model), recorder.installed(), no_autocast_cache(),
-        watch_reads(ambient) as asked, quiet_torch(),
-    ):  # fmt: skip
-        try:
-            exported = _export_widened(flat, tensors, least, fixed, name)
-        except CaptureError:
-            if not flat.describe_floats():
-                raise
-            flat.floats.fixed = True  # an op or a class took no stand-in for a number
-            exported = _export_widened(flat, tensors, least, fixed, name)
-    with without_autocast():
-        captured = _describe(exported, flat, name, names, ambient, tuple(sorted(asked)))
-    return replace(captured, state=make_record(model, recorder, code_names))
+    with tracing(), quiet_torch():
+        recorder, code_names = start_recording(model)
+        flat = FlatCall(model, leaves, spec, recorder)
+        with recorder.installed(), no_autocast_cache(), watch_reads(ambient) as asked:
+            exported = _export_drawing_nothing(flat, tensors, least, fixed, name)
+        with without_autocast():
+            captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))
+        state = make_record(model, recorder, code_names, captured.effects)
+    return replace(captured, state=state)
 
 
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Undo what a trace leaves in a model that keeps something of a call, a cached mask for one:
-    its sizes are symbols, and the model's own later calls would meet them."""
-    before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+def _export_drawing_nothing(
+    flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
+) -> Any:
+    """Trace a call; raise CaptureError where its Python code draws random numbers of the host."""
+    before = look_at_generators()
+    exported = _export_with_floats(flat, tensors, least, fixed, name)
+    if look_at_generators() != before:
+        drawn = find_draws(lambda: _export_widened(flat, tensors, least, fixed, name))
+        if drawn:
+            raise CaptureError(
+                f"cannot capture {name}: it draws a number from {drawn}, which a program would "
+                "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
+                "every call, or pass the number as an argument"
+            )
+    return exported
+
+
+def _export_with_floats(
+    flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
+) -> Any:
+    """Trace with the call's floats as inputs, or else as the numbers that they are."""
     try:
-        yield
-    finally:
-        for module, attributes, buffers in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        return _export_widened(flat, tensors, least, fixed, name)
+    except CaptureError:
+        if not flat.describe_floats():
+            raise
+        flat.floats.fixed = True  # an op or a class took no stand-in for a number
+        return _export_widened(flat, tensors, least, fixed, name)
 
 
 def _export_widened(
-    flat: _Flat, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
+    flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
 ) -> Any:
     """Trace with as many dims symbolic as the call takes; raise the first attempt's error.
 
     A size of 1 varies unless a larger one stands beside it, counted from the left, or else from
     either side. Where that fails too it is taken for a broadcast (the call may have moved the dims)
-    or for a number that the call spells out too.
+    or for a number that the call spells out too. A size that the code makes a key of is fixed.
     """
     first, tried = None, []
     tensors = [t.resolve_conj().resolve_neg() for t in tensors]
-    for sides in ("left", "both", "none"):
-        examples, varying = widen(tensors, least, fixed, sides)
+    spelled: frozenset[tuple[int, int]] = frozenset()
+    for sides in ("left", "left", "both", "none"):
+        examples, varying = widen(tensors, least, {*fixed, *spelled}, sides)
         examples = list(map(make_dense, examples, flat.orders))
         varying = list(map(moved_dims, varying, flat.orders))
         if varying in tried:
@@ -247,12 +187,13 @@ def _export_widened(
         tried.append(varying)
         for attention in _attentions(tensors):
             try:
-                with attention():
+                with attention(), flat.seen.held():
                     return _export(flat, examples, varying)
             except Exception as error:
                 error = error.error if isinstance(error, Stopped) else error
                 if str(error).startswith("cannot capture"):  # no other sizes would help
                     raise error from None
+                spelled |= flat.seen.find_spelled(error)
                 first = first or error
     assert first is not None
     raise capture_error(name, first) from first
@@ -281,7 +222,7 @@ def _plain_attention() -> Iterator[None]:
 _choosing_attention = threading.RLock()
 
 
-def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
+def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
     """Trace with the `varying` dims of each example symbolic, down to the ops that are kept."""
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings():
@@ -297,7 +238,7 @@ def _export(flat: _Flat, examples: list[torch.Tensor], varying: list[list[int]])
             decompose_nodes(exported.graph_module, KEPT_WHOLE)
         except NotNodeByNode:
             exported.graph_module.graph = before
-            exported = exported.run_decompositions(_decompositions())
+            exported = exported.run_decompositions(table_without(KEPT_WHOLE))
     exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed}
     return exported
 
@@ -311,24 +252,17 @@ def _fresh_constants(exported: Any) -> set[str]:
     return {targets[n.name] for n in nodes if all(u.target is lift for u in n.users)}
 
 
-def _decompositions() -> Any:
-    table = torch.export.default_decompositions()
-    for op in list(table):
-        if str(op) in KEPT_WHOLE:
-            del table[op]
-    return table
-
-
 def _describe(
     exported: Any,
-    flat: _Flat,
+    model: nn.Module,
+    flat: FlatCall,
     name: str,
     names: list[str],
     ambient: Ambient,
     asked: tuple[int, ...],
 ) -> Captured:
     refuse_mutation(exported, name)
-    graph_module, inputs = unlift(exported, flat, names)
+    graph_module, inputs = unlift(exported, model, names)
     put_constants(graph_module.graph, flat.seen.constants)
     fakes = [node.meta["val"] for node in inputs]
     shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]
@@ -346,5 +280,5 @@ def _describe(
     hints = find_hints(shape_env, symbols)
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
-        flat.seen.out_spec, ambient, asked, flat.describe_floats(),
+        flat.seen.out_spec, ambient, asked, flat.describe_floats(), flat.seen.effects,
     )  # fmt: skip

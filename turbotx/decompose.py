@@ -24,7 +24,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from turbotx.casts import inside
-from turbotx.graph import GETITEM
+from turbotx.graph import GETITEM, draws, is_random
 from turbotx.size_functions import FUNCTIONS
 from turbotx.sizes import expr
 
@@ -58,9 +58,16 @@ def decompose_nodes(graph_module: fx.GraphModule, kept: frozenset[str]) -> None:
         if node.target in IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target not in SIZE_OPS and _decomposition(node.target, kept) is not None:
+        elif node.target in SIZE_OPS or is_random(node):
+            continue
+        elif _decomposition(node.target, kept) is not None:
             _replace(node, _Recorder(node, sizes, kept))
-    graph.eliminate_dead_code()
+    erase_unused(graph)
+
+
+def erase_unused(graph: fx.Graph) -> None:
+    """Erase calls that nothing uses; draws stay, since those after them depend on that."""
+    graph.eliminate_dead_code(lambda node: node.is_impure() or is_random(node))
 
 
 def _refuse(node: fx.Node) -> None:
@@ -100,6 +107,21 @@ def _decomposition(op: OpOverload, kept: frozenset[str]) -> Callable[..., Any] |
         return found
     preserved = getattr(import_module("torch.export.decomp_utils"), "PRESERVED_ATEN_CIA_OPS", ())
     return op.decompose if op._can_decompose() and op not in preserved else None
+
+
+def table_without(kept: frozenset[str]) -> Any:
+    """Return PyTorch's table for a trace of the whole, less what is kept and what draws numbers.
+
+    What draws, draws others when it is taken apart (dropout, bernoulli). A network of nn.LSTM's
+    kind is tagged so for its dropout, and is taken apart as ever.
+    """
+    table: Any = torch.export.default_decompositions()
+    for op in list(table):
+        random = torch.Tag.nondeterministic_seeded in op.tags
+        recurrent = {"num_layers", "batch_sizes"} & {a.name for a in op._schema.arguments}
+        if str(op) in kept or (random and not recurrent):
+            del table[op]
+    return table
 
 
 class _Sizes:
@@ -186,7 +208,8 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         decomposition = _decomposition(func, self.kept)
-        if decomposition is not None:
+        # A draw that is taken apart draws other numbers than eager's.
+        if decomposition is not None and not draws(func, args, kwargs):
             with self, inside(func):
                 found = decomposition(*args, **kwargs)
             if found is not NotImplemented:

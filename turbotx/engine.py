@@ -40,7 +40,7 @@ from turbotx.composition import (
 from turbotx.errors import CaptureError, EagerWarning, InputError, ModelChangedError, TrainingError
 from turbotx.failures import named_failures
 from turbotx.memory.pool import ChunkPool
-from turbotx.module_state.record import training_error
+from turbotx.module_state.record import Difference, training_error
 from turbotx.observers import observers
 from turbotx.options import Options
 from turbotx.pipeline import Compiled, bind_weights, compile_captured, compile_rewritten
@@ -54,7 +54,8 @@ from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
 from turbotx.runtime.planned import Binding
 from turbotx.state_guard import StateGuard
-from turbotx.variant import Variant
+from turbotx.tracing import tracing
+from turbotx.variant import Recaptures, Variant
 
 log = logging.getLogger("turbotx")
 
@@ -87,6 +88,7 @@ class Engine:
             self._pools: dict[torch.device, ChunkPool] = {}
             self._refused: dict[Any, CaptureError] = {}
             self.parts: dict[str, Any] = {}
+            self._recaptures = Recaptures()
             self._asked: tuple[int, ...] = ()
             """What the traces asked PyTorch for: places in `ambient.NAMES`."""
 
@@ -101,6 +103,8 @@ class Engine:
             except ModelChangedError as error:
                 self._forget(variant, error)
                 continue
+            if variant.effects:
+                outputs = variant.leave(outputs)
             return pytree.tree_unflatten(outputs, variant.out_spec)
         raise CaptureError(
             f"{type(self.model).__name__} was captured {MOST_CHANGES} times for one call, and its "
@@ -188,6 +192,7 @@ class Engine:
     ) -> tuple[Variant, tuple[int, ...]]:
         """Return the variant that serves these sizes, captured now if there is none yet."""
         known, ambient = self._variants.setdefault(key, []), read_ambient()
+        changed: list[Difference] = []
         for variant in known:
             dims = variant.matcher.match([t.shape for t in tensors])
             captured = variant.compiled.captured
@@ -196,8 +201,9 @@ class Engine:
             if variant.holds():
                 return variant, dims
             if variant.guard is not None:
-                self._note_difference(variant.guard)
+                changed += self._find_difference(variant.guard)
         refuse_modes(ambient)
+        self._recaptures.refuse_endless(changed, type(self.model).__name__)
         if key in self._refused and self.tolerates():
             raise self._refused[key]
         try:
@@ -206,6 +212,7 @@ class Engine:
             self._refused[key] = error.with_traceback(None)
             raise
         self._refused.pop(key, None)
+        self._recaptures.note(changed, variant)
         dims = variant.matcher.match([t.shape for t in tensors])
         if dims is None:
             why = variant.matcher.explain([t.shape for t in tensors])
@@ -222,14 +229,15 @@ class Engine:
         self._drop_unused()
         return variant, dims
 
-    def _note_difference(self, guard: StateGuard) -> None:
+    def _find_difference(self, guard: StateGuard) -> list[Difference]:
         """Say why a capture does not serve a call; raise TrainingError where that is the reason."""
         found = guard.difference()
         if found is None:
-            return
+            return []
         if found.is_training:
             raise training_error(self.model, found.place.text)
         log.info("%s changed since a capture: %s", type(self.model).__name__, found)
+        return [found]
 
     def _drop_unused(self) -> None:
         """Drop the captures longest unused, beyond `max_variants`."""
@@ -274,7 +282,10 @@ class Engine:
         """
         pool, device = self._find_memory(captured)
         name = captured.name
-        with without_autocast(), pause_collection(), named_failures(name), quiet_torch():
+        # PyTorch gives sizes to a trace, whichever thread computes with them.
+        with (
+            tracing(), without_autocast(), pause_collection(), named_failures(name), quiet_torch(),
+        ):  # fmt: skip
             return compile_captured(captured, self.model, self.options, pool, device)
 
     def compile_for(self, compiled: Compiled, target: str) -> Compiled:
@@ -286,7 +297,9 @@ class Engine:
         pool = ChunkPool(torch.device("cpu"))
         captured, text = compiled.captured, compiled.captured_text
         name = captured.name
-        with without_autocast(), pause_collection(), named_failures(name), quiet_torch():
+        with (
+            tracing(), without_autocast(), pause_collection(), named_failures(name), quiet_torch(),
+        ):  # fmt: skip
             return compile_rewritten(captured, text, self.model, options, pool, device)
 
     def share(self, compiled: Compiled) -> Compiled:

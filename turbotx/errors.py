@@ -85,7 +85,3 @@ class BuildWarning(UserWarning):
 
 class EagerWarning(UserWarning):
     """A part of a model runs in PyTorch instead of turbotx; the message says which and why."""
-
-
-class StateWarning(UserWarning):
-    """A model's forward sets an attribute, which turbotx does not; the message says which."""

@@ -13,7 +13,7 @@ import operator
 import os
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,29 @@ def is_size(node: fx.Node) -> bool:
     """Tell whether a call gives a number made of sizes: it reads no element of its arguments."""
     value = node.meta.get("val")
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def is_random(node: fx.Node) -> bool:
+    """Tell whether a call draws random numbers: it means something else every time, and moves the
+    generator that later draws, and the user's own, go on from."""
+    if node.op != "call_function":
+        return False
+    return draws(node.target, node.args, node.kwargs)
+
+
+def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether an op draws random numbers when it is called with these arguments.
+
+    PyTorch tags what may draw: dropout draws where it trains, attention where it has dropout.
+    """
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        return False
+    given = {a.name: kwargs.get(a.name, a.default_value) for a in target._schema.arguments}
+    given |= {a.name: v for a, v in zip(target._schema.arguments, args, strict=False)}
+    if any(given.get(name, True) is False for name in ("train", "training")):
+        return False
+    chances = ("p", "dropout") if "dropout" in target._opname else ("dropout", "dropout_p")
+    return all(given.get(name, 1) != 0 for name in chances)
 
 
 def shape(node: fx.Node) -> tuple[Expr, ...]:

@@ -5,6 +5,8 @@ calls; the size that such a tensor holds is remembered, so that its `.item()`, a
 bound of a slice or as an extent, is an expression over the traced sizes and no unknown number::
 
     span = torch.tensor(x.shape[1]);  table[512 - span : 512 + span]  ->  table[512 - s : 512 + s]
+
+The same look at every call refuses a torch.Generator, which a graph would have as a constant.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+
+from turbotx.errors import CaptureError
 
 Tensor: Any = torch.Tensor
 
@@ -45,6 +49,12 @@ class SizeTensors(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            raise CaptureError(
+                f"{getattr(func, '__name__', func)} draws from a torch.Generator of its own, which "
+                "no program can hold: draw from PyTorch's default one, which torch.manual_seed "
+                "sets, or pass what was drawn as an argument"
+            )
         result = func(*args, **kwargs)
         if isinstance(result, FakeTensor) and not result.shape and _is_integer(result):
             value = _find(func, args, kwargs)

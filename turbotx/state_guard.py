@@ -56,6 +56,24 @@ class StateGuard:
         with self._lock:
             return self._compare()
 
+    def is_untouched(self) -> bool:
+        """Tell whether no container was touched since it was last looked at; False where what a
+        call writes is read as well, so that `accept_own` is not to be asked."""
+        watch = self._watch
+        return (
+            watch is not None and not self._record.changed_by_calls and watch.first_touched(0) < 0
+        )
+
+    def accept_own(self) -> None:
+        """Take what was touched since `is_untouched` for what the call itself wrote, which the
+        trace never read."""
+        with self._lock:
+            watch = self._watch
+            i = -1 if watch is None else watch.first_touched(0)
+            while watch is not None and i >= 0:
+                watch.accept(i)()
+                i = watch.first_touched(i + 1)
+
     def difference(self) -> Difference | None:
         """Return what `holds` found to differ."""
         failed = self._failed

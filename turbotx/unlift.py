@@ -8,6 +8,7 @@ by the names that they have in the user's module, and its placeholders in order:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 
 
 def unlift(
-    exported: Any, flat: nn.Module, names: list[str]
+    exported: Any, model: nn.Module, names: list[str]
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """Return the graph and its inputs, called by `names` in their order.
 
-    flat: the traced module, the user's own one being `flat.model`. meta["paths"] says where the
-    user's module has what a get_attr node names.
+    model: the user's module; what was traced has it, or its shadow, as `model`. meta["paths"] says
+    where the user's module has what a get_attr node names.
     """
     enclose_graphs(exported.graph_module)
     graph: fx.Graph = exported.graph_module.graph
@@ -36,13 +37,14 @@ def unlift(
     holder = nn.Module()
     inputs: list[fx.Node] = []
     paths: dict[str, str] = {}
+    owned = {_place(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         target = targets.get(node.name)
         if target is None:
             _rename(node, names[len(inputs)], {str(n.target) for n in inputs})
             inputs.append(node)
             continue
-        value, path = _find(exported, flat, target)
+        value, path = _find(exported, model, target, owned)
         with graph.inserting_before(node):
             if target in fresh and value.dim() == 0 and not value.is_complex():
                 # A number, which passes and kernels may know.
@@ -50,8 +52,9 @@ def unlift(
                 scalar = torch.ops.aten.scalar_tensor.default
                 attribute = graph.call_function(scalar, (value.item(),), made)
             else:
-                inside = _path_inside(path, flat)
-                _assign(holder, inside, value)
+                inside = _path_inside(path, model)
+                if path not in paths.values():
+                    _assign(holder, inside, value)
                 attribute = graph.create_node("get_attr", inside)
                 paths[inside] = path
         attribute.meta = dict(node.meta)
@@ -70,16 +73,24 @@ def _rename(node: fx.Node, label: str, taken: set[str]) -> None:
         node._rename(label)
 
 
-def _find(exported: Any, flat: nn.Module, target: str) -> tuple[torch.Tensor, str]:
-    """Return the user's own tensor for a lifted name, and its path in the user's module."""
-    owner: Any = flat
-    try:
-        for part in target.split("."):
-            owner = getattr(owner, part)
-        return owner, target.removeprefix("model.")
-    except AttributeError:
-        found = _users_own(exported, exported.constants[target])
-        return found, f"constants.{target.replace('.', '_')}"
+def _find(
+    exported: Any, model: nn.Module, target: str, owned: Mapping[Any, str]
+) -> tuple[torch.Tensor, str]:
+    """Return the user's own tensor for a lifted name, and its path in the user's module.
+
+    owned: the paths of the module's tensors. Code that reaches the module by a closure or a global
+    reads its tensors as constants, and they are its own all the same.
+    """
+    prefix, _, path = target.partition(".")
+    owner: Any = model if prefix == "model" else None
+    for part in path.split("."):
+        owner = getattr(owner, part, None)
+    if isinstance(owner, torch.Tensor):
+        return owner, path
+    made = exported.constants if target in exported.constants else exported.state_dict
+    value = _users_own(exported, made[target])
+    known = owned.get(_place(value)) if value.numel() else None
+    return value, known or f"constants.{target.replace('.', '_')}"
 
 
 def _users_own(exported: Any, constant: torch.Tensor) -> torch.Tensor:
@@ -109,12 +120,18 @@ def _is_alias(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return laid and tensor.data_ptr() == other.data_ptr()
 
 
-def _path_inside(path: str, flat: nn.Module) -> str:
+def _place(tensor: torch.Tensor) -> Any:
+    """Return what says that two tensors are one, in the same memory."""
+    held = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    return held if held[1] else id(tensor)
+
+
+def _path_inside(path: str, model: nn.Module) -> str:
     """Return a path that a GraphModule has room for: graph.weight becomes graph_.weight."""
     name, dot, rest = path.partition(".")
     if name in RESERVED:
         name += "_"
-        while hasattr(flat.model, name):
+        while hasattr(model, name):
             name += "_"
     return name + dot + rest
 

@@ -9,15 +9,22 @@ model's attributes and of globals still holds::
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 
+from turbotx.errors import CaptureError
+from turbotx.module_state.record import Difference
 from turbotx.pipeline import Compiled
 from turbotx.runtime.tensor_watch import start_native_watch
 from turbotx.signature import SizeMatcher
 from turbotx.state_guard import StateGuard
+
+MOST_RECAPTURES = 8
+"""How often a state that forward reads and changes itself may be captured anew."""
 
 
 class Variant:
@@ -32,12 +39,24 @@ class Variant:
         self.program = compiled.program
         self.matcher = SizeMatcher(compiled.captured)
         self.out_spec = compiled.captured.out_spec
+        self.effects = compiled.captured.effects
         self.used = 0  # when it was last found for a call, counted in calls
         state = compiled.captured.state if guarded else None
         self.guard = None if state is None else StateGuard(state, _find_library(compiled))
         self.holds: Callable[[], bool] = self.guard.holds if self.guard else lambda: True
         floats = compiled.captured.floats
         self._takes = compiled.captured.takes if any(x.is_particular for x in floats) else None
+
+    def leave(self, outputs: Sequence[Any]) -> list[Any]:
+        """Leave behind what a call of the model leaves; return the call's own results."""
+        count = self.out_spec.num_leaves
+        guard = self.guard
+        calm = guard is not None and guard.is_untouched()
+        for effect in self.effects:
+            effect.replay(outputs[count:])
+        if guard is not None and calm:
+            guard.accept_own()
+        return list(outputs[:count])
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Tell whether the numbers among a call's arguments are those that it serves."""
@@ -46,6 +65,31 @@ class Variant:
     def numbers(self, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
         """Return the numbers among a call's arguments, as what tells calls apart."""
         return tuple(float(tensors[x.place].item()).hex() for x in self.compiled.captured.floats)
+
+
+class Recaptures:
+    """Counts captures that were made since a call had changed what it reads itself, and that change
+    it again."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[Any] = Counter()
+
+    def note(self, changed: Iterable[Difference], variant: Variant) -> None:
+        """Count a capture that was made because of what `changed`."""
+        state = variant.compiled.captured.state
+        again = frozenset() if state is None else state.changed_by_calls
+        self._counts.update({c.place.key for c in changed if c.by_calls} & again)
+
+    def refuse_endless(self, changed: Iterable[Difference], name: str) -> None:
+        """Raise CaptureError where yet another capture would be made in this way."""
+        for change in changed:
+            if change.by_calls and self._counts[change.place.key] >= MOST_RECAPTURES:
+                raise CaptureError(
+                    f"{name} was captured {MOST_RECAPTURES} times because its forward changes "
+                    f"{change.place.text!r}, which it reads ({change}): every call depends on the "
+                    "calls before it. Keep that outside of the optimized module, or pass it as an "
+                    "argument"
+                )
 
 
 def _find_library(compiled: Compiled) -> Future[ctypes.CDLL | None]:

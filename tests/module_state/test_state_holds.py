@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import turbotx
-from turbotx.errors import CaptureError, OptionsError, StateWarning
+from turbotx.errors import CaptureError, OptionsError
 
 X = torch.linspace(-2, 3, 12).reshape(3, 4)
 UNREAD = 1.0
@@ -160,14 +160,28 @@ class Sets(nn.Module):
             self.calls += 1
             return x * self.calls
         if self.how == "remembers":
-            self.kept = x if self.kept is None else self.kept + x
+            self.kept = x if self.kept is None else torch.cat((self.kept, x))
             return self.kept
+        if self.how == "averages":
+            self.kept = 0.5 * self.kept + x.mean()
+            return x + self.kept
+        if self.how == "first":
+            if self.kept is None:
+                self.kept = x.mean(0)
+            return x - self.kept
+        if self.how == "longest":
+            if x.shape[0] > self.calls:
+                self.calls = x.shape[0]
+            return x * self.calls
+        if self.how == "turns":
+            self.first = not self.first
+            return x * (2 if self.first else 3)
         if self.how == "keeps":
             self.kept = x * 2
         if self.how == "caches":
             if self.kept is None or self.kept.shape[0] < x.shape[0]:
                 self.kept = torch.arange(x.shape[0]).unsqueeze(1)
-            return x + self.kept
+            return x + self.kept[: x.shape[0]]
         if self.how == "the same":
             self.calls = 0
         if self.how == "flag":
@@ -175,37 +189,78 @@ class Sets(nn.Module):
         return x + 1
 
 
-@pytest.mark.parametrize(
-    "how, name, seen",
-    [("counts", "'calls'", "sets it to 1"), ("remembers", "'kept'", "sets it to a torch.float32")],
-)
-def test_a_call_that_depends_on_the_calls_before_is_refused(how: str, name: str, seen: str) -> None:
-    model = Sets(how).eval()
-    with pytest.raises(CaptureError, match=f"forward reads {name} .*{seen}"):
+def test_a_number_that_counts_the_calls_is_refused() -> None:
+    model = Sets("counts").eval()
+    with pytest.raises(CaptureError, match=r"forward reads 'calls' .*sets it to 1"):
         optimize(model)(X)
-    assert model.calls == 0 and model.kept is None
+    assert model.calls == 0
 
 
-@pytest.mark.parametrize("how, name", [("keeps", "kept"), ("flag", "first")])
-def test_what_is_only_set_is_said(how: str, name: str) -> None:
-    fast = optimize(Sets(how).eval())
-    with pytest.warns(StateWarning, match=f"forward sets '{name}'"):
+def test_a_tensor_that_grows_with_every_call_is_refused() -> None:
+    model = Sets("remembers").eval()
+    fast = optimize(model)
+    fast(X)
+    with pytest.raises(CaptureError, match=r"forward reads 'kept' .*sets it to a torch.float32"):
         fast(X)
+
+
+@pytest.mark.parametrize(
+    "how, captures",
+    [
+        ("keeps", 1), ("flag", 1), ("averages", 1), ("first", 2), ("turns", 2), ("longest", 4),
+        ("caches", 4), ("the same", 1),
+    ],
+)  # fmt: skip
+def test_what_forward_sets_is_set_at_every_call(how: str, captures: int) -> None:
+    ours, theirs = Sets(how).eval(), Sets(how).eval()
+    if how == "averages":
+        ours.kept, theirs.kept = torch.ones(()), torch.ones(())
+    fast = optimize(ours)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch.testing.assert_close(fast(X), X + 1)
-
-
-@pytest.mark.parametrize("how", ["caches", "the same"])
-def test_what_every_call_finds_the_same_is_no_matter(how: str) -> None:
-    model = Sets(how).eval()
-    fast = optimize(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", StateWarning)
-        for rows in (3, 2, 6):
+        for rows in (3, 2, 6, 6, 3, 2):
             x = torch.randn(rows, 4)
-            torch.testing.assert_close(fast(x), Sets(how)(x))
-    assert fast.stats()["captures"] == 1
+            torch.testing.assert_close(fast(x), theirs(x))
+            for name in ("calls", "kept", "first"):
+                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
+    assert fast.stats()["captures"] == captures
+
+
+def test_captures_of_a_state_that_each_call_changes_come_to_an_end() -> None:
+    class Alternates(nn.Module):
+        word = "a"
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.word = self.word + "a"
+            return x * len(self.word)
+
+    fast = optimize(Alternates().eval())
+    for k in range(9):
+        assert torch.equal(fast(X), X * (k + 2))
+    with pytest.raises(CaptureError, match=r"was captured 8 times .* changes 'word'"):
+        fast(X)
+
+
+class Sealed:
+    """Without a dict: what is set in it, a program does not set."""
+
+    __slots__ = ("last",)
+
+
+def test_what_is_set_where_no_program_sets_it_is_refused() -> None:
+    class Leaves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sealed = Sealed()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.sealed.last = x.shape[0]
+            return x + 1
+
+    model = Leaves().eval()
+    with pytest.raises(CaptureError, match="sets 'last' of a Sealed"):
+        optimize(model)(X)
+    assert not hasattr(model.sealed, "last")
 
 
 def test_a_trace_leaves_the_classes_as_they_were() -> None:

@@ -66,6 +66,14 @@ class Names:
         self._entered: dict[tuple[int, type | None], types.FunctionType] = {}
         self._to_do: list[tuple[types.FunctionType, type | None]] = []
 
+    @property
+    def codes(self) -> list[types.CodeType] | None:
+        """All code that was looked into; None where there was too much of it."""
+        if len(self._entered) >= MAX_FUNCTIONS:
+            return None
+        functions = {id(f): f for f in self._entered.values()}.values()
+        return [code for f in functions for code in _codes(f.__code__)]
+
     def enter(self, value: Any, owner: type | None = None) -> None:
         """Look into a function later, with the class whose method it is."""
         for function in _functions_in(value):
@@ -82,7 +90,7 @@ class Names:
             for cell_name, cell in zip(
                 function.__code__.co_freevars, function.__closure__ or (), strict=True
             ):
-                self._add(CellPlace(cell, f"{cell_name} of {function.__qualname__}"))
+                self._add(CellPlace(cell, cell_name, function.__qualname__))
             if any(isinstance(x, (dict, list, set)) for x in function.__defaults__ or ()):
                 self._add(DefaultsPlace(function))
             for code in _codes(function.__code__):

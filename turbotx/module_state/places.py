@@ -21,15 +21,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from turbotx.module_state.recorder import ALL
+from turbotx.module_state.recorder import ALL, TABLES
 from turbotx.module_state.values import (
     MISSING,
     Look,
     describe_own_tensor,
     describe_table,
 )
-
-TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class Place(Protocol):
@@ -161,6 +159,13 @@ class DefaultsPlace:
 
     def __init__(self, function: types.FunctionType) -> None:
         self.function, self.text = function, f"defaults of {function.__qualname__}"
+        defaults = function.__defaults__ or ()
+        first = function.__code__.co_argcount - len(defaults)
+        self.containers = [
+            function.__code__.co_varnames[first + k]
+            for k, x in enumerate(defaults)
+            if isinstance(x, (dict, list, set))
+        ]
         self.key = ("defaults", id(function))
 
     def read(self) -> Any:
@@ -176,8 +181,8 @@ class DefaultsPlace:
 class CellPlace:
     """A variable of an enclosing function, in a closure."""
 
-    def __init__(self, cell: types.CellType, text: str) -> None:
-        self.cell, self.text = cell, text
+    def __init__(self, cell: types.CellType, name: str, home: str) -> None:
+        self.cell, self.name, self.text = cell, name, f"{name} of {home}"
         self.key = ("cell", id(cell))
 
     def read(self) -> Any:

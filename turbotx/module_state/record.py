@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import types
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from turbotx.errors import CaptureError, StateWarning, TrainingError
+from turbotx.effects import Effect
+from turbotx.errors import CaptureError, TrainingError
 from turbotx.module_state.names import Names, find_names
+from turbotx.module_state.own_changes import (
+    OwnChanges,
+    depends_on_before,
+    find_own_changes,
+)
 from turbotx.module_state.places import (
     TABLES,
     AttributePlace,
@@ -43,6 +48,9 @@ class Difference:
     was: str
     now: str
 
+    by_calls: bool = False
+    """Whether a call changes it itself."""
+
     @property
     def is_training(self) -> bool:
         """Whether a module was put in training mode."""
@@ -57,22 +65,23 @@ class Difference:
 class StateRecord:
     """Places and what lay there; `looks` says for each what to watch for changes."""
 
-    def __init__(self, places: Sequence[Place]) -> None:
+    def __init__(self, places: Sequence[Place], own: OwnChanges) -> None:
         self.places = places
-        self.looks = [Look() for _ in places]
+        self._left_out, self.changed_by_calls = own.left_out, frozenset(own.places)
+        self.looks = [Look(own.left_out) for _ in places]
         self._described = [p.describe(x) for p, x in zip(places, self.looks, strict=True)]
         self._shown = [show(p.read()) for p in places]
 
     def differing(self, indices: Iterable[int]) -> int | None:
         """Return the first of these places where something else lies now; None where all hold."""
         for i in indices:
-            if self.places[i].describe(Look()) != self._described[i]:
+            if self.places[i].describe(Look(self._left_out)) != self._described[i]:
                 return i
         return None
 
     def look_again(self, i: int) -> bool:
         """Tell whether what is to be watched for a place is still what it was; if not, renew it."""
-        look = Look()
+        look = Look(self._left_out)
         self.places[i].describe(look)
         known = self.looks[i]
         same = all(
@@ -85,7 +94,9 @@ class StateRecord:
 
     def difference(self, i: int) -> Difference:
         """Return in words what differs at a place."""
-        return Difference(self.places[i], self._shown[i], show(self.places[i].read()))
+        place = self.places[i]
+        by_calls = place.key in self.changed_by_calls
+        return Difference(place, self._shown[i], show(place.read()), by_calls)
 
 
 _TRACERS = ("torch.fx.", "torch._dynamo.", "torch._higher_order_ops.")
@@ -97,6 +108,9 @@ def start_recording(model: nn.Module) -> tuple[Recorder, Names]:
     recorder = Recorder()
     recorder.modules = list(model.modules())
     names = Names()
+    scope = vars(torch.nn.modules.module)
+    for hooks in _GLOBAL_HOOKS:
+        names.enter(scope[hooks])
     for module in model.modules():
         cls = type(module)
         names.enter(cls.forward, cls)
@@ -105,11 +119,14 @@ def start_recording(model: nn.Module) -> tuple[Recorder, Names]:
     return recorder, find_names((), recorder.meet, names)
 
 
-def make_record(model: nn.Module, recorder: Recorder, names: Names) -> StateRecord:
+def make_record(
+    model: nn.Module, recorder: Recorder, names: Names, effects: Sequence[Effect] = ()
+) -> StateRecord:
     """Return what was read, with the model as it was before the trace.
 
     Raises TrainingError where a part of the model that ran is in training mode, CaptureError where
     the call changes what it has read.
+    effects: what the program leaves behind as the call does.
     """
     paths = {id(vars(m)): path for path, m in model.named_modules()}
     places = [
@@ -130,7 +147,8 @@ def make_record(model: nn.Module, recorder: Recorder, names: Names) -> StateReco
     find_names((), recorder.meet, names)
     scope = vars(torch.nn.modules.module)
     hooks = [ItemPlace(scope, name, f"torch.nn's {name}") for name in _GLOBAL_HOOKS]
-    return StateRecord([*places, *_find_ties(places), *hooks, *names.places.values()])
+    every: list[Place] = [*places, *_find_ties(places), *hooks, *names.places.values()]
+    return StateRecord(every, find_own_changes(type(model).__name__, effects, every, names))
 
 
 def _is_tracers(owner: Any, paths: dict[int, str]) -> bool:
@@ -176,32 +194,17 @@ def training_error(model: nn.Module, text: str) -> TrainingError:
 
 
 def _refuse_changes(model: nn.Module, writes: Iterable[Write], paths: dict[int, str]) -> None:
-    """Raise CaptureError for state that a call reads and then makes another, so that a later call
-    depends on this one, which a program does not follow; warn of what is only set.
-
-    What every call would find the same, as a mask made from a size, is no matter.
-    """
+    """Raise CaptureError for state that a call reads and then makes another, so that every later
+    call would need a capture of its own."""
     for write in writes:
         text = _text(paths, write.owner, write.name)
         before = AttributePlace(write.owner, write.name, text).read()
-        tensor = isinstance(write.value, torch.Tensor)
-        if not write.from_inputs if tensor else Look()(before) == Look()(write.value):
+        if not isinstance(write.value, torch.Tensor) and Look()(before) == Look()(write.value):
             continue
-        name = type(model).__name__
-        counts = write.from_inputs or (_is_number(before) and _is_number(write.value))
-        if write.read_first and counts:
+        if depends_on_before(write, before):
             raise CaptureError(
-                f"cannot capture {name}: its forward reads {text!r} ({show(before)}) and sets it "
-                f"to {show(write.value)}, so that a call depends on the calls before it. Keep that "
-                "outside of the optimized module, or pass it as an argument"
+                f"cannot capture {type(model).__name__}: its forward reads {text!r} "
+                f"({show(before)}) and sets it to {show(write.value)}, so that a call depends on "
+                "the calls before it. Keep that outside of the optimized module, or pass it as an "
+                "argument"
             )
-        warnings.warn(
-            f"{name}'s forward sets {text!r} to {show(write.value)}; turbotx does not, and runs "
-            "every call as if it were the first",
-            StateWarning,
-            stacklevel=2,
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, torch.SymInt)) and not isinstance(value, bool)

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.fx.experimental import proxy_tensor
 
+from turbotx.errors import CaptureError
 from turbotx.module_state.dependence import depends_on_values
 from turbotx.module_state.values import MAX_DEPTH, MISSING, is_library, is_watchable, unwatchable
 
@@ -34,6 +35,8 @@ ALL = "__dict__"
 _UNREAD = frozenset(
     ("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_is_hf_initialized")
 )
+TABLES = ("_parameters", "_buffers", "_modules")
+_WRITERS = frozenset(("register_buffer", "register_parameter", "add_module"))
 _PROXY = getattr(proxy_tensor, "_AttrProxy", ())
 """What stands for a module under a trace of PyTorch that has shared modules."""
 
@@ -66,6 +69,10 @@ class Recorder:
         self._inputs: Sequence[torch.Tensor] = ()
         self._compiles = 0
         self.modules: Sequence[nn.Module] = ()  # of the model
+        self.follows: Callable[[Any], bool] = lambda attributes: True
+        """Tells whether what is written to an object's attributes is put back, and replayed."""
+        self.original_of: Callable[[Any], Any] = lambda owner: owner
+        """Gives the user's own object for a copy that a trace runs in its place."""
 
     @property
     def reads(self) -> list[tuple[Any, list[str]]]:
@@ -143,13 +150,13 @@ class Recorder:
         if name.startswith("__"):
             if name != ALL or _asked_by_library():
                 return
-        elif name in _UNREAD:
+        elif name in _UNREAD or (name in TABLES and _asked_by_writer()):
             return
         attributes = _attributes(owner)
         key = id(owner) if attributes is None else id(attributes)
         entry = self._reads.get(key)
         if entry is None:
-            entry = self._reads[key] = (_real(owner), {})
+            entry = self._reads[key] = (self._real(owner), {})
         names = entry[1]
         if name in names or (key, name) in self._writes:
             return
@@ -159,6 +166,12 @@ class Recorder:
     def note_write(self, owner: Any, name: str, value: Any) -> None:
         attributes = _attributes(owner)
         key = id(owner) if attributes is None else id(attributes)
+        if id(owner) in self._met and (attributes is None or not self.follows(attributes)):
+            raise CaptureError(
+                f"its code sets {name!r} of a {type(owner).__name__}, which a program cannot do "
+                "(its class has __slots__, or it lies too deep in containers): keep it in an "
+                "attribute of the module, or return it"
+            )
         tensor = isinstance(value, torch.Tensor)
         computed = tensor and depends_on_values(value, self._inputs)
         known = self._writes.get((key, name))
@@ -166,7 +179,11 @@ class Recorder:
             known.value, known.from_inputs = value, computed
             return
         read = name in self._reads.get(key, (None, {}))[1]
-        self._writes[key, name] = Write(_real(owner), name, value, read, computed)
+        self._writes[key, name] = Write(self._real(owner), name, value, read, computed)
+
+    def _real(self, owner: Any) -> Any:
+        proxy = _PROXY and isinstance(owner, _PROXY)
+        return self.original_of(owner.get_base() if proxy else owner)
 
 
 @contextmanager
@@ -217,15 +234,19 @@ def _attributes(owner: Any) -> dict[str, Any] | None:
         return None
 
 
-def _real(owner: Any) -> Any:
-    return owner.get_base() if _PROXY and isinstance(owner, _PROXY) else owner
-
-
 def _asked_by_library() -> bool:
     """Tell whether `x.__dict__` was asked for by PyTorch's or Python's own code: it looks there for
     a name, which is noted by itself."""
     frame = sys._getframe(3)  # past this, note_read and the replaced __getattribute__
     return is_library(frame.f_globals.get("__name__"))
+
+
+def _asked_by_writer() -> bool:
+    """Tell whether a module's table was asked for by PyTorch, in order to put something there, or
+    to find the module that a trace is at."""
+    frame = sys._getframe(3)
+    home = frame.f_globals.get("__name__", "")
+    return frame.f_code.co_name in _WRITERS or home.startswith(("torch._functorch", "torch.export"))
 
 
 def _patch(cls: type) -> bool:

@@ -65,7 +65,10 @@ class Look:
     """Describes values; afterwards `dicts`, `lists`, `cells`, `tensors` and `sets` are what to
     watch for changes, and `unversioned` tells that some content can only be compared."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_out: Mapping[int, frozenset[Any] | None] | None = None) -> None:
+        """left_out: by the id of a container, keys that do not count, or None for all it holds."""
+        self._left_out = left_out or {}
+        self.held: set[int] = set()  # every container that was looked into, or left out
         self.dicts: dict[int, dict[Any, Any]] = {}
         self.lists: dict[int, list[Any]] = {}
         self.cells: dict[int, types.CellType] = {}
@@ -100,10 +103,19 @@ class Look:
     def _contents(self, cls: type, value: Any, depth: int) -> Any:
         """Describe a container, or what is to be looked at as one."""
         self._open[id(value)] = len(self._open)
+        self.held.add(id(value))
+        hidden = self._left_out.get(id(value), frozenset())
         try:
+            if hidden is None:
+                return self._which(value)
             if isinstance(value, dict):
                 self.dicts[id(value)] = value
-                return cls, self._pairs(dict.items(value), depth), self._own(value, depth)
+                items = dict.items(value)
+                if hidden:
+                    self.kept.append(value)
+                    items = [(k, v) for k, v in items if k not in hidden]  # type: ignore[assignment]
+                    return cls, id(value), self._pairs(items, depth), self._own(value, depth)
+                return cls, self._pairs(items, depth), self._own(value, depth)
             if isinstance(value, _SEQUENCES):
                 if isinstance(value, list):
                     self.lists[id(value)] = value

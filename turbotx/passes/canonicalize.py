@@ -36,8 +36,8 @@ _IDENTITIES = {
     aten.detach_.default,
     aten.lift_fresh_copy.default,
     aten.lift_fresh.default,
-    aten.dropout.default,
 }
+_DROPOUTS = {aten.dropout.default, aten.alpha_dropout.default}
 _ARITHMETIC = {
     aten.add.Tensor,
     aten.sub.Tensor,
@@ -119,7 +119,7 @@ def _same_as(node: fx.Node) -> fx.Node | None:
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0]
-    if node.target in _IDENTITIES:
+    if node.target in _IDENTITIES or (node.target in _DROPOUTS and not g.is_random(node)):
         return source
     if not (g.is_tensor(node) and g.is_tensor(source)):
         return None
@@ -243,7 +243,7 @@ def _key(node: fx.Node) -> Any | None:
     """Return what makes two calls equal; None for calls that may differ every time."""
     if node.op == "get_attr":
         return ("get_attr", node.target)
-    if node.op != "call_function" or _is_random(node):
+    if node.op != "call_function" or _has_effect(node):
         return None
 
     def freeze(value: Any) -> Any:
@@ -258,11 +258,11 @@ def _key(node: fx.Node) -> Any | None:
     return (node.target, freeze(node.args), freeze(node.kwargs))
 
 
-def _is_random(node: fx.Node) -> bool:
+def _has_effect(node: fx.Node) -> bool:
+    """Tell whether a call does more than to give its result: it writes a tensor, or it draws, and
+    what is drawn after it depends on that."""
     schema = getattr(node.target, "_schema", None)
-    tags = getattr(node.target, "tags", ())
-    mutates = schema is not None and schema.is_mutable
-    return mutates or torch.Tag.nondeterministic_seeded in tags
+    return g.is_random(node) or (schema is not None and schema.is_mutable)
 
 
 def merge_duplicates(graph: fx.Graph) -> bool:
@@ -282,13 +282,10 @@ def merge_duplicates(graph: fx.Graph) -> bool:
 
 
 def eliminate_dead(graph: fx.Graph) -> bool:
-    """Erase calls that nothing uses; tell whether there were any."""
+    """Erase calls that nothing uses and that have no effect; tell whether there were any."""
     changed = False
     for node in reversed(list(graph.nodes)):
-        if node.users or node.op in ("output", "placeholder"):
-            continue
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
+        if node.users or node.op in ("output", "placeholder") or _has_effect(node):
             continue
         graph.erase_node(node)
         changed = True

@@ -98,7 +98,9 @@ def find_prepared(graph: fx.Graph) -> frozenset[fx.Node]:
         if not g.is_tensor(node) or node.op != "call_function" or is_view(node):
             continue
         sources = [root_of(n) for n in node.all_input_nodes]
-        if not all(s.is_Integer for s in g.shape(node)) or _reads_sizes(node) or OWN in node.meta:
+        if g.is_random(node) or OWN in node.meta:
+            continue
+        if not all(s.is_Integer for s in g.shape(node)) or _reads_sizes(node):
             continue
         if sources and all(s.op == "get_attr" or s in prepared for s in sources):
             prepared.add(node)
@@ -134,12 +136,17 @@ def partition(graph: fx.Graph, prepared: frozenset[fx.Node]) -> list[Region]:
 def find_levels(kinds: Mapping[fx.Node, str]) -> dict[fx.Node, int]:
     """Return how many calls that no kernel computes lie on the longest path to each node.
 
-    `kinds` holds every node of the graph, in its order.
+    `kinds` holds every node of the graph, in its order. A draw lies above the one before it, as if
+    it read its result: no region may have to run both after the second and before the first.
     """
     level: dict[fx.Node, int] = {}
+    drawn = 0
     for node, kind in kinds.items():
+        random = g.is_random(node)
         below = max((level[n] for n in node.all_input_nodes), default=0)
+        below = max(below, drawn) if random else below
         level[node] = below + (kind in ("gemm", "attention", "product", "extern"))
+        drawn = level[node] if random else drawn
     return level
 
 

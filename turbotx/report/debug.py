@@ -19,6 +19,7 @@ from turbotx.arguments import tensors_of
 from turbotx.capture import Captured
 from turbotx.engine import Engine
 from turbotx.errors import VerifyError
+from turbotx.leaks import find_leaks
 from turbotx.pipeline import Compiled
 from turbotx.report.origin import observe
 from turbotx.report.report import Report
@@ -37,10 +38,14 @@ def watch(
     sizes = SizeMatcher(captured).match([t.shape for t in tensors])
     dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
 
+    verifies = os.environ.get("TURBOTX_VERIFY", "0") not in ("", "0")
+    if verifies:
+        _find_leaks(engine, args, kwargs)
+
     def finish(compiled: Compiled) -> None:
         at = compiled.at(tuple(dims.values()))
         report = Report(at, origin, dims, engine.options.planner)
-        if os.environ.get("TURBOTX_VERIFY", "0") not in ("", "0"):
+        if verifies:
             report = _verify(engine, report, args, kwargs)
         folder = os.environ.get("TURBOTX_DUMP")
         if folder:
@@ -60,6 +65,16 @@ def _new_folder(parent: Path, name: str) -> Path:
             continue
         return folder
     raise AssertionError
+
+
+def _find_leaks(engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise VerifyError where the trace has left something of its own with the user."""
+    found = find_leaks((engine.model, args, dict(kwargs)), "call")
+    if found:
+        raise VerifyError(
+            f"TURBOTX_VERIFY: the capture of {type(engine.model).__name__} left behind "
+            f"{'; '.join(found)}. Please report it"
+        )
 
 
 def _verify(

@@ -16,6 +16,7 @@ from torch import fx
 from turbotx import ir
 from turbotx.capture import Captured
 from turbotx.eager import Alias
+from turbotx.errors import SaveError
 from turbotx.kernels.lower import Lowered
 from turbotx.memory.symbolic import SymbolicPlanner
 from turbotx.passes.extract import extract
@@ -34,6 +35,12 @@ def describe_call(compiled: Compiled) -> dict[str, Any]:
     Raises SaveError for what cannot be saved.
     """
     program, captured = compiled.program, compiled.captured
+    if captured.effects:
+        left = ", ".join(repr(effect.text) for effect in captured.effects)
+        raise SaveError(
+            f"{captured.name} cannot be saved: its call leaves something in {left}, which a saved "
+            "model does not have. Return it instead"
+        )
     table = program.runtime.table
     out = pytree.tree_unflatten(
         [Leaf(k) for k in range(captured.out_spec.num_leaves)], captured.out_spec

@@ -1,0 +1,79 @@
+"""Leaks: tensors and sizes of a trace that stayed behind where the user's program can meet them.
+
+In: a model, arguments, anything. Out: where in it something of a trace is; nothing after a capture,
+whether it succeeded or not, for example::
+
+    find_leaks({"kept": [FakeTensor(...)]}, "state")  ->  ["state['kept'][0]: FakeTensor"]
+
+It goes where Python's own collector goes, through any container, object, closure and cache, but
+not into what all programs share: modules of Python, classes of libraries, code.
+"""
+
+from __future__ import annotations
+
+import gc
+import types
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+TRACED = (FakeTensor, torch.SymInt, torch.SymFloat, torch.SymBool, fx.Proxy)
+
+_PASSED_BY = (types.ModuleType, types.CodeType, types.FrameType, FakeTensorMode, fx.Graph, fx.Node)
+_LEAVES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def find_leaks(root: Any, name: str = "", most: int = 10, limit: int = 300_000) -> list[str]:
+    """Return where under `root` something of a trace is, up to `most` places.
+
+    Looks at `limit` objects at most, nearest first. Of a function it looks at the globals that its
+    code names; turbotx's own objects, which keep graphs, are passed by.
+    """
+    found: list[str] = []
+    seen = {id(root)}
+    queue: list[tuple[Any, str]] = [(root, name)]
+    for value, path in queue:  # the queue grows meanwhile
+        if isinstance(value, TRACED):
+            found.append(f"{path}: {type(value).__name__}")
+            if len(found) >= most:
+                return found
+            continue
+        for step, inner in _inside(value):
+            if id(inner) in seen or isinstance(inner, _LEAVES):
+                continue
+            if len(seen) >= limit:
+                return found
+            seen.add(id(inner))
+            queue.append((inner, path + step))
+    return found
+
+
+def _inside(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, _PASSED_BY) or (isinstance(value, type) and _is_shared(value)):
+        return []
+    if type(value).__module__.startswith("turbotx.") and not isinstance(value, nn.Module):
+        return []
+    if type(value) is dict or isinstance(value, dict):
+        items = list(dict.items(value))
+        return [(f"[{k!r}]" if isinstance(k, str) else "[key]", x) for k, x in items] + [
+            (".key", k) for k, _ in items
+        ]
+    if isinstance(value, (list, tuple)):
+        return [(f"[{k}]", x) for k, x in enumerate(value)]
+    if isinstance(value, types.FunctionType):
+        named = [n for n in _names_in(value.__code__) if n in value.__globals__]
+        steps: list[tuple[str, Any]] = [(f" -> {n}", value.__globals__[n]) for n in named]
+        parts = (value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__)
+        return steps + [("", part) for part in parts if part]
+    return [("." if isinstance(x, dict) else "", x) for x in gc.get_referents(value)]
+
+
+def _names_in(code: types.CodeType) -> list[str]:
+    inner = [n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names_in(c)]
+    return [*code.co_names, *inner]
+
+
+def _is_shared(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in ("builtins", "torch", "numpy", "sympy", "turbotx")

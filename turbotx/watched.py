@@ -1,0 +1,136 @@
+"""Watched: something of the user's that a trace may write to, what it held, and what was written.
+
+In: a container, or the `__dict__` of an object. Out: the same put back as it was, and the
+differences; the trace works on the user's own, or on a copy whose changes are meant for it::
+
+    w = Watched(kept, kept, "kept");  kept["mask"] = m;  w.differences()  ->  [Put("mask", m)]
+    w.put_back();  kept  ->  {}
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+DICTS = (dict, OrderedDict, defaultdict, Counter)
+SEQUENCES = (list, deque)
+CONTAINERS = (*DICTS, *SEQUENCES, set)
+"""Types that are looked into; a subclass may mean anything by its methods."""
+
+
+@dataclass(frozen=True)
+class Put:
+    """`target[key] = value`, of a dict or a list."""
+
+    key: Any
+    value: Any
+
+
+@dataclass(frozen=True)
+class Append:
+    """`target.append(value)`."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Add:
+    """`target.add(value)`."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Items that the target had are gone, or elsewhere."""
+
+
+Difference = Put | Append | Add | Taken
+
+
+class Watched:
+    """target: what is the user's; traced: what the trace writes to, the same or a copy of it.
+
+    exchanged: the trace itself puts other things in the place of what is there, for each run.
+    """
+
+    def __init__(self, target: Any, traced: Any, text: str, exchanged: bool = False) -> None:
+        self.target, self.traced, self.text = target, traced, text
+        self._exchanged = exchanged
+        self._own = self._before = self._look()
+
+    def _look(self) -> Any:
+        return dict(self.traced) if isinstance(self.traced, dict) else list(self.traced)
+
+    def begin(self) -> None:
+        """Have what the code writes from now on be the differences."""
+        if not self._exchanged:
+            self.put_back()
+            return
+        for key in [k for k in self.traced if k not in self._own]:
+            del self.traced[key]
+        self._before = self._look()
+
+    def put_back(self) -> None:
+        """Give what the trace wrote to the contents that it had, the very same objects."""
+        self._before = self._own
+        if self._same(self._look()):
+            return
+        if isinstance(self.traced, dict):
+            for key in [k for k in self.traced if k not in self._own]:
+                del self.traced[key]
+            self.traced.update(self._own)
+        elif isinstance(self.traced, list):
+            self.traced[:] = self._own
+        else:
+            self.traced.clear()
+            (self.traced.update if isinstance(self.traced, set) else self.traced.extend)(self._own)
+
+    def _same(self, now: Any) -> bool:
+        before = self._before
+        if isinstance(self.traced, set):
+            return {id(x) for x in before} == {id(x) for x in now}
+        if len(now) != len(before):
+            return False
+        if isinstance(now, dict):
+            return all(k in before and before[k] is v for k, v in now.items())
+        return all(a is b for a, b in zip(before, now, strict=True))
+
+    def differences(self) -> list[Difference]:
+        """Return what has to be done to the target for it to hold what the traced one holds."""
+        now, before = self._look(), self._before
+        if self._same(now):
+            return []
+        if isinstance(now, dict):
+            if any(k not in now for k in before):
+                return [Taken()]
+            return [Put(k, v) for k, v in now.items() if k not in before or before[k] is not v]
+        if isinstance(self.traced, set):
+            known = {id(x) for x in before}
+            added: list[Difference] = [Add(x) for x in now if id(x) not in known]
+            return added if len(now) - len(added) == len(before) else [Taken()]
+        if isinstance(self.traced, deque) and self.traced.maxlen is not None:
+            # A full one loses its first item with every append.
+            lost = next(k for k in range(len(before) + 1) if _begins(now, before[k:]))
+            full = lost == 0 or len(now) == self.traced.maxlen
+            return [Append(v) for v in now[len(before) - lost :]] if full else [Taken()]
+        if len(now) < len(before):
+            return [Taken()]
+        puts: list[Difference] = [Put(k, now[k]) for k, v in enumerate(before) if now[k] is not v]
+        return puts + [Append(v) for v in now[len(before) :]]
+
+
+def apply(target: Any, difference: Difference) -> None:
+    """Do to a container what a difference says."""
+    if isinstance(difference, Put):
+        target[difference.key] = difference.value
+    elif isinstance(difference, Append):
+        target.append(difference.value)
+    elif isinstance(difference, Add):
+        target.add(difference.value)
+
+
+def _begins(values: Sequence[Any], with_: Sequence[Any]) -> bool:
+    return len(values) >= len(with_) and all(a is b for a, b in zip(values, with_, strict=False))
