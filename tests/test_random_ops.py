@@ -166,3 +166,23 @@ def test_a_generator_of_its_own_is_refused(draw) -> None:
     own = torch.Generator()
     with pytest.raises(CaptureError, match=r"test_random_ops.py.*\n.*torch.Generator of its own"):
         turbotx.optimize(lambda x: draw(x, own))(X)
+
+
+def test_draws_like_a_tensor_that_lies_otherwise_are_eagers() -> None:
+    """A draw fills memory in its order, which is that of the tensor that it is like."""
+
+    class Like(nn.Module):
+        def forward(self, x):
+            moved = (x * 2).transpose(1, 2)
+            noise = torch.randn_like(moved) + moved
+            return noise, torch.rand_like(x.permute(2, 0, 1)), torch.bernoulli(moved.sigmoid())
+
+    model = Like().eval()
+    fast = turbotx.optimize(model)
+    for x in (torch.randn(2, 3, 4), torch.randn(3, 5, 4), torch.randn(2, 4, 5).transpose(1, 2)):
+        torch.manual_seed(5)
+        right = model(x)
+        torch.manual_seed(5)
+        found = fast(x)
+        torch.testing.assert_close(found, right)
+        assert [f.stride() for f in found] == [r.stride() for r in right]
