@@ -87,6 +87,10 @@ class SizeMatcher:
         for guard in self._captured.guards:
             symbols = guard.condition.free_symbols
             numbers = {s: sympy.Integer(dims[s.name]) for s in symbols}
-            if guard.condition.xreplace(numbers) == False:  # noqa: E712
+            try:
+                holds = guard.condition.xreplace(numbers) != False  # noqa: E712
+            except ZeroDivisionError:  # no size that the model takes
+                holds = False
+            if not holds:
                 return _Broken(f"{guard.text} does not hold", frozenset(symbols))
         return None
