@@ -171,6 +171,7 @@ class Tally:
     calls: int = 0
     refusals: collections.Counter[str] = field(default_factory=collections.Counter)
     failures: list[str] = field(default_factory=list)
+    known: collections.Counter[Any] = field(default_factory=collections.Counter)
 
 
 class Run:
@@ -345,6 +346,11 @@ def run_sequences(seed: int, count: int, backend: str = "aten", tally: Tally | N
                 played += steps
                 continue
             played += steps[: found.step + 1]
+            alike = (spec, found.kind, re.sub(r"[0-9]+", "#", found.text)[:60])
+            tally.known[alike] += 1
+            if tally.known[alike] > 1:  # said already, of this module
+                run, played = Run(spec, backend, tally), []
+                continue
             alone = Run(spec, backend, Tally()).play(steps)
             if alone is not None and alone.kind == found.kind:
                 played, found = steps[: alone.step + 1], alone
@@ -375,9 +381,10 @@ def main() -> None:
         shown = len(tally.failures)
     for text, times in tally.refusals.most_common():
         print(f"{times:6d} refused: {text}")
+    again = sum(tally.known.values()) - len(tally.failures)
     print(
         f"{tally.sequences} sequences, {tally.calls} calls, {sum(tally.refusals.values())} of them "
-        f"refused, {len(tally.failures)} failures"
+        f"refused, {len(tally.failures)} failures, {again} times seen again"
     )
 
 
