@@ -74,7 +74,7 @@ class Weight(Piece):
     def change_pruned(self, n: int) -> None:
         if prune.is_pruned(self.linear):
             prune.remove(self.linear, "weight")
-        elif not parametrize.is_parametrized(self.linear):
+        elif not parametrize.is_parametrized(self.linear) and self.linear.weight.is_contiguous():
             prune.l1_unstructured(self.linear, "weight", amount=0.5)
 
     def change_parametrized(self, n: int) -> None:

@@ -40,6 +40,7 @@ LAYERS = (
     ("casts", "conditions"),
     ("decompose", "eager", "unlift", "size_tensors", "size_questions", "guards", "input_names"),
     ("module_state",),
+    ("layout_questions",),
     ("capture",),
     ("passes",),
     ("kernels",),

@@ -21,14 +21,7 @@ from turbotx.assembly import Assembly, dense
 from turbotx.attention import attention_scores
 from turbotx.copies import lay_out, lay_out_returned, show_by_strides
 from turbotx.eager import (
-    ORDER,
-    READS,
-    RETURNS,
-    Alias,
-    Fresh,
-    are_equal_strides,
-    strides_of,
-    tensor_arguments,
+    ASKED, ORDER, READS, RETURNS, Alias, Fresh, are_equal_strides, strides_of, tensor_arguments,
 )  # fmt: skip
 from turbotx.errors import CaptureError
 from turbotx.kernels.cpp_attention import describe_attention
@@ -88,6 +81,7 @@ class _Assembler:
                 self._tensor(node, kind)
                 if kind == "input":
                     self.out.orders[node.name] = node.meta.get(ORDER)
+                    self.out.raw += [node.name] if node.meta.get(ASKED) else []
                 if kind == "prepared":
                     self.out.prepared[node.name] = node
         for node in self.graph.nodes:

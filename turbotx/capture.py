@@ -38,7 +38,7 @@ from turbotx.arguments import (
 )
 from turbotx.casts import write_casts
 from turbotx.decompose import NotNodeByNode, decompose_nodes
-from turbotx.eager import ORDER, note_layouts
+from turbotx.eager import ASKED, ORDER, note_layouts
 from turbotx.errors import CaptureError
 from turbotx.graph import remember_names
 from turbotx.guards import (
@@ -50,6 +50,7 @@ from turbotx.guards import (
     guard_squeezed,
 )
 from turbotx.input_names import find_hints, name_dims, name_inputs
+from turbotx.layout_questions import LayoutQuestions
 from turbotx.memory_order import by_order, in_memory, inverse, make_dense, memory_order, moved_dims
 from turbotx.module_state.record import StateRecord, make_record, start_recording
 from turbotx.module_state.recorder import Recorder
@@ -129,6 +130,7 @@ class _Flat(nn.Module):
         carried = (leaves[i] for i in self.positions)
         self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
         self.floats = FloatReads()
+        self.layouts = LayoutQuestions()
         self.in_spec = spec
         self.seen = _Seen()
         self.training = False
@@ -136,6 +138,7 @@ class _Flat(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
         leaves = list(self.constants)
         self.floats.begin()
+        self.layouts.begin(tensors)
         given = zip(self.positions, tensors, self.orders, strict=True)
         for k, (position, tensor, order) in enumerate(given):
             number = leaves[position]
@@ -145,7 +148,7 @@ class _Flat(nn.Module):
                 leaves[position] = self.floats.make(number, tensor, k)
         args, kwargs = rebuild(leaves, self.in_spec)
         model = self.model
-        with self.recorder.on(tensors):
+        with self.recorder.on(tensors), self.layouts:
             output = model(*args, **kwargs)
         _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
         flat, out_spec = pytree.tree_flatten(output)
@@ -400,8 +403,8 @@ def _describe(
     graph_module, inputs = unlift(exported, flat, names)
     fakes = [node.meta["val"] for node in inputs]
     shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]
-    for node, order in zip(inputs, flat.orders, strict=True):
-        node.meta[ORDER] = order
+    for k, (node, order) in enumerate(zip(inputs, flat.orders, strict=True)):
+        node.meta |= {ORDER: order, ASKED: k in flat.layouts.asked}
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
     symbols = name_dims(shapes, names, find_equals(shape_env))
     remember_names(graph_module, symbols)
