@@ -89,7 +89,7 @@ class Composed(nn.Module):
             "tuple": lambda: (x, x * 2),
             "dict": lambda: {"x": x, "n": 3, "none": None},
             "pair": lambda: Pair(x, [x.sum(-1)]),
-            "sizes": lambda: (x, x.shape[1], tuple(x.shape), x.dim(), x.dtype is torch.float32),
+            "sizes": lambda: (x, x.shape[1], x.shape, x.dim(), x.dtype is torch.float32),
             "views": lambda: (x[:, :1], x.transpose(0, 1), x.mT, x),
             "nothing": lambda: (None, x.mean(-1), [], {}),
             "state": lambda: (first, *(p * 1 for p in self.parameters()), x),

@@ -21,12 +21,12 @@ from torch import fx
 
 from tests.kernel_interpreter import CheckFailed, interpret
 from turbotx import ir
+from turbotx.callables import FunctionModule
 from turbotx.capture import Captured, capture
 from turbotx.kernels.build import build_library
 from turbotx.kernels.cpp import print_kernel
 from turbotx.kernels.fuse import FusedRegion, fuse_all
 from turbotx.kernels.lower import Lowered
-from turbotx.optimized import FunctionModule
 from turbotx.passes.partition import find_prepared, partition
 from turbotx.pipeline import rewrite
 from turbotx.runtime.native import PRELUDE

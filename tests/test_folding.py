@@ -130,7 +130,8 @@ def test_large_means_odd_widths_and_no_biases(
     fast = bind_to(InterpretedDevice(), model, monkeypatch, norms="fold", cuda_graphs=False)
     for shape in ((1, 1), (2, 9), (0, 3)):
         compare(fast, model, (torch.randn(*shape, width) + mean).to(dtype))
-    ((folded,),) = (c.twins for c in fast._engine.variants())
+    # A call without rows has a capture of its own, which computes nothing.
+    (folded,), _ = (c.twins for c in fast._engine.variants())
     assert [x.kind for x in folded.assembly.launches] == ["gemm"] * 4
 
 

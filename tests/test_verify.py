@@ -185,6 +185,9 @@ def test_a_pair_that_is_more_than_that(pair, again, words) -> None:
 def test_a_pair_of_two_dtypes() -> None:
     tensors, first, second = launches()
     tensors["h"] = replace(tensors["h"], dtype=torch.int32)
+    h = replace(first.args[1], dtype=torch.int32)
+    first = replace(first, args=(first.args[0], h))
+    second = replace(second, args=(h, second.args[1]))
     with pytest.raises(VerifyError, match="of another dtype"):
         check_launches(tensors, [first, replace(second, inplace=(("y", "h"),))], ["y"])
 

@@ -23,7 +23,6 @@ from turbotx.copies import lay_out, lay_out_returned, show_by_strides
 from turbotx.eager import (
     ASKED, ORDER, READS, RETURNS, Alias, Fresh, are_equal_strides, strides_of, tensor_arguments,
 )  # fmt: skip
-from turbotx.errors import CaptureError
 from turbotx.kernels.cpp_attention import describe_attention
 from turbotx.kernels.cpp_products import describe_product
 from turbotx.kernels.epilogue import ACTIVATIONS, Epilogue, GemmKernel, is_packable
@@ -111,7 +110,7 @@ class _Assembler:
         elif kind == "product":
             self._product(node)
         elif kind == "extern":
-            self._extern(node, why_outside(node.target))
+            self._extern(node, why_outside(node))
         elif kind == "output":
             self._return()
 
@@ -123,13 +122,6 @@ class _Assembler:
         if kind is None:
             kind = "output" if node in self.outside else "intermediate"
         shape = g.shape(node)
-        unknown = {s.name for extent in shape for s in extent.free_symbols} - self.dims
-        if unknown:
-            raise CaptureError(
-                f"{node.format_node()} has a size that depends on its inputs' values, not on "
-                "their shapes; turbotx needs every size before it runs\n"
-                + str(node.meta.get("stack_trace", ""))
-            )
         self.out.tensors[node.name] = ir.Tensor(node.name, kind, g.dtype(node), shape)
         return node.name
 

@@ -14,6 +14,7 @@ import torch
 
 from turbotx.ambient import DECISIVE, Ambient
 from turbotx.arguments import Structure, carry, describe_leaf, is_float
+from turbotx.composition import is_dense
 from turbotx.memory_order import memory_order
 
 _PLAIN = (bool, int, str, type(None))
@@ -30,7 +31,7 @@ def describe_call(
     tensors = []
     floats = False
     for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
+        if is_dense(value):
             order = None if value.is_contiguous() else memory_order(value)
             parts += (value.shape, value.dtype, value.device, order)
             tensors.append(value)

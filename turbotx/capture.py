@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import copy
 import threading
-import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim
-from torch.export.graph_signature import OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turbotx.ambient import Ambient, no_autocast_cache, read_ambient, watch_reads, without_autocast
@@ -37,6 +34,7 @@ from turbotx.arguments import (
     rebuild,
 )
 from turbotx.casts import write_casts
+from turbotx.composition import calls_forward
 from turbotx.decompose import NotNodeByNode, decompose_nodes
 from turbotx.eager import ASKED, ORDER, note_layouts
 from turbotx.errors import CaptureError
@@ -54,11 +52,17 @@ from turbotx.layout_questions import LayoutQuestions
 from turbotx.memory_order import by_order, in_memory, inverse, make_dense, memory_order, moved_dims
 from turbotx.module_state.record import StateRecord, make_record, start_recording
 from turbotx.module_state.recorder import Recorder
+from turbotx.quiet import quiet_torch
+from turbotx.refusals import refuse_mutation, refuse_parts
+from turbotx.returned import put_constants, take_apart
 from turbotx.size_questions import sizes_from_one
 from turbotx.size_tensors import SizeTensors
 from turbotx.sizes import Expr, expr
+from turbotx.tensor_indices import TensorIndices
+from turbotx.trace_errors import Stopped, capture_error
 from turbotx.traced_float import FloatInput, FloatReads, read_floats
 from turbotx.unlift import FRESH, unlift
+from turbotx.widen import Places, widen
 
 # The key, in the exported graph's meta, of the sizes that a squeeze looks at.
 SQUEEZED = "squeezed"
@@ -113,6 +117,7 @@ class _Seen:
     """What tracing saw; an object of its own because tracing undoes changes to a module."""
 
     out_spec: pytree.TreeSpec
+    constants: dict[int, Any]
 
 
 class _Flat(nn.Module):
@@ -123,6 +128,7 @@ class _Flat(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.recorder = model, recorder
+        self.calls_forward = calls_forward(model)
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.positions = [
             i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) or is_float(x)
@@ -147,12 +153,16 @@ class _Flat(nn.Module):
             else:
                 leaves[position] = self.floats.make(number, tensor, k)
         args, kwargs = rebuild(leaves, self.in_spec)
-        model = self.model
-        with self.recorder.on(tensors), self.layouts:
-            output = model(*args, **kwargs)
-        _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
-        flat, out_spec = pytree.tree_flatten(output)
-        self.seen.out_spec = out_spec
+        model, name = self.model, type(self.model).__name__
+        try:
+            with self.recorder.on(tensors), TensorIndices(), self.layouts:
+                # Hooks of the model itself are left out: they run around the program.
+                called = model.forward if self.calls_forward else model
+                output = called(*args, **kwargs)
+            _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
+            flat, self.seen.out_spec, self.seen.constants = take_apart(output, name)
+        except Exception as error:
+            raise Stopped(error) from error
         return [read_floats(leaf) for leaf in flat]
 
     def describe_floats(self) -> tuple[FloatInput, ...]:
@@ -169,10 +179,6 @@ def _refuse_changes(changed: Sequence[str]) -> None:
         )
 
 
-Places: TypeAlias = Collection[tuple[int, int]]
-"""Dims of a call's tensors: the tensor's number and the dim's."""
-
-
 def capture(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], least: int = 2,
     fixed: Places = (),
@@ -183,6 +189,7 @@ def capture(
     call's own.
     Raises CaptureError, naming the user's own source line, when the model cannot be traced.
     """
+    refuse_parts(model)
     leaves, spec = flatten_call(args, kwargs)
     tensors = carry(leaves)
     names = name_inputs(model, args, kwargs)
@@ -191,11 +198,10 @@ def capture(
     name = type(model).__name__
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
-    _refuse_inference_tensors(model)
     ambient = read_ambient()
     with (
         _left_as_it_was(model), recorder.installed(), no_autocast_cache(),
-        watch_reads(ambient) as asked,
+        watch_reads(ambient) as asked, quiet_torch(),
     ):  # fmt: skip
         try:
             exported = _export_widened(flat, tensors, least, fixed, name)
@@ -234,8 +240,9 @@ def _export_widened(
     or for a number that the call spells out too.
     """
     first, tried = None, []
+    tensors = [t.resolve_conj().resolve_neg() for t in tensors]
     for sides in ("left", "both", "none"):
-        examples, varying = _widen(tensors, least, fixed, sides)
+        examples, varying = widen(tensors, least, fixed, sides)
         examples = list(map(make_dense, examples, flat.orders))
         varying = list(map(moved_dims, varying, flat.orders))
         if varying in tried:
@@ -246,9 +253,12 @@ def _export_widened(
                 with attention():
                     return _export(flat, examples, varying)
             except Exception as error:
+                error = error.error if isinstance(error, Stopped) else error
+                if str(error).startswith("cannot capture"):  # no other sizes would help
+                    raise error from None
                 first = first or error
     assert first is not None
-    raise _capture_error(name, first) from first
+    raise capture_error(name, first) from first
 
 
 def _attentions(
@@ -312,85 +322,6 @@ def _decompositions() -> Any:
     return table
 
 
-def _widen(
-    tensors: Sequence[torch.Tensor], least: int, fixed: Places, sides: str
-) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """Repeat size-1 dims so that tracing cannot specialise on them; list the dims that vary.
-
-    sides: where another input with a larger size keeps a size 1 fixed: at the same position from
-    the "left" or from "both" sides, as a (1, seq) mask beside (batch, seq) ids is a broadcast; with
-    "none" every size 1 is fixed. A size of 0 is always, and where `fixed` says so. Inputs that are
-    one tensor become two: tracing would take them for one argument.
-    """
-    largest: dict[int, int] = {}
-    for tensor in tensors:
-        for d, size in enumerate(tensor.shape):
-            for place in (d, d - tensor.dim()):
-                largest[place] = max(largest.get(place, 0), size)
-    widened: list[torch.Tensor] = []
-    varying = []
-    for i, tensor in enumerate(tensors):
-        dims = []
-        rank = tensor.dim()
-        if any(tensor is other for other in widened):
-            tensor = tensor.clone()
-        for d, size in enumerate(tensor.shape):
-            beside = largest[d] if sides == "left" else max(largest[d], largest[d - rank])
-            spread = size == 1 and (beside > 1 or sides == "none")
-            if spread or size == 0 or (i, d) in fixed:
-                continue
-            dims.append(d)
-            if size <= 2 and size < least:
-                places = torch.arange(least, device=tensor.device) % size
-                tensor = tensor.index_select(d, places)
-        widened.append(tensor)
-        varying.append(dims)
-    return widened, varying
-
-
-def _refuse_inference_tensors(model: nn.Module) -> None:
-    """Raise CaptureError for parameters and buffers without a version: torch.export takes none,
-    and a change of them would go unnoticed."""
-    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_inference():
-            raise CaptureError(
-                f"cannot capture {type(model).__name__}: its {path!r} was made under "
-                "torch.inference_mode(), and nothing tells when such a tensor changes. Make or "
-                "load the model outside of it (torch.no_grad() is fine); calls may be inside"
-            )
-
-
-def _capture_error(name: str, error: Exception) -> CaptureError:
-    """Return a CaptureError that points at the deepest frame outside torch and turbotx."""
-    inside = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith(inside) and not f.filename.startswith("<")
-    ]
-    seen = str(error).strip().splitlines() or [type(error).__name__]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    return CaptureError(
-        f"cannot capture {name}{where}\n  {type(error).__name__}: {seen[0]}\n"
-        "  Every call must be one graph of tensor ops: no Python branch on a tensor's values, no "
-        "output that is neither a tensor nor a plain constant (for a decoder pass use_cache=False)."
-    )
-
-
-def _refuse_mutation(exported: Any, name: str) -> None:
-    """Raise CaptureError where the call changes a buffer or an input: a program could not be run
-    by two threads, or again, and mean the same."""
-    for spec in exported.graph_signature.output_specs:
-        if spec.kind is OutputKind.USER_OUTPUT:
-            continue
-        what = str(spec.target).removeprefix("model.")
-        kind = "an input" if spec.kind is OutputKind.USER_INPUT_MUTATION else "its own tensor"
-        raise CaptureError(
-            f"cannot capture {name}: it changes {kind} {what!r} in place. Return the new value "
-            "instead, or keep that part outside the optimized module"
-        )
-
-
 def _describe(
     exported: Any,
     flat: _Flat,
@@ -399,8 +330,9 @@ def _describe(
     ambient: Ambient,
     asked: tuple[int, ...],
 ) -> Captured:
-    _refuse_mutation(exported, name)
+    refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, flat, names)
+    put_constants(graph_module.graph, flat.seen.constants)
     fakes = [node.meta["val"] for node in inputs]
     shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]
     for k, (node, order) in enumerate(zip(inputs, flat.orders, strict=True)):

@@ -22,11 +22,10 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from turbotx.casts import inside
 from turbotx.graph import GETITEM
+from turbotx.size_functions import FUNCTIONS
 from turbotx.sizes import expr
 
 aten = torch.ops.aten
@@ -73,7 +72,7 @@ def _refuse(node: fx.Node) -> None:
     elif isinstance(target, OpOverload):
         if target in IDENTITIES or not target._schema.is_mutable:
             return
-    elif getattr(target, "__module__", "") in ("_operator", "math", "torch"):
+    elif getattr(target, "__module__", "") in ("_operator", "builtins", "math", "torch"):
         return
     raise NotNodeByNode(f"{node.format_node()}")
 
@@ -113,25 +112,41 @@ class _Sizes:
 
     def add(self, node: fx.Node) -> None:
         value = node.meta.get("val")
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
             self.nodes.setdefault(expr(value), node)
 
-    def find(self, value: torch.SymInt) -> fx.Node | int:
+    def find(self, value: torch.SymInt | torch.SymFloat) -> fx.Node | int | float:
         """Return a node of this value, made at the insertion point where there is none before."""
-        wanted = expr(value)
+        return self._find(expr(value))
+
+    def _find(self, wanted: Any) -> Any:
         if wanted.is_Integer:
             return int(wanted)
+        if wanted.is_number:
+            return float(wanted)
         if wanted not in self.nodes:
-            for symbol in wanted.free_symbols - set(self.nodes):
-                self._read(symbol)
-            known = {s: fx.Proxy(self.nodes[s]) for s in wanted.free_symbols}
-            before = set(self.graph.nodes)
-            made = sympy_interp(PythonReferenceAnalysis, known, wanted)
-            for node in self.graph.nodes:
-                if node not in before:
-                    node.meta["val"] = node.target(*fx.node.map_arg(node.args, _value))
-            self.nodes[wanted] = made.node
+            if wanted.is_Symbol:
+                self._read(wanted)
+            else:
+                self.nodes[wanted] = self._compute(wanted)
         return self.nodes[wanted]
+
+    def _compute(self, wanted: Any) -> fx.Node:
+        """Make the nodes that compute an expression, as Python would."""
+        kind, args = type(wanted).__name__, [self._find(a) for a in wanted.args]
+        call: Any = _FOLDED.get(kind)
+        if call is None and kind in FUNCTIONS:
+            call = FUNCTIONS[kind].call
+        if call is None:
+            raise NotNodeByNode(f"{wanted} is no function of the sizes that has a row")
+        if kind not in _FOLDED:
+            return self._call(call, *args)
+        return functools.reduce(functools.partial(self._call, call), args)
+
+    def _call(self, call: Callable[..., Any], *args: Any) -> fx.Node:
+        made = self.graph.call_function(call, args)
+        made.meta["val"] = call(*fx.node.map_arg(args, _value))
+        return made
 
     def _read(self, symbol: sympy.Basic) -> None:
         """Make a node for a symbol: it is the size of an input."""
@@ -144,6 +159,13 @@ class _Sizes:
                     self.nodes[symbol] = made
                     return
         raise NotNodeByNode(f"{symbol} is the size of no input")
+
+
+_FOLDED: dict[str, Callable[[Any, Any], Any]] = {
+    "Add": operator.add, "Mul": operator.mul, "Pow": operator.pow,
+    "Max": torch.sym_max, "Min": torch.sym_min,
+}  # fmt: skip
+"""What sympy takes any number of arguments for, and Python two."""
 
 
 def _value(node: fx.Node) -> Any:
@@ -189,9 +211,9 @@ class _Recorder(TorchDispatchMode):
             if id(value) not in self.known:
                 raise NotNodeByNode(f"{self.node.format_node()} makes a constant")
             return self.known[id(value)]
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
             return self.sizes.find(value)
-        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        if isinstance(value, torch.SymBool):
             raise NotNodeByNode(f"{self.node.format_node()} computes with {value}")
         return value
 

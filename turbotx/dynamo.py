@@ -23,6 +23,7 @@ from torch import fx, nn
 from turbotx.ambient import read_ambient
 from turbotx.arguments import carry, flatten_call
 from turbotx.call_key import make_signature
+from turbotx.composition import LeftToPyTorch, left_to_pytorch
 from turbotx.engine import Engine
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
 from turbotx.options import Options, make_options
@@ -98,7 +99,7 @@ class _Graph:
     def __call__(self, *inputs: Any) -> Any:
         if torch.is_grad_enabled():
             _refuse_gradients(self.module, inputs)
-        if self.eager:
+        if self.eager or left_to_pytorch():
             return self.module(*inputs)
         try:
             arguments = self.feed.arguments_of(inputs)
@@ -106,6 +107,8 @@ class _Graph:
             # Export cannot trace in inference mode, and parameters are no inference tensors.
             with torch.inference_mode(False), torch.no_grad():
                 return engine(arguments, {})
+        except LeftToPyTorch:
+            return self.module(*inputs)
         except (CaptureError, InputError) as error:
             self._give_up(error)
             return self.module(*inputs)

@@ -175,8 +175,9 @@ def _returned(leaf: Any) -> Fresh | Alias | None:
         return None
     chain = _chain(leaf)
     if chain[-1].op in ("placeholder", "get_attr"):
-        if chain[-1].meta.get(ORDER) is not None and len(chain) > 1:
-            chain.pop(-2)  # what shows the input as the caller has it
+        moved = chain[-1].meta.get(ORDER) is not None and len(chain) > 1
+        if moved and chain[-2].target is aten.permute.default:
+            chain.pop(-2)  # what shows the input as the caller has it; raw reads look past it
         steps = [(n.target, n.args[1:], n.kwargs) for n in reversed(chain[:-1])]
         convert = [
             (t, *fx.node.map_arg((tuple(args), dict(kwargs)), g.size)) for t, args, kwargs in steps

@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,18 +22,23 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx.ambient import (
-    Ambient,
     read_ambient,
     read_asked,
     read_decisive,
-    unknown_modes,
     without_autocast,
 )
-from turbotx.arguments import carry, flatten_call, tensors_of
+from turbotx.arguments import carry, flatten_call
 from turbotx.call_key import describe_call, make_signature
-from turbotx.capture import Captured, capture
+from turbotx.capture import Captured
+from turbotx.capture_sizes import capture_sizes
 from turbotx.collection import pause_collection
-from turbotx.errors import CaptureError, InputError, ModelChangedError, TrainingError
+from turbotx.composition import (
+    calls_forward,
+    leave_foreign,
+    left_alone,
+)
+from turbotx.errors import CaptureError, EagerWarning, InputError, ModelChangedError, TrainingError
+from turbotx.failures import named_failures
 from turbotx.memory.pool import ChunkPool
 from turbotx.module_state.record import training_error
 from turbotx.observers import observers
@@ -42,25 +47,19 @@ from turbotx.pipeline import Compiled, bind_weights, compile_captured, compile_r
 from turbotx.placement import find_device, open_device
 from turbotx.program import Program
 from turbotx.progress import show_progress
+from turbotx.quiet import quiet_torch
+from turbotx.refusals import refuse_foreign_weights, refuse_gradient, refuse_modes, refuse_tensor
 from turbotx.runtime.absent_device import AbsentDevice
 from turbotx.runtime.device import Device
 from turbotx.runtime.native import start_runtime
 from turbotx.runtime.planned import Binding
-from turbotx.signature import SizeMatcher
 from turbotx.state_guard import StateGuard
 from turbotx.variant import Variant
 
 log = logging.getLogger("turbotx")
 
-LONGER = 7
-"""What a size is traced as where 2 turned out to be too short to be free: it has room for a model
-that looks a few places back, and is no usual number of anything."""
-
 MOST_CHANGES = 8
 """How often one call is captured anew while others convert the model's parameters meanwhile."""
-
-_called_plainly = threading.local()
-"""`engine`: whose model this thread is calling as it was, for a trace or a comparison."""
 
 
 class Engine:
@@ -71,6 +70,11 @@ class Engine:
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
+        self.calls_forward = calls_forward(model)
+        self.tolerates: Callable[[], bool] = lambda: False
+        """Whether a refused call runs in PyTorch instead; it is not traced a second time then."""
+        self.eager_calls = 0
+        self._told: set[str] = set()
         self._lock = threading.RLock()
         self._calls = itertools.count(1)
         self.reset()
@@ -81,6 +85,8 @@ class Engine:
             self._variants: dict[Any, list[Variant]] = {}
             self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
             self._pools: dict[torch.device, ChunkPool] = {}
+            self._refused: dict[Any, CaptureError] = {}
+            self.parts: dict[str, Any] = {}
             self._asked: tuple[int, ...] = ()
             """What the traces asked PyTorch for: places in `ambient.NAMES`."""
 
@@ -131,7 +137,9 @@ class Engine:
             found = self._bound.get(described)
         if found is None or not found[0].holds():
             found = None
+            leave_foreign(pytree.tree_leaves((args, kwargs)))
             leaves, spec = flatten_call(args, kwargs)
+            leave_foreign(leaves)
             tensors = carry(leaves)
             key = make_signature(leaves, spec, ambient)
             if described is None:
@@ -142,10 +150,10 @@ class Engine:
             found = self._bound.get(described)
         if found is None or not found[0].holds():
             for tensor in tensors:
-                _refuse_tensor(tensor)
+                refuse_tensor(tensor)
             found = self._bind(key, described, tensors, args, kwargs)
         elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            _refuse_gradient()
+            refuse_gradient()
         found[0].used = next(self._calls)
         return *found, tensors
 
@@ -163,8 +171,9 @@ class Engine:
     ) -> tuple[Variant, Program, Binding]:  # fmt: skip
         with self._lock:
             variant, dims = self._find(key, tensors, args, kwargs)
-            program = variant.compiled.at(dims).program
-            binding = program.bind(dims)
+            with named_failures(type(self.model).__name__):
+                program = variant.compiled.at(dims).program
+                binding = program.bind(dims)
             if len(self._bound) >= self.options.max_shapes:
                 self._bound.pop(next(iter(self._bound)))
             self._bound[shapes] = (variant, program, binding)
@@ -188,8 +197,15 @@ class Engine:
                 return variant, dims
             if variant.guard is not None:
                 self._note_difference(variant.guard)
-        _refuse_modes(ambient)
-        variant = Variant(self.make(args, kwargs), self.guards_state)
+        refuse_modes(ambient)
+        if key in self._refused and self.tolerates():
+            raise self._refused[key]
+        try:
+            variant = Variant(self.make(args, kwargs), self.guards_state)
+        except CaptureError as error:
+            self._refused[key] = error.with_traceback(None)
+            raise
+        self._refused.pop(key, None)
         dims = variant.matcher.match([t.shape for t in tensors])
         if dims is None:
             why = variant.matcher.explain([t.shape for t in tensors])
@@ -242,43 +258,13 @@ class Engine:
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
         # What cannot run is said before the seconds that tracing takes.
+        refuse_foreign_weights(self.model)
         _, device = self._open_device(flatten_call(args, kwargs)[0])
         if device is None and self.options.backend != "aten":
             start_runtime()
-        with self._plain(), pause_collection():
-            captured = capture(self.model, args, kwargs)
-            captured = self._capture_elsewhere(captured, args, kwargs)
+        with left_alone(), pause_collection(), named_failures(type(self.model).__name__):
+            captured = capture_sizes(self.model, args, kwargs)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
-        return captured
-
-    def _capture_elsewhere(
-        self, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Captured:
-        """Return a capture that serves more where this one took sizes of 1 and 2 for fixed, because
-        what the model makes of them (the length less one) was 1; and where it does not serve the
-        call itself (which takes another branch at a length of 1), one of its sizes: first those of
-        the dims that decide are numbers, then every 1, then all of them."""
-        shapes = [tensor.shape for tensor in tensors_of(args, kwargs)]
-        traced = zip(captured.input_sizes, shapes, strict=True)
-        short = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
-        matcher = SizeMatcher(captured)
-        if matcher.match(shapes) is not None and not short:
-            return captured
-        every = {(i, d): n for i, s in enumerate(shapes) for d, n in enumerate(s)}
-        ones = {place for place, n in every.items() if n == 1}
-        tries: list[tuple[int, set[tuple[int, int]]]] = [(LONGER, set())] if short else []
-        if matcher.match(shapes) is None:
-            decide = matcher.find_deciding(shapes) & ones
-            tries += [(2, decide), (2, ones), (2, set(every))]
-        for k, (least, fixed) in enumerate(tries):
-            if (least, fixed) in tries[:k] or (least, fixed) == (2, set()):
-                continue
-            try:
-                found = capture(self.model, args, kwargs, least, fixed)
-            except CaptureError:
-                continue
-            if SizeMatcher(found).match(shapes) is not None:
-                return found
         return captured
 
     def compile(self, captured: Captured) -> Compiled:
@@ -287,7 +273,8 @@ class Engine:
         It runs where the call's tensors and the model's parameters lie.
         """
         pool, device = self._find_memory(captured)
-        with without_autocast(), pause_collection():
+        name = captured.name
+        with without_autocast(), pause_collection(), named_failures(name), quiet_torch():
             return compile_captured(captured, self.model, self.options, pool, device)
 
     def compile_for(self, compiled: Compiled, target: str) -> Compiled:
@@ -298,7 +285,8 @@ class Engine:
         device = None if target == "cpu" else AbsentDevice(target)
         pool = ChunkPool(torch.device("cpu"))
         captured, text = compiled.captured, compiled.captured_text
-        with without_autocast(), pause_collection():
+        name = captured.name
+        with without_autocast(), pause_collection(), named_failures(name), quiet_torch():
             return compile_rewritten(captured, text, self.model, options, pool, device)
 
     def share(self, compiled: Compiled) -> Compiled:
@@ -325,23 +313,15 @@ class Engine:
 
     def run_plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return what the model itself makes of a call, without turbotx and gradients."""
-        with self._plain(), torch.no_grad():
-            return self.model(*args, **kwargs)
+        with left_alone(), torch.no_grad():
+            return (self.model.forward if self.calls_forward else self.model)(*args, **kwargs)
 
-    @property
-    def called_plainly(self) -> bool:
-        """Whether this thread is calling the model as it was, for a trace or a comparison."""
-        return getattr(_called_plainly, "engine", None) is self
-
-    @contextmanager
-    def _plain(self) -> Iterator[None]:
-        """Meanwhile, in this thread, an instance of an optimized class is called as it was."""
-        before = getattr(_called_plainly, "engine", None)
-        _called_plainly.engine = self
-        try:
-            yield
-        finally:
-            _called_plainly.engine = before
+    def count_eager(self, why: str) -> None:
+        """Count a call that runs in PyTorch; warn of it, once a reason."""
+        self.eager_calls += 1
+        if why not in self._told:
+            self._told.add(why)
+            warnings.warn(why, EagerWarning, stacklevel=4)
 
     # --- looking inside ---
 
@@ -355,21 +335,22 @@ class Engine:
             return [v.compiled for variants in self._variants.values() for v in variants]
 
     def stats(self) -> dict[str, int]:
-        """Return counts since the last reset: captures, kernel builds, plans, chunk allocations."""
+        """Return counts since the last reset: captures, kernel builds, plans, chunk allocations;
+        those of parts that are optimized for it included."""
         compiled = self.variants()
         programs = [x.program for c in compiled for x in c.twins]
         pools = [pool.stats() for pool in self._pools.values()]
-        return {
+        memory = ("chunk_allocations", "mapped_nbytes", "used_nbytes", "peak_nbytes", "arenas")
+        found = {
             "captures": len(compiled),
+            "eager_calls": self.eager_calls,
             "kernel_builds": sum(p.runtime.builds for p in programs),
             "plans": sum(p.plans for p in programs),
             "graph_captures": sum(p.graph_captures for p in programs),
-            "chunk_allocations": sum(pool.chunk_allocations for pool in pools),
-            "mapped_nbytes": sum(pool.mapped_nbytes for pool in pools),
-            "used_nbytes": sum(pool.used_nbytes for pool in pools),
-            "peak_nbytes": sum(pool.peak_nbytes for pool in pools),
-            "arenas": sum(pool.arenas for pool in pools),
+            **{name: sum(getattr(pool, name) for pool in pools) for name in memory},
         }
+        parts = [part._turbotx_engine.stats() for part in self.parts.values()]
+        return {name: sum(x[name] for x in (found, *parts)) for name in found}
 
     def reserve(self, **dims: int) -> None:
         """Map the memory of the largest shape now, e.g. reserve(batch=8, seq=512)."""
@@ -384,33 +365,3 @@ class Engine:
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
             program = compiled.at(values).program
             program.reserve(program.bind(values))
-
-
-def _refuse_tensor(tensor: torch.Tensor) -> None:
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise InputError(
-            f"an input is on {tensor.device}, and turbotx runs on CPUs and NVIDIA GPUs: move the "
-            'model and its inputs with .to("cpu") or .to("cuda")'
-        )
-    if tensor.layout is not torch.strided:
-        raise InputError(f"an input has layout {tensor.layout}; turbotx takes dense tensors only")
-    if tensor.requires_grad and torch.is_grad_enabled():
-        _refuse_gradient()
-
-
-def _refuse_modes(ambient: Ambient) -> None:
-    """A program is not PyTorch's functions: nothing would intercept them."""
-    names = unknown_modes(ambient)
-    if names:
-        raise InputError(
-            f"the call is made under {', '.join(names)}, which intercepts PyTorch's functions, and "
-            "a compiled program does not call them: leave the mode around the call, or call the "
-            "model that was given to turbotx.optimize"
-        )
-
-
-def _refuse_gradient() -> None:
-    raise TrainingError(
-        "an input requires grad, and turbotx is for inference only: call it under "
-        "torch.no_grad(), or pass input.detach()"
-    )

@@ -21,6 +21,10 @@ class CaptureError(TurbotxError):
     """The model could not be traced into one graph that holds for any batch and length."""
 
 
+class CompileError(TurbotxError):
+    """turbotx itself failed on a model: the message names stage and node, the cause is above it."""
+
+
 class TrainingError(TurbotxError):
     """The model is in training mode, or a gradient was asked for: turbotx is inference only."""
 

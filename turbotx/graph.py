@@ -24,7 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
-from turbotx.sizes import ONE, Expr, expr
+from turbotx.sizes import ONE, Expr, expr, name_functions
 
 GETITEM = operator.getitem
 # Beginnings of paths in stack traces; torch's own graph passes give theirs without a folder.
@@ -47,11 +47,13 @@ def remember_names(
             return
 
 
-def _rename(value: Expr, shape_env: ShapeEnv | None) -> Expr:
+def _rename(value: Expr, shape_env: ShapeEnv | None, whole: bool) -> Expr:
+    """Return a value over the named dims; what is no `whole` number is left as it is, since to
+    expand a float made of sizes is to round it elsewhere."""
     if value.is_Integer or shape_env is None:
         return value
-    value = shape_env.replace(value)
-    return sympy.expand(value.xreplace(_names.get(shape_env, {})))
+    renamed = shape_env.replace(value).xreplace(_names.get(shape_env, {}))
+    return sympy.expand(name_functions(renamed)) if whole else renamed
 
 
 def tensor(node: fx.Node) -> torch.Tensor:
@@ -89,14 +91,14 @@ def dtype(node: fx.Node) -> torch.dtype:
 
 
 def size(value: Any, of: torch.Tensor | None = None) -> Expr:
-    """Return an int, a SymInt or a node that stands for one, as an expression."""
+    """Return a number, a symbolic one or a node that stands for one, as an expression."""
     if isinstance(value, fx.Node):
         value = value.meta["val"]
-    if isinstance(value, (int, sympy.Expr)):
+    if isinstance(value, (int, float, sympy.Basic)):
         return expr(value)
-    if _is_one(value):
+    if isinstance(value, torch.SymInt) and _is_one(value):
         return ONE
-    return _rename(expr(value), value.node.shape_env)
+    return _rename(expr(value), value.node.shape_env, isinstance(value, torch.SymInt))
 
 
 def is_negative(value: Any) -> bool:

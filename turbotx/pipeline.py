@@ -28,6 +28,7 @@ from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.passes.attention import recognize_attention
 from turbotx.passes.canonicalize import canonicalize
+from turbotx.passes.known import require_known_sizes
 from turbotx.passes.linear import (
     free_biases,
     lift_permutations,
@@ -113,6 +114,7 @@ def compile_rewritten(
     text: the graph as it was captured.
     """
     graph = captured.graph_module.graph
+    require_known_sizes(graph, captured.dims, captured.name)
     verify.check_graph(graph)
     verify.check_inputs(graph, captured.input_sizes)
     prepared = find_prepared(graph)

@@ -8,7 +8,6 @@ appended to the body once. Views only rewrite the index, so they cost nothing. E
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ from turbotx import ir
 from turbotx.element import Element, Elements
 from turbotx.layout import root_layout
 from turbotx.loops import Conflict, Loops
-from turbotx.ops import OPS, Row
+from turbotx.ops import OF_NUMBERS, OPS, Row
 from turbotx.sizes import ZERO, Expr, is_nonnegative, product
 from turbotx.views import NeedsFactoring, input_index, is_view, reshape_index, view_source
 
@@ -124,10 +123,8 @@ class Puller(Elements):
             return self.constant(value, dtype)
         if not isinstance(value.meta["val"], (float, torch.SymFloat)):
             return self.cast(self.index(g.size(value)), dtype)
-        if value.target not in _OF_NUMBERS:
-            raise Conflict(value, f"{value.target} of sizes is not computed by kernels")
         args = [self.number(a, torch.float64) for a in value.args]
-        op = _OF_NUMBERS[value.target]
+        op = OF_NUMBERS[value.target]
         return self.cast(self.call(op, *args) if op else args[0], dtype)
 
     def broadcast(self, node: Any, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
@@ -329,10 +326,6 @@ class Puller(Elements):
         return {s.name[1:] for s in symbols if s.name[0] == "@"}
 
 
-_OF_NUMBERS: dict[Any, str] = {
-    operator.truediv: "div", operator.mul: "mul", operator.add: "add", operator.sub: "sub",
-    operator.pow: "pow", operator.neg: "neg", torch.sym_float: "", torch.sym_sqrt: "sqrt",
-}  # fmt: skip
 _IGNORED = {"memory_format", "layout", "device", "pin_memory", "non_blocking", "dtype", "copy"}
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from turbotx.subgraphs import enclose_graphs
+
 # The key, in the exported graph's meta, of the constants that only tracing made.
 FRESH = "fresh constants"
 # A GraphModule has attributes of its own, `graph` and `code` among them.
@@ -27,6 +29,7 @@ def unlift(
     flat: the traced module, the user's own one being `flat.model`. meta["paths"] says where the
     user's module has what a get_attr node names.
     """
+    enclose_graphs(exported.graph_module)
     graph: fx.Graph = exported.graph_module.graph
     targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
     fresh = exported.graph_module.meta[FRESH] & set(exported.constants)

@@ -27,3 +27,16 @@ def test_inputs_may_be_outputs_of_the_part_too() -> None:
     first, second = part.module(given)
     torch.testing.assert_close(first, given.exp())
     torch.testing.assert_close(second, given.exp().sin())
+
+
+def test_the_shape_of_a_tensor_that_is_not_given() -> None:
+    graph = captured_graph(lambda x, y: torch.full_like(x.exp(), 3) + y, X := torch.ones(2, 5), X)
+    part = extract([node(graph, "add")], [node(graph, "y")], "part")
+    assert len(part.sizes) == 2
+    torch.testing.assert_close(part.module(torch.ones(4, 3), 4, 3)[0], torch.full((4, 3), 4.0))
+
+
+def test_a_tensor_that_is_given_says_its_shape_itself() -> None:
+    graph = captured_graph(lambda x: torch.zeros_like(x.view(-1)) + x.view(-1), torch.ones(2, 5))
+    part = extract([node(graph, "add")], [node(graph, "x")], "part")
+    assert all(n.target is not torch.ops.aten.full.default for n in part.module.graph.nodes)

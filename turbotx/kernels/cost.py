@@ -19,7 +19,7 @@ import sympy
 from turbotx import ir
 from turbotx.kernels.traffic import kernel_traffic
 from turbotx.show import show_expr
-from turbotx.sizes import ZERO, Expr, evaluate
+from turbotx.sizes import ZERO, Expr, evaluate, spell_out
 
 # Every run-time size, where two sums of bytes are to be compared.
 MIDDLING = 64
@@ -54,5 +54,10 @@ def moved_nbytes(kernels: Sequence[ir.Kernel]) -> Expr:
 
 def compare_nbytes(a: Expr, b: Expr) -> int:
     """Return a number below, equal to or above zero as `a` is less, as much or more than `b`."""
-    difference = sympy.expand(a - b)
-    return evaluate(difference, {s.name: MIDDLING for s in difference.free_symbols})
+    difference = spell_out(sympy.expand(a - b))
+    for size in (MIDDLING, 16 * MIDDLING):
+        try:
+            return evaluate(difference, {s.name: size for s in difference.free_symbols})
+        except ArithmeticError:  # no size that this model takes: it divides by zero
+            continue
+    return 0

@@ -18,7 +18,7 @@ from torch import fx
 
 from turbotx import graph as g
 from turbotx.kernels.fuse import FusedRegion
-from turbotx.layout import has_plain_rows, layout_of, layout_with_copies, reshape_strides
+from turbotx.layout import Layout, has_plain_rows, layout_of, layout_with_copies, reshape_strides
 from turbotx.passes.partition import Region, op_name, tensor_inputs
 from turbotx.sizes import ONE, product
 
@@ -150,7 +150,9 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
     for constant in (weight, bias):
         layout = None if constant is None else layout_of(constant)  # type: ignore[arg-type]
         if constant is not None and (
-            layout is None or kinds[layout.root] not in ("parameter", "prepared")
+            layout is None
+            or kinds[layout.root] not in ("parameter", "prepared")
+            or not _is_fixed(layout)
         ):
             return False
     if bias is not None and layout_of(bias).strides != (ONE,):  # type: ignore[arg-type, union-attr]
@@ -159,6 +161,11 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
     if not layout.shape:
         return False
     return has_plain_rows(layout)
+
+
+def _is_fixed(layout: Layout) -> bool:
+    """Tell whether it is the same part of a weight at all sizes: only that is packed once."""
+    return all(e.is_Integer for e in (*layout.shape, *layout.strides, layout.offset))
 
 
 class _Match:

@@ -45,6 +45,8 @@ def make_sequential(kernel: ir.Kernel) -> ir.Kernel:
             made = _moments(s, product([a.extent for a in kernel.columns]), blocks)
             known.update({(m.op, m.args): m.result for m in made
                           if isinstance(m, ir.Compute) and m.op != "cast"})  # fmt: skip
+            if blocks:
+                known["sub", (*s.args, s.results[0])] = f"{s.results[0]}_centred"
             body += made
         elif isinstance(s, ir.Reduce) and s.op == "softmax":
             largest, total = s.results
@@ -102,6 +104,9 @@ def _moments(s: ir.Reduce, count: Expr, blocks: bool) -> list[ir.Statement]:
     if blocks:
         again = compute(f"{mean}_again", "cast", near)
         compute(mean, "cast", compute(f"{mean}_exact", "add", again, off), dtype=s.dtype)
+        # Whoever wants x - mean: `away` is worth keeping, and has been computed.
+        rest = compute(f"{mean}_rest", "cast", off, dtype=s.dtype)
+        compute(f"{mean}_centred", "sub", away, rest, dtype=s.dtype)
     apart = compute(f"{m2}_apart", "sub", raw, compute(f"{m2}_lost", "mul", drift, off))
     made.append(ir.Constant(f"{m2}_zero", 0.0, wide))
     # Squares of tiny numbers are 0, and less than what is lost.

@@ -88,10 +88,14 @@ class StateRecord:
         return Difference(self.places[i], self._shown[i], show(self.places[i].read()))
 
 
+_TRACERS = ("torch.fx.", "torch._dynamo.", "torch._higher_order_ops.")
+
+
 def start_recording(model: nn.Module) -> tuple[Recorder, Names]:
     """Return a recorder, and the names in the code of a model's modules, of which it has met all
     objects; to be called before the trace."""
     recorder = Recorder()
+    recorder.modules = list(model.modules())
     names = Names()
     for module in model.modules():
         cls = type(module)
@@ -130,8 +134,10 @@ def make_record(model: nn.Module, recorder: Recorder, names: Names) -> StateReco
 
 
 def _is_tracers(owner: Any, paths: dict[int, str]) -> bool:
-    """Tell the bare module in which PyTorch's tracer keeps constants from one of the user's."""
-    return type(owner) is nn.Module and id(vars(owner)) not in paths
+    """Tell a module that PyTorch's tracers made, to keep constants or a graph, from the user's."""
+    if not isinstance(owner, nn.Module) or id(vars(owner)) in paths:
+        return False
+    return type(owner) is nn.Module or type(owner).__module__.startswith(_TRACERS)
 
 
 def _text(paths: dict[int, str], owner: Any, name: str) -> str:

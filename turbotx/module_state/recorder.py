@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -70,6 +71,8 @@ class Recorder:
         self._classes: list[type] = []
         self._met: dict[int, Any] = {}
         self._inputs: Sequence[torch.Tensor] = ()
+        self._compiles = 0
+        self.modules: Sequence[nn.Module] = ()  # of the model
 
     @property
     def reads(self) -> list[tuple[Any, list[str]]]:
@@ -84,7 +87,7 @@ class Recorder:
         """Have classes report to recorders; `on` in this says when to note."""
         self._watch_class(nn.Module)
         try:
-            with _global_hooks_inside():
+            with _global_hooks_inside(), _told_of_compiles(self._pause, self._resume):
                 yield
         finally:
             for cls in self._classes:
@@ -102,6 +105,30 @@ class Recorder:
             yield
         finally:
             _active.recorder = before
+
+    def _pause(self, *_: Any) -> None:
+        """Leave classes as they are while Dynamo looks into them: a branch of torch.cond is traced
+        by it, and it traces no replaced function."""
+        if getattr(_active, "recorder", None) is self or self._compiles:
+            self._compiles += 1
+            if self._compiles == 1:
+                _active.recorder = None
+                for cls in self._classes:
+                    _release(cls)
+
+    def _resume(self, *_: Any) -> None:
+        """Note from now on; of what was read meanwhile nothing is known, so all of it counts."""
+        if self._compiles:
+            self._compiles -= 1
+            if self._compiles == 0:
+                self._classes = [cls for cls in self._classes if _patch(cls)]
+                for module in self.modules:
+                    own = vars(module)
+                    tables = (own["_parameters"], own["_buffers"], own["_modules"])
+                    plain = [n for n in own if not n.startswith("_")]
+                    for name in (*plain, *(n for table in tables for n in table)):
+                        self.note_read(module, name)
+                _active.recorder = self
 
     def meet(self, value: Any, depth: int = 0) -> None:
         """Have reads of an object that the code got hold of noted, and of those that it holds."""
@@ -147,6 +174,19 @@ class Recorder:
             return
         read = name in self._reads.get(key, (None, {}))[1]
         self._writes[key, name] = Write(_real(owner), name, value, read, computed)
+
+
+@contextmanager
+def _told_of_compiles(begin: Callable[..., None], end: Callable[..., None]) -> Iterator[None]:
+    """Meanwhile call `begin` and `end` around whatever Dynamo compiles."""
+    handler = import_module("torch._dynamo.callback").callback_handler
+    handler.register_start_callback(begin)
+    handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        handler.remove_start_callback(begin)
+        handler.remove_end_callback(end)
 
 
 @contextmanager

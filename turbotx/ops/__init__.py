@@ -2,9 +2,9 @@
 
 from turbotx.ops import indexing, pointwise, reductions
 from turbotx.ops.outside import takes_any_layout, why_outside
-from turbotx.ops.table import OPS, Row, is_computed
+from turbotx.ops.table import OF_NUMBERS, OPS, Row, is_computed
 
 __all__ = [
-    "OPS", "Row", "indexing", "is_computed", "pointwise", "reductions", "takes_any_layout",
-    "why_outside",
+    "OF_NUMBERS", "OPS", "Row", "indexing", "is_computed", "pointwise", "reductions",
+    "takes_any_layout", "why_outside",
 ]  # fmt: skip

@@ -1,9 +1,9 @@
 """Ops that have no row on purpose: ATen runs them between the kernels, why, and on what layout.
 
-In: an ATen overload. Out: the reason that the report lists, and whether it takes elements wherever
-they lie; an op that is not known to gets its arguments laid out as eager would give them::
+In: a call, or its op. Out: the reason that the report lists, and whether it takes elements
+wherever they lie; an op that is not known to gets its arguments laid out as eager would give them::
 
-    why_outside(aten.topk.default)  ->  "orders a row by comparisons: ATen's own sort does that"
+    why_outside(topk)  ->  "orders a row by comparisons: ATen's own sort does that"
     takes_any_layout(aten.mkldnn_rnn_layer.default)  ->  False
 """
 
@@ -11,7 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from turbotx.ops.table import OPS
+from torch import fx
+
+from turbotx.graph import is_tensor
+from turbotx.ops.table import OPS, is_number_computed
+from turbotx.subgraphs import WithGraphs
 
 _ORDERS = "orders a row by comparisons: ATen's own sort does that"
 _WRITES = "writes at places that are known only when it runs, where two may be one"
@@ -35,14 +39,19 @@ REASONS = {
 }  # fmt: skip
 
 
-def why_outside(target: Any) -> str:
+def why_outside(node: fx.Node) -> str:
     """Return why ATen runs a call."""
+    target: Any = node.target
+    if isinstance(target, WithGraphs):
+        return f"{target} is given graphs, which PyTorch runs"
     name = getattr(getattr(target, "overloadpacket", None), "__name__", "")
     if name in REASONS:
         return f"{target} {REASONS[name]}"
-    if target in OPS:
+    if target not in OPS:
+        return f"{target} has no row in the op table"
+    if all(is_tensor(n) or is_number_computed(n) for n in node.all_input_nodes):
         return f"{target} works on complex numbers, which kernels do not"
-    return f"{target} has no row in the op table"
+    return f"{target} takes a float made of sizes in a way that kernels do not compute"
 
 
 # Ops that read by strides whatever they are: what `REASONS` names, and the products. Others may

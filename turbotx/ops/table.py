@@ -9,6 +9,7 @@ may pull its inputs anywhere, or reduce over them. Adding an op is adding a row:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,12 @@ class Row:
 
 
 OPS: dict[Any, Row] = {}
+
+OF_NUMBERS: dict[Any, str] = {
+    operator.truediv: "div", operator.mul: "mul", operator.add: "add", operator.sub: "sub",
+    operator.pow: "pow", operator.neg: "neg", torch.sym_float: "", torch.sym_sqrt: "sqrt",
+}  # fmt: skip
+"""What kernels compute of floats made of sizes, in double: the primitive, "" for nothing."""
 
 
 def _resolve(overload: str) -> Any | None:
@@ -61,5 +68,14 @@ def is_computed(node: Any) -> bool:
     """Tell whether the table has a row for this fx node, so that a kernel can compute it."""
     if not g.is_tensor(node) or node.op != "call_function" or node.target not in OPS:
         return False
-    tensors = [n for n in (node, *node.all_input_nodes) if g.is_tensor(n)]
-    return not any(g.dtype(n).is_complex for n in tensors)
+    sources = node.all_input_nodes
+    if any(g.dtype(n).is_complex for n in (node, *sources) if g.is_tensor(n)):
+        return False
+    return all(g.is_tensor(n) or is_number_computed(n) for n in sources)
+
+
+def is_number_computed(node: Any) -> bool:
+    """Tell whether a kernel can compute a float made of sizes; a whole size is given to it."""
+    if not isinstance(node.meta.get("val"), (float, torch.SymFloat)):
+        return True
+    return node.target in OF_NUMBERS and all(map(is_number_computed, node.all_input_nodes))

@@ -8,6 +8,7 @@ casts, redundant views, duplicate subexpressions and dead code, for example::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -151,14 +152,18 @@ def _whole_slice(node: fx.Node) -> bool:
     return start in (None, 0) and step == 1
 
 
-def _integer_identity(number: int) -> Callable[[fx.Node], bool]:
-    """x + 0 and x * 1; for floats x + 0 turns -0.0 into 0.0, which nothing can depend on here."""
+def _adds_nothing(node: fx.Node) -> bool:
+    """x + 0 of integers; of floats x + -0.0 and x - 0.0, since -0.0 + 0.0 is 0.0."""
+    if g.argument(node, "alpha") != 1 or not _is_number(node.args[1], 0):
+        return False
+    number: Any = node.args[1]
+    negative = math.copysign(1.0, number) < 0
+    exact = not (g.dtype(node).is_floating_point or g.dtype(node).is_complex)
+    return exact or negative == (node.target is aten.add.Tensor)
 
-    def rule(node: fx.Node) -> bool:
-        plain = bool(node.kwargs.get("alpha", 1) == 1)
-        return plain and len(node.args) > 1 and _is_number(node.args[1], number)
 
-    return rule
+def _multiplies_by_one(node: fx.Node) -> bool:
+    return _is_number(node.args[1], 1) and not node.kwargs
 
 
 # Ops that do nothing when their result has their input's shape (and the rule agrees).
@@ -169,10 +174,10 @@ _NO_OPS: dict[Any, Callable[[fx.Node], bool]] = {
     aten._unsafe_view.default: _same_shape,
     aten.expand.default: _same_shape,
     aten.slice.Tensor: _whole_slice,
-    aten.add.Tensor: _integer_identity(0),
-    aten.sub.Tensor: _integer_identity(0),
-    aten.mul.Tensor: _integer_identity(1),
-    aten.div.Tensor: _integer_identity(1),
+    aten.add.Tensor: _adds_nothing,
+    aten.sub.Tensor: _adds_nothing,
+    aten.mul.Tensor: _multiplies_by_one,
+    aten.div.Tensor: _multiplies_by_one,
 }
 _RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 

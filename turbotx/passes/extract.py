@@ -8,8 +8,9 @@ tensors: what a kernel means, run by PyTorch, and what the fused graph shows ins
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -17,10 +18,19 @@ from torch import fx, nn
 from turbotx import graph as g
 from turbotx.sizes import Expr
 
+aten = torch.ops.aten
+# What makes a tensor of the shape of its first argument and reads nothing of it; 0 or 1 is what it
+# is filled with, None: its own argument.
+SHAPED_AS: dict[Any, int | None] = {
+    aten.zeros_like.default: 0, aten.new_zeros.default: 0, aten.ones_like.default: 1,
+    aten.new_ones.default: 1, aten.full_like.default: None, aten.new_full.default: None,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Extracted:
-    """module(*tensors, *sizes) returns a tuple; `sizes` are what the size nodes stand for."""
+    """module(*tensors, *sizes) returns a tuple; `sizes` are what the size nodes stand for, then
+    what else it takes to make a tensor of the shape of one that is not given."""
 
     module: fx.GraphModule
     size_nodes: tuple[fx.Node, ...]
@@ -28,42 +38,93 @@ class Extracted:
 
 
 def extract(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node], name: str) -> Extracted:
-    """Copy what `outputs` need down to `inputs`; size nodes become arguments after the tensors."""
-    graph = fx.Graph()
-    made: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        made[node] = graph.placeholder(node.name)
-        made[node].meta = dict(node.meta)
-    sizes: dict[fx.Node, fx.Node] = {}
-    needed = _order(outputs, set(inputs))
-    for node in needed:
-        if not _is_tensor_like(node):
-            sizes[node] = made[node] = graph.placeholder(node.name)
-    for node in needed:
-        if node not in made:
-            made[node] = copied = graph.node_copy(node, made.__getitem__)
-            if copied.target is torch.ops.aten.view.default:  # what it shows may not be dense here
-                copied.target = torch.ops.aten.reshape.default
-    graph.output(tuple(made[n] for n in outputs))
-    module = fx.GraphModule(nn.Module(), graph, class_name=name)
-    return Extracted(module, tuple(sizes), tuple(g.size(n) for n in sizes))
+    """Copy what `outputs` need down to `inputs`; size nodes become arguments after the tensors.
+
+    Of a tensor that is not among the inputs the shape may be needed (zeros_like), as a kernel
+    needs it: then its sizes are arguments too.
+    """
+    return _Extractor(outputs, inputs).run(name)
+
+
+class _Extractor:
+    def __init__(self, outputs: Sequence[fx.Node], inputs: Sequence[fx.Node]) -> None:
+        self.outputs, self.given = outputs, set(inputs)
+        self.graph = fx.Graph()
+        self.made: dict[fx.Node, fx.Node] = {}
+        for node in inputs:
+            self.made[node] = self.graph.placeholder(node.name)
+            self.made[node].meta = dict(node.meta)
+
+    def run(self, name: str) -> Extracted:
+        needed = self._order()
+        sizes: dict[fx.Node, fx.Node] = {}
+        for node in needed:
+            if not _is_tensor_like(node):
+                sizes[node] = self.made[node] = self.graph.placeholder(node.name)
+        shapes = [g.shape(n) for n in needed if self._only_shaped(n)]
+        extents = [e for e in dict.fromkeys(e for s in shapes for e in s) if not e.is_Integer]
+        places = {e: self.graph.placeholder(f"extent_{k}") for k, e in enumerate(extents)}
+        for node in needed:
+            if self._only_shaped(node):
+                self.made[node] = self._create(node, places)
+            elif node not in self.made:
+                self.made[node] = copied = self.graph.node_copy(node, self.made.__getitem__)
+                if copied.target is aten.view.default:  # what it shows may not be dense here
+                    copied.target = aten.reshape.default
+        self.graph.output(tuple(self.made[n] for n in self.outputs))
+        module = fx.GraphModule(nn.Module(), self.graph, class_name=name)
+        return Extracted(module, tuple(sizes), (*(g.size(n) for n in sizes), *extents))
+
+    def _create(self, node: fx.Node, places: Mapping[Expr, fx.Node]) -> fx.Node:
+        """Make the tensor of a shape, without the tensor that has that shape."""
+        value, shape = node.meta["val"], g.shape(node)
+        fill: Any = SHAPED_AS.get(node.target, 0)
+        if fill is None:
+            fill = g.argument(node, "fill_value")
+            fill = self.made[fill] if isinstance(fill, fx.Node) else fill
+        extents = [int(e) if e.is_Integer else places[e] for e in shape]
+        made = self.graph.call_function(
+            aten.full.default, (extents, fill), {"dtype": value.dtype, "device": value.device}
+        )
+        made.meta = dict(node.meta)
+        return made
+
+    def _only_shaped(self, node: fx.Node) -> bool:
+        """Tell whether nothing but the shape of a call's argument, or of a tensor itself, matters:
+        a kernel is given every tensor of which it reads an element."""
+        if node in self.given:
+            return False
+        if node.op in ("placeholder", "get_attr"):
+            return True
+        return node.target in SHAPED_AS and not self._is_reached(node.args[0])  # type: ignore[arg-type]
+
+    def _is_reached(self, node: fx.Node) -> bool:
+        """Tell whether a tensor is computed from what is given."""
+        if node in self.given:
+            return True
+        if node.op != "call_function" or node.target in SHAPED_AS:
+            return node.target in SHAPED_AS
+        return all(self._is_reached(n) for n in node.all_input_nodes if _is_tensor_like(n))
+
+    def _order(self) -> list[fx.Node]:
+        found: dict[fx.Node, None] = {}
+
+        def visit(node: fx.Node) -> None:
+            if node in found or (node in self.given and node not in self.outputs):
+                return
+            if self._only_shaped(node):
+                for source in node.all_input_nodes:
+                    if not _is_tensor_like(source):
+                        visit(source)
+            elif _is_tensor_like(node):
+                for source in node.all_input_nodes:
+                    visit(source)
+            found[node] = None
+
+        for node in self.outputs:
+            visit(node)
+        return list(found)
 
 
 def _is_tensor_like(node: fx.Node) -> bool:
     return g.is_tensor(node) or isinstance(node.meta.get("val"), (list, tuple))
-
-
-def _order(outputs: Sequence[fx.Node], given: set[fx.Node]) -> list[fx.Node]:
-    found: dict[fx.Node, None] = {}
-
-    def visit(node: fx.Node) -> None:
-        if node in found or (node in given and node not in outputs):
-            return
-        if _is_tensor_like(node):
-            for source in node.all_input_nodes:
-                visit(source)
-        found[node] = None
-
-    for node in outputs:
-        visit(node)
-    return list(found)

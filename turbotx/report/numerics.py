@@ -25,7 +25,7 @@ from turbotx.kernels.lower import Lowered
 from turbotx.passes.extract import extract
 from turbotx.pipeline import Compiled
 from turbotx.report.replay import Read, replay
-from turbotx.sizes import evaluate
+from turbotx.sizes import compile_evaluator
 
 FACTOR, ULPS = 1.5, 2
 
@@ -122,8 +122,9 @@ class LaunchErrors:
         """Return call arguments with tensors and sizes in the places of operands and formulas."""
         if isinstance(structure, ir.Operand):
             return read(structure)
-        if isinstance(structure, sympy.Expr):
-            return evaluate(structure, self.dims)
+        if isinstance(structure, sympy.Basic):
+            (value,) = compile_evaluator([structure], list(self.dims))(*self.dims.values())
+            return value
         if isinstance(structure, (list, tuple)):
             return [self._fill(v, read) for v in structure]
         if isinstance(structure, dict):

@@ -76,7 +76,7 @@ class AtenSteps:
         """Return a function that rebuilds call arguments with tensors and sizes filled in."""
         if isinstance(structure, ir.Operand):
             return self.tensor(structure)
-        if isinstance(structure, sympy.Expr):
+        if isinstance(structure, sympy.Basic):
             evaluate = compile_evaluator([structure], self._dims)
             return lambda state: evaluate(*state.dims)[0]
         if isinstance(structure, (list, tuple)):

@@ -228,8 +228,12 @@ class PlannedCall(ABC):
                 )
 
     def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return inputs as kernels take them."""
-        return [t if t.is_contiguous() else t.contiguous() for t in tensors]
+        """Return inputs as kernels take them: row-major, and each element as it is in memory, where
+        PyTorch may have only noted that it is to be negated or conjugated."""
+        return [
+            t if t.is_contiguous() and not (t.is_neg() or t.is_conj()) else _settle(t)
+            for t in tensors
+        ]
 
     def _new_outputs(self, binding: Binding) -> list[torch.Tensor]:
         device = self._runtime.torch_device
@@ -293,6 +297,10 @@ class PlannedCall(ABC):
     @abstractmethod
     def _check_of(self, launch: int, check: int) -> tuple[str, str, str, str]:
         """Return a check's tensor, limit, launch and source."""
+
+
+def _settle(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.resolve_conj().resolve_neg().contiguous()
 
 
 def make_size(evaluate: Evaluate) -> Callable[[RunState], Any]:

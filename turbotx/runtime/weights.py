@@ -232,4 +232,5 @@ def _compute(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor
     if node.name in tensors:
         return tensors[node.name]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _compute(n, tensors))
-    return node.target(*args, **kwargs).contiguous()  # type: ignore[operator]
+    made: Any = node.target(*args, **kwargs)  # type: ignore[operator]
+    return made.contiguous() if isinstance(made, torch.Tensor) else made  # a split is a list

@@ -16,7 +16,6 @@ from torch import fx
 from turbotx import ir
 from turbotx.capture import Captured
 from turbotx.eager import Alias
-from turbotx.errors import SaveError
 from turbotx.kernels.lower import Lowered
 from turbotx.memory.symbolic import SymbolicPlanner
 from turbotx.passes.extract import extract
@@ -27,10 +26,6 @@ from turbotx.runtime.cpu import CpuRuntime
 from turbotx.saved.calls import encode_arguments, encode_nodes, encode_target
 from turbotx.saved.values import Leaf, encode_constant, encode_tree
 from turbotx.sizes import to_python
-
-RELATIONS = {
-    sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">=",
-}  # fmt: skip
 
 
 def describe_call(compiled: Compiled) -> dict[str, Any]:
@@ -47,7 +42,7 @@ def describe_call(compiled: Compiled) -> dict[str, Any]:
         "name": captured.name,
         "dims": list(captured.dims),
         "inputs": _describe_inputs(captured, program),
-        "guards": [[_condition(g.condition), g.text] for g in captured.guards],
+        "guards": [[to_python(g.condition), g.text] for g in captured.guards],
         "requirements": [[to_python(e), text] for e, text in program.assembly.requirements],
         "slot_count": len(table.slots),
         "values": [to_python(e) for e in table.values],
@@ -115,19 +110,6 @@ def _describe_size(size: sympy.Expr) -> dict[str, Any]:
     return described
 
 
-def _condition(condition: sympy.Basic) -> str:
-    """Return a guard as Python source, over dims of at least 1."""
-    if isinstance(condition, (sympy.And, sympy.Or)):
-        word = " and " if isinstance(condition, sympy.And) else " or "
-        return f"({word.join(_condition(a) for a in condition.args)})"
-    if isinstance(condition, sympy.Not):
-        return f"(not {_condition(condition.args[0])})"
-    for kind, sign in RELATIONS.items():
-        if isinstance(condition, kind):
-            return f"({to_python(condition.args[0])} {sign} {to_python(condition.args[1])})"
-    raise SaveError(f"what tracing assumed cannot be saved: {condition}")
-
-
 # --- launches ---
 
 
@@ -168,7 +150,7 @@ def describe_step(launch: ir.Launch, program: Program) -> dict[str, Any]:
     def special(value: Any) -> Any:
         if isinstance(value, ir.Operand):
             return {"window": describe_window(value, program)}
-        return {"size": to_python(value)} if isinstance(value, sympy.Expr) else None
+        return {"size": to_python(value)} if isinstance(value, sympy.Basic) else None
 
     described = {
         "args": encode_arguments(list(args), special),
@@ -222,7 +204,7 @@ def _describe_leaf(leaf: Any, program: Program) -> dict[str, Any]:
             for op, args, kwargs in leaf.steps
         ]
         return {"alias": leaf.root, "steps": steps}
-    if isinstance(leaf, sympy.Expr):
+    if isinstance(leaf, sympy.Basic):
         return {"size": to_python(leaf)}
     return {"constant": encode_constant(leaf)}
 

@@ -77,6 +77,11 @@ def save(
         raise SaveError(
             "nothing was compiled yet for the model as it is: call the module once, then save it"
         )
+    if engine.calls_forward and (engine.model._forward_hooks or engine.model._forward_pre_hooks):
+        raise SaveError(
+            f"{type(engine.model).__name__} has forward hooks, which are Python that runs around "
+            "its program: remove them, or register them on a submodule, whose hooks are traced"
+        )
     wanted = None if targets is None else [check_target(name) for name in targets]
     if wanted == []:
         raise SaveError("targets=[] leaves nothing to save: name some, or leave it out")

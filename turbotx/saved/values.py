@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from turbotx.errors import SavedFileError, SaveError
+from turbotx.returned import Extents
+from turbotx.size_functions import PYTHON_NAMES
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ def encode_tree(value: Any) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         fields = zip(value._fields, value, strict=True)
         return {"named": _place(type(value)), "items": [[k, encode_tree(v)] for k, v in fields]}
+    if isinstance(value, Extents):
+        return {"size": [encode_tree(v) for v in value]}
     if type(value) in (tuple, list):
         return {type(value).__name__: [encode_tree(v) for v in value]}
     if isinstance(value, Mapping):
@@ -135,6 +139,8 @@ def decode_tree(value: Mapping[str, Any], leaves: Callable[[int], Any]) -> Any:
         return leaves(value["leaf"])
     if "constant" in value:
         return decode_constant(value["constant"])
+    if "size" in value:
+        return torch.Size(decode_tree(v, leaves) for v in value["size"])
     for kind in (tuple, list):
         if kind.__name__ in value:
             return kind(decode_tree(v, leaves) for v in value[kind.__name__])
@@ -162,8 +168,9 @@ def _imported(place: str) -> Any:
 
 _ARITHMETIC = (
     ast.Expression, ast.Lambda, ast.arguments, ast.arg, ast.Tuple, ast.Load, ast.BinOp, ast.Add,
-    ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.UnaryOp, ast.USub, ast.Not, ast.BoolOp, ast.And,
-    ast.Or, ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
+    ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr, ast.BitXor,
+    ast.UnaryOp, ast.USub, ast.Not, ast.BoolOp, ast.And, ast.Or, ast.IfExp, ast.Compare, ast.Eq,
+    ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
 )  # fmt: skip
 
 
@@ -178,7 +185,7 @@ def compile_texts(texts: Sequence[str], dims: Sequence[str]) -> Callable[..., tu
         if not _is_arithmetic(node, dims):
             raise SavedFileError(f"the file holds sizes that are no arithmetic: {ast.dump(node)}")
     code = compile(tree, "<turbotx sizes>", "eval")
-    return eval(code, {"__builtins__": {}, "max": max, "min": min})
+    return eval(code, {**PYTHON_NAMES, "__builtins__": {}})
 
 
 def _walk(tree: ast.AST) -> Iterator[ast.AST]:
@@ -187,9 +194,9 @@ def _walk(tree: ast.AST) -> Iterator[ast.AST]:
 
 def _is_arithmetic(node: ast.AST, dims: Sequence[str]) -> bool:
     if isinstance(node, ast.Constant):
-        return isinstance(node.value, int)
+        return isinstance(node.value, (int, float))
     if isinstance(node, ast.Name):
-        return node.id in dims or node.id in ("max", "min")
+        return node.id in dims or node.id in PYTHON_NAMES
     if isinstance(node, ast.Call):
         return isinstance(node.func, ast.Name) and not node.keywords
     return isinstance(node, _ARITHMETIC)

@@ -39,7 +39,6 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> None:
     Raises WeightsError with every name that is missing, extra, or of another shape or dtype;
     the model is unchanged then.
     """
-    model = getattr(model, "_original", model)
     targets = _targets(model)
     entries = read_weights(Path(path))
     if is_packed(entries, targets):

@@ -9,6 +9,8 @@ extern "C" int fused_add_layer_norm(void* const* args, const int64_t* sizes) {
   const int64_t seq = sizes[1];
   #pragma omp parallel for if (batch * seq * 384 > 16384)
   for (int64_t row = 0; row < batch * seq; ++row) {
+    float* scratch = ttx::detail::thread_scratch(384);
+    float* kept_mean_away = reinterpret_cast<float*>(scratch);
     const int64_t mean_size = 384;
     const double mean_count = ttx::cast<double>(mean_size);
     const double m20_zero = 0.0;
@@ -40,6 +42,7 @@ extern "C" int fused_add_layer_norm(void* const* args, const int64_t* sizes) {
         const float x1 = ttx::read(arg1 + col + row * 384);
         const float add = x + x1;
         const float mean_away = add - mean_near;
+        kept_mean_away[col] = mean_away;
         const float mean_square = mean_away * mean_away;
         part_m20_raw += mean_square;
         part_mean_drift += mean_away;
@@ -50,6 +53,7 @@ extern "C" int fused_add_layer_norm(void* const* args, const int64_t* sizes) {
     const double mean_off = mean_drift / mean_count;
     const double mean_exact = mean_again + mean_off;
     const float mean = ttx::cast<float>(mean_exact);
+    const float mean_rest = ttx::cast<float>(mean_off);
     const double m20_lost = mean_drift * mean_off;
     const double m20_apart = m20_raw - m20_lost;
     const double m20_wide = ttx::maximum(m20_apart, m20_zero);
@@ -59,11 +63,9 @@ extern "C" int fused_add_layer_norm(void* const* args, const int64_t* sizes) {
     const float rsqrt = ttx::rsqrt(add1);
     #pragma omp simd
     for (int64_t col = 0; col < 384; ++col) {
-      const float x = ttx::read(arg0 + col + row * 384);
-      const float x1 = ttx::read(arg1 + col + row * 384);
-      const float add = x + x1;
-      const float sub = add - mean;
-      const float mul = sub * rsqrt;
+      const float mean_away = kept_mean_away[col];
+      const float mean_centred = mean_away - mean_rest;
+      const float mul = mean_centred * rsqrt;
       const float x2 = ttx::read(weight + col);
       const float mul1 = mul * x2;
       const float x3 = ttx::read(bias + col);

@@ -82,11 +82,12 @@ inline T pow(T base, T exponent) {
   return result;
 }
 
-// Floats: a NaN in either argument of maximum and minimum comes out.
+// Floats: a NaN in either argument of maximum and minimum comes out; of equal ones the first, so
+// that relu(-0.0) is -0.0.
 template <real T>
-inline T maximum(T a, T b) { return a != a || a > b ? a : b; }
+inline T maximum(T a, T b) { return b != b || b > a ? b : a; }
 template <real T>
-inline T minimum(T a, T b) { return a != a || a < b ? a : b; }
+inline T minimum(T a, T b) { return b != b || b < a ? b : a; }
 template <real T>
 inline T floordiv(T a, T b) {
   T remains = std::fmod(a, b), quotient = (a - remains) / b;

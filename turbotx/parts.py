@@ -1,0 +1,86 @@
+"""Parts: which submodules run by themselves: called by a method, or all that a wrapper holds.
+
+In: a class and the names of an instance's submodules. Out: for each method the submodules that its
+code calls, which nobody sees who only replaces the call of the model::
+
+    calls_of_parts(Autoencoder, model._modules)  ->  {"encode": ["encoder"]}
+    path_to_model(sentence_transformer)          ->  ("0", "model")
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+RUNNING = ("generate", "encode", "decode", "predict", "embed", "score")
+"""Names of methods that compute: `set_adapter` of a part, in `set_adapter`, does not."""
+
+
+def calls_of_parts(cls: type, names: Iterable[str]) -> dict[str, list[str]]:
+    """Return, by method, the submodules among `names` that the method calls: `self.encoder(x)`, or
+    `self.encoder.encode(x)` in `encode`, or `self.encoder.forward(x)`."""
+    wanted = frozenset(names)
+    found: dict[str, list[str]] = {}
+    if not wanted:
+        return found
+    for name in {n for base in cls.__mro__ if base not in nn.Module.__mro__ for n in vars(base)}:
+        if name.startswith("__") or name == "forward":
+            continue
+        method = inspect.unwrap(inspect.getattr_static(cls, name, None))
+        if isinstance(method, types.FunctionType) and not wanted.isdisjoint(
+            _names(method.__code__)
+        ):
+            called = _called(method, name, wanted)
+            if called:
+                found[name] = called
+    return found
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Give the names that a function's code and the code inside of it read."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _called(method: types.FunctionType, name: str, wanted: frozenset[str]) -> list[str]:
+    """Return which attributes of its first argument the method's code calls."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, SyntaxError, TypeError):
+        return []  # typed in, or generated
+    owner = method.__code__.co_varnames[:1]
+    passed_on = {name, "forward"} if name.startswith(RUNNING) else {"forward"}
+    found = []
+    for node in ast.walk(tree):
+        called: Any = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and called.attr in passed_on:
+            called = called.value
+        if (
+            isinstance(called, ast.Attribute)
+            and isinstance(called.value, ast.Name)
+            and (called.value.id,) == owner
+            and called.attr in wanted
+        ):
+            found.append(called.attr)
+    return list(dict.fromkeys(found))
+
+
+def path_to_model(module: nn.Module) -> tuple[str, ...]:
+    """Return the way to the one submodule with weights that a module without any is wrapped around,
+    through wrappers of wrappers; () where there is no such."""
+    path: tuple[str, ...] = ()
+    while not module._parameters and not module._buffers:
+        held = {n: m for n, m in module._modules.items() if m is not None}
+        heavy = [n for n, m in held.items() if next(m.parameters(), None) is not None]
+        if len(heavy) != 1:
+            break
+        path, module = (*path, heavy[0]), held[heavy[0]]
+    return path

@@ -1,0 +1,40 @@
+"""Known: every size of a graph is known before it runs.
+
+In: a rewritten graph and the dims of its inputs. Out: nothing, or a CaptureError for the first call
+whose size only its inputs' values tell, for example::
+
+    nonzero (net.py:12) has a size that depends on values, not on shapes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from turbotx import graph as g
+from turbotx.errors import CaptureError
+from turbotx.sizes import spell_out
+
+
+def require_known_sizes(graph: fx.Graph, dims: Sequence[str], name: str) -> None:
+    """Raise CaptureError where a size, or a number made of sizes, is over more than the `dims`.
+
+    Whatever needs such a size comes after the call that gives it, which is the one named.
+    """
+    known = set(dims)
+    for node in graph.nodes:
+        sizes: tuple[Any, ...] = ()
+        if g.is_tensor(node):
+            sizes = g.shape(node)
+        elif g.is_size(node):
+            sizes = (g.size(node),)
+        if any(s.name not in known for e in sizes for s in spell_out(e).free_symbols):
+            place = g.place_of(node)
+            raise CaptureError(
+                f"cannot capture {name}: {node.name}{f' ({place})' if place else ''} has a size or "
+                f"a number that depends on values, not on shapes\n  {node.format_node()}\n"
+                "  Every size is needed before anything runs: compute it outside of the optimized "
+                "module and pass it as a size, or use a mask of full size"
+            )

@@ -1,0 +1,87 @@
+"""Returned: what a model returns, taken apart for tracing, and put together again at every call.
+
+In: the output of a model's forward while it is traced. Out: leaves that a graph can return, the
+structure around them, and what is neither a tensor nor a number but always the same::
+
+    take_apart((x, x.shape, x.dtype), "")  ->  [x, 2, 3, None], (*, Extents(*, *), *), {3: float32}
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from turbotx.errors import CaptureError
+
+_LEAVES = (
+    torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, bool, int, float, str, type(None),
+)  # fmt: skip
+_CONSTANTS = (
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.finfo, torch.iinfo,
+    complex, bytes, range, type(Ellipsis), enum.Enum, type,
+)  # fmt: skip
+"""No tensor hides in these, and they do not change."""
+
+
+class Extents(tuple[Any, ...]):
+    """A torch.Size whose numbers are known at a call only; PyTorch itself makes a tuple of it."""
+
+
+def _to_size(values: Any, context: Any = None) -> Any:
+    values = tuple(values)
+    return torch.Size(values) if all(type(v) is int for v in values) else Extents(values)
+
+
+pytree.register_pytree_node(
+    Extents, lambda size: (list(size), None), _to_size, serialized_type_name="turbotx.Extents"
+)
+
+
+def take_apart(output: Any, name: str) -> tuple[list[Any], pytree.TreeSpec, dict[int, Any]]:
+    """Return the leaves, their structure, and the constants in whose places a leaf is None.
+
+    Raises CaptureError for an object that may hold tensors in a way that pytree does not know.
+    """
+
+    def keep(value: Any) -> Any:
+        return Extents(value) if isinstance(value, torch.Size) else value
+
+    sized = pytree.tree_map(keep, output, is_leaf=lambda x: isinstance(x, torch.Size))
+    leaves, spec = pytree.tree_flatten(sized)
+    constants: dict[int, Any] = {}
+    for k, leaf in enumerate(leaves):
+        if isinstance(leaf, _LEAVES):
+            continue
+        if not is_constant(leaf):
+            raise CaptureError(_refusal(leaf, name))
+        constants[k], leaves[k] = leaf, None
+    return leaves, spec, constants
+
+
+def is_constant(value: Any) -> bool:
+    """Tell whether an object is the same at every call: plain, and without a tensor inside."""
+    if isinstance(value, slice):
+        return all(type(v) in (int, type(None)) for v in (value.start, value.stop, value.step))
+    if isinstance(value, (set, frozenset)):
+        return all(type(v) in (bool, int, float, str) or is_constant(v) for v in value)
+    return isinstance(value, _CONSTANTS)
+
+
+def _refusal(leaf: Any, name: str) -> str:
+    kind = f"{type(leaf).__module__}.{type(leaf).__qualname__}".removeprefix("builtins.")
+    return (
+        f"cannot capture {name}: its output holds a {kind}, and what is in there would stay as it "
+        "was at the first call. Return tensors, numbers and strings in tuples, lists, dicts or "
+        "named tuples, or register the class with torch.utils._pytree.register_pytree_node"
+    )
+
+
+def put_constants(graph: fx.Graph, constants: Mapping[int, Any]) -> None:
+    """Return what tracing could not return, a dtype for one, where it stood in the output."""
+    (node,) = graph.find_nodes(op="output")
+    node.args = ([constants.get(k, leaf) for k, leaf in enumerate(node.args[0])],)

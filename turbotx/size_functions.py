@@ -1,0 +1,130 @@
+"""Functions of sizes: all that PyTorch's symbolic shapes can make of sizes, each one row.
+
+In: the name of a sympy function, as torch.utils._sympy.functions and sympy itself call it. Out: the
+Python function that it is, and how it is spelled in Python and in JavaScript::
+
+    FUNCTIONS["FloorToInt"].python.format("0.5 * seq")  ->  "floor(0.5 * seq)"
+
+Kernels are given what these functions return as an argument, see `sizes.name_functions`: so a size
+that goes through a float has one value on every device, Python's own.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MAX_EXPONENT = 4096
+"""A saved file may say 9 ** 9 ** 9: no size of a tensor is larger than this power of anything."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """call: of numbers or torch's symbolic numbers. python, javascript: templates of the arguments,
+    each of them an atom. keeps_sign: of arguments >= 0 the result is >= 0."""
+
+    call: Callable[..., Any]
+    python: str = ""
+    javascript: str = ""
+    keeps_sign: bool = False
+
+
+def power(base: Any, exponent: Any) -> Any:
+    """Return base ** exponent; raise OverflowError for an exponent that no size can have."""
+    if isinstance(exponent, int) and exponent > MAX_EXPONENT:
+        raise OverflowError(f"{base} ** {exponent} is no size")
+    return base**exponent
+
+
+def _choose(condition: Any, yes: Any, no: Any) -> Any:
+    return torch.sym_ite(condition, yes, no)
+
+
+def _modular(x: Any, by: Any, modulus: Any) -> Any:
+    return x // by % modulus
+
+
+def _trunc(x: Any) -> Any:
+    return torch.sym_float(math.trunc(x))
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _symbolic(name: str) -> Callable[[Any], Any]:
+    """Return a function of one float as PyTorch traces it, of which plain numbers are given too."""
+    return getattr(torch, f"_sym_{name}")
+
+
+_TO_EVEN = (
+    "(x => {{ const r = Math.round(x); return Math.abs(x % 1) === 0.5 && r % 2 ? r - 1 : r; }})"
+)
+
+FUNCTIONS: dict[str, Function] = {
+    # Integers; the first are printed by `sizes`, for they stand in kernels too.
+    "FloorDiv": Function(operator.floordiv, keeps_sign=True),
+    "CleanDiv": Function(operator.floordiv, keeps_sign=True),
+    "Mod": Function(operator.mod, keeps_sign=True),
+    "PythonMod": Function(operator.mod, keeps_sign=True),
+    "Max": Function(torch.sym_max, keeps_sign=True),
+    "Min": Function(torch.sym_min, keeps_sign=True),
+    "ModularIndexing": Function(
+        _modular, "({0} // {1} % {2})", "(Math.floor({0} / {1}) % {2})", True
+    ),
+    "PowByNatural": Function(operator.pow, "power({0}, {1})", "Math.pow({0}, {1})", True),
+    "Abs": Function(abs, "abs({0})", "Math.abs({0})", True),
+    "BitwiseFn_bitwise_and": Function(operator.and_, "({0} & {1})", "({0} & {1})", True),
+    "BitwiseFn_bitwise_or": Function(operator.or_, "({0} | {1})", "({0} | {1})", True),
+    "BitwiseFn_bitwise_xor": Function(operator.xor, "({0} ^ {1})", "({0} ^ {1})", True),
+    # From floats to integers.
+    "FloorToInt": Function(math.floor, "floor({0})", "Math.floor({0})", True),
+    "CeilToInt": Function(math.ceil, "ceil({0})", "Math.ceil({0})", True),
+    "TruncToInt": Function(math.trunc, "trunc({0})", "Math.trunc({0})", True),
+    "RoundToInt": Function(round, "round({0})", _TO_EVEN + "({0})", True),
+    "floor": Function(math.floor, "floor({0})", "Math.floor({0})", True),
+    "ceiling": Function(math.ceil, "ceil({0})", "Math.ceil({0})", True),
+    # Floats.
+    "ToFloat": Function(torch.sym_float, "float({0})", "({0})", True),
+    "TruncToFloat": Function(_trunc, "float(trunc({0}))", "Math.trunc({0})", True),
+    "RoundDecimal": Function(round, "round({0}, {1})", "Number(({0}).toFixed({1}))", True),
+    "IntTrueDiv": Function(operator.truediv, "({0} / {1})", "({0} / {1})", True),
+    "FloatTrueDiv": Function(operator.truediv, "({0} / {1})", "({0} / {1})", True),
+    "FloatPow": Function(operator.pow, "power({0}, {1})", "Math.pow({0}, {1})", True),
+    "OpaqueUnaryFn_sqrt": Function(_symbolic("sqrt"), "sqrt({0})", "Math.sqrt({0})", True),
+    # Choices, and what only marks a part.
+    "Where": Function(_choose, "({1} if {0} else {2})", "({0} ? {1} : {2})"),
+    "Identity": Function(_same, "({0})", "({0})", True),
+}
+for _name in ("exp", "log", "asinh"):  # rows of torch's table that no SymFloat reaches yet
+    FUNCTIONS[f"OpaqueUnaryFn_{_name}"] = Function(
+        getattr(math, _name), f"{_name}({{0}})", f"Math.{_name}({{0}})"
+    )
+for _name in ("cos", "sin", "tan", "cosh", "sinh", "tanh", "acos", "asin", "atan", "log2"):
+    FUNCTIONS[f"OpaqueUnaryFn_{_name}"] = Function(
+        _symbolic(_name), f"{_name}({{0}})", f"Math.{_name}({{0}})"
+    )
+
+RELATIONS: dict[str, tuple[Callable[[Any, Any], Any], str, str]] = {
+    "Equality": (operator.eq, "==", "==="), "Unequality": (operator.ne, "!=", "!=="),
+    "StrictLessThan": (operator.lt, "<", "<"), "LessThan": (operator.le, "<=", "<="),
+    "StrictGreaterThan": (operator.gt, ">", ">"), "GreaterThan": (operator.ge, ">=", ">="),
+}  # fmt: skip
+"""By sympy's name: the function, Python's sign, JavaScript's."""
+
+PYTHON_NAMES: dict[str, Any] = {
+    "max": max, "min": min, "abs": abs, "round": round, "float": float, "power": power,
+    "floor": math.floor, "ceil": math.ceil, "trunc": math.trunc, "sqrt": math.sqrt,
+    "inf": math.inf, "nan": math.nan, "True": True, "False": False,
+    **{n: getattr(math, n) for n in ("cos", "sin", "tan", "cosh", "sinh", "tanh", "acos", "asin",
+                                     "atan", "log2", "exp", "log", "asinh")},
+}  # fmt: skip
+"""What the Python spellings call."""
+
+IN_KERNELS = frozenset(("FloorDiv", "CleanDiv", "Mod", "PythonMod", "Max", "Min"))
+"""The functions that kernels compute themselves, of positions as well as of sizes."""

@@ -1,0 +1,81 @@
+"""Tensor indices: a place that a tensor of one integer names is gathered, not known in a trace.
+
+In: calls such as x[:, i] and x.select(1, i) whose i is a tensor without dims. Out: the same
+elements by an op that reads i when the program runs; PyTorch would ask for the number now::
+
+    x[:, i]  ->  x.index_select(1, i.reshape(1))[:, 0]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+
+Tensor: Any = torch.Tensor
+
+
+class TensorIndices(TorchFunctionMode):
+    """While it is entered, around the model alone, such calls gather."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        found = _take_at_tensors(func, args, kwargs)
+        return func(*args, **kwargs) if found is NotImplemented else found
+
+
+def _take_at_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a call gives, or NotImplemented where no tensor stands for one place in it."""
+    if func is Tensor.__getitem__:
+        return _index(*args)
+    if func in (Tensor.select, torch.select):
+        given = dict(zip(("self", "dim", "index"), args, strict=False)) | kwargs
+        given["self"] = given.pop("input", given.get("self"))
+        if is_place(given.get("index")):
+            return _take(given["self"], given["dim"], given["index"]).select(given["dim"], 0)
+    return NotImplemented
+
+
+def is_place(value: Any) -> bool:
+    """Tell whether a tensor holds one integer that tracing does not know."""
+    return (
+        isinstance(value, FakeTensor)
+        and value.dim() == 0
+        and value.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        and value.item_memo is None
+        and value.constant is None
+    )
+
+
+def _index(tensor: Any, index: Any) -> Any:
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if not any(is_place(p) for p in parts) or not isinstance(tensor, torch.Tensor):
+        return NotImplemented
+    taken = sum(_dims_of(p) for p in parts)
+    d = 0
+    for k, part in enumerate(parts):
+        if part is Ellipsis:
+            d += tensor.dim() - taken
+        elif is_place(part):
+            tensor, parts[k] = _take(tensor, d, part), 0
+        d += _dims_of(part)
+    return tensor[tuple(parts)]
+
+
+def _dims_of(part: Any) -> int:
+    """Return how many dims of the tensor a part of an index is about."""
+    if part is None or part is Ellipsis or isinstance(part, bool):
+        return 0
+    if isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8) and part.dim():
+        return part.dim()
+    return 1
+
+
+def _take(tensor: Any, d: int, place: Any) -> Any:
+    """Return a tensor with one element left along a dim, which may be counted from the end."""
+    place = torch.where(place < 0, place + tensor.shape[d], place)
+    return tensor.index_select(d, place.reshape(1).to(torch.int64))
