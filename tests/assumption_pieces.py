@@ -16,7 +16,7 @@ import functools
 import random
 import types
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -365,60 +365,3 @@ def _closure() -> tuple[Callable[[Any], Any], Callable[[Any], None]]:
         by = value
 
     return inside, set_inside
-
-
-class Pair(NamedTuple):
-    """An argument of two."""
-
-    first: Any
-    second: Any
-
-
-@dataclasses.dataclass
-class Batch:
-    """An argument that pytree does not know."""
-
-    data: Any
-    by: float = 1.0
-
-
-class Number(Piece):
-    """A plain number, bool, string or None as the argument."""
-
-    def argument(self, n: int, x: torch.Tensor) -> Any:  # type: ignore[override]
-        return (1.0, 2.5, -0.0, 0.0, 2, 1, 0, True, False, None, "a", "b", 0.5)[n % 13]
-
-    def forward(self, x: torch.Tensor, given: Any) -> torch.Tensor:
-        if given is None or isinstance(given, str):
-            return x * 2 if given == "a" else x + 1
-        if isinstance(given, bool):
-            return torch.relu(x) if given else -x
-        if self.kind % 3 == 0 and given > 1:
-            return x - given
-        if self.kind % 3 == 1 and isinstance(given, int):
-            return x[:, :given].sum(1, keepdim=True) + x
-        return torch.tanh(x * given)
-
-
-class Structure(Piece):
-    """Tensors and numbers in a dataclass, dict, named tuple, list, or a tensor itself."""
-
-    def argument(self, n: int, x: torch.Tensor) -> Any:  # type: ignore[override]
-        t = torch.full(x.shape[: n % 3 + 1], 0.5 + n % 2, dtype=x.dtype)
-        t = t.reshape(t.shape + (1,) * (3 - t.dim()))
-        by = _number(n // 3)
-        made = (Batch(t, by), {"first": t, "by": by}, Pair(t, by), [t, t * 2], t, None, (t > 1))
-        return made[(n + self.kind) // 5 % 7]
-
-    def forward(self, x: torch.Tensor, given: Any) -> torch.Tensor:
-        if isinstance(given, Batch):
-            return x * given.data + given.by
-        if isinstance(given, dict):
-            return x + given["first"] * given.get("by", 1.0) + len(given)
-        if isinstance(given, Pair):
-            return x - given.first * given.second
-        if isinstance(given, list):
-            return x + sum(given) + len(given)
-        if given is None:
-            return x * 3
-        return torch.where(given, x, -x) if given.dtype is torch.bool else x * given

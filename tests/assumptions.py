@@ -25,8 +25,8 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 import turbotx
-from tests.assumption_pieces import WIDTH, Pair, Piece, forget_globals
-from tests.assumption_weights import PIECES
+from tests.assumption_pieces import WIDTH, Piece, forget_globals
+from tests.assumption_weights import PIECES, Pair
 from turbotx.errors import TurbotxError
 
 PER_MODULE = 20
@@ -291,7 +291,8 @@ def make_steps(spec: Spec, seed: int) -> list[Step]:
         elif arguments and kind < 0.65:
             target, name = "call", draw.choice(arguments)
         elif kind < 0.9:
-            names = ["batch", "seq", "batch", "seq", "layout", "data", "autocast", "grad", "default"]
+            sizes = ["batch", "seq"] * 2
+            names = [*sizes, "layout", "data", "autocast", "grad", "default"]
             target, name = "call", draw.choice(names)
         elif kind < 0.97:
             target, name = "form", "of the result"
@@ -331,12 +332,15 @@ def minimize(spec: Spec, steps: list[Step], kind: str, backend: str) -> tuple[Sp
     return spec, steps
 
 
-def run_sequences(seed: int, count: int, backend: str = "aten", tally: Tally | None = None) -> Tally:
+def run_sequences(
+    seed: int, count: int, backend: str = "aten", tally: Tally | None = None
+) -> Tally:
     """Run sequences `seed` to `seed + count`; those of one module go on from each other."""
     tally = tally or Tally()
     k = seed
     while k < seed + count:
-        spec, end = make_spec(k // PER_MODULE), min((k // PER_MODULE + 1) * PER_MODULE, seed + count)
+        spec = make_spec(k // PER_MODULE)
+        end = min((k // PER_MODULE + 1) * PER_MODULE, seed + count)
         run, played = Run(spec, backend, tally), []
         for number in range(k, end):
             steps = make_steps(spec, number)

@@ -74,5 +74,3 @@ def test_differences() -> None:
     wrong = (x + 1, x.t().contiguous().t(), x.double(), x[:1], (x,), None)
     kinds = [found and found[0] for found in (difference(x, y, 0) for y in wrong)]
     assert kinds == ["values", "strides", "dtype", "shape", "structure", "values"]
-
-

@@ -100,7 +100,7 @@ def test_ops_that_take_any_layout_get_no_copy() -> None:
     assert [x.name for x in compiled.assembly.launches if "laid_out" in x.name] == []
 
 
-LAYOUT_QUESTIONS: dict[str, Callable[[Any], Any]] = {
+LAYOUT_QUESTIONS = {
     "is_contiguous": lambda t: t * 2 if t.is_contiguous() else t + 1,
     "stride": lambda t: t * 2 if t.stride()[0] == t.shape[1] else t + 1,
     "storage_offset": lambda t: t * 2 if t.storage_offset() == 0 else t + 1,

@@ -21,7 +21,15 @@ from turbotx.assembly import Assembly, dense
 from turbotx.attention import attention_scores
 from turbotx.copies import lay_out, lay_out_returned, show_by_strides
 from turbotx.eager import (
-    ASKED, ORDER, READS, RETURNS, Alias, Fresh, are_equal_strides, strides_of, tensor_arguments,
+    ASKED,
+    ORDER,
+    READS,
+    RETURNS,
+    Alias,
+    Fresh,
+    are_equal_strides,
+    strides_of,
+    tensor_arguments,
 )  # fmt: skip
 from turbotx.kernels.cpp_attention import describe_attention
 from turbotx.kernels.cpp_products import describe_product
