@@ -247,6 +247,15 @@ def test_a_first_call_in_inference_mode() -> None:
         close(fast(x), model(x))
 
 
+def test_a_first_call_in_inference_mode_and_autocast() -> None:
+    layer = nn.Linear(16, 16).eval()
+    for plain in (Block().eval(), lambda x: F.linear(x, layer.weight * 2, layer.bias)):
+        fast = turbotx.optimize(plain, backend="aten")
+        with torch.inference_mode(), autocast():
+            x = torch.randn(2, 3, 16)
+            close(fast(x), plain(x))
+
+
 class Counting(torch.overrides.TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()

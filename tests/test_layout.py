@@ -65,6 +65,7 @@ LAYERS = (
         "host_random",
     ),
     ("module_state",),
+    ("layout_questions",),
     ("flat_call",),
     ("capture",),
     ("passes",),

@@ -22,6 +22,7 @@ from turbotx.assembly import Assembly, dense
 from turbotx.attention import attention_scores
 from turbotx.copies import lay_out, lay_out_returned, show_by_strides
 from turbotx.eager import (
+    ASKED,
     ORDER,
     READS,
     RETURNS,
@@ -90,6 +91,7 @@ class _Assembler:
                 self._tensor(node, kind)
                 if kind == "input":
                     self.out.orders[node.name] = node.meta.get(ORDER)
+                    self.out.raw += [node.name] if node.meta.get(ASKED) else []
                 if kind == "prepared":
                     self.out.prepared[node.name] = node
         for node in self.graph.nodes:

@@ -28,7 +28,7 @@ from turbotx.ambient import Ambient, no_autocast_cache, read_ambient, watch_read
 from turbotx.arguments import carry, flatten_call
 from turbotx.casts import write_casts
 from turbotx.decompose import NotNodeByNode, decompose_nodes, table_without
-from turbotx.eager import ORDER, note_layouts
+from turbotx.eager import ASKED, ORDER, note_layouts
 from turbotx.effects import Effect
 from turbotx.errors import CaptureError
 from turbotx.flat_call import FlatCall
@@ -266,8 +266,8 @@ def _describe(
     put_constants(graph_module.graph, flat.seen.constants)
     fakes = [node.meta["val"] for node in inputs]
     shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]
-    for node, order in zip(inputs, flat.orders, strict=True):
-        node.meta[ORDER] = order
+    for k, (node, order) in enumerate(zip(inputs, flat.orders, strict=True)):
+        node.meta |= {ORDER: order, ASKED: k in flat.layouts.asked}
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
     symbols = name_dims(shapes, names, find_equals(shape_env))
     remember_names(graph_module, symbols)

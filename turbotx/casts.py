@@ -23,6 +23,8 @@ from turbotx.ambient import DEVICES, without_autocast
 from turbotx.errors import CaptureError
 
 aten = torch.ops.aten
+_CASTS = (aten._to_copy.default, aten.to.dtype)
+"""How a cast arrives; of tensors made in inference mode, which have no key of autograd, whole."""
 _KEYS = {name: f"Autocast{name.upper()}" for name in DEVICES}
 
 
@@ -146,9 +148,10 @@ class _FirstCasts(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is aten._to_copy.default and id(args[0]) in self.known and not self.started:
-            if kwargs.get("dtype") is not None:
-                self.made[id(args[0])] = kwargs["dtype"]
+        if func in _CASTS and id(args[0]) in self.known and not self.started:
+            dtype = args[1] if func is aten.to.dtype and len(args) > 1 else kwargs.get("dtype")
+            if dtype is not None:
+                self.made[id(args[0])] = dtype
         elif func.namespace != "prim":  # which device a tensor is on, and the like
             self.started = True
         return func(*args, **kwargs)

@@ -33,6 +33,8 @@ OWN = "own"
 ORDER = "order"
 """In an input's meta: the order in memory of the caller's dims, None where it is theirs; else a
 `permute` shows the input as the caller has it."""
+ASKED = "layout_asked"
+"""In the meta of an input: whether the model's code asked how it lies in memory."""
 READS = "reads"
 """In the meta of an op that may read raw memory: its tensor arguments' strides, in order."""
 

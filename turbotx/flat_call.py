@@ -17,6 +17,7 @@ from torch import nn
 from turbotx.arguments import Structure, changed_arguments, is_float, rebuild
 from turbotx.composition import calls_forward
 from turbotx.errors import CaptureError
+from turbotx.layout_questions import LayoutQuestions
 from turbotx.memory_order import in_memory, inverse, memory_order
 from turbotx.module_state.recorder import Recorder
 from turbotx.returned import take_apart
@@ -45,6 +46,7 @@ class FlatCall(nn.Module):
         carried = (leaves[i] for i in self.positions)
         self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
         self.floats = FloatReads()
+        self.layouts = LayoutQuestions()
         self.calls_forward, self.name = calls_forward(model), type(model).__name__
         self.in_spec = spec
         self.training = False
@@ -52,6 +54,7 @@ class FlatCall(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
         leaves = list(self.constants)
         self.floats.begin()
+        self.layouts.begin(tensors)
         given = [
             in_memory(tensor, inverse(order))
             for tensor, order in zip(tensors, self.orders, strict=True)
@@ -63,7 +66,7 @@ class FlatCall(nn.Module):
         model = self.model
         try:
             self.seen.begin(given)
-            with self.recorder.on(tensors), TensorIndices():
+            with self.recorder.on(tensors), TensorIndices(), self.layouts:
                 # Hooks of the model itself are left out: they run around the program.
                 called = model.forward if self.calls_forward else model
                 output = called(*args, **kwargs)

@@ -28,7 +28,14 @@ from torch.fx.experimental import proxy_tensor
 
 from turbotx.errors import CaptureError
 from turbotx.module_state.dependence import depends_on_values
-from turbotx.module_state.values import MAX_DEPTH, MISSING, is_library, is_watchable, unwatchable
+from turbotx.module_state.values import (
+    MAX_DEPTH,
+    MISSING,
+    held_by,
+    is_library,
+    is_watchable,
+    unwatchable,
+)
 
 ALL = "__dict__"
 """The name under which a read of an object's whole `__dict__` is noted."""
@@ -131,12 +138,12 @@ class Recorder:
                 _active.recorder = self
 
     def meet(self, value: Any, depth: int = 0) -> None:
-        """Have reads of an object that the code got hold of noted, and of those in a container."""
+        """Have reads of an object that the code got hold of noted, and of those that it holds."""
         if type(value) in (int, bool, str, float) or id(value) in self._met or depth > MAX_DEPTH:
             return
-        if isinstance(value, (dict, list, tuple, set, frozenset)):
+        if held := held_by(value):
             self._met[id(value)] = value
-            for item in value.values() if isinstance(value, dict) else value:
+            for item in held:
                 self.meet(item, depth + 1)
         if is_watchable(type(value)):
             self._met[id(value)] = value

@@ -15,6 +15,7 @@ be watched so, as types.SimpleNamespace, are looked at with the object.
 from __future__ import annotations
 
 import argparse
+import array
 import collections
 import enum
 import functools
@@ -38,7 +39,10 @@ MISSING = enum.Enum("MISSING", "missing").missing  # type: ignore[attr-defined]
 _EXACT = (bool, int, str, bytes, type(None), type(Ellipsis), range)
 _CONSTANT = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum)
 _SEQUENCES = (list, tuple, collections.deque)
-_SNAPSHOT = (types.SimpleNamespace, argparse.Namespace)
+_SNAPSHOT = (
+    types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList,
+    collections.UserString, collections.ChainMap,
+)  # fmt: skip
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "triton", "turbotx"}
 _HEAP_TYPE = 1 << 9
 
@@ -59,6 +63,28 @@ def is_watchable(cls: type) -> bool:
     if issubclass(cls, (nn.Module, torch.Tensor, enum.Enum, type)):
         return False
     return not is_library(getattr(cls, "__module__", None))
+
+
+def held_by(value: Any) -> list[Any]:
+    """Return what an object holds that is looked at with it, as Look describes it: the items of a
+    container, a partial's parts, a method's object, attributes that nobody notes the reads of."""
+    cls = type(value)
+    held: list[Any] = []
+    if isinstance(value, dict):
+        held = [*dict.values(value)]
+    elif isinstance(value, types.MappingProxyType):
+        held = [*value.values()]
+    elif isinstance(value, (*_SEQUENCES, set, frozenset)):
+        held = [*value]
+    elif isinstance(value, functools.partial):
+        held = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, types.MethodType):
+        return [value.__self__]
+    elif not isinstance(value, _SNAPSHOT) and cls not in unwatchable:
+        return []
+    if cls.__module__ != "builtins" and not is_watchable(cls):
+        held += (getattr(value, "__dict__", None) or {}).values()
+    return held
 
 
 class Look:
@@ -121,6 +147,12 @@ class Look:
                     self.lists[id(value)] = value
                 self.unversioned |= isinstance(value, collections.deque)
                 return cls, self._each(value, depth), self._own(value, depth)
+            if isinstance(value, types.MappingProxyType):
+                self.unversioned = True  # what is behind it cannot be reached
+                return cls, self._pairs(value.items(), depth)
+            if isinstance(value, (bytearray, array.array)):
+                self.unversioned = True
+                return cls, getattr(value, "typecode", None), bytes(value)
             if isinstance(value, (set, frozenset)):
                 if isinstance(value, set):
                     self.sets[id(value)] = value

@@ -222,7 +222,8 @@ class PlannedCall(ABC):
             dense = tensor.is_contiguous() and tensor.storage_offset() == 0
             if name in self._places.raw and not dense:
                 raise InputError(
-                    f"as_strided reads the memory of {name!r} by strides of its own, and this one "
+                    f"the model reads the memory of {name!r} by strides of its own (as_strided) "
+                    "or asks how it lies (is_contiguous, stride, storage_offset), and this one "
                     f"is a part of a larger tensor: pass {name}.clone()"
                 )
 

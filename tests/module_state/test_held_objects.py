@@ -1,0 +1,116 @@
+"""An object that a trace reads by way of a container, a namespace, a method or the like.
+
+In: a module that reads a configuration through a holder. Out: what `optimize` makes of it after
+the configuration, or what the holder holds, is another one, beside the module itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import collections
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import turbotx
+
+X = torch.linspace(-1, 2, 6).reshape(2, 3)
+
+
+class Config:
+    def __init__(self) -> None:
+        self.gain = 2.0
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain
+
+
+class Reader(nn.Module):
+    def __init__(self, holder: Any, read: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.holder, self.read = holder, read
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(self.holder, x) + 1
+
+
+class Listed(list[Any]):
+    """A list with attributes."""
+
+
+def multiply(x: torch.Tensor, config: Config) -> torch.Tensor:
+    return x * config.gain
+
+
+def listed(config: Config) -> Listed:
+    made = Listed()
+    made.config = config  # type: ignore[attr-defined]
+    return made
+
+
+Holder = tuple[Callable[[Config], Any], Callable[[Any, torch.Tensor], torch.Tensor]]
+HOLDERS: dict[str, Holder] = {
+    "namespace": (lambda c: types.SimpleNamespace(c=c), lambda h, x: x * h.c.gain),
+    "arguments": (lambda c: argparse.Namespace(c=c), lambda h, x: x * h.c.gain),
+    "namespace in a dict": (
+        lambda c: {"n": types.SimpleNamespace(c=[c])}, lambda h, x: x * h["n"].c[0].gain,
+    ),
+    "UserDict": (lambda c: collections.UserDict(c=c), lambda h, x: x * h["c"].gain),
+    "UserList": (lambda c: collections.UserList([c]), lambda h, x: x * h[0].gain),
+    "ChainMap": (lambda c: collections.ChainMap({}, {"c": c}), lambda h, x: x * h["c"].gain),
+    "mapping proxy": (lambda c: types.MappingProxyType({"c": c}), lambda h, x: x * h["c"].gain),
+    "deque": (lambda c: collections.deque([c]), lambda h, x: x * h[0].gain),
+    "partial": (lambda c: functools.partial(multiply, config=c), lambda h, x: h(x)),
+    "bound method": (lambda c: c.scaled, lambda h, x: h(x)),
+    "attribute of a list": (listed, lambda h, x: x * h.config.gain),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_a_held_object_that_changes_is_noticed(name: str) -> None:
+    make, read = HOLDERS[name]
+    config = Config()
+    model = Reader(make(config), read).eval()
+    fast = turbotx.optimize(model, backend="aten")
+    for gain in (2.0, 5.0, 2.0):
+        config.gain = gain
+        torch.testing.assert_close(fast(X), model(X))
+    assert fast.stats()["captures"] == 2
+
+
+def put(holder: Any, key: Any, value: Any) -> None:
+    holder[key] = value
+
+
+PLAIN: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "UserDict": (collections.UserDict({0: 2.0}), lambda h: put(h, 0, 3.0)),
+    "UserList": (collections.UserList([2.0]), lambda h: put(h, 0, 3.0)),
+    "ChainMap": (collections.ChainMap({}, {0: 2.0}), lambda h: put(h, 0, 3.0)),
+    "array": (array.array("d", [2.0]), lambda h: put(h, 0, 3.0)),
+    "bytearray": (bytearray(b"\x02"), lambda h: put(h, 0, 3)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_a_holder_holds_is_noticed(name: str) -> None:
+    holder, change = PLAIN[name]
+    model = Reader(holder, lambda h, x: x * h[0]).eval()
+    fast = turbotx.optimize(model, backend="aten")
+    torch.testing.assert_close(fast(X), model(X))
+    change(holder)
+    torch.testing.assert_close(fast(X), model(X))
+
+
+def test_a_mapping_behind_a_proxy_is_noticed() -> None:
+    behind = {0: 2.0}
+    model = Reader(types.MappingProxyType(behind), lambda h, x: x * h[0]).eval()
+    fast = turbotx.optimize(model, backend="aten")
+    torch.testing.assert_close(fast(X), model(X))
+    behind[0] = 5.0
+    torch.testing.assert_close(fast(X), model(X))
