@@ -22,6 +22,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx.ambient import (
+    Ambient,
     read_ambient,
     read_asked,
     read_decisive,
@@ -86,9 +87,9 @@ class Engine:
             self._variants: dict[Any, list[Variant]] = {}
             self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
             self._pools: dict[torch.device, ChunkPool] = {}
+            self._recaptures = Recaptures()
             self._refused: dict[Any, CaptureError] = {}
             self.parts: dict[str, Any] = {}
-            self._recaptures = Recaptures()
             self._asked: tuple[int, ...] = ()
             """What the traces asked PyTorch for: places in `ambient.NAMES`."""
 
@@ -140,26 +141,33 @@ class Engine:
             described = (described, found[0].numbers(tensors))
             found = self._bound.get(described)
         if found is None or not found[0].holds():
-            found = None
-            leave_foreign(pytree.tree_leaves((args, kwargs)))
-            leaves, spec = flatten_call(args, kwargs)
-            leave_foreign(leaves)
-            tensors = carry(leaves)
-            key = make_signature(leaves, spec, ambient)
-            if described is None:
-                described = (key, ambient, tuple(t.shape for t in tensors))
-                found = self._bound.get(described)
-        if found is not None and not found[0].takes(tensors):
-            described = (described, found[0].numbers(tensors))
-            found = self._bound.get(described)
-        if found is None or not found[0].holds():
-            for tensor in tensors:
-                refuse_tensor(tensor)
-            found = self._bind(key, described, tensors, args, kwargs)
+            found, tensors = self._look_closer(described, args, kwargs, ambient)
         elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             refuse_gradient()
         found[0].used = next(self._calls)
         return *found, tensors
+
+    def _look_closer(
+        self, described: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Ambient
+    ) -> tuple[tuple[Variant, Program, Binding], list[torch.Tensor]]:
+        """Return what serves a call that the quick look found nothing for, and its tensors."""
+        leave_foreign(pytree.tree_leaves((args, kwargs)))
+        leaves, spec = flatten_call(args, kwargs)
+        leave_foreign(leaves)
+        tensors = carry(leaves)
+        key = make_signature(leaves, spec, ambient)
+        found = None
+        if described is None:
+            described = (key, ambient, tuple(t.shape for t in tensors))
+            found = self._bound.get(described)
+            if found is not None and not found[0].takes(tensors):
+                described = (described, found[0].numbers(tensors))
+                found = self._bound.get(described)
+        for tensor in tensors:
+            refuse_tensor(tensor)
+        if found is None or not found[0].holds():
+            found = self._bind(key, described, tensors, args, kwargs)
+        return found, tensors
 
     def refuse_training(self) -> None:
         """Raise TrainingError where the model is in training mode."""
@@ -283,9 +291,7 @@ class Engine:
         pool, device = self._find_memory(captured)
         name = captured.name
         # PyTorch gives sizes to a trace, whichever thread computes with them.
-        with (
-            tracing(), without_autocast(), pause_collection(), named_failures(name), quiet_torch(),
-        ):  # fmt: skip
+        with tracing(), without_autocast(), pause_collection(), named_failures(name), quiet_torch():
             return compile_captured(captured, self.model, self.options, pool, device)
 
     def compile_for(self, compiled: Compiled, target: str) -> Compiled:
@@ -297,9 +303,7 @@ class Engine:
         pool = ChunkPool(torch.device("cpu"))
         captured, text = compiled.captured, compiled.captured_text
         name = captured.name
-        with (
-            tracing(), without_autocast(), pause_collection(), named_failures(name), quiet_torch(),
-        ):  # fmt: skip
+        with tracing(), without_autocast(), pause_collection(), named_failures(name), quiet_torch():
             return compile_rewritten(captured, text, self.model, options, pool, device)
 
     def share(self, compiled: Compiled) -> Compiled:

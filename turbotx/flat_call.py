@@ -38,6 +38,7 @@ class FlatCall(nn.Module):
         # An object of its own, because tracing undoes changes to a module.
         self.seen = Sandbox(model)
         self.model, self.recorder = self.seen.model, recorder
+        recorder.modules = list(self.model.modules())
         recorder.original_of, recorder.follows = self.seen.original_of, self.seen.follows
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.positions = [

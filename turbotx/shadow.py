@@ -80,10 +80,14 @@ class Shadow:
         text = self._paths.get(id(module), text)
         copied = object.__new__(type(module))
         self._remember(module, copied)
-        attributes = object.__getattribute__(copied, "__dict__")
-        for name, value in object.__getattribute__(module, "__dict__").items():
-            attributes[name] = self._copy(value, f"{text}.{name}" if text else name)
         own = object.__getattribute__(module, "__dict__")
+        if id(own) in self._copies:  # another object of the same state, as an optimized part has
+            object.__setattr__(copied, "__dict__", self._copies[id(own)])
+            return copied
+        attributes = object.__getattribute__(copied, "__dict__")
+        self._copies[id(own)] = attributes
+        for name, value in own.items():
+            attributes[name] = self._copy(value, f"{text}.{name}" if text else name)
         if not isinstance(module, fx.GraphModule):  # which recompiles itself, and writes nothing
             self.watched.append(Watched(own, attributes, text))
         return copied

@@ -48,6 +48,8 @@ def capture_error(name: str, error: Exception) -> CaptureError:
     ]
     seen = str(error).strip().splitlines() or [type(error).__name__]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    if isinstance(error, CaptureError):
+        return CaptureError(f"cannot capture {name}{where}\n  {error}")
     if type(error).__name__ in _ASKS_FOR_VALUES:
         return CaptureError(
             f"cannot capture {name}{where}\n  It asks for a number that a tensor holds (.item(), "
