@@ -35,7 +35,7 @@ with torch.no_grad():
     model(input_ids=ids, attention_mask=mask)
 loaded = time.perf_counter()
 import turbotx
-from turbotx.engine import Engine
+from turbotx.engine.engine import Engine
 wall = {}
 def timed(name, method):
     def call(*args, **kwargs):

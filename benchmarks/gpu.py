@@ -129,7 +129,7 @@ def do_stage(plan: str, name: str, out: Path) -> int:
         sys.stderr.flush()
         os._exit(1)
     if device is not None and "TURBOTX_BENCHMARK_BUILD" in os.environ:
-        from turbotx.kernels.targets import build
+        from turbotx.kernels.triton.compiler import build
 
         jobs = list(device.jobs.values())
         new = sum(not built.cached for built in build(jobs, measure=False))

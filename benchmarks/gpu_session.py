@@ -17,18 +17,18 @@ import torch
 from gpu_models import DTYPES, make_inputs, make_model
 
 import turbotx
-from turbotx.graphed import GraphedProgram
-from turbotx.optimized import engine_of
+from turbotx.engine.optimize import engine_of
+from turbotx.engine.pipeline import _Binder
 from turbotx.options import make_options
-from turbotx.pipeline import _Binder
-from turbotx.runtime.planned import Binding
+from turbotx.runtime.cuda.program import CudaGraphProgram
+from turbotx.runtime.executable import Binding
 
 
 @dataclass(frozen=True)
 class Bound:
     """A program at one shape. launches: what a call queues, PyTorch's part included."""
 
-    program: GraphedProgram
+    program: CudaGraphProgram
     binding: Binding
     tensors: list[torch.Tensor]
 
@@ -75,9 +75,9 @@ class Session:
         dims = self.variant.matcher.match([t.shape for t in tensors])
         assert dims is not None
         compiled = self.variant.compiled
-        twin = compiled.at(dims) if folded is None else compiled.twins[int(folded)]
+        twin = compiled.at(dims) if folded is None else compiled.specializations[int(folded)]
         pool, device = self.engine._find_memory(compiled.captured)
         bind = _Binder(compiled.captured, self.model, make_options(**options), pool, device)
         program = bind(twin.assembly, None)
-        assert isinstance(program, GraphedProgram)
+        assert isinstance(program, CudaGraphProgram)
         return Bound(program, program.bind(dims), tensors)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from turbotx.kernels.job import Job
-from turbotx.runtime.absent_device import AbsentDevice
+from turbotx.runtime.cuda.absent_device import AbsentDevice
 
 
 class StandIn(AbsentDevice):
@@ -96,10 +96,10 @@ def _nothing(*args: Any, **options: Any) -> Iterator[None]:
 
 def start(target: str) -> StandIn:
     """Put stand-ins in place for the rest of the process."""
-    import turbotx.engine
+    import turbotx.engine.engine
 
     device = StandIn(target)
-    turbotx.engine.open_device = lambda place, backend: device  # type: ignore[assignment]
+    turbotx.engine.engine.open_device = lambda place, backend: device  # type: ignore[assignment]
     stand_ins: dict[str, Any] = {
         "Event": Event, "synchronize": lambda *a: None, "Stream": Stream,
         "stream": _nothing, "current_stream": Stream, "CUDAGraph": Graph,

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from turbotx.kernels.gemm_choice import MOST_FOLDED, choose_by_rule
-from turbotx.kernels.gemm_template import GemmTemplate
-from turbotx.kernels.tags import tag_of
+from turbotx.kernels.gemm_heuristics import MOST_FOLDED, choose_by_rule
+from turbotx.kernels.triton.gemm_template import GemmTemplate
+from turbotx.kernels.triton.tags import tag_of
 
 # name: (n, k)
 PRODUCTS = {"qkv": (2304, 768), "out": (768, 768), "up": (3072, 768), "down": (768, 3072)}

@@ -25,7 +25,7 @@ from memory_models import LaunchList, Sized, compiled_models, hand_models, size
 from memory_oracles import compare_on_minimalloc, compare_on_samples
 from memory_stream import run_stream
 
-from turbotx.memory import Planner, check_plan, make_planner
+from turbotx.memory.planner import Planner, check_plan, make_planner
 from turbotx.memory.pool import ChunkPool
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"

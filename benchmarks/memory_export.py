@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from turbotx.assemble import assemble
-from turbotx.capture import capture
-from turbotx.kernels.fuse import fuse_all
+from turbotx.capture.trace import capture
+from turbotx.engine.pipeline import rewrite
+from turbotx.ir.expr import to_python
+from turbotx.kernels.fusion.fuse import fuse_all
 from turbotx.passes.partition import find_prepared, partition
-from turbotx.pipeline import rewrite
-from turbotx.sizes import to_python
+from turbotx.program.assemble import assemble
 
 FOLDER = Path(__file__).parent / "data" / "launches"
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from turbotx.memory import Lifetime
 from turbotx.memory.liveness import LaunchUse, analyze
+from turbotx.memory.planner import Lifetime
 
 
 @dataclass

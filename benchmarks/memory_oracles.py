@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from turbotx.memory import Buffer, Lifetime, lower_bound, make_planner
-from turbotx.memory.greedy import footprint
-from turbotx.memory.plan import align
-from turbotx.memory.solve import portfolio, solve
+from turbotx.memory.planner import Buffer, Lifetime, lower_bound, make_planner
+from turbotx.memory.planner.greedy import footprint
+from turbotx.memory.planner.plan import align
+from turbotx.memory.planner.solve import portfolio, solve
 
 MINIMALLOC = Path(__file__).parent / "data" / "minimalloc"
 KNOWN_FEASIBLE = 1_048_576

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from turbotx.memory import CHUNK_NBYTES, make_planner
+from turbotx.memory.planner import CHUNK_NBYTES, make_planner
 from turbotx.memory.pool import ChunkPool
 
 _MIB = 1 << 20

@@ -27,17 +27,17 @@ import triton
 from architectures import ARCHITECTURES
 from parity import make_inputs, make_model
 
-from turbotx.capture import capture
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.capture.trace import capture
+from turbotx.engine.pipeline import Compiled, compile_captured
+from turbotx.ir.expr import compile_evaluator
 from turbotx.kernels.job import Job
-from turbotx.kernels.targets import TARGETS, Built, build, show_resources
+from turbotx.kernels.triton.compiler import TARGETS, Built, build, show_resources
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
-from turbotx.pipeline import Compiled, compile_captured
-from turbotx.runtime.absent_device import AbsentDevice
-from turbotx.runtime.cuda import CudaRuntime
-from turbotx.runtime.share import make_tiles, share_calls
-from turbotx.signature import SizeMatcher
-from turbotx.sizes import compile_evaluator
+from turbotx.runtime.cuda.absent_device import AbsentDevice
+from turbotx.runtime.cuda.dispatch import make_tiles, share_calls
+from turbotx.runtime.cuda.runtime import CudaRuntime
 
 RESULTS = Path(__file__).parent / "results" / "resources.json"
 WAYS = ("flash", "fused-softmax")
@@ -53,7 +53,7 @@ def find_jobs(architecture: str, dtype: torch.dtype, targets: list[str]) -> Iter
     model.to_empty(device="cpu")  # values do not matter
     for way in WAYS:
         captured = capture(model, (), make_inputs(model, 2, 128, dtype))
-        matcher = SizeMatcher(captured)
+        matcher = ShapeMatcher(captured)
         given = [make_inputs(model, batch, seq, dtype).values() for batch, seq in SHAPES]
         found = [matcher.match([t.shape for t in tensors]) for tensors in given]
         dims = [values for values in found if values is not None]
@@ -73,9 +73,13 @@ def launched(
     Without templates that leaves kernels behind the library's GEMMs, and no norms are folded.
     """
     names, device = compiled.captured.dims, AbsentDevice(target)
-    twins = compiled.twins if options.gemms != "cublas" else compiled.twins[:1]
-    shares = share_calls([twin.assembly for twin in twins], names, make_tiles(options, device))
-    for twin, share in zip(twins, shares, strict=True):
+    specializations = (
+        compiled.specializations if options.gemms != "cublas" else compiled.specializations[:1]
+    )
+    shares = share_calls(
+        [twin.assembly for twin in specializations], names, make_tiles(options, device)
+    )
+    for twin, share in zip(specializations, shares, strict=True):
         weights = twin.program.runtime.weights
         runtime = CudaRuntime(twin.assembly, weights, options, names, device, share=share)
         evaluate = compile_evaluator(list(runtime.table.values), names)

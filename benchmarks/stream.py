@@ -79,7 +79,7 @@ def count_builds(engine: str) -> Any:
         return lambda: counters["stats"]["unique_graphs"]
     if engine != "turbotx":
         return lambda: 0
-    from turbotx.engine import Engine
+    from turbotx.engine.engine import Engine
 
     engines: list[Engine] = []
     made = Engine.__init__

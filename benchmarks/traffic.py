@@ -24,16 +24,16 @@ import torch
 import transformers
 from torch import fx
 
-from turbotx import graph as g
 from turbotx import ir
-from turbotx.assemble import assemble
-from turbotx.capture import capture
-from turbotx.kernels.fuse import FusedRegion, fuse_all
-from turbotx.kernels.traffic import kernel_traffic, param_nbytes
+from turbotx.capture.trace import capture
+from turbotx.engine.pipeline import rewrite
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import Expr, evaluate
+from turbotx.ir.views import SPLITS, is_view
+from turbotx.kernels.fusion.fuse import FusedRegion, fuse_all
+from turbotx.kernels.fusion.traffic import kernel_traffic, param_nbytes
 from turbotx.passes.partition import find_prepared, partition, root_of
-from turbotx.pipeline import rewrite
-from turbotx.sizes import Expr, evaluate
-from turbotx.views import SPLITS, is_view
+from turbotx.program.assemble import assemble
 
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
 MODELS = ("bert", "gpt2", "llama")

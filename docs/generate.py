@@ -27,7 +27,7 @@ from proof_tables import operators_table, resources_table
 
 import turbotx
 from turbotx.cli.bench.room import QUIET_CORES
-from turbotx.memory.svg import plan_to_svg
+from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report import Report
 from turbotx.report.layers import find_layers, plan_of
 

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 
 import turbotx
 from turbotx.cli.targets import make_jobs
-from turbotx.kernels.targets import build
-from turbotx.show import show_kernel
+from turbotx.ir.printer import show_kernel
+from turbotx.kernels.triton.compiler import build
 
 # %% [markdown]
 """

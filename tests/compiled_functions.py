@@ -21,16 +21,16 @@ from torch import fx
 
 from tests.kernel_interpreter import CheckFailed, interpret
 from turbotx import ir
-from turbotx.callables import FunctionModule
-from turbotx.capture import Captured, capture
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.capture.trace import Captured, capture
+from turbotx.engine.callables import FunctionModule
+from turbotx.engine.pipeline import rewrite
 from turbotx.kernels.build import build_library
-from turbotx.kernels.cpp import print_kernel
-from turbotx.kernels.fuse import FusedRegion, fuse_all
-from turbotx.kernels.lower import Lowered
+from turbotx.kernels.cpp.printer import print_kernel
+from turbotx.kernels.fusion.fuse import FusedRegion, fuse_all
+from turbotx.kernels.lowering.lower import Lowered
 from turbotx.passes.partition import find_prepared, partition
-from turbotx.pipeline import rewrite
-from turbotx.runtime.native import PRELUDE
-from turbotx.signature import SizeMatcher
+from turbotx.runtime.cpu.launch_table import PRELUDE
 
 aten = torch.ops.aten
 # Stored tensors are dense, whatever strides eager would have given them.
@@ -69,7 +69,7 @@ class Compilation:
 def compile_function(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Compilation:
     captured = capture(FunctionModule(function), args, kwargs)
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    if SizeMatcher(captured).match([x.shape for x in tensors]) is None:  # as the engine does
+    if ShapeMatcher(captured).match([x.shape for x in tensors]) is None:  # as the engine does
         small = {(i, d) for i, x in enumerate(tensors) for d, n in enumerate(x.shape) if n < 2}
         captured = capture(FunctionModule(function), args, kwargs, fixed=small)
     graph = captured.graph_module.graph
@@ -83,7 +83,7 @@ class _Run:
         self.made, self.runner = made, runner
         inputs = made.graph.find_nodes(op="placeholder")
         self.env: dict[fx.Node, Any] = dict(zip(inputs, tensors, strict=True))
-        matcher = SizeMatcher(made.captured)
+        matcher = ShapeMatcher(made.captured)
         shapes = [t.shape for t in tensors]
         found = matcher.match(shapes)
         assert found is not None, matcher.explain(shapes)
@@ -159,7 +159,7 @@ class CppRunner:
     def __call__(
         self, kernel: ir.Kernel, given: dict[str, torch.Tensor], dims: dict[str, int]
     ) -> dict[str, torch.Tensor]:
-        from turbotx.sizes import evaluate
+        from turbotx.ir.expr import evaluate
 
         made: dict[str, torch.Tensor] = {}
         pointers = []

@@ -42,7 +42,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.command_line import Ran, make_run
+from tests.cli.command_line import Ran, make_run
 
 # No deadline: the machines that run this are shared, and no test asserts a time.
 settings.register_profile("developer", deadline=None)
@@ -96,7 +96,7 @@ def _unchanged_thread_count() -> Iterator[None]:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """`turbotx ...` as a user types it: see tests/command_line.py."""
+    """`turbotx ...` as a user types it: see tests/cli/command_line.py."""
     return make_run(capsys)
 
 

@@ -17,8 +17,8 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from turbotx import ir
-from turbotx.primitives import PRIMITIVES, REDUCTIONS, SCANS
-from turbotx.sizes import Expr, evaluate
+from turbotx.ir.expr import Expr, evaluate
+from turbotx.ir.primitives import PRIMITIVES, REDUCTIONS, SCANS
 
 
 class CheckFailed(Exception):

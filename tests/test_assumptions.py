@@ -24,7 +24,7 @@ from tests.assumptions import (
     minimize,
     run_sequences,
 )
-from turbotx.engine import Engine
+from turbotx.engine.engine import Engine
 
 GROUPS = 10
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import turbotx
 from tests.compiled_functions import by_interpreter, compile_function
-from tests.kernels.cpp_probe import needs_compiler
+from tests.kernels.cpp.cpp_probe import needs_compiler
 from tests.random_programs import Program, Step, Values, grow, inputs, steps, widen, write_program
 from turbotx.kernels.schedule import Schedule
 
@@ -120,7 +120,7 @@ def test_many_compiled_programs(drawn: list[Step], given_inputs: Values) -> None
 
 def check_triton(drawn: list[Step], given_inputs: Values) -> None:
     pytest.importorskip("triton", reason="Triton is for Linux only")
-    from tests.kernels.triton_runner import TritonRunner
+    from tests.kernels.triton.triton_runner import TritonRunner
 
     program = write_program(drawn, 2, given_inputs, jumps=False, largest=500)
     if not program.calls:

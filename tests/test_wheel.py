@@ -118,7 +118,7 @@ def test_the_wheel_holds_the_package_and_no_machine_code(wheel: Path) -> None:
         entry_points = archive.read(next(n for n in names if n.endswith("entry_points.txt")))
     assert {
         "turbotx/py.typed",
-        "turbotx/runtime/native.cpp",
+        "turbotx/runtime/cpu/native.cpp",
         "turbotx/runtime/tensor_watch.cpp",
     } <= set(names)
     assert any(n.startswith("turbotx/kernels/cpp/") and n.endswith(".h") for n in names)

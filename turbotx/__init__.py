@@ -10,15 +10,15 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from turbotx.engine.observers import observers
 from turbotx.errors import TurbotxError
-from turbotx.observers import observers
 
 if TYPE_CHECKING:
-    from turbotx.optimized import optimize
+    from turbotx.engine.optimize import optimize
     from turbotx.report import explain
     from turbotx.saved.load import load
     from turbotx.saved.save import save
-    from turbotx.weight_files import load_weights
+    from turbotx.saved.weight_files import load_weights
 
 __version__ = "0.1.0"
 __all__ = ["TurbotxError", "__version__", "explain", "load", "load_weights", "optimize", "save"]
@@ -28,13 +28,15 @@ __all__ = ["TurbotxError", "__version__", "explain", "load", "load_weights", "op
 _PLACES = {
     "explain": "turbotx.report",
     "load": "turbotx.saved.load",
-    "load_weights": "turbotx.weight_files",
-    "optimize": "turbotx.optimized",
+    "load_weights": "turbotx.saved.weight_files",
+    "optimize": "turbotx.engine.optimize",
     "save": "turbotx.saved.save",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "dynamo":
+        return import_module("turbotx.engine.dynamo")
     if name not in _PLACES:
         raise AttributeError(f"module 'turbotx' has no attribute {name!r}")
     found = globals()[name] = getattr(import_module(_PLACES[name]), name)

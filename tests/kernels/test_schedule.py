@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from turbotx import ir
+from turbotx.ir.expr import Expr, dim
 from turbotx.kernels.heuristics import DEFAULT
 from turbotx.kernels.schedule import (
     PERSISTENT,
@@ -20,7 +21,6 @@ from turbotx.kernels.schedule import (
     needs_wide,
     power_above,
 )
-from turbotx.sizes import Expr, dim
 
 F32 = torch.float32
 ROWS, N = dim("rows"), dim("n")

@@ -13,7 +13,7 @@ from turbotx.memory.arena import PlainRange, StreamOrder, _CudaBytes, open_range
 from turbotx.memory.capture_lock import capture_lock
 from turbotx.memory.cpu_range import CpuRange, MemoryExhausted
 from turbotx.memory.cuda_range import CudaMemoryError
-from turbotx.memory.plan import CHUNK_NBYTES
+from turbotx.memory.planner.plan import CHUNK_NBYTES
 
 CUDA = torch.device("cuda", 1)
 

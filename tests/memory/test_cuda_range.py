@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from turbotx.errors import TurbotxError
-from turbotx.memory import CHUNK_NBYTES
 from turbotx.memory.capture_lock import capture_lock
 from turbotx.memory.cuda_range import CudaMemoryError, CudaRange, MemoryExhausted
+from turbotx.memory.planner import CHUNK_NBYTES
 
 BASE = 1 << 44
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbotx.memory import check_plan, make_planner
 from turbotx.memory.liveness import LaunchUse, analyze
+from turbotx.memory.planner import check_plan, make_planner
 from turbotx.memory.pool import ChunkPool, poison
 
 WIDTHS = (1, 3, 8)  # size classes, in units of the shape

@@ -2,8 +2,8 @@
 
 import pytest
 
-from turbotx.memory import PlanError
 from turbotx.memory.liveness import LaunchUse, analyze
+from turbotx.memory.planner import PlanError
 
 GEMM = LaunchUse("gemm", ("x",), ("a",))
 GELU = LaunchUse("gelu", ("a",), ("b",), inplace=(("b", "a"),))

@@ -5,10 +5,10 @@ import threading
 import pytest
 import torch
 
-from turbotx.memory import CHUNK_NBYTES
 from turbotx.memory import pool as pool_module
 from turbotx.memory.arena import PlainRange
 from turbotx.memory.cpu_range import CpuRange
+from turbotx.memory.planner import CHUNK_NBYTES
 from turbotx.memory.pool import ChunkPool, MemoryExhausted, PoolBusy, poison
 
 CPU = torch.device("cpu")

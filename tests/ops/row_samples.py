@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from turbotx.kernels.fuse import FusedRegion, fuse
+from turbotx.kernels.fusion.fuse import FusedRegion, fuse
 from turbotx.ops import OPS
 from turbotx.passes.partition import Region
 

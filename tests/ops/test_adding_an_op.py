@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tests.kernels.cpp_probe import needs_compiler
+from tests.kernels.cpp.cpp_probe import needs_compiler
 from turbotx.ops.table import OPS
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-an-op.md"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import turbotx
-from tests.kernels.cpp_probe import needs_compiler
+from tests.kernels.cpp.cpp_probe import needs_compiler
 from turbotx.errors import IndexOutOfRangeError
 
 

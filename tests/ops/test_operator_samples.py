@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.compiled_functions import by_interpreter, compile_function
-from tests.kernels.cpp_probe import needs_compiler
+from tests.kernels.cpp.cpp_probe import needs_compiler
 from tests.ops.operator_samples import NAMES, batches, excess, samples_of
 from tests.ops.sample_sizes import find_size_faults, pick_samples
 from tests.ops.sweep import DTYPES, INTEGER_DTYPES, INTEGERS, find_fault, record_of, sweep

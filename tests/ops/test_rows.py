@@ -18,17 +18,17 @@ import torch
 
 import turbotx
 from tests.kernel_interpreter import interpret
-from tests.kernels.cpp_probe import needs_compiler
+from tests.kernels.cpp.cpp_probe import needs_compiler
 from tests.ops.operator_samples import excess
 from tests.ops.row_samples import Call, call_of, overloads
 from turbotx import ir
+from turbotx.ir.expr import evaluate
 from turbotx.kernels.build import build_library
-from turbotx.kernels.cpp import print_kernel
+from turbotx.kernels.cpp.printer import print_kernel
 from turbotx.kernels.schedule import Schedule
-from turbotx.kernels.targets import TARGETS, build, kernel_job
-from turbotx.kernels.triton_printer import print_triton
-from turbotx.runtime.native import PRELUDE
-from turbotx.sizes import evaluate
+from turbotx.kernels.triton.compiler import TARGETS, build, kernel_job
+from turbotx.kernels.triton.printer import print_triton
+from turbotx.runtime.cpu.launch_table import PRELUDE
 
 ROWS = overloads()
 call = functools.cache(call_of)
@@ -106,7 +106,7 @@ def outputs_of(kernel: ir.Kernel) -> dict[str, torch.Tensor]:
 def test_the_printed_triton(overload: str) -> None:
     """In the interpreter, where libdevice does not run: those rows are only compiled, below."""
     pytest.importorskip("triton", reason="Triton is for Linux only")
-    from tests.kernels.triton_runner import TritonRunner
+    from tests.kernels.triton.triton_runner import TritonRunner
 
     made = call(overload)
     if any("libdevice" in print_triton(x.kernel) for x in made.fused.kernels):

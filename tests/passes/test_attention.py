@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import turbotx
-from tests.kernels.cpp_probe import needs_compiler
-from turbotx.attention import attention
-from turbotx.capture import capture
-from turbotx.graph import shape
+from tests.kernels.cpp.cpp_probe import needs_compiler
+from turbotx.capture.trace import capture
+from turbotx.ir.attention_ops import attention
+from turbotx.ir.fx_nodes import shape
 from turbotx.passes.attention import recognize_attention
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.partition import op_name

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import turbotx
-from tests.kernels.cpp_probe import needs_compiler
+from tests.kernels.cpp.cpp_probe import needs_compiler
 from tests.passes.test_attention import Attend, X, recognized
 
 LOW = torch.finfo(torch.float32).min

@@ -8,7 +8,7 @@ from torch import nn
 
 import turbotx
 from tests.graphs import calls, captured_graph
-from turbotx.capture import capture
+from turbotx.capture.trace import capture
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.linear import (
     free_biases,

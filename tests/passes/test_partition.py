@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from tests.graphs import captured_graph
-from turbotx.capture import capture
+from turbotx.capture.trace import capture
+from turbotx.ir.verifier import check_region
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.partition import find_prepared, kind_of, op_name, partition
-from turbotx.verify import check_region
 
 W = torch.randn(8, 8)
 X = torch.randn(3, 8)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from tests.compiled_functions import by_interpreter, compile_function
-from turbotx.callables import FunctionModule
-from turbotx.capture import capture
+from turbotx.capture.trace import capture
+from turbotx.engine.callables import FunctionModule
 from turbotx.passes.results import use_single_results
 
 aten = torch.ops.aten

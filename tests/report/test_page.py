@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 import turbotx
-from turbotx.kernels.triton_resources import Resources
+from turbotx.ir.expr import compile_evaluator, dim, to_javascript
+from turbotx.kernels.triton.resources import Resources
 from turbotx.report import Report
-from turbotx.sizes import compile_evaluator, dim, to_javascript
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from turbotx.runtime import dict_watch
+from turbotx.runtime.cpu.launch_table import load_runtime
 from turbotx.runtime.dict_watch import DictWatch, find_mechanism
-from turbotx.runtime.native import load_runtime
 from turbotx.runtime.tensor_watch import start_native_watch
 
 LIBRARIES: dict[str, Callable[[], Any]] = {

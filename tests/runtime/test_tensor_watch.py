@@ -13,7 +13,7 @@ from torch import nn
 
 import turbotx
 from turbotx.runtime import tensor_watch
-from turbotx.runtime.native import load_runtime
+from turbotx.runtime.cpu.launch_table import load_runtime
 from turbotx.runtime.tensor_watch import (
     PlainWatch,
     TensorWatch,

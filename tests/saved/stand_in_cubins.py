@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import turbotx
-from tests.runtime.stand_in_device import InterpretedDevice
+from tests.runtime.cuda.stand_in_device import InterpretedDevice
 from turbotx.errors import DeviceError
 from turbotx.kernels.job import Binary, Job
 

@@ -23,8 +23,8 @@ pytest.importorskip("safetensors")
 
 import turbotx
 from tests.models import token_inputs
-from tests.runtime.stand_in_device import InterpretedDevice, bind_to
-from tests.runtime.test_triton_programs import check, tiny
+from tests.runtime.cuda.stand_in_device import InterpretedDevice, bind_to
+from tests.runtime.cuda.test_triton_programs import check, tiny
 from tests.saved.stand_in_cubins import Cubins
 from tests.saved.test_saved import Model, assert_equal, ids
 from turbotx.errors import (
@@ -34,7 +34,7 @@ from turbotx.errors import (
     SavedFileError,
     SaveError,
 )
-from turbotx.runtime.settings import assume_tf32
+from turbotx.runtime.cuda.settings import assume_tf32
 from turbotx.saved.calls import decode_nodes, encode_nodes
 from turbotx.saved.container import read_container
 from turbotx.saved.gpu_program import read_variants
@@ -80,7 +80,7 @@ def assert_near(ours: Any, expected: Any) -> None:
 def test_a_model_saved_on_a_cpu_runs_on_a_gpu(
     name: str, cubins: Cubins, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turbotx.kernels.gemm_choice.MOST_FOLDED", 16)
+    monkeypatch.setattr("turbotx.kernels.gemm_heuristics.MOST_FOLDED", 16)
     model = tiny(name, torch.float32 if name == "llama" else torch.float16)
     save(model, path, "sm_90")
     loaded = cubins.load(path)
@@ -261,7 +261,7 @@ def test_a_file_made_on_the_cpu_runs_on_this_gpu(shape: tuple[int, int], path: P
 def test_what_counts_in_64_bits_is_built_where_something_can(
     cubins: Cubins, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("turbotx.runtime.cuda_launch", "turbotx.saved.variants"):
+    for module in ("turbotx.runtime.cuda.variants", "turbotx.saved.variants"):
         monkeypatch.setattr(f"{module}.LARGE", 150)  # elements, as if numbers ended there
     fast = save_small(path, "sm_90")
     loaded, x = cubins.load(path), ids(5, 6)

@@ -18,15 +18,15 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 import turbotx
 from tests.models import token_inputs
-from tests.runtime.test_triton_programs import tiny
+from tests.runtime.cuda.test_triton_programs import tiny
+from turbotx.engine.pipeline import Compiled
 from turbotx.errors import SavedFileError, SaveError
+from turbotx.ir.expr import compile_evaluator
 from turbotx.kernels.schedule import INT32_LIMIT
-from turbotx.pipeline import Compiled
-from turbotx.runtime.cuda import CudaRuntime
-from turbotx.runtime.cuda_launch import KernelFamily
+from turbotx.runtime.cuda.runtime import CudaRuntime
+from turbotx.runtime.cuda.variants import KernelFamily
 from turbotx.saved.families import SavedFamily
 from turbotx.saved.variants import Tabulator, Variants, check_table
-from turbotx.sizes import compile_evaluator
 
 pytest.importorskip("transformers")
 
@@ -40,7 +40,7 @@ def compile_for(target: str, model: torch.nn.Module, **options: Any) -> Compiled
 
 def tables(compiled: Compiled) -> Iterator[tuple[CudaRuntime, Any, SavedFamily]]:
     """Give every family of a call's programs with its table."""
-    for twin in compiled.twins:
+    for twin in compiled.specializations:
         runtime, variants = twin.program.runtime, Variants()
         assert isinstance(runtime, CudaRuntime)
         tabulator = Tabulator(runtime, twin.program.dims, variants)

@@ -26,9 +26,9 @@ from turbotx.cli.targets import (
     resources_of,
     resources_table,
 )
+from turbotx.engine.optimize import optimize
 from turbotx.errors import InputError
-from turbotx.memory.svg import plan_to_svg
-from turbotx.optimized import optimize
+from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report.dump import STAGES, Dumped, make_folder, stage_text
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.report import Report

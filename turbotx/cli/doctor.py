@@ -27,7 +27,7 @@ from turbotx import __version__
 from turbotx.cli.output import OK, WRONG, Output
 from turbotx.errors import TurbotxError
 from turbotx.kernels.build import build_library, cache_directory, find_compiler, share_openmp
-from turbotx.runtime.cuda_device import CudaDevice
+from turbotx.runtime.cuda.device import CudaDevice
 
 VECTORS = ("avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "avx2", "fma", "f16c", "asimd", "sve")
 

@@ -17,8 +17,8 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx.errors import InputError
+from turbotx.ir.expr import evaluate
 from turbotx.report import Report
-from turbotx.sizes import evaluate
 
 EXAMPLE_SHAPE = {"batch": 2, "seq": 16}
 

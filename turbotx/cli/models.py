@@ -23,7 +23,7 @@ from torch import nn
 
 from turbotx.cli.inputs import huggingface_inputs
 from turbotx.errors import TurbotxError
-from turbotx.weight_files import load_weights
+from turbotx.saved.weight_files import load_weights
 
 FORMS = (
     "package.module:factory, path/to/file.py:factory, hf:PATH, hf-config:TYPE, minilm or FILE.pt2"

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from turbotx.cli.models import ModelError
+from turbotx.engine.progress import hide_progress
 from turbotx.errors import InputError, OptionsError, TurbotxError, WeightsError
-from turbotx.progress import hide_progress
 from turbotx.report.dump import DumpError
 
 OK, WRONG, MISUSED, FAILED = 0, 1, 2, 3

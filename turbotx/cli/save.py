@@ -15,7 +15,7 @@ from typing import Any
 from turbotx.cli.inputs import EXAMPLE_SHAPE
 from turbotx.cli.models import LoadedModel, Source
 from turbotx.cli.output import OK, Output, Steps
-from turbotx.optimized import optimize
+from turbotx.engine.optimize import optimize
 from turbotx.saved.save import check_target, save
 
 

@@ -17,25 +17,25 @@ from pathlib import Path
 from rich.table import Table
 
 from turbotx import ir
-from turbotx.assemble import assemble
+from turbotx.engine.pipeline import Compiled
 from turbotx.errors import InputError
-from turbotx.folding import assemble_folded
-from turbotx.kernels.epilogue import find_epilogues
-from turbotx.kernels.gemm_choice import choose_tiles, gemm_job
-from turbotx.kernels.gemm_template import GemmTemplate
+from turbotx.ir.expr import evaluate
+from turbotx.kernels.fusion.epilogue import find_epilogues
+from turbotx.kernels.fusion.norm_folding import find_folds
+from turbotx.kernels.gemm_heuristics import choose_tiles, gemm_job
 from turbotx.kernels.job import Job
 from turbotx.kernels.launch_jobs import launch_job
-from turbotx.kernels.norms import find_folds
-from turbotx.kernels.targets import TARGETS, Built, build
-from turbotx.kernels.tiles import Tiles
-from turbotx.kernels.triton_resources import Resources
+from turbotx.kernels.schedule_selector import Tiles
+from turbotx.kernels.triton.compiler import TARGETS, Built, build
+from turbotx.kernels.triton.gemm_template import GemmTemplate
+from turbotx.kernels.triton.resources import Resources
 from turbotx.passes.partition import kind_of
-from turbotx.pipeline import Compiled
+from turbotx.program.assemble import assemble
+from turbotx.program.fold_norms import assemble_folded
 from turbotx.report.dump import make_folder
 from turbotx.report.report import Report
-from turbotx.runtime.cuda_gemm import make_template
-from turbotx.runtime.share import share_calls
-from turbotx.sizes import evaluate
+from turbotx.runtime.cuda.dispatch import share_calls
+from turbotx.runtime.cuda.gemm import make_template
 
 
 def parse_targets(names: Sequence[str]) -> list[str]:

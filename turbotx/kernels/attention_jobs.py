@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from turbotx.kernels.cpp_attention import AttentionKernel
-from turbotx.kernels.cpp_products import ProductKernel
+from turbotx.kernels.cpp.attention import AttentionKernel
+from turbotx.kernels.cpp.products import ProductKernel
 from turbotx.kernels.job import Job
-from turbotx.kernels.targets import POINTEES, fit_warps
-from turbotx.kernels.triton_attention import (
+from turbotx.kernels.triton.attention import (
     NAMES,
     STRIDES,
     AttentionSchedule,
     choose_attention_schedule,
     print_triton_attention,
 )
-from turbotx.kernels.triton_products import (
+from turbotx.kernels.triton.compiler import POINTEES, fit_warps
+from turbotx.kernels.triton.products import (
     PRODUCT_NAMES,
     ProductSchedule,
     choose_product_schedule,

@@ -30,7 +30,7 @@ from turbotx.errors import BuildError, BuildWarning, NoCompilerError
 
 # A kernel's header names lines of the user's model: moving them is no reason to compile again.
 _COMMENTS = re.compile(r"^//.*\n", re.MULTILINE)
-HEADERS = Path(__file__).parent / "cpp"
+HEADERS = Path(__file__).parent / "cpp" / "include"
 FLAGS: tuple[str, ...] = (
     "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno",
     "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-fPIC",

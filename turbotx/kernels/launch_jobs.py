@@ -12,25 +12,25 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from turbotx import ir
+from turbotx.ir.expr import evaluate
 from turbotx.kernels.attention_jobs import attention_job, product_job
-from turbotx.kernels.cpp_attention import AttentionKernel
-from turbotx.kernels.cpp_products import ProductKernel
+from turbotx.kernels.cpp.attention import AttentionKernel
+from turbotx.kernels.cpp.products import ProductKernel
 from turbotx.kernels.heuristics import heuristics_for
 from turbotx.kernels.job import ALIGNED_NBYTES, Job
 from turbotx.kernels.schedule import choose_schedule, divisible_sizes
-from turbotx.kernels.targets import kernel_job
-from turbotx.kernels.triton_attention import (
+from turbotx.kernels.triton.attention import (
     NAMES,
     STRIDES,
     choose_attention_schedule,
     with_keys,
 )
-from turbotx.kernels.triton_products import (
+from turbotx.kernels.triton.compiler import kernel_job
+from turbotx.kernels.triton.products import (
     PRODUCT_NAMES,
     PRODUCT_STRIDES,
     choose_product_schedule,
 )
-from turbotx.sizes import evaluate
 
 
 def launch_job(

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import sympy
 
 from turbotx import ir
+from turbotx.ir.expr import Expr, evaluate, product
 from turbotx.kernels.heuristics import DEFAULT, Heuristics
-from turbotx.sizes import Expr, evaluate, product
 
 # Tiles for a row whose length is only known at run time: five builds and the looped one.
 ROW_TILES = (64, 256, 1024, 4096, 16384)

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 
 from turbotx.errors import TurbotxError
-from turbotx.memory.plan import CHUNK_NBYTES, align
+from turbotx.memory.planner.plan import CHUNK_NBYTES, align
 
 _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000

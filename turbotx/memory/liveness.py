@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from turbotx.memory.plan import Lifetime, PlanError
+from turbotx.memory.planner.plan import Lifetime, PlanError
 
 
 @dataclass(frozen=True, slots=True)

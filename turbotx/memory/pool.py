@@ -21,7 +21,7 @@ import torch
 from turbotx.errors import TurbotxError
 from turbotx.memory.arena import AddressRange, Arena, align_up, open_range
 from turbotx.memory.cpu_range import MemoryExhausted
-from turbotx.memory.plan import CHUNK_NBYTES
+from turbotx.memory.planner.plan import CHUNK_NBYTES
 
 ADDRESS_NBYTES = 1 << 40
 """Addresses reserved for an arena: more than any machine's memory, and free until they are used."""

@@ -1,7 +1,7 @@
 """The op table, filled: importing this package adds every row (see `ops.table`)."""
 
 from turbotx.ops import indexing, pointwise, reductions
-from turbotx.ops.outside import takes_any_layout, why_outside
+from turbotx.ops.fallback_ops import takes_any_layout, why_outside
 from turbotx.ops.table import OF_NUMBERS, OPS, Row, is_computed
 
 __all__ = [

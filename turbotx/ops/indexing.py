@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from turbotx import graph as g
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import ZERO, Expr, product
 from turbotx.ops.table import indexed
-from turbotx.sizes import ZERO, Expr, product
 
 # --- creation -------------------------------------------------------------------------------
 

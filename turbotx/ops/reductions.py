@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.utils._sympy.functions import FloorDiv
 
-from turbotx import graph as g
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import ZERO, Expr, divide, expr, product
 from turbotx.ops.table import indexed
-from turbotx.sizes import ZERO, Expr, divide, expr, product
 
 # --- reductions -----------------------------------------------------------------------------
 

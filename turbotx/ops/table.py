@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from turbotx import graph as g
+from turbotx.ir import fx_nodes as g
 
 
 @dataclass(frozen=True)

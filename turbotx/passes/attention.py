@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx import graph as g
-from turbotx.attention import NO_WINDOW, attention, attention_scores, attention_values
 from turbotx.errors import OptionsError
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.attention_ops import NO_WINDOW, attention, attention_scores, attention_values
 from turbotx.passes.chains import PRODUCTS, read_chain
 from turbotx.passes.masks import Mask, understand_mask
 from turbotx.passes.operands import share_heads, take_hidden, take_scale

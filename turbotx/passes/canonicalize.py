@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from turbotx import graph as g
-from turbotx.sizes import ZERO
-from turbotx.views import VIEWS
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import ZERO
+from turbotx.ir.views import VIEWS
 
 aten = torch.ops.aten
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx import graph as g
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import Expr
+from turbotx.ir.views import VIEWS
 from turbotx.passes.operands import number_in
 from turbotx.passes.scores import Found, Step, read_steps, without_factors
-from turbotx.sizes import Expr
-from turbotx.views import VIEWS
 
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default)

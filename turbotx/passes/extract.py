@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from turbotx import graph as g
-from turbotx.sizes import Expr
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import Expr
 
 aten = torch.ops.aten
 # What makes a tensor of the shape of its first argument and reads nothing of it; 0 or 1 is what it

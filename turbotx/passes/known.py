@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import fx
 
-from turbotx import graph as g
 from turbotx.errors import CaptureError
-from turbotx.sizes import spell_out
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import spell_out
 
 
 def require_known_sizes(graph: fx.Graph, dims: Sequence[str], name: str) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx import graph as g
-from turbotx.layout import has_plain_rows, layout_of
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import Expr, product
+from turbotx.ir.strides import has_plain_rows, layout_of
+from turbotx.ir.views import is_view
 from turbotx.ops import is_computed
-from turbotx.sizes import Expr, product
-from turbotx.views import is_view
 
 aten = torch.ops.aten
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from turbotx import graph as g
 from turbotx import ir
-from turbotx.attention import NO_WINDOW
-from turbotx.loops import Conflict, Loops, SplitAxis
-from turbotx.pull import Puller
-from turbotx.sizes import Expr, expr
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.attention_ops import NO_WINDOW
+from turbotx.ir.expr import Expr, expr
+from turbotx.ops.loop_nest import FusionConflict, LoopNest, NeedsAxisSplit
+from turbotx.ops.scalarizer import Scalarizer
 
 aten = torch.ops.aten
 
@@ -80,19 +80,19 @@ class _Term:
     """One term of a mask, lowered to statements over its own index."""
 
     def __init__(self, mask: fx.Node) -> None:
-        loops = Loops({})
-        puller = Puller(lambda n: n.op in ("placeholder", "get_attr"), loops)
+        loops = LoopNest({})
+        scalarizer = Scalarizer(lambda n: n.op in ("placeholder", "get_attr"), loops)
         self.index = tuple(loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(mask)))
         self.is_true = False
         self.made: dict[str, ir.Statement] = {}
         self.compare: ir.Compute | None = None
         try:
-            element = puller.element(mask, self.index)
-        except (Conflict, SplitAxis):
+            element = scalarizer.element(mask, self.index)
+        except (FusionConflict, NeedsAxisSplit):
             return
         self.is_true = element.value is True
-        self.nodes = {name: node for node, name in puller.params.items()}
-        for s in puller.body:
+        self.nodes = {name: node for node, name in scalarizer.params.items()}
+        for s in scalarizer.body:
             self.made.update(dict.fromkeys(ir.results_of(s), s))
         last = self.made.get(element.name)
         if isinstance(last, ir.Compute) and last.op in COMPARES:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx import graph as g
-from turbotx.views import SPLITS, is_view
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.views import SPLITS, is_view
 
 aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)

@@ -1,6 +1,6 @@
 """Outputs: every leaf of a call's result lies where eager's would, and is the caller's alone.
 
-In: a rewritten graph whose output node knows what eager returns (`turbotx.eager`). Out: the same
+In: a rewritten graph whose output node knows what eager returns (`capture.eager`). Out: the same
 graph with a copy in front of each leaf that lies otherwise, because its product was packed with
 others, because it depends on parameters alone, or because equal calls became one::
 
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx import graph as g
-from turbotx.eager import OWN, RETURNS, Fresh, are_equal_strides, order_of
-from turbotx.layout import layout_with_copies
+from turbotx.capture.eager import OWN, RETURNS, Fresh, are_equal_strides, order_of
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.strides import layout_with_copies
 from turbotx.passes.partition import find_prepared, kind_of
 
 aten = torch.ops.aten

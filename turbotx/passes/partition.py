@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx import graph as g
-from turbotx.attention import attention, attention_scores, attention_values
-from turbotx.eager import OWN
+from turbotx.capture.eager import OWN
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.attention_ops import attention, attention_scores, attention_values
+from turbotx.ir.views import SPLITS, is_view, view_source
 from turbotx.ops import OPS, is_computed
-from turbotx.views import SPLITS, is_view, view_source
 
 aten = torch.ops.aten
 GEMMS = frozenset(

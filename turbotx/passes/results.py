@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx import graph as g
+from turbotx.ir import fx_nodes as g
 
 aten = torch.ops.aten
 

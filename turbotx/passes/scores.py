@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx import graph as g
+from turbotx.ir import fx_nodes as g
 from turbotx.passes.operands import number_in
 
 aten = torch.ops.aten

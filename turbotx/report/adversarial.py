@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from turbotx import ir
-from turbotx.pipeline import Compiled
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.engine.pipeline import Compiled
 from turbotx.report.numerics import Error, LaunchErrors
 from turbotx.report.replay import make_reader, make_viewer
 from turbotx.runtime.state import RunState
-from turbotx.signature import SizeMatcher
 
 
 def _large_mean(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -54,7 +54,7 @@ def stress(
     Attention takes the small numbers, and minus infinities in its bias: scores of 1e8 would measure
     how products are rounded, which is the GEMM's matter, in eager as in turbotx.
     """
-    sizes = SizeMatcher(compiled.captured).match([t.shape for t in tensors])
+    sizes = ShapeMatcher(compiled.captured).match([t.shape for t in tensors])
     assert sizes is not None
     found = {}
     for case in CASES:

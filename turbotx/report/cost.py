@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import sympy
 
 from turbotx import ir
-from turbotx.kernels.cpp_attention import AttentionKernel
-from turbotx.kernels.cpp_products import ProductKernel
-from turbotx.kernels.traffic import kernel_traffic
-from turbotx.primitives import PRIMITIVES
+from turbotx.ir.expr import ZERO, Expr, product
+from turbotx.ir.primitives import PRIMITIVES
+from turbotx.kernels.cpp.attention import AttentionKernel
+from turbotx.kernels.cpp.products import ProductKernel
+from turbotx.kernels.fusion.traffic import kernel_traffic
 from turbotx.report.origin import Origin
-from turbotx.sizes import ZERO, Expr, product
 
 PICKING = frozenset({"embedding", "index", "index_select", "gather", "take", "take_along_dim"})
 """Ops that read only the elements they pick."""

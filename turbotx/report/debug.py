@@ -15,15 +15,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from turbotx.arguments import tensors_of
-from turbotx.capture import Captured
-from turbotx.engine import Engine
+from turbotx.capture.arguments import tensors_of
+from turbotx.capture.sandbox.leaks import find_leaks
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.capture.trace import Captured
+from turbotx.engine.engine import Engine
+from turbotx.engine.pipeline import Compiled
 from turbotx.errors import VerifyError
-from turbotx.leaks import find_leaks
-from turbotx.pipeline import Compiled
 from turbotx.report.origin import observe
 from turbotx.report.report import Report
-from turbotx.signature import SizeMatcher
 
 log = logging.getLogger("turbotx")
 Finish = Callable[[Compiled], None]
@@ -35,7 +35,7 @@ def watch(
     """Return what to do with the compiled call; the captured graph is looked at before it goes."""
     origin = observe(captured)
     tensors = tensors_of(args, kwargs)
-    sizes = SizeMatcher(captured).match([t.shape for t in tensors])
+    sizes = ShapeMatcher(captured).match([t.shape for t in tensors])
     dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
 
     verifies = os.environ.get("TURBOTX_VERIFY", "0") not in ("", "0")

@@ -16,30 +16,30 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx import graph as g
 from turbotx import ir
-from turbotx.attention import NO_WINDOW
-from turbotx.kernels.cpp import print_kernel
-from turbotx.kernels.cpp_attention import AttentionKernel, print_attention
-from turbotx.kernels.cpp_products import ProductKernel, print_product
-from turbotx.kernels.folded import fold_weight
-from turbotx.kernels.triton_attention import print_triton_attention
-from turbotx.kernels.triton_printer import print_triton
-from turbotx.kernels.triton_products import print_triton_product
+from turbotx.engine.pipeline import Compiled
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.attention_ops import NO_WINDOW
+from turbotx.ir.expr import Expr, evaluate
+from turbotx.ir.printer import SHORT, show_expr, show_kernel
+from turbotx.kernels.cpp.attention import AttentionKernel, print_attention
+from turbotx.kernels.cpp.printer import print_kernel
+from turbotx.kernels.cpp.products import ProductKernel, print_product
+from turbotx.kernels.triton.attention import print_triton_attention
+from turbotx.kernels.triton.printer import print_triton
+from turbotx.kernels.triton.products import print_triton_product
 from turbotx.passes.partition import GEMMS, op_name
-from turbotx.pipeline import Compiled
+from turbotx.program.folded_weights import fold_weight
 from turbotx.report import entries
 from turbotx.report.cost import Cost, launch_cost
 from turbotx.report.origin import module_of
-from turbotx.runtime.native import (
+from turbotx.runtime.cpu.launch_table import (
     ATTENTION_PRELUDE,
     PRELUDE,
     PRODUCTS_PRELUDE,
     kernel_key,
     print_units,
 )
-from turbotx.show import SHORT, show_expr, show_kernel
-from turbotx.sizes import Expr, evaluate
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from html import escape
 import torch
 from torch import fx
 
-from turbotx import graph as g
-from turbotx.attention import attention, attention_scores, attention_values
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.attention_ops import attention, attention_scores, attention_values
+from turbotx.ir.printer import show_expr
 from turbotx.passes.partition import GEMMS, op_name
 from turbotx.report.entries import Region
 from turbotx.report.layered import Layout, lay_out
 from turbotx.report.record import Record
 from turbotx.report.where import find_place
-from turbotx.show import show_expr
 
 FILL = {
     "region": "#cfe3ff", "gemm": "#ffe2b8", "attention": "#d9f2d0", "input": "#eeeeee",

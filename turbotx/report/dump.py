@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from turbotx.engine.fused_graph import readable
 from turbotx.errors import TurbotxError
-from turbotx.fused_graph import readable
-from turbotx.memory.svg import plan_to_svg
+from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report.draw import draw_dot, draw_svg
 from turbotx.report.html import render_page
 from turbotx.report.layers import find_layers, plan_of

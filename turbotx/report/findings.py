@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from turbotx.kernels.triton_resources import Resources
+from turbotx.kernels.triton.resources import Resources
 from turbotx.report.numerics import Error, Numerics
 from turbotx.report.profile import Profile
 

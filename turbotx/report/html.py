@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from turbotx.memory.svg import plan_to_svg
+from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report.amounts import show_nbytes, show_shape
 from turbotx.report.entries import Region
 from turbotx.report.layers import find_layers, plan_of

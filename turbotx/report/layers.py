@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from turbotx.memory import Buffer, Chunk, Lifetime, Placement, Plan
+from turbotx.memory.planner import Buffer, Chunk, Lifetime, Placement, Plan
 from turbotx.report.entries import Memory
 from turbotx.report.record import Record
 

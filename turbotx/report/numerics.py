@@ -19,14 +19,14 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from turbotx import ir
-from turbotx.arguments import tensors_of
-from turbotx.engine import Engine
-from turbotx.graph import draws
-from turbotx.kernels.lower import Lowered
+from turbotx.capture.arguments import tensors_of
+from turbotx.engine.engine import Engine
+from turbotx.engine.pipeline import Compiled
+from turbotx.ir.expr import compile_evaluator
+from turbotx.ir.fx_nodes import draws
+from turbotx.kernels.lowering.lower import Lowered
 from turbotx.passes.extract import extract
-from turbotx.pipeline import Compiled
 from turbotx.report.replay import Read, replay
-from turbotx.sizes import compile_evaluator
 
 FACTOR, ULPS = 1.5, 2
 

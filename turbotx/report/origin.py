@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx import graph as g
-from turbotx.capture import Captured
+from turbotx.capture.trace import Captured
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import ZERO, Expr, compile_evaluator, product
 from turbotx.passes.partition import op_name
 from turbotx.report.entries import Held
-from turbotx.sizes import ZERO, Expr, compile_evaluator, product
 
 ROUND_NBYTES = 512
 """PyTorch's CUDA allocator hands out multiples of this; its CPU one of 64, which is near enough."""

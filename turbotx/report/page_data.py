@@ -15,16 +15,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from turbotx.memory import ALIGNMENT, CHUNK_NBYTES
-from turbotx.memory.symbolic import SymbolicPlanner
+from turbotx.ir.expr import Expr, evaluate, to_javascript
+from turbotx.ir.printer import show_expr
+from turbotx.memory.planner import ALIGNMENT, CHUNK_NBYTES
+from turbotx.memory.planner.symbolic import SymbolicPlanner
 from turbotx.report.cost import eager_nbytes, launch_cost
 from turbotx.report.draw import lay_out_boxes, shorten
 from turbotx.report.layers import find_layers
 from turbotx.report.origin import ROUND_NBYTES, find_lives
 from turbotx.report.record import Record
 from turbotx.report.where import find_place
-from turbotx.show import show_expr
-from turbotx.sizes import Expr, evaluate, to_javascript
 
 SLIDER_ENDS = (4096, 2048, 1024, 512, 256, 128)
 BATCH_END = 64

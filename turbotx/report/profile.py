@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from turbotx.ambient import read_decisive
-from turbotx.arguments import tensors_of
-from turbotx.call_key import describe_call
-from turbotx.pipeline import Compiled
+from turbotx.capture.ambient import read_decisive
+from turbotx.capture.arguments import tensors_of
+from turbotx.capture.call_key import describe_call
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.engine.pipeline import Compiled
 from turbotx.report.entries import Launch
-from turbotx.signature import SizeMatcher
 
 WARM_UP = 3
 
@@ -115,7 +115,7 @@ def profile(
     """Time every launch over `runs` runs; the compiled call must be nobody else's meanwhile."""
     tensors = tensors_of(args, kwargs)
     program = compiled.program
-    dims = SizeMatcher(compiled.captured).match([t.shape for t in tensors])
+    dims = ShapeMatcher(compiled.captured).match([t.shape for t in tensors])
     assert dims is not None
     binding, count = program.bind(dims), len(launches)
     ticks = (ctypes.c_int64 * (2 * count))()

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 from torch import fx
 
 from turbotx import ir
+from turbotx.engine.fused_graph import make_fused_graph
+from turbotx.engine.pipeline import Compiled
 from turbotx.errors import InputError
-from turbotx.fused_graph import make_fused_graph
-from turbotx.pipeline import Compiled
 from turbotx.report import entries
 from turbotx.report.cost import eager_nbytes
 from turbotx.report.describe import (

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 
 from turbotx import ir
-from turbotx.pipeline import Compiled
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.engine.pipeline import Compiled
 from turbotx.runtime.aten import window_of
 from turbotx.runtime.state import RunState
-from turbotx.signature import SizeMatcher
 
 Read = Callable[[ir.Operand], torch.Tensor]
 
@@ -32,7 +32,7 @@ class Observer(Protocol):
 
 def replay(compiled: Compiled, tensors: Sequence[torch.Tensor], observer: Observer) -> list[Any]:
     """Run `compiled`, which nothing else may use meanwhile; return the output's leaves."""
-    dims = SizeMatcher(compiled.captured).match([t.shape for t in tensors])
+    dims = ShapeMatcher(compiled.captured).match([t.shape for t in tensors])
     assert dims is not None
     program = compiled.program
     watch = _Replay(observer, compiled.captured.dims)

@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import fx
 
-from turbotx.arguments import tensors_of
-from turbotx.engine import Engine
+from turbotx.capture.arguments import tensors_of
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.engine.engine import Engine
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import InputError
-from turbotx.optimized import engine_of
 from turbotx.report.adversarial import stress
 from turbotx.report.dump import Dumped, dump
 from turbotx.report.entries import Place
@@ -29,7 +30,6 @@ from turbotx.report.origin import observe
 from turbotx.report.profile import Profile, profile
 from turbotx.report.record import Record
 from turbotx.report.where import find_place
-from turbotx.signature import SizeMatcher
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,6 +123,6 @@ def explain(model: Any, /, *args: Any, **kwargs: Any) -> Report:
     captured = engine.capture(args, kwargs)
     origin = observe(captured)
     compiled = engine.compile(captured)
-    sizes = SizeMatcher(captured).match([t.shape for t in tensors])
+    sizes = ShapeMatcher(captured).match([t.shape for t in tensors])
     dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
     return Report(compiled.at(tuple(dims.values())), origin, dims, engine.options.planner)

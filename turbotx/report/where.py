@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import fx
 
-from turbotx import graph as g
 from turbotx import ir
 from turbotx.errors import InputError
-from turbotx.kernels.lower import Lowered
+from turbotx.ir import fx_nodes as g
+from turbotx.kernels.lowering.lower import Lowered
 from turbotx.passes.partition import GEMMS, kind_of, op_name, root_of, tensor_inputs
 from turbotx.report.describe import parameters_of
 from turbotx.report.entries import Place

@@ -15,13 +15,13 @@ import sympy
 import torch
 
 from turbotx import ir
-from turbotx.eager import Alias
-from turbotx.kernels.lower import Lowered
-from turbotx.layout import contiguous_strides
+from turbotx.capture.eager import Alias
+from turbotx.ir.expr import compile_evaluator
+from turbotx.ir.strides import contiguous_strides
+from turbotx.kernels.lowering.lower import Lowered
 from turbotx.passes.extract import extract
-from turbotx.runtime.outside import call_into
+from turbotx.runtime.aten_call import call_into
 from turbotx.runtime.state import Maker, RunState, Step, make_alias, make_window
-from turbotx.sizes import compile_evaluator
 
 
 class AtenSteps:

@@ -22,7 +22,7 @@ import torch
 
 from turbotx.errors import TurbotxError
 from turbotx.kernels.build import build_library, cache_directory
-from turbotx.runtime.abi import RUNTIME_SOURCES, declare_watch
+from turbotx.runtime.cpu.abi import RUNTIME_SOURCES, declare_watch
 
 VERSION_SYMBOL = "_ZNK2at10TensorBase8_versionEv"
 """at::TensorBase::_version() as GCC and Clang name it: PyTorch's C interface does not have it."""

@@ -15,9 +15,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from turbotx.attention import attention, attention_scores, attention_values
 from turbotx.errors import SavedFileError, SaveError
-from turbotx.kernels.folded import fold_scales, fold_shift, fold_sums, fold_weight, join_affine
+from turbotx.ir.attention_ops import attention, attention_scores, attention_values
+from turbotx.program.folded_weights import (
+    fold_scales,
+    fold_shift,
+    fold_sums,
+    fold_weight,
+    join_affine,
+)
 from turbotx.saved.values import decode_constant, encode_constant
 
 # The functions that stand in graphs and are none of PyTorch's ops.

@@ -14,19 +14,19 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from turbotx import ir
-from turbotx.capture import Captured
-from turbotx.eager import Alias
+from turbotx.capture.eager import Alias
+from turbotx.capture.trace import Captured
+from turbotx.engine.pipeline import Compiled
 from turbotx.errors import SaveError
-from turbotx.kernels.lower import Lowered
-from turbotx.memory.symbolic import SymbolicPlanner
+from turbotx.ir.expr import to_python
+from turbotx.kernels.lowering.lower import Lowered
+from turbotx.memory.planner.symbolic import SymbolicPlanner
 from turbotx.passes.extract import extract
-from turbotx.pipeline import Compiled
-from turbotx.program import Program
 from turbotx.runtime.aten import is_whole
-from turbotx.runtime.cpu import CpuRuntime
+from turbotx.runtime.cpu.runtime import CpuRuntime
+from turbotx.runtime.program import Program
 from turbotx.saved.calls import encode_arguments, encode_nodes, encode_target
 from turbotx.saved.values import Leaf, encode_constant, encode_tree
-from turbotx.sizes import to_python
 
 
 def describe_call(compiled: Compiled) -> dict[str, Any]:

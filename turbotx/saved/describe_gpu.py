@@ -14,16 +14,16 @@ from dataclasses import replace
 from typing import Any
 
 from turbotx import ir
-from turbotx.kernels.gemm_choice import BUCKETS
-from turbotx.pipeline import Compiled
-from turbotx.program import Program
-from turbotx.runtime.cuda import CudaRuntime
-from turbotx.runtime.cuda_gemm import find_library_call, library_operands, runs_relu
-from turbotx.runtime.share import Share
+from turbotx.engine.pipeline import Compiled
+from turbotx.ir.expr import compile_evaluator, to_python
+from turbotx.kernels.gemm_heuristics import BUCKETS
+from turbotx.runtime.cuda.dispatch import Share
+from turbotx.runtime.cuda.gemm import find_library_call, library_operands, runs_relu
+from turbotx.runtime.cuda.runtime import CudaRuntime
+from turbotx.runtime.program import Program
 from turbotx.saved.describe import describe_call, describe_step, describe_window
 from turbotx.saved.values import encode_constant
 from turbotx.saved.variants import Tabulator, Variants, check_table
-from turbotx.sizes import compile_evaluator, to_python
 
 # Sizes of every dim at which a file is compared with the program that it was made of.
 TRIED = (1, 3, 16, 40, 96, 500, 1024, 5000)

@@ -18,9 +18,9 @@ from typing import Any
 
 from turbotx.errors import SavedFileError
 from turbotx.kernels.job import Binary, Job
+from turbotx.runtime.cuda.parts import Part
+from turbotx.runtime.cuda.settings import uses_tf32
 from turbotx.runtime.device import Grid
-from turbotx.runtime.parts import Part
-from turbotx.runtime.settings import uses_tf32
 from turbotx.saved.values import compile_texts
 
 ALIGNED = 16

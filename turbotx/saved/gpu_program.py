@@ -19,13 +19,13 @@ import torch
 from turbotx.errors import BuildWarning, SavedFileError
 from turbotx.kernels.job import Binary, Job
 from turbotx.memory.pool import ChunkPool
-from turbotx.runtime.cuda_frame import Layout
-from turbotx.runtime.cuda_queue import CudaQueue, Queued
+from turbotx.runtime.cuda.arguments import ArgumentLayout
+from turbotx.runtime.cuda.cuda_graphs import CudaGraphCall, GraphCache, Inputs
+from turbotx.runtime.cuda.library_gemm import Call, make_gemm
+from turbotx.runtime.cuda.queue import CudaQueue, Queued
+from turbotx.runtime.cuda.settings import uses_tf32
 from turbotx.runtime.device import Device
-from turbotx.runtime.graphs import GraphedCall, Graphs, Inputs
-from turbotx.runtime.library_gemm import Call, make_gemm
-from turbotx.runtime.planned import Binding
-from turbotx.runtime.settings import uses_tf32
+from turbotx.runtime.executable import Binding
 from turbotx.runtime.state import RunState, Step
 from turbotx.runtime.watch import Watch
 from turbotx.runtime.weights import Weights
@@ -101,7 +101,7 @@ class SavedGpuRuntime(CudaQueue):
             if "gemm" in launch:
                 gemms[i] = (_read_gemm(launch["gemm"], dims), launch["gemm"]["fixed"])
         layouts = {
-            (i, which): Layout(tuple((a, b) for a, b in pointers), cell, tuple(sizes))
+            (i, which): ArgumentLayout(tuple((a, b) for a, b in pointers), cell, tuple(sizes))
             for i, which, pointers, cell, sizes in tables["layouts"]
         }
         weight_slots = tables["weights"]["slots"]
@@ -143,13 +143,17 @@ def _read_gemm(gemm: Mapping[str, Any], dims: Sequence[str]) -> Callable[[RunSta
     return make_gemm(*looks, gemm["relu"])
 
 
-class SavedGpuProgram(GraphedCall, SavedProgram):
+class SavedGpuProgram(CudaGraphCall, SavedProgram):
     """One compiled call on a GPU, or a part of its shapes."""
 
     runtime: SavedGpuRuntime
 
     def __init__(
-        self, tables: Mapping[str, Any], runtime: SavedGpuRuntime, pool: ChunkPool, graphs: Graphs
+        self,
+        tables: Mapping[str, Any],
+        runtime: SavedGpuRuntime,
+        pool: ChunkPool,
+        graphs: GraphCache,
     ) -> None:
         SavedProgram.__init__(self, tables, runtime, pool)
         self.runtime = runtime

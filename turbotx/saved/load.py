@@ -20,13 +20,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from turbotx.ambient import Ambient, differences, read_ambient, read_asked, read_decisive
-from turbotx.arguments import carry, describe_leaf, flatten_call, is_float
+from turbotx.capture.ambient import Ambient, differences, read_ambient, read_asked, read_decisive
+from turbotx.capture.arguments import carry, describe_leaf, flatten_call, is_float
+from turbotx.capture.traced_float import describe_floats
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
+from turbotx.runtime.cuda.cuda_graphs import GraphCache
 from turbotx.runtime.device import Device
-from turbotx.runtime.graphs import Graphs
-from turbotx.runtime.planned import Binding
+from turbotx.runtime.executable import Binding
 from turbotx.runtime.weights import Weights
 from turbotx.saved.container import read_container
 from turbotx.saved.gpu_program import SavedGpuProgram, SavedGpuRuntime, read_variants
@@ -34,8 +35,7 @@ from turbotx.saved.native import Libraries
 from turbotx.saved.places import CPU, open_place
 from turbotx.saved.program import SavedCpuRuntime, SavedProgram, read_weights
 from turbotx.saved.values import decode_ambient, decode_constant, decode_tree
-from turbotx.traced_float import describe_floats
-from turbotx.weight_files import load_weights
+from turbotx.saved.weight_files import load_weights
 
 Maker = Callable[[Mapping[str, Any], Weights, ChunkPool], SavedProgram]
 
@@ -93,10 +93,10 @@ def _cpu_maker(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> Mak
 
 def _gpu_maker(target: str, entries: Mapping[str, bytes], device: Device) -> Maker:
     variants = read_variants(target, entries)
-    graphs: dict[int, Graphs] = {}  # programs of one call share theirs
+    graphs: dict[int, GraphCache] = {}  # programs of one call share theirs
 
     def make(tables: Mapping[str, Any], weights: Weights, pool: ChunkPool) -> SavedProgram:
-        own = graphs.setdefault(tables["variant"], Graphs(tables["graphs"]))
+        own = graphs.setdefault(tables["variant"], GraphCache(tables["graphs"]))
         runtime = SavedGpuRuntime(tables, variants, weights, device)
         return SavedGpuProgram(tables, runtime, pool, own)
 

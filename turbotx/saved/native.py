@@ -22,7 +22,7 @@ from typing import Any
 
 from turbotx.errors import BuildError, BuildWarning, SavedFileError
 from turbotx.kernels.build import HEADERS, build_library, share_openmp
-from turbotx.runtime.abi import RUNTIME_SOURCES, declare_runtime, runtime_units
+from turbotx.runtime.cpu.abi import RUNTIME_SOURCES, declare_runtime, runtime_units
 
 # What -march=native may use, by the names of /proc/cpuinfo (x86 and ARM).
 INSTRUCTIONS = re.compile(

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from turbotx.errors import DeviceError, SavedFileError
-from turbotx.placement import open_device
 from turbotx.runtime.device import Device
+from turbotx.runtime.placement import open_device
 
 CPU = torch.device("cpu")
 

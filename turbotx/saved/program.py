@@ -1,7 +1,7 @@
 """Program: runs one compiled call of a saved file from its tables; decides and compiles nothing.
 
 In: the tables of `saved.describe`, and a runtime: for a CPU, of the file's libraries. Out: the
-outputs of a call, at any sizes the capture holds for, as `turbotx.program` would give them::
+outputs of a call, at any sizes the capture holds for, as `runtime.program` would give them::
 
     dims = program.match([t.shape for t in tensors])      # None where the capture does not hold
     output = program.answer(program.bind(dims), tensors)
@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from turbotx.memory.plan import Lifetime, Planner, Workload
+from turbotx.capture.traced_float import FloatInput
+from turbotx.memory.planner.plan import Lifetime, Planner, Workload
+from turbotx.memory.planner.restore import restore_planner
 from turbotx.memory.pool import ChunkPool
-from turbotx.memory.restore import restore_planner
-from turbotx.runtime.abi import LaunchRecord
-from turbotx.runtime.planned import (
+from turbotx.runtime.cpu.abi import LaunchRecord
+from turbotx.runtime.cpu.segments import CpuExecutor, Packing
+from turbotx.runtime.executable import (
     Binding,
     Formulas,
     Output,
@@ -30,14 +32,12 @@ from turbotx.runtime.planned import (
     Runtime,
     make_size,
 )
-from turbotx.runtime.segments import Packing, SegmentedRuntime
 from turbotx.runtime.state import Evaluate, Maker, Step
 from turbotx.runtime.weights import Kind, Weights
 from turbotx.saved.calls import decode_nodes
 from turbotx.saved.native import Libraries
 from turbotx.saved.steps import alias_of, make_step, window_of
 from turbotx.saved.values import compile_texts, decode_constant, decode_tree
-from turbotx.traced_float import FloatInput
 
 MAX_SHAPES = 256
 
@@ -158,7 +158,7 @@ def read_weights(
     return Weights(model, constants, weights["paths"], prepared, kinds)
 
 
-class SavedCpuRuntime(SegmentedRuntime):
+class SavedCpuRuntime(CpuExecutor):
     """Launches from a file's tables and libraries."""
 
     def __init__(self, tables: Mapping[str, Any], libraries: Libraries, weights: Weights) -> None:

@@ -23,16 +23,17 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx import __version__
-from turbotx.engine import Engine
+from turbotx.engine.engine import Engine
+from turbotx.engine.optimize import engine_of
+from turbotx.engine.pipeline import Compiled
+from turbotx.engine.progress import show_progress
+from turbotx.engine.variant import Variant
 from turbotx.errors import SaveError
 from turbotx.kernels.build import build_library
-from turbotx.kernels.targets import build
-from turbotx.optimized import engine_of
-from turbotx.pipeline import Compiled
-from turbotx.progress import show_progress
-from turbotx.runtime.cpu import CpuRuntime
-from turbotx.runtime.cuda_device import require_triton
-from turbotx.runtime.native import load_runtime
+from turbotx.kernels.triton.compiler import build
+from turbotx.runtime.cpu.launch_table import load_runtime
+from turbotx.runtime.cpu.runtime import CpuRuntime
+from turbotx.runtime.cuda.device import require_triton
 from turbotx.saved.container import write_container
 from turbotx.saved.describe import describe_for_cpu
 from turbotx.saved.describe_gpu import describe_for_gpu
@@ -45,7 +46,6 @@ from turbotx.saved.gpu_program import (
 from turbotx.saved.native import cpu_features, runtime_digest
 from turbotx.saved.values import Leaf, encode_ambient, encode_constant, encode_tree
 from turbotx.saved.variants import Variants
-from turbotx.variant import Variant
 
 
 def save(
@@ -154,7 +154,7 @@ class _Writer:
         variants = self._variants.setdefault(target, Variants())
         options = self.engine.options
         graphs = options.max_graphs if options.cuda_graphs else 0
-        for twin in compiled.twins:
+        for twin in compiled.specializations:
             # Last, since a description names the target that it was compiled for.
             self.programs.append({**describe_for_gpu(twin, variants, graphs), **shared})
 
@@ -246,7 +246,7 @@ def _split_weights(
     state = {k: v.detach() for k, v in model.state_dict(keep_vars=True).items()}
     held: dict[str, torch.Tensor] = {}
     for k, variant in enumerate(variants):
-        for program in (twin.program for twin in variant.compiled.twins):
+        for program in (twin.program for twin in variant.compiled.specializations):
             for path, tensor in program.runtime.weights.owned():
                 if path.startswith("constants."):
                     held[f"{k}.{path}"] = tensor.detach()

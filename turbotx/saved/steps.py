@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from turbotx.runtime.outside import call_into
-from turbotx.runtime.planned import make_size
+from turbotx.runtime.aten_call import call_into
+from turbotx.runtime.executable import make_size
 from turbotx.runtime.state import Maker, RunState, Step, make_alias, make_window
 from turbotx.saved.calls import decode_arguments, decode_nodes, decode_target
 from turbotx.saved.values import compile_texts, decode_constant

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from turbotx.capture.returned import Extents
 from turbotx.errors import SavedFileError, SaveError
-from turbotx.returned import Extents
-from turbotx.size_functions import PYTHON_NAMES
+from turbotx.ir.size_functions import PYTHON_NAMES
 
 
 @dataclass(frozen=True)

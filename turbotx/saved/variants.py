@@ -17,15 +17,15 @@ from typing import Any
 import sympy
 
 from turbotx.errors import SaveError
-from turbotx.kernels.gemm_choice import bucket_of
+from turbotx.ir.expr import Expr, compile_evaluator
+from turbotx.kernels.gemm_heuristics import bucket_of
 from turbotx.kernels.job import Job
 from turbotx.kernels.schedule import INT32_LIMIT
-from turbotx.runtime.cuda import Compiling, CudaRuntime
-from turbotx.runtime.cuda_gemm import GemmFamily
-from turbotx.runtime.cuda_launch import LARGE
-from turbotx.runtime.settings import assume_tf32
+from turbotx.runtime.cuda.gemm import GemmFamily
+from turbotx.runtime.cuda.runtime import Compiling, CudaRuntime
+from turbotx.runtime.cuda.settings import assume_tf32
+from turbotx.runtime.cuda.variants import LARGE
 from turbotx.saved.families import ALIGNED, Decision, SavedFamily, make_key
-from turbotx.sizes import Expr, compile_evaluator
 
 # Remainders of all dims that are tried before every combination is taken for possible.
 MOST_REMAINDERS = 1 << 18

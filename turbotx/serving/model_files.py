@@ -9,7 +9,6 @@ an engine, a tokenizer and a description; nothing is ever downloaded::
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from turbotx.errors import TurbotxError
+from turbotx.saved.weight_files import load_weights
 from turbotx.serving.engine import Engine, Head, Pooling, TorchEngine
 from turbotx.serving.tokens import TextTokenizer
-from turbotx.weight_files import load_weights
 
 DEFAULT_MODEL = "minilm"
 WIDTHS = ("hidden_size", "dim", "d_model", "n_embd", "emb_dim")  # one idea, by architecture
@@ -86,7 +85,10 @@ def load_model(
     if weights is not None:
         info = replace(info, revision=f"{info.revision}-{_digest([weights], weights.parent)}")
     if backend == "turbotx":
-        module = importlib.import_module("turbotx").optimize(module)
+        # Not at the top: a process that only tokenizes compiles nothing.
+        from turbotx.engine.optimize import optimize
+
+        module = optimize(module)
     takes_types = config.get("type_vocab_size", 0) > 1
     pad_id = int(config.get("pad_token_id") or 0)
     engine = TorchEngine(module, info.head, pad_id, takes_types, device)

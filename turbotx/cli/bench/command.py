@@ -23,8 +23,8 @@ from turbotx.cli.bench.room import QUIET_CORES, OthersUse, Room, Spread, describ
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
+from turbotx.engine.optimize import optimize
 from turbotx.errors import InputError
-from turbotx.optimized import optimize
 
 
 def bench_model(

@@ -18,7 +18,7 @@ import torch
 
 from turbotx.cli.bench.floor import make_floor
 from turbotx.cli.models import LoadedModel, ModelError
-from turbotx.optimized import optimize
+from turbotx.engine.optimize import optimize
 
 Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 ENGINES = {

@@ -15,10 +15,10 @@ import torch
 import torch.utils._pytree as pytree
 
 from turbotx import ir
+from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.cli.models import LoadedModel, ModelError
-from turbotx.optimized import engine_of, optimize
-from turbotx.signature import SizeMatcher
-from turbotx.sizes import evaluate
+from turbotx.engine.optimize import engine_of, optimize
+from turbotx.ir.expr import evaluate
 
 Packed = Callable[[torch.Tensor], torch.Tensor]
 Step = Callable[[], object]
@@ -32,7 +32,7 @@ def make_floor(loaded: LoadedModel, library: str) -> Callable[..., None]:
     compiled = engine.compile(captured)
     weights = compiled.program.runtime.weights
     weights.refresh()
-    matcher = SizeMatcher(captured)
+    matcher = ShapeMatcher(captured)
     pack = {"mkl": _pack_mkl, "onednn": _pack_onednn}[library]
     makers: list[Callable[[Mapping[str, int]], Step]] = []
     for launch in compiled.assembly.launches:

@@ -1,0 +1,104 @@
+"""Decompose: node by node gives what a second trace gives; what needs that trace says so."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_without
+from turbotx.capture.trace import KEPT_WHOLE, capture
+
+
+class Mixed(nn.Module):
+    """Composite ops of one result and of several, identities, sizes that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 24), nn.LayerNorm(8)
+
+    def forward(self, x):
+        a, b, c = self.linear(self.norm(x)).chunk(3, -1)
+        heads = a.reshape(x.shape[0], x.shape[1], 2, 4).transpose(1, 2).contiguous()
+        merged = heads.transpose(1, 2).flatten(2).to(torch.float32)
+        tokens = (b * c).reshape(-1, 8)
+        kept = torch.dropout(merged, 0.1, False) + x.new_ones(x.shape[1], 8)
+        return kept, nn.functional.silu(tokens)
+
+
+class AddsInPlace(nn.Module):
+    def forward(self, x):
+        y = x * 2
+        y.add_(1)
+        return y
+
+
+def exported(model: nn.Module) -> torch.export.ExportedProgram:
+    shapes = ({0: Dim.AUTO, 1: Dim.AUTO},)
+    with torch.no_grad():
+        return torch.export.export(
+            model.eval(), (torch.randn(2, 5, 8),), dynamic_shapes=shapes, strict=False
+        )
+
+
+def ops_of(graph) -> Counter[str]:
+    graph.eliminate_dead_code()
+    return Counter(str(n.target) for n in graph.nodes if n.op == "call_function")
+
+
+def test_the_ops_are_those_of_a_second_trace() -> None:
+    program = exported(Mixed())
+    whole = program.run_decompositions(table_without(KEPT_WHOLE))
+    decompose_nodes(program.graph_module, KEPT_WHOLE)
+    program.graph_module.graph.lint()
+    assert ops_of(program.graph) == ops_of(whole.graph)
+    assert "aten.linear.default" in ops_of(program.graph)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 5, 8), (3, 7, 8)])
+def test_the_graph_still_runs_at_any_size(shape) -> None:
+    model = Mixed().eval()
+    program = exported(model)
+    decompose_nodes(program.graph_module, KEPT_WHOLE)
+    program.graph_module.recompile()
+    x = torch.randn(shape)
+    for got, wanted in zip(program.module()(x), model(x), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_new_nodes_come_from_where_the_old_one_did() -> None:
+    program = exported(Mixed())
+    decompose_nodes(program.graph_module, KEPT_WHOLE)
+    (permute, *_) = program.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.permute.default
+    )
+    assert "test_decompose.py" in permute.meta["stack_trace"]
+
+
+def test_a_second_time_changes_nothing() -> None:
+    program = exported(Mixed())
+    decompose_nodes(program.graph_module, KEPT_WHOLE)
+    before = str(program.graph)
+    decompose_nodes(program.graph_module, KEPT_WHOLE)
+    assert str(program.graph) == before
+
+
+def test_a_change_in_place_needs_the_whole_trace() -> None:
+    with pytest.raises(NotNodeByNode, match="add_"):
+        decompose_nodes(exported(AddsInPlace()).graph_module, KEPT_WHOLE)
+    graph = capture(AddsInPlace(), (torch.randn(2, 5, 8),), {}).graph_module.graph
+    assert ops_of(graph)["aten.add.Tensor"] == 1
+
+
+class TransposesNothing(nn.Module):
+    def forward(self, x):
+        return x.transpose(0, 0) * 2
+
+
+def test_a_view_that_changes_nothing_is_its_input() -> None:
+    program = exported(TransposesNothing())
+    decompose_nodes(program.graph_module, KEPT_WHOLE)
+    assert ops_of(program.graph) == {"aten.mul.Tensor": 1}

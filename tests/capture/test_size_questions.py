@@ -1,0 +1,153 @@
+"""Sizes of 1 and 0: what the model decides by them is a guard, what PyTorch asks itself is none."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._export import non_strict_utils
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import turbotx
+from tests.graphs import captured
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.capture.size_questions import SizesFromOne, sizes_from_one
+from turbotx.capture.trace import capture
+
+torch.manual_seed(0)
+WEIGHT, TABLE = torch.randn(4, 4), torch.randn(8, 4)
+ENCODER = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+
+
+def guards_of(function: Callable[..., Any], *shape: int) -> set[str]:
+    return {g.text for g in captured(function, torch.randn(shape)).guards}
+
+
+def test_a_decision_of_the_model_is_a_guard() -> None:
+    assert guards_of(lambda x: x * 2 if x.shape[1] == 1 else x * 3, 2, 5) == {"Ne(seq, 1)"}
+    assert "batch > 1" in guards_of(lambda x: x * 2 if x.shape[0] > 1 else x * 3, 2, 5)
+    assert guards_of(lambda x: x[:, :2] * 2, 2, 5) == {"seq >= 2"}
+
+
+def test_what_pytorch_asks_of_every_size_is_none() -> None:
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        y = (x @ WEIGHT).reshape(x.shape[0], x.shape[1], 2, 2).transpose(1, 2)
+        y = F.scaled_dot_product_attention(y, y, y).transpose(1, 2).reshape(x.shape)
+        return F.layer_norm(x + y, (4,)) * x.mean(1, keepdim=True) + torch.cat([x, x]).sum()
+
+    assert guards_of(plain, 3, 5, 4) == set()
+
+
+def test_a_decision_that_a_flag_settles_is_none() -> None:
+    def mixed(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        causal = x.shape[2] > 1 and mask is None
+        return F.scaled_dot_product_attention(x, x, x, mask, is_causal=causal)
+
+    x, mask = torch.randn(2, 3, 5, 4), torch.randn(1, 1, 5, 5)
+    assert {g.text for g in captured(mixed, x).guards} >= {"x_d2 > 1"}
+    assert not captured(mixed, x, mask).guards
+
+
+def test_first_calls_of_size_1_are_captured_for_every_size_unless_the_model_asks() -> None:
+    fast = turbotx.optimize(lambda x: (x @ WEIGHT).softmax(1), backend="aten")
+    for shape in ((1, 1, 4), (2, 7, 4), (5, 1, 4), (1, 3, 4)):
+        fast(torch.randn(shape))
+    assert fast.stats()["captures"] == 1
+    asks = turbotx.optimize(lambda x: x.sum(1) if x.shape[1] == 1 else x[:, 1], backend="aten")
+    for shape in ((1, 1, 4), (2, 1, 4), (9, 1, 4)):
+        asks(torch.randn(shape))
+    assert asks.stats()["captures"] == 1  # the batch is still of any size
+    for shape in ((2, 7, 4), (1, 3, 4), (3, 2, 4)):
+        asks(torch.randn(shape))
+    assert asks.stats()["captures"] == 2
+
+
+def test_which_dims_decide() -> None:
+    found = captured(lambda x, y: x[:, :2] + y.sum(), torch.randn(3, 5), torch.randn(3, 5))
+    matcher = ShapeMatcher(found)
+    assert matcher.find_deciding([(1, 1), (4, 1)]) == {(0, 1)}
+    assert (
+        matcher.find_deciding([(1, 2), (4, 1)]) == set() and matcher.explain([(1, 2), (4, 1)]) == ""
+    )
+    assert "is 0" in matcher.explain([(0, 2), (4, 1)])
+
+
+def test_exports_of_other_threads_are_as_ever() -> None:
+    kinds = {}
+    with sizes_from_one():
+        kinds["own"] = type(non_strict_utils.ShapeEnv())
+        thread = threading.Thread(
+            target=lambda: kinds.update(other=type(non_strict_utils.ShapeEnv()))
+        )
+        thread.start()
+        thread.join()
+    assert kinds == {"own": SizesFromOne, "other": ShapeEnv}
+    assert non_strict_utils.ShapeEnv is ShapeEnv
+
+
+CASES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "first two": lambda x: x[:, :2] * 2,
+    "last two": lambda x: x[:, -2:].mean(1),
+    "inner": lambda x: x[:, 1:-1].sum(1),
+    "half": lambda x: x[:, : x.shape[1] // 2] * 2,
+    "other half": lambda x: torch.tensor_split(x, 2, 1)[1] * 2,
+    "flat rows": lambda x: x.transpose(0, 1).reshape(x.size(0), -1) * 2,
+    "swapped": lambda x: x.reshape(4, x.shape[1], x.shape[0]) * 2,
+    "spread": lambda x: x.std(1) if x.shape[1] > 1 else torch.zeros_like(x[:, 0]),
+    "unbatched": lambda x: x[0] if x.shape[0] == 1 else x,
+    "joined": lambda x: torch.cat([x[:, :1], x, x[:, 1:]], 1) + 1,
+    "padded": lambda x: F.pad(x, (0, 0, 0, -x.shape[1] % 4)) * 2,
+    "attention": lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]),
+    "encoder": lambda x: ENCODER(x),
+    "pooled": lambda x: F.max_pool1d(x.transpose(1, 2), 2, ceil_mode=True),
+    "positions": lambda x: x + TABLE[: x.shape[1]] * torch.linspace(0, 1, x.shape[1])[:, None],
+    "causal": lambda x: torch.ones(x.shape[1], x.shape[1]).tril().softmax(-1) @ x,
+    "even": lambda x: x.unflatten(1, (-1, 2)).sum(2) if x.shape[1] % 2 == 0 else x,
+    "greatest": lambda x: x.amax(1),
+    "trapezoid": lambda x: torch.trapezoid(x, dim=0) * 0.1,
+    "gathered": lambda x: x.gather(1, torch.zeros(x.shape[0], 1, 4, dtype=torch.long)) * 2,
+    "looked up": lambda x: x.gather(1, x.long() * 0)[:, :1] * 2,
+    "between": lambda x: F.interpolate(x.transpose(1, 2), size=5, mode="linear"),
+    "squeezed": lambda x: x.squeeze(1) * 2,
+}
+
+
+@pytest.mark.parametrize("first", [(2, 5), (1, 1), (0, 3)], ids=str)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+def test_every_size_from_0_to_3(name: str, first: tuple[int, int]) -> None:
+    function = CASES[name]
+    fast = turbotx.optimize(function)
+    for shape in (first, *itertools.product(range(4), repeat=2)):
+        x = torch.randn(*shape, 4)
+        with torch.no_grad():
+            try:
+                right = function(x)
+            except (RuntimeError, IndexError, ZeroDivisionError):
+                with pytest.raises((turbotx.TurbotxError, RuntimeError)):
+                    fast(x)
+                continue
+            came = fast(x)
+        assert came.shape == right.shape, shape
+        torch.testing.assert_close(came, right, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["first two", "unbatched", "half", "greatest"])
+def test_sizes_0_and_1_after_others(name: str) -> None:
+    function = CASES[name]
+    fast = turbotx.optimize(function, backend="aten")
+    for shape in ((2, 5, 4), (1, 1, 4), (0, 3, 4), (1, 5, 4)):
+        x = torch.randn(shape)
+        assert fast(x).shape == function(x).shape
+        torch.testing.assert_close(fast(x), function(x))
+
+
+def test_tracing_at_fixed_sizes_keeps_the_others_free() -> None:
+    model = turbotx.engine.optimize.FunctionModule(lambda x: x.sum(1))
+    found = capture(model, (torch.randn(1, 1, 4),), {}, fixed={(0, 1)})
+    assert [str(s) for s in found.input_sizes[0]] == ["batch", "1", "x_d2"]

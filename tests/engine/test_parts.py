@@ -1,0 +1,78 @@
+"""Which methods of a class call its submodules: found in their source, and nothing else is."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from turbotx.engine.parts import calls_of_parts, path_to_model
+
+
+def announced(function):
+    return function
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.size = nn.Identity(), nn.Identity(), 3
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+    def encode(self, x):
+        return self.first.encode(x)
+
+    @torch.no_grad()
+    def decode(self, *args):
+        return [self.second(*args) for _ in range(self.size)]
+
+    def run(self, x):
+        return self.first.forward(x) + self(x)
+
+    def set_adapter(self, name):
+        self.first.set_adapter(name)
+
+    def weights(self):
+        return self.first.weight, self.size(3)
+
+    @property
+    def device(self):
+        return self.first(0)
+
+
+class Child(Pair):
+    def run(self, x):
+        return self(x)
+
+
+def test_calls_and_calls_passed_on() -> None:
+    names = ("first", "second")
+    assert calls_of_parts(Pair, names) == {
+        "encode": ["first"], "decode": ["second"], "run": ["first"],
+    }  # fmt: skip
+    assert calls_of_parts(Child, names) == {"encode": ["first"], "decode": ["second"]}
+
+
+def test_nothing_where_there_are_no_parts() -> None:
+    assert calls_of_parts(Pair, ()) == {}
+    assert calls_of_parts(nn.Linear, ("weight",)) == {}
+    space: dict = {}
+    exec(
+        "class Typed(Base):\n    def encode(self, x):\n        return self.a(x)",
+        {"Base": nn.Module},
+        space,
+    )
+    assert calls_of_parts(space["Typed"], ("a",)) == {}
+
+
+def test_the_model_in_a_wrapper() -> None:
+    two = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert path_to_model(two) == ()
+    assert path_to_model(nn.Linear(2, 2)) == ()
+    assert path_to_model(nn.Sequential(nn.ReLU())) == ()
+    holder = nn.Module()
+    holder.model, holder.pool, holder.nothing = two, nn.ReLU(), None
+    assert path_to_model(nn.Sequential(holder, nn.Tanh())) == ("0", "model")
+    holder.register_buffer("scale", torch.ones(1))
+    assert path_to_model(nn.Sequential(holder, nn.Tanh())) == ("0",)

@@ -1,0 +1,71 @@
+"""Printed Triton against float64: every length and hard kinds of rows, by the project's rule.
+
+In: reductions of one tensor, captured once and run in Triton's interpreter at the tiles that each
+length has on a GPU. Out: errors at most 1.5 x eager's own plus 2 ulp, for example::
+
+    layer_norm of rows with mean 1e4 and std 1, of length 70000
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import pytest
+import torch
+from torch.nn.functional import group_norm, layer_norm, rms_norm
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+from tests.compiled_functions import Compilation, compile_function
+from tests.kernels.cpp.test_numerics import LENGTHS, rows_of
+from tests.kernels.triton.triton_runner import TritonRunner
+from tests.ops.operator_samples import excess
+
+Function: TypeAlias = Callable[[torch.Tensor], list[torch.Tensor]]
+
+
+def along_rows(x: torch.Tensor) -> list[torch.Tensor]:
+    size = (x.shape[-1],)
+    return [layer_norm(x, size), x.var(-1, correction=0), x.std(-1, correction=0), x.mean(-1),
+            group_norm(x[:, None], 1), x.softmax(-1), x.logsumexp(-1), rms_norm(x, size),
+            x.argmax(-1)]  # fmt: skip
+
+
+def down_columns(x: torch.Tensor) -> list[torch.Tensor]:
+    """What is normal over the batch, as BatchNorm in training; x[place, feature]."""
+    var, mean = torch.var_mean(x, 0, correction=0)
+    return [var, mean, (x - mean) * torch.rsqrt(var + 1e-5), x.std(0, correction=0)]
+
+
+def by_hand(x: torch.Tensor) -> list[torch.Tensor]:
+    away = x - x.mean(-1, keepdim=True)
+    return [away.pow(2).mean(-1), away / torch.sqrt(away.square().mean(-1, keepdim=True) + 1e-5)]
+
+
+FUNCTIONS = (along_rows, down_columns, by_hand)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[Function, Compilation]:
+    return {f: compile_function(f, torch.randn(3, 5)) for f in FUNCTIONS}
+
+
+def check(function: Function, made: dict[Function, Compilation], x: torch.Tensor) -> None:
+    outputs = made[function].run((x,), TritonRunner())
+    trues = function(x.double())
+    for k, (ours, own, true) in enumerate(zip(outputs, function(x), trues, strict=True)):
+        assert excess(ours, own, true) is None, f"output {k}: {excess(ours, own, true)}"
+
+
+@pytest.mark.parametrize("kind", ["large mean", "hidden"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_along_rows(length: int, kind: str, compiled: dict[Function, Compilation]) -> None:
+    check(along_rows, compiled, rows_of(kind, length).float())
+
+
+@pytest.mark.parametrize("length", LENGTHS[:-2])
+@pytest.mark.parametrize("function", [down_columns, by_hand])
+def test_moments(function: Function, length: int, compiled: dict[Function, Compilation]) -> None:
+    x = rows_of("large mean", length).float()
+    check(function, compiled, x.T.contiguous() if function is down_columns else x)

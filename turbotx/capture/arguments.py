@@ -1,0 +1,383 @@
+"""Arguments: a call's arguments as a flat list, whatever they are nested in, and back.
+
+In: args and kwargs: tensors and constants, in containers and objects at any depth. Out: their
+leaves, a hashable structure that rebuilds the same from other leaves, and what calls are told
+apart by; what cannot be taken apart is refused by name::
+
+    flatten_call((x, Batch(shift=y)), {"scale": 0.5})  ->  [x, y, 0.5], structure
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from turbotx.errors import InputError
+from turbotx.ir.memory_order import key_of
+
+_PLAIN = (bool, int, str, type(None))
+_BY_VALUE = (
+    *_PLAIN, float, complex, bytes, type(...), range, torch.dtype, torch.device, torch.layout,
+    torch.memory_format, torch.Size,
+)  # fmt: skip
+_BY_IDENTITY = (
+    type, enum.Enum, types.BuiltinFunctionType, types.ModuleType, torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+)  # fmt: skip
+_MOST_DEEP = 40
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A structure with objects that pytree does not know; parts: which of its leaves they are, and
+    what they are made of."""
+
+    spec: pytree.TreeSpec
+    parts: tuple[tuple[int, Part], ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """An object as what copies it: a call of `make` with `count` arguments, then its state, its
+    items and its entries; `inner` is the structure of all of these, of `leaves` leaves."""
+
+    make: Callable[..., Any]
+    set_state: Callable[[Any, Any], None] | None
+    inner: Any
+    leaves: int
+
+
+Structure = pytree.TreeSpec | Opened
+
+
+class _Refused(Exception):
+    """path: from the object outwards."""
+
+    def __init__(self, value: Any, why: str) -> None:
+        super().__init__(why)
+        self.value, self.why = value, why
+        self.path: list[str] = []
+
+
+# --- taking apart ---
+
+
+def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Structure]:
+    """Return the leaves of a call, tensors and constants, and their structure.
+
+    Raises InputError, naming the argument, for what is neither and cannot be taken apart.
+    """
+    tree = (tuple(args), dict(kwargs))
+    try:
+        return _flatten(tree, 0)
+    except _Refused as error:
+        path = "".join(reversed(error.path))
+        raise InputError(
+            f"argument {_name_argument(path)} is a {_type_name(error.value)}: {error.why}"
+        ) from None
+
+
+def _name_argument(path: str) -> str:
+    """[0][1].shift -> 1.shift, [1]['b'] -> 'b'."""
+    which, rest = path[:3], path[3:]
+    end = rest.find("]")
+    first = rest[1:end]
+    return (first if which == "[1]" else f"number {first}") + rest[end + 1 :]
+
+
+def _type_name(value: Any) -> str:
+    cls = type(value)
+    return (
+        cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    )
+
+
+def _flatten(tree: Any, depth: int) -> tuple[list[Any], Structure]:
+    leaves, spec = pytree.tree_flatten(tree, is_leaf=_is_size)
+    if all(isinstance(x, (torch.Tensor, *_PLAIN)) or is_float(x) for x in leaves):
+        return leaves, spec
+    made: list[Any] = []
+    parts = []
+    for k, leaf in enumerate(leaves):
+        try:
+            part = None if is_leaf(leaf) else _open(leaf, depth)
+        except _Refused as error:
+            keyed, _ = pytree.tree_flatten_with_path(tree, is_leaf=_is_size)
+            error.path.append(pytree.keystr(keyed[k][0]))
+            raise
+        if part is None:
+            made.append(leaf)
+        else:
+            inner, found = part
+            made += inner
+            parts.append((k, found))
+    return made, Opened(spec, tuple(parts)) if parts else spec
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is torch.Size  # pytree makes a tuple of it
+
+
+def is_float(value: Any) -> bool:
+    """Tell a number that is an input of a program."""
+    return type(value) is float
+
+
+def is_leaf(value: Any) -> bool:
+    """Tell a tensor and a constant: what has one value for good, or is itself and nothing else."""
+    if isinstance(value, torch.Tensor) or type(value) in _BY_VALUE:
+        return True
+    if isinstance(value, _BY_IDENTITY):
+        return not isinstance(getattr(value, "__self__", None), torch.Tensor)
+    if isinstance(value, (int, str, float)) and not hasattr(value, "__dict__"):
+        return True
+    if type(value) is object:  # tells nothing but itself from others
+        return True
+    if isinstance(value, (set, frozenset)):
+        return all(is_leaf(x) and not isinstance(x, torch.Tensor) for x in value)
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None
+    return type(value).__module__ == "numpy" and hasattr(value, "dtype") and value.shape == ()
+
+
+_REFUSALS: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (
+        lambda x: type(x).__module__ == "numpy" and hasattr(x, "__array__"),
+        "its numbers would be constants of the program: pass torch.from_numpy(...) of it",
+    ),
+    (
+        lambda x: isinstance(x, torch.nn.Module),
+        "its parameters would be constants: make it a part of the model that is optimized",
+    ),
+    (
+        lambda x: isinstance(x, torch.Generator),
+        "a program draws from PyTorch's own generator: leave it out and seed that one",
+    ),
+    (
+        lambda x: isinstance(x, (torch.SymInt, torch.SymFloat, torch.SymBool)),
+        "it is a size of another trace: call the model that was given to turbotx.optimize there",
+    ),
+    (
+        lambda x: isinstance(x, Iterator),
+        "a program cannot be fed from it: pass a list of what it gives",
+    ),
+    (
+        lambda x: isinstance(x, (types.FunctionType, types.MethodType)),
+        "what it refers to may change unseen: pass the tensors and numbers that it holds, or a "
+        "function that refers to nothing",
+    ),
+    (
+        lambda x: isinstance(x, (set, frozenset)),
+        "a set of tensors has no order: pass a list or a dict",
+    ),
+)
+
+
+def _open(value: Any, depth: int) -> tuple[list[Any], Part]:
+    """Return an object's leaves and how it is made of them, by the protocol that copies it."""
+    for holds, why in _REFUSALS:
+        if holds(value):
+            raise _Refused(value, why)
+    if depth > _MOST_DEEP:
+        raise _Refused(value, "it holds itself, or is nested too deep: pass what it holds")
+    if isinstance(value, slice):
+        leaves, inner = _flatten((value.start, value.stop, value.step), depth + 1)
+        return leaves, Part(_make_slice, None, inner, len(leaves))
+    if isinstance(value, types.MappingProxyType):
+        leaves, inner = _flatten(dict(value), depth + 1)
+        return leaves, Part(types.MappingProxyType, None, inner, len(leaves))
+    if type(value) in _by_bytes:
+        return [], Part(Untouchable, None, type(value), 0)
+    try:
+        reduced = value.__reduce_ex__(2)
+    except Exception as error:
+        raise _Refused(value, f"it cannot be taken apart ({error}): pass what it holds") from None
+    if isinstance(reduced, str) or not isinstance(reduced[0], Hashable):
+        raise _Refused(value, "it cannot be taken apart: pass what it holds")
+    make, args, state, items, entries = (*reduced, None, None, None)[:5]
+    if len(reduced) > 5 and reduced[5] is not None:
+        raise _Refused(value, "it sets its state in its own way: pass what it holds")
+    if isinstance(state, bytes):
+        _by_bytes.add(type(value))
+        return [], Part(Untouchable, None, type(value), 0)
+    content = (args, state, list(items or ()), [list(pair) for pair in entries or ()])
+    try:
+        leaves, inner = _flatten(content, depth + 1)
+    except _Refused as error:
+        error.path[-1] = _shorten(error.path[-1])
+        raise
+    set_state = getattr(type(value), "__setstate__", None)
+    return leaves, Part(make, set_state, inner, len(leaves))
+
+
+_by_bytes: set[type] = set()
+"""Classes of objects that are copied by way of bytes, which say nothing here."""
+
+
+class Untouchable:
+    """Stands in a trace for what is not Python's own, and refuses to be looked at."""
+
+    def __init__(self, cls: type) -> None:
+        self._cls = cls
+
+    __class__ = property(lambda self: self._cls)
+
+    def __getattr__(self, name: str) -> Any:
+        cls = self._cls
+        raise InputError(
+            f"the model looks at .{name} of a {cls.__module__}.{cls.__qualname__} among its "
+            "arguments, which cannot be taken apart: pass what it holds"
+        )
+
+
+def _make_slice(content: Any) -> slice:
+    return slice(*content)
+
+
+def _shorten(path: str) -> str:
+    """The way to what an object holds, as one would write it: [1]['shift'] -> .shift."""
+    which, rest = path[:3], path[3:]
+    if which == "[1]" and rest.startswith("['"):
+        name, _, more = rest[2:].partition("']")
+        return f".{name}{more}"
+    return rest
+
+
+# --- and back ---
+
+
+def rebuild(leaves: Sequence[Any], structure: Structure) -> Any:
+    """Return args and kwargs again, new containers and objects around other leaves."""
+    if isinstance(structure, pytree.TreeSpec):
+        return pytree.tree_unflatten(leaves, structure)
+    given, at = iter(leaves), dict(structure.parts)
+    made = [
+        _rebuild_part([next(given) for _ in range(part.leaves)], part)
+        if (part := at.get(k)) is not None
+        else next(given)
+        for k in range(structure.spec.num_leaves)
+    ]
+    return pytree.tree_unflatten(made, structure.spec)
+
+
+def _rebuild_part(leaves: Sequence[Any], part: Part) -> Any:
+    if part.make is Untouchable:
+        return Untouchable(part.inner)
+    content = rebuild(leaves, part.inner)
+    if part.make in (_make_slice, types.MappingProxyType):
+        return part.make(content)
+    args, state, items, entries = content
+    made = part.make(*args)
+    for item in items:
+        made.append(item)
+    for key, value in entries:
+        made[key] = value
+    if state is None:
+        return made
+    if part.set_state is not None:
+        part.set_state(made, state)
+        return made
+    own, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+    for name, value in (own or {}).items():
+        made.__dict__[name] = value
+    for name, value in (slots or {}).items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+# --- telling calls apart ---
+
+
+def describe_leaf(leaf: Any) -> Any:
+    """Return what of a leaf decides which capture a call belongs to: all of a constant, less the
+    value of a float, which is an input; a tensor's dtype, device, rank and order in memory."""
+    if isinstance(leaf, torch.Tensor):
+        return key_of(leaf)
+    if is_float(leaf):
+        return (float,)
+    return type(leaf), _value_of(leaf)
+
+
+def _value_of(leaf: Any) -> Any:
+    """Return a constant so that equal ones are the same to a program: 0.0 and -0.0 are not."""
+    if isinstance(leaf, complex):
+        return leaf.real.hex(), leaf.imag.hex()
+    if isinstance(leaf, (set, frozenset)):
+        return frozenset((type(x), _value_of(x)) for x in leaf)
+    if type(leaf).__module__ == "numpy":
+        return leaf.tobytes()
+    return leaf
+
+
+def carry(leaves: Sequence[Any]) -> list[torch.Tensor]:
+    """Return what a program is fed with: the tensors in order, floats in tensors of no dims."""
+    device = next((x.device for x in leaves if isinstance(x, torch.Tensor)), None)
+    return [
+        x if isinstance(x, torch.Tensor) else carry_float(x, device)
+        for x in leaves
+        if isinstance(x, torch.Tensor) or is_float(x)
+    ]
+
+
+def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Return what a program is fed with for a call."""
+    return carry(flatten_call(args, kwargs)[0])
+
+
+def carry_float(value: float, device: torch.device | None) -> torch.Tensor:
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+# --- what a call changes ---
+
+
+def changed_arguments(
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    leaves: Sequence[Any],
+    structure: Structure,
+    output: Any,
+) -> list[str]:
+    """Return the arguments whose containers a call has changed and does not return.
+
+    args, kwargs: as `rebuild` made them of `leaves`, after the call.
+    """
+    given_args, given_kwargs = rebuild(leaves, structure)
+    given: dict[Any, Any] = {**dict(enumerate(given_args)), **given_kwargs}
+    after: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    returned = _containers(output)
+    return [
+        repr(name) if isinstance(name, str) else f"number {name}"
+        for name, value in after.items()
+        if not is_leaf(value) and not _containers(value) & returned and _differ(value, given[name])
+    ]
+
+
+def _containers(tree: Any) -> set[int]:
+    found: set[int] = set()
+
+    def note(value: Any) -> bool:
+        if not is_leaf(value):
+            found.add(id(value))
+        return False
+
+    pytree.tree_flatten(tree, is_leaf=note)
+    return found
+
+
+def _differ(value: Any, given: Any) -> bool:
+    try:
+        (after, now), (before, then) = _flatten(value, 0), _flatten(given, 0)
+    except _Refused:
+        return True
+    same = len(after) == len(before) and now == then
+    return not same or any(
+        a is not b and (isinstance(a, torch.Tensor) or a != b)
+        for a, b in zip(after, before, strict=True)
+    )

@@ -1,0 +1,52 @@
+"""Call keys: what calls are told from each other by.
+
+In: a call's arguments and the state around it. Out: a key for one kind of call at one shape, and
+one for the captures that it may belong to; no value of a float is in either::
+
+    describe_call((ids,), {"scale": 0.5}, ambient)  ->  (ambient, 1, "scale", shape, ..., float)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from turbotx.capture.ambient import DECISIVE, Ambient
+from turbotx.capture.arguments import Structure, carry, describe_leaf, is_float
+from turbotx.capture.composition import is_dense
+from turbotx.ir.memory_order import memory_order
+
+_PLAIN = (bool, int, str, type(None))
+
+
+def describe_call(
+    args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Ambient
+) -> tuple[Any, list[torch.Tensor]]:
+    """Return all that a call is told from others by, in one pass, and its tensors in order.
+
+    None instead of a description where an argument is neither a tensor nor a plain constant.
+    """
+    parts: list[Any] = [ambient, len(args), *kwargs]
+    tensors = []
+    floats = False
+    for value in (*args, *kwargs.values()):
+        if is_dense(value):
+            order = None if value.is_contiguous() else memory_order(value)
+            parts += (value.shape, value.dtype, value.device, order)
+            tensors.append(value)
+        elif type(value) in _PLAIN:
+            parts += (type(value), value)
+        elif is_float(value):
+            parts.append(float)
+            tensors.append(value)  # carried once the device is known
+            floats = True
+        else:
+            return None, []
+    return tuple(parts), carry(tensors) if floats else tensors
+
+
+def make_signature(leaves: list[Any], spec: Structure, ambient: Ambient) -> Any:
+    """Return what decides which capture a call belongs to: everything but tensors' sizes, and but
+    the part of the ambient state that only some traces ask for."""
+    return (spec, tuple(map(describe_leaf, leaves)), ambient[:DECISIVE])

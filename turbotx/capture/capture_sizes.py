@@ -1,0 +1,55 @@
+"""Capture sizes: the sizes at which a call is traced, until a capture holds for the call itself.
+
+In: a model and a call. Out: the capture that serves most sizes, this call's among them, such as::
+
+    capture_sizes(lambda x: x[:, 1:] * 2, (x of (3, 2),), {})  ->  any batch, seq >= 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from turbotx.capture.arguments import tensors_of
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.capture.trace import Captured, capture
+from turbotx.errors import CaptureError
+
+LONGER = 7
+"""What a size is traced as where 2 turned out to be too short to be free: it has room for a model
+that looks a few places back, and is no usual number of anything."""
+
+
+def capture_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+    """Return a capture of a call; where none holds for the call, the one for any sizes.
+
+    A size of 1 is traced at 2. Sizes of 1 and 2 are traced longer where that took them for fixed,
+    because what the model makes of them (the length less one) was 1. Where the capture does not
+    hold for the call (which takes another branch at a length of 1), first the dims that decide are
+    numbers, then every 1, then all. Raises CaptureError where no trace succeeds.
+    """
+    captured = capture(model, args, kwargs)
+    shapes = [tensor.shape for tensor in tensors_of(args, kwargs)]
+    traced = zip(captured.input_sizes, shapes, strict=True)
+    short = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
+    matcher = ShapeMatcher(captured)
+    if matcher.match(shapes) is not None and not short:
+        return captured
+    every = {(i, d): n for i, s in enumerate(shapes) for d, n in enumerate(s)}
+    ones = {place for place, n in every.items() if n == 1}
+    tries: list[tuple[int, set[tuple[int, int]]]] = [(LONGER, set())] if short else []
+    if matcher.match(shapes) is None:
+        decide = matcher.find_deciding(shapes) & ones
+        tries += [(2, decide), (2, ones), (2, set(every))]
+    for k, (least, fixed) in enumerate(tries):
+        if (least, fixed) in tries[:k] or (least, fixed) == (2, set()):
+            continue
+        try:
+            found = capture(model, args, kwargs, least, fixed)
+        except CaptureError:
+            continue
+        if ShapeMatcher(found).match(shapes) is not None:
+            return found
+    return captured

@@ -1,0 +1,157 @@
+"""Casts: what autocast does to an op while it is traced becomes casts in the graph.
+
+In: an exported graph whose values are of the dtypes that autocast gives them, traced while it is
+on, which it still is. Out: the same graph, with a cast before each argument that autocast would
+cast, so that it means the same where autocast is off::
+
+    linear(x, w, b)  ->  linear(_to_copy(x, bfloat16), _to_copy(w, bfloat16), _to_copy(b, bfloat16))
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from turbotx.capture.ambient import DEVICES, without_autocast
+from turbotx.errors import CaptureError
+
+aten = torch.ops.aten
+_CASTS = (aten._to_copy.default, aten.to.dtype)
+"""How a cast arrives; of tensors made in inference mode, which have no key of autograd, whole."""
+_KEYS = {name: f"Autocast{name.upper()}" for name in DEVICES}
+
+
+def is_cast(op: OpOverload) -> bool:
+    """Tell whether autocast, as it is on now, may cast what an op is given."""
+    return any(
+        torch.is_autocast_enabled(device)
+        and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
+        for device, key in _KEYS.items()
+    )
+
+
+def inside(op: OpOverload) -> AbstractContextManager[object]:
+    """Return how autocast is to be while an op is taken apart: as it is, where PyTorch, too, runs
+    it as several ops that autocast sees one by one; else off."""
+    composite = op._can_decompose() and not is_cast(op)
+    return nullcontext() if composite else without_autocast()
+
+
+def write_casts(graph: fx.Graph) -> None:
+    """Put autocast's casts into a graph, in place; nothing is changed where it is off.
+
+    Raises CaptureError, naming the op, where autocast does to it what casts cannot say.
+    """
+    known: dict[Any, list[torch.dtype | None]] = {}
+    on = any(torch.is_autocast_enabled(device) for device in _KEYS)
+    for node in list(graph.nodes) if on else ():
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
+            continue
+        if not is_cast(node.target):
+            continue
+        sources = node.all_input_nodes
+        kinds = [_kind(n.meta.get("val")) for n in sources]
+        key = (node.target, tuple(kinds), _kind(node.meta.get("val")), _plain(node))
+        if key not in known:
+            known[key] = _find_casts(node, sources)
+        _insert(node, sources, known[key])
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.device
+    return type(value)
+
+
+def _plain(node: fx.Node) -> str:
+    """An explicit dtype is among a call's constants."""
+    leaves = pytree.tree_leaves((node.args, node.kwargs))
+    return repr([x for x in leaves if isinstance(x, torch.dtype)]) + repr(sorted(node.kwargs))
+
+
+def _find_casts(node: fx.Node, sources: list[fx.Node]) -> list[torch.dtype | None]:
+    """Return the dtype that each tensor among a call's arguments is cast to, None where to none."""
+    values: list[Any] = [n.meta.get("val") for n in sources]
+    watch = _FirstCasts(values)
+    wanted = _dtypes(node.meta["val"])
+    _run(node, {}, watch)
+    found = [watch.made.get(id(v)) for v in values]
+    # Some ops are told a dtype to compute in, which is as good as a cast to it.
+    higher = [torch.float32 if _is_lower(v) else None for v in values]
+    for casts in (found, higher):
+        given = {
+            n: v.to(dtype)
+            for n, v, dtype in zip(sources, values, casts, strict=True)
+            if dtype is not None
+        }
+        with without_autocast():
+            if _dtypes(_run(node, given)) == wanted:
+                return casts
+    raise CaptureError(
+        f"autocast makes {wanted} of {node.format_node()}, which no cast of its arguments does: "
+        "run it under torch.autocast(..., enabled=False)\n" + str(node.meta.get("stack_trace", ""))
+    )
+
+
+def _run(node: fx.Node, instead: dict[fx.Node, Any], watch: Any = None) -> Any:
+    def value(n: fx.Node) -> Any:
+        return instead.get(n, n.meta["val"])
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    fakes = (x for x in pytree.tree_leaves((args, kwargs)) if hasattr(x, "fake_mode"))
+    mode = next((f.fake_mode for f in fakes), None)
+    call: Any = node.target
+    if mode is None:
+        return node.meta["val"]  # of no tensors: there is nothing to cast
+    with torch.no_grad(), enable_python_dispatcher(), mode, watch or nullcontext():
+        return call(*args, **kwargs)
+
+
+def _is_lower(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+
+
+def _dtypes(value: Any) -> list[torch.dtype]:
+    return [t.dtype for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+
+
+def _insert(node: fx.Node, sources: list[fx.Node], casts: list[torch.dtype | None]) -> None:
+    for source, dtype in zip(sources, casts, strict=True):
+        if dtype is None:
+            continue
+        with node.graph.inserting_before(node):
+            cast = node.graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
+        cast.meta = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
+        fake = source.meta["val"]
+        with torch.no_grad(), without_autocast(), fake.fake_mode:
+            cast.meta["val"] = aten._to_copy.default(fake, dtype=dtype)
+        node.replace_input_with(source, cast)
+
+
+class _FirstCasts(TorchDispatchMode):
+    """Notes the casts of some tensors that are made before anything else happens."""
+
+    def __init__(self, tensors: list[Any]) -> None:
+        super().__init__()
+        self.known = {id(t) for t in tensors if isinstance(t, torch.Tensor)}
+        self.made: dict[int, torch.dtype] = {}
+        self.started = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _CASTS and id(args[0]) in self.known and not self.started:
+            dtype = args[1] if func is aten.to.dtype and len(args) > 1 else kwargs.get("dtype")
+            if dtype is not None:
+                self.made[id(args[0])] = dtype
+        elif func.namespace != "prim":  # which device a tensor is on, and the like
+            self.started = True
+        return func(*args, **kwargs)

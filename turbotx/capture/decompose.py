@@ -1,0 +1,287 @@
+"""Decompose: composite ops of an exported graph become the ops that the passes know, node by node.
+
+In: the graph of a torch.export.ExportedProgram. Out: the same graph, its composite nodes replaced
+by what they are made of; nothing else is traced again, which takes a tenth of the time that
+`run_decompositions` takes::
+
+    transpose(x, 1, 2); dropout(y, 0.1, False); to(z, float32)  ->  permute(x, [0, 2, 1]); y; z
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from turbotx.capture.casts import inside
+from turbotx.ir.expr import expr
+from turbotx.ir.fx_nodes import GETITEM, draws, is_random
+from turbotx.ir.size_functions import FUNCTIONS
+
+aten = torch.ops.aten
+SIZE_OPS = (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default)
+"""Their results are no tensors, and the passes read them as they are."""
+
+IDENTITIES = (aten.detach_.default, aten.detach.default, aten.alias.default)
+"""Without gradients their results are their inputs; the first one counts as a mutation."""
+
+
+class NotNodeByNode(Exception):
+    """The graph has what only a trace of the whole takes apart: a mutation, a nested graph."""
+
+
+def decompose_nodes(graph_module: fx.GraphModule, kept: frozenset[str]) -> None:
+    """Replace every composite op but `kept` ("aten.linear.default"), in place.
+
+    New nodes come from where the replaced one came from. Raises NotNodeByNode, before anything is
+    changed or after some nodes were, where the graph changes a tensor in place, calls another
+    graph, or an op decomposes into such.
+    """
+    graph = graph_module.graph
+    for node in graph.nodes:
+        _refuse(node)
+    sizes = _Sizes(graph)
+    for node in list(graph.nodes):
+        sizes.add(node)
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
+            continue
+        if node.target in IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target in SIZE_OPS or is_random(node):
+            continue
+        elif _decomposition(node.target, kept) is not None:
+            _replace(node, _Recorder(node, sizes, kept))
+    erase_unused(graph)
+
+
+def erase_unused(graph: fx.Graph) -> None:
+    """Erase calls that nothing uses; draws stay, since those after them depend on that."""
+    graph.eliminate_dead_code(lambda node: node.is_impure() or is_random(node))
+
+
+def _refuse(node: fx.Node) -> None:
+    """Raise NotNodeByNode for a node that needs the graph around it to be taken apart."""
+    target = node.target
+    if node.op in ("placeholder", "output", "get_attr"):
+        if isinstance(node.meta.get("val"), torch.Tensor) or node.op != "get_attr":
+            return
+    elif isinstance(target, OpOverload):
+        if target in IDENTITIES or not target._schema.is_mutable:
+            return
+    elif getattr(target, "__module__", "") in ("_operator", "builtins", "math", "torch"):
+        return
+    raise NotNodeByNode(f"{node.format_node()}")
+
+
+@functools.cache
+def _core_table() -> Mapping[Any, Callable[..., Any]]:
+    """Return the decompositions of what is not composite of itself.
+
+    The whole of `default_decompositions` takes 0.1 s to list every composite op of PyTorch.
+    """
+    own = getattr(torch._decomp, "_core_aten_decompositions_post_autograd", None)
+    found: Mapping[Any, Callable[..., Any]] = (
+        own() if own is not None else torch.export.default_decompositions()
+    )
+    return found
+
+
+@functools.cache
+def _decomposition(op: OpOverload, kept: frozenset[str]) -> Callable[..., Any] | None:
+    """Return what an op is made of, as a function of its arguments; None where it stays."""
+    if str(op) in kept or op.namespace == "prim":
+        return None
+    found = _core_table().get(op)
+    if found is not None:
+        return found
+    preserved = getattr(import_module("torch.export.decomp_utils"), "PRESERVED_ATEN_CIA_OPS", ())
+    return op.decompose if op._can_decompose() and op not in preserved else None
+
+
+def table_without(kept: frozenset[str]) -> Any:
+    """Return PyTorch's table for a trace of the whole, less what is kept and what draws numbers.
+
+    What draws, draws others when it is taken apart (dropout, bernoulli). A network of nn.LSTM's
+    kind is tagged so for its dropout, and is taken apart as ever.
+    """
+    table: Any = torch.export.default_decompositions()
+    for op in list(table):
+        random = torch.Tag.nondeterministic_seeded in op.tags
+        recurrent = {"num_layers", "batch_sizes"} & {a.name for a in op._schema.arguments}
+        if str(op) in kept or (random and not recurrent):
+            del table[op]
+    return table
+
+
+class _Sizes:
+    """The graph's nodes that hold a size, by their expression; made where none does."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.nodes: dict[sympy.Basic, fx.Node] = {}
+        self._inputs = [n for n in graph.nodes if n.op == "placeholder"]
+
+    def add(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
+            self.nodes.setdefault(expr(value), node)
+
+    def find(self, value: torch.SymInt | torch.SymFloat) -> fx.Node | int | float:
+        """Return a node of this value, made at the insertion point where there is none before."""
+        return self._find(expr(value))
+
+    def _find(self, wanted: Any) -> Any:
+        if wanted.is_Integer:
+            return int(wanted)
+        if wanted.is_number:
+            return float(wanted)
+        if wanted not in self.nodes:
+            if wanted.is_Symbol:
+                self._read(wanted)
+            else:
+                self.nodes[wanted] = self._compute(wanted)
+        return self.nodes[wanted]
+
+    def _compute(self, wanted: Any) -> fx.Node:
+        """Make the nodes that compute an expression, as Python would."""
+        kind, args = type(wanted).__name__, [self._find(a) for a in wanted.args]
+        call: Any = _FOLDED.get(kind)
+        if call is None and kind in FUNCTIONS:
+            call = FUNCTIONS[kind].call
+        if call is None:
+            raise NotNodeByNode(f"{wanted} is no function of the sizes that has a row")
+        if kind not in _FOLDED:
+            return self._call(call, *args)
+        return functools.reduce(functools.partial(self._call, call), args)
+
+    def _call(self, call: Callable[..., Any], *args: Any) -> fx.Node:
+        made = self.graph.call_function(call, args)
+        made.meta["val"] = call(*fx.node.map_arg(args, _value))
+        return made
+
+    def _read(self, symbol: sympy.Basic) -> None:
+        """Make a node for a symbol: it is the size of an input."""
+        for node in self._inputs:
+            fake = node.meta.get("val")
+            for d, size in enumerate(fake.shape if isinstance(fake, torch.Tensor) else ()):
+                if isinstance(size, torch.SymInt) and expr(size) == symbol:
+                    made = self.graph.call_function(aten.sym_size.int, (node, d))
+                    made.meta["val"] = size
+                    self.nodes[symbol] = made
+                    return
+        raise NotNodeByNode(f"{symbol} is the size of no input")
+
+
+_FOLDED: dict[str, Callable[[Any, Any], Any]] = {
+    "Add": operator.add, "Mul": operator.mul, "Pow": operator.pow,
+    "Max": torch.sym_max, "Min": torch.sym_min,
+}  # fmt: skip
+"""What sympy takes any number of arguments for, and Python two."""
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+class _Recorder(TorchDispatchMode):
+    """Runs one composite node on fake tensors and appends what it does to the graph, before it."""
+
+    def __init__(self, node: fx.Node, sizes: _Sizes, kept: frozenset[str]) -> None:
+        super().__init__()
+        self.node, self.sizes, self.kept = node, sizes, kept
+        self.known = {id(n.meta["val"]): n for n in node.all_input_nodes}
+        self.alive: list[Any] = []  # an id means something as long as its owner lives
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        decomposition = _decomposition(func, self.kept)
+        # A draw that is taken apart draws other numbers than eager's.
+        if decomposition is not None and not draws(func, args, kwargs):
+            with self, inside(func):
+                found = decomposition(*args, **kwargs)
+            if found is not NotImplemented:
+                return found
+        if func in IDENTITIES:
+            # Another tensor, of the same node: a view that is its own base is an error.
+            result = func(*args, **kwargs)
+            self.known[id(result)] = self._argument(args[0])
+            self.alive.append(result)
+            return result
+        if func._schema.is_mutable:
+            raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
+        result = func(*args, **kwargs)
+        if not isinstance(result, (torch.Tensor, tuple, list)):
+            return result  # a device or a size: what uses it finds its value in the arguments
+        given, named = pytree.tree_map(self._argument, (args, kwargs))
+        self._record(self._append(func, given, named, result), result)
+        return result
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self.known:
+                raise NotNodeByNode(f"{self.node.format_node()} makes a constant")
+            return self.known[id(value)]
+        if isinstance(value, (torch.SymInt, torch.SymFloat)):
+            return self.sizes.find(value)
+        if isinstance(value, torch.SymBool):
+            raise NotNodeByNode(f"{self.node.format_node()} computes with {value}")
+        return value
+
+    def _append(self, target: Any, args: Any, kwargs: Any, result: Any) -> fx.Node:
+        name = getattr(getattr(target, "overloadpacket", target), "__name__", None)
+        node = self.sizes.graph.create_node("call_function", target, args, kwargs, name=name)
+        node.meta = {k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta")}
+        node.meta["val"] = result
+        return node
+
+    def _record(self, node: fx.Node, result: Any) -> None:
+        self.alive.append(result)
+        if isinstance(result, torch.Tensor):
+            self.known[id(result)] = node
+            return
+        for k, part in enumerate(result):
+            if isinstance(part, torch.Tensor):
+                self.known[id(part)] = self._append(GETITEM, (node, k), {}, part)
+
+
+def _replace(node: fx.Node, recorder: _Recorder) -> None:
+    """Put what a composite node is made of in its place."""
+    target: Any = node.target
+    decomposition = _decomposition(target, recorder.kept)
+    assert decomposition is not None
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
+    mode = next((f.fake_mode for f in _fakes((args, kwargs, node.meta["val"]))), None)
+    if mode is None:
+        raise NotNodeByNode(f"{node.format_node()} has no fake tensor")
+    with node.graph.inserting_before(node):
+        with torch.no_grad(), enable_python_dispatcher(), mode, recorder, inside(target):
+            result = decomposition(*args, **kwargs)
+        if isinstance(result, torch.Tensor):
+            node.replace_all_uses_with(recorder._argument(result))
+        elif isinstance(result, (tuple, list)):
+            for user in list(node.users):
+                if user.target is not operator.getitem:
+                    raise NotNodeByNode(f"{user.format_node()} takes several tensors as one")
+                place: Any = user.args[1]
+                user.replace_all_uses_with(recorder._argument(result[place]))
+                node.graph.erase_node(user)
+        else:
+            raise NotNodeByNode(f"{node.format_node()} gives {type(result).__name__}")
+    node.graph.erase_node(node)
+
+
+def _fakes(tree: Any) -> list[Any]:
+    return [x for x in pytree.tree_leaves(tree) if hasattr(x, "fake_mode")]

@@ -1,0 +1,220 @@
+"""Eager: how PyTorch itself lays out what a call returns, and what ops outside the table read.
+
+In: a captured graph that no pass has touched, its sizes named. Out: the same graph; its output node
+knows of every leaf whether it is an alias of an input or a parameter, or else of which memory and
+by which strides, and every op that may read raw memory knows the strides of its arguments::
+
+    x * 2, permute(linear, [0, 2, 1])  ->  Fresh("mul", ...), Fresh("linear", strides (.., 1, 384))
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.functions import Max
+
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import ONE, ZERO, Expr, product
+from turbotx.ir.views import SPLITS, VIEWS
+from turbotx.ops import OPS, takes_any_layout
+
+aten = torch.ops.aten
+
+RETURNS = "returns"
+"""In the output node's meta: a `Fresh` or an `Alias` per leaf, None where it is no tensor."""
+OWN = "own"
+"""In a node's meta: it is a copy for the caller, made by every call."""
+ORDER = "order"
+"""In an input's meta: the order in memory of the caller's dims, None where it is theirs; else a
+`permute` shows the input as the caller has it."""
+ASKED = "layout_asked"
+"""In the meta of an input: whether the model's code asked how it lies in memory."""
+READS = "reads"
+"""In the meta of an op that may read raw memory: its tensor arguments' strides, in order."""
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A leaf in memory that a call makes: leaves of the same `memory` are views of each other.
+
+    extents: of the memory, slowest first, dense. shape, strides and offset: of the leaf in it.
+    overlaps: whether it shows elements several times.
+    """
+
+    memory: str
+    extents: tuple[Expr, ...]
+    shape: tuple[Expr, ...]
+    strides: tuple[Expr, ...]
+    offset: Expr
+    overlaps: bool = False
+
+    def apart(self, name: str) -> Fresh:
+        """Return the same leaf as dense memory of its own."""
+        return Fresh(name, self.shape, self.shape, _dense(self.shape), ZERO)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A leaf that is a view of an input, as the caller gave it, or a parameter, or that itself.
+
+    steps: the calls to make of it, each (op, arguments after the first, keywords), their sizes as
+    expressions.
+    """
+
+    root: str
+    steps: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...]
+
+
+def note_layouts(graph: fx.Graph) -> None:
+    """Let a graph's nodes know how eager lays out what leaves it, and what raw reads need."""
+    for node in list(graph.nodes):
+        if node.op == "output":
+            node.meta[RETURNS] = tuple(_returned(leaf) for leaf in node.args[0])
+        if node.op != "call_function":
+            continue
+        if node.target is aten.as_strided.default:
+            _read_from_root(node)
+        known = node.target in OPS or node.target in VIEWS or node.target in SPLITS
+        if not known and not takes_any_layout(node.target):
+            node.meta[READS] = tuple(map(strides_of, tensor_arguments(node)))
+
+
+def tensor_arguments(node: fx.Node) -> list[fx.Node]:
+    """Return an op's tensor arguments in the order in which `map_arg` meets them."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return [n for n in found if g.is_tensor(n)]
+
+
+def strides_of(node: fx.Node) -> tuple[Expr, ...]:
+    """Return the strides that eager gives a node's tensor, at sizes of at least one."""
+    return tuple(map(_positive, g.strides(node)))
+
+
+def are_equal_strides(shape: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr]) -> bool:
+    """Tell whether two lists of strides show the same; those of extents of 1 mean nothing."""
+    pairs = zip(shape, a, b, strict=True)
+    return all(extent == 1 or (s - t).expand() == 0 for extent, s, t in pairs)
+
+
+def order_of(shape: Sequence[Expr], strides: Sequence[Expr]) -> list[int] | None:
+    """Return the dims of dense memory from the slowest to the fastest, None where it is not dense.
+
+    (batch, heads, seq, 64) by (768*seq, 64, 768, 1) of 12 heads is [0, 2, 1, 3].
+    """
+    left, order, step = list(range(len(shape))), list[int](), ONE
+    while left:
+        ones = [d for d in left if shape[d] == 1]
+        fits = ones[-1:] or [d for d in left if (strides[d] - step).expand() == 0][-1:]
+        if not fits:
+            return None
+        left.remove(fits[0])
+        order.insert(0, fits[0])
+        step = product((step, shape[fits[0]]))
+    # Extents of 1 lie anywhere: where they stand is the plainest.
+    longer = [d for d in order if shape[d] != 1]
+    return sorted(order) if longer == sorted(longer) else order
+
+
+def _positive(value: Expr) -> Expr:
+    """Sizes in strides count as at least one, as when tracing: max(1, seq) is seq."""
+
+    def larger(*args: Expr) -> Expr:
+        rest = [a for a in args if a != 1]
+        return rest[0] if len(rest) == 1 and len(args) == 2 else sympy.Max(*args)
+
+    return value.replace(Max, larger).replace(sympy.Max, larger).expand()
+
+
+# --- what a view shows ---
+
+_COPIES = frozenset({aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default})
+"""Ops that are views or copies, as it falls out."""
+
+
+def _shown(node: fx.Node) -> fx.Node | None:
+    """Return what a call shows the memory of; None where it makes memory of its own."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if node.target is g.GETITEM:
+        source = node.args[0]
+        return source if _shown(source) is not None else None
+    if node.target in (aten._unsafe_view.default, aten.detach_.default):
+        return node.args[0]
+    schema = getattr(node.target, "_schema", None)
+    first = schema.arguments[0] if schema is not None and schema.arguments else None
+    if first is None or first.alias_info is None or first.alias_info.is_write:
+        return None
+    if node.target in _COPIES and not _share_memory(node, node.args[0]):
+        return None
+    return node.args[0]
+
+
+def _share_memory(a: fx.Node, b: fx.Node) -> bool:
+    if not (g.is_tensor(a) and g.is_tensor(b)):
+        return False
+    return a.meta["val"].untyped_storage()._cdata == b.meta["val"].untyped_storage()._cdata
+
+
+def _chain(node: fx.Node) -> list[fx.Node]:
+    """Return a node and what it shows, down to the one that owns the memory."""
+    found = [node]
+    while (source := _shown(found[-1])) is not None:
+        found.append(source)
+    return found
+
+
+def _returned(leaf: Any) -> Fresh | Alias | None:
+    if not g.is_tensor(leaf):
+        return None
+    chain = _chain(leaf)
+    if chain[-1].op in ("placeholder", "get_attr"):
+        moved = chain[-1].meta.get(ORDER) is not None and len(chain) > 1
+        if moved and chain[-2].target is aten.permute.default:
+            chain.pop(-2)  # what shows the input as the caller has it; raw reads look past it
+        steps = [(n.target, n.args[1:], n.kwargs) for n in reversed(chain[:-1])]
+        convert = [
+            (t, *fx.node.map_arg((tuple(args), dict(kwargs)), g.size)) for t, args, kwargs in steps
+        ]
+        return Alias(chain[-1].name, tuple((t, tuple(a), dict(k)) for t, a, k in convert))
+    kind = g.dtype(leaf)
+    for k, node in enumerate(chain):
+        # Another dtype's strides count otherwise, and such a window is a copy here.
+        raw = node.target is aten.as_strided.default
+        if raw or (g.is_tensor(node) and g.dtype(node) != kind):
+            chain = chain[: max(k, 1)]
+            break
+    while not g.is_tensor(chain[-1]):
+        chain.pop()
+    root, shape, strides = chain[-1], g.shape(leaf), strides_of(leaf)
+    order = order_of(g.shape(root), strides_of(root))
+    if order is None or root.target is aten.as_strided.default:
+        return Fresh(leaf.name, shape, shape, strides, ZERO).apart(leaf.name)
+    extents = tuple(g.shape(root)[d] for d in order)
+    value = g.tensor(leaf)
+    offset = ZERO if root is leaf else _positive(g.size(value.storage_offset(), value))
+    overlaps = any(n.target is aten.unfold.default for n in chain)
+    return Fresh(root.name, extents, shape, strides, offset, overlaps)
+
+
+def _dense(shape: Sequence[Expr]) -> tuple[Expr, ...]:
+    return tuple(product(shape[d + 1 :]) for d in range(len(shape)))
+
+
+# --- as_strided ---
+
+
+def _read_from_root(node: fx.Node) -> None:
+    """Let `as_strided` of a view be one of what owns the memory: it looks past the view."""
+    kind = g.dtype(node)
+    chain = [n for n in _chain(node) if g.is_tensor(n)]
+    same = itertools.takewhile(lambda n: g.dtype(n) == kind, chain)
+    root = list(same)[-1]
+    if root is not node:
+        node.args = (root, *node.args[1:])

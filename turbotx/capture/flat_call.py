@@ -1,0 +1,91 @@
+"""Flat call: a model's call with tensors in and tensors out, as torch.export traces it.
+
+In: a model, the leaves of a call's arguments and how they hang together. Out: a module that takes
+the tensors among them and returns the leaves of the output, then what the call leaves behind::
+
+    FlatCall(bert, leaves, spec, recorder)(ids, mask)  ->  [last_hidden_state, pooler_output]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from turbotx.capture.arguments import Structure, changed_arguments, is_float, rebuild
+from turbotx.capture.composition import calls_forward
+from turbotx.capture.layout_questions import LayoutQuestions
+from turbotx.capture.module_state.recorder import Recorder
+from turbotx.capture.returned import take_apart
+from turbotx.capture.sandbox.sandbox import Sandbox
+from turbotx.capture.tensor_indices import TensorIndices
+from turbotx.capture.trace_errors import Stopped
+from turbotx.capture.traced_float import FloatInput, FloatReads, read_floats
+from turbotx.errors import CaptureError
+from turbotx.ir.memory_order import in_memory, inverse, memory_order
+
+
+class FlatCall(nn.Module):
+    """The model's shadow behind a flat signature: tensors in, by their order in memory; the
+    output's leaves out, and after them what the call leaves behind."""
+
+    def __init__(
+        self, model: nn.Module, leaves: Sequence[Any], spec: Structure, recorder: Recorder
+    ) -> None:
+        super().__init__()
+        # An object of its own, because tracing undoes changes to a module.
+        self.seen = Sandbox(model)
+        self.model, self.recorder = self.seen.model, recorder
+        recorder.modules = list(self.model.modules())
+        recorder.original_of, recorder.follows = self.seen.original_of, self.seen.follows
+        self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.positions = [
+            i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) or is_float(x)
+        ]
+        carried = (leaves[i] for i in self.positions)
+        self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
+        self.floats = FloatReads()
+        self.layouts = LayoutQuestions()
+        self.calls_forward, self.name = calls_forward(model), type(model).__name__
+        self.in_spec = spec
+        self.training = False
+
+    def forward(self, *tensors: torch.Tensor) -> list[Any]:
+        leaves = list(self.constants)
+        self.floats.begin()
+        self.layouts.begin(tensors)
+        given = [
+            in_memory(tensor, inverse(order))
+            for tensor, order in zip(tensors, self.orders, strict=True)
+        ]
+        for k, (position, tensor) in enumerate(zip(self.positions, given, strict=True)):
+            number = leaves[position]
+            leaves[position] = tensor if number is None else self.floats.make(number, tensor, k)
+        args, kwargs = rebuild(leaves, self.in_spec)
+        model = self.model
+        try:
+            self.seen.begin(given)
+            with self.recorder.on(tensors), TensorIndices(), self.layouts:
+                # Hooks of the model itself are left out: they run around the program.
+                called = model.forward if self.calls_forward else model
+                output = called(*args, **kwargs)
+            _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
+            flat, self.seen.out_spec, self.seen.constants = take_apart(output, self.name)
+            return [read_floats(leaf) for leaf in flat] + self.seen.finish()
+        except Exception as error:
+            raise Stopped(error) from error
+
+    def describe_floats(self) -> tuple[FloatInput, ...]:
+        """Return every float of the call, with what the trace took for granted of it."""
+        numbers = [(k, self.constants[i]) for k, i in enumerate(self.positions)]
+        return tuple(self.floats.describe(k, x) for k, x in numbers if x is not None)
+
+
+def _refuse_changes(changed: Sequence[str]) -> None:
+    if changed:
+        raise CaptureError(
+            f"it changes its argument {', '.join(changed)} (an attribute, an entry or an item), "
+            "which a program cannot do for the caller: return the new value instead"
+        )

@@ -1,0 +1,114 @@
+"""Guards: the conditions on the dims under which what was traced is what the model computes.
+
+In: an exported program, its shape environment and the dims' names. Out: the conditions that a
+call's sizes have to meet, for example::
+
+    x[:, 2:] and x.squeeze(0)  ->  seq - 2 >= 0, batch != 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from turbotx.ir.expr import Expr, expr, is_nonnegative
+
+aten = torch.ops.aten
+_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on the dims, each at least 1, that held while tracing; `text` is shown when it
+    fails."""
+
+    condition: sympy.Basic
+    text: str
+
+
+def find_guards(
+    exported: Any, shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> tuple[Guard, ...]:
+    """Return what tracing assumed of the dims: of sizes that may be 1, see size_questions.py."""
+    guards = []
+    for symbol, interval in exported.range_constraints.items():
+        name = symbols.get(symbol)
+        if name is None:
+            continue
+        if interval.upper.is_Integer and interval.upper < 2**31:
+            condition = sympy.Le(name, interval.upper)
+            guards.append(Guard(condition, f"{name} <= {interval.upper}"))
+        if interval.lower.is_Integer and interval.lower > 1:
+            condition = sympy.Ge(name, interval.lower)
+            guards.append(Guard(condition, f"{name} >= {interval.lower}"))
+    for guard in shape_env.guards if shape_env is not None else ():
+        condition = guard.expr.xreplace(dict(symbols))
+        if condition.free_symbols and condition.free_symbols <= set(symbols.values()):
+            guards.append(Guard(condition, str(condition)))
+    return tuple(dict.fromkeys(guards))
+
+
+def guard_sizes(
+    graph_module: fx.GraphModule, symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> tuple[Guard, ...]:
+    """Return that no tensor has a negative size: x[:, 2:] as it was traced needs two places."""
+    fakes = [node.meta.get("val") for node in graph_module.graph.nodes]
+    raw = {expr(n) for fake in fakes if isinstance(fake, torch.Tensor) for n in fake.shape}
+    sizes = {s.xreplace(dict(symbols)) for s in raw if not (s.is_Symbol or s.is_Integer)}
+    sizes = {s for s in sizes if s.free_symbols <= set(symbols.values())}
+    short = sorted((s for s in sizes if not is_nonnegative(s)), key=str)
+    guards = (Guard(sympy.Ge(s, 0), f"{s} >= 0") for s in short)
+    return tuple(guard for guard in guards if guard.condition != True)  # noqa: E712
+
+
+def find_squeezed(graph: fx.Graph) -> set[Expr]:
+    """Return the sizes that a squeeze would drop if they were 1, of a graph as it was traced."""
+    found: set[Expr] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in _SQUEEZES:
+            continue
+        shape = node.args[0].meta["val"].shape
+        given = node.args[1] if len(node.args) > 1 else list(range(len(shape)))
+        dims = given if isinstance(given, (list, tuple)) else [given]
+        found |= {expr(shape[d]) for d in dims if shape}
+    return {size for size in found if not size.is_Integer}
+
+
+def guard_squeezed(
+    squeezed: set[Expr], symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> tuple[Guard, ...]:
+    """Return that no size which a squeeze has kept is 1."""
+    sizes = sorted((s.xreplace(dict(symbols)) for s in squeezed), key=str)
+    return tuple(Guard(sympy.Ne(s, 1), f"{s} != 1") for s in sizes)
+
+
+def find_equals(shape_env: Any) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Return the symbols that a guard makes equal to an earlier one.
+
+    torch.export solves a == b by itself, and not 64 * n * a == 64 * n * b, as a view of
+    (n, a, 64) as (n, b * 4, 16) asserts.
+    """
+    earlier: dict[sympy.Symbol, sympy.Symbol] = {}
+    for guard in shape_env.guards if shape_env is not None else ():
+        if not isinstance(guard.expr, sympy.Eq):
+            continue
+        left, right = (side.xreplace(earlier) for side in guard.expr.args)
+        if not (left - right).is_polynomial():
+            continue
+        factors = [f for f, _ in sympy.factor_list(left - right)[1] if not f.is_Symbol]
+        if len(factors) != 1 or len(factors[0].free_symbols) != 2:
+            continue
+        a, b = sorted(factors[0].free_symbols, key=_number_of)
+        if factors[0] in (a - b, b - a):
+            earlier = {k: v.xreplace({b: a}) for k, v in earlier.items()} | {b: a}
+    return earlier
+
+
+def _number_of(symbol: sympy.Symbol) -> tuple[int, str]:
+    digits = "".join(c for c in symbol.name if c.isdigit())
+    return int(digits or 0), symbol.name

@@ -1,0 +1,220 @@
+"""Names: the globals and closures that functions refer to, found in their code.
+
+In: functions that run under a trace. Out: where each name's value lies (a module's globals, a
+closure's cell, a class) and the functions in turn that they call, of code that is the user's or a
+library's of models; PyTorch's and Python's own is taken as it is::
+
+    find_names([Encoder.forward])  ->  places of "EPS", "ACT2FN", "helper", helper's own ...
+
+Nothing is run: a name in a branch that was not taken counts as read too.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from turbotx.capture.module_state.places import (
+    CellPlace,
+    ClassPlace,
+    DefaultsPlace,
+    ItemPlace,
+    Place,
+    find_in_class,
+)
+from turbotx.capture.module_state.values import MISSING, is_library, is_watchable
+
+MAX_FUNCTIONS = 2000
+"""Functions that are looked into for one model."""
+_GLOBAL = frozenset(("LOAD_GLOBAL", "LOAD_NAME"))
+_ATTRIBUTE = frozenset(("LOAD_ATTR", "LOAD_METHOD"))
+_UNCALLED = frozenset(
+    f"__{name}__"
+    for name in (
+        "repr", "str", "format", "del", "dir", "sizeof", "reduce", "reduce_ex", "getstate",
+        "setstate", "copy", "deepcopy", "init_subclass", "class_getitem",
+    )
+)  # fmt: skip
+"""What Python calls by itself only to show, copy, keep or derive something."""
+
+
+def find_names(
+    functions: Iterable[Any], meet: Callable[[Any], None], names: Names | None = None
+) -> Names:
+    """Look into functions and what they call; `meet` is told of every object that they name."""
+    names = names or Names()
+    names.meet = meet
+    for function in functions:
+        names.enter(function)
+    names.work()
+    return names
+
+
+class Names:
+    """What functions refer to, as far as they were looked into."""
+
+    def __init__(self) -> None:
+        self.places: dict[Any, Place] = {}
+        self.meet: Callable[[Any], None] = lambda value: None
+        self._entered: dict[tuple[int, type | None], types.FunctionType] = {}
+        self._to_do: list[tuple[types.FunctionType, type | None]] = []
+
+    @property
+    def codes(self) -> list[types.CodeType] | None:
+        """All code that was looked into; None where there was too much of it."""
+        if len(self._entered) >= MAX_FUNCTIONS:
+            return None
+        functions = {id(f): f for f in self._entered.values()}.values()
+        return [code for f in functions for code in _codes(f.__code__)]
+
+    def enter(self, value: Any, owner: type | None = None) -> None:
+        """Look into a function later, with the class whose method it is."""
+        for function in _functions_in(value):
+            key = (id(function), owner)
+            known = key in self._entered or len(self._entered) >= MAX_FUNCTIONS
+            if not known and (_is_layer(function) or not is_library(function.__module__)):
+                self._entered[key] = function
+                self._to_do.append((function, owner))
+
+    def work(self) -> None:
+        """Look into all that were entered."""
+        while self._to_do:
+            function, owner = self._to_do.pop()
+            for cell_name, cell in zip(
+                function.__code__.co_freevars, function.__closure__ or (), strict=True
+            ):
+                self._add(CellPlace(cell, cell_name, function.__qualname__))
+            if any(isinstance(x, (dict, list, set)) for x in function.__defaults__ or ()):
+                self._add(DefaultsPlace(function))
+            for code in _codes(function.__code__):
+                found = _chains(code)
+                attributes = [chain[0] for kind, chain in found if kind == "attribute"]
+                for kind, chain in found:
+                    if kind == "global":
+                        self._follow(function.__globals__, chain)
+                    elif kind == "import":
+                        self._import(chain[0], attributes)
+                    elif owner is not None:
+                        self.enter(find_in_class(owner, chain[0]), owner)
+
+    def _follow(self, scope: dict[str, Any], chain: tuple[str, ...]) -> None:
+        """Note a global's value, and what is read from it where it is a module or a class."""
+        home = scope.get("__name__", "")
+        for i, name in enumerate(chain):
+            if name not in scope:
+                if i == 0 and not hasattr(builtins, name):
+                    self._add(ItemPlace(scope, name, f"{home}.{name}"))
+                return
+            value = scope[name]
+            if isinstance(value, types.ModuleType):
+                scope, home = vars(value), value.__name__
+                continue
+            if is_library(home) and (isinstance(value, type) or not callable(value)):
+                return
+            self._add(ItemPlace(scope, name, f"{home}.{name}"))
+            if not isinstance(value, type) or i + 1 == len(chain) or is_library(value.__module__):
+                return
+            self._follow_class(value, chain[i + 1 :])
+            return
+
+    def _follow_class(self, cls: type, chain: tuple[str, ...]) -> None:
+        """Note what is read from a class, and from one in it."""
+        for name in chain:
+            place = ClassPlace(cls, name, f"{cls.__module__}.{cls.__qualname__}.{name}")
+            self._add(place)
+            cls = place.read()
+            if not isinstance(cls, type):
+                return
+
+    def _import(self, name: str, used: Iterable[str]) -> None:
+        """Note what code reads from a module that it imports by itself."""
+        module = sys.modules.get(name)
+        if module is not None and not is_library(name):
+            for attribute in used:
+                if attribute in vars(module):
+                    self._follow(vars(module), (attribute,))
+
+    def _add(self, place: Place) -> None:
+        if place.key in self.places:
+            return
+        self.places[place.key] = place
+        value = place.read()
+        if value is MISSING or isinstance(value, nn.Module):
+            return
+        self.meet(value)
+        self.enter(value)
+
+
+def _is_layer(function: types.FunctionType) -> bool:
+    """Tell the code of PyTorch's own layers, which call functions that a user may replace."""
+    home = function.__module__ or ""
+    return home.startswith("torch.nn.modules.") and home != nn.Module.__module__
+
+
+def _functions_in(value: Any, depth: int = 0) -> Iterable[types.FunctionType]:
+    """Return the functions behind a callable, or in a container of them."""
+    if isinstance(value, (types.MethodType, staticmethod, classmethod)):
+        value = value.__func__
+    if isinstance(value, property):
+        yield from (f for f in (value.fget,) if isinstance(f, types.FunctionType))
+    elif isinstance(value, functools.partial):
+        yield from _functions_in(value.func, depth + 1)
+    elif isinstance(value, types.FunctionType):
+        yield value
+    elif isinstance(value, functools._lru_cache_wrapper):
+        yield from _functions_in(value.__wrapped__, depth + 1)
+    elif isinstance(value, type) or is_watchable(type(value)):
+        # What Python calls without being asked by name: __call__, __getitem__, __init__ ...
+        for cls in (value if isinstance(value, type) else type(value)).__mro__:
+            if not is_library(cls.__module__):
+                for name, held in vars(cls).items():
+                    called = name.startswith("__") and name not in _UNCALLED
+                    if called and isinstance(held, types.FunctionType):
+                        yield held
+    elif isinstance(value, (dict, list, tuple)) and depth < 3:
+        for item in list(value.values() if isinstance(value, dict) else value):
+            yield from _functions_in(item, depth + 1)
+
+
+def _codes(code: types.CodeType) -> Iterable[types.CodeType]:
+    """Return a function's code with that of the functions made in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+_known_chains: dict[int, tuple[types.CodeType, tuple[tuple[str, tuple[str, ...]], ...]]] = {}
+
+
+def _chains(code: types.CodeType) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return the globals that code loads, each with the attributes read from it at once, and the
+    other attributes and modules: ("global", ("settings", "EPS")), ("attribute", ("scale",))."""
+    known = _known_chains.get(id(code))
+    if known is not None and known[0] is code:
+        return known[1]
+    found: dict[tuple[str, tuple[str, ...]], None] = {}
+    chain: list[str] = []
+    for step in dis.get_instructions(code):
+        if step.opname == "IMPORT_NAME":
+            found["import", (step.argval,)] = None
+        if step.opname in _ATTRIBUTE or step.opname == "IMPORT_FROM":
+            if chain:
+                chain.append(step.argval)
+            else:
+                found["attribute", (step.argval,)] = None
+            continue
+        if chain and step.opname not in ("CACHE", "PRECALL"):
+            found["global", tuple(chain)] = None
+            chain = []
+        if step.opname in _GLOBAL:
+            chain = [step.argval]
+    _known_chains[id(code)] = code, tuple(found)
+    return tuple(found)

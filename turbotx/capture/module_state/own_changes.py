@@ -1,0 +1,162 @@
+"""Own changes: what a call leaves behind in containers and attributes that its forward also reads.
+
+In: the effects of a traced call, the places that it read, its code. Out: what of the containers is
+no guard, because the code only writes it; which places a call changes itself, so that the next is
+captured anew (a state that the first call makes); or a refusal, where every call would be::
+
+    self.seen.append(x)             ->  what `seen` holds is no guard
+    if self.mean is None: ...       ->  the place "mean", changed by the first call
+    self.calls += 1                 ->  CaptureError: its forward reads 'calls' (0) and sets it ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from turbotx.capture.module_state.names import Names
+from turbotx.capture.module_state.places import (
+    TABLES,
+    AttributePlace,
+    CellPlace,
+    DefaultsPlace,
+    Place,
+)
+from turbotx.capture.module_state.recorder import Write
+from turbotx.capture.module_state.uses import is_only_written
+from turbotx.capture.module_state.values import MISSING, Look, show
+from turbotx.capture.sandbox.effects import Effect
+from turbotx.capture.sandbox.watched import Put
+from turbotx.errors import CaptureError
+from turbotx.ir.expr import expr
+
+
+@dataclass
+class OwnChanges:
+    """left_out: what is no guard, by the id of a container: the keys that calls put into it, or
+    None for all it holds. places: keys of places that a call changes itself."""
+
+    left_out: dict[int, frozenset[Any] | None] = field(default_factory=dict)
+    places: set[Any] = field(default_factory=set)
+
+
+def _dicts_of(owner: Any) -> list[Any]:
+    try:
+        attributes = object.__getattribute__(owner, "__dict__")
+    except AttributeError:  # __slots__ only
+        return []
+    tables = TABLES if isinstance(owner, nn.Module) else ()
+    return [attributes, *(attributes[t] for t in tables if t in attributes)]
+
+
+def depends_on_before(write: Write, before: Any) -> bool:
+    """Tell whether a replayed write makes each call depend on the one before in a way that needs a
+    capture each: a number from a number, a tensor from one of other sizes."""
+    if not write.read_first:
+        return False
+    if is_number(before) and is_number(write.value):
+        return not _is_one_size(write.value)
+    if isinstance(before, torch.Tensor) and isinstance(write.value, torch.Tensor):
+        read_anew = isinstance(write.owner, nn.Module)
+        return write.from_inputs and not (read_anew and _is_alike(before, write.value))
+    return False
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _is_one_size(value: Any) -> bool:
+    """Tell a size of the call as it is: a longest length so far is compared, and replaced."""
+    return isinstance(value, torch.SymInt) and expr(value).is_Symbol
+
+
+def _is_alike(before: torch.Tensor, value: torch.Tensor) -> bool:
+    if before.dtype != value.dtype or before.device != value.device:
+        return False
+    numbers = (*value.shape, *value.stride())
+    if any(isinstance(n, torch.SymInt) for n in numbers):
+        return False
+    return before.shape == value.shape and before.stride() == value.stride()
+
+
+def find_own_changes(
+    name: str, effects: Sequence[Effect], places: Sequence[Place], names: Names
+) -> OwnChanges:
+    """Return what a call of the model called `name` changes of what it reads.
+
+    Raises CaptureError where what it reads of a container is another after every call.
+    """
+    found = OwnChanges()
+    attributes = {
+        (id(held), p.name): p.key
+        for p in places
+        if isinstance(p, AttributePlace)
+        for held in _dicts_of(p.owner)
+    }
+    holders: dict[int, list[Place]] = {}
+    for place in places:
+        look = Look()
+        place.describe(look)
+        for held in look.held:
+            holders.setdefault(held, []).append(place)
+    for effect in effects:
+        change = effect.difference
+        key = (id(effect.target), change.key) if isinstance(change, Put) else None
+        if key in attributes:
+            found.places.add(attributes[key])
+        holding = holders.get(id(effect.target), [])
+        if not holding:
+            continue
+        if all(_is_only_written(place, names) for place in holding):
+            known = found.left_out.get(id(effect.target), frozenset())
+            whole = known is None or not isinstance(effect.target, dict)
+            put = frozenset() if key is None else frozenset((key[1],))
+            found.left_out[id(effect.target)] = None if whole else (known or frozenset()) | put
+            continue
+        _refuse_endless(name, effect, holding[0].text)
+        found.places |= {place.key for place in holding}
+    return found
+
+
+def _is_only_written(place: Place, names: Names) -> bool:
+    codes = names.codes
+    if codes is None:
+        return False
+    if isinstance(place, DefaultsPlace):
+        own = place.function.__code__
+        return all(is_only_written(n, [own], local=True) for n in place.containers)
+    if isinstance(place, CellPlace):
+        return is_only_written(place.name, codes)
+    attribute = getattr(place, "name", None)
+    return attribute is not None and is_only_written(attribute, codes)
+
+
+def _refuse_endless(name: str, effect: Effect, text: str) -> None:
+    """Raise CaptureError where what a call has read is another after it, and after every one."""
+    change = effect.difference
+    if isinstance(change, Put):
+        before = _item(effect.target, change.key)
+        value = effect.leaves[0] if len(effect.leaves) == 1 else None
+        plain = is_number(before) and (is_number(value) or effect.makes_size)
+        if not plain and not (isinstance(before, torch.Tensor) and effect.makes_tensor):
+            return
+        what = f"puts another in the place of {effect.text!r} ({show(before)})"
+    else:
+        what = "adds to it"
+    raise CaptureError(
+        f"cannot capture {name}: its code reads what {text!r} holds and {what} at every call, so "
+        "that a call depends on the calls before it. Keep that outside of the optimized module, or "
+        "only write to it"
+    )
+
+
+def _item(target: Any, key: Any) -> Any:
+    try:
+        return target[key]
+    except (KeyError, IndexError):
+        return MISSING

@@ -1,0 +1,266 @@
+"""Places: where a value lies that a trace read, and how to read it again without running anything.
+
+In: an owner and a name. Out: the value there now, and the dicts through which it was found, whose
+change is all that can make it another one::
+
+    place = AttributePlace(encoder, "scale", "encoder.scale")
+    place.read()    ->  1.0
+    place.dicts()   ->  [encoder.__dict__]
+
+A parameter or buffer counts for what a trace sees of it (dtype, sizes, strides), since programs
+read the tensor itself anew; that two names are one tensor is a place of its own (`TiedPlace`).
+"""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from turbotx.capture.module_state.recorder import ALL, TABLES
+from turbotx.capture.module_state.values import (
+    MISSING,
+    Look,
+    describe_own_tensor,
+    describe_table,
+)
+
+
+class Place(Protocol):
+    """Somewhere a value was read from."""
+
+    text: str
+
+    @property
+    def key(self) -> Any:
+        """What is equal for two places only where they are the same."""
+
+    def read(self) -> Any:
+        """Return what is there now, or MISSING."""
+
+    def dicts(self) -> list[dict[Any, Any]]:
+        """Return the dicts that say so."""
+
+    def describe(self, look: Look) -> Any:
+        """Return what is there now as something to compare."""
+
+
+class AttributePlace:
+    """An attribute of a module or an object, found as Python finds it, in the object or its class.
+
+    A property is told by which it is: what it reads in turn are places too.
+    """
+
+    def __init__(self, owner: Any, name: str, text: str, inside: bool = True) -> None:
+        """inside: whether a module is a part of the model; a program has the tensors of others as
+        constants."""
+        self.owner, self.name, self.text, self._inside = owner, name, text, inside
+        self.key = ("attribute", id(owner), name)
+        own = isinstance(owner, nn.Module)
+        getter: Any = type(owner).__getattribute__
+        self._computed = not own and getter is not object.__getattribute__
+        self._guessed = not own and hasattr(type(owner), "__getattr__")
+
+    def read(self) -> Any:
+        return self._find()[0]
+
+    def dicts(self) -> list[dict[Any, Any]]:
+        return self._find()[1]
+
+    def describe(self, look: Look) -> Any:
+        value, dicts = self._find()
+        for found in dicts:
+            look.dicts[id(found)] = found
+        in_class = find_in_class(type(self.owner), self.name)
+        look.unversioned |= isinstance(in_class, types.MemberDescriptorType)
+        if isinstance(self.owner, nn.Module) and self._inside:
+            if self.name in TABLES and isinstance(value, dict):
+                return describe_table(look, value)
+            if isinstance(value, torch.Tensor) and in_class is MISSING:
+                return describe_own_tensor(value)
+        elif isinstance(self.owner, nn.Module) and isinstance(value, nn.Parameter):
+            return look.place_of(value)  # programs look after what it holds
+        return look(value)
+
+    def _find(self) -> tuple[Any, list[dict[Any, Any]]]:
+        """Return the value and the dicts through which it was found."""
+        owner, name = self.owner, self.name
+        attributes = dict_of(owner)
+        dicts = [attributes] if attributes is not None else []
+        if self._computed:  # by the class's own __getattribute__ or __getattr__
+            return getattr(owner, name, MISSING), [*dicts, *_class_dicts(type(owner))]
+        if name == ALL:
+            return attributes, dicts
+        in_class = find_in_class(type(owner), name)
+        if isinstance(in_class, types.MemberDescriptorType):
+            try:
+                return in_class.__get__(owner), dicts
+            except AttributeError:
+                return MISSING, dicts
+        if in_class is not MISSING and _is_data_descriptor(in_class):
+            return in_class, _class_dicts(type(owner), name)
+        if attributes is not None and name in attributes:
+            return attributes[name], dicts
+        if in_class is not MISSING:
+            return in_class, dicts + _class_dicts(type(owner), name)
+        if isinstance(owner, nn.Module) and attributes is not None:
+            for table in TABLES:
+                held = attributes.get(table, {})
+                dicts.append(held)
+                if name in held:
+                    return held[name], [dicts[0], held]
+        value = getattr(owner, name, MISSING) if self._guessed else MISSING
+        return value, dicts + _class_dicts(type(owner))
+
+
+class ItemPlace:
+    """A global of a Python module, or a class's attribute: an entry of its dict."""
+
+    def __init__(self, scope: dict[str, Any], name: str, text: str) -> None:
+        self.scope, self.name, self.text = scope, name, text
+        self.key = ("item", id(scope), name)
+
+    def read(self) -> Any:
+        return self.scope.get(self.name, MISSING)
+
+    def dicts(self) -> list[dict[Any, Any]]:
+        return [self.scope]
+
+    def describe(self, look: Look) -> Any:
+        look.dicts[id(self.scope)] = self.scope
+        return look(self.read())
+
+
+class ClassPlace:
+    """An attribute of a class, its own or of a base."""
+
+    def __init__(self, cls: type, name: str, text: str) -> None:
+        self.cls, self.name, self.text = cls, name, text
+        self.key = ("class", cls, name)
+
+    def read(self) -> Any:
+        return find_in_class(self.cls, self.name)
+
+    def dicts(self) -> list[dict[Any, Any]]:
+        return _class_dicts(self.cls, self.name)
+
+    def describe(self, look: Look) -> Any:
+        for found in self.dicts():
+            look.dicts[id(found)] = found
+        return look(self.read())
+
+
+class DefaultsPlace:
+    """What a function takes where an argument is left out, of which some can change by itself."""
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self.function, self.text = function, f"defaults of {function.__qualname__}"
+        defaults = function.__defaults__ or ()
+        first = function.__code__.co_argcount - len(defaults)
+        self.containers = [
+            function.__code__.co_varnames[first + k]
+            for k, x in enumerate(defaults)
+            if isinstance(x, (dict, list, set))
+        ]
+        self.key = ("defaults", id(function))
+
+    def read(self) -> Any:
+        return self.function.__defaults__
+
+    def dicts(self) -> list[dict[Any, Any]]:
+        return []
+
+    def describe(self, look: Look) -> Any:
+        return look(self.read())
+
+
+class CellPlace:
+    """A variable of an enclosing function, in a closure."""
+
+    def __init__(self, cell: types.CellType, name: str, home: str) -> None:
+        self.cell, self.name, self.text = cell, name, f"{name} of {home}"
+        self.key = ("cell", id(cell))
+
+    def read(self) -> Any:
+        try:
+            return self.cell.cell_contents
+        except ValueError:
+            return MISSING
+
+    def dicts(self) -> list[dict[Any, Any]]:
+        return []
+
+    def describe(self, look: Look) -> Any:
+        look.cells[id(self.cell)] = self.cell
+        return look(self.read())
+
+
+class TiedPlace:
+    """Names that were one and the same tensor: a graph reads it by one of them."""
+
+    def __init__(self, places: Sequence[AttributePlace]) -> None:
+        self.places = places
+        self.text = " and ".join(p.text for p in places)
+        self.key = ("tied", *(p.key for p in places))
+
+    def read(self) -> Any:
+        first, *rest = (p.read() for p in self.places)
+        return "one tensor" if all(x is first for x in rest) else "several tensors"
+
+    def dicts(self) -> list[dict[Any, Any]]:
+        return [d for p in self.places for d in p.dicts()]
+
+    def describe(self, look: Look) -> Any:
+        for found in self.dicts():
+            look.dicts[id(found)] = found
+        return self.read()
+
+
+def find_in_class(cls: type, name: str) -> Any:
+    """Return an attribute of a class as it lies there, unbound, or MISSING."""
+    for base in cls.__mro__:
+        held = _view_of(base)
+        if name in held:
+            return held[name]
+    return MISSING
+
+
+def class_dict(cls: type) -> dict[str, Any]:
+    """Return the dict behind `cls.__dict__`, which is only a view of it."""
+    found = gc.get_referents(_view_of(cls))[0]
+    assert type(found) is dict
+    return found
+
+
+def _view_of(cls: type) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = type.__dict__["__dict__"].__get__(cls)
+    return found
+
+
+def _class_dicts(cls: type, name: str | None = None) -> list[dict[str, Any]]:
+    """Return the dicts of a class and its bases, up to the one that has `name`."""
+    found = []
+    for base in cls.__mro__:
+        if base.__module__ == "builtins":
+            continue
+        found.append(class_dict(base))
+        if name is not None and name in found[-1]:
+            break
+    return found
+
+
+def _is_data_descriptor(value: Any) -> bool:
+    return hasattr(type(value), "__set__") or hasattr(type(value), "__delete__")
+
+
+def dict_of(owner: Any) -> dict[str, Any] | None:
+    """Return an object's own attributes; None where it has slots only."""
+    try:
+        found: dict[str, Any] = object.__getattribute__(owner, "__dict__")
+        return found
+    except AttributeError:
+        return None

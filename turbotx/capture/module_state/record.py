@@ -1,0 +1,210 @@
+"""Record: everything that a trace read, as it was, and whether it still is.
+
+In: a recorder that has been on while a model's forward ran, and the names in the code that ran.
+Out: a list of places with what lay there, and for any of them what differs now::
+
+    record = make_record(model, recorder, names)
+    record.differing([17])  ->  Difference(place=encoder.scale, was="1.0", now="5.0")
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from turbotx.capture.module_state.names import Names, find_names
+from turbotx.capture.module_state.own_changes import (
+    OwnChanges,
+    depends_on_before,
+    find_own_changes,
+)
+from turbotx.capture.module_state.places import (
+    TABLES,
+    AttributePlace,
+    ItemPlace,
+    Place,
+    TiedPlace,
+    dict_of,
+)
+from turbotx.capture.module_state.recorder import Recorder, Write
+from turbotx.capture.module_state.values import Look, show
+from turbotx.capture.sandbox.effects import Effect
+from turbotx.errors import CaptureError, TrainingError
+
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a trace read as one thing and is another now."""
+
+    place: Place
+    was: str
+    now: str
+
+    by_calls: bool = False
+    """Whether a call changes it itself."""
+
+    @property
+    def is_training(self) -> bool:
+        """Whether a module was put in training mode."""
+        found = self.place
+        part = isinstance(found, AttributePlace) and isinstance(found.owner, nn.Module)
+        return part and found.text.split(".")[-1] == "training" and bool(found.read())
+
+    def __str__(self) -> str:
+        return f"{self.place.text} was {self.was}, is {self.now}"
+
+
+class StateRecord:
+    """Places and what lay there; `looks` says for each what to watch for changes."""
+
+    def __init__(self, places: Sequence[Place], own: OwnChanges) -> None:
+        self.places = places
+        self._left_out, self.changed_by_calls = own.left_out, frozenset(own.places)
+        self.looks = [Look(own.left_out) for _ in places]
+        self._described = [p.describe(x) for p, x in zip(places, self.looks, strict=True)]
+        self._shown = [show(p.read()) for p in places]
+
+    def differing(self, indices: Iterable[int]) -> int | None:
+        """Return the first of these places where something else lies now; None where all hold."""
+        for i in indices:
+            if self.places[i].describe(Look(self._left_out)) != self._described[i]:
+                return i
+        return None
+
+    def look_again(self, i: int) -> bool:
+        """Tell whether what is to be watched for a place is still what it was; if not, renew it."""
+        look = Look(self._left_out)
+        self.places[i].describe(look)
+        known = self.looks[i]
+        same = all(
+            getattr(look, kind).keys() == getattr(known, kind).keys()
+            for kind in ("dicts", "lists", "cells", "tensors", "sets")
+        )
+        if not same:
+            self.looks[i] = look
+        return same
+
+    def difference(self, i: int) -> Difference:
+        """Return in words what differs at a place."""
+        place = self.places[i]
+        by_calls = place.key in self.changed_by_calls
+        return Difference(place, self._shown[i], show(place.read()), by_calls)
+
+
+_TRACERS = ("torch.fx.", "torch._dynamo.", "torch._higher_order_ops.")
+
+
+def start_recording(model: nn.Module) -> tuple[Recorder, Names]:
+    """Return a recorder, and the names in the code of a model's modules, of which it has met all
+    objects; to be called before the trace."""
+    recorder = Recorder()
+    recorder.modules = list(model.modules())
+    names = Names()
+    scope = vars(torch.nn.modules.module)
+    for hooks in _GLOBAL_HOOKS:
+        names.enter(scope[hooks])
+    for module in model.modules():
+        cls = type(module)
+        names.enter(cls.forward, cls)
+        for value in vars(module).values():
+            names.enter(value)
+    return recorder, find_names((), recorder.meet, names)
+
+
+def make_record(
+    model: nn.Module, recorder: Recorder, names: Names, effects: Sequence[Effect] = ()
+) -> StateRecord:
+    """Return what was read, with the model as it was before the trace.
+
+    Raises TrainingError where a part of the model that ran is in training mode, CaptureError where
+    the call changes what it has read.
+    effects: what the program leaves behind as the call does.
+    """
+    paths = {id(vars(m)): path for path, m in model.named_modules()}
+    places = [
+        AttributePlace(owner, name, _text(paths, owner, name), id(dict_of(owner)) in paths)
+        for owner, names_read in recorder.reads
+        for name in names_read
+        if not _is_tracers(owner, paths)
+    ]
+    _refuse_training(model, places)
+    writes = [w for w in recorder.writes if not _is_tracers(w.owner, paths)]
+    _refuse_changes(model, writes, paths)
+    for place in places:
+        value = place.read()
+        if isinstance(value, (types.FunctionType, types.MethodType, property, functools.partial)):
+            names.enter(value, type(place.owner))
+        elif isinstance(value, (dict, list, tuple)) and place.name not in TABLES:
+            names.enter(value)
+    find_names((), recorder.meet, names)
+    scope = vars(torch.nn.modules.module)
+    hooks = [ItemPlace(scope, name, f"torch.nn's {name}") for name in _GLOBAL_HOOKS]
+    every: list[Place] = [*places, *_find_ties(places), *hooks, *names.places.values()]
+    return StateRecord(every, find_own_changes(type(model).__name__, effects, every, names))
+
+
+def _is_tracers(owner: Any, paths: dict[int, str]) -> bool:
+    """Tell a module that PyTorch's tracers made, to keep constants or a graph, from the user's."""
+    if not isinstance(owner, nn.Module) or id(vars(owner)) in paths:
+        return False
+    return type(owner) is nn.Module or type(owner).__module__.startswith(_TRACERS)
+
+
+def _text(paths: dict[int, str], owner: Any, name: str) -> str:
+    path = paths.get(id(dict_of(owner)))
+    if path is None:
+        return f"{type(owner).__name__}'s {name}"
+    return f"{path}.{name}" if path else name
+
+
+def _find_ties(places: Iterable[AttributePlace]) -> Iterator[TiedPlace]:
+    """Give the groups of names that are one tensor."""
+    named: dict[int, list[AttributePlace]] = {}
+    for place in places:
+        if isinstance(place.owner, nn.Module):
+            value = place.read()
+            if isinstance(value, torch.Tensor):
+                named.setdefault(id(value), []).append(place)
+    for group in named.values():
+        if len(group) > 1:
+            yield TiedPlace(group)
+
+
+def _refuse_training(model: nn.Module, places: Iterable[AttributePlace]) -> None:
+    for place in places:
+        if place.name == "training" and isinstance(place.owner, nn.Module) and place.read():
+            raise training_error(model, place.text)
+
+
+def training_error(model: nn.Module, text: str) -> TrainingError:
+    """Return the error for a part of a model that was left in training mode."""
+    part = text.removesuffix(".training")
+    return TrainingError(
+        f"{type(model).__name__} is in evaluation mode, but its {part!r} is in training mode, and "
+        "turbotx is for inference only: call model.eval() first"
+    )
+
+
+def _refuse_changes(model: nn.Module, writes: Iterable[Write], paths: dict[int, str]) -> None:
+    """Raise CaptureError for state that a call reads and then makes another, so that every later
+    call would need a capture of its own."""
+    for write in writes:
+        text = _text(paths, write.owner, write.name)
+        before = AttributePlace(write.owner, write.name, text).read()
+        if not isinstance(write.value, torch.Tensor) and Look()(before) == Look()(write.value):
+            continue
+        if depends_on_before(write, before):
+            raise CaptureError(
+                f"cannot capture {type(model).__name__}: its forward reads {text!r} "
+                f"({show(before)}) and sets it to {show(write.value)}, so that a call depends on "
+                "the calls before it. Keep that outside of the optimized module, or pass it as an "
+                "argument"
+            )

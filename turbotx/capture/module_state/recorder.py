@@ -1,0 +1,305 @@
+"""Recorder: which attributes the code under a trace reads and sets, and of what.
+
+In: a model's forward, run with the recorder on. Out: per owner (a module, or an object of a user's
+class that was reached from one) the names that were read before the code itself set them, and the
+names that it set::
+
+    with recorder.on():
+        model(x)
+    recorder.reads   ->  [(Encoder(), ["scale", "layers", ...]), (Config(), ["eps"])]
+
+Meanwhile `__getattribute__` and `__setattr__` of nn.Module, and of the classes of objects that are
+met, are replaced; other threads only pay the look whether they are the one that traces.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx.experimental import proxy_tensor
+
+from turbotx.capture.module_state.dependence import depends_on_values
+from turbotx.capture.module_state.values import (
+    MAX_DEPTH,
+    MISSING,
+    held_by,
+    is_library,
+    is_watchable,
+    unwatchable,
+)
+from turbotx.errors import CaptureError
+
+ALL = "__dict__"
+"""The name under which a read of an object's whole `__dict__` is noted."""
+_UNREAD = frozenset(
+    ("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook", "_is_hf_initialized")
+)
+TABLES = ("_parameters", "_buffers", "_modules")
+_WRITERS = frozenset(("register_buffer", "register_parameter", "add_module"))
+_PROXY = getattr(proxy_tensor, "_AttrProxy", ())
+"""What stands for a module under a trace of PyTorch that has shared modules."""
+
+_active = threading.local()
+_lock = threading.RLock()
+_patched: dict[type, int] = {}
+"""How many recorders need a class's attribute functions replaced."""
+
+
+@dataclass
+class Write:
+    """What a forward set: `owner.name`, last to `value`; `read_first`: it had asked for it before;
+    `from_inputs`: it is a tensor that was computed from the call's values."""
+
+    owner: Any
+    name: str
+    value: Any
+    read_first: bool
+    from_inputs: bool
+
+
+class Recorder:
+    """Notes reads and writes of attributes while it is on, in the thread that turned it on."""
+
+    def __init__(self) -> None:
+        self._reads: dict[int, tuple[Any, dict[str, None]]] = {}
+        self._writes: dict[tuple[int, str], Write] = {}
+        self._classes: list[type] = []
+        self._met: dict[int, Any] = {}
+        self._inputs: Sequence[torch.Tensor] = ()
+        self._compiles = 0
+        self.modules: Sequence[nn.Module] = ()  # of the model
+        self.follows: Callable[[Any], bool] = lambda attributes: True
+        """Tells whether what is written to an object's attributes is put back, and replayed."""
+        self.original_of: Callable[[Any], Any] = lambda owner: owner
+        """Gives the user's own object for a copy that a trace runs in its place."""
+
+    @property
+    def reads(self) -> list[tuple[Any, list[str]]]:
+        return [(owner, list(names)) for owner, names in self._reads.values()]
+
+    @property
+    def writes(self) -> list[Write]:
+        return list(self._writes.values())
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Have classes report to recorders; `on` in this says when to note."""
+        self._watch_class(nn.Module)
+        try:
+            with _global_hooks_inside(), _told_of_compiles(self._pause, self._resume):
+                yield
+        finally:
+            for cls in self._classes:
+                _release(cls)
+            self._classes.clear()
+
+    @contextmanager
+    def on(self, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Note what this thread reads from now on, in a call with the tensors `inputs`."""
+        self._writes.clear()
+        self._inputs = inputs
+        before = getattr(_active, "recorder", None)
+        _active.recorder = self
+        try:
+            yield
+        finally:
+            _active.recorder = before
+
+    def _pause(self, *_: Any) -> None:
+        """Leave classes as they are while Dynamo looks into them: a branch of torch.cond is traced
+        by it, and it traces no replaced function."""
+        if getattr(_active, "recorder", None) is self or self._compiles:
+            self._compiles += 1
+            if self._compiles == 1:
+                _active.recorder = None
+                for cls in self._classes:
+                    _release(cls)
+
+    def _resume(self, *_: Any) -> None:
+        """Note from now on; of what was read meanwhile nothing is known, so all of it counts."""
+        if self._compiles:
+            self._compiles -= 1
+            if self._compiles == 0:
+                self._classes = [cls for cls in self._classes if _patch(cls)]
+                for module in self.modules:
+                    own = vars(module)
+                    tables = (own["_parameters"], own["_buffers"], own["_modules"])
+                    plain = [n for n in own if not n.startswith("_")]
+                    for name in (*plain, *(n for table in tables for n in table)):
+                        self.note_read(module, name)
+                _active.recorder = self
+
+    def meet(self, value: Any, depth: int = 0) -> None:
+        """Have reads of an object that the code got hold of noted, and of those that it holds."""
+        if type(value) in (int, bool, str, float) or id(value) in self._met or depth > MAX_DEPTH:
+            return
+        if held := held_by(value):
+            self._met[id(value)] = value
+            for item in held:
+                self.meet(item, depth + 1)
+        if is_watchable(type(value)):
+            self._met[id(value)] = value
+            self._watch_class(type(value))
+
+    def _watch_class(self, cls: type) -> None:
+        if cls not in self._classes and _patch(cls):
+            self._classes.append(cls)
+
+    def note_read(self, owner: Any, name: str) -> None:
+        if name.startswith("__"):
+            if name != ALL or _asked_by_library():
+                return
+        elif name in _UNREAD or (name in TABLES and _asked_by_writer()):
+            return
+        attributes = _attributes(owner)
+        key = id(owner) if attributes is None else id(attributes)
+        entry = self._reads.get(key)
+        if entry is None:
+            entry = self._reads[key] = (self._real(owner), {})
+        names = entry[1]
+        if name in names or (key, name) in self._writes:
+            return
+        names[name] = None
+        self.meet(attributes.get(name) if attributes is not None else None)
+
+    def note_write(self, owner: Any, name: str, value: Any) -> None:
+        attributes = _attributes(owner)
+        key = id(owner) if attributes is None else id(attributes)
+        if id(owner) in self._met and (attributes is None or not self.follows(attributes)):
+            raise CaptureError(
+                f"its code sets {name!r} of a {type(owner).__name__}, which a program cannot do "
+                "(its class has __slots__, or it lies too deep in containers): keep it in an "
+                "attribute of the module, or return it"
+            )
+        tensor = isinstance(value, torch.Tensor)
+        computed = tensor and depends_on_values(value, self._inputs)
+        known = self._writes.get((key, name))
+        if known is not None:
+            known.value, known.from_inputs = value, computed
+            return
+        read = name in self._reads.get(key, (None, {}))[1]
+        self._writes[key, name] = Write(self._real(owner), name, value, read, computed)
+
+    def _real(self, owner: Any) -> Any:
+        proxy = _PROXY and isinstance(owner, _PROXY)
+        return self.original_of(owner.get_base() if proxy else owner)
+
+
+@contextmanager
+def _told_of_compiles(begin: Callable[..., None], end: Callable[..., None]) -> Iterator[None]:
+    """Meanwhile call `begin` and `end` around whatever Dynamo compiles."""
+    handler = import_module("torch._dynamo.callback").callback_handler
+    handler.register_start_callback(begin)
+    handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        handler.remove_start_callback(begin)
+        handler.remove_end_callback(end)
+
+
+@contextmanager
+def _global_hooks_inside() -> Iterator[None]:
+    """Meanwhile hooks of every module run in this thread only while a recorder is on: what PyTorch
+    and turbotx wrap around the model for a trace are modules too."""
+    thread = threading.get_ident()
+
+    def inside(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            on = getattr(_active, "recorder", None) is not None
+            return hook(*args, **kwargs) if on or threading.get_ident() != thread else None
+
+        return run
+
+    replaced = []
+    module = nn.modules.module
+    for hooks in (module._global_forward_hooks, module._global_forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            hooks[key] = inside(hook)
+            replaced.append((hooks, key, hook))
+    try:
+        yield
+    finally:
+        for hooks, key, hook in replaced:
+            if key in hooks:  # not removed meanwhile
+                hooks[key] = hook
+
+
+def _attributes(owner: Any) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = object.__getattribute__(owner, "__dict__")
+        return found
+    except AttributeError:  # __slots__ only
+        return None
+
+
+def _asked_by_library() -> bool:
+    """Tell whether `x.__dict__` was asked for by PyTorch's or Python's own code: it looks there for
+    a name, which is noted by itself."""
+    frame = sys._getframe(3)  # past this, note_read and the replaced __getattribute__
+    return is_library(frame.f_globals.get("__name__"))
+
+
+def _asked_by_writer() -> bool:
+    """Tell whether a module's table was asked for by PyTorch, in order to put something there, or
+    to find the module that a trace is at."""
+    frame = sys._getframe(3)
+    home = frame.f_globals.get("__name__", "")
+    return frame.f_code.co_name in _WRITERS or home.startswith(("torch._functorch", "torch.export"))
+
+
+def _patch(cls: type) -> bool:
+    """Replace a class's attribute functions, unless another recorder has; tell whether it took."""
+    with _lock:
+        if cls in _patched:
+            _patched[cls] += 1
+            return True
+        get: Callable[..., Any] = cls.__getattribute__
+        put: Callable[..., Any] = cls.__setattr__
+
+        def __getattribute__(self: Any, name: str) -> Any:
+            recorder = getattr(_active, "recorder", None)
+            if recorder is not None:
+                recorder.note_read(self, name)
+            return get(self, name)
+
+        def __setattr__(self: Any, name: str, value: Any) -> None:
+            recorder = getattr(_active, "recorder", None)
+            if recorder is not None:
+                recorder.note_write(self, name, value)
+            put(self, name, value)
+
+        saved = [(n, cls.__dict__.get(n, MISSING)) for n in ("__getattribute__", "__setattr__")]
+        try:
+            type.__setattr__(cls, "__getattribute__", __getattribute__)
+            type.__setattr__(cls, "__setattr__", __setattr__)
+        except TypeError:
+            unwatchable.add(cls)
+            return False
+        _patched[cls] = 1
+        _saved[cls] = saved
+        return True
+
+
+_saved: dict[type, list[tuple[str, Any]]] = {}
+
+
+def _release(cls: type) -> None:
+    with _lock:
+        _patched[cls] -= 1
+        if _patched[cls]:
+            return
+        del _patched[cls]
+        for name, value in _saved.pop(cls):
+            if value is MISSING:
+                type.__delattr__(cls, name)
+            else:
+                type.__setattr__(cls, name, value)

@@ -1,0 +1,126 @@
+"""Effects: what a call leaves in the user's containers and objects besides its result.
+
+In: what a trace wrote (`watched.py`). Out: the tensors and sizes among it, which become results of
+the program, and how to put them where the model's code puts them, at every call::
+
+    self.kept["mask"] = mask; seen.append(x)  ->  [Effect(kept, Put("mask", 0)), Effect(seen, ...)]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensor
+
+from turbotx.capture.sandbox.leaks import find_leaks
+from turbotx.capture.sandbox.watched import Difference, Put, Taken, Watched, apply
+from turbotx.capture.traced_float import TracedFloat, read_floats
+from turbotx.errors import CaptureError
+
+_SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+class SizesNeeded(Exception):
+    """The code makes a key of sizes: these symbols have to be plain numbers while it is traced."""
+
+    def __init__(self, symbols: frozenset[str]) -> None:
+        super().__init__(f"{sorted(symbols)} are needed as plain numbers")
+        self.symbols = symbols
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Stands for the place-th of the program's results that are no results of the call."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One write: `difference` to `target`, its values being `spec` over `leaves`."""
+
+    target: Any
+    text: str
+    difference: Difference
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    makes_tensor: bool = False
+    makes_size: bool = False
+    """Whether what is written is a tensor of this call, or a size of it."""
+
+    def replay(self, results: Sequence[Any]) -> None:
+        """Write it again, with the results of another run."""
+        leaves = [results[x.place] if isinstance(x, _Result) else x for x in self.leaves]
+        value = pytree.tree_unflatten(leaves, self.spec)
+        apply(self.target, replace(self.difference, value=value))
+
+
+def find_effects(
+    watched: Iterable[Watched], original_of: Callable[[Any], Any], symbols: frozenset[str]
+) -> tuple[list[Effect], list[Any]]:
+    """Return what was written, and the tensors and sizes in it, in the order of their places.
+
+    symbols: the names of sizes in this trace. Raises SizesNeeded where a key is made of them, and
+    CaptureError where something was written that holds a tensor and is not known to be a tree.
+    """
+    effects: list[Effect] = []
+    results: list[Any] = []
+
+    def store(leaf: Any, text: str) -> Any:
+        leaf = read_floats(leaf) if type(leaf) is TracedFloat else leaf
+        if isinstance(leaf, (FakeTensor, *_SIZES)):
+            results.append(leaf)
+            return _Result(len(results) - 1)
+        leaf = original_of(leaf)
+        if not isinstance(leaf, (*_PLAIN, torch.nn.Module, torch.Tensor)):
+            inside = find_leaks(leaf, type(leaf).__name__, most=1, limit=1000)
+            if inside:
+                raise CaptureError(
+                    f"the call leaves an object with a tensor inside in {text!r} ({inside[0]}), "
+                    "and a program can leave tensors, sizes and containers of them only: return it"
+                )
+        return leaf
+
+    for one in watched:
+        for difference in one.differences():
+            text = one.text
+            if isinstance(difference, Taken):
+                raise CaptureError(
+                    f"the call takes something out of {text!r} or puts it elsewhere, so that calls "
+                    "depend on those before them: keep that outside of the optimized module"
+                )
+            if isinstance(difference, Put):
+                _check_key(difference.key, symbols, text)
+                if type(difference.key) is TracedFloat:
+                    difference = replace(difference, key=read_floats(difference.key))
+                name = difference.key
+                text = f"{text}.{name}".lstrip(".") if isinstance(name, str) else f"{text}[{name}]"
+            value: Any = difference.value
+            known = original_of(value)
+            tree, spec = pytree.tree_flatten(value) if known is value else ([known], _LEAF)
+            leaves = tuple(store(leaf, text) for leaf in tree)
+            effects.append(
+                Effect(
+                    one.target, text, difference, spec, leaves,
+                    isinstance(value, FakeTensor), isinstance(value, _SIZES),
+                )
+            )  # fmt: skip
+    return effects, results
+
+
+_LEAF = pytree.tree_structure(0)
+
+
+def _check_key(key: Any, symbols: frozenset[str], text: str) -> None:
+    if isinstance(key, str):
+        found = frozenset(s for s in symbols if re.search(rf"{s}(?!\d)", key))
+        if found:
+            raise SizesNeeded(found)
+    if not isinstance(key, _PLAIN) and find_leaks(key, "key", most=1, limit=1000):
+        raise CaptureError(f"the call keeps something in {text!r} under a key that holds a tensor")

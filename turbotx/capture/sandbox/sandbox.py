@@ -1,0 +1,99 @@
+"""Sandbox: a trace runs the user's code, and nothing of it stays where the user can meet it.
+
+In: a model. Out: its shadow to be traced, and what the traced call would leave behind; everything
+that the code wrote to besides is put back, however the trace ended::
+
+    with sandbox.held():
+        exported = torch.export.export(flat, examples)     # flat.forward: begin, model, finish
+    sandbox.effects  ->  (Effect(kept, Put("mask", ...)),)
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from turbotx.capture.sandbox.effects import Effect, SizesNeeded, find_effects
+from turbotx.capture.sandbox.reach import Reach
+from turbotx.capture.sandbox.shadow import Shadow
+from turbotx.capture.tracing import limit_flags
+from turbotx.ir.expr import expr
+
+
+class Sandbox:
+    """model: what is to be traced. out_spec, constants, effects: of the latest run of the code."""
+
+    out_spec: pytree.TreeSpec
+    constants: dict[int, Any]
+
+    def __init__(self, model: nn.Module) -> None:
+        self._shadow = Shadow(model)
+        self._reach = Reach(model, self._shadow.shared)
+        self._watched = [*self._shadow.watched, *self._reach.watched]
+        self._followed = {id(w.traced) for w in self._watched}
+        self._inputs: list[list[frozenset[str]]] = []
+        self.model = self._shadow.model
+        self.original_of = self._shadow.original_of
+        self.effects: tuple[Effect, ...] = ()
+
+    def follows(self, container: object) -> bool:
+        """Tell whether what the code writes to this container or `__dict__` is noted."""
+        return id(container) in self._followed
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Put back, at the end, what the code wrote to; caches are passed by meanwhile."""
+        try:
+            with self._reach.past_caches():
+                yield
+        finally:
+            for watched in self._watched:
+                watched.put_back()
+            self._reach.clear_loose()
+
+    def begin(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Say that the code is run now, on these; a trace may do so more than once."""
+        limit_flags()
+        self._reach.clear_loose()
+        for watched in self._watched:
+            watched.begin()
+        self._inputs = [[_symbols(size) for size in t.shape] for t in tensors]
+
+    def finish(self) -> list[object]:
+        """Return the tensors and sizes that the code has left behind, for effects to be made of."""
+        symbols = frozenset(s for sizes in self._inputs for size in sizes for s in size)
+        effects, results = find_effects(self._watched, self.original_of, symbols)
+        self.effects = tuple(effects)
+        return results
+
+    def find_spelled(self, error: Exception) -> frozenset[tuple[int, int]]:
+        """Return the (input, dim) whose sizes the code made a key of, in a dict, a set or a cache,
+        so that an error came of it: they are to be plain numbers."""
+        symbols: set[str] = set()
+        if isinstance(error, SizesNeeded):
+            symbols |= error.symbols
+        elif isinstance(error, TypeError):
+            trace: types.TracebackType | None = error.__traceback__
+            while trace is not None:
+                hashed = trace.tb_frame.f_locals.get("self")
+                if trace.tb_frame.f_code.co_name == "__hash__" and hasattr(hashed, "node"):
+                    symbols |= _symbols(hashed)
+                trace = trace.tb_next
+        return frozenset(
+            (i, d)
+            for i, sizes in enumerate(self._inputs)
+            for d, size in enumerate(sizes)
+            if size & symbols
+        )
+
+
+def _symbols(size: object) -> frozenset[str]:
+    if isinstance(size, torch.SymInt):
+        return frozenset(str(s) for s in expr(size).free_symbols)
+    return frozenset()

@@ -1,0 +1,128 @@
+"""Shadow: a model to be traced in the place of the user's own, which a trace then never touches.
+
+In: a model. Out: modules of the same classes over the same tensors, whose dicts, lists and sets are
+copies; what the trace exchanges or writes there, no other thread and no later call sees::
+
+    shadow = Shadow(model)
+    shadow.model.encoder.weight is model.encoder.weight  ->  True
+    shadow.original_of(shadow.model.encoder) is model.encoder  ->  True
+
+Methods, partials and weak references that lead to a module of the model lead to its shadow.
+Functions and other objects are shared: `reach.py` finds what can be written to through them.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from turbotx.capture.sandbox.watched import CONTAINERS, DICTS, Watched
+
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device)
+
+
+class Shadow:
+    """model: the copy. watched: the copied containers, each with the user's own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._copies: dict[int, Any] = {}
+        self._originals: dict[int, Any] = {}
+        self._alive: list[Any] = []  # an id means something as long as its owner lives
+        self.watched: list[Watched] = []
+        self.shared: list[tuple[Any, str]] = []
+        """Functions and other objects among the attributes and hooks, which may run, and be written
+        to; with where they were found."""
+        self._paths = {id(m): name for name, m in model.named_modules()}
+        self.model = self._copy(model, "")
+
+    def original_of(self, value: Any) -> Any:
+        """Return the user's own for a copy, and anything else as it is."""
+        return self._originals.get(id(value), value)
+
+    def _remember(self, original: Any, copied: Any) -> None:
+        self._copies[id(original)] = copied
+        self._originals[id(copied)] = original
+        self._alive += (original, copied)
+
+    def _copy(self, value: Any, text: str) -> Any:
+        kind = type(value)
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        if isinstance(value, nn.Module):
+            return self._copy_module(value, text)
+        if kind in CONTAINERS:
+            return self._copy_container(value, text)
+        if isinstance(value, tuple):
+            return self._copy_tuple(value, text)
+        if kind is types.MethodType:
+            owner = self._copy(value.__self__, text)
+            if owner is not value.__self__:
+                return types.MethodType(value.__func__, owner)
+        elif kind is functools.partial:
+            return self._copy_partial(value, text)
+        elif kind is weakref.ref:
+            target = value()
+            if id(target) in self._copies:
+                return weakref.ref(self._copies[id(target)])
+        elif not isinstance(value, _PLAIN):
+            self.shared.append((value, text))
+        return value
+
+    def _copy_module(self, module: nn.Module, text: str) -> Any:
+        if isinstance(module, torch.jit.ScriptModule):
+            return module
+        text = self._paths.get(id(module), text)
+        copied = object.__new__(type(module))
+        self._remember(module, copied)
+        own = object.__getattribute__(module, "__dict__")
+        if id(own) in self._copies:  # another object of the same state, as an optimized part has
+            object.__setattr__(copied, "__dict__", self._copies[id(own)])
+            return copied
+        attributes = object.__getattribute__(copied, "__dict__")
+        self._copies[id(own)] = attributes
+        for name, value in own.items():
+            attributes[name] = self._copy(value, f"{text}.{name}" if text else name)
+        if not isinstance(module, fx.GraphModule):  # which recompiles itself, and writes nothing
+            self.watched.append(Watched(own, attributes, text))
+        return copied
+
+    def _copy_container(self, value: Any, text: str) -> Any:
+        if isinstance(value, defaultdict):
+            copied: Any = defaultdict(value.default_factory)
+        else:
+            copied = type(value)(maxlen=value.maxlen) if hasattr(value, "maxlen") else type(value)()
+        self._remember(value, copied)
+        if type(value) in DICTS:
+            for key, item in value.items():
+                copied[key] = self._copy(item, f"{text}[{key!r}]")
+        elif isinstance(value, set):
+            copied.update(self._copy(item, text) for item in value)
+        else:
+            copied.extend(self._copy(item, f"{text}[{k}]") for k, item in enumerate(value))
+        table = text.rpartition(".")[2] in ("_parameters", "_buffers")
+        self.watched.append(Watched(value, copied, text, exchanged=table))
+        return copied
+
+    def _copy_tuple(self, value: Any, text: str) -> Any:
+        items = [self._copy(item, f"{text}[{k}]") for k, item in enumerate(value)]
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        make: Any = getattr(type(value), "_make", type(value))
+        return make(items)
+
+    def _copy_partial(self, value: Any, text: str) -> Any:
+        parts = (value.func, *value.args, *value.keywords.values())
+        copied = [self._copy(part, text) for part in parts]
+        if all(a is b for a, b in zip(parts, copied, strict=True)):
+            return value
+        count = len(value.args)
+        named = dict(zip(value.keywords, copied[count + 1 :], strict=True))
+        made = functools.partial(copied[0], *copied[1 : count + 1], **named)
+        vars(made).update(vars(value))
+        return made

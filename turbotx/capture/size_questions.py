@@ -1,0 +1,122 @@
+"""Size questions: what a trace is asked about sizes, and which answers its results depend on.
+
+In: a trace by torch.export. Out: the same trace over sizes that may be 1, whose shape environment
+has a guard for each answer that decided something, and none for those that decided nothing::
+
+    with sizes_from_one():  export(lambda x: x[:, :2] if x.shape[1] != 7 else x)
+    ->  guards  seq >= 2, seq != 7          # and not seq != 1, of whether x is contiguous
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import sympy
+from torch._export import non_strict_utils
+from torch.fx.experimental import sym_node, symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from turbotx.capture.conditions import decides_nothing
+
+# Functions of PyTorch that ask how a tensor lies in memory: no size and no element of a result
+# depends on that.
+_LAYOUT = ("contiguous", "non_overlapping", "channels_last", "logical_to_physical", "strides")
+# Those that look for a way from one shape to another: it ends at the shape that was asked for.
+_VIEWS = ("_reshape_view_helper", "_collapse_view_helper")
+_PASS_ON = {__name__, sym_node.__name__, symbolic_shapes.__name__}
+
+
+class SizesFromOne(ShapeEnv):
+    """A shape environment in which a size may be 1, as PyTorch's own takes each for 2 and more.
+
+    There, `seq >= 2` holds without a guard, and `seq == 1` is false. Here both are guards where
+    the model asks. PyTorch asks the like of every size it meets, to broadcast or to lay out
+    memory: where either answer is right, none is noted.
+    """
+
+    def _default_value_range(self, do_not_specialize_zero_one: bool = False) -> ValueRanges[Any]:
+        return ValueRanges(sympy.S.One, int_oo)
+
+    def evaluate_sym_node(
+        self, sym_node: Any, size_oblivious: bool = False, fallback_value: bool | None = None
+    ) -> Any:
+        """Return a question's answer; a guard is noted where a result depends on it."""
+        answer = sym_node.hint
+        asked = isinstance(answer, bool) and self._maybe_evaluate_static(sym_node.expr) is None
+        if asked and _is_idle(sym_node.expr, answer, fallback_value):
+            return sympy.true if answer else sympy.false
+        return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
+
+
+def _is_idle(question: sympy.Basic, answer: bool, otherwise: bool | None) -> bool:
+    """Tell whether no result depends on an answer.
+
+    otherwise: what `guard_or_true` and the like would answer for an unknown size; who asks by them
+    is right then as well.
+    """
+    if answer == otherwise:
+        return True
+    frame = _find_asker()
+    module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+    native = module == "torch._ops" or name == "__torch_function__"
+    differ = isinstance(question, sympy.Ne if answer else sympy.Eq)
+    if differ and (native or otherwise is not None) and _is_for_one(question):
+        return True  # a size that is spread over another: where it is 1, the other one is too
+    if not native and not module.startswith("torch."):
+        return decides_nothing(frame)
+    if differ and any(part in name for part in _VIEWS):
+        return True
+    asker: FrameType | None = frame
+    while asker is not None and asker.f_globals.get("__name__") == module:
+        if any(part in asker.f_code.co_name for part in _LAYOUT):
+            return True
+        asker = asker.f_back
+    return False
+
+
+def _is_for_one(question: sympy.Basic) -> bool:
+    """Tell whether two numbers are equal where a size is 1, as 8 * seq and 8, a row's strides."""
+    left, right = question.args
+    whole, symbols = sympy.sympify(left - right), question.free_symbols
+    return sympy.S.One in question.args or any(_is_zero_for_one(whole, s) for s in symbols)
+
+
+def _is_zero_for_one(whole: sympy.Expr, symbol: sympy.Symbol) -> bool:
+    try:
+        return bool(sympy.expand(whole.xreplace({symbol: sympy.S.One})) == 0)
+    except ZeroDivisionError:  # no size that the model takes: seq // (seq // 8)
+        return False
+
+
+def _find_asker() -> FrameType:
+    """Return the frame that asks, behind PyTorch's own symbolic numbers."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        name = frame.f_globals.get("__name__")
+        if name not in _PASS_ON and not (name == "torch" and frame.f_code.co_name == "__bool__"):
+            break
+        frame = frame.f_back
+    return frame
+
+
+@contextmanager
+def sizes_from_one() -> Iterator[None]:
+    """Meanwhile this thread's exports trace sizes that may be 1; other threads' are as ever."""
+    own, before = threading.get_ident(), non_strict_utils.ShapeEnv
+
+    def make(*args: Any, **kwargs: Any) -> ShapeEnv:
+        kind = SizesFromOne if threading.get_ident() == own else before
+        return kind(*args, **kwargs)
+
+    non_strict_utils.ShapeEnv = make  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        non_strict_utils.ShapeEnv = before  # type: ignore[misc]

@@ -1,0 +1,290 @@
+"""Capture: a module and one call's inputs become an fx graph of ATen ops with symbolic sizes.
+
+In: an nn.Module and example args/kwargs. Out: a `Captured` whose graph reads parameters by
+their own names (`get_attr`), takes the call's tensors as placeholders, and whose every size is
+an expression over named dims; the first call's size-1 dims are symbolic too. Example::
+
+    captured = capture(bert, (), {"input_ids": ids, "attention_mask": mask})
+    captured.dims  ->  ("batch", "seq", "attention_mask_d0")
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.export import Dim
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from turbotx.capture.ambient import (
+    Ambient,
+    no_autocast_cache,
+    read_ambient,
+    watch_reads,
+    without_autocast,
+)
+from turbotx.capture.arguments import carry, flatten_call
+from turbotx.capture.casts import write_casts
+from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_without
+from turbotx.capture.eager import ASKED, ORDER, note_layouts
+from turbotx.capture.flat_call import FlatCall
+from turbotx.capture.guards import (
+    Guard,
+    find_equals,
+    find_guards,
+    find_squeezed,
+    guard_sizes,
+    guard_squeezed,
+)
+from turbotx.capture.host_random import find_draws, look_at_generators
+from turbotx.capture.input_names import find_hints, name_dims, name_inputs
+from turbotx.capture.module_state.record import StateRecord, make_record, start_recording
+from turbotx.capture.quiet import quiet_torch
+from turbotx.capture.refusals import refuse_mutation, refuse_parts
+from turbotx.capture.returned import put_constants
+from turbotx.capture.sandbox.effects import Effect
+from turbotx.capture.size_questions import sizes_from_one
+from turbotx.capture.symint_tensors import SizeTensors
+from turbotx.capture.trace_errors import Stopped, capture_error
+from turbotx.capture.traced_float import FloatInput
+from turbotx.capture.tracing import tracing
+from turbotx.capture.unlift import FRESH, unlift
+from turbotx.capture.widen import Places, widen
+from turbotx.errors import CaptureError
+from turbotx.ir.expr import Expr, expr
+from turbotx.ir.fx_nodes import remember_names
+from turbotx.ir.memory_order import by_order, inverse, make_dense, moved_dims
+
+# The key, in the exported graph's meta, of the sizes that a squeeze looks at.
+SQUEEZED = "squeezed"
+# Composite ops that stay whole: the passes and the op table know them as they are, and their
+# decompositions only hide what they mean.
+KEPT_WHOLE = frozenset(
+    (
+        "aten.scaled_dot_product_attention.default",
+        "aten.linear.default",
+        "aten.layer_norm.default",
+        "aten.rms_norm.default",
+        "aten.group_norm.default",
+        "aten.softmax.int",
+        "aten.log_softmax.int",
+        "aten.matmul.default",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One traced call: the graph, how to feed it and how to rebuild the model's own output.
+
+    ambient: the state of PyTorch that it was traced in. asked: the places in it that Python code
+    asked for, beside those that decide every trace.
+    """
+
+    graph_module: fx.GraphModule
+    name: str
+    input_names: tuple[str, ...]
+    input_sizes: tuple[tuple[Expr, ...], ...]
+    dims: tuple[str, ...]
+    example_dims: tuple[int, ...]
+    guards: tuple[Guard, ...]
+    out_spec: pytree.TreeSpec
+    ambient: Ambient
+    asked: tuple[int, ...]
+
+    floats: tuple[FloatInput, ...] = ()
+    effects: tuple[Effect, ...] = ()
+    state: StateRecord | None = None
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether the floats that its Python code asked for are as they were."""
+        return all(x.takes(tensors) for x in self.floats)
+
+    def holds_in(self, ambient: Ambient) -> bool:
+        """Tell whether what its Python code asked PyTorch for is as it was."""
+        return all(ambient[k] == self.ambient[k] for k in self.asked)
+
+
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], least: int = 2,
+    fixed: Places = (),
+) -> Captured:  # fmt: skip
+    """Trace `model(*args, **kwargs)` with every size of every tensor symbolic, less those of 0.
+
+    least: sizes of 1 and 2 are traced as this size. fixed: dims whose sizes are to be numbers, the
+    call's own.
+    Raises CaptureError, naming the user's own source line, when the model cannot be traced.
+    """
+    refuse_parts(model)
+    leaves, spec = flatten_call(args, kwargs)
+    tensors = carry(leaves)
+    names = name_inputs(model, args, kwargs)
+    name = type(model).__name__
+    if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
+    ambient = read_ambient()
+    with tracing(), quiet_torch():
+        recorder, code_names = start_recording(model)
+        flat = FlatCall(model, leaves, spec, recorder)
+        with recorder.installed(), no_autocast_cache(), watch_reads(ambient) as asked:
+            exported = _export_drawing_nothing(flat, tensors, least, fixed, name)
+        with without_autocast():
+            captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))
+        state = make_record(model, recorder, code_names, captured.effects)
+    return replace(captured, state=state)
+
+
+def _export_drawing_nothing(
+    flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
+) -> Any:
+    """Trace a call; raise CaptureError where its Python code draws random numbers of the host."""
+    before = look_at_generators()
+    exported = _export_with_floats(flat, tensors, least, fixed, name)
+    if look_at_generators() != before:
+        drawn = find_draws(lambda: _export_widened(flat, tensors, least, fixed, name))
+        if drawn:
+            raise CaptureError(
+                f"cannot capture {name}: it draws a number from {drawn}, which a program would "
+                "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
+                "every call, or pass the number as an argument"
+            )
+    return exported
+
+
+def _export_with_floats(
+    flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
+) -> Any:
+    """Trace with the call's floats as inputs, or else as the numbers that they are."""
+    try:
+        return _export_widened(flat, tensors, least, fixed, name)
+    except CaptureError:
+        if not flat.describe_floats():
+            raise
+        flat.floats.fixed = True  # an op or a class took no stand-in for a number
+        return _export_widened(flat, tensors, least, fixed, name)
+
+
+def _export_widened(
+    flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
+) -> Any:
+    """Trace with as many dims symbolic as the call takes; raise the first attempt's error.
+
+    A size of 1 varies unless a larger one stands beside it, counted from the left, or else from
+    either side. Where that fails too it is taken for a broadcast (the call may have moved the dims)
+    or for a number that the call spells out too. A size that the code makes a key of is fixed.
+    """
+    first, tried = None, []
+    tensors = [t.resolve_conj().resolve_neg() for t in tensors]
+    spelled: frozenset[tuple[int, int]] = frozenset()
+    for sides in ("left", "left", "both", "none"):
+        examples, varying = widen(tensors, least, {*fixed, *spelled}, sides)
+        examples = list(map(make_dense, examples, flat.orders))
+        varying = list(map(moved_dims, varying, flat.orders))
+        if varying in tried:
+            continue
+        tried.append(varying)
+        for attention in _attentions(tensors):
+            try:
+                with attention(), flat.seen.held():
+                    return _export(flat, examples, varying)
+            except Exception as error:
+                error = error.error if isinstance(error, Stopped) else error
+                if str(error).startswith("cannot capture"):  # no other sizes would help
+                    raise error from None
+                spelled |= flat.seen.find_spelled(error)
+                first = first or error
+    assert first is not None
+    raise capture_error(name, first) from first
+
+
+def _attentions(
+    tensors: Sequence[torch.Tensor],
+) -> Sequence[Callable[[], AbstractContextManager[object]]]:
+    """Return how PyTorch may choose attention's kernel meanwhile, in the order to be tried.
+
+    The graph holds attention whole, but tracing follows the choice inside. On CUDA the
+    memory-efficient one asks whether the mask's length is a multiple of 16, which would be a guard
+    on seq; the plain one asks nothing. A model that cannot be traced so, because it views the
+    result as the fused ones lay it out, is traced by the device's own choice.
+    """
+    return (_plain_attention, nullcontext) if any(t.is_cuda for t in tensors) else (nullcontext,)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    # The choice is the process's: restored out of order, it would stay as another thread made it.
+    with _choosing_attention, sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+_choosing_attention = threading.RLock()
+
+
+def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
+    """Trace with the `varying` dims of each example symbolic, down to the ops that are kept."""
+    dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with SizeTensors(), sizes_from_one():
+            exported = torch.export.export(
+                flat, tuple(examples), dynamic_shapes=dynamic, strict=False
+            )
+        write_casts(exported.graph)
+        before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
+        squeezed = find_squeezed(exported.graph)
+        try:
+            decompose_nodes(exported.graph_module, KEPT_WHOLE)
+        except NotNodeByNode:
+            exported.graph_module.graph = before
+            exported = exported.run_decompositions(table_without(KEPT_WHOLE))
+    exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed}
+    return exported
+
+
+def _fresh_constants(exported: Any) -> set[str]:
+    """Return the constants that only tracing made, of torch.tensor(0.5) in the model's code: the
+    user has no name by which to change one later."""
+    targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
+    lift = torch.ops.aten.lift_fresh_copy.default
+    nodes = [n for n in exported.graph_module.graph.nodes if n.name in targets]
+    return {targets[n.name] for n in nodes if all(u.target is lift for u in n.users)}
+
+
+def _describe(
+    exported: Any,
+    model: nn.Module,
+    flat: FlatCall,
+    name: str,
+    names: list[str],
+    ambient: Ambient,
+    asked: tuple[int, ...],
+) -> Captured:
+    refuse_mutation(exported, name)
+    graph_module, inputs = unlift(exported, model, names)
+    put_constants(graph_module.graph, flat.seen.constants)
+    fakes = [node.meta["val"] for node in inputs]
+    shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]
+    for k, (node, order) in enumerate(zip(inputs, flat.orders, strict=True)):
+        node.meta |= {ORDER: order, ASKED: k in flat.layouts.asked}
+    shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
+    symbols = name_dims(shapes, names, find_equals(shape_env))
+    remember_names(graph_module, symbols)
+    note_layouts(graph_module.graph)
+    squeezed = exported.graph_module.meta[SQUEEZED]
+    guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
+    guards += guard_squeezed(squeezed, symbols)
+    sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
+    dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
+    hints = find_hints(shape_env, symbols)
+    return Captured(
+        graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
+        flat.seen.out_spec, ambient, asked, flat.describe_floats(), flat.seen.effects,
+    )  # fmt: skip

@@ -1,0 +1,148 @@
+"""Unlift: an exported program's parameters, which it takes as inputs, become attributes again.
+
+In: a `torch.export` program and names for its other inputs. Out: an fx graph that reads parameters
+by the names that they have in the user's module, and its placeholders in order::
+
+    linear(x, p_model_up_weight, ...)  ->  linear(x, get_attr "up.weight", ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from turbotx.ir.subgraphs import enclose_graphs
+
+# The key, in the exported graph's meta, of the constants that only tracing made.
+FRESH = "fresh constants"
+# A GraphModule has attributes of its own, `graph` and `code` among them.
+RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+
+
+def unlift(
+    exported: Any, model: nn.Module, names: list[str]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """Return the graph and its inputs, called by `names` in their order.
+
+    model: the user's module; what was traced has it, or its shadow, as `model`. meta["paths"] says
+    where the user's module has what a get_attr node names.
+    """
+    enclose_graphs(exported.graph_module)
+    graph: fx.Graph = exported.graph_module.graph
+    targets = {s.arg.name: s.target for s in exported.graph_signature.input_specs if s.target}
+    fresh = exported.graph_module.meta[FRESH] & set(exported.constants)
+    holder = nn.Module()
+    inputs: list[fx.Node] = []
+    paths: dict[str, str] = {}
+    owned = {_place(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    for node in [n for n in graph.nodes if n.op == "placeholder"]:
+        target = targets.get(node.name)
+        if target is None:
+            _rename(node, names[len(inputs)], {str(n.target) for n in inputs})
+            inputs.append(node)
+            continue
+        value, path = _find(exported, model, target, owned)
+        with graph.inserting_before(node):
+            if target in fresh and value.dim() == 0 and not value.is_complex():
+                # A number, which passes and kernels may know.
+                made: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+                scalar = torch.ops.aten.scalar_tensor.default
+                attribute = graph.call_function(scalar, (value.item(),), made)
+            else:
+                inside = _path_inside(path, model)
+                if path not in paths.values():
+                    _assign(holder, inside, value)
+                attribute = graph.create_node("get_attr", inside)
+                paths[inside] = path
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    graph_module = fx.GraphModule(holder, graph)
+    graph_module.meta["paths"] = paths
+    return graph_module, inputs
+
+
+def _rename(node: fx.Node, label: str, taken: set[str]) -> None:
+    while label in taken:
+        label += "_"
+    node.target = label
+    if node.name != label:
+        node._rename(label)
+
+
+def _find(
+    exported: Any, model: nn.Module, target: str, owned: Mapping[Any, str]
+) -> tuple[torch.Tensor, str]:
+    """Return the user's own tensor for a lifted name, and its path in the user's module.
+
+    owned: the paths of the module's tensors. Code that reaches the module by a closure or a global
+    reads its tensors as constants, and they are its own all the same.
+    """
+    prefix, _, path = target.partition(".")
+    owner: Any = model if prefix == "model" else None
+    for part in path.split("."):
+        owner = getattr(owner, part, None)
+    if isinstance(owner, torch.Tensor):
+        return owner, path
+    made = exported.constants if target in exported.constants else exported.state_dict
+    value = _users_own(exported, made[target])
+    known = owned.get(_place(value)) if value.numel() else None
+    return value, known or f"constants.{target.replace('.', '_')}"
+
+
+def _users_own(exported: Any, constant: torch.Tensor) -> torch.Tensor:
+    """Return the tensor that a constant of the program is an alias of: export takes `.data` of a
+    parameter that the module does not own (a closure's), which shows no later change of it.
+
+    It is among the tensors that tracing met, of which PyTorch keeps a list of its own (2.11 to
+    2.13 alike); without that the constant itself is watched.
+    """
+    fakes = (n.meta.get("val") for n in exported.graph_module.graph.nodes)
+    mode: Any = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
+    seen: Any = mode
+    for name in ("fake_tensor_converter", "meta_converter", "describer", "lookup_tensor"):
+        seen = getattr(seen, name, None)
+    if constant.layout is not torch.strided or not constant.numel():
+        return constant
+    for tensor in () if seen is None else list(seen):
+        if isinstance(tensor, nn.Parameter) and _is_alias(tensor, constant):
+            return tensor
+    return constant
+
+
+def _is_alias(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether two tensors show the same elements of one memory alike."""
+    same = tensor.dtype == other.dtype and tensor.device == other.device
+    laid = same and tensor.shape == other.shape and tensor.stride() == other.stride()
+    return laid and tensor.data_ptr() == other.data_ptr()
+
+
+def _place(tensor: torch.Tensor) -> Any:
+    """Return what says that two tensors are one, in the same memory."""
+    held = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    return held if held[1] else id(tensor)
+
+
+def _path_inside(path: str, model: nn.Module) -> str:
+    """Return a path that a GraphModule has room for: graph.weight becomes graph_.weight."""
+    name, dot, rest = path.partition(".")
+    if name in RESERVED:
+        name += "_"
+        while hasattr(model, name):
+            name += "_"
+    return name + dot + rest
+
+
+def _assign(holder: nn.Module, path: str, value: torch.Tensor) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if not hasattr(holder, part):
+            holder.add_module(part, nn.Module())
+        holder = getattr(holder, part)
+    if isinstance(value, nn.Parameter):
+        holder.register_parameter(leaf, value)
+    else:
+        holder.register_buffer(leaf, value, persistent=False)

@@ -1,0 +1,389 @@
+"""Engine: captures and runs the calls of one model; it stands behind everything `optimize` makes.
+
+In: a model and options. Out: the model's outputs, from one compiled variant per kind of call
+(which arguments, dtypes, ranks, flags) that serves any sizes::
+
+    engine = Engine(model, Options())
+    engine((), {"input_ids": ids, "attention_mask": mask})
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from turbotx.capture.ambient import (
+    Ambient,
+    read_ambient,
+    read_asked,
+    read_decisive,
+    without_autocast,
+)
+from turbotx.capture.arguments import carry, flatten_call
+from turbotx.capture.call_key import describe_call, make_signature
+from turbotx.capture.capture_sizes import capture_sizes
+from turbotx.capture.composition import (
+    calls_forward,
+    leave_foreign,
+    left_alone,
+)
+from turbotx.capture.module_state.record import Difference, training_error
+from turbotx.capture.quiet import quiet_torch
+from turbotx.capture.refusals import (
+    refuse_foreign_weights,
+    refuse_gradient,
+    refuse_modes,
+    refuse_tensor,
+)
+from turbotx.capture.trace import Captured
+from turbotx.capture.tracing import tracing
+from turbotx.engine.failures import named_failures
+from turbotx.engine.observers import observers
+from turbotx.engine.pipeline import Compiled, bind_weights, compile_captured, compile_rewritten
+from turbotx.engine.progress import show_progress
+from turbotx.engine.state_guard import StateGuard
+from turbotx.engine.variant import Recaptures, Variant
+from turbotx.errors import CaptureError, EagerWarning, InputError, ModelChangedError, TrainingError
+from turbotx.memory.pool import ChunkPool
+from turbotx.options import Options
+from turbotx.runtime.cpu.launch_table import start_runtime
+from turbotx.runtime.cuda.absent_device import AbsentDevice
+from turbotx.runtime.device import Device
+from turbotx.runtime.executable import Binding
+from turbotx.runtime.gc_pause import pause_gc
+from turbotx.runtime.placement import find_device, open_device
+from turbotx.runtime.program import Program
+
+log = logging.getLogger("turbotx")
+
+MOST_CHANGES = 8
+"""How often one call is captured anew while others convert the model's parameters meanwhile."""
+
+
+class Engine:
+    """Captures and runs the calls of one model; it stands behind every kind of target."""
+
+    guards_state = True
+    """Whether captures are checked against the model's attributes, hooks and globals."""
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.model, self.options = model, options
+        self.calls_forward = calls_forward(model)
+        self.tolerates: Callable[[], bool] = lambda: False
+        """Whether a refused call runs in PyTorch instead; it is not traced a second time then."""
+        self.eager_calls = 0
+        self._told: set[str] = set()
+        self._lock = threading.RLock()
+        self._calls = itertools.count(1)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every capture, as after `.to(...)`; the next call captures again."""
+        with self._lock:
+            self._variants: dict[Any, list[Variant]] = {}
+            self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
+            self._pools: dict[torch.device, ChunkPool] = {}
+            self._recaptures = Recaptures()
+            self._refused: dict[Any, CaptureError] = {}
+            self.parts: dict[str, Any] = {}
+            self._asked: tuple[int, ...] = ()
+            """What the traces asked PyTorch for: places in `ambient.NAMES`."""
+
+    # --- calling ---
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for _ in range(MOST_CHANGES):
+            variant, program, binding, tensors = self.check(args, kwargs)
+            try:
+                with torch.no_grad():
+                    outputs = program.run(binding, tensors)
+            except ModelChangedError as error:
+                self._forget(variant, error)
+                continue
+            if variant.effects:
+                outputs = variant.leave(outputs)
+            return pytree.tree_unflatten(outputs, variant.out_spec)
+        raise CaptureError(
+            f"{type(self.model).__name__} was captured {MOST_CHANGES} times for one call, and its "
+            "parameters were of another kind after each capture: does another thread convert it?"
+        )
+
+    def _forget(self, variant: Variant, error: ModelChangedError) -> None:
+        """Leave out a variant whose parameters are not what it was compiled for any more."""
+        log.info("%s: a call is captured anew, because %s", type(self.model).__name__, error)
+        with self._lock:
+            for variants in self._variants.values():
+                variants[:] = [v for v in variants if v is not variant]
+            self._bound = {k: b for k, b in self._bound.items() if b[0] is not variant}
+
+    def refresh(self) -> None:
+        """Derive from the parameters again at the next call, whatever they are now."""
+        for compiled in self.variants():
+            for twin in compiled.specializations:
+                twin.program.runtime.weights.forget()
+
+    def check(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Variant, Program, Binding, list[torch.Tensor]]:
+        """Return what serves a call, and its tensors: the guards of every call, and all of them
+        but the parameters' (`Weights.refresh`). Captures and binds where nothing serves it yet."""
+        self.refuse_training()
+        ambient = read_decisive()
+        if self._asked:
+            ambient += read_asked(self._asked)
+        described, tensors = describe_call(args, kwargs, ambient)
+        found = self._bound.get(described) if described is not None else None
+        if found is not None and not found[0].takes(tensors):
+            described = (described, found[0].numbers(tensors))
+            found = self._bound.get(described)
+        if found is None or not found[0].holds():
+            found, tensors = self._look_closer(described, args, kwargs, ambient)
+        elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            refuse_gradient()
+        found[0].used = next(self._calls)
+        return *found, tensors
+
+    def _look_closer(
+        self, described: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Ambient
+    ) -> tuple[tuple[Variant, Program, Binding], list[torch.Tensor]]:
+        """Return what serves a call that the quick look found nothing for, and its tensors."""
+        leave_foreign(pytree.tree_leaves((args, kwargs)))
+        leaves, spec = flatten_call(args, kwargs)
+        leave_foreign(leaves)
+        tensors = carry(leaves)
+        key = make_signature(leaves, spec, ambient)
+        found = None
+        if described is None:
+            described = (key, ambient, tuple(t.shape for t in tensors))
+            found = self._bound.get(described)
+            if found is not None and not found[0].takes(tensors):
+                described = (described, found[0].numbers(tensors))
+                found = self._bound.get(described)
+        for tensor in tensors:
+            refuse_tensor(tensor)
+        if found is None or not found[0].holds():
+            found = self._bind(key, described, tensors, args, kwargs)
+        return found, tensors
+
+    def refuse_training(self) -> None:
+        """Raise TrainingError where the model is in training mode."""
+        if self.model.training:
+            raise TrainingError(
+                f"{type(self.model).__name__} is in training mode, and turbotx is for inference "
+                "only: call model.eval() first"
+            )
+
+    def _bind(
+        self, key: Any, shapes: Any, tensors: list[torch.Tensor],
+        args: tuple[Any, ...], kwargs: Mapping[str, Any],
+    ) -> tuple[Variant, Program, Binding]:  # fmt: skip
+        with self._lock:
+            variant, dims = self._find(key, tensors, args, kwargs)
+            with named_failures(type(self.model).__name__):
+                program = variant.compiled.at(dims).program
+                binding = program.bind(dims)
+            if len(self._bound) >= self.options.max_shapes:
+                self._bound.pop(next(iter(self._bound)))
+            self._bound[shapes] = (variant, program, binding)
+            return self._bound[shapes]
+
+    def _find(
+        self,
+        key: Any,
+        tensors: list[torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> tuple[Variant, tuple[int, ...]]:
+        """Return the variant that serves these sizes, captured now if there is none yet."""
+        known, ambient = self._variants.setdefault(key, []), read_ambient()
+        changed: list[Difference] = []
+        for variant in known:
+            dims = variant.matcher.match([t.shape for t in tensors])
+            captured = variant.compiled.captured
+            if dims is None or not captured.holds_in(ambient) or not captured.takes(tensors):
+                continue
+            if variant.holds():
+                return variant, dims
+            if variant.guard is not None:
+                changed += self._find_difference(variant.guard)
+        refuse_modes(ambient)
+        self._recaptures.refuse_endless(changed, type(self.model).__name__)
+        if key in self._refused and self.tolerates():
+            raise self._refused[key]
+        try:
+            variant = Variant(self.make(args, kwargs), self.guards_state)
+        except CaptureError as error:
+            self._refused[key] = error.with_traceback(None)
+            raise
+        self._refused.pop(key, None)
+        self._recaptures.note(changed, variant)
+        dims = variant.matcher.match([t.shape for t in tensors])
+        if dims is None:
+            why = variant.matcher.explain([t.shape for t in tensors])
+            raise CaptureError(
+                f"{type(self.model).__name__} was captured, but the capture does not hold for the "
+                f"very call it came from: {why}"
+            )
+        known.append(variant)
+        asked = {*self._asked, *variant.compiled.captured.asked}
+        if len(asked) > len(self._asked):  # from now on a part of what calls are told apart by
+            self._asked = tuple(sorted(asked))
+            self._bound.clear()
+        variant.used = next(self._calls)
+        self._drop_unused()
+        return variant, dims
+
+    def _find_difference(self, guard: StateGuard) -> list[Difference]:
+        """Say why a capture does not serve a call; raise TrainingError where that is the reason."""
+        found = guard.difference()
+        if found is None:
+            return []
+        if found.is_training:
+            raise training_error(self.model, found.place.text)
+        log.info("%s changed since a capture: %s", type(self.model).__name__, found)
+        return [found]
+
+    def _drop_unused(self) -> None:
+        """Drop the captures longest unused, beyond `max_variants`."""
+        kept = [(v.used, key, v) for key, variants in self._variants.items() for v in variants]
+        kept.sort(key=lambda entry: entry[0])
+        for _, key, variant in kept[: len(kept) - self.options.max_variants]:
+            log.info(
+                "dropped a capture of %s: more than max_variants=%d are in use",
+                type(self.model).__name__, self.options.max_variants,
+            )  # fmt: skip
+            self._variants[key].remove(variant)
+            self._bound = {k: x for k, x in self._bound.items() if x[0] is not variant}
+
+    def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
+        """Capture and compile one call; the `observers` look at the result."""
+        name = type(self.model).__name__
+        with show_progress(f"capture {name}") as step:
+            captured = self.capture(args, kwargs)
+            step(f"compile {name}")
+            finishes = [begin(self, captured, args, kwargs) for begin in observers]
+            compiled = self.compile(captured)
+            for finish in finishes:
+                finish(compiled)
+            return compiled
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+        """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
+        # What cannot run is said before the seconds that tracing takes.
+        refuse_foreign_weights(self.model)
+        _, device = self._open_device(flatten_call(args, kwargs)[0])
+        if device is None and self.options.backend != "aten":
+            start_runtime()
+        with left_alone(), pause_gc(), named_failures(type(self.model).__name__):
+            captured = capture_sizes(self.model, args, kwargs)
+        log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
+        return captured
+
+    def compile(self, captured: Captured) -> Compiled:
+        """Return the program of a captured call, over this engine's memory; rewrites its graph.
+
+        It runs where the call's tensors and the model's parameters lie.
+        """
+        pool, device = self._find_memory(captured)
+        name = captured.name
+        # PyTorch gives sizes to a trace, whichever thread computes with them.
+        with tracing(), without_autocast(), pause_gc(), named_failures(name), quiet_torch():
+            return compile_captured(captured, self.model, self.options, pool, device)
+
+    def compile_for(self, compiled: Compiled, target: str) -> Compiled:
+        """Return the program of a call for "cpu" or a GPU that need not be here, as "sm_90"; it is
+        to be saved, and builds nothing for a GPU yet."""
+        chosen = "aten" if self.options.backend == "aten" else "auto"
+        options = replace(self.options, backend=chosen)
+        device = None if target == "cpu" else AbsentDevice(target)
+        pool = ChunkPool(torch.device("cpu"))
+        captured, text = compiled.captured, compiled.captured_text
+        name = captured.name
+        with tracing(), without_autocast(), pause_gc(), named_failures(name), quiet_torch():
+            return compile_rewritten(captured, text, self.model, options, pool, device)
+
+    def share(self, compiled: Compiled) -> Compiled:
+        """Return what another engine compiled, with this engine's parameters and memory.
+
+        The models must be of the same structure; nothing is traced.
+        """
+        pool, device = self._find_memory(compiled.captured)
+        with without_autocast():
+            return bind_weights(compiled, self.model, self.options, pool, device)
+
+    def _find_memory(self, captured: Captured) -> tuple[ChunkPool, Device | None]:
+        nodes = captured.graph_module.graph.find_nodes(op="placeholder")
+        place, device = self._open_device([node.meta["val"] for node in nodes])
+        with self._lock:
+            if place not in self._pools:
+                self._pools[place] = ChunkPool(place, max_arenas=self.options.max_arenas)
+        return self._pools[place], device
+
+    def _open_device(self, leaves: list[Any]) -> tuple[torch.device, Device | None]:
+        """Return where a call runs; the second is None on a CPU."""
+        place = find_device(self.model, leaves)
+        return place, open_device(place, self.options.backend)
+
+    def run_plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return what the model itself makes of a call, without turbotx and gradients."""
+        with left_alone(), torch.no_grad():
+            return (self.model.forward if self.calls_forward else self.model)(*args, **kwargs)
+
+    def count_eager(self, why: str) -> None:
+        """Count a call that runs in PyTorch; warn of it, once a reason."""
+        self.eager_calls += 1
+        if why not in self._told:
+            self._told.add(why)
+            warnings.warn(why, EagerWarning, stacklevel=4)
+
+    # --- looking inside ---
+
+    def keyed_variants(self) -> list[tuple[Any, Variant]]:
+        """Return every capture with the signature of the calls that it serves."""
+        with self._lock:
+            return [(key, v) for key, variants in self._variants.items() for v in variants]
+
+    def variants(self) -> list[Compiled]:
+        with self._lock:
+            return [v.compiled for variants in self._variants.values() for v in variants]
+
+    def stats(self) -> dict[str, int]:
+        """Return counts since the last reset: captures, kernel builds, plans, chunk allocations;
+        those of parts that are optimized for it included."""
+        compiled = self.variants()
+        programs = [x.program for c in compiled for x in c.specializations]
+        pools = [pool.stats() for pool in self._pools.values()]
+        memory = ("chunk_allocations", "mapped_nbytes", "used_nbytes", "peak_nbytes", "arenas")
+        found = {
+            "captures": len(compiled),
+            "eager_calls": self.eager_calls,
+            "kernel_builds": sum(p.runtime.builds for p in programs),
+            "plans": sum(p.plans for p in programs),
+            "graph_captures": sum(p.graph_captures for p in programs),
+            **{name: sum(getattr(pool, name) for pool in pools) for name in memory},
+        }
+        parts = [part._turbotx_engine.stats() for part in self.parts.values()]
+        return {name: sum(x[name] for x in (found, *parts)) for name in found}
+
+    def reserve(self, **dims: int) -> None:
+        """Map the memory of the largest shape now, e.g. reserve(batch=8, seq=512)."""
+        for compiled in self.variants():
+            program = compiled.program
+            unknown = set(dims) - set(program.dims)
+            if unknown:
+                known = ", ".join(program.dims)
+                raise InputError(
+                    f"reserve has no dim {sorted(unknown)}; this capture's are {known}"
+                )
+            values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
+            program = compiled.at(values).program
+            program.reserve(program.bind(values))

@@ -1,0 +1,85 @@
+"""Failures: an error that nobody meant to raise is said with the model, the stage and the node.
+
+In: whatever a stage of turbotx raised. Out: the same where it is turbotx's own error or the
+machine's (no memory); else a CompileError that has it as its cause::
+
+    CompileError: turbotx failed on Net in fuse_all (kernels/fusion/fuse.py:141) at softmax ...
+      KeyError: 'dim'
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import fx
+
+from turbotx.errors import CompileError, TurbotxError
+from turbotx.ir.fx_nodes import place_of
+
+HERE = Path(__file__).parents[1]
+# Functions that only lead to a stage: the frame below them is the stage.
+_DRIVERS = {
+    "compile_captured",
+    "compile_rewritten",
+    "rewrite",
+    "capture",
+    "compile",
+    "make",
+    "at",
+    "_bind",
+}
+_PASSED_ON = (TurbotxError, MemoryError, torch.OutOfMemoryError, OSError)
+
+
+@contextmanager
+def named_failures(model: str) -> Iterator[None]:
+    """Turn an unexpected error into a CompileError that says where in `model` it came from."""
+    try:
+        yield
+    except _PASSED_ON:
+        raise
+    except Exception as error:
+        raise _describe(model, error) from error
+
+
+def _describe(model: str, error: Exception) -> CompileError:
+    every = list(_frames(error.__traceback__))
+    own = [f for f in every if _own_path(f) and f.tb_frame.f_code.co_filename != __file__]
+    stages = [f for f in own if f.tb_frame.f_code.co_name not in _DRIVERS]
+    stage = deepest = ""
+    if own:
+        stage = f" in {(stages or own[-1:])[0].tb_frame.f_code.co_name}"
+        deepest = f" ({_own_path(own[-1])}:{own[-1].tb_lineno})"
+    said = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+    return CompileError(
+        f"turbotx failed on {model}{stage}{deepest}{_node_of(every)}:\n  {said}\n"
+        '  The model is not at fault. Please report it; backend="aten", or optimizing the parts '
+        "around it, may do meanwhile"
+    )
+
+
+def _frames(trace: TracebackType | None) -> Iterator[TracebackType]:
+    while trace is not None:
+        yield trace
+        trace = trace.tb_next
+
+
+def _own_path(frame: TracebackType) -> str:
+    """Return where in turbotx a frame's code is, "" elsewhere."""
+    path = Path(frame.tb_frame.f_code.co_filename)
+    return path.relative_to(HERE).as_posix() if path.is_relative_to(HERE) else ""
+
+
+def _node_of(frames: list[TracebackType]) -> str:
+    """Return the call of the model that the innermost function worked on."""
+    for frame in reversed(frames):
+        for value in reversed(list(frame.tb_frame.f_locals.values())):
+            if isinstance(value, fx.Node):
+                place = place_of(value)
+                return f" at {value.name}" + (f" ({place})" if place else "")
+    return ""

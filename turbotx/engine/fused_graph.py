@@ -1,0 +1,101 @@
+"""The fused graph: the rewritten model as an ordinary torch.fx.GraphModule.
+
+In: a `Compiled`. Out: a GraphModule in which every region is one call of a submodule that holds
+its ATen ops; GEMMs and attention stand between them. It prints, draws and runs::
+
+    linear -> fused_add_gelu_1 -> linear -> fused_add_layer_norm_3 -> ...
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import fx
+
+from turbotx.engine.pipeline import Compiled
+from turbotx.ir import fx_nodes as g
+from turbotx.kernels.fusion.fuse import FusedRegion
+from turbotx.passes.extract import extract
+
+
+def make_fused_graph(compiled: Compiled) -> fx.GraphModule:
+    """Return the rewritten graph with one `call_module` a region.
+
+    meta["rewritten"] of every other node is its name in the rewritten graph, where names of pieces
+    of regions and of calls may differ.
+    Its forward takes the captured tensors in order and returns the output's leaves as a list.
+    """
+    graph = compiled.captured.graph_module.graph
+    builder = _Builder(compiled)
+    for node in graph.nodes:
+        builder.ensure(node)
+    _drop_unused(builder.graph)
+    return fx.GraphModule(builder.root, builder.graph, class_name=compiled.captured.name)
+
+
+class _Builder:
+    """`root` maps the paths that the new graph names to parameters and region submodules."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        self.source = compiled.captured.graph_module
+        self.graph = fx.Graph()
+        self.root: dict[str, Any] = {}
+        self.region_of = {n: f for f in compiled.fused for n in f.region.nodes}
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.names: dict[str, int] = {}
+        # Placeholders keep their order whatever needs them first.
+        for node in self.source.graph.find_nodes(op="placeholder"):
+            self._copy(node)
+
+    def ensure(self, node: fx.Node) -> None:
+        """Add `node`, or the region that it stands in, after everything that it needs."""
+        if node in self.made:
+            return
+        fused = self.region_of.get(node)
+        if fused is not None:
+            self._region(fused)
+            return
+        for needed in node.all_input_nodes:
+            self.ensure(needed)
+        self._copy(node)
+
+    def _copy(self, node: fx.Node) -> None:
+        copied = self.graph.node_copy(node, self.made.__getitem__)
+        copied.meta["rewritten"] = node.name
+        self.made[node] = copied
+        if node.op == "get_attr":
+            owner, _, leaf = str(node.target).rpartition(".")
+            self.root[str(node.target)] = getattr(self.source.get_submodule(owner), leaf)
+
+    def _region(self, fused: FusedRegion) -> None:
+        region = fused.region
+        extracted = extract(region.outputs, region.inputs, fused.name)
+        given = (*region.inputs, *extracted.size_nodes)
+        for needed in given:
+            self.ensure(needed)
+        k = self.names.get(fused.name, 0)
+        self.names[fused.name] = k + 1
+        name = f"{fused.name}_{k}"
+        self.root[name] = extracted.module
+        args = tuple(self.made[n] for n in given)
+        call = self.graph.create_node("call_module", name, args, name=name)
+        call.meta["val"] = tuple(n.meta["val"] for n in region.outputs)
+        call.meta["kernels"] = [k.kernel.name for k in fused.kernels]
+        for k, output in enumerate(region.outputs):
+            piece = self.graph.call_function(g.GETITEM, (call, k))
+            piece.meta = {**output.meta, "rewritten": output.name}
+            self.made[output] = piece
+        for node in region.nodes:
+            self.made.setdefault(node, call)
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("output", "placeholder"):
+            graph.erase_node(node)
+
+
+def readable(graph: fx.Graph) -> str:
+    """Return a graph as text, one call a line, types left out."""
+    return re.sub(r"\[num_users=\d+\]", "", str(graph))

@@ -1,0 +1,122 @@
+"""`turbotx.optimize`: a module, a module class or a function becomes a faster one.
+
+In: something that is called with tensors. Out: the same thing to its caller, captured at the
+first call of each kind (which arguments, dtypes, ranks, flags) for any sizes afterwards::
+
+    fast = turbotx.optimize(model)
+    fast(input_ids=ids, attention_mask=mask)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+
+from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
+from turbotx.engine.callables import Held, as_module
+from turbotx.engine.drop_in import OptimizedModule, original_of
+from turbotx.engine.engine import Engine
+from turbotx.engine.subclassing import make_twin, optimize_class, optimize_in_place, renew_engine
+from turbotx.errors import InputError, OptionsError
+from turbotx.options import Options, make_options
+
+T = TypeVar("T")
+
+
+def _optimize_function(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    module = as_module(function)
+    engine = Engine(module, options)
+    held = Held(function)
+    held.register(module)
+
+    @functools.wraps(function)
+    def optimized(*args: Any, **kwargs: Any) -> Any:
+        nonlocal held
+        if left_to_pytorch():
+            return function(*args, **kwargs)
+        if held.have_changed():
+            held = Held(function)
+            held.register(module)
+            engine.reset()
+        try:
+            return engine(args, kwargs)
+        except LeftToPyTorch:
+            return function(*args, **kwargs)
+
+    optimized.stats = engine.stats  # type: ignore[attr-defined]
+    optimized.reserve = engine.reserve  # type: ignore[attr-defined]
+    optimized.refresh = engine.refresh  # type: ignore[attr-defined]
+    optimized._engine = engine  # type: ignore[attr-defined]
+    return optimized
+
+
+def engine_of(target: Any) -> Engine:
+    """Return the engine behind anything that `optimize` made, or made of anything it takes.
+
+    A plain module or function gets an engine of default options, which nothing else uses. Raises
+    InputError for a class, OptionsError for what `optimize` does not take.
+    """
+    if inspect.isclass(target):
+        raise InputError(f"an instance is needed, not a class: make one of {target.__name__} first")
+    name = "_turbotx_engine" if isinstance(target, OptimizedModule) else "_engine"
+    found = getattr(target, name, None)
+    return found if isinstance(found, Engine) else engine_of(optimize(target))
+
+
+@overload
+def optimize(
+    target: nn.Module, /, *, in_place: bool = False, **options: Any
+) -> OptimizedModule: ...
+@overload
+def optimize(target: Callable[..., T], /, **options: Any) -> Callable[..., T]: ...
+@overload
+def optimize(target: None = None, /, **options: Any) -> Callable[[Any], Any]: ...
+def optimize(target: Any = None, /, *, in_place: bool = False, **options: Any) -> Any:
+    """Return `target` made faster: an nn.Module, an nn.Module class or a function of tensors.
+
+    Also a decorator, bare or with options (see `turbotx.options.Options`). Capture happens at the
+    first call; any batch size and sequence length is served by it afterwards. Outputs have the
+    model's own structure and belong to the caller.
+
+    A module becomes an object of a subclass of its own class, which shares its state: parameters,
+    attributes and hooks are the same in both, and methods such as `generate` go through turbotx
+    wherever they call the model; what they run in PyTorch is said by an EagerWarning, once a
+    reason, and counted in `stats()["eager_calls"]`. in_place: change the given module itself.
+
+    Raises OptionsError for an unknown option; the first call raises CaptureError where the model
+    cannot be traced, and any call raises TrainingError in training mode or where an input
+    requires grad.
+    """
+    chosen = make_options(**options)
+    if target is None:
+        return lambda real: optimize(real, in_place=in_place, **options)
+    if isinstance(target, torch.jit.ScriptModule):
+        raise OptionsError(
+            f"{type(target).__name__} is TorchScript, whose code PyTorch runs by itself: give "
+            "turbotx.optimize the module that it was made from"
+        )
+    if isinstance(target, nn.Module):
+        return _optimize_module(target, chosen, in_place)
+    if in_place:
+        raise OptionsError(f"in_place=True is for an nn.Module, and this is {target!r}")
+    if inspect.isclass(target) and issubclass(target, nn.Module):
+        return optimize_class(target, chosen)
+    if callable(target) and not inspect.isclass(target):
+        return _optimize_function(target, chosen)
+    raise OptionsError(
+        f"turbotx.optimize takes an nn.Module, an nn.Module class or a function, not {target!r}"
+    )
+
+
+def _optimize_module(module: nn.Module, options: Options, in_place: bool) -> Any:
+    if in_place:
+        return optimize_in_place(module, options)
+    original = original_of(module)
+    if isinstance(original, OptimizedModule):
+        return renew_engine(module, options)
+    return make_twin(original, options)

@@ -1,0 +1,152 @@
+"""State guard: whether what a capture read of Python's state still holds, asked at every call.
+
+In: the record of a capture. Out: one native look at the dicts, lists and closures that the record
+came from; only where one was touched are its entries compared, and where those are equal, as after
+`model.eval()` once more or a counter that nobody reads, the look is armed again::
+
+    guard.holds()  ->  False;  str(guard.difference())  ->  "encoder.scale was 1.0, is 5.0"
+"""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+import threading
+import types
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+from turbotx.capture.module_state.record import Difference, StateRecord
+from turbotx.runtime.dict_watch import DictWatch, find_mechanism
+from turbotx.runtime.tensor_watch import Watch, make_watch
+
+
+class StateGuard:
+    """One capture's record, with a watch over it; thread-safe."""
+
+    def __init__(self, record: StateRecord, library: Future[ctypes.CDLL | None]) -> None:
+        """library: where the native look comes from; until it is there, every call compares."""
+        self._record = record
+        self._library: Future[ctypes.CDLL | None] | None = library
+        self._lock = threading.RLock()
+        self._everything = range(len(record.places))
+        self._compared: list[int] = []
+        self._failed: int | None = None
+        self._watch: DictWatch | None = None
+        self._users: list[list[int]] = []
+        self._tensors: Watch | None = None
+        self._with_tensors: list[int] = []
+        # Sets have no version, and are seldom: each with what was in it.
+        self._sets: tuple[list[set[Any]], list[set[Any]]] = ([], [])
+        self._with_sets: list[int] = []
+        self._arm()
+        self._failed = record.differing(self._everything)  # what changed before it was watched
+
+    def holds(self) -> bool:
+        """Tell whether all that the trace read is as it was."""
+        watch = self._watch
+        if watch is not None and not self._compared and watch.first_touched(0) < 0:
+            tensors = self._tensors
+            same = all(map(operator.eq, *self._sets))
+            if same and (tensors is None or not tensors.changed()):
+                return self._failed is None
+        with self._lock:
+            return self._compare()
+
+    def is_untouched(self) -> bool:
+        """Tell whether no container was touched since it was last looked at; False where what a
+        call writes is read as well, so that `accept_own` is not to be asked."""
+        watch = self._watch
+        return (
+            watch is not None and not self._record.changed_by_calls and watch.first_touched(0) < 0
+        )
+
+    def accept_own(self) -> None:
+        """Take what was touched since `is_untouched` for what the call itself wrote, which the
+        trace never read."""
+        with self._lock:
+            watch = self._watch
+            i = -1 if watch is None else watch.first_touched(0)
+            while watch is not None and i >= 0:
+                watch.accept(i)()
+                i = watch.first_touched(i + 1)
+
+    def difference(self) -> Difference | None:
+        """Return what `holds` found to differ."""
+        failed = self._failed
+        return None if failed is None else self._record.difference(failed)
+
+    def _compare(self) -> bool:
+        record = self._record
+        if self._failed is not None:
+            if record.differing((self._failed,)) is not None:
+                return False
+            self._failed = None
+        if self._watch is None:
+            self._arm()
+            self._failed = record.differing(self._everything)
+            return self._failed is None
+        also = (*self._compared, *self._with_tensors, *self._with_sets)
+        self._failed = record.differing(also)
+        if self._failed is not None:
+            return False
+        return self._compare_touched(self._watch)
+
+    def _compare_touched(self, watch: DictWatch) -> bool:
+        """Compare what lies in the containers that were touched; go on with them where it holds."""
+        accepted: list[Callable[[], None]] = []
+        renewed = False
+        i = watch.first_touched(0)
+        while i >= 0:
+            accept = watch.accept(i)  # before it is read: what changes from now on is seen
+            self._failed = self._record.differing(self._users[i])
+            if self._failed is not None:
+                return False
+            renewed |= not all(map(self._record.look_again, self._users[i]))
+            accepted.append(accept)
+            i = watch.first_touched(i + 1)
+        if renewed:  # an equal container lies where another one was
+            self._arm()
+            self._failed = self._record.differing(self._everything)
+            return self._failed is None
+        for accept in accepted:
+            accept()
+        if self._tensors is not None and self._tensors.changed():
+            self._arm()  # what a parameter holds is no part of the record
+        return True
+
+    def _arm(self) -> None:
+        """Watch the containers as they are."""
+        library = self._library
+        if library is None or not library.done():
+            return
+        native = library.result()
+        locate = None if native is None else find_mechanism(native)
+        if native is None or locate is None:
+            self._library = None
+            return
+        looks = self._record.looks
+        users: dict[int, list[int]] = {}
+        dicts: dict[int, dict[Any, Any]] = {}
+        cells: dict[int, types.CellType] = {}
+        lists: dict[int, list[Any]] = {}
+        tensors: dict[int, torch.Tensor] = {}
+        for i, look in enumerate(looks):
+            dicts |= look.dicts
+            cells |= look.cells
+            lists |= look.lists
+            tensors |= look.tensors
+            for key in (*look.dicts, *look.cells, *look.lists):
+                users.setdefault(key, []).append(i)
+        watch = DictWatch(native, locate, [*dicts.values()], [*lists.values()], [*cells.values()])
+        self._users = [users[id(x)] for x in watch.watched]
+        self._compared = [i for i, look in enumerate(looks) if look.unversioned]
+        self._with_tensors = [i for i, look in enumerate(looks) if look.tensors]
+        sets = [*{id(x): x for look in looks for x in look.sets.values()}.values()]
+        self._sets = (sets, [set(x) for x in sets])
+        self._with_sets = [i for i, look in enumerate(looks) if look.sets]
+        self._tensors = make_watch(native, [*tensors.values()]) if tensors else None
+        self._watch = watch

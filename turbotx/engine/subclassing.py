@@ -1,0 +1,292 @@
+"""Subclassing: the class that stands in front of a model's own, for one object or for a class.
+
+In: a module, in place or not, or a module class. Out: an object that shares the module's state and
+runs through turbotx, or a subclass whose instances do::
+
+    make_twin(bert, Options())  ->  a BertModel, as OptimizedModule
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import inspect
+import sys
+import types
+import weakref
+from collections.abc import Hashable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from turbotx.capture.composition import left_to_pytorch
+from turbotx.engine.drop_in import OptimizedModule, original_of, tolerate
+from turbotx.engine.engine import Engine
+from turbotx.engine.parts import calls_of_parts, path_to_model
+from turbotx.errors import TrainingError
+from turbotx.options import Options
+
+OWN_NAMES = ("stats", "reserve", "refresh", "graph", "_engine")
+"""What turbotx adds; where the model's class has something of that name, the model's stays."""
+
+
+def make_twin(model: nn.Module, options: Options) -> Any:
+    """Return another object with the state of `model`, through turbotx; `model` stays as it was."""
+    made = _make_class(model, model, options, in_place=False)
+    twin: Any = object.__new__(made)
+    object.__setattr__(twin, "__dict__", model.__dict__)
+    weakref.finalize(twin, _let_go, made).atexit = False
+    return twin
+
+
+def optimize_in_place(model: nn.Module, options: Options) -> Any:
+    """Return `model` itself, whose calls run through turbotx from now on."""
+    if isinstance(model, OptimizedModule) and "_turbotx_in_place" in vars(type(model)):
+        type(model)._turbotx_engine = _make_engine(model._turbotx_engine.model, options)
+        return model
+    made = _make_class(model, _view(model, type(model)), options, in_place=True)
+    model.__class__ = made
+    weakref.finalize(model, _let_go, made).atexit = False
+    return model
+
+
+def optimize_class(cls: type[nn.Module], options: Options) -> type[nn.Module]:
+    """Return a subclass whose instances' calls run through turbotx; they are made as before."""
+
+    def engine_of_instance(self: Any) -> Engine | None:
+        found = self.__dict__.get("_turbotx_own_engine")
+        return _own_engine(self, made, options) if found is None else found
+
+    def state(self: Any) -> Any:
+        below = getattr(super(made, self), "__getstate__", None)
+        found = self.__dict__ if below is None else below()
+        if not isinstance(found, dict):
+            return found
+        return {k: v for k, v in found.items() if k != "_turbotx_own_engine"}
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        found = super(made, self).__reduce_ex__(protocol)
+        if found[0] is copyreg.__newobj__ and type(self) is made and not _is_importable(made):  # type: ignore[attr-defined]
+            return _instance_of, (cls, options), *found[2:]
+        return found
+
+    body = {
+        "_turbotx_engine": property(engine_of_instance),
+        "_turbotx_options": options,
+        "__getstate__": state,
+        "__reduce_ex__": reduce,
+    }
+    made: Any = _new_class(cls, body, ())
+    return made
+
+
+def renew_engine(instance: Any, options: Options) -> Any:
+    """Return an instance of a subclass of a decorated class itself, with those options from now."""
+    own = instance._turbotx_engine
+    renewed = instance.__dict__["_turbotx_own_engine"] = _make_engine(own.model, options)
+    renewed.calls_forward = own.calls_forward
+    return instance
+
+
+def _own_engine(instance: Any, made: type, options: Options) -> Engine | None:
+    """Make the engine of an instance of a decorated class, or of a subclass of one."""
+    own = type(instance)
+    if own is made:
+        plain = made.__mro__[2]
+    else:
+        plain = type(own.__name__, (own,), {"_turbotx_made": True, "_turbotx_engine": None})
+        plain.__module__, plain.__qualname__ = own.__module__, own.__qualname__
+    engine = _make_engine(_view(instance, plain), options)
+    engine.calls_forward = engine.calls_forward and own.forward is made.forward  # type: ignore[attr-defined]
+    instance.__dict__["_turbotx_own_engine"] = engine
+    return engine
+
+
+# --- classes ---
+
+
+def _make_engine(plain: nn.Module, options: Options) -> Engine:
+    engine = Engine(plain, options)
+    tolerate(engine)
+    return engine
+
+
+def _make_class(model: nn.Module, plain: nn.Module, options: Options, in_place: bool) -> type:
+    """Return a subclass of the class of `model` for one object: it holds that object's engine,
+    which runs `plain`, the same state as an object of the model's own class."""
+
+    def again(copied: nn.Module, self: Any) -> Any:
+        return _optimized_again(copied, self._turbotx_engine.options, in_place)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        engine = self._turbotx_engine
+        return _optimized_again, (engine.model, engine.options, in_place)
+
+    body: dict[str, Any] = {
+        # No function here may hold the engine: a class is freed late, and the engine at once.
+        "_turbotx_engine": _make_engine(plain, options),
+        "__repr__": lambda self: f"turbotx.optimize({self._turbotx_engine.model!r})",
+        "__copy__": lambda self: again(copy.copy(self._turbotx_engine.model), self),
+        "__deepcopy__": lambda self, memo: again(
+            copy.deepcopy(self._turbotx_engine.model, memo), self
+        ),
+        "__reduce_ex__": reduce,
+    }
+    if in_place:
+        body["_turbotx_in_place"] = True
+    return _new_class(type(model), body, _names_of(model))
+
+
+def _new_class(cls: type, body: dict[str, Any], names: Any) -> Any:
+    """Return the subclass; `names`: what instances have that no class knows of, submodules too."""
+    for name in OWN_NAMES:
+        if hasattr(cls, name):
+            body[name] = inspect.getattr_static(cls, name)
+    for name, parts in calls_of_parts(cls, names).items():
+        body[name] = _telling(getattr(cls, name), name, parts)
+    if hasattr(cls, "get_encoder"):
+        body["get_encoder"] = _optimized_part(cls.get_encoder)
+    body["forward"] = functools.wraps(cls.forward)(_copy_of(OptimizedModule.forward))  # type: ignore[attr-defined]
+    body |= {"__doc__": cls.__doc__, "__module__": cls.__module__, "_turbotx_made": True}
+    bases = (OptimizedModule, cls)
+    made: Any = types.new_class(cls.__name__, bases, {}, lambda space: space.update(body))
+    made.__qualname__ = cls.__qualname__
+    return made
+
+
+def _copy_of(function: Any) -> Any:
+    return types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__,
+        function.__closure__,
+    )  # fmt: skip
+
+
+def _names_of(model: nn.Module) -> dict[str, Any]:
+    """Return what `nn.Module.__getattr__` would find, less what lies in the instance itself."""
+    return {**model._parameters, **model._buffers, **model._modules}
+
+
+def _view(model: nn.Module, cls: type) -> nn.Module:
+    """Return another object of the same state, of that class."""
+    made: nn.Module = object.__new__(cls)
+    object.__setattr__(made, "__dict__", model.__dict__)
+    return made
+
+
+def _let_go(made: Any) -> None:
+    """Free a class's engine with its object: classes are in circles, and would keep it for long."""
+    made._turbotx_engine = None
+
+
+def _optimized_again(model: nn.Module, options: Options, in_place: bool) -> Any:
+    return (optimize_in_place if in_place else make_twin)(model, options)
+
+
+def _instance_of(cls: type[nn.Module], options: Options) -> Any:
+    return object.__new__(_class_of_copies(cast(Hashable, cls), options))
+
+
+@functools.cache
+def _class_of_copies(cls: Hashable, options: Options) -> type:
+    return optimize_class(cast(type[nn.Module], cls), options)
+
+
+def _is_importable(cls: type) -> bool:
+    found: Any = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is cls
+
+
+# --- methods ---
+
+
+def _telling(method: Any, name: str, parts: list[str]) -> Any:
+    """Return a method that says once which submodules it runs by itself, past turbotx."""
+
+    @functools.wraps(method)
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = self._turbotx_engine
+        plain = [p for p in parts if not isinstance(getattr(self, p, None), OptimizedModule)]
+        if engine is not None and plain and not left_to_pytorch():
+            listed = ", ".join(f"self.{p}" for p in plain)
+            engine.count_eager(
+                f"{type(self).__name__}.{name} runs {listed} by itself, in PyTorch: optimize that "
+                f"too, as in model.{plain[0]} = turbotx.optimize(model.{plain[0]})"
+            )
+        return method(self, *args, **kwargs)
+
+    return told
+
+
+def _optimized_part(method: Any) -> Any:
+    """Return `get_encoder` of transformers' models, by which `generate` runs the encoder, with that
+    encoder optimized."""
+
+    @functools.wraps(method)
+    def get(self: Any, *args: Any, **kwargs: Any) -> Any:
+        part, engine = method(self, *args, **kwargs), self._turbotx_engine
+        if engine is None or not isinstance(part, nn.Module) or part.__dict__ is self.__dict__:
+            return part
+        if isinstance(part, OptimizedModule) or left_to_pytorch():
+            return part
+        known = engine.parts.get("encoder")
+        if known is None or known.__dict__ is not part.__dict__:
+            known = engine.parts["encoder"] = make_twin(part, engine.options)
+            tolerate(known._turbotx_engine, always=True)
+        return known
+
+    return get
+
+
+# --- wrappers ---
+
+
+def _run_around(
+    self: Any, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[bool, Any]:
+    """Run a wrapper whose call was refused in PyTorch, around its model through turbotx.
+
+    That is for calls whose tensors all come inside of something, as the features that a
+    SentenceTransformer passes from part to part and writes to. Returns whether it was one.
+    """
+    engine = self._turbotx_engine
+    if isinstance(error, TrainingError) or any(
+        isinstance(x, torch.Tensor) for x in (*args, *kwargs.values())
+    ):
+        return False, None
+    path = path_to_model(engine.model)
+    inner = engine.model.get_submodule(".".join(path))
+    if not path or isinstance(inner, OptimizedModule):
+        return False, None
+    part = engine.parts.get("model")
+    if part is None or part.__dict__ is not inner.__dict__:
+        part = engine.parts["model"] = make_twin(inner, engine.options)
+        part._turbotx_engine.tolerates = engine.tolerates
+    views: list[tuple[nn.Module, nn.Module]] = []
+    view: Any = _view_around(engine.model, path, part, views)
+    try:
+        return True, (view.forward if engine.calls_forward else view)(*args, **kwargs)
+    finally:
+        for module, seen in views:  # what the call has set
+            module.__dict__.update({k: v for k, v in seen.__dict__.items() if k != "_modules"})
+
+
+def _view_around(
+    module: nn.Module, path: tuple[str, ...], part: nn.Module,
+    views: list[tuple[nn.Module, nn.Module]],
+) -> nn.Module:  # fmt: skip
+    """Return an object like `module` with `part` in the place of what the path leads to."""
+    name, *rest = path
+    child = module._modules[name]
+    inside = _view_around(cast(nn.Module, child), tuple(rest), part, views) if rest else part
+    view = object.__new__(type(original_of(module)))
+    state = {**module.__dict__, "_modules": {**module._modules, name: inside}}
+    object.__setattr__(view, "__dict__", state)
+    views.append((module, view))
+    return cast(nn.Module, view)
+
+
+OptimizedModule._turbotx_run_around = _run_around

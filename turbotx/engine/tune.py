@@ -1,0 +1,209 @@
+"""Tune: the schedules of a program's kernels, timed on its device with a call's own data.
+
+In: a GPU program, tensors, a timer. Out: for each kernel and length the fastest schedule found, and
+what it gains::
+
+    tune_program(program, dims, tensors, time_launches)  ->  [Found("fused_add_layer_norm", ...)]
+
+Where norms can be folded there are two programs, which are timed as wholes (`tune_norms`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from turbotx.engine.pipeline import Compiled
+from turbotx.errors import TurbotxError
+from turbotx.kernels.schedule_selector import FOLDED, STORED
+from turbotx.kernels.tuned import GAIN, search
+from turbotx.runtime.cuda.parts import Part
+from turbotx.runtime.cuda.program import CudaGraphProgram
+from turbotx.runtime.cuda.runtime import CudaRuntime
+from turbotx.runtime.cuda.weight_copies import WeightCopies
+from turbotx.runtime.device import Device
+from turbotx.runtime.executable import Binding
+
+# Launches inside the graph that is timed, at least, and replays of it.
+REPEAT, REPLAYS = 50, 5
+
+
+@dataclass(frozen=True)
+class Found:
+    """One kernel at one length: the schedule it had and the fastest, in microseconds a launch.
+
+    bucket: the lengths that the schedule is kept for. A GEMM's schedule may be "cublas", and its
+    length is the number of tokens. Of norms it is "folded" or "stored", and times are of all
+    launches.
+    """
+
+    kernel: str
+    digest: str
+    length: int
+    bucket: str
+    before: str
+    best: str
+    before_us: float
+    best_us: float
+    tried: int
+
+
+Timer = Callable[[Device, Callable[[], None], int], float]
+
+
+def time_launches(device: Device, launch: Callable[[], None], repeat: int = REPEAT) -> float:
+    """Microseconds of one launch among `repeat` in a CUDA graph: the least of several replays."""
+
+    def body() -> None:
+        for _ in range(repeat):
+            launch()
+
+    graph = device.recorder().capture(body)
+    graph.replay()
+    taken = []
+    for _ in range(REPLAYS):
+        begin = device.clock()
+        graph.replay()
+        end = device.clock()
+        taken.append(device.elapsed(begin, end) / 1e3 / repeat)
+    return min(taken)
+
+
+@dataclass(frozen=True)
+class _Tunable:
+    """A family of kernels, a launch that takes it, and where its search begins."""
+
+    family: Any
+    launch: int
+    length: int
+    start: Any
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.family.structure(), self.family.bucket(self.length)
+
+    def step(self, schedule: Any) -> Sequence[Any]:
+        return self.family.neighbours(schedule, self.length)
+
+
+def tune_program(
+    program: CudaGraphProgram, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
+    timer: Timer = time_launches, progress: Callable[[str], None] = lambda what: None,
+) -> list[Found]:  # fmt: skip
+    """Time every kernel and GEMM of a program at one shape; nobody else may use it meanwhile."""
+    runtime, binding = program.runtime, program.bind(dims)
+    tunables: dict[tuple[str, str], _Tunable] = {}
+    for i, family in runtime.families.items():
+        one = _Tunable(family, i, *family.chosen(binding.sizes))
+        if one.key[0]:
+            tunables.setdefault(one.key, one)
+    found = []
+    with torch.no_grad(), runtime.device.active(), program.used(binding, tensors) as run:
+        first = ((t.family, [t.start, *t.step(t.start)]) for t in tunables.values())
+        _build(runtime, (f.at(s, binding.sizes) for f, schedules in first for s in schedules))
+        for tunable in tunables.values():
+            progress(tunable.family.name)
+            with WeightCopies(runtime, tunable.launch, *run, binding.sizes) as copies:
+                found.append(_tune_one(runtime, binding, tunable, copies, timer))
+    return found
+
+
+def _tune_one(
+    runtime: CudaRuntime, binding: Binding, tunable: _Tunable, copies: WeightCopies, timer: Timer
+) -> Found:
+    """Search one family's schedules, on weights that come from memory."""
+    family = tunable.family
+
+    def measure(schedules: Sequence[Any]) -> list[float]:
+        candidates = [family.at(s, binding.sizes) for s in schedules]
+        _build(runtime, candidates)
+        return [_time(runtime, tunable.launch, parts, copies, timer) for parts in candidates]
+
+    best, times = search(tunable.start, tunable.step, measure)
+    return Found(
+        family.name, tunable.key[0], tunable.length, tunable.key[1], family.tag(tunable.start),
+        family.tag(best), times[tunable.start], times[best], len(times),
+    )  # fmt: skip
+
+
+def _build(runtime: CudaRuntime, candidates: Iterable[Sequence[Part]]) -> None:
+    """Build and load the kernels of candidates, in parallel; `_time` finds those that cannot be."""
+    with suppress(TurbotxError):
+        runtime.load([p.job for parts in candidates for p in parts if p.job is not None])
+
+
+def tune_call(
+    compiled: Compiled, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
+    timer: Timer = time_launches, progress: Callable[[str], None] = lambda what: None,
+) -> list[Found]:  # fmt: skip
+    """Time every kernel and GEMM of a call at one shape, with norms folded and stored."""
+    found: dict[tuple[str, str], Found] = {}
+    for twin in compiled.specializations:
+        assert isinstance(twin.program, CudaGraphProgram)
+        for f in tune_program(twin.program, dims, tensors, timer, progress):
+            found.setdefault((f.digest, f.bucket), f)
+    return list(found.values())
+
+
+def tune_norms(
+    compiled: Compiled, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
+    timer: Timer = time_launches,
+) -> list[Found]:  # fmt: skip
+    """Time a call at one shape with norms stored and folded, whole; nothing where only one is there
+    to be timed. Its tiles should have been tuned before."""
+    if len(compiled.specializations) < 2:
+        return []
+    times: dict[str, float] = {}
+    for tag, twin in zip((STORED, FOLDED), compiled.specializations, strict=True):
+        program = twin.program
+        assert isinstance(program, CudaGraphProgram)
+        runtime, binding = program.runtime, program.bind(dims)
+        with torch.no_grad(), runtime.device.active(), program.used(binding, tensors) as used:
+            table, state = used
+            run = partial(runtime.run, table, binding.sizes, state)
+            times[tag] = timer(runtime.device, lambda run=run: run(), REPEAT)  # type: ignore[misc]
+    share = compiled.specializations[1].program.share
+    assert share is not None
+    before = FOLDED if share.holds(dims) else STORED
+    other = STORED if before == FOLDED else FOLDED
+    best = other if times[other] < times[before] * (1 - GAIN) else before
+    bucket = share.bucket(dims)
+    return [
+        Found(
+            "norms", share.structure, bucket, str(bucket), before, best,
+            times[before], times[best], len(times),
+        )
+    ]  # fmt: skip
+
+
+def _time(
+    runtime: CudaRuntime, i: int, parts: Sequence[Part], copies: WeightCopies, timer: Timer
+) -> float:
+    """Return the time of one candidate, infinity where the device cannot run it."""
+
+    def launch() -> None:
+        runtime.queue(i, parts, copies.table, copies.turn())
+
+    try:
+        launch()  # loads it, outside of any capture
+        copies.restore()
+        return timer(runtime.device, launch, max(REPEAT, copies.count))
+    except TurbotxError:
+        return math.inf
+    finally:
+        copies.restore()
+
+
+def gains(found: Sequence[Found]) -> dict[str, dict[str, str]]:
+    """Return the schedules that are worth keeping: those that beat the ones chosen before."""
+    kept: dict[str, dict[str, str]] = {}
+    for f in found:
+        if f.best != f.before:
+            kept.setdefault(f.digest, {})[f.bucket] = f.best
+    return kept

@@ -1,0 +1,221 @@
+"""What the passes ask of an fx node and how they add one.
+
+In: nodes of a captured graph, whose `meta["val"]` is a FakeTensor. Out: shapes as sympy
+expressions over the named dims, and new nodes with the same metadata, for example::
+
+    shape(node)  ->  (batch, seq, 384)
+    emit(graph, aten.permute.default, node, (0, 2, 1))
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import re
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+
+from turbotx.ir.expr import ONE, Expr, expr, name_functions
+
+GETITEM = operator.getitem
+# Beginnings of paths in stack traces; torch's own graph passes give theirs without a folder.
+_FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
+_NOT_THE_USERS = (*(f"{folder}{os.sep}" for folder in _FOLDERS), "torch/")
+
+_names: weakref.WeakKeyDictionary[ShapeEnv, dict[sympy.Symbol, sympy.Symbol]]
+_names = weakref.WeakKeyDictionary()
+_ones: weakref.WeakKeyDictionary[ShapeEnv, dict[Expr, bool]]
+_ones = weakref.WeakKeyDictionary()
+
+
+def remember_names(
+    graph_module: fx.GraphModule, symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> None:
+    """Make `shape` speak of the named dims wherever this graph's symbols appear."""
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
+            _names.setdefault(value.fake_mode.shape_env, {}).update(symbols)
+            return
+
+
+def _rename(value: Expr, shape_env: ShapeEnv | None, whole: bool) -> Expr:
+    """Return a value over the named dims; what is no `whole` number is left as it is, since to
+    expand a float made of sizes is to round it elsewhere."""
+    if value.is_Integer or shape_env is None:
+        return value
+    renamed = shape_env.replace(value).xreplace(_names.get(shape_env, {}))
+    return sympy.expand(name_functions(renamed)) if whole else renamed
+
+
+def tensor(node: fx.Node) -> torch.Tensor:
+    """Return the node's fake tensor; raise TypeError when it does not produce one."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{node.format_node()} does not produce one tensor")
+    return value
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_size(node: fx.Node) -> bool:
+    """Tell whether a call gives a number made of sizes: it reads no element of its arguments."""
+    value = node.meta.get("val")
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def is_random(node: fx.Node) -> bool:
+    """Tell whether a call draws random numbers: it means something else every time, and moves the
+    generator that later draws, and the user's own, go on from."""
+    if node.op != "call_function":
+        return False
+    return draws(node.target, node.args, node.kwargs)
+
+
+def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether an op draws random numbers when it is called with these arguments.
+
+    PyTorch tags what may draw: dropout draws where it trains, attention where it has dropout.
+    """
+    if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
+        return False
+    given = {a.name: kwargs.get(a.name, a.default_value) for a in target._schema.arguments}
+    given |= {a.name: v for a, v in zip(target._schema.arguments, args, strict=False)}
+    if any(given.get(name, True) is False for name in ("train", "training")):
+        return False
+    chances = ("p", "dropout") if "dropout" in target._opname else ("dropout", "dropout_p")
+    return all(given.get(name, 1) != 0 for name in chances)
+
+
+def shape(node: fx.Node) -> tuple[Expr, ...]:
+    """Return the node's shape over the named dims."""
+    value = tensor(node)
+    return tuple(size(s, value) for s in value.shape)
+
+
+def strides(node: fx.Node) -> tuple[Expr, ...]:
+    """Return the strides, in elements, that eager would give the node's tensor."""
+    value = tensor(node)
+    return tuple(size(s, value) for s in value.stride())
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    return tensor(node).dtype
+
+
+def size(value: Any, of: torch.Tensor | None = None) -> Expr:
+    """Return a number, a symbolic one or a node that stands for one, as an expression."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    if isinstance(value, (int, float, sympy.Basic)):
+        return expr(value)
+    if isinstance(value, torch.SymInt) and _is_one(value):
+        return ONE
+    return _rename(expr(value), value.node.shape_env, isinstance(value, torch.SymInt))
+
+
+def is_negative(value: Any) -> bool:
+    """Tell whether a position, an int or a node that stands for one, counts from the end.
+
+    Tracing has decided it wherever the position matters; 32 - seq is negative or not by that.
+    """
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    if isinstance(value, torch.SymInt):
+        if statically_known_true(value >= 0) or statically_known_true(value < 0):
+            return statically_known_true(value < 0)
+        return bool(expr(value).could_extract_minus_sign())
+    return value is not None and bool(value < 0)
+
+
+def _is_one(value: torch.SymInt) -> bool:
+    """Tell whether what tracing assumed makes a size 1: it then broadcasts, whatever it is called.
+
+    seq // 2 is 1 where tracing has branched on seq < 4, say.
+    """
+    whole, shape_env = value.node.expr, value.node.shape_env
+    if whole.is_Integer or whole.is_Symbol:
+        return bool(whole == 1)
+    known = _ones.setdefault(shape_env, {})
+    if whole not in known:
+        known[whole] = statically_known_true(value == 1)
+    return known[whole]
+
+
+def fake(value: Any) -> Any:
+    """Return an argument with every node replaced by its fake value."""
+    return fx.node.map_arg(value, lambda n: n.meta["val"])
+
+
+def emit(like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """Append `target(*args, **kwargs)` at the insertion point, with its fake value computed.
+
+    `like` is the call that it stands for: the new node takes over where that came from.
+    """
+    name = getattr(getattr(target, "overloadpacket", target), "__name__", None)
+    node = like.graph.create_node("call_function", target, args, kwargs, name=name)
+    sources = [n for n in node.all_input_nodes if is_tensor(n)]
+    if not sources:
+        raise TypeError(f"{target} has no tensor argument")
+    # Composite ops written in C++ would look at symbolic sizes and fix them to the example's.
+    with sources[0].meta["val"].fake_mode, enable_python_dispatcher(), torch.no_grad():
+        node.meta["val"] = target(*fake(args), **fake(kwargs))
+    _keep_origin(like, node)
+    return node
+
+
+def emit_piece(like: fx.Node, pieces: fx.Node, k: int) -> fx.Node:
+    """Append `pieces[k]`, one tensor of a split."""
+    node = like.graph.call_function(GETITEM, (pieces, k))
+    node.meta["val"] = pieces.meta["val"][k]
+    _keep_origin(like, node)
+    return node
+
+
+def _keep_origin(old: fx.Node, new: fx.Node) -> None:
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
+
+
+def place_of(node: fx.Node) -> str:
+    """Return file:line of the user's source for a call, "" where it is not known.
+
+    Lines of torch's own modules, and of turbotx, are the user's only through their callers.
+    """
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return next((f"{f}:{n}" for f, n in reversed(frames) if not f.startswith(_NOT_THE_USERS)), "")
+
+
+def replace(node: fx.Node, new: fx.Node) -> None:
+    """Give every use of `node` to `new` and erase `node`; `new` takes over where it came from."""
+    _keep_origin(node, new)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """Return an ATen op's argument by its schema name, wherever it was passed."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for position, formal in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if formal.name == name:
+            if position < len(node.args) and not formal.kwarg_only:
+                return node.args[position]
+            return formal.default_value if formal.has_default_value() else default
+    raise KeyError(f"{node.target} has no argument {name!r}")

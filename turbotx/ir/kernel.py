@@ -1,0 +1,266 @@
+"""The frozen types of everything after partition, with their grammar at the top.
+
+    kernel  := Kernel(name, params, axes, body)       one launch; prints as Triton and as C++
+    params  := Param(name, dtype, shape, role)*       tensors by address, sizes by value
+    axes    := parallel Axis* row Axis*               reductions run over the row axes
+    body    := (Load | Index | Constant | Compute | Reduce | Scan | Store)*   in dependency order
+    Load    := value = param[access]                  converted to its compute dtype
+    Compute := value = primitive(value*)              see ops.PRIMITIVES
+    Reduce  := value+ = reduction(value*) over all row axes; the results do not vary over them
+    Scan    := value = scan(value) over all row axes, first to last; its place itself included
+    Store   := param[access] = value
+
+Extents, strides and offsets are sympy expressions over the captured dims; offsets are also over
+the axes' own symbols and, for gathers, over the symbols of integer values (`%v3`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import sympy
+import torch
+
+from turbotx.ir.expr import Expr, product
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A loop: `name`, number of iterations, and "parallel" or "row" (reduced over)."""
+
+    name: str
+    extent: Expr
+    kind: str = "parallel"
+
+    @property
+    def symbol(self) -> sympy.Symbol:
+        return axis_symbol(self.name)
+
+
+def axis_symbol(name: str) -> sympy.Symbol:
+    return sympy.Symbol(f"@{name}", integer=True, nonnegative=True)
+
+
+def value_symbol(name: str) -> sympy.Symbol:
+    """Return the symbol that stands for an integer value inside an offset (a gathered index)."""
+    return sympy.Symbol(f"%{name}", integer=True)
+
+
+@dataclass(frozen=True)
+class Param:
+    """A tensor argument: `role` is "in" or "out"; shape is that of the whole tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[Expr, ...]
+    role: str
+
+    @property
+    def nbytes(self) -> Expr:
+        return product(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Access:
+    """Where a param is touched: `offset` in elements; `mask` names a bool value or is None.
+
+    A masked-off load reads nothing and gives zero; a masked-off store writes nothing.
+    """
+
+    param: str
+    offset: Expr
+    mask: str | None = None
+
+    def stride(self, axis: Axis) -> Expr | None:
+        """Return the elements between neighbours along `axis`; None where it is not constant."""
+        step = sympy.diff(self.offset, axis.symbol)
+        return None if step.has(axis.symbol) or step.has(sympy.Derivative) else step
+
+
+@dataclass(frozen=True)
+class Load:
+    result: str
+    access: Access
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Index:
+    """An integer computed from the loop position: `result` = expr, as int64."""
+
+    result: str
+    value: Expr
+    dtype: torch.dtype = torch.int64
+
+
+@dataclass(frozen=True)
+class Constant:
+    result: str
+    value: bool | int | float
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Compute:
+    result: str
+    op: str
+    args: tuple[str, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Reduce:
+    results: tuple[str, ...]
+    op: str
+    args: tuple[str, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Scan:
+    result: str
+    op: str
+    args: tuple[str, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Check:
+    """An index that must satisfy 0 <= value < limit; a kernel that meets another one reports it."""
+
+    value: str
+    limit: Expr
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
+class Store:
+    access: Access
+    value: str
+
+
+Statement: TypeAlias = Load | Index | Constant | Compute | Reduce | Scan | Check | Store
+
+
+def results_of(s: Statement) -> tuple[str, ...]:
+    """Return the names of the values that a statement makes."""
+    if isinstance(s, Reduce):
+        return s.results
+    return () if isinstance(s, (Store, Check)) else (s.result,)
+
+
+def values_in(value: Expr) -> list[str]:
+    """Return the names of the integer values in an offset."""
+    return sorted(s.name[1:] for s in value.free_symbols if s.name[0] == "%")
+
+
+def needs_of(s: Statement) -> list[str]:
+    """Return the names of the values that a statement uses."""
+    if isinstance(s, (Compute, Reduce, Scan)):
+        return list(s.args)
+    if isinstance(s, (Load, Store)):
+        value = [s.value] if isinstance(s, Store) else []
+        mask = [s.access.mask] if s.access.mask else []
+        return [*value, *values_in(s.access.offset), *mask]
+    if isinstance(s, Check):
+        return [s.value, *([s.mask] if s.mask else [])]
+    return values_in(s.value) if isinstance(s, Index) else []
+
+
+def rename(s: Statement, names: Mapping[str, str]) -> Statement:
+    """Return the statement with values renamed (the symbols in offsets are the caller's)."""
+
+    def new(name: str) -> str:
+        return names.get(name, name)
+
+    if isinstance(s, Reduce):
+        return replace(s, results=tuple(map(new, s.results)), args=tuple(map(new, s.args)))
+    if isinstance(s, (Compute, Scan)):
+        return replace(s, result=new(s.result), args=tuple(map(new, s.args)))
+    if isinstance(s, Check):
+        return replace(s, value=new(s.value), mask=new(s.mask) if s.mask else None)
+    if isinstance(s, (Load, Store)) and s.access.mask:
+        s = replace(s, access=replace(s.access, mask=new(s.access.mask)))
+    if isinstance(s, Store):
+        return replace(s, value=new(s.value))
+    return replace(s, result=new(s.result))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One fused kernel, independent of any target and of any concrete shape.
+
+    sources: the ATen calls it computes, for the header of its printed source.
+    """
+
+    name: str
+    params: tuple[Param, ...]
+    axes: tuple[Axis, ...]
+    body: tuple[Statement, ...]
+    sources: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> tuple[Axis, ...]:
+        return tuple(a for a in self.axes if a.kind == "parallel")
+
+    @property
+    def columns(self) -> tuple[Axis, ...]:
+        return tuple(a for a in self.axes if a.kind == "row")
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The names of the dims it needs by value, sorted."""
+        found: set[str] = set()
+        for value in self.expressions():
+            found |= {s.name for s in value.free_symbols if s.name[0] not in "@%"}
+        return tuple(sorted(found))
+
+    def expressions(self) -> Iterator[Expr]:
+        for axis in self.axes:
+            yield axis.extent
+        for statement in self.body:
+            if isinstance(statement, (Load, Store)):
+                yield statement.access.offset
+            elif isinstance(statement, Index):
+                yield statement.value
+            elif isinstance(statement, Check):
+                yield statement.limit
+
+    def varies_over(self) -> dict[str, frozenset[str]]:
+        """Return, for each value, the names of the axes that it varies over."""
+        varies: dict[str, frozenset[str]] = {}
+        reduced = frozenset(a.name for a in self.columns)
+
+        def of(value: Expr) -> frozenset[str]:
+            names: frozenset[str] = frozenset()
+            for symbol in value.free_symbols:
+                if symbol.name[0] == "@":
+                    names |= {symbol.name[1:]}
+                elif symbol.name[0] == "%":
+                    names |= varies[symbol.name[1:]]
+            return names
+
+        for s in self.body:
+            if isinstance(s, Load):
+                mask = varies[s.access.mask] if s.access.mask else frozenset()
+                varies[s.result] = of(s.access.offset) | mask
+            elif isinstance(s, Index):
+                varies[s.result] = of(s.value)
+            elif isinstance(s, Constant):
+                varies[s.result] = frozenset()
+            elif isinstance(s, Compute):
+                varies[s.result] = frozenset().union(*(varies[a] for a in s.args))
+            elif isinstance(s, Reduce):
+                kept = frozenset().union(*(varies[a] for a in s.args)) - reduced
+                varies.update(dict.fromkeys(s.results, kept))
+            elif isinstance(s, Scan):
+                varies[s.result] = reduced.union(*(varies[a] for a in s.args))
+        return varies
+
+    def digest(self) -> str:
+        """Return a digest of the structure: equal kernels of different layers are one build."""
+        shown = (self.params, self.axes, self.body)
+        return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]

@@ -1,0 +1,214 @@
+"""Where a view's elements lie in the tensor that holds them.
+
+In: an fx node that is a chain of views. Out: its `Layout`: the root node that owns the memory,
+and shape, strides and offset in elements of the root, all symbolic, or None where the view
+cannot be expressed by strides (then it must be computed by a kernel). Example::
+
+    layout_of(permute(view(linear)))  ->  root linear, strides (1152*seq, 32, 1152, 1), offset 384
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import ONE, ZERO, Expr, dim, divide, expr, product
+from turbotx.ir.views import VIEWS, input_index, is_view, view_source
+
+aten = torch.ops.aten
+PERMUTATIONS = (aten.permute.default, aten.transpose.int, aten.t.default)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A strided window on a root: sizes and strides per dim and the offset, in elements."""
+
+    root: fx.Node
+    shape: tuple[Expr, ...]
+    strides: tuple[Expr, ...]
+    offset: Expr
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self.offset == 0 and self.strides == contiguous_strides(self.shape)
+
+
+def contiguous_strides(shape: Sequence[Expr]) -> tuple[Expr, ...]:
+    """Return the strides of a dense row-major tensor, 0 for dims of size 1."""
+    strides: list[Expr] = []
+    step: Expr = ONE
+    for extent in reversed(shape):
+        strides.append(ZERO if extent == 1 else step)
+        step = product((step, extent))
+    return tuple(reversed(strides))
+
+
+def root_layout(node: fx.Node) -> Layout:
+    """Return the layout of a node that owns its memory: dense, or the user's own for parameters."""
+    shape = g.shape(node)
+    strides = contiguous_strides(shape)
+    if node.op == "get_attr":
+        given = g.strides(node)
+        strides = tuple(ZERO if n == 1 else s for n, s in zip(shape, given, strict=True))
+    return Layout(node, shape, strides, ZERO)
+
+
+def layout_of(node: fx.Node) -> Layout | None:
+    """Return the node's layout over its root, or None where strides cannot express it."""
+    if not is_view(node) or not g.is_tensor(node):
+        return root_layout(node)
+    layout = layout_with_copies(node)
+    return None if is_view(layout.root) else layout
+
+
+def layout_with_copies(node: fx.Node) -> Layout:
+    """Return the node's layout where views that strides cannot express are copies: then its root
+    is the last such view below it, dense. What is merged only to be split again needs no copy."""
+    if not is_view(node) or not g.is_tensor(node):
+        return root_layout(node)
+    nested = _nest(node)
+    flat = None if nested is None else nested.flat()
+    if flat is not None:
+        return flat
+    below = layout_with_copies(view_source(node))
+    if VIEWS[node.target] != "reshape":
+        return _affine(node, below)
+    strides = reshape_strides(below, g.shape(node))
+    if strides is None:
+        return root_layout(node)
+    return Layout(below.root, g.shape(node), strides, below.offset)
+
+
+# A dim that takes several strides: (extent, stride) from the outermost.
+Factors = tuple[tuple[Expr, Expr], ...]
+
+
+@dataclass(frozen=True)
+class _Nested:
+    """A window whose dims may each take several strides: (batch, seq * 4, 16) of (batch, seq, 64)
+    in rows of 128 is ((batch, 128 * seq)), ((seq, 128), (4, 16)), ((16, 1))."""
+
+    root: fx.Node
+    dims: tuple[Factors, ...]
+    offset: Expr
+
+    @staticmethod
+    def of(layout: Layout) -> _Nested:
+        pairs = zip(layout.shape, layout.strides, strict=True)
+        return _Nested(layout.root, tuple(((n, s),) for n, s in pairs), layout.offset)
+
+    def flat(self) -> Layout | None:
+        """Return the same with one stride a dim, or None where one does not do."""
+        if any(len(factors) > 1 for factors in self.dims):
+            return None
+        pairs = [factors[0] if factors else (ONE, ZERO) for factors in self.dims]
+        shape, strides = tuple(n for n, _ in pairs), tuple(s for _, s in pairs)
+        return Layout(self.root, shape, strides, self.offset)
+
+
+def _nest(node: fx.Node) -> _Nested | None:
+    """Return a chain of views as strides, several a dim where need be; None if that is not enough.
+
+    Nested strides as in CuTe's layouts (NVIDIA CUTLASS 3).
+    """
+    if not is_view(node) or not g.is_tensor(node):
+        return _Nested.of(root_layout(node))
+    below = _nest(view_source(node))
+    if below is None:
+        return None
+    if VIEWS[node.target] == "reshape":
+        dims = _regroup([f for factors in below.dims for f in factors], g.shape(node))
+        return None if dims is None else _Nested(below.root, dims, below.offset)
+    flat = below.flat()
+    return _Nested.of(_affine(node, flat)) if flat is not None else _permute(node, below)
+
+
+def _permute(node: fx.Node, below: _Nested) -> _Nested | None:
+    """Return a view that only orders the dims of `below`; None for any other."""
+    if node.target not in PERMUTATIONS:
+        return None
+    rank = len(below.dims)
+    marks = tuple(dim(f"dim_{d}") for d in range(rank))
+    order = input_index(node, marks)
+    return _Nested(below.root, tuple(below.dims[order.index(mark)] for mark in marks), below.offset)
+
+
+def _regroup(factors: list[tuple[Expr, Expr]], shape: Sequence[Expr]) -> tuple[Factors, ...] | None:
+    """Return strides, several a dim where need be, that show a window under another shape."""
+    left = _merge(factors)
+    dims: list[Factors] = []
+    for extent in reversed(shape):
+        taken: list[tuple[Expr, Expr]] = []
+        rest = extent
+        while rest != 1:
+            if not left:
+                return None
+            inner, stride = left.pop()
+            more, outer = divide(rest, inner), divide(inner, rest)
+            if more is not None:
+                taken.append((inner, stride))
+                rest = more
+            elif outer is not None:
+                taken.append((rest, stride))
+                left.append((outer, product((stride, rest))))
+                rest = ONE
+            else:
+                return None
+        dims.append(tuple(_merge(taken[::-1])) or ((ONE, ZERO),))
+    return None if left else tuple(reversed(dims))
+
+
+def _merge(factors: Sequence[tuple[Expr, Expr]]) -> list[tuple[Expr, Expr]]:
+    """Return the factors without those of extent 1, neighbours that are one stride joined."""
+    merged: list[tuple[Expr, Expr]] = []
+    for extent, stride in factors:
+        if extent == 1:
+            continue
+        if merged and (merged[-1][1] - stride * extent).expand() == 0:
+            merged[-1] = (product((merged[-1][0], extent)), stride)
+        else:
+            merged.append((extent, stride))
+    return merged
+
+
+def _affine(node: fx.Node, below: Layout) -> Layout:
+    """Probe the view's index map, which is affine per dim, at zero and at each unit vector."""
+    shape = g.shape(node)
+    zero: list[Any] = [ZERO] * len(shape)
+
+    def flat(index: Sequence[Expr]) -> Expr:
+        inner = input_index(node, tuple(index))
+        terms = (i * s for i, s in zip(inner, below.strides, strict=True))
+        return expr(sum(terms, ZERO)).expand()
+
+    start = flat(zero)
+    strides = []
+    for d, extent in enumerate(shape):
+        unit = list(zero)
+        unit[d] = ONE
+        strides.append(ZERO if extent == 1 else (flat(unit) - start).expand())
+    return Layout(below.root, shape, tuple(strides), (below.offset + start).expand())
+
+
+def reshape_strides(below: Layout, shape: tuple[Expr, ...]) -> tuple[Expr, ...] | None:
+    """Return strides that show `below` under another shape, or None if that needs a copy.
+
+    Merges below's dims where stride[i] == stride[i+1] * size[i+1], then splits them to fit.
+    """
+    pairs = list(zip(below.shape, below.strides, strict=True))
+    dims = _regroup(pairs, shape)
+    if dims is None or any(len(factors) > 1 for factors in dims):
+        return None
+    return tuple(factors[0][1] for factors in dims)
+
+
+def has_plain_rows(layout: Layout) -> bool:
+    """Tell whether a GEMM can read a window as a matrix: rows at one stride, elements adjacent."""
+    depth = layout.shape[-1]
+    flat = reshape_strides(layout, (product(layout.shape[:-1]), depth))
+    return flat is not None and (flat[1] == 1 or depth == 1)

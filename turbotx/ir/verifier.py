@@ -1,0 +1,221 @@
+"""Verify: what must hold of a graph, a kernel and a list of launches, checked apart from the
+stages that make them.
+
+In: a stage's output. Out: nothing, or a VerifyError that names the node, value or launch that
+breaks a rule, for example::
+
+    VerifyError: fused_add_gelu: value 'erf' is used before it is made
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import fx
+
+from turbotx import ir
+from turbotx.errors import VerifyError
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import Expr
+from turbotx.ir.memory_order import by_order
+from turbotx.ir.primitives import PRIMITIVES, REDUCTIONS, SCANS
+from turbotx.ir.views import SPLITS, is_view
+
+
+def check_graph(graph: fx.Graph) -> None:
+    """Every node has its value, every shape speaks of named dims, arguments come before uses."""
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            if source not in seen:
+                raise VerifyError(f"{node.name} uses {source.name}, which comes after it")
+        seen.add(node)
+        if node.op == "output":
+            continue
+        if "val" not in node.meta:
+            raise VerifyError(f"{node.name} ({node.target}) has no value in its metadata")
+        if g.is_tensor(node):
+            _check_dims(node)
+
+
+def check_inputs(graph: fx.Graph, sizes: Sequence[Sequence[Expr]]) -> None:
+    """The inputs still have the sizes of the capture: computing a fake value may fix one."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    for node, wanted in zip(inputs, sizes, strict=True):
+        if g.shape(node) != by_order(wanted, node.meta.get("order")):
+            raise VerifyError(
+                f"{node.name} was captured as {tuple(wanted)}, and is {g.shape(node)} after the "
+                "passes: one of them has fixed a size to the example's"
+            )
+
+
+def _check_dims(node: fx.Node) -> None:
+    for d, extent in enumerate(g.shape(node)):
+        if extent.is_Integer and extent < 0:
+            raise VerifyError(f"{node.name} has the negative size {extent} in dim {d}")
+        if not extent.is_integer:
+            raise VerifyError(f"{node.name} has {extent} in dim {d}, which is no integer")
+
+
+def check_region(nodes: Sequence[fx.Node], outputs: Collection[fx.Node]) -> None:
+    """A region is convex: no path leaves it and comes back; outputs are its own."""
+    inside = set(nodes)
+    for node in outputs:
+        if node not in inside:
+            raise VerifyError(f"the region's output {node.name} is not in the region")
+    after: set[fx.Node] = set()
+    for node in _between(nodes):
+        reached = any(n in after or n in inside for n in node.all_input_nodes)
+        if g.is_size(node):  # known before anything runs
+            continue
+        if node in inside and any(n in after for n in node.all_input_nodes):
+            raise VerifyError(f"a path leaves the region and comes back at {node.name}")
+        if node not in inside and reached and not _is_view_of_inside(node, inside, after):
+            after.add(node)
+
+
+def _between(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    order = list(nodes[0].graph.nodes)
+    places = [order.index(n) for n in nodes]
+    return order[min(places) : max(places) + 1]
+
+
+def _is_view_of_inside(node: fx.Node, inside: set[fx.Node], after: set[fx.Node]) -> bool:
+    """Views of the region's values belong to whoever reads them."""
+    if not is_view(node) and node.target not in SPLITS:
+        return False
+    return not any(n in after for n in node.all_input_nodes)
+
+
+def check_kernel(kernel: ir.Kernel) -> None:
+    """Values are made once and before use; offsets speak of known axes; stores go to outputs."""
+    params = {p.name: p for p in kernel.params}
+    axes = {a.name for a in kernel.axes}
+    if len(params) != len(kernel.params) or len(axes) != len(kernel.axes):
+        raise VerifyError(f"{kernel.name}: two params or two axes have one name")
+    made: dict[str, torch.dtype] = {}
+    stored: set[str] = set()
+    for s in kernel.body:
+        for name in ir.needs_of(s):
+            if name not in made:
+                raise VerifyError(f"{kernel.name}: value {name!r} is used before it is made")
+        for name in ir.results_of(s):
+            if name in made or name in params or name in axes:
+                raise VerifyError(f"{kernel.name}: {name!r} is made twice")
+            made[name] = s.dtype  # type: ignore[union-attr]
+        _check_statement(kernel, s, params, axes, made)
+        if isinstance(s, ir.Store):
+            stored.add(s.access.param)
+    for p in kernel.params:
+        if p.role == "out" and p.name not in stored:
+            raise VerifyError(f"{kernel.name}: the output {p.name!r} is never stored")
+    _check_reductions(kernel)
+
+
+def _check_statement(
+    kernel: ir.Kernel,
+    s: ir.Statement,
+    params: dict[str, ir.Param],
+    axes: set[str],
+    made: dict[str, torch.dtype],
+) -> None:
+    if isinstance(s, (ir.Load, ir.Store)):
+        role = "in" if isinstance(s, ir.Load) else "out"
+        param = params.get(s.access.param)
+        if param is None or param.role != role:
+            raise VerifyError(f"{kernel.name}: {s.access.param!r} is no {role} param")
+    for value in _expressions(s):
+        for symbol in value.free_symbols:
+            if symbol.name[0] == "@" and symbol.name[1:] not in axes:
+                raise VerifyError(f"{kernel.name}: no axis is called {symbol.name[1:]!r}")
+    if isinstance(s, ir.Compute):
+        if s.op not in PRIMITIVES:
+            raise VerifyError(f"{kernel.name}: no primitive is called {s.op!r}")
+        kinds = {made[a] for a in (s.args[1:] if s.op == "where" else s.args)}
+        if len(kinds) > 1:
+            raise VerifyError(f"{kernel.name}: {s.result!r} mixes {sorted(map(str, kinds))}")
+    if isinstance(s, ir.Reduce) and s.op not in REDUCTIONS:
+        raise VerifyError(f"{kernel.name}: no reduction is called {s.op!r}")
+    if isinstance(s, ir.Scan) and s.op not in SCANS:
+        raise VerifyError(f"{kernel.name}: no scan is called {s.op!r}")
+
+
+def _expressions(s: ir.Statement) -> list[Expr]:
+    if isinstance(s, (ir.Load, ir.Store)):
+        return [s.access.offset]
+    if isinstance(s, ir.Index):
+        return [s.value]
+    return [s.limit] if isinstance(s, ir.Check) else []
+
+
+def _check_reductions(kernel: ir.Kernel) -> None:
+    if any(isinstance(s, (ir.Reduce, ir.Scan)) for s in kernel.body) and not kernel.columns:
+        raise VerifyError(f"{kernel.name}: it reduces or scans, and has no row axis")
+
+
+def check_launches(
+    tensors: dict[str, ir.Tensor], launches: Sequence[ir.Launch], returned: Collection[str]
+) -> None:
+    """Everything read was written before, nothing is lost, and a launch's dtypes are its tensors':
+    one that wrote wider elements than the graph says would write over what lies behind."""
+    written = {n for n, t in tensors.items() if t.kind in ("input", "parameter", "prepared")}
+    for launch in launches:
+        for name in launch.reads:
+            if name not in tensors:
+                raise VerifyError(f"{launch.name} reads {name!r}, which does not exist")
+            if name not in written:
+                raise VerifyError(f"{launch.name} reads {name!r} before it is written")
+        for name in launch.writes:
+            kind = tensors[name].kind
+            if kind not in ("intermediate", "output"):
+                raise VerifyError(f"{launch.name} writes {name!r}, which is {kind} memory")
+            written.add(name)
+        _check_inplace_pairs(tensors, launch)
+        _check_dtypes(launch, tensors)
+    for name in returned:
+        if name not in written:
+            raise VerifyError(f"the output {name!r} is never written")
+
+
+_ONE_DTYPE = {"gemm": (0, 1, 2, 3, 4), "attention": (0, 1, 2, 3)}
+"""The args of a launch that are of one dtype: x, weight, bias, out, residual; q, k, v, out."""
+
+
+def _check_dtypes(launch: ir.Launch, tensors: dict[str, ir.Tensor]) -> None:
+    for operand in launch.args:
+        if operand is not None and operand.dtype != tensors[operand.tensor].dtype:
+            made = tensors[operand.tensor].dtype
+            raise VerifyError(
+                f"{launch.name} takes {operand.tensor!r} for {operand.dtype}, and it is {made}"
+            )
+    if isinstance(launch.target, ir.Kernel):
+        for param, operand in zip(launch.target.params, launch.args, strict=True):
+            if operand is not None and operand.dtype != param.dtype:
+                raise VerifyError(
+                    f"{launch.name} reads or writes {operand.tensor!r} as {param.dtype}, and it is "
+                    f"{operand.dtype}"
+                )
+    places = [k for k in _ONE_DTYPE.get(launch.kind, ()) if k < len(launch.args)]
+    if launch.kind == "gemm" and len(launch.args) > 5:
+        places.remove(2)  # a folded norm's part of the bias is in float32
+    operands = [x for k in places if (x := launch.args[k]) is not None]
+    if len({x.dtype for x in operands}) > 1:
+        shown = ", ".join(f"{x.tensor!r} of {x.dtype}" for x in operands)
+        raise VerifyError(f"{launch.name} computes in one dtype, and is given {shown}")
+
+
+def _check_inplace_pairs(tensors: dict[str, ir.Tensor], launch: ir.Launch) -> None:
+    """What may be the same bytes is one thing written and one read, each whole and by one operand
+    only (what a kernel does with the two is checked on its source)."""
+    operands = [a for a in launch.args if a is not None]
+    for out, given in launch.inplace:
+        what = f"{launch.name} may write {out!r} over {given!r}"
+        if out not in launch.writes or given not in launch.reads:
+            raise VerifyError(f"{what}, and does not write the one or read the other")
+        if tensors[out].dtype != tensors[given].dtype:
+            raise VerifyError(f"{what}, of another dtype")
+        for name in (out, given):
+            shown = [a for a in operands if a.tensor == name]
+            if len(shown) != 1 or shown[0].offset != 0:
+                raise VerifyError(f"{what}, and {name!r} is shown {len(shown)} times or in part")

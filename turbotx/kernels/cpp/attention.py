@@ -1,0 +1,133 @@
+"""Attention launches: what the graph fixes about one, and its C++ text, a call of a template.
+
+In: the operands of an attention in the graph. Out: an `AttentionKernel`, the sizes of its launch,
+and one extern "C" function with the uniform signature of every launch::
+
+    args: q, k, v, out, key mask or lengths or null, bias or null
+    sizes: the names in SIZES, in order, strides in elements
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from turbotx import ir
+from turbotx.ir.attention_ops import NO_WINDOW
+from turbotx.ir.expr import ZERO, Expr
+from turbotx.kernels.cpp.printer import STORAGE
+
+# What hides a key beside others, and not where there are no others: any score vanishes in it.
+MOST_HIDDEN = -1e30
+SIZES = (
+    "batch", "heads", "kv_heads", "q_len", "k_len",
+    "q.batch", "q.head", "q.row", "k.batch", "k.head", "k.row", "v.batch", "v.head", "v.row",
+    "out.batch", "out.head", "out.row", "key_mask_stride",
+    "bias_batch", "bias_head", "bias_q", "bias_k",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """What is fixed about an attention launch.
+
+    bias is "none", "boolean", "float32" or "storage" (the dtype of q). keys: "all", "mask" or
+    "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
+    -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
+    with blind_mean the mean of all values. softcap: 0 for none.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    scale: float
+    causal: bool
+    bias: str = "none"
+    keys: str = "all"
+    window: tuple[int, int] = NO_WINDOW
+    blind_nan: bool = False
+    blind_mean: bool = False
+    softcap: float = 0.0
+
+    @property
+    def name(self) -> str:
+        kind = STORAGE[self.dtype].rsplit(":", 1)[-1]
+        causal = "_causal" if self.causal else ""
+        window = "" if self.window == NO_WINDOW else "_window"
+        keys = {"all": "", "mask": "_key_mask", "lengths": "_lengths"}[self.keys]
+        bias = "" if self.bias == "none" else f"_{self.bias}_bias"
+        blind = "_nan" if self.blind_nan else "_mean" if self.blind_mean else ""
+        capped = "_capped" if self.softcap else ""
+        return f"attention_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{capped}{blind}"
+
+
+def describe_attention(
+    operands: tuple[ir.Operand, ir.Operand, ir.Operand, ir.Operand],
+    keys: ir.Operand | None,
+    bias: ir.Operand | None,
+    said: Mapping[str, Any],
+) -> tuple[AttentionKernel, tuple[Expr, ...]]:
+    """Return the kernel of an attention and its launch's sizes.
+
+    operands: q, k, v and out, the last (batch, q_len, heads, head_dim), all with adjacent elements
+    along head_dim. said: the keyword arguments of the call.
+    """
+    q, k, _, out = operands
+    kinds = {torch.bool: "boolean", torch.float32: "float32"}
+    kernel = AttentionKernel(
+        q.dtype,
+        int(q.shape[3]),
+        float(said["scale"]),
+        bool(said.get("causal", False)),
+        "none" if bias is None else kinds.get(bias.dtype, "storage"),
+        "all" if keys is None else "mask" if keys.dtype is torch.bool else "lengths",
+        tuple(said.get("window", NO_WINDOW)),
+        bool(said.get("blind_nan", False)),
+        bool(said.get("blind_mean", False)),
+        float(said.get("softcap", 0.0)),
+    )
+    strides = [s for o in operands[:3] for s in o.strides[:3]]
+    strides += [out.strides[0], out.strides[2], out.strides[1]]
+    strides.append(_broadcast(keys)[0] if kernel.keys == "mask" else ZERO)
+    strides += _broadcast(bias)
+    return kernel, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], *strides)
+
+
+def _broadcast(operand: ir.Operand | None) -> list[Expr]:
+    """Return strides over four dims, 0 where the operand does not vary."""
+    given = () if operand is None else operand.strides
+    return [ZERO] * (4 - len(given)) + list(given)
+
+
+def print_attention(kernel: AttentionKernel, name: str) -> str:
+    """Return the C++ definition of the launch function."""
+    kind = STORAGE[kernel.dtype]
+    fields = [f"  s.{name} = sizes[{i}];" for i, name in enumerate(SIZES)]
+    const = f"static_cast<const {kind}*>"
+    if kernel.keys == "mask":
+        fields.append("  s.key_mask = static_cast<const bool*>(args[4]);")
+    elif kernel.keys == "lengths":
+        fields.append("  s.lengths = static_cast<const int64_t*>(args[4]);")
+    left, right = kernel.window
+    fields += [f"  s.window_left = {left};"] * (left >= 0)
+    fields += [f"  s.window_right = {right};"] * (right >= 0)
+    fields += ["  s.blind_nan = true;"] * kernel.blind_nan
+    fields += [f"  s.hidden = {MOST_HIDDEN!r}f;"] * kernel.blind_mean
+    fields += [f"  s.softcap = {kernel.softcap!r}f;"] * (kernel.softcap != 0)
+    lines = [
+        f'extern "C" int {name}(void* const* args, const int64_t* sizes) {{',
+        "  ttx::AttentionShape s;",
+        *fields,
+        f"  s.scale = {kernel.scale!r}f;",
+        f"  s.causal = {'true' if kernel.causal else 'false'};",
+        "  s.bias = args[5];",
+        f"  s.bias_kind = ttx::Bias::{kernel.bias};",
+        f"  ttx::attention<{kind}, {kernel.head_dim}>(",
+        f"      {const}(args[0]), {const}(args[1]), {const}(args[2]),",
+        f"      static_cast<{kind}*>(args[3]), s);",
+        "  return 0;",
+        "}",
+    ]
+    return "\n".join(lines) + "\n"

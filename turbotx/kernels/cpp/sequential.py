@@ -1,0 +1,124 @@
+"""Sequential: write the single-pass reductions as the steps that a processor takes.
+
+In: a kernel whose reductions may be tuples (mean and m2, largest and total). Out: the same
+function over plain sums, maxima and so on: a row lies in the first-level cache while it is worked
+on, so a second look at it costs no memory traffic, and no accuracy is lost::
+
+    mean, m2 = welford(x)  ->  mean = sum(x) / n;  m2 = sum((x - mean)**2) - sum(x - mean)**2 / n
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from turbotx import ir
+from turbotx.ir.expr import Expr, product
+from turbotx.kernels.cpp.sweeps import Sweeps
+from turbotx.kernels.cpp.tiles import wants_tiles
+
+
+def make_sequential(kernel: ir.Kernel) -> ir.Kernel:
+    """Return the kernel with every tuple reduction taken apart; equal values stay one."""
+    blocks = sums_in_blocks(kernel)
+    body: list[ir.Statement] = []
+    known: dict[tuple[str, tuple[str, ...]], str] = {}
+    renamed: dict[str, str] = {}
+
+    def compute(result: str, op: str, args: tuple[str, ...], dtype: object) -> str:
+        key = (op, args)
+        if key not in known:
+            known[key] = result
+            body.append(ir.Compute(result, op, args, dtype))  # type: ignore[arg-type]
+        return known[key]
+
+    for s in kernel.body:
+        s = _rename(s, renamed)
+        if isinstance(s, ir.Compute):
+            name = compute(s.result, s.op, s.args, s.dtype) if s.op != "cast" else s.result
+            if s.op == "cast":
+                body.append(s)
+            elif name != s.result:
+                renamed[s.result] = name
+        elif isinstance(s, ir.Reduce) and s.op == "welford":
+            made = _moments(s, product([a.extent for a in kernel.columns]), blocks)
+            known.update({(m.op, m.args): m.result for m in made
+                          if isinstance(m, ir.Compute) and m.op != "cast"})  # fmt: skip
+            if blocks:
+                known["sub", (*s.args, s.results[0])] = f"{s.results[0]}_centred"
+            body += made
+        elif isinstance(s, ir.Reduce) and s.op == "softmax":
+            largest, total = s.results
+            (x,) = s.args
+            body.append(ir.Reduce((largest,), "max", (x,), s.dtype))
+            below = compute(f"{largest}_below", "sub", (x, largest), s.dtype)
+            share = compute(f"{largest}_exp", "exp", (below,), s.dtype)
+            body.append(ir.Reduce((total,), "sum", (share,), s.dtype))
+        else:
+            body.append(s)
+    return replace(kernel, body=tuple(body))
+
+
+def equal_block(extent: Expr) -> int | None:
+    """Return a number of columns, several whole vectors, that divides a known extent."""
+    if not extent.is_Integer:
+        return None
+    fitting = [n for n in range(64, 129, 16) if int(extent) % n == 0]
+    return fitting[-1] if fitting else None
+
+
+def sums_in_blocks(kernel: ir.Kernel) -> bool:
+    """Tell whether sums along a row are made of ones in float over blocks of its columns."""
+    if not kernel.columns or equal_block(kernel.columns[-1].extent) is None:
+        return False
+    return not wants_tiles(kernel, Sweeps(kernel))
+
+
+def _moments(s: ir.Reduce, count: Expr, blocks: bool) -> list[ir.Statement]:
+    """Return statements that make mean and m2 of a row, what is one number a row in double.
+
+    What the deviations from the mean add up to tells by how much it was rounded; where its sum was
+    made in blocks, it is taken from the mean. (Else it says more of the deviations' own rounding.)
+    A row of equal numbers has exactly that number as its mean, and 0 as m2.
+    """
+    (mean, m2), (x,), wide = s.results, s.args, torch.float64
+    made: list[ir.Statement] = []
+
+    def compute(name: str, op: str, *args: str, dtype: torch.dtype = wide) -> str:
+        made.append(ir.Compute(name, op, args, dtype))
+        return name
+
+    def total(name: str, value: str) -> str:
+        made.append(ir.Reduce((name,), "sum", (value,), wide))
+        return name
+
+    made.append(ir.Index(f"{mean}_size", count))
+    n = compute(f"{mean}_count", "cast", f"{mean}_size")
+    near = compute(f"{mean}_wide", "div", total(f"{mean}_total", x), n)
+    near = compute(f"{mean}_near" if blocks else mean, "cast", near, dtype=s.dtype)
+    away = compute(f"{mean}_away", "sub", x, near, dtype=s.dtype)
+    square = compute(f"{mean}_square", "mul", away, away, dtype=s.dtype)
+    raw, drift = total(f"{m2}_raw", square), total(f"{mean}_drift", away)
+    off = compute(f"{mean}_off", "div", drift, n)
+    if blocks:
+        again = compute(f"{mean}_again", "cast", near)
+        compute(mean, "cast", compute(f"{mean}_exact", "add", again, off), dtype=s.dtype)
+        # Whoever wants x - mean: `away` is worth keeping, and has been computed.
+        rest = compute(f"{mean}_rest", "cast", off, dtype=s.dtype)
+        compute(f"{mean}_centred", "sub", away, rest, dtype=s.dtype)
+    apart = compute(f"{m2}_apart", "sub", raw, compute(f"{m2}_lost", "mul", drift, off))
+    made.append(ir.Constant(f"{m2}_zero", 0.0, wide))
+    # Squares of tiny numbers are 0, and less than what is lost.
+    compute(m2, "cast", compute(f"{m2}_wide", "maximum", apart, f"{m2}_zero"), dtype=s.dtype)
+    return made
+
+
+def _rename(s: ir.Statement, renamed: dict[str, str]) -> ir.Statement:
+    if isinstance(s, (ir.Compute, ir.Reduce, ir.Scan)):
+        return replace(s, args=tuple(renamed.get(a, a) for a in s.args))
+    if isinstance(s, (ir.Load, ir.Store)) and s.access.mask in renamed:
+        s = replace(s, access=replace(s.access, mask=renamed[s.access.mask]))
+    if isinstance(s, ir.Store):
+        return replace(s, value=renamed.get(s.value, s.value))
+    return s

@@ -1,0 +1,124 @@
+"""Sweeps: which statements stand in which of a row's column loops.
+
+In: a kernel whose reductions are plain ones. Out: for each value the sweep that it waits for; a
+softmax over columns takes three, for example::
+
+    sweep 0: largest = max(x)     sweep 1: total = sum(exp(x - largest))     sweep 2: the store
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from turbotx import ir
+from turbotx.ir.primitives import PRIMITIVES
+
+
+class Sweeps:
+    """A kernel's statements by sweep. `phase` counts the reductions that a value waits for."""
+
+    def __init__(self, kernel: ir.Kernel) -> None:
+        self.kernel = kernel
+        self.varies = kernel.varies_over()
+        self.columns = frozenset(a.name for a in kernel.columns)
+        self.makers = {r: s for s in kernel.body for r in ir.results_of(s)}
+        self.phase = self._phases()
+        ends = (self.of(s) for s in kernel.body if self.in_column(s))
+        self.count = 1 + max(ends, default=0)
+
+    def _phases(self) -> dict[str, int]:
+        phase: dict[str, int] = {}
+        for s in self.kernel.body:
+            below = max((phase[a] for a in ir.needs_of(s)), default=0)
+            for result in ir.results_of(s):
+                phase[result] = below + isinstance(s, ir.Reduce)
+        return phase
+
+    def of(self, s: ir.Statement) -> int:
+        """Return the sweep at whose start everything that a statement needs is known."""
+        return max((self.phase[a] for a in ir.needs_of(s)), default=0)
+
+    def in_column(self, s: ir.Statement) -> bool:
+        """Tell whether a statement belongs inside the column loop."""
+        if isinstance(s, ir.Store):
+            return bool((self.varies[s.value] | axes_in(s)) & self.columns)
+        if isinstance(s, ir.Check):
+            return bool(self.varies[s.value] & self.columns)
+        return isinstance(s, ir.Reduce) or bool(self.varies[ir.results_of(s)[0]] & self.columns)
+
+    def reduces(self, sweep: int) -> list[ir.Reduce]:
+        return [s for s in self.kernel.body if isinstance(s, ir.Reduce) and self.of(s) == sweep]
+
+    def stores(self, sweep: int) -> list[ir.Store]:
+        """Return the stores inside the column loop of a sweep."""
+        return [
+            s for s in self.kernel.body
+            if isinstance(s, ir.Store) and self.in_column(s) and self.of(s) == sweep
+        ]  # fmt: skip
+
+    def row_statements(self, sweep: int) -> list[ir.Statement]:
+        """Return what is the same for the whole row and known before a sweep, in order."""
+        return [s for s in self.kernel.body if not self.in_column(s) and self.of(s) == sweep]
+
+    def scans(self, values: Iterable[str]) -> list[ir.Scan]:
+        """Return the scans among what a column loop computes."""
+        return [s for v in values if isinstance(s := self.makers[v], ir.Scan)]
+
+    def ends(self, sweep: int) -> list[str]:
+        """What a column loop is there for: its reductions' arguments, its stores."""
+        wanted: list[ir.Statement] = [*self.reduces(sweep), *self.stores(sweep)]
+        return [v for s in wanted for v in ir.needs_of(s)]
+
+    def closure(self, ends: Iterable[str], known: Mapping[str, int] = {}) -> list[str]:
+        """Return the column values needed for `ends`, in order; known ones end the search."""
+        found: dict[str, None] = {}
+
+        def visit(v: str) -> None:
+            if v in found or not self.varies[v] & self.columns:
+                return
+            if v not in known:
+                for a in ir.needs_of(self.makers[v]):
+                    visit(a)
+                for check in self.kernel.body:
+                    if isinstance(check, ir.Check) and check.value == v and check.mask:
+                        visit(check.mask)
+            found[v] = None
+
+        for v in ends:
+            visit(v)
+        return list(found)
+
+    def kept(self) -> dict[str, int]:
+        """Values worth keeping in scratch between column loops, and the sweep that makes them."""
+        first: dict[str, int] = {}
+        again: set[str] = set()
+        for sweep in range(self.count if self.columns else 0):
+            needed = self.closure(self.ends(sweep), first)
+            again.update(v for v in needed if v in first)
+            for v in needed:
+                first.setdefault(v, sweep)
+        kept: dict[str, int] = {}
+        for v in [v for v in self.makers if v in again]:
+            made = self.closure([v], kept)
+            if sum(1 if m in kept else cost_of(self.makers[m]) for m in made) > 3:
+                kept[v] = first[v]
+        inner = {a for v in kept for a in self.closure([v]) if a != v}
+        outside = {
+            a for s in self.kernel.body
+            if isinstance(s, (ir.Compute, ir.Reduce, ir.Scan, ir.Store))
+            and not set(ir.results_of(s)) & set(kept)
+            for a in ir.needs_of(s)
+        }  # fmt: skip
+        return {v: k for v, k in kept.items() if v not in inner or v in outside}
+
+
+def axes_in(s: ir.Load | ir.Store) -> set[str]:
+    """Return the names of the axes that a statement's offset moves along."""
+    return {x.name[1:] for x in s.access.offset.free_symbols if x.name[0] == "@"}
+
+
+def cost_of(s: ir.Statement) -> int:
+    """Return the cost of a statement, in adds."""
+    if isinstance(s, ir.Compute):
+        return PRIMITIVES[s.op].cost
+    return 1 if isinstance(s, ir.Load) else 0

@@ -1,0 +1,222 @@
+"""C++ text: statements of a kernel as C++, whatever loops they stand in.
+
+In: statements, values and index expressions. Out: lines of source, for example::
+
+    Compute("exp", "exp", ("sub",), float32)  ->  const float exp = ttx::exp(sub);
+"""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+import torch
+
+from turbotx import ir
+from turbotx.ir.expr import Expr, to_c
+from turbotx.ir.primitives import PRIMITIVES, SCANS
+from turbotx.kernels.cpp.masks import find_hidden
+
+STORAGE = {
+    torch.float32: "float", torch.float64: "double", torch.bfloat16: "ttx::bf16",
+    torch.float16: "ttx::f16", torch.int64: "int64_t", torch.int32: "int32_t",
+    torch.int16: "int16_t", torch.int8: "int8_t", torch.uint8: "uint8_t", torch.bool: "bool",
+}  # fmt: skip
+KEYWORDS = frozenset(
+    [
+        "and",
+        "or",
+        "xor",
+        "not",
+        "bool",
+        "int",
+        "float",
+        "double",
+        "long",
+        "short",
+        "char",
+        "auto",
+        "const",
+        "static",
+        "new",
+        "delete",
+        "this",
+        "if",
+        "else",
+        "for",
+        "while",
+        "do",
+        "switch",
+        "case",
+        "default",
+        "return",
+        "break",
+        "continue",
+        "struct",
+        "class",
+        "enum",
+        "union",
+        "void",
+        "true",
+        "false",
+        "template",
+        "typename",
+        "namespace",
+        "using",
+        "operator",
+        "public",
+        "private",
+        "protected",
+        "signed",
+        "unsigned",
+        "register",
+        "volatile",
+        "inline",
+        "extern",
+        "goto",
+        "try",
+        "catch",
+        "throw",
+        "args",
+        "sizes",
+        "status",
+        "begin",
+        "end",
+        "count",
+        "k",
+        "scratch",
+    ]
+)
+
+
+class Text:
+    """Lines of one function; `makers` maps a value to the statement that makes it."""
+
+    def __init__(self, kernel: ir.Kernel) -> None:
+        self.kernel = kernel
+        self.makers = {r: s for s in kernel.body for r in ir.results_of(s)}
+        self.checks = [s for s in kernel.body if isinstance(s, ir.Check)]
+        self.checked = {c.value for c in self.checks}
+        self.hidden = find_hidden(kernel)
+        self.lines: list[str] = []
+        self.depth = 1
+        self.lane = ""  # what picks a row's running value where several rows go together
+
+    def put(self, line: str) -> None:
+        self.lines.append("  " * self.depth + line)
+
+    def open(self, line: str) -> None:
+        self.put(line + " {")
+        self.depth += 1
+
+    def close(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.depth -= 1
+            self.put("}")
+
+    def loop(self, axis: ir.Axis) -> None:
+        name = var(axis.name)
+        self.open(f"for (int64_t {name} = 0; {name} < {to_c(axis.extent)}; ++{name})")
+
+    def open_block(self, extent: str, size: int) -> str:
+        """Open a loop over blocks of `size` places from `begin` on; return where each ends."""
+        self.open(f"for (int64_t begin = 0; begin < {extent}; begin += {size})")
+        if extent.isdigit() and int(extent) % size == 0:
+            return f"begin + {size}"
+        self.put(f"const int64_t end = begin + {size} < {extent} ? begin + {size} : {extent};")
+        return "end"
+
+    def header(self, name: str) -> None:
+        """Write the signature and name every param and size."""
+        for source in self.kernel.sources:
+            self.lines.append(f"// computes {source}")
+        self.lines.append(f'extern "C" int {name}(void* const* args, const int64_t* sizes) {{')
+        for i, p in enumerate(self.kernel.params):
+            const = "const " if p.role == "in" else ""
+            kind = STORAGE[p.dtype]
+            self.put(f"{const}{kind}* {var(p.name)} = static_cast<{const}{kind}*>(args[{i}]);")
+        for i, size in enumerate(self.kernel.sizes):
+            self.put(f"const int64_t {size} = sizes[{i}];")
+        if self.checks:
+            self.put("int status = 0;")
+
+    def statement(self, s: ir.Statement) -> None:
+        if isinstance(s, ir.Load):
+            read = f"ttx::read({var(s.access.param)} + {self.expr(s.access.offset)})"
+            if s.access.mask:
+                read = f"{var(s.access.mask)} ? {read} : {self.type_of(s.result)}(0)"
+            self._let(s.result, read)
+        elif isinstance(s, ir.Index):
+            self._let(s.result, self.expr(s.value))
+        elif isinstance(s, ir.Constant):
+            value = literal(s.value, s.dtype)
+            self._let(s.result, f"ttx::hidden({value})" if s.result in self.hidden else value)
+        elif isinstance(s, ir.Compute):
+            names = (var(a) for a in s.args)
+            self._let(s.result, PRIMITIVES[s.op].cpp.format(*names, type=STORAGE[s.dtype]))
+        elif isinstance(s, ir.Scan):
+            running = f"{s.result}_so_far{self.lane}"
+            self.put(f"{running} {SCANS[s.op].cpp}= {var(s.args[0])};")
+            self._let(s.result, f"static_cast<{STORAGE[s.dtype]}>({running})")
+        elif isinstance(s, ir.Store):
+            target = f"{var(s.access.param)} + {self.expr(s.access.offset)}"
+            guard = f"if ({var(s.access.mask)}) " if s.access.mask else ""
+            self.put(f"{guard}ttx::write({target}, {var(s.value)});")
+        elif isinstance(s, ir.Check):
+            self._check(s)
+
+    def _check(self, s: ir.Check) -> None:
+        name, number = var(s.value), self.checks.index(s) + 1
+        guard = f"{var(s.mask)} && " if s.mask else ""
+        self.open(f"if ({guard}({name} < 0 || {name} >= {to_c(s.limit)}))")
+        self.put("#pragma omp atomic write")
+        self.put(f"status = {number};")
+        self.put(f"{name} = 0;")
+        self.close()
+
+    def _let(self, name: str, text: str) -> None:
+        const = "" if name in self.checked else "const "
+        self.put(f"{const}{self.type_of(name)} {var(name)} = {text};")
+
+    def type_of(self, name: str) -> str:
+        return STORAGE[self.makers[name].dtype]  # type: ignore[union-attr]
+
+    def expr(self, value: Expr) -> str:
+        plain = {x: sympy.Symbol(var(x.name[1:])) for x in value.free_symbols if x.name[0] in "@%"}
+        return to_c(value.xreplace(plain))
+
+
+def var(name: str) -> str:
+    """Return a C++ identifier for a value, a param or an axis."""
+    return f"{name}_" if name in KEYWORDS else name
+
+
+def literal(value: bool | int | float, dtype: torch.dtype) -> str:
+    kind = STORAGE[dtype]
+    if dtype is torch.bool:
+        return "true" if value else "false"
+    if not dtype.is_floating_point:
+        lowest = dtype is torch.int64 and int(value) == -(2**63)
+        return f"std::numeric_limits<{kind}>::min()" if lowest else f"{kind}({int(value)})"
+    if math.isnan(value):
+        return f"std::numeric_limits<{kind}>::quiet_NaN()"
+    if math.isinf(value):
+        sign = "-" if value < 0 else ""
+        return f"{sign}std::numeric_limits<{kind}>::infinity()"
+    return f"{float(value)!r}{'f' if dtype is torch.float32 else ''}"
+
+
+def start_of(op: str, kind: str) -> str:
+    """Return what a reduction over nothing gives, in C++."""
+    limits = f"std::numeric_limits<{kind}>"
+    real = kind in ("float", "double")
+    return {
+        "sum": "0", "prod": "1", "any": "false", "all": "true",
+        "max": f"-{limits}::infinity()" if real else f"{limits}::lowest()",
+        "min": f"{limits}::infinity()" if real else f"{limits}::max()",
+    }[op]  # fmt: skip
+
+
+def wider(kind: str) -> str:
+    """Return the type in which values, or sums of blocks of them, are summed."""
+    return "double" if kind == "float" else kind

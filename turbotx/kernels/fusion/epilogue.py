@@ -1,0 +1,291 @@
+"""Epilogues: a region that only finishes a GEMM's sums goes into the GEMM's own launch.
+
+In: the fused regions. Out: an `Epilogue` for each region that is one chain from one linear: plus
+bias, an activation, times the factor of a gated layer, plus a residual; for example::
+
+    linear, [add, gelu]          ->  activation(linear + bias), "gelu"
+    linear, [silu, mul] of halves ->  "silu", gated
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import ONE, product
+from turbotx.ir.strides import (
+    Layout,
+    has_plain_rows,
+    layout_of,
+    layout_with_copies,
+    reshape_strides,
+)
+from turbotx.kernels.fusion.fuse import FusedRegion
+from turbotx.passes.partition import Region, op_name, tensor_inputs
+
+aten = torch.ops.aten
+PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
+# In the order of `Activation` in epilogue.h.
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh")
+COMMUTES = frozenset({"add", "mul"})
+X, FACTOR = "x", "factor"
+
+
+def _sorted(op: str, *args: Any) -> tuple[Any, ...]:
+    return (op, *sorted(args, key=repr)) if op in COMMUTES else (op, *args)
+
+
+def _written_out_gelu() -> Any:
+    inner = _sorted("add", X, _sorted("mul", ("pow", X, 3.0), 0.044715))
+    tanh = ("tanh", _sorted("mul", inner, 0.7978845608028654))
+    return _sorted("mul", _sorted("mul", X, 0.5), _sorted("add", tanh, 1.0))
+
+
+# What each activation looks like as calls of one value, in `_form`'s terms.
+FORMS: dict[Any, str] = {
+    X: "none",
+    ("relu", X): "relu",
+    ("gelu", X, "none"): "gelu",
+    ("gelu", X, "tanh"): "gelu_tanh",
+    _written_out_gelu(): "gelu_tanh",
+    ("silu", X): "silu",
+    _sorted("mul", X, ("sigmoid", X)): "silu",
+    ("tanh", X): "tanh",
+}
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What `linear`'s launch does before it stores `output`: activation(linear + bias), times the
+    second half of the columns if `gated`, plus `residual`. nodes: the calls that this replaces."""
+
+    linear: fx.Node
+    output: fx.Node
+    nodes: tuple[fx.Node, ...]
+    bias: fx.Node | None = None
+    activation: str = "none"
+    gated: bool = False
+    residual: fx.Node | None = None
+
+    @property
+    def name(self) -> str:
+        """The launch's name: linear_gelu, linear_silu_mul, linear_add, ..."""
+        parts = ["linear", self.activation if self.activation != "none" else ""]
+        parts += ["mul" if self.gated else "", "add" if self.residual is not None else ""]
+        return "_".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """A norm of rows: kind "layer" or "rms", with eps inside the root."""
+
+    kind: str
+    eps: float
+
+
+@dataclass(frozen=True)
+class GemmKernel:
+    """What is fixed about a GEMM launch: its activation, and whether the second half of the
+    weight's columns multiplies the first.
+
+    norm, residual_norm: what it does to the rows of x and of the residual; stats: whether it leaves
+    statistics of its own rows for those. Such a launch has six arguments more: sums and scales of
+    the weight's rows, x's statistics, gamma and beta for the residual, its statistics, its own.
+    """
+
+    activation: str = "none"
+    gated: bool = False
+    norm: RowNorm | None = None
+    residual_norm: RowNorm | None = None
+    stats: bool = False
+
+    @property
+    def folds(self) -> bool:
+        return self.stats or not self.norm is self.residual_norm is None
+
+
+def find_epilogues(
+    fused: Sequence[FusedRegion], kinds: Mapping[fx.Node, str]
+) -> dict[fx.Node, Epilogue]:
+    """Return the epilogues by their linear. `kinds`: what each node of the graph is."""
+    found: dict[fx.Node, Epilogue] = {}
+    for f in fused:
+        if len(f.region.outputs) != 1:
+            continue
+        for linear in packable_inputs(f, fused, kinds):
+            epilogue = None if linear in found else match_epilogue(f.region, linear, kinds)
+            if epilogue is not None:
+                found[linear] = epilogue
+                break
+    return found
+
+
+def packable_inputs(
+    f: FusedRegion, fused: Sequence[FusedRegion], kinds: Mapping[fx.Node, str]
+) -> list[fx.Node]:
+    """Return the linears that a region may finish: those that no other region's kernels read.
+
+    The last comes first: where there are two, the other one is the residual.
+    """
+    # Another kernel may compute a value of this region again.
+    elsewhere = {n for other in fused if other is not f for k in other.kernels for n in k.operands}
+    found = [n for n in f.region.inputs if n not in elsewhere and is_packable(n, kinds)]
+    return found[::-1]
+
+
+def match_epilogue(
+    region: Region, linear: fx.Node, kinds: Mapping[fx.Node, str]
+) -> Epilogue | None:
+    """Read a region with one output as the end of `linear`; None where it is more than that."""
+    return _Match(region, linear, kinds).run()
+
+
+def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
+    """Tell whether the packed GEMM can do it: constant 2-d weight, rows of x at one stride."""
+    if not g.is_call(node, aten.linear.default):
+        return False
+    x, weight, *rest = node.args
+    bias = rest[0] if rest else None
+    if g.dtype(x) not in PACKABLE or len(g.shape(weight)) != 2:  # type: ignore[arg-type]
+        return False
+    for constant in (weight, bias):
+        layout = None if constant is None else layout_of(constant)  # type: ignore[arg-type]
+        if constant is not None and (
+            layout is None
+            or kinds[layout.root] not in ("parameter", "prepared")
+            or not _is_fixed(layout)
+        ):
+            return False
+    if bias is not None and layout_of(bias).strides != (ONE,):  # type: ignore[arg-type, union-attr]
+        return False
+    layout = layout_with_copies(x)  # type: ignore[arg-type]
+    if not layout.shape:
+        return False
+    return has_plain_rows(layout)
+
+
+def _is_fixed(layout: Layout) -> bool:
+    """Tell whether it is the same part of a weight at all sizes: only that is packed once."""
+    return all(e.is_Integer for e in (*layout.shape, *layout.strides, layout.offset))
+
+
+class _Match:
+    """One attempt to read a region as the end of one linear."""
+
+    def __init__(self, region: Region, linear: fx.Node, kinds: Mapping[fx.Node, str]) -> None:
+        self.region, self.linear, self.kinds = region, linear, kinds
+        self.inside = set(region.nodes)
+        self.seen: set[fx.Node] = set()
+        self.base = linear  # the sums: the linear, or the linear plus its bias
+        self.bias: fx.Node | None = None if len(linear.args) < 3 else linear.args[2]  # type: ignore[assignment]
+
+    def run(self) -> Epilogue | None:
+        (output,) = self.region.outputs
+        dtypes = {g.dtype(n) for n in self.region.nodes}
+        own = g.dtype(self.linear)
+        if not dtypes <= {own, torch.float32} or g.dtype(output) != own or not self._owned():
+            return None
+        self._take_bias()
+        value, residual = self._split_residual(output)
+        form = self._form(value)
+        activation, gated = FORMS.get(form, ""), False
+        match form:
+            case ("mul", gate, "factor") | ("mul", "factor", gate):
+                activation, gated = FORMS.get(gate, ""), True
+        width = g.shape(self.linear)[-1] / (2 if gated else 1)
+        if not activation or self.seen != self.inside or g.shape(output)[-1] != width:
+            return None
+        nodes = (self.linear, *self.region.nodes)
+        return Epilogue(self.linear, output, nodes, self.bias, activation, gated, residual)
+
+    def _owned(self) -> bool:
+        """Tell whether nothing but the region reads the linear."""
+        readers: list[fx.Node] = []
+        views = [self.linear]
+        while views:
+            for user in views.pop().users:
+                (views if self.kinds[user] == "view" else readers).append(user)
+        return all(r in self.inside or self.kinds[r] == "size" for r in readers)
+
+    def _take_bias(self) -> None:
+        """Let the sums be linear + bias, where that is the first thing that happens."""
+        for node in self.region.nodes:
+            if self.bias is not None or not _is_sum(node):
+                continue
+            a, b = node.args
+            for value, bias in ((a, b), (b, a)):
+                if self._leaf(value) == X and self._is_bias(bias):
+                    self.base, self.bias = node, bias  # type: ignore[assignment]
+                    self.seen.add(node)
+                    return
+
+    def _is_bias(self, node: Any) -> bool:
+        if not g.is_tensor(node) or g.shape(node) != g.shape(self.linear)[-1:]:
+            return False
+        layout = layout_of(node)
+        if layout is None or self.kinds[layout.root] not in ("parameter", "prepared"):
+            return False
+        return layout.strides == (ONE,) and g.dtype(node) == g.dtype(self.linear)
+
+    def _split_residual(self, output: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        """Take apart value + residual: a tensor as large as the output that lies in memory."""
+        if not _is_sum(output) or output is self.base:
+            return output, None
+        for value, other in (output.args, output.args[::-1]):
+            layout = layout_of(other) if g.is_tensor(other) else None  # type: ignore[arg-type]
+            if layout is None or layout.root in (self.linear, *self.inside):
+                continue
+            whole = product(g.shape(layout.root)) == product(layout.shape) and layout.is_contiguous
+            if (
+                whole
+                and layout.shape == g.shape(output)
+                and g.dtype(layout.root) == g.dtype(output)
+            ):
+                self.seen.add(output)
+                return value, other  # type: ignore[return-value]
+        return output, None
+
+    def _leaf(self, node: Any) -> str | None:
+        """Return X for a view that shows the sums as they are, or for the first half of a gated
+        layer's columns; FACTOR for the second half."""
+        layout = layout_of(node) if g.is_tensor(node) else None
+        if layout is None or layout.root is not self.base:
+            return None
+        width, columns = g.shape(self.linear)[-1], layout.shape[-1:]
+        if layout.is_contiguous and columns == (width,):
+            return X
+        rows = reshape_strides(layout, (product(layout.shape[:-1]), *columns))
+        if not columns or 2 * columns[0] != width or rows is None or rows != (width, ONE):
+            return None
+        return {0: X, columns[0]: FACTOR}.get(layout.offset)
+
+    def _form(self, node: Any) -> Any:
+        """Return how a value comes from the sums, as nested calls; None for anything else."""
+        if not isinstance(node, fx.Node):
+            return float(node) if isinstance(node, (int, float)) else repr(node)
+        leaf = self._leaf(node)
+        if leaf is not None:
+            return leaf
+        layout = layout_of(node) if g.is_tensor(node) else None
+        if layout is None or layout.root not in self.inside or not layout.is_contiguous:
+            return None
+        root = layout.root
+        self.seen.add(root)
+        if root.target is aten._to_copy.default and set(root.kwargs) == {"dtype"}:
+            return self._form(root.args[0])  # sums are float32 until they are stored
+        extra = [v for k, v in root.kwargs.items() if k != "approximate"]
+        if extra or layout.shape[-1:] != g.shape(root)[-1:]:
+            return None
+        args = [self._form(a) for a in root.args]
+        if root.target is aten.gelu.default:
+            args = [args[0], g.argument(root, "approximate")]
+        return _sorted(op_name(root), *args)
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return g.is_call(node, aten.add.Tensor) and len(tensor_inputs(node)) == 2 and not node.kwargs

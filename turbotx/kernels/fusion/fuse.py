@@ -1,0 +1,229 @@
+"""Fuse: a region becomes one kernel, or the fewest that it needs, with the reasons in words.
+
+In: a `Region`. Out: its `FusedRegion`: kernels in the order they run. Every output is tried in the
+kernels that there are; where a reduction runs over other axes than the rest, its input is cut::
+
+    layer_norm(x).sum(dim=1)  ->  2 kernels: "layer_norm reduces over another axis ..."
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from turbotx.ir.views import is_view
+from turbotx.kernels.fusion.cost import Choice, compare_nbytes, moved_nbytes
+from turbotx.kernels.fusion.horizontal_fusion import stack
+from turbotx.kernels.fusion.sources import describe_sources, find_computed, name_kernel
+from turbotx.kernels.lowering.lower import Lowered, lower
+from turbotx.ops.loop_nest import FusionConflict
+from turbotx.passes.partition import Region, find_levels, kind_of, root_of, tensor_inputs
+
+
+@dataclass
+class FusedRegion:
+    """A region and its kernels. reasons: why it took more than one of them. choices: which values
+    that several need are stored, and which are computed again."""
+
+    region: Region
+    kernels: tuple[Lowered, ...] = ()
+    reasons: list[str] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.kernels[-1].kernel.name if self.kernels else "fused"
+
+
+def fuse(region: Region) -> FusedRegion:
+    """Give the region its kernels: one where possible, otherwise the fewest, with the reasons."""
+    fusing = _Fusing(region)
+    for output in region.outputs:
+        fusing.place(output)
+    fusing.merge_groups()
+    fusing.share_values()
+    kernels = tuple(group.lowered for group in fusing.groups)
+    reasons = fusing.reasons if len(kernels) > 1 else {}
+    return FusedRegion(region, kernels, list(reasons), [str(c) for c in fusing.choices])
+
+
+@dataclass
+class _Group:
+    """The outputs of one kernel, and the kernel."""
+
+    outputs: list[fx.Node]
+    lowered: Lowered
+
+
+class _Fusing:
+    """The kernels of a region while it is being fused, in the order they run."""
+
+    def __init__(self, region: Region) -> None:
+        self.members = set(region.nodes)
+        self.groups: list[_Group] = []
+        self.reasons: dict[str, None] = {}
+        self.choices: list[Choice] = []
+
+    def place(self, node: fx.Node) -> None:
+        """Store a node's value: in the latest kernel that can compute it too, or in a new one."""
+        if any(node in group.outputs for group in self.groups):
+            return
+        refused = ""
+        for k in reversed(range(len(self.groups))):
+            try:
+                self._replace(k, [*self.groups[k].outputs, node])
+                return
+            except FusionConflict as conflict:
+                refused = refused or str(conflict)
+        while True:
+            try:
+                group = self._attempt([node], len(self.groups))
+                break
+            except FusionConflict as conflict:
+                if conflict.node is node:
+                    raise
+                refused = str(conflict)
+                self.place(conflict.node)
+        if refused:
+            self.reasons[refused] = None
+        self.groups.append(group)
+
+    def merge_groups(self) -> None:
+        """Join kernels that only the order of the outputs kept apart."""
+        k = len(self.groups) - 1
+        while k > 0:
+            for j in range(k):
+                try:
+                    self._replace(j, [*self.groups[j].outputs, *self.groups[k].outputs])
+                except FusionConflict:
+                    continue
+                del self.groups[k]
+                break
+            k -= 1
+
+    def share_values(self) -> None:
+        """Store what two kernels compute where the second then moves fewer bytes in all."""
+        for k in range(1, len(self.groups)):
+            for j in range(k):
+                for node in self._shared(j, k):
+                    self._share(node, j, k)
+
+    def _shared(self, j: int, k: int) -> list[fx.Node]:
+        """Return the last values that both kernels compute, on the way to their outputs."""
+        early, late = (
+            find_computed(self.groups[i].outputs, self.members, self._stored(i)) for i in (j, k)
+        )
+        both = set(early) & set(late)
+        own = [n for n in late if n not in both]
+        ends = {root_of(n) for m in own for n in tensor_inputs(m)} & both
+        return [n for n in late if n in ends and n not in self._stored(len(self.groups))]
+
+    def _share(self, node: fx.Node, j: int, k: int) -> None:
+        before = list(self.groups)
+        try:
+            self._replace(j, [*before[j].outputs, node])
+            self._replace(k, before[k].outputs)
+        except FusionConflict:
+            self.groups = before
+            return
+        after, self.groups = self.groups, before
+        moved = [moved_nbytes([x.lowered.kernel for x in way]) for way in (after, before)]
+        choice = Choice(node.name, *moved)
+        self.choices.append(choice)
+        if choice.is_stored:
+            self.groups = after
+
+    def _stored(self, k: int) -> set[fx.Node]:
+        """Return what the kernels before place k store."""
+        return {n for group in self.groups[:k] for n in group.outputs}
+
+    def _replace(self, k: int, outputs: list[fx.Node]) -> None:
+        group = self._attempt(outputs, k)
+        self.groups = [*self.groups[:k], group, *self.groups[k + 1 :]]
+
+    def _attempt(self, outputs: list[fx.Node], k: int) -> _Group:
+        """Lower outputs to the kernel at place k, which may load what those before it store."""
+        stored, inside = self._stored(k), set(outputs)
+
+        def loaded(node: fx.Node) -> bool:
+            if node in inside:
+                return False
+            return node in stored or (not is_view(node) and node not in self.members)
+
+        computed = find_computed(outputs, self.members, stored)
+        name, lines = name_kernel(computed), describe_sources(computed)
+        return _Group(outputs, lower(outputs, loaded, name, lines))
+
+
+def fuse_all(
+    graph: fx.Graph, regions: Sequence[Region], prepared: frozenset[fx.Node]
+) -> list[FusedRegion]:
+    """Fuse every region; neighbours that do the same to other parts of one tensor become one.
+
+    Rotary embedding of queries and of keys, say: two regions of one level that read a common
+    tensor over the same axes, or over axes of which one continues the other's. One kernel reads
+    what they share once, and is one launch.
+    """
+    level = _levels(graph, prepared)
+    done: list[FusedRegion] = []
+    for region in regions:
+        fused = fuse(region)
+        for k, other in enumerate(done):
+            joined = _join(other, fused, level)
+            if joined is not None:
+                done[k] = joined
+                break
+        else:
+            done.append(fused)
+    return done
+
+
+def _join(
+    a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]]
+) -> FusedRegion | None:
+    """Return two regions as one of one kernel, where that is possible."""
+    if not _are_siblings(a, b, level):
+        return None
+    union = _union(a.region, b.region, level)
+    (first,), (second,) = a.kernels, b.kernels
+    joined = fuse(union)
+    if len(joined.kernels) == 1 and _is_better(joined.kernels[0], (first, second)):
+        return joined
+    stacked = stack(first, second) or stack(second, first)
+    return None if stacked is None else FusedRegion(union, (stacked,))
+
+
+def _is_better(one: Lowered, both: tuple[Lowered, Lowered]) -> bool:
+    """Tell whether one kernel moves no more than two, with loops left to run in parallel."""
+    serial = one.kernel.columns and not one.kernel.rows
+    if serial and not all(x.kernel.columns and not x.kernel.rows for x in both):
+        return False
+    return compare_nbytes(moved_nbytes([one.kernel]), moved_nbytes([x.kernel for x in both])) <= 0
+
+
+def _levels(graph: fx.Graph, prepared: frozenset[fx.Node]) -> dict[fx.Node, tuple[int, int]]:
+    """Return how many calls that no kernel computes lie before each node, and its place.
+
+    What one region needs of another always lies at a lower level, so regions of one level are
+    free of each other, whatever is merged.
+    """
+    level = find_levels({n: kind_of(n, prepared) for n in graph.nodes})
+    return {n: (level[n], place) for place, n in enumerate(graph.nodes)}
+
+
+def _are_siblings(a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]]) -> bool:
+    """Tell whether neither needs the other, each is one kernel, and they read a common tensor."""
+    if len(a.kernels) != 1 or len(b.kernels) != 1:
+        return False
+    if max(level[n][0] for n in a.region.nodes) != max(level[n][0] for n in b.region.nodes):
+        return False
+    shared = set(a.region.inputs) & set(b.region.inputs)
+    return any(n.op != "get_attr" for n in shared)
+
+
+def _union(a: Region, b: Region, level: Mapping[fx.Node, tuple[int, int]]) -> Region:
+    nodes = sorted({*a.nodes, *b.nodes}, key=lambda n: level[n][1])
+    outputs = sorted({*a.outputs, *b.outputs}, key=lambda n: level[n][1])
+    return Region(tuple(nodes), tuple(outputs))

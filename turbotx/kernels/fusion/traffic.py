@@ -1,0 +1,127 @@
+"""Traffic: the bytes that a kernel moves, as functions of the shape.
+
+In: an `ir.Kernel` and its schedule. Out: a `Traffic` of sympy expressions in the dims, for example
+for bias + residual + LayerNorm over 384 float32 columns::
+
+    read 3072*batch*seq + 4608, written 1536*batch*seq, compulsory 4608*batch*seq + 4608
+
+Counted is what must come from memory: an element that one program, or a cache, has at hand does
+not come again, so a weight vector counts once. A looped row is read again in every sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from turbotx import ir
+from turbotx.ir.expr import ONE, ZERO, Expr, evaluate, is_nonnegative, product
+from turbotx.kernels.schedule import Schedule, vector_axes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes, in the captured dims.
+
+    read, written: what the kernel's schedule moves. compulsory: every element that it needs, once,
+    and every result, once.
+    """
+
+    read_nbytes: Expr
+    written_nbytes: Expr
+    compulsory_nbytes: Expr
+
+    def at(self, dims: Mapping[str, int]) -> tuple[int, int, int]:
+        """Return the three at concrete dims."""
+        found = (self.read_nbytes, self.written_nbytes, self.compulsory_nbytes)
+        return tuple(evaluate(e, dims) for e in found)  # type: ignore[return-value]
+
+
+def kernel_traffic(kernel: ir.Kernel, schedule: Schedule | None = None) -> Traffic:
+    """Return a kernel's traffic; without a schedule, with its rows in registers."""
+    needed = sum(param_nbytes(kernel).values(), ZERO)
+    written = sum((v for p, v in param_nbytes(kernel).items() if _role(kernel, p) == "out"), ZERO)
+    read = needed - written
+    if schedule is not None and schedule.looped:
+        read = ZERO
+        for sweep in _sweeps(kernel):
+            read += sum(_touched(kernel, sweep).values(), ZERO)
+    return Traffic(sympy.expand(read), sympy.expand(written), sympy.expand(needed))
+
+
+def param_nbytes(kernel: ir.Kernel) -> dict[str, Expr]:
+    """Return the bytes of each param's distinct elements that the kernel loads or stores."""
+    accesses = [s for s in kernel.body if isinstance(s, (ir.Load, ir.Store))]
+    return _touched(kernel, accesses)
+
+
+def _role(kernel: ir.Kernel, name: str) -> str:
+    return next(p.role for p in kernel.params if p.name == name)
+
+
+def _touched(kernel: ir.Kernel, accesses: list[ir.Load | ir.Store]) -> dict[str, Expr]:
+    """Return bytes by param; windows of one tensor that differ by a constant count once each.
+
+    Loads under masks are parts of a whole (halves turned in a rotary embedding, pieces joined by a
+    cat): where the same tensor is read in full beside them, they add nothing.
+    """
+    found: dict[str, Expr] = {}
+    for p in kernel.params:
+        windows: dict[Expr, tuple[Expr, bool]] = {}
+        for s in accesses:
+            if s.access.param == p.name:
+                windows[s.access.offset] = (_distinct(kernel, s.access), s.access.mask is not None)
+        whole = [count for count, masked in windows.values() if not masked]
+        parts = [count for count, masked in windows.values() if masked]
+        total = sum(whole, ZERO) if whole else max(parts, key=str, default=ZERO)
+        if total != 0:
+            found[p.name] = _smaller(total, product(p.shape)) * p.dtype.itemsize
+    return found
+
+
+def _distinct(kernel: ir.Kernel, access: ir.Access) -> Expr:
+    """Return how many elements an access touches: the extents of the axes that it moves along."""
+    varies = kernel.varies_over()
+    names = {s.name[1:] for s in access.offset.free_symbols if s.name[0] == "@"}
+    for value in ir.values_in(access.offset):
+        names |= varies[value]
+    return product([a.extent for a in kernel.axes if a.name in names]) if names else ONE
+
+
+def _smaller(a: Expr, b: Expr) -> Expr:
+    """Return the smaller of two sizes, as one of them where that is known."""
+    if is_nonnegative(sympy.expand(b - a)):
+        return a
+    return b if is_nonnegative(sympy.expand(a - b)) else sympy.Min(a, b)
+
+
+def _sweeps(kernel: ir.Kernel) -> list[list[ir.Load | ir.Store]]:
+    """Return the loads of each walk along a looped row; those of the row alone are in the first."""
+    phase: dict[str, int] = {}
+    makers: dict[str, ir.Statement] = {}
+    ends: dict[int, list[str]] = {}
+    for s in kernel.body:
+        below = max((phase[a] for a in ir.needs_of(s)), default=0)
+        for result in ir.results_of(s):
+            phase[result], makers[result] = below + isinstance(s, ir.Reduce), s
+        if isinstance(s, (ir.Reduce, ir.Store)):
+            ends.setdefault(below, []).extend(ir.needs_of(s))
+    columns = {a.name for a in vector_axes(kernel)}
+    varies = kernel.varies_over()
+    walks: list[list[ir.Load | ir.Store]] = []
+    seen: set[str] = set()
+    for _, todo in sorted(ends.items()):
+        reached: set[str] = set()
+        while todo:
+            value = todo.pop()
+            if value in reached or isinstance(makers[value], ir.Reduce):
+                continue
+            if value in seen and not varies[value] & columns:
+                continue
+            reached.add(value)
+            todo = todo + ir.needs_of(makers[value])
+        seen |= reached
+        walks.append([s for v in reached if isinstance(s := makers[v], ir.Load)])
+    return walks

@@ -1,0 +1,369 @@
+"""Which tiles a GEMM gets, and whether a template should run it at all, by class of device.
+
+In: how many tokens, a `GemmTemplate`, a target. Out: a `GemmLaunch`: the job to compile, its grid
+and its scratch. Tokens count by bucket, so that any stream of lengths needs a handful of builds::
+
+    choose_gemm(template, tokens=40, target="sm_90").schedule
+        ->  GemmSchedule(m_tile=64, n_tile=32, k_tile=128, ..., splits=2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from turbotx.kernels.job import Job
+from turbotx.kernels.triton.compiler import POINTEES, fit_warps
+from turbotx.kernels.triton.gemm import print_triton_gemm
+from turbotx.kernels.triton.gemm_template import (
+    GemmSchedule,
+    GemmTemplate,
+    gemm_arguments,
+    gemm_grid,
+    gemm_scratch,
+)
+from turbotx.kernels.triton.gemm_tiles import known_tiles
+from turbotx.kernels.triton.prefetch import print_prefetch
+from turbotx.kernels.triton.tags import with_tag
+
+# Token counts that are told apart; a count belongs to the first bucket that holds it.
+BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 4096)
+# Steps through k that a part of a split sum should at least make: fewer do not hide memory latency.
+FEWEST_STEPS = 3
+MOST_SPLITS = 8
+MOST_STAGES = 6
+# What a program keeps for them: float32 sums of the parts of one launch, and its tiles' turns.
+SPLIT_SUMS_NBYTES = 1 << 21
+MOST_TURNS = 512
+STRIDES = ("x_row", "w_row", "out_row", "residual_row")
+
+
+@dataclass(frozen=True)
+class DeviceClass:
+    """What the choice of tiles depends on: processors, shared memory for one program, stages that
+    pay. widest: the largest m and n tile whose float32 sums stay in registers, with 8 warps.
+    tflops, tflops_fp32, tb_per_s: dense 16-bit products, ordinary float32 ones, memory.
+    in_flight_nbytes: what must be on its way to keep memory busy; 0: what those stages hold.
+    few_tokens: up to here a library has nothing to win. most_folded: up to here norms are folded;
+    0: expected times decide."""
+
+    processors: int
+    shared_nbytes: int
+    stages: int
+    widest: tuple[int, int] = (128, 128)
+    tflops: float = 300.0
+    tflops_fp32: float = 19.0
+    tb_per_s: float = 2.0
+    in_flight_nbytes: int = 0
+    few_tokens: int = 64
+    most_folded: int = 0
+
+
+# From the vendors' data sheets: A100, H100 SXM, B200, MI300X. In flight: bandwidth times a latency
+# of 650 ns, which is assumed.
+DEVICES = {
+    "sm_80": DeviceClass(108, 160 * 1024, 4, tflops=312.0, tflops_fp32=19.5, tb_per_s=2.0),
+    # H200, BERT-base float16, whole calls in us: 192 tokens 367 by templates and 462 by cuBLAS, 384
+    # the same by either; norms folded and stored 312 and 321 at 128 tokens, 382 and 367 at 192.
+    "sm_90": DeviceClass(132, 224 * 1024, 4, (128, 256), 990.0, 67.0, 3.35, 2_200_000, 256, 128),
+    "sm_100": DeviceClass(148, 224 * 1024, 4, (128, 256), 2250.0, 75.0, 8.0),
+    "gfx942": DeviceClass(304, 64 * 1024, 2, tflops=1307.0, tflops_fp32=163.0, tb_per_s=5.3),
+}
+# What a template reaches of a library's rate where arithmetic is the limit, and what a launch
+# costs inside a CUDA graph. Assumptions, not measured: `turbotx tune` replaces them.
+TEMPLATE_RATE = {2: 0.75, 4: 0.3}
+LAUNCH_US = 2.5
+# Up to here the weight's way through the processors is what takes the time.
+FEW_TOKENS = 64
+# Up to here norms are folded where that is expected to win. Assumed, as the rates are: what a
+# template loses to a library grows with the tokens, and what a norm's kernel costs hardly does.
+MOST_FOLDED = 256
+
+
+@dataclass(frozen=True)
+class GemmLaunch:
+    """A GEMM at a number of tokens: what to compile, on how many programs, with what scratch.
+
+    partial_nbytes: float32 sums of the parts, any contents. turns_nbytes: int32 counters that must
+    be zero, and are again when the launch has ended.
+    """
+
+    job: Job
+    schedule: GemmSchedule
+    grid: tuple[int, int, int]
+    partial_nbytes: int
+    turns_nbytes: int
+
+
+def class_name(target: str) -> str:
+    """Return the class of a target; an NVIDIA GPU of another kind counts as the next older one."""
+    if target in DEVICES:
+        return target
+    number = int(target.removeprefix("sm_")) if target.removeprefix("sm_").isdigit() else 0
+    older = [n for n in DEVICES if n.startswith("sm_") and int(n[3:]) <= number]
+    return older[-1] if older else "sm_80"
+
+
+def device_class(target: str) -> DeviceClass:
+    """Return the numbers of a target's class."""
+    return DEVICES[class_name(target)]
+
+
+def bucket_of(tokens: int) -> int:
+    """Return the bucket of a number of tokens; the last one holds all larger numbers."""
+    return next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
+
+
+def choose_tiles(template: GemmTemplate, tokens: int, target: str) -> GemmSchedule:
+    """Return the tiles for the bucket of `tokens`: a table's that knows the GEMM, or a rule's."""
+    t, bucket = template, bucket_of(tokens)
+    schedule = choose_by_rule(t, bucket, target)
+    if t.dtype.itemsize != 2 or t.flipped or (t.folds and bucket > MOST_FOLDED):
+        return schedule  # the tables' large tiles have no room for a norm: 106 words of 128 x 256
+    tag = known_tiles(class_name(target), bucket, t.n, t.k, t.gated)
+    return schedule if tag is None else with_tag(schedule, tag)
+
+
+def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSchedule:
+    """Return the heuristic's tiles for the bucket of `tokens`.
+
+    For few tokens the weight streams through every processor once: tiles are narrow, and the sums
+    are split until all processors have work. For many, tiles are as large as registers allow.
+    """
+    device, bucket = device_class(target), bucket_of(tokens)
+    size = template.dtype.itemsize
+    if size == 4 and not template.tf32:
+        return _on_ordinary_units(template, bucket, device)
+    if FEW_TOKENS < bucket <= device.few_tokens:
+        return _in_two_tiles(template, bucket, device)
+    m_tile = min(device.widest[0], max(16, bucket)) if bucket <= 256 else device.widest[0]
+    n_tile = _widest_that_fills(template, bucket, m_tile, device)
+    k_tile = 128 if template.k >= 2048 and m_tile * n_tile <= 64 * 64 else 64
+    k_tile = k_tile * 2 // size
+    stages = device.stages
+    while stages > 2 and _held_nbytes(template, m_tile, n_tile, k_tile, stages) > (
+        device.shared_nbytes
+    ):
+        stages -= 1
+    while k_tile > 32 and _held_nbytes(template, m_tile, n_tile, k_tile, stages) > (
+        device.shared_nbytes
+    ):
+        k_tile //= 2
+    # With a norm 128 x 64 took 254 registers of 4 warps on sm_100, and spilled a word.
+    most = 128 * (64 if template.norm != "none" else 128)
+    # Row statistics of 128 x 32 x 64 spilled 12 words there, at 72 registers, and a gate 6; 8 warps
+    # take 56.
+    few = (template.stats or template.gated) and (m_tile, n_tile, k_tile) == (128, 32, 64)
+    warps = 8 if m_tile * n_tile * (1 + template.gated) >= most or few else 4
+    splits = _splits(template, bucket, m_tile, n_tile, k_tile, device)
+    schedule = GemmSchedule(m_tile, n_tile, k_tile, warps, stages, splits)
+    return _keep_busy(template, schedule, bucket, device) if bucket <= FEW_TOKENS else schedule
+
+
+def _keep_busy(
+    template: GemmTemplate, schedule: GemmSchedule, bucket: int, device: DeviceClass
+) -> GemmSchedule:
+    """Take more steps of k at a time, then more stages, until enough of the weight is in flight."""
+    t, s = template, schedule
+    row_nbytes = t.dtype.itemsize * (1 + t.gated)
+    wanted = min(device.in_flight_nbytes, row_nbytes * t.n * t.k)
+    while True:
+        blocks = -(-bucket // s.m_tile) * -(-t.n // s.n_tile) * s.splits
+        together = device.processors * max(1, device.shared_nbytes // shared_nbytes(t, s))
+        steps = min(s.num_stages - 1, -(-t.k // s.k_tile // s.splits))
+        held = min(blocks, together) * steps * s.n_tile * s.k_tile * row_nbytes
+        if held >= wanted:
+            return s
+        if s.k_tile * t.dtype.itemsize < 256:
+            splits = _splits(t, bucket, s.m_tile, s.n_tile, 2 * s.k_tile, device)
+            more = replace(s, k_tile=2 * s.k_tile, splits=splits)
+        else:
+            more = replace(s, num_stages=s.num_stages + 1)
+        if more.num_stages > MOST_STAGES or shared_nbytes(t, more) > device.shared_nbytes:
+            return s
+        s = more
+
+
+def _widest_that_fills(
+    template: GemmTemplate, bucket: int, m_tile: int, device: DeviceClass
+) -> int:
+    """Return the widest n tile that still gives every processor a program; 32 if none does."""
+    widest = device.widest[1] // (2 if template.gated else 1)
+    # Beside a norm, or another activation than a 16-bit GELU, sums of 128 x 256 do not fit: GELU by
+    # erf spilled 20 words. H200, 4096 x 3072 x 768: 40.6 us where 128 x 128 took 48.9.
+    fits = template.activation == "none" or template.light_gelu
+    if m_tile <= 32 or not fits or template.folds:
+        widest = min(widest, 128)
+    for n_tile in (256, 128, 64):
+        tiles = -(-bucket // m_tile) * -(-template.n // n_tile)
+        if n_tile <= widest and tiles >= device.processors:
+            return n_tile
+    return 32
+
+
+def _in_two_tiles(template: GemmTemplate, bucket: int, device: DeviceClass) -> GemmSchedule:
+    """Two or four tiles of 64 tokens, which read the weight from L2 in turn: see `gemm_tiles`."""
+    t, k_tile = template, 64 * 2 // template.dtype.itemsize
+    tiles = -(-bucket // 64) * -(-t.n // 64)
+    n_tile = 64 if 2 * tiles >= device.processors or t.k >= 2048 else 32
+    splits = _splits(t, bucket, 64, n_tile, k_tile, device)
+    stages = 5 if _held_nbytes(t, 64, n_tile, k_tile, 5) <= device.shared_nbytes else 4
+    return GemmSchedule(64, n_tile, k_tile, 8 if t.gated else 4, stages, splits)
+
+
+def _on_ordinary_units(template: GemmTemplate, bucket: int, device: DeviceClass) -> GemmSchedule:
+    """Full float32 products: small tiles, which stay in registers, and little in flight."""
+    m_tile = 16 if bucket <= 16 else 32
+    # 32 x 64 spilled 4 bytes on sm_80 with every part of the epilogue.
+    splits = _splits(template, bucket, m_tile, 32, 32, device)
+    return GemmSchedule(m_tile, 32, 32, 4, 2, splits)
+
+
+def _held_nbytes(template: GemmTemplate, m: int, n: int, k: int, stages: int) -> int:
+    return (m + n * (1 + template.gated)) * k * template.dtype.itemsize * stages
+
+
+def shared_nbytes(template: GemmTemplate, schedule: GemmSchedule) -> int:
+    """Return the shared memory that the tiles in flight take."""
+    s = schedule
+    return _held_nbytes(template, s.m_tile, s.n_tile, s.k_tile, s.num_stages)
+
+
+def _splits(
+    template: GemmTemplate, bucket: int, m_tile: int, n_tile: int, k_tile: int, device: DeviceClass
+) -> int:
+    """Return into how many parts to split k so that the processors have work, one if they do."""
+    tiles = -(-bucket // m_tile) * -(-template.n // n_tile)
+    steps = -(-template.k // k_tile)
+    part_nbytes = 4 * tiles * m_tile * n_tile * (1 + template.gated)
+    splits = 1
+    while (
+        splits < MOST_SPLITS
+        and bucket < BUCKETS[-1]  # which holds any number of tokens
+        and tiles <= MOST_TURNS
+        and tiles * splits * 2 <= device.processors
+        and steps // (splits * 2) >= FEWEST_STEPS
+        and part_nbytes * splits * 2 <= SPLIT_SUMS_NBYTES
+    ):
+        splits *= 2
+    return splits
+
+
+def fits_scratch(template: GemmTemplate, schedule: GemmSchedule, bucket: int) -> bool:
+    """Tell whether a program's scratch holds the split sums of every launch of a bucket."""
+    partial_nbytes, turns_nbytes = gemm_scratch(template, schedule, bucket)
+    if bucket == BUCKETS[-1]:
+        return schedule.splits == 1
+    return partial_nbytes <= SPLIT_SUMS_NBYTES and turns_nbytes <= 4 * MOST_TURNS
+
+
+def choose_gemm(
+    template: GemmTemplate,
+    tokens: int,
+    target: str,
+    schedule: GemmSchedule | None = None,
+    stat_tile: int = 0,
+    divisible: Iterable[str] = STRIDES,
+    name: str | None = None,
+) -> GemmLaunch:
+    """Return how to run a GEMM at `tokens`, by the heuristics unless a schedule is given.
+
+    stat_tile: the columns of each statistic that it reads. divisible: the strides that are
+    multiples of 16.
+    """
+    schedule = schedule or choose_tiles(template, tokens, target)
+    if template.norm != "none":
+        schedule = replace(schedule, stat_tile=stat_tile or template.k)
+    if template.residual_norm != "none":
+        schedule = replace(schedule, residual_tile=stat_tile or template.n)
+    job = gemm_job(template, target, schedule, divisible, name=name)
+    scratch = gemm_scratch(template, schedule, tokens)
+    return GemmLaunch(job, schedule, gemm_grid(template, schedule, tokens), *scratch)
+
+
+def prefers_template(template: GemmTemplate, tokens: int, target: str) -> bool:
+    """Tell whether a template should beat the library's GEMM and a kernel for the epilogue.
+
+    Few tokens: the weight streams through once, and a launch less is what counts. Many: the
+    library's higher rate against the bytes that the separate epilogue moves.
+    """
+    bucket = bucket_of(tokens)  # one answer for all that belong to it
+    if bucket <= device_class(target).few_tokens and not _is_exact(template):
+        return True
+    template_us, library_us = expected_us(template, bucket, target)
+    return template_us < library_us
+
+
+def prefers_folding(
+    plain: Iterable[GemmTemplate], folded: Iterable[GemmTemplate], tokens: int, target: str
+) -> bool:
+    """Tell whether GEMMs that fold norms should beat those of the same model that do not, each run
+    by whoever is faster, and a kernel for each norm."""
+    folded, bucket = list(folded), bucket_of(tokens)
+    if bucket > MOST_FOLDED:
+        return False
+    device = device_class(target)
+    most = device.most_folded or FEW_TOKENS
+    if not any(_is_exact(t) for t in folded) and (bucket <= most or device.most_folded):
+        return bucket <= most
+    rate = device.tb_per_s * 1e6
+    plain_us = sum(min(expected_us(t, bucket, target)) for t in plain)
+    for t in folded:  # a norm's kernel reads the sums and a residual, and writes rows and result
+        plain_us += t.stats * (LAUNCH_US + 4 * t.dtype.itemsize * bucket * t.n / rate)
+    return sum(expected_us(t, bucket, target)[0] for t in folded) < plain_us
+
+
+def _is_exact(template: GemmTemplate) -> bool:
+    return template.dtype.itemsize == 4 and not template.tf32
+
+
+def expected_us(template: GemmTemplate, tokens: int, target: str) -> tuple[float, float]:
+    """Return what a GEMM should take by a template, and by a library and a kernel behind it."""
+    device, size, exact = device_class(target), template.dtype.itemsize, _is_exact(template)
+    width = template.n * (1 + template.gated)
+    rate = device.tflops_fp32 if exact else device.tflops * 2 / size
+    sums_us = 2 * tokens * width * template.k / rate / 1e6
+    moved = size * (
+        width * template.k + tokens * (template.k + template.n * (1 + template.residual))
+    )
+    moved_us = moved / device.tb_per_s / 1e6
+    template_us = max(sums_us / TEMPLATE_RATE[4 if exact else 2], moved_us)
+    library_us = max(sums_us, moved_us)
+    if template.activation != "none" or template.gated or template.residual:
+        again = size * tokens * (2 * width + template.n * (1 + template.residual))
+        library_us += LAUNCH_US + again / device.tb_per_s / 1e6
+    return template_us, library_us
+
+
+def gemm_job(
+    template: GemmTemplate,
+    target: str,
+    schedule: GemmSchedule,
+    divisible: Iterable[str] = STRIDES,
+    unaligned: Iterable[str] = (),
+    name: str | None = None,
+) -> Job:
+    """Return the job that compiles a GEMM; arguments as `gemm_arguments` lists them.
+
+    divisible: strides that are multiples of 16; unaligned: pointers that are no multiples of 16
+    bytes.
+    """
+    kinds = {"storage": f"*{POINTEES[template.dtype]}", "fp32": "*fp32", "i32": "*i32"}
+    given = gemm_arguments(template, schedule)
+    tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
+    multiples = {a for a, kind in given if kind != "size"} - set(unaligned) | set(divisible)
+    prefetch = print_prefetch(template, schedule, {"w_ptr", "w_row"} <= multiples)
+    return Job(
+        name=name or template.name,
+        source=print_triton_gemm(template, schedule, name),
+        target=target,
+        signature=(
+            *((a, kinds.get(kind, "i32")) for a, kind in given),
+            *((tile, "constexpr") for tile, _ in tiles),
+        ),
+        constexprs=tiles,
+        divisible=tuple(a for a, _ in given if a in multiples),
+        num_warps=fit_warps(schedule.num_warps, target),
+        num_stages=schedule.num_stages,
+        before_wait="".join(f"    {line}\n" if line else "\n" for line in prefetch),
+    )

@@ -1,0 +1,162 @@
+"""Tiles of GEMMs and attention: what was asked for or measured, over what the heuristics choose.
+
+In: tags such as "m64n32k128w4s3x2l1p1" (tile, warps, stages, splits of k, and two of
+`GemmSchedule`'s choices), "q64k64w4s2" or "cublas",
+by name or by structure and size. Out: schedules; None where the library's GEMM is to run::
+
+    Tiles((("gemm_float16_768x*", "s4"),), "sm_90", load_tuned("NVIDIA H100")).gemm(template, 40)
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from turbotx.kernels.cpp.attention import AttentionKernel
+from turbotx.kernels.cpp.products import ProductKernel
+from turbotx.kernels.gemm_heuristics import (
+    BUCKETS,
+    bucket_of,
+    choose_tiles,
+    device_class,
+    fits_scratch,
+    prefers_folding,
+    prefers_template,
+    shared_nbytes,
+)
+from turbotx.kernels.schedule import power_above
+from turbotx.kernels.triton.attention import (
+    FEW_QUERIES,
+    choose_attention_schedule,
+)
+from turbotx.kernels.triton.gemm_template import GemmSchedule, GemmTemplate
+from turbotx.kernels.triton.products import choose_product_schedule
+from turbotx.kernels.triton.tags import LIBRARY, PARTS, AttentionTiles, with_tag
+from turbotx.kernels.tuned import Tuned
+
+# What tuning keeps of a program's norms.
+FOLDED, STORED = "folded", "stored"
+# Float32 sums of a tile that a thread may hold.
+MOST_SUMS = 128
+
+
+def structure_of(
+    made: GemmTemplate | AttentionKernel | ProductKernel | tuple[GemmTemplate, ...],
+) -> str:
+    """Return a digest under which tuning keeps what it finds."""
+    return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Chooses for one device. overrides: (pattern of names, tag). gemms, norms: the options."""
+
+    overrides: Sequence[tuple[str, str]]
+    target: str
+    tuned: Tuned
+    gemms: str = "auto"
+    norms: str = "auto"
+
+    def gemm(self, template: GemmTemplate, tokens: int) -> GemmSchedule | None:
+        """Return the tiles for the bucket of `tokens`, or None: the library runs it.
+
+        Sums are split no further than a program's scratch has room for at the bucket. What has a
+        part in a folded norm has no alternative: `folds` has answered for all of it.
+        """
+        bucket = bucket_of(tokens)
+        tags = self._tags(template.name, template, bucket)
+        asked = [tag for tag in tags if tag != LIBRARY]
+        library = tags[-1] == LIBRARY if tags else not prefers_template(
+            template, bucket, self.target
+        )  # fmt: skip
+        if self.gemms == "triton":  # what was measured does not matter, what was asked for does
+            library = self._asked(template.name)[-1:] == [LIBRARY]
+        if (library or self.gemms == LIBRARY) and not template.folds:
+            return None
+        schedule = choose_tiles(template, bucket, self.target)
+        for tag in asked:
+            schedule = with_tag(schedule, tag)
+        while not fits_scratch(template, schedule, bucket):
+            schedule = replace(schedule, splits=schedule.splits // 2)
+        return schedule
+
+    def folds(
+        self, plain: Sequence[GemmTemplate], folded: Sequence[GemmTemplate], tokens: int
+    ) -> bool:
+        """Tell whether a program folds its norms at the bucket of `tokens`.
+
+        plain, folded: the templates of all GEMMs that this makes a difference to.
+        """
+        if self.norms != "auto":
+            return self.norms == "fold"
+        if any(self._asked(t.name)[-1:] == [LIBRARY] for t in folded):
+            return False
+        bucket = bucket_of(tokens)
+        tuned = self.tuned.get(structure_of(tuple(folded)), {}).get(str(bucket))
+        if tuned is not None:
+            return tuned == FOLDED
+        return prefers_folding(plain, folded, bucket, self.target)
+
+    def attention(self, kernel: AttentionKernel | ProductKernel, q_len: int) -> AttentionTiles:
+        """Return the tiles of attention, or of one of its products, for a number of queries."""
+        tags = self._tags(kernel.name, kernel, queries_bucket(q_len))
+        if isinstance(kernel, ProductKernel):
+            cut = choose_product_schedule(kernel, q_len)
+            return functools.reduce(with_tag, tags, cut)
+        return functools.reduce(with_tag, tags, choose_attention_schedule(kernel, q_len))
+
+    def _tags(self, name: str, made: Any, bucket: int) -> list[str]:
+        """Return what was tuned, then what was asked for, to be applied in this order."""
+        tuned = self.tuned.get(structure_of(made), {}).get(str(bucket))
+        asked = self._asked(name)
+        return [tuned, *asked] if tuned is not None else asked
+
+    def _asked(self, name: str) -> list[str]:
+        return [tag for pattern, tag in self.overrides if fnmatch.fnmatch(name, pattern)]
+
+
+def queries_bucket(q_len: int) -> int:
+    """Return the power of two that stands for a number of queries."""
+    return max(FEW_QUERIES, power_above(q_len))
+
+
+def gemm_neighbours(
+    template: GemmTemplate, schedule: GemmSchedule | None, tokens: int, target: str
+) -> list[GemmSchedule | None]:
+    """Return schedules one step away; the library's GEMM is next to all of them."""
+    bucket, device = bucket_of(tokens), device_class(target)
+    if schedule is None:
+        return [choose_tiles(template, bucket, target)]
+    found: list[GemmSchedule | None] = [] if template.folds else [None]
+    for other in _steps(schedule):
+        sums = other.m_tile * other.n_tile * (1 + template.gated)
+        if (
+            sums <= MOST_SUMS * 32 * other.num_warps
+            and other.m_tile <= max(16, BUCKETS[-1] if bucket == BUCKETS[-1] else bucket)
+            and other.splits * other.k_tile <= max(template.k, other.k_tile)
+            and shared_nbytes(template, other) <= device.shared_nbytes
+            and fits_scratch(template, other, bucket)
+        ):
+            found.append(other)
+    return found
+
+
+def attention_neighbours(schedule: AttentionTiles) -> list[AttentionTiles]:
+    """Return schedules of attention, or of one of its products, one step away."""
+    return list(_steps(schedule))
+
+
+def _steps(schedule: Any) -> list[Any]:
+    found = []
+    for field, low, high in PARTS.values():
+        if not hasattr(schedule, field) or field == "prefetch":
+            continue  # launches are timed one by one, where nothing waits
+        value = getattr(schedule, field)
+        one_by_one = field in ("num_stages", "late", "once")
+        near = (value - 1, value + 1) if one_by_one else (value // 2, value * 2)
+        found += [replace(schedule, **{field: v}) for v in near if low <= v <= high]
+    return found

@@ -1,0 +1,135 @@
+"""What a GEMM launch is made from: what the graph fixes about it, and its tiles.
+
+In: a linear and its surroundings. Out: a `GemmTemplate`, a `GemmSchedule`, the arguments that both
+make necessary, how many programs and how much scratch::
+
+    gemm_arguments(template, schedule)        # [("x_ptr", "storage"), ..., ("tokens", "size"), ...]
+    gemm_grid(template, schedule, tokens=40)  # (96, 1, 1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from turbotx.kernels.triton.reduce import TYPES
+
+# The narrowest tile of outputs: no row has more statistics than one for each of these.
+NARROWEST = 16
+
+
+@dataclass(frozen=True)
+class GemmTemplate:
+    """What is fixed about a GEMM launch: out (tokens, n) of x (tokens, k) and a weight.
+
+    The weight has n rows, or 2 n where `gated`: the second half times the first, after activation.
+    flipped: it is stored (k, n). norm: "none", "layer" or "rms", of x over k, with eps; scaled: the
+    weight with gamma in it is stored times a power of two a row. residual_norm: likewise, of the
+    residual over n. stats: leave the row statistics of out behind. tf32: float32 factors may be
+    rounded to TF32.
+    """
+
+    dtype: torch.dtype
+    n: int
+    k: int
+    bias: bool = False
+    activation: str = "none"
+    gated: bool = False
+    residual: bool = False
+    norm: str = "none"
+    eps: float = 1e-5
+    scaled: bool = False
+    residual_norm: str = "none"
+    residual_eps: float = 1e-5
+    stats: bool = False
+    flipped: bool = False
+    tf32: bool = False
+
+    @property
+    def centered(self) -> bool:
+        """Whether the mean is subtracted from x, and not from the sums."""
+        return self.norm == "layer" and self.dtype is torch.float32
+
+    @property
+    def light_gelu(self) -> bool:
+        """Whether its GELU is exact to 16 bits only, in few instructions."""
+        return self.activation == "gelu" and self.dtype.itemsize == 2
+
+    @property
+    def folds(self) -> bool:
+        """Whether it has a part in a folded norm: then no library's GEMM can do the same."""
+        return self.stats or {self.norm, self.residual_norm} != {"none"}
+
+    @property
+    def name(self) -> str:
+        kind = TYPES[self.dtype].removeprefix("tl.")
+        parts = [f"gemm_{kind}_{self.n}x{self.k}", f"{self.norm}_norm" * (self.norm != "none")]
+        parts += ["flipped" * self.flipped, "bias" * self.bias]
+        parts += [self.activation * (self.activation != "none"), "gated" * self.gated]
+        normed = "" if self.residual_norm == "none" else f"{self.residual_norm}_norm"
+        parts += ["add" * self.residual, normed, "stats" * self.stats]
+        return "_".join(p for p in parts if p)
+
+
+@dataclass(frozen=True)
+class GemmSchedule:
+    """A tile of m tokens x n outputs, k at a time; the sums over k in `splits` programs.
+
+    stat_tile: over how many columns each of x's statistics is, the n_tile of the GEMM that left
+    them (k where one statistic covers the row); residual_tile: likewise of the residual's.
+    late: 1 asks for statistics, residual and columns before the sums and uses them after, where a
+    thread has room for them; 0 merges x's statistics first, and asks for the rest after the sums.
+    prefetch: what a dependent launch does before it waits: 0 nothing, 1 brings its weight to L2 by
+    lines, 2 by rows.
+    """
+
+    m_tile: int
+    n_tile: int
+    k_tile: int
+    num_warps: int = 4
+    num_stages: int = 3
+    splits: int = 1
+    late: int = 1
+    prefetch: int = 1
+    stat_tile: int = 0
+    residual_tile: int = 0
+
+
+def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple[str, str]]:
+    """Return the arguments before the tiles and what they are: "storage", "fp32", "i32" or "size".
+
+    bias is float32 where a norm is folded into it, as are sums and scales of the weight's rows.
+    residual_norm: float32 (2, n), gamma and beta. Statistics: float32 (2, tokens, tiles), means and
+    m2. partial and turns: scratch of a split GEMM, turns zero before and after.
+    """
+    t = template
+    bias = "fp32" if t.norm != "none" else "storage"
+    pointers = [("x_ptr", "storage"), ("w_ptr", "storage")]
+    pointers += [("bias_ptr", bias)] * t.bias
+    pointers += [("sums_ptr", "fp32")] * (t.norm == "layer" and not t.centered)
+    pointers += [("scales_ptr", "fp32")] * t.scaled
+    pointers += [("x_stats_ptr", "fp32")] * (t.norm != "none")
+    pointers += [("residual_ptr", "storage")] * t.residual
+    normed = ("residual_norm_ptr", "residual_stats_ptr")
+    pointers += [(name, "fp32") for name in normed if t.residual_norm != "none"]
+    pointers += [("out_ptr", "storage")]
+    pointers += [("stats_ptr", "fp32")] * t.stats
+    pointers += [("partial_ptr", "fp32"), ("turns_ptr", "i32")] * (schedule.splits > 1)
+    sizes = ["tokens", "x_row", "w_row", "out_row"] + ["residual_row"] * t.residual
+    return [*pointers, *((size, "size") for size in sizes)]
+
+
+def gemm_grid(template: GemmTemplate, schedule: GemmSchedule, tokens: int) -> tuple[int, int, int]:
+    """Return the number of programs: one a tile of out, and one a part of its sums."""
+    tiles = -(-tokens // schedule.m_tile) * -(-template.n // schedule.n_tile)
+    return tiles, schedule.splits, 1
+
+
+def gemm_scratch(template: GemmTemplate, schedule: GemmSchedule, tokens: int) -> tuple[int, int]:
+    """Return the bytes of partial sums and of turns that a launch needs, 0 without splits."""
+    if schedule.splits == 1:
+        return 0, 0
+    tiles = gemm_grid(template, schedule, tokens)[0]
+    sums = tiles * schedule.splits * schedule.m_tile * schedule.n_tile * (1 + template.gated)
+    return 4 * sums, 4 * tiles

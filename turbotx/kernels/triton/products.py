@@ -1,0 +1,145 @@
+"""Print attention's two matrix products as Triton: batched GEMMs over strided operands.
+
+In: a `ProductKernel`. Out: stand-alone source of one function over the operands of the C++ launch,
+then the sizes of `cpp_products.SIZES`, dots written as underscores. One program a tile of out::
+
+    scores: out = a b^T in float32, b (k_len, head_dim)    values: out = a b, b (k_len, head_dim)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from turbotx.kernels.cpp.products import SIZES, ProductKernel
+from turbotx.kernels.schedule import power_above
+from turbotx.kernels.triton.attention import FEW_QUERIES
+from turbotx.kernels.triton.reduce import TYPES
+
+PRODUCT_NAMES = tuple(name.replace(".", "_") for name in SIZES)
+# With k_len, which bounds the columns of scores: a multiple of 16 where their stride is one.
+PRODUCT_STRIDES = tuple(n for n in PRODUCT_NAMES if n.split("_")[0] in ("a", "b", "out")) + (
+    "k_len",
+)
+
+
+@dataclass(frozen=True)
+class ProductSchedule:
+    """A tile of m x n of the result, k of the summed length at a time."""
+
+    m_tile: int
+    n_tile: int
+    k_tile: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def choose_product_schedule(kernel: ProductKernel, q_len: int | None = None) -> ProductSchedule:
+    """Return one of two schedules for a kernel: for few queries, and for many."""
+    m_tile = 16 if q_len is not None and q_len <= FEW_QUERIES else 64
+    width = max(16, min(64, power_above(kernel.head_dim)))
+    if kernel.dtype is torch.float32:  # multiplied on the ordinary units: less in flight
+        m_tile = min(m_tile, 32)
+        tiles = (32, width // 2) if kernel.which == "scores" else (min(width, 32), 16)
+        return ProductSchedule(m_tile, tiles[0], max(16, tiles[1]), 4, 1)
+    return ProductSchedule(m_tile, *((64, width) if kernel.which == "scores" else (width, 64)))
+
+
+def packed_strides(kernel: ProductKernel) -> tuple[str, ...]:
+    """Return the sizes that are multiples of 16 where q, k and v are pieces of packed vectors."""
+    vectors = ("a", "b") if kernel.which == "scores" else ("b", "out")
+    return tuple(
+        n for n in PRODUCT_STRIDES if kernel.head_dim % 16 == 0 and n.split("_")[0] in vectors
+    )
+
+
+def print_triton_product(
+    kernel: ProductKernel, schedule: ProductSchedule | None = None, name: str | None = None
+) -> str:
+    """Return the Triton source of a product launch."""
+    schedule = schedule or choose_product_schedule(kernel)
+    name = name or kernel.name
+    scores = kernel.which == "scores"
+    width, length = ("k_len", kernel.head_dim) if scores else (kernel.head_dim, "k_len")
+    precision = ', input_precision="ieee"' if kernel.dtype is torch.float32 else ""
+    arguments = ["a_ptr", "b_ptr", "out_ptr", *PRODUCT_NAMES]
+    arguments += [f"{tile}_TILE: tl.constexpr" for tile in "MNK"]
+    what = "a b^T in float32" if scores else "a b"
+    lines = [
+        f"# {name}",
+        f"#   out = {what} for every head, head_dim {kernel.head_dim}",
+        f"#   tiles of {schedule.m_tile} x {schedule.n_tile}, {schedule.k_tile} at a time,"
+        f" {schedule.num_warps} warps",
+        "import triton",
+        "import triton.language as tl",
+        "",
+        "",
+        "@triton.jit",
+        f"def {name}(",
+        *(f"    {a}," for a in arguments),
+        "):",
+        "    m_tiles = tl.cdiv(q_len, M_TILE)",
+        f"    n_tiles = tl.cdiv({width}, N_TILE)",
+        "    tile = tl.program_id(0) % (m_tiles * n_tiles)",
+        "    sequence_head = tl.program_id(0) // (m_tiles * n_tiles)",
+        "    batch_index = (sequence_head // heads).to(tl.int64)",
+        "    head = (sequence_head % heads).to(tl.int64)",
+        "    kv_head = head // (heads // kv_heads)",
+        "    m = tile // n_tiles * M_TILE + tl.arange(0, M_TILE)[:, None]",
+        "    n = tile % n_tiles * N_TILE + tl.arange(0, N_TILE)[None, :]",
+        f"    m_ok, n_ok = m < q_len, n < {width}",
+    ]
+    if scores:
+        lines += [
+            "    n_row = tile % n_tiles * N_TILE + tl.arange(0, N_TILE)[:, None]",
+            "    n_row_ok = n_row < k_len",
+        ]
+    step = [
+        "k_col = start + tl.arange(0, K_TILE)[None, :]",
+        *([] if scores else ["k_row = start + tl.arange(0, K_TILE)[:, None]"]),
+        "a = tl.load(",
+        f"    a_ptr + m.to(tl.int64) * a_row + k_col, mask=m_ok & (k_col < {length}), other=0.0",
+        ")",
+        *_load_b(kernel),
+        f"sums = tl.dot(a, b, sums{precision})",
+    ]
+    kind = "tl.float32" if scores else TYPES[kernel.dtype]
+    lines += [
+        "    a_ptr += batch_index * a_batch + head * a_head",
+        "    b_ptr += batch_index * b_batch + kv_head * b_head",
+        "    sums = tl.zeros((M_TILE, N_TILE), tl.float32)",
+        f"    for start in range(0, {length}, K_TILE):",
+        *(f"        {line}" for line in step),
+        "    out_ptr += batch_index * out_batch + head * out_head",
+        f"    tl.store(out_ptr + m.to(tl.int64) * out_row + n, sums.to({kind}), mask=m_ok & n_ok)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _load_b(kernel: ProductKernel) -> tuple[str, ...]:
+    """Return the lines that load a (K_TILE, N_TILE) tile of k^T or v."""
+    if kernel.which == "scores":
+        return (
+            "b = tl.trans(",
+            "    tl.load(",
+            "        b_ptr + n_row.to(tl.int64) * b_row + k_col,",
+            f"        mask=n_row_ok & (k_col < {kernel.head_dim}),",
+            "        other=0.0,",
+            "    )",
+            ")",
+        )
+    return (
+        "b = tl.load(",
+        "    b_ptr + k_row.to(tl.int64) * b_row + n, mask=(k_row < k_len) & n_ok, other=0.0",
+        ")",
+    )
+
+
+def product_grid(
+    kernel: ProductKernel, schedule: ProductSchedule, batch: int, heads: int, q_len: int, k_len: int
+) -> tuple[int, int, int]:
+    """Return the number of programs: one a tile of out, tiles of one head side by side."""
+    width = k_len if kernel.which == "scores" else kernel.head_dim
+    tiles = -(-q_len // schedule.m_tile) * -(-width // schedule.n_tile)
+    return tiles * batch * heads, 1, 1

@@ -1,0 +1,142 @@
+"""Which orders of the buffers to keep: few, and together at the lower bound for every sample.
+
+In: lifetimes, a seed's sizes, and sizes of sample shapes. Out: one or more orientations; a planner
+takes, for each shape, the one whose footprint is the smallest there::
+
+    choose_orientations(workload, seed, samples)   # one for BERT, two where seq² meets seq
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from turbotx.memory.planner.greedy import footprint
+from turbotx.memory.planner.orientation import Forms, Orientation, orient
+from turbotx.memory.planner.plan import Workload
+from turbotx.memory.planner.solve import portfolio, solve
+
+Int64s = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+MAX_ORIENTATIONS = 4
+MAX_SOLVED = 10
+GOOD_ENOUGH = 1.0 + 1e-4
+IMAGINED_SAMPLES = 48
+SEARCH_EVALUATIONS = 60
+"""Local search a sample, beyond the portfolio: about 0.1 s where the bound cannot be met."""
+
+BUILD_LIMIT_S = 5.0
+"""Only graphs of a thousand buffers and more get this far; the rest is bounded by counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    orientation: Orientation
+    ratio: Floats
+    """Footprint over lower bound, one a sample."""
+
+
+def imagine_samples(seed: Int64s) -> Int64s:
+    """Sizes of shapes that nobody gave: each class of the seed scaled by 1/16 to 16, (classes, n).
+
+    Real shapes move the classes together; these also cover classes that grow apart, as
+    attention scores and hidden states do.
+    """
+    random = np.random.default_rng(0)
+    scale = np.exp2(random.uniform(-4, 4, (len(seed), IMAGINED_SAMPLES)))
+    return np.maximum(np.rint(seed[:, None] * scale).astype(np.int64), 1)
+
+
+def choose_orientations(
+    workload: Workload, seed: Int64s, samples: Int64s, live: Forms
+) -> list[Orientation]:
+    """Orientations of which some one is good at each sample; the first serves the seed.
+
+    `seed` is (classes,), `samples` (classes, n) with any n, `live` the lower bound's forms.
+    Without samples, imagined ones take their place; with them, imagined ones decide ties.
+    Solves the seed, then the sample where the kept ones are worst, until none is worse than
+    1.0001 x the lower bound, MAX_ORIENTATIONS are kept, MAX_SOLVED shapes are solved, or
+    BUILD_LIMIT_S seconds are over.
+    """
+    stop_at = time.perf_counter() + BUILD_LIMIT_S
+    shapes = _Shapes.of(seed, samples, live)
+    best = np.full(len(shapes.bound), np.inf)
+    kept: list[_Candidate] = []
+    solved: set[int] = set()
+    at = 0
+    while True:
+        solved.add(at)
+        candidate = _best_at(workload, shapes, best, at)
+        if candidate is not None:
+            kept.append(candidate)
+            best = np.minimum(best, candidate.ratio)
+        worst_first = np.argsort(-best[: shapes.expected], kind="stable").tolist()
+        unsolved = [j for j in worst_first if j not in solved]
+        if not unsolved or best[unsolved[0]] <= GOOD_ENOUGH:
+            break
+        if len(kept) >= MAX_ORIENTATIONS or len(solved) >= MAX_SOLVED:
+            break
+        if time.perf_counter() > stop_at:
+            break
+        at = unsolved[0]
+    return [candidate.orientation for candidate in _drop_needless(kept, best, shapes.expected)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shapes:
+    """The seed, then the shapes to expect, `expected` of them with the seed, then imagined ones."""
+
+    sizes: Int64s
+    bound: Int64s
+    weight: Floats
+    expected: int
+
+    @classmethod
+    def of(cls, seed: Int64s, samples: Int64s, live: Forms) -> _Shapes:
+        sizes = np.concatenate([seed[:, None], samples, imagine_samples(seed)], axis=1)
+        expected = 1 + samples.shape[1] if samples.shape[1] else sizes.shape[1]
+        weight = np.where(np.arange(sizes.shape[1]) < expected, 1.0, 1e-6)
+        return cls(sizes, np.maximum((live @ sizes).max(axis=0), 1), weight, expected)
+
+
+def _best_at(workload: Workload, shapes: _Shapes, best: Floats, at: int) -> _Candidate | None:
+    """The solution of one shape that helps all shapes most; None if none helps that one."""
+    per_buffer = shapes.sizes[list(workload.size_class)]
+    sizes = per_buffer[:, at].tolist()
+    chosen: _Candidate | None = None
+    least = np.inf
+    for offsets in _solutions(workload, sizes, int(shapes.bound[at])):
+        orientation = orient(workload.lifetimes, offsets)
+        ends = orientation.offsets(per_buffer) + per_buffer
+        ratio = ends.max(axis=0, initial=0) / shapes.bound
+        score = float(np.minimum(np.minimum(best, 1e6), ratio) @ shapes.weight)
+        if ratio[at] < best[at] and score < least:
+            chosen, least = _Candidate(orientation, ratio), score
+    return chosen
+
+
+def _solutions(workload: Workload, sizes: list[int], bound: int) -> Iterator[list[int]]:
+    solved = False
+    for offsets in portfolio(workload.lifetimes, sizes):
+        solved = solved or footprint(offsets, sizes) <= bound
+        yield offsets
+    if not solved:
+        search = solve(workload.lifetimes, sizes, max_evaluations=SEARCH_EVALUATIONS)
+        yield list(search.offsets)
+
+
+def _drop_needless(kept: list[_Candidate], best: Floats, expected: int) -> list[_Candidate]:
+    """Leaves out, oldest first, what the others make up for at every shape to expect."""
+    needed = list(kept)
+    for candidate in kept:
+        others = [other for other in needed if other is not candidate]
+        if others:
+            ratio = np.min([other.ratio for other in others], axis=0)
+            if bool((ratio <= best)[:expected].all()):
+                needed = others
+    return needed

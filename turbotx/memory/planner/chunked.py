@@ -1,0 +1,108 @@
+"""The chunked first-fit planner of TurboTransformers (PPoPP'21, arXiv 2010.05680), for comparison.
+
+In: lifetimes and, per shape, sizes. Out: offsets into chunks that live on between plans; chunks
+that a plan leaves empty are freed, and every new one is a device allocation::
+
+    planner.offsets([393_216, 1_179_648])   # -> ([0, 393_216, ...], 2_097_152)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from turbotx.memory.planner.plan import CHUNK_NBYTES, Chunk, Plan, Workload, align
+
+K_SCALE_PERCENT = 120
+"""A tensor larger than a chunk gets a chunk of 1.2 times its size (the paper's K_SCALE)."""
+
+SIZE_ALIGNMENT = 32
+"""The paper rounds the size of a chunk up to 32 bytes."""
+
+
+@dataclass(slots=True)
+class _OpenChunk:
+    nbytes: int
+    placed: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    """(offset, nbytes, begin, end, buffer index), by ascending offset."""
+
+
+class ChunkedPlanner:
+    """Keeps its chunks between plans; `allocations` and `frees` count device calls so far.
+
+    Offsets are those of the paper's chunks laid end to end, each at the next aligned byte.
+    Thread-safe; concurrent plans take their turns, since each changes the chunks.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+        self._chunks: list[_OpenChunk] = []
+        self._lock = threading.Lock()
+        self.allocations = 0
+        self.frees = 0
+
+    def offsets(self, class_nbytes: Sequence[int]) -> tuple[Sequence[int], int]:
+        with self._lock:
+            return self._place(class_nbytes)[:2]
+
+    def plan(self, class_nbytes: Sequence[int]) -> Plan:
+        with self._lock:
+            offsets, _, chunks = self._place(class_nbytes)
+        # The arena ends where its last chunk ends, whether or not that chunk is full.
+        peak_nbytes = max((c.offset + c.nbytes for c in chunks), default=0)
+        return self._workload.record(class_nbytes, offsets, peak_nbytes, chunks)
+
+    def _place(self, class_nbytes: Sequence[int]) -> tuple[list[int], int, tuple[Chunk, ...]]:
+        sizes = self._workload.aligned_sizes(class_nbytes)
+        for chunk in self._chunks:
+            chunk.placed.clear()
+        for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            self._place_one(index, sizes[index])
+        kept = [chunk for chunk in self._chunks if chunk.placed]
+        self.frees += len(self._chunks) - len(kept)
+        self._chunks = kept
+        offsets = [0] * len(sizes)
+        layout = []
+        base = end = 0
+        for chunk in kept:
+            for offset, _, _, _, index in chunk.placed:
+                offsets[index] = base + offset
+            layout.append(Chunk(base, chunk.nbytes))
+            end = base + chunk.nbytes
+            base = align(end)
+        return offsets, end, tuple(layout)
+
+    def _place_one(self, index: int, nbytes: int) -> None:
+        if not nbytes:
+            return
+        lifetime = self._workload.lifetimes[index]
+        for chunk in sorted(self._chunks, key=lambda c: c.nbytes):
+            offset = _find_gap(chunk, nbytes, lifetime.begin, lifetime.end)
+            if offset is not None:
+                break
+        else:
+            grown = align(-(-nbytes * K_SCALE_PERCENT // 100), SIZE_ALIGNMENT)
+            chunk = _OpenChunk(max(CHUNK_NBYTES, grown))
+            self._chunks.append(chunk)
+            self.allocations += 1
+            offset = 0
+        chunk.placed.append((offset, nbytes, lifetime.begin, lifetime.end, index))
+        chunk.placed.sort()
+
+
+def _find_gap(chunk: _OpenChunk, nbytes: int, begin: int, end: int) -> int | None:
+    """The tightest gap between buffers alive with this one, else the room after the last."""
+    previous_end = 0
+    best: int | None = None
+    tightest = chunk.nbytes + 1
+    for offset, placed_nbytes, placed_begin, placed_end, _ in chunk.placed:
+        if placed_begin >= end or begin >= placed_end:
+            continue
+        gap = offset - previous_end
+        if nbytes <= gap < tightest:
+            best, tightest = previous_end, gap
+        previous_end = max(previous_end, offset + placed_nbytes)
+    if best is None and chunk.nbytes - previous_end >= nbytes:
+        best = previous_end
+    return best

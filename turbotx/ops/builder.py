@@ -1,0 +1,288 @@
+"""Values while a kernel is being lowered, with arithmetic, folding and sharing.
+
+In: the op table's rules, which write `x * m.sigmoid(x)` on `Element`s. Out: the statements of
+the kernel's body; equal statements are one, and what is known while lowering is folded::
+
+    m.index(row) >= 0  ->  True          True & mask  ->  mask
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from turbotx import ir
+from turbotx.ir.expr import ZERO, Expr, is_nonnegative
+from turbotx.ir.primitives import COMPARISONS, PRIMITIVES, REDUCTIONS
+
+Number = bool | int | float
+
+
+@dataclass(frozen=True)
+class Element:
+    """One scalar value; `value` where it is a known constant, `index` where it is a known integer
+    expression of the loop position."""
+
+    machine: KernelBuilder
+    name: str
+    dtype: torch.dtype
+    value: Number | None = None
+    index: Expr | None = None
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def _with(self, op: str, other: Any, swap: bool = False) -> Element:
+        return self.machine.call(op, other, self) if swap else self.machine.call(op, self, other)
+
+    def __add__(self, other: Any) -> Element:
+        return self._with("add", other)
+
+    def __radd__(self, other: Any) -> Element:
+        return self._with("add", other, swap=True)
+
+    def __sub__(self, other: Any) -> Element:
+        return self._with("sub", other)
+
+    def __rsub__(self, other: Any) -> Element:
+        return self._with("sub", other, swap=True)
+
+    def __mul__(self, other: Any) -> Element:
+        return self._with("mul", other)
+
+    def __rmul__(self, other: Any) -> Element:
+        return self._with("mul", other, swap=True)
+
+    def __truediv__(self, other: Any) -> Element:
+        return self._with("div", other)
+
+    def __rtruediv__(self, other: Any) -> Element:
+        return self._with("div", other, swap=True)
+
+    def __neg__(self) -> Element:
+        return self.machine.call("neg", self)
+
+    def __lt__(self, other: Any) -> Element:
+        return self._with("lt", other)
+
+    def __le__(self, other: Any) -> Element:
+        return self._with("le", other)
+
+    def __gt__(self, other: Any) -> Element:
+        return self._with("gt", other)
+
+    def __ge__(self, other: Any) -> Element:
+        return self._with("ge", other)
+
+
+class KernelBuilder:
+    """Makes elements and the statements behind them."""
+
+    def __init__(self) -> None:
+        self.body: list[ir.Statement] = []
+        self._shared: dict[Any, Any] = {}
+        self._counts: dict[str, int] = {}
+
+    def bounds(self, value: Expr) -> tuple[Expr | None, Expr | None]:
+        raise NotImplementedError
+
+    # --- making ---
+
+    def _name(self, base: str) -> str:
+        k = self._counts.get(base, 0)
+        self._counts[base] = k + 1
+        return f"{base}{k}" if k or base[-1].isdigit() else base
+
+    def constant(self, value: Number, dtype: torch.dtype) -> Element:
+        dtype = compute_dtype(dtype)
+        if dtype is torch.bool:
+            value = bool(value)
+        elif dtype.is_floating_point:
+            value = float(value)
+        else:
+            value = int(value)
+        index = sympy.Integer(value) if dtype is torch.int64 else None
+        key = ("constant", repr(value), dtype)
+        if key not in self._shared:
+            name = self._name("c")
+            self.body.append(ir.Constant(name, value, dtype))
+            self._shared[key] = Element(self, name, dtype, value, index)
+        return self._shared[key]
+
+    def index(self, value: Expr) -> Element:
+        """Return an int64 element that equals an expression of the loop position and the sizes."""
+        value = sympy.expand(value)
+        if value.is_Integer:
+            return self.constant(int(value), torch.int64)
+        key = ("index", value)
+        if key not in self._shared:
+            name = self._name("i")
+            self.body.append(ir.Index(name, value))
+            self._shared[key] = Element(self, name, torch.int64, None, value)
+        return self._shared[key]
+
+    def emit_load(self, access: ir.Access, stored: torch.dtype) -> Element:
+        key = ("load", access)
+        if key not in self._shared:
+            dtype = compute_dtype(stored)
+            name = self._name("x" if dtype.is_floating_point else "k")
+            self.body.append(ir.Load(name, access, dtype))
+            self._shared[key] = Element(self, name, dtype)
+        return self._shared[key]
+
+    def emit_reduce(self, op: str, value: Element) -> tuple[Element, ...]:
+        key = ("reduce", op, value.name)
+        if key not in self._shared:
+            names = tuple(self._name(base) for base in REDUCTIONS[op].outputs)
+            self.body.append(ir.Reduce(names, op, (value.name,), value.dtype))
+            self._shared[key] = tuple(Element(self, n, value.dtype) for n in names)
+        return self._shared[key]
+
+    def emit_scan(self, op: str, value: Element) -> Element:
+        key = ("scan", op, value.name)
+        if key not in self._shared:
+            name = self._name(f"running_{op}")
+            self.body.append(ir.Scan(name, op, (value.name,), value.dtype))
+            self._shared[key] = Element(self, name, value.dtype)
+        return self._shared[key]
+
+    def reduce_one(self, op: str, value: Element) -> tuple[Element, ...]:
+        """Return a reduction over a single element."""
+        if op == "welford":
+            return value, self.constant(0, value.dtype)
+        if op == "softmax":
+            return value, self.exp(value - value)
+        return (value,)
+
+    # --- the rules' vocabulary ---
+
+    def call(self, op: str, *args: Any) -> Element:
+        """Return primitive `op` of elements and numbers; a number takes the elements' dtype."""
+        like = next(a for a in args if isinstance(a, Element))
+        dtype = like.dtype
+        if op == "where":
+            dtype = next((a.dtype for a in args[1:] if isinstance(a, Element)), torch.float32)
+        elements = tuple(a if isinstance(a, Element) else self.constant(a, dtype) for a in args)
+        folded = self._fold(op, elements)
+        if folded is not None:
+            return folded
+        result = torch.bool if op in COMPARISONS else dtype
+        key = (op, tuple(e.name for e in elements))
+        if key not in self._shared:
+            name = self._name(op if op not in _RESERVED else f"{op}_")
+            self.body.append(ir.Compute(name, op, tuple(e.name for e in elements), result))
+            self._shared[key] = Element(self, name, result)
+        return self._shared[key]
+
+    def exp(self, x: Element) -> Element:
+        return self.call("exp", x)
+
+    def tanh(self, x: Element) -> Element:
+        return self.call("tanh", x)
+
+    def erf(self, x: Element) -> Element:
+        return self.call("erf", x)
+
+    def sigmoid(self, x: Element) -> Element:
+        return self.call("sigmoid", x)
+
+    def where(self, condition: Element, x: Any, y: Any) -> Element:
+        if isinstance(x, Element) and isinstance(y, Element) and x.dtype != y.dtype:
+            y = self.cast(y, x.dtype)
+        return self.call("where", self.truth(condition), x, y)
+
+    def truth(self, x: Element) -> Element:
+        return x if x.dtype is torch.bool else self.call("ne", x, 0)
+
+    def constant_of(self, x: Any) -> Number | None:
+        return x.value if isinstance(x, Element) else x
+
+    def compute_dtype(self, node: Any) -> torch.dtype:
+        return compute_dtype(node.meta["val"].dtype)
+
+    def cast(self, x: Element, dtype: torch.dtype) -> Element:
+        """Convert as PyTorch does: truncating to integers, != 0 to bool; halves are float32."""
+        dtype = compute_dtype(dtype)
+        if x.dtype is dtype:
+            return x
+        if x.value is not None and not (x.value != x.value or abs(x.value) == float("inf")):
+            return self.constant(x.value, dtype)
+        if dtype is torch.bool:
+            return self.truth(x)
+        key = ("cast", x.name, dtype)
+        if key not in self._shared:
+            name = self._name("cast")
+            self.body.append(ir.Compute(name, "cast", (x.name,), dtype))
+            index = x.index if dtype is torch.int64 else None
+            self._shared[key] = Element(self, name, dtype, None, index)
+        return self._shared[key]
+
+    # --- folding ---
+
+    def _fold(self, op: str, args: tuple[Element, ...]) -> Element | None:
+        if op in ("and", "or") and args[0].dtype is torch.bool:
+            for known, other in (args, args[::-1]):
+                if known.value is not None:
+                    return other if known.value is (op == "and") else known
+        if op == "where" and args[0].value is not None:
+            return args[1] if args[0].value else args[2]
+        if op == "not" and args[0].dtype is torch.bool and args[0].value is not None:
+            return self.constant(not args[0].value, torch.bool)
+        if op in ("mul", "div") and args[1].value == 1 and args[1].value is not False:
+            return args[0]
+        if op == "mul" and args[0].value == 1 and args[0].value is not True:
+            return args[1]
+        if all(a.index is not None for a in args):
+            return self._fold_index(op, [a.index for a in args])
+        if all(a.value is not None for a in args) and op != "cast":
+            return self._fold_constants(op, args)
+        return None
+
+    def _fold_index(self, op: str, args: list[Expr]) -> Element | None:
+        if op == "add":
+            return self.index(args[0] + args[1])
+        if op == "sub":
+            return self.index(args[0] - args[1])
+        if op == "neg":
+            return self.index(-args[0])
+        if op == "mul" and any(not _has_position(a) for a in args):
+            return self.index(args[0] * args[1])
+        orders = {"ge": (0, 1, 0), "gt": (0, 1, 1), "le": (1, 0, 0), "lt": (1, 0, 1)}
+        if op in orders:
+            a, b, margin = orders[op]
+            difference = sympy.expand(args[a] - args[b] - margin)
+            low, high = self.bounds(difference)
+            if low is not None and is_nonnegative(low):
+                return self.constant(True, torch.bool)
+            if high is not None and is_nonnegative(-1 - high):
+                return self.constant(False, torch.bool)
+        if op in ("eq", "ne") and args[0] == args[1]:
+            return self.constant(op == "eq", torch.bool)
+        return None
+
+    def _fold_constants(self, op: str, args: tuple[Element, ...]) -> Element | None:
+        dtype = torch.bool if op in COMPARISONS else args[-1].dtype
+        values = [torch.tensor(a.value, dtype=a.dtype) for a in args]
+        try:
+            return self.constant(PRIMITIVES[op].meaning(*values).item(), dtype)
+        except RuntimeError:  # a division of integers by zero, say: leave it to the kernel
+            return None
+
+
+_RESERVED = {"and", "or", "xor", "not", "where", "cast"}
+
+
+def _has_position(value: Expr) -> bool:
+    return any(s.name[0] in "@%" for s in value.free_symbols)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which values of `dtype` are computed: float32 for the halves."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+__all__ = ["ZERO", "Element", "KernelBuilder", "compute_dtype"]

@@ -1,0 +1,70 @@
+"""Ops that have no row on purpose: ATen runs them between the kernels, why, and on what layout.
+
+In: a call, or its op. Out: the reason that the report lists, and whether it takes elements
+wherever they lie; an op that is not known to gets its arguments laid out as eager would give them::
+
+    why_outside(topk)  ->  "orders a row by comparisons: ATen's own sort does that"
+    takes_any_layout(aten.mkldnn_rnn_layer.default)  ->  False
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from turbotx.ir.fx_nodes import is_tensor
+from turbotx.ir.subgraphs import WithGraphs
+from turbotx.ops.table import OPS, is_number_computed
+
+_ORDERS = "orders a row by comparisons: ATen's own sort does that"
+_WRITES = "writes at places that are known only when it runs, where two may be one"
+_COUNTS = "has a result whose size depends on values, or counts by value"
+_WINDOWS = "is a product over windows: the vendor's library does that"
+_CARRIES = "carries more than one number along a row, which a scan does not"
+
+# By the name of the op, whichever of its overloads it is.
+REASONS = {
+    **dict.fromkeys(("topk", "sort", "argsort", "kthvalue", "median", "mode", "msort"), _ORDERS),
+    **dict.fromkeys(
+        ("index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "masked_scatter"),
+        _WRITES,
+    ),
+    **dict.fromkeys(("nonzero", "_unique2", "bincount", "histc", "masked_select"), _COUNTS),
+    **dict.fromkeys(("convolution", "avg_pool2d", "max_pool2d_with_indices", "grid_sampler_2d",
+                     "upsample_bicubic2d", "upsample_bilinear2d"), _WINDOWS),
+    **dict.fromkeys(("cummax", "cummin", "logcumsumexp"), _CARRIES),
+    **dict.fromkeys(("_fft_c2c", "_fft_r2c", "_fft_c2r"), "is a Fourier transform"),
+    "view_as_real": "shows complex numbers, which no kernel computes",
+}  # fmt: skip
+
+
+def why_outside(node: fx.Node) -> str:
+    """Return why ATen runs a call."""
+    target: Any = node.target
+    if isinstance(target, WithGraphs):
+        return f"{target} is given graphs, which PyTorch runs"
+    name = getattr(getattr(target, "overloadpacket", None), "__name__", "")
+    if name in REASONS:
+        return f"{target} {REASONS[name]}"
+    if target not in OPS:
+        return f"{target} has no row in the op table"
+    if all(is_tensor(n) or is_number_computed(n) for n in node.all_input_nodes):
+        return f"{target} works on complex numbers, which kernels do not"
+    return f"{target} takes a float made of sizes in a way that kernels do not compute"
+
+
+# Ops that read by strides whatever they are: what `REASONS` names, and the products. Others may
+# read raw memory (`as_strided`, recurrent layers, ops of one's own), ask for dense rows
+# (`view_as_complex`) or draw numbers in the order of memory.
+_BY_STRIDES = frozenset(REASONS) - {"view_as_real"} | {
+    "linear", "mm", "bmm", "matmul", "addmm", "baddbmm", "scaled_dot_product_attention",
+    "_embedding_bag", "_cdist_forward", "linalg_vector_norm", "searchsorted", "bucketize",
+}  # fmt: skip
+
+
+def takes_any_layout(target: Any) -> bool:
+    """Tell whether a call gives the same for equal elements, however they are laid out."""
+    packet = getattr(target, "overloadpacket", None)
+    name = getattr(packet, "__name__", "")
+    return getattr(target, "namespace", "aten") == "aten" and name in _BY_STRIDES

@@ -1,0 +1,388 @@
+"""Assemble: the partitioned graph becomes a flat list of launches over named tensors.
+
+In: the rewritten graph, its fused regions, its prepared constants. Out: an `Assembly`: tensors,
+launches in order, what the call returns, and what must hold of the dims. For a BERT layer::
+
+    linear (gemm), attention, linear (gemm), fused_add_layer_norm, linear (gemm), ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from sympy import Integer
+from torch import fx
+
+from turbotx import ir
+from turbotx.capture.eager import (
+    ASKED,
+    ORDER,
+    READS,
+    RETURNS,
+    Alias,
+    Fresh,
+    are_equal_strides,
+    strides_of,
+    tensor_arguments,
+)  # fmt: skip
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.attention_ops import attention_scores
+from turbotx.ir.expr import ONE, ZERO, Expr, dim, product
+from turbotx.ir.strides import contiguous_strides, layout_with_copies, reshape_strides
+from turbotx.ir.views import SPLITS, is_view
+from turbotx.kernels.cpp.attention import describe_attention
+from turbotx.kernels.cpp.products import describe_product
+from turbotx.kernels.fusion.epilogue import ACTIVATIONS, Epilogue, GemmKernel, is_packable
+from turbotx.kernels.fusion.fuse import FusedRegion
+from turbotx.kernels.fusion.inplace import find_inplace
+from turbotx.ops import OPS, takes_any_layout, why_outside
+from turbotx.passes.extract import extract
+from turbotx.passes.outputs import copied_leaves
+from turbotx.passes.partition import kind_of, op_name
+from turbotx.program.assembly import Assembly, dense
+from turbotx.program.copies import lay_out, lay_out_returned, show_by_strides
+
+aten = torch.ops.aten
+
+
+def assemble(
+    graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node],
+    dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue] | None = None,
+) -> Assembly:  # fmt: skip
+    """Return the launches of a partitioned graph, in an order that respects every dependency.
+
+    `epilogues`: the linears whose launch computes a region as well.
+    """
+    return _Assembler(graph, fused, prepared, dims, epilogues or {}).run()
+
+
+class _Assembler:
+    def __init__(
+        self, graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node],
+        dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue],
+    ) -> None:  # fmt: skip
+        self.graph, self.prepared, self.epilogues = graph, prepared, epilogues
+        self.ends = {e.output: e for e in epilogues.values()}
+        self.dims, self.names = set(dims), dict[str, int]()
+        self.kinds = {n: kind_of(n, prepared) for n in graph.nodes}
+        self.done: set[Any] = set()
+        self.region_of = {n: f for f in fused for n in f.region.nodes}
+        draws = [n for n in graph.nodes if g.is_random(n)]
+        self.drawn_before = dict(zip(draws[1:], draws, strict=False))
+        self.out = Assembly()
+        (self.output,) = graph.find_nodes(op="output")
+        self.leaves: Any = self.output.args[0]
+        self.returns: Any = self.output.meta.get(RETURNS) or [None] * len(self.leaves)
+        self.copied = copied_leaves(self.output, self.kinds)
+        # The nodes whose memory leaves with the caller.
+        self.outside = {
+            layout_with_copies(leaf).root
+            for k, (leaf, returned) in enumerate(zip(self.leaves, self.returns, strict=True))
+            if g.is_tensor(leaf) and k not in self.copied and type(returned) is not Alias
+        }
+
+    def run(self) -> Assembly:
+        for node in self.graph.nodes:
+            kind = self.kinds[node]
+            if kind in ("input", "parameter", "prepared"):
+                self._tensor(node, kind)
+                if kind == "input":
+                    self.out.orders[node.name] = node.meta.get(ORDER)
+                    self.out.raw += [node.name] if node.meta.get(ASKED) else []
+                if kind == "prepared":
+                    self.out.prepared[node.name] = node
+        for node in self.graph.nodes:
+            self._ensure(node)
+        return self.out
+
+    def _ensure(self, node: fx.Node) -> None:
+        """Emit the launches that make `node`, after those that it needs.
+
+        A region's launches may have to come before or after calls that stand between its nodes.
+        """
+        region = self.region_of.get(node)
+        unit: Any = node if region is None else id(region)
+        if unit in self.done:
+            return
+        self.done.add(unit)
+        if node in self.drawn_before:  # numbers come from the generator in the model's own order
+            self._ensure(self.drawn_before[node])
+        for needed in node.all_input_nodes if region is None else region.region.needs:
+            self._ensure(needed)
+        kind = self.kinds[node]
+        if region is not None:
+            end = self.ends.get(region.region.outputs[-1])
+            self._kernels(region) if end is None else self._gemm(end.linear, end)
+        elif kind == "gemm" and node not in self.epilogues:
+            self._gemm(node)
+        elif kind == "attention":
+            self._attention(node)
+        elif kind == "product":
+            self._product(node)
+        elif kind == "extern":
+            self._extern(node, why_outside(node))
+        elif kind == "output":
+            self._return()
+
+    # --- tensors and operands ---
+
+    def _tensor(self, node: fx.Node, kind: str | None = None) -> str:
+        if node.name in self.out.tensors:
+            return node.name
+        if kind is None:
+            kind = "output" if node in self.outside else "intermediate"
+        shape = g.shape(node)
+        self.out.tensors[node.name] = ir.Tensor(node.name, kind, g.dtype(node), shape)
+        return node.name
+
+    def _operand(self, node: fx.Node) -> ir.Operand:
+        layout = layout_with_copies(node)
+        if is_view(layout.root):
+            self._materialize(layout.root)
+        name = self._tensor(layout.root)
+        return ir.Operand(name, g.dtype(node), layout.shape, layout.strides, layout.offset)
+
+    def _materialize(self, view: fx.Node) -> None:
+        """A view that strides cannot express is copied by ATen, once, and listed."""
+        if view.name not in self.out.tensors:
+            source = self._operand(view.args[0])  # type: ignore[arg-type]
+            name, shape = self._tensor(view), list(g.shape(view))
+            self._aten(view, aten.reshape.default, (source, shape), {}, (name,))
+            self.out.externs.append((str(view.target), "a view that needs a copy"))
+
+    def _name(self, base: str) -> str:
+        k = self.names.get(base, 0)
+        self.names[base] = k + 1
+        return f"{base}_{k}"
+
+    # --- launches ---
+
+    def _kernels(self, fused: FusedRegion) -> None:
+        for lowered in fused.kernels:
+            kernel = lowered.kernel
+            args = tuple(self._whole(n) for n in lowered.operands)
+            writes = tuple(
+                n.name
+                for n, p in zip(lowered.operands, kernel.params, strict=True)
+                if p.role == "out"
+            )
+            sizes = tuple(dim(name) for name in kernel.sizes)
+            last = next(n for n in lowered.operands if n.name == writes[-1])
+            source = ", ".join(n.name for n in fused.region.nodes)
+            named = {p.name: n.name for n, p in zip(lowered.operands, kernel.params, strict=True)}
+            inplace = tuple((named[a], named[b]) for a, b in find_inplace(kernel))
+            self._launch(
+                last, kernel.name, "kernel", kernel, args, writes, sizes, (lowered,), source,
+                inplace,
+            )  # fmt: skip
+            self.out.requirements += lowered.requirements
+
+    def _whole(self, node: fx.Node) -> ir.Operand:
+        return dense(self.out.tensors[self._tensor(node)])
+
+    def _launch(
+        self, node: fx.Node, base: str, kind: str, target: object,
+        args: tuple[ir.Operand | None, ...], writes: tuple[str, ...],
+        sizes: tuple[Expr, ...] = (), call: tuple[object, ...] = (), source: str = "",
+        inplace: tuple[tuple[str, str], ...] = (),
+    ) -> None:  # fmt: skip
+        stack = node.meta.get("nn_module_stack") or {}
+        module = next(reversed(list(stack.values())), ("", ""))[0] if stack else ""
+        module = str(module).removeprefix("model").removeprefix(".")
+        source = source or node.name
+        launch = ir.Launch(
+            self._name(base), kind, target, args, writes, sizes, call, source, module, inplace
+        )  # fmt: skip
+        self.out.launches.append(launch)
+
+    def _gemm(self, node: fx.Node, end: Epilogue | None = None) -> None:
+        if not is_packable(node, self.kinds):
+            self._fallback(node, out=node.target is not aten.linear.default)
+            return
+        end = end or Epilogue(node, node, (node,), node.args[2] if len(node.args) > 2 else None)  # type: ignore[arg-type]
+        x, weight = node.args[0], node.args[1]
+        layout = layout_with_copies(x)  # type: ignore[arg-type]
+        rows = product(g.shape(x)[:-1])  # type: ignore[arg-type]
+        depth, width = g.shape(x)[-1], g.shape(end.output)[-1]  # type: ignore[arg-type]
+        flat = reshape_strides(layout, (rows, depth))
+        assert flat is not None
+        window = self._operand(x)  # type: ignore[arg-type]
+        out = self._whole(end.output)
+        bias, residual = (None if n is None else self._operand(n) for n in (end.bias, end.residual))
+        args = (window, self._operand(weight), bias, out, residual)  # type: ignore[arg-type]
+        activation = Integer(ACTIVATIONS.index(end.activation))
+        sizes = (rows, flat[0] if rows != 1 else depth, width, width, activation)
+        call: tuple[object, ...]
+        if end.output is node:
+            call = (node.target, self._arguments(node.args), dict[str, Any](), (out,), True)
+        else:
+            named = (x, weight, end.bias, end.residual)
+            given = list(dict.fromkeys(n for n in named if n is not None))
+            meant = extract([end.output], given, end.name)  # type: ignore[arg-type]
+            reads = [self._operand(n) for n in given]  # type: ignore[arg-type]
+            call = (meant.module, (*reads, *meant.sizes), dict[str, Any](), (out,), False)
+        inplace: tuple[tuple[str, str], ...] = ()
+        if residual is not None and residual.tensor != window.tensor:
+            inplace = ((out.tensor, residual.tensor),)
+        source = ", ".join(n.name for n in end.nodes)
+        kind = GemmKernel(end.activation, end.gated)
+        self._launch(
+            end.output, end.name, "gemm", kind, args, (out.tensor,), sizes, call, source, inplace
+        )
+
+    def _attention(self, node: fx.Node) -> None:
+        *given, keys, bias = node.args
+        shown = None if keys is None else self._rows(keys)  # type: ignore[arg-type]
+        added = None if bias is None else self._operand(bias)  # type: ignore[arg-type]
+        q, k, v = (self._rows(n) for n in given)  # type: ignore[arg-type]
+        self._require_equal("q's and k's batch", q.shape[0], k.shape[0])
+        self._require_equal("k's and v's batch", k.shape[0], v.shape[0])
+        self._require_equal("k's and v's length", k.shape[2], v.shape[2])
+        out = self._whole(node)
+        kernel, sizes = describe_attention((q, k, v, out), shown, added, node.kwargs)
+        call = (node.target, self._arguments(node.args), dict(node.kwargs), (out,), False)
+        args = (q, k, v, out, shown, added)
+        self._launch(node, "attention", "attention", kernel, args, (node.name,), sizes, call)
+
+    def _product(self, node: fx.Node) -> None:
+        which = "scores" if node.target is attention_scores else "values"
+        a, b = (self._rows(n) for n in node.args)  # type: ignore[arg-type]
+        self._require_equal("the batch of attention's operands", a.shape[0], b.shape[0])
+        if which == "values":
+            self._require_equal("k's and v's length", a.shape[3], b.shape[2])
+        out = self._whole(node)
+        kernel, sizes = describe_product(which, a, b, out)
+        call = (node.target, self._arguments(node.args), dict[str, Any](), (out,), False)
+        base = f"attention_{which}"
+        self._launch(node, base, "product", kernel, (a, b, out), (node.name,), sizes, call)
+
+    def _require_equal(self, what: str, a: Expr, b: Expr) -> None:
+        """Refuse calls where sizes differ that kernels read as one, unless one of them is 1."""
+        if ONE not in (a, b):
+            for less in {(a - b).expand(), (b - a).expand()} - {ZERO}:
+                self.out.requirements.append((less, f"{a} = {b} ({what})"))
+
+    def _rows(self, node: fx.Node) -> ir.Operand:
+        """Return an operand whose elements lie side by side along its last dim."""
+        operand = self._operand(node)
+        side_by_side = operand.strides[-1] == 1 or operand.shape[-1] == 1
+        if side_by_side:
+            return operand
+        dense_rows, reason = (
+            contiguous_strides(operand.shape),
+            "attention reads elements side by side",
+        )
+        return self._laid_out(node, dense_rows, reason)
+
+    # --- through ATen ---
+
+    def _fallback(self, node: fx.Node, out: bool) -> None:
+        """A GEMM that the native kernels do not take runs as PyTorch's own op."""
+        args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
+        self._aten(node, node.target, args, kwargs, (self._tensor(node),), out=out)
+
+    def _extern(self, node: fx.Node, reason: str) -> None:
+        if node.target in SPLITS:
+            return
+        if node.target is aten.as_strided.default:
+            self._as_strided(node)
+            return
+        laid_out = self._read_strides(node)
+        args, kwargs = self._arguments((node.args, node.kwargs), laid_out)
+        if isinstance(node.meta["val"], torch.Tensor):
+            writes: tuple[Any, ...] = (self._tensor(node),)
+        else:
+            pieces = {u.args[1]: u for u in node.users if u.target is g.GETITEM}
+            count = len(node.meta["val"])
+            writes = tuple(self._tensor(pieces[i]) if i in pieces else "" for i in range(count))
+        self._aten(node, node.target, args, kwargs, writes)
+        self.out.externs.append((str(node.target), reason))
+
+    def _read_strides(self, node: fx.Node) -> list[Any]:
+        """Return eager's strides of each tensor argument, None where any will do."""
+        given = tensor_arguments(node)
+        if node.target in OPS or takes_any_layout(node.target):
+            return [None] * len(given)
+        noted = node.meta.get(READS, ())  # before passes took a clone for what it clones
+        return list(noted if len(noted) == len(given) else map(strides_of, given))
+
+    def _as_strided(self, node: fx.Node) -> None:
+        """A window by strides on the whole memory of an argument, laid out as eager's; copied."""
+        given = tensor_arguments(node)[0]
+        source = self._laid_out(given, node.meta[READS][0])
+        window, rest = show_by_strides(node, given, source)
+        self.out.requirements.append((rest, f"{node.name} within the memory of {given.name}"))
+        if self.kinds[given] == "input":
+            self.out.raw.append(given.name)
+        self._aten(node, aten.clone.default, (window,), {}, (self._tensor(node),))
+        self.out.externs.append((str(node.target), "reads memory by strides of the call's own"))
+
+    def _laid_out(
+        self, node: fx.Node, strides: Sequence[Expr] | None,
+        reason: str = "an op that PyTorch runs reads it as eager's",
+    ) -> ir.Operand:  # fmt: skip
+        """Return an operand that lies by these strides, None for any, copied where it does not."""
+        operand = self._operand(node)
+        if strides is None or are_equal_strides(operand.shape, operand.strides, strides):
+            return operand
+        tensor, window = lay_out(self._name(f"{node.name}_copied"), operand, strides)
+        self.out.tensors[tensor.name] = tensor
+        self._copy_into(node, "laid_out", operand, window)
+        self.out.externs.append((str(node.target), reason))
+        return window
+
+    def _copy_into(self, node: fx.Node, base: str, source: ir.Operand, window: ir.Operand) -> None:
+        copy, args, writes = aten.clone.default, (source, window), (window.tensor,)
+        call = (copy, (source,), dict[str, Any](), (window,), False)
+        self._launch(node, base, "aten", copy, args, writes, (), call)
+
+    def _arguments(self, args: Any, laid_out: list[Any] | None = None) -> Any:
+        """Replace tensor nodes by operands and size nodes by expressions.
+
+        laid_out: the strides of each tensor in order, None where any will do.
+        """
+
+        def convert(n: fx.Node) -> Any:
+            if g.is_tensor(n):
+                return self._laid_out(n, laid_out.pop(0)) if laid_out else self._operand(n)
+            if isinstance(n.meta.get("val"), (list, tuple)):
+                return [self._operand(p) for p in n.users]
+            return g.size(n)
+
+        return fx.node.map_arg(args, convert)
+
+    def _aten(
+        self, node: fx.Node, target: Any, args: Any, kwargs: Any, writes: tuple[str, ...],
+        out: bool = False,
+    ) -> None:  # fmt: skip
+        found = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, ir.Operand)]
+        written = tuple(w for w in writes if w)
+        results = tuple(dense(self.out.tensors[w]) if w else None for w in writes)
+        call = (target, args, kwargs, results, out)
+        operands = (*found, *results)
+        self._launch(node, op_name(node), "aten", target, operands, written, (), call)
+
+    def _return(self) -> None:
+        for k, leaf in enumerate(self.leaves):
+            made = g.size(leaf) if isinstance(leaf, fx.Node) and not g.is_tensor(leaf) else leaf
+            if isinstance(self.returns[k], Alias):
+                made = self.returns[k]
+            elif k in self.copied:
+                made = self._copy_out(leaf, self.copied[k])
+            elif g.is_tensor(leaf):
+                made = self._operand(leaf)
+            self.out.outputs.append(made)
+
+    def _copy_out(self, leaf: fx.Node, fresh: Fresh) -> ir.Operand:
+        """Copy a leaf into memory laid out as eager's, and shared with other views of it."""
+        if fresh.overlaps:  # such a window cannot be written to
+            fresh = fresh.apart(leaf.name)
+        name = f"{fresh.memory}_returned"
+        tensor, source, written, leaves = lay_out_returned(name, self._operand(leaf), fresh)
+        self.out.tensors.setdefault(name, tensor)
+        self._copy_into(leaf, "returned", source, written)
+        self.out.externs.append((str(leaf.target), "what is returned lies otherwise than eager's"))
+        return leaves

@@ -1,0 +1,51 @@
+"""Assembly: a program before it is bound to any machine, as `assemble` makes it.
+
+In: nothing. Out: tensors by name, launches in order, and what a call returns, for example::
+
+    assembly.outputs  ->  [Operand("layer_norm_24", ...), Alias("input_ids", ())]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from turbotx import ir
+from turbotx.capture.eager import Alias
+from turbotx.ir.expr import ZERO, Expr
+from turbotx.ir.strides import contiguous_strides
+
+
+@dataclass
+class Assembly:
+    """A program before it is bound to any machine.
+
+    outputs: per leaf of the model's output an Operand, an `Alias` of an input or a parameter, or a
+    plain constant or size expression.
+    externs: ops that run through ATen, with the reason. raw: inputs whose memory is read by strides
+    of the call's own, so that they must be dense. orders: the order of an input's dims by which it
+    is taken, None for its own.
+    """
+
+    tensors: dict[str, ir.Tensor] = field(default_factory=dict)
+    launches: list[ir.Launch] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    requirements: list[tuple[Expr, str]] = field(default_factory=list)
+    prepared: dict[str, fx.Node] = field(default_factory=dict)
+    externs: list[tuple[str, str]] = field(default_factory=list)
+    raw: list[str] = field(default_factory=list)
+    orders: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+
+    @property
+    def returned(self) -> list[str]:
+        """The tensors that the call returns, or views of which it returns."""
+        named = {ir.Operand: "tensor", Alias: "root"}
+        return [getattr(x, named[type(x)]) for x in self.outputs if type(x) in named]
+
+
+def dense(tensor: ir.Tensor) -> ir.Operand:
+    """Return the whole of a tensor that owns its memory."""
+    strides = contiguous_strides(tensor.shape)
+    return ir.Operand(tensor.name, tensor.dtype, tensor.shape, strides, ZERO)

@@ -1,0 +1,63 @@
+"""Copies: windows that lie as eager's tensors do, for ops that read raw memory and for callers.
+
+In: an operand as the program has it, and eager's strides. Out: a tensor to copy into and the
+windows on it; nothing here makes a launch::
+
+    lay_out("k_copied", k, strides)  ->  tensor (seq, batch, 64), window by eager's strides
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from turbotx import ir
+from turbotx.capture.eager import Fresh, order_of
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import ONE, ZERO, Expr, product
+from turbotx.ir.memory_order import by_order, inverse
+from turbotx.ir.strides import contiguous_strides
+
+
+def lay_out(
+    name: str, operand: ir.Operand, strides: Sequence[Expr]
+) -> tuple[ir.Tensor, ir.Operand]:
+    """Return a tensor of a name and the window on it that shows `operand` by these strides.
+
+    Strides with gaps become those of dense rows: nothing that reads elements reads the gaps.
+    """
+    order = order_of(operand.shape, strides)
+    extents = by_order(operand.shape, order)
+    dense = contiguous_strides(extents)
+    laid = by_order(dense, inverse(order))
+    tensor = ir.Tensor(name, "intermediate", operand.dtype, extents)
+    return tensor, ir.Operand(name, operand.dtype, operand.shape, laid, ZERO)
+
+
+def lay_out_returned(
+    name: str, operand: ir.Operand, fresh: Fresh
+) -> tuple[ir.Tensor, ir.Operand, ir.Operand, ir.Operand]:
+    """Return the caller's tensor, what is read, where it is written, and what is returned.
+
+    A dim of stride 0 shows one element many times, which is written once.
+    """
+    shape, strides, kind = fresh.shape, fresh.strides, operand.dtype
+    once = tuple(ONE if s == 0 else n for n, s in zip(shape, strides, strict=True))
+    written = ir.Operand(name, kind, once, strides, fresh.offset)
+    tensor = ir.Tensor(name, "output", kind, fresh.extents)
+    return tensor, replace(operand, shape=once), written, replace(written, shape=shape)
+
+
+def show_by_strides(node: fx.Node, given: fx.Node, source: ir.Operand) -> tuple[ir.Operand, Expr]:
+    """Return the window that an `as_strided` call shows of the memory of its argument, and how many
+    elements that memory has past its last one.
+
+    source: the argument, laid out as eager's.
+    """
+    value = g.tensor(node)
+    shape, strides, start = g.shape(node), g.strides(node), g.size(value.storage_offset(), value)
+    furthest = sum(((n - 1) * s for n, s in zip(shape, strides, strict=True)), start)
+    window = ir.Operand(source.tensor, g.dtype(node), shape, strides, source.offset + start)
+    return window, (product(g.shape(given)) - 1 - furthest).expand()

@@ -1,0 +1,65 @@
+"""ABI: what Python and the C++ runtime agree on; mirrors `native.cpp`.
+
+In: the loaded runtime library. Out: its functions declared, the struct of a launch, and weights in
+its packed layout; nothing here needs a compiler or symbolic sizes::
+
+    declare_runtime(library)
+    library.ttx_run(records, 0, 8, table, sizes, None)
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+RUNTIME_SOURCES = {
+    "runtime": Path(__file__).with_name("native.cpp"),
+    "watch": Path(__file__).parents[1] / "tensor_watch.cpp",
+    "dict_watch": Path(__file__).parents[1] / "dict_watch.cpp",
+}
+
+
+class LaunchRecord(ctypes.Structure):
+    """Mirrors `Launch` in native.cpp."""
+
+    _fields_ = (
+        ("call", ctypes.c_void_p),
+        ("arg_count", ctypes.c_int32),
+        ("size_count", ctypes.c_int32),
+        ("slots", ctypes.POINTER(ctypes.c_int32)),
+        ("offsets", ctypes.POINTER(ctypes.c_int32)),
+        ("sizes", ctypes.POINTER(ctypes.c_int32)),
+    )
+
+
+def declare_runtime(library: ctypes.CDLL) -> None:
+    """Tell ctypes the types of the runtime's functions."""
+    library.ttx_pack_weight.restype = ctypes.c_void_p
+    library.ttx_pack_weight.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_int,
+    ]  # fmt: skip
+    library.ttx_free_weight.argtypes = [ctypes.c_void_p]
+    library.ttx_free_weight.restype = None
+    library.ttx_run.restype = ctypes.c_int64
+    library.ttx_run.argtypes = [
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+    ]  # fmt: skip
+    declare_watch(library)
+
+
+def declare_watch(library: ctypes.CDLL) -> None:
+    """Tell ctypes about the functions of `tensor_watch.cpp` and `dict_watch.cpp`."""
+    library.ttx_watch_tensors.restype = ctypes.c_void_p
+    library.ttx_watch_tensors.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
+    library.ttx_tensors_changed.restype = ctypes.c_int
+    library.ttx_tensors_changed.argtypes = [ctypes.c_void_p]
+    library.ttx_free_watch.restype = None
+    library.ttx_free_watch.argtypes = [ctypes.c_void_p]
+    library.ttx_dict_counter.restype = ctypes.c_void_p
+    library.ttx_dict_counter.argtypes = [ctypes.c_void_p]
+
+
+def runtime_units() -> dict[str, str]:
+    """Return the C++ source of the runtime, by translation unit."""
+    return {name: path.read_text() for name, path in RUNTIME_SOURCES.items()}

@@ -1,0 +1,98 @@
+"""Argument arrays: what the driver reads a launch's arguments through, kept with an address table.
+
+In: where every launch's arguments lie in the tables of addresses and sizes. Out: for each an array
+of pointers to its arguments, right for every shape once the two tables are::
+
+    frame.refill(sizes); device.launch(function, grid, frame.addresses[3, "kernel"], stream)
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from turbotx.runtime.cuda.status import Status
+
+# Shapes whose views of GEMM operands are kept, an arena.
+KEPT_SHAPES = 16
+# Arguments that Triton's calling convention adds behind a kernel's own, with room to spare.
+EXTRA_ARGUMENTS = 4
+# A launch, and which of its lists of arguments.
+Key = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class ArgumentLayout:
+    """pointers: (slot, place of the offset in bytes or None). cell: what the pointer behind them
+    shows: "status" of the launch's index checks, "turns" of split sums, or "". sizes: places in
+    the size table."""
+
+    pointers: tuple[tuple[int, int | None], ...]
+    cell: str
+    sizes: tuple[int, ...]
+
+
+class KernelArguments:
+    """Argument arrays over one address table.
+
+    Whole tensors are read from the table itself, windows from `shifted`, sizes from `sizes`.
+    turns: zeros on the device, which every launch of split sums leaves behind as zeros.
+    """
+
+    def __init__(
+        self, table: Any, layouts: Mapping[Key, ArgumentLayout], count: int, status: Status,
+        turns: torch.Tensor,
+    ) -> None:  # fmt: skip
+        self._table = np.ctypeslib.as_array(table)
+        self._sizes = np.zeros(max(1, count), dtype=np.int64)
+        windows = dict.fromkeys(
+            p for layout in layouts.values() for p in layout.pointers if p[1] is not None
+        )
+        self._bases = np.array([slot for slot, _ in windows], dtype=np.int64)
+        self._shifts = np.array([shift for _, shift in windows], dtype=np.int64)
+        self._shifted = np.zeros(max(1, len(windows)), dtype=np.int64)
+        self._places = {p: 8 * k for k, p in enumerate(windows)}
+        launches = max((i for i, _ in layouts), default=-1) + 1
+        self._status, self._turns = status, turns  # what the addresses below point at
+        self._statuses = np.array([status.address(i) for i in range(launches)], dtype=np.int64)
+        self._turn = np.array([turns.data_ptr()], dtype=np.int64)
+        self._nothing = np.zeros(1, dtype=np.int64)
+        self.addresses = {key: self._array(key[0], layout) for key, layout in layouts.items()}
+        self._stamp: object = None
+        self._views: OrderedDict[int, tuple[object, dict[int, Callable[[], object]]]]
+        self._views = OrderedDict()
+
+    def _array(self, i: int, layout: ArgumentLayout) -> Any:
+        table, shifted = self._table.ctypes.data, self._shifted.ctypes.data
+        found = [
+            table + 8 * p[0] if p[1] is None else shifted + self._places[p] for p in layout.pointers
+        ]
+        cells = {"status": self._statuses.ctypes.data + 8 * i, "turns": self._turn.ctypes.data}
+        found += [cells[layout.cell]] if layout.cell else []
+        # A size that a kernel takes in 32 bits is the low half of its 64.
+        found += [self._sizes.ctypes.data + 8 * k for k in layout.sizes]
+        found += [self._nothing.ctypes.data] * EXTRA_ARGUMENTS
+        return (ctypes.c_void_p * len(found))(*found)
+
+    def refill(self, sizes: Any) -> None:
+        """Take over a shape's sizes, and the table's addresses as they are now."""
+        self._sizes[: len(sizes)] = sizes
+        if len(self._bases):
+            self._shifted[:] = self._table[self._bases] + self._sizes[self._shifts]
+
+    def views(self, bound: object, stamp: object) -> dict[int, Callable[[], object]]:
+        """Return the steps kept for a shape, none of which outlive the memory they look at."""
+        if self._stamp != stamp:
+            self._views.clear()
+            self._stamp = stamp
+        kept = self._views.pop(id(bound), (bound, {}))
+        self._views[id(bound)] = kept
+        if len(self._views) > KEPT_SHAPES:
+            self._views.popitem(last=False)
+        return kept[1]

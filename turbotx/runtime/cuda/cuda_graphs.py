@@ -1,0 +1,271 @@
+"""Graphs: a call on a GPU, plain at a shape's first use, a replayed CUDA graph from the second on.
+
+In: a planned call and how many graphs may be kept. Out: the same results. A graph reads and writes
+the arena alone: inputs are copied in, outputs are copied out to tensors of the caller's::
+
+    [intermediates, as planned | input_ids | attention_mask | hidden states]   one arena, all graphs
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from turbotx.capture.ambient import without_autocast
+from turbotx.errors import BuildWarning, DeviceError, TurbotxError
+from turbotx.memory.planner.plan import align
+from turbotx.memory.pool import poison_enabled
+from turbotx.runtime.cuda.queue import CudaQueue
+from turbotx.runtime.cuda.settings import math_settings
+from turbotx.runtime.cuda.weights import Held
+from turbotx.runtime.device import Graph, Recorder
+from turbotx.runtime.executable import Binding, Execution, PlannedCall
+from turbotx.runtime.state import Evaluate, RunState
+from turbotx.runtime.watch import Watch
+
+# cuBLAS and 128-bit accesses are at their best from addresses like an allocator's.
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """A graph of one shape in one arena, and what it stands and falls with.
+
+    stamp: addresses, weights and settings at its capture. kept: the weights that it reads.
+    """
+
+    graph: Graph
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    stamp: object
+    kept: Held
+
+
+class GraphCache:
+    """The graphs of a call, at most so many, by arena and shape: the one longest unused goes first.
+
+    used: shapes seen lately. recorders: one an arena, so that its graphs share temporary memory.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.used: OrderedDict[tuple[int, ...], None] = OrderedDict()
+        self.kept: OrderedDict[tuple[int, tuple[int, ...]], CapturedGraph] = OrderedDict()
+        self.recorders: dict[int, Recorder] = {}
+        self.lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Of all inputs, in order: their extents one after the other; rank and dtype of each."""
+
+    extents: Evaluate
+    kinds: Sequence[tuple[int, torch.dtype]]
+
+
+class CudaGraphCall(PlannedCall):
+    """Runs launches one by one, or as one graph a shape; thread-safe as `PlannedCall` is."""
+
+    runtime: CudaQueue
+
+    def keep_graphs(self, graphs: GraphCache, inputs: Inputs) -> None:
+        """Say where graphs are kept, and what inputs are to be copied into; done once."""
+        self._graphs = graphs
+        self._callers: dict[int, Held] = {}
+        """Weights that graphs of the caller's read, by version: nothing tells when those go."""
+        self._extents, self._kinds = inputs.extents, inputs.kinds
+
+    def run(
+        self, binding: Binding, tensors: Sequence[torch.Tensor], ticks: Any = None,
+        watch: Watch | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """Run on `tensors`; see `PlannedCall.run`. The device may still be at work on return."""
+        device = self.runtime.device
+        with without_autocast(), device.active():
+            if device.is_capturing():
+                return self._run_inside_capture(binding, tensors)
+            plain = ticks is not None or watch is not None or poison_enabled()
+            plain = plain or self._graphs.most == 0
+            if not plain and not self._is_first(binding.dims):
+                try:
+                    return self._replay(binding, tensors)
+                except _NotCapturable as error:
+                    self._graphs.most = 0
+                    warnings.warn(
+                        f"launches run one by one, because they cannot be captured as a CUDA "
+                        f"graph: {error}; cuda_graphs=False says so beforehand",
+                        BuildWarning,
+                        stacklevel=4,
+                    )
+            return super().run(binding, tensors, ticks, watch)
+
+    def reserve(self, binding: Binding) -> None:
+        """Map the memory of a shape now, that of its graph included."""
+        self.pool.reserve(
+            self._lay_out(binding)[1] if self._graphs.most else binding.footprint_nbytes
+        )
+
+    @contextmanager
+    def used(
+        self, binding: Binding, tensors: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[Any, RunState]]:
+        """Run once and keep the memory: yields the address table, for launches over it again, and
+        what PyTorch's part of them works on."""
+        self.runtime.weights.refresh()
+        inputs, outputs = self._readable(self.in_memory(tensors)), self._new_outputs(binding)
+        with self.pool.lease(binding.footprint_nbytes) as arena:
+            execution = self._prepare(arena, binding)
+            state = self._state(binding, arena, inputs, outputs)
+            self._run_in(execution, binding, state, inputs, outputs)
+            yield execution.table, state
+
+    def _is_first(self, dims: tuple[int, ...]) -> bool:
+        """Tell whether a shape was not seen lately; remembers four times as many as graphs."""
+        with self._graphs.lock:
+            first = dims not in self._graphs.used
+            self._graphs.used[dims] = None
+            self._graphs.used.move_to_end(dims)
+            if len(self._graphs.used) > 4 * self._graphs.most:
+                self._graphs.used.popitem(last=False)
+            return first
+
+    def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Inputs are read 16 bytes at a time: a slice that begins between is copied."""
+        dense = super()._readable(tensors)
+        return [t if t.data_ptr() % 16 == 0 else t.clone() for t in dense]
+
+    # --- graphs ---
+
+    def _replay(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        offsets, nbytes = self._lay_out(binding)
+        with self.pool.lease(nbytes) as arena:
+            captured = self._find(arena, binding, offsets)
+            outputs = self._play(captured, binding, tensors)
+            # Looking at every parameter takes as long as a short model: the device works meanwhile,
+            # on memory that `captured` keeps, and its results are dropped if one has changed.
+            if self.runtime.weights.refresh():
+                captured = self._find(arena, binding, offsets)
+                outputs = self._play(captured, binding, tensors)
+        failed = self.runtime.failed()
+        if failed:
+            self._explain_failure(failed)
+        state = self._state(binding, arena, tensors, outputs, tensors)
+        return [leaf(state) for leaf in self._leaves]
+
+    def _play(
+        self, captured: CapturedGraph, binding: Binding, tensors: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Copy inputs in, replay, copy outputs out: one kernel copies all of a dtype."""
+        call = self.runtime.device.call
+        if tensors:  # a list of none is refused
+            call(partial(torch._foreach_copy_, captured.inputs, list(self.in_memory(tensors))))
+        captured.graph.replay()
+        # The device is at work: the rest of the host's part costs nothing while that lasts.
+        self.runtime.placed.use(captured.kept)
+        outputs = self._new_outputs(binding)
+        if outputs:
+            call(partial(torch._foreach_copy_, outputs, captured.outputs))
+        return outputs
+
+    def _find(self, arena: Any, binding: Binding, offsets: list[int]) -> CapturedGraph:
+        """Return the graph of a shape in this arena, captured now if there is none that holds."""
+        key = (arena.index, binding.dims)
+        stamp = (arena.data_ptr, arena.shrinks, self.runtime.weights.version, math_settings())
+        with self._graphs.lock:
+            captured = self._graphs.kept.get(key)
+            if captured is not None and captured.stamp == stamp:
+                self._graphs.kept.move_to_end(key)
+                return captured
+        captured = self._capture(arena, binding, offsets, stamp)
+        with self._graphs.lock:
+            self._graphs.kept[key] = captured
+            while len(self._graphs.kept) > self._graphs.most:
+                self._graphs.kept.popitem(last=False)
+        return captured
+
+    def _capture(
+        self, arena: Any, binding: Binding, offsets: list[int], stamp: object
+    ) -> CapturedGraph:
+        views = []
+        for (shape, dtype), offset in zip(self._outer(binding), offsets, strict=True):
+            part = arena.tensor[offset : offset + math.prod(shape) * dtype.itemsize]
+            views.append(part.view(dtype).view(shape))
+        count = len(self._places.inputs)
+        inputs, outputs = views[:count], views[count:]
+        execution = self._prepare(arena, binding)
+        self.runtime.bind(binding.sizes)
+        state = self._state(binding, arena, inputs, outputs)
+        recorder = self._graphs.recorders.get(arena.index)
+        if recorder is None:
+            recorder = self._graphs.recorders[arena.index] = self.runtime.device.recorder()
+        try:
+            graph = recorder.capture(
+                lambda: self._run_in(execution, binding, state, inputs, outputs)
+            )
+        except TurbotxError:
+            raise
+        except RuntimeError as error:  # an op that waits for the device, most likely
+            raise _NotCapturable(str(error).splitlines()[0]) from error
+        self.graph_captures += 1
+        return CapturedGraph(graph, inputs, outputs, stamp, execution.kept)
+
+    def _lay_out(self, binding: Binding) -> tuple[list[int], int]:
+        """Return where inputs and outputs lie behind the plan, and the bytes of all."""
+        offsets, end = [], align(binding.footprint_nbytes, ALIGNMENT)
+        for shape, dtype in self._outer(binding):
+            offsets.append(end)
+            end = align(end + math.prod(shape) * dtype.itemsize, ALIGNMENT)
+        return offsets, end
+
+    def _outer(self, binding: Binding) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Return shapes and dtypes of a call's inputs, then of its outputs."""
+        extents = iter(self._extents(*binding.dims))
+        inputs = [(tuple(next(extents) for _ in range(n)), dtype) for n, dtype in self._kinds]
+        return [*inputs, *((shape, dtype) for _, shape, dtype in binding.outputs)]
+
+    def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
+        super()._point(execution, arena, binding)
+        with self.runtime.device.active():
+            self.runtime.placed.use(execution.kept)
+            self.runtime.frame(execution.table)
+
+    # --- inside a graph that the caller captures ---
+
+    def _run_inside_capture(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        """Queue into the caller's graph, in memory that this graph owns alone."""
+        if not self.runtime.placed.are_filled() or not self.runtime.is_loaded(binding.sizes):
+            raise DeviceError(
+                "a CUDA graph is being captured around a turbotx module whose program for these "
+                "sizes has not run yet, or wants kernels that are not loaded, or whose parameters "
+                "have changed: call it once before the capture, with inputs of these sizes"
+            )
+        device = self.runtime.torch_device
+        arena = _OwnMemory(torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device))
+        execution = Execution(self.runtime.slot_count)
+        self._point(execution, arena, binding)
+        self._callers[execution.kept.version] = execution.kept
+        inputs, outputs = self._readable(self.in_memory(tensors)), self._new_outputs(binding)
+        state = self._state(binding, arena, inputs, outputs, tensors)
+        self._run_in(execution, binding, state, inputs, outputs)
+        return [leaf(state) for leaf in self._leaves]
+
+
+class _NotCapturable(Exception):
+    """A launch does something that a graph cannot hold."""
+
+
+class _OwnMemory:
+    """What a run needs of an arena, over one plain tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.data_ptr = tensor.data_ptr()

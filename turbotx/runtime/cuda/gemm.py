@@ -1,0 +1,264 @@
+"""GEMMs of a GPU program: one Triton launch, or the library's GEMM and kernels for what follows.
+
+In: a gemm launch with its alternatives, sizes. Out: the parts to queue, by the bucket of tokens::
+
+    linear_gelu_0 at 40 tokens    ->  [gemm_float16_3072x768_bias_gelu on (96, 1)]
+    linear_gelu_0 at 4096 tokens  ->  [cuBLAS's addmm into out, fused_add_gelu over it]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from turbotx import ir
+from turbotx.ir.expr import ONE, ZERO
+from turbotx.kernels.fusion.epilogue import GemmKernel, RowNorm
+from turbotx.kernels.gemm_heuristics import BUCKETS, STRIDES, bucket_of, gemm_job
+from turbotx.kernels.job import ALIGNED_NBYTES, Job
+from turbotx.kernels.schedule_selector import Tiles, gemm_neighbours, structure_of
+from turbotx.kernels.triton.gemm_template import (
+    GemmSchedule,
+    GemmTemplate,
+    gemm_arguments,
+    gemm_grid,
+)
+from turbotx.kernels.triton.tags import tag_of
+from turbotx.runtime.aten import AtenSteps
+from turbotx.runtime.cuda.arguments import ArgumentLayout
+from turbotx.runtime.cuda.library_gemm import Call, make_gemm
+from turbotx.runtime.cuda.parts import Part
+from turbotx.runtime.cuda.settings import uses_tf32
+from turbotx.runtime.cuda.variants import Deciders, KernelFamily, SizeTable, lay_out
+from turbotx.runtime.state import RunState
+
+LIBRARY_CALL = Part("library")
+# What a template calls the arguments of a gemm launch, in their order.
+POINTERS = (
+    "x_ptr", "w_ptr", "bias_ptr", "out_ptr", "residual_ptr", "sums_ptr", "scales_ptr",
+    "x_stats_ptr", "residual_norm_ptr", "residual_stats_ptr", "stats_ptr",
+)  # fmt: skip
+
+
+def make_template(launch: ir.Launch) -> GemmTemplate | None:
+    """Return what a Triton kernel for a gemm launch is made from; None where its weight has no
+    rows or columns of adjacent elements."""
+    x, weight, bias, _, residual = launch.args[:5]
+    assert x is not None and weight is not None and isinstance(launch.target, GemmKernel)
+    k, kind = int(weight.shape[1]), launch.target
+    none = RowNorm("none", 1e-5)
+    norm, added = kind.norm or none, kind.residual_norm or none
+    if weight.strides[1] != 1 and weight.strides[0] != 1 and k != 1:
+        return None
+    return GemmTemplate(
+        x.dtype,
+        int(launch.sizes[2]),
+        k,
+        bias=bias is not None,
+        activation=kind.activation,
+        gated=kind.gated,
+        residual=residual is not None,
+        norm=norm.kind,
+        eps=norm.eps,
+        scaled=kind.folds and launch.args[6] is not None,
+        residual_norm=added.kind,
+        residual_eps=added.eps,
+        stats=kind.stats,
+        flipped=weight.strides[1] != 1 and k != 1,
+    )
+
+
+class GemmFamily:
+    """The alternatives of gemm launches; equal ones of several layers share one.
+
+    finish: the kernels behind the library's GEMM. left_by: for each tensor of row statistics the
+    template that leaves them.
+    """
+
+    def __init__(
+        self, launch: ir.Launch, target: str, table: SizeTable, tiles: Tiles,
+        finish: Sequence[KernelFamily], left_by: Mapping[str, GemmTemplate] | None = None,
+    ) -> None:  # fmt: skip
+        self.template, self.finish = make_template(launch), tuple(finish)
+        self._target, self._tiles = target, tiles
+        x, weight, bias, out, residual = launch.args[:5]
+        read = [None, None] if len(launch.args) == 5 else [launch.args[7], launch.args[9]]
+        # Those of x and of the residual: their tiles' widths are these templates'.
+        self._left_by = [None if a is None else (left_by or {})[a.tensor] for a in read]
+        assert x is not None and weight is not None and out is not None
+        rows, stride, width = launch.sizes[:3]
+        down = weight.strides[1] if self.template and self.template.flipped else weight.strides[0]
+        sizes = {"tokens": rows, "x_row": stride, "w_row": down, "out_row": width}
+        if residual is not None:
+            sizes["residual_row"] = width
+        self._sizes = {name: table.value(e) for name, e in sizes.items()}
+        operands = {"x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "residual_ptr": residual}
+        self._shifts = [
+            (name, table.value(a.offset * a.dtype.itemsize))
+            for name, a in operands.items()
+            if a is not None and a.offset != 0
+        ]
+        self._chosen: dict[tuple[GemmTemplate, int], GemmSchedule | None] = {}
+        self._jobs: dict[object, Job] = {}
+
+    @property
+    def key(self) -> object:
+        """Equal for launches that can share a family."""
+        return (
+            self.template, tuple(self._sizes.values()), tuple(self._shifts),
+            tuple(id(f) for f in self.finish), tuple(self._left_by),
+        )  # fmt: skip
+
+    def layouts(self, launch: ir.Launch, table: SizeTable) -> dict[str, ArgumentLayout]:
+        """Say where a launch's arguments lie for a template, with and without split sums."""
+        if self.template is None:
+            return {}
+        tensors = dict(zip(POINTERS, launch.args, strict=False))
+        given = gemm_arguments(self.template, GemmSchedule(16, 16, 16))
+        operands = [tensors[a] for a, kind in given if kind != "size"]
+        sizes = [self._sizes[a] for a, kind in given if kind == "size"]
+        plain = lay_out([a for a in operands if a is not None], "", sizes, table)
+        sums = (table.slots[launch.workspaces[0]], None)
+        split = replace(plain, pointers=(*plain.pointers, sums), cell="turns")
+        return {"gemm": plain, "split": split}
+
+    def pick(self, sizes: Sequence[int]) -> list[Part]:
+        """Return what to queue at these sizes."""
+        return self.at(self.chosen(sizes)[1], sizes)
+
+    def chosen(self, sizes: Sequence[int]) -> tuple[int, GemmSchedule | None]:
+        """Return the bucket of tokens, and the schedule that `pick` takes; None: the library's."""
+        bucket, template = bucket_of(sizes[self._sizes["tokens"]]), self._typed()
+        if template is None:
+            return bucket, None
+        key = (template, bucket)
+        if key not in self._chosen:
+            self._chosen[key] = self._tiles.gemm(template, bucket)
+        return bucket, self._chosen[key]
+
+    @property
+    def tokens(self) -> int:
+        """The place of the number of tokens among a program's sizes."""
+        return self._sizes["tokens"]
+
+    @property
+    def deciders(self) -> Deciders:
+        """Its own, and those of the kernels behind the library's GEMM."""
+        behind = [family.deciders for family in self.finish]
+        even = (
+            *(self._sizes[n] for n in STRIDES if n in self._sizes),
+            *(k for _, k in self._shifts),
+        )
+        return Deciders(
+            ((self.tokens, BUCKETS), *(by for d in behind for by in d.by)),
+            (*even, *(k for d in behind for k in d.even)),
+            tuple(k for d in behind for k in d.large),
+        )
+
+    def expected(self, sizes: Sequence[int], buckets: Iterable[int] = BUCKETS) -> list[Job]:
+        """Return the templates' jobs for buckets, so that no stream of lengths builds more."""
+        tokens, found = self.tokens, []
+        for bucket in buckets:
+            parts = self.pick([*sizes[:tokens], bucket, *sizes[tokens + 1 :]])
+            found += [
+                p.job for p in parts if p.which in ("gemm", "split") and isinstance(p.job, Job)
+            ]
+        return found
+
+    def at(self, schedule: GemmSchedule | None, sizes: Sequence[int]) -> list[Part]:
+        """Return what to queue at these sizes by a given schedule."""
+        template, tokens = self._typed(), sizes[self._sizes["tokens"]]
+        if schedule is None or template is None:
+            finish = [p for family in self.finish for p in family.pick(sizes)]
+            return [LIBRARY_CALL, *(replace(p, which=f"end{k}") for k, p in enumerate(finish))]
+        schedule = self._with_statistics(schedule, tokens)
+        divisible = tuple(n for n in STRIDES if n in self._sizes and self._even(n, sizes))
+        unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
+        key = (template, schedule, divisible, unaligned)
+        job = self._jobs.get(key)
+        if job is None:
+            job = gemm_job(template, self._target, schedule, divisible, unaligned)
+            self._jobs[key] = job
+        which = "gemm" if schedule.splits == 1 else "split"
+        return [Part(which, job, gemm_grid(template, schedule, tokens))]
+
+    def _with_statistics(self, schedule: GemmSchedule, tokens: int) -> GemmSchedule:
+        """Say how wide the tiles were over which the statistics that it reads are."""
+        widths = [0, 0]
+        for k, template in enumerate(self._left_by):
+            if template is not None:
+                made = self._tiles.gemm(with_settings(template), tokens)
+                assert made is not None
+                widths[k] = made.n_tile
+        return replace(schedule, stat_tile=widths[0], residual_tile=widths[1])
+
+    def _even(self, name: str, sizes: Sequence[int]) -> bool:
+        return sizes[self._sizes[name]] % 16 == 0
+
+    def _typed(self) -> GemmTemplate | None:
+        """The template under PyTorch's settings as they are now."""
+        return None if self.template is None else with_settings(self.template)
+
+    # --- tuning ---
+
+    @property
+    def name(self) -> str:
+        return self.template.name if self.template is not None else ""
+
+    def structure(self) -> str:
+        template = self._typed()
+        return "" if template is None else structure_of(template)
+
+    def neighbours(self, schedule: GemmSchedule | None, bucket: int) -> Sequence[object]:
+        template = self._typed()
+        if template is None:
+            return []
+        return gemm_neighbours(template, schedule, bucket, self._target)
+
+    def bucket(self, length: int) -> str:
+        return str(length)
+
+    def tag(self, schedule: GemmSchedule | None) -> str:
+        return tag_of(schedule)
+
+
+def with_settings(template: GemmTemplate) -> GemmTemplate:
+    """Return a template under PyTorch's settings as they are now."""
+    return replace(template, tf32=uses_tf32()) if template.dtype is torch.float32 else template
+
+
+def bind_gemm(launch: ir.Launch, steps: AtenSteps) -> Callable[[RunState], Call]:
+    """Return a function from a run's state to the library's call of a launch."""
+    x, weight, bias, out = library_operands(launch)
+    biases = None if bias is None else steps.tensor(bias)
+    looks = (steps.tensor(x), steps.tensor(weight), biases, steps.tensor(out))
+    return make_gemm(*looks, runs_relu(launch))
+
+
+def library_operands(
+    launch: ir.Launch,
+) -> tuple[ir.Operand, ir.Operand, ir.Operand | None, ir.Operand]:
+    """Return x, weight, bias and out of a launch as the library takes them: rows of two dims."""
+    x, weight, bias, out, _ = launch.args
+    assert x is not None and weight is not None and out is not None
+    rows, stride, width = launch.sizes[:3]
+    given = ir.Operand(x.tensor, x.dtype, (rows, x.shape[-1]), (stride, ONE), x.offset)
+    target = ir.Operand(out.tensor, out.dtype, (rows, width), (width, ONE), ZERO)
+    return given, weight, bias, target
+
+
+def runs_relu(launch: ir.Launch) -> bool:
+    """Tell whether the library does a ReLU behind the bias of a launch."""
+    return isinstance(launch.target, GemmKernel) and launch.target.activation == "relu"
+
+
+def find_library_call(launch: ir.Launch) -> tuple[ir.Launch, tuple[ir.Launch, ...]]:
+    """Return the launch that the library's GEMM does, and the kernels behind it; itself where norms
+    are folded into it, which no library does."""
+    kind, (_, _, bias, _, residual) = launch.target, launch.args[:5]
+    assert isinstance(kind, GemmKernel)
+    if kind == GemmKernel("relu") and bias is not None and residual is None:
+        return launch, ()
+    return (launch.instead[0], launch.instead[1:]) if launch.instead else (launch, ())

@@ -1,0 +1,257 @@
+"""Which compiled variant of a kernel a shape needs, and on what grid.
+
+In: the launches of a program and its evaluated sizes. Out: for each launch a job (printed once for
+each schedule) and a grid, in microseconds, since every size was evaluated by the binding::
+
+    family.pick(sizes)  ->  [Part("kernel", Job fused_add_layer_norm_0, (40, 1, 1))]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from turbotx import ir
+from turbotx.ir.expr import Expr, dim, product
+from turbotx.kernels.attention_jobs import attention_job, product_job
+from turbotx.kernels.cpp.attention import AttentionKernel
+from turbotx.kernels.cpp.products import ProductKernel
+from turbotx.kernels.job import ALIGNED_NBYTES, Job
+from turbotx.kernels.schedule import (
+    INT32_LIMIT,
+    PERSISTENT,
+    Schedule,
+    divisible_sizes,
+    is_strided,
+    outer_axes,
+    power_above,
+    vector_axes,
+)
+from turbotx.kernels.schedule_selector import (
+    Tiles,
+    attention_neighbours,
+    queries_bucket,
+    structure_of,
+)
+from turbotx.kernels.triton.attention import (
+    NAMES,
+    STRIDES,
+    AttentionSchedule,
+    attention_grid,
+    with_keys,
+)
+from turbotx.kernels.triton.compiler import kernel_job
+from turbotx.kernels.triton.products import PRODUCT_NAMES, PRODUCT_STRIDES, product_grid
+from turbotx.kernels.triton.tags import AttentionTiles, tag_of
+from turbotx.kernels.tuned import Choose, neighbours
+from turbotx.runtime.cuda.arguments import ArgumentLayout
+from turbotx.runtime.cuda.parts import Part
+from turbotx.runtime.device import Grid
+
+KEYS = ("q_len", "k_len")
+# How many keys a tile of attention can have; the last stands for more than any.
+TILES_OF_KEYS = (16, 32, 64, 128, 256, 1 << 30)
+# Elements from which on a kernel counts in 64 bits: a masked tile reaches past the end.
+LARGE = INT32_LIMIT - PERSISTENT
+
+
+class SizeTable:
+    """Places of tensors in a program's address table and of expressions in its size table."""
+
+    def __init__(self, tensors: Sequence[str]) -> None:
+        self.slots = {name: k for k, name in enumerate(tensors)}
+        self.values: dict[Expr, int] = {}
+
+    def value(self, e: Expr) -> int:
+        return self.values.setdefault(e, len(self.values))
+
+    def expression(self, place: int) -> Expr:
+        return list(self.values)[place]
+
+
+def lay_out(
+    operands: list[ir.Operand], cell: str, sizes: list[int], table: SizeTable
+) -> ArgumentLayout:  # fmt: skip
+    """Return the layout of arguments: operands, a cell, sizes by their place in the table."""
+    pointers = []
+    for arg in operands:
+        shift = arg.offset * arg.dtype.itemsize
+        pointers.append((table.slots[arg.tensor], None if shift == 0 else table.value(shift)))
+    return ArgumentLayout(tuple(pointers), cell, tuple(sizes))
+
+
+# Lengths up to which a choice by powers of two holds; the last one stands for all larger ones.
+POWERS = tuple(1 << k for k in range(31))
+
+
+@dataclass(frozen=True)
+class Deciders:
+    """What of a program's sizes decides over a family's variants, by their places.
+
+    by: up to which values one choice holds, the last one for all larger. even: whether it is a
+    multiple of 16. large: whether any of them passes what 32 bits can count.
+    """
+
+    by: tuple[tuple[int, tuple[int, ...]], ...]
+    even: tuple[int, ...]
+    large: tuple[int, ...] = ()
+
+
+class KernelFamily:
+    """All variants of one generated kernel; equal kernels of several layers share one."""
+
+    def __init__(self, kernel: ir.Kernel, target: str, table: SizeTable, choose: Choose) -> None:
+        self.kernel, self._target, self._choose = kernel, target, choose
+        self._length = table.value(product([a.extent for a in vector_axes(kernel)]))
+        self._outer = table.value(product([a.extent for a in outer_axes(kernel)]))
+        counts = [table.value(product(p.shape)) for p in kernel.params]
+        self._counts = [*counts, self._length, self._outer]
+        self._strides = [(name, table.value(dim(name))) for name in divisible_sizes(kernel)]
+        self._strided = is_strided(kernel)
+        self._schedules: dict[tuple[int, bool], Schedule] = {}
+        self._jobs: dict[tuple[Schedule, tuple[str, ...]], Job] = {}
+
+    def pick(self, sizes: Sequence[int]) -> list[Part]:
+        """Return what to run at these sizes; a grid with a zero means nothing."""
+        length = sizes[self._length]
+        wide = any(sizes[k] >= LARGE for k in self._counts)
+        schedule = self._schedules.get((length, wide))
+        if schedule is None:
+            schedule = self._choose(self.kernel, length, wide, self._strided)
+            self._schedules[length, wide] = schedule
+        return self.at(schedule, sizes)
+
+    @property
+    def deciders(self) -> Deciders:
+        strides = tuple(place for _, place in self._strides)
+        return Deciders(((self._length, POWERS),), strides, tuple(self._counts))
+
+    def at(self, schedule: Schedule, sizes: Sequence[int]) -> list[Part]:
+        """Return what to run at these sizes by a given schedule."""
+        divisible = tuple(name for name, k in self._strides if sizes[k] % 16 == 0)
+        job = self._jobs.get((schedule, divisible))
+        if job is None:
+            job = kernel_job(self.kernel, self._target, schedule, divisible)
+            self._jobs[schedule, divisible] = job
+        grid = self._grid(schedule, sizes[self._length], sizes[self._outer])
+        return [Part("kernel", job, grid)]
+
+    def chosen(self, sizes: Sequence[int]) -> tuple[int, Schedule]:
+        """Return the length of a tile's columns, and the schedule that `pick` takes."""
+        self.pick(sizes)
+        length = sizes[self._length]
+        return length, next(s for (n, _), s in self._schedules.items() if n == length)
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    def structure(self) -> str:
+        return self.kernel.digest()
+
+    def neighbours(self, schedule: Schedule, length: int) -> Sequence[Schedule]:
+        return neighbours(self.kernel, schedule, length)
+
+    def bucket(self, length: int) -> str:
+        return str(power_above(length))
+
+    def tag(self, schedule: Schedule) -> str:
+        return schedule.tag
+
+    def _grid(self, schedule: Schedule, length: int, outer: int) -> Grid:
+        programs = -(-outer // schedule.rows)
+        if self.kernel.columns or not self.kernel.axes:
+            return programs, 1, 1
+        tiles = -(-length // schedule.cols)
+        return (tiles, 1, 1) if len(self.kernel.axes) < 2 else (programs, tiles, 1)
+
+
+class AttentionFamily:
+    """The variants of an attention launch, or of one of attention's two products: tiles by the
+    number of queries, strides, addresses."""
+
+    def __init__(self, launch: ir.Launch, target: str, table: SizeTable, tiles: Tiles) -> None:
+        assert isinstance(launch.target, (AttentionKernel, ProductKernel))
+        self.kernel, self._target, self._tiles = launch.target, target, tiles
+        self._sizes = [table.value(e) for e in launch.sizes]
+        flash = isinstance(launch.target, AttentionKernel)
+        self._names, self._strides = (NAMES, STRIDES) if flash else (PRODUCT_NAMES, PRODUCT_STRIDES)
+        of_flash = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr")
+        names = of_flash if flash else ("a_ptr", "b_ptr", "out_ptr")
+        self._shifts = [
+            (name, table.value(a.offset * a.dtype.itemsize))
+            for name, a in zip(names, launch.args, strict=True)
+            if a is not None and a.offset != 0
+        ]
+        self._chosen: dict[int, AttentionTiles] = {}
+        self._jobs: dict[object, Job] = {}
+
+    def pick(self, sizes: Sequence[int]) -> list[Part]:
+        """Return what to run at these sizes; a grid with a zero means nothing."""
+        return self.at(self.chosen(sizes)[1], sizes)
+
+    def chosen(self, sizes: Sequence[int]) -> tuple[int, AttentionTiles]:
+        """Return the bucket of the number of queries, and the schedule that `pick` takes."""
+        bucket = queries_bucket(sizes[self._sizes[self._names.index("q_len")]])
+        if bucket not in self._chosen:
+            self._chosen[bucket] = self._tiles.attention(self.kernel, bucket)
+        return bucket, self._chosen[bucket]
+
+    def expected(self, sizes: Sequence[int]) -> list[Job]:
+        """Return the jobs for these sizes, and for the same queries with any number of keys."""
+        tiles, q, k = self.chosen(sizes)[1], *(self._sizes[self._names.index(n)] for n in KEYS)
+        found = self.at(tiles, sizes)
+        if isinstance(tiles, AttentionSchedule) and tiles.once and q != k:
+            found += self.at(replace(tiles, once=0), sizes)
+        return [part.job for part in found if isinstance(part.job, Job)]
+
+    @property
+    def deciders(self) -> Deciders:
+        places = dict(zip(self._names, self._sizes, strict=True))
+        even = (*(places[n] for n in self._strides), *(k for _, k in self._shifts))
+        by = [(places["q_len"], POWERS)]
+        if isinstance(self.kernel, AttentionKernel):  # whether one tile has all keys
+            by.append((places["k_len"], TILES_OF_KEYS))
+        return Deciders(tuple(by), even)
+
+    def at(self, tiles: AttentionTiles, sizes: Sequence[int]) -> list[Part]:
+        """Return what to run at these sizes by a given schedule."""
+        values = dict(zip(self._names, (sizes[k] for k in self._sizes), strict=True))
+        if isinstance(tiles, AttentionSchedule):
+            tiles = with_keys(tiles, values["k_len"])
+        divisible = tuple(name for name in self._strides if values[name] % 16 == 0)
+        unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
+        key = (tiles, divisible, unaligned)
+        job = self._jobs.get(key)
+        if job is None:
+            job = self._jobs[key] = self._make(tiles, divisible, unaligned)
+        return [Part("kernel", job, self._grid(tiles, values))]
+
+    def _make(self, tiles: Any, divisible: Iterable[str], unaligned: Iterable[str]) -> Job:
+        make: Any = attention_job if isinstance(self.kernel, AttentionKernel) else product_job
+        job: Job = make(self.kernel, self._target, tiles, divisible, unaligned)
+        return job
+
+    def _grid(self, tiles: AttentionTiles, values: Mapping[str, int]) -> Grid:
+        batch, heads, q_len = values["batch"], values["heads"], values["q_len"]
+        if isinstance(tiles, AttentionSchedule):
+            return attention_grid(tiles, batch, heads, q_len)
+        assert isinstance(self.kernel, ProductKernel)
+        return product_grid(self.kernel, tiles, batch, heads, q_len, values["k_len"])
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    def structure(self) -> str:
+        return structure_of(self.kernel)
+
+    def neighbours(self, tiles: AttentionTiles, bucket: int) -> Sequence[AttentionTiles]:
+        return attention_neighbours(tiles)
+
+    def bucket(self, length: int) -> str:
+        return str(length)
+
+    def tag(self, tiles: AttentionTiles) -> str:
+        return tag_of(tiles)

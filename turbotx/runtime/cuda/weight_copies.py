@@ -1,0 +1,80 @@
+"""Weight copies: one launch again and again, whose weights come from memory each time.
+
+In: a launch of a program that has run, and its address table. Out: the state to queue it with, and
+in the table the addresses of another copy of its weights at every turn::
+
+    with WeightCopies(runtime, 3, table, state, sizes) as copies:
+        runtime.queue(3, parts, table, copies.turn())
+
+In a call every launch reads weights that no other does: they come from the device's memory.
+Launched in a row over the same weights, it would find them in the L2 cache, 50 MB or more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from turbotx.runtime.cuda.runtime import CudaRuntime
+from turbotx.runtime.state import RunState
+
+# Together the copies are larger than any device's L2 cache. Of small weights there are as many as
+# fit into a graph: what they take is not the way from memory.
+LEAST_NBYTES = 128 << 20
+MOST_COPIES = 256
+
+
+class WeightCopies:
+    """count: how many turns there are until the first copy's again. table: the program's."""
+
+    def __init__(
+        self, runtime: CudaRuntime, launch: int, table: Any, state: RunState, sizes: Any
+    ) -> None:
+        self.table, self._state, self._sizes = table, state, sizes
+        self._slots = runtime.table.slots
+        one = runtime.assembly.launches[launch]
+        read = dict.fromkeys(name for x in (one, *one.instead) for name in x.reads)
+        held = runtime.placed.held.tensors
+        weights = {name: held[name] for name in read if name in held}
+        nbytes = sum(t.nbytes for t in weights.values())
+        self.count = min(MOST_COPIES, math.ceil(LEAST_NBYTES / nbytes)) if nbytes else 1
+        others = range(1, self.count)
+        self._copies = [weights, *({n: _copy(t) for n, t in weights.items()} for _ in others)]
+        self._next = 0
+
+    def __enter__(self) -> WeightCopies:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    def turn(self) -> RunState:
+        """Point the table at the next copy; return the state for what PyTorch runs."""
+        copy = self._copies[self._next]
+        self._next = (self._next + 1) % self.count
+        return self._point(copy)
+
+    def restore(self) -> None:
+        """Point the table at the program's own weights again."""
+        self._next = 0
+        self._point(self._copies[0])
+
+    def _point(self, copy: Mapping[str, torch.Tensor]) -> RunState:
+        for name, tensor in copy.items():
+            self.table[self._slots[name]] = tensor.data_ptr()
+        self.table.frame.refill(self._sizes)
+        if copy is self._copies[0]:
+            return self._state
+        return replace(self._state, tensors=ChainMap(dict(copy), dict(self._state.tensors)))
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    made = torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return made.copy_(tensor)
