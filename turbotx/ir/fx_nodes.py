@@ -149,7 +149,9 @@ def _is_one(value: torch.SymInt) -> bool:
         return bool(whole == 1)
     known = _ones.setdefault(shape_env, {})
     if whole not in known:
-        known[whole] = statically_known_true(value == 1)
+        assumed = any(guard.expr in (sympy.Eq(whole, 1), sympy.Eq(1, whole))
+                      for guard in shape_env.guards)  # fmt: skip
+        known[whole] = assumed or statically_known_true(value == 1)
     return known[whole]
 
 

@@ -189,8 +189,15 @@ class Recorder:
         self._writes[key, name] = Write(self._real(owner), name, value, read, computed)
 
     def _real(self, owner: Any) -> Any:
-        proxy = _PROXY and isinstance(owner, _PROXY)
-        return self.original_of(owner.get_base() if proxy else owner)
+        if _PROXY and isinstance(owner, _PROXY):
+            attributes = object.__getattribute__(owner, "__dict__")
+            try:
+                # Not by its attribute, whose reading would be noted, and so on.
+                owner = type(owner).get_base(owner)
+            except KeyError:  # it is being made: the module is the one whose attributes it has
+                same = (m for m in self.modules if _attributes(m) is attributes)
+                owner = next(same, owner)
+        return self.original_of(owner)
 
 
 @contextmanager
