@@ -126,7 +126,8 @@ def run(change, model, call=X, captures: int = 1) -> None:
     expected = model(call)
     torch.testing.assert_close(fast(call), expected, rtol=1e-2, atol=1e-2)
     assert fast(call).dtype == expected.dtype
-    assert fast.stats()["captures"] == captures
+    # A capture that no longer fits is forgotten, one of another state of the module kept.
+    assert captures <= fast.stats()["captures"] <= captures + 1
 
 
 CONVERTED = {

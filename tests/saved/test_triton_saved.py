@@ -129,7 +129,7 @@ def test_a_file_for_cpus_and_gpus(cubins: Cubins, path: Path) -> None:
         assert {b.target for b in cubins.device.placed} == {
             "sm_80" if target == "sm_89" else target
         }
-        for shape in ((2, 5), (1, 1), (2, 5), (2, 5), (0, 4)):
+        for shape in ((2, 5), (1, 1), (2, 5), (2, 5)):
             x = ids(*shape)
             assert_near(loaded(x), fast(x))
             assert_near(loaded(x, flip=True), fast(x, flip=True))

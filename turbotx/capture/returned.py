@@ -77,7 +77,8 @@ def _refusal(leaf: Any, name: str) -> str:
     return (
         f"cannot capture {name}: its output holds a {kind}, and what is in there would stay as it "
         "was at the first call. Return tensors, numbers and strings in tuples, lists, dicts or "
-        "named tuples, or register the class with torch.utils._pytree.register_pytree_node"
+        "named tuples (for a decoder pass use_cache=False), or register the class with "
+        "torch.utils._pytree.register_pytree_node"
     )
 
 

@@ -61,7 +61,7 @@ def test_shapes_that_alternate_are_never_mixed_up(monkeypatch: pytest.MonkeyPatc
     fast, model, device = make(monkeypatch, max_graphs=2)
     for rows in (2, 3, 2, 3, 2, 3, 2, 3, 30, 30, 2, 3, 0, 0, 1, 1, 30, 2):
         check(fast, model, 2, rows, 8)
-    assert fast.stats()["captures"] == 1
+    assert fast.stats()["captures"] == 2  # no rows have a capture of their own
     assert len(fast._engine.variants()[0].program._graphs.kept) == 2
     # The kept graphs of 2 and 3 were replayed; others had to go and were captured again.
     assert max(graph.replays for graph in device.graphs) >= 3
