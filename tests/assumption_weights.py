@@ -270,7 +270,9 @@ class Ambient(Piece):
             lambda: F.softmax(self.linear(x), -1), lambda: x + torch.arange(8) / 2,
             lambda: x * 2 if self.training else x + 1,
             lambda: F.layer_norm(self.linear(x), (WIDTH,)),
-            lambda: F.scaled_dot_product_attention(x, self.linear(x), x, is_causal=x.shape[1] > 1),
+            lambda: F.scaled_dot_product_attention(
+                x, self.linear(x), x, is_causal=bool(x.shape[1] > 1)
+            ),
         ]  # fmt: skip
         return made[self.kind % len(made)]()
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
@@ -56,8 +55,6 @@ class SizeTensors(TorchFunctionMode):
                 "no program can hold: draw from PyTorch's default one, which torch.manual_seed "
                 "sets, or pass what was drawn as an argument"
             )
-        if func is F.scaled_dot_product_attention:  # it takes no relation, as in seq > 1
-            kwargs = {k: bool(v) if isinstance(v, torch.SymBool) else v for k, v in kwargs.items()}
         result = func(*args, **kwargs)
         if isinstance(result, FakeTensor) and not result.shape and _is_integer(result):
             value = _find(func, args, kwargs)

@@ -38,6 +38,7 @@ def unlift(
     inputs: list[fx.Node] = []
     paths: dict[str, str] = {}
     owned = {_place(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+    known: dict[str, fx.Node] = {}
     for node in [n for n in graph.nodes if n.op == "placeholder"]:
         target = targets.get(node.name)
         if target is None:
@@ -45,6 +46,10 @@ def unlift(
             inputs.append(node)
             continue
         value, path = _find(exported, model, target, owned)
+        if path in known:  # export lifts what a closure names once for each time
+            node.replace_all_uses_with(known[path])
+            graph.erase_node(node)
+            continue
         with graph.inserting_before(node):
             if target in fresh and value.dim() == 0 and not value.is_complex():
                 # A number, which passes and kernels may know.
@@ -53,9 +58,8 @@ def unlift(
                 attribute = graph.call_function(scalar, (value.item(),), made)
             else:
                 inside = _path_inside(path, model)
-                if path not in paths.values():
-                    _assign(holder, inside, value)
-                attribute = graph.create_node("get_attr", inside)
+                _assign(holder, inside, value)
+                attribute = known[path] = graph.create_node("get_attr", inside)
                 paths[inside] = path
         attribute.meta = dict(node.meta)
         node.replace_all_uses_with(attribute)
