@@ -40,6 +40,8 @@ class Reach:
     loose: those that no namespace holds, with how often they have missed."""
 
     def __init__(self, model: nn.Module, shared: Iterable[tuple[Any, str]]) -> None:
+        self._waiting: list[tuple[Any, type | None]] = []
+        self._is_looking = False
         self.watched: list[Watched] = []
         self.caches: list[tuple[Any, str, Any]] = []
         self.loose: list[tuple[Any, int]] = []
@@ -161,6 +163,18 @@ class Reach:
                 return
 
     def _visit_function(self, function: Any, cls: type | None) -> None:
+        """Look at a function, after those that are being looked at: chains of them are long."""
+        self._waiting.append((function, cls))
+        if self._is_looking:
+            return
+        self._is_looking = True
+        try:
+            while self._waiting:
+                self._look_at_function(*self._waiting.pop())
+        finally:
+            self._is_looking = False
+
+    def _look_at_function(self, function: Any, cls: type | None) -> None:
         """Look at what a function names; `cls`: whose method it is."""
         wrapped = getattr(function, "__wrapped__", None)
         if wrapped is not None and type(wrapped) is types.FunctionType:
