@@ -48,7 +48,7 @@ class FlatCall(nn.Module):
         self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
         self.floats = FloatReads()
         self.layouts = LayoutQuestions()
-        self.calls_forward, self.name = calls_forward(model), type(model).__name__
+        self.calls_forward = calls_forward(model)
         self.in_spec = spec
         self.training = False
 
@@ -72,7 +72,7 @@ class FlatCall(nn.Module):
                 called = model.forward if self.calls_forward else model
                 output = called(*args, **kwargs)
             _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
-            flat, self.seen.out_spec, self.seen.constants = take_apart(output, self.name)
+            flat, self.seen.out_spec, self.seen.constants = take_apart(output, type(model).__name__)
             return [read_floats(leaf) for leaf in flat] + self.seen.finish()
         except Exception as error:
             raise Stopped(error) from error

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+from turbotx.capture.code import names_in
+from turbotx.capture.sandbox.leaks import PLAIN
+
 _DEEPEST = 3
 """How many objects lie between a callable and the tensors that are looked for in it."""
 
@@ -64,9 +66,9 @@ class Held:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._entries = [e for e in _find(function, {}, 0) if type(e[2]) not in _PLAIN]
+        self._entries = [e for e in _find(function, {}, 0) if type(e[2]) not in PLAIN]
         owner = function.__self__ if isinstance(function, types.MethodType) else None
-        self._entries += [e for e in _find(owner, {}, 0) if type(e[2]) in _PLAIN]
+        self._entries += [e for e in _find(owner, {}, 0) if type(e[2]) in PLAIN]
 
     def register(self, module: FunctionModule) -> None:
         """Make tensors buffers and modules submodules of `module`, in place of earlier ones."""
@@ -84,7 +86,7 @@ class Held:
         for holder, key, value in self._entries:
             now = _read(holder, key)
             is_equal = (
-                type(now) is type(value) and type(value) in _PLAIN and repr(now) == repr(value)
+                type(now) is type(value) and type(value) in PLAIN and repr(now) == repr(value)
             )
             if now is not value and not is_equal:
                 return True
@@ -135,15 +137,8 @@ def _find_in_function(
         yield from _look_at(cell, None, seen, depth)
     yield from _look(function.__defaults__ or (), None, seen, depth)
     yield from _look(function.__kwdefaults__ or {}, None, seen, depth)
-    names = [n for n in _names(function.__code__) if n in function.__globals__]
+    names = [n for n in names_in(function.__code__) if n in function.__globals__]
     yield from _look(function.__globals__, names, seen, depth)
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
 
 
 def _look(holder: Any, keys: Any, seen: dict[int, Any], depth: int) -> Iterator[Any]:
@@ -157,7 +152,7 @@ def _look_at(holder: Any, key: Any, seen: dict[int, Any], depth: int) -> Iterato
     value = _read(holder, key)
     if value is _MISSING:
         return
-    if isinstance(value, (nn.Module, torch.Tensor)) or type(value) in _PLAIN:
+    if isinstance(value, (nn.Module, torch.Tensor)) or type(value) in PLAIN:
         yield holder, key, value
     else:
         yield from _find(value, seen, depth + 1)

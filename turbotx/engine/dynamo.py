@@ -4,7 +4,7 @@ In: one graph of a model that needs graph breaks, and the inputs Dynamo traced i
 callable that runs it for any sizes that Dynamo lets through, or in PyTorch with a warning why::
 
     fast = torch.compile(model.eval(), backend="turbotx", dynamic=True)
-    turbotx.engine.dynamo.graphs()     # what became of every graph
+    turbotx.dynamo.graphs()     # what became of every graph
 """
 
 from __future__ import annotations

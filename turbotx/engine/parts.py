@@ -13,10 +13,12 @@ import ast
 import inspect
 import textwrap
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+
+from turbotx.capture.code import names_in
 
 RUNNING = ("generate", "encode", "decode", "predict", "embed", "score")
 """Names of methods that compute: `set_adapter` of a part, in `set_adapter`, does not."""
@@ -34,20 +36,12 @@ def calls_of_parts(cls: type, names: Iterable[str]) -> dict[str, list[str]]:
             continue
         method = inspect.unwrap(inspect.getattr_static(cls, name, None))
         if isinstance(method, types.FunctionType) and not wanted.isdisjoint(
-            _names(method.__code__)
+            names_in(method.__code__)
         ):
             called = _called(method, name, wanted)
             if called:
                 found[name] = called
     return found
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """Give the names that a function's code and the code inside of it read."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
 
 
 def _called(method: types.FunctionType, name: str, wanted: frozenset[str]) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from turbotx.capture.code import codes_in
 from turbotx.capture.module_state.places import (
     CellPlace,
     ClassPlace,
@@ -72,7 +73,7 @@ class Names:
         if len(self._entered) >= MAX_FUNCTIONS:
             return None
         functions = {id(f): f for f in self._entered.values()}.values()
-        return [code for f in functions for code in _codes(f.__code__)]
+        return [code for f in functions for code in codes_in(f.__code__)]
 
     def enter(self, value: Any, owner: type | None = None) -> None:
         """Look into a function later, with the class whose method it is."""
@@ -93,7 +94,7 @@ class Names:
                 self._add(CellPlace(cell, cell_name, function.__qualname__))
             if any(isinstance(x, (dict, list, set)) for x in function.__defaults__ or ()):
                 self._add(DefaultsPlace(function))
-            for code in _codes(function.__code__):
+            for code in codes_in(function.__code__):
                 found = _chains(code)
                 attributes = [chain[0] for kind, chain in found if kind == "attribute"]
                 for kind, chain in found:
@@ -181,14 +182,6 @@ def _functions_in(value: Any, depth: int = 0) -> Iterable[types.FunctionType]:
     elif isinstance(value, (dict, list, tuple)) and depth < 3:
         for item in list(value.values() if isinstance(value, dict) else value):
             yield from _functions_in(item, depth + 1)
-
-
-def _codes(code: types.CodeType) -> Iterable[types.CodeType]:
-    """Return a function's code with that of the functions made in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
 
 
 _known_chains: dict[int, tuple[types.CodeType, tuple[tuple[str, tuple[str, ...]], ...]]] = {}

@@ -17,13 +17,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 
-from turbotx.capture.sandbox.leaks import find_leaks
+from turbotx.capture.sandbox.leaks import PLAIN, find_leaks
 from turbotx.capture.sandbox.watched import Difference, Put, Taken, Watched, apply
 from turbotx.capture.traced_float import TracedFloat, read_floats
 from turbotx.errors import CaptureError
 
 _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class SizesNeeded(Exception):
@@ -78,7 +77,7 @@ def find_effects(
             results.append(leaf)
             return _Result(len(results) - 1)
         leaf = original_of(leaf)
-        if not isinstance(leaf, (*_PLAIN, torch.nn.Module, torch.Tensor)):
+        if not isinstance(leaf, (*PLAIN, torch.nn.Module, torch.Tensor)):
             inside = find_leaks(leaf, type(leaf).__name__, most=1, limit=1000)
             if inside:
                 raise CaptureError(
@@ -122,5 +121,5 @@ def _check_key(key: Any, symbols: frozenset[str], text: str) -> None:
         found = frozenset(s for s in symbols if re.search(rf"{s}(?!\d)", key))
         if found:
             raise SizesNeeded(found)
-    if not isinstance(key, _PLAIN) and find_leaks(key, "key", most=1, limit=1000):
+    if not isinstance(key, PLAIN) and find_leaks(key, "key", most=1, limit=1000):
         raise CaptureError(f"the call keeps something in {text!r} under a key that holds a tensor")

@@ -19,10 +19,13 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from turbotx.capture.code import names_in
+
 TRACED = (FakeTensor, torch.SymInt, torch.SymFloat, torch.SymBool, fx.Proxy)
 
 _PASSED_BY = (types.ModuleType, types.CodeType, types.FrameType, FakeTensorMode, fx.Graph, fx.Node)
-_LEAVES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+"""Constants, in which nothing lies."""
 
 
 def find_leaks(root: Any, name: str = "", most: int = 10, limit: int = 300_000) -> list[str]:
@@ -41,7 +44,7 @@ def find_leaks(root: Any, name: str = "", most: int = 10, limit: int = 300_000) 
                 return found
             continue
         for step, inner in _inside(value):
-            if id(inner) in seen or isinstance(inner, _LEAVES):
+            if id(inner) in seen or isinstance(inner, PLAIN):
                 continue
             if len(seen) >= limit:
                 return found
@@ -63,16 +66,11 @@ def _inside(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, (list, tuple)):
         return [(f"[{k}]", x) for k, x in enumerate(value)]
     if isinstance(value, types.FunctionType):
-        named = [n for n in _names_in(value.__code__) if n in value.__globals__]
+        named = [n for n in names_in(value.__code__) if n in value.__globals__]
         steps: list[tuple[str, Any]] = [(f" -> {n}", value.__globals__[n]) for n in named]
         parts = (value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__)
         return steps + [("", part) for part in parts if part]
     return [("." if isinstance(x, dict) else "", x) for x in gc.get_referents(value)]
-
-
-def _names_in(code: types.CodeType) -> list[str]:
-    inner = [n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names_in(c)]
-    return [*code.co_names, *inner]
 
 
 def _is_shared(cls: type) -> bool:

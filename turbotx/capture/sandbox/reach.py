@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import threading
 import types
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from turbotx.capture.code import names_in
+from turbotx.capture.module_state.values import is_library
 from turbotx.capture.sandbox.leaks import find_leaks
 from turbotx.capture.sandbox.watched import CONTAINERS, Watched
 
@@ -30,7 +31,6 @@ MAX_DEPTH = 4
 MAX_ITEMS = 20_000
 """Items that are looked at in all; what lies behind is not watched."""
 
-_LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "triton", "sympy", "turbotx"}
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 _CACHE = type(functools.lru_cache(lambda: None))
 
@@ -41,7 +41,6 @@ class Reach:
 
     def __init__(self, model: nn.Module, shared: Iterable[tuple[Any, str]]) -> None:
         self._waiting: list[tuple[Any, type | None]] = []
-        self._is_looking = False
         self.watched: list[Watched] = []
         self.caches: list[tuple[Any, str, Any]] = []
         self.loose: list[tuple[Any, int]] = []
@@ -56,6 +55,8 @@ class Reach:
                 self._visit(hook, "a hook of all modules", 0, frozenset())
         for cls in dict.fromkeys(type(m) for m in model.modules()):
             self._visit_method(cls, "forward")
+        while self._waiting:
+            self._look_at_function(*self._waiting.pop())
 
     def clear_loose(self) -> None:
         """Empty the caches that a trace added to, since no single entry of one can go."""
@@ -163,16 +164,8 @@ class Reach:
                 return
 
     def _visit_function(self, function: Any, cls: type | None) -> None:
-        """Look at a function, after those that are being looked at: chains of them are long."""
+        """Look at a function later, since chains of functions that name each other are long."""
         self._waiting.append((function, cls))
-        if self._is_looking:
-            return
-        self._is_looking = True
-        try:
-            while self._waiting:
-                self._look_at_function(*self._waiting.pop())
-        finally:
-            self._is_looking = False
 
     def _look_at_function(self, function: Any, cls: type | None) -> None:
         """Look at what a function names; `cls`: whose method it is."""
@@ -182,7 +175,7 @@ class Reach:
         if _is_library(function.__module__) or not self._is_new(function):
             return
         code = function.__code__
-        names = self._names.setdefault(code, frozenset(_names_in(code)))
+        names = self._names.setdefault(code, frozenset(names_in(code)))
         for cell, name in zip(function.__closure__ or (), code.co_freevars, strict=True):
             try:
                 value = cell.cell_contents
@@ -218,15 +211,9 @@ def _pass_by(cache: Any, owner: int) -> Any:
     return call
 
 
-def _names_in(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for value in code.co_consts:
-        if isinstance(value, types.CodeType):
-            yield from _names_in(value)
-
-
 def _is_library(name: str | None) -> bool:
-    return name is None or name.partition(".")[0] in _LIBRARIES
+    """Tell code that is not looked into: a trace writes to what sympy keeps, whoever names it."""
+    return is_library(name) or str(name).partition(".")[0] == "sympy"
 
 
 def _is_users_object(value: Any) -> bool:

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from turbotx.capture.sandbox.leaks import PLAIN
 from turbotx.capture.sandbox.watched import CONTAINERS, DICTS, Watched
 
-_PLAIN = (int, float, complex, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device)
+_KEPT = (*PLAIN, torch.Tensor)
 
 
 class Shadow:
@@ -70,7 +71,7 @@ class Shadow:
             target = value()
             if id(target) in self._copies:
                 return weakref.ref(self._copies[id(target)])
-        elif not isinstance(value, _PLAIN):
+        elif not isinstance(value, _KEPT):
             self.shared.append((value, text))
         return value
 

@@ -1,0 +1,25 @@
+"""Code: what is inside a function's code, with that of the functions made in it.
+
+In: a code object. Out: it and those in its constants, at any depth, and the names that they read::
+
+    names_in(lambda: [EPS for _ in range(n)])  ->  "range", "n", "EPS"     # of its __code__
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+
+
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Give a function's code, then that of the functions made in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes_in(constant)
+
+
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """Give the globals and attributes that a function's code and the code inside of it name."""
+    for inner in codes_in(code):
+        yield from inner.co_names
