@@ -264,37 +264,53 @@ def _asked_by_writer() -> bool:
 
 
 def _patch(cls: type) -> bool:
-    """Replace a class's attribute functions, unless another recorder has; tell whether it took."""
+    """Have a class's attribute functions note what they do; tell whether it is to be released.
+
+    What another recorder has replaced is shared with it; what a class inherits notes already.
+    """
     with _lock:
         if cls in _patched:
             _patched[cls] += 1
             return True
-        get: Callable[..., Any] = cls.__getattribute__
-        put: Callable[..., Any] = cls.__setattr__
-
-        def __getattribute__(self: Any, name: str) -> Any:
-            recorder = getattr(_active, "recorder", None)
-            if recorder is not None:
-                recorder.note_read(self, name)
-            return get(self, name)
-
-        def __setattr__(self: Any, name: str, value: Any) -> None:
-            recorder = getattr(_active, "recorder", None)
-            if recorder is not None:
-                recorder.note_write(self, name, value)
-            put(self, name, value)
-
-        saved = [(n, cls.__dict__.get(n, MISSING)) for n in ("__getattribute__", "__setattr__")]
+        made = {
+            name: function
+            for name, function in _noting(cls.__getattribute__, cls.__setattr__).items()
+            if not hasattr(getattr(cls, name), _NOTES)
+        }
+        saved = [(name, cls.__dict__.get(name, MISSING)) for name in made]
         try:
-            type.__setattr__(cls, "__getattribute__", __getattribute__)
-            type.__setattr__(cls, "__setattr__", __setattr__)
+            for name, function in made.items():
+                setattr(function, _NOTES, True)
+                type.__setattr__(cls, name, function)
         except TypeError:
             unwatchable.add(cls)
             return False
-        _patched[cls] = 1
-        _saved[cls] = saved
-        return True
+        if made:
+            _patched[cls] = 1
+            _saved[cls] = saved
+        return bool(made)
 
+
+def _noting(get: Callable[..., Any], put: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """Return attribute functions that do what these do, and tell the recorder that is on."""
+
+    def __getattribute__(self: Any, name: str) -> Any:
+        recorder = getattr(_active, "recorder", None)
+        if recorder is not None:
+            recorder.note_read(self, name)
+        return get(self, name)
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        recorder = getattr(_active, "recorder", None)
+        if recorder is not None:
+            recorder.note_write(self, name, value)
+        put(self, name, value)
+
+    return {"__getattribute__": __getattribute__, "__setattr__": __setattr__}
+
+
+_NOTES = "turbotx_notes"
+"""The mark of functions that `_noting` made."""
 
 _saved: dict[type, list[tuple[str, Any]]] = {}
 
