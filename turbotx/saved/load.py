@@ -202,7 +202,8 @@ class SavedModule(nn.Module):
 
     def _bind(self, key: Any, tensors: list[torch.Tensor]) -> tuple[SavedProgram, Binding]:
         shapes, ambient = [t.shape for t in tensors], read_ambient()
-        known = self._programs.get(key, ())
+        # A program for the usual order of dims reads any other from a dense copy.
+        known = self._programs.get(key) or self._programs.get(_in_usual_order(key), [])
         differ = [differences(ambient, *self._ambients[id(p)]) for p in known]
         holding = [p for p, found in zip(known, differ, strict=True) if not found]
         if known and not holding:
@@ -279,6 +280,12 @@ class _Given:
 def _describe(leaf: Any) -> Any:
     """Return what of an argument decides which program serves the call."""
     return leaf.kind if isinstance(leaf, _Given) else describe_leaf(leaf)
+
+
+def _in_usual_order(key: Any) -> Any:
+    """Return the key of the same call with its inputs' dims in memory as they are counted."""
+    spec, described = key
+    return spec, tuple(d[:3] if isinstance(d[0], torch.dtype) else d for d in described)
 
 
 def _show(key: Any) -> str:
