@@ -129,7 +129,7 @@ def test_every_size_from_0_to_3(name: str, first: tuple[int, int]) -> None:
             try:
                 right = function(x)
             except (RuntimeError, IndexError, ZeroDivisionError):
-                with pytest.raises((turbotx.TurbotxError, RuntimeError, IndexError)):
+                with pytest.raises((turbotx.TurbotxError, RuntimeError)):
                     fast(x)
                 continue
             came = fast(x)

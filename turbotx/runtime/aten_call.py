@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from turbotx.errors import VerifyError
+from turbotx.errors import IndexOutOfRangeError, VerifyError
 
 
 def call_into(
@@ -22,7 +22,8 @@ def call_into(
     """Run `target`; its results end in `windows`, one each, None for those nobody reads.
 
     has_out: the op's `out` overload writes the first window itself. Raises VerifyError for a result
-    of another dtype or shape than its window, which is what the graph says.
+    of another dtype or shape than its window, which is what the graph says, and
+    IndexOutOfRangeError for an index that PyTorch refuses.
     """
     if has_out:
         window = windows[0]
@@ -32,7 +33,10 @@ def call_into(
         if window.data_ptr() != place or window.shape != shape:
             raise VerifyError(f"{target} gives {tuple(window.shape)}, and the graph {tuple(shape)}")
         return
-    made = target(*args, **kwargs)
+    try:
+        made = target(*args, **kwargs)
+    except IndexError as error:
+        raise IndexOutOfRangeError(f"{target}: {error}") from error
     made = (made,) if isinstance(made, torch.Tensor) else made
     for window, value in zip(windows, made, strict=True):
         if window is None:
