@@ -126,8 +126,7 @@ def run(change, model, call=X, captures: int = 1) -> None:
     expected = model(call)
     torch.testing.assert_close(fast(call), expected, rtol=1e-2, atol=1e-2)
     assert fast(call).dtype == expected.dtype
-    # A capture that no longer fits is forgotten, one of another state of the module kept.
-    assert captures <= fast.stats()["captures"] <= captures + 1
+    assert fast.stats()["captures"] == captures
 
 
 CONVERTED = {
@@ -153,7 +152,9 @@ def test_parameters_that_became_others(name: str) -> None:
     if name == "a part":
         model[1] = nn.Flatten()
         model[2] = nn.Linear(18, 5)
-    run(CONVERTED[name], model, torch.tensor([[1, 2, 6], [0, 3, 5]]))
+    # A capture that no longer fits is forgotten; one of another state of the modules is kept.
+    captures = 2 if name in ("wider inside", "no bias") else 1
+    run(CONVERTED[name], model, torch.tensor([[1, 2, 6], [0, 3, 5]]), captures)
 
 
 def test_what_is_derived_is_made_again_after_data_was_written() -> None:

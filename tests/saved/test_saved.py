@@ -91,6 +91,22 @@ def test_the_same_bits_at_any_size(fast, path: Path) -> None:
     assert loaded.head.weight is loaded.words.weight
 
 
+def test_an_empty_call_is_served_where_one_was_captured(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="size of 0"):
+        turbotx.load(path)(ids(0, 4))
+    torch.manual_seed(0)
+    fast = turbotx.optimize(Model().eval())
+    for shape in ((2, 5), (0, 4)):
+        fast(ids(*shape))
+        fast(ids(*shape), flip=True)
+    turbotx.save(fast, tmp_path / "empty.ttx")
+    loaded = turbotx.load(tmp_path / "empty.ttx")
+    for shape in ((2, 5), (0, 4), (0, 2)):
+        x = ids(*shape)
+        assert_equal(loaded(x), fast(x))
+        assert_equal(loaded(x, flip=True), fast(x, flip=True))
+
+
 def test_a_fresh_process_needs_no_compiler_no_tracing_and_no_algebra(fast, path: Path) -> None:
     x = ids(3, 7)
     torch.save((x, fast(x)), path.with_suffix(".pt"))

@@ -119,9 +119,15 @@ def test_the_default_eps_of_rms_norm_is_that_of_float32(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_strided_inputs(name: str, compiled: tuple[dict[str, Compilation], CppRunner]) -> None:
+def test_strided_and_empty_inputs(
+    name: str, compiled: tuple[dict[str, Compilation], CppRunner]
+) -> None:
     check(name, compiled, torch.randn(37, 9, dtype=torch.float64).T)
     check(name, compiled, torch.randn(6, 40, dtype=torch.float64)[::2, 1::3])
+    function, dtype = CASES[name]
+    empty = torch.empty(0, 7) if name.startswith("last") else torch.empty(7, 0)
+    alone = compile_function(function, empty.to(dtype))  # a size of 0 has a capture of its own
+    check(name, ({name: alone}, CppRunner([alone])), empty)
 
 
 @pytest.mark.parametrize("name", CASES)
