@@ -46,7 +46,8 @@ from turbotx.capture.guards import (
 )
 from turbotx.capture.host_random import find_draws, look_at_generators
 from turbotx.capture.input_names import find_hints, name_dims, name_inputs
-from turbotx.capture.module_state.record import StateRecord, make_record, start_recording
+from turbotx.capture.module_state.record import StateRecord, find_model_names, make_record
+from turbotx.capture.module_state.recorder import Recorder
 from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.returned import put_constants
@@ -132,9 +133,10 @@ def capture(
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     ambient = read_ambient()
     with tracing(), quiet_torch():
-        recorder, code_names = start_recording(model)
-        flat = FlatCall(model, leaves, spec, recorder)
+        recorder = Recorder()
         with recorder.installed(), no_autocast_cache(), watch_reads(ambient) as asked:
+            code_names = find_model_names(model, recorder)
+            flat = FlatCall(model, leaves, spec, recorder)
             exported = _export_drawing_nothing(flat, tensors, least, fixed, name)
         with without_autocast():
             captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))

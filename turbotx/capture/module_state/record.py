@@ -102,10 +102,9 @@ class StateRecord:
 _TRACERS = ("torch.fx.", "torch._dynamo.", "torch._higher_order_ops.")
 
 
-def start_recording(model: nn.Module) -> tuple[Recorder, Names]:
-    """Return a recorder, and the names in the code of a model's modules, of which it has met all
-    objects; to be called before the trace."""
-    recorder = Recorder()
+def find_model_names(model: nn.Module, recorder: Recorder) -> Names:
+    """Return the names in the code of a model's modules, and have the recorder meet all objects
+    that they stand for; to be called before the trace, with the recorder installed."""
     recorder.modules = list(model.modules())
     names = Names()
     scope = vars(torch.nn.modules.module)
@@ -116,7 +115,7 @@ def start_recording(model: nn.Module) -> tuple[Recorder, Names]:
         names.enter(cls.forward, cls)
         for value in vars(module).values():
             names.enter(value)
-    return recorder, find_names((), recorder.meet, names)
+    return find_names((), recorder.meet, names)
 
 
 def make_record(
@@ -129,26 +128,42 @@ def make_record(
     effects: what the program leaves behind as the call does.
     """
     paths = {id(vars(m)): path for path, m in model.named_modules()}
-    places = [
-        AttributePlace(owner, name, _text(paths, owner, name), id(dict_of(owner)) in paths)
-        for owner, names_read in recorder.reads
-        for name in names_read
-        if not _is_tracers(owner, paths)
-    ]
+    places = _find_attributes(recorder, names, paths)
     _refuse_training(model, places)
     writes = [w for w in recorder.writes if not _is_tracers(w.owner, paths)]
     _refuse_changes(model, writes, paths)
-    for place in places:
-        value = place.read()
-        if isinstance(value, (types.FunctionType, types.MethodType, property, functools.partial)):
-            names.enter(value, type(place.owner))
-        elif isinstance(value, (dict, list, tuple)) and place.name not in TABLES:
-            names.enter(value)
-    find_names((), recorder.meet, names)
     scope = vars(torch.nn.modules.module)
     hooks = [ItemPlace(scope, name, f"torch.nn's {name}") for name in _GLOBAL_HOOKS]
     every: list[Place] = [*places, *_find_ties(places), *hooks, *names.places.values()]
     return StateRecord(every, find_own_changes(type(model).__name__, effects, every, names))
+
+
+def _find_attributes(
+    recorder: Recorder, names: Names, paths: dict[int, str]
+) -> list[AttributePlace]:
+    """Return the attributes that were read, and those of objects that are named by functions that
+    attributes hold, and so on until no more are found."""
+    found: dict[Any, AttributePlace] = {}
+    while True:
+        new = [
+            AttributePlace(owner, name, _text(paths, owner, name), id(dict_of(owner)) in paths)
+            for owner, names_read in recorder.reads
+            for name in names_read
+            if not _is_tracers(owner, paths)
+        ]
+        new = [place for place in new if place.key not in found]
+        if not new:
+            return list(found.values())
+        for place in new:
+            found[place.key] = place
+            value = place.read()
+            if isinstance(
+                value, (types.FunctionType, types.MethodType, property, functools.partial)
+            ):
+                names.enter(value, type(place.owner))
+            elif isinstance(value, (dict, list, tuple)) and place.name not in TABLES:
+                names.enter(value)
+        find_names((), recorder.meet, names)
 
 
 def _is_tracers(owner: Any, paths: dict[int, str]) -> bool:

@@ -75,6 +75,7 @@ class Recorder:
         self._met: dict[int, Any] = {}
         self._inputs: Sequence[torch.Tensor] = ()
         self._compiles = 0
+        self._over = False
         self.modules: Sequence[nn.Module] = ()  # of the model
         self.follows: Callable[[Any], bool] = lambda attributes: True
         """Tells whether what is written to an object's attributes is put back, and replayed."""
@@ -91,15 +92,17 @@ class Recorder:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Have classes report to recorders; `on` in this says when to note."""
-        self._watch_class(nn.Module)
+        """Have classes report to recorders; `on` in this says when to note. Objects that are met
+        later, in functions that only a trace shows, count as read whole."""
         try:
+            self._watch_class(nn.Module)
             with _global_hooks_inside(), _told_of_compiles(self._pause, self._resume):
                 yield
         finally:
             for cls in self._classes:
                 _release(cls)
             self._classes.clear()
+            self._over = True
 
     @contextmanager
     def on(self, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -147,7 +150,20 @@ class Recorder:
                 self.meet(item, depth + 1)
         if is_watchable(type(value)):
             self._met[id(value)] = value
-            self._watch_class(type(value))
+            if self._over:
+                self._note_whole(value, depth)
+            else:
+                self._watch_class(type(value))
+
+    def _note_whole(self, owner: Any, depth: int) -> None:
+        """Take all that an object has for read, less what the code under the trace has set."""
+        attributes = _attributes(owner)
+        key = id(owner) if attributes is None else id(attributes)
+        names = self._reads.setdefault(key, (self._real(owner), {}))[1]
+        for name in [*(attributes or ()), *_slots(type(owner))]:
+            if (key, name) not in self._writes:
+                names[name] = None
+                self.meet(getattr(owner, name, None), depth + 1)
 
     def _watch_class(self, cls: type) -> None:
         if cls not in self._classes and _patch(cls):
@@ -246,6 +262,11 @@ def _attributes(owner: Any) -> dict[str, Any] | None:
         return found
     except AttributeError:  # __slots__ only
         return None
+
+
+def _slots(cls: type) -> list[str]:
+    found = [base.__dict__.get("__slots__", ()) for base in cls.__mro__]
+    return [n for names in found for n in ((names,) if isinstance(names, str) else names)]
 
 
 def _asked_by_library() -> bool:
