@@ -13,13 +13,13 @@ from typing import Any
 
 import sympy
 import torch
+from torch import nn
 
 from turbotx import ir
 from turbotx.capture.eager import Alias
 from turbotx.ir.expr import compile_evaluator
 from turbotx.ir.strides import contiguous_strides
-from turbotx.kernels.lowering.lower import Lowered
-from turbotx.passes.extract import extract
+from turbotx.program.meaning import meaning_of
 from turbotx.runtime.aten_call import call_into
 from turbotx.runtime.state import Maker, RunState, Step, make_alias, make_window
 
@@ -32,36 +32,16 @@ class AtenSteps:
 
     def make(self, launch: ir.Launch) -> Step:
         """Return a function that runs one launch by PyTorch."""
-        if launch.kind == "kernel":
-            (lowered,) = launch.call
-            assert isinstance(lowered, Lowered)
-            return self._region(launch, lowered)
-        target, args, kwargs, writes, has_out = launch.call
-        return self._call(target, args, kwargs, writes, bool(has_out))  # type: ignore[arg-type]
-
-    def _region(self, launch: ir.Launch, lowered: Lowered) -> Step:
-        """A generated kernel's meaning: the region's own ATen calls."""
-        roles = [p.role for p in lowered.kernel.params]
-        operands = list(zip(roles, lowered.operands, launch.args, strict=True))
-        inputs = [node for role, node, _ in operands if role == "in"]
-        outputs = [node for role, node, _ in operands if role == "out"]
-        reads = [arg for role, _, arg in operands if role == "in"]
-        writes = [arg for role, _, arg in operands if role == "out"]
-        extracted = extract(outputs, inputs, lowered.kernel.name)
-        # Its forward, since hooks that a user gave to every module are not for this one.
-        return self._call(extracted.module.forward, (*reads, *extracted.sizes), {}, writes, False)
-
-    def _call(
-        self, target: Any, args: Any, kwargs: Any,
-        writes: Sequence[ir.Operand | None], has_out: bool,
-    ) -> Step:  # fmt: skip
-        arguments = self._rebuild((args, kwargs))
-        results = [None if w is None else self.tensor(w) for w in writes]
+        call = meaning_of(launch)
+        arguments = self._rebuild((call.args, dict(call.kwargs)))
+        results = [None if w is None else self.tensor(w) for w in call.writes]
+        # A graph's forward, since hooks that a user gave to every module are not for this one.
+        target = call.target.forward if isinstance(call.target, nn.Module) else call.target
 
         def step(state: RunState) -> None:
             given, options = arguments(state)
             windows = [None if r is None else r(state) for r in results]
-            call_into(target, given, options, windows, has_out)
+            call_into(target, given, options, windows, call.has_out)
 
         return step
 

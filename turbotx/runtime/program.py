@@ -159,9 +159,9 @@ class Program(PlannedCall):
 
     def checks_of(self, launch: ir.Launch) -> list[tuple[str, str]]:
         """Return what a kernel checks: tensors whose values must lie in [0, limit), and limits."""
-        kernel = launch.target
-        if not isinstance(kernel, ir.Kernel):
+        if not isinstance(launch, ir.KernelLaunch):
             return []
+        kernel = launch.kernel
         made = {r: s for s in kernel.body for r in ir.results_of(s)}
         found = []
         for check in kernel.body:
@@ -170,8 +170,7 @@ class Program(PlannedCall):
             name, source = check.value, made[check.value]
             if isinstance(source, ir.Load):
                 position = [p.name for p in kernel.params].index(source.access.param)
-                operand = launch.args[position]
-                name = operand.tensor if operand is not None else name
+                name = launch.args[position].tensor
             found.append((name, str(check.limit)))
         return found
 

@@ -19,9 +19,8 @@ from turbotx.capture.trace import Captured
 from turbotx.engine.pipeline import Compiled
 from turbotx.errors import SaveError
 from turbotx.ir.expr import to_python
-from turbotx.kernels.lowering.lower import Lowered
 from turbotx.memory.planner.symbolic import SymbolicPlanner
-from turbotx.passes.extract import extract
+from turbotx.program.meaning import meaning_of
 from turbotx.runtime.aten import is_whole
 from turbotx.runtime.cpu.runtime import CpuRuntime
 from turbotx.runtime.program import Program
@@ -129,7 +128,7 @@ def _describe_launch(
         return {**described, "aten": describe_step(launch, program)}
     record = runtime.table.records[index]
     described["symbol"] = symbol
-    described["library"] = "runtime" if launch.kind == "gemm" else "kernels"
+    described["library"] = "runtime" if isinstance(launch, ir.GemmLaunch) else "kernels"
     described["slots"] = record.slots[: record.arg_count]
     described["offsets"] = record.offsets[: record.arg_count]
     described["sizes"] = record.sizes[: record.size_count]
@@ -139,20 +138,7 @@ def _describe_launch(
 
 def describe_step(launch: ir.Launch, program: Program) -> dict[str, Any]:
     """A launch that PyTorch runs: one op, or the calls that a kernel stands for."""
-    if launch.kind == "kernel":
-        (lowered,) = launch.call
-        assert isinstance(lowered, Lowered)
-        roles = [p.role for p in lowered.kernel.params]
-        rows = list(zip(roles, lowered.operands, launch.args, strict=True))
-        inputs, outputs = ([n for role, n, _ in rows if role == kind] for kind in ("in", "out"))
-        reads, writes = ([a for role, _, a in rows if role == kind] for kind in ("in", "out"))
-        extracted = extract(outputs, inputs, launch.name)
-        target: Any = extracted.module
-        args: Any = (*reads, *extracted.sizes)
-        kwargs: Any = {}
-        has_out = False
-    else:
-        target, args, kwargs, writes, has_out = launch.call  # type: ignore[assignment]
+    call = meaning_of(launch)
 
     def special(value: Any) -> Any:
         if isinstance(value, ir.Operand):
@@ -160,14 +146,14 @@ def describe_step(launch: ir.Launch, program: Program) -> dict[str, Any]:
         return {"size": to_python(value)} if isinstance(value, sympy.Basic) else None
 
     described = {
-        "args": encode_arguments(list(args), special),
-        "kwargs": encode_arguments(dict(kwargs), special),
-        "writes": [None if w is None else describe_window(w, program) for w in writes],
-        "has_out": bool(has_out),
+        "args": encode_arguments(list(call.args), special),
+        "kwargs": encode_arguments(dict(call.kwargs), special),
+        "writes": [None if w is None else describe_window(w, program) for w in call.writes],
+        "has_out": call.has_out,
     }
-    if isinstance(target, fx.GraphModule):
-        return {**described, "graph": _describe_module(target)}
-    return {**described, "target": encode_target(target)}
+    if isinstance(call.target, fx.GraphModule):
+        return {**described, "graph": _describe_module(call.target)}
+    return {**described, "target": encode_target(call.target)}
 
 
 def _describe_module(module: fx.GraphModule) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _describe_part(
     """Return what PyTorch runs of a launch, or of some of its variants."""
     if i in runtime.queued.steps:
         return {"aten": describe_step(launch, program)}
-    if i not in runtime.queued.gemms:
+    if i not in runtime.queued.gemms or not isinstance(launch, ir.GemmLaunch):
         return {}
     called, _ = find_library_call(launch)
     windows = [None if w is None else describe_window(w, program) for w in library_operands(called)]

@@ -17,11 +17,10 @@ from pathlib import Path
 from turbotx import ir
 from turbotx.ir.expr import Expr
 from turbotx.kernels.build import build_library, cache_directory
-from turbotx.kernels.cpp.attention import AttentionKernel, print_attention
+from turbotx.kernels.cpp.attention import print_attention
 from turbotx.kernels.cpp.printer import print_kernel
-from turbotx.kernels.cpp.products import ProductKernel, print_product
+from turbotx.kernels.cpp.products import print_product
 from turbotx.kernels.cpp.text import var
-from turbotx.kernels.fusion.epilogue import GemmKernel
 from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.kernels.fusion.inplace_check import check_inplace
 from turbotx.program.assemble import Assembly
@@ -30,6 +29,8 @@ from turbotx.runtime.cpu.abi import LaunchRecord, declare_runtime, runtime_units
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
 ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention.h"\n\n'
 PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
+
+Generated = (ir.KernelLaunch, ir.AttentionLaunch, ir.ProductLaunch)
 
 
 _started: dict[Path, Future[tuple[ctypes.CDLL, bool]]] = {}
@@ -74,21 +75,21 @@ def print_units(assembly: Assembly) -> tuple[dict[str, str], dict[object, str]]:
     products: list[str] = []
     taken: dict[str, int] = {}
     for launch in assembly.launches:
-        target = launch.target
-        key = kernel_key(target)
+        key = kernel_key(launch)
         if key is None or key in names:
             continue
-        base = target.name  # type: ignore[attr-defined]
+        assert isinstance(launch, Generated)
+        base = launch.kernel.name
         k = taken.get(base, 0)
         taken[base] = k + 1
         name = f"{base}_{k}"
         names[key] = name
-        if isinstance(target, ir.Kernel):
-            kernels.append(_print_checked(target, name))
-        elif isinstance(target, AttentionKernel):
-            attentions.append(print_attention(target, name))
-        elif isinstance(target, ProductKernel):
-            products.append(print_product(target, name))
+        if isinstance(launch, ir.KernelLaunch):
+            kernels.append(_print_checked(launch.kernel, name))
+        elif isinstance(launch, ir.AttentionLaunch):
+            attentions.append(print_attention(launch.kernel, name))
+        else:
+            products.append(print_product(launch.kernel, name))
     units = {}
     if kernels:
         units["kernels"] = PRELUDE + "\n".join(kernels)
@@ -108,11 +109,11 @@ def _print_checked(kernel: ir.Kernel, name: str) -> str:
     return source
 
 
-def kernel_key(target: object) -> object | None:
+def kernel_key(launch: ir.Launch) -> object | None:
     """Return what makes two launches' functions the same; None for those not generated."""
-    if isinstance(target, ir.Kernel):
-        return target.digest()
-    return target if isinstance(target, (AttentionKernel, ProductKernel)) else None
+    if isinstance(launch, ir.KernelLaunch):
+        return launch.kernel.digest()
+    return launch.kernel if isinstance(launch, Generated) else None
 
 
 class LaunchTable:
@@ -124,7 +125,7 @@ class LaunchTable:
     """
 
     def __init__(
-        self, assembly: Assembly, native_kinds: frozenset[str],
+        self, assembly: Assembly, native_types: frozenset[type[ir.Launch]],
         runtime: ctypes.CDLL | None, kernels: ctypes.CDLL | None, names: dict[object, str],
     ) -> None:  # fmt: skip
         self.slots: dict[str, int] = {}
@@ -137,7 +138,7 @@ class LaunchTable:
         self.segments: list[tuple[int, int]] = []
         native_before = False
         for i, launch in enumerate(assembly.launches):
-            native = launch.kind in native_kinds
+            native = type(launch) in native_types
             if native:
                 self.symbols[i] = _symbol_of(launch, names)
                 self._fill(self.records[i], launch, self.symbols[i], runtime, kernels)
@@ -157,20 +158,20 @@ class LaunchTable:
         self, record: LaunchRecord, launch: ir.Launch, symbol: str,
         runtime: ctypes.CDLL | None, kernels: ctypes.CDLL | None,
     ) -> None:  # fmt: skip
-        library = runtime if launch.kind == "gemm" else kernels
+        packed = packed_name(launch) if isinstance(launch, ir.GemmLaunch) else None
+        library = kernels if packed is None else runtime
         assert library is not None
         function = getattr(library, symbol)
         record.call = ctypes.cast(function, ctypes.c_void_p).value
         slots, offsets = [], []
-        for k, arg in enumerate(launch.args):
-            packed = launch.kind == "gemm" and k == 1  # the weight
-            if arg is None:
-                slots.append(-1)
+        for k, arg in enumerate(launch.operands):
+            if arg is None or (k == 1 and packed is not None):  # the weight
+                slots.append(-1 if arg is None or packed is None else self.slot(packed))
                 offsets.append(-1)
                 continue
-            slots.append(self.slot(packed_name(launch) if packed else arg.tensor))
+            slots.append(self.slot(arg.tensor))
             shift = arg.offset * arg.dtype.itemsize
-            offsets.append(-1 if packed or shift == 0 else self.value(shift))
+            offsets.append(-1 if shift == 0 else self.value(shift))
         sizes = [self.value(e) for e in launch.sizes]
         record.arg_count, record.size_count = len(slots), len(sizes)
         record.slots, record.offsets, record.sizes = map(self._array, (slots, offsets, sizes))
@@ -183,15 +184,14 @@ class LaunchTable:
 
 def _symbol_of(launch: ir.Launch, names: dict[object, str]) -> str:
     """Return the name of a launch's function in the library that holds it."""
-    return "ttx_linear" if launch.kind == "gemm" else names[kernel_key(launch.target)]
+    return "ttx_linear" if isinstance(launch, ir.GemmLaunch) else names[kernel_key(launch)]
 
 
-def packed_name(launch: ir.Launch) -> str:
+def packed_name(launch: ir.GemmLaunch) -> str:
     """Return the address table's name of a GEMM's weight in packed form."""
-    weight, kind = launch.args[1], launch.target
-    assert weight is not None and isinstance(kind, GemmKernel)
+    weight = launch.weight
     rows, columns = weight.shape
     down, along = weight.strides
     # Several products may read a part each of one weight.
     part = f"{rows}x{columns} by {down},{along} from {weight.offset}"
-    return f"{weight.tensor} {part}{' gated' if kind.gated else ''}.packed"
+    return f"{weight.tensor} {part}{' gated' if launch.gemm.gated else ''}.packed"

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from turbotx import ir
 from turbotx.errors import BuildWarning, NoCompilerError
 from turbotx.kernels.build import build_library
-from turbotx.kernels.fusion.epilogue import GemmKernel
 from turbotx.options import Options
 from turbotx.program.assemble import Assembly
 from turbotx.runtime.aten import AtenSteps
@@ -22,7 +21,8 @@ from turbotx.runtime.cpu.launch_table import LaunchTable, load_runtime, packed_n
 from turbotx.runtime.cpu.segments import CpuExecutor, Packing
 from turbotx.runtime.weights import Weights
 
-NATIVE_KINDS = frozenset({"kernel", "gemm", "attention", "product"})
+NATIVE = frozenset((ir.KernelLaunch, ir.GemmLaunch, ir.AttentionLaunch, ir.ProductLaunch))
+"""The launches that C++ runs, where there is a compiler."""
 WEIGHTS = ("parameter", "prepared")
 
 
@@ -41,17 +41,17 @@ class CpuRuntime(CpuExecutor):
         self.sources: dict[str, str] = {}
         self.names: dict[object, str] = {}
         native, kernels = self._build(assembly, options)
-        kinds: frozenset[str] = NATIVE_KINDS if native is not None else frozenset()
+        types = NATIVE if native is not None else frozenset()
         if not options.pack_weights:
-            kinds -= {"gemm"}
+            types -= {ir.GemmLaunch}
         launches = assembly.launches
-        self.table = LaunchTable(assembly, kinds, native, kernels, self.names)
+        self.table = LaunchTable(assembly, types, native, kernels, self.names)
         slots = self.table.slots
         steps = AtenSteps(dims)
-        packed = _packed_weights(x for x in launches if x.kind in kinds)
+        packed = _packed_weights(x for x in launches if type(x) in types)
         super().__init__(
             weights, native, self.table.records, self.table.segments,
-            steps={i: steps.make(x) for i, x in enumerate(launches) if x.kind not in kinds},
+            steps={i: steps.make(x) for i, x in enumerate(launches) if type(x) not in types},
             weight_slots={n: slots[n] for n, t in assembly.tensors.items() if t.kind in WEIGHTS},
             packings=[Packing(slots[n], w, (gated,)) for n, (w, gated) in packed.items()],
             slot_count=len(slots),
@@ -91,7 +91,5 @@ class CpuRuntime(CpuExecutor):
 def _packed_weights(launches: Iterable[ir.Launch]) -> dict[str, tuple[ir.Operand, bool]]:
     """Return what every packed weight is made of and whether it is gated, by its name."""
     return {
-        packed_name(x): (x.args[1], x.target.gated)
-        for x in launches
-        if isinstance(x.target, GemmKernel) and x.args[1] is not None
+        packed_name(x): (x.weight, x.gemm.gated) for x in launches if isinstance(x, ir.GemmLaunch)
     }

@@ -13,8 +13,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from turbotx import ir
 from turbotx.ir.expr import Expr, compile_evaluator
-from turbotx.kernels.fusion.epilogue import GemmKernel
 from turbotx.kernels.gemm_heuristics import BUCKETS, bucket_of
 from turbotx.kernels.schedule_selector import Tiles, structure_of
 from turbotx.kernels.triton.gemm_template import GemmTemplate
@@ -63,9 +63,7 @@ def share_calls(
     stored, folded = (_templates(a) for a in assemblies)
     chosen = frozenset(b for b in BUCKETS if tiles.folds(stored, folded, b))
     tokens = dict.fromkeys(
-        x.sizes[0]
-        for x in assemblies[1].launches
-        if isinstance(x.target, GemmKernel) and x.target.folds
+        x.rows for x in assemblies[1].launches if isinstance(x, ir.GemmLaunch) and x.gemm.folds
     )
     shares = (frozenset(BUCKETS) - chosen, chosen)
     structure = structure_of(tuple(folded))
@@ -73,7 +71,7 @@ def share_calls(
 
 
 def _templates(assembly: Assembly) -> list[GemmTemplate]:
-    gemms = (x for x in assembly.launches if x.kind == "gemm")
+    gemms = (x for x in assembly.launches if isinstance(x, ir.GemmLaunch))
     found = (make_template(x) for x in gemms)
     return [with_settings(t) for t in found if t is not None]
 

@@ -80,12 +80,12 @@ class CudaRuntime(CudaQueue):
         target, tiles = self.device.target, make_tiles(options, self.device)
         self._choose = make_chooser(tiles.overrides, target, tiles.tuned)
         for i, launch in enumerate(self.assembly.launches):
-            if isinstance(launch.target, ir.Kernel):
+            if isinstance(launch, ir.KernelLaunch):
                 found[i] = self._kernel(i, "kernel", launch)
-            elif launch.kind in ("attention", "product"):
+            elif isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
                 found[i] = AttentionFamily(launch, target, self.table, tiles)
                 self._lay_out(i, "kernel", launch)
-            elif launch.workspaces:
+            elif isinstance(launch, ir.GemmLaunch) and launch.workspaces:
                 _, ends = find_library_call(launch)
                 finish = [self._kernel(i, f"end{k}", end) for k, end in enumerate(ends)]
                 family = GemmFamily(launch, target, self.table, tiles, finish, left_by)
@@ -96,10 +96,9 @@ class CudaRuntime(CudaQueue):
                     self._layouts[i, which] = layout
         return found
 
-    def _kernel(self, i: int, which: str, launch: ir.Launch) -> KernelFamily:
+    def _kernel(self, i: int, which: str, launch: ir.KernelLaunch) -> KernelFamily:
         """Return the family of a generated kernel, with its arguments laid out."""
-        kernel = launch.target
-        assert isinstance(kernel, ir.Kernel)
+        kernel = launch.kernel
         digest = kernel.digest()
         if digest not in self._kernels:
             target = self.device.target
@@ -108,10 +107,10 @@ class CudaRuntime(CudaQueue):
         return self._kernels[digest]
 
     def _lay_out(self, i: int, which: str, launch: ir.Launch) -> None:
-        body = launch.target.body if isinstance(launch.target, ir.Kernel) else ()
+        body = launch.kernel.body if isinstance(launch, ir.KernelLaunch) else ()
         checks = sum(isinstance(s, ir.Check) for s in body)
         self._checks[i] = max(checks, self._checks.get(i, 0))
-        operands = [a for a in launch.args if a is not None]
+        operands = [a for a in launch.operands if a is not None]
         sizes = [self.table.value(e) for e in launch.sizes]
         self._layouts[i, which] = lay_out(operands, "status" if checks else "", sizes, self.table)
 
@@ -123,9 +122,9 @@ class CudaRuntime(CudaQueue):
         outside = {n for n, t in tensors.items() if t.kind in ("input", "output")}
         gemms, others = {}, {}
         for i, launch in enumerate(self.assembly.launches):
-            if launch.kind == "gemm" and not launch.target.folds:  # type: ignore[attr-defined]
+            if isinstance(launch, ir.GemmLaunch) and not launch.gemm.folds:
                 called, _ = find_library_call(launch)
-                fixed = not outside & {a.tensor for a in called.args if a is not None}
+                fixed = not outside & {a.tensor for a in called.operands if a is not None}
                 gemms[i] = (bind_gemm(called, steps), fixed)
             elif i not in self.families:
                 others[i] = steps.make(launch)

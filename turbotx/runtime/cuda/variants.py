@@ -14,9 +14,8 @@ from typing import Any
 
 from turbotx import ir
 from turbotx.ir.expr import Expr, dim, product
+from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.kernels.attention_jobs import attention_job, product_job
-from turbotx.kernels.cpp.attention import AttentionKernel
-from turbotx.kernels.cpp.products import ProductKernel
 from turbotx.kernels.job import ALIGNED_NBYTES, Job
 from turbotx.kernels.schedule import (
     INT32_LIMIT,
@@ -171,17 +170,20 @@ class AttentionFamily:
     """The variants of an attention launch, or of one of attention's two products: tiles by the
     number of queries, strides, addresses."""
 
-    def __init__(self, launch: ir.Launch, target: str, table: SizeTable, tiles: Tiles) -> None:
-        assert isinstance(launch.target, (AttentionKernel, ProductKernel))
-        self.kernel, self._target, self._tiles = launch.target, target, tiles
+    def __init__(
+        self, launch: ir.AttentionLaunch | ir.ProductLaunch, target: str, table: SizeTable,
+        tiles: Tiles,
+    ) -> None:  # fmt: skip
+        self.kernel: AttentionKernel | ProductKernel = launch.kernel
+        self._target, self._tiles = target, tiles
         self._sizes = [table.value(e) for e in launch.sizes]
-        flash = isinstance(launch.target, AttentionKernel)
+        flash = isinstance(launch, ir.AttentionLaunch)
         self._names, self._strides = (NAMES, STRIDES) if flash else (PRODUCT_NAMES, PRODUCT_STRIDES)
         of_flash = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr")
         names = of_flash if flash else ("a_ptr", "b_ptr", "out_ptr")
         self._shifts = [
             (name, table.value(a.offset * a.dtype.itemsize))
-            for name, a in zip(names, launch.args, strict=True)
+            for name, a in zip(names, launch.operands, strict=True)
             if a is not None and a.offset != 0
         ]
         self._chosen: dict[int, AttentionTiles] = {}
