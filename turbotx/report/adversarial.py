@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from turbotx import ir
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.engine.pipeline import Compiled
 from turbotx.report.numerics import Error, LaunchErrors
 from turbotx.report.replay import make_reader, make_viewer
@@ -56,7 +55,7 @@ def stress(
     Attention takes the small numbers, and minus infinities in its bias: scores of 1e8 would measure
     how products are rounded, which is the GEMM's matter, in eager as in turbotx.
     """
-    sizes = ShapeMatcher(compiled.captured).match([t.shape for t in tensors])
+    sizes = compiled.captured.matcher.match([t.shape for t in tensors])
     assert sizes is not None
     found = {}
     for case in CASES:

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 
 from turbotx import ir
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.engine.pipeline import Compiled
 from turbotx.runtime.aten import window_of
 from turbotx.runtime.state import RunState
@@ -32,7 +31,7 @@ class Observer(Protocol):
 
 def replay(compiled: Compiled, tensors: Sequence[torch.Tensor], observer: Observer) -> list[Any]:
     """Run `compiled`, which nothing else may use meanwhile; return the output's leaves."""
-    dims = ShapeMatcher(compiled.captured).match([t.shape for t in tensors])
+    dims = compiled.captured.matcher.match([t.shape for t in tensors])
     assert dims is not None
     program = compiled.program
     watch = _Replay(observer, compiled.captured.dims)

@@ -15,7 +15,6 @@ import torch
 import torch.utils._pytree as pytree
 
 from turbotx import ir
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.cli.models import LoadedModel
 from turbotx.engine.optimize import engine_of, optimize
 from turbotx.errors import ModelError
@@ -33,7 +32,7 @@ def make_floor(loaded: LoadedModel, library: str) -> Callable[..., None]:
     compiled = engine.compile(captured)
     weights = compiled.program.runtime.weights
     weights.refresh()
-    matcher = ShapeMatcher(captured)
+    matcher = captured.matcher
     pack = {"mkl": _pack_mkl, "onednn": _pack_onednn}[library]
     makers: list[Callable[[Mapping[str, int]], Step]] = []
     for launch in compiled.assembly.launches:
