@@ -24,8 +24,8 @@ from turbotx.engine.pipeline import Compiled
 from turbotx.engine.tune import Found, gains, tune_call, tune_norms
 from turbotx.kernels.tuned import save_tuned
 from turbotx.report.report import Report
+from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
 from turbotx.runtime.cuda.device import require_cuda, require_triton
-from turbotx.runtime.cuda.program import CudaGraphProgram
 
 
 def tune_model(model: Source, shapes: Sequence[str], output: Output) -> int:

@@ -15,7 +15,8 @@ import torch
 
 from turbotx import ir
 from turbotx.engine.pipeline import Compiled
-from turbotx.runtime.aten import window_of
+from turbotx.program.link import plain_window
+from turbotx.runtime.aten import make_window
 from turbotx.runtime.state import RunState
 
 Read = Callable[[ir.Operand], torch.Tensor]
@@ -60,4 +61,4 @@ def make_reader(state: RunState, dims: Sequence[str]) -> Read:
 
 def make_viewer(state: RunState, dims: Sequence[str]) -> Read:
     """Return a function that gives an operand's own memory in a run, as a tensor."""
-    return lambda operand: window_of(operand, dims)(state)
+    return lambda operand: make_window(plain_window(operand), dims)(state)

@@ -8,7 +8,7 @@ In: a gemm launch with its alternatives, sizes. Out: the parts to queue, by the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,13 +26,11 @@ from turbotx.kernels.triton.gemm_template import (
     gemm_grid,
 )
 from turbotx.kernels.triton.tags import tag_of
-from turbotx.runtime.aten import AtenSteps
-from turbotx.runtime.cuda.arguments import ArgumentLayout
-from turbotx.runtime.cuda.library_gemm import Call, make_gemm
+from turbotx.program.executable import ArgumentLayout, LibraryGemm
+from turbotx.program.link import Layout, plain_window
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.cuda.settings import uses_tf32
-from turbotx.runtime.cuda.variants import Deciders, KernelFamily, SizeTable, lay_out
-from turbotx.runtime.state import RunState
+from turbotx.runtime.cuda.variants import Deciders, KernelFamily, lay_out
 
 LIBRARY_CALL = Part("library")
 # What a template calls the arguments of a gemm launch, in their order.
@@ -77,7 +75,7 @@ class GemmFamily:
     """
 
     def __init__(
-        self, launch: ir.GemmLaunch, target: str, table: SizeTable, tiles: Tiles,
+        self, launch: ir.GemmLaunch, target: str, table: Layout, tiles: Tiles,
         finish: Sequence[KernelFamily], left_by: Mapping[str, GemmTemplate] | None = None,
     ) -> None:  # fmt: skip
         self.template, self.finish = make_template(launch), tuple(finish)
@@ -110,7 +108,7 @@ class GemmFamily:
             tuple(id(f) for f in self.finish), tuple(self._left_by),
         )  # fmt: skip
 
-    def layouts(self, launch: ir.GemmLaunch, table: SizeTable) -> dict[str, ArgumentLayout]:
+    def layouts(self, launch: ir.GemmLaunch, table: Layout) -> dict[str, ArgumentLayout]:
         """Say where a launch's arguments lie for a template, with and without split sums."""
         if self.template is None:
             return {}
@@ -228,27 +226,14 @@ def with_settings(template: GemmTemplate) -> GemmTemplate:
     return replace(template, tf32=uses_tf32()) if template.dtype is torch.float32 else template
 
 
-def bind_gemm(launch: ir.GemmLaunch, steps: AtenSteps) -> Callable[[RunState], Call]:
-    """Return a function from a run's state to the library's call of a launch."""
-    x, weight, bias, out = library_operands(launch)
-    biases = None if bias is None else steps.tensor(bias)
-    looks = (steps.tensor(x), steps.tensor(weight), biases, steps.tensor(out))
-    return make_gemm(*looks, runs_relu(launch))
-
-
-def library_operands(
-    launch: ir.GemmLaunch,
-) -> tuple[ir.Operand, ir.Operand, ir.Operand | None, ir.Operand]:
-    """Return x, weight, bias and out of a launch as the library takes them: rows of two dims."""
+def plain_gemm(launch: ir.GemmLaunch, fixed: bool) -> LibraryGemm:
+    """Return the library's call of a launch, on rows of two dims. fixed: it may be kept."""
     x, out, rows, width = launch.x, launch.out, launch.rows, launch.width
     given = ir.Operand(x.tensor, x.dtype, (rows, x.shape[-1]), (launch.x_stride, ONE), x.offset)
     target = ir.Operand(out.tensor, out.dtype, (rows, width), (width, ONE), ZERO)
-    return given, launch.weight, launch.bias, target
-
-
-def runs_relu(launch: ir.GemmLaunch) -> bool:
-    """Tell whether the library does a ReLU behind the bias of a launch."""
-    return launch.gemm.activation == "relu"
+    bias = None if launch.bias is None else plain_window(launch.bias)
+    windows = (plain_window(given), plain_window(launch.weight), bias, plain_window(target))
+    return LibraryGemm(*windows, relu=launch.gemm.activation == "relu", fixed=fixed)
 
 
 def find_library_call(

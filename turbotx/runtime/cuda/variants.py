@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from turbotx import ir
-from turbotx.ir.expr import Expr, dim, product
+from turbotx.ir.expr import dim, product
 from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.kernels.attention_jobs import attention_job, product_job
 from turbotx.kernels.job import ALIGNED_NBYTES, Job
@@ -44,7 +44,8 @@ from turbotx.kernels.triton.compiler import kernel_job
 from turbotx.kernels.triton.products import PRODUCT_NAMES, PRODUCT_STRIDES, product_grid
 from turbotx.kernels.triton.tags import AttentionTiles, tag_of
 from turbotx.kernels.tuned import Choose, neighbours
-from turbotx.runtime.cuda.arguments import ArgumentLayout
+from turbotx.program.executable import ArgumentLayout
+from turbotx.program.link import Layout
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.device import Grid
 
@@ -55,22 +56,8 @@ TILES_OF_KEYS = (16, 32, 64, 128, 256, 1 << 30)
 LARGE = INT32_LIMIT - PERSISTENT
 
 
-class SizeTable:
-    """Places of tensors in a program's address table and of expressions in its size table."""
-
-    def __init__(self, tensors: Sequence[str]) -> None:
-        self.slots = {name: k for k, name in enumerate(tensors)}
-        self.values: dict[Expr, int] = {}
-
-    def value(self, e: Expr) -> int:
-        return self.values.setdefault(e, len(self.values))
-
-    def expression(self, place: int) -> Expr:
-        return list(self.values)[place]
-
-
 def lay_out(
-    operands: list[ir.Operand], cell: str, sizes: list[int], table: SizeTable
+    operands: list[ir.Operand], cell: str, sizes: list[int], table: Layout
 ) -> ArgumentLayout:  # fmt: skip
     """Return the layout of arguments: operands, a cell, sizes by their place in the table."""
     pointers = []
@@ -100,7 +87,7 @@ class Deciders:
 class KernelFamily:
     """All variants of one generated kernel; equal kernels of several layers share one."""
 
-    def __init__(self, kernel: ir.Kernel, target: str, table: SizeTable, choose: Choose) -> None:
+    def __init__(self, kernel: ir.Kernel, target: str, table: Layout, choose: Choose) -> None:
         self.kernel, self._target, self._choose = kernel, target, choose
         self._length = table.value(product([a.extent for a in vector_axes(kernel)]))
         self._outer = table.value(product([a.extent for a in outer_axes(kernel)]))
@@ -171,7 +158,7 @@ class AttentionFamily:
     number of queries, strides, addresses."""
 
     def __init__(
-        self, launch: ir.AttentionLaunch | ir.ProductLaunch, target: str, table: SizeTable,
+        self, launch: ir.AttentionLaunch | ir.ProductLaunch, target: str, table: Layout,
         tiles: Tiles,
     ) -> None:  # fmt: skip
         self.kernel: AttentionKernel | ProductKernel = launch.kernel
