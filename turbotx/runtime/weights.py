@@ -135,7 +135,9 @@ class Weights:
     def owned(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Give every parameter, buffer and constant as it is now, by its path."""
         for path, (owner, leaf) in zip(self.paths.values(), self._slots.values(), strict=True):
-            yield path, owner[leaf]  # type: ignore[misc]
+            tensor = owner[leaf]
+            assert tensor is not None, f"{path} is gone"
+            yield path, tensor
 
     def misfit(self) -> str:
         """Return which parameter is not what the program was compiled for, and why; "" if none."""
@@ -232,5 +234,6 @@ def _compute(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor
     if node.name in tensors:
         return tensors[node.name]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _compute(n, tensors))
-    made: Any = node.target(*args, **kwargs)  # type: ignore[operator]
+    target: Any = node.target
+    made: Any = target(*args, **kwargs)
     return made.contiguous() if isinstance(made, torch.Tensor) else made  # a split is a list

@@ -200,7 +200,7 @@ class SavedModule(nn.Module):
         for part in parents:
             if part not in module._modules:
                 module.add_module(part, nn.Module())
-            module = module._modules[part]  # type: ignore[assignment]
+            module = module.get_submodule(part)
         if isinstance(tensor, nn.Parameter):
             module._parameters[leaf] = tensor
         else:
