@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from turbotx.ir.sizes import Sizes
-from turbotx.program.executable import PytorchCall, View, WholeTensor, Window
+from turbotx.program.executable import PytorchCall, ReturnedView, WholeTensor, Window
 from turbotx.runtime.aten_call import call_into
 from turbotx.runtime.state import Maker, RunState, Step
 
@@ -39,7 +39,7 @@ def make_leaf(leaf: Any, dims: Sequence[str]) -> Maker:
     """Return a function that makes one leaf of the output: a tensor, a view of one, or a value."""
     if isinstance(leaf, WholeTensor):
         return lambda state: state.whole(leaf.name, leaf.dtype)
-    if isinstance(leaf, View):
+    if isinstance(leaf, ReturnedView):
         return _make_view(leaf, dims)
     if isinstance(leaf, (Window, Sizes)):
         return _make(leaf, dims)
@@ -62,7 +62,7 @@ def make_window(window: Window, dims: Sequence[str]) -> Callable[[RunState], tor
     return look
 
 
-def _make_view(leaf: View, dims: Sequence[str]) -> Callable[[RunState], torch.Tensor]:
+def _make_view(leaf: ReturnedView, dims: Sequence[str]) -> Callable[[RunState], torch.Tensor]:
     steps = [(op, _make(args, dims), _make(kwargs, dims)) for op, args, kwargs in leaf.steps]
 
     def look(state: RunState) -> torch.Tensor:

@@ -32,9 +32,10 @@ KNOWN: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         x.Window, x.PytorchCall, x.LibraryGemm, x.NativeLaunch, x.QueuedLaunch, x.CalledLaunch,
-        x.InputTensor, x.OutputTensor, x.WholeTensor, x.View, x.MemoryTables, x.WeightWindow,
-        x.Packing, x.CpuTables, x.ArgumentLayout, x.GpuTables, x.Share, x.Executable,
-        Liveness, Lifetime, Orientation, SizeRules, InputSize, SizeGuard, FloatInput, Kind,
+        x.InputTensor, x.OutputTensor, x.WholeTensor, x.ReturnedView, x.MemoryTables,
+        x.WeightWindow, x.Packing, x.CpuTables, x.ArgumentLayout, x.GpuTables, x.Share,
+        x.Executable, Liveness, Lifetime, Orientation, SizeRules, InputSize, SizeGuard, FloatInput,
+        Kind,
     )
 }  # fmt: skip
 

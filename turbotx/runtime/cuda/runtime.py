@@ -21,7 +21,7 @@ from turbotx.kernels.tuned import make_chooser
 from turbotx.options import Options
 from turbotx.program.assembly import Assembly
 from turbotx.program.executable import ArgumentLayout, GpuTables, QueuedLaunch, Share
-from turbotx.program.link import Layout, facts_of, link
+from turbotx.program.link import LaunchLayout, facts_of, link
 from turbotx.runtime.cuda.arguments import Key
 from turbotx.runtime.cuda.dispatch import make_tiles
 from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
@@ -50,7 +50,7 @@ class CudaRuntime(CudaQueue):
         """share: the calls that it serves; None: all. `build_expected` builds what they need."""
         self.assembly, self.device, self.share = assembly, device, share
         self.sources: dict[str, str] = {}
-        self.table = Layout({name: k for k, name in enumerate(assembly.tensors)}, share=share)
+        self.table = LaunchLayout({name: k for k, name in enumerate(assembly.tensors)}, share=share)
         self._layouts: dict[Key, ArgumentLayout] = {}
         self._checks: dict[int, int] = {}
         self._kernels: dict[str, KernelFamily] = {}
