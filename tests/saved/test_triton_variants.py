@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 import turbotx
 from tests.models import token_inputs
 from tests.runtime.cuda.test_triton_programs import tiny
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.errors import SavedFileError, SaveError
 from turbotx.ir.expr import compile_evaluator
 from turbotx.kernels.schedule import INT32_LIMIT
@@ -35,15 +35,15 @@ def compile_for(target: str, model: torch.nn.Module, **options: Any) -> Compiled
     fast = turbotx.optimize(model, **options)
     fast(**token_inputs(2, 3))
     (compiled,) = fast._engine.variants()
-    return fast._engine.compile_for(compiled, target)
+    return fast._engine.compile(compiled.captured, target)
 
 
 def tables(compiled: Compiled) -> Iterator[tuple[CudaRuntime, Any, SavedFamily]]:
     """Give every family of a call's programs with its table."""
-    for twin in compiled.specializations:
-        runtime, variants = twin.program.runtime, Variants()
+    for program in compiled.programs:
+        runtime, variants = program.runtime, Variants()
         assert isinstance(runtime, CudaRuntime)
-        tabulator = Tabulator(runtime, twin.program.dims, variants)
+        tabulator = Tabulator(runtime, program.dims, variants)
         for family in {id(f): f for f in runtime.families.values()}.values():
             table = tabulator.tabulate(family)
             yield runtime, family, replace(table, variants=variants.jobs)
@@ -57,7 +57,7 @@ def any_sizes(runtime: CudaRuntime, dims: Sequence[str], most: int) -> Iterator[
         seq = int(2 ** draw.uniform(0, 14)) // draw.choice([1, 1, 16]) * draw.choice([1, 16])
         batch = int(2 ** draw.uniform(0, 14)) if seq < 64 else draw.randint(0, 40)
         shape = shape_of(dims, batch, seq)
-        if batch * seq <= most and (runtime.share is None or runtime.share.holds(shape)):
+        if batch * seq <= most and (runtime.tokens is None or runtime.tokens.holds(shape)):
             yield evaluate(*shape)
 
 
@@ -76,7 +76,7 @@ def test_no_shape_asks_for_more_than_the_table_has(
     compiled = compile_for(target, tiny(name, torch.float16), **options)
     for runtime, family, table in tables(compiled):
         sizes = any_sizes(runtime, compiled.captured.dims, 1 << 24)
-        check_table(family, table, runtime.adapt, sizes)
+        check_table(family, table, runtime.kernels.adapt, sizes)
 
 
 def test_what_counts_in_64_bits_has_rows_too() -> None:
@@ -87,7 +87,7 @@ def test_what_counts_in_64_bits_has_rows_too() -> None:
         for batch, seq in ((1 << 20, 3000), (1 << 16, 1 << 16), (INT32_LIMIT // 16, 1)):
             if isinstance(family, KernelFamily):
                 sizes = evaluate(*shape_of(dims, batch, seq))
-                check_table(family, table, runtime.adapt, iter([sizes]))
+                check_table(family, table, runtime.kernels.adapt, iter([sizes]))
                 wide += "i64" in {kind for _, kind in table.pick(sizes)[0].job.signature}
     assert wide
 
@@ -114,7 +114,7 @@ def test_a_family_that_decides_by_more_than_it_says_is_refused() -> None:
     table = replace(table, variants=variants.jobs)
     sizes = any_sizes(runtime, compiled.captured.dims, 1 << 24)
     with pytest.raises(SaveError, match="by more than a file can say"):
-        check_table(family, table, runtime.adapt, sizes)
+        check_table(family, table, runtime.kernels.adapt, sizes)
 
 
 def test_a_row_that_is_missing_names_the_kernel() -> None:

@@ -105,6 +105,10 @@ class Captured:
     effects: tuple[Effect, ...] = ()
     state: StateRecord | None = None
 
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Tell whether the floats that its Python code asked for are as they were."""
         return all(x.takes(tensors) for x in self.floats)

@@ -85,7 +85,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Gemm:
-    """(m, k) x (k, n); weights: the parameters behind its weight, several where they are packed."""
+    """(m, k) x (k, n); weights: the parameters behind its weight, several where they are packed.
+
+    through: "packed weight" on a CPU; on a GPU the generated kernel, or "the library"; elsewhere the
+    op that PyTorch runs.
+    """
 
     name: str
     module: str

@@ -182,20 +182,20 @@ def _kernel(kernel: Any) -> dict[str, Any]:
 
 def _memory(report: Record, formulas: _Formulas, layer: Any) -> dict[str, Any]:
     """Lifetimes and sizes, and how offsets follow: orders to walk, or plans at a few shapes."""
-    program, tensors = report.compiled.program, report.compiled.assembly.tensors
-    sharing = Counter(program.liveness.root_of.values())
+    memory, tensors = report.compiled.specialization.memory, report.compiled.assembly.tensors
+    sharing = Counter(memory.liveness.root_of.values())
     buffers = [
         {
             "name": name, "begin": life.begin, "end": life.end, "layer": layer(name),
             "nbytes": formulas.place(tensors[name].nbytes), "tensors": sharing[name],
         }
-        for name, life in zip(program.liveness.names, program.liveness.lifetimes, strict=True)
+        for name, life in zip(memory.liveness.names, memory.liveness.lifetimes, strict=True)
     ]  # fmt: skip
     sizes = {n.name: n.nbytes for n in report.origin.nodes}
     eager = [
         [formulas.place(sizes[name]), *life] for name, life in find_lives(report.origin).items()
     ]
-    planner = program.planner
+    planner = memory.planner
     orders = [
         {"order": list(o.order), "below": [list(b) for b in o.below]}
         for o in (planner.in_use if isinstance(planner, SymbolicPlanner) else [])

@@ -15,7 +15,7 @@ import torch
 
 from turbotx import ir
 from turbotx.capture.shape_matcher import ShapeMatcher
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.runtime.aten import window_of
 from turbotx.runtime.state import RunState
 

@@ -16,7 +16,7 @@ from torch import fx
 from turbotx import ir
 from turbotx.capture.eager import Alias
 from turbotx.capture.trace import Captured
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.errors import SaveError
 from turbotx.ir.expr import to_python
 from turbotx.kernels.lowering.lower import Lowered
@@ -220,14 +220,14 @@ def _describe_leaf(leaf: Any, program: Program) -> dict[str, Any]:
 
 
 def _describe_memory(program: Program) -> dict[str, Any]:
-    tensors, liveness = program.assembly.tensors, program.liveness
-    classes = program.size_classes
+    tensors, liveness = program.assembly.tensors, program.memory.liveness
+    classes = program.memory.size_classes
     texts = {c: to_python(tensors[n].nbytes) for n, c in zip(liveness.names, classes, strict=True)}
     planner = program.planner
     orders = planner.orientations if isinstance(planner, SymbolicPlanner) else ()
     place = {root: k for k, root in enumerate(liveness.names)}
     return {
-        "planner": program.planner_kind,
+        "planner": program.memory.planner_kind,
         "names": list(liveness.names),
         "lifetimes": [[x.begin, x.end] for x in liveness.lifetimes],
         "size_class": list(classes),

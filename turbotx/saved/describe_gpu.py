@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from turbotx import ir
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.ir.expr import compile_evaluator, to_python
 from turbotx.kernels.gemm_heuristics import BUCKETS
-from turbotx.runtime.cuda.dispatch import Share
+from turbotx.runtime.cuda.dispatch import TokenRange
 from turbotx.runtime.cuda.gemm import find_library_call, library_operands, runs_relu
 from turbotx.runtime.cuda.runtime import CudaRuntime
 from turbotx.runtime.program import Program
@@ -39,12 +39,12 @@ def describe_for_gpu(compiled: Compiled, variants: Variants, most_graphs: int) -
     tables = [tabulator.tabulate(f) for f in families]
     for family, table in zip(families, tables, strict=True):
         whole = replace(table, variants=variants.jobs)
-        check_table(family, whole, runtime.adapt, _tried(runtime, program.dims))
+        check_table(family, whole, runtime.kernels.adapt, _tried(runtime, program.dims))
     inputs = [t for t in program.assembly.tensors.values() if t.kind == "input"]
     return {
         **describe_call(compiled),
         "target": runtime.device.target,
-        "share": None if runtime.share is None else _describe_share(runtime.share),
+        "share": None if runtime.tokens is None else _describe_range(runtime.tokens),
         "families": [table.to_json() for table in tables],
         "launches": [
             {
@@ -71,16 +71,16 @@ def _tried(runtime: CudaRuntime, dims: Sequence[str]) -> Iterator[Sequence[int]]
     evaluate = compile_evaluator(list(runtime.table.values), dims)
     for first, others in itertools.product(TRIED, repeat=2):
         shape = tuple(first if k == 0 or "_d0" in n else others for k, n in enumerate(dims))
-        if runtime.share is None or runtime.share.holds(shape):
+        if runtime.tokens is None or runtime.tokens.holds(shape):
             yield evaluate(*shape)
 
 
-def _describe_share(share: Share) -> list[Any]:
+def _describe_range(served: TokenRange) -> list[Any]:
     """Return texts of numbers of tokens, and between which ones (the first one left out) the
     largest of them is to lie; None for no end."""
     before = dict(zip(BUCKETS, (-1, *BUCKETS), strict=False))
-    ends = [[before[b], None if b == BUCKETS[-1] else b] for b in sorted(share.buckets)]
-    return [[to_python(e) for e in share.tokens], ends]
+    ends = [[before[b], None if b == BUCKETS[-1] else b] for b in sorted(served.buckets)]
+    return [[to_python(e) for e in served.tokens], ends]
 
 
 def _describe_part(

@@ -133,7 +133,9 @@ class Tabulator:
                 plain = family.pick(_Sizes(self._constants, given, False))  # type: ignore[arg-type]
                 traced = family.pick(_Sizes(self._constants, given, True))  # type: ignore[arg-type]
             assert [p.job for p in plain] == [p.job for p in traced]
-            table.add(key, [(p.which, p.job, p.grid) for p in traced], wide, self._runtime.adapt)
+            table.add(
+                key, [(p.which, p.job, p.grid) for p in traced], wide, self._runtime.kernels.adapt
+            )
         return table.finish()
 
     def _deciders(
@@ -152,10 +154,10 @@ class Tabulator:
 
     def _serves(self, family: Compiling, given: Mapping[int, int]) -> bool:
         """Tell whether the program serves calls of this many tokens at all."""
-        share = self._runtime.share
-        if share is None or not isinstance(family, GemmFamily) or family.tokens not in given:
+        served = self._runtime.tokens
+        if served is None or not isinstance(family, GemmFamily) or family.tokens not in given:
             return True
-        return bucket_of(given[family.tokens]) in share.buckets_of(self._sizes[family.tokens])
+        return bucket_of(given[family.tokens]) in served.buckets_of(self._sizes[family.tokens])
 
     def _sample(
         self, by: Sequence[tuple[int, Sequence[int]]], ranges: Sequence[int],

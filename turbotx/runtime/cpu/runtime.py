@@ -1,7 +1,9 @@
-"""The CPU runtime: builds a program's kernels, and runs them as `CpuExecutor` does.
+"""The CPU runtime: a program's kernels, built, and what runs them as `CpuExecutor` does.
 
-In: an assembly and the program's weights. Out: something that runs it over an address table::
+In: an assembly, then the program's weights. Out: its code; something that runs it over an address
+table::
 
+    code = build_cpp(assembly, "auto")          # a library, kept on disk by digest
     failed = runtime.run(table, sizes, state)   # 0, or which launch failed and why
 """
 
@@ -9,13 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from turbotx import ir
 from turbotx.errors import BuildWarning, NoCompilerError
 from turbotx.kernels.build import build_library
 from turbotx.kernels.fusion.epilogue import GemmKernel
-from turbotx.options import Options
 from turbotx.program.assemble import Assembly
 from turbotx.runtime.aten import AtenSteps
 from turbotx.runtime.cpu.launch_table import LaunchTable, load_runtime, packed_name, print_units
@@ -26,26 +28,62 @@ NATIVE_KINDS = frozenset({"kernel", "gemm", "attention", "product"})
 WEIGHTS = ("parameter", "prepared")
 
 
-class CpuRuntime(CpuExecutor):
-    """Builds a program's kernels and executes its launches.
+@dataclass(frozen=True)
+class CpuCode:
+    """A program's kernels in C++, built; all of it empty where PyTorch's ops run in their place.
 
-    builds: how many shared objects had to be compiled. sources: the C++ by translation unit.
+    runtime: turbotx's own library. kernels: the program's, None where it has no kernels.
+    sources: the C++ by translation unit. names: the function of every kernel by `kernel_key`.
+    builds: how many shared objects had to be compiled.
     """
 
-    share = None  # it serves every call
+    runtime: ctypes.CDLL | None = None
+    kernels: ctypes.CDLL | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[object, str] = field(default_factory=dict)
+    builds: int = 0
+
+
+def build_cpp(assembly: Assembly, backend: str) -> CpuCode:
+    """Build the kernels of an assembly's launches for this CPU, as the option `backend` asks.
+
+    Raises NoCompilerError where it asks for C++ and there is no compiler, BuildError with the
+    compiler's words.
+    """
+    if backend == "aten":
+        return CpuCode()
+    try:
+        runtime, built = load_runtime()
+        sources, names = print_units(assembly)
+        if not sources:
+            return CpuCode(runtime, None, sources, names, int(built))
+        kernels, more = build_library(sources)
+        return CpuCode(runtime, kernels, sources, names, built + more)
+    except NoCompilerError as error:
+        if backend == "cpp":
+            raise
+        warnings.warn(
+            f"{error}; until then regions run through ATen, in planned memory, slower",
+            BuildWarning,
+            stacklevel=3,
+        )
+        return CpuCode()
+
+
+class CpuRuntime(CpuExecutor):
+    """Executes a program's launches. builds, sources: those of its `CpuCode`."""
 
     def __init__(
-        self, assembly: Assembly, weights: Weights, options: Options, dims: Sequence[str]
-    ) -> None:
-        self.builds = 0
-        self.sources: dict[str, str] = {}
-        self.names: dict[object, str] = {}
-        native, kernels = self._build(assembly, options)
+        self, assembly: Assembly, weights: Weights, code: CpuCode, dims: Sequence[str],
+        packs_weights: bool = True,
+    ) -> None:  # fmt: skip
+        self.builds, self.sources = code.builds, code.sources
+        native = code.runtime
         kinds: frozenset[str] = NATIVE_KINDS if native is not None else frozenset()
-        if not options.pack_weights:
+        if not packs_weights:
             kinds -= {"gemm"}
         launches = assembly.launches
-        self.table = LaunchTable(assembly, kinds, native, kernels, self.names)
+        self.table = LaunchTable(assembly, kinds, native, code.kernels, dict(code.names))
         slots = self.table.slots
         steps = AtenSteps(dims)
         packed = _packed_weights(x for x in launches if x.kind in kinds)
@@ -56,31 +94,6 @@ class CpuRuntime(CpuExecutor):
             packings=[Packing(slots[n], w, (gated,)) for n, (w, gated) in packed.items()],
             slot_count=len(slots),
         )  # fmt: skip
-
-    def _build(
-        self, assembly: Assembly, options: Options
-    ) -> tuple[ctypes.CDLL | None, ctypes.CDLL | None]:
-        """Return the C++ runtime and the program's kernels; None for what is not to be had."""
-        if options.backend == "aten":
-            return None, None
-        try:
-            native, built = load_runtime()
-            self.builds += built
-            self.sources, self.names = print_units(assembly)
-            if not self.sources:
-                return native, None
-            kernels, built = build_library(self.sources)
-            self.builds += built
-            return native, kernels
-        except NoCompilerError as error:
-            if options.backend == "cpp":
-                raise
-            warnings.warn(
-                f"{error}; until then regions run through ATen, in planned memory, slower",
-                BuildWarning,
-                stacklevel=3,
-            )
-            return None, None
 
     @property
     def is_native(self) -> bool:

@@ -1,10 +1,10 @@
-"""Share: which calls each of two programs of one model serves, by the number of tokens.
+"""Dispatch: which calls each specialization of a program serves, by the number of tokens.
 
-In: the same launches with norms stored and with norms folded, a device. Out: for each the buckets
+In: the same launches with norms stored and with norms folded, a target. Out: for each the buckets
 of tokens in which it is to run, decided once, before anything is built::
 
-    share_calls([stored, folded], ("batch", "seq"), make_tiles(options, device))
-        ->  [Share((batch*seq,), {512, 1024, 4096}), Share((batch*seq,), {16, 32, 64, 128, 256})]
+    choose_ranges([stored, folded], ("batch", "seq"), make_tiles(options, "sm_90"))
+        ->  [TokenRange((batch*seq,), {512, 1024, 4096}), TokenRange((batch*seq,), {16, ..., 256})]
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from turbotx.kernels.tuned import load_tuned
 from turbotx.options import Options
 from turbotx.program.assemble import Assembly
 from turbotx.runtime.cuda.gemm import make_template, with_settings
-from turbotx.runtime.device import Device
 from turbotx.runtime.state import Evaluate
 
 
 @dataclass(frozen=True)
-class Share:
+class TokenRange:
     """The calls whose largest of some numbers of tokens belongs to one of some buckets.
 
     structure: under which tuning keeps the choice.
@@ -54,12 +53,12 @@ class Share:
         return compile_evaluator(list(self.tokens), self.dims)
 
 
-def share_calls(
-    assemblies: Sequence[Assembly], dims: Sequence[str], tiles: Tiles | None
-) -> list[Share | None]:
-    """Return the shares of a program and of its twin with norms folded; None: all calls."""
-    if len(assemblies) == 1 or tiles is None:
-        return [None] * len(assemblies)
+def choose_ranges(
+    assemblies: Sequence[Assembly], dims: Sequence[str], tiles: Tiles
+) -> list[TokenRange | None]:
+    """Return what a program and the one with its norms folded serve on a GPU; None: all calls."""
+    if len(assemblies) == 1:
+        return [None]
     stored, folded = (_templates(a) for a in assemblies)
     chosen = frozenset(b for b in BUCKETS if tiles.folds(stored, folded, b))
     tokens = dict.fromkeys(
@@ -67,9 +66,9 @@ def share_calls(
         for x in assemblies[1].launches
         if isinstance(x.target, GemmKernel) and x.target.folds
     )
-    shares = (frozenset(BUCKETS) - chosen, chosen)
     structure = structure_of(tuple(folded))
-    return [Share(tuple(tokens), tuple(dims), buckets, structure) for buckets in shares]
+    served = (frozenset(BUCKETS) - chosen, chosen)
+    return [TokenRange(tuple(tokens), tuple(dims), buckets, structure) for buckets in served]
 
 
 def _templates(assembly: Assembly) -> list[GemmTemplate]:
@@ -78,7 +77,8 @@ def _templates(assembly: Assembly) -> list[GemmTemplate]:
     return [with_settings(t) for t in found if t is not None]
 
 
-def make_tiles(options: Options, device: Device) -> Tiles:
-    """Return what chooses tiles on a device, under options and what was tuned there."""
-    tuned = load_tuned(device.describe())
-    return Tiles(options.schedules, device.target, tuned, options.gemms, options.norms)  # type: ignore[arg-type]
+def make_tiles(options: Options, target: str, gpu: str = "") -> Tiles:
+    """Return what chooses tiles for a target, under options and what was tuned on GPUs of a name,
+    as "NVIDIA H100": nothing where there is none."""
+    tuned = load_tuned(gpu) if gpu else {}
+    return Tiles(options.schedules, target, tuned, options.gemms, options.norms)  # type: ignore[arg-type]
