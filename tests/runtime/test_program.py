@@ -45,7 +45,9 @@ def test_planned_buffers_that_overlap_in_time_do_not_in_space() -> None:
     (compiled,) = fast._engine.variants()
     program = compiled.program
     binding = program.bind((2, 33, 2)[: len(program.dims)])
-    lifetimes = dict(zip(program.memory.liveness.names, program.memory.liveness.lifetimes, strict=True))
+    lifetimes = dict(
+        zip(program.memory.liveness.names, program.memory.liveness.lifetimes, strict=True)
+    )
     offsets = binding.offset_of
     plan = program.memory.at(binding.dims)
     sizes = {p.buffer.name: p.buffer.nbytes for p in plan.placements}

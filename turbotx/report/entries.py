@@ -87,8 +87,8 @@ class Launch:
 class Gemm:
     """(m, k) x (k, n); weights: the parameters behind its weight, several where they are packed.
 
-    through: "packed weight" on a CPU; on a GPU the generated kernel, or "the library"; elsewhere the
-    op that PyTorch runs.
+    through: "packed weight" on a CPU; on a GPU the generated kernel, or "the library"; the op where
+    PyTorch runs it.
     """
 
     name: str
