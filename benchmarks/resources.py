@@ -54,7 +54,8 @@ def find_jobs(architecture: str, dtype: torch.dtype, targets: list[str]) -> Iter
         found = [matcher.match([t.shape for t in tensors]) for tensors in given]
         dims = [values for values in found if values is not None]
         assert len(dims) == len(SHAPES), f"{architecture} was captured for other shapes"
-        options = Options(attention=way)
+        # What a kernel uses when it does not wait by itself for the one before: so are all rows.
+        options = Options(attention=way, pdl=False)
         call = compile_captured(captured, options, "sm_90").call
         # Without templates: the kernels behind the library's GEMMs, and no norms are folded.
         ways = (options, replace(options, gemms="cublas"))
