@@ -24,7 +24,7 @@ def test_every_planner_serves_every_shape(planner: str) -> None:
     (compiled,) = fast._engine.variants()
     program = compiled.program
     for dims in ((1, 1, 1), (3, 40, 3), (16, 512, 16)):
-        plan = program.memory.at(dims)
+        plan = program.plan(dims)
         check_plan(plan)
         assert plan.peak_nbytes >= plan.lower_bound_nbytes
 
@@ -35,7 +35,7 @@ def test_the_symbolic_plan_meets_the_lower_bound() -> None:
     (compiled,) = fast._engine.variants()
     for batch in (1, 3, 20):
         for seq in (1, 10, 128, 511):
-            plan = compiled.program.memory.at((batch, seq, batch))
+            plan = compiled.program.plan((batch, seq, batch))
             assert plan.peak_nbytes <= 1.01 * plan.lower_bound_nbytes
 
 
@@ -45,11 +45,9 @@ def test_planned_buffers_that_overlap_in_time_do_not_in_space() -> None:
     (compiled,) = fast._engine.variants()
     program = compiled.program
     binding = program.bind((2, 33, 2)[: len(program.dims)])
-    lifetimes = dict(
-        zip(program.memory.liveness.names, program.memory.liveness.lifetimes, strict=True)
-    )
+    lifetimes = dict(zip(program.liveness.names, program.liveness.lifetimes, strict=True))
     offsets = binding.offset_of
-    plan = program.memory.at(binding.dims)
+    plan = program.plan(binding.dims)
     sizes = {p.buffer.name: p.buffer.nbytes for p in plan.placements}
     for a in lifetimes:
         for b in lifetimes:
@@ -89,5 +87,5 @@ def test_poisoned_runs_fill_what_has_died(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("turbotx.runtime.program.poison", record)
     torch.testing.assert_close(fast(**inputs)[0], clean, rtol=0, atol=0)
     (compiled,) = fast._engine.variants()
-    assert len(filled) == len(compiled.program.memory.liveness.names)
+    assert len(filled) == len(compiled.program.liveness.names)
     assert all(filled)

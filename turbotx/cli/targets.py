@@ -73,7 +73,7 @@ def name_jobs(report: Report, launched: Iterable[LaunchJob]) -> list[NamedJob]:
         digest = x.job.digest()
         if digest not in seen:
             seen.add(digest)
-            base = report.view.functions.get(kernel_key(x.launch.target), x.job.name)
+            base = report.view.functions.get(kernel_key(x.launch), x.job.name)
             more = (f"{base}_{k}" for k in itertools.count(1))
             found[next(n for n in itertools.chain([base], more) if n not in found)] = x.job
     return [NamedJob(name, job) for name, job in found.items()]

@@ -3,7 +3,7 @@
 In: nothing; these are types. Out: for example::
 
     AssembledCall  --schedule-->  UnboundProgram  --bind-->  Compiled
-    unbound.at((1, 40)).tokens    # TokenRange((batch*seq,), {16, 32, 64}): norms are folded there
+    unbound.at((1, 40)).executable.token_range   # {16, 32, 64} tokens: norms are folded there
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from turbotx.capture.trace import Captured
 from turbotx.kernels.fusion.fuse import FusedRegion
 from turbotx.options import Options
 from turbotx.program.assembly import Assembled, Assembly
-from turbotx.program.plan_memory import PlannedMemory
+from turbotx.program.executable import Executable
 from turbotx.runtime.cpu.runtime import CpuCode
-from turbotx.runtime.cuda.dispatch import TokenRange
 from turbotx.runtime.cuda.runtime import LaunchKernels
 from turbotx.runtime.program import Program
 
@@ -41,18 +40,22 @@ class AssembledCall:
 
 @dataclass(frozen=True)
 class Specialization:
-    """Launches for some of a call's shapes, bound to nothing.
+    """A program for some of a call's shapes, bound to nothing.
 
-    tokens: the calls that they serve; None: all. code: on a GPU what kernels are built from.
+    code: its kernels, on a CPU built.
     """
 
     assembled: Assembled
-    tokens: TokenRange | None
-    memory: PlannedMemory
     code: CpuCode | LaunchKernels
 
+    @property
+    def executable(self) -> Executable:
+        """The program as plain data; its `token_range` is the shapes that it serves."""
+        return self.code.executable
+
     def serves(self, dims: Sequence[int]) -> bool:
-        return self.tokens is None or self.tokens.holds(dims)
+        served = self.executable.token_range
+        return served is None or served.holds(dims)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ In: a `Captured`, options, a target. Out: an `UnboundProgram`, which needs neith
 the device; its GPU jobs at any shape; and bound to both, a `Compiled`::
 
     capture -> rewrite -> partition -> fuse -> epilogues -> assemble, fold norms -> GEMM fallbacks
-        -> ranges of tokens -> plan -> kernels (on a CPU: build) -> bind -> build ahead (on a GPU)
+        -> ranges of tokens -> kernels (on a CPU: build) -> link, plan -> bind -> build ahead (GPU)
 """
 
 from __future__ import annotations
@@ -43,11 +43,9 @@ from turbotx.program.assemble import assemble
 from turbotx.program.assembly import Assembled, Assembly
 from turbotx.program.fold_norms import assemble_folded
 from turbotx.program.gemm_fallback import add_alternatives
-from turbotx.program.plan_memory import plan_memory
-from turbotx.runtime.cpu.runtime import CpuCode, CpuRuntime, build_cpp
-from turbotx.runtime.cuda.cuda_graphs import GraphCache
+from turbotx.runtime.cpu.runtime import CpuCode, CpuRuntime, build_for_cpu
+from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.cuda.dispatch import choose_ranges, make_tiles
-from turbotx.runtime.cuda.program import CudaGraphProgram
 from turbotx.runtime.cuda.runtime import CudaRuntime, LaunchJob, LaunchKernels, build_expected
 from turbotx.runtime.device import Device
 from turbotx.runtime.program import Program
@@ -183,9 +181,10 @@ def check_programs(assemblies: Sequence[Assembly]) -> None:
     """Raise VerifyError where a launch is wrong, or a kernel that one may take."""
     kernels: dict[str, ir.Kernel] = {}
     for launch in chain.from_iterable(a.launches for a in assemblies):
-        for taken in (launch, *launch.instead):
-            if isinstance(taken.target, ir.Kernel):
-                kernels.setdefault(taken.target.digest(), taken.target)
+        fallback = launch.fallback if isinstance(launch, ir.GemmLaunch) else None
+        for taken in (launch, *(fallback.ends if fallback is not None else ())):
+            if isinstance(taken, ir.KernelLaunch):
+                kernels.setdefault(taken.kernel.digest(), taken.kernel)
     for kernel in kernels.values():
         verify.check_kernel(kernel)
     for assembly in assemblies:
@@ -213,9 +212,8 @@ def _specialize_for_cpu(
     call: AssembledCall, options: Options, target: str, gpu: str
 ) -> list[Specialization]:
     (program,) = call.programs
-    memory = plan_memory(program.assembly, call.captured.dims, options.planner)
-    code = build_cpp(program.assembly, options.backend)
-    return [Specialization(program, None, memory, code)]
+    code = build_for_cpu(program.assembly, call.captured.dims, options)
+    return [Specialization(program, code)]
 
 
 def _specialize_for_gpu(
@@ -225,14 +223,11 @@ def _specialize_for_gpu(
     # No library folds norms.
     programs = call.programs[:1] if options.gemms == "cublas" else call.programs
     ranges = choose_ranges([p.assembly for p in programs], dims, tiles)
-    found = []
-    for program, tokens in zip(programs, ranges, strict=True):
-        if tokens is None or tokens.buckets:
-            assembly, generated = program.assembly, options.backend != "aten"
-            memory = plan_memory(assembly, dims, options.planner)
-            kernels = LaunchKernels(assembly, dims, tiles, tokens, generated, options.pdl)
-            found.append(Specialization(program, tokens, memory, kernels))
-    return found
+    return [
+        Specialization(program, LaunchKernels(program.assembly, dims, tiles, options, served))
+        for program, served in zip(programs, ranges, strict=True)
+        if served is None or served.buckets
+    ]
 
 
 # --- to what runs ---
@@ -247,16 +242,15 @@ def bind(
     graphs = GraphCache(options.max_graphs if options.cuda_graphs else 0)  # they count together
     programs = []
     for made in program.specializations:
-        assembly, memory, dims = made.assembled.assembly, made.memory, captured.dims
-        weights = find_weights(captured, model, assembly)
+        weights = find_weights(captured, model, made.assembled.assembly)
         kept = (pool, options.max_shapes)
         if isinstance(made.code, CpuCode):
-            cpu = CpuRuntime(assembly, weights, made.code, dims, options.pack_weights)
-            programs.append(Program(assembly, dims, memory, cpu, *kept))
+            cpu = CpuRuntime(made.code, weights)
+            programs.append(Program(made.executable, cpu, *kept))
         else:
             assert device is not None
             gpu = CudaRuntime(made.code, weights, device)
-            programs.append(CudaGraphProgram(assembly, dims, memory, gpu, *kept, graphs=graphs))
+            programs.append(CudaGraphProgram(made.executable, gpu, *kept, graphs))
     return Compiled(program, tuple(programs))
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from turbotx import ir
 from turbotx.ir.expr import Expr, evaluate, to_javascript
 from turbotx.ir.printer import show_expr
 from turbotx.memory.planner import ALIGNMENT, CHUNK_NBYTES
@@ -128,7 +129,7 @@ def _launches(report: Record, formulas: _Formulas, layer: Any) -> list[dict[str,
         found.append(
             {
                 "name": entry.name, "kind": entry.kind, "kernel": entry.kernel,
-                "op": str(launch.target) if entry.kind == "aten" else "",
+                "op": str(launch.call.target) if isinstance(launch, ir.AtenLaunch) else "",
                 "module": entry.module, "source": entry.source, "layer": layer(entry.writes[0]),
                 "reads": formulas.place(cost.reads), "writes": formulas.place(cost.writes),
                 "flops": formulas.place(cost.flops),
@@ -182,20 +183,20 @@ def _kernel(kernel: Any) -> dict[str, Any]:
 
 def _memory(report: Record, formulas: _Formulas, layer: Any) -> dict[str, Any]:
     """Lifetimes and sizes, and how offsets follow: orders to walk, or plans at a few shapes."""
-    memory, tensors = report.compiled.specialization.memory, report.compiled.assembly.tensors
-    sharing = Counter(memory.liveness.root_of.values())
+    program, tensors = report.compiled.program, report.compiled.assembly.tensors
+    sharing = Counter(program.liveness.root_of.values())
     buffers = [
         {
             "name": name, "begin": life.begin, "end": life.end, "layer": layer(name),
             "nbytes": formulas.place(tensors[name].nbytes), "tensors": sharing[name],
         }
-        for name, life in zip(memory.liveness.names, memory.liveness.lifetimes, strict=True)
+        for name, life in zip(program.liveness.names, program.liveness.lifetimes, strict=True)
     ]  # fmt: skip
     sizes = {n.name: n.nbytes for n in report.origin.nodes}
     eager = [
         [formulas.place(sizes[name]), *life] for name, life in find_lives(report.origin).items()
     ]
-    planner = memory.planner
+    planner = program.planner
     orders = [
         {"order": list(o.order), "below": [list(b) for b in o.below]}
         for o in (planner.in_use if isinstance(planner, SymbolicPlanner) else [])

@@ -76,4 +76,4 @@ def test_poison_says_nothing_of_reuse_that_is_safe(monkeypatch: pytest.MonkeyPat
     fast, x = turbotx.optimize(chain), torch.randn(3, 16)
     torch.testing.assert_close(fast(x), chain(x))
     (compiled,) = fast._engine.variants()
-    assert compiled.program.memory.liveness.reused
+    assert compiled.program.liveness.reused

@@ -27,8 +27,6 @@ from turbotx.capture.trace import capture
 from turbotx.engine.compiled import UnboundProgram
 from turbotx.engine.pipeline import compile_captured, jobs
 from turbotx.ir.expr import evaluate
-from turbotx.kernels.cpp.attention import AttentionKernel
-from turbotx.kernels.cpp.products import ProductKernel
 from turbotx.kernels.job import Job
 from turbotx.kernels.schedule import choose_schedule
 from turbotx.kernels.triton.compiler import TARGETS, build
@@ -114,8 +112,8 @@ def launches_of(name: str, width: int, way: str = "auto") -> list[ir.Launch]:
 
 
 def kernels_of(name: str, width: int) -> list[ir.Kernel]:
-    found = {x.target.digest(): x.target for x in launches_of(name, width)
-             if isinstance(x.target, ir.Kernel)}  # fmt: skip
+    found = {x.kernel.digest(): x.kernel for x in launches_of(name, width)
+             if isinstance(x, ir.KernelLaunch)}  # fmt: skip
     return list(found.values())
 
 
@@ -151,8 +149,8 @@ def test_every_kernel_is_right_in_the_interpreter(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_every_attention_is_right_in_the_interpreter(name: str, way: str) -> None:
     launches = launches_of(name, 16, way)
-    attentions = {x.target for x in launches if isinstance(x.target, AttentionKernel)}
-    products = {x.target for x in launches if isinstance(x.target, ProductKernel)}
+    attentions = {x.kernel for x in launches if isinstance(x, ir.AttentionLaunch)}
+    products = {x.kernel for x in launches if isinstance(x, ir.ProductLaunch)}
     assert len(products) == (2 if way == "fused-softmax" else 0)
     assert bool(attentions) == (way == "flash")
     for kernel in attentions:
@@ -171,8 +169,8 @@ def launch_jobs(
         names = program.call.captured.dims
         dims = {n: 2 if n == "batch" or n.endswith("_d0") else 128 for n in names}
         for x in jobs(program, tuple(dims.values())):
-            kernel = x.launch.target
-            much = not isinstance(kernel, ir.Kernel) or reads_much(kernel, x.job, dims)
+            kernel = x.launch.kernel if isinstance(x.launch, ir.KernelLaunch) else None
+            much = kernel is None or reads_much(kernel, x.job, dims)
             made.setdefault(x.job.digest(), (x.job, much))
     return list(made.values())
 
