@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import turbotx
-from turbotx.errors import IndexOutOfRangeError, InputError
+from turbotx.errors import CaptureError, IndexOutOfRangeError, InputError
 
 A, B = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 6).requires_grad_(False)
 
@@ -116,6 +116,12 @@ def test_an_input_whose_layout_is_asked_for_is_dense(name: str) -> None:
         torch.testing.assert_close(fast(t), asks(t))
     with pytest.raises(InputError, match=r"asks how it lies .* pass t\.clone\(\)"):
         fast(torch.randn(8, 12)[2::2, ::2])
+
+
+def test_the_memory_behind_an_input_is_nothing_to_decide_by() -> None:
+    for asks in (lambda t: t * t.untyped_storage().nbytes(), lambda t: t * t[1:].storage().size()):
+        with pytest.raises(CaptureError, match="memory behind an input"):
+            turbotx.optimize(asks)(torch.randn(4, 6)[:2])
 
 
 def test_where_nobody_asks_for_an_inputs_layout_any_will_do() -> None:

@@ -95,11 +95,16 @@ def refuse_inference_tensors(model: nn.Module) -> None:
     and a change of them would go unnoticed."""
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_inference():
-            raise CaptureError(
-                f"cannot capture {type(model).__name__}: its {path!r} was made under "
-                "torch.inference_mode(), and nothing tells when such a tensor changes. Make or "
-                "load the model outside of it (torch.no_grad() is fine); calls may be inside"
-            )
+            raise made_in_inference_mode(type(model).__name__, path)
+
+
+def made_in_inference_mode(name: str, path: str) -> CaptureError:
+    """Return the error for a tensor of a model, found at `path`, that has no version."""
+    return CaptureError(
+        f"cannot capture {name}: its {path!r} was made under torch.inference_mode(), and nothing "
+        "tells when such a tensor changes. Make or load the model outside of it (torch.no_grad() "
+        "is fine); calls may be inside"
+    )
 
 
 def refuse_mutation(exported: Any, name: str) -> None:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,28 +138,29 @@ def capture(
         with recorder.installed(), no_autocast_cache(), watch_reads(ambient) as asked:
             code_names = find_model_names(model, recorder)
             flat = FlatCall(model, leaves, spec, recorder)
-            exported = _export_drawing_nothing(flat, tensors, least, fixed, name)
+            before = look_at_generators()
+            exported = _export_with_floats(flat, tensors, least, fixed, name)
+            moved = look_at_generators() != before
         with without_autocast():
             captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))
         state = make_record(model, recorder, code_names, captured.effects)
+        if (generators := recorder.find_moved()) or moved:
+            again = partial(_export_widened, flat, tensors, least, fixed, name)
+            _refuse_draws(name, again, generators)
     return replace(captured, state=state)
 
 
-def _export_drawing_nothing(
-    flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
-) -> Any:
-    """Trace a call; raise CaptureError where its Python code draws random numbers of the host."""
-    before = look_at_generators()
-    exported = _export_with_floats(flat, tensors, least, fixed, name)
-    if look_at_generators() != before:
-        drawn = find_draws(lambda: _export_widened(flat, tensors, least, fixed, name))
-        if drawn:
-            raise CaptureError(
-                f"cannot capture {name}: it draws a number from {drawn}, which a program would "
-                "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
-                "every call, or pass the number as an argument"
-            )
-    return exported
+def _refuse_draws(
+    name: str, trace_again: Callable[[], object], generators: Sequence[object]
+) -> None:
+    """Raise CaptureError where a model's Python code draws random numbers of the host."""
+    drawn = find_draws(trace_again, generators)
+    if drawn:
+        raise CaptureError(
+            f"cannot capture {name}: it draws a number from {drawn}, which a program would "
+            "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
+            "every call, or pass the number as an argument"
+        )
 
 
 def _export_with_floats(
