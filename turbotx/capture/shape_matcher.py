@@ -8,13 +8,15 @@ reason why the capture does not hold for them, for example::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 
 from turbotx.capture.trace import Captured
-from turbotx.ir.expr import Expr, evaluate
+from turbotx.ir.expr import Expr, compile_evaluator, evaluate
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,18 @@ class ShapeMatcher:
             if dims[name] < 1:
                 why = f"{name} is {dims[name]}; a call with a size of 0 has a capture of its own"
                 return _Broken(why)
-        for guard in self._captured.guards:
-            symbols = guard.condition.free_symbols
-            numbers = {s: sympy.Integer(dims[s.name]) for s in symbols}
+        for guard, holds in zip(self._captured.guards, self._holding, strict=True):
             try:
-                holds = guard.condition.xreplace(numbers) != False  # noqa: E712
-            except ZeroDivisionError:  # no size that the model takes
-                holds = False
-            if not holds:
-                return _Broken(f"{guard.text} does not hold", frozenset(symbols))
+                held = holds(*(dims[name] for name in self._captured.dims))[0]
+            except (ArithmeticError, ValueError):  # no size that the model takes
+                held = False
+            if not held:
+                symbols = frozenset(guard.condition.free_symbols)
+                return _Broken(f"{guard.text} does not hold", symbols)
         return None
+
+    @functools.cached_property
+    def _holding(self) -> list[Callable[..., tuple[Any, ...]]]:
+        """Return a function of the dims for each guard: in Python, as the model's code asks."""
+        dims = self._captured.dims
+        return [compile_evaluator([guard.condition], dims) for guard in self._captured.guards]

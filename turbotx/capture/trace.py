@@ -53,6 +53,7 @@ from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.returned import put_constants
 from turbotx.capture.sandbox.effects import Effect
+from turbotx.capture.size_operators import float_steps, relations_answered, wants_bool
 from turbotx.capture.size_questions import sizes_from_one
 from turbotx.capture.symint_tensors import SizeTensors
 from turbotx.capture.trace_errors import Stopped, capture_error
@@ -145,7 +146,7 @@ def capture(
             captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))
         state = make_record(model, recorder, code_names, captured.effects)
         if (generators := recorder.find_moved()) or moved:
-            again = partial(_export_widened, flat, tensors, least, fixed, name)
+            again = partial(_export_with_relations, flat, tensors, least, fixed, name)
             _refuse_draws(name, again, generators)
     return replace(captured, state=state)
 
@@ -168,11 +169,24 @@ def _export_with_floats(
 ) -> Any:
     """Trace with the call's floats as inputs, or else as the numbers that they are."""
     try:
-        return _export_widened(flat, tensors, least, fixed, name)
+        return _export_with_relations(flat, tensors, least, fixed, name)
     except CaptureError:
         if not flat.describe_floats():
             raise
         flat.floats.fixed = True  # an op or a class took no stand-in for a number
+        return _export_with_relations(flat, tensors, least, fixed, name)
+
+
+def _export_with_relations(
+    flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
+) -> Any:
+    """Trace with comparisons of sizes as expressions, or else as True and False."""
+    try:
+        return _export_widened(flat, tensors, least, fixed, name)
+    except CaptureError as error:
+        if not wants_bool(error.__cause__):
+            raise
+    with relations_answered():
         return _export_widened(flat, tensors, least, fixed, name)
 
 
@@ -237,7 +251,7 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with SizeTensors(), sizes_from_one():
+        with SizeTensors(), sizes_from_one(), float_steps():
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
