@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import Max
 
+from turbotx.capture.decompose import MAY_COPY
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import ONE, ZERO, Expr, product
 from turbotx.ir.views import SPLITS, VIEWS
@@ -178,7 +179,7 @@ def _returned(leaf: Any) -> Fresh | Alias | None:
         moved = chain[-1].meta.get(ORDER) is not None and len(chain) > 1
         if moved and chain[-2].target is aten.permute.default:
             chain.pop(-2)  # what shows the input as the caller has it; raw reads look past it
-        steps = [(n.target, n.args[1:], n.kwargs) for n in reversed(chain[:-1])]
+        steps = [_step(n) for n in reversed(chain[:-1])]
         convert = [
             (t, *fx.node.map_arg((tuple(args), dict(kwargs)), g.size)) for t, args, kwargs in steps
         ]
@@ -201,6 +202,13 @@ def _returned(leaf: Any) -> Fresh | Alias | None:
     offset = ZERO if root is leaf else _positive(g.size(value.storage_offset(), value))
     overlaps = any(n.target is aten.unfold.default for n in chain)
     return Fresh(root.name, extents, shape, strides, offset, overlaps)
+
+
+def _step(node: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return a view as eager's code calls it: where the caller's input lies otherwise than the
+    trace's, a reshape may be a copy."""
+    op: Any = node.meta.get(MAY_COPY, node.target)
+    return op, () if op is aten.ravel.default else node.args[1:], node.kwargs
 
 
 def _dense(shape: Sequence[Expr]) -> tuple[Expr, ...]:

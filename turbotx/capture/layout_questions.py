@@ -7,7 +7,8 @@ takes no others::
     with LayoutQuestions() as questions:  ...  if x.is_contiguous(): ...
     questions.asked  ->  {0}
 
-What lies behind an input, `x.untyped_storage()`, is refused: there may be more than the input.
+`x.contiguous()` of one stays an op of the graph. What lies behind an input, `x.untyped_storage()`,
+is refused: there may be more than the input.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ class LayoutQuestions(TorchFunctionMode):
                 )
             if place is not None:
                 self.asked.add(place)
+        if func is Tensor.contiguous and len(args) == 1 and not kwargs:
+            if _memory(args[0]) in self._places:
+                # PyTorch calls no op where a tensor is dense, as the trace's inputs are.
+                return torch.ops.aten.contiguous.default(args[0])
         return func(*args, **(kwargs or {}))
 
 
