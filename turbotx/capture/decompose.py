@@ -32,13 +32,6 @@ aten = torch.ops.aten
 SIZE_OPS = (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default)
 """Their results are no tensors, and the passes read them as they are."""
 
-MAY_COPY = "may_copy"
-"""In the meta of a view: the op that eager calls in its place, where another input may need it."""
-_COPIES = {
-    aten.reshape.default: aten.reshape.default, aten.reshape_as.default: aten.reshape.default,
-    aten.flatten.using_ints: aten.reshape.default, aten.ravel.default: aten.ravel.default,
-}  # fmt: skip
-
 IDENTITIES = (aten.detach_.default, aten.detach.default, aten.alias.default)
 """Without gradients their results are their inputs; the first one counts as a mutation."""
 
@@ -65,17 +58,11 @@ def decompose_nodes(graph_module: fx.GraphModule, kept: frozenset[str]) -> None:
         if node.target in IDENTITIES:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target in SIZE_OPS or is_random(node) or _is_kept_contiguous(node):
+        elif node.target in SIZE_OPS or is_random(node):
             continue
         elif _decomposition(node.target, kept) is not None:
             _replace(node, _Recorder(node, sizes, kept))
     erase_unused(graph)
-
-
-def _is_kept_contiguous(node: fx.Node) -> bool:
-    """Tell a copy that an input which is dense as the trace's is does not need."""
-    source: Any = node.args[0] if node.target is aten.contiguous.default else None
-    return source is not None and bool(source.meta["val"].is_contiguous())
 
 
 def erase_unused(graph: fx.Graph) -> None:
@@ -258,8 +245,6 @@ class _Recorder(TorchDispatchMode):
         node = self.sizes.graph.create_node("call_function", target, args, kwargs, name=name)
         node.meta = {k: v for k, v in self.node.meta.items() if k not in ("val", "tensor_meta")}
         node.meta["val"] = result
-        if target is aten.view.default and self.node.target in _COPIES:
-            node.meta[MAY_COPY] = _COPIES[self.node.target]
         return node
 
     def _record(self, node: fx.Node, result: Any) -> None:

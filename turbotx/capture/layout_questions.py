@@ -55,10 +55,10 @@ class LayoutQuestions(TorchFunctionMode):
                 )
             if place is not None:
                 self.asked.add(place)
-        if func is Tensor.contiguous and len(args) == 1 and not kwargs:
-            if _memory(args[0]) in self._places:
-                # PyTorch calls no op where a tensor is dense, as the trace's inputs are.
-                return torch.ops.aten.contiguous.default(args[0])
+        plain = func is Tensor.contiguous and len(args) == 1 and not kwargs
+        if plain and _memory(args[0]) in self._places:
+            # PyTorch calls no op where a tensor is dense, as the trace's inputs are.
+            return torch.ops.aten.contiguous.default(args[0])
         return func(*args, **(kwargs or {}))
 
 

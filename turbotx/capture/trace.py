@@ -35,7 +35,7 @@ from turbotx.capture.ambient import (
 from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.casts import write_casts
 from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_without
-from turbotx.capture.eager import ASKED, ORDER, note_layouts
+from turbotx.capture.eager import ASKED, ORDER, find_shown, note_layouts
 from turbotx.capture.flat_call import FlatCall
 from turbotx.capture.guards import (
     Guard,
@@ -68,6 +68,8 @@ from turbotx.ir.memory_order import by_order, inverse, make_dense, moved_dims
 
 # The key, in the exported graph's meta, of the sizes that a squeeze looks at.
 SQUEEZED = "squeezed"
+# The key of what `find_shown` gives of the graph before it is decomposed.
+SHOWN = "shown"
 # Composite ops that stay whole: the passes and the op table know them as they are, and their
 # decompositions only hide what they mean.
 KEPT_WHOLE = frozenset(
@@ -257,13 +259,13 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
             )
         write_casts(exported.graph)
         before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
-        squeezed = find_squeezed(exported.graph)
+        squeezed, shown = find_squeezed(exported.graph), find_shown(exported.graph)
         try:
             decompose_nodes(exported.graph_module, KEPT_WHOLE)
         except NotNodeByNode:
             exported.graph_module.graph = before
             exported = exported.run_decompositions(table_without(KEPT_WHOLE))
-    exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed}
+    exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed, SHOWN: shown}
     return exported
 
 
@@ -295,7 +297,7 @@ def _describe(
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
     symbols = name_dims(shapes, names, find_equals(shape_env))
     remember_names(graph_module, symbols)
-    note_layouts(graph_module.graph)
+    note_layouts(graph_module.graph, exported.graph_module.meta[SHOWN])
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
     guards += guard_squeezed(squeezed, symbols)
