@@ -275,6 +275,20 @@ def test_a_tensor_without_a_version_is_refused_by_name() -> None:
         turbotx.optimize(lambda x: x * kept)(torch.ones(3))
 
 
+def test_encoder_layers_that_a_fused_op_would_run_are_refused_under_autocast() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    fast, x = turbotx.optimize(layer, backend="aten"), torch.randn(2, 3, 16)
+    with autocast(), pytest.raises(CaptureError, match="set_fastpath_enabled"):
+        fast(x)
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with autocast():
+            close(fast(x), layer(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    close(fast(x), layer(x))
+
+
 class Counting(torch.overrides.TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()

@@ -88,6 +88,21 @@ def refuse_parts(model: nn.Module) -> None:
                 "which has no tensors to trace. Optimize the model as it was before that"
             )
     refuse_inference_tensors(model)
+    refuse_encoder_layers(model)
+
+
+def refuse_encoder_layers(model: nn.Module) -> None:
+    """Raise CaptureError for PyTorch's encoder layers under autocast on CPUs: a fused op of its own
+    runs them there, whose results are of the lower dtype where the layer's code gives float32."""
+    fused = torch.is_autocast_enabled("cpu") and torch.backends.mha.get_fastpath_enabled()
+    for path, module in model.named_modules() if fused else ():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            raise CaptureError(
+                f"cannot capture {type(model).__name__}: its part {path!r} is a "
+                "nn.TransformerEncoderLayer under autocast, where PyTorch's fast path gives other "
+                "dtypes than the layer's code. torch.backends.mha.set_fastpath_enabled(False) "
+                "turns that path off, or convert the model by .to(torch.bfloat16)"
+            )
 
 
 def refuse_inference_tensors(model: nn.Module) -> None:
