@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
+from torch.profiler import record_function
 
 from turbotx.capture.ambient import (
     Ambient,
@@ -55,10 +56,10 @@ from turbotx.engine.variant import Recaptures, Variant
 from turbotx.errors import CaptureError, EagerWarning, InputError, ModelChangedError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
+from turbotx.runtime.binding import Binding
 from turbotx.runtime.cpu.launch_table import start_runtime
 from turbotx.runtime.cuda.absent_device import AbsentDevice
 from turbotx.runtime.device import Device
-from turbotx.runtime.executable import Binding
 from turbotx.runtime.gc_pause import pause_gc
 from turbotx.runtime.placement import find_device, open_device
 from turbotx.runtime.program import Program
@@ -101,6 +102,12 @@ class Engine:
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.autograd._profiler_enabled():
+            with record_function(f"turbotx: {type(self.model).__name__}"):
+                return self._call(args, kwargs)
+        return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for _ in range(MOST_CHANGES):
             variant, program, binding, tensors = self.check(args, kwargs)
             try:
