@@ -168,6 +168,8 @@ class Engine:
         leaves, spec = flatten_call(args, kwargs)
         leave_foreign(leaves)
         tensors = carry(leaves)
+        for tensor in tensors:
+            refuse_tensor(tensor)
         key = make_signature(leaves, spec, ambient)
         found = None
         if described is None:
@@ -176,8 +178,6 @@ class Engine:
             if found is not None and not found[0].takes(tensors):
                 described = (described, found[0].numbers(tensors))
                 found = self._bound.get(described)
-        for tensor in tensors:
-            refuse_tensor(tensor)
         if found is None or not found[0].holds():
             found = self._bind(key, described, tensors, args, kwargs)
         return found, tensors
