@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,18 @@ import threading
 
 import pytest
 
-from tests.serving.conftest import fast_costs, httpx, listening, sleeping_service, wait_until
+from tests.serving.conftest import (
+    fast_costs,
+    httpx,
+    listening,
+    sleeping_service,
+    stand_in,
+    wait_until,
+)
+from turbotx.serving.engine import Head
+from turbotx.serving.server import run, serve
+from turbotx.serving.service import ModelFailed
+from turbotx.serving.settings import Settings, SettingsError
 
 
 def test_a_client_that_leaves_is_dropped_from_the_queue():
@@ -120,6 +132,30 @@ def test_told_to_stop_it_answers_what_it_accepted(unused_port):
     assert process.returncode == 0
     lines = [json.loads(line) for line in logged.splitlines()]
     assert sum(line["event"] == "request" and line["status"] == 200 for line in lines) == 4
+
+
+def test_a_model_that_cannot_run_ends_the_server(unused_port):
+    class Broken:
+        head = Head("embedding")
+
+        def run(self, rows):
+            raise RuntimeError("no memory\nat all")
+
+        def figures(self):
+            return {}
+
+    with pytest.raises(ModelFailed, match=r"^stand-in cannot run: RuntimeError: no memory$"):
+        run(stand_in(Broken()), Settings(), host="127.0.0.1", port=unused_port)
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded(unused_port):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", unused_port))
+        other.listen()
+        with pytest.raises(SettingsError, match=f"port {unused_port}: .*in use"):
+            serve("no/such/model", port=unused_port)
+    with pytest.raises(SettingsError, match="cannot listen on"):
+        serve("no/such/model", host="256.0.0.1")
 
 
 def metrics_of(url):

@@ -50,11 +50,21 @@ Weights = Annotated[
 ]
 MaxLength = Annotated[int | None, _option(MODEL, "Longest input in tokens; default: the model's.")]
 Pooling = Annotated[
-    Literal["mean", "cls", "max", "last"] | None,
-    _option(MODEL, "Tokens to one vector; default: as the model's files say."),
+    str | None,
+    _option(
+        MODEL,
+        "Tokens to one vector: cls, max, mean, mean_sqrt_len_tokens, weightedmean, lasttoken, or "
+        "several joined by +; default: as the model's files say.",
+    ),
 ]
 Normalize = Annotated[
     bool | None, _option(MODEL, "Vectors of length 1; default: as the model's files say.")
+]
+DefaultPrompt = Annotated[
+    str | None, _option(MODEL, "Put before every text; default: as the model's files say.")
+]
+DefaultPromptName = Annotated[
+    str | None, _option(MODEL, "Which of the model's prompts that is.", metavar="NAME")
 ]
 Policy = Annotated[
     Literal["aged", "dp", "sort", "fifo", "single"], _option(BATCH, "Which batch runs next.")
@@ -73,6 +83,9 @@ MaxClientBatch = Annotated[int, _option(LIMIT, "Inputs in one request.")]
 MaxBodyNbytes = Annotated[int, _option(LIMIT, "Bytes of a request's body.")]
 TimeoutMs = Annotated[float, _option(LIMIT, "Longest time to answer one request, then 503.")]
 TokenizerThreads = Annotated[int, _option(LIMIT, "Threads that tokenise.")]
+AutoTruncate = Annotated[
+    bool, _option(LIMIT, "Cut texts that are too long where a request does not say.")
+]
 CacheNbytes = Annotated[int, _option(KEEP, "Bytes of answers kept; 0: no cache.")]
 Coalesce = Annotated[bool, _option(KEEP, "Compute identical inputs in flight once.")]
 Otel = Annotated[bool, _option(WATCH, "Trace every request with OpenTelemetry.")]
@@ -94,6 +107,8 @@ def serve_command(
     max_length: MaxLength = None,
     pooling: Pooling = None,
     normalize: Normalize = None,
+    default_prompt: DefaultPrompt = None,
+    default_prompt_name: DefaultPromptName = None,
     policy: Policy = "aged",
     max_batch: MaxBatch = 32,
     max_batch_tokens: MaxBatchTokens = 16_384,
@@ -105,6 +120,7 @@ def serve_command(
     max_body_nbytes: MaxBodyNbytes = 8 << 20,
     timeout_ms: TimeoutMs = 30_000.0,
     tokenizer_threads: TokenizerThreads = 2,
+    auto_truncate: AutoTruncate = False,
     cache_nbytes: CacheNbytes = 64 << 20,
     coalesce: Coalesce = True,
     otel: Otel = False,

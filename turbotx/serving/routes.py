@@ -32,7 +32,7 @@ from turbotx.serving.schemas import (
     TokenizeRequest,
     Usage,
 )
-from turbotx.serving.service import Scope, Service
+from turbotx.serving.service import Reading, Scope, Service
 from turbotx.serving.tokens import TokenRow
 
 Vector = NDArray[np.float32]
@@ -41,7 +41,7 @@ Vector = NDArray[np.float32]
 async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) -> EmbeddingsResponse:
     """OpenAI's embeddings: too long a text is refused, vectors are as the model's files say."""
     head = require_head(service, "embedding")
-    rows = await read_inputs(service, body.input)
+    rows = await read_inputs(service, body.input, Reading())
     vectors = await service.compute(rows, scope)
     finished = finish(vectors, head.normalize, body.dimensions)
     encode = _to_base64 if body.encoding_format == "base64" else _to_list
@@ -55,8 +55,7 @@ async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) ->
 
 async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[list[float]]:
     head = require_head(service, "embedding")
-    keep_end = body.truncation_direction.lower() == "left"
-    rows = await read_inputs(service, body.inputs, body.truncate, keep_end)
+    rows = await read_inputs(service, body.inputs, reading_of(body), body.prompt_name)
     normalize = head.normalize if body.normalize is None else body.normalize
     vectors = await service.compute(rows, scope)
     return [v.tolist() for v in finish(vectors, normalize, body.dimensions)]
@@ -68,10 +67,9 @@ async def predict(
     head = require_head(service, "classifier")
     texts, single = read_pairs(body.inputs)
     service.check_batch(len(texts))
-    keep_end = body.truncation_direction.lower() == "left"
-    rows = await service.encode(texts, truncate=body.truncate, keep_end=keep_end)
+    rows = await service.encode(texts, reading_of(body))
     logits = await service.compute(rows, scope)
-    found = [rank_labels(v, head, body.raw_scores) for v in logits]
+    found = [rank_labels(v, head, bool(body.raw_scores)) for v in logits]
     return found[0] if single else found
 
 
@@ -83,8 +81,7 @@ async def rerank(service: Service, body: RerankRequest, scope: Scope) -> list[Ra
         raise BadInput("texts is empty: nothing to rank")
     service.check_batch(len(body.texts))
     pairs = [(body.query, text) for text in body.texts]
-    keep_end = body.truncation_direction.lower() == "left"
-    rows = await service.encode(pairs, truncate=body.truncate, keep_end=keep_end)
+    rows = await service.encode(pairs, reading_of(body))
     logits = await service.compute(rows, scope)
     scores = [float(v[0]) if body.raw_scores else _sigmoid(float(v[0])) for v in logits]
     ranks = [
@@ -97,7 +94,9 @@ async def rerank(service: Service, body: RerankRequest, scope: Scope) -> list[Ra
 async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> list[list[Token]]:
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     service.check_batch(len(texts))
-    described = await service.describe(texts, body.add_special_tokens)
+    prompt = prompt_of(service, body.prompt_name) if body.prompt_name else ""
+    special = body.add_special_tokens is not False
+    described = await service.describe([prompt + text for text in texts], special)
     return [[Token(**token) for token in tokens] for tokens in described]
 
 
@@ -140,23 +139,51 @@ def require_head(service: Service, kind: str) -> Head:
     return head
 
 
+def reading_of(body: Any) -> Reading:
+    return Reading(body.truncate, (body.truncation_direction or "right").lower() == "left")
+
+
+def prompt_of(service: Service, name: str | None) -> str:
+    """The text that goes before an input. Raises BadInput for a name that the model lacks."""
+    prompts = service.model.info.prompts
+    if name is None:
+        return prompts.default
+    if name not in prompts.texts:
+        known = ", ".join(prompts.texts) or "none"
+        raise BadInput(f"prompt_name is {name!r}, the model's prompts are: {known}")
+    if prompts.texts[name] and not prompts.pooled:
+        raise BadInput(f"prompt_name {name!r}: this model leaves prompts out of the pooling, "
+                       "which is not served")  # fmt: skip
+    return prompts.texts[name]
+
+
 async def read_inputs(
-    service: Service, inputs: str | list[Any], truncate: bool = False, keep_end: bool = False
+    service: Service, inputs: str | list[Any], reading: Reading, prompt_name: str | None = None
 ) -> list[TokenRow]:
-    """One text, many texts, one list of ids or many. Raises BadInput for a mixture or nothing."""
+    """One text, many texts, one list of ids or many. Raises BadInput for a mixture or nothing.
+
+    A prompt goes before texts; who sends ids has put it there already.
+    """
+    prompt = prompt_of(service, prompt_name)
     if isinstance(inputs, str):
-        return await service.encode([inputs], truncate=truncate, keep_end=keep_end)
+        inputs = [inputs]
     if not inputs:
         raise BadInput("the input is an empty list")
     kinds = {type(item) for item in inputs}
     if kinds == {int}:
-        return [service.model.tokenizer.check_ids(inputs)]
+        inputs, kinds = [inputs], {list}
     service.check_batch(len(inputs))
     if kinds == {str}:
-        return await service.encode(inputs, truncate=truncate, keep_end=keep_end)
-    if kinds == {list}:
-        return [service.model.tokenizer.check_ids(ids) for ids in inputs]
-    raise BadInput("the input mixes texts and token ids: send all of one kind")
+        if "" in inputs:
+            raise BadInput("an input is empty: every text needs at least one character")
+        return await service.encode(
+            [prompt + text for text in inputs] if prompt else inputs, reading
+        )
+    if kinds != {list}:
+        raise BadInput("the input mixes texts and token ids: send all of one kind")
+    if prompt_name is not None:
+        raise BadInput("prompt_name is for texts: put the prompt's ids before your own")
+    return [service.model.tokenizer.check_ids(ids) for ids in inputs]
 
 
 def read_pairs(inputs: str | list[Any]) -> tuple[list[str | tuple[str, str]], bool]:
@@ -189,11 +216,11 @@ def finish(vectors: Sequence[Vector], normalize: bool, dimensions: int | None) -
 
 
 def rank_labels(logits: Vector, head: Head, raw: bool) -> list[Prediction]:
-    """Softmax over the classes, sigmoid where there is but one; best first."""
+    """Probabilities: of one class out of all, or of each class alone; best first."""
     if raw:
         scores = logits
-    elif len(logits) == 1:
-        scores = np.array([_sigmoid(float(logits[0]))], dtype=np.float32)
+    elif head.sigmoid or len(logits) == 1:
+        scores = np.array([_sigmoid(float(x)) for x in logits], dtype=np.float32)
     else:
         shifted = np.exp(logits - logits.max())
         scores = shifted / shifted.sum()

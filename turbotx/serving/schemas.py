@@ -14,51 +14,60 @@ import msgspec
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class EmbeddingsRequest(msgspec.Struct, kw_only=True):
+Direction = Literal["Left", "Right", "left", "right"]
+
+
+class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A request. null is as if absent; a field that is not known might change the answer."""
+
+
+class EmbeddingsRequest(Body, kw_only=True):
     """OpenAI's ``/v1/embeddings``: one input or a list, as text or as token ids."""
 
     input: str | list[str | int | list[int]]
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: PositiveInt | None = None
     user: str | None = None
 
 
-class EmbedRequest(msgspec.Struct, kw_only=True):
+class EmbedRequest(Body, kw_only=True):
     """``/embed``. ``normalize`` unset: as the model's files say."""
 
     inputs: str | list[str | int | list[int]]
     normalize: bool | None = None
-    truncate: bool = False
-    truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
     dimensions: PositiveInt | None = None
 
 
-class PredictRequest(msgspec.Struct, kw_only=True):
+class PredictRequest(Body, kw_only=True):
     """``/predict``: a text, a pair [a, b], or a list of [text] and [a, b]."""
 
     inputs: str | list[str | list[str]]
-    raw_scores: bool = False
-    truncate: bool = False
-    truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
+    raw_scores: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
 
 
-class RerankRequest(msgspec.Struct, kw_only=True):
+class RerankRequest(Body, kw_only=True):
     """``/rerank``: score every text against the query."""
 
     query: str
     texts: list[str]
-    raw_scores: bool = False
-    return_text: bool = False
-    truncate: bool = False
-    truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
+    raw_scores: bool | None = None
+    return_text: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
 
 
-class TokenizeRequest(msgspec.Struct, kw_only=True):
+class TokenizeRequest(Body, kw_only=True):
     """``/tokenize``."""
 
     inputs: str | list[str]
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
+    prompt_name: str | None = None
 
 
 class Usage(msgspec.Struct):

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from turbotx.errors import TurbotxError
 from turbotx.serving.cache import ResponseCache
 from turbotx.serving.cost import CostTable
 from turbotx.serving.dispatcher import Dispatcher
@@ -40,12 +41,24 @@ State = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
 
 
+class ModelFailed(TurbotxError):
+    """The model was loaded, and cannot compute."""
+
+
 @dataclass(frozen=True)
 class Scope:
     """Of one HTTP request: when it is due and how urgent it is."""
 
     deadline_ms: float = math.inf
     priority: int = 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one request's texts are cut."""
+
+    truncate: bool | None = None  # cut what is too long, or refuse it; None: as the settings say
+    keep_end: bool = False  # cut at the beginning
 
 
 class Service:
@@ -57,6 +70,7 @@ class Service:
         self.model, self.settings = model, settings
         self.metrics = Metrics()
         self.state: State = "loading"
+        self.failure: ModelFailed | None = None
         self.leaving = False  # told to stop: ready for nothing new, though still answering
         self._costs = costs
         self._dispatcher: Dispatcher | None = None
@@ -73,13 +87,20 @@ class Service:
         return self._dispatcher
 
     async def start(self) -> None:
-        """Measure the costs (once per model and device where they are kept), accept requests."""
+        """Measure the costs (once per model and device where they are kept), accept requests.
+
+        Raises ModelFailed.
+        """
         try:
             costs = await asyncio.to_thread(self._prepare)
-        except Exception:
+        except Exception as error:  # whatever the model raises
+            said = str(error).strip().splitlines() or [""]
             self.state = "failed"
-            log.exception("the model could not be measured: no request will be served")
-            raise
+            self.failure = ModelFailed(
+                f"{self.model.info.name} cannot run: {type(error).__name__}: {said[0]}"
+            )
+            log.error(str(self.failure), exc_info=log.isEnabledFor(logging.DEBUG))
+            raise self.failure from error
         cache = ResponseCache(self.settings.cache_nbytes)
         self._dispatcher = Dispatcher(
             self.model.engine,
@@ -104,17 +125,15 @@ class Service:
         self._tokenizers.shutdown(wait=True)
 
     async def encode(
-        self,
-        texts: Sequence[str | tuple[str, str]],
-        *,
-        truncate: bool = False,
-        keep_end: bool = False,
+        self, texts: Sequence[str | tuple[str, str]], reading: Reading = Reading()
     ) -> list[TokenRow]:
         """Tokenise in the pool, one task for all of a request's texts."""
+        said = reading.truncate
+        truncate = self.settings.auto_truncate if said is None else said
 
         def work() -> list[TokenRow]:
             encode = self.model.tokenizer.encode
-            return [encode(text, truncate=truncate, keep_end=keep_end) for text in texts]
+            return [encode(text, truncate=truncate, keep_end=reading.keep_end) for text in texts]
 
         begin = time.perf_counter()
         rows = await asyncio.get_running_loop().run_in_executor(self._tokenizers, work)

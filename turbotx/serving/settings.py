@@ -32,6 +32,7 @@ class Settings:
     timeout_ms: float = 30_000.0  # of one HTTP request, from its first byte
     max_client_batch: int = 256  # inputs in one HTTP request
     max_body_nbytes: int = 8 << 20
+    auto_truncate: bool = False  # cut texts that are too long where a request does not say
     cache_nbytes: int = 64 << 20  # of response vectors; 0: off
     coalesce: bool = True  # compute identical requests in flight once
     tokenizer_threads: int = 2
