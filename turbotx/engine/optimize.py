@@ -26,6 +26,8 @@ from turbotx.errors import InputError, OptionsError
 from turbotx.options import Options, make_options
 
 T = TypeVar("T")
+_NOTHING: Any = object()
+"""What `optimize` is given as a decorator with options; None is a mistake of the caller's."""
 
 
 def _optimize_function(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
@@ -75,8 +77,8 @@ def optimize(
 @overload
 def optimize(target: Callable[..., T], /, **options: Any) -> Callable[..., T]: ...
 @overload
-def optimize(target: None = None, /, **options: Any) -> Callable[[Any], Any]: ...
-def optimize(target: Any = None, /, *, in_place: bool = False, **options: Any) -> Any:
+def optimize(**options: Any) -> Callable[[Any], Any]: ...
+def optimize(target: Any = _NOTHING, /, *, in_place: bool = False, **options: Any) -> Any:
     """Return `target` made faster: an nn.Module, an nn.Module class or a function of tensors.
 
     Also a decorator, bare or with options (see `turbotx.options.Options`). Capture happens at the
@@ -93,12 +95,17 @@ def optimize(target: Any = None, /, *, in_place: bool = False, **options: Any) -
     requires grad.
     """
     chosen = make_options(**options)
-    if target is None:
+    if target is _NOTHING:
         return lambda real: optimize(real, in_place=in_place, **options)
     if isinstance(target, torch.jit.ScriptModule):
         raise OptionsError(
             f"{type(target).__name__} is TorchScript, whose code PyTorch runs by itself: give "
             "turbotx.optimize the module that it was made from"
+        )
+    if getattr(type(target), "compiled_by_turbotx", False):
+        raise OptionsError(
+            "what turbotx.load returns is compiled already, and has no graph to look at or to "
+            "compile again: give turbotx the module that the file was saved from"
         )
     if isinstance(target, nn.Module):
         return _optimize_module(target, chosen, in_place)
