@@ -206,6 +206,15 @@ def test_a_time_out_is_503_and_leaves_the_queue():
         assert "retry-after" in answer.headers
 
 
+def test_an_idle_server_takes_a_request_of_more_work_than_it_admits_at_a_time():
+    service = sleeping_service(fast_costs(scale=50.0), max_age_ms=1500.0)
+    with client_of(service) as client:
+        texts = [f"w{i} " * 20 for i in range(80)]  # 700 ms of work, 500 are admitted
+        for _ in range(2):
+            assert len(client.post("/embed", json={"inputs": texts}).json()) == 80
+        assert "turbotx_dropped_total 0.0" in client.get("/metrics").text
+
+
 def test_before_it_is_ready_it_says_so():
     service = sleeping_service()
     app = create_app(service)

@@ -99,8 +99,16 @@ class Scheduler:
         """Estimated time to compute everything that waits, at the recent batches' efficiency."""
         return self._backlog_ms * self._excess if self._waiting else 0.0
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises Overloaded, CostTableError (length), ValueError (key in use)."""
+    @property
+    def full(self) -> bool:
+        """Whether the next request would be refused; costs nothing to ask."""
+        return len(self._waiting) >= self.max_queue or self.backlog_ms > self.max_age_ms / 3
+
+    def submit(self, request: Request, *, admitted: bool = False) -> None:
+        """Queue a request. Raises Overloaded, CostTableError (length), ValueError (key in use).
+
+        admitted: the limits have been asked already, for all rows of a client's request at once.
+        """
         if request.key in self._waiting:
             raise ValueError(f"a request with the key {request.key!r} already waits")
         if not 1 <= request.length <= self.costs.max_length:
@@ -108,13 +116,13 @@ class Scheduler:
                 f"a request of {request.length} tokens, but the cost table covers 1 to "
                 f"{self.costs.max_length}: truncate it or measure longer ones"
             )
-        if len(self._waiting) >= self.max_queue or self.backlog_ms > self.max_age_ms / 3:
+        if not admitted and self.full:
             raise Overloaded(
                 f"{len(self._waiting)} requests wait, about {self.backlog_ms:.0f} ms of work "
                 f"(limits: {self.max_queue} requests, {self.max_age_ms / 3:.0f} ms)",
                 max(self.backlog_ms / 2, 1.0),
             )
-        share = self._share_ms(request.length)
+        share = self.share_ms(request.length)
         self._waiting[request.key] = request
         self._shares[request.key] = share
         self._backlog_ms += share
@@ -176,7 +184,7 @@ class Scheduler:
         """Tell what an executed batch took."""
         self.costs.observe(batch.length, len(batch.requests), took_ms)
 
-    def _share_ms(self, length: int) -> float:
+    def share_ms(self, length: int) -> float:
         """The request's part of a batch of its like, the fullest that the limits allow."""
         row = self.table[length]
         most = len(row) - 1
