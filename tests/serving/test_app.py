@@ -136,7 +136,7 @@ def test_unknown_paths_and_methods_are_json_too(client):
 
 def test_every_path_is_described(client):
     document = client.get("/openapi.json").json()
-    paths = {r.path for r in client.app.routes} - {"/openapi.json"}
+    paths = {r.path.replace(":path", "") for r in client.app.routes} - {"/openapi.json", "/docs"}
     assert paths == set(document["paths"])
     references = str(document).split("#/components/schemas/")[1:]
     assert {r.split("'")[0] for r in references} <= set(document["components"]["schemas"])
@@ -147,14 +147,14 @@ def test_metrics_have_teis_names_and_our_own(client):
     client.post("/embed", json={"inputs": []})
     text = client.get("/metrics").text
     for name in (
-        "te_request_count_total", "te_request_success_total", "te_request_failure_total",
+        "te_request_count", "te_request_success", "te_request_failure",
         "te_request_duration_bucket", "te_request_queue_duration_bucket", "te_queue_size",
         "te_request_inference_duration_bucket", "te_batch_next_size_bucket",
         "te_batch_next_tokens_bucket", "te_request_tokenization_duration_bucket",
         "turbotx_padding_ratio_bucket", "turbotx_plan_ms_bucket", "turbotx_backlog_ms",
     ):  # fmt: skip
         assert f"\n{name}" in text, name
-    assert 'te_request_failure_total{err="validation"}' in text
+    assert 'te_request_failure{err="validation"}' in text
 
 
 def test_rerank_sorts_and_predict_is_for_classifiers():

@@ -121,7 +121,7 @@ def test_told_to_stop_it_answers_what_it_accepted(unused_port):
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: 'te_request_count_total{method="/embed"} 4.0' in metrics_of(url))
+        wait_until(lambda: 'te_request_count{method="/embed"} 4.0' in metrics_of(url))
         process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join(20)

@@ -31,6 +31,19 @@ def test_pairs_keep_both_sides_when_truncated():
     assert row.ids == (2, 4, 3, 9, 10, 11, 3)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pairs_are_cut_as_the_tokenizer_cuts_them(side):
+    for longest in (7, 8, 13):
+        own = word_tokenizer()._tokenizer
+        own.enable_truncation(longest, strategy="longest_first", direction=side)
+        tokenizer = word_tokenizer(max_length=longest)
+        for first in range(1, 14):
+            for second in range(1, 14):
+                pair = tuple(" ".join(f"w{i}" for i in range(n)) for n in (first, second))
+                row = tokenizer.encode(pair, truncate=True, keep_end=side == "left")
+                assert row.ids == tuple(own.encode(*pair).ids), (longest, first, second)
+
+
 def test_enormous_texts_are_cut_before_they_are_tokenised():
     tokenizer = word_tokenizer(max_length=4)
     seen = []

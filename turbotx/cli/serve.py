@@ -39,6 +39,11 @@ ApiKey = Annotated[
 ApiKeyFile = Annotated[
     Path | None, _option(LISTEN, "File of keys, one a line; # begins a comment.")
 ]
+CorsAllowOrigin = Annotated[
+    list[str] | None,
+    _option(LISTEN, "Pages of this origin may ask, may be repeated; * for all.", metavar="ORIGIN"),
+]
+UrlPrefix = Annotated[str, _option(LISTEN, "What every path begins with.", metavar="/PREFIX")]
 Backend = Annotated[
     Literal["turbotx", "eager"], _option(MODEL, "What computes: turbotx, or PyTorch alone.")
 ]
@@ -65,6 +70,9 @@ DefaultPrompt = Annotated[
 ]
 DefaultPromptName = Annotated[
     str | None, _option(MODEL, "Which of the model's prompts that is.", metavar="NAME")
+]
+ServedModelName = Annotated[
+    str | None, _option(MODEL, "What answers call the model; default: its directory.")
 ]
 Policy = Annotated[
     Literal["aged", "dp", "sort", "fifo", "single"], _option(BATCH, "Which batch runs next.")
@@ -100,6 +108,8 @@ def serve_command(
     port: Port = 8080,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
+    cors_allow_origin: CorsAllowOrigin = None,
+    url_prefix: UrlPrefix = "",
     backend: Backend = "turbotx",
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -109,6 +119,7 @@ def serve_command(
     normalize: Normalize = None,
     default_prompt: DefaultPrompt = None,
     default_prompt_name: DefaultPromptName = None,
+    served_model_name: ServedModelName = None,
     policy: Policy = "aged",
     max_batch: MaxBatch = 32,
     max_batch_tokens: MaxBatchTokens = 16_384,
@@ -130,6 +141,7 @@ def serve_command(
     options = dict(locals())
     keys = tuple(options.pop("api_key") or ())
     key_file = options.pop("api_key_file")
+    options["cors_allow_origin"] = tuple(cors_allow_origin or ())
     options["max_batch_tokens"] = max_batch_tokens or None
     serve_model(options.pop("model"), api_keys=keys, api_key_file=key_file, **options)
 

@@ -44,6 +44,7 @@ class Job:
     done: asyncio.Future[NDArray[np.float32]] = field(repr=False)
     awaited_by: int = 1
     queued_ms: float = math.nan  # how long it waited for its batch to start
+    took_ms: float = math.nan  # how long its batch ran
 
 
 Joined = Job | NDArray[np.float32]  # what a row became: a row in flight, or a kept answer
@@ -105,7 +106,15 @@ class Dispatcher:
     async def compute_all(
         self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
     ) -> list[NDArray[np.float32]]:
-        """All or nothing: the first row that fails takes the others off the queue.
+        """The rows' vectors: see ``compute_timed``."""
+        return (await self.compute_timed(rows, deadline_ms=deadline_ms, priority=priority))[0]
+
+    async def compute_timed(
+        self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
+    ) -> tuple[list[NDArray[np.float32]], float, float]:
+        """The rows' vectors, and the longest that one waited and was computed, in s.
+
+        All or nothing: the first row that fails takes the others off the queue.
 
         Many rows are admitted as one request, whatever work they are, and enter the queue by
         turns: each ages from its own entry, and leaves room for other clients' rows.
@@ -118,9 +127,13 @@ class Dispatcher:
         try:
             if not found:
                 await self._enter_by_turns(rows, found, deadline_ms, priority)
-            waits = [asyncio.shield(job.done) for job in found if isinstance(job, Job)]
-            vectors = iter(await asyncio.gather(*waits))
-            return [next(vectors) if isinstance(job, Job) else job for job in found]
+            jobs = [job for job in found if isinstance(job, Job)]
+            vectors = iter(await asyncio.gather(*(asyncio.shield(job.done) for job in jobs)))
+            return (
+                [next(vectors) if isinstance(job, Job) else job for job in found],
+                max((job.queued_ms for job in jobs), default=0.0) / 1e3,
+                max((job.took_ms for job in jobs), default=0.0) / 1e3,
+            )
         finally:
             for job in found:
                 if isinstance(job, Job):
@@ -304,6 +317,7 @@ class Dispatcher:
             self._fail(job, BackendFailed("the model returned NaN or infinity for this input"))
             return
         self._forget(job)
+        job.took_ms = took_ms
         self.cache.put(job.cache_key, vector)
         self.metrics.count_row(job.queued_ms, took_ms)
         if not job.done.done():

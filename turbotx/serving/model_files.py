@@ -78,6 +78,7 @@ class Choices:
     normalize: bool | None = None
     default_prompt: str | None = None
     default_prompt_name: str | None = None
+    served_model_name: str | None = None
 
 
 def load_model(
@@ -144,6 +145,7 @@ def describe_model(
         for step in files.steps:
             width = width_after(step, width)
     name = "all-MiniLM-L6-v2" if model == DEFAULT_MODEL else folder.resolve().name
+    name = chosen.served_model_name or name
     prompts = _prompts(files.prompts, chosen)
     info = ModelInfo(
         name, digest_files(folder), dtype, longest, width, head, device, backend, prompts

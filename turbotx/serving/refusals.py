@@ -34,6 +34,18 @@ class TooLarge(Refusal):
     status, kind = 413, "too_large"
 
 
+class Missing(Refusal):
+    """There is nothing of that name."""
+
+    status, kind = 404, "not_found"
+
+
+class Unsupported(Refusal):
+    """The body's encoding is not one that is read here."""
+
+    status, kind = 415, "validation"
+
+
 class Unauthorized(Refusal):
     """No API key, or a wrong one."""
 

@@ -42,10 +42,18 @@ class EmbedRequest(Body, kw_only=True):
     dimensions: PositiveInt | None = None
 
 
+class PredictParameters(Body, kw_only=True):
+    """Of Hugging Face's client: how logits become scores, and how many are wanted."""
+
+    function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
+    top_k: PositiveInt | None = None
+
+
 class PredictRequest(Body, kw_only=True):
     """``/predict``: a text, a pair [a, b], or a list of [text] and [a, b]."""
 
     inputs: str | list[str | list[str]]
+    parameters: PredictParameters | None = None
     raw_scores: bool | None = None
     truncate: bool | None = None
     truncation_direction: Direction | None = None
@@ -60,6 +68,47 @@ class RerankRequest(Body, kw_only=True):
     return_text: bool | None = None
     truncate: bool | None = None
     truncation_direction: Direction | None = None
+
+
+class Document(msgspec.Struct):
+    """A document of Cohere's or Jina's; fields beside its text are not ranked by."""
+
+    text: str
+
+
+class RerankDocumentsRequest(Body, kw_only=True):
+    """``/v1/rerank``: Cohere's and Jina's fields. What is too long is cut."""
+
+    query: str
+    documents: list[str | Document]
+    model: str | None = None
+    top_n: PositiveInt | None = None
+    return_documents: bool | None = None
+
+
+class SimilarityInputs(Body, kw_only=True):
+    source_sentence: str
+    sentences: list[str]
+
+
+class SimilarityParameters(Body, kw_only=True):
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
+
+
+class SimilarityRequest(Body, kw_only=True):
+    """``/similarity``: one sentence against others."""
+
+    inputs: SimilarityInputs
+    parameters: SimilarityParameters | None = None
+
+
+class DecodeRequest(Body, kw_only=True):
+    """``/decode``: one list of token ids, or many."""
+
+    ids: list[int | list[int]]
+    skip_special_tokens: bool | None = None
 
 
 class TokenizeRequest(Body, kw_only=True):
@@ -97,6 +146,23 @@ class Rank(msgspec.Struct, omit_defaults=True):
     index: int
     score: float
     text: str | None = None
+
+
+class RankedDocument(msgspec.Struct, omit_defaults=True):
+    index: int
+    relevance_score: float
+    document: Document | None = None
+
+
+class TotalUsage(msgspec.Struct):
+    total_tokens: int
+
+
+class RerankResponse(msgspec.Struct):
+    model: str
+    results: list[RankedDocument]
+    usage: TotalUsage
+    id: str
 
 
 class Token(msgspec.Struct):

@@ -39,6 +39,7 @@ def serve(
     normalize: bool | None = None,
     default_prompt: str | None = None,
     default_prompt_name: str | None = None,
+    served_model_name: str | None = None,
     log_level: str = "info",
     **settings: Any,
 ) -> None:
@@ -55,7 +56,7 @@ def serve(
     loaded = load_model(
         model, backend=backend, device=device, dtype=dtype, weights=weights, max_length=max_length,
         pooling=pooling, normalize=normalize, default_prompt=default_prompt,
-        default_prompt_name=default_prompt_name,
+        default_prompt_name=default_prompt_name, served_model_name=served_model_name,
     )  # fmt: skip
     run(loaded, checked, host=host, port=port, listener=listener)
 

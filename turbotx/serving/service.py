@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,12 +45,33 @@ class ModelFailed(TurbotxError):
     """The model was loaded, and cannot compute."""
 
 
+@dataclass
+class Facts:
+    """What one HTTP request was found to be while it was answered; times in s."""
+
+    characters: int = 0
+    tokens: int = 0
+    tokenizing_s: float = 0.0
+    queueing_s: float = 0.0  # the longest of its rows
+    inference_s: float = 0.0
+
+    def headers(self, took_s: float, device: str) -> dict[str, str]:
+        """text-embeddings-inference's headers; times in ms."""
+        seconds = {"total-time": took_s, "compute-time": took_s, "queue-time": self.queueing_s,
+                   "tokenization-time": self.tokenizing_s, "inference-time": self.inference_s}  # fmt: skip  # noqa: E501
+        found = {f"x-{name}": str(round(value * 1e3)) for name, value in seconds.items()}
+        kind = "gpu+optimized" if device.startswith("cuda") else "cpu"
+        return {"x-compute-type": kind, "x-compute-characters": str(self.characters),
+                "x-compute-tokens": str(self.tokens), **found}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Scope:
     """Of one HTTP request: when it is due and how urgent it is."""
 
     deadline_ms: float = math.inf
     priority: int = 0
+    facts: Facts = field(default_factory=Facts)
 
 
 @dataclass(frozen=True)
@@ -125,9 +146,13 @@ class Service:
         self._tokenizers.shutdown(wait=True)
 
     async def encode(
-        self, texts: Sequence[str | tuple[str, str]], reading: Reading = Reading()
+        self,
+        texts: Sequence[str | tuple[str, str]],
+        scope: Scope | None = None,
+        reading: Reading | None = None,
     ) -> list[TokenRow]:
         """Tokenise in the pool, one task for all of a request's texts."""
+        scope, reading = scope or Scope(), reading or Reading()
         said = reading.truncate
         truncate = self.settings.auto_truncate if said is None else said
 
@@ -137,7 +162,12 @@ class Service:
 
         begin = time.perf_counter()
         rows = await asyncio.get_running_loop().run_in_executor(self._tokenizers, work)
-        self.metrics.tokenizing.observe(time.perf_counter() - begin)
+        facts = scope.facts
+        facts.tokenizing_s = time.perf_counter() - begin
+        facts.characters += sum(
+            len(t) if isinstance(t, str) else len(t[0]) + len(t[1]) for t in texts
+        )
+        self.metrics.tokenizing.observe(facts.tokenizing_s)
         return rows
 
     async def describe(self, texts: Sequence[str], special: bool) -> list[list[dict[str, Any]]]:
@@ -160,8 +190,18 @@ class Service:
             )
 
     async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
-        return await self.dispatcher.compute_all(
+        facts = scope.facts
+        facts.tokens = sum(map(len, rows))
+        vectors, facts.queueing_s, facts.inference_s = await self.dispatcher.compute_timed(
             rows, deadline_ms=scope.deadline_ms, priority=scope.priority
+        )
+        return vectors
+
+    async def decode(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
+        """The text of each row of token ids, in the tokenizers' threads."""
+        texts = self.model.tokenizer.texts_of
+        return await asyncio.get_running_loop().run_in_executor(
+            self._tokenizers, texts, rows, skip_special
         )
 
     def figures(self) -> dict[str, float]:

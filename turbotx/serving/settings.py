@@ -37,6 +37,8 @@ class Settings:
     coalesce: bool = True  # compute identical requests in flight once
     tokenizer_threads: int = 2
     api_keys: tuple[str, ...] = ()  # any of them opens the door; none: everybody may ask
+    cors_allow_origin: tuple[str, ...] = ()  # pages of these may ask; * for all, none: no header
+    url_prefix: str = ""  # what every path begins with, for example /embeddings-of-mine
     cost_folder: Path | None = None  # where cost tables are kept; None: measure at every start
     otel: bool = False  # trace with OpenTelemetry, where it is installed
 
@@ -51,6 +53,8 @@ class Settings:
             raise SettingsError("cache_nbytes and lazy_ms must not be negative")
         if self.max_batch_tokens is not None and self.max_batch_tokens <= 0:
             raise SettingsError(f"max_batch_tokens must be above zero, got {self.max_batch_tokens}")
+        if self.url_prefix and not (self.url_prefix[0] == "/" != self.url_prefix[-1]):
+            raise SettingsError(f"url_prefix begins with / and ends without, got {self.url_prefix}")
         if not all(key.strip() == key and key for key in self.api_keys):
             raise SettingsError("an API key is empty or has blanks round it: leave it out, trim it")
 

@@ -8,6 +8,7 @@ length or refused. Thread-safe: called from a pool, the encoder releases the int
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,14 @@ class TextTokenizer:
         if min(ids) < 0 or max(ids) >= self.vocabulary:
             raise BadInput(f"token ids must lie in 0 to {self.vocabulary - 1}")
         return TokenRow(tuple(ids))
+
+    def texts_of(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
+        """The text of each row of ids, with or without its special tokens. Raises BadInput."""
+        for ids in rows:
+            if ids and (min(ids) < 0 or max(ids) >= self.vocabulary):
+                raise BadInput(f"token ids must lie in 0 to {self.vocabulary - 1}")
+        found: list[str] = self._tokenizer.decode_batch(rows, skip_special_tokens=skip_special)
+        return found
 
     def describe(self, text: str, *, add_special_tokens: bool = True) -> list[dict[str, Any]]:
         """Each token with its id, text and place, for ``/tokenize``; never truncated."""
