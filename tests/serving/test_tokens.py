@@ -76,8 +76,11 @@ def test_lone_surrogates_are_refused():
 
 
 def test_describes_each_token():
-    first, second, third = word_tokenizer().describe("w7")
+    first, second, third = word_tokenizer().describe("w7", 3)
     assert (first["special"], first["start"]) == (True, None)
     assert second == {"id": 11, "text": "w7", "special": False, "start": 0, "stop": 2}
     assert third["text"] == "[SEP]"
-    assert len(word_tokenizer().describe("w7", add_special_tokens=False)) == 1
+    assert len(word_tokenizer().describe("w7", 3, add_special_tokens=False)) == 1
+    for text in ("w7 w8", "w" * 1000):
+        with pytest.raises(TooLarge, match="more than 3 tokens"):
+            word_tokenizer().describe(text, 3)

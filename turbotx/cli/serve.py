@@ -7,6 +7,7 @@ In: a model directory or `minilm`, where to listen. Out: a server until it is to
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -90,6 +91,10 @@ MaxQueue = Annotated[int, _option(LIMIT, "Sequences that may wait.")]
 MaxClientBatch = Annotated[int, _option(LIMIT, "Inputs in one request.")]
 MaxBodyNbytes = Annotated[int, _option(LIMIT, "Bytes of a request's body.")]
 TimeoutMs = Annotated[float, _option(LIMIT, "Longest time to answer one request, then 503.")]
+ReceiveTimeoutMs = Annotated[
+    float, _option(LIMIT, "Longest time for a header, and between two parts of a body.")
+]
+MaxConnections = Annotated[int, _option(LIMIT, "Connections; beyond it the most silent is closed.")]
 TokenizerThreads = Annotated[int, _option(LIMIT, "Threads that tokenise.")]
 AutoTruncate = Annotated[
     bool, _option(LIMIT, "Cut texts that are too long where a request does not say.")
@@ -130,6 +135,8 @@ def serve_command(
     max_client_batch: MaxClientBatch = 256,
     max_body_nbytes: MaxBodyNbytes = 8 << 20,
     timeout_ms: TimeoutMs = 30_000.0,
+    receive_timeout_ms: ReceiveTimeoutMs = 10_000.0,
+    max_connections: MaxConnections = 4_096,
     tokenizer_threads: TokenizerThreads = 2,
     auto_truncate: AutoTruncate = False,
     cache_nbytes: CacheNbytes = 64 << 20,
@@ -160,6 +167,8 @@ def serve_model(
         from turbotx.serving.settings import SettingsError, read_keys
     except ImportError as error:
         raise ModelError(f"serve needs {error.name}: pip install 'turbotx[serve]'") from error
+    if not os.environ.get("TURBOTX_API_KEY", "set").strip():
+        raise ModelError("TURBOTX_API_KEY is empty, which would let everybody in: unset it")
     try:
         if api_key_file is not None:
             api_keys += read_keys(api_key_file)

@@ -27,13 +27,15 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from turbotx.serving import routes, schemas
-from turbotx.serving.incoming import check_key, read_body, read_id, read_scope
+from turbotx.serving.incoming import check_key, check_shape, read_body, read_id, read_scope
 from turbotx.serving.openapi import Endpoint, array_of, describe_api, describe_in_html, record
 from turbotx.serving.refusals import BadInput, Missing, Refusal, TimedOut
 from turbotx.serving.service import Facts, Service
 from turbotx.serving.tracing import find_tracer, open_span
 
 log = logging.getLogger(__name__)
+
+SMALL_NBYTES = 65_536  # of a body: decoded within a millisecond, whatever is in it
 
 NUMBERS = array_of({"type": "number"})
 COMPUTING = (
@@ -76,6 +78,9 @@ def create_app(service: Service) -> Starlette:
         starting = asyncio.create_task(service.start())
         starting.add_done_callback(lambda done: done.cancelled() or done.exception())
         yield
+        service.left.set()
+        if service.preparing:  # has answered nobody: it is left where it is
+            starting.cancel()
         await asyncio.wait([starting])
         await service.stop()
 
@@ -186,11 +191,15 @@ async def _answer(
     service: Service, endpoint: Endpoint, decoder: Any, request: Request, facts: Facts
 ) -> Response:
     check_key(service.settings, request)
-    text = await read_body(request, service.settings)
+    settings = service.settings
+    text = await read_body(request, settings, service.left)
     dispatcher = service.dispatcher  # refuses while there is none
     if dispatcher.full:  # before any work is spent on it
         raise dispatcher.refuse_busy()
     scope = replace(read_scope(request, dispatcher.now_ms()), facts=facts)
+    items = settings.max_client_batch
+    if len(text) > SMALL_NBYTES:
+        check_shape(text, items, items * service.model.info.max_length)
     try:
         body = decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

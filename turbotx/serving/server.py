@@ -8,6 +8,9 @@ answers what it has accepted and exits::
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import logging
 import math
 import os
 import socket
@@ -18,11 +21,14 @@ from typing import Any
 import uvicorn
 
 from turbotx.serving.app import create_app
+from turbotx.serving.connections import ConnectionLimits, connection_limit, make_protocol
 from turbotx.serving.cost import CostTable
 from turbotx.serving.logs import log_as_json
 from turbotx.serving.model_files import DEFAULT_MODEL, LoadedModel, load_model
 from turbotx.serving.service import Service
 from turbotx.serving.settings import Settings, SettingsError
+
+log = logging.getLogger(__name__)
 
 
 def serve(
@@ -52,6 +58,8 @@ def serve(
     settings["cost_folder"] = settings.get("cost_folder") or cost_folder()
     checked = Settings(**settings)
     log_as_json(log_level)
+    if not checked.api_keys and host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("no API key is asked for, and %s may be reached by others", host)
     listener = open_port(host, port)  # before the model is loaded, which takes much longer
     loaded = load_model(
         model, backend=backend, device=device, dtype=dtype, weights=weights, max_length=max_length,
@@ -76,13 +84,20 @@ def run(
     """
     listener = listener or open_port(host, port)
     service = Service(model, settings, costs)
+    limits = ConnectionLimits(
+        settings.receive_timeout_ms / 1e3, connection_limit(settings.max_connections)
+    )
     config = uvicorn.Config(
         create_app(service), host=host, port=port, log_config=None, access_log=False,
         timeout_keep_alive=75, timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1e3),
+        http=make_protocol(limits),
     )  # fmt: skip
-    GracefulServer(config, service).run([listener])
+    GracefulServer(config, service, limits).run([listener])
     if service.failure is not None:
         raise service.failure
+    if service.preparing:  # its thread cannot be stopped, and has answered nobody
+        logging.shutdown()
+        os._exit(0)
 
 
 def open_port(host: str, port: int) -> socket.socket:
@@ -108,11 +123,22 @@ class GracefulServer(uvicorn.Server):
     should_exit: bool
     force_exit: bool
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, limits: ConnectionLimits) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._limits = service, limits
+        self._frozen = False
 
     async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if counter % 10 == 0:
+            self._limits.close_late(asyncio.get_running_loop().time())
+        if self._service.state == "ready" and not self._frozen:
+            # The model's millions of objects stay: no collection need ever look at them again.
+            self._frozen = True
+            gc.collect()
+            gc.freeze()
+        if self.should_exit:
+            self._service.left.set()
         return await super().on_tick(counter) or self._service.failure is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

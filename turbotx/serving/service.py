@@ -13,9 +13,9 @@ import asyncio
 import contextlib
 import logging
 import math
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,10 +35,12 @@ from turbotx.serving.policies import POLICIES, Aged
 from turbotx.serving.refusals import NotReady, TooLarge
 from turbotx.serving.scheduler import Hungry, Lazy, Scheduler
 from turbotx.serving.settings import Settings
+from turbotx.serving.tokenizer_pool import TokenizerPool
 from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
 
 State = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
+MOST_TOKENS = 65_536  # described in one answer: about 4 MB of JSON
 
 
 class ModelFailed(TurbotxError):
@@ -92,12 +94,12 @@ class Service:
         self.metrics = Metrics()
         self.state: State = "loading"
         self.failure: ModelFailed | None = None
+        self.preparing = False  # a thread runs the model for the first time
+        self.left = asyncio.Event()  # the same: bodies that are half there are not waited for
         self.leaving = False  # told to stop: ready for nothing new, though still answering
         self._costs = costs
         self._dispatcher: Dispatcher | None = None
-        self._tokenizers = ThreadPoolExecutor(
-            settings.tokenizer_threads, thread_name_prefix="turbotx-tokenizer"
-        )
+        self._tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_body_nbytes)
         self.metrics.watch(self.figures)
 
     @property
@@ -113,7 +115,7 @@ class Service:
         Raises ModelFailed.
         """
         try:
-            costs = await asyncio.to_thread(self._prepare)
+            costs = await self._in_thread(self._prepare)
         except Exception as error:  # whatever the model raises
             said = str(error).strip().splitlines() or [""]
             self.state = "failed"
@@ -134,8 +136,38 @@ class Service:
         self._dispatcher.start()
         self.state = "ready"
 
+    async def _in_thread(self, work: Callable[[], CostTable]) -> CostTable:
+        """Run it in a thread that does not keep the process: a capture takes a while."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[CostTable] = loop.create_future()
+
+        def finish(found: CostTable | None, error: BaseException | None) -> None:
+            self.preparing = False
+            if done.done():
+                return
+            if error is None:
+                done.set_result(found)  # type: ignore[arg-type]
+            else:
+                done.set_exception(error)
+
+        def run() -> None:
+            found, error = None, None
+            try:
+                found = work()
+            except BaseException as caught:
+                error = caught
+            with contextlib.suppress(RuntimeError):  # the loop was left meanwhile
+                loop.call_soon_threadsafe(finish, found, error)
+
+        self.preparing = True
+        threading.Thread(target=run, name="turbotx-start", daemon=True).start()
+        return await done
+
     async def stop(self) -> None:
-        """Answer all that was accepted, keep what was learnt about costs, end the threads."""
+        """Answer all that was accepted, keep what was learnt about costs, end the threads.
+
+        Who is told to stop while the model is being prepared does not wait for it.
+        """
         self.state = "draining"
         if self._dispatcher is not None:
             await self._dispatcher.drain()
@@ -143,7 +175,7 @@ class Service:
             if path is not None:
                 with contextlib.suppress(OSError):  # a read-only folder costs a measurement
                     self._dispatcher.scheduler.costs.save(path, model=self.model.info.name)
-        self._tokenizers.shutdown(wait=True)
+        self._tokenizers.shutdown()
 
     async def encode(
         self,
@@ -151,36 +183,36 @@ class Service:
         scope: Scope | None = None,
         reading: Reading | None = None,
     ) -> list[TokenRow]:
-        """Tokenise in the pool, one task for all of a request's texts."""
+        """Tokenise in the pool, one task for all of a request's texts. Raises Busy."""
         scope, reading = scope or Scope(), reading or Reading()
         said = reading.truncate
         truncate = self.settings.auto_truncate if said is None else said
+        characters = sum(len(t) if isinstance(t, str) else sum(map(len, t)) for t in texts)
 
         def work() -> list[TokenRow]:
             encode = self.model.tokenizer.encode
             return [encode(text, truncate=truncate, keep_end=reading.keep_end) for text in texts]
 
         begin = time.perf_counter()
-        rows = await asyncio.get_running_loop().run_in_executor(self._tokenizers, work)
+        rows = await self._tokenizers.run(characters, work)
         facts = scope.facts
         facts.tokenizing_s = time.perf_counter() - begin
-        facts.characters += sum(
-            len(t) if isinstance(t, str) else len(t[0]) + len(t[1]) for t in texts
-        )
+        facts.characters += characters
         self.metrics.tokenizing.observe(facts.tokenizing_s)
         return rows
 
     async def describe(self, texts: Sequence[str], special: bool) -> list[list[dict[str, Any]]]:
-        """Each text's tokens, for ``/tokenize``. Raises TooLarge for very long texts."""
-        longest = self.model.info.max_length * CHARACTERS_PER_TOKEN
-        if any(len(text) > longest for text in texts):
-            raise TooLarge(f"a text has more than {longest} characters")
+        """Each text's tokens, for ``/tokenize``. Raises TooLarge where they would be too many."""
+        most = max(MOST_TOKENS, self.model.info.max_length)
 
         def work() -> list[list[dict[str, Any]]]:
-            describe = self.model.tokenizer.describe
-            return [describe(text, add_special_tokens=special) for text in texts]
+            found, left = [], most
+            for text in texts:
+                found.append(self.model.tokenizer.describe(text, left, add_special_tokens=special))
+                left -= len(found[-1])
+            return found
 
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizers, work)
+        return await self._tokenizers.run(sum(map(len, texts)), work)
 
     def check_batch(self, count: int) -> None:
         if count > self.settings.max_client_batch:
@@ -200,8 +232,8 @@ class Service:
     async def decode(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
         """The text of each row of token ids, in the tokenizers' threads."""
         texts = self.model.tokenizer.texts_of
-        return await asyncio.get_running_loop().run_in_executor(
-            self._tokenizers, texts, rows, skip_special
+        return await self._tokenizers.run(
+            sum(map(len, rows)) * CHARACTERS_PER_TOKEN, lambda: texts(rows, skip_special)
         )
 
     def figures(self) -> dict[str, float]:

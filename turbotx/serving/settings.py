@@ -30,6 +30,8 @@ class Settings:
     max_age_ms: float = 5_000.0  # nobody waits longer; a third of it in work is admitted
     lazy_ms: float = 0.0  # 0: hungry; else wait this long for a batch to fill
     timeout_ms: float = 30_000.0  # of one HTTP request, from its first byte
+    receive_timeout_ms: float = 10_000.0  # for a whole header, and between two parts of a body
+    max_connections: int = 4_096  # fewer where the process may not open as many files
     max_client_batch: int = 256  # inputs in one HTTP request
     max_body_nbytes: int = 8 << 20
     auto_truncate: bool = False  # cut texts that are too long where a request does not say
@@ -46,7 +48,8 @@ class Settings:
         if self.policy not in POLICIES:
             raise SettingsError(f"no policy {self.policy!r}: one of {', '.join(POLICIES)}")
         for name in ("max_batch", "max_queue", "max_client_batch", "max_body_nbytes",
-                     "tokenizer_threads", "max_age_ms", "timeout_ms"):  # fmt: skip
+                     "tokenizer_threads", "max_age_ms", "timeout_ms", "receive_timeout_ms",
+                     "max_connections"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} must be above zero, got {getattr(self, name)}")
         if self.cache_nbytes < 0 or self.lazy_ms < 0:

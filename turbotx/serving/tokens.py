@@ -94,9 +94,18 @@ class TextTokenizer:
         found: list[str] = self._tokenizer.decode_batch(rows, skip_special_tokens=skip_special)
         return found
 
-    def describe(self, text: str, *, add_special_tokens: bool = True) -> list[dict[str, Any]]:
-        """Each token with its id, text and place, for ``/tokenize``; never truncated."""
+    def describe(
+        self, text: str, most: int, *, add_special_tokens: bool = True
+    ) -> list[dict[str, Any]]:
+        """Each token with its id, text and place, for ``/tokenize``; never truncated.
+
+        Raises TooLarge beyond ``most`` tokens: what describes them is far longer than the text.
+        """
+        if len(text) > most * CHARACTERS_PER_TOKEN:
+            raise TooLarge(f"the texts have more than {most} tokens: send them in several requests")
         encoding = self._encode_text(text, None, add_special_tokens)
+        if len(encoding) > most:
+            raise TooLarge(f"the texts have more than {most} tokens: send them in several requests")
         return [
             {
                 "id": token,
