@@ -192,6 +192,18 @@ def bench_command(
     raise typer.Exit(bench_model(source, *chosen, Output(as_json)))
 
 
+@app.command("diff")
+def diff_command(
+    before: Annotated[Path, typer.Argument(metavar="A.json", help="A report.json.")],
+    after: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two reports; exit code 1 where they differ in more than times."""
+    from turbotx.cli.diff import diff_reports
+
+    raise typer.Exit(diff_reports(before, after, Output(as_json)))
+
+
 @app.command("doctor")
 def doctor_command(as_json: Json = False) -> None:
     """Say what this machine can run, what is missing and how to get it."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -23,7 +23,10 @@ from turbotx.engine.drop_in import OptimizedModule, original_of
 from turbotx.engine.engine import Engine
 from turbotx.engine.subclassing import make_twin, optimize_class, optimize_in_place, renew_engine
 from turbotx.errors import InputError, OptionsError
-from turbotx.options import Options, make_options
+from turbotx.options import OptionArguments, Options, make_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 T = TypeVar("T")
 _NOTHING: Any = object()
@@ -72,12 +75,14 @@ def engine_of(target: Any) -> Engine:
 
 @overload
 def optimize(
-    target: nn.Module, /, *, in_place: bool = False, **options: Any
+    target: nn.Module, /, *, in_place: bool = False, **options: Unpack[OptionArguments]
 ) -> OptimizedModule: ...
 @overload
-def optimize(target: Callable[..., T], /, **options: Any) -> Callable[..., T]: ...
+def optimize(
+    target: Callable[..., T], /, **options: Unpack[OptionArguments]
+) -> Callable[..., T]: ...
 @overload
-def optimize(**options: Any) -> Callable[[Any], Any]: ...
+def optimize(**options: Unpack[OptionArguments]) -> Callable[[Any], Any]: ...
 def optimize(target: Any = _NOTHING, /, *, in_place: bool = False, **options: Any) -> Any:
     """Return `target` made faster: an nn.Module, an nn.Module class or a function of tensors.
 
