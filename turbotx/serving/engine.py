@@ -77,6 +77,12 @@ class TorchEngine:
         self.calls += 1
         return result
 
+    def keep(self) -> None:
+        """Keep what was compiled for the next start, where the module does."""
+        keep = getattr(self.module, "keep", None)
+        if callable(keep):
+            keep()
+
     def figures(self) -> Mapping[str, float]:
         found = {"batches": float(self.calls)}
         stats = getattr(self.module, "stats", None)  # an optimized module's: plans, arena, builds

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from turbotx.serving.engine import Engine, Head, TorchEngine
+from turbotx.serving.model_info import ModelInfo
 from turbotx.serving.sentence_files import (
     MODES,
     ModelFilesError,
@@ -46,21 +47,6 @@ AFTER_PADDING = (
 
 
 @dataclass(frozen=True)
-class ModelInfo:
-    """What ``/info`` says about the model."""
-
-    name: str
-    revision: str
-    dtype: str
-    max_length: int
-    width: int
-    head: Head
-    device: str = "cpu"
-    backend: str = "eager"
-    prompts: Prompts = field(default_factory=Prompts)
-
-
-@dataclass(frozen=True)
 class LoadedModel:
     """Everything that answers a request except the queue."""
 
@@ -88,12 +74,14 @@ def load_model(
     device: str = "cpu",
     dtype: str = "float32",
     weights: Path | None = None,
+    programs: Path | None = None,
     **choices: Any,
 ) -> LoadedModel:
     """Load weights and tokenizer from a local directory.
 
     ``backend`` is ``turbotx`` (optimized) or ``eager``. ``weights`` is a file for
-    ``turbotx.load_weights`` to take in place of the directory's own. ``choices`` are the fields of
+    ``turbotx.load_weights`` to take in place of the directory's own. ``programs`` is
+    a folder where the compiled program is kept for the next start. ``choices`` are the fields of
     ``Choices``. Raises ModelFilesError, WeightsError.
     """
     if backend not in ("turbotx", "eager"):
@@ -110,8 +98,10 @@ def load_model(
     if backend == "turbotx":
         # Not at the top: a process that only tokenizes compiles nothing.
         from turbotx.engine.optimize import optimize
+        from turbotx.serving.kept_program import KeptProgram, program_file
 
-        module = optimize(module)
+        kept = None if programs is None else program_file(programs, info, module)
+        module = optimize(module) if kept is None else KeptProgram(module, kept)
     engine = TorchEngine(module, info.head, loaded.pad_id, loaded.takes_types, device)
     return LoadedModel(engine, tokenizer, info)
 

@@ -64,7 +64,8 @@ def serve(
     loaded = load_model(
         model, backend=backend, device=device, dtype=dtype, weights=weights, max_length=max_length,
         pooling=pooling, normalize=normalize, default_prompt=default_prompt,
-        default_prompt_name=default_prompt_name, served_model_name=served_model_name,
+        default_prompt_name=default_prompt_name, programs=checked.cost_folder,
+        served_model_name=served_model_name,
     )  # fmt: skip
     run(loaded, checked, host=host, port=port, listener=listener)
 

@@ -27,7 +27,7 @@ from turbotx.errors import TurbotxError
 from turbotx.serving.cache import ResponseCache
 from turbotx.serving.cost import CostTable
 from turbotx.serving.dispatcher import Dispatcher
-from turbotx.serving.engine import SleepEngine
+from turbotx.serving.engine import SleepEngine, TorchEngine
 from turbotx.serving.measure import cost_file, describe_device, load_or_measure, warm_up
 from turbotx.serving.metrics import Metrics
 from turbotx.serving.model_files import LoadedModel
@@ -284,6 +284,8 @@ class Service:
         if path is not None:
             with contextlib.suppress(OSError):
                 table.save(path, model=self.model.info.name)
+        if isinstance(engine, TorchEngine):
+            engine.keep()
         return table
 
     def _cost_path(self) -> Path | None:
@@ -291,5 +293,9 @@ class Service:
         if folder is None or isinstance(self.model.engine, SleepEngine):
             return None
         return cost_file(
-            folder, info.name, info.revision, describe_device(info.device), info.backend
+            folder,
+            info.name,
+            info.revision,
+            describe_device(info.device),
+            f"{info.backend}-{info.dtype}",
         )
