@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -213,6 +215,17 @@ def test_an_idle_server_takes_a_request_of_more_work_than_it_admits_at_a_time():
         for _ in range(2):
             assert len(client.post("/embed", json={"inputs": texts}).json()) == 80
         assert "turbotx_dropped_total 0.0" in client.get("/metrics").text
+
+
+def test_what_is_overdue_when_its_turn_comes_is_not_computed():
+    with client_of(sleeping_service(fast_costs(scale=300.0))) as client:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(client.post, "/embed", json={"inputs": "w0"})
+            time.sleep(0.1)
+            late = client.post("/embed", json={"inputs": "w1"}, headers={"x-deadline-ms": "20"})
+            assert late.status_code == 504 and "deadline" in late.json()["error"]
+            assert running.result().status_code == 200
+        assert "turbotx_tokens_total 3.0" in client.get("/metrics").text
 
 
 def test_before_it_is_ready_it_says_so():

@@ -194,9 +194,9 @@ async def _answer(
     settings = service.settings
     text = await read_body(request, settings, service.left)
     dispatcher = service.dispatcher  # refuses while there is none
-    if dispatcher.full:  # before any work is spent on it
-        raise dispatcher.refuse_busy()
     scope = replace(read_scope(request, dispatcher.now_ms()), facts=facts)
+    if dispatcher.full(scope.priority):  # before any work is spent on it
+        raise dispatcher.refuse_busy()
     items = settings.max_client_batch
     if len(text) > SMALL_NBYTES:
         check_shape(text, items, items * service.model.info.max_length)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from turbotx.serving.cache import CacheKey, ResponseCache
 from turbotx.serving.engine import Engine
 from turbotx.serving.metrics import Metrics
-from turbotx.serving.refusals import BackendFailed, Busy, NotReady, Refusal
+from turbotx.serving.refusals import BackendFailed, Busy, Late, NotReady, Refusal
 from turbotx.serving.request import Batch, Request
 from turbotx.serving.scheduler import Overloaded, Scheduler
 from turbotx.serving.tokens import TokenRow
@@ -88,10 +88,9 @@ class Dispatcher:
     def alive(self) -> bool:
         return self._task is not None and not self._task.done()
 
-    @property
-    def full(self) -> bool:
+    def full(self, priority: int) -> bool:
         """Whether the next request would be refused; costs nothing to ask."""
-        return self.scheduler.full
+        return self.scheduler.full(priority)
 
     def refuse_busy(self, message: str = "the queue is full") -> Busy:
         work_ms = self.scheduler.backlog_ms + self._held_ms
@@ -123,7 +122,7 @@ class Dispatcher:
         if len(rows) == 1:
             found = [self._join(rows[0], deadline_ms, priority, admitted=False)]
         else:
-            self._admit()
+            self._admit(priority)
         try:
             if not found:
                 await self._enter_by_turns(rows, found, deadline_ms, priority)
@@ -139,12 +138,12 @@ class Dispatcher:
                 if isinstance(job, Job):
                     self._leave(job)
 
-    def _admit(self) -> None:
+    def _admit(self, priority: int) -> None:
         """Raise Busy where other requests of many rows hold back enough work already."""
         if self._closing:
             raise NotReady("the server is shutting down")
         work_ms = self._held_ms + self.scheduler.backlog_ms
-        if self.full or (self._entering and work_ms > self.scheduler.max_age_ms):
+        if self.full(priority) or (self._entering and work_ms > self.scheduler.max_age_ms):
             raise self.refuse_busy()
 
     async def _enter_by_turns(
@@ -169,14 +168,14 @@ class Dispatcher:
 
     @property
     def _room(self) -> bool:
-        """Whether a row of many may enter: the engine would else run dry before the next turn.
+        """Whether a row of many may enter, lest the engine run dry before the next turn.
 
         A quarter of what is admitted: the rest is for those who come with one row.
         """
         scheduler = self.scheduler
-        few = len(scheduler) < scheduler.table.shape[1] - 1
-        return len(scheduler) < scheduler.max_queue and (
-            few or scheduler.backlog_ms < scheduler.max_age_ms / 12
+        return not len(scheduler) or (
+            len(scheduler) < scheduler.max_queue
+            and scheduler.backlog_ms < scheduler.max_age_ms / 12
         )
 
     async def _turn(self, found: Sequence[Joined]) -> None:
@@ -211,6 +210,7 @@ class Dispatcher:
         if job is None:
             return self._submit(row, key, deadline_ms, priority, admitted)
         job.awaited_by += 1
+        self.scheduler.raise_to(job.key, deadline_ms, priority)
         self.metrics.coalesced.inc()
         return job
 
@@ -240,8 +240,9 @@ class Dispatcher:
         # Whoever awaited it may have left: then nobody retrieves the error, and nobody need.
         job.done.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
-            request = Request(job.key, len(row), job.arrival_ms, deadline_ms, priority)
-            self.scheduler.submit(request, admitted=admitted)
+            self.scheduler.submit(
+                Request(job.key, len(row), job.arrival_ms, deadline_ms, priority, admitted)
+            )
         except Overloaded as error:
             raise Busy(str(error), retry_after_s=error.retry_after_ms / 1e3) from error
         self._jobs[job.key] = job
@@ -260,6 +261,8 @@ class Dispatcher:
             now_ms = self.now_ms()
             for late in self.scheduler.expire(now_ms):
                 self._fail(self._jobs[late.key], Busy("waited beyond the age bound"))  # type: ignore[index]
+            for late in self.scheduler.overdue(now_ms):
+                self._fail(self._jobs[late.key], Late("its deadline passed while it waited"))  # type: ignore[index]
             batch = self.scheduler.next(now_ms)
             self._give_turn()
             self.metrics.plan_ms.observe(self.now_ms() - now_ms)

@@ -26,6 +26,7 @@ REFUSALS = {
     "424": "the model failed for this input",
     "429": "overloaded: see Retry-After",
     "503": "not ready, or timed out",
+    "504": "its deadline passed before its turn came",
 }
 
 

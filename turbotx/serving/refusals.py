@@ -70,6 +70,12 @@ class NotReady(Refusal):
     status, kind = 503, "unavailable"
 
 
+class Late(Refusal):
+    """Its deadline passed before its turn came: it was not computed."""
+
+    status, kind = 504, "timeout"
+
+
 class TimedOut(Refusal):
     """Accepted, but not answered within the time-out."""
 
