@@ -1,0 +1,182 @@
+"""Templates specialized: to the text that is meant, and to what Triton makes of the template.
+
+In: small functions, and the templates of the package with the flags of some kernels. Out: printed
+statements; the same intermediate code of both, compiled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+from turbotx.kernels.attention_jobs import product_job
+from turbotx.kernels.cpp.products import ProductKernel
+from turbotx.kernels.job import Job
+from turbotx.kernels.triton.compiler import build
+from turbotx.kernels.triton.specialize import TEMPLATES, Flag, specialize, specialize_body
+
+SMALL = '''
+"""A template."""
+
+import triton
+import triton.language as tl
+
+N = tl.constexpr(None)
+KIND = tl.constexpr(None)
+HALF = tl.constexpr(0.5)
+
+
+@triton.jit
+def load(ptr, at, ok):
+    x = tl.load(ptr + at, mask=ok, other=0.0)
+    if KIND == "double":
+        # Twice of it.
+        x = x * 2
+    return x
+
+
+@triton.jit
+def add(x, y):
+    """The sum of two."""
+    x += y * (HALF * 4)
+    return x
+
+
+@triton.jit
+def kernel(x_ptr, y_ptr, out_ptr, size, TILE: tl.constexpr):
+    n = tl.arange(0, TILE)
+    ok = n < N if N != 64 else True
+    end = size if KIND == "sized" else N
+
+    # Both.
+    x = load(x_ptr, n + 0, ok)
+    if KIND == "double" or KIND == "sized":
+        y = load(y_ptr, n, ok)
+        x = add(x, y)
+    for k in range(0, end, TILE):
+        if k > 0:  # not the first
+            tl.store(out_ptr + k, x)
+'''
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    (tmp_path / "small.py").write_text(SMALL)
+    return str(tmp_path / "small")
+
+
+def test_branches_are_decided_and_calls_written_out(small: str) -> None:
+    text = specialize(
+        small, "kernel", "made", ["x_ptr", "out_ptr", "TILE"], {"N": 64, "KIND": "plain"}
+    )
+    assert text == (
+        "@triton.jit\n"
+        "def made(\n    x_ptr,\n    out_ptr,\n    TILE: tl.constexpr,\n):\n"
+        "    n = tl.arange(0, TILE)\n"
+        "\n"
+        "    # Both.\n"
+        "    x = tl.load(x_ptr + n)\n"
+        "    for k in range(0, 64, TILE):\n"
+        "        if k > 0:  # not the first\n"
+        "            tl.store(out_ptr + k, x)\n"
+    )
+
+
+def test_locals_of_a_second_call_are_told_apart(small: str) -> None:
+    lines = specialize_body(small, "kernel", {"N": 40, "KIND": "double"})
+    assert "\n".join(lines) == (
+        "    n = tl.arange(0, TILE)\n"
+        "    ok = n < 40\n"
+        "\n"
+        "    # Both.\n"
+        "    x = tl.load(x_ptr + n, mask=ok, other=0.0)\n"
+        "    # Twice of it.\n"
+        "    x = x * 2\n"
+        "    y = tl.load(y_ptr + n, mask=ok, other=0.0)\n"
+        "    # Twice of it.\n"
+        "    y = y * 2\n"
+        "\n"
+        "    # The sum of two.\n"
+        "    x += y * 2.0\n"
+        "    for k in range(0, 40, TILE):\n"
+        "        if k > 0:  # not the first\n"
+        "            tl.store(out_ptr + k, x)"
+    )
+
+
+def test_what_does_not_fit_is_refused(small: str) -> None:
+    flags: dict[str, Flag] = {"N": 64, "KIND": "sized"}
+    with pytest.raises(AssertionError, match="N"):
+        specialize_body(small, "kernel", {"KIND": "plain"})
+    with pytest.raises(AssertionError, match="M"):
+        specialize_body(small, "kernel", flags | {"M": 1})
+    with pytest.raises(AssertionError, match=r"made needs.*size"):
+        specialize(small, "kernel", "made", ["x_ptr", "y_ptr", "out_ptr", "TILE"], flags)
+    with pytest.raises(AssertionError):  # another order
+        specialize(small, "kernel", "made", ["y_ptr", "x_ptr", "out_ptr", "size", "TILE"], flags)
+
+
+# --- the templates of the package, as Triton itself reads them ---
+
+
+def unspecialized(job: Job, file: str, function: str, flags: Mapping[str, Flag]) -> Job:
+    """Return the job of a template as it is, its flags constants; what it is not given is None."""
+    source = (TEMPLATES / f"{file}.py").read_text()
+    for name, value in flags.items():
+        own = isinstance(value, str) and value.startswith("tl.")
+        text = value if own else f"tl.constexpr({value!r})"
+        source, count = re.subn(rf"^{name} = tl\.constexpr\(None\)", f"{name} = {text}", source,
+                                flags=re.MULTILINE)  # fmt: skip
+        assert count == 1
+    device = (TEMPLATES / "functions.py").read_text().partition("@triton.jit")
+    source = re.sub(r"^from turbotx.*", lambda _: "".join(device[1:]), source, flags=re.MULTILINE)
+    head = re.search(rf"^def {function}\(([^)]*)\):", source, re.MULTILINE)
+    assert head is not None
+    given = dict(job.signature)
+    names = re.findall(r"(\w+)(?:: tl\.constexpr)?,", head[1])
+    kinds = tuple((name, given.get(name, "constexpr")) for name in names)
+    absent = tuple((name, None) for name in names if name not in given)
+    return replace(
+        job, name=function, source=source, signature=kinds, constexprs=job.constexprs + absent
+    )
+
+
+def operations(ttir: str, name: str) -> list[str]:
+    """Return a module's lines, less places in the source and names of values, constants in place."""
+    lines = [re.sub(r" loc\(.*", "", line) for line in ttir.splitlines()]
+    text = "\n".join(line for line in lines if not line.startswith("#"))
+    named: dict[str, str] = {}
+    for value, constant in re.findall(r"^ *(%\w+) = arith\.constant (.*)$", text, re.MULTILINE):
+        named[value] = f"({constant})"
+    text = re.sub(r"^ *%\w+ = arith\.constant .*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"%\w+", lambda m: named.setdefault(m[0], f"%{len(named)}"), text)
+    return text.replace(f"@{name}(", "@kernel(").splitlines()
+
+
+def check(make: Callable[[], Job], module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def recorded(file: str, function: str, name: str, arguments: Any, flags: Any) -> str:
+        seen.update(file=file, function=function, flags=flags)
+        return specialize(file, function, name, arguments, flags)
+
+    monkeypatch.setattr(f"turbotx.kernels.triton.{module}.specialize", recorded)
+    job = make()
+    ours, tritons = build([job, unspecialized(job, **seen)], workers=1, measure=False)
+    assert operations(ours.files["ttir"].read_text(), job.name) == operations(
+        tritons.files["ttir"].read_text(), seen["function"]
+    )
+
+
+@pytest.mark.parametrize("which", ["scores", "values"])
+def test_products(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    product = ProductKernel(which, torch.float16, 80)
+    check(lambda: product_job(product, "sm_90"), "products", monkeypatch)

@@ -1,0 +1,149 @@
+"""Fold constants in a template's statements: flags, the branches and masks that they decide.
+
+In: statements, and what some of their names stand for. Out: fewer statements that do the same::
+
+    fold(parse("if GATED: x = a if N > 8 else b"), {"GATED": True, "N": 4})  ->  x = b
+
+What folds is what Triton decides while it compiles: constants, `if`, conditional expressions,
+comparisons; further a mask that is True, a keyword that is None, `x + 0`, `x * 1`.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Eq: operator.eq,
+    ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+}  # fmt: skip
+# Of positions, sizes and masks, never of floats.
+NEUTRAL: dict[type, Any] = {ast.Add: 0, ast.Mult: 1, ast.BitAnd: True}
+
+
+def fold(body: Iterable[ast.stmt], values: Mapping[str, ast.expr]) -> list[ast.stmt]:
+    """Return statements in which names have these values; those that only assign them are gone."""
+    return _Fold(values).statements(body)
+
+
+def settle(body: list[ast.stmt], parameters: Iterable[str]) -> list[ast.stmt]:
+    """Return statements without names that are assigned once and are another name or a constant."""
+    while True:
+        count = Counter([*parameters, *assigned_names(body)])
+        values: dict[str, ast.expr] = {}
+        for s in (s for top in body for s in ast.walk(top)):
+            if not isinstance(s, ast.Assign) or not isinstance(s.targets[0], ast.Name):
+                continue
+            name, value = s.targets[0].id, s.value
+            stays = isinstance(value, ast.Name) and count[value.id] <= 1 and value.id not in values
+            if count[name] == 1 and (stays or isinstance(value, ast.Constant)):
+                values[name] = value
+        if not values:
+            return body
+        body = fold(body, values)
+
+
+def assigned_names(body: Iterable[ast.stmt]) -> list[str]:
+    """Return the names that statements assign, once for each time."""
+    return [
+        n.id
+        for s in body
+        for n in ast.walk(s)
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    ]
+
+
+def _is(node: ast.AST | None, value: Any) -> bool:
+    """Tell whether a node is this constant: 1 is neither 1.0 nor True."""
+    return (
+        isinstance(node, ast.Constant) and type(node.value) is type(value) and node.value == value
+    )
+
+
+class _Fold(ast.NodeTransformer):
+    def __init__(self, values: Mapping[str, ast.expr]) -> None:
+        self.values = values
+
+    def statements(self, body: Iterable[ast.stmt]) -> list[ast.stmt]:
+        made: list[ast.stmt] = []
+        for s in body:
+            folded = self.visit(s)
+            made += folded if isinstance(folded, list) else [folded]
+        return made
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return self.values.get(node.id, node) if isinstance(node.ctx, ast.Load) else node
+
+    def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
+        if isinstance(node.targets[0], ast.Name) and node.targets[0].id in self.values:
+            return []
+        self.generic_visit(node)
+        return node
+
+    def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
+        node.test = self.visit(node.test)
+        if isinstance(node.test, ast.Constant):
+            return self.statements(node.body if node.test.value else node.orelse)
+        node.body, node.orelse = self.statements(node.body), self.statements(node.orelse)
+        return node if node.body else []
+
+    def visit_For(self, node: ast.For) -> ast.stmt:
+        node.iter, node.body = self.visit(node.iter), self.statements(node.body)
+        return node
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        test = self.visit(node.test)
+        if isinstance(test, ast.Constant):
+            chosen: ast.expr = self.visit(node.body if test.value else node.orelse)
+            return chosen
+        return ast.IfExp(test, self.visit(node.body), self.visit(node.orelse))
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
+        decides = isinstance(node.op, ast.Or)
+        values = [self.visit(v) for v in node.values]
+        open_ = [v for v in values if not isinstance(v, ast.Constant)]
+        if any(bool(v.value) is decides for v in values if isinstance(v, ast.Constant)):
+            return ast.Constant(decides)
+        if not open_:
+            return ast.Constant(not decides)
+        return open_[0] if len(open_) == 1 else ast.BoolOp(node.op, open_)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+        self.generic_visit(node)
+        if isinstance(node.op, ast.Not) and isinstance(node.operand, ast.Constant):
+            return ast.Constant(not node.operand.value)
+        return node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        self.generic_visit(node)
+        left, (right, *more) = node.left, node.comparators
+        if isinstance(left, ast.Constant) and isinstance(right, ast.Constant) and not more:
+            return ast.Constant(OPERATORS[type(node.ops[0])](left.value, right.value))
+        return node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.generic_visit(node)
+        left, right, kind = node.left, node.right, type(node.op)
+        if isinstance(left, ast.Constant) and isinstance(right, ast.Constant):
+            return ast.Constant(OPERATORS[kind](left.value, right.value))
+        if kind in NEUTRAL and _is(right, NEUTRAL[kind]):
+            return left
+        if kind in NEUTRAL and _is(left, NEUTRAL[kind]):
+            return right
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        """Leave out what a keyword is by default, and the mask of a load of everything."""
+        self.generic_visit(node)
+        whole = any(k.arg == "mask" and _is(k.value, True) for k in node.keywords)
+        node.keywords = [
+            k
+            for k in node.keywords
+            if not _is(k.value, None) and not (whole and k.arg in ("mask", "other"))
+        ]
+        return node
