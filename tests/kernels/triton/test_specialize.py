@@ -17,10 +17,14 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from turbotx.kernels.attention_jobs import product_job
+from turbotx.kernels.attention_jobs import attention_job, product_job
+from turbotx.kernels.cpp.attention import AttentionKernel
 from turbotx.kernels.cpp.products import ProductKernel
+from turbotx.kernels.gemm_heuristics import gemm_job
 from turbotx.kernels.job import Job
+from turbotx.kernels.triton.attention import AttentionSchedule
 from turbotx.kernels.triton.compiler import build
+from turbotx.kernels.triton.gemm_template import GemmSchedule, GemmTemplate
 from turbotx.kernels.triton.specialize import TEMPLATES, Flag, specialize, specialize_body
 
 SMALL = '''
@@ -136,8 +140,8 @@ def unspecialized(job: Job, file: str, function: str, flags: Mapping[str, Flag])
         source, count = re.subn(rf"^{name} = tl\.constexpr\(None\)", f"{name} = {text}", source,
                                 flags=re.MULTILINE)  # fmt: skip
         assert count == 1
-    device = (TEMPLATES / "functions.py").read_text().partition("@triton.jit")
-    source = re.sub(r"^from turbotx.*", lambda _: "".join(device[1:]), source, flags=re.MULTILINE)
+    source = re.sub(r"^from turbotx\S+\.(\w+) import (\w.*|\([^)]*\))$", definitions, source,
+                    flags=re.MULTILINE)  # fmt: skip
     head = re.search(rf"^def {function}\(([^)]*)\):", source, re.MULTILINE)
     assert head is not None
     given = dict(job.signature)
@@ -149,8 +153,13 @@ def unspecialized(job: Job, file: str, function: str, flags: Mapping[str, Flag])
     )
 
 
+def definitions(found: re.Match[str]) -> str:
+    """Return the functions of the template that an import names."""
+    return "".join((TEMPLATES / f"{found[1]}.py").read_text().partition("@triton.jit")[1:])
+
+
 def operations(ttir: str, name: str) -> list[str]:
-    """Return a module's lines, less places in the source and names of values, constants in place."""
+    """Return a module's lines, constants in place, less places in the source and values' names."""
     lines = [re.sub(r" loc\(.*", "", line) for line in ttir.splitlines()]
     text = "\n".join(line for line in lines if not line.startswith("#"))
     named: dict[str, str] = {}
@@ -180,3 +189,40 @@ def check(make: Callable[[], Job], module: str, monkeypatch: pytest.MonkeyPatch)
 def test_products(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     product = ProductKernel(which, torch.float16, 80)
     check(lambda: product_job(product, "sm_90"), "products", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        AttentionKernel(torch.float16, 64, 0.125, True, keys="mask", blind_nan=True),
+        AttentionKernel(torch.float32, 20, 0.2, False, "float32", "lengths", (3, 2), softcap=5.0),
+    ],
+    ids=lambda c: c.name,
+)
+@pytest.mark.parametrize("once", [0, 1])
+def test_attention(case: AttentionKernel, once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = AttentionSchedule(16, 32, once=once)
+    check(lambda: attention_job(case, "sm_90", tiles), "attention", monkeypatch)
+
+
+FULL = {"residual": True, "residual_norm": "layer", "stats": True}
+
+
+@pytest.mark.parametrize(
+    ("template", "schedule"),
+    [
+        (GemmTemplate(torch.float16, 768, 768, True, **FULL), GemmSchedule(16, 32, 64, splits=2)),
+        (
+            GemmTemplate(torch.float32, 40, 70, gated=True, activation="silu", norm="layer"),
+            GemmSchedule(16, 16, 16, late=0),
+        ),
+        (
+            GemmTemplate(torch.bfloat16, 72, 64, True, "gelu", norm="layer", flipped=True),
+            GemmSchedule(16, 32, 32, stat_tile=32),
+        ),
+    ],
+)
+def test_gemms(
+    template: GemmTemplate, schedule: GemmSchedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(lambda: gemm_job(template, "sm_90", schedule), "gemm", monkeypatch)

@@ -32,20 +32,23 @@ def fold(body: Iterable[ast.stmt], values: Mapping[str, ast.expr]) -> list[ast.s
 
 
 def settle(body: list[ast.stmt], parameters: Iterable[str]) -> list[ast.stmt]:
-    """Return statements without names that are assigned once and are another name or a constant."""
+    """Return statements without names that are always the same constant, or once another name."""
+    values: dict[str, ast.expr] = {}
     while True:
+        body = fold(body, values)
         count = Counter([*parameters, *assigned_names(body)])
-        values: dict[str, ast.expr] = {}
+        given: dict[str, list[ast.expr]] = {}
         for s in (s for top in body for s in ast.walk(top)):
-            if not isinstance(s, ast.Assign) or not isinstance(s.targets[0], ast.Name):
-                continue
-            name, value = s.targets[0].id, s.value
-            stays = isinstance(value, ast.Name) and count[value.id] <= 1 and value.id not in values
-            if count[name] == 1 and (stays or isinstance(value, ast.Constant)):
-                values[name] = value
+            if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name):
+                given.setdefault(s.targets[0].id, []).append(s.value)
+        values = {}
+        for name, (first, *more) in given.items():
+            same = isinstance(first, ast.Constant) and all(_is(v, first.value) for v in more)
+            other = isinstance(first, ast.Name) and count[first.id] <= 1 and first.id not in values
+            if count[name] == 1 + len(more) and (same or (other and not more)):
+                values[name] = first
         if not values:
             return body
-        body = fold(body, values)
 
 
 def assigned_names(body: Iterable[ast.stmt]) -> list[str]:
@@ -83,7 +86,7 @@ class _Fold(ast.NodeTransformer):
         if isinstance(node.targets[0], ast.Name) and node.targets[0].id in self.values:
             return []
         self.generic_visit(node)
-        return node
+        return [] if ast.unparse(node.targets[0]) == ast.unparse(node.value) else node
 
     def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
         node.test = self.visit(node.test)

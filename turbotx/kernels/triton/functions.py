@@ -34,8 +34,9 @@ def functions_in(text: str) -> list[str]:
     found: dict[str, str] = {}
 
     def visit(caller: str, after: str) -> None:
+        called = set(re.findall(rf"(?<![\w.])(\w+){after}", caller))
         for name, body in FUNCTIONS.items():
-            if name not in found and re.search(rf"(?<![\w.]){name}{after}", caller):
+            if name in called and name not in found:
                 visit(body.split(":", 1)[1], after=r"\(")
                 found[name] = body
 

@@ -2,7 +2,8 @@
 
 In: a file of `templates/`, one of its functions, and a value for each of the file's flags, which
 are its module-level `NAME = tl.constexpr(None)`. Out: source in which flags are values, branches
-are decided, and the file's other functions are written out where they are called::
+are decided, and functions of templates are written out where they are called, but for those of
+functions.py::
 
     if HAS_BIAS:
         bias = load_column(bias_ptr, n)   ->   bias = tl.load(bias_ptr + n).to(tl.float32)
@@ -14,10 +15,10 @@ stay where they are; the docstring of a function that is written out is a commen
 from __future__ import annotations
 
 import ast
-import copy
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from turbotx.kernels.triton.fold import assigned_names, fold, settle
 from turbotx.kernels.triton.statements import (
@@ -40,11 +41,9 @@ def specialize(
     Raises AssertionError where the flags are not the file's, or a parameter that is missing is
     needed.
     """
-    parameters, lines = _specialize(file, function, tuple(sorted(flags.items())))
+    parameters, lines, names = _specialize(file, function, tuple(sorted(flags.items())))
     assert [p for p in parameters if p in arguments] == list(arguments), (parameters, arguments)
-    read = {n.id for n in ast.walk(ast.parse("\n".join(("if 1:", *lines))))
-            if isinstance(n, ast.Name)}  # fmt: skip
-    missing = read & set(parameters) - set(arguments)
+    missing = names & set(parameters) - set(arguments)
     assert not missing, f"{name} needs {missing}"
     given = [f"{a}: tl.constexpr" if a.isupper() else a for a in arguments]
     head = ["@triton.jit", f"def {name}(", *(f"    {a}," for a in given), "):"]
@@ -59,18 +58,25 @@ def specialize_body(file: str, function: str, flags: Mapping[str, Flag]) -> list
 @functools.lru_cache(maxsize=1024)
 def _specialize(
     file: str, function: str, flags: tuple[tuple[str, Flag], ...]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the names of a function's parameters, and its lines."""
-    template = _Template((TEMPLATES / f"{file}.py").read_text(), dict(flags))
-    made = template.written_out(function)
+) -> tuple[tuple[str, ...], tuple[str, ...], frozenset[str]]:
+    """Return the names of a function's parameters, its lines, and the names in them."""
+    made = _Template(file, dict(flags)).written_out(function)
     parameters = tuple(a.arg for a in made.args.args)
-    return parameters, tuple(print_statements(settle(made.body, parameters), 1))
+    body = settle(made.body, parameters)
+    names = {n.id for s in body for n in ast.walk(s) if isinstance(n, ast.Name)}
+    return parameters, tuple(print_statements(body, 1)), frozenset(names)
 
 
 class _Template:
-    def __init__(self, text: str, flags: Mapping[str, Flag]) -> None:
-        tree = parse_with_comments(text)
-        self.functions = {s.name: s for s in tree.body if isinstance(s, ast.FunctionDef)}
+    def __init__(self, file: str, flags: Mapping[str, Flag]) -> None:
+        tree = _parse(file)
+        imported = [s.module.rpartition(".")[2] for s in tree.body
+                    if isinstance(s, ast.ImportFrom) and s.module]  # fmt: skip
+        written = [tree, *(_parse(name) for name in imported if name != "functions")]
+        self.functions = {
+            s.name: s for t in written for s in t.body if isinstance(s, ast.FunctionDef)
+        }
+        self.done: set[str] = set()
         constants = {
             s.targets[0].id: ast.literal_eval(s.value.args[0])
             for s in tree.body
@@ -83,10 +89,12 @@ class _Template:
 
     def written_out(self, name: str) -> ast.FunctionDef:
         """Return a function for the flags, with those that it calls written out."""
-        made = copy.deepcopy(self.functions[name])
-        made.body = fold(made.body, self.values)
-        taken = {a.arg for a in made.args.args} | set(assigned_names(made.body))
-        made.body = self._write_out(made.body, taken)
+        made = self.functions[name]
+        if name not in self.done:
+            self.done.add(name)
+            made.body = fold(made.body, self.values)
+            taken = {a.arg for a in made.args.args} | set(assigned_names(made.body))
+            made.body = self._write_out(made.body, taken)
         return made
 
     def _write_out(self, body: list[ast.stmt], taken: set[str]) -> list[ast.stmt]:
@@ -97,7 +105,8 @@ class _Template:
             if isinstance(s, ast.If):
                 s.orelse = self._write_out(s.orelse, taken)
             call = s.value if isinstance(s, (ast.Assign, ast.Expr)) else None
-            if isinstance(call, ast.Call) and ast.unparse(call.func) in self.functions:
+            known = isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+            if known and call.func.id in self.functions:
                 made += self._expand(s, call, taken)
             else:
                 made.append(s)
@@ -120,35 +129,48 @@ class _Template:
             body.append(last)
         target = s.targets[0] if isinstance(s, ast.Assign) else ast.Tuple([])
         targets = target.elts if isinstance(target, ast.Tuple) else [target]
-        own = list(dict.fromkeys(assigned_names(body)))
-        renames: dict[str, str] = {}
-        for t, r in zip(targets, results, strict=True):
-            assert isinstance(t, ast.Name)
-            if isinstance(r, ast.Name) and r.id in own:
-                renames[r.id] = t.id
-        stem = ast.unparse(targets[0]).partition("_")[0] + "_" if targets else ""
-        for name in set(own) - set(renames):
-            renames[name] = stem + name if name in taken else name
-            assert renames[name] not in taken, f"{renames[name]} is taken: {ast.unparse(s)}"
-        taken |= set(renames.values())
-        for n in (n for x in (*body, *results) for n in ast.walk(x)):
-            if isinstance(n, ast.Name) and n.id in renames:
-                n.id = renames[n.id]
-        begin = [(ast.Name(renames[p], ast.Store()), a) for p, a in given.items() if p in own]
-        if comment_of(body[0]) is not None:
-            body.insert(0, comment("", s))
-        body += _assign(zip(targets, results, strict=True), s)
-        body = fold(body, {p: a for p, a in given.items() if p not in own})
-        return [*_assign(begin, s), *body]
+        pairs = list(zip(map(ast.unparse, targets), results, strict=True))
+        own = set(assigned_names(body))
+        names = {r.id: t for t, r in pairs if isinstance(r, ast.Name) and r.id in own}
+        stem = pairs[0][0].partition("_")[0] + "_" if pairs else ""
+        for name in own - set(names):
+            names[name] = stem + name if name in taken else name
+            assert names[name] not in taken, f"{names[name]} is taken: {ast.unparse(s)}"
+        taken |= set(names.values())
+        made = [_assign(names[p], a, s) for p, a in given.items() if p in own]
+        if body and comment_of(body[0]) is not None:
+            made.append(comment("", s))
+        values = {p: a for p, a in given.items() if p not in own}
+        made += [_copy(x, names, values) for x in body]
+        rest = [(t, r) for t, r in pairs if not isinstance(r, ast.Name) or r.id not in own]
+        return made + [_assign(t, _copy(r, names, values), s) for t, r in rest]
 
 
-def _assign(pairs: Iterable[tuple[ast.expr, ast.expr]], where: ast.stmt) -> list[ast.stmt]:
-    """Return assignments, less those of a name to itself."""
-    return [
-        ast.copy_location(ast.Assign([target], value), where)
-        for target, value in pairs
-        if ast.unparse(target) != ast.unparse(value)
-    ]
+def _parse(file: str) -> ast.Module:
+    return parse_with_comments((TEMPLATES / f"{file}.py").read_text())
+
+
+def _copy(node: Any, names: Mapping[str, str], values: Mapping[str, ast.expr]) -> Any:
+    """Return a copy in which names are other names, or expressions."""
+    if isinstance(node, ast.Name):
+        if node.id in names:
+            return ast.Name(names[node.id], node.ctx)
+        return values.get(node.id, node)
+    if isinstance(node, ast.Constant) or not node._fields:
+        return node
+    made = type(node).__new__(type(node))
+    vars(made).update(vars(node))
+    for field in node._fields:
+        value = getattr(node, field, None)
+        if isinstance(value, ast.AST):
+            setattr(made, field, _copy(value, names, values))
+        elif isinstance(value, list):
+            setattr(made, field, [_copy(x, names, values) for x in value])
+    return made
+
+
+def _assign(target: str, value: ast.expr, where: ast.stmt) -> ast.stmt:
+    return ast.copy_location(ast.Assign([ast.Name(target, ast.Store())], value), where)
 
 
 def _expression(value: Flag) -> ast.expr:
