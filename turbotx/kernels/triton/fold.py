@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
@@ -38,7 +38,7 @@ def settle(body: list[ast.stmt], parameters: Iterable[str]) -> list[ast.stmt]:
         body = fold(body, values)
         count = Counter([*parameters, *assigned_names(body)])
         given: dict[str, list[ast.expr]] = {}
-        for s in (s for top in body for s in ast.walk(top)):
+        for s in all_statements(body):
             if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name):
                 given.setdefault(s.targets[0].id, []).append(s.value)
         values = {}
@@ -51,14 +51,24 @@ def settle(body: list[ast.stmt], parameters: Iterable[str]) -> list[ast.stmt]:
             return body
 
 
+def all_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """Yield statements, and those inside them."""
+    for s in body:
+        yield s
+        if isinstance(s, (ast.For, ast.If, ast.FunctionDef)):
+            yield from all_statements(s.body)
+        if isinstance(s, ast.If):
+            yield from all_statements(s.orelse)
+
+
 def assigned_names(body: Iterable[ast.stmt]) -> list[str]:
     """Return the names that statements assign, once for each time."""
-    return [
-        n.id
-        for s in body
-        for n in ast.walk(s)
-        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-    ]
+    found: list[str] = []
+    for s in all_statements(body):
+        targets = s.targets if isinstance(s, ast.Assign) else [getattr(s, "target", None)]
+        names = (getattr(t, "elts", [t]) for t in targets)
+        found += [n.id for group in names for n in group if isinstance(n, ast.Name)]
+    return found
 
 
 def _is(node: ast.AST | None, value: Any) -> bool:
@@ -83,10 +93,11 @@ class _Fold(ast.NodeTransformer):
         return self.values.get(node.id, node) if isinstance(node.ctx, ast.Load) else node
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt | list[ast.stmt]:
-        if isinstance(node.targets[0], ast.Name) and node.targets[0].id in self.values:
+        target = getattr(node.targets[0], "id", None)
+        if target in self.values:
             return []
-        self.generic_visit(node)
-        return [] if ast.unparse(node.targets[0]) == ast.unparse(node.value) else node
+        node.value = self.visit(node.value)
+        return [] if target and target == getattr(node.value, "id", None) else node
 
     def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:
         node.test = self.visit(node.test)

@@ -104,10 +104,11 @@ class _Template:
                 s.body = self._write_out(s.body, taken)
             if isinstance(s, ast.If):
                 s.orelse = self._write_out(s.orelse, taken)
-            call = s.value if isinstance(s, (ast.Assign, ast.Expr)) else None
-            known = isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
-            if known and call.func.id in self.functions:
-                made += self._expand(s, call, taken)
+            called = s.value if isinstance(s, (ast.Assign, ast.Expr)) else None
+            function = called.func if isinstance(called, ast.Call) else None
+            if isinstance(function, ast.Name) and function.id in self.functions:
+                assert isinstance(called, ast.Call)
+                made += self._expand(s, called, taken)
             else:
                 made.append(s)
         return made
@@ -158,14 +159,14 @@ def _copy(node: Any, names: Mapping[str, str], values: Mapping[str, ast.expr]) -
         return values.get(node.id, node)
     if isinstance(node, ast.Constant) or not node._fields:
         return node
-    made = type(node).__new__(type(node))
-    vars(made).update(vars(node))
+    fields = {}
     for field in node._fields:
         value = getattr(node, field, None)
-        if isinstance(value, ast.AST):
-            setattr(made, field, _copy(value, names, values))
-        elif isinstance(value, list):
-            setattr(made, field, [_copy(x, names, values) for x in value])
+        if isinstance(value, list):
+            value = [_copy(x, names, values) for x in value]
+        fields[field] = _copy(value, names, values) if isinstance(value, ast.AST) else value
+    made = type(node)(**fields)
+    vars(made).update(vars(node) | fields)  # where it stands, and a comment behind it
     return made
 
 

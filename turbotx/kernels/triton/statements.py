@@ -12,6 +12,7 @@ import ast
 import re
 from collections.abc import Iterable
 
+from turbotx.kernels.triton.fold import all_statements
 from turbotx.kernels.triton.text import WIDTH, wrap
 
 _OWN_LINE = re.compile(r"\s*(?:# ?(?P<text>.*))?")
@@ -21,13 +22,12 @@ _TRAILING = re.compile(r"  # (?!fmt:|noqa)(?P<text>.+)")
 def parse_with_comments(text: str) -> ast.Module:
     """Parse source; a comment behind a statement's first line is its `trailing` attribute."""
     tree, lines = ast.parse(text), text.splitlines()
-    for node in ast.walk(tree):
+    for s in list(all_statements(tree.body)):
         for field in ("body", "orelse"):
-            body = getattr(node, field, None)
-            if isinstance(body, list) and not isinstance(node, ast.Module):
-                setattr(node, field, [x for s in body for x in (*_above(s, lines), s)])
-        if isinstance(node, ast.stmt) and (found := _TRAILING.search(lines[node.lineno - 1])):
-            node.trailing = found["text"]  # type: ignore[attr-defined]
+            if inside := getattr(s, field, None):
+                setattr(s, field, [x for inner in inside for x in (*_above(inner, lines), inner)])
+        if found := _TRAILING.search(lines[s.lineno - 1]):
+            s.trailing = found["text"]  # type: ignore[attr-defined]
     return tree
 
 
