@@ -110,6 +110,15 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/guide.md").read_text(), re.S | re.M)
+    assert "BertConfig()" in blocks[0]
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks).replace("BertConfig()", TINY)
+    exec(compile(code, "guide.md", "exec"), {"__name__": "guide"})
+
+
 def test_the_page_about_fusion_says_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "fusion.md").read_text(), re.S)
     scope: dict[str, object] = {}

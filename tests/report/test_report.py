@@ -17,10 +17,9 @@ from torch import nn
 
 import turbotx
 from turbotx.engine.optimize import engine_of
-from turbotx.errors import InputError, TrainingError
+from turbotx.errors import DumpError, InputError, TrainingError
 from turbotx.report import Report
 from turbotx.report.draw import draw_svg, find_boxes
-from turbotx.report.dump import DumpError
 from turbotx.report.origin import reserve
 
 LAYERS, HIDDEN = 2, 64

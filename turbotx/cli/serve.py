@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from turbotx.cli.models import ModelError
+from turbotx.errors import ModelError
 
 
 def _option(panel: str, text: str, **more: Any) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
+from torch.profiler import record_function
 
 from turbotx.capture.ambient import (
     Ambient,
@@ -101,6 +102,12 @@ class Engine:
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.autograd._profiler_enabled():
+            with record_function(f"turbotx: {type(self.model).__name__}"):
+                return self._call(args, kwargs)
+        return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for _ in range(MOST_CHANGES):
             variant, program, binding, tensors = self.check(args, kwargs)
             try:

@@ -199,6 +199,7 @@ def describe_regions(view: View) -> list[entries.Region]:
                 "; ".join(reasons),
                 _distinct(map(module_of, nodes)),
                 _distinct(map(g.place_of, nodes)),
+                tuple(x.name for x in joined),
             )
         )
     return found

@@ -122,6 +122,9 @@ class SavedModule(nn.Module):
     is used where its package is imported already, and is otherwise an ordered dict with attributes.
     """
 
+    compiled_by_turbotx = True
+    """Has `turbotx.optimize` and `turbotx.explain` refuse it by name."""
+
     def __init__(
         self, manifest: Mapping[str, Any], state: list[Mapping[str, Any]],
         own: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor], place: torch.device,

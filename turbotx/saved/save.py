@@ -75,7 +75,8 @@ def save(
     ]
     if not variants:
         raise SaveError(
-            "nothing was compiled yet for the model as it is: call the module once, then save it"
+            "nothing was compiled yet for the model as it is: call what turbotx.optimize returned "
+            "once, as fast(**inputs), then save that, as turbotx.save(fast, path)"
         )
     if engine.calls_forward and (engine.model._forward_hooks or engine.model._forward_pre_hooks):
         raise SaveError(

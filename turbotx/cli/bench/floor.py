@@ -16,8 +16,9 @@ import torch.utils._pytree as pytree
 
 from turbotx import ir
 from turbotx.capture.shape_matcher import ShapeMatcher
-from turbotx.cli.models import LoadedModel, ModelError
+from turbotx.cli.models import LoadedModel
 from turbotx.engine.optimize import engine_of, optimize
+from turbotx.errors import ModelError
 from turbotx.ir.expr import evaluate
 
 Packed = Callable[[torch.Tensor], torch.Tensor]
