@@ -55,6 +55,19 @@ def add(x, y):
 
 
 @triton.jit
+def twice(x):
+    y = x * 3
+    z = y - x
+    return z
+
+
+@triton.jit
+def both(x):
+    x = twice(x)
+    return x
+
+
+@triton.jit
 def kernel(x_ptr, y_ptr, out_ptr, size, TILE: tl.constexpr):
     n = tl.arange(0, TILE)
     ok = n < N if N != 64 else True
@@ -114,6 +127,11 @@ def test_locals_of_a_second_call_are_told_apart(small: str) -> None:
         "        if k > 0:  # not the first\n"
         "            tl.store(out_ptr + k, x)"
     )
+
+
+def test_a_target_that_is_read_is_assigned_last(small: str) -> None:
+    lines = specialize_body(small, "both", {"N": 1, "KIND": ""})
+    assert lines == ["    y = x * 3", "    z = y - x", "    x = z", "    return x"]
 
 
 def test_what_does_not_fit_is_refused(small: str) -> None:

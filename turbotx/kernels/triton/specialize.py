@@ -132,19 +132,22 @@ class _Template:
         targets = target.elts if isinstance(target, ast.Tuple) else [target]
         pairs = list(zip(map(ast.unparse, targets), results, strict=True))
         own = set(assigned_names(body))
-        names = {r.id: t for t, r in pairs if isinstance(r, ast.Name) and r.id in own}
+        values = {p: a for p, a in given.items() if p not in own}
+        # A target that an argument reads is assigned last.
+        read = {n.id for a in values.values() for n in ast.walk(a) if isinstance(n, ast.Name)}
+        names = {r.id: t for t, r in pairs
+                 if isinstance(r, ast.Name) and r.id in own and t not in read}  # fmt: skip
         stem = pairs[0][0].partition("_")[0] + "_" if pairs else ""
-        for name in own - set(names):
+        for name in sorted(own - set(names)):
             names[name] = stem + name if name in taken else name
             assert names[name] not in taken, f"{names[name]} is taken: {ast.unparse(s)}"
-        taken |= set(names.values())
+            taken.add(names[name])
         made = [_assign(names[p], a, s) for p, a in given.items() if p in own]
         if body and comment_of(body[0]) is not None:
             made.append(comment("", s))
-        values = {p: a for p, a in given.items() if p not in own}
         made += [_copy(x, names, values) for x in body]
-        rest = [(t, r) for t, r in pairs if not isinstance(r, ast.Name) or r.id not in own]
-        return made + [_assign(t, _copy(r, names, values), s) for t, r in rest]
+        ends = [(t, _copy(r, names, values)) for t, r in pairs]
+        return made + [_assign(t, r, s) for t, r in ends if ast.unparse(r) != t]
 
 
 def _parse(file: str) -> ast.Module:
