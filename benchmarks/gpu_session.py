@@ -20,8 +20,8 @@ import turbotx
 from turbotx.engine.optimize import engine_of
 from turbotx.engine.pipeline import _Binder
 from turbotx.options import make_options
-from turbotx.runtime.cuda.program import CudaGraphProgram
-from turbotx.runtime.executable import Binding
+from turbotx.runtime.binding import Binding
+from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Bound:
 
     @property
     def launches(self) -> int:
-        return len(self.program.assembly.launches)
+        return len(self.program.executable.launches)
 
 
 class Session:

@@ -27,7 +27,6 @@ import triton
 from architectures import ARCHITECTURES
 from parity import make_inputs, make_model
 
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.trace import capture
 from turbotx.engine.pipeline import Compiled, compile_captured
 from turbotx.ir.expr import compile_evaluator
@@ -53,7 +52,7 @@ def find_jobs(architecture: str, dtype: torch.dtype, targets: list[str]) -> Iter
     model.to_empty(device="cpu")  # values do not matter
     for way in WAYS:
         captured = capture(model, (), make_inputs(model, 2, 128, dtype))
-        matcher = ShapeMatcher(captured)
+        matcher = captured.matcher
         given = [make_inputs(model, batch, seq, dtype).values() for batch, seq in SHAPES]
         found = [matcher.match([t.shape for t in tensors]) for tensors in given]
         dims = [values for values in found if values is not None]

@@ -307,7 +307,7 @@ def test_what_pytorch_runs_reads_the_same_copy(monkeypatch: pytest.MonkeyPatch) 
     fast(x)
     program = fast._engine.variants()[0].program
     runtime, binding = program.runtime, program.bind((2, 100))
-    gemm = next(i for i, x in enumerate(program.assembly.launches) if x.kind == "gemm")
+    gemm = next(i for i, x in enumerate(runtime.assembly.launches) if x.kind == "gemm")
     with torch.no_grad(), program.used(binding, [x]) as (table, state):
         with WeightCopies(runtime, gemm, table, state, binding.sizes) as copies:
             assert copies.count == MOST_COPIES  # of a weight of a few bytes

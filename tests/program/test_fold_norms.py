@@ -182,7 +182,7 @@ def test_a_gemm_that_reads_a_copy_leaves_statistics(monkeypatch: pytest.MonkeyPa
         ours, own = fast(*inputs), model(*inputs)
         assert_as_exact_as_eager(ours, own, in_double(model)(*(x.double() for x in inputs)))
     (compiled,) = fast._engine.variants()
-    gemms = [x.target for x in compiled.assembly.launches if x.kind == "gemm"]
+    gemms = [x.gemm for x in compiled.assembly.launches if x.kind == "gemm"]
     assert [x.stats for x in gemms] == [True, False] and gemms[1].norm is not None
 
 
@@ -218,7 +218,7 @@ def test_what_others_read_is_stored(how: str, monkeypatch: pytest.MonkeyPatch) -
         ours, own, exact = fast(x), model(x), in_double(model)(x.double())
     assert_as_exact_as_eager(ours, own, exact)
     (compiled,) = fast._engine.variants()
-    folds = [x for x in compiled.assembly.launches if x.kind == "gemm" and x.target.folds]
+    folds = [x for x in compiled.assembly.launches if x.kind == "gemm" and x.gemm.folds]
     assert len(folds) == (2 if how == "rows" else 0)
 
 

@@ -337,7 +337,7 @@ def test_a_watch_hears_of_every_launch_in_order() -> None:
     with torch.no_grad():
         (found,) = program.run(program.bind((2,)), [x], watch=Watch())
     torch.testing.assert_close(found, model(x).detach())
-    count = len(program.assembly.launches)
+    count = len(program.executable.launches)
     assert heard == [(when, k) for k in range(count) for when in ("before", "after")]
 
 

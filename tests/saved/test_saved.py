@@ -237,7 +237,7 @@ def test_other_versions_are_refused(copied: Path) -> None:
 def test_sizes_that_are_code_are_refused(copied: Path) -> None:
     def attack(manifest: dict[str, Any], entries: dict[str, bytes]) -> None:
         programs = json.loads(entries["programs.json"])
-        programs[0]["values"][0] = "__import__('os').system('true')"
+        programs[0]["executable"]["values"]["sizes"][0] = "__import__('os').system('true')"
         entries["programs.json"] = json.dumps(programs).encode()
 
     rewrite(copied, attack)

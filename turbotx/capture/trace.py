@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,7 +53,9 @@ from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.returned import put_constants
 from turbotx.capture.sandbox.effects import Effect
+from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.size_questions import sizes_from_one
+from turbotx.capture.size_rules import find_size_rules
 from turbotx.capture.symint_tensors import SizeTensors
 from turbotx.capture.trace_errors import Stopped, capture_error
 from turbotx.capture.traced_float import FloatInput
@@ -104,6 +107,12 @@ class Captured:
     floats: tuple[FloatInput, ...] = ()
     effects: tuple[Effect, ...] = ()
     state: StateRecord | None = None
+
+    @cached_property
+    def matcher(self) -> ShapeMatcher:
+        """What tells which sizes it serves."""
+        rules = find_size_rules(self.dims, self.input_names, self.input_sizes, self.guards)
+        return ShapeMatcher(rules)
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Tell whether the floats that its Python code asked for are as they were."""

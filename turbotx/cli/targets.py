@@ -97,19 +97,19 @@ def make_gemm_jobs(report: Report, target: str) -> Iterator[Job]:
     made: set[GemmTemplate] = set()
     left_by: dict[str, GemmTemplate] = {}
     for launch in _find_launches(report.compiled, report.dims, target):
-        template = make_template(launch) if launch.kind == "gemm" else None
-        weight = launch.args[1] if launch.args else None
-        if template is None or weight is None:
+        template = make_template(launch) if isinstance(launch, ir.GemmLaunch) else None
+        if template is None or not isinstance(launch, ir.GemmLaunch):
             continue
         left_by |= dict.fromkeys(launch.writes[1:], template)
         if template in made:
             continue
         made.add(template)
-        rows, row = (evaluate(e, report.dims) for e in launch.sizes[:2])
-        down = int(weight.strides[template.flipped])
+        rows, row = (evaluate(e, report.dims) for e in (launch.rows, launch.x_stride))
+        down = int(launch.weight.strides[template.flipped])
         even = {"x_row": row, "w_row": down, "out_row": template.n, "residual_row": template.n}
         divisible = [name for name, size in even.items() if size % 16 == 0]
-        read = (launch.args[7], launch.args[9]) if template.folds else (None, None)
+        norm = launch.norm or ir.NormOperands()
+        read = (norm.x_stats, norm.residual_stats)
         x_tile, residual_tile = (
             0 if a is None else choose_tiles(left_by[a.tensor], rows, target).n_tile for a in read
         )

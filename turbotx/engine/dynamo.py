@@ -24,7 +24,6 @@ from turbotx.capture.ambient import read_ambient
 from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.call_key import make_signature
 from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.engine.engine import Engine
 from turbotx.engine.pipeline import Compiled
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
@@ -281,7 +280,7 @@ class _SharingEngine(Engine):
                 captured = compiled.captured
                 if not captured.holds_in(ambient) or not captured.takes(tensors):
                     continue
-                if ShapeMatcher(captured).match([t.shape for t in tensors]) is not None:
+                if captured.matcher.match([t.shape for t in tensors]) is not None:
                     shared = self.share(compiled)
                     if not shared.program.runtime.weights.misfit():
                         return shared

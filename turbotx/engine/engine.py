@@ -56,10 +56,10 @@ from turbotx.engine.variant import Recaptures, Variant
 from turbotx.errors import CaptureError, EagerWarning, InputError, ModelChangedError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
+from turbotx.runtime.binding import Binding
 from turbotx.runtime.cpu.launch_table import start_runtime
 from turbotx.runtime.cuda.absent_device import AbsentDevice
 from turbotx.runtime.device import Device
-from turbotx.runtime.executable import Binding
 from turbotx.runtime.gc_pause import pause_gc
 from turbotx.runtime.placement import find_device, open_device
 from turbotx.runtime.program import Program

@@ -37,12 +37,12 @@ from turbotx.passes.outputs import own_outputs
 from turbotx.passes.partition import find_prepared, kind_of, partition
 from turbotx.passes.results import use_single_results
 from turbotx.program.assemble import Assembly, assemble
+from turbotx.program.executable import Share
 from turbotx.program.fold_norms import assemble_folded
 from turbotx.program.gemm_fallback import add_alternatives
 from turbotx.runtime.cpu.runtime import CpuRuntime
-from turbotx.runtime.cuda.cuda_graphs import GraphCache
-from turbotx.runtime.cuda.dispatch import Share, make_tiles, share_calls
-from turbotx.runtime.cuda.program import CudaGraphProgram
+from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
+from turbotx.runtime.cuda.dispatch import make_tiles, share_calls
 from turbotx.runtime.cuda.runtime import CudaRuntime, build_expected
 from turbotx.runtime.device import Device
 from turbotx.runtime.program import Program
@@ -187,11 +187,11 @@ class _Binder:
     def __call__(self, assembly: Assembly, share: Share | None) -> Program:
         options, dims = self.options, self.captured.dims
         weights = find_weights(self.captured, self.model, assembly)
-        kept = (self.pool, options.planner, options.max_shapes)
         if self.device is None:
-            return Program(assembly, dims, CpuRuntime(assembly, weights, options, dims), *kept)
+            cpu = CpuRuntime(assembly, weights, options, dims)
+            return Program(cpu.executable, cpu, self.pool, options.max_shapes)
         gpu = CudaRuntime(assembly, weights, options, dims, self.device, share)
-        return CudaGraphProgram(assembly, dims, gpu, *kept, graphs=self.graphs)
+        return CudaGraphProgram(gpu.executable, gpu, self.pool, options.max_shapes, self.graphs)
 
 
 def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> Weights:

@@ -23,12 +23,12 @@ from turbotx.engine.pipeline import Compiled
 from turbotx.errors import TurbotxError
 from turbotx.kernels.schedule_selector import FOLDED, STORED
 from turbotx.kernels.tuned import GAIN, search
+from turbotx.runtime.binding import Binding
+from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
 from turbotx.runtime.cuda.parts import Part
-from turbotx.runtime.cuda.program import CudaGraphProgram
 from turbotx.runtime.cuda.runtime import CudaRuntime
 from turbotx.runtime.cuda.weight_copies import WeightCopies
 from turbotx.runtime.device import Device
-from turbotx.runtime.executable import Binding
 
 # Launches inside the graph that is timed, at least, and replays of it.
 REPEAT, REPLAYS = 50, 5
@@ -98,6 +98,7 @@ def tune_program(
 ) -> list[Found]:  # fmt: skip
     """Time every kernel and GEMM of a program at one shape; nobody else may use it meanwhile."""
     runtime, binding = program.runtime, program.bind(dims)
+    assert isinstance(runtime, CudaRuntime)
     tunables: dict[tuple[str, str], _Tunable] = {}
     for i, family in runtime.families.items():
         one = _Tunable(family, i, *family.chosen(binding.sizes))

@@ -25,7 +25,19 @@ if TYPE_CHECKING:
         value_symbol,
         values_in,
     )
-    from turbotx.ir.launch import Launch, Operand, Tensor
+    from turbotx.ir.launch import (
+        AtenCall,
+        AtenLaunch,
+        AttentionLaunch,
+        GemmFallback,
+        GemmLaunch,
+        KernelLaunch,
+        Launch,
+        NormOperands,
+        Operand,
+        ProductLaunch,
+        Tensor,
+    )
 
 __all__ = [
     "Access",
@@ -47,18 +59,24 @@ __all__ = [
     "results_of",
     "value_symbol",
     "values_in",
-    "Tensor",
-    "Operand",
+    "AtenCall",
+    "AtenLaunch",
+    "AttentionLaunch",
+    "GemmFallback",
+    "GemmLaunch",
+    "KernelLaunch",
     "Launch",
+    "NormOperands",
+    "Operand",
+    "ProductLaunch",
+    "Tensor",
 ]
 
+
 # Imported at their first use: what runs a saved model needs no symbolic algebra.
-_OF_LAUNCHES = ("Launch", "Operand", "Tensor")
-
-
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'turbotx.ir' has no attribute {name!r}")
-    module = import_module(f"turbotx.ir.{'launch' if name in _OF_LAUNCHES else 'kernel'}")
-    found = globals()[name] = getattr(module, name)
+    found = getattr(import_module("turbotx.ir.kernel"), name, None)
+    found = globals()[name] = found or getattr(import_module("turbotx.ir.launch"), name)
     return found

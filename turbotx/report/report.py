@@ -17,7 +17,6 @@ from typing import Any
 from torch import fx
 
 from turbotx.capture.arguments import tensors_of
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.engine.engine import Engine
 from turbotx.engine.optimize import engine_of
 from turbotx.errors import InputError
@@ -123,6 +122,6 @@ def explain(model: Any, /, *args: Any, **kwargs: Any) -> Report:
     captured = engine.capture(args, kwargs)
     origin = observe(captured)
     compiled = engine.compile(captured)
-    sizes = ShapeMatcher(captured).match([t.shape for t in tensors])
+    sizes = captured.matcher.match([t.shape for t in tensors])
     dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
     return Report(compiled.at(tuple(dims.values())), origin, dims, engine.options.planner)

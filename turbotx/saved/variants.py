@@ -17,7 +17,7 @@ from typing import Any
 import sympy
 
 from turbotx.errors import SaveError
-from turbotx.ir.expr import Expr, compile_evaluator
+from turbotx.ir.expr import Expr, compile_evaluator, sizes_of
 from turbotx.kernels.gemm_heuristics import bucket_of
 from turbotx.kernels.job import Job
 from turbotx.kernels.schedule import INT32_LIMIT
@@ -155,7 +155,8 @@ class Tabulator:
         share = self._runtime.share
         if share is None or not isinstance(family, GemmFamily) or family.tokens not in given:
             return True
-        return bucket_of(given[family.tokens]) in share.buckets_of(self._sizes[family.tokens])
+        tokens = sizes_of([self._sizes[family.tokens]])
+        return bucket_of(given[family.tokens]) in share.buckets_of(tokens)
 
     def _sample(
         self, by: Sequence[tuple[int, Sequence[int]]], ranges: Sequence[int],

@@ -16,8 +16,7 @@ import torch
 from tests.compiled_functions import compile_function
 from tests.kernels.fusion.test_fuse import grouped_rotary
 from turbotx import ir
-from turbotx.kernels.cpp.attention import AttentionKernel
-from turbotx.kernels.cpp.products import ProductKernel
+from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.kernels.schedule import Schedule, choose_schedule
 from turbotx.kernels.triton.attention import print_triton_attention
 from turbotx.kernels.triton.gemm import print_triton_gemm

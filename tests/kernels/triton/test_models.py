@@ -26,8 +26,6 @@ from turbotx import ir
 from turbotx.capture.trace import capture
 from turbotx.engine.pipeline import rewrite
 from turbotx.ir.expr import evaluate
-from turbotx.kernels.cpp.attention import AttentionKernel
-from turbotx.kernels.cpp.products import ProductKernel
 from turbotx.kernels.fusion.fuse import fuse_all
 from turbotx.kernels.job import Job
 from turbotx.kernels.launch_jobs import launch_job
@@ -36,6 +34,7 @@ from turbotx.kernels.triton.compiler import TARGETS, build
 from turbotx.kernels.triton.printer import print_triton
 from turbotx.passes.partition import find_prepared, partition
 from turbotx.program.assemble import assemble
+from turbotx.runtime.cpu.launch_table import kernel_key
 
 transformers = pytest.importorskip("transformers")
 
@@ -115,8 +114,8 @@ def assembled(
 
 
 def kernels_of(name: str, width: int) -> list[ir.Kernel]:
-    found = {x.target.digest(): x.target for x in assembled(name, width)[0]
-             if isinstance(x.target, ir.Kernel)}  # fmt: skip
+    found = {x.kernel.digest(): x.kernel for x in assembled(name, width)[0]
+             if isinstance(x, ir.KernelLaunch)}  # fmt: skip
     return list(found.values())
 
 
@@ -152,8 +151,8 @@ def test_every_kernel_is_right_in_the_interpreter(name: str) -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_every_attention_is_right_in_the_interpreter(name: str, way: str) -> None:
     launches, _ = assembled(name, 16, way=way)
-    attentions = {x.target for x in launches if isinstance(x.target, AttentionKernel)}
-    products = {x.target for x in launches if isinstance(x.target, ProductKernel)}
+    attentions = {x.kernel for x in launches if isinstance(x, ir.AttentionLaunch)}
+    products = {x.kernel for x in launches if isinstance(x, ir.ProductLaunch)}
     assert len(products) == (2 if way == "fused-softmax" else 0)
     assert bool(attentions) == (way == "flash")
     for kernel in attentions:
@@ -171,11 +170,11 @@ def launch_jobs(
     made: dict[object, tuple[Job, bool]] = {}
     for target in targets:
         for launch in launches:
-            kernel, job = launch.target, launch_job(launch, target, dims)
+            job = launch_job(launch, target, dims)
             if job is not None:
-                key = kernel.digest() if isinstance(kernel, ir.Kernel) else kernel
-                much = not isinstance(kernel, ir.Kernel) or reads_much(kernel, job, dims)
-                made.setdefault((target, key), (job, much))
+                kernel = launch.kernel if isinstance(launch, ir.KernelLaunch) else None
+                much = kernel is None or reads_much(kernel, job, dims)
+                made.setdefault((target, kernel_key(launch)), (job, much))
     return list(made.values())
 
 

@@ -17,9 +17,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
+from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.kernels.attention_jobs import attention_job, product_job
-from turbotx.kernels.cpp.attention import AttentionKernel
-from turbotx.kernels.cpp.products import ProductKernel
 from turbotx.kernels.gemm_heuristics import gemm_job
 from turbotx.kernels.job import Job
 from turbotx.kernels.triton.attention import AttentionSchedule

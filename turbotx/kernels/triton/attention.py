@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from turbotx.ir.attention_ops import NO_WINDOW
-from turbotx.kernels.cpp.attention import MOST_HIDDEN, SIZES, AttentionKernel
+from turbotx.ir.matmul_kernels import AttentionKernel
+from turbotx.kernels.cpp.attention import MOST_HIDDEN, SIZES
 from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.reduce import TYPES

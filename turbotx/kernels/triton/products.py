@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from turbotx.kernels.cpp.products import SIZES, ProductKernel
+from turbotx.ir.matmul_kernels import ProductKernel
+from turbotx.kernels.cpp.products import SIZES
 from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton.attention import FEW_QUERIES
 from turbotx.kernels.triton.functions import stand_alone

@@ -1,34 +1,33 @@
 """The GPU runtime: an assembly's launches compiled to kernels, and queued as `CudaQueue` does.
 
-In: an assembly, the program's weights and a device. Out: something that runs it over an address
-table, as the CPU runtime does; nothing is allocated, and nothing waits for the device::
+In: an assembly, the program's weights and a device. Out: its executable, and something that runs it
+over an address table; nothing is allocated, and nothing waits for the device::
 
     failed = runtime.run(table, sizes, state)   # 0, or which launch met an index out of range
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from turbotx import ir
-from turbotx.ir.expr import compile_evaluator
+from turbotx.ir.expr import sizes_of
 from turbotx.kernels.gemm_heuristics import BUCKETS, MOST_TURNS
 from turbotx.kernels.job import Job
 from turbotx.kernels.triton.dependent import can_depend, make_dependent
 from turbotx.kernels.triton.gemm_template import GemmTemplate
 from turbotx.kernels.tuned import make_chooser
 from turbotx.options import Options
-from turbotx.program.assemble import Assembly
-from turbotx.runtime.aten import AtenSteps
-from turbotx.runtime.cuda.arguments import ArgumentLayout, Key
-from turbotx.runtime.cuda.dispatch import Share, make_tiles
-from turbotx.runtime.cuda.gemm import GemmFamily, bind_gemm, find_library_call
-from turbotx.runtime.cuda.library_gemm import Call
-from turbotx.runtime.cuda.queue import CudaQueue, Queued
-from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, SizeTable, lay_out
+from turbotx.program.assembly import Assembly
+from turbotx.program.executable import ArgumentLayout, GpuTables, QueuedLaunch, Share
+from turbotx.program.link import Layout, facts_of, link
+from turbotx.runtime.cuda.arguments import Key
+from turbotx.runtime.cuda.dispatch import make_tiles
+from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
+from turbotx.runtime.cuda.queue import CudaQueue
+from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, lay_out
 from turbotx.runtime.device import Device
-from turbotx.runtime.state import RunState, Step
 from turbotx.runtime.weights import Weights
 
 # Sequence lengths whose kernels are built before the first run: below and at the edges of the
@@ -51,24 +50,24 @@ class CudaRuntime(CudaQueue):
         """share: the calls that it serves; None: all. `build_expected` builds what they need."""
         self.assembly, self.device, self.share = assembly, device, share
         self.sources: dict[str, str] = {}
-        self._dims = tuple(dims)
-        self.table = SizeTable(list(assembly.tensors))
+        self.table = Layout({name: k for k, name in enumerate(assembly.tensors)}, share=share)
         self._layouts: dict[Key, ArgumentLayout] = {}
         self._checks: dict[int, int] = {}
         self._kernels: dict[str, KernelFamily] = {}
         self._shared: dict[object, GemmFamily] = {}
         self.families = self._find_families(options)
-        gemms, steps = self._find_calls()
+        families = list({id(f): f for f in self.families.values()}.values())
+        self._lay_out_launches({id(f): k for k, f in enumerate(families)})
         split = any(layout.cell == "turns" for layout in self._layouts.values())
-        slots, kinds = self.table.slots, ("parameter", "prepared")
-        queued = Queued(
-            self.families, self._layouts, gemms, steps,
-            [self._checks.get(i, 0) for i in range(len(assembly.launches))],
-            {n: slots[n] for n, t in assembly.tensors.items() if t.kind in kinds}, len(slots),
-            len(self.table.values), MOST_TURNS if split else 0,
+        self.table.gpu = GpuTables(
+            device.target,
+            tuple((i, which, layout) for (i, which), layout in self._layouts.items()),
+            tuple(self._checks.get(i, 0) for i in range(len(assembly.launches))),
+            MOST_TURNS if split else 0,
             options.pdl and can_depend(device.target),
-        )  # fmt: skip
-        super().__init__(device, weights, queued)
+        )
+        self.executable = link(assembly, dims, options.planner, self.table)
+        super().__init__(self.executable, families, weights, device)
 
     # --- kernels ---
 
@@ -80,12 +79,12 @@ class CudaRuntime(CudaQueue):
         target, tiles = self.device.target, make_tiles(options, self.device)
         self._choose = make_chooser(tiles.overrides, target, tiles.tuned)
         for i, launch in enumerate(self.assembly.launches):
-            if isinstance(launch.target, ir.Kernel):
+            if isinstance(launch, ir.KernelLaunch):
                 found[i] = self._kernel(i, "kernel", launch)
-            elif launch.kind in ("attention", "product"):
+            elif isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
                 found[i] = AttentionFamily(launch, target, self.table, tiles)
                 self._lay_out(i, "kernel", launch)
-            elif launch.workspaces:
+            elif isinstance(launch, ir.GemmLaunch) and launch.workspaces:
                 _, ends = find_library_call(launch)
                 finish = [self._kernel(i, f"end{k}", end) for k, end in enumerate(ends)]
                 family = GemmFamily(launch, target, self.table, tiles, finish, left_by)
@@ -96,10 +95,9 @@ class CudaRuntime(CudaQueue):
                     self._layouts[i, which] = layout
         return found
 
-    def _kernel(self, i: int, which: str, launch: ir.Launch) -> KernelFamily:
+    def _kernel(self, i: int, which: str, launch: ir.KernelLaunch) -> KernelFamily:
         """Return the family of a generated kernel, with its arguments laid out."""
-        kernel = launch.target
-        assert isinstance(kernel, ir.Kernel)
+        kernel = launch.kernel
         digest = kernel.digest()
         if digest not in self._kernels:
             target = self.device.target
@@ -108,34 +106,32 @@ class CudaRuntime(CudaQueue):
         return self._kernels[digest]
 
     def _lay_out(self, i: int, which: str, launch: ir.Launch) -> None:
-        body = launch.target.body if isinstance(launch.target, ir.Kernel) else ()
+        body = launch.kernel.body if isinstance(launch, ir.KernelLaunch) else ()
         checks = sum(isinstance(s, ir.Check) for s in body)
         self._checks[i] = max(checks, self._checks.get(i, 0))
-        operands = [a for a in launch.args if a is not None]
+        operands = [a for a in launch.operands if a is not None]
         sizes = [self.table.value(e) for e in launch.sizes]
         self._layouts[i, which] = lay_out(operands, "status" if checks else "", sizes, self.table)
 
-    def _find_calls(
-        self,
-    ) -> tuple[dict[int, tuple[Callable[[RunState], Call], bool]], dict[int, Step]]:
-        """Return what PyTorch runs: the library's GEMMs, and all that has no kernel."""
-        steps, tensors = AtenSteps(self._dims), self.assembly.tensors
+    def _lay_out_launches(self, number: Mapping[int, int]) -> None:
+        """Lay out what kernels and the library run. number: of each family, by its identity."""
+        tensors = self.assembly.tensors
         outside = {n for n, t in tensors.items() if t.kind in ("input", "output")}
-        gemms, others = {}, {}
         for i, launch in enumerate(self.assembly.launches):
-            if launch.kind == "gemm" and not launch.target.folds:  # type: ignore[attr-defined]
+            family, gemm = number.get(id(self.families.get(i))), None
+            if isinstance(launch, ir.GemmLaunch) and not launch.gemm.folds:
                 called, _ = find_library_call(launch)
-                fixed = not outside & {a.tensor for a in called.args if a is not None}
-                gemms[i] = (bind_gemm(called, steps), fixed)
-            elif i not in self.families:
-                others[i] = steps.make(launch)
-        return gemms, others
+                read = {a.tensor for a in called.operands if a is not None}
+                gemm = plain_gemm(called, fixed=not outside & read)
+            if family is not None or gemm is not None:
+                self.table.launches[i] = QueuedLaunch(**facts_of(launch), family=family, gemm=gemm)
 
     def expected_jobs(self, example_dims: Sequence[int]) -> list[Job]:
         """Return what the shapes to expect will need, of the calls that it serves."""
-        evaluate = compile_evaluator(list(self.table.values), self._dims)
+        names = self.executable.dims
+        evaluate = self.executable.values.compile(names)
         first = [tuple(example_dims)] if example_dims else []
-        dims, share = [*first, *expected_dims(self._dims)], self.share
+        dims, share = [*first, *expected_dims(names)], self.share
         some = evaluate(*dims[0])
         shapes = [evaluate(*d) for d in dims if share is None or share.holds(d)]
         jobs: list[Any] = []
@@ -144,7 +140,7 @@ class CudaRuntime(CudaQueue):
             if isinstance(family, AttentionFamily):
                 jobs += [job for sizes in shapes for job in family.expected(sizes)]
             if isinstance(family, GemmFamily):
-                tokens = self.table.expression(family.tokens)
+                tokens = sizes_of([self.table.expression(family.tokens)])
                 buckets = BUCKETS if share is None else share.buckets_of(tokens)
                 jobs += family.expected(some, buckets)
         return list({id(job): job for job in jobs if job is not None}.values())
@@ -159,7 +155,7 @@ class CudaRuntime(CudaQueue):
 
     def adapt(self, job: Job) -> Job:
         """Return a job as the options want it."""
-        return make_dependent(job) if self.queued.depends else job
+        return make_dependent(job) if self.gpu.depends else job
 
 
 def build_expected(runtimes: Sequence[CudaRuntime], example_dims: Sequence[int]) -> None:
