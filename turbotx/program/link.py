@@ -33,7 +33,7 @@ from turbotx.program.executable import (
     OutputTensor,
     PytorchCall,
     ReturnedView,
-    Share,
+    TokenRange,
     WeightWindow,
     WholeTensor,
     Window,
@@ -54,7 +54,7 @@ class LaunchLayout:
     launches: dict[int, LinkedLaunch] = field(default_factory=dict)
     cpu: CpuTables | None = None
     gpu: GpuTables | None = None
-    share: Share | None = None
+    token_range: TokenRange | None = None
 
     def value(self, e: Expr) -> int:
         """Return the place of an expression in the table of sizes."""
@@ -92,7 +92,7 @@ def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: LaunchLa
         ),
         leaves=tuple(_leaf(leaf, assembly) for leaf in assembly.outputs),
         memory=_plan_memory(assembly, names, planner),
-        cpu=layout.cpu, gpu=layout.gpu, share=layout.share,
+        cpu=layout.cpu, gpu=layout.gpu, token_range=layout.token_range,
     )  # fmt: skip
 
 
