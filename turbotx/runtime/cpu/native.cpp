@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "gemm.h"
-#include "gemv.h"
 
 namespace {
 
@@ -39,7 +38,7 @@ struct Product {
   long ldc;
 };
 
-// One weight: packed for many tokens, and the module's own memory for one.
+// One weight, packed: one token streams it in order as many do.
 struct Weight {
   virtual ~Weight() = default;
   virtual void multiply(const Product& p) = 0;
@@ -48,11 +47,8 @@ struct Weight {
 template <class T>
 struct TypedWeight : Weight {
   ttx::PackedWeight<T> packed;
-  const T* own;
-  const bool rows_are_outputs, dense;
   TypedWeight(const T* w, long n, long k, long sn, long sk, bool gated)
-      : packed(w, gated ? n / 2 : n, k, sn, sk, gated), own(w), rows_are_outputs(sk == 1),
-        dense((sk == 1 && sn == k) || (sn == 1 && sk == n)) {}
+      : packed(w, gated ? n / 2 : n, k, sn, sk, gated) {}
   void multiply(const Product& p) override {
     const T* a = static_cast<const T*>(p.a);
     T* c = static_cast<T*>(p.c);
@@ -61,10 +57,7 @@ struct TypedWeight : Weight {
                             .residual = static_cast<const T*>(p.residual),
                             .ld_residual = p.ld_residual,
                             .gated = packed.group == 2 ? packed.n : 0};
-    if (p.m == 1 && dense)
-      ttx::multiply_vector(a, own, packed.n, packed.k, rows_are_outputs, c, finish);
-    else
-      ttx::linear(packed, a, p.lda, p.m, c, p.ldc, finish);
+    ttx::linear(packed, a, p.lda, p.m, c, p.ldc, finish);
   }
 };
 
