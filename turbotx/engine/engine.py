@@ -101,6 +101,11 @@ class Engine:
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        variant, outputs = self.run_flat(args, kwargs)
+        return pytree.tree_unflatten(outputs, variant.out_spec)
+
+    def run_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
+        """Run a call; return what served it, and the leaves of its output."""
         for _ in range(MOST_CHANGES):
             variant, program, binding, tensors = self.check(args, kwargs)
             try:
@@ -111,7 +116,7 @@ class Engine:
                 continue
             if variant.effects:
                 outputs = variant.leave(outputs)
-            return pytree.tree_unflatten(outputs, variant.out_spec)
+            return variant, outputs
         raise CaptureError(
             f"{type(self.model).__name__} was captured {MOST_CHANGES} times for one call, and its "
             "parameters were of another kind after each capture: does another thread convert it?"
