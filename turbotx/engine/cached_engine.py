@@ -75,6 +75,8 @@ class StepEngine(Engine):
     captured.
     """
 
+    is_observed = False  # a step cannot be repeated by PyTorch over the same memory
+
     def __init__(self, model: nn.Module, options: Options) -> None:
         from turbotx.capture.cached_call import CachedCall
 
@@ -96,6 +98,11 @@ class StepEngine(Engine):
         from turbotx.capture.cached_call import count_queries
         from turbotx.engine.cache_layers import adopt, refuse_cache
 
+        if self.device.type != "cpu":
+            raise InputError(
+                f"a call with a key/value cache runs on CPUs, and the model is on {self.device}: "
+                "call it with use_cache=False"
+            )
         refuse_cache(cache)
         kind = _kind_of(cache)
         own = cache if kind == "decoder" else cache.self_attention_cache

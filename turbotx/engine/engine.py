@@ -74,6 +74,8 @@ class Engine:
 
     guards_state = True
     """Whether captures are checked against the model's attributes, hooks and globals."""
+    is_observed = True
+    """Whether the `observers` look at what it makes."""
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
@@ -275,7 +277,8 @@ class Engine:
         with show_progress(f"capture {name}") as step:
             captured = self.capture(args, kwargs)
             step(f"compile {name}")
-            finishes = [begin(self, captured, args, kwargs) for begin in observers]
+            watching = observers if self.is_observed else ()
+            finishes = [begin(self, captured, args, kwargs) for begin in watching]
             compiled = self.compile(captured)
             for finish in finishes:
                 finish(compiled)

@@ -5,11 +5,14 @@ keys or values, (batch, heads, rows, width), and a tensor of no elements whose f
 length of the cache afterwards. Out: every row, old and new, (batch, heads, length, width)::
 
     keys = torch.ops.turbotx.cache_append(memory, rows, length, place, layer, 0)
+
+`passes.cache` puts `cache_store` in its place where attention alone reads the rows.
 """
 
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 _library = torch.library.Library("turbotx", "DEF")
 _library.define(
@@ -40,11 +43,28 @@ def cache_append(
     who reads the graph. Nothing else in a graph reads the memory, so that the op counts as
     one without a side effect; it may be run again.
     """
+    return cache_store(memory, rows, length, place).clone(memory_format=torch.contiguous_format)
+
+
+def cache_store(
+    memory: torch.Tensor, rows: torch.Tensor, length: torch.Tensor, place: int
+) -> torch.Tensor:
+    """Store rows as `cache_append` does, and return all of them where they lie in `memory`."""
     _, heads, count, width = rows.shape
+    if isinstance(rows, FakeTensor):
+        return rows.new_empty(rows.shape[0], heads, length.shape[0], width)
     after = length.shape[0]
     block = block_of(memory, place, heads, width)
     block[:, :, after - count : after] = rows
-    return block[:, :, :after].clone(memory_format=torch.contiguous_format)
+    return block[:, :, :after]
+
+
+def store_rows(
+    memory: torch.Tensor, rows: torch.Tensor, length: torch.Tensor, place: int
+) -> tuple[()]:
+    """`cache_store` for who needs no result: a launch that PyTorch runs."""
+    cache_store(memory, rows, length, place)
+    return ()
 
 
 def _fake_cache_append(

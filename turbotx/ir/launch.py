@@ -46,9 +46,10 @@ class Launch:
     """One step of a program.
 
     kind: "kernel" (target: Kernel), "gemm" (target: GemmKernel; args: x, weight, bias, out,
-    residual), "attention" (target: AttentionKernel), "product" (target: ProductKernel) or "aten"
-    (target: the op, with its arguments in `call`). args are in the order of the target, None where
-    an optional one is absent; sizes likewise.
+    residual), "attention" (target: AttentionKernel), "product" (target: ProductKernel), "store"
+    (args: a cache's memory, an input that is written all the same, and rows) or "aten" (target: the
+    op, with its arguments in `call`). args are in the order of the target, None where an optional
+    one is absent; sizes likewise.
     call is what PyTorch runs in its place: (op, args, kwargs, written operands, whether the op
     writes into them itself), or for kernels the `Lowered` they came from.
     source: the calls that it computes; module: where they stand in the user's model. inplace: pairs

@@ -168,7 +168,8 @@ def check_launches(
                 raise VerifyError(f"{launch.name} reads {name!r} before it is written")
         for name in launch.writes:
             kind = tensors[name].kind
-            if kind not in ("intermediate", "output"):
+            is_cache = launch.kind == "store" and kind == "input"
+            if kind not in ("intermediate", "output") and not is_cache:
                 raise VerifyError(f"{launch.name} writes {name!r}, which is {kind} memory")
             written.add(name)
         _check_inplace_pairs(tensors, launch)

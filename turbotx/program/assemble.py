@@ -30,6 +30,7 @@ from turbotx.capture.eager import (
 )  # fmt: skip
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import attention_scores
+from turbotx.ir.cache_ops import cache_store, store_rows
 from turbotx.ir.expr import ONE, ZERO, Expr, dim, product
 from turbotx.ir.strides import contiguous_strides, layout_with_copies, reshape_strides
 from turbotx.ir.views import SPLITS, is_view
@@ -43,6 +44,7 @@ from turbotx.passes.extract import extract
 from turbotx.passes.outputs import copied_leaves
 from turbotx.passes.partition import kind_of, op_name
 from turbotx.program.assembly import Assembly, dense
+from turbotx.program.cache_stores import describe_store
 from turbotx.program.copies import lay_out, lay_out_returned, show_by_strides
 
 aten = torch.ops.aten
@@ -122,6 +124,8 @@ class _Assembler:
             self._attention(node)
         elif kind == "product":
             self._product(node)
+        elif kind == "store":
+            self._store(node)
         elif kind == "extern":
             self._extern(node, why_outside(node))
         elif kind == "output":
@@ -130,6 +134,8 @@ class _Assembler:
     # --- tensors and operands ---
 
     def _tensor(self, node: fx.Node, kind: str | None = None) -> str:
+        if node.target is cache_store:
+            return self._tensor(node.args[0])  # type: ignore[arg-type]
         if node.name in self.out.tensors:
             return node.name
         if kind is None:
@@ -246,6 +252,12 @@ class _Assembler:
         call = (node.target, self._arguments(node.args), dict(node.kwargs), (out,), False)
         args = (q, k, v, out, shown, added)
         self._launch(node, "attention", "attention", kernel, args, (node.name,), sizes, call)
+
+    def _store(self, node: fx.Node) -> None:
+        """New rows are written behind those that a cache holds of a layer."""
+        args, sizes = describe_store(self._operand(node), self._rows(node.args[1]))  # type: ignore[arg-type]
+        call = (store_rows, self._arguments(node.args), dict[str, Any](), (), False)
+        self._launch(node, "cache_store", "store", store_rows, args, (args[0].tensor,), sizes, call)
 
     def _product(self, node: fx.Node) -> None:
         which = "scores" if node.target is attention_scores else "values"

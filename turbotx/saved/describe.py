@@ -23,6 +23,7 @@ from turbotx.kernels.lowering.lower import Lowered
 from turbotx.memory.planner.symbolic import SymbolicPlanner
 from turbotx.passes.extract import extract
 from turbotx.runtime.aten import is_whole
+from turbotx.runtime.cpu.launch_table import IN_RUNTIME
 from turbotx.runtime.cpu.runtime import CpuRuntime
 from turbotx.runtime.program import Program
 from turbotx.saved.calls import encode_arguments, encode_nodes, encode_target
@@ -129,7 +130,7 @@ def _describe_launch(
         return {**described, "aten": describe_step(launch, program)}
     record = runtime.table.records[index]
     described["symbol"] = symbol
-    described["library"] = "runtime" if launch.kind == "gemm" else "kernels"
+    described["library"] = "runtime" if launch.kind in IN_RUNTIME else "kernels"
     described["slots"] = record.slots[: record.arg_count]
     described["offsets"] = record.offsets[: record.arg_count]
     described["sizes"] = record.sizes[: record.size_count]

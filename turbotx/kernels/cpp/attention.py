@@ -37,7 +37,8 @@ class AttentionKernel:
     bias is "none", "boolean", "float32" or "storage" (the dtype of q). keys: "all", "mask" or
     "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
     -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
-    with blind_mean the mean of all values. softcap: 0 for none.
+    with blind_mean the mean of all values. softcap: 0 for none. late: the last query stands at the
+    last key.
     """
 
     dtype: torch.dtype
@@ -50,11 +51,12 @@ class AttentionKernel:
     blind_nan: bool = False
     blind_mean: bool = False
     softcap: float = 0.0
+    late: bool = False
 
     @property
     def name(self) -> str:
         kind = STORAGE[self.dtype].rsplit(":", 1)[-1]
-        causal = "_causal" if self.causal else ""
+        causal = "_late" * self.late + "_causal" * self.causal
         window = "" if self.window == NO_WINDOW else "_window"
         keys = {"all": "", "mask": "_key_mask", "lengths": "_lengths"}[self.keys]
         bias = "" if self.bias == "none" else f"_{self.bias}_bias"
@@ -87,6 +89,7 @@ def describe_attention(
         bool(said.get("blind_nan", False)),
         bool(said.get("blind_mean", False)),
         float(said.get("softcap", 0.0)),
+        bool(said.get("late", False)),
     )
     strides = [s for o in operands[:3] for s in o.strides[:3]]
     strides += [out.strides[0], out.strides[2], out.strides[1]]
@@ -116,6 +119,7 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
     fields += ["  s.blind_nan = true;"] * kernel.blind_nan
     fields += [f"  s.hidden = {MOST_HIDDEN!r}f;"] * kernel.blind_mean
     fields += [f"  s.softcap = {kernel.softcap!r}f;"] * (kernel.softcap != 0)
+    fields += ["  s.diagonal = s.k_len - s.q_len;"] * kernel.late
     lines = [
         f'extern "C" int {name}(void* const* args, const int64_t* sizes) {{',
         "  ttx::AttentionShape s;",

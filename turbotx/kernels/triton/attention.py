@@ -113,6 +113,7 @@ class _Attention:
         left, right = kernel.window
         self.left = left if left >= 0 else None
         self.right = 0 if kernel.causal else right if right >= 0 else None
+        self.shift = " + (k_len - q_len)" if kernel.late else ""
         self.count = "count" if kernel.keys == "lengths" else "k_len"
 
     def text(self, name: str) -> str:
@@ -130,6 +131,7 @@ class _Attention:
         k = self.kernel
         hidden = [] if k.keys == "all" else ["a key mask" if k.keys == "mask" else "lengths"]
         hidden += ["causal"] * k.causal
+        hidden += ["queries at the last keys"] * k.late
         hidden += [f"a window of {k.window}"] * (k.window != NO_WINDOW)
         hidden += [f"scores capped at {k.softcap!r}"] * (k.softcap != 0)
         hidden += [f"{k.bias} bias"] * (k.bias != "none")
@@ -239,10 +241,11 @@ class _Attention:
             lines.append("# Keys that no query of this tile sees are not visited.")
         if self.right is not None:
             reach = f" + {self.right}" if self.right else ""
-            lines.append(f"end = tl.minimum({self.count}, first + Q_TILE{reach})")
+            lines.append(f"end = tl.minimum({self.count}, first{self.shift} + Q_TILE{reach})")
             end = "end"
         if self.left is not None:
-            lines.append(f"begin = tl.maximum(first - {self.left}, 0) // K_TILE * K_TILE")
+            first = f"first{self.shift} - {self.left}"
+            lines.append(f"begin = tl.maximum({first}, 0) // K_TILE * K_TILE")
             begin = "begin"
         return lines, begin, end
 
@@ -300,9 +303,9 @@ class _Attention:
             lines.append("visible = visible & (mask != 0)")
         if self.right is not None:
             reach = f" + {self.right}" if self.right else ""
-            lines.append(f"visible = visible & (col <= row{reach})")
+            lines.append(f"visible = visible & (col <= row{self.shift}{reach})")
         if self.left is not None:
-            lines.append(f"visible = visible & (col >= row - {self.left})")
+            lines.append(f"visible = visible & (col >= row{self.shift} - {self.left})")
         if k.bias == "none":
             return lines
         lines += [

@@ -31,6 +31,8 @@ PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
 ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention.h"\n\n'
 PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
 
+IN_RUNTIME = {"gemm": "ttx_linear", "store": "ttx_store_rows"}
+"""The kinds of launches whose function lies in the runtime itself."""
 
 _started: dict[Path, Future[tuple[ctypes.CDLL, bool]]] = {}
 """By cache directory: the runtime that is being built in the background, until it is asked for."""
@@ -157,7 +159,7 @@ class LaunchTable:
         self, record: LaunchRecord, launch: ir.Launch, symbol: str,
         runtime: ctypes.CDLL | None, kernels: ctypes.CDLL | None,
     ) -> None:  # fmt: skip
-        library = runtime if launch.kind == "gemm" else kernels
+        library = runtime if launch.kind in IN_RUNTIME else kernels
         assert library is not None
         function = getattr(library, symbol)
         record.call = ctypes.cast(function, ctypes.c_void_p).value
@@ -183,7 +185,7 @@ class LaunchTable:
 
 def _symbol_of(launch: ir.Launch, names: dict[object, str]) -> str:
     """Return the name of a launch's function in the library that holds it."""
-    return "ttx_linear" if launch.kind == "gemm" else names[kernel_key(launch.target)]
+    return IN_RUNTIME.get(launch.kind) or names[kernel_key(launch.target)]
 
 
 def packed_name(launch: ir.Launch) -> str:

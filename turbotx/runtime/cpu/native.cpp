@@ -4,6 +4,7 @@
 //   out: 0, or the launch that failed (from 1) and its error code as launch << 32 | code
 #include <chrono>
 #include <cstdint>
+#include <cstring>
 
 #include "gemm.h"
 
@@ -114,6 +115,26 @@ int ttx_linear(void* const* args, const int64_t* sizes) {
                                              .ld_residual = sizes[3],
                                              .activation = static_cast<ttx::Activation>(sizes[4]),
                                              .c = args[3], .ldc = sizes[2]});
+  return 0;
+}
+
+// args: where a layer's rows lie in a cache, new rows; sizes: batch, heads, rows, bytes of a row;
+// strides in bytes: of batch, head and row of the new ones, of batch and head in the cache; where
+// the first of them goes there.
+int ttx_store_rows(void* const* args, const int64_t* sizes) {
+  char* cache = static_cast<char*>(args[0]) + sizes[9];
+  const char* rows = static_cast<const char*>(args[1]);
+  const int64_t count = sizes[2], nbytes = sizes[3];
+#pragma omp parallel for schedule(static) if (sizes[0] * sizes[1] * count * nbytes > (1 << 20))
+  for (int64_t unit = 0; unit < sizes[0] * sizes[1]; ++unit) {
+    int64_t batch = unit / sizes[1], head = unit % sizes[1];
+    char* to = cache + batch * sizes[7] + head * sizes[8];
+    const char* from = rows + batch * sizes[4] + head * sizes[5];
+    if (sizes[6] == nbytes) std::memcpy(to, from, count * nbytes);
+    else
+      for (int64_t r = 0; r < count; ++r)
+        std::memcpy(to + r * nbytes, from + r * sizes[6], nbytes);
+  }
   return 0;
 }
 

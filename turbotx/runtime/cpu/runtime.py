@@ -22,7 +22,7 @@ from turbotx.runtime.cpu.launch_table import LaunchTable, load_runtime, packed_n
 from turbotx.runtime.cpu.segments import CpuExecutor, Packing
 from turbotx.runtime.weights import Weights
 
-NATIVE_KINDS = frozenset({"kernel", "gemm", "attention", "product"})
+NATIVE_KINDS = frozenset({"kernel", "gemm", "attention", "product", "store"})
 WEIGHTS = ("parameter", "prepared")
 
 
