@@ -14,6 +14,7 @@ import torch
 
 import turbotx
 from tests.engine.decoders import FAMILIES, VOCABULARY, WITH_ENCODER, make, prompt
+from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.engine.cached_engine import StepEngine
 from turbotx.errors import CaptureError, EagerWarning, IndexOutOfRangeError, InputError
 
@@ -88,6 +89,22 @@ def test_one_capture_serves_every_batch_query_and_past(family: str) -> None:
                 torch.testing.assert_close(a.keys, b.keys, rtol=1e-4, atol=1e-5)
                 torch.testing.assert_close(a.values, b.values, rtol=1e-4, atol=1e-5)
     assert fast.stats()["captures"] == 1
+
+
+@torch.no_grad()
+def test_a_step_is_neither_solved_nor_planned_for(gpt2, monkeypatch) -> None:
+    model, fast = gpt2
+    ids = prompt("gpt2", 1, 100)["input_ids"]
+    cache = transformers.DynamicCache()
+    fast(ids[:, :5], past_key_values=cache, use_cache=True)
+    before = fast.stats()["plans"]
+    monkeypatch.setattr(ShapeMatcher, "match", lambda self, shapes: pytest.fail("solved again"))
+    got = [
+        fast(ids[:, k : k + 1], past_key_values=cache, use_cache=True).logits for k in range(5, 100)
+    ]
+    # One token instead of five, in the first 64 places, in the next, and a cache twice as large.
+    assert fast.stats()["plans"] - before <= 3
+    torch.testing.assert_close(torch.cat(got, 1), model(ids).logits[:, 5:], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -8,21 +8,29 @@ it. Out: the model's output, with the same cache object in it, one step longer::
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from turbotx.capture.ambient import read_asked, read_decisive
+from turbotx.capture.call_key import describe_kind
+from turbotx.capture.compiled_matcher import CompiledMatcher
+from turbotx.capture.refusals import refuse_gradient
 from turbotx.capture.trace import Captured
 from turbotx.engine.engine import Engine
 from turbotx.engine.step_example import make_example
-from turbotx.errors import CaptureError, InputError
+from turbotx.engine.variant import Variant
+from turbotx.errors import CaptureError, InputError, ModelChangedError
 from turbotx.options import Options
 from turbotx.runtime.cache_memory import CacheMemory, LayerShape
+from turbotx.runtime.executable import Binding
+from turbotx.runtime.program import Program
 
 ARGUMENT = "past_key_values"
 
@@ -60,8 +68,7 @@ class CachedEngine(Engine):
         """Return every argument but the cache, by name."""
         given = {k: v for k, v in kwargs.items() if k != ARGUMENT}
         if args:
-            parameters = inspect.signature(self.model.forward).parameters.values()
-            names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+            names = _names_of(cast(Hashable, type(self.model)))
             if len(args) > len(names):
                 raise InputError("a call with a key/value cache names its arguments")
             given = {**dict(zip(names, args, strict=False)), **given}
@@ -85,6 +92,47 @@ class StepEngine(Engine):
         self.shapes: tuple[LayerShape, ...] = ()
         weights = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         self.dtype, self.device = weights.dtype, weights.device
+
+    def reset(self) -> None:
+        super().reset()
+        self._known: dict[Any, tuple[Variant, CompiledMatcher, tuple[int, ...]]] = {}
+        """By kind of call, whatever its sizes: what served the latest, and which of its dims grow
+        with every step."""
+
+    def _forget(self, variant: Variant, error: ModelChangedError) -> None:
+        super()._forget(variant, error)
+        self._known.clear()
+
+    def _drop_unused(self) -> None:
+        super()._drop_unused()
+        self._known.clear()
+
+    def check(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Variant, Program, Binding, list[torch.Tensor]]:
+        """Return what serves a call, and its tensors, as `Engine.check`; a new length of the cache
+        is neither solved nor planned for."""
+        ambient = read_decisive()
+        if self._asked:
+            ambient += read_asked(self._asked)
+        kind, tensors = describe_kind(kwargs, ambient)
+        known = self._known.get(kind) if kind is not None else None
+        if known is not None and known[0].holds():
+            variant, matcher, stepping = known
+            dims = matcher.match([t.shape for t in tensors])
+            if dims is not None:
+                if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+                    refuse_gradient()
+                program = variant.compiled.at(dims).program
+                variant.used = next(self._calls)
+                return variant, program, program.bind_step(dims, stepping), tensors
+        found = super().check(args, kwargs)
+        captured = found[0].compiled.captured
+        if kind is not None and not captured.floats:
+            length = make_example(kwargs)["kv_length"].shape[0]
+            steps = tuple(k for k, n in enumerate(captured.example_dims) if n == length)
+            self._known[kind] = found[0], CompiledMatcher(captured), steps
+        return found
 
     @property
     def _turbotx_engine(self) -> StepEngine:
@@ -173,6 +221,13 @@ class StepEngine(Engine):
             )
         self.shapes = shapes
         return captured
+
+
+@functools.cache
+def _names_of(cls: Hashable) -> list[str]:
+    """Return the names of the arguments that a model's forward takes by place, less `self`."""
+    parameters = inspect.signature(cls.forward).parameters.values()  # type: ignore[attr-defined]
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
 
 class _OtherDtypeError(Exception):

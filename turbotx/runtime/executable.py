@@ -11,11 +11,12 @@ stages, `turbotx.saved` from a file, without symbolic algebra::
 from __future__ import annotations
 
 import ctypes
+import operator
 import threading
 from abc import ABC, abstractmethod
 from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +30,9 @@ from turbotx.memory.pool import ChunkPool
 from turbotx.runtime.state import Evaluate, Maker, RunState
 from turbotx.runtime.watch import Watch
 from turbotx.runtime.weights import Weights
+
+STEPS = 64
+"""What sizes that grow with every call are rounded up to, for a plan that serves so many calls."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Execution:
     def __init__(self, count: int) -> None:
         self.table = (ctypes.c_int64 * count)()
         self.numbers = np.ctypeslib.as_array(self.table)
-        self.binding: Binding | None = None
+        self.offsets: Any = None  # of the binding that the table is set for
         self.base = 0
         self.weights_version = -1
         self.kept: Any = None
@@ -140,6 +144,7 @@ class PlannedCall(ABC):
         self._root_places = np.array([k for _, k, _ in places.planned], dtype=np.int64)
         self._planned_slots = np.array([s for _, _, s in places.planned], dtype=np.int64)
         self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
+        self._blocks: dict[tuple[int, ...], tuple[Binding, Sequence[int]]] = {}
         self._executions: dict[int, Execution] = {}
         self._lock = threading.Lock()
 
@@ -158,6 +163,31 @@ class PlannedCall(ABC):
                 self._bindings.popitem(last=False)
             return binding
 
+    def bind_step(self, dims: tuple[int, ...], stepping: Sequence[int]) -> Binding:
+        """Return the call at one shape, planned once for all shapes that come to the same where
+        the `stepping` dims, by place, are rounded up to a multiple of STEPS.
+
+        Raises IndexOutOfRangeError as `bind` does.
+        """
+        above = list(dims)
+        for k in stepping:
+            above[k] = -(-above[k] // STEPS) * STEPS
+        block = tuple(above)
+        nbytes = self._formulas.class_nbytes
+        with self._lock:
+            found = self._blocks.get(block)
+            if found is None:
+                found = self._blocks[block] = self._plan_shape(block), nbytes(*block)
+                if len(self._blocks) > self._max_shapes:
+                    self._blocks.pop(next(iter(self._blocks)))
+        planned, most = found
+        if any(map(operator.gt, nbytes(*dims), most)):  # a size that shrinks as others grow
+            return self.bind(dims)
+        self._require(dims)
+        return replace(
+            planned, dims=dims, sizes=self._sizes_at(dims), outputs=self._shapes_at(dims)
+        )
+
     def _require(self, dims: tuple[int, ...]) -> None:
         rest = self._formulas.requirements(*dims)
         for value, text in zip(rest, self._formulas.requirement_texts, strict=True):
@@ -168,17 +198,23 @@ class PlannedCall(ABC):
     def _plan_shape(self, dims: tuple[int, ...]) -> Binding:
         offsets, footprint = self.planner.offsets(self._formulas.class_nbytes(*dims))
         self.plans += 1
-        values = self._formulas.values(*dims)
-        sizes = (ctypes.c_int64 * max(1, len(values)))(*values)
         array = np.array(offsets, dtype=np.int64)[self._root_places]
         names = (name for name, _, _ in self._places.planned)
         offset_of = dict(zip(names, array.tolist(), strict=True))
+        footprint = align(max(footprint, 1))
+        sizes, outputs = self._sizes_at(dims), self._shapes_at(dims)
+        return Binding(dims, sizes, array, offset_of, footprint, outputs)
+
+    def _sizes_at(self, dims: tuple[int, ...]) -> Any:
+        values = self._formulas.values(*dims)
+        return (ctypes.c_int64 * max(1, len(values)))(*values)
+
+    def _shapes_at(self, dims: tuple[int, ...]) -> tuple[tuple[int, Any, torch.dtype], ...]:
         extents = iter(self._formulas.output_extents(*dims))
-        outputs = tuple(
+        return tuple(
             (o.slot, tuple(next(extents) for _ in range(o.rank)), o.dtype)
             for o in self._places.outputs
         )
-        return Binding(dims, sizes, array, offset_of, align(max(footprint, 1)), outputs)
 
     def reserve(self, binding: Binding) -> None:
         """Map the memory of a shape now, for good."""
@@ -282,9 +318,9 @@ class PlannedCall(ABC):
     def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
         """Set an address table for this memory, this shape and these weights."""
         base = arena.data_ptr
-        if execution.binding is not binding or execution.base != base:
+        if execution.offsets is not binding.offsets or execution.base != base:
             execution.numbers[self._planned_slots] = binding.offsets + base
-            execution.binding, execution.base = binding, base
+            execution.offsets, execution.base = binding.offsets, base
         if execution.weights_version != self._runtime.weights.version:
             filled = self._runtime.fill_weights(execution.table)
             execution.weights_version, execution.kept = filled
