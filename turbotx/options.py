@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from turbotx.errors import OptionsError
 
@@ -107,6 +107,25 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise OptionsError(f"{name}={value!r} must be an integer of at least 1")
+
+
+class OptionArguments(TypedDict, total=False):
+    """The fields of `Options` as keyword arguments, for editors and type checkers."""
+
+    backend: Literal["auto", "cpp", "triton", "aten"]
+    attention: Literal["auto", "flash", "fused-softmax"]
+    planner: Literal["symbolic", "chunked", "greedy"]
+    pack_weights: bool
+    epilogues: bool
+    gemms: Literal["auto", "cublas", "triton"]
+    norms: Literal["auto", "fold", "store"]
+    pdl: bool
+    max_shapes: int
+    max_variants: int
+    max_arenas: int
+    cuda_graphs: bool
+    max_graphs: int
+    schedules: Mapping[str, str]
 
 
 def make_options(**given: Any) -> Options:

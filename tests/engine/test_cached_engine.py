@@ -14,7 +14,6 @@ import torch
 
 import turbotx
 from tests.engine.decoders import FAMILIES, VOCABULARY, WITH_ENCODER, make, prompt
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.engine.cached_engine import StepEngine
 from turbotx.errors import CaptureError, EagerWarning, IndexOutOfRangeError, InputError
 
@@ -92,13 +91,13 @@ def test_one_capture_serves_every_batch_query_and_past(family: str) -> None:
 
 
 @torch.no_grad()
-def test_a_step_is_neither_solved_nor_planned_for(gpt2, monkeypatch) -> None:
+def test_a_step_is_neither_bound_nor_planned_for(gpt2, monkeypatch) -> None:
     model, fast = gpt2
     ids = prompt("gpt2", 1, 100)["input_ids"]
     cache = transformers.DynamicCache()
     fast(ids[:, :5], past_key_values=cache, use_cache=True)
     before = fast.stats()["plans"]
-    monkeypatch.setattr(ShapeMatcher, "match", lambda self, shapes: pytest.fail("solved again"))
+    monkeypatch.setattr(StepEngine, "_find", lambda *_: pytest.fail("looked for a capture again"))
     got = [
         fast(ids[:, k : k + 1], past_key_values=cache, use_cache=True).logits for k in range(5, 100)
     ]

@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 
 from turbotx.capture.arguments import tensors_of
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.trace import Captured, capture
 from turbotx.errors import CaptureError
 
@@ -34,7 +33,7 @@ def capture_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     shapes = [tensor.shape for tensor in tensors_of(args, kwargs)]
     traced = zip(captured.input_sizes, shapes, strict=True)
     short = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
-    matcher = ShapeMatcher(captured)
+    matcher = captured.matcher
     if matcher.match(shapes) is not None and not short:
         return captured
     every = {(i, d): n for i, s in enumerate(shapes) for d, n in enumerate(s)}
@@ -50,6 +49,6 @@ def capture_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             found = capture(model, args, kwargs, least, fixed)
         except CaptureError:
             continue
-        if ShapeMatcher(found).match(shapes) is not None:
+        if found.matcher.match(shapes) is not None:
             return found
     return captured

@@ -20,16 +20,16 @@ from torch import nn
 
 from turbotx.capture.ambient import read_asked, read_decisive
 from turbotx.capture.call_key import describe_kind
-from turbotx.capture.compiled_matcher import CompiledMatcher
 from turbotx.capture.refusals import refuse_gradient
 from turbotx.capture.trace import Captured
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
 from turbotx.engine.step_example import make_example
 from turbotx.engine.variant import Variant
 from turbotx.errors import CaptureError, InputError, ModelChangedError
 from turbotx.options import Options
+from turbotx.runtime.binding import Binding
 from turbotx.runtime.cache_memory import CacheMemory, LayerShape
-from turbotx.runtime.executable import Binding
 from turbotx.runtime.program import Program
 
 ARGUMENT = "past_key_values"
@@ -82,8 +82,6 @@ class StepEngine(Engine):
     captured.
     """
 
-    is_observed = False  # a step cannot be repeated by PyTorch over the same memory
-
     def __init__(self, model: nn.Module, options: Options) -> None:
         from turbotx.capture.cached_call import CachedCall
 
@@ -95,7 +93,7 @@ class StepEngine(Engine):
 
     def reset(self) -> None:
         super().reset()
-        self._known: dict[Any, tuple[Variant, CompiledMatcher, tuple[int, ...]]] = {}
+        self._known: dict[Any, tuple[Variant, tuple[int, ...]]] = {}
         """By kind of call, whatever its sizes: what served the latest, and which of its dims grow
         with every step."""
 
@@ -118,8 +116,8 @@ class StepEngine(Engine):
         kind, tensors = describe_kind(kwargs, ambient)
         known = self._known.get(kind) if kind is not None else None
         if known is not None and known[0].holds():
-            variant, matcher, stepping = known
-            dims = matcher.match([t.shape for t in tensors])
+            variant, stepping = known
+            dims = variant.compiled.captured.matcher.match([t.shape for t in tensors])
             if dims is not None:
                 if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
                     refuse_gradient()
@@ -131,7 +129,7 @@ class StepEngine(Engine):
         if kind is not None and not captured.floats:
             length = make_example(kwargs)["kv_length"].shape[0]
             steps = tuple(k for k, n in enumerate(captured.example_dims) if n == length)
-            self._known[kind] = found[0], CompiledMatcher(captured), steps
+            self._known[kind] = found[0], steps
         return found
 
     @property
@@ -191,6 +189,10 @@ class StepEngine(Engine):
             except _OtherDtypeError as error:
                 self.dtype = error.dtype
         raise CaptureError("the model's keys and values have a dtype that depends on the cache's")
+
+    def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
+        """Capture and compile; no observer looks on, since it could not repeat a step."""
+        return self.compile(self.capture(args, kwargs))
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
         """Return a call of an example's sizes as a graph; note what it writes to the cache."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from turbotx.engine.fused_graph import readable
-from turbotx.errors import TurbotxError
+from turbotx.errors import DumpError
 from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report.draw import draw_dot, draw_svg
 from turbotx.report.html import render_page
@@ -21,10 +21,6 @@ from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.record import Record
 
 SUFFIX = {"cpp": "cpp", "triton": "triton.py"}
-
-
-class DumpError(TurbotxError):
-    """The folder to write to cannot be one."""
 
 
 @dataclass
@@ -80,7 +76,7 @@ def stage_text(report: Record, stage: str) -> str:
 
 
 def _texts(report: Record) -> Iterator[tuple[str, str]]:
-    yield "captured.txt", readable_text(report.compiled.captured_text)
+    yield "captured.txt", readable_text(report.compiled.unbound.call.text)
     yield "fused.txt", fused_text(report)
     yield "fused.dot", draw_dot(report)
     yield "fused.svg", draw_svg(report)

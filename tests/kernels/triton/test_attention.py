@@ -16,8 +16,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.kernels.triton.attention_runner import check, multiply, operands, run
 from turbotx.ir.attention_ops import attention_scores, attention_values
-from turbotx.kernels.cpp.attention import AttentionKernel
-from turbotx.kernels.cpp.products import ProductKernel
+from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["tiles", "once"])

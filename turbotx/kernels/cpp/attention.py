@@ -10,7 +10,6 @@ and one extern "C" function with the uniform signature of every launch::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from turbotx import ir
 from turbotx.ir.attention_ops import NO_WINDOW
 from turbotx.ir.expr import ZERO, Expr
+from turbotx.ir.matmul_kernels import AttentionKernel
 from turbotx.kernels.cpp.printer import STORAGE
 
 # What hides a key beside others, and not where there are no others: any score vanishes in it.
@@ -28,41 +28,6 @@ SIZES = (
     "out.batch", "out.head", "out.row", "key_mask_stride",
     "bias_batch", "bias_head", "bias_q", "bias_k",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class AttentionKernel:
-    """What is fixed about an attention launch.
-
-    bias is "none", "boolean", "float32" or "storage" (the dtype of q). keys: "all", "mask" or
-    "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
-    -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
-    with blind_mean the mean of all values. softcap: 0 for none. late: the last query stands at the
-    last key.
-    """
-
-    dtype: torch.dtype
-    head_dim: int
-    scale: float
-    causal: bool
-    bias: str = "none"
-    keys: str = "all"
-    window: tuple[int, int] = NO_WINDOW
-    blind_nan: bool = False
-    blind_mean: bool = False
-    softcap: float = 0.0
-    late: bool = False
-
-    @property
-    def name(self) -> str:
-        kind = STORAGE[self.dtype].rsplit(":", 1)[-1]
-        causal = "_late" * self.late + "_causal" * self.causal
-        window = "" if self.window == NO_WINDOW else "_window"
-        keys = {"all": "", "mask": "_key_mask", "lengths": "_lengths"}[self.keys]
-        bias = "" if self.bias == "none" else f"_{self.bias}_bias"
-        blind = "_nan" if self.blind_nan else "_mean" if self.blind_mean else ""
-        capped = "_capped" if self.softcap else ""
-        return f"attention_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{capped}{blind}"
 
 
 def describe_attention(

@@ -30,8 +30,6 @@ from turbotx.passes.partition import Region, op_name, tensor_inputs
 
 aten = torch.ops.aten
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
-# In the order of `Activation` in epilogue.h.
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 COMMUTES = frozenset({"add", "mul"})
 X, FACTOR = "x", "factor"
 
@@ -78,35 +76,6 @@ class Epilogue:
         parts = ["linear", self.activation if self.activation != "none" else ""]
         parts += ["mul" if self.gated else "", "add" if self.residual is not None else ""]
         return "_".join(part for part in parts if part)
-
-
-@dataclass(frozen=True)
-class RowNorm:
-    """A norm of rows: kind "layer" or "rms", with eps inside the root."""
-
-    kind: str
-    eps: float
-
-
-@dataclass(frozen=True)
-class GemmKernel:
-    """What is fixed about a GEMM launch: its activation, and whether the second half of the
-    weight's columns multiplies the first.
-
-    norm, residual_norm: what it does to the rows of x and of the residual; stats: whether it leaves
-    statistics of its own rows for those. Such a launch has six arguments more: sums and scales of
-    the weight's rows, x's statistics, gamma and beta for the residual, its statistics, its own.
-    """
-
-    activation: str = "none"
-    gated: bool = False
-    norm: RowNorm | None = None
-    residual_norm: RowNorm | None = None
-    stats: bool = False
-
-    @property
-    def folds(self) -> bool:
-        return self.stats or not self.norm is self.residual_norm is None
 
 
 def find_epilogues(

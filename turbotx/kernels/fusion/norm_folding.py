@@ -18,10 +18,10 @@ from torch import fx
 
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import ONE, product
+from turbotx.ir.matmul_kernels import RowNorm
 from turbotx.ir.strides import layout_of, reshape_strides
 from turbotx.kernels.fusion.epilogue import (
     Epilogue,
-    RowNorm,
     is_packable,
     match_epilogue,
     packable_inputs,
