@@ -105,10 +105,13 @@ class Engine:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.autograd._profiler_enabled():
             with record_function(f"turbotx: {type(self.model).__name__}"):
-                return self._call(args, kwargs)
-        return self._call(args, kwargs)
+                variant, outputs = self.run_flat(args, kwargs)
+        else:
+            variant, outputs = self.run_flat(args, kwargs)
+        return pytree.tree_unflatten(outputs, variant.out_spec)
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
+        """Run a call; return what served it, and the leaves of its output."""
         for _ in range(MOST_CHANGES):
             variant, program, binding, tensors = self.check(args, kwargs)
             try:
@@ -119,7 +122,7 @@ class Engine:
                 continue
             if variant.effects:
                 outputs = variant.leave(outputs)
-            return pytree.tree_unflatten(outputs, variant.out_spec)
+            return variant, outputs
         raise CaptureError(
             f"{type(self.model).__name__} was captured {MOST_CHANGES} times for one call, and its "
             "parameters were of another kind after each capture: does another thread convert it?"

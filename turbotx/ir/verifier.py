@@ -174,7 +174,8 @@ def check_launches(
                 raise VerifyError(f"{launch.name} reads {name!r} before it is written")
         for name in launch.writes:
             kind = tensors[name].kind
-            if kind not in ("intermediate", "output"):
+            is_cache = isinstance(launch, ir.StoreLaunch) and kind == "input"
+            if kind not in ("intermediate", "output") and not is_cache:
                 raise VerifyError(f"{launch.name} writes {name!r}, which is {kind} memory")
             written.add(name)
         _check_inplace_pairs(tensors, launch)
@@ -211,6 +212,8 @@ def _of_one_dtype(launch: ir.Launch) -> tuple[ir.Operand | None, ...]:
         return launch.x, launch.weight, bias, launch.out, launch.residual
     if isinstance(launch, ir.AttentionLaunch):
         return launch.q, launch.k, launch.v, launch.out
+    if isinstance(launch, ir.StoreLaunch):
+        return launch.held, launch.new
     return ()
 
 

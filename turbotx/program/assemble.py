@@ -28,6 +28,7 @@ from turbotx.capture.eager import (
 )  # fmt: skip
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import attention_scores
+from turbotx.ir.cache_ops import cache_store, store_rows
 from turbotx.ir.expr import ONE, ZERO, Expr, product
 from turbotx.ir.matmul_kernels import GemmKernel
 from turbotx.ir.strides import contiguous_strides, layout_with_copies, reshape_strides
@@ -42,6 +43,7 @@ from turbotx.passes.extract import extract
 from turbotx.passes.outputs import copied_leaves
 from turbotx.passes.partition import kind_of, op_name
 from turbotx.program.assembly import Assembly, dense
+from turbotx.program.cache_stores import describe_store
 from turbotx.program.copies import lay_out, lay_out_returned, show_by_strides
 
 aten = torch.ops.aten
@@ -121,6 +123,8 @@ class _Assembler:
             self._attention(node)
         elif kind == "product":
             self._product(node)
+        elif kind == "store":
+            self._store(node)
         elif kind == "extern":
             self._extern(node, why_outside(node))
         elif kind == "output":
@@ -129,6 +133,8 @@ class _Assembler:
     # --- tensors and operands ---
 
     def _tensor(self, node: fx.Node, kind: str | None = None) -> str:
+        if node.target is cache_store:
+            return self._tensor(node.args[0])  # type: ignore[arg-type]
         if node.name in self.out.tensors:
             return node.name
         if kind is None:
@@ -246,6 +252,13 @@ class _Assembler:
         self.out.launches.append(
             ir.ProductLaunch(kernel, a, b, out, sizes, self._call(node, out), **place)
         )
+
+    def _store(self, node: fx.Node) -> None:
+        """New rows are written behind those that a cache holds of a layer."""
+        held, new = self._operand(node), self._rows(node.args[1])  # type: ignore[arg-type]
+        call = ir.AtenCall(store_rows, self._arguments(node.args), {}, ())
+        sizes, place = describe_store(held, new), self._place(node, "cache_store")
+        self.out.launches.append(ir.StoreLaunch(held, new, sizes, call, **place))
 
     def _call(self, node: fx.Node, out: ir.Operand, has_out: bool = False) -> ir.AtenCall:
         """Return the call of a node itself, by PyTorch."""

@@ -97,6 +97,7 @@ def print_triton_attention(
     schedule, name = schedule or choose_attention_schedule(kernel), name or kernel.name
     hidden = [] if kernel.keys == "all" else ["a key mask" if kernel.keys == "mask" else "lengths"]
     hidden += ["causal"] * kernel.causal
+    hidden += ["queries at the last keys"] * kernel.late
     hidden += [f"a window of {kernel.window}"] * (kernel.window != NO_WINDOW)
     hidden += [f"scores capped at {kernel.softcap!r}"] * (kernel.softcap != 0)
     hidden += [f"{kernel.bias} bias"] * (kernel.bias != "none")
@@ -128,6 +129,7 @@ def _flags(kernel: AttentionKernel, once: bool) -> dict[str, Flag]:
         "BIAS": kernel.bias,
         "LEFT": left if left >= 0 else None,
         "RIGHT": 0 if kernel.causal else right if right >= 0 else None,
+        "LATE": kernel.late,
         "BLIND_NAN": kernel.blind_nan,
         "BLIND_MEAN": kernel.blind_mean,
         "ONCE": once,

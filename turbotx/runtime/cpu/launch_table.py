@@ -33,6 +33,10 @@ PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
 
 Generated = (ir.KernelLaunch, ir.AttentionLaunch, ir.ProductLaunch)
 
+IN_RUNTIME: dict[type[ir.Launch], str] = {
+    ir.GemmLaunch: "ttx_linear", ir.StoreLaunch: "ttx_store_rows",
+}  # fmt: skip
+"""The launches whose function lies in the runtime itself."""
 
 _started: dict[Path, Future[tuple[ctypes.CDLL, bool]]] = {}
 """By cache directory: the runtime that is being built in the background, until it is asked for."""
@@ -153,11 +157,11 @@ def _link(
             slot = -1 if arg is None else table.slots[arg.tensor]
         slots.append(slot)
         offsets.append(-1 if shift == 0 else table.value(shift))
-    gemm = isinstance(launch, ir.GemmLaunch)
+    own = IN_RUNTIME.get(type(launch))
     return NativeLaunch(
         **facts_of(launch),
-        library="runtime" if gemm else "kernels",
-        symbol="ttx_linear" if gemm else names[kernel_key(launch)],
+        library="kernels" if own is None else "runtime",
+        symbol=names[kernel_key(launch)] if own is None else own,
         slots=tuple(slots),
         offsets=tuple(offsets),
         sizes=tuple(table.value(e) for e in launch.sizes),

@@ -20,6 +20,7 @@ KEYS = tl.constexpr(None)  # "all" are seen, those of a "mask" (batch, k_len), o
 BIAS = tl.constexpr(None)  # "none", "boolean", or another: numbers
 LEFT = tl.constexpr(None)  # how far to the left of its own place a query sees keys, None: any
 RIGHT = tl.constexpr(None)  # and how far to the right
+LATE = tl.constexpr(None)  # whether the last query's place is the last key
 BLIND_NAN = tl.constexpr(None)  # a query that sees no key gets NaN, and not zeros,
 BLIND_MEAN = tl.constexpr(None)  # or the mean of all values that a mask hides
 ONCE = tl.constexpr(None)  # whether one tile has all keys
@@ -164,6 +165,12 @@ def attention(
         keys_ptr += batch_index * key_mask_stride
     if BIAS != "none":
         bias_ptr += batch_index * bias_batch + head * bias_head
+    if LATE:
+        # Places of queries, and not the rows of a bias, count from the last key back.
+        first += k_len - q_len
+        row += k_len - q_len
+        if BIAS != "none":
+            bias_ptr -= (k_len - q_len) * bias_q
     if ONCE:
         values, total = attend_at_once(
             q, row, row_ok, dim, dim_ok, k_ptr, k_row, v_ptr, v_row,
@@ -174,6 +181,8 @@ def attention(
             q, first, row, row_ok, dim, dim_ok, k_ptr, k_row, v_ptr, v_row,
             keys_ptr, bias_ptr, bias_q, bias_k, k_len, count, Q_TILE, K_TILE,
         )  # fmt: skip
+    if LATE:
+        row -= k_len - q_len
 
     if BLIND_NAN:
         # A query that sees no key of some gets 0 / 0.
