@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,11 @@ def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     code = "\n".join(blocks).replace("BertConfig()", TINY)
     exec(compile(code, "guide.md", "exec"), {"__name__": "guide"})
+
+
+def test_the_reference_is_what_the_script_makes() -> None:
+    made = runpy.run_path(str(ROOT / "docs/api_page.py"))["make_page"]()
+    assert (ROOT / "docs/api.md").read_text() == made, "run python docs/api_page.py"
 
 
 def test_the_page_about_fusion_says_what_happens(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 T = TypeVar("T")
-_NOTHING: Any = object()
+_NOTHING: Any = inspect.Parameter.empty
 """What `optimize` is given as a decorator with options; None is a mistake of the caller's."""
 
 

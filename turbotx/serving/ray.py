@@ -27,13 +27,13 @@ from starlette.responses import Response
 from turbotx.serving.app import create_app
 from turbotx.serving.engine import Head, Vectors
 from turbotx.serving.model_files import LoadedModel, describe_model, load_model
-from turbotx.serving.refusals import BackendFailed, Busy, NotReady, Refusal
+from turbotx.serving.refusals import BackendFailed, Busy, Late, NotReady, Refusal
 from turbotx.serving.routing import LengthRouting
 from turbotx.serving.service import Scope, Service
 from turbotx.serving.settings import Settings
 from turbotx.serving.tokens import TokenRow
 
-REFUSALS = {kind.__name__: kind for kind in (Busy, NotReady, BackendFailed)}
+REFUSALS = {kind.__name__: kind for kind in (Busy, Late, NotReady, BackendFailed)}
 ATTEMPTS = 3  # a row whose replica dies is computed again: it has no side effects
 
 
@@ -140,7 +140,8 @@ class RemoteEngine:
 class RemoteQueue:
     """Stands where a local dispatcher would: the queues are in the replicas."""
 
-    full = False
+    def full(self, priority: int) -> bool:
+        return False
 
     def now_ms(self) -> float:
         return time.perf_counter() * 1e3
