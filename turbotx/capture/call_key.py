@@ -18,6 +18,7 @@ from turbotx.capture.composition import is_dense
 from turbotx.ir.memory_order import memory_order
 
 _PLAIN = (bool, int, str, type(None))
+_STRIDED = torch.strided
 
 
 def describe_call(
@@ -25,13 +26,16 @@ def describe_call(
 ) -> tuple[Any, list[torch.Tensor]]:
     """Return all that a call is told from others by, in one pass, and its tensors in order.
 
-    None instead of a description where an argument is neither a tensor nor a plain constant.
+    None instead of a description where an argument is neither a strided tensor nor a plain
+    constant.
     """
     parts: list[Any] = [ambient, len(args), *kwargs]
     tensors = []
     floats = False
     for value in (*args, *kwargs.values()):
         if is_dense(value):
+            if value.layout is not _STRIDED or value.is_nested:
+                return None, []  # a closer look refuses it
             order = None if value.is_contiguous() else memory_order(value)
             parts += (value.shape, value.dtype, value.device, order)
             tensors.append(value)

@@ -365,5 +365,5 @@ def gemm_job(
         divisible=tuple(a for a, _ in given if a in multiples),
         num_warps=fit_warps(schedule.num_warps, target),
         num_stages=schedule.num_stages,
-        before_wait="".join(f"    {line}\n" if line else "\n" for line in prefetch),
+        before_wait="".join(f"{line}\n" for line in prefetch),
     )

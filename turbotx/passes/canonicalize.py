@@ -75,7 +75,7 @@ def canonicalize(graph: fx.Graph) -> None:
                 graph.erase_node(node)
                 changed = True
         changed |= merge_duplicates(graph)
-        changed |= eliminate_dead(graph)
+        changed |= graph.eliminate_dead_code(_stays)
     graph.lint()
 
 
@@ -281,12 +281,6 @@ def merge_duplicates(graph: fx.Graph) -> bool:
     return changed
 
 
-def eliminate_dead(graph: fx.Graph) -> bool:
-    """Erase calls that nothing uses and that have no effect; tell whether there were any."""
-    changed = False
-    for node in reversed(list(graph.nodes)):
-        if node.users or node.op in ("output", "placeholder") or _has_effect(node):
-            continue
-        graph.erase_node(node)
-        changed = True
-    return changed
+def _stays(node: fx.Node) -> bool:
+    """Tell whether a node is no dead code, even where nothing uses it."""
+    return node.op in ("output", "placeholder") or _has_effect(node)

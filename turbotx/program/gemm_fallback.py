@@ -11,12 +11,10 @@ The list of launches stays one and the same for every shape; a runtime picks whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from sympy import Integer
-from torch import fx
 
 from turbotx import ir
 from turbotx.ir import fx_nodes as g
@@ -26,15 +24,14 @@ from turbotx.kernels.fusion.epilogue import Epilogue
 from turbotx.kernels.fusion.fuse import FusedRegion
 from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.kernels.gemm_heuristics import SPLIT_SUMS_NBYTES
-from turbotx.program.assemble import Assembly, dense
+from turbotx.program.assembly import Assembled, Assembly, dense
 
 
-def add_alternatives(
-    assembly: Assembly, fused: Sequence[FusedRegion], epilogues: Mapping[fx.Node, Epilogue]
-) -> None:
-    """Complete the GEMM launches of an assembly, which was made with the same regions."""
-    ends = {e.output.name: e for e in epilogues.values()}
-    regions = {f.region.outputs[-1].name: f for f in fused}
+def add_alternatives(assembled: Assembled) -> None:
+    """Complete the GEMM launches of an assembly by the regions that it was made of."""
+    assembly = assembled.assembly
+    ends = {e.output.name: e for e in assembled.epilogues.values()}
+    regions = {f.region.outputs[-1].name: f for f in assembled.fused}
     for i, launch in enumerate(assembly.launches):
         if not isinstance(launch, ir.GemmLaunch):
             continue

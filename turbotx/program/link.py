@@ -32,7 +32,7 @@ from turbotx.program.executable import (
     MemoryTables,
     OutputTensor,
     PytorchCall,
-    Share,
+    TokenRange,
     View,
     WholeTensor,
     Window,
@@ -53,7 +53,7 @@ class Layout:
     launches: dict[int, LinkedLaunch] = field(default_factory=dict)
     cpu: CpuTables | None = None
     gpu: GpuTables | None = None
-    share: Share | None = None
+    token_range: TokenRange | None = None
 
     def value(self, e: Expr) -> int:
         """Return the place of an expression in the table of sizes."""
@@ -91,7 +91,7 @@ def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: Layout) 
         ),
         leaves=tuple(_leaf(leaf, assembly) for leaf in assembly.outputs),
         memory=_plan_memory(assembly, names, planner),
-        cpu=layout.cpu, gpu=layout.gpu, share=layout.share,
+        cpu=layout.cpu, gpu=layout.gpu, token_range=layout.token_range,
     )  # fmt: skip
 
 

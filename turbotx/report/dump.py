@@ -76,7 +76,7 @@ def stage_text(report: Record, stage: str) -> str:
 
 
 def _texts(report: Record) -> Iterator[tuple[str, str]]:
-    yield "captured.txt", readable_text(report.compiled.captured_text)
+    yield "captured.txt", readable_text(report.compiled.unbound.call.text)
     yield "fused.txt", fused_text(report)
     yield "fused.dot", draw_dot(report)
     yield "fused.svg", draw_svg(report)

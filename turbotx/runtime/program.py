@@ -27,7 +27,7 @@ from turbotx.memory.liveness import Liveness
 from turbotx.memory.planner import restore_planner
 from turbotx.memory.planner.plan import Plan, align
 from turbotx.memory.pool import ChunkPool, poison, poison_enabled
-from turbotx.program.executable import Executable, Share
+from turbotx.program.executable import Executable, TokenRange
 from turbotx.runtime.aten import make_leaf
 from turbotx.runtime.binding import Binding, Execution, Runtime
 from turbotx.runtime.cpu.executor import CpuExecutor
@@ -94,13 +94,13 @@ class Program:
         return self.executable.memory.liveness
 
     @property
-    def share(self) -> Share | None:
+    def token_range(self) -> TokenRange | None:
         """Which calls it serves; None: all of them."""
-        return self.executable.share
+        return self.executable.token_range
 
     def serves(self, dims: Sequence[int]) -> bool:
         """Tell whether it, and not another program of the same call, is to run at these dims."""
-        return self.share is None or self.share.holds(dims)
+        return self.token_range is None or self.token_range.holds(dims)
 
     # --- binding ---
 

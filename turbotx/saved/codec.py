@@ -33,7 +33,7 @@ KNOWN: dict[str, type] = {
     for cls in (
         x.Window, x.PytorchCall, x.LibraryGemm, x.NativeLaunch, x.QueuedLaunch, x.CalledLaunch,
         x.InputTensor, x.OutputTensor, x.WholeTensor, x.View, x.MemoryTables, x.WeightWindow,
-        x.Packing, x.CpuTables, x.ArgumentLayout, x.GpuTables, x.Share, x.Executable,
+        x.Packing, x.CpuTables, x.ArgumentLayout, x.GpuTables, x.TokenRange, x.Executable,
         Liveness, Lifetime, Orientation, SizeRules, InputSize, SizeGuard, FloatInput, Kind,
     )
 }  # fmt: skip

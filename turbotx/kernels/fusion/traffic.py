@@ -99,15 +99,12 @@ def _smaller(a: Expr, b: Expr) -> Expr:
 
 def _sweeps(kernel: ir.Kernel) -> list[list[ir.Load | ir.Store]]:
     """Return the loads of each walk along a looped row; those of the row alone are in the first."""
-    phase: dict[str, int] = {}
-    makers: dict[str, ir.Statement] = {}
+    phases = kernel.phases()
+    makers = {result: s for s in kernel.body for result in ir.results_of(s)}
     ends: dict[int, list[str]] = {}
     for s in kernel.body:
-        below = max((phase[a] for a in ir.needs_of(s)), default=0)
-        for result in ir.results_of(s):
-            phase[result], makers[result] = below + isinstance(s, ir.Reduce), s
         if isinstance(s, (ir.Reduce, ir.Store)):
-            ends.setdefault(below, []).extend(ir.needs_of(s))
+            ends.setdefault(ir.phase_of(s, phases), []).extend(ir.needs_of(s))
     columns = {a.name for a in vector_axes(kernel)}
     varies = kernel.varies_over()
     walks: list[list[ir.Load | ir.Store]] = []

@@ -53,29 +53,14 @@ class _Printer:
         self.length = product([a.extent for a in self.cols])
         exact = self.length.is_Integer and int(self.length) % schedule.cols == 0
         self.body.col_masked = bool(self.cols) and not exact
-        self.phase = self._phases()
-        self.sweeps = 1 + max((self._sweep_of(s) for s in kernel.body), default=0)
+        self.phase = kernel.phases()
+        self.sweeps = 1 + max((ir.phase_of(s, self.phase) for s in kernel.body), default=0)
         self.emitted: set[str] = set()
         self.lines: list[str] = []
         self.functions: dict[str, str] = {}
         self.depth = 1
 
     # --- analysis ---
-
-    def _phases(self) -> dict[str, int]:
-        """How many reductions, one after another, a value waits for."""
-        phase: dict[str, int] = {}
-        for s in self.kernel.body:
-            below = self._after(s, phase)
-            for result in ir.results_of(s):
-                phase[result] = below + isinstance(s, ir.Reduce)
-        return phase
-
-    def _after(self, s: ir.Statement, phase: dict[str, int]) -> int:
-        return max((phase[a] for a in ir.needs_of(s)), default=0)
-
-    def _sweep_of(self, s: ir.Statement) -> int:
-        return self._after(s, self.phase)
 
     def _in_columns(self, s: ir.Statement) -> bool:
         """Tell whether a statement varies along the row, so that a looped row repeats it."""
@@ -104,7 +89,7 @@ class _Printer:
         """What a sweep is there for: its reductions and stores, and loads worth having early."""
         ends: list[ir.Statement] = []
         for s in self.kernel.body:
-            if isinstance(s, (ir.Reduce, ir.Store)) and self._sweep_of(s) == sweep:
+            if isinstance(s, (ir.Reduce, ir.Store)) and ir.phase_of(s, self.phase) == sweep:
                 ends.append(s)
         return ends
 
