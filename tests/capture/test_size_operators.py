@@ -69,7 +69,7 @@ TABLE = {"3": 2.0, "7": 3.0}
     [
         lambda x: {f"n{x.shape[0]}": x},
         lambda x: {f"{x.shape[0]:03d} {x.shape[0] / 2:.2f} {x.shape} {x.shape[0] > 2}": x},
-        lambda x: {"%s %d {}".format(x.shape) % (x.shape[0], x.shape[0]): x, repr(x.shape): 1},
+        lambda x: {f"%s %d {x.shape}" % (x.shape[0], x.shape[0]): x, repr(x.shape): 1},
         lambda x: x * TABLE.get(str(x.shape[0]), 7.0),
         lambda x: x * {True: 2, False: 3}[x.shape[0] > 3],
         lambda x: x * np.sqrt(x.shape[0]),
