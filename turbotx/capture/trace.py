@@ -54,7 +54,7 @@ from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.returned import put_constants
 from turbotx.capture.sandbox.effects import Effect
 from turbotx.capture.shape_matcher import ShapeMatcher
-from turbotx.capture.size_operators import float_steps, relations_answered, wants_bool
+from turbotx.capture.size_operators import python_operators, relations_answered, wants_bool
 from turbotx.capture.size_questions import sizes_from_one
 from turbotx.capture.size_rules import find_size_rules
 from turbotx.capture.symint_tensors import SizeTensors
@@ -265,7 +265,7 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with SizeTensors(), sizes_from_one(), float_steps():
+        with SizeTensors(), sizes_from_one(), python_operators():
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
