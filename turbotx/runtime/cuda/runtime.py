@@ -141,7 +141,7 @@ class LaunchKernels:
         for i, family in self.families.items():
             launch = self.assembly.launches[i]
             for part in family.pick(sizes):
-                if isinstance(part.job, Job):
+                if isinstance(part.job, Job) and 0 not in part.grid:
                     yield LaunchJob(_launch_of(launch, part.which), self.adapt(part.job))
 
     def expected_jobs(self, example_dims: Sequence[int]) -> list[Job]:
