@@ -129,7 +129,7 @@ class ShapeMatcher:
         for guard in self.rules.guards:
             try:
                 holds = all(guard.evaluate(*(dims[name] for name in guard.dims)))
-            except ZeroDivisionError:  # no size that the model takes
+            except (ArithmeticError, ValueError):  # no size that the model takes
                 holds = False
             if not holds:
                 return _Broken(f"{guard.text} does not hold", frozenset(guard.dims))

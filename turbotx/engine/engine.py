@@ -105,10 +105,13 @@ class Engine:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.autograd._profiler_enabled():
             with record_function(f"turbotx: {type(self.model).__name__}"):
-                return self._call(args, kwargs)
-        return self._call(args, kwargs)
+                variant, outputs = self.run_flat(args, kwargs)
+        else:
+            variant, outputs = self.run_flat(args, kwargs)
+        return pytree.tree_unflatten(outputs, variant.out_spec)
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
+        """Run a call; return what served it, and the leaves of its output."""
         for _ in range(MOST_CHANGES):
             variant, program, binding, tensors = self.check(args, kwargs)
             try:
@@ -119,7 +122,7 @@ class Engine:
                 continue
             if variant.effects:
                 outputs = variant.leave(outputs)
-            return pytree.tree_unflatten(outputs, variant.out_spec)
+            return variant, outputs
         raise CaptureError(
             f"{type(self.model).__name__} was captured {MOST_CHANGES} times for one call, and its "
             "parameters were of another kind after each capture: does another thread convert it?"
@@ -168,6 +171,8 @@ class Engine:
         leaves, spec = flatten_call(args, kwargs)
         leave_foreign(leaves)
         tensors = carry(leaves)
+        for tensor in tensors:
+            refuse_tensor(tensor)
         key = make_signature(leaves, spec, ambient)
         found = None
         if described is None:
@@ -176,8 +181,6 @@ class Engine:
             if found is not None and not found[0].takes(tensors):
                 described = (described, found[0].numbers(tensors))
                 found = self._bound.get(described)
-        for tensor in tensors:
-            refuse_tensor(tensor)
         if found is None or not found[0].holds():
             found = self._bind(key, described, tensors, args, kwargs)
         return found, tensors

@@ -26,6 +26,7 @@ from turbotx.kernels.fusion.norm_folding import find_folds
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.passes.attention import recognize_attention
+from turbotx.passes.cache import store_in_place
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.known import require_known_sizes
 from turbotx.passes.linear import (
@@ -86,6 +87,7 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     pack_linears(graph)
     recognize_attention(graph, attention)
     canonicalize(graph)
+    store_in_place(graph)
     lift_permutations(graph)
     canonicalize(graph)
     lift_views(graph)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         NormOperands,
         Operand,
         ProductLaunch,
+        StoreLaunch,
         Tensor,
     )
 
@@ -54,6 +55,7 @@ __all__ = [
     "Scan",
     "Statement",
     "Store",
+    "StoreLaunch",
     "axis_symbol",
     "needs_of",
     "phase_of",

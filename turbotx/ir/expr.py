@@ -315,9 +315,14 @@ def sizes_of(values: Iterable[Any]) -> Sizes:
 
 
 def evaluate(value: Expr, dims: Mapping[str, int]) -> int:
-    """Return `value` at concrete dims; slow, for reports and tests."""
-    spelled = spell_out(value)
-    if spelled is not value:
-        names = sorted(s.name for s in spelled.free_symbols)
-        return int(compile_evaluator([spelled], names)(*(dims[n] for n in names))[0])
-    return int(value.xreplace({s: sympy.Integer(dims[s.name]) for s in value.free_symbols}))
+    """Return `value` at concrete dims, as Python computes it; slow, for reports and tests."""
+    if value.is_Integer:
+        return int(value)
+    names, compute = _evaluator(spell_out(value))
+    return int(compute(*(dims[n] for n in names))[0])
+
+
+@lru_cache(maxsize=4096)
+def _evaluator(value: Expr) -> tuple[list[str], Evaluate]:
+    names = sorted(s.name for s in value.free_symbols)
+    return names, compile_evaluator([value], names)

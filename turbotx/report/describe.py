@@ -164,6 +164,7 @@ def show_attention(kernel: AttentionKernel) -> str:
     """Return an attention launch as text: what the graph fixes about it."""
     masks = [] if kernel.keys == "all" else ["key mask" if kernel.keys == "mask" else "lengths"]
     masks += [f"{kernel.bias} bias"] if kernel.bias != "none" else []
+    masks += ["queries at the last keys"] if kernel.late else []
     masks += ["causal"] if kernel.causal else []
     masks += [f"window {kernel.window}"] if kernel.window != NO_WINDOW else []
     kind = SHORT[kernel.dtype]

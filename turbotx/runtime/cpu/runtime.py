@@ -25,7 +25,9 @@ from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.cpu.launch_table import lay_out_launches, load_runtime, print_units
 from turbotx.runtime.weights import Weights
 
-NATIVE = frozenset((ir.KernelLaunch, ir.GemmLaunch, ir.AttentionLaunch, ir.ProductLaunch))
+NATIVE = frozenset(
+    (ir.KernelLaunch, ir.GemmLaunch, ir.AttentionLaunch, ir.ProductLaunch, ir.StoreLaunch)
+)
 """The launches that C++ runs, where there is a compiler."""
 
 
