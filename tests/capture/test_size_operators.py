@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -56,3 +59,34 @@ def test_a_bool_that_an_op_takes_is_a_guard() -> None:
         x = torch.randn(shape)
         torch.testing.assert_close(fast(x), model(x))
     assert fast.stats()["captures"] == 4
+
+
+TABLE = {"3": 2.0, "7": 3.0}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: {f"n{x.shape[0]}": x},
+        lambda x: {f"{x.shape[0]:03d} {x.shape[0] / 2:.2f} {x.shape} {x.shape[0] > 2}": x},
+        lambda x: {f"%s %d {x.shape}" % (x.shape[0], x.shape[0]): x, repr(x.shape): 1},
+        lambda x: x * TABLE.get(str(x.shape[0]), 7.0),
+        lambda x: x * {True: 2, False: 3}[x.shape[0] > 3],
+        lambda x: x * np.sqrt(x.shape[0]),
+    ],
+)
+def test_a_size_that_is_used_as_text_or_as_a_key_is_the_number(model: Any) -> None:
+    fast = turbotx.optimize(model, backend="aten")
+    for n in (3, 7, 1):
+        x = torch.ones(n, 4)
+        ours, right = fast(x), model(x)
+        if isinstance(right, dict):
+            assert list(ours) == list(right)
+        torch.testing.assert_close(ours, right)
+
+
+def test_other_code_may_write_sizes_as_it_likes() -> None:
+    fast = turbotx.optimize(lambda x: (x @ x.mT).softmax(-1).reshape(-1), backend="aten")
+    for n in SIZES:
+        fast(torch.ones(n, 4))
+    assert fast.stats()["captures"] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -150,3 +151,23 @@ def test_tracing_at_fixed_sizes_keeps_the_others_free() -> None:
     model = turbotx.engine.callables.FunctionModule(lambda x: x.sum(1))
     found = capture(model, (torch.randn(1, 1, 4),), {}, fixed={(0, 1)})
     assert [str(s) for s in found.input_sizes[0]] == ["batch", "1", "x_d2"]
+
+
+def test_a_settled_question_is_derived_once_whatever_guards_come_between(monkeypatch) -> None:
+    derived: Counter[str] = Counter()
+    derive = ShapeEnv._maybe_evaluate_static
+
+    def count(self: Any, question: Any, *args: Any, **kwargs: Any) -> Any:
+        found = derive(self, question, *args, **kwargs)
+        derived[str(question)] += found is not None
+        return found
+
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        for k in range(8):
+            if x.shape[1] + 3 > 0 and x.shape[1] != 20 + k:  # settled, then a guard each
+                x = x * 2
+        return x
+
+    monkeypatch.setattr(SizesFromOne, "_maybe_evaluate_static", count)
+    assert len(guards_of(ask, 2, 5)) == 8
+    assert max(derived.values()) == 1

@@ -126,6 +126,12 @@ def test_a_spent_budget_still_gives_a_whole_table():
     assert table.cost_ms(40, 8) == pytest.approx(320 * table.cost_ms(1, 1), rel=1e-6)
 
 
+def test_a_batch_that_would_take_more_than_is_left_is_not_begun():
+    engine = Counting(CostTable.from_function(lambda n, b: 0.02 * n * b, 512, 8))
+    measure_costs(engine, max_length=512, max_batch=8, budget_ms=20.0)
+    assert (1, 1) in engine.shapes and not any(n * b >= 1024 for n, b in engine.shapes)
+
+
 def test_kept_tables_are_used_only_where_they_fit(tmp_path):
     path = cost_file(tmp_path, "a/b", "r1", "x86 64", "eager")
     assert path.name == "costs-a-b-r1-eager-x86-64.json"

@@ -22,6 +22,7 @@ from tests.serving.conftest import (
     stand_in,
     wait_until,
 )
+from tests.serving.test_app import classifier
 from turbotx.cli.models import ModelError
 from turbotx.cli.serve import serve_model
 from turbotx.serving.engine import Head
@@ -86,6 +87,23 @@ def test_the_openai_client():
         wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
         with pytest.raises(openai.AuthenticationError):
             wrong.embeddings.create(model="stand-in", input="w0")
+
+
+def test_hugging_faces_client(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # for the loopback alone
+    with listening(sleeping_service(api_keys=("k",))) as url:
+        client = hub.InferenceClient(model=url, token="k", timeout=60)
+        found = client.feature_extraction("w1 w2", normalize=False, truncate=True)
+        assert found.tolist() == [[2, 5, 6, 3, 2, 5, 6, 3]]
+        with pytest.raises(hub.errors.HfHubHTTPError, match="422"):
+            client.feature_extraction("w1", prompt_name="query")
+        client = hub.InferenceClient(model=f"{url}/similarity", token="k", timeout=60)
+        assert client.sentence_similarity("w1", other_sentences=["w1"]) == [pytest.approx(1)]
+    with listening(classifier("a", "b")) as url:
+        client = hub.InferenceClient(model=url, timeout=60)
+        best = client.text_classification("w1 w2")  # of one text it takes the first class
+        assert best.label == "a" and 0.9 < best.score < 1
 
 
 PROGRAM = """

@@ -6,6 +6,7 @@ import pytest
 
 from tests.serving.conftest import word_tokenizer
 from turbotx.serving.refusals import BadInput, TooLarge
+from turbotx.serving.schemas import Token
 from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
 
 
@@ -77,9 +78,9 @@ def test_lone_surrogates_are_refused():
 
 def test_describes_each_token():
     first, second, third = word_tokenizer().describe("w7", 3)
-    assert (first["special"], first["start"]) == (True, None)
-    assert second == {"id": 11, "text": "w7", "special": False, "start": 0, "stop": 2}
-    assert third["text"] == "[SEP]"
+    assert first == Token(2, "[CLS]", True, None, None)
+    assert second == Token(11, "w7", False, 0, 2)
+    assert third.text == "[SEP]"
     assert len(word_tokenizer().describe("w7", 3, add_special_tokens=False)) == 1
     for text in ("w7 w8", "w" * 1000):
         with pytest.raises(TooLarge, match="more than 3 tokens"):

@@ -1,9 +1,11 @@
 """Size operators: what Python's own operators give for sizes that a trace has as expressions.
 
-In: a trace. Out: the same trace, in which floats are computed step by step as Python does, and, if
-need be, comparisons that the model writes are answered at once: some ops take a bool only::
+In: a trace. Out: the same trace, in which floats are computed step by step as Python does and a
+size that the model writes into a string is its number, with a guard; if need be, comparisons that
+the model writes are answered at once, for some ops take a bool only::
 
-    with float_steps():         n * 0.1 * 3  ->  (0.1 * n) * 3, not 0.30000000000000004 * n
+    with python_operators():    n * 0.1 * 3  ->  (0.1 * n) * 3, not 0.30000000000000004 * n
+                                f"layer_{n}"  ->  "layer_5", with the guard n == 5
     with relations_answered():  is_causal=n > 1  ->  True, with the guard n > 1
 """
 
@@ -28,14 +30,26 @@ _SUMS = ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__")
 """Of these sympy would merge the numbers of one with those of the next; no other operator's."""
 
 
-def float_steps() -> ExitStack:
-    """Meanwhile, in this thread, a sum or product of floats is one operand of what follows."""
-    return _replaced(_SUMS, _as_step)
+def python_operators() -> ExitStack:
+    """Meanwhile, in this thread, a sum or product of floats is one operand of what follows, and a
+    size that the model's code makes a string of is a number."""
+    stack = _replaced(_SUMS, _as_step)
+    thread = threading.get_ident()
+    for cls in (torch.SymInt, torch.SymFloat, torch.SymBool):
+        for name in ("__repr__", "__format__"):
+            stack.enter_context(patch.object(cls, name, _spelling(getattr(cls, name), thread)))
+    return stack
 
 
 def wants_bool(error: BaseException | None) -> bool:
-    """Tell whether a trace ended because an op takes a bool and was given a comparison of sizes."""
-    return isinstance(error, TypeError) and "SymBool" in str(error)
+    """Tell whether a trace ended because a comparison of sizes was used where only a bool is."""
+    text = str(error)
+    return isinstance(error, TypeError) and ("SymBool" in text or "BooleanAtom" in text)
+
+
+def wants_number(error: BaseException | None) -> bool:
+    """Tell whether a trace ended because a size was handed to what takes plain numbers only."""
+    return isinstance(error, TypeError) and ("SymInt" in str(error) or "SymFloat" in str(error))
 
 
 def relations_answered() -> ExitStack:
@@ -52,6 +66,19 @@ def _as_step(found: Any, asker: str | None) -> Any:
 
 def _as_bool(found: Any, asker: str | None) -> Any:
     return bool(found) if isinstance(found, torch.SymBool) and not is_library(asker) else found
+
+
+def _spelling(show: Callable[..., str], thread: int) -> Callable[..., str]:
+    @functools.wraps(show)
+    def spell(self: Any, *form: str) -> str:
+        asker = sys._getframe(1).f_globals.get("__name__")
+        if threading.get_ident() != thread or is_library(asker):
+            return show(self, *form)
+        kinds = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+        number = kinds[type(self)](self)
+        return format(number, *form) if form else repr(number)
+
+    return spell
 
 
 def _replaced(names: Sequence[str], change: Callable[[Any, str | None], Any]) -> ExitStack:

@@ -43,33 +43,47 @@ class SizesFromOne(ShapeEnv):
     memory: where either answer is right, none is noted.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settled: dict[sympy.Basic, sympy.Basic] = {}
+
     def _default_value_range(self, do_not_specialize_zero_one: bool = False) -> ValueRanges[Any]:
         return ValueRanges(sympy.S.One, int_oo)
 
     def evaluate_sym_node(
         self, sym_node: Any, size_oblivious: bool = False, fallback_value: bool | None = None
     ) -> Any:
-        """Return a question's answer; a guard is noted where a result depends on it."""
-        answer = sym_node.hint
-        asked = isinstance(answer, bool) and self._maybe_evaluate_static(sym_node.expr) is None
-        if asked and _is_idle(sym_node.expr, answer, fallback_value):
-            return sympy.true if answer else sympy.false
-        return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
+        """Return a question's answer; a guard is noted where a result depends on it.
+
+        What ranges and guards settle is settled for good: PyTorch forgets it with every new guard,
+        and deriving it takes sympy a millisecond, for each of 10,000 questions of a few views.
+        """
+        answer, question = sym_node.hint, sym_node.expr
+        if not isinstance(answer, bool):
+            return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
+        said = sympy.true if answer else sympy.false
+        if answer == fallback_value:  # who asks by guard_or_true and the like takes either
+            return said
+        if question not in self._settled:
+            settled = self._maybe_evaluate_static(question)
+            if settled is None:
+                if _is_idle(question, answer, fallback_value is not None):
+                    return said
+                return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
+            self._settled[question] = settled
+        return self._settled[question]
 
 
-def _is_idle(question: sympy.Basic, answer: bool, otherwise: bool | None) -> bool:
+def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:
     """Tell whether no result depends on an answer.
 
-    otherwise: what `guard_or_true` and the like would answer for an unknown size; who asks by them
-    is right then as well.
+    has_fallback: whether it was asked by `guard_or_true` or the like, which need none.
     """
-    if answer == otherwise:
-        return True
     frame = _find_asker()
     module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
     native = module == "torch._ops" or name == "__torch_function__"
     differ = isinstance(question, sympy.Ne if answer else sympy.Eq)
-    if differ and (native or otherwise is not None) and _is_for_one(question):
+    if differ and (native or has_fallback) and _is_for_one(question):
         return True  # a size that is spread over another: where it is 1, the other one is too
     if not native and not module.startswith("torch."):
         return decides_nothing(frame)

@@ -103,7 +103,7 @@ def check_kernel(kernel: ir.Kernel) -> None:
         for name in ir.results_of(s):
             if name in made or name in params or name in axes:
                 raise VerifyError(f"{kernel.name}: {name!r} is made twice")
-            made[name] = s.dtype  # type: ignore[union-attr]
+            made[name] = _dtype_of(s)
         _check_statement(kernel, s, params, axes, made)
         if isinstance(s, ir.Store):
             stored.add(s.access.param)
@@ -111,6 +111,12 @@ def check_kernel(kernel: ir.Kernel) -> None:
         if p.role == "out" and p.name not in stored:
             raise VerifyError(f"{kernel.name}: the output {p.name!r} is never stored")
     _check_reductions(kernel)
+
+
+def _dtype_of(s: ir.Statement) -> torch.dtype:
+    """Return the dtype of what a statement makes."""
+    assert not isinstance(s, (ir.Store, ir.Check)), "it makes nothing"
+    return s.dtype
 
 
 def _check_statement(

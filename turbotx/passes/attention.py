@@ -82,13 +82,13 @@ def _choose(node: fx.Node, found: Found, way: str) -> Callable[..., fx.Node] | N
 def _read_sdpa(node: fx.Node) -> Found | None:
     if g.argument(node, "dropout_p") != 0.0:
         return None
-    q, k, v = node.args[:3]
+    q, k, v = (g.operand(node, i) for i in range(3))
     mask, scale = g.argument(node, "attn_mask"), g.argument(node, "scale")
     if scale is None:
-        width = g.shape(q)[-1]  # type: ignore[arg-type]
+        width = g.shape(q)[-1]
         scale = 1 / math.sqrt(int(width)) if width.is_Integer else math.nan
     causal = bool(g.argument(node, "is_causal"))
-    return Found(q, k, v, mask, float(scale), causal)  # type: ignore[arg-type]
+    return Found(q, k, v, mask, float(scale), causal)
 
 
 def _why_not_products(found: Found) -> str:
@@ -139,7 +139,8 @@ def _part_mask(node: fx.Node, found: Found) -> Found:
         return found
     visible, bias = parts
     said = Mask()
-    understand_mask(visible, found.q, found.k, said)  # type: ignore[arg-type]
+    assert visible is not None, "it hides nothing"
+    understand_mask(visible, found.q, found.k, said)
     banded = said.causal or said.window != NO_WINDOW or found.causal
     if not said.rest and said.keys and not banded:
         return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=True)
@@ -149,7 +150,7 @@ def _part_mask(node: fx.Node, found: Found) -> Found:
         return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=False)
     if not found.blind_mean:
         return found
-    whole = hide_in_bias(node, visible, bias, torch.finfo(torch.float32).min)  # type: ignore[arg-type]
+    whole = hide_in_bias(node, visible, bias, torch.finfo(torch.float32).min)
     return replace(found, mask=whole, bias=None, blind_mean=False)
 
 

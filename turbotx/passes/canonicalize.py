@@ -114,8 +114,9 @@ def _value(node: fx.Node) -> Any:
 
 def _same_as(node: fx.Node) -> fx.Node | None:
     """Return the node that this one always equals, or None."""
-    if g.is_call(node, aten.cat.default) and len(node.args[0]) == 1:  # type: ignore[arg-type]
-        return node.args[0][0]  # type: ignore[index, return-value]
+    if g.is_call(node, aten.cat.default):
+        listed: Any = node.args[0]
+        return listed[0] if len(listed) == 1 else None
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0]
@@ -203,11 +204,10 @@ def _merge_views(node: fx.Node, source: fx.Node) -> fx.Node | None:
             return inner
         node.replace_input_with(source, inner)
     elif node.target is aten.permute.default and source.target is aten.permute.default:
-        first, second = source.args[1], node.args[1]
-        order = [first[d] for d in second]  # type: ignore[index, union-attr]
-        inner = source.args[0]
+        first, second = g.argument(source, "dims"), g.argument(node, "dims")
+        order, inner = [first[d] for d in second], g.operand(source, 0)
         if order == list(range(len(order))):
-            return inner  # type: ignore[return-value]
+            return inner
         node.args = (inner, order)
     elif node.target is aten.permute.default and source.target is aten.unsqueeze.default:
         return _permute_first(node, source)

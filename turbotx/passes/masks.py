@@ -46,11 +46,11 @@ class Mask:
 def understand_mask(mask: fx.Node, q: fx.Node, k: fx.Node, said: Mask) -> None:
     """Split a conjunction into its terms and add what each of them says to `said`."""
     if g.is_call(mask, aten.expand.default):
-        understand_mask(mask.args[0], q, k, said)  # type: ignore[arg-type]
+        understand_mask(g.operand(mask, 0), q, k, said)
         return
     if g.is_call(mask, aten.bitwise_and.Tensor, aten.logical_and.default):
-        for part in mask.args:
-            understand_mask(part, q, k, said)  # type: ignore[arg-type]
+        for position in range(2):
+            understand_mask(g.operand(mask, position), q, k, said)
         return
     term = _Term(mask)
     if term.is_true:
@@ -80,7 +80,8 @@ def _narrow(said: Mask, left: int, right: int) -> None:
     if right == 0:
         said.causal, right = True, -1
     both = zip(said.window, (left, right), strict=True)
-    said.window = tuple(min(a, b) if a >= 0 and b >= 0 else max(a, b) for a, b in both)  # type: ignore[assignment]
+    before, after = (min(a, b) if a >= 0 and b >= 0 else max(a, b) for a, b in both)
+    said.window = (before, after)
     if said.causal:
         said.window = (said.window[0], -1)
 
@@ -149,12 +150,12 @@ class _Term:
         if isinstance(s, ir.Constant) and not isinstance(s.value, bool):
             return expr(int(s.value)) if s.value == int(s.value) else None
         if isinstance(s, ir.Compute) and s.op in ("add", "sub", "neg"):
-            parts = [self._place(a) for a in s.args]
-            if any(p is None for p in parts):
+            parts = [p for a in s.args if (p := self._place(a)) is not None]
+            if len(parts) < len(s.args):
                 return None
             if s.op == "neg":
-                return -parts[0]  # type: ignore[operator]
-            return parts[0] + parts[1] if s.op == "add" else parts[0] - parts[1]  # type: ignore[operator]
+                return -parts[0]
+            return parts[0] + parts[1] if s.op == "add" else parts[0] - parts[1]
         return None
 
     def lengths(self, batch: Expr) -> fx.Node | None:

@@ -128,14 +128,15 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class WholeTensor:
-    """A leaf of the output: all of a tensor. Others: `Window`, `View`, `Sizes`, or a constant."""
+    """A leaf of the output that is all of a tensor; other leaves are `Window`s, `ReturnedView`s,
+    `Sizes` or constants."""
 
     name: str
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
-class View:
+class ReturnedView:
     """A leaf of the output that is an input, as the caller gave it, or a parameter, or a view.
 
     steps: the calls to make of it, each (op, arguments after the first, keywords).

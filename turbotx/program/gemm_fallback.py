@@ -12,6 +12,7 @@ The list of launches stays one and the same for every shape; a runtime picks whe
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from sympy import Integer
@@ -79,8 +80,9 @@ class _Parts:
 
     def _gemm(self, sums: ir.Operand) -> ir.GemmLaunch:
         given, linear = self.launch, self.end.linear
+        target: Any = linear.target
         own = given.bias if len(linear.args) > 2 else None  # or the kernel adds it
-        call = ir.AtenCall(linear.target, (given.x, given.weight, own), {}, (sums,), has_out=True)  # type: ignore[arg-type]
+        call = ir.AtenCall(target, (given.x, given.weight, own), {}, (sums,), has_out=True)
         return ir.GemmLaunch(
             GemmKernel(), given.x, given.weight, own, sums, None, given.rows, given.x_stride, call,
             name=f"{given.name}.linear", source=linear.name, module=given.module,

@@ -19,8 +19,7 @@ from turbotx.engine.compiled import Compiled
 from turbotx.errors import SaveError
 from turbotx.runtime.cuda.runtime import LaunchKernels
 from turbotx.runtime.weights import Weights
-from turbotx.saved.calls import encode_nodes
-from turbotx.saved.codec import encode
+from turbotx.saved.codec import encode, encode_nodes
 from turbotx.saved.values import Leaf, encode_ambient, encode_tree
 from turbotx.saved.variants import Tabulator, Variants, check_table
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy
 
@@ -130,8 +130,10 @@ class Tabulator:
         table = _Table(Decision(by, even, large, LARGE, True), self._variants)
         for key, (given, wide) in asked.items():
             with assume_tf32(key[0] == "1"):
-                plain = family.pick(_Sizes(self._constants, given, False))  # type: ignore[arg-type]
-                traced = family.pick(_Sizes(self._constants, given, True))  # type: ignore[arg-type]
+                plain, traced = (
+                    family.pick(cast(Sequence[int], _Sizes(self._constants, given, is_traced)))
+                    for is_traced in (False, True)
+                )
             assert [p.job for p in plain] == [p.job for p in traced]
             table.add(key, [(p.which, p.job, p.grid) for p in traced], wide, self._kernels.adapt)
         return table.finish()

@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -66,7 +66,7 @@ class Dispatcher:
         self.engine, self.scheduler = engine, scheduler
         self.cache, self.metrics = cache, metrics
         self.revision, self.coalesce = revision, coalesce
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[Hashable, Job] = {}
         self._in_flight: dict[CacheKey, Job] = {}
         self._keys = itertools.count()
         self._turns: deque[asyncio.Future[None]] = deque()  # of requests that hold rows back
@@ -260,9 +260,9 @@ class Dispatcher:
         while True:
             now_ms = self.now_ms()
             for late in self.scheduler.expire(now_ms):
-                self._fail(self._jobs[late.key], Busy("waited beyond the age bound"))  # type: ignore[index]
+                self._fail(self._jobs[late.key], Busy("waited beyond the age bound"))
             for late in self.scheduler.overdue(now_ms):
-                self._fail(self._jobs[late.key], Late("its deadline passed while it waited"))  # type: ignore[index]
+                self._fail(self._jobs[late.key], Late("its deadline passed while it waited"))
             batch = self.scheduler.next(now_ms)
             self._give_turn()
             self.metrics.plan_ms.observe(self.now_ms() - now_ms)
@@ -278,7 +278,7 @@ class Dispatcher:
                 await asyncio.wait_for(self._wake.wait(), timeout_s)
 
     async def _execute(self, batch: Batch) -> None:
-        jobs = [self._jobs[r.key] for r in batch.requests]  # type: ignore[index]
+        jobs = [self._jobs[r.key] for r in batch.requests]
         begin_ms = self.now_ms()
         for job in jobs:
             job.queued_ms = begin_ms - job.arrival_ms

@@ -80,8 +80,8 @@ def load_model(
     """Load weights and tokenizer from a local directory.
 
     ``backend`` is ``turbotx`` (optimized) or ``eager``. ``weights`` is a file for
-    ``turbotx.load_weights`` to take in place of the directory's own. ``programs`` is
-    a folder where the compiled program is kept for the next start. ``choices`` are the fields of
+    ``turbotx.load_weights`` to take in place of the directory's own. ``programs`` is a folder
+    where a CPU's compiled program is kept for the next start. ``choices`` are the fields of
     ``Choices``. Raises ModelFilesError, WeightsError.
     """
     if backend not in ("turbotx", "eager"):
@@ -100,8 +100,10 @@ def load_model(
         from turbotx.engine.optimize import optimize
         from turbotx.serving.kept_program import KeptProgram, program_file
 
-        kept = None if programs is None else program_file(programs, info, module)
-        module = optimize(module) if kept is None else KeptProgram(module, kept)
+        if programs is None or device != "cpu":  # for a GPU, writing it takes half a minute
+            module = optimize(module)
+        else:
+            module = KeptProgram(module, program_file(programs, info, module))
     engine = TorchEngine(module, info.head, loaded.pad_id, loaded.takes_types, device)
     return LoadedModel(engine, tokenizer, info)
 

@@ -155,8 +155,7 @@ async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> lis
     service.check_batch(len(texts))
     prompt = prompt_of(service, body.prompt_name) if body.prompt_name else ""
     special = body.add_special_tokens is not False
-    described = await service.describe([prompt + text for text in texts], special)
-    return [[Token(**token) for token in tokens] for tokens in described]
+    return await service.describe([prompt + text for text in texts], special)
 
 
 def describe_service(service: Service) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class RerankResponse(msgspec.Struct):
     id: str
 
 
-class Token(msgspec.Struct):
+class Token(msgspec.Struct, gc=False):
     id: int
     text: str
     special: bool

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +34,14 @@ from turbotx.serving.model_files import LoadedModel
 from turbotx.serving.policies import POLICIES, Aged
 from turbotx.serving.refusals import NotReady, TooLarge
 from turbotx.serving.scheduler import Hungry, Lazy, Scheduler
+from turbotx.serving.schemas import Token
 from turbotx.serving.settings import Settings
 from turbotx.serving.tokenizer_pool import TokenizerPool
 from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
 
 State = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
-MOST_TOKENS = 65_536  # described in one answer: about 4 MB of JSON
+MOST_TOKENS = 32_768  # described in one answer: about 2 MB of JSON
 
 
 class ModelFailed(TurbotxError):
@@ -201,15 +202,21 @@ class Service:
         self.metrics.tokenizing.observe(facts.tokenizing_s)
         return rows
 
-    async def describe(self, texts: Sequence[str], special: bool) -> list[list[dict[str, Any]]]:
+    async def describe(self, texts: Sequence[str], special: bool) -> list[list[Token]]:
         """Each text's tokens, for ``/tokenize``. Raises TooLarge where they would be too many."""
         most = max(MOST_TOKENS, self.model.info.max_length)
 
-        def work() -> list[list[dict[str, Any]]]:
-            found, left = [], most
-            for text in texts:
-                found.append(self.model.tokenizer.describe(text, left, add_special_tokens=special))
-                left -= len(found[-1])
+        def work() -> list[list[Token]]:
+            found: list[list[Token]] = []
+            left = most
+            try:
+                for text in texts:
+                    describe = self.model.tokenizer.describe
+                    found.append(describe(text, left, add_special_tokens=special))
+                    left -= len(found[-1])
+            except TooLarge:
+                found.clear()  # the error keeps this frame until the collector comes by
+                raise
             return found
 
         return await self._tokenizers.run(sum(map(len, texts)), work)

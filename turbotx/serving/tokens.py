@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from turbotx.serving.refusals import BadInput, TooLarge
+from turbotx.serving.schemas import Token
 
 CHARACTERS_PER_TOKEN = 24  # more than any tokenizer needs on average over a whole text
 
@@ -94,31 +95,25 @@ class TextTokenizer:
         found: list[str] = self._tokenizer.decode_batch(rows, skip_special_tokens=skip_special)
         return found
 
-    def describe(
-        self, text: str, most: int, *, add_special_tokens: bool = True
-    ) -> list[dict[str, Any]]:
+    def describe(self, text: str, most: int, *, add_special_tokens: bool = True) -> list[Token]:
         """Each token with its id, text and place, for ``/tokenize``; never truncated.
 
         Raises TooLarge beyond ``most`` tokens: what describes them is far longer than the text.
         """
+        refusal = f"the texts have more than {most} tokens: send them in several requests"
         if len(text) > most * CHARACTERS_PER_TOKEN:
-            raise TooLarge(f"the texts have more than {most} tokens: send them in several requests")
+            raise TooLarge(refusal)
         encoding = self._encode_text(text, None, add_special_tokens)
         if len(encoding) > most:
-            raise TooLarge(f"the texts have more than {most} tokens: send them in several requests")
+            raise TooLarge(refusal)
+        facts = zip(
+            encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets,
+            strict=True,
+        )  # fmt: skip
         return [
-            {
-                "id": token,
-                "text": piece,
-                "special": bool(special),
-                "start": None if special else start,
-                "stop": None if special else stop,
-            }
-            for token, piece, special, (start, stop) in zip(
-                encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets,
-                strict=True,
-            )
-        ]  # fmt: skip
+            Token(token, piece, bool(special), *((None, None) if special else place))
+            for token, piece, special, place in facts
+        ]
 
     def _encode_text(self, first: str, second: str | None, special: bool = True) -> Any:
         try:

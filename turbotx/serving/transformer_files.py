@@ -9,6 +9,7 @@ width), without a cache; whatever transformers cannot load is one ModelFilesErro
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from turbotx.serving.engine import Head
 from turbotx.serving.sentence_files import ModelFilesError, Normalize, SentenceFiles
 from turbotx.serving.tokens import TextTokenizer
 
+log = logging.getLogger(__name__)
 ENCODERS = {  # of models with a decoder, which an embedding does not need
     "t5": "T5EncoderModel",
     "mt5": "MT5EncoderModel",
@@ -76,6 +78,11 @@ def _load_transformer(folder: Path, classifies: bool, dtype: Any) -> Any:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        if getattr(config, "auto_map", None):
+            log.warning(
+                "%s names code of its own, which is not run: transformers' own %s is",
+                folder, config.model_type,
+            )  # fmt: skip
         _turn_cache_off(config)
         module, report = _loader_of(config, classifies, folder).from_pretrained(
             folder, config=config, local_files_only=True, dtype=dtype, output_loading_info=True

@@ -41,6 +41,7 @@ def gemm_bfloat16_100x1000_silu_gated_stats(
 
     # From here on it reads what other kernels have written.
 
+    # The sums over k.
     sums = tl.zeros((M_TILE, N_TILE), tl.float32)
     gate = tl.zeros((M_TILE, N_TILE), tl.float32)
     for start in range(begin, end, K_TILE):

@@ -57,13 +57,14 @@ def gemm_float16_3072x768_layer_norm_bias_gelu(
     part = tl.arange(0, 32)[None, :]
     part_ok = m_ok & (part < 24)
     at = x_stats_ptr + m.to(tl.int64) * 24 + part
-    x_part_mean = tl.load(at, mask=part_ok, other=0.0)
+    x_means = tl.load(at, mask=part_ok, other=0.0)
     at += tokens.to(tl.int64) * 24
-    x_part_m2 = tl.load(at, mask=part_ok, other=0.0)
+    x_m2s = tl.load(at, mask=part_ok, other=0.0)
     scales = tl.load(scales_ptr + n).to(tl.float32)
     w_sums = tl.load(sums_ptr + n).to(tl.float32)
     bias = tl.load(bias_ptr + n).to(tl.float32)
 
+    # The sums over k.
     sums = tl.zeros((M_TILE, N_TILE), tl.float32)
     for start in range(0, 768, K_TILE):
         k = start + tl.arange(0, K_TILE)[None, :]
@@ -76,9 +77,9 @@ def gemm_float16_3072x768_layer_norm_bias_gelu(
     # Statistics of rows, from those of their tiles.
     tile = tl.arange(0, 32)[None, :]
     count = tl.maximum(tl.minimum(768 - tile * 32, 32), 0).to(tl.float32)
-    x_mean = tl.sum(x_part_mean * count, 1, keep_dims=True) / 768
-    off = x_part_mean - x_mean
-    off = x_part_m2 + count * off * off
+    x_mean = tl.sum(x_means * count, 1, keep_dims=True) / 768
+    off = x_means - x_mean
+    off = x_m2s + count * off * off
     m2 = tl.sum(off, 1, keep_dims=True)
     x_rstd = tl.rsqrt(m2 / 768 + 1e-05)
 

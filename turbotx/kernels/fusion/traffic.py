@@ -35,8 +35,8 @@ class Traffic:
 
     def at(self, dims: Mapping[str, int]) -> tuple[int, int, int]:
         """Return the three at concrete dims."""
-        found = (self.read_nbytes, self.written_nbytes, self.compulsory_nbytes)
-        return tuple(evaluate(e, dims) for e in found)  # type: ignore[return-value]
+        read, written = evaluate(self.read_nbytes, dims), evaluate(self.written_nbytes, dims)
+        return read, written, evaluate(self.compulsory_nbytes, dims)
 
 
 def kernel_traffic(kernel: ir.Kernel, schedule: Schedule | None = None) -> Traffic:

@@ -102,10 +102,10 @@ def print_triton_attention(
     hidden += [f"scores capped at {kernel.softcap!r}"] * (kernel.softcap != 0)
     hidden += [f"{kernel.bias} bias"] * (kernel.bias != "none")
     header = [
-        f"# {name}",
-        f"#   softmax(q k^T * {kernel.scale!r}) v with head_dim {kernel.head_dim}"
+        name,
+        f"  softmax(q k^T * {kernel.scale!r}) v with head_dim {kernel.head_dim}"
         + (f", {', '.join(hidden)}" if hidden else ""),
-        f"#   tiles of {schedule.q_tile} queries x {schedule.k_tile} keys,"
+        f"  tiles of {schedule.q_tile} queries x {schedule.k_tile} keys,"
         f" {schedule.num_warps} warps",
     ]
     arguments = ["q_ptr", "k_ptr", "v_ptr", "out_ptr"]

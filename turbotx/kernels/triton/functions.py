@@ -45,6 +45,8 @@ def functions_in(text: str) -> list[str]:
 
 
 def stand_alone(header: Iterable[str], main: str) -> str:
-    """Return a file: comment lines, imports, the functions that `main` calls, `main`."""
-    head = "\n".join([*header, "import triton", "import triton.language as tl"]) + "\n"
-    return "\n\n".join([head, *functions_in(main), main])
+    """Return a file: `header` as a comment, imports, the functions that `main` calls, `main`."""
+    said = [f"# {line}" for line in header]
+    imports = ["import triton", "import triton.language as tl"]
+    imports += ["from triton.language.extra import libdevice"] * ("libdevice." in main)
+    return "\n\n".join(["\n".join([*said, *imports, ""]), *functions_in(main), main])

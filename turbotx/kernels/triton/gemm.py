@@ -48,9 +48,9 @@ def _header(t: GemmTemplate, s: GemmSchedule, name: str) -> list[str]:
     formula += " * (second half of w)" * t.gated + f" + {residual}" * t.residual
     split = f", k in {s.splits} parts" if s.splits > 1 else ""
     return [
-        f"# {name}",
-        f"#   out = {formula}, w {t.n * (1 + t.gated)} x {t.k}" + ", with statistics" * t.stats,
-        f"#   tiles of {s.m_tile} x {s.n_tile}, {s.k_tile} at a time{split},"
+        name,
+        f"  out = {formula}, w {t.n * (1 + t.gated)} x {t.k}" + ", with statistics" * t.stats,
+        f"  tiles of {s.m_tile} x {s.n_tile}, {s.k_tile} at a time{split},"
         f" {s.num_warps} warps, {s.num_stages} stages",
     ]
 

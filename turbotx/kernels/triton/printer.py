@@ -29,7 +29,7 @@ from turbotx.kernels.schedule import (
     vector_axes,
 )
 from turbotx.kernels.triton.body import Body
-from turbotx.kernels.triton.functions import functions_in
+from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.reduce import HELD, Group, reduce_held
 from turbotx.kernels.triton.text import wrap
 
@@ -103,12 +103,7 @@ class _Printer:
             self._straight()
         head = [f"def {self.name}(", *(f"    {a}," for a in self.arguments()), "):"]
         main = "\n".join(["@triton.jit", *head, *self.lines]) + "\n"
-        parts = [*functions_in("".join(self.functions.values()) + main)]
-        parts += [*self.functions.values(), main]
-        imports = "import triton\nimport triton.language as tl\n"
-        if "libdevice." in main:
-            imports += "from triton.language.extra import libdevice\n"
-        return "\n\n".join([self._header() + "\n" + imports, *parts])
+        return stand_alone(self._header(), "\n\n".join([*self.functions.values(), main]))
 
     def arguments(self) -> list[str]:
         names = [f"{p.name}_ptr" for p in self.kernel.params]
@@ -118,7 +113,7 @@ class _Printer:
     def _tiles(self) -> list[str]:
         return ["ROWS"] * self.body.two_dims + ["COLS"] * bool(self.cols)
 
-    def _header(self) -> str:
+    def _header(self) -> list[str]:
         k, s = self.kernel, self.schedule
         lines = [f"{k.name}"]
         lines += [f"  computes {source}" for source in k.sources]
@@ -130,7 +125,7 @@ class _Printer:
         kind = "reduced over" if k.columns else "by"
         held = f"in turns of {s.cols}" if s.looped else f"in tiles of {s.rows} x {s.cols}"
         lines.append(f"  rows {rows}, {kind} columns {cols}, {held}, {s.num_warps} warps")
-        return "\n".join(f"# {line}" for line in lines)
+        return lines
 
     def put(self, line: str) -> None:
         self.lines += wrap("    " * self.depth + line)

@@ -72,10 +72,10 @@ def print_triton_product(
     name = name or kernel.name
     arguments = ["a_ptr", "b_ptr", "out_ptr", *PRODUCT_NAMES, "M_TILE", "N_TILE", "K_TILE"]
     header = [
-        f"# {name}",
-        f"#   out = {'a b^T in float32' if scores else 'a b'} for every head, head_dim"
+        name,
+        f"  out = {'a b^T in float32' if scores else 'a b'} for every head, head_dim"
         f" {kernel.head_dim}",
-        f"#   tiles of {schedule.m_tile} x {schedule.n_tile}, {schedule.k_tile} at a time,"
+        f"  tiles of {schedule.m_tile} x {schedule.n_tile}, {schedule.k_tile} at a time,"
         f" {schedule.num_warps} warps",
     ]
     return stand_alone(header, specialize("products", "product", name, arguments, flags))

@@ -132,6 +132,10 @@ class _Template:
         targets = target.elts if isinstance(target, ast.Tuple) else [target]
         pairs = list(zip(map(ast.unparse, targets), results, strict=True))
         own = set(assigned_names(body))
+        constants = {p: a for p, a in given.items() if isinstance(a, ast.Constant) and p not in own}
+        if constants:  # what they decide against has no names
+            body = fold([_copy(x, {}, {}) for x in body], constants)
+            own = set(assigned_names(body))
         values = {p: a for p, a in given.items() if p not in own}
         # A target that an argument reads is assigned last.
         read = {n.id for a in values.values() for n in ast.walk(a) if isinstance(n, ast.Name)}

@@ -51,4 +51,4 @@ def make_tiles(options: Options, target: str, gpu: str = "") -> Tiles:
     """Return what chooses tiles for a target, under options and what was tuned on GPUs of a name,
     as "NVIDIA H100": nothing where there is none."""
     tuned = load_tuned(gpu) if gpu else {}
-    return Tiles(options.schedules, target, tuned, options.gemms, options.norms)  # type: ignore[arg-type]
+    return Tiles(options.schedule_pairs, target, tuned, options.gemms, options.norms)

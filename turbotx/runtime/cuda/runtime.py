@@ -25,7 +25,7 @@ from turbotx.kernels.tuned import make_chooser
 from turbotx.options import Options
 from turbotx.program.assembly import Assembly
 from turbotx.program.executable import ArgumentLayout, GpuTables, QueuedLaunch, TokenRange
-from turbotx.program.link import Layout, facts_of, link
+from turbotx.program.link import LaunchLayout, facts_of, link
 from turbotx.runtime.cuda.arguments import Key
 from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
 from turbotx.runtime.cuda.queue import CudaQueue
@@ -64,7 +64,7 @@ class LaunchKernels:
         """token_range: the calls that the program serves; None: all."""
         self.assembly, self.target = assembly, tiles.target
         slots = {name: k for k, name in enumerate(assembly.tensors)}
-        self.table = Layout(slots, token_range=token_range)
+        self.table = LaunchLayout(slots, token_range=token_range)
         self._layouts: dict[Key, ArgumentLayout] = {}
         self._checks: dict[int, int] = {}
         self._kernels: dict[str, KernelFamily] = {}
@@ -141,7 +141,7 @@ class LaunchKernels:
         for i, family in self.families.items():
             launch = self.assembly.launches[i]
             for part in family.pick(sizes):
-                if isinstance(part.job, Job):
+                if isinstance(part.job, Job) and 0 not in part.grid:
                     yield LaunchJob(_launch_of(launch, part.which), self.adapt(part.job))
 
     def expected_jobs(self, example_dims: Sequence[int]) -> list[Job]:

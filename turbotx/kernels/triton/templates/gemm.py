@@ -83,6 +83,11 @@ def begin_reading():
     """From here on it reads what other kernels have written."""
 
 
+@triton.jit
+def begin_asking():
+    """What is done to the sums asks for its operands before they are made."""
+
+
 # --- the sums over k ---
 
 
@@ -121,6 +126,7 @@ def multiply(
     x_ptr, x_row, x_mean, w_ptr, w_row, m, m_ok, n_tile, n, n_ok, begin, end,
     M_TILE: tl.constexpr, N_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
+    """The sums over k."""
     sums = tl.zeros((M_TILE, N_TILE), tl.float32)
     if GATED:
         gate = tl.zeros((M_TILE, N_TILE), tl.float32)
@@ -166,8 +172,7 @@ def add_part(sums, gate, parts, inside, split, M_TILE: tl.constexpr, N_TILE: tl.
 
 
 @triton.jit
-def add_parts(parts, inside, turns_ptr, M_TILE: tl.constexpr, N_TILE: tl.constexpr):
-    tl.store(turns_ptr + tl.program_id(0), 0)
+def add_parts(parts, inside, M_TILE: tl.constexpr, N_TILE: tl.constexpr):
     sums = tl.zeros((M_TILE, N_TILE), tl.float32)
     if GATED:
         gate = tl.zeros((M_TILE, N_TILE), tl.float32)
@@ -186,28 +191,33 @@ def add_parts(parts, inside, turns_ptr, M_TILE: tl.constexpr, N_TILE: tl.constex
 
 
 @triton.jit
-def load_columns(scales_ptr, sums_ptr, bias_ptr, at, ok):
-    scales = tl.load(scales_ptr + at, mask=ok, other=0.0).to(tl.float32) if SCALED else 1.0
-    if X_NORM == "layer" and not CENTERED:
-        w_sums = tl.load(sums_ptr + at, mask=ok, other=0.0).to(tl.float32)
-    else:
-        w_sums = 0.0
-    bias = tl.load(bias_ptr + at, mask=ok, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-    return scales, w_sums, bias
+def load_column(ptr, n, ok, FIRST: tl.constexpr):
+    return tl.load(ptr + n + FIRST, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_all_columns(scales_ptr, sums_ptr, bias_ptr, n, n_ok):
-    scales, w_sums, bias = load_columns(scales_ptr, sums_ptr, bias_ptr, n, n_ok)
-    if GATED:
-        gate_scales, gate_w_sums, gate_bias = load_columns(
-            scales_ptr, sums_ptr, bias_ptr, n + N, n_ok
-        )
-    else:
-        gate_scales = 1.0
-        gate_w_sums = 0.0
-        gate_bias = 0.0
-    return scales, w_sums, bias, gate_scales, gate_w_sums, gate_bias
+def load_columns(scales_ptr, sums_ptr, bias_ptr, n, ok, FIRST: tl.constexpr):
+    scales = load_column(scales_ptr, n, ok, FIRST) if SCALED else 1.0
+    w_sums = load_column(sums_ptr, n, ok, FIRST) if X_NORM == "layer" and not CENTERED else 0.0
+    bias = load_column(bias_ptr, n, ok, FIRST) if HAS_BIAS else 0.0
+    return scales, w_sums, bias
+
+
+# scales, w_sums and bias are values where LATE, and pointers to them elsewhere.
+@triton.jit
+def apply_columns(sums, scales, w_sums, bias, n, ok, x_mean, x_rstd, FIRST: tl.constexpr):
+    if SCALED:
+        factor = scales if LATE else load_column(scales, n, ok, FIRST)
+        sums = sums * factor
+    if X_NORM == "layer" and not CENTERED:
+        w_sum = w_sums if LATE else load_column(w_sums, n, ok, FIRST)
+        sums = x_rstd * (sums - x_mean * w_sum)
+    elif X_NORM != "none":
+        sums = x_rstd * sums
+    if HAS_BIAS:
+        shift = bias if LATE else load_column(bias, n, ok, FIRST)
+        sums += shift
+    return sums
 
 
 @triton.jit
@@ -228,19 +238,6 @@ def activate(x, gate):
     if GATED:
         x = x * gate
     return x
-
-
-@triton.jit
-def apply_columns(sums, scales, w_sums, bias, x_mean, x_rstd):
-    if SCALED:
-        sums = sums * scales
-    if X_NORM == "layer" and not CENTERED:
-        sums = x_rstd * (sums - x_mean * w_sums)
-    elif X_NORM != "none":
-        sums = x_rstd * sums
-    if HAS_BIAS:
-        sums += bias
-    return sums
 
 
 @triton.jit
@@ -315,32 +312,31 @@ def gemm(
     residual_stats_ptr, out_ptr, stats_ptr, partial_ptr, turns_ptr, tokens, x_row, w_row, out_row,
     residual_row, M_TILE: tl.constexpr, N_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
-    m_tile, n_tile, m, n, m_ok, n_ok, begin, end = find_tile(  # noqa: RUF059
-        tokens, M_TILE, N_TILE, K_TILE
-    )
+    m_tile, n_tile, m, n, m_ok, n_ok, begin, end = find_tile(tokens, M_TILE, N_TILE, K_TILE)
     begin_reading()
-
     if SPLITS > 1:
         if not X_WAITS:
             x_mean, x_rstd = merge_x(x_stats_ptr, m, m_ok, tokens, M_TILE)
-
         sums, gate = multiply(
             x_ptr, x_row, x_mean if CENTERED else 0.0, w_ptr, w_row, m, m_ok, n_tile, n, n_ok,
             begin, end, M_TILE, N_TILE, K_TILE,
         )  # fmt: skip
         turn, parts, inside = leave_part(sums, gate, partial_ptr, turns_ptr, M_TILE, N_TILE)
     if SPLITS == 1 or turn == SPLITS - 1:
+        if SPLITS > 1:
+            tl.store(turns_ptr + tl.program_id(0), 0)
         if LATE:
-            # What is done to the sums asks for its operands before they are made.
-            x_part_mean, x_part_m2 = load_statistics(
-                x_stats_ptr, m, m_ok, tokens, X_WAITS, X_PARTS, X_STEP
-            )
-            residual_part_mean, residual_part_m2 = load_statistics(
-                residual_stats_ptr, m, m_ok, tokens, RESIDUAL_WAITS, RESIDUAL_PARTS, RESIDUAL_STEP
-            )
-            scales, w_sums, bias, gate_scales, gate_w_sums, gate_bias = load_all_columns(
-                scales_ptr, sums_ptr, bias_ptr, n, n_ok
-            )
+            begin_asking()
+        x_means, x_m2s = load_statistics(x_stats_ptr, m, m_ok, tokens, X_WAITS, X_PARTS, X_STEP)
+        residual_means, residual_m2s = load_statistics(
+            residual_stats_ptr, m, m_ok, tokens, RESIDUAL_WAITS, RESIDUAL_PARTS, RESIDUAL_STEP
+        )
+        if LATE:
+            scales, w_sums, bias = load_columns(scales_ptr, sums_ptr, bias_ptr, n, n_ok, 0)
+            if GATED:
+                gate_scales, gate_w_sums, gate_bias = load_columns(
+                    scales_ptr, sums_ptr, bias_ptr, n, n_ok, N
+                )
             if HAS_RESIDUAL:
                 residual, gamma, beta = load_residual(
                     residual_ptr, residual_row, residual_norm_ptr, m, m_ok, n, n_ok
@@ -348,32 +344,30 @@ def gemm(
         if SPLITS == 1:
             if not X_WAITS:
                 x_mean, x_rstd = merge_x(x_stats_ptr, m, m_ok, tokens, M_TILE)
-
             sums, gate = multiply(
                 x_ptr, x_row, x_mean if CENTERED else 0.0, w_ptr, w_row, m, m_ok, n_tile, n, n_ok,
                 begin, end, M_TILE, N_TILE, K_TILE,
             )  # fmt: skip
         else:
-            sums, gate = add_parts(parts, inside, turns_ptr, M_TILE, N_TILE)
+            sums, gate = add_parts(parts, inside, M_TILE, N_TILE)
         if X_WAITS:
-            x_mean, x_rstd = merge_loaded(
-                x_part_mean, x_part_m2, X_STEP, K, X_TILE, X_EPS, X_NORM == "rms"
-            )
+            x_mean, x_rstd = merge_loaded(x_means, x_m2s, X_STEP, K, X_TILE, X_EPS, X_NORM == "rms")
 
         if not LATE:
-            scales, w_sums, bias, gate_scales, gate_w_sums, gate_bias = load_all_columns(
-                scales_ptr, sums_ptr, bias_ptr, n, n_ok
-            )
-        sums = apply_columns(sums, scales, w_sums, bias, x_mean, x_rstd)
+            scales = scales_ptr
+            w_sums = sums_ptr
+            bias = bias_ptr
+        sums = apply_columns(sums, scales, w_sums, bias, n, n_ok, x_mean, x_rstd, 0)
         if GATED:
-            gate = apply_columns(gate, gate_scales, gate_w_sums, gate_bias, x_mean, x_rstd)
+            gate = apply_columns(
+                gate, gate_scales if LATE else scales, gate_w_sums if LATE else w_sums,
+                gate_bias if LATE else bias, n, n_ok, x_mean, x_rstd, N,
+            )  # fmt: skip
         sums = activate(sums, gate)
         if HAS_RESIDUAL:
             residual_mean, residual_rstd = merge_residual(
-                residual_part_mean if RESIDUAL_WAITS else 0.0,
-                residual_part_m2 if RESIDUAL_WAITS else 0.0,
-                residual_stats_ptr, m, m_ok, tokens, M_TILE,
-            )  # fmt: skip
+                residual_means, residual_m2s, residual_stats_ptr, m, m_ok, tokens, M_TILE
+            )
             if not LATE:
                 residual, gamma, beta = load_residual(
                     residual_ptr, residual_row, residual_norm_ptr, m, m_ok, n, n_ok
