@@ -43,8 +43,8 @@ def export(name: str, model: torch.nn.Module) -> dict[str, Any]:
                 "name": launch.name,
                 "reads": list(launch.reads),
                 "writes": list(launch.writes),
-                "workspaces": list(getattr(launch, "workspaces", ())),
-                "inplace": [list(pair) for pair in getattr(launch, "inplace", ())],
+                "workspaces": list(launch.workspaces),
+                "inplace": [list(pair) for pair in launch.inplace],
             }
             for launch in assembly.launches
         ],

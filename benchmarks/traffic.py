@@ -79,12 +79,12 @@ def operand_nbytes(operand: ir.Operand, dims: Mapping[str, int]) -> int:
 def count_turbotx(launches: list[ir.Launch], dims: Mapping[str, int]) -> Count:
     found = Count()
     for launch in launches:
-        if isinstance(launch.target, ir.Kernel):
-            read, written, _ = kernel_traffic(launch.target).at(dims)
+        if isinstance(launch, ir.KernelLaunch):
+            read, written, _ = kernel_traffic(launch.kernel).at(dims)
             found.fused_nbytes += read + written
             found.nbytes += read + written
         else:
-            found.nbytes += sum(operand_nbytes(a, dims) for a in launch.args if a is not None)
+            found.nbytes += sum(operand_nbytes(a, dims) for a in launch.operands if a is not None)
         found.launches += 1
     return found
 
@@ -109,7 +109,7 @@ def count_bound(
             size = sympy.Mul(*g.shape(node)) * g.dtype(node).itemsize
             found.fused_nbytes += min(sum(evaluate(e, dims) for e in parts), evaluate(size, dims))
         found.launches += bool(fused.kernels)
-    others = [x for x in launches if not isinstance(x.target, ir.Kernel)]
+    others = [x for x in launches if not isinstance(x, ir.KernelLaunch)]
     rest = count_turbotx(others, dims)
     return Count(
         found.launches + rest.launches, found.fused_nbytes + rest.nbytes, found.fused_nbytes

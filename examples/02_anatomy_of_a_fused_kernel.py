@@ -72,7 +72,7 @@ target, is printed from these lines.
 
 # %%
 (launch,) = report.compiled.assembly.launches
-print(show_kernel(launch.target))
+print(show_kernel(launch.kernel))
 
 # %% [markdown]
 """

@@ -21,7 +21,6 @@ from torch import fx
 
 from tests.kernel_interpreter import CheckFailed, interpret
 from turbotx import ir
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.trace import Captured, capture
 from turbotx.engine.callables import FunctionModule
 from turbotx.engine.pipeline import rewrite
@@ -69,7 +68,7 @@ class Compilation:
 def compile_function(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Compilation:
     captured = capture(FunctionModule(function), args, kwargs)
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    if ShapeMatcher(captured).match([x.shape for x in tensors]) is None:  # as the engine does
+    if captured.matcher.match([x.shape for x in tensors]) is None:  # as the engine does
         small = {(i, d) for i, x in enumerate(tensors) for d, n in enumerate(x.shape) if n < 2}
         captured = capture(FunctionModule(function), args, kwargs, fixed=small)
     graph = captured.graph_module.graph
@@ -83,7 +82,7 @@ class _Run:
         self.made, self.runner = made, runner
         inputs = made.graph.find_nodes(op="placeholder")
         self.env: dict[fx.Node, Any] = dict(zip(inputs, tensors, strict=True))
-        matcher = ShapeMatcher(made.captured)
+        matcher = made.captured.matcher
         shapes = [t.shape for t in tensors]
         found = matcher.match(shapes)
         assert found is not None, matcher.explain(shapes)

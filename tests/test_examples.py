@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     exec(compile(code.replace("BertConfig()", TINY), "README.md", "exec"), scope)
     exec(compile(short, "README.md", "exec"), scope)  # of the same model, ids and mask
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/guide.md").read_text(), re.S | re.M)
+    assert "BertConfig()" in blocks[0]
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks).replace("BertConfig()", TINY)
+    exec(compile(code, "guide.md", "exec"), {"__name__": "guide"})
+
+
+def test_the_reference_is_what_the_script_makes() -> None:
+    made = runpy.run_path(str(ROOT / "docs/api_page.py"))["make_page"]()
+    assert (ROOT / "docs/api.md").read_text() == made, "run python docs/api_page.py"
 
 
 def test_the_page_about_fusion_says_what_happens(capsys: pytest.CaptureFixture[str]) -> None:

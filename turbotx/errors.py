@@ -44,6 +44,14 @@ class IndexOutOfRangeError(TurbotxError, IndexError):
         )
 
 
+class ModelError(TurbotxError):
+    """MODEL on a command line names nothing that can be loaded."""
+
+
+class DumpError(TurbotxError):
+    """The folder or file to write to cannot be one."""
+
+
 class WeightsError(TurbotxError, ValueError):
     """A file of weights cannot be read, or does not fit the model; nothing was changed."""
 

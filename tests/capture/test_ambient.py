@@ -17,7 +17,7 @@ import turbotx
 from tests.models import small_model, token_inputs
 from turbotx.capture.ambient import differences, read_ambient, watch_reads, without_autocast
 from turbotx.engine.dynamo import compile_graph
-from turbotx.errors import InputError, TurbotxError, VerifyError
+from turbotx.errors import CaptureError, InputError, TurbotxError, VerifyError
 
 
 @pytest.fixture(autouse=True)
@@ -256,6 +256,39 @@ def test_a_first_call_in_inference_mode_and_autocast() -> None:
             close(fast(x), plain(x))
 
 
+def test_constants_of_code_that_is_traced_in_inference_mode() -> None:
+    def model(x):
+        return x * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor(0.5)
+
+    fast, x = turbotx.optimize(model), torch.randn(2, 3)
+    with torch.inference_mode():
+        assert torch.equal(fast(x), model(x))
+    with torch.inference_mode(), autocast():
+        assert torch.equal(fast(x), model(x))
+    assert torch.equal(fast(x), model(x))
+
+
+def test_a_tensor_without_a_version_is_refused_by_name() -> None:
+    with torch.inference_mode():
+        kept = torch.ones(3)
+    with pytest.raises(CaptureError, match=r"made under torch\.inference_mode"):
+        turbotx.optimize(lambda x: x * kept)(torch.ones(3))
+
+
+def test_encoder_layers_that_a_fused_op_would_run_are_refused_under_autocast() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    fast, x = turbotx.optimize(layer, backend="aten"), torch.randn(2, 3, 16)
+    with autocast(), pytest.raises(CaptureError, match="set_fastpath_enabled"):
+        fast(x)
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with autocast():
+            close(fast(x), layer(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    close(fast(x), layer(x))
+
+
 class Counting(torch.overrides.TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +362,7 @@ def test_reading_and_telling() -> None:
 
 
 def test_a_result_of_another_dtype_is_not_written() -> None:
-    from turbotx.runtime.aten_call import call_into
+    from turbotx.runtime.aten import call_into
 
     x, aten = torch.ones(4, 4), torch.ops.aten
     with pytest.raises(VerifyError, match="bfloat16"):

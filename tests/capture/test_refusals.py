@@ -45,6 +45,23 @@ def test_a_quantised_input_is_refused() -> None:
         turbotx.optimize(lambda x: x.dequantize())(x)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda x: torch.nested.nested_tensor([x, x[:1]]), "a nested tensor"),
+        (lambda x: x.to_sparse(), "layout torch.sparse_coo"),
+    ],
+)
+def test_inputs_without_strides_are_refused(make: Any, kind: str) -> None:
+    fast, x = turbotx.optimize(lambda x: x * 2), torch.ones(2, 3)
+    with pytest.raises(InputError, match=f"an input (is|has) {kind}"):
+        fast(make(x))
+    assert torch.equal(fast(x), x * 2)
+    with pytest.raises(InputError, match=f"an input (is|has) {kind}"):
+        fast(make(x))
+
+
 @pytest.mark.parametrize(
     "model",
     [

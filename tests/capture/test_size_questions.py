@@ -17,7 +17,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import turbotx
 from tests.graphs import captured
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.size_questions import SizesFromOne, sizes_from_one
 from turbotx.capture.trace import capture
 
@@ -71,7 +70,7 @@ def test_first_calls_of_size_1_are_captured_for_every_size_unless_the_model_asks
 
 def test_which_dims_decide() -> None:
     found = captured(lambda x, y: x[:, :2] + y.sum(), torch.randn(3, 5), torch.randn(3, 5))
-    matcher = ShapeMatcher(found)
+    matcher = found.matcher
     assert matcher.find_deciding([(1, 1), (4, 1)]) == {(0, 1)}
     assert (
         matcher.find_deciding([(1, 2), (4, 1)]) == set() and matcher.explain([(1, 2), (4, 1)]) == ""

@@ -12,7 +12,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import turbotx
 from tests.graphs import captured
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.trace import _attentions, capture
 from turbotx.errors import CaptureError
 from turbotx.ir.fx_nodes import shape
@@ -91,7 +90,7 @@ def test_closed_over_tensors_are_constants() -> None:
 
 
 def test_guards_hold_and_break() -> None:
-    matcher = ShapeMatcher(capture(Embed().eval(), (IDS,), {}))
+    matcher = capture(Embed().eval(), (IDS,), {}).matcher
     assert matcher.match([(5, 16)]) == (5, 16)
     assert matcher.match([(1, 1)]) == (1, 1)
     assert matcher.match([(2, 17)]) is None
@@ -99,7 +98,7 @@ def test_guards_hold_and_break() -> None:
 
 
 def test_equal_dims_must_stay_equal() -> None:
-    matcher = ShapeMatcher(captured(lambda x, y: x @ y, torch.zeros(2, 3), torch.zeros(3, 4)))
+    matcher = captured(lambda x, y: x @ y, torch.zeros(2, 3), torch.zeros(3, 4)).matcher
     assert matcher.match([(5, 6), (6, 7)]) is not None
     assert matcher.match([(5, 6), (5, 7)]) is None
 

@@ -11,7 +11,8 @@ import torch
 from turbotx.cli import main
 from turbotx.cli.bench.floor import make_floor
 from turbotx.cli.bench.room import EngineFailed, Room, Worker, summarize
-from turbotx.cli.models import LoadedModel, ModelError, Source
+from turbotx.cli.models import LoadedModel, Source
+from turbotx.errors import ModelError
 
 SOURCE = """
 import torch

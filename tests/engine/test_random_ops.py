@@ -135,6 +135,34 @@ def test_numbers_that_are_drawn_elsewhere_are_refused(function, what) -> None:
         turbotx.optimize(function)(X)
 
 
+def test_generators_that_the_model_holds_are_refused_where_it_draws_from_them() -> None:
+    own, others = random.Random(3), [np.random.default_rng(3), np.random.RandomState(3)]
+    sure = random.SystemRandom()
+
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.others, self.draws = own, others, True
+
+        def forward(self, x):
+            return x * self.own.random() if self.draws else x * 2
+
+    model = Holds().eval()
+    for function, what in (
+        (model, "Python's random at .*test_random_ops.py"),
+        (lambda x: x * own.choice([2, 3]), "Python's random at .*test_random_ops.py"),
+        (lambda x: x * sure.random(), "Python's random at .*test_random_ops.py"),
+        (lambda x: x * others[0].random(), "numpy.random"),
+        (lambda x: x * others[1].rand(), "numpy.random"),
+    ):
+        with pytest.raises(CaptureError, match=what):
+            turbotx.optimize(function)(X)
+    model.draws = False
+    torch.testing.assert_close(turbotx.optimize(model)(X), X * 2)
+    seeded = turbotx.optimize(lambda x: x * random.Random(3).random())
+    torch.testing.assert_close(seeded(X), X * random.Random(3).random())
+
+
 def test_another_thread_may_draw_from_pythons_generator_meanwhile() -> None:
     import threading
 

@@ -12,6 +12,7 @@ from turbotx import ir
 from turbotx.errors import VerifyError
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import ZERO, dim
+from turbotx.ir.matmul_kernels import GemmKernel
 from turbotx.ir.verifier import (
     check_graph,
     check_inputs,
@@ -124,9 +125,14 @@ def launches():
         for n, kind in (("x", "input"), ("h", "intermediate"), ("y", "output"))
     }
     operands = {n: ir.Operand(n, torch.float32, shape, (ZERO,), ZERO) for n in tensors}
-    first = ir.Launch("first", "aten", None, (operands["x"], operands["h"]), ("h",))
-    second = ir.Launch("second", "aten", None, (operands["h"], operands["y"]), ("y",))
+    first = launch_of("first", (operands["x"],), operands["h"])
+    second = launch_of("second", (operands["h"],), operands["y"])
     return tensors, first, second
+
+
+def launch_of(name, reads, out, **more) -> ir.AtenLaunch:
+    call = ir.AtenCall(torch.ops.aten.clone.default, reads, {}, (out,))
+    return ir.AtenLaunch(call, name=name, **more)
 
 
 def test_launches_in_order_pass() -> None:
@@ -176,8 +182,9 @@ def test_pairs_of_one_thing_written_and_one_read_pass() -> None:
 )
 def test_a_pair_that_is_more_than_that(pair, again, words) -> None:
     tensors, first, second = launches()
-    extra = () if again is None else (replace(second.args[0], offset=again),)
-    second = replace(second, args=(*second.args, *extra), inplace=(pair,))
+    (h,), (y,) = second.call.args, second.call.writes
+    extra = () if again is None else (replace(h, offset=again),)
+    second = launch_of("second", (h, *extra), y, inplace=(pair,))
     with pytest.raises(VerifyError, match=words):
         check_launches(tensors, [first, second], ["y"])
 
@@ -185,9 +192,9 @@ def test_a_pair_that_is_more_than_that(pair, again, words) -> None:
 def test_a_pair_of_two_dtypes() -> None:
     tensors, first, second = launches()
     tensors["h"] = replace(tensors["h"], dtype=torch.int32)
-    h = replace(first.args[1], dtype=torch.int32)
-    first = replace(first, args=(first.args[0], h))
-    second = replace(second, args=(h, second.args[1]))
+    h = replace(first.call.writes[0], dtype=torch.int32)
+    first = launch_of("first", first.call.args, h)
+    second = launch_of("second", (h,), second.call.writes[0])
     with pytest.raises(VerifyError, match="of another dtype"):
         check_launches(tensors, [first, replace(second, inplace=(("y", "h"),))], ["y"])
 
@@ -209,7 +216,8 @@ def test_a_launch_of_another_dtype_than_its_tensor() -> None:
 def test_a_product_of_two_dtypes() -> None:
     tensors, first, second = launches()
     tensors["h"] = replace(tensors["h"], dtype=torch.bfloat16)
-    x, h = first.args
-    mixed = replace(first, kind="gemm", args=(x, x, None, replace(h, dtype=torch.bfloat16), None))
+    (x,), (h,) = first.call.args, first.call.writes
+    out, one = replace(h, dtype=torch.bfloat16), dim("batch")
+    mixed = ir.GemmLaunch(GemmKernel(), x, x, None, out, None, one, one, first.call, name="mixed")
     with pytest.raises(VerifyError, match="computes in one dtype"):
         check_launches(tensors, [mixed, second], ["y"])

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from turbotx.errors import OptionsError
-from turbotx.kernels.cpp.attention import AttentionKernel
+from turbotx.ir.matmul_kernels import AttentionKernel
 from turbotx.kernels.gemm_heuristics import (
     BUCKETS,
     choose_by_rule,

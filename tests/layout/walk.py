@@ -8,6 +8,7 @@ package as it is entered, with the files in it that run::
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,11 +33,16 @@ def files_entered(call: Callable[[], object]) -> list[str]:
         if event == "call" and name.startswith(str(PACKAGE)) and frame.f_code.co_flags & 2:
             found.setdefault(Path(name).relative_to(PACKAGE).as_posix())
 
+    gc.collect()  # what other code left is not cleared during the call
+    was_on = gc.isenabled()
+    gc.disable()
     sys.setprofile(note)
     try:
         call()
     finally:
         sys.setprofile(None)
+        if was_on:
+            gc.enable()
     return list(found)
 
 

@@ -68,7 +68,7 @@ def run_batch(batch: Batch, externs: set[str]) -> Iterator[Outcome]:
         yield explain(batch.samples[0], error)
         return
     for compiled in fast._engine.variants():
-        externs |= {str(x.target) for x in compiled.assembly.launches if x.kind == "aten"}
+        externs |= {str(x.call.target) for x in compiled.assembly.launches if x.kind == "aten"}
     for sample, result in zip(batch.samples, ours, strict=True):
         yield Outcome(sample, wrong=find_fault(sample, result))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import turbotx
-from turbotx.errors import IndexOutOfRangeError, InputError
+from turbotx.errors import CaptureError, IndexOutOfRangeError, InputError
 
 A, B = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 6).requires_grad_(False)
 
@@ -118,6 +120,12 @@ def test_an_input_whose_layout_is_asked_for_is_dense(name: str) -> None:
         fast(torch.randn(8, 12)[2::2, ::2])
 
 
+def test_the_memory_behind_an_input_is_nothing_to_decide_by() -> None:
+    for asks in (lambda t: t * t.untyped_storage().nbytes(), lambda t: t * t[1:].storage().size()):
+        with pytest.raises(CaptureError, match="memory behind an input"):
+            turbotx.optimize(asks)(torch.randn(4, 6)[:2])
+
+
 def test_where_nobody_asks_for_an_inputs_layout_any_will_do() -> None:
     def asks_another(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         made = t @ u
@@ -127,3 +135,27 @@ def test_where_nobody_asks_for_an_inputs_layout_any_will_do() -> None:
     for t in (torch.randn(4, 6), torch.randn(8, 12)[::2, ::2]):
         u = torch.randn(6, 6)
         torch.testing.assert_close(fast(t, u), asks_another(t, u))
+
+
+@pytest.mark.parametrize(
+    "shows",
+    [
+        lambda t: t.reshape(12, -1),
+        lambda t: t.flatten(1)[:, 1:],
+        lambda t: t.contiguous(),
+        lambda t: t.ravel(),
+        lambda t: t.mT.contiguous().mT,
+        lambda t: t[:, :, ::2].reshape(12, -1),
+    ],
+)
+def test_an_input_that_is_returned_in_another_shape_is_a_view_where_eagers_is(shows: Any) -> None:
+    fast, whole = turbotx.optimize(shows, backend="aten"), torch.randn(1, 2, 24)
+    for t in (
+        torch.randn(1, 2, 12), whole[:, :, :12], whole[:, :, ::2], torch.randn(1, 12, 2).mT,
+        torch.randn(1, 1, 1).expand(1, 2, 12),
+    ):  # fmt: skip
+        ours, right = fast(t), shows(t)
+        assert torch.equal(ours, right) and ours.stride() == right.stride()
+        shared = [x.untyped_storage().data_ptr() == t.untyped_storage().data_ptr()
+                  for x in (ours, right)]  # fmt: skip
+        assert shared[0] == shared[1]

@@ -17,10 +17,9 @@ from torch import nn
 
 import turbotx
 from turbotx.engine.optimize import engine_of
-from turbotx.errors import InputError, TrainingError
+from turbotx.errors import DumpError, InputError, TrainingError
 from turbotx.report import Report
 from turbotx.report.draw import draw_svg, find_boxes
-from turbotx.report.dump import DumpError
 from turbotx.report.origin import reserve
 
 LAYERS, HIDDEN = 2, 64
@@ -338,7 +337,7 @@ def test_a_watch_hears_of_every_launch_in_order() -> None:
     with torch.no_grad():
         (found,) = program.run(program.bind((2,)), [x], watch=Watch())
     torch.testing.assert_close(found, model(x).detach())
-    count = len(program.assembly.launches)
+    count = len(program.executable.launches)
     assert heard == [(when, k) for k in range(count) for when in ("before", "after")]
 
 

@@ -18,6 +18,7 @@ from turbotx.capture.composition import is_dense
 from turbotx.ir.memory_order import memory_order
 
 _PLAIN = (bool, int, str, type(None))
+_STRIDED = torch.strided
 
 
 def describe_call(
@@ -25,13 +26,16 @@ def describe_call(
 ) -> tuple[Any, list[torch.Tensor]]:
     """Return all that a call is told from others by, in one pass, and its tensors in order.
 
-    None instead of a description where an argument is neither a tensor nor a plain constant.
+    None instead of a description where an argument is neither a strided tensor nor a plain
+    constant.
     """
     parts: list[Any] = [ambient, len(args), *kwargs]
     tensors = []
     floats = False
     for value in (*args, *kwargs.values()):
         if is_dense(value):
+            if value.layout is not _STRIDED or value.is_nested:
+                return None, []  # a closer look refuses it
             order = None if value.is_contiguous() else memory_order(value)
             parts += (value.shape, value.dtype, value.device, order)
             tensors.append(value)
@@ -44,6 +48,23 @@ def describe_call(
         else:
             return None, []
     return tuple(parts), carry(tensors) if floats else tensors
+
+
+def describe_kind(kwargs: dict[str, Any], ambient: Ambient) -> tuple[Any, list[torch.Tensor]]:
+    """Return all but its tensors' sizes that a call by names is told from others by, and its
+    tensors; None instead where an argument is neither a tensor nor a plain constant."""
+    parts: list[Any] = [ambient, *kwargs]
+    tensors = []
+    for value in kwargs.values():
+        if is_dense(value):
+            order = None if value.is_contiguous() else memory_order(value)
+            parts += (value.dim(), value.dtype, value.device, order)
+            tensors.append(value)
+        elif type(value) in _PLAIN:
+            parts += (type(value), value)
+        else:
+            return None, []
+    return tuple(parts), tensors
 
 
 def make_signature(leaves: list[Any], spec: Structure, ambient: Ambient) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from turbotx.capture.arguments import tensors_of
-from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.capture.size_operators import wants_number
 from turbotx.capture.trace import Captured, capture
 from turbotx.errors import CaptureError
 
@@ -28,16 +28,22 @@ def capture_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     A size of 1 is traced at 2. Sizes of 1 and 2 are traced longer where that took them for fixed,
     because what the model makes of them (the length less one) was 1. Where the capture does not
     hold for the call (which takes another branch at a length of 1), first the dims that decide are
-    numbers, then every 1, then all. Raises CaptureError where no trace succeeds.
+    numbers, then every 1, then all; all also where the code takes a number and no expression
+    (NumPy's functions). Raises CaptureError where no trace succeeds.
     """
-    captured = capture(model, args, kwargs)
     shapes = [tensor.shape for tensor in tensors_of(args, kwargs)]
+    every = {(i, d): n for i, s in enumerate(shapes) for d, n in enumerate(s)}
+    try:
+        captured = capture(model, args, kwargs)
+    except CaptureError as error:
+        if not wants_number(error.__cause__):
+            raise
+        return capture(model, args, kwargs, fixed=every)
     traced = zip(captured.input_sizes, shapes, strict=True)
     short = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
-    matcher = ShapeMatcher(captured)
+    matcher = captured.matcher
     if matcher.match(shapes) is not None and not short:
         return captured
-    every = {(i, d): n for i, s in enumerate(shapes) for d, n in enumerate(s)}
     ones = {place for place, n in every.items() if n == 1}
     tries: list[tuple[int, set[tuple[int, int]]]] = [(LONGER, set())] if short else []
     if matcher.match(shapes) is None:
@@ -50,6 +56,6 @@ def capture_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
             found = capture(model, args, kwargs, least, fixed)
         except CaptureError:
             continue
-        if ShapeMatcher(found).match(shapes) is not None:
+        if found.matcher.match(shapes) is not None:
             return found
     return captured

@@ -71,11 +71,41 @@ class Alias:
     steps: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...]
 
 
-def note_layouts(graph: fx.Graph) -> None:
-    """Let a graph's nodes know how eager lays out what leaves it, and what raw reads need."""
+Steps = Sequence[tuple[Any, tuple[Any, ...], dict[str, Any]]]
+"""Calls, each of what the one before gives: (op, arguments after the first, keywords)."""
+
+
+def find_shown(graph: fx.Graph) -> tuple[Steps | None, ...]:
+    """Return how each leaf that a graph gives is made of an input or parameter whose memory it
+    shows, in the model's own ops: of an input that lies otherwise, a reshape may be a copy.
+
+    The graph is as it was traced, not decomposed. None for other leaves, and for what no steps on
+    one tensor tell.
+    """
+    leaves: Any = graph.output_node().args[0]
+    return tuple(map(_find_steps, leaves))
+
+
+def _find_steps(leaf: Any) -> Steps | None:
+    chain = _chain(leaf) if g.is_tensor(leaf) else []
+    if not chain or chain[-1].op not in ("placeholder", "get_attr"):
+        return None
+    shown = [n for n in chain if g.is_tensor(n)]
+    others = [x for n in chain[:-1] for x in n.all_input_nodes if x is not n.args[0]]
+    if any(map(g.is_tensor, others)) or not all(_share_memory(n, chain[-1]) for n in shown):
+        return None
+    return _steps(chain)
+
+
+def note_layouts(graph: fx.Graph, shown: Sequence[Steps | None]) -> None:
+    """Let a graph's nodes know how eager lays out what leaves it, and what raw reads need.
+
+    shown: what `find_shown` gives of the graph as it was traced.
+    """
     for node in list(graph.nodes):
         if node.op == "output":
-            node.meta[RETURNS] = tuple(_returned(leaf) for leaf in node.args[0])
+            leaves: Any = node.args[0]
+            node.meta[RETURNS] = tuple(map(_returned, leaves, shown))
         if node.op != "call_function":
             continue
         if node.target is aten.as_strided.default:
@@ -134,7 +164,12 @@ def _positive(value: Expr) -> Expr:
 
 # --- what a view shows ---
 
-_COPIES = frozenset({aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default})
+_COPIES = frozenset(
+    {
+        aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default,
+        aten.ravel.default,
+    }
+)  # fmt: skip
 """Ops that are views or copies, as it falls out."""
 
 
@@ -170,15 +205,20 @@ def _chain(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _returned(leaf: Any) -> Fresh | Alias | None:
+def _steps(chain: Sequence[fx.Node]) -> Steps:
+    """Return the calls that lead from the last of a chain to its first."""
+    return [(n.target, n.args[1:], n.kwargs) for n in reversed(chain[:-1])]
+
+
+def _returned(leaf: Any, shown: Steps | None) -> Fresh | Alias | None:
     if not g.is_tensor(leaf):
         return None
     chain = _chain(leaf)
     if chain[-1].op in ("placeholder", "get_attr"):
-        moved = chain[-1].meta.get(ORDER) is not None and len(chain) > 1
-        if moved and chain[-2].target is aten.permute.default:
-            chain.pop(-2)  # what shows the input as the caller has it; raw reads look past it
-        steps = [(n.target, n.args[1:], n.kwargs) for n in reversed(chain[:-1])]
+        steps = list(_steps(chain) if shown is None else shown)
+        moved = chain[-1].meta.get(ORDER) is not None and bool(steps)
+        if moved and steps[0][0] is aten.permute.default:
+            steps.pop(0)  # what shows the input as the caller has it; raw reads look past it
         convert = [
             (t, *fx.node.map_arg((tuple(args), dict(kwargs)), g.size)) for t, args, kwargs in steps
         ]

@@ -1,54 +1,73 @@
 """Host random: numbers that forward draws outside of PyTorch, which a trace would keep for good.
 
-In: a function that runs the model's Python code. Out: where it drew from Python's `random` or from
-NumPy's global generator; "" where it did not, for example::
+In: a function that runs the model's Python code. Out: where it drew from Python's `random`, from
+NumPy, or from a generator of the user's own; "" where it did not, for example::
 
-    find_draws(lambda: model(x))  ->  "random.random at model.py:12"
+    find_draws(lambda: model(x))  ->  "Python's random at model.py:12"
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
+
+import numpy as np
+
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 def look_at_generators() -> tuple[Any, Any]:
     """Return the states of Python's and of NumPy's global generator, to be compared."""
-    numpy = sys.modules.get("numpy.random")
-    if numpy is None:
-        return random.getstate(), None
-    state = numpy.get_state()
+    state: Any = np.random.get_state()
     return random.getstate(), (state[0], state[1].tobytes(), *state[2:])
 
 
-def find_draws(run: Callable[[], object]) -> str:
+def look_at(generator: Any) -> str | None:
+    """Return the state of one of `GENERATORS`, to be compared; None where it has none."""
+    try:
+        if isinstance(generator, random.Random):
+            return repr(generator.getstate())
+        numbers = generator if isinstance(generator, np.random.RandomState) else None
+        bits = numbers._bit_generator if numbers is not None else generator.bit_generator
+        with np.printoptions(threshold=sys.maxsize):
+            return repr(bits.state)
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def find_draws(run: Callable[[], object], generators: Sequence[Any] = ()) -> str:
     """Call `run` and return what it drew from, and where in Python's case; "" for nothing.
 
-    Of Python's generators this thread's draws alone count. NumPy's global one moves for all
-    threads. Errors of `run` are its own.
+    generators: of the user's own, which it may draw from. Of Python's this thread's draws alone
+    count; NumPy's move for all threads. Errors of `run` are its own.
     """
     found: list[str] = []
 
     def look(frame: FrameType, event: str, called: Any) -> None:
-        owner = getattr(called, "__self__", None)
-        if event != "c_call" or found or not isinstance(owner, random.Random):
+        if event == "c_call":
+            owner = getattr(called, "__self__", None)
+        elif event == "call" and frame.f_code.co_filename == random.__file__:
+            owner = frame.f_locals.get("self")  # a SystemRandom's methods are Python's
+        else:
+            return
+        if found or not isinstance(owner, random.Random):
             return
         caller: FrameType | None = frame
         while caller is not None and caller.f_code.co_filename == random.__file__:
             caller = caller.f_back
         if caller is not None:
-            place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
-            found.append(f"Python's random at {place}")
+            found.append(f"Python's random at {caller.f_code.co_filename}:{caller.f_lineno}")
 
-    before, profiler = look_at_generators()[1], sys.getprofile()
+    numpys = [g for g in generators if not isinstance(g, random.Random)]
+    before, profiler = [look_at_generators()[1], *map(look_at, numpys)], sys.getprofile()
     sys.setprofile(look)
     try:
         run()
     finally:
         sys.setprofile(profiler)
-    if not found and look_at_generators()[1] != before:
+    if not found and [look_at_generators()[1], *map(look_at, numpys)] != before:
         found.append("numpy.random")
     return found[0] if found else ""

@@ -6,6 +6,9 @@ takes no others::
 
     with LayoutQuestions() as questions:  ...  if x.is_contiguous(): ...
     questions.asked  ->  {0}
+
+`x.contiguous()` of one stays an op of the graph. What lies behind an input, `x.untyped_storage()`,
+is refused: there may be more than the input.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from turbotx.capture.module_state.values import is_library
+from turbotx.errors import CaptureError
 
 Tensor: Any = torch.Tensor
 _QUESTIONS = frozenset((Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset))
+_METHODS = ("torch.overrides", "torch._tensor")
+_STORAGES = frozenset((Tensor.untyped_storage, Tensor.storage))
 
 
 class LayoutQuestions(TorchFunctionMode):
@@ -39,11 +45,29 @@ class LayoutQuestions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func in _QUESTIONS and not is_library(sys._getframe(1).f_globals.get("__name__")):
+        asks = func in _QUESTIONS or func in _STORAGES
+        if asks and not is_library(_find_asker()):
             place = self._places.get(_memory(args[0]))
+            if place is not None and func in _STORAGES:
+                raise CaptureError(
+                    "it looks at the memory behind an input, which another call's may share with "
+                    "more: ask the input itself, as by numel() and element_size()"
+                )
             if place is not None:
                 self.asked.add(place)
+        plain = func is Tensor.contiguous and len(args) == 1 and not kwargs
+        if plain and _memory(args[0]) in self._places:
+            # PyTorch calls no op where a tensor is dense, as the trace's inputs are.
+            return torch.ops.aten.contiguous.default(args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _find_asker() -> str | None:
+    """Return the module whose code asks, behind the methods of tensors that are Python's."""
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__") in _METHODS and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_globals.get("__name__")
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -88,6 +88,21 @@ def refuse_parts(model: nn.Module) -> None:
                 "which has no tensors to trace. Optimize the model as it was before that"
             )
     refuse_inference_tensors(model)
+    refuse_encoder_layers(model)
+
+
+def refuse_encoder_layers(model: nn.Module) -> None:
+    """Raise CaptureError for PyTorch's encoder layers under autocast on CPUs: a fused op of its own
+    runs them there, whose results are of the lower dtype where the layer's code gives float32."""
+    fused = torch.is_autocast_enabled("cpu") and torch.backends.mha.get_fastpath_enabled()
+    for path, module in model.named_modules() if fused else ():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            raise CaptureError(
+                f"cannot capture {type(model).__name__}: its part {path!r} is a "
+                "nn.TransformerEncoderLayer under autocast, where PyTorch's fast path gives other "
+                "dtypes than the layer's code. torch.backends.mha.set_fastpath_enabled(False) "
+                "turns that path off, or convert the model by .to(torch.bfloat16)"
+            )
 
 
 def refuse_inference_tensors(model: nn.Module) -> None:
@@ -95,11 +110,16 @@ def refuse_inference_tensors(model: nn.Module) -> None:
     and a change of them would go unnoticed."""
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_inference():
-            raise CaptureError(
-                f"cannot capture {type(model).__name__}: its {path!r} was made under "
-                "torch.inference_mode(), and nothing tells when such a tensor changes. Make or "
-                "load the model outside of it (torch.no_grad() is fine); calls may be inside"
-            )
+            raise made_in_inference_mode(type(model).__name__, path)
+
+
+def made_in_inference_mode(name: str, path: str) -> CaptureError:
+    """Return the error for a tensor of a model, found at `path`, that has no version."""
+    return CaptureError(
+        f"cannot capture {name}: its {path!r} was made under torch.inference_mode(), and nothing "
+        "tells when such a tensor changes. Make or load the model outside of it (torch.no_grad() "
+        "is fine); calls may be inside"
+    )
 
 
 def refuse_mutation(exported: Any, name: str) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from turbotx.capture.sandbox.noted_dict import NotedDict
 from turbotx.errors import CaptureError
 
 _LEAVES = (
@@ -42,17 +43,27 @@ pytree.register_pytree_node(
 )
 
 
+def _without_own_classes(tree: Any) -> Any:
+    """Return an output with the model's own dicts in the place of those that a trace ran with, and
+    with sizes that pytree keeps as such."""
+
+    def change(value: Any) -> Any:
+        if isinstance(value, torch.Size):
+            return Extents(value)
+        if isinstance(value, NotedDict):
+            return {k: _without_own_classes(v) for k, v in value.items()}
+        return value
+
+    return pytree.tree_map(change, tree, is_leaf=lambda x: isinstance(x, (torch.Size, NotedDict)))
+
+
 def take_apart(output: Any, name: str) -> tuple[list[Any], pytree.TreeSpec, dict[int, Any]]:
     """Return the leaves, their structure, and the constants in whose places a leaf is None.
 
     Raises CaptureError for an object that may hold tensors in a way that pytree does not know.
     """
 
-    def keep(value: Any) -> Any:
-        return Extents(value) if isinstance(value, torch.Size) else value
-
-    sized = pytree.tree_map(keep, output, is_leaf=lambda x: isinstance(x, torch.Size))
-    leaves, spec = pytree.tree_flatten(sized)
+    leaves, spec = pytree.tree_flatten(_without_own_classes(output))
     constants: dict[int, Any] = {}
     for k, leaf in enumerate(leaves):
         if isinstance(leaf, _LEAVES):

@@ -1,7 +1,7 @@
-"""Signature: which sizes a capture serves.
+"""Shape matcher: which sizes a capture serves.
 
-In: a `Captured` and the shapes of a call's tensors. Out: the values of its dims, or None and the
-reason why the capture does not hold for them, for example::
+In: what the inputs' sizes are made of and the guards, as plain data, and the shapes of a call's
+tensors. Out: the values of the capture's dims, or None and the reason why it does not hold::
 
     match([(2, 17), (2, 17)])  ->  (2, 17, 2)      # batch, seq, attention_mask_d0
 """
@@ -10,32 +10,70 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-import sympy
+from turbotx.ir.sizes import Evaluate, Sizes
 
-from turbotx.capture.trace import Captured
-from turbotx.ir.expr import Expr, evaluate
+
+@dataclass(frozen=True)
+class InputSize:
+    """The size of one dim of an input.
+
+    dims: those of the capture that it is made of. solve: (dim, slope, rest) where it is slope * dim
+    + rest, so that the dim follows from it; None where it is not. shown: in messages.
+    """
+
+    size: Sizes
+    dims: tuple[str, ...]
+    solve: tuple[str, int, int] | None
+    shown: str
+
+    @cached_property
+    def evaluate(self) -> Evaluate:
+        return self.size.compile(self.dims)
+
+
+@dataclass(frozen=True)
+class SizeGuard:
+    """A condition on the dims that held while tracing; `text` is shown when it fails."""
+
+    condition: Sizes
+    dims: tuple[str, ...]
+    text: str
+
+    @cached_property
+    def evaluate(self) -> Evaluate:
+        return self.condition.compile(self.dims)
+
+
+@dataclass(frozen=True)
+class SizeRules:
+    """What a capture assumed of sizes. inputs: the name and the sizes of each, in order."""
+
+    dims: tuple[str, ...]
+    inputs: tuple[tuple[str, tuple[InputSize, ...]], ...]
+    guards: tuple[SizeGuard, ...]
 
 
 @dataclass(frozen=True)
 class _Broken:
-    """Why a capture does not hold: in words, and the sizes or the one place that it is about."""
+    """Why a capture does not hold: in words, and the dims or the one place that it is about."""
 
     why: str
-    symbols: frozenset[sympy.Basic] = frozenset()
+    dims: frozenset[str] = frozenset()
     place: tuple[int, int] | None = None
 
 
 class ShapeMatcher:
     """Solves a call's shapes for the captured dims, and checks what tracing assumed."""
 
-    def __init__(self, captured: Captured) -> None:
-        self._captured = captured
+    def __init__(self, rules: SizeRules) -> None:
+        self.rules = rules
 
     def match(self, shapes: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
         """Return the dims' values in order, or None where the capture does not hold."""
         dims, broken = self._solve(shapes)
-        return tuple(dims[name] for name in self._captured.dims) if broken is None else None
+        return tuple(dims[name] for name in self.rules.dims) if broken is None else None
 
     def explain(self, shapes: Sequence[Sequence[int]]) -> str:
         """Return why `match` gives None, in words; "" where it gives dims."""
@@ -48,49 +86,51 @@ class ShapeMatcher:
         if broken is None:
             return set()
         found = {broken.place} if broken.place is not None else set()
-        for i, sizes in enumerate(self._captured.input_sizes):
-            found |= {(i, d) for d, s in enumerate(sizes) if s.free_symbols & broken.symbols}
+        for i, (_, sizes) in enumerate(self.rules.inputs):
+            found |= {(i, d) for d, s in enumerate(sizes) if broken.dims.intersection(s.dims)}
         return found
 
     def _solve(self, shapes: Sequence[Sequence[int]]) -> tuple[dict[str, int], _Broken | None]:
-        captured = self._captured
         dims: dict[str, int] = {}
-        later: list[tuple[tuple[int, int], Expr, int]] = []
-        for i, (sizes, shape) in enumerate(zip(captured.input_sizes, shapes, strict=True)):
+        later: list[tuple[tuple[int, int], InputSize, int]] = []
+        for i, ((_, sizes), shape) in enumerate(zip(self.rules.inputs, shapes, strict=True)):
             for d, (size, actual) in enumerate(zip(sizes, shape, strict=True)):
-                if size.is_Symbol:
-                    if dims.setdefault(size.name, actual) != actual:
-                        return dims, self._differs((i, d), actual, f"{size}={dims[size.name]}")
+                # A size that is a dim itself says it without doubt; others come after.
+                if size.solve is not None and size.solve[1:] == (1, 0):
+                    name = size.solve[0]
+                    if dims.setdefault(name, actual) != actual:
+                        return dims, self._differs((i, d), actual, f"{name}={dims[name]}")
                 else:
                     later.append(((i, d), size, actual))
         for place, size, actual in later:
-            unknown = [s for s in size.free_symbols if s.name not in dims]
-            if len(unknown) == 1:
-                solved = sympy.solve(size - actual, unknown[0])
-                if len(solved) != 1 or not solved[0].is_Integer:
-                    return dims, self._differs(place, actual, str(size))
-                dims[unknown[0].name] = int(solved[0])
-            if evaluate(size, dims) != actual:
-                return dims, self._differs(place, actual, str(size))
+            if size.solve is not None and size.solve[0] not in dims:
+                name, slope, rest = size.solve
+                if (actual - rest) % slope:
+                    return dims, self._differs(place, actual, size.shown)
+                dims[name] = (actual - rest) // slope
+        unknown = [name for name in self.rules.dims if name not in dims]
+        if unknown:
+            return dims, _Broken(f"{', '.join(unknown)} does not follow from the inputs' sizes")
+        for place, size, actual in later:
+            if size.evaluate(*(dims[name] for name in size.dims)) != (actual,):
+                return dims, self._differs(place, actual, size.shown)
         return dims, self._find_broken_guard(dims)
 
     def _differs(self, place: tuple[int, int], actual: int, wanted: str) -> _Broken:
-        name = self._captured.input_names[place[0]]
+        name, sizes = self.rules.inputs[place[0]]
         why = f"{name}.shape[{place[1]}] is {actual}, not {wanted}"
-        return _Broken(why, self._captured.input_sizes[place[0]][place[1]].free_symbols, place)
+        return _Broken(why, frozenset(sizes[place[1]].dims), place)
 
     def _find_broken_guard(self, dims: dict[str, int]) -> _Broken | None:
-        for name in self._captured.dims:
+        for name in self.rules.dims:
             if dims[name] < 1:
                 why = f"{name} is {dims[name]}; a call with a size of 0 has a capture of its own"
                 return _Broken(why)
-        for guard in self._captured.guards:
-            symbols = guard.condition.free_symbols
-            numbers = {s: sympy.Integer(dims[s.name]) for s in symbols}
+        for guard in self.rules.guards:
             try:
-                holds = guard.condition.xreplace(numbers) != False  # noqa: E712
-            except ZeroDivisionError:  # no size that the model takes
+                holds = all(guard.evaluate(*(dims[name] for name in guard.dims)))
+            except (ArithmeticError, ValueError):  # no size that the model takes
                 holds = False
             if not holds:
-                return _Broken(f"{guard.text} does not hold", frozenset(symbols))
+                return _Broken(f"{guard.text} does not hold", frozenset(guard.dims))
         return None

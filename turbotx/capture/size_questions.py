@@ -32,6 +32,8 @@ from turbotx.capture.sandbox.effects import SizesNeeded
 _LAYOUT = ("contiguous", "non_overlapping", "channels_last", "logical_to_physical", "strides")
 # Those that look for a way from one shape to another: it ends at the shape that was asked for.
 _VIEWS = ("_reshape_view_helper", "_collapse_view_helper")
+# A function that looks for such ways by what it calls in C++, and asks nothing itself.
+_FOLDS = ("torch._decomp.decompositions", "matmul")
 _PASS_ON = {__name__, sym_node.__name__, symbolic_shapes.__name__}
 
 
@@ -102,7 +104,7 @@ def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:
         return True  # a size that is spread over another: where it is 1, the other one is too
     if not native and not module.startswith("torch."):
         return decides_nothing(frame)
-    if differ and any(part in name for part in _VIEWS):
+    if differ and (any(part in name for part in _VIEWS) or (module, name) == _FOLDS):
         return True
     asker: FrameType | None = frame
     while asker is not None and asker.f_globals.get("__name__") == module:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from importlib import import_module
 from typing import Any
 
@@ -35,7 +36,7 @@ from turbotx.capture.ambient import (
 from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.casts import write_casts
 from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_without
-from turbotx.capture.eager import ASKED, ORDER, note_layouts
+from turbotx.capture.eager import ASKED, ORDER, find_shown, note_layouts
 from turbotx.capture.flat_call import FlatCall
 from turbotx.capture.guards import (
     Guard,
@@ -53,7 +54,10 @@ from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.returned import put_constants
 from turbotx.capture.sandbox.effects import Effect
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.capture.size_operators import python_operators, relations_answered, wants_bool
 from turbotx.capture.size_questions import sizes_from_one
+from turbotx.capture.size_rules import find_size_rules
 from turbotx.capture.symint_tensors import SizeTensors
 from turbotx.capture.trace_errors import Stopped, capture_error
 from turbotx.capture.traced_float import FloatInput
@@ -67,6 +71,8 @@ from turbotx.ir.memory_order import by_order, inverse, make_dense, moved_dims
 
 # The key, in the exported graph's meta, of the sizes that a squeeze looks at.
 SQUEEZED = "squeezed"
+# The key of what `find_shown` gives of the graph before it is decomposed.
+SHOWN = "shown"
 # Composite ops that stay whole: the passes and the op table know them as they are, and their
 # decompositions only hide what they mean.
 KEPT_WHOLE = frozenset(
@@ -106,6 +112,16 @@ class Captured:
     effects: tuple[Effect, ...] = ()
     state: StateRecord | None = None
 
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @cached_property
+    def matcher(self) -> ShapeMatcher:
+        """What tells which sizes it serves."""
+        rules = find_size_rules(self.dims, self.input_names, self.input_sizes, self.guards)
+        return ShapeMatcher(rules)
+
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Tell whether the floats that its Python code asked for are as they were."""
         return all(x.takes(tensors) for x in self.floats)
@@ -138,28 +154,29 @@ def capture(
         with recorder.installed(), no_autocast_cache(), watch_reads(ambient) as asked:
             code_names = find_model_names(model, recorder)
             flat = FlatCall(model, leaves, spec, recorder)
-            exported = _export_drawing_nothing(flat, tensors, least, fixed, name)
+            before = look_at_generators()
+            exported = _export_with_floats(flat, tensors, least, fixed, name)
+            moved = look_at_generators() != before
         with without_autocast():
             captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))
         state = make_record(model, recorder, code_names, captured.effects)
+        if (generators := recorder.find_moved()) or moved:
+            again = partial(_export_with_relations, flat, tensors, least, fixed, name)
+            _refuse_draws(name, again, generators)
     return replace(captured, state=state)
 
 
-def _export_drawing_nothing(
-    flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
-) -> Any:
-    """Trace a call; raise CaptureError where its Python code draws random numbers of the host."""
-    before = look_at_generators()
-    exported = _export_with_floats(flat, tensors, least, fixed, name)
-    if look_at_generators() != before:
-        drawn = find_draws(lambda: _export_widened(flat, tensors, least, fixed, name))
-        if drawn:
-            raise CaptureError(
-                f"cannot capture {name}: it draws a number from {drawn}, which a program would "
-                "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
-                "every call, or pass the number as an argument"
-            )
-    return exported
+def _refuse_draws(
+    name: str, trace_again: Callable[[], object], generators: Sequence[object]
+) -> None:
+    """Raise CaptureError where a model's Python code draws random numbers of the host."""
+    drawn = find_draws(trace_again, generators)
+    if drawn:
+        raise CaptureError(
+            f"cannot capture {name}: it draws a number from {drawn}, which a program would "
+            "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
+            "every call, or pass the number as an argument"
+        )
 
 
 def _export_with_floats(
@@ -167,11 +184,24 @@ def _export_with_floats(
 ) -> Any:
     """Trace with the call's floats as inputs, or else as the numbers that they are."""
     try:
-        return _export_widened(flat, tensors, least, fixed, name)
+        return _export_with_relations(flat, tensors, least, fixed, name)
     except CaptureError:
         if not flat.describe_floats():
             raise
         flat.floats.fixed = True  # an op or a class took no stand-in for a number
+        return _export_with_relations(flat, tensors, least, fixed, name)
+
+
+def _export_with_relations(
+    flat: FlatCall, tensors: Sequence[torch.Tensor], least: int, fixed: Places, name: str
+) -> Any:
+    """Trace with comparisons of sizes as expressions, or else as True and False."""
+    try:
+        return _export_widened(flat, tensors, least, fixed, name)
+    except CaptureError as error:
+        if not wants_bool(error.__cause__):
+            raise
+    with relations_answered():
         return _export_widened(flat, tensors, least, fixed, name)
 
 
@@ -236,19 +266,19 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings(), _no_fake_cache():
         warnings.simplefilter("ignore")
-        with SizeTensors(), sizes_from_one():
+        with SizeTensors(), sizes_from_one(), python_operators():
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
         write_casts(exported.graph)
         before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
-        squeezed = find_squeezed(exported.graph)
+        squeezed, shown = find_squeezed(exported.graph), find_shown(exported.graph)
         try:
             decompose_nodes(exported.graph_module, KEPT_WHOLE)
         except NotNodeByNode:
             exported.graph_module.graph = before
             exported = exported.run_decompositions(table_without(KEPT_WHOLE))
-    exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed}
+    exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed, SHOWN: shown}
     return exported
 
 
@@ -288,7 +318,7 @@ def _describe(
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
     symbols = name_dims(shapes, names, find_equals(shape_env))
     remember_names(graph_module, symbols)
-    note_layouts(graph_module.graph)
+    note_layouts(graph_module.graph, exported.graph_module.meta[SHOWN])
     squeezed = exported.graph_module.meta[SQUEEZED]
     guards = find_guards(exported, shape_env, symbols) + guard_sizes(graph_module, symbols)
     guards += guard_squeezed(squeezed, symbols)

@@ -36,6 +36,13 @@ _ASKS_FOR_VALUES = {
 }  # fmt: skip
 
 
+BREAKS = (
+    'or call the model through torch.compile(model, backend="turbotx"), which runs in PyTorch what '
+    "cannot be captured"
+)
+"""What a message offers for a model that is no single graph."""
+
+
 def capture_error(name: str, error: Exception) -> CaptureError:
     """Return a CaptureError that points at the deepest frame outside torch and turbotx."""
     inside = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
@@ -55,10 +62,13 @@ def capture_error(name: str, error: Exception) -> CaptureError:
             f"cannot capture {name}{where}\n  It asks for a number that a tensor holds (.item(), "
             "int(tensor), a branch on one, a slice up to one), or for as many elements as one "
             f"says.\n  {type(error).__name__}: {seen[0]}\n  Compute such numbers outside of the "
-            "optimized module and pass them as sizes or as numbers, or use a mask of full size"
+            "optimized module and pass them as sizes or as numbers, or use a mask of full size; "
+            f"{BREAKS}"
         )
     return CaptureError(
         f"cannot capture {name}{where}\n  {type(error).__name__}: {seen[0]}\n"
-        "  Every call must be one graph of tensor ops: no Python branch on a tensor's values, no "
-        "output that is neither a tensor nor a plain constant (for a decoder pass use_cache=False)."
+        "  Where the same call of the plain model fails too, its arguments do not fit the model. "
+        "Otherwise: a call must be one graph of tensor ops, without a Python branch on a tensor's "
+        "values and without an output that is neither a tensor nor a plain constant (for a decoder "
+        f"pass use_cache=False); {BREAKS}"
     )

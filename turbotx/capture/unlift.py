@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from turbotx.capture.refusals import made_in_inference_mode
 from turbotx.ir.subgraphs import enclose_graphs
 
 # The key, in the exported graph's meta, of the constants that only tracing made.
@@ -46,6 +47,11 @@ def unlift(
             inputs.append(node)
             continue
         value, path = _find(exported, model, target, owned)
+        if value.is_inference():  # nothing tells when it changes
+            if target not in fresh:
+                raise made_in_inference_mode(type(model).__name__, path)
+            with torch.inference_mode(False):
+                value = value.clone()
         if path in known:  # export lifts what a closure names once for each time
             node.replace_all_uses_with(known[path])
             graph.erase_node(node)

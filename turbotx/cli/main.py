@@ -1,30 +1,40 @@
 """The commands and their options; each hands over to the file of its name.
 
 In: `sys.argv`. Out: an exit code: 0 it worked, 1 the results are not right, 2 the command line or
-MODEL is wrong, 3 turbotx could not do it. Errors are one line, and with --json one object::
+MODEL is wrong, 3 turbotx could not do it, 4 an internal error, 130 interrupted. Errors are one
+line, and with --json one object::
 
     main(["compile", "minilm", "--out", "out"])
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from turbotx.cli.models import Source
-from turbotx.cli.output import Output, exit_code
+from turbotx import __version__
+from turbotx.cli.output import MISUSED, Output, exit_code
 from turbotx.cli.serve import serve_command
-from turbotx.errors import InputError, TurbotxError
+from turbotx.errors import InputError
 
+# A command imports PyTorch and the rest when it runs, so that --help and a mistyped name are
+# answered at once.
+if TYPE_CHECKING:
+    from turbotx.cli.models import Source
+
+INTERRUPTED = 130
+# Typer brings Click along in some versions and as a part of itself in others.
+UsageError: Any = typer.BadParameter.__base__
 app = typer.Typer(
     name="turbotx",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="A kernel compiler for transformer inference.",
     epilog="MODEL: package.module:factory, path/to/file.py:factory, hf:PATH, "
     "hf-config:TYPE[,name=value], minilm, or a .pt2 file of torch.export.",
@@ -35,7 +45,9 @@ Shape = Annotated[
     list[str] | None,
     typer.Option("--shape", metavar="batch=4,seq=128", help="Sizes; may be repeated."),
 ]
-Dtype = Annotated[str, typer.Option(help="Convert the model: float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Convert the model.")
+]
 Weights = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Take the weights from safetensors, .npz or a state dict."),
@@ -43,9 +55,26 @@ Weights = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"turbotx {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def turbotx() -> None:
+def describe(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
     """A kernel compiler for transformer inference."""
+
+
+def _source(model: str, dtype: str | None, weights: Path | None) -> Source:
+    from turbotx.cli.models import Source
+
+    return Source(model, dtype or "", weights)
 
 
 @app.command("compile")
@@ -57,13 +86,17 @@ def compile_command(
     shape: Shape = None,
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", metavar="sm_90", help="Also build for: sm_80, sm_90, gfx942, ..."),
+        typer.Option(
+            "--target",
+            metavar="sm_90",
+            help="A GPU's program, built: sm_80, sm_90, gfx942, ...",
+        ),
     ] = None,
     save: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write one file for turbotx.load, for every --target."),
     ] = None,
-    dtype: Dtype = "",
+    dtype: Dtype = None,
     weights: Weights = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Also run every launch against float64.")
@@ -78,7 +111,7 @@ def compile_command(
     from turbotx.cli.compile import compile_model, print_stage
     from turbotx.cli.save import save_model
 
-    source = Source(model, dtype, weights)
+    source = _source(model, dtype, weights)
     if stage:
         raise typer.Exit(print_stage(source, stage, shape or (), Output(as_json)))
     if out is None and save is not None:
@@ -93,14 +126,14 @@ def compile_command(
 def verify_command(
     model: Model,
     shape: Shape = None,
-    dtype: Dtype = "",
+    dtype: Dtype = None,
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Compare every launch and the whole model with float64; exit code 1 past the rule."""
     from turbotx.cli.verify import verify_model
 
-    source = Source(model, dtype, weights)
+    source = _source(model, dtype, weights)
     raise typer.Exit(verify_model(source, shape or (), Output(as_json)))
 
 
@@ -116,14 +149,14 @@ def profile_command(
         Path | None,
         typer.Option("--report", metavar="FILE", help="Write report.html, with the times, there."),
     ] = None,
-    dtype: Dtype = "",
+    dtype: Dtype = None,
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Time every launch: bytes, bandwidth, by kernel and by module."""
     from turbotx.cli.profile import profile_model
 
-    source = Source(model, dtype, weights)
+    source = _source(model, dtype, weights)
     raise typer.Exit(profile_model(source, shape or (), runs, trace, page, Output(as_json)))
 
 
@@ -131,14 +164,14 @@ def profile_command(
 def tune_command(
     model: Model,
     shape: Shape = None,
-    dtype: Dtype = "",
+    dtype: Dtype = None,
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Time the tiles of every kernel on this GPU, and remember the fastest."""
     from turbotx.cli.tune import tune_model
 
-    raise typer.Exit(tune_model(Source(model, dtype, weights), shape or (), Output(as_json)))
+    raise typer.Exit(tune_model(_source(model, dtype, weights), shape or (), Output(as_json)))
 
 
 @app.command("bench")
@@ -151,16 +184,28 @@ def bench_command(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often every engine has its turn.")] = 5,
     threads: Annotated[int, typer.Option(min=0, help="Threads of every engine; 0: PyTorch's.")] = 0,
-    dtype: Dtype = "",
+    dtype: Dtype = None,
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Compare with eager, torch.compile, ONNX Runtime and the floor."""
     from turbotx.cli.bench.command import bench_model
 
-    source = Source(model, dtype, weights)
+    source = _source(model, dtype, weights)
     chosen = (shape or (), engine or (), rounds, threads)
     raise typer.Exit(bench_model(source, *chosen, Output(as_json)))
+
+
+@app.command("diff")
+def diff_command(
+    before: Annotated[Path, typer.Argument(metavar="A.json", help="A report.json.")],
+    after: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two reports; exit code 1 where they differ in more than times."""
+    from turbotx.cli.diff import diff_reports
+
+    raise typer.Exit(diff_reports(before, after, Output(as_json)))
 
 
 @app.command("doctor")
@@ -177,8 +222,23 @@ app.command("serve")(serve_command)
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
     try:
-        app(args=arguments, prog_name="turbotx")
-    except TurbotxError as error:
-        Output("--json" in arguments).failure(error)
+        # Not standalone: a wrong command line is an object too where --json asks for one.
+        sys.exit(app(args=arguments, prog_name="turbotx", standalone_mode=False))
+    except UsageError as error:
+        message = error.format_message()
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        elif as_json:
+            print(json.dumps({"error": message, "kind": "UsageError", "exit_code": MISUSED}))
+        else:
+            path = error.ctx.command_path if error.ctx else "turbotx"
+            message = message.replace("Value error, ", "")
+            Output(as_json).line(f"error: {message} See {path} --help.")
+        sys.exit(MISUSED)
+    except typer.Abort:
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        Output(as_json).failure(error)
         sys.exit(exit_code(error))

@@ -22,16 +22,12 @@ import torch
 from torch import nn
 
 from turbotx.cli.inputs import huggingface_inputs
-from turbotx.errors import TurbotxError
+from turbotx.errors import ModelError
 from turbotx.saved.weight_files import load_weights
 
 FORMS = (
     "package.module:factory, path/to/file.py:factory, hf:PATH, hf-config:TYPE, minilm or FILE.pt2"
 )
-
-
-class ModelError(TurbotxError):
-    """MODEL names nothing that can be loaded."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +151,18 @@ def _from_config(transformers: ModuleType, text: str) -> nn.Module:
         if not equals:
             raise ModelError(f"{change!r} is no change to a config: write name=value")
         given[name] = _number(value)
+    default = transformers.CONFIG_MAPPING[kind]()
+    names = {*default.to_dict(), *default.attribute_map}
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise ModelError(f"the config of {kind!r} has no {name!r}{hint}")
     torch.manual_seed(0)
     try:
         config = transformers.AutoConfig.for_model(kind, **given)
         return _encoder(transformers.AutoModel.from_config(config)).eval()
-    except (ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # of any kind: a config's values are used in many ways
         raise ModelError(f"cannot make a {kind} from that config: {_first_line(error)}") from error
 
 

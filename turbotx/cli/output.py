@@ -3,32 +3,47 @@
 In: `--json` or not. Out: an `Output` with a console for results (standard output), one for progress
 (standard error), and the exit codes::
 
-    0 it worked   1 the results are wrong   2 the command line or MODEL is wrong   3 turbotx failed
+    0 it worked   1 the results are wrong   2 the command line or MODEL is wrong
+    3 turbotx could not do it   4 an internal error
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from turbotx.cli.models import ModelError
-from turbotx.engine.progress import hide_progress
-from turbotx.errors import InputError, OptionsError, TurbotxError, WeightsError
-from turbotx.report.dump import DumpError
+from turbotx import __version__
+from turbotx.errors import (
+    DumpError,
+    InputError,
+    ModelError,
+    OptionsError,
+    TurbotxError,
+    WeightsError,
+)
 
-OK, WRONG, MISUSED, FAILED = 0, 1, 2, 3
+OK, WRONG, MISUSED, FAILED, INTERNAL = 0, 1, 2, 3, 4
+_MISUSED = (ModelError, InputError, OptionsError, DumpError, WeightsError)
+PIPE_COLUMNS = 160
+"""How wide tables may be in a pipe or a file, where nothing says how wide they are read."""
 
 
-def exit_code(error: TurbotxError) -> int:
-    """Return 2 where the user can put it right on the command line, otherwise 3."""
-    misused = (ModelError, InputError, OptionsError, DumpError, WeightsError)
-    return MISUSED if isinstance(error, misused) else FAILED
+def exit_code(error: BaseException) -> int:
+    """Return 2 where the user can put it right on the command line, 3 for another error that
+    turbotx raises on purpose, 4 for any other."""
+    if isinstance(error, _MISUSED):
+        return MISUSED
+    return FAILED if isinstance(error, TurbotxError) else INTERNAL
 
 
 @dataclass
@@ -53,11 +68,15 @@ class Output:
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         self.console = Console(quiet=as_json)
+        if not self.console.is_terminal and "COLUMNS" not in os.environ:
+            self.console.width = PIPE_COLUMNS
         self.errors = Console(stderr=True)
 
     @contextmanager
     def steps(self, first: str, total: int) -> Iterator[Steps]:
         """Show progress on standard error while the block runs; nothing where it is no terminal."""
+        from turbotx.engine.progress import hide_progress
+
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
         with hide_progress(), Progress(
             *columns, TimeElapsedColumn(), console=self.errors, transient=True,
@@ -70,13 +89,42 @@ class Output:
         if self.as_json:
             print(json.dumps(value, indent=1))
 
-    def failure(self, error: TurbotxError) -> None:
+    def failure(self, error: BaseException) -> None:
         """Say what went wrong: on standard error, or as the JSON object."""
+        message, kind = str(error), type(error).__name__
+        internal = exit_code(error) == INTERNAL
+        if internal:
+            message = f"{kind}: {message}" if message else kind
         if self.as_json:
-            kind = type(error).__name__
-            print(json.dumps({"error": str(error), "kind": kind, "exit_code": exit_code(error)}))
+            found = {"error": message, "kind": kind, "exit_code": exit_code(error)}
+            print(json.dumps({**found, **({"versions": versions()} if internal else {})}))
             return
-        self.errors.print("error:", style="red bold", end=" ")
+        self.errors.print("internal error:" if internal else "error:", style="red bold", end=" ")
         # One line: the first few of a long message (a compiler's output); --json has all of it.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()][:3]
-        self.errors.print(" | ".join(lines), markup=False, highlight=False, soft_wrap=True)
+        lines = [line.strip() for line in message.splitlines() if line.strip()][:3]
+        self.line(" | ".join(lines))
+        if internal:
+            self.line(f"at {_place(error)}; {', '.join(f'{k} {v}' for k, v in versions().items())}")
+            if os.environ.get("TURBOTX_TRACEBACK") == "1":
+                self.line("".join(traceback.format_exception(error)))
+            else:
+                self.line("this is a fault of turbotx: TURBOTX_TRACEBACK=1 prints all of it")
+
+    def line(self, text: str) -> None:
+        """Print a line on standard error as it is, however long."""
+        self.errors.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def versions() -> dict[str, str]:
+    """Return what a report of a fault has to name."""
+    found = {"turbotx": __version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "transformers"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _place(error: BaseException) -> str:
+    """Return the last line of code of a traceback, as file:line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"

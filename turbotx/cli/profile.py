@@ -20,8 +20,7 @@ import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
-from turbotx.errors import InputError
-from turbotx.report.dump import DumpError
+from turbotx.errors import DumpError, InputError
 from turbotx.report.profile import Profile
 
 

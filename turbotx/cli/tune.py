@@ -17,16 +17,15 @@ import torch.utils._pytree as pytree
 from rich.table import Table
 
 import turbotx.report as reports
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.tune import Found, gains, tune_call, tune_norms
 from turbotx.kernels.tuned import save_tuned
 from turbotx.report.report import Report
+from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
 from turbotx.runtime.cuda.device import require_cuda, require_triton
-from turbotx.runtime.cuda.program import CudaGraphProgram
 
 
 def tune_model(model: Source, shapes: Sequence[str], output: Output) -> int:
@@ -70,7 +69,7 @@ def _calls(
     for view in [report.at(**dims) for dims in wanted] or [report]:
         leaves = pytree.tree_leaves(resize(view, args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        dims = ShapeMatcher(report.compiled.captured).match([t.shape for t in tensors])
+        dims = report.compiled.captured.matcher.match([t.shape for t in tensors])
         assert dims is not None
         yield dims, tensors, ", ".join(f"{n} {s}" for n, s in view.dims.items())
 

@@ -8,7 +8,7 @@ Out: tables; exit code 1 where an error is larger than the rule allows::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +21,9 @@ from turbotx.cli.output import OK, WRONG, Output
 from turbotx.report.numerics import FACTOR, ULPS, Error, Numerics
 
 RULE = f"error at most {FACTOR} x eager's own, plus {ULPS} ulp of the largest value"
+
+MAX_NAMED = 8
+"""Launches past the rule that the last line names."""
 
 
 def verify_model(model: Source, shapes: Sequence[str], output: Output) -> int:
@@ -40,16 +43,34 @@ def verify_model(model: Source, shapes: Sequence[str], output: Output) -> int:
     for dims, numerics in found:
         output.console.print(numerics_table(_shown(dims), numerics))
     output.console.print(harsh_table(harsh))
-    stressed = all(e.holds for errors in harsh.values() for e in errors)
-    holds = stressed and all(numerics.holds for _, numerics in found)
+    broken = list(_broken(found, harsh))
+    holds = not broken
     verdict = "[green]holds[/green]" if holds else "[red bold]is broken[/red bold]"
-    output.console.print(f"{RULE}: {verdict}")
+    output.console.print(f"{RULE}: {verdict}", soft_wrap=True)
+    if broken:
+        named = ", ".join(broken[:MAX_NAMED])
+        more = f" and {len(broken) - MAX_NAMED} more" if len(broken) > MAX_NAMED else ""
+        output.console.print(f"too large: {named}{more}", soft_wrap=True, highlight=False)
     adversarial = {case: _errors(errors) for case, errors in harsh.items()}
     output.result({
         "model": str(model), "rule": RULE, "holds": holds, "shapes": _as_dicts(found),
         "adversarial": adversarial,
     })  # fmt: skip
     return OK if holds else WRONG
+
+
+def _broken(
+    found: Sequence[tuple[dict[str, int], Numerics]], harsh: Mapping[str, Sequence[Error]]
+) -> Iterator[str]:
+    """Name every launch and output whose error is larger than the rule allows, and where."""
+    for dims, numerics in found:
+        for error in (*numerics.launches, *numerics.outputs):
+            if not error.holds:
+                yield f"{error.name} at {_shown(dims)}"
+    for case, errors in harsh.items():
+        for error in errors:
+            if not error.holds:
+                yield f"{error.name} on {case}"
 
 
 def _shown(dims: dict[str, int]) -> str:
@@ -71,15 +92,15 @@ def worst_of_each(errors: Sequence[Error]) -> list[Error]:
 def numerics_table(shape: str, numerics: Numerics) -> Table:
     """One row a kernel: its worst launch; then the model's outputs."""
     table = Table(title=f"Against float64 at {shape}", title_justify="left", title_style="bold")
-    table.add_column("worst launch", overflow="fold", min_width=24)
+    table.add_column("", no_wrap=True)
+    table.add_column("worst launch", overflow="fold", min_width=16)
     for name in ("eager", "turbotx", "relative", "allowed"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
     for error in (*worst_of_each(numerics.launches), *numerics.outputs):
         table.add_row(
+            _mark(error),
             error.name,
             *(f"{x:.2e}" for x in (error.eager, error.turbotx, error.relative, error.allowed)),
-            "" if error.holds else "[red bold]too large[/red bold]",
         )
     return table
 
@@ -87,19 +108,22 @@ def numerics_table(shape: str, numerics: Numerics) -> Table:
 def harsh_table(harsh: Mapping[str, Sequence[Error]]) -> Table:
     """One row a case and kernel whose error is the largest relative to its rule."""
     table = Table(title="On adversarial inputs", title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
     table.add_column("case")
-    table.add_column("kernel", overflow="fold", min_width=24)
+    table.add_column("kernel", overflow="fold", min_width=16)
     for name in ("eager", "turbotx", "allowed"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
     for case, errors in harsh.items():
         for error in worst_of_each(errors):
             table.add_row(
-                case, error.name,
+                _mark(error), case, error.name,
                 *(f"{x:.2e}" for x in (error.eager, error.turbotx, error.allowed)),
-                "" if error.holds else "[red bold]too large[/red bold]",
             )  # fmt: skip
     return table
+
+
+def _mark(error: Error) -> str:
+    return "[green]ok[/green]" if error.holds else "[red bold]too large[/red bold]"
 
 
 def _errors(errors: Sequence[Error]) -> list[dict[str, Any]]:

@@ -24,9 +24,9 @@ from turbotx.capture.ambient import read_ambient
 from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.call_key import make_signature
 from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
-from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.pipeline import build_ahead
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
 from turbotx.options import Options, make_options
 
@@ -281,8 +281,8 @@ class _SharingEngine(Engine):
                 captured = compiled.captured
                 if not captured.holds_in(ambient) or not captured.takes(tensors):
                     continue
-                if ShapeMatcher(captured).match([t.shape for t in tensors]) is not None:
-                    shared = self.share(compiled)
+                if captured.matcher.match([t.shape for t in tensors]) is not None:
+                    shared = build_ahead(self.bind(compiled.unbound.call))
                     if not shared.program.runtime.weights.misfit():
                         return shared
             made = super().make(args, kwargs)

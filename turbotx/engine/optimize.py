@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -23,9 +23,14 @@ from turbotx.engine.drop_in import OptimizedModule, original_of
 from turbotx.engine.engine import Engine
 from turbotx.engine.subclassing import make_twin, optimize_class, optimize_in_place, renew_engine
 from turbotx.errors import InputError, OptionsError
-from turbotx.options import Options, make_options
+from turbotx.options import OptionArguments, Options, make_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 T = TypeVar("T")
+_NOTHING: Any = inspect.Parameter.empty
+"""What `optimize` is given as a decorator with options; None is a mistake of the caller's."""
 
 
 def _optimize_function(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
@@ -48,10 +53,8 @@ def _optimize_function(function: Callable[..., Any], options: Options) -> Callab
         except LeftToPyTorch:
             return function(*args, **kwargs)
 
-    optimized.stats = engine.stats  # type: ignore[attr-defined]
-    optimized.reserve = engine.reserve  # type: ignore[attr-defined]
-    optimized.refresh = engine.refresh  # type: ignore[attr-defined]
-    optimized._engine = engine  # type: ignore[attr-defined]
+    shown = ("stats", "reserve", "refresh")
+    optimized.__dict__.update({name: getattr(engine, name) for name in shown}, _engine=engine)
     return optimized
 
 
@@ -70,13 +73,15 @@ def engine_of(target: Any) -> Engine:
 
 @overload
 def optimize(
-    target: nn.Module, /, *, in_place: bool = False, **options: Any
+    target: nn.Module, /, *, in_place: bool = False, **options: Unpack[OptionArguments]
 ) -> OptimizedModule: ...
 @overload
-def optimize(target: Callable[..., T], /, **options: Any) -> Callable[..., T]: ...
+def optimize(
+    target: Callable[..., T], /, **options: Unpack[OptionArguments]
+) -> Callable[..., T]: ...
 @overload
-def optimize(target: None = None, /, **options: Any) -> Callable[[Any], Any]: ...
-def optimize(target: Any = None, /, *, in_place: bool = False, **options: Any) -> Any:
+def optimize(**options: Unpack[OptionArguments]) -> Callable[[Any], Any]: ...
+def optimize(target: Any = _NOTHING, /, *, in_place: bool = False, **options: Any) -> Any:
     """Return `target` made faster: an nn.Module, an nn.Module class or a function of tensors.
 
     Also a decorator, bare or with options (see `turbotx.options.Options`). Capture happens at the
@@ -93,12 +98,17 @@ def optimize(target: Any = None, /, *, in_place: bool = False, **options: Any) -
     requires grad.
     """
     chosen = make_options(**options)
-    if target is None:
+    if target is _NOTHING:
         return lambda real: optimize(real, in_place=in_place, **options)
     if isinstance(target, torch.jit.ScriptModule):
         raise OptionsError(
             f"{type(target).__name__} is TorchScript, whose code PyTorch runs by itself: give "
             "turbotx.optimize the module that it was made from"
+        )
+    if getattr(type(target), "compiled_by_turbotx", False):
+        raise OptionsError(
+            "what turbotx.load returns is compiled already, and has no graph to look at or to "
+            "compile again: give turbotx the module that the file was saved from"
         )
     if isinstance(target, nn.Module):
         return _optimize_module(target, chosen, in_place)

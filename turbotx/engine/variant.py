@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from turbotx.capture.module_state.record import Difference
-from turbotx.capture.shape_matcher import ShapeMatcher
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.state_guard import StateGuard
 from turbotx.errors import CaptureError
 from turbotx.runtime.tensor_watch import start_native_watch
@@ -37,7 +36,7 @@ class Variant:
     def __init__(self, compiled: Compiled, guarded: bool = True) -> None:
         self.compiled = compiled
         self.program = compiled.program
-        self.matcher = ShapeMatcher(compiled.captured)
+        self.matcher = compiled.captured.matcher
         self.out_spec = compiled.captured.out_spec
         self.effects = compiled.captured.effects
         self.used = 0  # when it was last found for a call, counted in calls

@@ -20,12 +20,26 @@ if TYPE_CHECKING:
         Store,
         axis_symbol,
         needs_of,
+        phase_of,
         rename,
         results_of,
         value_symbol,
         values_in,
     )
-    from turbotx.ir.launch import Launch, Operand, Tensor
+    from turbotx.ir.launch import (
+        AtenCall,
+        AtenLaunch,
+        AttentionLaunch,
+        GemmFallback,
+        GemmLaunch,
+        KernelLaunch,
+        Launch,
+        NormOperands,
+        Operand,
+        ProductLaunch,
+        StoreLaunch,
+        Tensor,
+    )
 
 __all__ = [
     "Access",
@@ -41,24 +55,32 @@ __all__ = [
     "Scan",
     "Statement",
     "Store",
+    "StoreLaunch",
     "axis_symbol",
     "needs_of",
+    "phase_of",
     "rename",
     "results_of",
     "value_symbol",
     "values_in",
-    "Tensor",
-    "Operand",
+    "AtenCall",
+    "AtenLaunch",
+    "AttentionLaunch",
+    "GemmFallback",
+    "GemmLaunch",
+    "KernelLaunch",
     "Launch",
+    "NormOperands",
+    "Operand",
+    "ProductLaunch",
+    "Tensor",
 ]
 
+
 # Imported at their first use: what runs a saved model needs no symbolic algebra.
-_OF_LAUNCHES = ("Launch", "Operand", "Tensor")
-
-
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'turbotx.ir' has no attribute {name!r}")
-    module = import_module(f"turbotx.ir.{'launch' if name in _OF_LAUNCHES else 'kernel'}")
-    found = globals()[name] = getattr(module, name)
+    found = getattr(import_module("turbotx.ir.kernel"), name, None)
+    found = globals()[name] = found or getattr(import_module("turbotx.ir.launch"), name)
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -21,7 +21,8 @@ from sympy.printing.str import StrPrinter
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from turbotx.errors import VerifyError
-from turbotx.ir.size_functions import FUNCTIONS, IN_KERNELS, PYTHON_NAMES, RELATIONS
+from turbotx.ir.size_functions import FUNCTIONS, IN_KERNELS, RELATIONS
+from turbotx.ir.sizes import Evaluate, Sizes
 
 Expr: TypeAlias = sympy.Expr
 
@@ -306,22 +307,28 @@ def to_javascript(value: Expr) -> str:
     return _JavaScriptPrinter("/").doprint(spell_out(value))
 
 
-def compile_evaluator(values: Sequence[Any], dims: Sequence[str]) -> Callable[..., tuple[Any, ...]]:
+def compile_evaluator(values: Iterable[Any], dims: Sequence[str]) -> Evaluate:
     """Return a function of the dims, in order, that returns every value as a tuple.
 
-    Sizes are ints; floats and bools made of sizes are what Python makes of them. One Python
-    expression compiled once: a few tens of nanoseconds a value, no sympy at run time.
+    One Python expression compiled once: no sympy when it is called, see `Sizes`.
     """
-    listed = "".join(f"{to_python(v)}, " for v in values)
-    source = f"lambda {', '.join(dims)}: ({listed})" if values else f"lambda {', '.join(dims)}: ()"
-    names = {**PYTHON_NAMES, "__builtins__": {}}
-    return eval(compile(source, "<turbotx sizes>", "eval"), names)
+    return sizes_of(values).compile(dims)
+
+
+def sizes_of(values: Iterable[Any]) -> Sizes:
+    """Return expressions as plain data; raise VerifyError for one that has no spelling."""
+    return Sizes(tuple(map(to_python, values)))
 
 
 def evaluate(value: Expr, dims: Mapping[str, int]) -> int:
-    """Return `value` at concrete dims; slow, for reports and tests."""
-    spelled = spell_out(value)
-    if spelled is not value:
-        names = sorted(s.name for s in spelled.free_symbols)
-        return int(compile_evaluator([spelled], names)(*(dims[n] for n in names))[0])
-    return int(value.xreplace({s: sympy.Integer(dims[s.name]) for s in value.free_symbols}))
+    """Return `value` at concrete dims, as Python computes it; slow, for reports and tests."""
+    if value.is_Integer:
+        return int(value)
+    names, compute = _evaluator(spell_out(value))
+    return int(compute(*(dims[n] for n in names))[0])
+
+
+@lru_cache(maxsize=4096)
+def _evaluator(value: Expr) -> tuple[list[str], Evaluate]:
+    names = sorted(s.name for s in value.free_symbols)
+    return names, compile_evaluator([value], names)

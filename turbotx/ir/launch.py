@@ -1,17 +1,24 @@
-"""Launches: what a program runs, over named tensors.
+"""Launches: what a program runs, over named tensors; a type for each kind of step.
 
 In: nothing; these are the types that the stages after the kernels share. Out: for example::
 
-    Launch("linear_0", "gemm", GemmKernel(...), (x, weight, bias, out), writes=("linear_0",))
+    GemmLaunch(GemmKernel("gelu"), x, weight, bias, out, rows=batch*seq, ..., name="linear_gelu_0")
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+import torch.utils._pytree as pytree
+from sympy import Integer
+from torch import fx
 
-from turbotx.ir.expr import Expr, product
+from turbotx.ir.expr import Expr, dim, product
+from turbotx.ir.kernel import Kernel
+from turbotx.ir.matmul_kernels import ACTIVATIONS, AttentionKernel, GemmKernel, ProductKernel
 
 
 @dataclass(frozen=True)
@@ -42,35 +49,257 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class AtenCall:
+    """A call that PyTorch runs.
+
+    target: an op, or a graph of ops that returns a tuple. args, kwargs: nested, an `Operand` for
+    each tensor, an expression for each size. writes: where its results go, None for one that nobody
+    reads. has_out: the op's `out` overload writes the first one itself.
+    """
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    writes: tuple[Operand | None, ...]
+    has_out: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Launch:
     """One step of a program.
 
-    kind: "kernel" (target: Kernel), "gemm" (target: GemmKernel; args: x, weight, bias, out,
-    residual), "attention" (target: AttentionKernel), "product" (target: ProductKernel) or "aten"
-    (target: the op, with its arguments in `call`). args are in the order of the target, None where
-    an optional one is absent; sizes likewise.
-    call is what PyTorch runs in its place: (op, args, kwargs, written operands, whether the op
-    writes into them itself), or for kernels the `Lowered` they came from.
     source: the calls that it computes; module: where they stand in the user's model. inplace: pairs
     (written tensor, read tensor) that may be the same bytes. workspaces: tensors that only this
-    launch touches. instead: launches that do the same one after another, over the same tensors and
-    workspaces; a runtime may take them at some shapes.
+    launch touches.
     """
 
+    kind: ClassVar[str]
+    """What reports call it."""
+
     name: str
-    kind: str
-    target: object
-    args: tuple[Operand | None, ...]
-    writes: tuple[str, ...]
-    sizes: tuple[Expr, ...] = ()
-    call: tuple[object, ...] = ()
     source: str = ""
     module: str = ""
     inplace: tuple[tuple[str, str], ...] = ()
     workspaces: tuple[str, ...] = ()
-    instead: tuple[Launch, ...] = ()
+
+    @property
+    def operands(self) -> tuple[Operand | None, ...]:
+        """In the order of the function that runs it, None where an optional one is absent."""
+        raise NotImplementedError
+
+    @property
+    def sizes(self) -> tuple[Expr, ...]:
+        """In the order of the function that runs it."""
+        return ()
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The tensors that it writes."""
+        raise NotImplementedError
 
     @property
     def reads(self) -> tuple[str, ...]:
-        names = (a.tensor for a in self.args if a is not None)
+        """The tensors that it reads and does not write, each once."""
+        names = (a.tensor for a in self.operands if a is not None)
         return tuple(dict.fromkeys(n for n in names if n not in self.writes))
+
+
+@dataclass(frozen=True)
+class KernelLaunch(Launch):
+    """A generated kernel. args, nodes: behind each of its params, and what they are in the graph,
+    from which follows what PyTorch would run in its place."""
+
+    kind = "kernel"
+
+    kernel: Kernel
+    args: tuple[Operand, ...]
+    nodes: tuple[fx.Node, ...]
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        return self.args
+
+    @property
+    def sizes(self) -> tuple[Expr, ...]:
+        return tuple(dim(name) for name in self.kernel.sizes)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return tuple(
+            a.tensor for a, p in zip(self.args, self.kernel.params, strict=True) if p.role == "out"
+        )
+
+
+@dataclass(frozen=True)
+class NormOperands:
+    """What a GEMM takes beside its own operands where norms are folded into it, all float32.
+
+    sums, scales: of the weight's rows. x_stats, residual_stats: statistics of the rows that it
+    normalises. residual_affine: gamma and beta for the residual. stats: where those of its own
+    rows go.
+    """
+
+    sums: Operand | None = None
+    scales: Operand | None = None
+    x_stats: Operand | None = None
+    residual_affine: Operand | None = None
+    residual_stats: Operand | None = None
+    stats: Operand | None = None
+
+
+@dataclass(frozen=True)
+class GemmLaunch(Launch):
+    """out = epilogue(x weight^T), x of (rows, k) at a stride of `x_stride` elements, weight (n, k).
+
+    call: what PyTorch would run in its place. norm: where norms are folded into it. fallback: the
+    launches that do the same; a runtime may take them at some shapes.
+    """
+
+    kind = "gemm"
+
+    gemm: GemmKernel
+    x: Operand
+    weight: Operand
+    bias: Operand | None
+    out: Operand
+    residual: Operand | None
+    rows: Expr
+    x_stride: Expr
+    call: AtenCall
+    norm: NormOperands | None = None
+    fallback: GemmFallback | None = None
+
+    @property
+    def width(self) -> Expr:
+        """How many columns it stores."""
+        return self.out.shape[-1]
+
+    @property
+    def operands(self) -> tuple[Operand | None, ...]:
+        own, n = (self.x, self.weight, self.bias, self.out, self.residual), self.norm
+        if n is None:
+            return own
+        read = (n.sums, n.scales, n.x_stats, n.residual_affine, n.residual_stats)
+        return *own, *read, n.stats
+
+    @property
+    def sizes(self) -> tuple[Expr, ...]:
+        activation = Integer(ACTIVATIONS.index(self.gemm.activation))
+        return self.rows, self.x_stride, self.width, self.width, activation
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        left = None if self.norm is None else self.norm.stats
+        return (self.out.tensor,) if left is None else (self.out.tensor, left.tensor)
+
+
+@dataclass(frozen=True)
+class GemmFallback:
+    """A bare GEMM and the kernels behind it, over the tensors and workspaces of one launch."""
+
+    gemm: GemmLaunch
+    ends: tuple[KernelLaunch, ...]
+
+
+@dataclass(frozen=True)
+class AttentionLaunch(Launch):
+    """out = softmax(scale q k^T + bias) v over (batch, heads, rows, head_dim), out (batch, q_len,
+    heads, head_dim); keys: a key mask or lengths. call: what PyTorch would run in its place."""
+
+    kind = "attention"
+
+    kernel: AttentionKernel
+    q: Operand
+    k: Operand
+    v: Operand
+    out: Operand
+    keys: Operand | None
+    bias: Operand | None
+    extents: tuple[Expr, ...]
+    """Sizes and strides, in the order of `kernels.cpp.attention.SIZES`."""
+    call: AtenCall
+
+    @property
+    def operands(self) -> tuple[Operand | None, ...]:
+        return self.q, self.k, self.v, self.out, self.keys, self.bias
+
+    @property
+    def sizes(self) -> tuple[Expr, ...]:
+        return self.extents
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.out.tensor,)
+
+
+@dataclass(frozen=True)
+class ProductLaunch(Launch):
+    """One of attention's two products: scores = a b^T, or out = a b. call: what PyTorch would run
+    in its place."""
+
+    kind = "product"
+
+    kernel: ProductKernel
+    a: Operand
+    b: Operand
+    out: Operand
+    extents: tuple[Expr, ...]
+    """Sizes and strides, in the order of `kernels.cpp.products.SIZES`."""
+    call: AtenCall
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        return self.a, self.b, self.out
+
+    @property
+    def sizes(self) -> tuple[Expr, ...]:
+        return self.extents
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.out.tensor,)
+
+
+@dataclass(frozen=True)
+class StoreLaunch(Launch):
+    """Rows of a decoder's layer go into the memory of its cache, an input that is written all the
+    same. held: all of the layer's rows after the call, (batch, heads, length, width). new: the last
+    of them. call: what PyTorch would run in its place."""
+
+    kind = "store"
+
+    held: Operand
+    new: Operand
+    extents: tuple[Expr, ...]
+    """Sizes and strides, see `program.cache_stores`."""
+    call: AtenCall
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        return self.held, self.new
+
+    @property
+    def sizes(self) -> tuple[Expr, ...]:
+        return self.extents
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.held.tensor,)
+
+
+@dataclass(frozen=True)
+class AtenLaunch(Launch):
+    """A call that PyTorch runs."""
+
+    kind = "aten"
+
+    call: AtenCall
+
+    @property
+    def operands(self) -> tuple[Operand | None, ...]:
+        leaves = pytree.tree_leaves((self.call.args, dict(self.call.kwargs)))
+        return *(x for x in leaves if isinstance(x, Operand)), *self.call.writes
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return tuple(w.tensor for w in self.call.writes if w is not None)

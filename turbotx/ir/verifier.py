@@ -103,7 +103,7 @@ def check_kernel(kernel: ir.Kernel) -> None:
         for name in ir.results_of(s):
             if name in made or name in params or name in axes:
                 raise VerifyError(f"{kernel.name}: {name!r} is made twice")
-            made[name] = s.dtype  # type: ignore[union-attr]
+            made[name] = _dtype_of(s)
         _check_statement(kernel, s, params, axes, made)
         if isinstance(s, ir.Store):
             stored.add(s.access.param)
@@ -111,6 +111,12 @@ def check_kernel(kernel: ir.Kernel) -> None:
         if p.role == "out" and p.name not in stored:
             raise VerifyError(f"{kernel.name}: the output {p.name!r} is never stored")
     _check_reductions(kernel)
+
+
+def _dtype_of(s: ir.Statement) -> torch.dtype:
+    """Return the dtype of what a statement makes."""
+    assert not isinstance(s, (ir.Store, ir.Check)), "it makes nothing"
+    return s.dtype
 
 
 def _check_statement(
@@ -168,7 +174,8 @@ def check_launches(
                 raise VerifyError(f"{launch.name} reads {name!r} before it is written")
         for name in launch.writes:
             kind = tensors[name].kind
-            if kind not in ("intermediate", "output"):
+            is_cache = isinstance(launch, ir.StoreLaunch) and kind == "input"
+            if kind not in ("intermediate", "output") and not is_cache:
                 raise VerifyError(f"{launch.name} writes {name!r}, which is {kind} memory")
             written.add(name)
         _check_inplace_pairs(tensors, launch)
@@ -178,37 +185,42 @@ def check_launches(
             raise VerifyError(f"the output {name!r} is never written")
 
 
-_ONE_DTYPE = {"gemm": (0, 1, 2, 3, 4), "attention": (0, 1, 2, 3)}
-"""The args of a launch that are of one dtype: x, weight, bias, out, residual; q, k, v, out."""
-
-
 def _check_dtypes(launch: ir.Launch, tensors: dict[str, ir.Tensor]) -> None:
-    for operand in launch.args:
+    for operand in launch.operands:
         if operand is not None and operand.dtype != tensors[operand.tensor].dtype:
             made = tensors[operand.tensor].dtype
             raise VerifyError(
                 f"{launch.name} takes {operand.tensor!r} for {operand.dtype}, and it is {made}"
             )
-    if isinstance(launch.target, ir.Kernel):
-        for param, operand in zip(launch.target.params, launch.args, strict=True):
-            if operand is not None and operand.dtype != param.dtype:
+    if isinstance(launch, ir.KernelLaunch):
+        for param, given in zip(launch.kernel.params, launch.args, strict=True):
+            if given.dtype != param.dtype:
                 raise VerifyError(
-                    f"{launch.name} reads or writes {operand.tensor!r} as {param.dtype}, and it is "
-                    f"{operand.dtype}"
+                    f"{launch.name} reads or writes {given.tensor!r} as {param.dtype}, and it is "
+                    f"{given.dtype}"
                 )
-    places = [k for k in _ONE_DTYPE.get(launch.kind, ()) if k < len(launch.args)]
-    if launch.kind == "gemm" and len(launch.args) > 5:
-        places.remove(2)  # a folded norm's part of the bias is in float32
-    operands = [x for k in places if (x := launch.args[k]) is not None]
+    operands = [x for x in _of_one_dtype(launch) if x is not None]
     if len({x.dtype for x in operands}) > 1:
         shown = ", ".join(f"{x.tensor!r} of {x.dtype}" for x in operands)
         raise VerifyError(f"{launch.name} computes in one dtype, and is given {shown}")
 
 
+def _of_one_dtype(launch: ir.Launch) -> tuple[ir.Operand | None, ...]:
+    if isinstance(launch, ir.GemmLaunch):
+        # A folded norm's part of the bias is in float32.
+        bias = launch.bias if launch.norm is None else None
+        return launch.x, launch.weight, bias, launch.out, launch.residual
+    if isinstance(launch, ir.AttentionLaunch):
+        return launch.q, launch.k, launch.v, launch.out
+    if isinstance(launch, ir.StoreLaunch):
+        return launch.held, launch.new
+    return ()
+
+
 def _check_inplace_pairs(tensors: dict[str, ir.Tensor], launch: ir.Launch) -> None:
     """What may be the same bytes is one thing written and one read, each whole and by one operand
     only (what a kernel does with the two is checked on its source)."""
-    operands = [a for a in launch.args if a is not None]
+    operands = [a for a in launch.operands if a is not None]
     for out, given in launch.inplace:
         what = f"{launch.name} may write {out!r} over {given!r}"
         if out not in launch.writes or given not in launch.reads:

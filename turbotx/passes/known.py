@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx
 
+from turbotx.capture.trace_errors import BREAKS
 from turbotx.errors import CaptureError
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import spell_out
@@ -36,5 +37,5 @@ def require_known_sizes(graph: fx.Graph, dims: Sequence[str], name: str) -> None
                 f"cannot capture {name}: {node.name}{f' ({place})' if place else ''} has a size or "
                 f"a number that depends on values, not on shapes\n  {node.format_node()}\n"
                 "  Every size is needed before anything runs: compute it outside of the optimized "
-                "module and pass it as a size, or use a mask of full size"
+                f"module and pass it as a size, or use a mask of full size; {BREAKS}"
             )

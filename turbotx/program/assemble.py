@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from sympy import Integer
 from torch import fx
 
 from turbotx import ir
@@ -30,12 +28,14 @@ from turbotx.capture.eager import (
 )  # fmt: skip
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import attention_scores
-from turbotx.ir.expr import ONE, ZERO, Expr, dim, product
+from turbotx.ir.cache_ops import cache_store, store_rows
+from turbotx.ir.expr import ONE, ZERO, Expr, product
+from turbotx.ir.matmul_kernels import GemmKernel
 from turbotx.ir.strides import contiguous_strides, layout_with_copies, reshape_strides
 from turbotx.ir.views import SPLITS, is_view
 from turbotx.kernels.cpp.attention import describe_attention
 from turbotx.kernels.cpp.products import describe_product
-from turbotx.kernels.fusion.epilogue import ACTIVATIONS, Epilogue, GemmKernel, is_packable
+from turbotx.kernels.fusion.epilogue import Epilogue, is_packable
 from turbotx.kernels.fusion.fuse import FusedRegion
 from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.ops import OPS, takes_any_layout, why_outside
@@ -43,6 +43,7 @@ from turbotx.passes.extract import extract
 from turbotx.passes.outputs import copied_leaves
 from turbotx.passes.partition import kind_of, op_name
 from turbotx.program.assembly import Assembly, dense
+from turbotx.program.cache_stores import describe_store
 from turbotx.program.copies import lay_out, lay_out_returned, show_by_strides
 
 aten = torch.ops.aten
@@ -122,6 +123,8 @@ class _Assembler:
             self._attention(node)
         elif kind == "product":
             self._product(node)
+        elif kind == "store":
+            self._store(node)
         elif kind == "extern":
             self._extern(node, why_outside(node))
         elif kind == "output":
@@ -130,6 +133,8 @@ class _Assembler:
     # --- tensors and operands ---
 
     def _tensor(self, node: fx.Node, kind: str | None = None) -> str:
+        if node.target is cache_store:
+            return self._tensor(node.args[0])  # type: ignore[arg-type]
         if node.name in self.out.tensors:
             return node.name
         if kind is None:
@@ -148,7 +153,7 @@ class _Assembler:
     def _materialize(self, view: fx.Node) -> None:
         """A view that strides cannot express is copied by ATen, once, and listed."""
         if view.name not in self.out.tensors:
-            source = self._operand(view.args[0])  # type: ignore[arg-type]
+            source = self._operand(g.operand(view, 0))
             name, shape = self._tensor(view), list(g.shape(view))
             self._aten(view, aten.reshape.default, (source, shape), {}, (name,))
             self.out.externs.append((str(view.target), "a view that needs a copy"))
@@ -164,100 +169,102 @@ class _Assembler:
         for lowered in fused.kernels:
             kernel = lowered.kernel
             args = tuple(self._whole(n) for n in lowered.operands)
-            writes = tuple(
-                n.name
-                for n, p in zip(lowered.operands, kernel.params, strict=True)
-                if p.role == "out"
-            )
-            sizes = tuple(dim(name) for name in kernel.sizes)
-            last = next(n for n in lowered.operands if n.name == writes[-1])
+            named = {p.name: n for n, p in zip(lowered.operands, kernel.params, strict=True)}
+            last = next(named[p.name] for p in reversed(kernel.params) if p.role == "out")
             source = ", ".join(n.name for n in fused.region.nodes)
-            named = {p.name: n.name for n, p in zip(lowered.operands, kernel.params, strict=True)}
-            inplace = tuple((named[a], named[b]) for a, b in find_inplace(kernel))
-            self._launch(
-                last, kernel.name, "kernel", kernel, args, writes, sizes, (lowered,), source,
-                inplace,
-            )  # fmt: skip
+            inplace = tuple((named[a].name, named[b].name) for a, b in find_inplace(kernel))
+            place = self._place(last, kernel.name, source)
+            self.out.launches.append(
+                ir.KernelLaunch(kernel, args, lowered.operands, **place, inplace=inplace)
+            )
             self.out.requirements += lowered.requirements
 
     def _whole(self, node: fx.Node) -> ir.Operand:
         return dense(self.out.tensors[self._tensor(node)])
 
-    def _launch(
-        self, node: fx.Node, base: str, kind: str, target: object,
-        args: tuple[ir.Operand | None, ...], writes: tuple[str, ...],
-        sizes: tuple[Expr, ...] = (), call: tuple[object, ...] = (), source: str = "",
-        inplace: tuple[tuple[str, str], ...] = (),
-    ) -> None:  # fmt: skip
+    def _place(self, node: fx.Node, base: str, source: str = "") -> dict[str, Any]:
+        """Return the name of the launch that makes a node, and where it comes from."""
         stack = node.meta.get("nn_module_stack") or {}
         module = next(reversed(list(stack.values())), ("", ""))[0] if stack else ""
         module = str(module).removeprefix("model").removeprefix(".")
-        source = source or node.name
-        launch = ir.Launch(
-            self._name(base), kind, target, args, writes, sizes, call, source, module, inplace
-        )  # fmt: skip
-        self.out.launches.append(launch)
+        return {"name": self._name(base), "source": source or node.name, "module": module}
 
     def _gemm(self, node: fx.Node, end: Epilogue | None = None) -> None:
         if not is_packable(node, self.kinds):
             self._fallback(node, out=node.target is not aten.linear.default)
             return
-        end = end or Epilogue(node, node, (node,), node.args[2] if len(node.args) > 2 else None)  # type: ignore[arg-type]
-        x, weight = node.args[0], node.args[1]
-        layout = layout_with_copies(x)  # type: ignore[arg-type]
-        rows = product(g.shape(x)[:-1])  # type: ignore[arg-type]
-        depth, width = g.shape(x)[-1], g.shape(end.output)[-1]  # type: ignore[arg-type]
+        end = end or Epilogue(node, node, (node,), g.optional(node, 2))
+        x, weight = g.operand(node, 0), g.operand(node, 1)
+        layout = layout_with_copies(x)
+        rows, depth = product(g.shape(x)[:-1]), g.shape(x)[-1]
         flat = reshape_strides(layout, (rows, depth))
         assert flat is not None
-        window = self._operand(x)  # type: ignore[arg-type]
+        window = self._operand(x)
         out = self._whole(end.output)
         bias, residual = (None if n is None else self._operand(n) for n in (end.bias, end.residual))
-        args = (window, self._operand(weight), bias, out, residual)  # type: ignore[arg-type]
-        activation = Integer(ACTIVATIONS.index(end.activation))
-        sizes = (rows, flat[0] if rows != 1 else depth, width, width, activation)
-        call: tuple[object, ...]
+        stride = flat[0] if rows != 1 else depth
         if end.output is node:
-            call = (node.target, self._arguments(node.args), dict[str, Any](), (out,), True)
+            call = self._call(node, out, has_out=True)
         else:
             named = (x, weight, end.bias, end.residual)
             given = list(dict.fromkeys(n for n in named if n is not None))
-            meant = extract([end.output], given, end.name)  # type: ignore[arg-type]
-            reads = [self._operand(n) for n in given]  # type: ignore[arg-type]
-            call = (meant.module, (*reads, *meant.sizes), dict[str, Any](), (out,), False)
+            meant = extract([end.output], given, end.name)
+            reads = [self._operand(n) for n in given]
+            call = ir.AtenCall(meant.module, (*reads, *meant.sizes), {}, (out,))
         inplace: tuple[tuple[str, str], ...] = ()
         if residual is not None and residual.tensor != window.tensor:
             inplace = ((out.tensor, residual.tensor),)
         source = ", ".join(n.name for n in end.nodes)
-        kind = GemmKernel(end.activation, end.gated)
-        self._launch(
-            end.output, end.name, "gemm", kind, args, (out.tensor,), sizes, call, source, inplace
-        )
+        self.out.launches.append(
+            ir.GemmLaunch(
+                GemmKernel(end.activation, end.gated), window, self._operand(weight), bias, out,
+                residual, rows, stride, call, **self._place(end.output, end.name, source),
+                inplace=inplace,
+            )
+        )  # fmt: skip
 
     def _attention(self, node: fx.Node) -> None:
-        *given, keys, bias = node.args
-        shown = None if keys is None else self._rows(keys)  # type: ignore[arg-type]
-        added = None if bias is None else self._operand(bias)  # type: ignore[arg-type]
-        q, k, v = (self._rows(n) for n in given)  # type: ignore[arg-type]
+        keys, bias = g.optional(node, 3), g.optional(node, 4)
+        shown = None if keys is None else self._rows(keys)
+        added = None if bias is None else self._operand(bias)
+        q, k, v = (self._rows(g.operand(node, i)) for i in range(3))
         self._require_equal("q's and k's batch", q.shape[0], k.shape[0])
         self._require_equal("k's and v's batch", k.shape[0], v.shape[0])
         self._require_equal("k's and v's length", k.shape[2], v.shape[2])
         out = self._whole(node)
         kernel, sizes = describe_attention((q, k, v, out), shown, added, node.kwargs)
-        call = (node.target, self._arguments(node.args), dict(node.kwargs), (out,), False)
-        args = (q, k, v, out, shown, added)
-        self._launch(node, "attention", "attention", kernel, args, (node.name,), sizes, call)
+        place = self._place(node, "attention")
+        self.out.launches.append(
+            ir.AttentionLaunch(
+                kernel, q, k, v, out, shown, added, sizes, self._call(node, out), **place
+            )
+        )
 
     def _product(self, node: fx.Node) -> None:
         which = "scores" if node.target is attention_scores else "values"
-        a, b = (self._rows(n) for n in node.args)  # type: ignore[arg-type]
+        a, b = (self._rows(g.operand(node, i)) for i in range(2))
         self._require_equal("the batch of attention's operands", a.shape[0], b.shape[0])
         if which == "values":
             self._require_equal("k's and v's length", a.shape[3], b.shape[2])
         out = self._whole(node)
         kernel, sizes = describe_product(which, a, b, out)
-        call = (node.target, self._arguments(node.args), dict[str, Any](), (out,), False)
-        base = f"attention_{which}"
-        self._launch(node, base, "product", kernel, (a, b, out), (node.name,), sizes, call)
+        place = self._place(node, f"attention_{which}")
+        self.out.launches.append(
+            ir.ProductLaunch(kernel, a, b, out, sizes, self._call(node, out), **place)
+        )
+
+    def _store(self, node: fx.Node) -> None:
+        """New rows are written behind those that a cache holds of a layer."""
+        held, new = self._operand(node), self._rows(node.args[1])  # type: ignore[arg-type]
+        call = ir.AtenCall(store_rows, self._arguments(node.args), {}, ())
+        sizes, place = describe_store(held, new), self._place(node, "cache_store")
+        self.out.launches.append(ir.StoreLaunch(held, new, sizes, call, **place))
+
+    def _call(self, node: fx.Node, out: ir.Operand, has_out: bool = False) -> ir.AtenCall:
+        """Return the call of a node itself, by PyTorch."""
+        target: Any = node.target
+        args = self._arguments(node.args)
+        return ir.AtenCall(target, args, dict(node.kwargs), (out,), has_out)
 
     def _require_equal(self, what: str, a: Expr, b: Expr) -> None:
         """Refuse calls where sizes differ that kernels read as one, unless one of them is 1."""
@@ -335,9 +342,8 @@ class _Assembler:
         return window
 
     def _copy_into(self, node: fx.Node, base: str, source: ir.Operand, window: ir.Operand) -> None:
-        copy, args, writes = aten.clone.default, (source, window), (window.tensor,)
-        call = (copy, (source,), dict[str, Any](), (window,), False)
-        self._launch(node, base, "aten", copy, args, writes, (), call)
+        call = ir.AtenCall(aten.clone.default, (source,), {}, (window,))
+        self.out.launches.append(ir.AtenLaunch(call, **self._place(node, base)))
 
     def _arguments(self, args: Any, laid_out: list[Any] | None = None) -> Any:
         """Replace tensor nodes by operands and size nodes by expressions.
@@ -358,12 +364,9 @@ class _Assembler:
         self, node: fx.Node, target: Any, args: Any, kwargs: Any, writes: tuple[str, ...],
         out: bool = False,
     ) -> None:  # fmt: skip
-        found = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, ir.Operand)]
-        written = tuple(w for w in writes if w)
         results = tuple(dense(self.out.tensors[w]) if w else None for w in writes)
-        call = (target, args, kwargs, results, out)
-        operands = (*found, *results)
-        self._launch(node, op_name(node), "aten", target, operands, written, (), call)
+        call = ir.AtenCall(target, tuple(args), dict(kwargs), results, out)
+        self.out.launches.append(ir.AtenLaunch(call, **self._place(node, op_name(node))))
 
     def _return(self) -> None:
         for k, leaf in enumerate(self.leaves):

@@ -23,13 +23,14 @@ from turbotx import ir
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr, product
 from turbotx.ir.strides import layout_of, layout_with_copies
-from turbotx.kernels.fusion.epilogue import Epilogue, GemmKernel
+from turbotx.kernels.fusion.epilogue import Epilogue
 from turbotx.kernels.fusion.fuse import FusedRegion, fuse
 from turbotx.kernels.fusion.norm_folding import NormFold
 from turbotx.kernels.triton.gemm_template import NARROWEST
 from turbotx.passes.extract import extract
 from turbotx.passes.partition import Region
-from turbotx.program.assemble import Assembly, assemble, dense
+from turbotx.program.assemble import assemble
+from turbotx.program.assembly import Assembled, Assembly, dense
 from turbotx.program.folded_weights import (
     fold_scales,
     fold_shift,
@@ -42,8 +43,8 @@ from turbotx.program.folded_weights import (
 def assemble_folded(
     graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node],
     dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue], folds: Mapping[fx.Node, NormFold],
-) -> tuple[list[FusedRegion], Assembly, dict[fx.Node, Epilogue]]:  # fmt: skip
-    """Return the launches with norms folded, between the regions and the epilogues they are of.
+) -> Assembled:  # fmt: skip
+    """Return the launches with norms folded, with the regions and the epilogues they are of.
 
     folds: by the norms' results.
     """
@@ -54,7 +55,7 @@ def assemble_folded(
     folding = _Folding(assembly, graph, prepared, folds, ends)
     assembly.launches[:] = [folding.fold(x) for x in assembly.launches]
     folding.drop_unread()
-    return regions, assembly, ends
+    return Assembled(assembly, regions, ends)
 
 
 def _split(f: FusedRegion, fold: NormFold | None) -> list[FusedRegion]:
@@ -83,10 +84,10 @@ class _Folding:
 
     def fold(self, launch: ir.Launch) -> ir.Launch:
         """Return a launch as it is where norms are folded: only GEMMs change."""
-        if launch.kind != "gemm":
+        if not isinstance(launch, ir.GemmLaunch):
             return launch
-        x, weight, bias, out, residual = launch.args
-        assert x is not None and out is not None and isinstance(launch.target, GemmKernel)
+        x, weight, bias = launch.x, launch.weight, launch.bias
+        out, residual = launch.out, launch.residual
         before = self.by_result.get(x.tensor)
         added = None if residual is None else self.by_result.get(residual.tensor)
         left = self.by_rows.get(out.tensor)
@@ -94,28 +95,28 @@ class _Folding:
             return launch
         node = self.nodes[out.tensor]
         end = self.ends.get(out.tensor) or Epilogue(node, node, (node,), *node.args[2:])
-        extra: list[ir.Operand | None] = [None] * 6
+        norm = ir.NormOperands(stats=None if left is None else self._statistics(left))
         if before is not None:
             x = replace(x, tensor=before.rows.name)
-            weight, bias, extra[0], extra[1] = self._constants_of(end, before)
-            extra[2] = self._statistics(before)
+            weight, bias, sums, scales = self._constants_of(end, before)
+            norm = replace(norm, sums=sums, scales=scales, x_stats=self._statistics(before))
         if added is not None and residual is not None:
             residual = replace(residual, tensor=added.rows.name)
-            extra[3], extra[4] = self._affine(added, end.linear.args[1]), self._statistics(added)
-        extra[5] = None if left is None else self._statistics(left)
+            affine = self._affine(added, end.linear.args[1])
+            statistics = self._statistics(added)
+            norm = replace(norm, residual_affine=affine, residual_stats=statistics)
         kind = replace(
-            launch.target,
+            launch.gemm,
             norm=None if before is None else before.norm,
             residual_norm=None if added is None else added.norm,
             stats=left is not None,
         )
-        stats = [] if extra[5] is None else [extra[5].tensor]
         inplace = residual is not None and residual.tensor != x.tensor
         norms = [f for f in (before, added) if f is not None]
         source = [n.name for f in norms for n in f.nodes]
         return replace(
-            launch, target=kind, args=(x, weight, bias, out, residual, *extra),
-            writes=(out.tensor, *stats), call=self._call(end, norms, out),
+            launch, gemm=kind, x=x, weight=weight, bias=bias, residual=residual, norm=norm,
+            call=self._call(end, norms, out),
             source=", ".join(dict.fromkeys([*source, launch.source])),
             inplace=((out.tensor, residual.tensor),) if inplace and residual is not None else (),
         )  # fmt: skip
@@ -128,7 +129,9 @@ class _Folding:
         tensor = ir.Tensor(name, "intermediate", torch.float32, sizes)
         return dense(self.assembly.tensors.setdefault(name, tensor))
 
-    def _constants_of(self, end: Epilogue, fold: NormFold) -> tuple[ir.Operand | None, ...]:
+    def _constants_of(
+        self, end: Epilogue, fold: NormFold
+    ) -> tuple[ir.Operand, ir.Operand | None, ir.Operand | None, ir.Operand | None]:
         """Return weight, bias, sums and scales of the linear behind a norm."""
         weight, make = end.linear.args[1], self.constants.make
         assert isinstance(weight, fx.Node)
@@ -144,9 +147,10 @@ class _Folding:
             sums = make(f"{name}_sums", fold_sums, (folded, scales), f32, (n,))
         if fold.beta is not None or end.bias is not None:
             shift = make(f"{name}_shift", fold_shift, (weight, fold.beta, end.bias), f32, (n,))
-        return tuple(self.constants.operand(node) for node in (folded, shift, sums, scales))
+        held, optional = self.constants.operand, self.constants.optional
+        return held(folded), optional(shift), optional(sums), optional(scales)
 
-    def _affine(self, fold: NormFold, like: Any) -> ir.Operand | None:
+    def _affine(self, fold: NormFold, like: Any) -> ir.Operand:
         """Return gamma and beta of a norm, for a residual that is normalised again.
 
         like: a weight with as many rows.
@@ -157,9 +161,7 @@ class _Folding:
         made = self.constants.make(name, join_affine, given, torch.float32, (2, width))
         return self.constants.operand(made)
 
-    def _call(
-        self, end: Epilogue, norms: Iterable[NormFold], out: ir.Operand
-    ) -> tuple[object, ...]:
+    def _call(self, end: Epilogue, norms: Iterable[NormFold], out: ir.Operand) -> ir.AtenCall:
         """Return what PyTorch runs in a launch's place, from the rows on."""
         allowed = {*end.nodes, *self.prepared}  # plain weights are not prepared here
         for fold in norms:
@@ -167,7 +169,7 @@ class _Folding:
         given = _find_given(end.output, allowed)
         meant = extract([end.output], given, end.name)
         reads = [self._operand(n) for n in given]
-        return meant.module, (*reads, *meant.sizes), dict[str, Any](), (out,), False
+        return ir.AtenCall(meant.module, (*reads, *meant.sizes), {}, (out,))
 
     def _operand(self, node: fx.Node) -> ir.Operand:
         layout = layout_with_copies(node)  # copies are launches of the assembly already
@@ -232,8 +234,11 @@ class _Constants:
         self.assembly.tensors[name] = ir.Tensor(name, "prepared", dtype, sizes)
         return node
 
-    def operand(self, node: fx.Node | None) -> ir.Operand | None:
-        return None if node is None else dense(self.assembly.tensors[node.name])
+    def operand(self, node: fx.Node) -> ir.Operand:
+        return dense(self.assembly.tensors[node.name])
+
+    def optional(self, node: fx.Node | None) -> ir.Operand | None:
+        return None if node is None else self.operand(node)
 
     def _copy(self, node: fx.Node) -> fx.Node:
         if node.graph is self.graph:

@@ -1,65 +1,64 @@
-"""Alternatives: the launches that a GEMM with an epilogue stands for, for a GPU to choose from.
+"""GEMM fallback: the launches that a GEMM with an epilogue stands for, for a GPU to choose from.
 
 In: an assembly with GEMM launches. Out: each with memory for split sums, and where it has an
-epilogue with `instead`: a bare GEMM, then the region's own kernels (but not where norms are folded:
-no library does that). For a BERT layer's first::
+epilogue with its `fallback`: a bare GEMM, then the region's own kernels (but not where norms are
+folded: no library does that). For a BERT layer's first::
 
-    linear_gelu_0 (gemm)  ->  instead: linear (gemm) into out, fused_add_gelu over it in place
+    linear_gelu_0 (gemm)  ->  fallback: linear (gemm) into out, fused_add_gelu over it in place
 
 The list of launches stays one and the same for every shape; a runtime picks when it binds one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from sympy import Integer
-from torch import fx
 
 from turbotx import ir
 from turbotx.ir import fx_nodes as g
-from turbotx.ir.expr import dim, product
-from turbotx.kernels.fusion.epilogue import Epilogue, GemmKernel
+from turbotx.ir.expr import product
+from turbotx.ir.matmul_kernels import GemmKernel
+from turbotx.kernels.fusion.epilogue import Epilogue
 from turbotx.kernels.fusion.fuse import FusedRegion
 from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.kernels.gemm_heuristics import SPLIT_SUMS_NBYTES
-from turbotx.program.assemble import Assembly, dense
+from turbotx.program.assembly import Assembled, Assembly, dense
 
 
-def add_alternatives(
-    assembly: Assembly, fused: Sequence[FusedRegion], epilogues: Mapping[fx.Node, Epilogue]
-) -> None:
-    """Complete the GEMM launches of an assembly, which was made with the same regions."""
-    ends = {e.output.name: e for e in epilogues.values()}
-    regions = {f.region.outputs[-1].name: f for f in fused}
+def add_alternatives(assembled: Assembled) -> None:
+    """Complete the GEMM launches of an assembly by the regions that it was made of."""
+    assembly = assembled.assembly
+    ends = {e.output.name: e for e in assembled.epilogues.values()}
+    regions = {f.region.outputs[-1].name: f for f in assembled.fused}
     for i, launch in enumerate(assembly.launches):
-        if launch.kind != "gemm":
+        if not isinstance(launch, ir.GemmLaunch):
             continue
         name = f"{launch.name}_split_sums"
         shape = (Integer(SPLIT_SUMS_NBYTES // 4),)
         assembly.tensors[name] = ir.Tensor(name, "intermediate", torch.float32, shape)
         launch = replace(launch, workspaces=(name,))
         written = launch.writes[0]
-        if written in ends and not launch.target.folds:  # type: ignore[attr-defined]
+        if written in ends and not launch.gemm.folds:
             launch = _Parts(assembly, launch, ends[written], regions[written]).run()
         assembly.launches[i] = launch
 
 
 class _Parts:
     def __init__(
-        self, assembly: Assembly, launch: ir.Launch, end: Epilogue, fused: FusedRegion
+        self, assembly: Assembly, launch: ir.GemmLaunch, end: Epilogue, fused: FusedRegion
     ) -> None:
         self.assembly, self.launch, self.end, self.fused = assembly, launch, end, fused
         self.workspaces = list(launch.workspaces)
 
-    def run(self) -> ir.Launch:
+    def run(self) -> ir.GemmLaunch:
         sums = self._sums()
-        parts = [self._gemm(sums), *self._kernels(sums)]
+        fallback = ir.GemmFallback(self._gemm(sums), tuple(self._kernels(sums)))
         # Sums go where the result will be: a residual must lie elsewhere.
         return replace(
-            self.launch, workspaces=tuple(self.workspaces), instead=tuple(parts), inplace=()
+            self.launch, workspaces=tuple(self.workspaces), fallback=fallback, inplace=()
         )
 
     def _sums(self) -> ir.Operand:
@@ -79,23 +78,21 @@ class _Parts:
         self.workspaces.append(tensor.name)
         return tensor
 
-    def _gemm(self, sums: ir.Operand) -> ir.Launch:
-        x, weight, bias, _, _ = self.launch.args
-        rows, stride = self.launch.sizes[:2]
-        width = sums.shape[-1]
-        own = bias if len(self.end.linear.args) > 2 else None  # or the kernel adds it
-        return ir.Launch(
-            f"{self.launch.name}.linear", "gemm", GemmKernel(), (x, weight, own, sums, None),
-            (sums.tensor,), (rows, stride, width, width, Integer(0)),
-            source=self.end.linear.name, module=self.launch.module,
+    def _gemm(self, sums: ir.Operand) -> ir.GemmLaunch:
+        given, linear = self.launch, self.end.linear
+        target: Any = linear.target
+        own = given.bias if len(linear.args) > 2 else None  # or the kernel adds it
+        call = ir.AtenCall(target, (given.x, given.weight, own), {}, (sums,), has_out=True)
+        return ir.GemmLaunch(
+            GemmKernel(), given.x, given.weight, own, sums, None, given.rows, given.x_stride, call,
+            name=f"{given.name}.linear", source=linear.name, module=given.module,
         )  # fmt: skip
 
-    def _kernels(self, sums: ir.Operand) -> list[ir.Launch]:
+    def _kernels(self, sums: ir.Operand) -> list[ir.KernelLaunch]:
         found = []
         for lowered in self.fused.kernels:
-            kernel = lowered.kernel
-            args, writes = [], []
-            for node, param in zip(lowered.operands, kernel.params, strict=True):
+            kernel, args = lowered.kernel, []
+            for node in lowered.operands:
                 tensor = self.assembly.tensors.get(node.name)
                 if node is self.end.linear:
                     args.append(sums)
@@ -104,13 +101,11 @@ class _Parts:
                     made = ir.Tensor(node.name, "intermediate", g.dtype(node), g.shape(node))
                     tensor = self._workspace(made)
                 args.append(dense(tensor))
-                writes += [node.name] * (param.role == "out")
+            name = f"{self.launch.name}.{kernel.name}"
             found.append(
-                ir.Launch(
-                    f"{self.launch.name}.{kernel.name}", "kernel", kernel, tuple(args),
-                    tuple(writes), tuple(dim(n) for n in kernel.sizes), (lowered,),
-                    module=self.launch.module,
+                ir.KernelLaunch(
+                    kernel, tuple(args), lowered.operands, name=name, module=self.launch.module
                 )
-            )  # fmt: skip
+            )
             self.assembly.requirements += lowered.requirements
         return found

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from turbotx import ir
-from turbotx.capture.shape_matcher import ShapeMatcher
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.report.numerics import Error, LaunchErrors
 from turbotx.report.replay import make_reader, make_viewer
 from turbotx.runtime.state import RunState
+
+GENERATED = (ir.KernelLaunch, ir.AttentionLaunch)
 
 
 def _large_mean(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -54,7 +55,7 @@ def stress(
     Attention takes the small numbers, and minus infinities in its bias: scores of 1e8 would measure
     how products are rounded, which is the GEMM's matter, in eager as in turbotx.
     """
-    sizes = ShapeMatcher(compiled.captured).match([t.shape for t in tensors])
+    sizes = compiled.captured.matcher.match([t.shape for t in tensors])
     assert sizes is not None
     found = {}
     for case in CASES:
@@ -79,7 +80,7 @@ class _Harsh:
         self.errors = LaunchErrors(compiled, names, dims)
 
     def before(self, launch: int, state: RunState) -> None:
-        if self._launches[launch].kind not in ("kernel", "attention"):
+        if not isinstance(self._launches[launch], GENERATED):
             return
         view = make_viewer(state, self._dims)
         generator = torch.Generator().manual_seed(launch)
@@ -90,13 +91,14 @@ class _Harsh:
         self.errors.before(launch, make_reader(state, self._dims))
 
     def after(self, launch: int, state: RunState) -> None:
-        if self._launches[launch].kind in ("kernel", "attention"):
+        if isinstance(self._launches[launch], GENERATED):
             self.errors.after(launch, make_reader(state, self._dims))
 
     def _replaced(self, launch: ir.Launch) -> list[ir.Operand]:
-        reads = [a for a in launch.args if a is not None and a.tensor in launch.reads]
-        if launch.kind == "attention":
-            chosen = {"denormals": launch.args[:3], "-inf rows": launch.args[5:6]}
+        reads = [a for a in launch.operands if a is not None and a.tensor in launch.reads]
+        if isinstance(launch, ir.AttentionLaunch):
+            given = (launch.q, launch.k, launch.v)
+            chosen = {"denormals": given, "-inf rows": (launch.bias,)}
             reads = [a for a in chosen.get(self._case, ()) if a is not None]
         return [
             a

@@ -8,6 +8,7 @@ kernel does; a gather counts what it picks, at most the whole table. For a bias 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
@@ -15,8 +16,6 @@ import sympy
 from turbotx import ir
 from turbotx.ir.expr import ZERO, Expr, product
 from turbotx.ir.primitives import PRIMITIVES
-from turbotx.kernels.cpp.attention import AttentionKernel
-from turbotx.kernels.cpp.products import ProductKernel
 from turbotx.kernels.fusion.traffic import kernel_traffic
 from turbotx.report.origin import Origin
 
@@ -39,13 +38,13 @@ class Cost:
 
 def launch_cost(launch: ir.Launch) -> Cost:
     """Return what one launch has to move and compute."""
-    if isinstance(launch.target, ir.Kernel):
-        traffic = kernel_traffic(launch.target)
-        return Cost(traffic.read_nbytes, traffic.written_nbytes, _arithmetic(launch.target))
-    windows = {a.tensor: _operand_nbytes(a) for a in launch.args if a}
+    if isinstance(launch, ir.KernelLaunch):
+        traffic = kernel_traffic(launch.kernel)
+        return Cost(traffic.read_nbytes, traffic.written_nbytes, _arithmetic(launch.kernel))
+    windows = {a.tensor: _operand_nbytes(a) for a in launch.operands if a}
     written = {name: n for name, n in windows.items() if name in launch.writes}
     read = {name: n for name, n in windows.items() if name not in launch.writes}
-    if isinstance(launch.target, (AttentionKernel, ProductKernel)):
+    if isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
         read = _add_windows(launch)
     return Cost(_total(read.values()), _total(written.values()), _flops(launch))
 
@@ -97,25 +96,21 @@ def _operand_nbytes(operand: ir.Operand) -> Expr:
 def _add_windows(launch: ir.Launch) -> dict[str, Expr]:
     """Q, K and V are often three windows on one packed tensor: all of them count."""
     found: dict[str, Expr] = {}
-    for arg in launch.args:
+    for arg in launch.operands:
         if arg is not None and arg.tensor not in launch.writes:
             found[arg.tensor] = found.get(arg.tensor, ZERO) + _operand_nbytes(arg)
     return found
 
 
 def _flops(launch: ir.Launch) -> Expr:
-    if launch.kind == "gemm":
-        weight = launch.args[1]
-        assert weight is not None
-        return 2 * launch.sizes[0] * product(weight.shape)
-    if isinstance(launch.target, ProductKernel):
+    if isinstance(launch, ir.GemmLaunch):
+        return 2 * launch.rows * product(launch.weight.shape)
+    if isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
         batch, heads, _, q_len, k_len = launch.sizes[:5]
-        return 2 * batch * heads * q_len * k_len * launch.target.head_dim
-    if isinstance(launch.target, AttentionKernel):
-        batch, heads, _, q_len, k_len = launch.sizes[:5]
-        return 4 * batch * heads * q_len * k_len * launch.target.head_dim
+        products = 2 if isinstance(launch, ir.AttentionLaunch) else 1
+        return 2 * products * batch * heads * q_len * k_len * launch.kernel.head_dim
     return ZERO
 
 
-def _total(values: object) -> Expr:
-    return sympy.expand(sum(values, ZERO))  # type: ignore[call-overload]
+def _total(values: Iterable[Expr]) -> Expr:
+    return sympy.expand(sum(values, ZERO))

@@ -17,10 +17,9 @@ from typing import Any
 
 from turbotx.capture.arguments import tensors_of
 from turbotx.capture.sandbox.leaks import find_leaks
-from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.trace import Captured
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
-from turbotx.engine.pipeline import Compiled
 from turbotx.errors import VerifyError
 from turbotx.report.origin import observe
 from turbotx.report.report import Report
@@ -35,7 +34,7 @@ def watch(
     """Return what to do with the compiled call; the captured graph is looked at before it goes."""
     origin = observe(captured)
     tensors = tensors_of(args, kwargs)
-    sizes = ShapeMatcher(captured).match([t.shape for t in tensors])
+    sizes = captured.matcher.match([t.shape for t in tensors])
     dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
 
     verifies = os.environ.get("TURBOTX_VERIFY", "0") not in ("", "0")

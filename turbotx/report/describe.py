@@ -17,14 +17,15 @@ import torch
 from torch import fx
 
 from turbotx import ir
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import NO_WINDOW
 from turbotx.ir.expr import Expr, evaluate
+from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.ir.printer import SHORT, show_expr, show_kernel
-from turbotx.kernels.cpp.attention import AttentionKernel, print_attention
+from turbotx.kernels.cpp.attention import print_attention
 from turbotx.kernels.cpp.printer import print_kernel
-from turbotx.kernels.cpp.products import ProductKernel, print_product
+from turbotx.kernels.cpp.products import print_product
 from turbotx.kernels.triton.attention import print_triton_attention
 from turbotx.kernels.triton.printer import print_triton
 from turbotx.kernels.triton.products import print_triton_product
@@ -40,6 +41,7 @@ from turbotx.runtime.cpu.launch_table import (
     kernel_key,
     print_units,
 )
+from turbotx.runtime.cpu.runtime import CpuCode
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,23 @@ class View:
         return print_units(self.compiled.assembly)[1]
 
     def function_of(self, launch: ir.Launch) -> str:
-        key = kernel_key(launch.target)
+        key = kernel_key(launch)
         return "" if key is None else self.functions[key]
+
+    @cached_property
+    def templates(self) -> dict[str, str]:
+        """On a GPU, the generated kernel of each GEMM launch that has one at these dims."""
+        code = self.compiled.specialization.code
+        if isinstance(code, CpuCode):
+            return {}
+        found = code.at(list(self.dims.values()))
+        return {x.launch.name: x.job.name for x in found if isinstance(x.launch, ir.GemmLaunch)}
+
+    def through(self, gemm: ir.Launch) -> str:
+        """Return what runs a GEMM launch."""
+        if isinstance(self.compiled.specialization.code, CpuCode):
+            return "packed weight"
+        return self.templates.get(gemm.name, "the library")
 
     def cost_of(self, launch: ir.Launch) -> entries.Traffic:
         cost: Cost = launch_cost(launch)
@@ -106,31 +123,31 @@ def describe_kernels(view: View) -> list[entries.Kernel]:
 
 
 def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.Kernel:
-    target = launches[0].target
+    first = launches[0]
     cost = view.cost_of(launches[0])
     header = f"// {name}: {launches[0].source}\n// runs as {_listed([x.name for x in launches])}\n"
-    if isinstance(target, AttentionKernel):
-        kind, text = "attention", show_attention(target)
+    if isinstance(first, ir.AttentionLaunch):
+        text = show_attention(first.kernel)
         sources = {
-            "cpp": header + ATTENTION_PRELUDE + print_attention(target, name),
-            "triton": print_triton_attention(target, name=name),
+            "cpp": header + ATTENTION_PRELUDE + print_attention(first.kernel, name),
+            "triton": print_triton_attention(first.kernel, name=name),
         }
-    elif isinstance(target, ProductKernel):
-        kind, text = "product", show_product(target)
+    elif isinstance(first, ir.ProductLaunch):
+        text = show_product(first.kernel)
         sources = {
-            "cpp": header + PRODUCTS_PRELUDE + print_product(target, name),
-            "triton": print_triton_product(target, name=name),
+            "cpp": header + PRODUCTS_PRELUDE + print_product(first.kernel, name),
+            "triton": print_triton_product(first.kernel, name=name),
         }
     else:
-        assert isinstance(target, ir.Kernel)
-        kind, text = "kernel", show_kernel(target)
+        assert isinstance(first, ir.KernelLaunch)
+        text = show_kernel(first.kernel)
         sources = {
-            "cpp": header + PRELUDE + print_kernel(target, name),
-            "triton": print_triton(target, name=name),
+            "cpp": header + PRELUDE + print_kernel(first.kernel, name),
+            "triton": print_triton(first.kernel, name=name),
         }
     return entries.Kernel(
         name,
-        kind,
+        first.kind,
         text,
         sources,
         tuple(x.name for x in launches),
@@ -147,6 +164,7 @@ def show_attention(kernel: AttentionKernel) -> str:
     """Return an attention launch as text: what the graph fixes about it."""
     masks = [] if kernel.keys == "all" else ["key mask" if kernel.keys == "mask" else "lengths"]
     masks += [f"{kernel.bias} bias"] if kernel.bias != "none" else []
+    masks += ["queries at the last keys"] if kernel.late else []
     masks += ["causal"] if kernel.causal else []
     masks += [f"window {kernel.window}"] if kernel.window != NO_WINDOW else []
     kind = SHORT[kernel.dtype]
@@ -176,15 +194,14 @@ def _listed(names: list[str]) -> str:
 
 def describe_regions(view: View) -> list[entries.Region]:
     """One entry a region, named as its submodule in the fused graph."""
-    by_kernel: dict[int, ir.Launch] = {id(x.call[0]): x for x in view.launches
-                                       if x.kind == "kernel"}  # fmt: skip
-    gemms = {name: x for x in view.launches if x.kind == "gemm" for name in x.writes}
+    by_nodes = {x.nodes: x for x in view.launches if isinstance(x, ir.KernelLaunch)}
+    gemms = {name: x for x in view.launches if isinstance(x, ir.GemmLaunch) for name in x.writes}
     names: Counter[str] = Counter()
     found = []
     for fused in view.compiled.fused:
         name = f"{fused.name}_{names[fused.name]}"
         names[fused.name] += 1
-        launches = [by_kernel[id(k)] for k in fused.kernels if id(k) in by_kernel]
+        launches = [by_nodes[k.operands] for k in fused.kernels if k.operands in by_nodes]
         nodes = fused.region.nodes
         joined = [gemms[n.name] for n in fused.region.outputs if n.name in gemms]
         reasons = [f"computed by the epilogue of {x.name}" for x in joined]
@@ -199,6 +216,7 @@ def describe_regions(view: View) -> list[entries.Region]:
                 "; ".join(reasons),
                 _distinct(map(module_of, nodes)),
                 _distinct(map(g.place_of, nodes)),
+                tuple(x.name for x in joined),
             )
         )
     return found
@@ -214,13 +232,11 @@ def describe_gemms(view: View) -> list[entries.Gemm]:
     prepared = view.compiled.assembly.prepared
     found = []
     for x in view.launches:
-        if x.kind == "gemm":
-            assert x.args[1] is not None
-            weight = x.args[1].tensor
+        if isinstance(x, ir.GemmLaunch):
+            weight = x.weight.tensor
             made = weight in prepared
             names = tuple(parameters_of(prepared[weight]) if made else [parameters[weight]])
-            m, n = x.sizes[0], x.args[1].shape[0]
-            k = x.args[0].shape[-1]  # type: ignore[union-attr]
+            m, n, k = x.rows, x.weight.shape[0], x.x.shape[-1]
             found.append(
                 entries.Gemm(
                     x.name,
@@ -231,16 +247,16 @@ def describe_gemms(view: View) -> list[entries.Gemm]:
                     show_expr(m),
                     names,
                     len(names) > 1,
-                    "packed weight",
+                    view.through(x),
                 )
             )
-        elif x.kind == "aten" and x.target in GEMMS:
+        elif isinstance(x, ir.AtenLaunch) and x.call.target in GEMMS:
             found.append(_aten_gemm(view, x))
     return found
 
 
-def _aten_gemm(view: View, x: ir.Launch) -> entries.Gemm:
-    operands = [a for a in x.args if a is not None]
+def _aten_gemm(view: View, x: ir.AtenLaunch) -> entries.Gemm:
+    operands = [a for a in x.operands if a is not None]
     inputs = [a for a in operands if a.tensor not in x.writes]
     shape, depth = operands[-1].shape, inputs[0].shape[-1]
     m = operands[-1].shape[:-1]
@@ -256,7 +272,7 @@ def _aten_gemm(view: View, x: ir.Launch) -> entries.Gemm:
         "*".join(show_expr(e) for e in m),
         (),
         False,
-        str(x.target),
+        str(x.call.target),
     )
 
 
@@ -277,7 +293,7 @@ def describe_externs(view: View) -> list[entries.Extern]:
 def describe_plan(view: View, planner: str, pytorch: entries.Held) -> entries.Memory:
     """The memory plan at the view's shape beside what PyTorch would hold."""
     program = view.compiled.program
-    plan = program.plan([view.dims[name] for name in program.dims])
+    plan = program.plan(list(view.dims.values()))
     tensors = view.compiled.assembly.tensors
     sharing: dict[str, list[str]] = {}
     for name, root in program.liveness.root_of.items():

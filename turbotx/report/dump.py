@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import fx
+
 from turbotx.engine.fused_graph import readable
-from turbotx.errors import TurbotxError
+from turbotx.errors import DumpError
 from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report.draw import draw_dot, draw_svg
 from turbotx.report.html import render_page
@@ -21,10 +23,6 @@ from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.record import Record
 
 SUFFIX = {"cpp": "cpp", "triton": "triton.py"}
-
-
-class DumpError(TurbotxError):
-    """The folder to write to cannot be one."""
 
 
 @dataclass
@@ -80,7 +78,7 @@ def stage_text(report: Record, stage: str) -> str:
 
 
 def _texts(report: Record) -> Iterator[tuple[str, str]]:
-    yield "captured.txt", readable_text(report.compiled.captured_text)
+    yield "captured.txt", readable_text(report.compiled.unbound.call.text)
     yield "fused.txt", fused_text(report)
     yield "fused.dot", draw_dot(report)
     yield "fused.svg", draw_svg(report)
@@ -108,7 +106,8 @@ def fused_text(report: Record) -> str:
             continue
         seen.add((*region.ops, *region.kernels))
         inner = report.graph.get_submodule(region.name)
-        parts.append(f"\n{region.name}: {readable(inner.graph)}")  # type: ignore[arg-type]
+        assert isinstance(inner, fx.GraphModule)
+        parts.append(f"\n{region.name}: {readable(inner.graph)}")
         parts += [f"\nbecame {signatures[k]}" for k in region.kernels if k in signatures]
         if region.reason:
             parts.append(f"\nbecause {region.reason}")

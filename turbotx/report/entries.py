@@ -35,7 +35,7 @@ class Region:
 
     reason: why it took more than one kernel, what these share through memory or compute again, at
     what cost, or which ops ended it; empty where there is nothing to tell. places: file:line of the
-    user's source for its ops, in order.
+    user's source for its ops, in order. epilogue_of: the GEMMs whose launches compute it.
     """
 
     name: str
@@ -46,6 +46,15 @@ class Region:
     reason: str
     modules: tuple[str, ...]
     places: tuple[str, ...]
+    epilogue_of: tuple[str, ...] = ()
+
+    @property
+    def became(self) -> tuple[str, ...]:
+        """What computes it, in words, equal for equal regions of different layers."""
+        if self.kernels:
+            return tuple(dict.fromkeys(self.kernels))
+        gemms = dict.fromkeys(name.rpartition("_")[0] for name in self.epilogue_of)
+        return tuple(f"fused into {name}" for name in gemms) or ("PyTorch's ops",)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Gemm:
-    """(m, k) x (k, n); weights: the parameters behind its weight, several where they are packed."""
+    """(m, k) x (k, n); weights: the parameters behind its weight, several where they are packed.
+
+    through: "packed weight" on a CPU; on a GPU the generated kernel, or "the library"; the op where
+    PyTorch runs it.
+    """
 
     name: str
     module: str

@@ -40,7 +40,7 @@ STYLE = """
 """
 COLOURS = {
     "kernel": "#4f8fd9", "gemm": "#e8a33d", "attention": "#5fae57", "aten": "#d4574f",
-    "not needed": "#a9afb8",
+    "store": "#8a6fc0", "not needed": "#a9afb8",
 }  # fmt: skip
 
 
@@ -115,18 +115,19 @@ def _ribbons(report: Record) -> str:
 
 def _regions(report: Record) -> str:
     """Equal regions of different layers are one row."""
-    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Region]] = {}
+    groups: dict[tuple[tuple[str, ...], ...], list[Region]] = {}
     for region in report.regions:
-        groups.setdefault((region.ops, region.kernels), []).append(region)
+        groups.setdefault((region.ops, region.kernels, region.became), []).append(region)
     traffic = {k.name: k.compulsory_nbytes for k in report.kernels}
     rows = []
-    for (ops, kernels), regions in groups.items():
-        became = "<br>".join(f"<code>{escape(k)}</code>" for k in dict.fromkeys(kernels))
-        if regions[0].reason:
+    for (ops, kernels, words), regions in groups.items():
+        became = "<br>".join(f"<code>{escape(k)}</code>" if kernels else escape(k) for k in words)
+        if regions[0].reason and not regions[0].epilogue_of:
             became += f"<br><small>{escape(regions[0].reason)}</small>"
         moved = sum(traffic.get(k, 0) for k in kernels)
         shown = escape(" → ".join(ops))
-        rows.append((shown, became or "PyTorch's ops", str(len(regions)), show_nbytes(moved)))
+        nbytes = show_nbytes(moved) if kernels else "-"
+        rows.append((shown, became, str(len(regions)), nbytes))
     return _table(("ops between GEMMs", "became", "times", "moves"), rows, (2, 3))
 
 

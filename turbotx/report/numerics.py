@@ -9,7 +9,7 @@ same inputs. The rule: at most 1.5 x eager's error plus 2 ulp of the largest val
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,11 @@ from torch import fx
 
 from turbotx import ir
 from turbotx.capture.arguments import tensors_of
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
-from turbotx.engine.pipeline import Compiled
 from turbotx.ir.expr import compile_evaluator
 from turbotx.ir.fx_nodes import draws
-from turbotx.kernels.lowering.lower import Lowered
-from turbotx.passes.extract import extract
+from turbotx.program.meaning import meaning_of
 from turbotx.report.replay import Read, replay
 
 FACTOR, ULPS = 1.5, 2
@@ -96,10 +95,10 @@ def measure(
 
 def _draws(launch: ir.Launch) -> bool:
     """Tell whether a launch draws random numbers: others each time."""
-    if launch.kind != "aten":
+    if not isinstance(launch, ir.AtenLaunch):
         return False
-    target, args, kwargs, *_ = launch.call
-    return draws(target, args, kwargs)  # type: ignore[arg-type]
+    call = launch.call
+    return draws(call.target, call.args, call.kwargs)
 
 
 class LaunchErrors:
@@ -116,13 +115,12 @@ class LaunchErrors:
         self._expected = []
         if _draws(self.launches[index]):
             return
-        function, exact, structure, writes = _meaning(self.launches[index])
-        args, kwargs = self._fill(structure, read)
-        eager = _as_list(function(*args, **kwargs))
-        true = _as_list(exact(*_double_tree(args), **_double_tree(kwargs)))
-        self._expected = [
-            (w, own, t) for w, own, t in zip(writes, eager, true, strict=True) if w is not None
-        ]
+        call = meaning_of(self.launches[index])
+        args, kwargs = self._fill((call.args, dict(call.kwargs)), read)
+        eager = _as_list(call.target(*args, **kwargs))
+        true = _as_list(_exact(call)(*_double_tree(args), **_double_tree(kwargs)))
+        made = zip(call.writes, eager, true, strict=True)
+        self._expected = [(w, own, exact) for w, own, exact in made if w is not None]
 
     def after(self, index: int, read: Read) -> None:
         launch = self.launches[index]
@@ -147,24 +145,10 @@ class LaunchErrors:
         return structure
 
 
-def _meaning(launch: ir.Launch) -> tuple[Any, Any, Any, Sequence[ir.Operand | None]]:
-    """Return a launch as PyTorch would run it: function, its float64 form, arguments, results."""
-    if launch.kind != "kernel":
-        target, args, kwargs, writes, _ = launch.call
-        joined = isinstance(target, fx.GraphModule)  # a GEMM and its epilogue
-        exact = _to_float64(target) if joined else _without_dtypes(target)  # type: ignore[arg-type]
-        return target, exact, (args, kwargs), writes  # type: ignore[return-value]
-    (lowered,) = launch.call
-    assert isinstance(lowered, Lowered)
-    roles = [p.role for p in lowered.kernel.params]
-    rows = list(zip(roles, lowered.operands, launch.args, strict=True))
-    inputs = [node for role, node, _ in rows if role == "in"]
-    outputs = [node for role, node, _ in rows if role == "out"]
-    reads = [arg for role, _, arg in rows if role == "in"]
-    writes = [arg for role, _, arg in rows if role == "out"]
-    plain = extract(outputs, inputs, launch.name)
-    exact = _to_float64(extract(outputs, inputs, launch.name).module)
-    return plain.module, exact, ((*reads, *plain.sizes), {}), writes
+def _exact(call: ir.AtenCall) -> Callable[..., Any]:
+    """Return a call's target in float64."""
+    graph = call.target
+    return _to_float64(graph) if isinstance(graph, fx.GraphModule) else _without_dtypes(graph)
 
 
 def _without_dtypes(target: Any) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from turbotx import ir
 from turbotx.ir.expr import Expr, evaluate, to_javascript
 from turbotx.ir.printer import show_expr
 from turbotx.memory.planner import ALIGNMENT, CHUNK_NBYTES
@@ -128,7 +129,7 @@ def _launches(report: Record, formulas: _Formulas, layer: Any) -> list[dict[str,
         found.append(
             {
                 "name": entry.name, "kind": entry.kind, "kernel": entry.kernel,
-                "op": str(launch.target) if entry.kind == "aten" else "",
+                "op": str(launch.call.target) if isinstance(launch, ir.AtenLaunch) else "",
                 "module": entry.module, "source": entry.source, "layer": layer(entry.writes[0]),
                 "reads": formulas.place(cost.reads), "writes": formulas.place(cost.writes),
                 "flops": formulas.place(cost.flops),

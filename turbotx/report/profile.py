@@ -20,8 +20,7 @@ import torch
 from turbotx.capture.ambient import read_decisive
 from turbotx.capture.arguments import tensors_of
 from turbotx.capture.call_key import describe_call
-from turbotx.capture.shape_matcher import ShapeMatcher
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.report.entries import Launch
 
 WARM_UP = 3
@@ -115,7 +114,7 @@ def profile(
     """Time every launch over `runs` runs; the compiled call must be nobody else's meanwhile."""
     tensors = tensors_of(args, kwargs)
     program = compiled.program
-    dims = ShapeMatcher(compiled.captured).match([t.shape for t in tensors])
+    dims = compiled.captured.matcher.match([t.shape for t in tensors])
     assert dims is not None
     binding, count = program.bind(dims), len(launches)
     ticks = (ctypes.c_int64 * (2 * count))()

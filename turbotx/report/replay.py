@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 
 from turbotx import ir
-from turbotx.capture.shape_matcher import ShapeMatcher
-from turbotx.engine.pipeline import Compiled
-from turbotx.runtime.aten import window_of
+from turbotx.engine.compiled import Compiled
+from turbotx.program.link import plain_window
+from turbotx.runtime.aten import make_window
 from turbotx.runtime.state import RunState
 
 Read = Callable[[ir.Operand], torch.Tensor]
@@ -32,7 +32,7 @@ class Observer(Protocol):
 
 def replay(compiled: Compiled, tensors: Sequence[torch.Tensor], observer: Observer) -> list[Any]:
     """Run `compiled`, which nothing else may use meanwhile; return the output's leaves."""
-    dims = ShapeMatcher(compiled.captured).match([t.shape for t in tensors])
+    dims = compiled.captured.matcher.match([t.shape for t in tensors])
     assert dims is not None
     program = compiled.program
     watch = _Replay(observer, compiled.captured.dims)
@@ -61,4 +61,4 @@ def make_reader(state: RunState, dims: Sequence[str]) -> Read:
 
 def make_viewer(state: RunState, dims: Sequence[str]) -> Read:
     """Return a function that gives an operand's own memory in a run, as a tensor."""
-    return lambda operand: window_of(operand, dims)(state)
+    return lambda operand: make_window(plain_window(operand), dims)(state)

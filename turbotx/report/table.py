@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turbotx.report.amounts import show_nbytes, show_shape
+from turbotx.report.entries import Region
 from turbotx.report.record import Record
 
 
@@ -33,6 +34,8 @@ def _headline(report: Record) -> Text:
     captured = sum(n.kind == "call_function" for n in report.origin.nodes)
     shown = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     text = Text(f"{report.name} at {show_shape(report.dims)}", style="bold")
+    if report.target != "cpu":
+        text.append(f" for {report.target}")
     text.append(f"\n{captured} captured ops became {len(report.launches)} launches ({shown})")
     return text
 
@@ -45,18 +48,16 @@ def regions_table(report: Record) -> Table:
     table.add_column("times", justify="right")
     table.add_column("moves", justify="right")
     traffic = {k.name: k for k in report.kernels}
-    rows: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
+    groups: dict[tuple[tuple[str, ...], ...], list[Region]] = {}
     for region in report.regions:
-        key = (region.ops, region.kernels)
-        rows[key] = rows.get(key, 0) + 1
-    reasons = {(r.ops, r.kernels): r.reason for r in report.regions if r.reason}
-    for key, count in rows.items():
-        ops, kernels = key
+        groups.setdefault((region.ops, region.kernels, region.became), []).append(region)
+    for (ops, kernels, became), regions in groups.items():
         moved = sum(traffic[k].compulsory_nbytes for k in kernels if k in traffic)
-        became = "\n".join(escape(k) for k in dict.fromkeys(kernels)) or "PyTorch's ops"
-        if key in reasons:
-            became += f"\n[dim]{escape(reasons[key])}[/dim]"
-        table.add_row(escape(" → ".join(ops)), became, str(count), show_nbytes(moved))
+        shown = "\n".join(map(escape, became))
+        if regions[0].reason and not regions[0].epilogue_of:
+            shown += f"\n[dim]{escape(regions[0].reason)}[/dim]"
+        nbytes = show_nbytes(moved) if kernels else "-"
+        table.add_row(escape(" → ".join(ops)), shown, str(len(regions)), nbytes)
     for kernel in report.kernels:
         if kernel.kind in ("attention", "product"):
             moved_text = show_nbytes(kernel.compulsory_nbytes)

@@ -15,7 +15,6 @@ from torch import fx
 from turbotx import ir
 from turbotx.errors import InputError
 from turbotx.ir import fx_nodes as g
-from turbotx.kernels.lowering.lower import Lowered
 from turbotx.passes.partition import GEMMS, kind_of, op_name, root_of, tensor_inputs
 from turbotx.report.describe import parameters_of
 from turbotx.report.entries import Place
@@ -39,8 +38,8 @@ class _Index:
         for x in compiled.assembly.launches:
             for name in _computed(x):
                 self.of_node.setdefault(name, []).append(x)
-            if x.kind == "gemm" and x.args[1] is not None:
-                weight = x.args[1].tensor
+            if isinstance(x, ir.GemmLaunch):
+                weight = x.weight.tensor
                 for name in parameters_of(constants.get(weight) or self.nodes[weight]):
                     self.of_parameter.setdefault(name, []).append(x)
         self.by_line: dict[tuple[str, str], list[fx.Node]] = {}
@@ -51,12 +50,10 @@ class _Index:
 
 def _computed(launch: ir.Launch) -> list[str]:
     """The nodes that a launch computes: of a kernel those that its own outputs need."""
-    if launch.kind == "kernel":
-        (lowered,) = launch.call
-        assert isinstance(lowered, Lowered)
-        roles = zip(lowered.operands, lowered.kernel.params, strict=True)
+    if isinstance(launch, ir.KernelLaunch):
+        roles = zip(launch.nodes, launch.kernel.params, strict=True)
         outputs = [node for node, param in roles if param.role == "out"]
-        given = {n for n in lowered.operands if n not in outputs}
+        given = {n for n in launch.nodes if n not in outputs}
         return _needed(outputs, given)
     return list(dict.fromkeys([*launch.source.split(", "), *launch.writes]))
 
@@ -122,7 +119,8 @@ def _place_now(index: _Index, node: fx.Node) -> Place:
     shown = status.get(kind, kind)
     copied = kind == "view" and node.name in index.of_node  # no strides express it: a launch does
     if copied or (
-        kind in ("gemm", "attention", "product") and any(x.kind == "aten" for x in launches)
+        kind in ("gemm", "attention", "product")
+        and any(isinstance(x, ir.AtenLaunch) for x in launches)
     ):
         shown = "aten"
     if kind == "computed" and not launches:

@@ -1,106 +1,125 @@
-"""Launches that PyTorch runs: ops without a kernel, and everything where there is no compiler.
+"""What PyTorch runs of a program: ops without a kernel, everything where there is no compiler, and
+the views that a call returns.
 
-In: a launch. Out: a function that runs it on tensors that lie in the plan, results written
-there too, so that the launches around it need not know::
+In: plain data of an `Executable`. Out: functions of one run's state, which work on tensors that lie
+in the plan, results written there too, so that the launches around need not know::
 
     cumsum  ->  step(state): window(out).copy_(aten.cumsum(window(x), 1))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
+from torch import nn
 
-from turbotx import ir
-from turbotx.capture.eager import Alias
-from turbotx.ir.expr import compile_evaluator
-from turbotx.ir.strides import contiguous_strides
-from turbotx.kernels.lowering.lower import Lowered
-from turbotx.passes.extract import extract
-from turbotx.runtime.aten_call import call_into
-from turbotx.runtime.state import Maker, RunState, Step, make_alias, make_window
+from turbotx.errors import IndexOutOfRangeError, VerifyError
+from turbotx.ir.sizes import Sizes
+from turbotx.program.executable import PytorchCall, ReturnedView, WholeTensor, Window
+from turbotx.runtime.state import Maker, RunState, Step
 
 
-class AtenSteps:
-    """Makes steps for one program's launches."""
+def make_step(call: PytorchCall, dims: Sequence[str]) -> Step:
+    """Return a function that runs one launch by PyTorch and puts its results where they belong."""
+    arguments, options = _make(call.args, dims), _make(call.kwargs, dims)
+    results = [None if w is None else make_window(w, dims) for w in call.writes]
+    # A graph's forward, since hooks that a user gave to every module are not for this one.
+    target = call.target.forward if isinstance(call.target, nn.Module) else call.target
 
-    def __init__(self, dims: Sequence[str]) -> None:
-        self._dims = dims
+    def step(state: RunState) -> None:
+        windows = [None if r is None else r(state) for r in results]
+        call_into(target, arguments(state), options(state), windows, call.has_out)
 
-    def make(self, launch: ir.Launch) -> Step:
-        """Return a function that runs one launch by PyTorch."""
-        if launch.kind == "kernel":
-            (lowered,) = launch.call
-            assert isinstance(lowered, Lowered)
-            return self._region(launch, lowered)
-        target, args, kwargs, writes, has_out = launch.call
-        return self._call(target, args, kwargs, writes, bool(has_out))  # type: ignore[arg-type]
-
-    def _region(self, launch: ir.Launch, lowered: Lowered) -> Step:
-        """A generated kernel's meaning: the region's own ATen calls."""
-        roles = [p.role for p in lowered.kernel.params]
-        operands = list(zip(roles, lowered.operands, launch.args, strict=True))
-        inputs = [node for role, node, _ in operands if role == "in"]
-        outputs = [node for role, node, _ in operands if role == "out"]
-        reads = [arg for role, _, arg in operands if role == "in"]
-        writes = [arg for role, _, arg in operands if role == "out"]
-        extracted = extract(outputs, inputs, lowered.kernel.name)
-        # Its forward, since hooks that a user gave to every module are not for this one.
-        return self._call(extracted.module.forward, (*reads, *extracted.sizes), {}, writes, False)
-
-    def _call(
-        self, target: Any, args: Any, kwargs: Any,
-        writes: Sequence[ir.Operand | None], has_out: bool,
-    ) -> Step:  # fmt: skip
-        arguments = self._rebuild((args, kwargs))
-        results = [None if w is None else self.tensor(w) for w in writes]
-
-        def step(state: RunState) -> None:
-            given, options = arguments(state)
-            windows = [None if r is None else r(state) for r in results]
-            call_into(target, given, options, windows, has_out)
-
-        return step
-
-    def alias(self, leaf: Alias) -> Callable[[RunState], torch.Tensor]:
-        """Return a function that gives a leaf that is an input, a parameter or a view of one."""
-        steps = [
-            (op, self._rebuild(args), self._rebuild(kwargs)) for op, args, kwargs in leaf.steps
-        ]
-        return make_alias(leaf.root, steps)
-
-    def _rebuild(self, structure: Any) -> Maker:
-        """Return a function that rebuilds call arguments with tensors and sizes filled in."""
-        if isinstance(structure, ir.Operand):
-            return self.tensor(structure)
-        if isinstance(structure, sympy.Basic):
-            evaluate = compile_evaluator([structure], self._dims)
-            return lambda state: evaluate(*state.dims)[0]
-        if isinstance(structure, (list, tuple)):
-            parts = [self._rebuild(v) for v in structure]
-            return lambda state: [part(state) for part in parts]
-        if isinstance(structure, dict):
-            named = {k: self._rebuild(v) for k, v in structure.items()}
-            return lambda state: {k: v(state) for k, v in named.items()}
-        return lambda state: structure
-
-    def tensor(self, operand: ir.Operand) -> Callable[[RunState], torch.Tensor]:
-        """Return a function that gives the tensor an operand stands for in one run."""
-        return window_of(operand, self._dims)
+    return step
 
 
-def window_of(operand: ir.Operand, dims: Sequence[str]) -> Callable[[RunState], torch.Tensor]:
-    """Return a function that gives an operand's own memory in one run, as a tensor."""
-    shape = compile_evaluator(operand.shape, dims)
-    strides = compile_evaluator(operand.strides, dims)
-    offset = compile_evaluator([operand.offset], dims)
-    return make_window(operand.tensor, operand.dtype, shape, strides, offset)
+def call_into(
+    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
+    windows: Sequence[torch.Tensor | None], has_out: bool,
+) -> None:  # fmt: skip
+    """Run `target`; its results end in `windows`, one each, None for those nobody reads.
+
+    has_out: the op's `out` overload writes the first window itself. Raises VerifyError for a result
+    of another dtype or shape than its window, which is what the graph says, and
+    IndexOutOfRangeError for an index that PyTorch refuses.
+    """
+    if has_out:
+        window = windows[0]
+        assert window is not None
+        place, shape = window.data_ptr(), window.shape
+        target.overloadpacket.out(*args, **kwargs, out=window)
+        if window.data_ptr() != place or window.shape != shape:
+            raise VerifyError(f"{target} gives {tuple(window.shape)}, and the graph {tuple(shape)}")
+        return
+    try:
+        made = target(*args, **kwargs)
+    except IndexError as error:
+        raise IndexOutOfRangeError(f"{target}: {error}") from error
+    made = (made,) if isinstance(made, torch.Tensor) else made
+    for window, value in zip(windows, made, strict=True):
+        if window is None:
+            continue
+        if value.dtype != window.dtype or value.shape != window.shape:
+            raise VerifyError(
+                f"{target} gives {value.dtype} {tuple(value.shape)}, and the graph says "
+                f"{window.dtype} {tuple(window.shape)}"
+            )
+        window.copy_(value)
 
 
-def is_whole(operand: ir.Operand, tensor: ir.Tensor) -> bool:
-    """Tell whether an operand is just its tensor."""
-    dense = operand.offset == 0 and operand.strides == contiguous_strides(operand.shape)
-    return dense and operand.shape == tensor.shape
+def make_leaf(leaf: Any, dims: Sequence[str]) -> Maker:
+    """Return a function that makes one leaf of the output: a tensor, a view of one, or a value."""
+    if isinstance(leaf, WholeTensor):
+        return lambda state: state.whole(leaf.name, leaf.dtype)
+    if isinstance(leaf, ReturnedView):
+        return _make_view(leaf, dims)
+    if isinstance(leaf, (Window, Sizes)):
+        return _make(leaf, dims)
+    if isinstance(leaf, set):  # the caller may change what it gets
+        return lambda state: set(leaf)
+    return lambda state: leaf
+
+
+def make_window(window: Window, dims: Sequence[str]) -> Callable[[RunState], torch.Tensor]:
+    """Return a function that gives the tensor that a window shows in one run."""
+    name, dtype, rank = window.tensor, window.dtype, len(window.shape.texts)
+    texts = (window.shape.texts, window.strides.texts, window.offset.texts)
+    evaluate = Sizes(tuple(text for part in texts for text in part)).compile(dims)
+
+    def look(state: RunState) -> torch.Tensor:
+        base, numbers = state.whole(name, dtype), evaluate(*state.dims)
+        start = base.storage_offset() + numbers[-1]
+        return base.as_strided(numbers[:rank], numbers[rank:-1], start)
+
+    return look
+
+
+def _make_view(leaf: ReturnedView, dims: Sequence[str]) -> Callable[[RunState], torch.Tensor]:
+    steps = [(op, _make(args, dims), _make(kwargs, dims)) for op, args, kwargs in leaf.steps]
+
+    def look(state: RunState) -> torch.Tensor:
+        given = state.given.get(leaf.root)
+        value: Any = state.tensors[leaf.root] if given is None else given
+        for op, args, kwargs in steps:
+            value = op(value, *args(state), **kwargs(state))
+        return value
+
+    return look
+
+
+def _make(structure: Any, dims: Sequence[str]) -> Maker:
+    """Return a function that rebuilds call arguments with tensors and sizes filled in."""
+    if isinstance(structure, Window):
+        return make_window(structure, dims)
+    if isinstance(structure, Sizes):
+        evaluate = structure.compile(dims)
+        return lambda state: evaluate(*state.dims)[0]
+    if isinstance(structure, (list, tuple)):
+        parts = [_make(v, dims) for v in structure]
+        return lambda state: [part(state) for part in parts]
+    if isinstance(structure, Mapping):
+        named = {k: _make(v, dims) for k, v in structure.items()}
+        return lambda state: {k: v(state) for k, v in named.items()}
+    return lambda state: structure

@@ -1,7 +1,8 @@
-"""Program: launches over planned buffers; runs them, decides nothing.
+"""Program: an executable over planned memory, at any shape; runs it, decides nothing.
 
-In: an assembly, a runtime for its device, a planner and a pool of chunks. Out: the outputs of a
-call. A new shape evaluates sizes and offsets once (`bind`); nothing is compiled for it::
+In: an executable, a runtime for its device and a pool of chunks. Out: the outputs of a call. A new
+shape evaluates sizes and offsets once (`bind`); nothing is compiled for it. Compiled models and
+saved ones run through this::
 
     binding = program.bind((batch, seq))      # tens of microseconds, kept for the next call
     outputs = program.run(binding, tensors)   # no allocation but the outputs'
@@ -9,28 +10,35 @@ call. A new shape evaluates sizes and offsets once (`bind`); nothing is compiled
 
 from __future__ import annotations
 
+import ctypes
+import operator
+import threading
+from collections import ChainMap, OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import sympy
+import numpy as np
+import torch
 
-from turbotx import ir
-from turbotx.capture.eager import Alias
-from turbotx.ir.expr import Expr, compile_evaluator, to_python
-from turbotx.memory.liveness import LaunchUse, Liveness, analyze
-from turbotx.memory.planner import Plan, make_planner
-from turbotx.memory.planner.plan import Planner
+from turbotx.capture.ambient import without_autocast
+from turbotx.errors import IndexOutOfRangeError, InputError
+from turbotx.ir.memory_order import in_memory
+from turbotx.memory.liveness import Liveness
+from turbotx.memory.planner import restore_planner
+from turbotx.memory.planner.plan import Plan, align
 from turbotx.memory.pool import ChunkPool, poison, poison_enabled
-from turbotx.program.assemble import Assembly
-from turbotx.runtime.aten import AtenSteps, is_whole, window_of
-from turbotx.runtime.cpu.runtime import CpuRuntime
-from turbotx.runtime.cuda.dispatch import Share
-from turbotx.runtime.cuda.runtime import CudaRuntime
-from turbotx.runtime.executable import Binding, Formulas, Output, Places, PlannedCall, make_size
+from turbotx.program.executable import Executable, TokenRange
+from turbotx.runtime.aten import make_leaf
+from turbotx.runtime.binding import Binding, Execution, Runtime
+from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.inplace_watch import InplaceWatch, Place, Reuse
-from turbotx.runtime.state import Evaluate, Maker, RunState
+from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
+
+STEPS = 64
+"""What sizes that grow with every call are rounded up to, for a plan that serves so many calls."""
 
 
 class _Poisoner:
@@ -49,51 +57,117 @@ class _Poisoner:
             poison(state.arena[begin : begin + self._nbytes[name]])
 
 
-class Program(PlannedCall):
-    """One captured call, compiled for one device."""
+class Program:
+    """One captured call, or a part of its shapes, on one device; thread-safe.
+
+    plans: how many shapes it was planned for. graph_captures: how many it was captured for.
+    """
 
     def __init__(
-        self, assembly: Assembly, dims: Sequence[str], runtime: CpuRuntime | CudaRuntime,
-        pool: ChunkPool, planner: str, max_shapes: int,
-    ) -> None:  # fmt: skip
-        self.assembly, self.runtime, self.planner_kind = assembly, runtime, planner
-        self.liveness, self.size_classes, classes = _analyze(assembly)
-        names, tensors = tuple(dims), assembly.tensors.values()
-        self._class_nbytes = compile_evaluator(classes, names)
-        slots = runtime.table.slots
-        outputs = [t for t in tensors if t.kind == "output"]
-        requirements = list(dict.fromkeys(assembly.requirements))
-        place = {root: k for k, root in enumerate(self.liveness.names)}
-        formulas = Formulas(
-            dims=names,
-            values=compile_evaluator(list(runtime.table.values), names),
-            class_nbytes=self._class_nbytes,
-            requirements=compile_evaluator([e for e, _ in requirements], names),
-            requirement_texts=[text for _, text in requirements],
-            output_extents=compile_evaluator([e for t in outputs for e in t.shape], names),
+        self, executable: Executable, runtime: Runtime, pool: ChunkPool, max_shapes: int
+    ) -> None:
+        self.executable, self.runtime, self.pool = executable, runtime, pool
+        self.plans = self.graph_captures = 0
+        x, memory, self.dims = executable, executable.memory, executable.dims
+        found = memory.liveness
+        self.planner = restore_planner(
+            memory.planner, found.lifetimes, memory.size_class, found.names, memory.orientations
         )
-        places = Places(
-            inputs=[(t.name, slots[t.name]) for t in tensors if t.kind == "input"],
-            outputs=[Output(t.name, slots[t.name], len(t.shape), t.dtype) for t in outputs],
-            # With the tensors that took over a root's memory.
-            planned=[(n, place[root], slots[n]) for n, root in self.liveness.root_of.items()],
-            orders=[assembly.orders.get(t.name) for t in tensors if t.kind == "input"],
-            raw=frozenset(assembly.raw),
+        self._values, self._class_nbytes = (
+            sizes.compile(self.dims) for sizes in (x.values, memory.class_nbytes)
         )
-        made = self._make_planner(names)
-        super().__init__(formulas, places, made, runtime, pool, max_shapes)
-        self._leaves = [self._leaf(leaf) for leaf in assembly.outputs]
+        self._requirements = x.requirements.compile(self.dims)
+        self._inputs = [(t.name, x.slots[t.name]) for t in x.inputs]
+        self._orders = [t.order for t in x.inputs]
+        self._raw = {t.name for t in x.inputs if t.raw}
+        self._outputs = [(t, x.slots[t.name], t.shape.compile(self.dims)) for t in x.outputs]
+        place = {root: k for k, root in enumerate(found.names)}
+        # With the tensors that took over a root's memory.
+        planned = [(place[root], x.slots[name]) for name, root in found.root_of.items()]
+        self._root_places = np.array([k for k, _ in planned], dtype=np.int64)
+        self._planned_slots = np.array([slot for _, slot in planned], dtype=np.int64)
+        self._leaves = [make_leaf(leaf, self.dims) for leaf in x.leaves]
+        self._is_ordered = any(order is not None for order in self._orders)
+        self._max_shapes = max_shapes
+        self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
+        self._blocks: dict[tuple[int, ...], tuple[Binding, Sequence[int]]] = {}
+        self._executions: dict[int, Execution] = {}
+        self._lock = threading.Lock()
 
-    # --- memory ---
+    @property
+    def liveness(self) -> Liveness:
+        """Who lives when in its memory."""
+        return self.executable.memory.liveness
 
-    def _make_planner(self, dims: Sequence[str]) -> Planner:
-        found = self.liveness
-        seed, samples = _expected_sizes(
-            self._class_nbytes, max(self.size_classes, default=-1) + 1, dims
-        )
-        return make_planner(
-            self.planner_kind, found.lifetimes, self.size_classes, found.names, seed, samples
-        )
+    @property
+    def token_range(self) -> TokenRange | None:
+        """Which calls it serves; None: all of them."""
+        return self.executable.token_range
+
+    def serves(self, dims: Sequence[int]) -> bool:
+        """Tell whether it, and not another program of the same call, is to run at these dims."""
+        return self.token_range is None or self.token_range.holds(dims)
+
+    # --- binding ---
+
+    def bind(self, dims: tuple[int, ...]) -> Binding:
+        """Return the call at one shape; raise IndexOutOfRangeError where an index cannot fit."""
+        with self._lock:
+            binding = self._bindings.get(dims)
+            if binding is not None:
+                self._bindings.move_to_end(dims)
+                return binding
+            self._require(dims)
+            binding = self._bindings[dims] = self._plan_shape(dims)
+            if len(self._bindings) > self._max_shapes:
+                self._bindings.popitem(last=False)
+            return binding
+
+    def bind_step(self, dims: tuple[int, ...], stepping: Sequence[int]) -> Binding:
+        """Return the call at one shape, planned once for all shapes that come to the same where
+        the `stepping` dims, by place, are rounded up to a multiple of STEPS.
+
+        Raises IndexOutOfRangeError as `bind` does.
+        """
+        above = list(dims)
+        for k in stepping:
+            above[k] = -(-above[k] // STEPS) * STEPS
+        block = tuple(above)
+        with self._lock:
+            found = self._blocks.get(block)
+            if found is None:
+                found = self._plan_shape(block), self._class_nbytes(*block)
+                self._blocks[block] = found
+                if len(self._blocks) > self._max_shapes:
+                    self._blocks.pop(next(iter(self._blocks)))
+        planned, most = found
+        if any(map(operator.gt, self._class_nbytes(*dims), most)):
+            return self.bind(dims)  # a size that shrinks as others grow
+        self._require(dims)
+        sizes, outputs = self._sizes_of(dims), self._shapes_of(dims)
+        return replace(planned, dims=dims, sizes=sizes, outputs=outputs)
+
+    def _require(self, dims: tuple[int, ...]) -> None:
+        rest = self._requirements(*dims)
+        for value, text in zip(rest, self.executable.requirement_texts, strict=True):
+            if value < 0:
+                shown = ", ".join(f"{n}={v}" for n, v in zip(self.dims, dims, strict=True))
+                raise IndexOutOfRangeError(f"index out of range: {text} fails for {shown}")
+
+    def _plan_shape(self, dims: tuple[int, ...]) -> Binding:
+        offsets, footprint = self.planner.offsets(self._class_nbytes(*dims))
+        self.plans += 1
+        array = np.array(offsets, dtype=np.int64)[self._root_places]
+        offset_of = dict(zip(self.liveness.root_of, array.tolist(), strict=True))
+        sizes, outputs = self._sizes_of(dims), self._shapes_of(dims)
+        return Binding(dims, sizes, array, offset_of, align(max(footprint, 1)), outputs)
+
+    def _sizes_of(self, dims: tuple[int, ...]) -> Any:
+        values = self._values(*dims)
+        return (ctypes.c_int64 * max(1, len(values)))(*values)
+
+    def _shapes_of(self, dims: tuple[int, ...]) -> tuple[tuple[int, Any, torch.dtype], ...]:
+        return tuple((slot, shape(*dims), t.dtype) for t, slot, shape in self._outputs)
 
     def plan(self, dims: Sequence[int]) -> Plan:
         """Return the full memory plan at these dims, for reports."""
@@ -101,107 +175,143 @@ class Program(PlannedCall):
 
     def sizes_at(self, dims: Sequence[int]) -> dict[str, int]:
         """Return the bytes of every planned buffer at these dims."""
-        sizes = self._class_nbytes(*dims)
-        return dict(zip(self.liveness.names, (sizes[c] for c in self.size_classes), strict=True))
+        sizes, memory = self._class_nbytes(*dims), self.executable.memory
+        return dict(zip(self.liveness.names, (sizes[c] for c in memory.size_class), strict=True))
+
+    def reserve(self, binding: Binding) -> None:
+        """Map the memory of a shape now, for good."""
+        self.pool.reserve(binding.footprint_nbytes)
 
     # --- running ---
 
-    @property
-    def share(self) -> Share | None:
-        """Which calls it serves; None: all of them."""
-        return self.runtime.share
+    def run(
+        self, binding: Binding, tensors: Sequence[torch.Tensor], ticks: Any = None,
+        watch: Watch | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """Run on `tensors`, in the captured order; return the leaves of the model's output.
 
-    def serves(self, dims: Sequence[int]) -> bool:
-        """Tell whether it, and not its twin, is to run at these dims."""
-        return self.share is None or self.share.holds(dims)
+        `ticks`: int64, two a launch, takes the nanoseconds at which it began and ended. `watch`
+        is told of every launch, which then run one by one. Autocast's casts are launches of the
+        program where it was traced under it: nothing here is cast again.
+        """
+        with without_autocast():
+            self.runtime.weights.refresh()
+            inputs = self._readable(self.in_memory(tensors))
+            outputs = self._new_outputs(binding)
+            with self.pool.lease(binding.footprint_nbytes) as arena:
+                execution = self._prepare(arena, binding)
+                state = self._state(binding, arena, inputs, outputs, tensors)
+                self._run_in(execution, binding, state, inputs, outputs, ticks, watch)
+            return [leaf(state) for leaf in self._leaves]
+
+    def in_memory(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return inputs by the order of their dims in memory, for which the call was captured.
+
+        Raises InputError where one is read past its elements, and they are not dense.
+        """
+        if self._is_ordered:
+            tensors = list(map(in_memory, tensors, self._orders))
+        if self._raw:
+            self._refuse_slices(tensors)
+        return tensors
+
+    def _refuse_slices(self, tensors: Sequence[torch.Tensor]) -> None:
+        for (name, _), tensor in zip(self._inputs, tensors, strict=True):
+            dense = tensor.is_contiguous() and tensor.storage_offset() == 0
+            if name in self._raw and not dense:
+                raise InputError(
+                    f"the model reads the memory of {name!r} by strides of its own (as_strided) "
+                    "or asks how it lies (is_contiguous, stride, storage_offset), and this one "
+                    f"is a part of a larger tensor: pass {name}.clone()"
+                )
+
+    def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return inputs as kernels take them: row-major, and each element as it is in memory, where
+        PyTorch may have only noted that it is to be negated or conjugated."""
+        return [
+            t if t.is_contiguous() and not (t.is_neg() or t.is_conj()) else _settle(t)
+            for t in tensors
+        ]
+
+    def _new_outputs(self, binding: Binding) -> list[torch.Tensor]:
+        device = self.runtime.torch_device
+        return [torch.empty(s, dtype=dtype, device=device) for _, s, dtype in binding.outputs]
+
+    def _state(
+        self, binding: Binding, arena: Any, inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = (),
+    ) -> RunState:  # fmt: skip
+        """given: the inputs as they came, where leaves are to be made that may be these."""
+        named = {name: x for (name, _), x in zip(self._inputs, inputs, strict=True)}
+        named.update((t.name, x) for (t, _, _), x in zip(self._outputs, outputs, strict=True))
+        tensors = ChainMap(named, self.runtime.weights.tensors)
+        own = {name: x for (name, _), x in zip(self._inputs, given, strict=False)}
+        return RunState(binding.dims, binding.offset_of, arena.tensor, tensors, own)
+
+    def _run_in(
+        self, execution: Execution, binding: Binding, state: RunState,
+        inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
+        ticks: Any = None, watch: Watch | None = None,
+    ) -> None:  # fmt: skip
+        """Run every launch in the arena of a table."""
+        table = execution.table
+        for (_, slot), tensor in zip(self._inputs, inputs, strict=True):
+            table[slot] = tensor.data_ptr()
+        for (slot, _, _), tensor in zip(binding.outputs, outputs, strict=True):
+            table[slot] = tensor.data_ptr()
+        watches = [*([] if watch is None else [watch]), *self._own_watches(table, binding)]
+        failed = self.runtime.run(table, binding.sizes, state, ticks, watches)
+        if failed:
+            self._explain_failure(failed)
 
     def _own_watches(self, table: Any, binding: Binding) -> Sequence[Watch]:
+        """Return what is to be told of every launch over a table of addresses, whoever calls."""
         if not poison_enabled():
             return []
-        runtime, poisoner = self.runtime, _Poisoner(self, binding)
-        if not isinstance(runtime, CpuRuntime):
+        poisoner = _Poisoner(self, binding)
+        if not isinstance(self.runtime, CpuExecutor):
             return [poisoner]
-        repeat = partial(runtime.repeat, table=table, sizes=binding.sizes)
+        repeat = partial(self.runtime.repeat, table=table, sizes=binding.sizes)
         return [InplaceWatch(self._reuses(binding.dims), table, repeat), poisoner]
 
     def _reuses(self, dims: Sequence[int]) -> dict[int, Reuse]:
         """Return the launches that write over what they read, by index."""
-        slots, nbytes, root = self.runtime.table.slots, self.sizes_at(dims), self.liveness.root_of
-        taken = self.liveness.reused
+        slots, nbytes, root = self.executable.slots, self.sizes_at(dims), self.liveness.root_of
 
         def place(name: str) -> Place:
             return Place(name, slots[name], nbytes[root[name]] if name in root else 0)
 
         found = {}
-        for i, launch in enumerate(self.assembly.launches):
+        for i, launch in enumerate(self.executable.launches):
+            taken = self.liveness.reused
             lost = [place(read) for written, read in taken if written in launch.writes]
             if lost:
                 found[i] = Reuse(launch.name, lost, [place(n) for n in launch.writes])
         return found
 
-    def _leaf(self, leaf: Any) -> Maker:
-        """Return how to make one leaf of the output: a tensor, a view of one, or a value."""
-        if isinstance(leaf, ir.Operand):
-            if is_whole(leaf, self.assembly.tensors[leaf.tensor]):
-                return lambda state: state.whole(leaf.tensor, leaf.dtype)
-            return window_of(leaf, self.dims)
-        if isinstance(leaf, Alias):
-            return AtenSteps(self.dims).alias(leaf)
-        if isinstance(leaf, sympy.Basic):
-            return make_size(compile_evaluator([leaf], self.dims))
-        if isinstance(leaf, set):  # the caller may change what it gets
-            return lambda state: set(leaf)
-        return lambda state: leaf
+    def _prepare(self, arena: Any, binding: Binding) -> Execution:
+        """Return the arena's address table, set for this shape and these weights."""
+        execution = self._executions.get(id(arena))
+        if execution is None:
+            execution = self._executions[id(arena)] = Execution(len(self.executable.slots))
+        self._point(execution, arena, binding)
+        return execution
 
-    def _check_of(self, launch: int, check: int) -> tuple[str, str, str, str]:
-        failed = self.assembly.launches[launch]
-        return *self.checks_of(failed)[check], failed.name, failed.source
+    def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
+        """Set an address table for this memory, this shape and these weights."""
+        base = arena.data_ptr
+        if execution.offsets is not binding.offsets or execution.base != base:
+            execution.numbers[self._planned_slots] = binding.offsets + base
+            execution.offsets, execution.base = binding.offsets, base
+        if execution.weights_version != self.runtime.weights.version:
+            filled = self.runtime.fill_weights(execution.table)
+            execution.weights_version, execution.kept = filled
 
-    def checks_of(self, launch: ir.Launch) -> list[tuple[str, str]]:
-        """Return what a kernel checks: tensors whose values must lie in [0, limit), and limits."""
-        kernel = launch.target
-        if not isinstance(kernel, ir.Kernel):
-            return []
-        made = {r: s for s in kernel.body for r in ir.results_of(s)}
-        found = []
-        for check in kernel.body:
-            if not isinstance(check, ir.Check):
-                continue
-            name, source = check.value, made[check.value]
-            if isinstance(source, ir.Load):
-                position = [p.name for p in kernel.params].index(source.access.param)
-                operand = launch.args[position]
-                name = operand.tensor if operand is not None else name
-            found.append((name, str(check.limit)))
-        return found
+    def _explain_failure(self, failed: int) -> None:
+        launch = self.executable.launches[(failed >> 32) - 1]
+        tensor, limit = launch.checks[(failed & 0xFFFFFFFF) - 1]
+        raise IndexOutOfRangeError.of(tensor, limit, launch.name, launch.source)
 
 
-def _analyze(assembly: Assembly) -> tuple[Liveness, list[int], list[Expr]]:
-    """Return who lives when, the size class of every root, and the classes' bytes."""
-    tensors = assembly.tensors
-    outside = [n for n, t in tensors.items() if t.kind != "intermediate"]
-    uses = [
-        LaunchUse(x.name, x.reads, x.writes, x.workspaces, x.inplace) for x in assembly.launches
-    ]
-    sizes = {n: to_python(t.nbytes) for n, t in tensors.items()}
-    found = analyze(uses, outside=outside, size_of=sizes)
-    classes: dict[Expr, int] = {}
-    of = [classes.setdefault(tensors[n].nbytes, len(classes)) for n in found.names]
-    return found, of, list(classes)
-
-
-def _expected_sizes(
-    class_nbytes: Evaluate, count: int, dims: Sequence[str]
-) -> tuple[list[int], list[list[int]]]:
-    """Sizes at shapes to expect: the planner is tuned to these, and safe for all others."""
-    expected = [(1, 16), (1, 128), (4, 64), (8, 128), (16, 512), (1, 512)]
-    rows = []
-    for batch, seq in expected:
-        shape = [batch if k == 0 or "_d0" in n else seq for k, n in enumerate(dims)]
-        try:
-            rows.append([max(1, x) for x in class_nbytes(*shape)])
-        except (ArithmeticError, ValueError):  # no size that this model takes: it divides by zero
-            continue
-    if not rows:  # sizes that are as good as any
-        rows = [[1 << (k % 8 + 8) for k in range(count)]]
-    return rows[min(3, len(rows) - 1)], rows
+def _settle(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.resolve_conj().resolve_neg().contiguous()

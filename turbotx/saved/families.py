@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from turbotx.errors import SavedFileError
+from turbotx.ir.sizes import Sizes
 from turbotx.kernels.job import Binary, Job
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.cuda.settings import uses_tf32
 from turbotx.runtime.device import Grid
-from turbotx.saved.values import compile_texts
+from turbotx.saved.values import check_texts
 
 ALIGNED = 16
 
@@ -115,6 +116,7 @@ class SavedFamily:
         places, texts = self.grids[grid]
         evaluate = self._compiled.get(grid)
         if evaluate is None:
-            evaluate = compile_texts(texts, [f"s{k}" for k in places])
-            self._compiled[grid] = evaluate
+            names = [f"s{int(k)}" for k in places]
+            check_texts(texts, names)
+            evaluate = self._compiled[grid] = Sizes(tuple(texts)).compile(names)
         return evaluate(*(sizes[k] for k in places))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,28 @@ from torch import nn
 
 from turbotx.capture.ambient import Ambient, differences, read_ambient, read_asked, read_decisive
 from turbotx.capture.arguments import carry, describe_leaf, flatten_call, is_float
-from turbotx.capture.traced_float import describe_floats
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.capture.traced_float import FloatInput, describe_floats
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
-from turbotx.runtime.cuda.cuda_graphs import GraphCache
+from turbotx.program.executable import Executable
+from turbotx.runtime.binding import Binding
+from turbotx.runtime.cpu.executor import CpuExecutor
+from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.device import Device
-from turbotx.runtime.executable import Binding
+from turbotx.runtime.program import Program
 from turbotx.runtime.weights import Weights
+from turbotx.saved.codec import Decoder, decode_nodes, decode_program
 from turbotx.saved.container import read_container
-from turbotx.saved.gpu_program import SavedGpuProgram, SavedGpuRuntime, read_variants
+from turbotx.saved.families import SavedFamily
+from turbotx.saved.gpu_kernels import NoVariantError, SavedQueue, read_variants
 from turbotx.saved.native import Libraries
 from turbotx.saved.places import CPU, open_place
-from turbotx.saved.program import SavedCpuRuntime, SavedProgram, read_weights
 from turbotx.saved.values import decode_ambient, decode_constant, decode_tree
 from turbotx.saved.weight_files import load_weights
 
-Maker = Callable[[Mapping[str, Any], Weights, ChunkPool], SavedProgram]
+MAX_SHAPES = 256
+Maker = Callable[[Mapping[str, Any], Executable, Weights, ChunkPool], Program]
 
 
 def load(
@@ -78,15 +85,23 @@ def load(
     for k, tables in chosen:
         prefix = f"{tables.get('variant', k)}.constants."
         constants = {n.removeprefix(prefix): t for n, t in held.items() if n.startswith(prefix)}
-        model._add(make(tables, read_weights(tables, model, constants, place), model._pool))
+        executable, rules, floats = decode_program(tables, place)
+        weights_of = _read_weights(tables["weights"], model, constants, place)
+        program = make(tables, executable, weights_of, model._pool)
+        ambient, asked = decode_ambient(tables["ambient"])
+        made = SavedCall(program, ShapeMatcher(rules), floats, ambient, asked, tables["out"])
+        model._add(made, tables["call"])
     return model
 
 
 def _cpu_maker(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> Maker:
     libraries = Libraries(manifest, entries)
 
-    def make(tables: Mapping[str, Any], weights: Weights, pool: ChunkPool) -> SavedProgram:
-        return SavedProgram(tables, SavedCpuRuntime(tables, libraries, weights), pool)
+    def make(
+        tables: Mapping[str, Any], executable: Executable, weights: Weights, pool: ChunkPool
+    ) -> Program:
+        opened = {unit: libraries.open(name) for unit, name in tables["libraries"].items()}
+        return Program(executable, CpuExecutor(executable, weights, opened), pool, MAX_SHAPES)
 
     return make
 
@@ -95,12 +110,26 @@ def _gpu_maker(target: str, entries: Mapping[str, bytes], device: Device) -> Mak
     variants = read_variants(target, entries)
     graphs: dict[int, GraphCache] = {}  # programs of one call share theirs
 
-    def make(tables: Mapping[str, Any], weights: Weights, pool: ChunkPool) -> SavedProgram:
+    def make(
+        tables: Mapping[str, Any], executable: Executable, weights: Weights, pool: ChunkPool
+    ) -> Program:
         own = graphs.setdefault(tables["variant"], GraphCache(tables["graphs"]))
-        runtime = SavedGpuRuntime(tables, variants, weights, device)
-        return SavedGpuProgram(tables, runtime, pool, own)
+        families = [SavedFamily.of(t, variants) for t in tables["families"]]
+        queue = SavedQueue(executable, families, weights, device)
+        return CudaGraphProgram(executable, queue, pool, MAX_SHAPES, own)
 
     return make
+
+
+def _read_weights(
+    described: Mapping[str, Any], model: nn.Module, constants: Mapping[str, torch.Tensor],
+    place: torch.device,
+) -> Weights:  # fmt: skip
+    """Return what a program derives from its parameters, on the device where they lie."""
+    nodes = decode_nodes(described["prepared"], place)
+    prepared = {name: nodes[name] for name in described["prepared_names"]}
+    kinds = Decoder(place).decode(described["kinds"])
+    return Weights(model, constants, described["paths"], prepared, kinds)
 
 
 def _tensors(path: Any, data: bytes, place: torch.device) -> dict[str, torch.Tensor]:
@@ -115,12 +144,31 @@ def _tensors(path: Any, data: bytes, place: torch.device) -> dict[str, torch.Ten
     return {name: tensor.to(place) for name, tensor in from_bytes(data).items()}
 
 
+@dataclass(frozen=True)
+class SavedCall:
+    """A program, and the calls that it serves.
+
+    floats, ambient, asked: the numbers and the state of PyTorch that it was traced with. out: how
+    the leaves of its output are nested, as JSON.
+    """
+
+    program: Program
+    matcher: ShapeMatcher
+    floats: tuple[FloatInput, ...]
+    ambient: Ambient
+    asked: tuple[int, ...]
+    out: Mapping[str, Any]
+
+
 class SavedModule(nn.Module):
     """The calls of a saved model. Its parameters have the model's own names, and may be changed.
 
     Outputs are the model's, nested as they were; a class of its own (as of Hugging Face's outputs)
     is used where its package is imported already, and is otherwise an ordered dict with attributes.
     """
+
+    compiled_by_turbotx = True
+    """Has `turbotx.optimize` and `turbotx.explain` refuse it by name."""
 
     def __init__(
         self, manifest: Mapping[str, Any], state: list[Mapping[str, Any]],
@@ -132,9 +180,8 @@ class SavedModule(nn.Module):
         self._place = place
         self._pool = ChunkPool(place)
         self._lock = threading.Lock()
-        self._programs: dict[Any, list[SavedProgram]] = {}
-        self._bound: dict[Any, tuple[SavedProgram, Binding]] = {}
-        self._ambients: dict[int, tuple[Ambient, tuple[int, ...]]] = {}
+        self._calls: dict[Any, list[SavedCall]] = {}
+        self._bound: dict[Any, tuple[SavedCall, Binding]] = {}
         self._asked: tuple[int, ...] = ()
         self._asks_floats = False
         tied: dict[str, torch.Tensor] = {}
@@ -152,14 +199,14 @@ class SavedModule(nn.Module):
         for part in parents:
             if part not in module._modules:
                 module.add_module(part, nn.Module())
-            module = module._modules[part]  # type: ignore[assignment]
+            module = module.get_submodule(part)
         if isinstance(tensor, nn.Parameter):
             module._parameters[leaf] = tensor
         else:
             module.register_buffer(leaf, tensor, persistent=persistent)
 
-    def _add(self, program: SavedProgram) -> None:
-        call = program.tables["call"]
+    def _add(self, made: SavedCall, call: Mapping[str, Any]) -> None:
+        """Add a program; call: the kind of call that it serves, as JSON."""
         kinds = [
             (float,)
             if kind == "float"
@@ -168,11 +215,9 @@ class SavedModule(nn.Module):
         ]
         args, kwargs = decode_tree(call["tree"], lambda k: _Given(kinds[k]))
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        self._programs.setdefault((spec, tuple(map(_describe, leaves))), []).append(program)
-        ambient, asked = decode_ambient(program.tables["ambient"])
-        self._ambients[id(program)] = ambient, asked
-        self._asked = tuple(sorted({*self._asked, *asked}))
-        self._asks_floats |= any(x.is_particular for x in program.floats)
+        self._calls.setdefault((spec, tuple(map(_describe, leaves))), []).append(made)
+        self._asked = tuple(sorted({*self._asked, *made.asked}))
+        self._asks_floats |= any(x.is_particular for x in made.floats)
 
     # --- calls ---
 
@@ -194,17 +239,23 @@ class SavedModule(nn.Module):
                 if len(self._bound) >= 256:
                     self._bound.pop(next(iter(self._bound)))
                 self._bound[shapes] = found
-        program, binding = found
-        with torch.no_grad():
-            return program.answer(binding, tensors)
+        call, binding = found
+        try:
+            with torch.no_grad():
+                leaves = call.program.run(binding, tensors)
+        except NoVariantError as error:
+            dims = zip(call.program.dims, binding.dims, strict=True)
+            shown = ", ".join(f"{name}={size}" for name, size in dims)
+            raise SavedFileError(f"a call of {shown} cannot run: {error}") from error
+        return decode_tree(call.out, leaves.__getitem__)
 
     __call__ = forward
 
-    def _bind(self, key: Any, tensors: list[torch.Tensor]) -> tuple[SavedProgram, Binding]:
+    def _bind(self, key: Any, tensors: list[torch.Tensor]) -> tuple[SavedCall, Binding]:
         shapes, ambient = [t.shape for t in tensors], read_ambient()
         # A program for the usual order of dims reads any other from a dense copy.
-        known = self._programs.get(key) or self._programs.get(_in_usual_order(key), [])
-        differ = [differences(ambient, *self._ambients[id(p)]) for p in known]
+        known = self._calls.get(key) or self._calls.get(_in_usual_order(key), [])
+        differ = [differences(ambient, p.ambient, p.asked) for p in known]
         holding = [p for p, found in zip(known, differ, strict=True) if not found]
         if known and not holding:
             told = "; or ".join(dict.fromkeys("; ".join(found) for found in differ))
@@ -220,11 +271,11 @@ class SavedModule(nn.Module):
                 f"the model computes in another way for other numbers, and was saved for {told}: "
                 "call the optimized module with this one too before it is saved"
             )
-        for program in taking:
-            dims = program.match(shapes)
-            if dims is not None and program.serves(dims):
-                return program, program.bind(dims)
-        refused = [p.explain(shapes) for p in taking]
+        for call in taking:
+            dims = call.matcher.match(shapes)
+            if dims is not None and call.program.serves(dims):
+                return call, call.program.bind(dims)
+        refused = [p.matcher.explain(shapes) for p in taking]
         if refused:
             raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")
         for tensor in tensors:
@@ -233,7 +284,7 @@ class SavedModule(nn.Module):
                     f"an input is on {tensor.device}, and this file was loaded for {self._place}: "
                     "move the inputs there, or give turbotx.load another device"
                 )
-        held = "; ".join(dict.fromkeys(_show(k) for k in self._programs))
+        held = "; ".join(dict.fromkeys(_show(k) for k in self._calls))
         raise InputError(
             f"the file holds no call of this kind: {_show(key)}. It holds {held}. Call the "
             "optimized module this way before it is saved"
@@ -241,17 +292,19 @@ class SavedModule(nn.Module):
 
     def refresh(self) -> None:
         """Derive packed weights and constants again at the next call, as `optimize`'s refresh."""
-        for programs in self._programs.values():
-            for program in programs:
-                program._runtime.weights.forget()
+        for program in self._programs():
+            program.runtime.weights.forget()
+
+    def _programs(self) -> list[Program]:
+        return [call.program for calls in self._calls.values() for call in calls]
 
     def stats(self) -> dict[str, int]:
         """Return counts since the file was loaded: programs, builds, plans, graphs, allocations."""
-        programs = [p for found in self._programs.values() for p in found]
+        programs = self._programs()
         pool = self._pool.stats()
         return {
             "programs": len(programs),
-            "kernel_builds": sum(p.builds for p in programs),
+            "kernel_builds": sum(p.runtime.builds for p in programs),
             "plans": sum(p.plans for p in programs),
             "graph_captures": sum(p.graph_captures for p in programs),
             "chunk_allocations": pool.chunk_allocations,
@@ -265,7 +318,7 @@ class SavedModule(nn.Module):
         )
 
     def __repr__(self) -> str:
-        calls = "; ".join(dict.fromkeys(_show(k) for k in self._programs))
+        calls = "; ".join(dict.fromkeys(_show(k) for k in self._calls))
         return f"<turbotx.SavedModule of {self.saved_by['model']}: {calls}>"
 
 

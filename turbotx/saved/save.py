@@ -23,9 +23,9 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx import __version__
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
 from turbotx.engine.optimize import engine_of
-from turbotx.engine.pipeline import Compiled
 from turbotx.engine.progress import show_progress
 from turbotx.engine.variant import Variant
 from turbotx.errors import SaveError
@@ -35,16 +35,15 @@ from turbotx.runtime.cpu.launch_table import load_runtime
 from turbotx.runtime.cpu.runtime import CpuRuntime
 from turbotx.runtime.cuda.device import require_triton
 from turbotx.saved.container import write_container
-from turbotx.saved.describe import describe_for_cpu
-from turbotx.saved.describe_gpu import describe_for_gpu
-from turbotx.saved.gpu_program import (
+from turbotx.saved.describe import describe_call, describe_families
+from turbotx.saved.gpu_kernels import (
     describe_binary,
     describe_job,
     image_entry,
     variants_entry,
 )
 from turbotx.saved.native import cpu_features, runtime_digest
-from turbotx.saved.values import Leaf, encode_ambient, encode_constant, encode_tree
+from turbotx.saved.values import Leaf, encode_constant, encode_tree
 from turbotx.saved.variants import Variants
 
 
@@ -75,7 +74,8 @@ def save(
     ]
     if not variants:
         raise SaveError(
-            "nothing was compiled yet for the model as it is: call the module once, then save it"
+            "nothing was compiled yet for the model as it is: call what turbotx.optimize returned "
+            "once, as fast(**inputs), then save that, as turbotx.save(fast, path)"
         )
     if engine.calls_forward and (engine.model._forward_hooks or engine.model._forward_pre_hooks):
         raise SaveError(
@@ -89,8 +89,9 @@ def save(
     for number, (key, variant) in enumerate(variants):
         ran = _target_of(variant.compiled)
         for target in dict.fromkeys(wanted or [ran]):
-            native = target == ran
-            compiled = variant.compiled if native else engine.compile_for(variant.compiled, target)
+            compiled = variant.compiled
+            if target != ran:
+                compiled = engine.compile(compiled.captured, target)
             writer.add(number, key, target, compiled)
     writer.build(progress)
     state, held = _split_weights(engine.model, [v for _, v in variants])
@@ -111,8 +112,8 @@ def save(
 
 
 def _target_of(compiled: Compiled) -> str:
-    runtime = compiled.program.runtime
-    return "cpu" if isinstance(runtime, CpuRuntime) else runtime.device.target
+    gpu = compiled.program.executable.gpu
+    return "cpu" if gpu is None else gpu.target
 
 
 def check_target(target: str) -> str:
@@ -137,26 +138,19 @@ class _Writer:
 
     def add(self, number: int, key: Any, target: str, compiled: Compiled) -> None:
         """Add a call, of a number, compiled for a target."""
-        shared = {
-            "target": target, "variant": number, "call": _describe_call(key),
-            "ambient": encode_ambient(compiled.captured.ambient, compiled.captured.asked),
-            "floats": [
-                [x.place, None if x.fixed is None else encode_constant(x.fixed), x.nonzero]
-                for x in compiled.captured.floats
-            ],
-        }  # fmt: skip
+        shared = {"target": target, "variant": number, "call": _describe_call(key)}
         if target == "cpu":
             libraries = self._add_libraries(compiled)
-            described = {**shared, "libraries": libraries, **describe_for_cpu(compiled)}
-            self.programs.append(described)
+            self.programs.append({**shared, "libraries": libraries, **describe_call(compiled)})
             return
         require_triton()
         variants = self._variants.setdefault(target, Variants())
         options = self.engine.options
         graphs = options.max_graphs if options.cuda_graphs else 0
         for twin in compiled.specializations:
-            # Last, since a description names the target that it was compiled for.
-            self.programs.append({**describe_for_gpu(twin, variants, graphs), **shared})
+            families = describe_families(twin, variants)
+            own = {"families": families, "graphs": graphs, **describe_call(twin)}
+            self.programs.append({**shared, **own})
 
     def _add_libraries(self, compiled: Compiled) -> dict[str, str]:
         names = {}
@@ -246,7 +240,7 @@ def _split_weights(
     state = {k: v.detach() for k, v in model.state_dict(keep_vars=True).items()}
     held: dict[str, torch.Tensor] = {}
     for k, variant in enumerate(variants):
-        for program in (twin.program for twin in variant.compiled.specializations):
+        for program in variant.compiled.programs:
             for path, tensor in program.runtime.weights.owned():
                 if path.startswith("constants."):
                     held[f"{k}.{path}"] = tensor.detach()

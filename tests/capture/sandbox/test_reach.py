@@ -21,7 +21,7 @@ def model_calling(function: Any) -> nn.Module:
 
 
 def texts(model: nn.Module) -> set[str]:
-    return {w.text.partition(" of ")[0] for w in Reach(model, ()).watched}
+    return {w.text.partition(" of ")[0] for w in Reach(model, (), {}).watched}
 
 
 def test_a_chain_of_functions_longer_than_the_stack() -> None:

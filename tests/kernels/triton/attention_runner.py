@@ -15,8 +15,7 @@ import torch
 
 from tests.kernels.triton.triton_runner import interpreting, load_function
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
-from turbotx.kernels.cpp.attention import AttentionKernel
-from turbotx.kernels.cpp.products import ProductKernel
+from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton.attention import (
     AttentionSchedule,

@@ -16,8 +16,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.kernels.triton.attention_runner import check, multiply, operands, run
 from turbotx.ir.attention_ops import attention_scores, attention_values
-from turbotx.kernels.cpp.attention import AttentionKernel
-from turbotx.kernels.cpp.products import ProductKernel
+from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["tiles", "once"])
@@ -65,6 +64,14 @@ def test_key_mask_and_a_sequence_that_sees_nothing() -> None:
     out = run(case, q, k, v, visible)
     check(out, q, k, v, visible, scale=case.scale)
     assert (out[2] == 0).all()
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (5, -1), (3, 2)])
+def test_queries_at_the_last_keys(window: tuple[int, int]) -> None:
+    q, k, v = operands(1, 2, 2, 5, 37, 16)
+    case = kernel(16, causal=window[1] < 0, window=window, late=True)
+    said = {"scale": case.scale, "window": window, "causal": case.causal, "late": True}
+    check(run(case, q, k, v), q, k, v, **said)
 
 
 @pytest.mark.parametrize("window", [(3, 2), (0, -1), (-1, 4), (20, 40)])

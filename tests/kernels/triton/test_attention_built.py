@@ -14,9 +14,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
+from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.kernels.attention_jobs import attention_job, product_job
-from turbotx.kernels.cpp.attention import AttentionKernel
-from turbotx.kernels.cpp.products import ProductKernel
 from turbotx.kernels.triton.attention import choose_attention_schedule, with_keys
 from turbotx.kernels.triton.compiler import TARGETS, build
 from turbotx.kernels.triton.products import PRODUCT_STRIDES, choose_product_schedule

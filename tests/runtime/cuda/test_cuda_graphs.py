@@ -102,7 +102,7 @@ def test_times_of_launches_are_measured_from_one_mark_to_the_next(
     fast = bind_to(CoarseClock(), model, monkeypatch)
     fast(x)
     program = fast._engine.variants()[0].program
-    count = len(program.assembly.launches)
+    count = len(program.executable.launches)
     assert count >= 16
     ticks = (ctypes.c_int64 * (2 * count))()
     program.run(program.bind((2, 3)), [x], ticks)

@@ -112,7 +112,7 @@ def find_own_changes(
         holding = holders.get(id(effect.target), [])
         if not holding:
             continue
-        if all(_is_only_written(place, names) for place in holding):
+        if effect.unread or all(_is_only_written(place, names) for place in holding):
             known = found.left_out.get(id(effect.target), frozenset())
             whole = known is None or not isinstance(effect.target, dict)
             put = frozenset() if key is None else frozenset((key[1],))

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.fx.experimental import proxy_tensor
 
+from turbotx.capture.host_random import GENERATORS, look_at
 from turbotx.capture.module_state.dependence import depends_on_values
 from turbotx.capture.module_state.values import (
     MAX_DEPTH,
@@ -73,6 +74,7 @@ class Recorder:
         self._writes: dict[tuple[int, str], Write] = {}
         self._classes: list[type] = []
         self._met: dict[int, Any] = {}
+        self._generators: list[tuple[Any, str | None]] = []
         self._inputs: Sequence[torch.Tensor] = ()
         self._compiles = 0
         self._over = False
@@ -89,6 +91,10 @@ class Recorder:
     @property
     def writes(self) -> list[Write]:
         return list(self._writes.values())
+
+    def find_moved(self) -> list[Any]:
+        """Return the generators of random numbers that were met and have moved, or may have."""
+        return [g for g, state in self._generators if state is None or look_at(g) != state]
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -144,6 +150,9 @@ class Recorder:
         """Have reads of an object that the code got hold of noted, and of those that it holds."""
         if type(value) in (int, bool, str, float) or id(value) in self._met or depth > MAX_DEPTH:
             return
+        if isinstance(value, GENERATORS):
+            self._met[id(value)] = value
+            self._generators.append((value, None if self._over else look_at(value)))
         if held := held_by(value):
             self._met[id(value)] = value
             for item in held:

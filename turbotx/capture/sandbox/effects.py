@@ -52,6 +52,8 @@ class Effect:
     makes_tensor: bool = False
     makes_size: bool = False
     """Whether what is written is a tensor of this call, or a size of it."""
+    unread: bool = False
+    """Whether the code looked at nothing that was there before."""
 
     def replay(self, results: Sequence[Any]) -> None:
         """Write it again, with the results of another run."""
@@ -88,7 +90,7 @@ def find_effects(
 
     for one in watched:
         for difference in one.differences():
-            text = one.text
+            text, unread = one.text, one.is_unread(difference)
             if isinstance(difference, Taken):
                 raise CaptureError(
                     f"the call takes something out of {text!r} or puts it elsewhere, so that calls "
@@ -107,7 +109,7 @@ def find_effects(
             effects.append(
                 Effect(
                     one.target, text, difference, spec, leaves,
-                    isinstance(value, FakeTensor), isinstance(value, _SIZES),
+                    isinstance(value, FakeTensor), isinstance(value, _SIZES), unread,
                 )
             )  # fmt: skip
     return effects, results

@@ -39,12 +39,15 @@ class Reach:
     """watched: containers, and the `__dict__`s of objects. caches: (namespace, name, lru_cache);
     loose: those that no namespace holds, with how often they have missed."""
 
-    def __init__(self, model: nn.Module, shared: Iterable[tuple[Any, str]]) -> None:
+    def __init__(
+        self, model: nn.Module, shared: Iterable[tuple[Any, str]], known: dict[int, Any]
+    ) -> None:
+        """shared: what to look at, with where it was found. known: what is watched already."""
         self._waiting: list[tuple[Any, type | None]] = []
         self.watched: list[Watched] = []
         self.caches: list[tuple[Any, str, Any]] = []
         self.loose: list[tuple[Any, int]] = []
-        self._seen: dict[int, Any] = {}
+        self._seen = dict(known)
         self._left = MAX_ITEMS
         self._names: dict[Any, frozenset[str]] = {}
         for value, text in shared:

@@ -34,7 +34,10 @@ class Sandbox:
 
     def __init__(self, model: nn.Module) -> None:
         self._shadow = Shadow(model)
-        self._reach = Reach(model, self._shadow.shared)
+        self._reach = Reach(model, self._shadow.shared, self._shadow.copies)
+        elsewhere = {id(w.target) for w in self._reach.watched}
+        for watched in self._shadow.watched:
+            watched.shared = id(watched.target) in elsewhere
         self._watched = [*self._shadow.watched, *self._reach.watched]
         self._followed = {id(w.traced) for w in self._watched}
         self._inputs: list[list[frozenset[str]]] = []

@@ -7,12 +7,13 @@ copies; what the trace exchanges or writes there, no other thread and no later c
     shadow.model.encoder.weight is model.encoder.weight  ->  True
     shadow.original_of(shadow.model.encoder) is model.encoder  ->  True
 
-Methods, partials and weak references that lead to a module of the model lead to its shadow.
-Functions and other objects are shared: `reach.py` finds what can be written to through them.
+Methods, partials, weak references and closures that lead to a module of the model lead to its
+shadow. Other functions and objects are shared: `reach.py` finds what is written to through them.
 """
 
 from __future__ import annotations
 
+import dis
 import functools
 import types
 import weakref
@@ -22,10 +23,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from turbotx.capture.code import codes_in
 from turbotx.capture.sandbox.leaks import PLAIN
+from turbotx.capture.sandbox.noted_dict import NotedDict
 from turbotx.capture.sandbox.watched import CONTAINERS, DICTS, Watched
 
 _KEPT = (*PLAIN, torch.Tensor)
+_TABLES = frozenset(vars(nn.Module()))
+"""Attributes of a module that are PyTorch's own."""
 
 
 class Shadow:
@@ -40,11 +45,19 @@ class Shadow:
         """Functions and other objects among the attributes and hooks, which may run, and be written
         to; with where they were found."""
         self._paths = {id(m): name for name, m in model.named_modules()}
+        self._cells: dict[int, tuple[types.CellType, types.CellType]] = {}
         self.model = self._copy(model, "")
+        for cell, copied in self._cells.values():
+            copied.cell_contents = self._copies.get(id(cell.cell_contents), cell.cell_contents)
 
     def original_of(self, value: Any) -> Any:
         """Return the user's own for a copy, and anything else as it is."""
         return self._originals.get(id(value), value)
+
+    @property
+    def copies(self) -> dict[int, Any]:
+        """All that was copied, by its id."""
+        return {id(x): x for x in self._alive if id(x) in self._originals}
 
     def _remember(self, original: Any, copied: Any) -> None:
         self._copies[id(original)] = copied
@@ -72,8 +85,32 @@ class Shadow:
             if id(target) in self._copies:
                 return weakref.ref(self._copies[id(target)])
         elif not isinstance(value, _KEPT):
+            value = self._copy_function(value) if kind is types.FunctionType else value
             self.shared.append((value, text))
         return value
+
+    def _copy_function(self, function: types.FunctionType) -> Any:
+        """Return a function whose closure leads to the shadow where it leads to the model, as that
+        of a hook does; itself where it leads nowhere, or sets what is around it."""
+        cells = function.__closure__ or ()
+        code = function.__code__
+        if not any(map(self._leads_here, cells)) or _sets_variables_around(code):
+            return function
+        for cell in cells:
+            if id(cell) not in self._cells and _is_full(cell):
+                self._cells[id(cell)] = cell, types.CellType()
+        closure = tuple(self._cells.get(id(cell), (cell, cell))[1] for cell in cells)
+        scope, name = function.__globals__, function.__name__
+        copied = types.FunctionType(code, scope, name, function.__defaults__, closure)
+        copied.__kwdefaults__ = function.__kwdefaults__
+        functools.update_wrapper(copied, function)
+        copied.__dict__.pop("__wrapped__")
+        copied.__dict__.update(function.__dict__)
+        self._remember(function, copied)
+        return copied
+
+    def _leads_here(self, cell: types.CellType) -> bool:
+        return _is_full(cell) and id(cell.cell_contents) in self._paths
 
     def _copy_module(self, module: nn.Module, text: str) -> Any:
         if isinstance(module, torch.jit.ScriptModule):
@@ -96,6 +133,8 @@ class Shadow:
     def _copy_container(self, value: Any, text: str) -> Any:
         if isinstance(value, defaultdict):
             copied: Any = defaultdict(value.default_factory)
+        elif type(value) is dict and text.rpartition(".")[2] not in _TABLES:
+            copied = NotedDict()
         else:
             copied = type(value)(maxlen=value.maxlen) if hasattr(value, "maxlen") else type(value)()
         self._remember(value, copied)
@@ -127,3 +166,21 @@ class Shadow:
         made = functools.partial(copied[0], *copied[1 : count + 1], **named)
         vars(made).update(vars(value))
         return made
+
+
+def _is_full(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _sets_variables_around(code: types.CodeType) -> bool:
+    """Tell code with a `nonlocal` variable, or functions in it: another function may read it."""
+    around = set(code.co_freevars)
+    return any(
+        step.opname in ("STORE_DEREF", "DELETE_DEREF") and step.argval in around
+        for inner in codes_in(code)
+        for step in dis.get_instructions(inner)
+    )

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from turbotx.capture.sandbox.noted_dict import NotedDict
+
 DICTS = (dict, OrderedDict, defaultdict, Counter)
 SEQUENCES = (list, deque)
 CONTAINERS = (*DICTS, *SEQUENCES, set)
@@ -54,24 +56,35 @@ class Watched:
     """target: what is the user's; traced: what the trace writes to, the same or a copy of it.
 
     exchanged: the trace itself puts other things in the place of what is there, for each run.
+    shared: the code reaches the user's own besides the copy.
     """
 
     def __init__(self, target: Any, traced: Any, text: str, exchanged: bool = False) -> None:
         self.target, self.traced, self.text = target, traced, text
-        self._exchanged = exchanged
+        self._exchanged, self.shared = exchanged, False
         self._own = self._before = self._look()
 
     def _look(self) -> Any:
+        if isinstance(self.traced, NotedDict):
+            return dict(dict.items(self.traced))  # which is no read of the code's
         return dict(self.traced) if isinstance(self.traced, dict) else list(self.traced)
 
     def begin(self) -> None:
         """Have what the code writes from now on be the differences."""
         if not self._exchanged:
             self.put_back()
+            if isinstance(self.traced, NotedDict):
+                self.traced.begin()
             return
         for key in [k for k in self.traced if k not in self._own]:
             del self.traced[key]
         self._before = self._look()
+
+    def is_unread(self, difference: Difference) -> bool:
+        """Tell whether the code decided nothing by what was there before it wrote this."""
+        if self.shared or not isinstance(self.traced, NotedDict):
+            return False
+        return isinstance(difference, Put) and not self.traced.was_read(difference.key)
 
     def put_back(self) -> None:
         """Give what the trace wrote to the contents that it had, the very same objects."""

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from turbotx.cli.bench.floor import make_floor
-from turbotx.cli.models import LoadedModel, ModelError
+from turbotx.cli.models import LoadedModel
 from turbotx.engine.optimize import optimize
+from turbotx.errors import ModelError
 
 Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 ENGINES = {

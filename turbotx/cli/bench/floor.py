@@ -15,10 +15,11 @@ import torch
 import torch.utils._pytree as pytree
 
 from turbotx import ir
-from turbotx.capture.shape_matcher import ShapeMatcher
-from turbotx.cli.models import LoadedModel, ModelError
+from turbotx.cli.models import LoadedModel
 from turbotx.engine.optimize import engine_of, optimize
+from turbotx.errors import ModelError
 from turbotx.ir.expr import evaluate
+from turbotx.program.link import weight_window
 
 Packed = Callable[[torch.Tensor], torch.Tensor]
 Step = Callable[[], object]
@@ -32,13 +33,15 @@ def make_floor(loaded: LoadedModel, library: str) -> Callable[..., None]:
     compiled = engine.compile(captured)
     weights = compiled.program.runtime.weights
     weights.refresh()
-    matcher = ShapeMatcher(captured)
+    matcher = captured.matcher
     pack = {"mkl": _pack_mkl, "onednn": _pack_onednn}[library]
     makers: list[Callable[[Mapping[str, int]], Step]] = []
     for launch in compiled.assembly.launches:
-        if launch.kind == "gemm" and launch.args[1] is not None:
-            makers.append(_product(launch, pack(weights.window(launch.args[1]).contiguous())))
-        elif launch.kind == "attention":
+        if isinstance(launch, ir.GemmLaunch):
+            makers.append(
+                _product(launch, pack(weights.window(weight_window(launch.weight)).contiguous()))
+            )
+        elif isinstance(launch, ir.AttentionLaunch):
             makers.append(_attend(launch))
     bound: dict[tuple[int, ...], list[Step]] = {}
 
@@ -55,26 +58,24 @@ def make_floor(loaded: LoadedModel, library: str) -> Callable[..., None]:
     return run
 
 
-def _product(launch: ir.Launch, packed: Packed) -> Callable[[Mapping[str, int]], Step]:
-    x = launch.args[0]
-    assert x is not None
+def _product(launch: ir.GemmLaunch, packed: Packed) -> Callable[[Mapping[str, int]], Step]:
+    x = launch.x
 
     def make(dims: Mapping[str, int]) -> Step:
-        rows, depth = evaluate(launch.sizes[0], dims), int(x.shape[-1])
+        rows, depth = evaluate(launch.rows, dims), int(x.shape[-1])
         given = torch.ones(rows, depth, dtype=x.dtype)
         return lambda: packed(given)
 
     return make
 
 
-def _attend(launch: ir.Launch) -> Callable[[Mapping[str, int]], Step]:
+def _attend(launch: ir.AttentionLaunch) -> Callable[[Mapping[str, int]], Step]:
     """q, k and v lie as a packed projection leaves them; the result's heads are merged."""
-    operands = launch.args[:3]
+    operands = (launch.q, launch.k, launch.v)
 
     def make(dims: Mapping[str, int]) -> Step:
         given = []
         for operand in operands:
-            assert operand is not None
             batch, heads, rows, width = (evaluate(e, dims) for e in operand.shape)
             whole = torch.ones(batch, rows, heads, width, dtype=operand.dtype)
             given.append(whole.transpose(1, 2))

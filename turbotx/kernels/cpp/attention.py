@@ -10,7 +10,6 @@ and one extern "C" function with the uniform signature of every launch::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from turbotx import ir
 from turbotx.ir.attention_ops import NO_WINDOW
 from turbotx.ir.expr import ZERO, Expr
+from turbotx.ir.matmul_kernels import AttentionKernel
 from turbotx.kernels.cpp.printer import STORAGE
 
 # What hides a key beside others, and not where there are no others: any score vanishes in it.
@@ -28,39 +28,6 @@ SIZES = (
     "out.batch", "out.head", "out.row", "key_mask_stride",
     "bias_batch", "bias_head", "bias_q", "bias_k",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class AttentionKernel:
-    """What is fixed about an attention launch.
-
-    bias is "none", "boolean", "float32" or "storage" (the dtype of q). keys: "all", "mask" or
-    "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
-    -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
-    with blind_mean the mean of all values. softcap: 0 for none.
-    """
-
-    dtype: torch.dtype
-    head_dim: int
-    scale: float
-    causal: bool
-    bias: str = "none"
-    keys: str = "all"
-    window: tuple[int, int] = NO_WINDOW
-    blind_nan: bool = False
-    blind_mean: bool = False
-    softcap: float = 0.0
-
-    @property
-    def name(self) -> str:
-        kind = STORAGE[self.dtype].rsplit(":", 1)[-1]
-        causal = "_causal" if self.causal else ""
-        window = "" if self.window == NO_WINDOW else "_window"
-        keys = {"all": "", "mask": "_key_mask", "lengths": "_lengths"}[self.keys]
-        bias = "" if self.bias == "none" else f"_{self.bias}_bias"
-        blind = "_nan" if self.blind_nan else "_mean" if self.blind_mean else ""
-        capped = "_capped" if self.softcap else ""
-        return f"attention_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{capped}{blind}"
 
 
 def describe_attention(
@@ -87,6 +54,7 @@ def describe_attention(
         bool(said.get("blind_nan", False)),
         bool(said.get("blind_mean", False)),
         float(said.get("softcap", 0.0)),
+        bool(said.get("late", False)),
     )
     strides = [s for o in operands[:3] for s in o.strides[:3]]
     strides += [out.strides[0], out.strides[2], out.strides[1]]
@@ -116,6 +84,7 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
     fields += ["  s.blind_nan = true;"] * kernel.blind_nan
     fields += [f"  s.hidden = {MOST_HIDDEN!r}f;"] * kernel.blind_mean
     fields += [f"  s.softcap = {kernel.softcap!r}f;"] * (kernel.softcap != 0)
+    fields += ["  s.diagonal = s.k_len - s.q_len;"] * kernel.late
     lines = [
         f'extern "C" int {name}(void* const* args, const int64_t* sizes) {{',
         "  ttx::AttentionShape s;",

@@ -8,35 +8,15 @@ In: the operands of `attention_scores` (q, k) or `attention_values` (shares, v) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
-
 from turbotx import ir
 from turbotx.ir.expr import Expr
+from turbotx.ir.matmul_kernels import ProductKernel
 from turbotx.kernels.cpp.printer import STORAGE
 
 SIZES = (
     "batch", "heads", "kv_heads", "q_len", "k_len",
     "a.batch", "a.head", "a.row", "b.batch", "b.head", "b.row", "out.batch", "out.head", "out.row",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ProductKernel:
-    """What is fixed about a product: "scores" = a b^T in float32, "values" = a b in dtype.
-
-    dtype is that of q, k and v. head_dim is the length of the sums of scores, and the width of
-    values.
-    """
-
-    which: str
-    dtype: torch.dtype
-    head_dim: int
-
-    @property
-    def name(self) -> str:
-        return f"attention_{self.which}_{STORAGE[self.dtype].rsplit(':', 1)[-1]}_{self.head_dim}"
 
 
 def describe_product(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from turbotx.memory.planner.check import check_plan
 from turbotx.memory.planner.chunked import ChunkedPlanner
 from turbotx.memory.planner.greedy import GreedyPlanner
+from turbotx.memory.planner.orientation import Orientation
 from turbotx.memory.planner.plan import (
     ALIGNMENT,
     CHUNK_NBYTES,
@@ -27,7 +28,7 @@ from turbotx.memory.planner.plan import (
     Workload,
     lower_bound,
 )
-from turbotx.memory.planner.symbolic import SymbolicPlanner
+from turbotx.memory.planner.symbolic import SymbolicPlanner, solve_orientations
 
 __all__ = [
     "ALIGNMENT",
@@ -40,8 +41,10 @@ __all__ = [
     "PlanError",
     "Planner",
     "check_plan",
+    "find_orientations",
     "lower_bound",
     "make_planner",
+    "restore_planner",
 ]
 
 PLANNER_KINDS = ("symbolic", "chunked", "greedy")
@@ -62,11 +65,42 @@ def make_planner(
     is tuned to them, and safe for every other shape as well. Raises PlanError for an unknown
     kind or lists that do not match.
     """
+    given = (lifetimes, size_class, names)
+    return restore_planner(kind, *given, find_orientations(kind, *given, seed_sizes, sample_sizes))
+
+
+def find_orientations(
+    kind: str,
+    lifetimes: Sequence[Lifetime],
+    size_class: Sequence[int],
+    names: Sequence[str],
+    seed_sizes: Sequence[int],
+    sample_sizes: Sequence[Sequence[int]] = (),
+) -> tuple[Orientation, ...]:
+    """Return all that a planner has to find out once, for `restore_planner`: nothing but for the
+    symbolic one. The arguments are those of `make_planner`."""
     workload = Workload(tuple(lifetimes), tuple(size_class), tuple(names))
-    if kind == "symbolic":
-        return SymbolicPlanner(workload, seed_sizes, sample_sizes)
+    return solve_orientations(workload, seed_sizes, sample_sizes) if kind == "symbolic" else ()
+
+
+def restore_planner(
+    kind: str,
+    lifetimes: Sequence[Lifetime],
+    size_class: Sequence[int],
+    names: Sequence[str],
+    orientations: Sequence[Orientation],
+) -> Planner:
+    """Return the planner of what was found out once, which gives the same offsets at every shape.
+
+    Raises PlanError for an unknown kind or orders of other buffers.
+    """
+    workload = Workload(tuple(lifetimes), tuple(size_class), tuple(names))
     if kind == "chunked":
         return ChunkedPlanner(workload)
     if kind == "greedy":
         return GreedyPlanner(workload)
-    raise PlanError(f"no planner is called {kind!r}; there are {', '.join(PLANNER_KINDS)}")
+    if kind != "symbolic":
+        raise PlanError(f"no planner is called {kind!r}; there are {', '.join(PLANNER_KINDS)}")
+    if any(sorted(o.order) != list(range(len(names))) for o in orientations):
+        raise PlanError("an order does not list every buffer once")
+    return SymbolicPlanner.of_orientations(workload, orientations)

@@ -84,12 +84,7 @@ class SymbolicPlanner:
         sample_sizes: Sequence[Sequence[int]] = (),
     ) -> None:
         self._set_workload(workload)
-        # An empty buffer has no place of its own; one byte gives it one for larger shapes.
-        seed = np.maximum(self._aligned(seed_sizes), ALIGNMENT)
-        samples = np.zeros((self._count, 0), dtype=np.int64)
-        if len(sample_sizes):
-            samples = np.stack([self._aligned(sizes) for sizes in sample_sizes], axis=1)
-        self._set_orientations(choose_orientations(workload, seed, samples, self.live))
+        self._set_orientations(solve_orientations(workload, seed_sizes, sample_sizes))
 
     @classmethod
     def of_orientations(
@@ -147,10 +142,26 @@ class SymbolicPlanner:
         return self._workload.record(class_nbytes, offsets, peak_nbytes)
 
     def _aligned(self, class_nbytes: Sequence[int]) -> Int64s:
-        if len(class_nbytes) < self._count or min(class_nbytes, default=0) < 0:
-            raise PlanError(
-                f"{self._count} sizes of 0 bytes or more are needed, got {list(class_nbytes)}"
-            )
-        sizes = np.array(class_nbytes[: self._count], dtype=np.int64)
-        aligned: Int64s = (sizes + _ROUND_UP) & _ROUND_MASK
-        return aligned
+        return _align(class_nbytes, self._count)
+
+
+def solve_orientations(
+    workload: Workload, seed_sizes: Sequence[int], sample_sizes: Sequence[Sequence[int]] = ()
+) -> tuple[Orientation, ...]:
+    """Return the orientations that a `SymbolicPlanner` of this seed and these samples has."""
+    count = workload.class_count
+    # An empty buffer has no place of its own; one byte gives it one for larger shapes.
+    seed = np.maximum(_align(seed_sizes, count), ALIGNMENT)
+    samples = np.zeros((count, 0), dtype=np.int64)
+    if len(sample_sizes):
+        samples = np.stack([_align(sizes, count) for sizes in sample_sizes], axis=1)
+    live = live_forms(workload.lifetimes, workload.size_class, count)
+    return tuple(choose_orientations(workload, seed, samples, live))
+
+
+def _align(class_nbytes: Sequence[int], count: int) -> Int64s:
+    if len(class_nbytes) < count or min(class_nbytes, default=0) < 0:
+        raise PlanError(f"{count} sizes of 0 bytes or more are needed, got {list(class_nbytes)}")
+    sizes = np.array(class_nbytes[:count], dtype=np.int64)
+    aligned: Int64s = (sizes + _ROUND_UP) & _ROUND_MASK
+    return aligned

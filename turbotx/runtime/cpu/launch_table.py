@@ -1,7 +1,7 @@
-"""Native: a program's launches as one table that the C++ runtime walks.
+"""Launch table: a program's launches as one table that the C++ runtime walks.
 
-In: an assembly. Out: the library that holds its kernels, and per launch where its arguments and
-sizes lie in the program's address table and size table, ready for `ttx_run`::
+In: an assembly. Out: the C++ of its kernels, and per launch where its arguments and sizes lie in
+the program's address table and size table, as plain data::
 
     table  = [input_ids, weight, ..., arena + 0, arena + 1179648, ...]     addresses
     sizes  = [batch, seq, batch*seq, 1152, ...]                            evaluated per shape
@@ -10,27 +10,33 @@ sizes lie in the program's address table and size table, ready for `ttx_run`::
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from turbotx import ir
-from turbotx.ir.expr import Expr
+from turbotx.ir.expr import ZERO
 from turbotx.kernels.build import build_library, cache_directory
-from turbotx.kernels.cpp.attention import AttentionKernel, print_attention
+from turbotx.kernels.cpp.attention import print_attention
 from turbotx.kernels.cpp.printer import print_kernel
-from turbotx.kernels.cpp.products import ProductKernel, print_product
+from turbotx.kernels.cpp.products import print_product
 from turbotx.kernels.cpp.text import var
-from turbotx.kernels.fusion.epilogue import GemmKernel
 from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.kernels.fusion.inplace_check import check_inplace
-from turbotx.program.assemble import Assembly
-from turbotx.runtime.cpu.abi import LaunchRecord, declare_runtime, runtime_units
+from turbotx.program.assembly import Assembly
+from turbotx.program.executable import CpuTables, NativeLaunch, Packing
+from turbotx.program.link import LaunchLayout, facts_of, weight_window
+from turbotx.runtime.cpu.abi import declare_runtime, runtime_units
 
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
 ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention.h"\n\n'
 PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
 
+Generated = (ir.KernelLaunch, ir.AttentionLaunch, ir.ProductLaunch)
+
+IN_RUNTIME: dict[type[ir.Launch], str] = {
+    ir.GemmLaunch: "ttx_linear", ir.StoreLaunch: "ttx_store_rows",
+}  # fmt: skip
+"""The launches whose function lies in the runtime itself."""
 
 _started: dict[Path, Future[tuple[ctypes.CDLL, bool]]] = {}
 """By cache directory: the runtime that is being built in the background, until it is asked for."""
@@ -74,21 +80,21 @@ def print_units(assembly: Assembly) -> tuple[dict[str, str], dict[object, str]]:
     products: list[str] = []
     taken: dict[str, int] = {}
     for launch in assembly.launches:
-        target = launch.target
-        key = kernel_key(target)
+        key = kernel_key(launch)
         if key is None or key in names:
             continue
-        base = target.name  # type: ignore[attr-defined]
+        assert isinstance(launch, Generated)
+        base = launch.kernel.name
         k = taken.get(base, 0)
         taken[base] = k + 1
         name = f"{base}_{k}"
         names[key] = name
-        if isinstance(target, ir.Kernel):
-            kernels.append(_print_checked(target, name))
-        elif isinstance(target, AttentionKernel):
-            attentions.append(print_attention(target, name))
-        elif isinstance(target, ProductKernel):
-            products.append(print_product(target, name))
+        if isinstance(launch, ir.KernelLaunch):
+            kernels.append(_print_checked(launch.kernel, name))
+        elif isinstance(launch, ir.AttentionLaunch):
+            attentions.append(print_attention(launch.kernel, name))
+        else:
+            products.append(print_product(launch.kernel, name))
     units = {}
     if kernels:
         units["kernels"] = PRELUDE + "\n".join(kernels)
@@ -108,90 +114,65 @@ def _print_checked(kernel: ir.Kernel, name: str) -> str:
     return source
 
 
-def kernel_key(target: object) -> object | None:
+def kernel_key(launch: ir.Launch) -> object | None:
     """Return what makes two launches' functions the same; None for those not generated."""
-    if isinstance(target, ir.Kernel):
-        return target.digest()
-    return target if isinstance(target, (AttentionKernel, ProductKernel)) else None
+    if isinstance(launch, ir.KernelLaunch):
+        return launch.kernel.digest()
+    return launch.kernel if isinstance(launch, Generated) else None
 
 
-class LaunchTable:
-    """The launches that native code runs, between the ones that PyTorch runs.
+def lay_out_launches(
+    assembly: Assembly, native_types: frozenset[type[ir.Launch]], names: dict[object, str]
+) -> LaunchLayout:
+    """Return where the arguments of every native launch lie, and which launches those are.
 
-    slots: place of every tensor (and packed weight) in the address table. values: the expressions
-    of the size table. symbols: the function of each native launch. segments: (begin, end) ranges
-    of native launches, or the index of one that PyTorch runs.
+    names: the function of each generated kernel.
     """
-
-    def __init__(
-        self, assembly: Assembly, native_kinds: frozenset[str],
-        runtime: ctypes.CDLL | None, kernels: ctypes.CDLL | None, names: dict[object, str],
-    ) -> None:  # fmt: skip
-        self.slots: dict[str, int] = {}
-        self.values: dict[Expr, int] = {}
-        self._arrays: list[object] = []
-        for name in assembly.tensors:
-            self.slots[name] = len(self.slots)
-        self.symbols: dict[int, str] = {}
-        self.records = (LaunchRecord * max(1, len(assembly.launches)))()
-        self.segments: list[tuple[int, int]] = []
-        native_before = False
-        for i, launch in enumerate(assembly.launches):
-            native = launch.kind in native_kinds
-            if native:
-                self.symbols[i] = _symbol_of(launch, names)
-                self._fill(self.records[i], launch, self.symbols[i], runtime, kernels)
-            if native and native_before:
-                self.segments[-1] = (self.segments[-1][0], i + 1)
-            else:
-                self.segments.append((i, i + 1))
-            native_before = native
-
-    def value(self, e: Expr) -> int:
-        return self.values.setdefault(e, len(self.values))
-
-    def slot(self, name: str) -> int:
-        return self.slots.setdefault(name, len(self.slots))
-
-    def _fill(
-        self, record: LaunchRecord, launch: ir.Launch, symbol: str,
-        runtime: ctypes.CDLL | None, kernels: ctypes.CDLL | None,
-    ) -> None:  # fmt: skip
-        library = runtime if launch.kind == "gemm" else kernels
-        assert library is not None
-        function = getattr(library, symbol)
-        record.call = ctypes.cast(function, ctypes.c_void_p).value
-        slots, offsets = [], []
-        for k, arg in enumerate(launch.args):
-            packed = launch.kind == "gemm" and k == 1  # the weight
-            if arg is None:
-                slots.append(-1)
-                offsets.append(-1)
-                continue
-            slots.append(self.slot(packed_name(launch) if packed else arg.tensor))
-            shift = arg.offset * arg.dtype.itemsize
-            offsets.append(-1 if packed or shift == 0 else self.value(shift))
-        sizes = [self.value(e) for e in launch.sizes]
-        record.arg_count, record.size_count = len(slots), len(sizes)
-        record.slots, record.offsets, record.sizes = map(self._array, (slots, offsets, sizes))
-
-    def _array(self, numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
-        array = (ctypes.c_int32 * max(1, len(numbers)))(*numbers)
-        self._arrays.append(array)
-        return array
+    table = LaunchLayout({name: k for k, name in enumerate(assembly.tensors)})
+    packings: dict[int, Packing] = {}
+    segments: list[tuple[int, int]] = []
+    for i, launch in enumerate(assembly.launches):
+        native = type(launch) in native_types
+        if native:
+            table.launches[i] = _link(launch, table, packings, names)
+        if native and i - 1 in table.launches:
+            segments[-1] = (segments[-1][0], i + 1)
+        else:
+            segments.append((i, i + 1))
+    table.cpu = CpuTables(tuple(segments), tuple(packings.values()))
+    return table
 
 
-def _symbol_of(launch: ir.Launch, names: dict[object, str]) -> str:
-    """Return the name of a launch's function in the library that holds it."""
-    return "ttx_linear" if launch.kind == "gemm" else names[kernel_key(launch.target)]
+def _link(
+    launch: ir.Launch, table: LaunchLayout, packings: dict[int, Packing], names: dict[object, str]
+) -> NativeLaunch:
+    slots, offsets = [], []
+    for arg in launch.operands:
+        shift = ZERO if arg is None else arg.offset * arg.dtype.itemsize
+        if isinstance(launch, ir.GemmLaunch) and arg is launch.weight:
+            slot = table.slots.setdefault(_packed_name(launch), len(table.slots))
+            packings[slot] = Packing(slot, weight_window(arg), launch.gemm.gated)
+            shift = ZERO
+        else:
+            slot = -1 if arg is None else table.slots[arg.tensor]
+        slots.append(slot)
+        offsets.append(-1 if shift == 0 else table.value(shift))
+    own = IN_RUNTIME.get(type(launch))
+    return NativeLaunch(
+        **facts_of(launch),
+        library="kernels" if own is None else "runtime",
+        symbol=names[kernel_key(launch)] if own is None else own,
+        slots=tuple(slots),
+        offsets=tuple(offsets),
+        sizes=tuple(table.value(e) for e in launch.sizes),
+    )
 
 
-def packed_name(launch: ir.Launch) -> str:
+def _packed_name(launch: ir.GemmLaunch) -> str:
     """Return the address table's name of a GEMM's weight in packed form."""
-    weight, kind = launch.args[1], launch.target
-    assert weight is not None and isinstance(kind, GemmKernel)
+    weight = launch.weight
     rows, columns = weight.shape
     down, along = weight.strides
     # Several products may read a part each of one weight.
     part = f"{rows}x{columns} by {down},{along} from {weight.offset}"
-    return f"{weight.tensor} {part}{' gated' if kind.gated else ''}.packed"
+    return f"{weight.tensor} {part}{' gated' if launch.gemm.gated else ''}.packed"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from turbotx.program.executable import ArgumentLayout
 from turbotx.runtime.cuda.status import Status
 
 # Shapes whose views of GEMM operands are kept, an arena.
@@ -25,17 +25,6 @@ KEPT_SHAPES = 16
 EXTRA_ARGUMENTS = 4
 # A launch, and which of its lists of arguments.
 Key = tuple[int, str]
-
-
-@dataclass(frozen=True)
-class ArgumentLayout:
-    """pointers: (slot, place of the offset in bytes or None). cell: what the pointer behind them
-    shows: "status" of the launch's index checks, "turns" of split sums, or "". sizes: places in
-    the size table."""
-
-    pointers: tuple[tuple[int, int | None], ...]
-    cell: str
-    sizes: tuple[int, ...]
 
 
 class KernelArguments:

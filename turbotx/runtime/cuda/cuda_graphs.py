@@ -1,6 +1,6 @@
 """Graphs: a call on a GPU, plain at a shape's first use, a replayed CUDA graph from the second on.
 
-In: a planned call and how many graphs may be kept. Out: the same results. A graph reads and writes
+In: an executable and how many graphs may be kept. Out: the same results. A graph reads and writes
 the arena alone: inputs are copied in, outputs are copied out to tensors of the caller's::
 
     [intermediates, as planned | input_ids | attention_mask | hidden states]   one arena, all graphs
@@ -23,13 +23,15 @@ import torch
 from turbotx.capture.ambient import without_autocast
 from turbotx.errors import BuildWarning, DeviceError, TurbotxError
 from turbotx.memory.planner.plan import align
-from turbotx.memory.pool import poison_enabled
+from turbotx.memory.pool import ChunkPool, poison_enabled
+from turbotx.program.executable import Executable
+from turbotx.runtime.binding import Binding, Execution
 from turbotx.runtime.cuda.queue import CudaQueue
 from turbotx.runtime.cuda.settings import math_settings
 from turbotx.runtime.cuda.weights import Held
 from turbotx.runtime.device import Graph, Recorder
-from turbotx.runtime.executable import Binding, Execution, PlannedCall
-from turbotx.runtime.state import Evaluate, RunState
+from turbotx.runtime.program import Program
+from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
 
 # cuBLAS and 128-bit accesses are at their best from addresses like an allocator's.
@@ -64,31 +66,26 @@ class GraphCache:
         self.lock = threading.Lock()
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Of all inputs, in order: their extents one after the other; rank and dtype of each."""
-
-    extents: Evaluate
-    kinds: Sequence[tuple[int, torch.dtype]]
-
-
-class CudaGraphCall(PlannedCall):
-    """Runs launches one by one, or as one graph a shape; thread-safe as `PlannedCall` is."""
+class CudaGraphProgram(Program):
+    """Runs launches one by one, or as one graph a shape; thread-safe as `Program` is."""
 
     runtime: CudaQueue
 
-    def keep_graphs(self, graphs: GraphCache, inputs: Inputs) -> None:
-        """Say where graphs are kept, and what inputs are to be copied into; done once."""
+    def __init__(
+        self, executable: Executable, runtime: CudaQueue, pool: ChunkPool, max_shapes: int,
+        graphs: GraphCache,
+    ) -> None:  # fmt: skip
+        super().__init__(executable, runtime, pool, max_shapes)
         self._graphs = graphs
         self._callers: dict[int, Held] = {}
         """Weights that graphs of the caller's read, by version: nothing tells when those go."""
-        self._extents, self._kinds = inputs.extents, inputs.kinds
+        self._shapes = [(t.shape.compile(self.dims), t.dtype) for t in executable.inputs]
 
     def run(
         self, binding: Binding, tensors: Sequence[torch.Tensor], ticks: Any = None,
         watch: Watch | None = None,
     ) -> list[Any]:  # fmt: skip
-        """Run on `tensors`; see `PlannedCall.run`. The device may still be at work on return."""
+        """Run on `tensors`; see `Program.run`. The device may still be at work on return."""
         device = self.runtime.device
         with without_autocast(), device.active():
             if device.is_capturing():
@@ -199,7 +196,7 @@ class CudaGraphCall(PlannedCall):
         for (shape, dtype), offset in zip(self._outer(binding), offsets, strict=True):
             part = arena.tensor[offset : offset + math.prod(shape) * dtype.itemsize]
             views.append(part.view(dtype).view(shape))
-        count = len(self._places.inputs)
+        count = len(self._inputs)
         inputs, outputs = views[:count], views[count:]
         execution = self._prepare(arena, binding)
         self.runtime.bind(binding.sizes)
@@ -228,8 +225,7 @@ class CudaGraphCall(PlannedCall):
 
     def _outer(self, binding: Binding) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Return shapes and dtypes of a call's inputs, then of its outputs."""
-        extents = iter(self._extents(*binding.dims))
-        inputs = [(tuple(next(extents) for _ in range(n)), dtype) for n, dtype in self._kinds]
+        inputs = [(shape(*binding.dims), dtype) for shape, dtype in self._shapes]
         return [*inputs, *((shape, dtype) for _, shape, dtype in binding.outputs)]
 
     def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
@@ -250,7 +246,7 @@ class CudaGraphCall(PlannedCall):
             )
         device = self.runtime.torch_device
         arena = _OwnMemory(torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device))
-        execution = Execution(self.runtime.slot_count)
+        execution = Execution(len(self.executable.slots))
         self._point(execution, arena, binding)
         self._callers[execution.kept.version] = execution.kept
         inputs, outputs = self._readable(self.in_memory(tensors)), self._new_outputs(binding)

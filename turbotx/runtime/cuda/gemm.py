@@ -8,14 +8,14 @@ In: a gemm launch with its alternatives, sizes. Out: the parts to queue, by the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from turbotx import ir
 from turbotx.ir.expr import ONE, ZERO
-from turbotx.kernels.fusion.epilogue import GemmKernel, RowNorm
+from turbotx.ir.matmul_kernels import GemmKernel, RowNorm
 from turbotx.kernels.gemm_heuristics import BUCKETS, STRIDES, bucket_of, gemm_job
 from turbotx.kernels.job import ALIGNED_NBYTES, Job
 from turbotx.kernels.schedule_selector import Tiles, gemm_neighbours, structure_of
@@ -26,13 +26,11 @@ from turbotx.kernels.triton.gemm_template import (
     gemm_grid,
 )
 from turbotx.kernels.triton.tags import tag_of
-from turbotx.runtime.aten import AtenSteps
-from turbotx.runtime.cuda.arguments import ArgumentLayout
-from turbotx.runtime.cuda.library_gemm import Call, make_gemm
+from turbotx.program.executable import ArgumentLayout, LibraryGemm
+from turbotx.program.link import LaunchLayout, plain_window
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.cuda.settings import uses_tf32
-from turbotx.runtime.cuda.variants import Deciders, KernelFamily, SizeTable, lay_out
-from turbotx.runtime.state import RunState
+from turbotx.runtime.cuda.variants import Deciders, KernelFamily, lay_out
 
 LIBRARY_CALL = Part("library")
 # What a template calls the arguments of a gemm launch, in their order.
@@ -42,27 +40,26 @@ POINTERS = (
 )  # fmt: skip
 
 
-def make_template(launch: ir.Launch) -> GemmTemplate | None:
+def make_template(launch: ir.GemmLaunch) -> GemmTemplate | None:
     """Return what a Triton kernel for a gemm launch is made from; None where its weight has no
     rows or columns of adjacent elements."""
-    x, weight, bias, _, residual = launch.args[:5]
-    assert x is not None and weight is not None and isinstance(launch.target, GemmKernel)
-    k, kind = int(weight.shape[1]), launch.target
+    weight, kind = launch.weight, launch.gemm
+    k = int(weight.shape[1])
     none = RowNorm("none", 1e-5)
     norm, added = kind.norm or none, kind.residual_norm or none
     if weight.strides[1] != 1 and weight.strides[0] != 1 and k != 1:
         return None
     return GemmTemplate(
-        x.dtype,
-        int(launch.sizes[2]),
+        launch.x.dtype,
+        int(launch.width),
         k,
-        bias=bias is not None,
+        bias=launch.bias is not None,
         activation=kind.activation,
         gated=kind.gated,
-        residual=residual is not None,
+        residual=launch.residual is not None,
         norm=norm.kind,
         eps=norm.eps,
-        scaled=kind.folds and launch.args[6] is not None,
+        scaled=launch.norm is not None and launch.norm.scales is not None,
         residual_norm=added.kind,
         residual_eps=added.eps,
         stats=kind.stats,
@@ -78,23 +75,23 @@ class GemmFamily:
     """
 
     def __init__(
-        self, launch: ir.Launch, target: str, table: SizeTable, tiles: Tiles,
+        self, launch: ir.GemmLaunch, target: str, table: LaunchLayout, tiles: Tiles,
         finish: Sequence[KernelFamily], left_by: Mapping[str, GemmTemplate] | None = None,
     ) -> None:  # fmt: skip
         self.template, self.finish = make_template(launch), tuple(finish)
         self._target, self._tiles = target, tiles
-        x, weight, bias, out, residual = launch.args[:5]
-        read = [None, None] if len(launch.args) == 5 else [launch.args[7], launch.args[9]]
+        x, weight, residual = launch.x, launch.weight, launch.residual
+        norm = launch.norm or ir.NormOperands()
         # Those of x and of the residual: their tiles' widths are these templates'.
+        read = (norm.x_stats, norm.residual_stats)
         self._left_by = [None if a is None else (left_by or {})[a.tensor] for a in read]
-        assert x is not None and weight is not None and out is not None
-        rows, stride, width = launch.sizes[:3]
         down = weight.strides[1] if self.template and self.template.flipped else weight.strides[0]
-        sizes = {"tokens": rows, "x_row": stride, "w_row": down, "out_row": width}
+        sizes = {"tokens": launch.rows, "x_row": launch.x_stride, "w_row": down}
+        sizes["out_row"] = launch.width
         if residual is not None:
-            sizes["residual_row"] = width
+            sizes["residual_row"] = launch.width
         self._sizes = {name: table.value(e) for name, e in sizes.items()}
-        operands = {"x_ptr": x, "w_ptr": weight, "bias_ptr": bias, "residual_ptr": residual}
+        operands = {"x_ptr": x, "w_ptr": weight, "bias_ptr": launch.bias, "residual_ptr": residual}
         self._shifts = [
             (name, table.value(a.offset * a.dtype.itemsize))
             for name, a in operands.items()
@@ -111,11 +108,11 @@ class GemmFamily:
             tuple(id(f) for f in self.finish), tuple(self._left_by),
         )  # fmt: skip
 
-    def layouts(self, launch: ir.Launch, table: SizeTable) -> dict[str, ArgumentLayout]:
+    def layouts(self, launch: ir.GemmLaunch, table: LaunchLayout) -> dict[str, ArgumentLayout]:
         """Say where a launch's arguments lie for a template, with and without split sums."""
         if self.template is None:
             return {}
-        tensors = dict(zip(POINTERS, launch.args, strict=False))
+        tensors = dict(zip(POINTERS, launch.operands, strict=False))
         given = gemm_arguments(self.template, GemmSchedule(16, 16, 16))
         operands = [tensors[a] for a, kind in given if kind != "size"]
         sizes = [self._sizes[a] for a, kind in given if kind == "size"]
@@ -229,36 +226,22 @@ def with_settings(template: GemmTemplate) -> GemmTemplate:
     return replace(template, tf32=uses_tf32()) if template.dtype is torch.float32 else template
 
 
-def bind_gemm(launch: ir.Launch, steps: AtenSteps) -> Callable[[RunState], Call]:
-    """Return a function from a run's state to the library's call of a launch."""
-    x, weight, bias, out = library_operands(launch)
-    biases = None if bias is None else steps.tensor(bias)
-    looks = (steps.tensor(x), steps.tensor(weight), biases, steps.tensor(out))
-    return make_gemm(*looks, runs_relu(launch))
-
-
-def library_operands(
-    launch: ir.Launch,
-) -> tuple[ir.Operand, ir.Operand, ir.Operand | None, ir.Operand]:
-    """Return x, weight, bias and out of a launch as the library takes them: rows of two dims."""
-    x, weight, bias, out, _ = launch.args
-    assert x is not None and weight is not None and out is not None
-    rows, stride, width = launch.sizes[:3]
-    given = ir.Operand(x.tensor, x.dtype, (rows, x.shape[-1]), (stride, ONE), x.offset)
+def plain_gemm(launch: ir.GemmLaunch, fixed: bool) -> LibraryGemm:
+    """Return the library's call of a launch, on rows of two dims. fixed: it may be kept."""
+    x, out, rows, width = launch.x, launch.out, launch.rows, launch.width
+    given = ir.Operand(x.tensor, x.dtype, (rows, x.shape[-1]), (launch.x_stride, ONE), x.offset)
     target = ir.Operand(out.tensor, out.dtype, (rows, width), (width, ONE), ZERO)
-    return given, weight, bias, target
+    bias = None if launch.bias is None else plain_window(launch.bias)
+    windows = (plain_window(given), plain_window(launch.weight), bias, plain_window(target))
+    return LibraryGemm(*windows, relu=launch.gemm.activation == "relu", fixed=fixed)
 
 
-def runs_relu(launch: ir.Launch) -> bool:
-    """Tell whether the library does a ReLU behind the bias of a launch."""
-    return isinstance(launch.target, GemmKernel) and launch.target.activation == "relu"
-
-
-def find_library_call(launch: ir.Launch) -> tuple[ir.Launch, tuple[ir.Launch, ...]]:
+def find_library_call(
+    launch: ir.GemmLaunch,
+) -> tuple[ir.GemmLaunch, tuple[ir.KernelLaunch, ...]]:
     """Return the launch that the library's GEMM does, and the kernels behind it; itself where norms
     are folded into it, which no library does."""
-    kind, (_, _, bias, _, residual) = launch.target, launch.args[:5]
-    assert isinstance(kind, GemmKernel)
-    if kind == GemmKernel("relu") and bias is not None and residual is None:
+    relu = launch.gemm == GemmKernel("relu")
+    if launch.fallback is None or (relu and launch.bias is not None and launch.residual is None):
         return launch, ()
-    return (launch.instead[0], launch.instead[1:]) if launch.instead else (launch, ())
+    return launch.fallback.gemm, launch.fallback.ends

@@ -1,8 +1,8 @@
 """The launches of a GPU program: Triton kernels launched straight, GEMMs and more through PyTorch.
 
-In: for every launch who says what it queues, and where its arguments lie; weights; a device. Out:
-something that runs them over an address table; nothing is allocated, nothing waits for the device.
-`cuda.CudaRuntime` compiles one from an assembly, `turbotx.saved` reads one from a file::
+In: an executable, who says what its launches queue at a shape, weights, a device. Out: something
+that runs it over an address table; nothing is allocated, nothing waits for the device. A
+`CudaRuntime` compiles kernels when they are asked for, `turbotx.saved` has them in a file::
 
     failed = runtime.run(table, sizes, state)   # 0, or which launch met an index out of range
 """
@@ -10,14 +10,15 @@ something that runs them over an address table; nothing is allocated, nothing wa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from turbotx.runtime.cuda.arguments import ArgumentLayout, KernelArguments, Key
-from turbotx.runtime.cuda.library_gemm import Call
+from turbotx.program.executable import CalledLaunch, Executable, QueuedLaunch
+from turbotx.runtime.aten import make_step
+from turbotx.runtime.cuda.arguments import KernelArguments
+from turbotx.runtime.cuda.library_gemm import Call, make_gemm
 from turbotx.runtime.cuda.parts import Family, Part
 from turbotx.runtime.cuda.settings import uses_tf32
 from turbotx.runtime.cuda.status import Status
@@ -29,46 +30,37 @@ from turbotx.runtime.watch import Watch
 from turbotx.runtime.weights import Weights
 
 
-@dataclass(frozen=True)
-class Queued:
-    """What a GPU program queues, by launch.
-
-    families: those that kernels run. layouts: where the arguments of each lie. gemms: of those
-    that the library runs, how to make the call, and whether it may be kept. steps: what else
-    PyTorch runs. checks: how many each launch makes. weights: the place of each in the address
-    table, which has `slots` of them. values: how many sizes there are. turns: counters that split
-    sums share. depends: kernels wait by themselves for those before them.
-    """
-
-    families: Mapping[int, Family]
-    layouts: Mapping[Key, ArgumentLayout]
-    gemms: Mapping[int, tuple[Callable[[RunState], Call], bool]]
-    steps: Mapping[int, Step]
-    checks: Sequence[int]
-    weights: Mapping[str, int]
-    slots: int
-    values: int
-    turns: int = 0
-    depends: bool = False
-
-
 class CudaQueue(ABC):
-    """Queues a program's launches on a device. builds: how many kernels had to be compiled."""
+    """Queues a program's launches on a device. families: the kernels of launches, by the number
+    that those give. builds: how many kernels had to be compiled."""
 
-    def __init__(self, device: Device, weights: Weights, queued: Queued) -> None:
-        self.device, self.weights, self.queued = device, weights, queued
+    def __init__(
+        self, executable: Executable, families: Sequence[Family], weights: Weights, device: Device
+    ) -> None:
+        assert executable.gpu is not None, "compiled for another device"
+        self.device, self.weights, self.gpu = device, weights, executable.gpu
         self.torch_device = device.torch_device
         self.builds = 0
+        self._launches, self._value_count = executable.launches, len(executable.values.texts)
+        self._layouts = {(i, which): layout for i, which, layout in self.gpu.layouts}
+        self._families: dict[int, Family] = {}
+        self._gemms: dict[int, tuple[Callable[[RunState], Call], bool]] = {}
+        self._steps: dict[int, Step] = {}
+        for i, launch in enumerate(executable.launches):
+            if isinstance(launch, CalledLaunch):
+                self._steps[i] = make_step(launch.call, executable.dims)
+                continue
+            assert isinstance(launch, QueuedLaunch)
+            if launch.family is not None:
+                self._families[i] = families[launch.family]
+            if launch.gemm is not None:
+                self._gemms[i] = (make_gemm(launch.gemm, executable.dims), launch.gemm.fixed)
         self._functions: dict[int, tuple[Any, Any]] = {}
-        self._status = Status(device, queued.checks)
+        self._status = Status(device, self.gpu.checks)
         if device.torch_device.type == "cuda":
             weights.later = start_native_watch()
-        self.placed = PlacedWeights(weights, device, queued.weights)
-
-    @property
-    def slot_count(self) -> int:
-        """How many addresses its table holds."""
-        return self.queued.slots
+        slots = {name: executable.slots[name] for name in executable.weights}
+        self.placed = PlacedWeights(weights, device, slots)
 
     # --- kernels ---
 
@@ -93,13 +85,13 @@ class CudaQueue(ABC):
         bound: _Bound | None = getattr(sizes, "bound", None)
         settings = uses_tf32()
         if bound is None or bound.settings != settings:
-            picked = {i: family.pick(sizes) for i, family in self.queued.families.items()}
+            picked = {i: family.pick(sizes) for i, family in self._families.items()}
             bound = sizes.bound = _Bound({i: self._ready(p) for i, p in picked.items()}, settings)
         return bound
 
     def is_loaded(self, sizes: Any) -> bool:
         """Tell whether `bind` would neither build nor load a kernel."""
-        jobs = (p.job for family in self.queued.families.values() for p in family.pick(sizes))
+        jobs = (p.job for family in self._families.values() for p in family.pick(sizes))
         return all(job is None or id(job) in self._functions for job in jobs)
 
     def _ready(self, parts: Sequence[Part]) -> list[_Ready]:
@@ -126,7 +118,7 @@ class CudaQueue(ABC):
                 self.device.call(self._step(i, state, views))
             else:
                 self.device.launch(function, grid, frame.addresses[i, which], stream, follows)
-            follows = self.queued.depends and function is not None
+            follows = self.gpu.depends and function is not None
         return follows
 
     # --- weights ---
@@ -160,7 +152,7 @@ class CudaQueue(ABC):
         follows = False
         with self.device.active():
             stream = self.device.stream()
-            for i in range(len(self.queued.checks)):
+            for i in range(len(self._launches)):
                 for watch in watches:
                     watch.before(i, state)
                 if ticks is not None:
@@ -193,9 +185,9 @@ class CudaQueue(ABC):
         """Return PyTorch's part; that of a GEMM over planned memory is kept for the next call."""
         if i in views:
             return views[i]
-        gemm = self.queued.gemms.get(i)
+        gemm = self._gemms.get(i)
         if gemm is None:
-            step = self.queued.steps[i]
+            step = self._steps[i]
             return lambda: step(state)
         bound = gemm[0](state)
         if gemm[1]:
@@ -209,9 +201,9 @@ class CudaQueue(ABC):
         """
         frame: KernelArguments | None = getattr(table, "frame", None)
         if frame is None:
-            queued = self.queued
-            turns = torch.zeros(queued.turns, dtype=torch.int32, device=self.torch_device)
-            frame = KernelArguments(table, queued.layouts, queued.values, self._status, turns)
+            turns = torch.zeros(self.gpu.turns, dtype=torch.int32, device=self.torch_device)
+            layouts, count = self._layouts, self._value_count
+            frame = KernelArguments(table, layouts, count, self._status, turns)
             table.frame = frame
         return frame
 

@@ -1,34 +1,36 @@
-"""The GPU runtime: an assembly's launches compiled to kernels, and queued as `CudaQueue` does.
+"""The GPU runtime: the kernels of an assembly's launches, and their queue, as `CudaQueue` is one.
 
-In: an assembly, the program's weights and a device. Out: something that runs it over an address
-table, as the CPU runtime does; nothing is allocated, and nothing waits for the device::
+In: an assembly and a target; then weights and a device. Out: its executable and the jobs of any
+shape, which need no device; and something that runs it over an address table: nothing is
+allocated, and nothing waits for the device::
 
+    LaunchKernels(assembly, ("batch", "seq"), tiles, options).at((1, 40))   # LaunchJob, ...
     failed = runtime.run(table, sizes, state)   # 0, or which launch met an index out of range
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from turbotx import ir
-from turbotx.ir.expr import compile_evaluator
+from turbotx.ir.expr import sizes_of
 from turbotx.kernels.gemm_heuristics import BUCKETS, MOST_TURNS
 from turbotx.kernels.job import Job
+from turbotx.kernels.schedule_selector import Tiles
 from turbotx.kernels.triton.dependent import can_depend, make_dependent
 from turbotx.kernels.triton.gemm_template import GemmTemplate
 from turbotx.kernels.tuned import make_chooser
 from turbotx.options import Options
-from turbotx.program.assemble import Assembly
-from turbotx.runtime.aten import AtenSteps
-from turbotx.runtime.cuda.arguments import ArgumentLayout, Key
-from turbotx.runtime.cuda.dispatch import Share, make_tiles
-from turbotx.runtime.cuda.gemm import GemmFamily, bind_gemm, find_library_call
-from turbotx.runtime.cuda.library_gemm import Call
-from turbotx.runtime.cuda.queue import CudaQueue, Queued
-from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, SizeTable, lay_out
+from turbotx.program.assembly import Assembly
+from turbotx.program.executable import ArgumentLayout, GpuTables, QueuedLaunch, TokenRange
+from turbotx.program.link import LaunchLayout, facts_of, link
+from turbotx.runtime.cuda.arguments import Key
+from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
+from turbotx.runtime.cuda.queue import CudaQueue
+from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, lay_out
 from turbotx.runtime.device import Device
-from turbotx.runtime.state import RunState, Step
 from turbotx.runtime.weights import Weights
 
 # Sequence lengths whose kernels are built before the first run: below and at the edges of the
@@ -38,54 +40,61 @@ EXPECTED_LENGTHS = (16, 17, 256, 250, 512, 500)
 Compiling = KernelFamily | AttentionFamily | GemmFamily
 
 
-class CudaRuntime(CudaQueue):
-    """Compiles a program's kernels and queues its launches.
+@dataclass(frozen=True)
+class LaunchJob:
+    """A kernel that a launch takes; a launch whose part PyTorch runs has none for that.
 
-    sources: the Triton source by kernel and tile.
+    launch: that of the program, or one of those that stand for it (`GemmLaunch.fallback`).
+    """
+
+    launch: ir.Launch
+    job: Job
+
+
+class LaunchKernels:
+    """Which kernels the launches of a program take on a GPU, at any shape; no GPU is needed.
+
+    families: by launch; none where PyTorch runs everything. executable: the program.
     """
 
     def __init__(
-        self, assembly: Assembly, weights: Weights, options: Options, dims: Sequence[str],
-        device: Device, share: Share | None = None,
+        self, assembly: Assembly, dims: Sequence[str], tiles: Tiles, options: Options,
+        token_range: TokenRange | None = None,
     ) -> None:  # fmt: skip
-        """share: the calls that it serves; None: all. `build_expected` builds what they need."""
-        self.assembly, self.device, self.share = assembly, device, share
-        self.sources: dict[str, str] = {}
-        self._dims = tuple(dims)
-        self.table = SizeTable(list(assembly.tensors))
+        """token_range: the calls that the program serves; None: all."""
+        self.assembly, self.target = assembly, tiles.target
+        slots = {name: k for k, name in enumerate(assembly.tensors)}
+        self.table = LaunchLayout(slots, token_range=token_range)
         self._layouts: dict[Key, ArgumentLayout] = {}
         self._checks: dict[int, int] = {}
         self._kernels: dict[str, KernelFamily] = {}
         self._shared: dict[object, GemmFamily] = {}
-        self.families = self._find_families(options)
-        gemms, steps = self._find_calls()
+        self.families = {} if options.backend == "aten" else self._find_families(tiles)
+        self.in_order = list({id(f): f for f in self.families.values()}.values())
+        self._lay_out_launches({id(f): k for k, f in enumerate(self.in_order)})
         split = any(layout.cell == "turns" for layout in self._layouts.values())
-        slots, kinds = self.table.slots, ("parameter", "prepared")
-        queued = Queued(
-            self.families, self._layouts, gemms, steps,
-            [self._checks.get(i, 0) for i in range(len(assembly.launches))],
-            {n: slots[n] for n, t in assembly.tensors.items() if t.kind in kinds}, len(slots),
-            len(self.table.values), MOST_TURNS if split else 0,
-            options.pdl and can_depend(device.target),
-        )  # fmt: skip
-        super().__init__(device, weights, queued)
+        self._depends = options.pdl and can_depend(self.target)
+        self.table.gpu = GpuTables(
+            self.target,
+            tuple((i, which, layout) for (i, which), layout in self._layouts.items()),
+            tuple(self._checks.get(i, 0) for i in range(len(assembly.launches))),
+            MOST_TURNS if split else 0,
+            self._depends,
+        )
+        self.executable = link(assembly, dims, options.planner, self.table)
 
-    # --- kernels ---
-
-    def _find_families(self, options: Options) -> dict[int, Compiling]:
-        if options.backend == "aten":
-            return {}
+    def _find_families(self, tiles: Tiles) -> dict[int, Compiling]:
         found: dict[int, Compiling] = {}
         left_by: dict[str, GemmTemplate] = {}
-        target, tiles = self.device.target, make_tiles(options, self.device)
+        target = self.target
         self._choose = make_chooser(tiles.overrides, target, tiles.tuned)
         for i, launch in enumerate(self.assembly.launches):
-            if isinstance(launch.target, ir.Kernel):
+            if isinstance(launch, ir.KernelLaunch):
                 found[i] = self._kernel(i, "kernel", launch)
-            elif launch.kind in ("attention", "product"):
+            elif isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
                 found[i] = AttentionFamily(launch, target, self.table, tiles)
                 self._lay_out(i, "kernel", launch)
-            elif launch.workspaces:
+            elif isinstance(launch, ir.GemmLaunch) and launch.workspaces:
                 _, ends = find_library_call(launch)
                 finish = [self._kernel(i, f"end{k}", end) for k, end in enumerate(ends)]
                 family = GemmFamily(launch, target, self.table, tiles, finish, left_by)
@@ -96,77 +105,103 @@ class CudaRuntime(CudaQueue):
                     self._layouts[i, which] = layout
         return found
 
-    def _kernel(self, i: int, which: str, launch: ir.Launch) -> KernelFamily:
+    def _kernel(self, i: int, which: str, launch: ir.KernelLaunch) -> KernelFamily:
         """Return the family of a generated kernel, with its arguments laid out."""
-        kernel = launch.target
-        assert isinstance(kernel, ir.Kernel)
+        kernel = launch.kernel
         digest = kernel.digest()
         if digest not in self._kernels:
-            target = self.device.target
-            self._kernels[digest] = KernelFamily(kernel, target, self.table, self._choose)
+            self._kernels[digest] = KernelFamily(kernel, self.target, self.table, self._choose)
         self._lay_out(i, which, launch)
         return self._kernels[digest]
 
     def _lay_out(self, i: int, which: str, launch: ir.Launch) -> None:
-        body = launch.target.body if isinstance(launch.target, ir.Kernel) else ()
+        body = launch.kernel.body if isinstance(launch, ir.KernelLaunch) else ()
         checks = sum(isinstance(s, ir.Check) for s in body)
         self._checks[i] = max(checks, self._checks.get(i, 0))
-        operands = [a for a in launch.args if a is not None]
+        operands = [a for a in launch.operands if a is not None]
         sizes = [self.table.value(e) for e in launch.sizes]
         self._layouts[i, which] = lay_out(operands, "status" if checks else "", sizes, self.table)
 
-    def _find_calls(
-        self,
-    ) -> tuple[dict[int, tuple[Callable[[RunState], Call], bool]], dict[int, Step]]:
-        """Return what PyTorch runs: the library's GEMMs, and all that has no kernel."""
-        steps, tensors = AtenSteps(self._dims), self.assembly.tensors
+    def _lay_out_launches(self, number: Mapping[int, int]) -> None:
+        """Lay out what kernels and the library run. number: of each family, by its identity."""
+        tensors = self.assembly.tensors
         outside = {n for n, t in tensors.items() if t.kind in ("input", "output")}
-        gemms, others = {}, {}
         for i, launch in enumerate(self.assembly.launches):
-            if launch.kind == "gemm" and not launch.target.folds:  # type: ignore[attr-defined]
+            family, gemm = number.get(id(self.families.get(i))), None
+            if isinstance(launch, ir.GemmLaunch) and not launch.gemm.folds:
                 called, _ = find_library_call(launch)
-                fixed = not outside & {a.tensor for a in called.args if a is not None}
-                gemms[i] = (bind_gemm(called, steps), fixed)
-            elif i not in self.families:
-                others[i] = steps.make(launch)
-        return gemms, others
+                read = {a.tensor for a in called.operands if a is not None}
+                gemm = plain_gemm(called, fixed=not outside & read)
+            if family is not None or gemm is not None:
+                self.table.launches[i] = QueuedLaunch(**facts_of(launch), family=family, gemm=gemm)
+
+    def at(self, dims: Sequence[int]) -> Iterator[LaunchJob]:
+        """Give what the launches take at one shape, in their order."""
+        sizes = self.executable.values.compile(self.executable.dims)(*dims)
+        for i, family in self.families.items():
+            launch = self.assembly.launches[i]
+            for part in family.pick(sizes):
+                if isinstance(part.job, Job) and 0 not in part.grid:
+                    yield LaunchJob(_launch_of(launch, part.which), self.adapt(part.job))
 
     def expected_jobs(self, example_dims: Sequence[int]) -> list[Job]:
         """Return what the shapes to expect will need, of the calls that it serves."""
-        evaluate = compile_evaluator(list(self.table.values), self._dims)
+        names = self.executable.dims
+        evaluate = self.executable.values.compile(names)
         first = [tuple(example_dims)] if example_dims else []
-        dims, share = [*first, *expected_dims(self._dims)], self.share
+        dims, served = [*first, *expected_dims(names)], self.executable.token_range
         some = evaluate(*dims[0])
-        shapes = [evaluate(*d) for d in dims if share is None or share.holds(d)]
+        shapes = [evaluate(*d) for d in dims if served is None or served.holds(d)]
         jobs: list[Any] = []
         for family in self.families.values():
             jobs += [part.job for sizes in shapes for part in family.pick(sizes)]
             if isinstance(family, AttentionFamily):
                 jobs += [job for sizes in shapes for job in family.expected(sizes)]
             if isinstance(family, GemmFamily):
-                tokens = self.table.expression(family.tokens)
-                buckets = BUCKETS if share is None else share.buckets_of(tokens)
+                tokens = sizes_of([self.table.expression(family.tokens)])
+                buckets = BUCKETS if served is None else served.buckets_of(tokens)
                 jobs += family.expected(some, buckets)
         return list({id(job): job for job in jobs if job is not None}.values())
 
+    def adapt(self, job: Job) -> Job:
+        """Return a job as the options want it."""
+        return make_dependent(job) if self._depends else job
+
+
+def _launch_of(launch: ir.Launch, which: str) -> ir.Launch:
+    """Return the launch that a part of one is: itself, or the k-th behind the library's GEMM."""
+    if not isinstance(launch, ir.GemmLaunch) or not which.startswith("end"):
+        return launch
+    _, ends = find_library_call(launch)
+    return ends[int(which.removeprefix("end"))]
+
+
+class CudaRuntime(CudaQueue):
+    """Builds a program's kernels and queues its launches.
+
+    sources: the Triton source by kernel and tile. kernels: which launches take which.
+    """
+
+    def __init__(self, kernels: LaunchKernels, weights: Weights, device: Device) -> None:
+        """`build_expected` builds what they need."""
+        self.kernels, self.families = kernels, kernels.families
+        self.sources: dict[str, str] = {}
+        super().__init__(kernels.executable, kernels.in_order, weights, device)
+
     def _obtain(self, jobs: Sequence[Any]) -> Sequence[Any]:
-        functions, compiled = self.device.load([self.adapt(j) for j in jobs])
+        functions, compiled = self.device.load([self.kernels.adapt(j) for j in jobs])
         self.builds += compiled
         for job in jobs:
             tiles = "".join(f"_{name.lower()}{value}" for name, value in job.constexprs)
             self.sources[job.name + tiles] = job.source
         return functions
 
-    def adapt(self, job: Job) -> Job:
-        """Return a job as the options want it."""
-        return make_dependent(job) if self.queued.depends else job
-
 
 def build_expected(runtimes: Sequence[CudaRuntime], example_dims: Sequence[int]) -> None:
     """Build what programs of one call will need, in parallel and before the first run."""
-    first, jobs = runtimes[0], [r.expected_jobs(example_dims) for r in runtimes]
+    first, jobs = runtimes[0], [r.kernels.expected_jobs(example_dims) for r in runtimes]
     # All at once: what a device has loaded costs the second program nothing.
-    new = [r.adapt(j) for r, own in zip(runtimes, jobs, strict=True) for j in own]
+    new = [r.kernels.adapt(j) for r, own in zip(runtimes, jobs, strict=True) for j in own]
     together = {job.digest(): job for job in new}
     first.builds += first.device.load(list(together.values()))[1]
     for runtime, own in zip(runtimes, jobs, strict=True):

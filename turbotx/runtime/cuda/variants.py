@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from turbotx import ir
-from turbotx.ir.expr import Expr, dim, product
+from turbotx.ir.expr import dim, product
+from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.kernels.attention_jobs import attention_job, product_job
-from turbotx.kernels.cpp.attention import AttentionKernel
-from turbotx.kernels.cpp.products import ProductKernel
 from turbotx.kernels.job import ALIGNED_NBYTES, Job
 from turbotx.kernels.schedule import (
     INT32_LIMIT,
@@ -45,7 +44,8 @@ from turbotx.kernels.triton.compiler import kernel_job
 from turbotx.kernels.triton.products import PRODUCT_NAMES, PRODUCT_STRIDES, product_grid
 from turbotx.kernels.triton.tags import AttentionTiles, tag_of
 from turbotx.kernels.tuned import Choose, neighbours
-from turbotx.runtime.cuda.arguments import ArgumentLayout
+from turbotx.program.executable import ArgumentLayout
+from turbotx.program.link import LaunchLayout
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.device import Grid
 
@@ -56,22 +56,8 @@ TILES_OF_KEYS = (16, 32, 64, 128, 256, 1 << 30)
 LARGE = INT32_LIMIT - PERSISTENT
 
 
-class SizeTable:
-    """Places of tensors in a program's address table and of expressions in its size table."""
-
-    def __init__(self, tensors: Sequence[str]) -> None:
-        self.slots = {name: k for k, name in enumerate(tensors)}
-        self.values: dict[Expr, int] = {}
-
-    def value(self, e: Expr) -> int:
-        return self.values.setdefault(e, len(self.values))
-
-    def expression(self, place: int) -> Expr:
-        return list(self.values)[place]
-
-
 def lay_out(
-    operands: list[ir.Operand], cell: str, sizes: list[int], table: SizeTable
+    operands: list[ir.Operand], cell: str, sizes: list[int], table: LaunchLayout
 ) -> ArgumentLayout:  # fmt: skip
     """Return the layout of arguments: operands, a cell, sizes by their place in the table."""
     pointers = []
@@ -101,7 +87,7 @@ class Deciders:
 class KernelFamily:
     """All variants of one generated kernel; equal kernels of several layers share one."""
 
-    def __init__(self, kernel: ir.Kernel, target: str, table: SizeTable, choose: Choose) -> None:
+    def __init__(self, kernel: ir.Kernel, target: str, table: LaunchLayout, choose: Choose) -> None:
         self.kernel, self._target, self._choose = kernel, target, choose
         self._length = table.value(product([a.extent for a in vector_axes(kernel)]))
         self._outer = table.value(product([a.extent for a in outer_axes(kernel)]))
@@ -171,17 +157,20 @@ class AttentionFamily:
     """The variants of an attention launch, or of one of attention's two products: tiles by the
     number of queries, strides, addresses."""
 
-    def __init__(self, launch: ir.Launch, target: str, table: SizeTable, tiles: Tiles) -> None:
-        assert isinstance(launch.target, (AttentionKernel, ProductKernel))
-        self.kernel, self._target, self._tiles = launch.target, target, tiles
+    def __init__(
+        self, launch: ir.AttentionLaunch | ir.ProductLaunch, target: str, table: LaunchLayout,
+        tiles: Tiles,
+    ) -> None:  # fmt: skip
+        self.kernel: AttentionKernel | ProductKernel = launch.kernel
+        self._target, self._tiles = target, tiles
         self._sizes = [table.value(e) for e in launch.sizes]
-        flash = isinstance(launch.target, AttentionKernel)
+        flash = isinstance(launch, ir.AttentionLaunch)
         self._names, self._strides = (NAMES, STRIDES) if flash else (PRODUCT_NAMES, PRODUCT_STRIDES)
         of_flash = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr")
         names = of_flash if flash else ("a_ptr", "b_ptr", "out_ptr")
         self._shifts = [
             (name, table.value(a.offset * a.dtype.itemsize))
-            for name, a in zip(names, launch.args, strict=True)
+            for name, a in zip(names, launch.operands, strict=True)
             if a is not None and a.offset != 0
         ]
         self._chosen: dict[int, AttentionTiles] = {}

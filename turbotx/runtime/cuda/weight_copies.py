@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from turbotx import ir
 from turbotx.runtime.cuda.runtime import CudaRuntime
 from turbotx.runtime.state import RunState
 
@@ -36,15 +37,17 @@ class WeightCopies:
         self, runtime: CudaRuntime, launch: int, table: Any, state: RunState, sizes: Any
     ) -> None:
         self.table, self._state, self._sizes = table, state, sizes
-        self._slots = runtime.table.slots
-        one = runtime.assembly.launches[launch]
-        read = dict.fromkeys(name for x in (one, *one.instead) for name in x.reads)
+        self._slots = runtime.kernels.table.slots
+        one = runtime.kernels.assembly.launches[launch]
+        fallback = one.fallback if isinstance(one, ir.GemmLaunch) else None
+        others = () if fallback is None else (fallback.gemm, *fallback.ends)
+        read = dict.fromkeys(name for x in (one, *others) for name in x.reads)
         held = runtime.placed.held.tensors
         weights = {name: held[name] for name in read if name in held}
         nbytes = sum(t.nbytes for t in weights.values())
         self.count = min(MOST_COPIES, math.ceil(LEAST_NBYTES / nbytes)) if nbytes else 1
-        others = range(1, self.count)
-        self._copies = [weights, *({n: _copy(t) for n, t in weights.items()} for _ in others)]
+        turns = range(1, self.count)
+        self._copies = [weights, *({n: _copy(t) for n, t in weights.items()} for _ in turns)]
         self._next = 0
 
     def __enter__(self) -> WeightCopies:

@@ -1,7 +1,7 @@
-"""Segments: launches on a CPU, native ones in one call, those of PyTorch between them.
+"""Executor: launches on a CPU, native ones in one call, those of PyTorch between them.
 
-In: the C++ runtime, a table of its launches, steps for the others, weights. Out: something that
-runs them all over an address table::
+In: an executable, the libraries that it names, weights. Out: something that runs it over an address
+table; compiled programs and saved ones are run by this::
 
     failed = runtime.run(table, sizes, state)   # 0, or which launch failed and why
 """
@@ -12,48 +12,55 @@ import ctypes
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from turbotx.runtime.state import RunState, Step
+from turbotx.program.executable import CalledLaunch, Executable, NativeLaunch
+from turbotx.runtime.aten import make_step
+from turbotx.runtime.cpu.abi import LaunchRecord
+from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
-from turbotx.runtime.weights import PackedWeight, Weights, Window
-
-
-@dataclass(frozen=True)
-class Packing:
-    """A packed weight: its slot in the address table, what it is made of, further options."""
-
-    slot: int
-    window: Window
-    options: Sequence[Any]
+from turbotx.runtime.weights import PackedWeight, Weights
 
 
 class CpuExecutor:
-    """Runs launches in order: `segments` are (begin, end) ranges of native launches, or the index
-    of one that has a step.
+    """Runs launches in order. libraries: "runtime" and "kernels", without those that do not exist.
 
-    weight_slots: the place in the address table of every weight that is read as it is.
+    builds: how many shared objects had to be compiled.
     """
 
     def __init__(
-        self, weights: Weights, native: ctypes.CDLL | None, records: Any,
-        segments: Sequence[tuple[int, int]], steps: Mapping[int, Step],
-        weight_slots: Mapping[str, int], packings: Sequence[Packing], slot_count: int,
-    ) -> None:  # fmt: skip
-        self.weights = weights
-        weights.native = native
-        weights.packed = frozenset(p.window.tensor for p in packings)
+        self, executable: Executable, weights: Weights, libraries: Mapping[str, ctypes.CDLL]
+    ) -> None:
+        assert executable.cpu is not None, "compiled for another device"
+        self.weights, self.builds = weights, 0
+        self.packings = executable.cpu.packings
         self.torch_device = torch.device("cpu")
-        self.packings, self.slot_count = packings, slot_count
-        self._native, self._steps = native, steps
-        self._records, self._segments = records, segments
-        self._weight_slots = weight_slots
+        self._native = weights.native = libraries.get("runtime")
+        weights.packed = frozenset(p.window.tensor for p in self.packings)
+        self._segments: Sequence[tuple[int, int]] = executable.cpu.segments
+        self._records = (LaunchRecord * max(1, len(executable.launches)))()
+        self._arrays: list[Any] = []  # what the records point at
+        self._steps = {}
+        for i, launch in enumerate(executable.launches):
+            if isinstance(launch, CalledLaunch):
+                self._steps[i] = make_step(launch.call, executable.dims)
+            else:
+                assert isinstance(launch, NativeLaunch)
+                self._fill(self._records[i], launch, libraries[launch.library])
+        self._weight_slots = {name: executable.slots[name] for name in executable.weights}
         self._packed: dict[int, PackedWeight] = {}
         self._packed_version = 0
         self._lock = threading.Lock()
+
+    def _fill(self, record: LaunchRecord, launch: NativeLaunch, library: ctypes.CDLL) -> None:
+        record.call = ctypes.cast(getattr(library, launch.symbol), ctypes.c_void_p).value
+        record.arg_count, record.size_count = len(launch.slots), len(launch.sizes)
+        rows = (launch.slots, launch.offsets, launch.sizes)
+        arrays = [(ctypes.c_int32 * max(1, len(numbers)))(*numbers) for numbers in rows]
+        record.slots, record.offsets, record.sizes = arrays
+        self._arrays += arrays
 
     def fill_weights(self, table: Any) -> tuple[int, object]:
         """Write the addresses of everything made from parameters into a table.
@@ -64,7 +71,7 @@ class CpuExecutor:
             version, tensors = self.weights.version, self.weights.tensors
             if self._packed_version != version:
                 self._packed = {
-                    p.slot: PackedWeight(self._native, self.weights.window(p.window), *p.options)
+                    p.slot: PackedWeight(self._native, self.weights.window(p.window), p.gated)
                     for p in self.packings
                 }
                 self._packed_version = version

@@ -1,0 +1,92 @@
+"""Operators of sizes: floats in Python's own steps, and comparisons where an op takes a bool."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import turbotx
+
+SIZES = (3, 7, 11, 13, 1)
+
+
+def test_floats_of_sizes_are_pythons_own() -> None:
+    def model(x: torch.Tensor) -> tuple[float, ...]:
+        n, m = x.shape
+        return (
+            n * 0.1 * 3, 0.1 * n + 0.2 + 0.3, 1.1 - n + 0.3, n * 0.1 - n * 0.3, 3 * (0.1 * n) - m,
+            (n + 0.1) * (m + 0.7) * (n + 0.3), n / 3 / 7, -(n * 0.7) * 10,
+        )  # fmt: skip
+
+    fast = turbotx.optimize(model, backend="aten")
+    for n in SIZES:
+        assert fast(torch.ones(n, 4)) == model(torch.ones(n, 4))
+    assert fast.stats()["captures"] == 1
+
+
+def test_a_guard_on_a_float_of_sizes_is_pythons_own() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        ceil = torch.zeros(math.ceil(x.shape[0] * 0.7 * 10))
+        return ceil + 1 if x.shape[0] * 0.1 * 3 > 2.1 else ceil
+
+    fast = turbotx.optimize(model, backend="aten")
+    for n in SIZES:
+        assert torch.equal(fast(torch.ones(n, 4)), model(torch.ones(n, 4)))
+    assert fast.stats()["captures"] == 2
+
+
+def test_a_number_of_elements_that_is_asked_for_as_an_int_is_a_guard() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(int(x.shape[0] * 0.1 * 3 * 10))
+
+    fast = turbotx.optimize(model, backend="aten")
+    for n in SIZES:
+        assert torch.equal(fast(torch.ones(n, 4)), model(torch.ones(n, 4)))
+
+
+def test_a_bool_that_an_op_takes_is_a_guard() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        y = F.scaled_dot_product_attention(x, x, x, is_causal=x.shape[2] > 1)
+        return y.sum(1, keepdim=x.shape[0] == x.shape[1])
+
+    fast = turbotx.optimize(model, backend="aten")
+    for shape in ((2, 2, 5, 4), (2, 3, 5, 4), (2, 3, 1, 4), (3, 3, 1, 4), (4, 4, 7, 4)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(fast(x), model(x))
+    assert fast.stats()["captures"] == 4
+
+
+TABLE = {"3": 2.0, "7": 3.0}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: {f"n{x.shape[0]}": x},
+        lambda x: {f"{x.shape[0]:03d} {x.shape[0] / 2:.2f} {x.shape} {x.shape[0] > 2}": x},
+        lambda x: {f"%s %d {x.shape}" % (x.shape[0], x.shape[0]): x, repr(x.shape): 1},
+        lambda x: x * TABLE.get(str(x.shape[0]), 7.0),
+        lambda x: x * {True: 2, False: 3}[x.shape[0] > 3],
+        lambda x: x * np.sqrt(x.shape[0]),
+    ],
+)
+def test_a_size_that_is_used_as_text_or_as_a_key_is_the_number(model: Any) -> None:
+    fast = turbotx.optimize(model, backend="aten")
+    for n in (3, 7, 1):
+        x = torch.ones(n, 4)
+        ours, right = fast(x), model(x)
+        if isinstance(right, dict):
+            assert list(ours) == list(right)
+        torch.testing.assert_close(ours, right)
+
+
+def test_other_code_may_write_sizes_as_it_likes() -> None:
+    fast = turbotx.optimize(lambda x: (x @ x.mT).softmax(-1).reshape(-1), backend="aten")
+    for n in SIZES:
+        fast(torch.ones(n, 4))
+    assert fast.stats()["captures"] == 1

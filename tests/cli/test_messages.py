@@ -1,0 +1,139 @@
+"""Mistakes: what turbotx says of input that is wrong, on the command line and in Python.
+
+In: what people get wrong. Out: one line that names what was seen and what to do, an exit code that
+tells a mistake of the user's from a fault of turbotx, and JSON where that was asked for.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import turbotx
+from tests.cli.command_line import Ran, make_run
+from turbotx.cli.output import INTERNAL, MISUSED, versions
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    return make_run(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["compil", "minilm"], "Did you mean 'compile'?"),
+        (["verify"], "Missing argument 'MODEL'"),
+        (["verify", "minilm", "--dtype", "float8"], "'float32', 'bfloat16', 'float16'"),
+        (["verify", "minilm", "--shap", "batch=1"], "--shape"),
+        (["verify", "hf-config:bert,num_layers=2"], "did you mean 'num_hidden_layers'?"),
+        (["verify", "hf-config:bert,num_hidden_layers=x"], "cannot make a bert"),
+        (["verify", "hf-config:brt"], "did you mean"),
+    ],
+)
+def test_a_wrong_command_is_one_line(
+    run: Callable[..., Ran], arguments: list[str], expected: str
+) -> None:
+    code, out, err = run(*arguments)
+    assert code == MISUSED and out == ""
+    assert expected in err and err.count("\n") == 1
+
+    found = run(*arguments, "--json")
+    assert found.code == MISUSED and expected in found.json["error"]
+    assert found.json["exit_code"] == MISUSED and found.err == ""
+
+
+def test_a_fault_of_turbotx_is_told_from_a_mistake(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> int:
+        raise KeyError("lost")
+
+    monkeypatch.setattr("turbotx.cli.doctor.doctor", fail)
+    code, out, err = run("doctor")
+    assert code == INTERNAL and out == ""
+    assert err.startswith("internal error: KeyError: 'lost'") and len(err.splitlines()) == 3
+    assert "test_messages.py" in err and turbotx.__version__ in err and torch.__version__ in err
+    assert run("doctor", "--json").json == {
+        "error": "KeyError: 'lost'", "kind": "KeyError", "exit_code": INTERNAL,
+        "versions": versions(),
+    }  # fmt: skip
+    monkeypatch.setenv("TURBOTX_TRACEBACK", "1")
+    assert "Traceback" in run("doctor").err
+
+
+def test_an_interrupt_is_no_fault(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("turbotx.cli.doctor.doctor", stop)
+    assert run("doctor") == (130, "", "")
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["-h"], ["verify", "-h"], ["compil"]])
+def test_help_and_mistyped_commands_load_no_framework(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom turbotx.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'triton', 'sympy', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m turbotx -h | head -n 1", shell=True, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.stdout and done.stderr == ""
+
+
+class Choosing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x
+
+
+class Shortening(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[x > 0]
+
+
+@pytest.mark.parametrize(
+    "call, expected",
+    [
+        (lambda x, path: turbotx.optimize(None), "not None"),
+        (lambda x, path: turbotx.optimize(x), "an nn.Module, an nn.Module class or a function"),
+        (lambda x, path: turbotx.optimize(nn.Linear(3, 3), dtyp=1), "no option 'dtyp'"),
+        (lambda x, path: turbotx.save(nn.Linear(3, 3).eval(), path), r"fast\(\*\*inputs\)"),
+        (lambda x, path: turbotx.load(path), "no file"),
+        (lambda x, path: turbotx.explain(nn.Linear(3, 3).eval()), "needs example inputs"),
+        (lambda x, path: turbotx.optimize(nn.Linear(4, 3).eval())(x), "do not fit the model"),
+        (lambda x, path: turbotx.optimize(Choosing().eval())(x), 'backend="turbotx"'),
+        (lambda x, path: turbotx.optimize(Shortening().eval())(x), 'backend="turbotx"'),
+        (lambda x, path: turbotx.optimize(nn.Linear(3, 3).eval())("x"), "no tensor among"),
+    ],
+)
+def test_a_wrong_call_says_what_to_do(
+    call: Callable[[torch.Tensor, Path], Any], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(turbotx.TurbotxError, match=expected):
+        call(torch.randn(2, 3), tmp_path / "model.ttx")
+
+
+def test_a_loaded_model_is_not_compiled_again(tmp_path: Path) -> None:
+    fast = turbotx.optimize(nn.Linear(3, 3).eval())
+    x = torch.randn(2, 3)
+    fast(x)
+    turbotx.save(fast, tmp_path / "model.ttx")
+    loaded = turbotx.load(tmp_path / "model.ttx")
+    for again in (turbotx.optimize, lambda m: turbotx.explain(m, x)):
+        with pytest.raises(turbotx.TurbotxError, match="compiled already"):
+            again(loaded)

@@ -1,0 +1,15 @@
+"""Options: what editors are told of them is what there is."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import get_args, get_type_hints
+
+from turbotx.options import CHOICES, OptionArguments, Options
+
+
+def test_what_editors_are_told_of_options_is_what_there_is() -> None:
+    told = get_type_hints(OptionArguments)
+    assert list(told) == [f.name for f in fields(Options)]
+    for name, choices in CHOICES.items():
+        assert get_args(told[name]) == choices

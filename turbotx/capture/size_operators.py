@@ -1,0 +1,102 @@
+"""Size operators: what Python's own operators give for sizes that a trace has as expressions.
+
+In: a trace. Out: the same trace, in which floats are computed step by step as Python does and a
+size that the model writes into a string is its number, with a guard; if need be, comparisons that
+the model writes are answered at once, for some ops take a bool only::
+
+    with python_operators():    n * 0.1 * 3  ->  (0.1 * n) * 3, not 0.30000000000000004 * n
+                                f"layer_{n}"  ->  "layer_5", with the guard n == 5
+    with relations_answered():  is_causal=n > 1  ->  True, with the guard n > 1
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import sympy
+import torch
+from torch.utils._sympy.functions import Identity
+
+from turbotx.capture.module_state.values import is_library
+
+_COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
+_SUMS = ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__")
+"""Of these sympy would merge the numbers of one with those of the next; no other operator's."""
+
+
+def python_operators() -> ExitStack:
+    """Meanwhile, in this thread, a sum or product of floats is one operand of what follows, and a
+    size that the model's code makes a string of is a number."""
+    stack = _replaced(_SUMS, _as_step)
+    thread = threading.get_ident()
+    for cls in (torch.SymInt, torch.SymFloat, torch.SymBool):
+        for name in ("__repr__", "__format__"):
+            stack.enter_context(patch.object(cls, name, _spelling(getattr(cls, name), thread)))
+    return stack
+
+
+def wants_bool(error: BaseException | None) -> bool:
+    """Tell whether a trace ended because a comparison of sizes was used where only a bool is."""
+    text = str(error)
+    return isinstance(error, TypeError) and ("SymBool" in text or "BooleanAtom" in text)
+
+
+def wants_number(error: BaseException | None) -> bool:
+    """Tell whether a trace ended because a size was handed to what takes plain numbers only."""
+    return isinstance(error, TypeError) and ("SymInt" in str(error) or "SymFloat" in str(error))
+
+
+def relations_answered() -> ExitStack:
+    """Meanwhile, in this thread, comparisons in the model's code are True or False at once."""
+    return _replaced(_COMPARISONS, _as_bool)
+
+
+def _as_step(found: Any, asker: str | None) -> Any:
+    made = found.node._expr if isinstance(found, torch.SymFloat) else None
+    if isinstance(made, (sympy.Add, sympy.Mul)):
+        found.node._expr = Identity(made)
+    return found
+
+
+def _as_bool(found: Any, asker: str | None) -> Any:
+    return bool(found) if isinstance(found, torch.SymBool) and not is_library(asker) else found
+
+
+def _spelling(show: Callable[..., str], thread: int) -> Callable[..., str]:
+    @functools.wraps(show)
+    def spell(self: Any, *form: str) -> str:
+        asker = sys._getframe(1).f_globals.get("__name__")
+        if threading.get_ident() != thread or is_library(asker):
+            return show(self, *form)
+        kinds = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+        number = kinds[type(self)](self)
+        return format(number, *form) if form else repr(number)
+
+    return spell
+
+
+def _replaced(names: Sequence[str], change: Callable[[Any, str | None], Any]) -> ExitStack:
+    """Have what operators of sizes give go through `change`, with the module whose code asks."""
+    thread = threading.get_ident()
+
+    def changed(operator: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(operator)
+        def operate(self: Any, other: Any) -> Any:
+            found = operator(self, other)
+            if threading.get_ident() != thread:
+                return found
+            return change(found, sys._getframe(1).f_globals.get("__name__"))
+
+        return operate
+
+    stack = ExitStack()
+    for cls in (torch.SymInt, torch.SymFloat):
+        for name in names:
+            stack.enter_context(patch.object(cls, name, changed(getattr(cls, name))))
+    return stack

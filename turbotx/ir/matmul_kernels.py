@@ -1,0 +1,102 @@
+"""What is fixed about each launch of a matrix product: GEMMs, attention, attention's two products.
+
+In: nothing; these types are a part of the vocabulary, as `Kernel` is of fused kernels. Out: keys of
+what is built; equal ones of different layers are one build. For example::
+
+    GemmKernel("gelu")    AttentionKernel(torch.float32, 64, 0.125, causal=False, keys="mask")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from turbotx.ir.attention_ops import NO_WINDOW
+
+# In the order of `Activation` in epilogue.h.
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh")
+# What stands for a dtype in the name of a kernel.
+DTYPE_NAMES = {
+    torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """A norm of rows: kind "layer" or "rms", with eps inside the root."""
+
+    kind: str
+    eps: float
+
+
+@dataclass(frozen=True)
+class GemmKernel:
+    """What is fixed about a GEMM launch: its activation, and whether the second half of the
+    weight's columns multiplies the first.
+
+    norm, residual_norm: what it does to the rows of x and of the residual; stats: whether it leaves
+    statistics of its own rows for those. Such a launch reads and writes `NormOperands` as well.
+    """
+
+    activation: str = "none"
+    gated: bool = False
+    norm: RowNorm | None = None
+    residual_norm: RowNorm | None = None
+    stats: bool = False
+
+    @property
+    def folds(self) -> bool:
+        return self.stats or not self.norm is self.residual_norm is None
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """What is fixed about an attention launch.
+
+    bias is "none", "boolean", "float32" or "storage" (the dtype of q). keys: "all", "mask" or
+    "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
+    -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
+    with blind_mean the mean of all values. softcap: 0 for none. late: the last query stands at the
+    last key.
+    """
+
+    dtype: torch.dtype
+    head_dim: int
+    scale: float
+    causal: bool
+    bias: str = "none"
+    keys: str = "all"
+    window: tuple[int, int] = NO_WINDOW
+    blind_nan: bool = False
+    blind_mean: bool = False
+    softcap: float = 0.0
+    late: bool = False
+
+    @property
+    def name(self) -> str:
+        kind = DTYPE_NAMES[self.dtype]
+        causal = "_late" * self.late + "_causal" * self.causal
+        window = "" if self.window == NO_WINDOW else "_window"
+        keys = {"all": "", "mask": "_key_mask", "lengths": "_lengths"}[self.keys]
+        bias = "" if self.bias == "none" else f"_{self.bias}_bias"
+        blind = "_nan" if self.blind_nan else "_mean" if self.blind_mean else ""
+        capped = "_capped" if self.softcap else ""
+        return f"attention_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{capped}{blind}"
+
+
+@dataclass(frozen=True)
+class ProductKernel:
+    """What is fixed about a product: "scores" = a b^T in float32, "values" = a b in dtype.
+
+    dtype is that of q, k and v. head_dim is the length of the sums of scores, and the width of
+    values.
+    """
+
+    which: str
+    dtype: torch.dtype
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        return f"attention_{self.which}_{DTYPE_NAMES[self.dtype]}_{self.head_dim}"

@@ -1,0 +1,204 @@
+"""Link: an assembly becomes an `Executable`, its tensors found in a table, its sizes as texts.
+
+In: an assembly, and what a runtime has laid out for its device: slots, sizes, launches. Out: plain
+data, and in it what a planner finds out about memory, once::
+
+    link(assembly, ("batch", "seq"), "symbolic", layout)  ->  Executable(...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+
+from turbotx import ir
+from turbotx.capture.eager import Alias
+from turbotx.ir.expr import Expr, sizes_of, to_python
+from turbotx.ir.sizes import Evaluate
+from turbotx.ir.strides import contiguous_strides
+from turbotx.memory.liveness import LaunchUse, Liveness, analyze
+from turbotx.memory.planner import find_orientations
+from turbotx.program.assembly import Assembly
+from turbotx.program.executable import (
+    CalledLaunch,
+    CpuTables,
+    Executable,
+    GpuTables,
+    InputTensor,
+    LinkedLaunch,
+    MemoryTables,
+    OutputTensor,
+    PytorchCall,
+    ReturnedView,
+    TokenRange,
+    WeightWindow,
+    WholeTensor,
+    Window,
+)
+from turbotx.program.meaning import meaning_of
+
+
+@dataclass
+class LaunchLayout:
+    """What a runtime lays out for its device.
+
+    slots: the place of every tensor in the table of addresses. values: that of expressions in the
+    table of sizes. launches: those that its device runs, by index.
+    """
+
+    slots: dict[str, int]
+    values: dict[Expr, int] = field(default_factory=dict)
+    launches: dict[int, LinkedLaunch] = field(default_factory=dict)
+    cpu: CpuTables | None = None
+    gpu: GpuTables | None = None
+    token_range: TokenRange | None = None
+
+    def value(self, e: Expr) -> int:
+        """Return the place of an expression in the table of sizes."""
+        return self.values.setdefault(e, len(self.values))
+
+    def expression(self, place: int) -> Expr:
+        """Return the expression at a place of the table of sizes."""
+        return list(self.values)[place]
+
+
+def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: LaunchLayout) -> Executable:
+    """Return the executable of an assembly; launches that are not laid out become PyTorch's."""
+    tensors, names = assembly.tensors.values(), tuple(dims)
+    requirements = dict.fromkeys(assembly.requirements)
+    return Executable(
+        dims=names,
+        values=sizes_of(layout.values),
+        requirements=sizes_of(e for e, _ in requirements),
+        requirement_texts=tuple(text for _, text in requirements),
+        slots=dict(layout.slots),
+        inputs=tuple(
+            InputTensor(
+                t.name, t.dtype, sizes_of(t.shape), assembly.orders.get(t.name),
+                t.name in assembly.raw,
+            )
+            for t in tensors if t.kind == "input"
+        ),
+        outputs=tuple(
+            OutputTensor(t.name, t.dtype, sizes_of(t.shape)) for t in tensors if t.kind == "output"
+        ),
+        weights=tuple(t.name for t in tensors if t.kind in ("parameter", "prepared")),
+        launches=tuple(
+            layout.launches.get(i) or CalledLaunch(**facts_of(x), call=_plain_call(meaning_of(x)))
+            for i, x in enumerate(assembly.launches)
+        ),
+        leaves=tuple(_leaf(leaf, assembly) for leaf in assembly.outputs),
+        memory=_plan_memory(assembly, names, planner),
+        cpu=layout.cpu, gpu=layout.gpu, token_range=layout.token_range,
+    )  # fmt: skip
+
+
+def facts_of(launch: ir.Launch) -> dict[str, Any]:
+    """Return what every linked launch keeps of a launch."""
+    checks = tuple(_find_checks(launch)) if isinstance(launch, ir.KernelLaunch) else ()
+    return {
+        "name": launch.name, "source": launch.source, "writes": launch.writes, "checks": checks
+    }  # fmt: skip
+
+
+def _find_checks(launch: ir.KernelLaunch) -> Iterable[tuple[str, str]]:
+    """Give what a kernel checks: tensors whose values must lie in [0, limit), and limits."""
+    kernel = launch.kernel
+    made = {r: s for s in kernel.body for r in ir.results_of(s)}
+    for check in kernel.body:
+        if not isinstance(check, ir.Check):
+            continue
+        name, source = check.value, made[check.value]
+        if isinstance(source, ir.Load):
+            position = [p.name for p in kernel.params].index(source.access.param)
+            name = launch.args[position].tensor
+        yield name, str(check.limit)
+
+
+def plain_window(operand: ir.Operand) -> Window:
+    """Return an operand as plain data."""
+    shape, strides, offset = map(sizes_of, (operand.shape, operand.strides, (operand.offset,)))
+    return Window(operand.tensor, operand.dtype, shape, strides, offset)
+
+
+def weight_window(weight: ir.Operand) -> WeightWindow:
+    """Return a part of a weight, which is the same at all sizes, as plain data."""
+    shape, strides = (tuple(map(int, x)) for x in (weight.shape, weight.strides))
+    return WeightWindow(weight.tensor, shape, strides, int(weight.offset))
+
+
+def _plain_call(call: ir.AtenCall) -> PytorchCall:
+    writes = tuple(None if w is None else plain_window(w) for w in call.writes)
+    args, kwargs = _plain(call.args), _plain(call.kwargs)
+    return PytorchCall(call.target, args, kwargs, writes, call.has_out)
+
+
+def _plain(value: Any) -> Any:
+    """Return call arguments with windows and texts in the places of operands and expressions."""
+    if isinstance(value, ir.Operand):
+        return plain_window(value)
+    if isinstance(value, sympy.Basic):
+        return sizes_of([value])
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def _leaf(leaf: Any, assembly: Assembly) -> Any:
+    if isinstance(leaf, ir.Operand):
+        dense = leaf.offset == 0 and leaf.strides == contiguous_strides(leaf.shape)
+        if dense and leaf.shape == assembly.tensors[leaf.tensor].shape:
+            return WholeTensor(leaf.tensor, leaf.dtype)
+    if isinstance(leaf, Alias):
+        return ReturnedView(
+            leaf.root, tuple((op, _plain(args), _plain(named)) for op, args, named in leaf.steps)
+        )
+    return _plain(leaf) if isinstance(leaf, (ir.Operand, sympy.Basic)) else leaf
+
+
+# --- memory ---
+
+
+def _plan_memory(assembly: Assembly, dims: tuple[str, ...], planner: str) -> MemoryTables:
+    """Return who lives when, the size class of every root, and what the planner makes of it."""
+    tensors, liveness = assembly.tensors, _analyze(assembly)
+    classes: dict[Expr, int] = {}
+    of = tuple(classes.setdefault(tensors[n].nbytes, len(classes)) for n in liveness.names)
+    nbytes = sizes_of(classes)
+    seed, samples = _expected_sizes(nbytes.compile(dims), len(classes), dims)
+    orders = find_orientations(planner, liveness.lifetimes, of, liveness.names, seed, samples)
+    return MemoryTables(planner, liveness, of, nbytes, orders)
+
+
+def _analyze(assembly: Assembly) -> Liveness:
+    tensors = assembly.tensors
+    uses = [
+        LaunchUse(x.name, x.reads, x.writes, x.workspaces, x.inplace) for x in assembly.launches
+    ]
+    return analyze(
+        uses,
+        outside=[n for n, t in tensors.items() if t.kind != "intermediate"],
+        size_of={n: to_python(t.nbytes) for n, t in tensors.items()},
+    )
+
+
+def _expected_sizes(
+    class_nbytes: Evaluate, count: int, dims: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """Sizes at shapes to expect: the planner is tuned to these, and safe for all others."""
+    expected = [(1, 16), (1, 128), (4, 64), (8, 128), (16, 512), (1, 512)]
+    rows = []
+    for batch, seq in expected:
+        shape = [batch if k == 0 or "_d0" in n else seq for k, n in enumerate(dims)]
+        try:
+            rows.append([max(1, x) for x in class_nbytes(*shape)])
+        except (ArithmeticError, ValueError):  # no size that this model takes: it divides by zero
+            continue
+    if not rows:  # sizes that are as good as any
+        rows = [[1 << (k % 8 + 8) for k in range(count)]]
+    return rows[min(3, len(rows) - 1)], rows

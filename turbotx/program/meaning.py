@@ -1,0 +1,31 @@
+"""Meaning: what PyTorch runs in the place of a launch.
+
+In: any launch. Out: its `AtenCall`: of a generated kernel the calls of its region, as a graph that
+is made when it is asked for; of all others the call that they were made with::
+
+    meaning_of(fused_add_gelu_0)  ->  AtenCall(GraphModule: add, gelu, (linear, bias), {}, (gelu,))
+"""
+
+from __future__ import annotations
+
+from turbotx import ir
+from turbotx.passes.extract import extract
+
+
+def meaning_of(launch: ir.Launch) -> ir.AtenCall:
+    """Return the call that writes what a launch writes from what it reads."""
+    if isinstance(launch, ir.KernelLaunch):
+        return _meaning_of_kernel(launch)
+    with_call = (
+        ir.GemmLaunch, ir.AttentionLaunch, ir.ProductLaunch, ir.StoreLaunch, ir.AtenLaunch
+    )  # fmt: skip
+    assert isinstance(launch, with_call), launch
+    return launch.call
+
+
+def _meaning_of_kernel(launch: ir.KernelLaunch) -> ir.AtenCall:
+    rows = list(zip(launch.kernel.params, launch.nodes, launch.args, strict=True))
+    inputs, outputs = ([n for p, n, _ in rows if p.role == role] for role in ("in", "out"))
+    reads, writes = ([a for p, _, a in rows if p.role == role] for role in ("in", "out"))
+    extracted = extract(outputs, inputs, launch.kernel.name)
+    return ir.AtenCall(extracted.module, (*reads, *extracted.sizes), {}, tuple(writes))

@@ -1,0 +1,69 @@
+"""Binding: a call at one shape, the address table that it is run over, and what runs it.
+
+In: nothing, these are types that CPUs and GPUs share. Out: for example::
+
+    Binding(dims=(2, 17), sizes=..., offsets=array([0, 52224, ...]), footprint_nbytes=104448, ...)
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from turbotx.runtime.state import RunState
+from turbotx.runtime.watch import Watch
+from turbotx.runtime.weights import Weights
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A call at one shape: every size evaluated, every offset planned.
+
+    offsets: in the order of the liveness' `root_of`, and offset_of by name. outputs: slot, shape,
+    dtype.
+    """
+
+    dims: tuple[int, ...]
+    sizes: Any
+    offsets: np.ndarray[Any, np.dtype[np.int64]]
+    offset_of: dict[str, int]
+    footprint_nbytes: int
+    outputs: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
+
+
+class Execution:
+    """The address table of one arena; one call at a time uses it."""
+
+    def __init__(self, count: int) -> None:
+        self.table = (ctypes.c_int64 * count)()
+        self.numbers = np.ctypeslib.as_array(self.table)
+        self.offsets: Any = None  # of the binding that the table is set for
+        self.base = 0
+        self.weights_version = -1
+        self.kept: Any = None
+
+
+class Runtime(Protocol):
+    """What runs a call's launches."""
+
+    weights: Weights
+    torch_device: torch.device
+    builds: int
+    """How many libraries or kernels had to be compiled."""
+
+    def fill_weights(self, table: Any) -> tuple[int, object]:
+        """Write the addresses of everything made from parameters into a table.
+
+        Returns their version, and what must be kept alive as long as the table is used.
+        """
+
+    def run(
+        self, table: Any, sizes: Any, state: RunState,
+        ticks: Any = None, watches: Sequence[Watch] = (),
+    ) -> int:  # fmt: skip
+        """Run every launch in order; return 0, or (launch + 1) << 32 | the check that failed."""

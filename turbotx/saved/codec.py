@@ -1,0 +1,182 @@
+"""Codec: an executable and what goes with it as JSON, and back.
+
+In: dataclasses of plain data, those that `KNOWN` names. Out: dicts, lists, numbers and strings, and
+the same values again; sizes are refused that are no arithmetic, ops that PyTorch does not have::
+
+    encode(Packing(3, window, True))  ->  {"is": "Packing", "slot": 3, "window": {...}, ...}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from turbotx.capture.shape_matcher import InputSize, SizeGuard, SizeRules
+from turbotx.capture.traced_float import FloatInput
+from turbotx.errors import SavedFileError, SaveError
+from turbotx.ir.sizes import Sizes
+from turbotx.memory.liveness import Liveness
+from turbotx.memory.planner.orientation import Orientation
+from turbotx.memory.planner.plan import Lifetime
+from turbotx.program import executable as x
+from turbotx.runtime.weights import Kind
+from turbotx.saved.calls import decode_target, encode_target
+from turbotx.saved.values import check_texts, decode_constant, encode_constant
+
+KNOWN: dict[str, type] = {
+    cls.__name__: cls
+    for cls in (
+        x.Window, x.PytorchCall, x.LibraryGemm, x.NativeLaunch, x.QueuedLaunch, x.CalledLaunch,
+        x.InputTensor, x.OutputTensor, x.WholeTensor, x.ReturnedView, x.MemoryTables,
+        x.WeightWindow, x.Packing, x.CpuTables, x.ArgumentLayout, x.GpuTables, x.TokenRange,
+        x.Executable, Liveness, Lifetime, Orientation, SizeRules, InputSize, SizeGuard, FloatInput,
+        Kind,
+    )
+}  # fmt: skip
+
+
+def encode(value: Any) -> Any:
+    """Return plain data as JSON; raise SaveError for what is none."""
+    if isinstance(value, Sizes):
+        return {"sizes": list(value.texts)}
+    if type(value).__name__ in KNOWN:
+        names = [f.name for f in dataclasses.fields(value)]
+        return {"is": type(value).__name__, **{n: encode(getattr(value, n)) for n in names}}
+    if isinstance(value, (list, tuple)):
+        return [encode(v) for v in value]
+    if isinstance(value, frozenset):
+        return {"set": [encode(v) for v in sorted(value)]}
+    if isinstance(value, Mapping):
+        if not all(isinstance(k, str) for k in value):
+            raise SaveError(f"a dict cannot be saved whose keys are not strings: {value!r}")
+        return {"map": {k: encode(v) for k, v in value.items()}}
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, fx.GraphModule):
+        return {"graph": _encode_module(value)}
+    return {"op": encode_target(value)} if callable(value) else encode_constant(value)
+
+
+class Decoder:
+    """place: where calls run, whatever device they name. dims: the names that sizes may have.
+    nodes: those that calls may be given."""
+
+    def __init__(
+        self, place: torch.device, dims: Sequence[str] = (),
+        nodes: Mapping[str, fx.Node] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        self._place, self._dims, self._nodes = place, tuple(dims), nodes
+
+    def decode(self, value: Any) -> Any:
+        """Return what `encode` was given, with tuples for all lists; raise SavedFileError for sizes
+        that are no arithmetic on the dims."""
+        if isinstance(value, list):
+            return tuple(map(self.decode, value))
+        if not isinstance(value, dict):
+            return value
+        if "is" in value:
+            named = {k: self.decode(v) for k, v in value.items() if k != "is"}
+            check_texts(named.get("dims", ()), self._dims)
+            if value["is"] not in KNOWN:
+                raise SavedFileError(f"the file speaks of {value['is']}, which no program has")
+            return KNOWN[value["is"]](**named)
+        ((kind, inner),) = value.items()
+        if kind == "sizes":
+            check_texts(inner, self._dims)
+            return Sizes(tuple(inner))
+        if kind == "map":
+            return {k: self.decode(v) for k, v in inner.items()}
+        if kind == "set":
+            return frozenset(map(self.decode, inner))
+        if kind == "op":
+            return decode_target(inner)
+        if kind == "node":
+            return self._nodes[inner]
+        if kind == "graph":
+            return _decode_module(inner, self._place)
+        return self._place if kind == "device" else decode_constant(value)
+
+
+def decode_program(
+    described: Mapping[str, Any], place: torch.device
+) -> tuple[x.Executable, SizeRules, tuple[FloatInput, ...]]:
+    """Return what `describe_call` has encoded: a program, and which sizes and numbers it serves."""
+    dims = described["executable"]["dims"]
+    if not all(isinstance(name, str) and name.isidentifier() for name in dims):
+        raise SavedFileError(f"the file holds dims that are no names: {dims}")
+    decode = Decoder(place, dims).decode
+    return decode(described["executable"]), decode(described["sizes"]), decode(described["floats"])
+
+
+# --- graphs of calls ---
+
+
+def encode_nodes(nodes: Iterable[fx.Node]) -> list[dict[str, Any]]:
+    """Return calls and everything they need, each before its first reader."""
+    done: dict[fx.Node, dict[str, Any]] = {}
+
+    def visit(node: fx.Node) -> None:
+        if node in done:
+            return
+        for source in node.all_input_nodes:
+            visit(source)
+        entry: dict[str, Any] = {"name": node.name}
+        if node.op == "call_function":
+            entry["target"] = encode_target(node.target)
+            entry["args"], entry["kwargs"] = encode(node.args), encode(node.kwargs)
+        elif node.op not in ("get_attr", "placeholder"):
+            raise SaveError(f"{node.format_node()} cannot be saved")
+        done[node] = entry
+
+    for node in nodes:
+        visit(node)
+    # Folded norms' constants have copies of the parameters' own calls.
+    unique: dict[str, dict[str, Any]] = {}
+    for entry in done.values():
+        if unique.setdefault(entry["name"], entry) != entry:
+            raise SaveError(f"two constants are called {entry['name']}; please report it")
+    return list(unique.values())
+
+
+def decode_nodes(entries: Iterable[Mapping[str, Any]], place: torch.device) -> dict[str, fx.Node]:
+    """Return the calls as nodes of one fx graph, by name; what they are given as placeholders.
+
+    place: where they run now, whatever device they name.
+    """
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+    decode = Decoder(place, nodes=made).decode
+    for entry in entries:
+        name = entry["name"]
+        if "target" in entry:
+            target, args = decode_target(entry["target"]), decode(entry["args"])
+            made[name] = graph.call_function(target, args, decode(entry["kwargs"]), name=name)
+        else:
+            made[name] = graph.placeholder(name)
+    return made
+
+
+def _encode_module(module: fx.GraphModule) -> dict[str, Any]:
+    (output,) = module.graph.find_nodes(op="output")
+    inputs = module.graph.find_nodes(op="placeholder")
+    return {
+        "inputs": [n.name for n in inputs],
+        "nodes": encode_nodes([*inputs, *output.args[0]]),
+        "outputs": [n.name for n in output.args[0]],
+    }
+
+
+def _decode_module(described: Mapping[str, Any], place: torch.device) -> fx.GraphModule:
+    nodes = decode_nodes(described["nodes"], place)
+    graph = next(iter(nodes.values())).graph
+    graph.output(tuple(nodes[name] for name in described["outputs"]))
+    order = [nodes[name] for name in described["inputs"]]
+    for before, node in pairwise(order):
+        before.append(node)
+    return fx.GraphModule(nn.Module(), graph)
