@@ -236,10 +236,10 @@ class _Recorder(TorchDispatchMode):
     def _turn(self, func: OpOverload, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Record a view that takes the place of its tensor: of fewer dims, as a pool drops the one
         that it added. That tensor, as it was, stays the value of its node."""
-        turned, source = args[0], self.known.get(id(args[0]))
+        turned = args[0]
         if func is not aten.as_strided_.default or not any(turned is t for t in self.alive):
             raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
-        dense = turned.is_contiguous()
+        dense, source = turned.is_contiguous(), self.known[id(turned)]
         source.meta["val"] = aten.alias.default(turned)
         func(*args, **kwargs)
         if not (dense and turned.is_contiguous()):
