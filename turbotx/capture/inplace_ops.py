@@ -67,7 +67,8 @@ def _makes_new(node: Any) -> bool:
     if not isinstance(node.meta.get("val"), (torch.Tensor, torch.SymInt, int)):
         return False
     if op is aten.einsum.default:  # of one operand it is a view
-        return len(node.args[1]) > 1  # type: ignore[arg-type]
+        operands: Any = node.args[1]
+        return len(operands) > 1
     return str(op) in _NEW or not op._can_decompose()
 
 

@@ -209,8 +209,9 @@ class StepEngine(Engine):
         nodes = find_appends(captured.graph_module.graph)
         parts: dict[int, list[torch.Tensor]] = {}
         for node in nodes:
-            parts.setdefault(int(node.args[4]), []).append(node.args[1].meta["val"])  # type: ignore
-        layers = range(self.model.layers)  # type: ignore[arg-type]
+            _, new, _, _, layer, *_ = cast(tuple[Any, ...], node.args)
+            parts.setdefault(int(layer), []).append(new.meta["val"])
+        layers = range(cast(int, self.model.layers))
         if sorted(parts) != list(layers) or any(len(p) != 2 for p in parts.values()):
             raise CaptureError(
                 f"cannot capture {captured.name} with a cache: of its {len(layers)} layers, "

@@ -55,7 +55,7 @@ def root_layout(node: fx.Node) -> Layout:
     shape = g.shape(node)
     strides = contiguous_strides(shape)
     if node.target is cache_store:
-        capacity = g.shape(node.args[0])[2]  # type: ignore[arg-type]
+        capacity = g.shape(g.operand(node, 0))[2]
         room = (shape[0], shape[1], capacity, shape[3])
         place = product((expr(node.args[3]), shape[0], capacity))
         return Layout(node, shape, contiguous_strides(room), place)

@@ -134,7 +134,7 @@ class _Assembler:
 
     def _tensor(self, node: fx.Node, kind: str | None = None) -> str:
         if node.target is cache_store:
-            return self._tensor(node.args[0])  # type: ignore[arg-type]
+            return self._tensor(g.operand(node, 0))
         if node.name in self.out.tensors:
             return node.name
         if kind is None:
@@ -255,7 +255,7 @@ class _Assembler:
 
     def _store(self, node: fx.Node) -> None:
         """New rows are written behind those that a cache holds of a layer."""
-        held, new = self._operand(node), self._rows(node.args[1])  # type: ignore[arg-type]
+        held, new = self._operand(node), self._rows(g.operand(node, 1))
         call = ir.AtenCall(store_rows, self._arguments(node.args), {}, ())
         sizes, place = describe_store(held, new), self._place(node, "cache_store")
         self.out.launches.append(ir.StoreLaunch(held, new, sizes, call, **place))
