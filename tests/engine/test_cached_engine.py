@@ -141,6 +141,22 @@ def test_speculation_takes_tokens_back(gpt2) -> None:
     assert torch.equal(got, generate(model, {"input_ids": ids}, **way))
 
 
+def test_a_cache_by_place_and_under_inference_mode(gpt2) -> None:
+    model, fast = gpt2
+    ids = prompt("gpt2", 1, 6)["input_ids"]
+    cache = transformers.DynamicCache()
+    with torch.inference_mode():
+        fast(ids[:, :4], cache, use_cache=True)
+        cache.reorder_cache(torch.tensor([0]))
+    with torch.no_grad():
+        got = fast(ids[:, 4:], cache, use_cache=True)
+        cache.reorder_cache(torch.tensor([0]))
+        torch.testing.assert_close(got.logits, model(ids).logits[:, 4:])
+        assert got.past_key_values is cache
+        tuples = fast(ids[:, :1], cache, use_cache=True, return_dict=False)
+        assert tuples[1] is cache and cache.get_seq_length() == 7
+
+
 @torch.no_grad()
 def test_two_caches_take_turns(gpt2) -> None:
     model, fast = gpt2

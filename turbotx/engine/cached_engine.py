@@ -37,7 +37,10 @@ ARGUMENT = "past_key_values"
 
 def make_engine(model: nn.Module, options: Options) -> Engine:
     """Return the engine of a model: one that knows caches where its forward takes one."""
-    names = inspect.signature(type(model).forward).parameters
+    try:
+        names = inspect.signature(type(model).forward).parameters
+    except (TypeError, ValueError):  # it is no function of Python's
+        return Engine(model, options)
     return (CachedEngine if ARGUMENT in names else Engine)(model, options)
 
 
@@ -46,10 +49,15 @@ class CachedEngine(Engine):
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cache = kwargs.get(ARGUMENT)
+        if cache is None and len(args) > 1 and any(map(_is_cache, args)):
+            kwargs = self._name_all(args, kwargs)
+            args, cache = (), kwargs.get(ARGUMENT)
         if cache is None or not _is_cache(cache):
             return super().__call__(args, kwargs)
         self.refuse_training()
-        return self._steps().run(self._name_all(args, kwargs), cache)
+        given = self._name_all(args, kwargs)
+        del given[ARGUMENT]
+        return self._steps().run(given, cache)
 
     def refresh(self) -> None:
         super().refresh()
@@ -65,14 +73,13 @@ class CachedEngine(Engine):
         return steps
 
     def _name_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return every argument but the cache, by name."""
-        given = {k: v for k, v in kwargs.items() if k != ARGUMENT}
-        if args:
-            names = _names_of(cast(Hashable, type(self.model)))
-            if len(args) > len(names):
-                raise InputError("a call with a key/value cache names its arguments")
-            given = {**dict(zip(names, args, strict=False)), **given}
-        return given
+        """Return every argument by name."""
+        if not args:
+            return dict(kwargs)
+        names = _names_of(cast(Hashable, type(self.model)))
+        if len(args) > len(names):
+            raise InputError("a call with a key/value cache names its arguments")
+        return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 class StepEngine(Engine):
