@@ -10,7 +10,7 @@ among them, each a program of its own over the same memory::
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from gpu_models import DTYPES, make_inputs, make_model
 
 import turbotx
 from turbotx.engine.optimize import engine_of
-from turbotx.engine.pipeline import _Binder
 from turbotx.options import make_options
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
@@ -75,9 +74,10 @@ class Session:
         dims = self.variant.matcher.match([t.shape for t in tensors])
         assert dims is not None
         compiled = self.variant.compiled
-        twin = compiled.at(dims) if folded is None else compiled.specializations[int(folded)]
-        pool, device = self.engine._find_memory(compiled.captured)
-        bind = _Binder(compiled.captured, self.model, make_options(**options), pool, device)
-        program = bind(twin.assembly, None)
+        call, chosen = compiled.unbound.call, compiled.at(dims).specialization.assembled
+        if folded is not None:
+            chosen = call.programs[int(folded)]
+        alone = replace(call, programs=(chosen,))
+        program = self.engine.bind(alone, make_options(**options)).program
         assert isinstance(program, CudaGraphProgram)
         return Bound(program, program.bind(dims), tensors)

@@ -96,7 +96,7 @@ def latency(emit: Emit, name: str, dtype: str, shape: Shape) -> None:
     row["streamed_nbytes"] = streamed_nbytes(session.model)
     emit(f"{place}/turbotx", row)
     for way, (folded, options) in BOUND.items():
-        if folded and len(session.variant.compiled.specializations) < 2:
+        if folded and len(session.variant.compiled.programs) < 2:
             continue
         bound = session.bind(shape, folded, **options)
         replay_us = time_replay(bound.replay())
@@ -109,7 +109,7 @@ def kernels(emit: Emit, name: str, dtype: str, shape: Shape) -> None:
     """What each kernel of a call takes, of both of its programs."""
     session = Session(name, dtype, shape=shape)
     for way in ("fold-no-pdl", "store-no-pdl"):
-        if way == "store-no-pdl" or len(session.variant.compiled.specializations) > 1:
+        if way == "store-no-pdl" or len(session.variant.compiled.programs) > 1:
             rows = _kernel_rows(session, shape, BOUND[way])
             emit(f"kernels/{name}/{dtype}/{label(shape)}/{way}", rows)
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,10 @@ from architectures import ARCHITECTURES
 from parity import make_inputs, make_model
 
 from turbotx.capture.trace import capture
-from turbotx.engine.pipeline import Compiled, compile_captured
-from turbotx.ir.expr import compile_evaluator
+from turbotx.engine.pipeline import compile_captured, jobs, schedule
 from turbotx.kernels.job import Job
 from turbotx.kernels.triton.compiler import TARGETS, Built, build, show_resources
-from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
-from turbotx.runtime.cuda.absent_device import AbsentDevice
-from turbotx.runtime.cuda.dispatch import make_tiles, share_calls
-from turbotx.runtime.cuda.runtime import CudaRuntime
 
 RESULTS = Path(__file__).parent / "results" / "resources.json"
 WAYS = ("flash", "fused-softmax")
@@ -57,35 +53,14 @@ def find_jobs(architecture: str, dtype: torch.dtype, targets: list[str]) -> Iter
         found = [matcher.match([t.shape for t in tensors]) for tensors in given]
         dims = [values for values in found if values is not None]
         assert len(dims) == len(SHAPES), f"{architecture} was captured for other shapes"
-        pool, options = ChunkPool(torch.device("cpu")), Options(attention=way)
-        compiled = compile_captured(captured, model, options, pool, AbsentDevice("sm_90"))
-        for target in targets:
-            yield from launched(compiled, options, target, dims)
-            yield from launched(compiled, replace(options, gemms="cublas"), target, dims)
-
-
-def launched(
-    compiled: Compiled, options: Options, target: str, shapes: Sequence[Sequence[int]]
-) -> Iterator[Job]:
-    """Yield the kernels that a program launches at some dims on a target.
-
-    Without templates that leaves kernels behind the library's GEMMs, and no norms are folded.
-    """
-    names, device = compiled.captured.dims, AbsentDevice(target)
-    specializations = (
-        compiled.specializations if options.gemms != "cublas" else compiled.specializations[:1]
-    )
-    shares = share_calls(
-        [twin.assembly for twin in specializations], names, make_tiles(options, device)
-    )
-    for twin, share in zip(specializations, shares, strict=True):
-        weights = twin.program.runtime.weights
-        runtime = CudaRuntime(twin.assembly, weights, options, names, device, share=share)
-        evaluate = compile_evaluator(list(runtime.table.values), names)
-        for dims in shapes:
-            if share is None or share.holds(dims):
-                picked = (family.pick(evaluate(*dims)) for family in runtime.families.values())
-                yield from (part.job for parts in picked for part in parts if part.job is not None)
+        # What a kernel uses when it does not wait by itself for the one before: so are all rows.
+        options = Options(attention=way, pdl=False)
+        call = compile_captured(captured, options, "sm_90").call
+        # Without templates: the kernels behind the library's GEMMs, and no norms are folded.
+        ways = (options, replace(options, gemms="cublas"))
+        for target, chosen in itertools.product(targets, ways):
+            program = schedule(call, chosen, target)
+            yield from (x.job for shape in dims for x in jobs(program, shape))
 
 
 def show_progress(done: int, total: int, what: str) -> None:

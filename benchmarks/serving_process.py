@@ -64,7 +64,7 @@ def run_server(options: dict[str, Any]) -> None:
     from turbotx.serving.model_files import LoadedModel, ModelInfo, find_folder, load_model
     from turbotx.serving.server import run
     from turbotx.serving.settings import Settings
-    from turbotx.serving.tokens import TextTokenizer
+    from turbotx.serving.tokenizer_files import load_tokenizer
 
     log_as_json("warning")
     engine = options["engine"]
@@ -72,7 +72,8 @@ def run_server(options: dict[str, Any]) -> None:
         costs = sleeping_costs(options["scale"])
         sleeping = SleepEngine(costs, head=Head("embedding"))
         info = ModelInfo("sleep", "", "float32", costs.max_length, 8, sleeping.head)
-        tokenizer = TextTokenizer.load(find_folder("minilm"), costs.max_length)
+        tokenizer = load_tokenizer(find_folder("minilm"))
+        tokenizer.max_length = costs.max_length
         model = LoadedModel(sleeping, tokenizer, info)
     else:
         import torch

@@ -95,8 +95,7 @@ class Options:
             )
         if isinstance(self.schedules, Mapping):  # options are part of keys: immutable
             object.__setattr__(self, "schedules", tuple(self.schedules.items()))
-        pairs: tuple[tuple[str, str], ...] = tuple(self.schedules)  # type: ignore[arg-type]
-        for pattern, tag in pairs:
+        for pattern, tag in self.schedule_pairs:
             if not isinstance(pattern, str) or not isinstance(tag, str) or not _TAG.fullmatch(tag):
                 raise OptionsError(
                     f"schedules={{{pattern!r}: {tag!r}}}: write rows a program, columns and warps, "
@@ -107,6 +106,12 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise OptionsError(f"{name}={value!r} must be an integer of at least 1")
+
+    @property
+    def schedule_pairs(self) -> tuple[tuple[str, str], ...]:
+        """`schedules` as pairs of a pattern of names and a tag of tiles."""
+        given = self.schedules
+        return tuple(given.items() if isinstance(given, Mapping) else given)
 
 
 class OptionArguments(TypedDict, total=False):

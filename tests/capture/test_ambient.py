@@ -362,7 +362,7 @@ def test_reading_and_telling() -> None:
 
 
 def test_a_result_of_another_dtype_is_not_written() -> None:
-    from turbotx.runtime.aten_call import call_into
+    from turbotx.runtime.aten import call_into
 
     x, aten = torch.ones(4, 4), torch.ops.aten
     with pytest.raises(VerifyError, match="bfloat16"):

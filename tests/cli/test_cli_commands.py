@@ -18,6 +18,8 @@ from torch import nn
 
 import turbotx
 from tests.cli.command_line import Ran
+from turbotx.engine.optimize import engine_of
+from turbotx.engine.pipeline import jobs
 from turbotx.errors import VerifyError
 from turbotx.kernels.cpp.printer import print_kernel
 from turbotx.report.numerics import compare, difference
@@ -288,22 +290,42 @@ def test_an_unknown_target_is_refused(run: Callable[..., Ran], model: str, tmp_p
 def test_compile_for_a_gpu_that_is_not_there(
     run: Callable[..., Ran], model: str, tmp_path: Path
 ) -> None:
+    """What is built and reported is what a GPU would run: the same jobs, GEMMs among them."""
     pytest.importorskip("triton")
-    flags = ("--target", "sm_90", "--verify", "--json")
-    ran = run("compile", model, "--out", tmp_path / "out", *flags)
+    ran = run(
+        "compile", model, "--out", tmp_path / "out", "--dtype", "float16", "--target", "sm_90",
+        "--json",
+    )  # fmt: skip
     assert ran.code == 0 and ran.json["targets"] == ["sm_90"]
     folder = tmp_path / "out" / "kernels" / "sm_90"
     resources = json.loads((folder / "resources.json").read_text())
     gemms = {name for name in resources if name.startswith("gemm_")}
     assert gemms and set(resources) - gemms == set(ran.json["kernels"])
-    assert all((folder / f"{name}.py").exists() for name in gemms)
-    assert resources["fused_add_gelu_mul_0"]["registers"] > 0
-    assert (folder / "fused_add_gelu_mul_0.cubin").stat().st_size > 0
-    assert "fused_add_gelu_mul_0" in (folder / "fused_add_gelu_mul_0.ptx").read_text()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["resources"]["fused_add_gelu_mul_0"]["sm_90"] == resources["fused_add_gelu_mul_0"]
+    assert {g["through"] for g in report["gemms"]} == gemms
+    for name, used in resources.items():
+        assert used["registers"] > 0 and report["resources"][name]["sm_90"] == used
+        assert (folder / f"{name}.cubin").stat().st_size > 0
+    module, given = runpy.run_path(model.rpartition(":")[0])["make"]()
+    engine = engine_of(module.half())
+    captured = engine.capture((), {"x": given["x"].half()})
+    made = jobs(engine.compile(captured, "sm_90").unbound, captured.example_dims)
+    sources = {(folder / f"{name}.py").read_text() for name in resources}
+    assert {x.job.source for x in made} == sources
+
+
+def test_compile_verifies_every_launch(run: Callable[..., Ran], model: str, tmp_path: Path) -> None:
+    assert run("compile", model, "--out", tmp_path / "out", "--verify").code == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["numerics"]["holds"] is True
     assert len(report["numerics"]["launches"]) >= len(report["launches"])
+
+
+def test_what_cannot_run_here_is_not_verified_here(
+    run: Callable[..., Ran], model: str, tmp_path: Path
+) -> None:
+    ran = run("compile", model, "--out", tmp_path / "out", "--target", "sm_90", "--verify")
+    assert ran.code == 2 and "sm_90 is not here" in ran.err and "leave out --verify" in ran.err
 
 
 def test_one_file_for_a_gpu_that_is_not_there(

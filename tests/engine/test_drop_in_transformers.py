@@ -88,20 +88,6 @@ def test_generate_goes_through_where_there_is_no_cache(make) -> None:
         assert model.get_encoder() is model.encoder
 
 
-@pytest.mark.parametrize("make", [gpt2, t5])
-def test_generate_with_a_cache_says_that_it_runs_in_pytorch(make) -> None:
-    model = make()
-    fast = turbotx.optimize(model)
-    with pytest.warns(EagerWarning, match="Cache") as seen:
-        ours = fast.generate(IDS, **GREEDY)
-    assert len([w for w in seen if w.category is EagerWarning]) == 1
-    assert torch.equal(ours, model.generate(IDS, **GREEDY))
-    assert fast.stats()["eager_calls"] == ours.shape[1] - (IDS.shape[1] if make is gpt2 else 1)
-    assert torch.equal(
-        fast.generate(IDS, **GREEDY, num_beams=2), model.generate(IDS, **GREEDY, num_beams=2)
-    )
-
-
 @torch.no_grad()
 def test_a_call_of_a_decoder_that_gives_a_cache_is_an_error() -> None:
     fast = turbotx.optimize(gpt2())

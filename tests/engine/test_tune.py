@@ -275,7 +275,7 @@ def test_weights_come_from_memory_each_time(monkeypatch: pytest.MonkeyPatch) -> 
     fast = bind_to(device, Attend().eval(), monkeypatch, gemms="triton")
     fast(x)
     program = fast._engine.variants()[0].program
-    slots, held = program.runtime.table.slots, program.runtime.placed.held.tensors
+    slots, held = program.executable.slots, program.runtime.placed.held.tensors
     weights = {n: t.data_ptr() for n, t in held.items()}
     seen: list[tuple[int, ...]] = []
 
@@ -307,7 +307,7 @@ def test_what_pytorch_runs_reads_the_same_copy(monkeypatch: pytest.MonkeyPatch) 
     fast(x)
     program = fast._engine.variants()[0].program
     runtime, binding = program.runtime, program.bind((2, 100))
-    gemm = next(i for i, x in enumerate(runtime.assembly.launches) if x.kind == "gemm")
+    gemm = next(i for i, x in enumerate(runtime.kernels.assembly.launches) if x.kind == "gemm")
     with torch.no_grad(), program.used(binding, [x]) as (table, state):
         with WeightCopies(runtime, gemm, table, state, binding.sizes) as copies:
             assert copies.count == MOST_COPIES  # of a weight of a few bytes

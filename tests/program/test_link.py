@@ -13,7 +13,7 @@ from turbotx.program.executable import (
     CalledLaunch,
     Executable,
     NativeLaunch,
-    View,
+    ReturnedView,
     WholeTensor,
     Window,
 )
@@ -40,7 +40,7 @@ def test_leaves_are_what_they_are() -> None:
     assert isinstance(whole, WholeTensor) and isinstance(made, WholeTensor)
     assert isinstance(window, Window) and window.tensor == whole.name
     assert window.shape == Sizes(("batch", "1", "6"))
-    assert isinstance(view, View) and view.root == "ids" and len(view.steps) == 1
+    assert isinstance(view, ReturnedView) and view.root == "ids" and len(view.steps) == 1
     assert isinstance(size, Sizes) and size.compile(["batch", "seq"])(3, 7) == (14,)
     assert constant == "done"
 

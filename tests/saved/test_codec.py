@@ -13,7 +13,7 @@ import turbotx
 from tests.saved.test_saved import Model, ids
 from turbotx.errors import SavedFileError, SaveError
 from turbotx.ir.sizes import Sizes
-from turbotx.program.executable import Share
+from turbotx.program.executable import TokenRange
 from turbotx.saved.codec import Decoder, decode_program, encode
 from turbotx.saved.describe import describe_call
 
@@ -34,10 +34,11 @@ def test_what_comes_back_is_what_was_written(described: dict[str, Any]) -> None:
     assert executable.dims == ("batch", "seq") == rules.dims
 
 
-def test_shares_keep_their_sets() -> None:
-    share = Share(Sizes(("batch * seq",)), ("batch", "seq"), frozenset({16, 64}), (16, 32, 64))
-    again = Decoder(CPU, ("batch", "seq")).decode(json.loads(json.dumps(encode(share))))
-    assert again == share
+def test_ranges_keep_their_sets() -> None:
+    tokens, dims = Sizes(("batch * seq",)), ("batch", "seq")
+    served = TokenRange(tokens, dims, frozenset({16, 64}), (16, 32, 64))
+    again = Decoder(CPU, ("batch", "seq")).decode(json.loads(json.dumps(encode(served))))
+    assert again == served
     assert again.holds((2, 8)) and not again.holds((4, 8)) and again.holds((1000, 1))
 
 

@@ -35,7 +35,7 @@ from turbotx.errors import (
     SaveError,
 )
 from turbotx.runtime.cuda.settings import assume_tf32
-from turbotx.saved.calls import decode_nodes, encode_nodes
+from turbotx.saved.codec import decode_nodes, encode_nodes
 from turbotx.saved.container import read_container
 from turbotx.saved.gpu_kernels import read_variants
 from turbotx.saved.places import choose_target

@@ -19,11 +19,11 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 import turbotx
 from tests.models import token_inputs
 from tests.runtime.cuda.test_triton_programs import tiny
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.errors import SavedFileError, SaveError
 from turbotx.ir.expr import compile_evaluator
 from turbotx.kernels.schedule import INT32_LIMIT
-from turbotx.runtime.cuda.runtime import CudaRuntime
+from turbotx.runtime.cuda.runtime import LaunchKernels
 from turbotx.runtime.cuda.variants import KernelFamily
 from turbotx.saved.families import SavedFamily
 from turbotx.saved.variants import Tabulator, Variants, check_table
@@ -35,29 +35,30 @@ def compile_for(target: str, model: torch.nn.Module, **options: Any) -> Compiled
     fast = turbotx.optimize(model, **options)
     fast(**token_inputs(2, 3))
     (compiled,) = fast._engine.variants()
-    return fast._engine.compile_for(compiled, target)
+    return fast._engine.compile(compiled.captured, target)
 
 
-def tables(compiled: Compiled) -> Iterator[tuple[CudaRuntime, Any, SavedFamily]]:
+def tables(compiled: Compiled) -> Iterator[tuple[LaunchKernels, Any, SavedFamily]]:
     """Give every family of a call's programs with its table."""
-    for twin in compiled.specializations:
-        runtime, variants = twin.program.runtime, Variants()
-        assert isinstance(runtime, CudaRuntime)
-        tabulator = Tabulator(runtime, twin.program.dims, variants)
-        for family in {id(f): f for f in runtime.families.values()}.values():
+    for specialization in compiled.unbound.specializations:
+        kernels, variants = specialization.code, Variants()
+        assert isinstance(kernels, LaunchKernels)
+        tabulator = Tabulator(kernels, variants)
+        for family in kernels.in_order:
             table = tabulator.tabulate(family)
-            yield runtime, family, replace(table, variants=variants.jobs)
+            yield kernels, family, replace(table, variants=variants.jobs)
 
 
-def any_sizes(runtime: CudaRuntime, dims: Sequence[str], most: int) -> Iterator[Sequence[int]]:
+def any_sizes(kernels: LaunchKernels, dims: Sequence[str], most: int) -> Iterator[Sequence[int]]:
     """Give sizes of calls of up to `most` tokens, few and many alike."""
     draw = random.Random(0)
-    evaluate = compile_evaluator(list(runtime.table.values), dims)
+    evaluate = compile_evaluator(list(kernels.table.values), dims)
+    served = kernels.executable.token_range
     for _ in range(150):
         seq = int(2 ** draw.uniform(0, 14)) // draw.choice([1, 1, 16]) * draw.choice([1, 16])
         batch = int(2 ** draw.uniform(0, 14)) if seq < 64 else draw.randint(0, 40)
         shape = shape_of(dims, batch, seq)
-        if batch * seq <= most and (runtime.share is None or runtime.share.holds(shape)):
+        if batch * seq <= most and (served is None or served.holds(shape)):
             yield evaluate(*shape)
 
 
@@ -74,20 +75,20 @@ def test_no_shape_asks_for_more_than_the_table_has(
     name: str, target: str, options: dict[str, Any]
 ) -> None:
     compiled = compile_for(target, tiny(name, torch.float16), **options)
-    for runtime, family, table in tables(compiled):
-        sizes = any_sizes(runtime, compiled.captured.dims, 1 << 24)
-        check_table(family, table, runtime.adapt, sizes)
+    for kernels, family, table in tables(compiled):
+        sizes = any_sizes(kernels, compiled.captured.dims, 1 << 24)
+        check_table(family, table, kernels.adapt, sizes)
 
 
 def test_what_counts_in_64_bits_has_rows_too() -> None:
     compiled = compile_for("sm_90", tiny("bert", torch.float16))
     wide, dims = 0, compiled.captured.dims
-    for runtime, family, table in tables(compiled):
-        evaluate = compile_evaluator(list(runtime.table.values), dims)
+    for kernels, family, table in tables(compiled):
+        evaluate = compile_evaluator(list(kernels.table.values), dims)
         for batch, seq in ((1 << 20, 3000), (1 << 16, 1 << 16), (INT32_LIMIT // 16, 1)):
             if isinstance(family, KernelFamily):
                 sizes = evaluate(*shape_of(dims, batch, seq))
-                check_table(family, table, runtime.adapt, iter([sizes]))
+                check_table(family, table, kernels.adapt, iter([sizes]))
                 wide += "i64" in {kind for _, kind in table.pick(sizes)[0].job.signature}
     assert wide
 
@@ -106,21 +107,21 @@ class Moody:
 
 def test_a_family_that_decides_by_more_than_it_says_is_refused() -> None:
     compiled = compile_for("sm_90", tiny("bert", torch.float16))
-    runtime = compiled.program.runtime
-    assert isinstance(runtime, CudaRuntime)
-    family: Any = Moody(next(f for f in runtime.families.values() if isinstance(f, KernelFamily)))
+    kernels = compiled.specialization.code
+    assert isinstance(kernels, LaunchKernels)
+    family: Any = Moody(next(f for f in kernels.in_order if isinstance(f, KernelFamily)))
     variants = Variants()
-    table = Tabulator(runtime, compiled.captured.dims, variants).tabulate(family)
+    table = Tabulator(kernels, variants).tabulate(family)
     table = replace(table, variants=variants.jobs)
-    sizes = any_sizes(runtime, compiled.captured.dims, 1 << 24)
+    sizes = any_sizes(kernels, compiled.captured.dims, 1 << 24)
     with pytest.raises(SaveError, match="by more than a file can say"):
-        check_table(family, table, runtime.adapt, sizes)
+        check_table(family, table, kernels.adapt, sizes)
 
 
 def test_a_row_that_is_missing_names_the_kernel() -> None:
     compiled = compile_for("sm_90", tiny("bert", torch.float16))
-    runtime, _, table = next(tables(compiled))
+    kernels, _, table = next(tables(compiled))
     dims = compiled.captured.dims
-    evaluate = compile_evaluator(list(runtime.table.values), dims)
+    evaluate = compile_evaluator(list(kernels.table.values), dims)
     with pytest.raises(SavedFileError, match=r"no variant .* of fused_"):
         replace(table, rows={}).pick(evaluate(*shape_of(dims, 64, 64)))

@@ -21,9 +21,11 @@ except ImportError:
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from turbotx.serving.app import create_app
+from turbotx.serving.connections import ConnectionLimits, make_protocol
 from turbotx.serving.cost import CostTable
 from turbotx.serving.engine import Head, SleepEngine
 from turbotx.serving.model_files import LoadedModel, ModelInfo
+from turbotx.serving.server import GracefulServer
 from turbotx.serving.service import Service
 from turbotx.serving.settings import Settings
 from turbotx.serving.tokens import TextTokenizer
@@ -56,13 +58,17 @@ def stand_in(engine=None, head=None, max_length=32):
 
 
 @contextlib.contextmanager
-def listening(service):
+def listening(service, receive_s=20.0, most=1000):
     """The service behind uvicorn on a free loopback port; yields its base URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = uvicorn.Config(create_app(service), port=port, log_config=None, access_log=False)
-    server = uvicorn.Server(config)
+    limits = ConnectionLimits(receive_s, most)
+    config = uvicorn.Config(
+        create_app(service), port=port, log_config=None, access_log=False,
+        http=make_protocol(limits),
+    )  # fmt: skip
+    server = GracefulServer(config, service, limits)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 
 import numpy as np
@@ -46,7 +47,9 @@ def row(first, length=3):
 
 def in_loop(test, engine, **options):
     async def go():
-        scheduler = Scheduler(fast_costs(), max_queue=options.pop("max_queue", 100))
+        costs = fast_costs(scale=options.pop("scale", 1.0))
+        age_ms = options.pop("max_age_ms", math.inf)
+        scheduler = Scheduler(costs, max_age_ms=age_ms, max_queue=options.pop("max_queue", 100))
         cache = ResponseCache(options.pop("cache_nbytes", 0))
         dispatcher = Dispatcher(engine, scheduler, cache, Metrics(), **options)
         dispatcher.start()
@@ -177,14 +180,74 @@ def test_a_group_that_does_not_fit_is_refused_whole():
 
     async def test(dispatcher):
         first = await first_is_running(dispatcher)
+        waiting = [asyncio.create_task(dispatcher.compute(row(n))) for n in (6, 7)]
+        await asyncio.sleep(0)
         with pytest.raises(Busy) as caught:
             await dispatcher.compute_all([row(n) for n in (2, 3, 4, 5)])
         assert caught.value.retry_after_s > 0
-        assert len(dispatcher.scheduler) == 0
+        assert len(dispatcher.scheduler) == 2
         engine.gate.set()
-        await first
+        await asyncio.gather(first, *waiting)
 
     in_loop(test, engine, max_queue=2)
+
+
+def test_many_rows_enter_by_turns_and_leave_room_for_one():
+    engine = GatedEngine(opened=False)
+
+    async def test(dispatcher):
+        scheduler = dispatcher.scheduler
+        rows = [row(n) for n in range(20, 120)]
+        many = [asyncio.create_task(dispatcher.compute_all(rows)) for _ in range(3)]
+        while len(scheduler) < 6:
+            await asyncio.sleep(0.001)
+        assert 5 < len(scheduler) < 12  # a twelfth of the bound in work, and no more
+        refused = await asyncio.gather(*many[1:], return_exceptions=True)
+        assert all(isinstance(error, Busy) and error.retry_after_s > 4 for error in refused)
+        alone = asyncio.create_task(dispatcher.compute(row(1)))
+        engine.gate.set()
+        assert (await alone).tolist() == [1, 3]
+        assert len(engine.batches) < 6
+        assert [int(v[0]) for v in await many[0]] == list(range(20, 120))
+        assert dispatcher._held_ms == pytest.approx(0, abs=1e-6) and not dispatcher._entering
+
+    # 100 rows are estimated to take 13 s; the engine answers at once.
+    in_loop(test, engine, coalesce=False, scale=1e3, max_age_ms=9e3)
+
+
+def test_many_rows_whose_client_leaves_make_way():
+    engine = GatedEngine(opened=False)
+
+    async def test(dispatcher):
+        first = await first_is_running(dispatcher)
+        many = asyncio.create_task(dispatcher.compute_all([row(n) for n in range(20, 60)]))
+        other = asyncio.create_task(dispatcher.compute_all([row(n) for n in range(60, 70)]))
+        await asyncio.sleep(0.01)
+        many.cancel()
+        await asyncio.gather(many, return_exceptions=True)
+        engine.gate.set()
+        assert len(await other) == 10 and (await first).tolist() == [1, 3]
+        assert dispatcher._held_ms == pytest.approx(0, abs=1e-6) and not dispatcher._entering
+
+    in_loop(test, engine, scale=1e3, max_age_ms=6e4)
+
+
+def test_draining_answers_many_rows_that_were_accepted():
+    engine = GatedEngine(opened=False)
+
+    async def test(dispatcher):
+        many = asyncio.create_task(dispatcher.compute_all([row(n) for n in range(20, 60)]))
+        while len(dispatcher.scheduler) < 4:
+            await asyncio.sleep(0.001)
+        drained = asyncio.create_task(dispatcher.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(NotReady):
+            await dispatcher.compute_all([row(8), row(9)])
+        engine.gate.set()
+        assert len(await many) == 40
+        await drained
+
+    in_loop(test, engine, scale=1e3, max_age_ms=9e3)
 
 
 def test_draining_answers_what_was_accepted_and_accepts_no_more():

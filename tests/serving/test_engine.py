@@ -14,7 +14,6 @@ from turbotx.serving.engine import (
     TorchEngine,
     normalize_rows,
     pad_rows,
-    pool,
 )
 from turbotx.serving.measure import (
     batch_grid,
@@ -23,6 +22,8 @@ from turbotx.serving.measure import (
     load_or_measure,
     measure_costs,
 )
+from turbotx.serving.sentence_files import Pooling
+from turbotx.serving.sentence_modules import Pool, SentenceModel
 from turbotx.serving.tokens import TokenRow
 
 ROWS = [TokenRow((5, 6, 7)), TokenRow((8,), (1,))]
@@ -44,28 +45,36 @@ def test_rows_are_padded_on_the_right():
     assert types.tolist() == [[0, 0, 0], [1, 0, 0]]
 
 
+def pooling_engine(*modes, **options):
+    model = SentenceModel(Echo(), [Pooling(3, modes)])
+    return TorchEngine(model, Head("embedding", "+".join(modes)), **options)
+
+
 @pytest.mark.parametrize(
-    "pooling, first, second",
+    "modes, first, second",
     [
-        ("mean", [6, 0, 1], [8, 1, 0]),
-        ("cls", [5, 0, 0], [8, 1, 0]),
-        ("max", [7, 0, 2], [8, 1, 0]),
-        ("last", [7, 0, 2], [8, 1, 0]),
+        (["mean"], [6, 0, 1], [8, 1, 0]),
+        (["cls"], [5, 0, 0], [8, 1, 0]),
+        (["max"], [7, 0, 2], [8, 1, 0]),
+        (["lasttoken"], [7, 0, 2], [8, 1, 0]),
+        (["mean_sqrt_len_tokens"], [18 / 3**0.5, 0, 3**0.5], [8, 1, 0]),
+        (["weightedmean"], [38 / 6, 0, 8 / 6], [8, 1, 0]),
+        (["max", "cls"], [7, 0, 2, 5, 0, 0], [8, 1, 0, 8, 1, 0]),
     ],
 )
-def test_pooling_ignores_padding(pooling, first, second):
-    engine = TorchEngine(Echo(), Head("embedding", pooling), pad_id=1000)
-    assert engine.run(ROWS).tolist() == [first, second]
+def test_pooling_ignores_padding(modes, first, second):
+    found = pooling_engine(*modes, pad_id=1000).run(ROWS).tolist()
+    assert found == [pytest.approx(first), pytest.approx(second)]
 
 
 def test_types_are_left_out_for_models_without_them():
-    engine = TorchEngine(Echo(), Head("embedding", "cls"), takes_types=False)
+    engine = pooling_engine("cls", takes_types=False)
     assert engine.run(ROWS)[1].tolist() == [8, 0, 0]
 
 
 def test_figures_include_an_optimized_modules_own():
-    module = Echo()
-    engine = TorchEngine(module, Head("embedding"))
+    engine = pooling_engine("mean")
+    module = engine.module
     engine.run(ROWS)
     assert engine.figures() == {"batches": 1.0}
     module.stats = lambda: {"plans": 2, "mapped_nbytes": 4096}
@@ -74,7 +83,7 @@ def test_figures_include_an_optimized_modules_own():
 
 def test_max_pooling_of_negative_values():
     hidden = torch.tensor([[[-3.0], [-1.0], [0.0]]])
-    assert pool(hidden, torch.tensor([[1, 1, 0]]), "max").tolist() == [[-1.0]]
+    assert Pool(["max"])(hidden, torch.tensor([[1, 1, 0]])).tolist() == [[-1.0]]
 
 
 def test_zero_rows_stay_zero():
@@ -115,6 +124,12 @@ def test_a_spent_budget_still_gives_a_whole_table():
     engine = SleepEngine(CostTable.from_function(lambda n, b: 1.0, 40, 8))
     table = measure_costs(engine, max_length=40, max_batch=8, budget_ms=0.0)
     assert table.cost_ms(40, 8) == pytest.approx(320 * table.cost_ms(1, 1), rel=1e-6)
+
+
+def test_a_batch_that_would_take_more_than_is_left_is_not_begun():
+    engine = Counting(CostTable.from_function(lambda n, b: 0.02 * n * b, 512, 8))
+    measure_costs(engine, max_length=512, max_batch=8, budget_ms=20.0)
+    assert (1, 1) in engine.shapes and not any(n * b >= 1024 for n, b in engine.shapes)
 
 
 def test_kept_tables_are_used_only_where_they_fit(tmp_path):

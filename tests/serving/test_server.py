@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,21 @@ import threading
 
 import pytest
 
-from tests.serving.conftest import fast_costs, httpx, listening, sleeping_service, wait_until
+from tests.serving.conftest import (
+    fast_costs,
+    httpx,
+    listening,
+    sleeping_service,
+    stand_in,
+    wait_until,
+)
+from tests.serving.test_app import classifier
+from turbotx.cli.models import ModelError
+from turbotx.cli.serve import serve_model
+from turbotx.serving.engine import Head
+from turbotx.serving.server import run, serve
+from turbotx.serving.service import ModelFailed
+from turbotx.serving.settings import Settings, SettingsError
 
 
 def test_a_client_that_leaves_is_dropped_from_the_queue():
@@ -74,6 +89,23 @@ def test_the_openai_client():
             wrong.embeddings.create(model="stand-in", input="w0")
 
 
+def test_hugging_faces_client(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # for the loopback alone
+    with listening(sleeping_service(api_keys=("k",))) as url:
+        client = hub.InferenceClient(model=url, token="k", timeout=60)
+        found = client.feature_extraction("w1 w2", normalize=False, truncate=True)
+        assert found.tolist() == [[2, 5, 6, 3, 2, 5, 6, 3]]
+        with pytest.raises(hub.errors.HfHubHTTPError, match="422"):
+            client.feature_extraction("w1", prompt_name="query")
+        client = hub.InferenceClient(model=f"{url}/similarity", token="k", timeout=60)
+        assert client.sentence_similarity("w1", other_sentences=["w1"]) == [pytest.approx(1)]
+    with listening(classifier("a", "b")) as url:
+        client = hub.InferenceClient(model=url, timeout=60)
+        best = client.text_classification("w1 w2")  # of one text it takes the first class
+        assert best.label == "a" and 0.9 < best.score < 1
+
+
 PROGRAM = """
     import logging, sys
     from tests.serving.conftest import fast_costs, stand_in
@@ -104,12 +136,15 @@ def test_told_to_stop_it_answers_what_it_accepted(unused_port):
     def ask(i):
         answers.append(httpx.post(f"{url}/embed", json={"inputs": f"w{i}"}, timeout=20))
 
+    half = b"POST /embed HTTP/1.1\r\nhost: a\r\ncontent-length: 500\r\n\r\n{"
     try:
         wait_until(is_ready)
+        unfinished = socket.create_connection(("127.0.0.1", unused_port))
+        unfinished.sendall(half)
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: 'te_request_count_total{method="/embed"} 4.0' in metrics_of(url))
+        wait_until(lambda: 'te_request_count{method="/embed"} 5.0' in metrics_of(url))
         process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join(20)
@@ -117,9 +152,71 @@ def test_told_to_stop_it_answers_what_it_accepted(unused_port):
     finally:
         process.kill()
     assert [a.status_code for a in answers] == [200] * 4
+    assert unfinished.recv(12) == b"HTTP/1.1 503"
+    unfinished.close()
     assert process.returncode == 0
     lines = [json.loads(line) for line in logged.splitlines()]
     assert sum(line["event"] == "request" and line["status"] == 200 for line in lines) == 4
+
+
+PREPARING = """
+    import sys, time
+    from tests.serving.conftest import stand_in
+    from turbotx.serving.engine import Head
+    from turbotx.serving.server import run
+    from turbotx.serving.settings import Settings
+
+    class Slow:
+        head = Head("embedding")
+        def run(self, rows):
+            print("begun", flush=True)
+            time.sleep(600)
+
+    run(stand_in(Slow()), Settings(), host="127.0.0.1", port=int(sys.argv[1]))
+"""
+
+
+def test_told_to_stop_while_it_prepares_it_does_not_finish_that(unused_port):
+    command = [sys.executable, "-c", textwrap.dedent(PREPARING), str(unused_port)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+    try:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_an_empty_key_in_the_environment_does_not_open_the_door(monkeypatch):
+    monkeypatch.setenv("TURBOTX_API_KEY", "")
+    with pytest.raises(ModelError, match="TURBOTX_API_KEY is empty"):
+        serve_model("no/such/model", api_keys=(), api_key_file=None)
+
+
+def test_a_model_that_cannot_run_ends_the_server(unused_port):
+    class Broken:
+        head = Head("embedding")
+
+        def run(self, rows):
+            raise RuntimeError("no memory\nat all")
+
+        def figures(self):
+            return {}
+
+    with pytest.raises(ModelFailed, match=r"^stand-in cannot run: RuntimeError: no memory$"):
+        run(stand_in(Broken()), Settings(), host="127.0.0.1", port=unused_port)
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded(unused_port):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", unused_port))
+        other.listen()
+        with pytest.raises(SettingsError, match=f"port {unused_port}: .*in use"):
+            serve("no/such/model", port=unused_port)
+    with pytest.raises(SettingsError, match="cannot listen on"):
+        serve("no/such/model", host="256.0.0.1")
 
 
 def metrics_of(url):

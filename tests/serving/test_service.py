@@ -13,7 +13,7 @@ from turbotx.serving.engine import Head
 from turbotx.serving.policies import Aged, Fifo
 from turbotx.serving.refusals import NotReady
 from turbotx.serving.scheduler import Hungry, Lazy
-from turbotx.serving.service import Scope, Service
+from turbotx.serving.service import ModelFailed, Scope, Service
 from turbotx.serving.settings import Settings
 
 
@@ -58,7 +58,7 @@ def test_measured_costs_are_kept_and_used_again(tmp_path):
 def test_an_engine_that_cannot_run_makes_the_service_fail():
     async def life():
         service = Service(stand_in(Instant(broken=True)), settings())
-        with pytest.raises(RuntimeError, match="no memory"):
+        with pytest.raises(ModelFailed, match="stand-in cannot run: RuntimeError: no memory"):
             await service.start()
         assert service.state == "failed"
         with pytest.raises(NotReady, match="failed"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,3 +132,17 @@ def test_the_optimum_refuses_long_traces():
     trace = make_trace(poisson_gaps, uniform_lengths(2, 9), rate_per_s=9, count=13, seed=0)
     with pytest.raises(ValueError, match="12 or less"):
         least_mean_latency_ms(trace, TOY)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.15])
+def test_classes_hold_under_three_times_the_load(share):
+    """The high ones are answered nearly as if they were alone, the low ones get what is left."""
+    lengths = uniform_lengths(2, 100)
+    plain = make_trace(poisson_gaps, lengths, rate_per_s=2300, count=20_000, seed=1)
+    chosen = np.random.default_rng(2).random(len(plain)) < share
+    trace = [replace(r, priority=1 if high else -1) for r, high in zip(plain, chosen, strict=True)]
+    found = simulate(trace, Scheduler(TOY, max_age_ms=5000.0))
+    high, low = found.latency_ms[chosen], found.latency_ms[~chosen]
+    assert not np.isnan(high).any() and np.nanmax(found.latency_ms) < 5000
+    assert np.percentile(high, 99) < 250 and np.percentile(high, 50) < 0.1 * np.nanmedian(low)
+    assert found.throughput_per_s > 0.75 * 756  # of the capacity, all of it in full batches

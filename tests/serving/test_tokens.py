@@ -6,6 +6,7 @@ import pytest
 
 from tests.serving.conftest import word_tokenizer
 from turbotx.serving.refusals import BadInput, TooLarge
+from turbotx.serving.schemas import Token
 from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
 
 
@@ -29,6 +30,19 @@ def test_pairs_keep_both_sides_when_truncated():
     assert row.ids == (2, 4, 5, 6, 3, 13, 3)
     row = tokenizer.encode(("w0", "w5 w6 w7 w8"), truncate=True)
     assert row.ids == (2, 4, 3, 9, 10, 11, 3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pairs_are_cut_as_the_tokenizer_cuts_them(side):
+    for longest in (7, 8, 13):
+        own = word_tokenizer()._tokenizer
+        own.enable_truncation(longest, strategy="longest_first", direction=side)
+        tokenizer = word_tokenizer(max_length=longest)
+        for first in range(1, 14):
+            for second in range(1, 14):
+                pair = tuple(" ".join(f"w{i}" for i in range(n)) for n in (first, second))
+                row = tokenizer.encode(pair, truncate=True, keep_end=side == "left")
+                assert row.ids == tuple(own.encode(*pair).ids), (longest, first, second)
 
 
 def test_enormous_texts_are_cut_before_they_are_tokenised():
@@ -63,8 +77,11 @@ def test_lone_surrogates_are_refused():
 
 
 def test_describes_each_token():
-    first, second, third = word_tokenizer().describe("w7")
-    assert (first["special"], first["start"]) == (True, None)
-    assert second == {"id": 11, "text": "w7", "special": False, "start": 0, "stop": 2}
-    assert third["text"] == "[SEP]"
-    assert len(word_tokenizer().describe("w7", add_special_tokens=False)) == 1
+    first, second, third = word_tokenizer().describe("w7", 3)
+    assert first == Token(2, "[CLS]", True, None, None)
+    assert second == Token(11, "w7", False, 0, 2)
+    assert third.text == "[SEP]"
+    assert len(word_tokenizer().describe("w7", 3, add_special_tokens=False)) == 1
+    for text in ("w7 w8", "w" * 1000):
+        with pytest.raises(TooLarge, match="more than 3 tokens"):
+            word_tokenizer().describe(text, 3)

@@ -50,6 +50,23 @@ def describe_call(
     return tuple(parts), carry(tensors) if floats else tensors
 
 
+def describe_kind(kwargs: dict[str, Any], ambient: Ambient) -> tuple[Any, list[torch.Tensor]]:
+    """Return all but its tensors' sizes that a call by names is told from others by, and its
+    tensors; None instead where an argument is neither a tensor nor a plain constant."""
+    parts: list[Any] = [ambient, *kwargs]
+    tensors = []
+    for value in kwargs.values():
+        if is_dense(value):
+            order = None if value.is_contiguous() else memory_order(value)
+            parts += (value.dim(), value.dtype, value.device, order)
+            tensors.append(value)
+        elif type(value) in _PLAIN:
+            parts += (type(value), value)
+        else:
+            return None, []
+    return tuple(parts), tensors
+
+
 def make_signature(leaves: list[Any], spec: Structure, ambient: Ambient) -> Any:
     """Return what decides which capture a call belongs to: everything but tensors' sizes, and but
     the part of the ambient state that only some traces ask for."""

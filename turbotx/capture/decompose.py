@@ -24,6 +24,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from turbotx.capture.casts import inside
+from turbotx.capture.inplace_ops import write_out_of_place
 from turbotx.ir.expr import expr
 from turbotx.ir.fx_nodes import GETITEM, draws, is_random
 from turbotx.ir.size_functions import FUNCTIONS
@@ -44,10 +45,11 @@ def decompose_nodes(graph_module: fx.GraphModule, kept: frozenset[str]) -> None:
     """Replace every composite op but `kept` ("aten.linear.default"), in place.
 
     New nodes come from where the replaced one came from. Raises NotNodeByNode, before anything is
-    changed or after some nodes were, where the graph changes a tensor in place, calls another
-    graph, or an op decomposes into such.
+    changed or after some nodes were, where the graph changes a tensor that something else sees,
+    calls another graph, or an op decomposes into such.
     """
     graph = graph_module.graph
+    write_out_of_place(graph)
     for node in graph.nodes:
         _refuse(node)
     sizes = _Sizes(graph)
@@ -207,6 +209,8 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.Tag.inplace_view in func.tags:
+            return self._turn(func, args, kwargs)
         decomposition = _decomposition(func, self.kept)
         # A draw that is taken apart draws other numbers than eager's.
         if decomposition is not None and not draws(func, args, kwargs):
@@ -228,6 +232,21 @@ class _Recorder(TorchDispatchMode):
         given, named = pytree.tree_map(self._argument, (args, kwargs))
         self._record(self._append(func, given, named, result), result)
         return result
+
+    def _turn(self, func: OpOverload, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Record a view that takes the place of its tensor: of fewer dims, as a pool drops the one
+        that it added. That tensor, as it was, stays the value of its node."""
+        turned = args[0]
+        if func is not aten.as_strided_.default or not any(turned is t for t in self.alive):
+            raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
+        dense, source = turned.is_contiguous(), self.known[id(turned)]
+        source.meta["val"] = aten.alias.default(turned)
+        func(*args, **kwargs)
+        if not (dense and turned.is_contiguous()):
+            raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
+        sizes = pytree.tree_map(self._argument, list(args[1]))
+        self._record(self._append(aten.view.default, (source, sizes), {}, turned), turned)
+        return turned
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -82,7 +82,8 @@ def find_shown(graph: fx.Graph) -> tuple[Steps | None, ...]:
     The graph is as it was traced, not decomposed. None for other leaves, and for what no steps on
     one tensor tell.
     """
-    return tuple(_find_steps(leaf) for leaf in graph.output_node().args[0])  # type: ignore[union-attr]
+    leaves: Any = graph.output_node().args[0]
+    return tuple(map(_find_steps, leaves))
 
 
 def _find_steps(leaf: Any) -> Steps | None:

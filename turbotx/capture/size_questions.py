@@ -20,16 +20,20 @@ import sympy
 from torch._export import non_strict_utils
 from torch.fx.experimental import sym_node, symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from turbotx.capture.conditions import decides_nothing
+from turbotx.capture.sandbox.effects import SizesNeeded
 
 # Functions of PyTorch that ask how a tensor lies in memory: no size and no element of a result
 # depends on that.
 _LAYOUT = ("contiguous", "non_overlapping", "channels_last", "logical_to_physical", "strides")
 # Those that look for a way from one shape to another: it ends at the shape that was asked for.
 _VIEWS = ("_reshape_view_helper", "_collapse_view_helper")
+# A function that looks for such ways by what it calls in C++, and asks nothing itself.
+_FOLDS = ("torch._decomp.decompositions", "matmul")
 _PASS_ON = {__name__, sym_node.__name__, symbolic_shapes.__name__}
 
 
@@ -41,37 +45,66 @@ class SizesFromOne(ShapeEnv):
     memory: where either answer is right, none is noted.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settled: dict[sympy.Basic, sympy.Basic] = {}
+
     def _default_value_range(self, do_not_specialize_zero_one: bool = False) -> ValueRanges[Any]:
         return ValueRanges(sympy.S.One, int_oo)
 
     def evaluate_sym_node(
         self, sym_node: Any, size_oblivious: bool = False, fallback_value: bool | None = None
     ) -> Any:
-        """Return a question's answer; a guard is noted where a result depends on it."""
-        answer = sym_node.hint
-        asked = isinstance(answer, bool) and self._maybe_evaluate_static(sym_node.expr) is None
-        if asked and _is_idle(sym_node.expr, answer, fallback_value):
-            return sympy.true if answer else sympy.false
-        return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
+        """Return a question's answer; a guard is noted where a result depends on it.
+
+        What ranges and guards settle is settled for good: PyTorch forgets it with every new guard,
+        and deriving it takes sympy a millisecond, for each of 10,000 questions of a few views.
+        """
+        answer, question = sym_node.hint, sym_node.expr
+        if not isinstance(answer, bool):
+            return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
+        said = sympy.true if answer else sympy.false
+        if answer == fallback_value:  # who asks by guard_or_true and the like takes either
+            return said
+        if question not in self._settled:
+            settled = self._maybe_evaluate_static(question)
+            if settled is None:
+                if _is_idle(question, answer, fallback_value is not None):
+                    return said
+                found = super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
+                self._require_bound(question, answer)
+                return found
+            self._settled[question] = settled
+        return self._settled[question]
+
+    def _require_bound(self, question: sympy.Basic, answer: bool) -> None:
+        """Raise SizesNeeded where several rounded sizes have been found to make one number.
+
+        A picture of (height // 4) * (width // 4) patches, as many as there are positions, has no
+        side that is free by itself, and views of its windows would be expressions without end.
+        """
+        if not isinstance(question, sympy.Eq if answer else sympy.Ne):
+            return
+        whole = self.replace(question)
+        sizes = whole.free_symbols
+        if len(sizes) > 1 and whole.has(FloorDiv) and any(a.is_Integer for a in whole.args):
+            raise SizesNeeded(frozenset(map(str, sizes)))
 
 
-def _is_idle(question: sympy.Basic, answer: bool, otherwise: bool | None) -> bool:
+def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:
     """Tell whether no result depends on an answer.
 
-    otherwise: what `guard_or_true` and the like would answer for an unknown size; who asks by them
-    is right then as well.
+    has_fallback: whether it was asked by `guard_or_true` or the like, which need none.
     """
-    if answer == otherwise:
-        return True
     frame = _find_asker()
     module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
     native = module == "torch._ops" or name == "__torch_function__"
     differ = isinstance(question, sympy.Ne if answer else sympy.Eq)
-    if differ and (native or otherwise is not None) and _is_for_one(question):
+    if differ and (native or has_fallback) and _is_for_one(question):
         return True  # a size that is spread over another: where it is 1, the other one is too
     if not native and not module.startswith("torch."):
         return decides_nothing(frame)
-    if differ and any(part in name for part in _VIEWS):
+    if differ and (any(part in name for part in _VIEWS) or (module, name) == _FOLDS):
         return True
     asker: FrameType | None = frame
     while asker is not None and asker.f_globals.get("__name__") == module:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -110,6 +111,10 @@ class Captured:
     floats: tuple[FloatInput, ...] = ()
     effects: tuple[Effect, ...] = ()
     state: StateRecord | None = None
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
 
     @cached_property
     def matcher(self) -> ShapeMatcher:
@@ -259,7 +264,7 @@ _choosing_attention = threading.RLock()
 def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
     """Trace with the `varying` dims of each example symbolic, down to the ops that are kept."""
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _no_fake_cache():
         warnings.simplefilter("ignore")
         with SizeTensors(), sizes_from_one(), python_operators():
             exported = torch.export.export(
@@ -275,6 +280,14 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
             exported = exported.run_decompositions(table_without(KEPT_WHOLE))
     exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed, SHOWN: shown}
     return exported
+
+
+def _no_fake_cache() -> AbstractContextManager[object]:
+    """Return a time in which PyTorch keeps no results of ops on fake tensors: to make a view from
+    what it keeps takes longer, where sizes are expressions, than to run the op again."""
+    settings: Any = import_module("torch._dynamo.config")
+    off = {"fake_tensor_cache_enabled": False}  # a private setting, the same from 2.11 to 2.13
+    return settings.patch(off) if hasattr(settings, *off) else nullcontext()
 
 
 def _fresh_constants(exported: Any) -> set[str]:

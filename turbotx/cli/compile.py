@@ -20,18 +20,19 @@ from turbotx.cli.models import Source
 from turbotx.cli.output import OK, WRONG, Output
 from turbotx.cli.save import chosen_targets, show_written, write_file
 from turbotx.cli.targets import (
-    build_targets,
-    make_gemm_jobs,
+    build_jobs,
+    find_jobs,
     parse_targets,
     resources_of,
     resources_table,
+    write_builds,
 )
-from turbotx.engine.optimize import optimize
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import InputError
 from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report.dump import STAGES, Dumped, make_folder, stage_text
 from turbotx.report.layers import find_layers, plan_of
-from turbotx.report.report import Report
+from turbotx.report.report import Report, explain_call
 
 
 def compile_model(
@@ -45,20 +46,27 @@ def compile_model(
 ) -> int:
     """Dump everything and say where it is; return the exit code, 1 where `verify` finds errors.
 
-    save: also write one file for `turbotx.load` there.
+    The program is that of the first GPU among the targets, and the CPU's without one. save: also
+    write one file for `turbotx.load` there. Raises InputError where `verify` is to run launches of
+    a GPU that is not here.
     """
     saved_for = chosen_targets(targets) if save is not None else []
     wanted, gpus = [parse_shape(text) for text in shapes], parse_targets(targets)
+    if verify and gpus:
+        raise InputError(
+            f"--verify runs every launch, and {gpus[0]} is not here: leave out --verify, or the "
+            "--target, to verify the CPU's program"
+        )
     make_folder(out)
     with output.steps(f"load {model}", total=6) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
-        compiled = optimize(loaded.model, epilogues=not gpus)
-        report = reports.explain(compiled, *loaded.args, **loaded.kwargs)
+        engine = engine_of(loaded.model)
+        report = explain_call(engine, loaded.args, loaded.kwargs, next(iter(gpus), None))
         views = [report.at(**dims) for dims in wanted] or [report]
-        gemms = len(list(make_gemm_jobs(views[0], gpus[0]))) if gpus else 0
-        steps.expect(len(gpus) * (len(report.kernels) + gemms) + verify)
-        built, files = build_targets(views[0], gpus, out, steps)
+        named = find_jobs(views[0], engine, gpus)
+        steps.expect(len(named) + verify)
+        built = build_jobs(named, steps)
         views[0] = views[0].with_findings(resources=resources_of(built))
         if verify:
             steps("run launch by launch in float64")
@@ -69,7 +77,7 @@ def compile_model(
         dumped = views[0].dump(out)
         for dims, view in zip(wanted[1:], views[1:], strict=True):
             dumped.files += write_plan(view, dims, out)
-        dumped.files += files
+        dumped.files += write_builds(built, out)
         written = {} if save is None else write_file(loaded, save, saved_for, steps)
     output.console.print(views[0])
     if built:

@@ -86,7 +86,11 @@ def compile_command(
     shape: Shape = None,
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", metavar="sm_90", help="Also build for: sm_80, sm_90, gfx942, ..."),
+        typer.Option(
+            "--target",
+            metavar="sm_90",
+            help="A GPU's program, built: sm_80, sm_90, gfx942, ...",
+        ),
     ] = None,
     save: Annotated[
         Path | None,

@@ -7,6 +7,7 @@ In: a model directory or `minilm`, where to listen. Out: a server until it is to
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,11 @@ ApiKey = Annotated[
 ApiKeyFile = Annotated[
     Path | None, _option(LISTEN, "File of keys, one a line; # begins a comment.")
 ]
+CorsAllowOrigin = Annotated[
+    list[str] | None,
+    _option(LISTEN, "Pages of this origin may ask, may be repeated; * for all.", metavar="ORIGIN"),
+]
+UrlPrefix = Annotated[str, _option(LISTEN, "What every path begins with.", metavar="/PREFIX")]
 Backend = Annotated[
     Literal["turbotx", "eager"], _option(MODEL, "What computes: turbotx, or PyTorch alone.")
 ]
@@ -50,11 +56,24 @@ Weights = Annotated[
 ]
 MaxLength = Annotated[int | None, _option(MODEL, "Longest input in tokens; default: the model's.")]
 Pooling = Annotated[
-    Literal["mean", "cls", "max", "last"] | None,
-    _option(MODEL, "Tokens to one vector; default: as the model's files say."),
+    str | None,
+    _option(
+        MODEL,
+        "Tokens to one vector: cls, max, mean, mean_sqrt_len_tokens, weightedmean, lasttoken, or "
+        "several joined by +; default: as the model's files say.",
+    ),
 ]
 Normalize = Annotated[
     bool | None, _option(MODEL, "Vectors of length 1; default: as the model's files say.")
+]
+DefaultPrompt = Annotated[
+    str | None, _option(MODEL, "Put before every text; default: as the model's files say.")
+]
+DefaultPromptName = Annotated[
+    str | None, _option(MODEL, "Which of the model's prompts that is.", metavar="NAME")
+]
+ServedModelName = Annotated[
+    str | None, _option(MODEL, "What answers call the model; default: its directory.")
 ]
 Policy = Annotated[
     Literal["aged", "dp", "sort", "fifo", "single"], _option(BATCH, "Which batch runs next.")
@@ -72,7 +91,14 @@ MaxQueue = Annotated[int, _option(LIMIT, "Sequences that may wait.")]
 MaxClientBatch = Annotated[int, _option(LIMIT, "Inputs in one request.")]
 MaxBodyNbytes = Annotated[int, _option(LIMIT, "Bytes of a request's body.")]
 TimeoutMs = Annotated[float, _option(LIMIT, "Longest time to answer one request, then 503.")]
+ReceiveTimeoutMs = Annotated[
+    float, _option(LIMIT, "Longest time for a header, and between two parts of a body.")
+]
+MaxConnections = Annotated[int, _option(LIMIT, "Connections; beyond it the most silent is closed.")]
 TokenizerThreads = Annotated[int, _option(LIMIT, "Threads that tokenise.")]
+AutoTruncate = Annotated[
+    bool, _option(LIMIT, "Cut texts that are too long where a request does not say.")
+]
 CacheNbytes = Annotated[int, _option(KEEP, "Bytes of answers kept; 0: no cache.")]
 Coalesce = Annotated[bool, _option(KEEP, "Compute identical inputs in flight once.")]
 Otel = Annotated[bool, _option(WATCH, "Trace every request with OpenTelemetry.")]
@@ -87,6 +113,8 @@ def serve_command(
     port: Port = 8080,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
+    cors_allow_origin: CorsAllowOrigin = None,
+    url_prefix: UrlPrefix = "",
     backend: Backend = "turbotx",
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -94,6 +122,9 @@ def serve_command(
     max_length: MaxLength = None,
     pooling: Pooling = None,
     normalize: Normalize = None,
+    default_prompt: DefaultPrompt = None,
+    default_prompt_name: DefaultPromptName = None,
+    served_model_name: ServedModelName = None,
     policy: Policy = "aged",
     max_batch: MaxBatch = 32,
     max_batch_tokens: MaxBatchTokens = 16_384,
@@ -104,7 +135,10 @@ def serve_command(
     max_client_batch: MaxClientBatch = 256,
     max_body_nbytes: MaxBodyNbytes = 8 << 20,
     timeout_ms: TimeoutMs = 30_000.0,
+    receive_timeout_ms: ReceiveTimeoutMs = 10_000.0,
+    max_connections: MaxConnections = 4_096,
     tokenizer_threads: TokenizerThreads = 2,
+    auto_truncate: AutoTruncate = False,
     cache_nbytes: CacheNbytes = 64 << 20,
     coalesce: Coalesce = True,
     otel: Otel = False,
@@ -114,6 +148,7 @@ def serve_command(
     options = dict(locals())
     keys = tuple(options.pop("api_key") or ())
     key_file = options.pop("api_key_file")
+    options["cors_allow_origin"] = tuple(cors_allow_origin or ())
     options["max_batch_tokens"] = max_batch_tokens or None
     serve_model(options.pop("model"), api_keys=keys, api_key_file=key_file, **options)
 
@@ -132,6 +167,8 @@ def serve_model(
         from turbotx.serving.settings import SettingsError, read_keys
     except ImportError as error:
         raise ModelError(f"serve needs {error.name}: pip install 'turbotx[serve]'") from error
+    if not os.environ.get("TURBOTX_API_KEY", "set").strip():
+        raise ModelError("TURBOTX_API_KEY is empty, which would let everybody in: unset it")
     try:
         if api_key_file is not None:
             api_keys += read_keys(api_key_file)

@@ -20,7 +20,7 @@ import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.tune import Found, gains, tune_call, tune_norms
 from turbotx.kernels.tuned import save_tuned
 from turbotx.report.report import Report

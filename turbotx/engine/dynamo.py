@@ -24,8 +24,9 @@ from turbotx.capture.ambient import read_ambient
 from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.call_key import make_signature
 from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.pipeline import build_ahead
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
 from turbotx.options import Options, make_options
 
@@ -281,7 +282,7 @@ class _SharingEngine(Engine):
                 if not captured.holds_in(ambient) or not captured.takes(tensors):
                     continue
                 if captured.matcher.match([t.shape for t in tensors]) is not None:
-                    shared = self.share(compiled)
+                    shared = build_ahead(self.bind(compiled.unbound.call))
                     if not shared.program.runtime.weights.misfit():
                         return shared
             made = super().make(args, kwargs)

@@ -47,9 +47,10 @@ from turbotx.capture.refusals import (
 )
 from turbotx.capture.trace import Captured
 from turbotx.capture.tracing import tracing
+from turbotx.engine.compiled import AssembledCall, Compiled
 from turbotx.engine.failures import named_failures
 from turbotx.engine.observers import observers
-from turbotx.engine.pipeline import Compiled, bind_weights, compile_captured, compile_rewritten
+from turbotx.engine.pipeline import bind, build_ahead, compile_captured, schedule
 from turbotx.engine.progress import show_progress
 from turbotx.engine.state_guard import StateGuard
 from turbotx.engine.variant import Recaptures, Variant
@@ -58,7 +59,7 @@ from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.cpu.launch_table import start_runtime
-from turbotx.runtime.cuda.absent_device import AbsentDevice
+from turbotx.runtime.cuda.absent_device import absent_device
 from turbotx.runtime.device import Device
 from turbotx.runtime.gc_pause import pause_gc
 from turbotx.runtime.placement import find_device, open_device
@@ -104,10 +105,13 @@ class Engine:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch.autograd._profiler_enabled():
             with record_function(f"turbotx: {type(self.model).__name__}"):
-                return self._call(args, kwargs)
-        return self._call(args, kwargs)
+                variant, outputs = self.run_flat(args, kwargs)
+        else:
+            variant, outputs = self.run_flat(args, kwargs)
+        return pytree.tree_unflatten(outputs, variant.out_spec)
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
+        """Run a call; return what served it, and the leaves of its output."""
         for _ in range(MOST_CHANGES):
             variant, program, binding, tensors = self.check(args, kwargs)
             try:
@@ -118,7 +122,7 @@ class Engine:
                 continue
             if variant.effects:
                 outputs = variant.leave(outputs)
-            return pytree.tree_unflatten(outputs, variant.out_spec)
+            return variant, outputs
         raise CaptureError(
             f"{type(self.model).__name__} was captured {MOST_CHANGES} times for one call, and its "
             "parameters were of another kind after each capture: does another thread convert it?"
@@ -135,8 +139,8 @@ class Engine:
     def refresh(self) -> None:
         """Derive from the parameters again at the next call, whatever they are now."""
         for compiled in self.variants():
-            for twin in compiled.specializations:
-                twin.program.runtime.weights.forget()
+            for program in compiled.programs:
+                program.runtime.weights.forget()
 
     def check(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -295,37 +299,32 @@ class Engine:
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
         return captured
 
-    def compile(self, captured: Captured) -> Compiled:
+    def compile(self, captured: Captured, target: str | None = None) -> Compiled:
         """Return the program of a captured call, over this engine's memory; rewrites its graph.
 
-        It runs where the call's tensors and the model's parameters lie.
+        It runs where the call's tensors and the model's parameters lie. target: "cpu" or a GPU that
+        need not be here, as "sm_90": the program is to be looked at or saved, and builds nothing
+        for a GPU.
         """
-        pool, device = self._find_memory(captured)
-        name = captured.name
+        options, name = self.options, captured.name
+        if target is None:
+            pool, device = self._find_memory(captured)
+        else:
+            pool, device = ChunkPool(torch.device("cpu")), absent_device(target)
+            options = replace(options, backend="aten" if options.backend == "aten" else "auto")
         # PyTorch gives sizes to a trace, whichever thread computes with them.
         with tracing(), without_autocast(), pause_gc(), named_failures(name), quiet_torch():
-            return compile_captured(captured, self.model, self.options, pool, device)
+            program = compile_captured(captured, options, *_target_of(device))
+            compiled = bind(program, self.model, pool, device)
+            return compiled if target is not None else build_ahead(compiled)
 
-    def compile_for(self, compiled: Compiled, target: str) -> Compiled:
-        """Return the program of a call for "cpu" or a GPU that need not be here, as "sm_90"; it is
-        to be saved, and builds nothing for a GPU yet."""
-        chosen = "aten" if self.options.backend == "aten" else "auto"
-        options = replace(self.options, backend=chosen)
-        device = None if target == "cpu" else AbsentDevice(target)
-        pool = ChunkPool(torch.device("cpu"))
-        captured, text = compiled.captured, compiled.captured_text
-        name = captured.name
-        with tracing(), without_autocast(), pause_gc(), named_failures(name), quiet_torch():
-            return compile_rewritten(captured, text, self.model, options, pool, device)
-
-    def share(self, compiled: Compiled) -> Compiled:
-        """Return what another engine compiled, with this engine's parameters and memory.
-
-        The models must be of the same structure; nothing is traced.
-        """
-        pool, device = self._find_memory(compiled.captured)
+    def bind(self, call: AssembledCall, options: Options | None = None) -> Compiled:
+        """Return what another engine compiled, perhaps under other options, with this engine's
+        parameters and memory; the models must be of the same structure, and nothing is traced."""
+        pool, device = self._find_memory(call.captured)
         with without_autocast():
-            return bind_weights(compiled, self.model, self.options, pool, device)
+            program = schedule(call, options or self.options, *_target_of(device))
+            return bind(program, self.model, pool, device)
 
     def _find_memory(self, captured: Captured) -> tuple[ChunkPool, Device | None]:
         nodes = captured.graph_module.graph.find_nodes(op="placeholder")
@@ -367,7 +366,7 @@ class Engine:
         """Return counts since the last reset: captures, kernel builds, plans, chunk allocations;
         those of parts that are optimized for it included."""
         compiled = self.variants()
-        programs = [x.program for c in compiled for x in c.specializations]
+        programs = [program for c in compiled for program in c.programs]
         pools = [pool.stats() for pool in self._pools.values()]
         memory = ("chunk_allocations", "mapped_nbytes", "used_nbytes", "peak_nbytes", "arenas")
         found = {
@@ -394,3 +393,8 @@ class Engine:
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
             program = compiled.at(values).program
             program.reserve(program.bind(values))
+
+
+def _target_of(device: Device | None) -> tuple[str, str]:
+    """Return what programs for a device are compiled for, and its name; None: the CPU."""
+    return ("cpu", "") if device is None else (device.target, device.describe())

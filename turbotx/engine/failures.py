@@ -25,8 +25,13 @@ HERE = Path(__file__).parents[1]
 # Functions that only lead to a stage: the frame below them is the stage.
 _DRIVERS = {
     "compile_captured",
-    "compile_rewritten",
+    "assemble_call",
+    "rewrite_once",
     "rewrite",
+    "schedule",
+    "_specialize_for_cpu",
+    "_specialize_for_gpu",
+    "bind",
     "capture",
     "compile",
     "make",

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.ir import fx_nodes as g
 from turbotx.kernels.fusion.fuse import FusedRegion
 from turbotx.passes.extract import extract

@@ -53,10 +53,8 @@ def _optimize_function(function: Callable[..., Any], options: Options) -> Callab
         except LeftToPyTorch:
             return function(*args, **kwargs)
 
-    optimized.stats = engine.stats  # type: ignore[attr-defined]
-    optimized.reserve = engine.reserve  # type: ignore[attr-defined]
-    optimized.refresh = engine.refresh  # type: ignore[attr-defined]
-    optimized._engine = engine  # type: ignore[attr-defined]
+    shown = ("stats", "reserve", "refresh")
+    optimized.__dict__.update({name: getattr(engine, name) for name in shown}, _engine=engine)
     return optimized
 
 

@@ -1,28 +1,32 @@
-"""The pipeline: a captured call becomes a program, one stage a line.
+"""The pipeline: a captured call becomes a program for a target, one stage a line.
 
-In: a `Captured` and options. Out: a `Compiled`: what every stage made, and the program::
+In: a `Captured`, options, a target. Out: an `UnboundProgram`, which needs neither parameters nor
+the device; its GPU jobs at any shape; and bound to both, a `Compiled`::
 
-    capture -> canonicalize -> rewrite -> partition -> fuse -> epilogues -> assemble
-        -> fold norms, alternatives (on a GPU) -> build -> plan -> Program
-
-On a GPU a second program, whose norms are folded into GEMMs, may serve the calls of few tokens.
+    capture -> rewrite -> partition -> fuse -> epilogues -> assemble, fold norms -> GEMM fallbacks
+        -> ranges of tokens -> kernels (on a CPU: build) -> link, plan -> bind -> build ahead (GPU)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from itertools import chain
 
 from torch import fx, nn
 
+from turbotx import ir
 from turbotx.capture.trace import Captured
+from turbotx.engine.compiled import AssembledCall, Compiled, Specialization, UnboundProgram
+from turbotx.errors import InputError
 from turbotx.ir import verifier as verify
 from turbotx.kernels.fusion.epilogue import find_epilogues
-from turbotx.kernels.fusion.fuse import FusedRegion, fuse_all
+from turbotx.kernels.fusion.fuse import fuse_all
 from turbotx.kernels.fusion.norm_folding import find_folds
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.passes.attention import recognize_attention
+from turbotx.passes.cache import store_in_place
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.known import require_known_sizes
 from turbotx.passes.linear import (
@@ -34,41 +38,41 @@ from turbotx.passes.linear import (
     use_multiplication,
 )
 from turbotx.passes.outputs import own_outputs
-from turbotx.passes.partition import find_prepared, kind_of, partition
+from turbotx.passes.partition import Region, find_prepared, kind_of, partition
 from turbotx.passes.results import use_single_results
-from turbotx.program.assemble import Assembly, assemble
-from turbotx.program.executable import Share
+from turbotx.program.assemble import assemble
+from turbotx.program.assembly import Assembled, Assembly
 from turbotx.program.fold_norms import assemble_folded
 from turbotx.program.gemm_fallback import add_alternatives
-from turbotx.runtime.cpu.runtime import CpuRuntime
+from turbotx.runtime.cpu.runtime import CpuCode, CpuRuntime, build_for_cpu
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
-from turbotx.runtime.cuda.dispatch import make_tiles, share_calls
-from turbotx.runtime.cuda.runtime import CudaRuntime, build_expected
+from turbotx.runtime.cuda.dispatch import choose_ranges, make_tiles
+from turbotx.runtime.cuda.runtime import CudaRuntime, LaunchJob, LaunchKernels, build_expected
 from turbotx.runtime.device import Device
 from turbotx.runtime.program import Program
 from turbotx.runtime.weights import Kind, Weights
 
 
-@dataclass
-class Compiled:
-    """A program and the stages it came from, for reports."""
+def compile_captured(
+    captured: Captured, options: Options, target: str = "cpu", gpu: str = ""
+) -> UnboundProgram:
+    """Compile a captured call for "cpu" or a GPU that need not be here, as "sm_90"; rewrites its
+    graph, once for all targets.
 
-    captured: Captured
-    captured_text: str
-    graph: fx.Graph
-    prepared: frozenset[fx.Node]
-    fused: list[FusedRegion]
-    assembly: Assembly
-    program: Program
-    # Itself, and on a GPU perhaps the same call with norms folded: each serves some shapes.
-    specializations: tuple[Compiled, ...] = field(init=False, repr=False)
+    gpu: the device's name, for what was tuned on such. Raises TurbotxError for what the passes,
+    the checkers or the compiler refuse.
+    """
+    return schedule(assemble_call(captured, options, target), options, target, gpu)
 
-    def __post_init__(self) -> None:
-        self.specializations = (self,)
 
-    def at(self, dims: Sequence[int]) -> Compiled:
-        """Return this or its twin: the one that serves a shape."""
-        return next(x for x in self.specializations if x.program.serves(dims))
+def jobs(program: UnboundProgram, dims: Sequence[int]) -> list[LaunchJob]:
+    """Return the kernels that a program's target launches at one shape, in the launches' order;
+    none on a CPU, whose code is built for every shape at once."""
+    code = program.at(dims).code
+    return list(code.at(dims)) if isinstance(code, LaunchKernels) else []
+
+
+# --- to launches ---
 
 
 def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
@@ -83,6 +87,7 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     pack_linears(graph)
     recognize_attention(graph, attention)
     canonicalize(graph)
+    store_in_place(graph)
     lift_permutations(graph)
     canonicalize(graph)
     lift_views(graph)
@@ -91,107 +96,172 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     own_outputs(graph)
 
 
-def compile_captured(
-    captured: Captured, model: nn.Module, options: Options, pool: ChunkPool,
-    device: Device | None = None,
-) -> Compiled:  # fmt: skip
-    """Compile one captured call; `model` owns the parameters, `pool` the memory.
+@dataclass(frozen=True)
+class Rewritten:
+    """What is kept with a graph that the passes have been over: its text from before, and the
+    option that they went by."""
 
-    device: the GPU that it runs on; without one it runs on the CPU.
+    text: str
+    attention: str
+
+
+def rewrite_once(captured: Captured, attention: str) -> str:
+    """Run the passes over a captured graph unless they have been; return its text from before.
+
+    Raises InputError where they went by another `attention`.
     """
-    graph = captured.graph_module.graph
-    text = str(graph)
-    rewrite(graph, options.attention)
-    return compile_rewritten(captured, text, model, options, pool, device)
+    graph, meta = captured.graph_module.graph, captured.graph_module.meta
+    if "rewritten" not in meta:
+        text = str(graph)
+        rewrite(graph, attention)
+        meta["rewritten"] = Rewritten(text, attention)
+    done: Rewritten = meta["rewritten"]
+    if done.attention != attention:
+        raise InputError(
+            f"{captured.name} was compiled with attention={done.attention!r}, and its graph is "
+            f"rewritten for that: capture the call again for {attention!r}"
+        )
+    return done.text
 
 
-def compile_rewritten(
-    captured: Captured, text: str, model: nn.Module, options: Options, pool: ChunkPool,
-    device: Device | None = None,
-) -> Compiled:  # fmt: skip
-    """Compile a captured call that the passes have been over, perhaps for another device before.
+@dataclass(frozen=True)
+class GemmRoles:
+    """What GEMM launches do beside the product.
 
-    text: the graph as it was captured.
+    epilogues: what a region computes behind it. fallbacks: they can also be run by a library, with
+    kernels behind it. norms: they normalise what they read.
     """
-    graph = captured.graph_module.graph
-    require_known_sizes(graph, captured.dims, captured.name)
-    verify.check_graph(graph)
-    verify.check_inputs(graph, captured.input_sizes)
+
+    epilogues: bool
+    fallbacks: bool
+    norms: bool
+
+    @classmethod
+    def of(cls, options: Options, target: str) -> GemmRoles:
+        """Return what options allow on a target."""
+        on_gpu = target != "cpu"
+        generated = on_gpu and options.backend != "aten" and options.gemms != "cublas"
+        epilogues = options.epilogues and (generated or not on_gpu)
+        return cls(epilogues, generated, generated and epilogues and options.norms != "store")
+
+
+def assemble_call(captured: Captured, options: Options, target: str) -> AssembledCall:
+    """Return a captured call as launches, for CPUs or for GPUs: which one does not matter yet."""
+    roles = GemmRoles.of(options, target)
+    text, graph, dims = rewrite_once(captured, options.attention), captured.graph, captured.dims
+    check_rewritten(captured)
     prepared = find_prepared(graph)
-    regions = partition(graph, prepared)
-    for region in regions:
-        verify.check_region(region.nodes, region.outputs)
+    regions = check_regions(partition(graph, prepared))
     fused = fuse_all(graph, regions, prepared)
     kinds = {n: kind_of(n, prepared) for n in graph.nodes}
-    chooses = device is not None and options.backend != "aten" and options.gemms != "cublas"
-    joins = options.epilogues and (device is None or chooses)
-    epilogues = find_epilogues(fused, kinds) if joins else {}
-    joined = {e.output for e in epilogues.values()} if device is None else set()
-    kernels = [k for f in fused if f.region.outputs[-1] not in joined for k in f.kernels]
-    for kernel in {k.kernel.digest(): k.kernel for k in kernels}.values():
+    epilogues = find_epilogues(fused, kinds) if roles.epilogues else {}
+    folds = find_folds(fused, kinds, epilogues) if roles.norms else {}
+    given = (graph, fused, prepared, dims, epilogues)
+    programs = [Assembled(assemble(*given), fused, epilogues)]
+    programs += [assemble_folded(*given, folds)] if folds else []
+    for program in programs if roles.fallbacks else []:
+        add_alternatives(program)
+    check_programs([p.assembly for p in programs])
+    return AssembledCall(captured, text, prepared, tuple(programs), target != "cpu")
+
+
+def check_rewritten(captured: Captured) -> None:
+    """Raise a TurbotxError where a graph is not what the passes should have left."""
+    require_known_sizes(captured.graph, captured.dims, captured.name)
+    verify.check_graph(captured.graph)
+    verify.check_inputs(captured.graph, captured.input_sizes)
+
+
+def check_regions(regions: list[Region]) -> list[Region]:
+    """Return regions; raise VerifyError where one is none."""
+    for region in regions:
+        verify.check_region(region.nodes, region.outputs)
+    return regions
+
+
+def check_programs(assemblies: Sequence[Assembly]) -> None:
+    """Raise VerifyError where a launch is wrong, or a kernel that one may take."""
+    kernels: dict[str, ir.Kernel] = {}
+    for launch in chain.from_iterable(a.launches for a in assemblies):
+        fallback = launch.fallback if isinstance(launch, ir.GemmLaunch) else None
+        for taken in (launch, *(fallback.ends if fallback is not None else ())):
+            if isinstance(taken, ir.KernelLaunch):
+                kernels.setdefault(taken.kernel.digest(), taken.kernel)
+    for kernel in kernels.values():
         verify.check_kernel(kernel)
-    assembled = [(fused, assemble(graph, fused, prepared, captured.dims, epilogues), epilogues)]
-    may_fold = chooses and joins and options.norms != "store"
-    folds = find_folds(fused, kinds, epilogues) if may_fold else {}
-    if folds:
-        assembled.append(assemble_folded(graph, fused, prepared, captured.dims, epilogues, folds))
-    for parts, assembly, ends in assembled:
-        if chooses:
-            add_alternatives(assembly, parts, ends)
+    for assembly in assemblies:
         verify.check_launches(assembly.tensors, assembly.launches, assembly.returned)
-    bind = _Binder(captured, model, options, pool, device)
-    tiles = None if device is None else make_tiles(options, device)
-    shares = share_calls([a for _, a, _ in assembled], captured.dims, tiles)
-    return join_specializations(
-        [
-            Compiled(captured, text, graph, prepared, parts, assembly, bind(assembly, share))
-            for (parts, assembly, _), share in zip(assembled, shares, strict=True)
-            if share is None or share.buckets
-        ]
-    )
 
 
-def bind_weights(
-    compiled: Compiled, model: nn.Module, options: Options, pool: ChunkPool,
-    device: Device | None = None,
-) -> Compiled:  # fmt: skip
-    """Return the same compiled call for another module of the same structure; traces nothing."""
-    bind = _Binder(compiled.captured, model, options, pool, device)
-    return join_specializations(
-        [replace(x, program=bind(x.assembly, x.program.share)) for x in compiled.specializations]
-    )
+# --- to a program ---
 
 
-def join_specializations(specializations: list[Compiled]) -> Compiled:
-    """Let programs of one call know each other, and build their kernels; return the first."""
-    for compiled in specializations:
-        compiled.specializations = tuple(specializations)
-    runtimes = [x.program.runtime for x in specializations]
-    gpu = [r for r in runtimes if isinstance(r, CudaRuntime)]
-    if gpu:
-        build_expected(gpu, specializations[0].captured.example_dims)
-    return specializations[0]
+def schedule(call: AssembledCall, options: Options, target: str, gpu: str = "") -> UnboundProgram:
+    """Return the program of a call for a target under options; it is not assembled again.
+
+    Raises InputError for a GPU where it was assembled for CPUs, and the other way round.
+    """
+    if call.for_gpus == (target == "cpu"):
+        raise InputError(
+            f"the launches of {call.captured.name} are {'GPUs' if call.for_gpus else 'CPUs'}', and "
+            f"{target!r} is none: compile the call for it"
+        )
+    make = _specialize_for_gpu if call.for_gpus else _specialize_for_cpu
+    return UnboundProgram(call, options, target, tuple(make(call, options, target, gpu)))
 
 
-class _Binder:
-    """Binds assemblies of one call to a device; their graphs count together."""
+def _specialize_for_cpu(
+    call: AssembledCall, options: Options, target: str, gpu: str
+) -> list[Specialization]:
+    (program,) = call.programs
+    code = build_for_cpu(program.assembly, call.captured.dims, options)
+    return [Specialization(program, code)]
 
-    def __init__(
-        self, captured: Captured, model: nn.Module, options: Options, pool: ChunkPool,
-        device: Device | None,
-    ) -> None:  # fmt: skip
-        self.captured, self.model, self.options = captured, model, options
-        self.pool, self.device = pool, device
-        self.graphs = GraphCache(options.max_graphs if options.cuda_graphs else 0)
 
-    def __call__(self, assembly: Assembly, share: Share | None) -> Program:
-        options, dims = self.options, self.captured.dims
-        weights = find_weights(self.captured, self.model, assembly)
-        if self.device is None:
-            cpu = CpuRuntime(assembly, weights, options, dims)
-            return Program(cpu.executable, cpu, self.pool, options.max_shapes)
-        gpu = CudaRuntime(assembly, weights, options, dims, self.device, share)
-        return CudaGraphProgram(gpu.executable, gpu, self.pool, options.max_shapes, self.graphs)
+def _specialize_for_gpu(
+    call: AssembledCall, options: Options, target: str, gpu: str
+) -> list[Specialization]:
+    tiles, dims = make_tiles(options, target, gpu), call.captured.dims
+    # No library folds norms.
+    programs = call.programs[:1] if options.gemms == "cublas" else call.programs
+    ranges = choose_ranges([p.assembly for p in programs], dims, tiles)
+    return [
+        Specialization(program, LaunchKernels(program.assembly, dims, tiles, options, served))
+        for program, served in zip(programs, ranges, strict=True)
+        if served is None or served.buckets
+    ]
+
+
+# --- to what runs ---
+
+
+def bind(
+    program: UnboundProgram, model: nn.Module, pool: ChunkPool, device: Device | None = None
+) -> Compiled:
+    """Return a program bound to `model`, which owns the parameters, to the memory of `pool` and to
+    a device, None for the CPU; kernels for it are loaded when `build_ahead` or a shape asks."""
+    options, captured = program.options, program.call.captured
+    graphs = GraphCache(options.max_graphs if options.cuda_graphs else 0)  # they count together
+    programs = []
+    for made in program.specializations:
+        weights = find_weights(captured, model, made.assembled.assembly)
+        kept = (pool, options.max_shapes)
+        if isinstance(made.code, CpuCode):
+            cpu = CpuRuntime(made.code, weights)
+            programs.append(Program(made.executable, cpu, *kept))
+        else:
+            assert device is not None
+            gpu = CudaRuntime(made.code, weights, device)
+            programs.append(CudaGraphProgram(made.executable, gpu, *kept, graphs))
+    return Compiled(program, tuple(programs))
+
+
+def build_ahead(compiled: Compiled) -> Compiled:
+    """Build, on a GPU, what the shapes to expect need, all programs together; return the call."""
+    runtimes = [p.runtime for p in compiled.programs if isinstance(p.runtime, CudaRuntime)]
+    if runtimes:
+        build_expected(runtimes, compiled.captured.example_dims)
+    return compiled
 
 
 def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> Weights:

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 AFTER_S = 2.0
 log = logging.getLogger("turbotx")
@@ -54,7 +55,7 @@ class _Line:
 
     def __init__(self, text: str) -> None:
         self._text, self._lock, self._ended = text, threading.Lock(), False
-        self._status: object = None
+        self._status: Any = None
 
     def begin(self) -> None:
         from rich.console import Console  # a tenth of a second that short calls need not wait
@@ -68,10 +69,10 @@ class _Line:
         with self._lock:
             self._text = text
             if self._status is not None:
-                self._status.update(f"turbotx: {text}")  # type: ignore[attr-defined]
+                self._status.update(f"turbotx: {text}")
 
     def end(self) -> None:
         with self._lock:
             self._ended = True
             if self._status is not None:
-                self._status.stop()  # type: ignore[attr-defined]
+                self._status.stop()

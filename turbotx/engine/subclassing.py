@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from turbotx.capture.composition import left_to_pytorch
+from turbotx.engine.cached_engine import make_engine
 from turbotx.engine.drop_in import OptimizedModule, original_of, tolerate
 from turbotx.engine.engine import Engine
 from turbotx.engine.parts import calls_of_parts, path_to_model
@@ -108,7 +109,7 @@ def _own_engine(instance: Any, made: type, options: Options) -> Engine | None:
 
 
 def _make_engine(plain: nn.Module, options: Options) -> Engine:
-    engine = Engine(plain, options)
+    engine = make_engine(plain, options)
     tolerate(engine)
     return engine
 

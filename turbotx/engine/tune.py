@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.errors import TurbotxError
 from turbotx.kernels.schedule_selector import FOLDED, STORED
 from turbotx.kernels.tuned import GAIN, search
@@ -145,9 +145,9 @@ def tune_call(
 ) -> list[Found]:  # fmt: skip
     """Time every kernel and GEMM of a call at one shape, with norms folded and stored."""
     found: dict[tuple[str, str], Found] = {}
-    for twin in compiled.specializations:
-        assert isinstance(twin.program, CudaGraphProgram)
-        for f in tune_program(twin.program, dims, tensors, timer, progress):
+    for program in compiled.programs:
+        assert isinstance(program, CudaGraphProgram)
+        for f in tune_program(program, dims, tensors, timer, progress):
             found.setdefault((f.digest, f.bucket), f)
     return list(found.values())
 
@@ -158,26 +158,25 @@ def tune_norms(
 ) -> list[Found]:  # fmt: skip
     """Time a call at one shape with norms stored and folded, whole; nothing where only one is there
     to be timed. Its tiles should have been tuned before."""
-    if len(compiled.specializations) < 2:
+    if len(compiled.programs) < 2:
         return []
     times: dict[str, float] = {}
-    for tag, twin in zip((STORED, FOLDED), compiled.specializations, strict=True):
-        program = twin.program
+    for tag, program in zip((STORED, FOLDED), compiled.programs, strict=True):
         assert isinstance(program, CudaGraphProgram)
         runtime, binding = program.runtime, program.bind(dims)
         with torch.no_grad(), runtime.device.active(), program.used(binding, tensors) as used:
             table, state = used
-            run = partial(runtime.run, table, binding.sizes, state)
-            times[tag] = timer(runtime.device, lambda run=run: run(), REPEAT)  # type: ignore[misc]
-    share = compiled.specializations[1].program.share
-    assert share is not None
-    before = FOLDED if share.holds(dims) else STORED
+            run: Any = partial(runtime.run, table, binding.sizes, state)  # whose result is ignored
+            times[tag] = timer(runtime.device, run, REPEAT)
+    tokens = compiled.programs[1].token_range
+    assert tokens is not None
+    before = FOLDED if tokens.holds(dims) else STORED
     other = STORED if before == FOLDED else FOLDED
     best = other if times[other] < times[before] * (1 - GAIN) else before
-    bucket = share.bucket(dims)
+    bucket = tokens.bucket(dims)
     return [
         Found(
-            "norms", share.structure, bucket, str(bucket), before, best,
+            "norms", tokens.structure, bucket, str(bucket), before, best,
             times[before], times[best], len(times),
         )
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from turbotx.capture.module_state.record import Difference
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.state_guard import StateGuard
 from turbotx.errors import CaptureError
 from turbotx.runtime.tensor_watch import start_native_watch

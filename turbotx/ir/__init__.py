@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Store,
         axis_symbol,
         needs_of,
+        phase_of,
         rename,
         results_of,
         value_symbol,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         NormOperands,
         Operand,
         ProductLaunch,
+        StoreLaunch,
         Tensor,
     )
 
@@ -53,8 +55,10 @@ __all__ = [
     "Scan",
     "Statement",
     "Store",
+    "StoreLaunch",
     "axis_symbol",
     "needs_of",
+    "phase_of",
     "rename",
     "results_of",
     "value_symbol",

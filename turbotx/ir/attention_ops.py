@@ -29,25 +29,27 @@ def attention(
     blind_nan: bool = False,
     blind_mean: bool = False,
     softcap: float = 0.0,
+    late: bool = False,
 ) -> torch.Tensor:
     """Return softmax(q k^T * scale + bias) v by PyTorch's own ops: the kernel's meaning.
 
     keys says which keys there are, per batch row: bool (batch, 1, 1, k_len), or int64 (batch,), the
     number of them. bias is added (float) or hides (bool) and broadcasts to (batch, heads, q_len,
     k_len). causal hides keys after the query; window (left, right) hides those more than so many
-    places before and after it, -1 for no limit. A query that sees no key gets zeros, as in
-    torch.nn.functional.scaled_dot_product_attention, or with blind_nan NaN, as a softmax over
+    places before and after it, -1 for no limit. The first query stands at the first key, or with
+    late the last query at the last key, as behind a cache. A query that sees no key gets zeros, as
+    in torch.nn.functional.scaled_dot_product_attention, or with blind_nan NaN, as a softmax over
     scores of -inf gives, or with blind_mean the mean of the values, as where the scores of hidden
     keys are the most negative float instead (keys alone may hide then). softcap: unless 0, scores
     become softcap * tanh(score / softcap) before the bias.
     """
-    visible = _visible(q, k, keys, causal, window)
+    visible = _visible(q, k, keys, causal, window, late)
     mask, plainly_causal = bias, False
     if blind_mean and visible is not None:
         mask = torch.zeros((), dtype=q.dtype, device=q.device) if mask is None else mask.to(q.dtype)
         mask = torch.where(visible, mask, torch.finfo(q.dtype).min)
     elif mask is None:
-        plainly_causal = causal and keys is None and tuple(window) == NO_WINDOW
+        plainly_causal = causal and keys is None and tuple(window) == NO_WINDOW and not late
         mask = None if plainly_causal else visible
     elif visible is not None:
         boolean = mask.dtype is torch.bool
@@ -57,7 +59,7 @@ def attention(
     grouped = _may_differ(q.shape[1], k.shape[1])
     if softcap:
         if plainly_causal:
-            mask = _visible(q, k, None, causal, window)
+            mask = visible
         out = _attend_capped(q, k, v, mask, scale, softcap)
     else:
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -98,6 +100,7 @@ def _visible(
     keys: torch.Tensor | None,
     causal: bool,
     window: tuple[int, int],
+    late: bool,
 ) -> torch.Tensor | None:
     """Return which keys a query sees, bias aside; None where it sees all."""
     place = torch.arange(k.shape[2], device=q.device)
@@ -105,6 +108,8 @@ def _visible(
     if keys is not None and keys.dtype is not torch.bool:
         seen = (place < keys[:, None])[:, None, None, :]
     ahead = place - torch.arange(q.shape[2], device=q.device)[:, None]
+    if late:
+        ahead = ahead - (k.shape[2] - q.shape[2])
     left, right = window
     limits = [ahead <= (0 if causal else right)] if causal or right >= 0 else []
     limits += [ahead >= -left] if left >= 0 else []

@@ -211,11 +211,25 @@ def is_call(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
+def operand(node: fx.Node, position: int) -> fx.Node:
+    """Return a positional argument that is a node."""
+    found = node.args[position]
+    assert isinstance(found, fx.Node), f"argument {position} of {node.format_node()} is no node"
+    return found
+
+
+def optional(node: fx.Node, position: int) -> fx.Node | None:
+    """Return a positional argument that is a node, or None where it is absent."""
+    absent = len(node.args) <= position or node.args[position] is None
+    return None if absent else operand(node, position)
+
+
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """Return an ATen op's argument by its schema name, wherever it was passed."""
     if name in node.kwargs:
         return node.kwargs[name]
-    for position, formal in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    target: Any = node.target
+    for position, formal in enumerate(target._schema.arguments):
         if formal.name == name:
             if position < len(node.args) and not formal.kwarg_only:
                 return node.args[position]

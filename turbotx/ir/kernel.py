@@ -170,6 +170,11 @@ def needs_of(s: Statement) -> list[str]:
     return values_in(s.value) if isinstance(s, Index) else []
 
 
+def phase_of(s: Statement, phases: Mapping[str, int]) -> int:
+    """Return the phase at whose start all that a statement needs is known; see `Kernel.phases`."""
+    return max((phases[a] for a in needs_of(s)), default=0)
+
+
 def rename(s: Statement, names: Mapping[str, str]) -> Statement:
     """Return the statement with values renamed (the symbols in offsets are the caller's)."""
 
@@ -259,6 +264,14 @@ class Kernel:
             elif isinstance(s, Scan):
                 varies[s.result] = reduced.union(*(varies[a] for a in s.args))
         return varies
+
+    def phases(self) -> dict[str, int]:
+        """Return, for each value, how many reductions, one after another, it waits for."""
+        phases: dict[str, int] = {}
+        for s in self.body:
+            after = phase_of(s, phases) + isinstance(s, Reduce)
+            phases.update(dict.fromkeys(results_of(s), after))
+        return phases
 
     def digest(self) -> str:
         """Return a digest of the structure: equal kernels of different layers are one build."""

@@ -261,6 +261,33 @@ class ProductLaunch(Launch):
 
 
 @dataclass(frozen=True)
+class StoreLaunch(Launch):
+    """Rows of a decoder's layer go into the memory of its cache, an input that is written all the
+    same. held: all of the layer's rows after the call, (batch, heads, length, width). new: the last
+    of them. call: what PyTorch would run in its place."""
+
+    kind = "store"
+
+    held: Operand
+    new: Operand
+    extents: tuple[Expr, ...]
+    """Sizes and strides, see `program.cache_stores`."""
+    call: AtenCall
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        return self.held, self.new
+
+    @property
+    def sizes(self) -> tuple[Expr, ...]:
+        return self.extents
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        return (self.held.tensor,)
+
+
+@dataclass(frozen=True)
 class AtenLaunch(Launch):
     """A call that PyTorch runs."""
 

@@ -57,7 +57,8 @@ class AttentionKernel:
     bias is "none", "boolean", "float32" or "storage" (the dtype of q). keys: "all", "mask" or
     "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
     -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
-    with blind_mean the mean of all values. softcap: 0 for none.
+    with blind_mean the mean of all values. softcap: 0 for none. late: the last query stands at the
+    last key.
     """
 
     dtype: torch.dtype
@@ -70,11 +71,12 @@ class AttentionKernel:
     blind_nan: bool = False
     blind_mean: bool = False
     softcap: float = 0.0
+    late: bool = False
 
     @property
     def name(self) -> str:
         kind = DTYPE_NAMES[self.dtype]
-        causal = "_causal" if self.causal else ""
+        causal = "_late" * self.late + "_causal" * self.causal
         window = "" if self.window == NO_WINDOW else "_window"
         keys = {"all": "", "mask": "_key_mask", "lengths": "_lengths"}[self.keys]
         bias = "" if self.bias == "none" else f"_{self.bias}_bias"

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from turbotx.ir import fx_nodes as g
+from turbotx.ir.cache_ops import cache_store
 from turbotx.ir.expr import ONE, ZERO, Expr, dim, divide, expr, product
 from turbotx.ir.views import VIEWS, input_index, is_view, view_source
 
@@ -49,9 +50,15 @@ def contiguous_strides(shape: Sequence[Expr]) -> tuple[Expr, ...]:
 
 
 def root_layout(node: fx.Node) -> Layout:
-    """Return the layout of a node that owns its memory: dense, or the user's own for parameters."""
+    """Return the layout of a node that owns its memory: dense, or the user's own for parameters, or
+    by the room that a cache has for a layer."""
     shape = g.shape(node)
     strides = contiguous_strides(shape)
+    if node.target is cache_store:
+        capacity = g.shape(node.args[0])[2]  # type: ignore[arg-type]
+        room = (shape[0], shape[1], capacity, shape[3])
+        place = product((expr(node.args[3]), shape[0], capacity))
+        return Layout(node, shape, contiguous_strides(room), place)
     if node.op == "get_attr":
         given = g.strides(node)
         strides = tuple(ZERO if n == 1 else s for n, s in zip(shape, given, strict=True))

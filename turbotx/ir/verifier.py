@@ -103,7 +103,7 @@ def check_kernel(kernel: ir.Kernel) -> None:
         for name in ir.results_of(s):
             if name in made or name in params or name in axes:
                 raise VerifyError(f"{kernel.name}: {name!r} is made twice")
-            made[name] = s.dtype  # type: ignore[union-attr]
+            made[name] = _dtype_of(s)
         _check_statement(kernel, s, params, axes, made)
         if isinstance(s, ir.Store):
             stored.add(s.access.param)
@@ -111,6 +111,12 @@ def check_kernel(kernel: ir.Kernel) -> None:
         if p.role == "out" and p.name not in stored:
             raise VerifyError(f"{kernel.name}: the output {p.name!r} is never stored")
     _check_reductions(kernel)
+
+
+def _dtype_of(s: ir.Statement) -> torch.dtype:
+    """Return the dtype of what a statement makes."""
+    assert not isinstance(s, (ir.Store, ir.Check)), "it makes nothing"
+    return s.dtype
 
 
 def _check_statement(
@@ -168,7 +174,8 @@ def check_launches(
                 raise VerifyError(f"{launch.name} reads {name!r} before it is written")
         for name in launch.writes:
             kind = tensors[name].kind
-            if kind not in ("intermediate", "output"):
+            is_cache = isinstance(launch, ir.StoreLaunch) and kind == "input"
+            if kind not in ("intermediate", "output") and not is_cache:
                 raise VerifyError(f"{launch.name} writes {name!r}, which is {kind} memory")
             written.add(name)
         _check_inplace_pairs(tensors, launch)
@@ -205,6 +212,8 @@ def _of_one_dtype(launch: ir.Launch) -> tuple[ir.Operand | None, ...]:
         return launch.x, launch.weight, bias, launch.out, launch.residual
     if isinstance(launch, ir.AttentionLaunch):
         return launch.q, launch.k, launch.v, launch.out
+    if isinstance(launch, ir.StoreLaunch):
+        return launch.held, launch.new
     return ()
 
 

@@ -33,7 +33,7 @@ def _same(node: fx.Node, index: IndexTuple) -> IndexTuple:
 
 def _permute(node: fx.Node, index: IndexTuple) -> IndexTuple:
     inner = list(index)
-    for out, source in enumerate(node.args[1]):  # type: ignore[arg-type]
+    for out, source in enumerate(g.argument(node, "dims")):
         inner[_dim(source, len(index))] = index[out]
     return tuple(inner)
 
@@ -55,7 +55,7 @@ def _unsqueeze(node: fx.Node, index: IndexTuple) -> IndexTuple:
 
 
 def _squeeze(node: fx.Node, index: IndexTuple) -> IndexTuple:
-    source = g.shape(node.args[0])  # type: ignore[arg-type]
+    source = g.shape(g.operand(node, 0))
     given = node.args[1] if len(node.args) > 1 else list(range(len(source)))
     dims = given if isinstance(given, (list, tuple)) else [given]
     dropped = {_dim(d, len(source)) for d in dims} if source else set()
@@ -65,18 +65,17 @@ def _squeeze(node: fx.Node, index: IndexTuple) -> IndexTuple:
 
 
 def _expand(node: fx.Node, index: IndexTuple) -> IndexTuple:
-    source = g.shape(node.args[0])  # type: ignore[arg-type]
+    source = g.shape(g.operand(node, 0))
     kept = index[len(index) - len(source) :]
     return tuple(ZERO if extent == 1 else i for i, extent in zip(kept, source, strict=True))
 
 
 def _slice(node: fx.Node, index: IndexTuple) -> IndexTuple:
-    source = node.args[0]
     d = _dim(g.argument(node, "dim"), len(index))
     start, step = g.argument(node, "start"), g.argument(node, "step")
     first = ZERO if start is None else g.size(start)
     if g.is_negative(start):
-        extent = g.shape(source)[d]  # type: ignore[arg-type]
+        extent = g.shape(g.operand(node, 0))[d]
         first = expr(sympy.Max(first + extent, ZERO))
     inner = list(index)
     inner[d] = (first + index[d] * g.size(step)).expand()
@@ -84,7 +83,7 @@ def _slice(node: fx.Node, index: IndexTuple) -> IndexTuple:
 
 
 def _select(node: fx.Node, index: IndexTuple) -> IndexTuple:
-    extents = g.shape(node.args[0])  # type: ignore[arg-type]
+    extents = g.shape(g.operand(node, 0))
     d = _dim(node.args[1], len(extents))
     chosen = g.size(node.args[2])
     if g.is_negative(node.args[2]):
@@ -103,7 +102,7 @@ def _diagonal(node: fx.Node, index: IndexTuple) -> IndexTuple:
 
 def _unfold(node: fx.Node, index: IndexTuple) -> IndexTuple:
     """Windows along a dim: the last index counts within the window."""
-    rank = len(g.shape(node.args[0]))  # type: ignore[arg-type]
+    rank = len(g.shape(g.operand(node, 0)))
     inner = list(index[:-1])
     d, step = _dim(node.args[1], rank), g.size(node.args[3])
     if rank:
@@ -115,7 +114,7 @@ def _getitem(node: fx.Node, index: IndexTuple) -> IndexTuple:
     """One piece of a split, chunk or unbind."""
     split, piece = node.args
     assert isinstance(split, fx.Node) and isinstance(piece, int)
-    d = _dim(g.argument(split, "dim"), len(g.shape(split.args[0])))  # type: ignore[arg-type]
+    d = _dim(g.argument(split, "dim"), len(g.shape(g.operand(split, 0))))
     if split.target is aten.unbind.int:
         return (*index[:d], g.size(piece), *index[d:])
     pieces = split.meta["val"]
@@ -172,11 +171,8 @@ def is_view(node: Any) -> bool:
 
 def view_source(node: fx.Node) -> fx.Node:
     """Return the tensor node that a view looks at (through the split, for a piece of one)."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    if node.target is g.GETITEM:
-        source = source.args[0]
-    return source  # type: ignore[return-value]
+    source = g.operand(node, 0)
+    return g.operand(source, 0) if node.target is g.GETITEM else source
 
 
 def input_index(node: fx.Node, index: IndexTuple) -> IndexTuple:

@@ -1,6 +1,6 @@
 """Which tiles a GEMM gets, and whether a template should run it at all, by class of device.
 
-In: how many tokens, a `GemmTemplate`, a target. Out: a `GemmLaunch`: the job to compile, its grid
+In: how many tokens, a `GemmTemplate`, a target. Out: a `GemmChoice`: the job to compile, its grid
 and its scratch. Tokens count by bucket, so that any stream of lengths needs a handful of builds::
 
     choose_gemm(template, tokens=40, target="sm_90").schedule
@@ -81,7 +81,7 @@ MOST_FOLDED = 256
 
 
 @dataclass(frozen=True)
-class GemmLaunch:
+class GemmChoice:
     """A GEMM at a number of tokens: what to compile, on how many programs, with what scratch.
 
     partial_nbytes: float32 sums of the parts, any contents. turns_nbytes: int32 counters that must
@@ -265,7 +265,7 @@ def choose_gemm(
     stat_tile: int = 0,
     divisible: Iterable[str] = STRIDES,
     name: str | None = None,
-) -> GemmLaunch:
+) -> GemmChoice:
     """Return how to run a GEMM at `tokens`, by the heuristics unless a schedule is given.
 
     stat_tile: the columns of each statistic that it reads. divisible: the strides that are
@@ -278,7 +278,7 @@ def choose_gemm(
         schedule = replace(schedule, residual_tile=stat_tile or template.n)
     job = gemm_job(template, target, schedule, divisible, name=name)
     scratch = gemm_scratch(template, schedule, tokens)
-    return GemmLaunch(job, schedule, gemm_grid(template, schedule, tokens), *scratch)
+    return GemmChoice(job, schedule, gemm_grid(template, schedule, tokens), *scratch)
 
 
 def prefers_template(template: GemmTemplate, tokens: int, target: str) -> bool:
@@ -365,5 +365,5 @@ def gemm_job(
         divisible=tuple(a for a, _ in given if a in multiples),
         num_warps=fit_warps(schedule.num_warps, target),
         num_stages=schedule.num_stages,
-        before_wait="".join(f"    {line}\n" if line else "\n" for line in prefetch),
+        before_wait="".join(f"{line}\n" for line in prefetch),
     )

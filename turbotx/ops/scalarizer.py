@@ -208,9 +208,10 @@ class Scalarizer(KernelBuilder):
         before: Callable[[Element], Element] | None = None,
     ) -> tuple[tuple[Element, ...], Element]:
         """Reduce a node's first argument over its `dim`s; return the results and the count."""
-        source = node.args[0]
-        rank = len(g.shape(source))  # type: ignore[arg-type]
-        names = {a.name for a in node.target._schema.arguments}  # type: ignore[union-attr]
+        source = g.operand(node, 0)
+        target: Any = node.target
+        rank = len(g.shape(source))
+        names = {a.name for a in target._schema.arguments}
         dims = g.argument(node, "dim") if "dim" in names else None
         keep = bool(g.argument(node, "keepdim")) if "keepdim" in names else False
         listed = [dims] if isinstance(dims, int) else dims

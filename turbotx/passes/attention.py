@@ -82,13 +82,13 @@ def _choose(node: fx.Node, found: Found, way: str) -> Callable[..., fx.Node] | N
 def _read_sdpa(node: fx.Node) -> Found | None:
     if g.argument(node, "dropout_p") != 0.0:
         return None
-    q, k, v = node.args[:3]
+    q, k, v = (g.operand(node, i) for i in range(3))
     mask, scale = g.argument(node, "attn_mask"), g.argument(node, "scale")
     if scale is None:
-        width = g.shape(q)[-1]  # type: ignore[arg-type]
+        width = g.shape(q)[-1]
         scale = 1 / math.sqrt(int(width)) if width.is_Integer else math.nan
     causal = bool(g.argument(node, "is_causal"))
-    return Found(q, k, v, mask, float(scale), causal)  # type: ignore[arg-type]
+    return Found(q, k, v, mask, float(scale), causal)
 
 
 def _why_not_products(found: Found) -> str:
@@ -139,21 +139,24 @@ def _part_mask(node: fx.Node, found: Found) -> Found:
         return found
     visible, bias = parts
     said = Mask()
-    understand_mask(visible, found.q, found.k, said)  # type: ignore[arg-type]
+    assert visible is not None, "it hides nothing"
+    understand_mask(visible, found.q, found.k, said)
     banded = said.causal or said.window != NO_WINDOW or found.causal
     if not said.rest and said.keys and not banded:
         return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=True)
-    if not said.rest and not said.keys and g.shape(found.q)[2] == g.shape(found.k)[2]:
+    own = said.late or g.shape(found.q)[2] == g.shape(found.k)[2]
+    if not said.rest and not said.keys and own:
         # Every query sees its own place at least, beside which what is hidden counts for nothing.
         return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=False)
     if not found.blind_mean:
         return found
-    whole = hide_in_bias(node, visible, bias, torch.finfo(torch.float32).min)  # type: ignore[arg-type]
+    whole = hide_in_bias(node, visible, bias, torch.finfo(torch.float32).min)
     return replace(found, mask=whole, bias=None, blind_mean=False)
 
 
-def _split(found: Found) -> Mask:
-    said = Mask(causal=found.causal)
+def _split(found: Found, late: bool | None = None) -> Mask:
+    """late: whether bands may be told as `Mask.late` or may not; None for either."""
+    said = Mask(causal=found.causal, late=False if found.causal else late)
     if found.mask is not None and g.dtype(found.mask) is torch.bool:
         understand_mask(found.mask, found.q, found.k, said)
     return said
@@ -173,6 +176,8 @@ def _write_flash(node: fx.Node, found: Found) -> fx.Node:
     kwargs: dict[str, Any] = {"scale": found.scale, "causal": said.causal}
     if said.window != NO_WINDOW:
         kwargs["window"] = said.window
+    if said.late:
+        kwargs["late"] = True
     if found.blind_nan:
         kwargs["blind_nan"] = True
     if found.blind_mean:
@@ -191,7 +196,7 @@ def _as_bias(node: fx.Node, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 def _write_fused_softmax(node: fx.Node, found: Found) -> fx.Node:
     """Between the two products stand ordinary ops, which partition makes one kernel."""
-    said = _split(found)
+    said = _split(found, late=False)
     scores = g.emit(node, attention_scores, found.q, found.k)
     below = g.emit(node, aten.mul.Tensor, scores, found.scale)
     if found.softcap:

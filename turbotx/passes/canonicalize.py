@@ -75,7 +75,7 @@ def canonicalize(graph: fx.Graph) -> None:
                 graph.erase_node(node)
                 changed = True
         changed |= merge_duplicates(graph)
-        changed |= eliminate_dead(graph)
+        changed |= graph.eliminate_dead_code(_stays)
     graph.lint()
 
 
@@ -114,8 +114,9 @@ def _value(node: fx.Node) -> Any:
 
 def _same_as(node: fx.Node) -> fx.Node | None:
     """Return the node that this one always equals, or None."""
-    if g.is_call(node, aten.cat.default) and len(node.args[0]) == 1:  # type: ignore[arg-type]
-        return node.args[0][0]  # type: ignore[index, return-value]
+    if g.is_call(node, aten.cat.default):
+        listed: Any = node.args[0]
+        return listed[0] if len(listed) == 1 else None
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source = node.args[0]
@@ -203,11 +204,10 @@ def _merge_views(node: fx.Node, source: fx.Node) -> fx.Node | None:
             return inner
         node.replace_input_with(source, inner)
     elif node.target is aten.permute.default and source.target is aten.permute.default:
-        first, second = source.args[1], node.args[1]
-        order = [first[d] for d in second]  # type: ignore[index, union-attr]
-        inner = source.args[0]
+        first, second = g.argument(source, "dims"), g.argument(node, "dims")
+        order, inner = [first[d] for d in second], g.operand(source, 0)
         if order == list(range(len(order))):
-            return inner  # type: ignore[return-value]
+            return inner
         node.args = (inner, order)
     elif node.target is aten.permute.default and source.target is aten.unsqueeze.default:
         return _permute_first(node, source)
@@ -281,12 +281,6 @@ def merge_duplicates(graph: fx.Graph) -> bool:
     return changed
 
 
-def eliminate_dead(graph: fx.Graph) -> bool:
-    """Erase calls that nothing uses and that have no effect; tell whether there were any."""
-    changed = False
-    for node in reversed(list(graph.nodes)):
-        if node.users or node.op in ("output", "placeholder") or _has_effect(node):
-            continue
-        graph.erase_node(node)
-        changed = True
-    return changed
+def _stays(node: fx.Node) -> bool:
+    """Tell whether a node is no dead code, even where nothing uses it."""
+    return node.op in ("output", "placeholder") or _has_effect(node)

@@ -96,7 +96,7 @@ class _Extractor:
             return False
         if node.op in ("placeholder", "get_attr"):
             return True
-        return node.target in SHAPED_AS and not self._is_reached(node.args[0])  # type: ignore[arg-type]
+        return node.target in SHAPED_AS and not self._is_reached(g.operand(node, 0))
 
     def _is_reached(self, node: fx.Node) -> bool:
         """Tell whether a tensor is computed from what is given."""

@@ -72,8 +72,8 @@ def _use_linear_alone(node: fx.Node) -> None:
     Each reads a view of its own, so that they are not packed: what einsum does to the results is
     to merge heads into the batch, which pieces of a packed result would have to be copied for.
     """
-    x, weight = node.args
-    if not _is_weight(weight) or g.shape(weight)[0] != 1:  # type: ignore[arg-type]
+    x, weight = g.operand(node, 0), g.operand(node, 1)
+    if not _is_weight(weight) or g.shape(weight)[0] != 1:
         return
     with node.graph.inserting_before(node):
         flat, matrix = (g.emit(node, aten.squeeze.dim, n, 0) for n in (x, weight))
@@ -164,15 +164,15 @@ def pack_linears(graph: fx.Graph) -> None:
         if g.is_call(node, aten.linear.default) and all(_is_weight(n) for n in node.args[1:]):
             groups.setdefault((node.args[0], _bias(node) is not None), []).append(node)
     for (_, biased), linears in groups.items():
-        dtypes = {g.dtype(n.args[1]) for n in linears}  # type: ignore[arg-type]
+        dtypes = {g.dtype(g.operand(n, 1)) for n in linears}
         if len(linears) < 2 or len(dtypes) > 1:
             continue
         widths = [int(g.shape(n)[-1]) for n in linears]
         first = linears[0]
         x = first.args[0]  # what it reads now: an earlier group may have replaced what it read
         for node in linears:
-            for given in node.args[1:]:
-                _move_before(first, given)  # type: ignore[arg-type]
+            for position in range(1, len(node.args)):
+                _move_before(first, g.operand(node, position))
         with graph.inserting_before(first):
             weight = g.emit(first, aten.cat.default, [n.args[1] for n in linears])
             args = [x, weight]
@@ -206,7 +206,7 @@ def free_biases(graph: fx.Graph) -> None:
 
 
 def _bias(node: fx.Node) -> fx.Node | None:
-    return node.args[2] if len(node.args) > 2 else None  # type: ignore[return-value]
+    return g.optional(node, 2)
 
 
 def _is_weight(node: object) -> bool:

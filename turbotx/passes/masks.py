@@ -16,7 +16,7 @@ from torch import fx
 from turbotx import ir
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import NO_WINDOW
-from turbotx.ir.expr import Expr, expr
+from turbotx.ir.expr import ZERO, Expr, expr
 from turbotx.ops.loop_nest import FusionConflict, LoopNest, NeedsAxisSplit
 from turbotx.ops.scalarizer import Scalarizer
 
@@ -29,6 +29,8 @@ COMPARES = ("le", "lt", "ge", "gt")
 class Mask:
     """What a mask says. window counts the keys seen before and after a query's place, -1 for all.
 
+    late: the last query's place is the last key, and not the first one's the first; None where no
+    term has told.
     keys, rest: boolean nodes whose conjunction is the mask's remainder. lengths: for a term of
     keys that says key < n, the node that holds n for each batch row.
     """
@@ -37,24 +39,31 @@ class Mask:
     rest: list[fx.Node] = field(default_factory=list)
     causal: bool = False
     window: tuple[int, int] = NO_WINDOW
+    late: bool | None = None
     lengths: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
 def understand_mask(mask: fx.Node, q: fx.Node, k: fx.Node, said: Mask) -> None:
     """Split a conjunction into its terms and add what each of them says to `said`."""
     if g.is_call(mask, aten.expand.default):
-        understand_mask(mask.args[0], q, k, said)  # type: ignore[arg-type]
+        understand_mask(g.operand(mask, 0), q, k, said)
         return
     if g.is_call(mask, aten.bitwise_and.Tensor, aten.logical_and.default):
-        for part in mask.args:
-            understand_mask(part, q, k, said)  # type: ignore[arg-type]
+        for position in range(2):
+            understand_mask(g.operand(mask, position), q, k, said)
         return
     term = _Term(mask)
     if term.is_true:
         return
     lengths = (g.shape(q)[2], g.shape(k)[2])
     shape = (expr(1),) * (4 - len(g.shape(mask))) + g.shape(mask)
-    band = term.band() if shape[2:] == lengths else None
+    band = None
+    if shape[2:] == lengths:
+        for late in (False, True) if said.late is None else (said.late,):
+            band = band or term.band(lengths[1] - lengths[0] if late else ZERO)
+            if band is not None:
+                said.late = late
+                break
     if shape[1] == 1 and shape[2] == 1 and shape[3] == lengths[1]:
         said.keys.append(mask)
         counted = term.lengths(g.shape(q)[0])
@@ -71,7 +80,8 @@ def _narrow(said: Mask, left: int, right: int) -> None:
     if right == 0:
         said.causal, right = True, -1
     both = zip(said.window, (left, right), strict=True)
-    said.window = tuple(min(a, b) if a >= 0 and b >= 0 else max(a, b) for a, b in both)  # type: ignore[assignment]
+    before, after = (min(a, b) if a >= 0 and b >= 0 else max(a, b) for a, b in both)
+    said.window = (before, after)
     if said.causal:
         said.window = (said.window[0], -1)
 
@@ -98,9 +108,10 @@ class _Term:
         if isinstance(last, ir.Compute) and last.op in COMPARES:
             self.compare = last
 
-    def band(self) -> tuple[int, int] | None:
+    def band(self, shift: Expr) -> tuple[int, int] | None:
         """Return (left, right), -1 for no limit, where the term compares places: k - q <= right,
-        q - k <= left, or |q - k| <= both."""
+        q - k <= left, or |q - k| <= both. Queries stand `shift` keys further on."""
+        self.shift = shift
         if self.compare is None or len(self.index) < 2:
             return None
         low, high = self.compare.args
@@ -127,8 +138,8 @@ class _Term:
         return None
 
     def _distance(self, value: Expr) -> Expr | None:
-        """Return c where value is k - q + c with a whole number c."""
-        rest = (value - self.index[-1] + self.index[-2]).expand()
+        """Return c where value is k - (q + shift) + c with a whole number c."""
+        rest = (value - self.index[-1] + self.index[-2] + self.shift).expand()
         return rest if rest.is_Integer else None
 
     def _place(self, name: str) -> Expr | None:
@@ -139,12 +150,12 @@ class _Term:
         if isinstance(s, ir.Constant) and not isinstance(s.value, bool):
             return expr(int(s.value)) if s.value == int(s.value) else None
         if isinstance(s, ir.Compute) and s.op in ("add", "sub", "neg"):
-            parts = [self._place(a) for a in s.args]
-            if any(p is None for p in parts):
+            parts = [p for a in s.args if (p := self._place(a)) is not None]
+            if len(parts) < len(s.args):
                 return None
             if s.op == "neg":
-                return -parts[0]  # type: ignore[operator]
-            return parts[0] + parts[1] if s.op == "add" else parts[0] - parts[1]  # type: ignore[operator]
+                return -parts[0]
+            return parts[0] + parts[1] if s.op == "add" else parts[0] - parts[1]
         return None
 
     def lengths(self, batch: Expr) -> fx.Node | None:

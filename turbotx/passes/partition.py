@@ -19,6 +19,7 @@ from torch import fx
 from turbotx.capture.eager import OWN
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
+from turbotx.ir.cache_ops import cache_store
 from turbotx.ir.views import SPLITS, is_view, view_source
 from turbotx.ops import OPS, is_computed
 
@@ -27,6 +28,9 @@ GEMMS = frozenset(
     {aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default,
      aten.addmm.default, aten.baddbmm.default}
 )  # fmt: skip
+
+_APART = ("gemm", "attention", "product", "store", "extern")
+"""The kinds of what no region holds."""
 
 
 @dataclass
@@ -53,7 +57,8 @@ class Region:
 
 def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
     """Return "input", "parameter", "prepared", "view", "computed", "gemm", "attention", "product"
-    (one of attention's two), "extern", "piece" (of an extern's result), "size" or "output"."""
+    (one of attention's two), "store" (of rows in a cache), "extern", "piece" (of an extern's
+    result), "size" or "output"."""
     if node.op in ("placeholder", "output", "get_attr"):
         return {"placeholder": "input", "output": "output", "get_attr": "parameter"}[node.op]
     if node in prepared:
@@ -64,6 +69,8 @@ def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
         return "attention"
     if node.target in (attention_scores, attention_values):
         return "product"
+    if node.target is cache_store:
+        return "store"
     if node.target in GEMMS:
         return "gemm"
     value = node.meta.get("val")
@@ -145,7 +152,7 @@ def find_levels(kinds: Mapping[fx.Node, str]) -> dict[fx.Node, int]:
         random = g.is_random(node)
         below = max((level[n] for n in node.all_input_nodes), default=0)
         below = max(below, drawn) if random else below
-        level[node] = below + (kind in ("gemm", "attention", "product", "extern"))
+        level[node] = below + (kind in _APART)
         drawn = level[node] if random else drawn
     return level
 

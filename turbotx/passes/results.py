@@ -73,19 +73,21 @@ def _statistic(like: fx.Node, x: Any, dims: list[int], eps: Any, k: int) -> fx.N
 
 
 def _layer_norm(like: fx.Node, node: fx.Node, k: int) -> fx.Node:
-    x, shape, weight, bias, eps = node.args
+    given: Any = node.args
+    x, shape, weight, bias, eps = given
     if k == 0:
         return g.emit(like, aten.layer_norm.default, x, shape, weight, bias, eps)
-    return _statistic(like, x, [-d - 1 for d in range(len(shape))], eps, k)  # type: ignore[arg-type]
+    return _statistic(like, x, [-d - 1 for d in range(len(shape))], eps, k)
 
 
 def _group_norm(like: fx.Node, node: fx.Node, k: int) -> fx.Node:
-    x, weight, bias, batch, channels, places, groups, eps = node.args
+    given: Any = node.args
+    x, weight, bias, batch, channels, places, groups, eps = given
     if k == 0:
         return g.emit(like, aten.group_norm.default, x, groups, weight, bias, eps)
     within: Any = -1
     if batch == 0 and isinstance(channels, int) and isinstance(places, int):
-        within = channels * places // groups  # type: ignore[operator]
+        within = channels * places // groups
     rows = g.emit(like, aten.view.default, x, [batch, groups, within])
     found = _statistic(like, rows, [2], eps, k)
     return g.emit(like, aten.squeeze.dims, found, [2])
@@ -96,7 +98,7 @@ def _batch_norm(like: fx.Node, node: fx.Node, k: int) -> fx.Node | None:
     if k:
         return None  # empty tensors
     x, weight, bias, mean, variance, _, eps = node.args
-    rank = len(g.shape(x))  # type: ignore[arg-type]
+    rank = len(g.shape(g.operand(node, 0)))
 
     def per_channel(value: Any) -> fx.Node:
         return g.emit(like, aten.view.default, value, [-1] + [1] * (rank - 2))

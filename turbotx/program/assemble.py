@@ -28,6 +28,7 @@ from turbotx.capture.eager import (
 )  # fmt: skip
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import attention_scores
+from turbotx.ir.cache_ops import cache_store, store_rows
 from turbotx.ir.expr import ONE, ZERO, Expr, product
 from turbotx.ir.matmul_kernels import GemmKernel
 from turbotx.ir.strides import contiguous_strides, layout_with_copies, reshape_strides
@@ -42,6 +43,7 @@ from turbotx.passes.extract import extract
 from turbotx.passes.outputs import copied_leaves
 from turbotx.passes.partition import kind_of, op_name
 from turbotx.program.assembly import Assembly, dense
+from turbotx.program.cache_stores import describe_store
 from turbotx.program.copies import lay_out, lay_out_returned, show_by_strides
 
 aten = torch.ops.aten
@@ -121,6 +123,8 @@ class _Assembler:
             self._attention(node)
         elif kind == "product":
             self._product(node)
+        elif kind == "store":
+            self._store(node)
         elif kind == "extern":
             self._extern(node, why_outside(node))
         elif kind == "output":
@@ -129,6 +133,8 @@ class _Assembler:
     # --- tensors and operands ---
 
     def _tensor(self, node: fx.Node, kind: str | None = None) -> str:
+        if node.target is cache_store:
+            return self._tensor(node.args[0])  # type: ignore[arg-type]
         if node.name in self.out.tensors:
             return node.name
         if kind is None:
@@ -147,7 +153,7 @@ class _Assembler:
     def _materialize(self, view: fx.Node) -> None:
         """A view that strides cannot express is copied by ATen, once, and listed."""
         if view.name not in self.out.tensors:
-            source = self._operand(view.args[0])  # type: ignore[arg-type]
+            source = self._operand(g.operand(view, 0))
             name, shape = self._tensor(view), list(g.shape(view))
             self._aten(view, aten.reshape.default, (source, shape), {}, (name,))
             self.out.externs.append((str(view.target), "a view that needs a copy"))
@@ -187,14 +193,13 @@ class _Assembler:
         if not is_packable(node, self.kinds):
             self._fallback(node, out=node.target is not aten.linear.default)
             return
-        end = end or Epilogue(node, node, (node,), node.args[2] if len(node.args) > 2 else None)  # type: ignore[arg-type]
-        x, weight = node.args[0], node.args[1]
-        layout = layout_with_copies(x)  # type: ignore[arg-type]
-        rows = product(g.shape(x)[:-1])  # type: ignore[arg-type]
-        depth = g.shape(x)[-1]  # type: ignore[arg-type]
+        end = end or Epilogue(node, node, (node,), g.optional(node, 2))
+        x, weight = g.operand(node, 0), g.operand(node, 1)
+        layout = layout_with_copies(x)
+        rows, depth = product(g.shape(x)[:-1]), g.shape(x)[-1]
         flat = reshape_strides(layout, (rows, depth))
         assert flat is not None
-        window = self._operand(x)  # type: ignore[arg-type]
+        window = self._operand(x)
         out = self._whole(end.output)
         bias, residual = (None if n is None else self._operand(n) for n in (end.bias, end.residual))
         stride = flat[0] if rows != 1 else depth
@@ -203,8 +208,8 @@ class _Assembler:
         else:
             named = (x, weight, end.bias, end.residual)
             given = list(dict.fromkeys(n for n in named if n is not None))
-            meant = extract([end.output], given, end.name)  # type: ignore[arg-type]
-            reads = [self._operand(n) for n in given]  # type: ignore[arg-type]
+            meant = extract([end.output], given, end.name)
+            reads = [self._operand(n) for n in given]
             call = ir.AtenCall(meant.module, (*reads, *meant.sizes), {}, (out,))
         inplace: tuple[tuple[str, str], ...] = ()
         if residual is not None and residual.tensor != window.tensor:
@@ -212,17 +217,17 @@ class _Assembler:
         source = ", ".join(n.name for n in end.nodes)
         self.out.launches.append(
             ir.GemmLaunch(
-                GemmKernel(end.activation, end.gated), window, self._operand(weight), bias, out,  # type: ignore[arg-type]
+                GemmKernel(end.activation, end.gated), window, self._operand(weight), bias, out,
                 residual, rows, stride, call, **self._place(end.output, end.name, source),
                 inplace=inplace,
             )
         )  # fmt: skip
 
     def _attention(self, node: fx.Node) -> None:
-        *given, keys, bias = node.args
-        shown = None if keys is None else self._rows(keys)  # type: ignore[arg-type]
-        added = None if bias is None else self._operand(bias)  # type: ignore[arg-type]
-        q, k, v = (self._rows(n) for n in given)  # type: ignore[arg-type]
+        keys, bias = g.optional(node, 3), g.optional(node, 4)
+        shown = None if keys is None else self._rows(keys)
+        added = None if bias is None else self._operand(bias)
+        q, k, v = (self._rows(g.operand(node, i)) for i in range(3))
         self._require_equal("q's and k's batch", q.shape[0], k.shape[0])
         self._require_equal("k's and v's batch", k.shape[0], v.shape[0])
         self._require_equal("k's and v's length", k.shape[2], v.shape[2])
@@ -237,7 +242,7 @@ class _Assembler:
 
     def _product(self, node: fx.Node) -> None:
         which = "scores" if node.target is attention_scores else "values"
-        a, b = (self._rows(n) for n in node.args)  # type: ignore[arg-type]
+        a, b = (self._rows(g.operand(node, i)) for i in range(2))
         self._require_equal("the batch of attention's operands", a.shape[0], b.shape[0])
         if which == "values":
             self._require_equal("k's and v's length", a.shape[3], b.shape[2])
@@ -248,10 +253,18 @@ class _Assembler:
             ir.ProductLaunch(kernel, a, b, out, sizes, self._call(node, out), **place)
         )
 
+    def _store(self, node: fx.Node) -> None:
+        """New rows are written behind those that a cache holds of a layer."""
+        held, new = self._operand(node), self._rows(node.args[1])  # type: ignore[arg-type]
+        call = ir.AtenCall(store_rows, self._arguments(node.args), {}, ())
+        sizes, place = describe_store(held, new), self._place(node, "cache_store")
+        self.out.launches.append(ir.StoreLaunch(held, new, sizes, call, **place))
+
     def _call(self, node: fx.Node, out: ir.Operand, has_out: bool = False) -> ir.AtenCall:
         """Return the call of a node itself, by PyTorch."""
+        target: Any = node.target
         args = self._arguments(node.args)
-        return ir.AtenCall(node.target, args, dict(node.kwargs), (out,), has_out)  # type: ignore[arg-type]
+        return ir.AtenCall(target, args, dict(node.kwargs), (out,), has_out)
 
     def _require_equal(self, what: str, a: Expr, b: Expr) -> None:
         """Refuse calls where sizes differ that kernels read as one, unless one of them is 1."""

@@ -7,6 +7,7 @@ In: nothing. Out: tensors by name, launches in order, and what a call returns, f
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,8 @@ from turbotx import ir
 from turbotx.capture.eager import Alias
 from turbotx.ir.expr import ZERO, Expr
 from turbotx.ir.strides import contiguous_strides
+from turbotx.kernels.fusion.epilogue import Epilogue
+from turbotx.kernels.fusion.fuse import FusedRegion
 
 
 @dataclass
@@ -43,6 +46,15 @@ class Assembly:
         """The tensors that the call returns, or views of which it returns."""
         named = {ir.Operand: "tensor", Alias: "root"}
         return [getattr(x, named[type(x)]) for x in self.outputs if type(x) in named]
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """An assembly, the regions that it was made of, and the epilogues by their linears."""
+
+    assembly: Assembly
+    fused: Sequence[FusedRegion]
+    epilogues: Mapping[fx.Node, Epilogue]
 
 
 def dense(tensor: ir.Tensor) -> ir.Operand:

@@ -128,14 +128,15 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class WholeTensor:
-    """A leaf of the output: all of a tensor. Others: `Window`, `View`, `Sizes`, or a constant."""
+    """A leaf of the output that is all of a tensor; other leaves are `Window`s, `ReturnedView`s,
+    `Sizes` or constants."""
 
     name: str
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
-class View:
+class ReturnedView:
     """A leaf of the output that is an input, as the caller gave it, or a parameter, or a view.
 
     steps: the calls to make of it, each (op, arguments after the first, keywords).
@@ -214,7 +215,7 @@ class GpuTables:
 
 
 @dataclass(frozen=True)
-class Share:
+class TokenRange:
     """The calls of one of several programs: those whose largest number of tokens belongs to one of
     some buckets, of all that there are. structure: under which tuning keeps the choice."""
 
@@ -248,8 +249,8 @@ class Executable:
 
     values: the table of sizes. requirements: negative where an index cannot fit, each with its
     words. slots: the place of every tensor in the table of addresses. weights: the parameters and
-    prepared constants that are read as they are. leaves: of the output, in order. share: the calls
-    that it serves, None: all.
+    prepared constants that are read as they are. leaves: of the output, in order. token_range: the
+    calls that it serves, None: all.
     """
 
     dims: tuple[str, ...]
@@ -265,4 +266,4 @@ class Executable:
     memory: MemoryTables
     cpu: CpuTables | None = None
     gpu: GpuTables | None = None
-    share: Share | None = None
+    token_range: TokenRange | None = None

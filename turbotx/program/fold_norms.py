@@ -29,7 +29,8 @@ from turbotx.kernels.fusion.norm_folding import NormFold
 from turbotx.kernels.triton.gemm_template import NARROWEST
 from turbotx.passes.extract import extract
 from turbotx.passes.partition import Region
-from turbotx.program.assemble import Assembly, assemble, dense
+from turbotx.program.assemble import assemble
+from turbotx.program.assembly import Assembled, Assembly, dense
 from turbotx.program.folded_weights import (
     fold_scales,
     fold_shift,
@@ -42,8 +43,8 @@ from turbotx.program.folded_weights import (
 def assemble_folded(
     graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node],
     dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue], folds: Mapping[fx.Node, NormFold],
-) -> tuple[list[FusedRegion], Assembly, dict[fx.Node, Epilogue]]:  # fmt: skip
-    """Return the launches with norms folded, between the regions and the epilogues they are of.
+) -> Assembled:  # fmt: skip
+    """Return the launches with norms folded, with the regions and the epilogues they are of.
 
     folds: by the norms' results.
     """
@@ -54,7 +55,7 @@ def assemble_folded(
     folding = _Folding(assembly, graph, prepared, folds, ends)
     assembly.launches[:] = [folding.fold(x) for x in assembly.launches]
     folding.drop_unread()
-    return regions, assembly, ends
+    return Assembled(assembly, regions, ends)
 
 
 def _split(f: FusedRegion, fold: NormFold | None) -> list[FusedRegion]:

@@ -11,12 +11,11 @@ The list of launches stays one and the same for every shape; a runtime picks whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from sympy import Integer
-from torch import fx
 
 from turbotx import ir
 from turbotx.ir import fx_nodes as g
@@ -26,15 +25,14 @@ from turbotx.kernels.fusion.epilogue import Epilogue
 from turbotx.kernels.fusion.fuse import FusedRegion
 from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.kernels.gemm_heuristics import SPLIT_SUMS_NBYTES
-from turbotx.program.assemble import Assembly, dense
+from turbotx.program.assembly import Assembled, Assembly, dense
 
 
-def add_alternatives(
-    assembly: Assembly, fused: Sequence[FusedRegion], epilogues: Mapping[fx.Node, Epilogue]
-) -> None:
-    """Complete the GEMM launches of an assembly, which was made with the same regions."""
-    ends = {e.output.name: e for e in epilogues.values()}
-    regions = {f.region.outputs[-1].name: f for f in fused}
+def add_alternatives(assembled: Assembled) -> None:
+    """Complete the GEMM launches of an assembly by the regions that it was made of."""
+    assembly = assembled.assembly
+    ends = {e.output.name: e for e in assembled.epilogues.values()}
+    regions = {f.region.outputs[-1].name: f for f in assembled.fused}
     for i, launch in enumerate(assembly.launches):
         if not isinstance(launch, ir.GemmLaunch):
             continue
@@ -82,8 +80,9 @@ class _Parts:
 
     def _gemm(self, sums: ir.Operand) -> ir.GemmLaunch:
         given, linear = self.launch, self.end.linear
+        target: Any = linear.target
         own = given.bias if len(linear.args) > 2 else None  # or the kernel adds it
-        call = ir.AtenCall(linear.target, (given.x, given.weight, own), {}, (sums,), has_out=True)  # type: ignore[arg-type]
+        call = ir.AtenCall(target, (given.x, given.weight, own), {}, (sums,), has_out=True)
         return ir.GemmLaunch(
             GemmKernel(), given.x, given.weight, own, sums, None, given.rows, given.x_stride, call,
             name=f"{given.name}.linear", source=linear.name, module=given.module,

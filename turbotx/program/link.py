@@ -32,8 +32,9 @@ from turbotx.program.executable import (
     MemoryTables,
     OutputTensor,
     PytorchCall,
-    Share,
-    View,
+    ReturnedView,
+    TokenRange,
+    WeightWindow,
     WholeTensor,
     Window,
 )
@@ -41,7 +42,7 @@ from turbotx.program.meaning import meaning_of
 
 
 @dataclass
-class Layout:
+class LaunchLayout:
     """What a runtime lays out for its device.
 
     slots: the place of every tensor in the table of addresses. values: that of expressions in the
@@ -53,7 +54,7 @@ class Layout:
     launches: dict[int, LinkedLaunch] = field(default_factory=dict)
     cpu: CpuTables | None = None
     gpu: GpuTables | None = None
-    share: Share | None = None
+    token_range: TokenRange | None = None
 
     def value(self, e: Expr) -> int:
         """Return the place of an expression in the table of sizes."""
@@ -64,7 +65,7 @@ class Layout:
         return list(self.values)[place]
 
 
-def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: Layout) -> Executable:
+def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: LaunchLayout) -> Executable:
     """Return the executable of an assembly; launches that are not laid out become PyTorch's."""
     tensors, names = assembly.tensors.values(), tuple(dims)
     requirements = dict.fromkeys(assembly.requirements)
@@ -91,7 +92,7 @@ def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: Layout) 
         ),
         leaves=tuple(_leaf(leaf, assembly) for leaf in assembly.outputs),
         memory=_plan_memory(assembly, names, planner),
-        cpu=layout.cpu, gpu=layout.gpu, share=layout.share,
+        cpu=layout.cpu, gpu=layout.gpu, token_range=layout.token_range,
     )  # fmt: skip
 
 
@@ -123,6 +124,12 @@ def plain_window(operand: ir.Operand) -> Window:
     return Window(operand.tensor, operand.dtype, shape, strides, offset)
 
 
+def weight_window(weight: ir.Operand) -> WeightWindow:
+    """Return a part of a weight, which is the same at all sizes, as plain data."""
+    shape, strides = (tuple(map(int, x)) for x in (weight.shape, weight.strides))
+    return WeightWindow(weight.tensor, shape, strides, int(weight.offset))
+
+
 def _plain_call(call: ir.AtenCall) -> PytorchCall:
     writes = tuple(None if w is None else plain_window(w) for w in call.writes)
     args, kwargs = _plain(call.args), _plain(call.kwargs)
@@ -148,7 +155,7 @@ def _leaf(leaf: Any, assembly: Assembly) -> Any:
         if dense and leaf.shape == assembly.tensors[leaf.tensor].shape:
             return WholeTensor(leaf.tensor, leaf.dtype)
     if isinstance(leaf, Alias):
-        return View(
+        return ReturnedView(
             leaf.root, tuple((op, _plain(args), _plain(named)) for op, args, named in leaf.steps)
         )
     return _plain(leaf) if isinstance(leaf, (ir.Operand, sympy.Basic)) else leaf

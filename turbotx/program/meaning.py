@@ -16,9 +16,10 @@ def meaning_of(launch: ir.Launch) -> ir.AtenCall:
     """Return the call that writes what a launch writes from what it reads."""
     if isinstance(launch, ir.KernelLaunch):
         return _meaning_of_kernel(launch)
-    assert isinstance(
-        launch, (ir.GemmLaunch, ir.AttentionLaunch, ir.ProductLaunch, ir.AtenLaunch)
-    ), launch
+    with_call = (
+        ir.GemmLaunch, ir.AttentionLaunch, ir.ProductLaunch, ir.StoreLaunch, ir.AtenLaunch
+    )  # fmt: skip
+    assert isinstance(launch, with_call), launch
     return launch.call
 
 

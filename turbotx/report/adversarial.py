@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from turbotx import ir
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.report.numerics import Error, LaunchErrors
 from turbotx.report.replay import make_reader, make_viewer
 from turbotx.runtime.state import RunState

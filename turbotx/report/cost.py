@@ -8,6 +8,7 @@ kernel does; a gather counts what it picks, at most the whole table. For a bias 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
@@ -111,5 +112,5 @@ def _flops(launch: ir.Launch) -> Expr:
     return ZERO
 
 
-def _total(values: object) -> Expr:
-    return sympy.expand(sum(values, ZERO))  # type: ignore[call-overload]
+def _total(values: Iterable[Expr]) -> Expr:
+    return sympy.expand(sum(values, ZERO))

@@ -18,8 +18,8 @@ from typing import Any
 from turbotx.capture.arguments import tensors_of
 from turbotx.capture.sandbox.leaks import find_leaks
 from turbotx.capture.trace import Captured
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
-from turbotx.engine.pipeline import Compiled
 from turbotx.errors import VerifyError
 from turbotx.report.origin import observe
 from turbotx.report.report import Report

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from turbotx import ir
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import NO_WINDOW
 from turbotx.ir.expr import Expr, evaluate
@@ -41,6 +41,7 @@ from turbotx.runtime.cpu.launch_table import (
     kernel_key,
     print_units,
 )
+from turbotx.runtime.cpu.runtime import CpuCode
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,21 @@ class View:
     def function_of(self, launch: ir.Launch) -> str:
         key = kernel_key(launch)
         return "" if key is None else self.functions[key]
+
+    @cached_property
+    def templates(self) -> dict[str, str]:
+        """On a GPU, the generated kernel of each GEMM launch that has one at these dims."""
+        code = self.compiled.specialization.code
+        if isinstance(code, CpuCode):
+            return {}
+        found = code.at(list(self.dims.values()))
+        return {x.launch.name: x.job.name for x in found if isinstance(x.launch, ir.GemmLaunch)}
+
+    def through(self, gemm: ir.Launch) -> str:
+        """Return what runs a GEMM launch."""
+        if isinstance(self.compiled.specialization.code, CpuCode):
+            return "packed weight"
+        return self.templates.get(gemm.name, "the library")
 
     def cost_of(self, launch: ir.Launch) -> entries.Traffic:
         cost: Cost = launch_cost(launch)
@@ -148,6 +164,7 @@ def show_attention(kernel: AttentionKernel) -> str:
     """Return an attention launch as text: what the graph fixes about it."""
     masks = [] if kernel.keys == "all" else ["key mask" if kernel.keys == "mask" else "lengths"]
     masks += [f"{kernel.bias} bias"] if kernel.bias != "none" else []
+    masks += ["queries at the last keys"] if kernel.late else []
     masks += ["causal"] if kernel.causal else []
     masks += [f"window {kernel.window}"] if kernel.window != NO_WINDOW else []
     kind = SHORT[kernel.dtype]
@@ -230,7 +247,7 @@ def describe_gemms(view: View) -> list[entries.Gemm]:
                     show_expr(m),
                     names,
                     len(names) > 1,
-                    "packed weight",
+                    view.through(x),
                 )
             )
         elif isinstance(x, ir.AtenLaunch) and x.call.target in GEMMS:
@@ -276,7 +293,7 @@ def describe_externs(view: View) -> list[entries.Extern]:
 def describe_plan(view: View, planner: str, pytorch: entries.Held) -> entries.Memory:
     """The memory plan at the view's shape beside what PyTorch would hold."""
     program = view.compiled.program
-    plan = program.plan([view.dims[name] for name in program.dims])
+    plan = program.plan(list(view.dims.values()))
     tensors = view.compiled.assembly.tensors
     sharing: dict[str, list[str]] = {}
     for name, root in program.liveness.root_of.items():

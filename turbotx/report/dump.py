@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import fx
+
 from turbotx.engine.fused_graph import readable
 from turbotx.errors import DumpError
 from turbotx.memory.planner.svg import plan_to_svg
@@ -76,7 +78,7 @@ def stage_text(report: Record, stage: str) -> str:
 
 
 def _texts(report: Record) -> Iterator[tuple[str, str]]:
-    yield "captured.txt", readable_text(report.compiled.captured_text)
+    yield "captured.txt", readable_text(report.compiled.unbound.call.text)
     yield "fused.txt", fused_text(report)
     yield "fused.dot", draw_dot(report)
     yield "fused.svg", draw_svg(report)
@@ -104,7 +106,8 @@ def fused_text(report: Record) -> str:
             continue
         seen.add((*region.ops, *region.kernels))
         inner = report.graph.get_submodule(region.name)
-        parts.append(f"\n{region.name}: {readable(inner.graph)}")  # type: ignore[arg-type]
+        assert isinstance(inner, fx.GraphModule)
+        parts.append(f"\n{region.name}: {readable(inner.graph)}")
         parts += [f"\nbecame {signatures[k]}" for k in region.kernels if k in signatures]
         if region.reason:
             parts.append(f"\nbecause {region.reason}")

@@ -94,7 +94,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Gemm:
-    """(m, k) x (k, n); weights: the parameters behind its weight, several where they are packed."""
+    """(m, k) x (k, n); weights: the parameters behind its weight, several where they are packed.
+
+    through: "packed weight" on a CPU; on a GPU the generated kernel, or "the library"; the op where
+    PyTorch runs it.
+    """
 
     name: str
     module: str

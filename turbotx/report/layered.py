@@ -91,11 +91,12 @@ def _make_rows(
     linked: set[tuple[Slot, Slot]] = set()
     lanes: set[Slot] = set()
     for a, b in arrows:
-        path: list[Slot] = [a, *((a, r) for r in range(rank[a] + 1, rank[b])), b]
-        for slot in path[1:-1]:
+        between = [(a, row) for row in range(rank[a] + 1, rank[b])]
+        path: list[Slot] = [a, *between, b]
+        for slot in between:
             if slot not in lanes:
                 lanes.add(slot)
-                ranks.rows[slot[1]].append(slot)  # type: ignore[index]
+                ranks.rows[slot[1]].append(slot)
         for upper, lower in itertools.pairwise(path):
             if (upper, lower) not in linked:
                 linked.add((upper, lower))

@@ -20,8 +20,8 @@ from torch import fx
 
 from turbotx import ir
 from turbotx.capture.arguments import tensors_of
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
-from turbotx.engine.pipeline import Compiled
 from turbotx.ir.expr import compile_evaluator
 from turbotx.ir.fx_nodes import draws
 from turbotx.program.meaning import meaning_of

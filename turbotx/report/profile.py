@@ -20,7 +20,7 @@ import torch
 from turbotx.capture.ambient import read_decisive
 from turbotx.capture.arguments import tensors_of
 from turbotx.capture.call_key import describe_call
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.report.entries import Launch
 
 WARM_UP = 3

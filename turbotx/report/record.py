@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from torch import fx
 
 from turbotx import ir
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.fused_graph import make_fused_graph
-from turbotx.engine.pipeline import Compiled
 from turbotx.errors import InputError
 from turbotx.report import entries
 from turbotx.report.cost import eager_nbytes
@@ -53,6 +53,11 @@ class Record:
     def name(self) -> str:
         """The model's class."""
         return self.compiled.captured.name
+
+    @property
+    def target(self) -> str:
+        """What the call is compiled for: "cpu" or a GPU, as "sm_90"."""
+        return self.compiled.unbound.target
 
     @cached_property
     def graph(self) -> fx.GraphModule:

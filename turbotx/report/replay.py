@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from turbotx import ir
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.program.link import plain_window
 from turbotx.runtime.aten import make_window
 from turbotx.runtime.state import RunState

@@ -114,14 +114,21 @@ def explain(model: Any, /, *args: Any, **kwargs: Any) -> Report:
     it is optimized. Nothing is run, the inputs are only looked at. Raises InputError without a
     tensor among the inputs, and what `turbotx.optimize` raises.
     """
+    return explain_call(engine_of(model), args, kwargs)
+
+
+def explain_call(
+    engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: str | None = None
+) -> Report:
+    """Return the same of the call of an engine's model, as it is compiled for a target: "cpu" or a
+    GPU that need not be here, as "sm_90"; None: where the inputs lie."""
     tensors = tensors_of(args, kwargs)
     if not tensors:
         raise InputError("explain needs example inputs, as in explain(model, input_ids=ids)")
-    engine = engine_of(model)
     engine.refuse_training()
     captured = engine.capture(args, kwargs)
     origin = observe(captured)
-    compiled = engine.compile(captured)
+    compiled = engine.compile(captured, target)
     sizes = captured.matcher.match([t.shape for t in tensors])
     dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
     return Report(compiled.at(tuple(dims.values())), origin, dims, engine.options.planner)

@@ -34,6 +34,8 @@ def _headline(report: Record) -> Text:
     captured = sum(n.kind == "call_function" for n in report.origin.nodes)
     shown = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     text = Text(f"{report.name} at {show_shape(report.dims)}", style="bold")
+    if report.target != "cpu":
+        text.append(f" for {report.target}")
     text.append(f"\n{captured} captured ops became {len(report.launches)} launches ({shown})")
     return text
 

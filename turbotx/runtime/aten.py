@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from turbotx.errors import IndexOutOfRangeError, VerifyError
 from turbotx.ir.sizes import Sizes
-from turbotx.program.executable import PytorchCall, View, WholeTensor, Window
-from turbotx.runtime.aten_call import call_into
+from turbotx.program.executable import PytorchCall, ReturnedView, WholeTensor, Window
 from turbotx.runtime.state import Maker, RunState, Step
 
 
@@ -35,11 +35,45 @@ def make_step(call: PytorchCall, dims: Sequence[str]) -> Step:
     return step
 
 
+def call_into(
+    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
+    windows: Sequence[torch.Tensor | None], has_out: bool,
+) -> None:  # fmt: skip
+    """Run `target`; its results end in `windows`, one each, None for those nobody reads.
+
+    has_out: the op's `out` overload writes the first window itself. Raises VerifyError for a result
+    of another dtype or shape than its window, which is what the graph says, and
+    IndexOutOfRangeError for an index that PyTorch refuses.
+    """
+    if has_out:
+        window = windows[0]
+        assert window is not None
+        place, shape = window.data_ptr(), window.shape
+        target.overloadpacket.out(*args, **kwargs, out=window)
+        if window.data_ptr() != place or window.shape != shape:
+            raise VerifyError(f"{target} gives {tuple(window.shape)}, and the graph {tuple(shape)}")
+        return
+    try:
+        made = target(*args, **kwargs)
+    except IndexError as error:
+        raise IndexOutOfRangeError(f"{target}: {error}") from error
+    made = (made,) if isinstance(made, torch.Tensor) else made
+    for window, value in zip(windows, made, strict=True):
+        if window is None:
+            continue
+        if value.dtype != window.dtype or value.shape != window.shape:
+            raise VerifyError(
+                f"{target} gives {value.dtype} {tuple(value.shape)}, and the graph says "
+                f"{window.dtype} {tuple(window.shape)}"
+            )
+        window.copy_(value)
+
+
 def make_leaf(leaf: Any, dims: Sequence[str]) -> Maker:
     """Return a function that makes one leaf of the output: a tensor, a view of one, or a value."""
     if isinstance(leaf, WholeTensor):
         return lambda state: state.whole(leaf.name, leaf.dtype)
-    if isinstance(leaf, View):
+    if isinstance(leaf, ReturnedView):
         return _make_view(leaf, dims)
     if isinstance(leaf, (Window, Sizes)):
         return _make(leaf, dims)
@@ -62,7 +96,7 @@ def make_window(window: Window, dims: Sequence[str]) -> Callable[[RunState], tor
     return look
 
 
-def _make_view(leaf: View, dims: Sequence[str]) -> Callable[[RunState], torch.Tensor]:
+def _make_view(leaf: ReturnedView, dims: Sequence[str]) -> Callable[[RunState], torch.Tensor]:
     steps = [(op, _make(args, dims), _make(kwargs, dims)) for op, args, kwargs in leaf.steps]
 
     def look(state: RunState) -> torch.Tensor:

@@ -42,7 +42,7 @@ class Execution:
     def __init__(self, count: int) -> None:
         self.table = (ctypes.c_int64 * count)()
         self.numbers = np.ctypeslib.as_array(self.table)
-        self.binding: Binding | None = None
+        self.offsets: Any = None  # of the binding that the table is set for
         self.base = 0
         self.weights_version = -1
         self.kept: Any = None

@@ -11,9 +11,11 @@ saved ones run through this::
 from __future__ import annotations
 
 import ctypes
+import operator
 import threading
 from collections import ChainMap, OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,13 +29,16 @@ from turbotx.memory.liveness import Liveness
 from turbotx.memory.planner import restore_planner
 from turbotx.memory.planner.plan import Plan, align
 from turbotx.memory.pool import ChunkPool, poison, poison_enabled
-from turbotx.program.executable import Executable, Share
+from turbotx.program.executable import Executable, TokenRange
 from turbotx.runtime.aten import make_leaf
 from turbotx.runtime.binding import Binding, Execution, Runtime
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.inplace_watch import InplaceWatch, Place, Reuse
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
+
+STEPS = 64
+"""What sizes that grow with every call are rounded up to, for a plan that serves so many calls."""
 
 
 class _Poisoner:
@@ -85,6 +90,7 @@ class Program:
         self._is_ordered = any(order is not None for order in self._orders)
         self._max_shapes = max_shapes
         self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
+        self._blocks: dict[tuple[int, ...], tuple[Binding, Sequence[int]]] = {}
         self._executions: dict[int, Execution] = {}
         self._lock = threading.Lock()
 
@@ -94,13 +100,13 @@ class Program:
         return self.executable.memory.liveness
 
     @property
-    def share(self) -> Share | None:
+    def token_range(self) -> TokenRange | None:
         """Which calls it serves; None: all of them."""
-        return self.executable.share
+        return self.executable.token_range
 
     def serves(self, dims: Sequence[int]) -> bool:
         """Tell whether it, and not another program of the same call, is to run at these dims."""
-        return self.share is None or self.share.holds(dims)
+        return self.token_range is None or self.token_range.holds(dims)
 
     # --- binding ---
 
@@ -117,6 +123,30 @@ class Program:
                 self._bindings.popitem(last=False)
             return binding
 
+    def bind_step(self, dims: tuple[int, ...], stepping: Sequence[int]) -> Binding:
+        """Return the call at one shape, planned once for all shapes that come to the same where
+        the `stepping` dims, by place, are rounded up to a multiple of STEPS.
+
+        Raises IndexOutOfRangeError as `bind` does.
+        """
+        above = list(dims)
+        for k in stepping:
+            above[k] = -(-above[k] // STEPS) * STEPS
+        block = tuple(above)
+        with self._lock:
+            found = self._blocks.get(block)
+            if found is None:
+                found = self._plan_shape(block), self._class_nbytes(*block)
+                self._blocks[block] = found
+                if len(self._blocks) > self._max_shapes:
+                    self._blocks.pop(next(iter(self._blocks)))
+        planned, most = found
+        if any(map(operator.gt, self._class_nbytes(*dims), most)):
+            return self.bind(dims)  # a size that shrinks as others grow
+        self._require(dims)
+        sizes, outputs = self._sizes_of(dims), self._shapes_of(dims)
+        return replace(planned, dims=dims, sizes=sizes, outputs=outputs)
+
     def _require(self, dims: tuple[int, ...]) -> None:
         rest = self._requirements(*dims)
         for value, text in zip(rest, self.executable.requirement_texts, strict=True):
@@ -127,12 +157,17 @@ class Program:
     def _plan_shape(self, dims: tuple[int, ...]) -> Binding:
         offsets, footprint = self.planner.offsets(self._class_nbytes(*dims))
         self.plans += 1
-        values = self._values(*dims)
-        sizes = (ctypes.c_int64 * max(1, len(values)))(*values)
         array = np.array(offsets, dtype=np.int64)[self._root_places]
         offset_of = dict(zip(self.liveness.root_of, array.tolist(), strict=True))
-        outputs = tuple((slot, shape(*dims), t.dtype) for t, slot, shape in self._outputs)
+        sizes, outputs = self._sizes_of(dims), self._shapes_of(dims)
         return Binding(dims, sizes, array, offset_of, align(max(footprint, 1)), outputs)
+
+    def _sizes_of(self, dims: tuple[int, ...]) -> Any:
+        values = self._values(*dims)
+        return (ctypes.c_int64 * max(1, len(values)))(*values)
+
+    def _shapes_of(self, dims: tuple[int, ...]) -> tuple[tuple[int, Any, torch.dtype], ...]:
+        return tuple((slot, shape(*dims), t.dtype) for t, slot, shape in self._outputs)
 
     def plan(self, dims: Sequence[int]) -> Plan:
         """Return the full memory plan at these dims, for reports."""
@@ -265,9 +300,9 @@ class Program:
     def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
         """Set an address table for this memory, this shape and these weights."""
         base = arena.data_ptr
-        if execution.binding is not binding or execution.base != base:
+        if execution.offsets is not binding.offsets or execution.base != base:
             execution.numbers[self._planned_slots] = binding.offsets + base
-            execution.binding, execution.base = binding, base
+            execution.offsets, execution.base = binding.offsets, base
         if execution.weights_version != self.runtime.weights.version:
             filled = self.runtime.fill_weights(execution.table)
             execution.weights_version, execution.kept = filled

@@ -13,32 +13,20 @@ from __future__ import annotations
 import ctypes
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from turbotx.errors import ModelChangedError
+from turbotx.program.executable import WeightWindow
 from turbotx.runtime.tensor_watch import Watch, make_watch
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class Window(Protocol):
-    """A part of a weight, by sizes that are numbers."""
-
-    @property
-    def tensor(self) -> str: ...
-    @property
-    def shape(self) -> Sequence[Any]: ...
-    @property
-    def strides(self) -> Sequence[Any]: ...
-    @property
-    def offset(self) -> Any: ...
 
 
 class PackedWeight:
@@ -135,7 +123,9 @@ class Weights:
     def owned(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Give every parameter, buffer and constant as it is now, by its path."""
         for path, (owner, leaf) in zip(self.paths.values(), self._slots.values(), strict=True):
-            yield path, owner[leaf]  # type: ignore[misc]
+            tensor = owner[leaf]
+            assert tensor is not None, f"{path} is gone"
+            yield path, tensor
 
     def misfit(self) -> str:
         """Return which parameter is not what the program was compiled for, and why; "" if none."""
@@ -219,12 +209,10 @@ class Weights:
         """Tell whether `refresh` would derive anything again."""
         return self._watched is None or self._have_changed(*self._watched)
 
-    def window(self, operand: Window) -> torch.Tensor:
-        """Return an operand on a parameter or prepared constant as a tensor."""
-        base = self.tensors[operand.tensor]
-        shape = [int(e) for e in operand.shape]
-        strides = [int(s) for s in operand.strides]
-        return base.as_strided(shape, strides, base.storage_offset() + int(operand.offset))
+    def window(self, part: WeightWindow) -> torch.Tensor:
+        """Return a part of a parameter or prepared constant as a tensor."""
+        base = self.tensors[part.tensor]
+        return base.as_strided(part.shape, part.strides, base.storage_offset() + part.offset)
 
 
 def _compute(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -232,5 +220,6 @@ def _compute(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor
     if node.name in tensors:
         return tensors[node.name]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _compute(n, tensors))
-    made: Any = node.target(*args, **kwargs)  # type: ignore[operator]
+    target: Any = node.target
+    made: Any = target(*args, **kwargs)
     return made.contiguous() if isinstance(made, torch.Tensor) else made  # a split is a list

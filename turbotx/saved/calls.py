@@ -1,19 +1,18 @@
-"""Calls: ATen calls as JSON: what a launch runs in PyTorch, and how constants are prepared.
+"""Calls: the functions that a saved program may call, by name.
 
-In: an op or a graph of ops. Out: names and arguments, and the same calls again as an fx graph; ops
-are looked up in PyTorch by name, and nothing else is::
+In: an op of PyTorch, or one of the few functions of turbotx that stand in graphs. Out: its name,
+and the function again; ops are looked up in PyTorch by name, and nothing else is::
 
-    {"target": "aten.cat.default", "args": [[{"node": "a"}, {"node": "b"}], 0], "kwargs": {}}
+    encode_target(torch.ops.aten.cat.default)  ->  "aten.cat.default"
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
 
 from turbotx.errors import SavedFileError, SaveError
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
@@ -24,7 +23,6 @@ from turbotx.program.folded_weights import (
     fold_weight,
     join_affine,
 )
-from turbotx.saved.values import decode_constant, encode_constant
 
 # The functions that stand in graphs and are none of PyTorch's ops.
 OWN: dict[str, Callable[..., Any]] = {
@@ -58,81 +56,3 @@ def decode_target(name: str) -> Callable[..., Any]:
     if not isinstance(found, torch._ops.OpOverload):
         raise SavedFileError(f"{name} is no op of PyTorch")
     return found
-
-
-def encode_arguments(value: Any, special: Callable[[Any], Any]) -> Any:
-    """Return arguments as JSON; `special` gives what is no constant as a dict, or None."""
-    found = special(value)
-    if found is not None:
-        return found
-    if isinstance(value, (list, tuple)):
-        return [encode_arguments(v, special) for v in value]
-    if isinstance(value, Mapping):
-        return {"map": {k: encode_arguments(v, special) for k, v in value.items()}}
-    return encode_constant(value)
-
-
-def decode_arguments(value: Any, special: Mapping[str, Callable[[Any], Any]]) -> Any:
-    """Return arguments from JSON; `special` reads the dicts that are no constants, by their key."""
-    if isinstance(value, list):
-        return [decode_arguments(v, special) for v in value]
-    if isinstance(value, dict):
-        ((kind, inner),) = value.items()
-        if kind == "map":
-            return {k: decode_arguments(v, special) for k, v in inner.items()}
-        if kind in special:
-            return special[kind](inner)
-    return decode_constant(value)
-
-
-def encode_nodes(nodes: Iterable[fx.Node]) -> list[dict[str, Any]]:
-    """Return calls and everything they need, each before its first reader."""
-    done: dict[fx.Node, dict[str, Any]] = {}
-
-    def reference(value: Any) -> Any:
-        return {"node": value.name} if isinstance(value, fx.Node) else None
-
-    def visit(node: fx.Node) -> None:
-        if node in done:
-            return
-        for source in node.all_input_nodes:
-            visit(source)
-        entry: dict[str, Any] = {"name": node.name}
-        if node.op == "call_function":
-            entry["target"] = encode_target(node.target)
-            entry["args"] = encode_arguments(list(node.args), reference)
-            entry["kwargs"] = encode_arguments(dict(node.kwargs), reference)
-        elif node.op not in ("get_attr", "placeholder"):
-            raise SaveError(f"{node.format_node()} cannot be saved")
-        done[node] = entry
-
-    for node in nodes:
-        visit(node)
-    # Folded norms' constants have copies of the parameters' own calls.
-    unique: dict[str, dict[str, Any]] = {}
-    for entry in done.values():
-        if unique.setdefault(entry["name"], entry) != entry:
-            raise SaveError(f"two constants are called {entry['name']}; please report it")
-    return list(unique.values())
-
-
-def decode_nodes(entries: Iterable[Mapping[str, Any]], place: torch.device) -> dict[str, fx.Node]:
-    """Return the calls as nodes of one fx graph, by name; what they are given as placeholders.
-
-    place: where they run now, whatever device they name.
-    """
-    graph = fx.Graph()
-    made: dict[str, fx.Node] = {}
-    special: dict[str, Callable[[Any], Any]] = {
-        "node": lambda name: made[name], "device": lambda name: place,
-    }  # fmt: skip
-    for entry in entries:
-        name = entry["name"]
-        if "target" in entry:
-            args = tuple(decode_arguments(entry["args"], special))
-            kwargs = decode_arguments(entry["kwargs"], special)
-            target = decode_target(entry["target"])
-            made[name] = graph.create_node("call_function", target, args, kwargs, name=name)
-        else:
-            made[name] = graph.create_node("placeholder", name, name=name)
-    return made

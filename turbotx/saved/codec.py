@@ -9,8 +9,9 @@ the same values again; sizes are refused that are no arithmetic, ops that PyTorc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,16 +26,17 @@ from turbotx.memory.planner.orientation import Orientation
 from turbotx.memory.planner.plan import Lifetime
 from turbotx.program import executable as x
 from turbotx.runtime.weights import Kind
-from turbotx.saved.calls import decode_nodes, decode_target, encode_nodes, encode_target
+from turbotx.saved.calls import decode_target, encode_target
 from turbotx.saved.values import check_texts, decode_constant, encode_constant
 
 KNOWN: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         x.Window, x.PytorchCall, x.LibraryGemm, x.NativeLaunch, x.QueuedLaunch, x.CalledLaunch,
-        x.InputTensor, x.OutputTensor, x.WholeTensor, x.View, x.MemoryTables, x.WeightWindow,
-        x.Packing, x.CpuTables, x.ArgumentLayout, x.GpuTables, x.Share, x.Executable,
-        Liveness, Lifetime, Orientation, SizeRules, InputSize, SizeGuard, FloatInput, Kind,
+        x.InputTensor, x.OutputTensor, x.WholeTensor, x.ReturnedView, x.MemoryTables,
+        x.WeightWindow, x.Packing, x.CpuTables, x.ArgumentLayout, x.GpuTables, x.TokenRange,
+        x.Executable, Liveness, Lifetime, Orientation, SizeRules, InputSize, SizeGuard, FloatInput,
+        Kind,
     )
 }  # fmt: skip
 
@@ -54,16 +56,22 @@ def encode(value: Any) -> Any:
         if not all(isinstance(k, str) for k in value):
             raise SaveError(f"a dict cannot be saved whose keys are not strings: {value!r}")
         return {"map": {k: encode(v) for k, v in value.items()}}
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
     if isinstance(value, fx.GraphModule):
         return {"graph": _encode_module(value)}
     return {"op": encode_target(value)} if callable(value) else encode_constant(value)
 
 
 class Decoder:
-    """place: where calls run, whatever device they name. dims: the names that sizes may have."""
+    """place: where calls run, whatever device they name. dims: the names that sizes may have.
+    nodes: those that calls may be given."""
 
-    def __init__(self, place: torch.device, dims: Sequence[str]) -> None:
-        self._place, self._dims = place, tuple(dims)
+    def __init__(
+        self, place: torch.device, dims: Sequence[str] = (),
+        nodes: Mapping[str, fx.Node] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        self._place, self._dims, self._nodes = place, tuple(dims), nodes
 
     def decode(self, value: Any) -> Any:
         """Return what `encode` was given, with tuples for all lists; raise SavedFileError for sizes
@@ -88,6 +96,8 @@ class Decoder:
             return frozenset(map(self.decode, inner))
         if kind == "op":
             return decode_target(inner)
+        if kind == "node":
+            return self._nodes[inner]
         if kind == "graph":
             return _decode_module(inner, self._place)
         return self._place if kind == "device" else decode_constant(value)
@@ -102,6 +112,54 @@ def decode_program(
         raise SavedFileError(f"the file holds dims that are no names: {dims}")
     decode = Decoder(place, dims).decode
     return decode(described["executable"]), decode(described["sizes"]), decode(described["floats"])
+
+
+# --- graphs of calls ---
+
+
+def encode_nodes(nodes: Iterable[fx.Node]) -> list[dict[str, Any]]:
+    """Return calls and everything they need, each before its first reader."""
+    done: dict[fx.Node, dict[str, Any]] = {}
+
+    def visit(node: fx.Node) -> None:
+        if node in done:
+            return
+        for source in node.all_input_nodes:
+            visit(source)
+        entry: dict[str, Any] = {"name": node.name}
+        if node.op == "call_function":
+            entry["target"] = encode_target(node.target)
+            entry["args"], entry["kwargs"] = encode(node.args), encode(node.kwargs)
+        elif node.op not in ("get_attr", "placeholder"):
+            raise SaveError(f"{node.format_node()} cannot be saved")
+        done[node] = entry
+
+    for node in nodes:
+        visit(node)
+    # Folded norms' constants have copies of the parameters' own calls.
+    unique: dict[str, dict[str, Any]] = {}
+    for entry in done.values():
+        if unique.setdefault(entry["name"], entry) != entry:
+            raise SaveError(f"two constants are called {entry['name']}; please report it")
+    return list(unique.values())
+
+
+def decode_nodes(entries: Iterable[Mapping[str, Any]], place: torch.device) -> dict[str, fx.Node]:
+    """Return the calls as nodes of one fx graph, by name; what they are given as placeholders.
+
+    place: where they run now, whatever device they name.
+    """
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+    decode = Decoder(place, nodes=made).decode
+    for entry in entries:
+        name = entry["name"]
+        if "target" in entry:
+            target, args = decode_target(entry["target"]), decode(entry["args"])
+            made[name] = graph.call_function(target, args, decode(entry["kwargs"]), name=name)
+        else:
+            made[name] = graph.placeholder(name)
+    return made
 
 
 def _encode_module(module: fx.GraphModule) -> dict[str, Any]:

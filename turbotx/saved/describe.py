@@ -15,12 +15,11 @@ from typing import Any
 
 import torch.utils._pytree as pytree
 
-from turbotx.engine.pipeline import Compiled
+from turbotx.engine.compiled import Compiled
 from turbotx.errors import SaveError
-from turbotx.runtime.cuda.runtime import CudaRuntime
+from turbotx.runtime.cuda.runtime import LaunchKernels
 from turbotx.runtime.weights import Weights
-from turbotx.saved.calls import encode_nodes
-from turbotx.saved.codec import encode
+from turbotx.saved.codec import encode, encode_nodes
 from turbotx.saved.values import Leaf, encode_ambient, encode_tree
 from turbotx.saved.variants import Tabulator, Variants, check_table
 
@@ -52,14 +51,13 @@ def describe_call(compiled: Compiled) -> dict[str, Any]:
 
 def describe_families(compiled: Compiled, variants: Variants) -> list[dict[str, Any]]:
     """Return the kernels of a call for a GPU as tables; they are added to `variants`."""
-    runtime, dims = compiled.program.runtime, compiled.program.dims
-    assert isinstance(runtime, CudaRuntime)
-    families = list({id(f): f for f in runtime.families.values()}.values())
-    tabulator = Tabulator(runtime, dims, variants)
-    tables = [tabulator.tabulate(f) for f in families]
-    for family, table in zip(families, tables, strict=True):
+    kernels = compiled.specialization.code
+    assert isinstance(kernels, LaunchKernels)
+    tabulator = Tabulator(kernels, variants)
+    tables = [tabulator.tabulate(f) for f in kernels.in_order]
+    for family, table in zip(kernels.in_order, tables, strict=True):
         whole = replace(table, variants=variants.jobs)
-        check_table(family, whole, runtime.adapt, _sizes_to_try(compiled))
+        check_table(family, whole, kernels.adapt, _sizes_to_try(compiled))
     return [table.to_json() for table in tables]
 
 

@@ -34,8 +34,7 @@ from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.device import Device
 from turbotx.runtime.program import Program
 from turbotx.runtime.weights import Weights
-from turbotx.saved.calls import decode_nodes
-from turbotx.saved.codec import Decoder, decode_program
+from turbotx.saved.codec import Decoder, decode_nodes, decode_program
 from turbotx.saved.container import read_container
 from turbotx.saved.families import SavedFamily
 from turbotx.saved.gpu_kernels import NoVariantError, SavedQueue, read_variants
@@ -129,7 +128,7 @@ def _read_weights(
     """Return what a program derives from its parameters, on the device where they lie."""
     nodes = decode_nodes(described["prepared"], place)
     prepared = {name: nodes[name] for name in described["prepared_names"]}
-    kinds = Decoder(place, ()).decode(described["kinds"])
+    kinds = Decoder(place).decode(described["kinds"])
     return Weights(model, constants, described["paths"], prepared, kinds)
 
 
@@ -200,7 +199,7 @@ class SavedModule(nn.Module):
         for part in parents:
             if part not in module._modules:
                 module.add_module(part, nn.Module())
-            module = module._modules[part]  # type: ignore[assignment]
+            module = module.get_submodule(part)
         if isinstance(tensor, nn.Parameter):
             module._parameters[leaf] = tensor
         else:

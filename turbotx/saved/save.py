@@ -23,9 +23,9 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx import __version__
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
 from turbotx.engine.optimize import engine_of
-from turbotx.engine.pipeline import Compiled
 from turbotx.engine.progress import show_progress
 from turbotx.engine.variant import Variant
 from turbotx.errors import SaveError
@@ -89,8 +89,9 @@ def save(
     for number, (key, variant) in enumerate(variants):
         ran = _target_of(variant.compiled)
         for target in dict.fromkeys(wanted or [ran]):
-            native = target == ran
-            compiled = variant.compiled if native else engine.compile_for(variant.compiled, target)
+            compiled = variant.compiled
+            if target != ran:
+                compiled = engine.compile(compiled.captured, target)
             writer.add(number, key, target, compiled)
     writer.build(progress)
     state, held = _split_weights(engine.model, [v for _, v in variants])
@@ -239,7 +240,7 @@ def _split_weights(
     state = {k: v.detach() for k, v in model.state_dict(keep_vars=True).items()}
     held: dict[str, torch.Tensor] = {}
     for k, variant in enumerate(variants):
-        for program in (twin.program for twin in variant.compiled.specializations):
+        for program in variant.compiled.programs:
             for path, tensor in program.runtime.weights.owned():
                 if path.startswith("constants."):
                     held[f"{k}.{path}"] = tensor.detach()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy
 
@@ -22,7 +22,7 @@ from turbotx.kernels.gemm_heuristics import bucket_of
 from turbotx.kernels.job import Job
 from turbotx.kernels.schedule import INT32_LIMIT
 from turbotx.runtime.cuda.gemm import GemmFamily
-from turbotx.runtime.cuda.runtime import Compiling, CudaRuntime
+from turbotx.runtime.cuda.runtime import Compiling, LaunchKernels
 from turbotx.runtime.cuda.settings import assume_tf32
 from turbotx.runtime.cuda.variants import LARGE
 from turbotx.saved.families import ALIGNED, Decision, SavedFamily, make_key
@@ -109,11 +109,11 @@ class _Sizes:
 
 
 class Tabulator:
-    """Makes tables of one runtime's families."""
+    """Makes tables of one program's families."""
 
-    def __init__(self, runtime: CudaRuntime, dims: Sequence[str], variants: Variants) -> None:
-        self._runtime, self._dims, self._variants = runtime, dims, variants
-        self._sizes = list(runtime.table.values)
+    def __init__(self, kernels: LaunchKernels, variants: Variants) -> None:
+        self._kernels, self._executable, self._variants = kernels, kernels.executable, variants
+        self._sizes = list(kernels.table.values)
         self._constants = {k: int(e) for k, e in enumerate(self._sizes) if e.is_Integer}
 
     def tabulate(self, family: Compiling) -> SavedFamily:
@@ -130,10 +130,12 @@ class Tabulator:
         table = _Table(Decision(by, even, large, LARGE, True), self._variants)
         for key, (given, wide) in asked.items():
             with assume_tf32(key[0] == "1"):
-                plain = family.pick(_Sizes(self._constants, given, False))  # type: ignore[arg-type]
-                traced = family.pick(_Sizes(self._constants, given, True))  # type: ignore[arg-type]
+                plain, traced = (
+                    family.pick(cast(Sequence[int], _Sizes(self._constants, given, is_traced)))
+                    for is_traced in (False, True)
+                )
             assert [p.job for p in plain] == [p.job for p in traced]
-            table.add(key, [(p.which, p.job, p.grid) for p in traced], wide, self._runtime.adapt)
+            table.add(key, [(p.which, p.job, p.grid) for p in traced], wide, self._kernels.adapt)
         return table.finish()
 
     def _deciders(
@@ -152,11 +154,11 @@ class Tabulator:
 
     def _serves(self, family: Compiling, given: Mapping[int, int]) -> bool:
         """Tell whether the program serves calls of this many tokens at all."""
-        share = self._runtime.share
-        if share is None or not isinstance(family, GemmFamily) or family.tokens not in given:
+        served = self._executable.token_range
+        if served is None or not isinstance(family, GemmFamily) or family.tokens not in given:
             return True
         tokens = sizes_of([self._sizes[family.tokens]])
-        return bucket_of(given[family.tokens]) in share.buckets_of(tokens)
+        return bucket_of(given[family.tokens]) in served.buckets_of(tokens)
 
     def _sample(
         self, by: Sequence[tuple[int, Sequence[int]]], ranges: Sequence[int],

@@ -10,68 +10,109 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
 
 from turbotx.serving import routes, schemas
-from turbotx.serving.openapi import Endpoint, array_of, describe_api, record
-from turbotx.serving.refusals import BadInput, Refusal, TimedOut, TooLarge, Unauthorized
-from turbotx.serving.service import Scope, Service
+from turbotx.serving.incoming import check_key, check_shape, read_body, read_id, read_scope
+from turbotx.serving.openapi import Endpoint, array_of, describe_api, describe_in_html, record
+from turbotx.serving.refusals import BadInput, Missing, Refusal, TimedOut
+from turbotx.serving.service import Facts, Service
 from turbotx.serving.tracing import find_tracer, open_span
 
 log = logging.getLogger(__name__)
-PRIORITIES = {"low": -1, "normal": 0, "high": 1}
+
+SMALL_NBYTES = 65_536  # of a body: decoded within a millisecond, whatever is in it
 
 NUMBERS = array_of({"type": "number"})
 COMPUTING = (
     Endpoint("/v1/embeddings", "embeddings in OpenAI's shape", routes.embeddings,
-             schemas.EmbeddingsRequest, record("EmbeddingsResponse"), openai=True),
+             schemas.EmbeddingsRequest, record("EmbeddingsResponse"), openai=True,
+             aliases=("/embeddings",)),
     Endpoint("/embed", "embeddings", routes.embed, schemas.EmbedRequest, array_of(NUMBERS)),
     Endpoint("/predict", "class probabilities", routes.predict, schemas.PredictRequest,
              {"anyOf": [array_of(record("Prediction")), array_of(array_of(record("Prediction")))]}),
     Endpoint("/rerank", "texts ranked by a query", routes.rerank, schemas.RerankRequest,
              array_of(record("Rank"))),
+    Endpoint("/v1/rerank", "texts ranked by a query, in Cohere's and Jina's shape",
+             routes.rerank_documents, schemas.RerankDocumentsRequest,
+             record("RerankResponse"), openai=True, aliases=("/v2/rerank",)),
+    Endpoint("/similarity", "cosines of a sentence with others", routes.similarity,
+             schemas.SimilarityRequest, NUMBERS),
     Endpoint("/tokenize", "tokens of a text", routes.tokenize, schemas.TokenizeRequest,
              array_of(array_of(record("Token")))),
+    Endpoint("/decode", "texts of token ids", routes.decode, schemas.DecodeRequest,
+             array_of({"type": "string"})),
 )  # fmt: skip
 
 
 def create_app(service: Service) -> Starlette:
     """The application. It accepts connections at once; ``/ready`` is 200 when it computes."""
-    tracer = find_tracer(service.settings.otel)
+    settings = service.settings
+    tracer = find_tracer(settings.otel)
     telling = _telling_endpoints(service)
-    document = describe_api([*COMPUTING, *telling])
-    telling.append(Endpoint("/openapi.json", "this description", lambda: _json(document)))
+    root = _root_endpoint(service)
+    computing = [replace(e, aliases=(*e.aliases, "/")) if e is root else e for e in COMPUTING]
+    document = describe_api([*computing, *telling], settings.url_prefix)
+    page = describe_in_html(document)
+    telling += [
+        Endpoint("/openapi.json", "this description", lambda: _json(document)),
+        Endpoint("/docs", "this description, to be read", lambda: HTMLResponse(page)),
+    ]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         starting = asyncio.create_task(service.start())
         starting.add_done_callback(lambda done: done.cancelled() or done.exception())
         yield
+        service.left.set()
+        if service.preparing:  # has answered nobody: it is left where it is
+            starting.cancel()
         await asyncio.wait([starting])
         await service.stop()
 
+    paths: list[BaseRoute] = []
+    for endpoint in computing:
+        respond = _computing(service, endpoint, tracer)
+        paths += [Route(path, respond, methods=["POST"]) for path in endpoint.paths]
+    for endpoint in telling:
+        tell = _telling(service, endpoint)
+        paths += [Route(path, tell, methods=["GET"]) for path in endpoint.paths]
+    if settings.url_prefix:
+        paths = [Mount(settings.url_prefix, routes=paths)]
+    cors = Middleware(
+        CORSMiddleware, allow_origins=settings.cors_allow_origin, allow_methods=["GET", "POST"],
+        allow_headers=["*"], expose_headers=["*"],
+    )  # fmt: skip
     app = Starlette(
-        routes=[
-            *(Route(e.path, _computing(service, e, tracer), methods=["POST"]) for e in COMPUTING),
-            *(Route(e.path, _telling(service, e), methods=["GET"]) for e in telling),
-        ],
+        routes=paths,
         exception_handlers={HTTPException: _refuse_http},
         lifespan=lifespan,
+        middleware=[cors] if settings.cors_allow_origin else [],
     )
     app.state.service = service
     return app
+
+
+def _root_endpoint(service: Service) -> Endpoint:
+    """What ``POST /`` is: the model's own use, as in text-embeddings-inference."""
+    head = service.model.info.head
+    ranks = "/rerank" if len(head.labels) == 1 else "/predict"
+    path = "/embed" if head.kind == "embedding" else ranks
+    return next(e for e in COMPUTING if e.path == path)
 
 
 def _telling_endpoints(service: Service) -> list[Endpoint]:
@@ -86,9 +127,17 @@ def _telling_endpoints(service: Service) -> list[Endpoint]:
     def metrics() -> Response:
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
 
+    name = service.model.info.name
+    card = {"id": name, "object": "model", "owned_by": "turbotx", "created": 0}
+
     def models() -> Response:
-        card = {"id": service.model.info.name, "object": "model", "owned_by": "turbotx"}
-        return _json({"object": "list", "data": [{**card, "created": 0}]})
+        return _json({"object": "list", "data": [card]})
+
+    def model(model_id: str) -> Response:
+        if model_id == name:
+            return _json(card)
+        missing = Missing(f"there is no model {model_id!r}: this server has {name!r}")
+        return _refusal_response(missing, openai=True)
 
     anything = {"type": "object"}
     return [
@@ -97,7 +146,10 @@ def _telling_endpoints(service: Service) -> list[Endpoint]:
         Endpoint("/metrics", "Prometheus metrics", metrics),
         Endpoint("/info", "model and limits", lambda: _json(routes.describe_service(service)),
                  returns=anything),
-        Endpoint("/v1/models", "the one model, in OpenAI's shape", models, returns=anything),
+        Endpoint("/v1/models", "the one model, in OpenAI's shape", models, returns=anything,
+                 aliases=("/models",)),
+        Endpoint("/v1/models/{model_id:path}", "whether it is this one", model, returns=anything,
+                 aliases=("/models/{model_id:path}",)),
     ]  # fmt: skip
 
 
@@ -107,11 +159,11 @@ def _computing(
     decoder = msgspec.json.Decoder(endpoint.body)
 
     async def respond(request: Request) -> Response:
-        begin = time.perf_counter()
+        begin, facts, name = time.perf_counter(), Facts(), read_id(request)
         service.metrics.requests.labels(endpoint.path).inc()
         with open_span(tracer, endpoint.path, request.headers) as span:
             try:
-                response = await _answer(service, endpoint, decoder, request)
+                response = await _answer(service, endpoint, decoder, request, facts)
                 service.metrics.succeeded.labels(endpoint.path).inc()
             except Refusal as refusal:
                 service.metrics.failed.labels(refusal.kind).inc()
@@ -126,20 +178,28 @@ def _computing(
             span.set_attribute("http.response.status_code", response.status_code)
         took = time.perf_counter() - begin
         service.metrics.duration.observe(took)
+        response.headers.update(facts.headers(took, service.model.info.device))
+        response.headers["x-request-id"] = name
         fields = {"path": endpoint.path, "status": response.status_code, "ms": round(took * 1e3, 3)}
-        log.info("request", extra={"fields": fields})
+        log.info("request", extra={"fields": {**fields, "id": name}})
         return response
 
     return respond
 
 
-async def _answer(service: Service, endpoint: Endpoint, decoder: Any, request: Request) -> Response:
-    _check_key(service, request)
-    text = await _read_body(request, service.settings.max_body_nbytes)
+async def _answer(
+    service: Service, endpoint: Endpoint, decoder: Any, request: Request, facts: Facts
+) -> Response:
+    check_key(service.settings, request)
+    settings = service.settings
+    text = await read_body(request, settings, service.left)
     dispatcher = service.dispatcher  # refuses while there is none
-    if dispatcher.full:  # before any work is spent on it
+    scope = replace(read_scope(request, dispatcher.now_ms()), facts=facts)
+    if dispatcher.full(scope.priority):  # before any work is spent on it
         raise dispatcher.refuse_busy()
-    scope = _read_scope(service, request, dispatcher.now_ms())
+    items = settings.max_client_batch
+    if len(text) > SMALL_NBYTES:
+        check_shape(text, items, items * service.model.info.max_length)
     try:
         body = decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -171,54 +231,14 @@ async def _while_connected(request: Request, work: Any, timeout_ms: float) -> An
         await asyncio.gather(task, left, return_exceptions=True)
 
 
-async def _read_body(request: Request, max_nbytes: int) -> bytes:
-    said = request.headers.get("content-length", "")
-    parts, nbytes = [], int(said) if said.isdecimal() else 0
-    if nbytes <= max_nbytes:
-        nbytes = 0
-        async for part in request.stream():
-            parts.append(part)
-            nbytes += len(part)
-            if nbytes > max_nbytes:
-                break
-        else:
-            return b"".join(parts)
-    raise TooLarge(f"the body exceeds {max_nbytes} bytes")
-
-
-def _check_key(service: Service, request: Request) -> None:
-    keys = service.settings.api_keys
-    if not keys:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    fits = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]  # all, in any case
-    if scheme.lower() != "bearer" or not any(fits):
-        raise Unauthorized("give the API key as 'Authorization: Bearer KEY'")
-
-
-def _read_scope(service: Service, request: Request, now_ms: float) -> Scope:
-    """``X-Priority``: low, normal or high; ``X-Deadline-Ms``: how soon the answer is needed."""
-    priority = request.headers.get("x-priority", "normal").lower()
-    if priority not in PRIORITIES:
-        raise BadInput(f"X-Priority is {priority!r}: one of {', '.join(PRIORITIES)}")
-    deadline = request.headers.get("x-deadline-ms")
-    try:
-        due_ms = math.inf if deadline is None else float(deadline)
-    except ValueError:
-        due_ms = math.nan
-    if not due_ms >= 0:
-        raise BadInput(f"X-Deadline-Ms is {deadline!r}: a number of ms, zero or more")
-    return Scope(now_ms + due_ms, PRIORITIES[priority])
-
-
 def _telling(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     async def respond(request: Request) -> Response:
         if endpoint.path not in ("/health", "/ready", "/metrics"):
             try:
-                _check_key(service, request)
+                check_key(service.settings, request)
             except Refusal as refusal:
                 return _refusal_response(refusal, endpoint.path.startswith("/v1"))
-        response: Response = endpoint.handler()
+        response: Response = endpoint.handler(**request.path_params)
         return response
 
     return respond

@@ -10,6 +10,7 @@ every observed batch refines and which is kept as JSON, one file per model and d
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,8 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbotx.errors import TurbotxError
+from turbotx.serving import cost_learning
 
 Table = NDArray[np.float64]
+PERSISTENT = math.log(1.25)  # a miss by more than this, twice at a node, is no accident
+RELAX_EVERY = 4  # batches
 
 
 class CostTableError(TurbotxError, ValueError):
@@ -59,6 +63,8 @@ class CostTable:
         self.learning_rate = learning_rate
         self.refresh_every = refresh_every
         self.observations = 0
+        self._trust = np.zeros_like(self.grid_ms)  # 1: a batch was just seen there; it fades
+        self._missed = np.zeros_like(self.grid_ms)  # log of took over predicted, last time
         self._dense: dict[tuple[int, int | None], Table] = {}
 
     @classmethod
@@ -106,7 +112,9 @@ class CostTable:
         """Refine the table with one executed batch.
 
         One outlier must not bend the table: what is further than a factor of 4 from the
-        prediction counts as that factor.
+        prediction counts as that factor. Where the batch before missed at this node in the same
+        direction too, the table is wrong: then it moves half the way, and the nodes that no
+        batch has visited lately follow (``cost_learning``).
         """
         i, wi = _position(self.lengths, length)
         j, wj = _position(self.batches, batch)
@@ -114,15 +122,33 @@ class CostTable:
         weights = np.outer((1 - wi, wi), (1 - wj, wj))
         block = np.ix_(rows, cols)
         predicted = float((weights * self.grid_ms[block]).sum())
-        error = float(np.clip(took_ms, predicted / 4, predicted * 4)) - predicted
-        step = self.learning_rate * error / float((weights**2).sum())
+        took_ms = float(np.clip(took_ms, predicted / 4, predicted * 4))
+        nearest = (rows[round(wi)], cols[round(wj)])
+        miss, before = math.log(took_ms / predicted), float(self._missed[nearest])
+        self._missed[nearest] = miss
+        wrong = miss * before > 0 and min(abs(miss), abs(before)) > PERSISTENT
+        rate = max(self.learning_rate, 0.5) if wrong else self.learning_rate
+        step = rate * (took_ms - predicted) / float((weights**2).sum())
         for r, row in enumerate(rows):
             for c, col in enumerate(cols):
                 moved = self.grid_ms[row, col] + step * weights[r, c]
                 self._set_node(row, col, max(moved, self.grid_ms[row, col] / 4))
         self.observations += 1
-        if self.observations % self.refresh_every == 0:
+        self._spread(nearest, rate * miss if wrong else 0.0)
+        if self.observations % self.refresh_every == 0 or wrong:
             self._dense.clear()
+
+    def _spread(self, nearest: tuple[int, int], log_step: float) -> None:
+        """Let nodes that are not visited follow those that are."""
+        self._trust *= cost_learning.FORGET
+        self._trust[nearest] = 1.0
+        relaxing = self.observations % RELAX_EVERY == 0
+        if log_step:
+            cost_learning.follow(self.grid_ms, self._trust, log_step)
+        if relaxing:
+            cost_learning.relax(self.grid_ms, self._trust, self.lengths, self.batches)
+        if log_step or relaxing:
+            cost_learning.keep_monotone(self.grid_ms, self._trust)
 
     def _set_node(self, row: int, col: int, value_ms: float) -> None:
         """Move a node; those it contradicts, not seen as recently, give way."""

@@ -14,7 +14,8 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from turbotx.serving.cache import CacheKey, ResponseCache
 from turbotx.serving.engine import Engine
 from turbotx.serving.metrics import Metrics
-from turbotx.serving.refusals import BackendFailed, Busy, NotReady, Refusal
+from turbotx.serving.refusals import BackendFailed, Busy, Late, NotReady, Refusal
 from turbotx.serving.request import Batch, Request
 from turbotx.serving.scheduler import Overloaded, Scheduler
 from turbotx.serving.tokens import TokenRow
@@ -43,6 +44,10 @@ class Job:
     done: asyncio.Future[NDArray[np.float32]] = field(repr=False)
     awaited_by: int = 1
     queued_ms: float = math.nan  # how long it waited for its batch to start
+    took_ms: float = math.nan  # how long its batch ran
+
+
+Joined = Job | NDArray[np.float32]  # what a row became: a row in flight, or a kept answer
 
 
 class Dispatcher:
@@ -61,9 +66,12 @@ class Dispatcher:
         self.engine, self.scheduler = engine, scheduler
         self.cache, self.metrics = cache, metrics
         self.revision, self.coalesce = revision, coalesce
-        self._jobs: dict[int, Job] = {}
+        self._jobs: dict[Hashable, Job] = {}
         self._in_flight: dict[CacheKey, Job] = {}
         self._keys = itertools.count()
+        self._turns: deque[asyncio.Future[None]] = deque()  # of requests that hold rows back
+        self._entering = 0  # such requests, waiting for their turn or having it
+        self._held_ms = 0.0  # estimated work of the rows held back
         self._wake = asyncio.Event()
         metrics.queue_size.set_function(lambda: len(scheduler))
         self._closing = False
@@ -80,21 +88,117 @@ class Dispatcher:
     def alive(self) -> bool:
         return self._task is not None and not self._task.done()
 
-    @property
-    def full(self) -> bool:
+    def full(self, priority: int) -> bool:
         """Whether the next request would be refused; costs nothing to ask."""
-        scheduler = self.scheduler
-        return len(scheduler) >= scheduler.max_queue or (
-            scheduler.backlog_ms > scheduler.max_age_ms / 3
-        )
+        return self.scheduler.full(priority)
 
     def refuse_busy(self, message: str = "the queue is full") -> Busy:
-        return Busy(message, retry_after_s=max(self.scheduler.backlog_ms / 2e3, 0.001))
+        work_ms = self.scheduler.backlog_ms + self._held_ms
+        return Busy(message, retry_after_s=max(work_ms / 2e3, 0.001))
 
     async def compute(
         self, row: TokenRow, *, deadline_ms: float = math.inf, priority: int = 0
     ) -> NDArray[np.float32]:
         """The row's vector. Raises Busy, BackendFailed, NotReady; cancelling forgets the row."""
+        return (await self.compute_all([row], deadline_ms=deadline_ms, priority=priority))[0]
+
+    async def compute_all(
+        self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
+    ) -> list[NDArray[np.float32]]:
+        """The rows' vectors: see ``compute_timed``."""
+        return (await self.compute_timed(rows, deadline_ms=deadline_ms, priority=priority))[0]
+
+    async def compute_timed(
+        self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
+    ) -> tuple[list[NDArray[np.float32]], float, float]:
+        """The rows' vectors, and the longest that one waited and was computed, in s.
+
+        All or nothing: the first row that fails takes the others off the queue.
+
+        Many rows are admitted as one request, whatever work they are, and enter the queue by
+        turns: each ages from its own entry, and leaves room for other clients' rows.
+        """
+        found: list[Joined] = []
+        if len(rows) == 1:
+            found = [self._join(rows[0], deadline_ms, priority, admitted=False)]
+        else:
+            self._admit(priority)
+        try:
+            if not found:
+                await self._enter_by_turns(rows, found, deadline_ms, priority)
+            jobs = [job for job in found if isinstance(job, Job)]
+            vectors = iter(await asyncio.gather(*(asyncio.shield(job.done) for job in jobs)))
+            return (
+                [next(vectors) if isinstance(job, Job) else job for job in found],
+                max((job.queued_ms for job in jobs), default=0.0) / 1e3,
+                max((job.took_ms for job in jobs), default=0.0) / 1e3,
+            )
+        finally:
+            for job in found:
+                if isinstance(job, Job):
+                    self._leave(job)
+
+    def _admit(self, priority: int) -> None:
+        """Raise Busy where other requests of many rows hold back enough work already."""
+        if self._closing:
+            raise NotReady("the server is shutting down")
+        work_ms = self._held_ms + self.scheduler.backlog_ms
+        if self.full(priority) or (self._entering and work_ms > self.scheduler.max_age_ms):
+            raise self.refuse_busy()
+
+    async def _enter_by_turns(
+        self, rows: Sequence[TokenRow], found: list[Joined], deadline_ms: float, priority: int
+    ) -> None:
+        """Append what each row joined to ``found``, as there is room."""
+        shares_ms = [self.scheduler.share_ms(len(row)) for row in rows]
+        left_ms = sum(shares_ms)
+        self._entering += 1
+        self._held_ms += left_ms
+        try:
+            for row, share_ms in zip(rows, shares_ms, strict=True):
+                while not self._room:
+                    await self._turn(found)
+                found.append(self._join(row, deadline_ms, priority, admitted=True))
+                left_ms, self._held_ms = left_ms - share_ms, self._held_ms - share_ms
+        finally:
+            self._entering -= 1
+            self._held_ms -= left_ms
+            self._give_turn()
+            self._wake.set()
+
+    @property
+    def _room(self) -> bool:
+        """Whether a row of many may enter, lest the engine run dry before the next turn.
+
+        A quarter of what is admitted: the rest is for those who come with one row.
+        """
+        scheduler = self.scheduler
+        return not len(scheduler) or (
+            len(scheduler) < scheduler.max_queue
+            and scheduler.backlog_ms < scheduler.max_age_ms / 12
+        )
+
+    async def _turn(self, found: Sequence[Joined]) -> None:
+        """Wait until there is room again, behind those who wait already."""
+        turn = asyncio.get_running_loop().create_future()
+        self._turns.append(turn)
+        try:
+            await turn
+        finally:
+            if turn in self._turns:
+                self._turns.remove(turn)
+        for job in found:  # one row that has failed meanwhile fails them all
+            if isinstance(job, Job) and job.done.done():
+                job.done.result()
+
+    def _give_turn(self) -> None:
+        if self._turns and self._room:
+            turn = self._turns.popleft()
+            if not turn.done():
+                turn.set_result(None)
+
+    def _join(self, row: TokenRow, deadline_ms: float, priority: int, admitted: bool) -> Joined:
+        """The vector from the cache, the equal row in flight, or a new one in the queue."""
         key = CacheKey.of(self.revision, self.engine.head.kind, row)
         cached = self.cache.get(key)
         if cached is not None:
@@ -104,35 +208,19 @@ class Dispatcher:
             self.metrics.cache_misses.inc()
         job = self._in_flight.get(key) if self.coalesce else None
         if job is None:
-            job = self._submit(row, key, deadline_ms, priority)
-        else:
-            job.awaited_by += 1
-            self.metrics.coalesced.inc()
-        try:
-            return await asyncio.shield(job.done)
-        finally:
-            job.awaited_by -= 1
-            if job.awaited_by == 0 and not job.done.done() and self.scheduler.cancel(job.key):
-                self._forget(job)
-                job.done.cancel()
-                self.metrics.dropped.inc()
+            return self._submit(row, key, deadline_ms, priority, admitted)
+        job.awaited_by += 1
+        self.scheduler.raise_to(job.key, deadline_ms, priority)
+        self.metrics.coalesced.inc()
+        return job
 
-    async def compute_all(
-        self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
-    ) -> list[NDArray[np.float32]]:
-        """All or nothing: the first row that is refused takes the others off the queue."""
-        if len(rows) == 1:
-            return [await self.compute(rows[0], deadline_ms=deadline_ms, priority=priority)]
-        tasks = [
-            asyncio.ensure_future(self.compute(r, deadline_ms=deadline_ms, priority=priority))
-            for r in rows
-        ]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    def _leave(self, job: Job) -> None:
+        job.awaited_by -= 1
+        if job.awaited_by == 0 and not job.done.done() and self.scheduler.cancel(job.key):
+            self._forget(job)
+            job.done.cancel()
+            self.metrics.dropped.inc()
+            self._wake.set()  # there may be room for a row of many
 
     async def drain(self) -> None:
         """Finish what was accepted, accept no more, stop the engine's thread."""
@@ -142,15 +230,19 @@ class Dispatcher:
             await self._task
         self._thread.shutdown(wait=True)
 
-    def _submit(self, row: TokenRow, key: CacheKey, deadline_ms: float, priority: int) -> Job:
-        if self._closing:
+    def _submit(
+        self, row: TokenRow, key: CacheKey, deadline_ms: float, priority: int, admitted: bool
+    ) -> Job:
+        if self._closing and not admitted:
             raise NotReady("the server is shutting down")
         loop = asyncio.get_running_loop()
         job = Job(next(self._keys), row, key, self.now_ms(), loop.create_future())
         # Whoever awaited it may have left: then nobody retrieves the error, and nobody need.
         job.done.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
-            self.scheduler.submit(Request(job.key, len(row), job.arrival_ms, deadline_ms, priority))
+            self.scheduler.submit(
+                Request(job.key, len(row), job.arrival_ms, deadline_ms, priority, admitted)
+            )
         except Overloaded as error:
             raise Busy(str(error), retry_after_s=error.retry_after_ms / 1e3) from error
         self._jobs[job.key] = job
@@ -168,13 +260,16 @@ class Dispatcher:
         while True:
             now_ms = self.now_ms()
             for late in self.scheduler.expire(now_ms):
-                self._fail(self._jobs[late.key], Busy("waited beyond the age bound"))  # type: ignore[index]
+                self._fail(self._jobs[late.key], Busy("waited beyond the age bound"))
+            for late in self.scheduler.overdue(now_ms):
+                self._fail(self._jobs[late.key], Late("its deadline passed while it waited"))
             batch = self.scheduler.next(now_ms)
+            self._give_turn()
             self.metrics.plan_ms.observe(self.now_ms() - now_ms)
             if batch is not None:
                 await self._execute(batch)
                 continue
-            if self._closing and not len(self.scheduler):
+            if self._closing and not len(self.scheduler) and not self._entering:
                 return
             self._wake.clear()
             wait_s = (self.scheduler.wake_ms(now_ms) - self.now_ms()) / 1e3
@@ -183,7 +278,7 @@ class Dispatcher:
                 await asyncio.wait_for(self._wake.wait(), timeout_s)
 
     async def _execute(self, batch: Batch) -> None:
-        jobs = [self._jobs[r.key] for r in batch.requests]  # type: ignore[index]
+        jobs = [self._jobs[r.key] for r in batch.requests]
         begin_ms = self.now_ms()
         for job in jobs:
             job.queued_ms = begin_ms - job.arrival_ms
@@ -225,6 +320,7 @@ class Dispatcher:
             self._fail(job, BackendFailed("the model returned NaN or infinity for this input"))
             return
         self._forget(job)
+        job.took_ms = took_ms
         self.cache.put(job.cache_key, vector)
         self.metrics.count_row(job.queued_ms, took_ms)
         if not job.done.done():

@@ -3,7 +3,7 @@
 An engine is called from one thread, one batch at a time. Three of them: a PyTorch module, the same
 module optimized by turbotx, and a stand-in that sleeps what a cost table says::
 
-    TorchEngine(bert, Head("embedding", pooling="mean", normalize=True)).run(rows)   # (n, 384)
+    TorchEngine(SentenceModel(bert, steps), Head("embedding")).run(rows)    # (n, 384) float32
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from turbotx.serving.cost import CostTable
 from turbotx.serving.tokens import TokenRow
 
 Vectors = NDArray[np.float32]
-Pooling = Literal["mean", "cls", "max", "last"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,10 @@ class Head:
     """What a row's vector is: a pooled embedding, or the logits of a classifier."""
 
     kind: Literal["embedding", "classifier"]
-    pooling: Pooling = "mean"
+    pooling: str = "mean"  # as the files call it; several modes are joined by +
     normalize: bool = False  # the model's files say so; the server normalises on request
     labels: tuple[str, ...] = ()
+    sigmoid: bool = False  # each class has a probability of its own, else one of all is true
 
 
 class Engine(Protocol):
@@ -48,7 +48,11 @@ class Engine(Protocol):
 
 @dataclass
 class TorchEngine:
-    """A Hugging Face style module: ``module(input_ids=, attention_mask=)``, any (batch, seq)."""
+    """A module of ``input_ids`` and ``attention_mask`` to (batch, width), any (batch, seq).
+
+    Rows are filled up on the right, whatever side the tokenizer would take: positions then begin
+    at the first token, and no row's vector depends on the length of another.
+    """
 
     module: Any
     head: Head
@@ -68,15 +72,16 @@ class TorchEngine:
         if self.takes_types:
             inputs["token_type_ids"] = torch.from_numpy(types).to(self.device)
         with torch.inference_mode():
-            output = self.module(**inputs)
-            if self.head.kind == "classifier":
-                vectors = output["logits"]
-            else:
-                hidden = output["last_hidden_state"]
-                vectors = pool(hidden, inputs["attention_mask"], self.head.pooling)
+            vectors = self.module(**inputs)
             result: Vectors = vectors.float().cpu().numpy()
         self.calls += 1
         return result
+
+    def keep(self) -> None:
+        """Keep what was compiled for the next start, where the module does."""
+        keep = getattr(self.module, "keep", None)
+        if callable(keep):
+            keep()
 
     def figures(self) -> Mapping[str, float]:
         found = {"batches": float(self.calls)}
@@ -122,19 +127,6 @@ def pad_rows(
         if row.types is not None:
             types[i, : len(row)] = row.types
     return ids, mask, types
-
-
-def pool(hidden: Any, mask: Any, pooling: Pooling) -> Any:
-    """(batch, seq, width) torch tensor to (batch, width), over the tokens that the mask keeps."""
-    if pooling == "cls":
-        return hidden[:, 0]
-    keep = mask.unsqueeze(-1).to(hidden.dtype)
-    if pooling == "max":
-        return hidden.masked_fill(keep == 0, float("-inf")).amax(1)
-    if pooling == "last":
-        last = mask.sum(1) - 1
-        return hidden[range(len(hidden)), last]
-    return (hidden * keep).sum(1) / keep.sum(1)
 
 
 def normalize_rows(vectors: Vectors) -> Vectors:

@@ -60,14 +60,16 @@ def measure_costs(
         if b == 1 or max_tokens is None or n * b <= max_tokens
     ]
     warm_up(engine, max_length, token)
-    spent_ms = 0.0
+    spent_ms, ms_per_token = 0.0, 0.0
     for _ in range(ROUNDS):
-        for _, i, j in sorted(shapes):
-            if spent_ms > budget_ms and np.isfinite(grid[0, 0]):
+        for tokens, i, j in sorted(shapes):
+            # A single batch of a long model may take as long as everything else.
+            if spent_ms + tokens * ms_per_token > budget_ms and np.isfinite(grid[0, 0]):
                 break
             took_ms = _time_ms(engine, [TokenRow((token,) * lengths[i])] * batches[j])
             grid[i, j] = min(grid[i, j], took_ms)
             spent_ms += took_ms
+            ms_per_token = took_ms / tokens
     return CostTable(lengths, batches, _extend(grid, lengths, batches))
 
 

@@ -8,6 +8,7 @@ In: counts and durations as they happen. Out: the text that ``/metrics`` serves:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,8 +75,14 @@ class Metrics:
         self.inference.observe(computed_ms / 1e3)
 
     def render(self) -> bytes:
+        """The text of a scrape, with the very names of text-embeddings-inference's counters.
+
+        prometheus_client gives every counter the ending _total, and a second series with the time
+        it was created.
+        """
         text: bytes = generate_latest(self.registry)
-        return text
+        text = re.sub(rb"(?m)^.*\bte_\w+_created\b.*\n", b"", text)
+        return re.sub(rb"\b(te_request_(?:count|success|failure))_total\b", rb"\1", text)
 
 
 class _Figures:

@@ -9,39 +9,41 @@ an engine, a tokenizer and a description; nothing is ever downloaded::
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from turbotx.errors import TurbotxError
-from turbotx.saved.weight_files import load_weights
-from turbotx.serving.engine import Engine, Head, Pooling, TorchEngine
+from turbotx.serving.engine import Engine, Head, TorchEngine
+from turbotx.serving.model_info import ModelInfo
+from turbotx.serving.sentence_files import (
+    MODES,
+    ModelFilesError,
+    Normalize,
+    Pooling,
+    Prompts,
+    SentenceFiles,
+    Step,
+    check_widths,
+    read_json,
+    read_sentence_files,
+    width_after,
+)
+from turbotx.serving.tokenizer_files import load_tokenizer
 from turbotx.serving.tokens import TextTokenizer
+from turbotx.serving.transformer_files import ENCODERS, load_module
+
+__all__ = ["LoadedModel", "ModelFilesError", "ModelInfo", "describe_model", "load_model"]
 
 DEFAULT_MODEL = "minilm"
 WIDTHS = ("hidden_size", "dim", "d_model", "n_embd", "emb_dim")  # one idea, by architecture
 POSITIONS = ("max_position_embeddings", "n_positions")
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class ModelFilesError(TurbotxError):
-    """The directory is not a model that can be served."""
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What ``/info`` says about the model."""
-
-    name: str
-    revision: str
-    dtype: str
-    max_length: int
-    width: int
-    head: Head
-    device: str = "cpu"
-    backend: str = "eager"
+# Their positions begin after the padding's: two of max_position_embeddings are never a token's.
+AFTER_PADDING = (
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text",
+    "roberta-prelayernorm", "xmod", "longformer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,45 +55,56 @@ class LoadedModel:
     info: ModelInfo
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What an operator says in place of the model's files."""
+
+    max_length: int | None = None
+    pooling: str | None = None  # modes, joined by + where there are several
+    normalize: bool | None = None
+    default_prompt: str | None = None
+    default_prompt_name: str | None = None
+    served_model_name: str | None = None
+
+
 def load_model(
     model: str = DEFAULT_MODEL,
     *,
     backend: str = "turbotx",
     device: str = "cpu",
     dtype: str = "float32",
-    max_length: int | None = None,
     weights: Path | None = None,
-    pooling: Pooling | None = None,
-    normalize: bool | None = None,
+    programs: Path | None = None,
+    **choices: Any,
 ) -> LoadedModel:
     """Load weights and tokenizer from a local directory.
 
-    ``backend`` is ``turbotx`` (optimized) or ``eager``. ``max_length`` overrides what the model's
-    files say, up to its position embeddings. ``weights`` is a file for ``turbotx.load_weights`` to
-    take in place of the directory's own. ``pooling`` and ``normalize`` override the files of an
-    embedding model. Raises ModelFilesError, WeightsError.
+    ``backend`` is ``turbotx`` (optimized) or ``eager``. ``weights`` is a file for
+    ``turbotx.load_weights`` to take in place of the directory's own. ``programs`` is a folder
+    where a CPU's compiled program is kept for the next start. ``choices`` are the fields of
+    ``Choices``. Raises ModelFilesError, WeightsError.
     """
     if backend not in ("turbotx", "eager"):
         raise ModelFilesError(f"no backend {backend!r}: use turbotx or eager")
     if dtype not in DTYPES:
         raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    tokenizer, info = describe_model(
-        model, backend=backend, device=device, dtype=dtype, max_length=max_length,
-        pooling=pooling, normalize=normalize,
-    )  # fmt: skip
+    tokenizer, info = describe_model(model, backend=backend, device=device, dtype=dtype, **choices)
     folder = find_folder(model)
-    config = _read_json(folder / "config.json")
-    module = _load_module(folder, info.head, dtype, device, weights)
+    files = _read_chain(folder, _read_config(folder), Choices(**choices))
+    loaded = load_module(files, info.head, tokenizer, dtype, weights)
+    module = loaded.module.to(device)
     if weights is not None:
         info = replace(info, revision=f"{info.revision}-{_digest([weights], weights.parent)}")
     if backend == "turbotx":
         # Not at the top: a process that only tokenizes compiles nothing.
         from turbotx.engine.optimize import optimize
+        from turbotx.serving.kept_program import KeptProgram, program_file
 
-        module = optimize(module)
-    takes_types = config.get("type_vocab_size", 0) > 1
-    pad_id = int(config.get("pad_token_id") or 0)
-    engine = TorchEngine(module, info.head, pad_id, takes_types, device)
+        if programs is None or device != "cpu":  # for a GPU, writing it takes half a minute
+            module = optimize(module)
+        else:
+            module = KeptProgram(module, program_file(programs, info, module))
+    engine = TorchEngine(module, info.head, loaded.pad_id, loaded.takes_types, device)
     return LoadedModel(engine, tokenizer, info)
 
 
@@ -101,29 +114,35 @@ def describe_model(
     backend: str = "turbotx",
     device: str = "cpu",
     dtype: str = "float32",
-    max_length: int | None = None,
-    pooling: Pooling | None = None,
-    normalize: bool | None = None,
+    **choices: Any,
 ) -> tuple[TextTokenizer, ModelInfo]:
     """Tokenizer and description alone, for a process that computes nothing itself."""
-    folder = find_folder(model)
-    config = _read_json(folder / "config.json")
-    if config is None:
-        raise ModelFilesError(f"{folder} has no config.json: give a model directory")
-    head = _override(read_head(folder, config), pooling, normalize)
-    longest = read_max_length(folder, config, max_length)
-    width = len(head.labels) if head.kind == "classifier" else _size(config, WIDTHS, folder)
-    name = "all-MiniLM-L6-v2" if model == DEFAULT_MODEL else folder.name
-    info = ModelInfo(name, digest_files(folder), dtype, longest, width, head, device, backend)
-    return TextTokenizer.load(folder, longest, config.get("vocab_size")), info
-
-
-def _override(head: Head, pooling: Pooling | None, normalize: bool | None) -> Head:
-    if head.kind == "classifier" and (pooling is not None or normalize is not None):
-        raise ModelFilesError("this model classifies: pooling and normalize are for embeddings")
-    if pooling is not None:
-        head = replace(head, pooling=pooling)
-    return head if normalize is None else replace(head, normalize=normalize)
+    folder, chosen = find_folder(model), Choices(**choices)
+    config = _read_config(folder)
+    files = _read_chain(folder, config, chosen)
+    labels = read_labels(config)
+    tokenizer = load_tokenizer(files.transformer, files.lower_case)
+    longest = _max_length(files, config, tokenizer.max_length, chosen.max_length)
+    tokenizer.max_length = longest
+    tokenizer.vocabulary = config.get("vocab_size") or tokenizer.vocabulary
+    if labels:
+        head = Head("classifier", labels=labels, sigmoid=_is_multi_label(config, labels))
+        width = len(labels)
+    else:
+        modes = next(step.modes for step in files.steps if isinstance(step, Pooling))
+        normalize = isinstance(files.steps[-1], Normalize)
+        if chosen.normalize is not None:
+            normalize = chosen.normalize
+        head, width = Head("embedding", "+".join(modes), normalize), 0
+        for step in files.steps:
+            width = width_after(step, width)
+    name = "all-MiniLM-L6-v2" if model == DEFAULT_MODEL else folder.resolve().name
+    name = chosen.served_model_name or name
+    prompts = _prompts(files.prompts, chosen)
+    info = ModelInfo(
+        name, digest_files(folder), dtype, longest, width, head, device, backend, prompts
+    )
+    return tokenizer, info
 
 
 def find_folder(model: str) -> Path:
@@ -143,46 +162,92 @@ def find_folder(model: str) -> Path:
     return folder
 
 
-def read_head(folder: Path, config: dict[str, Any]) -> Head:
-    """Pooling and normalisation as sentence-transformers' files say; labels as config.json says."""
+def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
+    """The classes of a classification head, by index; empty for a model without one."""
     architecture = (config.get("architectures") or [""])[0]
-    if architecture.endswith("ForSequenceClassification"):
-        names = config.get("id2label") or {}
-        count = len(names) or int(config.get("num_labels", 2))
-        labels = tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(count))
-        return Head("classifier", labels=labels)
-    modules = _read_json(folder / "modules.json") or []
-    normalize = any(m["type"].endswith(".Normalize") for m in modules)
-    for module in modules:
-        if module["type"].endswith(".Pooling"):
-            options = _read_json(folder / module["path"] / "config.json") or {}
-            return Head("embedding", _pooling_of(options), normalize)
-    return Head("embedding", "mean", normalize)
+    if not architecture.endswith("ForSequenceClassification"):
+        return ()
+    names = config.get("id2label") or {}
+    count = len(names) or int(config.get("num_labels", 2))
+    return tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(count))
 
 
-def _pooling_of(options: dict[str, Any]) -> Pooling:
-    known: dict[str, Pooling] = {
-        "pooling_mode_cls_token": "cls",
-        "pooling_mode_mean_tokens": "mean",
-        "pooling_mode_max_tokens": "max",
-        "pooling_mode_lasttoken": "last",
-    }
-    chosen = [name for name, on in options.items() if on is True and name.startswith("pooling_")]
-    if len(chosen) != 1 or chosen[0] not in known:
-        raise ModelFilesError(f"cannot pool by {chosen}: one of {sorted(known)} must be set")
-    return known[chosen[0]]
+def _is_multi_label(config: dict[str, Any], labels: tuple[str, ...]) -> bool:
+    """Whether each class has a probability of its own."""
+    return len(labels) == 1 or config.get("problem_type") == "multi_label_classification"
 
 
-def read_max_length(folder: Path, config: dict[str, Any], wanted: int | None) -> int:
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The transformer's ``config.json``: in the directory, or where ``modules.json`` begins."""
+    modules = read_json(folder / "modules.json", list) or [{}]
+    first = modules[0].get("path", "") if isinstance(modules[0], dict) else ""
+    config = read_json(folder / first / "config.json", dict)
+    if config is None:
+        raise ModelFilesError(f"{folder / first} has no config.json: give a model directory")
+    found: dict[str, Any] = config
+    return found
+
+
+def _read_chain(folder: Path, config: dict[str, Any], chosen: Choices) -> SentenceFiles:
+    """The files' chain, with the operator's pooling in it; for a plain model the usual one.
+
+    Without ``modules.json`` a model of causal language is pooled by its last token, every other
+    one by the mean, as sentence-transformers does.
+    """
+    if read_labels(config):
+        if chosen.pooling is not None or chosen.normalize is not None:
+            raise ModelFilesError("this model classifies: pooling and normalize are for embeddings")
+        return read_sentence_files(folder, "sequence-classification") or SentenceFiles(folder)
+    files = read_sentence_files(folder, "feature-extraction")
+    if files is None:
+        architecture = (config.get("architectures") or [""])[0]
+        causal = architecture.endswith("ForCausalLM") and config.get("is_causal", True)
+        mode = "lasttoken" if causal else "mean"
+        files = SentenceFiles(folder, (Pooling(_size(config, WIDTHS, folder), (mode,)),))
+    if chosen.pooling is None:
+        return files
+    modes = tuple({"last": "lasttoken"}.get(m, m) for m in chosen.pooling.split("+"))
+    if not set(modes) <= set(MODES):
+        raise ModelFilesError(f"cannot pool by {chosen.pooling!r}: one of {', '.join(MODES)}")
+    steps: list[Step] = [
+        replace(step, modes=modes) if isinstance(step, Pooling) else step for step in files.steps
+    ]
+    check_widths(steps, folder)
+    return replace(files, steps=tuple(steps))
+
+
+def _prompts(files: Prompts, chosen: Choices) -> Prompts:
+    """The files' prompts, with the default that the operator chose."""
+    default = files.default
+    if chosen.default_prompt_name is not None:
+        if chosen.default_prompt_name not in files.texts:
+            raise ModelFilesError(
+                f"the model has no prompt {chosen.default_prompt_name!r}: it has "
+                f"{', '.join(files.texts) or 'none'}"
+            )
+        default = files.texts[chosen.default_prompt_name]
+    if chosen.default_prompt is not None:
+        if chosen.default_prompt_name is not None:
+            raise ModelFilesError("give default_prompt or default_prompt_name, not both")
+        default = chosen.default_prompt
+    if default and not files.pooled:
+        raise ModelFilesError("this model leaves prompts out of the pooling, which is not served")
+    return replace(files, default=default)
+
+
+def _max_length(
+    files: SentenceFiles, config: dict[str, Any], tokenizers: int, wanted: int | None
+) -> int:
     """The wanted length, or the files', never above the position embeddings."""
-    positions = _size({"n_positions": 512, **config}, POSITIONS, folder)
-    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= 2  # their positions begin after the padding's
-    said = (_read_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
-    length = wanted or said or positions
+    config = {"n_positions": 512, **config, **(config.get("text_config") or {})}
+    positions = _size(config, POSITIONS, files.transformer)
+    if config.get("model_type") in AFTER_PADDING:
+        positions -= 2
+    if config.get("model_type") in ENCODERS or positions < 1:  # relative: no position is the last
+        positions = wanted or files.max_length or tokenizers or 512
     if wanted is not None and wanted > positions:
         raise ModelFilesError(f"max_length {wanted} exceeds the model's {positions} positions")
-    return min(int(length), positions)
+    return min(int(wanted or files.max_length or tokenizers or positions), positions)
 
 
 def _size(config: dict[str, Any], names: tuple[str, ...], folder: Path) -> int:
@@ -194,7 +259,7 @@ def _size(config: dict[str, Any], names: tuple[str, ...], folder: Path) -> int:
 
 def digest_files(folder: Path) -> str:
     """Identifies weights and configuration: names, sizes and the first and last 64 KiB of each."""
-    kinds = (".json", ".safetensors", ".bin", ".txt")
+    kinds = (".json", ".safetensors", ".bin", ".txt", ".model")
     return _digest((p for p in sorted(folder.rglob("*")) if p.suffix in kinds), folder)
 
 
@@ -209,23 +274,3 @@ def _digest(files: Iterable[Path], folder: Path) -> str:
                 file.seek(max(nbytes - 65536, 0))
                 digest.update(file.read(65536))
     return digest.hexdigest()[:16]
-
-
-def _load_module(folder: Path, head: Head, dtype: str, device: str, weights: Path | None) -> Any:
-    import torch
-    from transformers import AutoModel, AutoModelForSequenceClassification
-
-    loader = AutoModelForSequenceClassification if head.kind == "classifier" else AutoModel
-    wanted = getattr(torch, dtype)
-    module = loader.from_pretrained(
-        folder, local_files_only=True, dtype=wanted if weights is None else torch.float32,
-        attn_implementation="sdpa",
-    )  # fmt: skip
-    if weights is not None:
-        load_weights(module, weights)
-        module = module.to(wanted)
-    return module.eval().to(device)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None

@@ -7,6 +7,8 @@ In: the endpoints. Out: an OpenAPI 3.1 document as plain data, served at ``/open
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +20,13 @@ from turbotx.serving import schemas
 
 REFUSALS = {
     "401": "no or a wrong API key",
+    "415": "the body's encoding is not read here",
     "413": "body, batch or input too large",
     "422": "bad input",
     "424": "the model failed for this input",
     "429": "overloaded: see Retry-After",
     "503": "not ready, or timed out",
+    "504": "its deadline passed before its turn came",
 }
 
 
@@ -36,6 +40,11 @@ class Endpoint:
     body: Any = None
     returns: Any = None
     openai: bool = False  # refusals in OpenAI's shape
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path, *self.aliases)
 
 
 def array_of(item: dict[str, Any]) -> dict[str, Any]:
@@ -46,8 +55,8 @@ def record(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def describe_api(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
-    """The whole document."""
+def describe_api(endpoints: Sequence[Endpoint], prefix: str = "") -> dict[str, Any]:
+    """The whole document; ``prefix`` is what every path begins with."""
     records = [
         getattr(schemas, name)
         for name in sorted(vars(schemas))
@@ -60,10 +69,17 @@ def describe_api(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     for name, field in (("EmbeddingsRequest", "input"), ("EmbedRequest", "inputs")):
         components[name]["properties"][field] = _inputs_schema()
     components["PredictRequest"]["properties"]["inputs"] = _pairs_schema()
+    ids = array_of({"type": "integer", "minimum": 0})
+    components["DecodeRequest"]["properties"]["ids"] = {"anyOf": [ids, array_of(ids)]}
     return {
         "openapi": "3.1.0",
         "info": {"title": "turbotx", "version": __version__},
-        "paths": {e.path: {_method(e): _operation(e)} for e in endpoints},
+        "servers": [{"url": prefix or "/"}],
+        "paths": {
+            path.replace(":path}", "}"): {_method(e): _operation(e, path)}
+            for e in endpoints
+            for path in e.paths
+        },
         "components": {
             "schemas": components,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -76,16 +92,21 @@ def _method(endpoint: Endpoint) -> str:
     return "get" if endpoint.body is None else "post"
 
 
-def _operation(endpoint: Endpoint) -> dict[str, Any]:
+def _operation(endpoint: Endpoint, path: str) -> dict[str, Any]:
     refusal = record("OpenAIErrorResponse" if endpoint.openai else "ErrorResponse")
     answer = {"description": "done"}
     if endpoint.returns is not None:
         answer = {"description": "done", "content": {"application/json": {"schema": endpoint.returns}}}  # type: ignore[dict-item]  # fmt: skip  # noqa: E501
     operation: dict[str, Any] = {
         "summary": endpoint.summary,
-        "operationId": endpoint.path.strip("/").replace("/", "_").replace(".", "_"),
+        "operationId": re.sub(r"\W+", "_", path).strip("_") or "root",
         "responses": {"200": answer},
     }
+    if "{model_id" in path:
+        operation["parameters"] = [
+            {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}
+        ]
+        operation["responses"]["404"] = {"description": "another model"}
     if endpoint.body is not None:
         content = {"application/json": {"schema": record(endpoint.body.__name__)}}
         operation["requestBody"] = {"required": True, "content": content}
@@ -97,6 +118,26 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     elif endpoint.path == "/ready":
         operation["responses"]["503"] = {"description": "starting, draining or failed"}
     return operation
+
+
+def describe_in_html(document: dict[str, Any]) -> str:
+    """The same as one page, without scripts: each path, its fields and its refusals."""
+    parts = [f"<!doctype html><title>{document['info']['title']}</title><h1>HTTP API</h1>"]
+    schemas = document["components"]["schemas"]
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            parts.append(f"<h2>{method.upper()} {html.escape(path)}</h2><p>{operation['summary']}")
+            if "requestBody" not in operation:
+                continue
+            content = operation["requestBody"]["content"]["application/json"]["schema"]
+            body = schemas[content["$ref"].rpartition("/")[2]]
+            rows = [
+                f"<li><code>{html.escape(field)}</code>"
+                f"{' (needed)' if field in body.get('required', ()) else ''}"
+                for field in body["properties"]
+            ]
+            parts.append(f"<p>{html.escape(body.get('description', ''))}<ul>{''.join(rows)}</ul>")
+    return "\n".join(parts)
 
 
 def _inputs_schema() -> dict[str, Any]:

@@ -97,6 +97,9 @@ class Aged:
     3. *Age bound.* Once a request has waited a third of ``max_age_ms``, the group of the oldest
        request runs, whatever the rest. ``Scheduler`` admits no more than a third of the bound in
        work, so waits stay under it with a third to spare for uneven batches.
+    4. *Overload.* While all that waits is more work than a twelfth of the bound, classes are
+       strict: the highest is planned as if it were alone, and a batch takes the oldest others that
+       are no longer than it is, as long as it does not cost twice as much.
     """
 
     replans: ClassVar[bool] = True
@@ -113,6 +116,10 @@ class Aged:
         n = len(by_length)
         price = np.arange(n, 0, -1, dtype=np.float64) + n * n / self.burst
         groups = split(length[by_length], table, price)
+        highest = max(r.priority for r in waiting)
+        if groups.total_ms > self.max_age_ms / 12 and any(r.priority < highest for r in waiting):
+            best = self.plan([r for r in waiting if r.priority == highest], now_ms, table)[0]
+            return [fill_up(best, [r for r in waiting if r.priority < highest], table)]
         urgency = self._urgency(waiting, arrival, now_ms, groups.total_ms)[by_length]
         score = np.add.reduceat(urgency, groups.starts) / groups.cost_ms
         order = np.argsort(-score, kind="stable")
@@ -141,6 +148,16 @@ POLICIES: dict[str, type[Policy]] = {
     "fifo": Fifo,
     "single": Single,
 }
+
+
+def fill_up(batch: Batch, others: Sequence[Request], table: Table) -> Batch:
+    """The batch and the oldest of the others that fit its length, at twice its cost at most."""
+    row = table[batch.length]
+    room = int(np.searchsorted(row[1:], 2 * batch.cost_ms, side="right")) - len(batch.requests)
+    fitting = [r for r in others if r.length <= batch.length]
+    chosen = sorted(fitting, key=lambda r: (-r.priority, r.arrival_ms))[: max(room, 0)]
+    members = (*batch.requests, *chosen)
+    return Batch(members, batch.length, float(row[len(members)]))
 
 
 def slice_in_order(ordered: Sequence[Request], table: Table) -> list[Batch]:

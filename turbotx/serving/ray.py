@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,14 @@ from starlette.responses import Response
 from turbotx.serving.app import create_app
 from turbotx.serving.engine import Head, Vectors
 from turbotx.serving.model_files import LoadedModel, describe_model, load_model
-from turbotx.serving.refusals import BackendFailed, Busy, NotReady, Refusal
+from turbotx.serving.refusals import BackendFailed, Busy, Late, NotReady, Refusal
 from turbotx.serving.routing import LengthRouting
-from turbotx.serving.service import Scope, Service
+from turbotx.serving.service import ModelFailed, Scope, Service
 from turbotx.serving.settings import Settings
 from turbotx.serving.tokens import TokenRow
 
-REFUSALS = {kind.__name__: kind for kind in (Busy, NotReady, BackendFailed)}
+REFUSALS = {kind.__name__: kind for kind in (Busy, Late, NotReady, BackendFailed)}
+EXPORT_S = 10.0  # between two looks at a replica's metrics
 ATTEMPTS = 3  # a row whose replica dies is computed again: it has no side effects
 
 
@@ -103,6 +104,18 @@ class Replica:
     def __init__(self, options: Mapping[str, Any], settings: Settings) -> None:
         self._service = Service(load_model(**options), settings)
         self._starting: asyncio.Task[None] | None = None
+        self._exporting: asyncio.Task[None] | None = None
+
+    async def prepare(self) -> str:
+        """Measure the costs. Returns why the model cannot run, empty where it can."""
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._service.start())
+            self._exporting = asyncio.ensure_future(self._export())
+        try:
+            await asyncio.shield(self._starting)
+        except ModelFailed as error:
+            return str(error)
+        return ""
 
     async def compute(
         self, rows: Sequence[TokenRow], tokens: int, due_in_ms: float, priority: int
@@ -111,17 +124,40 @@ class Replica:
 
         ``tokens`` is for the router. The deadline is relative: machines have their own clocks.
         """
-        if self._starting is None:
-            self._starting = asyncio.ensure_future(self._service.start())
-        await asyncio.shield(self._starting)
+        why = await self.prepare()
+        if why:
+            return NotReady.__name__, why, None
         try:
             scope = Scope(self._service.dispatcher.now_ms() + due_in_ms, priority)
             return "ok", np.stack(await self._service.compute(rows, scope)), None
         except Refusal as refusal:
             return type(refusal).__name__, str(refusal), refusal.retry_after_s
 
+    async def _export(self) -> None:
+        gauges: dict[str, Any] = {}
+        while True:
+            export_samples(self._service.metrics.registry, gauges, serve.metrics.Gauge)
+            await asyncio.sleep(EXPORT_S)
+
     def process_id(self) -> int:
         return os.getpid()
+
+
+def export_samples(registry: Any, gauges: dict[str, Any], make: Callable[..., Any]) -> None:
+    """Set one of Ray's gauges for each series of a registry; Ray adds the replica's name.
+
+    gauges: those made before, by name; new ones are added. Ray serves them with its own metrics,
+    at each node, as ``ray_te_queue_size`` and so on.
+    """
+    for family in registry.collect():
+        for sample in family.samples:
+            if sample.name.endswith("_created"):
+                continue
+            if sample.name not in gauges:
+                gauges[sample.name] = make(
+                    sample.name, description=family.documentation, tag_keys=tuple(sample.labels)
+                )
+            gauges[sample.name].set(sample.value, tags=dict(sample.labels))
 
 
 class RemoteEngine:
@@ -140,7 +176,8 @@ class RemoteEngine:
 class RemoteQueue:
     """Stands where a local dispatcher would: the queues are in the replicas."""
 
-    full = False
+    def full(self, priority: int) -> bool:
+        return False
 
     def now_ms(self) -> float:
         return time.perf_counter() * 1e3
@@ -156,11 +193,24 @@ class FrontService(Service):
         super().__init__(model, settings)
         self._handle = handle
         self._queue = RemoteQueue()
-        self.state = "ready"
 
     @property
     def dispatcher(self) -> Any:
+        """Raises NotReady before a replica is ready, with its reason where it never will be."""
+        if self.state != "ready":
+            raise NotReady(str(self.failure or "the replicas are loading"), retry_after_s=1.0)
         return self._queue
+
+    async def start(self) -> None:
+        """Ready when a replica is."""
+        while self.state == "loading":
+            try:
+                why = await self._handle.prepare.remote()
+            except (RayActorError, BackPressureError):
+                await asyncio.sleep(1.0)
+                continue
+            self.failure = ModelFailed(why) if why else None
+            self.state = "failed" if why else "ready"
 
     async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
         tokens = max(len(row) for row in rows)
@@ -188,10 +238,14 @@ class Front:
     def __init__(self, options: Mapping[str, Any], settings: Settings, handle: Any) -> None:
         tokenizer, info = describe_model(**options)
         model = LoadedModel(RemoteEngine(info.head), tokenizer, info)
-        self._app = create_app(FrontService(model, settings, handle))
+        self._service = FrontService(model, settings, handle)
+        self._app = create_app(self._service)
+        self._starting: asyncio.Task[None] | None = None
 
     async def __call__(self, request: Request) -> Response:
         """Run the application on a request that Ray has already read."""
+        if self._starting is None:  # the first one, as a probe of /ready
+            self._starting = asyncio.ensure_future(self._service.start())
         pending = [{"type": "http.request", "body": await request.body(), "more_body": False}]
         sent: list[Any] = []
 

@@ -34,6 +34,18 @@ class TooLarge(Refusal):
     status, kind = 413, "too_large"
 
 
+class Missing(Refusal):
+    """There is nothing of that name."""
+
+    status, kind = 404, "not_found"
+
+
+class Unsupported(Refusal):
+    """The body's encoding is not one that is read here."""
+
+    status, kind = 415, "validation"
+
+
 class Unauthorized(Refusal):
     """No API key, or a wrong one."""
 
@@ -56,6 +68,12 @@ class NotReady(Refusal):
     """Starting, or shutting down."""
 
     status, kind = 503, "unavailable"
+
+
+class Late(Refusal):
+    """Its deadline passed before its turn came: it was not computed."""
+
+    status, kind = 504, "timeout"
 
 
 class TimedOut(Refusal):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import math
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,19 +21,28 @@ from turbotx import __version__
 from turbotx.serving.engine import Head, normalize_rows
 from turbotx.serving.refusals import BadInput
 from turbotx.serving.schemas import (
+    DecodeRequest,
+    Document,
     EmbeddingItem,
     EmbeddingsRequest,
     EmbeddingsResponse,
     EmbedRequest,
     Prediction,
+    PredictParameters,
     PredictRequest,
     Rank,
+    RankedDocument,
+    RerankDocumentsRequest,
     RerankRequest,
+    RerankResponse,
+    SimilarityParameters,
+    SimilarityRequest,
     Token,
     TokenizeRequest,
+    TotalUsage,
     Usage,
 )
-from turbotx.serving.service import Scope, Service
+from turbotx.serving.service import Reading, Scope, Service
 from turbotx.serving.tokens import TokenRow
 
 Vector = NDArray[np.float32]
@@ -41,7 +51,7 @@ Vector = NDArray[np.float32]
 async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) -> EmbeddingsResponse:
     """OpenAI's embeddings: too long a text is refused, vectors are as the model's files say."""
     head = require_head(service, "embedding")
-    rows = await read_inputs(service, body.input)
+    rows = await read_inputs(service, body.input, scope, Reading())
     vectors = await service.compute(rows, scope)
     finished = finish(vectors, head.normalize, body.dimensions)
     encode = _to_base64 if body.encoding_format == "base64" else _to_list
@@ -55,11 +65,23 @@ async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) ->
 
 async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[list[float]]:
     head = require_head(service, "embedding")
-    keep_end = body.truncation_direction.lower() == "left"
-    rows = await read_inputs(service, body.inputs, body.truncate, keep_end)
+    rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
     normalize = head.normalize if body.normalize is None else body.normalize
     vectors = await service.compute(rows, scope)
     return [v.tolist() for v in finish(vectors, normalize, body.dimensions)]
+
+
+async def similarity(service: Service, body: SimilarityRequest, scope: Scope) -> list[float]:
+    """The cosine of the angle between the source's vector and each of the others'."""
+    require_head(service, "embedding")
+    if not body.inputs.sentences:
+        raise BadInput("sentences is empty: nothing to compare with")
+    texts = [body.inputs.source_sentence, *body.inputs.sentences]
+    options = body.parameters or SimilarityParameters()
+    rows = await read_inputs(service, texts, scope, reading_of(options), options.prompt_name)
+    vectors = normalize_rows(np.stack(await service.compute(rows, scope)))
+    cosines: list[float] = (vectors[1:] @ vectors[0]).tolist()
+    return cosines
 
 
 async def predict(
@@ -68,25 +90,17 @@ async def predict(
     head = require_head(service, "classifier")
     texts, single = read_pairs(body.inputs)
     service.check_batch(len(texts))
-    keep_end = body.truncation_direction.lower() == "left"
-    rows = await service.encode(texts, truncate=body.truncate, keep_end=keep_end)
+    rows = await service.encode(texts, scope, reading_of(body))
     logits = await service.compute(rows, scope)
-    found = [rank_labels(v, head, body.raw_scores) for v in logits]
+    options = body.parameters or PredictParameters()
+    function = "none" if body.raw_scores else options.function_to_apply
+    found = [rank_labels(v, head, function)[: options.top_k] for v in logits]
     return found[0] if single else found
 
 
 async def rerank(service: Service, body: RerankRequest, scope: Scope) -> list[Rank]:
-    head = require_head(service, "classifier")
-    if len(head.labels) != 1:
-        raise BadInput(f"this model has {len(head.labels)} classes, reranking needs one score")
-    if not body.texts:
-        raise BadInput("texts is empty: nothing to rank")
-    service.check_batch(len(body.texts))
-    pairs = [(body.query, text) for text in body.texts]
-    keep_end = body.truncation_direction.lower() == "left"
-    rows = await service.encode(pairs, truncate=body.truncate, keep_end=keep_end)
-    logits = await service.compute(rows, scope)
-    scores = [float(v[0]) if body.raw_scores else _sigmoid(float(v[0])) for v in logits]
+    logits = await _score(service, body.query, body.texts, scope, reading_of(body))
+    scores = logits if body.raw_scores else [_sigmoid(x) for x in logits]
     ranks = [
         Rank(i, score, body.texts[i] if body.return_text else None)
         for i, score in enumerate(scores)
@@ -94,11 +108,54 @@ async def rerank(service: Service, body: RerankRequest, scope: Scope) -> list[Ra
     return sorted(ranks, key=lambda rank: -rank.score)
 
 
+async def rerank_documents(
+    service: Service, body: RerankDocumentsRequest, scope: Scope
+) -> RerankResponse:
+    """Cohere's and Jina's shape: too long a document is cut, as theirs are."""
+    texts = [d if isinstance(d, str) else d.text for d in body.documents]
+    logits = await _score(service, body.query, texts, scope, Reading(truncate=True))
+    ranks = [
+        RankedDocument(i, _sigmoid(x), Document(texts[i]) if body.return_documents else None)
+        for i, x in enumerate(logits)
+    ]
+    ranks.sort(key=lambda rank: -rank.relevance_score)
+    usage = TotalUsage(scope.facts.tokens)
+    return RerankResponse(service.model.info.name, ranks[: body.top_n], usage, uuid.uuid4().hex)
+
+
+async def _score(
+    service: Service, query: str, texts: Sequence[str], scope: Scope, reading: Reading
+) -> list[float]:
+    """The one logit of the query with each text."""
+    head = require_head(service, "classifier")
+    if len(head.labels) != 1:
+        raise BadInput(f"this model has {len(head.labels)} classes, reranking needs one score")
+    if not texts:
+        raise BadInput("there are no texts: nothing to rank")
+    service.check_batch(len(texts))
+    rows = await service.encode([(query, text) for text in texts], scope, reading)
+    return [float(v[0]) for v in await service.compute(rows, scope)]
+
+
+async def decode(service: Service, body: DecodeRequest, scope: Scope) -> list[str]:
+    """The texts of one list of ids, or of many."""
+    kinds = {type(item) for item in body.ids}
+    if kinds == {int}:
+        rows: list[Any] = [body.ids]
+    elif kinds <= {list}:
+        rows = body.ids
+    else:
+        raise BadInput("ids mixes ids and lists of them: send all of one kind")
+    service.check_batch(len(rows))
+    return await service.decode(rows, body.skip_special_tokens is not False)
+
+
 async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> list[list[Token]]:
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     service.check_batch(len(texts))
-    described = await service.describe(texts, body.add_special_tokens)
-    return [[Token(**token) for token in tokens] for tokens in described]
+    prompt = prompt_of(service, body.prompt_name) if body.prompt_name else ""
+    special = body.add_special_tokens is not False
+    return await service.describe([prompt + text for text in texts], special)
 
 
 def describe_service(service: Service) -> dict[str, Any]:
@@ -121,12 +178,14 @@ def describe_service(service: Service) -> dict[str, Any]:
         "max_batch_tokens": settings.max_batch_tokens,
         "max_batch_requests": settings.max_batch,
         "max_client_batch_size": settings.max_client_batch,
+        "auto_truncate": settings.auto_truncate,
         "tokenization_workers": settings.tokenizer_threads,
         "version": __version__,
         "policy": settings.policy,
         "backend": info.backend,
         "width": info.width,
         "normalize": info.head.normalize,
+        "prompt_names": list(info.prompts.texts),
     }
 
 
@@ -140,23 +199,55 @@ def require_head(service: Service, kind: str) -> Head:
     return head
 
 
+def reading_of(body: Any) -> Reading:
+    return Reading(body.truncate, (body.truncation_direction or "right").lower() == "left")
+
+
+def prompt_of(service: Service, name: str | None) -> str:
+    """The text that goes before an input. Raises BadInput for a name that the model lacks."""
+    prompts = service.model.info.prompts
+    if name is None:
+        return prompts.default
+    if name not in prompts.texts:
+        known = ", ".join(prompts.texts) or "none"
+        raise BadInput(f"prompt_name is {name!r}, the model's prompts are: {known}")
+    if prompts.texts[name] and not prompts.pooled:
+        raise BadInput(f"prompt_name {name!r}: this model leaves prompts out of the pooling, "
+                       "which is not served")  # fmt: skip
+    return prompts.texts[name]
+
+
 async def read_inputs(
-    service: Service, inputs: str | list[Any], truncate: bool = False, keep_end: bool = False
+    service: Service,
+    inputs: str | list[Any],
+    scope: Scope,
+    reading: Reading,
+    prompt_name: str | None = None,
 ) -> list[TokenRow]:
-    """One text, many texts, one list of ids or many. Raises BadInput for a mixture or nothing."""
+    """One text, many texts, one list of ids or many. Raises BadInput for a mixture or nothing.
+
+    A prompt goes before texts; who sends ids has put it there already.
+    """
+    prompt = prompt_of(service, prompt_name)
     if isinstance(inputs, str):
-        return await service.encode([inputs], truncate=truncate, keep_end=keep_end)
+        inputs = [inputs]
     if not inputs:
         raise BadInput("the input is an empty list")
     kinds = {type(item) for item in inputs}
     if kinds == {int}:
-        return [service.model.tokenizer.check_ids(inputs)]
+        inputs, kinds = [inputs], {list}
     service.check_batch(len(inputs))
     if kinds == {str}:
-        return await service.encode(inputs, truncate=truncate, keep_end=keep_end)
-    if kinds == {list}:
-        return [service.model.tokenizer.check_ids(ids) for ids in inputs]
-    raise BadInput("the input mixes texts and token ids: send all of one kind")
+        if "" in inputs:
+            raise BadInput("an input is empty: every text needs at least one character")
+        return await service.encode(
+            [prompt + text for text in inputs] if prompt else inputs, scope, reading
+        )
+    if kinds != {list}:
+        raise BadInput("the input mixes texts and token ids: send all of one kind")
+    if prompt_name is not None:
+        raise BadInput("prompt_name is for texts: put the prompt's ids before your own")
+    return [service.model.tokenizer.check_ids(ids) for ids in inputs]
 
 
 def read_pairs(inputs: str | list[Any]) -> tuple[list[str | tuple[str, str]], bool]:
@@ -188,12 +279,14 @@ def finish(vectors: Sequence[Vector], normalize: bool, dimensions: int | None) -
     return normalize_rows(stacked) if normalize else stacked
 
 
-def rank_labels(logits: Vector, head: Head, raw: bool) -> list[Prediction]:
-    """Softmax over the classes, sigmoid where there is but one; best first."""
-    if raw:
+def rank_labels(logits: Vector, head: Head, function: str | None) -> list[Prediction]:
+    """Scores, best first: none, sigmoid or softmax of the logits, or what the model is for."""
+    if function is None:
+        function = "sigmoid" if head.sigmoid or len(logits) == 1 else "softmax"
+    if function == "none":
         scores = logits
-    elif len(logits) == 1:
-        scores = np.array([_sigmoid(float(logits[0]))], dtype=np.float32)
+    elif function == "sigmoid":
+        scores = np.array([_sigmoid(float(x)) for x in logits], dtype=np.float32)
     else:
         shifted = np.exp(logits - logits.max())
         scores = shifted / shifted.sum()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from turbotx.errors import TurbotxError
@@ -99,8 +99,23 @@ class Scheduler:
         """Estimated time to compute everything that waits, at the recent batches' efficiency."""
         return self._backlog_ms * self._excess if self._waiting else 0.0
 
+    def full(self, priority: int = 0) -> bool:
+        """Whether the next request of this class would be refused; costs nothing to ask.
+
+        Each class begins to be refused while the next higher one is still admitted.
+        """
+        return len(self._waiting) >= self.max_queue or self.backlog_ms > self._most_ms(priority)
+
+    def _most_ms(self, priority: int) -> float:
+        """Work that may wait when a request of this class comes: half, one, one and a half thirds
+        of the age bound for low, normal and high."""
+        return self.max_age_ms / 3 * max(1 + priority / 2, 0.25)
+
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises Overloaded, CostTableError (length), ValueError (key in use)."""
+        """Queue a request. Raises Overloaded, CostTableError (length), ValueError (key in use).
+
+        For a patient one the limits have been asked before, for all that came with it.
+        """
         if request.key in self._waiting:
             raise ValueError(f"a request with the key {request.key!r} already waits")
         if not 1 <= request.length <= self.costs.max_length:
@@ -108,16 +123,27 @@ class Scheduler:
                 f"a request of {request.length} tokens, but the cost table covers 1 to "
                 f"{self.costs.max_length}: truncate it or measure longer ones"
             )
-        if len(self._waiting) >= self.max_queue or self.backlog_ms > self.max_age_ms / 3:
+        if not request.patient and self.full(request.priority):
             raise Overloaded(
                 f"{len(self._waiting)} requests wait, about {self.backlog_ms:.0f} ms of work "
-                f"(limits: {self.max_queue} requests, {self.max_age_ms / 3:.0f} ms)",
+                f"(limits: {self.max_queue} requests, {self._most_ms(request.priority):.0f} ms)",
                 max(self.backlog_ms / 2, 1.0),
             )
-        share = self._share_ms(request.length)
+        share = self.share_ms(request.length)
         self._waiting[request.key] = request
         self._shares[request.key] = share
         self._backlog_ms += share
+
+    def raise_to(self, key: Hashable, deadline_ms: float, priority: int) -> None:
+        """Somebody else awaits a waiting request too: it takes the higher class of the two, and the
+        later deadline. One that does not wait (any more) stays as it is."""
+        request = self._waiting.get(key)
+        if request is not None:
+            self._waiting[key] = replace(
+                request,
+                deadline_ms=max(request.deadline_ms, deadline_ms),
+                priority=max(request.priority, priority),
+            )
 
     def cancel(self, key: Hashable) -> bool:
         """Forget a waiting request; False when it is not waiting (any more)."""
@@ -141,7 +167,17 @@ class Scheduler:
 
         Happens only where batches cost far more than the table said when they were admitted.
         """
-        late = [r for r in self._waiting.values() if now_ms - r.arrival_ms >= self.max_age_ms]
+        late = [
+            r for r in self._waiting.values()
+            if now_ms - r.arrival_ms >= self.max_age_ms and not r.patient
+        ]  # fmt: skip
+        for request in late:
+            self.cancel(request.key)
+        return late
+
+    def overdue(self, now_ms: float) -> list[Request]:
+        """Take those off the queue whose deadline has passed: nobody needs their answers."""
+        late = [r for r in self._waiting.values() if r.deadline_ms < now_ms]
         for request in late:
             self.cancel(request.key)
         return late
@@ -176,7 +212,7 @@ class Scheduler:
         """Tell what an executed batch took."""
         self.costs.observe(batch.length, len(batch.requests), took_ms)
 
-    def _share_ms(self, length: int) -> float:
+    def share_ms(self, length: int) -> float:
         """The request's part of a batch of its like, the fullest that the limits allow."""
         row = self.table[length]
         most = len(row) - 1

@@ -14,51 +14,109 @@ import msgspec
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class EmbeddingsRequest(msgspec.Struct, kw_only=True):
+Direction = Literal["Left", "Right", "left", "right"]
+
+
+class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A request. null is as if absent; a field that is not known might change the answer."""
+
+
+class EmbeddingsRequest(Body, kw_only=True):
     """OpenAI's ``/v1/embeddings``: one input or a list, as text or as token ids."""
 
     input: str | list[str | int | list[int]]
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: PositiveInt | None = None
     user: str | None = None
 
 
-class EmbedRequest(msgspec.Struct, kw_only=True):
+class EmbedRequest(Body, kw_only=True):
     """``/embed``. ``normalize`` unset: as the model's files say."""
 
     inputs: str | list[str | int | list[int]]
     normalize: bool | None = None
-    truncate: bool = False
-    truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
     dimensions: PositiveInt | None = None
 
 
-class PredictRequest(msgspec.Struct, kw_only=True):
+class PredictParameters(Body, kw_only=True):
+    """Of Hugging Face's client: how logits become scores, and how many are wanted."""
+
+    function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
+    top_k: PositiveInt | None = None
+
+
+class PredictRequest(Body, kw_only=True):
     """``/predict``: a text, a pair [a, b], or a list of [text] and [a, b]."""
 
     inputs: str | list[str | list[str]]
-    raw_scores: bool = False
-    truncate: bool = False
-    truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
+    parameters: PredictParameters | None = None
+    raw_scores: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
 
 
-class RerankRequest(msgspec.Struct, kw_only=True):
+class RerankRequest(Body, kw_only=True):
     """``/rerank``: score every text against the query."""
 
     query: str
     texts: list[str]
-    raw_scores: bool = False
-    return_text: bool = False
-    truncate: bool = False
-    truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
+    raw_scores: bool | None = None
+    return_text: bool | None = None
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
 
 
-class TokenizeRequest(msgspec.Struct, kw_only=True):
+class Document(msgspec.Struct):
+    """A document of Cohere's or Jina's; fields beside its text are not ranked by."""
+
+    text: str
+
+
+class RerankDocumentsRequest(Body, kw_only=True):
+    """``/v1/rerank``: Cohere's and Jina's fields. What is too long is cut."""
+
+    query: str
+    documents: list[str | Document]
+    model: str | None = None
+    top_n: PositiveInt | None = None
+    return_documents: bool | None = None
+
+
+class SimilarityInputs(Body, kw_only=True):
+    source_sentence: str
+    sentences: list[str]
+
+
+class SimilarityParameters(Body, kw_only=True):
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
+
+
+class SimilarityRequest(Body, kw_only=True):
+    """``/similarity``: one sentence against others."""
+
+    inputs: SimilarityInputs
+    parameters: SimilarityParameters | None = None
+
+
+class DecodeRequest(Body, kw_only=True):
+    """``/decode``: one list of token ids, or many."""
+
+    ids: list[int | list[int]]
+    skip_special_tokens: bool | None = None
+
+
+class TokenizeRequest(Body, kw_only=True):
     """``/tokenize``."""
 
     inputs: str | list[str]
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
+    prompt_name: str | None = None
 
 
 class Usage(msgspec.Struct):
@@ -90,7 +148,24 @@ class Rank(msgspec.Struct, omit_defaults=True):
     text: str | None = None
 
 
-class Token(msgspec.Struct):
+class RankedDocument(msgspec.Struct, omit_defaults=True):
+    index: int
+    relevance_score: float
+    document: Document | None = None
+
+
+class TotalUsage(msgspec.Struct):
+    total_tokens: int
+
+
+class RerankResponse(msgspec.Struct):
+    model: str
+    results: list[RankedDocument]
+    usage: TotalUsage
+    id: str
+
+
+class Token(msgspec.Struct, gc=False):
     id: int
     text: str
     special: bool

@@ -8,8 +8,12 @@ answers what it has accepted and exits::
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import logging
 import math
 import os
+import socket
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,12 +21,14 @@ from typing import Any
 import uvicorn
 
 from turbotx.serving.app import create_app
+from turbotx.serving.connections import ConnectionLimits, connection_limit, make_protocol
 from turbotx.serving.cost import CostTable
-from turbotx.serving.engine import Pooling
 from turbotx.serving.logs import log_as_json
 from turbotx.serving.model_files import DEFAULT_MODEL, LoadedModel, load_model
 from turbotx.serving.service import Service
-from turbotx.serving.settings import Settings
+from turbotx.serving.settings import Settings, SettingsError
+
+log = logging.getLogger(__name__)
 
 
 def serve(
@@ -33,10 +39,13 @@ def serve(
     backend: str = "turbotx",
     device: str = "cpu",
     dtype: str = "float32",
-    max_length: int | None = None,
     weights: Path | None = None,
-    pooling: Pooling | None = None,
+    max_length: int | None = None,
+    pooling: str | None = None,
     normalize: bool | None = None,
+    default_prompt: str | None = None,
+    default_prompt_name: str | None = None,
+    served_model_name: str | None = None,
     log_level: str = "info",
     **settings: Any,
 ) -> None:
@@ -49,11 +58,16 @@ def serve(
     settings["cost_folder"] = settings.get("cost_folder") or cost_folder()
     checked = Settings(**settings)
     log_as_json(log_level)
+    if not checked.api_keys and host not in ("127.0.0.1", "::1", "localhost"):
+        log.warning("no API key is asked for, and %s may be reached by others", host)
+    listener = open_port(host, port)  # before the model is loaded, which takes much longer
     loaded = load_model(
-        model, backend=backend, device=device, dtype=dtype, max_length=max_length, weights=weights,
-        pooling=pooling, normalize=normalize,
+        model, backend=backend, device=device, dtype=dtype, weights=weights, max_length=max_length,
+        pooling=pooling, normalize=normalize, default_prompt=default_prompt,
+        default_prompt_name=default_prompt_name, programs=checked.cost_folder,
+        served_model_name=served_model_name,
     )  # fmt: skip
-    run(loaded, checked, host=host, port=port)
+    run(loaded, checked, host=host, port=port, listener=listener)
 
 
 def run(
@@ -63,25 +77,70 @@ def run(
     host: str,
     port: int,
     costs: CostTable | None = None,
+    listener: socket.socket | None = None,
 ) -> None:
-    """Listen with a model that is already loaded. No ``costs``: measured at the start."""
+    """Listen with a model that is already loaded. No ``costs``: measured at the start.
+
+    Raises ModelFailed where the model cannot run, SettingsError where the port is taken.
+    """
+    listener = listener or open_port(host, port)
     service = Service(model, settings, costs)
+    limits = ConnectionLimits(
+        settings.receive_timeout_ms / 1e3, connection_limit(settings.max_connections)
+    )
     config = uvicorn.Config(
         create_app(service), host=host, port=port, log_config=None, access_log=False,
         timeout_keep_alive=75, timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1e3),
+        http=make_protocol(limits),
     )  # fmt: skip
-    GracefulServer(config, service).run()
+    GracefulServer(config, service, limits).run([listener])
+    if service.failure is not None:
+        raise service.failure
+    if service.preparing:  # its thread cannot be stopped, and has answered nobody
+        logging.shutdown()
+        os._exit(0)
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """A socket bound to the address; it does not listen yet. Raises SettingsError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        opened = socket.socket(family, kind, protocol)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+    except (OSError, OverflowError) as error:
+        raise SettingsError(f"cannot listen on {host} port {port}: {error}") from error
+    return opened
 
 
 class GracefulServer(uvicorn.Server):
-    """Says so on ``/ready`` as soon as it is told to stop, and exits with 0 when it is done."""
+    """Says so on ``/ready`` as soon as it is told to stop, and exits with 0 when it is done.
+
+    It also stops where the model turns out not to run: nothing would ever be answered.
+    """
 
     should_exit: bool
     force_exit: bool
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, limits: ConnectionLimits) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._limits = service, limits
+        self._frozen = False
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if counter % 10 == 0:
+            self._limits.close_late(asyncio.get_running_loop().time())
+        if self._service.state == "ready" and not self._frozen:
+            # The model's millions of objects stay: no collection need ever look at them again.
+            self._frozen = True
+            gc.collect()
+            gc.freeze()
+        if self.should_exit:
+            self._service.left.set()
+        return await super().on_tick(counter) or self._service.failure is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._service.leaving = True

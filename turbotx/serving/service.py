@@ -13,31 +13,59 @@ import asyncio
 import contextlib
 import logging
 import math
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from turbotx.errors import TurbotxError
 from turbotx.serving.cache import ResponseCache
 from turbotx.serving.cost import CostTable
 from turbotx.serving.dispatcher import Dispatcher
-from turbotx.serving.engine import SleepEngine
+from turbotx.serving.engine import SleepEngine, TorchEngine
 from turbotx.serving.measure import cost_file, describe_device, load_or_measure, warm_up
 from turbotx.serving.metrics import Metrics
 from turbotx.serving.model_files import LoadedModel
 from turbotx.serving.policies import POLICIES, Aged
 from turbotx.serving.refusals import NotReady, TooLarge
 from turbotx.serving.scheduler import Hungry, Lazy, Scheduler
+from turbotx.serving.schemas import Token
 from turbotx.serving.settings import Settings
+from turbotx.serving.tokenizer_pool import TokenizerPool
 from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
 
 State = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
+MOST_TOKENS = 32_768  # described in one answer: about 2 MB of JSON
+
+
+class ModelFailed(TurbotxError):
+    """The model was loaded, and cannot compute."""
+
+
+@dataclass
+class Facts:
+    """What one HTTP request was found to be while it was answered; times in s."""
+
+    characters: int = 0
+    tokens: int = 0
+    tokenizing_s: float = 0.0
+    queueing_s: float = 0.0  # the longest of its rows
+    inference_s: float = 0.0
+
+    def headers(self, took_s: float, device: str) -> dict[str, str]:
+        """text-embeddings-inference's headers; times in ms."""
+        seconds = {"total-time": took_s, "compute-time": took_s, "queue-time": self.queueing_s,
+                   "tokenization-time": self.tokenizing_s, "inference-time": self.inference_s}  # fmt: skip  # noqa: E501
+        found = {f"x-{name}": str(round(value * 1e3)) for name, value in seconds.items()}
+        kind = "gpu+optimized" if device.startswith("cuda") else "cpu"
+        return {"x-compute-type": kind, "x-compute-characters": str(self.characters),
+                "x-compute-tokens": str(self.tokens), **found}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +74,15 @@ class Scope:
 
     deadline_ms: float = math.inf
     priority: int = 0
+    facts: Facts = field(default_factory=Facts)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one request's texts are cut."""
+
+    truncate: bool | None = None  # cut what is too long, or refuse it; None: as the settings say
+    keep_end: bool = False  # cut at the beginning
 
 
 class Service:
@@ -57,12 +94,13 @@ class Service:
         self.model, self.settings = model, settings
         self.metrics = Metrics()
         self.state: State = "loading"
+        self.failure: ModelFailed | None = None
+        self.preparing = False  # a thread runs the model for the first time
+        self.left = asyncio.Event()  # the same: bodies that are half there are not waited for
         self.leaving = False  # told to stop: ready for nothing new, though still answering
         self._costs = costs
         self._dispatcher: Dispatcher | None = None
-        self._tokenizers = ThreadPoolExecutor(
-            settings.tokenizer_threads, thread_name_prefix="turbotx-tokenizer"
-        )
+        self._tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_body_nbytes)
         self.metrics.watch(self.figures)
 
     @property
@@ -73,13 +111,20 @@ class Service:
         return self._dispatcher
 
     async def start(self) -> None:
-        """Measure the costs (once per model and device where they are kept), accept requests."""
+        """Measure the costs (once per model and device where they are kept), accept requests.
+
+        Raises ModelFailed.
+        """
         try:
-            costs = await asyncio.to_thread(self._prepare)
-        except Exception:
+            costs = await self._in_thread(self._prepare)
+        except Exception as error:  # whatever the model raises
+            said = str(error).strip().splitlines() or [""]
             self.state = "failed"
-            log.exception("the model could not be measured: no request will be served")
-            raise
+            self.failure = ModelFailed(
+                f"{self.model.info.name} cannot run: {type(error).__name__}: {said[0]}"
+            )
+            log.error(str(self.failure), exc_info=log.isEnabledFor(logging.DEBUG))
+            raise self.failure from error
         cache = ResponseCache(self.settings.cache_nbytes)
         self._dispatcher = Dispatcher(
             self.model.engine,
@@ -92,8 +137,38 @@ class Service:
         self._dispatcher.start()
         self.state = "ready"
 
+    async def _in_thread(self, work: Callable[[], CostTable]) -> CostTable:
+        """Run it in a thread that does not keep the process: a capture takes a while."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[CostTable] = loop.create_future()
+
+        def finish(found: CostTable | None, error: BaseException | None) -> None:
+            self.preparing = False
+            if done.done():
+                return
+            if error is None:
+                done.set_result(found)  # type: ignore[arg-type]
+            else:
+                done.set_exception(error)
+
+        def run() -> None:
+            found, error = None, None
+            try:
+                found = work()
+            except BaseException as caught:
+                error = caught
+            with contextlib.suppress(RuntimeError):  # the loop was left meanwhile
+                loop.call_soon_threadsafe(finish, found, error)
+
+        self.preparing = True
+        threading.Thread(target=run, name="turbotx-start", daemon=True).start()
+        return await done
+
     async def stop(self) -> None:
-        """Answer all that was accepted, keep what was learnt about costs, end the threads."""
+        """Answer all that was accepted, keep what was learnt about costs, end the threads.
+
+        Who is told to stop while the model is being prepared does not wait for it.
+        """
         self.state = "draining"
         if self._dispatcher is not None:
             await self._dispatcher.drain()
@@ -101,37 +176,50 @@ class Service:
             if path is not None:
                 with contextlib.suppress(OSError):  # a read-only folder costs a measurement
                     self._dispatcher.scheduler.costs.save(path, model=self.model.info.name)
-        self._tokenizers.shutdown(wait=True)
+        self._tokenizers.shutdown()
 
     async def encode(
         self,
         texts: Sequence[str | tuple[str, str]],
-        *,
-        truncate: bool = False,
-        keep_end: bool = False,
+        scope: Scope | None = None,
+        reading: Reading | None = None,
     ) -> list[TokenRow]:
-        """Tokenise in the pool, one task for all of a request's texts."""
+        """Tokenise in the pool, one task for all of a request's texts. Raises Busy."""
+        scope, reading = scope or Scope(), reading or Reading()
+        said = reading.truncate
+        truncate = self.settings.auto_truncate if said is None else said
+        characters = sum(len(t) if isinstance(t, str) else sum(map(len, t)) for t in texts)
 
         def work() -> list[TokenRow]:
             encode = self.model.tokenizer.encode
-            return [encode(text, truncate=truncate, keep_end=keep_end) for text in texts]
+            return [encode(text, truncate=truncate, keep_end=reading.keep_end) for text in texts]
 
         begin = time.perf_counter()
-        rows = await asyncio.get_running_loop().run_in_executor(self._tokenizers, work)
-        self.metrics.tokenizing.observe(time.perf_counter() - begin)
+        rows = await self._tokenizers.run(characters, work)
+        facts = scope.facts
+        facts.tokenizing_s = time.perf_counter() - begin
+        facts.characters += characters
+        self.metrics.tokenizing.observe(facts.tokenizing_s)
         return rows
 
-    async def describe(self, texts: Sequence[str], special: bool) -> list[list[dict[str, Any]]]:
-        """Each text's tokens, for ``/tokenize``. Raises TooLarge for very long texts."""
-        longest = self.model.info.max_length * CHARACTERS_PER_TOKEN
-        if any(len(text) > longest for text in texts):
-            raise TooLarge(f"a text has more than {longest} characters")
+    async def describe(self, texts: Sequence[str], special: bool) -> list[list[Token]]:
+        """Each text's tokens, for ``/tokenize``. Raises TooLarge where they would be too many."""
+        most = max(MOST_TOKENS, self.model.info.max_length)
 
-        def work() -> list[list[dict[str, Any]]]:
-            describe = self.model.tokenizer.describe
-            return [describe(text, add_special_tokens=special) for text in texts]
+        def work() -> list[list[Token]]:
+            found: list[list[Token]] = []
+            left = most
+            try:
+                for text in texts:
+                    describe = self.model.tokenizer.describe
+                    found.append(describe(text, left, add_special_tokens=special))
+                    left -= len(found[-1])
+            except TooLarge:
+                found.clear()  # the error keeps this frame until the collector comes by
+                raise
+            return found
 
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizers, work)
+        return await self._tokenizers.run(sum(map(len, texts)), work)
 
     def check_batch(self, count: int) -> None:
         if count > self.settings.max_client_batch:
@@ -141,8 +229,18 @@ class Service:
             )
 
     async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
-        return await self.dispatcher.compute_all(
+        facts = scope.facts
+        facts.tokens = sum(map(len, rows))
+        vectors, facts.queueing_s, facts.inference_s = await self.dispatcher.compute_timed(
             rows, deadline_ms=scope.deadline_ms, priority=scope.priority
+        )
+        return vectors
+
+    async def decode(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
+        """The text of each row of token ids, in the tokenizers' threads."""
+        texts = self.model.tokenizer.texts_of
+        return await self._tokenizers.run(
+            sum(map(len, rows)) * CHARACTERS_PER_TOKEN, lambda: texts(rows, skip_special)
         )
 
     def figures(self) -> dict[str, float]:
@@ -193,6 +291,8 @@ class Service:
         if path is not None:
             with contextlib.suppress(OSError):
                 table.save(path, model=self.model.info.name)
+        if isinstance(engine, TorchEngine):
+            engine.keep()
         return table
 
     def _cost_path(self) -> Path | None:
@@ -200,5 +300,9 @@ class Service:
         if folder is None or isinstance(self.model.engine, SleepEngine):
             return None
         return cost_file(
-            folder, info.name, info.revision, describe_device(info.device), info.backend
+            folder,
+            info.name,
+            info.revision,
+            describe_device(info.device),
+            f"{info.backend}-{info.dtype}",
         )

@@ -30,12 +30,17 @@ class Settings:
     max_age_ms: float = 5_000.0  # nobody waits longer; a third of it in work is admitted
     lazy_ms: float = 0.0  # 0: hungry; else wait this long for a batch to fill
     timeout_ms: float = 30_000.0  # of one HTTP request, from its first byte
+    receive_timeout_ms: float = 10_000.0  # for a whole header, and between two parts of a body
+    max_connections: int = 4_096  # fewer where the process may not open as many files
     max_client_batch: int = 256  # inputs in one HTTP request
     max_body_nbytes: int = 8 << 20
+    auto_truncate: bool = False  # cut texts that are too long where a request does not say
     cache_nbytes: int = 64 << 20  # of response vectors; 0: off
     coalesce: bool = True  # compute identical requests in flight once
     tokenizer_threads: int = 2
     api_keys: tuple[str, ...] = ()  # any of them opens the door; none: everybody may ask
+    cors_allow_origin: tuple[str, ...] = ()  # pages of these may ask; * for all, none: no header
+    url_prefix: str = ""  # what every path begins with, for example /embeddings-of-mine
     cost_folder: Path | None = None  # where cost tables are kept; None: measure at every start
     otel: bool = False  # trace with OpenTelemetry, where it is installed
 
@@ -43,13 +48,16 @@ class Settings:
         if self.policy not in POLICIES:
             raise SettingsError(f"no policy {self.policy!r}: one of {', '.join(POLICIES)}")
         for name in ("max_batch", "max_queue", "max_client_batch", "max_body_nbytes",
-                     "tokenizer_threads", "max_age_ms", "timeout_ms"):  # fmt: skip
+                     "tokenizer_threads", "max_age_ms", "timeout_ms", "receive_timeout_ms",
+                     "max_connections"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} must be above zero, got {getattr(self, name)}")
         if self.cache_nbytes < 0 or self.lazy_ms < 0:
             raise SettingsError("cache_nbytes and lazy_ms must not be negative")
         if self.max_batch_tokens is not None and self.max_batch_tokens <= 0:
             raise SettingsError(f"max_batch_tokens must be above zero, got {self.max_batch_tokens}")
+        if self.url_prefix and not (self.url_prefix[0] == "/" != self.url_prefix[-1]):
+            raise SettingsError(f"url_prefix begins with / and ends without, got {self.url_prefix}")
         if not all(key.strip() == key and key for key in self.api_keys):
             raise SettingsError("an API key is empty or has blanks round it: leave it out, trim it")
 

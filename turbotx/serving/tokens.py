@@ -3,16 +3,17 @@
 In: a string, or a pair of them for models that read pairs. Out: a ``TokenRow``, cut to the model's
 length or refused. Thread-safe: called from a pool, the encoder releases the interpreter lock::
 
-    TextTokenizer.load(path, 512).encode("hello world")     # TokenRow(ids=(101, 7592, 2088, 102))
+    TextTokenizer(tokenizer, 512).encode("hello world")     # TokenRow(ids=(101, 7592, 2088, 102))
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from turbotx.serving.refusals import BadInput, TooLarge
+from turbotx.serving.schemas import Token
 
 CHARACTERS_PER_TOKEN = 24  # more than any tokenizer needs on average over a whole text
 
@@ -29,26 +30,27 @@ class TokenRow:
 
 
 class TextTokenizer:
-    """A Hugging Face tokenizer (``tokenizer.json``) without padding or truncation of its own."""
+    """A Hugging Face tokenizer without padding or truncation of its own.
 
-    def __init__(self, tokenizer: Any, max_length: int, vocabulary: int | None = None) -> None:
+    ``vocabulary`` bounds the ids that a client may send; ``pad_id`` and ``gives_types`` (whether
+    rows come with segment ids) are what the tokenizer's files say.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        vocabulary: int | None = None,
+        *,
+        pad_id: int | None = None,
+        gives_types: bool = True,
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self.max_length = max_length
         self.vocabulary = vocabulary or tokenizer.get_vocab_size()
-
-    @classmethod
-    def load(cls, folder: Path, max_length: int, vocabulary: int | None = None) -> TextTokenizer:
-        path = folder / "tokenizer.json"
-        if path.exists():
-            from tokenizers import Tokenizer
-
-            return cls(Tokenizer.from_file(str(path)), max_length, vocabulary)
-        from transformers import AutoTokenizer
-
-        slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return cls(slow.backend_tokenizer, max_length, vocabulary)
+        self.pad_id, self.gives_types = pad_id, gives_types
 
     def encode(
         self, text: str | tuple[str, str], *, truncate: bool = False, keep_end: bool = False
@@ -85,22 +87,33 @@ class TextTokenizer:
             raise BadInput(f"token ids must lie in 0 to {self.vocabulary - 1}")
         return TokenRow(tuple(ids))
 
-    def describe(self, text: str, *, add_special_tokens: bool = True) -> list[dict[str, Any]]:
-        """Each token with its id, text and place, for ``/tokenize``; never truncated."""
+    def texts_of(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
+        """The text of each row of ids, with or without its special tokens. Raises BadInput."""
+        for ids in rows:
+            if ids and (min(ids) < 0 or max(ids) >= self.vocabulary):
+                raise BadInput(f"token ids must lie in 0 to {self.vocabulary - 1}")
+        found: list[str] = self._tokenizer.decode_batch(rows, skip_special_tokens=skip_special)
+        return found
+
+    def describe(self, text: str, most: int, *, add_special_tokens: bool = True) -> list[Token]:
+        """Each token with its id, text and place, for ``/tokenize``; never truncated.
+
+        Raises TooLarge beyond ``most`` tokens: what describes them is far longer than the text.
+        """
+        refusal = f"the texts have more than {most} tokens: send them in several requests"
+        if len(text) > most * CHARACTERS_PER_TOKEN:
+            raise TooLarge(refusal)
         encoding = self._encode_text(text, None, add_special_tokens)
+        if len(encoding) > most:
+            raise TooLarge(refusal)
+        facts = zip(
+            encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets,
+            strict=True,
+        )  # fmt: skip
         return [
-            {
-                "id": token,
-                "text": piece,
-                "special": bool(special),
-                "start": None if special else start,
-                "stop": None if special else stop,
-            }
-            for token, piece, special, (start, stop) in zip(
-                encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets,
-                strict=True,
-            )
-        ]  # fmt: skip
+            Token(token, piece, bool(special), *((None, None) if special else place))
+            for token, piece, special, place in facts
+        ]
 
     def _encode_text(self, first: str, second: str | None, special: bool = True) -> Any:
         try:
@@ -124,8 +137,19 @@ class TextTokenizer:
         b = None if second is None else self._tokenizer.encode(second, add_special_tokens=False)
         room = self.max_length - (len(encoding.ids) - len(a.ids) - (len(b.ids) if b else 0))
         side = "left" if keep_end else "right"
-        keep = room if b is None else max(room - len(b.ids), room // 2)
-        a.truncate(max(min(keep, len(a.ids)), 1), direction=side)
-        if b is not None:
-            b.truncate(max(room - len(a.ids), 1), direction=side)
+        if b is None:
+            a.truncate(room, direction=side)
+        else:
+            first_length, second_length = longest_first(len(a.ids), len(b.ids), room)
+            a.truncate(first_length, direction=side)
+            b.truncate(second_length, direction=side)
         return self._tokenizer.post_process(a, b)
+
+
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """How much of a pair is kept, in tokens: the longer is cut first, as tokenizers does it."""
+    short, long = sorted((first, second))
+    long = min(long, max(short, room - short))
+    if short + long > room:
+        short, long = room // 2, room - room // 2
+    return (long, short) if first > second else (short, long)

@@ -61,6 +61,8 @@ def attention_f16_64_causal_key_mask(
     v_ptr += batch_index * v_batch + kv_head * v_head
     q = tl.load(q_ptr + row.to(tl.int64) * q_row + dim, mask=row_ok, other=0.0)
 
+    keys_ptr += batch_index * key_mask_stride
+
     # For each query: the largest score so far, the sum of exponentials, of values.
     largest = tl.full((Q_TILE, 1), float("-inf"), tl.float32)
     total = tl.zeros((Q_TILE, 1), tl.float32)
@@ -71,9 +73,8 @@ def attention_f16_64_causal_key_mask(
         col = start + tl.arange(0, K_TILE)[None, :]
         key = start + tl.arange(0, K_TILE)[:, None]
         key_ok = key < k_len
-        mask = tl.load(
-            keys_ptr + batch_index * key_mask_stride + col, mask=col < k_len, other=0
-        )
+        # Asked for before the keys, whose way takes as long.
+        mask = tl.load(keys_ptr + col, mask=col < k_len, other=0)
         k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, mask=key_ok, other=0.0)
         scores = tl.dot(q, tl.trans(k)) * 0.18033688011112042
         visible = col < k_len
@@ -91,10 +92,8 @@ def attention_f16_64_causal_key_mask(
         largest = larger
 
     # A query that sees no key gets zeros.
-    values = values / tl.where(total == 0.0, 1.0, total)
+    zeros = total == 0.0
+    values = values / tl.where(zeros, 1.0, total)
     out_ptr += batch_index * out_batch + head * out_head
-    tl.store(
-        out_ptr + row.to(tl.int64) * out_row + dim,
-        values.to(tl.float16),
-        mask=row_ok,
-    )
+    out_at = out_ptr + row.to(tl.int64) * out_row + dim
+    tl.store(out_at, values.to(tl.float16), mask=row_ok)

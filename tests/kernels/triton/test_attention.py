@@ -66,6 +66,14 @@ def test_key_mask_and_a_sequence_that_sees_nothing() -> None:
     assert (out[2] == 0).all()
 
 
+@pytest.mark.parametrize("window", [(-1, -1), (5, -1), (3, 2)])
+def test_queries_at_the_last_keys(window: tuple[int, int]) -> None:
+    q, k, v = operands(1, 2, 2, 5, 37, 16)
+    case = kernel(16, causal=window[1] < 0, window=window, late=True)
+    said = {"scale": case.scale, "window": window, "causal": case.causal, "late": True}
+    check(run(case, q, k, v), q, k, v, **said)
+
+
 @pytest.mark.parametrize("window", [(3, 2), (0, -1), (-1, 4), (20, 40)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_window_around_each_query(window: tuple[int, int], causal: bool) -> None:

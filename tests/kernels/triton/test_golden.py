@@ -16,10 +16,13 @@ import torch
 from tests.compiled_functions import compile_function
 from tests.kernels.fusion.test_fuse import grouped_rotary
 from turbotx import ir
-from turbotx.ir.matmul_kernels import AttentionKernel
+from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.kernels.schedule import Schedule, choose_schedule
 from turbotx.kernels.triton.attention import print_triton_attention
+from turbotx.kernels.triton.gemm import print_triton_gemm
+from turbotx.kernels.triton.gemm_template import GemmSchedule, GemmTemplate
 from turbotx.kernels.triton.printer import print_triton
+from turbotx.kernels.triton.products import print_triton_product
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "triton"
 F = torch.nn.functional
@@ -104,10 +107,25 @@ def flash_attention() -> str:
     return print_triton_attention(attention)
 
 
+def attention_scores() -> str:
+    return print_triton_product(ProductKernel("scores", torch.float16, 64))
+
+
+def gemm_of_a_folded_norm() -> str:
+    template = GemmTemplate(torch.float16, 3072, 768, True, "gelu", norm="layer", scaled=True)
+    return print_triton_gemm(template, GemmSchedule(64, 32, 128, stat_tile=32))
+
+
+def gemm_in_parts() -> str:
+    template = GemmTemplate(torch.bfloat16, 100, 1000, gated=True, activation="silu", stats=True)
+    return print_triton_gemm(template, GemmSchedule(16, 32, 64, splits=4))
+
+
 CASES = (
     add_layer_norm, gelu, swiglu, rms_norm_of_short_rows, embedding, softmax_of_any_length,
     softmax_looped, sum_over_the_first_axis, transposed_heads, wide_offsets, masked_softmax,
-    flash_attention, rotary_of_grouped_heads,
+    flash_attention, rotary_of_grouped_heads, attention_scores, gemm_of_a_folded_norm,
+    gemm_in_parts,
 )  # fmt: skip
 
 

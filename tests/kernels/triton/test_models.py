@@ -24,17 +24,14 @@ from tests.kernels.triton.attention_runner import check_attention, check_product
 from tests.kernels.triton.triton_runner import TritonRunner
 from turbotx import ir
 from turbotx.capture.trace import capture
-from turbotx.engine.pipeline import rewrite
+from turbotx.engine.compiled import UnboundProgram
+from turbotx.engine.pipeline import compile_captured, jobs
 from turbotx.ir.expr import evaluate
-from turbotx.kernels.fusion.fuse import fuse_all
 from turbotx.kernels.job import Job
-from turbotx.kernels.launch_jobs import launch_job
 from turbotx.kernels.schedule import choose_schedule
 from turbotx.kernels.triton.compiler import TARGETS, build
 from turbotx.kernels.triton.printer import print_triton
-from turbotx.passes.partition import find_prepared, partition
-from turbotx.program.assemble import assemble
-from turbotx.runtime.cpu.launch_table import kernel_key
+from turbotx.options import Options
 
 transformers = pytest.importorskip("transformers")
 
@@ -99,22 +96,23 @@ def make_call(name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def assembled(
-    name: str, width: int, dtype: torch.dtype = torch.float32, way: str = "auto"
-) -> tuple[list[ir.Launch], tuple[str, ...]]:
-    """The launches of a model, and the names of its dims."""
+def compiled(
+    name: str, width: int, target: str, dtype: torch.dtype = torch.float32, way: str = "auto"
+) -> UnboundProgram:
+    """A model whose GEMMs are the library's, so that kernels do all the rest."""
     given = make_call(name)
     inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in given.items()}
     captured = capture(make_model(name, width).to(dtype), (), inputs)
-    graph = captured.graph_module.graph
-    rewrite(graph, way)
-    prepared = find_prepared(graph)
-    fused = fuse_all(graph, partition(graph, prepared), prepared)
-    return assemble(graph, fused, prepared, captured.dims).launches, captured.dims
+    return compile_captured(captured, Options(attention=way, gemms="cublas"), target)
+
+
+def launches_of(name: str, width: int, way: str = "auto") -> list[ir.Launch]:
+    (program,) = compiled(name, width, "sm_90", way=way).specializations
+    return program.assembled.assembly.launches
 
 
 def kernels_of(name: str, width: int) -> list[ir.Kernel]:
-    found = {x.kernel.digest(): x.kernel for x in assembled(name, width)[0]
+    found = {x.kernel.digest(): x.kernel for x in launches_of(name, width)
              if isinstance(x, ir.KernelLaunch)}  # fmt: skip
     return list(found.values())
 
@@ -150,7 +148,7 @@ def test_every_kernel_is_right_in_the_interpreter(name: str) -> None:
 @pytest.mark.parametrize("way", ["flash", "fused-softmax"])
 @pytest.mark.parametrize("name", EVERY)
 def test_every_attention_is_right_in_the_interpreter(name: str, way: str) -> None:
-    launches, _ = assembled(name, 16, way=way)
+    launches = launches_of(name, 16, way)
     attentions = {x.kernel for x in launches if isinstance(x, ir.AttentionLaunch)}
     products = {x.kernel for x in launches if isinstance(x, ir.ProductLaunch)}
     assert len(products) == (2 if way == "fused-softmax" else 0)
@@ -165,16 +163,15 @@ def launch_jobs(
     name: str, width: int, dtype: torch.dtype, targets: Iterable[str], way: str = "auto"
 ) -> list[tuple[Job, bool]]:
     """What the launches of a model compile for two rows of 128, and whether it reads much."""
-    launches, names = assembled(name, width, dtype, way)
-    dims = {n: 2 if n == "batch" or n.endswith("_d0") else 128 for n in names}
     made: dict[object, tuple[Job, bool]] = {}
     for target in targets:
-        for launch in launches:
-            job = launch_job(launch, target, dims)
-            if job is not None:
-                kernel = launch.kernel if isinstance(launch, ir.KernelLaunch) else None
-                much = kernel is None or reads_much(kernel, job, dims)
-                made.setdefault((target, kernel_key(launch)), (job, much))
+        program = compiled(name, width, target, dtype, way)
+        names = program.call.captured.dims
+        dims = {n: 2 if n == "batch" or n.endswith("_d0") else 128 for n in names}
+        for x in jobs(program, tuple(dims.values())):
+            kernel = x.launch.kernel if isinstance(x.launch, ir.KernelLaunch) else None
+            much = kernel is None or reads_much(kernel, x.job, dims)
+            made.setdefault(x.job.digest(), (x.job, much))
     return list(made.values())
 
 

@@ -26,7 +26,6 @@ from tests.kernels.triton.triton_runner import interpreting, load_function
 from turbotx.kernels.job import Binary, Job
 from turbotx.kernels.triton.compiler import POINTEES
 from turbotx.kernels.triton.dependent import IMPORT, WAIT
-from turbotx.kernels.triton.prefetch import MEANWHILE
 from turbotx.runtime.cuda.arguments import EXTRA_ARGUMENTS
 
 DTYPES = {name: dtype for dtype, name in POINTEES.items()}
@@ -169,7 +168,8 @@ class InterpretedDevice(RecordingDevice):
 
 def without_waiting(source: str) -> str:
     """Return a kernel's source less what the interpreter has no word for, and no need of."""
-    source = re.sub(rf"\n    {MEANWHILE}.*?(?={re.escape(WAIT)})", "", source, flags=re.DOTALL)
+    meanwhile = rf"\n    # Meanwhile the weight.*?(?={re.escape(WAIT)})"
+    source = re.sub(meanwhile, "", source, flags=re.DOTALL)
     return source.replace(WAIT, "").replace(IMPORT, "")
 
 

@@ -19,6 +19,7 @@ from turbotx.cli.models import LoadedModel
 from turbotx.engine.optimize import engine_of, optimize
 from turbotx.errors import ModelError
 from turbotx.ir.expr import evaluate
+from turbotx.program.link import weight_window
 
 Packed = Callable[[torch.Tensor], torch.Tensor]
 Step = Callable[[], object]
@@ -37,7 +38,9 @@ def make_floor(loaded: LoadedModel, library: str) -> Callable[..., None]:
     makers: list[Callable[[Mapping[str, int]], Step]] = []
     for launch in compiled.assembly.launches:
         if isinstance(launch, ir.GemmLaunch):
-            makers.append(_product(launch, pack(weights.window(launch.weight).contiguous())))
+            makers.append(
+                _product(launch, pack(weights.window(weight_window(launch.weight)).contiguous()))
+            )
         elif isinstance(launch, ir.AttentionLaunch):
             makers.append(_attend(launch))
     bound: dict[tuple[int, ...], list[Step]] = {}

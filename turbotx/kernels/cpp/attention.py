@@ -54,6 +54,7 @@ def describe_attention(
         bool(said.get("blind_nan", False)),
         bool(said.get("blind_mean", False)),
         float(said.get("softcap", 0.0)),
+        bool(said.get("late", False)),
     )
     strides = [s for o in operands[:3] for s in o.strides[:3]]
     strides += [out.strides[0], out.strides[2], out.strides[1]]
@@ -83,6 +84,7 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
     fields += ["  s.blind_nan = true;"] * kernel.blind_nan
     fields += [f"  s.hidden = {MOST_HIDDEN!r}f;"] * kernel.blind_mean
     fields += [f"  s.softcap = {kernel.softcap!r}f;"] * (kernel.softcap != 0)
+    fields += ["  s.diagonal = s.k_len - s.q_len;"] * kernel.late
     lines = [
         f'extern "C" int {name}(void* const* args, const int64_t* sizes) {{',
         "  ttx::AttentionShape s;",

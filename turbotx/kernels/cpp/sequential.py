@@ -26,11 +26,11 @@ def make_sequential(kernel: ir.Kernel) -> ir.Kernel:
     known: dict[tuple[str, tuple[str, ...]], str] = {}
     renamed: dict[str, str] = {}
 
-    def compute(result: str, op: str, args: tuple[str, ...], dtype: object) -> str:
+    def compute(result: str, op: str, args: tuple[str, ...], dtype: torch.dtype) -> str:
         key = (op, args)
         if key not in known:
             known[key] = result
-            body.append(ir.Compute(result, op, args, dtype))  # type: ignore[arg-type]
+            body.append(ir.Compute(result, op, args, dtype))
         return known[key]
 
     for s in kernel.body:

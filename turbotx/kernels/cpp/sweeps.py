@@ -22,21 +22,13 @@ class Sweeps:
         self.varies = kernel.varies_over()
         self.columns = frozenset(a.name for a in kernel.columns)
         self.makers = {r: s for s in kernel.body for r in ir.results_of(s)}
-        self.phase = self._phases()
+        self.phase = kernel.phases()
         ends = (self.of(s) for s in kernel.body if self.in_column(s))
         self.count = 1 + max(ends, default=0)
 
-    def _phases(self) -> dict[str, int]:
-        phase: dict[str, int] = {}
-        for s in self.kernel.body:
-            below = max((phase[a] for a in ir.needs_of(s)), default=0)
-            for result in ir.results_of(s):
-                phase[result] = below + isinstance(s, ir.Reduce)
-        return phase
-
     def of(self, s: ir.Statement) -> int:
         """Return the sweep at whose start everything that a statement needs is known."""
-        return max((self.phase[a] for a in ir.needs_of(s)), default=0)
+        return ir.phase_of(s, self.phase)
 
     def in_column(self, s: ir.Statement) -> bool:
         """Tell whether a statement belongs inside the column loop."""

@@ -179,7 +179,9 @@ class Text:
         self.put(f"{const}{self.type_of(name)} {var(name)} = {text};")
 
     def type_of(self, name: str) -> str:
-        return STORAGE[self.makers[name].dtype]  # type: ignore[union-attr]
+        made = self.makers[name]
+        assert not isinstance(made, (ir.Store, ir.Check)), f"{name} is made by no value"
+        return STORAGE[made.dtype]
 
     def expr(self, value: Expr) -> str:
         plain = {x: sympy.Symbol(var(x.name[1:])) for x in value.free_symbols if x.name[0] in "@%"}

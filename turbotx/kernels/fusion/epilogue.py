@@ -118,21 +118,22 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
     """Tell whether the packed GEMM can do it: constant 2-d weight, rows of x at one stride."""
     if not g.is_call(node, aten.linear.default):
         return False
-    x, weight, *rest = node.args
-    bias = rest[0] if rest else None
-    if g.dtype(x) not in PACKABLE or len(g.shape(weight)) != 2:  # type: ignore[arg-type]
+    x, weight, bias = g.operand(node, 0), g.operand(node, 1), g.optional(node, 2)
+    if g.dtype(x) not in PACKABLE or len(g.shape(weight)) != 2:
         return False
     for constant in (weight, bias):
-        layout = None if constant is None else layout_of(constant)  # type: ignore[arg-type]
-        if constant is not None and (
+        if constant is None:
+            continue
+        layout = layout_of(constant)
+        if (
             layout is None
             or kinds[layout.root] not in ("parameter", "prepared")
             or not _is_fixed(layout)
         ):
             return False
-    if bias is not None and layout_of(bias).strides != (ONE,):  # type: ignore[arg-type, union-attr]
-        return False
-    layout = layout_with_copies(x)  # type: ignore[arg-type]
+        if constant is bias and layout.strides != (ONE,):
+            return False
+    layout = layout_with_copies(x)
     if not layout.shape:
         return False
     return has_plain_rows(layout)
@@ -151,7 +152,7 @@ class _Match:
         self.inside = set(region.nodes)
         self.seen: set[fx.Node] = set()
         self.base = linear  # the sums: the linear, or the linear plus its bias
-        self.bias: fx.Node | None = None if len(linear.args) < 3 else linear.args[2]  # type: ignore[assignment]
+        self.bias = g.optional(linear, 2)
 
     def run(self) -> Epilogue | None:
         (output,) = self.region.outputs
@@ -186,10 +187,10 @@ class _Match:
         for node in self.region.nodes:
             if self.bias is not None or not _is_sum(node):
                 continue
-            a, b = node.args
+            a, b = g.operand(node, 0), g.operand(node, 1)
             for value, bias in ((a, b), (b, a)):
                 if self._leaf(value) == X and self._is_bias(bias):
-                    self.base, self.bias = node, bias  # type: ignore[assignment]
+                    self.base, self.bias = node, bias
                     self.seen.add(node)
                     return
 
@@ -205,8 +206,9 @@ class _Match:
         """Take apart value + residual: a tensor as large as the output that lies in memory."""
         if not _is_sum(output) or output is self.base:
             return output, None
-        for value, other in (output.args, output.args[::-1]):
-            layout = layout_of(other) if g.is_tensor(other) else None  # type: ignore[arg-type]
+        a, b = g.operand(output, 0), g.operand(output, 1)
+        for value, other in ((a, b), (b, a)):
+            layout = layout_of(other) if g.is_tensor(other) else None
             if layout is None or layout.root in (self.linear, *self.inside):
                 continue
             whole = product(g.shape(layout.root)) == product(layout.shape) and layout.is_contiguous
@@ -216,7 +218,7 @@ class _Match:
                 and g.dtype(layout.root) == g.dtype(output)
             ):
                 self.seen.add(output)
-                return value, other  # type: ignore[return-value]
+                return value, other
         return output, None
 
     def _leaf(self, node: Any) -> str | None:

@@ -132,7 +132,9 @@ Matched = tuple[fx.Node, RowNorm, fx.Node | None, fx.Node | None]
 
 
 def _layer_norm(result: fx.Node) -> Matched | None:
-    if not g.is_call(result, aten.layer_norm.default) or len(result.args[1]) != 1:  # type: ignore[arg-type]
+    if not g.is_call(result, aten.layer_norm.default):
+        return None
+    if len(g.argument(result, "normalized_shape")) != 1:
         return None
     rows, gamma, beta = (g.argument(result, name) for name in ("input", "weight", "bias"))
     return rows, RowNorm("layer", float(g.argument(result, "eps"))), gamma, beta
@@ -141,7 +143,7 @@ def _layer_norm(result: fx.Node) -> Matched | None:
 def _rms_norm(result: fx.Node) -> Matched | None:
     """Match PyTorch's own, or x * rsqrt(mean(x^2) + eps) * gamma as models write it out."""
     if g.is_call(result, aten.rms_norm.default):
-        if len(result.args[1]) != 1:  # type: ignore[arg-type]
+        if len(g.argument(result, "normalized_shape")) != 1:
             return None
         rows, gamma, eps = (g.argument(result, name) for name in ("input", "weight", "eps"))
         eps = torch.finfo(g.dtype(rows)).eps if eps is None else eps
@@ -238,7 +240,7 @@ def _takes_as_x(user: fx.Node, result: fx.Node, kinds: Mapping[fx.Node, str]) ->
     if not is_packable(user, kinds) or any(n is result for n in user.args[1:]):
         return False
     width = g.shape(result)[-1]
-    few = int(g.shape(user.args[1])[0]) <= MOST_ROWS * int(width)  # type: ignore[arg-type]
+    few = int(g.shape(g.operand(user, 1))[0]) <= MOST_ROWS * int(width)
     return few and _is_whole(user.args[0], result)
 
 

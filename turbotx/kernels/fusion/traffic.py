@@ -35,8 +35,8 @@ class Traffic:
 
     def at(self, dims: Mapping[str, int]) -> tuple[int, int, int]:
         """Return the three at concrete dims."""
-        found = (self.read_nbytes, self.written_nbytes, self.compulsory_nbytes)
-        return tuple(evaluate(e, dims) for e in found)  # type: ignore[return-value]
+        read, written = evaluate(self.read_nbytes, dims), evaluate(self.written_nbytes, dims)
+        return read, written, evaluate(self.compulsory_nbytes, dims)
 
 
 def kernel_traffic(kernel: ir.Kernel, schedule: Schedule | None = None) -> Traffic:
@@ -99,15 +99,12 @@ def _smaller(a: Expr, b: Expr) -> Expr:
 
 def _sweeps(kernel: ir.Kernel) -> list[list[ir.Load | ir.Store]]:
     """Return the loads of each walk along a looped row; those of the row alone are in the first."""
-    phase: dict[str, int] = {}
-    makers: dict[str, ir.Statement] = {}
+    phases = kernel.phases()
+    makers = {result: s for s in kernel.body for result in ir.results_of(s)}
     ends: dict[int, list[str]] = {}
     for s in kernel.body:
-        below = max((phase[a] for a in ir.needs_of(s)), default=0)
-        for result in ir.results_of(s):
-            phase[result], makers[result] = below + isinstance(s, ir.Reduce), s
         if isinstance(s, (ir.Reduce, ir.Store)):
-            ends.setdefault(below, []).extend(ir.needs_of(s))
+            ends.setdefault(ir.phase_of(s, phases), []).extend(ir.needs_of(s))
     columns = {a.name for a in vector_axes(kernel)}
     varies = kernel.varies_over()
     walks: list[list[ir.Load | ir.Store]] = []

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,11 +180,9 @@ def build(
         else:
             waiting.put(job)
     count = min(waiting.qsize(), workers or os.cpu_count() or 1)
-    threads = [threading.Thread(target=_drain, args=(waiting, done, measure)) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(max(1, count), thread_name_prefix="turbotx-triton") as pool:
+        for drained in [pool.submit(_drain, waiting, done, measure) for _ in range(count)]:
+            drained.result()
     if failures:
         raise BuildError("\n".join(failures[:3]))
     return [found[job.digest()] for job in jobs]

@@ -29,7 +29,7 @@ from turbotx.kernels.schedule import (
     vector_axes,
 )
 from turbotx.kernels.triton.body import Body
-from turbotx.kernels.triton.functions import functions_in
+from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.reduce import HELD, Group, reduce_held
 from turbotx.kernels.triton.text import wrap
 
@@ -53,29 +53,14 @@ class _Printer:
         self.length = product([a.extent for a in self.cols])
         exact = self.length.is_Integer and int(self.length) % schedule.cols == 0
         self.body.col_masked = bool(self.cols) and not exact
-        self.phase = self._phases()
-        self.sweeps = 1 + max((self._sweep_of(s) for s in kernel.body), default=0)
+        self.phase = kernel.phases()
+        self.sweeps = 1 + max((ir.phase_of(s, self.phase) for s in kernel.body), default=0)
         self.emitted: set[str] = set()
         self.lines: list[str] = []
         self.functions: dict[str, str] = {}
         self.depth = 1
 
     # --- analysis ---
-
-    def _phases(self) -> dict[str, int]:
-        """How many reductions, one after another, a value waits for."""
-        phase: dict[str, int] = {}
-        for s in self.kernel.body:
-            below = self._after(s, phase)
-            for result in ir.results_of(s):
-                phase[result] = below + isinstance(s, ir.Reduce)
-        return phase
-
-    def _after(self, s: ir.Statement, phase: dict[str, int]) -> int:
-        return max((phase[a] for a in ir.needs_of(s)), default=0)
-
-    def _sweep_of(self, s: ir.Statement) -> int:
-        return self._after(s, self.phase)
 
     def _in_columns(self, s: ir.Statement) -> bool:
         """Tell whether a statement varies along the row, so that a looped row repeats it."""
@@ -104,7 +89,7 @@ class _Printer:
         """What a sweep is there for: its reductions and stores, and loads worth having early."""
         ends: list[ir.Statement] = []
         for s in self.kernel.body:
-            if isinstance(s, (ir.Reduce, ir.Store)) and self._sweep_of(s) == sweep:
+            if isinstance(s, (ir.Reduce, ir.Store)) and ir.phase_of(s, self.phase) == sweep:
                 ends.append(s)
         return ends
 
@@ -118,12 +103,7 @@ class _Printer:
             self._straight()
         head = [f"def {self.name}(", *(f"    {a}," for a in self.arguments()), "):"]
         main = "\n".join(["@triton.jit", *head, *self.lines]) + "\n"
-        parts = [*functions_in("".join(self.functions.values()) + main)]
-        parts += [*self.functions.values(), main]
-        imports = "import triton\nimport triton.language as tl\n"
-        if "libdevice." in main:
-            imports += "from triton.language.extra import libdevice\n"
-        return "\n\n".join([self._header() + "\n" + imports, *parts])
+        return stand_alone(self._header(), "\n\n".join([*self.functions.values(), main]))
 
     def arguments(self) -> list[str]:
         names = [f"{p.name}_ptr" for p in self.kernel.params]
@@ -133,7 +113,7 @@ class _Printer:
     def _tiles(self) -> list[str]:
         return ["ROWS"] * self.body.two_dims + ["COLS"] * bool(self.cols)
 
-    def _header(self) -> str:
+    def _header(self) -> list[str]:
         k, s = self.kernel, self.schedule
         lines = [f"{k.name}"]
         lines += [f"  computes {source}" for source in k.sources]
@@ -145,7 +125,7 @@ class _Printer:
         kind = "reduced over" if k.columns else "by"
         held = f"in turns of {s.cols}" if s.looped else f"in tiles of {s.rows} x {s.cols}"
         lines.append(f"  rows {rows}, {kind} columns {cols}, {held}, {s.num_warps} warps")
-        return "\n".join(f"# {line}" for line in lines)
+        return lines
 
     def put(self, line: str) -> None:
         self.lines += wrap("    " * self.depth + line)

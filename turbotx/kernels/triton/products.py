@@ -16,7 +16,9 @@ from turbotx.ir.matmul_kernels import ProductKernel
 from turbotx.kernels.cpp.products import SIZES
 from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton.attention import FEW_QUERIES
+from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.reduce import TYPES
+from turbotx.kernels.triton.specialize import Flag, specialize
 
 PRODUCT_NAMES = tuple(name.replace(".", "_") for name in SIZES)
 # With k_len, which bounds the columns of scores: a multiple of 16 where their stride is one.
@@ -60,81 +62,23 @@ def print_triton_product(
 ) -> str:
     """Return the Triton source of a product launch."""
     schedule = schedule or choose_product_schedule(kernel)
-    name = name or kernel.name
     scores = kernel.which == "scores"
-    width, length = ("k_len", kernel.head_dim) if scores else (kernel.head_dim, "k_len")
-    precision = ', input_precision="ieee"' if kernel.dtype is torch.float32 else ""
-    arguments = ["a_ptr", "b_ptr", "out_ptr", *PRODUCT_NAMES]
-    arguments += [f"{tile}_TILE: tl.constexpr" for tile in "MNK"]
-    what = "a b^T in float32" if scores else "a b"
-    lines = [
-        f"# {name}",
-        f"#   out = {what} for every head, head_dim {kernel.head_dim}",
-        f"#   tiles of {schedule.m_tile} x {schedule.n_tile}, {schedule.k_tile} at a time,"
+    flags: dict[str, Flag] = {
+        "SCORES": scores,
+        "HEAD_DIM": kernel.head_dim,
+        "STORED": "tl.float32" if scores else TYPES[kernel.dtype],
+        "PRECISION": "ieee" if kernel.dtype is torch.float32 else None,
+    }
+    name = name or kernel.name
+    arguments = ["a_ptr", "b_ptr", "out_ptr", *PRODUCT_NAMES, "M_TILE", "N_TILE", "K_TILE"]
+    header = [
+        name,
+        f"  out = {'a b^T in float32' if scores else 'a b'} for every head, head_dim"
+        f" {kernel.head_dim}",
+        f"  tiles of {schedule.m_tile} x {schedule.n_tile}, {schedule.k_tile} at a time,"
         f" {schedule.num_warps} warps",
-        "import triton",
-        "import triton.language as tl",
-        "",
-        "",
-        "@triton.jit",
-        f"def {name}(",
-        *(f"    {a}," for a in arguments),
-        "):",
-        "    m_tiles = tl.cdiv(q_len, M_TILE)",
-        f"    n_tiles = tl.cdiv({width}, N_TILE)",
-        "    tile = tl.program_id(0) % (m_tiles * n_tiles)",
-        "    sequence_head = tl.program_id(0) // (m_tiles * n_tiles)",
-        "    batch_index = (sequence_head // heads).to(tl.int64)",
-        "    head = (sequence_head % heads).to(tl.int64)",
-        "    kv_head = head // (heads // kv_heads)",
-        "    m = tile // n_tiles * M_TILE + tl.arange(0, M_TILE)[:, None]",
-        "    n = tile % n_tiles * N_TILE + tl.arange(0, N_TILE)[None, :]",
-        f"    m_ok, n_ok = m < q_len, n < {width}",
     ]
-    if scores:
-        lines += [
-            "    n_row = tile % n_tiles * N_TILE + tl.arange(0, N_TILE)[:, None]",
-            "    n_row_ok = n_row < k_len",
-        ]
-    step = [
-        "k_col = start + tl.arange(0, K_TILE)[None, :]",
-        *([] if scores else ["k_row = start + tl.arange(0, K_TILE)[:, None]"]),
-        "a = tl.load(",
-        f"    a_ptr + m.to(tl.int64) * a_row + k_col, mask=m_ok & (k_col < {length}), other=0.0",
-        ")",
-        *_load_b(kernel),
-        f"sums = tl.dot(a, b, sums{precision})",
-    ]
-    kind = "tl.float32" if scores else TYPES[kernel.dtype]
-    lines += [
-        "    a_ptr += batch_index * a_batch + head * a_head",
-        "    b_ptr += batch_index * b_batch + kv_head * b_head",
-        "    sums = tl.zeros((M_TILE, N_TILE), tl.float32)",
-        f"    for start in range(0, {length}, K_TILE):",
-        *(f"        {line}" for line in step),
-        "    out_ptr += batch_index * out_batch + head * out_head",
-        f"    tl.store(out_ptr + m.to(tl.int64) * out_row + n, sums.to({kind}), mask=m_ok & n_ok)",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _load_b(kernel: ProductKernel) -> tuple[str, ...]:
-    """Return the lines that load a (K_TILE, N_TILE) tile of k^T or v."""
-    if kernel.which == "scores":
-        return (
-            "b = tl.trans(",
-            "    tl.load(",
-            "        b_ptr + n_row.to(tl.int64) * b_row + k_col,",
-            f"        mask=n_row_ok & (k_col < {kernel.head_dim}),",
-            "        other=0.0,",
-            "    )",
-            ")",
-        )
-    return (
-        "b = tl.load(",
-        "    b_ptr + k_row.to(tl.int64) * b_row + n, mask=(k_row < k_len) & n_ok, other=0.0",
-        ")",
-    )
+    return stand_alone(header, specialize("products", "product", name, arguments, flags))
 
 
 def product_grid(

@@ -131,11 +131,12 @@ def _longest_group(line: str) -> tuple[int, int]:
 
 
 def split_arguments(text: str) -> list[str]:
-    """Split at commas that stand in no inner parentheses."""
-    pieces, depth, begin = [], 0, 0
+    """Split at commas that stand in no inner parentheses, nor in a string."""
+    pieces, depth, begin, quoted = [], 0, 0, False
     for k, letter in enumerate(text):
+        quoted ^= letter == '"'
         depth += (letter in "([") - (letter in ")]")
-        if letter == "," and depth == 0:
+        if letter == "," and depth == 0 and not quoted:
             pieces.append(text[begin:k].strip())
             begin = k + 1
     pieces.append(text[begin:].strip())

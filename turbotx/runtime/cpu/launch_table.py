@@ -23,8 +23,8 @@ from turbotx.kernels.cpp.text import var
 from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.kernels.fusion.inplace_check import check_inplace
 from turbotx.program.assembly import Assembly
-from turbotx.program.executable import CpuTables, NativeLaunch, Packing, WeightWindow
-from turbotx.program.link import Layout, facts_of
+from turbotx.program.executable import CpuTables, NativeLaunch, Packing
+from turbotx.program.link import LaunchLayout, facts_of, weight_window
 from turbotx.runtime.cpu.abi import declare_runtime, runtime_units
 
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
@@ -33,6 +33,10 @@ PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
 
 Generated = (ir.KernelLaunch, ir.AttentionLaunch, ir.ProductLaunch)
 
+IN_RUNTIME: dict[type[ir.Launch], str] = {
+    ir.GemmLaunch: "ttx_linear", ir.StoreLaunch: "ttx_store_rows",
+}  # fmt: skip
+"""The launches whose function lies in the runtime itself."""
 
 _started: dict[Path, Future[tuple[ctypes.CDLL, bool]]] = {}
 """By cache directory: the runtime that is being built in the background, until it is asked for."""
@@ -119,12 +123,12 @@ def kernel_key(launch: ir.Launch) -> object | None:
 
 def lay_out_launches(
     assembly: Assembly, native_types: frozenset[type[ir.Launch]], names: dict[object, str]
-) -> Layout:
+) -> LaunchLayout:
     """Return where the arguments of every native launch lie, and which launches those are.
 
     names: the function of each generated kernel.
     """
-    table = Layout({name: k for k, name in enumerate(assembly.tensors)})
+    table = LaunchLayout({name: k for k, name in enumerate(assembly.tensors)})
     packings: dict[int, Packing] = {}
     segments: list[tuple[int, int]] = []
     for i, launch in enumerate(assembly.launches):
@@ -140,34 +144,28 @@ def lay_out_launches(
 
 
 def _link(
-    launch: ir.Launch, table: Layout, packings: dict[int, Packing], names: dict[object, str]
+    launch: ir.Launch, table: LaunchLayout, packings: dict[int, Packing], names: dict[object, str]
 ) -> NativeLaunch:
     slots, offsets = [], []
     for arg in launch.operands:
         shift = ZERO if arg is None else arg.offset * arg.dtype.itemsize
         if isinstance(launch, ir.GemmLaunch) and arg is launch.weight:
             slot = table.slots.setdefault(_packed_name(launch), len(table.slots))
-            packings[slot] = Packing(slot, _whole_numbers(arg), launch.gemm.gated)
+            packings[slot] = Packing(slot, weight_window(arg), launch.gemm.gated)
             shift = ZERO
         else:
             slot = -1 if arg is None else table.slots[arg.tensor]
         slots.append(slot)
         offsets.append(-1 if shift == 0 else table.value(shift))
-    gemm = isinstance(launch, ir.GemmLaunch)
+    own = IN_RUNTIME.get(type(launch))
     return NativeLaunch(
         **facts_of(launch),
-        library="runtime" if gemm else "kernels",
-        symbol="ttx_linear" if gemm else names[kernel_key(launch)],
+        library="kernels" if own is None else "runtime",
+        symbol=names[kernel_key(launch)] if own is None else own,
         slots=tuple(slots),
         offsets=tuple(offsets),
         sizes=tuple(table.value(e) for e in launch.sizes),
     )
-
-
-def _whole_numbers(weight: ir.Operand) -> WeightWindow:
-    """Return a part of a weight, which is the same at all sizes."""
-    shape, strides = (tuple(map(int, x)) for x in (weight.shape, weight.strides))
-    return WeightWindow(weight.tensor, shape, strides, int(weight.offset))
 
 
 def _packed_name(launch: ir.GemmLaunch) -> str:

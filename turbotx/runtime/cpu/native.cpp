@@ -4,9 +4,9 @@
 //   out: 0, or the launch that failed (from 1) and its error code as launch << 32 | code
 #include <chrono>
 #include <cstdint>
+#include <cstring>
 
 #include "gemm.h"
-#include "gemv.h"
 
 namespace {
 
@@ -39,7 +39,7 @@ struct Product {
   long ldc;
 };
 
-// One weight: packed for many tokens, and the module's own memory for one.
+// One weight, packed: one token streams it in order as many do.
 struct Weight {
   virtual ~Weight() = default;
   virtual void multiply(const Product& p) = 0;
@@ -48,11 +48,8 @@ struct Weight {
 template <class T>
 struct TypedWeight : Weight {
   ttx::PackedWeight<T> packed;
-  const T* own;
-  const bool rows_are_outputs, dense;
   TypedWeight(const T* w, long n, long k, long sn, long sk, bool gated)
-      : packed(w, gated ? n / 2 : n, k, sn, sk, gated), own(w), rows_are_outputs(sk == 1),
-        dense((sk == 1 && sn == k) || (sn == 1 && sk == n)) {}
+      : packed(w, gated ? n / 2 : n, k, sn, sk, gated) {}
   void multiply(const Product& p) override {
     const T* a = static_cast<const T*>(p.a);
     T* c = static_cast<T*>(p.c);
@@ -61,10 +58,7 @@ struct TypedWeight : Weight {
                             .residual = static_cast<const T*>(p.residual),
                             .ld_residual = p.ld_residual,
                             .gated = packed.group == 2 ? packed.n : 0};
-    if (p.m == 1 && dense)
-      ttx::multiply_vector(a, own, packed.n, packed.k, rows_are_outputs, c, finish);
-    else
-      ttx::linear(packed, a, p.lda, p.m, c, p.ldc, finish);
+    ttx::linear(packed, a, p.lda, p.m, c, p.ldc, finish);
   }
 };
 
@@ -121,6 +115,26 @@ int ttx_linear(void* const* args, const int64_t* sizes) {
                                              .ld_residual = sizes[3],
                                              .activation = static_cast<ttx::Activation>(sizes[4]),
                                              .c = args[3], .ldc = sizes[2]});
+  return 0;
+}
+
+// args: where a layer's rows lie in a cache, new rows; sizes: batch, heads, rows, bytes of a row;
+// strides in bytes: of batch, head and row of the new ones, of batch and head in the cache; where
+// the first of them goes there.
+int ttx_store_rows(void* const* args, const int64_t* sizes) {
+  char* cache = static_cast<char*>(args[0]) + sizes[9];
+  const char* rows = static_cast<const char*>(args[1]);
+  const int64_t count = sizes[2], nbytes = sizes[3];
+#pragma omp parallel for schedule(static) if (sizes[0] * sizes[1] * count * nbytes > (1 << 20))
+  for (int64_t unit = 0; unit < sizes[0] * sizes[1]; ++unit) {
+    int64_t batch = unit / sizes[1], head = unit % sizes[1];
+    char* to = cache + batch * sizes[7] + head * sizes[8];
+    const char* from = rows + batch * sizes[4] + head * sizes[5];
+    if (sizes[6] == nbytes) std::memcpy(to, from, count * nbytes);
+    else
+      for (int64_t r = 0; r < count; ++r)
+        std::memcpy(to + r * nbytes, from + r * sizes[6], nbytes);
+  }
   return 0;
 }
 

@@ -1,8 +1,9 @@
-"""The CPU runtime: builds a program's kernels, and runs them as `CpuExecutor` does.
+"""The CPU runtime: a program's kernels, built, and what runs them as `CpuExecutor` does.
 
-In: an assembly and the program's weights. Out: its executable, and something that runs it over an
-address table::
+In: an assembly; then the program's weights. Out: its executable and libraries, kept on disk by
+digest; something that runs it over an address table::
 
+    code = build_for_cpu(assembly, ("batch", "seq"), options)
     failed = runtime.run(table, sizes, state)   # 0, or which launch failed and why
 """
 
@@ -10,63 +11,84 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from turbotx import ir
 from turbotx.errors import BuildWarning, NoCompilerError
 from turbotx.kernels.build import build_library
 from turbotx.options import Options
 from turbotx.program.assembly import Assembly
+from turbotx.program.executable import Executable
 from turbotx.program.link import link
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.cpu.launch_table import lay_out_launches, load_runtime, print_units
 from turbotx.runtime.weights import Weights
 
-NATIVE = frozenset((ir.KernelLaunch, ir.GemmLaunch, ir.AttentionLaunch, ir.ProductLaunch))
+NATIVE = frozenset(
+    (ir.KernelLaunch, ir.GemmLaunch, ir.AttentionLaunch, ir.ProductLaunch, ir.StoreLaunch)
+)
 """The launches that C++ runs, where there is a compiler."""
 
 
-class CpuRuntime(CpuExecutor):
-    """Builds a program's kernels and executes its launches.
+@dataclass(frozen=True)
+class CpuCode:
+    """A program for this CPU, bound to no parameters.
 
-    sources: the C++ by translation unit.
+    libraries: "runtime", turbotx's own, and "kernels", the program's, built; without those that do
+    not exist, in whose place PyTorch's ops run. sources: the C++ by translation unit. builds: how
+    many shared objects had to be compiled.
     """
 
-    def __init__(
-        self, assembly: Assembly, weights: Weights, options: Options, dims: Sequence[str]
-    ) -> None:
-        self.sources: dict[str, str] = {}
-        self._names: dict[object, str] = {}
-        libraries, built = self._build(assembly, options)
-        types = NATIVE if "runtime" in libraries else frozenset()
-        if not options.pack_weights:
-            types -= {ir.GemmLaunch}
-        layout = lay_out_launches(assembly, types, self._names)
-        self.executable = link(assembly, dims, options.planner, layout)
-        super().__init__(self.executable, weights, libraries)
-        self.builds = built
+    executable: Executable
+    libraries: Mapping[str, ctypes.CDLL]
+    sources: Mapping[str, str]
+    builds: int
 
-    def _build(self, assembly: Assembly, options: Options) -> tuple[dict[str, ctypes.CDLL], int]:
-        """Return the C++ runtime and the program's kernels, without what is not to be had, and how
-        many had to be compiled."""
-        if options.backend == "aten":
-            return {}, 0
-        try:
-            native, built = load_runtime()
-            self.sources, self._names = print_units(assembly)
-            if not self.sources:
-                return {"runtime": native}, int(built)
-            kernels, too = build_library(self.sources)
-            return {"runtime": native, "kernels": kernels}, built + too
-        except NoCompilerError as error:
-            if options.backend == "cpp":
-                raise
-            warnings.warn(
-                f"{error}; until then regions run through ATen, in planned memory, slower",
-                BuildWarning,
-                stacklevel=3,
-            )
-            return {}, 0
+
+def build_for_cpu(assembly: Assembly, dims: Sequence[str], options: Options) -> CpuCode:
+    """Build the kernels of an assembly's launches, as the option `backend` asks, and link it.
+
+    Raises NoCompilerError where it asks for C++ and there is no compiler, BuildError with the
+    compiler's words.
+    """
+    sources, names = ({}, {}) if options.backend == "aten" else print_units(assembly)
+    libraries, built = _build(sources, options.backend)
+    types = NATIVE if "runtime" in libraries else frozenset()
+    if not options.pack_weights:
+        types -= {ir.GemmLaunch}
+    layout = lay_out_launches(assembly, types, names)
+    executable = link(assembly, dims, options.planner, layout)
+    return CpuCode(executable, libraries, sources if libraries else {}, built)
+
+
+def _build(sources: Mapping[str, str], backend: str) -> tuple[dict[str, ctypes.CDLL], int]:
+    """Return the libraries, and how many had to be compiled."""
+    if backend == "aten":
+        return {}, 0
+    try:
+        native, built = load_runtime()
+        if not sources:
+            return {"runtime": native}, int(built)
+        kernels, too = build_library(sources)
+        return {"runtime": native, "kernels": kernels}, built + too
+    except NoCompilerError as error:
+        if backend == "cpp":
+            raise
+        warnings.warn(
+            f"{error}; until then regions run through ATen, in planned memory, slower",
+            BuildWarning,
+            stacklevel=3,
+        )
+        return {}, 0
+
+
+class CpuRuntime(CpuExecutor):
+    """Executes a program's launches. sources, builds: those of its `CpuCode`."""
+
+    def __init__(self, code: CpuCode, weights: Weights) -> None:
+        super().__init__(code.executable, weights, code.libraries)
+        self.sources, self.builds = code.sources, code.builds
 
     @property
     def is_native(self) -> bool:

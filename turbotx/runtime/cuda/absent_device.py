@@ -1,8 +1,8 @@
-"""A GPU that is not here, for which programs are compiled and saved.
+"""A GPU that is not here, to which programs are bound that are looked at or saved.
 
 In: a target. Out: what a program asks of its device while it is made; nothing runs on it::
 
-    CudaRuntime(assembly, weights, options, dims, AbsentDevice("sm_90")).expected_jobs(dims)
+    CudaRuntime(kernels, weights, AbsentDevice("sm_90"))
 """
 
 from __future__ import annotations
@@ -72,3 +72,8 @@ class AbsentDevice:
 
     def _refuse(self) -> NoReturn:
         raise DeviceError(f"this program was compiled for {self.target} to be saved: it runs there")
+
+
+def absent_device(target: str) -> AbsentDevice | None:
+    """Return the device of a target; None for the CPU, which is here."""
+    return None if target == "cpu" else AbsentDevice(target)

@@ -1,10 +1,10 @@
-"""Share: which calls each of two programs of one model serves, by the number of tokens.
+"""Dispatch: which calls each specialization of a program serves, by the number of tokens.
 
-In: the same launches with norms stored and with norms folded, a device. Out: for each the buckets
+In: the same launches with norms stored and with norms folded, a target. Out: for each the buckets
 of tokens in which it is to run, decided once, before anything is built::
 
-    share_calls([stored, folded], ("batch", "seq"), make_tiles(options, device))
-        ->  [Share((batch*seq,), {512, 1024, 4096}), Share((batch*seq,), {16, 32, 64, 128, 256})]
+    choose_ranges([stored, folded], ("batch", "seq"), make_tiles(options, "sm_90"))
+        ->  [TokenRange(batch*seq, {512, 1024, 4096}), TokenRange(batch*seq, {16, 32, ..., 256})]
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from turbotx.kernels.triton.gemm_template import GemmTemplate
 from turbotx.kernels.tuned import load_tuned
 from turbotx.options import Options
 from turbotx.program.assembly import Assembly
-from turbotx.program.executable import Share
+from turbotx.program.executable import TokenRange
 from turbotx.runtime.cuda.gemm import make_template, with_settings
-from turbotx.runtime.device import Device
 
 
-def share_calls(
-    assemblies: Sequence[Assembly], dims: Sequence[str], tiles: Tiles | None
-) -> list[Share | None]:
-    """Return the shares of a program and of its twin with norms folded; None: all calls."""
-    if len(assemblies) == 1 or tiles is None:
-        return [None] * len(assemblies)
+def choose_ranges(
+    assemblies: Sequence[Assembly], dims: Sequence[str], tiles: Tiles
+) -> list[TokenRange | None]:
+    """Return what a program and the one with its norms folded serve on a GPU; None: all calls."""
+    if len(assemblies) == 1:
+        return [None]
     stored, folded = (_templates(a) for a in assemblies)
     chosen = frozenset(b for b in BUCKETS if tiles.folds(stored, folded, b))
-    tokens = dict.fromkeys(
-        x.rows for x in assemblies[1].launches if isinstance(x, ir.GemmLaunch) and x.gemm.folds
+    tokens = sizes_of(
+        dict.fromkeys(
+            x.rows for x in assemblies[1].launches if isinstance(x, ir.GemmLaunch) and x.gemm.folds
+        )
     )
-    shares = (frozenset(BUCKETS) - chosen, chosen)
     structure = structure_of(tuple(folded))
-    counted = sizes_of(tokens)
-    return [Share(counted, tuple(dims), buckets, BUCKETS, structure) for buckets in shares]
+    served = (frozenset(BUCKETS) - chosen, chosen)
+    return [TokenRange(tokens, tuple(dims), buckets, BUCKETS, structure) for buckets in served]
 
 
 def _templates(assembly: Assembly) -> list[GemmTemplate]:
@@ -47,7 +47,8 @@ def _templates(assembly: Assembly) -> list[GemmTemplate]:
     return [with_settings(t) for t in found if t is not None]
 
 
-def make_tiles(options: Options, device: Device) -> Tiles:
-    """Return what chooses tiles on a device, under options and what was tuned there."""
-    tuned = load_tuned(device.describe())
-    return Tiles(options.schedules, device.target, tuned, options.gemms, options.norms)  # type: ignore[arg-type]
+def make_tiles(options: Options, target: str, gpu: str = "") -> Tiles:
+    """Return what chooses tiles for a target, under options and what was tuned on GPUs of a name,
+    as "NVIDIA H100": nothing where there is none."""
+    tuned = load_tuned(gpu) if gpu else {}
+    return Tiles(options.schedule_pairs, target, tuned, options.gemms, options.norms)

@@ -27,7 +27,7 @@ from turbotx.kernels.triton.gemm_template import (
 )
 from turbotx.kernels.triton.tags import tag_of
 from turbotx.program.executable import ArgumentLayout, LibraryGemm
-from turbotx.program.link import Layout, plain_window
+from turbotx.program.link import LaunchLayout, plain_window
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.cuda.settings import uses_tf32
 from turbotx.runtime.cuda.variants import Deciders, KernelFamily, lay_out
@@ -75,7 +75,7 @@ class GemmFamily:
     """
 
     def __init__(
-        self, launch: ir.GemmLaunch, target: str, table: Layout, tiles: Tiles,
+        self, launch: ir.GemmLaunch, target: str, table: LaunchLayout, tiles: Tiles,
         finish: Sequence[KernelFamily], left_by: Mapping[str, GemmTemplate] | None = None,
     ) -> None:  # fmt: skip
         self.template, self.finish = make_template(launch), tuple(finish)
@@ -108,7 +108,7 @@ class GemmFamily:
             tuple(id(f) for f in self.finish), tuple(self._left_by),
         )  # fmt: skip
 
-    def layouts(self, launch: ir.GemmLaunch, table: Layout) -> dict[str, ArgumentLayout]:
+    def layouts(self, launch: ir.GemmLaunch, table: LaunchLayout) -> dict[str, ArgumentLayout]:
         """Say where a launch's arguments lie for a template, with and without split sums."""
         if self.template is None:
             return {}

@@ -1,29 +1,32 @@
-"""The GPU runtime: an assembly's launches compiled to kernels, and queued as `CudaQueue` does.
+"""The GPU runtime: the kernels of an assembly's launches, and their queue, as `CudaQueue` is one.
 
-In: an assembly, the program's weights and a device. Out: its executable, and something that runs it
-over an address table; nothing is allocated, and nothing waits for the device::
+In: an assembly and a target; then weights and a device. Out: its executable and the jobs of any
+shape, which need no device; and something that runs it over an address table: nothing is
+allocated, and nothing waits for the device::
 
+    LaunchKernels(assembly, ("batch", "seq"), tiles, options).at((1, 40))   # LaunchJob, ...
     failed = runtime.run(table, sizes, state)   # 0, or which launch met an index out of range
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from turbotx import ir
 from turbotx.ir.expr import sizes_of
 from turbotx.kernels.gemm_heuristics import BUCKETS, MOST_TURNS
 from turbotx.kernels.job import Job
+from turbotx.kernels.schedule_selector import Tiles
 from turbotx.kernels.triton.dependent import can_depend, make_dependent
 from turbotx.kernels.triton.gemm_template import GemmTemplate
 from turbotx.kernels.tuned import make_chooser
 from turbotx.options import Options
 from turbotx.program.assembly import Assembly
-from turbotx.program.executable import ArgumentLayout, GpuTables, QueuedLaunch, Share
-from turbotx.program.link import Layout, facts_of, link
+from turbotx.program.executable import ArgumentLayout, GpuTables, QueuedLaunch, TokenRange
+from turbotx.program.link import LaunchLayout, facts_of, link
 from turbotx.runtime.cuda.arguments import Key
-from turbotx.runtime.cuda.dispatch import make_tiles
 from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
 from turbotx.runtime.cuda.queue import CudaQueue
 from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, lay_out
@@ -37,46 +40,53 @@ EXPECTED_LENGTHS = (16, 17, 256, 250, 512, 500)
 Compiling = KernelFamily | AttentionFamily | GemmFamily
 
 
-class CudaRuntime(CudaQueue):
-    """Compiles a program's kernels and queues its launches.
+@dataclass(frozen=True)
+class LaunchJob:
+    """A kernel that a launch takes; a launch whose part PyTorch runs has none for that.
 
-    sources: the Triton source by kernel and tile.
+    launch: that of the program, or one of those that stand for it (`GemmLaunch.fallback`).
+    """
+
+    launch: ir.Launch
+    job: Job
+
+
+class LaunchKernels:
+    """Which kernels the launches of a program take on a GPU, at any shape; no GPU is needed.
+
+    families: by launch; none where PyTorch runs everything. executable: the program.
     """
 
     def __init__(
-        self, assembly: Assembly, weights: Weights, options: Options, dims: Sequence[str],
-        device: Device, share: Share | None = None,
+        self, assembly: Assembly, dims: Sequence[str], tiles: Tiles, options: Options,
+        token_range: TokenRange | None = None,
     ) -> None:  # fmt: skip
-        """share: the calls that it serves; None: all. `build_expected` builds what they need."""
-        self.assembly, self.device, self.share = assembly, device, share
-        self.sources: dict[str, str] = {}
-        self.table = Layout({name: k for k, name in enumerate(assembly.tensors)}, share=share)
+        """token_range: the calls that the program serves; None: all."""
+        self.assembly, self.target = assembly, tiles.target
+        slots = {name: k for k, name in enumerate(assembly.tensors)}
+        self.table = LaunchLayout(slots, token_range=token_range)
         self._layouts: dict[Key, ArgumentLayout] = {}
         self._checks: dict[int, int] = {}
         self._kernels: dict[str, KernelFamily] = {}
         self._shared: dict[object, GemmFamily] = {}
-        self.families = self._find_families(options)
-        families = list({id(f): f for f in self.families.values()}.values())
-        self._lay_out_launches({id(f): k for k, f in enumerate(families)})
+        self.families = {} if options.backend == "aten" else self._find_families(tiles)
+        self.in_order = list({id(f): f for f in self.families.values()}.values())
+        self._lay_out_launches({id(f): k for k, f in enumerate(self.in_order)})
         split = any(layout.cell == "turns" for layout in self._layouts.values())
+        self._depends = options.pdl and can_depend(self.target)
         self.table.gpu = GpuTables(
-            device.target,
+            self.target,
             tuple((i, which, layout) for (i, which), layout in self._layouts.items()),
             tuple(self._checks.get(i, 0) for i in range(len(assembly.launches))),
             MOST_TURNS if split else 0,
-            options.pdl and can_depend(device.target),
+            self._depends,
         )
         self.executable = link(assembly, dims, options.planner, self.table)
-        super().__init__(self.executable, families, weights, device)
 
-    # --- kernels ---
-
-    def _find_families(self, options: Options) -> dict[int, Compiling]:
-        if options.backend == "aten":
-            return {}
+    def _find_families(self, tiles: Tiles) -> dict[int, Compiling]:
         found: dict[int, Compiling] = {}
         left_by: dict[str, GemmTemplate] = {}
-        target, tiles = self.device.target, make_tiles(options, self.device)
+        target = self.target
         self._choose = make_chooser(tiles.overrides, target, tiles.tuned)
         for i, launch in enumerate(self.assembly.launches):
             if isinstance(launch, ir.KernelLaunch):
@@ -100,8 +110,7 @@ class CudaRuntime(CudaQueue):
         kernel = launch.kernel
         digest = kernel.digest()
         if digest not in self._kernels:
-            target = self.device.target
-            self._kernels[digest] = KernelFamily(kernel, target, self.table, self._choose)
+            self._kernels[digest] = KernelFamily(kernel, self.target, self.table, self._choose)
         self._lay_out(i, which, launch)
         return self._kernels[digest]
 
@@ -126,14 +135,23 @@ class CudaRuntime(CudaQueue):
             if family is not None or gemm is not None:
                 self.table.launches[i] = QueuedLaunch(**facts_of(launch), family=family, gemm=gemm)
 
+    def at(self, dims: Sequence[int]) -> Iterator[LaunchJob]:
+        """Give what the launches take at one shape, in their order."""
+        sizes = self.executable.values.compile(self.executable.dims)(*dims)
+        for i, family in self.families.items():
+            launch = self.assembly.launches[i]
+            for part in family.pick(sizes):
+                if isinstance(part.job, Job) and 0 not in part.grid:
+                    yield LaunchJob(_launch_of(launch, part.which), self.adapt(part.job))
+
     def expected_jobs(self, example_dims: Sequence[int]) -> list[Job]:
         """Return what the shapes to expect will need, of the calls that it serves."""
         names = self.executable.dims
         evaluate = self.executable.values.compile(names)
         first = [tuple(example_dims)] if example_dims else []
-        dims, share = [*first, *expected_dims(names)], self.share
+        dims, served = [*first, *expected_dims(names)], self.executable.token_range
         some = evaluate(*dims[0])
-        shapes = [evaluate(*d) for d in dims if share is None or share.holds(d)]
+        shapes = [evaluate(*d) for d in dims if served is None or served.holds(d)]
         jobs: list[Any] = []
         for family in self.families.values():
             jobs += [part.job for sizes in shapes for part in family.pick(sizes)]
@@ -141,28 +159,49 @@ class CudaRuntime(CudaQueue):
                 jobs += [job for sizes in shapes for job in family.expected(sizes)]
             if isinstance(family, GemmFamily):
                 tokens = sizes_of([self.table.expression(family.tokens)])
-                buckets = BUCKETS if share is None else share.buckets_of(tokens)
+                buckets = BUCKETS if served is None else served.buckets_of(tokens)
                 jobs += family.expected(some, buckets)
         return list({id(job): job for job in jobs if job is not None}.values())
 
+    def adapt(self, job: Job) -> Job:
+        """Return a job as the options want it."""
+        return make_dependent(job) if self._depends else job
+
+
+def _launch_of(launch: ir.Launch, which: str) -> ir.Launch:
+    """Return the launch that a part of one is: itself, or the k-th behind the library's GEMM."""
+    if not isinstance(launch, ir.GemmLaunch) or not which.startswith("end"):
+        return launch
+    _, ends = find_library_call(launch)
+    return ends[int(which.removeprefix("end"))]
+
+
+class CudaRuntime(CudaQueue):
+    """Builds a program's kernels and queues its launches.
+
+    sources: the Triton source by kernel and tile. kernels: which launches take which.
+    """
+
+    def __init__(self, kernels: LaunchKernels, weights: Weights, device: Device) -> None:
+        """`build_expected` builds what they need."""
+        self.kernels, self.families = kernels, kernels.families
+        self.sources: dict[str, str] = {}
+        super().__init__(kernels.executable, kernels.in_order, weights, device)
+
     def _obtain(self, jobs: Sequence[Any]) -> Sequence[Any]:
-        functions, compiled = self.device.load([self.adapt(j) for j in jobs])
+        functions, compiled = self.device.load([self.kernels.adapt(j) for j in jobs])
         self.builds += compiled
         for job in jobs:
             tiles = "".join(f"_{name.lower()}{value}" for name, value in job.constexprs)
             self.sources[job.name + tiles] = job.source
         return functions
 
-    def adapt(self, job: Job) -> Job:
-        """Return a job as the options want it."""
-        return make_dependent(job) if self.gpu.depends else job
-
 
 def build_expected(runtimes: Sequence[CudaRuntime], example_dims: Sequence[int]) -> None:
     """Build what programs of one call will need, in parallel and before the first run."""
-    first, jobs = runtimes[0], [r.expected_jobs(example_dims) for r in runtimes]
+    first, jobs = runtimes[0], [r.kernels.expected_jobs(example_dims) for r in runtimes]
     # All at once: what a device has loaded costs the second program nothing.
-    new = [r.adapt(j) for r, own in zip(runtimes, jobs, strict=True) for j in own]
+    new = [r.kernels.adapt(j) for r, own in zip(runtimes, jobs, strict=True) for j in own]
     together = {job.digest(): job for job in new}
     first.builds += first.device.load(list(together.values()))[1]
     for runtime, own in zip(runtimes, jobs, strict=True):

@@ -45,7 +45,7 @@ from turbotx.kernels.triton.products import PRODUCT_NAMES, PRODUCT_STRIDES, prod
 from turbotx.kernels.triton.tags import AttentionTiles, tag_of
 from turbotx.kernels.tuned import Choose, neighbours
 from turbotx.program.executable import ArgumentLayout
-from turbotx.program.link import Layout
+from turbotx.program.link import LaunchLayout
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.device import Grid
 
@@ -57,7 +57,7 @@ LARGE = INT32_LIMIT - PERSISTENT
 
 
 def lay_out(
-    operands: list[ir.Operand], cell: str, sizes: list[int], table: Layout
+    operands: list[ir.Operand], cell: str, sizes: list[int], table: LaunchLayout
 ) -> ArgumentLayout:  # fmt: skip
     """Return the layout of arguments: operands, a cell, sizes by their place in the table."""
     pointers = []
@@ -87,7 +87,7 @@ class Deciders:
 class KernelFamily:
     """All variants of one generated kernel; equal kernels of several layers share one."""
 
-    def __init__(self, kernel: ir.Kernel, target: str, table: Layout, choose: Choose) -> None:
+    def __init__(self, kernel: ir.Kernel, target: str, table: LaunchLayout, choose: Choose) -> None:
         self.kernel, self._target, self._choose = kernel, target, choose
         self._length = table.value(product([a.extent for a in vector_axes(kernel)]))
         self._outer = table.value(product([a.extent for a in outer_axes(kernel)]))
@@ -158,7 +158,7 @@ class AttentionFamily:
     number of queries, strides, addresses."""
 
     def __init__(
-        self, launch: ir.AttentionLaunch | ir.ProductLaunch, target: str, table: Layout,
+        self, launch: ir.AttentionLaunch | ir.ProductLaunch, target: str, table: LaunchLayout,
         tiles: Tiles,
     ) -> None:  # fmt: skip
         self.kernel: AttentionKernel | ProductKernel = launch.kernel

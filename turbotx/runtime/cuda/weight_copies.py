@@ -37,8 +37,8 @@ class WeightCopies:
         self, runtime: CudaRuntime, launch: int, table: Any, state: RunState, sizes: Any
     ) -> None:
         self.table, self._state, self._sizes = table, state, sizes
-        self._slots = runtime.table.slots
-        one = runtime.assembly.launches[launch]
+        self._slots = runtime.kernels.table.slots
+        one = runtime.kernels.assembly.launches[launch]
         fallback = one.fallback if isinstance(one, ir.GemmLaunch) else None
         others = () if fallback is None else (fallback.gemm, *fallback.ends)
         read = dict.fromkeys(name for x in (one, *others) for name in x.reads)

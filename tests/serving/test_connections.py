@@ -1,0 +1,126 @@
+"""Connections that say little: closed in time, beyond the limit, and not in others' way."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import time
+
+import pytest
+import uvicorn.protocols.http.auto as parser
+
+from tests.serving.conftest import httpx, listening, sleeping_service
+from turbotx.serving import connections
+from turbotx.serving.connections import ConnectionLimits, connection_limit
+
+HEAD = b"POST /embed HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+WHOLE = HEAD + b'content-length: 16\r\n\r\n{"inputs": "w1"}'
+
+
+@pytest.fixture(params=["httptools", "h11"])
+def either_parser(request, monkeypatch):
+    module = pytest.importorskip(f"uvicorn.protocols.http.{request.param}_impl")
+    names = {"httptools": "HttpToolsProtocol", "h11": "H11Protocol"}
+    chosen = getattr(module, names[request.param])
+    assert hasattr(parser, "AutoHTTPProtocol")
+    monkeypatch.setattr(connections, "AutoHTTPProtocol", chosen)
+
+
+def connect(url):
+    host, port = url.removeprefix("http://").split(":")
+    found = socket.create_connection((host, int(port)), timeout=20)
+    return found
+
+
+def is_closed(sock):
+    """Whether the server closes it within the socket's time-out."""
+    with contextlib.suppress(ConnectionResetError):
+        return sock.recv(1) == b""
+    return True
+
+
+def test_who_says_nothing_or_half_is_closed(either_parser):
+    with listening(sleeping_service(), receive_s=1.0) as url:
+        socks = [connect(url) for _ in range(4)]
+        socks[1].sendall(HEAD)
+        socks[2].sendall(HEAD + b"content-length: 500\r\n\r\n{")
+        socks[3].sendall(WHOLE)
+        assert socks[3].recv(100).startswith(b"HTTP/1.1 200")
+        socks[3].settimeout(0.2)
+        with contextlib.suppress(TimeoutError):
+            while socks[3].recv(10_000):
+                pass
+        socks[3].settimeout(20)
+        socks[3].sendall(HEAD)  # half a second request
+        assert all(is_closed(sock) for sock in socks)
+        assert httpx.post(f"{url}/embed", json={"inputs": "w1"}).status_code == 200
+        for sock in socks:
+            sock.close()
+
+
+def send_slowly(sock):
+    for i in range(200):
+        sock.sendall(WHOLE[i : i + 1])
+        time.sleep(0.05)
+
+
+def test_a_header_byte_by_byte_is_closed_too(either_parser):
+    with listening(sleeping_service(), receive_s=1.0) as url, connect(url) as slow:
+        with pytest.raises(OSError, match=r"(?i)reset|pipe"):
+            send_slowly(slow)
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_an_idle_connection_that_is_reused_stays(either_parser):
+    with listening(sleeping_service(), receive_s=1.0) as url, httpx.Client(base_url=url) as client:
+        for _ in range(2):
+            assert client.post("/embed", json={"inputs": "w1"}).status_code == 200
+            time.sleep(2.2)
+
+
+def test_beyond_the_limit_the_most_silent_goes(either_parser, caplog):
+    with caplog.at_level(logging.WARNING, "turbotx"), listening(sleeping_service(), most=8) as url:
+        silent = [connect(url) for _ in range(20)]
+        assert httpx.post(f"{url}/embed", json={"inputs": "w1"}).status_code == 200
+        assert is_closed(silent[0])
+        for sock in silent:
+            sock.close()
+    assert "8 connections are open, the limit" in caplog.text
+
+
+def test_a_body_that_is_half_there_does_not_hold_the_server(either_parser):
+    service = sleeping_service()
+    with listening(service) as url, connect(url) as half:
+        half.sendall(HEAD + b"content-length: 500\r\n\r\n{")
+        time.sleep(0.3)
+        service.left.set()
+        assert half.recv(100).startswith(b"HTTP/1.1 503")
+
+
+def test_the_limit_leaves_descriptors_for_the_rest(monkeypatch):
+    said = []
+    monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (100, 200))
+    monkeypatch.setattr(connections.resource, "setrlimit", lambda _, both: said.append(both))
+    assert connection_limit(20) == 20 and not said
+    assert connection_limit(1000) == 136 and said == [(200, 200)]
+
+
+def test_busy_connections_are_never_the_ones_to_go():
+    class Connection:
+        def __init__(self, busy, heard_s):
+            self.busy, self.heard_s, self.aborted = busy, heard_s, False
+            self.transport = self
+
+        def abort(self):
+            self.aborted = True
+
+    limits = ConnectionLimits(1.0, 2)
+    working, idle, newest = Connection(True, 0.0), Connection(False, 1.0), Connection(False, 2.0)
+    for connection in (working, idle, newest):
+        limits.admit(connection)
+    assert idle.aborted and not working.aborted and not newest.aborted
+    limits = ConnectionLimits(1.0, 1)
+    for connection in (working, newest):
+        limits.admit(connection)
+    assert newest.aborted and not working.aborted

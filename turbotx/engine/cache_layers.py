@@ -1,0 +1,191 @@
+"""Cache layers: a DynamicCache of the user's stays theirs, and its layers become turbotx's.
+
+In: a cache of transformers, and the shapes of the layers. Out: its memory, shared by layers that
+answer as transformers' own do: lengths, reorder, crop, batches, reset; keys and values when read::
+
+    memory = adopt(cache, shapes, torch.float32, device)
+    cache.layers[0]  ->  CachedLayer;  cache.layers[0].keys  ->  (2, 12, 33, 64)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
+
+from turbotx.errors import InputError
+from turbotx.runtime.cache_memory import CacheMemory, LayerShape
+
+
+class CachedLayer(CacheLayerMixin):
+    """One layer of a `CacheMemory`, as transformers and its models use layers.
+
+    window: of a layer that shows no more than its latest `window - 1` positions; all are kept.
+    """
+
+    is_croppable = True
+
+    def __init__(self, memory: CacheMemory, layer: int, window: int | None) -> None:
+        self.memory, self.layer, self.window = memory, layer, window
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.memory.read(self.layer) is not None
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.window is not None
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self._show(0)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self._show(1)
+
+    def _show(self, part: int) -> torch.Tensor | None:
+        held = self.memory.read(self.layer)
+        if held is None:
+            return None
+        rows = held[part]
+        return rows if self.window is None else rows[:, :, 1 - self.window :]
+
+    @property
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of every position, a window aside; there must be some."""
+        held = self.memory.read(self.layer)
+        assert held is not None
+        return held
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """There is nothing to do: memory is made with the first rows."""
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        """Store rows as a model in PyTorch gives them; return every row, old and new."""
+        memory, layer = self.memory, self.layer
+        memory.put(layer, key_states, value_states, memory.lengths[layer])
+        return memory.read(layer)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.memory.lengths[self.layer]
+
+    def get_max_length(self) -> int:
+        return -1 if self.window is None else self.window
+
+    def offload(self) -> None:
+        raise InputError("turbotx's key/value cache is not offloaded: leave cache.offload out")
+
+    prefetch = offload
+
+    def reset(self) -> None:
+        self.memory.clear(self.layer)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes a negative number of tokens to remove, not {tokens_to_remove}"
+            )
+        self.memory.drop(self.layer, -tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.memory.select(self.layer, beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.memory.select(self.layer, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        held = self.memory.read(self.layer)
+        if held is not None:
+            rows = torch.arange(held[0].shape[0]).repeat_interleave(repeats)
+            self.memory.select(self.layer, rows)
+
+
+def refuse_cache(cache: Any) -> None:
+    """Raise InputError for a cache that turbotx does not keep in memory of its own, saying why."""
+    if type(cache) is EncoderDecoderCache:
+        refuse_cache(cache.self_attention_cache)
+        refuse_cache(cache.cross_attention_cache)
+        return
+    name = type(cache).__name__
+    hint = "pass a DynamicCache, or leave cache_implementation out of generate"
+    if type(cache) is not DynamicCache:
+        raise InputError(f"a {name} as past_key_values has memory of its own kind: {hint}")
+    if cache.offloading:
+        raise InputError(f"a {name} that is offloaded moves between devices: {hint}")
+    known = (DynamicLayer, DynamicSlidingWindowLayer, CachedLayer)
+    for k, layer in enumerate(cache.layers):
+        if type(layer) not in known:
+            raise InputError(
+                f"layer {k} of the {name} is a {type(layer).__name__}, which keeps more than keys "
+                "and values of attention: call the model with use_cache=False"
+            )
+
+
+def adopt(
+    cache: Cache, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device,
+    grows: bool = True,
+) -> CacheMemory:  # fmt: skip
+    """Return the memory of a cache, whose layers become `CachedLayer`s now if they are not yet.
+
+    What the cache holds already is kept. Raises InputError where it holds layers of other shapes.
+    """
+    layers: list[Any] = cache.layers
+    known = _memory_of(layers)
+    wanted = tuple(shapes), dtype, device
+    if known is not None and (known.shapes, known.dtype, known.device) == wanted:
+        return known
+    if len(layers) > len(shapes):
+        raise InputError(
+            f"the key/value cache has {len(layers)} layers, and the model writes to {len(shapes)}"
+        )
+    memory, made = CacheMemory(shapes, dtype, device, grows), []
+    for k in range(len(shapes)):
+        layer = layers[k] if k < len(layers) else None
+        window = getattr(layer, "window", getattr(layer, "sliding_window", None))
+        if layer is not None and layer.get_seq_length() > 0:
+            _take_over(memory, k, layer)
+        made.append(CachedLayer(memory, k, window))
+    cache.layers, cache.layer_class_to_replicate = made, None
+    return memory
+
+
+def _memory_of(layers: Sequence[Any]) -> CacheMemory | None:
+    """Return the memory whose layers these are, all of them in order; None for others."""
+    known = layers[0].memory if layers and type(layers[0]) is CachedLayer else None
+    if known is None or len(layers) != len(known.shapes):
+        return None
+    own = all(getattr(x, "memory", None) is known and x.layer == k for k, x in enumerate(layers))
+    return known if own else None
+
+
+def _take_over(memory: CacheMemory, k: int, layer: Any) -> None:
+    """Copy what a layer holds; what has left a window is never seen again, and is zeros."""
+    keys: torch.Tensor
+    values: torch.Tensor
+    if type(layer) is CachedLayer:
+        keys, values = layer.rows
+    else:
+        keys, values = layer.keys, layer.values
+    gone = layer.get_seq_length() - keys.shape[2]
+    if keys.device != memory.device or keys.dtype != memory.dtype:
+        raise InputError(
+            f"layer {k} of the key/value cache holds {keys.dtype} on {keys.device}, and the model "
+            f"writes {memory.dtype} on {memory.device}"
+        )
+    if gone:
+        memory.put(k, keys.new_zeros(*keys.shape[:2], gone, keys.shape[3]),
+                   values.new_zeros(*values.shape[:2], gone, values.shape[3]))  # fmt: skip
+    memory.put(k, keys, values, gone)

@@ -1,0 +1,127 @@
+"""What the pipeline makes of a call, one stage from the next: launches, a program, what runs.
+
+In: nothing; these are types. Out: for example::
+
+    AssembledCall  --schedule-->  UnboundProgram  --bind-->  Compiled
+    unbound.at((1, 40)).executable.token_range   # {16, 32, 64} tokens: norms are folded there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx
+
+from turbotx.capture.trace import Captured
+from turbotx.kernels.fusion.fuse import FusedRegion
+from turbotx.options import Options
+from turbotx.program.assembly import Assembled, Assembly
+from turbotx.program.executable import Executable
+from turbotx.runtime.cpu.runtime import CpuCode
+from turbotx.runtime.cuda.runtime import LaunchKernels
+from turbotx.runtime.program import Program
+
+
+@dataclass(frozen=True)
+class AssembledCall:
+    """A captured call as launches over named tensors, for CPUs or for GPUs of any target.
+
+    text: the graph as it was captured. prepared: what depends on parameters alone. programs: the
+    launches, and on a GPU behind them perhaps those with norms folded into GEMMs.
+    """
+
+    captured: Captured
+    text: str
+    prepared: frozenset[fx.Node]
+    programs: tuple[Assembled, ...]
+    for_gpus: bool
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """A program for some of a call's shapes, bound to nothing.
+
+    code: its kernels, on a CPU built.
+    """
+
+    assembled: Assembled
+    code: CpuCode | LaunchKernels
+
+    @property
+    def executable(self) -> Executable:
+        """The program as plain data; its `token_range` is the shapes that it serves."""
+        return self.code.executable
+
+    def serves(self, dims: Sequence[int]) -> bool:
+        served = self.executable.token_range
+        return served is None or served.holds(dims)
+
+
+@dataclass(frozen=True)
+class UnboundProgram:
+    """A call compiled for a target, "cpu" or a GPU as "sm_90", under options; bound to no
+    parameters, no memory and no device. Each shape is served by one of the specializations."""
+
+    call: AssembledCall
+    options: Options
+    target: str
+    specializations: tuple[Specialization, ...]
+
+    def at(self, dims: Sequence[int]) -> Specialization:
+        """Return the specialization that serves a shape."""
+        return next(s for s in self.specializations if s.serves(dims))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A call bound to parameters, memory and a device, seen as one of its specializations: the
+    first one, or the one that serves a shape (`at`).
+
+    programs: one a specialization.
+    """
+
+    unbound: UnboundProgram
+    programs: tuple[Program, ...]
+    index: int = 0
+
+    @property
+    def captured(self) -> Captured:
+        return self.unbound.call.captured
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph after the passes."""
+        return self.captured.graph_module.graph
+
+    @property
+    def prepared(self) -> frozenset[fx.Node]:
+        return self.unbound.call.prepared
+
+    @property
+    def specialization(self) -> Specialization:
+        return self.unbound.specializations[self.index]
+
+    @property
+    def fused(self) -> Sequence[FusedRegion]:
+        return self.specialization.assembled.fused
+
+    @property
+    def assembly(self) -> Assembly:
+        return self.specialization.assembled.assembly
+
+    @property
+    def program(self) -> Program:
+        return self.programs[self.index]
+
+    @property
+    def specializations(self) -> tuple[Compiled, ...]:
+        """The same call seen as each of them."""
+        return tuple(replace(self, index=k) for k in range(len(self.programs)))
+
+    def at(self, dims: Sequence[int]) -> Compiled:
+        """Return the call seen as the specialization that serves a shape."""
+        if len(self.programs) == 1:
+            return self
+        served = (s.serves(dims) for s in self.unbound.specializations)
+        return replace(self, index=list(served).index(True))

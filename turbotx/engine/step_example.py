@@ -1,0 +1,72 @@
+"""Step example: the sizes at which a call with a cache is traced, whatever its own are.
+
+In: a call of `capture.cached_call`. Out: the same call with tensors of coprime sizes that are no
+usual number of anything, so that no size is taken for 1, for none, or for another::
+
+    make_example({"input_ids": (1, 1), "kv_length": (33, 0), ...})  ->  input_ids (2, 3), (7, 0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+SIZES = {"batch": 2, "query": 3, "length": 7, "source": 5, "capacity": 11, "memory": 13}
+"""length: of the cache with the new tokens. memory: elements a position."""
+KEPT = "logits_to_keep"
+"""The argument that says for how many of the last new tokens there are to be logits."""
+
+_TOKENS = ("batch", "query", None)
+_SEEN = ("batch", "length")
+_WHOLE_MASK = ("batch", None, "query", "length")
+_ENCODED = ("batch", "source", None)
+_OWN = {
+    "kv_memory": ("memory", "batch", "capacity"),
+    "kv_length": ("length", None),
+    "kv_cross": (None, "batch", None, "source", None),
+    "kv_encoded": _ENCODED,
+}
+_DECODER = {
+    "input_ids": _TOKENS, "inputs_embeds": _TOKENS, "position_ids": _TOKENS,
+    "token_type_ids": _TOKENS, "attention_mask": _SEEN, "cache_position": ("query",),
+}  # fmt: skip
+
+
+def make_example(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with every tensor that has a known role at the sizes of SIZES.
+
+    Others stay as they are: the capture then serves their sizes as it does without a cache.
+    """
+    alone = call["kv_kind"] == "decoder"
+    roles: dict[str, tuple[str | None, ...]] = dict(_OWN)
+    if alone:
+        roles |= _DECODER
+    else:
+        roles |= {f"decoder_{name}": dims for name, dims in _DECODER.items()}
+        roles |= {"input_ids": _ENCODED, "attention_mask": ("batch", "source")}
+        roles |= {"inputs_embeds": _ENCODED, "cache_position": ("query",)}
+    kept = call.get(KEPT)
+    more = max(0, kept - 1) if isinstance(kept, int) else 0  # no fewer tokens than are kept
+    sizes = {k: n + more * (k in ("query", "length", "capacity")) for k, n in SIZES.items()}
+    made = {}
+    for name, value in call.items():
+        dims = roles.get(name)
+        if isinstance(value, torch.Tensor) and dims is not None:
+            if name.endswith("attention_mask") and value.dim() == 4:
+                dims = _WHOLE_MASK
+            value = _resize(value, dims, sizes)
+        made[name] = value
+    return made
+
+
+def _resize(
+    tensor: torch.Tensor, dims: tuple[str | None, ...], sizes: Mapping[str, int]
+) -> torch.Tensor:
+    """Repeat or cut the dims that have a role; one more or less than that many dims is fine."""
+    for d, role in enumerate(dims[: tensor.dim()]):
+        if role is not None and tensor.shape[d] > 0:
+            places = torch.arange(sizes[role], device=tensor.device) % tensor.shape[d]
+            tensor = tensor.index_select(d, places)
+    return tensor

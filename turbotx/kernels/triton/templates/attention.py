@@ -1,0 +1,196 @@
+"""Flash attention: softmax(q k^T) v over strided operands, scores never in memory.
+
+One program a tile of queries. Online softmax after Milakov & Gimelshein 2018, tiling after Dao et
+al. 2022 (FlashAttention). Where all keys are in one tile there is no loop, and nothing to carry
+through one.
+"""
+
+import triton
+import triton.language as tl
+
+from turbotx.kernels.triton.templates.functions import tanh
+
+HEAD_DIM = tl.constexpr(None)
+DEPTH = tl.constexpr(None)  # of a tile: HEAD_DIM, or the power of two above
+STORED = tl.constexpr(None)  # the dtype of q, k, v and out
+PRECISION = tl.constexpr(None)  # "ieee" for float32, or None
+SCALE = tl.constexpr(None)  # of scores
+CAP = tl.constexpr(None)  # what tanh keeps scores below, before the bias; 0.0: nothing
+KEYS = tl.constexpr(None)  # "all" are seen, those of a "mask" (batch, k_len), or "lengths" of them
+BIAS = tl.constexpr(None)  # "none", "boolean", or another: numbers
+LEFT = tl.constexpr(None)  # how far to the left of its own place a query sees keys, None: any
+RIGHT = tl.constexpr(None)  # and how far to the right
+LATE = tl.constexpr(None)  # whether the last query's place is the last key
+BLIND_NAN = tl.constexpr(None)  # a query that sees no key gets NaN, and not zeros,
+BLIND_MEAN = tl.constexpr(None)  # or the mean of all values that a mask hides
+ONCE = tl.constexpr(None)  # whether one tile has all keys
+# Sequences are along a grid's third axis, which has room for as many: no division then finds a
+# program's place, which would take longer than all else before its first load.
+MOST_DEEP = tl.constexpr(None)
+MOST_HIDDEN = tl.constexpr(None)  # a score that hides a key beside others
+
+# Exponentials are powers of two, which GPUs have an instruction for.
+LOG2E = tl.constexpr(1.4426950408889634)
+MOST = tl.constexpr(3.4028234663852886e38)  # of float32
+
+
+@triton.jit
+def find_keys(start, keys_ptr, k_len, count, K_TILE: tl.constexpr):
+    col = start + tl.arange(0, K_TILE)[None, :]
+    key = start + tl.arange(0, K_TILE)[:, None]
+    key_ok = key < count
+    if KEYS == "mask":
+        # Asked for before the keys, whose way takes as long.
+        mask = tl.load(keys_ptr + col, mask=col < k_len, other=0)
+    else:
+        mask = 0
+    return col, key, key_ok, mask
+
+
+@triton.jit
+def score_keys(q, k, mask, row, row_ok, col, count, bias_ptr, bias_q, bias_k):
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (SCALE * LOG2E)
+    if CAP != 0.0:
+        scores = tanh(scores * (1.0 / (CAP * LOG2E))) * (CAP * LOG2E)
+    visible = col < count
+    if KEYS == "mask" and not BLIND_MEAN:
+        visible = visible & (mask != 0)
+    if RIGHT is not None:
+        visible = visible & (col <= row + RIGHT)
+    if LEFT is not None:
+        visible = visible & (col >= row - LEFT)
+    if BIAS != "none":
+        bias_at = bias_ptr + row.to(tl.int64) * bias_q + col.to(tl.int64) * bias_k
+        bias = tl.load(bias_at, mask=visible & row_ok, other=0)
+        if BIAS == "boolean":
+            visible = visible & (bias != 0)
+        else:
+            bias = bias.to(tl.float32)
+            # The most negative float hides a key only beside others, -inf always.
+            bounded = tl.clamp(bias * LOG2E, -MOST, MOST)
+            scores += tl.where(tl.abs(bias) <= MOST, bounded, bias)
+    if BLIND_MEAN:
+        scores = tl.where(mask != 0, scores, MOST_HIDDEN)
+    scores = tl.where(visible, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def attend_at_once(
+    q, row, row_ok, dim, dim_ok, k_ptr, k_row, v_ptr, v_row, keys_ptr, bias_ptr, bias_q, bias_k,
+    k_len, count, K_TILE: tl.constexpr,
+):  # fmt: skip
+    col, key, key_ok, mask = find_keys(0, keys_ptr, k_len, count, K_TILE)
+    k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, mask=key_ok & dim_ok, other=0.0)
+    v = tl.load(v_ptr + key.to(tl.int64) * v_row + dim, mask=key_ok & dim_ok, other=0.0)
+    scores = score_keys(q, k, mask, row, row_ok, col, count, bias_ptr, bias_q, bias_k)
+    largest = tl.max(scores, 1, keep_dims=True)
+    # A query that sees no key has no largest score to subtract.
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    share = tl.exp2(scores - shift)
+    total = tl.sum(share, 1, keep_dims=True)
+    values = tl.dot(share.to(STORED), v, input_precision=PRECISION)
+    return values, total
+
+
+@triton.jit
+def attend_in_tiles(
+    q, first, row, row_ok, dim, dim_ok, k_ptr, k_row, v_ptr, v_row, keys_ptr, bias_ptr, bias_q,
+    bias_k, k_len, count, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+):  # fmt: skip
+    # For each query: the largest score so far, the sum of exponentials, of values.
+    largest = tl.full((Q_TILE, 1), float("-inf"), tl.float32)
+    total = tl.zeros((Q_TILE, 1), tl.float32)
+    values = tl.zeros((Q_TILE, DEPTH), tl.float32)
+    if LEFT is not None or RIGHT is not None:
+        # Keys that no query of this tile sees are not visited.
+        begin = tl.maximum(first - LEFT, 0) // K_TILE * K_TILE if LEFT is not None else 0
+        end = tl.minimum(count, first + Q_TILE + RIGHT) if RIGHT is not None else count
+    else:
+        begin = 0
+        end = count
+    for start in range(begin, end, K_TILE):
+        col, key, key_ok, mask = find_keys(start, keys_ptr, k_len, count, K_TILE)
+        k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, mask=key_ok & dim_ok, other=0.0)
+        scores = score_keys(q, k, mask, row, row_ok, col, count, bias_ptr, bias_q, bias_k)
+        larger = tl.maximum(largest, tl.max(scores, 1, keep_dims=True))
+        # A query that has seen no key yet has no largest score to subtract.
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        share = tl.exp2(scores - shift)
+        fade = tl.exp2(largest - shift)
+        total = total * fade + tl.sum(share, 1, keep_dims=True)
+        v = tl.load(v_ptr + key.to(tl.int64) * v_row + dim, mask=key_ok & dim_ok, other=0.0)
+        values = values * fade + tl.dot(share.to(STORED), v, input_precision=PRECISION)
+        largest = larger
+    return values, total
+
+
+@triton.jit
+def attention(
+    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, bias_ptr, batch, heads, kv_heads, q_len, k_len,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    out_batch, out_head, out_row, key_mask_stride, bias_batch, bias_head, bias_q, bias_k,
+    Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    batch_index = tl.program_id(2)
+    if batch >= MOST_DEEP:  # the others are along the first axis
+        tiles = tl.cdiv(q_len, Q_TILE)
+        batch_index += tile // tiles * tl.num_programs(2)
+        tile = tile % tiles
+        q_len = tl.where(batch_index < batch, q_len, 0)
+        batch_index = tl.minimum(batch_index, batch - 1)
+    kv_head = head
+    if kv_heads != heads:
+        kv_head = head // (heads // kv_heads)
+    batch_index = batch_index.to(tl.int64)
+    head = head.to(tl.int64)
+    kv_head = kv_head.to(tl.int64)
+    first = tile * Q_TILE
+    row = first + tl.arange(0, Q_TILE)[:, None]
+    dim = tl.arange(0, DEPTH)[None, :]
+    row_ok = row < q_len
+    dim_ok = dim < HEAD_DIM if DEPTH != HEAD_DIM else True
+    q_ptr += batch_index * q_batch + head * q_head
+    k_ptr += batch_index * k_batch + kv_head * k_head
+    v_ptr += batch_index * v_batch + kv_head * v_head
+    q = tl.load(q_ptr + row.to(tl.int64) * q_row + dim, mask=row_ok & dim_ok, other=0.0)
+
+    if KEYS == "lengths":
+        count = tl.minimum(tl.load(keys_ptr + batch_index), k_len).to(tl.int32)
+    else:
+        count = k_len
+    if KEYS == "mask":
+        keys_ptr += batch_index * key_mask_stride
+    if BIAS != "none":
+        bias_ptr += batch_index * bias_batch + head * bias_head
+    if LATE:
+        # Places of queries, and not the rows of a bias, count from the last key back.
+        first += k_len - q_len
+        row += k_len - q_len
+        if BIAS != "none":
+            bias_ptr -= (k_len - q_len) * bias_q
+    if ONCE:
+        values, total = attend_at_once(
+            q, row, row_ok, dim, dim_ok, k_ptr, k_row, v_ptr, v_row,
+            keys_ptr, bias_ptr, bias_q, bias_k, k_len, count, K_TILE,
+        )  # fmt: skip
+    else:
+        values, total = attend_in_tiles(
+            q, first, row, row_ok, dim, dim_ok, k_ptr, k_row, v_ptr, v_row,
+            keys_ptr, bias_ptr, bias_q, bias_k, k_len, count, Q_TILE, K_TILE,
+        )  # fmt: skip
+    if LATE:
+        row -= k_len - q_len
+
+    if BLIND_NAN:
+        # A query that sees no key of some gets 0 / 0.
+        zeros = (total == 0.0) & (k_len == 0)
+    else:
+        # A query that sees no key gets zeros.
+        zeros = total == 0.0
+    values = values / tl.where(zeros, 1.0, total)
+    out_ptr += batch_index * out_batch + head * out_head
+    out_at = out_ptr + row.to(tl.int64) * out_row + dim
+    tl.store(out_at, values.to(STORED), mask=row_ok & dim_ok)

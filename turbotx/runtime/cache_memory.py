@@ -1,0 +1,206 @@
+"""Cache memory: the keys and values of all layers of a decoder, in one tensor with room to grow.
+
+In: how many heads and which widths every layer has; rows, or the new lengths after a program has
+written rows itself. Out: the tensor that programs take, and what of it is filled::
+
+    memory = CacheMemory([LayerShape(12, 64, 64)] * 12, torch.float32, torch.device("cpu"))
+    memory.tensor_for(batch=2, length=33)  ->  (18432, 2, 64), grown to twice that when it is full
+    memory.read(0)                         ->  keys and values, (2, 12, 33, 64), views
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from turbotx.errors import InputError
+from turbotx.ir.cache_ops import block_of
+
+LEAST_CAPACITY = 64
+"""Positions that a cache has room for at first; it grows to twice its size."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one position of a layer takes: `heads` keys and values of these widths."""
+
+    heads: int
+    key_width: int
+    value_width: int
+
+
+class CacheMemory:
+    """Keys and values of every layer; lengths: how many positions of each layer are filled.
+
+    Where layers were given another batch one by one, they lie apart until `tensor_for`.
+    """
+
+    def __init__(
+        self, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device,
+        grows: bool = True,
+    ) -> None:  # fmt: skip
+        """grows: False for a length that stays: there is no room beyond it."""
+        self.shapes, self.dtype, self.device = tuple(shapes), dtype, device
+        self.grows = grows
+        self.lengths = [0] * len(self.shapes)
+        self._tensor: torch.Tensor | None = None
+        self._blocks: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(self.shapes)
+        self._used = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_used"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _used=threading.Lock())
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Meanwhile no other thread may write.
+
+        Raises InputError where one does.
+        """
+        if not self._used.acquire(blocking=False):
+            raise InputError(
+                "two threads use one key/value cache at once: give each thread a cache of its own"
+            )
+        try:
+            yield
+        finally:
+            self._used.release()
+
+    # --- what is there ---
+
+    @property
+    def length(self) -> int:
+        """The positions that every layer has.
+
+        Raises InputError where layers differ, as after `update` of some of them.
+        """
+        if len(set(self.lengths)) > 1:
+            raise InputError(
+                f"the layers of a key/value cache have different lengths, {self.lengths}: a call "
+                "of the whole model needs them equal"
+            )
+        return self.lengths[0]
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self._tensor is None else self._tensor.shape[2]
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return a layer's keys and values, (batch, heads, length, width), as they lie."""
+        held, length = self._blocks[layer], self.lengths[layer]
+        return None if held is None else (held[0][:, :, :length], held[1][:, :, :length])
+
+    def tensor_for(self, batch: int, length: int) -> torch.Tensor:
+        """Return the memory with room for `length` positions: (elements a position, batch,
+        capacity), dense.
+
+        Raises InputError where it is filled for another batch.
+        """
+        filled = [b for b, n in zip(self._blocks, self.lengths, strict=True) if b and n]
+        other = {b[0].shape[0] for b in filled} - {batch}
+        if other:
+            raise InputError(
+                f"a key/value cache holds a batch of {other.pop()}, and the call has {batch}: "
+                "give it a new cache, or change its batch by batch_select_indices or "
+                "batch_repeat_interleave"
+            )
+        made: Any = self._tensor
+        fits = made is not None and made.shape[1] == batch
+        if not self.grows:
+            return made if fits and self.capacity == length else self._move(batch, length)
+        if not fits or self.capacity < length:
+            capacity = max(LEAST_CAPACITY, self.capacity)
+            while capacity < length:
+                capacity *= 2
+            return self._move(batch, capacity)
+        return made
+
+    def _move(self, batch: int, capacity: int) -> torch.Tensor:
+        size = sum(s.heads * (s.key_width + s.value_width) for s in self.shapes)
+        with torch.inference_mode(False), torch.no_grad():
+            made = torch.zeros(size, batch, capacity, dtype=self.dtype, device=self.device)
+            place, blocks = 0, list[tuple[torch.Tensor, torch.Tensor] | None]()
+            for layer, shape in enumerate(self.shapes):
+                keys = block_of(made, place, shape.heads, shape.key_width)
+                place += shape.heads * shape.key_width
+                values = block_of(made, place, shape.heads, shape.value_width)
+                place += shape.heads * shape.value_width
+                before, length = self.read(layer), self.lengths[layer]
+                if before is not None and length:
+                    keys[:, :, :length] = before[0]
+                    values[:, :, :length] = before[1]
+                blocks.append((keys, values))
+        self._tensor, self._blocks = made, blocks
+        return made
+
+    # --- changes ---
+
+    def advance(self, count: int) -> None:
+        """Say that a program has written so many rows of every layer."""
+        self.lengths = [n + count for n in self.lengths]
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int = 0) -> None:
+        """Store rows of a layer from position `start` on, its last ones from then on.
+
+        keys, values: (batch, heads, rows, width). Raises InputError where they do not fit.
+        """
+        shape = self.shapes[layer]
+        wanted = (shape.heads, shape.key_width), (shape.heads, shape.value_width)
+        if any((x.shape[1], x.shape[3]) != w for x, w in zip((keys, values), wanted, strict=True)):
+            raise InputError(
+                f"layer {layer} of a key/value cache takes {shape}, and is given keys "
+                f"{tuple(keys.shape)} and values {tuple(values.shape)}"
+            )
+        held, end = self._blocks[layer], start + keys.shape[2]
+        with torch.inference_mode(False), torch.no_grad():
+            room = 0 if held is None else held[0].shape[2]
+            if held is None or held[0].shape[0] != keys.shape[0] or room < end:
+                before = self.read(layer)
+                apart = [
+                    x.new_zeros(x.shape[0], x.shape[1], max(end, 2 * room), x.shape[3],
+                                dtype=self.dtype, device=self.device)
+                    for x in (keys, values)
+                ]  # fmt: skip
+                for new, old in zip(apart, before or (), strict=bool(before)):
+                    new[:, :, :start] = old[:, :, :start]
+                held = self._place_apart(layer, apart[0], apart[1])
+            held[0][:, :, start:end] = keys
+            held[1][:, :, start:end] = values
+        self.lengths[layer] = end
+
+    def select(self, layer: int, rows: torch.Tensor) -> None:
+        """Keep these rows of a layer's batch, in this order, once each time they are named."""
+        held = self._blocks[layer]
+        if held is None or not self.lengths[layer]:
+            return
+        length = self.lengths[layer]
+        with torch.inference_mode(False), torch.no_grad():
+            rows = torch.arange(held[0].shape[0], device=self.device)[rows.to(self.device)]
+            taken = [block[:, :, :length].index_select(0, rows) for block in held]
+            if len(rows) == held[0].shape[0]:
+                for block, new in zip(held, taken, strict=True):
+                    block[:, :, :length] = new
+            else:
+                self._place_apart(layer, taken[0], taken[1])
+
+    def drop(self, layer: int, count: int) -> None:
+        """Take away the last `count` positions of a layer."""
+        self.lengths[layer] = max(0, self.lengths[layer] - count)
+
+    def clear(self, layer: int) -> None:
+        """Take away everything of a layer, its memory too."""
+        self.lengths[layer], self._blocks[layer], self._tensor = 0, None, None
+
+    def _place_apart(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let a layer lie in memory of its own."""
+        self._tensor, self._blocks[layer] = None, (keys, values)
+        return keys, values

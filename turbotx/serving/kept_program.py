@@ -1,0 +1,73 @@
+"""The compiled program of the last start, so that the next one neither captures nor compiles.
+
+In: a module, a file's path. Out: something to call like the module; calls that the file has not are
+compiled then and there::
+
+    module = KeptProgram(module, program_file(folder, ...)); module(**inputs); module.keep()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from turbotx import __version__
+from turbotx.engine.optimize import optimize
+from turbotx.errors import InputError, TurbotxError
+from turbotx.saved.load import load
+from turbotx.saved.save import save
+from turbotx.serving.model_info import ModelInfo
+
+log = logging.getLogger(__name__)
+
+
+class KeptProgram:
+    """Runs the program of a file with the module's weights, or the module optimized."""
+
+    def __init__(self, module: torch.nn.Module, path: Path) -> None:
+        self._module, self._path = module, path
+        self._run: Any = None
+        try:
+            if path.exists():
+                self._run = load(path, weights=module)
+        except TurbotxError as error:  # of another version, or damaged: made anew
+            log.warning("the program kept in %s is not used: %s", path, error)
+        self.loaded = self._run is not None
+        if not self.loaded:
+            self._run = optimize(module)
+
+    def __call__(self, **inputs: torch.Tensor) -> Any:
+        try:
+            return self._run(**inputs)
+        except InputError as error:
+            if not self.loaded:
+                raise
+            log.info("a call that the kept program has not is compiled: %s", error)
+            self._run, self.loaded = optimize(self._module), False
+            return self._run(**inputs)
+
+    def keep(self) -> None:
+        """Write what was compiled, unless it came from there. No file is no error: only slower."""
+        if self.loaded:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            save(self._run, self._path, weights=False)
+        except (TurbotxError, OSError) as error:
+            log.warning("the program is not kept for the next start: %s", error)
+
+    def stats(self) -> dict[str, int]:
+        found: dict[str, int] = self._run.stats()
+        return found
+
+
+def program_file(folder: Path, info: ModelInfo, module: torch.nn.Module) -> Path:
+    """One file for each model, weights, pooling and dtype, and each version of what made it."""
+    made_by = (__version__, torch.__version__, transformers.__version__, info.device)
+    facts = (info.name, info.revision, info.dtype, info.head, str(module), *made_by)
+    return folder / f"program-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.ttx"

@@ -1,0 +1,28 @@
+"""What is known of a model without its weights.
+
+In: what its files and the operator say. Out: one record, which ``/info`` shows::
+
+    ModelInfo("all-MiniLM-L6-v2", "9a2f…", "float32", 256, 384, Head("embedding"))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from turbotx.serving.engine import Head
+from turbotx.serving.sentence_files import Prompts
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What ``/info`` says about the model."""
+
+    name: str
+    revision: str
+    dtype: str
+    max_length: int
+    width: int
+    head: Head
+    device: str = "cpu"
+    backend: str = "eager"
+    prompts: Prompts = field(default_factory=Prompts)

@@ -1,0 +1,66 @@
+"""A directory's tokenizer, as transformers reads it.
+
+In: a directory. Out: a ``TextTokenizer``; a directory without a vocabulary is refused, for every
+text would be unknown::
+
+    load_tokenizer(folder, lower_case=False).encode("hello")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from turbotx.serving.sentence_files import ModelFilesError
+from turbotx.serving.tokens import TextTokenizer
+
+VOCABULARIES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
+    "sentencepiece.model", "spm.model", "tokenizer.model", "bpe.codes",
+)  # fmt: skip
+LONGEST = 10**6  # transformers writes 1e30 where no length was said
+
+
+def load_tokenizer(folder: Path, lower_case: bool = False) -> TextTokenizer:
+    """The tokenizer of a directory; its ``max_length`` is what its files say, else 0.
+
+    lower_case: put a normalizer that lowers letters before the tokenizer's own. Raises
+    ModelFilesError.
+    """
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise ModelFilesError(f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)}")
+    try:
+        found = _read(folder)
+    except Exception as error:  # whatever transformers and the readers of its files raise
+        said = str(error).strip().splitlines() or [""]
+        raise ModelFilesError(
+            f"the tokenizer of {folder} cannot be loaded: {type(error).__name__}: {said[0]}"
+        ) from error
+    if lower_case:
+        _lower(found._tokenizer)
+    return found
+
+
+def _read(folder: Path) -> TextTokenizer:
+    from tokenizers import Tokenizer
+
+    if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        return TextTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), 0)
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    backend = getattr(found, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ValueError(f"{type(found).__name__} is written in Python: only fast ones are served")
+    length = int(found.model_max_length)
+    return TextTokenizer(
+        backend, length if length < LONGEST else 0, pad_id=found.pad_token_id,
+        gives_types="token_type_ids" in found.model_input_names,
+    )  # fmt: skip
+
+
+def _lower(tokenizer: Any) -> None:
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    own = tokenizer.normalizer
+    tokenizer.normalizer = Lowercase() if own is None else Sequence([Lowercase(), own])

@@ -1,0 +1,57 @@
+"""Threads that tokenise, so that the event loop does not, with a bound on what waits for them.
+
+In: work and how many characters it reads. Out: its result, or Busy; short texts have a thread of
+their own and never wait behind long ones::
+
+    rows = await pool.run(len(text), lambda: [tokenizer.encode(text)])
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from turbotx.serving.refusals import Busy
+
+Result = TypeVar("Result")
+SHORT = 4_096  # characters: a few ms
+
+
+class TokenizerPool:
+    """Owned by one event loop."""
+
+    def __init__(self, threads: int, most_characters: int) -> None:
+        """``most_characters`` may be in work at a time, beside one request of any length."""
+        self._long = ThreadPoolExecutor(threads, thread_name_prefix="turbotx-tokenizer")
+        self._short = ThreadPoolExecutor(1, thread_name_prefix="turbotx-tokenizer-short")
+        self._most = most_characters
+        self.characters = 0  # being read, or waiting for it
+
+    async def run(self, characters: int, work: Callable[[], Result]) -> Result:
+        """Raises Busy where too much waits already, and whatever the work raises."""
+        if self.characters and self.characters + characters > self._most:
+            raise Busy("too much text waits to be tokenised", retry_after_s=1.0)
+        self.characters += characters
+        pool = self._short if characters <= SHORT else self._long
+        try:
+            running = pool.submit(work)
+        except BaseException:
+            self.characters -= characters
+            raise
+        loop = asyncio.get_running_loop()
+
+        def forget(_: object) -> None:  # also of a client that left: its work goes on
+            self.characters -= characters
+
+        def done(_: object) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(forget, None)
+
+        running.add_done_callback(done)
+        return await asyncio.wrap_future(running)
+
+    def shutdown(self) -> None:
+        self._long.shutdown(wait=True)
+        self._short.shutdown(wait=True)

@@ -1,0 +1,128 @@
+"""Weights and configuration from disk into the one module that is optimized and run.
+
+In: the transformer's folder, the steps after it. Out: a ``nn.Module`` of ids and mask to (batch,
+width), without a cache; whatever transformers cannot load is one ModelFilesError::
+
+    load_module(files, Head("embedding"), "float32", None)     # SentenceModel(...)
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbotx.errors import TurbotxError
+from turbotx.saved.weight_files import load_weights
+from turbotx.serving.engine import Head
+from turbotx.serving.sentence_files import ModelFilesError, Normalize, SentenceFiles
+from turbotx.serving.tokens import TextTokenizer
+
+log = logging.getLogger(__name__)
+ENCODERS = {  # of models with a decoder, which an embedding does not need
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+    "longt5": "LongT5EncoderModel",
+}
+
+
+@dataclass(frozen=True)
+class LoadedModule:
+    """The module, the id that fills a row up, and whether it reads segment ids."""
+
+    module: Any
+    pad_id: int
+    takes_types: bool
+
+
+def load_module(
+    files: SentenceFiles, head: Head, tokenizer: TextTokenizer, dtype: str, weights: Path | None
+) -> LoadedModule:
+    """Load the transformer and put the steps behind it. Raises ModelFilesError, WeightsError."""
+    import torch
+
+    from turbotx.serving import sentence_modules as modules
+
+    wanted = getattr(torch, dtype)
+    transformer = _load_transformer(
+        files.transformer, head.kind == "classifier", wanted if weights is None else torch.float32
+    )
+    if weights is not None:
+        load_weights(transformer, weights)
+    options = transformer.config.get_text_config()
+    module: Any
+    if head.kind == "classifier":
+        # transformers runs a decoder's head on one row at a time where it knows no pad token.
+        alone = options.pad_token_id is None and hasattr(transformer, "score")
+        module = (modules.LastTokenClassifier if alone else modules.ClassifierModel)(transformer)
+    else:
+        # The server normalises at the end, where a request may say otherwise.
+        steps = files.steps[:-1] if isinstance(files.steps[-1], Normalize) else files.steps
+        module = modules.SentenceModel(transformer, steps)
+    takes = inspect.signature(transformer.forward).parameters
+    return LoadedModule(
+        module.to(wanted).eval(),
+        next((i for i in (options.pad_token_id, tokenizer.pad_id) if i is not None), 0),
+        tokenizer.gives_types and "token_type_ids" in takes
+        and (getattr(options, "type_vocab_size", 0) or 0) > 1,
+    )  # fmt: skip
+
+
+def _load_transformer(folder: Path, classifies: bool, dtype: Any) -> Any:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        if getattr(config, "auto_map", None):
+            log.warning(
+                "%s names code of its own, which is not run: transformers' own %s is",
+                folder, config.model_type,
+            )  # fmt: skip
+        _turn_cache_off(config)
+        module, report = _loader_of(config, classifies, folder).from_pretrained(
+            folder, config=config, local_files_only=True, dtype=dtype, output_loading_info=True
+        )
+    except TurbotxError:
+        raise
+    except Exception as error:  # whatever transformers and the readers of its files raise
+        said = str(error).strip().splitlines() or [""]
+        raise ModelFilesError(
+            f"{folder} cannot be loaded: {type(error).__name__}: {said[0]}"
+        ) from error
+    # A pooler is not part of an embedding here: the chain pools the hidden states.
+    missing = sorted(n for n in report["missing_keys"] if classifies or not n.startswith("pooler."))
+    if missing:
+        raise ModelFilesError(
+            f"{folder}: the weights lack {', '.join(missing[:5])}"
+            f"{' and others' if len(missing) > 5 else ''}: they would be random"
+        )
+    return module
+
+
+def _turn_cache_off(config: Any) -> None:
+    """One call is one answer: keys and values are not kept, in no part of the model."""
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            _turn_cache_off(getattr(config, name))
+
+
+def _loader_of(config: Any, classifies: bool, folder: Path) -> Any:
+    import transformers
+
+    if classifies:
+        return transformers.AutoModelForSequenceClassification
+    if config.model_type in ENCODERS:
+        return getattr(transformers, ENCODERS[config.model_type])
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelFilesError(
+            f"{folder} is a {config.model_type}, an encoder with a decoder: of those only "
+            f"{', '.join(ENCODERS)} are served"
+        )
+    return transformers.AutoModel
