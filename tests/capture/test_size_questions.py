@@ -171,3 +171,24 @@ def test_a_settled_question_is_derived_once_whatever_guards_come_between(monkeyp
     monkeypatch.setattr(SizesFromOne, "_maybe_evaluate_static", count)
     assert len(guards_of(ask, 2, 5)) == 8
     assert max(derived.values()) == 1
+
+
+def test_rounded_sizes_that_make_one_number_are_numbers() -> None:
+    def patches(x: torch.Tensor, width: int = 4) -> torch.Tensor:
+        y = F.avg_pool2d(x, width).flatten(2).transpose(1, 2)
+        return y @ WEIGHT + torch.arange(16.0)[:, None]
+
+    found = captured(patches, torch.randn(2, 4, 16, 16))
+    assert found.dims == ("batch",)
+    fast = turbotx.optimize(patches, backend="aten")
+    for shape in ((2, 4, 16, 16), (5, 4, 16, 16), (2, 4, 8, 32), (1, 4, 18, 17)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(fast(x), patches(x))
+    assert fast.stats()["captures"] == 3
+
+
+def test_one_rounded_size_stays_free() -> None:
+    def blocks(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[1] // 4 == 2 else x
+
+    assert captured(blocks, torch.randn(2, 9)).dims == ("batch", "seq")

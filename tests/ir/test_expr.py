@@ -81,6 +81,19 @@ def test_divide() -> None:
     assert divide(FloorDiv(S, 2) * 2, sympy.Integer(2)) == FloorDiv(S, 2)
     assert divide(B * FloorDiv(S, 2), FloorDiv(S, 2)) == B
     assert divide(FloorDiv(S, 2), sympy.Integer(2)) is None
+    assert divide(B * S + B, S + 1) == B
+    assert divide(B * (S + 1), S + 1) == B
+    assert divide(B * S + B, B * (S + 1)) == 1
+    assert divide(B * S + S, S * (B + 1)) == 1
+    assert divide(B * S, S + 1) is None
+
+
+def test_products_divide_without_common_factors_of_sums(monkeypatch) -> None:
+    """A windowed picture asks this of thousands of products, and sympy's cancel takes its time."""
+    monkeypatch.setattr(sympy, "cancel", None)
+    n = sympy.Symbol("side", integer=True, positive=True)
+    assert divide(28 * n * B * FloorDiv(S, 4), 7 * FloorDiv(S, 4)) == 4 * n * B
+    assert divide(6 * n * B, S + n) is None
 
 
 def test_the_rest_of_a_negative_size_is_that_of_its_divisor() -> None:

@@ -234,17 +234,18 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _turn(self, func: OpOverload, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Record a view that takes the place of its tensor: squeeze_, by which a pool drops the dim
+        """Record a view that takes the place of its tensor: of fewer dims, as a pool drops the one
         that it added. That tensor, as it was, stays the value of its node."""
-        turned, other = args[0], getattr(aten, func._opname.removesuffix("_"), None)
-        view = getattr(other, func._overloadname, None)
-        if view is None or not any(turned is t for t in self.alive):
+        turned = args[0]
+        if func is not aten.as_strided_.default or not any(turned is t for t in self.alive):
             raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
-        source = self.known[id(turned)]
+        dense, source = turned.is_contiguous(), self.known[id(turned)]
         source.meta["val"] = aten.alias.default(turned)
         func(*args, **kwargs)
-        given = (source, *pytree.tree_map(self._argument, args[1:]))
-        self._record(self._append(view, given, kwargs, turned), turned)
+        if not (dense and turned.is_contiguous()):
+            raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
+        sizes = pytree.tree_map(self._argument, list(args[1]))
+        self._record(self._append(aten.view.default, (source, sizes), {}, turned), turned)
         return turned
 
     def _argument(self, value: Any) -> Any:

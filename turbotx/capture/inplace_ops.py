@@ -32,7 +32,7 @@ def write_out_of_place(graph: fx.Graph) -> None:
     for node in graph.nodes:
         op = _find_other(node)
         changed: Any = node.args[0] if node.args else None
-        if op is None or not _makes_new(changed):
+        if op is None or not _makes_new(changed) or not hasattr(changed.meta["val"], "fake_mode"):
             continue
         earlier = [n for n in changed.users if place[n] < place[node]]
         if not all(map(_makes_new, earlier)):

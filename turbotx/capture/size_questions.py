@@ -20,10 +20,12 @@ import sympy
 from torch._export import non_strict_utils
 from torch.fx.experimental import sym_node, symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from turbotx.capture.conditions import decides_nothing
+from turbotx.capture.sandbox.effects import SizesNeeded
 
 # Functions of PyTorch that ask how a tensor lies in memory: no size and no element of a result
 # depends on that.
@@ -69,9 +71,24 @@ class SizesFromOne(ShapeEnv):
             if settled is None:
                 if _is_idle(question, answer, fallback_value is not None):
                     return said
-                return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
+                found = super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
+                self._require_bound(question, answer)
+                return found
             self._settled[question] = settled
         return self._settled[question]
+
+    def _require_bound(self, question: sympy.Basic, answer: bool) -> None:
+        """Raise SizesNeeded where several rounded sizes have been found to make one number.
+
+        A picture of (height // 4) * (width // 4) patches, as many as there are positions, has no
+        side that is free by itself, and views of its windows would be expressions without end.
+        """
+        if not isinstance(question, sympy.Eq if answer else sympy.Ne):
+            return
+        whole = self.replace(question)
+        sizes = whole.free_symbols
+        if len(sizes) > 1 and whole.has(FloorDiv) and any(a.is_Integer for a in whole.args):
+            raise SizesNeeded(frozenset(map(str, sizes)))
 
 
 def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:

@@ -125,7 +125,13 @@ def divide(value: Expr, by: Expr) -> Expr | None:
     kinds = (FloorDiv, Mod, PythonMod)
     rounded = value.atoms(*kinds) | by.atoms(*kinds)
     names = {whole: sympy.Dummy(integer=True) for whole in rounded}
-    quotient = sympy.expand(sympy.cancel(value.xreplace(names) / by.xreplace(names)))
+    top, bottom = sympy.expand(value.xreplace(names)), by.xreplace(names)
+    if not bottom.has(sympy.Add):
+        quotient = sympy.expand(top / bottom)
+    elif top.is_Add or not bottom.is_Add:
+        quotient = sympy.expand(sympy.cancel(top / bottom))
+    else:  # a sum divides no product of sizes
+        return None
     for term in sympy.Add.make_args(quotient):
         coefficient, rest = term.as_coeff_Mul()
         if not coefficient.is_Integer or sympy.denom(rest) != 1:

@@ -43,6 +43,7 @@ class LoopNest:
     splits: dict[str, list[Expr]]
     axes: dict[str, Expr] = field(default_factory=dict)
     rows: list[str] = field(default_factory=list)
+    _bounds: dict[Expr, tuple[Expr | None, Expr | None]] = field(default_factory=dict)
 
     def make(self, extent: Expr, name: str) -> Expr:
         """Return the index expression of a new loop over `extent`, split as asked before."""
@@ -64,7 +65,15 @@ class LoopNest:
 
         extents: of axes that are no loops.
         """
-        axes = {**self.axes, **extents}
+        if extents:
+            return self._find_bounds(value, {**self.axes, **extents})
+        if value not in self._bounds:  # an axis keeps its extent
+            self._bounds[value] = self._find_bounds(value, self.axes)
+        return self._bounds[value]
+
+    def _find_bounds(
+        self, value: Expr, axes: Mapping[str, Expr]
+    ) -> tuple[Expr | None, Expr | None]:
         low = high = sympy.expand(value)
         for symbol in value.free_symbols:
             if symbol.name[0] == "%":

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import array
 import collections
+import contextvars
 import functools
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -114,3 +116,40 @@ def test_a_mapping_behind_a_proxy_is_noticed() -> None:
     torch.testing.assert_close(fast(X), model(X))
     behind[0] = 5.0
     torch.testing.assert_close(fast(X), model(X))
+
+
+class Settings(threading.local):
+    def __init__(self) -> None:
+        self.gain = 1.0
+
+
+SETTINGS, LOCAL, VARIABLE = Settings(), threading.local(), contextvars.ContextVar("gain")
+LOCAL.gain = 1.0
+
+
+@pytest.mark.parametrize(
+    ("model", "change"),
+    [
+        (lambda x: x * SETTINGS.gain, lambda gain: setattr(SETTINGS, "gain", gain)),
+        (lambda x: x * LOCAL.gain, lambda gain: setattr(LOCAL, "gain", gain)),
+        (lambda x: x * VARIABLE.get(), lambda gain: VARIABLE.set(gain)),
+    ],
+)
+def test_what_a_thread_or_a_context_has_of_its_own(model: Any, change: Any) -> None:
+    x, found = torch.ones(2), []
+    change(1.0)
+    fast = turbotx.optimize(model, backend="aten")
+
+    def elsewhere() -> None:
+        change(3.0)
+        found.append(fast(x))
+
+    assert torch.equal(fast(x), x)
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], x * 3)
+    assert torch.equal(fast(x), x)
+    change(3.0)
+    assert torch.equal(fast(x), x * 3)
+    assert fast.stats()["captures"] == 2

@@ -7,7 +7,8 @@ for what a trace would have taken for the same, and the dicts and lists it came 
     Look()({"a": [1]})  ->  (dict, (((str, "a"), (list, ((int, 1),))),))
 
 Plain constants go by type and value, containers by what they hold, numpy arrays by their bytes
-while they are small, tensors, modules, functions and other objects by which they are. The
+while they are small, context variables and thread locals by what they hold for the caller, tensors,
+modules, functions and other objects by which they are. The
 attributes of an object are noted when they are read (`recorder.py`); those of a class that cannot
 be watched so, as types.SimpleNamespace, are looked at with the object.
 """
@@ -17,9 +18,11 @@ from __future__ import annotations
 import argparse
 import array
 import collections
+import contextvars
 import enum
 import functools
 import sys
+import threading
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +49,8 @@ _SNAPSHOT = (
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "triton", "turbotx"}
 _HEAP_TYPE = 1 << 9
 
+_BY_CONTEXT = (contextvars.ContextVar, threading.local)
+
 unwatchable: set[type] = set()
 """Classes that refused to have their reads noted: their objects are looked at as a whole."""
 
@@ -60,9 +65,19 @@ def is_watchable(cls: type) -> bool:
     of models, written in Python."""
     if not cls.__flags__ & _HEAP_TYPE or cls in unwatchable:
         return False
-    if issubclass(cls, (nn.Module, torch.Tensor, enum.Enum, type)):
+    if issubclass(cls, (nn.Module, torch.Tensor, enum.Enum, type, *_BY_CONTEXT)):
         return False
     return not is_library(getattr(cls, "__module__", None))
+
+
+def _in_this_context(value: Any) -> dict[str, Any]:
+    """Return what a context variable, or an object with attributes a thread, holds here and now."""
+    if isinstance(value, contextvars.ContextVar):
+        try:
+            return {"value": value.get()}
+        except LookupError:
+            return {}
+    return dict(value.__dict__)  # its own: each thread is given another
 
 
 def held_by(value: Any) -> list[Any]:
@@ -80,6 +95,8 @@ def held_by(value: Any) -> list[Any]:
         held = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, types.MethodType):
         return [value.__self__]
+    elif isinstance(value, _BY_CONTEXT):
+        return [*_in_this_context(value).values()]
     elif not isinstance(value, _SNAPSHOT) and cls not in unwatchable:
         return []
     if cls.__module__ != "builtins" and not is_watchable(cls):
@@ -134,6 +151,10 @@ class Look:
         try:
             if hidden is None:
                 return self._which(value)
+            if isinstance(value, _BY_CONTEXT):
+                self.unversioned = True  # nothing tells when a thread or a task has another
+                held = _in_this_context(value)
+                return cls, self._which(value), self._pairs(held.items(), depth)
             if isinstance(value, dict):
                 self.dicts[id(value)] = value
                 items = dict.items(value)
@@ -249,5 +270,8 @@ def show(value: Any) -> str:
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     if isinstance(value, nn.Module):
         return f"a {type(value).__name__}"
+    if isinstance(value, _BY_CONTEXT):
+        held = ", ".join(f"{k} {show(v)}" for k, v in _in_this_context(value).items())
+        return f"a {type(value).__name__} ({held})"
     text = repr(value) if type(value) in (*_EXACT, float, list, tuple, dict, set) else ""
     return text if text and len(text) <= 80 else f"a {type(value).__name__}"
