@@ -209,7 +209,8 @@ def test_a_model_that_cannot_run_ends_the_server(unused_port):
         run(stand_in(Broken()), Settings(), host="127.0.0.1", port=unused_port)
 
 
-def test_a_port_in_use_is_said_before_the_model_is_loaded(unused_port):
+def test_a_port_in_use_is_said_before_the_model_is_loaded(unused_port, monkeypatch):
+    monkeypatch.setattr("turbotx.serving.server.log_as_json", lambda level: None)  # of the process
     with socket.socket() as other:
         other.bind(("127.0.0.1", unused_port))
         other.listen()

@@ -51,9 +51,17 @@ def is_place(value: Any) -> bool:
     )
 
 
+def _as_size(part: Any) -> Any:
+    """Return the size that a tensor is known to hold: PyTorch 2.11 would ask for it anew."""
+    memo = part.item_memo if isinstance(part, FakeTensor) and not part.shape else None
+    return memo if isinstance(memo, torch.SymInt) else part
+
+
 def _index(tensor: Any, index: Any) -> Any:
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if not any(is_place(p) for p in parts) or not isinstance(tensor, torch.Tensor):
+    given = list(index) if isinstance(index, tuple) else [index]
+    parts = list(map(_as_size, given))
+    sized = any(p is not q for p, q in zip(parts, given, strict=True))
+    if not (sized or any(map(is_place, parts))) or not isinstance(tensor, torch.Tensor):
         return NotImplemented
     taken = sum(_dims_of(p) for p in parts)
     d = 0
