@@ -74,20 +74,28 @@ class LoopNest:
     def _find_bounds(
         self, value: Expr, axes: Mapping[str, Expr]
     ) -> tuple[Expr | None, Expr | None]:
-        low = high = sympy.expand(value)
-        for symbol in value.free_symbols:
-            if symbol.name[0] == "%":
-                return None, None
-            if symbol.name[0] != "@":
+        low: list[Expr] = []
+        high: list[Expr] = []
+        steps: dict[sympy.Symbol, Expr] = {}
+        for term in sympy.Add.make_args(sympy.expand(value)):
+            places = [x for x in term.free_symbols if x.name[0] in "@%"]
+            if not places:
+                low.append(term)
                 continue
-            step, last = sympy.diff(value, symbol), axes[symbol.name[1:]] - 1
+            step = term / places[0]
+            if len(places) > 1 or places[0].name[0] == "%" or places[0] in step.free_symbols:
+                return None, None
+            steps[places[0]] = steps.get(places[0], ZERO) + step
+        high += low
+        for symbol, step in steps.items():
+            last = step * (axes[symbol.name[1:]] - 1)
             if is_nonnegative(step):
-                low, high = low.xreplace({symbol: ZERO}), high.xreplace({symbol: last})
+                high.append(last)
             elif is_nonnegative(-step):
-                low, high = low.xreplace({symbol: last}), high.xreplace({symbol: ZERO})
+                low.append(last)
             else:
                 return None, None
-        return sympy.expand(low), sympy.expand(high)
+        return sympy.expand(sympy.Add(*low)), sympy.expand(sympy.Add(*high))
 
     def split(self, flat: Expr, by: Expr) -> tuple[Expr, Expr]:
         """Return (flat // by, flat % by), exactly; asks for an axis to be split if that helps."""
