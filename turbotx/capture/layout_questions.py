@@ -73,7 +73,7 @@ def _find_asker() -> str | None:
 
 
 def _memory(tensor: torch.Tensor) -> int | None:
-    """Return which memory a tensor lies in; None for one that has none of its own, as under vmap."""
+    """Return which memory a tensor lies in, None for one without any of its own, as under vmap."""
     with torch._C.DisableTorchFunction(), suppress(NotImplementedError):
         return int(tensor.untyped_storage()._cdata)
     return None
