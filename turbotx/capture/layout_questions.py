@@ -72,4 +72,7 @@ def _find_asker() -> str | None:
 
 def _memory(tensor: torch.Tensor) -> int:
     with torch._C.DisableTorchFunction():
-        return int(tensor.untyped_storage()._cdata)
+        try:
+            return int(tensor.untyped_storage()._cdata)
+        except NotImplementedError:  # a tensor under vmap, as flex_attention's score_mod is given
+            return 0
