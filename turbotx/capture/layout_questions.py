@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class LayoutQuestions(TorchFunctionMode):
 
     def begin(self, inputs: Sequence[torch.Tensor]) -> None:
         """Take these for the call's tensors."""
-        self._places = {_memory(t): i for i, t in enumerate(inputs)}
+        places = ((_memory(t), i) for i, t in enumerate(inputs))
+        self._places = {memory: i for memory, i in places if memory is not None}
         self.asked.clear()
 
     def __torch_function__(
@@ -47,7 +49,7 @@ class LayoutQuestions(TorchFunctionMode):
     ) -> Any:
         asks = func in _QUESTIONS or func in _STORAGES
         if asks and not is_library(_find_asker()):
-            place = self._places.get(_memory(args[0]))
+            place = self._places.get(_memory(args[0]) or 0)
             if place is not None and func in _STORAGES:
                 raise CaptureError(
                     "it looks at the memory behind an input, which another call's may share with "
@@ -56,7 +58,7 @@ class LayoutQuestions(TorchFunctionMode):
             if place is not None:
                 self.asked.add(place)
         plain = func is Tensor.contiguous and len(args) == 1 and not kwargs
-        if plain and _memory(args[0]) in self._places:
+        if plain and (_memory(args[0]) or 0) in self._places:
             # PyTorch calls no op where a tensor is dense, as the trace's inputs are.
             return torch.ops.aten.contiguous.default(args[0])
         return func(*args, **(kwargs or {}))
@@ -70,9 +72,8 @@ def _find_asker() -> str | None:
     return frame.f_globals.get("__name__")
 
 
-def _memory(tensor: torch.Tensor) -> int:
-    with torch._C.DisableTorchFunction():
-        try:
-            return int(tensor.untyped_storage()._cdata)
-        except NotImplementedError:  # a tensor under vmap, as flex_attention's score_mod is given
-            return 0
+def _memory(tensor: torch.Tensor) -> int | None:
+    """Return which memory a tensor lies in, None for one without any of its own, as under vmap."""
+    with torch._C.DisableTorchFunction(), suppress(NotImplementedError):
+        return int(tensor.untyped_storage()._cdata)
+    return None
