@@ -187,6 +187,15 @@ def test_rounded_sizes_that_make_one_number_are_numbers() -> None:
     assert fast.stats()["captures"] == 3
 
 
+def test_which_library_convolves_is_no_decision() -> None:
+    convolution = nn.Conv1d(4, 4, 3, padding=1).eval()
+    fast = turbotx.optimize(nn.Sequential(convolution, nn.GELU()))
+    for batch in (2, 1, 3):
+        x = torch.randn(batch, 4, 8)
+        torch.testing.assert_close(fast(x), F.gelu(convolution(x)), rtol=1e-5, atol=1e-5)
+    assert fast.stats()["captures"] == 1
+
+
 def test_one_rounded_size_stays_free() -> None:
     def blocks(x: torch.Tensor) -> torch.Tensor:
         return x * 2 if x.shape[1] // 4 == 2 else x

@@ -34,6 +34,8 @@ _LAYOUT = ("contiguous", "non_overlapping", "channels_last", "logical_to_physica
 _VIEWS = ("_reshape_view_helper", "_collapse_view_helper")
 # A function that looks for such ways by what it calls in C++, and asks nothing itself.
 _FOLDS = ("torch._decomp.decompositions", "matmul")
+# Who asks in C++ which library is to convolve, and by that how the result lies.
+_CHOOSES = ("torch._subclasses.fake_impls", "conv")
 _PASS_ON = {__name__, sym_node.__name__, symbolic_shapes.__name__}
 
 
@@ -104,6 +106,8 @@ def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:
         return True  # a size that is spread over another: where it is 1, the other one is too
     if not native and not module.startswith("torch."):
         return decides_nothing(frame)
+    if has_fallback and (module, name) == _CHOOSES:
+        return True
     if differ and (any(part in name for part in _VIEWS) or (module, name) == _FOLDS):
         return True
     asker: FrameType | None = frame
