@@ -189,7 +189,7 @@ def test_rounded_sizes_that_make_one_number_are_numbers() -> None:
 
 def test_which_library_convolves_is_no_decision() -> None:
     convolution = nn.Conv1d(4, 4, 3, padding=1).eval()
-    fast = turbotx.optimize(nn.Sequential(convolution, nn.GELU()))
+    fast = turbotx.optimize(nn.Sequential(convolution, nn.GELU()).eval())
     for batch in (2, 1, 3):
         x = torch.randn(batch, 4, 8)
         torch.testing.assert_close(fast(x), F.gelu(convolution(x)), rtol=1e-5, atol=1e-5)
