@@ -47,6 +47,7 @@ from turbotx.capture.guards import (
     guard_squeezed,
 )
 from turbotx.capture.host_random import find_draws, look_at_generators
+from turbotx.capture.idle_dropout import IdleDropout
 from turbotx.capture.input_names import find_hints, name_dims, name_inputs
 from turbotx.capture.module_state.record import StateRecord, find_model_names, make_record
 from turbotx.capture.module_state.recorder import Recorder
@@ -266,7 +267,7 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings(), _no_fake_cache():
         warnings.simplefilter("ignore")
-        with SizeTensors(), sizes_from_one(), python_operators():
+        with SizeTensors(), IdleDropout(), sizes_from_one(), python_operators():
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
