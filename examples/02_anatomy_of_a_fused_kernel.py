@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 
 import turbotx
-from turbotx.cli.targets import make_jobs
+from turbotx.cli.targets import find_jobs
+from turbotx.engine.optimize import engine_of
 from turbotx.ir.printer import show_kernel
 from turbotx.kernels.triton.compiler import build
 
@@ -95,9 +96,8 @@ bits one load fetches.
 """
 
 # %%
-built = [
-    b for target in ("sm_80", "sm_90", "gfx942") for b in build(list(make_jobs(report, target)))
-]
+found = find_jobs(report, engine_of(finish), ["sm_80", "sm_90", "gfx942"])
+built = build([x.job for x in found])
 for b in built:
     print(f"{b.job.target:7} {b.resources}")
 

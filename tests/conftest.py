@@ -10,6 +10,7 @@ every test whose file has triton in its path, `slow` on those in slow.txt, and f
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import random
 import shutil
@@ -92,6 +93,15 @@ def _unchanged_thread_count() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _unchanged_logging() -> Iterator[None]:
+    """A server's log would otherwise be written by the tests after it, to a stream that is gone."""
+    logger = logging.getLogger("turbotx")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture

@@ -88,9 +88,11 @@ class SizesFromOne(ShapeEnv):
         if not isinstance(question, sympy.Eq if answer else sympy.Ne):
             return
         whole = self.replace(question)
-        sizes = whole.free_symbols
-        if len(sizes) > 1 and whole.has(FloorDiv) and any(a.is_Integer for a in whole.args):
-            raise SizesNeeded(frozenset(map(str, sizes)))
+        # Not the quotient of two sizes, as of (4 * batch) // other, which says that they are equal.
+        rounded = [x for x in whole.atoms(FloorDiv) if x.args[1].is_Integer]
+        sizes = set[sympy.Basic]().union(*(x.free_symbols for x in rounded))
+        if len(sizes) > 1 and any(a.is_Integer for a in whole.args):
+            raise SizesNeeded(frozenset(map(str, whole.free_symbols)))
 
 
 def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:
