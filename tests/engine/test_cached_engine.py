@@ -244,6 +244,19 @@ def test_half_precision(gpt2) -> None:
 
 
 @torch.no_grad()
+def test_refresh_reaches_the_encoder_and_the_steps() -> None:
+    model = make("t5")
+    fast, inputs = turbotx.optimize(model), prompt("t5", 2, 6)
+    generate(fast, inputs, 4)
+    for layer in (model.encoder.block[0].layer[-1], model.decoder.block[0].layer[-1]):
+        layer.DenseReluDense.wi.weight.data[3, 5] += 40.0  # one element, which no sample meets
+    fast.refresh()
+    assert torch.equal(generate(fast, inputs, 4), generate(model, inputs, 4))
+    encoded = [m.get_encoder()(inputs["input_ids"])[0] for m in (fast, model)]
+    torch.testing.assert_close(*encoded)
+
+
+@torch.no_grad()
 def test_a_cache_in_hand_answers_as_transformers_own(gpt2) -> None:
     model, fast = gpt2
     ids = prompt("gpt2", 2, 7)["input_ids"]

@@ -59,11 +59,6 @@ class CachedEngine(Engine):
         del given[ARGUMENT]
         return self._steps().run(given, cache)
 
-    def refresh(self) -> None:
-        super().refresh()
-        if "steps" in self.parts:
-            self.parts["steps"].refresh()
-
     def _steps(self) -> StepEngine:
         steps = self.parts.get("steps")
         if steps is None:

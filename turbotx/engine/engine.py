@@ -103,11 +103,10 @@ class Engine:
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = self.run_flat
         if torch.autograd._profiler_enabled():
-            with record_function(f"turbotx: {type(self.model).__name__}"):
-                variant, outputs = self.run_flat(args, kwargs)
-        else:
-            variant, outputs = self.run_flat(args, kwargs)
+            run = record_function(f"turbotx: {type(self.model).__name__}")(run)
+        variant, outputs = run(args, kwargs)
         return pytree.tree_unflatten(outputs, variant.out_spec)
 
     def run_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
@@ -138,9 +137,10 @@ class Engine:
 
     def refresh(self) -> None:
         """Derive from the parameters again at the next call, whatever they are now."""
-        for compiled in self.variants():
-            for program in compiled.programs:
-                program.runtime.weights.forget()
+        for program in (p for compiled in self.variants() for p in compiled.programs):
+            program.runtime.weights.forget()
+        for part in list(self.parts.values()):  # an encoder, steps with a cache
+            part._turbotx_engine.refresh()
 
     def check(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
