@@ -116,7 +116,7 @@ def main() -> None:
         ):  # fmt: skip
             row = measure(*key, options.rounds)
             rows[:] = [r for r in rows if tuple(r[n] for n in names) != key] + [row]
-            record["machine"] = describe_machine()
+            record["machine"] = describe_machine(torch.get_num_threads())
             RESULTS.write_text(json.dumps(record, indent=1) + "\n")
             print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}"
                             for k, v in row.items()), flush=True)  # fmt: skip
