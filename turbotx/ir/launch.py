@@ -201,8 +201,18 @@ class GemmFallback:
     ends: tuple[KernelLaunch, ...]
 
 
+class ExtentsLaunch(Launch):
+    """A launch whose sizes are written out for its function, as `extents`."""
+
+    extents: tuple[Expr, ...]
+
+    @property
+    def sizes(self) -> tuple[Expr, ...]:
+        return self.extents
+
+
 @dataclass(frozen=True)
-class AttentionLaunch(Launch):
+class AttentionLaunch(ExtentsLaunch):
     """out = softmax(scale q k^T + bias) v over (batch, heads, rows, head_dim), out (batch, q_len,
     heads, head_dim); keys: a key mask or lengths. call: what PyTorch would run in its place."""
 
@@ -224,16 +234,12 @@ class AttentionLaunch(Launch):
         return self.q, self.k, self.v, self.out, self.keys, self.bias
 
     @property
-    def sizes(self) -> tuple[Expr, ...]:
-        return self.extents
-
-    @property
     def writes(self) -> tuple[str, ...]:
         return (self.out.tensor,)
 
 
 @dataclass(frozen=True)
-class ProductLaunch(Launch):
+class ProductLaunch(ExtentsLaunch):
     """One of attention's two products: scores = a b^T, or out = a b. call: what PyTorch would run
     in its place."""
 
@@ -252,16 +258,12 @@ class ProductLaunch(Launch):
         return self.a, self.b, self.out
 
     @property
-    def sizes(self) -> tuple[Expr, ...]:
-        return self.extents
-
-    @property
     def writes(self) -> tuple[str, ...]:
         return (self.out.tensor,)
 
 
 @dataclass(frozen=True)
-class StoreLaunch(Launch):
+class StoreLaunch(ExtentsLaunch):
     """Rows of a decoder's layer go into the memory of its cache, an input that is written all the
     same. held: all of the layer's rows after the call, (batch, heads, length, width). new: the last
     of them. call: what PyTorch would run in its place."""
@@ -277,10 +279,6 @@ class StoreLaunch(Launch):
     @property
     def operands(self) -> tuple[Operand, ...]:
         return self.held, self.new
-
-    @property
-    def sizes(self) -> tuple[Expr, ...]:
-        return self.extents
 
     @property
     def writes(self) -> tuple[str, ...]:
