@@ -36,7 +36,7 @@ class LayoutQuestions(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.asked: set[int] = set()
-        self._places: dict[int, int] = {}
+        self._places: dict[int | None, int] = {}
 
     def begin(self, inputs: Sequence[torch.Tensor]) -> None:
         """Take these for the call's tensors."""
@@ -49,7 +49,7 @@ class LayoutQuestions(TorchFunctionMode):
     ) -> Any:
         asks = func in _QUESTIONS or func in _STORAGES
         if asks and not is_library(_find_asker()):
-            place = self._places.get(_memory(args[0]) or 0)
+            place = self._places.get(_memory(args[0]))
             if place is not None and func in _STORAGES:
                 raise CaptureError(
                     "it looks at the memory behind an input, which another call's may share with "
@@ -58,7 +58,7 @@ class LayoutQuestions(TorchFunctionMode):
             if place is not None:
                 self.asked.add(place)
         plain = func is Tensor.contiguous and len(args) == 1 and not kwargs
-        if plain and (_memory(args[0]) or 0) in self._places:
+        if plain and _memory(args[0]) in self._places:
             # PyTorch calls no op where a tensor is dense, as the trace's inputs are.
             return torch.ops.aten.contiguous.default(args[0])
         return func(*args, **(kwargs or {}))

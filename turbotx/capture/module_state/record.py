@@ -143,19 +143,17 @@ def _find_attributes(
 ) -> list[AttributePlace]:
     """Return the attributes that were read, and those of objects that are named by functions that
     attributes hold, and so on until no more are found."""
-    found: dict[Any, AttributePlace] = {}
-    while True:
-        new = [
-            AttributePlace(owner, name, _text(paths, owner, name), id(dict_of(owner)) in paths)
-            for owner, names_read in recorder.reads
-            for name in names_read
-            if not _is_tracers(owner, paths)
-        ]
-        new = [place for place in new if place.key not in found]
-        if not new:
-            return list(found.values())
-        for place in new:
-            found[place.key] = place
+    found: dict[tuple[int, str], AttributePlace] = {}
+    while new := [
+        (owner, name)
+        for owner, names_read in recorder.reads
+        for name in names_read
+        if (id(owner), name) not in found and not _is_tracers(owner, paths)
+    ]:
+        for owner, name in new:
+            known = id(dict_of(owner)) in paths
+            place = AttributePlace(owner, name, _text(paths, owner, name), known)
+            found[id(owner), name] = place
             value = place.read()
             if isinstance(
                 value, (types.FunctionType, types.MethodType, property, functools.partial)
@@ -164,6 +162,7 @@ def _find_attributes(
             elif isinstance(value, (dict, list, tuple)) and place.name not in TABLES:
                 names.enter(value)
         find_names((), recorder.meet, names)
+    return list(found.values())
 
 
 def _is_tracers(owner: Any, paths: dict[int, str]) -> bool:
