@@ -52,7 +52,6 @@ def test_a_worker_says_why_it_fails() -> None:
     worker.stop()
 
 
-@pytest.mark.slow
 def test_engines_take_turns(model: str, tmp_path: Path) -> None:
     inputs = tmp_path / "inputs.pt"
     torch.save(((torch.randn(2, 3, 8),), {}), inputs)
@@ -62,7 +61,6 @@ def test_engines_take_turns(model: str, tmp_path: Path) -> None:
         assert "onnxruntime" in room.failed  # positional inputs, or not installed
 
 
-@pytest.mark.slow
 def test_command(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", model, "--engine", "eager", "--shape", "batch=3", "--rounds", "1", "--json"])

@@ -24,6 +24,7 @@ from tests.layout.imports import (
     imported_names,
     module_names,
 )
+from tests.selection import DURATIONS, read_durations
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "turbotx"
@@ -286,7 +287,7 @@ def test_ordinary_text_names_no_machine(text: str) -> None:
     assert machine_traces(text) == []
 
 
-def test_slow_tests_are_tests() -> None:
-    for line in (ROOT / "tests" / "slow.txt").read_text().split():
-        file, _, name = line.partition("::")
-        assert f"def {name}(" in (ROOT / file).read_text(), f"tests/slow.txt names {line}"
+def test_measured_tests_are_tests() -> None:
+    for line in read_durations(DURATIONS.read_text()):
+        file, _, name = line.rpartition("::")
+        assert f"def {name}(" in (ROOT / file.partition("::")[0]).read_text(), line

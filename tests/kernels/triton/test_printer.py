@@ -222,7 +222,7 @@ def test_device_functions_build_for_both_vendors(dtype: torch.dtype) -> None:
     build([kernel_job(kernel, target) for kernel in made.kernels for target in ("sm_90", "gfx942")])
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("length", [1000, 4097, 70000])
 def test_long_rows_build(length: int) -> None:
     """Too long for the interpreter: in registers, in the largest tile, and walked along."""
