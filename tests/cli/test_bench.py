@@ -11,7 +11,7 @@ import torch
 from turbotx.cli import main
 from turbotx.cli.bench.floor import make_floor
 from turbotx.cli.bench.room import EngineFailed, Room, Worker, summarize
-from turbotx.cli.models import LoadedModel, Source
+from turbotx.cli.models import ModelWithInputs, Source
 from turbotx.errors import ModelError
 
 SOURCE = """
@@ -37,10 +37,10 @@ def test_median_and_tenths() -> None:
 
 def test_the_floor_runs_the_products_of_any_shape() -> None:
     layer = torch.nn.Linear(8, 16).eval()
-    run = make_floor(LoadedModel(layer, (torch.randn(2, 3, 8),), {}), "onednn")
+    run = make_floor(ModelWithInputs(layer, (torch.randn(2, 3, 8),), {}), "onednn")
     run((torch.randn(2, 3, 8),), {})
     run((torch.randn(1, 1, 8),), {})
-    half = LoadedModel(layer.bfloat16(), (torch.randn(2, 3, 8).bfloat16(),), {})
+    half = ModelWithInputs(layer.bfloat16(), (torch.randn(2, 3, 8).bfloat16(),), {})
     with pytest.raises(ModelError, match="float32"):
         make_floor(half, "mkl")
 

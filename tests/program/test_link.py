@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import turbotx
+from turbotx.engine.optimize import engine_of
 from turbotx.ir.sizes import Sizes
 from turbotx.program.executable import (
     CalledLaunch,
@@ -32,7 +33,7 @@ class Model(nn.Module):
 def link(**options: Any) -> Executable:
     fast = turbotx.optimize(Model().eval(), **options)
     fast(torch.randint(0, 9, (2, 5)))
-    return fast._engine.variants()[0].program.executable
+    return engine_of(fast).variants()[0].program.executable
 
 
 def test_leaves_are_what_they_are() -> None:

@@ -88,6 +88,7 @@ def unknown_modes(ambient: Ambient) -> list[str]:
 
 
 def is_autocast(ambient: Ambient) -> bool:
+    """Tell whether a call's ambient state has autocast on."""
     return bool(ambient[0])
 
 

@@ -47,6 +47,7 @@ def refuse_modes(ambient: Ambient) -> None:
 
 
 def refuse_gradient() -> None:
+    """Raise TrainingError: an input requires grad while gradients are enabled."""
     raise TrainingError(
         "an input requires grad, and turbotx is for inference only: call it under "
         "torch.no_grad(), or pass input.detach()"

@@ -30,6 +30,7 @@ class InputSize:
 
     @cached_property
     def evaluate(self) -> Evaluate:
+        """The size as a compiled function of the dims' values."""
         return self.size.compile(self.dims)
 
 
@@ -43,6 +44,7 @@ class SizeGuard:
 
     @cached_property
     def evaluate(self) -> Evaluate:
+        """The condition as a compiled function of the dims' values."""
         return self.condition.compile(self.dims)
 
 

@@ -50,7 +50,7 @@ from turbotx.capture.host_random import find_draws, look_at_generators
 from turbotx.capture.idle_dropout import IdleDropout
 from turbotx.capture.input_names import find_hints, name_dims, name_inputs
 from turbotx.capture.module_state.record import StateRecord, find_model_names, make_record
-from turbotx.capture.module_state.recorder import Recorder
+from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.returned import put_constants
@@ -115,6 +115,7 @@ class Captured:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of ATen ops, which passes rewrite in place."""
         return self.graph_module.graph
 
     @cached_property
@@ -151,7 +152,7 @@ def capture(
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     ambient = read_ambient()
     with tracing(), quiet_torch():
-        recorder = Recorder()
+        recorder = StateRecorder()
         with recorder.installed(), no_autocast_cache(), watch_reads(ambient) as asked:
             code_names = find_model_names(model, recorder)
             flat = FlatCall(model, leaves, spec, recorder)
@@ -225,7 +226,7 @@ def _export_widened(
         if varying in tried:
             continue
         tried.append(varying)
-        for attention in _attentions(tensors):
+        for attention in attention_kernels(tensors):
             try:
                 with attention(), flat.seen.held():
                     return _export(flat, examples, varying)
@@ -239,7 +240,7 @@ def _export_widened(
     raise capture_error(name, first) from first
 
 
-def _attentions(
+def attention_kernels(
     tensors: Sequence[torch.Tensor],
 ) -> Sequence[Callable[[], AbstractContextManager[object]]]:
     """Return how PyTorch may choose attention's kernel meanwhile, in the order to be tried.

@@ -34,6 +34,9 @@ class FloatInput:
         return self.fixed is not None or self.nonzero
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether a call's float is one that the capture holds for: equal to the one that
+        was read in the trace, and not 0 where that was decisive. Reads it from the call's
+        `tensors`."""
         if not self.is_particular:
             return True
         value = float(tensors[self.place].item())
@@ -164,6 +167,7 @@ class FloatReads:
         self._nonzero: set[int] = set()
 
     def begin(self) -> None:
+        """Forget what was read, as a trace begins."""
         self._reads.clear()
         self._nonzero.clear()
 
@@ -175,6 +179,7 @@ class FloatReads:
         return TracedFloat(value, tensor, frozenset((place,)), self._reads, self._nonzero)
 
     def describe(self, place: int, value: float) -> FloatInput:
+        """Return what the trace took for granted of the float at a place among the inputs."""
         fixed = value if place in self._reads else None
         return FloatInput(place, fixed, place in self._nonzero)
 

@@ -54,6 +54,7 @@ class Steps:
     task: TaskID
 
     def __call__(self, description: str, advance: int = 1) -> None:
+        """Show what runs next, and that `advance` steps are done."""
         self.progress.update(self.task, description=description, advance=advance)
 
     def expect(self, more: int) -> None:

@@ -48,6 +48,8 @@ class CachedEngine(Engine):
     """An engine whose calls may have a cache of transformers."""
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call: with a cache of transformers' by steps over turbotx's own memory,
+        otherwise as `Engine` does. Raises TrainingError in training mode."""
         cache = kwargs.get(ARGUMENT)
         if cache is None and len(args) > 1 and any(map(_is_cache, args)):
             kwargs = self._name_all(args, kwargs)
@@ -94,6 +96,7 @@ class StepEngine(Engine):
         self.dtype, self.device = weights.dtype, weights.device
 
     def reset(self) -> None:
+        """Forget every capture, and what served the latest steps."""
         super().reset()
         self._known: dict[Any, tuple[Variant, tuple[int, ...]]] = {}
         """By kind of call, whatever its sizes: what served the latest, and which of its dims grow

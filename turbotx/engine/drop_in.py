@@ -76,7 +76,8 @@ class OptimizedModule(nn.Module):
         if "_turbotx_made" not in cls.__dict__:
             super().__init_subclass__(**kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    # No docstrings: help() shows those of the model's own class.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         engine = self._turbotx_engine
         if engine is None or left_to_pytorch():
             return super().__call__(*args, **kwargs)
@@ -98,7 +99,7 @@ class OptimizedModule(nn.Module):
             return super().__call__(*args, **kwargs)
         return self.__dict__.get("forward", super().forward)(*args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         engine = self._turbotx_engine
         if engine is None or left_to_pytorch() or not engine.calls_forward:
             return super().forward(*args, **kwargs)
@@ -164,7 +165,6 @@ class OptimizedModule(nn.Module):
         return make_fused_graph(variants[-1])
 
     graph: fx.GraphModule = cast(fx.GraphModule, _Added(_make_graph, "graph"))
-    _engine: Engine = cast(Engine, _Added(lambda self: self._turbotx_engine, "_engine"))
 
 
 def original_of(model: Any) -> Any:

@@ -32,11 +32,7 @@ from turbotx.capture.ambient import (
 from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.call_key import describe_call, make_signature
 from turbotx.capture.capture_sizes import capture_sizes
-from turbotx.capture.composition import (
-    calls_forward,
-    leave_foreign,
-    left_alone,
-)
+from turbotx.capture.composition import calls_forward, leave_foreign, left_alone
 from turbotx.capture.module_state.record import Difference, training_error
 from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import (
@@ -103,6 +99,8 @@ class Engine:
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the model's output for a call; captures and compiles where nothing serves it
+        yet."""
         run = self.run_flat
         if torch.autograd._profiler_enabled():
             run = record_function(f"turbotx: {type(self.model).__name__}")(run)
@@ -359,6 +357,7 @@ class Engine:
             return [(key, v) for key, variants in self._variants.items() for v in variants]
 
     def variants(self) -> list[Compiled]:
+        """Return every compiled capture, in the order of their making within a kind of call."""
         with self._lock:
             return [v.compiled for variants in self._variants.values() for v in variants]
 

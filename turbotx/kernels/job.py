@@ -82,6 +82,7 @@ class Binary:
 
     @functools.cached_property
     def digest(self) -> str:
+        """SHA-256 of the image, in hex."""
         return hashlib.sha256(self.image).hexdigest()
 
 

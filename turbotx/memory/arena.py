@@ -31,9 +31,16 @@ class AddressRange(Protocol):
     mapped_nbytes: int
 
     @property
-    def address(self) -> int: ...
-    def map_to(self, nbytes: int) -> None: ...
-    def unmap_to(self, nbytes: int) -> None: ...
+    def address(self) -> int:
+        """Address of the first byte; constant if `stable`, else until the next `map_to` or
+        `unmap_to`."""
+
+    def map_to(self, nbytes: int) -> None:
+        """Back at least the first `nbytes` bytes with memory; raise MemoryExhausted where there is
+        none."""
+
+    def unmap_to(self, nbytes: int) -> None:
+        """Return the memory behind all but the first `nbytes` bytes."""
 
 
 class PlainRange:
@@ -47,13 +54,16 @@ class PlainRange:
 
     @property
     def address(self) -> int:
+        """Address of the tensor that backs the range; another one after a resize."""
         return self.tensor.data_ptr()
 
     def map_to(self, nbytes: int) -> None:
+        """Replace the tensor by a larger one where `nbytes` exceed it; contents are lost."""
         if nbytes > self.mapped_nbytes:
             self._replace(nbytes)
 
     def unmap_to(self, nbytes: int) -> None:
+        """Replace the tensor by one of `nbytes` where it is larger; contents are lost."""
         if nbytes < self.mapped_nbytes:
             self._replace(nbytes)
 
@@ -75,7 +85,7 @@ class PlainRange:
         self.mapped_nbytes = nbytes
 
 
-class _CudaBytes:
+class CudaBytes:
     """Lets torch view memory that it did not allocate; keeps the range alive as long."""
 
     def __init__(self, memory: AddressRange) -> None:
@@ -152,7 +162,7 @@ def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:
     if not memory.mapped_nbytes:
         return torch.empty(0, dtype=torch.uint8, device=device)
     if device.type == "cuda":
-        return torch.as_tensor(_CudaBytes(memory), device=device)
+        return torch.as_tensor(CudaBytes(memory), device=device)
     raw: Any = (ctypes.c_uint8 * memory.mapped_nbytes).from_address(memory.address)
     raw.owner = memory
     return torch.frombuffer(raw, dtype=torch.uint8)
@@ -170,11 +180,13 @@ class StreamOrder:
         self._last: Any = None
 
     def enter(self) -> None:
+        """Let the current stream wait for what the memory's last user queued on another one."""
         stream = torch.cuda.current_stream(self._device)
         if self._last is not None and self._last != stream:
             stream.wait_stream(self._last)
 
     def leave(self) -> None:
+        """Remember the current stream as the memory's last user."""
         self._last = torch.cuda.current_stream(self._device)
 
 
@@ -200,10 +212,12 @@ class Arena:
 
     @property
     def data_ptr(self) -> int:
+        """Address of the arena's first byte."""
         return self._memory.address
 
     @property
     def mapped_nbytes(self) -> int:
+        """Bytes that are backed by memory now, whole chunks."""
         return self._memory.mapped_nbytes
 
     @property
@@ -212,6 +226,7 @@ class Arena:
         return self._memory.stable
 
     def whole_chunks(self, nbytes: int) -> int:
+        """Return `nbytes` rounded up to whole chunks."""
         return align_up(nbytes, self._chunk_nbytes)
 
     def grow(self, nbytes: int) -> None:
@@ -219,6 +234,7 @@ class Arena:
         self._resize(self._memory.map_to, self.whole_chunks(nbytes))
 
     def shrink(self, nbytes: int) -> None:
+        """Give memory beyond the first `nbytes`, in whole chunks, back to the device."""
         self.shrinks += 1
         self._resize(self._memory.unmap_to, self.whole_chunks(nbytes))
 

@@ -29,8 +29,13 @@ class CaptureLock:
         self._owner: int | None = None
         self._postponed: deque[Callable[[], object]] = deque()
 
+    @property
+    def is_held_here(self) -> bool:
+        """Whether the current thread holds the lock."""
+        return self._owner == threading.get_ident()
+
     def __enter__(self) -> None:
-        if self._owner == threading.get_ident():
+        if self.is_held_here:
             raise TurbotxError(
                 "memory was to be given back while this thread captures a CUDA graph, or gives "
                 "other memory back: lease arenas before a capture begins"

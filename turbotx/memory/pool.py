@@ -53,6 +53,7 @@ class PoolStats:
     arenas: int
 
     def to_dict(self) -> dict[str, int]:
+        """Return the counters by name."""
         return asdict(self)
 
 
@@ -170,6 +171,7 @@ class ChunkPool:
             return before - self._mapped_nbytes()
 
     def stats(self) -> PoolStats:
+        """Return the counters of the pool at this moment."""
         with self._changed:
             return PoolStats(
                 mapped_nbytes=self._mapped_nbytes(),

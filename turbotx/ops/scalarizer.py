@@ -47,9 +47,12 @@ class Scalarizer(KernelBuilder):
         self._stack: list[fx.Node] = []
 
     def bounds(self, value: Expr) -> tuple[Expr | None, Expr | None]:
+        """Return the smallest and the largest value of an index expression, None where unknown."""
         return self.loops.bounds(value)
 
     def split(self, flat: Expr, by: Expr) -> tuple[Expr, Expr]:
+        """Return the quotient and the remainder of a flat index by an extent, as expressions over
+        axes."""
         return self.loops.split(flat, by)
 
     # --- pulling an element ---

@@ -90,6 +90,7 @@ class CacheMemory:
 
     @property
     def capacity(self) -> int:
+        """Positions that the memory has room for."""
         return 0 if self._tensor is None else self._tensor.shape[2]
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:

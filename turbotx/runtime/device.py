@@ -27,7 +27,7 @@ class Graph(Protocol):
         """Queue all of them on the current stream."""
 
 
-class Recorder(Protocol):
+class GraphRecorder(Protocol):
     """Captures graphs that are replayed one after another, never at the same time."""
 
     def capture(self, body: Callable[[], object]) -> Graph:
@@ -67,7 +67,7 @@ class Device(Protocol):
     def call(self, step: Callable[[], object]) -> None:
         """Let PyTorch queue something."""
 
-    def recorder(self) -> Recorder:
+    def recorder(self) -> GraphRecorder:
         """Return something that captures graphs for one arena."""
 
     def is_capturing(self) -> bool:

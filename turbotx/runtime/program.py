@@ -33,7 +33,7 @@ from turbotx.program.executable import Executable, TokenRange
 from turbotx.runtime.aten import make_leaf
 from turbotx.runtime.binding import Binding, Execution, Runtime
 from turbotx.runtime.cpu.executor import CpuExecutor
-from turbotx.runtime.inplace_watch import InplaceWatch, Place, Reuse
+from turbotx.runtime.inplace_watch import InplaceWatch, Reuse, TensorSlot
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
 
@@ -91,7 +91,7 @@ class Program:
         self._max_shapes = max_shapes
         self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
         self._blocks: dict[tuple[int, ...], tuple[Binding, Sequence[int]]] = {}
-        self._executions: dict[int, Execution] = {}
+        self.executions: dict[int, Execution] = {}
         self._lock = threading.Lock()
 
     @property
@@ -278,8 +278,8 @@ class Program:
         """Return the launches that write over what they read, by index."""
         slots, nbytes, root = self.executable.slots, self.sizes_at(dims), self.liveness.root_of
 
-        def place(name: str) -> Place:
-            return Place(name, slots[name], nbytes[root[name]] if name in root else 0)
+        def place(name: str) -> TensorSlot:
+            return TensorSlot(name, slots[name], nbytes[root[name]] if name in root else 0)
 
         found = {}
         for i, launch in enumerate(self.executable.launches):
@@ -291,9 +291,9 @@ class Program:
 
     def _prepare(self, arena: Any, binding: Binding) -> Execution:
         """Return the arena's address table, set for this shape and these weights."""
-        execution = self._executions.get(id(arena))
+        execution = self.executions.get(id(arena))
         if execution is None:
-            execution = self._executions[id(arena)] = Execution(len(self.executable.slots))
+            execution = self.executions[id(arena)] = Execution(len(self.executable.slots))
         self._point(execution, arena, binding)
         return execution
 

@@ -16,6 +16,8 @@ from turbotx.runtime.state import RunState
 class Watch(Protocol):
     """`launch` counts from 0; `state` has the run's memory and tensors."""
 
-    def before(self, launch: int, state: RunState) -> None: ...
+    def before(self, launch: int, state: RunState) -> None:
+        """See a run's state before a launch."""
 
-    def after(self, launch: int, state: RunState) -> None: ...
+    def after(self, launch: int, state: RunState) -> None:
+        """See a run's state after a launch."""

@@ -71,6 +71,8 @@ class CostTable:
     def from_grid(
         cls, lengths: Sequence[int], batches: Sequence[int], cost_ms: Sequence[Sequence[float]]
     ) -> CostTable:
+        """Return a table of measured milliseconds. cost_ms: (lengths, batches), a row a length
+        in tokens."""
         return cls(lengths, batches, cost_ms)
 
     @classmethod
@@ -83,13 +85,17 @@ class CostTable:
 
     @property
     def max_length(self) -> int:
+        """The greatest length in the grid, in tokens."""
         return int(self.lengths[-1])
 
     @property
     def max_batch(self) -> int:
+        """The greatest batch in the grid, in requests."""
         return int(self.batches[-1])
 
     def cost_ms(self, length: int, batch: int) -> float:
+        """Return the estimated milliseconds of a batch padded to `length` tokens; raise
+        CostTableError outside of the grid."""
         if not (1 <= length <= self.max_length and 1 <= batch <= self.max_batch):
             raise CostTableError(
                 f"no cost for {batch} requests of {length} tokens: the table ends at "
@@ -170,6 +176,7 @@ class CostTable:
         return np.ascontiguousarray(dense)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return grid, times in ms and counts of observations, ready for JSON."""
         return {
             "lengths": self.lengths.tolist(),
             "batches": self.batches.tolist(),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from turbotx.serving.engine import Engine, Head, TorchEngine
+from turbotx.serving.engine import BatchEngine, Head, TorchEngine
 from turbotx.serving.model_info import ModelInfo
 from turbotx.serving.sentence_files import (
     MODES,
@@ -50,7 +50,7 @@ AFTER_PADDING = (
 class LoadedModel:
     """Everything that answers a request except the queue."""
 
-    engine: Engine
+    engine: BatchEngine
     tokenizer: TextTokenizer
     info: ModelInfo
 

@@ -44,14 +44,17 @@ class Endpoint:
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """The endpoint's path and its aliases."""
         return (self.path, *self.aliases)
 
 
 def array_of(item: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of an array of items."""
     return {"type": "array", "items": item}
 
 
 def record(name: str) -> dict[str, Any]:
+    """Return a reference to a schema among the document's components."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 

@@ -30,9 +30,11 @@ class Groups(NamedTuple):
 
     @property
     def total_ms(self) -> float:
+        """Estimated milliseconds of all groups together."""
         return float(self.cost_ms.sum())
 
     def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Begin and end of each group among the sorted lengths, half open."""
         return tuple(zip(self.starts.tolist(), self.ends.tolist(), strict=True))
 
 

@@ -64,6 +64,7 @@ async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) ->
 
 
 async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[list[float]]:
+    """Answer /embed: a vector for each input, normalized where the request or the model says so."""
     head = require_head(service, "embedding")
     rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
     normalize = head.normalize if body.normalize is None else body.normalize
@@ -87,6 +88,7 @@ async def similarity(service: Service, body: SimilarityRequest, scope: Scope) ->
 async def predict(
     service: Service, body: PredictRequest, scope: Scope
 ) -> list[Prediction] | list[list[Prediction]]:
+    """Answer /predict: every label's score for each text or pair, the highest first."""
     head = require_head(service, "classifier")
     texts, single = read_pairs(body.inputs)
     service.check_batch(len(texts))
@@ -99,6 +101,7 @@ async def predict(
 
 
 async def rerank(service: Service, body: RerankRequest, scope: Scope) -> list[Rank]:
+    """Answer /rerank: the texts' scores against the query, the highest first."""
     logits = await _score(service, body.query, body.texts, scope, reading_of(body))
     scores = logits if body.raw_scores else [_sigmoid(x) for x in logits]
     ranks = [
@@ -151,6 +154,7 @@ async def decode(service: Service, body: DecodeRequest, scope: Scope) -> list[st
 
 
 async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> list[list[Token]]:
+    """Answer /tokenize: the tokens of each input with their places in the text."""
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     service.check_batch(len(texts))
     prompt = prompt_of(service, body.prompt_name) if body.prompt_name else ""
@@ -190,6 +194,8 @@ def describe_service(service: Service) -> dict[str, Any]:
 
 
 def require_head(service: Service, kind: str) -> Head:
+    """Return the model's head; raise BadInput where it is of another kind than the endpoint
+    needs."""
     head = service.model.info.head
     if head.kind != kind:
         raise BadInput(
@@ -200,6 +206,7 @@ def require_head(service: Service, kind: str) -> Head:
 
 
 def reading_of(body: Any) -> Reading:
+    """Return how a request wants long inputs to be cut."""
     return Reading(body.truncate, (body.truncation_direction or "right").lower() == "left")
 
 

@@ -41,6 +41,7 @@ class Hungry:
     """Whenever the engine is idle and somebody waits."""
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
+        """Return now: whatever waits is run as soon as the engine is idle."""
         return now_ms
 
 
@@ -53,6 +54,8 @@ class Lazy:
     max_tokens: int | None = None  # padded
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
+        """Return when a batch is due: now if it is full, else when its oldest request has waited
+        `timeout_ms`."""
         if len(waiting) >= self.max_batch:
             return now_ms
         if self.max_tokens is not None:
@@ -88,10 +91,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> list[Request]:
+        """The requests that no batch has taken, oldest first."""
         return list(self._waiting.values())
 
     @property
     def table(self) -> Table:
+        """Estimated ms by length and batch size, up to the largest batch; see `CostTable.dense`."""
         return self.costs.dense(self.max_batch, self.max_batch_tokens)
 
     @property

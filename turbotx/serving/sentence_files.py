@@ -65,6 +65,8 @@ class Dense:
 
 @dataclass(frozen=True)
 class LayerNorm:
+    """A LayerNorm over the vector: where its weights are, and the vector's width."""
+
     folder: Path
     width: int
 
@@ -170,6 +172,7 @@ def check_widths(steps: list[Step], folder: Path) -> None:
 
 
 def width_after(step: Step, width: int) -> int:
+    """Return a vector's width behind a step, given the width in front of it."""
     if isinstance(step, Pooling):
         return step.width * len(step.modes)
     if isinstance(step, Dense):

@@ -143,6 +143,7 @@ class GracefulServer(uvicorn.Server):
         return await super().on_tick(counter) or self._service.failure is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Refuse new requests and finish those that are there; a second signal ends at once."""
         self._service.leaving = True
         self.force_exit = self.should_exit  # the second signal does not wait
         self.should_exit = True

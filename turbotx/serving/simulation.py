@@ -37,13 +37,16 @@ class Outcome:
 
     @property
     def refused(self) -> int:
+        """Number of requests that were refused."""
         return int(np.isnan(self.latency_ms).sum())
 
     @property
     def throughput_per_s(self) -> float:
+        """Requests answered per second of simulated time."""
         return (len(self.latency_ms) - self.refused) / self.makespan_ms * 1e3
 
     def percentile_ms(self, q: float) -> float:
+        """Return a percentile of the latency in ms, refused requests aside; q: 0 to 100."""
         return float(np.nanpercentile(self.latency_ms, q))
 
 

@@ -37,7 +37,7 @@ def load_tokenizer(folder: Path, lower_case: bool = False) -> TextTokenizer:
             f"the tokenizer of {folder} cannot be loaded: {type(error).__name__}: {said[0]}"
         ) from error
     if lower_case:
-        _lower(found._tokenizer)
+        _lower(found.tokenizer)
     return found
 
 

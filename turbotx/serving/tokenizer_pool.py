@@ -53,5 +53,6 @@ class TokenizerPool:
         return await asyncio.wrap_future(running)
 
     def shutdown(self) -> None:
+        """End the worker threads, once what they were given is done."""
         self._long.shutdown(wait=True)
         self._short.shutdown(wait=True)

@@ -35,6 +35,7 @@ def make_trace(
 
 
 def poisson_gaps(generator: np.random.Generator, count: int) -> Floats:
+    """Return times between arrivals of a Poisson process, of mean 1."""
     return generator.exponential(1.0, count)
 
 

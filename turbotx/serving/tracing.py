@@ -23,7 +23,7 @@ class NoSpan:
     """Stands in for a span where tracing is off."""
 
     def set_attribute(self, key: str, value: object) -> None:
-        pass
+        """Do nothing: no span is recorded."""
 
 
 def find_tracer(enabled: bool) -> Any | None:

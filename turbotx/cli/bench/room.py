@@ -83,6 +83,7 @@ class Worker:
         return found
 
     def stop(self) -> None:
+        """Kill the process and close its pipes."""
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
@@ -160,6 +161,7 @@ class OthersUse:
 
 
 def summarize(times: Sequence[float]) -> Spread:
+    """Return median, 10th and 90th percentile and count of times, in their own unit."""
     ordered = sorted(times)
     tenth = len(ordered) // 10
     low, high = round(ordered[tenth], 4), round(ordered[-1 - tenth], 4)

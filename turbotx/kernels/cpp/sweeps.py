@@ -39,6 +39,7 @@ class Sweeps:
         return isinstance(s, ir.Reduce) or bool(self.varies[ir.results_of(s)[0]] & self.columns)
 
     def reduces(self, sweep: int) -> list[ir.Reduce]:
+        """Return the reductions that a sweep over the columns carries."""
         return [s for s in self.kernel.body if isinstance(s, ir.Reduce) and self.of(s) == sweep]
 
     def stores(self, sweep: int) -> list[ir.Store]:

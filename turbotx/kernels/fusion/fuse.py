@@ -34,6 +34,7 @@ class FusedRegion:
 
     @property
     def name(self) -> str:
+        """The name of its last kernel, "fused" where it has none."""
         return self.kernels[-1].kernel.name if self.kernels else "fused"
 
 

@@ -65,6 +65,9 @@ class Lowering(Scalarizer):
         self.outputs = outputs
 
     def run(self, name: str, sources: Sequence[str]) -> Lowered:
+        """Lower the nodes to one kernel of that name; sources: the nodes' places, for its
+        header. Raises FusionConflict or NeedsAxisSplit where one loop nest does not serve them
+        all."""
         first = self._main_output()
         index = {first: self._open_axes(first)}
         for node in self.outputs:

@@ -1,4 +1,4 @@
-"""The device functions of templates/functions.py, as text that kernels take along.
+r"""The device functions of templates/functions.py, as text that kernels take along.
 
 In: a kernel's source. Out: the functions that it calls, so that each printed file stands alone and
 imports nothing but Triton, for example::

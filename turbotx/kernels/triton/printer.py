@@ -28,7 +28,7 @@ from turbotx.kernels.schedule import (
     tiles_columns,
     vector_axes,
 )
-from turbotx.kernels.triton.body import Body
+from turbotx.kernels.triton.body import KernelBody
 from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.reduce import HELD, Group, reduce_held
 from turbotx.kernels.triton.text import wrap
@@ -48,7 +48,7 @@ def print_triton(
 class _Printer:
     def __init__(self, kernel: ir.Kernel, schedule: Schedule, name: str) -> None:
         self.kernel, self.schedule, self.name = kernel, schedule, name
-        self.body = Body(kernel, schedule)
+        self.body = KernelBody(kernel, schedule)
         self.rows, self.cols = outer_axes(kernel), vector_axes(kernel)
         self.length = product([a.extent for a in self.cols])
         exact = self.length.is_Integer and int(self.length) % schedule.cols == 0

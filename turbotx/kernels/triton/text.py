@@ -2,7 +2,7 @@
 
 In: what the printers want to say. Out: text as a careful engineer would lay it out, for example::
 
-    Text("a + b", level=1).inside(2)  ->  "(a + b)"
+    ValueText("a + b", level=1).inside(2)  ->  "(a + b)"
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEVELS = {
 
 
 @dataclass(frozen=True)
-class Text:
+class ValueText:
     """Source of a value. level: how tightly it binds: a name 3, a product 2, a sum 1, others 0."""
 
     text: str

@@ -45,6 +45,7 @@ class Lifetime:
             )
 
     def overlaps(self, other: Lifetime) -> bool:
+        """Tell whether some launch is within both lifetimes."""
         return self.begin < other.end and other.begin < self.end
 
 
@@ -66,6 +67,7 @@ class Placement:
 
     @property
     def end(self) -> int:
+        """Offset of the first byte behind the buffer."""
         return self.offset + self.buffer.nbytes
 
 
@@ -156,6 +158,7 @@ class Workload:
 
     @property
     def class_count(self) -> int:
+        """Number of size classes: how many byte counts a shape is described by."""
         return max(self.size_class, default=-1) + 1
 
     def aligned_sizes(self, class_nbytes: Sequence[int]) -> list[int]:
@@ -165,6 +168,8 @@ class Workload:
         return [rounded[c] for c in self.size_class]
 
     def buffers(self, class_nbytes: Sequence[int]) -> tuple[Buffer, ...]:
+        """Return the buffers at one shape. class_nbytes: bytes by size class; raises PlanError for
+        a wrong number of them or a negative one."""
         check_class_sizes(class_nbytes, self.class_count)
         return tuple(
             Buffer(name, int(class_nbytes[c]), lifetime)

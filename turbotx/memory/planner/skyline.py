@@ -31,6 +31,7 @@ class Boxes:
 
     @classmethod
     def of(cls, lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> Boxes:
+        """Return boxes as int64 arrays. sizes: bytes, one per lifetime."""
         return cls(
             np.array([x.begin for x in lifetimes], dtype=np.int64),
             np.array([x.end for x in lifetimes], dtype=np.int64),

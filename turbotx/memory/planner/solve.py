@@ -36,6 +36,7 @@ class Solution:
 
     @property
     def optimal(self) -> bool:
+        """Whether the footprint equals the lower bound, so that no plan is smaller."""
         return self.footprint_nbytes == self.lower_bound_nbytes
 
 

@@ -131,6 +131,7 @@ class SymbolicPlanner:
         )
 
     def offsets(self, class_nbytes: Sequence[int]) -> tuple[Sequence[int], int]:
+        """Return each buffer's offset and the arena's size, in bytes, for bytes by size class."""
         return self._evaluate(self._aligned(class_nbytes))
 
     def lower_bound(self, class_nbytes: Sequence[int]) -> int:
@@ -138,6 +139,7 @@ class SymbolicPlanner:
         return int((self.live @ self._aligned(class_nbytes)).max())
 
     def plan(self, class_nbytes: Sequence[int]) -> Plan:
+        """Return the plan for bytes by size class."""
         offsets, peak_nbytes = self.offsets(class_nbytes)
         return self._workload.record(class_nbytes, offsets, peak_nbytes)
 

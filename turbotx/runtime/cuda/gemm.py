@@ -202,22 +202,27 @@ class GemmFamily:
 
     @property
     def name(self) -> str:
+        """The template's name, "" for a product that the library computes."""
         return self.template.name if self.template is not None else ""
 
     def structure(self) -> str:
+        """What schedules are tuned by: the template's digest, "" where the library computes."""
         template = self._typed()
         return "" if template is None else structure_of(template)
 
     def neighbours(self, schedule: GemmSchedule | None, bucket: int) -> Sequence[object]:
+        """Return the schedules to try beside one, for a bucket of tokens."""
         template = self._typed()
         if template is None:
             return []
         return gemm_neighbours(template, schedule, bucket, self._target)
 
     def bucket(self, length: int) -> str:
+        """Return the bucket that a number of tokens is tuned in, as text."""
         return str(length)
 
     def tag(self, schedule: GemmSchedule | None) -> str:
+        """Return a schedule's short name, "cublas" for the library."""
         return tag_of(schedule)
 
 
