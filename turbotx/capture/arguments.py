@@ -241,7 +241,7 @@ def _make_slice(content: Any) -> slice:
 
 
 def _shorten(path: str) -> str:
-    """The way to what an object holds, as one would write it: [1]['shift'] -> .shift."""
+    """Write the path to what an object holds as its user would: [1]['shift'] becomes .shift."""
     which, rest = path[:3], path[3:]
     if which == "[1]" and rest.startswith("['"):
         name, _, more = rest[2:].partition("']")

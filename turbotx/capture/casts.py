@@ -71,7 +71,8 @@ def _kind(value: Any) -> Any:
 
 
 def _plain(node: fx.Node) -> str:
-    """An explicit dtype is among a call's constants."""
+    """Return a call's explicit dtypes and the names of its keyword arguments, as text to
+    compare."""
     leaves = pytree.tree_leaves((node.args, node.kwargs))
     return repr([x for x in leaves if isinstance(x, torch.dtype)]) + repr(sorted(node.kwargs))
 

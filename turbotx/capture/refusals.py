@@ -36,7 +36,8 @@ def refuse_tensor(tensor: torch.Tensor) -> None:
 
 
 def refuse_modes(ambient: Ambient) -> None:
-    """A program is not PyTorch's functions: nothing would intercept them."""
+    """Raise InputError for a call under a mode that intercepts PyTorch's functions: a program
+    does not call them."""
     names = unknown_modes(ambient)
     if names:
         raise InputError(

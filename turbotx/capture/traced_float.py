@@ -206,7 +206,7 @@ def _result(tensor: torch.Tensor) -> torch.dtype | None:
 
 
 def _arithmetic(func: Any, args: tuple[Any, ...]) -> Any:
-    """x * number: computed in float32 at least, and rounded to x's dtype, as PyTorch does."""
+    """Compute x * number in float32 at least, rounded to x's dtype, as PyTorch does."""
     if len(args) != 2 or not any(isinstance(a, torch.Tensor) for a in args):
         return NotImplemented
     tensor = next(a for a in args if isinstance(a, torch.Tensor))
@@ -220,7 +220,8 @@ def _arithmetic(func: Any, args: tuple[Any, ...]) -> Any:
 
 
 def _same_dtype(func: Any, args: tuple[Any, ...]) -> Any:
-    """x > number, where(c, x, number), x.masked_fill(m, number): the number in x's dtype."""
+    """Convert the number to x's dtype in x > number, where(c, x, number) and x.masked_fill(m,
+    number)."""
     tensors = [a for a in args if isinstance(a, torch.Tensor) and a.dtype is not torch.bool]
     if len(tensors) != 1:
         return NotImplemented

@@ -138,7 +138,8 @@ def _minilm_folder() -> str:
 
 
 def _from_config(transformers: ModuleType, text: str) -> nn.Module:
-    """A model of random weights from a type's default config, with `name=value` changes to it."""
+    """Make a model of random weights from a type's default config, with `name=value` changes to
+    it."""
     kind, *changes = [part.strip() for part in text.split(",")]
     known = list(transformers.CONFIG_MAPPING.keys())
     if kind not in known:
@@ -176,7 +177,7 @@ def _number(text: str) -> Any:
 
 
 def _encoder(model: nn.Module) -> nn.Module:
-    """An encoder-decoder is compiled as its encoder: its decoder runs token by token."""
+    """Return the encoder of an encoder-decoder, any other model itself."""
     config: Any = getattr(model, "config", None)
     return model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model  # type: ignore[operator]
 

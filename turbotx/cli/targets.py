@@ -111,7 +111,7 @@ def resources_of(built: Sequence[NamedBuild]) -> dict[str, dict[str, Resources]]
 
 
 def resources_table(built: Sequence[NamedBuild]) -> Table:
-    """Registers a thread, spills, shared memory and the widest accesses of each kernel."""
+    """Tabulate registers a thread, spills, shared memory and the widest accesses of each kernel."""
     table = Table(title="On GPUs", title_justify="left", title_style="bold")
     table.caption, table.caption_justify = "shared: bytes; load, store: widest, in bits", "left"
     table.add_column("kernel", overflow="fold", min_width=24)

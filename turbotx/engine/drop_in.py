@@ -156,7 +156,7 @@ class OptimizedModule(nn.Module):
         self._turbotx_engine.refresh()
 
     def _make_graph(self) -> fx.GraphModule:
-        """The rewritten graph of the latest capture, an ordinary torch.fx.GraphModule."""
+        """Return the rewritten graph of the latest capture, an ordinary torch.fx.GraphModule."""
         from turbotx.engine.fused_graph import make_fused_graph
 
         variants = self._turbotx_engine.variants()

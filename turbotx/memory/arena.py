@@ -99,7 +99,7 @@ class CudaBytes:
 
 
 def open_range(device: torch.device, address_nbytes: int) -> AddressRange:
-    """The best range that this device has; falls back to a plain allocation."""
+    """Return the best range that this device has; falls back to a plain allocation."""
     if device.type == "cpu" and load_libc() is not None:
         return CpuRange(address_nbytes)
     if device.type == "cuda" and torch.version.hip is None:
@@ -156,7 +156,7 @@ def _try_out(memory: CudaRange, device: torch.device) -> None:
 
 
 def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:
-    """The mapped bytes as a uint8 tensor that keeps the range alive."""
+    """Return the mapped bytes as a uint8 tensor that keeps the range alive."""
     if isinstance(memory, PlainRange):
         return memory.tensor
     if not memory.mapped_nbytes:
@@ -230,7 +230,7 @@ class Arena:
         return align_up(nbytes, self._chunk_nbytes)
 
     def grow(self, nbytes: int) -> None:
-        """Maps at least `nbytes`; raises MemoryExhausted and then is as it was, or empty."""
+        """Map at least `nbytes`; raises MemoryExhausted and then is as it was, or empty."""
         self._resize(self._memory.map_to, self.whole_chunks(nbytes))
 
     def shrink(self, nbytes: int) -> None:
@@ -251,5 +251,5 @@ class Arena:
 
 
 def align_up(nbytes: int, unit: int) -> int:
-    """The smallest multiple of `unit` that is at least `nbytes`."""
+    """Return the smallest multiple of `unit` that is at least `nbytes`."""
     return -(-nbytes // unit) * unit

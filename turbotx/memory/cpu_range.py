@@ -31,7 +31,7 @@ class MemoryExhausted(TurbotxError):
 
 
 def load_libc() -> ctypes.CDLL | None:
-    """The C library with the three calls declared, or None where there is no mmap."""
+    """Return the C library with the three calls declared, or None where there is no mmap."""
     if os.name != "posix":
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -140,7 +140,7 @@ class CpuRange:
         self._protected_nbytes = nbytes
 
     def unmap_to(self, nbytes: int) -> None:
-        """Gives the memory above the first `nbytes` (a multiple of 2 MiB) back to the system."""
+        """Give the memory above the first `nbytes` (a multiple of 2 MiB) back to the system."""
         if nbytes >= self.mapped_nbytes:
             return
         self._libc.madvise(self.address + nbytes, self.mapped_nbytes - nbytes, mmap.MADV_DONTNEED)

@@ -188,7 +188,8 @@ def _write_flash(node: fx.Node, found: AttentionPattern) -> fx.Node:
 
 
 def _as_bias(node: fx.Node, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """The kernels add float32 and the dtype of q; another is converted, the mask's own op."""
+    """Return a mask of numbers in a dtype that kernels add: float32 or q's; others become
+    float32."""
     if g.dtype(mask) in (torch.float32, dtype):
         return mask
     return g.emit(node, aten._to_copy.default, mask, dtype=torch.float32)

@@ -112,7 +112,8 @@ def _batch_norm(like: fx.Node, node: fx.Node, k: int) -> fx.Node | None:
 
 
 def _attention(like: fx.Node, node: fx.Node, k: int) -> fx.Node | None:
-    """The op that SDPA is decomposed to for CPUs; its second result serves training only."""
+    """Return SDPA in place of the op that it is decomposed to for CPUs; None for its second
+    result, which serves training only, and with dropout."""
     dropout, causal = g.argument(node, "dropout_p"), g.argument(node, "is_causal")
     mask, scale = g.argument(node, "attn_mask"), g.argument(node, "scale")
     if k or dropout:

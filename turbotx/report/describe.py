@@ -297,7 +297,7 @@ def describe_externs(view: View) -> list[entries.Extern]:
 
 
 def describe_plan(view: View, planner: str, pytorch: entries.EagerMemory) -> entries.Memory:
-    """The memory plan at the view's shape beside what PyTorch would hold."""
+    """Return the memory plan at the view's shape beside what PyTorch would hold."""
     program = view.compiled.program
     plan = program.plan(list(view.dims.values()))
     tensors = view.compiled.assembly.tensors

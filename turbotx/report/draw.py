@@ -2,7 +2,7 @@ r"""Draw: the fused graph as boxes and arrows, one box a launch-sized node, laye
 
 In: a `Report`. Out: SVG that stands alone; Graphviz's DOT, for whoever lays it out anew::
 
-    draw_dot(report)  ->  'digraph BertModel { "linear_37" [label="linear\\n(...)"]; ...'
+    draw_dot(report)  ->  'digraph BertModel { "linear_37" [label="linear\n(...)"]; ...'
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def render_miniature(report: Record) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table of cells that are HTML already; `numbers` are the columns aligned right."""
+    """Return a table of cells that are HTML already; `numbers` are the columns aligned right."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         marks = [' class="number"' if k in numbers else "" for k in range(len(row))]

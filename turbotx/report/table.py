@@ -91,7 +91,7 @@ def _externs(report: Record) -> Table:
 
 
 def memory_table(report: Record) -> Table:
-    """The plan's peak beside its lower bound and PyTorch's allocation of the same ops."""
+    """Tabulate the plan's peak, its lower bound and PyTorch's allocation of the same ops."""
     memory = report.memory
     table = Table(title="Memory of intermediates", title_justify="left", title_style="bold")
     table.add_column("")

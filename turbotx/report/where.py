@@ -49,7 +49,7 @@ class _Index:
 
 
 def _computed(launch: ir.Launch) -> list[str]:
-    """The nodes that a launch computes: of a kernel those that its own outputs need."""
+    """Return the nodes that a launch computes: of a kernel those that its own outputs need."""
     if isinstance(launch, ir.KernelLaunch):
         roles = zip(launch.nodes, launch.kernel.params, strict=True)
         outputs = [node for node, param in roles if param.role == "out"]
@@ -136,7 +136,8 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _place_before(index: _Index, node: Node) -> NodeEntry:
-    """A node that a pass took away: by its parameters, or by what stands for its source line."""
+    """Find a node that a pass took away: by its parameters, or by what stands for its source
+    line."""
     if node.target in GEMM_NAMES:
         parameters = [index.origin[n].target for n in node.inputs if n in index.origin]
         for parameter in parameters:

@@ -60,7 +60,8 @@ COMPUTING = (
 
 
 def create_app(service: Service) -> Starlette:
-    """The application. It accepts connections at once; ``/ready`` is 200 when it computes."""
+    """Return the application. It accepts connections at once; ``/ready`` is 200 when it
+    computes."""
     settings = service.settings
     tracer = find_tracer(settings.otel)
     telling = _telling_endpoints(service)
@@ -108,7 +109,7 @@ def create_app(service: Service) -> Starlette:
 
 
 def _root_endpoint(service: Service) -> Endpoint:
-    """What ``POST /`` is: the model's own use, as in text-embeddings-inference."""
+    """Return what ``POST /`` is: the model's own use, as in text-embeddings-inference."""
     head = service.model.info.head
     ranks = "/rerank" if len(head.labels) == 1 else "/predict"
     path = "/embed" if head.kind == "embedding" else ranks

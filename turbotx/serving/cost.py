@@ -79,7 +79,7 @@ class CostTable:
     def from_function(
         cls, cost_ms: Callable[[int, int], float], max_length: int = 100, max_batch: int = 20
     ) -> CostTable:
-        """A table with a node at every (length, batch) of the range."""
+        """Return a table with a node at every (length, batch) of the range."""
         lengths, batches = range(1, max_length + 1), range(1, max_batch + 1)
         return cls(lengths, batches, [[cost_ms(n, b) for b in batches] for n in lengths])
 
@@ -208,7 +208,7 @@ class CostTable:
 
 
 def make_monotone(grid: Table) -> Table:
-    """The nearest easy table that never falls along either axis.
+    """Return the nearest easy table that never falls along either axis.
 
     The largest value at or below a node, and the smallest at or above it, are both monotone; so is
     their mean, and it leaves an already monotone table as it is.
@@ -228,7 +228,8 @@ def _axis(name: str, values: Sequence[int]) -> NDArray[np.int64]:
 
 
 def _position(axis: NDArray[np.int64], value: int) -> tuple[int, float]:
-    """The node at or below ``value`` and how far it lies towards the next, clamped to the ends."""
+    """Return the node at or below ``value`` and how far it lies towards the next, clamped to the
+    ends."""
     i = int(np.searchsorted(axis, value, side="right")) - 1
     if i < 0:
         return 0, 0.0

@@ -104,7 +104,8 @@ class Dispatcher:
     async def compute(
         self, row: TokenRow, *, deadline_ms: float = math.inf, priority: int = 0
     ) -> NDArray[np.float32]:
-        """The row's vector. Raises Busy, BackendFailed, NotReady; cancelling forgets the row."""
+        """Return the row's vector. Raises Busy, BackendFailed, NotReady; cancelling forgets the
+        row."""
         return (await self.compute_all([row], deadline_ms=deadline_ms, priority=priority))[0]
 
     def inspect(self) -> dict[str, float]:
@@ -119,13 +120,13 @@ class Dispatcher:
     async def compute_all(
         self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
     ) -> list[NDArray[np.float32]]:
-        """The rows' vectors: see ``compute_timed``."""
+        """Return the rows' vectors: see ``compute_timed``."""
         return (await self.compute_timed(rows, deadline_ms=deadline_ms, priority=priority))[0]
 
     async def compute_timed(
         self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
     ) -> tuple[list[NDArray[np.float32]], float, float]:
-        """The rows' vectors, and the longest that one waited and was computed, in s.
+        """Return the rows' vectors, and the longest that one waited and was computed, in s.
 
         All or nothing: the first row that fails takes the others off the queue.
 
@@ -212,7 +213,7 @@ class Dispatcher:
                 turn.set_result(None)
 
     def _join(self, row: TokenRow, deadline_ms: float, priority: int, admitted: bool) -> Joined:
-        """The vector from the cache, the equal row in flight, or a new one in the queue."""
+        """Return the vector from the cache, the equal row in flight, or a new one in the queue."""
         key = CacheKey.of(self.revision, self.engine.head.kind, row)
         cached = self.cache.get(key)
         if cached is not None:

@@ -104,7 +104,7 @@ def load_or_measure(
     max_tokens: int | None,
     token: int = 100,
 ) -> CostTable:
-    """The table kept at ``path`` where it fits the limits, else a new one."""
+    """Return the table kept at ``path`` where it fits the limits, else a new one."""
     if path is not None and path.exists():
         try:
             table = CostTable.load(path)
@@ -117,7 +117,7 @@ def load_or_measure(
 
 
 def describe_device(device: str) -> str:
-    """A name for the machine that the table holds for."""
+    """Return a name for the machine that the table holds for."""
     if device.startswith("cuda"):
         import torch
 

@@ -77,7 +77,7 @@ class Metrics:
         self.inference.observe(computed_ms / 1e3)
 
     def render(self) -> bytes:
-        """The text of a scrape, with the very names of text-embeddings-inference's counters.
+        """Return the text of a scrape, with the very names of text-embeddings-inference's counters.
 
         prometheus_client gives every counter the ending _total, and a second series with the time
         it was created.

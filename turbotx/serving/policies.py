@@ -161,7 +161,8 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def fill_up(batch: Batch, others: Sequence[Request], table: Table) -> Batch:
-    """The batch and the oldest of the others that fit its length, at twice its cost at most."""
+    """Return the batch and the oldest of the others that fit its length, at twice its cost at
+    most."""
     row = table[batch.length]
     room = int(np.searchsorted(row[1:], 2 * batch.cost_ms, side="right")) - len(batch.requests)
     fitting = [r for r in others if r.length <= batch.length]

@@ -48,7 +48,8 @@ def build_app(
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
 ) -> Any:
-    """The application to give to ``ray.serve.run``; the options are those of ``server.serve``."""
+    """Return the application to give to ``ray.serve.run``; the options are those of
+    ``server.serve``."""
     settings = settings or Settings()
     options = {"model": model, "backend": backend, "device": device}
     deployment: Any = serve.deployment  # its overloads and pydantic's defeat the type checker

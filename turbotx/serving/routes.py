@@ -73,7 +73,7 @@ async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[list
 
 
 async def similarity(service: Service, body: SimilarityRequest, scope: Scope) -> list[float]:
-    """The cosine of the angle between the source's vector and each of the others'."""
+    """Return the cosine of the angle between the source's vector and each of the others'."""
     require_head(service, "embedding")
     if not body.inputs.sentences:
         raise BadInput("sentences is empty: nothing to compare with")
@@ -129,7 +129,7 @@ async def rerank_documents(
 async def _score(
     service: Service, query: str, texts: Sequence[str], scope: Scope, reading: Reading
 ) -> list[float]:
-    """The one logit of the query with each text."""
+    """Return the one logit of the query with each text."""
     head = require_head(service, "classifier")
     if len(head.labels) != 1:
         raise BadInput(f"this model has {len(head.labels)} classes, reranking needs one score")
@@ -141,7 +141,7 @@ async def _score(
 
 
 async def decode(service: Service, body: DecodeRequest, scope: Scope) -> list[str]:
-    """The texts of one list of ids, or of many."""
+    """Return the texts of one list of ids, or of many."""
     kinds = {type(item) for item in body.ids}
     if kinds == {int}:
         rows: list[Any] = [body.ids]
@@ -163,7 +163,7 @@ async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> lis
 
 
 def describe_service(service: Service) -> dict[str, Any]:
-    """What ``/info`` answers, in text-embeddings-inference's fields and some of our own."""
+    """Return what ``/info`` answers, in text-embeddings-inference's fields and some of our own."""
     info, settings = service.model.info, service.settings
     kind: dict[str, Any]
     if info.head.kind == "embedding":
@@ -211,7 +211,8 @@ def reading_of(body: Any) -> Reading:
 
 
 def prompt_of(service: Service, name: str | None) -> str:
-    """The text that goes before an input. Raises BadInput for a name that the model lacks."""
+    """Return the text that goes before an input. Raises BadInput for a name that the model
+    lacks."""
     prompts = service.model.info.prompts
     if name is None:
         return prompts.default
@@ -258,7 +259,7 @@ async def read_inputs(
 
 
 def read_pairs(inputs: str | list[Any]) -> tuple[list[str | tuple[str, str]], bool]:
-    """The texts and pairs of ``/predict``, and whether it was a single one."""
+    """Return the texts and pairs of ``/predict``, and whether it was a single one."""
     if isinstance(inputs, str):
         return [inputs], True
     if inputs and all(isinstance(item, str) for item in inputs):

@@ -31,7 +31,7 @@ class LengthRouting:
         self._sent: dict[Hashable, tuple[Hashable, int]] = {}
 
     def rank(self, replicas: Sequence[Replica], length: int) -> list[Replica]:
-        """The replicas, most suitable first. Does not yet count the request."""
+        """Return the replicas, most suitable first. Does not yet count the request."""
         self._learn(length)
         first = bisect.bisect_left(self.sorted_lengths, length)
         last = bisect.bisect_right(self.sorted_lengths, length)
@@ -50,7 +50,7 @@ class LengthRouting:
         self._outstanding[replica] = self.outstanding(replica) + length
 
     def done(self, request: Hashable) -> None:
-        """The request was answered, or failed; unknown ones are ignored."""
+        """Forget a request that was answered, or failed; unknown ones are ignored."""
         replica, length = self._sent.pop(request, (None, 0))
         if replica in self._outstanding:
             self._outstanding[replica] -= length
@@ -60,7 +60,7 @@ class LengthRouting:
         return self._outstanding.get(replica, 0)
 
     def forget(self, replica: Hashable) -> None:
-        """The replica is gone, and what was sent to it with it."""
+        """Forget a replica that is gone, and what was sent to it."""
         self._outstanding.pop(replica, None)
         self._sent = {k: v for k, v in self._sent.items() if v[0] != replica}
 

@@ -33,7 +33,7 @@ class Trigger(Protocol):
     """Decides when an idle engine gets a batch."""
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
-        """The time from which a batch may run; ``now_ms`` or less means now."""
+        """Return the time from which a batch may run; ``now_ms`` or less means now."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class Scheduler:
         self.costs.observe(batch.length, len(batch.requests), took_ms)
 
     def share_ms(self, length: int) -> float:
-        """The request's part of a batch of its like, the fullest that the limits allow."""
+        """Return the request's part of a batch of its like, the fullest that the limits allow."""
         row = self.table[length]
         most = len(row) - 1
         while most > 1 and math.isinf(row[most]):

@@ -181,7 +181,7 @@ def width_after(step: Step, width: int) -> int:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """The file's content, None where there is no such file. Raises ModelFilesError."""
+    """Return the file's content, None where there is no such file. Raises ModelFilesError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
@@ -192,7 +192,7 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def _kind_of(module: Any, folder: Path) -> str:
-    """The class of a module, where it is one of sentence-transformers' own."""
+    """Return the class of a module, where it is one of sentence-transformers' own."""
     if not (isinstance(module, dict) and isinstance(module.get("type"), str)):
         raise ModelFilesError(f"{folder}/modules.json has an entry without a type: {module!r}")
     path = module.setdefault("path", "")

@@ -155,7 +155,7 @@ class FirstNumbers(nn.Module):
 
 
 def make_step(step: files.Step) -> nn.Module:
-    """The module of a step, its weights read from its folder. Raises WeightsError."""
+    """Return the module of a step, its weights read from its folder. Raises WeightsError."""
     if isinstance(step, files.Pooling):
         return Pool(step.modes)
     if isinstance(step, files.Normalize):
@@ -182,7 +182,7 @@ def _mean_sqrt(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def _weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The n-th token counts n times."""
+    """Return the mean in which the n-th token counts n times."""
     weight = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return (_sum(hidden, weight) / _count(weight)).to(hidden.dtype)
 
@@ -192,7 +192,7 @@ def _max(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sum(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Added up in float32, also in half precision, as sentence-transformers does."""
+    """Add up in float32, also in half precision, as sentence-transformers does."""
     return (hidden.float() * weight.unsqueeze(-1)).sum(1)
 
 

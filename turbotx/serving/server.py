@@ -102,7 +102,7 @@ def run(
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; it does not listen yet. Raises SettingsError."""
+    """Return a socket bound to the address; it does not listen yet. Raises SettingsError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -240,7 +240,7 @@ class Service:
         return vectors
 
     async def decode(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
-        """The text of each row of token ids, in the tokenizers' threads."""
+        """Return the text of each row of token ids; runs in the tokenizers' threads."""
         texts = self.model.tokenizer.texts_of
         return await self._tokenizers.run(
             sum(map(len, rows)) * CHARACTERS_PER_TOKEN, lambda: texts(rows, skip_special)

@@ -63,7 +63,7 @@ class Settings:
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """The API keys of a file, one a line. Raises SettingsError: a file without keys opens nothing.
+    """Return the API keys of a file, one a line; raise SettingsError where it has none.
 
     Blank lines and what follows a ``#`` at the start of a line are left out.
     """

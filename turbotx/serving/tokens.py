@@ -88,7 +88,8 @@ class TextTokenizer:
         return TokenRow(tuple(ids))
 
     def texts_of(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
-        """The text of each row of ids, with or without its special tokens. Raises BadInput."""
+        """Return the text of each row of ids, with or without its special tokens. Raises
+        BadInput."""
         for ids in rows:
             if ids and (min(ids) < 0 or max(ids) >= self.vocabulary):
                 raise BadInput(f"token ids must lie in 0 to {self.vocabulary - 1}")

@@ -27,7 +27,8 @@ class NoSpan:
 
 
 def find_tracer(enabled: bool) -> Any | None:
-    """The tracer of this package, or None. Raises TracingError when it is missing but wanted."""
+    """Return the tracer of this package, or None. Raises TracingError when it is missing but
+    wanted."""
     if not enabled:
         return None
     try:
@@ -41,7 +42,7 @@ def find_tracer(enabled: bool) -> Any | None:
 
 @contextlib.contextmanager
 def open_span(tracer: Any | None, name: str, headers: Mapping[str, str]) -> Iterator[Any]:
-    """A server span named after the route, child of the client's where its headers say so."""
+    """Open a server span named after the route, child of the client's where its headers say so."""
     if tracer is None:
         yield NoSpan()
         return

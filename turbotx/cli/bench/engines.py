@@ -53,7 +53,7 @@ def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
 
 
 def _make_onnxruntime(loaded: ModelWithInputs, folder: Path, fuse: bool) -> Run:
-    """A session over the exported model, every tensor's first two sizes dynamic."""
+    """Return a session over the exported model, every tensor's first two sizes dynamic."""
     onnxruntime = importlib.import_module("onnxruntime")
     if loaded.args:
         raise ModelError("ONNX Runtime is measured on keyword inputs only")

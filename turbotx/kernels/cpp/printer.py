@@ -206,7 +206,7 @@ class _Rows:
             text.put(f"kept_{v}[{place}] = {var(v)};")
 
     def _place(self) -> Expr:
-        """The position in the row, for scratch."""
+        """Return the position in the row, for scratch."""
         flat: Expr = sympy.Integer(0)
         for axis in self.kernel.columns:
             flat = flat * axis.extent + axis.symbol

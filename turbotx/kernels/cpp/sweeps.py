@@ -58,7 +58,7 @@ class Sweeps:
         return [s for v in values if isinstance(s := self.makers[v], ir.Scan)]
 
     def ends(self, sweep: int) -> list[str]:
-        """What a column loop is there for: its reductions' arguments, its stores."""
+        """Return what a column loop has to compute: its reductions' arguments and its stores."""
         wanted: list[ir.Statement] = [*self.reduces(sweep), *self.stores(sweep)]
         return [v for s in wanted for v in ir.needs_of(s)]
 

@@ -92,7 +92,7 @@ class Lowering(Scalarizer):
                 )
 
     def _main_output(self) -> fx.Node:
-        """The first output of the most dims decides the loops."""
+        """Return the first output of the most dims, whose shape decides the loops."""
         return max(self.outputs, key=lambda n: sum(extent != 1 for extent in g.shape(n)))
 
     def _open_axes(self, node: fx.Node) -> tuple[Expr, ...]:

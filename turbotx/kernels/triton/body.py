@@ -180,7 +180,7 @@ class KernelBody:
         return f"tl.store({pointer}, {self.texts[s.value].text}{mask})"
 
     def _check(self, s: ir.Check) -> list[str]:
-        """An index outside its table is reported in the check's word, and nothing is read there."""
+        """Report an index outside its table in the check's word; nothing is read there."""
         name, number = self.names[s.value], self.checks.index(s)
         dims = self.dims(self.varies[s.value])
         # Triton's interpreter takes one element for a number, and ~ of that is no mask.
@@ -197,7 +197,8 @@ class KernelBody:
         ]
 
     def _scan(self, s: ir.Scan) -> list[str]:
-        """A tile's running value; a looped row goes on from the last one of the tile before."""
+        """Return a tile's running value; a looped row goes on from the last one of the tile
+        before."""
         name, axis, row = self.names[s.result], int(self.two_dims), SCANS[s.op]
         text = f"{row.triton}({self.whole_tile(s.args[0])}, {axis})"
         if not self.schedule.looped:

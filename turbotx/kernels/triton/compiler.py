@@ -142,7 +142,7 @@ def kernel_job(
 
 
 def fit_warps(num_warps: int, target: str) -> int:
-    """A warp of 64 threads does the work of two of 32."""
+    """Return the warps of as many threads, where the target's have 64 threads and not 32."""
     backend, _, width = target_of(target)
     return max(1, num_warps * 32 // width) if backend == "hip" else num_warps
 

@@ -86,7 +86,8 @@ class _Printer:
         return found
 
     def _ends(self, sweep: int) -> list[ir.Statement]:
-        """What a sweep is there for: its reductions and stores, and loads worth having early."""
+        """Return what a sweep has to compute: its reductions and stores, and loads worth having
+        early."""
         ends: list[ir.Statement] = []
         for s in self.kernel.body:
             if isinstance(s, (ir.Reduce, ir.Store)) and ir.phase_of(s, self.phase) == sweep:

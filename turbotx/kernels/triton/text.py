@@ -55,7 +55,7 @@ class _TritonPrinter(_SourcePrinter):
         return f"({top} {sign} {bottom})"
 
     def _print_Mul(self, node: Any) -> str:
-        """A position before its stride."""
+        """Print a product with loop positions before their strides."""
         number, rest = node.as_coeff_mul()
         factors = sorted((self.parenthesize(f, PRECEDENCE["Mul"]) for f in rest), key=_is_position)
         sign = "-" if number < 0 else ""

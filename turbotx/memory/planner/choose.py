@@ -105,7 +105,7 @@ class _Shapes:
 
 
 def _best_at(workload: Workload, shapes: _Shapes, best: Floats, at: int) -> _Candidate | None:
-    """The solution of one shape that helps all shapes most; None if none helps that one."""
+    """Return the solution of one shape that helps all shapes most; None if none helps that one."""
     per_buffer = shapes.sizes[list(workload.size_class)]
     sizes = per_buffer[:, at].tolist()
     chosen: _Candidate | None = None

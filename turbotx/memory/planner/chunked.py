@@ -95,7 +95,7 @@ class ChunkedPlanner:
 
 
 def _find_gap(chunk: _OpenChunk, nbytes: int, begin: int, end: int) -> int | None:
-    """The tightest gap between buffers alive with this one, else the room after the last."""
+    """Return the tightest gap between buffers alive with this one, else the room after the last."""
     previous_end = 0
     best: int | None = None
     tightest = chunk.nbytes + 1

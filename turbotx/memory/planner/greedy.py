@@ -50,7 +50,7 @@ def fit(
 
 
 def footprint(offsets: Sequence[int], sizes: Sequence[int]) -> int:
-    """The first byte that no buffer reaches."""
+    """Return the offset of the first byte that no buffer reaches."""
     return max((o + s for o, s in zip(offsets, sizes, strict=True) if s), default=0)
 
 

@@ -26,7 +26,7 @@ class PlanError(TurbotxError):
 
 
 def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
-    """The smallest multiple of `alignment` (a power of two) that is at least `nbytes`."""
+    """Return the smallest multiple of `alignment` (a power of two) that is at least `nbytes`."""
     return (nbytes + alignment - 1) & -alignment
 
 
@@ -93,7 +93,7 @@ class Plan:
     lower_bound_nbytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain lists and integers, ready for JSON."""
+        """Return the plan as plain lists and integers, ready for JSON."""
         return {
             "peak_nbytes": self.peak_nbytes,
             "lower_bound_nbytes": self.lower_bound_nbytes,
@@ -120,12 +120,12 @@ class Planner(Protocol):
         ...
 
     def plan(self, class_nbytes: Sequence[int]) -> Plan:
-        """The same placements as a full record, for reports and the checker."""
+        """Return the same placements as a full record, for reports and the checker."""
         ...
 
 
 def lower_bound(buffers: Iterable[Buffer]) -> int:
-    """The largest sum of aligned bytes alive in one launch; 0 for no buffers."""
+    """Return the largest sum of aligned bytes alive in one launch; 0 for no buffers."""
     change: dict[int, int] = {}
     for buffer in buffers:
         nbytes = align(buffer.nbytes)
@@ -183,7 +183,7 @@ class Workload:
         peak_nbytes: int,
         chunks: tuple[Chunk, ...] | None = None,
     ) -> Plan:
-        """A Plan of these offsets; without `chunks`, the arena is whole 2 MB chunks."""
+        """Return a Plan of these offsets; without `chunks`, the arena is whole 2 MB chunks."""
         buffers = self.buffers(class_nbytes)
         if chunks is None:
             count = -(-peak_nbytes // CHUNK_NBYTES)
@@ -195,7 +195,7 @@ class Workload:
 
 
 def check_class_sizes(class_nbytes: Sequence[int], class_count: int) -> None:
-    """Raises PlanError unless there is one non-negative size for each class."""
+    """Raise PlanError unless there is one non-negative size for each class."""
     if len(class_nbytes) < class_count:
         raise PlanError(f"{class_count} size classes need {class_count} sizes, got {class_nbytes}")
     if class_count and min(class_nbytes) < 0:

@@ -90,7 +90,7 @@ class SymbolicPlanner:
     def of_orientations(
         cls, workload: Workload, orientations: Sequence[Orientation]
     ) -> SymbolicPlanner:
-        """A planner of orientations that another one of the same workload has chosen."""
+        """Return a planner of orientations that another one of the same workload has chosen."""
         planner = cls.__new__(cls)
         planner._set_workload(workload)
         planner._set_orientations(orientations)
@@ -135,7 +135,7 @@ class SymbolicPlanner:
         return self._evaluate(self._aligned(class_nbytes))
 
     def lower_bound(self, class_nbytes: Sequence[int]) -> int:
-        """The largest sum of aligned live bytes at these sizes."""
+        """Return the largest sum of aligned live bytes at these sizes."""
         return int((self.live @ self._aligned(class_nbytes)).max())
 
     def plan(self, class_nbytes: Sequence[int]) -> Plan:

@@ -136,7 +136,8 @@ class CudaGraphProgram(Program):
             return first
 
     def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Inputs are read 16 bytes at a time: a slice that begins between is copied."""
+        """Return tensors that kernels may read 16 bytes at a time: a slice that begins between
+        is copied."""
         dense = super()._readable(tensors)
         return [t if t.data_ptr() % 16 == 0 else t.clone() for t in dense]
 

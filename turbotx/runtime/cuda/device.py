@@ -84,7 +84,7 @@ class CudaDevice:
                 self._functions[digest] = function
 
     def stream(self) -> int:
-        """The current stream's handle; this thread has a context afterwards."""
+        """Return the current stream's handle; this thread has a context afterwards."""
         cuda_driver.ensure_context(self._driver, self.index)
         return int(torch.cuda.current_stream(self.index).cuda_stream)
 

@@ -195,7 +195,7 @@ class GemmFamily:
         return sizes[self._sizes[name]] % 16 == 0
 
     def _typed(self) -> GemmTemplate | None:
-        """The template under PyTorch's settings as they are now."""
+        """Return the template under PyTorch's settings as they are now."""
         return None if self.template is None else with_settings(self.template)
 
     # --- tuning ---
@@ -206,7 +206,7 @@ class GemmFamily:
         return self.template.name if self.template is not None else ""
 
     def structure(self) -> str:
-        """What schedules are tuned by: the template's digest, "" where the library computes."""
+        """Key of tuned schedules: the template's digest, "" where the library computes."""
         template = self._typed()
         return "" if template is None else structure_of(template)
 

@@ -34,7 +34,8 @@ def assume_tf32(value: bool) -> Iterator[None]:
 
 
 def math_settings() -> tuple[object, ...]:
-    """The user's settings that decide what cuBLAS computes; a graph holds them as they were."""
+    """Return the user's settings that decide what cuBLAS computes; a graph holds them as they
+    were."""
     matmul = torch.backends.cuda.matmul
     return (
         matmul.fp32_precision,

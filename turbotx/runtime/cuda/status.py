@@ -31,7 +31,7 @@ class Status:
         self._lock = threading.Lock()
 
     def address(self, launch: int) -> int:
-        """The word of a launch's first check; those of the others lie behind it."""
+        """Return the address of a launch's first check; those of its others follow."""
         return self.words.data_ptr() + self.words.itemsize * self._firsts[launch]
 
     def take(self) -> int:

@@ -137,7 +137,7 @@ class KernelFamily:
         return self.kernel.name
 
     def structure(self) -> str:
-        """What schedules are tuned by: the kernel's digest."""
+        """Key of tuned schedules: the kernel's digest."""
         return self.kernel.digest()
 
     def neighbours(self, schedule: Schedule, length: int) -> Sequence[Schedule]:
@@ -244,7 +244,7 @@ class AttentionFamily:
         return self.kernel.name
 
     def structure(self) -> str:
-        """What tiles are tuned by: the kernel's structure."""
+        """Key of tuned tiles: the kernel's structure."""
         return structure_of(self.kernel)
 
     def neighbours(self, tiles: AttentionTiles, bucket: int) -> Sequence[AttentionTiles]:
