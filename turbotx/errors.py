@@ -1,4 +1,4 @@
-"""Every error a user of turbotx can meet, one class per kind of mistake.
+"""Errors that users of turbotx can meet, one class per kind of mistake.
 
 A message says what was seen, where (the user's own source line when there is one) and what
 to do about it, for example::

@@ -1,4 +1,4 @@
-"""Ambient: the state around a call that decides what PyTorch computes, and so what a trace records.
+"""Ambient state: global settings around a call that decide what PyTorch computes.
 
 In: nothing; it is read from PyTorch, for this thread. Out: a tuple that is part of what a call is
 told from others by (under a microsecond), and ways to run without it::

@@ -1,4 +1,4 @@
-"""Arguments: a call's arguments as a flat list, whatever they are nested in, and back.
+"""Arguments: flattens a call's nested arguments to a list of leaves, and rebuilds them.
 
 In: args and kwargs: tensors and constants, in containers and objects at any depth. Out: their
 leaves, a hashable structure that rebuilds the same from other leaves, and what calls are told

@@ -1,4 +1,4 @@
-"""Cached call: a decoder's call with its key/value cache as plain tensors, for it to be traced.
+"""Cached call: a decoder's call with its key/value cache as plain tensors, for tracing.
 
 In: a model of transformers, and a call's arguments with the cache's memory in the place of the
 cache. Out: what the model returns, with the word CACHE where it returns the cache, and the keys and

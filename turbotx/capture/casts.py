@@ -1,4 +1,4 @@
-"""Casts: what autocast does to an op while it is traced becomes casts in the graph.
+"""Casts: makes the conversions of autocast explicit as casts in the graph.
 
 In: an exported graph whose values are of the dtypes that autocast gives them, traced while it is
 on, which it still is. Out: the same graph, with a cast before each argument that autocast would

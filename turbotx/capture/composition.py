@@ -1,4 +1,4 @@
-"""Composition: when a call of an optimized model belongs to PyTorch, because something traces it.
+"""Composition: detects that an optimized model is being traced, and leaves the call to PyTorch.
 
 In: what is at work in this thread, and the arguments of a call. Out: whether the original is to
 run, as inside of another capture, `torch.compile`, `torch.export`, `make_fx`, `torch.func.vmap`::

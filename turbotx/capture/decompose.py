@@ -1,4 +1,4 @@
-"""Decompose: composite ops of an exported graph become the ops that the passes know, node by node.
+"""Decompose: rewrites composite ops of an exported graph to the ops that the passes know.
 
 In: the graph of a torch.export.ExportedProgram. Out: the same graph, its composite nodes replaced
 by what they are made of; nothing else is traced again, which takes a tenth of the time that

@@ -1,4 +1,4 @@
-"""Eager: how PyTorch itself lays out what a call returns, and what ops outside the table read.
+"""Eager layouts: strides and aliases that PyTorch gives to results and to inputs of fallback ops.
 
 In: a captured graph that no pass has touched, its sizes named. Out: the same graph; its output node
 knows of every leaf whether it is an alias of an input or a parameter, or else of which memory and

@@ -1,4 +1,4 @@
-"""Flat call: a model's call with tensors in and tensors out, as torch.export traces it.
+"""Flat call: a module of tensors in and tensors out around a model's call, for torch.export.
 
 In: a model, the leaves of a call's arguments and how they hang together. Out: a module that takes
 the tensors among them and returns the leaves of the output, then what the call leaves behind::

@@ -1,4 +1,4 @@
-"""Refusals: what no program can be made of, or run with, said by name.
+"""Refusals: checks that reject inputs, weights and modes that no program supports, by name.
 
 In: tensors, a model, the state around a call, a traced program. Out: nothing, or an error that says
 what was seen and what to do::

@@ -1,4 +1,4 @@
-"""Shape matcher: which sizes a capture serves.
+"""Shape matcher: binds a call's sizes to dims and checks a capture's size guards.
 
 In: what the inputs' sizes are made of and the guards, as plain data, and the shapes of a call's
 tensors. Out: the values of the capture's dims, or None and the reason why it does not hold::

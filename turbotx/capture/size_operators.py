@@ -1,4 +1,4 @@
-"""Size operators: what Python's own operators give for sizes that a trace has as expressions.
+"""Size operators: Python's arithmetic operators on symbolic sizes.
 
 In: a trace. Out: the same trace, in which floats are computed step by step as Python does and a
 size that the model writes into a string is its number, with a guard; if need be, comparisons that

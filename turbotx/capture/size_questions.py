@@ -1,4 +1,4 @@
-"""Size questions: what a trace is asked about sizes, and which answers its results depend on.
+"""Size questions: records the decisions about sizes that a trace's results depend on.
 
 In: a trace by torch.export. Out: the same trace over sizes that may be 1, whose shape environment
 has a guard for each answer that decided something, and none for those that decided nothing::

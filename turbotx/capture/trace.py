@@ -1,4 +1,4 @@
-"""Capture: a module and one call's inputs become an fx graph of ATen ops with symbolic sizes.
+"""Capture: traces a module and one call's inputs to an fx graph of ATen ops with symbolic sizes.
 
 In: an nn.Module and example args/kwargs. Out: a `Captured` whose graph reads parameters by
 their own names (`get_attr`), takes the call's tensors as placeholders, and whose every size is

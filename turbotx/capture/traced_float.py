@@ -1,7 +1,7 @@
-"""Traced floats: a Python float among a call's arguments is an input of its program.
+"""Traced floats: makes a Python float among a call's arguments an input of its program.
 
 In: a number and the tensor of no dims that carries it in the trace. Out: what takes the number's
-place in the user's code: arithmetic on it is traced; whoever asks for its value (a branch on it,
+place in the user's code: arithmetic on it is traced; what asks for its value (a branch on it,
 math.sqrt) gets it, and the capture then serves that value only::
 
     x * scale  ->  mul(x, scale.to(float32));    if scale > 0.5: ...  ->  scale is read

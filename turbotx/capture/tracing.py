@@ -1,4 +1,4 @@
-"""Tracing: one trace at a time in the process, which other threads' calls of models do not meet.
+"""Tracing: a process-wide lock around traces, so that other threads do not see their patches.
 
 In: a piece of work that traces. Out: the same work, holding the process's one lock; what PyTorch's
 tracer replaces for everybody meanwhile is replaced here for the tracing thread alone::
@@ -7,7 +7,7 @@ tracer replaces for everybody meanwhile is replaced here for the tracing thread 
         exported = torch.export.export(flat, examples, strict=False)
 
 That is `nn.Module.__call__`, and the answers of `torch.compiler.is_compiling()` and the like, by
-which models choose between ways of computing. Whoever holds the lock may trace again inside, and
+which models choose between ways of computing. The lock is reentrant, and
 waits there for no engine's lock: an optimized model that a traced one calls runs as it was written.
 """
 

@@ -1,4 +1,4 @@
-"""`turbotx compile --save`: a model as one file, for GPUs that need not be here.
+"""`turbotx compile --save`: a model as one file, for the CPU and for GPUs that need not be here.
 
 In: MODEL, targets, a path. Out: a file for `turbotx.load`, with every kernel that any shape of the
 example call can ask for::

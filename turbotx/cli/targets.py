@@ -1,4 +1,4 @@
-"""Targets of `turbotx compile`: the Triton kernels built for GPUs that need not be there.
+"""Targets of `turbotx compile`: builds the Triton kernels for GPUs that need not be here.
 
 In: a call, names such as sm_90, a folder. Out: kernels/TARGET/ with every artifact of what a GPU
 launches at one shape, and resources.json with registers, spills and access widths of each::

@@ -1,4 +1,4 @@
-"""`turbotx tune`: the fastest tiles of a model's kernels on this GPU, found and remembered.
+"""`turbotx tune`: finds the fastest schedules of a model's kernels on this GPU and keeps them.
 
 In: MODEL and shapes. Out: a table of what was gained; schedules kept for devices of this name,
 which every later program on one of them takes::

@@ -1,4 +1,4 @@
-"""Cache layers: a DynamicCache of the user's stays theirs, and its layers become turbotx's.
+"""Cache layers: stores the keys and values of a user's DynamicCache in turbotx's memory.
 
 In: a cache of transformers, and the shapes of the layers. Out: its memory, shared by layers that
 answer as transformers' own do: lengths, reorder, crop, batches, reset; keys and values when read::

@@ -1,4 +1,4 @@
-"""What the pipeline makes of a call, one stage from the next: launches, a program, what runs.
+"""Compiled stages of one call: assembled, unbound and bound programs.
 
 In: nothing; these are types. Out: for example::
 

@@ -62,7 +62,7 @@ def _added(function: F) -> F:
 class OptimizedModule(nn.Module):
     """A module that runs through turbotx and otherwise is the module that it was made from.
 
-    It stands in front of the model's class in the order of bases; `super()` is the model.
+    It precedes the model's class in the method resolution order; `super()` is the model.
     """
 
     turbotx_adds_nothing = True

@@ -1,4 +1,4 @@
-"""Engine: captures and runs the calls of one model; it stands behind everything `optimize` makes.
+"""Engine: the per-model cache of compiled variants behind `turbotx.optimize`.
 
 In: a model and options. Out: the model's outputs, from one compiled variant per kind of call
 (which arguments, dtypes, ranks, flags) that serves any sizes::
@@ -68,7 +68,7 @@ MOST_CHANGES = 8
 
 
 class Engine:
-    """Captures and runs the calls of one model; it stands behind every kind of target."""
+    """Captures, compiles and runs the calls of one model; thread-safe."""
 
     guards_state = True
     """Whether captures are checked against the model's attributes, hooks and globals."""
@@ -244,7 +244,7 @@ class Engine:
             )
         known.append(variant)
         asked = {*self._asked, *variant.compiled.captured.asked}
-        if len(asked) > len(self._asked):  # from now on a part of what calls are told apart by
+        if len(asked) > len(self._asked):  # from now on a part of every call's key
             self._asked = tuple(sorted(asked))
             self._bound.clear()
         variant.used = next(self._calls)

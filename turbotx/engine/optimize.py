@@ -1,4 +1,4 @@
-"""`turbotx.optimize`: a module, a module class or a function becomes a faster one.
+"""`turbotx.optimize`: returns a faster equivalent of a module, a module class or a function.
 
 In: something that is called with tensors. Out: the same thing to its caller, captured at the
 first call of each kind (which arguments, dtypes, ranks, flags) for any sizes afterwards::

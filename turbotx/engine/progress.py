@@ -1,4 +1,4 @@
-"""Progress: what a first call is doing, on a terminal, once it takes longer than two seconds.
+"""Progress: shows the stage of a first call on a terminal, once it takes longer than two seconds.
 
 In: what comes next. Out: a line with a spinner on standard error that vanishes at the end; nothing
 where standard error is no terminal, or where the logger `turbotx` is silenced::

@@ -1,4 +1,4 @@
-"""Tune: the schedules of a program's kernels, timed on its device with a call's own data.
+"""Tune: times candidate schedules of a program's kernels on its device with a call's own data.
 
 In: a GPU program, tensors, a timer. Out: for each kernel and length the fastest schedule found, and
 what it gains::
@@ -96,7 +96,7 @@ def tune_program(
     program: CudaGraphProgram, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
     timer: Timer = time_launches, progress: Callable[[str], None] = lambda what: None,
 ) -> list[TuningResult]:  # fmt: skip
-    """Time every kernel and GEMM of a program at one shape; nobody else may use it meanwhile."""
+    """Time every kernel and GEMM of a program at one shape; no other thread may run it."""
     runtime, binding = program.runtime, program.bind(dims)
     assert isinstance(runtime, CudaRuntime)
     tunables: dict[tuple[str, str], _Tunable] = {}

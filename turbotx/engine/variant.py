@@ -1,4 +1,4 @@
-"""Variant: one capture of a call, and what it serves.
+"""Variant: one capture of a call with its guards.
 
 In: a compiled call. Out: its program, which sizes it serves, and whether what it read of the
 model's attributes and of globals still holds::

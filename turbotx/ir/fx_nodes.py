@@ -1,4 +1,4 @@
-"""What the passes ask of an fx node and how they add one.
+"""Queries on fx nodes (shape, strides, dtype, arguments), and insertion of new ones.
 
 In: nodes of a captured graph, whose `meta["val"]` is a FakeTensor. Out: shapes as sympy
 expressions over the named dims, and new nodes with the same metadata, for example::

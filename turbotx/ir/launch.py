@@ -54,8 +54,8 @@ class AtenCall:
     """A call that PyTorch runs.
 
     target: an op, or a graph of ops that returns a tuple. args, kwargs: nested, an `Operand` for
-    each tensor, an expression for each size. writes: where its results go, None for one that nobody
-    reads. has_out: the op's `out` overload writes the first one itself.
+    each tensor, an expression for each size. writes: where its results go, None for one that
+    nothing reads. has_out: the op's `out` overload writes the first one itself.
     """
 
     target: Callable[..., Any]

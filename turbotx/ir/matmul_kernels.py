@@ -1,4 +1,4 @@
-"""What is fixed about each launch of a matrix product: GEMMs, attention, attention's two products.
+"""Matrix products: the compile-time properties of GEMMs, attention and attention's two products.
 
 In: nothing; these types are a part of the vocabulary, as `Kernel` is of fused kernels. Out: keys of
 what is built; equal ones of different layers are one build. For example::

@@ -1,7 +1,7 @@
 """One arena: a flat uint8 tensor over a range of memory that grows without moving.
 
 In: byte counts. Out: a tensor, over mmap on CPUs, over the driver's virtual memory on CUDA, or
-over a plain allocation where neither is to be had (then growing moves it)::
+over a plain allocation where neither is available (then growing moves it)::
 
     arena = Arena(open_range(torch.device("cpu"), 1 << 40), index=0, chunk_nbytes=CHUNK_NBYTES)
     arena.grow(3_000_000); arena.tensor.shape        # (4194304,)

@@ -62,7 +62,7 @@ def available_nbytes() -> int | None:
 
 class CpuRange:
     """Bytes [address, address + mapped_nbytes) are ordinary memory; the rest is only reserved, but
-    for a page on either side: a vector that hangs over an end may be read, whoever made it.
+    for a page on either side: a vector that hangs over an end may be read.
 
     What `unmap_to` gives back stays readable (as zeros) but holds no memory, so that a stale
     view reads nonsense rather than ending the process. Raises MemoryExhausted.

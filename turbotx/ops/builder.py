@@ -1,4 +1,4 @@
-"""Values while a kernel is being lowered, with arithmetic, folding and sharing.
+"""Kernel builder: scalar values during lowering, with constant folding and common subexpressions.
 
 In: the op table's rules, which write `x * m.sigmoid(x)` on `Element`s. Out: the statements of
 the kernel's body; equal statements are one, and what is known while lowering is folded::

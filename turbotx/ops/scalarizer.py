@@ -1,4 +1,4 @@
-"""Pull: one element of a tensor, as statements of a kernel's body.
+"""Scalarizer: emits the statements that compute one element of an fx node's tensor.
 
 In: an fx node and an index over the loops. Out: an `Element`; what it takes to compute it is
 appended to the body once. Views only rewrite the index, so they cost nothing. Example::

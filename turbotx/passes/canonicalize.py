@@ -1,4 +1,4 @@
-"""Canonicalize: one way to say each thing, and nothing said that has no effect.
+"""Canonicalize: removes ops without effect and rewrites equivalent forms to one.
 
 In: the captured ATen graph. Out: the same graph without assertions, dropout, no-op copies and
 casts, redundant views, duplicate subexpressions and dead code, for example::

@@ -1,4 +1,4 @@
-"""Chains: attention written out as matmul, scale, mask, softmax, matmul, read back as one.
+"""Chains: recognises attention written out as matmul, scale, mask, softmax, matmul.
 
 In: the last product of such a chain. Out: its `AttentionPattern`: q, k and v with heads before
 rows, and what happens to the scores in between as scale, softcap, bias and mask, for example::

@@ -1,4 +1,4 @@
-"""Linear: products as what they are best run as, projections of one tensor packed, biases free.
+"""Linear: rewrites matrix products to `linear`, packs projections of one tensor, separates biases.
 
 In: a canonical graph. Out: Q, K and V (and gate and up) as pieces of one `linear` over the
 concatenated weights, and `linear(x, w, b)` as `linear(x, w) + b` wherever the sum goes on into

@@ -1,4 +1,4 @@
-"""Results: ops that return several tensors become one op for each tensor that is used.
+"""Results: replaces ops of several outputs by one op for each output that is used.
 
 In: a captured ATen graph. Out: the same graph without the ops below, so that the op table's rows
 and the other passes meet each result as an op of its own, for example::

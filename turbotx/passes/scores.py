@@ -1,4 +1,4 @@
-"""Scores: what attention written out does to q k^T, step by step, as what attention takes.
+"""Scores: reads the ops between q k^T and softmax as scale, softcap, bias and mask.
 
 In: q and k^T with heads before rows, the steps between the two products in order. Out: the
 `AttentionPattern` with the same scale, softcap, bias and mask, or None where there is none, as in::

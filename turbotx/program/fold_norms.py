@@ -1,4 +1,4 @@
-"""Folding: the launches of a program whose norms have gone into the GEMMs around them.
+"""Norm folding: moves the launches of norms into the GEMMs around them.
 
 In: a rewritten graph, its regions, the norms that can be folded. Out: an assembly without their
 kernels. For a BERT layer::

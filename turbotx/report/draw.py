@@ -1,6 +1,6 @@
 r"""Draw: the fused graph as boxes and arrows, one box a launch-sized node, layers as they flow.
 
-In: a `Report`. Out: SVG that stands alone; Graphviz's DOT, for whoever lays it out anew::
+In: a `Report`. Out: self-contained SVG; Graphviz's DOT, for other layout tools::
 
     draw_dot(report)  ->  'digraph BertModel { "linear_37" [label="linear\n(...)"]; ...'
 """

@@ -75,7 +75,7 @@ def measure(
 ) -> Numerics:  # fmt: skip
     """Run a model three ways on one call's inputs. `names`: the function behind a launch.
 
-    `compiled` must be nobody else's while it is measured.
+    No other thread may run `compiled` while it is measured.
     """
     tensors = tensors_of(args, kwargs)
     watch = LaunchErrors(compiled, names, dims)

@@ -112,7 +112,7 @@ def profile(
     compiled: Compiled, launches: Sequence[LaunchEntry],
     args: tuple[Any, ...], kwargs: dict[str, Any], runs: int,
 ) -> Profile:  # fmt: skip
-    """Time every launch over `runs` runs; the compiled call must be nobody else's meanwhile."""
+    """Time every launch over `runs` runs; no other thread may run it meanwhile."""
     tensors = tensors_of(args, kwargs)
     program = compiled.program
     dims = compiled.captured.matcher.match([t.shape for t in tensors])

@@ -1,4 +1,4 @@
-"""What a GPU program asks of its device, and nothing more.
+"""Device: the interface between a GPU program and its device.
 
 In: compiled kernels, grids, arrays of argument addresses. Out: work queued on the caller's stream.
 `cuda_device.CudaDevice` is the real one; tests put in devices that record, or that interpret::
@@ -77,7 +77,7 @@ class Device(Protocol):
         """Return when what is queued on the current stream is done."""
 
     def retain(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Have the current stream read tensors: their memory, once freed, is given to nobody
+        """Record the current stream as a reader of tensors: their memory, once freed, is not reused
         before what was queued on it by then is done."""
 
     def new_status(self, count: int) -> torch.Tensor:

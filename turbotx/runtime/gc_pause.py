@@ -1,4 +1,4 @@
-"""Collection: Python's cyclic garbage collector, held back where it costs much or does harm.
+"""GC pause: suspends Python's cyclic garbage collector where it is slow or harmful.
 
 A trace makes a million objects, all alive, which a collection would walk again and again; and one
 in the middle of a CUDA graph's capture could destroy another graph. For example::

@@ -1,4 +1,4 @@
-"""In-place watch: poisoned runs take every launch that writes over its input twice.
+"""In-place watch: in poisoned runs, repeats every launch that overwrites its input and compares.
 
 In: which launch reuses what, and a way to run one again. Out: told of each launch of a run, a
 VerifyError where the results differ, byte for byte, between memory shared and memory apart::

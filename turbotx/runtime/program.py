@@ -1,4 +1,4 @@
-"""Program: an executable over planned memory, at any shape; runs it, decides nothing.
+"""Program: binds an executable to planned memory at any shape, and runs it.
 
 In: an executable, a runtime for its device and a pool of chunks. Out: the outputs of a call. A new
 shape evaluates sizes and offsets once (`bind`); nothing is compiled for it. Compiled models and
@@ -42,7 +42,7 @@ STEPS = 64
 
 
 class _Poisoner:
-    """The watch of poisoned runs: fills what nobody reads again."""
+    """Watch of poisoned runs: fills memory with NaN once no later launch reads it."""
 
     def __init__(self, program: Program, binding: Binding) -> None:
         self._dying_after = program.liveness.dying_after

@@ -1,4 +1,4 @@
-"""Watch: what is told of every launch of one run, between which memory can be looked at.
+"""Watch: the callbacks around every launch of a run.
 
 In: given to `Program.run` for one call. Out: called before and after each launch with the run's
 tensors; what it writes is seen by the launches after it::

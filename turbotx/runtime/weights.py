@@ -1,4 +1,4 @@
-"""Weights: what a program derives from the module's own parameters, kept fresh.
+"""Weights: packed weights and constants derived from a module's parameters, refreshed on change.
 
 In: the parameters, by the module that owns them, and the prepared constants' graph. Out: current
 tensors and packed GEMM weights; a parameter that was updated in place, replaced or loaded anew
@@ -153,7 +153,7 @@ class Weights:
             if self.later is not None and self.later.done():
                 self._watch_natively(self.later.result())
             return False
-        # Whoever comes while another thread derives waits for it, rather than run on what was.
+        # Concurrent callers block until the refresh ends, so that none uses stale weights.
         with self._lock:
             if not self.is_stale():
                 return False

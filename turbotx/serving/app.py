@@ -80,7 +80,7 @@ def create_app(service: Service) -> Starlette:
         starting.add_done_callback(lambda done: done.cancelled() or done.exception())
         yield
         service.left.set()
-        if service.preparing:  # has answered nobody: it is left where it is
+        if service.preparing:  # no request was answered yet: it is left where it is
             starting.cancel()
         await asyncio.wait([starting])
         await service.stop()
@@ -171,7 +171,7 @@ def _computing(
                 response = _refusal_response(refusal, endpoint.openai)
             except ClientDisconnect:
                 service.metrics.failed.labels("disconnected").inc()
-                response = Response(status_code=499)  # nobody reads it
+                response = Response(status_code=499)  # the client has left
             except Exception:
                 service.metrics.failed.labels("internal").inc()
                 log.exception("a request failed")

@@ -1,4 +1,4 @@
-"""Answers that were computed before.
+"""Response cache: vectors by input, bounded in bytes, the least recently used dropped first.
 
 In: a key (model revision, options, token ids) and a vector. Out: the vector again, until newer
 ones have pushed it out; the bytes held never exceed the bound::

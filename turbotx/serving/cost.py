@@ -1,4 +1,4 @@
-"""What a batch costs: milliseconds over (padded length, batch size).
+"""Cost table: milliseconds of a batch over (padded length, batch size).
 
 In: a small measured grid, or a function. Out: a dense table, monotone in both directions, which
 every observed batch refines and which is kept as JSON, one file per model and device::

@@ -1,7 +1,7 @@
-"""The scheduler in real time: an event loop on one side, the engine's thread on the other.
+"""Dispatcher: runs the scheduler in real time, between an event loop and the engine's thread.
 
-In: token rows, each awaited by whoever asked. Out: their vectors; identical rows in flight are
-computed once, rows that nobody awaits any more leave the queue::
+In: token rows, each awaited by its requests. Out: their vectors; identical rows in flight are
+computed once, rows whose requests were cancelled leave the queue::
 
     vector = await dispatcher.compute(row, deadline_ms=dispatcher.now_ms() + 500)
 """
@@ -252,7 +252,7 @@ class Dispatcher:
             raise NotReady("the server is shutting down")
         loop = asyncio.get_running_loop()
         job = PendingRow(next(self._keys), row, key, self.now_ms(), loop.create_future())
-        # Whoever awaited it may have left: then nobody retrieves the error, and nobody need.
+        # Its requests may have been cancelled: then the error is not retrieved, and need not be.
         job.done.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             self.scheduler.submit(

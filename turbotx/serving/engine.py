@@ -1,4 +1,4 @@
-"""What computes a batch: token rows in, one vector per row out.
+"""Batch engines: token rows in, one vector per row out.
 
 An engine is called from one thread, one batch at a time. Three of them: a PyTorch module, the same
 module optimized by turbotx, and a stand-in that sleeps what a cost table says::

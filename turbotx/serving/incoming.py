@@ -1,4 +1,4 @@
-"""What is read from a request before its handler: key, id, scope, body.
+"""Incoming: reads key, id, scope and body of a request before its handler.
 
 In: Starlette's request and the settings. Out: checked values, or a refusal::
 

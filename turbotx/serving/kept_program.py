@@ -1,4 +1,4 @@
-"""The compiled program of the last start, so that the next one neither captures nor compiles.
+"""Kept program: the compiled program on disk, so that a restart neither captures nor compiles.
 
 In: a module, a file's path. Out: something to call like the module; calls that the file has not are
 compiled then and there::

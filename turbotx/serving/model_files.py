@@ -1,4 +1,4 @@
-"""A model directory into what the server needs.
+"""Model files: loads a model directory into what the server needs.
 
 In: a Hugging Face or sentence-transformers directory (or ``minilm``, the packaged default). Out:
 an engine, a tokenizer and a description; nothing is ever downloaded::

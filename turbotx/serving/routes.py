@@ -1,4 +1,4 @@
-"""What each path does with a decoded body.
+"""Routes: the handlers of the decoded bodies.
 
 In: the service, a body record, the request's scope. Out: the response as a record or plain data.
 Neither HTTP nor JSON in here; refusals are exceptions::

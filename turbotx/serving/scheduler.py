@@ -38,7 +38,7 @@ class Trigger(Protocol):
 
 @dataclass(frozen=True)
 class Hungry:
-    """Whenever the engine is idle and somebody waits."""
+    """Whenever the engine is idle and a request waits."""
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
         """Return now: whatever waits is run as soon as the engine is idle."""
@@ -75,7 +75,7 @@ class Scheduler:
     max_batch: int | None = None  # None: the cost table's
     max_batch_tokens: int | None = None  # padded; a single request may exceed it
     max_queue: int = 4096
-    max_age_ms: float = math.inf  # nobody waits longer: a third of it in work is admitted
+    max_age_ms: float = math.inf  # longest wait of a request: a third of it in work is admitted
 
     def __post_init__(self) -> None:
         if self.policy is None:
@@ -140,7 +140,7 @@ class Scheduler:
         self._backlog_ms += share
 
     def raise_to(self, key: Hashable, deadline_ms: float, priority: int) -> None:
-        """Somebody else awaits a waiting request too: it takes the higher class of the two, and the
+        """Join a request to an equal one that waits: that takes the higher class of both, and the
         later deadline. One that does not wait (any more) stays as it is."""
         request = self._waiting.get(key)
         if request is not None:
@@ -181,7 +181,7 @@ class Scheduler:
         return late
 
     def overdue(self, now_ms: float) -> list[Request]:
-        """Take those off the queue whose deadline has passed: nobody needs their answers."""
+        """Take requests off the queue whose deadline has passed."""
         late = [r for r in self._waiting.values() if r.deadline_ms < now_ms]
         for request in late:
             self.cancel(request.key)
@@ -206,7 +206,7 @@ class Scheduler:
         return batch
 
     def wake_ms(self, now_ms: float) -> float:
-        """When to ask ``next`` again if nothing arrives: infinity when nobody waits."""
+        """Return when to ask ``next`` again if nothing arrives: infinity for an empty queue."""
         if not self._waiting:
             return math.inf
         if self._planned:

@@ -1,4 +1,4 @@
-"""What a sentence-transformers directory says: its chain of modules, its prompts, its lengths.
+"""Sentence files: a sentence-transformers directory's chain of modules, prompts and lengths.
 
 In: a directory with ``modules.json``, in any layout that sentence-transformers wrote. Out: plain
 data; a module, an option or a mode that is not known here is refused by its name::

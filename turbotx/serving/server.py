@@ -1,4 +1,4 @@
-"""``turbotx serve``: load, measure, listen, and leave in good order.
+"""``turbotx serve``: loads, measures, listens, and shuts down gracefully.
 
 In: the command line's arguments. Out: a server on host and port until it is told to stop; then it
 answers what it has accepted and exits::
@@ -96,7 +96,7 @@ def run(
     GracefulServer(config, service, limits).run([listener])
     if service.failure is not None:
         raise service.failure
-    if service.preparing:  # its thread cannot be stopped, and has answered nobody
+    if service.preparing:  # its thread cannot be stopped, and no request was answered yet
         logging.shutdown()
         os._exit(0)
 

@@ -1,4 +1,4 @@
-"""Names: the globals and closures that functions refer to, found in their code.
+"""Names: the globals and closure cells that functions refer to, found in their bytecode.
 
 In: functions that run under a trace. Out: where each name's value lies (a module's globals, a
 closure's cell, a class) and the functions in turn that they call, of code that is the user's or a

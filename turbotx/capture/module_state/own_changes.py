@@ -1,4 +1,4 @@
-"""Own changes: what a call leaves behind in containers and attributes that its forward also reads.
+"""Own changes: state that a call modifies in containers and attributes that it also reads.
 
 In: the effects of a traced call, the places that it read, its code. Out: what of the containers is
 no guard, because the code only writes it; which places a call changes itself, so that the next is

@@ -1,4 +1,4 @@
-"""Places: where a value lies that a trace read, and how to read it again without running anything.
+"""Places: locations of values that a trace read, readable again without running user code.
 
 In: an owner and a name. Out: the value there now, and the dicts through which it was found, whose
 change is all that can make it another one::
@@ -52,7 +52,7 @@ class StatePlace(Protocol):
 class AttributePlace:
     """An attribute of a module or an object, found as Python finds it, in the object or its class.
 
-    A property is told by which it is: what it reads in turn are places too.
+    A property is compared by identity: what it reads in turn are places too.
     """
 
     def __init__(self, owner: Any, name: str, text: str, inside: bool = True) -> None:

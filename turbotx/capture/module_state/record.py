@@ -1,4 +1,4 @@
-"""Record: everything that a trace read, as it was, and whether it still is.
+"""Record: the snapshot of all state that a trace read, and its comparison with the present.
 
 In: a recorder that has been on while a model's forward ran, and the names in the code that ran.
 Out: a list of places with what lay there, and for any of them what differs now::

@@ -1,4 +1,4 @@
-"""State recorder: which attributes the code under a trace reads and sets, and of what.
+"""State recorder: records which attributes the code under a trace reads and sets.
 
 In: a model's forward, run with the recorder on. Out: per owner (a module, or an object of a user's
 class that was reached from one) the names that were read before the code itself set them, and the

@@ -1,4 +1,4 @@
-"""Noted dict: which keys of a dict a trace read before it wrote them, so that calls before decide.
+"""Noted dict: records which keys of a dict a trace reads before it writes them.
 
 In: a dict of the model's, copied for a trace. Out: the same to the model's code, and afterwards
 whether what lay under a key when the call began was looked at::

@@ -1,4 +1,4 @@
-"""Floor: what every engine has to do, and nothing else.
+"""Floor: a lower bound for every engine: the products and attention alone, weights packed.
 
 In: a loaded model. Out: a function that runs its matrix products, over weights that a library has
 packed once, and its attention, on dense dummies of the right sizes, in the model's order::

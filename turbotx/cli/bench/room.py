@@ -1,4 +1,4 @@
-"""The engine room: starts one process an engine and lets them take turns.
+"""The engine room: starts one process per engine and alternates between them.
 
 In: engines, a model, inputs on disk. Out: medians and spreads in milliseconds, one engine running
 at a time, rounds interleaved, and how much of the machine others used meanwhile::

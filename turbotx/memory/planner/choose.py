@@ -42,7 +42,7 @@ class _Candidate:
 
 
 def imagine_samples(seed: Int64s) -> Int64s:
-    """Sizes of shapes that nobody gave: each class of the seed scaled by 1/16 to 16, (classes, n).
+    """Return sizes of further shapes, (classes, n): each class of the seed scaled by 1/16 to 16.
 
     Real shapes move the classes together; these also cover classes that grow apart, as
     attention scores and hidden states do.

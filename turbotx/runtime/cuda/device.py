@@ -159,7 +159,7 @@ class CudaRecorder:
                 # A thread's first call of cuBLAS makes its handle, which allocates and waits.
                 torch.cuda.current_blas_handle()
                 # cuBLAS keeps a workspace for each stream: made anew inside the capture, it lies in
-                # the graphs' own pool, where nobody else's clearing of the cache takes it away.
+                # the graphs' own pool, which clearing PyTorch's cache leaves alone.
                 torch._C._cuda_clearCublasWorkspaces()
                 try:
                     # Other threads may go on calling CUDA meanwhile.

@@ -1,4 +1,4 @@
-"""Weights as a device's kernels read them: where they lie, and how long they have to lie there.
+"""Placed weights: addresses of weights for a device's kernels, alive while anything reads them.
 
 In: parameters and what was derived from them. Out: their addresses in a program's table, and a
 `WeightsVersion`, which keeps their memory as long as a table or a graph refers to it::
