@@ -59,7 +59,7 @@ def _is_observed() -> bool:
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """Meanwhile, in this thread, whatever is optimized is called as it was: for a trace, or for a
+    """Call optimized models as they were in this thread, inside the context: for a trace, or for a
     comparison with the original."""
     before, _around.alone = _around.alone, True
     try:

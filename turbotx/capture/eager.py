@@ -98,7 +98,7 @@ def _find_steps(leaf: Any) -> Steps | None:
 
 
 def note_layouts(graph: fx.Graph, shown: Sequence[Steps | None]) -> None:
-    """Let a graph's nodes know how eager lays out what leaves it, and what raw reads need.
+    """Annotate a graph's nodes with the layouts that eager gives outputs and that raw reads need.
 
     shown: what `find_shown` gives of the graph as it was traced.
     """

@@ -147,7 +147,7 @@ def _find_asker() -> FrameType:
 
 @contextmanager
 def sizes_from_one() -> Iterator[None]:
-    """Meanwhile this thread's exports trace sizes that may be 1; other threads' are as ever."""
+    """Let sizes of 1 stay symbolic in this thread's exports, inside the context."""
     own, before = threading.get_ident(), non_strict_utils.ShapeEnv
 
     def make(*args: Any, **kwargs: Any) -> ShapeEnv:

@@ -29,8 +29,8 @@ _active = threading.local()
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Meanwhile no other thread traces, and what PyTorch puts in the place of `nn.Module`'s methods
-    is met by this thread alone."""
+    """Hold the lock of traces inside the context, and make PyTorch's replacements of `nn.Module`'s
+    methods act in this thread alone."""
     with _lock:
         if getattr(_active, "inside", False):
             yield

@@ -23,8 +23,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from turbotx import __version__
-from turbotx.cli.output import OK, WRONG, Output
+from turbotx.cli.output import OK, WRONG, Output, versions
 from turbotx.errors import TurbotxError
 from turbotx.kernels.build import build_library, cache_directory, find_compiler, share_openmp
 from turbotx.runtime.cuda.device import CudaDevice
@@ -74,7 +73,8 @@ def _python() -> Diagnosis:
 
 def _torch() -> Diagnosis:
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    found = f"torch {torch.__version__}, turbotx {__version__}, {threads}"
+    installed = versions()
+    found = f"torch {installed['torch']}, turbotx {installed['turbotx']}, {threads}"
     mkl = torch.backends.mkl.is_available()
     remedy = "" if mkl else "PyTorch has no MKL here: turbotx's own GEMM runs for float32"
     return Diagnosis("torch", "ok", found, remedy)

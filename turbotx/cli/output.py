@@ -117,7 +117,7 @@ class Output:
 
 
 def versions() -> dict[str, str]:
-    """Return what a report of a fault has to name."""
+    """Return the versions of turbotx, Python and the packages that decide results, if installed."""
     found = {"turbotx": __version__, "python": platform.python_version()}
     for name in ("torch", "triton", "transformers"):
         with suppress(PackageNotFoundError):

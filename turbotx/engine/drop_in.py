@@ -187,7 +187,7 @@ def _may_go_on(engine: Engine, error: Exception) -> bool:
 
 
 def tolerate(engine: Engine, always: bool = False) -> None:
-    """Let an engine say of itself whether a call is one that may go on in PyTorch."""
+    """Set whether an engine's refused calls may run in PyTorch instead."""
     state = engine.model.__dict__
     engine.tolerates = lambda: always or _is_called_by_a_method(state)
 

@@ -58,6 +58,7 @@ from turbotx.runtime.cpu.launch_table import start_runtime
 from turbotx.runtime.cuda.absent_device import absent_device
 from turbotx.runtime.device import Device
 from turbotx.runtime.gc_pause import pause_gc
+from turbotx.runtime.lru import LruDict
 from turbotx.runtime.placement import find_device, open_device
 from turbotx.runtime.program import Program
 
@@ -88,13 +89,13 @@ class Engine:
         """Forget every capture, as after `.to(...)`; the next call captures again."""
         with self._lock:
             self._variants: dict[Any, list[Variant]] = {}
-            self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
+            self._bound: LruDict[Any, tuple[Variant, Program, Binding]]
+            self._bound = LruDict(self.options.max_shapes)
             self._pools: dict[torch.device, ChunkPool] = {}
             self._recaptures = Recaptures()
             self._refused: dict[Any, CaptureError] = {}
             self.parts: dict[str, Any] = {}
-            self._asked: tuple[int, ...] = ()
-            """What the traces asked PyTorch for: places in `ambient.NAMES`."""
+            self._asked: tuple[int, ...] = ()  # what traces asked for, places in `ambient.NAMES`
 
     # --- calling ---
 
@@ -131,7 +132,11 @@ class Engine:
         with self._lock:
             for variants in self._variants.values():
                 variants[:] = [v for v in variants if v is not variant]
-            self._bound = {k: b for k, b in self._bound.items() if b[0] is not variant}
+            self._unbind(variant)
+
+    def _unbind(self, variant: Variant) -> None:
+        for shapes in [k for k, b in self._bound.items() if b[0] is variant]:
+            del self._bound[shapes]
 
     def refresh(self) -> None:
         """Derive from the parameters again at the next call, whatever they are now."""
@@ -200,10 +205,8 @@ class Engine:
             with named_failures(type(self.model).__name__):
                 program = variant.compiled.at(dims).program
                 binding = program.bind(dims)
-            if len(self._bound) >= self.options.max_shapes:
-                self._bound.pop(next(iter(self._bound)))
-            self._bound[shapes] = (variant, program, binding)
-            return self._bound[shapes]
+            found = self._bound[shapes] = (variant, program, binding)
+            return found
 
     def _find(
         self,
@@ -271,7 +274,7 @@ class Engine:
                 type(self.model).__name__, self.options.max_variants,
             )  # fmt: skip
             self._variants[key].remove(variant)
-            self._bound = {k: x for k, x in self._bound.items() if x[0] is not variant}
+            self._unbind(variant)
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
         """Capture and compile one call; the `observers` look at the result."""
@@ -386,9 +389,7 @@ class Engine:
             unknown = set(dims) - set(program.dims)
             if unknown:
                 known = ", ".join(program.dims)
-                raise InputError(
-                    f"reserve has no dim {sorted(unknown)}; this capture's are {known}"
-                )
+                raise InputError(f"reserve has no dim {sorted(unknown)}; this capture has {known}")
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
             program = compiled.at(values).program
             program.reserve(program.bind(values))

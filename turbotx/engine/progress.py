@@ -24,7 +24,7 @@ _hidden = 0
 
 @contextmanager
 def hide_progress() -> Iterator[None]:
-    """Meanwhile nothing is shown, in any thread: the caller shows progress of its own."""
+    """Suppress progress lines of all threads inside the context: the caller shows its own."""
     global _hidden
     _hidden += 1
     try:

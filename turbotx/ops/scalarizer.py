@@ -30,7 +30,7 @@ WITHIN = "within"
 
 
 class Scalarizer(KernelBuilder):
-    """The machine that the op table's rules speak to: it turns pulls into statements.
+    """IR builder passed to the op table's lowering rules; emits statements on demand.
 
     loaded(node) tells whether a tensor node lies in memory already; views are looked through.
     """
@@ -299,8 +299,9 @@ class Scalarizer(KernelBuilder):
 
     @contextmanager
     def _unmasked(self, used: set[str], node: fx.Node) -> Iterator[None]:
-        """Meanwhile reduce as outside of cat's and pad's parts, where only places along other axes
-        than `used` tell the parts apart: the half of a normalised row has the whole row's mean."""
+        """Suspend the masks of cat's and pad's parts inside the context: a reduction over part of a
+        row, as of a normalised one, covers the whole row. Raises FusionConflict where a mask varies
+        over the `used` axes or a loaded value."""
         masks, self._masks = self._masks, []
         ranges, self._ranges = self._ranges, []
         if any(self._varies_over(mask) & (used | {"%"}) for mask in masks):

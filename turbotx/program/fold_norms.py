@@ -179,7 +179,7 @@ class _Folding:
         )
 
     def drop_unread(self) -> None:
-        """Let go of what only the norms' kernels and plain weights were for."""
+        """Drop tensors that only the norms' kernels and plain weights needed."""
         assembly = self.assembly
         used = set(assembly.returned)
         for launch in assembly.launches:

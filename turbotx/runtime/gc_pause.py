@@ -21,7 +21,7 @@ _was_enabled = False
 
 @contextmanager
 def pause_gc() -> Iterator[None]:
-    """Meanwhile no cyclic garbage is looked for, in any thread.
+    """Suspend cyclic garbage collection in all threads, inside the context.
 
     The last of several pauses that overlap, in one thread or many, turns it on again.
     """

@@ -32,6 +32,7 @@ from turbotx.runtime.binding import Binding
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.device import Device
+from turbotx.runtime.lru import LruDict
 from turbotx.runtime.program import Program
 from turbotx.runtime.weights import Weights
 from turbotx.saved.codec import Decoder, decode_nodes, decode_program
@@ -181,7 +182,7 @@ class SavedModule(nn.Module):
         self._pool = ChunkPool(place)
         self._lock = threading.Lock()
         self._calls: dict[Any, list[SavedCall]] = {}
-        self._bound: dict[Any, tuple[SavedCall, Binding]] = {}
+        self._bound: LruDict[Any, tuple[SavedCall, Binding]] = LruDict(256)
         self._asked: tuple[int, ...] = ()
         self._asks_floats = False
         tied: dict[str, torch.Tensor] = {}
@@ -238,8 +239,6 @@ class SavedModule(nn.Module):
         if found is None:
             found = self._bind(key, tensors)
             with self._lock:
-                if len(self._bound) >= 256:
-                    self._bound.pop(next(iter(self._bound)))
                 self._bound[shapes] = found
         call, binding = found
         try:

@@ -3,7 +3,7 @@
 In: a small measured grid, or a function. Out: a dense table, monotone in both directions, which
 every observed batch refines and which is kept as JSON, one file per model and device::
 
-    table = CostTable.from_grid([1, 64, 512], [1, 8, 32], [[4, 5, 8], [5, 9, 30], [9, 40, 160]])
+    table = CostTable([1, 64, 512], [1, 8, 32], [[4, 5, 8], [5, 9, 30], [9, 40, 160]])
     table.cost_ms(length=100, batch=4)      # interpolated
 """
 
@@ -66,14 +66,6 @@ class CostTable:
         self._trust = np.zeros_like(self.grid_ms)  # 1: a batch was just seen there; it fades
         self._missed = np.zeros_like(self.grid_ms)  # log of took over predicted, last time
         self._dense: dict[tuple[int, int | None], Table] = {}
-
-    @classmethod
-    def from_grid(
-        cls, lengths: Sequence[int], batches: Sequence[int], cost_ms: Sequence[Sequence[float]]
-    ) -> CostTable:
-        """Return a table of measured milliseconds. cost_ms: (lengths, batches), a row a length
-        in tokens."""
-        return cls(lengths, batches, cost_ms)
 
     @classmethod
     def from_function(
@@ -145,7 +137,7 @@ class CostTable:
             self._dense.clear()
 
     def _spread(self, nearest: tuple[int, int], log_step: float) -> None:
-        """Let nodes that are not visited follow those that are."""
+        """Move nodes that were not visited lately as those that were."""
         self._trust *= cost_learning.FORGET
         self._trust[nearest] = 1.0
         relaxing = self.observations % RELAX_EVERY == 0

@@ -8,8 +8,8 @@ names that it set::
         model(x)
     recorder.reads   ->  [(Encoder(), ["scale", "layers", ...]), (Config(), ["eps"])]
 
-Meanwhile `__getattribute__` and `__setattr__` of nn.Module, and of the classes of objects that are
-met, are replaced; other threads only pay the look whether they are the one that traces.
+While it records, `__getattribute__` and `__setattr__` of nn.Module, and of classes of objects
+that are met, are replaced; other threads only pay the look whether they are the one that traces.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class StateRecorder:
 
 @contextmanager
 def _told_of_compiles(begin: Callable[..., None], end: Callable[..., None]) -> Iterator[None]:
-    """Meanwhile call `begin` and `end` around whatever Dynamo compiles."""
+    """Call `begin` and `end` around every compilation of Dynamo, inside the context."""
     handler = import_module("torch._dynamo.callback").callback_handler
     handler.register_start_callback(begin)
     handler.register_end_callback(end)
@@ -247,8 +247,8 @@ def _told_of_compiles(begin: Callable[..., None], end: Callable[..., None]) -> I
 
 @contextmanager
 def _global_hooks_inside() -> Iterator[None]:
-    """Meanwhile hooks of every module run in this thread only while a recorder is on: what PyTorch
-    and turbotx wrap around the model for a trace are modules too."""
+    """Skip global module hooks in this thread, inside the context, unless a recorder is on: what
+    PyTorch and turbotx wrap around the model for a trace are modules too."""
     thread = threading.get_ident()
 
     def inside(hook: Callable[..., Any]) -> Callable[..., Any]:

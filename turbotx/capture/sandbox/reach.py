@@ -70,8 +70,8 @@ class Reach:
 
     @contextmanager
     def past_caches(self) -> Iterator[None]:
-        """Meanwhile this thread's calls of functions with an `lru_cache` that hand out tensors, or
-        are given sizes, pass the cache by: it is to hold nothing of a trace."""
+        """Bypass each `lru_cache` in this thread, inside the context, for calls that return tensors
+        or are given sizes: no cache may hold an object of a trace."""
         owner, replaced = threading.get_ident(), []
         for scope, name, cache in self.caches:
             raw = scope[name] if isinstance(scope, dict) else vars(scope)[name]

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from turbotx.cli.models import Source
+from turbotx.cli.output import versions
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Room:
             return []
 
     def measure(self, inputs: Path, rounds: int, count: int = 8) -> dict[str, Spread]:
-        """Let every engine run up to `count` calls in each of `rounds` rounds."""
+        """Run every engine up to `count` calls in each of `rounds` rounds."""
         times: dict[str, list[float]] = {engine: [] for engine in self.workers}
         for k in range(rounds):
             for engine in list(self.workers):
@@ -175,5 +174,4 @@ def describe_machine(threads: int) -> dict[str, Any]:
     if info.exists():
         models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
         device = models[0].partition(":")[2].strip() if models else device
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"device": device, "threads": threads, "versions": versions}
+    return {"device": device, "threads": threads, "versions": versions()}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from turbotx.runtime.cuda.queue import CudaQueue
 from turbotx.runtime.cuda.settings import math_settings
 from turbotx.runtime.cuda.weights import WeightsVersion
 from turbotx.runtime.device import Graph, GraphRecorder
+from turbotx.runtime.lru import LruDict
 from turbotx.runtime.program import Program
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
@@ -40,7 +40,7 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """A graph of one shape in one arena, and what it stands and falls with.
+    """A captured graph of one shape in one arena, and the values that it depends on.
 
     stamp: addresses, weights and settings at its capture. kept: the weights that it reads.
     """
@@ -53,15 +53,15 @@ class CapturedGraph:
 
 
 class GraphCache:
-    """The graphs of a call, at most so many, by arena and shape: the one longest unused goes first.
+    """LRU cache of a call's graphs, by arena and shape.
 
     used: shapes seen lately. recorders: one an arena, so that its graphs share temporary memory.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.used: OrderedDict[tuple[int, ...], None] = OrderedDict()
-        self.kept: OrderedDict[tuple[int, tuple[int, ...]], CapturedGraph] = OrderedDict()
+        self.used: LruDict[tuple[int, ...], None] = LruDict(4 * most)
+        self.kept: LruDict[tuple[int, tuple[int, ...]], CapturedGraph] = LruDict(most)
         self.recorders: dict[int, GraphRecorder] = {}
         self.lock = threading.Lock()
 
@@ -130,9 +130,6 @@ class CudaGraphProgram(Program):
         with self.graphs.lock:
             first = dims not in self.graphs.used
             self.graphs.used[dims] = None
-            self.graphs.used.move_to_end(dims)
-            if len(self.graphs.used) > 4 * self.graphs.most:
-                self.graphs.used.popitem(last=False)
             return first
 
     def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -179,15 +176,12 @@ class CudaGraphProgram(Program):
         key = (arena.index, binding.dims)
         stamp = (arena.data_ptr, arena.shrinks, self.runtime.weights.version, math_settings())
         with self.graphs.lock:
-            captured = self.graphs.kept.get(key)
+            captured = self.graphs.kept.find(key)
             if captured is not None and captured.stamp == stamp:
-                self.graphs.kept.move_to_end(key)
                 return captured
         captured = self._capture(arena, binding, offsets, stamp)
         with self.graphs.lock:
             self.graphs.kept[key] = captured
-            while len(self.graphs.kept) > self.graphs.most:
-                self.graphs.kept.popitem(last=False)
         return captured
 
     def _capture(

@@ -25,7 +25,7 @@ def uses_tf32() -> bool:
 
 @contextmanager
 def assume_tf32(value: bool) -> Iterator[None]:
-    """Meanwhile, in this thread, `uses_tf32` gives this value."""
+    """Make `uses_tf32` return this value in this thread, inside the context."""
     token = _assumed.set(value)
     try:
         yield
