@@ -26,14 +26,16 @@ import torch
 
 from turbotx.ir.expr import Expr, product
 
+PARALLEL, REDUCTION = "parallel", "row"  # these texts are part of digests, as of tuned kernels
+
 
 @dataclass(frozen=True)
 class Axis:
-    """A loop: `name`, number of iterations, and "parallel" or "row" (reduced over)."""
+    """A loop: `name`, number of iterations, and PARALLEL or REDUCTION, over which values reduce."""
 
     name: str
     extent: Expr
-    kind: str = "parallel"
+    kind: str = PARALLEL
 
     @property
     def symbol(self) -> sympy.Symbol:
@@ -226,12 +228,12 @@ class Kernel:
     @property
     def rows(self) -> tuple[Axis, ...]:
         """The parallel axes: one iteration computes one row of every output."""
-        return tuple(a for a in self.axes if a.kind == "parallel")
+        return tuple(a for a in self.axes if a.kind == PARALLEL)
 
     @property
     def columns(self) -> tuple[Axis, ...]:
         """The axes that reductions run over, in order."""
-        return tuple(a for a in self.axes if a.kind == "row")
+        return tuple(a for a in self.axes if a.kind == REDUCTION)
 
     @property
     def sizes(self) -> tuple[str, ...]:

@@ -269,7 +269,7 @@ def test_index_outside_its_table_is_reported_and_not_read() -> None:
 
 def long_sum() -> ir.Kernel:
     n, rows = dim("n"), dim("rows")
-    axes = (ir.Axis("row", rows), ir.Axis("col", n, "row"))
+    axes = (ir.Axis("row", rows), ir.Axis("col", n, ir.REDUCTION))
     place = axes[0].symbol * n + axes[1].symbol
     return ir.Kernel(
         "long_sum",

@@ -139,9 +139,12 @@ class Lowering(Scalarizer):
         self.body.append(ir.Store(ir.Access(name, sympy.expand(offset)), value.name))
 
     def _kernel(self, name: str, sources: Sequence[str]) -> Lowered:
-        kinds = {n: "row" if n in self.loops.rows else "parallel" for n in self.loops.axes}
-        axes = [ir.Axis(n, e, kinds[n]) for n, e in self.loops.axes.items()]
-        ordered = [a for a in axes if a.kind == "parallel"]
+        rows = self.loops.rows
+        axes = [
+            ir.Axis(n, e, ir.REDUCTION if n in rows else ir.PARALLEL)
+            for n, e in self.loops.axes.items()
+        ]
+        ordered = [a for a in axes if a.kind == ir.PARALLEL]
         ordered += [next(a for a in axes if a.name == n) for n in self.loops.rows]
         stored = set(self.outputs)
         params = tuple(
@@ -151,7 +154,7 @@ class Lowering(Scalarizer):
         kernel = ir.Kernel(name, params, tuple(ordered), tuple(self.body), tuple(sources))
         kernel, kept = tidy(join_moments(kernel))
         operands = tuple(n for n, p in self.params.items() if p in kept)
-        elements = product([a.extent for a in axes if a.kind == "parallel"])
+        elements = product([a.extent for a in axes if a.kind == ir.PARALLEL])
         needed = {
             r if is_nonnegative(elements - 1) else sympy.Max(r, -elements): text
             for r, text in self.requirements.items()  # a kernel without elements needs nothing
