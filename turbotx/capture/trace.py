@@ -37,6 +37,7 @@ from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.casts import write_casts
 from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_without
 from turbotx.capture.eager import ASKED, ORDER, find_shown, note_layouts
+from turbotx.capture.eager_layouts import eager_layouts
 from turbotx.capture.flat_call import FlatCall
 from turbotx.capture.guards import (
     Guard,
@@ -261,7 +262,7 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings(), _no_fake_cache():
         warnings.simplefilter("ignore")
-        with SizeTensors(), IdleDropout(), sizes_from_one(), python_operators():
+        with SizeTensors(), IdleDropout(), eager_layouts(), sizes_from_one(), python_operators():
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
