@@ -1,4 +1,4 @@
-"""Host random: numbers that forward draws outside of PyTorch, which a trace would keep for good.
+"""Host random: finds random numbers drawn outside of PyTorch, which a trace would freeze.
 
 In: a function that runs the model's Python code. Out: where it drew from Python's `random`, from
 NumPy, or from a generator of the user's own; "" where it did not, for example::

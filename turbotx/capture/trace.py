@@ -1,4 +1,4 @@
-"""Capture: a module and one call's inputs become an fx graph of ATen ops with symbolic sizes.
+"""Capture: traces a module and one call's inputs to an fx graph of ATen ops with symbolic sizes.
 
 In: an nn.Module and example args/kwargs. Out: a `Captured` whose graph reads parameters by
 their own names (`get_attr`), takes the call's tensors as placeholders, and whose every size is
@@ -58,7 +58,7 @@ from turbotx.capture.input_names import find_hints, name_dims, name_inputs
 from turbotx.capture.module_state.environment import watch_environment
 from turbotx.capture.module_state.identity import equal_to
 from turbotx.capture.module_state.record import StateRecord, find_model_names, make_record
-from turbotx.capture.module_state.recorder import Recorder
+from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.returned import put_constants
@@ -123,6 +123,7 @@ class Captured:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of ATen ops, which passes rewrite in place."""
         return self.graph_module.graph
 
     @cached_property
@@ -159,7 +160,7 @@ def capture(
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     ambient = read_ambient()
     with tracing(), quiet_torch():
-        recorder = Recorder()
+        recorder = StateRecorder()
         with recorder.installed(), no_autocast_cache(), watch_reads(ambient) as asked:
             code_names = find_model_names(model, recorder)
             flat = FlatCall(model, leaves, spec, recorder)
@@ -228,7 +229,7 @@ def _export_widened(
         if varying in tried:
             continue
         tried.append(varying)
-        for attention in _attentions(tensors):
+        for attention in attention_kernels(tensors):
             try:
                 with attention(), equal_to(flat.recorder.find_own), flat.seen.held():
                     return _export(flat, examples, varying)
@@ -242,7 +243,7 @@ def _export_widened(
     raise capture_error(name, first) from first
 
 
-def _attentions(
+def attention_kernels(
     tensors: Sequence[torch.Tensor],
 ) -> Sequence[Callable[[], AbstractContextManager[object]]]:
     """Return how PyTorch may choose attention's kernel meanwhile, in the order to be tried.

@@ -1,4 +1,4 @@
-"""Assembly: a program before it is bound to any machine, as `assemble` makes it.
+"""Assembly: launches and named tensors of a program, before it is bound to parameters and memory.
 
 In: nothing. Out: tensors by name, launches in order, and what a call returns, for example::
 
