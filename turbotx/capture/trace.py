@@ -47,9 +47,16 @@ from turbotx.capture.guards import (
     guard_sizes,
     guard_squeezed,
 )
-from turbotx.capture.host_random import find_draws, look_at_generators, watch_entropy
+from turbotx.capture.host_random import (
+    find_draws,
+    look_at_generators,
+    refuse_seeding,
+    watch_entropy,
+)
 from turbotx.capture.idle_dropout import IdleDropout
 from turbotx.capture.input_names import find_hints, name_dims, name_inputs
+from turbotx.capture.module_state.environment import watch_environment
+from turbotx.capture.module_state.identity import equal_to
 from turbotx.capture.module_state.record import StateRecord, find_model_names, make_record
 from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.quiet import quiet_torch
@@ -158,11 +165,12 @@ def capture(
             code_names = find_model_names(model, recorder)
             flat = FlatCall(model, leaves, spec, recorder)
             before = look_at_generators()
-            with watch_entropy() as drawn:
+            with watch_entropy() as drawn, watch_environment() as variables, refuse_seeding():
                 exported = _export_with_floats(flat, tensors, least, fixed, name)
             moved = look_at_generators() != before
         with without_autocast():
             captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))
+        code_names.places |= {place.key: place for place in variables.values()}
         state = make_record(model, recorder, code_names, captured.effects)
         if not drawn and ((generators := recorder.find_moved()) or moved):
             again = partial(_export_with_relations, flat, tensors, least, fixed, name)
@@ -223,7 +231,7 @@ def _export_widened(
         tried.append(varying)
         for attention in attention_kernels(tensors):
             try:
-                with attention(), flat.seen.held():
+                with attention(), equal_to(flat.recorder.find_own), flat.seen.held():
                     return _export(flat, examples, varying)
             except Exception as error:
                 error = error.error if isinstance(error, Stopped) else error
