@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import turbotx
 import turbotx.runtime.program
@@ -90,3 +91,20 @@ def test_poisoned_runs_fill_what_has_died(monkeypatch: pytest.MonkeyPatch) -> No
     (compiled,) = engine_of(fast).variants()
     assert len(filled) == len(compiled.program.liveness.names)
     assert all(filled)
+
+
+@pytest.mark.parametrize("backend", ["aten", "auto"])
+def test_constants_and_parameters_that_lie_otherwise(backend: str) -> None:
+    places, table = torch.tensor([[0, 1], [1, 0], [0, 0]]).t(), torch.randn(5, 12)[:, ::2]
+
+    class Strided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(6, 5).t())
+            self.register_buffer("shift", torch.randn(1, 6).expand(5, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * self.scale + self.shift)[places] * table
+
+    model, x = Strided().eval(), torch.randn(2, 5, 6)
+    torch.testing.assert_close(turbotx.optimize(model, backend=backend)(x), model(x))

@@ -37,6 +37,7 @@ from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.casts import write_casts
 from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_without
 from turbotx.capture.eager import ASKED, ORDER, find_shown, note_layouts
+from turbotx.capture.eager_layouts import eager_layouts
 from turbotx.capture.flat_call import FlatCall
 from turbotx.capture.guards import (
     Guard,
@@ -46,7 +47,7 @@ from turbotx.capture.guards import (
     guard_sizes,
     guard_squeezed,
 )
-from turbotx.capture.host_random import find_draws, look_at_generators
+from turbotx.capture.host_random import find_draws, look_at_generators, watch_entropy
 from turbotx.capture.idle_dropout import IdleDropout
 from turbotx.capture.input_names import find_hints, name_dims, name_inputs
 from turbotx.capture.module_state.record import StateRecord, find_model_names, make_record
@@ -157,28 +158,22 @@ def capture(
             code_names = find_model_names(model, recorder)
             flat = FlatCall(model, leaves, spec, recorder)
             before = look_at_generators()
-            exported = _export_with_floats(flat, tensors, least, fixed, name)
+            with watch_entropy() as drawn:
+                exported = _export_with_floats(flat, tensors, least, fixed, name)
             moved = look_at_generators() != before
         with without_autocast():
             captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))
         state = make_record(model, recorder, code_names, captured.effects)
-        if (generators := recorder.find_moved()) or moved:
+        if not drawn and ((generators := recorder.find_moved()) or moved):
             again = partial(_export_with_relations, flat, tensors, least, fixed, name)
-            _refuse_draws(name, again, generators)
+            drawn = [where] if (where := find_draws(again, generators)) else []
+        if drawn:
+            raise CaptureError(
+                f"cannot capture {name}: it draws a number from {drawn[0]}, which a program would "
+                "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
+                "every call, or pass the number as an argument"
+            )
     return replace(captured, state=state)
-
-
-def _refuse_draws(
-    name: str, trace_again: Callable[[], object], generators: Sequence[object]
-) -> None:
-    """Raise CaptureError where a model's Python code draws random numbers of the host."""
-    drawn = find_draws(trace_again, generators)
-    if drawn:
-        raise CaptureError(
-            f"cannot capture {name}: it draws a number from {drawn}, which a program would "
-            "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
-            "every call, or pass the number as an argument"
-        )
 
 
 def _export_with_floats(
@@ -268,7 +263,7 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings(), _no_fake_cache():
         warnings.simplefilter("ignore")
-        with SizeTensors(), IdleDropout(), sizes_from_one(), python_operators():
+        with SizeTensors(), IdleDropout(), eager_layouts(), sizes_from_one(), python_operators():
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )

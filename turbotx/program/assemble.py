@@ -42,7 +42,7 @@ from turbotx.ops import OPS, takes_any_layout, why_outside
 from turbotx.passes.extract import extract
 from turbotx.passes.outputs import copied_leaves
 from turbotx.passes.partition import kind_of, op_name
-from turbotx.program.assembly import Assembly, dense
+from turbotx.program.assembly import Assembly, dense, whole
 from turbotx.program.cache_stores import describe_store
 from turbotx.program.copies import lay_out, lay_out_returned, show_by_strides
 
@@ -180,7 +180,7 @@ class _Assembler:
             self.out.requirements += lowered.requirements
 
     def _whole(self, node: fx.Node) -> ir.Operand:
-        return dense(self.out.tensors[self._tensor(node)])
+        return whole(node, self.out.tensors[self._tensor(node)])
 
     def _place(self, node: fx.Node, base: str, source: str = "") -> dict[str, Any]:
         """Return the name of the launch that makes a node, and where it comes from."""
