@@ -68,7 +68,7 @@ def capture_error(name: str, error: Exception) -> CaptureError:
     return CaptureError(
         f"cannot capture {name}{where}\n  {type(error).__name__}: {seen[0]}\n"
         "  Where the same call of the plain model fails too, its arguments do not fit the model. "
-        "Otherwise: a call must be one graph of tensor ops, without sizes that depend on a tensor's "
-        "values and without an output that is neither a tensor nor a plain constant (for a decoder "
-        f"pass use_cache=False); {BREAKS}"
+        "Otherwise: a call must be one graph of tensor ops, without sizes that depend on values of "
+        "tensors and without an output that is neither a tensor nor a plain constant (for a "
+        f"decoder pass use_cache=False); {BREAKS}"
     )
