@@ -1,4 +1,4 @@
-"""Engine: captures and runs the calls of one model; it stands behind everything `optimize` makes.
+"""Engine: the per-model cache of compiled variants behind `turbotx.optimize`.
 
 In: a model and options. Out: the model's outputs, from one compiled variant per kind of call
 (which arguments, dtypes, ranks, flags) that serves any sizes::
@@ -59,6 +59,7 @@ from turbotx.runtime.cpu.launch_table import start_runtime
 from turbotx.runtime.cuda.absent_device import absent_device
 from turbotx.runtime.device import Device
 from turbotx.runtime.gc_pause import pause_gc
+from turbotx.runtime.lru import LruDict
 from turbotx.runtime.placement import find_device, open_device, target_of
 from turbotx.runtime.program import Program
 
@@ -69,7 +70,7 @@ MOST_CHANGES = 8
 
 
 class Engine(EagerCalls):
-    """Captures and runs the calls of one model; it stands behind every kind of target."""
+    """Captures, compiles and runs the calls of one model; thread-safe."""
 
     guards_state = True
     """Whether captures are checked against the model's attributes, hooks and globals."""
@@ -87,17 +88,19 @@ class Engine(EagerCalls):
         """Forget every capture, as after `.to(...)`; the next call captures again."""
         with self._lock:
             self._variants: dict[Any, list[Variant]] = {}
-            self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
+            self._bound: LruDict[Any, tuple[Variant, Program, Binding]]
+            self._bound = LruDict(self.options.max_shapes)
             self._pools: dict[torch.device, ChunkPool] = {}
             self._recaptures = Recaptures()
             self._refused: dict[Any, CaptureError] = {}
             self.parts: dict[str, Any] = {}
-            self._asked: tuple[int, ...] = ()
-            """What the traces asked PyTorch for: places in `ambient.NAMES`."""
+            self._asked: tuple[int, ...] = ()  # what traces asked for, places in `ambient.NAMES`
 
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the model's output for a call; captures and compiles where nothing serves it
+        yet."""
         run = self.run_flat
         if torch.autograd._profiler_enabled():
             run = record_function(f"turbotx: {type(self.model).__name__}")(run)
@@ -106,13 +109,11 @@ class Engine(EagerCalls):
         except UndecidedError as error:
             self.count_eager(str(error))
             return self.run_plainly(args, kwargs)
-        return pytree.tree_unflatten(outputs, variant.out_spec)
+        return variant.build_output(outputs)
 
     def run_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
-        """Run a call; return what served it, and the leaves of its output.
-
-        Raises UndecidedError where decisions by values come out as no program takes them.
-        """
+        """Run a call; return what served it, and the leaves of its output. Raises UndecidedError
+        where decisions by values come out as no program takes them."""
         outcomes: Outcomes = ()
         for _ in range(MOST_CHANGES):
             variant, program, binding, tensors = self.check(args, kwargs, outcomes)
@@ -139,7 +140,11 @@ class Engine(EagerCalls):
         with self._lock:
             for variants in self._variants.values():
                 variants[:] = [v for v in variants if v is not variant]
-            self._bound = {k: b for k, b in self._bound.items() if b[0] is not variant}
+            self._unbind(variant)
+
+    def _unbind(self, variant: Variant) -> None:
+        for shapes in [k for k, b in self._bound.items() if b[0] is variant]:
+            del self._bound[shapes]
 
     def refresh(self) -> None:
         """Derive from the parameters again at the next call, whatever they are now."""
@@ -210,10 +215,8 @@ class Engine(EagerCalls):
             with named_failures(type(self.model).__name__):
                 program = variant.compiled.at(dims).program
                 binding = program.bind(dims)
-            if len(self._bound) >= self.options.max_shapes:
-                self._bound.pop(next(iter(self._bound)))
-            self._bound[shapes] = (variant, program, binding)
-            return self._bound[shapes]
+            found = self._bound[shapes] = (variant, program, binding)
+            return found
 
     def _find(
         self, key: Any, tensors: list[torch.Tensor], args: tuple[Any, ...],
@@ -225,9 +228,7 @@ class Engine(EagerCalls):
         for variant in sorted(known, key=Variant.recency):
             dims = variant.matcher.match([t.shape for t in tensors])
             captured = variant.compiled.captured
-            if dims is None or not captured.holds_in(ambient) or not captured.takes(tensors):
-                continue
-            if outcomes and not captured.follows(outcomes):
+            if dims is None or not captured.serves(ambient, tensors, outcomes):
                 continue
             if variant.holds():
                 return variant, dims
@@ -257,7 +258,7 @@ class Engine(EagerCalls):
             )
         known.append(variant)
         asked = {*self._asked, *variant.compiled.captured.asked}
-        if len(asked) > len(self._asked):  # from now on a part of what calls are told apart by
+        if len(asked) > len(self._asked):  # from now on a part of every call's key
             self._asked = tuple(sorted(asked))
             self._bound.clear()
         variant.used = next(self._calls)
@@ -284,7 +285,7 @@ class Engine(EagerCalls):
                 type(self.model).__name__, self.options.max_variants,
             )  # fmt: skip
             self._variants[key].remove(variant)
-            self._bound = {k: x for k, x in self._bound.items() if x[0] is not variant}
+            self._unbind(variant)
 
     def make(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
@@ -362,6 +363,7 @@ class Engine(EagerCalls):
             return [(key, v) for key, variants in self._variants.items() for v in variants]
 
     def variants(self) -> list[Compiled]:
+        """Return every compiled capture, in the order of their making within a kind of call."""
         with self._lock:
             return [v.compiled for variants in self._variants.values() for v in variants]
 
@@ -391,9 +393,7 @@ class Engine(EagerCalls):
             unknown = set(dims) - set(program.dims)
             if unknown:
                 known = ", ".join(program.dims)
-                raise InputError(
-                    f"reserve has no dim {sorted(unknown)}; this capture's are {known}"
-                )
+                raise InputError(f"reserve has no dim {sorted(unknown)}; this capture has {known}")
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
             program = compiled.at(values).program
             program.reserve(program.bind(values))

@@ -1,4 +1,4 @@
-"""Variant: one capture of a call, and what it serves.
+"""Variant: one capture of a call with its guards.
 
 In: a compiled call. Out: its program, which sizes it serves, and whether what it read of the
 model's attributes and of globals still holds::
@@ -19,6 +19,7 @@ import torch
 from turbotx.capture.decisions import Outcomes, UndecidedError, describe_last
 from turbotx.capture.module_state.record import Difference
 from turbotx.engine.compiled import Compiled
+from turbotx.engine.output_builder import OutputBuilder
 from turbotx.engine.state_guard import StateGuard
 from turbotx.errors import CaptureError
 from turbotx.runtime.tensor_watch import start_native_watch
@@ -42,6 +43,7 @@ class Variant:
         self.program = compiled.program
         self.matcher = compiled.captured.matcher
         self.out_spec = compiled.captured.out_spec
+        self.build_output = OutputBuilder(self.out_spec)
         self.effects, self.decisions = compiled.captured.effects, compiled.captured.decisions
         self.looks_back = bool(self.effects) or self.decisions is not None
         """Whether something follows a run, beside returning its results."""
