@@ -6,7 +6,8 @@ what happens to the scores in between as scale, softcap, bias and mask, for exam
     softmax(where(ok, tanh(q @ k.mT / 32) * 8 + bias, -inf)) @ v
         ->  scale=0.25, softcap=8, bias=bias, mask=ok, blind_nan
 
-Scores may pass between (batch, heads, q, k) and (batch * heads, q, k), and between dtypes.
+Scores may have one more column, of sinks, that no value is for. They may pass between (batch,
+heads, q, k) and (batch * heads, q, k), and between dtypes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr
 from turbotx.ir.views import VIEWS
 from turbotx.passes.operands import number_in
-from turbotx.passes.scores import Found, Step, read_steps, without_factors
+from turbotx.passes.scores import Found, Step, read_steps, with_sinks, without_factors
 
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
@@ -40,8 +41,10 @@ def read_chain(node: fx.Node) -> Found | None:
     v: Any = node.args[1]
     x: Any = node.args[0]
     ranked: list[fx.Node] = []
+    sunk, sinks = False, None
     while not g.is_call(x, *SOFTMAXES):
-        inner = _plain(x)
+        sunk = sunk or is_all_but_last(x)
+        inner = x.args[0] if is_all_but_last(x) else _plain(x)
         if inner is None or len(x.users) > 1:
             return None
         ranked.append(x)
@@ -50,8 +53,13 @@ def read_chain(node: fx.Node) -> Found | None:
         return None
     steps: list[Step] = []
     x = x.args[0]
+    if sunk:
+        below = _below_sinks(x)
+        if below is None:
+            return None
+        x, sinks = below
     while not g.is_call(x, *PRODUCTS):
-        peeled = _peel(x) if g.is_tensor(x) and len(x.users) == 1 else None
+        peeled = _peel(x) if g.is_tensor(x) and _is_read_once(x) else None
         if peeled is None:
             return None
         ranked.append(x)
@@ -61,7 +69,8 @@ def read_chain(node: fx.Node) -> Found | None:
         return None
     with node.graph.inserting_before(node):
         heads = _Heads.of(x, v, [*ranked, x, node])
-        return None if heads is None else _read_in_heads(node, heads, x, v, steps)
+        found = None if heads is None else _read_in_heads(node, heads, x, v, steps)
+        return found if found is None or sinks is None else with_sinks(node, found, sinks)
 
 
 def _read_in_heads(
@@ -108,6 +117,12 @@ def _peel(x: Any) -> tuple[fx.Node, Step | None] | None:
     rank = len(g.shape(x))
     if g.is_call(x, aten.tanh.default):
         return x.args[0], Step("tanh", rank)
+    if is_shifted(x):
+        return x.args[0], None
+    if g.is_call(x, aten.maximum.default):
+        a, b = x.args if number_in(x.args[0]) is None else reversed(x.args)
+        least = number_in(b) == torch.finfo(g.dtype(x)).min and g.dtype(a) == g.dtype(x)
+        return (a, Step("floor", rank, number_in(b))) if least else None
     if g.is_call(x, aten.mul.Tensor, aten.div.Tensor):
         return _peel_factor(x, rank)
     if g.is_call(x, aten.add.Tensor, aten.sub.Tensor):
@@ -164,7 +179,7 @@ def _hiding(
 
 def _reaches(x: Any) -> bool:
     """Tell whether `x` is scores: whether a product is found by peeling."""
-    while g.is_tensor(x) and len(x.users) == 1:
+    while g.is_tensor(x) and _is_read_once(x):
         if g.is_call(x, *PRODUCTS):
             return True
         peeled = _peel(x)
@@ -172,6 +187,56 @@ def _reaches(x: Any) -> bool:
             return False
         x = peeled[0]
     return False
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def _is_read_once(x: fx.Node) -> bool:
+    """Tell whether one call reads `x`, and the largest of its rows, which it is shifted by."""
+    return sum(not (g.is_call(u, aten.amax.default) and _shifts(u, x)) for u in x.users) == 1
+
+
+def _shifts(largest: fx.Node, x: fx.Node) -> bool:
+    reader = next(iter(largest.users))
+    if g.is_call(reader, aten.unsqueeze.default) and len(largest.users) == 1:
+        largest, reader = reader, next(iter(reader.users))
+    return len(largest.users) == 1 and is_shifted(reader) and reader.args[0] is x
+
+
+def is_shifted(x: Any) -> bool:
+    """Tell whether `x` is scores less the largest of their row, of which softmax gives the same."""
+    if not g.is_call(x, aten.sub.Tensor) or x.kwargs:
+        return False
+    scores, largest = x.args
+    rank = len(g.shape(x))
+    if g.is_call(largest, aten.unsqueeze.default) and largest.args[1] in (-1, rank - 1):
+        largest = largest.args[0]
+    if not g.is_call(largest, aten.amax.default) or largest.args[0] is not scores:
+        return False
+    return list(largest.args[1]) in ([-1], [rank - 1])
+
+
+def is_all_but_last(x: Any) -> bool:
+    """Tell whether `x` is a tensor without the last element of each row."""
+    if not g.is_call(x, aten.slice.Tensor) or len(g.shape(x)) != 4:
+        return False
+    dim, start, end, step = (g.argument(x, name) for name in ("dim", "start", "end", "step"))
+    return dim in (-1, 3) and start in (0, None) and (end, step) == (-1, 1)
+
+
+def _below_sinks(x: Any) -> tuple[fx.Node, fx.Node] | None:
+    """Return scores, and the tensor of one number a head that stands behind each of their rows."""
+    while is_shifted(x) and _is_read_once(x):
+        x = x.args[0]
+    if not g.is_call(x, aten.cat.default) or not _is_read_once(x) or len(x.args[0]) != 2:
+        return None
+    scores, sinks = x.args[0]
+    while g.is_call(sinks, aten.expand.default):
+        sinks = sinks.args[0]
+    if x.args[1:] not in ((-1,), (3,)) or g.dtype(scores) != g.dtype(sinks):
+        return None
+    return (scores, sinks) if g.shape(sinks) == (1, g.shape(scores)[1], 1, 1) else None
 
 
 # --- heads ------------------------------------------------------------------------------------
