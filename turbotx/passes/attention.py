@@ -56,9 +56,10 @@ def recognize_attention(graph: fx.Graph, way: str = "auto") -> None:
             with graph.inserting_before(node):
                 found = _take_scales(_part_mask(node, found))
                 new = write(node, found)
-                new = g.emit(node, aten.permute.default, new, [0, 2, 1, 3])
-                if len(g.shape(node)) == 3:
-                    new = g.emit(node, aten.flatten.using_ints, new, 0, 1)
+                if found.show is not None:
+                    new = found.show(new)
+                else:
+                    new = g.emit(node, aten.permute.default, new, [0, 2, 1, 3])
             g.replace(node, new)
 
 

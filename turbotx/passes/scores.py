@@ -10,7 +10,7 @@ scale, softcap, bias and mask that come to the same, or None where no attention 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,8 @@ class Found:
     q, k, v: (batch, heads, length, head_dim). mask: boolean, or itself a bias. softcap: cap(x) is
     softcap * tanh(x / softcap), and x where it is 0. blind_nan: a query that sees no key gets NaN
     instead of zeros; blind_mean: the mean of the values. bias: beside a mask that is boolean.
-    sinks: float32 (heads,), one more score of each query, that no value is for.
+    sinks: float32 (heads,), one more score of each query, that no value is for. show: returns the
+    result (batch, q_len, heads, head_dim) as the call that it replaces; None for sdpa's dims.
     """
 
     q: fx.Node
@@ -44,6 +45,7 @@ class Found:
     blind_mean: bool = False
     softcap: float = 0.0
     sinks: fx.Node | None = None
+    show: Callable[[fx.Node], fx.Node] | None = None
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,10 @@ class _Assembler:
         self._require_equal("q's and k's batch", q.shape[0], k.shape[0])
         self._require_equal("k's and v's batch", k.shape[0], v.shape[0])
         self._require_equal("k's and v's length", k.shape[2], v.shape[2])
+        if added is not None:
+            scores = (*q.shape[:3], k.shape[2])
+            for given, size in zip(reversed(added.shape), reversed(scores), strict=False):
+                self._require_equal("a bias of attention and its scores", given, size)
         out = self._whole(node)
         kernel, sizes = describe_attention((q, k, v, out), shown, added, sunk, node.kwargs)
         place = self._place(node, "attention")
