@@ -10,6 +10,7 @@ from torch import nn
 import turbotx
 from tests.kernels.cpp.cpp_probe import needs_compiler
 from tests.models import assert_as_exact_as_eager, in_double
+from turbotx.engine.optimize import engine_of
 
 WIDTH, HEADS = 8, 2
 
@@ -59,7 +60,7 @@ class Blocks(nn.Module):
 
 
 def kinds(fast) -> list[str]:
-    compiled = fast._engine.variants()[0]
+    compiled = engine_of(fast).variants()[0]
     return [launch.kind for launch in compiled.assembly.launches]
 
 
@@ -92,22 +93,29 @@ def test_blocks_beside_each_other_by_einsum() -> None:
     assert kinds(fast).count("attention") == 1
 
 
-@pytest.mark.parametrize(("keys", "bias"), [((2, 3, 4), (1, 3, 4)), ((1, 3, 4), (1, 1, 4))])
-def test_what_varies_over_some_of_the_merged_dims_stays(keys, bias) -> None:
-    def attend(q, k, bias):
-        return (q @ k.mT + bias).softmax(-1) @ k
+class Biased(nn.Module):
+    def __init__(self, bias: tuple[int, ...]) -> None:
+        super().__init__()
+        self.into, self.bias = nn.Linear(6, WIDTH), nn.Parameter(torch.randn(*bias, 5, 5))
 
-    inputs = torch.randn(2, 3, 4, 5, 8), torch.randn(*keys, 5, 8), torch.randn(*bias, 5, 5)
-    fast = turbotx.optimize(attend, backend="aten")
-    torch.testing.assert_close(fast(*inputs), attend(*inputs))
-    assert "attention" not in kinds(fast)
+    def forward(self, x, y):
+        q, k = self.into(x), self.into(y)
+        return (q @ k.mT + self.bias).softmax(-1) @ k
 
 
-def test_a_bias_of_none_of_the_merged_dims_is_one_for_all() -> None:
-    def attend(q, bias):
-        return (q @ q.mT + bias).softmax(-1) @ q
-
-    inputs = torch.randn(2, 3, 4, 5, 8), torch.randn(4, 5, 5)
-    fast = turbotx.optimize(attend, backend="aten")
-    torch.testing.assert_close(fast(*inputs), attend(*inputs))
-    assert "attention" in kinds(fast)
+@pytest.mark.parametrize(
+    ("keys", "bias", "found"),
+    [
+        ((2, 3, 4), (4,), True),
+        ((2, 3, 4), (), True),
+        ((2, 3, 4), (1, 3, 4), False),
+        ((1, 3, 4), (1, 1, 4), False),
+    ],
+)
+def test_operands_vary_over_all_of_the_merged_dims_or_none(keys, bias, found) -> None:
+    module = Biased(bias).eval()
+    inputs = torch.randn(2, 3, 4, 5, 6), torch.randn(*keys, 5, 6)
+    fast = turbotx.optimize(module, backend="aten")
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*inputs), module(*inputs))
+    assert ("attention" in kinds(fast)) == found

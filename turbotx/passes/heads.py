@@ -81,10 +81,12 @@ class Heads:
 
     @property
     def batch(self) -> Expr:
+        """How many batches of heads there are: the product of all dims but heads."""
         return product([n for d, n in enumerate(self.lead) if d != self.axis])
 
     @property
     def heads(self) -> Expr:
+        """How many heads there are."""
         return self.lead[self.axis]
 
     def split(self, x: Any) -> Any:
