@@ -31,6 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from http_load import Load, send_trace
+from serving_clients import measure_clients
 from serving_process import LONGEST, serving, sleeping_costs
 from slices import Later, Slices
 
@@ -321,7 +322,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("experiment", choices=["sleep", "minilm", "overload"])
+    parser.add_argument("experiment", choices=["sleep", "minilm", "overload", "clients"])
     parser.add_argument("--count", type=int, help="requests (sleep 800 and 1200, minilm 400)")
     parser.add_argument("--seconds", type=float, default=120.0, help="of overload")
     parser.add_argument("--load", type=float, default=0.9, help="of the peer's throughput")
@@ -356,6 +357,9 @@ def run(asked: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
     elif asked.experiment == "overload":
         slices = Slices(out, {"seconds": asked.seconds}, asked.limit_s, asked.redo)
         overload(slices, asked.seconds)
+    elif asked.experiment == "clients":
+        slices = Slices(out, {"seconds": asked.seconds}, asked.limit_s, asked.redo)
+        measure_clients(slices, asked.seconds)
     else:
         count = asked.count or 400
         parameters = {"count": count, "load": asked.load, "threads": asked.threads}

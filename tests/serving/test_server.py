@@ -24,7 +24,7 @@ from tests.serving.conftest import (
 )
 from tests.serving.test_app import classifier
 from turbotx.cli.models import ModelError
-from turbotx.cli.serve import serve_model
+from turbotx.cli.serve import serve_model, wait_briefly
 from turbotx.serving.engine import Head
 from turbotx.serving.server import run, serve
 from turbotx.serving.service import ModelFailed
@@ -222,3 +222,14 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(unused_port, monkeypat
 
 def metrics_of(url):
     return httpx.get(f"{url}/metrics").text
+
+
+def test_openmp_is_told_to_wait_briefly_before_torch_is_loaded():
+    code = "import turbotx.cli.serve, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    for given, wanted in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        wait_briefly(given)
+        assert given == {"GOMP_SPINCOUNT": wanted}
+    chosen = {"OMP_WAIT_POLICY": "active"}
+    wait_briefly(chosen)
+    assert chosen == {"OMP_WAIT_POLICY": "active"}

@@ -27,15 +27,14 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from turbotx.serving import routes, schemas
-from turbotx.serving.incoming import check_key, check_shape, read_body, read_id, read_scope
+from turbotx.serving.bodies import SMALL_NBYTES, Shape, read_body
+from turbotx.serving.incoming import check_key, read_id, read_scope
 from turbotx.serving.openapi import Endpoint, array_of, describe_api, describe_in_html, record
 from turbotx.serving.refusals import BadInput, Missing, Refusal, TimedOut
 from turbotx.serving.service import Facts, Service
 from turbotx.serving.tracing import find_tracer, open_span
 
 log = logging.getLogger(__name__)
-
-SMALL_NBYTES = 65_536  # of a body: decoded within a millisecond, whatever is in it
 
 NUMBERS = array_of({"type": "number"})
 COMPUTING = (
@@ -191,23 +190,22 @@ async def _answer(
     service: Service, endpoint: Endpoint, decoder: Any, request: Request, facts: Facts
 ) -> Response:
     check_key(service.settings, request)
-    settings = service.settings
-    text = await read_body(request, settings, service.left)
-    dispatcher = service.dispatcher  # refuses while there is none
-    scope = replace(read_scope(request, dispatcher.now_ms()), facts=facts)
-    if dispatcher.full(scope.priority):  # before any work is spent on it
-        raise dispatcher.refuse_busy()
-    items = settings.max_client_batch
-    if len(text) > SMALL_NBYTES:
-        check_shape(text, items, items * service.model.info.max_length)
-    try:
-        body = decoder.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"the body is not what {endpoint.path} takes: {error}") from error
-    found = await _while_connected(
-        request, endpoint.handler(service, body, scope), service.settings.timeout_ms
-    )
-    return _json(found)
+    settings, items = service.settings, service.settings.max_client_batch
+    with service.bodies.hold() as held:
+        shape = Shape(items, items * service.model.info.max_length)
+        text = await read_body(request, settings, service.left, service.bodies, held, shape)
+        dispatcher = service.dispatcher  # refuses while there is none
+        scope = replace(read_scope(request, dispatcher.now_ms()), facts=facts)
+        if dispatcher.full(scope.priority):  # before any work is spent on it
+            raise dispatcher.refuse_busy()
+        try:
+            large = len(text) > SMALL_NBYTES
+            body = await service.apart(decoder.decode, text) if large else decoder.decode(text)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadInput(f"the body is not what {endpoint.path} takes: {error}") from error
+        del text  # the record has its parts
+        work = endpoint.handler(service, body, scope)
+        return _json(await _while_connected(request, work, settings.timeout_ms))
 
 
 async def _while_connected(request: Request, work: Any, timeout_ms: float) -> Any:

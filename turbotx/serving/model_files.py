@@ -97,11 +97,10 @@ def load_model(
         info = replace(info, revision=f"{info.revision}-{_digest([weights], weights.parent)}")
     if backend == "turbotx":
         # Not at the top: a process that only tokenizes compiles nothing.
-        from turbotx.engine.optimize import optimize
-        from turbotx.serving.kept_program import KeptProgram, program_file
+        from turbotx.serving.kept_program import KeptProgram, compiled, program_file
 
         if programs is None or device != "cpu":  # for a GPU, writing it takes half a minute
-            module = optimize(module)
+            module = compiled(module)
         else:
             module = KeptProgram(module, program_file(programs, info, module))
     engine = TorchEngine(module, info.head, loaded.pad_id, loaded.takes_types, device)

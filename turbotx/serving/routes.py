@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -46,6 +47,7 @@ from turbotx.serving.service import Reading, Scope, Service
 from turbotx.serving.tokens import TokenRow
 
 Vector = NDArray[np.float32]
+MANY_NUMBERS = 16_384  # written in a few ms
 
 
 async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) -> EmbeddingsResponse:
@@ -54,21 +56,24 @@ async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) ->
     rows = await read_inputs(service, body.input, scope, Reading())
     vectors = await service.compute(rows, scope)
     finished = finish(vectors, head.normalize, body.dimensions)
-    encode = _to_base64 if body.encoding_format == "base64" else _to_list
+    if body.encoding_format == "base64":
+        written: list[Any] = [_to_base64(v) for v in finished]
+    else:
+        written = await write_rows(service, finished)
     tokens = sum(len(row) for row in rows)
     return EmbeddingsResponse(
-        [EmbeddingItem(encode(v), i) for i, v in enumerate(finished)],
+        [EmbeddingItem(v, i) for i, v in enumerate(written)],
         service.model.info.name,
         Usage(tokens, tokens),
     )
 
 
-async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[list[float]]:
+async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[Any]:
     head = require_head(service, "embedding")
     rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
     normalize = head.normalize if body.normalize is None else body.normalize
     vectors = await service.compute(rows, scope)
-    return [v.tolist() for v in finish(vectors, normalize, body.dimensions)]
+    return await write_rows(service, finish(vectors, normalize, body.dimensions))
 
 
 async def similarity(service: Service, body: SimilarityRequest, scope: Scope) -> list[float]:
@@ -279,6 +284,17 @@ def finish(vectors: Sequence[Vector], normalize: bool, dimensions: int | None) -
     return normalize_rows(stacked) if normalize else stacked
 
 
+async def write_rows(service: Service, rows: Vector | Sequence[Vector]) -> list[Any]:
+    """The rows as lists; many numbers as JSON already, one row at a time off the event loop."""
+    if sum(row.size for row in rows) <= MANY_NUMBERS:
+        return [row.tolist() for row in rows]
+
+    def write() -> list[Any]:
+        return [msgspec.Raw(msgspec.json.encode(row.tolist())) for row in rows]
+
+    return await service.apart(write)
+
+
 def rank_labels(logits: Vector, head: Head, function: str | None) -> list[Prediction]:
     """Scores, best first: none, sigmoid or softmax of the logits, or what the model is for."""
     if function is None:
@@ -296,10 +312,6 @@ def rank_labels(logits: Vector, head: Head, function: str | None) -> list[Predic
 
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-def _to_list(vector: Vector) -> list[float]:
-    return list(vector.tolist())
 
 
 def _to_base64(vector: Vector) -> str:

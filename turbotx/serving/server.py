@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import socket
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +30,7 @@ from turbotx.serving.service import Service
 from turbotx.serving.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
+SWITCH_S = 0.001  # the event loop waits this long for other threads' Python at each of its turns
 
 
 def serve(
@@ -60,6 +62,8 @@ def serve(
     log_as_json(log_level)
     if not checked.api_keys and host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("no API key is asked for, and %s may be reached by others", host)
+    # The pool has threads of its own; tokenizers' would take the engine's cores too.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     listener = open_port(host, port)  # before the model is loaded, which takes much longer
     loaded = load_model(
         model, backend=backend, device=device, dtype=dtype, weights=weights, max_length=max_length,
@@ -93,6 +97,7 @@ def run(
         timeout_keep_alive=75, timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1e3),
         http=make_protocol(limits),
     )  # fmt: skip
+    sys.setswitchinterval(SWITCH_S)
     GracefulServer(config, service, limits).run([listener])
     if service.failure is not None:
         raise service.failure

@@ -16,14 +16,16 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from turbotx.errors import TurbotxError
+from turbotx.serving.bodies import BodyMemory
 from turbotx.serving.cache import ResponseCache
 from turbotx.serving.cost import CostTable
 from turbotx.serving.dispatcher import Dispatcher
@@ -42,6 +44,8 @@ from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
 State = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
 MOST_TOKENS = 32_768  # described in one answer: about 2 MB of JSON
+BODIES = 8  # of the largest size, arriving or being answered at a time
+Result = TypeVar("Result")
 
 
 class ModelFailed(TurbotxError):
@@ -101,6 +105,8 @@ class Service:
         self._costs = costs
         self._dispatcher: Dispatcher | None = None
         self._tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_body_nbytes)
+        self.bodies = BodyMemory(BODIES * settings.max_body_nbytes)
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="turbotx-large")
         self.metrics.watch(self.figures)
 
     @property
@@ -177,6 +183,15 @@ class Service:
                 with contextlib.suppress(OSError):  # a read-only folder costs a measurement
                     self._dispatcher.scheduler.costs.save(path, model=self.model.info.name)
         self._tokenizers.shutdown()
+        self._large.shutdown(wait=True)
+
+    async def apart(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Large bodies and answers, one at a time on a thread, so that the event loop goes on.
+
+        The interpreter runs one of them at a time anyway; side by side they would only take turns
+        away from everybody else.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._large, work, *arguments)
 
     async def encode(
         self,

@@ -1,7 +1,8 @@
 """Text to token ids.
 
 In: a string, or a pair of them for models that read pairs. Out: a ``TokenRow``, cut to the model's
-length or refused. Thread-safe: called from a pool, the encoder releases the interpreter lock::
+length or refused. Thread-safe: called from a pool, so ``encode_batch`` is used also for one text,
+for it releases the interpreter lock and ``encode`` does not::
 
     TextTokenizer(tokenizer, 512).encode("hello world")     # TokenRow(ids=(101, 7592, 2088, 102))
 """
@@ -117,7 +118,8 @@ class TextTokenizer:
 
     def _encode_text(self, first: str, second: str | None, special: bool = True) -> Any:
         try:
-            return self._tokenizer.encode(first, second, add_special_tokens=special)
+            pair = first if second is None else (first, second)
+            return self._tokenizer.encode_batch([pair], add_special_tokens=special)[0]
         except (TypeError, UnicodeError) as error:  # lone surrogates, which JSON can carry
             raise BadInput("an input is not valid Unicode text") from error
 
@@ -133,8 +135,8 @@ class TextTokenizer:
 
     def _shorten(self, first: str, second: str | None, encoding: Any, keep_end: bool) -> Any:
         """Keep the special tokens: encode without them, cut, put them round what is left."""
-        a = self._tokenizer.encode(first, add_special_tokens=False)
-        b = None if second is None else self._tokenizer.encode(second, add_special_tokens=False)
+        a = self._encode_text(first, None, False)
+        b = None if second is None else self._encode_text(second, None, False)
         room = self.max_length - (len(encoding.ids) - len(a.ids) - (len(b.ids) if b else 0))
         side = "left" if keep_end else "right"
         if b is None:
