@@ -36,7 +36,7 @@ def options_table(_: Path) -> str:
     rows = []
     for name, parameter in inspect.signature(serve_command).parameters.items():
         kind, option = hints[name].__origin__, hints[name].__metadata__[0]
-        if name != "model":
+        if name != "models":
             rows.append(_option_row(name, kind, option, parameter.default))
     rows.sort(key=lambda row: PANELS.index(row[0]))
     return table(("panel", "option", "default", "what it does"), rows)

@@ -24,7 +24,7 @@ from tests.serving.conftest import (
 )
 from tests.serving.test_app import classifier
 from turbotx.cli.models import ModelError
-from turbotx.cli.serve import serve_model, wait_briefly
+from turbotx.cli.serve import serve_models, wait_briefly
 from turbotx.serving.engine import Head
 from turbotx.serving.server import run, serve
 from turbotx.serving.service import ModelFailed
@@ -192,7 +192,7 @@ def test_told_to_stop_while_it_prepares_it_does_not_finish_that(unused_port):
 def test_an_empty_key_in_the_environment_does_not_open_the_door(monkeypatch):
     monkeypatch.setenv("TURBOTX_API_KEY", "")
     with pytest.raises(ModelError, match="TURBOTX_API_KEY is empty"):
-        serve_model("no/such/model", api_keys=(), api_key_file=None)
+        serve_models(["no/such/model"], api_keys=(), api_key_file=None)
 
 
 def test_a_model_that_cannot_run_ends_the_server(unused_port):
@@ -215,9 +215,9 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(unused_port, monkeypat
         other.bind(("127.0.0.1", unused_port))
         other.listen()
         with pytest.raises(SettingsError, match=f"port {unused_port}: .*in use"):
-            serve("no/such/model", port=unused_port)
+            serve(["no/such/model"], port=unused_port)
     with pytest.raises(SettingsError, match="cannot listen on"):
-        serve("no/such/model", host="256.0.0.1")
+        serve(["no/such/model"], host="256.0.0.1")
 
 
 def metrics_of(url):
