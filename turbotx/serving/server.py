@@ -104,7 +104,7 @@ def run(
     config = uvicorn.Config(
         create_app(service), host=host, port=port, log_config=None, access_log=False,
         timeout_keep_alive=75, timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1e3),
-        http=make_protocol(limits),
+        http=make_protocol(limits), ws="none",
     )  # fmt: skip
     sys.setswitchinterval(SWITCH_S)
     GracefulServer(config, service, limits).run([listener])
