@@ -87,7 +87,7 @@ def test_an_engine_that_fails_is_measured_no_more():
 
     async def test(dispatcher, table):
         engine.run, works = None, engine.run
-        while dispatcher._idle is not None:
+        while dispatcher.idle is not None:
             await asyncio.sleep(0.01)
         engine.run = works
         assert (await dispatcher.compute(row(5))).tolist() == [5, 3]

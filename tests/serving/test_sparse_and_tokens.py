@@ -24,9 +24,7 @@ from tests.serving.tiny_models import (  # noqa: E402
 )
 from turbotx.serving.engine import Head  # noqa: E402
 from turbotx.serving.model_files import ModelFilesError, load_model  # noqa: E402
-from turbotx.serving.model_info import ModelInfo  # noqa: E402
-from turbotx.serving.service import MOST_LOGITS, _most_tokens  # noqa: E402
-from turbotx.serving.settings import Settings  # noqa: E402
+from turbotx.serving.model_info import MOST_LOGITS, ModelInfo  # noqa: E402
 
 splade = importlib.import_module("sentence_transformers.sparse_encoder.modules")
 
@@ -110,9 +108,8 @@ def test_splade_of_a_plain_directory(tmp_path):
 
 def test_a_batch_of_a_sparse_model_has_few_tokens():
     info = ModelInfo("s", "", "float32", 512, 32_768, Head("sparse", "splade"))
-    assert _most_tokens(info, Settings()) == MOST_LOGITS // 32_768 == 2048
-    assert _most_tokens(info, Settings(max_batch_tokens=None)) == 2048
-    assert _most_tokens(info, Settings(max_batch_tokens=100)) == 100
+    assert info.most_tokens(16_384) == MOST_LOGITS // 32_768 == 2048
+    assert info.most_tokens(None) == 2048 and info.most_tokens(100) == 100
 
 
 def ask_tokens(folder, **options):

@@ -44,6 +44,7 @@ class BodyMemory:
 
     @contextmanager
     def hold(self) -> Iterator[Held]:
+        """Hold nothing yet; what is charged to it is given back at the end of the block."""
         held = Held()
         self._held.add(held)
         try:
@@ -101,7 +102,7 @@ async def read_body(
     request: Request, settings: Settings, left: asyncio.Event, memory: BodyMemory, held: Held,
     shape: Shape,
 ) -> bytes:  # fmt: skip
-    """The whole body, inflated. Raises TooLarge as soon as it is, Unsupported, BadInput, Busy.
+    """Return the whole body, inflated. Raises TooLarge at once, Unsupported, BadInput, Busy.
 
     A body that is not there within ``timeout_ms``, or when the server has been told to stop
     (``left``), is not waited for: NotReady, TimedOut.

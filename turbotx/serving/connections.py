@@ -48,7 +48,7 @@ class ConnectionLimits:
         self._close(oldest)
 
     def hear(self, connection: Any) -> None:
-        """It has said something."""
+        """Note that it has said something: it is now the least silent."""
         if self.open.pop(connection, connection) is None:
             self.open[connection] = None
 
@@ -79,7 +79,7 @@ class ConnectionLimits:
 
 
 def make_protocol(limits: ConnectionLimits) -> type[Any]:
-    """uvicorn's HTTP protocol, whichever parser is installed, that keeps the times.
+    """Return uvicorn's HTTP protocol, whichever parser is installed, that keeps the times.
 
     Reads of uvicorn's what both of its protocols have: ``cycle`` with ``response_complete`` and
     ``more_body``, and ``transport``.

@@ -1,7 +1,7 @@
-"""The scheduler in real time: an event loop on one side, the engine's thread on the other.
+"""Dispatcher: runs the scheduler in real time, between an event loop and the engine's thread.
 
-In: token rows, each awaited by whoever asked. Out: their vectors; identical rows in flight are
-computed once, rows that nobody awaits any more leave the queue::
+In: token rows, each awaited by its requests. Out: their vectors; identical rows in flight are
+computed once, rows whose requests were cancelled leave the queue::
 
     vector = await dispatcher.compute(row, deadline_ms=dispatcher.now_ms() + 500)
 """
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbotx.serving.cache import CacheKey, ResponseCache
-from turbotx.serving.engine import Engine, Rows
+from turbotx.serving.engine import BatchEngine, Rows
 from turbotx.serving.idle import IdleMeasuring, Shape
 from turbotx.serving.lanes import Lanes
 from turbotx.serving.metrics import Metrics
@@ -38,12 +38,12 @@ log = logging.getLogger(__name__)
 class Lane:
     """A model: what computes it, and what tells its answers from those of others in the cache."""
 
-    engine: Engine
+    engine: BatchEngine
     revision: str = ""
 
 
 @dataclass
-class Job:
+class PendingRow:
     """One row in flight and those who await it."""
 
     key: int
@@ -57,7 +57,7 @@ class Job:
     took_ms: float = math.nan  # how long its batch ran
 
 
-Joined = Job | NDArray[np.float32]  # what a row became: a row in flight, or a kept answer
+Joined = PendingRow | NDArray[np.float32]  # what a row became: a row in flight, or a kept answer
 
 
 class Dispatcher:
@@ -65,7 +65,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        lanes: Engine | Mapping[str, Lane],
+        lanes: BatchEngine | Mapping[str, Lane],
         scheduler: Scheduler | Lanes,
         cache: ResponseCache,
         metrics: Metrics,
@@ -77,9 +77,9 @@ class Dispatcher:
         self.lanes = lanes if isinstance(lanes, Mapping) else {"": Lane(lanes)}
         self.scheduler = scheduler
         self.cache, self.metrics = cache, metrics
-        self.coalesce, self._idle = coalesce, idle
-        self._jobs: dict[Hashable, Job] = {}
-        self._in_flight: dict[CacheKey, Job] = {}
+        self.coalesce, self.idle = coalesce, idle
+        self._jobs: dict[Hashable, PendingRow] = {}
+        self._in_flight: dict[CacheKey, PendingRow] = {}
         self._keys = itertools.count()
         self._turns: deque[asyncio.Future[None]] = deque()  # of requests that hold rows back
         self._entering = 0  # such requests, waiting for their turn or having it
@@ -91,13 +91,16 @@ class Dispatcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="turbotx-engine")
 
     def now_ms(self) -> float:
+        """Return the time in ms on the clock that deadlines and arrivals are stated on."""
         return time.perf_counter() * 1e3
 
     def start(self) -> None:
+        """Begin to run batches, in the running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
     def alive(self) -> bool:
+        """Whether the task that runs batches is there and has not ended."""
         return self._task is not None and not self._task.done()
 
     def full(self, priority: int) -> bool:
@@ -105,19 +108,31 @@ class Dispatcher:
         return self.scheduler.full(priority)
 
     def refuse_busy(self, message: str = "the queue is full") -> Busy:
+        """Return the error for a request that finds no room; retry_after_s is half of the
+        estimated backlog."""
         work_ms = self.scheduler.backlog_ms + self._held_ms
         return Busy(message, retry_after_s=max(work_ms / 2e3, 0.001))
 
     async def compute(
         self, row: TokenRow, *, deadline_ms: float = math.inf, priority: int = 0
     ) -> NDArray[np.float32]:
-        """The row's vector. Raises Busy, BackendFailed, NotReady; cancelling forgets the row."""
+        """Return the row's vector. Raises Busy, BackendFailed, NotReady; cancelling forgets the
+        row."""
         return (await self.compute_all([row], deadline_ms=deadline_ms, priority=priority))[0]
+
+    def inspect(self) -> dict[str, float]:
+        """Return what is under way: rows that wait or run ("rows"), distinct inputs among them
+        ("inputs"), requests that enter by turns ("entering") and the estimated work in ms of their
+        rows that are held back ("held_ms")."""
+        return {
+            "rows": len(self._jobs), "inputs": len(self._in_flight),
+            "entering": self._entering, "held_ms": self._held_ms,
+        }  # fmt: skip
 
     async def compute_all(
         self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
     ) -> list[NDArray[np.float32]]:
-        """The rows' vectors: see ``compute_timed``."""
+        """Return the rows' vectors: see ``compute_timed``."""
         return (await self.compute_timed(rows, deadline_ms=deadline_ms, priority=priority))[0]
 
     async def compute_timed(
@@ -128,7 +143,7 @@ class Dispatcher:
         priority: int = 0,
         model: str = "",
     ) -> tuple[list[NDArray[np.float32]], float, float]:
-        """The rows' vectors, and the longest that one waited and was computed, in s.
+        """Return the rows' vectors, and the longest that one waited and was computed, in s.
 
         All or nothing: the first row that fails takes the others off the queue.
 
@@ -144,16 +159,16 @@ class Dispatcher:
         try:
             if not found:
                 await self._enter_by_turns(rows, found, replace(asked, patient=True))
-            jobs = [job for job in found if isinstance(job, Job)]
+            jobs = [job for job in found if isinstance(job, PendingRow)]
             vectors = iter(await asyncio.gather(*(asyncio.shield(job.done) for job in jobs)))
             return (
-                [next(vectors) if isinstance(job, Job) else job for job in found],
+                [next(vectors) if isinstance(job, PendingRow) else job for job in found],
                 max((job.queued_ms for job in jobs), default=0.0) / 1e3,
                 max((job.took_ms for job in jobs), default=0.0) / 1e3,
             )
         finally:
             for job in found:
-                if isinstance(job, Job):
+                if isinstance(job, PendingRow):
                     self._leave(job)
 
     def _admit(self, priority: int) -> None:
@@ -206,7 +221,7 @@ class Dispatcher:
             if turn in self._turns:
                 self._turns.remove(turn)
         for job in found:  # one row that has failed meanwhile fails them all
-            if isinstance(job, Job) and job.done.done():
+            if isinstance(job, PendingRow) and job.done.done():
                 job.done.result()
 
     def _give_turn(self) -> None:
@@ -216,7 +231,7 @@ class Dispatcher:
                 turn.set_result(None)
 
     def _join(self, row: TokenRow, asked: Request) -> Joined:
-        """The vector from the cache, the equal row in flight, or a new one in the queue.
+        """Return the vector from the cache, the equal row in flight, or a new one in the queue.
 
         asked: how it is to be queued; its key, length and time are the row's own.
         """
@@ -236,7 +251,7 @@ class Dispatcher:
         self.metrics.coalesced.inc()
         return job
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: PendingRow) -> None:
         job.awaited_by -= 1
         if job.awaited_by == 0 and not job.done.done() and self.scheduler.cancel(job.key):
             self._forget(job)
@@ -252,12 +267,12 @@ class Dispatcher:
             await self._task
         self._thread.shutdown(wait=True)
 
-    def _submit(self, row: TokenRow, key: CacheKey, asked: Request, lane: Lane) -> Job:
+    def _submit(self, row: TokenRow, key: CacheKey, asked: Request, lane: Lane) -> PendingRow:
         if self._closing and not asked.patient:
             raise NotReady("the server is shutting down")
         loop = asyncio.get_running_loop()
-        job = Job(next(self._keys), row, key, self.now_ms(), loop.create_future(), lane)
-        # Whoever awaited it may have left: then nobody retrieves the error, and nobody need.
+        job = PendingRow(next(self._keys), row, key, self.now_ms(), loop.create_future(), lane)
+        # Its requests may have been cancelled: then the error is not retrieved, and need not be.
         job.done.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             self.scheduler.submit(
@@ -270,7 +285,7 @@ class Dispatcher:
         self._wake.set()
         return job
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: PendingRow) -> None:
         self._jobs.pop(job.key, None)
         if self._in_flight.get(job.cache_key) is job:
             del self._in_flight[job.cache_key]
@@ -298,7 +313,7 @@ class Dispatcher:
         """Until something happens, or a batch is due; who waits for long may measure costs."""
         wait_s = (self.scheduler.wake_ms(now_ms) - self.now_ms()) / 1e3
         timeout_s = None if math.isinf(wait_s) else max(wait_s, 0.0)
-        idle = self._idle if timeout_s is None else None
+        idle = self.idle if timeout_s is None else None
         if idle is not None:
             timeout_s = idle.wait_s
         try:
@@ -317,7 +332,7 @@ class Dispatcher:
             took_ms = await loop.run_in_executor(self._thread, idle.time_ms, shape)
         except Exception as error:  # as a batch that fails: nobody waits for it
             log.warning("a batch of %d x %d to be timed failed: %s", shape[2], shape[1], error)
-            self._idle = None
+            self.idle = None
         else:
             idle.learn(shape, took_ms)
 
@@ -339,13 +354,13 @@ class Dispatcher:
         for job, vector in zip(jobs, vectors, strict=True):
             self._answer(job, vector, took_ms)
 
-    def _compute(self, jobs: Sequence[Job]) -> Rows:
+    def _compute(self, jobs: Sequence[PendingRow]) -> Rows:
         vectors = jobs[0].lane.engine.run([job.row for job in jobs])
         if len(vectors) != len(jobs):
             raise RuntimeError(f"the engine returned {len(vectors)} rows for {len(jobs)}")
         return vectors
 
-    async def _compute_apart(self, jobs: Sequence[Job], error: Exception) -> None:
+    async def _compute_apart(self, jobs: Sequence[PendingRow], error: Exception) -> None:
         """One bad request must not fail its batch: try each alone, once."""
         loop = asyncio.get_running_loop()
         for job in jobs:
@@ -359,7 +374,7 @@ class Dispatcher:
             else:
                 self._answer(job, vector, self.now_ms() - begin_ms)
 
-    def _answer(self, job: Job, vector: NDArray[np.float32], took_ms: float) -> None:
+    def _answer(self, job: PendingRow, vector: NDArray[np.float32], took_ms: float) -> None:
         if not np.isfinite(vector).all():
             self._fail(job, BackendFailed("the model returned NaN or infinity for this input"))
             return
@@ -370,7 +385,7 @@ class Dispatcher:
         if not job.done.done():
             job.done.set_result(vector)
 
-    def _fail(self, job: Job, refusal: Refusal) -> None:
+    def _fail(self, job: PendingRow, refusal: Refusal) -> None:
         self._forget(job)
         if not job.done.done():
             job.done.set_exception(refusal)

@@ -1,4 +1,4 @@
-"""What computes a batch: token rows in, one vector per row out.
+"""Batch engines: token rows in, one vector per row out.
 
 An engine is called from one thread, one batch at a time. Three of them: a PyTorch module, the same
 module optimized by turbotx, and a stand-in that sleeps what a cost table says::
@@ -35,15 +35,16 @@ class Head:
     sigmoid: bool = False  # each class has a probability of its own, else one of all is true
 
 
-class Engine(Protocol):
+class BatchEngine(Protocol):
     """Computes batches. ``run`` may raise anything: only that batch fails."""
 
     @property
-    def head(self) -> Head: ...
+    def head(self) -> Head:
+        """What its vectors are: pooled embeddings or logits."""
 
     def run(self, rows: Sequence[TokenRow]) -> Rows:
-        """A float32 array for each row: (width,) raw pooled embeddings or logits, (tokens, width)
-        of a model of tokens, (words, 2) of a sparse one."""
+        """Return a float32 array for each row: (width,) raw pooled embeddings or logits,
+        (tokens, width) of a model of tokens, (words, 2) of a sparse one."""
 
     def figures(self) -> Mapping[str, float]:
         """Numbers about its memory and programs for the metrics, by name."""
@@ -65,6 +66,7 @@ class TorchEngine:
     calls: int = field(default=0, init=False)
 
     def run(self, rows: Sequence[TokenRow]) -> Rows:
+        """Pad the rows on the right, call the module and return a float32 array for each row."""
         import torch
 
         ids, mask, types = pad_rows(rows, self.pad_id)
@@ -91,6 +93,7 @@ class TorchEngine:
             keep()
 
     def figures(self) -> Mapping[str, float]:
+        """Return the number of batches, and what an optimized module counts of itself."""
         found = {"batches": float(self.calls)}
         stats = getattr(self.module, "stats", None)  # an optimized module's: plans, arena, builds
         if callable(stats):
@@ -107,6 +110,7 @@ class SleepEngine:
     head: Head = Head("embedding")
 
     def run(self, rows: Sequence[TokenRow]) -> Vectors:
+        """Wait as long as the cost table says; return each row's ids, repeated to the width."""
         begin = time.perf_counter()
         length = max(len(row) for row in rows)
         due = begin + float(self.costs.dense()[length, len(rows)]) / 1e3
@@ -117,6 +121,7 @@ class SleepEngine:
         return vectors
 
     def figures(self) -> Mapping[str, float]:
+        """Return nothing: there is no module to count."""
         return {}
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from turbotx.serving.cost import CostTable
-from turbotx.serving.engine import Engine
+from turbotx.serving.engine import BatchEngine
 from turbotx.serving.tokens import TokenRow
 
 Shape = tuple[str, int, int]  # a model, a length, a batch size
@@ -28,7 +28,7 @@ FIRST_S, NEXT_S = 5.0, 0.25  # without a request before the first one, and befor
 class IdleMeasuring:
     """Owned by the event loop; ``time_ms`` alone runs in the engine's thread."""
 
-    engines: Mapping[str, Engine]
+    engines: Mapping[str, BatchEngine]
     tables: Mapping[str, CostTable]
     tokens: Mapping[str, int]  # one that each model knows
     longest_ms: float  # no shape that is thought to take longer: somebody might come
@@ -51,7 +51,7 @@ class IdleMeasuring:
         self._over = False
 
     def next_shape(self) -> Shape | None:
-        """The one that no batch has visited for longest; None, and ``finished``, after the last."""
+        """Return the one unvisited for longest; None, and ``finished`` called, after the last."""
         known = [
             (self._timed[model, length, batch], trust, (model, length, batch))
             for model, table in self.tables.items()

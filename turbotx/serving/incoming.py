@@ -1,4 +1,4 @@
-"""What is read from a request's headers before its handler: key, id, scope.
+"""Incoming: reads key, id and scope of a request before its handler.
 
 In: Starlette's request and the settings. Out: checked values, or a refusal::
 
@@ -35,7 +35,7 @@ def check_key(settings: Settings, request: Request) -> None:
 
 
 def read_id(request: Request) -> str:
-    """The client's ``X-Request-Id`` where it is short and printable, else a new one."""
+    """Return the client's ``X-Request-Id`` where it is short and printable, else a new one."""
     given = request.headers.get("x-request-id", "")
     fits = 0 < len(given) <= ID_LENGTH and given.isascii() and given.isprintable()
     return given if fits else uuid.uuid4().hex

@@ -36,10 +36,12 @@ class Lanes:
 
     @property
     def waiting(self) -> list[Request]:
+        """The requests of all queues that no batch has taken."""
         return [r for queue in self.queues.values() for r in queue.waiting]
 
     @property
     def backlog_ms(self) -> float:
+        """Estimated time to compute everything that waits."""
         return sum(queue.backlog_ms for queue in self.queues.values())
 
     def full(self, priority: int = 0) -> bool:
@@ -57,16 +59,20 @@ class Lanes:
         self.queues[request.model].submit(request)
 
     def raise_to(self, key: Hashable, deadline_ms: float, priority: int) -> None:
+        """Join a request to an equal one that waits: see ``Scheduler.raise_to``."""
         for queue in self.queues.values():
             queue.raise_to(key, deadline_ms, priority)
 
     def cancel(self, key: Hashable) -> bool:
+        """Forget a waiting request; False when it is not waiting (any more)."""
         return any(queue.cancel(key) for queue in self.queues.values())
 
     def expire(self, now_ms: float) -> list[Request]:
+        """Take requests off their queues that have waited ``max_age_ms``."""
         return [r for queue in self.queues.values() for r in queue.expire(now_ms)]
 
     def overdue(self, now_ms: float) -> list[Request]:
+        """Take requests off their queues whose deadline has passed."""
         return [r for queue in self.queues.values() for r in queue.overdue(now_ms)]
 
     def next(self, now_ms: float) -> Batch | None:
@@ -80,16 +86,19 @@ class Lanes:
         return batch
 
     def wake_ms(self, now_ms: float) -> float:
+        """Return when to ask ``next`` again if nothing arrives: infinity for empty queues."""
         return min(queue.wake_ms(now_ms) for queue in self.queues.values())
 
     def complete(self, batch: Batch, took_ms: float) -> None:
+        """Tell what an executed batch took."""
         self.queues[batch.requests[0].model].complete(batch, took_ms)
 
     def share_ms(self, length: int, model: str) -> float:
+        """Return a request's part of a full batch of its like, of its model."""
         return self.queues[model].share_ms(length)
 
     def _rank(self, batch: Batch, now_ms: float) -> tuple[float, float, float]:
-        """The greater runs first: the oldest of those beyond bounds, the class, the urgency."""
+        """Return what decides, the greatest first: age beyond bounds, class, urgency."""
         drain_ms = max(self.backlog_ms, batch.cost_ms)
         oldest_ms = max(now_ms - r.arrival_ms for r in batch.requests)
         strict = drain_ms > self.max_age_ms / 12

@@ -1,4 +1,4 @@
-"""What each path does with a decoded body.
+"""Routes: the handlers of the decoded bodies.
 
 In: the service, a body record, the request's scope. Out: the response as a record or plain data.
 Neither HTTP nor JSON in here; refusals are exceptions::
@@ -76,6 +76,7 @@ async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) ->
 
 
 async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[Any]:
+    """Answer /embed: a vector for each input, normalized where the request or the model says so."""
     head = require_head(service, "embedding", scope)
     rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
     normalize = head.normalize if body.normalize is None else body.normalize
@@ -84,7 +85,7 @@ async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[Any]
 
 
 async def embed_all(service: Service, body: EmbedAllRequest, scope: Scope) -> list[Any]:
-    """A vector for each token of each input, the special ones included."""
+    """Answer /embed_all: a vector for each token of each input, the special ones included."""
     require_head(service, "tokens", scope)
     rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
     numbers = sum(map(len, rows)) * service.model_of(scope).info.width
@@ -95,7 +96,7 @@ async def embed_all(service: Service, body: EmbedAllRequest, scope: Scope) -> li
 
 
 async def embed_sparse(service: Service, body: EmbedAllRequest, scope: Scope) -> list[Any]:
-    """The words of the vocabulary that have a weight in each input, in their order."""
+    """Answer /embed_sparse: the words of the vocabulary that have a weight, in their order."""
     require_head(service, "sparse", scope)
     rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
     found = await service.compute(rows, scope)
@@ -109,7 +110,7 @@ async def embed_sparse(service: Service, body: EmbedAllRequest, scope: Scope) ->
 
 
 async def similarity(service: Service, body: SimilarityRequest, scope: Scope) -> list[float]:
-    """The cosine of the angle between the source's vector and each of the others'."""
+    """Return the cosine of the angle between the source's vector and each of the others'."""
     require_head(service, "embedding", scope)
     if not body.inputs.sentences:
         raise BadInput("sentences is empty: nothing to compare with")
@@ -124,6 +125,7 @@ async def similarity(service: Service, body: SimilarityRequest, scope: Scope) ->
 async def predict(
     service: Service, body: PredictRequest, scope: Scope
 ) -> list[Prediction] | list[list[Prediction]]:
+    """Answer /predict: every label's score for each text or pair, the highest first."""
     head = require_head(service, "classifier", scope)
     texts, single = read_pairs(body.inputs)
     service.check_batch(len(texts))
@@ -136,6 +138,7 @@ async def predict(
 
 
 async def rerank(service: Service, body: RerankRequest, scope: Scope) -> list[Rank]:
+    """Answer /rerank: the texts' scores against the query, the highest first."""
     logits = await _score(service, body.query, body.texts, scope, reading_of(body))
     scores = logits if body.raw_scores else [_sigmoid(x) for x in logits]
     ranks = [
@@ -164,7 +167,7 @@ async def rerank_documents(
 async def _score(
     service: Service, query: str, texts: Sequence[str], scope: Scope, reading: Reading
 ) -> list[float]:
-    """The one logit of the query with each text."""
+    """Return the one logit of the query with each text."""
     head = require_head(service, "classifier", scope)
     if len(head.labels) != 1:
         raise BadInput(f"this model has {len(head.labels)} classes, reranking needs one score")
@@ -176,7 +179,7 @@ async def _score(
 
 
 async def decode(service: Service, body: DecodeRequest, scope: Scope) -> list[str]:
-    """The texts of one list of ids, or of many."""
+    """Return the texts of one list of ids, or of many."""
     kinds = {type(item) for item in body.ids}
     if kinds == {int}:
         rows: list[Any] = [body.ids]
@@ -189,6 +192,7 @@ async def decode(service: Service, body: DecodeRequest, scope: Scope) -> list[st
 
 
 async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> list[list[Token]]:
+    """Answer /tokenize: the tokens of each input with their places in the text."""
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     service.check_batch(len(texts))
     prompt = prompt_of(service, body.prompt_name, scope) if body.prompt_name else ""
@@ -197,7 +201,7 @@ async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> lis
 
 
 def describe_service(service: Service) -> dict[str, Any]:
-    """What ``/info`` answers, in text-embeddings-inference's fields and some of our own."""
+    """Return what ``/info`` answers, in text-embeddings-inference's fields and some of our own."""
     found = describe_model(service.model.info, service.settings)
     if len(service.models) > 1:
         others = (m.info for m in service.models.values())
@@ -206,6 +210,7 @@ def describe_service(service: Service) -> dict[str, Any]:
 
 
 def describe_model(info: ModelInfo, settings: Settings) -> dict[str, Any]:
+    """Return one model's part of ``/info``."""
     kind: dict[str, Any]
     if info.head.kind != "classifier":
         kind = {"embedding": {"pooling": info.head.pooling}}
@@ -235,6 +240,8 @@ def describe_model(info: ModelInfo, settings: Settings) -> dict[str, Any]:
 
 
 def require_head(service: Service, kind: str, scope: Scope) -> Head:
+    """Return the model's head; raise BadInput where it is of another kind than the endpoint
+    needs."""
     info = service.model_of(scope).info
     if info.head.kind != kind:
         raise BadInput(f"{info.name} is a {info.head.kind} model: use {PATHS[info.head.kind]}")
@@ -242,11 +249,13 @@ def require_head(service: Service, kind: str, scope: Scope) -> Head:
 
 
 def reading_of(body: Any) -> Reading:
+    """Return how a request wants long inputs to be cut."""
     return Reading(body.truncate, (body.truncation_direction or "right").lower() == "left")
 
 
 def prompt_of(service: Service, name: str | None, scope: Scope) -> str:
-    """The text that goes before an input. Raises BadInput for a name that the model lacks."""
+    """Return the text that goes before an input. Raises BadInput for a name that the model
+    lacks."""
     prompts = service.model_of(scope).info.prompts
     if name is None:
         return prompts.default
@@ -294,7 +303,7 @@ async def read_inputs(
 
 
 def read_pairs(inputs: str | list[Any]) -> tuple[list[str | tuple[str, str]], bool]:
-    """The texts and pairs of ``/predict``, and whether it was a single one."""
+    """Return the texts and pairs of ``/predict``, and whether it was a single one."""
     if isinstance(inputs, str):
         return [inputs], True
     if inputs and all(isinstance(item, str) for item in inputs):
@@ -323,7 +332,7 @@ def finish(vectors: Sequence[Vector], normalize: bool, dimensions: int | None) -
 
 
 async def write_rows(service: Service, rows: Vector | Sequence[Vector]) -> list[Any]:
-    """The rows as lists; many numbers as JSON already, one row at a time off the event loop."""
+    """Return the rows as lists; many numbers as JSON, written row by row off the event loop."""
     if sum(row.size for row in rows) <= MANY_NUMBERS:
         return [row.tolist() for row in rows]
 

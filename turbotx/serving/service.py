@@ -34,7 +34,7 @@ from turbotx.serving.idle import IdleMeasuring
 from turbotx.serving.lanes import Lanes
 from turbotx.serving.measure import cost_file, describe_device, load_or_measure, warm_up
 from turbotx.serving.metrics import Metrics
-from turbotx.serving.model_files import LoadedModel, ModelInfo
+from turbotx.serving.model_files import LoadedModel
 from turbotx.serving.policies import POLICIES, Aged
 from turbotx.serving.refusals import Missing, NotReady, TooLarge
 from turbotx.serving.scheduler import Hungry, Lazy, Scheduler
@@ -46,7 +46,6 @@ from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
 State = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
 MOST_TOKENS = 32_768  # described in one answer: about 2 MB of JSON
-MOST_LOGITS = 1 << 26  # of one batch: 256 MiB
 BODIES = 8  # of the largest size, arriving or being answered at a time
 Result = TypeVar("Result")
 
@@ -154,7 +153,9 @@ class Service:
     def _dispatch(self, tables: dict[str, CostTable]) -> Dispatcher:
         settings = self.settings
         queues = {
-            name: self._scheduler(tables[name], _most_tokens(model.info, settings))
+            name: self.make_scheduler(
+                tables[name], model.info.most_tokens(settings.max_batch_tokens)
+            )
             for name, model in self.models.items()
         }
         tokens = {name: model.tokenizer.any_token for name, model in self.models.items()}
@@ -270,10 +271,11 @@ class Service:
         return await self._tokenizers.run(sum(map(len, texts)), work)
 
     def model_of(self, scope: Scope) -> LoadedModel:
+        """Return the model that a request is for."""
         return scope.model or self.model
 
     def choose(self, name: str | None, kind: str | None) -> LoadedModel:
-        """The model that a request names; where it names none, the first of the kind it needs.
+        """Return the model of this name; without a name the first of the kind.
 
         A server of one model takes any name, as its clients must send one. Raises Missing.
         """
@@ -285,6 +287,7 @@ class Service:
         return next(fitting, self.model)
 
     def check_batch(self, count: int) -> None:
+        """Raise TooLarge for more inputs in a request than `max_client_batch`."""
         if count > self.settings.max_client_batch:
             raise TooLarge(
                 f"{count} inputs in one request, at most {self.settings.max_client_batch}: "
@@ -292,6 +295,8 @@ class Service:
             )
 
     async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
+        """Return a float32 vector for each row; notes tokens and times in the request's facts.
+        Raises Busy, Late or NotReady."""
         facts = scope.facts
         facts.tokens = sum(map(len, rows))
         vectors, facts.queueing_s, facts.inference_s = await self.dispatcher.compute_timed(
@@ -305,7 +310,7 @@ class Service:
     async def decode(
         self, rows: Sequence[Sequence[int]], skip_special: bool, scope: Scope
     ) -> list[str]:
-        """The text of each row of token ids, in the tokenizers' threads."""
+        """Return the text of each row of token ids; runs in the tokenizers' threads."""
         texts = self.model_of(scope).tokenizer.texts_of
         return await self._tokenizers.run(
             sum(map(len, rows)) * CHARACTERS_PER_TOKEN, lambda: texts(rows, skip_special)
@@ -325,7 +330,8 @@ class Service:
                 found[f"engine_{name}"] = found.get(f"engine_{name}", 0.0) + value
         return found
 
-    def _scheduler(self, costs: CostTable, max_tokens: int | None) -> Scheduler:
+    def make_scheduler(self, costs: CostTable, max_tokens: int | None) -> Scheduler:
+        """Return the scheduler that the settings ask for, over measured costs."""
         settings = self.settings
         policy = POLICIES[settings.policy]()
         if isinstance(policy, Aged):
@@ -359,7 +365,7 @@ class Service:
             engine,
             max_length=model.info.max_length,
             max_batch=self.settings.max_batch,
-            max_tokens=_most_tokens(model.info, self.settings),
+            max_tokens=model.info.most_tokens(self.settings.max_batch_tokens),
             token=token,
         )
         if path is not None:
@@ -387,10 +393,3 @@ class Service:
             describe_device(info.device),
             f"{info.backend}-{info.dtype}",
         )
-
-
-def _most_tokens(info: ModelInfo, settings: Settings) -> int | None:
-    """Padded tokens of a batch. A sparse model makes a number for each word of each of them."""
-    if info.head.kind != "sparse":
-        return settings.max_batch_tokens
-    return min(settings.max_batch_tokens or MOST_LOGITS, max(MOST_LOGITS // info.width, 1))
