@@ -254,7 +254,7 @@ def _export_widened(
         tried.append(varying)
         for attention in attention_kernels(tensors):
             try:
-                with attention(), equal_to(flat.recorder.find_own), flat.seen.held():
+                with attention(), equal_to(flat.recorder.find_known), flat.seen.held():
                     return _export(flat, examples, varying)
             except Exception as error:
                 error = error.error if isinstance(error, Stopped) else error
