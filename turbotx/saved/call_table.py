@@ -1,0 +1,204 @@
+"""Call table: the programs of a saved file, and which of them serves a call.
+
+In: programs with the kinds of call that they serve, as JSON; a call. Out: its output; or an error
+that says which calls the file holds::
+
+    table.run((), {"input_ids": ids})  ->  the model's output, nested as it was
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from turbotx.capture.ambient import Ambient, differences, read_ambient, read_asked, read_decisive
+from turbotx.capture.arguments import carry, describe_leaf, flatten_call, is_float
+from turbotx.capture.call_key import describe_kind
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.capture.traced_float import FloatInput, describe_floats
+from turbotx.errors import InputError, SavedFileError, TrainingError
+from turbotx.runtime.binding import Binding
+from turbotx.runtime.program import Program
+from turbotx.saved.gpu_kernels import NoVariantError
+from turbotx.saved.values import decode_constant, decode_tree
+
+
+@dataclass(frozen=True)
+class SavedCall:
+    """A program, and the calls that it serves.
+
+    floats, ambient, asked: the numbers and the state of PyTorch that it was traced with. out: how
+    the leaves of its output are nested, as JSON. stepping: the dims, by place, that grow with every
+    step of a decoder.
+    """
+
+    program: Program
+    matcher: ShapeMatcher
+    floats: tuple[FloatInput, ...]
+    ambient: Ambient
+    asked: tuple[int, ...]
+    out: Mapping[str, Any]
+    stepping: tuple[int, ...] = ()
+
+
+class CallTable:
+    """Programs by the kind of call that they serve, on one device."""
+
+    def __init__(self, place: torch.device) -> None:
+        self._place = place
+        self._lock = threading.Lock()
+        self._calls: dict[Any, list[SavedCall]] = {}
+        self._bound: dict[Any, tuple[SavedCall, Binding]] = {}
+        self._known: dict[Any, SavedCall] = {}
+        self._asked: tuple[int, ...] = ()
+        self._asks_floats = self._steps = False
+
+    def calls(self) -> list[SavedCall]:
+        return [call for calls in self._calls.values() for call in calls]
+
+    def show(self) -> str:
+        """Return the kinds of call that it serves, as one writes calls."""
+        return "; ".join(dict.fromkeys(_show(k) for k in self._calls))
+
+    def add(self, made: SavedCall, call: Mapping[str, Any]) -> None:
+        """Add a program; call: the kind of call that it serves, as JSON."""
+        kinds = [
+            (float,)
+            if kind == "float"
+            else (decode_constant(kind), self._place, rank, *map(tuple, order))
+            for kind, rank, *order in call["inputs"]
+        ]
+        args, kwargs = decode_tree(call["tree"], lambda k: _Given(kinds[k]))
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        self._calls.setdefault((spec, tuple(map(_describe, leaves))), []).append(made)
+        self._asked = tuple(sorted({*self._asked, *made.asked}))
+        self._steps |= bool(made.stepping)
+        self._asks_floats |= any(x.is_particular for x in made.floats)
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], swap: Mapping[str, Any] = {}
+    ) -> Any:
+        """Return the output of a call, with others in the place of the words that `swap` names.
+
+        Raises InputError, saying what there is, for one that no program serves.
+        """
+        found, tensors = self._find(args, kwargs)
+        call, binding = found
+        try:
+            with torch.no_grad():
+                leaves = call.program.run(binding, tensors)
+        except NoVariantError as error:
+            dims = zip(call.program.dims, binding.dims, strict=True)
+            shown = ", ".join(f"{name}={size}" for name, size in dims)
+            raise SavedFileError(f"a call of {shown} cannot run: {error}") from error
+        if swap:
+            leaves = [swap.get(x, x) if type(x) is str else x for x in leaves]
+        return decode_tree(call.out, leaves.__getitem__)
+
+    def _find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[SavedCall, Binding], list[torch.Tensor]]:
+        """Return what serves a call, and its tensors."""
+        ambient = read_decisive() + read_asked(self._asked)
+        kind = None
+        if self._steps and not args:
+            kind, tensors = describe_kind(kwargs, ambient)
+            known = self._known.get(kind) if kind is not None else None
+            dims = None if known is None else known.matcher.match([t.shape for t in tensors])
+            if known is not None and dims is not None:
+                return (known, known.program.bind_step(dims, known.stepping)), tensors
+        leaves, spec = flatten_call(args, kwargs)
+        tensors = carry(leaves)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise TrainingError("an input requires grad: call under torch.no_grad()")
+        key = (spec, tuple(map(_describe, leaves)))
+        numbers = tuple(x.hex() for x in leaves if is_float(x)) if self._asks_floats else ()
+        shapes = (key, ambient, numbers, tuple(t.shape for t in tensors))
+        found = self._bound.get(shapes)
+        if found is None:
+            found = self._bind(key, tensors)
+            with self._lock:
+                if kind is not None and found[0].stepping and not found[0].floats:
+                    self._known[kind] = found[0]
+                if len(self._bound) >= 256:
+                    self._bound.pop(next(iter(self._bound)))
+                self._bound[shapes] = found
+        return found, tensors
+
+    def _bind(self, key: Any, tensors: list[torch.Tensor]) -> tuple[SavedCall, Binding]:
+        shapes, ambient = [t.shape for t in tensors], read_ambient()
+        # A program for the usual order of dims reads any other from a dense copy.
+        known = self._calls.get(key) or self._calls.get(_in_usual_order(key), [])
+        differ = [differences(ambient, p.ambient, p.asked) for p in known]
+        holding = [p for p, found in zip(known, differ, strict=True) if not found]
+        if known and not holding:
+            told = "; or ".join(dict.fromkeys("; ".join(found) for found in differ))
+            raise InputError(
+                f"no saved program was captured in the state that this call is made in: {told}. "
+                "Call the optimized module in this state too before it is saved, or load's module "
+                "in the other"
+            )
+        taking = [p for p in holding if all(x.takes(tensors) for x in p.floats)]
+        if holding and not taking:
+            told = "; or ".join(dict.fromkeys(describe_floats(p.floats) for p in holding))
+            raise InputError(
+                f"the model computes in another way for other numbers, and was saved for {told}: "
+                "call the optimized module with this one too before it is saved"
+            )
+        for call in taking:
+            dims = call.matcher.match(shapes)
+            if dims is not None and call.program.serves(dims):
+                return call, call.program.bind(dims)
+        refused = [p.matcher.explain(shapes) for p in taking]
+        if refused:
+            raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")
+        for tensor in tensors:
+            if tensor.device != self._place:
+                raise InputError(
+                    f"an input is on {tensor.device}, and this file was loaded for {self._place}: "
+                    "move the inputs there, or give turbotx.load another device"
+                )
+        raise InputError(
+            f"the file holds no call of this kind: {_show(key)}. It holds {self.show()}. Call the "
+            "optimized module this way before it is saved"
+        )
+
+
+class _Given:
+    """Stands for a tensor of a dtype, a device, a rank and a memory order, or a number, in a saved
+    call."""
+
+    def __init__(self, kind: tuple[Any, ...]) -> None:
+        self.kind = kind
+
+
+def _describe(leaf: Any) -> Any:
+    """Return what of an argument decides which program serves the call."""
+    return leaf.kind if isinstance(leaf, _Given) else describe_leaf(leaf)
+
+
+def _in_usual_order(key: Any) -> Any:
+    """Return the key of the same call with its inputs' dims in memory as they are counted."""
+    spec, described = key
+    return spec, tuple(d[:3] if isinstance(d[0], torch.dtype) else d for d in described)
+
+
+def _show(key: Any) -> str:
+    spec, described = key
+    shown = [
+        f"{str(d[0]).removeprefix('torch.')}[{', '.join('?' * d[2])}]"
+        if len(d) >= 3
+        else "float"
+        if len(d) == 1
+        else repr(d[1])
+        for d in described
+    ]
+    if not isinstance(spec, pytree.TreeSpec):
+        return f"({', '.join(shown)}, in objects)"
+    args, kwargs = pytree.tree_unflatten(shown, spec)
+    return f"({', '.join([*map(str, args), *(f'{k}={v}' for k, v in kwargs.items())])})"
