@@ -9,7 +9,7 @@ import torch
 
 import turbotx
 from tests.engine.decoders import make, prompt
-from turbotx.errors import CacheFullError, EagerWarning
+from turbotx.errors import CacheFullError, EagerWarning, InputError
 
 transformers = pytest.importorskip("transformers")
 
@@ -69,6 +69,9 @@ def test_a_step_is_a_range_of_the_profiler() -> None:
     with torch.profiler.profile() as found:
         fast(**call)
     assert "turbotx: GPT2LMHeadModel step" in {event.name for event in found.events()}
+    assert "cache_store" in str(fast.graph.graph)
+    with pytest.raises(InputError, match="without a key/value cache"):
+        fast.reserve(batch=4)
 
 
 @torch.no_grad()

@@ -88,6 +88,18 @@ class CachedEngine(Engine):
             steps.tolerates = lambda: self.tolerates()
         return steps
 
+    def reserve(self, **dims: int) -> None:
+        """Map the memory of the largest shape, as `Engine.reserve`.
+
+        Raises InputError for a model that was called with a cache only.
+        """
+        if "steps" in self.parts and not self.variants():
+            raise InputError(
+                "reserve maps memory for calls without a key/value cache, and there was none yet: "
+                "memory for steps is mapped by the first one of the longest past"
+            )
+        super().reserve(**dims)
+
     def stats(self) -> dict[str, int]:
         """Return counts as `Engine.stats`, and what the caches take: now, and at the most."""
         budget = self.budget
