@@ -47,13 +47,14 @@ class CachedEngine(Engine):
         """The class of the cache that a call without one returns, by kind of call."""
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call: with a cache of transformers' by steps over turbotx's own memory, otherwise
+        as `Engine` does. Raises TrainingError in training mode."""
         given, cache = self.split(args, kwargs)
         if cache is not None:
             self.refuse_training()
             return self.steps().run(given, cache)
-        kind = (len(args), kwargs.get("use_cache"), *kwargs)
-        if kind in self._giving:
-            return self._run_with_new_cache(self._giving[kind], args, kwargs)
+        if self._giving and (cls := self._giving.get(self._describe(args, kwargs))):
+            return self._run_with_new_cache(cls, args, kwargs)
         try:
             return super().__call__(args, kwargs)
         except ReturnedObjectError as error:
@@ -63,8 +64,13 @@ class CachedEngine(Engine):
                 output = self._run_with_new_cache(error.kind, args, kwargs)
             except (CaptureError, InputError):
                 raise error from None
-            self._giving[kind] = error.kind
+            self._giving[self._describe(args, kwargs)] = error.kind
             return output
+
+    def _describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what decides whether a call without a cache makes one."""
+        uses = kwargs.get("use_cache"), getattr(self.model.config, "use_cache", None)
+        return uses, len(args), *kwargs
 
     def _run_with_new_cache(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that makes a cache itself: with one of the model's kind, which it returns."""

@@ -150,6 +150,7 @@ def _with_encoded(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def count_batch(call: Mapping[str, Any]) -> int:
+    """Return the batch of a call of plain tensors."""
     prefix = "" if call["kv_kind"] == "decoder" else "decoder_"
     names = (f"{prefix}input_ids", f"{prefix}inputs_embeds")
     return next(int(call[n].shape[0]) for n in names if call.get(n) is not None)

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
@@ -47,6 +46,7 @@ class StepEngine(StepCalls, Engine):
         self._dtype, self.device = weights.dtype, weights.device
 
     def reset(self) -> None:
+        """Forget every capture, and what served the latest steps."""
         super().reset()
         self._known: dict[Any, tuple[Variant, tuple[int, ...]]] = {}
         """By kind of call, whatever its sizes: what served the latest, and which of its dims grow
@@ -98,16 +98,18 @@ class StepEngine(StepCalls, Engine):
         return self  # as a part of another engine
 
     def run(self, given: dict[str, Any], cache: Any) -> Any:
+        """Run a call as `StepCalls`, anew where the parameters are of another dtype now."""
         try:
             return super().run(given, cache)
-        except _OtherDtypeError:  # the parameters were converted since
+        except _OtherDtypeError:
             self._forget_dtypes()
             return super().run(given, cache)
 
     def run_plain(self, call: Mapping[str, Any], cache: Any) -> Any:
+        """Run the program of a call of plain tensors, captured now if there is none yet."""
         variant, outputs = self.run_flat((), dict(call))
         leaves = [cache if type(x) is str and x == CACHE else x for x in outputs]
-        return pytree.tree_unflatten(leaves, variant.out_spec)
+        return variant.build_output(leaves)
 
     def find_dtype(self, call: Mapping[str, Any]) -> torch.dtype:
         """Return what layers write; a first call is captured over memory of any size: the graph

@@ -7,7 +7,7 @@ In: numbers. Out: short text::
 
 from __future__ import annotations
 
-from turbotx.report.entries import Cache
+from turbotx.report.entries import CacheEntry
 
 
 def show_nbytes(nbytes: float) -> str:
@@ -19,10 +19,11 @@ def show_nbytes(nbytes: float) -> str:
 
 
 def show_shape(dims: dict[str, int]) -> str:
+    """Return dims as text: "batch 4, seq 128"."""
     return ", ".join(f"{name} {size}" for name, size in dims.items())
 
 
-def show_cache(cache: Cache) -> str:
+def show_cache(cache: CacheEntry) -> str:
     """Return what a key/value cache takes in one line."""
     token, filled, nbytes = map(
         show_nbytes, (cache.token_nbytes, cache.filled_nbytes, cache.nbytes)

@@ -23,9 +23,12 @@ from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.traced_float import FloatInput, describe_floats
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.runtime.binding import Binding
+from turbotx.runtime.lru import LruDict
 from turbotx.runtime.program import Program
 from turbotx.saved.gpu_kernels import NoVariantError
 from turbotx.saved.values import decode_constant, decode_tree
+
+MOST_SHAPES = 256
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,13 @@ class CallTable:
         self._place = place
         self._lock = threading.Lock()
         self._calls: dict[Any, list[SavedCall]] = {}
-        self._bound: dict[Any, tuple[SavedCall, Binding]] = {}
+        self._bound: LruDict[Any, tuple[SavedCall, Binding]] = LruDict(MOST_SHAPES)
         self._known: dict[Any, SavedCall] = {}
         self._asked: tuple[int, ...] = ()
         self._asks_floats = self._steps = False
 
     def calls(self) -> list[SavedCall]:
+        """Return every call that it serves."""
         return [call for calls in self._calls.values() for call in calls]
 
     def show(self) -> str:
@@ -73,7 +77,7 @@ class CallTable:
             else (decode_constant(kind), self._place, rank, *map(tuple, order))
             for kind, rank, *order in call["inputs"]
         ]
-        args, kwargs = decode_tree(call["tree"], lambda k: _Given(kinds[k]))
+        args, kwargs = decode_tree(call["tree"], lambda k: _SavedArgument(kinds[k]))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         self._calls.setdefault((spec, tuple(map(_describe, leaves))), []).append(made)
         self._asked = tuple(sorted({*self._asked, *made.asked}))
@@ -125,8 +129,6 @@ class CallTable:
             with self._lock:
                 if kind is not None and found[0].stepping and not found[0].floats:
                     self._known[kind] = found[0]
-                if len(self._bound) >= 256:
-                    self._bound.pop(next(iter(self._bound)))
                 self._bound[shapes] = found
         return found, tensors
 
@@ -169,7 +171,7 @@ class CallTable:
         )
 
 
-class _Given:
+class _SavedArgument:
     """Stands for a tensor of a dtype, a device, a rank and a memory order, or a number, in a saved
     call."""
 
@@ -179,7 +181,7 @@ class _Given:
 
 def _describe(leaf: Any) -> Any:
     """Return what of an argument decides which program serves the call."""
-    return leaf.kind if isinstance(leaf, _Given) else describe_leaf(leaf)
+    return leaf.kind if isinstance(leaf, _SavedArgument) else describe_leaf(leaf)
 
 
 def _in_usual_order(key: Any) -> Any:

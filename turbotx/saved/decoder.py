@@ -36,6 +36,7 @@ class SavedSteps(StepCalls):
         self._dtypes: dict[Ambient, torch.dtype] = {}
 
     def find_dtype(self, call: Mapping[str, Any]) -> torch.dtype:
+        """Return the dtype of the caches that the file's programs take in this ambient state."""
         decisive = read_decisive()
         if decisive not in self._dtypes:
             ambient = read_ambient()
@@ -53,6 +54,7 @@ class SavedSteps(StepCalls):
         return self._dtypes[decisive]
 
     def run_plain(self, call: Mapping[str, Any], cache: Any) -> Any:
+        """Run the file's program of a call of plain tensors."""
         return self._table.run((), dict(call), {CACHE: cache})
 
 

@@ -205,6 +205,8 @@ class SavedModule(nn.Module):
     # --- calls ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's output; raises InputError for a call that the file has no program
+        for, and TrainingError in training mode or where an input requires grad."""
         if self.training:
             raise TrainingError("a saved model is for inference only: call .eval()")
         if self._decoder is not None:
@@ -239,17 +241,18 @@ class SavedModule(nn.Module):
 
     def refresh(self) -> None:
         """Derive packed weights and constants again at the next call, as `optimize`'s refresh."""
-        for program in self._programs():
+        for program in self.programs():
             program.runtime.weights.forget()
 
-    def _programs(self) -> list[Program]:
+    def programs(self) -> list[Program]:
+        """Return the programs of every call in the file, in its order."""
         tables = (self._table, *self._parts.values())
         return [call.program for table in tables for call in table.calls()]
 
     def stats(self) -> dict[str, int]:
         """Return counts since the file was loaded: programs, builds, plans, graphs, allocations;
         of a decoder that has generated, also the bytes of its caches, now and at the most."""
-        programs = self._programs()
+        programs = self.programs()
         pool = self._pool.stats()
         opened, caches = self._opened, {}
         if opened is not None:

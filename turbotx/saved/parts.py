@@ -3,7 +3,7 @@
 In: an engine. Out: its parts, with the way from a program's parameters to the model's; and of a
 decoder what a process needs to generate with it::
 
-    find_parts(engine)        ->  Part("", ...), Part("steps", ...), Part("encoder", ..., "encoder")
+    find_parts(engine)        ->  SavedPart("", ...), SavedPart("steps", ...)
     describe_decoder(engine)  ->  {"class": "...:GPT2LMHeadModel", "config": {...}, ...}
 """
 
@@ -19,7 +19,7 @@ from turbotx.engine.variant import Variant
 
 
 @dataclass(frozen=True)
-class Part:
+class SavedPart:
     """name: "" for the model's own calls, "steps" for those with a cache, "encoder". owner: the
     path of the module that the engine runs."""
 
@@ -41,16 +41,16 @@ class Part:
         return {"part": self.name, "owner": self.owner, "stepping": list(stepping)}
 
 
-def find_parts(engine: Engine) -> list[Part]:
+def find_parts(engine: Engine) -> list[SavedPart]:
     """Return the model itself, and those of its parts that are saved with it."""
-    found = [Part("", engine)]
+    found = [SavedPart("", engine)]
     steps, encoder = engine.parts.get("steps"), engine.parts.get("encoder")
     if steps is not None:
-        found.append(Part("steps", steps))
+        found.append(SavedPart("steps", steps))
         if encoder is not None:
             modules = engine.model.named_modules()
             owner = next(n for n, m in modules if m.__dict__ is encoder.__dict__)
-            found.append(Part("encoder", encoder._turbotx_engine, owner))
+            found.append(SavedPart("encoder", encoder._turbotx_engine, owner))
     return found
 
 

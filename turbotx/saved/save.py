@@ -43,7 +43,7 @@ from turbotx.saved.gpu_kernels import (
     variants_entry,
 )
 from turbotx.saved.native import cpu_features, runtime_digest
-from turbotx.saved.parts import Part, describe_decoder, find_parts
+from turbotx.saved.parts import SavedPart, describe_decoder, find_parts
 from turbotx.saved.values import Leaf, encode_constant, encode_tree
 from turbotx.saved.variants import Variants
 
@@ -109,7 +109,7 @@ def save(
     write_container(Path(path), entries, facts)
 
 
-def _find_variants(engine: Engine) -> list[tuple[Part, Any, Variant]]:
+def _find_variants(engine: Engine) -> list[tuple[SavedPart, Any, Variant]]:
     """Return every call that is saved, by its part and signature; SaveError where there is none."""
     # Those of a state that the model has left would be taken for its own, and what was compiled for
     # parameters of another dtype or layout serves no call any more.
@@ -252,7 +252,7 @@ def _describe_call(key: Any) -> dict[str, Any]:
 
 
 def _split_weights(
-    model: nn.Module, variants: list[tuple[Part, Variant]]
+    model: nn.Module, variants: list[tuple[SavedPart, Variant]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the state dict's tensors, and those that programs need and it does not have."""
     state = {k: v.detach() for k, v in model.state_dict(keep_vars=True).items()}
