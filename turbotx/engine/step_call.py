@@ -58,9 +58,9 @@ class StepCalls:
             if torch.autograd._profiler_enabled():
                 run = record_function(f"turbotx: {self.name} step")(run)
             output, made = run(call, cache)
+            if made:
+                self._fill_cross(cache, made)
             memory.advance(count)
-        if made:
-            self._fill_cross(cache, made)
         return output
 
     def describe(self, given: dict[str, Any], cache: Any) -> dict[str, Any]:
