@@ -21,6 +21,7 @@ from turbotx.capture.cache_argument import (
     new_cache,
     split_cache,
 )
+from turbotx.capture.decisions import UndecidedError
 from turbotx.capture.returned import ReturnedObjectError
 from turbotx.engine.engine import Engine
 from turbotx.errors import CaptureError, InputError
@@ -52,7 +53,11 @@ class CachedEngine(Engine):
         given, cache = self.split(args, kwargs)
         if cache is not None:
             self.refuse_training()
-            return self.steps().run(given, cache)
+            try:
+                return self.steps().run(given, cache)
+            except UndecidedError as error:
+                self.count_eager(str(error))
+                return self.run_plainly(args, kwargs)
         if self._giving and (cls := self._giving.get(self._describe(args, kwargs))):
             return self._run_with_new_cache(cls, args, kwargs)
         try:

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from turbotx.capture.ambient import Ambient, read_asked, read_decisive
 from turbotx.capture.cached_call import CACHE, CachedCall, find_appends
 from turbotx.capture.call_key import describe_kind
+from turbotx.capture.decisions import Outcomes
 from turbotx.capture.refusals import refuse_gradient
 from turbotx.capture.trace import Captured
 from turbotx.engine.compiled import Compiled
@@ -63,7 +64,7 @@ class StepEngine(StepCalls, Engine):
         self._known.clear()
 
     def check(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], outcomes: Outcomes = ()
     ) -> tuple[Variant, Program, Binding, list[torch.Tensor]]:
         """Return what serves a call, and its tensors, as `Engine.check`; a new length of the cache
         is neither solved nor planned for."""
@@ -72,7 +73,7 @@ class StepEngine(StepCalls, Engine):
             ambient += read_asked(self._asked)
         kind, tensors = describe_kind(kwargs, ambient)
         known = self._known.get(kind) if kind is not None else None
-        if known is not None and known[0].holds():
+        if known is not None and not outcomes and known[0].holds():
             variant, stepping = known
             dims = variant.compiled.captured.matcher.match([t.shape for t in tensors])
             if dims is not None:
@@ -81,7 +82,7 @@ class StepEngine(StepCalls, Engine):
                 program = variant.compiled.at(dims).program
                 variant.used = next(self._calls)
                 return variant, program, program.bind_step(dims, stepping), tensors
-        found = super().check(args, kwargs)
+        found = super().check(args, kwargs, outcomes)
         captured = found[0].compiled.captured
         if kind is not None and not captured.floats:
             self._known[kind] = found[0], self.find_stepping(found[0])
@@ -136,10 +137,12 @@ class StepEngine(StepCalls, Engine):
             refused = self._refused.items()
             self._refused = {k: e for k, e in refused if not isinstance(e, _OtherDtypeError)}
 
-    def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
+    def make(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
+    ) -> Compiled:
         """Capture and compile; observers look at the example's call, over memory of its own."""
         with show_progress(f"capture {self.name} with a cache") as step:
-            captured = self.capture(args, kwargs)
+            captured = self.capture(args, kwargs, outcomes)
             step(f"compile {self.name} with a cache")
             example = make_example(kwargs)
             memory = example["kv_memory"]
@@ -152,9 +155,11 @@ class StepEngine(StepCalls, Engine):
                 finish(compiled)
             return compiled
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+    def capture(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
+    ) -> Captured:
         """Return a call of an example's sizes as a graph; note what it writes to the cache."""
-        captured = super().capture(args, make_example(kwargs))
+        captured = super().capture(args, make_example(kwargs), outcomes)
         nodes = find_appends(captured.graph_module.graph)
         parts: dict[int, list[torch.Tensor]] = {}
         for node in nodes:

@@ -10,43 +10,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
-from turbotx.capture.ambient import Ambient, differences, read_ambient, read_asked, read_decisive
+from turbotx.capture.ambient import differences, read_ambient, read_asked, read_decisive
 from turbotx.capture.arguments import carry, describe_leaf, flatten_call, is_float
 from turbotx.capture.call_key import describe_kind
-from turbotx.capture.shape_matcher import ShapeMatcher
-from turbotx.capture.traced_float import FloatInput, describe_floats
-from turbotx.errors import InputError, SavedFileError, TrainingError
+from turbotx.capture.decisions import Outcomes, describe_last
+from turbotx.capture.traced_float import describe_floats
+from turbotx.errors import InputError, TrainingError
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.lru import LruDict
-from turbotx.runtime.program import Program
-from turbotx.saved.gpu_kernels import NoVariantError
+from turbotx.saved.saved_call import SavedCall
 from turbotx.saved.values import decode_constant, decode_tree
 
 MOST_SHAPES = 256
 
 
-@dataclass(frozen=True)
-class SavedCall:
-    """A program, and the calls that it serves.
-
-    floats, ambient, asked: the numbers and the state of PyTorch that it was traced with. out: how
-    the leaves of its output are nested, as JSON. stepping: the dims, by place, that grow with every
-    step of a decoder.
-    """
-
-    program: Program
-    matcher: ShapeMatcher
-    floats: tuple[FloatInput, ...]
-    ambient: Ambient
-    asked: tuple[int, ...]
-    out: Mapping[str, Any]
-    stepping: tuple[int, ...] = ()
+MOST_RUNS = 8
+"""Of one call, each on the way that the one before found a decision to come out."""
 
 
 class CallTable:
@@ -91,26 +75,24 @@ class CallTable:
 
         Raises InputError, saying what there is, for one that no program serves.
         """
-        found, tensors = self._find(args, kwargs)
-        call, binding = found
-        try:
-            with torch.no_grad():
-                leaves = call.program.run(binding, tensors)
-        except NoVariantError as error:
-            dims = zip(call.program.dims, binding.dims, strict=True)
-            shown = ", ".join(f"{name}={size}" for name, size in dims)
-            raise SavedFileError(f"a call of {shown} cannot run: {error}") from error
-        if swap:
-            leaves = [swap.get(x, x) if type(x) is str else x for x in leaves]
-        return decode_tree(call.out, leaves.__getitem__)
+        outcomes: Outcomes = ()
+        for _ in range(MOST_RUNS):
+            (call, binding), tensors = self._find(args, kwargs, outcomes)
+            leaves, outcomes = call.run(binding, tensors)
+            if outcomes:
+                continue
+            if swap:
+                leaves = [swap.get(x, x) if type(x) is str else x for x in leaves]
+            return decode_tree(call.out, leaves.__getitem__)
+        raise InputError(f"{describe_last(outcomes)}, after {MOST_RUNS} runs of other ways")
 
     def _find(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], outcomes: Outcomes
     ) -> tuple[tuple[SavedCall, Binding], list[torch.Tensor]]:
         """Return what serves a call, and its tensors."""
         ambient = read_decisive() + read_asked(self._asked)
         kind = None
-        if self._steps and not args:
+        if self._steps and not args and not outcomes:
             kind, tensors = describe_kind(kwargs, ambient)
             known = self._known.get(kind) if kind is not None else None
             dims = None if known is None else known.matcher.match([t.shape for t in tensors])
@@ -123,16 +105,18 @@ class CallTable:
         key = (spec, tuple(map(_describe, leaves)))
         numbers = tuple(x.hex() for x in leaves if is_float(x)) if self._asks_floats else ()
         shapes = (key, ambient, numbers, tuple(t.shape for t in tensors))
-        found = self._bound.get(shapes)
+        found = None if outcomes else self._bound.get(shapes)
         if found is None:
-            found = self._bind(key, tensors)
+            found = self._bind(key, tensors, outcomes)
             with self._lock:
                 if kind is not None and found[0].stepping and not found[0].floats:
                     self._known[kind] = found[0]
                 self._bound[shapes] = found
         return found, tensors
 
-    def _bind(self, key: Any, tensors: list[torch.Tensor]) -> tuple[SavedCall, Binding]:
+    def _bind(
+        self, key: Any, tensors: list[torch.Tensor], outcomes: Outcomes
+    ) -> tuple[SavedCall, Binding]:
         shapes, ambient = [t.shape for t in tensors], read_ambient()
         # A program for the usual order of dims reads any other from a dense copy.
         known = self._calls.get(key) or self._calls.get(_in_usual_order(key), [])
@@ -154,8 +138,14 @@ class CallTable:
             )
         for call in taking:
             dims = call.matcher.match(shapes)
-            if dims is not None and call.program.serves(dims):
+            way = not outcomes or (call.decisions is not None and call.decisions.follow(outcomes))
+            if dims is not None and way and call.program.serves(dims):
                 return call, call.program.bind(dims)
+        if outcomes:
+            raise InputError(
+                f"{describe_last(outcomes)}, and no saved program goes on from there: call the "
+                "optimized module with such values too before it is saved"
+            )
         refused = [p.matcher.explain(shapes) for p in taking]
         if refused:
             raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")

@@ -29,13 +29,14 @@ from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.device import Device
 from turbotx.runtime.program import Program
 from turbotx.runtime.weights import Weights
-from turbotx.saved.call_table import CallTable, SavedCall
+from turbotx.saved.call_table import CallTable
 from turbotx.saved.codec import Decoder, decode_nodes, decode_program
 from turbotx.saved.container import read_container
 from turbotx.saved.families import SavedFamily
 from turbotx.saved.gpu_kernels import SavedQueue, read_variants
 from turbotx.saved.native import Libraries
 from turbotx.saved.places import CPU, open_place
+from turbotx.saved.saved_call import SavedCall
 from turbotx.saved.values import decode_ambient, decode_constant
 from turbotx.saved.weight_files import load_weights
 
@@ -81,16 +82,15 @@ def load(
     for k, tables in chosen:
         prefix = f"{tables.get('variant', k)}.constants."
         constants = {n.removeprefix(prefix): t for n, t in held.items() if n.startswith(prefix)}
-        executable, rules, floats = decode_program(tables, place)
+        executable, rules, floats, decisions = decode_program(tables, place)
         part, owner = tables.get("part", ""), tables.get("owner", "")
         owning = _owner_of(model, part, owner)
         weights_of = _read_weights(tables["weights"], owning, constants, place)
         program = make(tables, executable, weights_of, model._pool)
         ambient, asked = decode_ambient(tables["ambient"])
         stepping = tuple(tables.get("stepping", ()))
-        made = SavedCall(
-            program, ShapeMatcher(rules), floats, ambient, asked, tables["out"], stepping
-        )
+        state = (ambient, asked, decisions)
+        made = SavedCall(program, ShapeMatcher(rules), floats, *state, tables["out"], stepping)
         table = model._parts.setdefault(part, CallTable(place)) if part else model._table
         table.add(made, tables["call"])
     if "decoder.json" in entries:
