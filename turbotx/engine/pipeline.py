@@ -39,6 +39,7 @@ from turbotx.passes.linear import (
 )
 from turbotx.passes.outputs import own_outputs
 from turbotx.passes.partition import Region, find_prepared, kind_of, partition
+from turbotx.passes.products import use_products
 from turbotx.passes.results import use_single_results
 from turbotx.program.assemble import assemble
 from turbotx.program.assembly import Assembled, Assembly
@@ -87,6 +88,7 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     use_linear(graph)
     pack_linears(graph)
     recognize_attention(graph, attention)
+    use_products(graph)
     canonicalize(graph)
     store_in_place(graph)
     lift_permutations(graph)

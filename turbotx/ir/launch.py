@@ -223,7 +223,8 @@ class ExtentsLaunch(Launch):
 @dataclass(frozen=True)
 class AttentionLaunch(ExtentsLaunch):
     """out = softmax(scale q k^T + bias) v over (batch, heads, rows, head_dim), out (batch, q_len,
-    heads, head_dim); keys: a key mask or lengths. call: what PyTorch would run in its place."""
+    heads, head_dim); keys: a key mask or lengths; sinks: float32 (heads,). call: what PyTorch would
+    run in its place."""
 
     kind = "attention"
 
@@ -234,14 +235,15 @@ class AttentionLaunch(ExtentsLaunch):
     out: Operand
     keys: Operand | None
     bias: Operand | None
+    sinks: Operand | None
     extents: tuple[Expr, ...]
     """Sizes and strides, in the order of `kernels.cpp.attention.SIZES`."""
     call: AtenCall
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
-        """q, k, v, out, keys and bias; None for absent ones."""
-        return self.q, self.k, self.v, self.out, self.keys, self.bias
+        """q, k, v, out, keys, bias and sinks; None for absent ones."""
+        return self.q, self.k, self.v, self.out, self.keys, self.bias, self.sinks
 
     @property
     def writes(self) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class AttentionKernel:
     "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
     -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
     with blind_mean the mean of all values. softcap: 0 for none. late: the last query stands at the
-    last key.
+    last key. sinks: each head has one more score, in float32, whose share goes to no value.
     """
 
     dtype: torch.dtype
@@ -74,6 +74,7 @@ class AttentionKernel:
     blind_mean: bool = False
     softcap: float = 0.0
     late: bool = False
+    sinks: bool = False
 
     @property
     def name(self) -> str:
@@ -85,7 +86,9 @@ class AttentionKernel:
         bias = "" if self.bias == "none" else f"_{self.bias}_bias"
         blind = "_nan" if self.blind_nan else "_mean" if self.blind_mean else ""
         capped = "_capped" if self.softcap else ""
-        return f"attention_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{capped}{blind}"
+        sinks = "_sinks" * self.sinks
+        masks = f"{causal}{window}{keys}{bias}"
+        return f"attention_{kind}_{self.head_dim}{masks}{capped}{sinks}{blind}"
 
 
 @dataclass(frozen=True)
