@@ -214,7 +214,8 @@ class ExtentsLaunch(Launch):
 @dataclass(frozen=True)
 class AttentionLaunch(ExtentsLaunch):
     """out = softmax(scale q k^T + bias) v over (batch, heads, rows, head_dim), out (batch, q_len,
-    heads, head_dim); keys: a key mask or lengths. call: what PyTorch would run in its place."""
+    heads, head_dim); keys: a key mask or lengths. call: what PyTorch would run in its place.
+    sequences: bounds and starts, where it is packed (`ir.packed_ops`)."""
 
     kind = "attention"
 
@@ -228,10 +229,11 @@ class AttentionLaunch(ExtentsLaunch):
     extents: tuple[Expr, ...]
     """Sizes and strides, in the order of `kernels.cpp.attention.SIZES`."""
     call: AtenCall
+    sequences: tuple[Operand, ...] = ()
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
-        return self.q, self.k, self.v, self.out, self.keys, self.bias
+        return self.q, self.k, self.v, self.out, self.keys, self.bias, *self.sequences
 
     @property
     def writes(self) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class AttentionKernel:
     "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
     -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
     with blind_mean the mean of all values. softcap: 0 for none. late: the last query stands at the
-    last key.
+    last key. packed: over sequences on one axis of tokens (`ir.packed_ops`).
     """
 
     dtype: torch.dtype
@@ -72,6 +72,7 @@ class AttentionKernel:
     blind_mean: bool = False
     softcap: float = 0.0
     late: bool = False
+    packed: bool = False
 
     @property
     def name(self) -> str:
@@ -82,7 +83,8 @@ class AttentionKernel:
         bias = "" if self.bias == "none" else f"_{self.bias}_bias"
         blind = "_nan" if self.blind_nan else "_mean" if self.blind_mean else ""
         capped = "_capped" if self.softcap else ""
-        return f"attention_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{capped}{blind}"
+        base = "packed_attention" if self.packed else "attention"
+        return f"{base}_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{capped}{blind}"
 
 
 @dataclass(frozen=True)

@@ -232,11 +232,12 @@ class _Assembler:
         self._require_equal("k's and v's batch", k.shape[0], v.shape[0])
         self._require_equal("k's and v's length", k.shape[2], v.shape[2])
         out = self._whole(node)
-        kernel, sizes = describe_attention((q, k, v, out), shown, added, node.kwargs)
-        place = self._place(node, "attention")
+        sequences = tuple(self._operand(g.operand(node, i)) for i in range(5, len(node.args)))
+        kernel, sizes = describe_attention((q, k, v, out), shown, added, node.kwargs, sequences)
+        place = self._place(node, op_name(node))
         self.out.launches.append(
             ir.AttentionLaunch(
-                kernel, q, k, v, out, shown, added, sizes, self._call(node, out), **place
+                kernel, q, k, v, out, shown, added, sizes, self._call(node, out), sequences, **place
             )
         )
 
