@@ -145,3 +145,38 @@ def test_no_file_and_no_gpu_yet(tmp_path: Any) -> None:
     compiled = fast._engine.variants()[-1]
     with pytest.raises(OptionsError, match="on CPUs so far"):
         fast._engine.compile(compiled.captured, "sm_90")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [[3, 9, 1], [4, 0, 6, 0], [1], [0, 0], [12] * 5])
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_flat_nested_and_listed(family: str, lengths: list[int]) -> None:
+    model, fast = model_of(family)
+    parts = [torch.randint(5, 60, (n,)) for n in lengths]
+    flat = torch.cat(parts)
+    found = fast.packed(input_ids=flat, lengths=lengths).last_hidden_state
+    assert found.shape == (sum(lengths), 32)
+    for part, rows in zip(parts, found.split(lengths), strict=True):
+        if len(part):
+            alone = model(input_ids=part[None]).last_hidden_state[0]
+            torch.testing.assert_close(rows, alone, rtol=2e-5, atol=2e-5)
+    listed = fast.packed(input_ids=parts).last_hidden_state
+    assert [len(x) for x in listed] == lengths and torch.equal(torch.cat(listed), found)
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    out = fast.packed(input_ids=nested).last_hidden_state
+    assert out.is_nested and torch.equal(out.values(), found)
+
+
+def test_packed_inputs_that_do_not_fit() -> None:
+    _, fast = model_of("bert")
+    ids = torch.randint(5, 60, (4,))
+    with pytest.raises(InputError, match="no input has 5 rows"):
+        fast.packed(input_ids=ids, lengths=[2, 3])
+    with pytest.raises(InputError, match="needs the lengths"):
+        fast.packed(input_ids=ids)
+    with pytest.raises(InputError, match="takes no attention_mask"):
+        fast.packed(input_ids=ids, attention_mask=ids, lengths=[4])
+    with pytest.raises(InputError, match="of the lengths"):
+        fast.packed(input_ids=[ids], token_type_ids=[ids[:2], ids[:2]])
+    with pytest.raises(InputError, match="made by optimize"):
+        turbotx.optimize(model_of("bert")[0]).packed(input_ids=ids, lengths=[4])

@@ -153,9 +153,11 @@ class _Check:
             rows, place = self._apart(rest)
             low, high = loops.bounds(place)
             inside = low is not None and is_nonnegative(low) and high is not None
-            if inside and high is not None and is_nonnegative(behind - 1 - high):
-                if here not in rows.free_symbols and rows.coeff(self.tokens, 0) == 0:
-                    return
+            if (
+                inside and high is not None and is_nonnegative(behind - 1 - high)
+                and here not in rows.free_symbols and rows.coeff(self.tokens, 0) == 0
+            ):  # fmt: skip
+                return
         raise VerifyError(
             f"{node.name} reads {source.name} at the place of another token: {offset}"
         )
