@@ -180,3 +180,16 @@ def test_packed_inputs_that_do_not_fit() -> None:
         fast.packed(input_ids=[ids], token_type_ids=[ids[:2], ids[:2]])
     with pytest.raises(InputError, match="made by optimize"):
         turbotx.optimize(model_of("bert")[0]).packed(input_ids=ids, lengths=[4])
+
+
+def test_explained_and_verified() -> None:
+    _, fast = model_of("t5")
+    call = {
+        "input_ids": torch.randint(5, 60, (3, 8)),
+        "attention_mask": mask_of("right", [8, 2, 5], 8),
+    }
+    report = turbotx.explain(fast, **call)
+    assert report.dims["tokens"] == 15 and report.at(batch=4).dims["tokens"] == 15
+    assert any("packed_attention" in x.name for x in report.launches)
+    assert report.numerics(fast, **call).holds
+    assert "packed_attention" in report.to_html()

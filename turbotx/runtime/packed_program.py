@@ -58,7 +58,21 @@ class PackedProgram(Program):
         """Run a padded call, bound as such, or a packed one on its own inputs."""
         if not isinstance(binding, PaddedBinding):
             return super().run(binding, tensors, ticks, watch)
-        batch, packing = binding.dims[self._batch], self.packing
+        mixture = self.find_mixture(binding.dims, tensors)
+        found = self.run_mixture(binding.dims, mixture, tensors, ticks, watch)
+        batch = binding.dims[self._batch]
+        return [
+            leaf if kind is None else _spread(mixture.put(leaf, batch), batch, kind)
+            for leaf, kind in zip(found, self.packing.outputs, strict=True)
+        ]
+
+    def find_mixture(self, dims: Sequence[int], tensors: Sequence[torch.Tensor]) -> Mixture:
+        """Return the tokens of a padded call.
+
+        Raises InputError where inputs have fewer batch rows than others, and for a mask that is not
+        of zeros and ones.
+        """
+        batch, packing = dims[self._batch], self.packing
         mask = tensors[packing.mask]
         by_token = [tensors[i.source].shape[0] for i in packing.inputs
                     if i.by_token and i.source is not None]  # fmt: skip
@@ -68,12 +82,20 @@ class PackedProgram(Program):
                 f"input {max(mask.shape[0], *by_token)}: padding='packed' takes one row a sequence"
             )
         mask = mask.expand(batch, mask.shape[1])
-        mixture = Mixture.of_mask(mask, packing.from_start, packing.to_end)
-        found = self.run_mixture(binding.dims, mixture, tensors, ticks, watch)
-        return [
-            leaf if kind is None else _spread(mixture.put(leaf, batch), batch, kind)
-            for leaf, kind in zip(found, packing.outputs, strict=True)
-        ]
+        return Mixture.of_mask(mask, packing.from_start, packing.to_end)
+
+    def without_padding(self, leaves: Sequence[Any], mask: torch.Tensor) -> list[Any]:
+        """Return the model's own leaves with zeros in rows of padding, as `run` returns them."""
+        found, hidden = list(leaves), mask.to(torch.bool).logical_not()
+        for k, kind in enumerate(self.packing.outputs):
+            if kind is None:
+                continue
+            rows = found[k] = leaves[k].clone()
+            if kind.batch is None:
+                rows.movedim(kind.columns, 0)[hidden.reshape(-1)] = 0
+            else:
+                rows.movedim((kind.batch, kind.columns), (0, 1))[hidden] = 0
+        return found
 
     def run_mixture(
         self, dims: Sequence[int], mixture: Mixture, tensors: Sequence[torch.Tensor],
