@@ -24,6 +24,7 @@ import transformers
 from parity import compare, make_inputs, make_model, processor
 
 import turbotx
+from turbotx.engine.optimize import engine_of
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 ARCHITECTURES = (
@@ -46,7 +47,7 @@ def count_layer(architecture: str) -> dict[str, int]:
             model, backend="aten"
         )  # the launches are the same, nothing is built
         fast(**make_inputs(model, 2, 8, torch.float32))
-        (compiled,) = fast._engine.variants()
+        (compiled,) = engine_of(fast).variants()
         found.append(Counter(launch.kind for launch in compiled.assembly.launches))
     return dict(found[1] - found[0])
 

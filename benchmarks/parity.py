@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 
 import turbotx
+from turbotx.engine.optimize import engine_of
 
 RESULTS = Path(__file__).parent / "results" / "parity.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -101,7 +102,7 @@ def compare(
         print(f"{architecture:12} {dtype:9} {batch:3} x {seq:<4} eager {errors[0]:.2e} "
               f"turbotx {errors[1]:.2e} {'' if passes else 'FAILS'}", flush=True)  # fmt: skip
     stats = fast.stats()
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     launches: dict[str, int] = {}
     for launch in compiled.assembly.launches:
         launches[launch.kind] = launches.get(launch.kind, 0) + 1

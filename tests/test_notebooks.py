@@ -45,7 +45,6 @@ def test_the_notebook_is_that_of_its_source(notebooks: Any, path: Path) -> None:
     assert notebook.cells[0].cell_type == "markdown"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", SOURCES[:-1], ids=lambda path: path.stem)  # 07: tests/serving/
 def test_the_notebook_runs(notebooks: Any, path: Path) -> None:
     pytest.importorskip("matplotlib")

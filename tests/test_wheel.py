@@ -59,8 +59,6 @@ x, expected = torch.load("expected.pt")
 assert torch.equal(turbotx.load("block.ttx", weights="weights.pt")(x=x), expected)
 """
 
-pytestmark = pytest.mark.slow
-
 
 class Newcomer:
     """A folder and an environment of its own with the wheel in it."""

@@ -1,4 +1,4 @@
-"""Every error a user of turbotx can meet, one class per kind of mistake.
+"""Errors that users of turbotx can meet, one class per kind of mistake.
 
 A message says what was seen, where (the user's own source line when there is one) and what
 to do about it, for example::
@@ -42,6 +42,8 @@ class IndexOutOfRangeError(TurbotxError, IndexError):
 
     @classmethod
     def of(cls, tensor: str, limit: str, launch: str, source: str) -> IndexOutOfRangeError:
+        """Return the error for an index read from `tensor` in a launch. limit: the extent that the
+        index must stay below, as text; source: the ops that the launch computes."""
         return cls(
             f"index out of range: a value of {tensor!r} lies outside [0, {limit}) "
             f"in {launch} ({source})"

@@ -119,7 +119,7 @@ CASES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("first", [(2, 5), (1, 1), (0, 3)], ids=str)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_every_size_from_0_to_3(name: str, first: tuple[int, int]) -> None:
     function = CASES[name]
     fast = turbotx.optimize(function)

@@ -14,6 +14,7 @@ from torch import nn
 
 import turbotx
 from tests.models import small_model, token_inputs
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import (
     BuildWarning,
     CaptureError,
@@ -350,8 +351,7 @@ def test_without_packed_weights() -> None:
     fast = turbotx.optimize(model, pack_weights=False)
     with torch.no_grad():
         torch.testing.assert_close(fast(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-5)
-    (compiled,) = fast._engine.variants()
-    assert not compiled.program.runtime.packings
+    assert not engine_of(fast).variants()[0].program.runtime.packings
 
 
 def test_the_aten_backend_means_the_same() -> None:

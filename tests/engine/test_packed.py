@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import turbotx
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import InputError, OptionsError, PackError, SaveError
 
 transformers = pytest.importorskip("transformers")
@@ -107,7 +108,7 @@ def test_a_batch_costs_its_tokens() -> None:
     """The bytes of a call's plan follow its tokens, not its longest row."""
     _, fast = model_of("t5")
     check("t5", torch.randint(5, 60, (2, 4)), torch.ones(2, 4, dtype=torch.long))
-    compiled = fast._engine.variants()[-1]
+    compiled = engine_of(fast).variants()[-1]
     program = compiled.program
     few, many = (program.plan((8, 64, 8, tokens)).peak_nbytes for tokens in (64, 512))
     assert 4 * few < many
@@ -142,9 +143,9 @@ def test_no_file_and_no_gpu_yet(tmp_path: Any) -> None:
     check("bert", torch.randint(5, 60, (2, 4)), torch.ones(2, 4, dtype=torch.long))
     with pytest.raises(SaveError, match="packed"):
         turbotx.save(fast, tmp_path / "model.turbotx")
-    compiled = fast._engine.variants()[-1]
+    compiled = engine_of(fast).variants()[-1]
     with pytest.raises(OptionsError, match="on CPUs so far"):
-        fast._engine.compile(compiled.captured, "sm_90")
+        engine_of(fast).compile(compiled.captured, "sm_90")
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import nn
 import turbotx
 from tests.kernels.cpp.cpp_probe import needs_compiler
 from tests.passes.test_attention import Attend, X, recognized
+from turbotx.engine.optimize import engine_of
 
 LOW = torch.finfo(torch.float32).min
 KEYS = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
@@ -90,7 +91,7 @@ def test_heads_need_not_be_known() -> None:
     fast = turbotx.optimize(module, backend="aten")
     with torch.no_grad():
         torch.testing.assert_close(fast(x), module(x))
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     assert "attention" in {launch.kind for launch in compiled.assembly.launches}
 
 

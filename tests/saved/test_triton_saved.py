@@ -93,7 +93,7 @@ def test_a_model_saved_on_a_cpu_runs_on_a_gpu(
     assert sorted(graph.replays for graph in cubins.device.graphs) == [2, 2]
     assert len(cubins.device.placed) == placed  # all kernels were there before the first call
     if name != "llama":  # whose full float32 products fold up to 16 tokens only where that wins
-        plans = [p.plans for p in loaded._programs()]
+        plans = [p.plans for p in loaded.programs()]
         assert plans == [1, 3]  # norms stored for 21 tokens, folded for fewer
 
 

@@ -37,7 +37,7 @@ def test_a_second_start_captures_nothing(tmp_path, monkeypatch):
     def refuse(**inputs):
         raise InputError("the file holds no call of this kind")
 
-    second.module._run = refuse
+    second.module.optimized = refuse
     assert (second.run(ROWS[:1]) == wanted[:1]).all() and not second.module.loaded
     path.write_bytes(b"damaged")
     third = load_model(str(folder), programs=kept).engine

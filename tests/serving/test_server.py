@@ -42,7 +42,8 @@ def test_a_client_that_leaves_is_dropped_from_the_queue():
                     return asyncio.create_task(client.post(f"{url}/embed", json={"inputs": word}))
 
                 tasks = [post("w0")]
-                while not service.dispatcher._jobs or len(service.dispatcher.scheduler):
+                dispatcher = service.dispatcher
+                while not dispatcher.inspect()["rows"] or len(dispatcher.scheduler):
                     await asyncio.sleep(0.005)  # until it runs, so that the others wait
                 tasks += [post("w1"), post("w2")]
                 while len(service.dispatcher.scheduler) < 2:

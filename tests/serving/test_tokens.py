@@ -35,7 +35,7 @@ def test_pairs_keep_both_sides_when_truncated():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pairs_are_cut_as_the_tokenizer_cuts_them(side):
     for longest in (7, 8, 13):
-        own = word_tokenizer()._tokenizer
+        own = word_tokenizer().tokenizer
         own.enable_truncation(longest, strategy="longest_first", direction=side)
         tokenizer = word_tokenizer(max_length=longest)
         for first in range(1, 14):
@@ -48,8 +48,8 @@ def test_pairs_are_cut_as_the_tokenizer_cuts_them(side):
 def test_enormous_texts_are_cut_before_they_are_tokenised():
     tokenizer = word_tokenizer(max_length=4)
     seen = []
-    encode = tokenizer._encode_text
-    tokenizer._encode_text = lambda a, b, s=True: seen.append(len(a)) or encode(a, b, s)
+    encode = tokenizer.encode_text
+    tokenizer.encode_text = lambda a, b, s=True: seen.append(len(a)) or encode(a, b, s)
     huge = "w0 " * 100_000
     assert len(tokenizer.encode(huge, truncate=True)) == 4
     with pytest.raises(TooLarge, match="300000 characters"):

@@ -69,7 +69,6 @@ def test_decoders_pool_the_last_token_on_whichever_side_they_pad(name, side, tmp
     assert np.abs(found - encode(folder)).max() < 1e-5
 
 
-@pytest.mark.slow  # each is captured and built
 @pytest.mark.parametrize("name", ["mpnet", "deberta-v2", "t5", "modernbert", "qwen3", "gemma3"])
 def test_compiled(name, tmp_path):
     pooling = "lasttoken" if name in DECODERS else "mean"

@@ -1,4 +1,4 @@
-"""Capture sizes: the sizes at which a call is traced, until a capture holds for the call itself.
+"""Capture sizes: chooses example sizes, and traces until the capture's guards hold for the call.
 
 In: a model and a call. Out: the capture that serves most sizes, this call's among them, such as::
 

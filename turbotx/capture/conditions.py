@@ -1,4 +1,4 @@
-"""Conditions: whether a part of a condition in Python code decides anything.
+"""Conditions: whether one operand of a condition in Python code can decide its outcome.
 
 In: a frame that is about to branch on one operand of `a and b and c`. Out: whether another operand
 settles the whole, whatever this one is, for example while `q.shape[2] > 1` is asked::

@@ -1,4 +1,4 @@
-"""Flat call: a model's call with tensors in and tensors out, as torch.export traces it.
+"""Flat call: a module of tensors in and tensors out around a model's call, for torch.export.
 
 In: a model, the leaves of a call's arguments and how they hang together. Out: a module that takes
 the tensors among them and returns the leaves of the output, then what the call leaves behind::
@@ -17,7 +17,7 @@ from torch import nn
 from turbotx.capture.arguments import Structure, changed_arguments, is_float, rebuild
 from turbotx.capture.composition import calls_forward
 from turbotx.capture.layout_questions import LayoutQuestions
-from turbotx.capture.module_state.recorder import Recorder
+from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.returned import take_apart
 from turbotx.capture.sandbox.sandbox import Sandbox
 from turbotx.capture.tensor_indices import TensorIndices
@@ -32,7 +32,7 @@ class FlatCall(nn.Module):
     output's leaves out, and after them what the call leaves behind."""
 
     def __init__(
-        self, model: nn.Module, leaves: Sequence[Any], spec: Structure, recorder: Recorder
+        self, model: nn.Module, leaves: Sequence[Any], spec: Structure, recorder: StateRecorder
     ) -> None:
         super().__init__()
         # An object of its own, because tracing undoes changes to a module.
@@ -53,6 +53,7 @@ class FlatCall(nn.Module):
         self.training = False
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
+        """Call the model with the tensors in their places; return the leaves of its output."""
         leaves = list(self.constants)
         self.floats.begin()
         self.layouts.begin(tensors)

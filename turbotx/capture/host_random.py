@@ -1,4 +1,4 @@
-"""Host random: numbers that forward draws outside of PyTorch, which a trace would keep for good.
+"""Host random: finds random numbers drawn outside of PyTorch, which a trace would freeze.
 
 In: a function that runs the model's Python code. Out: where it drew from Python's `random`, from
 NumPy, or from a generator of the user's own; "" where it did not, for example::
@@ -8,13 +8,19 @@ NumPy, or from a generator of the user's own; "" where it did not, for example::
 
 from __future__ import annotations
 
+import os
 import random
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import numpy as np
+
+from turbotx.capture.module_state.values import is_library
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
@@ -71,3 +77,44 @@ def find_draws(run: Callable[[], object], generators: Sequence[Any] = ()) -> str
     if not found and [look_at_generators()[1], *map(look_at, numpys)] != before:
         found.append("numpy.random")
     return found[0] if found else ""
+
+
+_DRAWERS = frozenset(("random", "secrets", "uuid", "numpy", __name__.partition(".")[0]))
+"""Packages whose code is looked past for what asks the system for random numbers."""
+
+
+@contextmanager
+def watch_entropy() -> Iterator[list[str]]:
+    """Meanwhile note where the user's code, in this thread, asks the system for random numbers: by
+    `os.urandom`, `secrets`, `uuid4`, or a generator of Python's or NumPy's without a seed."""
+    found: list[str] = []
+    owner, seed, urandom = threading.get_ident(), random.Random.seed, os.urandom
+
+    def note() -> None:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and _package(frame) in _DRAWERS:
+            frame = frame.f_back
+        user = frame is not None and not is_library(frame.f_globals.get("__name__"))
+        if frame is not None and user and threading.get_ident() == owner:
+            found.append(f"the system at {frame.f_code.co_filename}:{frame.f_lineno}")
+
+    def noting_seed(self: Any, a: Any = None, version: int = 2) -> None:
+        if a is None:
+            note()
+        seed(self, a, version)
+
+    def noting_urandom(size: int) -> bytes:
+        note()
+        return urandom(size)
+
+    # NumPy's generators are seeded by Python's `secrets`.
+    with (
+        mock.patch.object(random.Random, "seed", noting_seed),
+        mock.patch.object(random, "_urandom", noting_urandom),
+        mock.patch.object(os, "urandom", noting_urandom),
+    ):
+        yield found
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]

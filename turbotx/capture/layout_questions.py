@@ -1,4 +1,4 @@
-"""Layout questions: whether code under a trace asks how an input lies in memory.
+"""Layout questions: detects that traced code asks for an input's strides or contiguity.
 
 In: the call's tensors and the model's code, traced while this is entered. Out: whether it asked an
 input, or a view of one, for strides and the like; a trace sees dense inputs, so that the program

@@ -1,4 +1,4 @@
-"""Size operators: what Python's own operators give for sizes that a trace has as expressions.
+"""Size operators: Python's arithmetic operators on symbolic sizes.
 
 In: a trace. Out: the same trace, in which floats are computed step by step as Python does and a
 size that the model writes into a string is its number, with a guard; if need be, comparisons that
@@ -31,8 +31,8 @@ _SUMS = ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__")
 
 
 def python_operators() -> ExitStack:
-    """Meanwhile, in this thread, a sum or product of floats is one operand of what follows, and a
-    size that the model's code makes a string of is a number."""
+    """Make sums and products of floats one operand of what follows, and a size that is formatted as
+    a string a number; in this thread, inside the context."""
     stack = _replaced(_SUMS, _as_step)
     thread = threading.get_ident()
     for cls in (torch.SymInt, torch.SymFloat, torch.SymBool):
@@ -53,7 +53,7 @@ def wants_number(error: BaseException | None) -> bool:
 
 
 def relations_answered() -> ExitStack:
-    """Meanwhile, in this thread, comparisons in the model's code are True or False at once."""
+    """Evaluate comparisons in the model's code to bools, in this thread, inside the context."""
     return _replaced(_COMPARISONS, _as_bool)
 
 

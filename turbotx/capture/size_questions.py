@@ -1,4 +1,4 @@
-"""Size questions: what a trace is asked about sizes, and which answers its results depend on.
+"""Size questions: records the decisions about sizes that a trace's results depend on.
 
 In: a trace by torch.export. Out: the same trace over sizes that may be 1, whose shape environment
 has a guard for each answer that decided something, and none for those that decided nothing::
@@ -147,7 +147,7 @@ def _find_asker() -> FrameType:
 
 @contextmanager
 def sizes_from_one() -> Iterator[None]:
-    """Meanwhile this thread's exports trace sizes that may be 1; other threads' are as ever."""
+    """Let sizes of 1 stay symbolic in this thread's exports, inside the context."""
     own, before = threading.get_ident(), non_strict_utils.ShapeEnv
 
     def make(*args: Any, **kwargs: Any) -> ShapeEnv:

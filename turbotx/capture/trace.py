@@ -1,4 +1,4 @@
-"""Capture: a module and one call's inputs become an fx graph of ATen ops with symbolic sizes.
+"""Capture: traces a module and one call's inputs to an fx graph of ATen ops with symbolic sizes.
 
 In: an nn.Module and example args/kwargs. Out: a `Captured` whose graph reads parameters by
 their own names (`get_attr`), takes the call's tensors as placeholders, and whose every size is
@@ -37,6 +37,7 @@ from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.casts import write_casts
 from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_without
 from turbotx.capture.eager import ASKED, ORDER, find_shown, note_layouts
+from turbotx.capture.eager_layouts import eager_layouts
 from turbotx.capture.flat_call import FlatCall
 from turbotx.capture.guards import (
     Guard,
@@ -46,11 +47,11 @@ from turbotx.capture.guards import (
     guard_sizes,
     guard_squeezed,
 )
-from turbotx.capture.host_random import find_draws, look_at_generators
+from turbotx.capture.host_random import find_draws, look_at_generators, watch_entropy
 from turbotx.capture.idle_dropout import IdleDropout
 from turbotx.capture.input_names import find_hints, name_dims, name_inputs
 from turbotx.capture.module_state.record import StateRecord, find_model_names, make_record
-from turbotx.capture.module_state.recorder import Recorder
+from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.returned import put_constants
@@ -115,6 +116,7 @@ class Captured:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of ATen ops, which passes rewrite in place."""
         return self.graph_module.graph
 
     @cached_property
@@ -151,33 +153,27 @@ def capture(
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
     ambient = read_ambient()
     with tracing(), quiet_torch():
-        recorder = Recorder()
+        recorder = StateRecorder()
         with recorder.installed(), no_autocast_cache(), watch_reads(ambient) as asked:
             code_names = find_model_names(model, recorder)
             flat = FlatCall(model, leaves, spec, recorder)
             before = look_at_generators()
-            exported = _export_with_floats(flat, tensors, least, fixed, name)
+            with watch_entropy() as drawn:
+                exported = _export_with_floats(flat, tensors, least, fixed, name)
             moved = look_at_generators() != before
         with without_autocast():
             captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))
         state = make_record(model, recorder, code_names, captured.effects)
-        if (generators := recorder.find_moved()) or moved:
+        if not drawn and ((generators := recorder.find_moved()) or moved):
             again = partial(_export_with_relations, flat, tensors, least, fixed, name)
-            _refuse_draws(name, again, generators)
+            drawn = [where] if (where := find_draws(again, generators)) else []
+        if drawn:
+            raise CaptureError(
+                f"cannot capture {name}: it draws a number from {drawn[0]}, which a program would "
+                "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
+                "every call, or pass the number as an argument"
+            )
     return replace(captured, state=state)
-
-
-def _refuse_draws(
-    name: str, trace_again: Callable[[], object], generators: Sequence[object]
-) -> None:
-    """Raise CaptureError where a model's Python code draws random numbers of the host."""
-    drawn = find_draws(trace_again, generators)
-    if drawn:
-        raise CaptureError(
-            f"cannot capture {name}: it draws a number from {drawn}, which a program would "
-            "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
-            "every call, or pass the number as an argument"
-        )
 
 
 def _export_with_floats(
@@ -225,7 +221,7 @@ def _export_widened(
         if varying in tried:
             continue
         tried.append(varying)
-        for attention in _attentions(tensors):
+        for attention in attention_kernels(tensors):
             try:
                 with attention(), flat.seen.held():
                     return _export(flat, examples, varying)
@@ -239,7 +235,7 @@ def _export_widened(
     raise capture_error(name, first) from first
 
 
-def _attentions(
+def attention_kernels(
     tensors: Sequence[torch.Tensor],
 ) -> Sequence[Callable[[], AbstractContextManager[object]]]:
     """Return how PyTorch may choose attention's kernel meanwhile, in the order to be tried.
@@ -267,7 +263,7 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings(), _no_fake_cache():
         warnings.simplefilter("ignore")
-        with SizeTensors(), IdleDropout(), sizes_from_one(), python_operators():
+        with SizeTensors(), IdleDropout(), eager_layouts(), sizes_from_one(), python_operators():
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )

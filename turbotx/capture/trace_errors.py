@@ -1,4 +1,4 @@
-"""Trace errors: what a trace ended with, in the user's words.
+"""Trace errors: translates failures of torch.export into errors that name the user's source.
 
 In: an error of the model's code or of torch.export. Out: a CaptureError that names the user's own
 line and says what to do::

@@ -1,4 +1,4 @@
-"""Unlift: an exported program's parameters, which it takes as inputs, become attributes again.
+"""Unlift: turns parameters that an exported program takes as inputs into attributes again.
 
 In: a `torch.export` program and names for its other inputs. Out: an fx graph that reads parameters
 by the names that they have in the user's module, and its placeholders in order::

@@ -54,6 +54,7 @@ class Steps:
     task: TaskID
 
     def __call__(self, description: str, advance: int = 1) -> None:
+        """Show what runs next, and that `advance` steps are done."""
         self.progress.update(self.task, description=description, advance=advance)
 
     def expect(self, more: int) -> None:
@@ -116,7 +117,7 @@ class Output:
 
 
 def versions() -> dict[str, str]:
-    """Return what a report of a fault has to name."""
+    """Return the versions of turbotx, Python and the packages that decide results, if installed."""
     found = {"turbotx": __version__, "python": platform.python_version()}
     for name in ("torch", "triton", "transformers"):
         with suppress(PackageNotFoundError):

@@ -82,7 +82,7 @@ MaxBatch = Annotated[int, _option(BATCH, "Sequences in a batch.")]
 MaxBatchTokens = Annotated[int, _option(BATCH, "Padded tokens in a batch; 0: no limit.")]
 LazyMs = Annotated[float, _option(BATCH, "Wait this long for a batch to fill; 0: run when idle.")]
 MaxAgeMs = Annotated[
-    float, _option(BATCH, "Nobody waits longer; a third of it in work is admitted.")
+    float, _option(BATCH, "Longest wait of a request; a third of it in work is admitted.")
 ]
 CostFolder = Annotated[
     Path | None, _option(BATCH, "Where measured costs are kept; default: turbotx's cache.")

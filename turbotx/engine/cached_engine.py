@@ -15,7 +15,6 @@ from collections.abc import Hashable, Mapping
 from typing import Any, cast
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx.capture.ambient import read_asked, read_decisive
@@ -48,6 +47,8 @@ class CachedEngine(Engine):
     """An engine whose calls may have a cache of transformers."""
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call: with a cache of transformers' by steps over turbotx's own memory,
+        otherwise as `Engine` does. Raises TrainingError in training mode."""
         cache = kwargs.get(ARGUMENT)
         if cache is None and len(args) > 1 and any(map(_is_cache, args)):
             kwargs = self._name_all(args, kwargs)
@@ -94,6 +95,7 @@ class StepEngine(Engine):
         self.dtype, self.device = weights.dtype, weights.device
 
     def reset(self) -> None:
+        """Forget every capture, and what served the latest steps."""
         super().reset()
         self._known: dict[Any, tuple[Variant, tuple[int, ...]]] = {}
         """By kind of call, whatever its sizes: what served the latest, and which of its dims grow
@@ -179,7 +181,7 @@ class StepEngine(Engine):
 
         variant, outputs = self.run_flat((), call)
         leaves = [cache if type(x) is str and x == CACHE else x for x in outputs]
-        return pytree.tree_unflatten(leaves, variant.out_spec)
+        return variant.build_output(leaves)
 
     def _learn_shapes(self, call: dict[str, Any], batch: int, length: torch.Tensor) -> None:
         """Capture a call over memory of any size: the graph tells which size it takes."""

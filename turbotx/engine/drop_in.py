@@ -62,7 +62,7 @@ def _added(function: F) -> F:
 class OptimizedModule(nn.Module):
     """A module that runs through turbotx and otherwise is the module that it was made from.
 
-    It stands in front of the model's class in the order of bases; `super()` is the model.
+    It precedes the model's class in the method resolution order; `super()` is the model.
     """
 
     turbotx_adds_nothing = True
@@ -76,7 +76,8 @@ class OptimizedModule(nn.Module):
         if "_turbotx_made" not in cls.__dict__:
             super().__init_subclass__(**kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    # No docstrings: help() shows those of the model's own class.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         engine = self._turbotx_engine
         if engine is None or left_to_pytorch():
             return super().__call__(*args, **kwargs)
@@ -98,7 +99,7 @@ class OptimizedModule(nn.Module):
             return super().__call__(*args, **kwargs)
         return self.__dict__.get("forward", super().forward)(*args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         engine = self._turbotx_engine
         if engine is None or left_to_pytorch() or not engine.calls_forward:
             return super().forward(*args, **kwargs)
@@ -168,7 +169,7 @@ class OptimizedModule(nn.Module):
         return call_packed(self._turbotx_engine, lengths, inputs)
 
     def _make_graph(self) -> fx.GraphModule:
-        """The rewritten graph of the latest capture, an ordinary torch.fx.GraphModule."""
+        """Return the rewritten graph of the latest capture, an ordinary torch.fx.GraphModule."""
         from turbotx.engine.fused_graph import make_fused_graph
 
         variants = self._turbotx_engine.variants()
@@ -177,7 +178,6 @@ class OptimizedModule(nn.Module):
         return make_fused_graph(variants[-1])
 
     graph: fx.GraphModule = cast(fx.GraphModule, _Added(_make_graph, "graph"))
-    _engine: Engine = cast(Engine, _Added(lambda self: self._turbotx_engine, "_engine"))
 
 
 def original_of(model: Any) -> Any:
@@ -200,7 +200,7 @@ def _may_go_on(engine: Engine, error: Exception) -> bool:
 
 
 def tolerate(engine: Engine, always: bool = False) -> None:
-    """Let an engine say of itself whether a call is one that may go on in PyTorch."""
+    """Set whether an engine's refused calls may run in PyTorch instead."""
     state = engine.model.__dict__
     engine.tolerates = lambda: always or _is_called_by_a_method(state)
 

@@ -29,6 +29,7 @@ from turbotx.engine.engine import Engine
 from turbotx.engine.pipeline import build_ahead
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
 from turbotx.options import Options, make_options
+from turbotx.runtime.lru import LruDict
 
 MAX_PARAMETER_SETS = 256
 """Modules of one class share a graph; each keeps packed weights, the longest unused one goes."""
@@ -93,7 +94,7 @@ class _Graph:
         self.traced = _take_numbers(graph_module, self.feed.scalars)
         self.eager = ""
         self.compiled: dict[Any, list[Compiled]] = {}
-        self._engines: dict[Any, Engine] = {}
+        self._engines: LruDict[Any, Engine] = LruDict(MAX_PARAMETER_SETS)
         self._lock = threading.RLock()
 
     def __call__(self, *inputs: Any) -> Any:
@@ -126,12 +127,10 @@ class _Graph:
     def _engine(self, fixed: Sequence[Any]) -> Engine:
         key = tuple(id(x) if isinstance(x, torch.Tensor) else x for x in fixed)
         with self._lock:
-            engine = self._engines.pop(key, None)
+            engine = self._engines.find(key)
             if engine is None:
                 engine = _SharingEngine(self, _Holder(self.traced, self.feed, fixed))
-                if len(self._engines) >= MAX_PARAMETER_SETS:
-                    self._engines.pop(next(iter(self._engines)))
-            self._engines[key] = engine
+                self._engines[key] = engine
         return engine
 
     def record(self) -> GraphRecord:

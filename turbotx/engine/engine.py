@@ -1,4 +1,4 @@
-"""Engine: captures and runs the calls of one model; it stands behind everything `optimize` makes.
+"""Engine: the per-model cache of compiled variants behind `turbotx.optimize`.
 
 In: a model and options. Out: the model's outputs, from one compiled variant per kind of call
 (which arguments, dtypes, ranks, flags) that serves any sizes::
@@ -32,11 +32,7 @@ from turbotx.capture.ambient import (
 from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.call_key import describe_call, make_signature
 from turbotx.capture.capture_sizes import capture_sizes
-from turbotx.capture.composition import (
-    calls_forward,
-    leave_foreign,
-    left_alone,
-)
+from turbotx.capture.composition import calls_forward, leave_foreign, left_alone
 from turbotx.capture.module_state.record import Difference, training_error
 from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import (
@@ -62,6 +58,7 @@ from turbotx.runtime.cpu.launch_table import start_runtime
 from turbotx.runtime.cuda.absent_device import absent_device
 from turbotx.runtime.device import Device
 from turbotx.runtime.gc_pause import pause_gc
+from turbotx.runtime.lru import LruDict
 from turbotx.runtime.placement import find_device, open_device
 from turbotx.runtime.program import Program
 
@@ -72,7 +69,7 @@ MOST_CHANGES = 8
 
 
 class Engine:
-    """Captures and runs the calls of one model; it stands behind every kind of target."""
+    """Captures, compiles and runs the calls of one model; thread-safe."""
 
     guards_state = True
     """Whether captures are checked against the model's attributes, hooks and globals."""
@@ -92,22 +89,24 @@ class Engine:
         """Forget every capture, as after `.to(...)`; the next call captures again."""
         with self._lock:
             self._variants: dict[Any, list[Variant]] = {}
-            self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
+            self._bound: LruDict[Any, tuple[Variant, Program, Binding]]
+            self._bound = LruDict(self.options.max_shapes)
             self._pools: dict[torch.device, ChunkPool] = {}
             self._recaptures = Recaptures()
             self._refused: dict[Any, CaptureError] = {}
             self.parts: dict[str, Any] = {}
-            self._asked: tuple[int, ...] = ()
-            """What the traces asked PyTorch for: places in `ambient.NAMES`."""
+            self._asked: tuple[int, ...] = ()  # what traces asked for, places in `ambient.NAMES`
 
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the model's output for a call; captures and compiles where nothing serves it
+        yet."""
         run = self.run_flat
         if torch.autograd._profiler_enabled():
             run = record_function(f"turbotx: {type(self.model).__name__}")(run)
         variant, outputs = run(args, kwargs)
-        return pytree.tree_unflatten(outputs, variant.out_spec)
+        return variant.build_output(outputs)
 
     def run_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
         """Run a call; return what served it, and the leaves of its output."""
@@ -133,7 +132,11 @@ class Engine:
         with self._lock:
             for variants in self._variants.values():
                 variants[:] = [v for v in variants if v is not variant]
-            self._bound = {k: b for k, b in self._bound.items() if b[0] is not variant}
+            self._unbind(variant)
+
+    def _unbind(self, variant: Variant) -> None:
+        for shapes in [k for k, b in self._bound.items() if b[0] is variant]:
+            del self._bound[shapes]
 
     def refresh(self) -> None:
         """Derive from the parameters again at the next call, whatever they are now."""
@@ -202,10 +205,8 @@ class Engine:
             with named_failures(type(self.model).__name__):
                 program = variant.compiled.at(dims).program
                 binding = program.bind(dims)
-            if len(self._bound) >= self.options.max_shapes:
-                self._bound.pop(next(iter(self._bound)))
-            self._bound[shapes] = (variant, program, binding)
-            return self._bound[shapes]
+            found = self._bound[shapes] = (variant, program, binding)
+            return found
 
     def _find(
         self,
@@ -246,7 +247,7 @@ class Engine:
             )
         known.append(variant)
         asked = {*self._asked, *variant.compiled.captured.asked}
-        if len(asked) > len(self._asked):  # from now on a part of what calls are told apart by
+        if len(asked) > len(self._asked):  # from now on a part of every call's key
             self._asked = tuple(sorted(asked))
             self._bound.clear()
         variant.used = next(self._calls)
@@ -273,7 +274,7 @@ class Engine:
                 type(self.model).__name__, self.options.max_variants,
             )  # fmt: skip
             self._variants[key].remove(variant)
-            self._bound = {k: x for k, x in self._bound.items() if x[0] is not variant}
+            self._unbind(variant)
 
     def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
         """Capture and compile one call; the `observers` look at the result."""
@@ -359,6 +360,7 @@ class Engine:
             return [(key, v) for key, variants in self._variants.items() for v in variants]
 
     def variants(self) -> list[Compiled]:
+        """Return every compiled capture, in the order of their making within a kind of call."""
         with self._lock:
             return [v.compiled for variants in self._variants.values() for v in variants]
 
@@ -387,9 +389,7 @@ class Engine:
             unknown = set(dims) - set(program.dims)
             if unknown:
                 known = ", ".join(program.dims)
-                raise InputError(
-                    f"reserve has no dim {sorted(unknown)}; this capture's are {known}"
-                )
+                raise InputError(f"reserve has no dim {sorted(unknown)}; this capture has {known}")
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
             program = compiled.at(values).program
             program.reserve(program.bind(values))

@@ -1,4 +1,4 @@
-"""Failures: an error that nobody meant to raise is said with the model, the stage and the node.
+"""Failures: an unexpected error is reported with the model, the stage and the node.
 
 In: whatever a stage of turbotx raised. Out: the same where it is turbotx's own error or the
 machine's (no memory); else a CompileError that has it as its cause::

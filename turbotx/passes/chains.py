@@ -1,7 +1,7 @@
-"""Chains: attention written out as matmul, scale, mask, softmax, matmul, read back as one.
+"""Chains: recognises attention written out as matmul, scale, mask, softmax, matmul.
 
-In: the last product of such a chain. Out: its `Found`: q, k and v with heads before rows, and
-what happens to the scores in between as scale, softcap, bias and mask, for example::
+In: the last product of such a chain. Out: its `AttentionPattern`: q, k and v with heads before
+rows, and what happens to the scores in between as scale, softcap, bias and mask, for example::
 
     softmax(where(ok, tanh(q @ k.mT / 32) * 8 + bias, -inf)) @ v
         ->  scale=0.25, softcap=8, bias=bias, mask=ok, blind_nan
@@ -22,7 +22,7 @@ from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr
 from turbotx.ir.views import VIEWS
 from turbotx.passes.operands import number_in
-from turbotx.passes.scores import Found, Step, read_steps, without_factors
+from turbotx.passes.scores import AttentionPattern, Step, read_steps, without_factors
 
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
@@ -32,7 +32,7 @@ SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 HIDING = -1e9
 
 
-def read_chain(node: fx.Node) -> Found | None:
+def read_chain(node: fx.Node) -> AttentionPattern | None:
     """`node` is the last product; walk back through softmax, masks and scale to the first.
 
     Emits, before `node`, what it takes to hand over operands and masks.
@@ -66,7 +66,7 @@ def read_chain(node: fx.Node) -> Found | None:
 
 def _read_in_heads(
     node: fx.Node, heads: _Heads, product: Any, v: Any, steps: list[Step]
-) -> Found | None:
+) -> AttentionPattern | None:
     """Read steps, found last one first, on operands with heads in a dim of their own."""
     shown = []
     for step in reversed(steps):

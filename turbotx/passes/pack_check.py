@@ -141,7 +141,7 @@ class _Check:
     def _load(
         self, node: fx.Node, source: fx.Node, offset: Expr, loops: LoopNest, here: Expr | None
     ) -> None:
-        """An offset has to be a row of the token's own, and a place within it."""
+        """Raise VerifyError unless an offset is a place within the token's own row."""
         shape, at = g.shape(source), self.axis(source)
         assert at is not None
         behind = product(shape[at + 1 :])

@@ -1,7 +1,7 @@
-"""Scores: what attention written out does to q k^T, step by step, as what attention takes.
+"""Scores: reads the ops between q k^T and softmax as scale, softcap, bias and mask.
 
-In: q and k^T with heads before rows, the steps between the two products in order. Out: `Found`:
-scale, softcap, bias and mask that come to the same, or None where no attention does, for example::
+In: q and k^T with heads before rows, the steps between the two products in order. Out: the
+`AttentionPattern` with the same scale, softcap, bias and mask, or None where there is none, as in::
 
     / 4, tanh, * 8, + bias, where(ok, ., -inf)
         ->  scale=2, softcap=8, bias=bias, mask=ok, blind_nan
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Found:
+class AttentionPattern:
     """An attention in the graph: softmax(cap(q k^T * scale) + bias, hidden by mask) v.
 
     q, k, v: (batch, heads, length, head_dim). mask: boolean, or itself a bias. softcap: cap(x) is
@@ -59,7 +59,7 @@ class Step:
 
 def read_steps(
     node: fx.Node, product: Sequence[Any], scale: float, v: Any, steps: Sequence[Step]
-) -> Found | None:
+) -> AttentionPattern | None:
     """Return what steps on the scores of `product`, scaled q and k^T, do before `v` is multiplied.
 
     Emits, before `node`, what it takes to hand over operands and masks.
@@ -95,16 +95,18 @@ class _Scores:
             self._add(step)
         return True
 
-    def found(self, k: fx.Node, v: fx.Node) -> Found:
+    def found(self, k: fx.Node, v: fx.Node) -> AttentionPattern:
         scale = self.scale * self.cap if self.cap else self.scale
         if self.folded or not self.hides:
             blind = self.bias is not None
-            return Found(self.q, k, v, self.bias, scale, blind_nan=blind, softcap=self.cap)
+            return AttentionPattern(
+                self.q, k, v, self.bias, scale, blind_nan=blind, softcap=self.cap
+            )
         mask = self.hides[0][0]
         for term, _ in self.hides[1:]:
             mask = self._emit(aten.bitwise_and.Tensor, mask, term)
         mean = self._keeps_finite()
-        return Found(
+        return AttentionPattern(
             self.q, k, v, mask, scale, blind_nan=not mean, bias=self.bias, blind_mean=mean,
             softcap=self.cap,
         )  # fmt: skip

@@ -112,7 +112,7 @@ class _Parts:
         return True
 
     def _add_number(self, bias: fx.Node, found: Token) -> None:
-        """A number by key, 0 where the mask shows it, hides it elsewhere."""
+        """Take a number by key that is 0 where the mask shows it, and hides it elsewhere."""
         hidden, shown = self.p.known.hidden(bias), self.p.known.shown(bias)
         if hidden is None or hidden > HIDES or shown != 0:
             raise Refused(self.node, f"adds {bias.name} to its scores, which tokens tell")
@@ -138,6 +138,7 @@ def attend(p: Packer, node: fx.Node) -> Token:
             parts.hide(keys)
         if bias is not None:
             parts.add(bias)
+    added = _join(p, node, parts)
     if not parts.keys:
         raise Refused(node, "does not hide the keys that the mask says are padding")
     shown = parts.keys[0].node
@@ -153,7 +154,7 @@ def attend(p: Packer, node: fx.Node) -> Token:
     if parts.partial and said.get("blind_mean"):
         raise Refused(node, "may hide all keys of a query, which then sees padding")
     made = p.emit(
-        node, packed_attention, q.node, k.node, v.node, shown, _join(p, node, parts),
+        node, packed_attention, q.node, k.node, v.node, shown, added,
         p.inputs["bounds"], p.inputs["starts"], **said,
     )  # fmt: skip
     heads, width = (p.sizes.fixed(g.shape(node)[d]) or () for d in (2, 3))

@@ -84,6 +84,7 @@ def _arguments(node: fx.Node) -> Any:
 
 
 def reshape(p: Packer, node: fx.Node) -> Token:
+    """Keep the batch and the columns whole, and split or merge what is beside them."""
     x = p.operand(node)
     dims = p.sizes.regroup(x.dims, g.shape(node))
     if dims is None:
@@ -92,6 +93,7 @@ def reshape(p: Packer, node: fx.Node) -> Token:
 
 
 def permute(p: Packer, node: fx.Node) -> Token:
+    """Move dims, those of tokens among them."""
     x, given = p.operand(node), _arguments(node)[1:]
     rank = len(x.dims)
     if node.target is aten.permute.default:
@@ -105,6 +107,7 @@ def permute(p: Packer, node: fx.Node) -> Token:
 
 
 def unsqueeze(p: Packer, node: fx.Node) -> Token:
+    """Add a dim of extent 1."""
     x, d = p.operand(node), _arguments(node)[1] % len(g.shape(node))
     dims = (*x.dims[:d], (), *x.dims[d:])
     return p.token(p.emit(node, aten.unsqueeze.default, x.node, d), dims)
@@ -121,7 +124,7 @@ def squeeze(p: Packer, node: fx.Node) -> Token:
 
 
 def expand(p: Packer, node: fx.Node) -> Token:
-    """What does not vary over the batch stays one row."""
+    """Expand beside the tokens; what does not vary over the batch stays one row."""
     x, shape = p.operand(node), g.shape(node)
     new = len(shape) - len(x.dims)
     dims = [(), ] * new + list(x.dims)  # fmt: skip
@@ -175,6 +178,7 @@ def select(p: Packer, node: fx.Node) -> Any:
 
 
 def split(p: Packer, node: fx.Node) -> list[Token]:
+    """Cut a dim beside the tokens into parts."""
     x = p.operand(node)
     d = p.apart(node, x, int(g.argument(node, "dim")))
     made = p.emit(node, node.target, x.node, *node.args[1:], **node.kwargs)
@@ -193,6 +197,7 @@ def split(p: Packer, node: fx.Node) -> list[Token]:
 
 
 def piece(p: Packer, node: fx.Node) -> Token:
+    """Take one part of a split."""
     pieces: Any = p.values.get(g.operand(node, 0))
     if isinstance(pieces, Refused):
         raise pieces
@@ -203,6 +208,7 @@ def piece(p: Packer, node: fx.Node) -> Token:
 
 
 def same(p: Packer, node: fx.Node) -> Token:
+    """Return what it is a name for."""
     return p.operand(node)
 
 
@@ -210,7 +216,7 @@ def same(p: Packer, node: fx.Node) -> Token:
 
 
 def fill(p: Packer, node: fx.Node) -> Token:
-    """A number for every element: of columns, for every token."""
+    """Fill with a number: what it gave every column, every token gets."""
     dims: list[tuple[Any, ...]] = []
     for extent in g.shape(node):
         fixed = p.sizes.fixed(extent)
@@ -222,6 +228,7 @@ def fill(p: Packer, node: fx.Node) -> Token:
 
 
 def cat(p: Packer, node: fx.Node) -> Token:
+    """Join tensors along a dim beside the tokens."""
     parts: Any = node.args[0]
     found = [p.find(n) for n in parts]
     if None in found:
@@ -238,6 +245,7 @@ def cat(p: Packer, node: fx.Node) -> Token:
 
 
 def embedding(p: Packer, node: fx.Node) -> Token:
+    """Look up rows of a table by token."""
     ids, table = p.operand(node, 1), p.whole(node.args[0], "a table", node)
     made = p.emit(node, node.target, table, ids.node, *node.args[2:], **node.kwargs)
     return p.token(made, (*ids.dims, p.sizes.fixed(g.shape(node)[-1]) or ()))
@@ -292,6 +300,7 @@ def index(p: Packer, node: fx.Node) -> Token:
 
 
 def linear(p: Packer, node: fx.Node) -> Token:
+    """Multiply each token's row by a weight."""
     x = p.operand(node)
     p.apart(node, x, -1)
     rest = [p.whole(a, "a weight", node) for a in node.args[1:]]
@@ -316,6 +325,7 @@ def matmul(p: Packer, node: fx.Node) -> Token:
 
 
 def addmm(p: Packer, node: fx.Node) -> Token:
+    """Multiply each token's row by a weight, and add a bias."""
     bias, x, weight = node.args
     made = p.find(x)
     if made is None:
@@ -327,6 +337,7 @@ def addmm(p: Packer, node: fx.Node) -> Token:
 
 
 def normalize(p: Packer, node: fx.Node) -> Token:
+    """Normalise each token's row."""
     x, shape = p.operand(node), _arguments(node)[1]
     for k in range(len(shape)):
         p.apart(node, x, -1 - k)
@@ -336,6 +347,7 @@ def normalize(p: Packer, node: fx.Node) -> Token:
 
 
 def softmax(p: Packer, node: fx.Node) -> Token:
+    """Take a softmax along a dim beside the tokens."""
     x = p.operand(node)
     d = p.apart(node, x, _arguments(node)[1])
     return p.token(_alone(p, node, x, d, *node.args[2:]), x.dims)

@@ -69,9 +69,11 @@ class Sizes:
     seq: sympy.Symbol
 
     def is_batch(self, extent: Expr) -> bool:
+        """Tell whether an extent is the batch."""
         return extent in self.batch
 
     def is_seq(self, extent: Expr) -> bool:
+        """Tell whether an extent is the number of columns."""
         return bool(extent == self.seq)
 
     def varies(self, extent: Expr) -> bool:

@@ -17,4 +17,5 @@ def show_nbytes(nbytes: float) -> str:
 
 
 def show_shape(dims: dict[str, int]) -> str:
+    """Return dims as text: "batch 4, seq 128"."""
     return ", ".join(f"{name} {size}" for name, size in dims.items())

@@ -52,10 +52,12 @@ class View:
     dims: Mapping[str, int]
 
     def number(self, formula: Expr) -> int:
+        """Return a size expression's value at the report's shape."""
         return evaluate(formula, self.dims)
 
     @property
     def launches(self) -> list[ir.Launch]:
+        """The program's launches, in running order."""
         return self.compiled.assembly.launches
 
     @cached_property
@@ -64,6 +66,7 @@ class View:
         return print_units(self.compiled.assembly)[1]
 
     def function_of(self, launch: ir.Launch) -> str:
+        """Return the name of the generated function that a launch runs, "" for an op of PyTorch."""
         key = kernel_key(launch)
         return "" if key is None else self.functions[key]
 
@@ -82,10 +85,11 @@ class View:
             return "packed weight"
         return self.templates.get(gemm.name, "the library")
 
-    def cost_of(self, launch: ir.Launch) -> entries.Traffic:
+    def cost_of(self, launch: ir.Launch) -> entries.TrafficEntry:
+        """Return a launch's bytes and operations at the report's shape, and as formulas."""
         cost: Cost = launch_cost(launch)
         reads, writes = self.number(cost.reads), self.number(cost.writes)
-        return entries.Traffic(
+        return entries.TrafficEntry(
             reads,
             writes,
             reads + writes,
@@ -96,9 +100,10 @@ class View:
         )
 
 
-def describe_launches(view: View) -> list[entries.Launch]:
+def describe_launches(view: View) -> list[entries.LaunchEntry]:
+    """Return a record for each launch, in running order."""
     return [
-        entries.Launch(
+        entries.LaunchEntry(
             x.name,
             x.kind,
             view.function_of(x),
@@ -112,7 +117,7 @@ def describe_launches(view: View) -> list[entries.Launch]:
     ]
 
 
-def describe_kernels(view: View) -> list[entries.Kernel]:
+def describe_kernels(view: View) -> list[entries.KernelEntry]:
     """One entry a generated function, in the order of first use."""
     users: dict[str, list[ir.Launch]] = {}
     for launch in view.launches:
@@ -122,7 +127,7 @@ def describe_kernels(view: View) -> list[entries.Kernel]:
     return [_kernel(view, name, launches) for name, launches in users.items()]
 
 
-def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.Kernel:
+def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelEntry:
     first = launches[0]
     cost = view.cost_of(launches[0])
     header = f"// {name}: {launches[0].source}\n// runs as {_listed([x.name for x in launches])}\n"
@@ -147,7 +152,7 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.Kernel:
             "cpp": header + PRELUDE + print_kernel(first.kernel, name),
             "triton": print_triton(first.kernel, name=name),
         }
-    return entries.Kernel(
+    return entries.KernelEntry(
         name,
         first.kind,
         text,
@@ -195,7 +200,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def describe_regions(view: View) -> list[entries.Region]:
+def describe_regions(view: View) -> list[entries.RegionEntry]:
     """One entry a region, named as its submodule in the fused graph."""
     by_nodes = {x.nodes: x for x in view.launches if isinstance(x, ir.KernelLaunch)}
     gemms = {name: x for x in view.launches if isinstance(x, ir.GemmLaunch) for name in x.writes}
@@ -210,7 +215,7 @@ def describe_regions(view: View) -> list[entries.Region]:
         reasons = [f"computed by the epilogue of {x.name}" for x in joined]
         reasons = reasons or fused.reasons + fused.choices
         found.append(
-            entries.Region(
+            entries.RegionEntry(
                 name,
                 tuple(n.name for n in nodes),
                 tuple(op_name(n) for n in nodes),
@@ -289,12 +294,13 @@ def parameters_of(weight: fx.Node) -> list[str]:
 
 
 def describe_externs(view: View) -> list[entries.Extern]:
+    """Return the ops that PyTorch runs, with how often and why."""
     counted = Counter(view.compiled.assembly.externs)
     return [entries.Extern(op, count, reason) for (op, reason), count in counted.items()]
 
 
-def describe_plan(view: View, planner: str, pytorch: entries.Held) -> entries.Memory:
-    """The memory plan at the view's shape beside what PyTorch would hold."""
+def describe_plan(view: View, planner: str, pytorch: entries.EagerMemory) -> entries.Memory:
+    """Return the memory plan at the view's shape beside what PyTorch would hold."""
     program = view.compiled.program
     plan = program.plan(list(view.dims.values()))
     tensors = view.compiled.assembly.tensors

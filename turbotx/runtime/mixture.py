@@ -33,6 +33,7 @@ class Mixture:
 
     @property
     def tokens(self) -> int:
+        """How many rows a packed tensor has."""
         return self.made["positions"].shape[0]
 
     @classmethod

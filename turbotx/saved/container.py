@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 
 
 def write_container(path: Path, entries: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
-    """Write a file in one step: whoever reads it meanwhile sees the old one or the new one."""
+    """Write a file atomically: a concurrent reader sees the old one or the new one."""
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in entries.items()}
     manifest = {"format": FORMAT, **facts, "entries": digests}
     text = json.dumps(manifest, indent=1).encode()

@@ -32,6 +32,7 @@ from turbotx.runtime.binding import Binding
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.device import Device
+from turbotx.runtime.lru import LruDict
 from turbotx.runtime.program import Program
 from turbotx.runtime.weights import Weights
 from turbotx.saved.codec import Decoder, decode_nodes, decode_program
@@ -181,7 +182,7 @@ class SavedModule(nn.Module):
         self._pool = ChunkPool(place)
         self._lock = threading.Lock()
         self._calls: dict[Any, list[SavedCall]] = {}
-        self._bound: dict[Any, tuple[SavedCall, Binding]] = {}
+        self._bound: LruDict[Any, tuple[SavedCall, Binding]] = LruDict(256)
         self._asked: tuple[int, ...] = ()
         self._asks_floats = False
         tied: dict[str, torch.Tensor] = {}
@@ -213,7 +214,7 @@ class SavedModule(nn.Module):
             else (decode_constant(kind), self._place, rank, *map(tuple, order))
             for kind, rank, *order in call["inputs"]
         ]
-        args, kwargs = decode_tree(call["tree"], lambda k: _Given(kinds[k]))
+        args, kwargs = decode_tree(call["tree"], lambda k: _SavedArgument(kinds[k]))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         self._calls.setdefault((spec, tuple(map(_describe, leaves))), []).append(made)
         self._asked = tuple(sorted({*self._asked, *made.asked}))
@@ -222,6 +223,8 @@ class SavedModule(nn.Module):
     # --- calls ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's output; raises InputError for a call that the file has no program
+        for, and TrainingError in training mode or where an input requires grad."""
         if self.training:
             raise TrainingError("a saved model is for inference only: call .eval()")
         leaves, spec = flatten_call(args, kwargs)
@@ -236,8 +239,6 @@ class SavedModule(nn.Module):
         if found is None:
             found = self._bind(key, tensors)
             with self._lock:
-                if len(self._bound) >= 256:
-                    self._bound.pop(next(iter(self._bound)))
                 self._bound[shapes] = found
         call, binding = found
         try:
@@ -292,15 +293,16 @@ class SavedModule(nn.Module):
 
     def refresh(self) -> None:
         """Derive packed weights and constants again at the next call, as `optimize`'s refresh."""
-        for program in self._programs():
+        for program in self.programs():
             program.runtime.weights.forget()
 
-    def _programs(self) -> list[Program]:
+    def programs(self) -> list[Program]:
+        """Return the programs of every call in the file, in its order."""
         return [call.program for calls in self._calls.values() for call in calls]
 
     def stats(self) -> dict[str, int]:
         """Return counts since the file was loaded: programs, builds, plans, graphs, allocations."""
-        programs = self._programs()
+        programs = self.programs()
         pool = self._pool.stats()
         return {
             "programs": len(programs),
@@ -322,7 +324,7 @@ class SavedModule(nn.Module):
         return f"<turbotx.SavedModule of {self.saved_by['model']}: {calls}>"
 
 
-class _Given:
+class _SavedArgument:
     """Stands for a tensor of a dtype, a device, a rank and a memory order, or a number, in a saved
     call."""
 
@@ -332,7 +334,7 @@ class _Given:
 
 def _describe(leaf: Any) -> Any:
     """Return what of an argument decides which program serves the call."""
-    return leaf.kind if isinstance(leaf, _Given) else describe_leaf(leaf)
+    return leaf.kind if isinstance(leaf, _SavedArgument) else describe_leaf(leaf)
 
 
 def _in_usual_order(key: Any) -> Any:

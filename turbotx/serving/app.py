@@ -60,7 +60,8 @@ COMPUTING = (
 
 
 def create_app(service: Service) -> Starlette:
-    """The application. It accepts connections at once; ``/ready`` is 200 when it computes."""
+    """Return the application. It accepts connections at once; ``/ready`` is 200 when it
+    computes."""
     settings = service.settings
     tracer = find_tracer(settings.otel)
     telling = _telling_endpoints(service)
@@ -79,7 +80,7 @@ def create_app(service: Service) -> Starlette:
         starting.add_done_callback(lambda done: done.cancelled() or done.exception())
         yield
         service.left.set()
-        if service.preparing:  # has answered nobody: it is left where it is
+        if service.preparing:  # no request was answered yet: it is left where it is
             starting.cancel()
         await asyncio.wait([starting])
         await service.stop()
@@ -108,7 +109,7 @@ def create_app(service: Service) -> Starlette:
 
 
 def _root_endpoint(service: Service) -> Endpoint:
-    """What ``POST /`` is: the model's own use, as in text-embeddings-inference."""
+    """Return what ``POST /`` is: the model's own use, as in text-embeddings-inference."""
     head = service.model.info.head
     ranks = "/rerank" if len(head.labels) == 1 else "/predict"
     path = "/embed" if head.kind == "embedding" else ranks
@@ -170,7 +171,7 @@ def _computing(
                 response = _refusal_response(refusal, endpoint.openai)
             except ClientDisconnect:
                 service.metrics.failed.labels("disconnected").inc()
-                response = Response(status_code=499)  # nobody reads it
+                response = Response(status_code=499)  # the client has left
             except Exception:
                 service.metrics.failed.labels("internal").inc()
                 log.exception("a request failed")

@@ -56,7 +56,7 @@ class ConnectionLimits:
 
 
 def make_protocol(limits: ConnectionLimits) -> type[Any]:
-    """uvicorn's HTTP protocol, whichever parser is installed, that keeps the times.
+    """Return uvicorn's HTTP protocol, whichever parser is installed, that keeps the times.
 
     Reads of uvicorn's what both of its protocols have: ``cycle`` with ``response_complete`` and
     ``more_body``, and ``transport``.

@@ -1,9 +1,9 @@
-"""What a batch costs: milliseconds over (padded length, batch size).
+"""Cost table: milliseconds of a batch over (padded length, batch size).
 
 In: a small measured grid, or a function. Out: a dense table, monotone in both directions, which
 every observed batch refines and which is kept as JSON, one file per model and device::
 
-    table = CostTable.from_grid([1, 64, 512], [1, 8, 32], [[4, 5, 8], [5, 9, 30], [9, 40, 160]])
+    table = CostTable([1, 64, 512], [1, 8, 32], [[4, 5, 8], [5, 9, 30], [9, 40, 160]])
     table.cost_ms(length=100, batch=4)      # interpolated
 """
 
@@ -68,28 +68,26 @@ class CostTable:
         self._dense: dict[tuple[int, int | None], Table] = {}
 
     @classmethod
-    def from_grid(
-        cls, lengths: Sequence[int], batches: Sequence[int], cost_ms: Sequence[Sequence[float]]
-    ) -> CostTable:
-        return cls(lengths, batches, cost_ms)
-
-    @classmethod
     def from_function(
         cls, cost_ms: Callable[[int, int], float], max_length: int = 100, max_batch: int = 20
     ) -> CostTable:
-        """A table with a node at every (length, batch) of the range."""
+        """Return a table with a node at every (length, batch) of the range."""
         lengths, batches = range(1, max_length + 1), range(1, max_batch + 1)
         return cls(lengths, batches, [[cost_ms(n, b) for b in batches] for n in lengths])
 
     @property
     def max_length(self) -> int:
+        """The greatest length in the grid, in tokens."""
         return int(self.lengths[-1])
 
     @property
     def max_batch(self) -> int:
+        """The greatest batch in the grid, in requests."""
         return int(self.batches[-1])
 
     def cost_ms(self, length: int, batch: int) -> float:
+        """Return the estimated milliseconds of a batch padded to `length` tokens; raise
+        CostTableError outside of the grid."""
         if not (1 <= length <= self.max_length and 1 <= batch <= self.max_batch):
             raise CostTableError(
                 f"no cost for {batch} requests of {length} tokens: the table ends at "
@@ -139,7 +137,7 @@ class CostTable:
             self._dense.clear()
 
     def _spread(self, nearest: tuple[int, int], log_step: float) -> None:
-        """Let nodes that are not visited follow those that are."""
+        """Move nodes that were not visited lately as those that were."""
         self._trust *= cost_learning.FORGET
         self._trust[nearest] = 1.0
         relaxing = self.observations % RELAX_EVERY == 0
@@ -170,6 +168,7 @@ class CostTable:
         return np.ascontiguousarray(dense)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return grid, times in ms and counts of observations, ready for JSON."""
         return {
             "lengths": self.lengths.tolist(),
             "batches": self.batches.tolist(),
@@ -201,7 +200,7 @@ class CostTable:
 
 
 def make_monotone(grid: Table) -> Table:
-    """The nearest easy table that never falls along either axis.
+    """Return the nearest easy table that never falls along either axis.
 
     The largest value at or below a node, and the smallest at or above it, are both monotone; so is
     their mean, and it leaves an already monotone table as it is.
@@ -221,7 +220,8 @@ def _axis(name: str, values: Sequence[int]) -> NDArray[np.int64]:
 
 
 def _position(axis: NDArray[np.int64], value: int) -> tuple[int, float]:
-    """The node at or below ``value`` and how far it lies towards the next, clamped to the ends."""
+    """Return the node at or below ``value`` and how far it lies towards the next, clamped to the
+    ends."""
     i = int(np.searchsorted(axis, value, side="right")) - 1
     if i < 0:
         return 0, 0.0

@@ -1,7 +1,7 @@
-"""The scheduler in real time: an event loop on one side, the engine's thread on the other.
+"""Dispatcher: runs the scheduler in real time, between an event loop and the engine's thread.
 
-In: token rows, each awaited by whoever asked. Out: their vectors; identical rows in flight are
-computed once, rows that nobody awaits any more leave the queue::
+In: token rows, each awaited by its requests. Out: their vectors; identical rows in flight are
+computed once, rows whose requests were cancelled leave the queue::
 
     vector = await dispatcher.compute(row, deadline_ms=dispatcher.now_ms() + 500)
 """
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbotx.serving.cache import CacheKey, ResponseCache
-from turbotx.serving.engine import Engine
+from turbotx.serving.engine import BatchEngine
 from turbotx.serving.metrics import Metrics
 from turbotx.serving.refusals import BackendFailed, Busy, Late, NotReady, Refusal
 from turbotx.serving.request import Batch, Request
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Job:
+class PendingRow:
     """One row in flight and those who await it."""
 
     key: int
@@ -47,7 +47,7 @@ class Job:
     took_ms: float = math.nan  # how long its batch ran
 
 
-Joined = Job | NDArray[np.float32]  # what a row became: a row in flight, or a kept answer
+Joined = PendingRow | NDArray[np.float32]  # what a row became: a row in flight, or a kept answer
 
 
 class Dispatcher:
@@ -55,7 +55,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: BatchEngine,
         scheduler: Scheduler,
         cache: ResponseCache,
         metrics: Metrics,
@@ -66,8 +66,8 @@ class Dispatcher:
         self.engine, self.scheduler = engine, scheduler
         self.cache, self.metrics = cache, metrics
         self.revision, self.coalesce = revision, coalesce
-        self._jobs: dict[Hashable, Job] = {}
-        self._in_flight: dict[CacheKey, Job] = {}
+        self._jobs: dict[Hashable, PendingRow] = {}
+        self._in_flight: dict[CacheKey, PendingRow] = {}
         self._keys = itertools.count()
         self._turns: deque[asyncio.Future[None]] = deque()  # of requests that hold rows back
         self._entering = 0  # such requests, waiting for their turn or having it
@@ -79,13 +79,16 @@ class Dispatcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="turbotx-engine")
 
     def now_ms(self) -> float:
+        """Return the time in ms on the clock that deadlines and arrivals are stated on."""
         return time.perf_counter() * 1e3
 
     def start(self) -> None:
+        """Begin to run batches, in the running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
     def alive(self) -> bool:
+        """Whether the task that runs batches is there and has not ended."""
         return self._task is not None and not self._task.done()
 
     def full(self, priority: int) -> bool:
@@ -93,25 +96,37 @@ class Dispatcher:
         return self.scheduler.full(priority)
 
     def refuse_busy(self, message: str = "the queue is full") -> Busy:
+        """Return the error for a request that finds no room; retry_after_s is half of the
+        estimated backlog."""
         work_ms = self.scheduler.backlog_ms + self._held_ms
         return Busy(message, retry_after_s=max(work_ms / 2e3, 0.001))
 
     async def compute(
         self, row: TokenRow, *, deadline_ms: float = math.inf, priority: int = 0
     ) -> NDArray[np.float32]:
-        """The row's vector. Raises Busy, BackendFailed, NotReady; cancelling forgets the row."""
+        """Return the row's vector. Raises Busy, BackendFailed, NotReady; cancelling forgets the
+        row."""
         return (await self.compute_all([row], deadline_ms=deadline_ms, priority=priority))[0]
+
+    def inspect(self) -> dict[str, float]:
+        """Return what is under way: rows that wait or run ("rows"), distinct inputs among them
+        ("inputs"), requests that enter by turns ("entering") and the estimated work in ms of their
+        rows that are held back ("held_ms")."""
+        return {
+            "rows": len(self._jobs), "inputs": len(self._in_flight),
+            "entering": self._entering, "held_ms": self._held_ms,
+        }  # fmt: skip
 
     async def compute_all(
         self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
     ) -> list[NDArray[np.float32]]:
-        """The rows' vectors: see ``compute_timed``."""
+        """Return the rows' vectors: see ``compute_timed``."""
         return (await self.compute_timed(rows, deadline_ms=deadline_ms, priority=priority))[0]
 
     async def compute_timed(
         self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
     ) -> tuple[list[NDArray[np.float32]], float, float]:
-        """The rows' vectors, and the longest that one waited and was computed, in s.
+        """Return the rows' vectors, and the longest that one waited and was computed, in s.
 
         All or nothing: the first row that fails takes the others off the queue.
 
@@ -126,16 +141,16 @@ class Dispatcher:
         try:
             if not found:
                 await self._enter_by_turns(rows, found, deadline_ms, priority)
-            jobs = [job for job in found if isinstance(job, Job)]
+            jobs = [job for job in found if isinstance(job, PendingRow)]
             vectors = iter(await asyncio.gather(*(asyncio.shield(job.done) for job in jobs)))
             return (
-                [next(vectors) if isinstance(job, Job) else job for job in found],
+                [next(vectors) if isinstance(job, PendingRow) else job for job in found],
                 max((job.queued_ms for job in jobs), default=0.0) / 1e3,
                 max((job.took_ms for job in jobs), default=0.0) / 1e3,
             )
         finally:
             for job in found:
-                if isinstance(job, Job):
+                if isinstance(job, PendingRow):
                     self._leave(job)
 
     def _admit(self, priority: int) -> None:
@@ -188,7 +203,7 @@ class Dispatcher:
             if turn in self._turns:
                 self._turns.remove(turn)
         for job in found:  # one row that has failed meanwhile fails them all
-            if isinstance(job, Job) and job.done.done():
+            if isinstance(job, PendingRow) and job.done.done():
                 job.done.result()
 
     def _give_turn(self) -> None:
@@ -198,7 +213,7 @@ class Dispatcher:
                 turn.set_result(None)
 
     def _join(self, row: TokenRow, deadline_ms: float, priority: int, admitted: bool) -> Joined:
-        """The vector from the cache, the equal row in flight, or a new one in the queue."""
+        """Return the vector from the cache, the equal row in flight, or a new one in the queue."""
         key = CacheKey.of(self.revision, self.engine.head.kind, row)
         cached = self.cache.get(key)
         if cached is not None:
@@ -214,7 +229,7 @@ class Dispatcher:
         self.metrics.coalesced.inc()
         return job
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: PendingRow) -> None:
         job.awaited_by -= 1
         if job.awaited_by == 0 and not job.done.done() and self.scheduler.cancel(job.key):
             self._forget(job)
@@ -232,12 +247,12 @@ class Dispatcher:
 
     def _submit(
         self, row: TokenRow, key: CacheKey, deadline_ms: float, priority: int, admitted: bool
-    ) -> Job:
+    ) -> PendingRow:
         if self._closing and not admitted:
             raise NotReady("the server is shutting down")
         loop = asyncio.get_running_loop()
-        job = Job(next(self._keys), row, key, self.now_ms(), loop.create_future())
-        # Whoever awaited it may have left: then nobody retrieves the error, and nobody need.
+        job = PendingRow(next(self._keys), row, key, self.now_ms(), loop.create_future())
+        # Its requests may have been cancelled: then the error is not retrieved, and need not be.
         job.done.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             self.scheduler.submit(
@@ -250,7 +265,7 @@ class Dispatcher:
         self._wake.set()
         return job
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: PendingRow) -> None:
         self._jobs.pop(job.key, None)
         if self._in_flight.get(job.cache_key) is job:
             del self._in_flight[job.cache_key]
@@ -295,13 +310,13 @@ class Dispatcher:
         for job, vector in zip(jobs, vectors, strict=True):
             self._answer(job, vector, took_ms)
 
-    def _compute(self, jobs: Sequence[Job]) -> NDArray[np.float32]:
+    def _compute(self, jobs: Sequence[PendingRow]) -> NDArray[np.float32]:
         vectors = self.engine.run([job.row for job in jobs])
         if len(vectors) != len(jobs):
             raise RuntimeError(f"the engine returned {len(vectors)} rows for {len(jobs)}")
         return vectors
 
-    async def _compute_apart(self, jobs: Sequence[Job], error: Exception) -> None:
+    async def _compute_apart(self, jobs: Sequence[PendingRow], error: Exception) -> None:
         """One bad request must not fail its batch: try each alone, once."""
         loop = asyncio.get_running_loop()
         for job in jobs:
@@ -315,7 +330,7 @@ class Dispatcher:
             else:
                 self._answer(job, vector, self.now_ms() - begin_ms)
 
-    def _answer(self, job: Job, vector: NDArray[np.float32], took_ms: float) -> None:
+    def _answer(self, job: PendingRow, vector: NDArray[np.float32], took_ms: float) -> None:
         if not np.isfinite(vector).all():
             self._fail(job, BackendFailed("the model returned NaN or infinity for this input"))
             return
@@ -326,7 +341,7 @@ class Dispatcher:
         if not job.done.done():
             job.done.set_result(vector)
 
-    def _fail(self, job: Job, refusal: Refusal) -> None:
+    def _fail(self, job: PendingRow, refusal: Refusal) -> None:
         self._forget(job)
         if not job.done.done():
             job.done.set_exception(refusal)

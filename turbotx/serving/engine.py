@@ -1,4 +1,4 @@
-"""What computes a batch: token rows in, one vector per row out.
+"""Batch engines: token rows in, one vector per row out.
 
 An engine is called from one thread, one batch at a time. Three of them: a PyTorch module, the same
 module optimized by turbotx, and a stand-in that sleeps what a cost table says::
@@ -33,11 +33,12 @@ class Head:
     sigmoid: bool = False  # each class has a probability of its own, else one of all is true
 
 
-class Engine(Protocol):
+class BatchEngine(Protocol):
     """Computes batches. ``run`` may raise anything: only that batch fails."""
 
     @property
-    def head(self) -> Head: ...
+    def head(self) -> Head:
+        """What its vectors are: pooled embeddings or logits."""
 
     def run(self, rows: Sequence[TokenRow]) -> Vectors:
         """(len(rows), width) float32: raw pooled embeddings, or logits."""
@@ -62,6 +63,7 @@ class TorchEngine:
     calls: int = field(default=0, init=False)
 
     def run(self, rows: Sequence[TokenRow]) -> Vectors:
+        """Pad the rows on the right, call the module and return (len(rows), width) float32."""
         import torch
 
         ids, mask, types = pad_rows(rows, self.pad_id)
@@ -84,6 +86,7 @@ class TorchEngine:
             keep()
 
     def figures(self) -> Mapping[str, float]:
+        """Return the number of batches, and what an optimized module counts of itself."""
         found = {"batches": float(self.calls)}
         stats = getattr(self.module, "stats", None)  # an optimized module's: plans, arena, builds
         if callable(stats):
@@ -100,6 +103,7 @@ class SleepEngine:
     head: Head = Head("embedding")
 
     def run(self, rows: Sequence[TokenRow]) -> Vectors:
+        """Wait as long as the cost table says; return each row's ids, repeated to the width."""
         begin = time.perf_counter()
         length = max(len(row) for row in rows)
         due = begin + float(self.costs.dense()[length, len(rows)]) / 1e3
@@ -110,6 +114,7 @@ class SleepEngine:
         return vectors
 
     def figures(self) -> Mapping[str, float]:
+        """Return nothing: there is no module to count."""
         return {}
 
 

@@ -1,4 +1,4 @@
-"""What is read from a request before its handler: key, id, scope, body.
+"""Incoming: reads key, id, scope and body of a request before its handler.
 
 In: Starlette's request and the settings. Out: checked values, or a refusal::
 
@@ -45,7 +45,7 @@ def check_key(settings: Settings, request: Request) -> None:
 
 
 def read_id(request: Request) -> str:
-    """The client's ``X-Request-Id`` where it is short and printable, else a new one."""
+    """Return the client's ``X-Request-Id`` where it is short and printable, else a new one."""
     given = request.headers.get("x-request-id", "")
     fits = 0 < len(given) <= ID_LENGTH and given.isascii() and given.isprintable()
     return given if fits else uuid.uuid4().hex
@@ -67,7 +67,7 @@ def read_scope(request: Request, now_ms: float) -> Scope:
 
 
 async def read_body(request: Request, settings: Settings, left: asyncio.Event) -> bytes:
-    """The whole body, inflated. Raises TooLarge as soon as it is, Unsupported, BadInput.
+    """Return the whole body, inflated. Raises TooLarge as soon as it is, Unsupported, BadInput.
 
     A body that is not there within ``timeout_ms``, or when the server has been told to stop
     (``left``), is not waited for: NotReady, TimedOut.

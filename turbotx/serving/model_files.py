@@ -1,4 +1,4 @@
-"""A model directory into what the server needs.
+"""Model files: loads a model directory into what the server needs.
 
 In: a Hugging Face or sentence-transformers directory (or ``minilm``, the packaged default). Out:
 an engine, a tokenizer and a description; nothing is ever downloaded::
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from turbotx.serving.engine import Engine, Head, TorchEngine
+from turbotx.serving.engine import BatchEngine, Head, TorchEngine
 from turbotx.serving.model_info import ModelInfo
 from turbotx.serving.sentence_files import (
     MODES,
@@ -50,7 +50,7 @@ AFTER_PADDING = (
 class LoadedModel:
     """Everything that answers a request except the queue."""
 
-    engine: Engine
+    engine: BatchEngine
     tokenizer: TextTokenizer
     info: ModelInfo
 
@@ -163,7 +163,7 @@ def find_folder(model: str) -> Path:
 
 
 def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
-    """The classes of a classification head, by index; empty for a model without one."""
+    """Return the classes of a classification head, by index; empty for a model without one."""
     architecture = (config.get("architectures") or [""])[0]
     if not architecture.endswith("ForSequenceClassification"):
         return ()
@@ -178,7 +178,8 @@ def _is_multi_label(config: dict[str, Any], labels: tuple[str, ...]) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The transformer's ``config.json``: in the directory, or where ``modules.json`` begins."""
+    """Read the transformer's ``config.json``: in the directory, or where ``modules.json``
+    begins."""
     modules = read_json(folder / "modules.json", list) or [{}]
     first = modules[0].get("path", "") if isinstance(modules[0], dict) else ""
     config = read_json(folder / first / "config.json", dict)
@@ -189,7 +190,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_chain(folder: Path, config: dict[str, Any], chosen: Choices) -> SentenceFiles:
-    """The files' chain, with the operator's pooling in it; for a plain model the usual one.
+    """Return the files' chain, with the operator's pooling in it; for a plain model the usual one.
 
     Without ``modules.json`` a model of causal language is pooled by its last token, every other
     one by the mean, as sentence-transformers does.
@@ -217,7 +218,7 @@ def _read_chain(folder: Path, config: dict[str, Any], chosen: Choices) -> Senten
 
 
 def _prompts(files: Prompts, chosen: Choices) -> Prompts:
-    """The files' prompts, with the default that the operator chose."""
+    """Return the files' prompts, with the default that the operator chose."""
     default = files.default
     if chosen.default_prompt_name is not None:
         if chosen.default_prompt_name not in files.texts:
@@ -238,7 +239,7 @@ def _prompts(files: Prompts, chosen: Choices) -> Prompts:
 def _max_length(
     files: SentenceFiles, config: dict[str, Any], tokenizers: int, wanted: int | None
 ) -> int:
-    """The wanted length, or the files', never above the position embeddings."""
+    """Return the wanted length, or the files', never above the position embeddings."""
     config = {"n_positions": 512, **config, **(config.get("text_config") or {})}
     positions = _size(config, POSITIONS, files.transformer)
     if config.get("model_type") in AFTER_PADDING:
@@ -258,7 +259,7 @@ def _size(config: dict[str, Any], names: tuple[str, ...], folder: Path) -> int:
 
 
 def digest_files(folder: Path) -> str:
-    """Identifies weights and configuration: names, sizes and the first and last 64 KiB of each."""
+    """Identify weights and configuration: names, sizes and the first and last 64 KiB of each."""
     kinds = (".json", ".safetensors", ".bin", ".txt", ".model")
     return _digest((p for p in sorted(folder.rglob("*")) if p.suffix in kinds), folder)
 

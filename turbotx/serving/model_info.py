@@ -1,4 +1,4 @@
-"""What is known of a model without its weights.
+"""Model info: what is known of a model without its weights.
 
 In: what its files and the operator say. Out: one record, which ``/info`` shows::
 

@@ -44,19 +44,22 @@ class Endpoint:
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """The endpoint's path and its aliases."""
         return (self.path, *self.aliases)
 
 
 def array_of(item: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of an array of items."""
     return {"type": "array", "items": item}
 
 
 def record(name: str) -> dict[str, Any]:
+    """Return a reference to a schema among the document's components."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
 def describe_api(endpoints: Sequence[Endpoint], prefix: str = "") -> dict[str, Any]:
-    """The whole document; ``prefix`` is what every path begins with."""
+    """Return the whole document; ``prefix`` is what every path begins with."""
     records = [
         getattr(schemas, name)
         for name in sorted(vars(schemas))
@@ -121,7 +124,7 @@ def _operation(endpoint: Endpoint, path: str) -> dict[str, Any]:
 
 
 def describe_in_html(document: dict[str, Any]) -> str:
-    """The same as one page, without scripts: each path, its fields and its refusals."""
+    """Return the same as one page, without scripts: each path, its fields and its refusals."""
     parts = [f"<!doctype html><title>{document['info']['title']}</title><h1>HTTP API</h1>"]
     schemas = document["components"]["schemas"]
     for path, methods in document["paths"].items():

@@ -35,12 +35,15 @@ class Batch:
 
     @classmethod
     def of(cls, requests: Sequence[Request], cost_ms: float) -> Batch:
+        """Return a batch padded to its longest request. cost_ms: its estimated time."""
         return cls(tuple(requests), max(r.length for r in requests), cost_ms)
 
     @property
     def padded_tokens(self) -> int:
+        """Tokens that the batch computes, padding included."""
         return self.length * len(self.requests)
 
     @property
     def tokens(self) -> int:
+        """Tokens of its requests, without padding."""
         return sum(r.length for r in self.requests)

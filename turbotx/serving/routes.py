@@ -1,4 +1,4 @@
-"""What each path does with a decoded body.
+"""Routes: the handlers of the decoded bodies.
 
 In: the service, a body record, the request's scope. Out: the response as a record or plain data.
 Neither HTTP nor JSON in here; refusals are exceptions::
@@ -64,6 +64,7 @@ async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) ->
 
 
 async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[list[float]]:
+    """Answer /embed: a vector for each input, normalized where the request or the model says so."""
     head = require_head(service, "embedding")
     rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
     normalize = head.normalize if body.normalize is None else body.normalize
@@ -72,7 +73,7 @@ async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[list
 
 
 async def similarity(service: Service, body: SimilarityRequest, scope: Scope) -> list[float]:
-    """The cosine of the angle between the source's vector and each of the others'."""
+    """Return the cosine of the angle between the source's vector and each of the others'."""
     require_head(service, "embedding")
     if not body.inputs.sentences:
         raise BadInput("sentences is empty: nothing to compare with")
@@ -87,6 +88,7 @@ async def similarity(service: Service, body: SimilarityRequest, scope: Scope) ->
 async def predict(
     service: Service, body: PredictRequest, scope: Scope
 ) -> list[Prediction] | list[list[Prediction]]:
+    """Answer /predict: every label's score for each text or pair, the highest first."""
     head = require_head(service, "classifier")
     texts, single = read_pairs(body.inputs)
     service.check_batch(len(texts))
@@ -99,6 +101,7 @@ async def predict(
 
 
 async def rerank(service: Service, body: RerankRequest, scope: Scope) -> list[Rank]:
+    """Answer /rerank: the texts' scores against the query, the highest first."""
     logits = await _score(service, body.query, body.texts, scope, reading_of(body))
     scores = logits if body.raw_scores else [_sigmoid(x) for x in logits]
     ranks = [
@@ -126,7 +129,7 @@ async def rerank_documents(
 async def _score(
     service: Service, query: str, texts: Sequence[str], scope: Scope, reading: Reading
 ) -> list[float]:
-    """The one logit of the query with each text."""
+    """Return the one logit of the query with each text."""
     head = require_head(service, "classifier")
     if len(head.labels) != 1:
         raise BadInput(f"this model has {len(head.labels)} classes, reranking needs one score")
@@ -138,7 +141,7 @@ async def _score(
 
 
 async def decode(service: Service, body: DecodeRequest, scope: Scope) -> list[str]:
-    """The texts of one list of ids, or of many."""
+    """Return the texts of one list of ids, or of many."""
     kinds = {type(item) for item in body.ids}
     if kinds == {int}:
         rows: list[Any] = [body.ids]
@@ -151,6 +154,7 @@ async def decode(service: Service, body: DecodeRequest, scope: Scope) -> list[st
 
 
 async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> list[list[Token]]:
+    """Answer /tokenize: the tokens of each input with their places in the text."""
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     service.check_batch(len(texts))
     prompt = prompt_of(service, body.prompt_name) if body.prompt_name else ""
@@ -159,7 +163,7 @@ async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> lis
 
 
 def describe_service(service: Service) -> dict[str, Any]:
-    """What ``/info`` answers, in text-embeddings-inference's fields and some of our own."""
+    """Return what ``/info`` answers, in text-embeddings-inference's fields and some of our own."""
     info, settings = service.model.info, service.settings
     kind: dict[str, Any]
     if info.head.kind == "embedding":
@@ -190,6 +194,8 @@ def describe_service(service: Service) -> dict[str, Any]:
 
 
 def require_head(service: Service, kind: str) -> Head:
+    """Return the model's head; raise BadInput where it is of another kind than the endpoint
+    needs."""
     head = service.model.info.head
     if head.kind != kind:
         raise BadInput(
@@ -200,11 +206,13 @@ def require_head(service: Service, kind: str) -> Head:
 
 
 def reading_of(body: Any) -> Reading:
+    """Return how a request wants long inputs to be cut."""
     return Reading(body.truncate, (body.truncation_direction or "right").lower() == "left")
 
 
 def prompt_of(service: Service, name: str | None) -> str:
-    """The text that goes before an input. Raises BadInput for a name that the model lacks."""
+    """Return the text that goes before an input. Raises BadInput for a name that the model
+    lacks."""
     prompts = service.model.info.prompts
     if name is None:
         return prompts.default
@@ -251,7 +259,7 @@ async def read_inputs(
 
 
 def read_pairs(inputs: str | list[Any]) -> tuple[list[str | tuple[str, str]], bool]:
-    """The texts and pairs of ``/predict``, and whether it was a single one."""
+    """Return the texts and pairs of ``/predict``, and whether it was a single one."""
     if isinstance(inputs, str):
         return [inputs], True
     if inputs and all(isinstance(item, str) for item in inputs):

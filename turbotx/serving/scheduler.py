@@ -33,14 +33,15 @@ class Trigger(Protocol):
     """Decides when an idle engine gets a batch."""
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
-        """The time from which a batch may run; ``now_ms`` or less means now."""
+        """Return the time from which a batch may run; ``now_ms`` or less means now."""
 
 
 @dataclass(frozen=True)
 class Hungry:
-    """Whenever the engine is idle and somebody waits."""
+    """Whenever the engine is idle and a request waits."""
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
+        """Return now: whatever waits is run as soon as the engine is idle."""
         return now_ms
 
 
@@ -53,6 +54,8 @@ class Lazy:
     max_tokens: int | None = None  # padded
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
+        """Return when a batch is due: now if it is full, else when its oldest request has waited
+        `timeout_ms`."""
         if len(waiting) >= self.max_batch:
             return now_ms
         if self.max_tokens is not None:
@@ -72,7 +75,7 @@ class Scheduler:
     max_batch: int | None = None  # None: the cost table's
     max_batch_tokens: int | None = None  # padded; a single request may exceed it
     max_queue: int = 4096
-    max_age_ms: float = math.inf  # nobody waits longer: a third of it in work is admitted
+    max_age_ms: float = math.inf  # longest wait of a request: a third of it in work is admitted
 
     def __post_init__(self) -> None:
         if self.policy is None:
@@ -88,10 +91,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> list[Request]:
+        """The requests that no batch has taken, oldest first."""
         return list(self._waiting.values())
 
     @property
     def table(self) -> Table:
+        """Estimated ms by length and batch size, up to the largest batch; see `CostTable.dense`."""
         return self.costs.dense(self.max_batch, self.max_batch_tokens)
 
     @property
@@ -135,7 +140,7 @@ class Scheduler:
         self._backlog_ms += share
 
     def raise_to(self, key: Hashable, deadline_ms: float, priority: int) -> None:
-        """Somebody else awaits a waiting request too: it takes the higher class of the two, and the
+        """Join a request to an equal one that waits: that takes the higher class of both, and the
         later deadline. One that does not wait (any more) stays as it is."""
         request = self._waiting.get(key)
         if request is not None:
@@ -176,7 +181,7 @@ class Scheduler:
         return late
 
     def overdue(self, now_ms: float) -> list[Request]:
-        """Take those off the queue whose deadline has passed: nobody needs their answers."""
+        """Take requests off the queue whose deadline has passed."""
         late = [r for r in self._waiting.values() if r.deadline_ms < now_ms]
         for request in late:
             self.cancel(request.key)
@@ -201,7 +206,7 @@ class Scheduler:
         return batch
 
     def wake_ms(self, now_ms: float) -> float:
-        """When to ask ``next`` again if nothing arrives: infinity when nobody waits."""
+        """Return when to ask ``next`` again if nothing arrives: infinity for an empty queue."""
         if not self._waiting:
             return math.inf
         if self._planned:
@@ -213,7 +218,7 @@ class Scheduler:
         self.costs.observe(batch.length, len(batch.requests), took_ms)
 
     def share_ms(self, length: int) -> float:
-        """The request's part of a batch of its like, the fullest that the limits allow."""
+        """Return the request's part of a batch of its like, the fullest that the limits allow."""
         row = self.table[length]
         most = len(row) - 1
         while most > 1 and math.isinf(row[most]):

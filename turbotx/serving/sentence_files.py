@@ -1,4 +1,4 @@
-"""What a sentence-transformers directory says: its chain of modules, its prompts, its lengths.
+"""Sentence files: a sentence-transformers directory's chain of modules, prompts and lengths.
 
 In: a directory with ``modules.json``, in any layout that sentence-transformers wrote. Out: plain
 data; a module, an option or a mode that is not known here is refused by its name::
@@ -65,6 +65,8 @@ class Dense:
 
 @dataclass(frozen=True)
 class LayerNorm:
+    """A LayerNorm over the vector: where its weights are, and the vector's width."""
+
     folder: Path
     width: int
 
@@ -170,6 +172,7 @@ def check_widths(steps: list[Step], folder: Path) -> None:
 
 
 def width_after(step: Step, width: int) -> int:
+    """Return a vector's width behind a step, given the width in front of it."""
     if isinstance(step, Pooling):
         return step.width * len(step.modes)
     if isinstance(step, Dense):
@@ -178,7 +181,7 @@ def width_after(step: Step, width: int) -> int:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """The file's content, None where there is no such file. Raises ModelFilesError."""
+    """Return the file's content, None where there is no such file. Raises ModelFilesError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
@@ -189,7 +192,7 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def _kind_of(module: Any, folder: Path) -> str:
-    """The class of a module, where it is one of sentence-transformers' own."""
+    """Return the class of a module, where it is one of sentence-transformers' own."""
     if not (isinstance(module, dict) and isinstance(module.get("type"), str)):
         raise ModelFilesError(f"{folder}/modules.json has an entry without a type: {module!r}")
     path = module.setdefault("path", "")

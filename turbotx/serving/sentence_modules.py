@@ -47,6 +47,7 @@ class ClassifierModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
+        """Return logits, (batch, labels), of ids and mask, (batch, seq)."""
         found = run(self.classifier, input_ids, attention_mask, token_type_ids)
         logits: Tensor = found["logits"]
         return logits
@@ -67,6 +68,7 @@ class LastTokenClassifier(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
+        """Return logits, (batch, labels), of the last token that the mask (batch, seq) shows."""
         found = run(self.transformer, input_ids, attention_mask, token_type_ids)
         logits: Tensor = self.score(last_token(found["last_hidden_state"], attention_mask))
         return logits
@@ -111,6 +113,8 @@ class Project(nn.Module):
             self.residual = nn.Linear(step.in_features, step.out_features, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
+        """Return (batch, out_features) of (batch, in_features), the residual added where there
+        is one."""
         found: Tensor = self.activation_function(self.linear(vectors))
         if not self.use_residual:
             return found
@@ -118,31 +122,40 @@ class Project(nn.Module):
 
 
 class Norm(nn.Module):
+    """LayerNorm over the vector."""
+
     def __init__(self, step: files.LayerNorm) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(step.width)
 
     def forward(self, vectors: Tensor) -> Tensor:
+        """Return (batch, width) vectors, each normalized by mean and variance."""
         found: Tensor = self.norm(vectors)
         return found
 
 
 class UnitLength(nn.Module):
+    """Division of each vector by its length."""
+
     def forward(self, vectors: Tensor) -> Tensor:
+        """Return (batch, width) vectors of length 1."""
         return nn.functional.normalize(vectors, dim=-1)
 
 
 class FirstNumbers(nn.Module):
+    """The first numbers of each vector, as Matryoshka embeddings allow."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, vectors: Tensor) -> Tensor:
+        """Return (batch, width) of longer vectors."""
         return vectors[:, : self.width]
 
 
 def make_step(step: files.Step) -> nn.Module:
-    """The module of a step, its weights read from its folder. Raises WeightsError."""
+    """Return the module of a step, its weights read from its folder. Raises WeightsError."""
     if isinstance(step, files.Pooling):
         return Pool(step.modes)
     if isinstance(step, files.Normalize):
@@ -169,7 +182,7 @@ def _mean_sqrt(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def _weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The n-th token counts n times."""
+    """Return the mean in which the n-th token counts n times."""
     weight = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return (_sum(hidden, weight) / _count(weight)).to(hidden.dtype)
 
@@ -179,7 +192,7 @@ def _max(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sum(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Added up in float32, also in half precision, as sentence-transformers does."""
+    """Add up in float32, also in half precision, as sentence-transformers does."""
     return (hidden.float() * weight.unsqueeze(-1)).sum(1)
 
 

@@ -1,4 +1,4 @@
-"""``turbotx serve``: load, measure, listen, and leave in good order.
+"""``turbotx serve``: loads, measures, listens, and shuts down gracefully.
 
 In: the command line's arguments. Out: a server on host and port until it is told to stop; then it
 answers what it has accepted and exits::
@@ -96,13 +96,13 @@ def run(
     GracefulServer(config, service, limits).run([listener])
     if service.failure is not None:
         raise service.failure
-    if service.preparing:  # its thread cannot be stopped, and has answered nobody
+    if service.preparing:  # its thread cannot be stopped, and no request was answered yet
         logging.shutdown()
         os._exit(0)
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; it does not listen yet. Raises SettingsError."""
+    """Return a socket bound to the address; it does not listen yet. Raises SettingsError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -143,6 +143,7 @@ class GracefulServer(uvicorn.Server):
         return await super().on_tick(counter) or self._service.failure is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Refuse new requests and finish those that are there; a second signal ends at once."""
         self._service.leaving = True
         self.force_exit = self.should_exit  # the second signal does not wait
         self.should_exit = True

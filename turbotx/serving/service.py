@@ -128,7 +128,7 @@ class Service:
         cache = ResponseCache(self.settings.cache_nbytes)
         self._dispatcher = Dispatcher(
             self.model.engine,
-            self._scheduler(costs),
+            self.make_scheduler(costs),
             cache,
             self.metrics,
             revision=self.model.info.revision,
@@ -222,6 +222,7 @@ class Service:
         return await self._tokenizers.run(sum(map(len, texts)), work)
 
     def check_batch(self, count: int) -> None:
+        """Raise TooLarge for more inputs in a request than `max_client_batch`."""
         if count > self.settings.max_client_batch:
             raise TooLarge(
                 f"{count} inputs in one request, at most {self.settings.max_client_batch}: "
@@ -229,6 +230,8 @@ class Service:
             )
 
     async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
+        """Return a float32 vector for each row; notes tokens and times in the request's facts.
+        Raises Busy, Late or NotReady."""
         facts = scope.facts
         facts.tokens = sum(map(len, rows))
         vectors, facts.queueing_s, facts.inference_s = await self.dispatcher.compute_timed(
@@ -237,7 +240,7 @@ class Service:
         return vectors
 
     async def decode(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
-        """The text of each row of token ids, in the tokenizers' threads."""
+        """Return the text of each row of token ids; runs in the tokenizers' threads."""
         texts = self.model.tokenizer.texts_of
         return await self._tokenizers.run(
             sum(map(len, rows)) * CHARACTERS_PER_TOKEN, lambda: texts(rows, skip_special)
@@ -255,7 +258,8 @@ class Service:
         found.update({f"engine_{k}": v for k, v in self.model.engine.figures().items()})
         return found
 
-    def _scheduler(self, costs: CostTable) -> Scheduler:
+    def make_scheduler(self, costs: CostTable) -> Scheduler:
+        """Return the scheduler that the settings ask for, over measured costs."""
         settings = self.settings
         policy = POLICIES[settings.policy]()
         if isinstance(policy, Aged):

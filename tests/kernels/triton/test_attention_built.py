@@ -34,7 +34,7 @@ def test_one_tile_of_keys_takes_no_loop() -> None:
     assert "for start" not in attention_job(case, "sm_90", tiles).source
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [16, 64, 80, 128, 256])
 def test_builds_for_every_target_without_spills(dtype: torch.dtype, width: int) -> None:

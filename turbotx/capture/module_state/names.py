@@ -1,4 +1,4 @@
-"""Names: the globals and closures that functions refer to, found in their code.
+"""Names: the globals and closure cells that functions refer to, found in their bytecode.
 
 In: functions that run under a trace. Out: where each name's value lies (a module's globals, a
 closure's cell, a class) and the functions in turn that they call, of code that is the user's or a
@@ -27,7 +27,7 @@ from turbotx.capture.module_state.places import (
     ClassPlace,
     DefaultsPlace,
     ItemPlace,
-    Place,
+    StatePlace,
     find_in_class,
 )
 from turbotx.capture.module_state.values import MISSING, is_library, is_watchable
@@ -62,7 +62,7 @@ class Names:
     """What functions refer to, as far as they were looked into."""
 
     def __init__(self) -> None:
-        self.places: dict[Any, Place] = {}
+        self.places: dict[Any, StatePlace] = {}
         self.meet: Callable[[Any], None] = lambda value: None
         self._entered: dict[tuple[int, type | None], types.FunctionType] = {}
         self._to_do: list[tuple[types.FunctionType, type | None]] = []
@@ -142,7 +142,7 @@ class Names:
                 if attribute in vars(module):
                     self._follow(vars(module), (attribute,))
 
-    def _add(self, place: Place) -> None:
+    def _add(self, place: StatePlace) -> None:
         if place.key in self.places:
             return
         self.places[place.key] = place

@@ -1,4 +1,4 @@
-"""Effects: what a call leaves in the user's containers and objects besides its result.
+"""Effects: what a call changes in the user's containers and objects, replayed after each run.
 
 In: what a trace wrote (`watched.py`). Out: the tensors and sizes among it, which become results of
 the program, and how to put them where the model's code puts them, at every call::

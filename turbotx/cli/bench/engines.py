@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from turbotx.cli.bench.floor import make_floor
-from turbotx.cli.models import LoadedModel
+from turbotx.cli.models import ModelWithInputs
 from turbotx.engine.optimize import optimize
 from turbotx.errors import ModelError
 
@@ -39,7 +39,7 @@ ASKED_FOR = ("turbotx-packed",)
 """Engines that are compared only where they are named: not every model can be packed."""
 
 
-def make_engine(name: str, loaded: LoadedModel, folder: Path) -> Run:
+def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
     """Return what runs the model; `folder` is for its files. Raises what the engine raises."""
     model: Any = loaded.model
     if name.startswith("floor-"):
@@ -59,8 +59,8 @@ def make_engine(name: str, loaded: LoadedModel, folder: Path) -> Run:
     return lambda args, kwargs: model(*args, **kwargs)
 
 
-def _make_onnxruntime(loaded: LoadedModel, folder: Path, fuse: bool) -> Run:
-    """A session over the exported model, every tensor's first two sizes dynamic."""
+def _make_onnxruntime(loaded: ModelWithInputs, folder: Path, fuse: bool) -> Run:
+    """Return a session over the exported model, every tensor's first two sizes dynamic."""
     onnxruntime = importlib.import_module("onnxruntime")
     if loaded.args:
         raise ModelError("ONNX Runtime is measured on keyword inputs only")

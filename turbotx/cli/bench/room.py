@@ -1,4 +1,4 @@
-"""The engine room: starts one process an engine and lets them take turns.
+"""The engine room: starts one process per engine and alternates between them.
 
 In: engines, a model, inputs on disk. Out: medians and spreads in milliseconds, one engine running
 at a time, rounds interleaved, and how much of the machine others used meanwhile::
@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from turbotx.cli.models import Source
+from turbotx.cli.output import versions
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ class Worker:
         return found
 
     def stop(self) -> None:
+        """Kill the process and close its pipes."""
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
@@ -116,7 +116,7 @@ class Room:
             return []
 
     def measure(self, inputs: Path, rounds: int, count: int = 8) -> dict[str, Spread]:
-        """Let every engine run up to `count` calls in each of `rounds` rounds."""
+        """Run every engine up to `count` calls in each of `rounds` rounds."""
         times: dict[str, list[float]] = {engine: [] for engine in self.workers}
         for k in range(rounds):
             for engine in list(self.workers):
@@ -160,6 +160,7 @@ class OthersUse:
 
 
 def summarize(times: Sequence[float]) -> Spread:
+    """Return median, 10th and 90th percentile and count of times, in their own unit."""
     ordered = sorted(times)
     tenth = len(ordered) // 10
     low, high = round(ordered[tenth], 4), round(ordered[-1 - tenth], 4)
@@ -173,5 +174,4 @@ def describe_machine(threads: int) -> dict[str, Any]:
     if info.exists():
         models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
         device = models[0].partition(":")[2].strip() if models else device
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"device": device, "threads": threads, "versions": versions}
+    return {"device": device, "threads": threads, "versions": versions()}

@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -24,12 +23,13 @@ from turbotx.capture.ambient import without_autocast
 from turbotx.errors import BuildWarning, DeviceError, TurbotxError
 from turbotx.memory.planner.plan import align
 from turbotx.memory.pool import ChunkPool, poison_enabled
-from turbotx.program.executable import Executable
+from turbotx.program.executable import Executable, WholeTensor
 from turbotx.runtime.binding import Binding, Execution
 from turbotx.runtime.cuda.queue import CudaQueue
 from turbotx.runtime.cuda.settings import math_settings
-from turbotx.runtime.cuda.weights import Held
-from turbotx.runtime.device import Graph, Recorder
+from turbotx.runtime.cuda.weights import WeightsVersion
+from turbotx.runtime.device import Graph, GraphRecorder
+from turbotx.runtime.lru import LruDict
 from turbotx.runtime.program import Program
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
@@ -39,8 +39,21 @@ ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
+class GraphBinding(Binding):
+    """A call at one shape, and where its graph has inputs and outputs: behind the intermediates.
+
+    outer: shapes and dtypes of inputs, then of outputs. outer_offsets: where they lie.
+    graph_nbytes: of all memory.
+    """
+
+    outer: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    outer_offsets: tuple[int, ...]
+    graph_nbytes: int
+
+
+@dataclass(frozen=True)
 class CapturedGraph:
-    """A graph of one shape in one arena, and what it stands and falls with.
+    """A captured graph of one shape in one arena, and the values that it depends on.
 
     stamp: addresses, weights and settings at its capture. kept: the weights that it reads.
     """
@@ -49,20 +62,20 @@ class CapturedGraph:
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
     stamp: object
-    kept: Held
+    kept: WeightsVersion
 
 
 class GraphCache:
-    """The graphs of a call, at most so many, by arena and shape: the one longest unused goes first.
+    """LRU cache of a call's graphs, by arena and shape.
 
     used: shapes seen lately. recorders: one an arena, so that its graphs share temporary memory.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.used: OrderedDict[tuple[int, ...], None] = OrderedDict()
-        self.kept: OrderedDict[tuple[int, tuple[int, ...]], CapturedGraph] = OrderedDict()
-        self.recorders: dict[int, Recorder] = {}
+        self.used: LruDict[tuple[int, ...], None] = LruDict(4 * most)
+        self.kept: LruDict[tuple[int, tuple[int, ...]], CapturedGraph] = LruDict(most)
+        self.recorders: dict[int, GraphRecorder] = {}
         self.lock = threading.Lock()
 
 
@@ -76,10 +89,30 @@ class CudaGraphProgram(Program):
         graphs: GraphCache,
     ) -> None:  # fmt: skip
         super().__init__(executable, runtime, pool, max_shapes)
-        self._graphs = graphs
-        self._callers: dict[int, Held] = {}
+        self.graphs = graphs
+        self.callers_reads: dict[int, WeightsVersion] = {}
         """Weights that graphs of the caller's read, by version: nothing tells when those go."""
         self._shapes = [(t.shape.compile(self.dims), t.dtype) for t in executable.inputs]
+        self._plain_leaves = self._find_plain_leaves()
+
+    def _find_plain_leaves(self) -> list[int] | None:
+        """Return which output each leaf is, where each is one and nothing else."""
+        place = {t.name: k for k, (t, _, _) in enumerate(self._outputs)}
+        leaves = self.executable.leaves
+        if all(isinstance(x, WholeTensor) and x.name in place for x in leaves):
+            return [place[x.name] for x in leaves]
+        return None
+
+    def _plan_shape(self, dims: tuple[int, ...]) -> Binding:
+        plain = super()._plan_shape(dims)
+        inputs = ((shape(*dims), dtype) for shape, dtype in self._shapes)
+        outer = (*inputs, *((shape, dtype) for _, shape, dtype in plain.outputs))
+        offsets, end = [], align(plain.footprint_nbytes, ALIGNMENT)
+        for shape, dtype in outer:
+            offsets.append(end)
+            end = align(end + math.prod(shape) * dtype.itemsize, ALIGNMENT)
+        known = {f.name: getattr(plain, f.name) for f in fields(plain)}
+        return GraphBinding(**known, outer=outer, outer_offsets=tuple(offsets), graph_nbytes=end)
 
     def run(
         self, binding: Binding, tensors: Sequence[torch.Tensor], ticks: Any = None,
@@ -91,12 +124,12 @@ class CudaGraphProgram(Program):
             if device.is_capturing():
                 return self._run_inside_capture(binding, tensors)
             plain = ticks is not None or watch is not None or poison_enabled()
-            plain = plain or self._graphs.most == 0
+            plain = plain or self.graphs.most == 0
             if not plain and not self._is_first(binding.dims):
                 try:
                     return self._replay(binding, tensors)
                 except _NotCapturable as error:
-                    self._graphs.most = 0
+                    self.graphs.most = 0
                     warnings.warn(
                         f"launches run one by one, because they cannot be captured as a CUDA "
                         f"graph: {error}; cuda_graphs=False says so beforehand",
@@ -107,9 +140,8 @@ class CudaGraphProgram(Program):
 
     def reserve(self, binding: Binding) -> None:
         """Map the memory of a shape now, that of its graph included."""
-        self.pool.reserve(
-            self._lay_out(binding)[1] if self._graphs.most else binding.footprint_nbytes
-        )
+        assert isinstance(binding, GraphBinding)
+        self.pool.reserve(binding.graph_nbytes if self.graphs.most else binding.footprint_nbytes)
 
     @contextmanager
     def used(
@@ -127,34 +159,34 @@ class CudaGraphProgram(Program):
 
     def _is_first(self, dims: tuple[int, ...]) -> bool:
         """Tell whether a shape was not seen lately; remembers four times as many as graphs."""
-        with self._graphs.lock:
-            first = dims not in self._graphs.used
-            self._graphs.used[dims] = None
-            self._graphs.used.move_to_end(dims)
-            if len(self._graphs.used) > 4 * self._graphs.most:
-                self._graphs.used.popitem(last=False)
+        with self.graphs.lock:
+            first = dims not in self.graphs.used
+            self.graphs.used[dims] = None
             return first
 
     def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Inputs are read 16 bytes at a time: a slice that begins between is copied."""
+        """Return tensors that kernels may read 16 bytes at a time: a slice that begins between
+        is copied."""
         dense = super()._readable(tensors)
         return [t if t.data_ptr() % 16 == 0 else t.clone() for t in dense]
 
     # --- graphs ---
 
     def _replay(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> list[Any]:
-        offsets, nbytes = self._lay_out(binding)
-        with self.pool.lease(nbytes) as arena:
-            captured = self._find(arena, binding, offsets)
+        assert isinstance(binding, GraphBinding)
+        with self.pool.lease(binding.graph_nbytes, poisoned=False) as arena:
+            captured = self._find(arena, binding)
             outputs = self._play(captured, binding, tensors)
             # Looking at every parameter takes as long as a short model: the device works meanwhile,
             # on memory that `captured` keeps, and its results are dropped if one has changed.
             if self.runtime.weights.refresh():
-                captured = self._find(arena, binding, offsets)
+                captured = self._find(arena, binding)
                 outputs = self._play(captured, binding, tensors)
         failed = self.runtime.failed()
         if failed:
             self._explain_failure(failed)
+        if self._plain_leaves is not None:
+            return [outputs[k] for k in self._plain_leaves]
         state = self._state(binding, arena, tensors, outputs, tensors)
         return [leaf(state) for leaf in self._leaves]
 
@@ -173,27 +205,22 @@ class CudaGraphProgram(Program):
             call(partial(torch._foreach_copy_, outputs, captured.outputs))
         return outputs
 
-    def _find(self, arena: Any, binding: Binding, offsets: list[int]) -> CapturedGraph:
+    def _find(self, arena: Any, binding: GraphBinding) -> CapturedGraph:
         """Return the graph of a shape in this arena, captured now if there is none that holds."""
         key = (arena.index, binding.dims)
         stamp = (arena.data_ptr, arena.shrinks, self.runtime.weights.version, math_settings())
-        with self._graphs.lock:
-            captured = self._graphs.kept.get(key)
+        with self.graphs.lock:
+            captured = self.graphs.kept.find(key)
             if captured is not None and captured.stamp == stamp:
-                self._graphs.kept.move_to_end(key)
                 return captured
-        captured = self._capture(arena, binding, offsets, stamp)
-        with self._graphs.lock:
-            self._graphs.kept[key] = captured
-            while len(self._graphs.kept) > self._graphs.most:
-                self._graphs.kept.popitem(last=False)
+        captured = self._capture(arena, binding, stamp)
+        with self.graphs.lock:
+            self.graphs.kept[key] = captured
         return captured
 
-    def _capture(
-        self, arena: Any, binding: Binding, offsets: list[int], stamp: object
-    ) -> CapturedGraph:
+    def _capture(self, arena: Any, binding: GraphBinding, stamp: object) -> CapturedGraph:
         views = []
-        for (shape, dtype), offset in zip(self._outer(binding), offsets, strict=True):
+        for (shape, dtype), offset in zip(binding.outer, binding.outer_offsets, strict=True):
             part = arena.tensor[offset : offset + math.prod(shape) * dtype.itemsize]
             views.append(part.view(dtype).view(shape))
         count = len(self._inputs)
@@ -201,9 +228,9 @@ class CudaGraphProgram(Program):
         execution = self._prepare(arena, binding)
         self.runtime.bind(binding.sizes)
         state = self._state(binding, arena, inputs, outputs)
-        recorder = self._graphs.recorders.get(arena.index)
+        recorder = self.graphs.recorders.get(arena.index)
         if recorder is None:
-            recorder = self._graphs.recorders[arena.index] = self.runtime.device.recorder()
+            recorder = self.graphs.recorders[arena.index] = self.runtime.device.recorder()
         try:
             graph = recorder.capture(
                 lambda: self._run_in(execution, binding, state, inputs, outputs)
@@ -214,19 +241,6 @@ class CudaGraphProgram(Program):
             raise _NotCapturable(str(error).splitlines()[0]) from error
         self.graph_captures += 1
         return CapturedGraph(graph, inputs, outputs, stamp, execution.kept)
-
-    def _lay_out(self, binding: Binding) -> tuple[list[int], int]:
-        """Return where inputs and outputs lie behind the plan, and the bytes of all."""
-        offsets, end = [], align(binding.footprint_nbytes, ALIGNMENT)
-        for shape, dtype in self._outer(binding):
-            offsets.append(end)
-            end = align(end + math.prod(shape) * dtype.itemsize, ALIGNMENT)
-        return offsets, end
-
-    def _outer(self, binding: Binding) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Return shapes and dtypes of a call's inputs, then of its outputs."""
-        inputs = [(shape(*binding.dims), dtype) for shape, dtype in self._shapes]
-        return [*inputs, *((shape, dtype) for _, shape, dtype in binding.outputs)]
 
     def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
         super()._point(execution, arena, binding)
@@ -248,7 +262,7 @@ class CudaGraphProgram(Program):
         arena = _OwnMemory(torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device))
         execution = Execution(len(self.executable.slots))
         self._point(execution, arena, binding)
-        self._callers[execution.kept.version] = execution.kept
+        self.callers_reads[execution.kept.version] = execution.kept
         inputs, outputs = self._readable(self.in_memory(tensors)), self._new_outputs(binding)
         state = self._state(binding, arena, inputs, outputs, tensors)
         self._run_in(execution, binding, state, inputs, outputs)
