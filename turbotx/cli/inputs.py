@@ -18,6 +18,7 @@ from torch import nn
 
 from turbotx.errors import InputError
 from turbotx.ir.expr import evaluate
+from turbotx.passes.pack import PackedCapture
 from turbotx.report import Report
 
 EXAMPLE_SHAPE = {"batch": 2, "seq": 16}
@@ -67,7 +68,9 @@ def huggingface_inputs(model: nn.Module, shape: Mapping[str, int]) -> dict[str, 
 def resize(report: Report, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return a call's inputs at the report's shape, the example's values repeated or cut."""
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    sizes = iter(report.compiled.captured.input_sizes)
+    captured = report.compiled.captured
+    called = captured.padded if isinstance(captured, PackedCapture) else captured
+    sizes = iter(called.input_sizes)
     resized = [
         _tile(leaf, [evaluate(e, report.dims) for e in next(sizes)])
         if isinstance(leaf, torch.Tensor)

@@ -32,7 +32,7 @@ from turbotx.passes.packer import Inputs, Packer
 from turbotx.passes.token_attention import ATTENTION
 from turbotx.passes.token_rules import RULES
 from turbotx.passes.token_sums import SUMS
-from turbotx.passes.tokens import Refused, Sizes, Token
+from turbotx.passes.tokens import Refused, TokenSizes, ByToken
 
 aten = torch.ops.aten
 MASK = "attention_mask"
@@ -64,7 +64,7 @@ class PackedOutput:
 
 
 @dataclass(frozen=True)
-class Packing:
+class TokenPacking:
     """How a call becomes one of a packed program, and back.
 
     mask: the place of the mask among the call's tensors. outputs: by leaf, None for one that is as
@@ -85,7 +85,7 @@ class Packing:
 class PackedCapture(Captured):
     """A capture over tokens: its dims are those of the call, and "tokens" behind them."""
 
-    packing: Packing
+    packing: TokenPacking
     padded: Captured
 
     @cached_property
@@ -112,7 +112,7 @@ def pack(captured: Captured) -> PackedCapture:
                 rest = [sizes.fixed(e) for e in g.shape(node)[2:]]
                 if None in rest:
                     raise Refused(node, "is an input of more sizes than (batch, seq)")
-                packer.values[node] = Token(packed, (("b",), ("s",), *(f or () for f in rest)))
+                packer.values[node] = ByToken(packed, (("b",), ("s",), *(f or () for f in rest)))
                 sources[packed] = PackedInput(packed.name, place, True)
             else:
                 sources[node] = PackedInput(node.name, place, False)
@@ -128,7 +128,7 @@ def pack(captured: Captured) -> PackedCapture:
     left = graph.find_nodes(op="placeholder")
     given = tuple(sources.get(n) or PackedInput(n.name, None, False) for n in left)
     (batch,) = g.shape(inputs["starts"])
-    packing = Packing(
+    packing = TokenPacking(
         mask, str(batch), str(sizes.seq), given, outputs, packer.from_start, packer.to_end
     )
     own = {f: getattr(captured, f) for f in captured.__dataclass_fields__}
@@ -141,7 +141,7 @@ def pack(captured: Captured) -> PackedCapture:
     return PackedCapture(**own, packing=packing, padded=replace(captured))
 
 
-def _find_sizes(captured: Captured) -> tuple[int, Sizes]:
+def _find_sizes(captured: Captured) -> tuple[int, TokenSizes]:
     """Return the place of the mask, and the symbols of its sizes."""
     why = ""
     if MASK not in captured.input_names:
@@ -164,15 +164,15 @@ def _find_sizes(captured: Captured) -> tuple[int, Sizes]:
             'model does not read it for them. Leave out padding="packed"'
         )
     rows = {s[0] for s in alike}
-    return mask, Sizes(frozenset(rows), seq)
+    return mask, TokenSizes(frozenset(rows), seq)
 
 
-def _is_by_token(sizes: Sizes, shape: Any) -> bool:
+def _is_by_token(sizes: TokenSizes, shape: Any) -> bool:
     return len(shape) > 1 and sizes.is_batch(shape[0]) and sizes.is_seq(shape[1])
 
 
 def _make_fakes(
-    captured: Captured, nodes: list[fx.Node], sizes: Sizes
+    captured: Captured, nodes: list[fx.Node], sizes: TokenSizes
 ) -> Mapping[str, torch.Tensor]:
     """Return fake tensors for the packed program's own inputs, and name its sizes."""
     value = next(g.tensor(n) for n in nodes if _is_by_token(sizes, g.shape(n)))
@@ -202,7 +202,9 @@ def _fake_rows(node: fx.Node, fakes: Mapping[str, torch.Tensor]) -> torch.Tensor
         return value.new_empty((1, fakes["positions"].shape[0], *value.shape[2:]))
 
 
-def _replace_sizes(graph: fx.Graph, nodes: list[fx.Node], sizes: Sizes, inputs: Inputs) -> None:
+def _replace_sizes(
+    graph: fx.Graph, nodes: list[fx.Node], sizes: TokenSizes, inputs: Inputs
+) -> None:
     """Let sizes of the call's tensors be read from what the packed program is given."""
     for node in list(graph.nodes):
         source = node.args[0] if g.is_call(node, aten.sym_size.int) else None
@@ -232,7 +234,7 @@ def _pack_outputs(p: Packer) -> tuple[PackedOutput | None, ...]:
     return tuple(kinds)
 
 
-def _kind_of(leaf: fx.Node, x: Token) -> PackedOutput:
+def _kind_of(leaf: fx.Node, x: ByToken) -> PackedOutput:
     if x.dims[x.s] == ("b", "s"):
         return PackedOutput(None, x.s)
     if x.dims[x.s] != ("s",) or x.b is None or x.dims[x.b] != ("b",):
@@ -240,7 +242,7 @@ def _kind_of(leaf: fx.Node, x: Token) -> PackedOutput:
     return PackedOutput(x.b, x.s)
 
 
-def _rows_first(p: Packer, leaf: fx.Node, x: Token) -> fx.Node:
+def _rows_first(p: Packer, leaf: fx.Node, x: ByToken) -> fx.Node:
     made = x.node
     if x.s != 0:
         order = [x.s, *(d for d in range(len(x.dims)) if d != x.s)]

@@ -1,10 +1,10 @@
 """Packer: walks a graph over (batch, seq) and writes the same over one axis of tokens beside it.
 
-In: a rewritten graph, its sizes, which inputs have a row a token. Out: for every node a `Token`,
+In: a rewritten graph, its sizes, which inputs have a row a token. Out: for every node a `ByToken`,
 that it is as it was ("whole": made of sizes, parameters and what is known by sequence), or why it
 keeps no tokens apart; the rules lie in `token_rules`, `token_sums` and `token_attention`::
 
-    packer.run();  packer.values[layer_norm]  ->  Token(layer_norm_1, (("b",), ("s",), (384,)))
+    packer.run();  packer.values[layer_norm]  ->  ByToken(layer_norm_1, (("b",), ("s",), (384,)))
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import fx
 from turbotx.ir import fx_nodes as g
 from turbotx.ops import OPS
 from turbotx.passes.known_values import KnownValues
-from turbotx.passes.tokens import Dims, Refused, Sizes, Token, extent_of
+from turbotx.passes.tokens import Dims, Refused, TokenSizes, ByToken, extent_of
 
 aten = torch.ops.aten
 Rule = Callable[["Packer", fx.Node], Any]
-"""Returns a Token, a node that is whole, or the Tokens of a split; raises Refused."""
+"""Returns a ByToken, a node that is whole, or the tensors of a split; raises Refused."""
 
 
 class Inputs:
@@ -32,7 +32,7 @@ class Inputs:
     tokens: a size. bounds, starts: of sequences. positions, sequence_of: of tokens.
     """
 
-    def __init__(self, graph: fx.Graph, sizes: Sizes, fakes: Mapping[str, Any]) -> None:
+    def __init__(self, graph: fx.Graph, sizes: TokenSizes, fakes: Mapping[str, Any]) -> None:
         self._first = next(iter(graph.nodes))
         self._graph, self._sizes, self._fakes = graph, sizes, fakes
         self.made: dict[str, fx.Node] = {}
@@ -55,14 +55,14 @@ class Packer:
     before the first and behind the last token that the mask shows have to be kept."""
 
     def __init__(
-        self, graph: fx.Graph, sizes: Sizes, inputs: Inputs, known: KnownValues,
+        self, graph: fx.Graph, sizes: TokenSizes, inputs: Inputs, known: KnownValues,
         rules: Mapping[Any, Rule],
     ) -> None:  # fmt: skip
         self.graph, self.sizes, self.inputs, self.known = graph, sizes, inputs, known
         self.rules = rules
         self.values: dict[fx.Node, Any] = {}
         self.from_start = self.to_end = False
-        self._pulled: dict[fx.Node, Token | Refused] = {}
+        self._pulled: dict[fx.Node, ByToken | Refused] = {}
         self._anchor: Any = None
 
     def run(self) -> None:
@@ -118,7 +118,7 @@ class Packer:
         with self.graph.inserting_before(self._anchor):
             return g.emit_piece(like, pieces, k)
 
-    def find(self, node: Any) -> Token | None:
+    def find(self, node: Any) -> ByToken | None:
         """Return an operand over tokens; None where it is whole and the same for every token and
         batch row, or for every token of a row. Raises Refused where it is neither."""
         if not g.is_tensor(node):
@@ -127,7 +127,7 @@ class Packer:
         if isinstance(value, Refused):
             raise value
         if value is not None:
-            assert isinstance(value, Token)
+            assert isinstance(value, ByToken)
             return value
         return self.pull(node) if any(map(self.sizes.is_seq, g.shape(node))) else None
 
@@ -139,14 +139,14 @@ class Packer:
             raise Refused(of, f"reads {what} that is not the same for every token")
         return node
 
-    def operand(self, node: fx.Node, position: int = 0) -> Token:
+    def operand(self, node: fx.Node, position: int = 0) -> ByToken:
         """Return an operand that has to be over tokens."""
         found = self.find(node.args[position])
         if found is None:
             raise Refused(node, "reads no tensor over tokens")
         return found
 
-    def apart(self, node: fx.Node, x: Token, dim: int) -> int:
+    def apart(self, node: fx.Node, x: ByToken, dim: int) -> int:
         """Return a dim that an op works along, from the front; it may hold no tokens."""
         dim = dim % len(x.dims)
         if {"s", "b"} & set(x.dims[dim]):
@@ -160,14 +160,14 @@ class Packer:
             raise Refused(node, f"has the size {g.shape(node)[at]} beside its tokens")
         return (*dims[:at], fixed, *dims[at + 1 :])
 
-    def token(self, node: fx.Node, dims: Dims) -> Token:
-        """Return a Token, checked to have the extents that its dims say."""
+    def token(self, node: fx.Node, dims: Dims) -> ByToken:
+        """Return a ByToken, checked to have the extents that its dims say."""
         shape = g.shape(node)
         tokens = g.size(self.tokens)
         wanted = [extent_of(f) * (tokens if "s" in f else 1) for f in dims]
         if list(shape) != wanted:
             raise Refused(node, f"has the sizes {shape}, not {tuple(wanted)}")
-        return Token(node, dims)
+        return ByToken(node, dims)
 
     @property
     def tokens(self) -> fx.Node:
@@ -198,7 +198,7 @@ class Packer:
 
     # --- whole tensors by token ---
 
-    def pull(self, node: fx.Node) -> Token:
+    def pull(self, node: fx.Node) -> ByToken:
         """Return a whole tensor over the columns as one over tokens: an element of each token's own
         column, computed from columns where an op is known to, or else looked up."""
         if node not in self._pulled:
@@ -211,7 +211,7 @@ class Packer:
             raise found
         return found
 
-    def _pull(self, node: fx.Node) -> Token:
+    def _pull(self, node: fx.Node) -> ByToken:
         shape = g.shape(node)
         columns = [d for d, extent in enumerate(shape) if self.sizes.is_seq(extent)]
         if len(columns) != 1:
@@ -223,7 +223,7 @@ class Packer:
         if node.op == "call_function" and self._rule_of(node) is not None:
             try:
                 made = self.apply(node)
-                if isinstance(made, Token):
+                if isinstance(made, ByToken):
                     return made
             except Refused:
                 pass
@@ -240,7 +240,7 @@ class Packer:
         rows = self.emit(node, aten.index.Tensor, node, both)
         return self.token(self.emit(node, aten.unsqueeze.default, rows, 0), dims)
 
-    def _count(self, node: fx.Node, start: int, step: int) -> Token:
+    def _count(self, node: fx.Node, start: int, step: int) -> ByToken:
         made = self.inputs["positions"]
         if step != 1:
             made = self.emit(node, aten.mul.Tensor, made, step)
@@ -264,7 +264,7 @@ class Packer:
                 found.append(fixed)
         return tuple(found)
 
-    def spread(self, node: fx.Node, b: int, s: int) -> Token:
+    def spread(self, node: fx.Node, b: int, s: int) -> ByToken:
         """Return a whole tensor by batch row, its batch along dim `b`, both counted from the end,
         as one over tokens along dim `s`: an element of each token's own row."""
         rank = len(g.shape(node))

@@ -22,14 +22,14 @@ from turbotx.passes.masks import Mask, understand_mask
 from turbotx.passes.operands import number_in
 from turbotx.passes.packer import Packer, Rule
 from turbotx.passes.scores import negated
-from turbotx.passes.tokens import Refused, Token
+from turbotx.passes.tokens import Refused, ByToken
 
 aten = torch.ops.aten
 HIDES = -1e9
 """A score that this is added to has a share of 0 beside any other of a model that works."""
 
 
-class _Parts:
+class _MaskParts:
     """What an attention's keys and bias are made of.
 
     said: terms that hide keys by token, bands. rest: what else is added or hides, by columns.
@@ -41,7 +41,7 @@ class _Parts:
         self.p, self.node = p, node
         window = node.kwargs.get("window", NO_WINDOW)
         self.said = Mask(causal=bool(node.kwargs.get("causal")), late=False, window=window)  # type: ignore[arg-type]
-        self.keys: list[Token] = []
+        self.keys: list[ByToken] = []
         self.rest: list[fx.Node] = []
         self.finite = self.partial = False
 
@@ -58,7 +58,7 @@ class _Parts:
         self.rest += self.said.rest
         self.said.rest.clear()
 
-    def _add_keys(self, found: Token, hidden: Any, shown: Any) -> None:
+    def _add_keys(self, found: ByToken, hidden: Any, shown: Any) -> None:
         dims = ((),) * (4 - len(found.dims)) + found.dims
         if dims[1:] != ((), (), ("s",)):
             raise Refused(self.node, "has a mask that is not by key")
@@ -68,7 +68,7 @@ class _Parts:
         made = found.node
         for _ in range(4 - len(found.dims)):
             made = self.p.emit(self.node, aten.unsqueeze.default, made, 0)
-        self.keys.append(Token(made, dims))
+        self.keys.append(ByToken(made, dims))
 
     def add(self, bias: fx.Node) -> None:
         """Take what is added to scores apart."""
@@ -85,7 +85,7 @@ class _Parts:
                 self.add(g.operand(bias, position))
         elif self._hides(bias):
             pass
-        elif isinstance(found := self.p.values.get(bias), Token):
+        elif isinstance(found := self.p.values.get(bias), ByToken):
             self._add_number(bias, found)
         elif bias in self.p.values:
             raise Refused(self.node, f"adds {bias.name} to its scores, which tokens tell")
@@ -111,17 +111,17 @@ class _Parts:
             self.add(kept)  # type: ignore[arg-type]
         return True
 
-    def _add_number(self, bias: fx.Node, found: Token) -> None:
+    def _add_number(self, bias: fx.Node, found: ByToken) -> None:
         """Take a number by key that is 0 where the mask shows it, and hides it elsewhere."""
         hidden, shown = self.p.known.hidden(bias), self.p.known.shown(bias)
         if hidden is None or hidden > HIDES or shown != 0:
             raise Refused(self.node, f"adds {bias.name} to its scores, which tokens tell")
         self.finite |= hidden != -math.inf
         visible = self.p.emit(bias, aten.eq.Scalar, found.node, 0)
-        self._add_keys(Token(visible, found.dims), False, True)
+        self._add_keys(ByToken(visible, found.dims), False, True)
 
 
-def attend(p: Packer, node: fx.Node) -> Token:
+def attend(p: Packer, node: fx.Node) -> ByToken:
     """Return attention by sequence."""
     q, k, v = (p.operand(node, i) for i in range(3))
     for x in (q, k, v):
@@ -129,7 +129,7 @@ def attend(p: Packer, node: fx.Node) -> Token:
             raise Refused(node, "has queries or keys that are not one a token")
     if node.kwargs.get("late"):
         raise Refused(node, "has queries that stand behind a cache")
-    parts = _Parts(p, node)
+    parts = _MaskParts(p, node)
     with p.here():
         keys, bias = g.optional(node, 3), g.optional(node, 4)
         if keys is not None and g.dtype(keys) is not torch.bool:
@@ -161,7 +161,7 @@ def attend(p: Packer, node: fx.Node) -> Token:
     return p.token(made, (("b",), ("s",), heads, width))
 
 
-def _join(p: Packer, node: fx.Node, parts: _Parts) -> fx.Node | None:
+def _join(p: Packer, node: fx.Node, parts: _MaskParts) -> fx.Node | None:
     """Return what is added by columns, one for all batch rows; None where there is nothing."""
     for term in parts.rest:
         if term in p.values or any(map(p.sizes.is_batch, g.shape(term))):

@@ -16,14 +16,14 @@ from torch import fx
 from turbotx.ir import fx_nodes as g
 from turbotx.passes.packer import Packer, Rule
 from turbotx.passes.token_sums import take_token
-from turbotx.passes.tokens import Dims, Refused, Token
+from turbotx.passes.tokens import Dims, Refused, ByToken
 
 aten = torch.ops.aten
 
 # --- element by element ---
 
 
-def pointwise(p: Packer, node: fx.Node) -> Token:
+def pointwise(p: Packer, node: fx.Node) -> ByToken:
     """Operands are aligned from the right, as broadcasting does; whole ones are looked up."""
     given = [n for n in node.all_input_nodes if g.is_tensor(n)]
     tokens = {n: t for n in given if (t := p.find(n)) is not None}
@@ -62,7 +62,7 @@ def _join(node: fx.Node, dims: list[tuple[Any, ...]], more: Dims) -> None:
         dims[d] = factors
 
 
-def _again(p: Packer, node: fx.Node, tokens: dict[fx.Node, Token]) -> fx.Node:
+def _again(p: Packer, node: fx.Node, tokens: dict[fx.Node, ByToken]) -> fx.Node:
     def new(n: fx.Node) -> Any:
         return tokens[n].node if n in tokens else n
 
@@ -71,7 +71,7 @@ def _again(p: Packer, node: fx.Node, tokens: dict[fx.Node, Token]) -> fx.Node:
     return p.emit(node, target, *args, **kwargs)
 
 
-def _alone(p: Packer, node: fx.Node, x: Token, *args: Any) -> fx.Node:
+def _alone(p: Packer, node: fx.Node, x: ByToken, *args: Any) -> fx.Node:
     """Return the node's own op on a packed tensor, with other arguments."""
     return p.emit(node, node.target, x.node, *args, **node.kwargs)
 
@@ -83,7 +83,7 @@ def _arguments(node: fx.Node) -> Any:
 # --- views ---
 
 
-def reshape(p: Packer, node: fx.Node) -> Token:
+def reshape(p: Packer, node: fx.Node) -> ByToken:
     """Keep the batch and the columns whole, and split or merge what is beside them."""
     x = p.operand(node)
     dims = p.sizes.regroup(x.dims, g.shape(node))
@@ -92,7 +92,7 @@ def reshape(p: Packer, node: fx.Node) -> Token:
     return p.token(p.emit(node, aten.view.default, x.node, p.extents(dims)), dims)
 
 
-def permute(p: Packer, node: fx.Node) -> Token:
+def permute(p: Packer, node: fx.Node) -> ByToken:
     """Move dims, those of tokens among them."""
     x, given = p.operand(node), _arguments(node)[1:]
     rank = len(x.dims)
@@ -106,14 +106,14 @@ def permute(p: Packer, node: fx.Node) -> Token:
     return p.token(made, tuple(x.dims[d] for d in order))
 
 
-def unsqueeze(p: Packer, node: fx.Node) -> Token:
+def unsqueeze(p: Packer, node: fx.Node) -> ByToken:
     """Add a dim of extent 1."""
     x, d = p.operand(node), _arguments(node)[1] % len(g.shape(node))
     dims = (*x.dims[:d], (), *x.dims[d:])
     return p.token(p.emit(node, aten.unsqueeze.default, x.node, d), dims)
 
 
-def squeeze(p: Packer, node: fx.Node) -> Token:
+def squeeze(p: Packer, node: fx.Node) -> ByToken:
     """Only dims that are 1 in the model's own call are dropped; a packed batch is 1 too."""
     x, source = p.operand(node), g.shape(g.operand(node, 0))
     given: Any = node.args[1] if len(node.args) > 1 else list(range(len(source)))
@@ -123,7 +123,7 @@ def squeeze(p: Packer, node: fx.Node) -> Token:
     return p.token(p.emit(node, aten.squeeze.dims, x.node, gone) if gone else x.node, dims)
 
 
-def expand(p: Packer, node: fx.Node) -> Token:
+def expand(p: Packer, node: fx.Node) -> ByToken:
     """Expand beside the tokens; what does not vary over the batch stays one row."""
     x, shape = p.operand(node), g.shape(node)
     new = len(shape) - len(x.dims)
@@ -177,7 +177,7 @@ def select(p: Packer, node: fx.Node) -> Any:
     return p.token(made, (*x.dims[:d], *x.dims[d + 1 :]))
 
 
-def split(p: Packer, node: fx.Node) -> list[Token]:
+def split(p: Packer, node: fx.Node) -> list[ByToken]:
     """Cut a dim beside the tokens into parts."""
     x = p.operand(node)
     d = p.apart(node, x, int(g.argument(node, "dim")))
@@ -192,11 +192,11 @@ def split(p: Packer, node: fx.Node) -> list[Token]:
             if fixed is None:
                 raise Refused(node, "is split into parts of no known size")
             dims = (*x.dims[:d], fixed, *x.dims[d + 1 :])
-        pieces.append(Token((made, k), dims))
+        pieces.append(ByToken((made, k), dims))
     return pieces
 
 
-def piece(p: Packer, node: fx.Node) -> Token:
+def piece(p: Packer, node: fx.Node) -> ByToken:
     """Take one part of a split."""
     pieces: Any = p.values.get(g.operand(node, 0))
     if isinstance(pieces, Refused):
@@ -207,7 +207,7 @@ def piece(p: Packer, node: fx.Node) -> Token:
     return p.token(p.emit_piece(node, made, k), pieces[k].dims)
 
 
-def same(p: Packer, node: fx.Node) -> Token:
+def same(p: Packer, node: fx.Node) -> ByToken:
     """Return what it is a name for."""
     return p.operand(node)
 
@@ -215,7 +215,7 @@ def same(p: Packer, node: fx.Node) -> Token:
 # --- joined, looked up, multiplied, normalised ---
 
 
-def fill(p: Packer, node: fx.Node) -> Token:
+def fill(p: Packer, node: fx.Node) -> ByToken:
     """Fill with a number: what it gave every column, every token gets."""
     dims: list[tuple[Any, ...]] = []
     for extent in g.shape(node):
@@ -227,7 +227,7 @@ def fill(p: Packer, node: fx.Node) -> Token:
     return p.token(made, tuple(dims))
 
 
-def cat(p: Packer, node: fx.Node) -> Token:
+def cat(p: Packer, node: fx.Node) -> ByToken:
     """Join tensors along a dim beside the tokens."""
     parts: Any = node.args[0]
     found = [p.find(n) for n in parts]
@@ -244,14 +244,14 @@ def cat(p: Packer, node: fx.Node) -> Token:
     return p.token(made, p.fixed_dims(node, tokens[0].dims, d))
 
 
-def embedding(p: Packer, node: fx.Node) -> Token:
+def embedding(p: Packer, node: fx.Node) -> ByToken:
     """Look up rows of a table by token."""
     ids, table = p.operand(node, 1), p.whole(node.args[0], "a table", node)
     made = p.emit(node, node.target, table, ids.node, *node.args[2:], **node.kwargs)
     return p.token(made, (*ids.dims, p.sizes.fixed(g.shape(node)[-1]) or ()))
 
 
-def gather(p: Packer, node: fx.Node) -> Token:
+def gather(p: Packer, node: fx.Node) -> ByToken:
     """Of a table, places by token; of tokens, along a dim that holds none."""
     at, x, source = p.operand(node, 2), p.find(node.args[0]), _arguments(node)[0]
     d = _arguments(node)[1] % len(at.dims)
@@ -271,7 +271,7 @@ def gather(p: Packer, node: fx.Node) -> Token:
     return p.token(p.emit(node, node.target, row, d, at.node), at.dims)
 
 
-def index(p: Packer, node: fx.Node) -> Token:
+def index(p: Packer, node: fx.Node) -> ByToken:
     """Of a table, rows by token; of tokens, each one's own (b, s), as masks are made."""
     listed: Any = node.args[1]
     x = p.find(node.args[0])
@@ -299,7 +299,7 @@ def index(p: Packer, node: fx.Node) -> Token:
     return p.token(made, tuple(dims))
 
 
-def linear(p: Packer, node: fx.Node) -> Token:
+def linear(p: Packer, node: fx.Node) -> ByToken:
     """Multiply each token's row by a weight."""
     x = p.operand(node)
     p.apart(node, x, -1)
@@ -308,7 +308,7 @@ def linear(p: Packer, node: fx.Node) -> Token:
     return p.token(made, p.fixed_dims(node, x.dims, len(x.dims) - 1))
 
 
-def matmul(p: Packer, node: fx.Node) -> Token:
+def matmul(p: Packer, node: fx.Node) -> ByToken:
     """Rows by token times what is one thing for all of them."""
     x = p.find(node.args[0])
     if x is None or p.find(node.args[1]) is not None:
@@ -324,7 +324,7 @@ def matmul(p: Packer, node: fx.Node) -> Token:
     return p.token(made, p.fixed_dims(node, x.dims, len(x.dims) - 1))
 
 
-def addmm(p: Packer, node: fx.Node) -> Token:
+def addmm(p: Packer, node: fx.Node) -> ByToken:
     """Multiply each token's row by a weight, and add a bias."""
     bias, x, weight = node.args
     made = p.find(x)
@@ -336,7 +336,7 @@ def addmm(p: Packer, node: fx.Node) -> Token:
     return p.token(out, p.fixed_dims(node, made.dims, len(made.dims) - 1))
 
 
-def normalize(p: Packer, node: fx.Node) -> Token:
+def normalize(p: Packer, node: fx.Node) -> ByToken:
     """Normalise each token's row."""
     x, shape = p.operand(node), _arguments(node)[1]
     for k in range(len(shape)):
@@ -346,7 +346,7 @@ def normalize(p: Packer, node: fx.Node) -> Token:
     return p.token(made, x.dims)
 
 
-def softmax(p: Packer, node: fx.Node) -> Token:
+def softmax(p: Packer, node: fx.Node) -> ByToken:
     """Take a softmax along a dim beside the tokens."""
     x = p.operand(node)
     d = p.apart(node, x, _arguments(node)[1])

@@ -17,7 +17,7 @@ from torch import fx
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.packed_ops import sequence_cumsum, sequence_max, sequence_sum, sequence_token
 from turbotx.passes.packer import Packer, Rule
-from turbotx.passes.tokens import Refused, Token
+from turbotx.passes.tokens import Refused, ByToken
 
 aten = torch.ops.aten
 _BY_SEQUENCE: dict[Any, Any] = {
@@ -26,7 +26,7 @@ _BY_SEQUENCE: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def take_token(p: Packer, node: fx.Node, x: Token, last: bool) -> fx.Node:
+def take_token(p: Packer, node: fx.Node, x: ByToken, last: bool) -> fx.Node:
     """Return the first or last token of every sequence: that column is kept whatever the mask says
     of it."""
     p.to_end |= last
@@ -34,7 +34,7 @@ def take_token(p: Packer, node: fx.Node, x: Token, last: bool) -> fx.Node:
     return _by_sequence(p, node, x, sequence_token, last)
 
 
-def _by_sequence(p: Packer, node: fx.Node, x: Token, target: Any, *more: Any) -> fx.Node:
+def _by_sequence(p: Packer, node: fx.Node, x: ByToken, target: Any, *more: Any) -> fx.Node:
     """Return a call along the tokens, its batch rows where the model has them."""
     b, s = x.b, x.s
     if x.dims[s] != ("s",) or b is None or x.dims[b] != ("b",):
@@ -71,7 +71,7 @@ def reduce(p: Packer, node: fx.Node) -> Any:
         source = p.emit(node, aten.ne.Scalar, source, 0)
     if node.target in (aten.any.dim, aten.any.dims):
         source = p.emit(node, aten._to_copy.default, source, dtype=torch.int32)
-    made = _by_sequence(p, node, Token(source, x.dims), _BY_SEQUENCE[node.target])
+    made = _by_sequence(p, node, ByToken(source, x.dims), _BY_SEQUENCE[node.target])
     if g.dtype(made) != g.dtype(node):
         made = p.emit(node, aten._to_copy.default, made, dtype=g.dtype(node))
     if g.argument(node, "keepdim"):
@@ -94,7 +94,7 @@ def _require_hidden_nothing(p: Packer, node: fx.Node) -> None:
         )
 
 
-def running_sum(p: Packer, node: fx.Node) -> Token:
+def running_sum(p: Packer, node: fx.Node) -> ByToken:
     """Along the columns it counts all before a token, those that the mask hides too."""
     x = p.operand(node)
     d = int(node.args[1]) % len(x.dims)  # type: ignore[arg-type]

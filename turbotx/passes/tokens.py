@@ -1,9 +1,9 @@
 """Tokens: what is known of a tensor whose rows are tokens, and how it lies when they are packed.
 
-In: a node over (batch, seq). Out: a `Token`: the node over one axis of tokens that stands for it,
+In: a node over (batch, seq). Out: a `ByToken`: the node over one axis of tokens that stands for it,
 and where the batch and the columns went; or a `Whole`, which is what it was, for example::
 
-    view(linear, [batch, seq, 12, 32])  ->  Token(view, (("b",), ("s",), (12,), (32,)))
+    view(linear, [batch, seq, 12, 32])  ->  ByToken(view, (("b",), ("s",), (12,), (32,)))
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Dims = tuple[tuple[Factor, ...], ...]
 
 
 @dataclass(frozen=True)
-class Token:
+class ByToken:
     """A tensor with one row a token. Element [.., t, ..] of `node` is the original's at token t's
     batch row, where dims say "b", and column; "b" has extent 1 in `node`, "s" all tokens."""
 
@@ -62,7 +62,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TokenSizes:
     """The symbols that stand for the batch (several, where inputs were captured apart) and seq."""
 
     batch: frozenset[sympy.Symbol]

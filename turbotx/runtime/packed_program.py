@@ -16,7 +16,7 @@ import torch
 
 from turbotx.errors import InputError
 from turbotx.memory.pool import ChunkPool
-from turbotx.passes.pack import Packing
+from turbotx.passes.pack import TokenPacking
 from turbotx.program.executable import Executable
 from turbotx.runtime.binding import Binding, Runtime
 from turbotx.runtime.mixture import Mixture
@@ -36,7 +36,7 @@ class PackedProgram(Program):
 
     def __init__(
         self, executable: Executable, runtime: Runtime, pool: ChunkPool, max_shapes: int,
-        packing: Packing,
+        packing: TokenPacking,
     ) -> None:  # fmt: skip
         super().__init__(executable, runtime, pool, max_shapes)
         self.packing = packing
