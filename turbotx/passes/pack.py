@@ -32,7 +32,7 @@ from turbotx.passes.packer import Inputs, Packer
 from turbotx.passes.token_attention import ATTENTION
 from turbotx.passes.token_rules import RULES
 from turbotx.passes.token_sums import SUMS
-from turbotx.passes.tokens import Refused, TokenSizes, ByToken
+from turbotx.passes.tokens import ByToken, Refused, TokenSizes
 
 aten = torch.ops.aten
 MASK = "attention_mask"

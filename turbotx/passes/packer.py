@@ -19,7 +19,7 @@ from torch import fx
 from turbotx.ir import fx_nodes as g
 from turbotx.ops import OPS
 from turbotx.passes.known_values import KnownValues
-from turbotx.passes.tokens import Dims, Refused, TokenSizes, ByToken, extent_of
+from turbotx.passes.tokens import ByToken, Dims, Refused, TokenSizes, extent_of
 
 aten = torch.ops.aten
 Rule = Callable[["Packer", fx.Node], Any]

@@ -22,7 +22,7 @@ from turbotx.passes.masks import Mask, understand_mask
 from turbotx.passes.operands import number_in
 from turbotx.passes.packer import Packer, Rule
 from turbotx.passes.scores import negated
-from turbotx.passes.tokens import Refused, ByToken
+from turbotx.passes.tokens import ByToken, Refused
 
 aten = torch.ops.aten
 HIDES = -1e9

@@ -16,7 +16,7 @@ from torch import fx
 from turbotx.ir import fx_nodes as g
 from turbotx.passes.packer import Packer, Rule
 from turbotx.passes.token_sums import take_token
-from turbotx.passes.tokens import Dims, Refused, ByToken
+from turbotx.passes.tokens import ByToken, Dims, Refused
 
 aten = torch.ops.aten
 

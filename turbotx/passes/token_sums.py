@@ -17,7 +17,7 @@ from torch import fx
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.packed_ops import sequence_cumsum, sequence_max, sequence_sum, sequence_token
 from turbotx.passes.packer import Packer, Rule
-from turbotx.passes.tokens import Refused, ByToken
+from turbotx.passes.tokens import ByToken, Refused
 
 aten = torch.ops.aten
 _BY_SEQUENCE: dict[Any, Any] = {
