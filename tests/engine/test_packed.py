@@ -194,3 +194,22 @@ def test_explained_and_verified() -> None:
     assert any("packed_attention" in x.name for x in report.launches)
     assert report.numerics(fast, **call).holds
     assert "packed_attention" in report.to_html()
+
+
+class LastColumn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(60, 8)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return (self.table(input_ids) * attention_mask[:, :, None])[:, -1]
+
+
+@torch.no_grad()
+def test_the_last_column_is_exact_and_no_flat_call_has_one() -> None:
+    model = LastColumn().eval()
+    fast = turbotx.optimize(model, padding="packed")
+    ids, mask = torch.randint(0, 60, (3, 6)), mask_of("left", [2, 6, 1], 6)
+    torch.testing.assert_close(fast(ids, mask), model(ids, mask))
+    with pytest.raises(InputError, match="last column"):
+        fast.packed(input_ids=ids.flatten(), lengths=[6, 6, 6])

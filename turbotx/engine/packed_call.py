@@ -53,10 +53,12 @@ def lengths_to_offsets(lengths: Sequence[int], device: torch.device) -> torch.Te
 def call_packed(
     engine: Engine, lengths: Sequence[int] | torch.Tensor | None, given: Mapping[str, Any]
 ) -> Any:
-    """Run a call whose inputs have a row a token, each sequence as if it were alone.
+    """Run a call whose inputs have a row a token: what each would have in the padded call whose
+    sequences are filled up on the right.
 
     lengths: of the sequences, for flat inputs (tokens, ...). Raises InputError where inputs do not
-    fit together, PackError where the model's graph does not keep tokens apart.
+    fit together, or the model looks at the last column, which a padded call fills up; PackError
+    where its graph does not keep tokens apart.
     """
     if engine.options.padding != "packed":
         raise InputError('packed() is of a module that was made by optimize(padding="packed")')
@@ -69,6 +71,11 @@ def call_packed(
         standing, by_token = _stand_in(found)
         variant, program, binding, tensors = engine.check((), standing)
         assert isinstance(program, PackedProgram)
+        if program.packing.to_end:
+            raise InputError(
+                f"{type(engine.model).__name__} looks at the last column of a call, which is "
+                "padding for all but the longest sequence: pass a padded call and its mask"
+            )
         packed = [by_token.get(id(t), t) for t in tensors]
         mixture = Mixture.of_lengths(found.lengths, tensors[0].device)
         try:
