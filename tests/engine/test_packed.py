@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "t5": {
         "vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
     },
+    "llama": SIZES | {"num_key_value_heads": 2, "use_cache": False},
     "gpt2": {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "use_cache": False},
 }  # fmt: skip
 NAMES = {"t5": "T5EncoderModel"}
