@@ -152,7 +152,7 @@ def _find_sizes(captured: Captured) -> tuple[int, TokenSizes]:
         why = f"a dim of its inputs is called {TOKENS!r} already"
     mask = captured.input_names.index(MASK) if not why else 0
     shape = captured.input_sizes[mask]
-    if not why and not (len(shape) == 2 and all(e.is_Symbol for e in shape)):
+    if not why and not (len(set(shape)) == 2 and all(e.is_Symbol for e in shape)):
         why = f"{MASK} is not (batch, seq), but {tuple(map(str, shape))}"
     if why:
         raise PackError(f'cannot pack {captured.name}: {why}. Leave out padding="packed"')
