@@ -9,7 +9,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 # One worker a core, up to 8 (a worker takes up to 1.5 GB); empty for one process, as pdb needs it.
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
-# Which part of the sweep: 1 is all of it, 3/24 the third of 24 slices.
+# Which part of the sweep: 1 is all of it, 3/12 the third of 12 slices.
 SLICE ?= 1
 # For gpu-ready: a Python with the PyTorch, Triton and transformers of the machine with the GPU, and
 # which plans of benchmarks/gpu.py to prepare.

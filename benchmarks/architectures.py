@@ -21,17 +21,12 @@ from typing import Any
 
 import torch
 import transformers
-from parity import compare, make_inputs, make_model, processor
+from parity import ARCHITECTURES, compare, make_inputs, make_model, processor
 
 import turbotx
 from turbotx.engine.optimize import engine_of
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
-ARCHITECTURES = (
-    "bert", "distilbert", "roberta", "albert", "electra", "gpt2", "opt", "t5", "llama", "mistral",
-    "qwen2", "vit", "bart", "modernbert", "bloom", "mpnet", "gpt_neo", "xlm", "gemma2",
-    "deberta-v2", "codegen", "gptj", "flaubert",
-)  # fmt: skip
 SHAPES = ("1,1", "2,17", "7,2", "3,40")
 
 

@@ -16,6 +16,7 @@ from turbotx.engine.optimize import engine_of
 ARCHITECTURES = ("bert", "distilbert", "roberta", "albert")
 OTHERS = (
     "electra", "gpt2", "opt", "t5", "llama", "mistral", "qwen2", "vit", "bart", "modernbert",
+    "openai-gpt",
 )  # fmt: skip
 QUICK = ((1, 1), (2, 17), (7, 2), (3, 128))
 SLOW = ((1, 1), (2, 17), (1, 64))  # benchmarks/parity.py has the whole grid

@@ -99,3 +99,8 @@ class BuildWarning(UserWarning):
 
 class EagerWarning(UserWarning):
     """A part of a model runs in PyTorch instead of turbotx; the message says which and why."""
+
+
+class DecisionWarning(UserWarning):
+    """A branch of the model on a tensor's values was taken otherwise than its program assumed, and
+    the call ran again; the message names the line."""

@@ -60,7 +60,7 @@ class Odd:
 
 class Branch(nn.Module):
     def forward(self, x):
-        return x * 2 if x.sum() > 0 else x - 1
+        return x[: int(x.sum() > 0)]
 
     def score(self, x):
         return self(x).sum(-1)

@@ -214,12 +214,12 @@ def test_unknown_options_name_the_nearest() -> None:
         turbotx.optimize(3)
 
 
-def test_a_branch_on_values_names_the_users_line() -> None:
-    def branch(x):
-        return x.exp() if x.sum() > 0 else x  # the line that the error must show
+def test_a_size_by_values_names_the_users_line() -> None:
+    def choose(x):
+        return x.exp()[x > 0]  # the line that the error must show
 
     with pytest.raises(CaptureError, match="the line that the error must show"):
-        turbotx.optimize(branch)(X)
+        turbotx.optimize(choose)(X)
 
 
 def test_an_index_out_of_range_is_an_error_and_loses_nothing() -> None:

@@ -245,3 +245,33 @@ def test_draws_like_a_tensor_that_lies_otherwise_are_eagers() -> None:
         found = fast(x)
         torch.testing.assert_close(found, right)
         assert [f.stride() for f in found] == [r.stride() for r in right]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: torch.manual_seed(3) and 1,
+        lambda: torch.initial_seed() % 5,
+        lambda: float(torch.get_rng_state()[0]),
+        lambda: torch.default_generator.manual_seed(2) and 1,
+    ],
+)
+def test_code_that_seeds_pytorchs_generator_is_refused(ask) -> None:
+    with pytest.raises(CaptureError, match=r"test_random_ops.py:\d+ sets or asks for the seed"):
+        turbotx.optimize(lambda x: x * ask() + torch.rand_like(x))(X)
+    with pytest.raises(CaptureError, match="sets or asks for the seed"):
+        turbotx.optimize(seeds_inside)(X)
+
+
+def seeds_inside(x):
+    with torch.random.fork_rng(devices=[]):
+        return x + torch.rand_like(x)
+
+
+def test_pytorchs_own_code_may_keep_the_generators_state() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def double(x):
+        return checkpoint(lambda x: x * 2, x, use_reentrant=False)
+
+    torch.testing.assert_close(turbotx.optimize(double)(X), X * 2)

@@ -166,7 +166,7 @@ def _sum_all(found: PackedCapture) -> None:
 
 def _mix_up_bounds(found: PackedCapture) -> None:
     (node,) = (n for n in found.graph.nodes if "packed_attention" in n.name)
-    node.args = (*node.args[:5], node.args[6], node.args[6])
+    node.args = (*node.args[:6], node.args[7], node.args[7])
 
 
 @pytest.mark.parametrize("spoil", [_reverse, _look_up_others, _sum_all, _mix_up_bounds])

@@ -84,6 +84,6 @@ def test_a_product_of_one_row_into_planned_memory() -> None:
     model, x = Pool().eval(), torch.randn(3, 7, 24).bfloat16()
     fast = turbotx.optimize(model)
     torch.testing.assert_close(fast(x), model(x), rtol=0.02, atol=0.02)
-    for launch in fast._engine.variants()[0].program.executable.launches:
+    for launch in engine_of(fast).variants()[0].program.executable.launches:
         for window in launch.call.writes if isinstance(launch, CalledLaunch) else ():
             assert window is None or "0" not in window.strides.texts

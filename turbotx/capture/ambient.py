@@ -29,7 +29,7 @@ NAMES = (
     "torch.get_float32_matmul_precision", "torch.backends.cuda.flash_sdp_enabled",
     "torch.backends.cuda.math_sdp_enabled", "torch.backends.cuda.mem_efficient_sdp_enabled",
     "torch.backends.cuda.cudnn_sdp_enabled", "torch.is_grad_enabled",
-    "torch.is_inference_mode_enabled",
+    "torch.is_inference_mode_enabled", "torch.get_num_threads",
 )  # fmt: skip
 
 DECISIVE = 3
@@ -46,7 +46,7 @@ _GETTERS: tuple[Callable[[], Any], ...] = (
     _C._get_deterministic_algorithms, _C._get_deterministic_algorithms_warn_only,
     _C._get_float32_matmul_precision, _C._get_flash_sdp_enabled, _C._get_math_sdp_enabled,
     _C._get_mem_efficient_sdp_enabled, _C._get_cudnn_sdp_enabled, torch.is_grad_enabled,
-    torch.is_inference_mode_enabled,
+    torch.is_inference_mode_enabled, torch.get_num_threads,
 )  # fmt: skip
 
 
@@ -148,6 +148,7 @@ _WATCHED: tuple[tuple[Any, str, int], ...] = (
     (torch.backends.cuda, "cudnn_sdp_enabled", 9),
     (torch, "is_grad_enabled", 10),
     (torch, "is_inference_mode_enabled", 11),
+    (torch, "get_num_threads", 12),
 )
 _INSIDE = str(Path(torch.__file__).parent) + os.sep
 

@@ -59,8 +59,8 @@ def capture_error(name: str, error: Exception) -> CaptureError:
         return CaptureError(f"cannot capture {name}{where}\n  {error}")
     if type(error).__name__ in _ASKS_FOR_VALUES:
         return CaptureError(
-            f"cannot capture {name}{where}\n  It asks for a number that a tensor holds (.item(), "
-            "int(tensor), a branch on one, a slice up to one), or for as many elements as one "
+            f"cannot capture {name}{where}\n  It asks for a number that a tensor holds "
+            "(int(tensor), a slice up to one), or for as many elements as one "
             f"says.\n  {type(error).__name__}: {seen[0]}\n  Compute such numbers outside of the "
             "optimized module and pass them as sizes or as numbers, or use a mask of full size; "
             f"{BREAKS}"
@@ -68,7 +68,7 @@ def capture_error(name: str, error: Exception) -> CaptureError:
     return CaptureError(
         f"cannot capture {name}{where}\n  {type(error).__name__}: {seen[0]}\n"
         "  Where the same call of the plain model fails too, its arguments do not fit the model. "
-        "Otherwise: a call must be one graph of tensor ops, without a Python branch on a tensor's "
-        "values and without an output that is neither a tensor nor a plain constant (for a decoder "
-        f"pass use_cache=False); {BREAKS}"
+        "Otherwise: a call must be one graph of tensor ops, without sizes that depend on values of "
+        "tensors and without an output that is neither a tensor nor a plain constant (for a "
+        f"decoder pass use_cache=False); {BREAKS}"
     )

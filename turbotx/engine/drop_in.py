@@ -138,7 +138,8 @@ class OptimizedModule(nn.Module):
     @_added
     def stats(self) -> dict[str, int]:
         """Return counts since the last reset: captures, kernel builds, plans, chunk allocations,
-        and the calls that ran in PyTorch (`eager_calls`)."""
+        the calls that ran in PyTorch (`eager_calls`), and runs that a branch on a tensor's values
+        made vain (`decided_otherwise`)."""
         return self._turbotx_engine.stats()
 
     @_added

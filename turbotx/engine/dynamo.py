@@ -24,6 +24,7 @@ from turbotx.capture.ambient import read_ambient
 from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.call_key import make_signature
 from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
+from turbotx.capture.decisions import Outcomes
 from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
 from turbotx.engine.pipeline import build_ahead
@@ -268,7 +269,9 @@ class _SharingEngine(Engine):
         super().__init__(holder, graph.options)
         self._graph = weakref.ref(graph)
 
-    def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
+    def make(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
+    ) -> Compiled:
         leaves, spec = flatten_call(args, kwargs)
         tensors = carry(leaves)
         graph = self._graph()
@@ -278,13 +281,13 @@ class _SharingEngine(Engine):
             known = graph.compiled.setdefault(make_signature(leaves, spec, ambient), [])
             for compiled in known:
                 captured = compiled.captured
-                if not captured.holds_in(ambient) or not captured.takes(tensors):
+                if not captured.serves(ambient, tensors, outcomes):
                     continue
                 if captured.matcher.match([t.shape for t in tensors]) is not None:
                     shared = build_ahead(self.bind(compiled.unbound.call))
                     if not shared.program.runtime.weights.misfit():
                         return shared
-            made = super().make(args, kwargs)
+            made = super().make(args, kwargs, outcomes)
             known.append(made)
             return made
 

@@ -42,6 +42,7 @@ from turbotx.passes.outputs import own_outputs
 from turbotx.passes.pack import TOKENS, PackedCapture, pack
 from turbotx.passes.pack_check import check_packed
 from turbotx.passes.partition import Region, find_prepared, kind_of, partition
+from turbotx.passes.products import use_products
 from turbotx.passes.results import use_single_results
 from turbotx.program.assemble import assemble
 from turbotx.program.assembly import Assembled, Assembly
@@ -91,6 +92,7 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     use_linear(graph)
     pack_linears(graph)
     recognize_attention(graph, attention)
+    use_products(graph)
     canonicalize(graph)
     store_in_place(graph)
     lift_permutations(graph)

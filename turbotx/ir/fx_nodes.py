@@ -24,7 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
-from turbotx.ir.expr import ONE, Expr, expr, name_functions
+from turbotx.ir.expr import ONE, Expr, cancel_rounding, expr, name_functions
 
 GETITEM = operator.getitem
 # Beginnings of paths in stack traces; torch's own graph passes give theirs without a folder.
@@ -54,7 +54,7 @@ def _rename(value: Expr, shape_env: ShapeEnv | None, whole: bool) -> Expr:
     if value.is_Integer or shape_env is None:
         return value
     renamed = shape_env.replace(value).xreplace(_names.get(shape_env, {}))
-    return sympy.expand(name_functions(renamed)) if whole else renamed
+    return sympy.expand(name_functions(cancel_rounding(renamed))) if whole else renamed
 
 
 def tensor(node: fx.Node) -> torch.Tensor:

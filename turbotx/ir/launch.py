@@ -223,8 +223,8 @@ class ExtentsLaunch(Launch):
 @dataclass(frozen=True)
 class AttentionLaunch(ExtentsLaunch):
     """out = softmax(scale q k^T + bias) v over (batch, heads, rows, head_dim), out (batch, q_len,
-    heads, head_dim); keys: a key mask or lengths. call: what PyTorch would run in its place.
-    sequences: bounds and starts, where it is packed (`ir.packed_ops`)."""
+    heads, head_dim); keys: a key mask or lengths; sinks: float32 (heads,). call: what PyTorch would
+    run in its place. sequences: bounds and starts, where it is packed (`ir.packed_ops`)."""
 
     kind = "attention"
 
@@ -235,6 +235,7 @@ class AttentionLaunch(ExtentsLaunch):
     out: Operand
     keys: Operand | None
     bias: Operand | None
+    sinks: Operand | None
     extents: tuple[Expr, ...]
     """Sizes and strides, in the order of `kernels.cpp.attention.SIZES`."""
     call: AtenCall
@@ -242,8 +243,9 @@ class AttentionLaunch(ExtentsLaunch):
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
-        """q, k, v, out, keys and bias, None for absent ones; then bounds and starts if packed."""
-        return self.q, self.k, self.v, self.out, self.keys, self.bias, *self.sequences
+        """q, k, v, out, keys, bias and sinks, None for absent ones; bounds and starts if packed."""
+        own = self.q, self.k, self.v, self.out, self.keys, self.bias, self.sinks
+        return *own, *self.sequences
 
     @property
     def writes(self) -> tuple[str, ...]:

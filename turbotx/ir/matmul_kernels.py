@@ -60,7 +60,8 @@ class AttentionKernel:
     "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
     -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
     with blind_mean the mean of all values. softcap: 0 for none. late: the last query stands at the
-    last key. packed: over sequences on one axis of tokens (`ir.packed_ops`).
+    last key. sinks: each head has one more score, in float32, whose share goes to no value. packed:
+    over sequences on one axis of tokens (`ir.packed_ops`).
     """
 
     dtype: torch.dtype
@@ -74,6 +75,7 @@ class AttentionKernel:
     blind_mean: bool = False
     softcap: float = 0.0
     late: bool = False
+    sinks: bool = False
     packed: bool = False
 
     @property
@@ -87,7 +89,9 @@ class AttentionKernel:
         blind = "_nan" if self.blind_nan else "_mean" if self.blind_mean else ""
         capped = "_capped" if self.softcap else ""
         base = "packed_attention" if self.packed else "attention"
-        return f"{base}_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{capped}{blind}"
+        sinks = "_sinks" * self.sinks
+        masks = f"{causal}{window}{keys}{bias}"
+        return f"{base}_{kind}_{self.head_dim}{masks}{capped}{sinks}{blind}"
 
 
 @dataclass(frozen=True)

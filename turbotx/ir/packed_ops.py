@@ -3,8 +3,8 @@
 In: tensors of (1, ..., tokens, ...), and `bounds`, int64 (sequences + 1): sequence n has the tokens
 [bounds[n], bounds[n + 1]), perhaps none. Out: the same of every sequence by itself, for example::
 
-    packed_attention(q, k, v, keys, None, bounds, starts, scale=0.125)   # nobody sees a neighbour
-    sequence_sum(x, bounds, 1)                                          # (sequences, hidden)
+    packed_attention(q, k, v, keys, None, None, bounds, starts, scale=0.125)
+    sequence_sum(x, bounds, 1)  # (sequences, hidden)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def packed_attention(
     v: torch.Tensor,
     keys: torch.Tensor | None,
     bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     bounds: torch.Tensor,
     starts: torch.Tensor,
     **said: Any,
@@ -49,7 +50,7 @@ def packed_attention(
         last = first + end - begin
         added = None if bias is None else bias[:, :, first:last, first:last]
         out[:, begin:end] = attention(
-            q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], shown, added, **said
+            q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], shown, added, sinks, **said
         )
     return out
 

@@ -56,9 +56,10 @@ def recognize_attention(graph: fx.Graph, way: str = "auto") -> None:
             with graph.inserting_before(node):
                 found = _take_scales(_part_mask(node, found))
                 new = write(node, found)
-                new = g.emit(node, aten.permute.default, new, [0, 2, 1, 3])
-                if len(g.shape(node)) == 3:
-                    new = g.emit(node, aten.flatten.using_ints, new, 0, 1)
+                if found.show is not None:
+                    new = found.show(new)
+                else:
+                    new = g.emit(node, aten.permute.default, new, [0, 2, 1, 3])
             g.replace(node, new)
 
 
@@ -133,7 +134,8 @@ def _take_scales(found: AttentionPattern) -> AttentionPattern:
 
 def _part_mask(node: fx.Node, found: AttentionPattern) -> AttentionPattern:
     """Where scores of hidden keys are the most negative float, the kernel hides keys per sequence
-    and leaves the bias as small as it was (T5's has no batch dim); all else becomes bias."""
+    and by places and leaves the bias as small as it was (T5's has no batch dim); all else becomes
+    bias."""
     parts = (found.mask, found.bias) if found.blind_mean else take_hidden(found.mask)
     if parts is None:
         return found
@@ -141,13 +143,12 @@ def _part_mask(node: fx.Node, found: AttentionPattern) -> AttentionPattern:
     said = Mask()
     assert visible is not None, "it hides nothing"
     understand_mask(visible, found.q, found.k, said)
-    banded = said.causal or said.window != NO_WINDOW or found.causal
-    if not said.rest and said.keys and not banded:
-        return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=True)
     own = said.late or g.shape(found.q)[2] == g.shape(found.k)[2]
-    if not said.rest and not said.keys and own:
-        # Every query sees its own place at least, beside which what is hidden counts for nothing.
-        return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=False)
+    if not said.rest and not found.causal:
+        # In a band every query sees its own place at least, beside which what is hidden counts for
+        # nothing.
+        blind = bool(said.keys) or not own
+        return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=blind)
     if not found.blind_mean:
         return found
     whole = hide_in_bias(node, visible, bias, torch.finfo(torch.float32).min)
@@ -184,7 +185,8 @@ def _write_flash(node: fx.Node, found: AttentionPattern) -> fx.Node:
         kwargs["blind_mean"] = True
     if found.softcap:
         kwargs["softcap"] = found.softcap
-    return g.emit(node, attention, found.q, found.k, found.v, keys, bias, **kwargs)
+    sinks = () if found.sinks is None else (found.sinks,)
+    return g.emit(node, attention, found.q, found.k, found.v, keys, bias, *sinks, **kwargs)
 
 
 def _as_bias(node: fx.Node, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -218,13 +220,27 @@ def _write_fused_softmax(node: fx.Node, found: AttentionPattern) -> fx.Node:
         hidden = g.emit(node, aten.logical_not.default, _conjunction(node, visible))
         least = torch.finfo(torch.float32).min if found.blind_mean else -math.inf
         below = g.emit(node, aten.masked_fill.Scalar, below, hidden, least)
-    if found.blind_nan or found.blind_mean or not (visible or found.mask is not None):
+    if found.sinks is not None:
+        shares = _share_with_sinks(node, below, found.sinks)
+    elif found.blind_nan or found.blind_mean or not (visible or found.mask is not None):
         shares = g.emit(node, aten._softmax.default, below, -1, False)
     else:
         shares = g.emit(node, aten._safe_softmax.default, below, -1)
     if g.dtype(found.v) is not g.dtype(shares):
         shares = g.emit(node, aten._to_copy.default, shares, dtype=g.dtype(found.v))
     return g.emit(node, attention_values, shares, found.v)
+
+
+def _share_with_sinks(node: fx.Node, scores: fx.Node, sinks: fx.Node) -> fx.Node:
+    """Return the shares of a softmax over scores and one more of each head, which gets the rest."""
+    one = g.emit(node, aten.unflatten.int, sinks, 0, [-1, 1, 1])
+    largest = g.emit(node, aten.amax.default, scores, [-1], True)
+    largest = g.emit(node, aten.maximum.default, largest, one)
+    powers = g.emit(node, aten.exp.default, g.emit(node, aten.sub.Tensor, scores, largest))
+    rest = g.emit(node, aten.exp.default, g.emit(node, aten.sub.Tensor, one, largest))
+    total = g.emit(node, aten.sum.dim_IntList, powers, [-1], True)
+    total = g.emit(node, aten.add.Tensor, total, rest)
+    return g.emit(node, aten.div.Tensor, powers, total)
 
 
 def _band(node: fx.Node, scores: fx.Node, keep: Any, diagonal: int) -> fx.Node:

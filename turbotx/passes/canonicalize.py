@@ -48,6 +48,7 @@ _ARITHMETIC = {
     aten.rsqrt.default,
     aten.reciprocal.default,
 }
+_COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor, aten.bitwise_and.Tensor, aten.maximum.default}
 _CONVERSIONS = {
     aten._to_copy.default,
     aten.to.dtype,
@@ -256,7 +257,10 @@ def _key(node: fx.Node) -> Any | None:
             return value
         return (type(value), repr(value))
 
-    return (node.target, freeze(node.args), freeze(node.kwargs))
+    args = freeze(node.args)
+    if node.target in _COMMUTATIVE and not node.kwargs and g.is_tensor(args[1]):
+        args = tuple(sorted(args, key=lambda n: n.name))  # a + b and b + a are one number
+    return (node.target, args, freeze(node.kwargs))
 
 
 def _has_effect(node: fx.Node) -> bool:

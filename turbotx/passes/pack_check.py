@@ -74,7 +74,7 @@ class _Check:
     def check(self, node: fx.Node, over: list[fx.Node], given: dict[str, fx.Node]) -> None:
         if node.target is packed_attention:
             self._same_axis(node, node.args[:3], 2, 1)
-            self._by_bounds(node, 5, given)
+            self._by_bounds(node, 6, given)
         elif node.target in _ALONG:
             self._same_axis(node, node.args[:1], node.args[2], None)
             self._by_bounds(node, 1, given)
@@ -104,7 +104,7 @@ class _Check:
             raise VerifyError(f"{node.name} has its tokens along other dims than it works on")
 
     def _by_bounds(self, node: fx.Node, position: int, given: dict[str, fx.Node]) -> None:
-        for k, name in enumerate(("bounds", "starts") if position == 5 else ("bounds",)):
+        for k, name in enumerate(("bounds", "starts") if position == 6 else ("bounds",)):
             if node.args[position + k] is not given.get(name):
                 raise VerifyError(f"{node.name} is not given the {name} of the batch")
 

@@ -138,7 +138,7 @@ def attend(p: Packer, node: fx.Node) -> ByToken:
             parts.hide(keys)
         if bias is not None:
             parts.add(bias)
-    added = _join(p, node, parts)
+    added, sinks = _join(p, node, parts), p.whole(g.optional(node, 5), "sinks", node)
     if not parts.keys:
         raise Refused(node, "does not hide the keys that the mask says are padding")
     shown = parts.keys[0].node
@@ -154,7 +154,7 @@ def attend(p: Packer, node: fx.Node) -> ByToken:
     if parts.partial and said.get("blind_mean"):
         raise Refused(node, "may hide all keys of a query, which then sees padding")
     made = p.emit(
-        node, packed_attention, q.node, k.node, v.node, shown, added,
+        node, packed_attention, q.node, k.node, v.node, shown, added, sinks,
         p.inputs["bounds"], p.inputs["starts"], **said,
     )  # fmt: skip
     heads, width = (p.sizes.fixed(g.shape(node)[d]) or () for d in (2, 3))

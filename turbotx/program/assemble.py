@@ -227,17 +227,24 @@ class _Assembler:
         keys, bias = g.optional(node, 3), g.optional(node, 4)
         shown = None if keys is None else self._rows(keys)
         added = None if bias is None else self._operand(bias)
+        sinks = g.optional(node, 5)
+        sunk = None if sinks is None else self._rows(sinks)
         q, k, v = (self._rows(g.operand(node, i)) for i in range(3))
         self._require_equal("q's and k's batch", q.shape[0], k.shape[0])
         self._require_equal("k's and v's batch", k.shape[0], v.shape[0])
         self._require_equal("k's and v's length", k.shape[2], v.shape[2])
+        if added is not None:
+            scores = (*q.shape[:3], k.shape[2])
+            for given, size in zip(reversed(added.shape), reversed(scores), strict=False):
+                self._require_equal("a bias of attention and its scores", given, size)
         out = self._whole(node)
-        sequences = tuple(self._operand(g.operand(node, i)) for i in range(5, len(node.args)))
-        kernel, sizes = describe_attention((q, k, v, out), shown, added, node.kwargs, sequences)
-        place = self._place(node, op_name(node))
+        sequences = tuple(self._operand(g.operand(node, i)) for i in range(6, len(node.args)))
+        said = (shown, added, sunk, node.kwargs, sequences)
+        kernel, sizes = describe_attention((q, k, v, out), *said)
+        call, place = self._call(node, out), self._place(node, op_name(node))
         self.out.launches.append(
             ir.AttentionLaunch(
-                kernel, q, k, v, out, shown, added, sizes, self._call(node, out), sequences, **place
+                kernel, q, k, v, out, shown, added, sunk, sizes, call, sequences, **place
             )
         )
 

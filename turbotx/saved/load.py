@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from turbotx.capture.ambient import Ambient, differences, read_ambient, read_asked, read_decisive
+from turbotx.capture.ambient import differences, read_ambient, read_asked, read_decisive
 from turbotx.capture.arguments import carry, describe_leaf, flatten_call, is_float
+from turbotx.capture.decisions import Outcomes, describe_last
 from turbotx.capture.shape_matcher import ShapeMatcher
-from turbotx.capture.traced_float import FloatInput, describe_floats
+from turbotx.capture.traced_float import describe_floats
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.program.executable import Executable
@@ -38,13 +38,16 @@ from turbotx.runtime.weights import Weights
 from turbotx.saved.codec import Decoder, decode_nodes, decode_program
 from turbotx.saved.container import read_container
 from turbotx.saved.families import SavedFamily
-from turbotx.saved.gpu_kernels import NoVariantError, SavedQueue, read_variants
+from turbotx.saved.gpu_kernels import SavedQueue, read_variants
 from turbotx.saved.native import Libraries
 from turbotx.saved.places import CPU, open_place
+from turbotx.saved.saved_call import SavedCall
 from turbotx.saved.values import decode_ambient, decode_constant, decode_tree
 from turbotx.saved.weight_files import load_weights
 
 MAX_SHAPES = 256
+MOST_RUNS = 8
+"""Of one call, each on the way that the one before found a decision to come out."""
 Maker = Callable[[Mapping[str, Any], Executable, Weights, ChunkPool], Program]
 
 
@@ -86,11 +89,12 @@ def load(
     for k, tables in chosen:
         prefix = f"{tables.get('variant', k)}.constants."
         constants = {n.removeprefix(prefix): t for n, t in held.items() if n.startswith(prefix)}
-        executable, rules, floats = decode_program(tables, place)
+        executable, rules, floats, decisions = decode_program(tables, place)
         weights_of = _read_weights(tables["weights"], model, constants, place)
         program = make(tables, executable, weights_of, model._pool)
         ambient, asked = decode_ambient(tables["ambient"])
-        made = SavedCall(program, ShapeMatcher(rules), floats, ambient, asked, tables["out"])
+        state = (ambient, asked, decisions)
+        made = SavedCall(program, ShapeMatcher(rules), floats, *state, tables["out"])
         model._add(made, tables["call"])
     return model
 
@@ -143,22 +147,6 @@ def _tensors(path: Any, data: bytes, place: torch.device) -> dict[str, torch.Ten
             f"{path} needs the package safetensors: pip install 'turbotx[weights]'"
         ) from error
     return {name: tensor.to(place) for name, tensor in from_bytes(data).items()}
-
-
-@dataclass(frozen=True)
-class SavedCall:
-    """A program, and the calls that it serves.
-
-    floats, ambient, asked: the numbers and the state of PyTorch that it was traced with. out: how
-    the leaves of its output are nested, as JSON.
-    """
-
-    program: Program
-    matcher: ShapeMatcher
-    floats: tuple[FloatInput, ...]
-    ambient: Ambient
-    asked: tuple[int, ...]
-    out: Mapping[str, Any]
 
 
 class SavedModule(nn.Module):
@@ -235,24 +223,24 @@ class SavedModule(nn.Module):
         ambient = read_decisive() + read_asked(self._asked)
         numbers = tuple(x.hex() for x in leaves if is_float(x)) if self._asks_floats else ()
         shapes = (key, ambient, numbers, tuple(t.shape for t in tensors))
-        found = self._bound.get(shapes)
-        if found is None:
-            found = self._bind(key, tensors)
-            with self._lock:
-                self._bound[shapes] = found
-        call, binding = found
-        try:
-            with torch.no_grad():
-                leaves = call.program.run(binding, tensors)
-        except NoVariantError as error:
-            dims = zip(call.program.dims, binding.dims, strict=True)
-            shown = ", ".join(f"{name}={size}" for name, size in dims)
-            raise SavedFileError(f"a call of {shown} cannot run: {error}") from error
-        return decode_tree(call.out, leaves.__getitem__)
+        outcomes: Outcomes = ()
+        for _ in range(MOST_RUNS):
+            found = None if outcomes else self._bound.get(shapes)
+            if found is None:
+                found = self._bind(key, tensors, outcomes)
+                with self._lock:
+                    self._bound[shapes] = found
+            call, binding = found
+            leaves, outcomes = call.run(binding, tensors)
+            if not outcomes:
+                return decode_tree(call.out, leaves.__getitem__)
+        raise InputError(f"{describe_last(outcomes)}, after {MOST_RUNS} runs of other ways")
 
     __call__ = forward
 
-    def _bind(self, key: Any, tensors: list[torch.Tensor]) -> tuple[SavedCall, Binding]:
+    def _bind(
+        self, key: Any, tensors: list[torch.Tensor], outcomes: Outcomes
+    ) -> tuple[SavedCall, Binding]:
         shapes, ambient = [t.shape for t in tensors], read_ambient()
         # A program for the usual order of dims reads any other from a dense copy.
         known = self._calls.get(key) or self._calls.get(_in_usual_order(key), [])
@@ -274,8 +262,14 @@ class SavedModule(nn.Module):
             )
         for call in taking:
             dims = call.matcher.match(shapes)
-            if dims is not None and call.program.serves(dims):
+            way = not outcomes or (call.decisions is not None and call.decisions.follow(outcomes))
+            if dims is not None and way and call.program.serves(dims):
                 return call, call.program.bind(dims)
+        if outcomes:
+            raise InputError(
+                f"{describe_last(outcomes)}, and no saved program goes on from there: call the "
+                "optimized module with such values too before it is saved"
+            )
         refused = [p.matcher.explain(shapes) for p in taking]
         if refused:
             raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")

@@ -106,8 +106,21 @@ class CostTable:
             self._dense[key] = self._interpolate(*key)
         return self._dense[key]
 
-    def observe(self, length: int, batch: int, took_ms: float) -> None:
+    def stale(self, longest_ms: float, max_tokens: int | None) -> list[tuple[float, int, int]]:
+        """(trust, length, batch) of the nodes that no batch has visited lately, and that are
+        thought to take at most so long."""
+        return [
+            (float(self._trust[i, j]), int(n), int(b))
+            for i, n in enumerate(self.lengths)
+            for j, b in enumerate(self.batches)
+            if self._trust[i, j] < cost_learning.FRESH and self.grid_ms[i, j] <= longest_ms
+            and (b == 1 or max_tokens is None or n * b <= max_tokens)
+        ]  # fmt: skip
+
+    def observe(self, length: int, batch: int, took_ms: float, rate: float | None = None) -> None:
         """Refine the table with one executed batch.
+
+        rate: how much of the way to what it took; None: ``learning_rate``.
 
         One outlier must not bend the table: what is further than a factor of 4 from the
         prediction counts as that factor. Where the batch before missed at this node in the same
@@ -125,7 +138,8 @@ class CostTable:
         miss, before = math.log(took_ms / predicted), float(self._missed[nearest])
         self._missed[nearest] = miss
         wrong = miss * before > 0 and min(abs(miss), abs(before)) > PERSISTENT
-        rate = max(self.learning_rate, 0.5) if wrong else self.learning_rate
+        rate = rate or self.learning_rate
+        rate = max(rate, 0.5) if wrong else rate
         step = rate * (took_ms - predicted) / float((weights**2).sum())
         for r, row in enumerate(rows):
             for c, col in enumerate(cols):

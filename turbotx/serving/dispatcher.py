@@ -9,21 +9,22 @@ computed once, rows whose requests were cancelled leave the queue::
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from turbotx.serving.cache import CacheKey, ResponseCache
-from turbotx.serving.engine import BatchEngine
+from turbotx.serving.engine import BatchEngine, Rows
+from turbotx.serving.idle import IdleMeasuring, Shape
+from turbotx.serving.lanes import Lanes
 from turbotx.serving.metrics import Metrics
 from turbotx.serving.refusals import BackendFailed, Busy, Late, NotReady, Refusal
 from turbotx.serving.request import Batch, Request
@@ -31,6 +32,14 @@ from turbotx.serving.scheduler import Overloaded, Scheduler
 from turbotx.serving.tokens import TokenRow
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A model: what computes it, and what tells its answers from those of others in the cache."""
+
+    engine: BatchEngine
+    revision: str = ""
 
 
 @dataclass
@@ -42,6 +51,7 @@ class PendingRow:
     cache_key: CacheKey
     arrival_ms: float
     done: asyncio.Future[NDArray[np.float32]] = field(repr=False)
+    lane: Lane
     awaited_by: int = 1
     queued_ms: float = math.nan  # how long it waited for its batch to start
     took_ms: float = math.nan  # how long its batch ran
@@ -55,17 +65,19 @@ class Dispatcher:
 
     def __init__(
         self,
-        engine: BatchEngine,
-        scheduler: Scheduler,
+        lanes: BatchEngine | Mapping[str, Lane],
+        scheduler: Scheduler | Lanes,
         cache: ResponseCache,
         metrics: Metrics,
         *,
-        revision: str = "",
         coalesce: bool = True,
+        idle: IdleMeasuring | None = None,
     ) -> None:
-        self.engine, self.scheduler = engine, scheduler
+        """``lanes`` by the names that requests give their models, or one engine for all."""
+        self.lanes = lanes if isinstance(lanes, Mapping) else {"": Lane(lanes)}
+        self.scheduler = scheduler
         self.cache, self.metrics = cache, metrics
-        self.revision, self.coalesce = revision, coalesce
+        self.coalesce, self.idle = coalesce, idle
         self._jobs: dict[Hashable, PendingRow] = {}
         self._in_flight: dict[CacheKey, PendingRow] = {}
         self._keys = itertools.count()
@@ -124,7 +136,12 @@ class Dispatcher:
         return (await self.compute_timed(rows, deadline_ms=deadline_ms, priority=priority))[0]
 
     async def compute_timed(
-        self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
+        self,
+        rows: Sequence[TokenRow],
+        *,
+        deadline_ms: float = math.inf,
+        priority: int = 0,
+        model: str = "",
     ) -> tuple[list[NDArray[np.float32]], float, float]:
         """Return the rows' vectors, and the longest that one waited and was computed, in s.
 
@@ -134,13 +151,14 @@ class Dispatcher:
         turns: each ages from its own entry, and leaves room for other clients' rows.
         """
         found: list[Joined] = []
+        asked = Request("", 1, 0.0, deadline_ms, priority, model)
         if len(rows) == 1:
-            found = [self._join(rows[0], deadline_ms, priority, admitted=False)]
+            found = [self._join(rows[0], asked)]
         else:
             self._admit(priority)
         try:
             if not found:
-                await self._enter_by_turns(rows, found, deadline_ms, priority)
+                await self._enter_by_turns(rows, found, replace(asked, patient=True))
             jobs = [job for job in found if isinstance(job, PendingRow)]
             vectors = iter(await asyncio.gather(*(asyncio.shield(job.done) for job in jobs)))
             return (
@@ -162,10 +180,10 @@ class Dispatcher:
             raise self.refuse_busy()
 
     async def _enter_by_turns(
-        self, rows: Sequence[TokenRow], found: list[Joined], deadline_ms: float, priority: int
+        self, rows: Sequence[TokenRow], found: list[Joined], asked: Request
     ) -> None:
         """Append what each row joined to ``found``, as there is room."""
-        shares_ms = [self.scheduler.share_ms(len(row)) for row in rows]
+        shares_ms = [self.scheduler.share_ms(len(row), asked.model) for row in rows]
         left_ms = sum(shares_ms)
         self._entering += 1
         self._held_ms += left_ms
@@ -173,7 +191,7 @@ class Dispatcher:
             for row, share_ms in zip(rows, shares_ms, strict=True):
                 while not self._room:
                     await self._turn(found)
-                found.append(self._join(row, deadline_ms, priority, admitted=True))
+                found.append(self._join(row, asked))
                 left_ms, self._held_ms = left_ms - share_ms, self._held_ms - share_ms
         finally:
             self._entering -= 1
@@ -212,9 +230,13 @@ class Dispatcher:
             if not turn.done():
                 turn.set_result(None)
 
-    def _join(self, row: TokenRow, deadline_ms: float, priority: int, admitted: bool) -> Joined:
-        """Return the vector from the cache, the equal row in flight, or a new one in the queue."""
-        key = CacheKey.of(self.revision, self.engine.head.kind, row)
+    def _join(self, row: TokenRow, asked: Request) -> Joined:
+        """Return the vector from the cache, the equal row in flight, or a new one in the queue.
+
+        asked: how it is to be queued; its key, length and time are the row's own.
+        """
+        lane = self.lanes[asked.model]
+        key = CacheKey.of(lane.revision, f"{asked.model} {lane.engine.head.kind}", row)
         cached = self.cache.get(key)
         if cached is not None:
             self.metrics.cache_hits.inc()
@@ -223,9 +245,9 @@ class Dispatcher:
             self.metrics.cache_misses.inc()
         job = self._in_flight.get(key) if self.coalesce else None
         if job is None:
-            return self._submit(row, key, deadline_ms, priority, admitted)
+            return self._submit(row, key, asked, lane)
         job.awaited_by += 1
-        self.scheduler.raise_to(job.key, deadline_ms, priority)
+        self.scheduler.raise_to(job.key, asked.deadline_ms, asked.priority)
         self.metrics.coalesced.inc()
         return job
 
@@ -245,18 +267,16 @@ class Dispatcher:
             await self._task
         self._thread.shutdown(wait=True)
 
-    def _submit(
-        self, row: TokenRow, key: CacheKey, deadline_ms: float, priority: int, admitted: bool
-    ) -> PendingRow:
-        if self._closing and not admitted:
+    def _submit(self, row: TokenRow, key: CacheKey, asked: Request, lane: Lane) -> PendingRow:
+        if self._closing and not asked.patient:
             raise NotReady("the server is shutting down")
         loop = asyncio.get_running_loop()
-        job = PendingRow(next(self._keys), row, key, self.now_ms(), loop.create_future())
+        job = PendingRow(next(self._keys), row, key, self.now_ms(), loop.create_future(), lane)
         # Its requests may have been cancelled: then the error is not retrieved, and need not be.
         job.done.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             self.scheduler.submit(
-                Request(job.key, len(row), job.arrival_ms, deadline_ms, priority, admitted)
+                replace(asked, key=job.key, length=len(row), arrival_ms=job.arrival_ms)
             )
         except Overloaded as error:
             raise Busy(str(error), retry_after_s=error.retry_after_ms / 1e3) from error
@@ -287,10 +307,34 @@ class Dispatcher:
             if self._closing and not len(self.scheduler) and not self._entering:
                 return
             self._wake.clear()
-            wait_s = (self.scheduler.wake_ms(now_ms) - self.now_ms()) / 1e3
-            timeout_s = None if math.isinf(wait_s) else max(wait_s, 0.0)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), timeout_s)
+            await self._wait(now_ms)
+
+    async def _wait(self, now_ms: float) -> None:
+        """Until something happens, or a batch is due; who waits for long may measure costs."""
+        wait_s = (self.scheduler.wake_ms(now_ms) - self.now_ms()) / 1e3
+        timeout_s = None if math.isinf(wait_s) else max(wait_s, 0.0)
+        idle = self.idle if timeout_s is None else None
+        if idle is not None:
+            timeout_s = idle.wait_s
+        try:
+            await asyncio.wait_for(self._wake.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            shape = None if idle is None else idle.next_shape()
+            if idle is not None and shape is not None:
+                await self._measure(idle, shape)
+        else:
+            if idle is not None:
+                idle.begin()
+
+    async def _measure(self, idle: IdleMeasuring, shape: Shape) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            took_ms = await loop.run_in_executor(self._thread, idle.time_ms, shape)
+        except Exception as error:  # as a batch that fails: nobody waits for it
+            log.warning("a batch of %d x %d to be timed failed: %s", shape[2], shape[1], error)
+            self.idle = None
+        else:
+            idle.learn(shape, took_ms)
 
     async def _execute(self, batch: Batch) -> None:
         jobs = [self._jobs[r.key] for r in batch.requests]
@@ -310,8 +354,8 @@ class Dispatcher:
         for job, vector in zip(jobs, vectors, strict=True):
             self._answer(job, vector, took_ms)
 
-    def _compute(self, jobs: Sequence[PendingRow]) -> NDArray[np.float32]:
-        vectors = self.engine.run([job.row for job in jobs])
+    def _compute(self, jobs: Sequence[PendingRow]) -> Rows:
+        vectors = jobs[0].lane.engine.run([job.row for job in jobs])
         if len(vectors) != len(jobs):
             raise RuntimeError(f"the engine returned {len(vectors)} rows for {len(jobs)}")
         return vectors

@@ -20,13 +20,15 @@ from turbotx.serving.cost import CostTable
 from turbotx.serving.tokens import TokenRow
 
 Vectors = NDArray[np.float32]
+Rows = Vectors | Sequence[Vectors]  # one array for each row of a batch
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a row's vector is: a pooled embedding, or the logits of a classifier."""
+    """What a row's answer is: a pooled embedding, the logits of a classifier, a vector for each of
+    its tokens, or the words of the vocabulary that have a weight, as (index, weight) each."""
 
-    kind: Literal["embedding", "classifier"]
+    kind: Literal["embedding", "classifier", "tokens", "sparse"]
     pooling: str = "mean"  # as the files call it; several modes are joined by +
     normalize: bool = False  # the model's files say so; the server normalises on request
     labels: tuple[str, ...] = ()
@@ -40,8 +42,9 @@ class BatchEngine(Protocol):
     def head(self) -> Head:
         """What its vectors are: pooled embeddings or logits."""
 
-    def run(self, rows: Sequence[TokenRow]) -> Vectors:
-        """(len(rows), width) float32: raw pooled embeddings, or logits."""
+    def run(self, rows: Sequence[TokenRow]) -> Rows:
+        """Return a float32 array for each row: (width,) raw pooled embeddings or logits,
+        (tokens, width) of a model of tokens, (words, 2) of a sparse one."""
 
     def figures(self) -> Mapping[str, float]:
         """Numbers about its memory and programs for the metrics, by name."""
@@ -62,8 +65,8 @@ class TorchEngine:
     device: str = "cpu"
     calls: int = field(default=0, init=False)
 
-    def run(self, rows: Sequence[TokenRow]) -> Vectors:
-        """Pad the rows on the right, call the module and return (len(rows), width) float32."""
+    def run(self, rows: Sequence[TokenRow]) -> Rows:
+        """Pad the rows on the right, call the module and return a float32 array for each row."""
         import torch
 
         ids, mask, types = pad_rows(rows, self.pad_id)
@@ -77,6 +80,10 @@ class TorchEngine:
             vectors = self.module(**inputs)
             result: Vectors = vectors.float().cpu().numpy()
         self.calls += 1
+        if self.head.kind == "tokens":
+            return [found[: len(row)] for found, row in zip(result, rows, strict=True)]
+        if self.head.kind == "sparse":
+            return [only_weights(found) for found in result]
         return result
 
     def keep(self) -> None:
@@ -132,6 +139,12 @@ def pad_rows(
         if row.types is not None:
             types[i, : len(row)] = row.types
     return ids, mask, types
+
+
+def only_weights(weights: Vectors) -> Vectors:
+    """(vocabulary,) to (words, 2): index and weight of those that are not zero."""
+    words = np.flatnonzero(weights)
+    return np.stack([words.astype(np.float32), weights[words]], axis=1)
 
 
 def normalize_rows(vectors: Vectors) -> Vectors:

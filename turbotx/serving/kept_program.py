@@ -17,10 +17,8 @@ import torch
 import transformers
 
 from turbotx import __version__
-from turbotx.engine.optimize import optimize
 from turbotx.errors import InputError, TurbotxError
 from turbotx.saved.load import load
-from turbotx.saved.save import save
 from turbotx.serving.model_info import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -39,7 +37,7 @@ class KeptProgram:
             log.warning("the program kept in %s is not used: %s", path, error)
         self.loaded = self.optimized is not None
         if not self.loaded:
-            self.optimized = optimize(module)
+            self.optimized = compiled(module)
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
         """Run the program; one from a file that has no such call is replaced by the module
@@ -50,13 +48,15 @@ class KeptProgram:
             if not self.loaded:
                 raise
             log.info("a call that the kept program has not is compiled: %s", error)
-            self.optimized, self.loaded = optimize(self._module), False
+            self.optimized, self.loaded = compiled(self._module), False
             return self.optimized(**inputs)
 
     def keep(self) -> None:
         """Write what was compiled, unless it came from there. No file is no error: only slower."""
         if self.loaded:
             return
+        from turbotx.saved.save import save
+
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             save(self.optimized, self._path, weights=False)
@@ -67,6 +67,14 @@ class KeptProgram:
         """Return the program's counts: captures or programs, builds, plans, memory."""
         found: dict[str, int] = self.optimized.stats()
         return found
+
+
+def compiled(module: torch.nn.Module) -> Any:
+    """Return the module optimized."""
+    # Not at the top: its imports take longer than all else that a start with a kept program does.
+    from turbotx.engine.optimize import optimize
+
+    return optimize(module)
 
 
 def program_file(folder: Path, info: ModelInfo, module: torch.nn.Module) -> Path:

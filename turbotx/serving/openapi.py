@@ -39,6 +39,7 @@ class Endpoint:
     handler: Any
     body: Any = None
     returns: Any = None
+    kind: str | None = None  # of model: the first of that kind where a request names none
     openai: bool = False  # refusals in OpenAI's shape
     aliases: tuple[str, ...] = ()
 
@@ -69,7 +70,8 @@ def describe_api(endpoints: Sequence[Endpoint], prefix: str = "") -> dict[str, A
     _, components = msgspec.json.schema_components(
         records, ref_template="#/components/schemas/{name}"
     )
-    for name, field in (("EmbeddingsRequest", "input"), ("EmbedRequest", "inputs")):
+    for name, field in (("EmbeddingsRequest", "input"), ("EmbedRequest", "inputs"),
+                        ("EmbedAllRequest", "inputs")):  # fmt: skip
         components[name]["properties"][field] = _inputs_schema()
     components["PredictRequest"]["properties"]["inputs"] = _pairs_schema()
     ids = array_of({"type": "integer", "minimum": 0})

@@ -136,7 +136,7 @@ class Replica:
             return NotReady.__name__, why, None
         try:
             scope = Scope(self._service.dispatcher.now_ms() + due_in_ms, priority)
-            return "ok", np.stack(await self._service.compute(rows, scope)), None
+            return "ok", await self._service.compute(rows, scope), None
         except Refusal as refusal:
             return type(refusal).__name__, str(refusal), refusal.retry_after_s
 

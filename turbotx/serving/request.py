@@ -22,6 +22,7 @@ class Request:
     arrival_ms: float
     deadline_ms: float = math.inf  # when its answer is due
     priority: int = 0  # each step up is worth a factor of urgency, see policies.Aged
+    model: str = ""  # whose batches it may be in, where there are several: see lanes
     patient: bool = False  # of a client's many, admitted together: it may wait for any time
 
 

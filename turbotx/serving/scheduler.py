@@ -109,9 +109,9 @@ class Scheduler:
 
         Each class begins to be refused while the next higher one is still admitted.
         """
-        return len(self._waiting) >= self.max_queue or self.backlog_ms > self._most_ms(priority)
+        return len(self._waiting) >= self.max_queue or self.backlog_ms > self.most_ms(priority)
 
-    def _most_ms(self, priority: int) -> float:
+    def most_ms(self, priority: int) -> float:
         """Work that may wait when a request of this class comes: half, one, one and a half thirds
         of the age bound for low, normal and high."""
         return self.max_age_ms / 3 * max(1 + priority / 2, 0.25)
@@ -131,7 +131,7 @@ class Scheduler:
         if not request.patient and self.full(request.priority):
             raise Overloaded(
                 f"{len(self._waiting)} requests wait, about {self.backlog_ms:.0f} ms of work "
-                f"(limits: {self.max_queue} requests, {self._most_ms(request.priority):.0f} ms)",
+                f"(limits: {self.max_queue} requests, {self.most_ms(request.priority):.0f} ms)",
                 max(self.backlog_ms / 2, 1.0),
             )
         share = self.share_ms(request.length)
@@ -189,21 +189,32 @@ class Scheduler:
 
     def next(self, now_ms: float) -> Batch | None:
         """Take the batch to run now off the queue, or None before ``wake_ms``."""
-        if not self._waiting:
+        batch = self.peek(now_ms)
+        if batch is not None:
+            self.take(batch)
+        return batch
+
+    def peek(self, now_ms: float) -> Batch | None:
+        """Return the batch that ``next`` would take."""
+        if self._planned:
+            return self._planned[0]
+        if not self._waiting or self.trigger.ready_ms(self.waiting, now_ms) > now_ms:
             return None
-        if not self._planned:
-            if self.trigger.ready_ms(self.waiting, now_ms) > now_ms:
-                return None
-            assert self.policy is not None
-            batches = self.policy.plan(self.waiting, now_ms, self.table)
-            self._planned = batches[:1] if self.policy.replans else batches
-        batch = self._planned.pop(0)
+        assert self.policy is not None
+        batches = self.policy.plan(self.waiting, now_ms, self.table)
+        if not self.policy.replans:
+            self._planned = batches
+        return batches[0]
+
+    def take(self, batch: Batch) -> None:
+        """Take what ``peek`` gave off the queue."""
+        if self._planned:
+            self._planned.pop(0)
         excess = batch.cost_ms / sum(self._shares[r.key] for r in batch.requests)
         if len(self._waiting) > len(batch.requests):  # a batch of all that waits shows no choice
             self._excess += 0.1 * (excess - self._excess)
         for request in batch.requests:
             self._forget(request)
-        return batch
 
     def wake_ms(self, now_ms: float) -> float:
         """Return when to ask ``next`` again if nothing arrives: infinity for an empty queue."""
@@ -217,7 +228,7 @@ class Scheduler:
         """Tell what an executed batch took."""
         self.costs.observe(batch.length, len(batch.requests), took_ms)
 
-    def share_ms(self, length: int) -> float:
+    def share_ms(self, length: int, model: str = "") -> float:
         """Return the request's part of a batch of its like, the fullest that the limits allow."""
         row = self.table[length]
         most = len(row) - 1

@@ -17,15 +17,23 @@ PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 Direction = Literal["Left", "Right", "left", "right"]
 
 
-class RequestBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A request. null is as if absent; a field that is not known might change the answer."""
+class KnownFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """null is as if absent; a field that is not known might change the answer."""
+
+
+class RequestBody(KnownFields, kw_only=True):
+    """A request.
+
+    ``model``: which of several is meant; a server of one model takes any name.
+    """
+
+    model: str | None = None
 
 
 class EmbeddingsRequest(RequestBody, kw_only=True):
     """OpenAI's ``/v1/embeddings``: one input or a list, as text or as token ids."""
 
     input: str | list[str | int | list[int]]
-    model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: PositiveInt | None = None
     user: str | None = None
@@ -42,7 +50,16 @@ class EmbedRequest(RequestBody, kw_only=True):
     dimensions: PositiveInt | None = None
 
 
-class PredictParameters(RequestBody, kw_only=True):
+class EmbedAllRequest(RequestBody, kw_only=True):
+    """``/embed_all``, a vector for each token, and ``/embed_sparse``, the words with a weight."""
+
+    inputs: str | list[str | int | list[int]]
+    truncate: bool | None = None
+    truncation_direction: Direction | None = None
+    prompt_name: str | None = None
+
+
+class PredictParameters(KnownFields, kw_only=True):
     """Of Hugging Face's client: how logits become scores, and how many are wanted."""
 
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
@@ -81,19 +98,18 @@ class RerankDocumentsRequest(RequestBody, kw_only=True):
 
     query: str
     documents: list[str | Document]
-    model: str | None = None
     top_n: PositiveInt | None = None
     return_documents: bool | None = None
 
 
-class SimilarityInputs(RequestBody, kw_only=True):
+class SimilarityInputs(KnownFields, kw_only=True):
     """A sentence, and those that it is compared to."""
 
     source_sentence: str
     sentences: list[str]
 
 
-class SimilarityParameters(RequestBody, kw_only=True):
+class SimilarityParameters(KnownFields, kw_only=True):
     """How long inputs are cut, and the prompt that is put in front of each."""
 
     truncate: bool | None = None
@@ -145,6 +161,13 @@ class EmbeddingsResponse(msgspec.Struct):
     model: str
     usage: Usage
     object: str = "list"
+
+
+class Weight(msgspec.Struct, gc=False):
+    """A word of the vocabulary, and how much it counts."""
+
+    index: int
+    value: float
 
 
 class Prediction(msgspec.Struct):

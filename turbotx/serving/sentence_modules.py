@@ -37,6 +37,42 @@ class SentenceModel(nn.Module):
         return vectors
 
 
+class TokenModel(nn.Module):
+    """Hidden states of the last layer as they are: (batch, seq, width)."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return (batch, seq, width) of (batch, seq) int64 each, rows padded on the right."""
+        found = run(self.transformer, input_ids, attention_mask, token_type_ids)
+        hidden: Tensor = found["last_hidden_state"]
+        return hidden
+
+
+class SpladeModel(nn.Module):
+    """One weight a word of the vocabulary, (batch, vocabulary): most of them are zero."""
+
+    def __init__(self, transformer: nn.Module, step: files.Splade) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.strategy, self.logarithms = step.strategy, step.logarithms
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return (batch, vocabulary) of (batch, seq) int64 each, rows padded on the right."""
+        found = run(self.transformer, input_ids, attention_mask, token_type_ids)
+        weights = (found["logits"] * attention_mask.unsqueeze(-1)).relu()
+        for _ in range(self.logarithms):
+            weights = weights.log1p()
+        pooled: Tensor = weights.amax(1) if self.strategy == "max" else weights.sum(1)
+        return pooled
+
+
 class ClassifierModel(nn.Module):
     """The logits of a model with a classification head."""
 
@@ -162,6 +198,8 @@ def make_step(step: files.Step) -> nn.Module:
         return UnitLength()
     if isinstance(step, files.Cut):
         return FirstNumbers(step.width)
+    if isinstance(step, files.Splade):
+        raise files.ModelFilesError("SpladePooling takes logits, and nothing may come before it")
     module = Project(step) if isinstance(step, files.Dense) else Norm(step)
     load_weights(module, step.folder)
     return module

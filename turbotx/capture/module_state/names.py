@@ -36,6 +36,8 @@ MAX_FUNCTIONS = 2000
 """Functions that are looked into for one model."""
 _GLOBAL = frozenset(("LOAD_GLOBAL", "LOAD_NAME"))
 _ATTRIBUTE = frozenset(("LOAD_ATTR", "LOAD_METHOD"))
+_CLASS = frozenset(("type", "__class__", "cls"))
+"""Names by which code asks the class of an object, whose attributes it then reads unnoted."""
 _UNCALLED = frozenset(
     f"__{name}__"
     for name in (
@@ -96,6 +98,7 @@ class Names:
                 self._add(DefaultsPlace(function))
             for code in codes_in(function.__code__):
                 found = _chains(code)
+                by_class = _CLASS & {*code.co_names, *code.co_varnames[:1]}
                 attributes = [chain[0] for kind, chain in found if kind == "attribute"]
                 for kind, chain in found:
                     if kind == "global":
@@ -104,6 +107,8 @@ class Names:
                         self._import(chain[0], attributes)
                     elif owner is not None:
                         self.enter(find_in_class(owner, chain[0]), owner)
+                        if by_class and find_in_class(owner, chain[0]) is not MISSING:
+                            self._follow_class(owner, chain)
 
     def _follow(self, scope: dict[str, Any], chain: tuple[str, ...]) -> None:
         """Note a global's value, and what is read from it where it is a module or a class."""

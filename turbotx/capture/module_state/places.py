@@ -27,6 +27,7 @@ from turbotx.capture.module_state.values import (
     Look,
     describe_own_tensor,
     describe_table,
+    is_watchable,
 )
 
 
@@ -96,7 +97,11 @@ class AttributePlace:
         attributes = dict_of(owner)
         dicts = [attributes] if attributes is not None else []
         if self._computed:  # by the class's own __getattribute__ or __getattr__
-            return getattr(owner, name, MISSING), [*dicts, *_class_dicts(type(owner))]
+            value, maker = getattr(owner, name, MISSING), find_in_class(type(owner), name)
+            # An object that a property makes anew says nothing by which it is.
+            if isinstance(maker, property) and is_watchable(type(value)):
+                value = value if getattr(owner, name, MISSING) is value else maker
+            return value, [*dicts, *_class_dicts(type(owner))]
         if name == ALL:
             return attributes, dicts
         in_class = find_in_class(type(owner), name)

@@ -33,7 +33,7 @@ from turbotx.capture.module_state.places import (
     dict_of,
 )
 from turbotx.capture.module_state.recorder import StateRecorder, Write
-from turbotx.capture.module_state.values import Look, show
+from turbotx.capture.module_state.values import Look, is_watchable, show
 from turbotx.capture.sandbox.effects import Effect
 from turbotx.errors import CaptureError, TrainingError
 
@@ -155,9 +155,8 @@ def _find_attributes(
             place = AttributePlace(owner, name, _text(paths, owner, name), known)
             found[id(owner), name] = place
             value = place.read()
-            if isinstance(
-                value, (types.FunctionType, types.MethodType, property, functools.partial)
-            ):
+            called = types.FunctionType, types.MethodType, property, functools.partial
+            if isinstance(value, called) or is_watchable(type(value)):
                 names.enter(value, type(place.owner))
             elif isinstance(value, (dict, list, tuple)) and place.name not in TABLES:
                 names.enter(value)

@@ -171,7 +171,7 @@ class StateRecorder:
         """Take all that an object has for read, less what the code under the trace has set."""
         attributes = _attributes(owner)
         key = id(owner) if attributes is None else id(attributes)
-        names = self._reads.setdefault(key, (self._real(owner), {}))[1]
+        names = self._reads.setdefault(key, (self.find_own(owner), {}))[1]
         for name in [*(attributes or ()), *_slots(type(owner))]:
             if (key, name) not in self._writes:
                 names[name] = None
@@ -193,12 +193,15 @@ class StateRecorder:
         key = id(owner) if attributes is None else id(attributes)
         entry = self._reads.get(key)
         if entry is None:
-            entry = self._reads[key] = (self._real(owner), {})
+            entry = self._reads[key] = (self.find_own(owner), {})
         names = entry[1]
         if name in names or (key, name) in self._writes:
             return
         names[name] = None
-        self.meet(attributes.get(name) if attributes is not None else None)
+        if attributes is not None and name in attributes:
+            self.meet(attributes[name])
+        else:  # a class's, perhaps a descriptor of the user's own
+            self.meet(next((vars(c)[name] for c in type(owner).__mro__ if name in vars(c)), None))
 
     def note_write(self, owner: Any, name: str, value: Any) -> None:
         """Note that the traced code sets an attribute; raise CaptureError where the write could
@@ -218,9 +221,10 @@ class StateRecorder:
             known.value, known.from_inputs = value, computed
             return
         read = name in self._reads.get(key, (None, {}))[1]
-        self._writes[key, name] = Write(self._real(owner), name, value, read, computed)
+        self._writes[key, name] = Write(self.find_own(owner), name, value, read, computed)
 
-    def _real(self, owner: Any) -> Any:
+    def find_own(self, owner: Any) -> Any:
+        """Return the user's own object for what stands for it under the trace."""
         if _PROXY and isinstance(owner, _PROXY):
             attributes = object.__getattribute__(owner, "__dict__")
             try:

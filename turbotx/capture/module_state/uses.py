@@ -59,6 +59,8 @@ def _ends_in_write(steps: list[dis.Instruction], start: int) -> bool:
             return step.argval in WRITES
         if above == 1 and step.opname == "STORE_SUBSCR":
             return True
+        if step.opname == "BUILD_SLICE":  # what is there is replaced, not added to
+            return False
         if above == 1 and step.opname == "BINARY_SUBSCR":
             above = 0
             continue

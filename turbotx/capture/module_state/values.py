@@ -24,6 +24,7 @@ import functools
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,8 @@ _CONSTANT = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.
 _SEQUENCES = (list, tuple, collections.deque)
 _SNAPSHOT = (
     types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList,
-    collections.UserString, collections.ChainMap,
+    collections.UserString, collections.ChainMap, weakref.WeakKeyDictionary,
+    weakref.WeakValueDictionary, weakref.WeakSet,
 )  # fmt: skip
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "triton", "turbotx"}
 _HEAP_TYPE = 1 << 9
@@ -95,6 +97,10 @@ def held_by(value: Any) -> list[Any]:
         held = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, types.MethodType):
         return [value.__self__]
+    elif isinstance(value, weakref.ref):
+        return [value()]
+    elif cls in weakref.ProxyTypes:
+        return [value.__repr__.__self__]
     elif isinstance(value, _BY_CONTEXT):
         return [*_in_this_context(value).values()]
     elif not isinstance(value, _SNAPSHOT) and cls not in unwatchable:

@@ -173,7 +173,7 @@ class AttentionFamily:
         self._sizes = [table.value(e) for e in launch.sizes]
         flash = isinstance(launch, ir.AttentionLaunch)
         self._names, self._strides = (NAMES, STRIDES) if flash else (PRODUCT_NAMES, PRODUCT_STRIDES)
-        of_flash = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr")
+        of_flash = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr", "sinks_ptr")
         names = of_flash if flash else ("a_ptr", "b_ptr", "out_ptr")
         self._shifts = [
             (name, table.value(a.offset * a.dtype.itemsize))
