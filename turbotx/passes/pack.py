@@ -5,7 +5,7 @@ say where sequences begin; or a PackError with the node that does not keep token
 
     embedding(table, ids (batch, seq))       ->  embedding(table, ids (1, tokens))
     attention(q, k, v, keys), select(x, 1, 0)
-        ->  packed_attention(q, k, v, keys, bounds, starts), sequence_token(x, bounds)
+        ->  packed_attention(q, k, v, keys, None, None, bounds, starts), sequence_token(x, bounds)
 """
 
 from __future__ import annotations

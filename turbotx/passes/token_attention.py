@@ -4,7 +4,7 @@ In: an `attention` over tokens. Out: a `packed_attention` over bounds, its mask 
 by columns; Refused where it lets hidden tokens be seen, or has a bias that tokens tell::
 
     attention(q, k, v, keys, add(relative, where(keys, 0, min)))
-        ->  packed_attention(q, k, v, keys, relative, bounds, starts)
+        ->  packed_attention(q, k, v, keys, relative, None, bounds, starts)
 """
 
 from __future__ import annotations
