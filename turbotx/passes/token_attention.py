@@ -166,6 +166,9 @@ def _join(p: Packer, node: fx.Node, parts: _MaskParts) -> fx.Node | None:
     for term in parts.rest:
         if term in p.values or any(map(p.sizes.is_batch, g.shape(term))):
             raise Refused(node, f"adds {term.name} to its scores, which is another by batch row")
+        wrong = [e for e in g.shape(term)[-2:] if e != 1 and not p.sizes.is_seq(e)]
+        if wrong:
+            raise Refused(node, f"adds {term.name} to its scores, which is not by columns")
     hides = [t for t in parts.rest if g.dtype(t) is torch.bool]
     adds = [t for t in parts.rest if g.dtype(t) is not torch.bool]
     made: fx.Node | None = None

@@ -233,7 +233,7 @@ class _Assembler:
         self._require_equal("q's and k's batch", q.shape[0], k.shape[0])
         self._require_equal("k's and v's batch", k.shape[0], v.shape[0])
         self._require_equal("k's and v's length", k.shape[2], v.shape[2])
-        if added is not None:
+        if added is not None and len(node.args) <= 6:  # that of packed attention is by columns
             scores = (*q.shape[:3], k.shape[2])
             for given, size in zip(reversed(added.shape), reversed(scores), strict=False):
                 self._require_equal("a bias of attention and its scores", given, size)
