@@ -55,7 +55,6 @@ def test_the_body_of_their_rankers():
             assert [rank["index"] for rank in ranks] == [1, 0]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     "TURBOTX_FRAMEWORKS" not in os.environ, reason="TURBOTX_FRAMEWORKS names no Python of theirs"
 )

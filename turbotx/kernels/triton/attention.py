@@ -81,6 +81,10 @@ def _tiles_for(kernel: AttentionKernel, q_len: int | None) -> AttentionSchedule:
         return AttentionSchedule(q_tile, 32 if depth <= 64 else 16, 8 if wide else 4, 1)
     if few:
         return AttentionSchedule(16, 64 if depth <= 128 else 32, 4)
+    if depth == 16 and kernel.bias != "none":
+        # Threads of eight warps would load 64 bits at a time of so short rows, and 64 keys beside a
+        # boolean bias spilled 107 words of four warps on sm_100 (Triton 3.7).
+        return AttentionSchedule(64, 32, 4)
     # A bias in flight beside the scores does not fit the registers of four warps, nor, beside
     # sums of depth 128, those of eight with 64 keys.
     wide = depth > 64 or kernel.bias == "storage"
