@@ -191,7 +191,7 @@ def test_a_failed_step_leaves_the_cache_as_it_was(gpt2) -> None:
 def test_a_call_that_cannot_be_captured_leaves_the_cache_alone(gpt2, monkeypatch) -> None:
     model, fast = gpt2
 
-    def refuse(self, args, kwargs):
+    def refuse(self, args, kwargs, outcomes):
         raise CaptureError("cannot capture it")
 
     monkeypatch.setattr(StepEngine, "capture", refuse)
