@@ -60,6 +60,7 @@ def attention_f16_64_causal_key_mask(
     k_ptr += batch_index * k_batch + kv_head * k_head
     v_ptr += batch_index * v_batch + kv_head * v_head
     q = tl.load(q_ptr + row.to(tl.int64) * q_row + dim, mask=row_ok, other=0.0)
+
     keys_ptr += batch_index * key_mask_stride
 
     # For each query: the largest score so far, the sum of exponentials, of values.
@@ -89,7 +90,8 @@ def attention_f16_64_causal_key_mask(
         v = tl.load(v_ptr + key.to(tl.int64) * v_row + dim, mask=key_ok, other=0.0)
         values = values * fade + tl.dot(share.to(tl.float16), v)
         largest = larger
-    # A query that sees no key gets zeros, or 0 / 0.
+
+    # A query that sees no key gets zeros.
     zeros = total == 0.0
     values = values / tl.where(zeros, 1.0, total)
     out_ptr += batch_index * out_batch + head * out_head
