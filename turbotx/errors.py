@@ -21,6 +21,10 @@ class CaptureError(TurbotxError):
     """The model could not be traced into one graph that holds for any batch and length."""
 
 
+class PackError(CaptureError):
+    """padding="packed" was asked for, and the model's graph does not keep its tokens apart."""
+
+
 class CompileError(TurbotxError):
     """turbotx itself failed on a model: the message names stage and node, the cause is above it."""
 

@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "planner": ("symbolic", "chunked", "greedy"),
     "gemms": ("auto", "cublas", "triton"),
     "norms": ("auto", "fold", "store"),
+    "padding": ("padded", "packed"),
 }
 _TAG = re.compile(r"cublas|([rcmnqkwsxlpo]\d+)+")
 
@@ -63,6 +64,9 @@ class Options:
     max_arenas: how many calls may run at the same time, each in memory of its own.
     cuda_graphs: replay a shape's launches as one CUDA graph from its second use on.
     max_graphs: how many such graphs are kept; the one longest unused goes first.
+    padding: "packed" runs a batch of mixed lengths over its tokens alone, by what the mask says
+        (docs/packed.md): a PackError at the first call where the model's graph does not keep tokens
+        apart. Rows of padding are zeros in what the call returns. CPUs only so far.
     schedules: on a GPU, tiles of kernels by name, over what tuning and the heuristics choose.
         {"fused_add_layer_norm*": "r2w8"}: rows a program, columns (c1024), warps. {"gemm_float16*":
         "m64n32k128w4s3x2"}: tile, warps, stages, parts of k, or "cublas". {"attention*": "q64k64"}.
@@ -82,6 +86,7 @@ class Options:
     max_cache_nbytes: int | None = None
     cuda_graphs: bool = True
     max_graphs: int = 128
+    padding: str = "padded"
     schedules: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -137,6 +142,7 @@ class OptionArguments(TypedDict, total=False):
     max_cache_nbytes: int | None
     cuda_graphs: bool
     max_graphs: int
+    padding: Literal["padded", "packed"]
     schedules: Mapping[str, str]
 
 

@@ -373,3 +373,16 @@ def test_compile_for_the_cpu_fills_the_cache_ahead(
     fast = turbotx.optimize(module)
     fast(**given)
     assert fast.stats()["kernel_builds"] == 0 and fast.stats()["captures"] == 1
+
+
+def test_a_packed_program_is_written_and_verified(run: Callable[..., Ran], tmp_path: Path) -> None:
+    small = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64"
+    bert = f"hf-config:bert,{small},vocab_size=50"
+    folder = tmp_path / "out"
+    ran = run("compile", bert, "--shape", "batch=2,seq=8", "--out", folder, "--packed", "--verify")
+    assert ran.code == 0, ran.err
+    report = json.loads((folder / "report.json").read_text())
+    assert report["numerics"]["holds"] is True and 0 < report["dims"]["tokens"] <= 16
+    assert any("packed_attention" in x["name"] for x in report["launches"])
+    ran = run("compile", bert, "--out", folder, "--packed", "--target", "sm_90")
+    assert ran.code == 2 and "leave out --target" in ran.err

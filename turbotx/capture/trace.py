@@ -60,6 +60,7 @@ from turbotx.capture.module_state.environment import watch_environment
 from turbotx.capture.module_state.identity import equal_to
 from turbotx.capture.module_state.record import StateRecord, find_model_names, make_record
 from turbotx.capture.module_state.recorder import StateRecorder
+from turbotx.capture.module_state.unfollowed import Unfollowed
 from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.returned import put_constants
@@ -185,10 +186,18 @@ def _capture(
     with tracing(), quiet_torch():
         recorder = StateRecorder()
         with recorder.installed(), no_autocast_cache(), watch_reads(ambient) as asked:
+            unfollowed = Unfollowed(model)
+            recorder.also_meet = unfollowed.meet
             code_names = find_model_names(model, recorder)
+            unfollowed.note_functions(code_names.functions)
             flat = FlatCall(model, leaves, spec, recorder, values)
             before = look_at_generators()
-            with watch_entropy() as drawn, watch_environment() as variables, refuse_seeding():
+            with (
+                watch_entropy() as drawn,
+                watch_environment() as variables,
+                refuse_seeding(),
+                unfollowed.refused(name),
+            ):
                 exported = _export_with_floats(flat, tensors, least, fixed, name)
             moved = look_at_generators() != before
         with without_autocast():

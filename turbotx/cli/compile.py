@@ -27,7 +27,7 @@ from turbotx.cli.targets import (
     resources_table,
     write_builds,
 )
-from turbotx.engine.optimize import engine_of
+from turbotx.engine.optimize import engine_of, optimize
 from turbotx.errors import InputError
 from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report.dump import STAGES, Dumped, make_folder, stage_text
@@ -42,14 +42,20 @@ def compile_model(
     targets: Sequence[str],
     verify: bool,
     save: Path | None,
+    packed: bool,
     output: Output,
 ) -> int:
     """Dump everything and say where it is; return the exit code, 1 where `verify` finds errors.
 
     The program is that of the first GPU among the targets, and the CPU's without one. save: also
-    write one file for `turbotx.load` there. Raises InputError where `verify` is to run launches of
-    a GPU that is not here.
+    write one file for `turbotx.load` there. packed: the CPU's program over tokens. Raises
+    InputError where `verify` is to run launches of a GPU that is not here, or `packed` is for one
+    or to be saved.
     """
+    if packed and (targets or save is not None):
+        raise InputError(
+            "--packed is of the CPU's program and of no file yet: leave out --target and --save"
+        )
     saved_for = chosen_targets(targets) if save is not None else []
     wanted, gpus = [parse_shape(text) for text in shapes], parse_targets(targets)
     if verify and gpus:
@@ -61,7 +67,8 @@ def compile_model(
     with output.steps(f"load {model}", total=6) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
-        engine = engine_of(loaded.model)
+        run = optimize(loaded.model, padding="packed") if packed else loaded.model
+        engine = engine_of(run)
         report = explain_call(engine, loaded.args, loaded.kwargs, next(iter(gpus), None))
         views = [view_at(report, dims) for dims in wanted] or [report]
         named = find_jobs(views[0], engine, gpus)
@@ -71,7 +78,7 @@ def compile_model(
         if verify:
             steps("run launch by launch in float64")
             args, kwargs = resize(views[0], loaded.args, loaded.kwargs)
-            numerics = views[0].numerics(loaded.model, *args, **kwargs)
+            numerics = views[0].numerics_of(engine, args, kwargs)
             views[0] = views[0].with_findings(numerics=numerics)
         steps("write files")
         dumped = views[0].dump(out)

@@ -18,6 +18,7 @@ from torch import nn
 
 from turbotx.errors import InputError
 from turbotx.ir.expr import evaluate
+from turbotx.passes.pack import PackedCapture
 from turbotx.report import Report
 from turbotx.runtime.cache_memory import LEAST_CAPACITY
 
@@ -106,7 +107,9 @@ def resize(report: Report, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tu
     a call with a cache as its program takes them."""
     args, kwargs = report.plain_call(args, kwargs)
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    sizes = iter(report.compiled.captured.input_sizes)
+    captured = report.compiled.captured
+    called = captured.padded if isinstance(captured, PackedCapture) else captured
+    sizes = iter(called.input_sizes)
     resized = [
         _tile(leaf, [evaluate(e, report.dims) for e in next(sizes)])
         if isinstance(leaf, torch.Tensor)

@@ -101,6 +101,9 @@ def compile_command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Also run every launch against float64.")
     ] = False,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="The program over tokens, without padding.")
+    ] = False,
     stage: Annotated[
         str,
         typer.Option(metavar="NAME", help="Print captured, fused, triton, cpp, memory or report."),
@@ -118,7 +121,7 @@ def compile_command(
         raise typer.Exit(save_model(source, save, target or (), Output(as_json)))
     if out is None:
         raise InputError("compile needs --out DIR, --save FILE, or --stage NAME to print one stage")
-    chosen = (out, shape or (), target or (), verify, save)
+    chosen = (out, shape or (), target or (), verify, save, packed)
     raise typer.Exit(compile_model(source, *chosen, Output(as_json)))
 
 

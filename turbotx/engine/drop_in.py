@@ -156,6 +156,19 @@ class OptimizedModule(nn.Module):
         """
         self._turbotx_engine.refresh()
 
+    @_added
+    def packed(self, *, lengths: Any = None, **inputs: Any) -> Any:
+        """Run sequences of any lengths without padding; needs optimize(padding="packed").
+
+        inputs: by the names of forward's parameters, each flat (tokens, ...) beside `lengths`, the
+        tokens of every sequence; or nested (torch.jagged); or a list of (length, ...). Returns the
+        model's output, (tokens, ...) or nested or listed where forward's is (batch, seq, ...).
+        Raises InputError where inputs do not fit, PackError where the model mixes tokens.
+        """
+        from turbotx.engine.packed_call import call_packed
+
+        return call_packed(self._turbotx_engine, lengths, inputs)
+
     def _make_graph(self) -> fx.GraphModule:
         """Return the rewritten graph of the latest capture, an ordinary torch.fx.GraphModule; of a
         model that was called with a key/value cache only, that of its steps."""

@@ -3,8 +3,9 @@
 In: a `Captured`, options, a target. Out: an `UnboundProgram`, which needs neither parameters nor
 the device; its GPU jobs at any shape; and bound to both, a `Compiled`::
 
-    capture -> rewrite -> partition -> fuse -> epilogues -> assemble, fold norms -> GEMM fallbacks
-        -> ranges of tokens -> kernels (on a CPU: build) -> link, plan -> bind -> build ahead (GPU)
+    capture -> rewrite (-> pack) -> partition -> fuse -> epilogues -> assemble, fold norms
+        -> GEMM fallbacks -> ranges of tokens -> kernels (on a CPU: build) -> link, plan -> bind
+        -> build ahead (GPU)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import fx, nn
 from turbotx import ir
 from turbotx.capture.trace import Captured
 from turbotx.engine.compiled import AssembledCall, Compiled, Specialization, UnboundProgram
-from turbotx.errors import InputError
+from turbotx.errors import InputError, OptionsError
 from turbotx.ir import verifier as verify
 from turbotx.kernels.fusion.epilogue import find_epilogues
 from turbotx.kernels.fusion.fuse import fuse_all
@@ -38,6 +39,8 @@ from turbotx.passes.linear import (
     use_multiplication,
 )
 from turbotx.passes.outputs import own_outputs
+from turbotx.passes.pack import TOKENS, PackedCapture, pack
+from turbotx.passes.pack_check import check_packed
 from turbotx.passes.partition import Region, find_prepared, kind_of, partition
 from turbotx.passes.products import use_products
 from turbotx.passes.results import use_single_results
@@ -50,6 +53,7 @@ from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.cuda.dispatch import choose_ranges, make_tiles
 from turbotx.runtime.cuda.runtime import CudaRuntime, LaunchJob, LaunchKernels, build_expected
 from turbotx.runtime.device import Device
+from turbotx.runtime.packed_program import PackedProgram
 from turbotx.runtime.program import Program
 from turbotx.runtime.weights import Kind, Weights
 
@@ -127,6 +131,28 @@ def rewrite_once(captured: Captured, attention: str) -> str:
     return done.text
 
 
+def pack_once(captured: Captured, padding: str, target: str) -> Captured:
+    """Return a rewritten capture over tokens where `padding` is "packed", packed before or now.
+
+    Raises PackError, OptionsError for a GPU, InputError where the graph is of the other kind.
+    """
+    meta = captured.graph_module.meta
+    if padding == "packed" and target != "cpu":
+        raise OptionsError(
+            f'padding="packed" runs on CPUs so far, not on {target}: leave it out (docs/packed.md)'
+        )
+    if padding == "packed" and "packed" not in meta:
+        meta["packed"] = pack(captured)
+        check_packed(captured.graph, TOKENS)
+    if "packed" in meta and padding != "packed":
+        raise InputError(
+            f"{captured.name} was compiled with padding='packed', and its graph is rewritten for "
+            f"that: capture the call again for {padding!r}"
+        )
+    found: Captured = meta.get("packed", captured)
+    return found
+
+
 @dataclass(frozen=True)
 class GemmRoles:
     """What GEMM launches do beside the product.
@@ -151,7 +177,9 @@ class GemmRoles:
 def assemble_call(captured: Captured, options: Options, target: str) -> AssembledCall:
     """Return a captured call as launches, for CPUs or for GPUs: which one does not matter yet."""
     roles = GemmRoles.of(options, target)
-    text, graph, dims = rewrite_once(captured, options.attention), captured.graph, captured.dims
+    text = rewrite_once(captured, options.attention)
+    captured = pack_once(captured, options.padding, target)
+    graph, dims = captured.graph, captured.dims
     check_rewritten(captured)
     prepared = find_prepared(graph)
     regions = check_regions(partition(graph, prepared))
@@ -245,13 +273,16 @@ def bind(
     a device, None for the CPU; kernels for it are loaded when `build_ahead` or a shape asks."""
     options, captured = program.options, program.call.captured
     graphs = GraphCache(options.max_graphs if options.cuda_graphs else 0)  # they count together
-    programs = []
+    programs: list[Program] = []
     for made in program.specializations:
         weights = find_weights(captured, model, made.assembled.assembly)
         kept = (pool, options.max_shapes)
         if isinstance(made.code, CpuCode):
             cpu = CpuRuntime(made.code, weights)
-            programs.append(Program(made.executable, cpu, *kept))
+            if isinstance(captured, PackedCapture):
+                programs.append(PackedProgram(made.executable, cpu, *kept, captured.packing))
+            else:
+                programs.append(Program(made.executable, cpu, *kept))
         else:
             assert device is not None
             gpu = CudaRuntime(made.code, weights, device)

@@ -29,7 +29,7 @@ from turbotx.engine.parts import calls_of_parts, path_to_model
 from turbotx.errors import TrainingError
 from turbotx.options import Options
 
-OWN_NAMES = ("stats", "reserve", "refresh", "graph")
+OWN_NAMES = ("stats", "reserve", "refresh", "packed", "graph")
 """What turbotx adds; where the model's class has something of that name, the model's stays."""
 
 

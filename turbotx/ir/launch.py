@@ -224,7 +224,7 @@ class ExtentsLaunch(Launch):
 class AttentionLaunch(ExtentsLaunch):
     """out = softmax(scale q k^T + bias) v over (batch, heads, rows, head_dim), out (batch, q_len,
     heads, head_dim); keys: a key mask or lengths; sinks: float32 (heads,). call: what PyTorch would
-    run in its place."""
+    run in its place. sequences: bounds and starts, where it is packed (`ir.packed_ops`)."""
 
     kind = "attention"
 
@@ -239,11 +239,13 @@ class AttentionLaunch(ExtentsLaunch):
     extents: tuple[Expr, ...]
     """Sizes and strides, in the order of `kernels.cpp.attention.SIZES`."""
     call: AtenCall
+    sequences: tuple[Operand, ...] = ()
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
-        """q, k, v, out, keys, bias and sinks; None for absent ones."""
-        return self.q, self.k, self.v, self.out, self.keys, self.bias, self.sinks
+        """q, k, v, out, keys, bias and sinks, None for absent ones; bounds and starts if packed."""
+        own = self.q, self.k, self.v, self.out, self.keys, self.bias, self.sinks
+        return *own, *self.sequences
 
     @property
     def writes(self) -> tuple[str, ...]:

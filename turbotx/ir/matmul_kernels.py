@@ -60,7 +60,8 @@ class AttentionKernel:
     "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
     -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
     with blind_mean the mean of all values. softcap: 0 for none. late: the last query stands at the
-    last key. sinks: each head has one more score, in float32, whose share goes to no value.
+    last key. sinks: each head has one more score, in float32, whose share goes to no value. packed:
+    over sequences on one axis of tokens (`ir.packed_ops`).
     """
 
     dtype: torch.dtype
@@ -75,6 +76,7 @@ class AttentionKernel:
     softcap: float = 0.0
     late: bool = False
     sinks: bool = False
+    packed: bool = False
 
     @property
     def name(self) -> str:
@@ -86,9 +88,10 @@ class AttentionKernel:
         bias = "" if self.bias == "none" else f"_{self.bias}_bias"
         blind = "_nan" if self.blind_nan else "_mean" if self.blind_mean else ""
         capped = "_capped" if self.softcap else ""
+        base = "packed_attention" if self.packed else "attention"
         sinks = "_sinks" * self.sinks
         masks = f"{causal}{window}{keys}{bias}"
-        return f"attention_{kind}_{self.head_dim}{masks}{capped}{sinks}{blind}"
+        return f"{base}_{kind}_{self.head_dim}{masks}{capped}{sinks}{blind}"
 
 
 @dataclass(frozen=True)

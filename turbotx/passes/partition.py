@@ -20,6 +20,7 @@ from turbotx.capture.eager import OWN
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
 from turbotx.ir.cache_ops import cache_store
+from turbotx.ir.packed_ops import packed_attention
 from turbotx.ir.views import SPLITS, is_view, view_source
 from turbotx.ops import OPS, is_computed
 
@@ -65,7 +66,7 @@ def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
         return "prepared"
     if is_view(node) or node.target in SPLITS:
         return "view"
-    if node.target is attention:
+    if node.target in (attention, packed_attention):
         return "attention"
     if node.target in (attention_scores, attention_values):
         return "product"

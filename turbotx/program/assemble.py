@@ -233,16 +233,18 @@ class _Assembler:
         self._require_equal("q's and k's batch", q.shape[0], k.shape[0])
         self._require_equal("k's and v's batch", k.shape[0], v.shape[0])
         self._require_equal("k's and v's length", k.shape[2], v.shape[2])
-        if added is not None:
+        if added is not None and len(node.args) <= 6:  # that of packed attention is by columns
             scores = (*q.shape[:3], k.shape[2])
             for given, size in zip(reversed(added.shape), reversed(scores), strict=False):
                 self._require_equal("a bias of attention and its scores", given, size)
         out = self._whole(node)
-        kernel, sizes = describe_attention((q, k, v, out), shown, added, sunk, node.kwargs)
-        place = self._place(node, "attention")
+        sequences = tuple(self._operand(g.operand(node, i)) for i in range(6, len(node.args)))
+        said = (shown, added, sunk, node.kwargs, sequences)
+        kernel, sizes = describe_attention((q, k, v, out), *said)
+        call, place = self._call(node, out), self._place(node, op_name(node))
         self.out.launches.append(
             ir.AttentionLaunch(
-                kernel, q, k, v, out, shown, added, sunk, sizes, self._call(node, out), **place
+                kernel, q, k, v, out, shown, added, sunk, sizes, call, sequences, **place
             )
         )
 

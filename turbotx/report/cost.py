@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
+from torch.utils._sympy.functions import FloorDiv
 
 from turbotx import ir
-from turbotx.ir.expr import ZERO, Expr, product
+from turbotx.ir.expr import ONE, ZERO, Expr, product
 from turbotx.ir.primitives import PRIMITIVES
 from turbotx.kernels.fusion.traffic import kernel_traffic
 from turbotx.report.origin import Origin
@@ -110,6 +111,8 @@ def _flops(launch: ir.Launch) -> Expr:
         return 2 * launch.rows * product(launch.weight.shape)
     if isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
         batch, heads, _, q_len, k_len = launch.sizes[:5]
+        if isinstance(launch, ir.AttentionLaunch) and launch.kernel.packed:
+            q_len, k_len = ONE, FloorDiv(q_len * k_len, batch * batch)  # of equal lengths
         products = 2 if isinstance(launch, ir.AttentionLaunch) else 1
         return 2 * products * batch * heads * q_len * k_len * launch.kernel.head_dim
     return ZERO

@@ -22,7 +22,7 @@ from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
 from turbotx.errors import VerifyError
 from turbotx.report.origin import observe
-from turbotx.report.report import Report
+from turbotx.report.report import Report, find_dims
 
 log = logging.getLogger("turbotx")
 Finish = Callable[[Compiled], None]
@@ -34,14 +34,12 @@ def watch(
     """Return what to do with the compiled call; the captured graph is looked at before it goes."""
     origin = observe(captured)
     tensors = tensors_of(args, kwargs)
-    sizes = captured.matcher.match([t.shape for t in tensors])
-    dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
-
     verifies = os.environ.get("TURBOTX_VERIFY", "0") not in ("", "0")
     if verifies:
         _find_leaks(engine, args, kwargs)
 
     def finish(compiled: Compiled) -> None:
+        dims = find_dims(compiled, tensors)
         at = compiled.at(tuple(dims.values()))
         report = Report(at, origin, dims, engine.options.planner, engine=engine)
         if verifies:

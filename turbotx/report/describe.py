@@ -147,7 +147,9 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelE
         text = show_attention(first.kernel)
         sources = {
             "cpp": header + ATTENTION_PRELUDE + print_attention(first.kernel, name),
-            "triton": print_triton_attention(first.kernel, name=name),
+            "triton": "# by sequence, for CPUs so far\n"
+            if first.kernel.packed
+            else print_triton_attention(first.kernel, name=name),
         }
     elif isinstance(first, ir.ProductLaunch):
         text = show_product(first.kernel)
@@ -181,6 +183,7 @@ def show_attention(kernel: AttentionKernel) -> str:
     """Return an attention launch as text: what the graph fixes about it."""
     masks = [] if kernel.keys == "all" else ["key mask" if kernel.keys == "mask" else "lengths"]
     masks += [f"{kernel.bias} bias"] if kernel.bias != "none" else []
+    masks += ["by sequence"] if kernel.packed else []
     masks += ["queries at the last keys"] if kernel.late else []
     masks += ["causal"] if kernel.causal else []
     masks += [f"window {kernel.window}"] if kernel.window != NO_WINDOW else []

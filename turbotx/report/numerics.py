@@ -26,6 +26,7 @@ from turbotx.ir.expr import compile_evaluator
 from turbotx.ir.fx_nodes import draws
 from turbotx.program.meaning import meaning_of
 from turbotx.report.replay import Read, replay
+from turbotx.runtime.packed_program import PackedProgram
 
 FACTOR, ULPS = 1.5, 2
 
@@ -87,6 +88,10 @@ def measure(
     eager = pytree.tree_leaves(engine.run_plainly(args, kwargs))
     with torch.no_grad():
         exact = exact_graph(*map(_double, given))
+    program = compiled.program
+    if isinstance(program, PackedProgram):
+        mask = tensors[program.packing.mask]
+        eager, exact = (program.without_padding(x, mask) for x in (eager, exact))
     # What a call leaves behind comes after its results, which eager's are.
     outputs = tuple(
         compare(f"output {k}", "", "", mine, own, true)

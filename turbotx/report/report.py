@@ -9,15 +9,17 @@ plain lists and numbers for JSON::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from turbotx.capture.arguments import tensors_of
 from turbotx.engine.cached_engine import plain_call
+from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
 from turbotx.engine.optimize import engine_of
 from turbotx.errors import InputError
@@ -30,6 +32,7 @@ from turbotx.report.origin import observe
 from turbotx.report.profile import Profile, profile
 from turbotx.report.record import Record
 from turbotx.report.where import find_place
+from turbotx.runtime.packed_program import PackedProgram
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,6 +122,16 @@ class Report(Record):
         return f"<turbotx report of {self.name} at {shape}: print() it, or .to_html()>"
 
 
+def find_dims(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> dict[str, int]:
+    """Return the values that a compiled call's dims have for these inputs, the tokens of a packed
+    one among them."""
+    captured = compiled.captured
+    sizes = captured.matcher.match([t.shape for t in tensors]) or captured.example_dims
+    if isinstance(compiled.program, PackedProgram) and len(sizes) < len(captured.dims):
+        sizes = (*sizes, compiled.program.find_mixture(sizes, tensors).tokens)
+    return dict(zip(captured.dims, sizes, strict=True))
+
+
 def explain(model: Any, /, *args: Any, **kwargs: Any) -> Report:
     """Compile `model(*args, **kwargs)` and return what every stage made of it.
 
@@ -142,7 +155,6 @@ def explain_call(
     captured = plain.capture(args, kwargs)
     origin = observe(captured)
     compiled = plain.compile(captured, target)
-    sizes = captured.matcher.match([t.shape for t in tensors])
-    dims = dict(zip(captured.dims, sizes or captured.example_dims, strict=True))
+    dims = find_dims(compiled, tensors)
     at = compiled.at(tuple(dims.values()))
     return Report(at, origin, dims, engine.options.planner, engine=engine)

@@ -28,8 +28,8 @@ ALIGNED = 16
 
 
 @dataclass(frozen=True)
-class VariantKey:
-    """What decides, by places in a program's sizes.
+class TableDeciders:
+    """What decides over a row of a table, by places in a program's sizes.
 
     by: up to which values each range goes; the last one holds all that is larger. even: sizes that
     may be multiples of 16. large: sizes that may reach `limit`. tf32: PyTorch's setting matters.
@@ -70,7 +70,7 @@ class SavedFamily:
     variant or None for PyTorch's part, number of a grid. grids: texts over sizes named "s7".
     """
 
-    decision: VariantKey
+    decision: TableDeciders
     rows: Mapping[str, int]
     choices: Sequence[Sequence[tuple[str, int | None, int]]]
     grids: Sequence[tuple[Sequence[int], Sequence[str]]]
@@ -81,7 +81,7 @@ class SavedFamily:
     def of(cls, tables: Mapping[str, Any], variants: Sequence[Binary | Job]) -> SavedFamily:
         """Return the family that `to_json` has described."""
         d = tables["decision"]
-        decision = VariantKey(d["by"], d["even"], d["large"], d["limit"], d["tf32"])
+        decision = TableDeciders(d["by"], d["even"], d["large"], d["limit"], d["tf32"])
         return cls(decision, tables["rows"], tables["choices"], tables["grids"], variants)
 
     def to_json(self) -> dict[str, Any]:

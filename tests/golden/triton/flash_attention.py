@@ -60,7 +60,6 @@ def attention_f16_64_causal_key_mask(
     k_ptr += batch_index * k_batch + kv_head * k_head
     v_ptr += batch_index * v_batch + kv_head * v_head
     q = tl.load(q_ptr + row.to(tl.int64) * q_row + dim, mask=row_ok, other=0.0)
-
     keys_ptr += batch_index * key_mask_stride
 
     # For each query: the largest score so far, the sum of exponentials, of values.

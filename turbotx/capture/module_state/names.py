@@ -74,8 +74,12 @@ class Names:
         """All code that was looked into; None where there was too much of it."""
         if len(self._entered) >= MAX_FUNCTIONS:
             return None
-        functions = {id(f): f for f in self._entered.values()}.values()
-        return [code for f in functions for code in codes_in(f.__code__)]
+        return [code for f in self.functions for code in codes_in(f.__code__)]
+
+    @property
+    def functions(self) -> list[types.FunctionType]:
+        """All functions that were looked into."""
+        return list({id(f): f for f in self._entered.values()}.values())
 
     def enter(self, value: Any, owner: type | None = None) -> None:
         """Look into a function later, with the class whose method it is."""

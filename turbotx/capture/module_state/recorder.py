@@ -82,6 +82,8 @@ class StateRecorder:
         self._by_attributes: dict[int, nn.Module] = {}
         self.follows: Callable[[Any], bool] = lambda attributes: True
         """Tells whether what is written to an object's attributes is put back, and replayed."""
+        self.also_meet: Callable[[Any], None] = lambda value: None
+        """Is told of every object that the code got hold of."""
         self.original_of: Callable[[Any], Any] = lambda owner: owner
         """Gives the user's own object for a copy that a trace runs in its place."""
 
@@ -154,6 +156,7 @@ class StateRecorder:
         """Have reads of an object that the code got hold of noted, and of those that it holds."""
         if type(value) in (int, bool, str, float) or id(value) in self._met or depth > MAX_DEPTH:
             return
+        self.also_meet(value)
         if isinstance(value, GENERATORS):
             self._met[id(value)] = value
             self._generators.append((value, None if self._over else look_at(value)))

@@ -18,7 +18,7 @@ import torch
 from rich.table import Table
 
 import turbotx.report as reports
-from turbotx.cli.bench.engines import ENGINES
+from turbotx.cli.bench.engines import ASKED_FOR, ENGINES
 from turbotx.cli.bench.room import QUIET_CORES, OthersUse, Room, Spread, describe_machine
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
@@ -36,7 +36,7 @@ def bench_model(
     if unknown:
         raise InputError(f"--engine {unknown[0]}: there are {', '.join(ENGINES)}")
     wanted = [parse_shape(text) for text in shapes] or [{}]
-    chosen = list(engines or ENGINES)
+    chosen = list(engines or [e for e in ENGINES if e not in ASKED_FOR])
     threads = threads or torch.get_num_threads()
     total = 1 + len(wanted)
     with (

@@ -24,6 +24,7 @@ from turbotx.errors import ModelError
 Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 ENGINES = {
     "turbotx": "turbotx.optimize(model)",
+    "turbotx-packed": 'turbotx.optimize(model, padding="packed")',
     "floor-mkl": "the GEMMs over weights packed once by MKL, and attention, in the model's order",
     "floor-onednn": "the same with oneDNN",
     "eager": "the model itself",
@@ -32,6 +33,10 @@ ENGINES = {
     "compile": "torch.compile(model), weights frozen",
     "compile-dynamic": "torch.compile(model, dynamic=True), weights frozen",
 }
+
+
+ASKED_FOR = ("turbotx-packed",)
+"""Engines that are compared only where they are named: not every model can be packed."""
 
 
 def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
@@ -43,6 +48,8 @@ def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
         return _make_onnxruntime(loaded, folder, fuse=name.endswith("optimized"))
     if name == "turbotx":
         model = optimize(model)
+    elif name == "turbotx-packed":
+        model = optimize(model, padding="packed")
     elif name.startswith("compile"):
         inductor: Any = importlib.import_module("torch._inductor.config")
         inductor.freezing = True

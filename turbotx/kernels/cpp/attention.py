@@ -3,13 +3,14 @@
 In: the operands of an attention in the graph. Out: an `AttentionKernel`, the sizes of its launch,
 and one extern "C" function with the uniform signature of every launch::
 
-    args: q, k, v, out, key mask or lengths or null, bias or null, sinks or null
+    args: q, k, v, out, key mask or lengths or null, bias or null, sinks or null; bounds
+        and starts if packed
     sizes: the names in SIZES, in order, strides in elements
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,11 +35,13 @@ def describe_attention(
     bias: ir.Operand | None,
     sinks: ir.Operand | None,
     said: Mapping[str, Any],
+    sequences: Sequence[ir.Operand] = (),
 ) -> tuple[AttentionKernel, tuple[Expr, ...]]:
     """Return the kernel of an attention and its launch's sizes.
 
     operands: q, k, v and out, the last (batch, q_len, heads, head_dim), all with adjacent elements
-    along head_dim. said: the keyword arguments of the call.
+    along head_dim. said: the keyword arguments of the call. sequences: bounds and starts, where it
+    is packed.
     """
     q, k, _, out = operands
     kinds = {torch.bool: "boolean", torch.float32: "float32"}
@@ -55,12 +58,14 @@ def describe_attention(
         float(said.get("softcap", 0.0)),
         bool(said.get("late", False)),
         sinks is not None,
+        bool(sequences),
     )
     strides = [s for o in operands[:3] for s in o.strides[:3]]
     strides += [out.strides[0], out.strides[2], out.strides[1]]
     strides.append(_broadcast(keys)[0] if kernel.keys == "mask" else ZERO)
     strides += _broadcast(bias)
-    return kernel, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], *strides)
+    batch = sequences[1].shape[0] if sequences else q.shape[0]
+    return kernel, (batch, q.shape[1], k.shape[1], q.shape[2], k.shape[2], *strides)
 
 
 def _broadcast(operand: ir.Operand | None) -> list[Expr]:
@@ -86,6 +91,11 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
     fields += ["  s.sinks = static_cast<const float*>(args[6]);"] * kernel.sinks
     fields += [f"  s.softcap = {kernel.softcap!r}f;"] * (kernel.softcap != 0)
     fields += ["  s.diagonal = s.k_len - s.q_len;"] * kernel.late
+    fields += [
+        f"  s.{name} = static_cast<const int64_t*>(args[{k}]);"
+        for k, name in enumerate(("bounds", "starts"), start=7) if kernel.packed
+    ]  # fmt: skip
+    called = "packed_attention" if kernel.packed else "attention"
     lines = [
         f'extern "C" int {name}(void* const* args, const int64_t* sizes) {{',
         "  ttx::AttentionShape s;",
@@ -94,7 +104,7 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
         f"  s.causal = {'true' if kernel.causal else 'false'};",
         "  s.bias = args[5];",
         f"  s.bias_kind = ttx::Bias::{kernel.bias};",
-        f"  ttx::attention<{kind}, {kernel.head_dim}>(",
+        f"  ttx::{called}<{kind}, {kernel.head_dim}>(",
         f"      {const}(args[0]), {const}(args[1]), {const}(args[2]),",
         f"      static_cast<{kind}*>(args[3]), s);",
         "  return 0;",

@@ -28,7 +28,7 @@ from turbotx.program.link import LaunchLayout, facts_of, weight_window
 from turbotx.runtime.cpu.abi import declare_runtime, runtime_units
 
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
-ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention.h"\n\n'
+ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention_packed.h"\n\n'
 PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
 
 Generated = (ir.KernelLaunch, ir.AttentionLaunch, ir.ProductLaunch)

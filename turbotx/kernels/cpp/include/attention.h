@@ -222,8 +222,12 @@ HeadOperands<T> prepare_head(const AttentionShape& s, const T* k, const T* v, lo
   if (s.key_mask != nullptr) {
     float* hidden = scratch + key_size + value_size;
     const bool* mask = s.key_mask + batch * s.key_mask_stride;
-    for (long j = 0; j < count; ++j) hidden[j] = mask[j] ? 0.0f : kMinusInf;
-    head.hidden = hidden;
+    long seen = 0;
+    for (long j = 0; j < count; ++j) {
+      hidden[j] = mask[j] ? 0.0f : kMinusInf;
+      seen += mask[j];
+    }
+    if (seen < count) head.hidden = hidden;  // a mask that hides nothing costs nothing more
   }
   return head;
 }

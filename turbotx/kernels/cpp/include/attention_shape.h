@@ -29,6 +29,9 @@ struct AttentionShape {
   Bias bias_kind = Bias::none;                                    // boolean one hides where false
   long bias_batch = 0, bias_head = 0, bias_q = 0, bias_k = 0;     // strides; 0 broadcasts
 
+  const int64_t* bounds = nullptr;                                // attention_packed.h: [batch + 1]
+  const int64_t* starts = nullptr;                                // [batch]
+
   // Query i stands at key position i + diagonal: 0 is torch's is_causal, k_len - q_len lets the
   // last query see every key. It sees keys from position - window_left to position + window_right.
   bool causal = false;                                            // the same as window_right = 0

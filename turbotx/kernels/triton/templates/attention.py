@@ -190,11 +190,9 @@ def attention(
     k_ptr += batch_index * k_batch + kv_head * k_head
     v_ptr += batch_index * v_batch + kv_head * v_head
     q = tl.load(q_ptr + row.to(tl.int64) * q_row + dim, mask=row_ok & dim_ok, other=0.0)
-
+    count = k_len
     if KEYS == "lengths":
         count = tl.minimum(tl.load(keys_ptr + batch_index), k_len).to(tl.int32)
-    else:
-        count = k_len
     if KEYS == "mask":
         keys_ptr += batch_index * key_mask_stride
     if BIAS != "none":
@@ -219,7 +217,6 @@ def attention(
         )  # fmt: skip
     if LATE:
         row -= k_len - q_len
-
     values = divide_values(values, total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE)
     out_ptr += batch_index * out_batch + head * out_head
     out_at = out_ptr + row.to(tl.int64) * out_row + dim

@@ -1,0 +1,112 @@
+"""Packed: the ops that `passes.pack` writes, over tokens of many sequences on one axis.
+
+In: tensors of (1, ..., tokens, ...), and `bounds`, int64 (sequences + 1): sequence n has the tokens
+[bounds[n], bounds[n + 1]), perhaps none. Out: the same of every sequence by itself, for example::
+
+    packed_attention(q, k, v, keys, None, None, bounds, starts, scale=0.125)
+    sequence_sum(x, bounds, 1)  # (sequences, hidden)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from turbotx.ir.attention_ops import attention
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    keys: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    bounds: torch.Tensor,
+    starts: torch.Tensor,
+    **said: Any,
+) -> torch.Tensor:
+    """Return `attention_ops.attention` of each sequence by itself, (1, tokens, heads, head_dim).
+
+    q, k, v: (1, heads or kv_heads, tokens, head_dim). keys: bool (1, 1, 1, tokens), or None for all
+    of a sequence's. bias: one for all sequences, (1, heads or 1, columns, columns) by the columns
+    that a query and a key stand at; a sequence's first token stands at column starts[n], int64
+    (sequences,), and the others behind it. said: what `attention` takes by name.
+    """
+    if isinstance(q, FakeTensor):  # the bounds are not known while tracing
+        return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
+    out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
+    columns = starts.tolist()
+    if bias is not None:
+        width = max(bias.shape[2:])
+        bias = bias.expand(*bias.shape[:2], width, width)
+    for n, (begin, end) in enumerate(_ranges(bounds)):
+        shown = None if keys is None else keys[..., begin:end]
+        first = columns[n]
+        last = first + end - begin
+        added = None if bias is None else bias[:, :, first:last, first:last]
+        out[:, begin:end] = attention(
+            q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], shown, added, sinks, **said
+        )
+    return out
+
+
+def sequence_sum(x: torch.Tensor, bounds: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the sum over each sequence's tokens, which lie along `dim` of x behind one or more
+    dims, the first of extent 1: (sequences, ...) without `dim`; zeros for an empty sequence."""
+    return _by_sequence(x, bounds, dim, lambda part: part.sum(dim))
+
+
+def sequence_max(x: torch.Tensor, bounds: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the largest element of each sequence, as `sequence_sum` does; that of an empty one is
+    the least that the dtype has."""
+    least = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
+
+    def largest(part: torch.Tensor) -> torch.Tensor:
+        return part.amax(dim) if part.shape[dim] else part.sum(dim).to(x.dtype).fill_(least)
+
+    return _by_sequence(x, bounds, dim, largest)
+
+
+def sequence_token(x: torch.Tensor, bounds: torch.Tensor, dim: int, last: bool) -> torch.Tensor:
+    """Return the first or last token of each sequence, as `sequence_sum` does; zeros for an empty
+    one."""
+
+    def token(part: torch.Tensor) -> torch.Tensor:
+        if not part.shape[dim]:
+            return part.sum(dim).to(x.dtype)
+        return part.select(dim, -1 if last else 0)
+
+    return _by_sequence(x, bounds, dim, token)
+
+
+def sequence_cumsum(x: torch.Tensor, bounds: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the running sum along `dim`, begun anew with each sequence; of integers, as int64."""
+    whole = x.cumsum(dim)
+    if isinstance(x, FakeTensor):
+        return whole
+    for begin, end in _ranges(bounds):
+        part = whole.narrow(dim, begin, end - begin)
+        part.copy_(x.narrow(dim, begin, end - begin).cumsum(dim))
+    return whole
+
+
+def _by_sequence(
+    x: torch.Tensor, bounds: torch.Tensor, dim: int, reduce: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    like = reduce(x)
+    out = like.new_empty(bounds.shape[0] - 1, *like.shape[1:])
+    if isinstance(x, FakeTensor):
+        return out
+    for n, (begin, end) in enumerate(_ranges(bounds)):
+        out[n] = reduce(x.narrow(dim, begin, end - begin))[0]
+    return out
+
+
+def _ranges(bounds: torch.Tensor) -> Iterator[tuple[int, int]]:
+    ends = bounds.tolist()
+    return itertools.pairwise(ends)

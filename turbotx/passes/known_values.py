@@ -1,0 +1,109 @@
+"""Known values: what the mask tells of elements that are computed from it.
+
+In: a graph and the input that is its mask. Out: the number that an element is where the mask hides
+its token (0), or shows it, as far as the graph tells; None where it does not. For example::
+
+    known.hidden(where(mask == 0, -inf, x))  ->  -inf        known.shown(mask.to(bool))  ->  True
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.kernel import Index
+from turbotx.ir.views import VIEWS
+from turbotx.ops import OPS
+from turbotx.ops.loop_nest import FusionConflict, LoopNest, NeedsAxisSplit
+from turbotx.ops.scalarizer import Scalarizer
+from turbotx.passes.operands import number_in
+
+aten = torch.ops.aten
+_AND = (aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor)
+_SAME = frozenset({*VIEWS, aten.index.Tensor, aten.clone.default, aten.contiguous.default})
+
+
+class KnownValues:
+    """mask: an input of zeros, which hide a token, and ones."""
+
+    def __init__(self, mask: fx.Node) -> None:
+        self.mask = mask
+        zero, one = (torch.tensor(n, dtype=g.dtype(mask)).item() for n in (0, 1))
+        self._hidden: dict[fx.Node, Any] = {mask: zero}
+        self._shown: dict[fx.Node, Any] = {mask: one}
+
+    def hidden(self, node: Any) -> Any:
+        """Return the number that elements are where the mask hides their token; None: unknown.
+        What is multiplied by 0 counts as 0: a model whose padding is NaN or infinite is none."""
+        return _find(node, self._hidden)
+
+    def shown(self, node: Any) -> Any:
+        """Return the number that elements are where the mask shows their token, None: unknown."""
+        return _find(node, self._shown)
+
+    @staticmethod
+    def counts_along(node: fx.Node) -> int | None:
+        """Return the dim, from the end, whose places 0, 1, ... a tensor holds; None for others."""
+        loops = LoopNest({})
+        scalarizer = Scalarizer(lambda n: n.op in ("placeholder", "get_attr"), loops)
+        places = tuple(loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(node)))
+        try:
+            element = scalarizer.element(node, places)
+        except (FusionConflict, NeedsAxisSplit):
+            return None
+        for s in scalarizer.body:
+            if isinstance(s, Index) and s.result == element.name and s.value in places:
+                return places.index(s.value) - len(places)
+        return None
+
+
+def _find(node: Any, known: dict[fx.Node, Any]) -> Any:
+    if isinstance(node, (bool, int, float)):
+        return node
+    if not isinstance(node, fx.Node) or not g.is_tensor(node):
+        return None
+    if node not in known:
+        known[node] = _compute(node, known)
+    return known[node]
+
+
+def _compute(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    if node.op != "call_function":
+        return None
+    made = number_in(node)
+    if made is not None:
+        return made
+    if node.target in (aten.full_like.default, aten.full.default):
+        return node.args[1] if isinstance(node.args[1], (bool, int, float)) else None
+    if node.target in _SAME:
+        return _find(node.args[0], known)
+    row = OPS.get(node.target)
+    if row is None or row.kind != "pointwise":
+        return None
+    values = [_find(a, known) for a in node.args]
+    if node.target is aten.where.self and isinstance(values[0], bool):
+        return values[1] if values[0] else values[2]
+    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and values[1] in (0, 1):
+        return values[2] if values[1] else values[0]
+    if node.target in _AND and 0 in values:
+        return False if g.dtype(node) is torch.bool else 0
+    if None in values:
+        return None
+    return _evaluate(node, values)
+
+
+def _evaluate(node: fx.Node, values: list[Any]) -> Any:
+    """Run an op on numbers, each in the dtype that the graph has it in."""
+    target: Any = node.target
+    args = [
+        torch.tensor(v, dtype=g.dtype(a)) if isinstance(a, fx.Node) else v
+        for a, v in zip(node.args, values, strict=True)
+    ]
+    if any(isinstance(n, fx.Node) for n in node.kwargs.values()):
+        return None
+    kwargs = {k: v for k, v in node.kwargs.items() if k not in ("device", "layout", "pin_memory")}
+    with torch.no_grad():
+        return target(*args, **kwargs).item()

@@ -1,0 +1,252 @@
+"""Pack: a graph over (batch, seq) with a mask becomes the same over one axis of tokens.
+
+In: a rewritten capture. Out: a `PackedCapture`, whose inputs have a row a token and whose bounds
+say where sequences begin; or a PackError with the node that does not keep tokens apart::
+
+    embedding(table, ids (batch, seq))       ->  embedding(table, ids (1, tokens))
+    attention(q, k, v, keys), select(x, 1, 0)
+        ->  packed_attention(q, k, v, keys, None, None, bounds, starts), sequence_token(x, bounds)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+from turbotx.capture.eager import ORDER, RETURNS, Alias
+from turbotx.capture.shape_matcher import ShapeMatcher
+from turbotx.capture.trace import Captured
+from turbotx.errors import PackError
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import dim, expr
+from turbotx.passes.canonicalize import canonicalize
+from turbotx.passes.known_values import KnownValues
+from turbotx.passes.packer import Inputs, Packer
+from turbotx.passes.token_attention import ATTENTION
+from turbotx.passes.token_rules import RULES
+from turbotx.passes.token_sums import SUMS
+from turbotx.passes.tokens import ByToken, Refused, TokenSizes
+
+aten = torch.ops.aten
+MASK = "attention_mask"
+"""The argument of a call that says which of its tokens there are."""
+TOKENS = "tokens"
+EXAMPLE = 1009
+"""How many tokens the fake tensors of a packed graph have; nothing depends on it."""
+
+
+@dataclass(frozen=True)
+class PackedInput:
+    """What a packed program is given. source: the place of the call's tensor whose rows it takes by
+    token, or that it takes as it is; None for what is made of the mask, by its name ("bounds")."""
+
+    name: str
+    source: int | None
+    by_token: bool
+
+
+@dataclass(frozen=True)
+class PackedOutput:
+    """A leaf of (tokens, ...): the dims of the model's own leaf that its tokens are spread over.
+
+    batch: None where rows and columns are one dim, at `columns`.
+    """
+
+    batch: int | None
+    columns: int
+
+
+@dataclass(frozen=True)
+class TokenPacking:
+    """How a call becomes one of a packed program, and back.
+
+    mask: the place of the mask among the call's tensors. outputs: by leaf, None for one that is as
+    the model's own. from_start, to_end: columns before the first, or behind the last, token that
+    the mask shows are kept, since the model counts or looks at them.
+    """
+
+    mask: int
+    batch: str
+    seq: str
+    inputs: tuple[PackedInput, ...]
+    outputs: tuple[PackedOutput | None, ...]
+    from_start: bool
+    to_end: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedCapture(Captured):
+    """A capture over tokens: its dims are those of the call, and "tokens" behind them."""
+
+    packing: TokenPacking
+    padded: Captured
+
+    @cached_property
+    def matcher(self) -> ShapeMatcher:
+        """What tells which sizes of the padded call it serves."""
+        return self.padded.matcher
+
+
+def pack(captured: Captured) -> PackedCapture:
+    """Return a capture whose graph the passes have been over, over tokens; its graph is changed.
+
+    Raises PackError where a node does not keep tokens apart, or the call has no mask.
+    """
+    mask, sizes = _find_sizes(captured)
+    graph, nodes = captured.graph, captured.graph.find_nodes(op="placeholder")
+    fakes = _make_fakes(captured, nodes, sizes)
+    inputs = Inputs(graph, sizes, fakes)
+    packer = Packer(graph, sizes, inputs, KnownValues(nodes[mask]), {**RULES, **SUMS, **ATTENTION})
+    sources = {}
+    try:
+        for place, node in enumerate(nodes):
+            if _is_by_token(sizes, g.shape(node)):
+                packed = inputs.add(f"{node.name}_tokens", _fake_rows(node, fakes))
+                rest = [sizes.fixed(e) for e in g.shape(node)[2:]]
+                if None in rest:
+                    raise Refused(node, "is an input of more sizes than (batch, seq)")
+                packer.values[node] = ByToken(packed, (("b",), ("s",), *(f or () for f in rest)))
+                sources[packed] = PackedInput(packed.name, place, True)
+            else:
+                sources[node] = PackedInput(node.name, place, False)
+        packer.run()
+        outputs = _pack_outputs(packer)
+    except Refused as refused:
+        raise refused.error(captured.name) from None
+    _replace_sizes(graph, nodes, sizes, inputs)
+    canonicalize(graph)
+    for node in graph.find_nodes(op="placeholder"):
+        if not node.users:
+            graph.erase_node(node)
+    left = graph.find_nodes(op="placeholder")
+    given = tuple(sources.get(n) or PackedInput(n.name, None, False) for n in left)
+    batch = g.size(fakes["starts"].shape[0], fakes["starts"])
+    packing = TokenPacking(
+        mask, str(batch), str(sizes.seq), given, outputs, packer.from_start, packer.to_end
+    )
+    own = {f: getattr(captured, f) for f in captured.__dataclass_fields__}
+    own |= {
+        "input_names": tuple(n.name for n in left),
+        "input_sizes": tuple(g.shape(n) for n in left),
+        "dims": (*captured.dims, TOKENS),
+        "example_dims": (*captured.example_dims, EXAMPLE),
+    }
+    return PackedCapture(**own, packing=packing, padded=replace(captured))
+
+
+def _find_sizes(captured: Captured) -> tuple[int, TokenSizes]:
+    """Return the place of the mask, and the symbols of its sizes."""
+    why = ""
+    if MASK not in captured.input_names:
+        why = f"the call has no {MASK}, from which its tokens would be known"
+    elif captured.effects:
+        why = "the model keeps something of a call, which rows of padding are a part of"
+    elif TOKENS in captured.dims:
+        why = f"a dim of its inputs is called {TOKENS!r} already"
+    mask = captured.input_names.index(MASK) if not why else 0
+    shape = captured.input_sizes[mask]
+    if not why and not (len(set(shape)) == 2 and all(e.is_Symbol for e in shape)):
+        why = f"{MASK} is not (batch, seq), but {tuple(map(str, shape))}"
+    if why:
+        raise PackError(f'cannot pack {captured.name}: {why}. Leave out padding="packed"')
+    seq = shape[1]
+    alike = [s for s in captured.input_sizes if len(s) > 1 and s[1] == seq and s[0].is_Symbol]
+    if len(alike) < 2:
+        raise PackError(
+            f"cannot pack {captured.name}: no other input has the columns of {MASK}, so that the "
+            'model does not read it for them. Leave out padding="packed"'
+        )
+    rows = {s[0] for s in alike}
+    return mask, TokenSizes(frozenset(rows), seq)
+
+
+def _is_by_token(sizes: TokenSizes, shape: Any) -> bool:
+    return len(shape) > 1 and sizes.is_batch(shape[0]) and sizes.is_seq(shape[1])
+
+
+def _make_fakes(
+    captured: Captured, nodes: list[fx.Node], sizes: TokenSizes
+) -> Mapping[str, torch.Tensor]:
+    """Return fake tensors for the packed program's own inputs, and name its sizes."""
+    value = next(g.tensor(n) for n in nodes if _is_by_token(sizes, g.shape(n)))
+    mode: Any = value.fake_mode  # type: ignore[attr-defined]
+    env, source = mode.shape_env, ConstantSource(TOKENS)
+    symbol = env.create_symbol(EXAMPLE, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
+    tokens = env.create_symintnode(symbol, hint=EXAMPLE, source=source)
+    batch, seq = value.shape[:2]
+    # Inputs may have been captured with a batch each; a mixture has one.
+    extents = [(s, e) for n in nodes for s, e in zip(g.tensor(n).shape, g.shape(n), strict=True)]
+    row = g.size(batch, value)
+    rows = {expr(s): row for s, e in extents if sizes.is_batch(e)}
+    g.remember_names(captured.graph_module, {symbol: dim(TOKENS), **rows})
+    lengths = {
+        "positions": tokens, "sequence_of": tokens, "bounds": batch + 1, "starts": batch,
+        "columns": seq,
+    }  # fmt: skip
+    with mode:
+        return {n: value.new_empty((k,), dtype=torch.int64) for n, k in lengths.items()}
+
+
+def _fake_rows(node: fx.Node, fakes: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if node.meta.get(ORDER) is not None:
+        raise Refused(node, "is an input whose dims lie in another order in memory")
+    value: Any = g.tensor(node)
+    with value.fake_mode:
+        return value.new_empty((1, fakes["positions"].shape[0], *value.shape[2:]))
+
+
+def _replace_sizes(
+    graph: fx.Graph, nodes: list[fx.Node], sizes: TokenSizes, inputs: Inputs
+) -> None:
+    """Let sizes of the call's tensors be read from what the packed program is given."""
+    for node in list(graph.nodes):
+        source = node.args[0] if g.is_call(node, aten.sym_size.int) else None
+        if source not in nodes or not node.users:
+            continue
+        extent = g.size(node)
+        if sizes.is_batch(extent) or sizes.is_seq(extent):
+            node.args = (inputs["starts" if sizes.is_batch(extent) else "columns"], 0)
+
+
+def _pack_outputs(p: Packer) -> tuple[PackedOutput | None, ...]:
+    """Let every leaf over tokens leave the graph as (tokens, ...)."""
+    (output,) = p.graph.find_nodes(op="output")
+    p.stand_at(output)
+    leaves, kinds = list(output.args[0]), list[PackedOutput | None]()
+    returns = output.meta.pop(RETURNS, [None] * len(leaves))
+    for k, leaf in enumerate(leaves):
+        found = p.values.get(leaf)
+        if isinstance(found, Refused):
+            raise found
+        if isinstance(returns[k], Alias):
+            raise Refused(leaf, "is returned, and is what the call was given, or a parameter")
+        kinds.append(None if found is None else _kind_of(leaf, found))
+        if found is not None:
+            leaves[k] = _rows_first(p, leaf, found)
+    output.args = (type(output.args[0])(leaves),)
+    return tuple(kinds)
+
+
+def _kind_of(leaf: fx.Node, x: ByToken) -> PackedOutput:
+    if x.dims[x.s] == ("b", "s"):
+        return PackedOutput(None, x.s)
+    if x.dims[x.s] != ("s",) or x.b is None or x.dims[x.b] != ("b",):
+        raise Refused(leaf, "is returned with its batch or columns in parts of a dim")
+    return PackedOutput(x.b, x.s)
+
+
+def _rows_first(p: Packer, leaf: fx.Node, x: ByToken) -> fx.Node:
+    made = x.node
+    if x.s != 0:
+        order = [x.s, *(d for d in range(len(x.dims)) if d != x.s)]
+        made = p.emit(leaf, aten.permute.default, made, order)
+    if x.b is not None and x.b != x.s:
+        made = p.emit(leaf, aten.squeeze.dims, made, [x.b + (x.b < x.s)])
+    return made

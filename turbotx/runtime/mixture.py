@@ -1,0 +1,108 @@
+"""Mixture: which tokens a batch of sequences has, and where they stand on one axis.
+
+In: a mask (batch, seq), or lengths. Out: the tensors that a packed program reads beside the call's
+own, and the way of rows from a padded tensor to tokens and back::
+
+    Mixture.of_mask([[1, 1, 0], [0, 1, 0]])
+        ->  bounds [0, 2, 3], starts [0, 1], positions [0, 1, 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from turbotx.errors import InputError
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Tokens of sequences one behind the other, at least one: without any, one of no sequence.
+
+    made: by the names of a packed program's inputs, int64: bounds (sequences + 1), starts
+    (sequences,), the column of each one's first token, positions and sequence_of (tokens,),
+    columns (seq,). rows: (tokens,), where each lies in (batch * seq); None where no tensor is
+    padded. shown: (tokens,), which are no padding in between; None: all.
+    """
+
+    made: dict[str, torch.Tensor]
+    rows: torch.Tensor | None
+    shown: torch.Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        """How many rows a packed tensor has."""
+        return self.made["positions"].shape[0]
+
+    @classmethod
+    def of_mask(cls, mask: torch.Tensor, from_start: bool, to_end: bool) -> Mixture:
+        """Return the tokens from the first to the last that a mask (batch, seq) of zeros and ones
+        shows, by row; from_start, to_end: and all columns before, or behind them.
+
+        Raises InputError for a mask of other values.
+        """
+        shown = mask.to(torch.bool)
+        if mask.dtype is not torch.bool and not torch.equal(mask, shown.to(mask.dtype)):
+            raise InputError(
+                "attention_mask has other values than 0 and 1, and padding='packed' leaves out "
+                "tokens by it: pass a mask of zeros and ones"
+            )
+        width = mask.shape[1]
+        columns = torch.arange(width, device=mask.device)
+        ends = torch.where(shown, columns + 1, 0).amax(1)
+        starts = torch.where(shown, columns, width).amin(1)
+        empty = ends == 0
+        starts = starts.masked_fill_(empty, 0) if not from_start else torch.zeros_like(starts)
+        if to_end:
+            ends = torch.where(empty, 0, width)
+        kept = (columns >= starts[:, None]) & (columns < ends[:, None])
+        rows = kept.view(-1).nonzero()[:, 0]
+        none = rows.shape[0] == 0
+        if none:
+            rows = torch.zeros(1, dtype=torch.int64, device=mask.device)
+        seen = shown.reshape(-1)[rows]
+        made = {
+            "bounds": _bounds(ends - starts), "starts": starts, "positions": rows % width,
+            "sequence_of": rows // width, "columns": columns,
+        }  # fmt: skip
+        return cls(made, rows, None if bool(seen.all()) else seen)
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> Mixture:
+        """Return all tokens of sequences of these lengths, each of at least 0."""
+        each = torch.tensor(lengths, dtype=torch.int64, device=device)
+        bounds, count = _bounds(each), len(lengths)
+        sequence_of = torch.repeat_interleave(torch.arange(count, device=device), each)
+        positions = torch.arange(sequence_of.shape[0], device=device) - bounds[sequence_of]
+        if not sequence_of.shape[0]:
+            sequence_of = positions = torch.zeros(1, dtype=torch.int64, device=device)
+        columns = torch.arange(max(1, *lengths), device=device)
+        starts = torch.zeros(count, dtype=torch.int64, device=device)
+        made = {
+            "bounds": bounds, "starts": starts, "positions": positions,
+            "sequence_of": sequence_of, "columns": columns,
+        }  # fmt: skip
+        return cls(made, None, None)
+
+    def take(self, padded: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return the rows of a tensor (batch or 1, seq, ...) by token, (1, tokens, ...)."""
+        assert self.rows is not None
+        whole = padded.expand(batch, *padded.shape[1:])
+        return whole.reshape(-1, *padded.shape[2:])[self.rows].unsqueeze(0)
+
+    def put(self, tokens: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return rows (tokens, ...) where they lie in (batch * seq, ...), zeros elsewhere."""
+        assert self.rows is not None
+        count = batch * self.made["columns"].shape[0]
+        whole = tokens.new_zeros(count, *tokens.shape[1:])
+        if self.shown is None:
+            whole[self.rows] = tokens
+        else:
+            whole[self.rows[self.shown]] = tokens[self.shown]
+        return whole
+
+
+def _bounds(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))

@@ -1,0 +1,125 @@
+"""Packed program: a program over tokens that a padded call, or a flat one, runs through.
+
+In: a call's tensors, one of them a mask. Out: the model's own outputs, with zeros in the rows of
+padding; or rows by token, where none is padded::
+
+    program.run(program.bind((8, 500)), [ids, mask])   # costs the tokens that the mask shows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from turbotx.errors import InputError
+from turbotx.memory.pool import ChunkPool
+from turbotx.passes.pack import TokenPacking
+from turbotx.program.executable import Executable
+from turbotx.runtime.binding import Binding, Runtime
+from turbotx.runtime.mixture import Mixture
+from turbotx.runtime.program import Program
+from turbotx.runtime.watch import Watch
+
+
+@dataclass(frozen=True)
+class PaddedBinding:
+    """A padded call at one shape: its tokens are known when it runs. dims: without them."""
+
+    dims: tuple[int, ...]
+
+
+class PackedProgram(Program):
+    """A program whose last dim is its tokens, which no padded call's sizes tell."""
+
+    def __init__(
+        self, executable: Executable, runtime: Runtime, pool: ChunkPool, max_shapes: int,
+        packing: TokenPacking,
+    ) -> None:  # fmt: skip
+        super().__init__(executable, runtime, pool, max_shapes)
+        self.packing = packing
+        self._batch, self._seq = (self.dims.index(n) for n in (packing.batch, packing.seq))
+
+    def bind(self, dims: tuple[int, ...]) -> Any:
+        """Return a padded call at its dims, or a packed one at those and its tokens."""
+        return PaddedBinding(dims) if len(dims) < len(self.dims) else super().bind(dims)
+
+    def reserve(self, binding: Binding) -> None:
+        """Map the memory of a shape all of whose columns are tokens now, for good."""
+        *dims, _ = binding.dims
+        super().reserve(super().bind((*dims, dims[self._batch] * dims[self._seq])))
+
+    def run(
+        self, binding: Any, tensors: Sequence[torch.Tensor], ticks: Any = None,
+        watch: Watch | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """Run a padded call, bound as such, or a packed one on its own inputs."""
+        if not isinstance(binding, PaddedBinding):
+            return super().run(binding, tensors, ticks, watch)
+        mixture = self.find_mixture(binding.dims, tensors)
+        found = self.run_mixture(binding.dims, mixture, tensors, ticks, watch)
+        batch = binding.dims[self._batch]
+        return [
+            leaf if kind is None else _spread(mixture.put(leaf, batch), batch, kind)
+            for leaf, kind in zip(found, self.packing.outputs, strict=True)
+        ]
+
+    def find_mixture(self, dims: Sequence[int], tensors: Sequence[torch.Tensor]) -> Mixture:
+        """Return the tokens of a padded call.
+
+        Raises InputError where inputs have fewer batch rows than others, and for a mask that is not
+        of zeros and ones.
+        """
+        batch, packing = dims[self._batch], self.packing
+        mask = tensors[packing.mask]
+        by_token = [tensors[i.source].shape[0] for i in packing.inputs
+                    if i.by_token and i.source is not None]  # fmt: skip
+        if max(mask.shape[0], *by_token) != batch:
+            raise InputError(
+                f"the call's first input has {batch} batch rows, and attention_mask or another "
+                f"input {max(mask.shape[0], *by_token)}: padding='packed' takes one row a sequence"
+            )
+        mask = mask.expand(batch, mask.shape[1])
+        return Mixture.of_mask(mask, packing.from_start, packing.to_end)
+
+    def without_padding(self, leaves: Sequence[Any], mask: torch.Tensor) -> list[Any]:
+        """Return the model's own leaves with zeros in rows of padding, as `run` returns them."""
+        found, hidden = list(leaves), mask.to(torch.bool).logical_not()
+        for k, kind in enumerate(self.packing.outputs):
+            if kind is None:
+                continue
+            rows = found[k] = leaves[k].clone()
+            if kind.batch is None:
+                rows.movedim(kind.columns, 0)[hidden.reshape(-1)] = 0
+            else:
+                rows.movedim((kind.batch, kind.columns), (0, 1))[hidden] = 0
+        return found
+
+    def run_mixture(
+        self, dims: Sequence[int], mixture: Mixture, tensors: Sequence[torch.Tensor],
+        ticks: Any = None, watch: Watch | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """Return the packed program's leaves, (tokens, ...) where they are by token.
+
+        tensors: the call's, by place: padded where the mixture has rows, or else by token.
+        """
+        batch, given = dims[self._batch], []
+        for x in self.packing.inputs:
+            if x.source is None:
+                given.append(mixture.made[x.name])
+            elif x.by_token and mixture.rows is not None:
+                given.append(mixture.take(tensors[x.source], batch))
+            else:
+                given.append(tensors[x.source])
+        bound = super().bind((*dims, mixture.tokens))
+        return super().run(bound, given, ticks, watch)
+
+
+def _spread(rows: torch.Tensor, batch: int, kind: Any) -> torch.Tensor:
+    """Return (batch * seq, ...) as the model's own leaf."""
+    if kind.batch is None:
+        return rows.movedim(0, kind.columns)
+    whole = rows.view(batch, -1, *rows.shape[1:])
+    return whole.movedim((0, 1), (kind.batch, kind.columns))
