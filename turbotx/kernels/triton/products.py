@@ -47,8 +47,13 @@ def choose_product_schedule(kernel: ProductKernel, q_len: int | None = None) -> 
         n_tile = 32 if kernel.which == "scores" else min(width, 32)
         # Four elements of b a thread at least, which is one access of 128 bits.
         k_tile = max(16, width // 2) if kernel.which == "scores" else 512 // n_tile
+        if kernel.which == "scores" and kernel.head_dim % k_tile:
+            k_tile = 16
         return ProductSchedule(m_tile, n_tile, k_tile, 4, 1)
-    return ProductSchedule(m_tile, *((64, width) if kernel.which == "scores" else (width, 64)))
+    if kernel.which == "values":
+        return ProductSchedule(m_tile, width, 64)
+    # Steps that end within a vector of 80 spilled 2 words on sm_80 (Triton 3.7).
+    return ProductSchedule(m_tile, 64, 16 if kernel.head_dim % width else width)
 
 
 def packed_strides(kernel: ProductKernel) -> tuple[str, ...]:
