@@ -37,6 +37,13 @@ class InputError(TurbotxError, ValueError):
     """A call's inputs do not fit what the model was captured for, and a new capture cannot help."""
 
 
+class CacheFullError(TurbotxError):
+    """A decoder's caches would take more bytes than the option `max_cache_nbytes` allows.
+
+    Nothing was changed: further calls work as before.
+    """
+
+
 class IndexOutOfRangeError(TurbotxError, IndexError):
     """An index read by a kernel (a token id, a gather index) lies outside its table."""
 

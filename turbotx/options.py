@@ -59,6 +59,8 @@ class Options:
     max_shapes: how many shapes keep their bound addresses and sizes; more are re-planned.
     max_variants: how many captures are kept, one for each kind of call and state of the model that
         it was called in (attributes, hooks, parts: docs/guards.md); the longest unused goes first.
+    max_cache_nbytes: what all key/value caches of a decoder's calls may take together, growing
+        included; a call that would take more raises CacheFullError, and changes nothing.
     max_arenas: how many calls may run at the same time, each in memory of its own.
     cuda_graphs: replay a shape's launches as one CUDA graph from its second use on.
     max_graphs: how many such graphs are kept; the one longest unused goes first.
@@ -81,6 +83,7 @@ class Options:
     max_shapes: int = 256
     max_variants: int = 32
     max_arenas: int = 8
+    max_cache_nbytes: int | None = None
     cuda_graphs: bool = True
     max_graphs: int = 128
     padding: str = "padded"
@@ -107,8 +110,11 @@ class Options:
                     'each a power of two, as in "r2c1024w8", "r4" or "w8", and for GEMMs "cublas" '
                     'or as in "m64n32k128w4s3x2"'
                 )
-        for name in ("max_shapes", "max_variants", "max_arenas", "max_graphs"):
+        counted = ("max_shapes", "max_variants", "max_arenas", "max_graphs", "max_cache_nbytes")
+        for name in counted:
             value = getattr(self, name)
+            if value is None and name == "max_cache_nbytes":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise OptionsError(f"{name}={value!r} must be an integer of at least 1")
 
@@ -133,6 +139,7 @@ class OptionArguments(TypedDict, total=False):
     max_shapes: int
     max_variants: int
     max_arenas: int
+    max_cache_nbytes: int | None
     cuda_graphs: bool
     max_graphs: int
     padding: Literal["padded", "packed"]

@@ -14,8 +14,8 @@ import torch
 
 import turbotx
 from tests.engine.decoders import FAMILIES, VOCABULARY, WITH_ENCODER, make, prompt
-from turbotx.engine.cached_engine import StepEngine
 from turbotx.engine.optimize import engine_of
+from turbotx.engine.step_engine import StepEngine
 from turbotx.errors import CaptureError, EagerWarning, IndexOutOfRangeError, InputError
 
 transformers = pytest.importorskip("transformers")

@@ -60,7 +60,7 @@ class Odd:
 
 class Branch(nn.Module):
     def forward(self, x):
-        return x[: int(x.sum() > 0)]
+        return x * 2 if int(x.sum()) > 0 else x - 1
 
     def score(self, x):
         return self(x).sum(-1)

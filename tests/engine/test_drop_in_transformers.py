@@ -89,10 +89,19 @@ def test_generate_goes_through_where_there_is_no_cache(make) -> None:
 
 
 @torch.no_grad()
-def test_a_call_of_a_decoder_that_gives_a_cache_is_an_error() -> None:
-    fast = turbotx.optimize(gpt2())
+@torch.no_grad()
+def test_a_call_of_a_decoder_gives_a_cache_as_it_does_itself() -> None:
+    model = gpt2()
+    fast = turbotx.optimize(model)
+    for _ in range(2):
+        got, want = fast(IDS), model(IDS)
+        torch.testing.assert_close(got.logits, want.logits)
+        ours, theirs = got.past_key_values, want.past_key_values
+        assert type(ours) is type(theirs) and ours.get_seq_length() == IDS.shape[1]
+        torch.testing.assert_close(ours.layers[0].keys, theirs.layers[0].keys)
+    assert fast.stats()["captures"] == 1 and fast.stats()["eager_calls"] == 0
     with pytest.raises(CaptureError, match="use_cache=False"):
-        fast(IDS)
+        fast(IDS, labels=IDS)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 
-from turbotx.errors import InputError
-from turbotx.runtime.cache_memory import LEAST_CAPACITY, CacheMemory, LayerShape
+from turbotx.errors import CacheFullError, InputError
+from turbotx.runtime.cache_memory import LEAST_CAPACITY, CacheBudget, CacheMemory, LayerShape
 
 SHAPES = [LayerShape(2, 4, 4), LayerShape(1, 8, 3)]
 
@@ -69,6 +70,72 @@ def test_rows_of_the_batch_are_chosen(rows: list[int]) -> None:
     assert_holds(memory, held)
     memory.tensor_for(len(rows), 6)
     assert_holds(memory, held)
+
+
+def test_rows_that_share_their_first_positions_are_chosen_again_and_again() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for batch in (2, 4):
+        memory, held = filled(batch)
+        for _ in range(40):
+            kind = int(torch.randint(5, (), generator=generator))
+            length = held[0][0].shape[2]
+            if kind < 3:
+                rows = torch.randint(batch, (batch,), generator=generator)
+                held = [tuple(part[rows] for part in parts) for parts in held]
+                for layer in range(len(SHAPES)):
+                    memory.select(layer, rows)
+            elif kind == 3 and length > 2:
+                held = [tuple(part[:, :, :-2] for part in parts) for parts in held]
+                for layer in range(len(SHAPES)):
+                    memory.drop(layer, 2)
+            else:
+                more = [tuple(torch.randn_like(p[:, :, :2]) for p in parts) for parts in held]
+                for layer, (keys, values) in enumerate(more):
+                    memory.put(layer, keys, values, length)
+                pairs = zip(held, more, strict=True)
+                held = [tuple(map(join, old, new)) for old, new in pairs]
+            memory.tensor_for(batch, held[0][0].shape[2])
+            assert_holds(memory, held)
+
+
+def join(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return torch.cat([old, new], 2)
+
+
+def test_what_rows_share_is_not_copied_again() -> None:
+    memory, held = filled(length=9)
+    rows = torch.tensor([1, 1])
+    memory.select(0, rows)
+    memory.read(0)[0][0, :, :9] = 7.0  # both rows are known to be alike: nobody reads this again
+    memory.put(0, *(part[:, :, :1] for part in held[0]), 9)
+    memory.select(0, rows)
+    keys = memory.read(0)[0]
+    assert (keys[0, :, :9] == 7.0).all() and torch.equal(keys[0, :, 9:], keys[1, :, 9:])
+
+
+def test_bytes_are_counted_and_bounded() -> None:
+    position = (2 * 8 + 11) * 4
+    budget = CacheBudget(2 * 128 * position)
+    memory, held = filled(budget=budget)
+    memory.tensor_for(2, 6)
+    assert memory.nbytes == budget.nbytes == 2 * LEAST_CAPACITY * position
+    other = copy.deepcopy(memory)
+    assert budget.nbytes == memory.nbytes + 2 * 5 * position
+    with pytest.raises(CacheFullError, match="max_cache_nbytes"):
+        memory.tensor_for(2, LEAST_CAPACITY + 1)
+    assert_holds(memory, held)
+    del other
+    assert budget.nbytes == memory.nbytes
+    assert pickle.loads(pickle.dumps(memory)).nbytes == 2 * 5 * position
+    for layer in range(len(SHAPES)):
+        memory.clear(layer)
+    assert memory.nbytes == budget.nbytes == 0 and budget.peak_nbytes > 0
+
+
+def test_a_bound_lets_a_cache_grow_by_less_than_to_twice_its_size() -> None:
+    memory, _ = filled(budget=CacheBudget(2 * 5 * 64 * (2 * 8 + 11) * 4))
+    memory.tensor_for(2, 2 * LEAST_CAPACITY)
+    assert memory.tensor_for(2, 2 * LEAST_CAPACITY + 1).shape[2] == 3 * LEAST_CAPACITY
 
 
 def test_a_copy_is_its_own() -> None:

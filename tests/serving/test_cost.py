@@ -96,3 +96,15 @@ def test_malformed_grids_are_refused(lengths, batches, grid, says):
 def test_no_cost_outside_the_table():
     with pytest.raises(CostTableError, match="the table ends at 3 requests of 11 tokens"):
         small_table().cost_ms(12, 1)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def refuse(old, new):
+        raise OSError(28, "No space left on device")
+
+    table = CostTable([1, 8], [1, 2], [[1, 2], [2, 3]])
+    table.save(tmp_path / "costs.json")
+    monkeypatch.setattr("turbotx.serving.cost.os.replace", refuse)
+    with pytest.raises(OSError, match="No space"):
+        table.save(tmp_path / "costs.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]

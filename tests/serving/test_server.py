@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -196,17 +197,23 @@ def test_an_empty_key_in_the_environment_does_not_open_the_door(monkeypatch):
         serve_models(["no/such/model"], api_keys=(), api_key_file=None)
 
 
-def test_a_model_that_cannot_run_ends_the_server(unused_port):
+@pytest.mark.parametrize(
+    "raised, said",
+    [("no memory\nat all", "no memory"), ("g++ failed:\nno space", "g++ failed: no space")],
+)
+def test_a_model_that_cannot_run_ends_the_server(unused_port, raised, said):
     class Broken:
         head = Head("embedding")
 
         def run(self, rows):
-            raise RuntimeError("no memory\nat all")
+            raise RuntimeError(raised)
 
         def figures(self):
             return {}
 
-    with pytest.raises(ModelFailed, match=r"^stand-in cannot run: RuntimeError: no memory$"):
+    with pytest.raises(
+        ModelFailed, match=rf"^stand-in cannot run: RuntimeError: {re.escape(said)}$"
+    ):
         run(stand_in(Broken()), Settings(), host="127.0.0.1", port=unused_port)
 
 

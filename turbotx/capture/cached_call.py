@@ -9,7 +9,7 @@ values of cross attention where it made them; the user's own cache is never met:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -37,6 +37,10 @@ class CachedCall(nn.Module):
     kv_memory, kv_length: see `ir/cache_ops.py`. kv_cross: (2 x layers, batch, heads, source,
     width), keys and values in turn. kv_encoded: the encoder's last hidden states.
     """
+
+    turbotx_dim_names: ClassVar = {
+        "kv_length_d0": "length", "kv_memory_d0": "elements", "kv_memory_d2": "capacity",
+    }  # fmt: skip
 
     def __init__(self, model: nn.Module, layers: int) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ Outcomes: TypeAlias = tuple[tuple[str, bool], ...]
 
 
 @dataclass(frozen=True)
-class Decision:
+class AssumedCondition:
     """condition: one text over the dims and the values. outcome: what the trace assumed of it.
     where: the user's line, in messages."""
 
@@ -39,7 +39,7 @@ class Decisions:
 
     names: tuple[str, ...]
     count: int
-    made: tuple[Decision, ...]
+    made: tuple[AssumedCondition, ...]
 
     def observe(self, values: Sequence[torch.Tensor], dims: Sequence[int]) -> Outcomes:
         """Return () where every decision comes out as it was assumed, else the outcomes up to

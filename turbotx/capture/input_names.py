@@ -51,11 +51,12 @@ def find_hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> 
 
 def name_dims(
     shapes: Sequence[Sequence[Any]], names: Sequence[str],
-    equals: Mapping[sympy.Symbol, sympy.Symbol],
+    equals: Mapping[sympy.Symbol, sympy.Symbol], said: Mapping[str, str],
 ) -> dict[sympy.Symbol, sympy.Symbol]:  # fmt: skip
     """Name dims as a user would: the first input's are batch and seq, others by input and place.
 
-    equals: symbols that stand for the same size as another one, and get its name.
+    equals: symbols that stand for the same size as another one, and get its name. said: names in
+    the place of those by input and place.
     """
     symbols: dict[sympy.Symbol, sympy.Symbol] = {}
     taken: set[str] = set()
@@ -71,7 +72,7 @@ def name_dims(
                     continue
                 label = plain.get(d, "") if len(shape) <= 3 or d == 0 else ""
                 if not label or label in taken:
-                    label = f"{name}_d{d}"
+                    label = said.get(f"{name}_d{d}", f"{name}_d{d}")
                 taken.add(label)
                 symbols[symbol] = dim(label)
     return symbols

@@ -57,10 +57,18 @@ def _without_own_classes(tree: Any) -> Any:
     return pytree.tree_map(change, tree, is_leaf=lambda x: isinstance(x, (torch.Size, NotedDict)))
 
 
+class ReturnedObjectError(CaptureError):
+    """An output holds an object of a class, `kind`, that a program cannot make."""
+
+    def __init__(self, leaf: Any, name: str) -> None:
+        super().__init__(_refusal(leaf, name))
+        self.kind: type = type(leaf)
+
+
 def take_apart(output: Any, name: str) -> tuple[list[Any], pytree.TreeSpec, dict[int, Any]]:
     """Return the leaves, their structure, and the constants in whose places a leaf is None.
 
-    Raises CaptureError for an object that may hold tensors in a way that pytree does not know.
+    Raises ReturnedObjectError for an object that may hold tensors where pytree does not see them.
     """
 
     leaves, spec = pytree.tree_flatten(_without_own_classes(output))
@@ -69,7 +77,7 @@ def take_apart(output: Any, name: str) -> tuple[list[Any], pytree.TreeSpec, dict
         if isinstance(leaf, _LEAVES):
             continue
         if not is_constant(leaf):
-            raise CaptureError(_refusal(leaf, name))
+            raise ReturnedObjectError(leaf, name)
         constants[k], leaves[k] = leaf, None
     return leaves, spec, constants
 

@@ -254,7 +254,7 @@ def _export_widened(
         tried.append(varying)
         for attention in attention_kernels(tensors):
             try:
-                with attention(), equal_to(flat.recorder.find_own), flat.seen.held():
+                with attention(), equal_to(flat.recorder.find_known), flat.seen.held():
                     return _export(flat, examples, varying)
             except Exception as error:
                 error = error.error if isinstance(error, Stopped) else error
@@ -346,7 +346,8 @@ def _describe(
     for k, (node, order) in enumerate(zip(inputs, flat.orders, strict=True)):
         node.meta |= {ORDER: order, ASKED: k in flat.layouts.asked}
     shape_env = next((f.fake_mode.shape_env for f in fakes if f.fake_mode.shape_env), None)
-    symbols = name_dims(shapes, names, find_equals(shape_env))
+    said: Mapping[str, str] = getattr(model, "turbotx_dim_names", {})
+    symbols = name_dims(shapes, names, find_equals(shape_env), said)
     remember_names(graph_module, symbols)
     note_layouts(graph_module.graph, exported.graph_module.meta[SHOWN])
     squeezed = exported.graph_module.meta[SQUEEZED]

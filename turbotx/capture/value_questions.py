@@ -26,7 +26,7 @@ from torch.fx.experimental import sym_node, symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
-from turbotx.capture.decisions import Decision, Decisions, Outcomes
+from turbotx.capture.decisions import AssumedCondition, Decisions, Outcomes
 from turbotx.capture.module_state.values import is_library
 from turbotx.errors import CaptureError
 from turbotx.ir.expr import sizes_of
@@ -158,8 +158,9 @@ class ValueQuestions(TorchFunctionMode):
 
     def turn(self) -> bool:
         """Have the line of the latest decision decide otherwise, after a trace that failed; return
-        False where both ways were tried, or none is left to choose."""
-        free = list(self._decided.values())[len(self._given) :]
+        False where both ways were tried, or none is left to choose. An assertion has one way."""
+        made = list(self._decided.values())[len(self._given) :]
+        free = [(outcome, where) for outcome, where in made if ": assert " not in where]
         if not free or free[-1][1] in self._turned or len(self._turned) >= MOST_ATTEMPTS - 1:
             return False
         outcome, where = free[-1]
@@ -179,12 +180,12 @@ class ValueQuestions(TorchFunctionMode):
         for question, (outcome, where) in self._decided.items():
             if isinstance(question, tuple):
                 name = self._known[question[1]].name
-                made.append(Decision(Sizes((f"{name} - {name} == 0.0",)), outcome, where))
+                made.append(AssumedCondition(Sizes((f"{name} - {name} == 0.0",)), outcome, where))
                 continue
             condition = question.xreplace({**symbols, **self._known})
             if not {s.name for s in condition.free_symbols} <= set(names):
                 raise CaptureError(f"it decides by {condition}, which is no value, at {where}")
-            made.append(Decision(sizes_of([condition]), outcome, where))
+            made.append(AssumedCondition(sizes_of([condition]), outcome, where))
         return Decisions(names, len(self._values), tuple(made))
 
 

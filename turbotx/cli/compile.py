@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import turbotx.report as reports
-from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
+from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize, view_at
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, WRONG, Output
 from turbotx.cli.save import chosen_targets, show_written, write_file
@@ -70,7 +70,7 @@ def compile_model(
         run = optimize(loaded.model, padding="packed") if packed else loaded.model
         engine = engine_of(run)
         report = explain_call(engine, loaded.args, loaded.kwargs, next(iter(gpus), None))
-        views = [report.at(**dims) for dims in wanted] or [report]
+        views = [view_at(report, dims) for dims in wanted] or [report]
         named = find_jobs(views[0], engine, gpus)
         steps.expect(len(named) + verify)
         built = build_jobs(named, steps)
@@ -107,7 +107,7 @@ def print_stage(model: Source, stage: str, shapes: Sequence[str], output: Output
     with output.steps(f"load {model}", total=2) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **wanted})
         steps("capture, fuse and build")
-        report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs).at(**wanted)
+        report = view_at(reports.explain(loaded.model, *loaded.args, **loaded.kwargs), wanted)
     text = stage_text(report, stage)
     if not output.as_json:
         sys.stdout.write(text)

@@ -20,6 +20,7 @@ from turbotx.errors import InputError
 from turbotx.ir.expr import evaluate
 from turbotx.passes.pack import PackedCapture
 from turbotx.report import Report
+from turbotx.runtime.cache_memory import LEAST_CAPACITY
 
 EXAMPLE_SHAPE = {"batch": 2, "seq": 16}
 
@@ -40,6 +41,8 @@ def parse_shape(text: str) -> dict[str, int]:
 def huggingface_inputs(model: nn.Module, shape: Mapping[str, int]) -> dict[str, Any]:
     """Return random inputs of a Hugging Face module; the second row is padded to half.
 
+    shape: batch and seq; with past, the call of a decoder with a cache that holds so many tokens,
+    of which the second row's first half is padding.
     Raises InputError for a main input other than token ids or pixels.
     """
     main = str(getattr(model, "main_input_name", "input_ids"))
@@ -56,6 +59,10 @@ def huggingface_inputs(model: nn.Module, shape: Mapping[str, int]) -> dict[str, 
     vocabulary = int(getattr(config, "vocab_size", 1000))
     ids = torch.randint(min(5, vocabulary - 1), vocabulary, (batch, seq), generator=generator)
     inputs: dict[str, Any] = {"input_ids": ids}
+    if "past" in shape:
+        least = min(5, vocabulary - 1)
+        past = torch.randint(least, vocabulary, (batch, shape["past"]), generator=generator)
+        return {**inputs, **_with_cache(model, past, seq)}
     if "attention_mask" in accepted:
         mask = torch.ones_like(ids)
         mask[1:2, max(1, seq // 2) :] = 0
@@ -65,8 +72,40 @@ def huggingface_inputs(model: nn.Module, shape: Mapping[str, int]) -> dict[str, 
     return inputs
 
 
+def _with_cache(model: nn.Module, past: torch.Tensor, seq: int) -> dict[str, Any]:
+    """Return what a call behind the tokens `past` has besides its own."""
+    config: Any = getattr(model, "config", None)
+    accepted = inspect.signature(model.forward).parameters
+    if "past_key_values" not in accepted or getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"past is for a decoder alone, and this is {type(model).__name__}: leave it out, or "
+            "use a factory that returns a call with a cache, FILE.py:make"
+        )
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=config)
+    mask = torch.ones(past.shape[0], past.shape[1] + seq, dtype=torch.long)
+    mask[1:2, : past.shape[1] // 2] = 0
+    call = {"past_key_values": cache, "use_cache": True}
+    with torch.no_grad():
+        model.eval()(input_ids=past, attention_mask=mask[:, : past.shape[1]], **call)
+    return {"attention_mask": mask, **call}
+
+
+def view_at(report: Report, dims: Mapping[str, int]) -> Report:
+    """Return a report at dims of the command line, where past stands for the length of a cache."""
+    if "past" not in dims or "length" not in report.dims:
+        return report.at(**dims)
+    rest = {name: size for name, size in dims.items() if name != "past"}
+    length = dims["past"] + rest.get("seq", report.dims["seq"])
+    capacity = max(LEAST_CAPACITY, -(-length // LEAST_CAPACITY) * LEAST_CAPACITY)
+    return report.at(**rest, length=length, capacity=capacity)
+
+
 def resize(report: Report, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return a call's inputs at the report's shape, the example's values repeated or cut."""
+    """Return a call's inputs at the report's shape, the example's values repeated or cut; those of
+    a call with a cache as its program takes them."""
+    args, kwargs = report.plain_call(args, kwargs)
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     captured = report.compiled.captured
     called = captured.padded if isinstance(captured, PackedCapture) else captured

@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 
 import turbotx.report as reports
-from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
+from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize, view_at
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
 from turbotx.errors import DumpError, InputError
@@ -37,7 +37,8 @@ def profile_model(
     with output.steps(f"load {model}", total=3) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **dims})
         steps("capture, fuse and build")
-        report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs).at(**dims)
+        report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
+        report = view_at(report, dims)
         steps(f"run {runs} times")
         args, kwargs = resize(report, loaded.args, loaded.kwargs)
         found = report.profile(*args, runs=runs, **kwargs)

@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 import turbotx.report as reports
-from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
+from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize, view_at
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, WRONG, Output
 from turbotx.report.numerics import FACTOR, ULPS, Error, Numerics
@@ -34,7 +34,7 @@ def verify_model(model: Source, shapes: Sequence[str], output: Output) -> int:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
         report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
-        for view in [report.at(**dims) for dims in wanted] or [report]:
+        for view in [view_at(report, dims) for dims in wanted] or [report]:
             steps(f"run launch by launch in float64 at {_shown(view.dims)}")
             args, kwargs = resize(view, loaded.args, loaded.kwargs)
             found.append((view.dims, view.numerics(loaded.model, *args, **kwargs)))

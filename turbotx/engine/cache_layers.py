@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 )
 
 from turbotx.errors import InputError
-from turbotx.runtime.cache_memory import CacheMemory, LayerShape
+from turbotx.runtime.cache_memory import CacheBudget, CacheMemory, LayerShape
 
 
 class CachedLayer(CacheLayerMixin):
@@ -152,7 +152,7 @@ def refuse_cache(cache: Any) -> None:
 
 def adopt(
     cache: Cache, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device,
-    grows: bool = True,
+    grows: bool = True, budget: CacheBudget | None = None,
 ) -> CacheMemory:  # fmt: skip
     """Return the memory of a cache, whose layers become `CachedLayer`s now if they are not yet.
 
@@ -167,7 +167,7 @@ def adopt(
         raise InputError(
             f"the key/value cache has {len(layers)} layers, and the model writes to {len(shapes)}"
         )
-    memory, made = CacheMemory(shapes, dtype, device, grows), []
+    memory, made = CacheMemory(shapes, dtype, device, grows, budget), []
     for k in range(len(shapes)):
         layer = layers[k] if k < len(layers) else None
         window = getattr(layer, "window", getattr(layer, "sliding_window", None))

@@ -170,10 +170,13 @@ class OptimizedModule(nn.Module):
         return call_packed(self._turbotx_engine, lengths, inputs)
 
     def _make_graph(self) -> fx.GraphModule:
-        """Return the rewritten graph of the latest capture, an ordinary torch.fx.GraphModule."""
+        """Return the rewritten graph of the latest capture, an ordinary torch.fx.GraphModule; of a
+        model that was called with a key/value cache only, that of its steps."""
         from turbotx.engine.fused_graph import make_fused_graph
 
-        variants = self._turbotx_engine.variants()
+        engine = self._turbotx_engine
+        parts = [part._turbotx_engine for part in engine.parts.values()]
+        variants = engine.variants() or [v for part in parts for v in part.variants()]
         if not variants:
             raise CaptureError("nothing was captured yet: call the module once")
         return make_fused_graph(variants[-1])

@@ -68,11 +68,14 @@ def attention(
             q, k, v, mask, is_causal=plainly_causal, scale=scale, enable_gqa=grouped
         )
     if blind_nan and mask is not None and k.shape[2] != 0:
-        seen = (mask if mask.dtype is torch.bool else mask != float("-inf")).any(-1, keepdim=True)
-        if sinks is not None:
-            seen = seen | (sinks != float("-inf"))[:, None, None]
-        out = out.masked_fill(~seen, float("nan"))
+        out = out.masked_fill(~_sees(mask, sinks), float("nan"))
     return out.permute(0, 2, 1, 3).contiguous()
+
+
+def _sees(mask: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Return which queries see a key, or have a sink."""
+    seen = (mask if mask.dtype is torch.bool else mask != float("-inf")).any(-1, keepdim=True)
+    return seen if sinks is None else seen | (sinks != float("-inf"))[:, None, None]
 
 
 def _may_differ(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:

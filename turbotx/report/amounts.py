@@ -7,6 +7,8 @@ In: numbers. Out: short text::
 
 from __future__ import annotations
 
+from turbotx.report.entries import CacheEntry
+
 
 def show_nbytes(nbytes: float) -> str:
     """Return a byte count in the unit that fits: 512 B, 48.0 KiB, 3.25 MiB."""
@@ -19,3 +21,11 @@ def show_nbytes(nbytes: float) -> str:
 def show_shape(dims: dict[str, int]) -> str:
     """Return dims as text: "batch 4, seq 128"."""
     return ", ".join(f"{name} {size}" for name, size in dims.items())
+
+
+def show_cache(cache: CacheEntry) -> str:
+    """Return what a key/value cache takes in one line."""
+    token, filled, nbytes = map(
+        show_nbytes, (cache.token_nbytes, cache.filled_nbytes, cache.nbytes)
+    )
+    return f"Key/value cache: {token} a token; {filled} filled, in {nbytes}"

@@ -42,6 +42,9 @@ def launch_cost(launch: ir.Launch) -> Cost:
     if isinstance(launch, ir.KernelLaunch):
         traffic = kernel_traffic(launch.kernel)
         return Cost(traffic.read_nbytes, traffic.written_nbytes, _arithmetic(launch.kernel))
+    if isinstance(launch, ir.StoreLaunch):  # of all that a cache holds only the new rows
+        moved = _operand_nbytes(launch.new)
+        return Cost(moved, moved, ZERO)
     windows = {a.tensor: _operand_nbytes(a) for a in launch.operands if a}
     written = {name: n for name, n in windows.items() if name in launch.writes}
     read = {name: n for name, n in windows.items() if name not in launch.writes}

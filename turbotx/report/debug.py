@@ -41,7 +41,7 @@ def watch(
     def finish(compiled: Compiled) -> None:
         dims = find_dims(compiled, tensors)
         at = compiled.at(tuple(dims.values()))
-        report = Report(at, origin, dims, engine.options.planner)
+        report = Report(at, origin, dims, engine.options.planner, engine=engine)
         if verifies:
             report = _verify(engine, report, args, kwargs)
         folder = os.environ.get("TURBOTX_DUMP")

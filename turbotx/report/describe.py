@@ -100,6 +100,18 @@ class View:
         )
 
 
+def describe_cache(view: View) -> entries.CacheEntry | None:
+    """Return what the cache of a call takes; None for a call without one."""
+    captured = view.compiled.captured
+    sizes = dict(zip(captured.input_names, captured.input_sizes, strict=True))
+    if "kv_memory" not in sizes:
+        return None
+    dtype = view.compiled.program.executable.inputs[captured.input_names.index("kv_memory")].dtype
+    elements, batch, capacity = map(view.number, sizes["kv_memory"])
+    token, length = elements * dtype.itemsize, view.number(sizes["kv_length"][0])
+    return entries.CacheEntry(token, token * batch * length, token * batch * capacity)
+
+
 def describe_launches(view: View) -> list[entries.LaunchEntry]:
     """Return a record for each launch, in running order."""
     return [

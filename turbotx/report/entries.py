@@ -166,6 +166,19 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class CacheEntry:
+    """The key/value cache of a decoder's call at the report's shape.
+
+    token_nbytes: of one position of one sequence, all layers. filled_nbytes: of those that there
+    are after the call. nbytes: with the room that is kept for more.
+    """
+
+    token_nbytes: int
+    filled_nbytes: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class NodeEntry:
     """Where an op of the captured model went.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from turbotx.memory.planner.svg import plan_to_svg
-from turbotx.report.amounts import show_nbytes, show_shape
+from turbotx.report.amounts import show_cache, show_nbytes, show_shape
 from turbotx.report.entries import RegionEntry
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.page_data import page_data
@@ -139,11 +139,15 @@ def _externs(report: Record) -> str:
 def _memory(report: Record) -> str:
     memory = report.memory
     if not memory.buffers:
-        return "<div>Memory of intermediates: none is needed</div>"
+        return f"<div>Memory of intermediates: none is needed</div>{_cache(report)}"
     times = memory.pytorch.peak_nbytes / max(memory.peak_nbytes, 1)
     picture = plan_to_svg(plan_of(memory), find_layers(report))
     return (
         f"<details><summary>Memory of intermediates: {show_nbytes(memory.peak_nbytes)}, "
         f"{memory.peak_nbytes / max(memory.lower_bound_nbytes, 1):.3f} × the lower bound; PyTorch "
-        f"would hold {times:.1f} × as much</summary>{picture}</details>"
+        f"would hold {times:.1f} × as much</summary>{picture}</details>{_cache(report)}"
     )
+
+
+def _cache(report: Record) -> str:
+    return "" if report.cache is None else f"<div>{show_cache(report.cache)}</div>"

@@ -23,6 +23,7 @@ from turbotx.report import entries
 from turbotx.report.cost import eager_nbytes
 from turbotx.report.describe import (
     View,
+    describe_cache,
     describe_externs,
     describe_gemms,
     describe_kernels,
@@ -101,6 +102,11 @@ class Record:
         return describe_plan(self.view, self.planner, held)
 
     @cached_property
+    def cache(self) -> entries.CacheEntry | None:
+        """What a decoder's key/value cache takes; None for a call without one."""
+        return describe_cache(self.view)
+
+    @cached_property
     def eager(self) -> entries.Eager:
         """The captured model as PyTorch runs it, to compare with."""
         moved = eager_nbytes(self.origin)
@@ -136,6 +142,7 @@ class Record:
             "gemms": [asdict(x) for x in self.gemms],
             "externs": [asdict(x) for x in self.externs],
             "memory": asdict(self.memory),
+            "cache": None if self.cache is None else asdict(self.cache),
             "eager": asdict(self.eager),
             "resources": self.findings.resources_as_dicts(),
             "numerics": self.findings.numerics_as_dicts(),

@@ -10,7 +10,7 @@ plain lists and numbers for JSON::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from turbotx.capture.arguments import tensors_of
+from turbotx.engine.cached_engine import plain_call
 from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
 from turbotx.engine.optimize import engine_of
@@ -36,7 +37,12 @@ from turbotx.runtime.packed_program import PackedProgram
 
 @dataclass(frozen=True, repr=False)
 class Report(Record):
-    """A record that answers: where an op went, how long and how exact it is, what it looks like."""
+    """A record that answers: where an op went, how long and how exact it is, what it looks like.
+
+    engine: what compiled the call.
+    """
+
+    engine: Engine = field(kw_only=True)
 
     def where(self, node: str | fx.Node) -> NodeEntry:
         """Return what became of an op of the captured model, or of a node of `graph`.
@@ -55,9 +61,9 @@ class Report(Record):
         """Return every launch's error, and the outputs', on one call's inputs, against float64.
 
         `model`: the module, plain or optimized, whose own error is the measure. Runs everything
-        three times.
+        three times, over a copy of a key/value cache.
         """
-        return self.numerics_of(engine_of(model), args, kwargs)
+        return self.numerics_of(*plain_call(engine_of(model), args, kwargs))
 
     def numerics_of(
         self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -70,12 +76,18 @@ class Report(Record):
 
         The call's inputs give shapes and indices; the cases are those of `report.adversarial`.
         """
-        tensors = tensors_of(args, kwargs)
+        tensors = tensors_of(*self.plain_call(args, kwargs))
         return stress(self.compiled, tensors, self.function_of, self.dims)
 
     def profile(self, *args: Any, runs: int = 30, **kwargs: Any) -> Profile:
         """Return the time of every launch, medians over `runs` runs on one call's inputs."""
-        return profile(self.compiled, self.launches, args, kwargs, runs)
+        return profile(self.compiled, self.launches, *self.plain_call(args, kwargs), runs)
+
+    def plain_call(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return a call's arguments as its program takes them: a key/value cache as tensors, over a
+        copy of its memory."""
+        _, args, kwargs = plain_call(self.engine, args, kwargs)
+        return args, dict(kwargs)
 
     def dump(self, folder: str | Path) -> Dumped:
         """Write every stage into a folder: graphs, kernels, plan, report.json and report.html.
@@ -135,12 +147,14 @@ def explain_call(
 ) -> Report:
     """Return the same of the call of an engine's model, as it is compiled for a target: "cpu" or a
     GPU that need not be here, as "sm_90"; None: where the inputs lie."""
+    plain, args, kwargs = plain_call(engine, args, kwargs)
     tensors = tensors_of(args, kwargs)
     if not tensors:
         raise InputError("explain needs example inputs, as in explain(model, input_ids=ids)")
     engine.refuse_training()
-    captured = engine.capture(args, kwargs)
+    captured = plain.capture(args, kwargs)
     origin = observe(captured)
-    compiled = engine.compile(captured, target)
+    compiled = plain.compile(captured, target)
     dims = find_dims(compiled, tensors)
-    return Report(compiled.at(tuple(dims.values())), origin, dims, engine.options.planner)
+    at = compiled.at(tuple(dims.values()))
+    return Report(at, origin, dims, engine.options.planner, engine=engine)

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from turbotx.report.amounts import show_nbytes, show_shape
+from turbotx.report.amounts import show_cache, show_nbytes, show_shape
 from turbotx.report.entries import RegionEntry
 from turbotx.report.record import Record
 
@@ -26,6 +26,8 @@ def render_table(report: Record) -> RenderableType:
     if report.externs:
         parts.append(_externs(report))
     parts.append(memory_table(report))
+    if report.cache is not None:
+        parts.append(Text(show_cache(report.cache)))
     return Group(*parts)
 
 

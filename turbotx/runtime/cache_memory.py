@@ -11,18 +11,57 @@ written rows itself. Out: the tensor that programs take, and what of it is fille
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from turbotx.errors import InputError
+from turbotx.errors import CacheFullError, InputError
 from turbotx.ir.cache_ops import block_of
 
 LEAST_CAPACITY = 64
-"""Positions that a cache has room for at first; it grows to twice its size."""
+"""Positions that a cache has room for at first; it grows to twice its size, or where that is more
+than there may be, to the next multiple."""
+
+
+class CacheBudget:
+    """Counts the bytes of all caches of one model, and those of the fullest moment.
+
+    most: how many there may be; None: any number.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most, self.nbytes, self.peak_nbytes = most, 0, 0
+        self._lock = threading.RLock()  # memory may be freed wherever this thread is
+
+    def __deepcopy__(self, memo: Any) -> CacheBudget:
+        return self  # a copied cache is one more of the same model
+
+    def __reduce__(self) -> Any:
+        return CacheBudget, (self.most,)
+
+    def has_room(self, nbytes: int) -> bool:
+        """Tell whether so many bytes more are within the bound."""
+        return self.most is None or self.nbytes + nbytes <= self.most
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes that are about to be taken, or fewer where they were given back.
+
+        Raises CacheFullError where they are too many.
+        """
+        with self._lock:
+            if nbytes > 0 and not self.has_room(nbytes):
+                raise CacheFullError(
+                    f"key/value caches hold {self.nbytes} bytes, and {nbytes} more would pass "
+                    f"max_cache_nbytes={self.most}: let go of a cache, call with fewer or shorter "
+                    "sequences, or give turbotx.optimize a larger max_cache_nbytes"
+                )
+            self.nbytes += nbytes
+            self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
 
 
 @dataclass(frozen=True)
@@ -42,21 +81,35 @@ class CacheMemory:
 
     def __init__(
         self, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device,
-        grows: bool = True,
+        grows: bool = True, budget: CacheBudget | None = None,
     ) -> None:  # fmt: skip
-        """grows: False for a length that stays: there is no room beyond it."""
+        """grows: False for a length that stays: there is no room beyond it. budget: what counts
+        its bytes."""
         self.shapes, self.dtype, self.device = tuple(shapes), dtype, device
         self.grows = grows
         self.lengths = [0] * len(self.shapes)
         self._tensor: torch.Tensor | None = None
         self._blocks: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(self.shapes)
+        self._shared: list[np.ndarray | None] = [None] * len(self.shapes)
+        """How many first positions two rows of a layer's batch are known to have alike."""
+        self.budget = budget or CacheBudget()
+        self._start()
+
+    def _start(self) -> None:
         self._used = threading.Lock()
+        counted = self._counted = [0]
+        weakref.finalize(self, lambda budget: budget.add(-counted[0]), self.budget).atexit = False
+        self._count()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_used"}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_used", "_counted")}
+        held = [self.read(layer) for layer in range(len(self.shapes))]
+        apart = [None if x is None else (x[0].clone(), x[1].clone()) for x in held]
+        return {**state, "_tensor": None, "_blocks": apart}  # what is filled, once
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _used=threading.Lock())
+        self.__dict__.update(state)
+        self._start()
 
     @contextmanager
     def owned(self) -> Iterator[None]:
@@ -87,6 +140,18 @@ class CacheMemory:
                 "of the whole model needs them equal"
             )
         return self.lengths[0]
+
+    @property
+    def position_nbytes(self) -> int:
+        """What one position of one sequence takes."""
+        return sum(s.heads * (s.key_width + s.value_width) for s in self.shapes) * (
+            self.dtype.itemsize
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes now, room for more positions included."""
+        return self._counted[0]
 
     @property
     def capacity(self) -> int:
@@ -120,11 +185,14 @@ class CacheMemory:
             capacity = max(LEAST_CAPACITY, self.capacity)
             while capacity < length:
                 capacity *= 2
+            if not self.budget.has_room(batch * capacity * self.position_nbytes):
+                capacity = -(-length // LEAST_CAPACITY) * LEAST_CAPACITY
             return self._move(batch, capacity)
         return made
 
     def _move(self, batch: int, capacity: int) -> torch.Tensor:
-        size = sum(s.heads * (s.key_width + s.value_width) for s in self.shapes)
+        size = self.position_nbytes // self.dtype.itemsize
+        self._reserve(batch * capacity * self.position_nbytes)
         with torch.inference_mode(False), torch.no_grad():
             made = torch.zeros(size, batch, capacity, dtype=self.dtype, device=self.device)
             place, blocks = 0, list[tuple[torch.Tensor, torch.Tensor] | None]()
@@ -139,7 +207,21 @@ class CacheMemory:
                     values[:, :, :length] = before[1]
                 blocks.append((keys, values))
         self._tensor, self._blocks = made, blocks
+        self._count()
         return made
+
+    def _reserve(self, nbytes: int) -> None:
+        """Count memory that is made beside what there is."""
+        self.budget.add(nbytes)
+        self._counted[0] += nbytes
+
+    def _count(self) -> None:
+        """Count what is there, now that memory was let go."""
+        held = [part for block in self._blocks if block is not None for part in block]
+        storages = [x.untyped_storage() for x in held]
+        nbytes = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+        self.budget.add(nbytes - self._counted[0])
+        self._counted[0] = nbytes
 
     # --- changes ---
 
@@ -159,11 +241,18 @@ class CacheMemory:
                 f"layer {layer} of a key/value cache takes {shape}, and is given keys "
                 f"{tuple(keys.shape)} and values {tuple(values.shape)}"
             )
+        if not any(self.lengths) and keys.dtype != self.dtype:  # a model that was converted since
+            self.dtype, self._tensor = keys.dtype, None
+            self._blocks = [None] * len(self.shapes)
+        shared = self._shared[layer]
+        self._shared[layer] = None if shared is None else np.minimum(shared, start)
         held, end = self._blocks[layer], start + keys.shape[2]
         with torch.inference_mode(False), torch.no_grad():
             room = 0 if held is None else held[0].shape[2]
             if held is None or held[0].shape[0] != keys.shape[0] or room < end:
-                before = self.read(layer)
+                before, wide = self.read(layer), keys.shape[3] + values.shape[3]
+                rows = keys.shape[0] * keys.shape[1] * max(end, 2 * room)
+                self._reserve(rows * wide * self.dtype.itemsize)
                 apart = [
                     x.new_zeros(x.shape[0], x.shape[1], max(end, 2 * room), x.shape[3],
                                 dtype=self.dtype, device=self.device)
@@ -177,31 +266,51 @@ class CacheMemory:
         self.lengths[layer] = end
 
     def select(self, layer: int, rows: torch.Tensor) -> None:
-        """Keep these rows of a layer's batch, in this order, once each time they are named."""
-        held = self._blocks[layer]
-        if held is None or not self.lengths[layer]:
+        """Keep these rows of a layer's batch, in this order, once each time they are named.
+
+        What a row is known to share with the one in whose place it comes, as beams share all but
+        their latest tokens, is not copied.
+        """
+        held, length = self._blocks[layer], self.lengths[layer]
+        if held is None or not length:
             return
-        length = self.lengths[layer]
+        batch = held[0].shape[0]
+        shared = self._shared[layer]
+        if shared is None or len(shared) != batch:
+            shared = np.zeros((batch, batch), dtype=np.int64)
         with torch.inference_mode(False), torch.no_grad():
-            rows = torch.arange(held[0].shape[0], device=self.device)[rows.to(self.device)]
-            taken = [block[:, :, :length].index_select(0, rows) for block in held]
-            if len(rows) == held[0].shape[0]:
-                for block, new in zip(held, taken, strict=True):
-                    block[:, :, :length] = new
+            chosen = torch.arange(batch)[rows.cpu()]
+            index = chosen.numpy()
+            if len(index) == batch:
+                moved = np.flatnonzero(index != np.arange(batch))
+                start = int(shared[moved, index[moved]].min(initial=length))
+                to, of = (torch.from_numpy(x).to(self.device) for x in (moved, index[moved]))
+                for block in held if start < length else ():
+                    part = block[:, :, start:length]
+                    part[to] = part[of]
             else:
+                self._reserve(len(index) * length * sum(x[0, :, 0].nbytes for x in held))
+                taken = [x[:, :, :length].index_select(0, chosen.to(self.device)) for x in held]
                 self._place_apart(layer, taken[0], taken[1])
+        alike = index[:, None] == index[None, :]
+        self._shared[layer] = np.where(alike, length, shared[np.ix_(index, index)])
 
     def drop(self, layer: int, count: int) -> None:
         """Take away the last `count` positions of a layer."""
-        self.lengths[layer] = max(0, self.lengths[layer] - count)
+        length = self.lengths[layer] = max(0, self.lengths[layer] - count)
+        shared = self._shared[layer]
+        self._shared[layer] = None if shared is None else np.minimum(shared, length)
 
     def clear(self, layer: int) -> None:
         """Take away everything of a layer, its memory too."""
         self.lengths[layer], self._blocks[layer], self._tensor = 0, None, None
+        self._shared[layer] = None
+        self._count()
 
     def _place_apart(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Move a layer to memory of its own."""
         self._tensor, self._blocks[layer] = None, (keys, values)
+        self._count()
         return keys, values

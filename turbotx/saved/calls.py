@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from turbotx.errors import SavedFileError, SaveError
+from turbotx.ir import cache_ops
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
 from turbotx.program.folded_weights import (
     fold_scales,
@@ -23,6 +24,8 @@ from turbotx.program.folded_weights import (
     fold_weight,
     join_affine,
 )
+
+assert cache_ops  # defines ops that are looked up by name
 
 # The functions that stand in graphs and are none of PyTorch's ops.
 OWN: dict[str, Callable[..., Any]] = {

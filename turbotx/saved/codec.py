@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from turbotx.capture.decisions import Decision, Decisions
+from turbotx.capture.decisions import AssumedCondition, Decisions
 from turbotx.capture.shape_matcher import InputSize, SizeGuard, SizeRules
 from turbotx.capture.traced_float import FloatInput
 from turbotx.errors import SavedFileError, SaveError
@@ -37,7 +37,7 @@ KNOWN: dict[str, type] = {
         x.InputTensor, x.OutputTensor, x.WholeTensor, x.ReturnedView, x.MemoryTables,
         x.WeightWindow, x.Packing, x.CpuTables, x.ArgumentLayout, x.GpuTables, x.TokenRange,
         x.Executable, Liveness, Lifetime, Orientation, SizeRules, InputSize, SizeGuard, FloatInput,
-        Decision, Decisions, Kind,
+        AssumedCondition, Decisions, Kind,
     )
 }  # fmt: skip
 

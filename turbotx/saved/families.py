@@ -28,7 +28,7 @@ ALIGNED = 16
 
 
 @dataclass(frozen=True)
-class Decision:
+class VariantKey:
     """What decides, by places in a program's sizes.
 
     by: up to which values each range goes; the last one holds all that is larger. even: sizes that
@@ -70,7 +70,7 @@ class SavedFamily:
     variant or None for PyTorch's part, number of a grid. grids: texts over sizes named "s7".
     """
 
-    decision: Decision
+    decision: VariantKey
     rows: Mapping[str, int]
     choices: Sequence[Sequence[tuple[str, int | None, int]]]
     grids: Sequence[tuple[Sequence[int], Sequence[str]]]
@@ -81,7 +81,7 @@ class SavedFamily:
     def of(cls, tables: Mapping[str, Any], variants: Sequence[Binary | Job]) -> SavedFamily:
         """Return the family that `to_json` has described."""
         d = tables["decision"]
-        decision = Decision(d["by"], d["even"], d["large"], d["limit"], d["tf32"])
+        decision = VariantKey(d["by"], d["even"], d["large"], d["limit"], d["tf32"])
         return cls(decision, tables["rows"], tables["choices"], tables["grids"], variants)
 
     def to_json(self) -> dict[str, Any]:

@@ -17,24 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
-from turbotx.capture.ambient import differences, read_ambient, read_asked, read_decisive
-from turbotx.capture.arguments import carry, describe_leaf, flatten_call, is_float
-from turbotx.capture.decisions import Outcomes, describe_last
+from turbotx.capture.cache_argument import split_cache
 from turbotx.capture.shape_matcher import ShapeMatcher
-from turbotx.capture.traced_float import describe_floats
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.program.executable import Executable
-from turbotx.runtime.binding import Binding
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.device import Device
-from turbotx.runtime.lru import LruDict
 from turbotx.runtime.program import Program
 from turbotx.runtime.weights import Weights
+from turbotx.saved.call_table import CallTable
 from turbotx.saved.codec import Decoder, decode_nodes, decode_program
 from turbotx.saved.container import read_container
 from turbotx.saved.families import SavedFamily
@@ -42,12 +37,10 @@ from turbotx.saved.gpu_kernels import SavedQueue, read_variants
 from turbotx.saved.native import Libraries
 from turbotx.saved.places import CPU, open_place
 from turbotx.saved.saved_call import SavedCall
-from turbotx.saved.values import decode_ambient, decode_constant, decode_tree
+from turbotx.saved.values import decode_ambient, decode_constant
 from turbotx.saved.weight_files import load_weights
 
 MAX_SHAPES = 256
-MOST_RUNS = 8
-"""Of one call, each on the way that the one before found a decision to come out."""
 Maker = Callable[[Mapping[str, Any], Executable, Weights, ChunkPool], Program]
 
 
@@ -90,13 +83,28 @@ def load(
         prefix = f"{tables.get('variant', k)}.constants."
         constants = {n.removeprefix(prefix): t for n, t in held.items() if n.startswith(prefix)}
         executable, rules, floats, decisions = decode_program(tables, place)
-        weights_of = _read_weights(tables["weights"], model, constants, place)
+        part, owner = tables.get("part", ""), tables.get("owner", "")
+        owning = _owner_of(model, part, owner)
+        weights_of = _read_weights(tables["weights"], owning, constants, place)
         program = make(tables, executable, weights_of, model._pool)
         ambient, asked = decode_ambient(tables["ambient"])
+        stepping = tuple(tables.get("stepping", ()))
         state = (ambient, asked, decisions)
-        made = SavedCall(program, ShapeMatcher(rules), floats, *state, tables["out"])
-        model._add(made, tables["call"])
+        made = SavedCall(program, ShapeMatcher(rules), floats, *state, tables["out"], stepping)
+        table = model._parts.setdefault(part, CallTable(place)) if part else model._table
+        table.add(made, tables["call"])
+    if "decoder.json" in entries:
+        model._decoder = json.loads(entries["decoder.json"])
     return model
+
+
+def _owner_of(model: nn.Module, part: str, owner: str) -> nn.Module:
+    """Return the module whose parameters the programs of a part name."""
+    if part != "steps":
+        return model.get_submodule(owner)
+    holder = nn.Module()  # as `capture.cached_call.CachedCall` holds the model
+    holder.add_module("model", model)
+    return holder
 
 
 def _cpu_maker(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> Maker:
@@ -169,10 +177,10 @@ class SavedModule(nn.Module):
         self._place = place
         self._pool = ChunkPool(place)
         self._lock = threading.Lock()
-        self._calls: dict[Any, list[SavedCall]] = {}
-        self._bound: LruDict[Any, tuple[SavedCall, Binding]] = LruDict(256)
-        self._asked: tuple[int, ...] = ()
-        self._asks_floats = False
+        self._table = CallTable(place)
+        self._parts: dict[str, CallTable] = {}
+        self._decoder: Mapping[str, Any] | None = None
+        self._opened: Any = None
         tied: dict[str, torch.Tensor] = {}
         for one in state:
             if one["tied_to"] not in tied:
@@ -194,20 +202,6 @@ class SavedModule(nn.Module):
         else:
             module.register_buffer(leaf, tensor, persistent=persistent)
 
-    def _add(self, made: SavedCall, call: Mapping[str, Any]) -> None:
-        """Add a program; call: the kind of call that it serves, as JSON."""
-        kinds = [
-            (float,)
-            if kind == "float"
-            else (decode_constant(kind), self._place, rank, *map(tuple, order))
-            for kind, rank, *order in call["inputs"]
-        ]
-        args, kwargs = decode_tree(call["tree"], lambda k: _SavedArgument(kinds[k]))
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        self._calls.setdefault((spec, tuple(map(_describe, leaves))), []).append(made)
-        self._asked = tuple(sorted({*self._asked, *made.asked}))
-        self._asks_floats |= any(x.is_particular for x in made.floats)
-
     # --- calls ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -215,75 +209,35 @@ class SavedModule(nn.Module):
         for, and TrainingError in training mode or where an input requires grad."""
         if self.training:
             raise TrainingError("a saved model is for inference only: call .eval()")
-        leaves, spec = flatten_call(args, kwargs)
-        tensors = carry(leaves)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            raise TrainingError("an input requires grad: call under torch.no_grad()")
-        key = (spec, tuple(map(_describe, leaves)))
-        ambient = read_decisive() + read_asked(self._asked)
-        numbers = tuple(x.hex() for x in leaves if is_float(x)) if self._asks_floats else ()
-        shapes = (key, ambient, numbers, tuple(t.shape for t in tensors))
-        outcomes: Outcomes = ()
-        for _ in range(MOST_RUNS):
-            found = None if outcomes else self._bound.get(shapes)
-            if found is None:
-                found = self._bind(key, tensors, outcomes)
-                with self._lock:
-                    self._bound[shapes] = found
-            call, binding = found
-            leaves, outcomes = call.run(binding, tensors)
-            if not outcomes:
-                return decode_tree(call.out, leaves.__getitem__)
-        raise InputError(f"{describe_last(outcomes)}, after {MOST_RUNS} runs of other ways")
+        if self._decoder is not None:
+            names = self._decoder["arguments"]
+            given, cache = split_cache(args, kwargs, lambda: names)
+            if cache is not None:
+                return self._open_decoder().steps.run(given, cache)
+        return self._table.run(args, kwargs)
 
     __call__ = forward
 
-    def _bind(
-        self, key: Any, tensors: list[torch.Tensor], outcomes: Outcomes
-    ) -> tuple[SavedCall, Binding]:
-        shapes, ambient = [t.shape for t in tensors], read_ambient()
-        # A program for the usual order of dims reads any other from a dense copy.
-        known = self._calls.get(key) or self._calls.get(_in_usual_order(key), [])
-        differ = [differences(ambient, p.ambient, p.asked) for p in known]
-        holding = [p for p, found in zip(known, differ, strict=True) if not found]
-        if known and not holding:
-            told = "; or ".join(dict.fromkeys("; ".join(found) for found in differ))
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Run `generate` of transformers, every forward of it by the programs of the file.
+
+        Raises InputError where the file holds no calls with a key/value cache.
+        """
+        if self._decoder is None:
             raise InputError(
-                f"no saved program was captured in the state that this call is made in: {told}. "
-                "Call the optimized module in this state too before it is saved, or load's module "
-                "in the other"
+                "the file holds no calls with a key/value cache: call generate of the optimized "
+                "module once before it is saved"
             )
-        taking = [p for p in holding if all(x.takes(tensors) for x in p.floats)]
-        if holding and not taking:
-            told = "; or ".join(dict.fromkeys(describe_floats(p.floats) for p in holding))
-            raise InputError(
-                f"the model computes in another way for other numbers, and was saved for {told}: "
-                "call the optimized module with this one too before it is saved"
-            )
-        for call in taking:
-            dims = call.matcher.match(shapes)
-            way = not outcomes or (call.decisions is not None and call.decisions.follow(outcomes))
-            if dims is not None and way and call.program.serves(dims):
-                return call, call.program.bind(dims)
-        if outcomes:
-            raise InputError(
-                f"{describe_last(outcomes)}, and no saved program goes on from there: call the "
-                "optimized module with such values too before it is saved"
-            )
-        refused = [p.matcher.explain(shapes) for p in taking]
-        if refused:
-            raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")
-        for tensor in tensors:
-            if tensor.device != self._place:
-                raise InputError(
-                    f"an input is on {tensor.device}, and this file was loaded for {self._place}: "
-                    "move the inputs there, or give turbotx.load another device"
-                )
-        held = "; ".join(dict.fromkeys(_show(k) for k in self._calls))
-        raise InputError(
-            f"the file holds no call of this kind: {_show(key)}. It holds {held}. Call the "
-            "optimized module this way before it is saved"
-        )
+        return self._open_decoder().model.generate(*args, **kwargs)
+
+    def _open_decoder(self) -> Any:
+        with self._lock:
+            if self._opened is None:
+                from turbotx.saved.decoder import open_decoder  # it needs transformers
+
+                assert self._decoder is not None
+                self._opened = open_decoder(self, self._decoder, self._parts)
+            return self._opened
 
     def refresh(self) -> None:
         """Derive packed weights and constants again at the next call, as `optimize`'s refresh."""
@@ -292,13 +246,20 @@ class SavedModule(nn.Module):
 
     def programs(self) -> list[Program]:
         """Return the programs of every call in the file, in its order."""
-        return [call.program for calls in self._calls.values() for call in calls]
+        tables = (self._table, *self._parts.values())
+        return [call.program for table in tables for call in table.calls()]
 
     def stats(self) -> dict[str, int]:
-        """Return counts since the file was loaded: programs, builds, plans, graphs, allocations."""
+        """Return counts since the file was loaded: programs, builds, plans, graphs, allocations;
+        of a decoder that has generated, also the bytes of its caches, now and at the most."""
         programs = self.programs()
         pool = self._pool.stats()
+        opened, caches = self._opened, {}
+        if opened is not None:
+            budget = opened.steps.budget
+            caches = {"cache_nbytes": budget.nbytes, "cache_peak_nbytes": budget.peak_nbytes}
         return {
+            **caches,
             "programs": len(programs),
             "kernel_builds": sum(p.runtime.builds for p in programs),
             "plans": sum(p.plans for p in programs),
@@ -314,43 +275,7 @@ class SavedModule(nn.Module):
         )
 
     def __repr__(self) -> str:
-        calls = "; ".join(dict.fromkeys(_show(k) for k in self._calls))
-        return f"<turbotx.SavedModule of {self.saved_by['model']}: {calls}>"
-
-
-class _SavedArgument:
-    """Stands for a tensor of a dtype, a device, a rank and a memory order, or a number, in a saved
-    call."""
-
-    def __init__(self, kind: tuple[Any, ...]) -> None:
-        self.kind = kind
-
-
-def _describe(leaf: Any) -> Any:
-    """Return what of an argument decides which program serves the call."""
-    return leaf.kind if isinstance(leaf, _SavedArgument) else describe_leaf(leaf)
-
-
-def _in_usual_order(key: Any) -> Any:
-    """Return the key of the same call with its inputs' dims in memory as they are counted."""
-    spec, described = key
-    return spec, tuple(d[:3] if isinstance(d[0], torch.dtype) else d for d in described)
-
-
-def _show(key: Any) -> str:
-    spec, described = key
-    shown = [
-        f"{str(d[0]).removeprefix('torch.')}[{', '.join('?' * d[2])}]"
-        if len(d) >= 3
-        else "float"
-        if len(d) == 1
-        else repr(d[1])
-        for d in described
-    ]
-    if not isinstance(spec, pytree.TreeSpec):
-        return f"({', '.join(shown)}, in objects)"
-    args, kwargs = pytree.tree_unflatten(shown, spec)
-    return f"({', '.join([*map(str, args), *(f'{k}={v}' for k, v in kwargs.items())])})"
+        return f"<turbotx.SavedModule of {self.saved_by['model']}: {self._table.show()}>"
 
 
 def _make_tensor(

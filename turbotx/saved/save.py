@@ -43,6 +43,7 @@ from turbotx.saved.gpu_kernels import (
     variants_entry,
 )
 from turbotx.saved.native import cpu_features, runtime_digest
+from turbotx.saved.parts import SavedPart, describe_decoder, find_parts
 from turbotx.saved.values import Leaf, encode_constant, encode_tree
 from turbotx.saved.variants import Variants
 
@@ -65,23 +66,12 @@ def save(
     file cannot be written.
     """
     engine = engine_of(optimized)
-    # Those of a state that the model has left would be taken for its own, and what was compiled for
-    # parameters of another dtype or layout serves no call any more.
-    variants = [
-        (key, variant)
-        for key, variant in engine.keyed_variants()
-        if variant.holds() and not variant.program.runtime.weights.misfit()
-    ]
-    if not variants:
-        raise SaveError(
-            "nothing was compiled yet for the model as it is: call what turbotx.optimize returned "
-            "once, as fast(**inputs), then save that, as turbotx.save(fast, path)"
-        )
     if engine.options.padding == "packed":
         raise SaveError(
             f"{type(engine.model).__name__} runs with padding='packed', and a file does not hold "
             "how its calls are packed: save what turbotx.optimize makes without it"
         )
+    variants = _find_variants(engine)
     if engine.calls_forward and (engine.model._forward_hooks or engine.model._forward_pre_hooks):
         raise SaveError(
             f"{type(engine.model).__name__} has forward hooks, which are Python that runs around "
@@ -91,15 +81,20 @@ def save(
     if wanted == []:
         raise SaveError("targets=[] leaves nothing to save: name some, or leave it out")
     writer = _Writer(engine)
-    for number, (key, variant) in enumerate(variants):
+    for number, (part, key, variant) in enumerate(variants):
         ran = _target_of(variant.compiled)
         for target in dict.fromkeys(wanted or [ran]):
             compiled = variant.compiled
+            if target != ran and part.name:
+                raise SaveError(
+                    f"calls with a key/value cache, and their encoder, run on CPUs: {target!r} "
+                    "is for a model that was called without them"
+                )
             if target != ran:
                 compiled = engine.compile(compiled.captured, target)
-            writer.add(number, key, target, compiled)
+            writer.add(number, {**part.describe(variant), "call": key}, target, compiled)
     writer.build(progress)
-    state, held = _split_weights(engine.model, [v for _, v in variants])
+    state, held = _split_weights(engine.model, [(p, v) for p, _, v in variants])
     found = list(dict.fromkeys(x["target"] for x in writer.programs))
     facts: dict[str, Any] = {
         "turbotx": __version__, "torch": torch.__version__, "runtime": runtime_digest(),
@@ -111,9 +106,30 @@ def save(
     entries["state.json"] = json.dumps(_describe_state(engine.model, state)).encode()
     entries["held.safetensors"] = _to_safetensors(held)
     entries["held.json"] = json.dumps({k: list(v.stride()) for k, v in held.items()}).encode()
+    facts_of_decoder = describe_decoder(engine)
+    if facts_of_decoder is not None:
+        entries["decoder.json"] = json.dumps(facts_of_decoder).encode()
     if weights:
         entries["weights.safetensors"] = _to_safetensors(_without_ties(state))
     write_container(Path(path), entries, facts)
+
+
+def _find_variants(engine: Engine) -> list[tuple[SavedPart, Any, Variant]]:
+    """Return every call that is saved, by its part and signature; SaveError where there is none."""
+    # Those of a state that the model has left would be taken for its own, and what was compiled for
+    # parameters of another dtype or layout serves no call any more.
+    found = [
+        (part, key, variant)
+        for part in find_parts(engine)
+        for key, variant in part.engine.keyed_variants()
+        if variant.holds() and not variant.program.runtime.weights.misfit()
+    ]
+    if not found:
+        raise SaveError(
+            "nothing was compiled yet for the model as it is: call what turbotx.optimize returned "
+            "once, as fast(**inputs), then save that, as turbotx.save(fast, path)"
+        )
+    return found
 
 
 def _target_of(compiled: Compiled) -> str:
@@ -141,9 +157,11 @@ class _Writer:
         self.programs: list[dict[str, Any]] = []
         self._variants: dict[str, Variants] = {}
 
-    def add(self, number: int, key: Any, target: str, compiled: Compiled) -> None:
-        """Add a call, of a number, compiled for a target."""
-        shared = {"target": target, "variant": number, "call": _describe_call(key)}
+    def add(self, number: int, said: dict[str, Any], target: str, compiled: Compiled) -> None:
+        """Add a call, of a number, compiled for a target; said: its signature as "call", and what
+        is kept of it as it is."""
+        call = _describe_call(said["call"])
+        shared = {**said, "target": target, "variant": number, "call": call}
         if target == "cpu":
             libraries = self._add_libraries(compiled)
             self.programs.append({**shared, "libraries": libraries, **describe_call(compiled)})
@@ -239,18 +257,18 @@ def _describe_call(key: Any) -> dict[str, Any]:
 
 
 def _split_weights(
-    model: nn.Module, variants: list[Variant]
+    model: nn.Module, variants: list[tuple[SavedPart, Variant]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the state dict's tensors, and those that programs need and it does not have."""
     state = {k: v.detach() for k, v in model.state_dict(keep_vars=True).items()}
     held: dict[str, torch.Tensor] = {}
-    for k, variant in enumerate(variants):
+    for k, (part, variant) in enumerate(variants):
         for program in variant.compiled.programs:
             for path, tensor in program.runtime.weights.owned():
                 if path.startswith("constants."):
                     held[f"{k}.{path}"] = tensor.detach()
-                elif path not in state:
-                    held[path] = tensor.detach()
+                elif part.path_of(path) not in state:
+                    held[part.path_of(path)] = tensor.detach()
     return state, held
 
 

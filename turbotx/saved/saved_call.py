@@ -29,7 +29,8 @@ class SavedCall:
     """A program, and the calls that it serves.
 
     floats, ambient, asked: the numbers and the state of PyTorch that it was traced with. decisions:
-    what it assumes of values. out: how the leaves of its output are nested, as JSON.
+    what it assumes of values. out: how the leaves of its output are nested, as JSON. stepping: the
+    dims, by place, that grow with every step of a decoder.
     """
 
     program: Program
@@ -39,6 +40,7 @@ class SavedCall:
     asked: tuple[int, ...]
     decisions: Decisions | None
     out: Mapping[str, Any]
+    stepping: tuple[int, ...] = ()
 
     def run(self, binding: Binding, tensors: list[torch.Tensor]) -> tuple[list[Any], Outcomes]:
         """Return the leaves of the output, and () or how its decisions by values come out where

@@ -25,7 +25,7 @@ from turbotx.runtime.cuda.gemm import GemmFamily
 from turbotx.runtime.cuda.runtime import Compiling, LaunchKernels
 from turbotx.runtime.cuda.settings import assume_tf32
 from turbotx.runtime.cuda.variants import LARGE
-from turbotx.saved.families import ALIGNED, Decision, SavedFamily, make_key
+from turbotx.saved.families import ALIGNED, SavedFamily, VariantKey, make_key
 
 # Remainders of all dims that are tried before every combination is taken for possible.
 MOST_REMAINDERS = 1 << 18
@@ -129,7 +129,7 @@ class Tabulator:
                     given = self._sample(by, ranges, even, mask, large, wide)
                     if given is not None and self._serves(family, given):
                         asked[make_key(tf32, ranges, mask, wide)] = (given, wide)
-        table = _Table(Decision(by, even, large, LARGE, True), self._variants)
+        table = _Table(VariantKey(by, even, large, LARGE, True), self._variants)
         for key, (given, wide) in asked.items():
             with assume_tf32(key[0] == "1"):
                 plain, traced = (
@@ -219,7 +219,7 @@ def _divisor(size: Expr) -> int:
 class _Table:
     """Collects rows; equal choices and grids are kept once."""
 
-    def __init__(self, decision: Decision, variants: Variants) -> None:
+    def __init__(self, decision: VariantKey, variants: Variants) -> None:
         self._decision, self._variants = decision, variants
         self._rows: dict[str, int] = {}
         self._choices: dict[tuple[tuple[str, int | None, int], ...], int] = {}
@@ -247,7 +247,7 @@ class _Table:
         plain = {k: c for k, c in rows.items() if k[0] == "0"}
         tf32 = any(rows["1" + k[1:]] != c for k, c in plain.items())
         d = self._decision
-        decision = Decision(d.by, d.even, d.large, d.limit, tf32)
+        decision = VariantKey(d.by, d.even, d.large, d.limit, tf32)
         return SavedFamily(
             decision, rows if tf32 else plain, list(self._choices), list(self._grids), ()
         )

@@ -195,9 +195,13 @@ class CostTable:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"model": model, "device": device, **self.to_dict()})
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(name, path)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            os.replace(name, path)
+        except OSError:
+            Path(name).unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: Path) -> CostTable:

@@ -302,6 +302,8 @@ class Dispatcher:
             self._give_turn()
             self.metrics.plan_ms.observe(self.now_ms() - now_ms)
             if batch is not None:
+                if self.idle is not None:
+                    self.idle.begin()
                 await self._execute(batch)
                 continue
             if self._closing and not len(self.scheduler) and not self._entering:
@@ -322,9 +324,6 @@ class Dispatcher:
             shape = None if idle is None else idle.next_shape()
             if idle is not None and shape is not None:
                 await self._measure(idle, shape)
-        else:
-            if idle is not None:
-                idle.begin()
 
     async def _measure(self, idle: IdleMeasuring, shape: Shape) -> None:
         loop = asyncio.get_running_loop()

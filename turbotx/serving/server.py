@@ -106,8 +106,12 @@ def run(
         timeout_keep_alive=75, timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1e3),
         http=make_protocol(limits), ws="none",
     )  # fmt: skip
+    before_s = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)
-    GracefulServer(config, service, limits).run([listener])
+    try:
+        GracefulServer(config, service, limits).run([listener])
+    finally:
+        sys.setswitchinterval(before_s)
     if service.failure is not None:
         raise service.failure
     if service.preparing:  # its thread cannot be stopped, and no request was answered yet

@@ -139,6 +139,8 @@ class Service:
             tables = await self._in_thread(self._prepare_all)
         except Exception as error:  # whatever the model raises
             said = str(error).strip().splitlines() or [""]
+            if said[0].endswith(":"):  # what follows is the cause, as a compiler's first complaint
+                said[0] = " ".join(said[:2])
             self.state = "failed"
             self.failure = ModelFailed(
                 f"{self._preparing} cannot run: {type(error).__name__}: {said[0]}"
@@ -153,10 +155,7 @@ class Service:
     def _dispatch(self, tables: dict[str, CostTable]) -> Dispatcher:
         settings = self.settings
         queues = {
-            name: self.make_scheduler(
-                tables[name], model.info.most_tokens(settings.max_batch_tokens)
-            )
-            for name, model in self.models.items()
+            name: self.make_scheduler(tables[name], model) for name, model in self.models.items()
         }
         tokens = {name: model.tokenizer.any_token for name, model in self.models.items()}
         idle = IdleMeasuring(
@@ -330,9 +329,10 @@ class Service:
                 found[f"engine_{name}"] = found.get(f"engine_{name}", 0.0) + value
         return found
 
-    def make_scheduler(self, costs: CostTable, max_tokens: int | None) -> Scheduler:
-        """Return the scheduler that the settings ask for, over measured costs."""
+    def make_scheduler(self, costs: CostTable, model: LoadedModel | None = None) -> Scheduler:
+        """Return the scheduler that the settings ask for, over a model's measured costs."""
         settings = self.settings
+        max_tokens = (model or self.model).info.most_tokens(settings.max_batch_tokens)
         policy = POLICIES[settings.policy]()
         if isinstance(policy, Aged):
             policy = replace(policy, max_age_ms=settings.max_age_ms)

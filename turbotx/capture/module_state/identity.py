@@ -3,7 +3,7 @@
 In: what gives the user's own module for one that the traced code meets. Out: tables that are keyed
 by modules, and sets of them, are found to hold the same as in eager::
 
-    with equal_to(recorder.find_own):
+    with equal_to(recorder.find_known):
         SCALES.get(self)        # by the user's module, though `self` is a copy
 
 `is` and `id` still tell them apart.
@@ -22,7 +22,8 @@ from torch import nn
 @contextmanager
 def equal_to(find_own: Callable[[Any], Any]) -> Iterator[None]:
     """Meanwhile compare modules in this thread by what `find_own` gives, unless a class of the
-    user's says itself how."""
+    user's says itself how. It must hash no module itself: PyTorch keeps what stands for a module in
+    tables that are keyed by it."""
     owner, cls = threading.get_ident(), nn.Module
     saved = {n: vars(cls)[n] for n in ("__eq__", "__hash__") if n in vars(cls)}
     equal, own_hash = cls.__eq__, cls.__hash__

@@ -96,6 +96,28 @@ void score_block(const float* q, const float* keys, long count, float* scores) {
     for (long j = count; j < panels * kLanes; ++j) scores[r * kScoreStride + j] = kMinusInf;
 }
 
+// The same from keys that lie row by row, for so few queries that packing keys takes longer.
+template <class T, int D, int ROWS>
+void score_rows(const float* q, const T* keys, long row_stride, long count, float* scores) {
+  for (long first = 0; first < count; first += kLanes) {
+    long last = (count - first < kLanes ? count - first : kLanes) - 1;
+    const T* rows = keys + first * row_stride;
+    for (int r = 0; r < ROWS; ++r) {
+      vec sums[kLanes];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const T* key = rows + (lane < last ? lane : last) * row_stride;
+        vec sum = {};
+        for (int d = 0; d < D; d += kLanes) sum += load_vec(q + r * D + d) * load_vec(key + d);
+        sums[lane] = sum;
+      }
+      store_vec(scores + r * kScoreStride + first, sum_rows(sums));
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (long j = count; j % kLanes != 0; ++j) scores[r * kScoreStride + j] = kMinusInf;
+}
+
 struct Softmax { float maximum = kMinusInf, total = 0.0f, keep = 0.0f; };
 
 // Turns a row of scores into 2^(score - maximum). `row` carries the maximum and the total over the
@@ -125,10 +147,9 @@ constexpr long kKeyChain = 128;
 // What becomes of the sums in `out` when new ones come: dropped, scaled by keep, or added to.
 enum class Earlier { none, scaled, kept };
 
-template <int ROWS, int VECS>
-TTX_INLINE void weigh_columns(const float* weights, const float* values, long value_stride,
-                              long count, Earlier earlier, const Softmax* rows, float* out,
-                              int out_stride) {
+template <int ROWS, int VECS, class V>
+TTX_INLINE void weigh_columns(const float* weights, const V* values, long value_stride, long count,
+                              Earlier earlier, const Softmax* rows, float* out, int out_stride) {
   vec sum[ROWS][VECS] = {};
   for (long j = 0; j < count; ++j, values += value_stride) {
     vec value[VECS];
@@ -153,16 +174,20 @@ TTX_INLINE void weigh_columns(const float* weights, const float* values, long va
 }
 
 // out[r] = rows[r].keep * out[r] + sum over j of weights[r][j] * value j; in a first block, from 0.
-template <int D, int ROWS>
-void weigh_block(const float* weights, const float* values, long value_stride, long count,
+template <int D, int ROWS, class V>
+void weigh_block(const float* weights, const V* values, long value_stride, long count,
                  bool is_first, const Softmax* rows, float* out) {
   constexpr int vecs = padded(D) / kLanes;
   for (long j = 0; j < count; j += kKeyChain) {
     long here = count - j < kKeyChain ? count - j : kKeyChain;
     Earlier earlier = j > 0 ? Earlier::kept : is_first ? Earlier::none : Earlier::scaled;
     const float* w = weights + j;
-    const float* v = values + j * value_stride;
+    const V* v = values + j * value_stride;
     int c = 0;
+    if constexpr (ROWS <= 2)  // few sums wait for each other: more of them at a time
+      for (; c + 4 <= vecs; c += 4)
+        weigh_columns<ROWS, 4>(w, v + c * kLanes, value_stride, here, earlier, rows,
+                               out + c * kLanes, padded(D));
     for (; c + 2 <= vecs; c += 2)
       weigh_columns<ROWS, 2>(w, v + c * kLanes, value_stride, here, earlier, rows,
                              out + c * kLanes, padded(D));

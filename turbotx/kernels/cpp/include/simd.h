@@ -145,6 +145,19 @@ TTX_INLINE void transpose(vec (&rows)[kLanes]) {
   }
 }
 
+// Lane i of the result is the sum of rows[i]: the shuffles of `transpose`, half of them summed away
+// at each step. Changes the rows.
+TTX_INLINE vec sum_rows(vec (&rows)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i)
+      rows[i] = detail::interleave<0>(rows[i], rows[i + half], lanes) +
+                detail::interleave<1>(rows[i], rows[i + half], lanes);
+  return rows[0];
+}
+
 TTX_INLINE float sum_lanes(vec x) {
   return detail::fold<kLanes / 2>(x, [](vec a, vec b) { return a + b; })[0];
 }

@@ -144,6 +144,22 @@ def average_values(v_ptr, v_row, dim, dim_ok, k_len, K_TILE: tl.constexpr):
 
 
 @triton.jit
+def divide_values(values, total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE: tl.constexpr):
+    if BLIND_MEAN:
+        blind = total == 0.0
+        if tl.max(blind.to(tl.int32)) > 0:
+            mean = average_values(v_ptr, v_row, dim, dim_ok, k_len, K_TILE)
+            values = tl.where(blind, mean, values)
+    if BLIND_NAN:
+        # A query that sees no key of some gets 0 / 0.
+        zeros = (total == 0.0) & (k_len == 0)
+    else:
+        # A query that sees no key gets zeros.
+        zeros = total == 0.0
+    return values / tl.where(zeros, 1.0, total)
+
+
+@triton.jit
 def attention(
     q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, bias_ptr, sinks_ptr, batch, heads, kv_heads, q_len,
     k_len, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -203,19 +219,8 @@ def attention(
         )  # fmt: skip
     if LATE:
         row -= k_len - q_len
-    if BLIND_MEAN:
-        blind = total == 0.0
-        if tl.max(blind.to(tl.int32)) > 0:
-            mean = average_values(v_ptr, v_row, dim, dim_ok, k_len, K_TILE)
-            values = tl.where(blind, mean, values)
 
-    if BLIND_NAN:
-        # A query that sees no key of some gets 0 / 0.
-        zeros = (total == 0.0) & (k_len == 0)
-    else:
-        # A query that sees no key gets zeros.
-        zeros = total == 0.0
-    values = values / tl.where(zeros, 1.0, total)
+    values = divide_values(values, total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE)
     out_ptr += batch_index * out_batch + head * out_head
     out_at = out_ptr + row.to(tl.int64) * out_row + dim
     tl.store(out_at, values.to(STORED), mask=row_ok & dim_ok)

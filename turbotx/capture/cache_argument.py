@@ -1,0 +1,73 @@
+"""Cache argument: the key/value cache of transformers among a call's arguments.
+
+In: a call. Out: its arguments by name, less the cache, and the cache; none without one::
+
+    split_cache((ids,), {"past_key_values": cache}, names)  ->  {"input_ids": ids}, cache
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+from turbotx.errors import InputError
+
+ARGUMENT = "past_key_values"
+
+
+def split_cache(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Callable[[], Sequence[str]]
+) -> tuple[dict[str, Any], Any]:
+    """Return a call's arguments by name, less its cache, and that; {} and None without one.
+
+    names: of the arguments that forward takes by place, where they are needed.
+    """
+    cache = kwargs.get(ARGUMENT)
+    if cache is None and len(args) > 1 and any(map(_is_cache, args)):
+        cache = _name_all(args, kwargs, names()).get(ARGUMENT)
+    if cache is None or not _is_cache(cache):
+        return {}, None
+    given = _name_all(args, kwargs, names() if args else ())
+    del given[ARGUMENT]
+    return given, cache
+
+
+def _name_all(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Return every argument by name."""
+    if len(args) > len(names):
+        raise InputError("a call with a key/value cache names its arguments")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@functools.cache
+def names_of(cls: Hashable) -> list[str]:
+    """Return the names of the arguments that a model's forward takes by place, less `self`."""
+    parameters = inspect.signature(cls.forward).parameters.values()  # type: ignore[attr-defined]
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+
+
+def _is_cache(value: Any) -> bool:
+    """Tell a cache of transformers, which is loaded where there is one."""
+    module: Any = sys.modules.get("transformers.cache_utils")
+    return module is not None and isinstance(value, module.Cache)
+
+
+def is_new_cache(cls: type) -> bool:
+    """Tell whether `new_cache` makes caches of a class."""
+    return cls.__module__ == "transformers.cache_utils" and cls.__name__ in (
+        "DynamicCache", "EncoderDecoderCache",
+    )  # fmt: skip
+
+
+def new_cache(cls: Any, model: Any) -> Any:
+    """Return an empty cache of that class, as a model makes one for itself."""
+    config = model.config
+    if cls.__name__ == "DynamicCache":
+        return cls(config=config)
+    dynamic: Any = sys.modules[cls.__module__].DynamicCache
+    return cls(dynamic(config=config), dynamic(config=config))

@@ -1,0 +1,156 @@
+"""Step call: a decoder's call with a key/value cache becomes one of plain tensors, and is run.
+
+In: a call's arguments by name, and its cache, a DynamicCache or an EncoderDecoderCache of two. Out:
+the model's output with that cache in it, one step longer; programs compiled here and loaded ones
+are run by this::
+
+    steps.run({"input_ids": ids, "use_cache": True}, cache)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from turbotx.capture.cached_call import count_queries
+from turbotx.engine.cache_layers import adopt, refuse_cache
+from turbotx.errors import InputError
+from turbotx.runtime.cache_memory import CacheBudget, CacheMemory, LayerShape
+
+
+class StepCalls:
+    """Runs calls with a cache; what runs one of plain tensors is a subclass's.
+
+    name: the model's class. shapes: of what its layers write to the cache. budget: of its caches.
+    """
+
+    name: str
+    shapes: tuple[LayerShape, ...]
+    device: torch.device
+    budget: CacheBudget
+
+    def run_plain(self, call: Mapping[str, Any], cache: Any) -> Any:
+        """Run a call of `capture.cached_call`; return the model's output, with `cache` where that
+        has the word CACHE, and the keys and values that cross attention made."""
+        raise NotImplementedError
+
+    def find_dtype(self, call: Mapping[str, Any]) -> torch.dtype:
+        """Return the dtype of what layers write in a call; `shapes` are known from then on."""
+        raise NotImplementedError
+
+    def run(self, given: dict[str, Any], cache: Any) -> Any:
+        """Return the model's output for a call, and leave its keys and values in the cache.
+
+        given: the arguments by name, less the cache. Raises InputError for a cache of another kind,
+        CacheFullError where it would take too much memory.
+        """
+        call, memory, count = self._prepare(given, cache)
+        with memory.owned():
+            length = call["kv_length"].shape[0]
+            if memory.length + count != length:
+                raise InputError("another thread has changed the key/value cache meanwhile")
+            call["kv_memory"] = memory.tensor_for(count_batch(call), length)
+            run = self.run_plain
+            if torch.autograd._profiler_enabled():
+                run = record_function(f"turbotx: {self.name} step")(run)
+            output, made = run(call, cache)
+            if made:
+                self._fill_cross(cache, made)
+            memory.advance(count)
+        return output
+
+    def describe(self, given: dict[str, Any], cache: Any) -> dict[str, Any]:
+        """Return the call as one of plain tensors, over a copy of the cache's memory."""
+        copied = copy.deepcopy(cache)
+        call, memory, _ = self._prepare(given, copied)
+        length = call["kv_length"].shape[0]
+        return call | {"kv_memory": memory.tensor_for(count_batch(call), length)}
+
+    def _prepare(
+        self, given: dict[str, Any], cache: Any
+    ) -> tuple[dict[str, Any], CacheMemory, int]:
+        """Return a call less `kv_memory`, the memory of its cache, and how many tokens it brings.
+
+        The cache's layers are turbotx's from then on.
+        """
+        if self.device.type != "cpu":
+            raise InputError(
+                f"a call with a key/value cache runs on CPUs, and the model is on {self.device}: "
+                "call it with use_cache=False"
+            )
+        refuse_cache(cache)
+        kind = _kind_of(cache)
+        own = cache if kind == "decoder" else cache.self_attention_cache
+        call = _with_encoded(given)
+        count = count_queries(call, kind)
+        call |= {"kv_kind": kind}
+        if kind == "further":
+            call |= {"kv_cross": self._cross_memory(cache, count_batch(call))}
+        call["kv_length"] = torch.empty(own.get_seq_length() + count, 0, device=self.device)
+        dtype = self.find_dtype(call)
+        memory = adopt(own, self.shapes, dtype, self.device, budget=self.budget)
+        return call, memory, count
+
+    def _cross_memory(self, cache: Any, batch: int) -> torch.Tensor:
+        """Return cross attention's keys and values as one tensor: (2 x layers, batch, heads,
+        source, width)."""
+        layers = cache.cross_attention_cache.layers
+        made = [part for layer in layers for part in (layer.keys, layer.values)]
+        memory = self._adopt_cross(cache, made)
+        source, shape = memory.length, memory.shapes[0]
+        tensor = memory.tensor_for(batch, source)
+        return tensor.view(2 * len(layers), batch, shape.heads, source, shape.key_width)
+
+    def _fill_cross(self, cache: Any, made: list[torch.Tensor]) -> None:
+        """Keep what the first step has made of the encoder's outputs."""
+        memory = self._adopt_cross(cache, made)
+        for k in range(len(made) // 2):
+            memory.put(k, made[2 * k], made[2 * k + 1])
+        cache.is_updated = dict.fromkeys(range(len(made) // 2), True)
+
+    def _adopt_cross(self, cache: Any, made: list[torch.Tensor]) -> CacheMemory:
+        shapes = [
+            LayerShape(k.shape[1], k.shape[3], v.shape[3])
+            for k, v in zip(made[::2], made[1::2], strict=True)
+        ]
+        if len(set(shapes)) != 1 or shapes[0].key_width != shapes[0].value_width:
+            raise InputError(f"cross attention's keys and values differ among layers: {shapes}")
+        of = cache.cross_attention_cache
+        return adopt(of, shapes, made[0].dtype, made[0].device, False, self.budget)
+
+
+def _kind_of(cache: Any) -> str:
+    """Return which of `cached_call.KINDS` a call with this cache is."""
+    updated = getattr(cache, "is_updated", None)
+    if updated is None:
+        return "decoder"
+    states = set(updated.values())
+    if len(states) > 1:
+        raise InputError(
+            "cross attention's keys and values are there for some layers of the cache only: call "
+            "the model with a new EncoderDecoderCache"
+        )
+    return "further" if states == {True} else "first"
+
+
+def _with_encoded(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with an encoder's outputs as the one tensor that they hold."""
+    call = dict(given)
+    outputs = call.get("encoder_outputs")
+    if outputs is not None:
+        parts = list(outputs.values() if isinstance(outputs, dict) else outputs)
+        if len(parts) == 1 and isinstance(parts[0], torch.Tensor):
+            del call["encoder_outputs"]
+            call["kv_encoded"] = parts[0]
+    return call
+
+
+def count_batch(call: Mapping[str, Any]) -> int:
+    """Return the batch of a call of plain tensors."""
+    prefix = "" if call["kv_kind"] == "decoder" else "decoder_"
+    names = (f"{prefix}input_ids", f"{prefix}inputs_embeds")
+    return next(int(call[n].shape[0]) for n in names if call.get(n) is not None)

@@ -1,0 +1,196 @@
+"""Call table: the programs of a saved file, and which of them serves a call.
+
+In: programs with the kinds of call that they serve, as JSON; a call. Out: its output; or an error
+that says which calls the file holds::
+
+    table.run((), {"input_ids": ids})  ->  the model's output, nested as it was
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from turbotx.capture.ambient import differences, read_ambient, read_asked, read_decisive
+from turbotx.capture.arguments import carry, describe_leaf, flatten_call, is_float
+from turbotx.capture.call_key import describe_kind
+from turbotx.capture.decisions import Outcomes, describe_last
+from turbotx.capture.traced_float import describe_floats
+from turbotx.errors import InputError, TrainingError
+from turbotx.runtime.binding import Binding
+from turbotx.runtime.lru import LruDict
+from turbotx.saved.saved_call import SavedCall
+from turbotx.saved.values import decode_constant, decode_tree
+
+MOST_SHAPES = 256
+
+
+MOST_RUNS = 8
+"""Of one call, each on the way that the one before found a decision to come out."""
+
+
+class CallTable:
+    """Programs by the kind of call that they serve, on one device."""
+
+    def __init__(self, place: torch.device) -> None:
+        self._place = place
+        self._lock = threading.Lock()
+        self._calls: dict[Any, list[SavedCall]] = {}
+        self._bound: LruDict[Any, tuple[SavedCall, Binding]] = LruDict(MOST_SHAPES)
+        self._known: dict[Any, SavedCall] = {}
+        self._asked: tuple[int, ...] = ()
+        self._asks_floats = self._steps = False
+
+    def calls(self) -> list[SavedCall]:
+        """Return every call that it serves."""
+        return [call for calls in self._calls.values() for call in calls]
+
+    def show(self) -> str:
+        """Return the kinds of call that it serves, as one writes calls."""
+        return "; ".join(dict.fromkeys(_show(k) for k in self._calls))
+
+    def add(self, made: SavedCall, call: Mapping[str, Any]) -> None:
+        """Add a program; call: the kind of call that it serves, as JSON."""
+        kinds = [
+            (float,)
+            if kind == "float"
+            else (decode_constant(kind), self._place, rank, *map(tuple, order))
+            for kind, rank, *order in call["inputs"]
+        ]
+        args, kwargs = decode_tree(call["tree"], lambda k: _SavedArgument(kinds[k]))
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        self._calls.setdefault((spec, tuple(map(_describe, leaves))), []).append(made)
+        self._asked = tuple(sorted({*self._asked, *made.asked}))
+        self._steps |= bool(made.stepping)
+        self._asks_floats |= any(x.is_particular for x in made.floats)
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], swap: Mapping[str, Any] = {}
+    ) -> Any:
+        """Return the output of a call, with others in the place of the words that `swap` names.
+
+        Raises InputError, saying what there is, for one that no program serves.
+        """
+        outcomes: Outcomes = ()
+        for _ in range(MOST_RUNS):
+            (call, binding), tensors = self._find(args, kwargs, outcomes)
+            leaves, outcomes = call.run(binding, tensors)
+            if outcomes:
+                continue
+            if swap:
+                leaves = [swap.get(x, x) if type(x) is str else x for x in leaves]
+            return decode_tree(call.out, leaves.__getitem__)
+        raise InputError(f"{describe_last(outcomes)}, after {MOST_RUNS} runs of other ways")
+
+    def _find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], outcomes: Outcomes
+    ) -> tuple[tuple[SavedCall, Binding], list[torch.Tensor]]:
+        """Return what serves a call, and its tensors."""
+        ambient = read_decisive() + read_asked(self._asked)
+        kind = None
+        if self._steps and not args and not outcomes:
+            kind, tensors = describe_kind(kwargs, ambient)
+            known = self._known.get(kind) if kind is not None else None
+            dims = None if known is None else known.matcher.match([t.shape for t in tensors])
+            if known is not None and dims is not None:
+                return (known, known.program.bind_step(dims, known.stepping)), tensors
+        leaves, spec = flatten_call(args, kwargs)
+        tensors = carry(leaves)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise TrainingError("an input requires grad: call under torch.no_grad()")
+        key = (spec, tuple(map(_describe, leaves)))
+        numbers = tuple(x.hex() for x in leaves if is_float(x)) if self._asks_floats else ()
+        shapes = (key, ambient, numbers, tuple(t.shape for t in tensors))
+        found = None if outcomes else self._bound.get(shapes)
+        if found is None:
+            found = self._bind(key, tensors, outcomes)
+            with self._lock:
+                if kind is not None and found[0].stepping and not found[0].floats:
+                    self._known[kind] = found[0]
+                self._bound[shapes] = found
+        return found, tensors
+
+    def _bind(
+        self, key: Any, tensors: list[torch.Tensor], outcomes: Outcomes
+    ) -> tuple[SavedCall, Binding]:
+        shapes, ambient = [t.shape for t in tensors], read_ambient()
+        # A program for the usual order of dims reads any other from a dense copy.
+        known = self._calls.get(key) or self._calls.get(_in_usual_order(key), [])
+        differ = [differences(ambient, p.ambient, p.asked) for p in known]
+        holding = [p for p, found in zip(known, differ, strict=True) if not found]
+        if known and not holding:
+            told = "; or ".join(dict.fromkeys("; ".join(found) for found in differ))
+            raise InputError(
+                f"no saved program was captured in the state that this call is made in: {told}. "
+                "Call the optimized module in this state too before it is saved, or load's module "
+                "in the other"
+            )
+        taking = [p for p in holding if all(x.takes(tensors) for x in p.floats)]
+        if holding and not taking:
+            told = "; or ".join(dict.fromkeys(describe_floats(p.floats) for p in holding))
+            raise InputError(
+                f"the model computes in another way for other numbers, and was saved for {told}: "
+                "call the optimized module with this one too before it is saved"
+            )
+        for call in taking:
+            dims = call.matcher.match(shapes)
+            way = not outcomes or (call.decisions is not None and call.decisions.follow(outcomes))
+            if dims is not None and way and call.program.serves(dims):
+                return call, call.program.bind(dims)
+        if outcomes:
+            raise InputError(
+                f"{describe_last(outcomes)}, and no saved program goes on from there: call the "
+                "optimized module with such values too before it is saved"
+            )
+        refused = [p.matcher.explain(shapes) for p in taking]
+        if refused:
+            raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")
+        for tensor in tensors:
+            if tensor.device != self._place:
+                raise InputError(
+                    f"an input is on {tensor.device}, and this file was loaded for {self._place}: "
+                    "move the inputs there, or give turbotx.load another device"
+                )
+        raise InputError(
+            f"the file holds no call of this kind: {_show(key)}. It holds {self.show()}. Call the "
+            "optimized module this way before it is saved"
+        )
+
+
+class _SavedArgument:
+    """Stands for a tensor of a dtype, a device, a rank and a memory order, or a number, in a saved
+    call."""
+
+    def __init__(self, kind: tuple[Any, ...]) -> None:
+        self.kind = kind
+
+
+def _describe(leaf: Any) -> Any:
+    """Return what of an argument decides which program serves the call."""
+    return leaf.kind if isinstance(leaf, _SavedArgument) else describe_leaf(leaf)
+
+
+def _in_usual_order(key: Any) -> Any:
+    """Return the key of the same call with its inputs' dims in memory as they are counted."""
+    spec, described = key
+    return spec, tuple(d[:3] if isinstance(d[0], torch.dtype) else d for d in described)
+
+
+def _show(key: Any) -> str:
+    spec, described = key
+    shown = [
+        f"{str(d[0]).removeprefix('torch.')}[{', '.join('?' * d[2])}]"
+        if len(d) >= 3
+        else "float"
+        if len(d) == 1
+        else repr(d[1])
+        for d in described
+    ]
+    if not isinstance(spec, pytree.TreeSpec):
+        return f"({', '.join(shown)}, in objects)"
+    args, kwargs = pytree.tree_unflatten(shown, spec)
+    return f"({', '.join([*map(str, args), *(f'{k}={v}' for k, v in kwargs.items())])})"
