@@ -66,12 +66,12 @@ def save(
     file cannot be written.
     """
     engine = engine_of(optimized)
-    variants = _find_variants(engine)
     if engine.options.padding == "packed":
         raise SaveError(
             f"{type(engine.model).__name__} runs with padding='packed', and a file does not hold "
             "how its calls are packed: save what turbotx.optimize makes without it"
         )
+    variants = _find_variants(engine)
     if engine.calls_forward and (engine.model._forward_hooks or engine.model._forward_pre_hooks):
         raise SaveError(
             f"{type(engine.model).__name__} has forward hooks, which are Python that runs around "

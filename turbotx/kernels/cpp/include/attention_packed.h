@@ -46,8 +46,8 @@ void packed_attention(const T* q, const T* k, const T* v, T* out, const Attentio
     AttentionShape one = sequence_shape<T>(s, n);
     long begin = s.bounds[n], rows = group * one.q_len, tiles = (rows + kTileRows - 1) / kTileRows;
     if (tiles * part / parts == tiles * (part + 1) / parts) continue;
-    HeadOperands head =
-        prepare_head<T, D>(one, k + begin * s.k.row, v + begin * s.v.row, 0, kv_head);
+    HeadOperands<T> head =
+        prepare_head<T, D>(one, k + begin * s.k.row, v + begin * s.v.row, 0, kv_head, rows);
     for (long tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
       long first = tile * kTileRows, left = rows - first;
       attend_rows_of<T, D>(static_cast<int>(left < kTileRows ? left : kTileRows), one, head,
