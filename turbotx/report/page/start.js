@@ -109,7 +109,11 @@ const errorTable = (errors) =>
       showError(e.turbotx),
       showError(e.relative),
       showError(e.allowed),
-      make("span", { class: e.holds ? "good" : "bad" }, e.holds ? "holds" : "too large"),
+      make(
+        "span",
+        { class: e.holds ? "good" : "bad" },
+        !e.holds ? "too large" : e.applies ? "holds" : "n/a",
+      ),
     ]),
   );
 
@@ -134,7 +138,7 @@ function numericsTab(pane) {
       "p",
       { class: numerics.holds ? "good" : "bad" },
       numerics.holds
-        ? "The rule holds for every launch and every output: at most 1.5 × eager's error, plus 2 ulp of the largest value."
+        ? "The rule holds for every launch and every output: at most 1.5 × eager's error in launches of the kind, plus 2 ulp of the largest value."
         : "The rule is broken: see below.",
     ),
     errorTable(numerics.outputs),
