@@ -18,7 +18,8 @@ from torch import nn
 
 import turbotx
 from tests.cli.command_line import Ran, make_run
-from turbotx.cli.output import INTERNAL, MISUSED, versions
+from turbotx.cli.output import INTERNAL, MISUSED
+from turbotx.errors import versions
 
 
 @pytest.fixture

@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from turbotx import __version__
 from turbotx.errors import (
     DumpError,
     InputError,
@@ -30,6 +27,7 @@ from turbotx.errors import (
     OptionsError,
     TurbotxError,
     WeightsError,
+    versions,
 )
 
 OK, WRONG, MISUSED, FAILED, INTERNAL = 0, 1, 2, 3, 4
@@ -113,15 +111,6 @@ class Output:
     def line(self, text: str) -> None:
         """Print a line on standard error as it is, however long."""
         self.errors.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def versions() -> dict[str, str]:
-    """Return what a report of a fault has to name."""
-    found = {"turbotx": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "transformers"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _place(error: BaseException) -> str:

@@ -21,6 +21,7 @@ from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
 from turbotx.errors import DumpError, InputError
+from turbotx.report.amounts import show_shape
 from turbotx.report.profile import Profile
 
 
@@ -45,8 +46,9 @@ def profile_model(
         _write(trace, json.dumps(found.to_chrome_trace()) + "\n")
     if page is not None:
         _write(page, report.with_findings(profile=found).to_html())
-    shape = ", ".join(f"{name} {size}" for name, size in report.dims.items())
-    output.console.print(f"{report.name} at {shape}, {torch.get_num_threads()} threads")
+    output.console.print(
+        f"{report.name} at {show_shape(report.dims)}, {torch.get_num_threads()} threads"
+    )
     output.console.print(kernels_table(found))
     output.console.print(modules_table(found))
     output.console.print(

@@ -18,6 +18,7 @@ import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, WRONG, Output
+from turbotx.report.amounts import show_shape
 from turbotx.report.numerics import FACTOR, ULPS, Error, Numerics
 
 RULE = (
@@ -42,13 +43,13 @@ def verify_model(model: Source, shapes: Sequence[str], output: Output) -> int:
         steps("capture, fuse and build")
         report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
         for view in [report.at(**dims) for dims in wanted] or [report]:
-            steps(f"run launch by launch in float64 at {_shown(view.dims)}")
+            steps(f"run launch by launch in float64 at {show_shape(view.dims)}")
             args, kwargs = resize(view, loaded.args, loaded.kwargs)
             found.append((view.dims, view.numerics(loaded.model, *args, **kwargs)))
         steps("run kernels on inputs that break careless arithmetic")
         harsh = view.stress(*args, **kwargs)
     for dims, numerics in found:
-        output.console.print(numerics_table(_shown(dims), numerics))
+        output.console.print(numerics_table(show_shape(dims), numerics))
     output.console.print(harsh_table(harsh))
     every = list(_all_errors(found, harsh))
     broken = [f"{error.name} {where}" for error, where in every if not error.holds]
@@ -75,14 +76,10 @@ def _all_errors(
     """Yield every error that was measured, and where."""
     for dims, numerics in found:
         for error in (*numerics.launches, *numerics.outputs):
-            yield error, f"at {_shown(dims)}"
+            yield error, f"at {show_shape(dims)}"
     for case, errors in harsh.items():
         for error in errors:
             yield error, f"on {case}"
-
-
-def _shown(dims: dict[str, int]) -> str:
-    return ", ".join(f"{name} {size}" for name, size in dims.items())
 
 
 def worst_of_each(errors: Sequence[Error]) -> list[Error]:

@@ -27,11 +27,12 @@ from turbotx.report.describe import (
     describe_gemms,
     describe_kernels,
     describe_launches,
-    describe_plan,
     describe_regions,
 )
 from turbotx.report.findings import Findings
-from turbotx.report.origin import Origin, simulate
+from turbotx.report.held import describe_plan
+from turbotx.report.origin import Node, Origin, simulate
+from turbotx.report.provenance import Provenance, find_provenance
 
 Self = TypeVar("Self", bound="Record")
 
@@ -78,7 +79,7 @@ class Record:
 
     @cached_property
     def launches(self) -> list[entries.Launch]:
-        return describe_launches(self.view)
+        return describe_launches(self.view, self.regions)
 
     @cached_property
     def gemms(self) -> list[entries.Gemm]:
@@ -92,6 +93,16 @@ class Record:
     def memory(self) -> entries.Memory:
         held = simulate(self.origin, self.dims)
         return describe_plan(self.view, self.planner, held)
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """What made the report: command, date, device, dtype, versions, what the machine has."""
+        return find_provenance(self.compiled)
+
+    @cached_property
+    def ops(self) -> list[Node]:
+        """The captured model's ops that give tensors; sizes are computed on the side."""
+        return [n for n in self.origin.nodes if n.kind == "call_function" and n.nbytes != 0]
 
     @cached_property
     def eager(self) -> entries.Eager:
@@ -123,12 +134,17 @@ class Record:
         return {
             "model": self.name,
             "dims": dict(self.dims),
+            "provenance": asdict(self.provenance),
             "regions": [asdict(r) for r in self.regions],
             "kernels": [asdict(k) for k in self.kernels],
             "launches": [asdict(x) for x in self.launches],
             "gemms": [asdict(x) for x in self.gemms],
             "externs": [asdict(x) for x in self.externs],
-            "memory": asdict(self.memory),
+            "memory": {
+                **asdict(self.memory),
+                "arena_nbytes": self.memory.arena_nbytes,
+                "total_nbytes": self.memory.total_nbytes,
+            },
             "eager": asdict(self.eager),
             "resources": self.findings.resources_as_dicts(),
             "numerics": self.findings.numerics_as_dicts(),

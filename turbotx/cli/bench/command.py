@@ -25,6 +25,7 @@ from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
 from turbotx.engine.optimize import optimize
 from turbotx.errors import InputError
+from turbotx.report.amounts import show_shape
 
 
 def bench_model(
@@ -48,7 +49,7 @@ def bench_model(
         with Room(chosen, source, threads) as room:
             ready = {e: round(w.ready_s or 0.0, 3) for e, w in room.workers.items()}
             for dims, file in files:
-                steps(", ".join(f"{k} {v}" for k, v in dims.items()))
+                steps(show_shape(dims))
                 with OthersUse(room) as others:
                     found = room.measure(file, rounds)
                 rows.append({"dims": dims, "others_cores": others.cores, "engines": found})

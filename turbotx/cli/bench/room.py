@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from turbotx.cli.models import Source
+from turbotx.report.machine import processor_name
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,5 @@ def summarize(times: Sequence[float]) -> Spread:
 
 def describe_machine(threads: int) -> dict[str, Any]:
     """Return the device's name, the threads and the versions that a result depends on."""
-    device = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        device = models[0].partition(":")[2].strip() if models else device
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"device": device, "threads": threads, "versions": versions}
+    return {"device": processor_name(), "threads": threads, "versions": versions}
