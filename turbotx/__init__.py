@@ -10,6 +10,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from turbotx.engine.logs import read_logs
 from turbotx.engine.observers import observers
 from turbotx.errors import TurbotxError
 
@@ -39,6 +40,7 @@ def __getattr__(name: str) -> Any:
         return import_module("turbotx.engine.dynamo")
     if name not in _PLACES:
         raise AttributeError(f"module 'turbotx' has no attribute {name!r}")
+    read_logs()
     found = globals()[name] = getattr(import_module(_PLACES[name]), name)
     return found
 

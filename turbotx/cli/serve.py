@@ -167,6 +167,11 @@ def serve_model(
         from turbotx.serving.settings import SettingsError, read_keys
     except ImportError as error:
         raise ModelError(f"serve needs {error.name}: pip install 'turbotx[serve]'") from error
+    if model.endswith(".ttx"):
+        raise ModelError(
+            f"{model} holds no tokenizer: give the model's directory, whose compiled program the "
+            "server keeps in turbotx's cache by itself"
+        )
     if not os.environ.get("TURBOTX_API_KEY", "set").strip():
         raise ModelError("TURBOTX_API_KEY is empty, which would let everybody in: unset it")
     try:

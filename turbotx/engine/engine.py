@@ -65,7 +65,7 @@ from turbotx.runtime.gc_pause import pause_gc
 from turbotx.runtime.placement import find_device, open_device
 from turbotx.runtime.program import Program
 
-log = logging.getLogger("turbotx")
+log, guards = map(logging.getLogger, ("turbotx.capture", "turbotx.guards"))
 
 MOST_CHANGES = 8
 """How often one call is captured anew while others convert the model's parameters meanwhile."""
@@ -260,7 +260,7 @@ class Engine:
             return []
         if found.is_training:
             raise training_error(self.model, found.place.text)
-        log.info("%s changed since a capture: %s", type(self.model).__name__, found)
+        guards.info("%s changed since a capture: %s", type(self.model).__name__, found)
         return [found]
 
     def _drop_unused(self) -> None:
