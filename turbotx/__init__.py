@@ -15,6 +15,7 @@ from turbotx.engine.observers import observers
 from turbotx.errors import TurbotxError
 
 if TYPE_CHECKING:
+    from turbotx.engine.drop_in import OptimizedModule
     from turbotx.engine.optimize import optimize
     from turbotx.report import explain
     from turbotx.saved.load import load
@@ -22,11 +23,21 @@ if TYPE_CHECKING:
     from turbotx.saved.weight_files import load_weights
 
 __version__ = "0.1.0"
-__all__ = ["TurbotxError", "__version__", "explain", "load", "load_weights", "optimize", "save"]
+__all__ = [
+    "OptimizedModule",
+    "TurbotxError",
+    "__version__",
+    "explain",
+    "load",
+    "load_weights",
+    "optimize",
+    "save",
+]
 
 # Imported at their first use: a process that only loads a saved model needs no tracing and no
 # symbolic algebra, whose imports take longer than all else that it does.
 _PLACES = {
+    "OptimizedModule": "turbotx.engine.drop_in",
     "explain": "turbotx.report",
     "load": "turbotx.saved.load",
     "load_weights": "turbotx.saved.weight_files",

@@ -61,6 +61,8 @@ class Options:
     max_arenas: how many calls may run at the same time, each in memory of its own.
     cuda_graphs: replay a shape's launches as one CUDA graph from its second use on.
     max_graphs: how many such graphs are kept; the one longest unused goes first.
+    launch_ranges: show each launch as a range of torch.profiler, inside the one of its call. For
+        looking only: launches then run one by one, without CUDA graphs.
     schedules: on a GPU, tiles of kernels by name, over what tuning and the heuristics choose.
         {"fused_add_layer_norm*": "r2w8"}: rows a program, columns (c1024), warps. {"gemm_float16*":
         "m64n32k128w4s3x2"}: tile, warps, stages, parts of k, or "cublas". {"attention*": "q64k64"}.
@@ -79,6 +81,7 @@ class Options:
     max_arenas: int = 8
     cuda_graphs: bool = True
     max_graphs: int = 128
+    launch_ranges: bool = False
     schedules: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -130,6 +133,7 @@ class OptionArguments(TypedDict, total=False):
     max_arenas: int
     cuda_graphs: bool
     max_graphs: int
+    launch_ranges: bool
     schedules: Mapping[str, str]
 
 

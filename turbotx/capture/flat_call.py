@@ -50,6 +50,7 @@ class FlatCall(nn.Module):
         self.layouts = LayoutQuestions()
         self.calls_forward = calls_forward(model)
         self.in_spec = spec
+        self.given = ""  # the arguments in words
         self.training = False
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:

@@ -9,9 +9,11 @@ line and says what to do::
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from turbotx.errors import CaptureError
 
@@ -43,8 +45,45 @@ BREAKS = (
 """What a message offers for a model that is no single graph."""
 
 
-def capture_error(name: str, error: Exception) -> CaptureError:
-    """Return a CaptureError that points at the deepest frame outside torch and turbotx."""
+def capture_error(
+    name: str, error: Exception, cause: Exception | bool = False, given: str = ""
+) -> CaptureError:
+    """Return a CaptureError that points at the deepest frame outside torch and turbotx.
+
+    cause: what the model raises for the call's own sizes, True where it raises nothing there, False
+    where that is not known. given: its arguments in words.
+    """
+    if isinstance(error, CaptureError):
+        return CaptureError(f"cannot capture {name}{_where(error)}\n  {error}")
+    asks = [e for e in (error, cause) if type(e).__name__ in _ASKS_FOR_VALUES]
+    if asks and isinstance(asks[0], Exception):
+        return CaptureError(
+            f"cannot capture {name}{_where(error)}\n  It asks for a number that a tensor holds "
+            "(.item(), int(tensor), a branch on one, a slice up to one), or for as many elements "
+            f"as one says.\n  {_first_line(asks[0])}\n  Compute such numbers outside of the "
+            "optimized module and pass them as sizes or as numbers, or use a mask of full size; "
+            f"{BREAKS}"
+        )
+    if isinstance(cause, Exception):
+        return CaptureError(
+            f"cannot capture {name}{_where(cause)}\n  {_first_line(cause)}\n  The arguments do "
+            f"not fit the model, which raises this without turbotx too. It was given {given}"
+        )
+    found = (
+        "The model runs at the sizes of this call; what it does cannot be traced for others. "
+        if cause
+        else ""
+    )
+    return CaptureError(
+        f"cannot capture {name}{_where(error)}\n  {_first_line(error)}\n  {found}A call must be "
+        "one graph of tensor ops, without a Python branch on a tensor's values and without an "
+        "output that is neither a tensor nor a plain constant (for a decoder, use_cache=False); "
+        f"{BREAKS}"
+    )
+
+
+def _where(error: Exception) -> str:
+    """Return the line of the model's code that raised it."""
     inside = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     frames = [
         f
@@ -53,22 +92,26 @@ def capture_error(name: str, error: Exception) -> CaptureError:
         and not f.filename.startswith("<")
         and not f.filename.endswith("contextlib.py")
     ]
-    seen = str(error).strip().splitlines() or [type(error).__name__]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    if isinstance(error, CaptureError):
-        return CaptureError(f"cannot capture {name}{where}\n  {error}")
-    if type(error).__name__ in _ASKS_FOR_VALUES:
-        return CaptureError(
-            f"cannot capture {name}{where}\n  It asks for a number that a tensor holds (.item(), "
-            "int(tensor), a branch on one, a slice up to one), or for as many elements as one "
-            f"says.\n  {type(error).__name__}: {seen[0]}\n  Compute such numbers outside of the "
-            "optimized module and pass them as sizes or as numbers, or use a mask of full size; "
-            f"{BREAKS}"
+    return f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def describe_arguments(
+    model: nn.Module, names: Sequence[str], tensors: Sequence[torch.Tensor]
+) -> str:
+    """Return a call's tensors in words, and whether one is longer than the model's positions."""
+    kinds = (str(t.dtype).removeprefix("torch.") for t in tensors)
+    rows = zip(names, kinds, tensors, strict=False)
+    given = ", ".join(f"{name} {kind} {list(t.shape)}" for name, kind, t in rows)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    tokens = [t.shape[1] for t in tensors if t.dim() == 2 and not t.is_floating_point()]
+    if isinstance(positions, int) and tokens and max(tokens) > positions:
+        given += (
+            f": {max(tokens)} tokens, and the model has {positions} positions "
+            "(config.max_position_embeddings)"
         )
-    return CaptureError(
-        f"cannot capture {name}{where}\n  {type(error).__name__}: {seen[0]}\n"
-        "  Where the same call of the plain model fails too, its arguments do not fit the model. "
-        "Otherwise: a call must be one graph of tensor ops, without a Python branch on a tensor's "
-        "values and without an output that is neither a tensor nor a plain constant (for a decoder "
-        f"pass use_cache=False); {BREAKS}"
-    )
+    return given

@@ -32,11 +32,7 @@ from turbotx.capture.ambient import (
 from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.call_key import describe_call, make_signature
 from turbotx.capture.capture_sizes import capture_sizes
-from turbotx.capture.composition import (
-    calls_forward,
-    leave_foreign,
-    left_alone,
-)
+from turbotx.capture.composition import calls_forward, leave_foreign, left_alone
 from turbotx.capture.module_state.record import Difference, training_error
 from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import (
@@ -49,6 +45,7 @@ from turbotx.capture.trace import Captured
 from turbotx.capture.tracing import tracing
 from turbotx.engine.compiled import AssembledCall, Compiled
 from turbotx.engine.failures import named_failures
+from turbotx.engine.launch_ranges import LaunchRanges
 from turbotx.engine.observers import observers
 from turbotx.engine.pipeline import bind, build_ahead, compile_captured, schedule
 from turbotx.engine.progress import show_progress
@@ -113,9 +110,10 @@ class Engine:
         """Run a call; return what served it, and the leaves of its output."""
         for _ in range(MOST_CHANGES):
             variant, program, binding, tensors = self.check(args, kwargs)
+            watch = LaunchRanges(program) if self.options.launch_ranges else None
             try:
                 with torch.no_grad():
-                    outputs = program.run(binding, tensors)
+                    outputs = program.run(binding, tensors, watch=watch)
             except ModelChangedError as error:
                 self._forget(variant, error)
                 continue

@@ -94,6 +94,7 @@ class Service:
         self.model, self.settings = model, settings
         self.metrics = Metrics()
         self.state: State = "loading"
+        self.url = ""  # where it listens, for the line that says that it is ready
         self.failure: ModelFailed | None = None
         self.preparing = False  # a thread runs the model for the first time
         self.left = asyncio.Event()  # the same: bodies that are half there are not waited for
@@ -136,6 +137,9 @@ class Service:
         )
         self._dispatcher.start()
         self.state = "ready"
+        info, policy = self.model.info, self.settings.policy
+        what = f"{info.name} by {info.backend} in {info.dtype} on {info.device}, policy {policy}"
+        log.info("ready: %s%s", what, f", {self.url}" if self.url else "")
 
     async def _in_thread(self, work: Callable[[], CostTable]) -> CostTable:
         """Run it in a thread that does not keep the process: a capture takes a while."""
