@@ -18,7 +18,7 @@ from torch import nn
 
 import turbotx
 from tests.cli.command_line import Ran, make_run
-from turbotx.cli.output import INTERNAL, MISUSED
+from turbotx.cli.output import FAILED, INTERNAL, MISUSED
 from turbotx.errors import versions
 
 
@@ -49,6 +49,35 @@ def test_a_wrong_command_is_one_line(
     found = run(*arguments, "--json")
     assert found.code == MISUSED and expected in found.json["error"]
     assert found.json["exit_code"] == MISUSED and found.err == ""
+
+
+SMALL = "hf-config:bert,num_hidden_layers=1,hidden_size=32,num_attention_heads=2"
+WIDE = """
+import torch
+
+def make():
+    return torch.nn.LayerNorm(8).double().eval(), (torch.randn(2, 8, dtype=torch.float64),)
+"""
+
+
+def test_a_shape_that_the_model_does_not_have(run: Callable[..., Ran]) -> None:
+    code, out, err = run("compile", SMALL, "--shape", "seq=100000", "--stage", "fused")
+    assert code == FAILED and out == "" and err.count("\n") == 1
+    assert "100000 tokens, and the model has 512 positions" in err
+
+
+def test_a_float64_model_is_said_to_be_measured_by_nothing(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    (tmp_path / "wide.py").write_text(WIDE)
+    code, out, _ = run("verify", f"{tmp_path / 'wide.py'}:make")
+    assert code == 0 and "n/a: of float64" in out
+
+
+def test_a_loader_that_failed_is_the_users(run: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def make():\n    return None\n")
+    code, _, err = run("verify", f"{tmp_path / 'broken.py'}:make")
+    assert code == MISUSED and "gave a NoneType" in err and err.count("\n") == 1
 
 
 def test_a_fault_of_turbotx_is_told_from_a_mistake(
