@@ -159,8 +159,11 @@ def functions(
 def sweep_rows(emit: Emit, dtype: str) -> None:
     """Softmax and LayerNorm of many rows, by rows and warps a program."""
     for function in ("softmax", "layer_norm"):
-        for width, tags in ((768, ("r1w1", "r1w2", "r1w4", "r2w2", "r4w4", "r4w8")),
-                            (4096, ("r1w2", "r1w4", "r1w8", "r1w16"))):  # fmt: skip
+        for width, tags in (
+            (768, ("r1w1", "r1w2", "r1w4", "r2w1", "r2w2", "r2w4", "r4w4")),
+            (1024, ("r1w1", "r1w2", "r1w4", "r2w2", "r4w4")),
+            (4096, ("r1w4", "r1w8", "r1w16", "r2w8")),
+        ):
             for tag in tags:
                 place = f"sweep/{function}/{width}/{dtype}/{tag}"
                 prepared = _prepare(function, width, dtype, "turbotx", True, tag)

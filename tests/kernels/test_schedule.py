@@ -113,3 +113,13 @@ def test_offsets_past_31_bits_are_wide() -> None:
 def test_sizes_in_strides_may_be_declared_divisible() -> None:
     assert divisible_sizes(kernel(N)) == ("n",)
     assert divisible_sizes(kernel(384)) == ()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 32767, 32768, 40000, 10**7])
+@pytest.mark.parametrize("tile", [1, 4])
+def test_many_rows_are_shared_by_few_programs(rows: int, tile: int) -> None:
+    shared = Schedule(tile, 1024, programs=32768)
+    tiles, programs = -(-rows // tile), shared.count(rows)
+    assert Schedule(tile, 1024).count(rows) == tiles
+    assert programs == tiles if tiles < 32768 else 16384 <= programs <= 32768
+    assert programs == 0 if rows == 0 else max(1, tiles // programs) * programs <= tiles

@@ -187,7 +187,7 @@ def test_only_a_change_of_stream_waits(monkeypatch):
 
     class Stream:
         def __init__(self, name):
-            self.name = name
+            self.name, self.cuda_stream = name, len(name)
 
         def wait_stream(self, other):
             waits.append((self.name, other.name))

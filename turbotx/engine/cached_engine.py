@@ -15,7 +15,6 @@ from collections.abc import Hashable, Mapping
 from typing import Any, cast
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx.capture.ambient import read_asked, read_decisive
@@ -179,7 +178,7 @@ class StepEngine(Engine):
 
         variant, outputs = self.run_flat((), call)
         leaves = [cache if type(x) is str and x == CACHE else x for x in outputs]
-        return pytree.tree_unflatten(leaves, variant.out_spec)
+        return variant.build_output(leaves)
 
     def _learn_shapes(self, call: dict[str, Any], batch: int, length: torch.Tensor) -> None:
         """Capture a call over memory of any size: the graph tells which size it takes."""

@@ -104,7 +104,7 @@ class Engine:
         if torch.autograd._profiler_enabled():
             run = record_function(f"turbotx: {type(self.model).__name__}")(run)
         variant, outputs = run(args, kwargs)
-        return pytree.tree_unflatten(outputs, variant.out_spec)
+        return variant.build_output(outputs)
 
     def run_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
         """Run a call; return what served it, and the leaves of its output."""

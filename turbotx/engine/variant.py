@@ -18,6 +18,7 @@ import torch
 
 from turbotx.capture.module_state.record import Difference
 from turbotx.engine.compiled import Compiled
+from turbotx.engine.output_builder import OutputBuilder
 from turbotx.engine.state_guard import StateGuard
 from turbotx.errors import CaptureError
 from turbotx.runtime.tensor_watch import start_native_watch
@@ -38,6 +39,7 @@ class Variant:
         self.program = compiled.program
         self.matcher = compiled.captured.matcher
         self.out_spec = compiled.captured.out_spec
+        self.build_output = OutputBuilder(self.out_spec)
         self.effects = compiled.captured.effects
         self.used = 0  # when it was last found for a call, counted in calls
         state = compiled.captured.state if guarded else None

@@ -17,7 +17,7 @@ class Heuristics:
     registers. loop_tile: columns in flight where a row is longer. strided: side of the square tile
     where neighbours in memory lie along the rows. few, many: elements up to which a program has 4
     and 8 warps; more take 16. row_elements: elements a thread of rows that are reduced; 0: as many
-    as others.
+    as others. programs: about how many programs reduce rows at most; 0: as many as there are tiles.
     """
 
     pointwise_tile: int = 1024
@@ -28,6 +28,7 @@ class Heuristics:
     few: int = 1024
     many: int = 4096
     row_elements: int = 0
+    programs: int = 0
 
 
 # Bytes that must be in flight on a multiprocessor to keep memory busy: bandwidth x latency (about
@@ -38,7 +39,9 @@ TABLE: dict[str, Heuristics] = {
     "sm_80": Heuristics(),
     # H200, BERT-base (32, 128), 24 norms of 4096 x 768: a warp a row instead of four, which need a
     # barrier, took the call from 1,687 to 1,587 us.
-    "sm_90": Heuristics(row_elements=32),
+    # The device begins no more than 0.8 programs a nanosecond: with one for each row of 768 halves
+    # a softmax or LayerNorm ran at 58 % of a copy's bandwidth, whatever its instructions.
+    "sm_90": Heuristics(row_elements=32, programs=32768),
     "sm_100": Heuristics(pointwise_tile=2048, row_nbytes=4096, few=2048, many=8192),
     "gfx942": Heuristics(),
 }

@@ -29,7 +29,8 @@ class Schedule:
     """A tile of `rows` x `cols` elements for each program.
 
     looped: the program walks along its row, `cols` at a time, instead of holding it in registers.
-    wide: offsets are computed in 64 bits.
+    wide: offsets are computed in 64 bits. programs: about how many there are at most, each of which
+    takes one tile after another; 0: each takes one.
     """
 
     rows: int
@@ -37,11 +38,20 @@ class Schedule:
     num_warps: int = 4
     looped: bool = False
     wide: bool = False
+    programs: int = 0
 
     @property
     def tag(self) -> str:
         """A short name for files and tables: `r1c1024w4`, with l for looped and x for wide."""
-        return f"r{self.rows}c{self.cols}w{self.num_warps}" + "l" * self.looped + "x" * self.wide
+        most = f"p{self.programs}" if self.programs else ""
+        tile = f"r{self.rows}c{self.cols}w{self.num_warps}{most}"
+        return tile + "l" * self.looped + "x" * self.wide
+
+    def count(self, rows: int) -> int:
+        """Return how many programs work on so many rows: no more than `programs`, each on as many
+        tiles as the others or one fewer."""
+        tiles = -(-rows // self.rows)
+        return -(-tiles // (1 + tiles // self.programs)) if self.programs else tiles
 
 
 def vector_axes(kernel: ir.Kernel) -> tuple[ir.Axis, ...]:
@@ -97,7 +107,8 @@ def _reduction(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristic
         (p.dtype.itemsize for p in kernel.params if p.dtype.is_floating_point), default=4
     )
     rows = max(1, numbers.row_nbytes // narrowest // cols) if kernel.rows else 1
-    return Schedule(rows, cols, _row_warps(rows * cols, numbers))
+    programs = numbers.programs if kernel.rows else 0
+    return Schedule(rows, cols, _row_warps(rows * cols, numbers), programs=programs)
 
 
 def _pointwise(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristics) -> Schedule:
@@ -170,7 +181,7 @@ def needs_wide(kernel: ir.Kernel, dims: Mapping[str, int]) -> bool:
 def grid(kernel: ir.Kernel, schedule: Schedule, dims: Mapping[str, int]) -> tuple[int, int, int]:
     """Return the number of programs along the rows (x) and along the columns (y)."""
     rows = evaluate(product([a.extent for a in outer_axes(kernel)]), dims)
-    x = -(-rows // schedule.rows)
+    x = schedule.count(rows)
     if kernel.columns or not kernel.axes:
         return x, 1, 1
     cols = evaluate(product([a.extent for a in vector_axes(kernel)]), dims)

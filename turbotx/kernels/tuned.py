@@ -56,19 +56,21 @@ def apply(kernel: ir.Kernel, schedule: Schedule, tag: str, length: int) -> Sched
     rows = parts.get("r", schedule.rows) if outer_axes(kernel) else 1
     cols = parts.get("c", schedule.cols)
     looped = cols < length if kernel.columns else False
+    programs = parts.get("p", schedule.programs) if kernel.rows and kernel.columns else 0
     return replace(
-        schedule, rows=rows, cols=cols, num_warps=parts.get("w", schedule.num_warps), looped=looped
-    )
+        schedule, rows=rows, cols=cols, num_warps=parts.get("w", schedule.num_warps), looped=looped,
+        programs=0 if looped else programs,
+    )  # fmt: skip
 
 
 def parse_tag(tag: str) -> dict[str, int]:
     """Return {"r": 2, "c": 1024, "w": 8} for "r2c1024w8"; raise OptionsError for what is no tag."""
-    found = re.fullmatch(r"(?:r(\d+))?(?:c(\d+))?(?:w(\d+))?[lx]*", tag)
-    parts = {k: int(n) for k, n in zip("rcw", found.groups(), strict=True) if n} if found else {}
+    found = re.fullmatch(r"(?:r(\d+))?(?:c(\d+))?(?:w(\d+))?(?:p(\d+))?[lx]*", tag)
+    parts = {k: int(n) for k, n in zip("rcwp", found.groups(), strict=True) if n} if found else {}
     if not parts or any(n < 1 or n & (n - 1) for n in parts.values()):
         raise OptionsError(
-            f"schedule {tag!r} is none: write rows a program, columns and warps, each a power of "
-            'two, as in "r2c1024w8", "r4" or "w8"'
+            f"schedule {tag!r} is none: write rows a tile, columns, warps and most programs, each "
+            'a power of two, as in "r2c1024w8", "r4" or "w8p32768"'
         )
     return parts
 

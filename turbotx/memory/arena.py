@@ -158,6 +158,14 @@ def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:
     return torch.frombuffer(raw, dtype=torch.uint8)
 
 
+def current_handle(device: torch.device) -> int:
+    """Return the handle of the current stream of a CUDA device."""
+    get = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what Inductor's programs call
+    if get is None or device.index is None:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+    return int(get(device.index))
+
+
 class StreamOrder:
     """Lets the next user of an arena wait, on its own stream, for what the last one queued.
 
@@ -168,14 +176,16 @@ class StreamOrder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._last: Any = None
+        self._handle: int | None = None
 
     def enter(self) -> None:
-        stream = torch.cuda.current_stream(self._device)
-        if self._last is not None and self._last != stream:
-            stream.wait_stream(self._last)
+        if self._last is not None and current_handle(self._device) != self._handle:
+            torch.cuda.current_stream(self._device).wait_stream(self._last)
 
     def leave(self) -> None:
-        self._last = torch.cuda.current_stream(self._device)
+        handle = current_handle(self._device)
+        if handle != self._handle:
+            self._handle, self._last = handle, torch.cuda.current_stream(self._device)
 
 
 class Arena:

@@ -72,10 +72,13 @@ def poison(arena_tensor: torch.Tensor) -> None:
 class Lease:
     """Holds an arena from `with` to its end; made by `ChunkPool.lease`."""
 
-    __slots__ = ("_arena", "_nbytes", "_pool", "_timeout_s")
+    __slots__ = ("_arena", "_nbytes", "_poisoned", "_pool", "_timeout_s")
 
-    def __init__(self, pool: ChunkPool, nbytes: int, timeout_s: float | None) -> None:
+    def __init__(
+        self, pool: ChunkPool, nbytes: int, timeout_s: float | None, poisoned: bool
+    ) -> None:
         self._pool, self._nbytes, self._timeout_s = pool, nbytes, timeout_s
+        self._poisoned = poisoned
         self._arena: Arena | None = None
 
     def __enter__(self) -> Arena:
@@ -84,7 +87,7 @@ class Lease:
         try:
             if arena.order is not None:
                 arena.order.enter()
-            if poison_enabled():
+            if self._poisoned:
                 poison(arena.tensor)
         except BaseException:
             self.__exit__()
@@ -137,13 +140,18 @@ class ChunkPool:
         self._waiting = 0
         self._chunk_allocations = self._trims = self._waits = 0
 
-    def lease(self, nbytes: int, timeout_s: float | None = None) -> Lease:
+    def lease(
+        self, nbytes: int, timeout_s: float | None = None, poisoned: bool | None = None
+    ) -> Lease:
         """For `with`: an arena of at least `nbytes` that no other lease has until this one ends.
 
-        Waits while `max_arenas` are taken, or while others hold the memory that it needs. Raises
-        PoolBusy after `timeout_s` seconds of waiting, MemoryExhausted if it could never be had.
+        `poisoned`: whether it begins filled with NaN; None: as TURBOTX_POISON says. Waits while
+        `max_arenas` are taken, or while others hold the memory that it needs. Raises PoolBusy after
+        `timeout_s` seconds of waiting, MemoryExhausted if it could never be had.
         """
-        return Lease(self, nbytes, timeout_s)
+        if poisoned is None:
+            poisoned = poison_enabled()
+        return Lease(self, nbytes, timeout_s, poisoned)
 
     def ensure(self, nbytes: int) -> Arena:
         """The pool's first arena, grown to `nbytes`: for callers that never run concurrently."""

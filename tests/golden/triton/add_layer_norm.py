@@ -24,14 +24,14 @@ def fused_add_layer_norm(
     row = tl.program_id(0)
     col = tl.arange(0, COLS)
     col_ok = col < 384
-    x = tl.load(x_ptr + row * 384 + col, mask=col_ok)
-    bias = tl.load(bias_ptr + col, mask=col_ok)
-    y = tl.load(y_ptr + row * 384 + col, mask=col_ok)
+    x = tl.load(x_ptr + row * 384 + col, mask=col_ok, other=0)
+    bias = tl.load(bias_ptr + col, mask=col_ok, other=0)
+    y = tl.load(y_ptr + row * 384 + col, mask=col_ok, other=0)
     add1 = x + bias + y
     weight = tl.load(weight_ptr + col, mask=col_ok)
     # mean, m2 over col, of the row in registers
     mean_share = 1.0 / (384)
-    mean = tl.sum(tl.where(col_ok, add1, 0.0) * mean_share, 0)
+    mean = tl.sum(add1 * mean_share, 0)
     mean_off = tl.where(col_ok, add1 - mean, 0.0)
     mean_low = tl.sum(mean_off * mean_share, 0)
     mean_off = tl.where(col_ok, mean_off - mean_low, 0.0)

@@ -15,14 +15,9 @@ def maximum(a, b):
 
 
 @triton.jit
-def combine(some0_a, largest1_a, total1_a, some0_b, largest1_b, total1_b):
-    some0 = some0_a | some0_b
-    largest1 = maximum(largest1_a, largest1_b)
-    gap1 = tl.abs(largest1_a - largest1_b)
-    fade1 = tl.where(largest1_a == largest1_b, 1.0, tl.exp(-gap1))
-    ahead1 = largest1_a > largest1_b
-    total1 = total1_a * tl.where(ahead1, 1.0, fade1) + total1_b * tl.where(ahead1, fade1, 1.0)
-    return some0, largest1, total1
+def combine(some_a, some_b):
+    some = some_a | some_b
+    return some
 
 
 @triton.jit
@@ -48,18 +43,15 @@ def fused_logical_not_softmax_full_like_where(
     )
     where = tl.where(hidden, float("-inf"), scores * 0.125)
     not_ = ~(where == float("-inf"))
-    # any_, largest, total over col in one pass
-    any_, largest, total = tl.reduce(
-        (
-            tl.where(col_ok, not_.to(tl.int32), 0),
-            tl.where(col_ok, where, float("-inf")),
-            tl.where(col_ok, tl.where(where == float("inf"), float("nan"), 1.0), 0.0),
-        ),
-        0,
-        combine,
-    )
+    # any_ over col
+    any_ = tl.reduce(tl.where(col_ok, not_.to(tl.int32), 0), 0, combine)
     any_ = any_ != 0
-    where_1 = tl.where(~any_, 0.0, tl.exp(where - largest) / total)
+    # largest, total over col, of the row in registers
+    where = tl.where(col_ok, where, float("-inf"))
+    largest = tl.reduce(where, 0, maximum)
+    total = tl.sum(tl.exp(where - largest), 0)
+    total = tl.where(largest == float("-inf"), 0.0, total)
+    where_1 = tl.where(~any_, 0.0, tl.exp(where - largest) * (1.0 / total))
     tl.store(
         where_ptr + row1 * scores_d1 * scores_d2 * scores_d3 + row * scores_d3 + col,
         where_1,

@@ -50,4 +50,4 @@ def fused_softmax(
         col = start + tl.arange(0, COLS)
         col_ok = col < seq
         x = tl.load(x_ptr + row * seq + col, mask=col_ok)
-        tl.store(softmax_ptr + row * seq + col, tl.exp(x - largest) / total, mask=col_ok)
+        tl.store(softmax_ptr + row * seq + col, tl.exp(x - largest) * (1.0 / total), mask=col_ok)

@@ -14,16 +14,6 @@ def maximum(a, b):
 
 
 @triton.jit
-def combine(largest_a, total_a, largest_b, total_b):
-    largest = maximum(largest_a, largest_b)
-    gap = tl.abs(largest_a - largest_b)
-    fade = tl.where(largest_a == largest_b, 1.0, tl.exp(-gap))
-    ahead = largest_a > largest_b
-    total = total_a * tl.where(ahead, 1.0, fade) + total_b * tl.where(ahead, fade, 1.0)
-    return largest, total
-
-
-@triton.jit
 def fused_softmax(
     x_ptr,
     softmax_ptr,
@@ -35,13 +25,9 @@ def fused_softmax(
     col = tl.arange(0, COLS)
     col_ok = col < seq
     x = tl.load(x_ptr + row * seq + col, mask=col_ok)
-    # largest, total over col in one pass
-    largest, total = tl.reduce(
-        (
-            tl.where(col_ok, x, float("-inf")),
-            tl.where(col_ok, tl.where(x == float("inf"), float("nan"), 1.0), 0.0),
-        ),
-        0,
-        combine,
-    )
-    tl.store(softmax_ptr + row * seq + col, tl.exp(x - largest) / total, mask=col_ok)
+    # largest, total over col, of the row in registers
+    x = tl.where(col_ok, x, float("-inf"))
+    largest = tl.reduce(x, 0, maximum)
+    total = tl.sum(tl.exp(x - largest), 0)
+    total = tl.where(largest == float("-inf"), 0.0, total)
+    tl.store(softmax_ptr + row * seq + col, tl.exp(x - largest) * (1.0 / total), mask=col_ok)

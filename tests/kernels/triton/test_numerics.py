@@ -21,6 +21,7 @@ from tests.compiled_functions import Compilation, compile_function
 from tests.kernels.cpp.test_numerics import LENGTHS, rows_of
 from tests.kernels.triton.triton_runner import TritonRunner
 from tests.ops.operator_samples import excess
+from turbotx.kernels.schedule import Schedule
 
 Function: TypeAlias = Callable[[torch.Tensor], list[torch.Tensor]]
 
@@ -51,8 +52,11 @@ def compiled() -> dict[Function, Compilation]:
     return {f: compile_function(f, torch.randn(3, 5)) for f in FUNCTIONS}
 
 
-def check(function: Function, made: dict[Function, Compilation], x: torch.Tensor) -> None:
-    outputs = made[function].run((x,), TritonRunner())
+def check(
+    function: Function, made: dict[Function, Compilation], x: torch.Tensor,
+    schedule: Schedule | None = None,
+) -> None:  # fmt: skip
+    outputs = made[function].run((x,), TritonRunner(schedule))
     trues = function(x.double())
     for k, (ours, own, true) in enumerate(zip(outputs, function(x), trues, strict=True)):
         assert excess(ours, own, true) is None, f"output {k}: {excess(ours, own, true)}"
@@ -62,6 +66,30 @@ def check(function: Function, made: dict[Function, Compilation], x: torch.Tensor
 @pytest.mark.parametrize("length", LENGTHS)
 def test_along_rows(length: int, kind: str, compiled: dict[Function, Compilation]) -> None:
     check(along_rows, compiled, rows_of(kind, length).float())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("tile", [1, 2])
+def test_programs_that_take_several_tiles(
+    rows: int, tile: int, compiled: dict[Function, Compilation]
+) -> None:
+    x = rows_of("hidden", 70)[:, None].expand(-1, 3, -1).reshape(-1, 70)[:rows].float().clone()
+    shared = Schedule(tile, 128, programs=2)
+    assert len(x) == rows and (rows < 4 or shared.count(rows) < -(-rows // tile))
+    check(along_rows, compiled, x, shared)
+
+
+def test_rows_without_any_element_to_see() -> None:
+    """Only -inf, an infinity among others, NaN: as PyTorch's own."""
+    x = torch.randn(4, 70)
+    x[0], x[1, 3], x[2, 69], x[3, :69] = -torch.inf, torch.inf, torch.nan, -torch.inf
+
+    def shares(x: torch.Tensor) -> list[torch.Tensor]:
+        return [x.softmax(-1), x.log_softmax(-1), x.logsumexp(-1)]
+
+    made = compile_function(shares, torch.randn(3, 5))
+    for ours, own in zip(made.run((x,), TritonRunner()), shares(x), strict=True):
+        torch.testing.assert_close(ours, own, equal_nan=True)
 
 
 @pytest.mark.parametrize("length", [0, *LENGTHS[:-2]])

@@ -48,6 +48,7 @@ class StandInCuda:
             ),
             "init": lambda: None,
             "current_stream": lambda device: self.current,
+            "current_device": lambda: 0,
             "device": self.entered("device"),
             "stream": self.entered("stream"),
             "Stream": lambda device: SimpleNamespace(wait_stream=self.note("side waits for")),

@@ -26,8 +26,8 @@ from turbotx.kernels.triton.reduce import TYPES
 from turbotx.kernels.triton.text import ATOM, LEVELS, Text, literal, size_text
 
 RESERVED = frozenset(
-    {"tl", "triton", "libdevice", "row_ok", "col_ok", "index", "position", "start", "status_ptr",
-     "ROWS", "COLS", *FUNCTIONS, *keyword.kwlist, *dir(builtins)}
+    {"tl", "triton", "libdevice", "row_ok", "col_ok", "index", "position", "start", "turn",
+     "status_ptr", "ROWS", "COLS", *FUNCTIONS, *keyword.kwlist, *dir(builtins)}
 )  # fmt: skip
 TENSOR_FUNCTIONS = frozenset(FUNCTIONS) - {"maximum", "minimum"}
 # Longest expression that is written inside another one rather than given a name.
@@ -51,6 +51,29 @@ class Body:
         self.texts: dict[str, Text] = {n: Text(name) for n, name in self.names.items()}
         self.row_masked = self.two_dims
         self.col_masked = True
+        # Loads that give zeros past the end, so that a sum of what they make needs no mask.
+        self.zero_filled = {
+            load
+            for s in kernel.body
+            if isinstance(s, ir.Reduce) and s.op == "welford" and not schedule.looped
+            for load in self._loads_of_zeros(s.args[0]) or ()
+        }
+
+    def is_zero_outside(self, value: str) -> bool:
+        """Tell whether a value is 0 in the columns past the end."""
+        loads = self._loads_of_zeros(value)
+        return loads is not None and loads <= self.zero_filled
+
+    def _loads_of_zeros(self, value: str) -> set[str] | None:
+        """Return the loads that make a value 0 past the end where they give 0 there; None where
+        none do."""
+        s = self.makers[value]
+        if isinstance(s, ir.Load):
+            return {value} if "c" in self.dims(self.axes_in(s.access.offset)) else None
+        if not isinstance(s, ir.Compute) or s.op not in ("add", "sub", "neg", "cast"):
+            return None
+        found = [self._loads_of_zeros(a) for a in s.args]
+        return None if None in found else set().union(*filter(None, found))
 
     def _name_values(self) -> dict[str, str]:
         """Give every value a Python name of its own, without the underscores that C++ needed."""
@@ -164,8 +187,9 @@ class Body:
     def _load(self, s: ir.Load) -> str:
         pointer, _, masks = self._address(s.access)
         guarded = s.access.mask or any(self._checked(v) for v in ir.values_in(s.access.offset))
+        guarded = guarded or s.result in self.zero_filled
         mask = f", mask={' & '.join(masks)}" if masks else ""
-        other = ", other=0" if guarded else ""
+        other = ", other=0" if guarded and masks else ""
         stored = next(p.dtype for p in self.kernel.params if p.name == s.access.param)
         cast = "" if stored is s.dtype else f".to({TYPES[s.dtype]})"
         return f"tl.load({pointer}{mask}{other}){cast}"
@@ -254,6 +278,10 @@ class Body:
             assert isinstance(constant, ir.Constant)
             return Text(literal(constant.value, s.dtype))
         own, wanted = LEVELS.get(s.op, (0, (ATOM,) * len(args)))
+        if s.op == "div" and self._is_total(s.args[1]):
+            # At least 1 where it is not NaN or of nothing: one division a row, then products.
+            args[1] = Text(f"(1.0 / {args[1].text})")
+            template, own, wanted = PRIMITIVES["mul"].triton, *LEVELS["mul"]
         level = ATOM if call or s.op == "cast" else own
         parts = [x.text if call else x.inside(w) for x, w in zip(args, wanted, strict=True)]
         text = template.format(*parts, type=TYPES[s.dtype])
@@ -261,6 +289,11 @@ class Body:
         if all(values) and s.op not in COMPARISONS and s.op != "cast":
             return Text(f"{Text(text, level).inside()}.to({TYPES[s.dtype]})")
         return Text(text, level)
+
+    def _is_total(self, value: str) -> bool:
+        """Tell whether a value is the sum of a softmax's exponentials."""
+        maker = self.makers[value]
+        return isinstance(maker, ir.Reduce) and maker.op == "softmax" and value != maker.results[0]
 
     def _argument(self, value: str, user: ir.Compute) -> Text:
         """Return a value as source; device functions want tensors, also for constants."""

@@ -30,7 +30,7 @@ from turbotx.kernels.schedule import (
 )
 from turbotx.kernels.triton.body import Body
 from turbotx.kernels.triton.functions import stand_alone
-from turbotx.kernels.triton.reduce import HELD, Group, reduce_held
+from turbotx.kernels.triton.reduce import HELD, Group, HeldTile
 from turbotx.kernels.triton.text import wrap
 
 # Row tiles up to this many elements load what later steps need (weights) before the first
@@ -124,6 +124,7 @@ class _Printer:
         cols = " x ".join(show_expr(a.extent) for a in self.cols) or "1"
         kind = "reduced over" if k.columns else "by"
         held = f"in turns of {s.cols}" if s.looped else f"in tiles of {s.rows} x {s.cols}"
+        held += f", about {s.programs} programs at most" if s.programs else ""
         lines.append(f"  rows {rows}, {kind} columns {cols}, {held}, {s.num_warps} warps")
         return lines
 
@@ -132,19 +133,40 @@ class _Printer:
 
     def _where(self) -> None:
         """Print where this program works: its rows and, unless they are looped over, columns."""
-        s, body = self.schedule, self.body
+        s = self.schedule
         wide = ".to(tl.int64)" if s.wide else ""
-        if self.rows:
-            place = f"tl.program_id(0){wide}"
-            if body.two_dims:
-                place += " * ROWS + tl.arange(0, ROWS)[:, None]"
-            self._unpack(place, self.rows, "index")
-            if body.two_dims:
-                flat = self.rows[0].name if len(self.rows) == 1 else "index"
-                extent = product([a.extent for a in self.rows])
-                self.put(f"row_ok = {flat} < {body.expr(extent)}")
+        if s.programs:
+            self._where_in_columns(wide)
+            self._turns(wide)
+        elif self.rows:
+            self._where_in_rows(f"tl.program_id(0){wide}")
+        if not s.programs:
+            self._where_in_columns(wide)
+
+    def _turns(self, wide: str) -> None:
+        """Begin the loop over a program's tiles. What is the same for all of them is loaded again
+        for each, from the cache: it would take the registers of other programs' rows."""
+        tiles = self.body.expr(product([a.extent for a in self.rows]))
+        if self.body.two_dims:
+            tiles = f"tl.cdiv({tiles}, ROWS)"
+        self.put(f"for turn in range(tl.program_id(0){wide}, {tiles}, tl.num_programs(0){wide}):")
+        self.depth += 1
+        self._where_in_rows("turn")
+
+    def _where_in_rows(self, place: str) -> None:
+        body = self.body
+        if body.two_dims:
+            place += " * ROWS + tl.arange(0, ROWS)[:, None]"
+        self._unpack(place, self.rows, "index")
+        if body.two_dims:
+            flat = self.rows[0].name if len(self.rows) == 1 else "index"
+            extent = product([a.extent for a in self.rows])
+            self.put(f"row_ok = {flat} < {body.expr(extent)}")
+
+    def _where_in_columns(self, wide: str) -> None:
+        s = self.schedule
         if self.cols and not s.looped:
-            span = "tl.arange(0, COLS)" + ("[None, :]" if body.two_dims else "")
+            span = "tl.arange(0, COLS)" + ("[None, :]" if self.body.two_dims else "")
             if tiles_columns(self.kernel, s):
                 span = f"tl.program_id({1 if self.rows else 0}){wide} * COLS + {span}"
             self._columns(span)
@@ -262,12 +284,14 @@ class _Printer:
         self._mark(group)
 
     def _reduce_held(self, r: ir.Reduce) -> None:
-        axis, count = 1 if self.body.two_dims else 0, self.body.expr(self.length)
         over = ", ".join(a.name for a in self.cols)
         results, x = [self.body.names[n] for n in r.results], self.body.whole_tile(r.args[0])
         self.put(f"# {', '.join(results)} over {over}, of the row in registers")
-        masked = self.body.col_masked
-        for line in reduce_held(results, x, count, masked, axis):
+        tile = HeldTile(
+            x, self.body.expr(self.length), self.body.col_masked,
+            self.body.is_zero_outside(r.args[0]), int(self.body.two_dims),
+        )  # fmt: skip
+        for line in tile.reduce(r.op, results):
             self.put(line)
         self.emitted.update(r.results)
 

@@ -86,39 +86,69 @@ STATES = {
         ("{x}", 'tl.where({x} == float("inf"), float("nan"), 1.0)'),
     ),
 }
-# Reductions for which a row in registers is looked at again, in steps of plain sums. It costs no
-# memory: joining elements one by one took a warp about 1,150 instructions for 768 of them, as many
-# as it has slots for while memory brings the next row (H200, a norm alone at 58 % of a copy).
-HELD = ("welford",)
+# Reductions for which a row in registers is looked at again, in steps of plain sums and maxima. It
+# costs no memory: joining elements one by one took a warp about 1,150 instructions for 768 of them,
+# as many as it has slots for while memory brings the next row (H200, a norm or a softmax alone at
+# 58 % of a copy).
+HELD = ("welford", "softmax")
 LOCALS = ("share", "delta", "below", "step", "gap", "fade", "ahead")
 
 
-def reduce_held(
-    results: Sequence[str], x: str, count: str, masked: bool, axis: int
-) -> list[str]:  # fmt: skip
-    """Return lines that make mean and m2 of a tile that stays in registers.
+@dataclass(frozen=True)
+class HeldTile:
+    """A tile that stays in registers: its name, its number of columns as text, whether it has
+    columns past the end, whether it is 0 there, and the axis that is reduced."""
 
-    x: the tile's name. count: its number of columns, as text. masked: whether columns past the end
-    must be left out.
-    """
-    keep = ", keep_dims=True" if axis else ""
-    mean, m2 = results
-    share, off, low = f"{mean}_share", f"{mean}_off", f"{mean}_low"
+    x: str
+    count: str
+    masked: bool
+    is_zero_outside: bool
+    axis: int
 
-    def among(text: str) -> str:
-        return f"tl.where(col_ok, {text}, 0.0)" if masked else text
+    def among(self, text: str, otherwise: str = "0.0") -> str:
+        """Return `text` where there is a column."""
+        return f"tl.where(col_ok, {text}, {otherwise})" if self.masked else text
 
-    # Shares are added, since the sum of large elements may overflow. `low` is what rounding took
-    # from the mean: near 1e4 float32 has steps of 1e-3, and m2 would be off by 4e-4.
-    return [
-        f"{share} = 1.0 / ({count})",
-        f"{mean} = tl.sum({among(x)} * {share}, {axis}{keep})",
-        f"{off} = {among(f'{x} - {mean}')}",
-        f"{low} = tl.sum({off} * {share}, {axis}{keep})",
-        f"{off} = {among(f'{off} - {low}')}",
-        f"{m2} = tl.sum({off} * {off}, {axis}{keep})",
-        f"{mean} += {low}",
-    ]
+    @property
+    def keep(self) -> str:
+        return ", keep_dims=True" if self.axis else ""
+
+    def reduce(self, op: str, results: Sequence[str]) -> list[str]:
+        """Return lines that make the results of a reduction that is one of `HELD`."""
+        return {"welford": self._welford, "softmax": self._softmax}[op](*results)
+
+    def _welford(self, mean: str, m2: str) -> list[str]:
+        share, off, low = f"{mean}_share", f"{mean}_off", f"{mean}_low"
+        x = self.x if self.is_zero_outside else self.among(self.x)
+        # Shares are added, since the sum of large elements may overflow. `low` is what rounding
+        # took from the mean: near 1e4 float32 has steps of 1e-3, and m2 would be off by 4e-4.
+        return [
+            f"{share} = 1.0 / ({self.count})",
+            f"{mean} = {self._sum(f'{x} * {share}')}",
+            f"{off} = {self.among(f'{self.x} - {mean}')}",
+            f"{low} = {self._sum(f'{off} * {share}')}",
+            f"{off} = {self.among(f'{off} - {low}')}",
+            f"{m2} = {self._sum(f'{off} * {off}')}",
+            f"{mean} += {low}",
+        ]
+
+    def _softmax(self, largest: str, total: str) -> list[str]:
+        lowest = neutral("lowest", torch.float32)
+        # Columns past the end are never looked at again: as -inf they need no mask, and whoever
+        # wants exp(x - largest) finds it computed.
+        lines, seen = [], self.among(self.x, lowest)
+        if self.masked and self.x.isidentifier():
+            lines, seen = [f"{self.x} = {seen}"], self.x
+        return [
+            *lines,
+            f"{largest} = tl.reduce({seen}, {self.axis}, maximum{self.keep})",
+            f"{total} = {self._sum(f'tl.exp({seen} - {largest})')}",
+            # Of nothing, or of nothing but -inf.
+            f"{total} = tl.where({largest} == {lowest}, 0.0, {total})",
+        ]
+
+    def _sum(self, text: str) -> str:
+        return f"tl.sum({text}, {self.axis}{self.keep})"
 
 
 def neutral(kind: str, dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from turbotx.capture.ambient import without_autocast
 from turbotx.errors import BuildWarning, DeviceError, TurbotxError
 from turbotx.memory.planner.plan import align
 from turbotx.memory.pool import ChunkPool, poison_enabled
-from turbotx.program.executable import Executable
+from turbotx.program.executable import Executable, WholeTensor
 from turbotx.runtime.binding import Binding, Execution
 from turbotx.runtime.cuda.queue import CudaQueue
 from turbotx.runtime.cuda.settings import math_settings
@@ -36,6 +36,19 @@ from turbotx.runtime.watch import Watch
 
 # cuBLAS and 128-bit accesses are at their best from addresses like an allocator's.
 ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class GraphBinding(Binding):
+    """A call at one shape, and where its graph has inputs and outputs: behind the intermediates.
+
+    outer: shapes and dtypes of inputs, then of outputs. outer_offsets: where they lie.
+    graph_nbytes: of all memory.
+    """
+
+    outer: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    outer_offsets: tuple[int, ...]
+    graph_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,26 @@ class CudaGraphProgram(Program):
         self._callers: dict[int, Held] = {}
         """Weights that graphs of the caller's read, by version: nothing tells when those go."""
         self._shapes = [(t.shape.compile(self.dims), t.dtype) for t in executable.inputs]
+        self._plain_leaves = self._find_plain_leaves()
+
+    def _find_plain_leaves(self) -> list[int] | None:
+        """Return which output each leaf is, where each is one and nothing else."""
+        place = {t.name: k for k, (t, _, _) in enumerate(self._outputs)}
+        leaves = self.executable.leaves
+        if all(isinstance(x, WholeTensor) and x.name in place for x in leaves):
+            return [place[x.name] for x in leaves]
+        return None
+
+    def _plan_shape(self, dims: tuple[int, ...]) -> Binding:
+        plain = super()._plan_shape(dims)
+        inputs = ((shape(*dims), dtype) for shape, dtype in self._shapes)
+        outer = (*inputs, *((shape, dtype) for _, shape, dtype in plain.outputs))
+        offsets, end = [], align(plain.footprint_nbytes, ALIGNMENT)
+        for shape, dtype in outer:
+            offsets.append(end)
+            end = align(end + math.prod(shape) * dtype.itemsize, ALIGNMENT)
+        known = {f.name: getattr(plain, f.name) for f in fields(plain)}
+        return GraphBinding(**known, outer=outer, outer_offsets=tuple(offsets), graph_nbytes=end)
 
     def run(
         self, binding: Binding, tensors: Sequence[torch.Tensor], ticks: Any = None,
@@ -107,9 +140,8 @@ class CudaGraphProgram(Program):
 
     def reserve(self, binding: Binding) -> None:
         """Map the memory of a shape now, that of its graph included."""
-        self.pool.reserve(
-            self._lay_out(binding)[1] if self._graphs.most else binding.footprint_nbytes
-        )
+        assert isinstance(binding, GraphBinding)
+        self.pool.reserve(binding.graph_nbytes if self._graphs.most else binding.footprint_nbytes)
 
     @contextmanager
     def used(
@@ -143,18 +175,20 @@ class CudaGraphProgram(Program):
     # --- graphs ---
 
     def _replay(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> list[Any]:
-        offsets, nbytes = self._lay_out(binding)
-        with self.pool.lease(nbytes) as arena:
-            captured = self._find(arena, binding, offsets)
+        assert isinstance(binding, GraphBinding)
+        with self.pool.lease(binding.graph_nbytes, poisoned=False) as arena:
+            captured = self._find(arena, binding)
             outputs = self._play(captured, binding, tensors)
             # Looking at every parameter takes as long as a short model: the device works meanwhile,
             # on memory that `captured` keeps, and its results are dropped if one has changed.
             if self.runtime.weights.refresh():
-                captured = self._find(arena, binding, offsets)
+                captured = self._find(arena, binding)
                 outputs = self._play(captured, binding, tensors)
         failed = self.runtime.failed()
         if failed:
             self._explain_failure(failed)
+        if self._plain_leaves is not None:
+            return [outputs[k] for k in self._plain_leaves]
         state = self._state(binding, arena, tensors, outputs, tensors)
         return [leaf(state) for leaf in self._leaves]
 
@@ -173,7 +207,7 @@ class CudaGraphProgram(Program):
             call(partial(torch._foreach_copy_, outputs, captured.outputs))
         return outputs
 
-    def _find(self, arena: Any, binding: Binding, offsets: list[int]) -> CapturedGraph:
+    def _find(self, arena: Any, binding: GraphBinding) -> CapturedGraph:
         """Return the graph of a shape in this arena, captured now if there is none that holds."""
         key = (arena.index, binding.dims)
         stamp = (arena.data_ptr, arena.shrinks, self.runtime.weights.version, math_settings())
@@ -182,18 +216,16 @@ class CudaGraphProgram(Program):
             if captured is not None and captured.stamp == stamp:
                 self._graphs.kept.move_to_end(key)
                 return captured
-        captured = self._capture(arena, binding, offsets, stamp)
+        captured = self._capture(arena, binding, stamp)
         with self._graphs.lock:
             self._graphs.kept[key] = captured
             while len(self._graphs.kept) > self._graphs.most:
                 self._graphs.kept.popitem(last=False)
         return captured
 
-    def _capture(
-        self, arena: Any, binding: Binding, offsets: list[int], stamp: object
-    ) -> CapturedGraph:
+    def _capture(self, arena: Any, binding: GraphBinding, stamp: object) -> CapturedGraph:
         views = []
-        for (shape, dtype), offset in zip(self._outer(binding), offsets, strict=True):
+        for (shape, dtype), offset in zip(binding.outer, binding.outer_offsets, strict=True):
             part = arena.tensor[offset : offset + math.prod(shape) * dtype.itemsize]
             views.append(part.view(dtype).view(shape))
         count = len(self._inputs)
@@ -214,19 +246,6 @@ class CudaGraphProgram(Program):
             raise _NotCapturable(str(error).splitlines()[0]) from error
         self.graph_captures += 1
         return CapturedGraph(graph, inputs, outputs, stamp, execution.kept)
-
-    def _lay_out(self, binding: Binding) -> tuple[list[int], int]:
-        """Return where inputs and outputs lie behind the plan, and the bytes of all."""
-        offsets, end = [], align(binding.footprint_nbytes, ALIGNMENT)
-        for shape, dtype in self._outer(binding):
-            offsets.append(end)
-            end = align(end + math.prod(shape) * dtype.itemsize, ALIGNMENT)
-        return offsets, end
-
-    def _outer(self, binding: Binding) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Return shapes and dtypes of a call's inputs, then of its outputs."""
-        inputs = [(shape(*binding.dims), dtype) for shape, dtype in self._shapes]
-        return [*inputs, *((shape, dtype) for _, shape, dtype in binding.outputs)]
 
     def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
         super()._point(execution, arena, binding)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
 
 from turbotx.errors import DeviceError
 from turbotx.kernels.job import Binary, Job
+from turbotx.memory.arena import current_handle
 from turbotx.memory.capture_lock import capture_lock
 from turbotx.runtime.cuda import driver as cuda_driver
 from turbotx.runtime.device import Graph, Grid
@@ -48,7 +49,8 @@ class CudaDevice:
         return torch.cuda.get_device_name(self.index)
 
     def active(self) -> AbstractContextManager[object]:
-        return torch.cuda.device(self.index)
+        is_current = torch.cuda.current_device() == self.index
+        return _NOTHING if is_current else torch.cuda.device(self.index)
 
     def load(self, jobs: Sequence[Job]) -> tuple[list[cuda_driver.Function], int]:
         """Build what is not on disk in parallel, load what is not on the device."""
@@ -84,7 +86,7 @@ class CudaDevice:
     def stream(self) -> int:
         """The current stream's handle; this thread has a context afterwards."""
         cuda_driver.ensure_context(self._driver, self.index)
-        return int(torch.cuda.current_stream(self.index).cuda_stream)
+        return current_handle(self.torch_device)
 
     def launch(
         self, function: cuda_driver.Function, grid: Grid, addresses: Any, stream: int,
@@ -199,6 +201,7 @@ class CudaRecorder:
             empty.capture_end()
 
 
+_NOTHING = nullcontext()
 # Graphs whose capture the device broke off.
 _unfinished: list[torch.cuda.CUDAGraph] = []
 

@@ -146,7 +146,7 @@ class KernelFamily:
         return schedule.tag
 
     def _grid(self, schedule: Schedule, length: int, outer: int) -> Grid:
-        programs = -(-outer // schedule.rows)
+        programs = schedule.count(outer)
         if self.kernel.columns or not self.kernel.axes:
             return programs, 1, 1
         tiles = -(-length // schedule.cols)
