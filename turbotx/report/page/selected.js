@@ -38,7 +38,7 @@ function selectedTab(pane) {
     pane.append(
       note(
         launches[0].kind === "gemm"
-          ? "A matrix product with its weights packed once; no source is generated for it."
+          ? `A matrix product ${data.target === "cpu" ? "with its weights packed once" : "of the library"}; no source is generated for it.`
           : `PyTorch runs it: ${data.externs.find((x) => x.op === launches[0].op)?.reason ?? "nothing is generated for it"}`,
       ),
     );
