@@ -198,7 +198,7 @@ try:
 finally:
     server.terminate()
     _, log = server.communicate(timeout=60)
-lines = [json.loads(line)["event"] for line in log.splitlines()]
+lines = [json.loads(line)["event"] for line in log.splitlines() if line.startswith("{")]
 ready = next(line for line in lines if line.startswith("ready: "))
 print(ready.replace(path, "MODEL").rpartition(", ")[0])
 apart = (served - vectors).abs().max().item()

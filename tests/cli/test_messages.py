@@ -62,8 +62,16 @@ def make():
 
 def test_a_shape_that_the_model_does_not_have(run: Callable[..., Ran]) -> None:
     code, out, err = run("compile", SMALL, "--shape", "seq=100000", "--stage", "fused")
-    assert code == FAILED and out == "" and err.count("\n") == 1
-    assert "100000 tokens, and the model has 512 positions" in err
+    assert code == FAILED and out == ""
+    assert "100000 tokens, and the model has 512 positions" in err.splitlines()[-1]
+
+
+def test_a_long_command_says_in_a_pipe_what_it_does(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbotx.cli.output.LATE_S", -1.0)
+    ran = run("doctor", "--json")
+    assert ran.json["ok"] and "after 0 s: compiler" in ran.err
 
 
 def test_a_float64_model_is_said_to_be_measured_by_nothing(

@@ -38,7 +38,10 @@ def test_the_graph_has_a_box_for_every_launch(open_page: Open, report: Report) -
     boxes = page.find_elements("css selector", "#canvas .box")
     assert len(boxes) == len(page.execute_script("return data.boxes.list"))
     assert len(page.find_elements("css selector", ".band")) == 2
-    assert f"became {len(report.launches)} launches" in text(page, "#headline")
+    assert f"{len(report.ops)} ops became {len(report.launches)} launches" in text(
+        page, "#headline"
+    )
+    assert f"{len(report.ops)} captured ops became {len(report.launches)} launches" in str(report)
     assert len(page.find_elements("css selector", "#after div")) == len(report.launches)
 
 

@@ -74,6 +74,7 @@ def load_module(
 def _load_transformer(folder: Path, classifies: bool, dtype: Any) -> Any:
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # standard error is lines of JSON
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
