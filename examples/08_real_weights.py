@@ -39,7 +39,7 @@ from transformers.utils import logging
 import turbotx
 
 logging.disable_progress_bar()
-path = get_model_path()
+path = str(get_model_path())
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = BertModel.from_pretrained(path).eval()
 fast = turbotx.optimize(model)

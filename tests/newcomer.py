@@ -87,7 +87,7 @@ def build_wheel(folder: Path) -> Path:
 
 
 def wait_until_ready(server: subprocess.Popen[str], url: str) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while time.monotonic() < end and server.poll() is None:
         try:
             with urllib.request.urlopen(url, timeout=5):
