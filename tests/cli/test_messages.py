@@ -147,6 +147,13 @@ class Odd(nn.Module):
         return x
 
 
+class Leaving(nn.Module):
+    """Runs in PyTorch, and in no trace: its numbers leave PyTorch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.numpy().mean()
+
+
 def small_bert() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
@@ -192,6 +199,7 @@ class Shortening(nn.Module):
             r"do not fit the model.*attention_mask float32 \[2, 2\]",
         ),
         (lambda x, path: turbotx.optimize(Odd().eval())(x), "cannot be traced for others"),
+        (lambda x, path: turbotx.optimize(Leaving().eval())(x), "If the plain model fails too"),
         (lambda x, path: turbotx.optimize(Choosing().eval())(x), 'backend="turbotx"'),
         (lambda x, path: turbotx.optimize(Shortening().eval())(x), 'backend="turbotx"'),
         (lambda x, path: turbotx.optimize(nn.Linear(3, 3).eval())("x"), "no tensor among"),

@@ -38,6 +38,13 @@ _ASKS_FOR_VALUES = {
 }  # fmt: skip
 
 
+_CHECKS = (
+    "__init__.py", "_ops.py", "nn/functional.py", "_meta_registrations.py", "_prims", "_refs",
+    "_decomp", "_subclasses",
+)  # fmt: skip
+"""Where PyTorch checks shapes and dtypes while it traces."""
+_OF_TRACES = ("FakeTensor", "fake tensor", "data pointer", "meta tensor", "subclass")
+
 BREAKS = (
     'or call the model through torch.compile(model, backend="turbotx"), which runs in PyTorch what '
     "cannot be captured"
@@ -53,8 +60,9 @@ def capture_error(
     cause: what the model raises for the call's own sizes, True where it raises nothing there, False
     where that is not known. given: its arguments in words.
     """
-    if isinstance(error, CaptureError):
-        return CaptureError(f"cannot capture {name}{_where(error)}\n  {error}")
+    for own in (error, cause):
+        if isinstance(own, CaptureError):
+            return CaptureError(f"cannot capture {name}{_where(own)}\n  {own}")
     asks = [e for e in (error, cause) if type(e).__name__ in _ASKS_FOR_VALUES]
     if asks and isinstance(asks[0], Exception):
         return CaptureError(
@@ -64,22 +72,40 @@ def capture_error(
             "optimized module and pass them as sizes or as numbers, or use a mask of full size; "
             f"{BREAKS}"
         )
-    if isinstance(cause, Exception):
+    if isinstance(cause, Exception) and _is_of_arguments(cause):
         return CaptureError(
             f"cannot capture {name}{_where(cause)}\n  {_first_line(cause)}\n  The arguments do "
             f"not fit the model, which raises this without turbotx too. It was given {given}"
         )
-    found = (
-        "The model runs at the sizes of this call; what it does cannot be traced for others. "
-        if cause
-        else ""
-    )
+    found = ""
+    if cause is True:
+        found = (
+            "The model runs at the sizes of this call; what it does cannot be traced for others. "
+        )
+    elif cause:
+        found = f"If the plain model fails too, look at what it was given: {given}. "
     return CaptureError(
         f"cannot capture {name}{_where(error)}\n  {_first_line(error)}\n  {found}A call must be "
         "one graph of tensor ops, without a Python branch on a tensor's values and without an "
         "output that is neither a tensor nor a plain constant (for a decoder, use_cache=False); "
         f"{BREAKS}"
     )
+
+
+def _is_of_arguments(error: Exception) -> bool:
+    """Tell an error that the plain model raises too from one that only a trace meets: its own
+    `raise`, a call that does not fit a signature, or an operator's check of shapes and dtypes."""
+    text, frames = str(error), traceback.extract_tb(error.__traceback__)
+    plain = type(error) in (RuntimeError, ValueError, TypeError, IndexError)
+    if not plain or not frames or any(word in text for word in _OF_TRACES):
+        return False
+    if isinstance(error, TypeError) and "argument" in text:
+        return True
+    last = Path(frames[-1].filename)
+    root = Path(torch.__file__).parent
+    if not last.is_relative_to(root):
+        return "raise " in (frames[-1].line or "")
+    return last.relative_to(root).as_posix().startswith(_CHECKS)
 
 
 def _where(error: Exception) -> str:
