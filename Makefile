@@ -9,6 +9,8 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 # One worker a core, up to 8 (a worker takes up to 1.5 GB); empty for one process, as pdb needs it.
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
+# Which part of the sweep: 1 is all of it, 3/12 the third of 12 slices.
+SLICE ?= 1
 # For gpu-ready: a Python with the PyTorch, Triton and transformers of the machine with the GPU, and
 # which plans of benchmarks/gpu.py to prepare.
 GPU_PYTHON ?= $(BIN)/python
@@ -26,7 +28,7 @@ UNFINISHED := $(VENV).unfinished
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast lint format notebooks gpu-ready setup clean
+.PHONY: help demo test test-fast sweep durations lint format notebooks gpu-ready setup clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)$$/\1|\2/p' $(MAKEFILE_LIST) | \
@@ -43,6 +45,12 @@ test: $(VENV)/test.stamp ## the whole test suite, slow tests included
 
 test-fast: $(VENV)/test.stamp ## the inner loop: no slow tests, stop at the first failure
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" -x -q $(PYTEST_ARGS)
+
+sweep: $(VENV)/test.stamp ## what takes hours: every operator's samples, every kernel on every target
+	TURBOTX_SWEEP=$(SLICE) $(BIN)/python -m pytest $(PARALLEL) -m sweep $(PYTEST_ARGS)
+
+durations: $(VENV)/test.stamp ## measure every test, which says what is slow: tests/durations.txt
+	TURBOTX_DURATIONS=1 $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(VENV)/test.stamp ## style, formatting and types
 	$(BIN)/ruff check .

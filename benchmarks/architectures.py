@@ -21,16 +21,12 @@ from typing import Any
 
 import torch
 import transformers
-from parity import compare, make_inputs, make_model, processor
+from parity import ARCHITECTURES, compare, make_inputs, make_model, processor
 
 import turbotx
+from turbotx.engine.optimize import engine_of
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
-ARCHITECTURES = (
-    "bert", "distilbert", "roberta", "albert", "electra", "gpt2", "opt", "t5", "llama", "mistral",
-    "qwen2", "vit", "bart", "modernbert", "bloom", "mpnet", "gpt_neo", "xlm", "gemma2",
-    "deberta-v2", "codegen", "gptj", "flaubert",
-)  # fmt: skip
 SHAPES = ("1,1", "2,17", "7,2", "3,40")
 
 
@@ -46,7 +42,7 @@ def count_layer(architecture: str) -> dict[str, int]:
             model, backend="aten"
         )  # the launches are the same, nothing is built
         fast(**make_inputs(model, 2, 8, torch.float32))
-        (compiled,) = fast._engine.variants()
+        (compiled,) = engine_of(fast).variants()
         found.append(Counter(launch.kind for launch in compiled.assembly.launches))
     return dict(found[1] - found[0])
 

@@ -156,15 +156,19 @@ def main() -> int:
     parser.add_argument("plan", choices=sorted(PLANS))
     parser.add_argument("--out", type=Path, default=Path("gpu-rows.jsonl"), help="rows go here")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for everything")
-    parser.add_argument("--only", default="*", help="a pattern of stages' names")
+    parser.add_argument(
+        "--only", default="*", help="patterns of stages' names, with commas between"
+    )
     parser.add_argument("--keep", action="store_true", help=f"write {RESULTS.name} as well")
     parser.add_argument("--list", action="store_true", help="show the stages, and run none")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage:
         return do_stage(options.plan, options.stage, options.out)
+    patterns = options.only.split(",")
     chosen = [
-        [s for s in g if fnmatch.fnmatch(s.name, options.only)] for g in PLANS[options.plan]()
+        [s for s in group if any(fnmatch.fnmatch(s.name, p) for p in patterns)]
+        for group in PLANS[options.plan]()
     ]
     if options.list:
         for stage in (s for group in chosen for s in group):

@@ -40,7 +40,7 @@ class Bound:
         """Capture the call, where that has not happened, and return its graph's bare replay."""
         for _ in range(2):
             self.call()
-        kept = self.program._graphs.kept
+        kept = self.program.graphs.kept
         return next(c for (_, dims), c in kept.items() if dims == self.binding.dims).graph.replay
 
     @property

@@ -53,9 +53,13 @@ class Client:
         self.host, self.port = host, port
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def post(self, path: str, body: bytes) -> int:
-        head = f"POST {path} HTTP/1.1\r\nhost: {self.host}\r\n"
-        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    async def send(self, path: str, body: bytes | None, headers: str = "") -> int:
+        """The status of a POST, or of a GET where there is no body."""
+        if body is None:
+            head, body = f"GET {path} HTTP/1.1\r\nhost: {self.host}\r\n\r\n", b""
+        else:
+            head = f"POST {path} HTTP/1.1\r\nhost: {self.host}\r\n{headers}"
+            head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         while self._free:  # the server may have closed a kept connection: then try the next
             reader, writer = self._free.pop()
             try:
@@ -95,7 +99,7 @@ async def send_trace(host: str, port: int, trace: list[Request], bodies: list[by
     async def send(i: int) -> None:
         due = begin + trace[i].arrival_ms / 1e3
         try:
-            load.statuses[i] = await client.post("/embed", bodies[i])
+            load.statuses[i] = await client.send("/embed", bodies[i])
         except (OSError, asyncio.IncompleteReadError):
             load.statuses[i] = 0
         load.latency_ms[i] = (time.perf_counter() - due) * 1e3

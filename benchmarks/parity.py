@@ -21,9 +21,15 @@ import transformers
 from torch import nn
 
 import turbotx
+from turbotx.engine.optimize import engine_of
 
 RESULTS = Path(__file__).parent / "results" / "parity.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ARCHITECTURES = (
+    "bert", "distilbert", "roberta", "albert", "electra", "gpt2", "opt", "t5", "llama", "mistral",
+    "qwen2", "vit", "bart", "modernbert", "bloom", "mpnet", "gpt_neo", "xlm", "gemma2",
+    "deberta-v2", "codegen", "gptj", "flaubert",
+)  # fmt: skip
 DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers")
 SMALL = {
     "hidden_size": 64, "dim": 64, "d_model": 64, "n_embd": 64, "embedding_size": 32,
@@ -101,7 +107,7 @@ def compare(
         print(f"{architecture:12} {dtype:9} {batch:3} x {seq:<4} eager {errors[0]:.2e} "
               f"turbotx {errors[1]:.2e} {'' if passes else 'FAILS'}", flush=True)  # fmt: skip
     stats = fast.stats()
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     launches: dict[str, int] = {}
     for launch in compiled.assembly.launches:
         launches[launch.kind] = launches.get(launch.kind, 0) + 1

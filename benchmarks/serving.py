@@ -4,9 +4,8 @@ In: nothing (traces are seeded). Out: JSON and plots, per policy throughput, lat
 The engine is a stand-in that sleeps its cost table, or MiniLM with its real weights. Every row is
 kept as it is measured; with ``--for`` a run stops after a while, and the same command goes on::
 
-    python benchmarks/serving.py sleep --for 240
+    python benchmarks/serving.py all            # every row, smaller, within a quarter of an hour
     python benchmarks/serving.py minilm --for 200
-    python benchmarks/serving.py overload
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from http_load import Load, send_trace
+from serving_clients import measure_clients
 from serving_process import LONGEST, serving, sleeping_costs
 from slices import Later, Slices
 
@@ -38,6 +38,7 @@ from turbotx.serving import POLICIES, CostTable, Request, Scheduler
 from turbotx.serving.simulation import offline_capacity_per_s, simulate
 from turbotx.serving.traces import make_trace, poisson_gaps, uniform_lengths
 
+EXPERIMENTS = ("sleep", "overload", "clients", "minilm")
 RESULTS = Path(__file__).parent / "results"
 SCALE = 16  # the toy table slowed down, so that HTTP's own cost stays small beside it
 OVERLOAD_SCALE = 20  # the same, and so that ten times the capacity is within one client's reach
@@ -108,7 +109,7 @@ def overload(slices: Slices, seconds: float) -> None:
     capacity = offline_capacity_per_s(lengths(np.random.default_rng(0), 2000).tolist(), costs)
     rows = []
     for load in (0.9, 1.0, 1.5, 10.0):
-        duration = seconds if load == 10.0 else 30.0
+        duration = seconds if load == 10.0 else seconds / 3
         found = slices.measure(
             f"load {load}", lambda a=capacity * load, d=duration: overload_row(a, d)
         )
@@ -154,17 +155,18 @@ def steady_per_s(load: Load, trace: list[Request], warm_up_ms: float = 5000.0) -
     """Answers a second while requests come in: not the empty start, not the last of the queue."""
     ended = np.array([r.arrival_ms for r in trace]) + np.array(load.latency_ms)
     end_ms = trace[-1].arrival_ms
+    warm_up_ms = min(warm_up_ms, end_ms / 4)
     inside = (np.array(load.statuses) == 200) & (ended > warm_up_ms) & (ended <= end_ms)
     return float(inside.sum() / (end_ms - warm_up_ms) * 1e3)
 
 
 @contextmanager
 def watching(pid: int) -> Iterator[list[int]]:
-    """The resident bytes of a process, every two seconds while the block runs."""
+    """The resident bytes of a process, twice a second while the block runs."""
     path, over, found = Path(f"/proc/{pid}/statm"), threading.Event(), []
 
     def watch() -> None:
-        while not over.wait(2.0):
+        while not over.wait(0.5):
             found.append(int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
 
     thread = threading.Thread(target=watch)
@@ -303,13 +305,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = [
-        " ".join(str(row[k]) for k in ("server", "policy", "load") if k in row) for row in rows
+        " ".join(str(row[k]) for k in ("server", "policy", "load", "beside") if k in row)
+        for row in rows
+    ]
+    rows = [
+        {**r, "p50_ms": r["embed_p50_ms"], "p99_ms": r["embed_p99_ms"]} if "beside" in r else r
+        for r in rows
     ]
     figure, axes = plt.subplots(figsize=(8, 0.5 * len(rows) + 1))
     axes.barh(names, [row.get("p99_ms", 0) for row in rows], color="#b9cfe4", label="p99")
     axes.barh(names, [row.get("p50_ms", 0) for row in rows], color="#2f5d8a", label="p50")
     for i, row in enumerate(rows):
-        rate = row.get("all_at_once_per_s", row.get("per_s"))
+        rate = row.get("all_at_once_per_s", row.get("per_s", row.get("indexed_per_s", 0.0)))
         axes.text(row.get("p99_ms", 1), i, f" {rate:.1f}/s", va="center", fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("latency, ms (throughput beside the bars)")
@@ -321,9 +328,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("experiment", choices=["sleep", "minilm", "overload"])
-    parser.add_argument("--count", type=int, help="requests (sleep 800 and 1200, minilm 400)")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of overload")
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
+    parser.add_argument("--count", type=int, help="requests of a row (sleep, minilm: 400)")
+    parser.add_argument("--seconds", type=float, help="of a row (overload 60, clients 15)")
     parser.add_argument("--load", type=float, default=0.9, help="of the peer's throughput")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument(
@@ -335,31 +342,43 @@ def main() -> None:
         help="measure again what was taken while others used more cores than this",
     )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="forget what has been measured")
-    parser.add_argument("--out", type=Path, help="default: results/serving_EXPERIMENT.json")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for serving_EXPERIMENT.json and .svg"
+    )
     asked = parser.parse_args()
-    out = asked.out or RESULTS / f"serving_{asked.experiment}.json"
-    if asked.again:
-        out.unlink(missing_ok=True)
-    try:
-        rows = run(asked, out)
-    except Later as error:
-        print(f"not yet: {error}")
-        return
-    draw(rows, out.with_suffix(".svg"))
+    asked.out.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    for experiment in EXPERIMENTS if asked.experiment == "all" else [asked.experiment]:
+        out = asked.out / f"serving_{experiment}.json"
+        if asked.again:
+            out.unlink(missing_ok=True)
+        try:
+            rows = run(experiment, asked, out, asked.limit_s - (time.monotonic() - begin))
+        except Later as error:
+            print(f"not yet: {error}")
+            return
+        draw(rows, out.with_suffix(".svg"))
 
 
-def run(asked: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
-    if asked.experiment == "sleep":
-        counts = {0.5: asked.count or 800, 0.8: asked.count or 1200}
-        slices = Slices(out, {"scale": SCALE, "counts": str(counts)}, asked.limit_s, asked.redo)
+def run(
+    experiment: str, asked: argparse.Namespace, out: Path, limit_s: float
+) -> list[dict[str, Any]]:
+    count = asked.count or (200 if asked.experiment == "all" else 400)
+    if experiment == "sleep":
+        counts = {0.5: 2 * count, 0.8: 3 * count}
+        slices = Slices(out, {"scale": SCALE, "counts": str(counts)}, limit_s, asked.redo)
         compare_with_simulator(slices, counts)
-    elif asked.experiment == "overload":
-        slices = Slices(out, {"seconds": asked.seconds}, asked.limit_s, asked.redo)
-        overload(slices, asked.seconds)
+    elif experiment == "overload":
+        seconds = asked.seconds or 60.0
+        slices = Slices(out, {"seconds": seconds}, limit_s, asked.redo)
+        overload(slices, seconds)
+    elif experiment == "clients":
+        seconds = asked.seconds or 15.0
+        slices = Slices(out, {"seconds": seconds}, limit_s, asked.redo)
+        measure_clients(slices, seconds)
     else:
-        count = asked.count or 400
         parameters = {"count": count, "load": asked.load, "threads": asked.threads}
-        slices = Slices(out, parameters, asked.limit_s, asked.redo)
+        slices = Slices(out, parameters, limit_s, asked.redo)
         serve_minilm(slices, **parameters)
     for name, passed in slices.kept.get("checks", {}).items():
         print(f"{'passed' if passed else 'FAILED'}  {name}")

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from turbotx.cli.serve import wait_briefly
 from turbotx.serving import CostTable
 
 LONGEST = 512
@@ -37,24 +38,26 @@ def serving(**options: Any) -> Iterator[tuple[str, int, int]]:
         port = probe.getsockname()[1]
     command = [sys.executable, __file__, json.dumps({**options, "port": port})]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path[1:]])}
+    wait_briefly(environment)  # as `turbotx serve` does
     process = subprocess.Popen(command, env=environment)
     try:
-        _wait_ready(f"http://127.0.0.1:{port}/ready", process)
+        wait_ready(f"http://127.0.0.1:{port}/ready", process)
         yield "127.0.0.1", port, process.pid
     finally:
         process.terminate()
         process.wait(60)
 
 
-def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(1200):
+def wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Raises RuntimeError where the process ends, or is not ready within two minutes."""
+    for _ in range(2400):
         if process.poll() is not None:
             raise RuntimeError(f"the server exited with {process.returncode}")
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
+            time.sleep(0.05)
     raise RuntimeError("the server was not ready within two minutes")
 
 

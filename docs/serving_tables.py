@@ -36,7 +36,7 @@ def options_table(_: Path) -> str:
     rows = []
     for name, parameter in inspect.signature(serve_command).parameters.items():
         kind, option = hints[name].__origin__, hints[name].__metadata__[0]
-        if name != "model":
+        if name != "models":
             rows.append(_option_row(name, kind, option, parameter.default))
     rows.sort(key=lambda row: PANELS.index(row[0]))
     return table(("panel", "option", "default", "what it does"), rows)
@@ -104,10 +104,12 @@ def minilm_table(folder: Path) -> str:
     ]  # fmt: skip
     heads = ("server", "policy", "all at once, per s", "p50 ms", "p99 ms", "simulated p99 ms",
              "cores others used")  # fmt: skip
-    return table(heads, rows)
+    count = found["parameters"]["count"]
+    return f"{table(heads, rows)}\n\n{count} texts a row."
 
 
 def overload_table(folder: Path) -> str:
+    found = _read(folder, "serving_overload")
     rows = [
         (
             f"{r['load']:g}", f"{r['steady_per_s']:.1f}", f"{r['answered']:,}",
@@ -115,11 +117,32 @@ def overload_table(folder: Path) -> str:
             f"{r['refused_p50_ms']:.1f}" if "refused_p50_ms" in r else "",
             f"{r['refused_p99_ms']:.1f}" if "refused_p99_ms" in r else "",
         )
-        for r in _read(folder, "serving_overload")["rows"]
+        for r in found["rows"]
     ]  # fmt: skip
     heads = ("load", "goodput per s", "answered", "429", "neither", "p99 ms", "429 p50 ms",
              "429 p99 ms")  # fmt: skip
-    return table(heads, rows)
+    seconds = found["parameters"]["seconds"]
+    return f"{table(heads, rows)}\n\nTen times the capacity came for {seconds:.0f} s."
+
+
+def clients_table(folder: Path) -> str:
+    found = _read(folder, "serving_clients")
+    idle = found["rows"][0]["idle_resident_nbytes"]
+    rows = [
+        (
+            r["beside"], *(f"{r[f'{path}_p{q}_ms']:.0f}" for path in ("embed", "health")
+                           for q in (50, 99)),
+            f"{r['not_answered']} of {r['asked']}",
+            f"{r['indexed_per_s']:.0f}" if "indexed_per_s" in r else "",
+            f"{r['peak_resident_nbytes'] / idle:.2f}", f"{r['cores_used_by_others']:.1f}",
+        )
+        for r in found["rows"]
+    ]  # fmt: skip
+    heads = ("beside", "/embed p50 ms", "p99 ms", "/health p50 ms", "p99 ms", "not answered",
+             "indexed per s", "memory over idle", "cores others used")  # fmt: skip
+    restart = found["restart"]
+    said = f"From SIGKILL to the next process's `/ready`: {restart['ready_s']:.1f} s."
+    return f"{table(heads, rows)}\n\n{said}"
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -128,6 +151,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "sustained": sustained_table,
     "loopback": loopback_table,
     "overload": overload_table,
+    "clients": clients_table,
     "minilm": minilm_table,
 }
 

@@ -45,7 +45,7 @@ def forget_globals() -> None:
     TABLE["a"] = 1.0
 
 
-def _number(n: int) -> float:
+def find_number(n: int) -> float:
     return NUMBERS[n % len(NUMBERS)]
 
 
@@ -172,7 +172,7 @@ class Flag(Piece):
         if n % 3 and hasattr(self, "extra"):
             del self.extra
         else:
-            self.extra = _number(n)
+            self.extra = find_number(n)
 
 
 class OfClass(Piece):
@@ -192,13 +192,13 @@ class OfClass(Piece):
         return self.step(x * self.both + self.shift)
 
     def change_class(self, n: int) -> None:
-        setattr(type(self), ("scale", "shift")[n % 2], _number(n // 2))
+        setattr(type(self), ("scale", "shift")[n % 2], find_number(n // 2))
 
     def change_shadow(self, n: int) -> None:
         if n % 3 and "scale" in vars(self):
             del self.scale
         else:
-            self.scale = _number(n)
+            self.scale = find_number(n)
 
     def change_method(self, n: int) -> None:
         if n % 3 and "step" in vars(self):
@@ -236,7 +236,7 @@ class Config(Piece):
         return torch.tanh(x) * getattr(config, "late", 1.0)
 
     def change_inner(self, n: int) -> None:
-        self.config.inner.scale = _number(n)
+        self.config.inner.scale = find_number(n)
 
     def change_on(self, n: int) -> None:
         self.config.inner.on = bool(n % 2)
@@ -249,16 +249,16 @@ class Config(Piece):
 
     def change_by(self, n: int) -> None:
         if n % 3:
-            self.config.by["y"] = Inner(_number(n))
+            self.config.by["y"] = Inner(find_number(n))
         else:
             self.config.by.pop("y", None)
 
     def change_late(self, n: int) -> None:
-        self.config.late = _number(n)
+        self.config.late = find_number(n)
 
     def change_whole(self, n: int) -> None:
         self.config = copy.deepcopy(self.config)
-        self.config.inner = Inner(_number(n), n % 2 == 0)
+        self.config.inner = Inner(find_number(n), n % 2 == 0)
 
 
 class Held(Piece):
@@ -283,13 +283,13 @@ class Held(Piece):
         return x * self.plain.to(x.dtype)
 
     def change_table(self, n: int) -> None:
-        self.table[("a", 1, "c")[n % 3]] = _number(n // 3)
+        self.table[("a", 1, "c")[n % 3]] = find_number(n // 3)
 
     def change_table_less(self, n: int) -> None:
         self.table.pop(("a", 1, "c")[n % 3], None)
 
     def change_items(self, n: int) -> None:
-        self.items[1][0] = _number(n)
+        self.items[1][0] = find_number(n)
 
     def change_more(self, n: int) -> None:
         self.items = [*self.items[:2], n] if n % 2 else tuple(self.items[:2])
@@ -298,13 +298,13 @@ class Held(Piece):
         (self.some.add if n % 2 else self.some.discard)(1)
 
     def change_last(self, n: int) -> None:
-        self.last.append(_number(n))
+        self.last.append(find_number(n))
 
     def change_plain(self, n: int) -> None:
         if n % 3 == 0:
-            self.plain = torch.full((WIDTH,), _number(n))
+            self.plain = torch.full((WIDTH,), find_number(n))
         elif n % 3 == 1:
-            self.plain.fill_(_number(n))
+            self.plain.fill_(find_number(n))
         else:
             self.plain = self.plain[:1].clone()
 
@@ -325,25 +325,25 @@ class Named(Piece):
         return torch.tanh(self.call(self.inside(x)))
 
     def change_factor(self, n: int) -> None:
-        globals()["FACTOR"] = _number(n)
+        globals()["FACTOR"] = find_number(n)
 
     def change_function(self, n: int) -> None:
         globals()["twist"] = TWISTS[n % len(TWISTS)]
 
     def change_table(self, n: int) -> None:
         if n % 3:
-            TABLE["a"] = _number(n)
+            TABLE["a"] = find_number(n)
         else:
             TABLE.pop("a", None)
 
     def change_cell(self, n: int) -> None:
-        self.set_inside(_number(n))
+        self.set_inside(find_number(n))
 
     def change_object(self, n: int) -> None:
-        self.call.by = _number(n)
+        self.call.by = find_number(n)
 
     def change_partial(self, n: int) -> None:
-        self.call = functools.partial(torch.add, other=_number(n)) if n % 2 else _Scaled(2.0)  # type: ignore[assignment]
+        self.call = functools.partial(torch.add, other=find_number(n)) if n % 2 else _Scaled(2.0)  # type: ignore[assignment]
 
 
 class _Scaled:

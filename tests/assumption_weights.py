@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 from tests import assumption_pieces as plain
-from tests.assumption_pieces import ACTIVATIONS, WIDTH, Piece, _number
+from tests.assumption_pieces import ACTIVATIONS, WIDTH, Piece, find_number
 
 
 class Weight(Piece):
@@ -57,7 +57,7 @@ class Weight(Piece):
 
     def change_bias(self, n: int) -> None:
         dtype = self.linear.weight.dtype
-        self.linear.bias = nn.Parameter(torch.full((WIDTH,), _number(n), dtype=dtype))
+        self.linear.bias = nn.Parameter(torch.full((WIDTH,), find_number(n), dtype=dtype))
         if n % 3 == 0:
             self.linear.bias = None  # type: ignore[assignment]
 
@@ -148,11 +148,11 @@ class Buffer(Piece):
 
     def change_fill(self, n: int) -> None:
         if self.scale is not None:
-            self.scale.fill_(_number(n))
+            self.scale.fill_(find_number(n))
 
     def change_data(self, n: int) -> None:
         if self.scale is not None:
-            self.scale.data = torch.full_like(self.scale, _number(n))
+            self.scale.data = torch.full_like(self.scale, find_number(n))
 
     def change_object(self, n: int) -> None:
         dtype = (torch.float32, torch.float64, torch.int64)[n % 3]
@@ -208,7 +208,7 @@ class Parts(Piece):
 
     def change_slope(self, n: int) -> None:
         self.act = nn.LeakyReLU(0.5)
-        self.act.negative_slope = _number(n)
+        self.act.negative_slope = find_number(n)
 
     def change_training(self, n: int) -> None:
         self.drop.train(n % 4 == 0)
@@ -230,15 +230,15 @@ class Hooks(Piece):
         return torch.tanh(self.linear(x))
 
     def change_after(self, n: int) -> None:
-        by = _number(n)
+        by = find_number(n)
         self.handles.append(self.linear.register_forward_hook(lambda m, i, out: out * by))
 
     def change_before(self, n: int) -> None:
-        by = _number(n)
+        by = find_number(n)
         self.handles.append(self.linear.register_forward_pre_hook(lambda m, i: (i[0] + by,)))
 
     def change_own(self, n: int) -> None:
-        by = _number(n)
+        by = find_number(n)
         self.handles.append(self.register_forward_hook(lambda m, i, out: out - by))
 
     def change_less(self, n: int) -> None:
@@ -316,7 +316,7 @@ class Structure(Piece):
     def argument(self, n: int, x: torch.Tensor) -> Any:  # type: ignore[override]
         t = torch.full(x.shape[: n % 3 + 1], 0.5 + n % 2, dtype=x.dtype)
         t = t.reshape(t.shape + (1,) * (3 - t.dim()))
-        by = _number(n // 3)
+        by = find_number(n // 3)
         made = (Batch(t, by), {"first": t, "by": by}, Pair(t, by), [t, t * 2], t, None, (t > 1))
         return made[(n + self.kind) // 5 % 7]
 

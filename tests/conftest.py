@@ -1,7 +1,7 @@
 """What every test may rely on: fixed seeds, few threads, no network, no files outside the session.
 
 In: nothing. Out: environment variables set before torch is imported, the `triton` marker on
-every test whose file has triton in its path, `slow` on those in slow.txt, and fixtures::
+every test whose file has triton in its path, `slow` on those that take long, and fixtures::
 
     def test_embeds(minilm_path):
         model = transformers.BertModel.from_pretrained(minilm_path)
@@ -45,6 +45,7 @@ from hypothesis import settings
 
 from tests.cli.command_line import Ran, make_run
 from tests.newcomer import Newcomer, build_wheel
+from tests.selection import DURATIONS, Measuring, leave_out_sweep, mark_slow
 
 # No deadline: the machines that run this are shared, and no test asserts a time.
 settings.register_profile("developer", deadline=None)
@@ -54,6 +55,8 @@ settings.load_profile("ci" if os.environ.get("CI") == "true" else "developer")
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+    if "TURBOTX_DURATIONS" in os.environ:
+        config.pluginmanager.register(Measuring(DURATIONS))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -68,18 +71,17 @@ def pytest_report_header(config: pytest.Config) -> str:
         import triton
 
         triton_version = triton.__version__
-    return f"torch {torch.__version__}, triton {triton_version}, {torch.get_num_threads()} threads"
+    sweep = os.environ.get("TURBOTX_SWEEP", "left out, see docs/development.md")
+    threads = f"{torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, triton {triton_version}, {threads}, sweep: {sweep}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    slow = set((Path(__file__).parent / "slow.txt").read_text().split())
     for item in items:
         if "triton" in item.path.relative_to(config.rootpath).as_posix():
             item.add_marker(pytest.mark.triton)
-            if item.get_closest_marker("slow") and "TURBOTX_SWEEP" not in os.environ:
-                item.add_marker(pytest.mark.skip(reason="set TURBOTX_SWEEP=1 for every target"))
-        if item.nodeid.partition("[")[0] in slow:
-            item.add_marker(pytest.mark.slow)
+    mark_slow(items)
+    leave_out_sweep(config, items)
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,7 @@ class _Interpreter:
     ) -> None:  # fmt: skip
         self.kernel, self.dims, self.precise = kernel, dims, precise
         self.extents = [evaluate(a.extent, dims) for a in kernel.axes]
-        self.columns = [k for k, a in enumerate(kernel.axes) if a.kind == "row"]
+        self.columns = [k for k, a in enumerate(kernel.axes) if a.kind == ir.REDUCTION]
         self.values: dict[str, torch.Tensor] = {}
         self.flat: dict[str, torch.Tensor] = {}
         self.outputs: dict[str, torch.Tensor] = {}

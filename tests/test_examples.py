@@ -87,7 +87,6 @@ def test_a_pooled_sentence_does_not_see_its_padding(demo: ModuleType) -> None:
     torch.testing.assert_close(short, padded)
 
 
-@pytest.mark.slow
 def test_the_demo_runs(minilm_path: Path, tmp_path: Path) -> None:
     options = ("--out", str(tmp_path / "out"), "--seconds", "0")
     done = subprocess.run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
@@ -12,16 +11,17 @@ import transformers
 import turbotx
 from benchmarks.parity import make_inputs
 from tests.models import assert_as_exact_as_eager, in_double, leaves, small_model, token_inputs
+from turbotx.engine.optimize import engine_of
 
 ARCHITECTURES = ("bert", "distilbert", "roberta", "albert")
 OTHERS = (
     "electra", "gpt2", "opt", "t5", "llama", "mistral", "qwen2", "vit", "bart", "modernbert",
+    "openai-gpt",
 )  # fmt: skip
 QUICK = ((1, 1), (2, 17), (7, 2), (3, 128))
 SLOW = ((1, 1), (2, 17), (1, 64))  # benchmarks/parity.py has the whole grid
 DTYPES = (torch.float32, torch.bfloat16)
 DEFAULTS = (("bert", torch.float32), ("roberta", torch.bfloat16))  # ALBERT's is 4,096 wide
-swept = pytest.mark.skipif("TURBOTX_SWEEP" not in os.environ, reason="set TURBOTX_SWEEP=1")
 
 
 def check(model: torch.nn.Module, shapes, token_types: bool = False) -> turbotx.OptimizedModule:
@@ -46,7 +46,6 @@ def test_small_models_at_any_shape(architecture: str, dtype: torch.dtype) -> Non
     assert fast.stats()["kernel_builds"] == built
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", OTHERS)
 def test_small_models_of_other_architectures(architecture: str) -> None:
     """benchmarks/architectures.py has their default sizes."""
@@ -61,7 +60,6 @@ def test_small_models_of_other_architectures(architecture: str) -> None:
     assert fast.stats()["captures"] == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_pytorchs_own_transformer(batch_first: bool) -> None:
     """Queries and keys by parts of one weight, heads beside the batch, the sequence first."""
@@ -73,11 +71,10 @@ def test_pytorchs_own_transformer(batch_first: bool) -> None:
         with torch.no_grad():
             eager, reference = model(*inputs), exact(*(x.double() for x in inputs))
         assert_as_exact_as_eager(fast(*inputs), eager, reference)
-    launches = fast._engine.variants()[0].assembly.launches
+    launches = engine_of(fast).variants()[0].assembly.launches
     assert {x.kind for x in launches} == {"gemm", "attention", "kernel"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
 def test_launches_a_layer(architecture: str) -> None:
     totals = []
@@ -85,15 +82,14 @@ def test_launches_a_layer(architecture: str) -> None:
         model = small_model(architecture, layers=layers)
         fast = turbotx.optimize(model, backend="aten")
         fast(**make_inputs(model, 2, 8, torch.float32))
-        totals.append(len(fast._engine.variants()[0].assembly.launches))
+        totals.append(len(engine_of(fast).variants()[0].assembly.launches))
     assert totals[1] - totals[0] <= 8
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture, dtype",
     [
-        pytest.param(name, dtype, marks=() if (name, dtype) in DEFAULTS else swept)
+        pytest.param(name, dtype, marks=() if (name, dtype) in DEFAULTS else pytest.mark.sweep)
         for name in ARCHITECTURES
         for dtype in DTYPES
     ],
@@ -121,7 +117,7 @@ def bert() -> turbotx.OptimizedModule:
 
 
 def test_a_bert_layer_is_seven_launches(bert: turbotx.OptimizedModule) -> None:
-    launches = bert._engine.variants()[0].assembly.launches
+    launches = engine_of(bert).variants()[0].assembly.launches
     layer = [x.name.rstrip("_0123456789") for x in launches[2:9]]
     assert layer == [
         "linear", "attention", "linear", "fused_add_layer_norm",
@@ -131,7 +127,7 @@ def test_a_bert_layer_is_seven_launches(bert: turbotx.OptimizedModule) -> None:
 
 
 def test_no_mask_is_materialized(bert: turbotx.OptimizedModule) -> None:
-    tensors = bert._engine.variants()[0].assembly.tensors.values()
+    tensors = engine_of(bert).variants()[0].assembly.tensors.values()
     planned = [t for t in tensors if t.kind == "intermediate"]
     assert not any(str(t.shape).count("seq") > 1 for t in planned)
 
@@ -165,7 +161,6 @@ def test_poisoned_memory_changes_nothing(
     torch.testing.assert_close(clean[0], poisoned[0], rtol=0, atol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gate_inside_the_gemm_is_as_exact_as_eager(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -183,5 +178,5 @@ def test_a_gate_inside_the_gemm_is_as_exact_as_eager(dtype: torch.dtype) -> None
             eager, ours = ((f(**given)[0].double() - wanted).abs().max() for f in (model, fast))
         assert ours <= 1.5 * eager + 2 * torch.finfo(dtype).eps * wanted.abs().max()
     assert fast.stats()["captures"] == 2  # without a mask, a length of 1 is not causal
-    for compiled in fast._engine.variants():
+    for compiled in engine_of(fast).variants():
         assert sum(x.gemm.gated for x in compiled.assembly.launches if x.kind == "gemm") == 1

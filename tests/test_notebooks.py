@@ -46,7 +46,6 @@ def test_the_notebook_is_that_of_its_source(notebooks: Any, path: Path) -> None:
     assert notebook.cells[0].cell_type == "markdown"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", RUN_HERE, ids=lambda path: path.stem)
 def test_the_notebook_runs(notebooks: Any, path: Path, minilm_path: Path) -> None:
     pytest.importorskip("matplotlib")

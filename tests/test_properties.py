@@ -8,7 +8,6 @@ means in float64, and the printed C++ and Triton are as near to it as eager is; 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,9 +22,6 @@ from tests.kernels.cpp.cpp_probe import needs_compiler
 from tests.random_programs import Program, Step, Values, grow, inputs, steps, widen, write_program
 from turbotx.kernels.schedule import Schedule
 
-SWEEP = pytest.mark.skipif(
-    "TURBOTX_SWEEP" not in os.environ, reason="takes many minutes: set TURBOTX_SWEEP=1 to run it"
-)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # A capture takes a second: a failing example is shown as it was drawn, not made smaller.
 patient: dict[str, Any] = {
@@ -59,8 +55,7 @@ def test_kernels_mean_what_the_graph_means(
     check_meaning(drawn, given_inputs, outputs)
 
 
-@pytest.mark.slow
-@SWEEP
+@pytest.mark.sweep
 @settings(max_examples=200, **patient)
 @given(steps, inputs(), st.integers(1, 3))
 def test_many_kernels_mean_what_the_graph_means(
@@ -109,8 +104,7 @@ def test_compiled_programs(drawn: list[Step], given_inputs: Values) -> None:
     check_compiled(drawn, given_inputs)
 
 
-@pytest.mark.slow
-@SWEEP
+@pytest.mark.sweep
 @needs_compiler
 @settings(max_examples=200, **patient)
 @given(steps, inputs(FLOATS, 33))
@@ -137,8 +131,7 @@ def test_triton_programs(drawn: list[Step], given_inputs: Values) -> None:
     check_triton(drawn, given_inputs)
 
 
-@pytest.mark.slow
-@SWEEP
+@pytest.mark.sweep
 @settings(max_examples=60, **patient)
 @given(steps, inputs(FLOATS, 5))
 def test_many_triton_programs(drawn: list[Step], given_inputs: Values) -> None:

@@ -13,8 +13,6 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-import pytest
-
 from tests.newcomer import Newcomer, wait_until_ready
 
 SAVE = """
@@ -35,8 +33,6 @@ import torch, turbotx
 x, expected = torch.load("expected.pt")
 assert torch.equal(turbotx.load("block.ttx", weights="weights.pt")(x=x), expected)
 """
-
-pytestmark = pytest.mark.slow
 
 
 def test_the_wheel_holds_the_package_and_no_machine_code(wheel: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every error a user of turbotx can meet, one class per kind of mistake.
+"""Errors that users of turbotx can meet, one class per kind of mistake.
 
 A message says what was seen, where (the user's own source line when there is one) and what
 to do about it, for example::
@@ -51,6 +51,8 @@ class IndexOutOfRangeError(TurbotxError, IndexError):
 
     @classmethod
     def of(cls, tensor: str, limit: str, launch: str, source: str) -> IndexOutOfRangeError:
+        """Return the error for an index read from `tensor` in a launch. limit: the extent that the
+        index must stay below, as text; source: the ops that the launch computes."""
         return cls(
             f"index out of range: a value of {tensor!r} lies outside [0, {limit}) "
             f"in {launch} ({source})"
@@ -106,3 +108,8 @@ class BuildWarning(UserWarning):
 
 class EagerWarning(UserWarning):
     """A part of a model runs in PyTorch instead of turbotx; the message says which and why."""
+
+
+class DecisionWarning(UserWarning):
+    """A branch of the model on a tensor's values was taken otherwise than its program assumed, and
+    the call ran again; the message names the line."""

@@ -219,6 +219,29 @@ def test_what_a_model_asks_for() -> None:
     assert fast.stats()["captures"] == 4
 
 
+def test_the_number_of_threads_is_asked_for() -> None:
+    def function(x):
+        return x * torch.get_num_threads()
+
+    fast, x = turbotx.optimize(function, backend="aten"), torch.ones(2, 3)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 1):
+            torch.set_num_threads(threads)
+            torch.testing.assert_close(fast(x), function(x))
+    finally:
+        torch.set_num_threads(before)
+    assert fast.stats()["captures"] == 2
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda x: x.requires_grad, lambda x: x.is_inference(), lambda x: x.grad_fn is None]
+)
+def test_whether_a_tensor_has_gradients_is_refused(ask) -> None:
+    with pytest.raises(CaptureError, match="of a tensor, which no trace knows"):
+        turbotx.optimize(lambda x: x * 2 if ask(x + 1) else x)(torch.ones(2, 3))
+
+
 def test_what_nobody_asks_for_makes_no_variant() -> None:
     model = Block().eval()
     fast, x = turbotx.optimize(model), torch.randn(2, 3, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import numpy as np
@@ -90,3 +91,25 @@ def test_other_code_may_write_sizes_as_it_likes() -> None:
     for n in SIZES:
         fast(torch.ones(n, 4))
     assert fast.stats()["captures"] == 1
+
+
+def test_a_size_is_an_int_to_the_models_code() -> None:
+    def pair(n: Any) -> tuple[int, int]:
+        return (n, n) if isinstance(n, int) else tuple(n)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        n, matched = x.shape[1], 0
+        match n:
+            case int(size):
+                matched = size
+        kinds = (
+            isinstance(n, numbers.Integral), isinstance(n / 2, float), isinstance(n > 1, bool),
+            not isinstance(n, (str, list)), n.__class__ is int,
+        )  # fmt: skip
+        return x.new_zeros(pair(n)) + matched + sum(2**k * kind for k, kind in enumerate(kinds))
+
+    fast = turbotx.optimize(model, backend="aten")
+    for n in SIZES:
+        torch.testing.assert_close(fast(torch.ones(2, n)), model(torch.ones(2, n)))
+    assert fast.stats()["captures"] == 1
+    assert "__class__" not in vars(torch.SymInt)

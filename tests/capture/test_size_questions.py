@@ -80,7 +80,7 @@ def test_which_dims_decide() -> None:
 
 def test_exports_of_other_threads_are_as_ever() -> None:
     kinds = {}
-    with sizes_from_one():
+    with sizes_from_one(lambda question: None):
         kinds["own"] = type(non_strict_utils.ShapeEnv())
         thread = threading.Thread(
             target=lambda: kinds.update(other=type(non_strict_utils.ShapeEnv()))
@@ -119,7 +119,7 @@ CASES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("first", [(2, 5), (1, 1), (0, 3)], ids=str)
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_every_size_from_0_to_3(name: str, first: tuple[int, int]) -> None:
     function = CASES[name]
     fast = turbotx.optimize(function)

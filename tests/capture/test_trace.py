@@ -12,7 +12,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import turbotx
 from tests.graphs import captured
-from turbotx.capture.trace import _attentions, capture
+from turbotx.capture.trace import attention_kernels, capture
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import CaptureError
 from turbotx.ir.fx_nodes import shape
 
@@ -115,7 +116,7 @@ def test_dims_that_a_view_makes_equal_are_one() -> None:
     for batch in (3, 1):
         q, k = torch.randn(5, batch, 8), torch.randn(4, batch, 8)
         torch.testing.assert_close(fast(q, k), heads(q, k))
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     assert compiled.captured.dims == ("batch", "seq", "k_d0")
     with pytest.raises(turbotx.TurbotxError):
         fast(torch.randn(5, 3, 8), torch.randn(4, 2, 8))
@@ -296,9 +297,9 @@ class Attending(nn.Module):
 def test_attention_on_a_gpu_is_traced_whole_whatever_kernel_is_chosen(
     view: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_gpu = _attentions([torch.empty(0), SimpleNamespace(is_cuda=True)])
-    assert _attentions([torch.empty(0)]) == on_gpu[1:]
-    monkeypatch.setattr("turbotx.capture.trace._attentions", lambda tensors: on_gpu)
+    on_gpu = attention_kernels([torch.empty(0), SimpleNamespace(is_cuda=True)])
+    assert attention_kernels([torch.empty(0)]) == on_gpu[1:]
+    monkeypatch.setattr("turbotx.capture.trace.attention_kernels", lambda tensors: on_gpu)
     chosen.clear()
     model = Attending(view)
     captured = capture(model, (torch.randn(2, 7, 16), torch.ones(2, 1, 7, 7).bool()), {})

@@ -10,6 +10,7 @@ from torch import nn
 
 import turbotx
 from turbotx.capture.tracing import tracing
+from turbotx.engine.optimize import engine_of
 
 X = torch.randn(2, 5, 8)
 
@@ -99,7 +100,7 @@ def test_two_threads_call_a_fresh_model_while_it_is_reset() -> None:
     def reset() -> None:
         for _ in range(3):
             again.wait(0.2)
-            fast._engine.reset()
+            engine_of(fast).reset()
 
     together(call(fast, plain, 5), call(fast, plain, 5), reset)
     call(fast, plain)()

@@ -11,7 +11,7 @@ import torch
 from turbotx.cli import main
 from turbotx.cli.bench.floor import make_floor
 from turbotx.cli.bench.room import EngineFailed, Load, Room, Turn, Worker, summarize
-from turbotx.cli.models import LoadedModel, Source
+from turbotx.cli.models import ModelWithInputs, Source
 from turbotx.errors import ModelError
 
 SOURCE = """
@@ -39,10 +39,10 @@ def test_median_and_tenths() -> None:
 
 def test_the_floor_runs_the_products_of_any_shape() -> None:
     layer = torch.nn.Linear(8, 16).eval()
-    run = make_floor(LoadedModel(layer, (torch.randn(2, 3, 8),), {}), "onednn")
+    run = make_floor(ModelWithInputs(layer, (torch.randn(2, 3, 8),), {}), "onednn")
     run((torch.randn(2, 3, 8),), {})
     run((torch.randn(1, 1, 8),), {})
-    half = LoadedModel(layer.bfloat16(), (torch.randn(2, 3, 8).bfloat16(),), {})
+    half = ModelWithInputs(layer.bfloat16(), (torch.randn(2, 3, 8).bfloat16(),), {})
     with pytest.raises(ModelError, match="float32"):
         make_floor(half, "mkl")
 
@@ -54,7 +54,6 @@ def test_a_worker_says_why_it_fails() -> None:
     worker.stop()
 
 
-@pytest.mark.slow
 def test_engines_take_turns(model: str, tmp_path: Path) -> None:
     inputs = tmp_path / "inputs.pt"
     torch.save(((torch.randn(2, 3, 8),), {}), inputs)
@@ -65,7 +64,6 @@ def test_engines_take_turns(model: str, tmp_path: Path) -> None:
         assert "onnxruntime" in room.failed  # positional inputs, or not installed
 
 
-@pytest.mark.slow
 def test_command(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", model, "--engine", "eager", "--shape", "batch=3", "--rounds", "1", "--json"])

@@ -240,14 +240,27 @@ def test_serve_hands_its_options_over(
 ) -> None:
     server = pytest.importorskip("turbotx.serving.server")
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(server, "serve", lambda model, **options: seen.update(options, model=model))
-    assert run("serve", "some/folder", "--port", 9000, "--backend", "eager").code == 0
-    assert (seen["model"], seen["port"], seen["backend"]) == ("some/folder", 9000, "eager")
+    monkeypatch.setattr(
+        server, "serve", lambda models, **options: seen.update(options, models=models)
+    )
+    assert run("serve", "some/folder", "another", "--port", 9000, "--backend", "eager").code == 0
+    assert (seen["models"], seen["port"]) == (["some/folder", "another"], 9000)
+    assert seen["backend"] == "eager" and seen["served_model_name"] == ()
     assert seen["api_keys"] == () and seen["max_batch_tokens"] == 16_384
     (tmp_path / "keys").write_text("# ours\nfirst\n\n second\n")
     monkeypatch.setenv("TURBOTX_API_KEY", "zeroth")
-    run("serve", "--api-key-file", tmp_path / "keys", "--max-batch-tokens", 0, "--no-normalize")
+    run(
+        "serve",
+        "--served-model-name",
+        "small",
+        "--api-key-file",
+        tmp_path / "keys",
+        "--max-batch-tokens",
+        0,
+        "--no-normalize",
+    )
     assert seen["api_keys"] == ("zeroth", "first", "second")
+    assert seen["models"] == ["minilm"] and seen["served_model_name"] == ("small",)
     assert seen["max_batch_tokens"] is None and seen["normalize"] is False
 
 
@@ -260,6 +273,9 @@ def test_serve_hands_its_options_over(
         (["--api-key-file", "no/such/file"], "API keys"),
         (["--policy", "random"], "aged"),
         (["--max-length", "9999"], "positions"),
+        (["minilm", "minilm", "--pooling", "cls"], "pooling is of one model"),
+        (["minilm", "--served-model-name", "a", "--served-model-name", "b"], "one for each"),
+        (["minilm", "minilm"], "models of one name"),
     ],
 )
 def test_serve_says_which_option_is_wrong(

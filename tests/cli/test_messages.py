@@ -136,7 +136,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 class Choosing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if x.sum() > 0 else x
+        return x + 1 if int(x.sum()) > 0 else x
 
 
 class Odd(nn.Module):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import turbotx
 from tests.models import assert_as_exact_as_eager, in_double, small_model, token_inputs
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import OptionsError
 
 WAYS = ("flash", "fused-softmax")
@@ -59,11 +60,11 @@ def operands(batch: int, length: int, width: int, dtype: torch.dtype) -> list[to
 
 
 def kinds_of(optimized) -> list[str]:
-    return [x.kind for c in optimized._engine.variants() for x in c.assembly.launches]
+    return [x.kind for c in engine_of(optimized).variants() for x in c.assembly.launches]
 
 
 def names_of(optimized) -> list[str]:
-    launches = [x for c in optimized._engine.variants() for x in c.assembly.launches]
+    launches = [x for c in engine_of(optimized).variants() for x in c.assembly.launches]
     return [x.name.rpartition("_")[0] for x in launches]
 
 
@@ -85,7 +86,7 @@ def test_every_mask(way: str, dtype: torch.dtype) -> None:
         for mine, own, true in zip(ours, eager, exact, strict=True):
             assert torch.equal(mine.isnan(), true.isnan())
             assert_as_exact_as_eager(mine.nan_to_num(), own.nan_to_num(), true.nan_to_num())
-    first, *other = fast._engine.variants()
+    first, *other = engine_of(fast).variants()
     assert len(other) <= 1, "sizes of 1 broadcast: they may have a capture of their own"
     names = [x.name.rpartition("_")[0] for x in first.assembly.launches]
     assert names.count("attention") == (10 if way == "flash" else 0)
@@ -138,7 +139,7 @@ def test_grouped_heads_and_rows_that_are_not_side_by_side() -> None:
         exact = function(*(t.double() for t in given))
         assert_as_exact_as_eager(fast(*given), function(*given), exact)
         assert "attention" in kinds_of(fast) or "product" in kinds_of(fast)
-        (compiled,) = fast._engine.variants()
+        (compiled,) = engine_of(fast).variants()
         assert any("side by side" in reason for _, reason in compiled.assembly.externs)
 
 
@@ -169,7 +170,7 @@ def test_a_model_is_three_launches_an_attention_the_papers_way() -> None:
     model, inputs = small_model("bert", layers=1), token_inputs(3, 9)
     fast = turbotx.optimize(model, attention="fused-softmax")
     assert_as_exact_as_eager(fast(**inputs), model(**inputs), in_double(model)(**inputs))
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     names = [x.name for x in compiled.assembly.launches]
     first = names.index("attention_scores_0")
     assert names[first + 1].startswith("fused_") and "softmax" in names[first + 1]

@@ -15,6 +15,7 @@ import torch
 import turbotx
 from tests.engine.decoders import FAMILIES, VOCABULARY, WITH_ENCODER, make, prompt
 from turbotx.engine.cached_engine import StepEngine
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import CaptureError, EagerWarning, IndexOutOfRangeError, InputError
 
 transformers = pytest.importorskip("transformers")
@@ -56,7 +57,7 @@ def test_tokens_are_those_of_eager(family: str) -> None:
             assert torch.equal(generate(fast, inputs, **way), generate(model, inputs, **way))
     # With a mask and without one, where there is one; the first step and the further ones.
     kinds = 2 if family != "whisper" else 1
-    captures = fast._engine.parts["steps"].stats()["captures"]
+    captures = engine_of(fast).parts["steps"].stats()["captures"]
     assert captures <= (2 if family in WITH_ENCODER else 1) * kinds
     assert fast.stats()["eager_calls"] == 0
 

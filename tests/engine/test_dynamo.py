@@ -85,7 +85,6 @@ def test_parameters_as_attributes_of_the_graph() -> None:
     assert [g.captures for g in graphs()] == [1, 1]
 
 
-@pytest.mark.slow
 def test_bert_in_threads_with_a_dim_marked_dynamic() -> None:
     model = small_model("bert")
     fast = compiled(model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from turbotx.engine.output_builder import OutputBuilder, _is_plain_model_output
+from turbotx.engine.output_builder import OutputBuilder, is_plain_model_output
 
 transformers = pytest.importorskip("transformers")
 from transformers.modeling_outputs import (  # noqa: E402
@@ -92,9 +92,9 @@ def test_classes_that_do_more_are_left_to_pytree() -> None:
             type(self).made += 1
             super().__post_init__()
 
-    assert _is_plain_model_output(BaseModelOutputWithPooling)
-    assert not _is_plain_model_output(Counting)
-    assert not _is_plain_model_output(OrderedDict) and not _is_plain_model_output(None)
+    assert is_plain_model_output(BaseModelOutputWithPooling)
+    assert not is_plain_model_output(Counting)
+    assert not is_plain_model_output(OrderedDict) and not is_plain_model_output(None)
     leaves, spec = pytree.tree_flatten(Counting(last_hidden_state=x[0]))
     build = OutputBuilder(spec)
     for _ in range(2):

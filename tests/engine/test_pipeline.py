@@ -15,6 +15,7 @@ from tests.runtime.cuda.stand_in_device import RecordingDevice, bind_to
 from tests.runtime.cuda.test_triton_programs import tiny
 from turbotx import ir
 from turbotx.capture.trace import Captured, capture
+from turbotx.engine.optimize import engine_of
 from turbotx.engine.pipeline import compile_captured, jobs, schedule
 from turbotx.errors import InputError
 from turbotx.options import Options
@@ -36,7 +37,7 @@ def test_jobs_are_what_a_device_launches(monkeypatch: pytest.MonkeyPatch) -> Non
     for batch, seq in ((2, 3), (3, 7), (8, 30)):
         device.log.clear()
         fast(**token_inputs(batch, seq))
-        (compiled,) = fast._engine.variants()
+        (compiled,) = engine_of(fast).variants()
         found = jobs(compiled.unbound, (batch, seq, batch))
         assert [x.job.name for x in found] == device.names("launch")
         assert {x.job.digest() for x in found} <= set(device.loaded)

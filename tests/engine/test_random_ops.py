@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import secrets
+import tempfile
+import uuid
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import turbotx
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import CaptureError
 
 X = torch.randn(3, 17)
@@ -95,7 +100,7 @@ def test_dropout_that_does_nothing_draws_nothing(function) -> None:
     before = torch.get_rng_state()
     torch.testing.assert_close(fast(X), X.exp())
     assert torch.equal(torch.get_rng_state(), before)
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     assert [x.kind for x in compiled.assembly.launches] == ["kernel"]
 
 
@@ -151,7 +156,7 @@ def test_generators_that_the_model_holds_are_refused_where_it_draws_from_them() 
     for function, what in (
         (model, "Python's random at .*test_random_ops.py"),
         (lambda x: x * own.choice([2, 3]), "Python's random at .*test_random_ops.py"),
-        (lambda x: x * sure.random(), "Python's random at .*test_random_ops.py"),
+        (lambda x: x * sure.random(), "the system at .*test_random_ops.py"),
         (lambda x: x * others[0].random(), "numpy.random"),
         (lambda x: x * others[1].rand(), "numpy.random"),
     ):
@@ -161,6 +166,32 @@ def test_generators_that_the_model_holds_are_refused_where_it_draws_from_them() 
     torch.testing.assert_close(turbotx.optimize(model)(X), X * 2)
     seeded = turbotx.optimize(lambda x: x * random.Random(3).random())
     torch.testing.assert_close(seeded(X), X * random.Random(3).random())
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: random.Random().random(),
+        lambda: random.SystemRandom().random(),
+        lambda: secrets.randbelow(9),
+        lambda: uuid.uuid4().int % 9,
+        lambda: os.urandom(1)[0],
+        lambda: np.random.default_rng().random(),
+        lambda: np.random.RandomState().rand(),
+        lambda: np.random.Generator(np.random.PCG64()).random(),
+    ],
+)
+def test_numbers_that_the_system_gives_are_refused(draw) -> None:
+    with pytest.raises(CaptureError, match=r"from the system at .*test_random_ops"):
+        turbotx.optimize(lambda x: x * draw())(X)
+
+
+def test_what_has_a_seed_and_what_libraries_draw_for_themselves_is_captured() -> None:
+    def name_length(x):
+        with tempfile.TemporaryDirectory() as folder:
+            return x * len(folder) * np.random.default_rng(2).random()
+
+    torch.testing.assert_close(turbotx.optimize(name_length)(X), name_length(X))
 
 
 def test_another_thread_may_draw_from_pythons_generator_meanwhile() -> None:
@@ -214,3 +245,33 @@ def test_draws_like_a_tensor_that_lies_otherwise_are_eagers() -> None:
         found = fast(x)
         torch.testing.assert_close(found, right)
         assert [f.stride() for f in found] == [r.stride() for r in right]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: torch.manual_seed(3) and 1,
+        lambda: torch.initial_seed() % 5,
+        lambda: float(torch.get_rng_state()[0]),
+        lambda: torch.default_generator.manual_seed(2) and 1,
+    ],
+)
+def test_code_that_seeds_pytorchs_generator_is_refused(ask) -> None:
+    with pytest.raises(CaptureError, match=r"test_random_ops.py:\d+ sets or asks for the seed"):
+        turbotx.optimize(lambda x: x * ask() + torch.rand_like(x))(X)
+    with pytest.raises(CaptureError, match="sets or asks for the seed"):
+        turbotx.optimize(seeds_inside)(X)
+
+
+def seeds_inside(x):
+    with torch.random.fork_rng(devices=[]):
+        return x + torch.rand_like(x)
+
+
+def test_pytorchs_own_code_may_keep_the_generators_state() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def double(x):
+        return checkpoint(lambda x: x * 2, x, use_reentrant=False)
+
+    torch.testing.assert_close(turbotx.optimize(double)(X), X * 2)

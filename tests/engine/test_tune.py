@@ -21,6 +21,7 @@ from tests.compiled_functions import compile_function
 from tests.runtime.cuda.stand_in_device import InterpretedDevice, RecordingDevice, bind_to
 from turbotx import ir
 from turbotx.cli.main import main
+from turbotx.engine.optimize import engine_of
 from turbotx.engine.tune import gains, time_launches, tune_program
 from turbotx.errors import BuildError, OptionsError
 from turbotx.kernels.heuristics import TABLE, heuristics_for
@@ -160,7 +161,7 @@ def test_a_tuned_program_is_right_and_takes_what_was_found(monkeypatch: pytest.M
     device = RecordingDevice()
     fast = bind_to(device, model, monkeypatch)
     fast(x)
-    program = fast._engine.variants()[0].program
+    program = engine_of(fast).variants()[0].program
     timed: list[str] = []
 
     def timer(device: RecordingDevice, launch: Any, repeat: int) -> float:
@@ -183,7 +184,7 @@ def test_a_tuned_program_is_right_and_takes_what_was_found(monkeypatch: pytest.M
     again, x = bind_to(InterpretedDevice(), model, monkeypatch), x[:, :3]
     with torch.no_grad():
         torch.testing.assert_close(again(x), model(x))
-    sources = again._engine.variants()[0].program.runtime.sources
+    sources = engine_of(again).variants()[0].program.runtime.sources
     assert any("_rows2_" in name for name in sources)
 
 
@@ -219,7 +220,7 @@ def test_gemms_and_attention_are_tuned_and_what_was_found_is_taken(
         assert job.name.startswith("attention")
         return float(launches[0][2][0]) + len(launches[0][4])
 
-    found = tune_program(fast._engine.variants()[0].program, (1, 3), [x], timer)
+    found = tune_program(engine_of(fast).variants()[0].program, (1, 3), [x], timer)
     assert {f.kernel.split("_")[0] for f in found} == {"gemm", "attention"}
     best = {f.kernel: (f.before, f.best) for f in found}
     assert best["gemm_float32_192x32_bias"][1] == "cublas"
@@ -260,7 +261,7 @@ def test_candidates_are_built_together_before_any_is_timed(monkeypatch: pytest.M
         known.append(len(device.loaded))
         return 1.0
 
-    found = tune_program(fast._engine.variants()[0].program, (1, 3), [x], timer)
+    found = tune_program(engine_of(fast).variants()[0].program, (1, 3), [x], timer)
     assert len(found) == 3
     assert len(known) > 15
     assert len(set(known)) == 1
@@ -274,7 +275,7 @@ def test_weights_come_from_memory_each_time(monkeypatch: pytest.MonkeyPatch) -> 
     device, x = RecordingDevice(), torch.randn(1, 3, 32)
     fast = bind_to(device, Attend().eval(), monkeypatch, gemms="triton")
     fast(x)
-    program = fast._engine.variants()[0].program
+    program = engine_of(fast).variants()[0].program
     slots, held = program.executable.slots, program.runtime.placed.held.tensors
     weights = {n: t.data_ptr() for n, t in held.items()}
     seen: list[tuple[int, ...]] = []
@@ -297,7 +298,7 @@ def test_weights_come_from_memory_each_time(monkeypatch: pytest.MonkeyPatch) -> 
         assert not {second, third} & own
         assert second != third
     # Afterwards the program reads its own weights again.
-    (execution,) = program._executions.values()
+    (execution,) = program.executions.values()
     assert all(execution.table[slots[n]] == address for n, address in weights.items())
 
 
@@ -305,7 +306,7 @@ def test_what_pytorch_runs_reads_the_same_copy(monkeypatch: pytest.MonkeyPatch) 
     model, x = Norm().eval(), torch.randn(2, 100, 8)
     fast = bind_to(RecordingDevice(), model, monkeypatch)
     fast(x)
-    program = fast._engine.variants()[0].program
+    program = engine_of(fast).variants()[0].program
     runtime, binding = program.runtime, program.bind((2, 100))
     gemm = next(i for i, x in enumerate(runtime.kernels.assembly.launches) if x.kind == "gemm")
     with torch.no_grad(), program.used(binding, [x]) as (table, state):
@@ -324,7 +325,7 @@ def test_schedules_by_option_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = bind_to(InterpretedDevice(), model, monkeypatch, schedules={"*layer_norm*": "r4w2"})
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x))
-    runtime = fast._engine.variants()[0].program.runtime
+    runtime = engine_of(fast).variants()[0].program.runtime
     assert any("_rows4_" in name for name in runtime.sources)
 
 

@@ -13,6 +13,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 from turbotx.ir.expr import (
     ONE,
     ZERO,
+    cancel_rounding,
     compile_evaluator,
     dim,
     divide,
@@ -52,6 +53,19 @@ def test_nonnegative_is_true_everywhere(value: sympy.Expr) -> None:
 @pytest.mark.parametrize("value", [B * S - 1, B * S - B, 2 * S - 2, B * S * H - S * H, ZERO, S])
 def test_nonnegative_proves(value: sympy.Expr) -> None:
     assert is_nonnegative(value)
+
+
+@pytest.mark.parametrize("n", [S + PythonMod(-S, 4), S + 3 + Mod(-S - 3, 4), 4 * S * B])
+def test_blocks_of_what_is_padded_to_blocks_are_whole(n: sympy.Expr) -> None:
+    blocks = FloorDiv(n, FloorDiv(n, 4))
+    assert cancel_rounding(3 * blocks + B) == 12 + B
+    assert everywhere(blocks) == [4] * len(everywhere(blocks))
+
+
+@pytest.mark.parametrize("n", [S, S + PythonMod(-S, 3), S + PythonMod(S, 4), 2 * S, S + 4 * B])
+def test_blocks_of_what_may_end_in_a_part_of_one_stay(n: sympy.Expr) -> None:
+    blocks = FloorDiv(n, FloorDiv(n, 4))
+    assert cancel_rounding(blocks) == blocks
 
 
 @pytest.mark.parametrize("value", [S - B, -S, S - 2, B * S - H, sympy.Integer(-1)])

@@ -113,7 +113,7 @@ def test_mixed_dtypes(kernel) -> None:
 
 
 def test_a_reduction_without_a_row_axis(kernel) -> None:
-    rows = tuple(replace(a, kind="parallel") for a in kernel.axes)
+    rows = tuple(replace(a, kind=ir.PARALLEL) for a in kernel.axes)
     with pytest.raises(VerifyError, match="no row axis"):
         check_kernel(replace(kernel, axes=rows))
 

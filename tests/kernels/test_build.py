@@ -70,7 +70,7 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang++")
 def test_clang_beside_gccs_openmp_warns_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "clang++")
-    build._flags.cache_clear()
+    build.compiler_flags.cache_clear()
     library = build.share_openmp()
     if library is None or "gomp" not in library:
         pytest.skip("this PyTorch runs on LLVM's OpenMP library")
@@ -91,4 +91,4 @@ def test_clang_beside_llvms_openmp_runs_in_parallel(
     compiler = [find_compiler(), "-x", "c", "-shared", "-fPIC"]
     subprocess.run([*compiler, str(source), "-o", str(library)], check=True)
     monkeypatch.setattr(build, "share_openmp", lambda: str(library))
-    assert build._clang_openmp("clang++") == ("-Xclang", "-fopenmp")
+    assert build.clang_openmp("clang++") == ("-Xclang", "-fopenmp")

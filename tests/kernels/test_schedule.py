@@ -29,7 +29,7 @@ ROWS, N = dim("rows"), dim("n")
 def kernel(length: Expr | int, reduced: bool = True, across: bool = False) -> ir.Kernel:
     """y[row] = sum of x[row, :] (or y = x); `across` puts neighbours along the rows."""
     length = ROWS * 0 + length
-    axes = (ir.Axis("row", ROWS), ir.Axis("col", length, "row" if reduced else "parallel"))
+    axes = (ir.Axis("row", ROWS), ir.Axis("col", length, ir.REDUCTION if reduced else ir.PARALLEL))
     row, col = (a.symbol for a in axes)
     place = col * ROWS + row if across else row * length + col
     shape = (length, ROWS) if across else (ROWS, length)

@@ -24,6 +24,7 @@ from tests.layout.imports import (
     imported_names,
     module_names,
 )
+from tests.selection import DURATIONS, read_durations
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "turbotx"
@@ -208,6 +209,63 @@ def test_no_module_is_named_after_nothing() -> None:
     assert not vague, f"say what is in them: {vague}"
 
 
+def private_names(sources: Iterable[str]) -> set[str]:
+    """Names with one underscore in front that sources define, or assign to an attribute."""
+    found: set[str] = set()
+    for node in (n for source in sources for n in ast.walk(ast.parse(source))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    return {name for name in found if re.fullmatch(r"_[^_]\w*(?<!_)", name)}
+
+
+def private_reaches(source: str, private: set[str]) -> list[str]:
+    """Private names that a source reads of other objects than `self`, or imports from turbotx."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in private:
+            whose = ast.unparse(node.value)
+            if whose not in ("self", "cls", "super()") and not whose.startswith("torch"):
+                found.append(f"{whose}.{node.attr}")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("turbotx"):
+            found += [f"{node.module}.{a.name}" for a in node.names if a.name.startswith("_")]
+    return found
+
+
+def test_tests_ask_what_is_public() -> None:
+    private = private_names(path.read_text() for path in sources("turbotx"))
+    found = {show(p): private_reaches(p.read_text(), private) for p in sources("tests")}
+    assert {path: reaches for path, reaches in found.items() if reaches} == {}
+
+
+def test_a_private_reach_is_found() -> None:
+    private = private_names(["class A:\n  def _f(self): self._g = 1\n_h = 2"])
+    assert private == {"_f", "_g", "_h"}
+    found = private_reaches("a._f()\nself._g\nb.c._g\nd._other\ntorch._h", private)
+    assert sorted(found) == ["a._f", "b.c._g"]
+    assert private_reaches("from turbotx.a import b, _c", private) == ["turbotx.a._c"]
+
+
+def classes_defined_twice(sources: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Places by the name of a class, of names that (place, source) pairs define more than once."""
+    places: dict[str, list[str]] = {}
+    for place, source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{place}:{node.lineno}")
+    return {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_a_class_name_means_one_thing() -> None:
+    assert classes_defined_twice((show(p), p.read_text()) for p in sources("turbotx")) == {}
+
+
+def test_a_class_defined_twice_is_found() -> None:
+    sources = ("a.py", "class A: ..."), ("b.py", "class B:\n  class A: ...")
+    assert classes_defined_twice(sources) == {"A": ["a.py:1", "b.py:2"]}
+
+
 def declared_modules() -> set[str]:
     """Import names of the dependencies and extras that pyproject.toml declares."""
     text = (ROOT / "pyproject.toml").read_text()
@@ -286,7 +344,7 @@ def test_ordinary_text_names_no_machine(text: str) -> None:
     assert machine_traces(text) == []
 
 
-def test_slow_tests_are_tests() -> None:
-    for line in (ROOT / "tests" / "slow.txt").read_text().split():
-        file, _, name = line.partition("::")
-        assert f"def {name}(" in (ROOT / file).read_text(), f"tests/slow.txt names {line}"
+def test_measured_tests_are_tests() -> None:
+    for line in read_durations(DURATIONS.read_text()):
+        file, _, name = line.rpartition("::")
+        assert f"def {name}(" in (ROOT / file.partition("::")[0]).read_text(), line

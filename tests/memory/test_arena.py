@@ -1,7 +1,6 @@
 """How an arena picks its memory and orders streams, with CUDA replaced by stand-ins."""
 
 import sys
-import threading
 from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from turbotx.memory import arena as arena_module
-from turbotx.memory.arena import PlainRange, StreamOrder, _CudaBytes, open_range
+from turbotx.memory.arena import CudaBytes, PlainRange, StreamOrder, open_range
 from turbotx.memory.capture_lock import capture_lock
 from turbotx.memory.cpu_range import CpuRange, MemoryExhausted
 from turbotx.memory.cuda_range import CudaMemoryError
@@ -28,7 +27,7 @@ def made(monkeypatch):
             made.append("event")
 
     def synchronize(device):
-        assert capture_lock._owner == threading.get_ident()
+        assert capture_lock.is_held_here
         made.append("synchronize")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -172,7 +171,7 @@ def test_a_plain_allocation_is_replaced_after_the_device_is_idle(monkeypatch, ma
 
 def test_torch_is_shown_the_mapped_bytes_and_keeps_the_range_alive():
     memory = SimpleNamespace(mapped_nbytes=4 << 20, address=1 << 44)
-    shown = _CudaBytes(memory)
+    shown = CudaBytes(memory)
     assert shown.memory is memory
     assert shown.__cuda_array_interface__ == {
         "shape": (4 << 20,),

@@ -111,7 +111,7 @@ def driver():
 
 def open_range(driver):
     def synchronize():
-        assert capture_lock._owner == threading.get_ident(), "a graph may be being captured"
+        assert capture_lock.is_held_here, "a graph may be being captured"
         driver.calls.append("synchronize")
 
     return CudaRange(3, 1 << 40, driver, synchronize)
@@ -231,11 +231,11 @@ def test_the_names_used_here_are_those_of_the_real_bindings():
     pytest.importorskip("cuda.bindings")
     from cuda.bindings import driver
 
-    from turbotx.memory.cuda_range import _access, _allocation_property
+    from turbotx.memory.cuda_range import make_access, make_property
 
-    allocation = _allocation_property(driver, 3)
+    allocation = make_property(driver, 3)
     assert allocation.location.id == 3
-    assert _access(driver, allocation).location.id == 3
+    assert make_access(driver, allocation).location.id == 3
     for name in ("Create", "Map", "SetAccess", "Unmap", "Release", "AddressReserve", "AddressFree"):
         assert callable(getattr(driver, "cuMem" + name))
     assert callable(driver.cuDeviceTotalMem)

@@ -22,6 +22,7 @@ import torch
 
 import turbotx
 from tests.ops.operator_samples import NAMES, Batch, Sample, batches, dtypes_of, excess, samples_of
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import CaptureError
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def run_batch(batch: Batch, externs: set[str]) -> Iterator[Outcome]:
             return
         yield explain(batch.samples[0], error)
         return
-    for compiled in fast._engine.variants():
+    for compiled in engine_of(fast).variants():
         externs |= {str(x.call.target) for x in compiled.assembly.launches if x.kind == "aten"}
     for sample, result in zip(batch.samples, ours, strict=True):
         yield Outcome(sample, wrong=find_fault(sample, result))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.kernels.cpp.cpp_probe import needs_compiler
+from turbotx.engine.optimize import engine_of
 from turbotx.ops.table import OPS
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-an-op.md"
@@ -22,7 +23,7 @@ def test_the_worked_example_runs() -> None:
     before = dict(OPS)
     try:
         exec(compile(blocks()[0], str(PAGE), "exec"), names)
-        (made,) = names["activated"]._engine.variants()
+        (made,) = engine_of(names["activated"]).variants()
         assert sum(len(f.kernels) for f in made.fused) == 1
         assert made.assembly.externs == []
     finally:

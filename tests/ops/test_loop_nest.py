@@ -14,13 +14,13 @@ SEQ = dim("seq")
 
 def test_bounds_of_an_index_are_derived_once(monkeypatch) -> None:
     derived: Counter[str] = Counter()
-    derive = LoopNest._find_bounds
+    derive = LoopNest.find_bounds
 
     def count(self, value, axes):
         derived[str(value)] += 1
         return derive(self, value, axes)
 
-    monkeypatch.setattr(LoopNest, "_find_bounds", count)
+    monkeypatch.setattr(LoopNest, "find_bounds", count)
     loops = LoopNest({})
     row = loops.make(SEQ, "row")
     for _ in range(3):

@@ -2,14 +2,12 @@
 
 In: the operators' names in torch's database. Out: every sample within the error rule of the
 project (1.5 x eager's error against float64, plus 2 ulp); integers and bools are equal. A few
-operators by their kernels' meaning; all of them compiled where TURBOTX_SWEEP is set, as in::
+operators by their kernels' meaning; all of them compiled by the sweep, as in::
 
     python -m tests.ops.sweep
 """
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
@@ -20,10 +18,6 @@ from tests.ops.operator_samples import NAMES, batches, excess, samples_of
 from tests.ops.sample_sizes import find_size_faults, pick_samples
 from tests.ops.sweep import DTYPES, INTEGER_DTYPES, INTEGERS, find_fault, record_of, sweep
 from turbotx.errors import CaptureError
-
-SWEEP = pytest.mark.skipif(
-    "TURBOTX_SWEEP" not in os.environ, reason="takes many minutes: set TURBOTX_SWEEP=1 to run it"
-)
 
 QUICK = ("add", "where", "softmax", "argmax", "flip", "nn.functional.layer_norm")
 
@@ -49,8 +43,7 @@ def test_a_sweep_of_one_operator() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.slow
-@SWEEP
+@pytest.mark.sweep
 @needs_compiler
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_samples(name: str) -> None:
@@ -58,8 +51,7 @@ def test_compiled_samples(name: str) -> None:
     assert not [o.wrong for o in outcomes if o.wrong]
 
 
-@pytest.mark.slow
-@SWEEP
+@pytest.mark.sweep
 @needs_compiler
 @pytest.mark.parametrize("name", INTEGERS)
 def test_compiled_integer_samples(name: str) -> None:
@@ -67,15 +59,13 @@ def test_compiled_integer_samples(name: str) -> None:
     assert not [o.wrong for o in outcomes if o.wrong]
 
 
-@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", ["softmax", "cat", "gather", "nn.functional.group_norm", "amax"])
 def test_samples_at_sizes_0_to_3(name: str) -> None:
     assert not find_size_faults(pick_samples(name, 1)[0])
 
 
-@pytest.mark.slow
-@SWEEP
+@pytest.mark.sweep
 @needs_compiler
 @pytest.mark.parametrize("name", NAMES)
 def test_every_operator_at_sizes_0_to_3(name: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import turbotx
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import CaptureError, IndexOutOfRangeError, InputError
 
 A, B = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 6).requires_grad_(False)
@@ -98,7 +99,7 @@ def test_as_strided_past_the_memory_is_refused() -> None:
 def test_ops_that_take_any_layout_get_no_copy() -> None:
     fast = turbotx.optimize(lambda t: (A(t).sort(-1)[0], B(t).topk(2)[0]))
     fast(X)
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     assert [x.name for x in compiled.assembly.launches if "laid_out" in x.name] == []
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -115,24 +114,34 @@ def test_the_printed_triton(overload: str) -> None:
     check(made, run(made, lambda kernel, given: runner(kernel, given, {})))
 
 
-@pytest.mark.triton
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_the_printed_triton_compiles(target: str) -> None:
-    """The rows that the interpreter leaves out; with TURBOTX_SWEEP every row."""
+def check_compiles(target: str, is_chosen: Callable[[ir.Kernel], bool]) -> None:
     pytest.importorskip("triton", reason="Triton is for Linux only")
     assert target in TARGETS
     kernels = {
         x.kernel.digest(): x.kernel
         for overload in ROWS
         for x in call(overload).fused.kernels
-        if "TURBOTX_SWEEP" in os.environ or "libdevice" in print_triton(x.kernel)
+        if is_chosen(x.kernel)
     }
     built = build([kernel_job(kernel, target) for kernel in kernels.values()])
     assert len(built) == len(kernels)
     assert all(b.resources.instructions for b in built)
 
 
-@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_printed_triton_compiles(target: str) -> None:
+    """The rows that the interpreter leaves out."""
+    check_compiles(target, lambda kernel: "libdevice" in print_triton(kernel))
+
+
+@pytest.mark.triton
+@pytest.mark.sweep
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_printed_triton_compiles(target: str) -> None:
+    check_compiles(target, lambda kernel: True)
+
+
 @needs_compiler
 def test_places_of_fractional_steps_are_those_of_eager() -> None:
     def function(x: torch.Tensor) -> list[torch.Tensor]:

@@ -36,6 +36,7 @@ def canonical(function, *args):
         (lambda x: (x * 1).exp(), ["exp"]),
         (lambda x: (x.exp(), x.sin())[0], ["exp"]),
         (lambda x: x.exp() + x.exp(), ["exp", "add"]),
+        (lambda x: (x + x.exp()) * (x.exp() + x), ["exp", "add", "mul"]),
     ],
 )
 def test_no_ops_go(function, left) -> None:
@@ -54,6 +55,11 @@ def test_no_ops_go(function, left) -> None:
         (lambda x: x[:, 1:].exp(), ["slice", "exp"]),
         (lambda x: x.view(-1, 8).exp(), ["view", "exp"]),
         (lambda x: torch.add(x, 0 * x), ["mul", "add"]),
+        (lambda x: (x - x.exp()) * (x.exp() - x), ["exp", "sub", "sub", "mul"]),
+        (
+            lambda x: torch.add(x, x.exp(), alpha=2) * torch.add(x.exp(), x, alpha=2),
+            ["exp", "add", "add", "mul"],
+        ),
     ],
 )
 def test_real_work_stays(function, left) -> None:

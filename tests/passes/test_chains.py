@@ -12,6 +12,8 @@ from torch import nn
 import turbotx
 from tests.kernels.cpp.cpp_probe import needs_compiler
 from tests.passes.test_attention import Attend, X, recognized
+from turbotx.engine.optimize import engine_of
+from turbotx.ir.fx_nodes import shape
 
 LOW = torch.finfo(torch.float32).min
 KEYS = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
@@ -62,16 +64,49 @@ def scaled_operands(q, k, v, keys):
     return scores.masked_fill(~keys[:, None, None], LOW).softmax(-1) @ v
 
 
+def shifted_by_the_largest(q, k, v, keys):
+    """CogView's, which no half overflows: scores are made small, shifted, and made large again."""
+    scores = (q / 3.0) @ k.mT + SLOPES * positions(q)
+    scores = (scores + torch.where(keys, 0.0, LOW)[:, None, None]) / 32
+    return ((scores - scores.amax(-1).unsqueeze(-1)) * 32).softmax(-1) @ v
+
+
+def none_below_the_least(q, k, v, keys):
+    """A query that sees no key gets the mean, as where numbers hide, although infinity does."""
+    hidden = torch.where(positions(q) <= positions(q)[:, None], SLOPES * 0.5, -math.inf)
+    scores = (q @ k.mT).masked_fill(~keys[:, None, None], -math.inf) * 0.5 + hidden
+    return torch.max(torch.full((), LOW), scores).softmax(-1) @ v
+
+
+def with_sinks(q, k, v, keys):
+    """Hidden keys come first, as left padding: some queries see none, and give all to the sink."""
+    seen = (positions(q) <= positions(q)[:, None]) & keys.flip(-1)[:, None, None]
+    scores = q @ k.mT * 0.4 + torch.where(seen, 0.0, LOW)
+    sinks = torch.tensor([0.3, 9.0, -math.inf, -2.0]).reshape(1, -1, 1, 1)
+    logits = torch.cat([scores, sinks.expand(*q.shape[:3], 1)], -1)
+    logits = logits - logits.amax(-1, keepdim=True)
+    return logits.softmax(-1)[..., :-1] @ v
+
+
 FORMS = {
     f.__name__: f
-    for f in (capped, by_batches_of_heads, twice_hidden, minus_a_penalty, scaled_operands)
-}
+    for f in (
+        capped, by_batches_of_heads, twice_hidden, minus_a_penalty, scaled_operands,
+        shifted_by_the_largest, none_below_the_least, with_sinks,
+    )
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_is_one_attention(form: str) -> None:
     (node,) = recognized(FORMS[form], KEYS)
     assert node.kwargs.get("softcap", 0.0) == (2.0 if form == "capped" else 0.0)
+
+
+def test_sinks_leave_the_mask_to_the_kernel() -> None:
+    (node,) = recognized(with_sinks, KEYS)
+    assert node.kwargs["causal"] and node.kwargs["blind_mean"] and node.args[4] is None
+    assert [int(n) for n in shape(node.args[5])] == [4]
 
 
 def test_heads_need_not_be_known() -> None:
@@ -90,7 +125,7 @@ def test_heads_need_not_be_known() -> None:
     fast = turbotx.optimize(module, backend="aten")
     with torch.no_grad():
         torch.testing.assert_close(fast(x), module(x))
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     assert "attention" in {launch.kind for launch in compiled.assembly.launches}
 
 
@@ -101,8 +136,21 @@ def test_heads_need_not_be_known() -> None:
         lambda q, k, v: (q @ k.mT * -1.0).softmax(-2) @ v,
         lambda q, k, v: (q @ k.mT).exp().softmax(-1) @ v,
         lambda q, k, v: ((q @ k.mT + 1.5 * (positions(q) > 2)).tanh()).softmax(-1) @ v,
+        lambda q, k, v: (q @ k.mT - (k @ q.mT).amax(-1, True)).softmax(-1).cumsum(-1) @ v,
+        lambda q, k, v: torch.max(q @ k.mT, torch.tensor(-1.0)).softmax(-1) @ v,
+        lambda q, k, v: torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
+        lambda q, k, v: torch.cat([q @ k.mT, q[..., :2]], -1).softmax(-1)[..., :-2] @ v,
     ],
-    ids=["a fill that hides nothing", "softmax over queries", "exp", "tanh of a bias"],
+    ids=[
+        "a fill that hides nothing",
+        "softmax over queries",
+        "exp",
+        "tanh of a bias",
+        "shares summed up",
+        "scores bounded",
+        "a sink of each query's own",
+        "two sinks",
+    ],
 )
 def test_must_not_be_one(inner) -> None:
     assert recognized(inner) == []

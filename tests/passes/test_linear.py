@@ -9,6 +9,7 @@ from torch import nn
 import turbotx
 from tests.graphs import calls, captured_graph
 from turbotx.capture.trace import capture
+from turbotx.engine.optimize import engine_of
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.linear import (
     free_biases,
@@ -198,7 +199,7 @@ def test_angles_of_rotary_embeddings_are_part_of_a_run() -> None:
     frequencies = torch.rand(8)
     fast = turbotx.optimize(angles)
     torch.testing.assert_close(fast(frequencies, X), angles(frequencies, X))
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     assert [x.kind for x in compiled.assembly.launches] == ["kernel"]
 
 

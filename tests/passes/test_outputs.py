@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import turbotx
+from turbotx.engine.optimize import engine_of
 
 A, B = nn.Linear(6, 6).requires_grad_(False), nn.Linear(6, 4).requires_grad_(False)
 TABLE = torch.randn(3, 6)
@@ -116,7 +117,7 @@ def test_products_that_were_packed_can_be_viewed() -> None:
 def test_products_that_lie_so_already_are_not_copied() -> None:
     fast = turbotx.optimize(lambda x: (A(x), A(x).transpose(1, 2), F.gelu(B(x))))
     fast(torch.randn(2, 3, 6))
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     assert not compiled.assembly.externs
 
 

@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 import turbotx
 from tests.models import assert_as_exact_as_eager, in_double, token_inputs
 from tests.runtime.cuda.stand_in_device import InterpretedDevice, RecordingDevice, bind_to
+from turbotx.engine.optimize import engine_of
 from turbotx.engine.tune import gains, tune_call, tune_norms
 from turbotx.errors import DeviceError, OptionsError
 from turbotx.kernels.tuned import save_tuned
@@ -69,7 +70,7 @@ def test_shapes_that_alternate_between_two_programs(
     options = {"schedules": {"gemm_*": "x2"}} if name == "gpt2" else {}
     fast = bind_to(device, model, monkeypatch, **options)
     check(fast, model, 2, 3)
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     assert [launches_a_layer(x) for x in compiled.specializations] == launches
     served = [p.token_range.buckets for p in compiled.programs]
     assert served[1] == {16} and 16 not in served[0]
@@ -131,7 +132,7 @@ def test_large_means_odd_widths_and_no_biases(
     for shape in ((1, 1), (2, 9), (0, 3)):
         compare(fast, model, (torch.randn(*shape, width) + mean).to(dtype))
     # A call without rows has a capture of its own, which computes nothing.
-    (folded,), _ = (c.specializations for c in fast._engine.variants())
+    (folded,), _ = (c.specializations for c in engine_of(fast).variants())
     assert [x.kind for x in folded.assembly.launches] == ["gemm"] * 4
 
 
@@ -181,7 +182,7 @@ def test_a_gemm_that_reads_a_copy_leaves_statistics(monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         ours, own = fast(*inputs), model(*inputs)
         assert_as_exact_as_eager(ours, own, in_double(model)(*(x.double() for x in inputs)))
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     gemms = [x.gemm for x in compiled.assembly.launches if x.kind == "gemm"]
     assert [x.stats for x in gemms] == [True, False] and gemms[1].norm is not None
 
@@ -217,7 +218,7 @@ def test_what_others_read_is_stored(how: str, monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         ours, own, exact = fast(x), model(x), in_double(model)(x.double())
     assert_as_exact_as_eager(ours, own, exact)
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     folds = [x for x in compiled.assembly.launches if x.kind == "gemm" and x.gemm.folds]
     assert len(folds) == (2 if how == "rows" else 0)
 
@@ -266,7 +267,7 @@ def test_tuning_times_both_programs_and_keeps_the_faster(
     model, x, device = Chain(16).half().eval(), torch.randn(2, 3, 16).half(), RecordingDevice()
     fast = bind_to(device, model, monkeypatch, cuda_graphs=False)
     fast(x)
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     assert compiled.at((2, 3)).program is compiled.programs[1]
 
     def timer(device: RecordingDevice, run: Any, repeat: int) -> float:
@@ -283,9 +284,9 @@ def test_tuning_times_both_programs_and_keeps_the_faster(
     save_tuned(device.describe(), gains([found]))
     again = bind_to(RecordingDevice(), model, monkeypatch, cuda_graphs=False)
     again(x)
-    (compiled,) = again._engine.variants()
+    (compiled,) = engine_of(again).variants()
     assert compiled.at((2, 3)).program is compiled.programs[0]
     assert compiled.at((4, 5)).program is compiled.programs[1]  # another bucket
     asked = bind_to(RecordingDevice(), model, monkeypatch, schedules={"gemm_*": "cublas"})
     asked(x)
-    assert len(asked._engine.variants()[0].programs) == 1
+    assert len(engine_of(asked).variants()[0].programs) == 1

@@ -10,12 +10,14 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turbotx.report.layered import Layout, lay_out
+from turbotx.report.layered import LayeredDrawing, lay_out
 
 BOX = (60.0, 20.0)
 
 
-def overlaps(layout: Layout, names: list[str], sizes: dict[str, tuple[float, float]]) -> bool:
+def overlaps(
+    layout: LayeredDrawing, names: list[str], sizes: dict[str, tuple[float, float]]
+) -> bool:
     for k, a in enumerate(names):
         for b in names[:k]:
             (xa, ya), (xb, yb) = layout.centres[a], layout.centres[b]
@@ -52,7 +54,7 @@ def test_inputs_stand_over_their_first_reader() -> None:
 
 
 def test_nothing_is_an_empty_layout() -> None:
-    assert lay_out({}, []) == Layout({}, {}, 0.0, 0.0)
+    assert lay_out({}, []) == LayeredDrawing({}, {}, 0.0, 0.0)
 
 
 @given(st.integers(1, 14), st.data())

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import turbotx
+from turbotx.engine.optimize import engine_of
 from turbotx.runtime import tensor_watch
 from turbotx.runtime.cpu.launch_table import load_runtime
 from turbotx.runtime.tensor_watch import (
@@ -129,8 +130,8 @@ def test_nothing_is_kept_once_the_watch_is_gone() -> None:
 def test_a_program_watches_its_parameters_natively() -> None:
     fast = turbotx.optimize(nn.Linear(4, 4).eval())
     fast(torch.ones(2, 4))
-    (compiled,) = fast._engine.variants()
-    assert isinstance(compiled.program.runtime.weights._watched[1], TensorWatch)
+    (compiled,) = engine_of(fast).variants()
+    assert isinstance(compiled.program.runtime.weights.watched[1], TensorWatch)
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -139,10 +140,10 @@ def test_a_library_that_comes_later_takes_over_and_misses_nothing(changed: bool)
     weights = Weights(model, {}, {"w": "weight"}, {}, {"w": Kind.of(model.weight)})
     weights.later = Future()
     assert weights.refresh()
-    assert isinstance(weights._watched[1], PlainWatch)
+    assert isinstance(weights.watched[1], PlainWatch)
     weights.later.set_result(start_native_watch().result())
     assert not weights.refresh()
-    assert isinstance(weights._watched[1], TensorWatch)
+    assert isinstance(weights.watched[1], TensorWatch)
     if changed:
         model.weight.data = torch.ones(4, 4)
     assert weights.refresh() is changed

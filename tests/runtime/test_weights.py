@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import turbotx
+from turbotx.engine.optimize import engine_of
 from turbotx.runtime import weights as weights_module
 
 X = torch.randn(4, 8)
@@ -24,7 +25,7 @@ class Packed(nn.Module):
 
 
 def weights_of(fast):
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     return compiled.program.runtime.weights
 
 
@@ -54,7 +55,7 @@ def test_a_call_beside_one_that_derives_waits_for_it(monkeypatch: pytest.MonkeyP
     fast(X)
     weights = weights_of(fast)
     before, compute, entered, go = (
-        weights.version, weights_module._compute, threading.Event(), threading.Event()
+        weights.version, weights_module.compute_constant, threading.Event(), threading.Event()
     )  # fmt: skip
 
     def compute_slowly(node, tensors):
@@ -62,7 +63,7 @@ def test_a_call_beside_one_that_derives_waits_for_it(monkeypatch: pytest.MonkeyP
         assert go.wait(60)
         return compute(node, tensors)
 
-    monkeypatch.setattr(weights_module, "_compute", compute_slowly)
+    monkeypatch.setattr(weights_module, "compute_constant", compute_slowly)
     with torch.no_grad():
         model.b.weight.add_(1)
     seen: list[int] = []
@@ -186,10 +187,10 @@ def test_values_alone_are_no_reason_to_capture() -> None:
     model = Packed().eval()
     fast = turbotx.optimize(model)
     fast(X)
-    (before,) = fast._engine.variants()
+    (before,) = engine_of(fast).variants()
     model.a.weight.data = torch.randn(8, 8)
     fast(X)
-    assert fast._engine.variants() == [before]
+    assert engine_of(fast).variants() == [before]
 
 
 def test_threads_meet_a_converted_model_with_one_capture() -> None:
@@ -198,7 +199,8 @@ def test_threads_meet_a_converted_model_with_one_capture() -> None:
     fast(X)
     model.double()
     made = []
-    make, fast._engine.make = fast._engine.make, lambda *call: made.append(call) or make(*call)
+    engine = engine_of(fast)
+    make, engine.make = engine.make, lambda *call: made.append(call) or make(*call)
     found: list[torch.Tensor] = []
     calls = [threading.Thread(target=lambda: found.append(fast(X.double()))) for _ in range(3)]
     for call in calls:

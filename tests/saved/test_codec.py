@@ -11,6 +11,7 @@ import torch
 
 import turbotx
 from tests.saved.test_saved import Model, ids
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import SavedFileError, SaveError
 from turbotx.ir.sizes import Sizes
 from turbotx.program.executable import TokenRange
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 def described() -> dict[str, Any]:
     fast = turbotx.optimize(Model().eval())
     fast(ids(2, 5))
-    return describe_call(fast._engine.variants()[0])
+    return describe_call(engine_of(fast).variants()[0])
 
 
 def test_what_comes_back_is_what_was_written(described: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ def test_a_model_saved_on_a_cpu_runs_on_a_gpu(
     assert sorted(graph.replays for graph in cubins.device.graphs) == [2, 2]
     assert len(cubins.device.placed) == placed  # all kernels were there before the first call
     if name != "llama":  # whose full float32 products fold up to 16 tokens only where that wins
-        plans = [p.plans for p in loaded._programs()]
+        plans = [p.plans for p in loaded.programs()]
         assert plans == [1, 3]  # norms stored for 21 tokens, folded for fewer
 
 
@@ -343,7 +343,7 @@ def test_nothing_is_pickled(cubins: Cubins, path: Path) -> None:
     save_small(path, "sm_90")
     with zipfile.ZipFile(path) as archive:
         assert {Path(n).suffix for n in archive.namelist()} == {".json", ".cubin", ".safetensors"}
-        assert json.loads(archive.read("manifest.json"))["format"] == 6
+        assert json.loads(archive.read("manifest.json"))["format"] == 7
 
 
 def test_calls_run_where_the_program_does() -> None:

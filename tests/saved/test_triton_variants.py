@@ -20,6 +20,7 @@ import turbotx
 from tests.models import token_inputs
 from tests.runtime.cuda.test_triton_programs import tiny
 from turbotx.engine.compiled import Compiled
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import SavedFileError, SaveError
 from turbotx.ir.expr import compile_evaluator
 from turbotx.kernels.schedule import INT32_LIMIT
@@ -34,8 +35,8 @@ pytest.importorskip("transformers")
 def compile_for(target: str, model: torch.nn.Module, **options: Any) -> Compiled:
     fast = turbotx.optimize(model, **options)
     fast(**token_inputs(2, 3))
-    (compiled,) = fast._engine.variants()
-    return fast._engine.compile(compiled.captured, target)
+    (compiled,) = engine_of(fast).variants()
+    return engine_of(fast).compile(compiled.captured, target)
 
 
 def tables(compiled: Compiled) -> Iterator[tuple[LaunchKernels, Any, SavedFamily]]:

@@ -66,7 +66,7 @@ def listening(service, receive_s=20.0, most=1000):
     limits = ConnectionLimits(receive_s, most)
     config = uvicorn.Config(
         create_app(service), port=port, log_config=None, access_log=False,
-        http=make_protocol(limits),
+        http=make_protocol(limits), ws="none",
     )  # fmt: skip
     server = GracefulServer(config, service, limits)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -20,7 +20,7 @@ TEXTS = ["w1", "w2 w3 w4 w5 w6", "w7 w8"]
 
 def save(folder, model):
     model.eval().save_pretrained(folder)
-    word_tokenizer()._tokenizer.save(str(folder / "tokenizer.json"))
+    word_tokenizer().tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 

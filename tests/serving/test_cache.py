@@ -62,5 +62,5 @@ def test_never_over_its_bytes(entries):
     cache = ResponseCache(3000)
     for n, width in entries:
         cache.put(key(n), vector(n, width))
-        held = sum(v.nbytes + len(k.ids) + ENTRY_NBYTES for k, v in cache._entries.items())
+        held = sum(v.nbytes + len(k.ids) + ENTRY_NBYTES for k, v in cache.entries.items())
         assert cache.nbytes == held <= 3000

@@ -10,7 +10,7 @@ import time
 import pytest
 import uvicorn.protocols.http.auto as parser
 
-from tests.serving.conftest import httpx, listening, sleeping_service
+from tests.serving.conftest import fast_costs, httpx, listening, sleeping_service
 from turbotx.serving import connections
 from turbotx.serving.connections import ConnectionLimits, connection_limit
 
@@ -72,6 +72,31 @@ def test_a_header_byte_by_byte_is_closed_too(either_parser):
         assert httpx.get(f"{url}/health").status_code == 200
 
 
+@pytest.mark.parametrize("first", [b"", WHOLE], ids=["alone", "beside an answer"])
+def test_a_header_without_end_is_refused(first, either_parser):
+    service = sleeping_service(fast_costs(scale=1000.0))
+    with listening(service) as url, connect(url) as endless:
+        endless.sendall(first + HEAD)
+        said = b""
+        with contextlib.suppress(OSError):
+            for i in range(200):
+                endless.sendall(b"x-%d: %s\r\n" % (i, b"a" * 4000))
+                time.sleep(0.002)
+        with contextlib.suppress(ConnectionResetError):
+            while part := endless.recv(10_000):
+                said += part
+        assert said == b"" or b"HTTP/1.1 431" in said or b"HTTP/1.1 400" in said
+        assert httpx.get(f"{url}/health").status_code == 200
+
+
+def test_an_offer_of_http_2_does_not_cost_the_body(either_parser):
+    offer = b"connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+    with listening(sleeping_service()) as url, connect(url) as java:
+        for whole in (WHOLE.replace(b"host: a\r\n", b"host: a\r\n" + offer), WHOLE):
+            java.sendall(whole)
+            assert java.recv(10_000).startswith(b"HTTP/1.1 200")
+
+
 def test_an_idle_connection_that_is_reused_stays(either_parser):
     with listening(sleeping_service(), receive_s=1.0) as url, httpx.Client(base_url=url) as client:
         for _ in range(2):
@@ -106,17 +131,22 @@ def test_the_limit_leaves_descriptors_for_the_rest(monkeypatch):
     assert connection_limit(1000) == 136 and said == [(200, 200)]
 
 
+class Connection:
+    def __init__(self, busy=False):
+        self.busy, self.aborted, self.in_body = busy, False, False
+        self.head_since_s, self.unread, self.read_s, self.left = None, 0, 0.0, 0
+        self.transport = self
+
+    def abort(self):
+        self.aborted = True
+
+    def get_write_buffer_size(self):
+        return self.left
+
+
 def test_busy_connections_are_never_the_ones_to_go():
-    class Connection:
-        def __init__(self, busy, heard_s):
-            self.busy, self.heard_s, self.aborted = busy, heard_s, False
-            self.transport = self
-
-        def abort(self):
-            self.aborted = True
-
     limits = ConnectionLimits(1.0, 2)
-    working, idle, newest = Connection(True, 0.0), Connection(False, 1.0), Connection(False, 2.0)
+    working, idle, newest = Connection(True), Connection(), Connection()
     for connection in (working, idle, newest):
         limits.admit(connection)
     assert idle.aborted and not working.aborted and not newest.aborted
@@ -124,3 +154,27 @@ def test_busy_connections_are_never_the_ones_to_go():
     for connection in (working, newest):
         limits.admit(connection)
     assert newest.aborted and not working.aborted
+
+
+def test_who_has_spoken_lately_stays():
+    limits = ConnectionLimits(1.0, 2)
+    first, second, third = (Connection() for _ in range(3))
+    limits.admit(first)
+    limits.admit(second)
+    limits.hear(first)
+    limits.hear(third)  # not counted, or no more: stays so
+    limits.admit(third)
+    assert second.aborted and not first.aborted and list(limits.open) == [first, third]
+
+
+def test_who_does_not_read_is_closed_and_who_reads_slowly_is_not():
+    limits = ConnectionLimits(3.0, 10)
+    never, slowly, done = (Connection() for _ in range(3))
+    for connection in (never, slowly, done):
+        limits.admit(connection)
+        connection.left = 1000
+    for now_s in range(100, 110):
+        slowly.left -= 1 if now_s % 2 else 0
+        done.left = 0
+        limits.close_late(float(now_s))
+    assert never.aborted and not slowly.aborted and not done.aborted

@@ -13,7 +13,7 @@ from turbotx.serving.cost import CostTable, CostTableError, make_monotone
 
 
 def small_table():
-    return CostTable.from_grid([1, 11], [1, 3], [[1.0, 3.0], [11.0, 33.0]])
+    return CostTable([1, 11], [1, 3], [[1.0, 3.0], [11.0, 33.0]])
 
 
 def test_nodes_are_kept_and_the_rest_is_bilinear():
@@ -44,7 +44,7 @@ def test_over_the_token_limit_only_single_requests_are_finite():
 
 def test_observations_move_the_table_to_the_truth():
     rng = np.random.default_rng(0)
-    table = CostTable.from_grid([1, 50, 100], [1, 10, 20], [[1] * 3] * 3)
+    table = CostTable([1, 50, 100], [1, 10, 20], [[1] * 3] * 3)
     for _ in range(4000):
         length, batch = int(rng.integers(1, 101)), int(rng.integers(1, 21))
         truth = 4 + 0.022 * length * batch

@@ -65,7 +65,7 @@ def in_loop(test, engine, **options):
 async def first_is_running(dispatcher):
     """Occupy the engine, so that what follows waits together."""
     task = asyncio.create_task(dispatcher.compute(row(1)))
-    while dispatcher.scheduler.waiting or not dispatcher._jobs:
+    while dispatcher.scheduler.waiting or not dispatcher.inspect()["rows"]:
         await asyncio.sleep(0.001)
     return task
 
@@ -130,7 +130,7 @@ def test_a_row_that_nobody_awaits_leaves_the_queue():
         engine.gate.set()
         await first
         assert engine.batches == [[(1, 1, 1)]]
-        assert not dispatcher._jobs and not dispatcher._in_flight
+        assert not any(dispatcher.inspect().values())
 
     in_loop(test, engine)
 
@@ -209,7 +209,8 @@ def test_many_rows_enter_by_turns_and_leave_room_for_one():
         assert (await alone).tolist() == [1, 3]
         assert len(engine.batches) < 6
         assert [int(v[0]) for v in await many[0]] == list(range(20, 120))
-        assert dispatcher._held_ms == pytest.approx(0, abs=1e-6) and not dispatcher._entering
+        under_way = dispatcher.inspect()
+        assert under_way["held_ms"] == pytest.approx(0, abs=1e-6) and not under_way["entering"]
 
     # 100 rows are estimated to take 13 s; the engine answers at once.
     in_loop(test, engine, coalesce=False, scale=1e3, max_age_ms=9e3)
@@ -227,7 +228,8 @@ def test_many_rows_whose_client_leaves_make_way():
         await asyncio.gather(many, return_exceptions=True)
         engine.gate.set()
         assert len(await other) == 10 and (await first).tolist() == [1, 3]
-        assert dispatcher._held_ms == pytest.approx(0, abs=1e-6) and not dispatcher._entering
+        under_way = dispatcher.inspect()
+        assert under_way["held_ms"] == pytest.approx(0, abs=1e-6) and not under_way["entering"]
 
     in_loop(test, engine, scale=1e3, max_age_ms=6e4)
 

@@ -30,5 +30,5 @@ def test_every_setting_is_an_option_and_every_option_is_on_the_page():
     options = set(serve_command.__annotations__) - {"return"}
     assert {f.name for f in fields(Settings)} - options == {"api_keys"}  # from the two of keys
     page = (DOCS / "serving.md").read_text()
-    assert all(f"`--{name.replace('_', '-')}`" in page for name in options - {"model"})
+    assert all(f"`--{name.replace('_', '-')}`" in page for name in options - {"models"})
     assert all(f"| {panel} |" in page for panel in PANELS)

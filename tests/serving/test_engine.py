@@ -139,7 +139,7 @@ def test_kept_tables_are_used_only_where_they_fit(tmp_path):
     path = cost_file(tmp_path, "a/b", "r1", "x86 64", "eager")
     assert path.name == "costs-a-b-r1-eager-x86-64.json"
     engine = Counting(fast_costs(scale=0.1))
-    kept = CostTable.from_grid([1, 32], [1, 8], [[1, 2], [3, 4]])
+    kept = CostTable([1, 32], [1, 8], [[1, 2], [3, 4]])
     kept.save(path)
     sizes = {"max_batch": 8, "max_tokens": None}
     assert load_or_measure(path, engine, max_length=32, **sizes).to_dict() == kept.to_dict()

@@ -32,7 +32,6 @@ def fuzz(examples):
                     deadline=None)  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.NEGATIVE, GenerationMode.POSITIVE])
 @pytest.mark.parametrize("path", PATHS)
 def test_bodies_from_the_description(server, path, mode):

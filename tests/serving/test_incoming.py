@@ -10,7 +10,7 @@ import pytest
 
 from tests.serving.conftest import sleeping_service
 from tests.serving.test_app import client_of
-from turbotx.serving.incoming import check_shape
+from turbotx.serving.bodies import BodyMemory, Shape
 from turbotx.serving.refusals import Busy, TooLarge
 from turbotx.serving.tokenizer_pool import SHORT, TokenizerPool
 
@@ -27,14 +27,19 @@ from turbotx.serving.tokenizer_pool import SHORT, TokenizerPool
 )
 def test_bodies_of_very_many_parts_are_refused_unread(body):
     with pytest.raises(TooLarge, match="far more parts than 8 inputs"):
-        check_shape(json.dumps(body).encode(), 8, 100)
+        Shape(8, 100).count(json.dumps(body).encode())
 
 
 @pytest.mark.parametrize(
     "text", ["[{,:" * 20_000, '"' * 5000, "\\" * 5001, '\\"[' * 5000, 'a\\\\"[,'], ids=range(5)
 )
 def test_what_stands_in_a_text_is_not_counted(text):
-    check_shape(json.dumps({"inputs": [text, text]}).encode(), 8, 100)
+    body = json.dumps({"inputs": [text, text]}).encode()
+    Shape(8, 100).count(body)
+    for nbytes in (1, 2, 3, 7, 1000):  # however it comes apart
+        shape = Shape(8, 100)
+        for begin in range(0, min(len(body), 9000), nbytes):
+            shape.count(body[begin : begin + nbytes])
 
 
 def test_the_server_refuses_them_before_decoding():
@@ -61,3 +66,50 @@ def test_short_texts_do_not_wait_behind_long_ones_and_long_ones_are_bounded():
         pool.shutdown()
 
     asyncio.run(life())
+
+
+def test_a_flood_of_bodies_costs_the_largest_and_no_more_memory_than_said():
+    async def life():
+        memory = BodyMemory(1000)
+        with memory.hold() as small, memory.hold() as large, memory.hold() as whole:
+            for held in (small, large):
+                held.reading = asyncio.get_running_loop().create_future()
+            memory.charge(whole, 300)  # has been read: it stays
+            memory.charge(large, 500)
+            memory.charge(small, 150)
+            assert memory.nbytes == 950 and not large.reading.cancelled()
+            victim = large.reading
+            memory.charge(small, 100)
+            assert victim.cancelled() and not small.reading.cancelled()
+            assert memory.nbytes == 550
+        assert memory.nbytes == 0
+
+    asyncio.run(life())
+
+
+def test_the_one_that_is_too_large_beside_others_is_told_so():
+    service = sleeping_service(max_body_nbytes=100_000)
+    service.bodies.most = 50_000
+    with client_of(service) as client:
+        answer = client.post("/embed", content=b" " * 90_000)
+        assert answer.status_code == 429 and "bodies" in answer.json()["error"]
+        assert int(answer.headers["retry-after"]) == 1
+        assert client.post("/embed", json={"inputs": "w1"}).status_code == 200
+        assert service.bodies.nbytes == 0
+
+
+def test_large_bodies_and_answers_are_as_small_ones(monkeypatch):
+    monkeypatch.setattr("turbotx.serving.routes.MANY_NUMBERS", 1000)
+    with client_of(sleeping_service()) as client:
+        texts = [f"w{i} w{i % 7}" for i in range(200)]
+        body = {"inputs": texts, "normalize": False}
+        assert len(json.dumps({**body, "inputs": [t + " " * 400 for t in texts]})) > 65_536
+        many = client.post(
+            "/embed", content=json.dumps({**body, "inputs": [t + " " * 400 for t in texts]})
+        ).json()
+        for i in (0, 77, 199):
+            alone = client.post("/embed", json={**body, "inputs": texts[i]}).json()
+            assert many[i] == alone[0]
+        found = client.post("/v1/embeddings", json={"input": texts}).json()["data"]
+        one = client.post("/v1/embeddings", json={"input": texts[5]}).json()["data"]
+        assert found[5]["embedding"] == one[0]["embedding"] and len(found) == len(texts)

@@ -48,7 +48,7 @@ def serving(model):
 
 @pytest.mark.parametrize(
     "backend",
-    ["eager", pytest.param("turbotx", marks=pytest.mark.slow)],  # captures, builds C++
+    ["eager", "turbotx"],
 )
 def test_minilm_answers_as_its_files_say(backend):
     model = load_model("minilm", backend=backend)

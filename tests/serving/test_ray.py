@@ -83,7 +83,6 @@ def test_the_front_is_ready_when_a_replica_is():
         failed.dispatcher  # noqa: B018
 
 
-@pytest.mark.slow
 def test_every_request_is_answered_though_a_replica_dies(cluster):
     from ray import serve
 

@@ -72,4 +72,4 @@ def test_every_replica_is_ranked_once_within_a_small_window(lengths, count):
     replicas = [f"r{i}" for i in range(count)]
     for length in lengths:
         assert sorted(routing.rank(replicas, length)) == replicas
-    assert routing._sorted == sorted(lengths[-8:])
+    assert routing.sorted_lengths == sorted(lengths[-8:])

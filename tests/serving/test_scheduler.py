@@ -209,7 +209,7 @@ def test_bad_submissions():
 
 
 def test_completed_batches_refine_the_costs():
-    costs = CostTable.from_grid([1, 100], [1, 20], [[1, 1], [1, 1]])
+    costs = CostTable([1, 100], [1, 20], [[1, 1], [1, 1]])
     scheduler = Scheduler(costs)
     for key in range(400):
         scheduler.submit(Request(key, 100, 0.0))

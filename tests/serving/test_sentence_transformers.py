@@ -189,7 +189,8 @@ BERT = "sentence_bert_config.json"
     [
         (modules_with("sentence_transformers.models.LSTM"), "models.LSTM"),
         (modules_with("custom_st.Projection"), "custom_st.Projection"),
-        (modules_with("sentence_transformers.models.SpladePooling"), "SpladePooling"),
+        (modules_with("sentence_transformers.models.SpladePooling"), "feature-extraction"),
+        (modules_with("sentence_transformers.models.WeightedLayerPooling"), "WeightedLayerPooling"),
         (modules_with("sentence_transformers.models.Pooling"), "Pooling takes"),
         (lambda folder: write_json(folder / "modules.json", []), "begins with nothing"),
         (lambda folder: write_json(folder / "modules.json", {}), "a dict, not a list"),

@@ -24,7 +24,7 @@ from tests.serving.conftest import (
 )
 from tests.serving.test_app import classifier
 from turbotx.cli.models import ModelError
-from turbotx.cli.serve import serve_model
+from turbotx.cli.serve import serve_models, wait_briefly
 from turbotx.serving.engine import Head
 from turbotx.serving.server import run, serve
 from turbotx.serving.service import ModelFailed
@@ -42,7 +42,8 @@ def test_a_client_that_leaves_is_dropped_from_the_queue():
                     return asyncio.create_task(client.post(f"{url}/embed", json={"inputs": word}))
 
                 tasks = [post("w0")]
-                while not service.dispatcher._jobs or len(service.dispatcher.scheduler):
+                dispatcher = service.dispatcher
+                while not dispatcher.inspect()["rows"] or len(dispatcher.scheduler):
                     await asyncio.sleep(0.005)  # until it runs, so that the others wait
                 tasks += [post("w1"), post("w2")]
                 while len(service.dispatcher.scheduler) < 2:
@@ -192,7 +193,7 @@ def test_told_to_stop_while_it_prepares_it_does_not_finish_that(unused_port):
 def test_an_empty_key_in_the_environment_does_not_open_the_door(monkeypatch):
     monkeypatch.setenv("TURBOTX_API_KEY", "")
     with pytest.raises(ModelError, match="TURBOTX_API_KEY is empty"):
-        serve_model("no/such/model", api_keys=(), api_key_file=None)
+        serve_models(["no/such/model"], api_keys=(), api_key_file=None)
 
 
 def test_a_model_that_cannot_run_ends_the_server(unused_port):
@@ -215,10 +216,21 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(unused_port, monkeypat
         other.bind(("127.0.0.1", unused_port))
         other.listen()
         with pytest.raises(SettingsError, match=f"port {unused_port}: .*in use"):
-            serve("no/such/model", port=unused_port)
+            serve(["no/such/model"], port=unused_port)
     with pytest.raises(SettingsError, match="cannot listen on"):
-        serve("no/such/model", host="256.0.0.1")
+        serve(["no/such/model"], host="256.0.0.1")
 
 
 def metrics_of(url):
     return httpx.get(f"{url}/metrics").text
+
+
+def test_openmp_is_told_to_wait_briefly_before_torch_is_loaded():
+    code = "import turbotx.cli.serve, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    for given, wanted in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        wait_briefly(given)
+        assert given == {"GOMP_SPINCOUNT": wanted}
+    chosen = {"OMP_WAIT_POLICY": "active"}
+    wait_briefly(chosen)
+    assert chosen == {"OMP_WAIT_POLICY": "active"}

@@ -81,9 +81,9 @@ def test_figures_name_queue_cache_and_engine():
 
 def test_settings_reach_the_scheduler():
     service = Service(stand_in(Instant()), settings(max_age_ms=70.0, lazy_ms=9.0))
-    scheduler = service._scheduler(fast_costs())
+    scheduler = service.make_scheduler(fast_costs())
     assert scheduler.policy == Aged(max_age_ms=70.0)
     assert scheduler.trigger == Lazy(9.0, 4, None)
     service = Service(stand_in(Instant()), settings(policy="fifo"))
-    scheduler = service._scheduler(fast_costs())
+    scheduler = service.make_scheduler(fast_costs())
     assert scheduler.policy == Fifo() and scheduler.trigger == Hungry()

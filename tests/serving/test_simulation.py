@@ -102,7 +102,7 @@ def test_nobody_waits_beyond_the_age_bound(gaps, load):
 
 
 def test_a_wrong_table_is_refined_while_serving():
-    believed = CostTable.from_grid([1, 50, 100], [1, 10, 20], [[5.0] * 3] * 3)
+    believed = CostTable([1, 50, 100], [1, 10, 20], [[5.0] * 3] * 3)
     trace = make_trace(poisson_gaps, uniform_lengths(2, 100), rate_per_s=500, count=3000, seed=0)
     simulate(trace, Scheduler(believed), true_costs=TOY)
     for length, batch in ((20, 8), (60, 12), (95, 12)):

@@ -21,7 +21,7 @@ TEXTS = ["w1", "w2 w3 w4 w5 w6", "w7 w8", "W9 w10 w11 nothing w12"]
 def tokenizer(length=30, **options):
     """One token a word; ``length`` is what its files say is the longest input."""
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=word_tokenizer()._tokenizer, pad_token="[PAD]", unk_token="[UNK]",
+        tokenizer_object=word_tokenizer().tokenizer, pad_token="[PAD]", unk_token="[UNK]",
         cls_token="[CLS]", sep_token="[SEP]", model_max_length=length, **options,
     )  # fmt: skip
 

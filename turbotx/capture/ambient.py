@@ -1,4 +1,4 @@
-"""Ambient: the state around a call that decides what PyTorch computes, and so what a trace records.
+"""Ambient state: global settings around a call that decide what PyTorch computes.
 
 In: nothing; it is read from PyTorch, for this thread. Out: a tuple that is part of what a call is
 told from others by (under a microsecond), and ways to run without it::
@@ -29,7 +29,7 @@ NAMES = (
     "torch.get_float32_matmul_precision", "torch.backends.cuda.flash_sdp_enabled",
     "torch.backends.cuda.math_sdp_enabled", "torch.backends.cuda.mem_efficient_sdp_enabled",
     "torch.backends.cuda.cudnn_sdp_enabled", "torch.is_grad_enabled",
-    "torch.is_inference_mode_enabled",
+    "torch.is_inference_mode_enabled", "torch.get_num_threads",
 )  # fmt: skip
 
 DECISIVE = 3
@@ -46,7 +46,7 @@ _GETTERS: tuple[Callable[[], Any], ...] = (
     _C._get_deterministic_algorithms, _C._get_deterministic_algorithms_warn_only,
     _C._get_float32_matmul_precision, _C._get_flash_sdp_enabled, _C._get_math_sdp_enabled,
     _C._get_mem_efficient_sdp_enabled, _C._get_cudnn_sdp_enabled, torch.is_grad_enabled,
-    torch.is_inference_mode_enabled,
+    torch.is_inference_mode_enabled, torch.get_num_threads,
 )  # fmt: skip
 
 
@@ -87,10 +87,6 @@ def unknown_modes(ambient: Ambient) -> list[str]:
     return [type(mode).__name__ for mode in ambient[2] if not isinstance(mode, str)]
 
 
-def is_autocast(ambient: Ambient) -> bool:
-    return bool(ambient[0])
-
-
 def differences(ambient: Ambient, wanted: Ambient, asked: Sequence[int]) -> list[str]:
     """Return in words what differs, of the decisive ones and of those `asked` for."""
     return [
@@ -109,7 +105,7 @@ def _show(place: int, value: Any) -> str:
 
 
 def without_autocast() -> AbstractContextManager[object]:
-    """Meanwhile, in this thread, ops compute in the dtypes that they are given."""
+    """Turn autocast off in this thread, inside the context."""
     return _Off() if _any_autocast() else _NOTHING
 
 
@@ -129,8 +125,8 @@ class _Off:
 
 @contextmanager
 def no_autocast_cache() -> Iterator[None]:
-    """Meanwhile, in this thread, every cast of autocast is made: a trace would leave fake tensors
-    in the cache, and would miss the casts that are in it."""
+    """Turn off autocast's cache in this thread, inside the context: a trace would leave fakes
+    in it, and would miss the casts that are in it."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -152,6 +148,7 @@ _WATCHED: tuple[tuple[Any, str, int], ...] = (
     (torch.backends.cuda, "cudnn_sdp_enabled", 9),
     (torch, "is_grad_enabled", 10),
     (torch, "is_inference_mode_enabled", 11),
+    (torch, "get_num_threads", 12),
 )
 _INSIDE = str(Path(torch.__file__).parent) + os.sep
 

@@ -1,4 +1,4 @@
-"""Arguments: a call's arguments as a flat list, whatever they are nested in, and back.
+"""Arguments: flattens a call's nested arguments to a list of leaves, and rebuilds them.
 
 In: args and kwargs: tensors and constants, in containers and objects at any depth. Out: their
 leaves, a hashable structure that rebuilds the same from other leaves, and what calls are told
@@ -39,11 +39,11 @@ class Opened:
     what they are made of."""
 
     spec: pytree.TreeSpec
-    parts: tuple[tuple[int, Part], ...]
+    parts: tuple[tuple[int, ReducedObject], ...]
 
 
 @dataclass(frozen=True)
-class Part:
+class ReducedObject:
     """An object as what copies it: a call of `make` with `count` arguments, then its state, its
     items and its entries; `inner` is the structure of all of these, of `leaves` leaves."""
 
@@ -179,7 +179,7 @@ _REFUSALS: tuple[tuple[Callable[[Any], bool], str], ...] = (
 )
 
 
-def _open(value: Any, depth: int) -> tuple[list[Any], Part]:
+def _open(value: Any, depth: int) -> tuple[list[Any], ReducedObject]:
     """Return an object's leaves and how it is made of them, by the protocol that copies it."""
     for holds, why in _REFUSALS:
         if holds(value):
@@ -188,12 +188,12 @@ def _open(value: Any, depth: int) -> tuple[list[Any], Part]:
         raise _Refused(value, "it holds itself, or is nested too deep: pass what it holds")
     if isinstance(value, slice):
         leaves, inner = _flatten((value.start, value.stop, value.step), depth + 1)
-        return leaves, Part(_make_slice, None, inner, len(leaves))
+        return leaves, ReducedObject(_make_slice, None, inner, len(leaves))
     if isinstance(value, types.MappingProxyType):
         leaves, inner = _flatten(dict(value), depth + 1)
-        return leaves, Part(types.MappingProxyType, None, inner, len(leaves))
+        return leaves, ReducedObject(types.MappingProxyType, None, inner, len(leaves))
     if type(value) in _by_bytes:
-        return [], Part(Untouchable, None, type(value), 0)
+        return [], ReducedObject(Untouchable, None, type(value), 0)
     try:
         reduced = value.__reduce_ex__(2)
     except Exception as error:
@@ -205,7 +205,7 @@ def _open(value: Any, depth: int) -> tuple[list[Any], Part]:
         raise _Refused(value, "it sets its state in its own way: pass what it holds")
     if isinstance(state, bytes):
         _by_bytes.add(type(value))
-        return [], Part(Untouchable, None, type(value), 0)
+        return [], ReducedObject(Untouchable, None, type(value), 0)
     content = (args, state, list(items or ()), [list(pair) for pair in entries or ()])
     try:
         leaves, inner = _flatten(content, depth + 1)
@@ -213,7 +213,7 @@ def _open(value: Any, depth: int) -> tuple[list[Any], Part]:
         error.path[-1] = _shorten(error.path[-1])
         raise
     set_state = getattr(type(value), "__setstate__", None)
-    return leaves, Part(make, set_state, inner, len(leaves))
+    return leaves, ReducedObject(make, set_state, inner, len(leaves))
 
 
 _by_bytes: set[type] = set()
@@ -241,7 +241,7 @@ def _make_slice(content: Any) -> slice:
 
 
 def _shorten(path: str) -> str:
-    """The way to what an object holds, as one would write it: [1]['shift'] -> .shift."""
+    """Write the path to what an object holds as its user would: [1]['shift'] becomes .shift."""
     which, rest = path[:3], path[3:]
     if which == "[1]" and rest.startswith("['"):
         name, _, more = rest[2:].partition("']")
@@ -266,7 +266,7 @@ def rebuild(leaves: Sequence[Any], structure: Structure) -> Any:
     return pytree.tree_unflatten(made, structure.spec)
 
 
-def _rebuild_part(leaves: Sequence[Any], part: Part) -> Any:
+def _rebuild_part(leaves: Sequence[Any], part: ReducedObject) -> Any:
     if part.make is Untouchable:
         return Untouchable(part.inner)
     content = rebuild(leaves, part.inner)
@@ -331,6 +331,7 @@ def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Ten
 
 
 def carry_float(value: float, device: torch.device | None) -> torch.Tensor:
+    """Return a float argument as a 0-d float64 tensor, so that a program reads it at run time."""
     return torch.full((), value, dtype=torch.float64, device=device)
 
 

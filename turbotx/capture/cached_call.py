@@ -1,4 +1,4 @@
-"""Cached call: a decoder's call with its key/value cache as plain tensors, for it to be traced.
+"""Cached call: a decoder's call with its key/value cache as plain tensors, for tracing.
 
 In: a model of transformers, and a call's arguments with the cache's memory in the place of the
 cache. Out: what the model returns, with the word CACHE where it returns the cache, and the keys and
@@ -47,6 +47,9 @@ class CachedCall(nn.Module):
         self, *, kv_memory: torch.Tensor, kv_length: torch.Tensor, kv_kind: str,
         kv_cross: torch.Tensor | None = None, kv_encoded: torch.Tensor | None = None, **given: Any
     ) -> tuple[Any, list[torch.Tensor]]:  # fmt: skip
+        """Run the model with a cache of traced layers. Returns its output, CACHE in the cache's
+        place, and the keys and values of cross attention that the call made, empty where it was
+        given them or has none."""
         past = kv_length.shape[0] - count_queries(given, kv_kind)
         own = TracedCache([TracedLayer(kv_memory, kv_length, past) for _ in range(self.layers)])
         cache: Any = own
@@ -107,15 +110,19 @@ class TracedLayer(CacheLayerMixin):
         self.values = append(rest[0], values, rest[1], place, layer, 1)
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        """Raise CaptureError: a traced layer is written by `TracedCache.update` alone."""
         raise CaptureError("the model writes to a layer of its cache past Cache.update")
 
     def get_mask_sizes(self, query_length: Any) -> tuple[Any, int]:
+        """Return how many keys a mask has to cover, and the position of the first."""
         return self._past + query_length, 0
 
     def get_seq_length(self) -> Any:
+        """Return the number of positions before the call."""
         return self._past
 
     def get_max_length(self) -> int:
+        """Return -1: the length has no bound."""
         return -1
 
 
@@ -134,18 +141,22 @@ class CrossLayer(CacheLayerMixin):
         """There is nothing to do."""
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keep the keys and values of the encoded input; raise CaptureError at the second time."""
         if self.is_initialized:
             raise CaptureError("cross attention's keys and values are made twice")
         self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: Any) -> tuple[Any, int]:
+        """Return the number of encoded positions, and the position of the first."""
         return self.get_seq_length(), 0
 
     def get_seq_length(self) -> Any:
+        """Return the number of encoded positions, 0 before they are there."""
         return 0 if self.keys is None else self.keys.shape[2]
 
     def get_max_length(self) -> int:
+        """Return -1: the length has no bound."""
         return -1
 
 
@@ -161,6 +172,8 @@ class TracedCache(DynamicCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int,
         *args: Any, **kwargs: Any,
     ) -> tuple[Any, Any]:  # fmt: skip
+        """Append keys and values, (batch, heads, new, width), to a layer; return all of the
+        layer's, those of earlier calls first."""
         layer = self.layers[layer_idx]
         if isinstance(layer, CrossLayer):
             return layer.update(key_states, value_states)

@@ -1,4 +1,4 @@
-"""Call keys: what calls are told from each other by.
+"""Call keys: the cheap dictionary key by which a compiled variant is looked up for a call.
 
 In: a call's arguments and the state around it. Out: a key for one kind of call at one shape, and
 one for the captures that it may belong to; no value of a float is in either::
@@ -24,7 +24,7 @@ _STRIDED = torch.strided
 def describe_call(
     args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Ambient
 ) -> tuple[Any, list[torch.Tensor]]:
-    """Return all that a call is told from others by, in one pass, and its tensors in order.
+    """Return a call's key, built in one pass, and its tensors in order.
 
     None instead of a description where an argument is neither a strided tensor nor a plain
     constant.

@@ -1,4 +1,4 @@
-"""Capture sizes: the sizes at which a call is traced, until a capture holds for the call itself.
+"""Capture sizes: chooses example sizes, and traces until the capture's guards hold for the call.
 
 In: a model and a call. Out: the capture that serves most sizes, this call's among them, such as::
 
@@ -7,22 +7,65 @@ In: a model and a call. Out: the capture that serves most sizes, this call's amo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 
+from turbotx.capture.ambient import without_autocast
 from turbotx.capture.arguments import tensors_of
+from turbotx.capture.decisions import Outcomes
+from turbotx.capture.eager import ORDER
 from turbotx.capture.size_operators import wants_number
 from turbotx.capture.trace import Captured, capture
 from turbotx.errors import CaptureError
+from turbotx.ir.memory_order import make_dense
 
 LONGER = 7
 """What a size is traced as where 2 turned out to be too short to be free: it has room for a model
 that looks a few places back, and is no usual number of anything."""
+MOST_SETTLINGS = 8
+"""Traces of one call, each on the way that the one before found a decision to come out."""
 
 
-def capture_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+def capture_sizes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
+) -> Captured:
+    """Return a capture of a call, with sizes as `_capture_any` has them, whose decisions by values
+    come out as the call's own; where none can be made, one for other values.
+
+    outcomes: how the first of them come out, where that is known. Raises CaptureError where no
+    trace succeeds.
+    """
+    captured = _capture_any(model, args, kwargs, outcomes)
+    for _ in range(MOST_SETTLINGS):
+        outcomes = _find_otherwise(captured, tensors_of(args, kwargs))
+        try:
+            captured = _capture_any(model, args, kwargs, outcomes) if outcomes else captured
+        except CaptureError:
+            return captured
+        if not outcomes:
+            break
+    return captured
+
+
+def _find_otherwise(captured: Captured, tensors: Sequence[torch.Tensor]) -> Outcomes:
+    """Return how a call's decisions come out by the captured graph, () where as it assumed."""
+    decisions = captured.decisions
+    dims = captured.matcher.match([t.shape for t in tensors]) if decisions is not None else None
+    if decisions is None or dims is None:
+        return ()
+    inputs = captured.graph.find_nodes(op="placeholder")
+    given = [make_dense(t, n.meta[ORDER]) for t, n in zip(tensors, inputs, strict=True)]
+    with torch.no_grad(), without_autocast():
+        outputs = fx.Interpreter(captured.graph_module).run(*given)
+    return decisions.observe(outputs[-decisions.count :], dims)
+
+
+def _capture_any(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes
+) -> Captured:
     """Return a capture of a call; where none holds for the call, the one for any sizes.
 
     A size of 1 is traced at 2. Sizes of 1 and 2 are traced longer where that took them for fixed,
@@ -34,11 +77,11 @@ def capture_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     shapes = [tensor.shape for tensor in tensors_of(args, kwargs)]
     every = {(i, d): n for i, s in enumerate(shapes) for d, n in enumerate(s)}
     try:
-        captured = capture(model, args, kwargs)
+        captured = capture(model, args, kwargs, outcomes=outcomes)
     except CaptureError as error:
         if not wants_number(error.__cause__):
             raise
-        return capture(model, args, kwargs, fixed=every)
+        return capture(model, args, kwargs, fixed=every, outcomes=outcomes)
     traced = zip(captured.input_sizes, shapes, strict=True)
     short = any(n == 2 and m <= 2 for sizes, s in traced for n, m in zip(sizes, s, strict=True))
     matcher = captured.matcher
@@ -53,7 +96,7 @@ def capture_sizes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         if (least, fixed) in tries[:k] or (least, fixed) == (2, set()):
             continue
         try:
-            found = capture(model, args, kwargs, least, fixed)
+            found = capture(model, args, kwargs, least, fixed, outcomes)
         except CaptureError:
             continue
         if found.matcher.match(shapes) is not None:

@@ -1,4 +1,4 @@
-"""Casts: what autocast does to an op while it is traced becomes casts in the graph.
+"""Casts: makes the conversions of autocast explicit as casts in the graph.
 
 In: an exported graph whose values are of the dtypes that autocast gives them, traced while it is
 on, which it still is. Out: the same graph, with a cast before each argument that autocast would
@@ -71,7 +71,8 @@ def _kind(value: Any) -> Any:
 
 
 def _plain(node: fx.Node) -> str:
-    """An explicit dtype is among a call's constants."""
+    """Return a call's explicit dtypes and the names of its keyword arguments, as text to
+    compare."""
     leaves = pytree.tree_leaves((node.args, node.kwargs))
     return repr([x for x in leaves if isinstance(x, torch.dtype)]) + repr(sorted(node.kwargs))
 

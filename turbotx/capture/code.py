@@ -1,4 +1,4 @@
-"""Code: what is inside a function's code, with that of the functions made in it.
+"""Code: the code objects of a function and of the functions defined in it.
 
 In: a code object. Out: it and those in its constants, at any depth, and the names that they read::
 

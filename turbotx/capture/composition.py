@@ -1,4 +1,4 @@
-"""Composition: when a call of an optimized model belongs to PyTorch, because something traces it.
+"""Composition: detects that an optimized model is being traced, and leaves the call to PyTorch.
 
 In: what is at work in this thread, and the arguments of a call. Out: whether the original is to
 run, as inside of another capture, `torch.compile`, `torch.export`, `make_fx`, `torch.func.vmap`::
@@ -59,7 +59,7 @@ def _is_observed() -> bool:
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """Meanwhile, in this thread, whatever is optimized is called as it was: for a trace, or for a
+    """Call optimized models as they were in this thread, inside the context: for a trace, or for a
     comparison with the original."""
     before, _around.alone = _around.alone, True
     try:

@@ -1,4 +1,4 @@
-"""Conditions: whether a part of a condition in Python code decides anything.
+"""Conditions: whether one operand of a condition in Python code can decide its outcome.
 
 In: a frame that is about to branch on one operand of `a and b and c`. Out: whether another operand
 settles the whole, whatever this one is, for example while `q.shape[2] > 1` is asked::
@@ -30,7 +30,9 @@ def decides_nothing(frame: FrameType) -> bool:
     operand in code without source, or that others follow before one settles the whole, decides; in
     Python 3.10, which keeps no columns, every one does.
     """
-    settles, following = _find_condition(frame.f_code, frame.f_lasti)
+    settles, following, passed = _find_condition(frame.f_code, frame.f_lasti)
+    if any(_value(x, frame) is settled for settled, inner in passed for x in inner):
+        return True
     for operand in following:
         value = _value(operand, frame)
         if value is _UNKNOWN:
@@ -40,21 +42,33 @@ def decides_nothing(frame: FrameType) -> bool:
     return False
 
 
+_Operands = tuple[bool, list[ast.expr]]
+
+
 @functools.lru_cache(maxsize=256)
-def _find_condition(code: CodeType, offset: int) -> tuple[bool, list[ast.expr]]:
-    """Return the operands after the one that is computed at a place in code, and what settles."""
-    places = getattr(code, "co_positions", None)
+def _find_condition(code: CodeType, offset: int) -> tuple[bool, list[ast.expr], list[_Operands]]:
+    """Return what settles the condition around a place in code, the operands after the one that is
+    computed there, and of each condition inside that this operand is the value of, the same."""
+    places, passed = getattr(code, "co_positions", None), list[_Operands]()
     if places is None:
-        return False, []
+        return False, [], passed
     # The jump is of the whole condition; a few places before it is what made the operand.
     last = offset // 2
     near = set(list(places())[max(0, last - _BEFORE) : last + 1])
-    found: tuple[bool, list[ast.expr]] = False, []
-    for node in _find_conditions(code.co_filename):  # inner ones come last
+    conditions, place = _find_conditions(code.co_filename), None
+    for node in conditions:  # inner ones come last
         for k, part in enumerate(node.values):
             if (part.lineno, part.end_lineno, part.col_offset, part.end_col_offset) in near:
-                found = isinstance(node.op, ast.Or), node.values[k + 1 :]
-    return found
+                place = node, k
+    while place is not None:
+        node, k = place
+        if following := node.values[k + 1 :]:
+            return isinstance(node.op, ast.Or), following, passed
+        # The last operand is what its condition is, which 3.12 asks once more by itself.
+        passed.append((isinstance(node.op, ast.Or), node.values))
+        outer = (o for o in conditions if node in o.values)
+        place = next(((o, o.values.index(node)) for o in outer), None)
+    return False, [], passed
 
 
 @functools.lru_cache(maxsize=8)

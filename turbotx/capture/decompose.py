@@ -1,4 +1,4 @@
-"""Decompose: composite ops of an exported graph become the ops that the passes know, node by node.
+"""Decompose: rewrites composite ops of an exported graph to the ops that the passes know.
 
 In: the graph of a torch.export.ExportedProgram. Out: the same graph, its composite nodes replaced
 by what they are made of; nothing else is traced again, which takes a tenth of the time that
@@ -52,7 +52,7 @@ def decompose_nodes(graph_module: fx.GraphModule, kept: frozenset[str]) -> None:
     write_out_of_place(graph)
     for node in graph.nodes:
         _refuse(node)
-    sizes = _Sizes(graph)
+    sizes = _SizeNodes(graph)
     for node in list(graph.nodes):
         sizes.add(node)
         if node.op != "call_function" or not isinstance(node.target, OpOverload):
@@ -126,7 +126,7 @@ def table_without(kept: frozenset[str]) -> Any:
     return table
 
 
-class _Sizes:
+class _SizeNodes:
     """The graph's nodes that hold a size, by their expression; made where none does."""
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -199,7 +199,7 @@ def _value(node: fx.Node) -> Any:
 class _Recorder(TorchDispatchMode):
     """Runs one composite node on fake tensors and appends what it does to the graph, before it."""
 
-    def __init__(self, node: fx.Node, sizes: _Sizes, kept: frozenset[str]) -> None:
+    def __init__(self, node: fx.Node, sizes: _SizeNodes, kept: frozenset[str]) -> None:
         super().__init__()
         self.node, self.sizes, self.kept = node, sizes, kept
         self.known = {id(n.meta["val"]): n for n in node.all_input_nodes}

@@ -1,4 +1,4 @@
-"""Eager: how PyTorch itself lays out what a call returns, and what ops outside the table read.
+"""Eager layouts: strides and aliases that PyTorch gives to results and to inputs of fallback ops.
 
 In: a captured graph that no pass has touched, its sizes named. Out: the same graph; its output node
 knows of every leaf whether it is an alias of an input or a parameter, or else of which memory and
@@ -98,7 +98,7 @@ def _find_steps(leaf: Any) -> Steps | None:
 
 
 def note_layouts(graph: fx.Graph, shown: Sequence[Steps | None]) -> None:
-    """Let a graph's nodes know how eager lays out what leaves it, and what raw reads need.
+    """Annotate a graph's nodes with the layouts that eager gives outputs and that raw reads need.
 
     shown: what `find_shown` gives of the graph as it was traced.
     """

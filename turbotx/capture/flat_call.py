@@ -1,4 +1,4 @@
-"""Flat call: a model's call with tensors in and tensors out, as torch.export traces it.
+"""Flat call: a module of tensors in and tensors out around a model's call, for torch.export.
 
 In: a model, the leaves of a call's arguments and how they hang together. Out: a module that takes
 the tensors among them and returns the leaves of the output, then what the call leaves behind::
@@ -17,23 +17,26 @@ from torch import nn
 from turbotx.capture.arguments import Structure, changed_arguments, is_float, rebuild
 from turbotx.capture.composition import calls_forward
 from turbotx.capture.layout_questions import LayoutQuestions
-from turbotx.capture.module_state.recorder import Recorder
+from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.returned import take_apart
 from turbotx.capture.sandbox.sandbox import Sandbox
 from turbotx.capture.tensor_indices import TensorIndices
 from turbotx.capture.trace_errors import Stopped
 from turbotx.capture.traced_float import FloatInput, FloatReads, read_floats
+from turbotx.capture.value_questions import ValueQuestions
 from turbotx.errors import CaptureError
 from turbotx.ir.memory_order import in_memory, inverse, memory_order
 
 
 class FlatCall(nn.Module):
     """The model's shadow behind a flat signature: tensors in, by their order in memory; the
-    output's leaves out, and after them what the call leaves behind."""
+    output's leaves out, after them what the call leaves behind, then the values that it asked
+    for."""
 
     def __init__(
-        self, model: nn.Module, leaves: Sequence[Any], spec: Structure, recorder: Recorder
-    ) -> None:
+        self, model: nn.Module, leaves: Sequence[Any], spec: Structure, recorder: StateRecorder,
+        values: ValueQuestions,
+    ) -> None:  # fmt: skip
         super().__init__()
         # An object of its own, because tracing undoes changes to a module.
         self.seen = Sandbox(model)
@@ -47,16 +50,18 @@ class FlatCall(nn.Module):
         carried = (leaves[i] for i in self.positions)
         self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
         self.floats = FloatReads()
-        self.layouts = LayoutQuestions()
+        self.layouts, self.values = LayoutQuestions(), values
         self.calls_forward = calls_forward(model)
         self.in_spec = spec
         self.given = ""  # the arguments in words
         self.training = False
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
+        """Call the model with the tensors in their places; return the leaves of its output."""
         leaves = list(self.constants)
         self.floats.begin()
         self.layouts.begin(tensors)
+        self.values.begin()
         given = [
             in_memory(tensor, inverse(order))
             for tensor, order in zip(tensors, self.orders, strict=True)
@@ -68,13 +73,13 @@ class FlatCall(nn.Module):
         model = self.model
         try:
             self.seen.begin(given)
-            with self.recorder.on(tensors), TensorIndices(), self.layouts:
+            with self.recorder.on(tensors), TensorIndices(), self.layouts, self.values:
                 # Hooks of the model itself are left out: they run around the program.
                 called = model.forward if self.calls_forward else model
                 output = called(*args, **kwargs)
             _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
             flat, self.seen.out_spec, self.seen.constants = take_apart(output, type(model).__name__)
-            return [read_floats(leaf) for leaf in flat] + self.seen.finish()
+            return [*map(read_floats, flat), *self.seen.finish(), *self.values.finish()]
         except Exception as error:
             raise Stopped(error) from error
 

@@ -1,4 +1,4 @@
-"""Guards: the conditions on the dims under which what was traced is what the model computes.
+"""Guards: the conditions on dims under which a traced graph is valid.
 
 In: an exported program, its shape environment and the dims' names. Out: the conditions that a
 call's sizes have to meet, for example::

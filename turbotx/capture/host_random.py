@@ -1,4 +1,4 @@
-"""Host random: numbers that forward draws outside of PyTorch, which a trace would keep for good.
+"""Host random: finds random numbers drawn outside of PyTorch, which a trace would freeze.
 
 In: a function that runs the model's Python code. Out: where it drew from Python's `random`, from
 NumPy, or from a generator of the user's own; "" where it did not, for example::
@@ -8,13 +8,21 @@ NumPy, or from a generator of the user's own; "" where it did not, for example::
 
 from __future__ import annotations
 
+import os
 import random
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import torch
+
+from turbotx.capture.module_state.values import is_library
+from turbotx.errors import CaptureError
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
@@ -71,3 +79,88 @@ def find_draws(run: Callable[[], object], generators: Sequence[Any] = ()) -> str
     if not found and [look_at_generators()[1], *map(look_at, numpys)] != before:
         found.append("numpy.random")
     return found[0] if found else ""
+
+
+class _Noting:
+    """PyTorch's default generator, which tells when something is asked of it."""
+
+    def __init__(self, generator: torch.Generator, note: Callable[[], None]) -> None:
+        self._generator, self._note = generator, note
+
+    def __getattr__(self, name: str) -> Any:
+        self._note()
+        return getattr(self._generator, name)
+
+
+@contextmanager
+def refuse_seeding() -> Iterator[None]:
+    """Meanwhile raise CaptureError where the user's code, in this thread, seeds PyTorch's default
+    generator or asks for its state: programs draw from it as it is."""
+    owner = threading.get_ident()
+
+    def note() -> None:
+        frame = _find_asker(_SEEDERS)
+        if frame is not None and threading.get_ident() == owner:
+            raise CaptureError(
+                f"its code at {frame.f_code.co_filename}:{frame.f_lineno} sets or asks for the "
+                "seed or the state of PyTorch's random numbers, which a program cannot do: do that "
+                "outside of the optimized module"
+            )
+
+    noting: Any = _Noting(torch.default_generator, note)
+    with (
+        mock.patch.object(torch.random, "default_generator", noting),
+        mock.patch.object(torch, "default_generator", noting),
+    ):
+        yield
+
+
+def _find_asker(past: frozenset[str]) -> FrameType | None:
+    """Return the frame that called here through modules (or packages) `past`, if the user's."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and past & {str(frame.f_globals.get("__name__")), _package(frame)}:
+        frame = frame.f_back
+    user = frame is not None and not is_library(frame.f_globals.get("__name__"))
+    return frame if user else None
+
+
+_SEEDERS = frozenset(
+    ("torch.random", "torch._compile", "torch._dynamo.eval_frame", "contextlib", __name__)
+)
+"""Modules by whose functions code seeds PyTorch's generator; PyTorch's own use of it is its own."""
+_DRAWERS = frozenset(("random", "secrets", "uuid", "numpy", __name__.partition(".")[0]))
+"""Packages whose code is looked past for what asks the system for random numbers."""
+
+
+@contextmanager
+def watch_entropy() -> Iterator[list[str]]:
+    """Meanwhile note where the user's code, in this thread, asks the system for random numbers: by
+    `os.urandom`, `secrets`, `uuid4`, or a generator of Python's or NumPy's without a seed."""
+    found: list[str] = []
+    owner, seed, urandom = threading.get_ident(), random.Random.seed, os.urandom
+
+    def note() -> None:
+        frame = _find_asker(_DRAWERS)
+        if frame is not None and threading.get_ident() == owner:
+            found.append(f"the system at {frame.f_code.co_filename}:{frame.f_lineno}")
+
+    def noting_seed(self: Any, a: Any = None, version: int = 2) -> None:
+        if a is None:
+            note()
+        seed(self, a, version)
+
+    def noting_urandom(size: int) -> bytes:
+        note()
+        return urandom(size)
+
+    # NumPy's generators are seeded by Python's `secrets`.
+    with (
+        mock.patch.object(random.Random, "seed", noting_seed),
+        mock.patch.object(random, "_urandom", noting_urandom),
+        mock.patch.object(os, "urandom", noting_urandom),
+    ):
+        yield found
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]

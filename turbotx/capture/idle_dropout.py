@@ -1,4 +1,4 @@
-"""Idle dropout: outside of training, dropout returns its argument itself, not a copy.
+"""Idle dropout: keeps dropout that does not train an alias of its argument, as in eager.
 
 In: calls of dropout under a trace that are told not to train. Out: an alias, so that what is
 written into the argument afterwards shows in the result, as in eager; PyTorch's functionalization

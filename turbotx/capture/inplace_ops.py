@@ -1,4 +1,4 @@
-"""In-place ops of a traced graph, written as the ops that make a new tensor.
+"""In-place ops: replaces them in a traced graph by the ops that make a new tensor.
 
 In: an exported graph, before its composite ops are taken apart. Out: the same graph, in which what
 changed a tensor that only the graph itself has, and has no view of, is the op without the change::

@@ -1,4 +1,4 @@
-"""Input names: what a capture calls its inputs and its dims.
+"""Input names: the names of a capture's inputs and dims.
 
 In: a model, a call's arguments, their fake tensors. Out: a Python name per input, from the
 parameter of forward that carries it, and a dim per size that varies, as a user would call it::

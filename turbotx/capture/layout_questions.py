@@ -1,4 +1,4 @@
-"""Layout questions: whether code under a trace asks how an input lies in memory.
+"""Layout questions: detects that traced code asks for an input's strides or contiguity.
 
 In: the call's tensors and the model's code, traced while this is entered. Out: whether it asked an
 input, or a view of one, for strides and the like; a trace sees dense inputs, so that the program
@@ -8,7 +8,7 @@ takes no others::
     questions.asked  ->  {0}
 
 `x.contiguous()` of one stays an op of the graph. What lies behind an input, `x.untyped_storage()`,
-is refused: there may be more than the input.
+is refused: there may be more than the input. So is whether a tensor requires gradients.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from turbotx.errors import CaptureError
 
 Tensor: Any = torch.Tensor
 _QUESTIONS = frozenset((Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset))
+_MODES = {getattr(Tensor, name).__get__: name for name in ("requires_grad", "grad_fn")} | {
+    Tensor.is_inference: "is_inference()"
+}
 _METHODS = ("torch.overrides", "torch._tensor")
 _STORAGES = frozenset((Tensor.untyped_storage, Tensor.storage))
 
@@ -47,6 +50,11 @@ class LayoutQuestions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func in _MODES and not is_library(_find_asker()):
+            raise CaptureError(
+                f"its code asks for the {_MODES[func]} of a tensor, which no trace knows, since it "
+                "runs without gradients: ask torch.is_grad_enabled() or is_inference_mode_enabled()"
+            )
         asks = func in _QUESTIONS or func in _STORAGES
         if asks and not is_library(_find_asker()):
             place = self._places.get(_memory(args[0]))

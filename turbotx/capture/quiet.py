@@ -1,4 +1,4 @@
-"""Quiet: what PyTorch logs of a trace that fails, or is tried again, reaches nobody's screen.
+"""Quiet: silences what PyTorch logs of traces that fail or are tried again.
 
 In: nothing. Out: a context in which the loggers of PyTorch drop this thread's warnings and errors;
 what is wrong is said by turbotx's own error. TORCH_LOGS, where it is set, keeps them::

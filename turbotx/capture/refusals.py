@@ -1,4 +1,4 @@
-"""Refusals: what no program can be made of, or run with, said by name.
+"""Refusals: checks that reject inputs, weights and modes that no program supports, by name.
 
 In: tensors, a model, the state around a call, a traced program. Out: nothing, or an error that says
 what was seen and what to do::
@@ -36,7 +36,8 @@ def refuse_tensor(tensor: torch.Tensor) -> None:
 
 
 def refuse_modes(ambient: Ambient) -> None:
-    """A program is not PyTorch's functions: nothing would intercept them."""
+    """Raise InputError for a call under a mode that intercepts PyTorch's functions: a program
+    does not call them."""
     names = unknown_modes(ambient)
     if names:
         raise InputError(
@@ -47,6 +48,7 @@ def refuse_modes(ambient: Ambient) -> None:
 
 
 def refuse_gradient() -> None:
+    """Raise TrainingError: an input requires grad while gradients are enabled."""
     raise TrainingError(
         "an input requires grad, and turbotx is for inference only: call it under "
         "torch.no_grad(), or pass input.detach()"

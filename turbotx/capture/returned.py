@@ -1,4 +1,4 @@
-"""Returned: what a model returns, taken apart for tracing, and put together again at every call.
+"""Returned: flattens a model's output for tracing and rebuilds it at every call.
 
 In: the output of a model's forward while it is traced. Out: leaves that a graph can return, the
 structure around them, and what is neither a tensor nor a number but always the same::

@@ -1,4 +1,4 @@
-"""Shape matcher: which sizes a capture serves.
+"""Shape matcher: binds a call's sizes to dims and checks a capture's size guards.
 
 In: what the inputs' sizes are made of and the guards, as plain data, and the shapes of a call's
 tensors. Out: the values of the capture's dims, or None and the reason why it does not hold::
@@ -30,6 +30,7 @@ class InputSize:
 
     @cached_property
     def evaluate(self) -> Evaluate:
+        """The size as a compiled function of the dims' values."""
         return self.size.compile(self.dims)
 
 
@@ -43,6 +44,7 @@ class SizeGuard:
 
     @cached_property
     def evaluate(self) -> Evaluate:
+        """The condition as a compiled function of the dims' values."""
         return self.condition.compile(self.dims)
 
 

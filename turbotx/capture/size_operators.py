@@ -1,8 +1,9 @@
-"""Size operators: what Python's own operators give for sizes that a trace has as expressions.
+"""Size operators: Python's arithmetic operators on symbolic sizes.
 
-In: a trace. Out: the same trace, in which floats are computed step by step as Python does and a
-size that the model writes into a string is its number, with a guard; if need be, comparisons that
-the model writes are answered at once, for some ops take a bool only::
+In: a trace. Out: the same trace, in which floats are computed step by step as Python does, a size
+that the model writes into a string is its number, with a guard, and is an int where the model asks
+`isinstance`; if need be, comparisons that the model writes are answered at once, for some ops take
+a bool only::
 
     with python_operators():    n * 0.1 * 3  ->  (0.1 * n) * 3, not 0.30000000000000004 * n
                                 f"layer_{n}"  ->  "layer_5", with the guard n == 5
@@ -16,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -23,22 +25,49 @@ import sympy
 import torch
 from torch.utils._sympy.functions import Identity
 
+from turbotx.capture.module_state.places import class_dict
 from turbotx.capture.module_state.values import is_library
 
 _COMPARISONS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
 _SUMS = ("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__")
 """Of these sympy would merge the numbers of one with those of the next; no other operator's."""
+_NUMBERS: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
 
 def python_operators() -> ExitStack:
-    """Meanwhile, in this thread, a sum or product of floats is one operand of what follows, and a
-    size that the model's code makes a string of is a number."""
+    """Make sums and products of floats one operand of what follows, and a size that is formatted as
+    a string a number; in this thread, inside the context."""
     stack = _replaced(_SUMS, _as_step)
     thread = threading.get_ident()
     for cls in (torch.SymInt, torch.SymFloat, torch.SymBool):
         for name in ("__repr__", "__format__"):
             stack.enter_context(patch.object(cls, name, _spelling(getattr(cls, name), thread)))
+        _set_class(cls, property(_kind(cls, thread)))
+        stack.callback(_set_class, cls, None)
     return stack
+
+
+def _set_class(cls: type, kind: property | None) -> None:
+    """Have `isinstance` ask `kind` of a class's objects, for which no `setattr` is taken."""
+    held = class_dict(cls)
+    held.pop("__class__", None)
+    if kind is not None:
+        held["__class__"] = kind
+    cls.__doc__ = cls.__doc__  # so that Python forgets what it knew of the class's attributes
+
+
+def _kind(cls: type, thread: int) -> Callable[[Any], type]:
+    """Return what tells the model's code that a size is an int, as it is in eager."""
+
+    def kind(self: Any) -> type:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_globals.get("__name__") == "abc":
+            frame = frame.f_back
+        asker = None if frame is None else frame.f_globals.get("__name__")
+        inside = is_library(asker) or str(asker).partition(".")[0] == "sympy"
+        return cls if inside or threading.get_ident() != thread else _NUMBERS[cls]
+
+    return kind
 
 
 def wants_bool(error: BaseException | None) -> bool:
@@ -53,7 +82,7 @@ def wants_number(error: BaseException | None) -> bool:
 
 
 def relations_answered() -> ExitStack:
-    """Meanwhile, in this thread, comparisons in the model's code are True or False at once."""
+    """Evaluate comparisons in the model's code to bools, in this thread, inside the context."""
     return _replaced(_COMPARISONS, _as_bool)
 
 
@@ -74,8 +103,7 @@ def _spelling(show: Callable[..., str], thread: int) -> Callable[..., str]:
         asker = sys._getframe(1).f_globals.get("__name__")
         if threading.get_ident() != thread or is_library(asker):
             return show(self, *form)
-        kinds = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
-        number = kinds[type(self)](self)
+        number = _NUMBERS[type(self)](self)
         return format(number, *form) if form else repr(number)
 
     return spell

@@ -1,9 +1,9 @@
-"""Size questions: what a trace is asked about sizes, and which answers its results depend on.
+"""Size questions: records the decisions about sizes that a trace's results depend on.
 
 In: a trace by torch.export. Out: the same trace over sizes that may be 1, whose shape environment
 has a guard for each answer that decided something, and none for those that decided nothing::
 
-    with sizes_from_one():  export(lambda x: x[:, :2] if x.shape[1] != 7 else x)
+    with sizes_from_one(answer):  export(lambda x: x[:, :2] if x.shape[1] != 7 else x)
     ->  guards  seq >= 2, seq != 7          # and not seq != 1, of whether x is contiguous
 """
 
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
+from torch import fx
 from torch._export import non_strict_utils
 from torch.fx.experimental import sym_node, symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -36,6 +37,7 @@ _VIEWS = ("_reshape_view_helper", "_collapse_view_helper")
 _FOLDS = ("torch._decomp.decompositions", "matmul")
 # Who asks in C++ which library is to convolve, and by that how the result lies.
 _CHOOSES = ("torch._subclasses.fake_impls", "conv")
+Answer: TypeAlias = Callable[..., bool | None]
 _PASS_ON = {__name__, sym_node.__name__, symbolic_shapes.__name__}
 
 
@@ -47,8 +49,10 @@ class SizesFromOne(ShapeEnv):
     memory: where either answer is right, none is noted.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, answer: Answer, *args: Any, **kwargs: Any) -> None:
+        """answer: what the trace assumes of a question about values."""
         super().__init__(*args, **kwargs)
+        self._answer = answer
         self._settled: dict[sympy.Basic, sympy.Basic] = {}
 
     def _default_value_range(self, do_not_specialize_zero_one: bool = False) -> ValueRanges[Any]:
@@ -64,6 +68,9 @@ class SizesFromOne(ShapeEnv):
         """
         answer, question = sym_node.hint, sym_node.expr
         if not isinstance(answer, bool):
+            assumed = self._answer(question) if fallback_value is None else None
+            if assumed is not None:
+                return sympy.true if assumed else sympy.false
             return super().evaluate_sym_node(sym_node, size_oblivious, fallback_value)
         said = sympy.true if answer else sympy.false
         if answer == fallback_value:  # who asks by guard_or_true and the like takes either
@@ -78,6 +85,15 @@ class SizesFromOne(ShapeEnv):
                 return found
             self._settled[question] = settled
         return self._settled[question]
+
+    def guard_or_defer_runtime_assert(  # type: ignore[override]
+        self, orig_expr: Any, msg: str, fx_node: fx.Node | None = None
+    ) -> bool:
+        """Return whether what `torch._check` asks for holds, or note that it has to."""
+        assumed = self._answer(orig_expr, True)
+        if assumed is not None:
+            return assumed
+        return super().guard_or_defer_runtime_assert(orig_expr, msg, fx_node)
 
     def _require_bound(self, question: sympy.Basic, answer: bool) -> None:
         """Raise SizesNeeded where several rounded sizes have been found to make one number.
@@ -146,13 +162,17 @@ def _find_asker() -> FrameType:
 
 
 @contextmanager
-def sizes_from_one() -> Iterator[None]:
-    """Meanwhile this thread's exports trace sizes that may be 1; other threads' are as ever."""
+def sizes_from_one(answer: Answer) -> Iterator[None]:
+    """Let sizes of 1 stay symbolic in this thread's exports, inside the context.
+
+    answer: see `ValueQuestions.answer`.
+    """
     own, before = threading.get_ident(), non_strict_utils.ShapeEnv
 
     def make(*args: Any, **kwargs: Any) -> ShapeEnv:
-        kind = SizesFromOne if threading.get_ident() == own else before
-        return kind(*args, **kwargs)
+        if threading.get_ident() == own:
+            return SizesFromOne(answer, *args, **kwargs)
+        return before(*args, **kwargs)
 
     non_strict_utils.ShapeEnv = make  # type: ignore[misc, assignment]
     try:

@@ -1,4 +1,4 @@
-"""Size rules: what a capture assumed of sizes, from symbolic expressions to plain data.
+"""Size rules: a capture's size guards, from symbolic expressions to plain data.
 
 In: the sizes of the inputs as expressions over the dims, and guards. Out: what `ShapeMatcher` tells
 from whether a capture serves a call::

@@ -1,4 +1,4 @@
-"""Size tensors: sizes that a model carries in tensors stay sizes while it is traced.
+"""Size tensors: keeps sizes that a model stores in tensors symbolic while it is traced.
 
 In: calls such as torch.tensor(x.shape[1]) and arithmetic with what they return. Out: the same
 calls; the size that such a tensor holds is remembered, so that its `.item()`, and its use as a

@@ -1,4 +1,4 @@
-"""Tensor indices: a place that a tensor of one integer names is gathered, not known in a trace.
+"""Tensor indices: turns an index by a one-element tensor into a gather; its value is not read.
 
 In: calls such as x[:, i] and x.select(1, i) whose i is a tensor without dims. Out: the same
 elements by an op that reads i when the program runs; PyTorch would ask for the number now::

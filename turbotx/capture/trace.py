@@ -1,4 +1,4 @@
-"""Capture: a module and one call's inputs become an fx graph of ATen ops with symbolic sizes.
+"""Capture: traces a module and one call's inputs to an fx graph of ATen ops with symbolic sizes.
 
 In: an nn.Module and example args/kwargs. Out: a `Captured` whose graph reads parameters by
 their own names (`get_attr`), takes the call's tensors as placeholders, and whose every size is
@@ -33,10 +33,12 @@ from turbotx.capture.ambient import (
     watch_reads,
     without_autocast,
 )
-from turbotx.capture.arguments import carry, flatten_call
+from turbotx.capture.arguments import Structure, carry, flatten_call
 from turbotx.capture.casts import write_casts
+from turbotx.capture.decisions import Decisions, Outcomes
 from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_without
 from turbotx.capture.eager import ASKED, ORDER, find_shown, note_layouts
+from turbotx.capture.eager_layouts import eager_layouts
 from turbotx.capture.flat_call import FlatCall
 from turbotx.capture.guards import (
     Guard,
@@ -46,11 +48,18 @@ from turbotx.capture.guards import (
     guard_sizes,
     guard_squeezed,
 )
-from turbotx.capture.host_random import find_draws, look_at_generators
+from turbotx.capture.host_random import (
+    find_draws,
+    look_at_generators,
+    refuse_seeding,
+    watch_entropy,
+)
 from turbotx.capture.idle_dropout import IdleDropout
 from turbotx.capture.input_names import find_hints, name_dims, name_inputs
+from turbotx.capture.module_state.environment import watch_environment
+from turbotx.capture.module_state.identity import equal_to
 from turbotx.capture.module_state.record import StateRecord, find_model_names, make_record
-from turbotx.capture.module_state.recorder import Recorder
+from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import refuse_mutation, refuse_parts
 from turbotx.capture.returned import put_constants
@@ -64,10 +73,11 @@ from turbotx.capture.trace_errors import Stopped, capture_error, describe_argume
 from turbotx.capture.traced_float import FloatInput
 from turbotx.capture.tracing import tracing
 from turbotx.capture.unlift import FRESH, unlift
+from turbotx.capture.value_questions import ValueQuestions, erase_numbers
 from turbotx.capture.widen import Places, widen
 from turbotx.errors import CaptureError
 from turbotx.ir.expr import Expr, expr
-from turbotx.ir.fx_nodes import remember_names
+from turbotx.ir.fx_nodes import is_random, remember_names
 from turbotx.ir.memory_order import by_order, inverse, make_dense, moved_dims
 
 # The key, in the exported graph's meta, of the sizes that a squeeze looks at.
@@ -111,10 +121,12 @@ class Captured:
 
     floats: tuple[FloatInput, ...] = ()
     effects: tuple[Effect, ...] = ()
+    decisions: Decisions | None = None
     state: StateRecord | None = None
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph of ATen ops, which passes rewrite in place."""
         return self.graph_module.graph
 
     @cached_property
@@ -127,6 +139,12 @@ class Captured:
         """Tell whether the floats that its Python code asked for are as they were."""
         return all(x.takes(tensors) for x in self.floats)
 
+    def serves(self, ambient: Ambient, tensors: Sequence[torch.Tensor], outcomes: Outcomes) -> bool:
+        """Tell whether it holds for a call, its sizes aside, whose first decisions by values come
+        out so."""
+        follows = not outcomes or (self.decisions is not None and self.decisions.follow(outcomes))
+        return follows and self.holds_in(ambient) and self.takes(tensors)
+
     def holds_in(self, ambient: Ambient) -> bool:
         """Tell whether what its Python code asked PyTorch for is as it was."""
         return all(ambient[k] == self.ambient[k] for k in self.asked)
@@ -134,51 +152,60 @@ class Captured:
 
 def capture(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], least: int = 2,
-    fixed: Places = (),
+    fixed: Places = (), outcomes: Outcomes = (),
 ) -> Captured:  # fmt: skip
     """Trace `model(*args, **kwargs)` with every size of every tensor symbolic, less those of 0.
 
     least: sizes of 1 and 2 are traced as this size. fixed: dims whose sizes are to be numbers, the
-    call's own.
+    call's own. outcomes: how the first decisions by values come out, see `ValueQuestions`.
     Raises CaptureError, naming the user's own source line, when the model cannot be traced.
     """
     refuse_parts(model)
     leaves, spec = flatten_call(args, kwargs)
-    tensors = carry(leaves)
     names = name_inputs(model, args, kwargs)
     name = type(model).__name__
     if not any(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise CaptureError(f"cannot capture {name}: the call has no tensor among its arguments")
+    values, first = ValueQuestions(outcomes), None
+    while True:
+        try:
+            return _capture(model, leaves, spec, least, fixed, values, names)
+        except CaptureError as error:
+            first = first or error
+            if not values.turn():
+                raise first from first.__cause__
+
+
+def _capture(
+    model: nn.Module, leaves: Sequence[Any], spec: Structure, least: int, fixed: Places,
+    values: ValueQuestions, names: list[str],
+) -> Captured:  # fmt: skip
+    tensors, name = carry(leaves), type(model).__name__
     ambient = read_ambient()
     with tracing(), quiet_torch():
-        recorder = Recorder()
+        recorder = StateRecorder()
         with recorder.installed(), no_autocast_cache(), watch_reads(ambient) as asked:
             code_names = find_model_names(model, recorder)
-            flat = FlatCall(model, leaves, spec, recorder)
+            flat = FlatCall(model, leaves, spec, recorder, values)
             flat.given = describe_arguments(model, names, tensors)
             before = look_at_generators()
-            exported = _export_with_floats(flat, tensors, least, fixed, name)
+            with watch_entropy() as drawn, watch_environment() as variables, refuse_seeding():
+                exported = _export_with_floats(flat, tensors, least, fixed, name)
             moved = look_at_generators() != before
         with without_autocast():
             captured = _describe(exported, model, flat, name, names, ambient, tuple(sorted(asked)))
+        code_names.places |= {place.key: place for place in variables.values()}
         state = make_record(model, recorder, code_names, captured.effects)
-        if (generators := recorder.find_moved()) or moved:
+        if not drawn and ((generators := recorder.find_moved()) or moved):
             again = partial(_export_with_relations, flat, tensors, least, fixed, name)
-            _refuse_draws(name, again, generators)
+            drawn = [where] if (where := find_draws(again, generators)) else []
+        if drawn:
+            raise CaptureError(
+                f"cannot capture {name}: it draws a number from {drawn[0]}, which a program would "
+                "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
+                "every call, or pass the number as an argument"
+            )
     return replace(captured, state=state)
-
-
-def _refuse_draws(
-    name: str, trace_again: Callable[[], object], generators: Sequence[object]
-) -> None:
-    """Raise CaptureError where a model's Python code draws random numbers of the host."""
-    drawn = find_draws(trace_again, generators)
-    if drawn:
-        raise CaptureError(
-            f"cannot capture {name}: it draws a number from {drawn}, which a program would "
-            "keep for good. Draw with torch.rand(()) and the like, which is done anew at "
-            "every call, or pass the number as an argument"
-        )
 
 
 def _export_with_floats(
@@ -226,9 +253,9 @@ def _export_widened(
         if varying in tried:
             continue
         tried.append(varying)
-        for attention in _attentions(tensors):
+        for attention in attention_kernels(tensors):
             try:
-                with attention(), flat.seen.held():
+                with attention(), equal_to(flat.recorder.find_own), flat.seen.held():
                     return _export(flat, examples, varying)
             except Exception as error:
                 error = error.error if isinstance(error, Stopped) else error
@@ -243,6 +270,8 @@ def _export_widened(
 def _find_cause(flat: FlatCall, tensors: Sequence[torch.Tensor]) -> Exception | bool:
     """Return what the model raises at the call's own sizes, as numbers: then the arguments are at
     fault. True where it raises nothing, and other sizes are; False where that is not known."""
+    if flat.values.has_decided:  # another trace would decide anew, and its outcomes are tried next
+        return False
     examples = list(map(make_dense, tensors, flat.orders))
     try:
         with flat.seen.held():
@@ -254,7 +283,7 @@ def _find_cause(flat: FlatCall, tensors: Sequence[torch.Tensor]) -> Exception | 
     return True
 
 
-def _attentions(
+def attention_kernels(
     tensors: Sequence[torch.Tensor],
 ) -> Sequence[Callable[[], AbstractContextManager[object]]]:
     """Return how PyTorch may choose attention's kernel meanwhile, in the order to be tried.
@@ -282,10 +311,12 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
     with torch.no_grad(), warnings.catch_warnings(), _no_fake_cache():
         warnings.simplefilter("ignore")
-        with SizeTensors(), IdleDropout(), sizes_from_one(), python_operators():
+        sizes = sizes_from_one(flat.values.answer)
+        with SizeTensors(), IdleDropout(), eager_layouts(), sizes, python_operators():
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
+        erase_numbers(exported.graph)
         write_casts(exported.graph)
         before, fresh = copy.deepcopy(exported.graph), _fresh_constants(exported)
         squeezed, shown = find_squeezed(exported.graph), find_shown(exported.graph)
@@ -341,7 +372,15 @@ def _describe(
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
     hints = find_hints(shape_env, symbols)
+    decisions = flat.values.describe(symbols, dims)
+    if decisions is not None and any(map(is_random, graph_module.graph.nodes)):
+        raise CaptureError(
+            f"cannot capture {name}: it draws random numbers and decides by values, as at "
+            f"{decisions.made[0].where}; where that comes out otherwise the call would run again, "
+            "and draw others"
+        )
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
         flat.seen.out_spec, ambient, asked, flat.describe_floats(), flat.seen.effects,
+        decisions,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Trace errors: what a trace ended with, in the user's words.
+"""Trace errors: translates failures of torch.export into errors that name the user's source.
 
 In: an error of the model's code or of torch.export. Out: a CaptureError that names the user's own
 line and says what to do::
@@ -67,7 +67,7 @@ def capture_error(
     if asks and isinstance(asks[0], Exception):
         return CaptureError(
             f"cannot capture {name}{_where(error)}\n  It asks for a number that a tensor holds "
-            "(.item(), int(tensor), a branch on one, a slice up to one), or for as many elements "
+            "(int(tensor), a slice up to one), or for as many elements "
             f"as one says.\n  {_first_line(asks[0])}\n  Compute such numbers outside of the "
             "optimized module and pass them as sizes or as numbers, or use a mask of full size; "
             f"{BREAKS}"
@@ -86,7 +86,7 @@ def capture_error(
         found = f"If the plain model fails too, look at what it was given: {given}. "
     return CaptureError(
         f"cannot capture {name}{_where(error)}\n  {_first_line(error)}\n  {found}A call must be "
-        "one graph of tensor ops, without a Python branch on a tensor's values and without an "
+        "one graph of tensor ops, without sizes that depend on values of tensors and without an "
         "output that is neither a tensor nor a plain constant (for a decoder, use_cache=False); "
         f"{BREAKS}"
     )

@@ -1,7 +1,7 @@
-"""Traced floats: a Python float among a call's arguments is an input of its program.
+"""Traced floats: makes a Python float among a call's arguments an input of its program.
 
 In: a number and the tensor of no dims that carries it in the trace. Out: what takes the number's
-place in the user's code: arithmetic on it is traced; whoever asks for its value (a branch on it,
+place in the user's code: arithmetic on it is traced; what asks for its value (a branch on it,
 math.sqrt) gets it, and the capture then serves that value only::
 
     x * scale  ->  mul(x, scale.to(float32));    if scale > 0.5: ...  ->  scale is read
@@ -34,6 +34,9 @@ class FloatInput:
         return self.fixed is not None or self.nonzero
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether a call's float is one that the capture holds for: equal to the one that
+        was read in the trace, and not 0 where that was decisive. Reads it from the call's
+        `tensors`."""
         if not self.is_particular:
             return True
         value = float(tensors[self.place].item())
@@ -164,6 +167,7 @@ class FloatReads:
         self._nonzero: set[int] = set()
 
     def begin(self) -> None:
+        """Forget what was read, as a trace begins."""
         self._reads.clear()
         self._nonzero.clear()
 
@@ -175,6 +179,7 @@ class FloatReads:
         return TracedFloat(value, tensor, frozenset((place,)), self._reads, self._nonzero)
 
     def describe(self, place: int, value: float) -> FloatInput:
+        """Return what the trace took for granted of the float at a place among the inputs."""
         fixed = value if place in self._reads else None
         return FloatInput(place, fixed, place in self._nonzero)
 
@@ -201,7 +206,7 @@ def _result(tensor: torch.Tensor) -> torch.dtype | None:
 
 
 def _arithmetic(func: Any, args: tuple[Any, ...]) -> Any:
-    """x * number: computed in float32 at least, and rounded to x's dtype, as PyTorch does."""
+    """Compute x * number in float32 at least, rounded to x's dtype, as PyTorch does."""
     if len(args) != 2 or not any(isinstance(a, torch.Tensor) for a in args):
         return NotImplemented
     tensor = next(a for a in args if isinstance(a, torch.Tensor))
@@ -215,7 +220,8 @@ def _arithmetic(func: Any, args: tuple[Any, ...]) -> Any:
 
 
 def _same_dtype(func: Any, args: tuple[Any, ...]) -> Any:
-    """x > number, where(c, x, number), x.masked_fill(m, number): the number in x's dtype."""
+    """Convert the number to x's dtype in x > number, where(c, x, number) and x.masked_fill(m,
+    number)."""
     tensors = [a for a in args if isinstance(a, torch.Tensor) and a.dtype is not torch.bool]
     if len(tensors) != 1:
         return NotImplemented

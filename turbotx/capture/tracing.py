@@ -1,4 +1,4 @@
-"""Tracing: one trace at a time in the process, which other threads' calls of models do not meet.
+"""Tracing: a process-wide lock around traces, so that other threads do not see their patches.
 
 In: a piece of work that traces. Out: the same work, holding the process's one lock; what PyTorch's
 tracer replaces for everybody meanwhile is replaced here for the tracing thread alone::
@@ -7,7 +7,7 @@ tracer replaces for everybody meanwhile is replaced here for the tracing thread 
         exported = torch.export.export(flat, examples, strict=False)
 
 That is `nn.Module.__call__`, and the answers of `torch.compiler.is_compiling()` and the like, by
-which models choose between ways of computing. Whoever holds the lock may trace again inside, and
+which models choose between ways of computing. The lock is reentrant, and
 waits there for no engine's lock: an optimized model that a traced one calls runs as it was written.
 """
 
@@ -29,8 +29,8 @@ _active = threading.local()
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Meanwhile no other thread traces, and what PyTorch puts in the place of `nn.Module`'s methods
-    is met by this thread alone."""
+    """Hold the lock of traces inside the context, and make PyTorch's replacements of `nn.Module`'s
+    methods act in this thread alone."""
     with _lock:
         if getattr(_active, "inside", False):
             yield

@@ -1,4 +1,4 @@
-"""Unlift: an exported program's parameters, which it takes as inputs, become attributes again.
+"""Unlift: turns parameters that an exported program takes as inputs into attributes again.
 
 In: a `torch.export` program and names for its other inputs. Out: an fx graph that reads parameters
 by the names that they have in the user's module, and its placeholders in order::
@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from turbotx.capture.refusals import made_in_inference_mode
+from turbotx.errors import CaptureError
 from turbotx.ir.subgraphs import enclose_graphs
 
 # The key, in the exported graph's meta, of the constants that only tracing made.
@@ -99,7 +100,13 @@ def _find(
         return owner, path
     made = exported.constants if target in exported.constants else exported.state_dict
     value = _users_own(exported, made[target])
-    known = owned.get(_place(value)) if value.numel() else None
+    try:
+        known = owned.get(_place(value)) if value.numel() else None
+    except RuntimeError as error:  # it lies in no memory
+        raise CaptureError(
+            "its code makes a tensor inside of a transform (torch.func.grad, vjp, jacrev), which a "
+            "program cannot hold: make it outside of the transformed function"
+        ) from error
     return value, known or f"constants.{target.replace('.', '_')}"
 
 

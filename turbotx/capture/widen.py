@@ -1,4 +1,4 @@
-"""Widen: the sizes a call is traced at, and which of them are free.
+"""Widen: example inputs whose sizes of 1 are replaced, since export would specialize them.
 
 In: a call's tensors. Out: like ones whose sizes of 1 tracing cannot take for fixed, and the dims
 that vary, for example::

@@ -76,7 +76,7 @@ def describe(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
     ] = False,
 ) -> None:
-    """A kernel compiler for transformer inference."""
+    """A kernel compiler for transformer inference."""  # noqa: D401  (what --help shows)
 
 
 def _source(model: str, dtype: str | None, weights: Path | None) -> Source:

@@ -1,7 +1,7 @@
 """MODEL on the command line: what it names becomes a module and example inputs.
 
 In: `package.module:factory`, `path/to/file.py:factory`, `hf:PATH`, `hf-config:bert`, `minilm`, a
-`.pt2` or a `.ttx` file. Out: a `LoadedModel`. Whatever is wrong is one line that says what to do::
+`.pt2` or a `.ttx` file. Out: a `ModelWithInputs`. Whatever is wrong is one line with what to do::
 
     load_model("hf-config:bert,num_hidden_layers=2", {"batch": 2, "seq": 16})
 """
@@ -32,7 +32,7 @@ FORMS = (
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class ModelWithInputs:
     """A module or function and one call's inputs."""
 
     model: Any
@@ -55,7 +55,7 @@ class Source:
     def __str__(self) -> str:
         return self.text
 
-    def load(self, shape: Mapping[str, int]) -> LoadedModel:
+    def load(self, shape: Mapping[str, int]) -> ModelWithInputs:
         """Load it; `shape` is the batch and seq of a Hugging Face model's example.
 
         Raises ModelError, and WeightsError where the file of weights does not fit.
@@ -68,12 +68,12 @@ class Source:
         return _convert(loaded, self.dtype) if self.dtype else loaded
 
 
-def load_model(text: str, shape: Mapping[str, int]) -> LoadedModel:
+def load_model(text: str, shape: Mapping[str, int]) -> ModelWithInputs:
     """Load what `text` names, as it is; raise ModelError where it names nothing."""
     form, _, rest = text.partition(":")
     if text == "minilm" or form in ("hf", "hf-config"):
         module = _huggingface(text, form, rest)
-        return LoadedModel(module, (), huggingface_inputs(module, shape))
+        return ModelWithInputs(module, (), huggingface_inputs(module, shape))
     if text.endswith(".pt2"):
         return _exported(Path(text))
     if text.endswith(".ttx"):
@@ -83,7 +83,7 @@ def load_model(text: str, shape: Mapping[str, int]) -> LoadedModel:
     raise ModelError(f"{text!r} is no MODEL: write {FORMS}")
 
 
-def _convert(loaded: LoadedModel, dtype: str) -> LoadedModel:
+def _convert(loaded: ModelWithInputs, dtype: str) -> ModelWithInputs:
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(kinds)}")
@@ -95,7 +95,7 @@ def _convert(loaded: LoadedModel, dtype: str) -> LoadedModel:
         return value.to(kinds[dtype]) if floats else value
 
     kwargs = {k: cast(v) for k, v in loaded.kwargs.items()}
-    return LoadedModel(loaded.model.to(kinds[dtype]), tuple(map(cast, loaded.args)), kwargs)
+    return ModelWithInputs(loaded.model.to(kinds[dtype]), tuple(map(cast, loaded.args)), kwargs)
 
 
 # --- Hugging Face ---
@@ -141,7 +141,8 @@ def _minilm_folder() -> str:
 
 
 def _from_config(transformers: ModuleType, text: str) -> nn.Module:
-    """A model of random weights from a type's default config, with `name=value` changes to it."""
+    """Make a model of random weights from a type's default config, with `name=value` changes to
+    it."""
     kind, *changes = [part.strip() for part in text.split(",")]
     known = list(transformers.CONFIG_MAPPING.keys())
     if kind not in known:
@@ -179,7 +180,7 @@ def _number(text: str) -> Any:
 
 
 def _encoder(model: nn.Module) -> nn.Module:
-    """An encoder-decoder is compiled as its encoder: its decoder runs token by token."""
+    """Return the encoder of an encoder-decoder, any other model itself."""
     config: Any = getattr(model, "config", None)
     return model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model  # type: ignore[operator]
 
@@ -187,7 +188,7 @@ def _encoder(model: nn.Module) -> nn.Module:
 # --- files and factories ---
 
 
-def _exported(path: Path) -> LoadedModel:
+def _exported(path: Path) -> ModelWithInputs:
     if not path.is_file():
         raise ModelError(f"there is no file {path}")
     try:
@@ -199,19 +200,19 @@ def _exported(path: Path) -> LoadedModel:
     args, kwargs = program.example_inputs
     module = program.module()
     module.training = False
-    return LoadedModel(module, tuple(args), dict(kwargs))
+    return ModelWithInputs(module, tuple(args), dict(kwargs))
 
 
-def _saved(path: Path, shape: Mapping[str, int]) -> LoadedModel:
-    """A file of turbotx.save, and inputs that it takes; sizes that it has no dims for are left."""
+def _saved(path: Path, shape: Mapping[str, int]) -> ModelWithInputs:
+    """Load a file of turbotx.save, with inputs that it takes at these sizes."""
     from turbotx.saved.example import example_call
     from turbotx.saved.load import load
 
     model = load(path)
-    return LoadedModel(model, *example_call(model, shape))
+    return ModelWithInputs(model, *example_call(model, shape))
 
 
-def _made(text: str, shape: Mapping[str, int]) -> LoadedModel:
+def _made(text: str, shape: Mapping[str, int]) -> ModelWithInputs:
     """`module:attribute` or `file.py:attribute`: a factory, a module or a class of one."""
     place, _, name = text.rpartition(":")
     holder = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
@@ -262,13 +263,13 @@ def _import_module(name: str) -> ModuleType:
         sys.path.pop(0)
 
 
-def _with_inputs(text: str, found: Any, shape: Mapping[str, int]) -> LoadedModel:
+def _with_inputs(text: str, found: Any, shape: Mapping[str, int]) -> ModelWithInputs:
     """Take apart (module, inputs); without inputs, make those of a Hugging Face module."""
     if isinstance(found, tuple) and len(found) == 2:
         model, inputs = found
         if isinstance(inputs, Mapping):
-            return LoadedModel(model, (), dict(inputs))
-        return LoadedModel(model, inputs if isinstance(inputs, tuple) else (inputs,), {})
+            return ModelWithInputs(model, (), dict(inputs))
+        return ModelWithInputs(model, inputs if isinstance(inputs, tuple) else (inputs,), {})
     if not isinstance(found, nn.Module):
         kind = type(found).__name__
         raise ModelError(f"{text} gave a {kind}, not a module or (module, example inputs)")
@@ -277,7 +278,7 @@ def _with_inputs(text: str, found: Any, shape: Mapping[str, int]) -> LoadedModel
             f"{text} gave a {type(found).__name__} without inputs: return (module, inputs), "
             "the example inputs a dict for keywords, a tuple or one tensor"
         )
-    return LoadedModel(found, (), huggingface_inputs(found, shape))
+    return ModelWithInputs(found, (), huggingface_inputs(found, shape))
 
 
 def _first_line(error: BaseException) -> str:

@@ -62,6 +62,7 @@ class Steps:
     began_s: float = field(default_factory=time.monotonic)
 
     def __call__(self, description: str, advance: int = 1) -> None:
+        """Show what runs next, and that `advance` steps are done."""
         self.progress.update(self.task, description=description, advance=advance)
         passed_s = time.monotonic() - self.began_s
         if self.tell is not None and passed_s > LATE_S:

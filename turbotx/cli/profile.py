@@ -18,7 +18,7 @@ from rich.table import Table
 
 import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
-from turbotx.cli.models import LoadedModel, Source
+from turbotx.cli.models import ModelWithInputs, Source
 from turbotx.cli.output import OK, Output
 from turbotx.errors import DumpError, InputError
 from turbotx.report.amounts import show_shape
@@ -60,7 +60,7 @@ def profile_model(
 
 
 def _profile_saved(
-    source: Source, loaded: LoadedModel, runs: int, trace: Path | None, page: Path | None,
+    source: Source, loaded: ModelWithInputs, runs: int, trace: Path | None, page: Path | None,
     output: Output,
 ) -> int:  # fmt: skip
     """Profile a saved file, whose launches have names and no model to look their costs up in."""

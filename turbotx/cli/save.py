@@ -1,4 +1,4 @@
-"""`turbotx compile --save`: a model as one file, for GPUs that need not be here.
+"""`turbotx compile --save`: a model as one file, for the CPU and for GPUs that need not be here.
 
 In: MODEL, targets, a path. Out: a file for `turbotx.load`, with every kernel that any shape of the
 example call can ask for::
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from turbotx.cli.inputs import EXAMPLE_SHAPE
-from turbotx.cli.models import LoadedModel, Source
+from turbotx.cli.models import ModelWithInputs, Source
 from turbotx.cli.output import OK, Output, Steps
 from turbotx.engine.optimize import optimize
 from turbotx.saved.save import check_target, save
@@ -37,7 +37,7 @@ def chosen_targets(targets: Sequence[str]) -> list[str]:
 
 
 def write_file(
-    loaded: LoadedModel, path: Path, targets: Sequence[str], steps: Steps
+    loaded: ModelWithInputs, path: Path, targets: Sequence[str], steps: Steps
 ) -> dict[str, Any]:
     """Write the file and return what `--json` says of it."""
     fast = optimize(loaded.model)
@@ -57,5 +57,6 @@ def write_file(
 
 
 def show_written(written: dict[str, Any]) -> str:
+    """Return what was saved as a line of text: file, megabytes and targets."""
     names, size = " and ".join(written["targets"]), written["nbytes"] / 1e6
     return f"{written['saved']}: {size:.1f} MB, for {names}; turbotx.load takes it"

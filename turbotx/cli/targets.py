@@ -1,4 +1,4 @@
-"""Targets of `turbotx compile`: the Triton kernels built for GPUs that need not be there.
+"""Targets of `turbotx compile`: builds the Triton kernels for GPUs that need not be here.
 
 In: a call, names such as sm_90, a folder. Out: kernels/TARGET/ with every artifact of what a GPU
 launches at one shape, and resources.json with registers, spills and access widths of each::
@@ -111,7 +111,7 @@ def resources_of(built: Sequence[NamedBuild]) -> dict[str, dict[str, Resources]]
 
 
 def resources_table(built: Sequence[NamedBuild]) -> Table:
-    """Registers a thread, spills, shared memory and the widest accesses of each kernel."""
+    """Tabulate registers a thread, spills, shared memory and the widest accesses of each kernel."""
     table = Table(title="On GPUs", title_justify="left", title_style="bold")
     table.caption, table.caption_justify = "shared: bytes; load, store: widest, in bits", "left"
     table.add_column("kernel", overflow="fold", min_width=24)

@@ -1,4 +1,4 @@
-"""`turbotx tune`: the fastest tiles of a model's kernels on this GPU, found and remembered.
+"""`turbotx tune`: finds the fastest schedules of a model's kernels on this GPU and keeps them.
 
 In: MODEL and shapes. Out: a table of what was gained; schedules kept for devices of this name,
 which every later program on one of them takes::
@@ -21,7 +21,7 @@ from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
 from turbotx.engine.compiled import Compiled
-from turbotx.engine.tune import Found, gains, tune_call, tune_norms
+from turbotx.engine.tune import TuningResult, gains, tune_call, tune_norms
 from turbotx.kernels.tuned import save_tuned
 from turbotx.report.amounts import show_shape
 from turbotx.report.report import Report
@@ -34,7 +34,7 @@ def tune_model(model: Source, shapes: Sequence[str], output: Output) -> int:
     require_cuda()
     require_triton()
     wanted = [parse_shape(text) for text in shapes]
-    found: list[Found] = []
+    found: list[TuningResult] = []
     with output.steps(f"load {model}", total=3 + max(1, len(wanted))) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         args, kwargs = pytree.tree_map_only(
@@ -75,7 +75,8 @@ def _calls(
         yield dims, tensors, show_shape(view.dims)
 
 
-def found_table(device: str, found: Sequence[Found]) -> Table:
+def found_table(device: str, found: Sequence[TuningResult]) -> Table:
+    """Return a table of tuned kernels: schedule and microseconds a launch, before and after."""
     table = Table(title=f"Kernels on {device}", title_justify="left", title_style="bold")
     table.add_column("kernel", overflow="fold", min_width=24)
     for name in ("length", "before", "best", "before µs", "best µs", "tried"):

@@ -1,4 +1,4 @@
-"""Cache layers: a DynamicCache of the user's stays theirs, and its layers become turbotx's.
+"""Cache layers: stores the keys and values of a user's DynamicCache in turbotx's memory.
 
 In: a cache of transformers, and the shapes of the layers. Out: its memory, shared by layers that
 answer as transformers' own do: lengths, reorder, crop, batches, reset; keys and values when read::
@@ -39,18 +39,24 @@ class CachedLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:
+        """Whether the layer holds any position."""
         return self.memory.read(self.layer) is not None
 
     @property
     def is_sliding(self) -> bool:
+        """Whether attention sees only the last `window` positions."""
         return self.window is not None
 
     @property
     def keys(self) -> torch.Tensor | None:
+        """The keys, (batch, heads, length, width), the window's alone; None before the first
+        call."""
         return self._show(0)
 
     @property
     def values(self) -> torch.Tensor | None:
+        """The values, (batch, heads, length, width), the window's alone; None before the first
+        call."""
         return self._show(1)
 
     def _show(self, part: int) -> torch.Tensor | None:
@@ -77,23 +83,30 @@ class CachedLayer(CacheLayerMixin):
         return memory.read(layer)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys a mask of `query_length` new rows covers, and the first one's
+        position."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
+        """Return the number of positions in the layer."""
         return self.memory.lengths[self.layer]
 
     def get_max_length(self) -> int:
+        """Return the window, -1 where the length has no bound."""
         return -1 if self.window is None else self.window
 
     def offload(self) -> None:
+        """Raise InputError: the memory stays on its device."""
         raise InputError("turbotx's key/value cache is not offloaded: leave cache.offload out")
 
     prefetch = offload
 
     def reset(self) -> None:
+        """Forget all positions; the memory is kept."""
         self.memory.clear(self.layer)
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last -tokens_to_remove positions; raise ValueError for a positive number."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes a negative number of tokens to remove, not {tokens_to_remove}"
@@ -101,12 +114,15 @@ class CachedLayer(CacheLayerMixin):
         self.memory.drop(self.layer, -tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Select rows of the batch by index, as beam search does; beam_idx: (batch,) int64."""
         self.memory.select(self.layer, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Select rows of the batch by index, (rows,) int64."""
         self.memory.select(self.layer, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch, its copies beside it."""
         held = self.memory.read(self.layer)
         if held is not None:
             rows = torch.arange(held[0].shape[0]).repeat_interleave(repeats)

@@ -19,6 +19,7 @@ from torch import nn
 
 from turbotx.capture.ambient import read_asked, read_decisive
 from turbotx.capture.call_key import describe_kind
+from turbotx.capture.decisions import Outcomes, UndecidedError
 from turbotx.capture.refusals import refuse_gradient
 from turbotx.capture.trace import Captured
 from turbotx.engine.compiled import Compiled
@@ -47,6 +48,8 @@ class CachedEngine(Engine):
     """An engine whose calls may have a cache of transformers."""
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call: with a cache of transformers' by steps over turbotx's own memory,
+        otherwise as `Engine` does. Raises TrainingError in training mode."""
         cache = kwargs.get(ARGUMENT)
         if cache is None and len(args) > 1 and any(map(_is_cache, args)):
             kwargs = self._name_all(args, kwargs)
@@ -56,7 +59,11 @@ class CachedEngine(Engine):
         self.refuse_training()
         given = self._name_all(args, kwargs)
         del given[ARGUMENT]
-        return self._steps().run(given, cache)
+        try:
+            return self._steps().run(given, cache)
+        except UndecidedError as error:
+            self.count_eager(str(error))
+            return self.run_plainly(args, kwargs)
 
     def _steps(self) -> StepEngine:
         steps = self.parts.get("steps")
@@ -93,6 +100,7 @@ class StepEngine(Engine):
         self.dtype, self.device = weights.dtype, weights.device
 
     def reset(self) -> None:
+        """Forget every capture, and what served the latest steps."""
         super().reset()
         self._known: dict[Any, tuple[Variant, tuple[int, ...]]] = {}
         """By kind of call, whatever its sizes: what served the latest, and which of its dims grow
@@ -107,7 +115,7 @@ class StepEngine(Engine):
         self._known.clear()
 
     def check(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], outcomes: Outcomes = ()
     ) -> tuple[Variant, Program, Binding, list[torch.Tensor]]:
         """Return what serves a call, and its tensors, as `Engine.check`; a new length of the cache
         is neither solved nor planned for."""
@@ -116,7 +124,7 @@ class StepEngine(Engine):
             ambient += read_asked(self._asked)
         kind, tensors = describe_kind(kwargs, ambient)
         known = self._known.get(kind) if kind is not None else None
-        if known is not None and known[0].holds():
+        if known is not None and not outcomes and known[0].holds():
             variant, stepping = known
             dims = variant.compiled.captured.matcher.match([t.shape for t in tensors])
             if dims is not None:
@@ -125,7 +133,7 @@ class StepEngine(Engine):
                 program = variant.compiled.at(dims).program
                 variant.used = next(self._calls)
                 return variant, program, program.bind_step(dims, stepping), tensors
-        found = super().check(args, kwargs)
+        found = super().check(args, kwargs, outcomes)
         captured = found[0].compiled.captured
         if kind is not None and not captured.floats:
             length = make_example(kwargs)["kv_length"].shape[0]
@@ -191,15 +199,19 @@ class StepEngine(Engine):
                 self.dtype = error.dtype
         raise CaptureError("the model's keys and values have a dtype that depends on the cache's")
 
-    def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
+    def make(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
+    ) -> Compiled:
         """Capture and compile; no observer looks on, since it could not repeat a step."""
-        return self.compile(self.capture(args, kwargs))
+        return self.compile(self.capture(args, kwargs, outcomes))
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+    def capture(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
+    ) -> Captured:
         """Return a call of an example's sizes as a graph; note what it writes to the cache."""
         from turbotx.capture.cached_call import find_appends
 
-        captured = super().capture(args, make_example(kwargs))
+        captured = super().capture(args, make_example(kwargs), outcomes)
         nodes = find_appends(captured.graph_module.graph)
         parts: dict[int, list[torch.Tensor]] = {}
         for node in nodes:

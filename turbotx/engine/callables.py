@@ -33,6 +33,7 @@ class FunctionModule(nn.Module):
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the function does."""
         return self.function(*args, **kwargs)
 
 
@@ -59,7 +60,7 @@ def as_module(function: Callable[..., Any]) -> FunctionModule:
     return module
 
 
-class Held:
+class CallableState:
     """Tensors and modules that a callable holds, as they were when this was made.
 
     Of the object that a bound method is of, numbers too: a trace sees neither it nor them read.

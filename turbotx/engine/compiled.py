@@ -1,4 +1,4 @@
-"""What the pipeline makes of a call, one stage from the next: launches, a program, what runs.
+"""Compiled stages of one call: assembled, unbound and bound programs.
 
 In: nothing; these are types. Out: for example::
 
@@ -54,6 +54,7 @@ class Specialization:
         return self.code.executable
 
     def serves(self, dims: Sequence[int]) -> bool:
+        """Tell whether it is for calls with these values of the dims."""
         served = self.executable.token_range
         return served is None or served.holds(dims)
 
@@ -87,6 +88,7 @@ class Compiled:
 
     @property
     def captured(self) -> Captured:
+        """The call as it was captured."""
         return self.unbound.call.captured
 
     @property
@@ -96,22 +98,27 @@ class Compiled:
 
     @property
     def prepared(self) -> frozenset[fx.Node]:
+        """Nodes that depend on parameters alone: hoisted constants."""
         return self.unbound.call.prepared
 
     @property
     def specialization(self) -> Specialization:
+        """The specialization that this one runs."""
         return self.unbound.specializations[self.index]
 
     @property
     def fused(self) -> Sequence[FusedRegion]:
+        """The regions and their kernels."""
         return self.specialization.assembled.fused
 
     @property
     def assembly(self) -> Assembly:
+        """Launches and tensors, before they are linked."""
         return self.specialization.assembled.assembly
 
     @property
     def program(self) -> Program:
+        """The bound program of this specialization."""
         return self.programs[self.index]
 
     @property

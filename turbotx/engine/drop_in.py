@@ -91,7 +91,7 @@ else:
 class OptimizedModule(_ModuleOf[M_co]):
     """A module that runs through turbotx and otherwise is the module that it was made from.
 
-    It stands in front of the model's class in the order of bases; `super()` is the model.
+    It precedes the model's class in the method resolution order; `super()` is the model.
     """
 
     if not TYPE_CHECKING:
@@ -107,7 +107,8 @@ class OptimizedModule(_ModuleOf[M_co]):
         if "_turbotx_made" not in cls.__dict__:
             super().__init_subclass__(**kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    # No docstrings: help() shows those of the model's own class.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         engine = self._turbotx_engine
         if engine is None or left_to_pytorch():
             if engine is not None and is_dynamo_compiling():
@@ -131,7 +132,7 @@ class OptimizedModule(_ModuleOf[M_co]):
             return super().__call__(*args, **kwargs)
         return self.__dict__.get("forward", super().forward)(*args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         engine = self._turbotx_engine
         if engine is None or left_to_pytorch() or not engine.calls_forward:
             return super().forward(*args, **kwargs)
@@ -170,7 +171,8 @@ class OptimizedModule(_ModuleOf[M_co]):
     @_added
     def stats(self) -> dict[str, int]:
         """Return counts since the last reset: captures, kernel builds, plans, chunk allocations,
-        and the calls that ran in PyTorch (`eager_calls`)."""
+        the calls that ran in PyTorch (`eager_calls`), and runs that a branch on a tensor's values
+        made vain (`decided_otherwise`)."""
         return self._turbotx_engine.stats()
 
     @_added
@@ -188,7 +190,7 @@ class OptimizedModule(_ModuleOf[M_co]):
         self._turbotx_engine.refresh()
 
     def _make_graph(self) -> fx.GraphModule:
-        """The rewritten graph of the latest capture, an ordinary torch.fx.GraphModule."""
+        """Return the rewritten graph of the latest capture, an ordinary torch.fx.GraphModule."""
         from turbotx.engine.fused_graph import make_fused_graph
 
         variants = self._turbotx_engine.variants()
@@ -197,7 +199,6 @@ class OptimizedModule(_ModuleOf[M_co]):
         return make_fused_graph(variants[-1])
 
     graph: fx.GraphModule = cast(fx.GraphModule, _Added(_make_graph, "graph"))
-    _engine: Engine = cast(Engine, _Added(lambda self: self._turbotx_engine, "_engine"))
 
 
 def original_of(model: Any) -> Any:
@@ -220,7 +221,7 @@ def _may_go_on(engine: Engine, error: Exception) -> bool:
 
 
 def tolerate(engine: Engine, always: bool = False) -> None:
-    """Let an engine say of itself whether a call is one that may go on in PyTorch."""
+    """Set whether an engine's refused calls may run in PyTorch instead."""
     state = engine.model.__dict__
     engine.tolerates = lambda: always or _is_called_by_a_method(state)
 

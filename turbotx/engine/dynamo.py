@@ -24,11 +24,13 @@ from turbotx.capture.ambient import read_ambient
 from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.call_key import make_signature
 from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
+from turbotx.capture.decisions import Outcomes
 from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
 from turbotx.engine.pipeline import build_ahead
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
 from turbotx.options import Options, make_options
+from turbotx.runtime.lru import LruDict
 
 MAX_PARAMETER_SETS = 256
 """Modules of one class share a graph; each keeps packed weights, the longest unused one goes."""
@@ -93,7 +95,7 @@ class _Graph:
         self.traced = _take_numbers(graph_module, self.feed.scalars)
         self.eager = ""
         self.compiled: dict[Any, list[Compiled]] = {}
-        self._engines: dict[Any, Engine] = {}
+        self._engines: LruDict[Any, Engine] = LruDict(MAX_PARAMETER_SETS)
         self._lock = threading.RLock()
 
     def __call__(self, *inputs: Any) -> Any:
@@ -126,12 +128,10 @@ class _Graph:
     def _engine(self, fixed: Sequence[Any]) -> Engine:
         key = tuple(id(x) if isinstance(x, torch.Tensor) else x for x in fixed)
         with self._lock:
-            engine = self._engines.pop(key, None)
+            engine = self._engines.find(key)
             if engine is None:
                 engine = _SharingEngine(self, _Holder(self.traced, self.feed, fixed))
-                if len(self._engines) >= MAX_PARAMETER_SETS:
-                    self._engines.pop(next(iter(self._engines)))
-            self._engines[key] = engine
+                self._engines[key] = engine
         return engine
 
     def record(self) -> GraphRecord:
@@ -269,7 +269,9 @@ class _SharingEngine(Engine):
         super().__init__(holder, graph.options)
         self._graph = weakref.ref(graph)
 
-    def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
+    def make(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
+    ) -> Compiled:
         leaves, spec = flatten_call(args, kwargs)
         tensors = carry(leaves)
         graph = self._graph()
@@ -279,13 +281,13 @@ class _SharingEngine(Engine):
             known = graph.compiled.setdefault(make_signature(leaves, spec, ambient), [])
             for compiled in known:
                 captured = compiled.captured
-                if not captured.holds_in(ambient) or not captured.takes(tensors):
+                if not captured.serves(ambient, tensors, outcomes):
                     continue
                 if captured.matcher.match([t.shape for t in tensors]) is not None:
                     shared = build_ahead(self.bind(compiled.unbound.call))
                     if not shared.program.runtime.weights.misfit():
                         return shared
-            made = super().make(args, kwargs)
+            made = super().make(args, kwargs, outcomes)
             known.append(made)
             return made
 

@@ -1,4 +1,4 @@
-"""Engine: captures and runs the calls of one model; it stands behind everything `optimize` makes.
+"""Engine: the per-model cache of compiled variants behind `turbotx.optimize`.
 
 In: a model and options. Out: the model's outputs, from one compiled variant per kind of call
 (which arguments, dtypes, ranks, flags) that serves any sizes::
@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -32,7 +31,8 @@ from turbotx.capture.ambient import (
 from turbotx.capture.arguments import carry, flatten_call
 from turbotx.capture.call_key import describe_call, make_signature
 from turbotx.capture.capture_sizes import capture_sizes
-from turbotx.capture.composition import calls_forward, leave_foreign, left_alone
+from turbotx.capture.composition import leave_foreign, left_alone
+from turbotx.capture.decisions import Outcomes, UndecidedError
 from turbotx.capture.module_state.record import Difference, training_error
 from turbotx.capture.quiet import quiet_torch
 from turbotx.capture.refusals import (
@@ -44,14 +44,15 @@ from turbotx.capture.refusals import (
 from turbotx.capture.trace import Captured
 from turbotx.capture.tracing import tracing
 from turbotx.engine.compiled import AssembledCall, Compiled
-from turbotx.engine.failures import named_failures
+from turbotx.engine.eager_calls import EagerCalls
+from turbotx.engine.failures import endless, named_failures
 from turbotx.engine.launch_ranges import LaunchRanges
 from turbotx.engine.observers import observers
 from turbotx.engine.pipeline import bind, build_ahead, compile_captured, schedule
 from turbotx.engine.progress import show_progress
 from turbotx.engine.state_guard import StateGuard
 from turbotx.engine.variant import Recaptures, Variant
-from turbotx.errors import CaptureError, EagerWarning, InputError, ModelChangedError, TrainingError
+from turbotx.errors import CaptureError, InputError, ModelChangedError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.runtime.binding import Binding
@@ -59,7 +60,8 @@ from turbotx.runtime.cpu.launch_table import start_runtime
 from turbotx.runtime.cuda.absent_device import absent_device
 from turbotx.runtime.device import Device
 from turbotx.runtime.gc_pause import pause_gc
-from turbotx.runtime.placement import find_device, open_device
+from turbotx.runtime.lru import LruDict
+from turbotx.runtime.placement import find_device, open_device, target_of
 from turbotx.runtime.program import Program
 
 log, guards = map(logging.getLogger, ("turbotx.capture", "turbotx.guards"))
@@ -68,19 +70,17 @@ MOST_CHANGES = 8
 """How often one call is captured anew while others convert the model's parameters meanwhile."""
 
 
-class Engine:
-    """Captures and runs the calls of one model; it stands behind every kind of target."""
+class Engine(EagerCalls):
+    """Captures, compiles and runs the calls of one model; thread-safe."""
 
     guards_state = True
     """Whether captures are checked against the model's attributes, hooks and globals."""
 
     def __init__(self, model: nn.Module, options: Options) -> None:
-        self.model, self.options = model, options
-        self.calls_forward = calls_forward(model)
+        super().__init__(model)
+        self.options = options
         self.tolerates: Callable[[], bool] = lambda: False
         """Whether a refused call runs in PyTorch instead; it is not traced a second time then."""
-        self.eager_calls = 0
-        self._told: set[str] = set()
         self._lock = threading.RLock()
         self._calls = itertools.count(1)
         self.reset()
@@ -89,27 +89,35 @@ class Engine:
         """Forget every capture, as after `.to(...)`; the next call captures again."""
         with self._lock:
             self._variants: dict[Any, list[Variant]] = {}
-            self._bound: dict[Any, tuple[Variant, Program, Binding]] = {}
+            self._bound: LruDict[Any, tuple[Variant, Program, Binding]]
+            self._bound = LruDict(self.options.max_shapes)
             self._pools: dict[torch.device, ChunkPool] = {}
             self._recaptures = Recaptures()
             self._refused: dict[Any, CaptureError] = {}
             self.parts: dict[str, Any] = {}
-            self._asked: tuple[int, ...] = ()
-            """What the traces asked PyTorch for: places in `ambient.NAMES`."""
+            self._asked: tuple[int, ...] = ()  # what traces asked for, places in `ambient.NAMES`
 
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the model's output for a call; captures and compiles where nothing serves it
+        yet."""
         run = self.run_flat
         if torch.autograd._profiler_enabled():
             run = record_function(f"turbotx: {type(self.model).__name__}")(run)
-        variant, outputs = run(args, kwargs)
+        try:
+            variant, outputs = run(args, kwargs)
+        except UndecidedError as error:
+            self.count_eager(str(error))
+            return self.run_plainly(args, kwargs)
         return variant.build_output(outputs)
 
     def run_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
-        """Run a call; return what served it, and the leaves of its output."""
+        """Run a call; return what served it, and the leaves of its output. Raises UndecidedError
+        where decisions by values come out as no program takes them."""
+        outcomes: Outcomes = ()
         for _ in range(MOST_CHANGES):
-            variant, program, binding, tensors = self.check(args, kwargs)
+            variant, program, binding, tensors = self.check(args, kwargs, outcomes)
             watch = LaunchRanges(program) if self.options.launch_ranges else None
             try:
                 with torch.no_grad():
@@ -117,13 +125,16 @@ class Engine:
             except ModelChangedError as error:
                 self._forget(variant, error)
                 continue
-            if variant.effects:
+            if variant.looks_back:
+                otherwise = variant.observe(outputs, binding.dims)
+                if otherwise:
+                    outcomes, self.decided_otherwise = otherwise, self.decided_otherwise + 1
+                    continue
                 outputs = variant.leave(outputs)
+            if outcomes:
+                self.tell_otherwise(outcomes)
             return variant, outputs
-        raise CaptureError(
-            f"{type(self.model).__name__} was captured {MOST_CHANGES} times for one call, and its "
-            "parameters were of another kind after each capture: does another thread convert it?"
-        )
+        raise endless(type(self.model).__name__, MOST_CHANGES, outcomes)
 
     def _forget(self, variant: Variant, error: ModelChangedError) -> None:
         """Leave out a variant whose parameters are not what it was compiled for any more."""
@@ -131,7 +142,11 @@ class Engine:
         with self._lock:
             for variants in self._variants.values():
                 variants[:] = [v for v in variants if v is not variant]
-            self._bound = {k: b for k, b in self._bound.items() if b[0] is not variant}
+            self._unbind(variant)
+
+    def _unbind(self, variant: Variant) -> None:
+        for shapes in [k for k, b in self._bound.items() if b[0] is variant]:
+            del self._bound[shapes]
 
     def refresh(self) -> None:
         """Derive from the parameters again at the next call, whatever they are now."""
@@ -141,10 +156,11 @@ class Engine:
             part._turbotx_engine.refresh()
 
     def check(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], outcomes: Outcomes = ()
     ) -> tuple[Variant, Program, Binding, list[torch.Tensor]]:
         """Return what serves a call, and its tensors: the guards of every call, and all of them
-        but the parameters' (`Weights.refresh`). Captures and binds where nothing serves it yet."""
+        but the parameters' (`Weights.refresh`). Captures and binds where nothing serves it yet.
+        outcomes: how its first decisions come out, where another program has found that out."""
         self.refuse_training()
         ambient = read_decisive()
         if self._asked:
@@ -154,16 +170,17 @@ class Engine:
         if found is not None and not found[0].takes(tensors):
             described = (described, found[0].numbers(tensors))
             found = self._bound.get(described)
-        if found is None or not found[0].holds():
-            found, tensors = self._look_closer(described, args, kwargs, ambient)
+        if found is None or outcomes or not found[0].holds():
+            found, tensors = self._look_closer(described, args, kwargs, ambient, outcomes)
         elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             refuse_gradient()
         found[0].used = next(self._calls)
         return *found, tensors
 
     def _look_closer(
-        self, described: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Ambient
-    ) -> tuple[tuple[Variant, Program, Binding], list[torch.Tensor]]:
+        self, described: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Ambient,
+        outcomes: Outcomes,
+    ) -> tuple[tuple[Variant, Program, Binding], list[torch.Tensor]]:  # fmt: skip
         """Return what serves a call that the quick look found nothing for, and its tensors."""
         leave_foreign(pytree.tree_leaves((args, kwargs)))
         leaves, spec = flatten_call(args, kwargs)
@@ -179,8 +196,8 @@ class Engine:
             if found is not None and not found[0].takes(tensors):
                 described = (described, found[0].numbers(tensors))
                 found = self._bound.get(described)
-        if found is None or not found[0].holds():
-            found = self._bind(key, described, tensors, args, kwargs)
+        if found is None or outcomes or not found[0].holds():
+            found = self._bind(key, described, tensors, args, kwargs, outcomes)
         return found, tensors
 
     def refuse_training(self) -> None:
@@ -193,32 +210,27 @@ class Engine:
 
     def _bind(
         self, key: Any, shapes: Any, tensors: list[torch.Tensor],
-        args: tuple[Any, ...], kwargs: Mapping[str, Any],
+        args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes,
     ) -> tuple[Variant, Program, Binding]:  # fmt: skip
         with self._lock:
-            variant, dims = self._find(key, tensors, args, kwargs)
+            variant, dims = self._find(key, tensors, args, kwargs, outcomes)
             with named_failures(type(self.model).__name__):
                 program = variant.compiled.at(dims).program
                 binding = program.bind(dims)
-            if len(self._bound) >= self.options.max_shapes:
-                self._bound.pop(next(iter(self._bound)))
-            self._bound[shapes] = (variant, program, binding)
-            return self._bound[shapes]
+            found = self._bound[shapes] = (variant, program, binding)
+            return found
 
     def _find(
-        self,
-        key: Any,
-        tensors: list[torch.Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> tuple[Variant, tuple[int, ...]]:
+        self, key: Any, tensors: list[torch.Tensor], args: tuple[Any, ...],
+        kwargs: Mapping[str, Any], outcomes: Outcomes,
+    ) -> tuple[Variant, tuple[int, ...]]:  # fmt: skip
         """Return the variant that serves these sizes, captured now if there is none yet."""
         known, ambient = self._variants.setdefault(key, []), read_ambient()
         changed: list[Difference] = []
-        for variant in known:
+        for variant in sorted(known, key=Variant.recency):
             dims = variant.matcher.match([t.shape for t in tensors])
             captured = variant.compiled.captured
-            if dims is None or not captured.holds_in(ambient) or not captured.takes(tensors):
+            if dims is None or not captured.serves(ambient, tensors, outcomes):
                 continue
             if variant.holds():
                 return variant, dims
@@ -228,9 +240,13 @@ class Engine:
         self._recaptures.refuse_endless(changed, type(self.model).__name__)
         if key in self._refused and self.tolerates():
             raise self._refused[key]
+        if outcomes:
+            self._recaptures.refuse_outcomes(key, outcomes)
         try:
-            variant = Variant(self.make(args, kwargs), self.guards_state)
+            variant = Variant(self.make(args, kwargs, outcomes), self.guards_state)
         except CaptureError as error:
+            if outcomes:
+                raise self._recaptures.give_up(key, outcomes, error) from error
             self._refused[key] = error.with_traceback(None)
             raise
         self._refused.pop(key, None)
@@ -244,7 +260,7 @@ class Engine:
             )
         known.append(variant)
         asked = {*self._asked, *variant.compiled.captured.asked}
-        if len(asked) > len(self._asked):  # from now on a part of what calls are told apart by
+        if len(asked) > len(self._asked):  # from now on a part of every call's key
             self._asked = tuple(sorted(asked))
             self._bound.clear()
         variant.used = next(self._calls)
@@ -271,13 +287,15 @@ class Engine:
                 type(self.model).__name__, self.options.max_variants,
             )  # fmt: skip
             self._variants[key].remove(variant)
-            self._bound = {k: x for k, x in self._bound.items() if x[0] is not variant}
+            self._unbind(variant)
 
-    def make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
+    def make(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
+    ) -> Compiled:
         """Capture and compile one call; the `observers` look at the result."""
         name = type(self.model).__name__
         with show_progress(f"capture {name}") as step:
-            captured = self.capture(args, kwargs)
+            captured = self.capture(args, kwargs, outcomes)
             step(f"compile {name}")
             finishes = [begin(self, captured, args, kwargs) for begin in observers]
             compiled = self.compile(captured)
@@ -285,7 +303,9 @@ class Engine:
                 finish(compiled)
             return compiled
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+    def capture(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
+    ) -> Captured:
         """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
         # What cannot run is said before the seconds that tracing takes.
         refuse_foreign_weights(self.model)
@@ -293,7 +313,7 @@ class Engine:
         if device is None and self.options.backend != "aten":
             start_runtime()
         with left_alone(), pause_gc(), named_failures(type(self.model).__name__):
-            captured = capture_sizes(self.model, args, kwargs)
+            captured = capture_sizes(self.model, args, kwargs, outcomes)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
         return captured
 
@@ -312,7 +332,7 @@ class Engine:
             options = replace(options, backend="aten" if options.backend == "aten" else "auto")
         # PyTorch gives sizes to a trace, whichever thread computes with them.
         with tracing(), without_autocast(), pause_gc(), named_failures(name), quiet_torch():
-            program = compile_captured(captured, options, *_target_of(device))
+            program = compile_captured(captured, options, *target_of(device))
             compiled = bind(program, self.model, pool, device)
             return compiled if target is not None else build_ahead(compiled)
 
@@ -321,7 +341,7 @@ class Engine:
         parameters and memory; the models must be of the same structure, and nothing is traced."""
         pool, device = self._find_memory(call.captured)
         with without_autocast():
-            program = schedule(call, options or self.options, *_target_of(device))
+            program = schedule(call, options or self.options, *target_of(device))
             return bind(program, self.model, pool, device)
 
     def _find_memory(self, captured: Captured) -> tuple[ChunkPool, Device | None]:
@@ -337,18 +357,6 @@ class Engine:
         place = find_device(self.model, leaves)
         return place, open_device(place, self.options.backend)
 
-    def run_plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Return what the model itself makes of a call, without turbotx and gradients."""
-        with left_alone(), torch.no_grad():
-            return (self.model.forward if self.calls_forward else self.model)(*args, **kwargs)
-
-    def count_eager(self, why: str) -> None:
-        """Count a call that runs in PyTorch; warn of it, once a reason."""
-        self.eager_calls += 1
-        if why not in self._told:
-            self._told.add(why)
-            warnings.warn(why, EagerWarning, stacklevel=4)
-
     # --- looking inside ---
 
     def keyed_variants(self) -> list[tuple[Any, Variant]]:
@@ -357,6 +365,7 @@ class Engine:
             return [(key, v) for key, variants in self._variants.items() for v in variants]
 
     def variants(self) -> list[Compiled]:
+        """Return every compiled capture, in the order of their making within a kind of call."""
         with self._lock:
             return [v.compiled for variants in self._variants.values() for v in variants]
 
@@ -370,6 +379,7 @@ class Engine:
         found = {
             "captures": len(compiled),
             "eager_calls": self.eager_calls,
+            "decided_otherwise": self.decided_otherwise,
             "kernel_builds": sum(p.runtime.builds for p in programs),
             "plans": sum(p.plans for p in programs),
             "graph_captures": sum(p.graph_captures for p in programs),
@@ -385,14 +395,7 @@ class Engine:
             unknown = set(dims) - set(program.dims)
             if unknown:
                 known = ", ".join(program.dims)
-                raise InputError(
-                    f"reserve has no dim {sorted(unknown)}; this capture's are {known}"
-                )
+                raise InputError(f"reserve has no dim {sorted(unknown)}; this capture has {known}")
             values = tuple(dims.get(n, dims.get("batch", 1)) for n in program.dims)
             program = compiled.at(values).program
             program.reserve(program.bind(values))
-
-
-def _target_of(device: Device | None) -> tuple[str, str]:
-    """Return what programs for a device are compiled for, and its name; None: the CPU."""
-    return ("cpu", "") if device is None else (device.target, device.describe())

@@ -1,4 +1,4 @@
-"""Failures: an error that nobody meant to raise is said with the model, the stage and the node.
+"""Failures: an unexpected error is reported with the model, the stage and the node.
 
 In: whatever a stage of turbotx raised. Out: the same where it is turbotx's own error or the
 machine's (no memory); else a CompileError that has it as its cause::
@@ -18,7 +18,8 @@ from types import TracebackType
 import torch
 from torch import fx
 
-from turbotx.errors import CompileError, TurbotxError
+from turbotx.capture.decisions import Outcomes, UndecidedError, describe_last
+from turbotx.errors import CaptureError, CompileError, TurbotxError
 from turbotx.ir.fx_nodes import place_of
 
 HERE = Path(__file__).parents[1]
@@ -50,6 +51,16 @@ def named_failures(model: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise _describe(model, error) from error
+
+
+def endless(model: str, rounds: int, outcomes: Outcomes) -> CaptureError:
+    """Return the error for a call that `rounds` programs did not answer."""
+    if outcomes:
+        return UndecidedError(f"{describe_last(outcomes)}, after {rounds} runs of other ways")
+    return CaptureError(
+        f"{model} was captured {rounds} times for one call, and its parameters were of another "
+        "kind after each capture: does another thread convert it?"
+    )
 
 
 def _describe(model: str, error: Exception) -> CompileError:

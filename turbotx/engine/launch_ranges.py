@@ -25,9 +25,11 @@ class LaunchRanges:
         self._range: AbstractContextManager[Any] | None = None
 
     def before(self, launch: int, state: RunState) -> None:
+        """Open the range of a launch."""
         self._range = record_function(self._launches[launch].name)
         self._range.__enter__()
 
     def after(self, launch: int, state: RunState) -> None:
+        """End it."""
         assert self._range is not None
         self._range.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""Observers: what looks at every call that a process compiles, without the engine knowing it.
+"""Observers: callbacks that see every call a process compiles, without an import by the engine.
 
 In: functions of an engine, a captured call and its arguments, called before the passes change its
 graph. Out: what each of them returns is called with the compiled call::

@@ -1,4 +1,4 @@
-"""`turbotx.optimize`: a module, a module class or a function becomes a faster one.
+"""`turbotx.optimize`: returns a faster equivalent of a module, a module class or a function.
 
 In: something that is called with tensors. Out: the same thing to its caller, captured at the
 first call of each kind (which arguments, dtypes, ranks, flags) for any sizes afterwards::
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
-from turbotx.engine.callables import Held, as_module
+from turbotx.engine.callables import CallableState, as_module
 from turbotx.engine.drop_in import OptimizedModule, original_of
 from turbotx.engine.engine import Engine
 from turbotx.engine.subclassing import make_twin, optimize_class, optimize_in_place, renew_engine
@@ -38,7 +38,7 @@ _NOTHING: Any = inspect.Parameter.empty
 def _optimize_function(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
     module = as_module(function)
     engine = Engine(module, options)
-    held = Held(function)
+    held = CallableState(function)
     held.register(module)
 
     @functools.wraps(function)
@@ -47,7 +47,7 @@ def _optimize_function(function: Callable[..., Any], options: Options) -> Callab
         if left_to_pytorch():
             return function(*args, **kwargs)
         if held.have_changed():
-            held = Held(function)
+            held = CallableState(function)
             held.register(module)
             engine.reset()
         try:
@@ -56,7 +56,8 @@ def _optimize_function(function: Callable[..., Any], options: Options) -> Callab
             return function(*args, **kwargs)
 
     shown = ("stats", "reserve", "refresh")
-    optimized.__dict__.update({name: getattr(engine, name) for name in shown}, _engine=engine)
+    own = {name: getattr(engine, name) for name in shown}
+    optimized.__dict__.update(own, _turbotx_engine=engine)
     return optimized
 
 
@@ -68,8 +69,7 @@ def engine_of(target: Any) -> Engine:
     """
     if inspect.isclass(target):
         raise InputError(f"an instance is needed, not a class: make one of {target.__name__} first")
-    name = "_turbotx_engine" if isinstance(target, OptimizedModule) else "_engine"
-    found = getattr(target, name, None)
+    found = getattr(target, "_turbotx_engine", None)
     return found if isinstance(found, Engine) else engine_of(optimize(target))
 
 

@@ -60,7 +60,7 @@ def _learn(spec: pytree.TreeSpec, leaves: Sequence[Any], begin: int) -> Build | 
     if spec.type is dict:
         keys = list(spec.context)
         return lambda given: dict(zip(keys, [build(given) for build in children], strict=True))
-    if _is_plain_model_output(spec.type):
+    if is_plain_model_output(spec.type):
         parts = [build(leaves) for build in children]
         made = pytree.tree_unflatten(leaves[begin:place], spec)
         return _learn_model_output(made, parts, children)
@@ -72,7 +72,7 @@ def _children(spec: pytree.TreeSpec) -> Sequence[pytree.TreeSpec]:
     return spec.children() if hasattr(spec, "children") else spec.children_specs
 
 
-def _is_plain_model_output(kind: Any) -> bool:
+def is_plain_model_output(kind: Any) -> bool:
     """Tell whether a class is one of transformers' outputs and makes its objects as they all do."""
     if not (isinstance(kind, type) and issubclass(kind, OrderedDict)):
         return False

@@ -1,7 +1,7 @@
-"""Parts: which submodules run by themselves: called by a method, or all that a wrapper holds.
+"""Parts: submodules that are optimized on their own: called by a method, or held by a wrapper.
 
 In: a class and the names of an instance's submodules. Out: for each method the submodules that its
-code calls, which nobody sees who only replaces the call of the model::
+code calls, and which replacing the model's own call does not reach::
 
     calls_of_parts(Autoencoder, model._modules)  ->  {"encode": ["encoder"]}
     path_to_model(sentence_transformer)          ->  ("0", "model")

@@ -40,6 +40,7 @@ from turbotx.passes.linear import (
 )
 from turbotx.passes.outputs import own_outputs
 from turbotx.passes.partition import Region, find_prepared, kind_of, partition
+from turbotx.passes.products import use_products
 from turbotx.passes.results import use_single_results
 from turbotx.program.assemble import assemble
 from turbotx.program.assembly import Assembled, Assembly
@@ -81,7 +82,8 @@ def jobs(program: UnboundProgram, dims: Sequence[int]) -> list[LaunchJob]:
 def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     """Run the graph passes, each a file of `passes/`, in order.
 
-    attention: the option of that name.
+    attention: the option of that name. `canonicalize` runs again where the next pass matches
+    one form only; 3 to 12 ms each for a model of two layers.
     """
     use_single_results(graph)
     canonicalize(graph)
@@ -89,6 +91,7 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     use_linear(graph)
     pack_linears(graph)
     recognize_attention(graph, attention)
+    use_products(graph)
     canonicalize(graph)
     store_in_place(graph)
     lift_permutations(graph)

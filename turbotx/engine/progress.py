@@ -1,4 +1,4 @@
-"""Progress: what a first call is doing, on a terminal, once it takes longer than two seconds.
+"""Progress: shows the stage of a first call on a terminal, once it takes longer than two seconds.
 
 In: what comes next. Out: a line with a spinner on standard error that vanishes at the end; nothing
 where standard error is no terminal, or where the logger `turbotx` is silenced::
@@ -24,7 +24,7 @@ _hidden = 0
 
 @contextmanager
 def hide_progress() -> Iterator[None]:
-    """Meanwhile nothing is shown, in any thread: the caller shows progress of its own."""
+    """Suppress progress lines of all threads inside the context: the caller shows its own."""
     global _hidden
     _hidden += 1
     try:

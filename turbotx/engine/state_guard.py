@@ -1,8 +1,8 @@
-"""State guard: whether what a capture read of Python's state still holds, asked at every call.
+"""State guard: checks at every call whether the Python state that a capture read still holds.
 
 In: the record of a capture. Out: one native look at the dicts, lists and closures that the record
 came from; only where one was touched are its entries compared, and where those are equal, as after
-`model.eval()` once more or a counter that nobody reads, the look is armed again::
+a repeated `model.eval()` or a counter that no capture has read, the guard is armed again::
 
     guard.holds()  ->  False;  str(guard.difference())  ->  "encoder.scale was 1.0, is 5.0"
 """

@@ -1,4 +1,4 @@
-"""Step example: the sizes at which a call with a cache is traced, whatever its own are.
+"""Step example: the example sizes at which a call with a cache is traced.
 
 In: a call of `capture.cached_call`. Out: the same call with tensors of coprime sizes that are no
 usual number of anything, so that no size is taken for 1, for none, or for another::

@@ -1,4 +1,4 @@
-"""Subclassing: the class that stands in front of a model's own, for one object or for a class.
+"""Subclassing: a generated subclass of a model's class, for one object or for a whole class.
 
 In: a module, in place or not, or a module class. Out: an object that shares the module's state and
 runs through turbotx, or a subclass whose instances do::
@@ -29,7 +29,7 @@ from turbotx.engine.parts import calls_of_parts, path_to_model
 from turbotx.errors import TrainingError
 from turbotx.options import Options
 
-OWN_NAMES = ("stats", "reserve", "refresh", "graph", "_engine")
+OWN_NAMES = ("stats", "reserve", "refresh", "graph")
 """What turbotx adds; where the model's class has something of that name, the model's stays."""
 
 

@@ -1,9 +1,9 @@
-"""Tune: the schedules of a program's kernels, timed on its device with a call's own data.
+"""Tune: times candidate schedules of a program's kernels on its device with a call's own data.
 
 In: a GPU program, tensors, a timer. Out: for each kernel and length the fastest schedule found, and
 what it gains::
 
-    tune_program(program, dims, tensors, time_launches)  ->  [Found("fused_add_layer_norm", ...)]
+    tune_program(program, dims, tensors, time_launches)  ->  [TuningResult("fused_add_0", ...)]
 
 Where norms can be folded there are two programs, which are timed as wholes (`tune_norms`).
 """
@@ -35,7 +35,7 @@ REPEAT, REPLAYS = 50, 5
 
 
 @dataclass(frozen=True)
-class Found:
+class TuningResult:
     """One kernel at one length: the schedule it had and the fastest, in microseconds a launch.
 
     bucket: the lengths that the schedule is kept for. A GEMM's schedule may be "cublas", and its
@@ -95,8 +95,8 @@ class _Tunable:
 def tune_program(
     program: CudaGraphProgram, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
     timer: Timer = time_launches, progress: Callable[[str], None] = lambda what: None,
-) -> list[Found]:  # fmt: skip
-    """Time every kernel and GEMM of a program at one shape; nobody else may use it meanwhile."""
+) -> list[TuningResult]:  # fmt: skip
+    """Time every kernel and GEMM of a program at one shape; no other thread may run it."""
     runtime, binding = program.runtime, program.bind(dims)
     assert isinstance(runtime, CudaRuntime)
     tunables: dict[tuple[str, str], _Tunable] = {}
@@ -117,7 +117,7 @@ def tune_program(
 
 def _tune_one(
     runtime: CudaRuntime, binding: Binding, tunable: _Tunable, copies: WeightCopies, timer: Timer
-) -> Found:
+) -> TuningResult:
     """Search one family's schedules, on weights that come from memory."""
     family = tunable.family
 
@@ -127,7 +127,7 @@ def _tune_one(
         return [_time(runtime, tunable.launch, parts, copies, timer) for parts in candidates]
 
     best, times = search(tunable.start, tunable.step, measure)
-    return Found(
+    return TuningResult(
         family.name, tunable.key[0], tunable.length, tunable.key[1], family.tag(tunable.start),
         family.tag(best), times[tunable.start], times[best], len(times),
     )  # fmt: skip
@@ -142,9 +142,9 @@ def _build(runtime: CudaRuntime, candidates: Iterable[Sequence[Part]]) -> None:
 def tune_call(
     compiled: Compiled, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
     timer: Timer = time_launches, progress: Callable[[str], None] = lambda what: None,
-) -> list[Found]:  # fmt: skip
+) -> list[TuningResult]:  # fmt: skip
     """Time every kernel and GEMM of a call at one shape, with norms folded and stored."""
-    found: dict[tuple[str, str], Found] = {}
+    found: dict[tuple[str, str], TuningResult] = {}
     for program in compiled.programs:
         assert isinstance(program, CudaGraphProgram)
         for f in tune_program(program, dims, tensors, timer, progress):
@@ -155,7 +155,7 @@ def tune_call(
 def tune_norms(
     compiled: Compiled, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
     timer: Timer = time_launches,
-) -> list[Found]:  # fmt: skip
+) -> list[TuningResult]:  # fmt: skip
     """Time a call at one shape with norms stored and folded, whole; nothing where only one is there
     to be timed. Its tiles should have been tuned before."""
     if len(compiled.programs) < 2:
@@ -175,7 +175,7 @@ def tune_norms(
     best = other if times[other] < times[before] * (1 - GAIN) else before
     bucket = tokens.bucket(dims)
     return [
-        Found(
+        TuningResult(
             "norms", tokens.structure, bucket, str(bucket), before, best,
             times[before], times[best], len(times),
         )
@@ -200,7 +200,7 @@ def _time(
         copies.restore()
 
 
-def gains(found: Sequence[Found]) -> dict[str, dict[str, str]]:
+def gains(found: Sequence[TuningResult]) -> dict[str, dict[str, str]]:
     """Return the schedules that are worth keeping: those that beat the ones chosen before."""
     kept: dict[str, dict[str, str]] = {}
     for f in found:

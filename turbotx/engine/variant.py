@@ -1,4 +1,4 @@
-"""Variant: one capture of a call, and what it serves.
+"""Variant: one capture of a call with its guards.
 
 In: a compiled call. Out: its program, which sizes it serves, and whether what it read of the
 model's attributes and of globals still holds::
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from turbotx.capture.decisions import Outcomes, UndecidedError, describe_last
 from turbotx.capture.module_state.record import Difference
 from turbotx.engine.compiled import Compiled
 from turbotx.engine.output_builder import OutputBuilder
@@ -23,6 +24,9 @@ from turbotx.engine.state_guard import StateGuard
 from turbotx.errors import CaptureError
 from turbotx.runtime.tensor_watch import start_native_watch
 
+MOST_OUTCOMES = 8
+"""How many captures are made of one kind of call for other outcomes of decisions by values."""
+REASON_LENGTH = 300
 MOST_RECAPTURES = 8
 """How often a state that forward reads and changes itself may be captured anew."""
 
@@ -40,13 +44,25 @@ class Variant:
         self.matcher = compiled.captured.matcher
         self.out_spec = compiled.captured.out_spec
         self.build_output = OutputBuilder(self.out_spec)
-        self.effects = compiled.captured.effects
+        self.effects, self.decisions = compiled.captured.effects, compiled.captured.decisions
+        self.looks_back = bool(self.effects) or self.decisions is not None
+        """Whether something follows a run, beside returning its results."""
         self.used = 0  # when it was last found for a call, counted in calls
         state = compiled.captured.state if guarded else None
         self.guard = None if state is None else StateGuard(state, _find_library(compiled))
         self.holds: Callable[[], bool] = self.guard.holds if self.guard else lambda: True
         floats = compiled.captured.floats
         self._takes = compiled.captured.takes if any(x.is_particular for x in floats) else None
+
+    def recency(self) -> int:
+        """Return what sorts captures of one call that decide otherwise, the latest used first."""
+        return 0 if self.decisions is None else -self.used
+
+    def observe(self, outputs: Sequence[Any], dims: Sequence[int]) -> Outcomes:
+        """Return () where the decisions of a run came out as they were assumed, else how they came
+        out, see `Decisions.observe`; waits for a GPU."""
+        decisions = self.decisions
+        return () if decisions is None else decisions.observe(outputs[-decisions.count :], dims)
 
     def leave(self, outputs: Sequence[Any]) -> list[Any]:
         """Leave behind what a call of the model leaves; return the call's own results."""
@@ -70,10 +86,31 @@ class Variant:
 
 class Recaptures:
     """Counts captures that were made since a call had changed what it reads itself, and that change
-    it again."""
+    it again; and those that were made since decisions by values came out otherwise."""
 
     def __init__(self) -> None:
         self._counts: Counter[Any] = Counter()
+        self._otherwise: Counter[Any] = Counter()
+        self._undecided: dict[tuple[Any, Outcomes], str] = {}
+
+    def refuse_outcomes(self, key: Any, outcomes: Outcomes) -> None:
+        """Count a capture for other outcomes of a kind of call; raise UndecidedError where it
+        cannot be made, or too many were."""
+        if (key, outcomes) in self._undecided:
+            raise UndecidedError(self._undecided[key, outcomes])
+        if self._otherwise[key] >= MOST_OUTCOMES:
+            raise UndecidedError(
+                f"{describe_last(outcomes)}, for which there is no capture, and {MOST_OUTCOMES} "
+                "were made for other outcomes of such calls"
+            )
+        self._otherwise[key] += 1
+
+    def give_up(self, key: Any, outcomes: Outcomes, error: CaptureError) -> UndecidedError:
+        """Note that there is no capture for these outcomes, and return the error that says so."""
+        told = " ".join(str(error).split("\n")[:2])[:REASON_LENGTH]
+        why = f"{describe_last(outcomes)}, and that way cannot be captured: {told}"
+        self._undecided[key, outcomes] = why
+        return UndecidedError(why)
 
     def note(self, changed: Iterable[Difference], variant: Variant) -> None:
         """Count a capture that was made because of what `changed`."""

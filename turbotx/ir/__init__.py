@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from turbotx.ir.kernel import (
+        PARALLEL,
+        REDUCTION,
         Access,
         Axis,
         Check,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "PARALLEL",
+    "REDUCTION",
     "Access",
     "Axis",
     "Check",

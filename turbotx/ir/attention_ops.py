@@ -22,6 +22,7 @@ def attention(
     v: torch.Tensor,
     keys: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     *,
     scale: float,
     causal: bool = False,
@@ -39,9 +40,10 @@ def attention(
     places before and after it, -1 for no limit. The first query stands at the first key, or with
     late the last query at the last key, as behind a cache. A query that sees no key gets zeros, as
     in torch.nn.functional.scaled_dot_product_attention, or with blind_nan NaN, as a softmax over
-    scores of -inf gives, or with blind_mean the mean of the values, as where the scores of hidden
-    keys are the most negative float instead (keys alone may hide then). softcap: unless 0, scores
-    become softcap * tanh(score / softcap) before the bias.
+    scores of -inf gives, or with blind_mean the mean of all values, as where the scores of hidden
+    keys are the most negative float instead. softcap: unless 0, scores become softcap *
+    tanh(score / softcap) before the bias. sinks: float32 (heads,), one more score of each query,
+    whose share goes to no value; a query that sees no key then gets zeros, unless it is -inf.
     """
     visible = _visible(q, k, keys, causal, window, late)
     mask, plainly_causal = bias, False
@@ -57,17 +59,19 @@ def attention(
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(q.dtype)
     grouped = _may_differ(q.shape[1], k.shape[1])
-    if softcap:
+    if softcap or sinks is not None:
         if plainly_causal:
             mask = visible
-        out = _attend_capped(q, k, v, mask, scale, softcap)
+        out = _attend_step_by_step(q, k, v, mask, scale, softcap, sinks)
     else:
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, mask, is_causal=plainly_causal, scale=scale, enable_gqa=grouped
         )
     if blind_nan and mask is not None and k.shape[2] != 0:
-        seen = mask if mask.dtype is torch.bool else mask != float("-inf")
-        out = out.masked_fill(~seen.any(-1, keepdim=True), float("nan"))
+        seen = (mask if mask.dtype is torch.bool else mask != float("-inf")).any(-1, keepdim=True)
+        if sinks is not None:
+            seen = seen | (sinks != float("-inf"))[:, None, None]
+        out = out.masked_fill(~seen, float("nan"))
     return out.permute(0, 2, 1, 3).contiguous()
 
 
@@ -81,16 +85,24 @@ def _may_differ(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
     return not statically_known_true(one == other)
 
 
-def _attend_capped(
+def _attend_step_by_step(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
-    scale: float, softcap: float,
+    scale: float, softcap: float, sinks: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    scores = softcap * torch.tanh(attention_scores(q, k) * (scale / softcap))
+    scores = attention_scores(q, k)
+    if softcap:
+        scores = softcap * torch.tanh(scores * (scale / softcap))
+    else:
+        scores = scores * scale
     if mask is not None and mask.dtype is torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
         scores = scores + mask
+    if sinks is not None:
+        one = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, one], -1)
     shares = torch.ops.aten._safe_softmax.default(scores, -1).to(v.dtype)
+    shares = shares if sinks is None else shares[..., :-1]
     return shares @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
 

@@ -139,6 +139,27 @@ def divide(value: Expr, by: Expr) -> Expr | None:
     return quotient.xreplace({name: whole for whole, name in names.items()})
 
 
+@lru_cache(maxsize=65536)
+def cancel_rounding(value: Expr) -> Expr:
+    """Return an expression with c for n // (n // c) where c divides n, which is blocks of c."""
+    found = {}
+    for whole in value.atoms(FloorDiv):
+        n, count = whole.args
+        if isinstance(count, FloorDiv) and count.args[0] == n and _is_multiple(n, count.args[1]):
+            found[whole] = count.args[1]
+    return value.xreplace(found) if found else value
+
+
+def _is_multiple(n: Expr, of: Expr) -> bool:
+    """Tell whether n is a multiple of a number: by its factors, or as what is padded to one."""
+    if not of.is_Integer or divide(n, of) is not None:
+        return bool(of.is_Integer)
+    return any(
+        rest.args[1] == of and (n - rest + rest.args[0]).expand() == 0
+        for rest in n.atoms(PythonMod, Mod)
+    )
+
+
 class _SourcePrinter(StrPrinter):
     """Prints a size for Python, C and Triton, which agree on + - * and differ on division."""
 

@@ -1,4 +1,4 @@
-"""What the passes ask of an fx node and how they add one.
+"""Queries on fx nodes (shape, strides, dtype, arguments), and insertion of new ones.
 
 In: nodes of a captured graph, whose `meta["val"]` is a FakeTensor. Out: shapes as sympy
 expressions over the named dims, and new nodes with the same metadata, for example::
@@ -24,7 +24,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
-from turbotx.ir.expr import ONE, Expr, expr, name_functions
+from turbotx.ir.expr import ONE, Expr, cancel_rounding, expr, name_functions
 
 GETITEM = operator.getitem
 # Beginnings of paths in stack traces; torch's own graph passes give theirs without a folder.
@@ -54,7 +54,7 @@ def _rename(value: Expr, shape_env: ShapeEnv | None, whole: bool) -> Expr:
     if value.is_Integer or shape_env is None:
         return value
     renamed = shape_env.replace(value).xreplace(_names.get(shape_env, {}))
-    return sympy.expand(name_functions(renamed)) if whole else renamed
+    return sympy.expand(name_functions(cancel_rounding(renamed))) if whole else renamed
 
 
 def tensor(node: fx.Node) -> torch.Tensor:
@@ -66,6 +66,7 @@ def tensor(node: fx.Node) -> torch.Tensor:
 
 
 def is_tensor(node: Any) -> bool:
+    """Tell whether `node` is an fx node whose traced value, `meta["val"]`, is a tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
@@ -111,6 +112,7 @@ def strides(node: fx.Node) -> tuple[Expr, ...]:
 
 
 def dtype(node: fx.Node) -> torch.dtype:
+    """Return the storage dtype of a node's tensor; raise TypeError where its value is no tensor."""
     return tensor(node).dtype
 
 
@@ -208,6 +210,7 @@ def replace(node: fx.Node, new: fx.Node) -> None:
 
 
 def is_call(node: Any, *targets: Any) -> bool:
+    """Tell whether `node` is an fx call of one of these functions or op overloads."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 

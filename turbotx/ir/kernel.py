@@ -26,21 +26,25 @@ import torch
 
 from turbotx.ir.expr import Expr, product
 
+PARALLEL, REDUCTION = "parallel", "row"  # these texts are part of digests, as of tuned kernels
+
 
 @dataclass(frozen=True)
 class Axis:
-    """A loop: `name`, number of iterations, and "parallel" or "row" (reduced over)."""
+    """A loop: `name`, number of iterations, and PARALLEL or REDUCTION, over which values reduce."""
 
     name: str
     extent: Expr
-    kind: str = "parallel"
+    kind: str = PARALLEL
 
     @property
     def symbol(self) -> sympy.Symbol:
+        """The sympy symbol of the loop's index, as it occurs in offsets."""
         return axis_symbol(self.name)
 
 
 def axis_symbol(name: str) -> sympy.Symbol:
+    """Return the symbol of a loop index: a nonnegative integer named with a leading `@`."""
     return sympy.Symbol(f"@{name}", integer=True, nonnegative=True)
 
 
@@ -60,6 +64,7 @@ class Param:
 
     @property
     def nbytes(self) -> Expr:
+        """Bytes of the whole tensor, as an expression over the captured dims."""
         return product(self.shape) * self.dtype.itemsize
 
 
@@ -82,6 +87,9 @@ class Access:
 
 @dataclass(frozen=True)
 class Load:
+    """One element read from memory, converted to the compute dtype; 0 where the access is masked
+    out."""
+
     result: str
     access: Access
     dtype: torch.dtype
@@ -98,6 +106,8 @@ class Index:
 
 @dataclass(frozen=True)
 class Constant:
+    """A literal."""
+
     result: str
     value: bool | int | float
     dtype: torch.dtype
@@ -105,6 +115,8 @@ class Constant:
 
 @dataclass(frozen=True)
 class Compute:
+    """A pointwise op of `primitives.PRIMITIVES` on values named `args`; dtype: of the result."""
+
     result: str
     op: str
     args: tuple[str, ...]
@@ -113,6 +125,8 @@ class Compute:
 
 @dataclass(frozen=True)
 class Reduce:
+    """A reduction of `primitives.REDUCTIONS` over the row axes; it has one result per output."""
+
     results: tuple[str, ...]
     op: str
     args: tuple[str, ...]
@@ -121,6 +135,8 @@ class Reduce:
 
 @dataclass(frozen=True)
 class Scan:
+    """A running reduction of `primitives.SCANS` along the row axes: one result per element."""
+
     result: str
     op: str
     args: tuple[str, ...]
@@ -138,6 +154,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Store:
+    """`value` written to memory at `access`, converted to the parameter's storage dtype."""
+
     access: Access
     value: str
 
@@ -209,11 +227,13 @@ class Kernel:
 
     @property
     def rows(self) -> tuple[Axis, ...]:
-        return tuple(a for a in self.axes if a.kind == "parallel")
+        """The parallel axes: one iteration computes one row of every output."""
+        return tuple(a for a in self.axes if a.kind == PARALLEL)
 
     @property
     def columns(self) -> tuple[Axis, ...]:
-        return tuple(a for a in self.axes if a.kind == "row")
+        """The axes that reductions run over, in order."""
+        return tuple(a for a in self.axes if a.kind == REDUCTION)
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -224,6 +244,7 @@ class Kernel:
         return tuple(sorted(found))
 
     def expressions(self) -> Iterator[Expr]:
+        """Yield every size expression in the kernel: extents, offsets, index values and limits."""
         for axis in self.axes:
             yield axis.extent
         for statement in self.body:

@@ -34,6 +34,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> Expr:
+        """Bytes of the tensor, as an expression over the captured dims."""
         return product(self.shape) * self.dtype.itemsize
 
 
@@ -53,8 +54,8 @@ class AtenCall:
     """A call that PyTorch runs.
 
     target: an op, or a graph of ops that returns a tuple. args, kwargs: nested, an `Operand` for
-    each tensor, an expression for each size. writes: where its results go, None for one that nobody
-    reads. has_out: the op's `out` overload writes the first one itself.
+    each tensor, an expression for each size. writes: where its results go, None for one that
+    nothing reads. has_out: the op's `out` overload writes the first one itself.
     """
 
     target: Callable[..., Any]
@@ -117,14 +118,17 @@ class KernelLaunch(Launch):
 
     @property
     def operands(self) -> tuple[Operand, ...]:
+        """The kernel's arguments, in the order of its parameters."""
         return self.args
 
     @property
     def sizes(self) -> tuple[Expr, ...]:
+        """The dims that the kernel reads as integer arguments."""
         return tuple(dim(name) for name in self.kernel.sizes)
 
     @property
     def writes(self) -> tuple[str, ...]:
+        """Names of the tensors of the parameters whose role is "out"."""
         return tuple(
             a.tensor for a, p in zip(self.args, self.kernel.params, strict=True) if p.role == "out"
         )
@@ -176,6 +180,7 @@ class GemmLaunch(Launch):
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
+        """x, weight, bias, out, residual, then those of folded norms; None for absent ones."""
         own, n = (self.x, self.weight, self.bias, self.out, self.residual), self.norm
         if n is None:
             return own
@@ -184,11 +189,14 @@ class GemmLaunch(Launch):
 
     @property
     def sizes(self) -> tuple[Expr, ...]:
+        """Rows, stride of x, width and row length of the output in elements, and the activation's
+        number."""
         activation = Integer(ACTIVATIONS.index(self.gemm.activation))
         return self.rows, self.x_stride, self.width, self.width, activation
 
     @property
     def writes(self) -> tuple[str, ...]:
+        """The output's name, and that of row statistics where the launch leaves them."""
         left = None if self.norm is None else self.norm.stats
         return (self.out.tensor,) if left is None else (self.out.tensor, left.tensor)
 
@@ -208,13 +216,15 @@ class ExtentsLaunch(Launch):
 
     @property
     def sizes(self) -> tuple[Expr, ...]:
+        """The extents that its kernel reads as integer arguments."""
         return self.extents
 
 
 @dataclass(frozen=True)
 class AttentionLaunch(ExtentsLaunch):
     """out = softmax(scale q k^T + bias) v over (batch, heads, rows, head_dim), out (batch, q_len,
-    heads, head_dim); keys: a key mask or lengths. call: what PyTorch would run in its place."""
+    heads, head_dim); keys: a key mask or lengths; sinks: float32 (heads,). call: what PyTorch would
+    run in its place."""
 
     kind = "attention"
 
@@ -225,16 +235,19 @@ class AttentionLaunch(ExtentsLaunch):
     out: Operand
     keys: Operand | None
     bias: Operand | None
+    sinks: Operand | None
     extents: tuple[Expr, ...]
     """Sizes and strides, in the order of `kernels.cpp.attention.SIZES`."""
     call: AtenCall
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
-        return self.q, self.k, self.v, self.out, self.keys, self.bias
+        """q, k, v, out, keys, bias and sinks; None for absent ones."""
+        return self.q, self.k, self.v, self.out, self.keys, self.bias, self.sinks
 
     @property
     def writes(self) -> tuple[str, ...]:
+        """The output's name."""
         return (self.out.tensor,)
 
 
@@ -255,10 +268,12 @@ class ProductLaunch(ExtentsLaunch):
 
     @property
     def operands(self) -> tuple[Operand, ...]:
+        """The two factors and the output."""
         return self.a, self.b, self.out
 
     @property
     def writes(self) -> tuple[str, ...]:
+        """The output's name."""
         return (self.out.tensor,)
 
 
@@ -278,10 +293,12 @@ class StoreLaunch(ExtentsLaunch):
 
     @property
     def operands(self) -> tuple[Operand, ...]:
+        """The cache's tensor, which is written in place, and the new rows."""
         return self.held, self.new
 
     @property
     def writes(self) -> tuple[str, ...]:
+        """The name of the cache's tensor."""
         return (self.held.tensor,)
 
 
@@ -295,9 +312,11 @@ class AtenLaunch(Launch):
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
+        """The tensors among the call's arguments, then its outputs, None for unused ones."""
         leaves = pytree.tree_leaves((self.call.args, dict(self.call.kwargs)))
         return *(x for x in leaves if isinstance(x, Operand)), *self.call.writes
 
     @property
     def writes(self) -> tuple[str, ...]:
+        """Names of the outputs that something reads."""
         return tuple(w.tensor for w in self.call.writes if w is not None)

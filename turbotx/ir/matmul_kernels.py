@@ -1,4 +1,4 @@
-"""What is fixed about each launch of a matrix product: GEMMs, attention, attention's two products.
+"""Matrix products: the compile-time properties of GEMMs, attention and attention's two products.
 
 In: nothing; these types are a part of the vocabulary, as `Kernel` is of fused kernels. Out: keys of
 what is built; equal ones of different layers are one build. For example::
@@ -47,6 +47,8 @@ class GemmKernel:
 
     @property
     def folds(self) -> bool:
+        """Whether a norm is folded into the GEMM: applied to its input or residual, or its
+        statistics stored."""
         return self.stats or not self.norm is self.residual_norm is None
 
 
@@ -58,7 +60,7 @@ class AttentionKernel:
     "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
     -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
     with blind_mean the mean of all values. softcap: 0 for none. late: the last query stands at the
-    last key.
+    last key. sinks: each head has one more score, in float32, whose share goes to no value.
     """
 
     dtype: torch.dtype
@@ -72,9 +74,11 @@ class AttentionKernel:
     blind_mean: bool = False
     softcap: float = 0.0
     late: bool = False
+    sinks: bool = False
 
     @property
     def name(self) -> str:
+        """A name that tells dtype, head size and masks: "attention_f32_64_causal_key_mask"."""
         kind = DTYPE_NAMES[self.dtype]
         causal = "_late" * self.late + "_causal" * self.causal
         window = "" if self.window == NO_WINDOW else "_window"
@@ -82,7 +86,9 @@ class AttentionKernel:
         bias = "" if self.bias == "none" else f"_{self.bias}_bias"
         blind = "_nan" if self.blind_nan else "_mean" if self.blind_mean else ""
         capped = "_capped" if self.softcap else ""
-        return f"attention_{kind}_{self.head_dim}{causal}{window}{keys}{bias}{capped}{blind}"
+        sinks = "_sinks" * self.sinks
+        masks = f"{causal}{window}{keys}{bias}"
+        return f"attention_{kind}_{self.head_dim}{masks}{capped}{sinks}{blind}"
 
 
 @dataclass(frozen=True)
@@ -99,4 +105,5 @@ class ProductKernel:
 
     @property
     def name(self) -> str:
+        """A name that tells which product, dtype and head size: "attention_scores_f32_64"."""
         return f"attention_{self.which}_{DTYPE_NAMES[self.dtype]}_{self.head_dim}"

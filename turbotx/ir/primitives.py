@@ -143,7 +143,7 @@ REDUCTIONS: dict[str, Reduction] = {
 
 
 @dataclass(frozen=True)
-class Scan:
+class ScanOp:
     """A running result over the row axes; `start` and `cpp` are how C++ begins and goes on."""
 
     name: str
@@ -153,10 +153,10 @@ class Scan:
     meaning: Callable[..., Any]
 
 
-SCANS: dict[str, Scan] = {
+SCANS: dict[str, ScanOp] = {
     row.name: row
     for row in (
-        Scan("sum", "0", "+", "tl.cumsum", lambda x: x.cumsum(-1)),
-        Scan("prod", "1", "*", "tl.cumprod", lambda x: x.cumprod(-1)),
+        ScanOp("sum", "0", "+", "tl.cumsum", lambda x: x.cumsum(-1)),
+        ScanOp("prod", "1", "*", "tl.cumprod", lambda x: x.cumprod(-1)),
     )
 }

@@ -22,10 +22,12 @@ SHORT = {
 
 
 def show_expr(value: Expr) -> str:
+    """Return a size expression as text, without the marks of loop indices and gathered values."""
     return str(value).replace("@", "").replace("%", "")
 
 
 def show_shape(shape: tuple[Expr, ...]) -> str:
+    """Return a shape as text: "[batch, seq, 384]"."""
     return "[" + ", ".join(show_expr(e) for e in shape) + "]"
 
 

@@ -24,7 +24,7 @@ MAX_EXPONENT = 4096
 
 
 @dataclass(frozen=True)
-class Function:
+class SizeFunction:
     """call: of numbers or torch's symbolic numbers. python, javascript: templates of the arguments,
     each of them an atom. keeps_sign: of arguments >= 0 the result is >= 0."""
 
@@ -66,47 +66,47 @@ _TO_EVEN = (
     "(x => {{ const r = Math.round(x); return Math.abs(x % 1) === 0.5 && r % 2 ? r - 1 : r; }})"
 )
 
-FUNCTIONS: dict[str, Function] = {
+FUNCTIONS: dict[str, SizeFunction] = {
     # Integers; the first are printed by `sizes`, for they stand in kernels too.
-    "FloorDiv": Function(operator.floordiv, keeps_sign=True),
-    "CleanDiv": Function(operator.floordiv, keeps_sign=True),
-    "Mod": Function(operator.mod, keeps_sign=True),
-    "PythonMod": Function(operator.mod, keeps_sign=True),
-    "Max": Function(torch.sym_max, keeps_sign=True),
-    "Min": Function(torch.sym_min, keeps_sign=True),
-    "ModularIndexing": Function(
+    "FloorDiv": SizeFunction(operator.floordiv, keeps_sign=True),
+    "CleanDiv": SizeFunction(operator.floordiv, keeps_sign=True),
+    "Mod": SizeFunction(operator.mod, keeps_sign=True),
+    "PythonMod": SizeFunction(operator.mod, keeps_sign=True),
+    "Max": SizeFunction(torch.sym_max, keeps_sign=True),
+    "Min": SizeFunction(torch.sym_min, keeps_sign=True),
+    "ModularIndexing": SizeFunction(
         _modular, "({0} // {1} % {2})", "(Math.floor({0} / {1}) % {2})", True
     ),
-    "PowByNatural": Function(operator.pow, "power({0}, {1})", "Math.pow({0}, {1})", True),
-    "Abs": Function(abs, "abs({0})", "Math.abs({0})", True),
-    "BitwiseFn_bitwise_and": Function(operator.and_, "({0} & {1})", "({0} & {1})", True),
-    "BitwiseFn_bitwise_or": Function(operator.or_, "({0} | {1})", "({0} | {1})", True),
-    "BitwiseFn_bitwise_xor": Function(operator.xor, "({0} ^ {1})", "({0} ^ {1})", True),
+    "PowByNatural": SizeFunction(operator.pow, "power({0}, {1})", "Math.pow({0}, {1})", True),
+    "Abs": SizeFunction(abs, "abs({0})", "Math.abs({0})", True),
+    "BitwiseFn_bitwise_and": SizeFunction(operator.and_, "({0} & {1})", "({0} & {1})", True),
+    "BitwiseFn_bitwise_or": SizeFunction(operator.or_, "({0} | {1})", "({0} | {1})", True),
+    "BitwiseFn_bitwise_xor": SizeFunction(operator.xor, "({0} ^ {1})", "({0} ^ {1})", True),
     # From floats to integers.
-    "FloorToInt": Function(math.floor, "floor({0})", "Math.floor({0})", True),
-    "CeilToInt": Function(math.ceil, "ceil({0})", "Math.ceil({0})", True),
-    "TruncToInt": Function(math.trunc, "trunc({0})", "Math.trunc({0})", True),
-    "RoundToInt": Function(round, "round({0})", _TO_EVEN + "({0})", True),
-    "floor": Function(math.floor, "floor({0})", "Math.floor({0})", True),
-    "ceiling": Function(math.ceil, "ceil({0})", "Math.ceil({0})", True),
+    "FloorToInt": SizeFunction(math.floor, "floor({0})", "Math.floor({0})", True),
+    "CeilToInt": SizeFunction(math.ceil, "ceil({0})", "Math.ceil({0})", True),
+    "TruncToInt": SizeFunction(math.trunc, "trunc({0})", "Math.trunc({0})", True),
+    "RoundToInt": SizeFunction(round, "round({0})", _TO_EVEN + "({0})", True),
+    "floor": SizeFunction(math.floor, "floor({0})", "Math.floor({0})", True),
+    "ceiling": SizeFunction(math.ceil, "ceil({0})", "Math.ceil({0})", True),
     # Floats.
-    "ToFloat": Function(torch.sym_float, "float({0})", "({0})", True),
-    "TruncToFloat": Function(_trunc, "float(trunc({0}))", "Math.trunc({0})", True),
-    "RoundDecimal": Function(round, "round({0}, {1})", "Number(({0}).toFixed({1}))", True),
-    "IntTrueDiv": Function(operator.truediv, "({0} / {1})", "({0} / {1})", True),
-    "FloatTrueDiv": Function(operator.truediv, "({0} / {1})", "({0} / {1})", True),
-    "FloatPow": Function(operator.pow, "power({0}, {1})", "Math.pow({0}, {1})", True),
-    "OpaqueUnaryFn_sqrt": Function(_symbolic("sqrt"), "sqrt({0})", "Math.sqrt({0})", True),
+    "ToFloat": SizeFunction(torch.sym_float, "float({0})", "({0})", True),
+    "TruncToFloat": SizeFunction(_trunc, "float(trunc({0}))", "Math.trunc({0})", True),
+    "RoundDecimal": SizeFunction(round, "round({0}, {1})", "Number(({0}).toFixed({1}))", True),
+    "IntTrueDiv": SizeFunction(operator.truediv, "({0} / {1})", "({0} / {1})", True),
+    "FloatTrueDiv": SizeFunction(operator.truediv, "({0} / {1})", "({0} / {1})", True),
+    "FloatPow": SizeFunction(operator.pow, "power({0}, {1})", "Math.pow({0}, {1})", True),
+    "OpaqueUnaryFn_sqrt": SizeFunction(_symbolic("sqrt"), "sqrt({0})", "Math.sqrt({0})", True),
     # Choices, and what only marks a part.
-    "Where": Function(_choose, "({1} if {0} else {2})", "({0} ? {1} : {2})"),
-    "Identity": Function(_same, "({0})", "({0})", True),
+    "Where": SizeFunction(_choose, "({1} if {0} else {2})", "({0} ? {1} : {2})"),
+    "Identity": SizeFunction(_same, "({0})", "({0})", True),
 }
 for _name in ("exp", "log", "asinh"):  # rows of torch's table that no SymFloat reaches yet
-    FUNCTIONS[f"OpaqueUnaryFn_{_name}"] = Function(
+    FUNCTIONS[f"OpaqueUnaryFn_{_name}"] = SizeFunction(
         getattr(math, _name), f"{_name}({{0}})", f"Math.{_name}({{0}})"
     )
 for _name in ("cos", "sin", "tan", "cosh", "sinh", "tanh", "acos", "asin", "atan", "log2"):
-    FUNCTIONS[f"OpaqueUnaryFn_{_name}"] = Function(
+    FUNCTIONS[f"OpaqueUnaryFn_{_name}"] = SizeFunction(
         _symbolic(_name), f"{_name}({{0}})", f"Math.{_name}({{0}})"
     )
 

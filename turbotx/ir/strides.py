@@ -36,6 +36,7 @@ class Layout:
 
     @property
     def is_contiguous(self) -> bool:
+        """Whether the window is dense, row-major and starts at the root's first element."""
         return self.offset == 0 and self.strides == contiguous_strides(self.shape)
 
 

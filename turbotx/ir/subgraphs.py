@@ -26,6 +26,7 @@ class WithGraphs:
         self.__name__ = str(getattr(op, "__name__", op))
 
     def __call__(self, *given: Any) -> Any:
+        """Call the op with these tensors and sizes in the places of its variable arguments."""
         args, kwargs = pytree.tree_map(
             lambda v: given[v] if isinstance(v, _Given) else v, self._structure
         )

@@ -40,7 +40,7 @@ def check_graph(graph: fx.Graph) -> None:
 
 
 def check_inputs(graph: fx.Graph, sizes: Sequence[Sequence[Expr]]) -> None:
-    """The inputs still have the sizes of the capture: computing a fake value may fix one."""
+    """Raise VerifyError for inputs of other sizes than the capture's: a pass may have fixed one."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     for node, wanted in zip(inputs, sizes, strict=True):
         if g.shape(node) != by_order(wanted, node.meta.get("order")):
@@ -59,7 +59,8 @@ def _check_dims(node: fx.Node) -> None:
 
 
 def check_region(nodes: Sequence[fx.Node], outputs: Collection[fx.Node]) -> None:
-    """A region is convex: no path leaves it and comes back; outputs are its own."""
+    """Check that a region is convex, so that no path leaves it and comes back, and its outputs
+    its own."""
     inside = set(nodes)
     for node in outputs:
         if node not in inside:
@@ -82,7 +83,7 @@ def _between(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _is_view_of_inside(node: fx.Node, inside: set[fx.Node], after: set[fx.Node]) -> bool:
-    """Views of the region's values belong to whoever reads them."""
+    """Tell whether a view or split is of the region's own values, and so of whoever reads it."""
     if not is_view(node) and node.target not in SPLITS:
         return False
     return not any(n in after for n in node.all_input_nodes)
@@ -218,8 +219,8 @@ def _of_one_dtype(launch: ir.Launch) -> tuple[ir.Operand | None, ...]:
 
 
 def _check_inplace_pairs(tensors: dict[str, ir.Tensor], launch: ir.Launch) -> None:
-    """What may be the same bytes is one thing written and one read, each whole and by one operand
-    only (what a kernel does with the two is checked on its source)."""
+    """Check that what may be the same bytes is one tensor written and one read, each whole and
+    by one operand only (what a kernel does with the two is checked on its source)."""
     operands = [a for a in launch.operands if a is not None]
     for out, given in launch.inplace:
         what = f"{launch.name} may write {out!r} over {given!r}"

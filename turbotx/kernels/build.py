@@ -80,16 +80,17 @@ def _headers_digest() -> str:
 
 
 @functools.cache
-def _flags(compiler: str) -> tuple[str, ...]:
+def compiler_flags(compiler: str) -> tuple[str, ...]:
+    """Return the flags to compile with, those left out that the compiler or the processor lacks."""
     flags = FLAGS
     if "clang" in _run([compiler, "--version"]):
-        flags = tuple(f for f in flags if f != "-fopenmp") + _clang_openmp(compiler)
+        flags = tuple(f for f in flags if f != "-fopenmp") + clang_openmp(compiler)
     if platform.machine() not in ("x86_64", "AMD64"):
         flags = tuple(f for f in flags if not f.startswith("-mprefer"))
     return flags
 
 
-def _clang_openmp(compiler: str) -> tuple[str, ...]:
+def clang_openmp(compiler: str) -> tuple[str, ...]:
     """Return clang's flags for parallel loops over the OpenMP library that torch has loaded.
 
     clang's loops call LLVM's library (libomp, libiomp5), which PyTorch brings on macOS and in
@@ -116,7 +117,7 @@ def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
     Raises NoCompilerError, or BuildError with the compiler's own words.
     """
     compiler = find_compiler()
-    flags = _flags(compiler)
+    flags = compiler_flags(compiler)
     code = {name: _COMMENTS.sub("", text) for name, text in units.items()}
     identity = (_compiler_identity(compiler), _headers_digest(), *flags, *sorted(code.items()))
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]

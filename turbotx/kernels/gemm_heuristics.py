@@ -26,7 +26,7 @@ from turbotx.kernels.triton.gemm_tiles import known_tiles
 from turbotx.kernels.triton.prefetch import print_prefetch
 from turbotx.kernels.triton.tags import with_tag
 
-# Token counts that are told apart; a count belongs to the first bucket that holds it.
+# Upper ends of token buckets; a count belongs to the first bucket that holds it.
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 4096)
 # Steps through k that a part of a split sum should at least make: fewer do not hide memory latency.
 FEWEST_STEPS = 3

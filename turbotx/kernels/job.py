@@ -1,4 +1,4 @@
-"""Jobs and binaries: a kernel to compile for a target, and what came of it, both plain data.
+"""Jobs and binaries: a kernel to compile for a target, and the compiler's result, as plain data.
 
 In: source, signature, tiles. Out: a digest under which the build is kept; machine code with what a
 launch of it has to know, which a device loads without Triton::
@@ -82,6 +82,7 @@ class Binary:
 
     @functools.cached_property
     def digest(self) -> str:
+        """SHA-256 of the image, in hex."""
         return hashlib.sha256(self.image).hexdigest()
 
 

@@ -107,7 +107,9 @@ def _reduction(kernel: ir.Kernel, length: int, strided: bool, numbers: Heuristic
         (p.dtype.itemsize for p in kernel.params if p.dtype.is_floating_point), default=4
     )
     rows = max(1, numbers.row_nbytes // narrowest // cols) if kernel.rows else 1
-    programs = numbers.programs if kernel.rows else 0
+    # A program of a longer row moves enough for the time that it takes to begin one.
+    short = rows * cols * narrowest <= numbers.row_nbytes
+    programs = numbers.programs if kernel.rows and short else 0
     return Schedule(rows, cols, _row_warps(rows * cols, numbers), programs=programs)
 
 

@@ -1,7 +1,7 @@
 """One arena: a flat uint8 tensor over a range of memory that grows without moving.
 
 In: byte counts. Out: a tensor, over mmap on CPUs, over the driver's virtual memory on CUDA, or
-over a plain allocation where neither is to be had (then growing moves it)::
+over a plain allocation where neither is available (then growing moves it)::
 
     arena = Arena(open_range(torch.device("cpu"), 1 << 40), index=0, chunk_nbytes=CHUNK_NBYTES)
     arena.grow(3_000_000); arena.tensor.shape        # (4194304,)
@@ -31,9 +31,16 @@ class AddressRange(Protocol):
     mapped_nbytes: int
 
     @property
-    def address(self) -> int: ...
-    def map_to(self, nbytes: int) -> None: ...
-    def unmap_to(self, nbytes: int) -> None: ...
+    def address(self) -> int:
+        """Address of the first byte; constant if `stable`, else until the next `map_to` or
+        `unmap_to`."""
+
+    def map_to(self, nbytes: int) -> None:
+        """Back at least the first `nbytes` bytes with memory; raise MemoryExhausted where there is
+        none."""
+
+    def unmap_to(self, nbytes: int) -> None:
+        """Return the memory behind all but the first `nbytes` bytes."""
 
 
 class PlainRange:
@@ -47,13 +54,16 @@ class PlainRange:
 
     @property
     def address(self) -> int:
+        """Address of the tensor that backs the range; another one after a resize."""
         return self.tensor.data_ptr()
 
     def map_to(self, nbytes: int) -> None:
+        """Replace the tensor by a larger one where `nbytes` exceed it; contents are lost."""
         if nbytes > self.mapped_nbytes:
             self._replace(nbytes)
 
     def unmap_to(self, nbytes: int) -> None:
+        """Replace the tensor by one of `nbytes` where it is larger; contents are lost."""
         if nbytes < self.mapped_nbytes:
             self._replace(nbytes)
 
@@ -75,7 +85,7 @@ class PlainRange:
         self.mapped_nbytes = nbytes
 
 
-class _CudaBytes:
+class CudaBytes:
     """Lets torch view memory that it did not allocate; keeps the range alive as long."""
 
     def __init__(self, memory: AddressRange) -> None:
@@ -89,7 +99,7 @@ class _CudaBytes:
 
 
 def open_range(device: torch.device, address_nbytes: int) -> AddressRange:
-    """The best range that this device has; falls back to a plain allocation."""
+    """Return the best range that this device has; falls back to a plain allocation."""
     if device.type == "cpu" and load_libc() is not None:
         return CpuRange(address_nbytes)
     if device.type == "cuda" and torch.version.hip is None:
@@ -146,13 +156,13 @@ def _try_out(memory: CudaRange, device: torch.device) -> None:
 
 
 def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:
-    """The mapped bytes as a uint8 tensor that keeps the range alive."""
+    """Return the mapped bytes as a uint8 tensor that keeps the range alive."""
     if isinstance(memory, PlainRange):
         return memory.tensor
     if not memory.mapped_nbytes:
         return torch.empty(0, dtype=torch.uint8, device=device)
     if device.type == "cuda":
-        return torch.as_tensor(_CudaBytes(memory), device=device)
+        return torch.as_tensor(CudaBytes(memory), device=device)
     raw: Any = (ctypes.c_uint8 * memory.mapped_nbytes).from_address(memory.address)
     raw.owner = memory
     return torch.frombuffer(raw, dtype=torch.uint8)
@@ -179,10 +189,12 @@ class StreamOrder:
         self._handle: int | None = None
 
     def enter(self) -> None:
+        """Let the current stream wait for what the memory's last user queued on another one."""
         if self._last is not None and current_handle(self._device) != self._handle:
             torch.cuda.current_stream(self._device).wait_stream(self._last)
 
     def leave(self) -> None:
+        """Remember the current stream as the memory's last user."""
         handle = current_handle(self._device)
         if handle != self._handle:
             self._handle, self._last = handle, torch.cuda.current_stream(self._device)
@@ -210,10 +222,12 @@ class Arena:
 
     @property
     def data_ptr(self) -> int:
+        """Address of the arena's first byte."""
         return self._memory.address
 
     @property
     def mapped_nbytes(self) -> int:
+        """Bytes that are backed by memory now, whole chunks."""
         return self._memory.mapped_nbytes
 
     @property
@@ -222,13 +236,15 @@ class Arena:
         return self._memory.stable
 
     def whole_chunks(self, nbytes: int) -> int:
+        """Return `nbytes` rounded up to whole chunks."""
         return align_up(nbytes, self._chunk_nbytes)
 
     def grow(self, nbytes: int) -> None:
-        """Maps at least `nbytes`; raises MemoryExhausted and then is as it was, or empty."""
+        """Map at least `nbytes`; raises MemoryExhausted and then is as it was, or empty."""
         self._resize(self._memory.map_to, self.whole_chunks(nbytes))
 
     def shrink(self, nbytes: int) -> None:
+        """Give memory beyond the first `nbytes`, in whole chunks, back to the device."""
         self.shrinks += 1
         self._resize(self._memory.unmap_to, self.whole_chunks(nbytes))
 
@@ -245,5 +261,5 @@ class Arena:
 
 
 def align_up(nbytes: int, unit: int) -> int:
-    """The smallest multiple of `unit` that is at least `nbytes`."""
+    """Return the smallest multiple of `unit` that is at least `nbytes`."""
     return -(-nbytes // unit) * unit

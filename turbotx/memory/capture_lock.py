@@ -7,8 +7,8 @@ captures, and what has to wait for the device. Out: one of them at a time::
         torch.cuda.synchronize(device)
     capture_lock.when_free(release)     # from a finalizer, which must not wait for a lock
 
-Inside of it neither an arena is leased nor memory given back, so that nobody waits in a circle:
-whoever holds a pool may wait for this lock, and not the other way round.
+Inside of it neither an arena is leased nor memory given back, so that there is no deadlock:
+a holder of a pool may wait for this lock, and not the other way round.
 """
 
 from __future__ import annotations
@@ -29,8 +29,13 @@ class CaptureLock:
         self._owner: int | None = None
         self._postponed: deque[Callable[[], object]] = deque()
 
+    @property
+    def is_held_here(self) -> bool:
+        """Whether the current thread holds the lock."""
+        return self._owner == threading.get_ident()
+
     def __enter__(self) -> None:
-        if self._owner == threading.get_ident():
+        if self.is_held_here:
             raise TurbotxError(
                 "memory was to be given back while this thread captures a CUDA graph, or gives "
                 "other memory back: lease arenas before a capture begins"
@@ -44,7 +49,7 @@ class CaptureLock:
         self._catch_up()
 
     def when_free(self, action: Callable[[], object]) -> None:
-        """Call `action` inside of the lock: now, or as soon as whoever holds it is done.
+        """Call `action` inside of the lock: now, or as soon as its holder is done.
 
         For finalizers, which run in any thread at any moment: what `action` raises is a warning.
         """

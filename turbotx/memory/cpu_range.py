@@ -31,7 +31,7 @@ class MemoryExhausted(TurbotxError):
 
 
 def load_libc() -> ctypes.CDLL | None:
-    """The C library with the three calls declared, or None where there is no mmap."""
+    """Return the C library with the three calls declared, or None where there is no mmap."""
     if os.name != "posix":
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -62,7 +62,7 @@ def available_nbytes() -> int | None:
 
 class CpuRange:
     """Bytes [address, address + mapped_nbytes) are ordinary memory; the rest is only reserved, but
-    for a page on either side: a vector that hangs over an end may be read, whoever made it.
+    for a page on either side: a vector that hangs over an end may be read.
 
     What `unmap_to` gives back stays readable (as zeros) but holds no memory, so that a stale
     view reads nonsense rather than ending the process. Raises MemoryExhausted.
@@ -140,7 +140,7 @@ class CpuRange:
         self._protected_nbytes = nbytes
 
     def unmap_to(self, nbytes: int) -> None:
-        """Gives the memory above the first `nbytes` (a multiple of 2 MiB) back to the system."""
+        """Give the memory above the first `nbytes` (a multiple of 2 MiB) back to the system."""
         if nbytes >= self.mapped_nbytes:
             return
         self._libc.madvise(self.address + nbytes, self.mapped_nbytes - nbytes, mmap.MADV_DONTNEED)

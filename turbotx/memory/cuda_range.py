@@ -43,7 +43,7 @@ class CudaRange:
     ) -> None:
         self._driver = driver
         self._synchronize = synchronize
-        self._property = _allocation_property(driver, device_index)
+        self._property = make_property(driver, device_index)
         flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         self._granule = int(call(driver, "cuMemGetAllocationGranularity", self._property, flag))
         total_nbytes = int(call(driver, "cuDeviceTotalMem", device_index))
@@ -75,7 +75,7 @@ class CudaRange:
         try:
             call(self._driver, "cuMemMap", start, wanted, 0, handle, 0)
             try:
-                access = _access(self._driver, self._property)
+                access = make_access(self._driver, self._property)
                 call(self._driver, "cuMemSetAccess", start, wanted, [access], 1)
             except TurbotxError:
                 call(self._driver, "cuMemUnmap", start, wanted)
@@ -112,7 +112,8 @@ def call(driver: Any, name: str, *arguments: object) -> Any:
     raise CudaMemoryError(f"the CUDA driver's {name} failed with {code}")
 
 
-def _allocation_property(driver: Any, device_index: int) -> Any:
+def make_property(driver: Any, device_index: int) -> Any:
+    """Return the driver's CUmemAllocationProp of pinned memory on the device of that index."""
     allocation = driver.CUmemAllocationProp()
     allocation.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     allocation.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -120,7 +121,8 @@ def _allocation_property(driver: Any, device_index: int) -> Any:
     return allocation
 
 
-def _access(driver: Any, allocation: Any) -> Any:
+def make_access(driver: Any, allocation: Any) -> Any:
+    """Return the driver's CUmemAccessDesc that lets the allocation's own device read and write."""
     access = driver.CUmemAccessDesc()
     access.location = allocation.location
     access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE

@@ -45,7 +45,7 @@ class Liveness:
     """The in-place pairs (written, read) that were taken."""
 
     def dying_after(self, launch: int) -> tuple[str, ...]:
-        """Roots whose bytes nobody reads after this launch."""
+        """Return the roots whose bytes no later launch reads."""
         return tuple(
             name
             for name, lifetime in zip(self.names, self.lifetimes, strict=True)
@@ -64,7 +64,7 @@ def analyze(
 
     `outside` names inputs, outputs and parameters; `aliases` maps a view to what it views, in
     any number of steps; `size_of` says which sizes are equal at every shape: in-place reuse
-    needs it for both buffers. Raises PlanError for a read of what nobody wrote, for a
+    needs it for both buffers. Raises PlanError for a read before any write, for a
     workspace used elsewhere, and for aliases that go in a circle.
     """
     storage = _Storage(aliases or {}, outside)

@@ -56,6 +56,7 @@ class PoolStats:
     arenas: int
 
     def to_dict(self) -> dict[str, int]:
+        """Return the counters by name."""
         return asdict(self)
 
 
@@ -65,7 +66,7 @@ def poison_enabled() -> bool:
 
 
 def poison(arena_tensor: torch.Tensor) -> None:
-    """Fills a uint8 tensor with bytes that read as NaN in every floating type."""
+    """Fill a uint8 tensor with bytes that read as NaN in every floating type."""
     arena_tensor.fill_(POISON_BYTE)
 
 
@@ -154,14 +155,15 @@ class ChunkPool:
         return Lease(self, nbytes, timeout_s, poisoned)
 
     def ensure(self, nbytes: int) -> Arena:
-        """The pool's first arena, grown to `nbytes`: for callers that never run concurrently."""
+        """Return the pool's first arena, grown to `nbytes`: for callers that never run
+        concurrently."""
         with self._changed:
             arena = self._arenas[0] if self._arenas else self._open_arena()
             self._grow(arena, nbytes)
             return arena
 
     def reserve(self, nbytes: int, arenas: int = 1) -> None:
-        """Maps `nbytes` in each of the first `arenas` arenas, at once and for good."""
+        """Map `nbytes` in each of the first `arenas` arenas, at once and for good."""
         if not 1 <= arenas <= self.max_arenas:
             raise ValueError(f"cannot reserve {arenas} of {self.max_arenas} arenas")
         with self._changed:
@@ -181,6 +183,7 @@ class ChunkPool:
             return before - self._mapped_nbytes()
 
     def stats(self) -> PoolStats:
+        """Return the counters of the pool at this moment."""
         with self._changed:
             return PoolStats(
                 mapped_nbytes=self._mapped_nbytes(),
@@ -217,7 +220,7 @@ class ChunkPool:
                     self._waiting -= 1
 
     def _try_take(self, nbytes: int) -> Arena | None:
-        """An arena, or None where waiting for another lease to end may help."""
+        """Return an arena, or None where waiting for another lease to end may help."""
         if not self._idle and len(self._arenas) >= self.max_arenas:
             return None
         arena = self._pick_idle(nbytes) if self._idle else self._open_arena()
@@ -236,7 +239,7 @@ class ChunkPool:
         return arena
 
     def _pick_idle(self, nbytes: int) -> Arena:
-        """The smallest idle arena that is large enough, else the largest."""
+        """Return the smallest idle arena that is large enough, else the largest."""
         if len(self._idle) == 1:
             return self._idle[0]
         fitting = [a for a in self._idle if a.mapped_nbytes >= nbytes]
@@ -289,7 +292,7 @@ class ChunkPool:
         self._peak_nbytes = max(self._peak_nbytes, self._mapped_nbytes())
 
     def _make_room(self, arena: Arena, nbytes: int) -> None:
-        """Keeps the pool within its limit, at the cost of idle arenas; raises MemoryExhausted."""
+        """Keep the pool within its limit, at the cost of idle arenas; raises MemoryExhausted."""
         if self.limit_nbytes is None:
             return
         grown = align_up(nbytes, self._chunk_nbytes) - arena.mapped_nbytes

@@ -1,4 +1,4 @@
-"""Values while a kernel is being lowered, with arithmetic, folding and sharing.
+"""Kernel builder: scalar values during lowering, with constant folding and common subexpressions.
 
 In: the op table's rules, which write `x * m.sigmoid(x)` on `Element`s. Out: the statements of
 the kernel's body; equal statements are one, and what is known while lowering is folded::
@@ -34,6 +34,7 @@ class Element:
 
     @property
     def is_float(self) -> bool:
+        """Whether the element's dtype is a floating-point one."""
         return self.dtype.is_floating_point
 
     def _with(self, op: str, other: Any, swap: bool = False) -> Element:
@@ -88,6 +89,7 @@ class KernelBuilder:
         self._counts: dict[str, int] = {}
 
     def bounds(self, value: Expr) -> tuple[Expr | None, Expr | None]:
+        """Return the smallest and the largest value of an index expression, None where unknown."""
         raise NotImplementedError
 
     # --- making ---
@@ -98,6 +100,8 @@ class KernelBuilder:
         return f"{base}{k}" if k or base[-1].isdigit() else base
 
     def constant(self, value: Number, dtype: torch.dtype) -> Element:
+        """Return a literal, converted to the compute dtype of `dtype`; equal ones are one
+        statement."""
         dtype = compute_dtype(dtype)
         if dtype is torch.bool:
             value = bool(value)
@@ -126,6 +130,8 @@ class KernelBuilder:
         return self._shared[key]
 
     def emit_load(self, access: ir.Access, stored: torch.dtype) -> Element:
+        """Return the element at `access`, in the compute dtype of the `stored` one; equal loads are
+        one statement."""
         key = ("load", access)
         if key not in self._shared:
             dtype = compute_dtype(stored)
@@ -135,6 +141,7 @@ class KernelBuilder:
         return self._shared[key]
 
     def emit_reduce(self, op: str, value: Element) -> tuple[Element, ...]:
+        """Return a reduction's outputs over the row axes; op: a name in `primitives.REDUCTIONS`."""
         key = ("reduce", op, value.name)
         if key not in self._shared:
             names = tuple(self._name(base) for base in REDUCTIONS[op].outputs)
@@ -143,6 +150,7 @@ class KernelBuilder:
         return self._shared[key]
 
     def emit_scan(self, op: str, value: Element) -> Element:
+        """Return a running reduction along the row axes; op: a name in `primitives.SCANS`."""
         key = ("scan", op, value.name)
         if key not in self._shared:
             name = self._name(f"running_{op}")
@@ -179,29 +187,37 @@ class KernelBuilder:
         return self._shared[key]
 
     def exp(self, x: Element) -> Element:
+        """Return e ** x."""
         return self.call("exp", x)
 
     def tanh(self, x: Element) -> Element:
+        """Return the hyperbolic tangent of x."""
         return self.call("tanh", x)
 
     def erf(self, x: Element) -> Element:
+        """Return the error function of x."""
         return self.call("erf", x)
 
     def sigmoid(self, x: Element) -> Element:
+        """Return 1 / (1 + e ** -x)."""
         return self.call("sigmoid", x)
 
     def where(self, condition: Element, x: Any, y: Any) -> Element:
+        """Return x where `condition` is not 0, else y, in the dtype of x."""
         if isinstance(x, Element) and isinstance(y, Element) and x.dtype != y.dtype:
             y = self.cast(y, x.dtype)
         return self.call("where", self.truth(condition), x, y)
 
     def truth(self, x: Element) -> Element:
+        """Return x as bool: x itself if it is one, else x != 0."""
         return x if x.dtype is torch.bool else self.call("ne", x, 0)
 
     def constant_of(self, x: Any) -> Number | None:
+        """Return the number behind x, None where it is an element known only at run time."""
         return x.value if isinstance(x, Element) else x
 
     def compute_dtype(self, node: Any) -> torch.dtype:
+        """Return the dtype that a node's elements are computed in: float32 for half types."""
         return compute_dtype(node.meta["val"].dtype)
 
     def cast(self, x: Element, dtype: torch.dtype) -> Element:

@@ -181,7 +181,7 @@ def _repeat(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 
 
 def _slice_scatter(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
-    """The second tensor where the slice of the first one stands."""
+    """Return the second tensor where the slice of the first one stands."""
     base, piece = node.args[:2]
     d = g.argument(node, "dim") % len(index)
     extent = g.shape(base)[d]

@@ -66,14 +66,14 @@ class LoopNest:
         extents: of axes that are no loops.
         """
         if extents:
-            return self._find_bounds(value, {**self.axes, **extents})
+            return self.find_bounds(value, {**self.axes, **extents})
         if value not in self._bounds:  # an axis keeps its extent
-            self._bounds[value] = self._find_bounds(value, self.axes)
+            self._bounds[value] = self.find_bounds(value, self.axes)
         return self._bounds[value]
 
-    def _find_bounds(
-        self, value: Expr, axes: Mapping[str, Expr]
-    ) -> tuple[Expr | None, Expr | None]:
+    def find_bounds(self, value: Expr, axes: Mapping[str, Expr]) -> tuple[Expr | None, Expr | None]:
+        """Derive the bounds of an affine index from the extents of its axes, without the cache.
+        Either is None where a gathered value or another index decides it."""
         low: list[Expr] = []
         high: list[Expr] = []
         steps: dict[sympy.Symbol, Expr] = {}

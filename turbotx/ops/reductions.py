@@ -23,7 +23,7 @@ from turbotx.ops.table import indexed
 
 
 def _reduction(op: str, finish: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """A row for `op` over the node's dims; `finish(m, node, value, count)` ends it."""
+    """Return a row for `op` over the node's dims; `finish(m, node, value, count)` ends it."""
 
     def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
         (value,), count = m.reduce_node(op, node, index)
@@ -63,7 +63,8 @@ def _vector_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 
 
 def _position_of(op: str) -> Callable[..., Any]:
-    """argmax and argmin: the first place that holds the extreme, where a NaN beats everything."""
+    """Lower argmax and argmin: the first place that holds the extreme, where a NaN beats
+    everything."""
 
     def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
         x = node.args[0]

@@ -1,4 +1,4 @@
-"""Pull: one element of a tensor, as statements of a kernel's body.
+"""Scalarizer: emits the statements that compute one element of an fx node's tensor.
 
 In: an fx node and an index over the loops. Out: an `Element`; what it takes to compute it is
 appended to the body once. Views only rewrite the index, so they cost nothing. Example::
@@ -30,7 +30,7 @@ WITHIN = "within"
 
 
 class Scalarizer(KernelBuilder):
-    """The machine that the op table's rules speak to: it turns pulls into statements.
+    """IR builder passed to the op table's lowering rules; emits statements on demand.
 
     loaded(node) tells whether a tensor node lies in memory already; views are looked through.
     """
@@ -47,9 +47,12 @@ class Scalarizer(KernelBuilder):
         self._stack: list[fx.Node] = []
 
     def bounds(self, value: Expr) -> tuple[Expr | None, Expr | None]:
+        """Return the smallest and the largest value of an index expression, None where unknown."""
         return self.loops.bounds(value)
 
     def split(self, flat: Expr, by: Expr) -> tuple[Expr, Expr]:
+        """Return the quotient and the remainder of a flat index by an extent, as expressions over
+        axes."""
         return self.loops.split(flat, by)
 
     # --- pulling an element ---
@@ -296,8 +299,9 @@ class Scalarizer(KernelBuilder):
 
     @contextmanager
     def _unmasked(self, used: set[str], node: fx.Node) -> Iterator[None]:
-        """Meanwhile reduce as outside of cat's and pad's parts, where only places along other axes
-        than `used` tell the parts apart: the half of a normalised row has the whole row's mean."""
+        """Suspend the masks of cat's and pad's parts inside the context: a reduction over part of a
+        row, as of a normalised one, covers the whole row. Raises FusionConflict where a mask varies
+        over the `used` axes or a loaded value."""
         masks, self._masks = self._masks, []
         ranges, self._ranges = self._ranges, []
         if any(self._varies_over(mask) & (used | {"%"}) for mask in masks):

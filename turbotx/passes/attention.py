@@ -24,7 +24,7 @@ from turbotx.ir.attention_ops import NO_WINDOW, attention, attention_scores, att
 from turbotx.passes.chains import PRODUCTS, read_chain
 from turbotx.passes.masks import Mask, understand_mask
 from turbotx.passes.operands import share_heads, take_hidden, take_scale
-from turbotx.passes.scores import Found, hide_in_bias
+from turbotx.passes.scores import AttentionPattern, hide_in_bias
 
 aten = torch.ops.aten
 
@@ -56,13 +56,14 @@ def recognize_attention(graph: fx.Graph, way: str = "auto") -> None:
             with graph.inserting_before(node):
                 found = _take_scales(_part_mask(node, found))
                 new = write(node, found)
-                new = g.emit(node, aten.permute.default, new, [0, 2, 1, 3])
-                if len(g.shape(node)) == 3:
-                    new = g.emit(node, aten.flatten.using_ints, new, 0, 1)
+                if found.show is not None:
+                    new = found.show(new)
+                else:
+                    new = g.emit(node, aten.permute.default, new, [0, 2, 1, 3])
             g.replace(node, new)
 
 
-def _choose(node: fx.Node, found: Found, way: str) -> Callable[..., fx.Node] | None:
+def _choose(node: fx.Node, found: AttentionPattern, way: str) -> Callable[..., fx.Node] | None:
     refused = _why_not_products(found)
     if not refused and way != "fused-softmax":
         no_flash = _why_not_flash(found)
@@ -79,7 +80,7 @@ def _choose(node: fx.Node, found: Found, way: str) -> Callable[..., fx.Node] | N
     return None
 
 
-def _read_sdpa(node: fx.Node) -> Found | None:
+def _read_sdpa(node: fx.Node) -> AttentionPattern | None:
     if g.argument(node, "dropout_p") != 0.0:
         return None
     q, k, v = (g.operand(node, i) for i in range(3))
@@ -88,10 +89,10 @@ def _read_sdpa(node: fx.Node) -> Found | None:
         width = g.shape(q)[-1]
         scale = 1 / math.sqrt(int(width)) if width.is_Integer else math.nan
     causal = bool(g.argument(node, "is_causal"))
-    return Found(q, k, v, mask, float(scale), causal)
+    return AttentionPattern(q, k, v, mask, float(scale), causal)
 
 
-def _why_not_products(found: Found) -> str:
+def _why_not_products(found: AttentionPattern) -> str:
     """Say why neither way can compute it; "" if both products can."""
     q, k, v = found.q, found.k, found.v
     shapes = [g.shape(n) for n in (q, k, v)]
@@ -111,7 +112,7 @@ def _why_not_products(found: Found) -> str:
     return ""
 
 
-def _why_not_flash(found: Found) -> str:
+def _why_not_flash(found: AttentionPattern) -> str:
     """Say why the flash kernel cannot compute what the products can; "" if it can."""
     width, of_v = int(g.shape(found.q)[3]), int(g.shape(found.v)[3])
     if width != of_v:
@@ -119,7 +120,7 @@ def _why_not_flash(found: Found) -> str:
     return f"its head_dim {width} is above {WIDEST_HEAD}" if width > WIDEST_HEAD else ""
 
 
-def _take_scales(found: Found) -> Found:
+def _take_scales(found: AttentionPattern) -> AttentionPattern:
     """Multiply scores by what q and k were multiplied by; a key's is left where v shares it."""
     if found.q in (found.k, found.v):
         return found
@@ -131,9 +132,10 @@ def _take_scales(found: Found) -> Found:
     return replace(found, k=k, scale=found.scale * factor)
 
 
-def _part_mask(node: fx.Node, found: Found) -> Found:
+def _part_mask(node: fx.Node, found: AttentionPattern) -> AttentionPattern:
     """Where scores of hidden keys are the most negative float, the kernel hides keys per sequence
-    and leaves the bias as small as it was (T5's has no batch dim); all else becomes bias."""
+    and by places and leaves the bias as small as it was (T5's has no batch dim); all else becomes
+    bias."""
     parts = (found.mask, found.bias) if found.blind_mean else take_hidden(found.mask)
     if parts is None:
         return found
@@ -141,20 +143,19 @@ def _part_mask(node: fx.Node, found: Found) -> Found:
     said = Mask()
     assert visible is not None, "it hides nothing"
     understand_mask(visible, found.q, found.k, said)
-    banded = said.causal or said.window != NO_WINDOW or found.causal
-    if not said.rest and said.keys and not banded:
-        return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=True)
     own = said.late or g.shape(found.q)[2] == g.shape(found.k)[2]
-    if not said.rest and not said.keys and own:
-        # Every query sees its own place at least, beside which what is hidden counts for nothing.
-        return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=False)
+    if not said.rest and not found.causal:
+        # In a band every query sees its own place at least, beside which what is hidden counts for
+        # nothing.
+        blind = bool(said.keys) or not own
+        return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=blind)
     if not found.blind_mean:
         return found
     whole = hide_in_bias(node, visible, bias, torch.finfo(torch.float32).min)
     return replace(found, mask=whole, bias=None, blind_mean=False)
 
 
-def _split(found: Found, late: bool | None = None) -> Mask:
+def _split(found: AttentionPattern, late: bool | None = None) -> Mask:
     """late: whether bands may be told as `Mask.late` or may not; None for either."""
     said = Mask(causal=found.causal, late=False if found.causal else late)
     if found.mask is not None and g.dtype(found.mask) is torch.bool:
@@ -162,7 +163,7 @@ def _split(found: Found, late: bool | None = None) -> Mask:
     return said
 
 
-def _write_flash(node: fx.Node, found: Found) -> fx.Node:
+def _write_flash(node: fx.Node, found: AttentionPattern) -> fx.Node:
     said = _split(found)
     counted = len(said.keys) == 1 and not found.blind_mean
     keys = said.lengths.get(said.keys[0]) if counted else None
@@ -184,17 +185,19 @@ def _write_flash(node: fx.Node, found: Found) -> fx.Node:
         kwargs["blind_mean"] = True
     if found.softcap:
         kwargs["softcap"] = found.softcap
-    return g.emit(node, attention, found.q, found.k, found.v, keys, bias, **kwargs)
+    sinks = () if found.sinks is None else (found.sinks,)
+    return g.emit(node, attention, found.q, found.k, found.v, keys, bias, *sinks, **kwargs)
 
 
 def _as_bias(node: fx.Node, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """The kernels add float32 and the dtype of q; another is converted, the mask's own op."""
+    """Return a mask of numbers in a dtype that kernels add: float32 or q's; others become
+    float32."""
     if g.dtype(mask) in (torch.float32, dtype):
         return mask
     return g.emit(node, aten._to_copy.default, mask, dtype=torch.float32)
 
 
-def _write_fused_softmax(node: fx.Node, found: Found) -> fx.Node:
+def _write_fused_softmax(node: fx.Node, found: AttentionPattern) -> fx.Node:
     """Between the two products stand ordinary ops, which partition makes one kernel."""
     said = _split(found, late=False)
     scores = g.emit(node, attention_scores, found.q, found.k)
@@ -217,13 +220,27 @@ def _write_fused_softmax(node: fx.Node, found: Found) -> fx.Node:
         hidden = g.emit(node, aten.logical_not.default, _conjunction(node, visible))
         least = torch.finfo(torch.float32).min if found.blind_mean else -math.inf
         below = g.emit(node, aten.masked_fill.Scalar, below, hidden, least)
-    if found.blind_nan or found.blind_mean or not (visible or found.mask is not None):
+    if found.sinks is not None:
+        shares = _share_with_sinks(node, below, found.sinks)
+    elif found.blind_nan or found.blind_mean or not (visible or found.mask is not None):
         shares = g.emit(node, aten._softmax.default, below, -1, False)
     else:
         shares = g.emit(node, aten._safe_softmax.default, below, -1)
     if g.dtype(found.v) is not g.dtype(shares):
         shares = g.emit(node, aten._to_copy.default, shares, dtype=g.dtype(found.v))
     return g.emit(node, attention_values, shares, found.v)
+
+
+def _share_with_sinks(node: fx.Node, scores: fx.Node, sinks: fx.Node) -> fx.Node:
+    """Return the shares of a softmax over scores and one more of each head, which gets the rest."""
+    one = g.emit(node, aten.unflatten.int, sinks, 0, [-1, 1, 1])
+    largest = g.emit(node, aten.amax.default, scores, [-1], True)
+    largest = g.emit(node, aten.maximum.default, largest, one)
+    powers = g.emit(node, aten.exp.default, g.emit(node, aten.sub.Tensor, scores, largest))
+    rest = g.emit(node, aten.exp.default, g.emit(node, aten.sub.Tensor, one, largest))
+    total = g.emit(node, aten.sum.dim_IntList, powers, [-1], True)
+    total = g.emit(node, aten.add.Tensor, total, rest)
+    return g.emit(node, aten.div.Tensor, powers, total)
 
 
 def _band(node: fx.Node, scores: fx.Node, keep: Any, diagonal: int) -> fx.Node:

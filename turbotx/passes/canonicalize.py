@@ -1,4 +1,4 @@
-"""Canonicalize: one way to say each thing, and nothing said that has no effect.
+"""Canonicalize: removes ops without effect and rewrites equivalent forms to one.
 
 In: the captured ATen graph. Out: the same graph without assertions, dropout, no-op copies and
 casts, redundant views, duplicate subexpressions and dead code, for example::
@@ -48,6 +48,7 @@ _ARITHMETIC = {
     aten.rsqrt.default,
     aten.reciprocal.default,
 }
+_COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor, aten.bitwise_and.Tensor, aten.maximum.default}
 _CONVERSIONS = {
     aten._to_copy.default,
     aten.to.dtype,
@@ -154,7 +155,8 @@ def _whole_slice(node: fx.Node) -> bool:
 
 
 def _adds_nothing(node: fx.Node) -> bool:
-    """x + 0 of integers; of floats x + -0.0 and x - 0.0, since -0.0 + 0.0 is 0.0."""
+    """Tell whether an addition changes nothing: x + 0 of integers; of floats x + -0.0 and x -
+    0.0, since -0.0 + 0.0 is 0.0."""
     if g.argument(node, "alpha") != 1 or not _is_number(node.args[1], 0):
         return False
     number: Any = node.args[1]
@@ -255,7 +257,10 @@ def _key(node: fx.Node) -> Any | None:
             return value
         return (type(value), repr(value))
 
-    return (node.target, freeze(node.args), freeze(node.kwargs))
+    args = freeze(node.args)
+    if node.target in _COMMUTATIVE and not node.kwargs and g.is_tensor(args[1]):
+        args = tuple(sorted(args, key=lambda n: n.name))  # a + b and b + a are one number
+    return (node.target, args, freeze(node.kwargs))
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -1,28 +1,28 @@
-"""Chains: attention written out as matmul, scale, mask, softmax, matmul, read back as one.
+"""Chains: recognises attention written out as matmul, scale, mask, softmax, matmul.
 
-In: the last product of such a chain. Out: its `Found`: q, k and v with heads before rows, and
-what happens to the scores in between as scale, softcap, bias and mask, for example::
+In: the last product of such a chain. Out: its `AttentionPattern`: q, k and v with heads before
+rows, and what happens to the scores in between as scale, softcap, bias and mask, for example::
 
     softmax(where(ok, tanh(q @ k.mT / 32) * 8 + bias, -inf)) @ v
         ->  scale=0.25, softcap=8, bias=bias, mask=ok, blind_nan
 
-Scores may pass between (batch, heads, q, k) and (batch * heads, q, k), and between dtypes.
+Scores may have one more column, of sinks, that no value is for. They may pass between (batch,
+windows, heads, q, k) and (batch * windows * heads, q, k), and between dtypes.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from turbotx.ir import fx_nodes as g
-from turbotx.ir.expr import Expr
-from turbotx.ir.views import VIEWS
+from turbotx.passes.heads import Heads, plain_source
 from turbotx.passes.operands import number_in
-from turbotx.passes.scores import Found, Step, read_steps, without_factors
+from turbotx.passes.scores import AttentionPattern, Step, read_steps, with_sinks, without_factors
 
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
@@ -32,7 +32,7 @@ SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 HIDING = -1e9
 
 
-def read_chain(node: fx.Node) -> Found | None:
+def read_chain(node: fx.Node) -> AttentionPattern | None:
     """`node` is the last product; walk back through softmax, masks and scale to the first.
 
     Emits, before `node`, what it takes to hand over operands and masks.
@@ -40,8 +40,10 @@ def read_chain(node: fx.Node) -> Found | None:
     v: Any = node.args[1]
     x: Any = node.args[0]
     ranked: list[fx.Node] = []
+    sunk, sinks = False, None
     while not g.is_call(x, *SOFTMAXES):
-        inner = _plain(x)
+        sunk = sunk or is_all_but_last(x)
+        inner = x.args[0] if is_all_but_last(x) else _plain(x)
         if inner is None or len(x.users) > 1:
             return None
         ranked.append(x)
@@ -50,8 +52,13 @@ def read_chain(node: fx.Node) -> Found | None:
         return None
     steps: list[Step] = []
     x = x.args[0]
+    if sunk:
+        below = _below_sinks(x)
+        if below is None:
+            return None
+        x, sinks = below
     while not g.is_call(x, *PRODUCTS):
-        peeled = _peel(x) if g.is_tensor(x) and len(x.users) == 1 else None
+        peeled = _peel(x) if g.is_tensor(x) and _is_read_once(x) else None
         if peeled is None:
             return None
         ranked.append(x)
@@ -60,13 +67,17 @@ def read_chain(node: fx.Node) -> Found | None:
     if len(x.users) > 1:
         return None
     with node.graph.inserting_before(node):
-        heads = _Heads.of(x, v, [*ranked, x, node])
-        return None if heads is None else _read_in_heads(node, heads, x, v, steps)
+        heads = Heads.of(x, v, [*ranked, x, node])
+        found = None if heads is None else _read_in_heads(node, heads, x, v, steps)
+        if heads is None or found is None:
+            return None
+        found = replace(found, show=lambda new: heads.show(node, new))
+        return found if sinks is None else with_sinks(node, found, sinks)
 
 
 def _read_in_heads(
-    node: fx.Node, heads: _Heads, product: Any, v: Any, steps: list[Step]
-) -> Found | None:
+    node: fx.Node, heads: Heads, product: Any, v: Any, steps: list[Step]
+) -> AttentionPattern | None:
     """Read steps, found last one first, on operands with heads in a dim of their own."""
     shown = []
     for step in reversed(steps):
@@ -92,12 +103,9 @@ def _plain(x: Any) -> fx.Node | None:
     assert isinstance(inner, fx.Node)
     if g.is_call(x, aten._to_copy.default) and g.dtype(x).is_floating_point:
         return inner if g.dtype(inner).is_floating_point else None
-    a, b = g.shape(inner), g.shape(x)
     if g.is_call(x, aten.expand.default):
-        return inner if a == b else None
-    if VIEWS.get(x.target) != "reshape" or a[-2:] != b[-2:] or len(a) < 3 or len(b) < 3:
-        return None
-    return inner
+        return inner if g.shape(inner) == g.shape(x) else None
+    return plain_source(x)
 
 
 def _peel(x: Any) -> tuple[fx.Node, Step | None] | None:
@@ -108,6 +116,12 @@ def _peel(x: Any) -> tuple[fx.Node, Step | None] | None:
     rank = len(g.shape(x))
     if g.is_call(x, aten.tanh.default):
         return x.args[0], Step("tanh", rank)
+    if is_shifted(x):
+        return x.args[0], None
+    if g.is_call(x, aten.maximum.default):
+        a, b = x.args if number_in(x.args[0]) is None else reversed(x.args)
+        least = number_in(b) == torch.finfo(g.dtype(x)).min and g.dtype(a) == g.dtype(x)
+        return (a, Step("floor", rank, number_in(b))) if least else None
     if g.is_call(x, aten.mul.Tensor, aten.div.Tensor):
         return _peel_factor(x, rank)
     if g.is_call(x, aten.add.Tensor, aten.sub.Tensor):
@@ -164,7 +178,7 @@ def _hiding(
 
 def _reaches(x: Any) -> bool:
     """Tell whether `x` is scores: whether a product is found by peeling."""
-    while g.is_tensor(x) and len(x.users) == 1:
+    while g.is_tensor(x) and _is_read_once(x):
         if g.is_call(x, *PRODUCTS):
             return True
         peeled = _peel(x)
@@ -174,63 +188,51 @@ def _reaches(x: Any) -> bool:
     return False
 
 
-# --- heads ------------------------------------------------------------------------------------
+# --- rows ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Heads:
-    """How (batch * heads, ...) splits into (batch, heads, ...); heads is 1 where nothing says."""
-
-    batch: Expr
-    heads: Expr
-
-    @staticmethod
-    def of(product: Any, v: Any, shown: list[Any]) -> _Heads | None:
-        """Find the split: in the shapes that scores or operands have somewhere."""
-        if not all(g.is_tensor(n) and len(g.shape(n)) in (3, 4) for n in (*shown, v)):
-            return None
-        users = [u for u in shown[-1].users if VIEWS.get(u.target) == "reshape"]
-        four = {g.shape(n)[:2] for n in shown if len(g.shape(n)) == 4}
-        if not four:
-            sources = (_source_of(n) for n in (*product.args, v))
-            four = {g.shape(n)[:2] for n in (*sources, *users) if n and len(g.shape(n)) == 4}
-            count = g.shape(product)[0]
-            four = {f for f in four if (f[0] * f[1] - count).expand() == 0 and f[1].is_Integer}
-        if len(four) > 1:
-            return None
-        batch, heads = next(iter(four), (g.shape(product)[0], g.size(1)))
-        return _Heads(batch, heads)
-
-    def split(self, x: Any) -> Any:
-        """Return (batch, heads, rows, columns) of (batch * heads, rows, columns), or None."""
-        if x is None or len(g.shape(x)) == 4:
-            return x
-        if g.is_call(x, aten.permute.default) and list(x.args[1]) == [0, 2, 1]:
-            source = self.split(x.args[0])
-            return None if source is None else g.emit(x, aten.permute.default, source, [0, 1, 3, 2])
-        source = _source_of(x)
-        if source is not None and g.shape(source)[:2] == (self.batch, self.heads):
-            return source
-        if self.heads == 1:
-            return g.emit(x, aten.unsqueeze.default, x, 1)
-        new = g.emit(x, aten.unflatten.int, x, 0, [-1, int(self.heads)])
-        return new if g.shape(new)[:2] == (self.batch, self.heads) else None
-
-    def beside(self, operand: fx.Node, rank: int) -> Any:
-        """Return what is added to scores of `rank` dims so that it fits those of four."""
-        shape = g.shape(operand)
-        if rank == 4 or len(shape) < 3 or shape[0] == 1:
-            return operand
-        return self.split(operand)
+def _is_read_once(x: fx.Node) -> bool:
+    """Tell whether one call reads `x`, and the largest of its rows, which it is shifted by."""
+    return sum(not (g.is_call(u, aten.amax.default) and _shifts(u, x)) for u in x.users) == 1
 
 
-def _source_of(x: Any) -> fx.Node | None:
-    """Return the tensor of four dims that `x` merges the first two of."""
-    if g.is_call(x, aten.permute.default):
+def _shifts(largest: fx.Node, x: fx.Node) -> bool:
+    reader = next(iter(largest.users))
+    if g.is_call(reader, aten.unsqueeze.default) and len(largest.users) == 1:
+        largest, reader = reader, next(iter(reader.users))
+    return len(largest.users) == 1 and is_shifted(reader) and reader.args[0] is x
+
+
+def is_shifted(x: Any) -> bool:
+    """Tell whether `x` is scores less the largest of their row, of which softmax gives the same."""
+    if not g.is_call(x, aten.sub.Tensor) or x.kwargs:
+        return False
+    scores, largest = x.args
+    rank = len(g.shape(x))
+    if g.is_call(largest, aten.unsqueeze.default) and largest.args[1] in (-1, rank - 1):
+        largest = largest.args[0]
+    if not g.is_call(largest, aten.amax.default) or largest.args[0] is not scores:
+        return False
+    return list(largest.args[1]) in ([-1], [rank - 1])
+
+
+def is_all_but_last(x: Any) -> bool:
+    """Tell whether `x` is a tensor without the last element of each row."""
+    if not g.is_call(x, aten.slice.Tensor) or len(g.shape(x)) != 4:
+        return False
+    dim, start, end, step = (g.argument(x, name) for name in ("dim", "start", "end", "step"))
+    return dim in (-1, 3) and start in (0, None) and (end, step) == (-1, 1)
+
+
+def _below_sinks(x: Any) -> tuple[fx.Node, fx.Node] | None:
+    """Return scores, and the tensor of one number a head that stands behind each of their rows."""
+    while is_shifted(x) and _is_read_once(x):
         x = x.args[0]
-    if not isinstance(x, fx.Node) or VIEWS.get(x.target) != "reshape":
+    if not g.is_call(x, aten.cat.default) or not _is_read_once(x) or len(x.args[0]) != 2:
         return None
-    source = x.args[0]
-    assert isinstance(source, fx.Node)
-    same = len(g.shape(source)) == 4 and g.shape(source)[2:] == g.shape(x)[1:]
-    return source if same else None
+    scores, sinks = x.args[0]
+    while g.is_call(sinks, aten.expand.default):
+        sinks = sinks.args[0]
+    if x.args[1:] not in ((-1,), (3,)) or g.dtype(scores) != g.dtype(sinks):
+        return None
+    return (scores, sinks) if g.shape(sinks) == (1, g.shape(scores)[1], 1, 1) else None

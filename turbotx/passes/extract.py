@@ -1,4 +1,4 @@
-"""Extract: a part of a graph as a module of its own, with the ATen calls as they are.
+"""Extract: copies a part of a graph into an fx module of its own.
 
 In: the nodes to compute and the tensors that are given. Out: a GraphModule of (tensors, sizes) ->
 tensors: what a kernel means, run by PyTorch, and what the fused graph shows inside a region::

@@ -1,4 +1,4 @@
-"""Known: every size of a graph is known before it runs.
+"""Known sizes: checks that every size of a graph follows from its inputs' shapes.
 
 In: a rewritten graph and the dims of its inputs. Out: nothing, or a CaptureError for the first call
 whose size only its inputs' values tell, for example::

@@ -1,4 +1,4 @@
-"""Linear: products as what they are best run as, projections of one tensor packed, biases free.
+"""Linear: rewrites matrix products to `linear`, packs projections of one tensor, separates biases.
 
 In: a canonical graph. Out: Q, K and V (and gate and up) as pieces of one `linear` over the
 concatenated weights, and `linear(x, w, b)` as `linear(x, w) + b` wherever the sum goes on into
@@ -83,8 +83,8 @@ def _use_linear_alone(node: fx.Node) -> None:
 
 
 def lift_views(graph: fx.Graph) -> None:
-    """Let a linear read (batch, seq, k) itself where it was shown (batch * seq, k), so that no
-    reshape stands between a kernel and its GEMM."""
+    """Apply a linear to (batch, seq, k) itself instead of to its view as (batch * seq, k), so that
+    no reshape stands between a kernel and its GEMM."""
     for node in list(graph.nodes):
         if not g.is_call(node, aten.linear.default):
             continue
@@ -106,7 +106,7 @@ def lift_views(graph: fx.Graph) -> None:
 
 
 def lift_permutations(graph: fx.Graph) -> None:
-    """Let a linear read rows as they lie, and show its result in the order it was asked for.
+    """Move permutations of rows from a linear's input to its output.
 
     For (seq, batch, k) transposed, or attention's (batch, seq, heads, head_dim) of which a model
     that has the sequence first makes (seq * batch, k): a GEMM's rows may come in any order, and
@@ -186,7 +186,7 @@ def pack_linears(graph: fx.Graph) -> None:
 
 
 def _move_before(first: fx.Node, weight: fx.Node) -> None:
-    """Let the views of a parameter come before a call that is to read it earlier than they did."""
+    """Move the views of a parameter in front of a call that is to read it earlier."""
     if weight.op == "call_function" and first < weight:
         for source in weight.all_input_nodes:
             _move_before(first, source)

@@ -1,4 +1,4 @@
-"""Masks: find out what an attention's boolean mask really says, term by term.
+"""Masks: analyses an attention's boolean mask term by term: causal, key mask, lengths, window.
 
 In: a mask as it is computed in the graph, any chain of ops. Out: a `Mask`: keys hidden per batch
 row (or their number), causality, a window, and what is left over, for example::

@@ -1,4 +1,4 @@
-"""Operands of attention: what stands between a GEMM's output and what attention reads of it.
+"""Operands of attention: skips repeated key heads and scales that the kernel applies by itself.
 
 In: the q, k or v of an attention in the graph. Out: the tensor without what the kernel does by
 itself: key heads repeated for groups of query heads, and a scale, for example::

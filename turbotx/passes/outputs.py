@@ -1,4 +1,4 @@
-"""Outputs: every leaf of a call's result lies where eager's would, and is the caller's alone.
+"""Outputs: gives every output the strides that eager gives it, and memory that the caller owns.
 
 In: a rewritten graph whose output node knows what eager returns (`capture.eager`). Out: the same
 graph with a copy in front of each leaf that lies otherwise, because its product was packed with

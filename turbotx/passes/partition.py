@@ -88,6 +88,7 @@ def _is_about_nothing(node: fx.Node) -> bool:
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors among a node's inputs, each once."""
     return [n for n in node.all_input_nodes if g.is_tensor(n)]
 
 

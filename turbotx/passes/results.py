@@ -1,4 +1,4 @@
-"""Results: ops that return several tensors become one op for each tensor that is used.
+"""Results: replaces ops of several outputs by one op for each output that is used.
 
 In: a captured ATen graph. Out: the same graph without the ops below, so that the op table's rows
 and the other passes meet each result as an op of its own, for example::
@@ -112,7 +112,8 @@ def _batch_norm(like: fx.Node, node: fx.Node, k: int) -> fx.Node | None:
 
 
 def _attention(like: fx.Node, node: fx.Node, k: int) -> fx.Node | None:
-    """The op that SDPA is decomposed to for CPUs; its second result serves training only."""
+    """Return SDPA in place of the op that it is decomposed to for CPUs; None for its second
+    result, which serves training only, and with dropout."""
     dropout, causal = g.argument(node, "dropout_p"), g.argument(node, "is_causal")
     mask, scale = g.argument(node, "attn_mask"), g.argument(node, "scale")
     if k or dropout:

@@ -1,7 +1,7 @@
-"""Scores: what attention written out does to q k^T, step by step, as what attention takes.
+"""Scores: reads the ops between q k^T and softmax as scale, softcap, bias and mask.
 
-In: q and k^T with heads before rows, the steps between the two products in order. Out: `Found`:
-scale, softcap, bias and mask that come to the same, or None where no attention does, for example::
+In: q and k^T with heads before rows, the steps between the two products in order. Out: the
+`AttentionPattern` with the same scale, softcap, bias and mask, or None where there is none, as in::
 
     / 4, tanh, * 8, + bias, where(ok, ., -inf)
         ->  scale=2, softcap=8, bias=bias, mask=ok, blind_nan
@@ -10,26 +10,28 @@ scale, softcap, bias and mask that come to the same, or None where no attention 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from turbotx.ir import fx_nodes as g
-from turbotx.passes.operands import number_in
+from turbotx.passes.operands import number_in, take_hidden
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Found:
+class AttentionPattern:
     """An attention in the graph: softmax(cap(q k^T * scale) + bias, hidden by mask) v.
 
     q, k, v: (batch, heads, length, head_dim). mask: boolean, or itself a bias. softcap: cap(x) is
     softcap * tanh(x / softcap), and x where it is 0. blind_nan: a query that sees no key gets NaN
     instead of zeros; blind_mean: the mean of the values. bias: beside a mask that is boolean.
+    sinks: float32 (heads,), one more score of each query, that no value is for. show: returns the
+    result (batch, q_len, heads, head_dim) as the call that it replaces; None for sdpa's dims.
     """
 
     q: fx.Node
@@ -42,12 +44,15 @@ class Found:
     bias: fx.Node | None = None
     blind_mean: bool = False
     softcap: float = 0.0
+    sinks: fx.Node | None = None
+    show: Callable[[fx.Node], fx.Node] | None = None
 
 
 @dataclass(frozen=True)
 class Step:
     """What happens to scores. kind: "scale" (by a number or a tensor of one element), "tanh",
-    "add", "sub", or "hide" (keys whose `operand` is true, or false if `negated`, get `number`)."""
+    "add", "sub", "floor" (none is below `number`, the most negative one), or "hide" (keys whose
+    `operand` is true, or false if `negated`, get `number`)."""
 
     kind: str
     rank: int
@@ -59,7 +64,7 @@ class Step:
 
 def read_steps(
     node: fx.Node, product: Sequence[Any], scale: float, v: Any, steps: Sequence[Step]
-) -> Found | None:
+) -> AttentionPattern | None:
     """Return what steps on the scores of `product`, scaled q and k^T, do before `v` is multiplied.
 
     Emits, before `node`, what it takes to hand over operands and masks.
@@ -79,7 +84,8 @@ class _Scores:
     def __init__(self, node: fx.Node, q: fx.Node, scale: float) -> None:
         self.node, self.q, self.scale = node, q, scale
         self.cap = 0.0
-        self.bias: fx.Node | None = None
+        self.bias: fx.Node | None = None  # before it is multiplied by `factor`
+        self.factor = 1.0
         self.hides: list[tuple[Any, float]] = []  # (what is visible, what the rest gets)
         self.folded = False  # whether hides are in the bias already
 
@@ -91,20 +97,25 @@ class _Scores:
             return self._scale(step)
         if step.kind == "hide":
             self._hide(step)
+        elif step.kind == "floor":
+            self._raise(step.number)
         else:
             self._add(step)
         return True
 
-    def found(self, k: fx.Node, v: fx.Node) -> Found:
+    def found(self, k: fx.Node, v: fx.Node) -> AttentionPattern:
+        self._scale_bias()
         scale = self.scale * self.cap if self.cap else self.scale
         if self.folded or not self.hides:
             blind = self.bias is not None
-            return Found(self.q, k, v, self.bias, scale, blind_nan=blind, softcap=self.cap)
+            return AttentionPattern(
+                self.q, k, v, self.bias, scale, blind_nan=blind, softcap=self.cap
+            )
         mask = self.hides[0][0]
         for term, _ in self.hides[1:]:
             mask = self._emit(aten.bitwise_and.Tensor, mask, term)
         mean = self._keeps_finite()
-        return Found(
+        return AttentionPattern(
             self.q, k, v, mask, scale, blind_nan=not mean, bias=self.bias, blind_mean=mean,
             softcap=self.cap,
         )  # fmt: skip
@@ -122,6 +133,7 @@ class _Scores:
             if self.cap:
                 return False
             op = aten.div.Tensor if step.divides else aten.mul.Tensor
+            self._scale_bias()
             self.q = self._emit(op, self.q, step.operand)
             self.bias = None if self.bias is None else self._emit(op, self.bias, step.operand)
             return True
@@ -131,9 +143,21 @@ class _Scores:
             self.cap *= step.number
         else:
             self.scale *= step.number
-        if self.bias is not None:
-            self.bias = self._emit(aten.mul.Tensor, self.bias, step.number)
+        self.factor *= step.number if self.bias is not None else 1.0
         return True
+
+    def _scale_bias(self) -> None:
+        """Multiply the bias by all factors at once: by 1 / 32 and 32 again is not at all."""
+        if self.bias is not None and self.factor != 1.0:
+            self.bias = self._emit(aten.mul.Tensor, self.bias, self.factor)
+        self.factor = 1.0
+
+    def _raise(self, least: float) -> None:
+        """Let what hides hide by `least` at the lowest; products themselves are above it."""
+        self.hides = [(visible, max(number, least)) for visible, number in self.hides]
+        self._scale_bias()
+        if self.bias is not None and (self.folded or take_hidden(self.bias) is None):
+            self.bias = self._emit(aten.clamp.default, self.bias, least)
 
     def _hide(self, step: Step) -> None:
         visible = step.operand if step.negated else negated(step.operand)
@@ -142,6 +166,7 @@ class _Scores:
             self._fold_hides()
 
     def _add(self, step: Step) -> None:
+        self._scale_bias()
         added = step.operand if step.kind == "add" else self._emit(aten.neg.default, step.operand)
         if self._keeps_finite() and not self.folded:
             self._fold_hides()
@@ -153,12 +178,21 @@ class _Scores:
 
     def _fold_hides(self) -> None:
         """Fill what is hidden into the bias: the last hide, or all where none is there yet."""
+        self._scale_bias()
         for visible, number in self.hides[-1:] if self.folded else self.hides:
             self.bias = hide_in_bias(self.node, visible, self.bias, number)
         self.folded = True
 
     def _emit(self, target: Any, *args: Any) -> fx.Node:
         return g.emit(self.node, target, *args)
+
+
+def with_sinks(node: fx.Node, found: AttentionPattern, sinks: fx.Node) -> AttentionPattern:
+    """Return an attention whose queries have sinks (1, heads, 1, 1) as well."""
+    flat = g.emit(node, aten.flatten.using_ints, sinks, 0, 3)
+    if g.dtype(flat) is not torch.float32:
+        flat = g.emit(node, aten._to_copy.default, flat, dtype=torch.float32)
+    return replace(found, sinks=flat)
 
 
 def without_factors(x: Any) -> tuple[Any, float]:

@@ -42,7 +42,7 @@ from turbotx.ops import OPS, takes_any_layout, why_outside
 from turbotx.passes.extract import extract
 from turbotx.passes.outputs import copied_leaves
 from turbotx.passes.partition import kind_of, op_name
-from turbotx.program.assembly import Assembly, dense
+from turbotx.program.assembly import Assembly, dense, whole
 from turbotx.program.cache_stores import describe_store
 from turbotx.program.copies import lay_out, lay_out_returned, show_by_strides
 
@@ -151,7 +151,7 @@ class _Assembler:
         return ir.Operand(name, g.dtype(node), layout.shape, layout.strides, layout.offset)
 
     def _materialize(self, view: fx.Node) -> None:
-        """A view that strides cannot express is copied by ATen, once, and listed."""
+        """Add the copy, by ATen, of a view that strides cannot express; once, and listed."""
         if view.name not in self.out.tensors:
             source = self._operand(g.operand(view, 0))
             name, shape = self._tensor(view), list(g.shape(view))
@@ -180,7 +180,7 @@ class _Assembler:
             self.out.requirements += lowered.requirements
 
     def _whole(self, node: fx.Node) -> ir.Operand:
-        return dense(self.out.tensors[self._tensor(node)])
+        return whole(node, self.out.tensors[self._tensor(node)])
 
     def _place(self, node: fx.Node, base: str, source: str = "") -> dict[str, Any]:
         """Return the name of the launch that makes a node, and where it comes from."""
@@ -227,16 +227,22 @@ class _Assembler:
         keys, bias = g.optional(node, 3), g.optional(node, 4)
         shown = None if keys is None else self._rows(keys)
         added = None if bias is None else self._operand(bias)
+        sinks = g.optional(node, 5)
+        sunk = None if sinks is None else self._rows(sinks)
         q, k, v = (self._rows(g.operand(node, i)) for i in range(3))
         self._require_equal("q's and k's batch", q.shape[0], k.shape[0])
         self._require_equal("k's and v's batch", k.shape[0], v.shape[0])
         self._require_equal("k's and v's length", k.shape[2], v.shape[2])
+        if added is not None:
+            scores = (*q.shape[:3], k.shape[2])
+            for given, size in zip(reversed(added.shape), reversed(scores), strict=False):
+                self._require_equal("a bias of attention and its scores", given, size)
         out = self._whole(node)
-        kernel, sizes = describe_attention((q, k, v, out), shown, added, node.kwargs)
+        kernel, sizes = describe_attention((q, k, v, out), shown, added, sunk, node.kwargs)
         place = self._place(node, "attention")
         self.out.launches.append(
             ir.AttentionLaunch(
-                kernel, q, k, v, out, shown, added, sizes, self._call(node, out), **place
+                kernel, q, k, v, out, shown, added, sunk, sizes, self._call(node, out), **place
             )
         )
 
@@ -254,7 +260,7 @@ class _Assembler:
         )
 
     def _store(self, node: fx.Node) -> None:
-        """New rows are written behind those that a cache holds of a layer."""
+        """Add the launch that writes new rows behind those that a cache holds of a layer."""
         held, new = self._operand(node), self._rows(g.operand(node, 1))
         call = ir.AtenCall(store_rows, self._arguments(node.args), {}, ())
         sizes, place = describe_store(held, new), self._place(node, "cache_store")
@@ -287,7 +293,7 @@ class _Assembler:
     # --- through ATen ---
 
     def _fallback(self, node: fx.Node, out: bool) -> None:
-        """A GEMM that the native kernels do not take runs as PyTorch's own op."""
+        """Add a GEMM that the native kernels do not take, as PyTorch's own op."""
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
         self._aten(node, node.target, args, kwargs, (self._tensor(node),), out=out)
 
@@ -317,7 +323,7 @@ class _Assembler:
         return list(noted if len(noted) == len(given) else map(strides_of, given))
 
     def _as_strided(self, node: fx.Node) -> None:
-        """A window by strides on the whole memory of an argument, laid out as eager's; copied."""
+        """Add the copy of a window by strides on an argument's memory, laid out as eager's."""
         given = tensor_arguments(node)[0]
         source = self._laid_out(given, node.meta[READS][0])
         window, rest = show_by_strides(node, given, source)

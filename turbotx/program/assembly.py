@@ -1,4 +1,4 @@
-"""Assembly: a program before it is bound to any machine, as `assemble` makes it.
+"""Assembly: launches and named tensors of a program, before it is bound to parameters and memory.
 
 In: nothing. Out: tensors by name, launches in order, and what a call returns, for example::
 
@@ -8,7 +8,7 @@ In: nothing. Out: tensors by name, launches in order, and what a call returns, f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
@@ -16,7 +16,7 @@ from torch import fx
 from turbotx import ir
 from turbotx.capture.eager import Alias
 from turbotx.ir.expr import ZERO, Expr
-from turbotx.ir.strides import contiguous_strides
+from turbotx.ir.strides import contiguous_strides, root_layout
 from turbotx.kernels.fusion.epilogue import Epilogue
 from turbotx.kernels.fusion.fuse import FusedRegion
 
@@ -61,3 +61,9 @@ def dense(tensor: ir.Tensor) -> ir.Operand:
     """Return the whole of a tensor that owns its memory."""
     strides = contiguous_strides(tensor.shape)
     return ir.Operand(tensor.name, tensor.dtype, tensor.shape, strides, ZERO)
+
+
+def whole(node: fx.Node, tensor: ir.Tensor) -> ir.Operand:
+    """Return the whole of a node's tensor: dense, or a parameter as its user has laid it out."""
+    strides = root_layout(node).strides if node.op == "get_attr" else None
+    return dense(tensor) if strides is None else replace(dense(tensor), strides=strides)

@@ -1,4 +1,4 @@
-"""Copies: windows that lie as eager's tensors do, for ops that read raw memory and for callers.
+"""Copies: tensors and windows for copies with eager's strides, for raw reads and for outputs.
 
 In: an operand as the program has it, and eager's strides. Out: a tensor to copy into and the
 windows on it; nothing here makes a launch::

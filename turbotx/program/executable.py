@@ -1,4 +1,4 @@
-"""Executable: a program as plain data, which is what runs, what is saved and what is loaded.
+"""Executable: a program as plain data; it is what runs, what is saved and what is loaded.
 
 In: nothing, these are types; `program.link` makes one from an assembly. Sizes are Python source,
 tensors are places in a table of addresses; there is no symbolic algebra and no compiler here::
@@ -37,7 +37,7 @@ class Window:
 class PytorchCall:
     """A call: args and kwargs nested, a `Window` for each tensor, `Sizes` of one for each size.
 
-    target: an op, or a graph of ops. writes: where its results go, None for one that nobody reads.
+    target: an op, or a graph of ops. writes: where its results go, None for one that nothing reads.
     has_out: the op's `out` overload writes the first one itself.
     """
 

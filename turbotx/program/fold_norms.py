@@ -1,4 +1,4 @@
-"""Folding: the launches of a program whose norms have gone into the GEMMs around them.
+"""Norm folding: moves the launches of norms into the GEMMs around them.
 
 In: a rewritten graph, its regions, the norms that can be folded. Out: an assembly without their
 kernels. For a BERT layer::
@@ -179,7 +179,7 @@ class _Folding:
         )
 
     def drop_unread(self) -> None:
-        """Let go of what only the norms' kernels and plain weights were for."""
+        """Drop tensors that only the norms' kernels and plain weights needed."""
         assembly = self.assembly
         used = set(assembly.returned)
         for launch in assembly.launches:

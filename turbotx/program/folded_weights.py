@@ -1,4 +1,4 @@
-"""Folded norms: the constants of a GEMM that normalises its x or its residual by itself.
+"""Folded weights: the constants of a GEMM that normalises its input or residual by itself.
 
 In: the parameters of a linear and of the norm before it. Out: what `GemmTemplate.norm` and
 `.residual_norm` read, made again whenever a parameter changes::

@@ -25,7 +25,7 @@ from turbotx.kernels.fusion.epilogue import Epilogue
 from turbotx.kernels.fusion.fuse import FusedRegion
 from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.kernels.gemm_heuristics import SPLIT_SUMS_NBYTES
-from turbotx.program.assembly import Assembled, Assembly, dense
+from turbotx.program.assembly import Assembled, Assembly, dense, whole
 
 
 def add_alternatives(assembled: Assembled) -> None:
@@ -100,7 +100,7 @@ class _Parts:
                 if tensor is None:  # between two kernels of the region
                     made = ir.Tensor(node.name, "intermediate", g.dtype(node), g.shape(node))
                     tensor = self._workspace(made)
-                args.append(dense(tensor))
+                args.append(whole(node, tensor))
             name = f"{self.launch.name}.{kernel.name}"
             found.append(
                 ir.KernelLaunch(

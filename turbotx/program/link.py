@@ -9,14 +9,14 @@ data, and in it what a planner finds out about memory, once::
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
 
 from turbotx import ir
 from turbotx.capture.eager import Alias
-from turbotx.ir.expr import Expr, sizes_of, to_python
+from turbotx.ir.expr import Expr, product, sizes_of, to_python
 from turbotx.ir.sizes import Evaluate
 from turbotx.ir.strides import contiguous_strides
 from turbotx.memory.liveness import LaunchUse, Liveness, analyze
@@ -124,6 +124,13 @@ def plain_window(operand: ir.Operand) -> Window:
     return Window(operand.tensor, operand.dtype, shape, strides, offset)
 
 
+def _no_zero_strides(operand: ir.Operand) -> ir.Operand:
+    """Let extents of 1 have the strides of dense memory: oneDNN divides by those of a result."""
+    shape = operand.shape
+    strides = (product(shape[d:]) if n == 1 else operand.strides[d] for d, n in enumerate(shape))
+    return replace(operand, strides=tuple(strides))
+
+
 def weight_window(weight: ir.Operand) -> WeightWindow:
     """Return a part of a weight, which is the same at all sizes, as plain data."""
     shape, strides = (tuple(map(int, x)) for x in (weight.shape, weight.strides))
@@ -131,7 +138,7 @@ def weight_window(weight: ir.Operand) -> WeightWindow:
 
 
 def _plain_call(call: ir.AtenCall) -> PytorchCall:
-    writes = tuple(None if w is None else plain_window(w) for w in call.writes)
+    writes = tuple(None if w is None else plain_window(_no_zero_strides(w)) for w in call.writes)
     args, kwargs = _plain(call.args), _plain(call.kwargs)
     return PytorchCall(call.target, args, kwargs, writes, call.has_out)
 

@@ -1,4 +1,4 @@
-"""Meaning: what PyTorch runs in the place of a launch.
+"""Meaning: the PyTorch call that is equivalent to a launch.
 
 In: any launch. Out: its `AtenCall`: of a generated kernel the calls of its region, as a graph that
 is made when it is asked for; of all others the call that they were made with::

@@ -27,7 +27,7 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """after / before, None where one of them is missing or zero."""
+        """Value after over value before, None where one of them is missing or zero."""
         return self.after / self.before if self.before and self.after is not None else None
 
 

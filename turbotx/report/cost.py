@@ -88,7 +88,7 @@ def _least(a: Expr, b: Expr) -> Expr:
 
 
 def _operand_nbytes(operand: ir.Operand) -> Expr:
-    """The bytes that a window shows, an axis of stride 0 counted once."""
+    """Return the bytes that a window shows, an axis of stride 0 counted once."""
     extents = [e for e, s in zip(operand.shape, operand.strides, strict=True) if s != 0]
     return product(extents) * operand.dtype.itemsize
 

@@ -54,10 +54,12 @@ class View:
     dims: Mapping[str, int]
 
     def number(self, formula: Expr) -> int:
+        """Return a size expression's value at the report's shape."""
         return evaluate(formula, self.dims)
 
     @property
     def launches(self) -> list[ir.Launch]:
+        """The program's launches, in running order."""
         return self.compiled.assembly.launches
 
     @cached_property
@@ -66,6 +68,7 @@ class View:
         return print_units(self.compiled.assembly)[1]
 
     def function_of(self, launch: ir.Launch) -> str:
+        """Return the name of the generated function that a launch runs, "" for an op of PyTorch."""
         key = kernel_key(launch)
         return "" if key is None else self.functions[key]
 
@@ -89,10 +92,11 @@ class View:
             return "packed weight"
         return self.kernel_of(gemm) or "the library"
 
-    def cost_of(self, launch: ir.Launch) -> entries.Traffic:
+    def cost_of(self, launch: ir.Launch) -> entries.TrafficEntry:
+        """Return a launch's bytes and operations at the report's shape, and as formulas."""
         cost: Cost = launch_cost(launch)
         reads, writes = self.number(cost.reads), self.number(cost.writes)
-        return entries.Traffic(
+        return entries.TrafficEntry(
             reads,
             writes,
             reads + writes,
@@ -103,10 +107,13 @@ class View:
         )
 
 
-def describe_launches(view: View, regions: Sequence[entries.Region]) -> list[entries.Launch]:
+def describe_launches(
+    view: View, regions: Sequence[entries.RegionEntry]
+) -> list[entries.LaunchEntry]:
+    """Return a record for each launch, in running order."""
     apart = {name: r.apart for r in regions for name in r.launches}
     return [
-        entries.Launch(
+        entries.LaunchEntry(
             x.name,
             x.kind,
             view.kernel_of(x),
@@ -121,7 +128,7 @@ def describe_launches(view: View, regions: Sequence[entries.Region]) -> list[ent
     ]
 
 
-def describe_kernels(view: View) -> list[entries.Kernel]:
+def describe_kernels(view: View) -> list[entries.KernelEntry]:
     """One entry a generated function, in the order of first use."""
     users: dict[str, list[ir.Launch]] = {}
     for launch in view.launches:
@@ -131,7 +138,7 @@ def describe_kernels(view: View) -> list[entries.Kernel]:
     return [_kernel(view, name, launches) for name, launches in users.items()]
 
 
-def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.Kernel:
+def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelEntry:
     first = launches[0]
     cost = view.cost_of(launches[0])
     header = f"// {name}: {launches[0].source}\n// runs as {_listed([x.name for x in launches])}\n"
@@ -158,7 +165,7 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.Kernel:
             "cpp": header + PRELUDE + print_kernel(first.kernel, name),
             "triton": print_triton(first.kernel, name=name),
         }
-    return entries.Kernel(
+    return entries.KernelEntry(
         name,
         first.kind,
         text,
@@ -211,7 +218,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def describe_regions(view: View) -> list[entries.Region]:
+def describe_regions(view: View) -> list[entries.RegionEntry]:
     """One entry a region, named as its submodule in the fused graph."""
     by_nodes = {x.nodes: x for x in view.launches if isinstance(x, ir.KernelLaunch)}
     gemms = {name: x for x in view.launches if isinstance(x, ir.GemmLaunch) for name in x.writes}
@@ -227,7 +234,7 @@ def describe_regions(view: View) -> list[entries.Region]:
         reasons = [f"computed by the epilogue of {x.name}" for x in joined]
         reasons = reasons or fused.reasons + fused.choices
         found.append(
-            entries.Region(
+            entries.RegionEntry(
                 name,
                 tuple(n.name for n in nodes),
                 tuple(op_name(n) for n in nodes),
@@ -307,5 +314,6 @@ def parameters_of(weight: fx.Node) -> list[str]:
 
 
 def describe_externs(view: View) -> list[entries.Extern]:
+    """Return the ops that PyTorch runs, with how often and why."""
     counted = Counter(view.compiled.assembly.externs)
     return [entries.Extern(op, count, reason) for (op, reason), count in counted.items()]

@@ -1,8 +1,8 @@
-"""Draw: the fused graph as boxes and arrows, one box a launch-sized node, layers as they flow.
+r"""Draw: the fused graph as boxes and arrows, one box a launch-sized node, layers as they flow.
 
-In: a `Report`. Out: SVG that stands alone; Graphviz's DOT, for whoever lays it out anew::
+In: a `Report`. Out: self-contained SVG; Graphviz's DOT, for other layout tools::
 
-    draw_dot(report)  ->  'digraph BertModel { "linear_37" [label="linear\\n(...)"]; ...'
+    draw_dot(report)  ->  'digraph BertModel { "linear_37" [label="linear\n(...)"]; ...'
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
 from turbotx.ir.printer import show_expr
 from turbotx.passes.partition import GEMMS, op_name
-from turbotx.report.entries import Region
-from turbotx.report.layered import Layout, lay_out
+from turbotx.report.entries import RegionEntry
+from turbotx.report.layered import LayeredDrawing, lay_out
 from turbotx.report.record import Record
 from turbotx.report.where import find_place
 
@@ -114,7 +114,7 @@ def _is_view(node: fx.Node) -> bool:
     return schema is not None and any(r.alias_info for r in schema.returns)
 
 
-def _label(regions: Mapping[str, Region], node: fx.Node) -> tuple[str, str, str]:
+def _label(regions: Mapping[str, RegionEntry], node: fx.Node) -> tuple[str, str, str]:
     """Return title, text and tip."""
     if node.op == "output":
         return "output", "", "output"
@@ -141,7 +141,7 @@ class Drawing:
 
     boxes: list[Box]
     sizes: dict[str, tuple[float, float]]
-    layout: Layout
+    layout: LayeredDrawing
 
 
 def lay_out_boxes(report: Record) -> Drawing:

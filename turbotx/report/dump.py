@@ -93,6 +93,7 @@ def _texts(report: Record) -> Iterator[tuple[str, str]]:
 
 
 def readable_text(text: str) -> str:
+    """Return the text with a newline at its end."""
     return text if text.endswith("\n") else text + "\n"
 
 

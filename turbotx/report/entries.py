@@ -3,7 +3,7 @@
 In: nothing, these are types. Out: records whose fields are strings, numbers and tuples of them, so
 that `dataclasses.asdict` is ready for JSON. Bytes are stated at one shape and as formulas::
 
-    Traffic(read_nbytes=49152, written_nbytes=49152, read="512*batch*seq", written="...")
+    TrafficEntry(read_nbytes=49152, written_nbytes=49152, read="512*batch*seq", written="...")
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Traffic:
+class TrafficEntry:
     """What one launch has to move, in bytes at the report's shape and as formulas in its dims.
 
     compulsory_nbytes: every element that the launch needs read once, every result written once.
@@ -30,7 +30,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Region:
+class RegionEntry:
     """A run of ops between GEMMs, and the kernels that it became.
 
     reason: why it took more than one kernel, what these share through memory or compute again, at
@@ -60,7 +60,7 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelEntry:
     """One generated function; equal kernels of different layers are one. Traffic is per launch.
 
     kind: "kernel", "attention", "product", or "gemm" for a GPU's template at the report's shape.
@@ -82,7 +82,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchEntry:
     """One step of the program, in running order.
 
     kernel: the function's name, empty where a library or PyTorch runs it. apart: of a kernel
@@ -96,7 +96,7 @@ class Launch:
     source: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    traffic: Traffic
+    traffic: TrafficEntry
     apart: str = ""
 
 
@@ -152,7 +152,7 @@ class Eager:
 
 
 @dataclass(frozen=True)
-class Held:
+class EagerMemory:
     """What PyTorch would hold for the intermediates of the same ops; see `origin.simulate`."""
 
     peak_nbytes: int
@@ -177,7 +177,7 @@ class Memory:
     scratch_nbytes: int
     chunks: tuple[tuple[int, int], ...]
     buffers: tuple[Placed, ...]
-    pytorch: Held
+    pytorch: EagerMemory
     weights_nbytes: int
     derived_nbytes: int
     packed_nbytes: int
@@ -194,7 +194,7 @@ class Memory:
 
 
 @dataclass(frozen=True, repr=False)
-class Place:
+class NodeEntry:
     """Where an op of the captured model went.
 
     status: "fused" (computed inside kernels), "view" (folded into addresses), "gemm",

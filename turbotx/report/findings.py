@@ -27,12 +27,14 @@ class Findings:
     resources: Mapping[str, Mapping[str, Resources]] = field(default_factory=dict)
 
     def resources_as_dicts(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Return registers, spills and the like by kernel and target, ready for JSON."""
         return {
             kernel: {target: asdict(r) for target, r in targets.items()}
             for kernel, targets in self.resources.items()
         }
 
     def numerics_as_dicts(self) -> dict[str, Any] | None:
+        """Return the errors against float64, ready for JSON; None if they were not measured."""
         if self.numerics is None:
             return None
         return {

@@ -18,8 +18,8 @@ from turbotx.report import entries
 from turbotx.report.describe import View
 
 
-def describe_plan(view: View, planner: str, pytorch: entries.Held) -> entries.Memory:
-    """The memory plan at the view's shape beside what PyTorch would hold."""
+def describe_plan(view: View, planner: str, pytorch: entries.EagerMemory) -> entries.Memory:
+    """Return the plan at the view's shape, beside what PyTorch would hold and the weights."""
     program = view.compiled.program
     plan = program.plan(list(view.dims.values()))
     tensors = view.compiled.assembly.tensors

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report.amounts import show_nbytes, show_shape
-from turbotx.report.entries import Region
+from turbotx.report.entries import RegionEntry
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.page_data import page_data
 from turbotx.report.record import Record
@@ -62,7 +62,7 @@ def render_miniature(report: Record) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """A table of cells that are HTML already; `numbers` are the columns aligned right."""
+    """Return a table of cells that are HTML already; `numbers` are the columns aligned right."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         marks = [' class="number"' if k in numbers else "" for k in range(len(row))]
@@ -115,7 +115,7 @@ def _ribbons(report: Record) -> str:
 
 def _regions(report: Record) -> str:
     """Equal regions of different layers are one row."""
-    groups: dict[tuple[tuple[str, ...], ...], list[Region]] = {}
+    groups: dict[tuple[tuple[str, ...], ...], list[RegionEntry]] = {}
     for region in report.regions:
         groups.setdefault((region.ops, region.kernels, region.became), []).append(region)
     traffic = {k.name: k.compulsory_nbytes for k in report.kernels}

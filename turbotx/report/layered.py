@@ -3,7 +3,7 @@
 In: boxes with sizes, in an order in which each comes after what it reads, and arrows between them.
 Out: centres of boxes, and the points that an arrow bends at::
 
-    lay_out({"a": (80, 30), "b": (80, 30)}, [("a", "b")])  ->  Layout(centres={"a": (40, 15), ...})
+    lay_out({"a": (80, 30), "b": (80, 30)}, [("a", "b")]).centres  ->  {"a": (40, 15), ...}
 
 Sugiyama's scheme: a rank a box, bends where an arrow crosses a rank (one lane for all arrows of a
 source), barycentres for the order within ranks, and within that order a least-squares fit for x.
@@ -24,7 +24,7 @@ Slot: TypeAlias = "str | tuple[str, int]"
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayeredDrawing:
     """centres: (x, y) a box. bends: points an arrow passes between its boxes, from top to bottom.
     width, height: what everything fits in, from (0, 0)."""
 
@@ -41,11 +41,13 @@ class _Ranks:
     below: dict[Slot, list[Slot]] = field(default_factory=dict)
 
 
-def lay_out(sizes: Mapping[str, tuple[float, float]], arrows: Iterable[tuple[str, str]]) -> Layout:
+def lay_out(
+    sizes: Mapping[str, tuple[float, float]], arrows: Iterable[tuple[str, str]]
+) -> LayeredDrawing:
     """Place boxes of these (width, height); time grows with the number of boxes and bends."""
     arrows = list(dict.fromkeys(arrows))
     if not sizes:
-        return Layout({}, {}, 0.0, 0.0)
+        return LayeredDrawing({}, {}, 0.0, 0.0)
     rank = _rank(list(sizes), arrows)
     ranks = _make_rows(sizes, arrows, rank)
     _order(ranks)
@@ -63,7 +65,7 @@ def lay_out(sizes: Mapping[str, tuple[float, float]], arrows: Iterable[tuple[str
         (a, b): [(x[a, r] - left, y[r]) for r in range(rank[a] + 1, rank[b])] for a, b in arrows
     }
     right = max(x[s] + width[s] / 2 for s in x)
-    return Layout(centres, bends, right - left, top - RANK_GAP)
+    return LayeredDrawing(centres, bends, right - left, top - RANK_GAP)
 
 
 def _rank(names: Sequence[str], arrows: Sequence[tuple[str, str]]) -> dict[str, int]:

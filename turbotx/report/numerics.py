@@ -53,10 +53,12 @@ class Error:
 
     @property
     def relative(self) -> float:
+        """The error over the largest true value; the error itself where that is 0."""
         return self.turbotx / self.largest if self.largest else self.turbotx
 
     @property
     def holds(self) -> bool:
+        """Whether the error is within what is allowed; False for a NaN."""
         return self.turbotx <= self.allowed  # False for a NaN
 
 
@@ -69,6 +71,7 @@ class Numerics:
 
     @property
     def holds(self) -> bool:
+        """Whether every launch and every output is within what is allowed."""
         return all(e.holds for e in (*self.launches, *self.outputs))
 
 
@@ -78,7 +81,7 @@ def measure(
 ) -> Numerics:  # fmt: skip
     """Run a model three ways on one call's inputs. `names`: the function behind a launch.
 
-    `compiled` must be nobody else's while it is measured.
+    No other thread may run `compiled` while it is measured.
     """
     tensors = tensors_of(args, kwargs)
     watch = LaunchErrors(compiled, names, dims)
@@ -118,6 +121,8 @@ class LaunchErrors:
         self._expected: list[tuple[ir.Operand, torch.Tensor, torch.Tensor]] = []
 
     def before(self, index: int, read: Read) -> None:
+        """Compute what a launch should write, in its own dtypes and in float64, from what it is
+        about to read."""
         self._expected = []
         if _draws(self.launches[index]):
             return
@@ -129,6 +134,7 @@ class LaunchErrors:
         self._expected = [(w, own, exact) for w, own, exact in made if w is not None]
 
     def after(self, index: int, read: Read) -> None:
+        """Compare what a launch wrote; keeps its worst tensor."""
         launch = self.launches[index]
         found = [
             compare(launch.name, self.names(launch), launch.module, read(window), own, true)

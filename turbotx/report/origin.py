@@ -3,7 +3,7 @@
 In: a `Captured` that no pass has touched. Out: one `Node` a call with what it reads, where it
 stands in the user's source and how many bytes its result takes::
 
-    simulate(origin, {"batch": 4, "seq": 128})  ->  Held(peak_nbytes=6291456, ...)
+    simulate(origin, {"batch": 4, "seq": 128})  ->  EagerMemory(peak_nbytes=6291456, ...)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from turbotx.capture.trace import Captured
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import ZERO, Expr, compile_evaluator, product
 from turbotx.passes.partition import op_name
-from turbotx.report.entries import Held
+from turbotx.report.entries import EagerMemory
 
 ROUND_NBYTES = 512
 """PyTorch's CUDA allocator hands out multiples of this; its CPU one of 64, which is near enough."""
@@ -143,7 +143,7 @@ def find_lives(origin: Origin) -> dict[str, tuple[int, int]]:
     }
 
 
-def simulate(origin: Origin, dims: Mapping[str, int]) -> Held:
+def simulate(origin: Origin, dims: Mapping[str, int]) -> EagerMemory:
     """Return what PyTorch would hold at these dims; METHOD says what is counted."""
     evaluate = compile_evaluator([n.nbytes for n in origin.nodes], origin.dims)
     sizes = evaluate(*(dims[name] for name in origin.dims))
@@ -161,7 +161,7 @@ def simulate(origin: Origin, dims: Mapping[str, int]) -> Held:
         live += change
         peak = max(peak, live)
     allocations = sum(change > 0 for _, change in events)
-    return Held(peak, reserve(events), allocations, METHOD)
+    return EagerMemory(peak, reserve(events), allocations, METHOD)
 
 
 def _round(nbytes: int) -> int:

@@ -108,7 +108,7 @@ def _boxes(report: Record) -> dict[str, Any]:
     taken = {name for names in launches.values() for name in names}
 
     def shown(name: str) -> list[str]:
-        """A launch has one box: of a GEMM and the region that it finishes, the region's."""
+        """Return the launches that a node's arrow goes to; no two boxes show one launch."""
         if launches.get(name):
             return list(launches[name])
         return [x for x in find_place(report, name).launches if x not in taken]
@@ -148,7 +148,7 @@ def _launches(report: Record, formulas: _Formulas, layer: Any) -> list[dict[str,
 
 
 def _ops(report: Record, formulas: _Formulas) -> list[dict[str, Any]]:
-    """The captured model's ops in order: what became of each, and what it would move alone."""
+    """List the captured model's ops in order: what became of each, and what it would move alone."""
     moves = eager_nbytes(report.origin)
     found = []
     for n in report.ops:

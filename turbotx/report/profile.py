@@ -21,7 +21,7 @@ from turbotx.capture.ambient import read_decisive
 from turbotx.capture.arguments import tensors_of
 from turbotx.capture.call_key import describe_call
 from turbotx.engine.compiled import Compiled
-from turbotx.report.entries import Launch
+from turbotx.report.entries import LaunchEntry
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.program import Program
 
@@ -32,7 +32,7 @@ WARM_UP = 3
 class Timed:
     """One launch: its begin and length in the run of median length, and its median over all."""
 
-    launch: Launch
+    launch: LaunchEntry
     begin_us: float
     length_us: float
     median_us: float
@@ -45,6 +45,7 @@ class Timed:
 
     @property
     def gflop_per_s(self) -> float:
+        """Billions of operations per second at the median time; 0 where no time was measured."""
         return self.launch.traffic.flops / self.median_us / 1e3 if self.median_us else 0.0
 
 
@@ -69,7 +70,7 @@ class Profile:
         """What one launch costs beyond its own work: addresses, sizes and the call."""
         return self.between_us / len(self.launches) if self.launches else 0.0
 
-    def by(self, key: Callable[[Launch], str]) -> dict[str, tuple[float, int]]:
+    def by(self, key: Callable[[LaunchEntry], str]) -> dict[str, tuple[float, int]]:
         """Return microseconds and count by a key, the longest first."""
         found: dict[str, tuple[float, int]] = {}
         for t in self.launches:
@@ -110,10 +111,10 @@ def shorten(module: str) -> str:
 
 
 def profile(
-    compiled: Compiled, launches: Sequence[Launch],
+    compiled: Compiled, launches: Sequence[LaunchEntry],
     args: tuple[Any, ...], kwargs: dict[str, Any], runs: int,
 ) -> Profile:  # fmt: skip
-    """Time every launch over `runs` runs; the compiled call must be nobody else's meanwhile."""
+    """Time every launch over `runs` runs; no other thread may run it meanwhile."""
     tensors = tensors_of(args, kwargs)
     dims = compiled.captured.matcher.match([t.shape for t in tensors])
     assert dims is not None
@@ -122,7 +123,7 @@ def profile(
 
 
 def time_program(
-    program: Program, launches: Sequence[Launch], binding: Binding,
+    program: Program, launches: Sequence[LaunchEntry], binding: Binding,
     tensors: Sequence[torch.Tensor], runs: int,
 ) -> Profile:  # fmt: skip
     """Time the launches of a program alone, without a call's checks."""
@@ -161,7 +162,7 @@ def time_guards(compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any
     return float(np.median(times)) / 1e3
 
 
-def _summarize(launches: Sequence[Launch], taken: np.ndarray, overhead: float) -> Profile:
+def _summarize(launches: Sequence[LaunchEntry], taken: np.ndarray, overhead: float) -> Profile:
     """taken: nanoseconds, (runs, launches, begin and end)."""
     totals = (taken[:, -1, 1] - taken[:, 0, 0]) / 1e3
     middle = int(np.argsort(totals)[len(totals) // 2])

@@ -19,7 +19,7 @@ import torch
 
 from turbotx.engine.compiled import Compiled
 from turbotx.errors import versions
-from turbotx.report.machine import CHECKS, Check, check_extras, processor_name
+from turbotx.report.machine import CHECKS, Diagnosis, check_extras, processor_name
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
 
 
@@ -38,7 +38,7 @@ class Provenance:
     threads: int
     dtypes: str
     versions: dict[str, str]
-    checks: tuple[Check, ...]
+    checks: tuple[Diagnosis, ...]
 
 
 def find_provenance(compiled: Compiled) -> Provenance:

@@ -67,30 +67,37 @@ class Record:
 
     @cached_property
     def view(self) -> View:
+        """The compiled program at the record's shape."""
         return View(self.compiled, self.dims)
 
     @cached_property
-    def regions(self) -> list[entries.Region]:
+    def regions(self) -> list[entries.RegionEntry]:
+        """The regions, with their kernels and why they end where they do."""
         return describe_regions(self.view)
 
     @cached_property
-    def kernels(self) -> list[entries.Kernel]:
+    def kernels(self) -> list[entries.KernelEntry]:
+        """The generated functions, equal ones once."""
         return describe_kernels(self.view)
 
     @cached_property
-    def launches(self) -> list[entries.Launch]:
+    def launches(self) -> list[entries.LaunchEntry]:
+        """The launches in running order."""
         return describe_launches(self.view, self.regions)
 
     @cached_property
     def gemms(self) -> list[entries.Gemm]:
+        """The matrix products."""
         return describe_gemms(self.view)
 
     @cached_property
     def externs(self) -> list[entries.Extern]:
+        """The ops that PyTorch runs, and why."""
         return describe_externs(self.view)
 
     @cached_property
     def memory(self) -> entries.Memory:
+        """The memory plan at the record's shape, beside what PyTorch would hold."""
         held = simulate(self.origin, self.dims)
         return describe_plan(self.view, self.planner, held)
 

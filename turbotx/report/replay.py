@@ -25,9 +25,11 @@ Read = Callable[[ir.Operand], torch.Tensor]
 class Observer(Protocol):
     """`read` returns a copy of what an operand shows at that moment."""
 
-    def before(self, index: int, read: Read) -> None: ...
+    def before(self, index: int, read: Read) -> None:
+        """See the tensors as they are before the launch of that index."""
 
-    def after(self, index: int, read: Read) -> None: ...
+    def after(self, index: int, read: Read) -> None:
+        """See the tensors as the launch of that index has left them."""
 
 
 def replay(compiled: Compiled, tensors: Sequence[torch.Tensor], observer: Observer) -> list[Any]:

@@ -4,7 +4,7 @@ In: a model and example inputs. Out: a `Report` that prints as tables, draws as 
 plain lists and numbers for JSON::
 
     report = turbotx.explain(model, input_ids=ids, attention_mask=mask)
-    report.where("gelu")        # Place(status="fused", launches=("fused_add_gelu_0",), ...)
+    report.where("gelu")        # NodeEntry(status="fused", launches=("fused_add_gelu_0",), ...)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from turbotx.engine.optimize import engine_of
 from turbotx.errors import InputError
 from turbotx.report.adversarial import stress
 from turbotx.report.dump import Dumped, dump
-from turbotx.report.entries import Place
+from turbotx.report.entries import NodeEntry
 from turbotx.report.html import render_miniature, render_page
 from turbotx.report.numerics import Error, Numerics, measure
 from turbotx.report.origin import observe
@@ -35,7 +35,7 @@ from turbotx.report.where import find_place
 class Report(Record):
     """A record that answers: where an op went, how long and how exact it is, what it looks like."""
 
-    def where(self, node: str | fx.Node) -> Place:
+    def where(self, node: str | fx.Node) -> NodeEntry:
         """Return what became of an op of the captured model, or of a node of `graph`.
 
         A region of `graph` is found by its name as well. Raises InputError for a name that stands
@@ -43,7 +43,7 @@ class Report(Record):
         """
         return find_place(self, node)
 
-    def source_nodes(self, launch: str) -> list[Place]:
+    def source_nodes(self, launch: str) -> list[NodeEntry]:
         """Return the captured model's ops that a launch computes: the way back from `where`."""
         places = (self.where(n.name) for n in self.origin.nodes)
         return [p for p in places if launch in p.launches]

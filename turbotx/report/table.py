@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turbotx.report.amounts import show_nbytes, show_shape
-from turbotx.report.entries import Region
+from turbotx.report.entries import RegionEntry
 from turbotx.report.record import Record
 
 
@@ -49,7 +49,7 @@ def regions_table(report: Record) -> Table:
     table.add_column("times", justify="right")
     table.add_column("moves", justify="right")
     traffic = {k.name: k for k in report.kernels if k.kind != "gemm"}
-    groups: dict[tuple[tuple[str, ...], ...], list[Region]] = {}
+    groups: dict[tuple[tuple[str, ...], ...], list[RegionEntry]] = {}
     for region in report.regions:
         groups.setdefault((region.ops, region.kernels, region.became), []).append(region)
     for (ops, kernels, became), regions in groups.items():
@@ -92,8 +92,8 @@ def _externs(report: Record) -> Table:
 
 
 def memory_table(report: Record) -> Table:
-    """The plan's peak beside the least that these launches need and PyTorch's allocation of the
-    captured ops; then the weights, what is made of them, and all of it together."""
+    """Tabulate the plan's peak beside its lower bound and PyTorch's allocation of the captured ops;
+    then the weights, what is made of them, and all of it together."""
     memory = report.memory
     table = Table(title="Memory", title_justify="left", title_style="bold")
     table.add_column("")

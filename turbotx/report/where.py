@@ -1,7 +1,7 @@
 """Where: what became of an op of the model, and where an op of the rewritten graph runs.
 
-In: a report and the name of a node. Out: its `Place`. Most ops keep their names; a GEMM that was
-packed is found by its parameters, an op that a pass replaced by the line it came from::
+In: a report and the name of a node. Out: its `NodeEntry`. Most ops keep their names; a GEMM that
+was packed is found by its parameters, an op that a pass replaced by the line it came from::
 
     find_place(report, "linear_1")  ->  Place(status="gemm", launches=("linear_0",), ...)
 """
@@ -17,7 +17,7 @@ from turbotx.errors import InputError
 from turbotx.ir import fx_nodes as g
 from turbotx.passes.partition import GEMMS, kind_of, op_name, root_of, tensor_inputs
 from turbotx.report.describe import parameters_of
-from turbotx.report.entries import Place
+from turbotx.report.entries import NodeEntry
 from turbotx.report.origin import Node, module_of
 from turbotx.report.record import Record
 
@@ -49,7 +49,7 @@ class _Index:
 
 
 def _computed(launch: ir.Launch) -> list[str]:
-    """The nodes that a launch computes: of a kernel those that its own outputs need."""
+    """Return the nodes that a launch computes: of a kernel those that its own outputs need."""
     if isinstance(launch, ir.KernelLaunch):
         roles = zip(launch.nodes, launch.kernel.params, strict=True)
         outputs = [node for node, param in roles if param.role == "out"]
@@ -74,7 +74,7 @@ def _needed(outputs: list[fx.Node], given: set[fx.Node]) -> list[str]:
     return [n.name for n in found]
 
 
-def find_place(report: Record, node: str | fx.Node) -> Place:
+def find_place(report: Record, node: str | fx.Node) -> NodeEntry:
     """Return the place of a node of the captured or of the rewritten graph, given or by name.
 
     Raises InputError for a name that stands in neither.
@@ -87,7 +87,7 @@ def find_place(report: Record, node: str | fx.Node) -> Place:
     region = next((r for r in report.regions if r.name == name), None)
     if region is not None:
         module, source = (values[0] if values else "" for values in (region.modules, region.places))
-        return Place(name, "region", module, source, "fused", region.launches, region.kernels)
+        return NodeEntry(name, "region", module, source, "fused", region.launches, region.kernels)
     if now is None and before is None:
         raise InputError(
             f"no op is called {name!r}: names are those of report.graph and of captured.txt"
@@ -97,7 +97,7 @@ def find_place(report: Record, node: str | fx.Node) -> Place:
     return _place_before(index, before)
 
 
-def _make(index: _Index, name: str, status: str, like: Any, launches: list[ir.Launch]) -> Place:
+def _make(index: _Index, name: str, status: str, like: Any, launches: list[ir.Launch]) -> NodeEntry:
     report = index.report
     if isinstance(like, Node):
         op, module, source = like.op, like.module, like.place
@@ -105,11 +105,11 @@ def _make(index: _Index, name: str, status: str, like: Any, launches: list[ir.La
         op = op_name(like) if like.op == "call_function" else like.op
         module, source = module_of(like), g.place_of(like)
     kernels = dict.fromkeys(report.view.function_of(x) for x in launches)
-    return Place(name, op, module, source, status, tuple(x.name for x in launches),
+    return NodeEntry(name, op, module, source, status, tuple(x.name for x in launches),
                  tuple(k for k in kernels if k))  # fmt: skip
 
 
-def _place_now(index: _Index, node: fx.Node) -> Place:
+def _place_now(index: _Index, node: fx.Node) -> NodeEntry:
     kind = kind_of(node, index.prepared)
     launches = index.of_node.get(node.name, [])
     status = {"computed": "fused", "extern": "aten", "piece": "aten", "size": "removed"}
@@ -135,8 +135,9 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _place_before(index: _Index, node: Node) -> Place:
-    """A node that a pass took away: by its parameters, or by what stands for its source line."""
+def _place_before(index: _Index, node: Node) -> NodeEntry:
+    """Find a node that a pass took away: by its parameters, or by what stands for its source
+    line."""
     if node.target in GEMM_NAMES:
         parameters = [index.origin[n].target for n in node.inputs if n in index.origin]
         for parameter in parameters:

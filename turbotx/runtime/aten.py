@@ -39,7 +39,7 @@ def call_into(
     target: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
     windows: Sequence[torch.Tensor | None], has_out: bool,
 ) -> None:  # fmt: skip
-    """Run `target`; its results end in `windows`, one each, None for those nobody reads.
+    """Run `target`; its results end in `windows`, one each, None for results that nothing reads.
 
     has_out: the op's `out` overload writes the first window itself. Raises VerifyError for a result
     of another dtype or shape than its window, which is what the graph says, and

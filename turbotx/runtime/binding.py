@@ -1,4 +1,4 @@
-"""Binding: a call at one shape, the address table that it is run over, and what runs it.
+"""Binding: a call at one shape: its sizes, plan and address table.
 
 In: nothing, these are types that CPUs and GPUs share. Out: for example::
 

@@ -60,9 +60,9 @@ class CacheMemory:
 
     @contextmanager
     def owned(self) -> Iterator[None]:
-        """Meanwhile no other thread may write.
+        """Claim the memory for this thread inside the context.
 
-        Raises InputError where one does.
+        Raises InputError where another thread writes meanwhile.
         """
         if not self._used.acquire(blocking=False):
             raise InputError(
@@ -90,6 +90,7 @@ class CacheMemory:
 
     @property
     def capacity(self) -> int:
+        """Positions that the memory has room for."""
         return 0 if self._tensor is None else self._tensor.shape[2]
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -201,6 +202,6 @@ class CacheMemory:
     def _place_apart(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let a layer lie in memory of its own."""
+        """Move a layer to memory of its own."""
         self._tensor, self._blocks[layer] = None, (keys, values)
         return keys, values

@@ -1,4 +1,4 @@
-"""What a GPU program asks of its device, and nothing more.
+"""Device: the interface between a GPU program and its device.
 
 In: compiled kernels, grids, arrays of argument addresses. Out: work queued on the caller's stream.
 `cuda_device.CudaDevice` is the real one; tests put in devices that record, or that interpret::
@@ -27,7 +27,7 @@ class Graph(Protocol):
         """Queue all of them on the current stream."""
 
 
-class Recorder(Protocol):
+class GraphRecorder(Protocol):
     """Captures graphs that are replayed one after another, never at the same time."""
 
     def capture(self, body: Callable[[], object]) -> Graph:
@@ -67,7 +67,7 @@ class Device(Protocol):
     def call(self, step: Callable[[], object]) -> None:
         """Let PyTorch queue something."""
 
-    def recorder(self) -> Recorder:
+    def recorder(self) -> GraphRecorder:
         """Return something that captures graphs for one arena."""
 
     def is_capturing(self) -> bool:
@@ -77,7 +77,7 @@ class Device(Protocol):
         """Return when what is queued on the current stream is done."""
 
     def retain(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Have the current stream read tensors: their memory, once freed, is given to nobody
+        """Record the current stream as a reader of tensors: their memory, once freed, is not reused
         before what was queued on it by then is done."""
 
     def new_status(self, count: int) -> torch.Tensor:

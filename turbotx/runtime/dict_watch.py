@@ -1,4 +1,4 @@
-"""Dict watch: whether any of many dicts, lists and closure cells was touched since last asked.
+"""Dict watch: detects that any of many dicts, lists and closure cells changed since the last check.
 
 In: the containers in which the state lies that a trace read. Out: one native call that says which
 was touched first, where comparing from Python takes a microsecond each; a BERT has a thousand::
@@ -87,7 +87,7 @@ class DictWatch:
 
     def first_touched(self, start: int) -> int:
         """Return the first of `watched`, from `start` on, that was touched, or -1."""
-        table = self._table  # alive until this returns, whoever accepts a list meanwhile
+        table = self._table  # alive until this returns, even if another thread replaces it
         found: int = self._first_touched(start, table[0])
         return found
 

@@ -1,4 +1,4 @@
-"""Collection: Python's cyclic garbage collector, held back where it costs much or does harm.
+"""GC pause: suspends Python's cyclic garbage collector where it is slow or harmful.
 
 A trace makes a million objects, all alive, which a collection would walk again and again; and one
 in the middle of a CUDA graph's capture could destroy another graph. For example::
@@ -21,7 +21,7 @@ _was_enabled = False
 
 @contextmanager
 def pause_gc() -> Iterator[None]:
-    """Meanwhile no cyclic garbage is looked for, in any thread.
+    """Suspend cyclic garbage collection in all threads, inside the context.
 
     The last of several pauses that overlap, in one thread or many, turns it on again.
     """

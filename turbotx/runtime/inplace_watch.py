@@ -1,4 +1,4 @@
-"""In-place watch: poisoned runs take every launch that writes over its input twice.
+"""In-place watch: in poisoned runs, repeats every launch that overwrites its input and compares.
 
 In: which launch reuses what, and a way to run one again. Out: told of each launch of a run, a
 VerifyError where the results differ, byte for byte, between memory shared and memory apart::
@@ -19,7 +19,7 @@ from turbotx.runtime.state import RunState
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorSlot:
     """A tensor in the table of addresses. nbytes: of one in the arena; 0 for others."""
 
     name: str
@@ -40,8 +40,8 @@ class Reuse:
     """A launch that writes over memory that it reads: those inputs, and everything it writes."""
 
     launch: str
-    lost: Sequence[Place]
-    written: Sequence[Place]
+    lost: Sequence[TensorSlot]
+    written: Sequence[TensorSlot]
 
 
 class InplaceWatch:
@@ -55,10 +55,13 @@ class InplaceWatch:
         self._inputs: list[torch.Tensor] = []
 
     def before(self, launch: int, state: RunState) -> None:
+        """Copy the inputs that the launch of that index is about to write over."""
         reuse = self._reuses.get(launch)
         self._inputs = [p.bytes_in(state).clone() for p in reuse.lost] if reuse else []
 
     def after(self, launch: int, state: RunState) -> None:
+        """Run the launch again, from the copies into other memory; raise VerifyError where the
+        results differ."""
         reuse = self._reuses.get(launch)
         if reuse is None:
             return

@@ -77,3 +77,8 @@ def open_device(place: torch.device, backend: str, builds: bool = True) -> Devic
 def _cuda_device(place: torch.device) -> CudaDevice:
     """One object a GPU, so that all programs on it share the kernels that they have in common."""
     return CudaDevice(place)
+
+
+def target_of(device: Device | None) -> tuple[str, str]:
+    """Return what programs for a device are compiled for, and its name; None: the CPU."""
+    return ("cpu", "") if device is None else (device.target, device.describe())

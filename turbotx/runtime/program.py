@@ -1,4 +1,4 @@
-"""Program: an executable over planned memory, at any shape; runs it, decides nothing.
+"""Program: binds an executable to planned memory at any shape, and runs it.
 
 In: an executable, a runtime for its device and a pool of chunks. Out: the outputs of a call. A new
 shape evaluates sizes and offsets once (`bind`); nothing is compiled for it. Compiled models and
@@ -14,7 +14,7 @@ import ctypes
 import logging
 import operator
 import threading
-from collections import ChainMap, OrderedDict
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,8 @@ from turbotx.program.executable import Executable, TokenRange
 from turbotx.runtime.aten import make_leaf
 from turbotx.runtime.binding import Binding, Execution, Runtime
 from turbotx.runtime.cpu.executor import CpuExecutor
-from turbotx.runtime.inplace_watch import InplaceWatch, Place, Reuse
+from turbotx.runtime.inplace_watch import InplaceWatch, Reuse, TensorSlot
+from turbotx.runtime.lru import LruDict
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
 
@@ -45,7 +46,7 @@ STEPS = 64
 
 
 class _Poisoner:
-    """The watch of poisoned runs: fills what nobody reads again."""
+    """Watch of poisoned runs: fills memory with NaN once no later launch reads it."""
 
     def __init__(self, program: Program, binding: Binding) -> None:
         self._dying_after = program.liveness.dying_after
@@ -91,15 +92,14 @@ class Program:
         self._planned_slots = np.array([slot for _, slot in planned], dtype=np.int64)
         self._leaves = [make_leaf(leaf, self.dims) for leaf in x.leaves]
         self._is_ordered = any(order is not None for order in self._orders)
-        self._max_shapes = max_shapes
-        self._bindings: OrderedDict[tuple[int, ...], Binding] = OrderedDict()
-        self._blocks: dict[tuple[int, ...], tuple[Binding, Sequence[int]]] = {}
-        self._executions: dict[int, Execution] = {}
+        self._bindings: LruDict[tuple[int, ...], Binding] = LruDict(max_shapes)
+        self._blocks: LruDict[tuple[int, ...], tuple[Binding, Sequence[int]]] = LruDict(max_shapes)
+        self.executions: dict[int, Execution] = {}
         self._lock = threading.Lock()
 
     @property
     def liveness(self) -> Liveness:
-        """Who lives when in its memory."""
+        """Lifetimes of the tensors in its arena."""
         return self.executable.memory.liveness
 
     @property
@@ -108,7 +108,7 @@ class Program:
         return self.executable.token_range
 
     def serves(self, dims: Sequence[int]) -> bool:
-        """Tell whether it, and not another program of the same call, is to run at these dims."""
+        """Tell whether this specialization of a call is the one to run at these dims."""
         return self.token_range is None or self.token_range.holds(dims)
 
     # --- binding ---
@@ -116,14 +116,10 @@ class Program:
     def bind(self, dims: tuple[int, ...]) -> Binding:
         """Return the call at one shape; raise IndexOutOfRangeError where an index cannot fit."""
         with self._lock:
-            binding = self._bindings.get(dims)
-            if binding is not None:
-                self._bindings.move_to_end(dims)
-                return binding
-            self._require(dims)
-            binding = self._bindings[dims] = self._plan_shape(dims)
-            if len(self._bindings) > self._max_shapes:
-                self._bindings.popitem(last=False)
+            binding = self._bindings.find(dims)
+            if binding is None:
+                self._require(dims)
+                binding = self._bindings[dims] = self._plan_shape(dims)
             return binding
 
     def bind_step(self, dims: tuple[int, ...], stepping: Sequence[int]) -> Binding:
@@ -137,12 +133,10 @@ class Program:
             above[k] = -(-above[k] // STEPS) * STEPS
         block = tuple(above)
         with self._lock:
-            found = self._blocks.get(block)
+            found = self._blocks.find(block)
             if found is None:
                 found = self._plan_shape(block), self._class_nbytes(*block)
                 self._blocks[block] = found
-                if len(self._blocks) > self._max_shapes:
-                    self._blocks.pop(next(iter(self._blocks)))
         planned, most = found
         if any(map(operator.gt, self._class_nbytes(*dims), most)):
             return self.bind(dims)  # a size that shrinks as others grow
@@ -284,8 +278,8 @@ class Program:
         """Return the launches that write over what they read, by index."""
         slots, nbytes, root = self.executable.slots, self.sizes_at(dims), self.liveness.root_of
 
-        def place(name: str) -> Place:
-            return Place(name, slots[name], nbytes[root[name]] if name in root else 0)
+        def place(name: str) -> TensorSlot:
+            return TensorSlot(name, slots[name], nbytes[root[name]] if name in root else 0)
 
         found = {}
         for i, launch in enumerate(self.executable.launches):
@@ -297,9 +291,9 @@ class Program:
 
     def _prepare(self, arena: Any, binding: Binding) -> Execution:
         """Return the arena's address table, set for this shape and these weights."""
-        execution = self._executions.get(id(arena))
+        execution = self.executions.get(id(arena))
         if execution is None:
-            execution = self._executions[id(arena)] = Execution(len(self.executable.slots))
+            execution = self.executions[id(arena)] = Execution(len(self.executable.slots))
         self._point(execution, arena, binding)
         return execution
 

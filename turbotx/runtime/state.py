@@ -1,4 +1,4 @@
-"""State: what one run of a program works on.
+"""State: the memory and tensors of one run of a program.
 
 In: a shape, the arena, tensors by name. Out: tensors over planned memory, inputs, outputs and
 weights alike::

@@ -1,4 +1,4 @@
-"""Tensor watch: whether any of many tensors was changed or moved since it was last asked.
+"""Tensor watch: detects that any of many tensors was changed or moved since the last check.
 
 In: tensors, and which of them something was derived from. Out: one native call that compares every
 address, version, dtype and layout, and looks at some elements of the latter: what is written
@@ -98,7 +98,7 @@ class PlainWatch:
 
 
 def _has_elements_here(tensor: torch.Tensor) -> bool:
-    """Tell whether elements can be read without waiting for a device: there nobody looks."""
+    """Tell whether elements can be read without waiting for a device: others are not compared."""
     here = tensor.device.type == "cpu" and tensor.layout is torch.strided
     return here and tensor.numel() > 0 and tensor.data_ptr() != 0
 

@@ -1,4 +1,4 @@
-"""Watch: what is told of every launch of one run, between which memory can be looked at.
+"""Watch: the callbacks around every launch of a run.
 
 In: given to `Program.run` for one call. Out: called before and after each launch with the run's
 tensors; what it writes is seen by the launches after it::
@@ -16,6 +16,8 @@ from turbotx.runtime.state import RunState
 class Watch(Protocol):
     """`launch` counts from 0; `state` has the run's memory and tensors."""
 
-    def before(self, launch: int, state: RunState) -> None: ...
+    def before(self, launch: int, state: RunState) -> None:
+        """See a run's state before a launch."""
 
-    def after(self, launch: int, state: RunState) -> None: ...
+    def after(self, launch: int, state: RunState) -> None:
+        """See a run's state after a launch."""

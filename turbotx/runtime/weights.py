@@ -1,4 +1,4 @@
-"""Weights: what a program derives from the module's own parameters, kept fresh.
+"""Weights: packed weights and constants derived from a module's parameters, refreshed on change.
 
 In: the parameters, by the module that owns them, and the prepared constants' graph. Out: current
 tensors and packed GEMM weights; a parameter that was updated in place, replaced or loaded anew
@@ -57,6 +57,7 @@ class Kind:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Kind:
+        """Return dtype, sizes, strides and device of a tensor."""
         shape, strides = map(int, tensor.shape), map(int, tensor.stride())
         return cls(tensor.dtype, tuple(shape), tuple(strides), tensor.device)
 
@@ -98,7 +99,7 @@ class Weights:
         self._slots = {name: self._find(path) for name, path in targets.items()}
         self._owners = [owner for owner, _ in self._slots.values()]
         self._leaves = [leaf for _, leaf in self._slots.values()]
-        self._watched: tuple[list[Any], Watch] | None = None
+        self.watched: tuple[list[Any], Watch] | None = None
         self.native: ctypes.CDLL | None = None
         self.later: Future[ctypes.CDLL | None] | None = None
         self.settle: Callable[[], object] = lambda: None
@@ -140,7 +141,7 @@ class Weights:
     def forget(self) -> None:
         """Derive everything again at the next call, whether or not a change is to be seen."""
         with self._lock:
-            self._watched = None
+            self.watched = None
 
     def refresh(self) -> bool:
         """Look at every parameter; derive again what changed. Returns whether anything did.
@@ -152,7 +153,7 @@ class Weights:
             if self.later is not None and self.later.done():
                 self._watch_natively(self.later.result())
             return False
-        # Whoever comes while another thread derives waits for it, rather than run on what was.
+        # Concurrent callers block until the refresh ends, so that none uses stale weights.
         with self._lock:
             if not self.is_stale():
                 return False
@@ -163,12 +164,12 @@ class Weights:
             tensors: dict[str, Any] = {n: owner[leaf] for n, (owner, leaf) in self._slots.items()}
             with torch.no_grad():
                 for name, node in self.prepared.items():
-                    tensors[name] = _compute(node, tensors)
+                    tensors[name] = compute_constant(node, tensors)
             if self.prepared:
                 self.settle()
             self.tensors = tensors
             self.version += 1
-            self._watched = watched
+            self.watched = watched
         return True
 
     def _new_watch(self) -> tuple[list[Any], Watch]:
@@ -189,10 +190,10 @@ class Weights:
     def _watch_natively(self, native: ctypes.CDLL | None) -> None:
         """Go on with a library that was built meanwhile."""
         with self._lock:
-            self.native, self.later, before = native, None, self._watched
+            self.native, self.later, before = native, None, self.watched
             watched = self._new_watch()
             if before is not None and not self._have_changed(*before):
-                self._watched = watched  # what it takes for unchanged is what was seen before
+                self.watched = watched  # what it takes for unchanged is what was seen before
 
     def _have_changed(self, tensors: list[Any], watch: Watch) -> bool:
         """Tell whether the module holds other tensors than these, or these were changed."""
@@ -207,7 +208,7 @@ class Weights:
 
     def is_stale(self) -> bool:
         """Tell whether `refresh` would derive anything again."""
-        return self._watched is None or self._have_changed(*self._watched)
+        return self.watched is None or self._have_changed(*self.watched)
 
     def window(self, part: WeightWindow) -> torch.Tensor:
         """Return a part of a parameter or prepared constant as a tensor."""
@@ -215,11 +216,11 @@ class Weights:
         return base.as_strided(part.shape, part.strides, base.storage_offset() + part.offset)
 
 
-def _compute(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def compute_constant(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Run a prepared constant's calls on the parameters as they are now."""
     if node.name in tensors:
         return tensors[node.name]
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _compute(n, tensors))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: compute_constant(n, tensors))
     target: Any = node.target
     made: Any = target(*args, **kwargs)
     return made.contiguous() if isinstance(made, torch.Tensor) else made  # a split is a list

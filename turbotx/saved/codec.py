@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from turbotx.capture.decisions import Decision, Decisions
 from turbotx.capture.shape_matcher import InputSize, SizeGuard, SizeRules
 from turbotx.capture.traced_float import FloatInput
 from turbotx.errors import SavedFileError, SaveError
@@ -36,7 +37,7 @@ KNOWN: dict[str, type] = {
         x.InputTensor, x.OutputTensor, x.WholeTensor, x.ReturnedView, x.MemoryTables,
         x.WeightWindow, x.Packing, x.CpuTables, x.ArgumentLayout, x.GpuTables, x.TokenRange,
         x.Executable, Liveness, Lifetime, Orientation, SizeRules, InputSize, SizeGuard, FloatInput,
-        Kind,
+        Decision, Decisions, Kind,
     )
 }  # fmt: skip
 
@@ -105,13 +106,20 @@ class Decoder:
 
 def decode_program(
     described: Mapping[str, Any], place: torch.device
-) -> tuple[x.Executable, SizeRules, tuple[FloatInput, ...]]:
-    """Return what `describe_call` has encoded: a program, and which sizes and numbers it serves."""
+) -> tuple[x.Executable, SizeRules, tuple[FloatInput, ...], Decisions | None]:
+    """Return what `describe_call` has encoded: a program, which sizes and numbers it serves, and
+    what it assumes of values."""
     dims = described["executable"]["dims"]
     if not all(isinstance(name, str) and name.isidentifier() for name in dims):
         raise SavedFileError(f"the file holds dims that are no names: {dims}")
     decode = Decoder(place, dims).decode
-    return decode(described["executable"]), decode(described["sizes"]), decode(described["floats"])
+    asked = described["decisions"]
+    values = [f"value_{k}" for k in range(0 if asked is None else int(asked["count"]))]
+    decisions = Decoder(place, (*dims, *values)).decode(asked)
+    if decisions is not None and decisions.names != (*dims, *values):
+        raise SavedFileError(f"the file decides by {decisions.names}, which no program gives")
+    found = (decode(described[name]) for name in ("executable", "sizes", "floats"))
+    return (*found, decisions)
 
 
 # --- graphs of calls ---

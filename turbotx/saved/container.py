@@ -21,16 +21,16 @@ from typing import Any
 
 from turbotx.errors import SavedFileError
 
-FORMAT = 6
+FORMAT = 7
 """Raised whenever an older reader would misunderstand what is written: since 4, what a program
 assumes of the state around a call; since 5, conditions on sizes of 0 and 1; since 6, programs are
-`Executable`s."""
+`Executable`s; since 7, decisions by values of tensors."""
 
 MANIFEST = "manifest.json"
 
 
 def write_container(path: Path, entries: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
-    """Write a file in one step: whoever reads it meanwhile sees the old one or the new one."""
+    """Write a file atomically: a concurrent reader sees the old one or the new one."""
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in entries.items()}
     manifest = {"format": FORMAT, **facts, "entries": digests}
     text = json.dumps(manifest, indent=1).encode()

@@ -43,6 +43,7 @@ def describe_call(compiled: Compiled) -> dict[str, Any]:
         "executable": encode(program.executable),
         "sizes": encode(captured.matcher.rules),
         "floats": encode(captured.floats),
+        "decisions": encode(captured.decisions),
         "ambient": encode_ambient(captured.ambient, captured.asked),
         "out": encode_tree(out),
         "weights": _describe_weights(program.runtime.weights),

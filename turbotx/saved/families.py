@@ -49,6 +49,7 @@ class Decision:
         return make_key(self.tf32 and uses_tf32(), ranges, mask, wide)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as lists and numbers, as a file has them."""
         return {
             "by": [[place, list(most)] for place, most in self.by], "even": list(self.even),
             "large": list(self.large), "limit": self.limit, "tf32": self.tf32,
@@ -56,6 +57,8 @@ class Decision:
 
 
 def make_key(tf32: bool, ranges: Sequence[int], mask: int, wide: bool) -> str:
+    """Return a table's key as text: whether TF32 is on, the range of each deciding size, which
+    sizes are multiples of 16 (a bit each), and whether one reaches the limit."""
     return "/".join(str(int(x)) for x in (tf32, *ranges, mask, wide))
 
 
@@ -82,6 +85,7 @@ class SavedFamily:
         return cls(decision, tables["rows"], tables["choices"], tables["grids"], variants)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as lists and numbers, as a file has them."""
         return {
             "decision": self.decision.to_json(), "rows": self.rows, "choices": self.choices,
             "grids": self.grids,

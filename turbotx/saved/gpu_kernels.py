@@ -39,6 +39,7 @@ def describe_binary(binary: Binary) -> dict[str, Any]:
 
 
 def image_entry(binary: Binary) -> str:
+    """Return the path of a kernel's binary inside the file."""
     return f"cubins/{binary.digest[:32]}.cubin"
 
 

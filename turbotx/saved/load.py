@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from turbotx.capture.ambient import Ambient, differences, read_ambient, read_asked, read_decisive
+from turbotx.capture.ambient import differences, read_ambient, read_asked, read_decisive
 from turbotx.capture.arguments import carry, describe_leaf, flatten_call, is_float
+from turbotx.capture.decisions import Outcomes, describe_last
 from turbotx.capture.shape_matcher import ShapeMatcher
-from turbotx.capture.traced_float import FloatInput, describe_floats
+from turbotx.capture.traced_float import describe_floats
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.program.executable import Executable
@@ -32,18 +32,22 @@ from turbotx.runtime.binding import Binding
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.device import Device
+from turbotx.runtime.lru import LruDict
 from turbotx.runtime.program import Program
 from turbotx.runtime.weights import Weights
 from turbotx.saved.codec import Decoder, decode_nodes, decode_program
 from turbotx.saved.container import read_container
 from turbotx.saved.families import SavedFamily
-from turbotx.saved.gpu_kernels import NoVariantError, SavedQueue, read_variants
+from turbotx.saved.gpu_kernels import SavedQueue, read_variants
 from turbotx.saved.native import Libraries
 from turbotx.saved.places import CPU, open_place
+from turbotx.saved.saved_call import SavedCall
 from turbotx.saved.values import decode_ambient, decode_constant, decode_tree
 from turbotx.saved.weight_files import load_weights
 
 MAX_SHAPES = 256
+MOST_RUNS = 8
+"""Of one call, each on the way that the one before found a decision to come out."""
 Maker = Callable[[Mapping[str, Any], Executable, Weights, ChunkPool], Program]
 
 
@@ -85,11 +89,12 @@ def load(
     for k, tables in chosen:
         prefix = f"{tables.get('variant', k)}.constants."
         constants = {n.removeprefix(prefix): t for n, t in held.items() if n.startswith(prefix)}
-        executable, rules, floats = decode_program(tables, place)
+        executable, rules, floats, decisions = decode_program(tables, place)
         weights_of = _read_weights(tables["weights"], model, constants, place)
         program = make(tables, executable, weights_of, model._pool)
         ambient, asked = decode_ambient(tables["ambient"])
-        made = SavedCall(program, ShapeMatcher(rules), floats, ambient, asked, tables["out"])
+        state = (ambient, asked, decisions)
+        made = SavedCall(program, ShapeMatcher(rules), floats, *state, tables["out"])
         model._add(made, tables["call"])
     return model
 
@@ -144,22 +149,6 @@ def _tensors(path: Any, data: bytes, place: torch.device) -> dict[str, torch.Ten
     return {name: tensor.to(place) for name, tensor in from_bytes(data).items()}
 
 
-@dataclass(frozen=True)
-class SavedCall:
-    """A program, and the calls that it serves.
-
-    floats, ambient, asked: the numbers and the state of PyTorch that it was traced with. out: how
-    the leaves of its output are nested, as JSON.
-    """
-
-    program: Program
-    matcher: ShapeMatcher
-    floats: tuple[FloatInput, ...]
-    ambient: Ambient
-    asked: tuple[int, ...]
-    out: Mapping[str, Any]
-
-
 class SavedModule(nn.Module):
     """The calls of a saved model. Its parameters have the model's own names, and may be changed.
 
@@ -181,7 +170,7 @@ class SavedModule(nn.Module):
         self._pool = ChunkPool(place)
         self._lock = threading.Lock()
         self._calls: dict[Any, list[SavedCall]] = {}
-        self._bound: dict[Any, tuple[SavedCall, Binding]] = {}
+        self._bound: LruDict[Any, tuple[SavedCall, Binding]] = LruDict(256)
         self._asked: tuple[int, ...] = ()
         self._asks_floats = False
         tied: dict[str, torch.Tensor] = {}
@@ -213,7 +202,7 @@ class SavedModule(nn.Module):
             else (decode_constant(kind), self._place, rank, *map(tuple, order))
             for kind, rank, *order in call["inputs"]
         ]
-        args, kwargs = decode_tree(call["tree"], lambda k: _Given(kinds[k]))
+        args, kwargs = decode_tree(call["tree"], lambda k: _SavedArgument(kinds[k]))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         self._calls.setdefault((spec, tuple(map(_describe, leaves))), []).append(made)
         self._asked = tuple(sorted({*self._asked, *made.asked}))
@@ -222,6 +211,8 @@ class SavedModule(nn.Module):
     # --- calls ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the model's output; raises InputError for a call that the file has no program
+        for, and TrainingError in training mode or where an input requires grad."""
         if self.training:
             raise TrainingError("a saved model is for inference only: call .eval()")
         leaves, spec = flatten_call(args, kwargs)
@@ -232,26 +223,24 @@ class SavedModule(nn.Module):
         ambient = read_decisive() + read_asked(self._asked)
         numbers = tuple(x.hex() for x in leaves if is_float(x)) if self._asks_floats else ()
         shapes = (key, ambient, numbers, tuple(t.shape for t in tensors))
-        found = self._bound.get(shapes)
-        if found is None:
-            found = self._bind(key, tensors)
-            with self._lock:
-                if len(self._bound) >= 256:
-                    self._bound.pop(next(iter(self._bound)))
-                self._bound[shapes] = found
-        call, binding = found
-        try:
-            with torch.no_grad():
-                leaves = call.program.run(binding, tensors)
-        except NoVariantError as error:
-            dims = zip(call.program.dims, binding.dims, strict=True)
-            shown = ", ".join(f"{name}={size}" for name, size in dims)
-            raise SavedFileError(f"a call of {shown} cannot run: {error}") from error
-        return decode_tree(call.out, leaves.__getitem__)
+        outcomes: Outcomes = ()
+        for _ in range(MOST_RUNS):
+            found = None if outcomes else self._bound.get(shapes)
+            if found is None:
+                found = self._bind(key, tensors, outcomes)
+                with self._lock:
+                    self._bound[shapes] = found
+            call, binding = found
+            leaves, outcomes = call.run(binding, tensors)
+            if not outcomes:
+                return decode_tree(call.out, leaves.__getitem__)
+        raise InputError(f"{describe_last(outcomes)}, after {MOST_RUNS} runs of other ways")
 
     __call__ = forward
 
-    def _bind(self, key: Any, tensors: list[torch.Tensor]) -> tuple[SavedCall, Binding]:
+    def _bind(
+        self, key: Any, tensors: list[torch.Tensor], outcomes: Outcomes
+    ) -> tuple[SavedCall, Binding]:
         shapes, ambient = [t.shape for t in tensors], read_ambient()
         # A program for the usual order of dims reads any other from a dense copy.
         known = self._calls.get(key) or self._calls.get(_in_usual_order(key), [])
@@ -273,8 +262,14 @@ class SavedModule(nn.Module):
             )
         for call in taking:
             dims = call.matcher.match(shapes)
-            if dims is not None and call.program.serves(dims):
+            way = not outcomes or (call.decisions is not None and call.decisions.follow(outcomes))
+            if dims is not None and way and call.program.serves(dims):
                 return call, call.program.bind(dims)
+        if outcomes:
+            raise InputError(
+                f"{describe_last(outcomes)}, and no saved program goes on from there: call the "
+                "optimized module with such values too before it is saved"
+            )
         refused = [p.matcher.explain(shapes) for p in taking]
         if refused:
             raise InputError(f"no saved program takes these sizes: {'; '.join(refused)}")
@@ -292,15 +287,16 @@ class SavedModule(nn.Module):
 
     def refresh(self) -> None:
         """Derive packed weights and constants again at the next call, as `optimize`'s refresh."""
-        for program in self._programs():
+        for program in self.programs():
             program.runtime.weights.forget()
 
-    def _programs(self) -> list[Program]:
+    def programs(self) -> list[Program]:
+        """Return the programs of every call in the file, in its order."""
         return [call.program for calls in self._calls.values() for call in calls]
 
     def stats(self) -> dict[str, int]:
         """Return counts since the file was loaded: programs, builds, plans, graphs, allocations."""
-        programs = self._programs()
+        programs = self.programs()
         pool = self._pool.stats()
         return {
             "programs": len(programs),
@@ -322,7 +318,7 @@ class SavedModule(nn.Module):
         return f"<turbotx.SavedModule of {self.saved_by['model']}: {calls}>"
 
 
-class _Given:
+class _SavedArgument:
     """Stands for a tensor of a dtype, a device, a rank and a memory order, or a number, in a saved
     call."""
 
@@ -332,7 +328,7 @@ class _Given:
 
 def _describe(leaf: Any) -> Any:
     """Return what of an argument decides which program serves the call."""
-    return leaf.kind if isinstance(leaf, _Given) else describe_leaf(leaf)
+    return leaf.kind if isinstance(leaf, _SavedArgument) else describe_leaf(leaf)
 
 
 def _in_usual_order(key: Any) -> Any:

@@ -13,11 +13,11 @@ from typing import Any
 
 from turbotx.capture.arguments import tensors_of
 from turbotx.program.executable import CalledLaunch
-from turbotx.report.entries import Launch, Traffic
+from turbotx.report.entries import LaunchEntry, TrafficEntry
 from turbotx.report.profile import Profile, time_program
 from turbotx.saved.load import SavedModule
 
-_UNKNOWN = Traffic(0, 0, 0, "", "", 0, "")
+_UNKNOWN = TrafficEntry(0, 0, 0, "", "", 0, "")
 
 
 def profile_saved(
@@ -27,7 +27,7 @@ def profile_saved(
     model(*args, **kwargs)
     call, binding = next(reversed(model._bound.values()))
     launches = [
-        Launch(
+        LaunchEntry(
             x.name, "aten" if isinstance(x, CalledLaunch) else "kernel", "", "", x.source, (),
             x.writes, _UNKNOWN,
         )

@@ -30,7 +30,7 @@ class Leaf:
     index: int
 
 
-class Output(OrderedDict[str, Any]):
+class SavedOutput(OrderedDict[str, Any]):
     """What a model's own output class becomes where its package is not imported.
 
     Entries by name, by attribute and, as in a tuple, by number.
@@ -46,6 +46,7 @@ class Output(OrderedDict[str, Any]):
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def to_tuple(self) -> tuple[Any, ...]:
+        """Return the entries' values in order."""
         return tuple(self.values())
 
 
@@ -70,6 +71,8 @@ def encode_constant(value: Any) -> Any:
 
 
 def decode_constant(value: Any) -> Any:
+    """Return what `encode_constant` was given; raise SavedFileError for a name that PyTorch does
+    not have."""
     if not isinstance(value, dict):
         return value
     ((kind, text),) = value.items()
@@ -152,7 +155,7 @@ def decode_tree(value: Mapping[str, Any], leaves: Callable[[int], Any]) -> Any:
     if "named" in value:
         made: Any = found or namedtuple(value["named"].rpartition(".")[2], list(items))
         return made(**items)
-    return Output(items) if found is None else found(**items)
+    return SavedOutput(items) if found is None else found(**items)
 
 
 def _imported(place: str) -> Any:

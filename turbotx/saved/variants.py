@@ -44,6 +44,8 @@ class Variants:
         self._by_object: dict[int, tuple[Job, int]] = {}
 
     def number(self, job: Job, wide: bool) -> int:
+        """Return a job's place among the kernels of the file; wide: it is picked only for sizes
+        that need 64 bits, so that its source is enough."""
         found = self._by_object.get(id(job))
         if found is None:
             number = self._numbers.setdefault(job.digest(), len(self.jobs))
@@ -95,7 +97,7 @@ class _Traced(int):
         return self._join("-", other, int(self) - int(other))
 
 
-class _Sizes:
+class _ProgramSizes:
     """A program's sizes by place, where most may be anything."""
 
     def __init__(self, constants: Mapping[int, int], given: Mapping[int, int], traced: bool):
@@ -131,7 +133,9 @@ class Tabulator:
         for key, (given, wide) in asked.items():
             with assume_tf32(key[0] == "1"):
                 plain, traced = (
-                    family.pick(cast(Sequence[int], _Sizes(self._constants, given, is_traced)))
+                    family.pick(
+                        cast(Sequence[int], _ProgramSizes(self._constants, given, is_traced))
+                    )
                     for is_traced in (False, True)
                 )
             assert [p.job for p in plain] == [p.job for p in traced]

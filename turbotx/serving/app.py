@@ -27,7 +27,8 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from turbotx.serving import routes, schemas
-from turbotx.serving.incoming import check_key, check_shape, read_body, read_id, read_scope
+from turbotx.serving.bodies import SMALL_NBYTES, Shape, read_body
+from turbotx.serving.incoming import check_key, read_id, read_scope
 from turbotx.serving.openapi import Endpoint, array_of, describe_api, describe_in_html, record
 from turbotx.serving.refusals import BadInput, Missing, Refusal, TimedOut
 from turbotx.serving.service import Facts, Service
@@ -35,23 +36,28 @@ from turbotx.serving.tracing import find_tracer, open_span
 
 log = logging.getLogger(__name__)
 
-SMALL_NBYTES = 65_536  # of a body: decoded within a millisecond, whatever is in it
-
 NUMBERS = array_of({"type": "number"})
 COMPUTING = (
     Endpoint("/v1/embeddings", "embeddings in OpenAI's shape", routes.embeddings,
-             schemas.EmbeddingsRequest, record("EmbeddingsResponse"), openai=True,
+             schemas.EmbeddingsRequest, record("EmbeddingsResponse"), openai=True, kind="embedding",
              aliases=("/embeddings",)),
-    Endpoint("/embed", "embeddings", routes.embed, schemas.EmbedRequest, array_of(NUMBERS)),
+    Endpoint("/embed", "embeddings", routes.embed, schemas.EmbedRequest, array_of(NUMBERS),
+             kind="embedding"),
+    Endpoint("/embed_all", "a vector for each token", routes.embed_all, schemas.EmbedAllRequest,
+             array_of(array_of(NUMBERS)), kind="tokens"),
+    Endpoint("/embed_sparse", "the words of the vocabulary that have a weight",
+             routes.embed_sparse, schemas.EmbedAllRequest, array_of(array_of(record("Weight"))),
+             kind="sparse"),
     Endpoint("/predict", "class probabilities", routes.predict, schemas.PredictRequest,
-             {"anyOf": [array_of(record("Prediction")), array_of(array_of(record("Prediction")))]}),
+             {"anyOf": [array_of(record("Prediction")), array_of(array_of(record("Prediction")))]},
+             kind="classifier"),
     Endpoint("/rerank", "texts ranked by a query", routes.rerank, schemas.RerankRequest,
-             array_of(record("Rank"))),
+             array_of(record("Rank")), kind="classifier"),
     Endpoint("/v1/rerank", "texts ranked by a query, in Cohere's and Jina's shape",
              routes.rerank_documents, schemas.RerankDocumentsRequest,
-             record("RerankResponse"), openai=True, aliases=("/v2/rerank",)),
+             record("RerankResponse"), openai=True, kind="classifier", aliases=("/v2/rerank",)),
     Endpoint("/similarity", "cosines of a sentence with others", routes.similarity,
-             schemas.SimilarityRequest, NUMBERS),
+             schemas.SimilarityRequest, NUMBERS, kind="embedding"),
     Endpoint("/tokenize", "tokens of a text", routes.tokenize, schemas.TokenizeRequest,
              array_of(array_of(record("Token")))),
     Endpoint("/decode", "texts of token ids", routes.decode, schemas.DecodeRequest,
@@ -60,7 +66,8 @@ COMPUTING = (
 
 
 def create_app(service: Service) -> Starlette:
-    """The application. It accepts connections at once; ``/ready`` is 200 when it computes."""
+    """Return the application. It accepts connections at once; ``/ready`` is 200 when it
+    computes."""
     settings = service.settings
     tracer = find_tracer(settings.otel)
     telling = _telling_endpoints(service)
@@ -79,7 +86,7 @@ def create_app(service: Service) -> Starlette:
         starting.add_done_callback(lambda done: done.cancelled() or done.exception())
         yield
         service.left.set()
-        if service.preparing:  # has answered nobody: it is left where it is
+        if service.preparing:  # no request was answered yet: it is left where it is
             starting.cancel()
         await asyncio.wait([starting])
         await service.stop()
@@ -108,10 +115,11 @@ def create_app(service: Service) -> Starlette:
 
 
 def _root_endpoint(service: Service) -> Endpoint:
-    """What ``POST /`` is: the model's own use, as in text-embeddings-inference."""
+    """Return what ``POST /`` is: the model's own use, as in text-embeddings-inference."""
     head = service.model.info.head
     ranks = "/rerank" if len(head.labels) == 1 else "/predict"
-    path = "/embed" if head.kind == "embedding" else ranks
+    paths = {"embedding": "/embed", "tokens": "/embed_all", "sparse": "/embed_sparse"}
+    path = paths.get(head.kind, ranks)
     return next(e for e in COMPUTING if e.path == path)
 
 
@@ -127,16 +135,17 @@ def _telling_endpoints(service: Service) -> list[Endpoint]:
     def metrics() -> Response:
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
 
-    name = service.model.info.name
-    card = {"id": name, "object": "model", "owned_by": "turbotx", "created": 0}
+    facts = {"object": "model", "owned_by": "turbotx", "created": 0}
+    cards = {name: {"id": name, **facts} for name in service.models}
 
     def models() -> Response:
-        return _json({"object": "list", "data": [card]})
+        return _json({"object": "list", "data": list(cards.values())})
 
     def model(model_id: str) -> Response:
-        if model_id == name:
-            return _json(card)
-        missing = Missing(f"there is no model {model_id!r}: this server has {name!r}")
+        if model_id in cards:
+            return _json(cards[model_id])
+        known = ", ".join(cards)
+        missing = Missing(f"there is no model {model_id!r}: this server has {known}")
         return _refusal_response(missing, openai=True)
 
     anything = {"type": "object"}
@@ -146,9 +155,9 @@ def _telling_endpoints(service: Service) -> list[Endpoint]:
         Endpoint("/metrics", "Prometheus metrics", metrics),
         Endpoint("/info", "model and limits", lambda: _json(routes.describe_service(service)),
                  returns=anything),
-        Endpoint("/v1/models", "the one model, in OpenAI's shape", models, returns=anything,
+        Endpoint("/v1/models", "the models, in OpenAI's shape", models, returns=anything,
                  aliases=("/models",)),
-        Endpoint("/v1/models/{model_id:path}", "whether it is this one", model, returns=anything,
+        Endpoint("/v1/models/{model_id:path}", "whether it is one of them", model, returns=anything,
                  aliases=("/models/{model_id:path}",)),
     ]  # fmt: skip
 
@@ -170,7 +179,7 @@ def _computing(
                 response = _refusal_response(refusal, endpoint.openai)
             except ClientDisconnect:
                 service.metrics.failed.labels("disconnected").inc()
-                response = Response(status_code=499)  # nobody reads it
+                response = Response(status_code=499)  # the client has left
             except Exception:
                 service.metrics.failed.labels("internal").inc()
                 log.exception("a request failed")
@@ -191,23 +200,24 @@ async def _answer(
     service: Service, endpoint: Endpoint, decoder: Any, request: Request, facts: Facts
 ) -> Response:
     check_key(service.settings, request)
-    settings = service.settings
-    text = await read_body(request, settings, service.left)
-    dispatcher = service.dispatcher  # refuses while there is none
-    scope = replace(read_scope(request, dispatcher.now_ms()), facts=facts)
-    if dispatcher.full(scope.priority):  # before any work is spent on it
-        raise dispatcher.refuse_busy()
-    items = settings.max_client_batch
-    if len(text) > SMALL_NBYTES:
-        check_shape(text, items, items * service.model.info.max_length)
-    try:
-        body = decoder.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"the body is not what {endpoint.path} takes: {error}") from error
-    found = await _while_connected(
-        request, endpoint.handler(service, body, scope), service.settings.timeout_ms
-    )
-    return _json(found)
+    settings, items = service.settings, service.settings.max_client_batch
+    with service.bodies.hold() as held:
+        longest = max(m.info.max_length for m in service.models.values())
+        shape = Shape(items, items * longest)
+        text = await read_body(request, settings, service.left, service.bodies, held, shape)
+        dispatcher = service.dispatcher  # refuses while there is none
+        scope = replace(read_scope(request, dispatcher.now_ms()), facts=facts)
+        if dispatcher.full(scope.priority):  # before any work is spent on it
+            raise dispatcher.refuse_busy()
+        try:
+            large = len(text) > SMALL_NBYTES
+            body = await service.apart(decoder.decode, text) if large else decoder.decode(text)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadInput(f"the body is not what {endpoint.path} takes: {error}") from error
+        del text  # the record has its parts
+        scope = replace(scope, model=service.choose(body.model, endpoint.kind))
+        work = endpoint.handler(service, body, scope)
+        return _json(await _while_connected(request, work, settings.timeout_ms))
 
 
 async def _while_connected(request: Request, work: Any, timeout_ms: float) -> Any:

@@ -1,4 +1,4 @@
-"""Answers that were computed before.
+"""Response cache: vectors by input, bounded in bytes, the least recently used dropped first.
 
 In: a key (model revision, options, token ids) and a vector. Out: the vector again, until newer
 ones have pushed it out; the bytes held never exceed the bound::
@@ -30,6 +30,8 @@ class CacheKey(NamedTuple):
 
     @classmethod
     def of(cls, revision: str, options: str, row: TokenRow) -> CacheKey:
+        """Return the key of a row. revision: of the model; options: what else decides its
+        vector."""
         types = b"" if row.types is None else np.array(row.types, dtype=np.int8).tobytes()
         return cls(revision, options, np.array(row.ids, dtype=np.int32).tobytes(), types)
 
@@ -42,20 +44,21 @@ class ResponseCache:
         self.nbytes = 0
         self.hits = 0
         self.misses = 0
-        self._entries: OrderedDict[CacheKey, NDArray[np.float32]] = OrderedDict()
+        self.entries: OrderedDict[CacheKey, NDArray[np.float32]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def get(self, key: CacheKey) -> NDArray[np.float32] | None:
+        """Return the vector kept for a key, None where there is none; counts hits and misses."""
         if self.max_nbytes == 0:
             return None
-        vector = self._entries.get(key)
+        vector = self.entries.get(key)
         if vector is None:
             self.misses += 1
             return None
         self.hits += 1
-        self._entries.move_to_end(key)
+        self.entries.move_to_end(key)
         return vector
 
     def put(self, key: CacheKey, vector: NDArray[np.float32]) -> None:
@@ -63,15 +66,15 @@ class ResponseCache:
         nbytes = _entry_nbytes(key, vector)
         if nbytes > self.max_nbytes:
             return
-        old = self._entries.pop(key, None)
+        old = self.entries.pop(key, None)
         if old is not None:
             self.nbytes -= _entry_nbytes(key, old)
         kept = vector.copy()  # a row of a batch would keep the whole batch alive
         kept.flags.writeable = False
-        self._entries[key] = kept
+        self.entries[key] = kept
         self.nbytes += nbytes
         while self.nbytes > self.max_nbytes:
-            oldest, dropped = self._entries.popitem(last=False)
+            oldest, dropped = self.entries.popitem(last=False)
             self.nbytes -= _entry_nbytes(oldest, dropped)
 
 

@@ -1,9 +1,9 @@
-"""What a batch costs: milliseconds over (padded length, batch size).
+"""Cost table: milliseconds of a batch over (padded length, batch size).
 
 In: a small measured grid, or a function. Out: a dense table, monotone in both directions, which
 every observed batch refines and which is kept as JSON, one file per model and device::
 
-    table = CostTable.from_grid([1, 64, 512], [1, 8, 32], [[4, 5, 8], [5, 9, 30], [9, 40, 160]])
+    table = CostTable([1, 64, 512], [1, 8, 32], [[4, 5, 8], [5, 9, 30], [9, 40, 160]])
     table.cost_ms(length=100, batch=4)      # interpolated
 """
 
@@ -68,28 +68,26 @@ class CostTable:
         self._dense: dict[tuple[int, int | None], Table] = {}
 
     @classmethod
-    def from_grid(
-        cls, lengths: Sequence[int], batches: Sequence[int], cost_ms: Sequence[Sequence[float]]
-    ) -> CostTable:
-        return cls(lengths, batches, cost_ms)
-
-    @classmethod
     def from_function(
         cls, cost_ms: Callable[[int, int], float], max_length: int = 100, max_batch: int = 20
     ) -> CostTable:
-        """A table with a node at every (length, batch) of the range."""
+        """Return a table with a node at every (length, batch) of the range."""
         lengths, batches = range(1, max_length + 1), range(1, max_batch + 1)
         return cls(lengths, batches, [[cost_ms(n, b) for b in batches] for n in lengths])
 
     @property
     def max_length(self) -> int:
+        """The greatest length in the grid, in tokens."""
         return int(self.lengths[-1])
 
     @property
     def max_batch(self) -> int:
+        """The greatest batch in the grid, in requests."""
         return int(self.batches[-1])
 
     def cost_ms(self, length: int, batch: int) -> float:
+        """Return the estimated milliseconds of a batch padded to `length` tokens; raise
+        CostTableError outside of the grid."""
         if not (1 <= length <= self.max_length and 1 <= batch <= self.max_batch):
             raise CostTableError(
                 f"no cost for {batch} requests of {length} tokens: the table ends at "
@@ -108,8 +106,21 @@ class CostTable:
             self._dense[key] = self._interpolate(*key)
         return self._dense[key]
 
-    def observe(self, length: int, batch: int, took_ms: float) -> None:
+    def stale(self, longest_ms: float, max_tokens: int | None) -> list[tuple[float, int, int]]:
+        """(trust, length, batch) of the nodes that no batch has visited lately, and that are
+        thought to take at most so long."""
+        return [
+            (float(self._trust[i, j]), int(n), int(b))
+            for i, n in enumerate(self.lengths)
+            for j, b in enumerate(self.batches)
+            if self._trust[i, j] < cost_learning.FRESH and self.grid_ms[i, j] <= longest_ms
+            and (b == 1 or max_tokens is None or n * b <= max_tokens)
+        ]  # fmt: skip
+
+    def observe(self, length: int, batch: int, took_ms: float, rate: float | None = None) -> None:
         """Refine the table with one executed batch.
+
+        rate: how much of the way to what it took; None: ``learning_rate``.
 
         One outlier must not bend the table: what is further than a factor of 4 from the
         prediction counts as that factor. Where the batch before missed at this node in the same
@@ -127,7 +138,8 @@ class CostTable:
         miss, before = math.log(took_ms / predicted), float(self._missed[nearest])
         self._missed[nearest] = miss
         wrong = miss * before > 0 and min(abs(miss), abs(before)) > PERSISTENT
-        rate = max(self.learning_rate, 0.5) if wrong else self.learning_rate
+        rate = rate or self.learning_rate
+        rate = max(rate, 0.5) if wrong else rate
         step = rate * (took_ms - predicted) / float((weights**2).sum())
         for r, row in enumerate(rows):
             for c, col in enumerate(cols):
@@ -139,7 +151,7 @@ class CostTable:
             self._dense.clear()
 
     def _spread(self, nearest: tuple[int, int], log_step: float) -> None:
-        """Let nodes that are not visited follow those that are."""
+        """Move nodes that were not visited lately as those that were."""
         self._trust *= cost_learning.FORGET
         self._trust[nearest] = 1.0
         relaxing = self.observations % RELAX_EVERY == 0
@@ -170,6 +182,7 @@ class CostTable:
         return np.ascontiguousarray(dense)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return grid, times in ms and counts of observations, ready for JSON."""
         return {
             "lengths": self.lengths.tolist(),
             "batches": self.batches.tolist(),
@@ -201,7 +214,7 @@ class CostTable:
 
 
 def make_monotone(grid: Table) -> Table:
-    """The nearest easy table that never falls along either axis.
+    """Return the nearest easy table that never falls along either axis.
 
     The largest value at or below a node, and the smallest at or above it, are both monotone; so is
     their mean, and it leaves an already monotone table as it is.
@@ -221,7 +234,8 @@ def _axis(name: str, values: Sequence[int]) -> NDArray[np.int64]:
 
 
 def _position(axis: NDArray[np.int64], value: int) -> tuple[int, float]:
-    """The node at or below ``value`` and how far it lies towards the next, clamped to the ends."""
+    """Return the node at or below ``value`` and how far it lies towards the next, clamped to the
+    ends."""
     i = int(np.searchsorted(axis, value, side="right")) - 1
     if i < 0:
         return 0, 0.0

@@ -1,4 +1,4 @@
-"""What an executed batch says about shapes that are not run.
+"""Cost learning: updates the cost table from executed batches, also for shapes that did not run.
 
 In: a cost grid, how fresh the knowledge of each node is, a step that fresh ones have made. Out:
 the same grid, its stale nodes moved; a shape that looks dear is never run, so nothing else would::

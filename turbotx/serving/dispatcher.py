@@ -1,7 +1,7 @@
-"""The scheduler in real time: an event loop on one side, the engine's thread on the other.
+"""Dispatcher: runs the scheduler in real time, between an event loop and the engine's thread.
 
-In: token rows, each awaited by whoever asked. Out: their vectors; identical rows in flight are
-computed once, rows that nobody awaits any more leave the queue::
+In: token rows, each awaited by its requests. Out: their vectors; identical rows in flight are
+computed once, rows whose requests were cancelled leave the queue::
 
     vector = await dispatcher.compute(row, deadline_ms=dispatcher.now_ms() + 500)
 """
@@ -9,21 +9,22 @@ computed once, rows that nobody awaits any more leave the queue::
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from turbotx.serving.cache import CacheKey, ResponseCache
-from turbotx.serving.engine import Engine
+from turbotx.serving.engine import BatchEngine, Rows
+from turbotx.serving.idle import IdleMeasuring, Shape
+from turbotx.serving.lanes import Lanes
 from turbotx.serving.metrics import Metrics
 from turbotx.serving.refusals import BackendFailed, Busy, Late, NotReady, Refusal
 from turbotx.serving.request import Batch, Request
@@ -33,8 +34,16 @@ from turbotx.serving.tokens import TokenRow
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Lane:
+    """A model: what computes it, and what tells its answers from those of others in the cache."""
+
+    engine: BatchEngine
+    revision: str = ""
+
+
 @dataclass
-class Job:
+class PendingRow:
     """One row in flight and those who await it."""
 
     key: int
@@ -42,12 +51,13 @@ class Job:
     cache_key: CacheKey
     arrival_ms: float
     done: asyncio.Future[NDArray[np.float32]] = field(repr=False)
+    lane: Lane
     awaited_by: int = 1
     queued_ms: float = math.nan  # how long it waited for its batch to start
     took_ms: float = math.nan  # how long its batch ran
 
 
-Joined = Job | NDArray[np.float32]  # what a row became: a row in flight, or a kept answer
+Joined = PendingRow | NDArray[np.float32]  # what a row became: a row in flight, or a kept answer
 
 
 class Dispatcher:
@@ -55,19 +65,21 @@ class Dispatcher:
 
     def __init__(
         self,
-        engine: Engine,
-        scheduler: Scheduler,
+        lanes: BatchEngine | Mapping[str, Lane],
+        scheduler: Scheduler | Lanes,
         cache: ResponseCache,
         metrics: Metrics,
         *,
-        revision: str = "",
         coalesce: bool = True,
+        idle: IdleMeasuring | None = None,
     ) -> None:
-        self.engine, self.scheduler = engine, scheduler
+        """``lanes`` by the names that requests give their models, or one engine for all."""
+        self.lanes = lanes if isinstance(lanes, Mapping) else {"": Lane(lanes)}
+        self.scheduler = scheduler
         self.cache, self.metrics = cache, metrics
-        self.revision, self.coalesce = revision, coalesce
-        self._jobs: dict[Hashable, Job] = {}
-        self._in_flight: dict[CacheKey, Job] = {}
+        self.coalesce, self.idle = coalesce, idle
+        self._jobs: dict[Hashable, PendingRow] = {}
+        self._in_flight: dict[CacheKey, PendingRow] = {}
         self._keys = itertools.count()
         self._turns: deque[asyncio.Future[None]] = deque()  # of requests that hold rows back
         self._entering = 0  # such requests, waiting for their turn or having it
@@ -79,13 +91,16 @@ class Dispatcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="turbotx-engine")
 
     def now_ms(self) -> float:
+        """Return the time in ms on the clock that deadlines and arrivals are stated on."""
         return time.perf_counter() * 1e3
 
     def start(self) -> None:
+        """Begin to run batches, in the running event loop."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
     def alive(self) -> bool:
+        """Whether the task that runs batches is there and has not ended."""
         return self._task is not None and not self._task.done()
 
     def full(self, priority: int) -> bool:
@@ -93,25 +108,42 @@ class Dispatcher:
         return self.scheduler.full(priority)
 
     def refuse_busy(self, message: str = "the queue is full") -> Busy:
+        """Return the error for a request that finds no room; retry_after_s is half of the
+        estimated backlog."""
         work_ms = self.scheduler.backlog_ms + self._held_ms
         return Busy(message, retry_after_s=max(work_ms / 2e3, 0.001))
 
     async def compute(
         self, row: TokenRow, *, deadline_ms: float = math.inf, priority: int = 0
     ) -> NDArray[np.float32]:
-        """The row's vector. Raises Busy, BackendFailed, NotReady; cancelling forgets the row."""
+        """Return the row's vector. Raises Busy, BackendFailed, NotReady; cancelling forgets the
+        row."""
         return (await self.compute_all([row], deadline_ms=deadline_ms, priority=priority))[0]
+
+    def inspect(self) -> dict[str, float]:
+        """Return what is under way: rows that wait or run ("rows"), distinct inputs among them
+        ("inputs"), requests that enter by turns ("entering") and the estimated work in ms of their
+        rows that are held back ("held_ms")."""
+        return {
+            "rows": len(self._jobs), "inputs": len(self._in_flight),
+            "entering": self._entering, "held_ms": self._held_ms,
+        }  # fmt: skip
 
     async def compute_all(
         self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
     ) -> list[NDArray[np.float32]]:
-        """The rows' vectors: see ``compute_timed``."""
+        """Return the rows' vectors: see ``compute_timed``."""
         return (await self.compute_timed(rows, deadline_ms=deadline_ms, priority=priority))[0]
 
     async def compute_timed(
-        self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
+        self,
+        rows: Sequence[TokenRow],
+        *,
+        deadline_ms: float = math.inf,
+        priority: int = 0,
+        model: str = "",
     ) -> tuple[list[NDArray[np.float32]], float, float]:
-        """The rows' vectors, and the longest that one waited and was computed, in s.
+        """Return the rows' vectors, and the longest that one waited and was computed, in s.
 
         All or nothing: the first row that fails takes the others off the queue.
 
@@ -119,23 +151,24 @@ class Dispatcher:
         turns: each ages from its own entry, and leaves room for other clients' rows.
         """
         found: list[Joined] = []
+        asked = Request("", 1, 0.0, deadline_ms, priority, model)
         if len(rows) == 1:
-            found = [self._join(rows[0], deadline_ms, priority, admitted=False)]
+            found = [self._join(rows[0], asked)]
         else:
             self._admit(priority)
         try:
             if not found:
-                await self._enter_by_turns(rows, found, deadline_ms, priority)
-            jobs = [job for job in found if isinstance(job, Job)]
+                await self._enter_by_turns(rows, found, replace(asked, patient=True))
+            jobs = [job for job in found if isinstance(job, PendingRow)]
             vectors = iter(await asyncio.gather(*(asyncio.shield(job.done) for job in jobs)))
             return (
-                [next(vectors) if isinstance(job, Job) else job for job in found],
+                [next(vectors) if isinstance(job, PendingRow) else job for job in found],
                 max((job.queued_ms for job in jobs), default=0.0) / 1e3,
                 max((job.took_ms for job in jobs), default=0.0) / 1e3,
             )
         finally:
             for job in found:
-                if isinstance(job, Job):
+                if isinstance(job, PendingRow):
                     self._leave(job)
 
     def _admit(self, priority: int) -> None:
@@ -147,10 +180,10 @@ class Dispatcher:
             raise self.refuse_busy()
 
     async def _enter_by_turns(
-        self, rows: Sequence[TokenRow], found: list[Joined], deadline_ms: float, priority: int
+        self, rows: Sequence[TokenRow], found: list[Joined], asked: Request
     ) -> None:
         """Append what each row joined to ``found``, as there is room."""
-        shares_ms = [self.scheduler.share_ms(len(row)) for row in rows]
+        shares_ms = [self.scheduler.share_ms(len(row), asked.model) for row in rows]
         left_ms = sum(shares_ms)
         self._entering += 1
         self._held_ms += left_ms
@@ -158,7 +191,7 @@ class Dispatcher:
             for row, share_ms in zip(rows, shares_ms, strict=True):
                 while not self._room:
                     await self._turn(found)
-                found.append(self._join(row, deadline_ms, priority, admitted=True))
+                found.append(self._join(row, asked))
                 left_ms, self._held_ms = left_ms - share_ms, self._held_ms - share_ms
         finally:
             self._entering -= 1
@@ -188,7 +221,7 @@ class Dispatcher:
             if turn in self._turns:
                 self._turns.remove(turn)
         for job in found:  # one row that has failed meanwhile fails them all
-            if isinstance(job, Job) and job.done.done():
+            if isinstance(job, PendingRow) and job.done.done():
                 job.done.result()
 
     def _give_turn(self) -> None:
@@ -197,9 +230,13 @@ class Dispatcher:
             if not turn.done():
                 turn.set_result(None)
 
-    def _join(self, row: TokenRow, deadline_ms: float, priority: int, admitted: bool) -> Joined:
-        """The vector from the cache, the equal row in flight, or a new one in the queue."""
-        key = CacheKey.of(self.revision, self.engine.head.kind, row)
+    def _join(self, row: TokenRow, asked: Request) -> Joined:
+        """Return the vector from the cache, the equal row in flight, or a new one in the queue.
+
+        asked: how it is to be queued; its key, length and time are the row's own.
+        """
+        lane = self.lanes[asked.model]
+        key = CacheKey.of(lane.revision, f"{asked.model} {lane.engine.head.kind}", row)
         cached = self.cache.get(key)
         if cached is not None:
             self.metrics.cache_hits.inc()
@@ -208,13 +245,13 @@ class Dispatcher:
             self.metrics.cache_misses.inc()
         job = self._in_flight.get(key) if self.coalesce else None
         if job is None:
-            return self._submit(row, key, deadline_ms, priority, admitted)
+            return self._submit(row, key, asked, lane)
         job.awaited_by += 1
-        self.scheduler.raise_to(job.key, deadline_ms, priority)
+        self.scheduler.raise_to(job.key, asked.deadline_ms, asked.priority)
         self.metrics.coalesced.inc()
         return job
 
-    def _leave(self, job: Job) -> None:
+    def _leave(self, job: PendingRow) -> None:
         job.awaited_by -= 1
         if job.awaited_by == 0 and not job.done.done() and self.scheduler.cancel(job.key):
             self._forget(job)
@@ -230,18 +267,16 @@ class Dispatcher:
             await self._task
         self._thread.shutdown(wait=True)
 
-    def _submit(
-        self, row: TokenRow, key: CacheKey, deadline_ms: float, priority: int, admitted: bool
-    ) -> Job:
-        if self._closing and not admitted:
+    def _submit(self, row: TokenRow, key: CacheKey, asked: Request, lane: Lane) -> PendingRow:
+        if self._closing and not asked.patient:
             raise NotReady("the server is shutting down")
         loop = asyncio.get_running_loop()
-        job = Job(next(self._keys), row, key, self.now_ms(), loop.create_future())
-        # Whoever awaited it may have left: then nobody retrieves the error, and nobody need.
+        job = PendingRow(next(self._keys), row, key, self.now_ms(), loop.create_future(), lane)
+        # Its requests may have been cancelled: then the error is not retrieved, and need not be.
         job.done.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             self.scheduler.submit(
-                Request(job.key, len(row), job.arrival_ms, deadline_ms, priority, admitted)
+                replace(asked, key=job.key, length=len(row), arrival_ms=job.arrival_ms)
             )
         except Overloaded as error:
             raise Busy(str(error), retry_after_s=error.retry_after_ms / 1e3) from error
@@ -250,7 +285,7 @@ class Dispatcher:
         self._wake.set()
         return job
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: PendingRow) -> None:
         self._jobs.pop(job.key, None)
         if self._in_flight.get(job.cache_key) is job:
             del self._in_flight[job.cache_key]
@@ -272,10 +307,34 @@ class Dispatcher:
             if self._closing and not len(self.scheduler) and not self._entering:
                 return
             self._wake.clear()
-            wait_s = (self.scheduler.wake_ms(now_ms) - self.now_ms()) / 1e3
-            timeout_s = None if math.isinf(wait_s) else max(wait_s, 0.0)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), timeout_s)
+            await self._wait(now_ms)
+
+    async def _wait(self, now_ms: float) -> None:
+        """Until something happens, or a batch is due; who waits for long may measure costs."""
+        wait_s = (self.scheduler.wake_ms(now_ms) - self.now_ms()) / 1e3
+        timeout_s = None if math.isinf(wait_s) else max(wait_s, 0.0)
+        idle = self.idle if timeout_s is None else None
+        if idle is not None:
+            timeout_s = idle.wait_s
+        try:
+            await asyncio.wait_for(self._wake.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            shape = None if idle is None else idle.next_shape()
+            if idle is not None and shape is not None:
+                await self._measure(idle, shape)
+        else:
+            if idle is not None:
+                idle.begin()
+
+    async def _measure(self, idle: IdleMeasuring, shape: Shape) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            took_ms = await loop.run_in_executor(self._thread, idle.time_ms, shape)
+        except Exception as error:  # as a batch that fails: nobody waits for it
+            log.warning("a batch of %d x %d to be timed failed: %s", shape[2], shape[1], error)
+            self.idle = None
+        else:
+            idle.learn(shape, took_ms)
 
     async def _execute(self, batch: Batch) -> None:
         jobs = [self._jobs[r.key] for r in batch.requests]
@@ -295,13 +354,13 @@ class Dispatcher:
         for job, vector in zip(jobs, vectors, strict=True):
             self._answer(job, vector, took_ms)
 
-    def _compute(self, jobs: Sequence[Job]) -> NDArray[np.float32]:
-        vectors = self.engine.run([job.row for job in jobs])
+    def _compute(self, jobs: Sequence[PendingRow]) -> Rows:
+        vectors = jobs[0].lane.engine.run([job.row for job in jobs])
         if len(vectors) != len(jobs):
             raise RuntimeError(f"the engine returned {len(vectors)} rows for {len(jobs)}")
         return vectors
 
-    async def _compute_apart(self, jobs: Sequence[Job], error: Exception) -> None:
+    async def _compute_apart(self, jobs: Sequence[PendingRow], error: Exception) -> None:
         """One bad request must not fail its batch: try each alone, once."""
         loop = asyncio.get_running_loop()
         for job in jobs:
@@ -315,7 +374,7 @@ class Dispatcher:
             else:
                 self._answer(job, vector, self.now_ms() - begin_ms)
 
-    def _answer(self, job: Job, vector: NDArray[np.float32], took_ms: float) -> None:
+    def _answer(self, job: PendingRow, vector: NDArray[np.float32], took_ms: float) -> None:
         if not np.isfinite(vector).all():
             self._fail(job, BackendFailed("the model returned NaN or infinity for this input"))
             return
@@ -326,7 +385,7 @@ class Dispatcher:
         if not job.done.done():
             job.done.set_result(vector)
 
-    def _fail(self, job: Job, refusal: Refusal) -> None:
+    def _fail(self, job: PendingRow, refusal: Refusal) -> None:
         self._forget(job)
         if not job.done.done():
             job.done.set_exception(refusal)

@@ -1,4 +1,4 @@
-"""What computes a batch: token rows in, one vector per row out.
+"""Batch engines: token rows in, one vector per row out.
 
 An engine is called from one thread, one batch at a time. Three of them: a PyTorch module, the same
 module optimized by turbotx, and a stand-in that sleeps what a cost table says::
@@ -20,27 +20,31 @@ from turbotx.serving.cost import CostTable
 from turbotx.serving.tokens import TokenRow
 
 Vectors = NDArray[np.float32]
+Rows = Vectors | Sequence[Vectors]  # one array for each row of a batch
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a row's vector is: a pooled embedding, or the logits of a classifier."""
+    """What a row's answer is: a pooled embedding, the logits of a classifier, a vector for each of
+    its tokens, or the words of the vocabulary that have a weight, as (index, weight) each."""
 
-    kind: Literal["embedding", "classifier"]
+    kind: Literal["embedding", "classifier", "tokens", "sparse"]
     pooling: str = "mean"  # as the files call it; several modes are joined by +
     normalize: bool = False  # the model's files say so; the server normalises on request
     labels: tuple[str, ...] = ()
     sigmoid: bool = False  # each class has a probability of its own, else one of all is true
 
 
-class Engine(Protocol):
+class BatchEngine(Protocol):
     """Computes batches. ``run`` may raise anything: only that batch fails."""
 
     @property
-    def head(self) -> Head: ...
+    def head(self) -> Head:
+        """What its vectors are: pooled embeddings or logits."""
 
-    def run(self, rows: Sequence[TokenRow]) -> Vectors:
-        """(len(rows), width) float32: raw pooled embeddings, or logits."""
+    def run(self, rows: Sequence[TokenRow]) -> Rows:
+        """Return a float32 array for each row: (width,) raw pooled embeddings or logits,
+        (tokens, width) of a model of tokens, (words, 2) of a sparse one."""
 
     def figures(self) -> Mapping[str, float]:
         """Numbers about its memory and programs for the metrics, by name."""
@@ -61,7 +65,8 @@ class TorchEngine:
     device: str = "cpu"
     calls: int = field(default=0, init=False)
 
-    def run(self, rows: Sequence[TokenRow]) -> Vectors:
+    def run(self, rows: Sequence[TokenRow]) -> Rows:
+        """Pad the rows on the right, call the module and return a float32 array for each row."""
         import torch
 
         ids, mask, types = pad_rows(rows, self.pad_id)
@@ -75,6 +80,10 @@ class TorchEngine:
             vectors = self.module(**inputs)
             result: Vectors = vectors.float().cpu().numpy()
         self.calls += 1
+        if self.head.kind == "tokens":
+            return [found[: len(row)] for found, row in zip(result, rows, strict=True)]
+        if self.head.kind == "sparse":
+            return [only_weights(found) for found in result]
         return result
 
     def keep(self) -> None:
@@ -84,6 +93,7 @@ class TorchEngine:
             keep()
 
     def figures(self) -> Mapping[str, float]:
+        """Return the number of batches, and what an optimized module counts of itself."""
         found = {"batches": float(self.calls)}
         stats = getattr(self.module, "stats", None)  # an optimized module's: plans, arena, builds
         if callable(stats):
@@ -100,6 +110,7 @@ class SleepEngine:
     head: Head = Head("embedding")
 
     def run(self, rows: Sequence[TokenRow]) -> Vectors:
+        """Wait as long as the cost table says; return each row's ids, repeated to the width."""
         begin = time.perf_counter()
         length = max(len(row) for row in rows)
         due = begin + float(self.costs.dense()[length, len(rows)]) / 1e3
@@ -110,6 +121,7 @@ class SleepEngine:
         return vectors
 
     def figures(self) -> Mapping[str, float]:
+        """Return nothing: there is no module to count."""
         return {}
 
 
@@ -127,6 +139,12 @@ def pad_rows(
         if row.types is not None:
             types[i, : len(row)] = row.types
     return ids, mask, types
+
+
+def only_weights(weights: Vectors) -> Vectors:
+    """(vocabulary,) to (words, 2): index and weight of those that are not zero."""
+    words = np.flatnonzero(weights)
+    return np.stack([words.astype(np.float32), weights[words]], axis=1)
 
 
 def normalize_rows(vectors: Vectors) -> Vectors:

@@ -1,33 +1,23 @@
-"""What is read from a request before its handler: key, id, scope, body.
+"""Incoming: reads key, id and scope of a request before its handler.
 
 In: Starlette's request and the settings. Out: checked values, or a refusal::
 
-    text = await read_body(request, settings, left)    # at most so many bytes, inflated if need be
+    scope = read_scope(request, now_ms)     # Scope(deadline_ms=inf, priority=1)
 """
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import math
 import uuid
-import zlib
 
 from starlette.requests import Request
 
-from turbotx.serving.refusals import (
-    BadInput,
-    NotReady,
-    TimedOut,
-    TooLarge,
-    Unauthorized,
-    Unsupported,
-)
+from turbotx.serving.refusals import BadInput, Unauthorized
 from turbotx.serving.service import Scope
 from turbotx.serving.settings import Settings
 
 PRIORITIES = {"low": -1, "normal": 0, "high": 1}
-INFLATERS = {"gzip": 31, "x-gzip": 31, "deflate": 47}  # zlib's wbits; 47 finds the header itself
 ID_LENGTH = 128
 
 
@@ -45,7 +35,7 @@ def check_key(settings: Settings, request: Request) -> None:
 
 
 def read_id(request: Request) -> str:
-    """The client's ``X-Request-Id`` where it is short and printable, else a new one."""
+    """Return the client's ``X-Request-Id`` where it is short and printable, else a new one."""
     given = request.headers.get("x-request-id", "")
     fits = 0 < len(given) <= ID_LENGTH and given.isascii() and given.isprintable()
     return given if fits else uuid.uuid4().hex
@@ -64,71 +54,3 @@ def read_scope(request: Request, now_ms: float) -> Scope:
     if not due_ms >= 0:
         raise BadInput(f"X-Deadline-Ms is {deadline!r}: a number of ms, zero or more")
     return Scope(now_ms + due_ms, PRIORITIES[priority])
-
-
-async def read_body(request: Request, settings: Settings, left: asyncio.Event) -> bytes:
-    """The whole body, inflated. Raises TooLarge as soon as it is, Unsupported, BadInput.
-
-    A body that is not there within ``timeout_ms``, or when the server has been told to stop
-    (``left``), is not waited for: NotReady, TimedOut.
-    """
-    reading = asyncio.ensure_future(_read(request, settings))
-    leaving = asyncio.ensure_future(left.wait())
-    try:
-        await asyncio.wait(
-            {reading, leaving}, timeout=settings.timeout_ms / 1e3, return_when="FIRST_COMPLETED"
-        )
-        if reading.done():
-            return reading.result()
-        if leaving.done():
-            raise NotReady("the server is shutting down")
-        raise TimedOut(f"the body was not there within {settings.timeout_ms:.0f} ms")
-    finally:
-        for task in (reading, leaving):
-            task.cancel()
-        await asyncio.gather(reading, leaving, return_exceptions=True)
-
-
-def check_shape(text: bytes, most_items: int, most_numbers: int) -> None:
-    """Raise TooLarge for a body that would become too many objects, without making them.
-
-    most_items: inputs of one request, most_numbers: token ids of all of them. What stands between
-    quotes is not counted.
-    """
-    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if bare.count(b'"') <= 2 * (16 * most_items + 64):
-        outside = b"".join(bare.split(b'"')[::2])
-        nested = outside.count(b"[") + outside.count(b"{")
-        if nested <= 2 * most_items + 16 and outside.count(b",") <= most_numbers + most_items * 16:
-            return
-    raise TooLarge(f"the body has far more parts than {most_items} inputs: send several requests")
-
-
-async def _read(request: Request, settings: Settings) -> bytes:
-    most = settings.max_body_nbytes
-    coding = request.headers.get("content-encoding", "identity").strip().lower()
-    if coding not in ("", "identity", *INFLATERS):
-        raise Unsupported(f"the body's encoding is {coding!r}: one of identity, gzip, deflate")
-    inflater = zlib.decompressobj(INFLATERS[coding]) if coding in INFLATERS else None
-    said = request.headers.get("content-length", "")
-    parts, nbytes = [], int(said) if said.isdecimal() and len(said) < 20 else 0
-    if nbytes > most or (said.isdecimal() and len(said) >= 20):
-        raise _too_large(most)
-    nbytes = 0
-    async for part in request.stream():
-        if inflater is not None:
-            try:
-                part = inflater.decompress(part, most + 1 - nbytes)
-            except zlib.error as error:
-                raise BadInput(f"the body is not {coding}: {error}") from error
-        parts.append(part)
-        nbytes += len(part)
-        if nbytes > most:
-            raise _too_large(most)
-    if inflater is not None and not inflater.eof:
-        raise BadInput(f"the body is not {coding}: it ends too early")
-    return b"".join(parts)
-
-
-def _too_large(most: int) -> TooLarge:
-    return TooLarge(f"the body exceeds {most} bytes")

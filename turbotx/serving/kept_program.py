@@ -1,4 +1,4 @@
-"""The compiled program of the last start, so that the next one neither captures nor compiles.
+"""Kept program: the compiled program on disk, so that a restart neither captures nor compiles.
 
 In: a module, a file's path. Out: something to call like the module; calls that the file has not are
 compiled then and there::
@@ -17,10 +17,8 @@ import torch
 import transformers
 
 from turbotx import __version__
-from turbotx.engine.optimize import optimize
 from turbotx.errors import InputError, TurbotxError
 from turbotx.saved.load import load
-from turbotx.saved.save import save
 from turbotx.serving.model_info import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -31,39 +29,52 @@ class KeptProgram:
 
     def __init__(self, module: torch.nn.Module, path: Path) -> None:
         self._module, self._path = module, path
-        self._run: Any = None
+        self.optimized: Any = None
         try:
             if path.exists():
-                self._run = load(path, weights=module)
+                self.optimized = load(path, weights=module)
         except TurbotxError as error:  # of another version, or damaged: made anew
             log.warning("the program kept in %s is not used: %s", path, error)
-        self.loaded = self._run is not None
+        self.loaded = self.optimized is not None
         if not self.loaded:
-            self._run = optimize(module)
+            self.optimized = compiled(module)
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
+        """Run the program; one from a file that has no such call is replaced by the module
+        optimized anew."""
         try:
-            return self._run(**inputs)
+            return self.optimized(**inputs)
         except InputError as error:
             if not self.loaded:
                 raise
             log.info("a call that the kept program has not is compiled: %s", error)
-            self._run, self.loaded = optimize(self._module), False
-            return self._run(**inputs)
+            self.optimized, self.loaded = compiled(self._module), False
+            return self.optimized(**inputs)
 
     def keep(self) -> None:
         """Write what was compiled, unless it came from there. No file is no error: only slower."""
         if self.loaded:
             return
+        from turbotx.saved.save import save
+
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            save(self._run, self._path, weights=False)
+            save(self.optimized, self._path, weights=False)
         except (TurbotxError, OSError) as error:
             log.warning("the program is not kept for the next start: %s", error)
 
     def stats(self) -> dict[str, int]:
-        found: dict[str, int] = self._run.stats()
+        """Return the program's counts: captures or programs, builds, plans, memory."""
+        found: dict[str, int] = self.optimized.stats()
         return found
+
+
+def compiled(module: torch.nn.Module) -> Any:
+    """Return the module optimized."""
+    # Not at the top: its imports take longer than all else that a start with a kept program does.
+    from turbotx.engine.optimize import optimize
+
+    return optimize(module)
 
 
 def program_file(folder: Path, info: ModelInfo, module: torch.nn.Module) -> Path:

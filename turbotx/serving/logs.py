@@ -20,6 +20,7 @@ class JsonFormatter(logging.Formatter):
     """The message as ``event``, the fields beside it, an exception as ``error``."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return a record as one line of JSON, with the fields that its caller added."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
             "ts": f"{stamp}.{int(record.msecs):03d}Z",

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from turbotx.serving.cost import CostTable, CostTableError
-from turbotx.serving.engine import Engine
+from turbotx.serving.engine import BatchEngine
 from turbotx.serving.tokens import TokenRow
 
 log = logging.getLogger(__name__)
@@ -32,16 +32,17 @@ def length_grid(max_length: int) -> list[int]:
 
 
 def batch_grid(max_batch: int) -> list[int]:
+    """Return the batch sizes to measure: powers of 4 below `max_batch`, and that itself."""
     return [*(4**k for k in range(8) if 4**k < max_batch), max_batch]
 
 
-def warm_up(engine: Engine, max_length: int, token: int = 100) -> None:
+def warm_up(engine: BatchEngine, max_length: int, token: int = 100) -> None:
     """Run a short batch: the first one may capture and build for seconds."""
     engine.run([TokenRow((token,) * min(8, max_length))])
 
 
 def measure_costs(
-    engine: Engine,
+    engine: BatchEngine,
     *,
     max_length: int,
     max_batch: int,
@@ -97,7 +98,7 @@ def _extend(grid: np.ndarray, lengths: list[int], batches: list[int]) -> np.ndar
     return full
 
 
-def _time_ms(engine: Engine, rows: list[TokenRow]) -> float:
+def _time_ms(engine: BatchEngine, rows: list[TokenRow]) -> float:
     begin = time.perf_counter()
     engine.run(rows)
     return max((time.perf_counter() - begin) * 1e3, 1e-3)
@@ -105,14 +106,14 @@ def _time_ms(engine: Engine, rows: list[TokenRow]) -> float:
 
 def load_or_measure(
     path: Path | None,
-    engine: Engine,
+    engine: BatchEngine,
     *,
     max_length: int,
     max_batch: int,
     max_tokens: int | None,
     token: int = 100,
 ) -> CostTable:
-    """The table kept at ``path`` where it fits the limits, else a new one."""
+    """Return the table kept at ``path`` where it fits the limits, else a new one."""
     if path is not None and path.exists():
         try:
             table = CostTable.load(path)
@@ -125,7 +126,7 @@ def load_or_measure(
 
 
 def describe_device(device: str) -> str:
-    """A name for the machine that the table holds for."""
+    """Return a name for the machine that the table holds for."""
     if device.startswith("cuda"):
         import torch
 

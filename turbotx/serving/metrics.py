@@ -63,6 +63,7 @@ class Metrics:
         self.registry.register(_Figures(figures))
 
     def count_batch(self, batch: Batch, took_ms: float) -> None:
+        """Record a batch's size, padding, and its time in ms over the estimate."""
         self.batch_size.observe(len(batch.requests))
         self.batch_tokens.observe(batch.padded_tokens)
         self.padding.observe(batch.padded_tokens / batch.tokens)
@@ -71,11 +72,12 @@ class Metrics:
         self.padded_tokens.inc(batch.padded_tokens)
 
     def count_row(self, queued_ms: float, computed_ms: float) -> None:
+        """Record how long a row waited for its batch and how long that ran, in ms."""
         self.queueing.observe(queued_ms / 1e3)
         self.inference.observe(computed_ms / 1e3)
 
     def render(self) -> bytes:
-        """The text of a scrape, with the very names of text-embeddings-inference's counters.
+        """Return the text of a scrape, with the very names of text-embeddings-inference's counters.
 
         prometheus_client gives every counter the ending _total, and a second series with the time
         it was created.

@@ -1,4 +1,4 @@
-"""A model directory into what the server needs.
+"""Model files: loads a model directory into what the server needs.
 
 In: a Hugging Face or sentence-transformers directory (or ``minilm``, the packaged default). Out:
 an engine, a tokenizer and a description; nothing is ever downloaded::
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from turbotx.serving.engine import Engine, Head, TorchEngine
+from turbotx.serving.engine import BatchEngine, Head, TorchEngine
 from turbotx.serving.model_info import ModelInfo
 from turbotx.serving.sentence_files import (
     MODES,
@@ -23,6 +23,7 @@ from turbotx.serving.sentence_files import (
     Pooling,
     Prompts,
     SentenceFiles,
+    Splade,
     Step,
     check_widths,
     read_json,
@@ -38,6 +39,7 @@ __all__ = ["LoadedModel", "ModelFilesError", "ModelInfo", "describe_model", "loa
 DEFAULT_MODEL = "minilm"
 WIDTHS = ("hidden_size", "dim", "d_model", "n_embd", "emb_dim")  # one idea, by architecture
 POSITIONS = ("max_position_embeddings", "n_positions")
+MOST_WORDS = 1 << 24  # a float32 tells them apart
 DTYPES = ("float32", "bfloat16", "float16")
 # Their positions begin after the padding's: two of max_position_embeddings are never a token's.
 AFTER_PADDING = (
@@ -50,7 +52,7 @@ AFTER_PADDING = (
 class LoadedModel:
     """Everything that answers a request except the queue."""
 
-    engine: Engine
+    engine: BatchEngine
     tokenizer: TextTokenizer
     info: ModelInfo
 
@@ -97,11 +99,10 @@ def load_model(
         info = replace(info, revision=f"{info.revision}-{_digest([weights], weights.parent)}")
     if backend == "turbotx":
         # Not at the top: a process that only tokenizes compiles nothing.
-        from turbotx.engine.optimize import optimize
-        from turbotx.serving.kept_program import KeptProgram, program_file
+        from turbotx.serving.kept_program import KeptProgram, compiled, program_file
 
         if programs is None or device != "cpu":  # for a GPU, writing it takes half a minute
-            module = optimize(module)
+            module = compiled(module)
         else:
             module = KeptProgram(module, program_file(programs, info, module))
     engine = TorchEngine(module, info.head, loaded.pad_id, loaded.takes_types, device)
@@ -128,6 +129,12 @@ def describe_model(
     if labels:
         head = Head("classifier", labels=labels, sigmoid=_is_multi_label(config, labels))
         width = len(labels)
+    elif not files.steps:
+        head, width = Head("tokens", "none"), _size(config, WIDTHS, folder)
+    elif isinstance(files.steps[0], Splade):
+        head, width = Head("sparse", "splade"), _size(config, ("vocab_size",), folder)
+        if width > MOST_WORDS:
+            raise ModelFilesError(f"{folder} has {width} words: at most {MOST_WORDS} are served")
     else:
         modes = next(step.modes for step in files.steps if isinstance(step, Pooling))
         normalize = isinstance(files.steps[-1], Normalize)
@@ -136,6 +143,8 @@ def describe_model(
         head, width = Head("embedding", "+".join(modes), normalize), 0
         for step in files.steps:
             width = width_after(step, width)
+    if chosen.normalize is not None and head.kind in ("tokens", "sparse"):
+        raise ModelFilesError(f"normalize is for models of one vector, not for {head.pooling!r}")
     name = "all-MiniLM-L6-v2" if model == DEFAULT_MODEL else folder.resolve().name
     name = chosen.served_model_name or name
     prompts = _prompts(files.prompts, chosen)
@@ -163,7 +172,7 @@ def find_folder(model: str) -> Path:
 
 
 def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
-    """The classes of a classification head, by index; empty for a model without one."""
+    """Return the classes of a classification head, by index; empty for a model without one."""
     architecture = (config.get("architectures") or [""])[0]
     if not architecture.endswith("ForSequenceClassification"):
         return ()
@@ -178,7 +187,8 @@ def _is_multi_label(config: dict[str, Any], labels: tuple[str, ...]) -> bool:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The transformer's ``config.json``: in the directory, or where ``modules.json`` begins."""
+    """Read the transformer's ``config.json``: in the directory, or where ``modules.json``
+    begins."""
     modules = read_json(folder / "modules.json", list) or [{}]
     first = modules[0].get("path", "") if isinstance(modules[0], dict) else ""
     config = read_json(folder / first / "config.json", dict)
@@ -189,7 +199,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_chain(folder: Path, config: dict[str, Any], chosen: Choices) -> SentenceFiles:
-    """The files' chain, with the operator's pooling in it; for a plain model the usual one.
+    """Return the files' chain, with the operator's pooling in it; for a plain model the usual one.
 
     Without ``modules.json`` a model of causal language is pooled by its last token, every other
     one by the mean, as sentence-transformers does.
@@ -206,9 +216,14 @@ def _read_chain(folder: Path, config: dict[str, Any], chosen: Choices) -> Senten
         files = SentenceFiles(folder, (Pooling(_size(config, WIDTHS, folder), (mode,)),))
     if chosen.pooling is None:
         return files
+    if chosen.pooling in ("none", "splade"):
+        return _unpooled(files, folder, config, chosen.pooling)
     modes = tuple({"last": "lasttoken"}.get(m, m) for m in chosen.pooling.split("+"))
     if not set(modes) <= set(MODES):
-        raise ModelFilesError(f"cannot pool by {chosen.pooling!r}: one of {', '.join(MODES)}")
+        known = ", ".join((*MODES, "none", "splade"))
+        raise ModelFilesError(f"cannot pool by {chosen.pooling!r}: one of {known}")
+    if not any(isinstance(step, Pooling) for step in files.steps):
+        raise ModelFilesError(f"{folder} does not pool: --pooling {chosen.pooling} has no place")
     steps: list[Step] = [
         replace(step, modes=modes) if isinstance(step, Pooling) else step for step in files.steps
     ]
@@ -216,8 +231,22 @@ def _read_chain(folder: Path, config: dict[str, Any], chosen: Choices) -> Senten
     return replace(files, steps=tuple(steps))
 
 
+def _unpooled(
+    files: SentenceFiles, folder: Path, config: dict[str, Any], pooling: str
+) -> SentenceFiles:
+    """Return the chain without its pooling, or with SPLADE's in its place."""
+    others = [s for s in files.steps if not isinstance(s, Pooling | Normalize)]
+    if pooling == "splade" and not any(isinstance(s, Splade) for s in files.steps):
+        if not (config.get("architectures") or [""])[0].endswith("ForMaskedLM"):
+            raise ModelFilesError(f"{folder} has no head of a masked language model: no splade")
+        others.append(Splade())
+    if len(others) > (pooling == "splade"):
+        raise ModelFilesError(f"{folder} goes on after its pooling: it cannot be {pooling!r}")
+    return replace(files, steps=tuple(others))
+
+
 def _prompts(files: Prompts, chosen: Choices) -> Prompts:
-    """The files' prompts, with the default that the operator chose."""
+    """Return the files' prompts, with the default that the operator chose."""
     default = files.default
     if chosen.default_prompt_name is not None:
         if chosen.default_prompt_name not in files.texts:
@@ -238,7 +267,7 @@ def _prompts(files: Prompts, chosen: Choices) -> Prompts:
 def _max_length(
     files: SentenceFiles, config: dict[str, Any], tokenizers: int, wanted: int | None
 ) -> int:
-    """The wanted length, or the files', never above the position embeddings."""
+    """Return the wanted length, or the files', never above the position embeddings."""
     config = {"n_positions": 512, **config, **(config.get("text_config") or {})}
     positions = _size(config, POSITIONS, files.transformer)
     if config.get("model_type") in AFTER_PADDING:
@@ -258,7 +287,7 @@ def _size(config: dict[str, Any], names: tuple[str, ...], folder: Path) -> int:
 
 
 def digest_files(folder: Path) -> str:
-    """Identifies weights and configuration: names, sizes and the first and last 64 KiB of each."""
+    """Identify weights and configuration: names, sizes and the first and last 64 KiB of each."""
     kinds = (".json", ".safetensors", ".bin", ".txt", ".model")
     return _digest((p for p in sorted(folder.rglob("*")) if p.suffix in kinds), folder)
 

@@ -1,4 +1,4 @@
-"""What is known of a model without its weights.
+"""Model info: what is known of a model without its weights.
 
 In: what its files and the operator say. Out: one record, which ``/info`` shows::
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from turbotx.serving.engine import Head
 from turbotx.serving.sentence_files import Prompts
+
+MOST_LOGITS = 1 << 26  # of one batch: 256 MiB
 
 
 @dataclass(frozen=True)
@@ -26,3 +28,9 @@ class ModelInfo:
     device: str = "cpu"
     backend: str = "eager"
     prompts: Prompts = field(default_factory=Prompts)
+
+    def most_tokens(self, limit: int | None) -> int | None:
+        """Return the most padded tokens of a batch: a sparse model makes a logit a word of each."""
+        if self.head.kind != "sparse":
+            return limit
+        return min(limit or MOST_LOGITS, max(MOST_LOGITS // self.width, 1))

@@ -39,24 +39,28 @@ class Endpoint:
     handler: Any
     body: Any = None
     returns: Any = None
+    kind: str | None = None  # of model: the first of that kind where a request names none
     openai: bool = False  # refusals in OpenAI's shape
     aliases: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """The endpoint's path and its aliases."""
         return (self.path, *self.aliases)
 
 
 def array_of(item: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of an array of items."""
     return {"type": "array", "items": item}
 
 
 def record(name: str) -> dict[str, Any]:
+    """Return a reference to a schema among the document's components."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
 def describe_api(endpoints: Sequence[Endpoint], prefix: str = "") -> dict[str, Any]:
-    """The whole document; ``prefix`` is what every path begins with."""
+    """Return the whole document; ``prefix`` is what every path begins with."""
     records = [
         getattr(schemas, name)
         for name in sorted(vars(schemas))
@@ -66,7 +70,8 @@ def describe_api(endpoints: Sequence[Endpoint], prefix: str = "") -> dict[str, A
     _, components = msgspec.json.schema_components(
         records, ref_template="#/components/schemas/{name}"
     )
-    for name, field in (("EmbeddingsRequest", "input"), ("EmbedRequest", "inputs")):
+    for name, field in (("EmbeddingsRequest", "input"), ("EmbedRequest", "inputs"),
+                        ("EmbedAllRequest", "inputs")):  # fmt: skip
         components[name]["properties"][field] = _inputs_schema()
     components["PredictRequest"]["properties"]["inputs"] = _pairs_schema()
     ids = array_of({"type": "integer", "minimum": 0})
@@ -121,7 +126,7 @@ def _operation(endpoint: Endpoint, path: str) -> dict[str, Any]:
 
 
 def describe_in_html(document: dict[str, Any]) -> str:
-    """The same as one page, without scripts: each path, its fields and its refusals."""
+    """Return the same as one page, without scripts: each path, its fields and its refusals."""
     parts = [f"<!doctype html><title>{document['info']['title']}</title><h1>HTTP API</h1>"]
     schemas = document["components"]["schemas"]
     for path, methods in document["paths"].items():

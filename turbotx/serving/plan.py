@@ -30,14 +30,16 @@ class Groups(NamedTuple):
 
     @property
     def total_ms(self) -> float:
+        """Estimated milliseconds of all groups together."""
         return float(self.cost_ms.sum())
 
     def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Begin and end of each group among the sorted lengths, half open."""
         return tuple(zip(self.starts.tolist(), self.ends.tolist(), strict=True))
 
 
 def split(lengths: Sequence[int] | Ints, table: Table, price: Table | None = None) -> Groups:
-    """The paper's dynamic program: S[j] = min over b of S[j-b] + price[j-b] * cost[length_j][b].
+    """Run the paper's program: S[j] = min over b of S[j-b] + price[j-b] * cost[length_j][b].
 
     ``lengths`` ascend; ``table`` is ``CostTable.dense()``. With no ``price`` (all ones) the groups
     have the least total cost of any partition of the queue whose table is monotone, contiguous or
@@ -77,7 +79,7 @@ def _fill(length: Ints, table: Table, price: Table) -> Ints:
 
 
 def fill_in_python(length: Ints, table: Table, price: Table) -> Ints:
-    """The loop of ``native.SOURCE``, for machines without a compiler."""
+    """Do what ``native.SOURCE`` does, where there is no compiler."""
     max_batch = table.shape[1] - 1
     rows = {n: table[n].tolist() for n in set(length.tolist())}
     prices = price.tolist()

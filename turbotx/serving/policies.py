@@ -27,9 +27,12 @@ class Policy(Protocol):
     """Turns a queue into batches; has no state and no clock of its own."""
 
     @property
-    def replans(self) -> bool: ...
+    def replans(self) -> bool:
+        """Whether a plan is made anew before each batch; otherwise it is worked off as a whole."""
 
-    def plan(self, waiting: Sequence[Request], now_ms: float, table: Table) -> list[Batch]: ...
+    def plan(self, waiting: Sequence[Request], now_ms: float, table: Table) -> list[Batch]:
+        """Return batches of waiting requests, the first to run first. table: (length + 1, batch
+        + 1) ms."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Single:
     replans: ClassVar[bool] = True
 
     def plan(self, waiting: Sequence[Request], now_ms: float, table: Table) -> list[Batch]:
+        """Return the oldest request by itself."""
         first = min(waiting, key=_by_arrival)
         return [Batch.of([first], float(table[first.length, 1]))]
 
@@ -50,6 +54,7 @@ class Fifo:
     replans: ClassVar[bool] = True
 
     def plan(self, waiting: Sequence[Request], now_ms: float, table: Table) -> list[Batch]:
+        """Return the oldest requests, as many as one batch may have."""
         return slice_in_order(sorted(waiting, key=_by_arrival), table)[:1]
 
 
@@ -61,6 +66,8 @@ class SortAndSlice:
     batches: int = 8
 
     def plan(self, waiting: Sequence[Request], now_ms: float, table: Table) -> list[Batch]:
+        """Return the oldest requests of several batches, sorted by length and cut into full
+        batches."""
         oldest = sorted(waiting, key=_by_arrival)[: self.batches * (table.shape[1] - 1)]
         return slice_in_order(sorted(oldest, key=_by_length), table)
 
@@ -72,6 +79,7 @@ class PaperDP:
     replans: ClassVar[bool] = False
 
     def plan(self, waiting: Sequence[Request], now_ms: float, table: Table) -> list[Batch]:
+        """Return all requests, sorted by length, in the contiguous groups of least total time."""
         ordered = sorted(waiting, key=_by_length)
         groups = split([r.length for r in ordered], table)
         return _batches(ordered, groups, range(len(groups.starts)))
@@ -110,6 +118,8 @@ class Aged:
     class_factor: float = 16.0
 
     def plan(self, waiting: Sequence[Request], now_ms: float, table: Table) -> list[Batch]:
+        """Return the batches of least total waiting time, those first that a request's age or
+        priority demands."""
         length = np.array([r.length for r in waiting])
         arrival = np.array([r.arrival_ms for r in waiting])
         by_length = np.lexsort((arrival, length))
@@ -151,7 +161,8 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def fill_up(batch: Batch, others: Sequence[Request], table: Table) -> Batch:
-    """The batch and the oldest of the others that fit its length, at twice its cost at most."""
+    """Return the batch and the oldest of the others that fit its length, at twice its cost at
+    most."""
     row = table[batch.length]
     room = int(np.searchsorted(row[1:], 2 * batch.cost_ms, side="right")) - len(batch.requests)
     fitting = [r for r in others if r.length <= batch.length]

@@ -48,7 +48,8 @@ def build_app(
     num_cpus: float = 1.0,
     num_gpus: float = 0.0,
 ) -> Any:
-    """The application to give to ``ray.serve.run``; the options are those of ``server.serve``."""
+    """Return the application to give to ``ray.serve.run``; the options are those of
+    ``server.serve``."""
     settings = settings or Settings()
     options = {"model": model, "backend": backend, "device": device}
     deployment: Any = serve.deployment  # its overloads and pydantic's defeat the type checker
@@ -70,11 +71,14 @@ class LengthAwareRouter(FIFOMixin, RequestRouter):
     """Asks ``LengthRouting``; the request's second argument is its length in tokens."""
 
     def initialize_state(self, **kwargs: Any) -> None:
+        """Begin with no knowledge of lengths; kwargs: of `LengthRouting`."""
         self._routing = LengthRouting(**kwargs)
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: Any = None
     ) -> list[list[Any]]:
+        """Return the replicas in the order in which a request of its length tries them, one a
+        rank."""
         if not candidate_replicas:
             return []
         ordered = sorted(candidate_replicas, key=lambda r: r.replica_id.unique_id)
@@ -86,14 +90,17 @@ class LengthAwareRouter(FIFOMixin, RequestRouter):
         return [[by_name[name]] for name in names]
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
+        """Count a request's tokens as outstanding at its replica."""
         if len(pending_request.args) >= 2:
             key = pending_request.metadata.internal_request_id
             self._routing.sent(replica_id.unique_id, key, int(pending_request.args[1]))
 
     def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
+        """Count a request's tokens as done."""
         self._routing.done(internal_request_id)
 
     def on_replica_actor_died(self, replica_id: Any) -> None:
+        """Forget what was outstanding at a replica."""
         self._routing.forget(replica_id.unique_id)
         super().on_replica_actor_died(replica_id)
 
@@ -129,7 +136,7 @@ class Replica:
             return NotReady.__name__, why, None
         try:
             scope = Scope(self._service.dispatcher.now_ms() + due_in_ms, priority)
-            return "ok", np.stack(await self._service.compute(rows, scope)), None
+            return "ok", await self._service.compute(rows, scope), None
         except Refusal as refusal:
             return type(refusal).__name__, str(refusal), refusal.retry_after_s
 
@@ -140,6 +147,7 @@ class Replica:
             await asyncio.sleep(EXPORT_S)
 
     def process_id(self) -> int:
+        """Return the id of the process that computes."""
         return os.getpid()
 
 
@@ -167,9 +175,11 @@ class RemoteEngine:
         self.head = head
 
     def run(self, rows: Sequence[TokenRow]) -> Vectors:
+        """Raise NotReady: the replicas compute."""
         raise NotReady("this process does not compute: its replicas do")
 
     def figures(self) -> Mapping[str, float]:
+        """Return nothing: the replicas have figures of their own."""
         return {}
 
 
@@ -177,12 +187,15 @@ class RemoteQueue:
     """Stands where a local dispatcher would: the queues are in the replicas."""
 
     def full(self, priority: int) -> bool:
+        """Return False: the replicas refuse by themselves."""
         return False
 
     def now_ms(self) -> float:
+        """Return the time in ms on the clock that deadlines are stated on."""
         return time.perf_counter() * 1e3
 
     def refuse_busy(self) -> Busy:
+        """Return the error for a request that no replica takes."""
         return Busy("the replicas are full", retry_after_s=1.0)
 
 
@@ -213,6 +226,8 @@ class FrontService(Service):
             self.state = "failed" if why else "ready"
 
     async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
+        """Return a vector for each row from a replica; tries again where a replica dies. Raises
+        NotReady, or what the replica refused with."""
         tokens = max(len(row) for row in rows)
         due_in_ms = scope.deadline_ms - self._queue.now_ms()
         for attempt in range(ATTEMPTS):

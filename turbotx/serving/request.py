@@ -22,6 +22,7 @@ class Request:
     arrival_ms: float
     deadline_ms: float = math.inf  # when its answer is due
     priority: int = 0  # each step up is worth a factor of urgency, see policies.Aged
+    model: str = ""  # whose batches it may be in, where there are several: see lanes
     patient: bool = False  # of a client's many, admitted together: it may wait for any time
 
 
@@ -35,12 +36,15 @@ class Batch:
 
     @classmethod
     def of(cls, requests: Sequence[Request], cost_ms: float) -> Batch:
+        """Return a batch padded to its longest request. cost_ms: its estimated time."""
         return cls(tuple(requests), max(r.length for r in requests), cost_ms)
 
     @property
     def padded_tokens(self) -> int:
+        """Tokens that the batch computes, padding included."""
         return self.length * len(self.requests)
 
     @property
     def tokens(self) -> int:
+        """Tokens of its requests, without padding."""
         return sum(r.length for r in self.requests)

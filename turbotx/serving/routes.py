@@ -1,4 +1,4 @@
-"""What each path does with a decoded body.
+"""Routes: the handlers of the decoded bodies.
 
 In: the service, a body record, the request's scope. Out: the response as a record or plain data.
 Neither HTTP nor JSON in here; refusals are exceptions::
@@ -14,15 +14,18 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from turbotx import __version__
 from turbotx.serving.engine import Head, normalize_rows
-from turbotx.serving.refusals import BadInput
+from turbotx.serving.model_info import ModelInfo
+from turbotx.serving.refusals import BadInput, TooLarge
 from turbotx.serving.schemas import (
     DecodeRequest,
     Document,
+    EmbedAllRequest,
     EmbeddingItem,
     EmbeddingsRequest,
     EmbeddingsResponse,
@@ -41,39 +44,74 @@ from turbotx.serving.schemas import (
     TokenizeRequest,
     TotalUsage,
     Usage,
+    Weight,
 )
 from turbotx.serving.service import Reading, Scope, Service
+from turbotx.serving.settings import Settings
 from turbotx.serving.tokens import TokenRow
 
 Vector = NDArray[np.float32]
+MANY_NUMBERS = 16_384  # written in a few ms
+MOST_NUMBERS = 1 << 21  # in one answer of /embed_all: some 40 MB
+PATHS = {"embedding": "/embed", "classifier": "/predict or /rerank", "tokens": "/embed_all",
+         "sparse": "/embed_sparse"}  # fmt: skip
 
 
 async def embeddings(service: Service, body: EmbeddingsRequest, scope: Scope) -> EmbeddingsResponse:
     """OpenAI's embeddings: too long a text is refused, vectors are as the model's files say."""
-    head = require_head(service, "embedding")
+    head = require_head(service, "embedding", scope)
     rows = await read_inputs(service, body.input, scope, Reading())
     vectors = await service.compute(rows, scope)
     finished = finish(vectors, head.normalize, body.dimensions)
-    encode = _to_base64 if body.encoding_format == "base64" else _to_list
+    if body.encoding_format == "base64":
+        written: list[Any] = [_to_base64(v) for v in finished]
+    else:
+        written = await write_rows(service, finished)
     tokens = sum(len(row) for row in rows)
     return EmbeddingsResponse(
-        [EmbeddingItem(encode(v), i) for i, v in enumerate(finished)],
-        service.model.info.name,
+        [EmbeddingItem(v, i) for i, v in enumerate(written)],
+        service.model_of(scope).info.name,
         Usage(tokens, tokens),
     )
 
 
-async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[list[float]]:
-    head = require_head(service, "embedding")
+async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[Any]:
+    """Answer /embed: a vector for each input, normalized where the request or the model says so."""
+    head = require_head(service, "embedding", scope)
     rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
     normalize = head.normalize if body.normalize is None else body.normalize
     vectors = await service.compute(rows, scope)
-    return [v.tolist() for v in finish(vectors, normalize, body.dimensions)]
+    return await write_rows(service, finish(vectors, normalize, body.dimensions))
+
+
+async def embed_all(service: Service, body: EmbedAllRequest, scope: Scope) -> list[Any]:
+    """Answer /embed_all: a vector for each token of each input, the special ones included."""
+    require_head(service, "tokens", scope)
+    rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
+    numbers = sum(map(len, rows)) * service.model_of(scope).info.width
+    if numbers > MOST_NUMBERS:
+        raise TooLarge(f"the answer would have {numbers} numbers, at most {MOST_NUMBERS}: "
+                       "send several requests")  # fmt: skip
+    return await write_rows(service, await service.compute(rows, scope))
+
+
+async def embed_sparse(service: Service, body: EmbedAllRequest, scope: Scope) -> list[Any]:
+    """Answer /embed_sparse: the words of the vocabulary that have a weight, in their order."""
+    require_head(service, "sparse", scope)
+    rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
+    found = await service.compute(rows, scope)
+
+    def write() -> list[Any]:
+        pairs = (row.tolist() for row in found)
+        return [[Weight(int(index), value) for index, value in row] for row in pairs]
+
+    many = sum(row.size for row in found) > MANY_NUMBERS
+    return await service.apart(write) if many else write()
 
 
 async def similarity(service: Service, body: SimilarityRequest, scope: Scope) -> list[float]:
-    """The cosine of the angle between the source's vector and each of the others'."""
-    require_head(service, "embedding")
+    """Return the cosine of the angle between the source's vector and each of the others'."""
+    require_head(service, "embedding", scope)
     if not body.inputs.sentences:
         raise BadInput("sentences is empty: nothing to compare with")
     texts = [body.inputs.source_sentence, *body.inputs.sentences]
@@ -87,7 +125,8 @@ async def similarity(service: Service, body: SimilarityRequest, scope: Scope) ->
 async def predict(
     service: Service, body: PredictRequest, scope: Scope
 ) -> list[Prediction] | list[list[Prediction]]:
-    head = require_head(service, "classifier")
+    """Answer /predict: every label's score for each text or pair, the highest first."""
+    head = require_head(service, "classifier", scope)
     texts, single = read_pairs(body.inputs)
     service.check_batch(len(texts))
     rows = await service.encode(texts, scope, reading_of(body))
@@ -99,6 +138,7 @@ async def predict(
 
 
 async def rerank(service: Service, body: RerankRequest, scope: Scope) -> list[Rank]:
+    """Answer /rerank: the texts' scores against the query, the highest first."""
     logits = await _score(service, body.query, body.texts, scope, reading_of(body))
     scores = logits if body.raw_scores else [_sigmoid(x) for x in logits]
     ranks = [
@@ -120,14 +160,15 @@ async def rerank_documents(
     ]
     ranks.sort(key=lambda rank: -rank.relevance_score)
     usage = TotalUsage(scope.facts.tokens)
-    return RerankResponse(service.model.info.name, ranks[: body.top_n], usage, uuid.uuid4().hex)
+    name = service.model_of(scope).info.name
+    return RerankResponse(name, ranks[: body.top_n], usage, uuid.uuid4().hex)
 
 
 async def _score(
     service: Service, query: str, texts: Sequence[str], scope: Scope, reading: Reading
 ) -> list[float]:
-    """The one logit of the query with each text."""
-    head = require_head(service, "classifier")
+    """Return the one logit of the query with each text."""
+    head = require_head(service, "classifier", scope)
     if len(head.labels) != 1:
         raise BadInput(f"this model has {len(head.labels)} classes, reranking needs one score")
     if not texts:
@@ -138,7 +179,7 @@ async def _score(
 
 
 async def decode(service: Service, body: DecodeRequest, scope: Scope) -> list[str]:
-    """The texts of one list of ids, or of many."""
+    """Return the texts of one list of ids, or of many."""
     kinds = {type(item) for item in body.ids}
     if kinds == {int}:
         rows: list[Any] = [body.ids]
@@ -147,22 +188,31 @@ async def decode(service: Service, body: DecodeRequest, scope: Scope) -> list[st
     else:
         raise BadInput("ids mixes ids and lists of them: send all of one kind")
     service.check_batch(len(rows))
-    return await service.decode(rows, body.skip_special_tokens is not False)
+    return await service.decode(rows, body.skip_special_tokens is not False, scope)
 
 
 async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> list[list[Token]]:
+    """Answer /tokenize: the tokens of each input with their places in the text."""
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     service.check_batch(len(texts))
-    prompt = prompt_of(service, body.prompt_name) if body.prompt_name else ""
+    prompt = prompt_of(service, body.prompt_name, scope) if body.prompt_name else ""
     special = body.add_special_tokens is not False
-    return await service.describe([prompt + text for text in texts], special)
+    return await service.describe([prompt + text for text in texts], special, scope)
 
 
 def describe_service(service: Service) -> dict[str, Any]:
-    """What ``/info`` answers, in text-embeddings-inference's fields and some of our own."""
-    info, settings = service.model.info, service.settings
+    """Return what ``/info`` answers, in text-embeddings-inference's fields and some of our own."""
+    found = describe_model(service.model.info, service.settings)
+    if len(service.models) > 1:
+        others = (m.info for m in service.models.values())
+        found["models"] = [describe_model(info, service.settings) for info in others]
+    return found
+
+
+def describe_model(info: ModelInfo, settings: Settings) -> dict[str, Any]:
+    """Return one model's part of ``/info``."""
     kind: dict[str, Any]
-    if info.head.kind == "embedding":
+    if info.head.kind != "classifier":
         kind = {"embedding": {"pooling": info.head.pooling}}
     elif len(info.head.labels) == 1:
         kind = {"reranker": {"id2label": {"0": info.head.labels[0]}}}
@@ -189,23 +239,24 @@ def describe_service(service: Service) -> dict[str, Any]:
     }
 
 
-def require_head(service: Service, kind: str) -> Head:
-    head = service.model.info.head
-    if head.kind != kind:
-        raise BadInput(
-            f"{service.model.info.name} is a {head.kind} model: "
-            f"use {'/embed' if head.kind == 'embedding' else '/predict or /rerank'}"
-        )
-    return head
+def require_head(service: Service, kind: str, scope: Scope) -> Head:
+    """Return the model's head; raise BadInput where it is of another kind than the endpoint
+    needs."""
+    info = service.model_of(scope).info
+    if info.head.kind != kind:
+        raise BadInput(f"{info.name} is a {info.head.kind} model: use {PATHS[info.head.kind]}")
+    return info.head
 
 
 def reading_of(body: Any) -> Reading:
+    """Return how a request wants long inputs to be cut."""
     return Reading(body.truncate, (body.truncation_direction or "right").lower() == "left")
 
 
-def prompt_of(service: Service, name: str | None) -> str:
-    """The text that goes before an input. Raises BadInput for a name that the model lacks."""
-    prompts = service.model.info.prompts
+def prompt_of(service: Service, name: str | None, scope: Scope) -> str:
+    """Return the text that goes before an input. Raises BadInput for a name that the model
+    lacks."""
+    prompts = service.model_of(scope).info.prompts
     if name is None:
         return prompts.default
     if name not in prompts.texts:
@@ -228,7 +279,7 @@ async def read_inputs(
 
     A prompt goes before texts; who sends ids has put it there already.
     """
-    prompt = prompt_of(service, prompt_name)
+    prompt = prompt_of(service, prompt_name, scope)
     if isinstance(inputs, str):
         inputs = [inputs]
     if not inputs:
@@ -247,11 +298,12 @@ async def read_inputs(
         raise BadInput("the input mixes texts and token ids: send all of one kind")
     if prompt_name is not None:
         raise BadInput("prompt_name is for texts: put the prompt's ids before your own")
-    return [service.model.tokenizer.check_ids(ids) for ids in inputs]
+    check = service.model_of(scope).tokenizer.check_ids
+    return [check(ids) for ids in inputs]
 
 
 def read_pairs(inputs: str | list[Any]) -> tuple[list[str | tuple[str, str]], bool]:
-    """The texts and pairs of ``/predict``, and whether it was a single one."""
+    """Return the texts and pairs of ``/predict``, and whether it was a single one."""
     if isinstance(inputs, str):
         return [inputs], True
     if inputs and all(isinstance(item, str) for item in inputs):
@@ -279,6 +331,17 @@ def finish(vectors: Sequence[Vector], normalize: bool, dimensions: int | None) -
     return normalize_rows(stacked) if normalize else stacked
 
 
+async def write_rows(service: Service, rows: Vector | Sequence[Vector]) -> list[Any]:
+    """Return the rows as lists; many numbers as JSON, written row by row off the event loop."""
+    if sum(row.size for row in rows) <= MANY_NUMBERS:
+        return [row.tolist() for row in rows]
+
+    def write() -> list[Any]:
+        return [msgspec.Raw(msgspec.json.encode(row.tolist())) for row in rows]
+
+    return await service.apart(write)
+
+
 def rank_labels(logits: Vector, head: Head, function: str | None) -> list[Prediction]:
     """Scores, best first: none, sigmoid or softmax of the logits, or what the model is for."""
     if function is None:
@@ -296,10 +359,6 @@ def rank_labels(logits: Vector, head: Head, function: str | None) -> list[Predic
 
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-def _to_list(vector: Vector) -> list[float]:
-    return list(vector.tolist())
 
 
 def _to_base64(vector: Vector) -> str:

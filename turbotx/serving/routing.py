@@ -26,17 +26,17 @@ class LengthRouting:
     def __init__(self, stickiness: float = 4.0, window: int = 512) -> None:
         self.stickiness = stickiness
         self._recent: deque[int] = deque(maxlen=window)
-        self._sorted: list[int] = []
+        self.sorted_lengths: list[int] = []
         self._outstanding: dict[Hashable, int] = {}
         self._sent: dict[Hashable, tuple[Hashable, int]] = {}
 
     def rank(self, replicas: Sequence[Replica], length: int) -> list[Replica]:
-        """The replicas, most suitable first. Does not yet count the request."""
+        """Return the replicas, most suitable first. Does not yet count the request."""
         self._learn(length)
-        first = bisect.bisect_left(self._sorted, length)
-        last = bisect.bisect_right(self._sorted, length)
-        home = (first + last) / 2 / len(self._sorted) * len(replicas) - 0.5
-        step = self.stickiness * sum(self._sorted) / len(self._sorted)
+        first = bisect.bisect_left(self.sorted_lengths, length)
+        last = bisect.bisect_right(self.sorted_lengths, length)
+        home = (first + last) / 2 / len(self.sorted_lengths) * len(replicas) - 0.5
+        step = self.stickiness * sum(self.sorted_lengths) / len(self.sorted_lengths)
 
         def work(place: int) -> float:
             away = max(abs(place - home) - 0.5, 0.0)
@@ -45,11 +45,12 @@ class LengthRouting:
         return [replicas[place] for place in sorted(range(len(replicas)), key=work)]
 
     def sent(self, replica: Hashable, request: Hashable, length: int) -> None:
+        """Count a request's tokens as outstanding at a replica, and its length as seen."""
         self._sent[request] = (replica, length)
         self._outstanding[replica] = self.outstanding(replica) + length
 
     def done(self, request: Hashable) -> None:
-        """The request was answered, or failed; unknown ones are ignored."""
+        """Forget a request that was answered, or failed; unknown ones are ignored."""
         replica, length = self._sent.pop(request, (None, 0))
         if replica in self._outstanding:
             self._outstanding[replica] -= length
@@ -59,12 +60,12 @@ class LengthRouting:
         return self._outstanding.get(replica, 0)
 
     def forget(self, replica: Hashable) -> None:
-        """The replica is gone, and what was sent to it with it."""
+        """Forget a replica that is gone, and what was sent to it."""
         self._outstanding.pop(replica, None)
         self._sent = {k: v for k, v in self._sent.items() if v[0] != replica}
 
     def _learn(self, length: int) -> None:
         if len(self._recent) == self._recent.maxlen:
-            del self._sorted[bisect.bisect_left(self._sorted, self._recent[0])]
+            del self.sorted_lengths[bisect.bisect_left(self.sorted_lengths, self._recent[0])]
         self._recent.append(length)
-        bisect.insort(self._sorted, length)
+        bisect.insort(self.sorted_lengths, length)

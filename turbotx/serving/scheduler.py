@@ -33,14 +33,15 @@ class Trigger(Protocol):
     """Decides when an idle engine gets a batch."""
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
-        """The time from which a batch may run; ``now_ms`` or less means now."""
+        """Return the time from which a batch may run; ``now_ms`` or less means now."""
 
 
 @dataclass(frozen=True)
 class Hungry:
-    """Whenever the engine is idle and somebody waits."""
+    """Whenever the engine is idle and a request waits."""
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
+        """Return now: whatever waits is run as soon as the engine is idle."""
         return now_ms
 
 
@@ -53,6 +54,8 @@ class Lazy:
     max_tokens: int | None = None  # padded
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
+        """Return when a batch is due: now if it is full, else when its oldest request has waited
+        `timeout_ms`."""
         if len(waiting) >= self.max_batch:
             return now_ms
         if self.max_tokens is not None:
@@ -72,7 +75,7 @@ class Scheduler:
     max_batch: int | None = None  # None: the cost table's
     max_batch_tokens: int | None = None  # padded; a single request may exceed it
     max_queue: int = 4096
-    max_age_ms: float = math.inf  # nobody waits longer: a third of it in work is admitted
+    max_age_ms: float = math.inf  # longest wait of a request: a third of it in work is admitted
 
     def __post_init__(self) -> None:
         if self.policy is None:
@@ -88,10 +91,12 @@ class Scheduler:
 
     @property
     def waiting(self) -> list[Request]:
+        """The requests that no batch has taken, oldest first."""
         return list(self._waiting.values())
 
     @property
     def table(self) -> Table:
+        """Estimated ms by length and batch size, up to the largest batch; see `CostTable.dense`."""
         return self.costs.dense(self.max_batch, self.max_batch_tokens)
 
     @property
@@ -104,9 +109,9 @@ class Scheduler:
 
         Each class begins to be refused while the next higher one is still admitted.
         """
-        return len(self._waiting) >= self.max_queue or self.backlog_ms > self._most_ms(priority)
+        return len(self._waiting) >= self.max_queue or self.backlog_ms > self.most_ms(priority)
 
-    def _most_ms(self, priority: int) -> float:
+    def most_ms(self, priority: int) -> float:
         """Work that may wait when a request of this class comes: half, one, one and a half thirds
         of the age bound for low, normal and high."""
         return self.max_age_ms / 3 * max(1 + priority / 2, 0.25)
@@ -126,7 +131,7 @@ class Scheduler:
         if not request.patient and self.full(request.priority):
             raise Overloaded(
                 f"{len(self._waiting)} requests wait, about {self.backlog_ms:.0f} ms of work "
-                f"(limits: {self.max_queue} requests, {self._most_ms(request.priority):.0f} ms)",
+                f"(limits: {self.max_queue} requests, {self.most_ms(request.priority):.0f} ms)",
                 max(self.backlog_ms / 2, 1.0),
             )
         share = self.share_ms(request.length)
@@ -135,7 +140,7 @@ class Scheduler:
         self._backlog_ms += share
 
     def raise_to(self, key: Hashable, deadline_ms: float, priority: int) -> None:
-        """Somebody else awaits a waiting request too: it takes the higher class of the two, and the
+        """Join a request to an equal one that waits: that takes the higher class of both, and the
         later deadline. One that does not wait (any more) stays as it is."""
         request = self._waiting.get(key)
         if request is not None:
@@ -176,7 +181,7 @@ class Scheduler:
         return late
 
     def overdue(self, now_ms: float) -> list[Request]:
-        """Take those off the queue whose deadline has passed: nobody needs their answers."""
+        """Take requests off the queue whose deadline has passed."""
         late = [r for r in self._waiting.values() if r.deadline_ms < now_ms]
         for request in late:
             self.cancel(request.key)
@@ -184,24 +189,35 @@ class Scheduler:
 
     def next(self, now_ms: float) -> Batch | None:
         """Take the batch to run now off the queue, or None before ``wake_ms``."""
-        if not self._waiting:
+        batch = self.peek(now_ms)
+        if batch is not None:
+            self.take(batch)
+        return batch
+
+    def peek(self, now_ms: float) -> Batch | None:
+        """Return the batch that ``next`` would take."""
+        if self._planned:
+            return self._planned[0]
+        if not self._waiting or self.trigger.ready_ms(self.waiting, now_ms) > now_ms:
             return None
-        if not self._planned:
-            if self.trigger.ready_ms(self.waiting, now_ms) > now_ms:
-                return None
-            assert self.policy is not None
-            batches = self.policy.plan(self.waiting, now_ms, self.table)
-            self._planned = batches[:1] if self.policy.replans else batches
-        batch = self._planned.pop(0)
+        assert self.policy is not None
+        batches = self.policy.plan(self.waiting, now_ms, self.table)
+        if not self.policy.replans:
+            self._planned = batches
+        return batches[0]
+
+    def take(self, batch: Batch) -> None:
+        """Take what ``peek`` gave off the queue."""
+        if self._planned:
+            self._planned.pop(0)
         excess = batch.cost_ms / sum(self._shares[r.key] for r in batch.requests)
         if len(self._waiting) > len(batch.requests):  # a batch of all that waits shows no choice
             self._excess += 0.1 * (excess - self._excess)
         for request in batch.requests:
             self._forget(request)
-        return batch
 
     def wake_ms(self, now_ms: float) -> float:
-        """When to ask ``next`` again if nothing arrives: infinity when nobody waits."""
+        """Return when to ask ``next`` again if nothing arrives: infinity for an empty queue."""
         if not self._waiting:
             return math.inf
         if self._planned:
@@ -212,8 +228,8 @@ class Scheduler:
         """Tell what an executed batch took."""
         self.costs.observe(batch.length, len(batch.requests), took_ms)
 
-    def share_ms(self, length: int) -> float:
-        """The request's part of a batch of its like, the fullest that the limits allow."""
+    def share_ms(self, length: int, model: str = "") -> float:
+        """Return the request's part of a batch of its like, the fullest that the limits allow."""
         row = self.table[length]
         most = len(row) - 1
         while most > 1 and math.isinf(row[most]):

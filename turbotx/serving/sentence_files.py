@@ -1,4 +1,4 @@
-"""What a sentence-transformers directory says: its chain of modules, its prompts, its lengths.
+"""Sentence files: a sentence-transformers directory's chain of modules, prompts and lengths.
 
 In: a directory with ``modules.json``, in any layout that sentence-transformers wrote. Out: plain
 data; a module, an option or a mode that is not known here is refused by its name::
@@ -30,7 +30,11 @@ TRANSFORMER_FILES = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-OUTPUTS = {"feature-extraction": "last_hidden_state", "sequence-classification": "logits"}
+OUTPUTS = {"feature-extraction": "last_hidden_state", "sequence-classification": "logits",
+           "fill-mask": "logits"}  # fmt: skip
+KINDS = {"feature-extraction": "SentenceTransformer", "sequence-classification": "CrossEncoder",
+         "fill-mask": "SparseEncoder"}  # fmt: skip
+SPARSE_ACTIVATIONS = {"relu": 1, "log1p_relu": 2}  # how often log1p is taken of what is positive
 ARGUMENTS = {  # of from_pretrained: those that cannot change what an answer is, or are passed on
     "model": {"add_pooling_layer", "attn_implementation", "dtype", "torch_dtype"},
     "tokenizer": {"model_max_length", "padding_side", "use_fast"},
@@ -65,6 +69,8 @@ class Dense:
 
 @dataclass(frozen=True)
 class LayerNorm:
+    """A LayerNorm over the vector: where its weights are, and the vector's width."""
+
     folder: Path
     width: int
 
@@ -81,7 +87,15 @@ class Cut:
     width: int
 
 
-Step = Pooling | Dense | LayerNorm | Normalize | Cut
+@dataclass(frozen=True)
+class Splade:
+    """Logits of a masked language model to one weight a word of the vocabulary."""
+
+    strategy: str = "max"  # or sum, over the tokens
+    logarithms: int = 1
+
+
+Step = Pooling | Dense | LayerNorm | Normalize | Cut | Splade
 
 
 @dataclass(frozen=True)
@@ -107,14 +121,17 @@ class SentenceFiles:
 def read_sentence_files(folder: Path, task: str) -> SentenceFiles | None:
     """Read the directory; None where there is no ``modules.json``.
 
-    task: ``feature-extraction`` or ``sequence-classification``, what the transformer is used for.
-    Raises ModelFilesError with the name of whatever is not known.
+    task: ``feature-extraction`` or ``sequence-classification``, what the transformer is used for;
+    where ``modules.json`` names SpladePooling, it is ``fill-mask``. Raises ModelFilesError with the
+    name of whatever is not known.
     """
     modules = read_json(folder / "modules.json", list)
     if modules is None:
         return None
     kinds = [_kind_of(module, folder) for module in modules]
-    if not kinds or kinds[0] != "Transformer":
+    if "SpladePooling" in kinds:
+        task = "fill-mask"
+    if not kinds or kinds[0] not in ("Transformer", *(["MLMTransformer"] * (task == "fill-mask"))):
         raise ModelFilesError(
             f"{folder}/modules.json begins with {kinds[0] if kinds else 'nothing'}: only models "
             "that begin with sentence_transformers' Transformer are served"
@@ -122,9 +139,7 @@ def read_sentence_files(folder: Path, task: str) -> SentenceFiles | None:
     transformer = folder / modules[0]["path"]
     options = _transformer_options(transformer, task)
     classifies = task == "sequence-classification"
-    prompts, cut = _read_model_options(
-        folder, "CrossEncoder" if classifies else "SentenceTransformer"
-    )
+    prompts, cut = _read_model_options(folder, KINDS[task])
     steps: list[Step] = []
     pooled = True
     for kind, module in zip(kinds[1:], modules[1:], strict=True):
@@ -152,10 +167,12 @@ def read_sentence_files(folder: Path, task: str) -> SentenceFiles | None:
 
 def check_widths(steps: list[Step], folder: Path) -> None:
     """Raise ModelFilesError where a step does not take what the one before it gives."""
-    if not steps or not isinstance(steps[0], Pooling):
+    if not steps or (isinstance(steps[0], Splade) and len(steps) == 1):
+        return  # of one vector a token, or of one weight a word
+    if not isinstance(steps[0], Pooling):
         raise ModelFilesError(
-            f"{folder}/modules.json does not pool the tokens right after the Transformer: models "
-            "of one vector a token are not served"
+            f"{folder}/modules.json does not pool the tokens right after the Transformer: of "
+            "models of one vector a token only those without further modules are served"
         )
     width = 0
     for step in steps:
@@ -170,6 +187,7 @@ def check_widths(steps: list[Step], folder: Path) -> None:
 
 
 def width_after(step: Step, width: int) -> int:
+    """Return a vector's width behind a step, given the width in front of it."""
     if isinstance(step, Pooling):
         return step.width * len(step.modes)
     if isinstance(step, Dense):
@@ -178,7 +196,7 @@ def width_after(step: Step, width: int) -> int:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """The file's content, None where there is no such file. Raises ModelFilesError."""
+    """Return the file's content, None where there is no such file. Raises ModelFilesError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
@@ -189,7 +207,7 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def _kind_of(module: Any, folder: Path) -> str:
-    """The class of a module, where it is one of sentence-transformers' own."""
+    """Return the class of a module, where it is one of sentence-transformers' own."""
     if not (isinstance(module, dict) and isinstance(module.get("type"), str)):
         raise ModelFilesError(f"{folder}/modules.json has an entry without a type: {module!r}")
     path = module.setdefault("path", "")
@@ -267,6 +285,17 @@ def _read_layer_norm(folder: Path, options: dict[str, Any]) -> LayerNorm:
     return LayerNorm(folder, _number(options, "dimension", folder / "config.json"))
 
 
+def _read_splade(folder: Path, options: dict[str, Any]) -> Splade:
+    path = folder / "config.json"
+    sizes = {"embedding_dimension", "word_embedding_dimension"}  # the vocabulary's
+    _known(options, {"pooling_strategy", "activation_function", *sizes}, path)
+    strategy = options.get("pooling_strategy", "max")
+    activation = options.get("activation_function", "relu")
+    if strategy not in ("max", "sum") or activation not in SPARSE_ACTIVATIONS:
+        raise ModelFilesError(f"{path}: cannot pool by {strategy!r} of {activation!r}")
+    return Splade(strategy, SPARSE_ACTIVATIONS[activation])
+
+
 def _read_normalize(folder: Path, options: dict[str, Any]) -> Normalize:
     _names_only_the_sentence(options, folder / "config.json")
     _known(options, set(), folder / "config.json")
@@ -278,6 +307,7 @@ READERS: dict[str, Any] = {
     "Dense": _read_dense,
     "LayerNorm": _read_layer_norm,
     "Normalize": _read_normalize,
+    "SpladePooling": _read_splade,
 }
 
 

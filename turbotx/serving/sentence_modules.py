@@ -37,6 +37,42 @@ class SentenceModel(nn.Module):
         return vectors
 
 
+class TokenModel(nn.Module):
+    """Hidden states of the last layer as they are: (batch, seq, width)."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return (batch, seq, width) of (batch, seq) int64 each, rows padded on the right."""
+        found = run(self.transformer, input_ids, attention_mask, token_type_ids)
+        hidden: Tensor = found["last_hidden_state"]
+        return hidden
+
+
+class SpladeModel(nn.Module):
+    """One weight a word of the vocabulary, (batch, vocabulary): most of them are zero."""
+
+    def __init__(self, transformer: nn.Module, step: files.Splade) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.strategy, self.logarithms = step.strategy, step.logarithms
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return (batch, vocabulary) of (batch, seq) int64 each, rows padded on the right."""
+        found = run(self.transformer, input_ids, attention_mask, token_type_ids)
+        weights = (found["logits"] * attention_mask.unsqueeze(-1)).relu()
+        for _ in range(self.logarithms):
+            weights = weights.log1p()
+        pooled: Tensor = weights.amax(1) if self.strategy == "max" else weights.sum(1)
+        return pooled
+
+
 class ClassifierModel(nn.Module):
     """The logits of a model with a classification head."""
 
@@ -47,6 +83,7 @@ class ClassifierModel(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
+        """Return logits, (batch, labels), of ids and mask, (batch, seq)."""
         found = run(self.classifier, input_ids, attention_mask, token_type_ids)
         logits: Tensor = found["logits"]
         return logits
@@ -67,6 +104,7 @@ class LastTokenClassifier(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
+        """Return logits, (batch, labels), of the last token that the mask (batch, seq) shows."""
         found = run(self.transformer, input_ids, attention_mask, token_type_ids)
         logits: Tensor = self.score(last_token(found["last_hidden_state"], attention_mask))
         return logits
@@ -111,6 +149,8 @@ class Project(nn.Module):
             self.residual = nn.Linear(step.in_features, step.out_features, bias=False)
 
     def forward(self, vectors: Tensor) -> Tensor:
+        """Return (batch, out_features) of (batch, in_features), the residual added where there
+        is one."""
         found: Tensor = self.activation_function(self.linear(vectors))
         if not self.use_residual:
             return found
@@ -118,37 +158,48 @@ class Project(nn.Module):
 
 
 class Norm(nn.Module):
+    """LayerNorm over the vector."""
+
     def __init__(self, step: files.LayerNorm) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(step.width)
 
     def forward(self, vectors: Tensor) -> Tensor:
+        """Return (batch, width) vectors, each normalized by mean and variance."""
         found: Tensor = self.norm(vectors)
         return found
 
 
 class UnitLength(nn.Module):
+    """Division of each vector by its length."""
+
     def forward(self, vectors: Tensor) -> Tensor:
+        """Return (batch, width) vectors of length 1."""
         return nn.functional.normalize(vectors, dim=-1)
 
 
 class FirstNumbers(nn.Module):
+    """The first numbers of each vector, as Matryoshka embeddings allow."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, vectors: Tensor) -> Tensor:
+        """Return (batch, width) of longer vectors."""
         return vectors[:, : self.width]
 
 
 def make_step(step: files.Step) -> nn.Module:
-    """The module of a step, its weights read from its folder. Raises WeightsError."""
+    """Return the module of a step, its weights read from its folder. Raises WeightsError."""
     if isinstance(step, files.Pooling):
         return Pool(step.modes)
     if isinstance(step, files.Normalize):
         return UnitLength()
     if isinstance(step, files.Cut):
         return FirstNumbers(step.width)
+    if isinstance(step, files.Splade):
+        raise files.ModelFilesError("SpladePooling takes logits, and nothing may come before it")
     module = Project(step) if isinstance(step, files.Dense) else Norm(step)
     load_weights(module, step.folder)
     return module
@@ -169,7 +220,7 @@ def _mean_sqrt(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def _weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The n-th token counts n times."""
+    """Return the mean in which the n-th token counts n times."""
     weight = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return (_sum(hidden, weight) / _count(weight)).to(hidden.dtype)
 
@@ -179,7 +230,7 @@ def _max(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sum(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Added up in float32, also in half precision, as sentence-transformers does."""
+    """Add up in float32, also in half precision, as sentence-transformers does."""
     return (hidden.float() * weight.unsqueeze(-1)).sum(1)
 
 

@@ -1,4 +1,4 @@
-"""``turbotx serve``: load, measure, listen, and leave in good order.
+"""``turbotx serve``: loads, measures, listens, and shuts down gracefully.
 
 In: the command line's arguments. Out: a server on host and port until it is told to stop; then it
 answers what it has accepted and exits::
@@ -14,6 +14,8 @@ import logging
 import math
 import os
 import socket
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,10 +31,11 @@ from turbotx.serving.service import Service
 from turbotx.serving.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
+SWITCH_S = 0.001  # the event loop waits this long for other threads' Python at each of its turns
 
 
 def serve(
-    model: str = DEFAULT_MODEL,
+    models: str | Sequence[str] = DEFAULT_MODEL,
     *,
     host: str = "127.0.0.1",
     port: int = 8080,
@@ -45,33 +48,43 @@ def serve(
     normalize: bool | None = None,
     default_prompt: str | None = None,
     default_prompt_name: str | None = None,
-    served_model_name: str | None = None,
+    served_model_name: Sequence[str] = (),
     log_level: str = "info",
     **settings: Any,
 ) -> None:
-    """Serve a model directory over HTTP until SIGINT or SIGTERM.
+    """Serve model directories over HTTP until SIGINT or SIGTERM.
 
     ``settings`` are the fields of ``Settings``; costs are kept in turbotx's cache unless
-    ``cost_folder`` says where. The others are those of ``load_model``. Raises ModelFilesError,
-    SettingsError, WeightsError.
+    ``cost_folder`` says where. The others are those of ``load_model``; of several models each has
+    its name of ``served_model_name`` or its directory's, and what their files say: what is said
+    about one model is refused. Raises ModelFilesError, SettingsError, WeightsError.
     """
     settings["cost_folder"] = settings.get("cost_folder") or cost_folder()
     checked = Settings(**settings)
     log_as_json(log_level)
     if not checked.api_keys and host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("no API key is asked for, and %s may be reached by others", host)
+    choices: dict[str, Any] = {
+        "weights": weights, "max_length": max_length, "pooling": pooling, "normalize": normalize,
+        "default_prompt": default_prompt, "default_prompt_name": default_prompt_name,
+    }  # fmt: skip
+    models = [models] if isinstance(models, str) else models
+    names = check_models(models, served_model_name, choices)
+    # The pool has threads of its own; tokenizers' would take the engine's cores too.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     listener = open_port(host, port)  # before the model is loaded, which takes much longer
-    loaded = load_model(
-        model, backend=backend, device=device, dtype=dtype, weights=weights, max_length=max_length,
-        pooling=pooling, normalize=normalize, default_prompt=default_prompt,
-        default_prompt_name=default_prompt_name, programs=checked.cost_folder,
-        served_model_name=served_model_name,
-    )  # fmt: skip
+    loaded = [
+        load_model(
+            model, backend=backend, device=device, dtype=dtype, programs=checked.cost_folder,
+            served_model_name=name, **choices,
+        )
+        for model, name in zip(models, names, strict=True)
+    ]  # fmt: skip
     run(loaded, checked, host=host, port=port, listener=listener)
 
 
 def run(
-    model: LoadedModel,
+    model: LoadedModel | Sequence[LoadedModel],
     settings: Settings,
     *,
     host: str,
@@ -93,18 +106,35 @@ def run(
     config = uvicorn.Config(
         create_app(service), host=host, port=port, log_config=None, access_log=False,
         timeout_keep_alive=75, timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1e3),
-        http=make_protocol(limits),
+        http=make_protocol(limits), ws="none",
     )  # fmt: skip
+    sys.setswitchinterval(SWITCH_S)
     GracefulServer(config, service, limits).run([listener])
     if service.failure is not None:
         raise service.failure
-    if service.preparing:  # its thread cannot be stopped, and has answered nobody
+    if service.preparing:  # its thread cannot be stopped, and no request was answered yet
         logging.shutdown()
         os._exit(0)
 
 
+def check_models(
+    models: Sequence[str], names: Sequence[str], choices: Mapping[str, Any]
+) -> Sequence[str | None]:
+    """Return a name for each model, None where its directory gives it. Raises SettingsError."""
+    if not models:
+        raise SettingsError("no model: name a directory, or minilm")
+    if names and len(names) != len(models):
+        raise SettingsError(
+            f"{len(names)} served_model_name for {len(models)} models: one for each"
+        )
+    said = [name for name, value in choices.items() if value is not None]
+    if said and len(models) > 1:
+        raise SettingsError(f"{', '.join(said)} is of one model: serve several as their files say")
+    return names or [None] * len(models)
+
+
 def open_port(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; it does not listen yet. Raises SettingsError."""
+    """Return a socket bound to the address; it does not listen yet. Raises SettingsError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -145,6 +175,7 @@ class GracefulServer(uvicorn.Server):
         return await super().on_tick(counter) or self._service.failure is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Refuse new requests and finish those that are there; a second signal ends at once."""
         self._service.leaving = True
         self.force_exit = self.should_exit  # the second signal does not wait
         self.should_exit = True

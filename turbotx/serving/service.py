@@ -1,6 +1,6 @@
-"""A loaded model, its tokenizer threads and its dispatcher: everything but HTTP.
+"""Loaded models, the tokenizer threads and the dispatcher: everything but HTTP.
 
-In: texts or token ids. Out: vectors, and the state that ``/ready`` tells::
+In: texts or token ids, and for which model. Out: vectors, and the state that ``/ready`` tells::
 
     service = Service(load_model("minilm"), Settings())
     await service.start()                 # measures costs, then state == "ready"
@@ -16,32 +16,38 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from turbotx.errors import TurbotxError
+from turbotx.serving.bodies import BodyMemory
 from turbotx.serving.cache import ResponseCache
 from turbotx.serving.cost import CostTable
-from turbotx.serving.dispatcher import Dispatcher
+from turbotx.serving.dispatcher import Dispatcher, Lane
 from turbotx.serving.engine import SleepEngine, TorchEngine
+from turbotx.serving.idle import IdleMeasuring
+from turbotx.serving.lanes import Lanes
 from turbotx.serving.measure import cost_file, describe_device, load_or_measure, warm_up
 from turbotx.serving.metrics import Metrics
 from turbotx.serving.model_files import LoadedModel
 from turbotx.serving.policies import POLICIES, Aged
-from turbotx.serving.refusals import NotReady, TooLarge
+from turbotx.serving.refusals import Missing, NotReady, TooLarge
 from turbotx.serving.scheduler import Hungry, Lazy, Scheduler
 from turbotx.serving.schemas import Token
-from turbotx.serving.settings import Settings
+from turbotx.serving.settings import Settings, SettingsError
 from turbotx.serving.tokenizer_pool import TokenizerPool
 from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
 
 State = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
 MOST_TOKENS = 32_768  # described in one answer: about 2 MB of JSON
+BODIES = 8  # of the largest size, arriving or being answered at a time
+Result = TypeVar("Result")
 
 
 class ModelFailed(TurbotxError):
@@ -70,11 +76,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Scope:
-    """Of one HTTP request: when it is due and how urgent it is."""
+    """Of one HTTP request: when it is due, how urgent it is, and which model's it is."""
 
     deadline_ms: float = math.inf
     priority: int = 0
     facts: Facts = field(default_factory=Facts)
+    model: LoadedModel | None = None  # None: the first
 
 
 @dataclass(frozen=True)
@@ -86,22 +93,35 @@ class Reading:
 
 
 class Service:
-    """One model behind one queue. ``start`` and everything after it belong to one event loop."""
+    """Models behind one engine thread. ``start`` and all after it belong to one event loop."""
 
     def __init__(
-        self, model: LoadedModel, settings: Settings, costs: CostTable | None = None
+        self,
+        model: LoadedModel | Sequence[LoadedModel],
+        settings: Settings,
+        costs: CostTable | None = None,
     ) -> None:
-        self.model, self.settings = model, settings
+        """``costs`` are of every model, where they are not to be measured."""
+        models = [model] if isinstance(model, LoadedModel) else list(model)
+        self.models = {m.info.name: m for m in models}
+        if len(self.models) < len(models):
+            names = ", ".join(m.info.name for m in models)
+            raise SettingsError(f"models of one name: {names}; give --served-model-name for each")
+        self.model, self.settings = models[0], settings
         self.metrics = Metrics()
         self.state: State = "loading"
         self.url = ""  # where it listens, for the line that says that it is ready
         self.failure: ModelFailed | None = None
+        self._preparing = self.model.info.name  # the one that a failure is of
         self.preparing = False  # a thread runs the model for the first time
         self.left = asyncio.Event()  # the same: bodies that are half there are not waited for
         self.leaving = False  # told to stop: ready for nothing new, though still answering
         self._costs = costs
+        self._tables: dict[str, CostTable] = {}
         self._dispatcher: Dispatcher | None = None
         self._tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_body_nbytes)
+        self.bodies = BodyMemory(BODIES * settings.max_body_nbytes)
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="turbotx-large")
         self.metrics.watch(self.figures)
 
     @property
@@ -117,36 +137,55 @@ class Service:
         Raises ModelFailed.
         """
         try:
-            costs = await self._in_thread(self._prepare)
+            tables = await self._in_thread(self._prepare_all)
         except Exception as error:  # whatever the model raises
             said = str(error).strip().splitlines() or [""]
             self.state = "failed"
             self.failure = ModelFailed(
-                f"{self.model.info.name} cannot run: {type(error).__name__}: {said[0]}"
+                f"{self._preparing} cannot run: {type(error).__name__}: {said[0]}"
             )
             log.error(str(self.failure), exc_info=log.isEnabledFor(logging.DEBUG))
             raise self.failure from error
-        cache = ResponseCache(self.settings.cache_nbytes)
-        self._dispatcher = Dispatcher(
-            self.model.engine,
-            self._scheduler(costs),
-            cache,
-            self.metrics,
-            revision=self.model.info.revision,
-            coalesce=self.settings.coalesce,
-        )
+        self._tables = tables
+        self._dispatcher = self._dispatch(tables)
         self._dispatcher.start()
         self.state = "ready"
         info, policy = self.model.info, self.settings.policy
         what = f"{info.name} by {info.backend} in {info.dtype} on {info.device}, policy {policy}"
         log.info("ready: %s%s", what, f", {self.url}" if self.url else "")
 
-    async def _in_thread(self, work: Callable[[], CostTable]) -> CostTable:
+    def _dispatch(self, tables: dict[str, CostTable]) -> Dispatcher:
+        settings = self.settings
+        queues = {
+            name: self.make_scheduler(
+                tables[name], model.info.most_tokens(settings.max_batch_tokens)
+            )
+            for name, model in self.models.items()
+        }
+        tokens = {name: model.tokenizer.any_token for name, model in self.models.items()}
+        idle = IdleMeasuring(
+            {name: model.engine for name, model in self.models.items()},
+            tables,
+            tokens,
+            settings.max_age_ms / 50,
+            settings.max_batch_tokens,
+            finished=self._keep_costs,
+        )
+        return Dispatcher(
+            {name: Lane(m.engine, m.info.revision) for name, m in self.models.items()},
+            Lanes(queues) if len(queues) > 1 else queues[self.model.info.name],
+            ResponseCache(settings.cache_nbytes),
+            self.metrics,
+            coalesce=settings.coalesce,
+            idle=idle if self._costs is None else None,  # what is given is not measured
+        )
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
         """Run it in a thread that does not keep the process: a capture takes a while."""
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[CostTable] = loop.create_future()
+        done: asyncio.Future[Result] = loop.create_future()
 
-        def finish(found: CostTable | None, error: BaseException | None) -> None:
+        def finish(found: Result | None, error: BaseException | None) -> None:
             self.preparing = False
             if done.done():
                 return
@@ -176,11 +215,17 @@ class Service:
         self.state = "draining"
         if self._dispatcher is not None:
             await self._dispatcher.drain()
-            path = self._cost_path()
-            if path is not None:
-                with contextlib.suppress(OSError):  # a read-only folder costs a measurement
-                    self._dispatcher.scheduler.costs.save(path, model=self.model.info.name)
+            self._keep_costs()
         self._tokenizers.shutdown()
+        self._large.shutdown(wait=True)
+
+    async def apart(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Large bodies and answers, one at a time on a thread, so that the event loop goes on.
+
+        The interpreter runs one of them at a time anyway; side by side they would only take turns
+        away from everybody else.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._large, work, *arguments)
 
     async def encode(
         self,
@@ -190,12 +235,13 @@ class Service:
     ) -> list[TokenRow]:
         """Tokenise in the pool, one task for all of a request's texts. Raises Busy."""
         scope, reading = scope or Scope(), reading or Reading()
+        tokenizer = self.model_of(scope).tokenizer
         said = reading.truncate
         truncate = self.settings.auto_truncate if said is None else said
         characters = sum(len(t) if isinstance(t, str) else sum(map(len, t)) for t in texts)
 
         def work() -> list[TokenRow]:
-            encode = self.model.tokenizer.encode
+            encode = tokenizer.encode
             return [encode(text, truncate=truncate, keep_end=reading.keep_end) for text in texts]
 
         begin = time.perf_counter()
@@ -206,16 +252,19 @@ class Service:
         self.metrics.tokenizing.observe(facts.tokenizing_s)
         return rows
 
-    async def describe(self, texts: Sequence[str], special: bool) -> list[list[Token]]:
+    async def describe(
+        self, texts: Sequence[str], special: bool, scope: Scope
+    ) -> list[list[Token]]:
         """Each text's tokens, for ``/tokenize``. Raises TooLarge where they would be too many."""
-        most = max(MOST_TOKENS, self.model.info.max_length)
+        model = self.model_of(scope)
+        most = max(MOST_TOKENS, model.info.max_length)
 
         def work() -> list[list[Token]]:
             found: list[list[Token]] = []
             left = most
             try:
                 for text in texts:
-                    describe = self.model.tokenizer.describe
+                    describe = model.tokenizer.describe
                     found.append(describe(text, left, add_special_tokens=special))
                     left -= len(found[-1])
             except TooLarge:
@@ -225,7 +274,24 @@ class Service:
 
         return await self._tokenizers.run(sum(map(len, texts)), work)
 
+    def model_of(self, scope: Scope) -> LoadedModel:
+        """Return the model that a request is for."""
+        return scope.model or self.model
+
+    def choose(self, name: str | None, kind: str | None) -> LoadedModel:
+        """Return the model of this name; without a name the first of the kind.
+
+        A server of one model takes any name, as its clients must send one. Raises Missing.
+        """
+        if name in self.models or len(self.models) == 1:
+            return self.models.get(name or "", self.model)
+        if name is not None:
+            raise Missing(f"there is no model {name!r}: this server has {', '.join(self.models)}")
+        fitting = (m for m in self.models.values() if m.info.head.kind == kind)
+        return next(fitting, self.model)
+
     def check_batch(self, count: int) -> None:
+        """Raise TooLarge for more inputs in a request than `max_client_batch`."""
         if count > self.settings.max_client_batch:
             raise TooLarge(
                 f"{count} inputs in one request, at most {self.settings.max_client_batch}: "
@@ -233,16 +299,23 @@ class Service:
             )
 
     async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
+        """Return a float32 vector for each row; notes tokens and times in the request's facts.
+        Raises Busy, Late or NotReady."""
         facts = scope.facts
         facts.tokens = sum(map(len, rows))
         vectors, facts.queueing_s, facts.inference_s = await self.dispatcher.compute_timed(
-            rows, deadline_ms=scope.deadline_ms, priority=scope.priority
+            rows,
+            deadline_ms=scope.deadline_ms,
+            priority=scope.priority,
+            model=self.model_of(scope).info.name,
         )
         return vectors
 
-    async def decode(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
-        """The text of each row of token ids, in the tokenizers' threads."""
-        texts = self.model.tokenizer.texts_of
+    async def decode(
+        self, rows: Sequence[Sequence[int]], skip_special: bool, scope: Scope
+    ) -> list[str]:
+        """Return the text of each row of token ids; runs in the tokenizers' threads."""
+        texts = self.model_of(scope).tokenizer.texts_of
         return await self._tokenizers.run(
             sum(map(len, rows)) * CHARACTERS_PER_TOKEN, lambda: texts(rows, skip_special)
         )
@@ -255,53 +328,67 @@ class Service:
             found["backlog_ms"] = scheduler.backlog_ms
             found["cache_nbytes"] = float(cache.nbytes)
             found["cache_entries"] = float(len(cache))
-            found["cost_observations"] = float(scheduler.costs.observations)
-        found.update({f"engine_{k}": v for k, v in self.model.engine.figures().items()})
+            found["cost_observations"] = float(sum(t.observations for t in self._tables.values()))
+        for model in self.models.values():  # of several their sum
+            for name, value in model.engine.figures().items():
+                found[f"engine_{name}"] = found.get(f"engine_{name}", 0.0) + value
         return found
 
-    def _scheduler(self, costs: CostTable) -> Scheduler:
+    def make_scheduler(self, costs: CostTable, max_tokens: int | None) -> Scheduler:
+        """Return the scheduler that the settings ask for, over measured costs."""
         settings = self.settings
         policy = POLICIES[settings.policy]()
         if isinstance(policy, Aged):
             policy = replace(policy, max_age_ms=settings.max_age_ms)
-        lazy = Lazy(settings.lazy_ms, settings.max_batch, settings.max_batch_tokens)
+        lazy = Lazy(settings.lazy_ms, settings.max_batch, max_tokens)
         return Scheduler(
             costs,
             policy,
             lazy if settings.lazy_ms else Hungry(),
             max_batch=settings.max_batch,
-            max_batch_tokens=settings.max_batch_tokens,
+            max_batch_tokens=max_tokens,
             max_queue=settings.max_queue,
             max_age_ms=settings.max_age_ms,
         )
 
-    def _prepare(self) -> CostTable:
+    def _prepare_all(self) -> dict[str, CostTable]:
+        return {name: self._prepare(model) for name, model in self.models.items()}
+
+    def _prepare(self, model: LoadedModel) -> CostTable:
         """Run the engine once, so that no request waits for a capture, and know its costs."""
-        engine, path = self.model.engine, self._cost_path()
+        self._preparing = model.info.name
+        engine, path = model.engine, self._cost_path(model)
         if isinstance(engine, SleepEngine):
             return self._costs or engine.costs
-        token = min(100, self.model.tokenizer.vocabulary - 1)  # any of the model's will do
-        warm_up(engine, self.model.info.max_length, token)
+        token = model.tokenizer.any_token
+        warm_up(engine, model.info.max_length, token)
         if self._costs is not None:
             return self._costs
         table = load_or_measure(
             path,
             engine,
-            max_length=self.model.info.max_length,
+            max_length=model.info.max_length,
             max_batch=self.settings.max_batch,
-            max_tokens=self.settings.max_batch_tokens,
+            max_tokens=model.info.most_tokens(self.settings.max_batch_tokens),
             token=token,
         )
         if path is not None:
             with contextlib.suppress(OSError):
-                table.save(path, model=self.model.info.name)
+                table.save(path, model=model.info.name)
         if isinstance(engine, TorchEngine):
             engine.keep()
         return table
 
-    def _cost_path(self) -> Path | None:
-        folder, info = self.settings.cost_folder, self.model.info
-        if folder is None or isinstance(self.model.engine, SleepEngine):
+    def _keep_costs(self) -> None:
+        for name, table in self._tables.items():
+            path = self._cost_path(self.models[name])
+            if path is not None:
+                with contextlib.suppress(OSError):  # a read-only folder costs a measurement
+                    table.save(path, model=name)
+
+    def _cost_path(self, model: LoadedModel) -> Path | None:
+        folder, info = self.settings.cost_folder, model.info
+        if folder is None or isinstance(model.engine, SleepEngine):
             return None
         return cost_file(
             folder,

@@ -1,4 +1,4 @@
-"""What an operator may set, in one frozen record.
+"""Settings: all that an operator may set, as one frozen record.
 
 In: keyword arguments, each with a default that suits a small CPU server. Out: a ``Settings``, its
 limits checked, for example::
@@ -27,7 +27,7 @@ class Settings:
     max_batch: int = 32
     max_batch_tokens: int | None = 16_384  # padded
     max_queue: int = 4_096  # sequences waiting
-    max_age_ms: float = 5_000.0  # nobody waits longer; a third of it in work is admitted
+    max_age_ms: float = 5_000.0  # longest wait of a request; a third of it in work is admitted
     lazy_ms: float = 0.0  # 0: hungry; else wait this long for a batch to fill
     timeout_ms: float = 30_000.0  # of one HTTP request, from its first byte
     receive_timeout_ms: float = 10_000.0  # for a whole header, and between two parts of a body
@@ -63,7 +63,7 @@ class Settings:
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """The API keys of a file, one a line. Raises SettingsError: a file without keys opens nothing.
+    """Return the API keys of a file, one a line; raise SettingsError where it has none.
 
     Blank lines and what follows a ``#`` at the start of a line are left out.
     """

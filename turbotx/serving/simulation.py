@@ -37,13 +37,16 @@ class Outcome:
 
     @property
     def refused(self) -> int:
+        """Number of requests that were refused."""
         return int(np.isnan(self.latency_ms).sum())
 
     @property
     def throughput_per_s(self) -> float:
+        """Requests answered per second of simulated time."""
         return (len(self.latency_ms) - self.refused) / self.makespan_ms * 1e3
 
     def percentile_ms(self, q: float) -> float:
+        """Return a percentile of the latency in ms, refused requests aside; q: 0 to 100."""
         return float(np.nanpercentile(self.latency_ms, q))
 
 
@@ -87,12 +90,13 @@ def simulate(
 
 
 def offline_capacity_per_s(lengths: Sequence[int], costs: CostTable) -> float:
-    """Requests per second if all of them were there from the start: no schedule sustains more."""
+    """Return requests per second if all of them were there from the start: no schedule sustains
+    more."""
     return len(lengths) / split(sorted(lengths), costs.dense()).total_ms * 1e3
 
 
 def least_mean_latency_ms(trace: Sequence[Request], costs: CostTable) -> float:
-    """The clairvoyant optimum: the least mean latency of any schedule that knows all arrivals.
+    """Return the least mean latency, in ms, of any schedule that knows all arrivals beforehand.
 
     Exact, by dynamic programming over the subsets already served; each keeps its Pareto front of
     (end of the last batch, sum of completion times). A batch starts when the engine is free and its
@@ -131,7 +135,7 @@ def least_mean_latency_ms(trace: Sequence[Request], costs: CostTable) -> float:
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other is at least as good as in both coordinates."""
+    """Return the points that no other is at least as good as in both coordinates."""
     front: list[tuple[float, float]] = []
     for point in sorted(points):
         if not front or point[1] < front[-1][1]:
@@ -140,5 +144,5 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def toy_table() -> CostTable:
-    """The stand-in GPU of the simulations: 4 ms + 22 us per padded token, up to 20 x 100."""
+    """Return the stand-in GPU of the simulations: 4 ms + 22 us per padded token, up to 20 x 100."""
     return CostTable.from_function(lambda length, batch: 4 + 0.022 * length * batch, 100, 20)

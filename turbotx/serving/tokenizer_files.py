@@ -22,7 +22,7 @@ LONGEST = 10**6  # transformers writes 1e30 where no length was said
 
 
 def load_tokenizer(folder: Path, lower_case: bool = False) -> TextTokenizer:
-    """The tokenizer of a directory; its ``max_length`` is what its files say, else 0.
+    """Return the tokenizer of a directory; its ``max_length`` is what its files say, else 0.
 
     lower_case: put a normalizer that lowers letters before the tokenizer's own. Raises
     ModelFilesError.
@@ -37,7 +37,7 @@ def load_tokenizer(folder: Path, lower_case: bool = False) -> TextTokenizer:
             f"the tokenizer of {folder} cannot be loaded: {type(error).__name__}: {said[0]}"
         ) from error
     if lower_case:
-        _lower(found._tokenizer)
+        _lower(found.tokenizer)
     return found
 
 

@@ -30,7 +30,8 @@ class TokenizerPool:
         self.characters = 0  # being read, or waiting for it
 
     async def run(self, characters: int, work: Callable[[], Result]) -> Result:
-        """Raises Busy where too much waits already, and whatever the work raises."""
+        """Run work in a thread. Raises Busy where too much waits already, and whatever the work
+        raises."""
         if self.characters and self.characters + characters > self._most:
             raise Busy("too much text waits to be tokenised", retry_after_s=1.0)
         self.characters += characters
@@ -53,5 +54,6 @@ class TokenizerPool:
         return await asyncio.wrap_future(running)
 
     def shutdown(self) -> None:
+        """End the worker threads, once what they were given is done."""
         self._long.shutdown(wait=True)
         self._short.shutdown(wait=True)

@@ -1,7 +1,8 @@
 """Text to token ids.
 
 In: a string, or a pair of them for models that read pairs. Out: a ``TokenRow``, cut to the model's
-length or refused. Thread-safe: called from a pool, the encoder releases the interpreter lock::
+length or refused. Thread-safe: called from a pool, so ``encode_batch`` is used also for one text,
+for it releases the interpreter lock and ``encode`` does not::
 
     TextTokenizer(tokenizer, 512).encode("hello world")     # TokenRow(ids=(101, 7592, 2088, 102))
 """
@@ -47,10 +48,15 @@ class TextTokenizer:
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.max_length = max_length
         self.vocabulary = vocabulary or tokenizer.get_vocab_size()
         self.pad_id, self.gives_types = pad_id, gives_types
+
+    @property
+    def any_token(self) -> int:
+        """For texts that are made up to be timed: whatever it means, it costs the same."""
+        return min(100, self.vocabulary - 1)
 
     def encode(
         self, text: str | tuple[str, str], *, truncate: bool = False, keep_end: bool = False
@@ -66,7 +72,7 @@ class TextTokenizer:
         limit = self.max_length * CHARACTERS_PER_TOKEN
         first = self._cut(first, limit, truncate, keep_end)
         second = None if second is None else self._cut(second, limit, truncate, keep_end)
-        encoding = self._encode_text(first, second)
+        encoding = self.encode_text(first, second)
         if len(encoding.ids) > self.max_length:
             if not truncate:
                 raise TooLarge(
@@ -88,11 +94,12 @@ class TextTokenizer:
         return TokenRow(tuple(ids))
 
     def texts_of(self, rows: Sequence[Sequence[int]], skip_special: bool) -> list[str]:
-        """The text of each row of ids, with or without its special tokens. Raises BadInput."""
+        """Return the text of each row of ids, with or without its special tokens. Raises
+        BadInput."""
         for ids in rows:
             if ids and (min(ids) < 0 or max(ids) >= self.vocabulary):
                 raise BadInput(f"token ids must lie in 0 to {self.vocabulary - 1}")
-        found: list[str] = self._tokenizer.decode_batch(rows, skip_special_tokens=skip_special)
+        found: list[str] = self.tokenizer.decode_batch(rows, skip_special_tokens=skip_special)
         return found
 
     def describe(self, text: str, most: int, *, add_special_tokens: bool = True) -> list[Token]:
@@ -103,7 +110,7 @@ class TextTokenizer:
         refusal = f"the texts have more than {most} tokens: send them in several requests"
         if len(text) > most * CHARACTERS_PER_TOKEN:
             raise TooLarge(refusal)
-        encoding = self._encode_text(text, None, add_special_tokens)
+        encoding = self.encode_text(text, None, add_special_tokens)
         if len(encoding) > most:
             raise TooLarge(refusal)
         facts = zip(
@@ -115,9 +122,12 @@ class TextTokenizer:
             for token, piece, special, place in facts
         ]
 
-    def _encode_text(self, first: str, second: str | None, special: bool = True) -> Any:
+    def encode_text(self, first: str, second: str | None, special: bool = True) -> Any:
+        """Return the tokenizer's encoding of a text or a pair, uncut; raise BadInput for text
+        that is not valid Unicode."""
         try:
-            return self._tokenizer.encode(first, second, add_special_tokens=special)
+            pair = first if second is None else (first, second)
+            return self.tokenizer.encode_batch([pair], add_special_tokens=special)[0]
         except (TypeError, UnicodeError) as error:  # lone surrogates, which JSON can carry
             raise BadInput("an input is not valid Unicode text") from error
 
@@ -133,8 +143,8 @@ class TextTokenizer:
 
     def _shorten(self, first: str, second: str | None, encoding: Any, keep_end: bool) -> Any:
         """Keep the special tokens: encode without them, cut, put them round what is left."""
-        a = self._tokenizer.encode(first, add_special_tokens=False)
-        b = None if second is None else self._tokenizer.encode(second, add_special_tokens=False)
+        a = self.encode_text(first, None, False)
+        b = None if second is None else self.encode_text(second, None, False)
         room = self.max_length - (len(encoding.ids) - len(a.ids) - (len(b.ids) if b else 0))
         side = "left" if keep_end else "right"
         if b is None:
@@ -143,7 +153,7 @@ class TextTokenizer:
             first_length, second_length = longest_first(len(a.ids), len(b.ids), room)
             a.truncate(first_length, direction=side)
             b.truncate(second_length, direction=side)
-        return self._tokenizer.post_process(a, b)
+        return self.tokenizer.post_process(a, b)
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:

@@ -35,6 +35,7 @@ def make_trace(
 
 
 def poisson_gaps(generator: np.random.Generator, count: int) -> Floats:
+    """Return times between arrivals of a Poisson process, of mean 1."""
     return generator.exponential(1.0, count)
 
 
@@ -47,7 +48,7 @@ def bursty_gaps(generator: np.random.Generator, count: int) -> Floats:
 
 
 def diurnal_gaps(generator: np.random.Generator, count: int) -> Floats:
-    """The rate swings by +-30 % as a sine, four periods in the trace."""
+    """Return gaps whose rate swings by +-30 % as a sine, four periods in the trace."""
     phase = np.linspace(0, 8 * np.pi, count)
     gap: Floats = generator.exponential(1.0, count) / (1 + 0.3 * np.sin(phase))
     return gap

@@ -23,11 +23,12 @@ class NoSpan:
     """Stands in for a span where tracing is off."""
 
     def set_attribute(self, key: str, value: object) -> None:
-        pass
+        """Do nothing: no span is recorded."""
 
 
 def find_tracer(enabled: bool) -> Any | None:
-    """The tracer of this package, or None. Raises TracingError when it is missing but wanted."""
+    """Return the tracer of this package, or None. Raises TracingError when it is missing but
+    wanted."""
     if not enabled:
         return None
     try:
@@ -41,7 +42,7 @@ def find_tracer(enabled: bool) -> Any | None:
 
 @contextlib.contextmanager
 def open_span(tracer: Any | None, name: str, headers: Mapping[str, str]) -> Iterator[Any]:
-    """A server span named after the route, child of the client's where its headers say so."""
+    """Open a server span named after the route, child of the client's where its headers say so."""
     if tracer is None:
         yield NoSpan()
         return

@@ -17,7 +17,7 @@ from typing import Any
 from turbotx.errors import TurbotxError
 from turbotx.saved.weight_files import load_weights
 from turbotx.serving.engine import Head
-from turbotx.serving.sentence_files import ModelFilesError, Normalize, SentenceFiles
+from turbotx.serving.sentence_files import ModelFilesError, Normalize, SentenceFiles, Splade
 from turbotx.serving.tokens import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def load_module(
 
     wanted = getattr(torch, dtype)
     transformer = _load_transformer(
-        files.transformer, head.kind == "classifier", wanted if weights is None else torch.float32
+        files.transformer, head.kind, wanted if weights is None else torch.float32
     )
     if weights is not None:
         load_weights(transformer, weights)
@@ -58,6 +58,10 @@ def load_module(
         # transformers runs a decoder's head on one row at a time where it knows no pad token.
         alone = options.pad_token_id is None and hasattr(transformer, "score")
         module = (modules.LastTokenClassifier if alone else modules.ClassifierModel)(transformer)
+    elif head.kind == "tokens":
+        module = modules.TokenModel(transformer)
+    elif isinstance(files.steps[0], Splade):
+        module = modules.SpladeModel(transformer, files.steps[0])
     else:
         # The server normalises at the end, where a request may say otherwise.
         steps = files.steps[:-1] if isinstance(files.steps[-1], Normalize) else files.steps
@@ -71,7 +75,7 @@ def load_module(
     )  # fmt: skip
 
 
-def _load_transformer(folder: Path, classifies: bool, dtype: Any) -> Any:
+def _load_transformer(folder: Path, kind: str, dtype: Any) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # standard error is lines of JSON
@@ -85,7 +89,7 @@ def _load_transformer(folder: Path, classifies: bool, dtype: Any) -> Any:
                 folder, config.model_type,
             )  # fmt: skip
         _turn_cache_off(config)
-        module, report = _loader_of(config, classifies, folder).from_pretrained(
+        module, report = _loader_of(config, kind, folder).from_pretrained(
             folder, config=config, local_files_only=True, dtype=dtype, output_loading_info=True
         )
     except TurbotxError:
@@ -96,7 +100,8 @@ def _load_transformer(folder: Path, classifies: bool, dtype: Any) -> Any:
             f"{folder} cannot be loaded: {type(error).__name__}: {said[0]}"
         ) from error
     # A pooler is not part of an embedding here: the chain pools the hidden states.
-    missing = sorted(n for n in report["missing_keys"] if classifies or not n.startswith("pooler."))
+    headed = kind in ("classifier", "sparse")
+    missing = sorted(n for n in report["missing_keys"] if headed or not n.startswith("pooler."))
     if missing:
         raise ModelFilesError(
             f"{folder}: the weights lack {', '.join(missing[:5])}"
@@ -114,11 +119,13 @@ def _turn_cache_off(config: Any) -> None:
             _turn_cache_off(getattr(config, name))
 
 
-def _loader_of(config: Any, classifies: bool, folder: Path) -> Any:
+def _loader_of(config: Any, kind: str, folder: Path) -> Any:
     import transformers
 
-    if classifies:
+    if kind == "classifier":
         return transformers.AutoModelForSequenceClassification
+    if kind == "sparse":
+        return transformers.AutoModelForMaskedLM
     if config.model_type in ENCODERS:
         return getattr(transformers, ENCODERS[config.model_type])
     if getattr(config, "is_encoder_decoder", False):

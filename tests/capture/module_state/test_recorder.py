@@ -65,7 +65,7 @@ def untouched():
     before = [(vars(c).get(n), getattr(c, n)) for c in watched for n in names]
     yield
     assert [(vars(c).get(n), getattr(c, n)) for c in watched for n in names] == before
-    assert not recorder._patched and not recorder._saved
+    assert not recorder.patched and not recorder.saved_methods
 
 
 @pytest.mark.usefixtures("untouched")

@@ -269,3 +269,43 @@ def test_a_trace_leaves_the_classes_as_they_were() -> None:
     fast(X)
     assert dict(vars(nn.Module)) == before
     assert "__getattribute__" not in vars(nn.Module)
+
+
+class Levels:
+    """A view that a property of a configuration makes anew at each read."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __getitem__(self, level: int) -> float:
+        return float(self.config.first + level)
+
+
+class Configuration:
+    def __init__(self) -> None:
+        self.first, self.name = 1, "a"
+
+    def __getattribute__(self, name: str) -> Any:
+        return super().__getattribute__(name)
+
+    @property
+    def levels(self) -> Levels:
+        return Levels(self)
+
+
+def test_an_object_that_a_property_makes_anew_counts_for_what_it_reads() -> None:
+    class Leveled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = Configuration()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.config.levels[2]
+
+    model = Leveled().eval()
+    fast = optimize(model)
+    assert torch.equal(fast(X), X * 3)
+    model.config.name = "b"
+    assert torch.equal(fast(X), X * 3) and fast.stats()["captures"] == 1
+    model.config.first = 5
+    assert torch.equal(fast(X), X * 7) and fast.stats()["captures"] == 2

@@ -26,6 +26,9 @@ class Own:
     def replaces(self, x):
         self.seen = [x]
 
+    def replaces_what_is_there(self, x):
+        self.seen[:] = [x]
+
     def counts(self, x):
         if len(self.seen) < 3:
             self.seen.append(x)
@@ -59,7 +62,17 @@ def test_writes(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["counts", "adds_up", "hands_on", "aliases", "takes", "iterates", "asks_by_name"]
+    "name",
+    [
+        "counts",
+        "adds_up",
+        "hands_on",
+        "aliases",
+        "takes",
+        "iterates",
+        "asks_by_name",
+        "replaces_what_is_there",
+    ],
 )
 def test_reads(name: str) -> None:
     assert not is_only_written("seen", [getattr(Own, name).__code__])

@@ -219,7 +219,7 @@ def test_after_a_failure_all_is_as_it_was() -> None:
         def forward(self, x):
             self.kept["x"], self.last = self.linear(x), x
             SHARED["failed"] = x * 2
-            return x if x.sum() > 0 else -x
+            return x[x > 0]
 
     model = Failing().eval()
     weight, before = model.linear.weight, set(vars(model))

@@ -13,6 +13,7 @@ from torch import nn
 import turbotx
 from tests.graphs import captured
 from tests.kernels.cpp.cpp_probe import needs_compiler
+from turbotx.engine.optimize import engine_of
 from turbotx.engine.pipeline import rewrite
 from turbotx.kernels.fusion.epilogue import Epilogue, find_epilogues
 from turbotx.kernels.fusion.fuse import fuse_all
@@ -125,7 +126,7 @@ def test_results(dtype: torch.dtype) -> None:
             error = (ours.double() - true).abs().amax() if x.numel() else 0
             allowed = (eager.double() - true).abs().amax() if x.numel() else 0
             assert error <= 1.5 * allowed + 2 * torch.finfo(dtype).eps
-    names = [x.name.rpartition("_")[0] for x in fast._engine.variants()[0].assembly.launches]
+    names = [x.name.rpartition("_")[0] for x in engine_of(fast).variants()[0].assembly.launches]
     assert names.count("linear_silu_mul") == names.count("linear_tanh") == 1
     assert "linear_gelu" in names and "linear_add" in names and "linear_relu_add" not in names[:1]
 
@@ -151,5 +152,5 @@ def test_in_place_only_where_the_product_reads_something_else(same: bool) -> Non
     fast = turbotx.optimize(function, backend="aten")
     with torch.no_grad():
         torch.testing.assert_close(fast(X), function(X))
-    (last,) = [x for x in fast._engine.variants()[0].assembly.launches if "_add" in x.name]
+    (last,) = [x for x in engine_of(fast).variants()[0].assembly.launches if "_add" in x.name]
     assert bool(last.inplace) == (not same)

@@ -9,6 +9,7 @@ from torch import nn
 import turbotx
 from tests.kernels.cpp.cpp_probe import needs_compiler
 from turbotx import ir
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import VerifyError
 
 
@@ -75,5 +76,5 @@ def test_poison_says_nothing_of_reuse_that_is_safe(monkeypatch: pytest.MonkeyPat
 
     fast, x = turbotx.optimize(chain), torch.randn(3, 16)
     torch.testing.assert_close(fast(x), chain(x))
-    (compiled,) = fast._engine.variants()
+    (compiled,) = engine_of(fast).variants()
     assert compiled.program.liveness.reused

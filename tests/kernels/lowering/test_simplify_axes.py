@@ -20,7 +20,11 @@ DENSE = b * S * 8 + s * 8 + h
 def kernel(
     load: sympy.Expr, store: sympy.Expr, *extra: ir.Statement, row: bool = False
 ) -> ir.Kernel:
-    axes = (ir.Axis("a0", B), ir.Axis("a1", S), ir.Axis("a2", H, "row" if row else "parallel"))
+    axes = (
+        ir.Axis("a0", B),
+        ir.Axis("a1", S),
+        ir.Axis("a2", H, ir.REDUCTION if row else ir.PARALLEL),
+    )
     params = (ir.Param("x", F32, (B, S, H), "in"), ir.Param("y", F32, (B, S, H), "out"))
     body = (
         ir.Load("v", ir.Access("x", load), F32),
@@ -84,7 +88,7 @@ def reducing(op: str) -> ir.Kernel:
         ir.Store(ir.Access("p", b), "p1"),
         ir.Store(ir.Access("q", b), "q1"),
     )
-    return ir.Kernel("k", params, (ir.Axis("a0", B), ir.Axis("a2", H, "row")), body)
+    return ir.Kernel("k", params, (ir.Axis("a0", B), ir.Axis("a2", H, ir.REDUCTION)), body)
 
 
 def test_sequential_reductions_are_plain_and_mean_the_same() -> None:

@@ -33,7 +33,7 @@ SMALL = AttentionSchedule(q_tile=16, k_tile=16)
 ONCE = False
 
 
-def run(kernel, q, k, v, keys=None, bias=None, schedule=None):
+def run(kernel, q, k, v, keys=None, bias=None, sinks=None, schedule=None):
     """Run the printed kernel over operands of any strides; out is (batch, q_len, heads, dim)."""
     if schedule is None:
         k_tile = max(16, power_above(k.shape[2]))
@@ -42,7 +42,7 @@ def run(kernel, q, k, v, keys=None, bias=None, schedule=None):
     out = torch.full((batch, q_len, heads, width), float("nan"), dtype=q.dtype)
     if keys is not None:
         kernel = replace(kernel, keys="mask" if keys.dtype is torch.bool else "lengths")
-    pointers = [t for t in (q, k, v, out, keys, bias) if t is not None]
+    pointers = [t for t in (q, k, v, out, keys, bias, sinks) if t is not None]
     sizes = [batch, heads, k.shape[1], q_len, k.shape[2]]
     for t in (q, k, v):
         sizes += t.stride()[:3]
@@ -93,12 +93,12 @@ def operands(batch, heads, kv_heads, q_len, k_len, width, dtype=torch.float32):
     return [torch.randn(batch, h, n, width, dtype=dtype) for h, n in shapes]
 
 
-def check(out, q, k, v, keys=None, bias=None, **said):
+def check(out, q, k, v, keys=None, bias=None, sinks=None, **said):
     if keys is not None and keys.dtype is torch.bool:
         keys = keys[:, None, None, :]
     exact_bias = bias.double() if bias is not None and bias.is_floating_point() else bias
-    exact = attention(q.double(), k.double(), v.double(), keys, exact_bias, **said)
-    own = attention(q, k, v, keys, bias, **said).double()
+    exact = attention(q.double(), k.double(), v.double(), keys, exact_bias, sinks, **said)
+    own = attention(q, k, v, keys, bias, sinks, **said).double()
     assert out.shape == exact.shape
     assert torch.equal(out.isnan(), exact.isnan())
     allowed = 2 * (own - exact).nan_to_num().abs().max() + 4 * torch.finfo(q.dtype).eps
@@ -116,7 +116,8 @@ def check_attention(kernel: AttentionKernel, length: int = 19) -> None:
     bias = torch.randn(1, 2, length, length)
     if kernel.bias != "none":
         bias = bias > -0.5 if kernel.bias == "boolean" else bias.to(biases[kernel.bias])
-    given = (keys, bias if kernel.bias != "none" else None)
+    sinks = torch.randn(2) if kernel.sinks else None
+    given = (keys, bias if kernel.bias != "none" else None, sinks)
     said = {"scale": kernel.scale, "causal": kernel.causal, "window": kernel.window}
     out = run(kernel, q, k, v, *given)
     said |= {"blind_nan": kernel.blind_nan, "blind_mean": kernel.blind_mean}

@@ -150,6 +150,31 @@ def test_hidden_keys_of_a_blind_row_weigh_the_same(bias: str) -> None:
     torch.testing.assert_close(out[2], mean)
 
 
+def test_a_blind_query_averages_keys_that_come_after_it_too() -> None:
+    q, k, v = operands(2, 2, 1, 21, 21, 16)
+    visible = torch.arange(21)[None, :] >= torch.tensor([[0], [18]])
+    case = kernel(16, causal=True, blind_mean=True)
+    out = run(case, q, k, v, visible)
+    check(out, q, k, v, visible, scale=case.scale, causal=True, blind_mean=True)
+    torch.testing.assert_close(out[1, 3], v[1].mean(1).expand(2, 16))
+
+
+@pytest.mark.parametrize("kind", ["blind_mean", "blind_nan"])
+def test_sinks_take_shares_that_go_to_no_value(kind: str) -> None:
+    """Queries that see no key get zeros, but where the sink is minus infinity: causal with keys of
+    the first places hidden, as left padding does."""
+    q, k, v = operands(3, 4, 2, 19, 19, 16)
+    visible = torch.arange(19)[None, :] >= torch.tensor([[0], [3], [19]])
+    sinks = torch.tensor([0.5, -1.0, -math.inf, 30.0])
+    case = kernel(16, causal=True, sinks=True, **{kind: True})
+    out = run(case, q, k, v, visible, sinks=sinks)
+    said = {"scale": case.scale, "causal": True, kind: True}
+    check(out, q, k, v, visible, None, sinks, **said)
+    assert (out[2, :, 0] == 0).all()
+    nothing = run(case, q, k[:, :, :0], v[:, :, :0], visible[:, :0], sinks=sinks)
+    assert (nothing == 0).all()
+
+
 def test_scores_are_capped_before_the_bias() -> None:
     q, k, v = operands(2, 2, 1, 7, 19, 16)
     case = kernel(16, bias="float32", softcap=0.5, causal=True)

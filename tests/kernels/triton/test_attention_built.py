@@ -34,7 +34,7 @@ def test_one_tile_of_keys_takes_no_loop() -> None:
     assert "for start" not in attention_job(case, "sm_90", tiles).source
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [16, 64, 80, 128, 256])
 def test_builds_for_every_target_without_spills(dtype: torch.dtype, width: int) -> None:
@@ -62,6 +62,8 @@ def test_builds_for_every_target_without_spills(dtype: torch.dtype, width: int) 
 def test_builds_with_every_operand(q_len: int) -> None:
     case = kernel(64, torch.float16, causal=True, bias="storage", keys="mask")
     jobs = [attention_job(case, "sm_90", choose_attention_schedule(case, q_len))]
+    sunk = kernel(64, torch.bfloat16, True, keys="mask", blind_mean=True, sinks=True)
+    jobs.append(attention_job(sunk, "sm_90", choose_attention_schedule(sunk, q_len)))
     for which in ("scores", "values"):
         product = ProductKernel(which, torch.float16, 64)
         tiles = choose_product_schedule(product, q_len)

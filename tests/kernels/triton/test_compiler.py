@@ -56,7 +56,7 @@ def test_artifacts_and_resources_for_every_target() -> None:
 def test_a_second_build_reads_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     job = kernel_job(scale(torch.float16), "sm_90")
     (first,) = build([job])
-    monkeypatch.setattr(targets, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(targets, "compile_job", lambda *_: pytest.fail("compiled again"))
     (second,) = build([job])
     assert second.cached and second.files == first.files
     assert second.resources == first.resources
@@ -65,8 +65,10 @@ def test_a_second_build_reads_the_cache(monkeypatch: pytest.MonkeyPatch) -> None
 def test_equal_jobs_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     job = kernel_job(scale(width=512), "sm_90")
     calls = []
-    compile_one = targets._compile
-    monkeypatch.setattr(targets, "_compile", lambda *args: (calls.append(1), compile_one(*args))[1])
+    compile_one = targets.compile_job
+    monkeypatch.setattr(
+        targets, "compile_job", lambda *args: (calls.append(1), compile_one(*args))[1]
+    )
     assert len(build([job, job])) == 2
     assert len(calls) == 1
 

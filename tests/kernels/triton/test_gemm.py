@@ -373,7 +373,7 @@ def test_builds_without_spills() -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("tokens", BUCKETS)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.name)
 def test_every_bucket_builds_for_every_target(template: GemmTemplate, tokens: int) -> None:

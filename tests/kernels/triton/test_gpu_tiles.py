@@ -40,7 +40,7 @@ def test_candidates_fit_and_hold_the_rules_own(bucket: int) -> None:
             assert fits_scratch(template, s, bucket), (bucket, n, k, s)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("bucket", SWEPT)
 def test_no_candidate_spills(bucket: int) -> None:
     jobs = []

@@ -2,14 +2,13 @@
 
 In: transformers with random weights and two layers, tiny for the interpreter, and of their usual
 widths for the compilers. Out: differences from the kernels' meaning in float64; spills and the
-width of accesses to memory on each target. TURBOTX_SWEEP adds the architectures not run by default.
+width of accesses to memory on each target. The sweep adds the architectures not run by default.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -40,8 +39,7 @@ FURTHER = (
     "distilbert", "roberta", "albert", "electra", "opt", "t5", "mistral", "qwen2", "vit", "bart",
     "modernbert",
 )  # fmt: skip
-swept = pytest.mark.skipif("TURBOTX_SWEEP" not in os.environ, reason="set TURBOTX_SWEEP=1")
-EVERY = [*MODELS, *(pytest.param(name, marks=swept) for name in FURTHER)]
+EVERY = [*MODELS, *(pytest.param(name, marks=pytest.mark.sweep) for name in FURTHER)]
 # What configurations call their sizes: width, inner width, heads, layers, and lengths that masks
 # and positions need.
 NAMES = {
@@ -194,7 +192,7 @@ def test_bert_builds_for_one_target() -> None:
     check_built(launch_jobs("bert", 32, torch.float32, ["sm_90"]))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", EVERY)
 def test_usual_widths_build_for_every_target(name: str, dtype: torch.dtype) -> None:
@@ -202,7 +200,7 @@ def test_usual_widths_build_for_every_target(name: str, dtype: torch.dtype) -> N
     check_built(launch_jobs(name, width, dtype, TARGETS))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", MODELS)
 def test_the_papers_way_builds_for_every_target(name: str) -> None:
     check_built(launch_jobs(name, 768, torch.float16, TARGETS, "fused-softmax"))

@@ -222,7 +222,7 @@ def test_device_functions_build_for_both_vendors(dtype: torch.dtype) -> None:
     build([kernel_job(kernel, target) for kernel in made.kernels for target in ("sm_90", "gfx942")])
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("length", [1000, 4097, 70000])
 def test_long_rows_build(length: int) -> None:
     """Too long for the interpreter: in registers, in the largest tile, and walked along."""
@@ -269,7 +269,7 @@ def test_index_outside_its_table_is_reported_and_not_read() -> None:
 
 def long_sum() -> ir.Kernel:
     n, rows = dim("n"), dim("rows")
-    axes = (ir.Axis("row", rows), ir.Axis("col", n, "row"))
+    axes = (ir.Axis("row", rows), ir.Axis("col", n, ir.REDUCTION))
     place = axes[0].symbol * n + axes[1].symbol
     return ir.Kernel(
         "long_sum",

@@ -14,13 +14,15 @@ import torch
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.runtime.cuda.test_cuda_graphs import Twice, check, make
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import DeviceError
 
 
 def test_inside_a_callers_own_capture_memory_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, model, device = make(monkeypatch)
     check(fast, model, 2, 3, 8)
-    arena = fast._engine.variants()[0].program.pool._arenas[0]
+    with engine_of(fast).variants()[0].program.pool.lease(1) as arena:
+        pass
     device.users_capture = True
     mark = len(device.log)
     check(fast, model, 2, 3, 8)
@@ -38,7 +40,7 @@ def test_inside_a_callers_own_capture_memory_is_not_shared(monkeypatch: pytest.M
 def test_a_callers_graph_cannot_load_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, model, device = make(monkeypatch)
     check(fast, model, 2, 3, 8)
-    fast._engine.variants()[0].program.runtime._functions.clear()
+    engine_of(fast).variants()[0].program.runtime.functions.clear()
     device.users_capture = True
     with pytest.raises(DeviceError, match="wants kernels that are not loaded"):
         fast(torch.randn(2, 5, 8))
@@ -52,11 +54,11 @@ def test_a_callers_graph_cannot_load_kernels(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_callers_graph_keeps_the_weights_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, model, device = make(monkeypatch, Twice())
     check(fast, model, 2, 3, 8)
-    runtime = fast._engine.variants()[0].program.runtime
+    runtime = engine_of(fast).variants()[0].program.runtime
     device.users_capture = True
     for _ in range(2):
         check(fast, model, 2, 3, 8)
-    read = [weakref.ref(t) for t in runtime.placed._held.tensors.values()]
+    read = [weakref.ref(t) for t in runtime.placed.held.tensors.values()]
     device.users_capture = False
     for changes in (1, 2):
         model.a.weight.mul_(2)
@@ -64,4 +66,4 @@ def test_a_callers_graph_keeps_the_weights_that_it_reads(monkeypatch: pytest.Mon
         assert all(tensor() is not None for tensor in read)
         assert runtime.weights.version == 1 + changes
     # What no graph of the caller's has read is let go of.
-    assert list(fast._engine.variants()[0].program._callers) == [1]
+    assert list(engine_of(fast).variants()[0].program.callers_reads) == [1]

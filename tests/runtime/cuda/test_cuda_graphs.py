@@ -18,6 +18,7 @@ from torch import nn
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from tests.runtime.cuda.stand_in_device import InterpretedDevice, RecordingDevice, bind_to
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import BuildWarning, DeviceError, IndexOutOfRangeError, InputError, OptionsError
 from turbotx.runtime.placement import find_device, open_device
 
@@ -62,7 +63,7 @@ def test_shapes_that_alternate_are_never_mixed_up(monkeypatch: pytest.MonkeyPatc
     for rows in (2, 3, 2, 3, 2, 3, 2, 3, 30, 30, 2, 3, 0, 0, 1, 1, 30, 2):
         check(fast, model, 2, rows, 8)
     assert fast.stats()["captures"] == 2  # no rows have a capture of their own
-    assert len(fast._engine.variants()[0].program._graphs.kept) == 2
+    assert len(engine_of(fast).variants()[0].program.graphs.kept) == 2
     # The kept graphs of 2 and 3 were replayed; others had to go and were captured again.
     assert max(graph.replays for graph in device.graphs) >= 3
 
@@ -101,7 +102,7 @@ def test_times_of_launches_are_measured_from_one_mark_to_the_next(
     model, x = nn.Sequential(*(Block() for _ in range(8))).eval(), torch.randn(2, 3, 8)
     fast = bind_to(CoarseClock(), model, monkeypatch)
     fast(x)
-    program = fast._engine.variants()[0].program
+    program = engine_of(fast).variants()[0].program
     count = len(program.executable.launches)
     assert count >= 16
     ticks = (ctypes.c_int64 * (2 * count))()
@@ -115,9 +116,9 @@ def test_kernels_are_loaded_before_a_capture_begins(monkeypatch: pytest.MonkeyPa
     fast, model, device = make(monkeypatch, max_shapes=1)
     check(fast, model, 2, 3, 8)
     check(fast, model, 2, 5, 8)
-    runtime = fast._engine.variants()[0].program.runtime
+    runtime = engine_of(fast).variants()[0].program.runtime
     # The first shape's binding has made room for the second's, and so have its kernels.
-    runtime._functions.clear()
+    runtime.functions.clear()
     device.loaded.clear()
     check(fast, model, 2, 3, 8)
     assert len(device.graphs) == 1
@@ -250,7 +251,7 @@ def test_weights_are_retained_once_by_each_stream_that_reads_them(
         device.current_stream = stream
         check(fast, model, 2, 3, 8)  # plain, then captured, then replayed
     assert device.names("retain") == ["default", "another", "third"]
-    weights = fast._engine.variants()[0].program.runtime.weights
+    weights = engine_of(fast).variants()[0].program.runtime.weights
     derived = {weights.tensors[name].data_ptr() for name in weights.prepared}
     assert derived
     assert all(derived <= set(e[2]) for e in device.log if e[0] == "retain")
@@ -296,7 +297,7 @@ def test_memory_given_back_takes_its_graphs_along(monkeypatch: pytest.MonkeyPatc
     fast, model, device = make(monkeypatch)
     for _ in range(3):
         check(fast, model, 2, 3, 8)
-    fast._engine.variants()[0].program.pool.trim()
+    engine_of(fast).variants()[0].program.pool.trim()
     check(fast, model, 2, 3, 8)
     assert len(device.graphs) == 2
 
@@ -304,7 +305,7 @@ def test_memory_given_back_takes_its_graphs_along(monkeypatch: pytest.MonkeyPatc
 def test_reserve_leaves_room_for_a_graphs_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = bind_to(RecordingDevice(), Block().eval(), monkeypatch)
     fast(torch.randn(2, 3, 8))
-    names = fast._engine.variants()[0].program.dims
+    names = engine_of(fast).variants()[0].program.dims
     fast.reserve(**dict.fromkeys(names, 200))
     allocations = fast.stats()["chunk_allocations"]
     for _ in range(3):

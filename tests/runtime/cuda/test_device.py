@@ -7,7 +7,6 @@ pools; and the words of errors for devices that cannot be used.
 from __future__ import annotations
 
 import gc
-import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -158,7 +157,7 @@ def test_a_capture_is_on_a_stream_and_in_a_pool_of_its_own(monkeypatch: pytest.M
         cuda.log.append("body")
         collecting.append(gc.isenabled())
         # Nobody waits for the device meanwhile.
-        assert capture_lock._owner == threading.get_ident()
+        assert capture_lock.is_held_here
 
     recorder.capture(body)
     begin = ("begin", (0, 1), "thread_local")

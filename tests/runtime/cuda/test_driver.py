@@ -65,7 +65,7 @@ def built() -> Built:
     return build([kernel_job(lowered.kernel, "sm_90")], measure=False)[0]
 
 
-def load(driver: Any, built: Built, shared_nbytes: int = 512) -> cuda_driver.Function:
+def load(driver: Any, built: Built, shared_nbytes: int = 512) -> cuda_driver.LoadedKernel:
     binary = replace(built.binary(), shared_nbytes=shared_nbytes)
     return cuda_driver.load_function(driver, binary, 200_000)
 

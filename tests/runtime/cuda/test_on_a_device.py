@@ -22,6 +22,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 import transformers
 
 import turbotx
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import IndexOutOfRangeError
 
 pytestmark = [
@@ -84,7 +85,7 @@ def test_the_arena_is_the_drivers_virtual_memory() -> None:
     pytest.importorskip("cuda.bindings.driver")
     fast = turbotx.optimize(make_bert(torch.float16))
     fast(**make_inputs(1, 8))
-    (pool,) = fast._engine._pools.values()
+    pool = engine_of(fast).variants()[0].program.pool
     with pool.lease(1) as arena:
         address = arena.data_ptr
         assert arena.stable

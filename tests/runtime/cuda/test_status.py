@@ -15,8 +15,8 @@ from turbotx.runtime.cuda.status import Status
 
 def report(status: Status, launch: int, check: int) -> None:
     """Write what a kernel would."""
-    word = np.frombuffer(status._words.numpy(), dtype=np.int32)
-    place = (status.address(launch) - status._words.data_ptr()) // 4 + check - 1
+    word = np.frombuffer(status.words.numpy(), dtype=np.int32)
+    place = (status.address(launch) - status.words.data_ptr()) // 4 + check - 1
     word[place] = check
 
 
@@ -67,8 +67,8 @@ def test_a_report_is_raised_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> No
         def __setitem__(self, place: int, value: int) -> None:
             words[place] = value
 
-    words = status._seen
-    monkeypatch.setattr(status, "_seen", Seen())
+    words = status.seen
+    monkeypatch.setattr(status, "seen", Seen())
     report(status, 0, 1)
     threads = [threading.Thread(target=lambda: taken.append(status.take())) for _ in range(2)]
     for thread in threads:
@@ -81,4 +81,4 @@ def test_a_report_is_raised_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> No
 def test_without_checks_there_is_nothing_to_read() -> None:
     status = Status(RecordingDevice(), [])
     assert status.take() == 0
-    assert memory_at(status._words.data_ptr(), status._words.dtype) == 0
+    assert memory_at(status.words.data_ptr(), status.words.dtype) == 0

@@ -1,4 +1,4 @@
-"""Dependence: whether a tensor that a forward keeps was computed from the call's own values.
+"""Dependence: whether a tensor under a trace was computed from the values of the inputs.
 
 In: a tensor under a trace, and the call's tensors. Out: False for what follows from sizes,
 constants and parameters alone, as a cached mask does, which every later call would find the same::

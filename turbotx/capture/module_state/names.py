@@ -1,4 +1,4 @@
-"""Names: the globals and closures that functions refer to, found in their code.
+"""Names: the globals and closure cells that functions refer to, found in their bytecode.
 
 In: functions that run under a trace. Out: where each name's value lies (a module's globals, a
 closure's cell, a class) and the functions in turn that they call, of code that is the user's or a
@@ -27,7 +27,7 @@ from turbotx.capture.module_state.places import (
     ClassPlace,
     DefaultsPlace,
     ItemPlace,
-    Place,
+    StatePlace,
     find_in_class,
 )
 from turbotx.capture.module_state.values import MISSING, is_library, is_watchable
@@ -36,6 +36,8 @@ MAX_FUNCTIONS = 2000
 """Functions that are looked into for one model."""
 _GLOBAL = frozenset(("LOAD_GLOBAL", "LOAD_NAME"))
 _ATTRIBUTE = frozenset(("LOAD_ATTR", "LOAD_METHOD"))
+_CLASS = frozenset(("type", "__class__", "cls"))
+"""Names by which code asks the class of an object, whose attributes it then reads unnoted."""
 _UNCALLED = frozenset(
     f"__{name}__"
     for name in (
@@ -62,7 +64,7 @@ class Names:
     """What functions refer to, as far as they were looked into."""
 
     def __init__(self) -> None:
-        self.places: dict[Any, Place] = {}
+        self.places: dict[Any, StatePlace] = {}
         self.meet: Callable[[Any], None] = lambda value: None
         self._entered: dict[tuple[int, type | None], types.FunctionType] = {}
         self._to_do: list[tuple[types.FunctionType, type | None]] = []
@@ -96,6 +98,7 @@ class Names:
                 self._add(DefaultsPlace(function))
             for code in codes_in(function.__code__):
                 found = _chains(code)
+                by_class = _CLASS & {*code.co_names, *code.co_varnames[:1]}
                 attributes = [chain[0] for kind, chain in found if kind == "attribute"]
                 for kind, chain in found:
                     if kind == "global":
@@ -104,6 +107,8 @@ class Names:
                         self._import(chain[0], attributes)
                     elif owner is not None:
                         self.enter(find_in_class(owner, chain[0]), owner)
+                        if by_class and find_in_class(owner, chain[0]) is not MISSING:
+                            self._follow_class(owner, chain)
 
     def _follow(self, scope: dict[str, Any], chain: tuple[str, ...]) -> None:
         """Note a global's value, and what is read from it where it is a module or a class."""
@@ -142,7 +147,7 @@ class Names:
                 if attribute in vars(module):
                     self._follow(vars(module), (attribute,))
 
-    def _add(self, place: Place) -> None:
+    def _add(self, place: StatePlace) -> None:
         if place.key in self.places:
             return
         self.places[place.key] = place

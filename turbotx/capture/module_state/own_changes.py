@@ -1,4 +1,4 @@
-"""Own changes: what a call leaves behind in containers and attributes that its forward also reads.
+"""Own changes: state that a call modifies in containers and attributes that it also reads.
 
 In: the effects of a traced call, the places that it read, its code. Out: what of the containers is
 no guard, because the code only writes it; which places a call changes itself, so that the next is
@@ -24,7 +24,7 @@ from turbotx.capture.module_state.places import (
     AttributePlace,
     CellPlace,
     DefaultsPlace,
-    Place,
+    StatePlace,
 )
 from turbotx.capture.module_state.recorder import Write
 from turbotx.capture.module_state.uses import is_only_written
@@ -67,6 +67,7 @@ def depends_on_before(write: Write, before: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
+    """Tell whether a value is an int, a float or a symbolic int; bools are no numbers here."""
     return isinstance(value, (int, float, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -85,7 +86,7 @@ def _is_alike(before: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 def find_own_changes(
-    name: str, effects: Sequence[Effect], places: Sequence[Place], names: Names
+    name: str, effects: Sequence[Effect], places: Sequence[StatePlace], names: Names
 ) -> OwnChanges:
     """Return what a call of the model called `name` changes of what it reads.
 
@@ -98,7 +99,7 @@ def find_own_changes(
         if isinstance(p, AttributePlace)
         for held in _dicts_of(p.owner)
     }
-    holders: dict[int, list[Place]] = {}
+    holders: dict[int, list[StatePlace]] = {}
     for place in places:
         look = Look()
         place.describe(look)
@@ -123,7 +124,7 @@ def find_own_changes(
     return found
 
 
-def _is_only_written(place: Place, names: Names) -> bool:
+def _is_only_written(place: StatePlace, names: Names) -> bool:
     codes = names.codes
     if codes is None:
         return False

@@ -1,4 +1,4 @@
-"""Places: where a value lies that a trace read, and how to read it again without running anything.
+"""Places: locations of values that a trace read, readable again without running user code.
 
 In: an owner and a name. Out: the value there now, and the dicts through which it was found, whose
 change is all that can make it another one::
@@ -27,10 +27,11 @@ from turbotx.capture.module_state.values import (
     Look,
     describe_own_tensor,
     describe_table,
+    is_watchable,
 )
 
 
-class Place(Protocol):
+class StatePlace(Protocol):
     """Somewhere a value was read from."""
 
     text: str
@@ -52,7 +53,7 @@ class Place(Protocol):
 class AttributePlace:
     """An attribute of a module or an object, found as Python finds it, in the object or its class.
 
-    A property is told by which it is: what it reads in turn are places too.
+    A property is compared by identity: what it reads in turn are places too.
     """
 
     def __init__(self, owner: Any, name: str, text: str, inside: bool = True) -> None:
@@ -66,12 +67,16 @@ class AttributePlace:
         self._guessed = not own and hasattr(type(owner), "__getattr__")
 
     def read(self) -> Any:
+        """Return the attribute's value now, or MISSING."""
         return self._find()[0]
 
     def dicts(self) -> list[dict[Any, Any]]:
+        """Return the dicts of the object and of its classes that decide what is found."""
         return self._find()[1]
 
     def describe(self, look: Look) -> Any:
+        """Return a comparable description; notes in `look` the dicts that it depends on, and
+        whether a slot without a version does."""
         value, dicts = self._find()
         for found in dicts:
             look.dicts[id(found)] = found
@@ -92,7 +97,11 @@ class AttributePlace:
         attributes = dict_of(owner)
         dicts = [attributes] if attributes is not None else []
         if self._computed:  # by the class's own __getattribute__ or __getattr__
-            return getattr(owner, name, MISSING), [*dicts, *_class_dicts(type(owner))]
+            value, maker = getattr(owner, name, MISSING), find_in_class(type(owner), name)
+            # An object that a property makes anew says nothing by which it is.
+            if isinstance(maker, property) and is_watchable(type(value)):
+                value = value if getattr(owner, name, MISSING) is value else maker
+            return value, [*dicts, *_class_dicts(type(owner))]
         if name == ALL:
             return attributes, dicts
         in_class = find_in_class(type(owner), name)
@@ -125,12 +134,15 @@ class ItemPlace:
         self.key = ("item", id(scope), name)
 
     def read(self) -> Any:
+        """Return the entry's value now, or MISSING."""
         return self.scope.get(self.name, MISSING)
 
     def dicts(self) -> list[dict[Any, Any]]:
+        """Return the dict that has the entry."""
         return [self.scope]
 
     def describe(self, look: Look) -> Any:
+        """Return a comparable description; notes the dict in `look`."""
         look.dicts[id(self.scope)] = self.scope
         return look(self.read())
 
@@ -143,12 +155,15 @@ class ClassPlace:
         self.key = ("class", cls, name)
 
     def read(self) -> Any:
+        """Return what the class or a base of it has under the name, or MISSING."""
         return find_in_class(self.cls, self.name)
 
     def dicts(self) -> list[dict[Any, Any]]:
+        """Return the dicts of the classes up to the one that has the name."""
         return _class_dicts(self.cls, self.name)
 
     def describe(self, look: Look) -> Any:
+        """Return a comparable description; notes the dicts of the classes in `look`."""
         for found in self.dicts():
             look.dicts[id(found)] = found
         return look(self.read())
@@ -169,12 +184,15 @@ class DefaultsPlace:
         self.key = ("defaults", id(function))
 
     def read(self) -> Any:
+        """Return the function's default values, a tuple or None."""
         return self.function.__defaults__
 
     def dicts(self) -> list[dict[Any, Any]]:
+        """Return no dict: defaults are compared at every call."""
         return []
 
     def describe(self, look: Look) -> Any:
+        """Return a comparable description of the default values."""
         return look(self.read())
 
 
@@ -186,15 +204,18 @@ class CellPlace:
         self.key = ("cell", id(cell))
 
     def read(self) -> Any:
+        """Return what the closure's cell holds, MISSING if it is empty."""
         try:
             return self.cell.cell_contents
         except ValueError:
             return MISSING
 
     def dicts(self) -> list[dict[Any, Any]]:
+        """Return no dict: a cell is compared by its contents."""
         return []
 
     def describe(self, look: Look) -> Any:
+        """Return a comparable description; notes the cell in `look`."""
         look.cells[id(self.cell)] = self.cell
         return look(self.read())
 
@@ -208,13 +229,16 @@ class TiedPlace:
         self.key = ("tied", *(p.key for p in places))
 
     def read(self) -> Any:
+        """Return "one tensor" if all places hold the same object, else "several tensors"."""
         first, *rest = (p.read() for p in self.places)
         return "one tensor" if all(x is first for x in rest) else "several tensors"
 
     def dicts(self) -> list[dict[Any, Any]]:
+        """Return the dicts of all places."""
         return [d for p in self.places for d in p.dicts()]
 
     def describe(self, look: Look) -> Any:
+        """Return what `read` does; notes the dicts of all places in `look`."""
         for found in self.dicts():
             look.dicts[id(found)] = found
         return self.read()

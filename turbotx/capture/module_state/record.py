@@ -1,4 +1,4 @@
-"""Record: everything that a trace read, as it was, and whether it still is.
+"""Record: the snapshot of all state that a trace read, and its comparison with the present.
 
 In: a recorder that has been on while a model's forward ran, and the names in the code that ran.
 Out: a list of places with what lay there, and for any of them what differs now::
@@ -28,12 +28,12 @@ from turbotx.capture.module_state.places import (
     TABLES,
     AttributePlace,
     ItemPlace,
-    Place,
+    StatePlace,
     TiedPlace,
     dict_of,
 )
-from turbotx.capture.module_state.recorder import Recorder, Write
-from turbotx.capture.module_state.values import Look, show
+from turbotx.capture.module_state.recorder import StateRecorder, Write
+from turbotx.capture.module_state.values import Look, is_watchable, show
 from turbotx.capture.sandbox.effects import Effect
 from turbotx.errors import CaptureError, TrainingError
 
@@ -44,7 +44,7 @@ _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 class Difference:
     """What a trace read as one thing and is another now."""
 
-    place: Place
+    place: StatePlace
     was: str
     now: str
 
@@ -65,7 +65,7 @@ class Difference:
 class StateRecord:
     """Places and what lay there; `looks` says for each what to watch for changes."""
 
-    def __init__(self, places: Sequence[Place], own: OwnChanges) -> None:
+    def __init__(self, places: Sequence[StatePlace], own: OwnChanges) -> None:
         self.places = places
         self._left_out, self.changed_by_calls = own.left_out, frozenset(own.places)
         self.looks = [Look(own.left_out) for _ in places]
@@ -102,7 +102,7 @@ class StateRecord:
 _TRACERS = ("torch.fx.", "torch._dynamo.", "torch._higher_order_ops.")
 
 
-def find_model_names(model: nn.Module, recorder: Recorder) -> Names:
+def find_model_names(model: nn.Module, recorder: StateRecorder) -> Names:
     """Return the names in the code of a model's modules, and have the recorder meet all objects
     that they stand for; to be called before the trace, with the recorder installed."""
     recorder.modules = list(model.modules())
@@ -119,7 +119,7 @@ def find_model_names(model: nn.Module, recorder: Recorder) -> Names:
 
 
 def make_record(
-    model: nn.Module, recorder: Recorder, names: Names, effects: Sequence[Effect] = ()
+    model: nn.Module, recorder: StateRecorder, names: Names, effects: Sequence[Effect] = ()
 ) -> StateRecord:
     """Return what was read, with the model as it was before the trace.
 
@@ -134,12 +134,12 @@ def make_record(
     _refuse_changes(model, writes, paths)
     scope = vars(torch.nn.modules.module)
     hooks = [ItemPlace(scope, name, f"torch.nn's {name}") for name in _GLOBAL_HOOKS]
-    every: list[Place] = [*places, *_find_ties(places), *hooks, *names.places.values()]
+    every: list[StatePlace] = [*places, *_find_ties(places), *hooks, *names.places.values()]
     return StateRecord(every, find_own_changes(type(model).__name__, effects, every, names))
 
 
 def _find_attributes(
-    recorder: Recorder, names: Names, paths: dict[int, str]
+    recorder: StateRecorder, names: Names, paths: dict[int, str]
 ) -> list[AttributePlace]:
     """Return the attributes that were read, and those of objects that are named by functions that
     attributes hold, and so on until no more are found."""
@@ -155,9 +155,8 @@ def _find_attributes(
             place = AttributePlace(owner, name, _text(paths, owner, name), known)
             found[id(owner), name] = place
             value = place.read()
-            if isinstance(
-                value, (types.FunctionType, types.MethodType, property, functools.partial)
-            ):
+            called = types.FunctionType, types.MethodType, property, functools.partial
+            if isinstance(value, called) or is_watchable(type(value)):
                 names.enter(value, type(place.owner))
             elif isinstance(value, (dict, list, tuple)) and place.name not in TABLES:
                 names.enter(value)

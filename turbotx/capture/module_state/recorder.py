@@ -1,4 +1,4 @@
-"""Recorder: which attributes the code under a trace reads and sets, and of what.
+"""State recorder: records which attributes the code under a trace reads and sets.
 
 In: a model's forward, run with the recorder on. Out: per owner (a module, or an object of a user's
 class that was reached from one) the names that were read before the code itself set them, and the
@@ -8,8 +8,8 @@ names that it set::
         model(x)
     recorder.reads   ->  [(Encoder(), ["scale", "layers", ...]), (Config(), ["eps"])]
 
-Meanwhile `__getattribute__` and `__setattr__` of nn.Module, and of the classes of objects that are
-met, are replaced; other threads only pay the look whether they are the one that traces.
+While it records, `__getattribute__` and `__setattr__` of nn.Module, and of classes of objects
+that are met, are replaced; other threads only pay the look whether they are the one that traces.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _PROXY = getattr(proxy_tensor, "_AttrProxy", ())
 
 _active = threading.local()
 _lock = threading.RLock()
-_patched: dict[type, int] = {}
+patched: dict[type, int] = {}
 """How many recorders need a class's attribute functions replaced."""
 
 
@@ -66,7 +66,7 @@ class Write:
     from_inputs: bool
 
 
-class Recorder:
+class StateRecorder:
     """Notes reads and writes of attributes while it is on, in the thread that turned it on."""
 
     def __init__(self) -> None:
@@ -86,10 +86,13 @@ class Recorder:
 
     @property
     def reads(self) -> list[tuple[Any, list[str]]]:
+        """Every object that was read, with the names of its attributes in the order of first
+        reads."""
         return [(owner, list(names)) for owner, names in self._reads.values()]
 
     @property
     def writes(self) -> list[Write]:
+        """The last write to each attribute, in the order of first writes."""
         return list(self._writes.values())
 
     def find_moved(self) -> list[Any]:
@@ -168,7 +171,7 @@ class Recorder:
         """Take all that an object has for read, less what the code under the trace has set."""
         attributes = _attributes(owner)
         key = id(owner) if attributes is None else id(attributes)
-        names = self._reads.setdefault(key, (self._real(owner), {}))[1]
+        names = self._reads.setdefault(key, (self.find_own(owner), {}))[1]
         for name in [*(attributes or ()), *_slots(type(owner))]:
             if (key, name) not in self._writes:
                 names[name] = None
@@ -179,6 +182,8 @@ class Recorder:
             self._classes.append(cls)
 
     def note_read(self, owner: Any, name: str) -> None:
+        """Note that the traced code reads an attribute; reads by PyTorch and Python themselves
+        are left out."""
         if name.startswith("__"):
             if name != ALL or _asked_by_library():
                 return
@@ -188,14 +193,19 @@ class Recorder:
         key = id(owner) if attributes is None else id(attributes)
         entry = self._reads.get(key)
         if entry is None:
-            entry = self._reads[key] = (self._real(owner), {})
+            entry = self._reads[key] = (self.find_own(owner), {})
         names = entry[1]
         if name in names or (key, name) in self._writes:
             return
         names[name] = None
-        self.meet(attributes.get(name) if attributes is not None else None)
+        if attributes is not None and name in attributes:
+            self.meet(attributes[name])
+        else:  # a class's, perhaps a descriptor of the user's own
+            self.meet(next((vars(c)[name] for c in type(owner).__mro__ if name in vars(c)), None))
 
     def note_write(self, owner: Any, name: str, value: Any) -> None:
+        """Note that the traced code sets an attribute; raise CaptureError where the write could
+        not be replayed after a call."""
         attributes = _attributes(owner)
         key = id(owner) if attributes is None else id(attributes)
         if id(owner) in self._met and (attributes is None or not self.follows(attributes)):
@@ -211,9 +221,10 @@ class Recorder:
             known.value, known.from_inputs = value, computed
             return
         read = name in self._reads.get(key, (None, {}))[1]
-        self._writes[key, name] = Write(self._real(owner), name, value, read, computed)
+        self._writes[key, name] = Write(self.find_own(owner), name, value, read, computed)
 
-    def _real(self, owner: Any) -> Any:
+    def find_own(self, owner: Any) -> Any:
+        """Return the user's own object for what stands for it under the trace."""
         if _PROXY and isinstance(owner, _PROXY):
             attributes = object.__getattribute__(owner, "__dict__")
             try:
@@ -227,7 +238,7 @@ class Recorder:
 
 @contextmanager
 def _told_of_compiles(begin: Callable[..., None], end: Callable[..., None]) -> Iterator[None]:
-    """Meanwhile call `begin` and `end` around whatever Dynamo compiles."""
+    """Call `begin` and `end` around every compilation of Dynamo, inside the context."""
     handler = import_module("torch._dynamo.callback").callback_handler
     handler.register_start_callback(begin)
     handler.register_end_callback(end)
@@ -240,8 +251,8 @@ def _told_of_compiles(begin: Callable[..., None], end: Callable[..., None]) -> I
 
 @contextmanager
 def _global_hooks_inside() -> Iterator[None]:
-    """Meanwhile hooks of every module run in this thread only while a recorder is on: what PyTorch
-    and turbotx wrap around the model for a trace are modules too."""
+    """Skip global module hooks in this thread, inside the context, unless a recorder is on: what
+    PyTorch and turbotx wrap around the model for a trace are modules too."""
     thread = threading.get_ident()
 
     def inside(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -299,8 +310,8 @@ def _patch(cls: type) -> bool:
     What another recorder has replaced is shared with it; what a class inherits notes already.
     """
     with _lock:
-        if cls in _patched:
-            _patched[cls] += 1
+        if cls in patched:
+            patched[cls] += 1
             return True
         made = {
             name: function
@@ -316,8 +327,8 @@ def _patch(cls: type) -> bool:
             unwatchable.add(cls)
             return False
         if made:
-            _patched[cls] = 1
-            _saved[cls] = saved
+            patched[cls] = 1
+            saved_methods[cls] = saved
         return bool(made)
 
 
@@ -342,16 +353,16 @@ def _noting(get: Callable[..., Any], put: Callable[..., Any]) -> dict[str, Calla
 _NOTES = "turbotx_notes"
 """The mark of functions that `_noting` made."""
 
-_saved: dict[type, list[tuple[str, Any]]] = {}
+saved_methods: dict[type, list[tuple[str, Any]]] = {}
 
 
 def _release(cls: type) -> None:
     with _lock:
-        _patched[cls] -= 1
-        if _patched[cls]:
+        patched[cls] -= 1
+        if patched[cls]:
             return
-        del _patched[cls]
-        for name, value in _saved.pop(cls):
+        del patched[cls]
+        for name, value in saved_methods.pop(cls):
             if value is MISSING:
                 type.__delattr__(cls, name)
             else:

@@ -1,4 +1,4 @@
-"""Uses: whether code only writes to the container that a name holds, and reads nothing of it.
+"""Uses: whether bytecode only writes to the container under a name, and never reads it.
 
 In: a name and the code that runs. Out: True where each use of the name ends in a write, which may
 go through items by key; what lies in the container then decides nothing in that code::
@@ -59,6 +59,8 @@ def _ends_in_write(steps: list[dis.Instruction], start: int) -> bool:
             return step.argval in WRITES
         if above == 1 and step.opname == "STORE_SUBSCR":
             return True
+        if step.opname == "BUILD_SLICE":  # what is there is replaced, not added to
+            return False
         if above == 1 and step.opname == "BINARY_SUBSCR":
             above = 0
             continue

@@ -1,4 +1,4 @@
-"""Values: what a value that a trace read is told from others by, and what shows that it changed.
+"""Values: comparable descriptions of what a trace read, and how changes of it are noticed.
 
 In: anything that an attribute, a global or a closure holds. Out: a description that is equal only
 for what a trace would have taken for the same, and the dicts and lists it came from::
@@ -24,6 +24,7 @@ import functools
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,8 @@ _CONSTANT = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.
 _SEQUENCES = (list, tuple, collections.deque)
 _SNAPSHOT = (
     types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList,
-    collections.UserString, collections.ChainMap,
+    collections.UserString, collections.ChainMap, weakref.WeakKeyDictionary,
+    weakref.WeakValueDictionary, weakref.WeakSet,
 )  # fmt: skip
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "triton", "turbotx"}
 _HEAP_TYPE = 1 << 9
@@ -82,7 +84,7 @@ def _in_this_context(value: Any) -> dict[str, Any]:
 
 def held_by(value: Any) -> list[Any]:
     """Return what an object holds that is looked at with it, as Look describes it: the items of a
-    container, a partial's parts, a method's object, attributes that nobody notes the reads of."""
+    container, a partial's parts, a method's object, attributes whose reads are not recorded."""
     cls = type(value)
     held: list[Any] = []
     if isinstance(value, dict):
@@ -95,6 +97,10 @@ def held_by(value: Any) -> list[Any]:
         held = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, types.MethodType):
         return [value.__self__]
+    elif isinstance(value, weakref.ref):
+        return [value()]
+    elif cls in weakref.ProxyTypes:
+        return [value.__repr__.__self__]
     elif isinstance(value, _BY_CONTEXT):
         return [*_in_this_context(value).values()]
     elif not isinstance(value, _SNAPSHOT) and cls not in unwatchable:
@@ -123,7 +129,7 @@ class Look:
         self._open: dict[int, int] = {}
 
     def __call__(self, value: Any, depth: int = 0) -> Any:
-        """Return what `value` is told from others by: hashable parts, compared with ==."""
+        """Return a description of `value` to compare by: hashable parts, compared with ==."""
         cls = type(value)
         if cls in _EXACT:
             return cls, value
@@ -194,7 +200,7 @@ class Look:
             del self._open[id(value)]
 
     def _own(self, value: Any, depth: int, always: bool = False) -> Any:
-        """Describe attributes that nobody notes the reads of."""
+        """Describe attributes whose reads are not recorded."""
         if not always and (is_watchable(type(value)) or type(value).__module__ == "builtins"):
             return None
         attributes = getattr(value, "__dict__", None)

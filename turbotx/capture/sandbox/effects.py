@@ -1,4 +1,4 @@
-"""Effects: what a call leaves in the user's containers and objects besides its result.
+"""Effects: what a call changes in the user's containers and objects, replayed after each run.
 
 In: what a trace wrote (`watched.py`). Out: the tensors and sizes among it, which become results of
 the program, and how to put them where the model's code puts them, at every call::
@@ -97,6 +97,8 @@ def find_effects(
                     "depend on those before them: keep that outside of the optimized module"
                 )
             if isinstance(difference, Put):
+                if isinstance(difference.key, torch.nn.Module):
+                    difference = replace(difference, key=original_of(difference.key))
                 _check_key(difference.key, symbols, text)
                 if type(difference.key) is TracedFloat:
                     difference = replace(difference, key=read_floats(difference.key))
@@ -123,5 +125,7 @@ def _check_key(key: Any, symbols: frozenset[str], text: str) -> None:
         found = frozenset(s for s in symbols if re.search(rf"{s}(?!\d)", key))
         if found:
             raise SizesNeeded(found)
-    if not isinstance(key, PLAIN) and find_leaks(key, "key", most=1, limit=1000):
+    if not isinstance(key, (*PLAIN, torch.nn.Module)) and find_leaks(
+        key, "key", most=1, limit=1000
+    ):
         raise CaptureError(f"the call keeps something in {text!r} under a key that holds a tensor")

@@ -1,4 +1,4 @@
-"""Leaks: tensors and sizes of a trace that stayed behind where the user's program can meet them.
+"""Leaks: finds fake tensors and symbolic sizes that a trace left in the user's objects.
 
 In: a model, arguments, anything. Out: where in it something of a trace is; nothing after a capture,
 whether it succeeded or not, for example::

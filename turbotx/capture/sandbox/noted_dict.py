@@ -1,4 +1,4 @@
-"""Noted dict: which keys of a dict a trace read before it wrote them, so that calls before decide.
+"""Noted dict: records which keys of a dict a trace reads before it writes them.
 
 In: a dict of the model's, copied for a trace. Out: the same to the model's code, and afterwards
 whether what lay under a key when the call began was looked at::
@@ -52,6 +52,7 @@ class NotedDict(dict[Any, Any]):
         return super().__contains__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
+        """Return the entry or `default`; notes the key as read."""
         self._note(key)
         return super().get(key, default)
 
@@ -67,16 +68,19 @@ class NotedDict(dict[Any, Any]):
         self._written.add(key)
 
     def pop(self, key: Any, default: Any = _MISSING) -> Any:
+        """Remove and return the entry; notes the key as read and written."""
         self._note(key)
         found = super().pop(key) if default is _MISSING else super().pop(key, default)
         self._written.add(key)
         return found
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
+        """Return the entry, set to `default` where there is none; notes the key as read."""
         self._note(key)
         return super().setdefault(key, default)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
+        """Set several entries; notes their keys as written."""
         for key, value in dict(*args, **kwargs).items():
             self[key] = value
 
@@ -85,6 +89,7 @@ class NotedDict(dict[Any, Any]):
         return self
 
     def clear(self) -> None:
+        """Remove all entries: nothing that was there before is read from now on."""
         super().clear()
         self._cleared = True
 

@@ -1,4 +1,4 @@
-"""Reach: what a model's code can write to besides the model: globals, closures, caches, objects.
+"""Reach: the objects that a model's code can write to besides the model: globals, closures, caches.
 
 In: a model, and the functions and objects among its attributes. Out: every container and object
 that the code names, to be watched, and every `functools.lru_cache`, with where it is found::
@@ -70,8 +70,8 @@ class Reach:
 
     @contextmanager
     def past_caches(self) -> Iterator[None]:
-        """Meanwhile this thread's calls of functions with an `lru_cache` that hand out tensors, or
-        are given sizes, pass the cache by: it is to hold nothing of a trace."""
+        """Bypass each `lru_cache` in this thread, inside the context, for calls that return tensors
+        or are given sizes: no cache may hold an object of a trace."""
         owner, replaced = threading.get_ident(), []
         for scope, name, cache in self.caches:
             raw = scope[name] if isinstance(scope, dict) else vars(scope)[name]
@@ -215,7 +215,7 @@ def _pass_by(cache: Any, owner: int) -> Any:
 
 
 def _is_library(name: str | None) -> bool:
-    """Tell code that is not looked into: a trace writes to what sympy keeps, whoever names it."""
+    """Tell whether code is not looked into: a trace writes to sympy's own caches."""
     return is_library(name) or str(name).partition(".")[0] == "sympy"
 
 

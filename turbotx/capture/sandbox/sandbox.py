@@ -1,4 +1,4 @@
-"""Sandbox: a trace runs the user's code, and nothing of it stays where the user can meet it.
+"""Sandbox: runs user code under a trace on copies, so that no change of it remains.
 
 In: a model. Out: its shadow to be traced, and what the traced call would leave behind; everything
 that the code wrote to besides is put back, however the trace ended::

@@ -1,4 +1,4 @@
-"""Shadow: a model to be traced in the place of the user's own, which a trace then never touches.
+"""Shadow: a copy of the model that is traced in its place, so that the model stays untouched.
 
 In: a model. Out: modules of the same classes over the same tensors, whose dicts, lists and sets are
 copies; what the trace exchanges or writes there, no other thread and no later call sees::

@@ -1,4 +1,4 @@
-"""Watched: something of the user's that a trace may write to, what it held, and what was written.
+"""Watched: a container or object that a trace may write to, with its contents before and after.
 
 In: a container, or the `__dict__` of an object. Out: the same put back as it was, and the
 differences; the trace works on the user's own, or on a copy whose changes are meant for it::

@@ -1,4 +1,4 @@
-"""`turbotx bench`: a model at some shapes, by every engine that can be had here.
+"""`turbotx bench`: a model at some shapes, by every engine that is installed here.
 
 In: MODEL, shapes, engines, rounds. Out: a table of medians in ms with their spread, the fastest
 marked, and what could not be measured and why; a JSON object with --json::

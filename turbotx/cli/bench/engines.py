@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from turbotx.cli.bench.floor import make_floor
-from turbotx.cli.models import LoadedModel
+from turbotx.cli.models import ModelWithInputs
 from turbotx.engine.optimize import optimize
 from turbotx.errors import ModelError
 from turbotx.saved.load import SavedModule
@@ -35,7 +35,7 @@ ENGINES = {
 }
 
 
-def make_engine(name: str, loaded: LoadedModel, folder: Path) -> Run:
+def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
     """Return what runs the model; `folder` is for its files. Raises what the engine raises."""
     model: Any = loaded.model
     if isinstance(model, SavedModule) and name != "turbotx":
@@ -55,8 +55,8 @@ def make_engine(name: str, loaded: LoadedModel, folder: Path) -> Run:
     return lambda args, kwargs: model(*args, **kwargs)
 
 
-def _make_onnxruntime(loaded: LoadedModel, folder: Path, fuse: bool) -> Run:
-    """A session over the exported model, every tensor's first two sizes dynamic."""
+def _make_onnxruntime(loaded: ModelWithInputs, folder: Path, fuse: bool) -> Run:
+    """Return a session over the exported model, every tensor's first two sizes dynamic."""
     onnxruntime = importlib.import_module("onnxruntime")
     if loaded.args:
         raise ModelError("ONNX Runtime is measured on keyword inputs only")

@@ -1,4 +1,4 @@
-"""Floor: what every engine has to do, and nothing else.
+"""Floor: a lower bound for every engine: the products and attention alone, weights packed.
 
 In: a loaded model. Out: a function that runs its matrix products, over weights that a library has
 packed once, and its attention, on dense dummies of the right sizes, in the model's order::
@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from turbotx import ir
-from turbotx.cli.models import LoadedModel
+from turbotx.cli.models import ModelWithInputs
 from turbotx.engine.optimize import engine_of, optimize
 from turbotx.errors import ModelError
 from turbotx.ir.expr import evaluate
@@ -25,7 +25,7 @@ Packed = Callable[[torch.Tensor], torch.Tensor]
 Step = Callable[[], object]
 
 
-def make_floor(loaded: LoadedModel, library: str) -> Callable[..., None]:
+def make_floor(loaded: ModelWithInputs, library: str) -> Callable[..., None]:
     """Return the floor with "mkl" or "onednn". Raises ModelError where the library cannot do it."""
     module = optimize(loaded.model, backend="aten")
     engine = engine_of(module)

@@ -1,4 +1,4 @@
-"""The engine room: starts one process an engine and lets them take turns.
+"""The engine room: starts one process per engine and alternates between them.
 
 In: engines, a model, inputs on disk. Out: medians and spreads in milliseconds, one engine running
 at a time, rounds interleaved, and how much of the machine others used meanwhile::
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from turbotx.cli.models import Source
+from turbotx.errors import versions
 from turbotx.report.machine import processor_name
 
 
@@ -109,6 +107,7 @@ class Worker:
         return found
 
     def stop(self) -> None:
+        """Kill the process and close its pipes."""
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
@@ -187,6 +186,7 @@ class OthersUse:
 
 
 def summarize(turns: Sequence[Turn]) -> Spread:
+    """Return the percentiles and the rate of the calls of all turns."""
     ordered = sorted(t for turn in turns for t in turn.times_ms)
     tenth, last = len(ordered) // 10, len(ordered) - 1
     low, high, p95, p99 = (
@@ -200,5 +200,4 @@ def summarize(turns: Sequence[Turn]) -> Spread:
 
 def describe_machine(threads: int) -> dict[str, Any]:
     """Return the device's name, the threads and the versions that a result depends on."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"device": processor_name(), "threads": threads, "versions": versions}
+    return {"device": processor_name(), "threads": threads, "versions": versions()}

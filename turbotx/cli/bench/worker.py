@@ -1,4 +1,4 @@
-"""One engine's process: inputs in, milliseconds out, a line of JSON each.
+"""Worker: the process of one engine; inputs in, milliseconds out, a line of JSON each.
 
 In: the engine, the model and the threads as one JSON argument; then a line a request. Out: a line a
 reply; whatever else is printed goes to standard error::

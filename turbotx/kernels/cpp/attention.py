@@ -3,7 +3,7 @@
 In: the operands of an attention in the graph. Out: an `AttentionKernel`, the sizes of its launch,
 and one extern "C" function with the uniform signature of every launch::
 
-    args: q, k, v, out, key mask or lengths or null, bias or null
+    args: q, k, v, out, key mask or lengths or null, bias or null, sinks or null
     sizes: the names in SIZES, in order, strides in elements
 """
 
@@ -20,8 +20,6 @@ from turbotx.ir.expr import ZERO, Expr
 from turbotx.ir.matmul_kernels import AttentionKernel
 from turbotx.kernels.cpp.printer import STORAGE
 
-# What hides a key beside others, and not where there are no others: any score vanishes in it.
-MOST_HIDDEN = -1e30
 SIZES = (
     "batch", "heads", "kv_heads", "q_len", "k_len",
     "q.batch", "q.head", "q.row", "k.batch", "k.head", "k.row", "v.batch", "v.head", "v.row",
@@ -34,6 +32,7 @@ def describe_attention(
     operands: tuple[ir.Operand, ir.Operand, ir.Operand, ir.Operand],
     keys: ir.Operand | None,
     bias: ir.Operand | None,
+    sinks: ir.Operand | None,
     said: Mapping[str, Any],
 ) -> tuple[AttentionKernel, tuple[Expr, ...]]:
     """Return the kernel of an attention and its launch's sizes.
@@ -55,6 +54,7 @@ def describe_attention(
         bool(said.get("blind_mean", False)),
         float(said.get("softcap", 0.0)),
         bool(said.get("late", False)),
+        sinks is not None,
     )
     strides = [s for o in operands[:3] for s in o.strides[:3]]
     strides += [out.strides[0], out.strides[2], out.strides[1]]
@@ -82,7 +82,8 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
     fields += [f"  s.window_left = {left};"] * (left >= 0)
     fields += [f"  s.window_right = {right};"] * (right >= 0)
     fields += ["  s.blind_nan = true;"] * kernel.blind_nan
-    fields += [f"  s.hidden = {MOST_HIDDEN!r}f;"] * kernel.blind_mean
+    fields += ["  s.blind_mean = true;"] * kernel.blind_mean
+    fields += ["  s.sinks = static_cast<const float*>(args[6]);"] * kernel.sinks
     fields += [f"  s.softcap = {kernel.softcap!r}f;"] * (kernel.softcap != 0)
     fields += ["  s.diagonal = s.k_len - s.q_len;"] * kernel.late
     lines = [

@@ -14,7 +14,7 @@ from turbotx.ir.expr import Expr, product, to_c
 from turbotx.ir.primitives import SCANS
 from turbotx.kernels.cpp.sequential import equal_block, make_sequential
 from turbotx.kernels.cpp.sweeps import Sweeps, axes_in
-from turbotx.kernels.cpp.text import STORAGE, Text, start_of, var, wider
+from turbotx.kernels.cpp.text import STORAGE, FunctionText, start_of, var, wider
 from turbotx.kernels.cpp.tiles import print_tiles, wants_tiles
 
 __all__ = ["STORAGE", "print_kernel"]
@@ -32,7 +32,7 @@ SUM_BLOCK = 256
 def print_kernel(kernel: ir.Kernel, name: str | None = None) -> str:
     """Return the C++ definition of `kernel`, called `name` (its own name by default)."""
     kernel = make_sequential(kernel)
-    text = Text(kernel)
+    text = FunctionText(kernel)
     text.header(name or kernel.name)
     sweeps = Sweeps(kernel)
     if not kernel.columns:
@@ -49,7 +49,7 @@ def print_kernel(kernel: ir.Kernel, name: str | None = None) -> str:
 class _Elementwise:
     """No reduction: the innermost axis is the vector loop, cut in blocks where it is long."""
 
-    def __init__(self, text: Text, sweeps: Sweeps) -> None:
+    def __init__(self, text: FunctionText, sweeps: Sweeps) -> None:
         self.text, self.sweeps, self.kernel = text, sweeps, text.kernel
 
     def write(self) -> None:
@@ -90,7 +90,7 @@ class _Elementwise:
 class _Rows:
     """Reductions: one row after another on each thread, its column loops in turn."""
 
-    def __init__(self, text: Text, sweeps: Sweeps) -> None:
+    def __init__(self, text: FunctionText, sweeps: Sweeps) -> None:
         self.text, self.sweeps, self.kernel = text, sweeps, text.kernel
         self.kept = sweeps.kept()
         self.running: set[str] = set()
@@ -206,7 +206,7 @@ class _Rows:
             text.put(f"kept_{v}[{place}] = {var(v)};")
 
     def _place(self) -> Expr:
-        """The position in the row, for scratch."""
+        """Return the position in the row, for scratch."""
         flat: Expr = sympy.Integer(0)
         for axis in self.kernel.columns:
             flat = flat * axis.extent + axis.symbol

@@ -104,7 +104,7 @@ def _moments(s: ir.Reduce, count: Expr, blocks: bool) -> list[ir.Statement]:
     if blocks:
         again = compute(f"{mean}_again", "cast", near)
         compute(mean, "cast", compute(f"{mean}_exact", "add", again, off), dtype=s.dtype)
-        # Whoever wants x - mean: `away` is worth keeping, and has been computed.
+        # Users of x - mean: `away` is worth keeping, and has been computed.
         rest = compute(f"{mean}_rest", "cast", off, dtype=s.dtype)
         compute(f"{mean}_centred", "sub", away, rest, dtype=s.dtype)
     apart = compute(f"{m2}_apart", "sub", raw, compute(f"{m2}_lost", "mul", drift, off))

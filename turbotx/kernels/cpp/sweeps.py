@@ -39,6 +39,7 @@ class Sweeps:
         return isinstance(s, ir.Reduce) or bool(self.varies[ir.results_of(s)[0]] & self.columns)
 
     def reduces(self, sweep: int) -> list[ir.Reduce]:
+        """Return the reductions that a sweep over the columns carries."""
         return [s for s in self.kernel.body if isinstance(s, ir.Reduce) and self.of(s) == sweep]
 
     def stores(self, sweep: int) -> list[ir.Store]:
@@ -57,7 +58,7 @@ class Sweeps:
         return [s for v in values if isinstance(s := self.makers[v], ir.Scan)]
 
     def ends(self, sweep: int) -> list[str]:
-        """What a column loop is there for: its reductions' arguments, its stores."""
+        """Return what a column loop has to compute: its reductions' arguments and its stores."""
         wanted: list[ir.Statement] = [*self.reduces(sweep), *self.stores(sweep)]
         return [v for s in wanted for v in ir.needs_of(s)]
 

@@ -89,7 +89,7 @@ KEYWORDS = frozenset(
 )
 
 
-class Text:
+class FunctionText:
     """Lines of one function; `makers` maps a value to the statement that makes it."""
 
     def __init__(self, kernel: ir.Kernel) -> None:
@@ -103,18 +103,22 @@ class Text:
         self.lane = ""  # what picks a row's running value where several rows go together
 
     def put(self, line: str) -> None:
+        """Append a line, indented by the depth of the block."""
         self.lines.append("  " * self.depth + line)
 
     def open(self, line: str) -> None:
+        """Append a line that opens a block."""
         self.put(line + " {")
         self.depth += 1
 
     def close(self, count: int = 1) -> None:
+        """Close `count` blocks."""
         for _ in range(count):
             self.depth -= 1
             self.put("}")
 
     def loop(self, axis: ir.Axis) -> None:
+        """Open a loop over all iterations of an axis."""
         name = var(axis.name)
         self.open(f"for (int64_t {name} = 0; {name} < {to_c(axis.extent)}; ++{name})")
 
@@ -141,6 +145,7 @@ class Text:
             self.put("int status = 0;")
 
     def statement(self, s: ir.Statement) -> None:
+        """Append the C++ of one statement of a kernel's body."""
         if isinstance(s, ir.Load):
             read = f"ttx::read({var(s.access.param)} + {self.expr(s.access.offset)})"
             if s.access.mask:
@@ -179,11 +184,13 @@ class Text:
         self.put(f"{const}{self.type_of(name)} {var(name)} = {text};")
 
     def type_of(self, name: str) -> str:
+        """Return the C++ type of a value."""
         made = self.makers[name]
         assert not isinstance(made, (ir.Store, ir.Check)), f"{name} is made by no value"
         return STORAGE[made.dtype]
 
     def expr(self, value: Expr) -> str:
+        """Return an index expression as C++, with loop indices and gathered values as variables."""
         plain = {x: sympy.Symbol(var(x.name[1:])) for x in value.free_symbols if x.name[0] in "@%"}
         return to_c(value.xreplace(plain))
 
@@ -194,6 +201,7 @@ def var(name: str) -> str:
 
 
 def literal(value: bool | int | float, dtype: torch.dtype) -> str:
+    """Return a number as a C++ literal of the dtype, infinities and NaN included."""
     kind = STORAGE[dtype]
     if dtype is torch.bool:
         return "true" if value else "false"

@@ -12,7 +12,7 @@ from turbotx import ir
 from turbotx.ir.expr import product, to_c
 from turbotx.ir.primitives import SCANS
 from turbotx.kernels.cpp.sweeps import Sweeps
-from turbotx.kernels.cpp.text import Text, start_of, var, wider
+from turbotx.kernels.cpp.text import FunctionText, start_of, var, wider
 
 # Rows of one tile: 256 bytes of a float row, four vectors of AVX-512, so that every line of
 # memory that is touched is used whole.
@@ -35,13 +35,13 @@ def wants_tiles(kernel: ir.Kernel, sweeps: Sweeps) -> bool:
     return along_row > along_column
 
 
-def print_tiles(text: Text, sweeps: Sweeps, grain: int) -> None:
+def print_tiles(text: FunctionText, sweeps: Sweeps, grain: int) -> None:
     """Write the loops of a kernel that `wants_tiles`."""
     _Tiles(text, sweeps).write(grain)
 
 
 class _Tiles:
-    def __init__(self, text: Text, sweeps: Sweeps) -> None:
+    def __init__(self, text: FunctionText, sweeps: Sweeps) -> None:
         self.text, self.sweeps, self.kernel = text, sweeps, text.kernel
         self.row = self.kernel.rows[-1]
         self.tiled = self._tiled_values()

@@ -1,4 +1,4 @@
-"""Cost: does a kernel load a value that an earlier one has made, or compute it again?
+"""Cost: decides whether a kernel loads a value that an earlier one has made or computes it again.
 
 In: the bytes that a region's kernels move either way, as functions of the shape. Out: a `Choice`,
 which says it in words for the report, for example::

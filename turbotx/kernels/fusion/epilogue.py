@@ -1,4 +1,4 @@
-"""Epilogues: a region that only finishes a GEMM's sums goes into the GEMM's own launch.
+"""Epilogues: merges a region that only finishes a GEMM's sums into the GEMM's launch.
 
 In: the fused regions. Out: an `Epilogue` for each region that is one chain from one linear: plus
 bias, an activation, times the factor of a gated layer, plus a residual; for example::

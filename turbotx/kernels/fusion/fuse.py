@@ -1,4 +1,4 @@
-"""Fuse: a region becomes one kernel, or the fewest that it needs, with the reasons in words.
+"""Fuse: turns a region into one kernel, or the fewest possible, and records why it was split.
 
 In: a `Region`. Out: its `FusedRegion`: kernels in the order they run. Every output is tried in the
 kernels that there are; where a reduction runs over other axes than the rest, its input is cut::
@@ -34,6 +34,7 @@ class FusedRegion:
 
     @property
     def name(self) -> str:
+        """The name of its last kernel, "fused" where it has none."""
         return self.kernels[-1].kernel.name if self.kernels else "fused"
 
 

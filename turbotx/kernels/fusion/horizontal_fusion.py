@@ -1,4 +1,4 @@
-"""Stack: two kernels that do the same to neighbouring parts of a tensor become one over both.
+"""Horizontal fusion: merges two kernels that do the same to neighbouring parts of a tensor.
 
 In: two lowered kernels without reductions that differ in one axis. Out: one whose axis runs over
 the first part and then over the second, with a store for each part; None where their bodies

@@ -39,7 +39,7 @@ def check_inplace(
 
     axes: names of the kernel's loops of more than one iteration, as printed. Rules: the one is
     written once, at a place of its own in each iteration; the other is read at the same place only;
-    neither under a mask; and no read stands behind the write.
+    neither under a mask; and no read follows the write.
     """
     touches = list(_touches(_COMMENT.sub("", source))) if pairs else []
     for written, read in pairs:

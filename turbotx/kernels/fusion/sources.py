@@ -1,4 +1,4 @@
-"""Sources: what a kernel computes, in the words of the user's model.
+"""Sources: descriptions of a kernel's ops, by name and by the user's source lines.
 
 In: the region's nodes, and which of them are stored by now. Out: the kernel's name, and the lines
 of its header, one for each line of the user's source, in the order of the calls::

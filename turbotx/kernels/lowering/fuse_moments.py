@@ -1,4 +1,4 @@
-"""Moments: means and variances written out by hand become the one reduction that finds both.
+"""Moments: replaces means and variances written out by hand by one Welford reduction.
 
 In: a kernel as it was lowered. Out: the same function with fewer reductions that wait for one
 another, and means as exact as their deviations. A LayerNorm of sums, and a mean beside a variance::
@@ -33,7 +33,7 @@ def join_moments(kernel: ir.Kernel) -> ir.Kernel:
     for s in kernel.body:
         if isinstance(s, ir.Reduce) and s.op in ("sum", "welford"):
             (x,) = s.args
-            if x in found.joined and x not in done:  # whoever needs it comes after the first sum
+            if x in found.joined and x not in done:  # its users come after the first sum
                 done.add(x)
                 body.append(found.joined[x])
         results = ir.results_of(s)

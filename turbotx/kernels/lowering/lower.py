@@ -65,6 +65,9 @@ class Lowering(Scalarizer):
         self.outputs = outputs
 
     def run(self, name: str, sources: Sequence[str]) -> Lowered:
+        """Lower the nodes to one kernel of that name; sources: the nodes' places, for its
+        header. Raises FusionConflict or NeedsAxisSplit where one loop nest does not serve them
+        all."""
         first = self._main_output()
         index = {first: self._open_axes(first)}
         for node in self.outputs:
@@ -89,7 +92,7 @@ class Lowering(Scalarizer):
                 )
 
     def _main_output(self) -> fx.Node:
-        """The first output of the most dims decides the loops."""
+        """Return the first output of the most dims, whose shape decides the loops."""
         return max(self.outputs, key=lambda n: sum(extent != 1 for extent in g.shape(n)))
 
     def _open_axes(self, node: fx.Node) -> tuple[Expr, ...]:
@@ -136,9 +139,12 @@ class Lowering(Scalarizer):
         self.body.append(ir.Store(ir.Access(name, sympy.expand(offset)), value.name))
 
     def _kernel(self, name: str, sources: Sequence[str]) -> Lowered:
-        kinds = {n: "row" if n in self.loops.rows else "parallel" for n in self.loops.axes}
-        axes = [ir.Axis(n, e, kinds[n]) for n, e in self.loops.axes.items()]
-        ordered = [a for a in axes if a.kind == "parallel"]
+        rows = self.loops.rows
+        axes = [
+            ir.Axis(n, e, ir.REDUCTION if n in rows else ir.PARALLEL)
+            for n, e in self.loops.axes.items()
+        ]
+        ordered = [a for a in axes if a.kind == ir.PARALLEL]
         ordered += [next(a for a in axes if a.name == n) for n in self.loops.rows]
         stored = set(self.outputs)
         params = tuple(
@@ -148,7 +154,7 @@ class Lowering(Scalarizer):
         kernel = ir.Kernel(name, params, tuple(ordered), tuple(self.body), tuple(sources))
         kernel, kept = tidy(join_moments(kernel))
         operands = tuple(n for n, p in self.params.items() if p in kept)
-        elements = product([a.extent for a in axes if a.kind == "parallel"])
+        elements = product([a.extent for a in axes if a.kind == ir.PARALLEL])
         needed = {
             r if is_nonnegative(elements - 1) else sympy.Max(r, -elements): text
             for r, text in self.requirements.items()  # a kernel without elements needs nothing

@@ -4,7 +4,8 @@ In: an `AttentionKernel`. Out: stand-alone source of one function over the opera
 launch: q, k and v in place by strides (a packed GEMM's output among them), out head-merged, then
 the sizes of `cpp_attention.SIZES`, dots written as underscores. One program a tile of queries::
 
-    args: q_ptr, k_ptr, v_ptr, out_ptr, [keys_ptr: mask or lengths], [bias_ptr], sizes...
+    args: q_ptr, k_ptr, v_ptr, out_ptr, [keys_ptr: mask or lengths], [bias_ptr], [sinks_ptr],
+        sizes...
 
 Where all keys are in one tile there is no loop, and nothing to carry through one.
 Online softmax after Milakov & Gimelshein 2018, tiling after Dao et al. 2022 (FlashAttention).
@@ -18,7 +19,7 @@ import torch
 
 from turbotx.ir.attention_ops import NO_WINDOW
 from turbotx.ir.matmul_kernels import AttentionKernel
-from turbotx.kernels.cpp.attention import MOST_HIDDEN, SIZES
+from turbotx.kernels.cpp.attention import SIZES
 from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.reduce import TYPES
@@ -100,7 +101,7 @@ def print_triton_attention(
     hidden += ["queries at the last keys"] * kernel.late
     hidden += [f"a window of {kernel.window}"] * (kernel.window != NO_WINDOW)
     hidden += [f"scores capped at {kernel.softcap!r}"] * (kernel.softcap != 0)
-    hidden += [f"{kernel.bias} bias"] * (kernel.bias != "none")
+    hidden += [f"{kernel.bias} bias"] * (kernel.bias != "none") + ["sinks"] * kernel.sinks
     header = [
         name,
         f"  softmax(q k^T * {kernel.scale!r}) v with head_dim {kernel.head_dim}"
@@ -110,13 +111,13 @@ def print_triton_attention(
     ]
     arguments = ["q_ptr", "k_ptr", "v_ptr", "out_ptr"]
     arguments += ["keys_ptr"] * (kernel.keys != "all") + ["bias_ptr"] * (kernel.bias != "none")
+    arguments += ["sinks_ptr"] * kernel.sinks
     arguments += [*NAMES, "Q_TILE", "K_TILE"]
     flags = _flags(kernel, bool(schedule.once))
     return stand_alone(header, specialize("attention", "attention", name, arguments, flags))
 
 
 def _flags(kernel: AttentionKernel, once: bool) -> dict[str, Flag]:
-    assert kernel.keys == "mask" or not kernel.blind_mean, kernel
     left, right = kernel.window
     return {
         "HEAD_DIM": kernel.head_dim,
@@ -132,9 +133,9 @@ def _flags(kernel: AttentionKernel, once: bool) -> dict[str, Flag]:
         "LATE": kernel.late,
         "BLIND_NAN": kernel.blind_nan,
         "BLIND_MEAN": kernel.blind_mean,
+        "SINKS": kernel.sinks,
         "ONCE": once,
         "MOST_DEEP": MOST_DEEP,
-        "MOST_HIDDEN": MOST_HIDDEN,
     }
 
 

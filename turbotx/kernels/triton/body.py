@@ -23,7 +23,7 @@ from turbotx.ir.primitives import COMPARISONS, PRIMITIVES, REDUCTIONS, SCANS
 from turbotx.kernels.schedule import Schedule, outer_axes, vector_axes
 from turbotx.kernels.triton.functions import FUNCTIONS, variant
 from turbotx.kernels.triton.reduce import TYPES
-from turbotx.kernels.triton.text import ATOM, LEVELS, Text, literal, size_text
+from turbotx.kernels.triton.text import ATOM, LEVELS, ValueText, literal, size_text
 
 RESERVED = frozenset(
     {"tl", "triton", "libdevice", "row_ok", "col_ok", "index", "position", "start", "turn",
@@ -34,7 +34,7 @@ TENSOR_FUNCTIONS = frozenset(FUNCTIONS) - {"maximum", "minimum"}
 INLINE_CHARS = 44
 
 
-class Body:
+class KernelBody:
     """Names and texts of a kernel's values under a schedule."""
 
     def __init__(self, kernel: ir.Kernel, schedule: Schedule) -> None:
@@ -48,7 +48,7 @@ class Body:
         self.uses = Counter(a for s in kernel.body for a in ir.needs_of(s))
         self.uses.update(s.value for s in self.checks)
         self.names = self._name_values()
-        self.texts: dict[str, Text] = {n: Text(name) for n, name in self.names.items()}
+        self.texts: dict[str, ValueText] = {n: ValueText(name) for n, name in self.names.items()}
         self.row_masked = self.two_dims
         self.col_masked = True
         # Loads that give zeros past the end, so that a sum of what they make needs no mask.
@@ -108,6 +108,7 @@ class Body:
         return row + ("c" if axes & self.col_names else "")
 
     def axes_in(self, value: Expr) -> frozenset[str]:
+        """Return the names of the axes that an index expression varies over."""
         names: frozenset[str] = frozenset()
         for symbol in value.free_symbols:
             if symbol.name[0] == "@":
@@ -117,6 +118,7 @@ class Body:
         return names
 
     def edge_masks(self, dims: str) -> list[str]:
+        """Return the masks of a tile's edges along "r" (rows) and "c" (columns), where needed."""
         masks = ["row_ok"] if "r" in dims and self.row_masked else []
         return masks + (["col_ok"] if "c" in dims and self.col_masked else [])
 
@@ -147,10 +149,12 @@ class Body:
         return pointer, dims, masks
 
     def row_axis(self) -> str:
+        """Name of the axis that rows of a tile lie along, "" where there is none."""
         axes = outer_axes(self.kernel)
         return axes[-1].name if axes else ""
 
     def col_axis(self) -> str:
+        """Name of the axis that columns of a tile lie along, "" where there is none."""
         axes = vector_axes(self.kernel)
         return axes[-1].name if axes else ""
 
@@ -166,7 +170,7 @@ class Body:
         if isinstance(s, ir.Check):
             return self._check(s)
         if isinstance(s, ir.Constant):
-            self.texts[s.result] = Text(literal(s.value, s.dtype))
+            self.texts[s.result] = ValueText(literal(s.value, s.dtype))
             return []
         if isinstance(s, ir.Load):
             return [f"{self.names[s.result]} = {self._load(s)}"]
@@ -181,7 +185,7 @@ class Body:
         if (inline and len(text.text) <= INLINE_CHARS) or text.text.isidentifier():
             self.texts[s.result] = text
             return []
-        self.texts[s.result] = Text(self.names[s.result])
+        self.texts[s.result] = ValueText(self.names[s.result])
         return [f"{self.names[s.result]} = {text.text}"]
 
     def _load(self, s: ir.Load) -> str:
@@ -200,7 +204,7 @@ class Body:
         return f"tl.store({pointer}, {self.texts[s.value].text}{mask})"
 
     def _check(self, s: ir.Check) -> list[str]:
-        """An index outside its table is reported in the check's word, and nothing is read there."""
+        """Report an index outside its table in the check's word; nothing is read there."""
         name, number = self.names[s.value], self.checks.index(s)
         dims = self.dims(self.varies[s.value])
         # Triton's interpreter takes one element for a number, and ~ of that is no mask.
@@ -217,7 +221,8 @@ class Body:
         ]
 
     def _scan(self, s: ir.Scan) -> list[str]:
-        """A tile's running value; a looped row goes on from the last one of the tile before."""
+        """Return a tile's running value; a looped row goes on from the last one of the tile
+        before."""
         name, axis, row = self.names[s.result], int(self.two_dims), SCANS[s.op]
         text = f"{row.triton}({self.whole_tile(s.args[0])}, {axis})"
         if not self.schedule.looped:
@@ -243,14 +248,14 @@ class Body:
             return text
         return f"tl.where({self.col_axis()} >= 0, {text}, 0)"
 
-    def _index(self, s: ir.Index) -> Text:
+    def _index(self, s: ir.Index) -> ValueText:
         text = self.expr(s.value)
         if not self.axes_in(s.value):
-            return Text(f"tl.cast({text}, tl.int64)")
+            return ValueText(f"tl.cast({text}, tl.int64)")
         atom = text.isidentifier()
         if self._stays_narrow(s.result):
-            return Text(text, ATOM if atom else 0)
-        return Text(f"{text if atom else f'({text})'}.to(tl.int64)")
+            return ValueText(text, ATOM if atom else 0)
+        return ValueText(f"{text if atom else f'({text})'}.to(tl.int64)")
 
     def _stays_narrow(self, index: str) -> bool:
         """Tell whether a position is only compared with others or turned into a float."""
@@ -266,7 +271,7 @@ class Body:
                     return False
         return True
 
-    def _compute(self, s: ir.Compute) -> Text:
+    def _compute(self, s: ir.Compute) -> ValueText:
         template = PRIMITIVES[s.op].triton
         name = template.partition("(")[0]
         template = variant(name, s.dtype) + template.removeprefix(name)
@@ -276,31 +281,31 @@ class Body:
         if s.op == "cast" and made[0]:
             constant = self.makers[s.args[0]]
             assert isinstance(constant, ir.Constant)
-            return Text(literal(constant.value, s.dtype))
+            return ValueText(literal(constant.value, s.dtype))
         own, wanted = LEVELS.get(s.op, (0, (ATOM,) * len(args)))
         if s.op == "div" and self._is_total(s.args[1]):
             # At least 1 where it is not NaN or of nothing: one division a row, then products.
-            args[1] = Text(f"(1.0 / {args[1].text})")
+            args[1] = ValueText(f"(1.0 / {args[1].text})")
             template, own, wanted = PRIMITIVES["mul"].triton, *LEVELS["mul"]
         level = ATOM if call or s.op == "cast" else own
         parts = [x.text if call else x.inside(w) for x, w in zip(args, wanted, strict=True)]
         text = template.format(*parts, type=TYPES[s.dtype])
         values = made[1:] if s.op == "where" else made
         if all(values) and s.op not in COMPARISONS and s.op != "cast":
-            return Text(f"{Text(text, level).inside()}.to({TYPES[s.dtype]})")
-        return Text(text, level)
+            return ValueText(f"{ValueText(text, level).inside()}.to({TYPES[s.dtype]})")
+        return ValueText(text, level)
 
     def _is_total(self, value: str) -> bool:
         """Tell whether a value is the sum of a softmax's exponentials."""
         maker = self.makers[value]
         return isinstance(maker, ir.Reduce) and maker.op == "softmax" and value != maker.results[0]
 
-    def _argument(self, value: str, user: ir.Compute) -> Text:
+    def _argument(self, value: str, user: ir.Compute) -> ValueText:
         """Return a value as source; device functions want tensors, also for constants."""
         text, function = self.texts[value], PRIMITIVES[user.op].triton.partition("(")[0]
         if isinstance(self.makers[value], ir.Constant) and function in TENSOR_FUNCTIONS:
             tensors = [a for a in user.args if not isinstance(self.makers[a], ir.Constant)]
-            return Text(f"tl.zeros_like({self.texts[tensors[0]].text}) + {text.text}", 1)
+            return ValueText(f"tl.zeros_like({self.texts[tensors[0]].text}) + {text.text}", 1)
         return text
 
     def may_inline(self, s: ir.Statement, user: ir.Statement | None) -> bool:
@@ -312,6 +317,7 @@ class Body:
         return not re.search(r"\{0\}.*\{0\}", PRIMITIVES[user.op].triton)
 
     def expr(self, value: Expr) -> str:
+        """Return an index expression as Triton source."""
         plain = {
             x: sympy.Symbol(self.names[x.name[1:]] if x.name[0] == "%" else x.name[1:])
             for x in value.free_symbols

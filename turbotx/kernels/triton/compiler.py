@@ -142,7 +142,7 @@ def kernel_job(
 
 
 def fit_warps(num_warps: int, target: str) -> int:
-    """A warp of 64 threads does the work of two of 32."""
+    """Return the warps of as many threads, where the target's have 64 threads and not 32."""
     backend, _, width = target_of(target)
     return max(1, num_warps * 32 // width) if backend == "hip" else num_warps
 
@@ -204,7 +204,7 @@ def _drain(waiting: queue.SimpleQueue[Job], done: Callable[..., None], measure: 
                 except queue.Empty:
                     break
                 try:
-                    built = _compile(job, process)
+                    built = compile_job(job, process)
                     if measure:
                         built.resources  # noqa: B018
                     done(job.digest(), built)
@@ -223,7 +223,7 @@ def _folder(job: Job) -> Path:
     return cache_directory() / "triton" / f"{job.name}-{job.target}-{job.digest()}"
 
 
-def _compile(job: Job, process: subprocess.Popen[str]) -> Built:
+def compile_job(job: Job, process: subprocess.Popen[str]) -> Built:
     """Have `process` compile a job, and move its artifacts into place in one step."""
     assert process.stdin is not None and process.stdout is not None
     folder = _folder(job)

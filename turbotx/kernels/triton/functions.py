@@ -1,9 +1,9 @@
-"""The device functions of templates/functions.py, as text that kernels take along.
+r"""The device functions of templates/functions.py, as text that kernels take along.
 
 In: a kernel's source. Out: the functions that it calls, so that each printed file stands alone and
 imports nothing but Triton, for example::
 
-    functions_in("y = tanh(x)")  ->  ["@triton.jit\\ndef tanh(x): ..."]
+    functions_in("y = tanh(x)")  ->  ["@triton.jit\ndef tanh(x): ..."]
 """
 
 from __future__ import annotations

@@ -63,6 +63,7 @@ class GemmTemplate:
 
     @property
     def name(self) -> str:
+        """A name that tells dtype, weight's sizes and epilogue: "gemm_float16_768x768_bias"."""
         kind = TYPES[self.dtype].removeprefix("tl.")
         parts = [f"gemm_{kind}_{self.n}x{self.k}", f"{self.norm}_norm" * (self.norm != "none")]
         parts += ["flipped" * self.flipped, "bias" * self.bias]

@@ -28,7 +28,7 @@ from turbotx.kernels.schedule import (
     tiles_columns,
     vector_axes,
 )
-from turbotx.kernels.triton.body import Body
+from turbotx.kernels.triton.body import KernelBody
 from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.reduce import HELD, Group, HeldTile
 from turbotx.kernels.triton.text import wrap
@@ -48,7 +48,7 @@ def print_triton(
 class _Printer:
     def __init__(self, kernel: ir.Kernel, schedule: Schedule, name: str) -> None:
         self.kernel, self.schedule, self.name = kernel, schedule, name
-        self.body = Body(kernel, schedule)
+        self.body = KernelBody(kernel, schedule)
         self.rows, self.cols = outer_axes(kernel), vector_axes(kernel)
         self.length = product([a.extent for a in self.cols])
         exact = self.length.is_Integer and int(self.length) % schedule.cols == 0
@@ -86,7 +86,8 @@ class _Printer:
         return found
 
     def _ends(self, sweep: int) -> list[ir.Statement]:
-        """What a sweep is there for: its reductions and stores, and loads worth having early."""
+        """Return what a sweep has to compute: its reductions and stores, and loads worth having
+        early."""
         ends: list[ir.Statement] = []
         for s in self.kernel.body:
             if isinstance(s, (ir.Reduce, ir.Store)) and ir.phase_of(s, self.phase) == sweep:

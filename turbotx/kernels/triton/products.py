@@ -44,8 +44,10 @@ def choose_product_schedule(kernel: ProductKernel, q_len: int | None = None) -> 
     width = max(16, min(64, power_above(kernel.head_dim)))
     if kernel.dtype is torch.float32:  # multiplied on the ordinary units: less in flight
         m_tile = min(m_tile, 32)
-        tiles = (32, width // 2) if kernel.which == "scores" else (min(width, 32), 16)
-        return ProductSchedule(m_tile, tiles[0], max(16, tiles[1]), 4, 1)
+        n_tile = 32 if kernel.which == "scores" else min(width, 32)
+        # Four elements of b a thread at least, which is one access of 128 bits.
+        k_tile = max(16, width // 2) if kernel.which == "scores" else 512 // n_tile
+        return ProductSchedule(m_tile, n_tile, k_tile, 4, 1)
     return ProductSchedule(m_tile, *((64, width) if kernel.which == "scores" else (width, 64)))
 
 

@@ -111,6 +111,7 @@ class HeldTile:
 
     @property
     def keep(self) -> str:
+        """The argument that keeps the reduced axis of a tile, "" where a tile has but one."""
         return ", keep_dims=True" if self.axis else ""
 
     def reduce(self, op: str, results: Sequence[str]) -> list[str]:

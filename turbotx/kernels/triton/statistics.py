@@ -33,6 +33,7 @@ class RowStatistics:
 
     @property
     def parts(self) -> int:
+        """Number of partial statistics per row: one per tile of columns."""
         return -(-self.width // self.tile)
 
     @property

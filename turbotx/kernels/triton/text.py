@@ -2,7 +2,7 @@
 
 In: what the printers want to say. Out: text as a careful engineer would lay it out, for example::
 
-    Text("a + b", level=1).inside(2)  ->  "(a + b)"
+    ValueText("a + b", level=1).inside(2)  ->  "(a + b)"
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEVELS = {
 
 
 @dataclass(frozen=True)
-class Text:
+class ValueText:
     """Source of a value. level: how tightly it binds: a name 3, a product 2, a sum 1, others 0."""
 
     text: str
@@ -55,7 +55,7 @@ class _TritonPrinter(_SourcePrinter):
         return f"({top} {sign} {bottom})"
 
     def _print_Mul(self, node: Any) -> str:
-        """A position before its stride."""
+        """Print a product with loop positions before their strides."""
         number, rest = node.as_coeff_mul()
         factors = sorted((self.parenthesize(f, PRECEDENCE["Mul"]) for f in rest), key=_is_position)
         sign = "-" if number < 0 else ""

@@ -53,6 +53,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Read jobs from standard input, a line of JSON each; answer each by a line of JSON."""
     # Beside this file lie modules of turbotx whose names must not hide others.
     own = str(Path(__file__).parent)
     sys.path[:] = [p for p in sys.path if p != own]

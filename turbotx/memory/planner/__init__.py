@@ -58,7 +58,7 @@ def make_planner(
     seed_sizes: Sequence[int],
     sample_sizes: Sequence[Sequence[int]] = (),
 ) -> Planner:
-    """A planner for a fixed set of buffers whose sizes change with the shape.
+    """Return a planner for a fixed set of buffers whose sizes change with the shape.
 
     `size_class[i]` is the index of buffer i's size class; `seed_sizes` are bytes per class at
     one representative shape, `sample_sizes` at more of the shapes to expect: the symbolic planner

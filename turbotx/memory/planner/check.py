@@ -12,7 +12,7 @@ from turbotx.memory.planner.plan import ALIGNMENT, Placement, Plan, PlanError
 
 
 def check_plan(plan: Plan) -> None:
-    """Raises PlanError if the plan is not safe to run, or misstates how good it is.
+    """Raise PlanError if the plan is not safe to run, or misstates how good it is.
 
     Rules: sizes are not negative; offsets are aligned and not negative; two buffers alive in
     the same launch share no byte; every buffer lies inside the chunks; chunks do not overlap;

@@ -42,7 +42,7 @@ class _Candidate:
 
 
 def imagine_samples(seed: Int64s) -> Int64s:
-    """Sizes of shapes that nobody gave: each class of the seed scaled by 1/16 to 16, (classes, n).
+    """Return sizes of further shapes, (classes, n): each class of the seed scaled by 1/16 to 16.
 
     Real shapes move the classes together; these also cover classes that grow apart, as
     attention scores and hidden states do.
@@ -105,7 +105,7 @@ class _Shapes:
 
 
 def _best_at(workload: Workload, shapes: _Shapes, best: Floats, at: int) -> _Candidate | None:
-    """The solution of one shape that helps all shapes most; None if none helps that one."""
+    """Return the solution of one shape that helps all shapes most; None if none helps that one."""
     per_buffer = shapes.sizes[list(workload.size_class)]
     sizes = per_buffer[:, at].tolist()
     chosen: _Candidate | None = None

@@ -43,10 +43,13 @@ class ChunkedPlanner:
         self.frees = 0
 
     def offsets(self, class_nbytes: Sequence[int]) -> tuple[Sequence[int], int]:
+        """Return each buffer's offset and the arena's size, in bytes, for bytes by size class.
+        Depends on the calls before: chunks are kept between them."""
         with self._lock:
             return self._place(class_nbytes)[:2]
 
     def plan(self, class_nbytes: Sequence[int]) -> Plan:
+        """Return the plan for bytes by size class, with its chunks."""
         with self._lock:
             offsets, _, chunks = self._place(class_nbytes)
         # The arena ends where its last chunk ends, whether or not that chunk is full.
@@ -92,7 +95,7 @@ class ChunkedPlanner:
 
 
 def _find_gap(chunk: _OpenChunk, nbytes: int, begin: int, end: int) -> int | None:
-    """The tightest gap between buffers alive with this one, else the room after the last."""
+    """Return the tightest gap between buffers alive with this one, else the room after the last."""
     previous_end = 0
     best: int | None = None
     tightest = chunk.nbytes + 1

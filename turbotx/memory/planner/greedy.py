@@ -50,7 +50,7 @@ def fit(
 
 
 def footprint(offsets: Sequence[int], sizes: Sequence[int]) -> int:
-    """The first byte that no buffer reaches."""
+    """Return the offset of the first byte that no buffer reaches."""
     return max((o + s for o, s in zip(offsets, sizes, strict=True) if s), default=0)
 
 
@@ -61,11 +61,13 @@ class GreedyPlanner:
         self._workload = workload
 
     def offsets(self, class_nbytes: Sequence[int]) -> tuple[Sequence[int], int]:
+        """Return each buffer's offset and the arena's size, in bytes, for bytes by size class."""
         sizes = self._workload.aligned_sizes(class_nbytes)
         order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
         offsets = fit(self._workload.lifetimes, sizes, order)
         return offsets, footprint(offsets, sizes)
 
     def plan(self, class_nbytes: Sequence[int]) -> Plan:
+        """Return the plan for bytes by size class."""
         offsets, peak_nbytes = self.offsets(class_nbytes)
         return self._workload.record(class_nbytes, offsets, peak_nbytes)

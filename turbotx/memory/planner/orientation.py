@@ -50,7 +50,7 @@ def overlap_matrix(lifetimes: Sequence[Lifetime]) -> npt.NDArray[np.bool_]:
 
 
 def orient(lifetimes: Sequence[Lifetime], offsets: Sequence[int]) -> Orientation:
-    """The order of a placement.
+    """Return the order of a placement.
 
     Every pair alive together is oriented by (offset, index), a total order, so the relation has
     no cycle. Pairs implied by two others are dropped: they bind nothing.
@@ -68,7 +68,8 @@ def orient(lifetimes: Sequence[Lifetime], offsets: Sequence[int]) -> Orientation
 
 
 def prune(rows: Forms) -> Forms:
-    """The rows that can be the largest for some sizes >= 0: none below another everywhere."""
+    """Return the rows that can be the largest for some sizes >= 0: none below another
+    everywhere."""
     rows = np.unique(rows, axis=0)
     if len(rows) < 2:
         return rows
@@ -103,7 +104,8 @@ class FormTable:
         self.top = self._raise(frozenset(zip(self.of_buffer, size_class, strict=True)))
 
     def _stack(self, parts: frozenset[tuple[int, int]]) -> int:
-        """The id of the form set of a buffer that lies on top of these (form set, class) pairs."""
+        """Return the id of the form set of a buffer that lies on top of these (form set, class)
+        pairs."""
         known = self._unions.get(parts)
         if known is not None:
             return known
@@ -128,7 +130,8 @@ class FormTable:
 
 
 def live_forms(lifetimes: Sequence[Lifetime], size_class: Sequence[int], class_count: int) -> Forms:
-    """The lower bound as forms: how many buffers of each class every launch holds, pruned."""
+    """Return the lower bound as forms: how many buffers of each class every launch holds,
+    pruned."""
     rows = np.zeros((1, class_count), dtype=np.int64)
     if lifetimes:
         delta = np.zeros((max(x.end for x in lifetimes) + 1, class_count), dtype=np.int64)

@@ -26,7 +26,7 @@ class PlanError(TurbotxError):
 
 
 def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
-    """The smallest multiple of `alignment` (a power of two) that is at least `nbytes`."""
+    """Return the smallest multiple of `alignment` (a power of two) that is at least `nbytes`."""
     return (nbytes + alignment - 1) & -alignment
 
 
@@ -45,6 +45,7 @@ class Lifetime:
             )
 
     def overlaps(self, other: Lifetime) -> bool:
+        """Tell whether some launch is within both lifetimes."""
         return self.begin < other.end and other.begin < self.end
 
 
@@ -66,6 +67,7 @@ class Placement:
 
     @property
     def end(self) -> int:
+        """Offset of the first byte behind the buffer."""
         return self.offset + self.buffer.nbytes
 
 
@@ -91,7 +93,7 @@ class Plan:
     lower_bound_nbytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain lists and integers, ready for JSON."""
+        """Return the plan as plain lists and integers, ready for JSON."""
         return {
             "peak_nbytes": self.peak_nbytes,
             "lower_bound_nbytes": self.lower_bound_nbytes,
@@ -118,12 +120,12 @@ class Planner(Protocol):
         ...
 
     def plan(self, class_nbytes: Sequence[int]) -> Plan:
-        """The same placements as a full record, for reports and the checker."""
+        """Return the same placements as a full record, for reports and the checker."""
         ...
 
 
 def lower_bound(buffers: Iterable[Buffer]) -> int:
-    """The largest sum of aligned bytes alive in one launch; 0 for no buffers."""
+    """Return the largest sum of aligned bytes alive in one launch; 0 for no buffers."""
     change: dict[int, int] = {}
     for buffer in buffers:
         nbytes = align(buffer.nbytes)
@@ -156,6 +158,7 @@ class Workload:
 
     @property
     def class_count(self) -> int:
+        """Number of size classes: how many byte counts a shape is described by."""
         return max(self.size_class, default=-1) + 1
 
     def aligned_sizes(self, class_nbytes: Sequence[int]) -> list[int]:
@@ -165,6 +168,8 @@ class Workload:
         return [rounded[c] for c in self.size_class]
 
     def buffers(self, class_nbytes: Sequence[int]) -> tuple[Buffer, ...]:
+        """Return the buffers at one shape. class_nbytes: bytes by size class; raises PlanError for
+        a wrong number of them or a negative one."""
         check_class_sizes(class_nbytes, self.class_count)
         return tuple(
             Buffer(name, int(class_nbytes[c]), lifetime)
@@ -178,7 +183,7 @@ class Workload:
         peak_nbytes: int,
         chunks: tuple[Chunk, ...] | None = None,
     ) -> Plan:
-        """A Plan of these offsets; without `chunks`, the arena is whole 2 MB chunks."""
+        """Return a Plan of these offsets; without `chunks`, the arena is whole 2 MB chunks."""
         buffers = self.buffers(class_nbytes)
         if chunks is None:
             count = -(-peak_nbytes // CHUNK_NBYTES)
@@ -190,7 +195,7 @@ class Workload:
 
 
 def check_class_sizes(class_nbytes: Sequence[int], class_count: int) -> None:
-    """Raises PlanError unless there is one non-negative size for each class."""
+    """Raise PlanError unless there is one non-negative size for each class."""
     if len(class_nbytes) < class_count:
         raise PlanError(f"{class_count} size classes need {class_count} sizes, got {class_nbytes}")
     if class_count and min(class_nbytes) < 0:

@@ -31,6 +31,7 @@ class Boxes:
 
     @classmethod
     def of(cls, lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> Boxes:
+        """Return boxes as int64 arrays. sizes: bytes, one per lifetime."""
         return cls(
             np.array([x.begin for x in lifetimes], dtype=np.int64),
             np.array([x.end for x in lifetimes], dtype=np.int64),
@@ -77,7 +78,7 @@ def _raise_ledge(ledges: list[tuple[int, int, int]], at: int) -> None:
 def _replace_ledge(
     ledges: list[tuple[int, int, int]], at: int, pieces: list[tuple[int, int, int]]
 ) -> None:
-    """Puts pieces in place of one ledge, joining those of equal height with their neighbours."""
+    """Put pieces in place of one ledge, joining those of equal height with their neighbours."""
     first, last = max(0, at - 1), at + 2
     joined: list[tuple[int, int, int]] = []
     for piece in [*ledges[first:at], *pieces, *ledges[at + 1 : last]]:

@@ -36,6 +36,7 @@ class Solution:
 
     @property
     def optimal(self) -> bool:
+        """Whether the footprint equals the lower bound, so that no plan is smaller."""
         return self.footprint_nbytes == self.lower_bound_nbytes
 
 
@@ -46,7 +47,7 @@ def solve(
     max_evaluations: int = MAX_EVALUATIONS,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> Solution:
-    """The best placement within the budget; the same one every time unless the clock cuts in.
+    """Return the best placement within the budget; the same each time unless the clock cuts in.
 
     An evaluation is one placement of all buffers: 0.3 ms for 60 buffers, 5 ms for 450.
     """

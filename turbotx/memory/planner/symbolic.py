@@ -90,7 +90,7 @@ class SymbolicPlanner:
     def of_orientations(
         cls, workload: Workload, orientations: Sequence[Orientation]
     ) -> SymbolicPlanner:
-        """A planner of orientations that another one of the same workload has chosen."""
+        """Return a planner of orientations that another one of the same workload has chosen."""
         planner = cls.__new__(cls)
         planner._set_workload(workload)
         planner._set_orientations(orientations)
@@ -131,13 +131,15 @@ class SymbolicPlanner:
         )
 
     def offsets(self, class_nbytes: Sequence[int]) -> tuple[Sequence[int], int]:
+        """Return each buffer's offset and the arena's size, in bytes, for bytes by size class."""
         return self._evaluate(self._aligned(class_nbytes))
 
     def lower_bound(self, class_nbytes: Sequence[int]) -> int:
-        """The largest sum of aligned live bytes at these sizes."""
+        """Return the largest sum of aligned live bytes at these sizes."""
         return int((self.live @ self._aligned(class_nbytes)).max())
 
     def plan(self, class_nbytes: Sequence[int]) -> Plan:
+        """Return the plan for bytes by size class."""
         offsets, peak_nbytes = self.offsets(class_nbytes)
         return self._workload.record(class_nbytes, offsets, peak_nbytes)
 

@@ -27,47 +27,59 @@ class AbsentDevice:
         self.target = target
 
     def describe(self) -> str:
+        """Return a name under which nothing was tuned."""
         return f"no device, {self.target}"  # for which nothing was tuned
 
     def active(self) -> AbstractContextManager[object]:
+        """Return a context manager that does nothing."""
         return nullcontext()
 
     def load(self, jobs: Sequence[Job]) -> tuple[list[Any], int]:
+        """Return the jobs themselves in place of handles, and 0 builds."""
         return list(jobs), 0
 
     def place(self, binaries: Sequence[Binary]) -> list[Any]:
+        """Return the binaries themselves in place of handles."""
         return list(binaries)
 
     def new_status(self, count: int) -> torch.Tensor:
+        """Return zeroed int32 in ordinary memory."""
         return torch.zeros(count, dtype=torch.int32)
 
     def wait(self) -> None:
-        pass
+        """Return at once: nothing is ever queued."""
 
     def retain(self, tensors: Sequence[torch.Tensor]) -> None:
-        pass
+        """Do nothing: no stream reads the tensors."""
 
     def is_capturing(self) -> bool:
+        """Return False: there is no stream."""
         return False
 
     def launch(
         self, function: Any, grid: Grid, addresses: Any, stream: Any, dependent: bool = False
     ) -> None:
+        """Raise DeviceError: there is nothing to run on."""
         self._refuse()
 
     def stream(self) -> NoReturn:
+        """Raise DeviceError: there is nothing to run on."""
         self._refuse()
 
     def call(self, step: Callable[[], object]) -> None:
+        """Raise DeviceError: there is nothing to run on."""
         self._refuse()
 
     def recorder(self) -> NoReturn:
+        """Raise DeviceError: there is nothing to run on."""
         self._refuse()
 
     def clock(self) -> NoReturn:
+        """Raise DeviceError: there is nothing to run on."""
         self._refuse()
 
     def elapsed(self, begin: Any, end: Any) -> NoReturn:
+        """Raise DeviceError: there is nothing to run on."""
         self._refuse()
 
     def _refuse(self) -> NoReturn:

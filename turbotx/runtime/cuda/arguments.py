@@ -9,7 +9,6 @@ of pointers to its arguments, right for every shape once the two tables are::
 from __future__ import annotations
 
 import ctypes
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from turbotx.program.executable import ArgumentLayout
 from turbotx.runtime.cuda.status import Status
+from turbotx.runtime.lru import LruDict
 
 # Shapes whose views of GEMM operands are kept, an arena.
 KEPT_SHAPES = 16
@@ -54,8 +54,8 @@ class KernelArguments:
         self._nothing = np.zeros(1, dtype=np.int64)
         self.addresses = {key: self._array(key[0], layout) for key, layout in layouts.items()}
         self._stamp: object = None
-        self._views: OrderedDict[int, tuple[object, dict[int, Callable[[], object]]]]
-        self._views = OrderedDict()
+        self._views: LruDict[int, tuple[object, dict[int, Callable[[], object]]]]
+        self._views = LruDict(KEPT_SHAPES)
 
     def _array(self, i: int, layout: ArgumentLayout) -> Any:
         table, shifted = self._table.ctypes.data, self._shifted.ctypes.data
@@ -80,8 +80,7 @@ class KernelArguments:
         if self._stamp != stamp:
             self._views.clear()
             self._stamp = stamp
-        kept = self._views.pop(id(bound), (bound, {}))
-        self._views[id(bound)] = kept
-        if len(self._views) > KEPT_SHAPES:
-            self._views.popitem(last=False)
+        kept = self._views.find(id(bound))
+        if kept is None:
+            kept = self._views[id(bound)] = bound, {}
         return kept[1]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -28,8 +27,9 @@ from turbotx.program.executable import Executable, WholeTensor
 from turbotx.runtime.binding import Binding, Execution
 from turbotx.runtime.cuda.queue import CudaQueue
 from turbotx.runtime.cuda.settings import math_settings
-from turbotx.runtime.cuda.weights import Held
-from turbotx.runtime.device import Graph, Recorder
+from turbotx.runtime.cuda.weights import WeightsVersion
+from turbotx.runtime.device import Graph, GraphRecorder
+from turbotx.runtime.lru import LruDict
 from turbotx.runtime.program import Program
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
@@ -53,7 +53,7 @@ class GraphBinding(Binding):
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """A graph of one shape in one arena, and what it stands and falls with.
+    """A captured graph of one shape in one arena, and the values that it depends on.
 
     stamp: addresses, weights and settings at its capture. kept: the weights that it reads.
     """
@@ -62,20 +62,20 @@ class CapturedGraph:
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
     stamp: object
-    kept: Held
+    kept: WeightsVersion
 
 
 class GraphCache:
-    """The graphs of a call, at most so many, by arena and shape: the one longest unused goes first.
+    """LRU cache of a call's graphs, by arena and shape.
 
     used: shapes seen lately. recorders: one an arena, so that its graphs share temporary memory.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.used: OrderedDict[tuple[int, ...], None] = OrderedDict()
-        self.kept: OrderedDict[tuple[int, tuple[int, ...]], CapturedGraph] = OrderedDict()
-        self.recorders: dict[int, Recorder] = {}
+        self.used: LruDict[tuple[int, ...], None] = LruDict(4 * most)
+        self.kept: LruDict[tuple[int, tuple[int, ...]], CapturedGraph] = LruDict(most)
+        self.recorders: dict[int, GraphRecorder] = {}
         self.lock = threading.Lock()
 
 
@@ -89,8 +89,8 @@ class CudaGraphProgram(Program):
         graphs: GraphCache,
     ) -> None:  # fmt: skip
         super().__init__(executable, runtime, pool, max_shapes)
-        self._graphs = graphs
-        self._callers: dict[int, Held] = {}
+        self.graphs = graphs
+        self.callers_reads: dict[int, WeightsVersion] = {}
         """Weights that graphs of the caller's read, by version: nothing tells when those go."""
         self._shapes = [(t.shape.compile(self.dims), t.dtype) for t in executable.inputs]
         self._plain_leaves = self._find_plain_leaves()
@@ -124,12 +124,12 @@ class CudaGraphProgram(Program):
             if device.is_capturing():
                 return self._run_inside_capture(binding, tensors)
             plain = ticks is not None or watch is not None or poison_enabled()
-            plain = plain or self._graphs.most == 0
+            plain = plain or self.graphs.most == 0
             if not plain and not self._is_first(binding.dims):
                 try:
                     return self._replay(binding, tensors)
                 except _NotCapturable as error:
-                    self._graphs.most = 0
+                    self.graphs.most = 0
                     warnings.warn(
                         f"launches run one by one, because they cannot be captured as a CUDA "
                         f"graph: {error}; cuda_graphs=False says so beforehand",
@@ -141,7 +141,7 @@ class CudaGraphProgram(Program):
     def reserve(self, binding: Binding) -> None:
         """Map the memory of a shape now, that of its graph included."""
         assert isinstance(binding, GraphBinding)
-        self.pool.reserve(binding.graph_nbytes if self._graphs.most else binding.footprint_nbytes)
+        self.pool.reserve(binding.graph_nbytes if self.graphs.most else binding.footprint_nbytes)
 
     @contextmanager
     def used(
@@ -159,16 +159,14 @@ class CudaGraphProgram(Program):
 
     def _is_first(self, dims: tuple[int, ...]) -> bool:
         """Tell whether a shape was not seen lately; remembers four times as many as graphs."""
-        with self._graphs.lock:
-            first = dims not in self._graphs.used
-            self._graphs.used[dims] = None
-            self._graphs.used.move_to_end(dims)
-            if len(self._graphs.used) > 4 * self._graphs.most:
-                self._graphs.used.popitem(last=False)
+        with self.graphs.lock:
+            first = dims not in self.graphs.used
+            self.graphs.used[dims] = None
             return first
 
     def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Inputs are read 16 bytes at a time: a slice that begins between is copied."""
+        """Return tensors that kernels may read 16 bytes at a time: a slice that begins between
+        is copied."""
         dense = super()._readable(tensors)
         return [t if t.data_ptr() % 16 == 0 else t.clone() for t in dense]
 
@@ -211,16 +209,13 @@ class CudaGraphProgram(Program):
         """Return the graph of a shape in this arena, captured now if there is none that holds."""
         key = (arena.index, binding.dims)
         stamp = (arena.data_ptr, arena.shrinks, self.runtime.weights.version, math_settings())
-        with self._graphs.lock:
-            captured = self._graphs.kept.get(key)
+        with self.graphs.lock:
+            captured = self.graphs.kept.find(key)
             if captured is not None and captured.stamp == stamp:
-                self._graphs.kept.move_to_end(key)
                 return captured
         captured = self._capture(arena, binding, stamp)
-        with self._graphs.lock:
-            self._graphs.kept[key] = captured
-            while len(self._graphs.kept) > self._graphs.most:
-                self._graphs.kept.popitem(last=False)
+        with self.graphs.lock:
+            self.graphs.kept[key] = captured
         return captured
 
     def _capture(self, arena: Any, binding: GraphBinding, stamp: object) -> CapturedGraph:
@@ -233,9 +228,9 @@ class CudaGraphProgram(Program):
         execution = self._prepare(arena, binding)
         self.runtime.bind(binding.sizes)
         state = self._state(binding, arena, inputs, outputs)
-        recorder = self._graphs.recorders.get(arena.index)
+        recorder = self.graphs.recorders.get(arena.index)
         if recorder is None:
-            recorder = self._graphs.recorders[arena.index] = self.runtime.device.recorder()
+            recorder = self.graphs.recorders[arena.index] = self.runtime.device.recorder()
         try:
             graph = recorder.capture(
                 lambda: self._run_in(execution, binding, state, inputs, outputs)
@@ -267,7 +262,7 @@ class CudaGraphProgram(Program):
         arena = _OwnMemory(torch.empty(binding.footprint_nbytes, dtype=torch.uint8, device=device))
         execution = Execution(len(self.executable.slots))
         self._point(execution, arena, binding)
-        self._callers[execution.kept.version] = execution.kept
+        self.callers_reads[execution.kept.version] = execution.kept
         inputs, outputs = self._readable(self.in_memory(tensors)), self._new_outputs(binding)
         state = self._state(binding, arena, inputs, outputs, tensors)
         self._run_in(execution, binding, state, inputs, outputs)

@@ -42,17 +42,19 @@ class CudaDevice:
             )
         self.target = f"sm_{major}{minor}"
         self._driver = driver or cuda_driver.open_driver()
-        self._functions: dict[str, cuda_driver.Function] = {}
+        self._functions: dict[str, cuda_driver.LoadedKernel] = {}
         self._loading = threading.Lock()
 
     def describe(self) -> str:
+        """Return the GPU's name, as the driver has it."""
         return torch.cuda.get_device_name(self.index)
 
     def active(self) -> AbstractContextManager[object]:
+        """Return a context manager that makes the GPU this thread's current device."""
         is_current = torch.cuda.current_device() == self.index
         return _NOTHING if is_current else torch.cuda.device(self.index)
 
-    def load(self, jobs: Sequence[Job]) -> tuple[list[cuda_driver.Function], int]:
+    def load(self, jobs: Sequence[Job]) -> tuple[list[cuda_driver.LoadedKernel], int]:
         """Build what is not on disk in parallel, load what is not on the device."""
         # A process that runs saved programs has no use for what this imports.
         from turbotx.kernels.triton.compiler import build
@@ -65,7 +67,7 @@ class CudaDevice:
             compiled = sum(not b.cached for b in found)
             return [self._functions[job.digest()] for job in jobs], compiled
 
-    def place(self, binaries: Sequence[Binary]) -> list[cuda_driver.Function]:
+    def place(self, binaries: Sequence[Binary]) -> list[cuda_driver.LoadedKernel]:
         """Load what is not on the device."""
         with self._loading:
             self._add({b.digest: b for b in binaries if b.digest not in self._functions})
@@ -84,44 +86,53 @@ class CudaDevice:
                 self._functions[digest] = function
 
     def stream(self) -> int:
-        """The current stream's handle; this thread has a context afterwards."""
+        """Return the current stream's handle; this thread has a context afterwards."""
         cuda_driver.ensure_context(self._driver, self.index)
         return current_handle(self.torch_device)
 
     def launch(
-        self, function: cuda_driver.Function, grid: Grid, addresses: Any, stream: int,
+        self, function: cuda_driver.LoadedKernel, grid: Grid, addresses: Any, stream: int,
         dependent: bool = False,
     ) -> None:  # fmt: skip
+        """Queue a kernel with cuLaunchKernel; dependent: by programmatic dependent launch."""
         launch = cuda_driver.launch_dependent if dependent else cuda_driver.launch
         launch(self._driver, function, grid, addresses, stream)
 
     def call(self, step: Callable[[], object]) -> None:
+        """Let PyTorch queue something on the current stream."""
         step()
 
     def recorder(self) -> CudaRecorder:
+        """Return a recorder with a stream and a memory pool of its own."""
         return CudaRecorder(self.torch_device)
 
     def is_capturing(self) -> bool:
+        """Tell whether the current stream is being captured."""
         return torch.cuda.is_current_stream_capturing()
 
     def wait(self) -> None:
+        """Block until what is queued on the current stream is done."""
         torch.cuda.current_stream(self.index).synchronize()
 
     def retain(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Record the current stream as a user of the tensors' memory."""
         stream = torch.cuda.current_stream(self.index)
         for tensor in tensors:
             tensor.record_stream(stream)
 
     def new_status(self, count: int) -> torch.Tensor:
+        """Return zeroed int32 in pinned memory."""
         # Pinned memory has one address for host and device; only a failed check writes to it.
         return torch.zeros(count, dtype=torch.int32, pin_memory=True)
 
     def clock(self) -> torch.cuda.Event:
+        """Return an event recorded on the current stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def elapsed(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> int:
+        """Return nanoseconds between two events; blocks until the second has passed."""
         # The driver's answer is a float32 of milliseconds: exact for what lies close together, but
         # a step of 31 us five minutes apart. So times are never counted from a common origin.
         end.synchronize()
@@ -150,7 +161,7 @@ class CudaRecorder:
                 # A thread's first call of cuBLAS makes its handle, which allocates and waits.
                 torch.cuda.current_blas_handle()
                 # cuBLAS keeps a workspace for each stream: made anew inside the capture, it lies in
-                # the graphs' own pool, where nobody else's clearing of the cache takes it away.
+                # the graphs' own pool, which clearing PyTorch's cache leaves alone.
                 torch._C._cuda_clearCublasWorkspaces()
                 try:
                     # Other threads may go on calling CUDA meanwhile.

@@ -46,7 +46,7 @@ class LaunchConfig(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Function:
+class LoadedKernel:
     """A kernel on the device, and what it was loaded from."""
 
     binary: Binary
@@ -90,7 +90,7 @@ def ensure_context(driver: Any, index: int) -> None:
     check(driver, driver.cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
-def load_function(driver: Any, binary: Binary, limit_nbytes: int) -> Function:
+def load_function(driver: Any, binary: Binary, limit_nbytes: int) -> LoadedKernel:
     """Load a cubin into the current context; it stays loaded as long as the process lives.
 
     `limit_nbytes`: shared memory that a program may have on this device.
@@ -113,11 +113,11 @@ def load_function(driver: Any, binary: Binary, limit_nbytes: int) -> Function:
     asked = driver.cuFuncSetAttribute(handle, _SHARED_CARVEOUT, _MOST_SHARED)
     check(driver, asked, f"asking for shared memory rather than cache for {name}")
     assert handle.value is not None
-    return Function(binary, handle.value)
+    return LoadedKernel(binary, handle.value)
 
 
 def launch(
-    driver: Any, function: Function, grid: tuple[int, int, int], addresses: Any, stream: int
+    driver: Any, function: LoadedKernel, grid: tuple[int, int, int], addresses: Any, stream: int
 ) -> None:
     """Queue a kernel on a stream; `addresses` is an array of pointers to its arguments."""
     code = driver.cuLaunchKernel(
@@ -129,7 +129,7 @@ def launch(
 
 
 def launch_dependent(
-    driver: Any, function: Function, grid: tuple[int, int, int], addresses: Any, stream: int
+    driver: Any, function: LoadedKernel, grid: tuple[int, int, int], addresses: Any, stream: int
 ) -> None:
     """Queue a kernel that may start before the one queued last on the stream has ended.
 

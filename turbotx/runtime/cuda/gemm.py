@@ -195,29 +195,34 @@ class GemmFamily:
         return sizes[self._sizes[name]] % 16 == 0
 
     def _typed(self) -> GemmTemplate | None:
-        """The template under PyTorch's settings as they are now."""
+        """Return the template under PyTorch's settings as they are now."""
         return None if self.template is None else with_settings(self.template)
 
     # --- tuning ---
 
     @property
     def name(self) -> str:
+        """The template's name, "" for a product that the library computes."""
         return self.template.name if self.template is not None else ""
 
     def structure(self) -> str:
+        """Key of tuned schedules: the template's digest, "" where the library computes."""
         template = self._typed()
         return "" if template is None else structure_of(template)
 
     def neighbours(self, schedule: GemmSchedule | None, bucket: int) -> Sequence[object]:
+        """Return the schedules to try beside one, for a bucket of tokens."""
         template = self._typed()
         if template is None:
             return []
         return gemm_neighbours(template, schedule, bucket, self._target)
 
     def bucket(self, length: int) -> str:
+        """Return the bucket that a number of tokens is tuned in, as text."""
         return str(length)
 
     def tag(self, schedule: GemmSchedule | None) -> str:
+        """Return a schedule's short name, "cublas" for the library."""
         return tag_of(schedule)
 
 

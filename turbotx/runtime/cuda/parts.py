@@ -1,4 +1,4 @@
-"""Parts: what a launch of a GPU program queues at one shape, and who says so.
+"""Parts: what a launch of a GPU program queues at one shape.
 
 In: a program's evaluated sizes. Out: kernels by which list of arguments and on which grid, or
 PyTorch's part; compiled programs and saved ones answer alike::

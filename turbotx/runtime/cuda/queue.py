@@ -22,7 +22,7 @@ from turbotx.runtime.cuda.library_gemm import Call, make_gemm
 from turbotx.runtime.cuda.parts import Family, Part
 from turbotx.runtime.cuda.settings import uses_tf32
 from turbotx.runtime.cuda.status import Status
-from turbotx.runtime.cuda.weights import Held, PlacedWeights
+from turbotx.runtime.cuda.weights import PlacedWeights, WeightsVersion
 from turbotx.runtime.device import Device, Grid
 from turbotx.runtime.state import RunState, Step
 from turbotx.runtime.tensor_watch import start_native_watch
@@ -55,7 +55,7 @@ class CudaQueue(ABC):
                 self._families[i] = families[launch.family]
             if launch.gemm is not None:
                 self._gemms[i] = (make_gemm(launch.gemm, executable.dims), launch.gemm.fixed)
-        self._functions: dict[int, tuple[Any, Any]] = {}
+        self.functions: dict[int, tuple[Any, Any]] = {}
         self._status = Status(device, self.gpu.checks)
         if device.torch_device.type == "cuda":
             weights.later = start_native_watch()
@@ -66,12 +66,12 @@ class CudaQueue(ABC):
 
     def load(self, jobs: Sequence[Any]) -> list[Any]:
         """Return the functions of jobs, which are few objects however many launches there are."""
-        new = {id(job): job for job in jobs if id(job) not in self._functions}
+        new = {id(job): job for job in jobs if id(job) not in self.functions}
         if new:
             loaded = self._obtain(list(new.values()))
             for job, function in zip(new.values(), loaded, strict=True):
-                self._functions[id(job)] = (job, function)
-        return [self._functions[id(job)][1] for job in jobs]
+                self.functions[id(job)] = (job, function)
+        return [self.functions[id(job)][1] for job in jobs]
 
     @abstractmethod
     def _obtain(self, jobs: Sequence[Any]) -> Sequence[Any]:
@@ -92,7 +92,7 @@ class CudaQueue(ABC):
     def is_loaded(self, sizes: Any) -> bool:
         """Tell whether `bind` would neither build nor load a kernel."""
         jobs = (p.job for family in self._families.values() for p in family.pick(sizes))
-        return all(job is None or id(job) in self._functions for job in jobs)
+        return all(job is None or id(job) in self.functions for job in jobs)
 
     def _ready(self, parts: Sequence[Part]) -> list[_Ready]:
         """Return parts with their kernels loaded."""
@@ -123,7 +123,7 @@ class CudaQueue(ABC):
 
     # --- weights ---
 
-    def fill_weights(self, table: Any) -> tuple[int, Held]:
+    def fill_weights(self, table: Any) -> tuple[int, WeightsVersion]:
         """Write the addresses of everything made from parameters into a table.
 
         Returns their version, and what must be kept alive as long as the table is used. Raises

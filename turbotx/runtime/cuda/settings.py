@@ -27,7 +27,7 @@ def uses_tf32() -> bool:
 
 @contextmanager
 def assume_tf32(value: bool) -> Iterator[None]:
-    """Meanwhile, in this thread, `uses_tf32` gives this value."""
+    """Make `uses_tf32` return this value in this thread, inside the context."""
     token = _assumed.set(value)
     try:
         yield
@@ -36,7 +36,8 @@ def assume_tf32(value: bool) -> Iterator[None]:
 
 
 def math_settings() -> tuple[object, ...]:
-    """The user's settings that decide what cuBLAS computes; a graph holds them as they were."""
+    """Return the user's settings that decide what cuBLAS computes; a graph holds them as they
+    were."""
     return tuple(get() for get in _getters())
 
 

@@ -26,23 +26,23 @@ class Status:
     def __init__(self, device: Device, counts: Sequence[int]) -> None:
         self._firsts = [0, *accumulate(counts)]
         self._launches = [i for i, count in enumerate(counts) for _ in range(count)]
-        self._words = device.new_status(max(1, len(self._launches)))
-        self._seen = self._words.numpy()
+        self.words = device.new_status(max(1, len(self._launches)))
+        self.seen = self.words.numpy()
         self._lock = threading.Lock()
 
     def address(self, launch: int) -> int:
-        """The word of a launch's first check; those of the others lie behind it."""
-        return self._words.data_ptr() + self._words.itemsize * self._firsts[launch]
+        """Return the address of a launch's first check; those of its others follow."""
+        return self.words.data_ptr() + self.words.itemsize * self._firsts[launch]
 
     def take(self) -> int:
         """Return and forget one report that has come by now: 0, or launch + 1 and check."""
-        if not self._seen.any():
+        if not self.seen.any():
             return 0
         with self._lock:
-            found = np.flatnonzero(self._seen)
+            found = np.flatnonzero(self.seen)
             if not len(found):  # another thread has taken it
                 return 0
             word = int(found[0])
-            self._seen[word] = 0
+            self.seen[word] = 0
         launch = self._launches[word]
         return (launch + 1) << 32 | (word - self._firsts[launch] + 1)

@@ -110,6 +110,8 @@ class KernelFamily:
 
     @property
     def deciders(self) -> Deciders:
+        """The sizes that decide which variant runs: the row length by powers of two, and whether
+        strides are multiples of 16."""
         strides = tuple(place for _, place in self._strides)
         return Deciders(((self._length, POWERS),), strides, tuple(self._counts))
 
@@ -131,18 +133,23 @@ class KernelFamily:
 
     @property
     def name(self) -> str:
+        """The kernel's name."""
         return self.kernel.name
 
     def structure(self) -> str:
+        """Key of tuned schedules: the kernel's digest."""
         return self.kernel.digest()
 
     def neighbours(self, schedule: Schedule, length: int) -> Sequence[Schedule]:
+        """Return the schedules to try beside one, at a row length."""
         return neighbours(self.kernel, schedule, length)
 
     def bucket(self, length: int) -> str:
+        """Return the next power of two above a row length, as text."""
         return str(power_above(length))
 
     def tag(self, schedule: Schedule) -> str:
+        """Return a schedule's short name."""
         return schedule.tag
 
     def _grid(self, schedule: Schedule, length: int, outer: int) -> Grid:
@@ -166,7 +173,7 @@ class AttentionFamily:
         self._sizes = [table.value(e) for e in launch.sizes]
         flash = isinstance(launch, ir.AttentionLaunch)
         self._names, self._strides = (NAMES, STRIDES) if flash else (PRODUCT_NAMES, PRODUCT_STRIDES)
-        of_flash = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr")
+        of_flash = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr", "sinks_ptr")
         names = of_flash if flash else ("a_ptr", "b_ptr", "out_ptr")
         self._shifts = [
             (name, table.value(a.offset * a.dtype.itemsize))
@@ -197,6 +204,8 @@ class AttentionFamily:
 
     @property
     def deciders(self) -> Deciders:
+        """The sizes that decide which variant runs: lengths of queries and keys by range, and
+        whether strides are multiples of 16."""
         places = dict(zip(self._names, self._sizes, strict=True))
         even = (*(places[n] for n in self._strides), *(k for _, k in self._shifts))
         by = [(places["q_len"], POWERS)]
@@ -231,16 +240,21 @@ class AttentionFamily:
 
     @property
     def name(self) -> str:
+        """The kernel's name."""
         return self.kernel.name
 
     def structure(self) -> str:
+        """Key of tuned tiles: the kernel's structure."""
         return structure_of(self.kernel)
 
     def neighbours(self, tiles: AttentionTiles, bucket: int) -> Sequence[AttentionTiles]:
+        """Return the tiles to try beside some."""
         return attention_neighbours(tiles)
 
     def bucket(self, length: int) -> str:
+        """Return the bucket that a number of queries is tuned in, as text."""
         return str(length)
 
     def tag(self, tiles: AttentionTiles) -> str:
+        """Return the short name of some tiles."""
         return tag_of(tiles)

@@ -1,4 +1,4 @@
-"""Weight copies: one launch again and again, whose weights come from memory each time.
+"""Weight copies: repeats a launch on cold copies of its weights, for timing from memory.
 
 In: a launch of a program that has run, and its address table. Out: the state to queue it with, and
 in the table the addresses of another copy of its weights at every turn::

@@ -1,7 +1,7 @@
-"""Weights as a device's kernels read them: where they lie, and how long they have to lie there.
+"""Placed weights: addresses of weights for a device's kernels, alive while anything reads them.
 
 In: parameters and what was derived from them. Out: their addresses in a program's table, and a
-`Held`, which keeps their memory as long as a table or a graph refers to it::
+`WeightsVersion`, which keeps their memory as long as a table or a graph refers to it::
 
     version, held = placed.fill(table); placed.use(held)    # on whatever stream reads them next
 """
@@ -19,7 +19,7 @@ from turbotx.runtime.device import Device
 from turbotx.runtime.weights import Weights
 
 
-class Held:
+class WeightsVersion:
     """The memory of one version of the weights, and the streams on which it was read.
 
     tensors: by name in the program, each with the storage that it had: a parameter may let go of
@@ -38,12 +38,12 @@ class PlacedWeights:
     def __init__(self, weights: Weights, device: Device, slots: Mapping[str, int]) -> None:
         """slots: places in the program's table by name."""
         self._weights, self._device, self._slots = weights, device, slots
-        self._held = Held(-1, {})
+        self._held = WeightsVersion(-1, {})
         self._lock = threading.Lock()
         # Other threads read on streams of theirs, which wait for nothing of this one.
         weights.settle = device.wait
 
-    def fill(self, table: Any) -> tuple[int, Held]:
+    def fill(self, table: Any) -> tuple[int, WeightsVersion]:
         """Write their addresses into a table; return their version and what holds them.
 
         Raises InputError where a parameter lies on another device.
@@ -54,7 +54,7 @@ class PlacedWeights:
                 moved = {n: self._place(n, t) for n, t in tensors.items()}
                 if any(moved[n] is not t for n, t in tensors.items()):
                     self._device.wait()
-                self._held = Held(version, moved)
+                self._held = WeightsVersion(version, moved)
             held = self._held
         for name, tensor in held.tensors.items():
             if name in self._slots:
@@ -62,7 +62,7 @@ class PlacedWeights:
         return version, held
 
     @property
-    def held(self) -> Held:
+    def held(self) -> WeightsVersion:
         """The version that was filled in last."""
         return self._held
 
@@ -70,7 +70,7 @@ class PlacedWeights:
         """Tell whether nothing has to be derived or placed anew before kernels can read them."""
         return not self._weights.is_stale() and self._held.version == self._weights.version
 
-    def use(self, held: Held) -> None:
+    def use(self, held: WeightsVersion) -> None:
         """Note that the current stream reads them: memory that is freed later is not given to
         others before the stream has done so."""
         stream = self._device.stream()

@@ -2,7 +2,7 @@
 //   in:  q [batch][heads][q_len][D], k and v [batch][kv_heads][k_len][D] of float, bf16 or f16,
 //        read in place through AttentionShape's strides (a packed QKV GEMM's output, say)
 //   out: [batch][heads][q_len][D] through its own strides; rows that see no key are 0,
-//        or NaN where AttentionShape says so
+//        or NaN or the mean of all values where AttentionShape says so
 //   example:  ttx::AttentionShape s{...};  // attention_shape.h
 //             ttx::attention<float, 64>(qkv, qkv + hidden, qkv + 2 * hidden, out, s);
 //
@@ -43,7 +43,7 @@ struct HeadOperands {
   const float* keys;
   const float* values;
   long value_stride;
-  const float* hidden;  // 0 or AttentionShape::hidden per key, or null
+  const float* hidden;  // 0 or -inf per key, or null
   long count;           // of keys
 };
 
@@ -99,6 +99,21 @@ template <class T>
     row[j - keys.begin] = kMinusInf;
 }
 
+// What a query gets that sees no key; `alone`: nor has it a sink.
+template <class T, int D>
+[[gnu::noinline]] void store_blind(const AttentionShape& s, const HeadOperands& head, bool alone,
+                                   T* row) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  bool some = alone && s.k_len > 0;
+  for (int d = 0; d < D; ++d) {
+    double sum = 0.0;
+    if (some && s.blind_mean)
+      for (long j = 0; j < head.count; ++j) sum += head.values[j * head.value_stride + d];
+    float mean = static_cast<float>(sum / (head.count > 0 ? head.count : 1));
+    store(row + d, some && s.blind_nan ? nan : mean);
+  }
+}
+
 // Rows [first, first + rows) of a key head's group: row r is query r % q_len of its head r / q_len.
 // Rows past `rows` up to ROWS repeat the last one and are not stored.
 template <class T, int D, int ROWS>
@@ -112,6 +127,8 @@ void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, 
     long flat = first + (r < rows ? r : rows - 1);
     q_head[r] = first_head + flat / s.q_len;
     index[r] = flat % s.q_len;
+    if (s.sinks != nullptr && s.sinks[q_head[r]] > kMinusInf)
+      softmax[r] = Softmax{s.sinks[q_head[r]] * kLog2E, 1.0f};
     const T* row = q + batch * s.q.batch + q_head[r] * s.q.head + index[r] * s.q.row;
     for (int d = 0; d < D; ++d) query[r * D + d] = to_float(row[d]) * (s.scale * kLog2E);
     KeyRange seen = visible_keys(s, index[r], head.count);
@@ -134,12 +151,14 @@ void attend_rows(const AttentionShape& s, const HeadOperands& head, const T* q, 
     weigh_block<D, ROWS>(scores, head.values + begin * head.value_stride, head.value_stride, count,
                          begin == start, softmax, sums);
   }
-  const float blind = s.blind_nan && s.k_len > 0 ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
   for (int r = 0; r < rows; ++r) {
     T* row = out + batch * s.out.batch + q_head[r] * s.out.head + index[r] * s.out.row;
-    bool empty = start >= all.end || softmax[r].total == 0.0f;
-    float factor = empty ? 0.0f : 1.0f / softmax[r].total;
-    for (int d = 0; d < D; ++d) store(row + d, empty ? blind : sums[r * padded(D) + d] * factor);
+    if (start < all.end && softmax[r].total != 0.0f) {
+      float factor = 1.0f / softmax[r].total;
+      for (int d = 0; d < D; ++d) store(row + d, sums[r * padded(D) + d] * factor);
+    } else {
+      store_blind<T, D>(s, head, softmax[r].total == 0.0f, row);
+    }
   }
 }
 
@@ -175,7 +194,7 @@ HeadOperands prepare_head(const AttentionShape& s, const T* k, const T* v, long 
   if (s.key_mask != nullptr) {
     float* hidden = scratch + padded_keys * D + value_size;
     const bool* mask = s.key_mask + batch * s.key_mask_stride;
-    for (long j = 0; j < count; ++j) hidden[j] = mask[j] ? 0.0f : s.hidden;
+    for (long j = 0; j < count; ++j) hidden[j] = mask[j] ? 0.0f : kMinusInf;
     head.hidden = hidden;
   }
   return head;

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 namespace ttx {
 
@@ -24,7 +23,6 @@ struct AttentionShape {
 
   const bool* key_mask = nullptr;                                 // [batch][k]: false hides the key
   long key_mask_stride = 0;                                       // between batches
-  float hidden = -std::numeric_limits<float>::infinity();         // added to a hidden key's score
   const int64_t* lengths = nullptr;                               // [batch]: keys there are
 
   const void* bias = nullptr;                                     // added to scale * q . k; a
@@ -38,7 +36,11 @@ struct AttentionShape {
   long window_left = -1, window_right = -1;                       // -1: no limit on that side
 
   bool blind_nan = false;                                         // a query that sees no key of
-                                                                  // some gets NaN instead of 0
+                                                                  // some gets NaN instead of 0,
+  bool blind_mean = false;                                        // or the mean of all values
+
+  const float* sinks = nullptr;                                   // [heads]: one more score, whose
+                                                                  // share goes to no value
 };
 
 }  // namespace ttx

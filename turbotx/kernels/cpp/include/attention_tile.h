@@ -4,6 +4,8 @@
 //   used by attention.h; ROWS and D are compile-time so that the accumulators are registers
 #pragma once
 
+#include <limits>
+
 #include "attention_shape.h"
 #include "simd.h"
 #include "vecmath.h"

@@ -22,12 +22,12 @@ LEFT = tl.constexpr(None)  # how far to the left of its own place a query sees k
 RIGHT = tl.constexpr(None)  # and how far to the right
 LATE = tl.constexpr(None)  # whether the last query's place is the last key
 BLIND_NAN = tl.constexpr(None)  # a query that sees no key gets NaN, and not zeros,
-BLIND_MEAN = tl.constexpr(None)  # or the mean of all values that a mask hides
+BLIND_MEAN = tl.constexpr(None)  # or the mean of all values
+SINKS = tl.constexpr(None)  # whether each head has one more score, whose share goes to no value
 ONCE = tl.constexpr(None)  # whether one tile has all keys
 # Sequences are along a grid's third axis, which has room for as many: no division then finds a
 # program's place, which would take longer than all else before its first load.
 MOST_DEEP = tl.constexpr(None)
-MOST_HIDDEN = tl.constexpr(None)  # a score that hides a key beside others
 
 # Exponentials are powers of two, which GPUs have an instruction for.
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -53,7 +53,7 @@ def score_keys(q, k, mask, row, row_ok, col, count, bias_ptr, bias_q, bias_k):
     if CAP != 0.0:
         scores = tanh(scores * (1.0 / (CAP * LOG2E))) * (CAP * LOG2E)
     visible = col < count
-    if KEYS == "mask" and not BLIND_MEAN:
+    if KEYS == "mask":
         visible = visible & (mask != 0)
     if RIGHT is not None:
         visible = visible & (col <= row + RIGHT)
@@ -69,8 +69,6 @@ def score_keys(q, k, mask, row, row_ok, col, count, bias_ptr, bias_q, bias_k):
             # The most negative float hides a key only beside others, -inf always.
             bounded = tl.clamp(bias * LOG2E, -MOST, MOST)
             scores += tl.where(tl.abs(bias) <= MOST, bounded, bias)
-    if BLIND_MEAN:
-        scores = tl.where(mask != 0, scores, MOST_HIDDEN)
     scores = tl.where(visible, scores, float("-inf"))
     return scores
 
@@ -78,17 +76,22 @@ def score_keys(q, k, mask, row, row_ok, col, count, bias_ptr, bias_q, bias_k):
 @triton.jit
 def attend_at_once(
     q, row, row_ok, dim, dim_ok, k_ptr, k_row, v_ptr, v_row, keys_ptr, bias_ptr, bias_q, bias_k,
-    k_len, count, K_TILE: tl.constexpr,
+    sink_ptr, k_len, count, K_TILE: tl.constexpr,
 ):  # fmt: skip
     col, key, key_ok, mask = find_keys(0, keys_ptr, k_len, count, K_TILE)
     k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, mask=key_ok & dim_ok, other=0.0)
     v = tl.load(v_ptr + key.to(tl.int64) * v_row + dim, mask=key_ok & dim_ok, other=0.0)
     scores = score_keys(q, k, mask, row, row_ok, col, count, bias_ptr, bias_q, bias_k)
     largest = tl.max(scores, 1, keep_dims=True)
+    if SINKS:
+        sink = tl.load(sink_ptr) * LOG2E
+        largest = tl.maximum(largest, sink)
     # A query that sees no key has no largest score to subtract.
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     share = tl.exp2(scores - shift)
     total = tl.sum(share, 1, keep_dims=True)
+    if SINKS:
+        total += tl.exp2(sink - shift)
     values = tl.dot(share.to(STORED), v, input_precision=PRECISION)
     return values, total
 
@@ -96,11 +99,15 @@ def attend_at_once(
 @triton.jit
 def attend_in_tiles(
     q, first, row, row_ok, dim, dim_ok, k_ptr, k_row, v_ptr, v_row, keys_ptr, bias_ptr, bias_q,
-    bias_k, k_len, count, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    bias_k, sink_ptr, k_len, count, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     # For each query: the largest score so far, the sum of exponentials, of values.
-    largest = tl.full((Q_TILE, 1), float("-inf"), tl.float32)
-    total = tl.zeros((Q_TILE, 1), tl.float32)
+    if SINKS:
+        largest = tl.zeros((Q_TILE, 1), tl.float32) + tl.load(sink_ptr) * LOG2E
+        total = tl.where(largest == float("-inf"), 0.0, 1.0)
+    else:
+        largest = tl.full((Q_TILE, 1), float("-inf"), tl.float32)
+        total = tl.zeros((Q_TILE, 1), tl.float32)
     values = tl.zeros((Q_TILE, DEPTH), tl.float32)
     if LEFT is not None or RIGHT is not None:
         # Keys that no query of this tile sees are not visited.
@@ -126,9 +133,20 @@ def attend_in_tiles(
 
 
 @triton.jit
+def average_values(v_ptr, v_row, dim, dim_ok, k_len, K_TILE: tl.constexpr):
+    sums = tl.zeros((1, DEPTH), tl.float32)
+    for start in range(0, k_len, K_TILE):
+        key = start + tl.arange(0, K_TILE)[:, None]
+        v_at = v_ptr + key.to(tl.int64) * v_row + dim
+        v = tl.load(v_at, mask=(key < k_len) & dim_ok, other=0.0)
+        sums += tl.sum(v.to(tl.float32), 0, keep_dims=True)
+    return sums / tl.maximum(k_len, 1)
+
+
+@triton.jit
 def attention(
-    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, bias_ptr, batch, heads, kv_heads, q_len, k_len,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, bias_ptr, sinks_ptr, batch, heads, kv_heads, q_len,
+    k_len, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     out_batch, out_head, out_row, key_mask_stride, bias_batch, bias_head, bias_q, bias_k,
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -165,6 +183,8 @@ def attention(
         keys_ptr += batch_index * key_mask_stride
     if BIAS != "none":
         bias_ptr += batch_index * bias_batch + head * bias_head
+    if SINKS:
+        sinks_ptr += head
     if LATE:
         # Places of queries, and not the rows of a bias, count from the last key back.
         first += k_len - q_len
@@ -174,15 +194,20 @@ def attention(
     if ONCE:
         values, total = attend_at_once(
             q, row, row_ok, dim, dim_ok, k_ptr, k_row, v_ptr, v_row,
-            keys_ptr, bias_ptr, bias_q, bias_k, k_len, count, K_TILE,
+            keys_ptr, bias_ptr, bias_q, bias_k, sinks_ptr, k_len, count, K_TILE,
         )  # fmt: skip
     else:
         values, total = attend_in_tiles(
             q, first, row, row_ok, dim, dim_ok, k_ptr, k_row, v_ptr, v_row,
-            keys_ptr, bias_ptr, bias_q, bias_k, k_len, count, Q_TILE, K_TILE,
+            keys_ptr, bias_ptr, bias_q, bias_k, sinks_ptr, k_len, count, Q_TILE, K_TILE,
         )  # fmt: skip
     if LATE:
         row -= k_len - q_len
+    if BLIND_MEAN:
+        blind = total == 0.0
+        if tl.max(blind.to(tl.int32)) > 0:
+            mean = average_values(v_ptr, v_row, dim, dim_ok, k_len, K_TILE)
+            values = tl.where(blind, mean, values)
 
     if BLIND_NAN:
         # A query that sees no key of some gets 0 / 0.

@@ -1,0 +1,82 @@
+"""Every architecture that docs/architectures.md lists is captured, in every dtype, without a call
+that PyTorch runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import turbotx
+from benchmarks.parity import ARCHITECTURES, make_inputs
+from tests.models import assert_as_exact_as_eager, in_double, leaves, small_model
+from turbotx.errors import DecisionWarning, EagerWarning
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_is_captured_once_for_all_shapes(architecture: str, dtype: torch.dtype) -> None:
+    model = small_model(architecture, dtype, layers=1)
+    fast = turbotx.optimize(model, backend="aten")
+    for batch, seq in ((2, 9), (1, 1)):
+        inputs = make_inputs(model, batch, seq, dtype)
+        with torch.no_grad():
+            expected = leaves(model(**inputs))
+        for ours, theirs in zip(leaves(fast(**inputs)), expected, strict=True):
+            assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    stats = fast.stats()
+    assert (stats["captures"], stats["eager_calls"], stats["decided_otherwise"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("architecture", ["xlm", "flaubert", "bart"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_those_that_decide_by_values_are_exact(architecture: str, dtype: torch.dtype) -> None:
+    model = small_model(architecture, dtype)
+    exact, fast = in_double(model), turbotx.optimize(model)
+    for batch, seq in ((2, 9), (1, 1), (3, 4), (1, 6)):
+        inputs = make_inputs(model, batch, seq, dtype)
+        with torch.no_grad():
+            assert_as_exact_as_eager(fast(**inputs), model(**inputs), exact(**inputs))
+    stats = fast.stats()
+    assert (stats["captures"], stats["eager_calls"], stats["decided_otherwise"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("architecture", ["xlm", "flaubert"])
+def test_an_assertion_of_theirs_that_fails_is_theirs(architecture: str) -> None:
+    model = small_model(architecture)
+    fast = turbotx.optimize(model, backend="aten")
+    inputs: dict[str, Any] = {"input_ids": torch.randint(3, 150, (2, 5))}
+    for longest in (5, 3, 6, 5):
+        inputs["lengths"] = torch.tensor([longest, 2])
+        if longest == 6:
+            with pytest.warns(EagerWarning, match="assert lengths"), pytest.raises(AssertionError):
+                fast(**inputs)
+            continue
+        with torch.no_grad():
+            expected = model(**inputs)[0]
+        torch.testing.assert_close(fast(**inputs)[0], expected)
+    stats = fast.stats()
+    assert (stats["captures"], stats["eager_calls"]) == (1, 1)
+
+
+def test_bart_clamps_in_float16_where_something_is_infinite() -> None:
+    model = small_model("bart", torch.float16)
+    fast = turbotx.optimize(model, backend="aten")
+    inputs = make_inputs(model, 2, 5, torch.float16)
+    del inputs["input_ids"]
+    usual, large = torch.randn(2, 2, 5, 64).half()
+    broken = large.clone()
+    broken[1, 2, 3] = float("inf")
+    for embeds in (usual, broken, usual, broken):
+        inputs["inputs_embeds"] = embeds
+        with torch.no_grad():
+            expected = model(**inputs)[0]
+        if embeds is broken and fast.stats()["captures"] == 1:
+            with pytest.warns(DecisionWarning, match=r"modeling_bart.py:\d+: if .*isfinite"):
+                fast(**inputs)
+        torch.testing.assert_close(fast(**inputs)[0], expected, equal_nan=True)
+    stats = fast.stats()
+    assert stats["captures"] == 2 and stats["eager_calls"] == 0

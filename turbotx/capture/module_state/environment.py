@@ -1,0 +1,60 @@
+"""Environment: which variables of the process's environment the code under a trace asks for.
+
+In: a model's code, traced while this is entered. Out: places of what it asked for by `os.environ`
+or `os.getenv`, each looked at before every call as an attribute is::
+
+    with watch_environment() as asked:
+        os.environ.get("FLASH")  ->  asked == {"FLASH": ItemPlace(..., "the environment's FLASH")}
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+from turbotx.capture.module_state.places import ItemPlace
+from turbotx.capture.module_state.values import is_library
+
+_WAYS = frozenset(("os", "_collections_abc", "collections.abc"))
+"""Modules that code asks through."""
+
+
+@contextmanager
+def watch_environment() -> Iterator[dict[str, ItemPlace]]:
+    """Meanwhile note which variables the user's code asks for in this thread."""
+    environ: Any = os.environ
+    held = getattr(environ, "_data", None)  # private, the same in every CPython from 3.10 on
+    asked: dict[str, ItemPlace] = {}
+    if not isinstance(held, dict):
+        yield asked
+        return
+    cls, owner = type(environ), threading.get_ident()
+    get, each = cls.__getitem__, cls.__iter__
+
+    def asks() -> bool:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_globals.get("__name__") in _WAYS:
+            frame = frame.f_back
+        user = frame is not None and not is_library(frame.f_globals.get("__name__"))
+        return user and threading.get_ident() == owner
+
+    def __getitem__(self: Any, key: str) -> str:
+        if self is environ and isinstance(key, str) and key not in asked and asks():
+            place = ItemPlace(held, environ.encodekey(key), f"the environment's {key}")
+            asked[key] = place
+        found: str = get(self, key)
+        return found
+
+    def __iter__(self: Any) -> Iterator[str]:
+        if self is environ and asks():
+            asked[""] = ItemPlace({"": held}, "", "the environment")
+        return each(self)
+
+    with mock.patch.multiple(cls, __getitem__=__getitem__, __iter__=__iter__):
+        yield asked

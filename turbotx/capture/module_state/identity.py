@@ -1,0 +1,49 @@
+"""Identity: under a trace, what stands for a module is equal to the user's own, as a key as well.
+
+In: what gives the user's own module for one that the traced code meets. Out: tables that are keyed
+by modules, and sets of them, are found to hold the same as in eager::
+
+    with equal_to(recorder.find_own):
+        SCALES.get(self)        # by the user's module, though `self` is a copy
+
+`is` and `id` still tell them apart.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def equal_to(find_own: Callable[[Any], Any]) -> Iterator[None]:
+    """Meanwhile compare modules in this thread by what `find_own` gives, unless a class of the
+    user's says itself how."""
+    owner, cls = threading.get_ident(), nn.Module
+    saved = {n: vars(cls)[n] for n in ("__eq__", "__hash__") if n in vars(cls)}
+    equal, own_hash = cls.__eq__, cls.__hash__
+
+    def find(module: Any) -> Any:
+        return find_own(module) if threading.get_ident() == owner else module
+
+    def __eq__(self: Any, other: object) -> Any:
+        a, b = find(self), find(other) if isinstance(other, nn.Module) else other
+        return a is b or equal(a, b)
+
+    def __hash__(self: Any) -> int:
+        return own_hash(find(self))
+
+    for name, function in (("__eq__", __eq__), ("__hash__", __hash__)):
+        setattr(cls, name, function)
+    try:
+        yield
+    finally:
+        for name in ("__eq__", "__hash__"):
+            if name in saved:
+                setattr(cls, name, saved[name])
+            else:
+                delattr(cls, name)
