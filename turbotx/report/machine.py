@@ -51,8 +51,6 @@ def _torch() -> Diagnosis:
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     installed = versions().get("turbotx", "from source")
     found = f"torch {torch.__version__}, turbotx {installed}, {threads}"
-        f"torch {torch.__version__}, turbotx {versions().get('turbotx', 'from source')}, {threads}"
-    )
     mkl = torch.backends.mkl.is_available()
     remedy = "" if mkl else "PyTorch has no MKL here: turbotx's own GEMM runs for float32"
     return Diagnosis("torch", "ok", found, remedy)
