@@ -73,7 +73,7 @@ def draw(axes, lengths, pairs, title):
         axes.bar(range(start, end), members.max(), width=1.0, color="#dddddd", label=padding)
         batch = f"batch of {len(members)}"
         axes.bar(range(start, end), members, width=0.8, color=COLORS[color % 10], label=batch)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize=7, loc="upper left", ncols=2)
     axes.set_title(f"{title}: {total:.0f} ms")
     axes.set_ylabel("tokens")
 
