@@ -36,7 +36,8 @@ def make_page() -> str:
         "Made by `docs/api_page.py` from docstrings. What is not on this page is not public.",
         "## Functions",
     ]
-    for name in sorted(set(turbotx.__all__) - {"TurbotxError", "__version__"}):
+    classes = {"OptimizedModule", "TurbotxError"}
+    for name in sorted(set(turbotx.__all__) - {*classes, "__version__"}):
         parts += _function(f"turbotx.{name}", getattr(turbotx, name))
     parts += ["`turbotx.__version__` is the version as a string.", "## Options of `optimize`"]
     parts += [_text(Options)]
@@ -45,7 +46,8 @@ def make_page() -> str:
         for name in names:
             parts += _function(name, getattr(cls, name))
     parts += ["## Errors and warnings"]
-    kinds = [x for x in vars(errors).values() if inspect.isclass(x)]
+    kinds = [x for x in vars(errors).values() if getattr(x, "__module__", "") == errors.__name__]
+    kinds = [x for x in kinds if inspect.isclass(x)]
     for kind in kinds:
         bases = ", ".join(f"`{base.__name__}`" for base in kind.__bases__)
         parts.append(f"**{kind.__name__}**, of {bases}: {_text(kind)}")

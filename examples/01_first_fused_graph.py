@@ -96,11 +96,13 @@ figure, axes = plt.subplots(figsize=(9, 1.6))
 for height, row in ((1, before), (0, after)):
     axes.bar(range(len(row)), 0.8, 0.85, bottom=height, color=row, align="edge")
 axes.set_yticks([1.4, 0.4], [f"PyTorch: {len(before)}", f"turbotx: {len(after)}"])
-axes.set(
-    xticks=[],
-    title="kernels blue, matrix products orange, attention green; grey is not needed at all",
-)
+axes.set_xticks([])
 axes.spines[:].set_visible(False)
+keys = {"kernel": "kernel", "gemm": "matrix product", "attention": "attention"}
+for kind, words in keys.items():
+    axes.bar(0, 0, color=COLORS[kind], label=words)
+axes.bar(0, 0, color="#c4c8ce", label="not needed at all")
+axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 plt.show()
 
 # %% [markdown]

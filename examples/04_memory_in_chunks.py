@@ -61,8 +61,10 @@ def draw(axes, memory, top_nbytes):
         high, low = b.nbytes / 2**20, b.offset / 2**20
         axes.bar(begin, high, end - begin, low, align="edge", color=color, edgecolor="white")
         live[begin:end] = [n + high for n in live[begin:end]]
-    axes.step(range(last), live, "k", where="post", linewidth=1)
-    axes.axhline(memory.lower_bound_nbytes / 2**20, color="#c22", linestyle="--")
+    axes.step(range(last), live, "k", where="post", linewidth=1, label="bytes alive")
+    bound = memory.lower_bound_nbytes / 2**20
+    axes.axhline(bound, color="#c22", linestyle="--", label="lower bound")
+    axes.legend(loc="upper right", fontsize=8)
     axes.set(xlim=(0, last), ylim=(0, top_nbytes / 2**20), xlabel="launch", ylabel="MiB")
 
 

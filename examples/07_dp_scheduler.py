@@ -69,8 +69,11 @@ def draw(axes, lengths, pairs, title):
     for color, (start, end) in enumerate(pairs):
         members = lengths[start:end]
         total += table[members.max(), len(members)]
-        axes.bar(range(start, end), members.max(), width=1.0, color="#dddddd")
-        axes.bar(range(start, end), members, width=0.8, color=COLORS[color % 10])
+        padding = None if color else "padding"
+        axes.bar(range(start, end), members.max(), width=1.0, color="#dddddd", label=padding)
+        batch = f"batch of {len(members)}"
+        axes.bar(range(start, end), members, width=0.8, color=COLORS[color % 10], label=batch)
+    axes.legend(fontsize=7, loc="upper left", ncols=2)
     axes.set_title(f"{title}: {total:.0f} ms")
     axes.set_ylabel("tokens")
 
@@ -161,8 +164,9 @@ request over its length, for a bound of 400 ms at full load:
 busy = make_trace(poisson_gaps, uniform_lengths(2, 100), rate_per_s=capacity, count=2000, seed=1)
 bounded = simulate(busy, Scheduler(costs, max_age_ms=400.0))
 figure, axes = plt.subplots(figsize=(7, 3))
-axes.scatter([r.length for r in busy], bounded.wait_ms, s=4)
-axes.axhline(400, color="#aa3333")
+axes.scatter([r.length for r in busy], bounded.wait_ms, s=4, label="a request")
+axes.axhline(400, color="#aa3333", label="the bound")
+axes.legend()
 axes.set(xlabel="tokens", ylabel="wait, ms", title=f"{bounded.refused} of {len(busy)} refused")
 plt.show()
 assert np.nanmax(bounded.wait_ms) <= 400

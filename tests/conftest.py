@@ -44,6 +44,7 @@ import torch
 from hypothesis import settings
 
 from tests.cli.command_line import Ran, make_run
+from tests.newcomer import Newcomer, build_wheel
 from tests.selection import DURATIONS, Measuring, leave_out_sweep, mark_slow
 
 # No deadline: the machines that run this are shared, and no test asserts a time.
@@ -110,6 +111,18 @@ def _unchanged_logging() -> Iterator[None]:
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """`turbotx ...` as a user types it: see tests/cli/command_line.py."""
     return make_run(capsys)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the checkout."""
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def newcomer(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Newcomer:
+    """A folder and an environment of its own with the wheel in it."""
+    return Newcomer(tmp_path_factory.mktemp("newcomer"), wheel)
 
 
 @pytest.fixture(scope="session")

@@ -110,15 +110,6 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (tmp_path / "out" / "report.html").is_file()
 
 
-def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/guide.md").read_text(), re.S | re.M)
-    assert "BertConfig()" in blocks[0]
-    monkeypatch.chdir(tmp_path)
-    code = "\n".join(blocks).replace("BertConfig()", TINY)
-    exec(compile(code, "guide.md", "exec"), {"__name__": "guide"})
-
-
 def test_the_reference_is_what_the_script_makes() -> None:
     made = runpy.run_path(str(ROOT / "docs/api_page.py"))["make_page"]()
     assert (ROOT / "docs/api.md").read_text() == made, "run python docs/api_page.py"

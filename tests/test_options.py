@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
+from torch import nn
+
+import turbotx
 from turbotx.options import CHOICES, OptionArguments, Options
 
 
@@ -13,3 +16,9 @@ def test_what_editors_are_told_of_options_is_what_there_is() -> None:
     assert list(told) == [f.name for f in fields(Options)]
     for name, choices in CHOICES.items():
         assert get_args(told[name]) == choices
+
+
+def test_the_optimized_class_takes_a_models_class_in_annotations() -> None:
+    shown = turbotx.OptimizedModule[nn.Linear]
+    assert get_args(shown) == (nn.Linear,)
+    assert isinstance(turbotx.optimize(nn.Linear(2, 2)), turbotx.OptimizedModule)

@@ -6,40 +6,15 @@ of the checkout can be imported; dependencies are those of the environment that 
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import socket
 import subprocess
-import sys
-import sysconfig
-import time
 import urllib.request
-import venv
 import zipfile
 from pathlib import Path
 
-import pytest
+from tests.newcomer import Newcomer, wait_until_ready
 
-ROOT = Path(__file__).parents[1]
-MODEL = """
-import torch
-from torch import nn
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down, self.norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
-
-    def forward(self, x):
-        return self.norm(x + self.down(torch.nn.functional.gelu(self.up(x))))
-
-
-def make():
-    torch.manual_seed(0)
-    return Block().eval(), {"x": torch.randn(2, 3, 16)}
-"""
 SAVE = """
 import torch, turbotx, my_model
 model, inputs = my_model.make()
@@ -58,56 +33,6 @@ import torch, turbotx
 x, expected = torch.load("expected.pt")
 assert torch.equal(turbotx.load("block.ttx", weights="weights.pt")(x=x), expected)
 """
-
-
-class Newcomer:
-    """A folder and an environment of its own with the wheel in it."""
-
-    def __init__(self, folder: Path, wheel: Path) -> None:
-        self.folder, self.bin = folder, folder / "venv" / "bin"
-        venv.create(folder / "venv", with_pip=False)
-        python = str(self.bin / "python")
-        install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-        subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
-        # The dependencies, behind what is installed here: gigabytes that need no second copy.
-        places = subprocess.run(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        own = Path(places.stdout.strip())
-        (own / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-        (folder / "my_model.py").write_text(MODEL)
-
-        kept = {k: v for k, v in os.environ.items() if k in ("HOME", "OMP_NUM_THREADS", "TMPDIR")}
-        self.environment = {
-            **kept, "PATH": f"{self.bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
-            "TURBOTX_CACHE_DIR": str(self.folder / "cache"),
-        }  # fmt: skip
-
-    def run(self, *command: str) -> str:
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
-        return done.stdout
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for name in ("build", "hatchling"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"needs the package {name}")
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder)]
-    subprocess.run([*build, str(ROOT)], check=True, capture_output=True, cwd=folder)
-    (made,) = folder.glob("*.whl")
-    return made
-
-
-@pytest.fixture(scope="module")
-def newcomer(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Newcomer:
-    return Newcomer(tmp_path_factory.mktemp("newcomer"), wheel)
 
 
 def test_the_wheel_holds_the_package_and_no_machine_code(wheel: Path) -> None:
@@ -157,17 +82,6 @@ def test_serve(newcomer: Newcomer, minilm_path: Path) -> None:
         server.terminate()
         _, said = server.communicate(timeout=60)
     assert server.returncode == 0, said
-
-
-def wait_until_ready(server: subprocess.Popen[str], url: str) -> None:
-    end = time.monotonic() + 120
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    pytest.fail(f"not ready: exit code {server.poll()}")
 
 
 def test_the_library(newcomer: Newcomer) -> None:

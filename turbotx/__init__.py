@@ -10,10 +10,12 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from turbotx.engine.logs import read_logs
 from turbotx.engine.observers import observers
 from turbotx.errors import TurbotxError
 
 if TYPE_CHECKING:
+    from turbotx.engine.drop_in import OptimizedModule
     from turbotx.engine.optimize import optimize
     from turbotx.report import explain
     from turbotx.saved.load import load
@@ -21,11 +23,21 @@ if TYPE_CHECKING:
     from turbotx.saved.weight_files import load_weights
 
 __version__ = "0.1.0"
-__all__ = ["TurbotxError", "__version__", "explain", "load", "load_weights", "optimize", "save"]
+__all__ = [
+    "OptimizedModule",
+    "TurbotxError",
+    "__version__",
+    "explain",
+    "load",
+    "load_weights",
+    "optimize",
+    "save",
+]
 
 # Imported at their first use: a process that only loads a saved model needs no tracing and no
 # symbolic algebra, whose imports take longer than all else that it does.
 _PLACES = {
+    "OptimizedModule": "turbotx.engine.drop_in",
     "explain": "turbotx.report",
     "load": "turbotx.saved.load",
     "load_weights": "turbotx.saved.weight_files",
@@ -39,6 +51,7 @@ def __getattr__(name: str) -> Any:
         return import_module("turbotx.engine.dynamo")
     if name not in _PLACES:
         raise AttributeError(f"module 'turbotx' has no attribute {name!r}")
+    read_logs()
     found = globals()[name] = getattr(import_module(_PLACES[name]), name)
     return found
 

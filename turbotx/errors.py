@@ -8,6 +8,19 @@ to do about it, for example::
 
 from __future__ import annotations
 
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
+
+def versions() -> dict[str, str]:
+    """Return what a report of a fault has to name: versions of Python and of what is installed."""
+    found = {"python": platform.python_version()}
+    for name in ("turbotx", "torch", "triton", "transformers"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
 
 class TurbotxError(Exception):
     """Base of every error that turbotx raises on purpose."""

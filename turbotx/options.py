@@ -67,6 +67,8 @@ class Options:
     padding: "packed" runs a batch of mixed lengths over its tokens alone, by what the mask says
         (docs/packed.md): a PackError at the first call where the model's graph does not keep tokens
         apart. Rows of padding are zeros in what the call returns. CPUs only so far.
+    launch_ranges: show each launch as a range of torch.profiler, inside the one of its call. For
+        looking only: launches then run one by one, without CUDA graphs.
     schedules: on a GPU, tiles of kernels by name, over what tuning and the heuristics choose.
         {"fused_add_layer_norm*": "r2w8"}: rows a program, columns (c1024), warps. {"gemm_float16*":
         "m64n32k128w4s3x2"}: tile, warps, stages, parts of k, or "cublas". {"attention*": "q64k64"}.
@@ -87,6 +89,7 @@ class Options:
     cuda_graphs: bool = True
     max_graphs: int = 128
     padding: str = "padded"
+    launch_ranges: bool = False
     schedules: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -143,6 +146,7 @@ class OptionArguments(TypedDict, total=False):
     cuda_graphs: bool
     max_graphs: int
     padding: Literal["padded", "packed"]
+    launch_ranges: bool
     schedules: Mapping[str, str]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from turbotx.cli import main
 from turbotx.cli.bench.floor import make_floor
-from turbotx.cli.bench.room import EngineFailed, Room, Worker, summarize
+from turbotx.cli.bench.room import EngineFailed, Load, Room, Turn, Worker, summarize
 from turbotx.cli.models import ModelWithInputs, Source
 from turbotx.errors import ModelError
 
@@ -31,8 +31,10 @@ def model(tmp_path: Path) -> str:
 
 
 def test_median_and_tenths() -> None:
-    spread = summarize([float(x) for x in range(100, 0, -1)])
+    turns = [Turn([float(x) for x in range(100, 50, -1)], 4000.0), Turn(range(1, 51), 1000.0)]
+    spread = summarize(turns)
     assert (spread.median_ms, spread.low_ms, spread.high_ms, spread.runs) == (50.5, 11, 90, 100)
+    assert (spread.p95_ms, spread.p99_ms, spread.calls_per_s) == (96, 100, 20.0)
 
 
 def test_the_floor_runs_the_products_of_any_shape() -> None:
@@ -56,8 +58,9 @@ def test_engines_take_turns(model: str, tmp_path: Path) -> None:
     inputs = tmp_path / "inputs.pt"
     torch.save(((torch.randn(2, 3, 8),), {}), inputs)
     with Room(("eager", "onnxruntime"), Source(model), threads=1) as room:
-        found = room.measure(inputs, rounds=2, count=3)
-        assert found["eager"].runs == 6 and found["eager"].median_ms > 0
+        found = room.measure(inputs, Load(rounds=2, calls=3, streams=2))
+        assert found["eager"].runs == 12 and found["eager"].calls_per_s > 0
+        assert found["eager"].runs == 12 and found["eager"].median_ms > 0
         assert "onnxruntime" in room.failed  # positional inputs, or not installed
 
 

@@ -316,7 +316,7 @@ def test_compile_for_a_gpu_that_is_not_there(
     folder = tmp_path / "out" / "kernels" / "sm_90"
     resources = json.loads((folder / "resources.json").read_text())
     gemms = {name for name in resources if name.startswith("gemm_")}
-    assert gemms and set(resources) - gemms == set(ran.json["kernels"])
+    assert gemms and set(resources) == set(ran.json["kernels"])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {g["through"] for g in report["gemms"]} == gemms
     for name, used in resources.items():

@@ -18,7 +18,8 @@ from torch import nn
 
 import turbotx
 from tests.cli.command_line import Ran, make_run
-from turbotx.cli.output import INTERNAL, MISUSED, versions
+from turbotx.cli.output import FAILED, INTERNAL, MISUSED
+from turbotx.errors import versions
 
 
 @pytest.fixture
@@ -48,6 +49,43 @@ def test_a_wrong_command_is_one_line(
     found = run(*arguments, "--json")
     assert found.code == MISUSED and expected in found.json["error"]
     assert found.json["exit_code"] == MISUSED and found.err == ""
+
+
+SMALL = "hf-config:bert,num_hidden_layers=1,hidden_size=32,num_attention_heads=2"
+WIDE = """
+import torch
+
+def make():
+    return torch.nn.LayerNorm(8).double().eval(), (torch.randn(2, 8, dtype=torch.float64),)
+"""
+
+
+def test_a_shape_that_the_model_does_not_have(run: Callable[..., Ran]) -> None:
+    code, out, err = run("compile", SMALL, "--shape", "seq=100000", "--stage", "fused")
+    assert code == FAILED and out == ""
+    assert "100000 tokens, and the model has 512 positions" in err.splitlines()[-1]
+
+
+def test_a_long_command_says_in_a_pipe_what_it_does(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbotx.cli.output.LATE_S", -1.0)
+    ran = run("doctor", "--json")
+    assert ran.json["ok"] and "after 0 s: compiler" in ran.err
+
+
+def test_a_float64_model_is_said_to_be_measured_by_nothing(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    (tmp_path / "wide.py").write_text(WIDE)
+    code, out, _ = run("verify", f"{tmp_path / 'wide.py'}:make")
+    assert code == 0 and "n/a: of float64" in out
+
+
+def test_a_loader_that_failed_is_the_users(run: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def make():\n    return None\n")
+    code, _, err = run("verify", f"{tmp_path / 'broken.py'}:make")
+    assert code == MISUSED and "gave a NoneType" in err and err.count("\n") == 1
 
 
 def test_a_fault_of_turbotx_is_told_from_a_mistake(
@@ -101,6 +139,31 @@ class Choosing(nn.Module):
         return x + 1 if int(x.sum()) > 0 else x
 
 
+class Odd(nn.Module):
+    """Runs at one size only, which it does not say."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._check(isinstance(x.shape[0], int), lambda: "numbers only")
+        return x
+
+
+class Leaving(nn.Module):
+    """Runs in PyTorch, and in no trace: its numbers leave PyTorch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.numpy().mean()
+
+
+def small_bert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=16,
+    )  # fmt: skip
+    model: nn.Module = transformers.BertModel(config).eval()
+    return model
+
+
 class Shortening(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x[x > 0]
@@ -115,7 +178,28 @@ class Shortening(nn.Module):
         (lambda x, path: turbotx.save(nn.Linear(3, 3).eval(), path), r"fast\(\*\*inputs\)"),
         (lambda x, path: turbotx.load(path), "no file"),
         (lambda x, path: turbotx.explain(nn.Linear(3, 3).eval()), "needs example inputs"),
-        (lambda x, path: turbotx.optimize(nn.Linear(4, 3).eval())(x), "do not fit the model"),
+        (
+            lambda x, path: turbotx.optimize(nn.Linear(4, 3).eval())(x),
+            r"do not fit the model.*input float32 \[2, 3\]",
+        ),
+        (
+            lambda x, path: turbotx.optimize(nn.Linear(3, 3).eval())(inpt=x),
+            "keyword argument 'inpt'",
+        ),
+        (
+            lambda x, path: turbotx.optimize(small_bert())(input=x.long()),
+            "exactly one of input_ids",
+        ),
+        (
+            lambda x, path: turbotx.optimize(small_bert())(input_ids=x.new_zeros(1, 32).long()),
+            "32 tokens, and the model has 16 positions",
+        ),
+        (
+            lambda x, path: turbotx.optimize(small_bert())(x.long(), attention_mask=x[:, 1:]),
+            r"do not fit the model.*attention_mask float32 \[2, 2\]",
+        ),
+        (lambda x, path: turbotx.optimize(Odd().eval())(x), "cannot be traced for others"),
+        (lambda x, path: turbotx.optimize(Leaving().eval())(x), "If the plain model fails too"),
         (lambda x, path: turbotx.optimize(Choosing().eval())(x), 'backend="turbotx"'),
         (lambda x, path: turbotx.optimize(Shortening().eval())(x), 'backend="turbotx"'),
         (lambda x, path: turbotx.optimize(nn.Linear(3, 3).eval())("x"), "no tensor among"),
@@ -124,8 +208,33 @@ class Shortening(nn.Module):
 def test_a_wrong_call_says_what_to_do(
     call: Callable[[torch.Tensor, Path], Any], expected: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(turbotx.TurbotxError, match=expected):
+    with pytest.raises(turbotx.TurbotxError, match=f"(?s){expected}"):
         call(torch.randn(2, 3), tmp_path / "model.ttx")
+
+
+def test_a_wrong_call_is_said_once_and_by_turbotx_alone() -> None:
+    """PyTorch's loggers, which tell of every trace that fails, stay silent meanwhile."""
+    code = (
+        "import torch, turbotx\n"
+        "class Shortening(torch.nn.Module):\n"
+        "    def forward(self, x): return torch.ops.aten.mm(x, x[x > 0].reshape(3, 3))\n"
+        "for model in (torch.nn.Linear(4, 3), Shortening()):\n"
+        "    try: turbotx.optimize(model.eval())(torch.randn(2, 3))\n"
+        "    except turbotx.TurbotxError: pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout == ""
+
+
+def test_torch_compile_of_an_optimized_model_is_said_to_run_without_turbotx() -> None:
+    class Doubling(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    fast = turbotx.optimize(Doubling().eval())
+    with pytest.warns(turbotx.errors.EagerWarning, match="code of Doubling itself"):
+        torch.compile(fast, backend="eager", fullgraph=True)(torch.ones(2))
+    torch._dynamo.reset()
 
 
 def test_a_loaded_model_is_not_compiled_again(tmp_path: Path) -> None:

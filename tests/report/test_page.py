@@ -7,8 +7,7 @@ with its driver, and skips without.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,83 +18,9 @@ from torch import nn
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 import turbotx
+from tests.report.browser import Open, one, tab, text
 from turbotx.ir.expr import compile_evaluator, dim, to_javascript
-from turbotx.kernels.triton.resources import Resources
 from turbotx.report import Report
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-def start_browser() -> Any:
-    """A headless browser, or a skip that says what is missing."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    driver = shutil.which("chromedriver")
-    if found is None or driver is None:
-        pytest.skip(f"no browser: install one of {', '.join(BROWSERS)}, and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = found
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "window-size=1400,900"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.chrome.service.Service(driver)
-    return webdriver.Chrome(options=options, service=service)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    driver = start_browser()
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture(scope="module")
-def report() -> Report:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64,
-    )  # fmt: skip
-    model = transformers.BertModel(config).eval()
-    ids = torch.arange(14).reshape(2, 7)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    made = turbotx.explain(turbotx.optimize(model, backend="aten", epilogues=False), **batch)
-    used = {k.name: {"sm_90": Resources(40, 2, 1024, 128, 64, 333)} for k in made.kernels}
-    return made.with_findings(
-        numerics=made.numerics(model, **batch),
-        profile=made.profile(**batch, runs=1),
-        resources=used,
-    )
-
-
-Open = Callable[[Report], Any]
-
-
-@pytest.fixture
-def open_page(browser: Any, tmp_path: Path) -> Iterator[Open]:
-    def opened(report: Report) -> Any:
-        path = tmp_path / "report.html"
-        path.write_text(report.to_html(), encoding="utf-8")
-        browser.get(path.as_uri())
-        return browser
-
-    yield opened
-    # The fixture looks at every page that a test has used.
-    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert [entry["message"] for entry in browser.get_log("browser")] == []
-
-
-def one(page: Any, selector: str) -> Any:
-    return page.find_element("css selector", selector)
-
-
-def text(page: Any, selector: str = "#pane") -> str:
-    return str(one(page, selector).text)
-
-
-def tab(page: Any, name: str) -> None:
-    one(page, f"#tabs [data-tab={name}]").click()
 
 
 def type_search(page: Any, words: str) -> None:
@@ -113,7 +38,10 @@ def test_the_graph_has_a_box_for_every_launch(open_page: Open, report: Report) -
     boxes = page.find_elements("css selector", "#canvas .box")
     assert len(boxes) == len(page.execute_script("return data.boxes.list"))
     assert len(page.find_elements("css selector", ".band")) == 2
-    assert f"became {len(report.launches)} launches" in text(page, "#headline")
+    assert f"{len(report.ops)} ops became {len(report.launches)} launches" in text(
+        page, "#headline"
+    )
+    assert f"{len(report.ops)} captured ops became {len(report.launches)} launches" in str(report)
     assert len(page.find_elements("css selector", "#after div")) == len(report.launches)
 
 
@@ -377,7 +305,7 @@ def test_small_and_empty_models_have_pages_too(
     }  # fmt: skip
     function = turbotx.optimize(functions[what], backend="aten")
     page = open_page(turbotx.explain(function, torch.ones(shape)))
-    for name in ("selected", "memory", "roofline", "refused", "numerics", "overview"):
+    for name in ("selected", "memory", "roofline", "refused", "numerics", "origin", "overview"):
         tab(page, name)
         assert "NaN" not in text(page) and "undefined" not in text(page)
 

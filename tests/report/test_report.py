@@ -19,6 +19,7 @@ import turbotx
 from turbotx.engine.optimize import engine_of
 from turbotx.errors import DumpError, InputError, TrainingError
 from turbotx.report import Report
+from turbotx.report.amounts import show_shape
 from turbotx.report.draw import draw_svg, find_boxes
 from turbotx.report.origin import reserve
 
@@ -171,6 +172,29 @@ def test_where_every_op_went(report: Report) -> None:
         assert places[name].launches[0].startswith(("fused_", f"linear_{name}"))
     attention = places["scaled_dot_product_attention"]
     assert attention.launches == ("attention_0",) and attention.source.endswith(tuple("0123456789"))
+
+
+def test_a_place_is_a_sentence(report: Report) -> None:
+    place = report.where("gelu")
+    assert str(place).startswith("gelu: fused into linear_gelu_0 of encoder.layer.0.")
+    assert repr(place) == f"<{place}>"
+
+
+def test_a_dim_that_is_the_batch_again_is_not_shown() -> None:
+    assert show_shape({"batch": 2, "seq": 7, "mask_d0": 2}) == "batch 2, seq 7"
+    assert show_shape({"batch": 2, "seq": 7, "mask_d0": 1}) == "batch 2, seq 7, mask_d0 1"
+
+
+def test_memory_in_all_is_weights_and_what_is_made_of_them_and_an_arena(
+    report: Report, bert: nn.Module
+) -> None:
+    memory = report.memory
+    own = sum(p.nbytes for p in bert.parameters())
+    assert own <= memory.weights_nbytes <= own + 4096  # with the buffers of positions and types
+    assert memory.arena_nbytes >= memory.peak_nbytes and memory.arena_nbytes % (2 << 20) == 0
+    parts = (memory.weights_nbytes, memory.derived_nbytes, memory.packed_nbytes)
+    assert memory.total_nbytes == sum(parts) + memory.arena_nbytes
+    assert report.to_dict()["memory"]["total_nbytes"] == memory.total_nbytes
 
 
 def test_where_and_back(report: Report) -> None:

@@ -112,9 +112,12 @@ class Counting(SleepEngine):
         return super().run(rows)
 
 
-def test_measuring_stays_within_the_token_limit():
+def test_measuring_stays_within_the_token_limit(monkeypatch, caplog):
     engine = Counting(CostTable.from_function(lambda n, b: 0.05 + 0.01 * n * b, 40, 8))
-    table = measure_costs(engine, max_length=40, max_batch=8, max_tokens=64)
+    monkeypatch.setattr("turbotx.serving.measure.TELL_S", -1.0)
+    with caplog.at_level("INFO", "turbotx"):
+        table = measure_costs(engine, max_length=40, max_batch=8, max_tokens=64)
+    assert "measuring costs 1/" in caplog.text and "measuring costs: " in caplog.text
     assert all(n * b <= 64 or b == 1 for n, b in engine.shapes)
     assert (table.max_length, table.max_batch) == (40, 8)
     assert table.cost_ms(40, 8) > table.cost_ms(8, 8) > table.cost_ms(1, 1) > 0

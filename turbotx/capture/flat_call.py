@@ -53,6 +53,7 @@ class FlatCall(nn.Module):
         self.layouts, self.values = LayoutQuestions(), values
         self.calls_forward = calls_forward(model)
         self.in_spec = spec
+        self.given = ""  # the arguments in words
         self.training = False
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:

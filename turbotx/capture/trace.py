@@ -70,7 +70,7 @@ from turbotx.capture.size_operators import python_operators, relations_answered,
 from turbotx.capture.size_questions import sizes_from_one
 from turbotx.capture.size_rules import find_size_rules
 from turbotx.capture.symint_tensors import SizeTensors
-from turbotx.capture.trace_errors import Stopped, capture_error
+from turbotx.capture.trace_errors import Stopped, capture_error, describe_arguments
 from turbotx.capture.traced_float import FloatInput
 from turbotx.capture.tracing import tracing
 from turbotx.capture.unlift import FRESH, unlift
@@ -191,6 +191,7 @@ def _capture(
             code_names = find_model_names(model, recorder)
             unfollowed.note_functions(code_names.functions)
             flat = FlatCall(model, leaves, spec, recorder, values)
+            flat.given = describe_arguments(model, names, tensors)
             before = look_at_generators()
             with (
                 watch_entropy() as drawn,
@@ -272,7 +273,23 @@ def _export_widened(
                 spelled |= flat.seen.find_spelled(error)
                 first = first or error
     assert first is not None
-    raise capture_error(name, first) from first
+    raise capture_error(name, first, _find_cause(flat, tensors), flat.given) from first
+
+
+def _find_cause(flat: FlatCall, tensors: Sequence[torch.Tensor]) -> Exception | bool:
+    """Return what the model raises at the call's own sizes, as numbers: then the arguments are at
+    fault. True where it raises nothing, and other sizes are; False where that is not known."""
+    if flat.values.has_decided:  # another trace would decide anew, and its outcomes are tried next
+        return False
+    examples = list(map(make_dense, tensors, flat.orders))
+    try:
+        with flat.seen.held():
+            _export(flat, examples, [[] for _ in examples])
+    except Stopped as stopped:
+        return stopped.error
+    except Exception:  # of PyTorch's tracing itself
+        return False
+    return True
 
 
 def attention_kernels(

@@ -9,9 +9,11 @@ line and says what to do::
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from turbotx.errors import CaptureError
 
@@ -36,6 +38,13 @@ _ASKS_FOR_VALUES = {
 }  # fmt: skip
 
 
+_CHECKS = (
+    "__init__.py", "_ops.py", "nn/functional.py", "_meta_registrations.py", "_prims", "_refs",
+    "_decomp", "_subclasses",
+)  # fmt: skip
+"""Where PyTorch checks shapes and dtypes while it traces."""
+_OF_TRACES = ("FakeTensor", "fake tensor", "data pointer", "meta tensor", "subclass")
+
 BREAKS = (
     'or call the model through torch.compile(model, backend="turbotx"), which runs in PyTorch what '
     "cannot be captured"
@@ -43,8 +52,64 @@ BREAKS = (
 """What a message offers for a model that is no single graph."""
 
 
-def capture_error(name: str, error: Exception) -> CaptureError:
-    """Return a CaptureError that points at the deepest frame outside torch and turbotx."""
+def capture_error(
+    name: str, error: Exception, cause: Exception | bool = False, given: str = ""
+) -> CaptureError:
+    """Return a CaptureError that points at the deepest frame outside torch and turbotx.
+
+    cause: what the model raises for the call's own sizes, True where it raises nothing there, False
+    where that is not known. given: its arguments in words.
+    """
+    for own in (error, cause):
+        if isinstance(own, CaptureError):
+            return CaptureError(f"cannot capture {name}{_where(own)}\n  {own}")
+    asks = [e for e in (error, cause) if type(e).__name__ in _ASKS_FOR_VALUES]
+    if asks and isinstance(asks[0], Exception):
+        return CaptureError(
+            f"cannot capture {name}{_where(error)}\n  It asks for a number that a tensor holds "
+            "(int(tensor), a slice up to one), or for as many elements "
+            f"as one says.\n  {_first_line(asks[0])}\n  Compute such numbers outside of the "
+            "optimized module and pass them as sizes or as numbers, or use a mask of full size; "
+            f"{BREAKS}"
+        )
+    if isinstance(cause, Exception) and _is_of_arguments(cause):
+        return CaptureError(
+            f"cannot capture {name}{_where(cause)}\n  {_first_line(cause)}\n  The arguments do "
+            f"not fit the model, which raises this without turbotx too. It was given {given}"
+        )
+    found = ""
+    if cause is True:
+        found = (
+            "The model runs at the sizes of this call; what it does cannot be traced for others. "
+        )
+    elif cause:
+        found = f"If the plain model fails too, look at what it was given: {given}. "
+    return CaptureError(
+        f"cannot capture {name}{_where(error)}\n  {_first_line(error)}\n  {found}A call must be "
+        "one graph of tensor ops, without sizes that depend on values of tensors and without an "
+        "output that is neither a tensor nor a plain constant (for a decoder, use_cache=False); "
+        f"{BREAKS}"
+    )
+
+
+def _is_of_arguments(error: Exception) -> bool:
+    """Tell an error that the plain model raises too from one that only a trace meets: its own
+    `raise`, a call that does not fit a signature, or an operator's check of shapes and dtypes."""
+    text, frames = str(error), traceback.extract_tb(error.__traceback__)
+    plain = type(error) in (RuntimeError, ValueError, TypeError, IndexError)
+    if not plain or not frames or any(word in text for word in _OF_TRACES):
+        return False
+    if isinstance(error, TypeError) and "argument" in text:
+        return True
+    last = Path(frames[-1].filename)
+    root = Path(torch.__file__).parent
+    if not last.is_relative_to(root):
+        return "raise " in (frames[-1].line or "")
+    return last.relative_to(root).as_posix().startswith(_CHECKS)
+
+
+def _where(error: Exception) -> str:
+    """Return the line of the model's code that raised it."""
     inside = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
     frames = [
         f
@@ -53,22 +118,26 @@ def capture_error(name: str, error: Exception) -> CaptureError:
         and not f.filename.startswith("<")
         and not f.filename.endswith("contextlib.py")
     ]
-    seen = str(error).strip().splitlines() or [type(error).__name__]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    if isinstance(error, CaptureError):
-        return CaptureError(f"cannot capture {name}{where}\n  {error}")
-    if type(error).__name__ in _ASKS_FOR_VALUES:
-        return CaptureError(
-            f"cannot capture {name}{where}\n  It asks for a number that a tensor holds "
-            "(int(tensor), a slice up to one), or for as many elements as one "
-            f"says.\n  {type(error).__name__}: {seen[0]}\n  Compute such numbers outside of the "
-            "optimized module and pass them as sizes or as numbers, or use a mask of full size; "
-            f"{BREAKS}"
+    return f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def describe_arguments(
+    model: nn.Module, names: Sequence[str], tensors: Sequence[torch.Tensor]
+) -> str:
+    """Return a call's tensors in words, and whether one is longer than the model's positions."""
+    kinds = (str(t.dtype).removeprefix("torch.") for t in tensors)
+    rows = zip(names, kinds, tensors, strict=False)
+    given = ", ".join(f"{name} {kind} {list(t.shape)}" for name, kind, t in rows)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    tokens = [t.shape[1] for t in tensors if t.dim() == 2 and not t.is_floating_point()]
+    if isinstance(positions, int) and tokens and max(tokens) > positions:
+        given += (
+            f": {max(tokens)} tokens, and the model has {positions} positions "
+            "(config.max_position_embeddings)"
         )
-    return CaptureError(
-        f"cannot capture {name}{where}\n  {type(error).__name__}: {seen[0]}\n"
-        "  Where the same call of the plain model fails too, its arguments do not fit the model. "
-        "Otherwise: a call must be one graph of tensor ops, without sizes that depend on values of "
-        "tensors and without an output that is neither a tensor nor a plain constant (for a "
-        f"decoder pass use_cache=False); {BREAKS}"
-    )
+    return given

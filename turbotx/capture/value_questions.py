@@ -92,6 +92,11 @@ class ValueQuestions(TorchFunctionMode):
         self._known: dict[sympy.Symbol, sympy.Symbol] = {}
         self._decided: dict[sympy.Basic, tuple[bool, str]] = {}
 
+    @property
+    def has_decided(self) -> bool:
+        """Whether the code that ran last decided by values."""
+        return bool(self._decided)
+
     def finish(self) -> list[torch.Tensor]:
         """Return the tensors, of no dims, whose values were asked for; the code has ended."""
         self._running = False

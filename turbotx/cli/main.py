@@ -20,6 +20,7 @@ import typer
 from turbotx import __version__
 from turbotx.cli.output import MISUSED, Output, exit_code
 from turbotx.cli.serve import serve_command
+from turbotx.engine.logs import read_logs
 from turbotx.errors import InputError
 
 # A command imports PyTorch and the rest when it runs, so that --help and a mistyped name are
@@ -37,7 +38,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="A kernel compiler for transformer inference.",
     epilog="MODEL: package.module:factory, path/to/file.py:factory, hf:PATH, "
-    "hf-config:TYPE[,name=value], minilm, or a .pt2 file of torch.export.",
+    "hf-config:TYPE[,name=value], minilm, a .pt2 file of torch.export, or, for bench and profile, "
+    "a .ttx file of turbotx save.",
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="What to compile, see below.")]
@@ -51,6 +53,12 @@ Dtype = Annotated[
 Weights = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Take the weights from safetensors, .npz or a state dict."),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", metavar="sm_90", help="cpu, or a GPU that need not be here: sm_80, sm_90, ..."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -84,14 +92,7 @@ def compile_command(
         Path | None, typer.Option("--out", metavar="DIR", help="Where the files go.")
     ] = None,
     shape: Shape = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target",
-            metavar="sm_90",
-            help="A GPU's program, built: sm_80, sm_90, gfx942, ...",
-        ),
-    ] = None,
+    target: Targets = None,
     save: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write one file for turbotx.load, for every --target."),
@@ -123,6 +124,22 @@ def compile_command(
         raise InputError("compile needs --out DIR, --save FILE, or --stage NAME to print one stage")
     chosen = (out, shape or (), target or (), verify, save, packed)
     raise typer.Exit(compile_model(source, *chosen, Output(as_json)))
+
+
+@app.command("save")
+def save_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.ttx", help="The file to write.")],
+    target: Targets = None,
+    dtype: Dtype = None,
+    weights: Weights = None,
+    as_json: Json = False,
+) -> None:
+    """Write one file that turbotx.load runs, without tracing or a compiler."""
+    from turbotx.cli.save import save_model
+
+    source = _source(model, dtype, weights)
+    raise typer.Exit(save_model(source, out, target or (), Output(as_json)))
 
 
 @app.command("verify")
@@ -187,16 +204,20 @@ def bench_command(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often every engine has its turn.")] = 5,
     threads: Annotated[int, typer.Option(min=0, help="Threads of every engine; 0: PyTorch's.")] = 0,
+    warmup: Annotated[int, typer.Option(min=0, help="Calls first that are not counted.")] = 3,
+    calls: Annotated[int, typer.Option(min=1, help="Calls a turn, fewer where one is long.")] = 8,
+    streams: Annotated[int, typer.Option(min=1, help="Threads that call at the same time.")] = 1,
     dtype: Dtype = None,
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
     """Compare with eager, torch.compile, ONNX Runtime and the floor."""
     from turbotx.cli.bench.command import bench_model
+    from turbotx.cli.bench.room import Load
 
     source = _source(model, dtype, weights)
-    chosen = (shape or (), engine or (), rounds, threads)
-    raise typer.Exit(bench_model(source, *chosen, Output(as_json)))
+    load = Load(rounds, threads or None, warmup, calls, streams)
+    raise typer.Exit(bench_model(source, shape or (), engine or (), load, Output(as_json)))
 
 
 @app.command("diff")
@@ -227,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in arguments
     try:
+        read_logs()
         # Not standalone: a wrong command line is an object too where --json asks for one.
         sys.exit(app(args=arguments, prog_name="turbotx", standalone_mode=False))
     except UsageError as error:

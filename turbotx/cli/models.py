@@ -1,7 +1,7 @@
 """MODEL on the command line: what it names becomes a module and example inputs.
 
-In: `package.module:factory`, `path/to/file.py:factory`, `hf:PATH`, `hf-config:bert`, `minilm` or a
-`.pt2` file. Out: a `ModelWithInputs`. Whatever is wrong is one line that says what to do::
+In: `package.module:factory`, `path/to/file.py:factory`, `hf:PATH`, `hf-config:bert`, `minilm`, a
+`.pt2` or a `.ttx` file. Out: a `ModelWithInputs`. Whatever is wrong is one line with what to do::
 
     load_model("hf-config:bert,num_hidden_layers=2", {"batch": 2, "seq": 16})
 """
@@ -26,7 +26,8 @@ from turbotx.errors import ModelError
 from turbotx.saved.weight_files import load_weights
 
 FORMS = (
-    "package.module:factory, path/to/file.py:factory, hf:PATH, hf-config:TYPE, minilm or FILE.pt2"
+    "package.module:factory, path/to/file.py:factory, hf:PATH, hf-config:TYPE, minilm, FILE.pt2 "
+    "or FILE.ttx"
 )
 
 
@@ -75,6 +76,8 @@ def load_model(text: str, shape: Mapping[str, int]) -> ModelWithInputs:
         return ModelWithInputs(module, (), huggingface_inputs(module, shape))
     if text.endswith(".pt2"):
         return _exported(Path(text))
+    if text.endswith(".ttx"):
+        return _saved(Path(text), shape)
     if ":" in text:
         return _made(text, shape)
     raise ModelError(f"{text!r} is no MODEL: write {FORMS}")
@@ -198,6 +201,15 @@ def _exported(path: Path) -> ModelWithInputs:
     module = program.module()
     module.training = False
     return ModelWithInputs(module, tuple(args), dict(kwargs))
+
+
+def _saved(path: Path, shape: Mapping[str, int]) -> ModelWithInputs:
+    """Load a file of turbotx.save, with inputs that it takes at these sizes."""
+    from turbotx.saved.example import example_call
+    from turbotx.saved.load import load
+
+    model = load(path)
+    return ModelWithInputs(model, *example_call(model, shape))
 
 
 def _made(text: str, shape: Mapping[str, int]) -> ModelWithInputs:

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
+import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from turbotx import __version__
 from turbotx.errors import (
     DumpError,
     InputError,
@@ -30,6 +28,7 @@ from turbotx.errors import (
     OptionsError,
     TurbotxError,
     WeightsError,
+    versions,
 )
 
 OK, WRONG, MISUSED, FAILED, INTERNAL = 0, 1, 2, 3, 4
@@ -46,16 +45,28 @@ def exit_code(error: BaseException) -> int:
     return FAILED if isinstance(error, TurbotxError) else INTERNAL
 
 
+LATE_S = 10.0
+"""After how long a command says line by line what it does, where nobody sees a progress bar."""
+
+
 @dataclass
 class Steps:
-    """A progress bar's handle: `steps("what comes next")` moves it on by one."""
+    """A progress bar's handle: `steps("what comes next")` moves it on by one.
+
+    tell: prints a line, where standard error is no terminal; None where the bar is seen.
+    """
 
     progress: Progress
     task: TaskID
+    tell: Callable[[str], None] | None = None
+    began_s: float = field(default_factory=time.monotonic)
 
     def __call__(self, description: str, advance: int = 1) -> None:
         """Show what runs next, and that `advance` steps are done."""
         self.progress.update(self.task, description=description, advance=advance)
+        passed_s = time.monotonic() - self.began_s
+        if self.tell is not None and passed_s > LATE_S:
+            self.tell(f"after {passed_s:.0f} s: {description}")
 
     def expect(self, more: int) -> None:
         """Say that `more` steps are to come than was thought."""
@@ -75,7 +86,8 @@ class Output:
 
     @contextmanager
     def steps(self, first: str, total: int) -> Iterator[Steps]:
-        """Show progress on standard error while the block runs; nothing where it is no terminal."""
+        """Show progress on standard error while the block runs: a bar on a terminal, elsewhere a
+        line for each step that begins after LATE_S."""
         from turbotx.engine.progress import hide_progress
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
@@ -83,7 +95,8 @@ class Output:
             *columns, TimeElapsedColumn(), console=self.errors, transient=True,
             disable=not self.errors.is_terminal,
         ) as progress:  # fmt: skip
-            yield Steps(progress, progress.add_task(first, total=total))
+            tell = None if self.errors.is_terminal else self.line
+            yield Steps(progress, progress.add_task(first, total=total), tell)
 
     def result(self, value: dict[str, Any]) -> None:
         """Print the JSON object, where that was asked for."""
@@ -114,15 +127,6 @@ class Output:
     def line(self, text: str) -> None:
         """Print a line on standard error as it is, however long."""
         self.errors.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of turbotx, Python and the packages that decide results, if installed."""
-    found = {"turbotx": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "transformers"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _place(error: BaseException) -> str:

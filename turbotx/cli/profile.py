@@ -18,10 +18,13 @@ from rich.table import Table
 
 import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize, view_at
-from turbotx.cli.models import Source
+from turbotx.cli.models import ModelWithInputs, Source
 from turbotx.cli.output import OK, Output
 from turbotx.errors import DumpError, InputError
+from turbotx.report.amounts import show_shape
 from turbotx.report.profile import Profile
+from turbotx.saved.load import SavedModule
+from turbotx.saved.profile import profile_saved
 
 
 def profile_model(
@@ -36,32 +39,60 @@ def profile_model(
     dims = parse_shape(shapes[0]) if shapes else {}
     with output.steps(f"load {model}", total=3) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **dims})
+        if isinstance(loaded.model, SavedModule):
+            return _profile_saved(model, loaded, runs, trace, page, output)
         steps("capture, fuse and build")
         report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
         report = view_at(report, dims)
         steps(f"run {runs} times")
         args, kwargs = resize(report, loaded.args, loaded.kwargs)
         found = report.profile(*args, runs=runs, **kwargs)
-    if trace is not None:
-        _write(trace, json.dumps(found.to_chrome_trace()) + "\n")
+    _write_trace(found, trace)
     if page is not None:
         _write(page, report.with_findings(profile=found).to_html())
-    shape = ", ".join(f"{name} {size}" for name, size in report.dims.items())
-    output.console.print(f"{report.name} at {shape}, {torch.get_num_threads()} threads")
-    output.console.print(kernels_table(found))
-    output.console.print(modules_table(found))
     output.console.print(
-        f"{found.total_us / 1e3:.3f} ms a run (median of {found.runs}), of which "
-        f"{found.between_us / 1e3:.3f} ms between launches "
-        f"({found.between_launches_us:.2f} us a launch); reading the clock around every "
-        f"launch added {found.overhead:.1%}; the guards of a call take {found.guards_us:.1f} us"
+        f"{report.name} at {show_shape(report.dims)}, {torch.get_num_threads()} threads"
     )
-    if trace is not None:
-        output.console.print(f"trace for chrome://tracing or Perfetto: {trace}")
+    _show(found, trace, output)
     if page is not None:
         output.console.print(f"report with the times: {page}")
     output.result({"model": str(model), "dims": report.dims, **_as_dict(found)})
     return OK
+
+
+def _profile_saved(
+    source: Source, loaded: ModelWithInputs, runs: int, trace: Path | None, page: Path | None,
+    output: Output,
+) -> int:  # fmt: skip
+    """Profile a saved file, whose launches have names and no model to look their costs up in."""
+    if page is not None:
+        raise InputError("--report needs the model: a saved file holds neither graph nor source")
+    found, dims = profile_saved(loaded.model, loaded.args, loaded.kwargs, runs)
+    _write_trace(found, trace)
+    output.console.print(f"{source} at {show_shape(dims)}, {torch.get_num_threads()} threads")
+    _show(found, trace, output)
+    output.result({"model": str(source), "dims": dims, **_as_dict(found)})
+    return OK
+
+
+def _show(found: Profile, trace: Path | None, output: Output) -> None:
+    output.console.print(kernels_table(found))
+    if any(t.launch.module for t in found.launches):
+        output.console.print(modules_table(found))
+    guards = f"; the guards of a call take {found.guards_us:.1f} us" if found.guards_us else ""
+    output.console.print(
+        f"{found.total_us / 1e3:.3f} ms a run (median of {found.runs}), of which "
+        f"{found.between_us / 1e3:.3f} ms between launches "
+        f"({found.between_launches_us:.2f} us a launch); reading the clock around every "
+        f"launch added {found.overhead:.1%}{guards}"
+    )
+    if trace is not None:
+        output.console.print(f"trace for chrome://tracing or Perfetto: {trace}")
+
+
+def _write_trace(found: Profile, path: Path | None) -> None:
+    if path is not None:
+        _write(path, json.dumps(found.to_chrome_trace()) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -87,8 +118,8 @@ def kernels_table(found: Profile) -> Table:
     for name, (count, us, nbytes, flops) in sorted(rows.items(), key=lambda item: -item[1][1]):
         speeds = (nbytes / us / 1e3, flops / us / 1e3) if us else (0.0, 0.0)
         table.add_row(
-            name, str(count), f"{us / 1e3:.3f}", f"{us / found.total_us:.1%}", f"{speeds[0]:.1f}",
-            f"{speeds[1]:.1f}" if flops else "",
+            name, str(count), f"{us / 1e3:.3f}", f"{us / found.total_us:.1%}",
+            f"{speeds[0]:.1f}" if nbytes else "", f"{speeds[1]:.1f}" if flops else "",
         )  # fmt: skip
     return table
 

@@ -178,6 +178,12 @@ def serve_models(
         from turbotx.serving.settings import SettingsError, read_keys
     except ImportError as error:
         raise ModelError(f"serve needs {error.name}: pip install 'turbotx[serve]'") from error
+    saved = [model for model in models if model.endswith(".ttx")]
+    if saved:
+        raise ModelError(
+            f"{saved[0]} holds no tokenizer: give the model's directory, whose compiled program "
+            "the server keeps in turbotx's cache by itself"
+        )
     if not os.environ.get("TURBOTX_API_KEY", "set").strip():
         raise ModelError("TURBOTX_API_KEY is empty, which would let everybody in: unset it")
     try:

@@ -23,6 +23,7 @@ from turbotx.cli.output import OK, Output
 from turbotx.engine.compiled import Compiled
 from turbotx.engine.tune import TuningResult, gains, tune_call, tune_norms
 from turbotx.kernels.tuned import save_tuned
+from turbotx.report.amounts import show_shape
 from turbotx.report.report import Report
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
 from turbotx.runtime.cuda.device import require_cuda, require_triton
@@ -71,7 +72,7 @@ def _calls(
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         dims = report.compiled.captured.matcher.match([t.shape for t in tensors])
         assert dims is not None
-        yield dims, tensors, ", ".join(f"{n} {s}" for n, s in view.dims.items())
+        yield dims, tensors, show_shape(view.dims)
 
 
 def found_table(device: str, found: Sequence[TuningResult]) -> Table:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import fx, nn
@@ -22,14 +23,33 @@ from torch.nn.modules import module as nn_module
 
 from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
 from turbotx.engine.engine import Engine
-from turbotx.errors import CaptureError, InputError, TrainingError
+from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
 
 F = TypeVar("F", bound=Callable[..., Any])
+M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
 REFUSALS = (CaptureError, InputError, TrainingError)
 """What a method of the model's own class, `generate` for one, is not stopped by."""
 
 REASON_LENGTH = 300
 PYTORCH = str(Path(torch.__file__).parent)
+
+
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_told_of: set[str] = set()
+
+
+@torch.compiler.assume_constant_result
+def tell_compiled(name: str) -> int:
+    """Warn, once a class, while Dynamo traces an optimized model; tracing runs this."""
+    if name not in _told_of:
+        _told_of.add(name)
+        warnings.warn(
+            f"torch.compile compiles the code of {name} itself, and nothing of turbotx runs there: "
+            "call the optimized model as it is, or give torch.compile the model from before, with "
+            'backend="turbotx" for what needs graph breaks',
+            EagerWarning,
+        )
+    return 0
 
 
 class _Added:
@@ -59,12 +79,23 @@ def _added(function: F) -> F:
     return cast(F, _Added(function))
 
 
-class OptimizedModule(nn.Module):
+if TYPE_CHECKING:
+
+    class _ModuleOf(nn.Module, Generic[M_co]):
+        """For type checkers: a module of which they know the class that it was made from."""
+else:
+    # A generic class among the bases of a user's class would change its order of bases.
+    _ModuleOf = {M_co: nn.Module}
+
+
+class OptimizedModule(_ModuleOf[M_co]):
     """A module that runs through turbotx and otherwise is the module that it was made from.
 
     It precedes the model's class in the method resolution order; `super()` is the model.
     """
 
+    if not TYPE_CHECKING:
+        __class_getitem__ = classmethod(types.GenericAlias)  # OptimizedModule[BertModel]
     turbotx_adds_nothing = True
     __jit_unused_properties__ = ("_turbotx_engine",)
     _turbotx_engine: Any = None
@@ -80,6 +111,8 @@ class OptimizedModule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         engine = self._turbotx_engine
         if engine is None or left_to_pytorch():
+            if engine is not None and is_dynamo_compiling():
+                tell_compiled(type(self).__name__)
             return super().__call__(*args, **kwargs)
         if (self._forward_hooks or self._forward_pre_hooks or _every_module_has_hooks()) and (
             engine.calls_forward

@@ -46,6 +46,7 @@ from turbotx.capture.tracing import tracing
 from turbotx.engine.compiled import AssembledCall, Compiled
 from turbotx.engine.eager_calls import EagerCalls
 from turbotx.engine.failures import endless, named_failures
+from turbotx.engine.launch_ranges import LaunchRanges
 from turbotx.engine.observers import observers
 from turbotx.engine.pipeline import bind, build_ahead, compile_captured, schedule
 from turbotx.engine.progress import show_progress
@@ -63,7 +64,7 @@ from turbotx.runtime.lru import LruDict
 from turbotx.runtime.placement import find_device, open_device, target_of
 from turbotx.runtime.program import Program
 
-log = logging.getLogger("turbotx")
+log, guards = map(logging.getLogger, ("turbotx.capture", "turbotx.guards"))
 
 MOST_CHANGES = 8
 """How often one call is captured anew while others convert the model's parameters meanwhile."""
@@ -117,9 +118,10 @@ class Engine(EagerCalls):
         outcomes: Outcomes = ()
         for _ in range(MOST_CHANGES):
             variant, program, binding, tensors = self.check(args, kwargs, outcomes)
+            watch = LaunchRanges(program) if self.options.launch_ranges else None
             try:
                 with torch.no_grad():
-                    outputs = program.run(binding, tensors)
+                    outputs = program.run(binding, tensors, watch=watch)
             except ModelChangedError as error:
                 self._forget(variant, error)
                 continue
@@ -272,7 +274,7 @@ class Engine(EagerCalls):
             return []
         if found.is_training:
             raise training_error(self.model, found.place.text)
-        log.info("%s changed since a capture: %s", type(self.model).__name__, found)
+        guards.info("%s changed since a capture: %s", type(self.model).__name__, found)
         return [found]
 
     def _drop_unused(self) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M", bound=nn.Module)
 _NOTHING: Any = inspect.Parameter.empty
 """What `optimize` is given as a decorator with options; None is a mistake of the caller's."""
 
@@ -73,20 +75,26 @@ def engine_of(target: Any) -> Engine:
 
 @overload
 def optimize(
-    target: nn.Module, /, *, in_place: bool = False, **options: Unpack[OptionArguments]
-) -> OptimizedModule: ...
+    target: M, /, *, in_place: bool = False, **options: Unpack[OptionArguments]
+) -> OptimizedModule[M]: ...
+@overload
+def optimize(target: type[M], /, **options: Unpack[OptionArguments]) -> type[M]: ...
 @overload
 def optimize(
     target: Callable[..., T], /, **options: Unpack[OptionArguments]
 ) -> Callable[..., T]: ...
 @overload
-def optimize(**options: Unpack[OptionArguments]) -> Callable[[Any], Any]: ...
+def optimize(**options: Unpack[OptionArguments]) -> Callable[[F], F]: ...
 def optimize(target: Any = _NOTHING, /, *, in_place: bool = False, **options: Any) -> Any:
     """Return `target` made faster: an nn.Module, an nn.Module class or a function of tensors.
 
-    Also a decorator, bare or with options (see `turbotx.options.Options`). Capture happens at the
-    first call; any batch size and sequence length is served by it afterwards. Outputs have the
-    model's own structure and belong to the caller.
+    Also a decorator, bare or with options. Capture happens at the first call; any batch size and
+    sequence length is served by it afterwards. Outputs have the model's own structure and belong to
+    the caller.
+
+    Options, each described at `turbotx.options.Options`: backend, attention, planner, pack_weights,
+    epilogues; on a GPU gemms, norms, pdl, cuda_graphs, max_graphs, schedules; max_shapes,
+    max_variants, max_arenas; launch_ranges.
 
     A module becomes an object of a subclass of its own class, which shares its state: parameters,
     attributes and hooks are the same in both, and methods such as `generate` go through turbotx

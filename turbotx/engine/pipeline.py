@@ -10,6 +10,7 @@ the device; its GPU jobs at any shape; and bound to both, a `Compiled`::
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -22,7 +23,7 @@ from turbotx.engine.compiled import AssembledCall, Compiled, Specialization, Unb
 from turbotx.errors import InputError, OptionsError
 from turbotx.ir import verifier as verify
 from turbotx.kernels.fusion.epilogue import find_epilogues
-from turbotx.kernels.fusion.fuse import fuse_all
+from turbotx.kernels.fusion.fuse import FusedRegion, fuse_all
 from turbotx.kernels.fusion.norm_folding import find_folds
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
@@ -56,6 +57,8 @@ from turbotx.runtime.device import Device
 from turbotx.runtime.packed_program import PackedProgram
 from turbotx.runtime.program import Program
 from turbotx.runtime.weights import Kind, Weights
+
+log = logging.getLogger("turbotx.fusion")
 
 
 def compile_captured(
@@ -183,7 +186,7 @@ def assemble_call(captured: Captured, options: Options, target: str) -> Assemble
     check_rewritten(captured)
     prepared = find_prepared(graph)
     regions = check_regions(partition(graph, prepared))
-    fused = fuse_all(graph, regions, prepared)
+    fused = tell_fused(fuse_all(graph, regions, prepared))
     kinds = {n: kind_of(n, prepared) for n in graph.nodes}
     epilogues = find_epilogues(fused, kinds) if roles.epilogues else {}
     folds = find_folds(fused, kinds, epilogues) if roles.norms else {}
@@ -208,6 +211,16 @@ def check_regions(regions: list[Region]) -> list[Region]:
     for region in regions:
         verify.check_region(region.nodes, region.outputs)
     return regions
+
+
+def tell_fused(fused: Sequence[FusedRegion]) -> Sequence[FusedRegion]:
+    """Return regions; log what each became."""
+    if log.isEnabledFor(logging.INFO):
+        for f in fused:
+            why = "; ".join(f.reasons + f.choices)
+            kernels = f"{len(f.kernels)} kernel{'s' if len(f.kernels) != 1 else ''}"
+            log.info("%s: %d ops in %s%s", f.name, len(f.region.nodes), kernels, why and f": {why}")
+    return fused
 
 
 def check_programs(assemblies: Sequence[Assembly]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,8 @@ from pathlib import Path
 import torch
 
 from turbotx.errors import BuildError, BuildWarning, NoCompilerError
+
+log = logging.getLogger("turbotx.build")
 
 # A kernel's header names lines of the user's model: moving them is no reason to compile again.
 _COMMENTS = re.compile(r"^//.*\n", re.MULTILINE)
@@ -120,8 +124,12 @@ def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
     path = cache_directory() / f"{digest}.so"
     built = False
     if not path.exists():
+        begin = time.perf_counter()
         _compile(compiler, flags, units, path)
         built = True
+        log.info("compiled %s in %.1f s: %s", ", ".join(units), time.perf_counter() - begin, path)
+    else:
+        log.debug("found %s: %s", ", ".join(units), path)
     share_openmp()
     return ctypes.CDLL(str(path)), built
 

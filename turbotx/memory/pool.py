@@ -10,6 +10,7 @@ and again, at the same address; further executions wait rather than take more me
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -22,6 +23,8 @@ from turbotx.errors import TurbotxError
 from turbotx.memory.arena import AddressRange, Arena, align_up, open_range
 from turbotx.memory.cpu_range import MemoryExhausted
 from turbotx.memory.planner.plan import CHUNK_NBYTES
+
+log = logging.getLogger("turbotx.memory")
 
 ADDRESS_NBYTES = 1 << 40
 """Addresses reserved for an arena: more than any machine's memory, and free until they are used."""
@@ -285,6 +288,7 @@ class ChunkPool:
                 raise
             arena.grow(nbytes)
         self._chunk_allocations += 1
+        log.debug("an arena on %s grew to %d bytes", self.device, arena.mapped_nbytes)
         self._peak_nbytes = max(self._peak_nbytes, self._mapped_nbytes())
 
     def _make_room(self, arena: Arena, nbytes: int) -> None:

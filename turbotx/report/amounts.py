@@ -7,6 +7,8 @@ In: numbers. Out: short text::
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from turbotx.report.entries import CacheEntry
 
 
@@ -18,9 +20,16 @@ def show_nbytes(nbytes: float) -> str:
     return f"{int(nbytes)} B"
 
 
-def show_shape(dims: dict[str, int]) -> str:
-    """Return dims as text: "batch 4, seq 128"."""
-    return ", ".join(f"{name} {size}" for name, size in dims.items())
+def show_shape(dims: Mapping[str, int]) -> str:
+    """Return sizes by name, less further dims of an input that are as large as one before them:
+    `attention_mask_d0` is the batch again wherever a mask fits."""
+    sizes = list(dims.items())
+    shown = (
+        f"{name} {size}"
+        for k, (name, size) in enumerate(sizes)
+        if "_d" not in name or size not in [s for _, s in sizes[:k]]
+    )
+    return ", ".join(shown)
 
 
 def show_cache(cache: CacheEntry) -> str:

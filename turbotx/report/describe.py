@@ -8,7 +8,7 @@ In: a `Compiled` and the values of its dims. Out: lists of `entries` records, fo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,12 +26,14 @@ from turbotx.ir.printer import SHORT, show_expr, show_kernel
 from turbotx.kernels.cpp.attention import print_attention
 from turbotx.kernels.cpp.printer import print_kernel
 from turbotx.kernels.cpp.products import print_product
+from turbotx.kernels.job import Job
 from turbotx.kernels.triton.attention import print_triton_attention
 from turbotx.kernels.triton.printer import print_triton
 from turbotx.kernels.triton.products import print_triton_product
-from turbotx.passes.partition import GEMMS, op_name
+from turbotx.passes.partition import GEMMS, kind_of, op_name
 from turbotx.program.folded_weights import fold_weight
 from turbotx.report import entries
+from turbotx.report.apart import why_apart
 from turbotx.report.cost import Cost, launch_cost
 from turbotx.report.origin import module_of
 from turbotx.runtime.cpu.launch_table import (
@@ -71,19 +73,24 @@ class View:
         return "" if key is None else self.functions[key]
 
     @cached_property
-    def templates(self) -> dict[str, str]:
+    def templates(self) -> dict[str, Job]:
         """On a GPU, the generated kernel of each GEMM launch that has one at these dims."""
         code = self.compiled.specialization.code
         if isinstance(code, CpuCode):
             return {}
         found = code.at(list(self.dims.values()))
-        return {x.launch.name: x.job.name for x in found if isinstance(x.launch, ir.GemmLaunch)}
+        return {x.launch.name: x.job for x in found if isinstance(x.launch, ir.GemmLaunch)}
+
+    def kernel_of(self, launch: ir.Launch) -> str:
+        """Return the generated kernel that a launch takes at these dims, "" where there is none."""
+        job = self.templates.get(launch.name)
+        return job.name if job is not None else self.function_of(launch)
 
     def through(self, gemm: ir.Launch) -> str:
         """Return what runs a GEMM launch."""
         if isinstance(self.compiled.specialization.code, CpuCode):
             return "packed weight"
-        return self.templates.get(gemm.name, "the library")
+        return self.kernel_of(gemm) or "the library"
 
     def cost_of(self, launch: ir.Launch) -> entries.TrafficEntry:
         """Return a launch's bytes and operations at the report's shape, and as formulas."""
@@ -112,18 +119,22 @@ def describe_cache(view: View) -> entries.CacheEntry | None:
     return entries.CacheEntry(token, token * batch * length, token * batch * capacity)
 
 
-def describe_launches(view: View) -> list[entries.LaunchEntry]:
+def describe_launches(
+    view: View, regions: Sequence[entries.RegionEntry]
+) -> list[entries.LaunchEntry]:
     """Return a record for each launch, in running order."""
+    apart = {name: r.apart for r in regions for name in r.launches}
     return [
         entries.LaunchEntry(
             x.name,
             x.kind,
-            view.function_of(x),
+            view.kernel_of(x),
             x.module,
             x.source,
             x.reads,
             x.writes,
             view.cost_of(x),
+            apart.get(x.name, ""),
         )
         for x in view.launches
     ]
@@ -133,7 +144,7 @@ def describe_kernels(view: View) -> list[entries.KernelEntry]:
     """One entry a generated function, in the order of first use."""
     users: dict[str, list[ir.Launch]] = {}
     for launch in view.launches:
-        name = view.function_of(launch)
+        name = view.kernel_of(launch)
         if name:
             users.setdefault(name, []).append(launch)
     return [_kernel(view, name, launches) for name, launches in users.items()]
@@ -157,6 +168,10 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelE
             "cpp": header + PRODUCTS_PRELUDE + print_product(first.kernel, name),
             "triton": print_triton_product(first.kernel, name=name),
         }
+    elif isinstance(first, ir.GemmLaunch):
+        job = view.templates[first.name]
+        text = show_template(job)
+        sources = {"triton": job.source}
     else:
         assert isinstance(first, ir.KernelLaunch)
         text = show_kernel(first.kernel)
@@ -177,6 +192,12 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelE
         cost.written_formula,
         cost.flops,
     )
+
+
+def show_template(job: Job) -> str:
+    """Return a GEMM template as text: what it is built for."""
+    tiles = ", ".join(f"{name}={value}" for name, value in job.constexprs)
+    return f"{job.name}: {tiles}, {job.num_warps} warps, {job.num_stages} stages"
 
 
 def show_attention(kernel: AttentionKernel) -> str:
@@ -216,6 +237,7 @@ def describe_regions(view: View) -> list[entries.RegionEntry]:
     """One entry a region, named as its submodule in the fused graph."""
     by_nodes = {x.nodes: x for x in view.launches if isinstance(x, ir.KernelLaunch)}
     gemms = {name: x for x in view.launches if isinstance(x, ir.GemmLaunch) for name in x.writes}
+    kinds = {n: kind_of(n, view.compiled.prepared) for n in view.compiled.graph.nodes}
     names: Counter[str] = Counter()
     found = []
     for fused in view.compiled.fused:
@@ -237,6 +259,7 @@ def describe_regions(view: View) -> list[entries.RegionEntry]:
                 _distinct(map(module_of, nodes)),
                 _distinct(map(g.place_of, nodes)),
                 tuple(x.name for x in joined),
+                why_apart(view.compiled, fused, kinds) if launches else "",
             )
         )
     return found
@@ -309,28 +332,3 @@ def describe_externs(view: View) -> list[entries.Extern]:
     """Return the ops that PyTorch runs, with how often and why."""
     counted = Counter(view.compiled.assembly.externs)
     return [entries.Extern(op, count, reason) for (op, reason), count in counted.items()]
-
-
-def describe_plan(view: View, planner: str, pytorch: entries.EagerMemory) -> entries.Memory:
-    """Return the memory plan at the view's shape beside what PyTorch would hold."""
-    program = view.compiled.program
-    plan = program.plan(list(view.dims.values()))
-    tensors = view.compiled.assembly.tensors
-    sharing: dict[str, list[str]] = {}
-    for name, root in program.liveness.root_of.items():
-        sharing.setdefault(root, []).append(name)
-    buffers = tuple(
-        entries.Placed(
-            p.buffer.name,
-            p.buffer.nbytes,
-            show_expr(tensors[p.buffer.name].nbytes),
-            (p.buffer.lifetime.begin, p.buffer.lifetime.end),
-            p.offset,
-            tuple(sharing[p.buffer.name]),
-        )
-        for p in plan.placements
-    )
-    chunks = tuple((c.offset, c.nbytes) for c in plan.chunks)
-    return entries.Memory(
-        planner, plan.peak_nbytes, plan.lower_bound_nbytes, chunks, buffers, pytorch
-    )

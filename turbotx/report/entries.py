@@ -35,7 +35,8 @@ class RegionEntry:
 
     reason: why it took more than one kernel, what these share through memory or compute again, at
     what cost, or which ops ended it; empty where there is nothing to tell. places: file:line of the
-    user's source for its ops, in order. epilogue_of: the GEMMs whose launches compute it.
+    user's source for its ops, in order. epilogue_of: the GEMMs whose launches compute it. apart:
+    where none does, why not.
     """
 
     name: str
@@ -47,6 +48,7 @@ class RegionEntry:
     modules: tuple[str, ...]
     places: tuple[str, ...]
     epilogue_of: tuple[str, ...] = ()
+    apart: str = ""
 
     @property
     def became(self) -> tuple[str, ...]:
@@ -61,8 +63,9 @@ class RegionEntry:
 class KernelEntry:
     """One generated function; equal kernels of different layers are one. Traffic is per launch.
 
-    kind: "kernel", "attention" or "product". signature: its parameters, loops and body in
-    turbotx's own notation. sources: target language -> text.
+    kind: "kernel", "attention", "product", or "gemm" for a GPU's template at the report's shape.
+    signature: its parameters, loops and body in turbotx's own notation. sources: target language ->
+    text.
     """
 
     name: str
@@ -80,7 +83,11 @@ class KernelEntry:
 
 @dataclass(frozen=True)
 class LaunchEntry:
-    """One step of the program, in running order. kernel: the function's name, empty for ATen."""
+    """One step of the program, in running order.
+
+    kernel: the function's name, empty where a library or PyTorch runs it. apart: of a kernel
+    between GEMMs, why it is no GEMM's epilogue.
+    """
 
     name: str
     kind: str
@@ -90,6 +97,7 @@ class LaunchEntry:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     traffic: TrafficEntry
+    apart: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,14 +163,34 @@ class EagerMemory:
 
 @dataclass(frozen=True)
 class Memory:
-    """The plan at the report's shape. chunks: (offset, nbytes) of each."""
+    """The plan at the report's shape, and what the weights take beside it.
+
+    lower_bound_nbytes: the most bytes of these launches that are alive at once, of which
+    scratch_nbytes are workspaces that no op of the model asks for. chunks: (offset, nbytes) each.
+    weights_nbytes: the model's own; derived_nbytes: constants made of them, as Q, K and V in one;
+    packed_nbytes: GEMM weights in the processor's layout, without its padding.
+    """
 
     planner: str
     peak_nbytes: int
     lower_bound_nbytes: int
+    scratch_nbytes: int
     chunks: tuple[tuple[int, int], ...]
     buffers: tuple[Placed, ...]
     pytorch: EagerMemory
+    weights_nbytes: int
+    derived_nbytes: int
+    packed_nbytes: int
+
+    @property
+    def arena_nbytes(self) -> int:
+        """What is mapped for one call in flight: whole chunks."""
+        return max((offset + nbytes for offset, nbytes in self.chunks), default=0)
+
+    @property
+    def total_nbytes(self) -> int:
+        """Weights, what is made of them, and one arena; inputs and outputs are the caller's."""
+        return self.weights_nbytes + self.derived_nbytes + self.packed_nbytes + self.arena_nbytes
 
 
 @dataclass(frozen=True)
@@ -178,7 +206,7 @@ class CacheEntry:
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NodeEntry:
     """Where an op of the captured model went.
 
@@ -196,3 +224,20 @@ class NodeEntry:
     status: str
     launches: tuple[str, ...]
     kernels: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return it as a sentence: `gelu: fused into linear_gelu_0, of encoder.layer.0`."""
+        words = {
+            "fused": "fused into", "view": "folded into the addresses of", "aten": "by PyTorch in",
+            "merged": "part of", "gemm": "a matrix product,", "attention": "attention,",
+            "product": "one of attention's products,", "prepared": "computed once from parameters",
+        }  # fmt: skip
+        said = words.get(self.status, self.status)
+        runs = ", ".join(self.launches)
+        where = f" of {self.module}" if self.module else ""
+        source = f" ({self.source})" if self.source else ""
+        name = self.node if self.op in ("", self.node) else f"{self.node} ({self.op})"
+        return f"{name}: {said}{f' {runs}' if runs else ''}{where}{source}"
+
+    def __repr__(self) -> str:
+        return f"<{self}>"

@@ -58,7 +58,13 @@ def page_data(report: Record) -> dict[str, Any]:
         "ops": ops,
         "places": {op["place"]: _place(op["place"]) for op in ops if op["place"]},
         "regions": [
-            {"name": r.name, "launches": r.launches, "kernels": r.kernels, "reason": r.reason}
+            {
+                "name": r.name,
+                "launches": r.launches,
+                "kernels": r.kernels,
+                "reason": r.reason,
+                "apart": r.apart,
+            }
             for r in report.regions
         ],
         "kernels": {k.name: _kernel(k) for k in report.kernels},
@@ -66,6 +72,9 @@ def page_data(report: Record) -> dict[str, Any]:
         "resources": report.findings.resources_as_dicts(),
         "numerics": report.findings.numerics_as_dicts(),
         "times": report.findings.times_us(),
+        "timed": _timed(report),
+        "provenance": asdict(report.provenance),
+        "target": report.target,
         "memory": _memory(report, formulas, layer),
     }
     data["formulas"], data["shown"] = formulas.to_lists()
@@ -132,7 +141,7 @@ def _launches(report: Record, formulas: _Formulas, layer: Any) -> list[dict[str,
                 "op": str(launch.call.target) if isinstance(launch, ir.AtenLaunch) else "",
                 "module": entry.module, "source": entry.source, "layer": layer(entry.writes[0]),
                 "reads": formulas.place(cost.reads), "writes": formulas.place(cost.writes),
-                "flops": formulas.place(cost.flops),
+                "flops": formulas.place(cost.flops), "apart": entry.apart,
             }
         )  # fmt: skip
     return found
@@ -142,9 +151,7 @@ def _ops(report: Record, formulas: _Formulas) -> list[dict[str, Any]]:
     """List the captured model's ops in order: what became of each, and what it would move alone."""
     moves = eager_nbytes(report.origin)
     found = []
-    for n in report.origin.nodes:
-        if n.kind != "call_function" or n.nbytes == 0:
-            continue
+    for n in report.ops:
         place = find_place(report, n.name)
         found.append(
             {
@@ -172,13 +179,27 @@ def _kernel(kernel: Any) -> dict[str, Any]:
     from pygments.lexers import CppLexer, PythonLexer
 
     formatter = HtmlFormatter(nowrap=True)
+    lexers = {"triton": PythonLexer, "cpp": CppLexer}
     return {
         "kind": kernel.kind,
         "signature": kernel.signature,
         "launches": kernel.launches,
-        "triton": highlight(kernel.sources["triton"], PythonLexer(), formatter),
-        "cpp": highlight(kernel.sources["cpp"], CppLexer(), formatter),
+        "sources": {
+            language: highlight(text, lexers[language](), formatter)
+            for language, text in kernel.sources.items()
+        },
     }
+
+
+def _timed(report: Record) -> dict[str, Any] | None:
+    """Return what a call takes, where it was measured."""
+    found = report.findings.profile
+    if found is None:
+        return None
+    return {
+        "total": found.total_us, "between": found.between_us, "guards": found.guards_us,
+        "runs": found.runs,
+    }  # fmt: skip
 
 
 def _memory(report: Record, formulas: _Formulas, layer: Any) -> dict[str, Any]:
@@ -196,6 +217,7 @@ def _memory(report: Record, formulas: _Formulas, layer: Any) -> dict[str, Any]:
     eager = [
         [formulas.place(sizes[name]), *life] for name, life in find_lives(report.origin).items()
     ]
+    scratch = {n for x in report.compiled.assembly.launches for n in x.workspaces}
     planner = program.planner
     orders = [
         {"order": list(o.order), "below": [list(b) for b in o.below]}
@@ -206,6 +228,9 @@ def _memory(report: Record, formulas: _Formulas, layer: Any) -> dict[str, Any]:
         "buffers": buffers, "orders": orders,
         "snapshots": [] if orders else _snapshots(report),
         "pytorch": eager, "rounding": ROUND_NBYTES, "method": report.memory.pytorch.method,
+        "scratch": [k for k, b in enumerate(buffers) if b["name"] in scratch],
+        "weights": report.memory.weights_nbytes, "derived": report.memory.derived_nbytes,
+        "packed": report.memory.packed_nbytes,
     }  # fmt: skip
 
 

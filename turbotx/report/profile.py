@@ -22,6 +22,8 @@ from turbotx.capture.arguments import tensors_of
 from turbotx.capture.call_key import describe_call
 from turbotx.engine.compiled import Compiled
 from turbotx.report.entries import LaunchEntry
+from turbotx.runtime.binding import Binding
+from turbotx.runtime.program import Program
 
 WARM_UP = 3
 
@@ -114,10 +116,18 @@ def profile(
 ) -> Profile:  # fmt: skip
     """Time every launch over `runs` runs; no other thread may run it meanwhile."""
     tensors = tensors_of(args, kwargs)
-    program = compiled.program
     dims = compiled.captured.matcher.match([t.shape for t in tensors])
     assert dims is not None
-    binding, count = program.bind(dims), len(launches)
+    found = time_program(compiled.program, launches, compiled.program.bind(dims), tensors, runs)
+    return replace(found, guards_us=time_guards(compiled, args, kwargs))
+
+
+def time_program(
+    program: Program, launches: Sequence[LaunchEntry], binding: Binding,
+    tensors: Sequence[torch.Tensor], runs: int,
+) -> Profile:  # fmt: skip
+    """Time the launches of a program alone, without a call's checks."""
+    count = len(launches)
     ticks = (ctypes.c_int64 * (2 * count))()
     taken, plain, clocked = [], [], []
     with torch.no_grad():
@@ -131,8 +141,7 @@ def profile(
             clocked.append(time.perf_counter_ns() - middle)
             plain.append(middle - begin)
             taken.append(np.array(ticks, dtype=np.int64).reshape(count, 2))
-    found = _summarize(launches, np.stack(taken), max(0.0, min(clocked) / min(plain) - 1))
-    return replace(found, guards_us=time_guards(compiled, args, kwargs))
+    return _summarize(launches, np.stack(taken), max(0.0, min(clocked) / min(plain) - 1))
 
 
 def time_guards(compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

@@ -28,11 +28,12 @@ from turbotx.report.describe import (
     describe_gemms,
     describe_kernels,
     describe_launches,
-    describe_plan,
     describe_regions,
 )
 from turbotx.report.findings import Findings
-from turbotx.report.origin import Origin, simulate
+from turbotx.report.held import describe_plan
+from turbotx.report.origin import Node, Origin, simulate
+from turbotx.report.provenance import Provenance, find_provenance
 
 Self = TypeVar("Self", bound="Record")
 
@@ -83,7 +84,7 @@ class Record:
     @cached_property
     def launches(self) -> list[entries.LaunchEntry]:
         """The launches in running order."""
-        return describe_launches(self.view)
+        return describe_launches(self.view, self.regions)
 
     @cached_property
     def gemms(self) -> list[entries.Gemm]:
@@ -105,6 +106,16 @@ class Record:
     def cache(self) -> entries.CacheEntry | None:
         """What a decoder's key/value cache takes; None for a call without one."""
         return describe_cache(self.view)
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """What made the report: command, date, device, dtype, versions, what the machine has."""
+        return find_provenance(self.compiled)
+
+    @cached_property
+    def ops(self) -> list[Node]:
+        """The captured model's ops that give tensors; sizes are computed on the side."""
+        return [n for n in self.origin.nodes if n.kind == "call_function" and n.nbytes != 0]
 
     @cached_property
     def eager(self) -> entries.Eager:
@@ -136,12 +147,17 @@ class Record:
         return {
             "model": self.name,
             "dims": dict(self.dims),
+            "provenance": asdict(self.provenance),
             "regions": [asdict(r) for r in self.regions],
             "kernels": [asdict(k) for k in self.kernels],
             "launches": [asdict(x) for x in self.launches],
             "gemms": [asdict(x) for x in self.gemms],
             "externs": [asdict(x) for x in self.externs],
-            "memory": asdict(self.memory),
+            "memory": {
+                **asdict(self.memory),
+                "arena_nbytes": self.memory.arena_nbytes,
+                "total_nbytes": self.memory.total_nbytes,
+            },
             "cache": None if self.cache is None else asdict(self.cache),
             "eager": asdict(self.eager),
             "resources": self.findings.resources_as_dicts(),

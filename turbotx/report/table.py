@@ -33,12 +33,13 @@ def render_table(report: Record) -> RenderableType:
 
 def _headline(report: Record) -> Text:
     counts = Counter(x.kind for x in report.launches)
-    captured = sum(n.kind == "call_function" for n in report.origin.nodes)
     shown = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     text = Text(f"{report.name} at {show_shape(report.dims)}", style="bold")
     if report.target != "cpu":
         text.append(f" for {report.target}")
-    text.append(f"\n{captured} captured ops became {len(report.launches)} launches ({shown})")
+    text.append(
+        f"\n{len(report.ops)} captured ops became {len(report.launches)} launches ({shown})"
+    )
     return text
 
 
@@ -49,7 +50,7 @@ def regions_table(report: Record) -> Table:
     table.add_column("became", style="cyan", overflow="fold", min_width=20)
     table.add_column("times", justify="right")
     table.add_column("moves", justify="right")
-    traffic = {k.name: k for k in report.kernels}
+    traffic = {k.name: k for k in report.kernels if k.kind != "gemm"}
     groups: dict[tuple[tuple[str, ...], ...], list[RegionEntry]] = {}
     for region in report.regions:
         groups.setdefault((region.ops, region.kernels, region.became), []).append(region)
@@ -93,20 +94,32 @@ def _externs(report: Record) -> Table:
 
 
 def memory_table(report: Record) -> Table:
-    """Tabulate the plan's peak, its lower bound and PyTorch's allocation of the same ops."""
+    """Tabulate the plan's peak beside its lower bound and PyTorch's allocation of the captured ops;
+    then the weights, what is made of them, and all of it together."""
     memory = report.memory
-    table = Table(title="Memory of intermediates", title_justify="left", title_style="bold")
+    table = Table(title="Memory", title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("bytes", justify="right")
     table.add_column("against the bound", justify="right")
     bound = max(memory.lower_bound_nbytes, 1)
     chunks = f"{len(memory.chunks)} chunks" if len(memory.chunks) != 1 else "1 chunk"
-    rows = (
-        ("lower bound: most bytes alive at once", memory.lower_bound_nbytes),
+    rows = [
+        ("lower bound of these launches: most bytes alive at once", memory.lower_bound_nbytes),
         (f"planned peak, {len(memory.buffers)} buffers in {chunks}", memory.peak_nbytes),
         ("PyTorch, the captured ops: alive at once", memory.pytorch.peak_nbytes),
         ("PyTorch, the captured ops: caching allocator", memory.pytorch.reserved_nbytes),
-    )
+    ]
+    if memory.scratch_nbytes:
+        rows.insert(1, ("  of which sums of split products", memory.scratch_nbytes))
     for what, nbytes in rows:
         table.add_row(what, show_nbytes(nbytes), f"{nbytes / bound:.3f} x")
+    table.add_section()
+    for what, nbytes in (
+        ("weights, the model's own", memory.weights_nbytes),
+        ("constants made of them", memory.derived_nbytes),
+        ("weights packed for the processor", memory.packed_nbytes),
+        ("arena of one call", memory.arena_nbytes),
+        ("in all", memory.total_nbytes),
+    ):
+        table.add_row(what, show_nbytes(nbytes), "")
     return table

@@ -11,6 +11,7 @@ saved ones run through this::
 from __future__ import annotations
 
 import ctypes
+import logging
 import operator
 import threading
 from collections import ChainMap
@@ -37,6 +38,8 @@ from turbotx.runtime.inplace_watch import InplaceWatch, Reuse, TensorSlot
 from turbotx.runtime.lru import LruDict
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
+
+log = logging.getLogger("turbotx.memory")
 
 STEPS = 64
 """What sizes that grow with every call are rounded up to, for a plan that serves so many calls."""
@@ -151,6 +154,9 @@ class Program:
     def _plan_shape(self, dims: tuple[int, ...]) -> Binding:
         offsets, footprint = self.planner.offsets(self._class_nbytes(*dims))
         self.plans += 1
+        if log.isEnabledFor(logging.DEBUG):
+            shape = ", ".join(f"{n} {v}" for n, v in zip(self.dims, dims, strict=True))
+            log.debug("planned %d buffers at %s: %d bytes", len(offsets), shape, footprint)
         array = np.array(offsets, dtype=np.int64)[self._root_places]
         offset_of = dict(zip(self.liveness.root_of, array.tolist(), strict=True))
         sizes, outputs = self._sizes_of(dims), self._shapes_of(dims)

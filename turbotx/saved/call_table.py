@@ -49,6 +49,15 @@ class CallTable:
         """Return every call that it serves."""
         return [call for calls in self._calls.values() for call in calls]
 
+    def first(self) -> tuple[tuple[Any, Any], SavedCall]:
+        """Return the first kind of call, its tree spec and its leaves, and what serves it."""
+        kind, (call, *_) = next(iter(self._calls.items()))
+        return kind, call
+
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[SavedCall, Binding]:
+        """Return what serves a call, bound to its shape; raise InputError where nothing does."""
+        return self._find(args, kwargs, ())[0]
+
     def show(self) -> str:
         """Return the kinds of call that it serves, as one writes calls."""
         return "; ".join(dict.fromkeys(_show(k) for k in self._calls))

@@ -24,6 +24,7 @@ from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.errors import InputError, SavedFileError, TrainingError
 from turbotx.memory.pool import ChunkPool
 from turbotx.program.executable import Executable
+from turbotx.runtime.binding import Binding
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.device import Device
@@ -243,6 +244,17 @@ class SavedModule(nn.Module):
         """Derive packed weights and constants again at the next call, as `optimize`'s refresh."""
         for program in self.programs():
             program.runtime.weights.forget()
+
+    def first_call(self) -> tuple[tuple[Any, Any], SavedCall]:
+        """Return the first kind of call that the file has, tree spec and leaves, and what serves
+        it."""
+        return self._table.first()
+
+    def find_call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[SavedCall, Binding]:  # fmt: skip
+        """Return what serves a call without a cache; raise InputError where nothing does."""
+        return self._table.find(args, kwargs)
 
     def programs(self) -> list[Program]:
         """Return the programs of every call in the file, in its order."""

@@ -13,6 +13,8 @@ import logging
 import sys
 import time
 
+from turbotx.engine.logs import TOPICS
+
 
 class JsonFormatter(logging.Formatter):
     """The message as ``event``, the fields beside it, an exception as ``error``."""
@@ -41,3 +43,7 @@ def log_as_json(level: str = "info") -> None:
         logger.handlers[:] = [handler]
         logger.setLevel(level.upper())
         logger.propagate = False
+    for topic in TOPICS:  # what TURBOTX_LOGS has turned on is shown as all else is
+        logger = logging.getLogger(f"turbotx.{topic}")
+        logger.handlers.clear()
+        logger.propagate = True

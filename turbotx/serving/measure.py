@@ -8,6 +8,7 @@ been measured before::
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 import time
@@ -19,7 +20,10 @@ from turbotx.serving.cost import CostTable, CostTableError
 from turbotx.serving.engine import BatchEngine
 from turbotx.serving.tokens import TokenRow
 
+log = logging.getLogger(__name__)
 ROUNDS = 3
+TELL_S = 2.0
+"""How often a measurement says how far it is."""
 
 
 def length_grid(max_length: int) -> list[int]:
@@ -62,8 +66,13 @@ def measure_costs(
     ]
     warm_up(engine, max_length, token)
     spent_ms, ms_per_token = 0.0, 0.0
-    for _ in range(ROUNDS):
-        for tokens, i, j in sorted(shapes):
+    total, told_s = ROUNDS * len(shapes), time.perf_counter()
+    log.info("measuring costs: %d shapes, up to %d times each", len(shapes), ROUNDS)
+    for k in range(ROUNDS):
+        for done, (tokens, i, j) in enumerate(sorted(shapes), k * len(shapes)):
+            if time.perf_counter() - told_s > TELL_S:
+                log.info("measuring costs %d/%d", done, total)
+                told_s = time.perf_counter()
             # A single batch of a long model may take as long as everything else.
             if spent_ms + tokens * ms_per_token > budget_ms and np.isfinite(grid[0, 0]):
                 break

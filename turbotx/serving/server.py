@@ -98,6 +98,8 @@ def run(
     """
     listener = listener or open_port(host, port)
     service = Service(model, settings, costs)
+    shown = f"[{host}]" if ":" in host else host
+    service.url = f"http://{shown}:{listener.getsockname()[1]}{settings.url_prefix}"
     limits = ConnectionLimits(
         settings.receive_timeout_ms / 1e3, connection_limit(settings.max_connections)
     )

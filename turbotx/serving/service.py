@@ -110,6 +110,7 @@ class Service:
         self.model, self.settings = models[0], settings
         self.metrics = Metrics()
         self.state: State = "loading"
+        self.url = ""  # where it listens, for the line that says that it is ready
         self.failure: ModelFailed | None = None
         self._preparing = self.model.info.name  # the one that a failure is of
         self.preparing = False  # a thread runs the model for the first time
@@ -151,6 +152,9 @@ class Service:
         self._dispatcher = self._dispatch(tables)
         self._dispatcher.start()
         self.state = "ready"
+        info, policy = self.model.info, self.settings.policy
+        what = f"{info.name} by {info.backend} in {info.dtype} on {info.device}, policy {policy}"
+        log.info("ready: %s%s", what, f", {self.url}" if self.url else "")
 
     def _dispatch(self, tables: dict[str, CostTable]) -> Dispatcher:
         settings = self.settings

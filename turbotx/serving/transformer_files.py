@@ -78,6 +78,7 @@ def load_module(
 def _load_transformer(folder: Path, kind: str, dtype: Any) -> Any:
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # standard error is lines of JSON
     try:
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

@@ -19,25 +19,34 @@ from rich.table import Table
 
 import turbotx.report as reports
 from turbotx.cli.bench.engines import ASKED_FOR, ENGINES
-from turbotx.cli.bench.room import QUIET_CORES, OthersUse, Room, Spread, describe_machine
+from turbotx.cli.bench.room import (
+    QUIET_CORES,
+    Load,
+    OthersUse,
+    Room,
+    Spread,
+    describe_machine,
+)
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, Output
 from turbotx.engine.optimize import optimize
 from turbotx.errors import InputError
+from turbotx.report.amounts import show_shape
 
 
 def bench_model(
-    source: Source, shapes: Sequence[str], engines: Sequence[str], rounds: int, threads: int,
-    output: Output,
-) -> int:  # fmt: skip
+    source: Source, shapes: Sequence[str], engines: Sequence[str], load: Load, output: Output
+) -> int:
     """Measure and print; return the exit code."""
     unknown = [e for e in engines if e not in ENGINES]
     if unknown:
         raise InputError(f"--engine {unknown[0]}: there are {', '.join(ENGINES)}")
     wanted = [parse_shape(text) for text in shapes] or [{}]
-    chosen = list(engines or [e for e in ENGINES if e not in ASKED_FOR])
-    threads = threads or torch.get_num_threads()
+    saved = source.text.endswith(".ttx")
+    usual = ["turbotx"] if saved else [e for e in ENGINES if e not in ASKED_FOR]
+    chosen = list(engines or usual)
+    threads = load.threads or torch.get_num_threads()
     total = 1 + len(wanted)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -48,23 +57,26 @@ def bench_model(
         with Room(chosen, source, threads) as room:
             ready = {e: round(w.ready_s or 0.0, 3) for e, w in room.workers.items()}
             for dims, file in files:
-                steps(", ".join(f"{k} {v}" for k, v in dims.items()))
+                steps(show_shape(dims))
                 with OthersUse(room) as others:
-                    found = room.measure(file, rounds)
+                    found = room.measure(file, load)
                 rows.append({"dims": dims, "others_cores": others.cores, "engines": found})
             failed = room.failed
-    output.console.print(f"{source}, {threads} {'thread' if threads == 1 else 'threads'}")
+    at_once = f", {load.streams} streams" if load.streams > 1 else ""
+    counted = f"{threads} thread{'' if threads == 1 else 's'}"
+    output.console.print(f"{source}, {counted}{at_once}")
     output.console.print(latency_table(rows))
+    output.console.print(throughput_table(rows))
     busy = max(r["others_cores"] for r in rows)
     if busy > QUIET_CORES:
         output.console.print(f"others used {busy:.1f} of the cores meanwhile: measure again")
     for engine, why in failed.items():
         output.console.print(f"without {engine}: {why}", markup=False)
     shown = [{**r, "engines": {e: asdict(s) for e, s in r["engines"].items()}} for r in rows]
-    output.result(
-        {"model": str(source), "machine": describe_machine(threads), "rows": shown,
-         "ready_s": ready, "failed": failed}
-    )  # fmt: skip
+    output.result({
+        "model": str(source), "load": asdict(load), "machine": describe_machine(threads),
+        "rows": shown, "ready_s": ready, "failed": failed,
+    })  # fmt: skip
     return OK
 
 
@@ -72,6 +84,8 @@ def write_inputs(
     source: Source, shapes: Sequence[Mapping[str, int]], folder: Path
 ) -> list[tuple[dict[str, int], Path]]:
     """Write one call's inputs at every shape, where all engines read them; return the dims too."""
+    if source.text.endswith(".ttx"):
+        return [_write_saved(source, dims, folder / f"{k}.pt") for k, dims in enumerate(shapes)]
     loaded = source.load(EXAMPLE_SHAPE)
     compiled = optimize(loaded.model, backend="aten")
     report = reports.explain(compiled, *loaded.args, **loaded.kwargs)
@@ -82,6 +96,35 @@ def write_inputs(
         torch.save(resize(view, loaded.args, loaded.kwargs), file)
         files.append((dict(view.dims), file))
     return files
+
+
+def _write_saved(
+    source: Source, dims: Mapping[str, int], file: Path
+) -> tuple[dict[str, int], Path]:
+    """Write inputs that a saved file takes: there is no graph to ask for other sizes."""
+    shape = {**EXAMPLE_SHAPE, **dims}
+    loaded = source.load(shape)
+    torch.save((loaded.args, loaded.kwargs), file)
+    return shape, file
+
+
+def throughput_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row an engine and a shape: percentiles, and what it answers in a second."""
+    table = Table(caption="ms; sequences: calls times the batch", caption_justify="left")
+    for name in ("engine", "shape"):
+        table.add_column(name, no_wrap=name == "engine")
+    for name in ("p50", "p90", "p95", "p99", "calls", "calls/s", "sequences/s"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        for engine, s in row["engines"].items():
+            times = (f"{x:.2f}" for x in (s.median_ms, s.high_ms, s.p95_ms, s.p99_ms))
+            rate = s.calls_per_s
+            batch = row["dims"].get("batch")
+            answered = "-" if batch is None else f"{rate * batch:.1f}"
+            table.add_row(
+                engine, show_shape(row["dims"]), *times, str(s.runs), f"{rate:.1f}", answered
+            )
+    return table
 
 
 def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table:

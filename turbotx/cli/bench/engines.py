@@ -20,6 +20,7 @@ from turbotx.cli.bench.floor import make_floor
 from turbotx.cli.models import ModelWithInputs
 from turbotx.engine.optimize import optimize
 from turbotx.errors import ModelError
+from turbotx.saved.load import SavedModule
 
 Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 ENGINES = {
@@ -42,12 +43,14 @@ ASKED_FOR = ("turbotx-packed",)
 def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
     """Return what runs the model; `folder` is for its files. Raises what the engine raises."""
     model: Any = loaded.model
+    if isinstance(model, SavedModule) and name != "turbotx":
+        raise ModelError("a saved file holds no module: only turbotx runs it")
     if name.startswith("floor-"):
         return make_floor(loaded, name.partition("-")[2])
     if name.startswith("onnxruntime"):
         return _make_onnxruntime(loaded, folder, fuse=name.endswith("optimized"))
     if name == "turbotx":
-        model = optimize(model)
+        model = model if isinstance(model, SavedModule) else optimize(model)
     elif name == "turbotx-packed":
         model = optimize(model, padding="packed")
     elif name.startswith("compile"):

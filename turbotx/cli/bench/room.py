@@ -10,8 +10,8 @@ at a time, rounds interleaved, and how much of the machine others used meanwhile
 from __future__ import annotations
 
 import json
+import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,17 +22,42 @@ from pathlib import Path
 from typing import Any
 
 from turbotx.cli.models import Source
-from turbotx.cli.output import versions
+from turbotx.errors import versions
+from turbotx.report.machine import processor_name
+
+
+@dataclass(frozen=True)
+class Load:
+    """How an engine is called: in `rounds` turns of up to `calls` calls, by `streams` threads at
+    once, after `warmup` calls that are not counted. threads: of PyTorch, None its own choice."""
+
+    rounds: int = 5
+    threads: int | None = None
+    warmup: int = 3
+    calls: int = 8
+    streams: int = 1
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Milliseconds of `runs` calls: their median, and the tenths at both ends."""
+    """Milliseconds of `runs` calls: their median, the tenths at both ends, the 95th and the 99th
+    percentile; and how many calls were answered in a second, by all streams together."""
 
     median_ms: float
     low_ms: float
     high_ms: float
     runs: int
+    p95_ms: float
+    p99_ms: float
+    calls_per_s: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The calls of one turn: milliseconds of each, and of all of them by the clock."""
+
+    times_ms: Sequence[float]
+    wall_ms: float
 
 
 class EngineFailed(Exception):
@@ -59,17 +84,17 @@ class Worker:
         """Wait until the engine is made; raise EngineFailed with its reason."""
         self.ready_s = self._read()["ready_s"]
 
-    def ask(self, inputs: Path, count: int, warm: int) -> list[float]:
-        """Return the milliseconds of up to `count` calls; raise EngineFailed."""
+    def ask(self, inputs: Path, count: int, warm: int, streams: int) -> Turn:
+        """Return the times of up to `count` calls; raise EngineFailed."""
         assert self.process.stdin is not None
         try:
-            request = {"inputs": str(inputs), "count": count, "warm": warm}
+            request = {"inputs": str(inputs), "count": count, "warm": warm, "streams": streams}
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError as error:
             raise EngineFailed("its process ended") from error
-        times: list[float] = self._read()["times_ms"]
-        return times
+        found = self._read()
+        return Turn(found["times_ms"], found["wall_ms"])
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -113,18 +138,19 @@ class Room:
         except EngineFailed as error:
             self.failed[engine] = str(error)
             self.workers.pop(engine).stop()
-            return []
+            return None
 
-    def measure(self, inputs: Path, rounds: int, count: int = 8) -> dict[str, Spread]:
-        """Run every engine up to `count` calls in each of `rounds` rounds."""
-        times: dict[str, list[float]] = {engine: [] for engine in self.workers}
-        for k in range(rounds):
+    def measure(self, inputs: Path, load: Load) -> dict[str, Spread]:
+        """Let every engine have its turn in each round."""
+        turns: dict[str, list[Turn]] = {engine: [] for engine in self.workers}
+        for k in range(load.rounds):
             for engine in list(self.workers):
-                worker = self.workers[engine]
-                times[engine] += self._guard(
-                    engine, lambda w=worker, k=k: w.ask(inputs, count, 0 if k else 3)
+                worker, warm = self.workers[engine], 0 if k else load.warmup
+                turn = self._guard(
+                    engine, lambda w=worker, n=warm: w.ask(inputs, load.calls, n, load.streams)
                 )
-        return {engine: summarize(t) for engine, t in times.items() if engine in self.workers}
+                turns[engine] += [turn] if turn is not None else []
+        return {engine: summarize(t) for engine, t in turns.items() if engine in self.workers}
 
     def busy_s(self) -> tuple[float, float]:
         """CPU seconds spent so far by this machine, and by the workers; zeros off Linux."""
@@ -159,19 +185,19 @@ class OthersUse:
         self.cores = round(max(0.0, spent / wall), 2)
 
 
-def summarize(times: Sequence[float]) -> Spread:
-    """Return median, 10th and 90th percentile and count of times, in their own unit."""
-    ordered = sorted(times)
-    tenth = len(ordered) // 10
-    low, high = round(ordered[tenth], 4), round(ordered[-1 - tenth], 4)
-    return Spread(round(statistics.median(ordered), 4), low, high, len(ordered))
+def summarize(turns: Sequence[Turn]) -> Spread:
+    """Return the percentiles and the rate of the calls of all turns."""
+    ordered = sorted(t for turn in turns for t in turn.times_ms)
+    tenth, last = len(ordered) // 10, len(ordered) - 1
+    low, high, p95, p99 = (
+        round(ordered[k], 4)
+        for k in (tenth, last - tenth, math.ceil(0.95 * last), math.ceil(0.99 * last))
+    )
+    rate = 1e3 * len(ordered) / sum(turn.wall_ms for turn in turns)
+    median = round(statistics.median(ordered), 4)
+    return Spread(median, low, high, len(ordered), p95, p99, round(rate, 2))
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
     """Return the device's name, the threads and the versions that a result depends on."""
-    device = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        device = models[0].partition(":")[2].strip() if models else device
-    return {"device": device, "threads": threads, "versions": versions()}
+    return {"device": processor_name(), "threads": threads, "versions": versions()}

@@ -335,4 +335,6 @@ function choose(name, move = false) {
   if (move) center(box);
   history.replaceState(null, "", `#${encodeURIComponent(name)}`); // a link to this box
   openTab("selected");
+  const side = document.getElementById("side"); // below the graph, where a screen is narrow
+  if (side.offsetTop > innerHeight / 3) side.scrollIntoView();
 }

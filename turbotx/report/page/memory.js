@@ -106,7 +106,7 @@ function memoryTab(pane) {
       ),
     ),
     note(
-      "Solid: bytes alive. Dashed: their maximum, which no plan can go below. Dotted: chunks of 2 MiB.",
+      "Solid: bytes alive. Dashed: their maximum, which no plan of these launches can go below. Dotted: chunks of 2 MiB.",
     ),
     note(`PyTorch's bytes are computed: ${memory.method}`),
   );
@@ -127,7 +127,7 @@ function drawPlan(chart, facts) {
   facts.replaceChildren(
     `${count(memory.buffers.length, "buffer")} in `,
     make("b", {}, showNbytes(peak)),
-    `: ${(peak / Math.max(bound, 1)).toFixed(4)} × the lower bound of ${showNbytes(bound)}; PyTorch would hold ${showNbytes(pytorchPeak())}, ${(pytorchPeak() / Math.max(peak, 1)).toFixed(1)} × as much. `,
+    `: ${(peak / Math.max(bound, 1)).toFixed(4)} × the lower bound of these launches, ${showNbytes(bound)}${scratchOf(plan)}; PyTorch would hold ${showNbytes(pytorchPeak())}, ${(pytorchPeak() / Math.max(peak, 1)).toFixed(1)} × as much. `,
     memory.orders.length
       ? ""
       : `Planned by ${memory.planner} beforehand: the nearest shape is shown.`,
@@ -164,6 +164,16 @@ function drawPlan(chart, facts) {
     draw("polyline", { class: "live", points: steps.join(" ") }),
     draw("line", { class: "bound", x1: L, x2: W - R, y1: y(bound), y2: y(bound) }),
   );
+}
+
+// What of the fullest launch is workspace that no op of the model asks for.
+function scratchOf(plan) {
+  const at = plan.live.indexOf(Math.max(...plan.live));
+  const alive = (b) => b.begin <= at && at < b.end;
+  const nbytes = sum(
+    memory.scratch.filter((k) => alive(memory.buffers[k])).map((k) => plan.sizes[k]),
+  );
+  return nbytes ? `, of which ${showNbytes(nbytes)} are sums of split products` : "";
 }
 
 function drawFrame(chart, x) {

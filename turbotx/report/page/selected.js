@@ -29,6 +29,8 @@ function selectedTab(pane) {
         region.reason,
       ),
     );
+  for (const why of new Set(launches.map((l) => l.apart).filter(Boolean)))
+    pane.append(make("p", {}, make("span", { class: "chip kernel" }, "its own launch"), why));
   pane.append(sourceTable(launches), costTable(launches), ...errorsOf(launches));
   const names = [...new Set(launches.map((l) => l.kernel).filter(Boolean))];
   for (const name of names) pane.append(...kernelParts(name));
@@ -36,7 +38,7 @@ function selectedTab(pane) {
     pane.append(
       note(
         launches[0].kind === "gemm"
-          ? "A matrix product with its weights packed once; no source is generated for it."
+          ? `A matrix product ${data.target === "cpu" ? "with its weights packed once" : "of the library"}; no source is generated for it.`
           : `PyTorch runs it: ${data.externs.find((x) => x.op === launches[0].op)?.reason ?? "nothing is generated for it"}`,
       ),
     );
@@ -110,7 +112,7 @@ function costTable(launches) {
         "reads",
         "writes",
         "operations",
-        `#at least, on ${device().name}`,
+        device().measured ? "#at the best reached here" : `#at least, on ${device().name}`,
         ...(hasTimes ? ["#measured here"] : []),
       ],
       rows,
@@ -143,18 +145,16 @@ function kernelParts(name) {
     make(
       "div",
       { class: "pair", style: "margin-top:14px" },
-      make(
-        "div",
-        {},
-        make("h3", {}, "Triton"),
-        make("pre", { class: "source" }, make("code", { html: kernel.triton })),
-      ),
-      make(
-        "div",
-        {},
-        make("h3", {}, "C++"),
-        make("pre", { class: "source" }, make("code", { html: kernel.cpp })),
-      ),
+      Object.entries(kernel.sources)
+        .sort(([a], [b]) => (a < b ? 1 : -1)) // Triton, then C++
+        .map(([language, html]) =>
+          make(
+            "div",
+            {},
+            make("h3", {}, { triton: "Triton", cpp: "C++" }[language]),
+            make("pre", { class: "source" }, make("code", { html })),
+          ),
+        ),
     ),
     make("h2", {}, "Resources"),
     rows.length

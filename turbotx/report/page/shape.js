@@ -78,7 +78,7 @@ function table(head, rows) {
   const number = head.map((h) => (h.startsWith("#") ? "number" : null));
   const cells = (tag, row) =>
     row.map((c, k) => make(tag, { class: number[k] }, ...(Array.isArray(c) ? c : [c])));
-  return make(
+  const made = make(
     "table",
     {},
     make(
@@ -99,6 +99,7 @@ function table(head, rows) {
       rows.map((row) => make("tr", {}, cells("td", row))),
     ),
   );
+  return make("div", { class: "scroll" }, made); // wide ones move by themselves
 }
 
 // --- showing numbers ---

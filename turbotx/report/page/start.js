@@ -1,7 +1,8 @@
 // The remaining tabs, and what happens when the page opens.
 
 function refusedTab(pane) {
-  const split = data.regions.filter((r) => r.reason);
+  const finished = (r) => r.launches.length && !r.kernels.length; // by a matrix product's launch
+  const split = data.regions.filter((r) => r.reason && !finished(r));
   pane.append(make("h2", {}, "Left to PyTorch"));
   if (!data.externs.length)
     pane.append(make("p", { class: "good" }, "Nothing: every op has a kernel."));
@@ -46,6 +47,15 @@ function refusedTab(pane) {
         ]),
       ),
     );
+  pane.append(
+    make(
+      "h2",
+      {},
+      "Kernels of their own",
+      make("small", {}, "why no matrix product's launch does it"),
+    ),
+    apartTable(),
+  );
   const idle = data.ops.filter((op) => op.status === "removed" || op.status === "merged");
   pane.append(
     make(
@@ -56,6 +66,23 @@ function refusedTab(pane) {
     ),
   );
   pane.append(idle.length ? goneTable(idle) : make("p", {}, "None."));
+}
+
+function apartTable() {
+  const groups = new Map();
+  for (const l of data.launches.filter((l) => l.apart)) {
+    const key = `${l.kernel} ${l.apart}`;
+    (groups.get(key) ?? groups.set(key, []).get(key)).push(l);
+  }
+  const few = (group) => group.slice(0, 6).flatMap((l) => [linkTo(l.name), " "]);
+  return table(
+    ["launch", "#times", "why it stayed apart"],
+    [...groups.values()].map((group) => [
+      few(group).concat(group.length > 6 ? `and ${group.length - 6} more` : []),
+      group.length,
+      group[0].apart,
+    ]),
+  );
 }
 
 // One row an op and what became of it, for as many nodes as there are.
@@ -109,7 +136,11 @@ const errorTable = (errors) =>
       showError(e.turbotx),
       showError(e.relative),
       showError(e.allowed),
-      make("span", { class: e.holds ? "good" : "bad" }, e.holds ? "holds" : "too large"),
+      make(
+        "span",
+        { class: e.holds ? "good" : "bad" },
+        !e.holds ? "too large" : e.applies ? "holds" : "n/a",
+      ),
     ]),
   );
 
@@ -118,7 +149,8 @@ function numericsTab(pane) {
   if (!numerics) {
     pane.append(
       note(
-        "Not measured for this page: turbotx compile --verify runs every launch against float64.",
+        "Not measured for this page. This does: ",
+        make("code", {}, "turbotx compile MODEL --verify --out out"),
       ),
     );
     return;
@@ -134,7 +166,7 @@ function numericsTab(pane) {
       "p",
       { class: numerics.holds ? "good" : "bad" },
       numerics.holds
-        ? "The rule holds for every launch and every output: at most 1.5 × eager's error, plus 2 ulp of the largest value."
+        ? "The rule holds for every launch and every output: at most 1.5 × eager's error in launches of the kind, plus 2 ulp of the largest value."
         : "The rule is broken: see below.",
     ),
     errorTable(numerics.outputs),
@@ -150,6 +182,7 @@ const TABS = [
   ["roofline", "Roofline", rooflineTab],
   ["refused", "Not fused", refusedTab],
   ["numerics", "Numerics", numericsTab],
+  ["origin", "Made by", originTab],
 ];
 let open = "overview",
   update = null;
@@ -158,11 +191,30 @@ function openTab(name) {
   if (player && name !== "memory") stopPlaying();
   open = name;
   for (const button of document.querySelectorAll("#tabs button"))
-    button.setAttribute("aria-selected", button.dataset.tab === name);
+    fill(button, {
+      "aria-selected": button.dataset.tab === name,
+      tabindex: button.dataset.tab === name ? 0 : -1, // one stop for Tab; arrows move inside
+    }, []);
   const pane = document.getElementById("pane");
+  pane.setAttribute("aria-labelledby", `tab-${name}`);
   pane.replaceChildren();
   pane.scrollTop = 0;
   update = TABS.find(([key]) => key === name)[2](pane) ?? null;
+}
+
+// Left and right, Home and End, as in any list of tabs.
+function moveByKeys(event) {
+  const at = TABS.findIndex(([key]) => key === open);
+  const next = {
+    ArrowRight: (at + 1) % TABS.length,
+    ArrowLeft: (at + TABS.length - 1) % TABS.length,
+    Home: 0,
+    End: TABS.length - 1,
+  }[event.key];
+  if (next === undefined) return;
+  event.preventDefault();
+  openTab(TABS[next][0]);
+  document.querySelector('#tabs [aria-selected="true"]').focus();
 }
 
 // A tab that can says how it changes with the shape; others are made anew where they stand.
@@ -201,13 +253,23 @@ function listenToTheme() {
 }
 
 shape.values = evaluate(...shape.dims);
-document
-  .getElementById("tabs")
-  .append(
-    ...TABS.map(([key, title]) =>
-      make("button", { "data-tab": key, role: "tab", onclick: () => openTab(key) }, title),
+const tabs = document.getElementById("tabs");
+tabs.addEventListener("keydown", moveByKeys);
+tabs.append(
+  ...TABS.map(([key, title]) =>
+    make(
+      "button",
+      {
+        id: `tab-${key}`,
+        "data-tab": key,
+        role: "tab",
+        "aria-controls": "pane",
+        onclick: () => openTab(key),
+      },
+      title,
     ),
-  );
+  ),
+);
 showHeadline();
 makeSliders();
 drawGraph();

@@ -1,0 +1,93 @@
+"""`turbotx save`, and the file that it writes as MODEL.
+
+In: a small model, saved. Out: what bench and profile measure of it, and what others say of it.
+"""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import turbotx
+from tests.cli.command_line import Ran
+from turbotx.errors import InputError
+from turbotx.saved.example import example_call
+
+SOURCE = """
+import torch
+
+def make():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU()).eval()
+    return model, (torch.randn(2, 3, 8),)
+"""
+
+
+@pytest.fixture
+def saved(run: Callable[..., Ran], tmp_path: Path) -> Path:
+    (tmp_path / "small.py").write_text(SOURCE)
+    path = tmp_path / "small.ttx"
+    ran = run("save", f"{tmp_path / 'small.py'}:make", "--out", path, "--json")
+    assert ran.code == 0 and ran.json["nbytes"] == path.stat().st_size
+    return path
+
+
+def test_the_file_is_the_model(saved: Path) -> None:
+    model, (x,) = runpy.run_path(str(saved.with_suffix(".py")))["make"]()
+    torch.testing.assert_close(turbotx.load(saved)(x), model(x))
+
+
+def test_it_is_timed_launch_by_launch_at_any_shape(run: Callable[..., Ran], saved: Path) -> None:
+    found = run("profile", saved, "--shape", "batch=3,seq=5", "--runs", "2", "--json").json
+    assert found["dims"] == {"batch": 3, "seq": 5}
+    assert [x["name"] for x in found["launches"]] == ["linear_gelu_0"]
+    ran = run("profile", saved, "--shape", "nose=3")
+    assert ran.code == 2 and "this model's are batch, seq" in ran.err
+    ran = run("profile", saved, "--report", saved.with_suffix(".html"))
+    assert ran.code == 2 and "--report needs the model" in ran.err
+
+
+def test_bench_runs_it_in_turbotx_alone(run: Callable[..., Ran], saved: Path) -> None:
+    chosen = ("--shape", "batch=3,seq=5", "--rounds", "1", "--calls", "2", "--streams", "2")
+    found = run("bench", saved, *chosen, "--json").json
+    (engines,) = [row["engines"] for row in found["rows"]]
+    assert engines["turbotx"]["runs"] == 4 and engines["turbotx"]["calls_per_s"] > 0
+    found = run("bench", saved, "--engine", "eager", *chosen, "--json").json
+    assert "holds no module" in found["failed"]["eager"]
+
+
+@pytest.mark.parametrize(
+    "command, says",
+    [("verify", "compiled already"), ("serve", "holds no tokenizer")],
+)
+def test_what_needs_the_model_says_so(
+    run: Callable[..., Ran], saved: Path, command: str, says: str
+) -> None:
+    ran = run(command, saved)
+    assert ran.code == 2 and says in ran.err
+
+
+def test_inputs_are_made_for_every_kind_of_argument(tmp_path: Path) -> None:
+    @turbotx.optimize
+    def call(
+        x: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, scale: float, twice: bool
+    ) -> torch.Tensor:
+        return (x[:, ids] * scale * (2 if twice else 1)).masked_fill(mask[:, None], 0.0)
+
+    given = (torch.randn(3, 4), torch.tensor([0, 1]), torch.tensor([True, False, True]), 0.5, True)
+    call(*given)
+    turbotx.save(call, tmp_path / "call.ttx")
+    loaded = turbotx.load(tmp_path / "call.ttx")
+    args, kwargs = example_call(loaded, {"batch": 5})
+    x, ids, mask, scale, twice = args
+    assert (
+        x.shape[0] == mask.shape[0] == 5 and ids.dtype == torch.int64 and mask.dtype == torch.bool
+    )
+    assert isinstance(scale, float) and twice is True
+    loaded(*args, **kwargs)
+    with pytest.raises(InputError, match="no dim is called 'heads'"):
+        example_call(loaded, {"heads": 5})

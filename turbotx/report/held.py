@@ -1,0 +1,76 @@
+"""Held: the memory that a program takes: its plan, and its weights with what is made of them.
+
+In: a compiled call at one shape. Out: the `Memory` entry of a report, for example::
+
+    describe_plan(view, "symbolic", held)  ->  Memory(peak_nbytes=4718592, weights_nbytes=..., ...)
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import fx
+
+from turbotx.ir.printer import show_expr
+from turbotx.memory.planner import Plan
+from turbotx.report import entries
+from turbotx.report.describe import View
+
+
+def describe_plan(view: View, planner: str, pytorch: entries.EagerMemory) -> entries.Memory:
+    """Return the plan at the view's shape, beside what PyTorch would hold and the weights."""
+    program = view.compiled.program
+    plan = program.plan(list(view.dims.values()))
+    tensors = view.compiled.assembly.tensors
+    sharing: dict[str, list[str]] = {}
+    for name, root in program.liveness.root_of.items():
+        sharing.setdefault(root, []).append(name)
+    buffers = tuple(
+        entries.Placed(
+            p.buffer.name,
+            p.buffer.nbytes,
+            show_expr(tensors[p.buffer.name].nbytes),
+            (p.buffer.lifetime.begin, p.buffer.lifetime.end),
+            p.offset,
+            tuple(sharing[p.buffer.name]),
+        )
+        for p in plan.placements
+    )
+    chunks = tuple((c.offset, c.nbytes) for c in plan.chunks)
+    weights, derived, packed = _weights(view)
+    return entries.Memory(
+        planner, plan.peak_nbytes, plan.lower_bound_nbytes, _scratch(view, plan), chunks, buffers,
+        pytorch, weights, derived, packed,
+    )  # fmt: skip
+
+
+def _scratch(view: View, plan: Plan) -> int:
+    """Return how much of the lower bound is workspaces, at the launch that holds the most."""
+    names = {name for x in view.launches for name in x.workspaces}
+    begins = {p.buffer.lifetime.begin for p in plan.placements}
+    alive = [
+        [p.buffer for p in plan.placements if p.buffer.lifetime.begin <= at < p.buffer.lifetime.end]
+        for at in begins
+    ]
+    fullest = max(alive, key=lambda buffers: sum(b.nbytes for b in buffers), default=[])
+    return sum(b.nbytes for b in fullest if b.name in names)
+
+
+def _weights(view: View) -> tuple[int, int, int]:
+    """Return the bytes of the model's own weights, of what is derived from them, and packed."""
+    program, tensors = view.compiled.program, view.compiled.assembly.tensors
+    weights = program.runtime.weights
+    own = {t.data_ptr(): t.nbytes for _, t in weights.owned()}
+    derived = sum(map(_nbytes, weights.prepared.values()))
+    cpu = program.executable.cpu
+    packed = sum(
+        prod(p.window.shape) * tensors[p.window.tensor].dtype.itemsize
+        for p in (cpu.packings if cpu is not None else ())
+    )
+    return sum(own.values()), derived, packed
+
+
+def _nbytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() * value.dtype.itemsize if isinstance(value, torch.Tensor) else 0
