@@ -35,15 +35,10 @@ def read(folder: Path) -> tuple[str, Rows]:
 
 
 def latency_rows(folder: Path) -> str:
-    """One model at the shapes that every engine ran; first what was measured alone on a quiet
-    machine, then beside other processes."""
+    """One model at the shapes that every engine ran."""
     device, rows = read(folder)
-    table = [f"BERT-base, float16, medians in us. {device}"]
-    for kind, title in (("alone/", "A quiet machine:"), ("", "Beside other processes:")):
-        found = _latencies(rows, f"{kind}latency/bert-base/fp16")
-        if found:
-            table += ["", title, "", *LATENCY_HEAD, *found]
-    return "\n".join(table)
+    table = [f"BERT-base, float16, medians in us. {device}", "", *LATENCY_HEAD]
+    return "\n".join([*table, *_latencies(rows, "latency/bert-base/fp16")])
 
 
 LATENCY_HEAD = (
@@ -168,7 +163,7 @@ def claims(folder: Path) -> Iterator[tuple[str, str]]:
             )
             parts.append(
                 f"({shape.replace('x', ', ')}) {replay['replay_us']:,.0f} us on the device; calls "
-                f"in a row beside other processes: {', '.join(others)}"
+                f"in a row: {', '.join(others)}"
             )
     yield what, f"{'. '.join(parts)} ({device})" if parts else NOT_YET
     stream = rows.get("stream/bert-base/fp16")

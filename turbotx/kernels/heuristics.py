@@ -17,8 +17,8 @@ class Heuristics:
     registers. loop_tile: columns in flight where a row is longer. strided: side of the square tile
     where neighbours in memory lie along the rows. few, many: elements up to which a program has 4
     and 8 warps; more take 16. row_elements: elements a thread of rows that are reduced; 0: as many
-    as others. programs: about how many programs reduce short rows at most; 0: as many as there
-    are tiles.
+    as others. programs: about how many programs reduce short rows at most, where there are
+    many; 0: as many as there are tiles.
     """
 
     pointwise_tile: int = 1024

@@ -155,8 +155,10 @@ class GemmFamily:
         )
 
     def expected(self, sizes: Sequence[int], buckets: Iterable[int] = BUCKETS) -> list[Job]:
-        """Return the templates' jobs for buckets, so that no stream of lengths builds more."""
-        tokens, found = self.tokens, []
+        """Return the templates' jobs for buckets, so that no stream of lengths builds more, and
+        those behind the library's GEMM for any number of rows."""
+        tokens = self.tokens
+        found = [job for family in self.finish for job in family.expected(sizes)]
         for bucket in buckets:
             parts = self.pick([*sizes[:tokens], bucket, *sizes[tokens + 1 :]])
             found += [

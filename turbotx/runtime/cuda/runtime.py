@@ -155,7 +155,7 @@ class LaunchKernels:
         jobs: list[Any] = []
         for family in self.families.values():
             jobs += [part.job for sizes in shapes for part in family.pick(sizes)]
-            if isinstance(family, AttentionFamily):
+            if isinstance(family, (AttentionFamily, KernelFamily)):
                 jobs += [job for sizes in shapes for job in family.expected(sizes)]
             if isinstance(family, GemmFamily):
                 tokens = sizes_of([self.table.expression(family.tokens)])

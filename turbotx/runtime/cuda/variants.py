@@ -19,6 +19,7 @@ from turbotx.kernels.attention_jobs import attention_job, product_job
 from turbotx.kernels.job import ALIGNED_NBYTES, Job
 from turbotx.kernels.schedule import (
     INT32_LIMIT,
+    MANY_ROWS,
     PERSISTENT,
     Schedule,
     divisible_sizes,
@@ -108,22 +109,42 @@ class KernelFamily:
             self._schedules[length, wide] = schedule
         return self.at(schedule, sizes)
 
+    def expected(self, sizes: Sequence[int]) -> list[Job]:
+        """Return the jobs for these sizes with few rows and with many, so that no stream of shapes
+        builds more."""
+        _, schedule = self.chosen(sizes)
+        if not schedule.programs:
+            return []
+        few = replace(schedule, programs=0)
+        return [self._job(s, self._divisible(sizes)) for s in (few, schedule)]
+
     @property
     def deciders(self) -> Deciders:
-        """The sizes that decide which variant runs: the row length by powers of two, and whether
-        strides are multiples of 16."""
+        """The sizes that decide which variant runs: the row length by powers of two, whether
+        programs share many rows, and whether strides are multiples of 16."""
         strides = tuple(place for _, place in self._strides)
-        return Deciders(((self._length, POWERS),), strides, tuple(self._counts))
+        by = [(self._length, POWERS)]
+        if self.kernel.columns and self.kernel.rows:
+            by.append((self._outer, (MANY_ROWS, POWERS[-1])))
+        return Deciders(tuple(by), strides, tuple(self._counts))
 
     def at(self, schedule: Schedule, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes by a given schedule."""
-        divisible = tuple(name for name, k in self._strides if sizes[k] % 16 == 0)
+        if schedule.programs and sizes[self._outer] <= MANY_ROWS:
+            schedule = replace(schedule, programs=0)
+        job = self._job(schedule, self._divisible(sizes))
+        grid = self._grid(schedule, sizes[self._length], sizes[self._outer])
+        return [Part("kernel", job, grid)]
+
+    def _divisible(self, sizes: Sequence[int]) -> tuple[str, ...]:
+        return tuple(name for name, k in self._strides if sizes[k] % 16 == 0)
+
+    def _job(self, schedule: Schedule, divisible: tuple[str, ...]) -> Job:
         job = self._jobs.get((schedule, divisible))
         if job is None:
             job = kernel_job(self.kernel, self._target, schedule, divisible)
             self._jobs[schedule, divisible] = job
-        grid = self._grid(schedule, sizes[self._length], sizes[self._outer])
-        return [Part("kernel", job, grid)]
+        return job
 
     def chosen(self, sizes: Sequence[int]) -> tuple[int, Schedule]:
         """Return the length of a tile's columns, and the schedule that `pick` takes."""
