@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from turbotx.cli.bench.engines import ENGINES
-from turbotx.cli.bench.room import Load, OthersUse, Room, describe_machine
+from turbotx.cli.bench.room import CallPattern, OthersUse, Room, describe_machine
 from turbotx.cli.inputs import huggingface_inputs
 from turbotx.cli.models import Source
 
@@ -65,7 +65,7 @@ def measure(name: str, dtype: str, options: argparse.Namespace, record: dict[str
             for shape, file in files.items():
                 began = time.time()
                 with OthersUse(room) as others:
-                    spreads = room.measure(file, Load(rounds=options.rounds))
+                    spreads = room.measure(file, CallPattern(rounds=options.rounds))
                 together = sorted(spreads)
                 found: dict[str, Any] = {
                     e: {**asdict(s), "beside": together, "others_cores": others.cores}

@@ -137,14 +137,12 @@ Some calls cannot be captured at all. The error names the line of your source, a
 
 
 # %%
-def decides(x):
-    if x.sum() > 0:
-        return x + 1
-    return x - 1
+def picks(x):
+    return x[x > 0]  # how many there are, only the values tell
 
 
 try:
-    turbotx.optimize(decides)(torch.ones(3))
+    turbotx.optimize(picks)(torch.ones(3))
 except turbotx.TurbotxError as error:
     refusal = str(error)
 print(refusal[:400])
@@ -167,4 +165,4 @@ with torch.no_grad():
 assert [e.count for e in unknown.externs] == [1, 1] and "squash" in unknown.externs[1].op
 assert launches[0] > launches[1] > launches[2] and moved[1] < moved[0]
 assert len(region.kernels) == 2 and region.reason
-assert "decides" in refusal or "line" in refusal
+assert "picks" in refusal or "line" in refusal

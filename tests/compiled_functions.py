@@ -21,9 +21,11 @@ from torch import fx
 
 from tests.kernel_interpreter import CheckFailed, interpret
 from turbotx import ir
+from turbotx.capture.eager import ORDER
 from turbotx.capture.trace import Captured, capture
 from turbotx.engine.callables import FunctionModule
 from turbotx.engine.pipeline import rewrite
+from turbotx.ir.memory_order import in_memory
 from turbotx.kernels.build import build_library
 from turbotx.kernels.cpp.printer import print_kernel
 from turbotx.kernels.fusion.fuse import FusedRegion, fuse_all
@@ -81,7 +83,11 @@ class _Run:
     def __init__(self, made: Compilation, tensors: Sequence[torch.Tensor], runner: Runner) -> None:
         self.made, self.runner = made, runner
         inputs = made.graph.find_nodes(op="placeholder")
-        self.env: dict[fx.Node, Any] = dict(zip(inputs, tensors, strict=True))
+        # The graph takes inputs by the order of their dims in memory, as `Program` gives them.
+        self.env: dict[fx.Node, Any] = {
+            node: in_memory(t, node.meta.get(ORDER))
+            for node, t in zip(inputs, tensors, strict=True)
+        }
         matcher = made.captured.matcher
         shapes = [t.shape for t in tensors]
         found = matcher.match(shapes)

@@ -29,8 +29,8 @@ def cells(notebook: Any) -> list[tuple[str, str]]:
     return [(cell.cell_type, cell.source.strip()) for cell in notebook.cells]
 
 
-def test_there_are_eight() -> None:
-    assert [path.name[:2] for path in SOURCES] == [f"0{k}" for k in range(1, 9)]
+def test_there_are_nine() -> None:
+    assert [path.name[:2] for path in SOURCES] == [f"0{k}" for k in range(1, 10)]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)

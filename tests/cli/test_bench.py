@@ -10,7 +10,7 @@ import torch
 
 from turbotx.cli import main
 from turbotx.cli.bench.floor import make_floor
-from turbotx.cli.bench.room import EngineFailed, Load, Room, Turn, Worker, summarize
+from turbotx.cli.bench.room import CallPattern, EngineFailed, Room, Turn, Worker, summarize
 from turbotx.cli.models import ModelWithInputs, Source
 from turbotx.errors import ModelError
 
@@ -58,7 +58,7 @@ def test_engines_take_turns(model: str, tmp_path: Path) -> None:
     inputs = tmp_path / "inputs.pt"
     torch.save(((torch.randn(2, 3, 8),), {}), inputs)
     with Room(("eager", "onnxruntime"), Source(model), threads=1) as room:
-        found = room.measure(inputs, Load(rounds=2, calls=3, streams=2))
+        found = room.measure(inputs, CallPattern(rounds=2, calls=3, streams=2))
         assert found["eager"].runs == 12 and found["eager"].calls_per_s > 0
         assert found["eager"].runs == 12 and found["eager"].median_ms > 0
         assert "onnxruntime" in room.failed  # positional inputs, or not installed

@@ -22,6 +22,8 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("docs/gpu.md", "model = BertModel(config).eval().half()"): GPU,
     ("docs/saving.md", "fast = turbotx.optimize(model)  # on a CPU: no GPU"): GPU,
     ("docs/serving.md", "pip install"): "asks a package index",
+    ("docs/serving.md", "turbotx serve path/to/model"): "the reader's own model",
+    ("docs/serving.md", "turbotx serve minilm path/to/reranker"): "the reader's own model",
     ("docs/guide.md", "from langchain_openai"): "LangChain is no dependency of the tests",
     ("docs/guide.md", "from llama_index"): "LlamaIndex is no dependency of the tests",
     ("docs/guide.md", "fast = turbotx.optimize(model.cuda()"): GPU,
@@ -41,6 +43,11 @@ mask = torch.ones_like(ids)
 GIVEN: dict[str, str] = {
     "README.md": BERT,
     "docs/drop-in.md": BERT,
+    "docs/packed.md": BERT
+    + """
+flat = torch.randint(0, 1000, (522,))
+a, b, c = flat.split([5, 500, 17])
+""",
     "docs/saving.md": BERT
     + """
 from safetensors.torch import save_file

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,11 @@ def test_an_override_goes_before_tuning_and_that_before_heuristics(row_kernel: i
     assert plain == schedule_for(row_kernel, 40, False, False, numbers)
     tuned = {row_kernel.digest(): {"64": "r2w2"}}
     chosen = make_chooser((), "sm_90", tuned)
-    assert chosen(row_kernel, 40, False, False) == Schedule(2, plain.cols, 2)
+    assert chosen(row_kernel, 40, False, False) == replace(plain, rows=2, num_warps=2)
     untuned = schedule_for(row_kernel, 300, False, False, numbers)
     assert chosen(row_kernel, 300, False, False) == untuned
     both = make_chooser((("fused_soft*", "w8"), ("other", "w16")), "sm_90", tuned)
-    assert both(row_kernel, 40, False, False) == Schedule(2, plain.cols, 8)
+    assert both(row_kernel, 40, False, False) == replace(plain, rows=2, num_warps=8)
 
 
 def test_a_row_longer_than_its_tile_is_walked_along(row_kernel: ir.Kernel) -> None:

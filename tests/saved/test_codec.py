@@ -29,9 +29,10 @@ def described() -> dict[str, Any]:
 
 
 def test_what_comes_back_is_what_was_written(described: dict[str, Any]) -> None:
-    executable, rules, floats = decode_program(json.loads(json.dumps(described)), CPU)
+    executable, rules, floats, decisions = decode_program(json.loads(json.dumps(described)), CPU)
     assert encode(executable) == described["executable"]
     assert encode(rules) == described["sizes"] and floats == ()
+    assert decisions is None
     assert executable.dims == ("batch", "seq") == rules.dims
 
 

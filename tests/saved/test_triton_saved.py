@@ -264,6 +264,8 @@ def test_what_counts_in_64_bits_is_built_where_something_can(
 ) -> None:
     for module in ("turbotx.runtime.cuda.variants", "turbotx.saved.variants"):
         monkeypatch.setattr(f"{module}.LARGE", 150)  # elements, as if numbers ended there
+    # More rows than this have more elements, as more than the true one can have.
+    monkeypatch.setattr("turbotx.runtime.cuda.variants.MANY_ROWS", 18)
     fast = save_small(path, "sm_90")
     loaded, x = cubins.load(path), ids(5, 6)
     assert_near(loaded(x[:2, :5]), fast(x[:2, :5]))

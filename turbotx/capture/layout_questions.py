@@ -29,7 +29,7 @@ _QUESTIONS = frozenset((Tensor.is_contiguous, Tensor.stride, Tensor.storage_offs
 _MODES = {getattr(Tensor, name).__get__: name for name in ("requires_grad", "grad_fn")} | {
     Tensor.is_inference: "is_inference()"
 }
-_METHODS = ("torch.overrides", "torch._tensor")
+_METHODS = ("torch.overrides", "torch._tensor", "turbotx.capture.value_questions")
 _STORAGES = frozenset((Tensor.untyped_storage, Tensor.storage))
 
 
@@ -73,7 +73,8 @@ class LayoutQuestions(TorchFunctionMode):
 
 
 def _find_asker() -> str | None:
-    """Return the module whose code asks, behind the methods of tensors that are Python's."""
+    """Return the module whose code asks, behind the methods of tensors that are Python's and the
+    mode that stands before this one."""
     frame = sys._getframe(2)
     while frame.f_globals.get("__name__") in _METHODS and frame.f_back is not None:
         frame = frame.f_back

@@ -213,10 +213,10 @@ def bench_command(
 ) -> None:
     """Compare with eager, torch.compile, ONNX Runtime and the floor."""
     from turbotx.cli.bench.command import bench_model
-    from turbotx.cli.bench.room import Load
+    from turbotx.cli.bench.room import CallPattern
 
     source = _source(model, dtype, weights)
-    load = Load(rounds, threads or None, warmup, calls, streams)
+    load = CallPattern(rounds, threads or None, warmup, calls, streams)
     raise typer.Exit(bench_model(source, shape or (), engine or (), load, Output(as_json)))
 
 

@@ -100,8 +100,7 @@ class Engine(EagerCalls):
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the model's output for a call; captures and compiles where nothing serves it
-        yet."""
+        """Return the model's output for a call, captured and compiled where nothing serves it."""
         run = self.run_flat
         if torch.autograd._profiler_enabled():
             run = record_function(f"turbotx: {type(self.model).__name__}")(run)

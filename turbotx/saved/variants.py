@@ -172,10 +172,13 @@ class Tabulator:
         multiple = {place: bool(mask >> bit & 1) for bit, place in enumerate(even)}
         given = {place: 16 if yes else 17 for place, yes in multiple.items()}
         for (place, most), k in zip(by, ranges, strict=True):
-            least = most[k - 1] + 1 if k else 0
-            value = most[k]
+            least, open_ended = most[k - 1] + 1 if k else 0, k + 1 == len(most)
+            # The last range has no end: its least value makes nothing else too large.
+            value = least if open_ended and k else most[k]
             if place in multiple and multiple[place] != (value % ALIGNED == 0):
-                value = value // ALIGNED * ALIGNED if multiple[place] else value - 1
+                down = value // ALIGNED * ALIGNED if multiple[place] else value - 1
+                up = -(-value // ALIGNED) * ALIGNED if multiple[place] else value + 1
+                value = up if down < least and open_ended else down
             if value < least:
                 return None
             given[place] = value

@@ -56,7 +56,8 @@ def find_leaks(root: Any, name: str = "", most: int = 10, limit: int = 300_000) 
 def _inside(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, _PASSED_BY) or (isinstance(value, type) and _is_shared(value)):
         return []
-    if type(value).__module__.startswith("turbotx.") and not isinstance(value, nn.Module):
+    # A class of an extension may have no name of its module, but a descriptor in its place.
+    if str(type(value).__module__).startswith("turbotx.") and not isinstance(value, nn.Module):
         return []
     if type(value) is dict or isinstance(value, dict):
         items = list(dict.items(value))

@@ -21,7 +21,7 @@ import turbotx.report as reports
 from turbotx.cli.bench.engines import ASKED_FOR, ENGINES
 from turbotx.cli.bench.room import (
     QUIET_CORES,
-    Load,
+    CallPattern,
     OthersUse,
     Room,
     Spread,
@@ -36,7 +36,7 @@ from turbotx.report.amounts import show_shape
 
 
 def bench_model(
-    source: Source, shapes: Sequence[str], engines: Sequence[str], load: Load, output: Output
+    source: Source, shapes: Sequence[str], engines: Sequence[str], load: CallPattern, output: Output
 ) -> int:
     """Measure and print; return the exit code."""
     unknown = [e for e in engines if e not in ENGINES]

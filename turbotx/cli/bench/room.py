@@ -27,7 +27,7 @@ from turbotx.report.machine import processor_name
 
 
 @dataclass(frozen=True)
-class Load:
+class CallPattern:
     """How an engine is called: in `rounds` turns of up to `calls` calls, by `streams` threads at
     once, after `warmup` calls that are not counted. threads: of PyTorch, None its own choice."""
 
@@ -140,7 +140,7 @@ class Room:
             self.workers.pop(engine).stop()
             return None
 
-    def measure(self, inputs: Path, load: Load) -> dict[str, Spread]:
+    def measure(self, inputs: Path, load: CallPattern) -> dict[str, Spread]:
         """Let every engine have its turn in each round."""
         turns: dict[str, list[Turn]] = {engine: [] for engine in self.workers}
         for k in range(load.rounds):

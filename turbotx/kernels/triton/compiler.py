@@ -268,7 +268,8 @@ def _measure(job: Job, folder: Path, shared_nbytes: int) -> Resources:
 
 def _load(job: Job, cached: bool) -> Built:
     folder = _folder(job)
-    files = {p.suffix[1:]: p for p in sorted(folder.iterdir()) if p.suffix != ".json"}
+    kept = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix != ".json"]
+    files = {p.suffix[1:]: p for p in kept}
     answer = json.loads((folder / "result.json").read_text())
     # Results that were kept before scratch was asked for are of kernels that have none.
     scratch = answer.get("scratch_nbytes", 0)

@@ -57,6 +57,7 @@ def main() -> None:
     # Beside this file lie modules of turbotx whose names must not hide others.
     own = str(Path(__file__).parent)
     sys.path[:] = [p for p in sys.path if p != own]
+    sys.dont_write_bytecode = True  # sources lie among what they are built into
     results = sys.stdout
     sys.stdout = sys.stderr
     for line in sys.stdin:
