@@ -47,7 +47,7 @@ from turbotx.engine.compiled import AssembledCall, Compiled
 from turbotx.engine.eager_calls import EagerCalls
 from turbotx.engine.failures import endless, named_failures
 from turbotx.engine.launch_ranges import LaunchRanges
-from turbotx.engine.observers import observers
+from turbotx.engine.observers import compile_observed
 from turbotx.engine.pipeline import bind, build_ahead, compile_captured, schedule
 from turbotx.engine.progress import show_progress
 from turbotx.engine.state_guard import StateGuard
@@ -296,10 +296,7 @@ class Engine(EagerCalls):
         with show_progress(f"capture {name}") as step:
             captured = self.capture(args, kwargs, outcomes)
             step(f"compile {name}")
-            finishes = [begin(self, captured, args, kwargs) for begin in observers]
-            compiled = self.compile(captured)
-            for finish in finishes:
-                finish(compiled)
+            compiled: Compiled = compile_observed(self, captured, args, kwargs)
             return compiled
 
     def capture(

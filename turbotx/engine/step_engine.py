@@ -23,7 +23,7 @@ from turbotx.capture.refusals import refuse_gradient
 from turbotx.capture.trace import Captured
 from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
-from turbotx.engine.observers import observers
+from turbotx.engine.observers import compile_observed
 from turbotx.engine.progress import show_progress
 from turbotx.engine.step_call import StepCalls, count_batch
 from turbotx.engine.step_example import make_example
@@ -149,10 +149,7 @@ class StepEngine(StepCalls, Engine):
             size = sum(s.heads * (s.key_width + s.value_width) for s in self.shapes)
             drawn = torch.randn(size, *memory.shape[1:], generator=torch.Generator().manual_seed(0))
             example["kv_memory"] = drawn.to(memory)
-            finishes = [begin(self, captured, (), example) for begin in observers]
-            compiled = self.compile(captured)
-            for finish in finishes:
-                finish(compiled)
+            compiled: Compiled = compile_observed(self, captured, (), example)
             return compiled
 
     def capture(
