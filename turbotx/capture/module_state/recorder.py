@@ -80,6 +80,7 @@ class StateRecorder:
         self._over = False
         self.modules: Sequence[nn.Module] = ()  # of the model
         self._by_attributes: dict[int, nn.Module] = {}
+        self._mapped: Sequence[nn.Module] = self.modules  # what that is of
         self.follows: Callable[[Any], bool] = lambda attributes: True
         """Tells whether what is written to an object's attributes is put back, and replayed."""
         self.also_meet: Callable[[Any], None] = lambda value: None
@@ -243,8 +244,9 @@ class StateRecorder:
         """Return the user's own module for one of the model's, whatever stands for it; others as
         they are. Looks at whose attributes it has, and at nothing else."""
         attributes = id(object.__getattribute__(module, "__dict__"))
-        if len(self._by_attributes) != len(self.modules):
+        if self._mapped is not self.modules:
             self._by_attributes = {id(_attributes(m)): m for m in self.modules}
+            self._mapped = self.modules
         known = self._by_attributes.get(attributes)
         return module if known is None else self.original_of(known)
 
