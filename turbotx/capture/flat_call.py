@@ -16,6 +16,7 @@ from torch import nn
 
 from turbotx.capture.arguments import Structure, changed_arguments, is_float, rebuild
 from turbotx.capture.composition import calls_forward
+from turbotx.capture.grouped_products import GroupedProducts
 from turbotx.capture.layout_questions import LayoutQuestions
 from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.returned import take_apart
@@ -73,7 +74,8 @@ class FlatCall(nn.Module):
         model = self.model
         try:
             self.seen.begin(given)
-            with self.recorder.on(tensors), TensorIndices(), self.layouts, self.values:
+            products = GroupedProducts()
+            with self.recorder.on(tensors), TensorIndices(), products, self.layouts, self.values:
                 # Hooks of the model itself are left out: they run around the program.
                 called = model.forward if self.calls_forward else model
                 output = called(*args, **kwargs)

@@ -30,6 +30,7 @@ from turbotx.options import Options
 from turbotx.passes.attention import recognize_attention
 from turbotx.passes.cache import store_in_place
 from turbotx.passes.canonicalize import canonicalize
+from turbotx.passes.experts import use_experts
 from turbotx.passes.known import require_known_sizes
 from turbotx.passes.linear import (
     free_biases,
@@ -93,6 +94,7 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     canonicalize(graph)
     use_multiplication(graph)
     use_linear(graph)
+    use_experts(graph)
     pack_linears(graph)
     recognize_attention(graph, attention)
     use_products(graph)

@@ -34,11 +34,13 @@ if TYPE_CHECKING:
         AttentionLaunch,
         GemmFallback,
         GemmLaunch,
+        GroupedGemmLaunch,
         KernelLaunch,
         Launch,
         NormOperands,
         Operand,
         ProductLaunch,
+        RouteLaunch,
         StoreLaunch,
         Tensor,
     )
@@ -72,11 +74,13 @@ __all__ = [
     "AttentionLaunch",
     "GemmFallback",
     "GemmLaunch",
+    "GroupedGemmLaunch",
     "KernelLaunch",
     "Launch",
     "NormOperands",
     "Operand",
     "ProductLaunch",
+    "RouteLaunch",
     "Tensor",
 ]
 

@@ -20,6 +20,7 @@ from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr
 from turbotx.ir.memory_order import by_order
 from turbotx.ir.primitives import PRIMITIVES, REDUCTIONS, SCANS
+from turbotx.ir.strides import contiguous_strides
 from turbotx.ir.views import SPLITS, is_view
 
 
@@ -200,6 +201,8 @@ def _check_dtypes(launch: ir.Launch, tensors: dict[str, ir.Tensor]) -> None:
                     f"{launch.name} reads or writes {given.tensor!r} as {param.dtype}, and it is "
                     f"{given.dtype}"
                 )
+    if isinstance(launch, (ir.GroupedGemmLaunch, ir.RouteLaunch)):
+        _check_experts(launch)
     operands = [x for x in _of_one_dtype(launch) if x is not None]
     if len({x.dtype for x in operands}) > 1:
         shown = ", ".join(f"{x.tensor!r} of {x.dtype}" for x in operands)
@@ -211,11 +214,39 @@ def _of_one_dtype(launch: ir.Launch) -> tuple[ir.Operand | None, ...]:
         # A folded norm's part of the bias is in float32.
         bias = launch.bias if launch.norm is None else None
         return launch.x, launch.weight, bias, launch.out, launch.residual
+    if isinstance(launch, ir.GroupedGemmLaunch):
+        return launch.x, launch.weight, launch.out
     if isinstance(launch, ir.AttentionLaunch):
         return launch.q, launch.k, launch.v, launch.out
     if isinstance(launch, ir.StoreLaunch):
         return launch.held, launch.new
     return ()
+
+
+def _check_experts(launch: ir.GroupedGemmLaunch | ir.RouteLaunch) -> None:
+    """Check dtypes and sizes of a launch about experts: its functions read dense int32 ends, one an
+    expert, and take sizes for equal that are named once."""
+    same: list[tuple[Expr, Expr]]
+    if isinstance(launch, ir.GroupedGemmLaunch):
+        experts, columns, depth = launch.weight.shape
+        made = launch.out.shape[-1] * (2 if launch.gemm.gated else 1)
+        same = [
+            (launch.ends.shape[0], experts), (columns, made), (launch.x.shape[-1], depth),
+            (launch.out.shape[0], launch.rows),
+        ]  # fmt: skip
+        whole = [(launch.ends, torch.int32), (launch.out, launch.out.dtype)]
+    else:
+        rows = launch.chosen.shape[0]
+        same = [(launch.order.shape[0], rows), (launch.place.shape[0], rows)]
+        longs = (launch.chosen, launch.order, launch.place)
+        whole = [*((x, torch.int64) for x in longs), (launch.ends, torch.int32)]
+    for one, other in same:
+        if one != other:
+            raise VerifyError(f"{launch.name} takes {one} and {other} for one size")
+    for given, dtype in whole:
+        if given.dtype != dtype or given.strides != contiguous_strides(given.shape):
+            shown = f"{given.dtype} by strides {given.strides}"
+            raise VerifyError(f"{launch.name} takes {given.tensor!r} for dense {dtype}: {shown}")
 
 
 def _check_inplace_pairs(tensors: dict[str, ir.Tensor], launch: ir.Launch) -> None:

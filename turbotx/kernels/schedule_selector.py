@@ -47,6 +47,8 @@ def structure_of(
     made: GemmTemplate | AttentionKernel | ProductKernel | tuple[GemmTemplate, ...],
 ) -> str:
     """Return a digest under which tuning keeps what it finds."""
+    if isinstance(made, GemmTemplate) and made.experts:
+        return f"{structure_of(replace(made, experts=0))}x{made.experts}"
     return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
 
 
@@ -82,6 +84,15 @@ class Tiles:
         while not fits_scratch(template, schedule, bucket):
             schedule = replace(schedule, splits=schedule.splits // 2)
         return schedule
+
+    def experts(self, template: GemmTemplate, each: int) -> GemmSchedule:
+        """Return the tiles where an expert has `each` rows, if all have as many. Sums are not
+        split, and no weight is asked for before it is known which."""
+        bucket = bucket_of(each)
+        schedule = choose_tiles(template, bucket, self.target)
+        for tag in self._tags(template.name, template, bucket):
+            schedule = with_tag(schedule, tag)
+        return replace(schedule, splits=1, prefetch=0)
 
     def folds(
         self, plain: Sequence[GemmTemplate], folded: Sequence[GemmTemplate], tokens: int

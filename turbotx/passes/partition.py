@@ -20,6 +20,7 @@ from turbotx.capture.eager import OWN
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
 from turbotx.ir.cache_ops import cache_store
+from turbotx.ir.expert_ops import grouped_linear, route
 from turbotx.ir.packed_ops import packed_attention
 from turbotx.ir.views import SPLITS, is_view, view_source
 from turbotx.ops import OPS, is_computed
@@ -27,10 +28,10 @@ from turbotx.ops import OPS, is_computed
 aten = torch.ops.aten
 GEMMS = frozenset(
     {aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default,
-     aten.addmm.default, aten.baddbmm.default}
+     aten.addmm.default, aten.baddbmm.default, grouped_linear}
 )  # fmt: skip
 
-_APART = ("gemm", "attention", "product", "store", "extern")
+_APART = ("gemm", "attention", "product", "route", "store", "extern")
 """The kinds of what no region holds."""
 
 
@@ -58,8 +59,8 @@ class Region:
 
 def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
     """Return "input", "parameter", "prepared", "view", "computed", "gemm", "attention", "product"
-    (one of attention's two), "store" (of rows in a cache), "extern", "piece" (of an extern's
-    result), "size" or "output"."""
+    (one of attention's two), "route" (of rows to experts), "store" (of rows in a cache), "extern",
+    "piece" (of the results of one of the last three), "size" or "output"."""
     if node.op in ("placeholder", "output", "get_attr"):
         return {"placeholder": "input", "output": "output", "get_attr": "parameter"}[node.op]
     if node in prepared:
@@ -70,6 +71,8 @@ def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
         return "attention"
     if node.target in (attention_scores, attention_values):
         return "product"
+    if node.target is route:
+        return "route"
     if node.target is cache_store:
         return "store"
     if node.target in GEMMS:

@@ -9,6 +9,7 @@ launches in order, what the call returns, and what must hold of the dims. For a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,22 +30,22 @@ from turbotx.capture.eager import (
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import attention_scores
 from turbotx.ir.cache_ops import cache_store, store_rows
-from turbotx.ir.expr import ONE, ZERO, Expr, product
-from turbotx.ir.matmul_kernels import GemmKernel
-from turbotx.ir.strides import contiguous_strides, layout_with_copies, reshape_strides
+from turbotx.ir.expert_ops import grouped_linear
+from turbotx.ir.expr import ONE, ZERO, Expr
+from turbotx.ir.strides import contiguous_strides, layout_with_copies
 from turbotx.ir.views import SPLITS, is_view
 from turbotx.kernels.cpp.attention import describe_attention
 from turbotx.kernels.cpp.products import describe_product
-from turbotx.kernels.fusion.epilogue import Epilogue, is_packable
+from turbotx.kernels.fusion.epilogue import Epilogue, bias_of, is_packable
 from turbotx.kernels.fusion.fuse import FusedRegion
 from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.ops import OPS, takes_any_layout, why_outside
-from turbotx.passes.extract import extract
 from turbotx.passes.outputs import copied_leaves
 from turbotx.passes.partition import kind_of, op_name
 from turbotx.program.assembly import Assembly, dense, whole
 from turbotx.program.cache_stores import describe_store
 from turbotx.program.copies import lay_out, lay_out_returned, show_by_strides
+from turbotx.program.gemms import make_gemm
 
 aten = torch.ops.aten
 
@@ -123,6 +124,8 @@ class _Assembler:
             self._attention(node)
         elif kind == "product":
             self._product(node)
+        elif kind == "route":
+            self._route(node)
         elif kind == "store":
             self._store(node)
         elif kind == "extern":
@@ -191,37 +194,24 @@ class _Assembler:
 
     def _gemm(self, node: fx.Node, end: Epilogue | None = None) -> None:
         if not is_packable(node, self.kinds):
-            self._fallback(node, out=node.target is not aten.linear.default)
+            own = (aten.linear.default, grouped_linear)
+            self._fallback(node, out=node.target not in own)
             return
-        end = end or Epilogue(node, node, (node,), g.optional(node, 2))
-        x, weight = g.operand(node, 0), g.operand(node, 1)
-        layout = layout_with_copies(x)
-        rows, depth = product(g.shape(x)[:-1]), g.shape(x)[-1]
-        flat = reshape_strides(layout, (rows, depth))
-        assert flat is not None
-        window = self._operand(x)
+        end = end or Epilogue(node, node, (node,), bias_of(node))
+        place = self._place(end.output, end.name, ", ".join(n.name for n in end.nodes))
         out = self._whole(end.output)
-        bias, residual = (None if n is None else self._operand(n) for n in (end.bias, end.residual))
-        stride = flat[0] if rows != 1 else depth
-        if end.output is node:
-            call = self._call(node, out, has_out=True)
-        else:
-            named = (x, weight, end.bias, end.residual)
-            given = list(dict.fromkeys(n for n in named if n is not None))
-            meant = extract([end.output], given, end.name)
-            reads = [self._operand(n) for n in given]
-            call = ir.AtenCall(meant.module, (*reads, *meant.sizes), {}, (out,))
-        inplace: tuple[tuple[str, str], ...] = ()
-        if residual is not None and residual.tensor != window.tensor:
-            inplace = ((out.tensor, residual.tensor),)
-        source = ", ".join(n.name for n in end.nodes)
-        self.out.launches.append(
-            ir.GemmLaunch(
-                GemmKernel(end.activation, end.gated), window, self._operand(weight), bias, out,
-                residual, rows, stride, call, **self._place(end.output, end.name, source),
-                inplace=inplace,
-            )
-        )  # fmt: skip
+        self.out.launches.append(make_gemm(end, self._operand, out, place))
+
+    def _route(self, node: fx.Node) -> None:
+        """Add the launch that orders rows by their experts, or what PyTorch runs for it."""
+        pieces, chosen = {u.args[1]: u for u in node.users}, self._operand(g.operand(node, 0))
+        if len(pieces) < 3 or chosen.strides != (ONE,):
+            self._extern(node, "only all of its results, of dense rows, are counted natively")
+            return
+        order, place, ends = (self._whole(pieces[k]) for k in range(3))
+        call = replace(self._call(node, order), writes=(order, place, ends))
+        named = self._place(node, "route")
+        self.out.launches.append(ir.RouteLaunch(chosen, order, place, ends, call, **named))
 
     def _attention(self, node: fx.Node) -> None:
         keys, bias = g.optional(node, 3), g.optional(node, 4)

@@ -98,7 +98,11 @@ def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: LaunchLa
 
 def facts_of(launch: ir.Launch) -> dict[str, Any]:
     """Return what every linked launch keeps of a launch."""
-    checks = tuple(_find_checks(launch)) if isinstance(launch, ir.KernelLaunch) else ()
+    checks: tuple[tuple[str, str], ...] = ()
+    if isinstance(launch, ir.KernelLaunch):
+        checks = tuple(_find_checks(launch))
+    if isinstance(launch, ir.GroupedGemmLaunch):  # each one not below the one before
+        checks = ((launch.ends.tensor, f"{launch.rows} + 1, none below the one before"),)
     return {
         "name": launch.name, "source": launch.source, "writes": launch.writes, "checks": checks
     }  # fmt: skip

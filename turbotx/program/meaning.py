@@ -17,7 +17,8 @@ def meaning_of(launch: ir.Launch) -> ir.AtenCall:
     if isinstance(launch, ir.KernelLaunch):
         return _meaning_of_kernel(launch)
     with_call = (
-        ir.GemmLaunch, ir.AttentionLaunch, ir.ProductLaunch, ir.StoreLaunch, ir.AtenLaunch
+        ir.GemmLaunch, ir.GroupedGemmLaunch, ir.RouteLaunch, ir.AttentionLaunch, ir.ProductLaunch,
+        ir.StoreLaunch, ir.AtenLaunch,
     )  # fmt: skip
     assert isinstance(launch, with_call), launch
     return launch.call

@@ -50,6 +50,10 @@ def launch_cost(launch: ir.Launch) -> Cost:
     read = {name: n for name, n in windows.items() if name not in launch.writes}
     if isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
         read = _add_windows(launch)
+    if isinstance(launch, ir.GroupedGemmLaunch):  # a row needs one expert's weight
+        experts, *matrix = launch.weight.shape
+        used = product(matrix) * launch.weight.dtype.itemsize
+        read[launch.weight.tensor] = _least(experts, launch.rows) * used
     return Cost(_total(read.values()), _total(written.values()), _flops(launch))
 
 
@@ -107,8 +111,8 @@ def _add_windows(launch: ir.Launch) -> dict[str, Expr]:
 
 
 def _flops(launch: ir.Launch) -> Expr:
-    if isinstance(launch, ir.GemmLaunch):
-        return 2 * launch.rows * product(launch.weight.shape)
+    if isinstance(launch, (ir.GemmLaunch, ir.GroupedGemmLaunch)):
+        return 2 * launch.rows * product(launch.weight.shape[-2:])
     if isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
         batch, heads, _, q_len, k_len = launch.sizes[:5]
         if isinstance(launch, ir.AttentionLaunch) and launch.kernel.packed:

@@ -45,6 +45,9 @@ from turbotx.runtime.cpu.launch_table import (
 )
 from turbotx.runtime.cpu.runtime import CpuCode
 
+BY_TEMPLATE = (ir.GemmLaunch, ir.GroupedGemmLaunch, ir.RouteLaunch)
+"""The launches that a GPU's templates run, where they run them."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -79,7 +82,7 @@ class View:
         if isinstance(code, CpuCode):
             return {}
         found = code.at(list(self.dims.values()))
-        return {x.launch.name: x.job for x in found if isinstance(x.launch, ir.GemmLaunch)}
+        return {x.launch.name: x.job for x in found if isinstance(x.launch, BY_TEMPLATE)}
 
     def kernel_of(self, launch: ir.Launch) -> str:
         """Return the generated kernel that a launch takes at these dims, "" where there is none."""
@@ -168,7 +171,7 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelE
             "cpp": header + PRODUCTS_PRELUDE + print_product(first.kernel, name),
             "triton": print_triton_product(first.kernel, name=name),
         }
-    elif isinstance(first, ir.GemmLaunch):
+    elif isinstance(first, BY_TEMPLATE):
         job = view.templates[first.name]
         text = show_template(job)
         sources = {"triton": job.source}
@@ -236,7 +239,7 @@ def _listed(names: list[str]) -> str:
 def describe_regions(view: View) -> list[entries.RegionEntry]:
     """One entry a region, named as its submodule in the fused graph."""
     by_nodes = {x.nodes: x for x in view.launches if isinstance(x, ir.KernelLaunch)}
-    gemms = {name: x for x in view.launches if isinstance(x, ir.GemmLaunch) for name in x.writes}
+    gemms = {name: x for x in view.launches if x.kind == "gemm" for name in x.writes}
     kinds = {n: kind_of(n, view.compiled.prepared) for n in view.compiled.graph.nodes}
     names: Counter[str] = Counter()
     found = []
@@ -275,11 +278,11 @@ def describe_gemms(view: View) -> list[entries.Gemm]:
     prepared = view.compiled.assembly.prepared
     found = []
     for x in view.launches:
-        if isinstance(x, ir.GemmLaunch):
+        if isinstance(x, (ir.GemmLaunch, ir.GroupedGemmLaunch)):
             weight = x.weight.tensor
             made = weight in prepared
             names = tuple(parameters_of(prepared[weight]) if made else [parameters[weight]])
-            m, n, k = x.rows, x.weight.shape[0], x.x.shape[-1]
+            m, n, k = x.rows, x.weight.shape[-2], x.x.shape[-1]
             found.append(
                 entries.Gemm(
                     x.name,

@@ -40,7 +40,7 @@ STYLE = """
 """
 COLOURS = {
     "kernel": "#4f8fd9", "gemm": "#e8a33d", "attention": "#5fae57", "aten": "#d4574f",
-    "store": "#8a6fc0", "not needed": "#a9afb8",
+    "product": "#8fbf5a", "route": "#3fb0ac", "store": "#8a6fc0", "not needed": "#a9afb8",
 }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class _Index:
         for x in compiled.assembly.launches:
             for name in _computed(x):
                 self.of_node.setdefault(name, []).append(x)
-            if isinstance(x, ir.GemmLaunch):
+            if isinstance(x, (ir.GemmLaunch, ir.GroupedGemmLaunch)):
                 weight = x.weight.tensor
                 for name in parameters_of(constants.get(weight) or self.nodes[weight]):
                     self.of_parameter.setdefault(name, []).append(x)
@@ -113,6 +113,8 @@ def _place_now(index: _Index, node: fx.Node) -> NodeEntry:
     kind = kind_of(node, index.prepared)
     launches = index.of_node.get(node.name, [])
     status = {"computed": "fused", "extern": "aten", "piece": "aten", "size": "removed"}
+    if any(isinstance(x, ir.RouteLaunch) for x in launches):
+        status["piece"] = "route"
     if kind == "view" and not launches:
         readers = [index.of_node.get(u.name, []) for u in _readers(node)]
         launches = list({x.name: x for found in readers for x in found}.values())

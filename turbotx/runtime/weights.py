@@ -30,14 +30,14 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class PackedWeight:
-    """A GEMM weight in the native library's layout; freed with the object."""
+    """A GEMM weight (n, k), or one for each expert, (experts, n, k), in the native library's
+    layout; freed with the object."""
 
     def __init__(self, native: Any, weight: torch.Tensor, gated: bool = False) -> None:
         self._native = native
-        n, k = weight.shape
-        self.address = native.ttx_pack_weight(
-            DTYPE_CODES[weight.dtype], weight.data_ptr(), n, k, *weight.stride(), gated
-        )
+        pack = native.ttx_pack_weight if weight.dim() == 2 else native.ttx_pack_experts
+        code, address = DTYPE_CODES[weight.dtype], weight.data_ptr()
+        self.address = pack(code, address, *weight.shape, *weight.stride(), gated)
         if not self.address:
             raise MemoryError(f"no memory to pack a weight of {weight.nbytes} bytes")
 

@@ -17,6 +17,7 @@ import torch
 from turbotx.errors import SavedFileError, SaveError
 from turbotx.ir import cache_ops
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
+from turbotx.ir.expert_ops import grouped_linear, route
 from turbotx.program.folded_weights import (
     fold_scales,
     fold_shift,
@@ -31,6 +32,7 @@ assert cache_ops  # defines ops that are looked up by name
 OWN: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem, "attention": attention,
     "attention_scores": attention_scores, "attention_values": attention_values,
+    "grouped_linear": grouped_linear, "route": route,
     "fold_weight": fold_weight, "fold_scales": fold_scales, "fold_sums": fold_sums,
     "fold_shift": fold_shift, "join_affine": join_affine,
 }  # fmt: skip

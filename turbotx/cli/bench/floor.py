@@ -41,6 +41,8 @@ def make_floor(loaded: ModelWithInputs, library: str) -> Callable[..., None]:
             makers.append(
                 _product(launch, pack(weights.window(weight_window(launch.weight)).contiguous()))
             )
+        elif isinstance(launch, ir.GroupedGemmLaunch):
+            raise ModelError(f"{launch.name}: the library has no packed product of experts")
         elif isinstance(launch, ir.AttentionLaunch):
             makers.append(_attend(launch))
     bound: dict[tuple[int, ...], list[Step]] = {}

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from turbotx.ir import fx_nodes as g
+from turbotx.ir.expert_ops import grouped_linear
 from turbotx.ir.expr import ONE, product
 from turbotx.ir.strides import (
     Layout,
@@ -73,7 +74,7 @@ class Epilogue:
     @property
     def name(self) -> str:
         """The launch's name: linear_gelu, linear_silu_mul, linear_add, ..."""
-        parts = ["linear", self.activation if self.activation != "none" else ""]
+        parts = [op_name(self.linear), self.activation if self.activation != "none" else ""]
         parts += ["mul" if self.gated else "", "add" if self.residual is not None else ""]
         return "_".join(part for part in parts if part)
 
@@ -115,12 +116,17 @@ def match_epilogue(
 
 
 def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
-    """Tell whether the packed GEMM can do it: constant 2-d weight, rows of x at one stride."""
-    if not g.is_call(node, aten.linear.default):
+    """Tell whether the packed GEMM can do it: constant 2-d weight, or one for each expert, rows of
+    x at one stride."""
+    if not g.is_call(node, aten.linear.default, grouped_linear):
         return False
-    x, weight, bias = g.operand(node, 0), g.operand(node, 1), g.optional(node, 2)
-    if g.dtype(x) not in PACKABLE or len(g.shape(weight)) != 2:
+    x, weight, bias = g.operand(node, 0), g.operand(node, 1), bias_of(node)
+    if g.dtype(x) not in PACKABLE or len(g.shape(weight)) != (3 if is_grouped(node) else 2):
         return False
+    if is_grouped(node):
+        ends = layout_with_copies(g.operand(node, 2))
+        if not ends.is_contiguous or ends.offset != 0:
+            return False
     for constant in (weight, bias):
         if constant is None:
             continue
@@ -139,6 +145,16 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
     return has_plain_rows(layout)
 
 
+def is_grouped(node: fx.Node) -> bool:
+    """Tell whether a product takes a weight for each expert."""
+    return node.target is grouped_linear
+
+
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """Return the bias that a product adds by itself, None where it has none."""
+    return None if is_grouped(node) else g.optional(node, 2)
+
+
 def _is_fixed(layout: Layout) -> bool:
     """Tell whether it is the same part of a weight at all sizes: only that is packed once."""
     return all(e.is_Integer for e in (*layout.shape, *layout.strides, layout.offset))
@@ -152,7 +168,7 @@ class _Match:
         self.inside = set(region.nodes)
         self.seen: set[fx.Node] = set()
         self.base = linear  # the sums: the linear, or the linear plus its bias
-        self.bias = g.optional(linear, 2)
+        self.bias = bias_of(linear)
 
     def run(self) -> Epilogue | None:
         (output,) = self.region.outputs
@@ -162,6 +178,8 @@ class _Match:
             return None
         self._take_bias()
         value, residual = self._split_residual(output)
+        if is_grouped(self.linear) and (self.bias, residual) != (None, None):
+            return None
         form = self._form(value)
         activation, gated = FORMS.get(form, ""), False
         match form:

@@ -22,6 +22,7 @@ from turbotx.ir.matmul_kernels import RowNorm
 from turbotx.ir.strides import layout_of, reshape_strides
 from turbotx.kernels.fusion.epilogue import (
     Epilogue,
+    is_grouped,
     is_packable,
     match_epilogue,
     packable_inputs,
@@ -107,7 +108,11 @@ def _match(
         return None
     region = Region(tuple(n for n in f.region.nodes if n in before), (rows,))
     for linear in packable_inputs(f, fused, kinds):
-        if linear in region.inputs and _has_adjacent_elements(linear.args[1]):
+        if (
+            linear in region.inputs
+            and not is_grouped(linear)
+            and _has_adjacent_elements(linear.args[1])
+        ):
             end = match_epilogue(region, linear, kinds)
             if end is not None:
                 return NormFold(rows, result, norm, gamma, beta, end, f)
@@ -237,7 +242,9 @@ def _is_read_by_gemms(
 
 
 def _takes_as_x(user: fx.Node, result: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
-    if not is_packable(user, kinds) or any(n is result for n in user.args[1:]):
+    if not is_packable(user, kinds) or is_grouped(user):
+        return False
+    if any(n is result for n in user.args[1:]):
         return False
     width = g.shape(result)[-1]
     few = int(g.shape(g.operand(user, 1))[0]) <= MOST_ROWS * int(width)

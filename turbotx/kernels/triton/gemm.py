@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from turbotx.kernels.schedule import power_above
 from turbotx.kernels.triton.functions import stand_alone
 from turbotx.kernels.triton.gemm_template import GemmSchedule, GemmTemplate, gemm_arguments
 from turbotx.kernels.triton.reduce import TYPES
@@ -49,7 +50,9 @@ def _header(t: GemmTemplate, s: GemmSchedule, name: str) -> list[str]:
     split = f", k in {s.splits} parts" if s.splits > 1 else ""
     return [
         name,
-        f"  out = {formula}, w {t.n * (1 + t.gated)} x {t.k}" + ", with statistics" * t.stats,
+        f"  out = {formula}, w {t.n * (1 + t.gated)} x {t.k}"
+        + ", with statistics" * t.stats
+        + f", one for each of {t.experts} experts" * (t.experts > 0),
         f"  tiles of {s.m_tile} x {s.n_tile}, {s.k_tile} at a time{split},"
         f" {s.num_warps} warps, {s.num_stages} stages",
     ]
@@ -81,6 +84,9 @@ def _flags(t: GemmTemplate, s: GemmSchedule) -> dict[str, Flag]:
         "STEPS": -(-t.k // s.k_tile),
         "UNROLLED": held <= MOST_HELD * 32 * s.num_warps,
         "FLIPPED": t.flipped,
+        "EXPERTS": t.experts,
+        "EXPERT_SLOTS": power_above(t.experts + 1),
+        "EXPERT_STEP": t.expert_step,
         "GATED": t.gated,
         "HAS_BIAS": t.bias,
         "ACTIVATION": t.activation,

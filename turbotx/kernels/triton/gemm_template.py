@@ -9,7 +9,7 @@ make necessary, how many programs and how much scratch::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,7 +27,8 @@ class GemmTemplate:
     flipped: it is stored (k, n). norm: "none", "layer" or "rms", of x over k, with eps; scaled: the
     weight with gamma in it is stored times a power of two a row. residual_norm: likewise, of the
     residual over n. stats: leave the row statistics of out behind. tf32: float32 factors may be
-    rounded to TF32.
+    rounded to TF32. experts: unless 0, there are so many weights, `expert_step` elements apart,
+    each for some of the rows.
     """
 
     dtype: torch.dtype
@@ -45,6 +46,8 @@ class GemmTemplate:
     stats: bool = False
     flipped: bool = False
     tf32: bool = False
+    experts: int = field(default=0, repr=False)  # what was tuned goes by the text of the others
+    expert_step: int = field(default=0, repr=False)
 
     @property
     def centered(self) -> bool:
@@ -65,7 +68,9 @@ class GemmTemplate:
     def name(self) -> str:
         """A name that tells dtype, weight's sizes and epilogue: "gemm_float16_768x768_bias"."""
         kind = TYPES[self.dtype].removeprefix("tl.")
-        parts = [f"gemm_{kind}_{self.n}x{self.k}", f"{self.norm}_norm" * (self.norm != "none")]
+        sizes = f"{self.experts}x" * (self.experts > 0) + f"{self.n}x{self.k}"
+        parts = ["grouped" * (self.experts > 0), f"gemm_{kind}_{sizes}"]
+        parts += [f"{self.norm}_norm" * (self.norm != "none")]
         parts += ["flipped" * self.flipped, "bias" * self.bias]
         parts += [self.activation * (self.activation != "none"), "gated" * self.gated]
         normed = "" if self.residual_norm == "none" else f"{self.residual_norm}_norm"
@@ -102,7 +107,8 @@ def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple
 
     bias is float32 where a norm is folded into it, as are sums and scales of the weight's rows.
     residual_norm: float32 (2, n), gamma and beta. Statistics: float32 (2, tokens, tiles), means and
-    m2. partial and turns: scratch of a split GEMM, turns zero before and after.
+    m2. partial and turns: scratch of a split GEMM, turns zero before and after. ends: where each
+    expert's rows end; status: becomes 1 where those are not so many rows' in order.
     """
     t = template
     bias = "fp32" if t.norm != "none" else "storage"
@@ -117,13 +123,20 @@ def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple
     pointers += [("out_ptr", "storage")]
     pointers += [("stats_ptr", "fp32")] * t.stats
     pointers += [("partial_ptr", "fp32"), ("turns_ptr", "i32")] * (schedule.splits > 1)
+    pointers += [("ends_ptr", "i32"), ("status_ptr", "i32")] * (t.experts > 0)
     sizes = ["tokens", "x_row", "w_row", "out_row"] + ["residual_row"] * t.residual
     return [*pointers, *((size, "size") for size in sizes)]
 
 
 def gemm_grid(template: GemmTemplate, schedule: GemmSchedule, tokens: int) -> tuple[int, int, int]:
-    """Return the number of programs: one a tile of out, and one a part of its sums."""
-    tiles = -(-tokens // schedule.m_tile) * -(-template.n // schedule.n_tile)
+    """Return the number of programs: one a tile of out, and one a part of its sums; of experts so
+    many as there can be tiles of rows, by tiles of columns."""
+    n_tiles = -(-template.n // schedule.n_tile)
+    if template.experts:
+        if tokens <= template.experts:  # a row a tile, if none have the same expert
+            return tokens, n_tiles, 1
+        return -((-tokens // schedule.m_tile) - template.experts), n_tiles, 1
+    tiles = -(-tokens // schedule.m_tile) * n_tiles
     return tiles, schedule.splits, 1
 
 

@@ -38,6 +38,10 @@ def declare_runtime(library: ctypes.CDLL) -> None:
     library.ttx_pack_weight.argtypes = [
         ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_int,
     ]  # fmt: skip
+    library.ttx_pack_experts.restype = ctypes.c_void_p
+    library.ttx_pack_experts.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 6, ctypes.c_int,
+    ]  # fmt: skip
     library.ttx_free_weight.argtypes = [ctypes.c_void_p]
     library.ttx_free_weight.restype = None
     library.ttx_run.restype = ctypes.c_int64

@@ -35,6 +35,7 @@ Generated = (ir.KernelLaunch, ir.AttentionLaunch, ir.ProductLaunch)
 
 IN_RUNTIME: dict[type[ir.Launch], str] = {
     ir.GemmLaunch: "ttx_linear", ir.StoreLaunch: "ttx_store_rows",
+    ir.GroupedGemmLaunch: "ttx_grouped_linear", ir.RouteLaunch: "ttx_route",
 }  # fmt: skip
 """The launches whose function lies in the runtime itself."""
 
@@ -149,7 +150,7 @@ def _link(
     slots, offsets = [], []
     for arg in launch.operands:
         shift = ZERO if arg is None else arg.offset * arg.dtype.itemsize
-        if isinstance(launch, ir.GemmLaunch) and arg is launch.weight:
+        if isinstance(launch, (ir.GemmLaunch, ir.GroupedGemmLaunch)) and arg is launch.weight:
             slot = table.slots.setdefault(_packed_name(launch), len(table.slots))
             packings[slot] = Packing(slot, weight_window(arg), launch.gemm.gated)
             shift = ZERO
@@ -168,11 +169,10 @@ def _link(
     )
 
 
-def _packed_name(launch: ir.GemmLaunch) -> str:
+def _packed_name(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> str:
     """Return the address table's name of a GEMM's weight in packed form."""
     weight = launch.weight
-    rows, columns = weight.shape
-    down, along = weight.strides
+    sizes, steps = "x".join(map(str, weight.shape)), ",".join(map(str, weight.strides))
     # Several products may read a part each of one weight.
-    part = f"{rows}x{columns} by {down},{along} from {weight.offset}"
+    part = f"{sizes} by {steps} from {weight.offset}"
     return f"{weight.tensor} {part}{' gated' if launch.gemm.gated else ''}.packed"

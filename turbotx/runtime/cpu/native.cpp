@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "gemm.h"
+#include "experts.h"
 
 namespace {
 
@@ -39,10 +39,19 @@ struct Product {
   long ldc;
 };
 
+// What is packed: of one weight, or of one for each expert.
+struct Packed {
+  virtual ~Packed() = default;
+};
+
 // One weight, packed: one token streams it in order as many do.
-struct Weight {
-  virtual ~Weight() = default;
+struct Weight : Packed {
   virtual void multiply(const Product& p) = 0;
+};
+
+// A weight for each expert, whose rows end at `ends`; false where those are none.
+struct Experts : Packed {
+  virtual bool multiply(const Product& p, const int32_t* ends) = 0;
 };
 
 template <class T>
@@ -63,7 +72,30 @@ struct TypedWeight : Weight {
 };
 
 template <class T>
-Weight* pack(const void* w, long n, long k, long sn, long sk, bool gated) {
+struct TypedExperts : Experts {
+  ttx::PackedExperts<T> packed;
+  bool multiply(const Product& p, const int32_t* ends) override {
+    if (!ttx::are_ends(ends, static_cast<long>(packed.size()), p.m)) return false;
+    ttx::Epilogue<T> finish{.activation = p.activation,
+                            .gated = packed[0]->group == 2 ? packed[0]->n : 0};
+    ttx::grouped_linear(packed, ends, static_cast<const T*>(p.a), p.lda, p.m, static_cast<T*>(p.c),
+                        p.ldc, finish);
+    return true;
+  }
+};
+
+template <class T>
+Packed* pack_experts(const void* w, long experts, long n, long k, long se, long sn, long sk,
+                     bool gated) {
+  auto made = std::make_unique<TypedExperts<T>>();
+  for (long e = 0; e < experts; ++e)
+    made->packed.push_back(std::make_unique<ttx::PackedWeight<T>>(
+        static_cast<const T*>(w) + e * se, gated ? n / 2 : n, k, sn, sk, gated));
+  return made.release();
+}
+
+template <class T>
+Packed* pack(const void* w, long n, long k, long sn, long sk, bool gated) {
   return new TypedWeight<T>(static_cast<const T*>(w), n, k, sn, sk, gated);
 }
 
@@ -104,17 +136,48 @@ void* ttx_pack_weight(int dtype, const void* w, int64_t n, int64_t k, int64_t sn
   }
 }
 
-void ttx_free_weight(void* weight) { delete static_cast<Weight*>(weight); }
+// The same of a weight for each expert: element (output j, input i) of expert e at
+// w[e * se + j * sn + i * sk].
+void* ttx_pack_experts(int dtype, const void* w, int64_t experts, int64_t n, int64_t k, int64_t se,
+                       int64_t sn, int64_t sk, int gated) {
+  try {
+    if (dtype == 0) return pack_experts<float>(w, experts, n, k, se, sn, sk, gated);
+    if (dtype == 1) return pack_experts<ttx::bf16>(w, experts, n, k, se, sn, sk, gated);
+    return pack_experts<ttx::f16>(w, experts, n, k, se, sn, sk, gated);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
+
+void ttx_free_weight(void* weight) { delete static_cast<Packed*>(weight); }
 
 // args: a, packed weight, bias or null, out, residual or null; sizes: m, lda, ldc, the residual's
 // row stride, the activation.
 int ttx_linear(void* const* args, const int64_t* sizes) {
   if (sizes[0] > 0)
-    static_cast<Weight*>(args[1])->multiply({.a = args[0], .lda = sizes[1], .m = sizes[0],
+    static_cast<Weight*>(static_cast<Packed*>(args[1]))->multiply({.a = args[0], .lda = sizes[1], .m = sizes[0],
                                              .bias = args[2], .residual = args[4],
                                              .ld_residual = sizes[3],
                                              .activation = static_cast<ttx::Activation>(sizes[4]),
                                              .c = args[3], .ldc = sizes[2]});
+  return 0;
+}
+
+// args: a, a packed weight for each expert, where each one's rows end, out; sizes: m, lda, ldc, the
+// activation. 1 where the ends are not those of m rows.
+int ttx_grouped_linear(void* const* args, const int64_t* sizes) {
+  Product p{.a = args[0], .lda = sizes[1], .m = sizes[0],
+            .activation = static_cast<ttx::Activation>(sizes[3]), .c = args[3], .ldc = sizes[2]};
+  Experts* experts = static_cast<Experts*>(static_cast<Packed*>(args[1]));
+  return experts->multiply(p, static_cast<const int32_t*>(args[2])) ? 0 : 1;
+}
+
+// args: the expert of each row; out: which row stands where, where each row stands, where each
+// expert's rows end; sizes: rows, experts.
+int ttx_route(void* const* args, const int64_t* sizes) {
+  ttx::route(static_cast<const int64_t*>(args[0]), sizes[0], sizes[1],
+             static_cast<int64_t*>(args[1]), static_cast<int64_t*>(args[2]),
+             static_cast<int32_t*>(args[3]));
   return 0;
 }
 

@@ -26,7 +26,15 @@ from turbotx.runtime.cpu.launch_table import lay_out_launches, load_runtime, pri
 from turbotx.runtime.weights import Weights
 
 NATIVE = frozenset(
-    (ir.KernelLaunch, ir.GemmLaunch, ir.AttentionLaunch, ir.ProductLaunch, ir.StoreLaunch)
+    (
+        ir.KernelLaunch,
+        ir.GemmLaunch,
+        ir.GroupedGemmLaunch,
+        ir.RouteLaunch,
+        ir.AttentionLaunch,
+        ir.ProductLaunch,
+        ir.StoreLaunch,
+    )
 )
 """The launches that C++ runs, where there is a compiler."""
 
@@ -56,7 +64,7 @@ def build_for_cpu(assembly: Assembly, dims: Sequence[str], options: Options) -> 
     libraries, built = _build(sources, options.backend)
     types = NATIVE if "runtime" in libraries else frozenset()
     if not options.pack_weights:
-        types -= {ir.GemmLaunch}
+        types -= {ir.GemmLaunch, ir.GroupedGemmLaunch}
     layout = lay_out_launches(assembly, types, names)
     executable = link(assembly, dims, options.planner, layout)
     return CpuCode(executable, libraries, sources if libraries else {}, built)

@@ -40,14 +40,16 @@ POINTERS = (
 )  # fmt: skip
 
 
-def make_template(launch: ir.GemmLaunch) -> GemmTemplate | None:
+def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate | None:
     """Return what a Triton kernel for a gemm launch is made from; None where its weight has no
     rows or columns of adjacent elements."""
     weight, kind = launch.weight, launch.gemm
-    k = int(weight.shape[1])
+    k = int(weight.shape[-1])
+    down, along = weight.strides[-2:]
+    grouped = isinstance(launch, ir.GroupedGemmLaunch)
     none = RowNorm("none", 1e-5)
     norm, added = kind.norm or none, kind.residual_norm or none
-    if weight.strides[1] != 1 and weight.strides[0] != 1 and k != 1:
+    if along != 1 and down != 1 and k != 1:
         return None
     return GemmTemplate(
         launch.x.dtype,
@@ -63,7 +65,9 @@ def make_template(launch: ir.GemmLaunch) -> GemmTemplate | None:
         residual_norm=added.kind,
         residual_eps=added.eps,
         stats=kind.stats,
-        flipped=weight.strides[1] != 1 and k != 1,
+        flipped=along != 1 and k != 1,
+        experts=int(weight.shape[0]) if grouped else 0,
+        expert_step=int(weight.strides[0]) if grouped else 0,
     )
 
 
@@ -75,8 +79,9 @@ class GemmFamily:
     """
 
     def __init__(
-        self, launch: ir.GemmLaunch, target: str, table: LaunchLayout, tiles: Tiles,
-        finish: Sequence[KernelFamily], left_by: Mapping[str, GemmTemplate] | None = None,
+        self, launch: ir.GemmLaunch | ir.GroupedGemmLaunch, target: str, table: LaunchLayout,
+        tiles: Tiles, finish: Sequence[KernelFamily] = (),
+        left_by: Mapping[str, GemmTemplate] | None = None,
     ) -> None:  # fmt: skip
         self.template, self.finish = make_template(launch), tuple(finish)
         self._target, self._tiles = target, tiles
@@ -85,7 +90,7 @@ class GemmFamily:
         # Those of x and of the residual: their tiles' widths are these templates'.
         read = (norm.x_stats, norm.residual_stats)
         self._left_by = [None if a is None else (left_by or {})[a.tensor] for a in read]
-        down = weight.strides[1] if self.template and self.template.flipped else weight.strides[0]
+        down = weight.strides[-1 if self.template and self.template.flipped else -2]
         sizes = {"tokens": launch.rows, "x_row": launch.x_stride, "w_row": down}
         sizes["out_row"] = launch.width
         if residual is not None:

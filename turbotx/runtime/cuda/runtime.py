@@ -27,6 +27,7 @@ from turbotx.program.assembly import Assembly
 from turbotx.program.executable import ArgumentLayout, GpuTables, QueuedLaunch, TokenRange
 from turbotx.program.link import LaunchLayout, facts_of, link
 from turbotx.runtime.cuda.arguments import Key
+from turbotx.runtime.cuda.experts import ExpertsFamily, RouteFamily
 from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
 from turbotx.runtime.cuda.queue import CudaQueue
 from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, lay_out
@@ -37,7 +38,7 @@ from turbotx.runtime.weights import Weights
 # tiles for run-time lengths, with and without sizes that allow 128-bit accesses.
 EXPECTED_LENGTHS = (16, 17, 256, 250, 512, 500)
 
-Compiling = KernelFamily | AttentionFamily | GemmFamily
+Compiling = KernelFamily | AttentionFamily | GemmFamily | RouteFamily
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,15 @@ class LaunchKernels:
                 found[i] = self._kernel(i, "kernel", launch)
             elif isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
                 found[i] = AttentionFamily(launch, target, self.table, tiles)
+                self._lay_out(i, "kernel", launch)
+            elif isinstance(launch, ir.GroupedGemmLaunch):
+                grouped = ExpertsFamily(launch, target, self.table, tiles)
+                if grouped.template is not None:
+                    found[i] = self._shared.setdefault(grouped.key, grouped)
+                    self._checks[i] = 1
+                    self._layouts[i, "gemm"] = grouped.layouts(launch, self.table)["gemm"]
+            elif isinstance(launch, ir.RouteLaunch):
+                found[i] = RouteFamily(launch, target, self.table)
                 self._lay_out(i, "kernel", launch)
             elif isinstance(launch, ir.GemmLaunch) and launch.workspaces:
                 _, ends = find_library_call(launch)

@@ -145,6 +145,22 @@ void multiply_panels(const PackedWeight<T>& w, Range groups, Range rows, const A
   }
 }
 
+// Whether the engine multiplies rows as they are stored; others are widened to float32 first.
+template <class T>
+constexpr bool kReadsRows = std::is_same_v<T, float> || PanelLayout<T>::step == 2;
+
+// A copy of m rows in float32, side by side, in the calling thread's scratch; null where none is
+// needed.
+template <class T>
+const float* widen_rows(const T* a, long lda, long m, long k, [[maybe_unused]] int threads) {
+  if constexpr (kReadsRows<T>) return nullptr;
+  float* copy = thread_scratch(m * k);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (long r = 0; r < m; ++r)
+    for (long i = 0; i < k; ++i) copy[r * k + i] = to_float(a[r * lda + i]);
+  return copy;
+}
+
 }  // namespace detail
 
 // finish(x, factor, row, column, count) maps a vector of sums, of which `count` lanes are stored.
@@ -154,15 +170,7 @@ void linear(const PackedWeight<T>& w, const T* a, long lda, long m, T* c, long l
   if (m == 0 || w.n == 0) return;
   // A second thread pays from about 50,000 multiply-adds on (Zen 4).
   int threads = usable_threads(m * w.n * w.k * w.group, 50000);
-  constexpr bool direct = std::is_same_v<T, float> || detail::PanelLayout<T>::step == 2;
-  const float* wide = nullptr;
-  if constexpr (!direct) {
-    float* copy = detail::thread_scratch(m * w.k);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (long r = 0; r < m; ++r)
-      for (long i = 0; i < w.k; ++i) copy[r * w.k + i] = to_float(a[r * lda + i]);
-    wide = copy;
-  }
+  [[maybe_unused]] const float* wide = detail::widen_rows<T>(a, lda, m, w.k, threads);
   // Some 256 rows at a time: few enough for the second-level cache, enough to hide the weights.
   long blocks = (m + 255) / 256;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -170,7 +178,7 @@ void linear(const PackedWeight<T>& w, const T* a, long lda, long m, T* c, long l
     detail::Range groups{w.groups() * t / threads, w.groups() * (t + 1) / threads};
     for (long b = 0; b < blocks; ++b) {
       detail::Range rows{m * b / blocks, m * (b + 1) / blocks};
-      if constexpr (direct) detail::multiply_panels(w, groups, rows, a, lda, c, ldc, finish);
+      if constexpr (detail::kReadsRows<T>) detail::multiply_panels(w, groups, rows, a, lda, c, ldc, finish);
       else detail::multiply_panels(w, groups, rows, wide, w.k, c, ldc, finish);
     }
   }

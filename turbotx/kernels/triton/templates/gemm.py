@@ -10,6 +10,7 @@ LeVeque 1979.
 import triton
 import triton.language as tl
 
+from turbotx.kernels.triton.templates.experts import find_expert_tile
 from turbotx.kernels.triton.templates.functions import gelu, tanh
 from turbotx.kernels.triton.templates.statistics import (
     load_statistics,
@@ -28,6 +29,9 @@ SPLITS = tl.constexpr(None)  # parts that the sums over k are made in
 STEPS = tl.constexpr(None)  # of K_TILE, in all of k
 UNROLLED = tl.constexpr(None)  # whether all parts are asked for at once
 FLIPPED = tl.constexpr(None)  # the weight is stored (k, n)
+EXPERTS = tl.constexpr(None)  # each has a weight of its own; 0: there is one for all rows
+EXPERT_SLOTS = tl.constexpr(None)  # a power of two above it
+EXPERT_STEP = tl.constexpr(None)  # elements from one weight to the next
 GATED = tl.constexpr(None)  # it has 2 n outputs, of which the second half are factors
 HAS_BIAS = tl.constexpr(None)
 ACTIVATION = tl.constexpr(None)  # its name, or "none"
@@ -309,11 +313,20 @@ def store(
 @triton.jit
 def gemm(
     x_ptr, w_ptr, bias_ptr, sums_ptr, scales_ptr, x_stats_ptr, residual_ptr, residual_norm_ptr,
-    residual_stats_ptr, out_ptr, stats_ptr, partial_ptr, turns_ptr, tokens, x_row, w_row, out_row,
-    residual_row, M_TILE: tl.constexpr, N_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    residual_stats_ptr, out_ptr, stats_ptr, partial_ptr, turns_ptr, ends_ptr, status_ptr, tokens,
+    x_row, w_row, out_row, residual_row,
+    M_TILE: tl.constexpr, N_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
-    m_tile, n_tile, m, n, m_ok, n_ok, begin, end = find_tile(tokens, M_TILE, N_TILE, K_TILE)
-    begin_reading()
+    if EXPERTS > 0:
+        begin_reading()
+        expert, n_tile, m, n, m_ok, n_ok, end = find_expert_tile(
+            ends_ptr, status_ptr, tokens, EXPERTS, EXPERT_SLOTS, N, K, N_MASKED, M_TILE, N_TILE
+        )
+        begin = 0
+        w_ptr += expert.to(tl.int64) * EXPERT_STEP
+    else:
+        m_tile, n_tile, m, n, m_ok, n_ok, begin, end = find_tile(tokens, M_TILE, N_TILE, K_TILE)
+        begin_reading()
     if SPLITS > 1:
         if not X_WAITS:
             x_mean, x_rstd = merge_x(x_stats_ptr, m, m_ok, tokens, M_TILE)

@@ -1,0 +1,47 @@
+"""Print the launch that orders rows by their experts as Triton: a counting sort, in order.
+
+In: a target. Out: stand-alone source of one function, the `route` of templates/experts.py, and its
+job; one program an expert reads every row's choice twice::
+
+    args: chosen_ptr, order_ptr, place_ptr, ends_ptr, rows, experts
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from turbotx.kernels.job import Job
+from turbotx.kernels.triton.functions import stand_alone
+from turbotx.kernels.triton.specialize import specialize
+
+ARGUMENTS = ("chosen_ptr", "order_ptr", "place_ptr", "ends_ptr", "rows", "experts")
+
+
+@dataclass(frozen=True)
+class RouteSchedule:
+    """How many rows a program reads at a time, and its warps."""
+
+    tile: int = 1024
+    num_warps: int = 4
+
+
+def print_triton_route(schedule: RouteSchedule | None = None) -> str:
+    """Return the Triton source of a route launch."""
+    tile = (schedule or RouteSchedule()).tile
+    header = [f"route: rows in the order of their experts, {tile} choices at a time"]
+    return stand_alone(header, specialize("experts", "route", "route", [*ARGUMENTS, "TILE"], {}))
+
+
+def route_job(target: str, schedule: RouteSchedule | None = None) -> Job:
+    """Return the job for a route launch."""
+    schedule = schedule or RouteSchedule()
+    kinds = ("*i64", "*i64", "*i64", "*i32", "i32", "i32")
+    return Job(
+        name="route",
+        source=print_triton_route(schedule),
+        target=target,
+        signature=(*zip(ARGUMENTS, kinds, strict=True), ("TILE", "constexpr")),
+        constexprs=(("TILE", schedule.tile),),
+        divisible=ARGUMENTS[1:4],
+        num_warps=schedule.num_warps,
+    )

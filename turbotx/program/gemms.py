@@ -1,0 +1,64 @@
+"""GEMMs: the launch of one product and of what a region does to its sums.
+
+In: a linear, or that of experts, with its epilogue, and how a node's elements lie. Out: the launch,
+with what PyTorch would run in its place, for example::
+
+    linear(x, w) + b, gelu  ->  GemmLaunch(GemmKernel("gelu"), x, w, b, out, rows=batch*seq, ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import fx
+
+from turbotx import ir
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import product
+from turbotx.ir.matmul_kernels import GemmKernel
+from turbotx.ir.strides import layout_with_copies, reshape_strides
+from turbotx.kernels.fusion.epilogue import Epilogue, is_grouped
+from turbotx.passes.extract import extract
+
+
+def make_gemm(
+    end: Epilogue, operand: Callable[[fx.Node], ir.Operand], out: ir.Operand,
+    place: Mapping[str, Any],
+) -> ir.GemmLaunch | ir.GroupedGemmLaunch:  # fmt: skip
+    """Return the launch of `end.linear` that writes `out`.
+
+    operand: gives the window that a node's elements are. place: the launch's name and origin.
+    """
+    node = end.linear
+    x, weight = operand(g.operand(node, 0)), operand(g.operand(node, 1))
+    rows, depth = product(x.shape[:-1]), x.shape[-1]
+    flat = reshape_strides(layout_with_copies(g.operand(node, 0)), (rows, depth))
+    assert flat is not None
+    stride = flat[0] if rows != 1 else depth
+    kernel, call = GemmKernel(end.activation, end.gated), _call(end, operand, out)
+    if is_grouped(node):
+        ends = operand(g.operand(node, 2))
+        return ir.GroupedGemmLaunch(kernel, x, weight, ends, out, rows, stride, call, **place)
+    bias, residual = (None if n is None else operand(n) for n in (end.bias, end.residual))
+    inplace: tuple[tuple[str, str], ...] = ()
+    if residual is not None and residual.tensor != x.tensor:
+        inplace = ((out.tensor, residual.tensor),)
+    return ir.GemmLaunch(
+        kernel, x, weight, bias, out, residual, rows, stride, call, **place, inplace=inplace
+    )
+
+
+def _call(
+    end: Epilogue, operand: Callable[[fx.Node], ir.Operand], out: ir.Operand
+) -> ir.AtenCall:  # fmt: skip
+    """Return what PyTorch would run in a launch's place."""
+    node, target = end.linear, cast(Any, end.linear.target)
+    if end.output is node:
+        args = [operand(n) if isinstance(n, fx.Node) else n for n in node.args]
+        return ir.AtenCall(target, tuple(args), {}, (out,), has_out=not is_grouped(node))
+    named = (*node.all_input_nodes, end.bias, end.residual)
+    given = list(dict.fromkeys(n for n in named if n is not None))
+    meant = extract([end.output], given, end.name)
+    reads = [operand(n) for n in given]
+    return ir.AtenCall(meant.module, (*reads, *meant.sizes), {}, (out,))

@@ -1,0 +1,115 @@
+"""What a mixture of experts takes on a GPU: tiles of grouped products, and the order of rows.
+
+In: launches about experts and evaluated sizes. Out: what `GemmFamily` gives for a GEMM; no size is
+read back from the device, so that as many programs start as there can be tiles::
+
+    ExpertsFamily(launch, "sm_90", table, tiles).pick(sizes)  ->  [Part("gemm", Job ..., (9, 4, 1))]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from turbotx import ir
+from turbotx.kernels.gemm_heuristics import BUCKETS, bucket_of
+from turbotx.kernels.job import Job
+from turbotx.kernels.schedule_selector import gemm_neighbours
+from turbotx.kernels.triton.experts import RouteSchedule, route_job
+from turbotx.kernels.triton.gemm_template import GemmSchedule, gemm_arguments
+from turbotx.program.executable import ArgumentLayout
+from turbotx.program.link import LaunchLayout
+from turbotx.runtime.cuda.gemm import GemmFamily
+from turbotx.runtime.cuda.parts import Part
+from turbotx.runtime.cuda.variants import Deciders, lay_out
+
+
+class ExpertsFamily(GemmFamily):
+    """The variants of a grouped product: tiles by how many rows an expert has, if all have as
+    many."""
+
+    def layouts(self, launch: ir.Launch, table: LaunchLayout) -> dict[str, ArgumentLayout]:
+        """Say where a launch's arguments lie: x, weights, out, ends and a word for wrong ends."""
+        assert isinstance(launch, ir.GroupedGemmLaunch) and self.template is not None
+        given = gemm_arguments(self.template, GemmSchedule(16, 16, 16))
+        sizes = [self._sizes[a] for a, kind in given if kind == "size"]
+        operands = [launch.x, launch.weight, launch.out, launch.ends]
+        return {"gemm": lay_out(operands, "status", sizes, table)}
+
+    def chosen(self, sizes: Sequence[int]) -> tuple[int, GemmSchedule | None]:
+        """Return the bucket of the rows of an expert, and the schedule that `pick` takes."""
+        template = self._typed()
+        assert template is not None
+        bucket = bucket_of(-(-sizes[self.tokens] // template.experts))
+        key = (template, bucket)
+        if key not in self._chosen:
+            self._chosen[key] = self._tiles.experts(template, bucket)
+        return bucket, self._chosen[key]
+
+    @property
+    def deciders(self) -> Deciders:
+        """How many rows there are, by the tiles for an expert's share, and by the grid's form."""
+        assert self.template is not None
+        most = tuple(self.template.experts * rows for rows in (1, *BUCKETS))
+        return Deciders(((self.tokens, most),), super().deciders.even)
+
+    def expected(self, sizes: Sequence[int], buckets: Iterable[int] = BUCKETS) -> list[Job]:
+        """Return the jobs for any number of rows."""
+        assert self.template is not None
+        found, at = [], self.tokens
+        for each in BUCKETS:
+            rows = each * self.template.experts
+            found += [p.job for p in self.pick([*sizes[:at], rows, *sizes[at + 1 :]])]
+        return [job for job in found if isinstance(job, Job)]
+
+    def neighbours(self, schedule: GemmSchedule | None, bucket: int) -> Sequence[object]:
+        """Return the schedules to try beside one, for a bucket of an expert's rows."""
+        template = self._typed()
+        assert template is not None
+        near = gemm_neighbours(template, schedule, bucket, self._target)
+        return [s for s in near if s is not None and s.splits == 1 and not s.prefetch]
+
+
+class RouteFamily:
+    """The one variant of a launch that orders rows by their experts: a program an expert."""
+
+    name = "route"
+
+    def __init__(self, launch: ir.RouteLaunch, target: str, table: LaunchLayout) -> None:
+        self._experts = int(launch.ends.shape[0])
+        self._rows = table.value(launch.chosen.shape[0])
+        self._job = route_job(target)
+
+    def pick(self, sizes: Sequence[int]) -> list[Part]:
+        """Return what to queue at these sizes."""
+        return [Part("kernel", self._job, (self._experts, 1, 1))]
+
+    @property
+    def deciders(self) -> Deciders:
+        """Nothing decides."""
+        return Deciders((), ())
+
+    # --- tuning: there is nothing to choose ---
+
+    def chosen(self, sizes: Sequence[int]) -> tuple[int, RouteSchedule]:
+        """Return the number of rows, and the schedule."""
+        return sizes[self._rows], RouteSchedule()
+
+    def at(self, schedule: RouteSchedule, sizes: Sequence[int]) -> list[Part]:
+        """Return what to queue at these sizes."""
+        return self.pick(sizes)
+
+    def structure(self) -> str:
+        """Key of tuned schedules: its name."""
+        return self.name
+
+    def neighbours(self, schedule: RouteSchedule, length: int) -> Sequence[RouteSchedule]:
+        """Return no schedule to try beside one."""
+        return []
+
+    def bucket(self, length: int) -> str:
+        """Return one bucket for any number of rows."""
+        return "any"
+
+    def tag(self, schedule: RouteSchedule) -> str:
+        """Return the schedule's short name."""
+        return f"t{schedule.tile}w{schedule.num_warps}"
