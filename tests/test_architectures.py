@@ -10,7 +10,13 @@ import torch
 
 import turbotx
 from benchmarks.parity import ARCHITECTURES, make_inputs
-from tests.models import assert_as_exact_as_eager, in_double, leaves, small_model
+from tests.models import (
+    assert_as_exact_as_eager,
+    in_double,
+    leaves,
+    small_model,
+    token_inputs,
+)
 from turbotx.errors import DecisionWarning, EagerWarning
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,3 +86,55 @@ def test_bart_clamps_in_float16_where_something_is_infinite() -> None:
         torch.testing.assert_close(fast(**inputs)[0], expected, equal_nan=True)
     stats = fast.stats()
     assert stats["captures"] == 2 and stats["eager_calls"] == 0
+
+
+def mixture(name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A model of two layers whose experts are chosen by a router, 2 of 8 a token."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "vocab_size": 151, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8,
+        "num_experts_per_tok": 2, "use_cache": False,
+    }  # fmt: skip
+    if name == "deepseek_v3":
+        sizes |= {
+            "num_key_value_heads": 4, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+            "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+        }  # fmt: skip
+        del sizes["head_dim"]
+    config = transformers.AutoConfig.for_model(name, **sizes)
+    return transformers.AutoModel.from_config(config).to(dtype).eval()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral", "deepseek_v3"])
+def test_mixtures_of_experts_are_exact(name: str) -> None:
+    model = mixture(name, torch.float32)
+    exact, fast = in_double(model), turbotx.optimize(model)
+    # PyTorch's grouped product knows no float64: the reference takes experts one by one.
+    exact.config._experts_implementation = "eager"
+    for batch, seq in ((2, 9), (1, 1), (3, 17)):
+        inputs = token_inputs(batch, seq)
+        with torch.no_grad():
+            assert_as_exact_as_eager(fast(**inputs), model(**inputs), exact(**inputs))
+    assert fast.stats()["captures"] == 1
+    ops = {x.op for x in turbotx.explain(model, **token_inputs(2, 5)).externs}
+    assert not ops & {"aten.sort.default", "aten.histc.default", "aten.index_put.default"}
+    assert not any("grouped_mm" in op for op in ops)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_of_sixteen_bits_are_exact(name: str, dtype: torch.dtype) -> None:
+    experts = mixture(name, dtype).layers[1].mlp.experts
+    exact, fast = in_double(experts), turbotx.optimize(experts)
+    exact.config._experts_implementation = "eager"
+    for rows in (1, 12, 40):
+        x = torch.randn(rows, 64).to(dtype)
+        weights, chosen = torch.rand(rows, 8).topk(2)
+        with torch.no_grad():
+            given = (chosen, weights.to(dtype))
+            ours, eager = fast(x, *given), experts(x, *given)
+            assert_as_exact_as_eager(ours, eager, exact(x.double(), chosen, given[1].double()))

@@ -351,7 +351,8 @@ def gemm_job(
     kinds = {"storage": f"*{POINTEES[template.dtype]}", "fp32": "*fp32", "i32": "*i32"}
     given = gemm_arguments(template, schedule)
     tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
-    multiples = {a for a, kind in given if kind != "size"} - set(unaligned) | set(divisible)
+    apart = {"status_ptr", *unaligned}  # the first: one of many words
+    multiples = {a for a, kind in given if kind != "size"} - apart | set(divisible)
     prefetch = print_prefetch(template, schedule, {"w_ptr", "w_row"} <= multiples)
     return Job(
         name=name or template.name,

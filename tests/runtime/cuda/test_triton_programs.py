@@ -19,7 +19,9 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 from tests.engine.test_attention import every_mask, operands
 from tests.models import assert_as_exact_as_eager, in_double, token_inputs
 from tests.ops.operator_samples import excess
+from tests.passes.test_experts import Experts
 from tests.runtime.cuda.stand_in_device import InterpretedDevice, bind_to
+from turbotx.errors import IndexOutOfRangeError
 
 transformers = pytest.importorskip("transformers")
 
@@ -172,3 +174,32 @@ def test_hostile_values_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
             zip(fast(x, ids, mask, small), eager, exact, strict=True)
         ):
             assert excess(ours, own, true) is None, f"{kind}, {k}: {excess(ours, own, true)}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_are_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = InterpretedDevice()
+    module = Experts(3, dtype=dtype).eval()
+    fast = bind_to(device, module, monkeypatch)
+    for rows in (5, 1, 40, 5, 5):
+        x = torch.randn(rows, 24, dtype=dtype)
+        with torch.no_grad():
+            (ours, _), (eager, _), (exact, _) = fast(x), module(x), module.in_double(x)
+        assert_as_exact_as_eager(ours, eager, exact)
+    assert not [call for call in device.names("call") if "grouped" in call or "route" in call]
+    launched = set(device.names("launch"))
+    assert "route" in launched
+    assert sum(n.startswith("grouped_gemm") for n in launched) == 2
+
+
+def test_wrong_ends_of_experts_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(2, 16, 16)
+
+    def product(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return F.grouped_mm(x, weight.mT, offs=ends)
+
+    fast, x = bind_to(InterpretedDevice(), product, monkeypatch), torch.randn(7, 16)
+    right = torch.tensor([2, 7], dtype=torch.int32)
+    torch.testing.assert_close(fast(x, right), product(x, right))
+    with pytest.raises(IndexOutOfRangeError, match="none below the one before"):
+        [fast(x, torch.tensor(ends, dtype=torch.int32)) for ends in ([3, 2], [2, 7])]
