@@ -60,6 +60,7 @@ SPECIAL = {
     "flip": _sample(X, [0, 1]),
     "roll": _sample(X, [2, -1], [1, 0]),
     "repeat": _sample(X, [2, 3]),
+    "copy": _sample(K, X[:, :1]),
     "slice_scatter": _sample(X, Y[:, :2], 1, 1, 5, 2),
     "tril": _sample(X, 1),
     "triu": _sample(X, -1),

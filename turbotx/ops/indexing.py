@@ -198,6 +198,15 @@ def _slice_scatter(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     return m.where(mask, value, m.element(base, index))
 
 
+def _copy(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    """Return the second tensor, broadcast to the first one's shape, in the first one's dtype."""
+    source = node.args[1]
+    extents = g.shape(source)
+    kept = index[len(index) - len(extents) :]
+    place = tuple(ZERO if n == 1 else i for i, n in zip(kept, extents, strict=True))
+    return m.cast(m.element(source, place), g.dtype(node))
+
+
 def _triangle(keep: str) -> Callable[..., Any]:
     def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
         diagonal = node.args[1] if len(node.args) > 1 else 0
@@ -217,5 +226,6 @@ indexed("aten.flip.default", _flip)
 indexed("aten.roll.default", _roll)
 indexed("aten.repeat.default", _repeat)
 indexed("aten.slice_scatter.default", _slice_scatter)
+indexed("aten.copy.default", _copy)
 indexed("aten.tril.default", _triangle("le"))
 indexed("aten.triu.default", _triangle("ge"))

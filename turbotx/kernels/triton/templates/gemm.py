@@ -88,6 +88,24 @@ def begin_reading():
 
 
 @triton.jit
+def find_place(
+    w_ptr, ends_ptr, status_ptr, tokens,
+    M_TILE: tl.constexpr, N_TILE: tl.constexpr, K_TILE: tl.constexpr,
+):  # fmt: skip
+    if EXPERTS > 0:
+        begin_reading()
+        expert, n_tile, m, n, m_ok, n_ok, end = find_expert_tile(
+            ends_ptr, status_ptr, tokens, EXPERTS, EXPERT_SLOTS, N, K, N_MASKED, M_TILE, N_TILE
+        )
+        begin = 0
+        w_ptr += expert.to(tl.int64) * EXPERT_STEP
+    else:
+        m_tile, n_tile, m, n, m_ok, n_ok, begin, end = find_tile(tokens, M_TILE, N_TILE, K_TILE)
+        begin_reading()
+    return w_ptr, n_tile, m, n, m_ok, n_ok, begin, end
+
+
+@triton.jit
 def begin_asking():
     """What is done to the sums asks for its operands before they are made."""
 
@@ -317,16 +335,9 @@ def gemm(
     x_row, w_row, out_row, residual_row,
     M_TILE: tl.constexpr, N_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
-    if EXPERTS > 0:
-        begin_reading()
-        expert, n_tile, m, n, m_ok, n_ok, end = find_expert_tile(
-            ends_ptr, status_ptr, tokens, EXPERTS, EXPERT_SLOTS, N, K, N_MASKED, M_TILE, N_TILE
-        )
-        begin = 0
-        w_ptr += expert.to(tl.int64) * EXPERT_STEP
-    else:
-        m_tile, n_tile, m, n, m_ok, n_ok, begin, end = find_tile(tokens, M_TILE, N_TILE, K_TILE)
-        begin_reading()
+    w_ptr, n_tile, m, n, m_ok, n_ok, begin, end = find_place(
+        w_ptr, ends_ptr, status_ptr, tokens, M_TILE, N_TILE, K_TILE
+    )
     if SPLITS > 1:
         if not X_WAITS:
             x_mean, x_rstd = merge_x(x_stats_ptr, m, m_ok, tokens, M_TILE)
