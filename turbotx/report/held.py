@@ -62,11 +62,12 @@ def _weights(view: View) -> tuple[int, int, int]:
     program, tensors = view.compiled.program, view.compiled.assembly.tensors
     weights = program.runtime.weights
     own = {t.data_ptr(): t.nbytes for _, t in weights.owned()}
-    derived = sum(map(_nbytes, weights.prepared.values()))
+    derived = sum(_nbytes(n) for name, n in weights.prepared.items() if name in weights.read)
     cpu = program.executable.cpu
     packed = sum(
-        prod(p.window.shape) * tensors[p.window.tensor].dtype.itemsize
+        prod(w.shape) * tensors[w.tensor].dtype.itemsize
         for p in (cpu.packings if cpu is not None else ())
+        for w in p.parts
     )
     return sum(own.values()), derived, packed
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -25,25 +25,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from turbotx.errors import ModelChangedError
 from turbotx.program.executable import WeightWindow
 from turbotx.runtime.tensor_watch import Watch, make_watch
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class PackedWeight:
-    """A GEMM weight in the native library's layout; freed with the object."""
-
-    def __init__(self, native: Any, weight: torch.Tensor, gated: bool = False) -> None:
-        self._native = native
-        n, k = weight.shape
-        self.address = native.ttx_pack_weight(
-            DTYPE_CODES[weight.dtype], weight.data_ptr(), n, k, *weight.stride(), gated
-        )
-        if not self.address:
-            raise MemoryError(f"no memory to pack a weight of {weight.nbytes} bytes")
-
-    def __del__(self) -> None:
-        if getattr(self, "address", None):
-            self._native.ttx_free_weight(self.address)
 
 
 @dataclass(frozen=True)
@@ -106,6 +87,9 @@ class Weights:
         """Waits until what was queued for derived weights is done, where a device queues it."""
         self.packed: frozenset[str] = frozenset()
         """The tensors of which the runtime keeps copies of its own."""
+        self.read: Collection[str] = prepared
+        """The prepared constants that are made with every version; others when they are asked for,
+        as by a replay."""
         self.tensors: dict[str, torch.Tensor] = {}
         self.version = 0
         self._lock = threading.Lock()
@@ -161,10 +145,12 @@ class Weights:
             if changed:
                 raise ModelChangedError(changed)
             watched = self._new_watch()  # first, so that it sees what changes from now on
-            tensors: dict[str, Any] = {n: owner[leaf] for n, (owner, leaf) in self._slots.items()}
+            tensors = _Tensors(self.prepared)
+            tensors.update((n, owner[leaf]) for n, (owner, leaf) in self._slots.items())
             with torch.no_grad():
                 for name, node in self.prepared.items():
-                    tensors[name] = compute_constant(node, tensors)
+                    if name in self.read:
+                        tensors[name] = compute_constant(node, tensors)
             if self.prepared:
                 self.settle()
             self.tensors = tensors
@@ -214,6 +200,18 @@ class Weights:
         """Return a part of a parameter or prepared constant as a tensor."""
         base = self.tensors[part.tensor]
         return base.as_strided(part.shape, part.strides, base.storage_offset() + part.offset)
+
+
+class _Tensors(dict[str, Any]):
+    """Tensors by name, with prepared constants that nothing keeps: made when they are asked for."""
+
+    def __init__(self, prepared: Mapping[str, fx.Node]) -> None:
+        super().__init__()
+        self._prepared = prepared
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        with torch.no_grad():
+            return compute_constant(self._prepared[name], self)
 
 
 def compute_constant(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -32,11 +32,22 @@ class LaunchRecord(ctypes.Structure):
     )
 
 
+class PartRecord(ctypes.Structure):
+    """Mirrors `Part` in native.cpp."""
+
+    _fields_ = (
+        ("address", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("stride_n", ctypes.c_int64),
+        ("stride_k", ctypes.c_int64),
+    )
+
+
 def declare_runtime(library: ctypes.CDLL) -> None:
     """Tell ctypes the types of the runtime's functions."""
     library.ttx_pack_weight.restype = ctypes.c_void_p
     library.ttx_pack_weight.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_int,
+        ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int,
     ]  # fmt: skip
     library.ttx_free_weight.argtypes = [ctypes.c_void_p]
     library.ttx_free_weight.restype = None

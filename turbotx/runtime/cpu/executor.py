@@ -19,9 +19,10 @@ import torch
 from turbotx.program.executable import CalledLaunch, Executable, NativeLaunch
 from turbotx.runtime.aten import make_step
 from turbotx.runtime.cpu.abi import LaunchRecord
+from turbotx.runtime.packed_weight import PackedWeight
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
-from turbotx.runtime.weights import PackedWeight, Weights
+from turbotx.runtime.weights import Weights
 
 
 class CpuExecutor:
@@ -38,7 +39,8 @@ class CpuExecutor:
         self.packings = executable.cpu.packings
         self.torch_device = torch.device("cpu")
         self._native = weights.native = libraries.get("runtime")
-        weights.packed = frozenset(p.window.tensor for p in self.packings)
+        weights.packed = frozenset(w.tensor for p in self.packings for w in p.parts)
+        weights.read = {*weights.packed, *executable.weights}
         self._segments: Sequence[tuple[int, int]] = executable.cpu.segments
         self._records = (LaunchRecord * max(1, len(executable.launches)))()
         self._arrays: list[Any] = []  # what the records point at
@@ -69,9 +71,10 @@ class CpuExecutor:
         """
         with self._lock:
             version, tensors = self.weights.version, self.weights.tensors
-            if self._packed_version != version:
+            if self._packed_version != version and self._native is not None:
+                window = self.weights.window
                 self._packed = {
-                    p.slot: PackedWeight(self._native, self.weights.window(p.window), p.gated)
+                    p.slot: PackedWeight(self._native, [*map(window, p.parts)], p.gated)
                     for p in self.packings
                 }
                 self._packed_version = version

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "gemm.h"
 
@@ -48,8 +49,8 @@ struct Weight {
 template <class T>
 struct TypedWeight : Weight {
   ttx::PackedWeight<T> packed;
-  TypedWeight(const T* w, long n, long k, long sn, long sk, bool gated)
-      : packed(w, gated ? n / 2 : n, k, sn, sk, gated) {}
+  TypedWeight(const std::vector<ttx::WeightPart<T>>& parts, long n, long k, bool gated)
+      : packed(parts.data(), static_cast<long>(parts.size()), n, k, gated) {}
   void multiply(const Product& p) override {
     const T* a = static_cast<const T*>(p.a);
     T* c = static_cast<T*>(p.c);
@@ -62,9 +63,15 @@ struct TypedWeight : Weight {
   }
 };
 
+// Rows of a weight as Python says them.
+struct Part { const void* w; int64_t rows, stride_n, stride_k; };
+
 template <class T>
-Weight* pack(const void* w, long n, long k, long sn, long sk, bool gated) {
-  return new TypedWeight<T>(static_cast<const T*>(w), n, k, sn, sk, gated);
+Weight* pack(const Part* parts, int64_t count, long n, long k, bool gated) {
+  std::vector<ttx::WeightPart<T>> typed;
+  for (const Part* p = parts; p < parts + count; ++p)
+    typed.push_back({static_cast<const T*>(p->w), p->rows, p->stride_n, p->stride_k});
+  return new TypedWeight<T>(typed, n, k, gated);
 }
 
 }  // namespace
@@ -91,14 +98,14 @@ int64_t ttx_run(const Launch* launches, int64_t begin, int64_t end, void* const*
   return 0;
 }
 
-// dtype 0 is float32, 1 bfloat16, 2 float16; element (output j, input i) at w[j * sn + i * sk]. Of a
-// gated weight the first n / 2 outputs are the gate, the others its factor.
-void* ttx_pack_weight(int dtype, const void* w, int64_t n, int64_t k, int64_t sn, int64_t sk,
+// dtype 0 is float32, 1 bfloat16, 2 float16; rows of all parts make the weight of n outputs. Of a
+// gated weight the first n rows are the gate, the others its factor.
+void* ttx_pack_weight(int dtype, const Part* parts, int64_t count, int64_t n, int64_t k,
                       int gated) {
   try {
-    if (dtype == 0) return pack<float>(w, n, k, sn, sk, gated);
-    if (dtype == 1) return pack<ttx::bf16>(w, n, k, sn, sk, gated);
-    return pack<ttx::f16>(w, n, k, sn, sk, gated);
+    if (dtype == 0) return pack<float>(parts, count, n, k, gated);
+    if (dtype == 1) return pack<ttx::bf16>(parts, count, n, k, gated);
+    return pack<ttx::f16>(parts, count, n, k, gated);
   } catch (const std::bad_alloc&) {
     return nullptr;
   }
