@@ -44,6 +44,7 @@ struct Product {
 struct Weight {
   virtual ~Weight() = default;
   virtual void multiply(const Product& p) = 0;
+  virtual const void* panels() const = 0;
 };
 
 template <class T>
@@ -51,6 +52,9 @@ struct TypedWeight : Weight {
   ttx::PackedWeight<T> packed;
   TypedWeight(const std::vector<ttx::WeightPart<T>>& parts, long n, long k, bool gated)
       : packed(parts.data(), static_cast<long>(parts.size()), n, k, gated) {}
+  TypedWeight(const void* panels, long n, long k, bool gated)
+      : packed(static_cast<const T*>(panels), n, k, gated, std::true_type()) {}
+  const void* panels() const override { return packed.panel(0); }
   void multiply(const Product& p) override {
     const T* a = static_cast<const T*>(p.a);
     T* c = static_cast<T*>(p.c);
@@ -109,6 +113,25 @@ void* ttx_pack_weight(int dtype, const Part* parts, int64_t count, int64_t n, in
   } catch (const std::bad_alloc&) {
     return nullptr;
   }
+}
+
+// The same over panels that were packed before, of this processor's layout; they must stay there.
+void* ttx_map_weight(int dtype, const void* panels, int64_t n, int64_t k, int gated) {
+  if (dtype == 0) return new TypedWeight<float>(panels, n, k, gated);
+  if (dtype == 1) return new TypedWeight<ttx::bf16>(panels, n, k, gated);
+  return new TypedWeight<ttx::f16>(panels, n, k, gated);
+}
+
+const void* ttx_weight_panels(const void* weight) {
+  return static_cast<const Weight*>(weight)->panels();
+}
+
+// How a dtype's panels are laid out: columns of a panel << 8 | neighbours of one column.
+int64_t ttx_panel_layout(int dtype) {
+  int step = dtype == 0   ? ttx::detail::PanelLayout<float>::step
+             : dtype == 1 ? ttx::detail::PanelLayout<ttx::bf16>::step
+                          : ttx::detail::PanelLayout<ttx::f16>::step;
+  return int64_t{ttx::detail::kPanel} << 8 | step;
 }
 
 void ttx_free_weight(void* weight) { delete static_cast<Weight*>(weight); }

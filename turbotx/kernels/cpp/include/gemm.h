@@ -72,14 +72,18 @@ class PackedWeight {
       : PackedWeight(n, k, gated) {
     fill(parts, count);
   }
+  // Panels that lie elsewhere already, and stay there.
+  PackedWeight(const T* panels, long n, long k, bool gated, std::true_type)
+      : n(n), k(k), group(gated ? 2 : 1), panels_(panels) {}
   long groups() const { return (n + detail::kPanel - 1) / detail::kPanel; }
   long panel_size() const { return detail::padded_depth<T>(k) * detail::kPanel; }
-  const T* panel(long p) const { return memory_.template as<const T>() + p * panel_size(); }
+  const T* panel(long p) const { return panels_ + p * panel_size(); }
   const long n, k, group;  // group: panels for kPanel columns of C, 2 where gated
 
  private:
   PackedWeight(long n, long k, bool gated)
-      : n(n), k(k), group(gated ? 2 : 1), memory_(sizeof(T) * group * groups() * panel_size()) {}
+      : n(n), k(k), group(gated ? 2 : 1), memory_(sizeof(T) * group * groups() * panel_size()),
+        panels_(memory_.template as<const T>()) {}
 
   void fill(const WeightPart<T>* parts, long count) {
     constexpr int step = detail::PanelLayout<T>::step;
@@ -103,6 +107,7 @@ class PackedWeight {
   }
 
   WeightMemory memory_;
+  const T* panels_;
 };
 
 namespace detail {
