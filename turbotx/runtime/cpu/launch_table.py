@@ -24,7 +24,7 @@ from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.kernels.fusion.inplace_check import check_inplace
 from turbotx.program.assembly import Assembly
 from turbotx.program.executable import CpuTables, NativeLaunch, Packing
-from turbotx.program.link import LaunchLayout, facts_of, weight_window
+from turbotx.program.link import LaunchLayout, facts_of, weight_parts, weight_window
 from turbotx.runtime.cpu.abi import declare_runtime, runtime_units
 
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
@@ -32,6 +32,9 @@ ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention_packed.h"\n\n'
 PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
 
 Generated = (ir.KernelLaunch, ir.AttentionLaunch, ir.ProductLaunch)
+
+PackedGemm = (ir.GemmLaunch, ir.GroupedGemmLaunch)
+"""The launches whose weights are packed."""
 
 IN_RUNTIME: dict[type[ir.Launch], str] = {
     ir.GemmLaunch: "ttx_linear", ir.StoreLaunch: "ttx_store_rows",
@@ -132,27 +135,40 @@ def lay_out_launches(
     table = LaunchLayout({name: k for k, name in enumerate(assembly.tensors)})
     packings: dict[int, Packing] = {}
     segments: list[tuple[int, int]] = []
+    read = set(assembly.returned)
     for i, launch in enumerate(assembly.launches):
         native = type(launch) in native_types
+        operands = launch.operands
         if native:
-            table.launches[i] = _link(launch, table, packings, names)
+            table.launches[i] = _link(launch, table, names)
+            if isinstance(launch, PackedGemm):
+                packing = _pack(launch, table, assembly)
+                packings[packing.slot] = packing
+                operands = tuple(a for a in operands if a is not launch.weight)
+        read.update(a.tensor for a in operands if a is not None)
         if native and i - 1 in table.launches:
             segments[-1] = (segments[-1][0], i + 1)
         else:
             segments.append((i, i + 1))
-    table.cpu = CpuTables(tuple(segments), tuple(packings.values()))
+    table.cpu, table.read = CpuTables(tuple(segments), tuple(packings.values())), read
     return table
 
 
-def _link(
-    launch: ir.Launch, table: LaunchLayout, packings: dict[int, Packing], names: dict[object, str]
-) -> NativeLaunch:
+def _pack(
+    launch: ir.GemmLaunch | ir.GroupedGemmLaunch, table: LaunchLayout, assembly: Assembly
+) -> Packing:
+    slot, weight = table.slots[_packed_name(launch)], launch.weight
+    grouped = isinstance(launch, ir.GroupedGemmLaunch)
+    parts = (weight_window(weight),) if grouped else weight_parts(weight, assembly.prepared)
+    return Packing(slot, parts, launch.gemm.gated)
+
+
+def _link(launch: ir.Launch, table: LaunchLayout, names: dict[object, str]) -> NativeLaunch:
     slots, offsets = [], []
     for arg in launch.operands:
         shift = ZERO if arg is None else arg.offset * arg.dtype.itemsize
-        if isinstance(launch, (ir.GemmLaunch, ir.GroupedGemmLaunch)) and arg is launch.weight:
+        if isinstance(launch, PackedGemm) and arg is launch.weight:
             slot = table.slots.setdefault(_packed_name(launch), len(table.slots))
-            packings[slot] = Packing(slot, weight_window(arg), launch.gemm.gated)
             shift = ZERO
         else:
             slot = -1 if arg is None else table.slots[arg.tensor]
