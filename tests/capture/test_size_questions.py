@@ -187,6 +187,19 @@ def test_rounded_sizes_that_make_one_number_are_numbers() -> None:
     assert fast.stats()["captures"] == 3
 
 
+def test_whether_a_part_may_be_written_is_no_decision() -> None:
+    def joined(x, y):
+        z = x.new_empty(*x.shape[:2], 12)
+        z[..., :8], z[..., 8:] = x, y[:, :1].expand(-1, x.shape[1], 4)
+        return z * 2
+
+    fast = turbotx.optimize(joined)
+    for batch, seq in ((2, 5), (1, 1), (3, 1), (1, 4)):
+        x, y = torch.randn(batch, seq, 8), torch.randn(batch, seq, 4)
+        assert torch.equal(fast(x, y), joined(x, y))
+    assert fast.stats()["captures"] == 1
+
+
 def test_which_library_convolves_is_no_decision() -> None:
     convolution = nn.Conv1d(4, 4, 3, padding=1).eval()
     fast = turbotx.optimize(nn.Sequential(convolution, nn.GELU()).eval())

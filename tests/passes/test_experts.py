@@ -29,27 +29,28 @@ class Experts(nn.Module):
     def __init__(self, experts=6, top_k=2, change="", dtype=torch.float32) -> None:
         super().__init__()
         self.experts, self.top_k, self.change = experts, top_k, change
-        self.router = nn.Linear(24, experts, dtype=dtype)
+        self.router = nn.Linear(24, experts)
         self.up = nn.Parameter((torch.randn(experts, 48, 24) / 5).to(dtype))
         self.down = nn.Parameter((torch.randn(experts, 24, 40) / 5).to(dtype))
 
     def forward(self, x):
         weights, chosen = self.choose(x)
         ids, order = chosen.reshape(-1).sort(descending=self.change == "descending")
-        counts = ids.float().histc(bins=self.experts, min=0, max=self.experts - 1)
+        numbers = ids.int() if x.is_cuda else ids.float()
+        counts = numbers.histc(bins=self.experts, min=0, max=self.experts - 1)
         if self.change == "counted up to":
-            counts = ids.float().histc(bins=self.experts, min=0, max=self.experts)
+            counts = numbers.histc(bins=self.experts, min=0, max=self.experts)
         ends = counts.cumsum(0, dtype=torch.int32)
         gate, factor = grouped_mm(x[order // self.top_k], self.up.mT, offs=ends).chunk(2, -1)
         out = grouped_mm(silu(gate) * factor, self.down, offs=ends)
         out = out * weights.reshape(-1)[order][:, None]
         place = torch.empty_like(order)
-        place[order] = torch.arange(order.shape[0])
+        place[order] = torch.arange(order.shape[0], device=x.device)
         return out[place].view(x.shape[0], self.top_k, 40).sum(1), ids
 
     def choose(self, x):
-        weights, chosen = self.router(x).softmax(-1).topk(self.top_k)
-        return weights, chosen % 5 if self.change == "computed" else chosen
+        weights, chosen = self.router(x.float()).softmax(-1).topk(self.top_k)
+        return weights.to(x.dtype), chosen % 5 if self.change == "computed" else chosen
 
     def in_double(self, x):
         """The same, every expert over every row, chosen as in x's own dtype."""

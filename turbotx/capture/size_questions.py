@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 import sympy
+import torch
 from torch import fx
 from torch._export import non_strict_utils
 from torch.fx.experimental import sym_node, symbolic_shapes
@@ -37,6 +38,8 @@ _VIEWS = ("_reshape_view_helper", "_collapse_view_helper")
 _FOLDS = ("torch._decomp.decompositions", "matmul")
 # Who asks in C++ which library is to convolve, and by that how the result lies.
 _CHOOSES = ("torch._subclasses.fake_impls", "conv")
+# Who asks in C++ whether what is written to overlaps itself, which no size of 1 makes it do.
+_WRITES = ("torch._meta_registrations", "meta_copy_")
 Answer: TypeAlias = Callable[..., bool | None]
 _PASS_ON = {__name__, sym_node.__name__, symbolic_shapes.__name__}
 
@@ -124,7 +127,7 @@ def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:
         return True  # a size that is spread over another: where it is 1, the other one is too
     if not native and not module.startswith("torch."):
         return decides_nothing(frame)
-    if has_fallback and (module, name) == _CHOOSES:
+    if _asks_to_write(frame) or (has_fallback and (module, name) == _CHOOSES):
         return True
     if differ and (any(part in name for part in _VIEWS) or (module, name) == _FOLDS):
         return True
@@ -133,6 +136,21 @@ def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:
         if any(part in asker.f_code.co_name for part in _LAYOUT):
             return True
         asker = asker.f_back
+    return False
+
+
+def _asks_to_write(frame: FrameType | None) -> bool:
+    """Tell whether `_WRITES` asks, be it through the op that export has in that question's place,
+    or the copy that a write becomes."""
+    while frame is not None:
+        place = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if place == _WRITES or (
+            place[0] == "torch._ops" and frame.f_locals.get("self") is torch.ops.aten.copy.default
+        ):
+            return True
+        if place[0] not in ("torch._export.utils", "torch._ops"):
+            return False
+        frame = frame.f_back
     return False
 
 

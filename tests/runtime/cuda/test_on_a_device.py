@@ -22,6 +22,7 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 import transformers
 
 import turbotx
+from tests.passes.test_experts import Experts
 from turbotx.engine.optimize import engine_of
 from turbotx.errors import IndexOutOfRangeError
 
@@ -177,3 +178,16 @@ def test_full_float32_and_tf32_follow_pytorchs_setting() -> None:
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert errors["ieee"] < 1e-5 < errors["tf32"] < 1e-1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_experts_are_right_at_every_number_of_rows(dtype: torch.dtype) -> None:
+    module = Experts(6, dtype=dtype).eval().cuda()
+    fast = turbotx.optimize(module)
+    for rows in (5, 1, 300, 70):
+        x = torch.randn(rows, 24, dtype=dtype, device="cuda")
+        with torch.no_grad():
+            exact = module.in_double(x)[0]
+            for _ in range(3):  # plainly, captured, replayed
+                worst = (fast(x)[0] - exact).abs().max()
+                assert worst <= 4 * torch.finfo(dtype).eps * exact.abs().max()
