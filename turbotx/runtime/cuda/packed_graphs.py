@@ -9,6 +9,7 @@ of tokens that belong to no sequence, so that the number of tokens is one of a f
 from __future__ import annotations
 
 import functools
+import itertools
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
@@ -21,10 +22,12 @@ from turbotx.errors import DeviceError, InputError
 from turbotx.memory.pool import ChunkPool
 from turbotx.passes.pack import TokenPacking
 from turbotx.program.executable import Executable
+from turbotx.runtime.binding import Binding
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.cuda.queue import CudaQueue
 from turbotx.runtime.mixture import require_binary
 from turbotx.runtime.packed_program import PackedProgram
+from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
 
 TILE = 16
@@ -59,57 +62,101 @@ def _power(count: int, least: int) -> int:
 class DeviceMixture:
     """A `Mixture` whose numbers are on a device, but that of its tokens.
 
-    counts: (sequences,), starts: the column of each one's first token, None for 0. mask: (batch,
-    seq), which tokens of a padded call are shown, None where none is padded.
+    lengths: of sequences, numbers or (sequences,) on the device. starts: the column of each one's
+    first token, None for 0. mask: (batch, seq), which tokens of a padded call are shown, None
+    where none is padded.
     """
 
     tokens: int
-    counts: torch.Tensor
+    lengths: list[int] | torch.Tensor
     starts: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
-    def make(self, sequences: int, columns: int, room: int) -> dict[str, torch.Tensor]:
-        """Return what a packed program reads of sequences, at the sizes that it runs with."""
-        new = functools.partial(torch.zeros, dtype=torch.int64, device=self.counts.device)
-        counts = new(sequences + 1)
-        counts[1 : 1 + self.counts.shape[0]] = self.counts
-        # Whatever lengths on a device say: no bound lies behind the last token that there is.
-        bounds = counts.cumsum(0).clamp_(max=self.tokens)
-        starts = new(sequences)
+    def lay_out(self, room: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return bounds and starts of `room` sequences, the last ones empty."""
+        if not isinstance(self.lengths, torch.Tensor):
+            bounds = [0, *itertools.accumulate(self.lengths)]
+            numbers = bounds + [bounds[-1]] * (room + 1 - len(bounds)) + [0] * room
+            made = torch.tensor(numbers, pin_memory=device.type == "cuda")
+            both = made.to(device, non_blocking=True)
+            return both[: room + 1], both[room + 1 :]
+        both = torch.zeros(2 * room + 1, dtype=torch.int64, device=device)
+        count, starts = self.lengths.shape[0], both[room + 1 :]
+        both[1 : count + 1] = self.lengths
         if self.starts is not None:
-            starts[: self.counts.shape[0]] = self.starts
-        places = torch.arange(room, device=counts.device)
-        sequence_of = torch.searchsorted(bounds[1:-1], places, right=True)
-        positions = places - (bounds[:-1] - starts)[sequence_of]
-        # A token of no sequence looks up what the first column does.
-        positions.masked_fill_(places >= self.tokens, 0)
-        return {
-            "bounds": bounds, "starts": starts, "sequence_of": sequence_of,
-            "positions": positions, "columns": torch.arange(columns, device=counts.device),
-        }  # fmt: skip
-
-    def take(self, given: torch.Tensor, batch: int, made: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the rows of a tensor, (batch or 1, seq, ...) or (1, tokens, ...), by token, with
-        the room's other tokens behind them."""
-        room = made["positions"].shape[0]
-        if self.mask is None:
-            if given.shape[1] == room:
-                return given
-            rows = given.new_zeros(1, room, *given.shape[2:])
-            rows[:, : self.tokens] = given[:, : self.tokens]
-            return rows
-        whole = given.expand(batch, *given.shape[1:])
-        at = made["sequence_of"].clamp(max=batch - 1) * given.shape[1] + made["positions"]
-        return whole.reshape(-1, *given.shape[2:])[at].unsqueeze(0)
+            starts[:count] = self.starts
+        # Whatever lengths on a device say: no bound lies behind the last token that there is.
+        return both[: room + 1].cumsum(0).clamp_(max=self.tokens), starts
 
     def put(self, tokens: torch.Tensor, batch: int) -> torch.Tensor:
         """Return rows (tokens, ...) where they lie in (batch * seq, ...), zeros elsewhere."""
         assert self.mask is not None and self.starts is not None
+        assert isinstance(self.lengths, torch.Tensor)
         columns = torch.arange(self.mask.shape[1], device=tokens.device)
-        begins = self.counts.cumsum(0) - self.counts - self.starts
+        begins = self.lengths.cumsum(0) - self.lengths - self.starts
         at = (begins[:, None] + columns).masked_fill_(~self.mask, 0)
         hidden = ~self.mask.view(-1, *[1] * (tokens.ndim - 1))
         return tokens.index_select(0, at.view(-1)).masked_fill_(hidden, 0)
+
+
+class PackedInputs:
+    """The inputs of a packed program at one room, each made when it is asked for.
+
+    given: the call's tensors, by place. place: (room,), the numbers from 0.
+    """
+
+    def __init__(
+        self, packing: TokenPacking, mixture: DeviceMixture, given: Sequence[torch.Tensor],
+        batch: int, sequences: int, columns: int, place: torch.Tensor,
+    ) -> None:  # fmt: skip
+        self.packing, self.mixture, self.given = packing, mixture, given
+        self.batch, self.columns, self.place = batch, columns, place
+        self.bounds, self.starts = mixture.lay_out(sequences, place.device)
+
+    @functools.cached_property
+    def all(self) -> list[torch.Tensor]:
+        """Every input, in order."""
+        own = make_places(self.bounds, self.starts, self.place)
+        own |= {"columns": torch.arange(self.columns, device=self.place.device)}
+        return [own[x.name] if x.source is None else self._fill(self.rows(x.source))
+                if x.by_token else self.given[x.source] for x in self.packing.inputs]  # fmt: skip
+
+    def rows(self, source: int) -> torch.Tensor:
+        """Return an input's rows by token, (1, tokens or more, ...)."""
+        given, mixture = self.given[source], self.mixture
+        if mixture.mask is None:
+            return given[:, : mixture.tokens]
+        whole = given.expand(self.batch, *given.shape[1:])
+        return whole.reshape(-1, *given.shape[2:])[self._padded_place].unsqueeze(0)
+
+    @functools.cached_property
+    def _padded_place(self) -> torch.Tensor:
+        """Where each token lies in (batch * seq)."""
+        made = make_places(self.bounds, self.starts, self.place)
+        assert self.mixture.mask is not None
+        row = made["sequence_of"].clamp_(max=self.batch - 1)
+        return row.mul_(self.mixture.mask.shape[1]).add_(made["positions"])
+
+    def _fill(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows with zeros behind them, as many as there is room for."""
+        missing = self.place.shape[0] - rows.shape[1]
+        return (
+            torch.cat([rows, rows.new_zeros(1, missing, *rows.shape[2:])], 1) if missing else rows
+        )
+
+
+def make_places(
+    bounds: torch.Tensor, starts: torch.Tensor, place: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return what a packed program is given of sequences, at its room: sequence_of and positions
+    (room,) beside bounds and starts."""
+    sequence_of = torch.searchsorted(bounds[1:-1], place, right=True)
+    positions = place - (bounds[:-1] - starts)[sequence_of]
+    # A token of no sequence looks up what the first column does.
+    positions.masked_fill_(place >= bounds[-1], 0)
+    return {
+        "bounds": bounds, "starts": starts, "sequence_of": sequence_of, "positions": positions,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,7 +188,11 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
     ) -> None:  # fmt: skip
         CudaGraphProgram.__init__(self, executable, runtime, pool, max_shapes, graphs)
         self._take_up(packing)
-        self._needs_columns = any(x.name == "columns" for x in packing.inputs)
+        names = {x.name for x in packing.inputs if x.source is None}
+        self._needs_columns = "columns" in names
+        self._derives = {"bounds", "starts"} <= names
+        """Whether a graph is given enough to make all else of."""
+        self._places: dict[int, torch.Tensor] = {}
         self.siblings = (self,)
         self._doubts: deque[_Doubt] = deque()
 
@@ -193,8 +244,7 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
         none that do not fit is told by a later call, as InputError."""
         if not isinstance(lengths, torch.Tensor):
             self._refuse_capture("lengths on the host would be the graph's for good")
-            counts = torch.tensor(lengths, dtype=torch.int64, pin_memory=device.type == "cuda")
-            return DeviceMixture(tokens, counts.to(device, non_blocking=True))
+            return DeviceMixture(tokens, lengths)
         if not self.runtime.device.is_capturing():
             self._raise_doubts()
             told, event = lengths.to("cpu", non_blocking=True), None
@@ -229,15 +279,12 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
         """Return the packed program's leaves, (tokens, ...) and more where they are by token."""
         room = self.room_of(dims, mixture.tokens)
         program = next(p for p in self.siblings if p.serves(room))
-        made = mixture.make(room[self._batch], room[self._seq], room[-1])
-        given = []
-        for x in self.packing.inputs:
-            if x.source is None:
-                given.append(made[x.name])
-            elif x.by_token:
-                given.append(mixture.take(tensors[x.source], dims[self._batch], made))
-            else:
-                given.append(tensors[x.source])
+        place = program._places.get(room[-1])
+        if place is None:
+            where = self.runtime.torch_device
+            place = program._places[room[-1]] = torch.arange(room[-1], device=where)
+        sizes_of = (dims[self._batch], room[self._batch], room[self._seq])
+        given: Any = PackedInputs(self.packing, mixture, tensors, *sizes_of, place)
         bound = CudaGraphProgram.bind(program, room)
         leaves = CudaGraphProgram.run(program, bound, given, ticks, watch)
         sizes = dict(zip(self.dims, dims, strict=False))
@@ -245,3 +292,61 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
             for d, name in own:
                 leaves[k] = leaves[k].narrow(d, 0, sizes[name])
         return leaves
+
+    # --- what a graph is given, and makes of it ---
+
+    def in_memory(self, tensors: Any) -> Sequence[torch.Tensor]:
+        """Return the inputs of a call, all made."""
+        return super().in_memory(tensors.all if isinstance(tensors, PackedInputs) else tensors)
+
+    def _state(
+        self, binding: Binding, arena: Any, inputs: Any, outputs: Sequence[torch.Tensor],
+        given: Any = (),
+    ) -> RunState:  # fmt: skip
+        if isinstance(inputs, PackedInputs):  # of a replayed call, none of whose leaves is an input
+            inputs = [None] * len(self._inputs)
+        given = () if isinstance(given, PackedInputs) else given
+        return super()._state(binding, arena, inputs, outputs, given)
+
+    def _copied_in(
+        self, inputs: list[torch.Tensor], tensors: Any
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Copy bounds, starts, and as many rows as there are tokens; the graph makes the rest."""
+        if not self._derives:
+            return inputs, list(self.in_memory(tensors))
+        into, given = [], []
+        for view, x in zip(inputs, self.packing.inputs, strict=True):
+            if x.source is None and x.name not in ("bounds", "starts"):
+                continue
+            if x.source is None:
+                rows = tensors.bounds if x.name == "bounds" else tensors.starts
+            elif x.by_token:
+                rows = tensors.rows(x.source)
+                view = view[:, : rows.shape[1]]
+            else:
+                rows = tensors.given[x.source]
+            if rows.numel():
+                into.append(view)
+                given.append(rows)
+        return into, given
+
+    def _derive(self, inputs: list[torch.Tensor]) -> None:
+        """Make places of bounds and starts, and zeros of the tokens that belong to no sequence."""
+        if not self._derives:
+            return
+        named = dict(zip((x.name for x in self.packing.inputs), inputs, strict=True))
+        rows = [view for view, x in zip(inputs, self.packing.inputs, strict=True) if x.by_token]
+        place = self._places[rows[0].shape[1]]
+
+        def make() -> None:
+            found = make_places(named["bounds"], named["starts"], place)
+            for name in ("positions", "sequence_of"):
+                if name in named:
+                    named[name].copy_(found[name])
+            if "columns" in named:
+                torch.arange(named["columns"].shape[0], out=named["columns"])
+            beyond = place >= named["bounds"][-1]
+            for view in rows:
+                view.masked_fill_(beyond.view(1, -1, *[1] * (view.ndim - 2)), 0)
+
+        self.runtime.device.call(make)
