@@ -148,17 +148,22 @@ def packed_times(emit: Emit, name: str, dtype: str) -> None:
         "packed-by-mask": partial(packed, **given),
         "padded": partial(plain, **given),
         "equal-lengths": partial(plain, **even),
-        "eager": make_call("eager", model, given),
-        "eager-graphs": make_call("eager-graphs", model, given),
     }
-    for way, call in ways.items():
+
+    def measure(way: str, call: Callable[[], Any]) -> None:
         row = time_call(call)
         row["us_a_token"] = round(row["row_us"] / tokens, 4)
         emit(f"packed/{name}/{dtype}/{PLACE}/{way}", {"tokens": tokens, "mean": mean, **row})
+
+    for way, call in ways.items():
+        measure(way, call)
     for way, fast in (("packed", packed), ("padded", plain)):
         kept = [g for p in engine_of(fast).variants()[0].programs for g in p.graphs.kept.items()]
-        replay = max(kept, key=lambda g: g[0][1])[1].graph.replay
-        emit(f"packed/{name}/{dtype}/{PLACE}/replay-{way}", {"replay_us": time_replay(replay)})
+        (_, dims), graph = max(kept, key=lambda g: g[0][1])
+        replay_us = time_replay(graph.graph.replay)
+        emit(f"packed/{name}/{dtype}/{PLACE}/replay-{way}", {"dims": dims, "replay_us": replay_us})
+    for engine in ("eager", "eager-graphs"):
+        measure(engine, make_call(engine, model, given))
 
 
 def packed_baseline(emit: Emit, name: str, dtype: str, engine: str, timed: bool = True) -> None:

@@ -321,8 +321,8 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
             if x.source is None:
                 rows = tensors.bounds if x.name == "bounds" else tensors.starts
             elif x.by_token:
-                rows = tensors.rows(x.source)
-                view = view[:, : rows.shape[1]]
+                rows = tensors.rows(x.source)[0]
+                view = view[0, : rows.shape[0]]
             else:
                 rows = tensors.given[x.source]
             if rows.numel():
