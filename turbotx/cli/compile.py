@@ -33,6 +33,7 @@ from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report.dump import STAGES, Dumped, make_folder, stage_text
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.report import Report, explain_call
+from turbotx.saved.contents import read_contents
 
 
 def compile_model(
@@ -56,6 +57,11 @@ def compile_model(
         raise InputError(
             "--packed is of the CPU's program and of no file yet: leave out --target and --save"
         )
+    if model.is_saved and (targets or verify or packed or save is not None):
+        raise InputError(
+            f"{model} is compiled already: with --out alone its programs, sources, cubins and "
+            "plans are written; for anything else name the model that it was saved from"
+        )
     saved_for = chosen_targets(targets) if save is not None else []
     wanted, gpus = [parse_shape(text) for text in shapes], parse_targets(targets)
     if verify and gpus:
@@ -64,6 +70,8 @@ def compile_model(
             "--target, to verify the CPU's program"
         )
     make_folder(out)
+    if model.is_saved:
+        return _unpack(model, out, wanted, output)
     with output.steps(f"load {model}", total=6) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
@@ -97,10 +105,31 @@ def compile_model(
     return OK if found is None or found.holds else WRONG
 
 
+def _unpack(model: Source, out: Path, wanted: Sequence[Mapping[str, int]], output: Output) -> int:
+    """Write what a saved file holds; it has no graphs to draw, and so no report.html."""
+    if len(wanted) > 1:
+        raise InputError("of a saved file, the memory plans are of one --shape at a time")
+    files = read_contents(Path(model.text), wanted[0] if wanted else {})
+    for name, data in files.items():
+        make_folder((out / name).parent)
+        (out / name).write_bytes(data)
+    output.console.print(files["programs.txt"].decode(), markup=False, highlight=False, end="")
+    output.console.print(
+        f"\n{len(files)} files in {out}/: what the file holds, which is no graph and no report"
+    )
+    output.result({"model": str(model), "out": str(out), "files": sorted(files)})
+    return OK
+
+
 def print_stage(model: Source, stage: str, shapes: Sequence[str], output: Output) -> int:
     """Print one stage on standard output and write nothing; with --json, as {"stage", "text"}."""
     if stage not in STAGES:
         raise InputError(f"--stage {stage!r} is not one of {', '.join(STAGES)}")
+    if model.is_saved:
+        raise InputError(
+            f"{model} is compiled already and holds no stages: --out DIR writes its programs, "
+            "sources and plans"
+        )
     if len(shapes) > 1:
         raise InputError("--stage prints one --shape at a time")
     wanted = parse_shape(shapes[0]) if shapes else {}
