@@ -27,9 +27,11 @@ from turbotx.cli.targets import (
     resources_table,
     write_builds,
 )
+from turbotx.cli.verify import print_verdict
 from turbotx.engine.optimize import engine_of, optimize
 from turbotx.errors import InputError
 from turbotx.memory.planner.svg import plan_to_svg
+from turbotx.report.amounts import show_shape
 from turbotx.report.dump import STAGES, Dumped, make_folder, stage_text
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.report import Report, explain_call
@@ -102,7 +104,11 @@ def compile_model(
         output.console.print(show_written(written))
     output.result({**summarize(str(model), views, dumped), **written, "targets": gpus})
     found = views[0].findings.numerics
-    return OK if found is None or found.holds else WRONG
+    if found is None:
+        return OK
+    where = f"at {show_shape(views[0].dims)}"
+    errors = [(error, where) for error in (*found.launches, *found.outputs)]
+    return OK if print_verdict(errors, output) else WRONG
 
 
 def _unpack(model: Source, out: Path, wanted: Sequence[Mapping[str, int]], output: Output) -> int:

@@ -105,7 +105,20 @@ def _report(model: Source, found: Measured, harsh: Harsh, output: Output) -> int
         output.console.print(numerics_table(show_shape(dims), numerics))
     if harsh:
         output.console.print(harsh_table(harsh))
-    every = list(_all_errors(found, harsh))
+    holds = print_verdict(list(_all_errors(found, harsh)), output)
+    adversarial = {case: _errors(errors) for case, errors in harsh.items()}
+    output.result({
+        "model": str(model), "rule": RULE, "holds": holds, "shapes": _as_dicts(found),
+        "adversarial": adversarial,
+    })  # fmt: skip
+    return OK if holds else WRONG
+
+
+def print_verdict(every: Sequence[tuple[Error, str]], output: Output) -> bool:
+    """Print the rule, whether all errors keep it, and last which do not; return whether all do.
+
+    every: errors, and where each was measured.
+    """
     broken = [f"{error.name} {where}" for error, where in every if not error.holds]
     holds = not broken
     verdict = "[green]holds[/green]" if holds else "[red bold]is broken[/red bold]"
@@ -116,12 +129,7 @@ def _report(model: Source, found: Measured, harsh: Harsh, output: Output) -> int
         named = ", ".join(broken[:MAX_NAMED])
         more = f" and {len(broken) - MAX_NAMED} more" if len(broken) > MAX_NAMED else ""
         output.console.print(f"too large: {named}{more}", soft_wrap=True, highlight=False)
-    adversarial = {case: _errors(errors) for case, errors in harsh.items()}
-    output.result({
-        "model": str(model), "rule": RULE, "holds": holds, "shapes": _as_dicts(found),
-        "adversarial": adversarial,
-    })  # fmt: skip
-    return OK if holds else WRONG
+    return holds
 
 
 def _all_errors(

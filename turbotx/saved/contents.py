@@ -4,7 +4,7 @@ In: a file of `turbotx.save`, sizes by name. Out: texts by file name: its facts,
 lists of launches, the memory plan of each at these sizes, the sources of its kernels and cubins::
 
     read_contents(Path("model.ttx"), {"seq": 40})
-        ->  {"manifest.json": b"...", "programs.txt": b"...", "kernels/sm_90/gelu.cubin": b"...", ...}
+        ->  {"programs.txt": b"...", "kernels/sm_90/gelu.cubin": b"...", ...}
 """
 
 from __future__ import annotations
