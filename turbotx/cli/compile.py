@@ -55,22 +55,9 @@ def compile_model(
     InputError where `verify` is to run launches of a GPU that is not here, or `packed` is for one
     or to be saved.
     """
-    if packed and (targets or save is not None):
-        raise InputError(
-            "--packed is of the CPU's program and of no file yet: leave out --target and --save"
-        )
-    if model.is_saved and (targets or verify or packed or save is not None):
-        raise InputError(
-            f"{model} is compiled already: with --out alone its programs, sources, cubins and "
-            "plans are written; for anything else name the model that it was saved from"
-        )
+    _refuse_mixtures(model, targets, verify, save, packed)
     saved_for = chosen_targets(targets) if save is not None else []
     wanted, gpus = [parse_shape(text) for text in shapes], parse_targets(targets)
-    if verify and gpus:
-        raise InputError(
-            f"--verify runs every launch, and {gpus[0]} is not here: leave out --verify, or the "
-            "--target, to verify the CPU's program"
-        )
     make_folder(out)
     if model.is_saved:
         return _unpack(model, out, wanted, output)
@@ -109,6 +96,27 @@ def compile_model(
     where = f"at {show_shape(views[0].dims)}"
     errors = [(error, where) for error in (*found.launches, *found.outputs)]
     return OK if print_verdict(errors, output) else WRONG
+
+
+def _refuse_mixtures(
+    model: Source, targets: Sequence[str], verify: bool, save: Path | None, packed: bool
+) -> None:
+    """Raise InputError for options that do not go together, or not with a saved file."""
+    if packed and (targets or save is not None):
+        raise InputError(
+            "--packed is of the CPU's program and of no file yet: leave out --target and --save"
+        )
+    if model.is_saved and (targets or verify or packed or save is not None):
+        raise InputError(
+            f"{model} is compiled already: with --out alone its programs, sources, cubins and "
+            "plans are written; for anything else name the model that it was saved from"
+        )
+    gpus = parse_targets(targets)
+    if verify and gpus:
+        raise InputError(
+            f"--verify runs every launch, and {gpus[0]} is not here: leave out --verify, or the "
+            "--target, to verify the CPU's program"
+        )
 
 
 def _unpack(model: Source, out: Path, wanted: Sequence[Mapping[str, int]], output: Output) -> int:
