@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Operand,
         ProductLaunch,
         RouteLaunch,
+        SequenceLaunch,
         StoreLaunch,
         Tensor,
     )
@@ -81,6 +82,7 @@ __all__ = [
     "Operand",
     "ProductLaunch",
     "RouteLaunch",
+    "SequenceLaunch",
     "Tensor",
 ]
 

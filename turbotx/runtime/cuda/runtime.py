@@ -30,7 +30,7 @@ from turbotx.runtime.cuda.arguments import Key
 from turbotx.runtime.cuda.experts import ExpertsFamily, RouteFamily
 from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
 from turbotx.runtime.cuda.queue import CudaQueue
-from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, lay_out
+from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, SequenceFamily, lay_out
 from turbotx.runtime.device import Device
 from turbotx.runtime.weights import Weights
 
@@ -38,7 +38,7 @@ from turbotx.runtime.weights import Weights
 # tiles for run-time lengths, with and without sizes that allow 128-bit accesses.
 EXPECTED_LENGTHS = (16, 17, 256, 250, 512, 500)
 
-Compiling = KernelFamily | AttentionFamily | GemmFamily | RouteFamily
+Compiling = KernelFamily | AttentionFamily | GemmFamily | RouteFamily | SequenceFamily
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,9 @@ class LaunchKernels:
                     self._layouts[i, "gemm"] = grouped.layouts(launch, self.table)["gemm"]
             elif isinstance(launch, ir.RouteLaunch):
                 found[i] = RouteFamily(launch, target, self.table)
+                self._lay_out(i, "kernel", launch)
+            elif isinstance(launch, ir.SequenceLaunch):
+                found[i] = SequenceFamily(launch, target, self.table)
                 self._lay_out(i, "kernel", launch)
             elif isinstance(launch, ir.GemmLaunch) and launch.workspaces:
                 _, ends = find_library_call(launch)
