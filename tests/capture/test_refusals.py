@@ -228,3 +228,17 @@ def test_sizes_by_which_small_ones_cannot_be_divided() -> None:
     for n in (16, 24, 40):
         x = torch.randn(2, n, 4)
         torch.testing.assert_close(fast(x), model(x))
+
+
+def test_a_default_dtype_that_the_model_sets_is_refused() -> None:
+    def mixed(x):
+        torch.set_default_dtype(torch.float64)
+        y = torch.ones(3) / 3
+        torch.set_default_dtype(torch.float32)
+        return x + y
+
+    with pytest.raises(
+        CaptureError, match=r"(?s)mixed at .*default dtype from torch.float32 to .*64"
+    ):
+        turbotx.optimize(mixed)(torch.arange(3))
+    assert torch.get_default_dtype() is torch.float32

@@ -244,6 +244,40 @@ def test_half_precision(gpt2) -> None:
     torch.testing.assert_close(got, model(ids).logits[:, 6:], rtol=3e-2, atol=3e-2)
 
 
+class Turns(torch.nn.Module):
+    """A norm whose sign is decided by a value of the last token's."""
+
+    def __init__(self, norm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return -self.norm(x) if x[:, -1, 0].sum() > 0 else self.norm(x)
+
+
+@pytest.mark.filterwarnings("ignore::turbotx.errors.DecisionWarning")
+def test_steps_that_decide_by_values() -> None:
+    model = make("gpt2")
+    model.transformer.ln_f = Turns(model.transformer.ln_f)
+    fast = turbotx.optimize(model)
+    for shape in ((2, 6, 0), (2, 6, 1), (1, 3, 0)):
+        inputs = prompt("gpt2", *shape)
+        assert torch.equal(generate(fast, inputs, 8), generate(model, inputs, 8))
+    stats = fast.stats()
+    assert stats["decided_otherwise"] > 0 and stats["eager_calls"] == 0
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::turbotx.errors.DecisionWarning")
+def test_bart_in_float16_looks_for_infinities() -> None:
+    model = make("bart").half()
+    fast, inputs = turbotx.optimize(model), prompt("bart", 2, 6)
+    for scale in (1.0, 6e4):
+        model.model.encoder.layers[1].final_layer_norm.weight.mul_(scale)
+        assert torch.equal(generate(fast, inputs, 6), generate(model, inputs, 6))
+    assert fast.stats()["decided_otherwise"] == 1 and fast.stats()["eager_calls"] == 0
+
+
 @torch.no_grad()
 def test_refresh_reaches_the_encoder_and_the_steps() -> None:
     model = make("t5")

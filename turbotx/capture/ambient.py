@@ -19,6 +19,8 @@ from unittest.mock import patch
 
 import torch
 
+from turbotx.errors import CaptureError
+
 Ambient = tuple[Any, ...]
 """What `read_ambient` returns, in the order of NAMES."""
 
@@ -168,7 +170,27 @@ def watch_reads(ambient: Ambient) -> Iterator[set[int]]:
             if original is not None:
                 watched = _watched(original, place, ambient, asked, thread)
                 stack.enter_context(patch.object(owner, name, watched))
+        setter = "_set_default_dtype"  # private: what each public way to set it calls
+        if hasattr(_C, setter):
+            refusing = _refusing(getattr(_C, setter), thread)
+            stack.enter_context(patch.object(_C, setter, refusing))
         yield asked
+
+
+def _refusing(original: Callable[[Any], None], thread: int) -> Callable[[Any], None]:
+    """Let the model not change the default dtype: what it makes afterwards would be of the one
+    that the trace is taken apart in."""
+
+    def set_default_dtype(dtype: torch.dtype) -> None:
+        if threading.get_ident() == thread and dtype != _default_dtype():
+            raise CaptureError(
+                f"its code sets torch's default dtype from {_default_dtype()} to {dtype}, and a "
+                "program's is that of its call: set it around the call, or give dtype= to what is "
+                "made there"
+            )
+        original(dtype)
+
+    return set_default_dtype
 
 
 def _watched(

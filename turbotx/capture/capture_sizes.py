@@ -30,16 +30,18 @@ MOST_SETTLINGS = 8
 
 
 def capture_sizes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
-) -> Captured:
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = (),
+    settles: bool = True,
+) -> Captured:  # fmt: skip
     """Return a capture of a call, with sizes as `_capture_any` has them, whose decisions by values
     come out as the call's own; where none can be made, one for other values.
 
-    outcomes: how the first of them come out, where that is known. Raises CaptureError where no
+    outcomes: how the first of them come out, where that is known. settles: whether the call's
+    values are those that decide, so that the graph may be run on them. Raises CaptureError where no
     trace succeeds.
     """
     captured = _capture_any(model, args, kwargs, outcomes)
-    for _ in range(MOST_SETTLINGS):
+    for _ in range(MOST_SETTLINGS if settles else 0):
         outcomes = _find_otherwise(captured, tensors_of(args, kwargs))
         try:
             captured = _capture_any(model, args, kwargs, outcomes) if outcomes else captured

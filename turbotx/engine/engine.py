@@ -76,6 +76,7 @@ class Engine(EagerCalls):
 
     guards_state = True
     """Whether captures are checked against the model's attributes, hooks and globals."""
+    settles = True  # see `capture_sizes`
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model)
@@ -311,7 +312,7 @@ class Engine(EagerCalls):
             if device is None and self.options.backend != "aten":
                 start_runtime()
             with left_alone(), pause_gc(), named_failures(type(self.model).__name__):
-                captured = capture_sizes(self.model, args, kwargs, outcomes)
+                captured = capture_sizes(self.model, args, kwargs, outcomes, self.settles)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
         return captured
 

@@ -38,6 +38,8 @@ from turbotx.runtime.program import Program
 class StepEngine(StepCalls, Engine):
     """Captures, compiles and runs calls with a cache; `shapes` are known once one was captured."""
 
+    settles = False  # an example's values decide nothing
+
     def __init__(self, model: nn.Module, options: Options, budget: CacheBudget) -> None:
         cls = type(type(model).__name__, (CachedCall,), {})  # messages name the user's class
         super().__init__(cls(model, _count_layers(model)), options)

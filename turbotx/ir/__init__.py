@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from turbotx.ir.expert_launches import GroupedGemmLaunch, RouteLaunch
     from turbotx.ir.kernel import (
         PARALLEL,
         REDUCTION,
@@ -34,13 +35,11 @@ if TYPE_CHECKING:
         AttentionLaunch,
         GemmFallback,
         GemmLaunch,
-        GroupedGemmLaunch,
         KernelLaunch,
         Launch,
         NormOperands,
         Operand,
         ProductLaunch,
-        RouteLaunch,
         SequenceLaunch,
         StoreLaunch,
         Tensor,
@@ -87,10 +86,15 @@ __all__ = [
 ]
 
 
+_MODULES = ("turbotx.ir.kernel", "turbotx.ir.launch", "turbotx.ir.expert_launches")
+
+
 # Imported at their first use: what runs a saved model needs no symbolic algebra.
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'turbotx.ir' has no attribute {name!r}")
-    found = getattr(import_module("turbotx.ir.kernel"), name, None)
-    found = globals()[name] = found or getattr(import_module("turbotx.ir.launch"), name)
-    return found
+    for module in map(import_module, _MODULES):
+        if hasattr(module, name):
+            found = globals()[name] = getattr(module, name)
+            return found
+    raise AssertionError(f"{name} is in none of {_MODULES}")
