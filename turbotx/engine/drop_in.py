@@ -24,6 +24,7 @@ from torch.nn.modules import module as nn_module
 from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
 from turbotx.engine.engine import Engine
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
+from turbotx.runtime.packed_parameter import PackedParameter
 
 F = TypeVar("F", bound=Callable[..., Any])
 M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
@@ -155,6 +156,9 @@ class OptimizedModule(_ModuleOf[M_co]):
             return super().forward(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        for held in self.parameters():
+            if isinstance(held, PackedParameter) and fn(held) is not held:
+                raise held.refusal("cannot convert")  # before the others are converted
         result = super()._apply(fn, recurse)
         if self._turbotx_engine is not None:
             self._turbotx_engine.reset()

@@ -56,7 +56,7 @@ from turbotx.runtime.cuda.runtime import CudaRuntime, LaunchJob, LaunchKernels, 
 from turbotx.runtime.device import Device
 from turbotx.runtime.packed_program import PackedProgram
 from turbotx.runtime.program import Program
-from turbotx.runtime.weights import Kind, Weights
+from turbotx.runtime.weights import Kind, Place, Weights
 
 log = logging.getLogger("turbotx.fusion")
 
@@ -291,7 +291,7 @@ def bind(
         weights = find_weights(captured, model, made.assembled.assembly)
         kept = (pool, options.max_shapes)
         if isinstance(made.code, CpuCode):
-            cpu = CpuRuntime(made.code, weights)
+            cpu = CpuRuntime(made.code, weights, options.keep_weights)
             if isinstance(captured, PackedCapture):
                 programs.append(PackedProgram(made.executable, cpu, *kept, captured.packing))
             else:
@@ -325,4 +325,10 @@ def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> We
     # Not named_buffers(): that leaves out a tensor's second name.
     held = {**lifted._buffers, **lifted._parameters}
     constants = {name: tensor for name, tensor in held.items() if tensor is not None}
-    return Weights(model, constants, targets, assembly.prepared, kinds)
+    copies: dict[str, Place] = {}
+    for name, node in nodes.items():
+        owner, _, leaf = str(node.target).rpartition(".")
+        table = captured.graph_module.get_submodule(owner)._parameters
+        if leaf in table:
+            copies[name] = table, leaf
+    return Weights(model, constants, targets, assembly.prepared, kinds, copies)
