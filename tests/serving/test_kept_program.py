@@ -65,8 +65,13 @@ class Mixed(torch.nn.Module):
 
 def test_a_model_that_does_not_pack_is_served_padded_and_says_why(tmp_path, monkeypatch, caplog):
     folder, kept = save(tmp_path / "model", bert()), tmp_path / "kept"
-    load = transformer_files._load_transformer
-    monkeypatch.setattr(transformer_files, "_load_transformer", lambda *a: Mixed(load(*a)).eval())
+
+    def load_mixed(*arguments):
+        found = transformer_files.load_module(*arguments)
+        found.module.transformer = Mixed(found.module.transformer).eval()
+        return found
+
+    monkeypatch.setattr("turbotx.serving.model_files.load_module", load_mixed)
     with caplog.at_level("INFO", "turbotx.serving"):
         first = load_model(str(folder), programs=kept).engine
         wanted = first.run(ROWS)
