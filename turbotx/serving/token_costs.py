@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,14 +171,18 @@ class TokenCosts:
         shapes = [(trust, min(n, SHORT, self.max_length), n) for trust, n, _ in found]
         return [(trust, length, max(n // length, 1)) for trust, length, n in shapes]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tokens of the nodes, times in ms and counts, ready for JSON."""
+        inner = self.by_tokens
+        return {
+            "tokens": inner.lengths.tolist(), "cost_ms": inner.grid_ms[:, 0].tolist(),
+            "square_ms": self.square_ms, "max_length": self.max_length,
+            "observations": inner.observations,
+        }  # fmt: skip
+
     def save(self, path: Path, *, model: str = "", device: str = "") -> None:
         """Write JSON, whole or not at all."""
-        inner = self.by_tokens
-        write_whole(path, json.dumps({
-            "model": model, "device": device, "tokens": inner.lengths.tolist(),
-            "cost_ms": inner.grid_ms[:, 0].tolist(), "square_ms": self.square_ms,
-            "max_length": self.max_length, "observations": inner.observations,
-        }))  # fmt: skip
+        write_whole(path, json.dumps({"model": model, "device": device, **self.to_dict()}))
 
     @classmethod
     def load(cls, path: Path) -> TokenCosts:
