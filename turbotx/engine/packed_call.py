@@ -23,18 +23,20 @@ from turbotx.runtime.token_inputs import read_sequences, run_sequences, stand_in
 
 
 def call_packed(
-    engine: Engine, lengths: Sequence[int] | torch.Tensor | None, given: Mapping[str, Any]
-) -> Any:
+    engine: Engine, lengths: Sequence[int] | torch.Tensor | None, longest: int | None,
+    given: Mapping[str, Any],
+) -> Any:  # fmt: skip
     """Run a call whose inputs have a row a token: what each would have in the padded call whose
     sequences are filled up on the right.
 
-    lengths: of the sequences, for flat inputs (tokens, ...). Raises InputError where inputs do not
+    lengths: of the sequences, for flat inputs (tokens, ...). longest: what none of them exceeds;
+    with it, lengths on a GPU are not waited for. Raises InputError where inputs do not
     fit together, or the model looks at the last column, which a padded call fills up; PackError
     where its graph does not keep tokens apart.
     """
     if engine.options.padding != "packed":
         raise InputError('packed() is of a module that was made by optimize(padding="packed")')
-    found = read_sequences(lengths, given)
+    found = read_sequences(lengths, longest, given)
     if torch.is_grad_enabled() and any(t.requires_grad for t in found.rows.values()):
         refuse_gradient()
     name = type(engine.model).__name__

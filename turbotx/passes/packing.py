@@ -41,7 +41,8 @@ class TokenPacking:
 
     mask: the place of the mask among the call's tensors. outputs: by leaf, None for one that is as
     the model's own. from_start, to_end: columns before the first, or behind the last, token that
-    the mask shows are kept, since the model counts or looks at them.
+    the mask shows are kept, since the model counts or looks at them. spare: which of batch and seq
+    may be larger than the call's (`passes.spare_rows`). extents: by leaf the dims that those are.
     """
 
     mask: int
@@ -51,3 +52,5 @@ class TokenPacking:
     outputs: tuple[PackedOutput | None, ...]
     from_start: bool
     to_end: bool
+    spare: tuple[str, ...] = ()
+    extents: tuple[tuple[tuple[int, str], ...], ...] = ()

@@ -101,6 +101,11 @@ def load(
     return model
 
 
+def holds_weights(path: str | PathLike[str]) -> bool:
+    """Tell whether a file was saved with its weights; raise SavedFileError where it is damaged."""
+    return bool(read_container(Path(path))[0]["weights"])
+
+
 def _owner_of(model: nn.Module, part: str, owner: str) -> nn.Module:
     """Return the module whose parameters the programs of a part name."""
     if part != "steps":
@@ -225,14 +230,16 @@ class SavedModule(nn.Module):
 
     __call__ = forward
 
-    def packed(self, *, lengths: Any = None, **inputs: Any) -> Any:
+    def packed(self, *, lengths: Any = None, longest: int | None = None, **inputs: Any) -> Any:
         """Run sequences of any lengths without padding, as `packed` of an optimized module does.
 
         Raises InputError for a call that no program of the file serves over tokens.
         """
         if not self.packs:
             raise InputError('the file was not saved of a module of optimize(padding="packed")')
-        return self._table.run_packed(read_sequences(lengths, inputs), self.saved_by["model"])
+        return self._table.run_packed(
+            read_sequences(lengths, longest, inputs), self.saved_by["model"]
+        )
 
     @property
     def packs(self) -> bool:
