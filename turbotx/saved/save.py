@@ -72,11 +72,6 @@ def save(
     file cannot be written.
     """
     engine = engine_of(optimized)
-    if engine.options.padding == "packed":
-        raise SaveError(
-            f"{type(engine.model).__name__} runs with padding='packed', and a file does not hold "
-            "how its calls are packed: save what turbotx.optimize makes without it"
-        )
     variants = _find_variants(engine)
     if engine.calls_forward and (engine.model._forward_hooks or engine.model._forward_pre_hooks):
         raise SaveError(
@@ -91,6 +86,12 @@ def save(
         ran = _target_of(variant.compiled)
         for target in dict.fromkeys(wanted or [ran]):
             compiled = variant.compiled
+            if target != "cpu" and engine.options.padding == "packed":
+                raise SaveError(
+                    f"{type(engine.model).__name__} runs with padding='packed', whose programs are "
+                    f"saved for CPUs so far, not for {target!r}: save what turbotx.optimize makes "
+                    "without it"
+                )
             if target != ran and part.name:
                 raise SaveError(
                     f"calls with a key/value cache, and their encoder, run on CPUs: {target!r} "
