@@ -85,7 +85,7 @@ def save(
         ran = _target_of(variant.compiled)
         for target in dict.fromkeys(wanted or [ran]):
             compiled = variant.compiled
-            if target != ran and part.name:
+            if part.name and not target == ran == "cpu":
                 raise SaveError(
                     f"calls with a key/value cache, and their encoder, run on CPUs: {target!r} "
                     "is for a model that was called without them"
