@@ -41,7 +41,8 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Stage:
-    """A function of `gpu_stages` or `gpu_kernels` and its arguments, run as a process of its own.
+    """A function of `gpu_stages`, `gpu_kernels` or `gpu_decode` and its arguments, run as a process
+    of its own.
 
     name: of the stage and of its log. limit_s: seconds after which the process is ended.
     environment: variables that it gets. wrapper: a command in front of it.
@@ -55,10 +56,12 @@ class Stage:
     wrapper: tuple[str, ...] = ()
 
     def run(self, emit: Callable[[str, dict[str, Any]], None]) -> None:
+        import gpu_decode
         import gpu_kernels
         import gpu_stages
 
-        found = getattr(gpu_stages, self.function, None) or getattr(gpu_kernels, self.function)
+        modules = (gpu_stages, gpu_kernels, gpu_decode)
+        found = next(getattr(m, self.function) for m in modules if hasattr(m, self.function))
         found(emit, *self.arguments)
 
 
@@ -123,6 +126,10 @@ def figures() -> list[list[Stage]]:
             stage(f"shapes/{name}", 40, "shapes", name, "fp16", FEWER)
             for name in ("minilm", "bert-large", "gpt2")
         ),
+        stage("decode/gpt2/fp16", 60, "decode", "gpt2", "fp16"),
+        stage("decode/llama/fp16", 60, "decode", "llama", "fp16"),
+        stage("decode/gpt2/fp16/compile", 100, "decode_compiled", "gpt2", "fp16", 1, 900),
+        stage("decode/llama/fp16/compile", 120, "decode_compiled", "llama", "fp16", 1, 900),
     ]
     return [
         [
@@ -135,6 +142,11 @@ def figures() -> list[list[Stage]]:
             stage("right/bert-base/fp16/no-pdl", 110, "right", *bert, 3, "no-pdl"),
             stage("right/gpt2/fp16", 110, "right", "gpt2", "fp16"),
             stage("right/llama/fp16", 110, "right", "llama", "fp16", 4),
+            *(
+                stage(f"right/decode-{name}/{dtype}", 110, "right_decode", name, dtype)
+                for name in ("gpt2", "llama")
+                for dtype in ("fp16", "bf16")
+            ),
         ],
         *([one] for one in timed),
         proofs()[0],
