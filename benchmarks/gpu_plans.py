@@ -126,8 +126,8 @@ def figures() -> list[list[Stage]]:
             stage(f"shapes/{name}", 40, "shapes", name, "fp16", FEWER)
             for name in ("minilm", "bert-large", "gpt2")
         ),
-        stage("decode/gpt2/fp16", 60, "decode", "gpt2", "fp16"),
-        stage("decode/llama/fp16", 60, "decode", "llama", "fp16"),
+        stage("decode/gpt2/fp16", 90, "decode", "gpt2", "fp16"),
+        stage("decode/llama/fp16", 90, "decode", "llama", "fp16"),
         stage("decode/gpt2/fp16/compile", 100, "decode_compiled", "gpt2", "fp16", 1, 900),
         stage("decode/llama/fp16/compile", 120, "decode_compiled", "llama", "fp16", 1, 900),
     ]

@@ -28,8 +28,8 @@ from turbotx.kernels.triton.specialize import specialize
 PROGRAMS, MOST_PARTS = 264, 32
 # Rows of sums that all parts of a launch may leave.
 MOST_ROWS = 16 * PROGRAMS
-# Elements of parts that are added at a time.
-ADDED = 8192
+# Parts that are added at a time, one number for however many there are; and elements of them.
+MOST_ADDED, ADDED = 16, 8192
 STORE_NAMES = (
     "count", "first", "new_batch", "new_head", "new_row", "held_batch", "held_head",
 )  # fmt: skip
@@ -66,7 +66,7 @@ def choose_split(
     pairs = max(1, batch * kv_heads)
     most = min(PROGRAMS // pairs, MOST_ROWS // (pairs * rows), MOST_PARTS, -(-k_len // k_tile))
     parts = max(1, most) if pairs <= MOST_TURNS else 1
-    added = max(1, min(power_above(parts), ADDED // (rows * depth)))
+    added = max(1, min(MOST_ADDED, ADDED // (rows * depth)))
     stages = 1 if wide else 2
     return SplitSchedule(max(16, rows), k_tile, rows, parts, added, 4, stages)
 

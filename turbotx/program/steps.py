@@ -23,15 +23,22 @@ from turbotx.kernels.cache_jobs import room_for_sums
 from turbotx.kernels.schedule import outer_axes
 from turbotx.program.assembly import Assembly
 
+# New tokens and the cache's room: steps whose keys are in one part and in many, prompts as those of
+# calls without a cache.
+EXPECTED_STEPS = (
+    (1, 64), (1, 1024), (17, 64), (40, 64), (256, 256), (250, 256), (512, 512), (500, 512),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Steps:
     """dims: names of those that grow with every step. cache: the input that launches store rows in.
-    capacity: the dim that bounds how many there are."""
+    capacity: the dim that bounds how many there are. query: that of new rows, None for a number."""
 
     dims: frozenset[str]
     cache: str
     capacity: str
+    query: str | None
 
     def move(self, *values: Any) -> bool:
         """Tell whether any of some sizes depends on the dims that grow."""
@@ -56,7 +63,9 @@ def find_steps(
         return None
     traced = dict(zip(dims, example_dims, strict=True))
     names = frozenset(n for n, size in traced.items() if size == traced[length.name])
-    steps = Steps(names, held.tensor, capacity.name)
+    query = stores[0].new.shape[2]
+    new = query.name if isinstance(query, sympy.Symbol) else None
+    steps = Steps(names, held.tensor, capacity.name, new)
     return steps if all(_can_follow(x, steps) for x in assembly.launches) else None
 
 
@@ -75,6 +84,15 @@ def _can_follow(launch: ir.Launch, steps: Steps) -> bool:
     if isinstance(launch, ir.AtenLaunch):
         given += pytree.tree_leaves((launch.call.args, dict(launch.call.kwargs)))
     return not steps.move(*given, *launch.sizes)
+
+
+def expected_steps(dims: Sequence[str], steps: Steps) -> Iterable[tuple[int, ...]]:
+    """Return calls whose kernels are worth having before the first: prompts, and steps."""
+    for query, capacity in EXPECTED_STEPS:
+        known = dict.fromkeys(steps.dims, capacity) | {steps.capacity: capacity}
+        if steps.query is not None:
+            known[steps.query] = query
+        yield tuple(known.get(name, 1) for name in dims)
 
 
 def add_room_for_sums(assembly: Assembly) -> None:

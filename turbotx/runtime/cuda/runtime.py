@@ -33,7 +33,7 @@ from turbotx.program.executable import (
     TokenRange,
 )
 from turbotx.program.link import LaunchLayout, facts_of, link
-from turbotx.program.steps import Steps, is_split
+from turbotx.program.steps import Steps, expected_steps, is_split
 from turbotx.runtime.cuda.arguments import Key
 from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
 from turbotx.runtime.cuda.queue import CudaQueue
@@ -183,8 +183,11 @@ class LaunchKernels:
         """Return what the shapes to expect will need, of the calls that it serves."""
         names = self.executable.dims
         evaluate = self.executable.values.compile(names)
-        first = [tuple(example_dims)] if example_dims else []
-        dims, served = [*first, *expected_dims(names)], self.executable.token_range
+        dims, served = [*expected_dims(names)], self.executable.token_range
+        if self.steps is not None:
+            dims = [*expected_steps(names, self.steps)]
+        elif example_dims:
+            dims = [tuple(example_dims), *dims]
         some = evaluate(*dims[0])
         shapes = [evaluate(*d) for d in dims if served is None or served.holds(d)]
         jobs: list[Any] = []

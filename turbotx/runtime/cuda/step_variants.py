@@ -106,7 +106,7 @@ class StoreFamily:
         """Return what to run at these sizes; a grid with a zero means nothing."""
         values = dict(zip(STORE_NAMES, (sizes[k] for k in self._sizes), strict=True))
         batch, heads = (sizes[k] for k in self._grid)
-        schedule = StoreSchedule(1 if values["count"] == 1 else 16)
+        schedule = StoreSchedule(1, 1) if values["count"] == 1 else StoreSchedule(16)
         divisible = tuple(n for n in STORE_STRIDES if values[n] % 16 == 0)
         unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
         key = (schedule, divisible, unaligned)
