@@ -63,7 +63,8 @@ def attention_pointers(kernel: AttentionKernel) -> list[tuple[str, str]]:
     if kernel.bias != "none":
         kinds = {"boolean": "*i1", "float32": "*fp32", "storage": stored}
         pointers.append(("bias_ptr", kinds[kernel.bias]))
-    return pointers + [("sinks_ptr", "*fp32")] * kernel.sinks
+    pointers += [("sinks_ptr", "*fp32")] * kernel.sinks
+    return pointers + [("bounds_ptr", "*i64"), ("starts_ptr", "*i64")] * kernel.packed
 
 
 def product_job(

@@ -25,7 +25,7 @@ from turbotx.runtime.cuda.gemm import GemmFamily
 from turbotx.runtime.cuda.runtime import Compiling, LaunchKernels
 from turbotx.runtime.cuda.settings import assume_tf32
 from turbotx.runtime.cuda.step_variants import StoreFamily
-from turbotx.runtime.cuda.variants import LARGE, AttentionFamily, KernelFamily
+from turbotx.runtime.cuda.variants import LARGE, AttentionFamily, KernelFamily, SequenceFamily
 from turbotx.saved.families import ALIGNED, SavedFamily, TableDeciders, make_key
 
 # Remainders of all dims that are tried before every combination is taken for possible.
@@ -145,7 +145,7 @@ class Tabulator:
         return table.finish()
 
     def _deciders(
-        self, family: KernelFamily | AttentionFamily | GemmFamily
+        self, family: KernelFamily | AttentionFamily | GemmFamily | SequenceFamily
     ) -> tuple[list[tuple[int, list[int]]], list[int], list[int]]:
         """Return what can decide, each size once: constants do not."""
         found, bounds = family.deciders, dict[int, set[int]]()

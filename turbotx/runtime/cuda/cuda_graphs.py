@@ -238,13 +238,13 @@ class CudaGraphProgram(Program):
         self, captured: CapturedGraph, binding: Binding, tensors: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         """Copy inputs in, replay, copy outputs out: one kernel copies all of a dtype."""
-        call, given = self.runtime.device.call, list(self.in_memory(tensors))
-        self._write_cells(captured.frame, binding, given)
-        inputs = captured.inputs
+        call = self.runtime.device.call
+        self._write_cells(captured.frame, binding, tensors)
+        into, given = self._copied_in(captured.inputs, tensors)
         if self._steps.cells is not None:
-            given, inputs = self._steps.pair(given, inputs)
+            into, given = self._steps.pair(into, given)
         if given:  # a list of none is refused
-            call(partial(torch._foreach_copy_, inputs, given))
+            call(partial(torch._foreach_copy_, into, given))
         captured.graph.replay()
         # The device is at work: the rest of the host's part costs nothing while that lasts.
         self.runtime.placed.use(captured.kept)
@@ -274,6 +274,15 @@ class CudaGraphProgram(Program):
         self._write_cells(self.runtime.frame(execution.table), binding, inputs)
         super()._run_in(execution, binding, state, inputs, outputs, ticks, watch)
 
+    def _copied_in(
+        self, inputs: list[torch.Tensor], tensors: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return what a call copies into a graph's inputs, and from where."""
+        return inputs, list(self.in_memory(tensors))
+
+    def _derive(self, inputs: list[torch.Tensor]) -> None:
+        """Queue what a graph makes of its inputs before its launches: nothing, here."""
+
     def _find(self, arena: Any, binding: GraphBinding) -> CapturedGraph:
         """Return the graph of a shape in this arena, captured now if there is none that holds."""
         key = (arena.index, binding.key)
@@ -300,9 +309,15 @@ class CudaGraphProgram(Program):
         recorder = self.graphs.recorders.get(arena.index)
         if recorder is None:
             recorder = self.graphs.recorders[arena.index] = self.runtime.device.recorder()
+
+        run = super()._run_in  # cells are written before each replay, and not by it
+
+        def body() -> None:
+            self._derive(inputs)
+            run(execution, binding, state, inputs, outputs)
+
         try:
-            run = super()._run_in  # cells are written before each replay, and not by it
-            graph = recorder.capture(lambda: run(execution, binding, state, inputs, outputs))
+            graph = recorder.capture(body)
         except TurbotxError:
             raise
         except RuntimeError as error:  # an op that waits for the device, most likely

@@ -38,7 +38,7 @@ from turbotx.runtime.cuda.arguments import Key
 from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
 from turbotx.runtime.cuda.queue import CudaQueue
 from turbotx.runtime.cuda.step_variants import SplitFamily, StoreFamily
-from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, lay_out
+from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, SequenceFamily, lay_out
 from turbotx.runtime.device import Device
 from turbotx.runtime.weights import Weights
 
@@ -46,7 +46,7 @@ from turbotx.runtime.weights import Weights
 # tiles for run-time lengths, with and without sizes that allow 128-bit accesses.
 EXPECTED_LENGTHS = (16, 17, 256, 250, 512, 500)
 
-Compiling = KernelFamily | AttentionFamily | GemmFamily | StoreFamily
+Compiling = KernelFamily | AttentionFamily | GemmFamily | SequenceFamily | StoreFamily
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,9 @@ class LaunchKernels:
             elif isinstance(launch, ir.StoreLaunch):
                 store = found[i] = StoreFamily(launch, target, self.table, self.steps)
                 self._layouts[i, "kernel"] = store.layout
+            elif isinstance(launch, ir.SequenceLaunch):
+                found[i] = SequenceFamily(launch, target, self.table)
+                self._lay_out(i, "kernel", launch)
             elif isinstance(launch, ir.GemmLaunch) and launch.workspaces:
                 _, ends = find_library_call(launch)
                 finish = [self._kernel(i, f"end{k}", end) for k, end in enumerate(ends)]

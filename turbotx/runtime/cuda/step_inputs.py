@@ -59,11 +59,11 @@ class StepInputs:
         return np.array(shifts, dtype=np.int64)
 
     def pair(
-        self, given: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+        self, inputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the tensors of a call that go into a graph's memory, and where to."""
+        """Return where in a graph's memory the tensors of a call go, and those that do."""
         copied = [k for k, x in enumerate(given) if k != self.cache and x.numel()]
-        return [given[k] for k in copied], [fit(inputs[k], given[k]) for k in copied]
+        return [fit(inputs[k], given[k]) for k in copied], [given[k] for k in copied]
 
 
 def fit(memory: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
