@@ -4,7 +4,7 @@ In: an assembly whose launches store rows in a cache, and the sizes that it was 
 which dims grow with every step, so that kernels read them on the device; memory for what the parts
 of a split attention leave; for GPT-2::
 
-    find_steps(assembly, dims, example)  ->  Steps({"length", "attention_mask_d1"}, ...)
+    find_steps(assembly, dims, example)  ->  GrowingDims({"length", "attention_mask_d1"}, ...)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXPECTED_STEPS = (
 
 
 @dataclass(frozen=True)
-class Steps:
+class GrowingDims:
     """dims: names of those that grow with every step. cache: the input that launches store rows in.
     capacity: the dim that bounds how many there are. query: that of new rows, None for a number."""
 
@@ -51,7 +51,7 @@ class Steps:
 
 def find_steps(
     assembly: Assembly, dims: Sequence[str], example_dims: Sequence[int]
-) -> Steps | None:
+) -> GrowingDims | None:
     """Return what grows with every step; None where nothing is stored in a cache, or where a launch
     cannot read on the device what grows: PyTorch's, a GEMM's, one of rows that grow."""
     stores = [x for x in assembly.launches if isinstance(x, ir.StoreLaunch)]
@@ -65,11 +65,11 @@ def find_steps(
     names = frozenset(n for n, size in traced.items() if size == traced[length.name])
     query = stores[0].new.shape[2]
     new = query.name if isinstance(query, sympy.Symbol) else None
-    steps = Steps(names, held.tensor, capacity.name, new)
+    steps = GrowingDims(names, held.tensor, capacity.name, new)
     return steps if all(_can_follow(x, steps) for x in assembly.launches) else None
 
 
-def _can_follow(launch: ir.Launch, steps: Steps) -> bool:
+def _can_follow(launch: ir.Launch, steps: GrowingDims) -> bool:
     """Tell whether a launch's kernel can read on the device what grows."""
     operands = [a for a in launch.operands if a is not None]
     if steps.move(*(a.offset for a in operands)):
@@ -86,7 +86,7 @@ def _can_follow(launch: ir.Launch, steps: Steps) -> bool:
     return not steps.move(*given, *launch.sizes)
 
 
-def expected_steps(dims: Sequence[str], steps: Steps) -> Iterable[tuple[int, ...]]:
+def expected_steps(dims: Sequence[str], steps: GrowingDims) -> Iterable[tuple[int, ...]]:
     """Return calls whose kernels are worth having before the first: prompts, and steps."""
     for query, capacity in EXPECTED_STEPS:
         known = dict.fromkeys(steps.dims, capacity) | {steps.capacity: capacity}
@@ -106,7 +106,7 @@ def add_room_for_sums(assembly: Assembly) -> None:
             assembly.launches[i] = replace(launch, workspaces=(name,))
 
 
-def is_split(launch: ir.Launch, steps: Steps | None) -> bool:
+def is_split(launch: ir.Launch, steps: GrowingDims | None) -> bool:
     """Tell whether an attention launch may run in parts, over a cache whose length is read on the
     device: its heads of queries are some whole number to a head of keys."""
     if steps is None or not isinstance(launch, ir.AttentionLaunch) or not launch.workspaces:

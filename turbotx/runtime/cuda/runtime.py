@@ -33,7 +33,7 @@ from turbotx.program.executable import (
     TokenRange,
 )
 from turbotx.program.link import LaunchLayout, facts_of, link
-from turbotx.program.steps import Steps, expected_steps, is_split
+from turbotx.program.steps import GrowingDims, expected_steps, is_split
 from turbotx.runtime.cuda.arguments import Key
 from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
 from turbotx.runtime.cuda.queue import CudaQueue
@@ -68,7 +68,7 @@ class LaunchKernels:
 
     def __init__(
         self, assembly: Assembly, dims: Sequence[str], tiles: Tiles, options: Options,
-        token_range: TokenRange | None = None, steps: Steps | None = None,
+        token_range: TokenRange | None = None, steps: GrowingDims | None = None,
     ) -> None:  # fmt: skip
         """token_range: the calls that the program serves; None: all. steps: what grows with every
         step of a decoder, where kernels read that on the device."""
@@ -143,7 +143,7 @@ class LaunchKernels:
         self._layouts[i, "split"] = family.layout(launch, self.table)
         return family
 
-    def _lay_out_cells(self, steps: Steps, dims: Sequence[str]) -> DeviceCells:
+    def _lay_out_cells(self, steps: GrowingDims, dims: Sequence[str]) -> DeviceCells:
         """Say what of the tables kernels read on the device."""
         moving = tuple(k for e, k in self.table.values.items() if steps.move(e))
         slot = self.table.slots[steps.cache]

@@ -26,7 +26,7 @@ from turbotx.kernels.schedule_selector import Tiles
 from turbotx.kernels.triton.attention import MOST_DEEP
 from turbotx.program.executable import ArgumentLayout
 from turbotx.program.link import LaunchLayout
-from turbotx.program.steps import Steps
+from turbotx.program.steps import GrowingDims
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.cuda.variants import AttentionFamily, lay_out
 
@@ -36,7 +36,7 @@ class SplitFamily(AttentionFamily):
 
     def __init__(
         self, launch: ir.AttentionLaunch, target: str, table: LaunchLayout, tiles: Tiles,
-        steps: Steps,
+        steps: GrowingDims,
     ) -> None:  # fmt: skip
         super().__init__(launch, target, table, tiles, steps)
         self._group = int(launch.sizes[1]) // int(launch.sizes[2])
@@ -83,7 +83,7 @@ class StoreFamily:
     name = "cache_store"
 
     def __init__(
-        self, launch: ir.StoreLaunch, target: str, table: LaunchLayout, steps: Steps | None
+        self, launch: ir.StoreLaunch, target: str, table: LaunchLayout, steps: GrowingDims | None
     ) -> None:  # fmt: skip
         held, new = launch.held, launch.new
         batch, heads, count, width = new.shape

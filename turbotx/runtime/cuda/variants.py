@@ -53,7 +53,7 @@ from turbotx.kernels.triton.tags import AttentionTiles, tag_of
 from turbotx.kernels.tuned import Choose, neighbours
 from turbotx.program.executable import ArgumentLayout
 from turbotx.program.link import LaunchLayout
-from turbotx.program.steps import Steps
+from turbotx.program.steps import GrowingDims
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.device import Grid
 
@@ -101,7 +101,7 @@ class KernelFamily:
 
     def __init__(
         self, kernel: ir.Kernel, target: str, table: LaunchLayout, choose: Choose,
-        steps: Steps | None = None,
+        steps: GrowingDims | None = None,
     ) -> None:  # fmt: skip
         """Take what grows with every step of a decoder, where that is read on the device."""
         self.kernel, self._target, self._choose = kernel, target, choose
@@ -204,7 +204,7 @@ class AttentionFamily:
 
     def __init__(
         self, launch: ir.AttentionLaunch | ir.ProductLaunch, target: str, table: LaunchLayout,
-        tiles: Tiles, steps: Steps | None = None,
+        tiles: Tiles, steps: GrowingDims | None = None,
     ) -> None:  # fmt: skip
         """Take what grows with every step of a decoder, where that is read on the device."""
         self.kernel: AttentionKernel | ProductKernel = launch.kernel

@@ -52,6 +52,20 @@ def find_part(first, q_len, count, K_TILE: tl.constexpr):
 
 
 @triton.jit
+def begin_sums(sinks_ptr, head, row_ok, Q_TILE: tl.constexpr):
+    """The first part has the sinks."""
+    if SINKS:
+        sink = tl.load(sinks_ptr + head, mask=row_ok, other=float("-inf")) * LOG2E
+        largest = tl.where(tl.program_id(0) == 0, sink, float("-inf"))
+        total = tl.where(largest == float("-inf"), 0.0, 1.0)
+    else:
+        largest = tl.full((Q_TILE, 1), float("-inf"), tl.float32)
+        total = tl.zeros((Q_TILE, 1), tl.float32)
+    values = tl.zeros((Q_TILE, DEPTH), tl.float32)
+    return largest, total, values
+
+
+@triton.jit
 def leave_sums(values, largest, total, parts, place, dim, turns_ptr, pair):
     own = parts + tl.program_id(0) * (ROWS * (DEPTH + 2))
     tl.store(own + place * DEPTH + dim, values, mask=place < ROWS)
@@ -124,14 +138,7 @@ def split_attention(
     row = query + first
     if BIAS != "none":
         bias_ptr += batch_index * bias_batch + head.to(tl.int64) * bias_head - first * bias_q
-    if SINKS:
-        sink = tl.load(sinks_ptr + head, mask=row_ok, other=float("-inf")) * LOG2E
-        largest = tl.where(tl.program_id(0) == 0, sink, float("-inf"))
-        total = tl.where(largest == float("-inf"), 0.0, 1.0)
-    else:
-        largest = tl.full((Q_TILE, 1), float("-inf"), tl.float32)
-        total = tl.zeros((Q_TILE, 1), tl.float32)
-    values = tl.zeros((Q_TILE, DEPTH), tl.float32)
+    largest, total, values = begin_sums(sinks_ptr, head, row_ok, Q_TILE)
     begin, end = find_part(first, q_len, count, K_TILE)
     for start in range(begin, end, K_TILE):
         col, key, key_ok, mask = find_keys(start, keys_ptr, k_len, count, K_TILE)
