@@ -127,9 +127,9 @@ def _compile_for(engine: Engine, part: SavedPart, variant: Variant, target: str)
             f"saved for CPUs so far, not for {target!r}: save what turbotx.optimize makes "
             "without it"
         )
-    if target != ran and part.name:
+    if part.name and not target == ran == "cpu":
         raise SaveError(
-            f"calls with a key/value cache, and their encoder, run on CPUs: {target!r} "
+            f"calls with a key/value cache, and their encoder, are saved for CPUs: {target!r} "
             "is for a model that was called without them"
         )
     if target == ran:
