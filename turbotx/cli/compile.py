@@ -48,14 +48,11 @@ def compile_model(
     """Dump everything and say where it is; return the exit code, 1 where `verify` finds errors.
 
     The program is that of the first GPU among the targets, and the CPU's without one. save: also
-    write one file for `turbotx.load` there. packed: the CPU's program over tokens. Raises
-    InputError where `verify` is to run launches of a GPU that is not here, or `packed` is for one
-    or to be saved.
+    write one file for `turbotx.load` there. packed: the program over tokens. Raises InputError
+    where `verify` is to run launches of a GPU that is not here, or `packed` is to be saved.
     """
-    if packed and (targets or save is not None):
-        raise InputError(
-            "--packed is of the CPU's program and of no file yet: leave out --target and --save"
-        )
+    if packed and save is not None:
+        raise InputError("--packed is saved to no file yet: leave out --save")
     saved_for = chosen_targets(targets) if save is not None else []
     wanted, gpus = [parse_shape(text) for text in shapes], parse_targets(targets)
     if verify and gpus:

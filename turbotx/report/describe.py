@@ -158,9 +158,7 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelE
         text = show_attention(first.kernel)
         sources = {
             "cpp": header + ATTENTION_PRELUDE + print_attention(first.kernel, name),
-            "triton": "# by sequence, for CPUs so far\n"
-            if first.kernel.packed
-            else print_triton_attention(first.kernel, name=name),
+            "triton": print_triton_attention(first.kernel, name=name),
         }
     elif isinstance(first, ir.ProductLaunch):
         text = show_product(first.kernel)
