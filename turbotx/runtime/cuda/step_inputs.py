@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from turbotx.ir import cache_ops
 from turbotx.ir.sizes import Sizes
-from turbotx.program.executable import Executable
+from turbotx.program.executable import CalledLaunch, Executable, LinkedLaunch
 
+assert cache_ops  # defines the op
 _NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -30,8 +32,8 @@ class StepInputs:
         assert executable.gpu is not None
         self.cells, self.cache = executable.gpu.cells, -1
         names = [t.name for t in executable.inputs]
-        written = {name for launch in executable.launches for name in launch.writes}
-        self.is_bound = self.cells is None and not written.isdisjoint(names)
+        stores = any(_writes(launch, names) for launch in executable.launches)
+        self.is_bound = self.cells is None and stores
         if self.cells is not None:
             self.cache = names.index(self.cells.cache)
             texts = executable.values.texts
@@ -64,6 +66,13 @@ class StepInputs:
         """Return where in a graph's memory the tensors of a call go, and those that do."""
         copied = [k for k, x in enumerate(given) if k != self.cache and x.numel()]
         return [fit(inputs[k], given[k]) for k in copied], [given[k] for k in copied]
+
+
+def _writes(launch: LinkedLaunch, inputs: Sequence[str]) -> bool:
+    """Tell whether a launch writes to an input: it stores rows in a cache, or appends to one."""
+    append = torch.ops.turbotx.cache_append.default
+    appends = isinstance(launch, CalledLaunch) and launch.call.target is append
+    return appends or not set(launch.writes).isdisjoint(inputs)
 
 
 def fit(memory: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
