@@ -24,7 +24,7 @@ from tests.assumption_pieces import ACTIVATIONS, WIDTH, Piece, find_number
 
 @contextmanager
 def _writing(tensor: torch.Tensor) -> Iterator[None]:
-    """Write as PyTorch lets one: a pruned weight is made anew by each call, also in inference mode."""
+    """Write as PyTorch lets one: a call in inference mode makes a pruned weight there."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         yield
 
