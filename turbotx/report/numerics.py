@@ -30,6 +30,7 @@ from turbotx.ir.fx_nodes import draws
 from turbotx.program.meaning import meaning_of
 from turbotx.report.replay import Read, replay
 from turbotx.runtime.packed_program import PackedProgram
+from turbotx.runtime.program import Program
 
 FACTOR, ULPS = 1.5, 2
 
@@ -87,24 +88,36 @@ def measure(
     tensors = tensors_of(args, kwargs)
     watch = LaunchErrors(compiled, names, dims)
     ours = replay(compiled, tensors, watch)
-    exact_graph = _to_float64(engine.capture(args, kwargs).graph_module)
     if any(_draws(x) for x in compiled.assembly.launches):
         return Numerics(watch.found, ())  # of other numbers, nothing can be compared
-    given = compiled.program.in_memory(tensors)
+    return Numerics(watch.found, measure_outputs(engine, compiled.program, args, kwargs, ours))
+
+
+def measure_outputs(
+    engine: Engine, program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+    ours: Sequence[Any],
+) -> tuple[Error, ...]:  # fmt: skip
+    """Compare the outputs of a call, as leaves, with those of an engine's model and its captured
+    graph in float64.
+
+    program: what `ours` came from, which says how inputs lie in memory. Outputs that are no tensors
+    are left out.
+    """
+    tensors = tensors_of(args, kwargs)
+    exact_graph = _to_float64(engine.capture(args, kwargs).graph_module)
+    given = program.in_memory(tensors)
     eager = pytree.tree_leaves(engine.run_plainly(args, kwargs))
     with torch.no_grad():
         exact = exact_graph(*map(_double, given))
-    program = compiled.program
     if isinstance(program, PackedProgram):
         mask = tensors[program.packing.mask]
         eager, exact = (program.without_padding(x, mask) for x in (eager, exact))
     # What a call leaves behind comes after its results, which eager's are.
-    outputs = tuple(
+    return tuple(
         compare(f"output {k}", "", "", mine, own, true)
         for k, (mine, own, true) in enumerate(zip(ours, eager, exact, strict=False))
         if isinstance(own, torch.Tensor)
     )
-    return Numerics(watch.found, outputs)
 
 
 def _draws(launch: ir.Launch) -> bool:
