@@ -17,7 +17,9 @@ import torch
 import turbotx
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
 
 from tests.engine.decoders import VOCABULARY, make, prompt
 from tests.models import assert_as_exact_as_eager, in_double

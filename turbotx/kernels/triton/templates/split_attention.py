@@ -84,9 +84,9 @@ def add_sums(parts):
     most = tl.full((ROWS, 1), float("-inf"), tl.float32)
     all_values = tl.zeros((ROWS, DEPTH), tl.float32)
     all_total = tl.zeros((ROWS, 1), tl.float32)
-    for start in range(0, tl.num_programs(0), PARTS):
-        there = start + part < tl.num_programs(0)
-        own = parts + (start + part) * (ROWS * (DEPTH + 2))
+    for first_part in range(0, tl.num_programs(0), PARTS):
+        there = first_part + part < tl.num_programs(0)
+        own = parts + (first_part + part) * (ROWS * (DEPTH + 2))
         # Asked for together: none waits for another.
         its_most = tl.load(
             own + ROWS * DEPTH + at, mask=there, other=float("-inf"), cache_modifier=".cg"
@@ -160,15 +160,15 @@ def split_attention(
         if turn == tl.num_programs(0) - 1:
             tl.store(turns_ptr + pair, 0)
             all_values, all_total = add_sums(parts)
-            all_values = divide_values(
+            quotient = divide_values(
                 all_values, all_total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE
             )
             line = tl.arange(0, ROWS)[:, None]
             its_query = line // GROUP
             its_head = (kv_head * GROUP + line % GROUP).to(tl.int64)
             out_at = out_ptr + its_head * out_head + its_query * out_row + dim
-            tl.store(out_at, all_values.to(STORED), mask=(its_query < q_len) & dim_ok)
+            tl.store(out_at, quotient.to(STORED), mask=(its_query < q_len) & dim_ok)
     else:
-        values = divide_values(values, total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE)
+        quotient = divide_values(values, total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE)
         out_at = out_ptr + head.to(tl.int64) * out_head + query * out_row + dim
-        tl.store(out_at, values.to(STORED), mask=row_ok & dim_ok)
+        tl.store(out_at, quotient.to(STORED), mask=row_ok & dim_ok)
