@@ -28,10 +28,12 @@ from turbotx.runtime.binding import Binding
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.device import Device
+from turbotx.runtime.packed_program import PackedProgram
 from turbotx.runtime.program import Program
+from turbotx.runtime.token_inputs import read_sequences
 from turbotx.runtime.weights import Weights
 from turbotx.saved.call_table import CallTable
-from turbotx.saved.codec import Decoder, decode_nodes, decode_program
+from turbotx.saved.codec import Decoder, decode_nodes, decode_packing, decode_program
 from turbotx.saved.container import read_container
 from turbotx.saved.families import SavedFamily
 from turbotx.saved.gpu_kernels import SavedQueue, read_variants
@@ -128,7 +130,11 @@ def _cpu_maker(libraries: Libraries) -> Maker:
         tables: Mapping[str, Any], executable: Executable, weights: Weights, pool: ChunkPool
     ) -> Program:
         opened = {unit: libraries.open(name) for unit, name in tables["libraries"].items()}
-        return Program(executable, CpuExecutor(executable, weights, opened), pool, MAX_SHAPES)
+        cpu = CpuExecutor(executable, weights, opened)
+        packing = decode_packing(tables, pool.device)
+        if packing is not None:
+            return PackedProgram(executable, cpu, pool, MAX_SHAPES, packing)
+        return Program(executable, cpu, pool, MAX_SHAPES)
 
     return make
 
@@ -224,6 +230,22 @@ class SavedModule(nn.Module):
         return self._table.run(args, kwargs)
 
     __call__ = forward
+
+    def packed(self, *, lengths: Any = None, longest: int | None = None, **inputs: Any) -> Any:
+        """Run sequences of any lengths without padding, as `packed` of an optimized module does.
+
+        Raises InputError for a call that no program of the file serves over tokens.
+        """
+        if not self.packs:
+            raise InputError('the file was not saved of a module of optimize(padding="packed")')
+        return self._table.run_packed(
+            read_sequences(lengths, longest, inputs), self.saved_by["model"]
+        )
+
+    @property
+    def packs(self) -> bool:
+        """Whether its programs run over tokens."""
+        return any(isinstance(program, PackedProgram) for program in self.programs())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run `generate` of transformers, every forward of it by the programs of the file.

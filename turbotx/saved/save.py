@@ -72,11 +72,6 @@ def save(
     file cannot be written.
     """
     engine = engine_of(optimized)
-    if engine.options.padding == "packed":
-        raise SaveError(
-            f"{type(engine.model).__name__} runs with padding='packed', and a file does not hold "
-            "how its calls are packed: save what turbotx.optimize makes without it"
-        )
     variants = _find_variants(engine)
     if engine.calls_forward and (engine.model._forward_hooks or engine.model._forward_pre_hooks):
         raise SaveError(
@@ -88,16 +83,8 @@ def save(
         raise SaveError("targets=[] leaves nothing to save: name some, or leave it out")
     writer = _Writer(engine)
     for number, (part, key, variant) in enumerate(variants):
-        ran = _target_of(variant.compiled)
-        for target in dict.fromkeys(wanted or [ran]):
-            compiled = variant.compiled
-            if target != ran and part.name:
-                raise SaveError(
-                    f"calls with a key/value cache, and their encoder, run on CPUs: {target!r} "
-                    "is for a model that was called without them"
-                )
-            if target != ran:
-                compiled = engine.compile(compiled.captured, target)
+        for target in dict.fromkeys(wanted or [_target_of(variant.compiled)]):
+            compiled = _compile_for(engine, part, variant, target)
             writer.add(number, {**part.describe(variant), "call": key}, target, compiled)
     writer.build(progress)
     state, held = _split_weights(engine.model, [(p, v) for p, _, v in variants])
@@ -129,6 +116,25 @@ def save(
             own = {k: v for k, v in own.items() if not any(k in p.paths for p in packed)}
         entries["weights.safetensors"] = tensor_stream(own)
     write_container(Path(path), entries, facts)
+
+
+def _compile_for(engine: Engine, part: SavedPart, variant: Variant, target: str) -> Compiled:
+    """Return a variant compiled for a target: what has run, where it is that one."""
+    ran = _target_of(variant.compiled)
+    if target != "cpu" and engine.options.padding == "packed":
+        raise SaveError(
+            f"{type(engine.model).__name__} runs with padding='packed', whose programs are "
+            f"saved for CPUs so far, not for {target!r}: save what turbotx.optimize makes "
+            "without it"
+        )
+    if part.name and not target == ran == "cpu":
+        raise SaveError(
+            f"calls with a key/value cache, and their encoder, are saved for CPUs: {target!r} "
+            "is for a model that was called without them"
+        )
+    if target == ran:
+        return variant.compiled
+    return engine.compile(variant.compiled.captured, target)
 
 
 def _find_panels(
