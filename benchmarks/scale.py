@@ -47,7 +47,7 @@ def make_model(name: str, layers: int = 0) -> torch.nn.Module:
     torch.manual_seed(0)
     thin: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     large = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
-    deep = {"num_hidden_layers": layers}
+    deep, plain = {"num_hidden_layers": layers}, {"use_cache": False}
     if name == "bert-base":
         return BertModel(BertConfig()).eval()
     if name == "bert-large":
@@ -55,14 +55,15 @@ def make_model(name: str, layers: int = 0) -> torch.nn.Module:
     if name == "bert":
         return BertModel(BertConfig(**thin, **deep, vocab_size=500)).eval()
     if name == "gpt2":
-        return GPT2Model(GPT2Config(n_embd=128, n_head=4, n_layer=layers, vocab_size=500)).eval()
+        wide = {"n_embd": 128, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+        return GPT2Model(GPT2Config(**wide, n_layer=layers, vocab_size=500, **plain)).eval()
     if name == "llama":
-        return LlamaModel(LlamaConfig(**thin, **deep, vocab_size=500)).eval()
+        return LlamaModel(LlamaConfig(**thin, **deep, vocab_size=500, **plain)).eval()
     assert name == "llama-1b", name
     torch.set_default_dtype(torch.bfloat16)
     config = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_attention_heads=32, num_key_value_heads=4,
-        num_hidden_layers=22, vocab_size=32000,
+        num_hidden_layers=22, vocab_size=32000, **plain,
     )  # fmt: skip
     model = LlamaModel(config).eval()
     torch.set_default_dtype(torch.float32)
@@ -126,7 +127,7 @@ def measure_first_call(name: str, layers: int) -> dict[str, float]:
     middle = time.perf_counter()
     compiled = engine.compile(captured)
     end = time.perf_counter()
-    memory = compiled.program.plan((2, 16))
+    memory = compiled.program.plan(captured.example_dims)
     return {
         "capture_s": middle - begin,
         "compile_s": end - middle,

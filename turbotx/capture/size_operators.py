@@ -64,10 +64,15 @@ def _kind(cls: type, thread: int) -> Callable[[Any], type]:
         while frame is not None and frame.f_globals.get("__name__") == "abc":
             frame = frame.f_back
         asker = None if frame is None else frame.f_globals.get("__name__")
-        inside = is_library(asker) or str(asker).partition(".")[0] == "sympy"
-        return cls if inside or threading.get_ident() != thread else _NUMBERS[cls]
+        return cls if _is_inside(asker) or threading.get_ident() != thread else _NUMBERS[cls]
 
     return kind
+
+
+@functools.cache
+def _is_inside(asker: str | None) -> bool:
+    """Tell whether it is a library's code that asks: `kind` is asked a million times a trace."""
+    return is_library(asker) or str(asker).partition(".")[0] == "sympy"
 
 
 def wants_bool(error: BaseException | None) -> bool:

@@ -46,6 +46,7 @@ from turbotx.passes.pack_check import check_packed
 from turbotx.passes.partition import Region, find_prepared, kind_of, partition
 from turbotx.passes.products import use_products
 from turbotx.passes.results import use_single_results
+from turbotx.passes.rising import drop_packed_sequences
 from turbotx.program.assemble import assemble
 from turbotx.program.assembly import Assembled, Assembly
 from turbotx.program.fold_norms import assemble_folded
@@ -93,6 +94,7 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     one form only; 3 to 12 ms each for a model of two layers.
     """
     use_single_results(graph)
+    drop_packed_sequences(graph)
     canonicalize(graph)
     use_multiplication(graph)
     use_linear(graph)

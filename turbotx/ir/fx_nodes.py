@@ -20,11 +20,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
 from turbotx.ir.expr import ONE, Expr, cancel_rounding, expr, name_functions
+from turbotx.ir.fake_results import fake_result
 
 GETITEM = operator.getitem
 # Beginnings of paths in stack traces; torch's own graph passes give theirs without a folder.
@@ -172,9 +172,8 @@ def emit(like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -
     sources = [n for n in node.all_input_nodes if is_tensor(n)]
     if not sources:
         raise TypeError(f"{target} has no tensor argument")
-    # Composite ops written in C++ would look at symbolic sizes and fix them to the example's.
-    with sources[0].meta["val"].fake_mode, enable_python_dispatcher(), torch.no_grad():
-        node.meta["val"] = target(*fake(args), **fake(kwargs))
+    mode = sources[0].meta["val"].fake_mode
+    node.meta["val"] = fake_result(target, fake(args), fake(kwargs), mode)
     _keep_origin(like, node)
     return node
 

@@ -38,11 +38,11 @@ class KnownValues:
     def hidden(self, node: Any) -> Any:
         """Return the number that elements are where the mask hides their token; None: unknown.
         What is multiplied by 0 counts as 0: a model whose padding is NaN or infinite is none."""
-        return _find(node, self._hidden)
+        return find_number(node, self._hidden)
 
     def shown(self, node: Any) -> Any:
         """Return the number that elements are where the mask shows their token, None: unknown."""
-        return _find(node, self._shown)
+        return find_number(node, self._shown)
 
     @staticmethod
     def counts_along(node: fx.Node) -> int | None:
@@ -60,7 +60,9 @@ class KnownValues:
         return None
 
 
-def _find(node: Any, known: dict[fx.Node, Any]) -> Any:
+def find_number(node: Any, known: dict[fx.Node, Any]) -> Any:
+    """Return the number that every element of a node is, of numbers that are known of others; None
+    where that is not to be seen. What is found is added to `known`."""
     if isinstance(node, (bool, int, float)):
         return node
     if not isinstance(node, fx.Node) or not g.is_tensor(node):
@@ -79,11 +81,11 @@ def _compute(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     if node.target in (aten.full_like.default, aten.full.default):
         return node.args[1] if isinstance(node.args[1], (bool, int, float)) else None
     if node.target in _SAME:
-        return _find(node.args[0], known)
+        return find_number(node.args[0], known)
     row = OPS.get(node.target)
     if row is None or row.kind != "pointwise":
         return None
-    values = [_find(a, known) for a in node.args]
+    values = [find_number(a, known) for a in node.args]
     if node.target is aten.where.self and isinstance(values[0], bool):
         return values[1] if values[0] else values[2]
     if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and values[1] in (0, 1):

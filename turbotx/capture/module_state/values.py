@@ -57,6 +57,7 @@ unwatchable: set[type] = set()
 """Classes that refused to have their reads noted: their objects are looked at as a whole."""
 
 
+@functools.cache
 def is_library(name: str | None) -> bool:
     """Tell a module of Python, PyTorch or turbotx from one of a user, or of a library of models."""
     return name is None or name.partition(".")[0] in _LIBRARIES
