@@ -26,7 +26,7 @@ from turbotx.serving import cost_learning
 from turbotx.serving.cost import CostTable, CostTableError, Table, write_whole
 
 Floats = NDArray[np.float64]
-WORTH = 0.05  # what a token may cost above the least, where batches end
+WORTH = 0.02  # what a token may cost above the least, where batches end
 DOUBT = 0.05  # of what recent batches say against present values
 LEAST_SQUARE = 1e-6  # of what a token takes: less is as good as nothing, and could not grow
 SHORT = 32  # tokens of the sequences whose attention counts as nothing of its own
