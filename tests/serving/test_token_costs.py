@@ -138,6 +138,21 @@ def test_wrong_costs_are_healed_within_200_requests(factor, where):
     assert costs.batch_ms([200, 300]) == pytest.approx(true_ms([200, 300]), rel=0.25)
 
 
+def test_texts_of_one_length_spoil_nothing():
+    """What they do not tell apart, tokens and squares, stays as it was, and batches are formed."""
+    server = Server(costs_of(lambda n: 1.0))
+    costs = server.scheduler.costs
+    for k in range(1500):  # one at a time, on a machine that becomes three times as slow
+        factor = (1 if k < 300 else 3) * np.clip(server.rng.normal(1, 0.3), 0.5, 2)
+        costs.learn([54 + k % 3], true_ms([54]) * factor)
+    assert costs.batch_ms([54]) == pytest.approx(3 * true_ms([54]), rel=0.4)
+    assert 5e-5 / 3 < costs.square_ms < 15e-5 * 3
+    assert costs.prices().knee > 500
+    for k in range(10):
+        server.scheduler.submit(Request(("more", k), 54, 0.0))
+    assert len(server.scheduler.next(0.0).requests) > 1
+
+
 def test_stale_shapes_are_of_short_sequences():
     costs = costs_of(lambda n: 1.0)
     assert costs.stale(100.0, None) == [
