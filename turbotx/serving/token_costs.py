@@ -36,9 +36,10 @@ SHORT = 32  # tokens of the sequences whose attention counts as nothing of its o
 class TokenPrices:
     """What policies plan by: costs of batches within limits, infinity beyond.
 
-    by_tokens: ms, (tokens + 1,), 0 at 0; no token gets dearer with more of them. square_ms: for each
-    squared token of a sequence. A single sequence is always allowed; more of them have at most ``max_batch`` members, and as many tokens
-    as ``budget``, which is the knee where that is below ``max_tokens``.
+    by_tokens: ms, (tokens + 1,), 0 at 0; no token gets dearer with more of them. square_ms: for
+    each squared token of a sequence. A single sequence is always allowed; more of them have at most
+    ``max_batch`` members, and as many tokens as ``budget``, which is the knee where that is below
+    ``max_tokens``.
     """
 
     by_tokens: Floats
