@@ -38,8 +38,10 @@ from turbotx.saved.container import read_container
 from turbotx.saved.families import SavedFamily
 from turbotx.saved.gpu_kernels import SavedQueue, read_variants
 from turbotx.saved.native import Libraries
+from turbotx.saved.panels import open_panels
 from turbotx.saved.places import CPU, open_place
 from turbotx.saved.saved_call import SavedCall
+from turbotx.saved.tensor_file import read_tensors
 from turbotx.saved.values import decode_ambient, decode_constant
 from turbotx.saved.weight_files import load_weights
 
@@ -71,17 +73,25 @@ def load(
     target, gpu = open_place(path, manifest, weights, device)
     place = CPU if gpu is None else gpu.torch_device
     laid = {one["name"]: one["strides"] for one in state} | json.loads(entries["held.json"])
-    own = {} if weights is not None else _tensors(path, entries["weights.safetensors"], place)
-    held = _tensors(path, entries["held.safetensors"], place)
+    programs = enumerate(json.loads(entries["programs.json"]))
+    chosen = [(k, x) for k, x in programs if x.get("target", "cpu") == target]
+    if gpu is None:
+        libraries = Libraries(manifest, entries)
+        make = _cpu_maker(libraries)
+    else:
+        make = _gpu_maker(target, entries, gpu)
+    own = {} if weights is not None else _tensors(entries["weights.safetensors"], place)
+    held = _tensors(entries["held.safetensors"], place)
     own, held = ({n: _lay_out(t, laid[n]) for n, t in x.items()} for x in (own, held))
+    if weights is None and "panels.json" in entries:  # such a file has programs for CPUs only
+        native = libraries.open(chosen[0][1]["libraries"]["runtime"])
+        named = {one["name"]: one for one in state}
+        own |= open_panels(entries, json.loads(entries["panels.json"]), named, native)
     if isinstance(weights, nn.Module):
         own = {k: v for k, v in weights.state_dict(keep_vars=True).items() if v is not None}
     model = SavedModule(manifest, state, own, held, place)
     if weights is not None and not isinstance(weights, nn.Module):
         load_weights(model, weights)
-    programs = enumerate(json.loads(entries["programs.json"]))
-    chosen = [(k, x) for k, x in programs if x.get("target", "cpu") == target]
-    make = _cpu_maker(manifest, entries) if gpu is None else _gpu_maker(target, entries, gpu)
     for k, tables in chosen:
         prefix = f"{tables.get('variant', k)}.constants."
         constants = {n.removeprefix(prefix): t for n, t in held.items() if n.startswith(prefix)}
@@ -115,9 +125,7 @@ def _owner_of(model: nn.Module, part: str, owner: str) -> nn.Module:
     return holder
 
 
-def _cpu_maker(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> Maker:
-    libraries = Libraries(manifest, entries)
-
+def _cpu_maker(libraries: Libraries) -> Maker:
     def make(
         tables: Mapping[str, Any], executable: Executable, weights: Weights, pool: ChunkPool
     ) -> Program:
@@ -157,16 +165,9 @@ def _read_weights(
     return Weights(model, constants, described["paths"], prepared, kinds)
 
 
-def _tensors(path: Any, data: bytes, place: torch.device) -> dict[str, torch.Tensor]:
-    if not data:
-        return {}
-    try:
-        from safetensors.torch import load as from_bytes
-    except ImportError as error:
-        raise SavedFileError(
-            f"{path} needs the package safetensors: pip install 'turbotx[weights]'"
-        ) from error
-    return {name: tensor.to(place) for name, tensor in from_bytes(data).items()}
+def _tensors(data: memoryview, place: torch.device) -> dict[str, torch.Tensor]:
+    """Return the tensors of an entry where they are mapped, or on a GPU."""
+    return {name: tensor.to(place) for name, tensor in read_tensors(data).items()}
 
 
 class SavedModule(nn.Module):
