@@ -30,7 +30,16 @@ from turbotx.serving.simulation import (
     simulate,
     toy_table,
 )
-from turbotx.serving.traces import GAPS, LENGTHS, make_trace, poisson_gaps, uniform_lengths
+from turbotx.serving.token_costs import TokenCosts
+from turbotx.serving.token_policies import AgedTokens, FifoTokens
+from turbotx.serving.traces import (
+    GAPS,
+    LENGTHS,
+    lognormal_lengths,
+    make_trace,
+    poisson_gaps,
+    uniform_lengths,
+)
 
 LONGEST, COUNT = 500, 4000
 COMPARED = ("aged", "dp", "sort", "fifo")
@@ -43,6 +52,12 @@ TABLES = {
     "knee": CostTable.from_function(
         lambda n, b: 5 + 0.0008 * n * b + 0.01 * max(0, n * b - 300), LONGEST, 32
     ),
+}
+
+
+MACHINES = {  # ms a launch, a token, a pair of tokens of a sequence
+    "CPU": (0.5, 0.1, 5e-5),  # six layers of 384, about what two cores take
+    "small GPU": (4.0, 0.022, 2e-6),  # the toy table, and attention
 }
 
 
@@ -117,6 +132,45 @@ def compare_on_long_traces() -> dict[str, Any]:
         "worst_p99_over_dp": max(paper),
         "better_p99_than_dp": float(np.mean([r < 1 for r in paper])),
     }
+
+
+def padded_costs(launch_ms: float, token_ms: float, square_ms: float) -> CostTable:
+    """What padded batches take where `TokenCosts.from_rates` says what tokens do."""
+    nodes, batches = [1, *range(10, LONGEST + 1, 10)], range(1, 33)
+    return CostTable(nodes, batches, [
+        [launch_ms + b * (token_ms * n + square_ms * n * n) for b in batches] for n in nodes
+    ])  # fmt: skip
+
+
+def compare_padding() -> list[dict[str, Any]]:
+    """The same machine with padding and without: all at once, and Poisson at parts of what full
+    padded batches could do."""
+    rows = []
+    lengths = {"U(5, 500)": LENGTHS["uniform_5_500"], "lognormal": lognormal_lengths(60, 1.0, 500)}
+    for (machine, rates), mixture in product(MACHINES.items(), lengths):
+        padded, packed = padded_costs(*rates), TokenCosts.from_rates(*rates, LONGEST, 16_384)
+        drawn = lengths[mixture](np.random.default_rng(0), COUNT).tolist()
+        capacity = offline_capacity_per_s(drawn, padded)
+        for name, policy in (("aged", Aged), ("dp", POLICIES["dp"]), ("fifo", POLICIES["fifo"]),
+                             ("aged", AgedTokens), ("fifo", FifoTokens)):  # fmt: skip
+            costs = packed if policy in (AgedTokens, FifoTokens) else padded
+            row = {"machine": machine, "lengths": mixture, "policy": name,
+                   "padding": "packed" if costs is packed else "padded"}  # fmt: skip
+            limits = {"max_batch": 32, "max_batch_tokens": 16_384, "max_queue": COUNT}
+            for load in (0.5, 0.8, 0.95, None):
+                trace = make_trace(
+                    poisson_gaps, lengths[mixture], rate_per_s=capacity * (load or 1e3),
+                    count=COUNT, seed=0,
+                )  # fmt: skip
+                outcome = simulate(trace, Scheduler(costs, policy(), **limits))
+                if load is None:
+                    row["all_at_once_per_s"] = outcome.throughput_per_s
+                else:
+                    row[f"p50_ms at {load}"] = outcome.percentile_ms(50)
+                    row[f"p99_ms at {load}"] = outcome.percentile_ms(99)
+            rows.append(row)
+            print(row)
+    return rows
 
 
 def check_age_bound(bound_ms: float = 400.0) -> dict[str, Any]:
@@ -227,6 +281,12 @@ def time_planning(waiting: int = 1024, repeats: int = 2000) -> dict[str, float]:
     }
 
 
+def pairs(rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The default policy's rows, with padding and without, of each machine and mixture."""
+    default = [row for row in rows if row["policy"] == "aged"]
+    return list(zip(default[::2], default[1::2], strict=True))
+
+
 def check(result: dict[str, Any]) -> dict[str, bool]:
     small, long = result["small"], result["long"]
     return {
@@ -235,6 +295,11 @@ def check(result: dict[str, Any]) -> dict[str, bool]:
         "throughput never under 0.98 x FIFO": long["worst_throughput_over_fifo"] >= 0.98,
         "better p99 than the paper's DP in the mean": long["mean_p99_over_dp"] < 1,
         "nobody beyond the age bound": result["age"]["worst_wait_ms"] <= result["age"]["bound_ms"],
+        "without padding p99 never over 1.02 x the default's, at once never under 0.98 x": all(
+            packed["all_at_once_per_s"] >= 0.98 * padded["all_at_once_per_s"]
+            and all(v <= 1.02 * padded[k] for k, v in packed.items() if "p99" in k)
+            for padded, packed in pairs(result["padding"])
+        ),
         "0.88 of the capacity at p99 <= 150 ms": result["sustained"]["aged, 20000 requests"]
         >= 0.88,
         "planned in 1 ms of CPU at 1,024 waiting (p99)": result["planning"]["cpu_p99_ms"] <= 1,
@@ -249,6 +314,7 @@ def main() -> None:
         "planning": time_planning,
         "small": lambda: compare_with_optimum(arguments.instances),
         "long": compare_on_long_traces,
+        "padding": compare_padding,
         "age": check_age_bound,
         "fluid": bound_without_randomness,
         "sustained": find_sustained_load,

@@ -78,6 +78,31 @@ def sustained_table(folder: Path) -> str:
     return table(("requests", *names.values()), rows)
 
 
+def padding_table(folder: Path) -> str:
+    rows = []
+    for r in _read(folder, "serving_sim")["padding"]:
+        times = [f"{r[f'p{q}_ms at {load}']:,.0f}" for load in (0.5, 0.8, 0.95) for q in (50, 99)]
+        rows.append((r["machine"], r["lengths"], r["padding"], r["policy"],
+                     f"{r['all_at_once_per_s']:.1f}", *times))  # fmt: skip
+    heads = [f"p{q} at {load}" for load in (0.5, 0.8, 0.95) for q in (50, 99)]
+    return table(("machine", "tokens", "batches", "policy", "all at once, per s", *heads), rows)
+
+
+def server_padding_table(folder: Path) -> str:
+    if not (folder / "serving_padding.json").exists():
+        return "Not measured yet."
+    found = _read(folder, "serving_padding")
+    rows = [
+        (
+            r["lengths"], r["server"], f"{r['all_at_once_per_s']:.1f}", f"{r['p50_ms']:.0f}",
+            f"{r['p99_ms']:.0f}", f"{r['cores_used_by_others']:.1f}",
+        )
+        for r in found["rows"]
+    ]  # fmt: skip
+    heads = ("tokens", "batches", "all at once, per s", "p50 ms", "p99 ms", "cores others used")
+    return f"{table(heads, rows)}\n\n{found['parameters']['count']} texts a row."
+
+
 def loopback_table(folder: Path) -> str:
     rows = [
         (
@@ -149,10 +174,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "options": options_table,
     "optimum": optimum_table,
     "sustained": sustained_table,
+    "padding": padding_table,
     "loopback": loopback_table,
     "overload": overload_table,
     "clients": clients_table,
     "minilm": minilm_table,
+    "server padding": server_padding_table,
 }
 
 

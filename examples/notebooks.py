@@ -1,7 +1,7 @@
 """Notebooks: executes the sources in this folder and writes each .ipynb beside its .py.
 
-In: examples/0*.py, in Jupytext's percent format, which are what one edits. Out: the same with
-outputs, for reading without running; every one ends with assertions that must hold::
+In: the numbered examples/*.py, in Jupytext's percent format, which are what one edits. Out: the
+same with outputs, for reading without running; every one ends with assertions that must hold::
 
     python examples/notebooks.py               # all of them
     python examples/notebooks.py 03 05

@@ -1,7 +1,7 @@
 """The notebooks: every source runs to its end, and the .ipynb beside it is of that source.
 
-In: examples/0*.py. Out: one failure a notebook, with the cell that failed. They run as `make
-notebooks` does, each in a kernel of its own.
+In: the numbered examples/*.py. Out: one failure a notebook, with the cell that failed. They run as
+`make notebooks` does, each in a kernel of its own.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def cells(notebook: Any) -> list[tuple[str, str]]:
     return [(cell.cell_type, cell.source.strip()) for cell in notebook.cells]
 
 
-def test_there_are_nine() -> None:
-    assert [path.name[:2] for path in SOURCES] == [f"0{k}" for k in range(1, 10)]
+def test_there_are_ten() -> None:
+    assert [path.name[:2] for path in SOURCES] == [f"{k:02}" for k in range(1, 11)]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)

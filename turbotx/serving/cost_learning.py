@@ -44,7 +44,8 @@ def relax(grid_ms: Table, trust: Table, lengths: NDArray[np.int64], batches: NDA
         return
     features = np.stack([np.ones_like(tokens), tokens, tokens * lengths[:, None]], -1)
     for count in (3, 2):
-        if fresh.sum() <= count:
+        # Of one column, by tokens alone, a square is no attention: it would be an extrapolation.
+        if fresh.sum() <= count or count > 1 + len(batches):
             continue
         rows = features[fresh][:, :count] / grid_ms[fresh][:, None]
         found, *_ = np.linalg.lstsq(rows, np.ones(len(rows)), rcond=None)

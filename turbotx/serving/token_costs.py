@@ -26,7 +26,7 @@ from turbotx.serving import cost_learning
 from turbotx.serving.cost import CostTable, CostTableError, Table, write_whole
 
 Floats = NDArray[np.float64]
-WORTH = 0.05  # what a token may cost above the least, where batches end
+WORTH = 0.02  # what a token may cost above the least, where batches end
 DOUBT = 0.05  # of what recent batches say against present values
 LEAST_SQUARE = 1e-6  # of what a token takes: less is as good as nothing, and could not grow
 SHORT = 32  # tokens of the sequences whose attention counts as nothing of its own
@@ -36,9 +36,10 @@ SHORT = 32  # tokens of the sequences whose attention counts as nothing of its o
 class TokenPrices:
     """What policies plan by: costs of batches within limits, infinity beyond.
 
-    by_tokens: ms, (tokens + 1,), 0 at 0. square_ms: for each squared token of a sequence. A single
-    sequence is always allowed; more of them have at most ``max_batch`` members, and as many tokens
-    as ``budget``, which is the knee where that is below ``max_tokens``.
+    by_tokens: ms, (tokens + 1,), 0 at 0; no token gets dearer with more of them. square_ms: for
+    each squared token of a sequence. A single sequence is always allowed; more of them have at most
+    ``max_batch`` members, and as many tokens as ``budget``, which is the knee where that is below
+    ``max_tokens``.
     """
 
     by_tokens: Floats
@@ -50,7 +51,7 @@ class TokenPrices:
     def knee(self) -> int:
         """The fewest tokens of which each costs at most ``WORTH`` more than in any batch."""
         rates = self.by_tokens[1:] / np.arange(1, len(self.by_tokens))
-        return int(np.argmax(rates <= (1 + WORTH) * rates.min())) + 1
+        return int(np.argmax(rates <= (1 + WORTH) * rates[-1])) + 1
 
     @cached_property
     def budget(self) -> int:
@@ -81,10 +82,11 @@ class TokenCosts:
 
     def __init__(
         self, tokens: Sequence[int], cost_ms: Sequence[float], square_ms: float, max_length: int,
-        *, learning_rate: float = 0.1,
+        *, line: Sequence[float] | None = None, learning_rate: float = 0.1,
     ) -> None:  # fmt: skip
         """``cost_ms`` by the numbers of ``tokens``, without attention's squares; between them it is
-        linear. Raises CostTableError for what is no such table."""
+        linear. line: ms of a launch and of a token that come near to it. Raises CostTableError for
+        what is no such table."""
         self.by_tokens = CostTable(
             tokens, [1], [[ms] for ms in cost_ms], learning_rate=learning_rate
         )
@@ -94,6 +96,8 @@ class TokenCosts:
                 f"within the {tokens[-1]} tokens of the table"
             )
         self.square_ms, self.max_length = square_ms, max_length
+        slope = (cost_ms[-1] - cost_ms[0]) / max(tokens[-1] - tokens[0], 1)
+        self._line = np.array(line or [cost_ms[0], slope], dtype=np.float64)
         self._seen, self._aim = np.zeros((3, 3)), np.zeros(3)  # normal equations, see `_tell_apart`
         self._made: dict[tuple[int | None, int | None], TokenPrices] = {}
 
@@ -120,9 +124,17 @@ class TokenCosts:
         found = self._made.get((max_batch, max_tokens))
         if found is None:
             most = min(max_tokens or self.max_tokens, self.max_tokens)
-            rows = self.by_tokens.dense()[:, 1]
-            found = TokenPrices(rows, self.square_ms, max_batch or most, most)
+            found = TokenPrices(self._falling(), self.square_ms, max_batch or most, most)
             self._made[max_batch, max_tokens] = found
+        return found
+
+    def _falling(self) -> Floats:
+        """Return ms by tokens, raised to where a token of few costs at least what one of more does:
+        nodes that no batch visits become cheaper, and should invite large batches, not small."""
+        tokens = np.arange(self.max_tokens + 1, dtype=np.float64)
+        rates = self.by_tokens.dense()[1:, 1] / tokens[1:]
+        least = np.maximum.accumulate(rates[::-1])[::-1]
+        found: Floats = tokens * np.concatenate(([0.0], least))
         return found
 
     def batch_ms(self, lengths: Sequence[int]) -> float:
@@ -152,18 +164,19 @@ class TokenCosts:
         """Move ``square_ms`` to what lately explains batches best as a + b * tokens + c * squares.
 
         Least squares of relative errors, with the present values where batches do not tell, as of
-        sequences of one length.
+        sequences of one length: then all three follow the machine alike.
         """
         self._seen *= cost_learning.FORGET
         self._seen += np.outer(features, features)
         self._aim = cost_learning.FORGET * self._aim + features
-        rows = self.by_tokens.dense()
-        token_ms = float(rows[-1, 1]) / self.max_tokens
-        now = np.array([rows[1, 1], token_ms, max(self.square_ms, LEAST_SQUARE * token_ms)])
+        launch_ms, token_ms = self._line
+        floors = np.array([token_ms, 1e-9, LEAST_SQUARE * token_ms])
+        now = np.maximum([launch_ms, token_ms, self.square_ms], floors)
         scaled = self._seen * np.outer(now, now)
         error = self._aim * now - scaled.sum(1)
-        change = float(np.linalg.solve(scaled + DOUBT * np.eye(3), error)[2])
-        self.square_ms = float(now[2]) * min(max(1 + change, 0.5), 2.0) ** cost_learning.PULL
+        change = np.linalg.solve(scaled + DOUBT * np.eye(3), error)
+        now *= np.clip(1 + change, 0.5, 2.0) ** cost_learning.PULL
+        self._line, self.square_ms = now[:2], float(now[2])
 
     def stale(self, longest_ms: float, max_tokens: int | None) -> list[tuple[float, int, int]]:
         """(trust, length, batch) of what no batch has been like lately: see ``CostTable.stale``."""
@@ -176,7 +189,7 @@ class TokenCosts:
         inner = self.by_tokens
         return {
             "tokens": inner.lengths.tolist(), "cost_ms": inner.grid_ms[:, 0].tolist(),
-            "square_ms": self.square_ms, "max_length": self.max_length,
+            "square_ms": self.square_ms, "line": self._line.tolist(), "max_length": self.max_length,
             "observations": inner.observations,
         }  # fmt: skip
 
@@ -189,7 +202,8 @@ class TokenCosts:
         """Read what ``save`` wrote. Raises CostTableError where the file is not such a table."""
         try:
             data = json.loads(path.read_text())
-            found = cls(data["tokens"], data["cost_ms"], data["square_ms"], data["max_length"])
+            fields = ("tokens", "cost_ms", "square_ms", "max_length")
+            found = cls(*(data[name] for name in fields), line=data["line"])
             found.by_tokens.observations = int(data["observations"])
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise CostTableError(

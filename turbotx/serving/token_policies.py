@@ -47,13 +47,14 @@ class AgedTokens(Aging):
     """The default without padding: an order, then where to cut it.
 
     1. *Order.* By urgency (as ``Aged``'s) per millisecond of the request's own; before those who
-       has waited for a third of the age bound, the oldest first. While more than a twelfth of the
-       bound in work waits, the highest class comes before the others.
+       has waited for a third of the age bound, the oldest first.
     2. *Cuts.* A batch may hold any lengths, so the order is cut into consecutive batches. Its
        milliseconds delay those in it and all behind it, and who comes meanwhile, as many as
        ``Aged`` counts: the dynamic program makes the sum least. No batch exceeds the budget, which
        ends at the knee of the costs: beyond it no token becomes cheaper, and everybody waits
        longer.
+    3. *Overload.* While more than a twelfth of the bound in work waits, the highest class is
+       planned as if it were alone, and its batch filled up with others, to twice the cost at most.
     """
 
     def plan(self, waiting: Sequence[Request], now_ms: float, table: TokenPrices) -> list[Batch]:
@@ -64,10 +65,12 @@ class AgedTokens(Aging):
         drain_ms = float(alone_ms.sum())
         score = self.urgency(waiting, arrival, now_ms, drain_ms) / alone_ms
         late = np.where(now_ms - arrival >= self.max_age_ms / 3, arrival, math.inf)
-        keys: list[Floats] = [arrival, -score, late]  # the last decides
-        if drain_ms > self.max_age_ms / 12:
-            keys.append(-np.array([r.priority for r in waiting], dtype=np.float64))
-        order = np.lexsort(keys)
+        order = np.lexsort((arrival, -score, late))  # the last decides
+        highest = max(r.priority for r in waiting)
+        if drain_ms > self.max_age_ms / 12 and any(r.priority < highest for r in waiting):
+            best = self.plan([r for r in waiting if r.priority == highest], now_ms, table)[0]
+            ordered = [waiting[i] for i in order.tolist()]
+            return [fill_up(best, [r for r in ordered if r.priority < highest], table)]
         weight = np.array([r.weight for r in waiting])[order]
         behind = np.cumsum(weight[::-1])[::-1]
         ends = cut(length[order], table, behind + behind[0] ** 2 / self.burst)
@@ -81,6 +84,20 @@ class AgedTokens(Aging):
 
 
 TOKEN_POLICIES: dict[str, type[Policy]] = {"aged": AgedTokens, "fifo": FifoTokens}
+
+
+def fill_up(batch: Batch, others: Sequence[Request], table: TokenPrices) -> Batch:
+    """Return the batch and those of the others, in their order, that fit at twice its cost at
+    most."""
+    members, tokens = list(batch.requests), batch.tokens
+    for request in others:
+        fits = tokens + request.length <= table.budget and len(members) < table.max_batch
+        if fits and table.batch_ms([*(r.length for r in members), request.length]) <= (
+            2 * batch.cost_ms
+        ):
+            members.append(request)
+            tokens += request.length
+    return Batch.of(members, table.batch_ms([r.length for r in members]), packed=True)
 
 
 def cut(lengths: Ints, table: TokenPrices, price: Floats) -> list[int]:
