@@ -27,7 +27,7 @@ from tests.assumptions import PER_MODULE, run_sequences
 from tests.random_programs import KINDS, Program, Step, Values, draw_inputs, write_program
 from tests.test_properties import FLOATS, check_compiled
 
-PER_PROCESS = 40
+PER_PROCESS = 8
 MOST_TRIES = 100
 """How often a failing program is run again to make it smaller."""
 
