@@ -30,6 +30,9 @@ OTHERS = (
     "data2vec-text", "layoutlm", "megatron-bert", "rembert", "convbert", "camembert", "ernie",
     "splinter", "deberta", "mobilebert", "squeezebert", "fnet", "beit", "deit", "dinov2",
     "siglip_vision_model", "clip_vision_model", "swin",
+    "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "bert-generation", "biogpt", "xglm",
+    "openai-gpt", "helium", "smollm3", "glm", "glm4", "olmo3", "arcee", "ernie4_5", "seed_oss",
+    "exaone4", "apertus", "vaultgemma", "ibert", "persimmon",
 )  # fmt: skip
 ORDERS = (
     ((2, 3), (1, 3), (2, 1), (1, 1), (0, 3), (2, 0), (0, 0)),
