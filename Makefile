@@ -11,6 +11,9 @@ PYTEST_ARGS ?=
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 # Which part of the sweep: 1 is all of it, 3/12 the third of 12 slices.
 SLICE ?= 1
+# For fuzz: the first seed and how many programs.
+SEED ?= 0
+COUNT ?= 1000
 # For gpu-ready: a Python with the PyTorch, Triton and transformers of the machine with the GPU, and
 # which plans of benchmarks/gpu.py to prepare.
 GPU_PYTHON ?= $(BIN)/python
@@ -28,7 +31,7 @@ UNFINISHED := $(VENV).unfinished
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast sweep durations lint format notebooks gpu-ready setup clean
+.PHONY: help demo test test-fast sweep fuzz durations lint format notebooks gpu-ready setup clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)$$/\1|\2/p' $(MAKEFILE_LIST) | \
@@ -48,6 +51,9 @@ test-fast: $(VENV)/test.stamp ## the inner loop: no slow tests, stop at the firs
 
 sweep: $(VENV)/test.stamp ## what takes hours: every operator's samples, every kernel on every target
 	TURBOTX_SWEEP=$(SLICE) $(BIN)/python -m pytest $(PARALLEL) -m sweep $(PYTEST_ARGS)
+
+fuzz: $(VENV)/test.stamp ## random programs against eager; failures as files in build/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz programs --seed $(SEED) --count $(COUNT)
 
 durations: $(VENV)/test.stamp ## measure every test, which says what is slow: tests/durations.txt
 	TURBOTX_DURATIONS=1 $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)

@@ -48,6 +48,16 @@ def test_a_size_that_is_asked_before_it_is_found_equal_to_another(
         assert torch.equal(fast(x, other), branches(x, other)), shape
 
 
+def test_a_value_beside_a_size_that_is_found_equal_to_another_later() -> None:
+    def branches(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (x * 2 if x.sum().item() * x.shape[0] > 6 else x + 1) * other
+
+    fast = turbotx.optimize(branches, backend="aten")
+    for batch in (1, 2, 4):
+        x = torch.ones(batch, 2)
+        assert torch.equal(fast(x, x), branches(x, x)), batch
+
+
 def test_what_pytorch_asks_of_every_size_is_none() -> None:
     def plain(x: torch.Tensor) -> torch.Tensor:
         y = (x @ WEIGHT).reshape(x.shape[0], x.shape[1], 2, 2).transpose(1, 2)

@@ -92,3 +92,13 @@ def test_clang_beside_llvms_openmp_runs_in_parallel(
     subprocess.run([*compiler, str(source), "-o", str(library)], check=True)
     monkeypatch.setattr(build, "share_openmp", lambda: str(library))
     assert build.clang_openmp("clang++") == ("-Xclang", "-fopenmp")
+
+
+def test_flags_of_the_user_come_last_and_make_another_object(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    units = {"one": 'extern "C" int f() { return VALUE; }\n'}
+    for value in (3, 4):
+        monkeypatch.setenv("TURBOTX_CXXFLAGS", f"-O0 -DVALUE={value}")
+        library, built = build_library(units)
+        assert built and library.f() == value

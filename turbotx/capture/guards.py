@@ -57,6 +57,14 @@ def find_guards(
     return tuple(dict.fromkeys(guards))
 
 
+def find_replaced(
+    shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]
+) -> dict[sympy.Symbol, sympy.Basic]:
+    """Return the symbols that were found equal to others, or to numbers, as what they are."""
+    old = shape_env.replacements if shape_env is not None else ()
+    return {symbol: shape_env.replace(symbol).xreplace(dict(symbols)) for symbol in old}
+
+
 def guard_sizes(
     graph_module: fx.GraphModule, symbols: Mapping[sympy.Symbol, sympy.Symbol]
 ) -> tuple[Guard, ...]:

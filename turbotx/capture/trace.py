@@ -44,6 +44,7 @@ from turbotx.capture.guards import (
     Guard,
     find_equals,
     find_guards,
+    find_replaced,
     find_squeezed,
     guard_sizes,
     guard_squeezed,
@@ -382,7 +383,7 @@ def _describe(
     sizes = tuple(tuple(expr(s).xreplace(symbols) for s in shape) for shape in shapes)
     dims = tuple(dict.fromkeys(s.name for s in symbols.values()))
     hints = find_hints(shape_env, symbols)
-    decisions = flat.values.describe(symbols, dims)
+    decisions = flat.values.describe(find_replaced(shape_env, symbols) | symbols, dims)
     if decisions is not None and any(map(is_random, graph_module.graph.nodes)):
         raise CaptureError(
             f"cannot capture {name}: it draws random numbers and decides by values, as at "

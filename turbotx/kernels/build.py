@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
     Raises NoCompilerError, or BuildError with the compiler's own words.
     """
     compiler = find_compiler()
-    flags = compiler_flags(compiler)
+    flags = *compiler_flags(compiler), *shlex.split(os.environ.get("TURBOTX_CXXFLAGS", ""))
     code = {name: _COMMENTS.sub("", text) for name, text in units.items()}
     identity = (_compiler_identity(compiler), _headers_digest(), *flags, *sorted(code.items()))
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:24]
