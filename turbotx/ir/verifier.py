@@ -166,7 +166,7 @@ def check_launches(
 ) -> None:
     """Everything read was written before, nothing is lost, and a launch's dtypes are its tensors':
     one that wrote wider elements than the graph says would write over what lies behind."""
-    written = {n for n, t in tensors.items() if t.kind in ("input", "parameter", "prepared")}
+    written = {n for n, t in tensors.items() if t.kind in ("input", "parameter", "hoisted")}
     for launch in launches:
         for name in launch.reads:
             if name not in tensors:

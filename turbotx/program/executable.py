@@ -249,7 +249,7 @@ class Executable:
 
     values: the table of sizes. requirements: negative where an index cannot fit, each with its
     words. slots: the place of every tensor in the table of addresses. weights: the parameters and
-    prepared constants that are read as they are. leaves: of the output, in order. token_range: the
+    hoisted constants that are read as they are. leaves: of the output, in order. token_range: the
     calls that it serves, None: all.
     """
 

@@ -20,7 +20,7 @@ class RunState:
     """What one run of a program works on.
 
     dims: the shape. offsets: bytes from the arena's start, per planned tensor. arena: its memory,
-    flat uint8. tensors: inputs, outputs, parameters and prepared constants by name. given: inputs
+    flat uint8. tensors: inputs, outputs, parameters and hoisted constants by name. given: inputs
     as the caller gave them, by name.
     """
 

@@ -117,7 +117,7 @@ class _Rows:
         text.close(len(rows))
 
     def _scratch(self) -> None:
-        """Room for the values that are kept between sweeps, a row of each."""
+        """Runner for the values that are kept between sweeps, a row of each."""
         text = self.text
         width = product([a.extent for a in self.kernel.columns])
         kinds = [text.type_of(v) for v in self.kept]

@@ -127,7 +127,7 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
         layout = layout_of(constant)
         if (
             layout is None
-            or kinds[layout.root] not in ("parameter", "prepared")
+            or kinds[layout.root] not in ("parameter", "hoisted")
             or not _is_fixed(layout)
         ):
             return False
@@ -198,7 +198,7 @@ class _Match:
         if not g.is_tensor(node) or g.shape(node) != g.shape(self.linear)[-1:]:
             return False
         layout = layout_of(node)
-        if layout is None or self.kinds[layout.root] not in ("parameter", "prepared"):
+        if layout is None or self.kinds[layout.root] not in ("parameter", "hoisted"):
             return False
         return layout.strides == (ONE,) and g.dtype(node) == g.dtype(self.linear)
 

@@ -204,7 +204,7 @@ def _uncast(node: Any) -> Any:
 def _is_row(node: fx.Node, rows: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
     """Tell whether it is a parameter with one element for each of a row."""
     layout = layout_of(node)
-    known = layout is not None and kinds[layout.root] in ("parameter", "prepared")
+    known = layout is not None and kinds[layout.root] in ("parameter", "hoisted")
     return known and g.shape(node) == g.shape(rows)[-1:] and g.dtype(node).is_floating_point
 
 

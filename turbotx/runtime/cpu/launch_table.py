@@ -152,7 +152,7 @@ def lay_out_launches(
 
 def _pack(launch: ir.GemmLaunch, table: LaunchLayout, assembly: Assembly) -> Packing:
     slot = table.slots[_packed_name(launch)]
-    return Packing(slot, weight_parts(launch.weight, assembly.prepared), launch.gemm.gated)
+    return Packing(slot, weight_parts(launch.weight, assembly.hoisted), launch.gemm.gated)
 
 
 def _link(launch: ir.Launch, table: LaunchLayout, names: dict[object, str]) -> NativeLaunch:
