@@ -20,7 +20,7 @@ from torch import fx, nn
 from turbotx import ir
 from turbotx.capture.trace import Captured
 from turbotx.engine.compiled import AssembledCall, Compiled, Specialization, UnboundProgram
-from turbotx.errors import InputError, OptionsError
+from turbotx.errors import InputError
 from turbotx.ir import verifier as verify
 from turbotx.kernels.fusion.epilogue import find_epilogues
 from turbotx.kernels.fusion.fuse import FusedRegion, fuse_all
@@ -52,6 +52,7 @@ from turbotx.program.gemm_fallback import add_gemm_fallbacks
 from turbotx.runtime.cpu.runtime import CpuCode, CpuRuntime, build_for_cpu
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.cuda.dispatch import choose_ranges, make_tiles
+from turbotx.runtime.cuda.packed_graphs import PackedGraphProgram
 from turbotx.runtime.cuda.runtime import CudaRuntime, LaunchJob, LaunchKernels, build_expected
 from turbotx.runtime.device import Device
 from turbotx.runtime.packed_program import PackedProgram
@@ -134,16 +135,12 @@ def rewrite_once(captured: Captured, attention: str) -> str:
     return done.text
 
 
-def pack_once(captured: Captured, padding: str, target: str) -> Captured:
+def pack_once(captured: Captured, padding: str) -> Captured:
     """Return a rewritten capture over tokens where `padding` is "packed", packed before or now.
 
-    Raises PackError, OptionsError for a GPU, InputError where the graph is of the other kind.
+    Raises PackError, InputError where the graph is of the other kind.
     """
     meta = captured.graph_module.meta
-    if padding == "packed" and target != "cpu":
-        raise OptionsError(
-            f'padding="packed" runs on CPUs so far, not on {target}: leave it out (docs/packed.md)'
-        )
     if padding == "packed" and "packed" not in meta:
         meta["packed"] = pack(captured)
         check_packed(captured.graph, TOKENS)
@@ -181,7 +178,7 @@ def assemble_call(captured: Captured, options: Options, target: str) -> Assemble
     """Return a captured call as launches, for CPUs or for GPUs: which one does not matter yet."""
     roles = GemmRoles.of(options, target)
     text = rewrite_once(captured, options.attention)
-    captured = pack_once(captured, options.padding, target)
+    captured = pack_once(captured, options.padding)
     graph, dims = captured.graph, captured.dims
     check_rewritten(captured)
     hoisted = find_hoisted(graph)
@@ -299,7 +296,15 @@ def bind(
         else:
             assert device is not None
             gpu = CudaRuntime(made.code, weights, device)
-            programs.append(CudaGraphProgram(made.executable, gpu, *kept, graphs))
+            if isinstance(captured, PackedCapture):
+                programs.append(
+                    PackedGraphProgram(made.executable, gpu, *kept, graphs, captured.packing)
+                )
+            else:
+                programs.append(CudaGraphProgram(made.executable, gpu, *kept, graphs))
+    packed = tuple(p for p in programs if isinstance(p, PackedGraphProgram))
+    for one in packed:
+        one.siblings = packed
     return Compiled(program, tuple(programs))
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         NormOperands,
         Operand,
         ProductLaunch,
+        SequenceLaunch,
         StoreLaunch,
         Tensor,
     )
@@ -77,6 +78,7 @@ __all__ = [
     "NormOperands",
     "Operand",
     "ProductLaunch",
+    "SequenceLaunch",
     "Tensor",
 ]
 
