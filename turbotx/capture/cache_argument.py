@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from turbotx.errors import InputError
@@ -45,9 +45,9 @@ def _name_all(
 
 
 @functools.cache
-def names_of(cls: Hashable) -> list[str]:
+def names_of(cls: Any) -> list[str]:
     """Return the names of the arguments that a model's forward takes by place, less `self`."""
-    parameters = inspect.signature(cls.forward).parameters.values()  # type: ignore[attr-defined]
+    parameters = inspect.signature(cls.forward).parameters.values()
     return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
 

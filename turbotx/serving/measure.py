@@ -121,8 +121,9 @@ def load_or_measure(
                 return table
         except CostTableError:
             pass  # unreadable: measured again and replaced below
-    limits = {"max_length": max_length, "max_batch": max_batch, "max_tokens": max_tokens}
-    return measure_costs(engine, **limits, token=token)  # type: ignore[arg-type]
+    return measure_costs(
+        engine, max_length=max_length, max_batch=max_batch, max_tokens=max_tokens, token=token
+    )
 
 
 def describe_device(device: str) -> str:

@@ -184,12 +184,12 @@ class Service:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Result] = loop.create_future()
 
-        def finish(found: Result | None, error: BaseException | None) -> None:
+        def finish(found: Any, error: BaseException | None) -> None:
             self.preparing = False
             if done.done():
                 return
             if error is None:
-                done.set_result(found)  # type: ignore[arg-type]
+                done.set_result(found)
             else:
                 done.set_exception(error)
 

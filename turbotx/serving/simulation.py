@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,10 +79,10 @@ def simulate(
             continue
         took_ms = float(truth[batch.length, len(batch.requests)])
         for request in batch.requests:
-            wait[int(request.key)] = now_ms - request.arrival_ms  # type: ignore[call-overload]
+            wait[cast(int, request.key)] = now_ms - request.arrival_ms
         now_ms += took_ms
         for request in batch.requests:
-            latency[int(request.key)] = now_ms - request.arrival_ms  # type: ignore[call-overload]
+            latency[cast(int, request.key)] = now_ms - request.arrival_ms
         batches, tokens = batches + 1, tokens + batch.tokens
         padded += batch.padded_tokens
         if true_costs is not None:

@@ -25,7 +25,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -163,10 +163,10 @@ class Look:
                 return cls, self._which(value), self._pairs(held.items(), depth)
             if isinstance(value, dict):
                 self.dicts[id(value)] = value
-                items = dict.items(value)
+                items: Iterable[tuple[Any, Any]] = dict.items(value)
                 if hidden:
                     self.kept.append(value)
-                    items = [(k, v) for k, v in items if k not in hidden]  # type: ignore[assignment]
+                    items = [(k, v) for k, v in items if k not in hidden]
                     return cls, id(value), self._pairs(items, depth), self._own(value, depth)
                 return cls, self._pairs(items, depth), self._own(value, depth)
             if isinstance(value, _SEQUENCES):

@@ -27,7 +27,7 @@ def parse_with_comments(text: str) -> ast.Module:
             if inside := getattr(s, field, None):
                 setattr(s, field, [x for inner in inside for x in (*_above(inner, lines), inner)])
         if found := _TRAILING.search(lines[s.lineno - 1]):
-            s.trailing = found["text"]  # type: ignore[attr-defined]
+            s.__dict__["trailing"] = found["text"]
     return tree
 
 
