@@ -291,7 +291,8 @@ def test_serve_names_the_extra_that_is_missing(
 ) -> None:
     import sys
 
-    monkeypatch.delitem(sys.modules, "turbotx.serving.server", raising=False)
+    for name in ("server", "listener"):  # those that import it
+        monkeypatch.delitem(sys.modules, f"turbotx.serving.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     ran = run("serve", "minilm")
     assert ran.code == 2 and "pip install 'turbotx[serve]'" in ran.err
