@@ -58,7 +58,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def is_new_cache(cls: type) -> bool:
-    """Tell whether `new_cache` makes caches of a class."""
+    """Return whether `new_cache` makes caches of a class."""
     return cls.__module__ == "transformers.cache_utils" and cls.__name__ in (
         "DynamicCache", "EncoderDecoderCache",
     )  # fmt: skip

@@ -42,7 +42,7 @@ class ModelWithInputs:
 
 @dataclass(frozen=True)
 class Source:
-    """What the command line says of a model.
+    """A model as given on the command line.
 
     text: MODEL. dtype: "float32", "bfloat16" or "float16" to convert the module, "" to leave it as
     it is. weights: a file for `turbotx.load_weights`, read before the module is converted.

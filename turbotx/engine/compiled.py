@@ -54,7 +54,7 @@ class Specialization:
         return self.code.executable
 
     def serves(self, dims: Sequence[int]) -> bool:
-        """Tell whether it is for calls with these values of the dims."""
+        """Return whether it is for calls with these values of the dims."""
         served = self.executable.token_range
         return served is None or served.holds(dims)
 

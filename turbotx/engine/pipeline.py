@@ -317,7 +317,8 @@ def build_ahead(compiled: Compiled) -> Compiled:
 
 
 def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> Weights:
-    """Say where the parameters live: in the user's own module, so that its updates are seen."""
+    """Return a program's weights: where its parameters are in the user's module, so that updates
+    are seen, lifted constants, and the calls that compute hoisted constants."""
     nodes = {n.name: n for n in captured.graph_module.graph.nodes if n.op == "get_attr"}
     paths = captured.graph_module.meta["paths"]
     targets = {name: paths[node.target] for name, node in nodes.items()}

@@ -83,7 +83,7 @@ def _between(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _is_view_of_inside(node: fx.Node, inside: set[fx.Node], after: set[fx.Node]) -> bool:
-    """Tell whether a view or split is of the region's own values, and so of whoever reads it."""
+    """Return whether a view or split is of the region's own values, and so of whoever reads it."""
     if not is_view(node) and node.target not in SPLITS:
         return False
     return not any(n in after for n in node.all_input_nodes)

@@ -83,7 +83,7 @@ def kind_of(node: fx.Node, hoisted: frozenset[fx.Node] = frozenset()) -> str:
 
 
 def _is_about_nothing(node: fx.Node) -> bool:
-    """Tell whether a tensor of a call is empty whatever the dims: PyTorch knows what that gives,
+    """Return whether a tensor of a call is empty whatever the dims: PyTorch knows what that gives,
     and which of it is an error; a kernel would divide by its extents."""
     return any(0 in g.shape(n) for n in (node, *tensor_inputs(node)))
 
@@ -117,7 +117,8 @@ def find_hoisted(graph: fx.Graph) -> frozenset[fx.Node]:
 
 
 def _reads_sizes(node: fx.Node) -> bool:
-    """Tell whether a call, or a view that it looks through, depends on the sizes of the inputs."""
+    """Return whether a call, or a view that it looks through, depends on the sizes of the
+    inputs."""
     for source in node.all_input_nodes:
         if isinstance(source.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return True

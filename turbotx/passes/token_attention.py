@@ -93,7 +93,8 @@ class _MaskParts:
             self.rest.append(bias)
 
     def _hides(self, bias: fx.Node) -> bool:
-        """Tell whether it is where(visible, bias, a most negative number), and take that apart."""
+        """Return whether it is where(visible, bias, a most negative number), and take that
+        apart."""
         visible: Any
         kept: Any
         if g.is_call(bias, aten.where.self):

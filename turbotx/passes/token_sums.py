@@ -1,4 +1,4 @@
-"""Token sums: what makes one thing of a sequence's tokens, written over bounds.
+"""Token sums: reductions over a sequence's tokens, rewritten over the bounds of sequences.
 
 In: a reduction along the columns, a running sum, the first token. Out: the same by sequence, whole
 from then on; Refused where tokens that the mask hides would count. For example::

@@ -69,15 +69,15 @@ class TokenSizes:
     seq: sympy.Symbol
 
     def is_batch(self, extent: Expr) -> bool:
-        """Tell whether an extent is the batch."""
+        """Return whether an extent is the batch."""
         return extent in self.batch
 
     def is_seq(self, extent: Expr) -> bool:
-        """Tell whether an extent is the number of columns."""
+        """Return whether an extent is the number of columns."""
         return bool(extent == self.seq)
 
     def varies(self, extent: Expr) -> bool:
-        """Tell whether an extent depends on either."""
+        """Return whether an extent depends on either."""
         return bool(extent.free_symbols & (self.batch | {self.seq}))
 
     def fixed(self, extent: Expr) -> tuple[Factor, ...] | None:

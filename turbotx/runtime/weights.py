@@ -268,7 +268,7 @@ class Weights:
                 self.watched = watched  # what it takes for unchanged is what was seen before
 
     def _have_changed(self, tensors: list[Any], watch: Watch) -> bool:
-        """Tell whether the module holds other tensors than these, or these were changed."""
+        """Return whether the module holds other tensors than these, or these were changed."""
         try:
             now = map(operator.getitem, self._owners, self._leaves)
             return not all(map(operator.is_, now, tensors)) or watch.changed()
@@ -279,7 +279,7 @@ class Weights:
         return list(map(operator.getitem, self._owners, self._leaves))
 
     def is_stale(self) -> bool:
-        """Tell whether `refresh` would derive anything again."""
+        """Return whether `refresh` would derive anything again."""
         return self.watched is None or self._have_changed(*self.watched)
 
     def window(self, part: WeightWindow) -> torch.Tensor:
@@ -291,7 +291,7 @@ class Weights:
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:
-    """Tell whether other tensors lie in a tensor's memory, as those of a state dict do."""
+    """Return whether other tensors lie in a tensor's memory, as those of a state dict do."""
     count = getattr(torch._C, "_storage_Use_Count", None)  # private: without it nothing is known
     # One is the tensor, one what asks.
     return count is None or count(tensor.untyped_storage()._cdata) > 2

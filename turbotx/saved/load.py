@@ -100,7 +100,8 @@ def load(
 
 
 def holds_weights(path: str | PathLike[str]) -> bool:
-    """Tell whether a file was saved with its weights; raise SavedFileError where it is damaged."""
+    """Return whether a file was saved with its weights; raise SavedFileError where it is
+    damaged."""
     return bool(read_container(Path(path))[0]["weights"])
 
 

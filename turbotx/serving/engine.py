@@ -103,14 +103,15 @@ class TorchEngine:
 
 @dataclass
 class SleepEngine:
-    """Takes as long as a cost table says and returns vectors that depend on the ids alone."""
+    """A test engine that sleeps for the time in a cost table and returns vectors derived from the
+    token ids."""
 
     costs: CostTable
     width: int = 8
     head: Head = Head("embedding")
 
     def run(self, rows: Sequence[TokenRow]) -> Vectors:
-        """Wait as long as the cost table says; return each row's ids, repeated to the width."""
+        """Sleep for the time in the cost table; return each row's ids, repeated to the width."""
         begin = time.perf_counter()
         length = max(len(row) for row in rows)
         due = begin + float(self.costs.dense()[length, len(rows)]) / 1e3

@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def load_fill() -> Any | None:
-    """Return the compiled loop as a ctypes function, or None (said once in the log)."""
+    """Return the compiled loop as a ctypes function; None, logged once, if it cannot be
+    compiled."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     if compiler is None:
         log.warning("no C++ compiler found: batches are planned in Python, about 50 times slower")

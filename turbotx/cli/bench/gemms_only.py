@@ -1,4 +1,4 @@
-"""GEMMs only: what `bench` compares with: a model's GEMMs and attention without all between them.
+"""GEMMs only: a baseline of `bench`: a model's GEMMs and attention without the ops between them.
 
 In: a loaded model. Out: a function that runs its matrix products, over weights that a library has
 packed once, and its attention, on dense dummies of the right sizes, in the model's order::

@@ -61,7 +61,7 @@ class Turn:
 
 
 class EngineFailed(Exception):
-    """An engine's process said why it cannot go on, or ended."""
+    """An engine's process reported an error, or ended."""
 
 
 class Worker:
@@ -116,7 +116,7 @@ class Worker:
 
 
 class Runner:
-    """Workers by engine; `failed` says why an engine is not among them."""
+    """Worker processes by engine; `failed` maps each missing engine to the reason."""
 
     def __init__(self, engines: Sequence[str], source: Source, threads: int) -> None:
         self.failed: dict[str, str] = {}

@@ -115,7 +115,7 @@ def match_epilogue(
 
 
 def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
-    """Tell whether the packed GEMM can do it: constant 2-d weight, rows of x at one stride."""
+    """Return whether the packed GEMM can do it: constant 2-d weight, rows of x at one stride."""
     if not g.is_call(node, aten.linear.default):
         return False
     x, weight, bias = g.operand(node, 0), g.operand(node, 1), g.optional(node, 2)
@@ -140,7 +140,7 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
 
 
 def _is_fixed(layout: Layout) -> bool:
-    """Tell whether it is the same part of a weight at all sizes: only that is packed once."""
+    """Return whether it is the same part of a weight at all sizes: only that is packed once."""
     return all(e.is_Integer for e in (*layout.shape, *layout.strides, layout.offset))
 
 
@@ -174,7 +174,7 @@ class _Match:
         return Epilogue(self.linear, output, nodes, self.bias, activation, gated, residual)
 
     def _owned(self) -> bool:
-        """Tell whether nothing but the region reads the linear."""
+        """Return whether nothing but the region reads the linear."""
         readers: list[fx.Node] = []
         views = [self.linear]
         while views:

@@ -197,7 +197,7 @@ def _join(
 
 
 def _is_better(one: Lowered, both: tuple[Lowered, Lowered]) -> bool:
-    """Tell whether one kernel moves no more than two, with loops left to run in parallel."""
+    """Return whether one kernel moves no more than two, with loops left to run in parallel."""
     serial = one.kernel.columns and not one.kernel.rows
     if serial and not all(x.kernel.columns and not x.kernel.rows for x in both):
         return False
@@ -215,7 +215,7 @@ def _levels(graph: fx.Graph, hoisted: frozenset[fx.Node]) -> dict[fx.Node, tuple
 
 
 def _are_siblings(a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]]) -> bool:
-    """Tell whether neither needs the other, each is one kernel, and they read a common tensor."""
+    """Return whether neither needs the other, each is one kernel, and they read a common tensor."""
     if len(a.kernels) != 1 or len(b.kernels) != 1:
         return False
     if max(level[n][0] for n in a.region.nodes) != max(level[n][0] for n in b.region.nodes):

@@ -1,4 +1,4 @@
-"""Read Triton source with its comments, and print statements as a careful engineer would.
+"""Parse Triton source with its comments, and print statements in a uniform format.
 
 In: the text of a template. Out: its syntax tree, where a comment or a blank line between two
 statements is a statement itself, a bare string; and such statements as lines::
