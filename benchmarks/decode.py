@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import turbotx
-from turbotx.cli.bench.room import describe_machine
+from turbotx.cli.bench.runner import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import turbotx
-from turbotx.cli.bench.room import describe_machine
+from turbotx.cli.bench.runner import describe_machine
 from turbotx.cli.inputs import huggingface_inputs
 from turbotx.cli.models import Source
 

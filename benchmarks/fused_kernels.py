@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import turbotx
-from turbotx.cli.bench.room import describe_machine
+from turbotx.cli.bench.runner import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "fused_kernels.json"
 ROWS = (1, 16, 128, 1024, 4096)

@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=2, help="of which the faster is kept")
     options = parser.parse_args()
-    from turbotx.cli.bench.room import describe_machine
+    from turbotx.cli.bench.runner import describe_machine
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -2,7 +2,7 @@
 
 In: which models, dtypes, shapes and engines; all of them by default. Out: a line a row and
 benchmarks/results/latency.json, written after each row: what was measured before stays, so the
-grid can be run in slices. `floor-…` is the GEMMs and attention alone (turbotx/cli/bench/floor.py)::
+grid can be run in slices. `floor-…` is the GEMMs and attention alone, cli/bench/gemms_only.py::
 
     python benchmarks/latency.py --models minilm --dtypes float32 --engines turbotx eager
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from turbotx.cli.bench.engines import ENGINES
-from turbotx.cli.bench.room import CallPattern, OthersUse, Room, describe_machine
+from turbotx.cli.bench.runner import CallPattern, OthersUse, Runner, describe_machine
 from turbotx.cli.inputs import huggingface_inputs
 from turbotx.cli.models import Source
 
@@ -61,22 +61,24 @@ def measure(name: str, dtype: str, options: argparse.Namespace, record: dict[str
     source = Source(MODELS[name], dtype)
     with tempfile.TemporaryDirectory() as folder:
         files = write_inputs(source, options.shapes, Path(folder))
-        with Room(options.engines, source, options.threads) as room:
+        with Runner(options.engines, source, options.threads) as runner:
             for shape, file in files.items():
                 began = time.time()
-                with OthersUse(room) as others:
-                    spreads = room.measure(file, CallPattern(rounds=options.rounds))
+                with OthersUse(runner) as others:
+                    spreads = runner.measure(file, CallPattern(rounds=options.rounds))
                 together = sorted(spreads)
                 found: dict[str, Any] = {
                     e: {**asdict(s), "beside": together, "others_cores": others.cores}
                     for e, s in spreads.items()
                 }
-                merge(record, {"model": name, "dtype": dtype, "shape": shape}, found | room.failed)
+                merge(
+                    record, {"model": name, "dtype": dtype, "shape": shape}, found | runner.failed
+                )
                 save(record, options)
                 shown = "  ".join(f"{e} {s.median_ms:.2f}" for e, s in spreads.items())
                 took = f"{time.time() - began:.0f} s, others {others.cores} cores"
                 print(f"{name} {dtype} {shape}:  {shown}  ({took})", flush=True)
-            for engine, why in room.failed.items():
+            for engine, why in runner.failed.items():
                 print(f"{name} {dtype} without {engine}: {why}", flush=True)
 
 

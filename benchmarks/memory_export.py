@@ -18,7 +18,7 @@ from turbotx.capture.trace import capture
 from turbotx.engine.pipeline import rewrite
 from turbotx.ir.expr import to_python
 from turbotx.kernels.fusion.fuse import fuse_all
-from turbotx.passes.partition import find_prepared, partition
+from turbotx.passes.partition import find_hoisted, partition
 from turbotx.program.assemble import assemble
 
 FOLDER = Path(__file__).parent / "data" / "launches"
@@ -31,9 +31,9 @@ def export(name: str, model: torch.nn.Module) -> dict[str, Any]:
         captured = capture(model.eval(), (), {"input_ids": ids, "attention_mask": ids + 1})
     graph = captured.graph_module.graph
     rewrite(graph)
-    prepared = find_prepared(graph)
-    regions = fuse_all(graph, partition(graph, prepared), prepared)
-    assembly = assemble(graph, regions, prepared, captured.dims)
+    hoisted = find_hoisted(graph)
+    regions = fuse_all(graph, partition(graph, hoisted), hoisted)
+    assembly = assemble(graph, regions, hoisted, captured.dims)
     tensors = assembly.tensors
     return {
         "name": f"{name}, as compiled",

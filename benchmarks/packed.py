@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from turbotx.cli.bench.engines import ENGINES
-from turbotx.cli.bench.room import OthersUse, Room, describe_machine
+from turbotx.cli.bench.runner import OthersUse, Runner, describe_machine
 from turbotx.cli.models import Source
 
 RESULTS = Path(__file__).parent / "results" / "packed.json"
@@ -56,14 +56,16 @@ def write_inputs(lengths: list[int], vocab: int, path: Path) -> None:
     torch.save(((), {"input_ids": ids * mask, "attention_mask": mask}), path)
 
 
-def measure(room: Room, lengths: list[int], vocab: int, rounds: int, folder: str) -> dict[str, Any]:
+def measure(
+    runner: Runner, lengths: list[int], vocab: int, rounds: int, folder: str
+) -> dict[str, Any]:
     """Return what every engine takes for the batch, and for one text of the mean length."""
     batch, one = Path(folder) / "batch.pt", Path(folder) / "one.pt"
     mean = round(sum(lengths) / len(lengths))
     write_inputs(lengths, vocab, batch)
     write_inputs([mean], vocab, one)
-    with OthersUse(room) as others:
-        whole, single = room.measure(batch, rounds), room.measure(one, rounds)
+    with OthersUse(runner) as others:
+        whole, single = runner.measure(batch, rounds), runner.measure(one, rounds)
     found: dict[str, Any] = {"others_cores": others.cores, "mean": mean, "engines": {}}
     for name, spread in whole.items():
         per_token = 1000 * spread.median_ms / sum(lengths)
@@ -98,13 +100,13 @@ def main() -> None:
         vocab = source.load({}).model.config.vocab_size
         with (
             tempfile.TemporaryDirectory() as folder,
-            Room(options.engines, source, options.threads) as room,
+            Runner(options.engines, source, options.threads) as runner,
         ):
             for distribution, batch, lengths in rows:
                 key = {"model": name, "lengths": distribution, "batch": batch}
-                found = measure(room, lengths, vocab, options.rounds, folder)
+                found = measure(runner, lengths, vocab, options.rounds, folder)
                 row = key | {"tokens": sum(lengths), "longest": max(lengths)} | found
-                row["failed"] = dict(room.failed)
+                row["failed"] = dict(runner.failed)
                 kept = [r for r in record["rows"] if any(r[k] != v for k, v in key.items())]
                 record |= {"rows": [*kept, row], "machine": describe_machine(options.threads)}
                 options.out.parent.mkdir(exist_ok=True)

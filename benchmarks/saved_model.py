@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from turbotx.cli.bench.room import describe_machine
+from turbotx.cli.bench.runner import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "saved_model.json"
 CHILD = """

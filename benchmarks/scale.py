@@ -337,7 +337,7 @@ def show(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    from turbotx.cli.bench.room import describe_machine
+    from turbotx.cli.bench.runner import describe_machine
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", help=f"which of {', '.join(TABLES)}; all by default")

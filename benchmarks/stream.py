@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from turbotx.cli.bench.engines import ENGINES, make_engine
-from turbotx.cli.bench.room import describe_machine
+from turbotx.cli.bench.runner import describe_machine
 from turbotx.cli.bench.worker import explain_error
 from turbotx.cli.inputs import EXAMPLE_SHAPE, huggingface_inputs
 from turbotx.cli.models import Source

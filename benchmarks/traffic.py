@@ -32,7 +32,7 @@ from turbotx.ir.expr import Expr, evaluate
 from turbotx.ir.views import SPLITS, is_view
 from turbotx.kernels.fusion.fuse import FusedRegion, fuse_all
 from turbotx.kernels.fusion.traffic import kernel_traffic, param_nbytes
-from turbotx.passes.partition import find_prepared, partition, root_of
+from turbotx.passes.partition import find_hoisted, partition, root_of
 from turbotx.program.assemble import assemble
 
 RESULTS = Path(__file__).parent / "results" / "traffic.json"
@@ -150,9 +150,9 @@ def count_model(name: str, layers: int, batch: int, seq: int) -> dict[str, Count
     dims = {n: seq if n == "seq" else batch for n in captured.dims}
     eager = count_eager(graph, dims)
     rewrite(graph)
-    prepared = find_prepared(graph)
-    fused = fuse_all(graph, partition(graph, prepared), prepared)
-    launches = assemble(graph, fused, prepared, captured.dims).launches
+    hoisted = find_hoisted(graph)
+    fused = fuse_all(graph, partition(graph, hoisted), hoisted)
+    launches = assemble(graph, fused, hoisted, captured.dims).launches
     return {
         "eager": eager,
         "turbotx": count_turbotx(launches, dims),

@@ -3,7 +3,7 @@
 In: benchmarks/results/{latency,stream,dispatch,fused_kernels,cold_start}.json. Out: Markdown, rows
 that turbotx loses included and marked; what has no result says so::
 
-    latency_table(RESULTS)  ->  "| model | dtype | batch x length | turbotx | floor ..."
+    latency_table(RESULTS)  ->  "| model | dtype | batch x length | turbotx | GEMMs only ..."
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from turbotx.cli.bench.room import QUIET_CORES
+from turbotx.cli.bench.runner import QUIET_CORES
 
 NOT_YET = "not yet measured"
 ENGINES = {
-    "turbotx": "turbotx", "floor-mkl": "floor, MKL", "floor-onednn": "floor, oneDNN",
+    "turbotx": "turbotx", "floor-mkl": "GEMMs only, MKL", "floor-onednn": "GEMMs only, oneDNN",
     "eager": "eager", "compile": "torch.compile", "compile-dynamic": "torch.compile, dynamic",
     "onnxruntime": "ONNX Runtime", "onnxruntime-optimized": "ONNX Runtime, optimized",
 }  # fmt: skip
@@ -36,7 +36,13 @@ def latency_table(folder: Path) -> str:
     if not rows:
         return NOT_YET
     engines = [e for e in ENGINES if any(e in r["engines"] for r in rows)]
-    heads = ["model", "dtype", "batch x length", *(ENGINES[e] for e in engines), "turbotx / floor"]
+    heads = [
+        "model",
+        "dtype",
+        "batch x length",
+        *(ENGINES[e] for e in engines),
+        "turbotx / GEMMs only",
+    ]
     lines = [_caption(found), "", _row(heads), _row(["---"] * 3 + ["---:"] * (len(heads) - 3))]
     disturbed = False
     for row in rows:

@@ -26,7 +26,7 @@ from latency_plot import draw_latency
 from proof_tables import operators_table, resources_table
 
 import turbotx
-from turbotx.cli.bench.room import QUIET_CORES
+from turbotx.cli.bench.runner import QUIET_CORES
 from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report import Report
 from turbotx.report.layers import find_layers, plan_of

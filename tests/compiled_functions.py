@@ -30,7 +30,7 @@ from turbotx.kernels.build import build_library
 from turbotx.kernels.cpp.printer import print_kernel
 from turbotx.kernels.fusion.fuse import FusedRegion, fuse_all
 from turbotx.kernels.lowering.lower import Lowered
-from turbotx.passes.partition import find_prepared, partition
+from turbotx.passes.partition import find_hoisted, partition
 from turbotx.runtime.cpu.launch_table import PRELUDE
 
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ class Compilation:
         """The calls that no kernel computes, those of parameters alone and views aside."""
         from turbotx.passes.partition import kind_of
 
-        inside = {n for f in self.fused for n in f.region.nodes} | find_prepared(self.graph)
+        inside = {n for f in self.fused for n in f.region.nodes} | find_hoisted(self.graph)
         return [str(n.target) for n in self.graph.nodes
                 if n not in inside and kind_of(n) in ("extern", "computed")]  # fmt: skip
 
@@ -75,8 +75,8 @@ def compile_function(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
         captured = capture(FunctionModule(function), args, kwargs, fixed=small)
     graph = captured.graph_module.graph
     rewrite(graph)
-    prepared = find_prepared(graph)
-    return Compilation(captured, graph, fuse_all(graph, partition(graph, prepared), prepared))
+    hoisted = find_hoisted(graph)
+    return Compilation(captured, graph, fuse_all(graph, partition(graph, hoisted), hoisted))
 
 
 class _Run:

@@ -118,7 +118,7 @@ def test_torch_logs_keeps_them(monkeypatch: Any, caplog: Any) -> None:
 
 
 def test_an_unexpected_error_names_model_stage_and_node(monkeypatch: Any) -> None:
-    def broken(node: Any, prepared: Any = None) -> str:
+    def broken(node: Any, hoisted: Any = None) -> str:
         raise KeyError(node.name)
 
     monkeypatch.setattr("turbotx.passes.partition.kind_of", broken)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from turbotx.cli import main
-from turbotx.cli.bench.floor import make_floor
-from turbotx.cli.bench.room import CallPattern, EngineFailed, Room, Turn, Worker, summarize
+from turbotx.cli.bench.gemms_only import make_gemms_only
+from turbotx.cli.bench.runner import CallPattern, EngineFailed, Runner, Turn, Worker, summarize
 from turbotx.cli.models import ModelWithInputs, Source
 from turbotx.errors import ModelError
 
@@ -39,12 +39,12 @@ def test_median_and_tenths() -> None:
 
 def test_the_floor_runs_the_products_of_any_shape() -> None:
     layer = torch.nn.Linear(8, 16).eval()
-    run = make_floor(ModelWithInputs(layer, (torch.randn(2, 3, 8),), {}), "onednn")
+    run = make_gemms_only(ModelWithInputs(layer, (torch.randn(2, 3, 8),), {}), "onednn")
     run((torch.randn(2, 3, 8),), {})
     run((torch.randn(1, 1, 8),), {})
     half = ModelWithInputs(layer.bfloat16(), (torch.randn(2, 3, 8).bfloat16(),), {})
     with pytest.raises(ModelError, match="float32"):
-        make_floor(half, "mkl")
+        make_gemms_only(half, "mkl")
 
 
 def test_a_worker_says_why_it_fails() -> None:
@@ -57,11 +57,11 @@ def test_a_worker_says_why_it_fails() -> None:
 def test_engines_take_turns(model: str, tmp_path: Path) -> None:
     inputs = tmp_path / "inputs.pt"
     torch.save(((torch.randn(2, 3, 8),), {}), inputs)
-    with Room(("eager", "onnxruntime"), Source(model), threads=1) as room:
-        found = room.measure(inputs, CallPattern(rounds=2, calls=3, streams=2))
+    with Runner(("eager", "onnxruntime"), Source(model), threads=1) as runner:
+        found = runner.measure(inputs, CallPattern(rounds=2, calls=3, streams=2))
         assert found["eager"].runs == 12 and found["eager"].calls_per_s > 0
         assert found["eager"].runs == 12 and found["eager"].median_ms > 0
-        assert "onnxruntime" in room.failed  # positional inputs, or not installed
+        assert "onnxruntime" in runner.failed  # positional inputs, or not installed
 
 
 def test_command(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -286,17 +286,6 @@ def test_serve_says_which_option_is_wrong(
     assert ran.code == 2 and says in ran.err
 
 
-def test_serve_names_the_extra_that_is_missing(
-    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sys
-
-    monkeypatch.delitem(sys.modules, "turbotx.serving.server", raising=False)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    ran = run("serve", "minilm")
-    assert ran.code == 2 and "pip install 'turbotx[serve]'" in ran.err
-
-
 def test_an_unknown_target_is_refused(run: Callable[..., Ran], model: str, tmp_path: Path) -> None:
     ran = run("compile", model, "--out", tmp_path / "out", "--target", "sm_1")
     assert ran.code == 2 and "sm_90" in ran.err

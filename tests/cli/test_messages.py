@@ -107,6 +107,16 @@ def test_a_fault_of_turbotx_is_told_from_a_mistake(
     assert "Traceback" in run("doctor").err
 
 
+def test_serve_names_the_extra_that_is_missing(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("server", "listener"):  # those that import it
+        monkeypatch.delitem(sys.modules, f"turbotx.serving.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    ran = run("serve", "minilm")
+    assert ran.code == 2 and "pip install 'turbotx[serve]'" in ran.err
+
+
 def test_an_interrupt_is_no_fault(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> int:
         raise KeyboardInterrupt

@@ -22,7 +22,7 @@ from turbotx.ir.verifier import (
 )
 from turbotx.kernels.fusion.fuse import fuse
 from turbotx.passes.canonicalize import canonicalize
-from turbotx.passes.partition import find_prepared, partition
+from turbotx.passes.partition import find_hoisted, partition
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def graph():
 
 @pytest.fixture(scope="module")
 def kernel(graph) -> ir.Kernel:
-    softmax = partition(graph, find_prepared(graph))[-1]
+    softmax = partition(graph, find_hoisted(graph))[-1]
     return fuse(softmax).kernels[0].kernel
 
 

@@ -9,7 +9,7 @@ from tests.graphs import captured_graph
 from turbotx.capture.trace import capture
 from turbotx.ir.verifier import check_region
 from turbotx.passes.canonicalize import canonicalize
-from turbotx.passes.partition import find_prepared, kind_of, op_name, partition
+from turbotx.passes.partition import find_hoisted, kind_of, op_name, partition
 
 W = torch.randn(8, 8)
 X = torch.randn(3, 8)
@@ -18,7 +18,7 @@ X = torch.randn(3, 8)
 def regions(function, *args):
     graph = captured_graph(function, *args)
     canonicalize(graph)
-    found = partition(graph, find_prepared(graph))
+    found = partition(graph, find_hoisted(graph))
     for region in found:
         check_region(region.nodes, region.outputs)
     return [[op_name(n) for n in r.nodes] for r in found]
@@ -70,7 +70,7 @@ def test_the_size_of_a_value_is_no_reader_of_it() -> None:
         size = graph.call_function(aten.sym_size.int, (exp, 0))
     size.meta["val"] = exp.meta["val"].shape[0]
     remainder.update_arg(1, size)
-    (region,) = partition(graph, find_prepared(graph))
+    (region,) = partition(graph, find_hoisted(graph))
     check_region(region.nodes, region.outputs)
     assert [op_name(n) for n in region.outputs] == ["tanh"]
 
@@ -88,7 +88,7 @@ def test_what_depends_on_sizes_is_not_prepared() -> None:
             return x * table[: x.shape[1]].sum() * table[x.shape[1] - 1].exp()
 
     graph = capture(Cut().eval(), (torch.zeros(2, 3, 4),), {}).graph_module.graph
-    assert not find_prepared(graph)
+    assert not find_hoisted(graph)
 
 
 def test_values_of_parameters_alone_are_prepared() -> None:
@@ -101,8 +101,8 @@ def test_values_of_parameters_alone_are_prepared() -> None:
             return x * self.weight.exp()
 
     graph = capture(Scaled().eval(), (X,), {}).graph_module.graph
-    prepared = find_prepared(graph)
-    assert [op_name(n) for n in prepared] == ["exp"]
-    kinds = {op_name(n): kind_of(n, prepared) for n in graph.nodes if n.op == "call_function"}
-    assert kinds["exp"] == "prepared"
+    hoisted = find_hoisted(graph)
+    assert [op_name(n) for n in hoisted] == ["exp"]
+    kinds = {op_name(n): kind_of(n, hoisted) for n in graph.nodes if n.op == "call_function"}
+    assert kinds["exp"] == "hoisted"
     assert kinds["mul"] == "computed"

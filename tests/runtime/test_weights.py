@@ -107,8 +107,8 @@ def test_weights_are_packed_from_their_parts() -> None:
     weights = weights_of(fast)
     made = {
         n: weights.tensors.get(n)
-        for n in weights.prepared
-        if weights.prepared[n].meta["val"].dim() == 2
+        for n in weights.hoisted
+        if weights.hoisted[n].meta["val"].dim() == 2
     }
     assert made and set(made.values()) == {None}  # no concatenation is kept
     ((packing,),) = [engine_of(fast).variants()[0].program.runtime.packings]
@@ -121,9 +121,9 @@ def test_prepared_constants_are_not_the_users_tensors() -> None:
     fast(X)
     own = {p.data_ptr() for p in model.parameters()}
     tensors = weights_of(fast).tensors
-    prepared = [tensors[name] for name in weights_of(fast).prepared]
-    assert prepared
-    assert not own & {t.data_ptr() for t in prepared}
+    hoisted = [tensors[name] for name in weights_of(fast).hoisted]
+    assert hoisted
+    assert not own & {t.data_ptr() for t in hoisted}
 
 
 def test_half_precision_weights() -> None:

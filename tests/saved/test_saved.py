@@ -29,7 +29,7 @@ from turbotx.errors import (
     TrainingError,
     WeightsError,
 )
-from turbotx.saved.container import read_container
+from turbotx.saved.container import FORMAT, read_container
 from turbotx.saved.native import Libraries
 
 pytest.importorskip("safetensors")
@@ -231,7 +231,7 @@ def test_other_versions_are_refused(copied: Path) -> None:
         turbotx.load(copied)
     for number in (5, 99):
         rewrite(copied, lambda manifest, _, n=number: manifest.update(format=n))
-        with pytest.raises(SavedFileError, match=rf"has format {number}, .* reads format 8"):
+        with pytest.raises(SavedFileError, match=rf"has format {number}, .* reads format {FORMAT}"):
             turbotx.load(copied)
 
 

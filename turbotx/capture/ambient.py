@@ -157,7 +157,8 @@ _INSIDE = str(Path(torch.__file__).parent) + os.sep
 
 @contextmanager
 def watch_reads(ambient: Ambient) -> Iterator[set[int]]:
-    """Give a set that takes the places in NAMES of what is asked for meanwhile in this thread.
+    """Context manager: collect, for this thread, the places in NAMES of the ambient settings that
+    code reads.
 
     A trace runs without gradients: who asks for the mode, outside PyTorch itself (which asks all
     the time, and whose results do not depend on it), is told the caller's. One at a time.

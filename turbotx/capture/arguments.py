@@ -125,12 +125,13 @@ def _is_size(value: Any) -> bool:
 
 
 def is_float(value: Any) -> bool:
-    """Tell a number that is an input of a program."""
+    """Return whether a leaf is a Python float that becomes an input of the program."""
     return type(value) is float
 
 
 def is_leaf(value: Any) -> bool:
-    """Tell a tensor and a constant: what has one value for good, or is itself and nothing else."""
+    """Return whether a leaf is a tensor or a constant: a value that cannot change, or an object
+    compared by identity."""
     if isinstance(value, torch.Tensor) or type(value) in _BY_VALUE:
         return True
     if isinstance(value, _BY_IDENTITY):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from turbotx.errors import InputError
@@ -45,9 +45,9 @@ def _name_all(
 
 
 @functools.cache
-def names_of(cls: Hashable) -> list[str]:
+def names_of(cls: Any) -> list[str]:
     """Return the names of the arguments that a model's forward takes by place, less `self`."""
-    parameters = inspect.signature(cls.forward).parameters.values()  # type: ignore[attr-defined]
+    parameters = inspect.signature(cls.forward).parameters.values()
     return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
 
 
@@ -58,7 +58,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def is_new_cache(cls: type) -> bool:
-    """Tell whether `new_cache` makes caches of a class."""
+    """Return whether `new_cache` makes caches of a class."""
     return cls.__module__ == "transformers.cache_utils" and cls.__name__ in (
         "DynamicCache", "EncoderDecoderCache",
     )  # fmt: skip

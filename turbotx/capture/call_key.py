@@ -51,8 +51,8 @@ def describe_call(
 
 
 def describe_kind(kwargs: dict[str, Any], ambient: Ambient) -> tuple[Any, list[torch.Tensor]]:
-    """Return all but its tensors' sizes that a call by names is told from others by, and its
-    tensors; None instead where an argument is neither a tensor nor a plain constant."""
+    """Return the part of a keyword call's key that excludes tensor sizes, and the call's tensors;
+    None if an argument is neither a tensor nor a plain constant."""
     parts: list[Any] = [ambient, *kwargs]
     tensors = []
     for value in kwargs.values():
@@ -68,6 +68,6 @@ def describe_kind(kwargs: dict[str, Any], ambient: Ambient) -> tuple[Any, list[t
 
 
 def make_signature(leaves: list[Any], spec: Structure, ambient: Ambient) -> Any:
-    """Return what decides which capture a call belongs to: everything but tensors' sizes, and but
-    the part of the ambient state that only some traces ask for."""
+    """Return the key that selects a capture: everything except tensor sizes and except ambient
+    settings that only some traces read."""
     return (spec, tuple(map(describe_leaf, leaves)), ambient[:DECISIVE])

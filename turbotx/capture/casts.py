@@ -29,7 +29,7 @@ _KEYS = {name: f"Autocast{name.upper()}" for name in DEVICES}
 
 
 def is_cast(op: OpOverload) -> bool:
-    """Tell whether autocast, as it is on now, may cast what an op is given."""
+    """Return whether autocast, as it is on now, may cast what an op is given."""
     return any(
         torch.is_autocast_enabled(device)
         and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)

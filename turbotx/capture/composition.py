@@ -39,8 +39,8 @@ _is_tracing = torch._C._is_tracing
 
 
 def left_to_pytorch() -> bool:
-    """Tell whether a call that begins now in this thread is to run as the user wrote it: it is
-    traced, transformed or watched op by op, and what the kernels do would be seen by none of it."""
+    """Return whether a call that begins now in this thread must run in PyTorch: it is being traced,
+    transformed or observed op by op, and native kernels would be invisible to that."""
     return (
         _is_dynamo()  # first: Dynamo takes it for True, and looks no further
         or _around.alone
@@ -69,7 +69,7 @@ def left_alone() -> Iterator[None]:
 
 
 def is_dense(tensor: Any) -> bool:
-    """Tell a tensor that has memory of its own from a fake one, a proxy, a distributed one..."""
+    """Return whether a tensor owns real memory, unlike a fake, proxy or distributed tensor."""
     return type(tensor) is torch.Tensor or type(tensor) is nn.Parameter
 
 
@@ -83,7 +83,7 @@ def leave_foreign(leaves: Iterable[Any]) -> None:
 
 
 def calls_forward(model: nn.Module) -> bool:
-    """Tell whether a call of the model is its `forward` and hooks: its class has no other way."""
+    """Return whether a call of the model is its `forward` and hooks: its class has no other way."""
     if isinstance(model, fx.GraphModule):
         return True  # its own way names the line of an error
     return not any(

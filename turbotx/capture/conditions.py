@@ -24,7 +24,8 @@ _BEFORE = 4
 
 
 def decides_nothing(frame: FrameType) -> bool:
-    """Tell whether the frame's present operand of an `and` or `or` cannot change the whole.
+    """Return whether the operand of `and` or `or` that the frame evaluates cannot change the
+    outcome.
 
     Understands flags, a size beside itself, whether a name is None, and whether a trace is on. An
     operand in code without source, or that others follow before one settles the whole, decides; in

@@ -65,7 +65,7 @@ class Decisions:
         return ()
 
     def follow(self, outcomes: Outcomes) -> bool:
-        """Tell whether the first decisions were assumed to come out so."""
+        """Return whether the first decisions were assumed to come out so."""
         own = tuple(d.outcome for d in self.made[: len(outcomes)])
         return own == tuple(outcome for _, outcome in outcomes)
 

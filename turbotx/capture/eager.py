@@ -128,7 +128,7 @@ def strides_of(node: fx.Node) -> tuple[Expr, ...]:
 
 
 def are_equal_strides(shape: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr]) -> bool:
-    """Tell whether two lists of strides show the same; those of extents of 1 mean nothing."""
+    """Return whether two lists of strides show the same; those of extents of 1 mean nothing."""
     pairs = zip(shape, a, b, strict=True)
     return all(extent == 1 or (s - t).expand() == 0 for extent, s, t in pairs)
 

@@ -94,8 +94,8 @@ class _Noting:
 
 @contextmanager
 def refuse_seeding() -> Iterator[None]:
-    """Meanwhile raise CaptureError where the user's code, in this thread, seeds PyTorch's default
-    generator or asks for its state: programs draw from it as it is."""
+    """Context manager: raise CaptureError if user code in this thread seeds PyTorch's default
+    generator or reads its state, since programs draw from that generator directly."""
     owner = threading.get_ident()
 
     def note() -> None:
@@ -134,8 +134,8 @@ _DRAWERS = frozenset(("random", "secrets", "uuid", "numpy", __name__.partition("
 
 @contextmanager
 def watch_entropy() -> Iterator[list[str]]:
-    """Meanwhile note where the user's code, in this thread, asks the system for random numbers: by
-    `os.urandom`, `secrets`, `uuid4`, or a generator of Python's or NumPy's without a seed."""
+    """Context manager: record where user code in this thread draws unseeded random numbers:
+    `os.urandom`, `secrets`, `uuid4`, or an unseeded generator of Python or NumPy."""
     found: list[str] = []
     owner, seed, urandom = threading.get_ident(), random.Random.seed, os.urandom
 

@@ -57,7 +57,7 @@ def _find_other(node: fx.Node) -> OpOverload | None:
 
 
 def _makes_new(node: Any) -> bool:
-    """Tell whether a call's results are tensors of their own, or no tensors."""
+    """Return whether a call's results are tensors of their own, or no tensors."""
     if not isinstance(node, fx.Node) or not isinstance(node.target, OpOverload):
         return False
     op = node.target

@@ -67,7 +67,8 @@ _filter = _OfThisThread()
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Drop what PyTorch logs as a warning or an error in this thread meanwhile."""
+    """Context manager: suppress PyTorch's log messages in this thread, warnings and errors
+    included."""
     if os.environ.get("TORCH_LOGS"):
         yield
         return

@@ -83,7 +83,7 @@ def take_apart(output: Any, name: str) -> tuple[list[Any], pytree.TreeSpec, dict
 
 
 def is_constant(value: Any) -> bool:
-    """Tell whether an object is the same at every call: plain, and without a tensor inside."""
+    """Return whether an object is the same at every call: plain, and without a tensor inside."""
     if isinstance(value, slice):
         return all(type(v) in (int, type(None)) for v in (value.start, value.stop, value.step))
     if isinstance(value, (set, frozenset)):

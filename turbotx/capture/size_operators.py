@@ -76,13 +76,13 @@ def _is_inside(asker: str | None) -> bool:
 
 
 def wants_bool(error: BaseException | None) -> bool:
-    """Tell whether a trace ended because a comparison of sizes was used where only a bool is."""
+    """Return whether a trace ended because a comparison of sizes was used where only a bool is."""
     text = str(error)
     return isinstance(error, TypeError) and ("SymBool" in text or "BooleanAtom" in text)
 
 
 def wants_number(error: BaseException | None) -> bool:
-    """Tell whether a trace ended because a size was handed to what takes plain numbers only."""
+    """Return whether a trace ended because a size was handed to what takes plain numbers only."""
     return isinstance(error, TypeError) and ("SymInt" in str(error) or "SymFloat" in str(error))
 
 

@@ -115,7 +115,7 @@ class SizesFromOne(ShapeEnv):
 
 
 def _is_idle(question: sympy.Basic, answer: bool, has_fallback: bool) -> bool:
-    """Tell whether no result depends on an answer.
+    """Return whether no result depends on an answer.
 
     has_fallback: whether it was asked by `guard_or_true` or the like, which need none.
     """
@@ -155,7 +155,7 @@ def _asks_to_write(frame: FrameType | None) -> bool:
 
 
 def _is_for_one(question: sympy.Basic) -> bool:
-    """Tell whether two numbers are equal where a size is 1, as 8 * seq and 8, a row's strides."""
+    """Return whether two numbers are equal where a size is 1, as 8 * seq and 8, a row's strides."""
     left, right = question.args
     whole, symbols = sympy.sympify(left - right), question.free_symbols
     return sympy.S.One in question.args or any(_is_zero_for_one(whole, s) for s in symbols)

@@ -41,7 +41,7 @@ def _take_at_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def is_place(value: Any) -> bool:
-    """Tell whether a tensor holds one integer that tracing does not know."""
+    """Return whether a tensor holds one integer that tracing does not know."""
     return (
         isinstance(value, FakeTensor)
         and value.dim() == 0

@@ -138,17 +138,17 @@ class Captured:
         return ShapeMatcher(rules)
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Tell whether the floats that its Python code asked for are as they were."""
+        """Return whether the floats that its Python code asked for are as they were."""
         return all(x.takes(tensors) for x in self.floats)
 
     def serves(self, ambient: Ambient, tensors: Sequence[torch.Tensor], outcomes: Outcomes) -> bool:
-        """Tell whether it holds for a call, its sizes aside, whose first decisions by values come
+        """Return whether it holds for a call, its sizes aside, whose first decisions by values come
         out so."""
         follows = not outcomes or (self.decisions is not None and self.decisions.follow(outcomes))
         return follows and self.holds_in(ambient) and self.takes(tensors)
 
     def holds_in(self, ambient: Ambient) -> bool:
-        """Tell whether what its Python code asked PyTorch for is as it was."""
+        """Return whether what its Python code asked PyTorch for is as it was."""
         return all(ambient[k] == self.ambient[k] for k in self.asked)
 
 
@@ -296,7 +296,7 @@ def _find_cause(flat: FlatCall, tensors: Sequence[torch.Tensor]) -> Exception | 
 def attention_kernels(
     tensors: Sequence[torch.Tensor],
 ) -> Sequence[Callable[[], AbstractContextManager[object]]]:
-    """Return how PyTorch may choose attention's kernel meanwhile, in the order to be tried.
+    """Return context managers that select an attention kernel while tracing, in the order to try.
 
     The graph holds attention whole, but tracing follows the choice inside. On CUDA the
     memory-efficient one asks whether the mask's length is a multiple of 16, which would be a guard

@@ -34,7 +34,7 @@ class FloatInput:
         return self.fixed is not None or self.nonzero
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Tell whether a call's float is one that the capture holds for: equal to the one that
+        """Return whether a call's float is one that the capture holds for: equal to the one that
         was read in the trace, and not 0 where that was decisive. Reads it from the call's
         `tensors`."""
         if not self.is_particular:

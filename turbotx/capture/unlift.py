@@ -131,7 +131,7 @@ def _users_own(exported: Any, constant: torch.Tensor) -> torch.Tensor:
 
 
 def _is_alias(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Tell whether two tensors show the same elements of one memory alike."""
+    """Return whether two tensors show the same elements of one memory alike."""
     same = tensor.dtype == other.dtype and tensor.device == other.device
     laid = same and tensor.shape == other.shape and tensor.stride() == other.stride()
     return laid and tensor.data_ptr() == other.data_ptr()

@@ -73,7 +73,8 @@ _ASSERTIONS = (torch._assert, torch._assert_async)
 
 
 class ValueQuestions(TorchFunctionMode):
-    """While it is entered, around the model alone, notes which values the user's code asks for.
+    """Context manager around the model's forward: records which tensor values the user's code
+    reads.
 
     outcomes: how the first decisions come out. For those after them a line decides as it did
     before, or else that its condition is true: as asserts and checks for NaN mostly are.
@@ -202,7 +203,7 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def _is_unknown(tensor: Any) -> bool:
-    """Tell whether a tensor holds one number that only a run tells."""
+    """Return whether a tensor holds one number that only a run tells."""
     return (
         isinstance(tensor, FakeTensor)
         and tensor.constant is None

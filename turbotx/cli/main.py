@@ -215,9 +215,9 @@ def bench_command(
     weights: Weights = None,
     as_json: Json = False,
 ) -> None:
-    """Compare with eager, torch.compile, ONNX Runtime and the floor."""
+    """Compare with eager, torch.compile, ONNX Runtime and the GEMMs alone."""
     from turbotx.cli.bench.command import bench_model
-    from turbotx.cli.bench.room import CallPattern
+    from turbotx.cli.bench.runner import CallPattern
 
     source = _source(model, dtype, weights)
     load = CallPattern(rounds, threads or None, warmup, calls, streams)

@@ -42,7 +42,7 @@ class ModelWithInputs:
 
 @dataclass(frozen=True)
 class Source:
-    """What the command line says of a model.
+    """A model as given on the command line.
 
     text: MODEL. dtype: "float32", "bfloat16" or "float16" to convert the module, "" to leave it as
     it is. weights: a file for `turbotx.load_weights`, read before the module is converted.
@@ -185,10 +185,10 @@ def _number(text: str) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _encoder(model: nn.Module) -> nn.Module:
+def _encoder(model: Any) -> Any:
     """Return the encoder of an encoder-decoder, any other model itself."""
-    config: Any = getattr(model, "config", None)
-    return model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model  # type: ignore[operator]
+    config = getattr(model, "config", None)
+    return model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model
 
 
 # --- files and factories ---

@@ -82,7 +82,7 @@ class CallableState:
                 module._buffers[f"held_{k}"] = value
 
     def have_changed(self) -> bool:
-        """Tell whether the callable holds others now; what lies inside the tensors and modules is
+        """Return whether the callable holds others now; what lies inside the tensors and modules is
         watched as weights are."""
         for holder, key, value in self._entries:
             now = _read(holder, key)

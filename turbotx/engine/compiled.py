@@ -27,13 +27,13 @@ from turbotx.runtime.program import Program
 class AssembledCall:
     """A captured call as launches over named tensors, for CPUs or for GPUs of any target.
 
-    text: the graph as it was captured. prepared: what depends on parameters alone. programs: the
+    text: the graph as it was captured. hoisted: what depends on parameters alone. programs: the
     launches, and on a GPU behind them perhaps those with norms folded into GEMMs.
     """
 
     captured: Captured
     text: str
-    prepared: frozenset[fx.Node]
+    hoisted: frozenset[fx.Node]
     programs: tuple[Assembled, ...]
     for_gpus: bool
 
@@ -54,7 +54,7 @@ class Specialization:
         return self.code.executable
 
     def serves(self, dims: Sequence[int]) -> bool:
-        """Tell whether it is for calls with these values of the dims."""
+        """Return whether it is for calls with these values of the dims."""
         served = self.executable.token_range
         return served is None or served.holds(dims)
 
@@ -97,9 +97,9 @@ class Compiled:
         return self.captured.graph_module.graph
 
     @property
-    def prepared(self) -> frozenset[fx.Node]:
+    def hoisted(self) -> frozenset[fx.Node]:
         """Nodes that depend on parameters alone: hoisted constants."""
-        return self.unbound.call.prepared
+        return self.unbound.call.hoisted
 
     @property
     def specialization(self) -> Specialization:

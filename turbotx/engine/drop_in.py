@@ -229,7 +229,7 @@ def original_of(model: Any) -> Any:
 
 
 def _may_go_on(engine: Engine, error: Exception) -> bool:
-    """Tell whether a call that turbotx refused runs in PyTorch instead, said once a reason: where
+    """Return whether a call that turbotx refused runs in PyTorch instead, said once a reason: where
     a method of the model's own class made it. Who calls the model hears of the error."""
     if not engine.tolerates():
         return False
@@ -248,7 +248,7 @@ def tolerate(engine: Engine, always: bool = False) -> None:
 
 
 def _is_called_by_a_method(state: dict[str, Any]) -> bool:
-    """Tell whether a method of the optimized object of that state is running in this thread."""
+    """Return whether a method of the optimized object of that state is running in this thread."""
     frame: Any = sys._getframe(1)
     own = (str(Path(__file__).parents[1]), nn_module.__file__)
     while frame is not None:

@@ -150,7 +150,7 @@ class Engine(EagerCalls):
             del self._bound[shapes]
 
     def refresh(self) -> None:
-        """Derive from the parameters again at the next call, whatever they are now."""
+        """Derive packed weights and constants again at the next call."""
         for program in (p for compiled in self.variants() for p in compiled.programs):
             program.runtime.weights.forget()
         for part in list(self.parts.values()):  # an encoder, steps with a cache

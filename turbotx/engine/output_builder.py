@@ -1,4 +1,4 @@
-"""Output builder: a call's output put together from its leaves, as quickly as what it is made of.
+"""Output builder: generated code that builds a call's output from its leaves.
 
 In: a tree spec. Out: what pytree makes of leaves, at every call; transformers' outputs, which check
 and sort their fields anew each time (14 us of a call), are learnt from the first one::
@@ -73,7 +73,8 @@ def _children(spec: pytree.TreeSpec) -> Sequence[pytree.TreeSpec]:
 
 
 def is_plain_model_output(kind: Any) -> bool:
-    """Tell whether a class is one of transformers' outputs and makes its objects as they all do."""
+    """Return whether a class is one of transformers' outputs and makes its objects as they all
+    do."""
     if not (isinstance(kind, type) and issubclass(kind, OrderedDict)):
         return False
     if not dataclasses.is_dataclass(kind) or kind.__new__ is not OrderedDict.__new__:

@@ -43,14 +43,14 @@ from turbotx.passes.linear import (
 from turbotx.passes.outputs import own_outputs
 from turbotx.passes.pack import TOKENS, PackedCapture, pack
 from turbotx.passes.pack_check import check_packed
-from turbotx.passes.partition import Region, find_prepared, kind_of, partition
+from turbotx.passes.partition import Region, find_hoisted, kind_of, partition
 from turbotx.passes.products import use_products
 from turbotx.passes.results import use_single_results
 from turbotx.passes.rising import drop_packed_sequences
 from turbotx.program.assemble import assemble
 from turbotx.program.assembly import Assembled, Assembly
 from turbotx.program.fold_norms import assemble_folded
-from turbotx.program.gemm_fallback import add_alternatives
+from turbotx.program.gemm_fallback import add_gemm_fallbacks
 from turbotx.program.steps import add_room_for_sums, find_steps
 from turbotx.runtime.cpu.runtime import CpuCode, CpuRuntime, build_for_cpu
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
@@ -186,21 +186,21 @@ def assemble_call(captured: Captured, options: Options, target: str) -> Assemble
     captured = pack_once(captured, options.padding)
     graph, dims = captured.graph, captured.dims
     check_rewritten(captured)
-    prepared = find_prepared(graph)
-    regions = check_regions(partition(graph, prepared))
-    fused = tell_fused(fuse_all(graph, regions, prepared))
-    kinds = {n: kind_of(n, prepared) for n in graph.nodes}
+    hoisted = find_hoisted(graph)
+    regions = check_regions(partition(graph, hoisted))
+    fused = tell_fused(fuse_all(graph, regions, hoisted))
+    kinds = {n: kind_of(n, hoisted) for n in graph.nodes}
     epilogues = find_epilogues(fused, kinds) if roles.epilogues else {}
     folds = find_folds(fused, kinds, epilogues) if roles.norms else {}
-    given = (graph, fused, prepared, dims, epilogues)
+    given = (graph, fused, hoisted, dims, epilogues)
     programs = [Assembled(assemble(*given), fused, epilogues)]
     programs += [assemble_folded(*given, folds)] if folds else []
     for program in programs if roles.fallbacks else []:
-        add_alternatives(program)
+        add_gemm_fallbacks(program)
     for program in programs if target != "cpu" and options.backend != "aten" else []:
         add_room_for_sums(program.assembly)
     check_programs([p.assembly for p in programs])
-    return AssembledCall(captured, text, prepared, tuple(programs), target != "cpu")
+    return AssembledCall(captured, text, hoisted, tuple(programs), target != "cpu")
 
 
 def check_rewritten(captured: Captured) -> None:
@@ -328,7 +328,8 @@ def build_ahead(compiled: Compiled) -> Compiled:
 
 
 def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> Weights:
-    """Say where the parameters live: in the user's own module, so that its updates are seen."""
+    """Return a program's weights: where its parameters are in the user's module, so that updates
+    are seen, lifted constants, and the calls that compute hoisted constants."""
     nodes = {n.name: n for n in captured.graph_module.graph.nodes if n.op == "get_attr"}
     paths = captured.graph_module.meta["paths"]
     targets = {name: paths[node.target] for name, node in nodes.items()}
@@ -347,4 +348,4 @@ def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> We
         table = captured.graph_module.get_submodule(owner)._parameters
         if leaf in table:
             copies[name] = table, leaf
-    return Weights(model, constants, targets, assembly.prepared, kinds, copies)
+    return Weights(model, constants, targets, assembly.hoisted, kinds, copies)

@@ -46,7 +46,7 @@ class StateGuard:
         self._failed = record.differing(self._everything)  # what changed before it was watched
 
     def holds(self) -> bool:
-        """Tell whether all that the trace read is as it was."""
+        """Return whether all that the trace read is as it was."""
         watch = self._watch
         if watch is not None and not self._compared and watch.first_touched(0) < 0:
             tensors = self._tensors
@@ -57,7 +57,7 @@ class StateGuard:
             return self._compare()
 
     def is_untouched(self) -> bool:
-        """Tell whether no container was touched since it was last looked at; False where what a
+        """Return whether no container was touched since it was last looked at; False where what a
         call writes is read as well, so that `accept_own` is not to be asked."""
         watch = self._watch
         return (

@@ -91,16 +91,16 @@ def renew_engine(instance: Any, options: Options) -> Any:
     return instance
 
 
-def _own_engine(instance: Any, made: type, options: Options) -> Engine | None:
+def _own_engine(instance: Any, made: Any, options: Options) -> Engine | None:
     """Make the engine of an instance of a decorated class, or of a subclass of one."""
-    own = type(instance)
+    own: Any = type(instance)
     if own is made:
         plain = made.__mro__[2]
     else:
         plain = type(own.__name__, (own,), {"_turbotx_made": True, "_turbotx_engine": None})
         plain.__module__, plain.__qualname__ = own.__module__, own.__qualname__
     engine = _make_engine(_view(instance, plain), options)
-    engine.calls_forward = engine.calls_forward and own.forward is made.forward  # type: ignore[attr-defined]
+    engine.calls_forward = engine.calls_forward and own.forward is made.forward
     instance.__dict__["_turbotx_own_engine"] = engine
     return engine
 
@@ -140,7 +140,7 @@ def _make_class(model: nn.Module, plain: nn.Module, options: Options, in_place: 
     return _new_class(type(model), body, _names_of(model))
 
 
-def _new_class(cls: type, body: dict[str, Any], names: Any) -> Any:
+def _new_class(cls: Any, body: dict[str, Any], names: Any) -> Any:
     """Return the subclass; `names`: what instances have that no class knows of, submodules too."""
     for name in OWN_NAMES:
         if hasattr(cls, name):
@@ -149,7 +149,7 @@ def _new_class(cls: type, body: dict[str, Any], names: Any) -> Any:
         body[name] = _telling(getattr(cls, name), name, parts)
     if hasattr(cls, "get_encoder"):
         body["get_encoder"] = _optimized_part(cls.get_encoder)
-    body["forward"] = functools.wraps(cls.forward)(_copy_of(OptimizedModule.forward))  # type: ignore[attr-defined]
+    body["forward"] = functools.wraps(cls.forward)(_copy_of(OptimizedModule.forward))
     body |= {"__doc__": cls.__doc__, "__module__": cls.__module__, "_turbotx_made": True}
     bases = (OptimizedModule, cls)
     made: Any = types.new_class(cls.__name__, bases, {}, lambda space: space.update(body))

@@ -76,7 +76,7 @@ class Variant:
         return list(outputs[:count])
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Tell whether the numbers among a call's arguments are those that it serves."""
+        """Return whether the numbers among a call's arguments are those that it serves."""
         return self._takes is None or self._takes(tensors)
 
     def numbers(self, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:

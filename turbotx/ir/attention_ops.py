@@ -79,7 +79,7 @@ def _sees(mask: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
 
 
 def _may_differ(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
-    """Tell whether two numbers of heads are not known to be equal; fixes neither."""
+    """Return whether two numbers of heads are not known to be equal; fixes neither."""
     if isinstance(one, int) and isinstance(other, int):
         return one != other
     # Loads sympy, which a saved program runs without.

@@ -68,7 +68,7 @@ def _name(value: Expr) -> sympy.Symbol:
 
 
 def _keeps_sign(value: Expr) -> bool:
-    """Tell whether a value is no less than zero because nothing that it is made of is."""
+    """Return whether a value is no less than zero because nothing that it is made of is."""
     if value.is_Symbol or value.is_number:
         return bool(value.is_nonnegative)
     row = FUNCTIONS.get(type(value).__name__)
@@ -98,7 +98,7 @@ def product(sizes: Sequence[Expr]) -> Expr:
 
 @lru_cache(maxsize=65536)
 def is_nonnegative(value: Expr) -> bool:
-    """Tell whether `value` is provably >= 0 when every symbol is an integer >= 1.
+    """Return whether `value` is provably >= 0 when every symbol is an integer >= 1.
 
     Substitutes each symbol by one plus a non-negative unknown: then non-negative coefficients
     prove it. False means "not proved", not "negative".
@@ -151,7 +151,7 @@ def cancel_rounding(value: Expr) -> Expr:
 
 
 def _is_multiple(n: Expr, of: Expr) -> bool:
-    """Tell whether n is a multiple of a number: by its factors, or as what is padded to one."""
+    """Return whether n is a multiple of a number: by its factors, or as what is padded to one."""
     if not of.is_Integer or divide(n, of) is not None:
         return bool(of.is_Integer)
     return any(
@@ -235,7 +235,7 @@ class _SourcePrinter(StrPrinter):
 
 
 def _may_be_negative(value: Expr) -> bool:
-    """Tell whether a size, not a position, was made of others by taking away: (-seq) // 2."""
+    """Return whether a size, not a position, was made of others by taking away: (-seq) // 2."""
     return all(s.name[0] not in "@%" for s in value.free_symbols) and not is_nonnegative(value)
 
 

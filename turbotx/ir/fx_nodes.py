@@ -66,18 +66,18 @@ def tensor(node: fx.Node) -> torch.Tensor:
 
 
 def is_tensor(node: Any) -> bool:
-    """Tell whether `node` is an fx node whose traced value, `meta["val"]`, is a tensor."""
+    """Return whether `node` is an fx node whose traced value, `meta["val"]`, is a tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def is_size(node: fx.Node) -> bool:
-    """Tell whether a call gives a number made of sizes: it reads no element of its arguments."""
+    """Return whether a call gives a number made of sizes: it reads no element of its arguments."""
     value = node.meta.get("val")
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def is_random(node: fx.Node) -> bool:
-    """Tell whether a call draws random numbers: it means something else every time, and moves the
+    """Return whether a call draws random numbers: it means something else every time, and moves the
     generator that later draws, and the user's own, go on from."""
     if node.op != "call_function":
         return False
@@ -85,7 +85,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether an op draws random numbers when it is called with these arguments.
+    """Return whether an op draws random numbers when it is called with these arguments.
 
     PyTorch tags what may draw: dropout draws where it trains, attention where it has dropout.
     """
@@ -128,7 +128,7 @@ def size(value: Any, of: torch.Tensor | None = None) -> Expr:
 
 
 def is_negative(value: Any) -> bool:
-    """Tell whether a position, an int or a node that stands for one, counts from the end.
+    """Return whether a position, an int or a node that stands for one, counts from the end.
 
     Tracing has decided it wherever the position matters; 32 - seq is negative or not by that.
     """
@@ -142,7 +142,8 @@ def is_negative(value: Any) -> bool:
 
 
 def _is_one(value: torch.SymInt) -> bool:
-    """Tell whether what tracing assumed makes a size 1: it then broadcasts, whatever it is called.
+    """Return whether what tracing assumed makes a size 1: it then broadcasts, whatever it is
+    called.
 
     seq // 2 is 1 where tracing has branched on seq < 4, say.
     """
@@ -209,7 +210,7 @@ def replace(node: fx.Node, new: fx.Node) -> None:
 
 
 def is_call(node: Any, *targets: Any) -> bool:
-    """Tell whether `node` is an fx call of one of these functions or op overloads."""
+    """Return whether `node` is an fx call of one of these functions or op overloads."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 

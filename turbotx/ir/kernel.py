@@ -287,7 +287,8 @@ class Kernel:
         return varies
 
     def phases(self) -> dict[str, int]:
-        """Return, for each value, how many reductions, one after another, it waits for."""
+        """Return, for each value, the number of reductions on the longest chain that it depends
+        on."""
         phases: dict[str, int] = {}
         for s in self.body:
             after = phase_of(s, phases) + isinstance(s, Reduce)

@@ -30,7 +30,7 @@ from turbotx.ir.matmul_kernels import (
 @dataclass(frozen=True)
 class Tensor:
     """A named tensor of a program. `kind` says who owns its memory: "input" and "parameter" the
-    caller, "prepared" the program (made from parameters), "output" the caller from then on,
+    caller, "hoisted" the program (made from parameters), "output" the caller from then on,
     "intermediate" the plan."""
 
     name: str

@@ -32,7 +32,7 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
 
 
 def by_order(values: Sequence[T], order: Sequence[int] | None) -> tuple[T, ...]:
-    """Return what is said of each dim, from the slowest dim in memory on."""
+    """Return one entry a dim, reordered from the slowest-varying dim in memory to the fastest."""
     return tuple(values) if order is None else tuple(values[d] for d in order)
 
 
@@ -47,7 +47,7 @@ def in_memory(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor
 
 
 def key_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what of an input decides which capture serves it, whatever its sizes are."""
+    """Return the part of an input's description that selects a capture, sizes excluded."""
     order = memory_order(tensor)
     kind = (tensor.dtype, tensor.device, tensor.dim())
     return kind if order is None else (*kind, order)

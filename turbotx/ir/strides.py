@@ -216,7 +216,8 @@ def reshape_strides(below: Layout, shape: tuple[Expr, ...]) -> tuple[Expr, ...] 
 
 
 def has_plain_rows(layout: Layout) -> bool:
-    """Tell whether a GEMM can read a window as a matrix: rows at one stride, elements adjacent."""
+    """Return whether a GEMM can read a window as a matrix: rows at one stride, elements
+    adjacent."""
     depth = layout.shape[-1]
     flat = reshape_strides(layout, (product(layout.shape[:-1]), depth))
     return flat is not None and (flat[1] == 1 or depth == 1)

@@ -84,7 +84,7 @@ def _between(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _is_view_of_inside(node: fx.Node, inside: set[fx.Node], after: set[fx.Node]) -> bool:
-    """Tell whether a view or split is of the region's own values, and so of whoever reads it."""
+    """Return whether a view or split is of the region's own values, and so of whoever reads it."""
     if not is_view(node) and node.target not in SPLITS:
         return False
     return not any(n in after for n in node.all_input_nodes)
@@ -167,7 +167,7 @@ def check_launches(
 ) -> None:
     """Everything read was written before, nothing is lost, and a launch's dtypes are its tensors':
     one that wrote wider elements than the graph says would write over what lies behind."""
-    written = {n for n, t in tensors.items() if t.kind in ("input", "parameter", "prepared")}
+    written = {n for n, t in tensors.items() if t.kind in ("input", "parameter", "hoisted")}
     for launch in launches:
         for name in launch.reads:
             if name not in tensors:

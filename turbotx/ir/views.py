@@ -163,7 +163,8 @@ VIEWS: dict[Any, str] = {t: "reshape" if m is _reshape else "affine" for t, m in
 
 
 def is_view(node: Any) -> bool:
-    """Tell whether `node` moves no data. A getitem counts only when it picks a piece of a split."""
+    """Return whether `node` moves no data. A getitem counts only when it picks a piece of a
+    split."""
     if not isinstance(node, fx.Node) or node.target not in VIEWS:
         return False
     return node.target is not g.GETITEM or g.is_call(node.args[0], *SPLITS)

@@ -250,7 +250,7 @@ def _splits(
 
 
 def fits_scratch(template: GemmTemplate, schedule: GemmSchedule, bucket: int) -> bool:
-    """Tell whether a program's scratch holds the split sums of every launch of a bucket."""
+    """Return whether a program's scratch holds the split sums of every launch of a bucket."""
     partial_nbytes, turns_nbytes = gemm_scratch(template, schedule, bucket)
     if bucket == BUCKETS[-1]:
         return schedule.splits == 1
@@ -282,7 +282,7 @@ def choose_gemm(
 
 
 def prefers_template(template: GemmTemplate, tokens: int, target: str) -> bool:
-    """Tell whether a template should beat the library's GEMM and a kernel for the epilogue.
+    """Return whether a template should beat the library's GEMM and a kernel for the epilogue.
 
     Few tokens: the weight streams through once, and a launch less is what counts. Many: the
     library's higher rate against the bytes that the separate epilogue moves.
@@ -297,8 +297,8 @@ def prefers_template(template: GemmTemplate, tokens: int, target: str) -> bool:
 def prefers_folding(
     plain: Iterable[GemmTemplate], folded: Iterable[GemmTemplate], tokens: int, target: str
 ) -> bool:
-    """Tell whether GEMMs that fold norms should beat those of the same model that do not, each run
-    by whoever is faster, and a kernel for each norm."""
+    """Return whether GEMMs with folded norms are expected to be faster than plain GEMMs and a
+    kernel for each norm, each with the faster of template and library."""
     folded, bucket = list(folded), bucket_of(tokens)
     if bucket > MOST_FOLDED:
         return False

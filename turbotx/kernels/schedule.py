@@ -91,7 +91,7 @@ def _length(kernel: ir.Kernel, dims: Mapping[str, int] | None) -> int:
 
 
 def is_static(kernel: ir.Kernel) -> bool:
-    """Tell whether the length of the kernel's rows is known before it runs."""
+    """Return whether the length of the kernel's rows is known before it runs."""
     return bool(product([a.extent for a in vector_axes(kernel)]).is_Integer)
 
 
@@ -160,7 +160,7 @@ def power_above(length: int) -> int:
 
 
 def is_strided(kernel: ir.Kernel) -> bool:
-    """Tell whether most tensors have their neighbours along the rows instead of the columns."""
+    """Return whether most tensors have their neighbours along the rows instead of the columns."""
     columns, rows = vector_axes(kernel), outer_axes(kernel)
     if not columns or not rows:
         return False
@@ -175,7 +175,7 @@ def is_strided(kernel: ir.Kernel) -> bool:
 
 
 def needs_wide(kernel: ir.Kernel, dims: Mapping[str, int]) -> bool:
-    """Tell whether an offset or a loop position can pass 2**31 at these dims."""
+    """Return whether an offset or a loop position can pass 2**31 at these dims."""
     sizes: list[Expr] = [product(p.shape) for p in kernel.params]
     sizes.append(product([a.extent for a in outer_axes(kernel)]))
     sizes.append(product([a.extent for a in vector_axes(kernel)]))
@@ -195,7 +195,7 @@ def grid(kernel: ir.Kernel, schedule: Schedule, dims: Mapping[str, int]) -> tupl
 
 
 def tiles_columns(kernel: ir.Kernel, schedule: Schedule) -> bool:
-    """Tell whether a pointwise kernel's rows may take several tiles (else one covers them)."""
+    """Return whether a pointwise kernel's rows may take several tiles (else one covers them)."""
     if kernel.columns or not kernel.axes:
         return False
     extent = product([a.extent for a in vector_axes(kernel)])

@@ -97,7 +97,7 @@ class Tiles:
     def folds(
         self, plain: Sequence[GemmTemplate], folded: Sequence[GemmTemplate], tokens: int
     ) -> bool:
-        """Tell whether a program folds its norms at the bucket of `tokens`.
+        """Return whether a program folds its norms at the bucket of `tokens`.
 
         plain, folded: the templates of all GEMMs that this makes a difference to.
         """

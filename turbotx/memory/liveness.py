@@ -1,4 +1,4 @@
-"""From a list of launches to who lives when.
+"""Liveness: from a list of launches to the lifetime of every buffer.
 
 In: launches in the order they run, what each reads and writes, which buffers share storage. Out:
 the roots that need memory and their lifetimes, half-open in launch indices::

@@ -64,7 +64,7 @@ _BY_STRIDES = frozenset(REASONS) - {"view_as_real"} | {
 
 
 def takes_any_layout(target: Any) -> bool:
-    """Tell whether a call gives the same for equal elements, however they are laid out."""
+    """Return whether a call gives the same for equal elements, however they are laid out."""
     packet = getattr(target, "overloadpacket", None)
     name, space = getattr(packet, "__name__", ""), getattr(target, "namespace", "aten")
     return space == "turbotx" or (space == "aten" and name in _BY_STRIDES)

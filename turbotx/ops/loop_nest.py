@@ -123,7 +123,7 @@ class LoopNest:
         return quotient + FloorDiv(rest, by), Mod(rest, by)
 
     def _lies_below(self, value: Expr, limit: Expr) -> bool:
-        """Tell whether 0 <= value < limit is known."""
+        """Return whether 0 <= value < limit is known."""
         low, high = self.bounds(value)
         known = low is not None and high is not None
         return known and is_nonnegative(low) and is_nonnegative(limit - 1 - high)

@@ -65,7 +65,7 @@ def indexed(overloads: str, rule: Callable[..., Any], reduces: bool = False) -> 
 
 
 def is_computed(node: Any) -> bool:
-    """Tell whether the table has a row for this fx node, so that a kernel can compute it."""
+    """Return whether the table has a row for this fx node, so that a kernel can compute it."""
     if not g.is_tensor(node) or node.op != "call_function" or node.target not in OPS:
         return False
     sources = node.all_input_nodes
@@ -75,7 +75,7 @@ def is_computed(node: Any) -> bool:
 
 
 def is_number_computed(node: Any) -> bool:
-    """Tell whether a kernel can compute a float made of sizes; a whole size is given to it."""
+    """Return whether a kernel can compute a float made of sizes; a whole size is given to it."""
     if not isinstance(node.meta.get("val"), (float, torch.SymFloat)):
         return True
     return node.target in OF_NUMBERS and all(map(is_number_computed, node.all_input_nodes))

@@ -31,7 +31,7 @@ def store_in_place(graph: fx.Graph) -> None:
 
 
 def _reads_in_place(user: fx.Node, source: fx.Node) -> bool:
-    """Tell whether `user`, through views, is attention that takes `source` for q, k or v."""
+    """Return whether `user`, through views, is attention that takes `source` for q, k or v."""
     if g.is_size(user):
         return True
     if user.target in _READERS:

@@ -155,7 +155,7 @@ def _whole_slice(node: fx.Node) -> bool:
 
 
 def _adds_nothing(node: fx.Node) -> bool:
-    """Tell whether an addition changes nothing: x + 0 of integers; of floats x + -0.0 and x -
+    """Return whether an addition changes nothing: x + 0 of integers; of floats x + -0.0 and x -
     0.0, since -0.0 + 0.0 is 0.0."""
     if g.argument(node, "alpha") != 1 or not _is_number(node.args[1], 0):
         return False
@@ -217,7 +217,7 @@ def _merge_views(node: fx.Node, source: fx.Node) -> fx.Node | None:
 
 
 def _moves_only_ones(node: fx.Node) -> bool:
-    """Tell whether a permutation leaves every dim of more than one element in its order."""
+    """Return whether a permutation leaves every dim of more than one element in its order."""
     if not g.is_call(node, aten.permute.default):
         return False
     source, order = cast(Any, node.args)
@@ -264,7 +264,7 @@ def _key(node: fx.Node) -> Any | None:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Tell whether a call does more than to give its result: it writes a tensor, or it draws, and
+    """Return whether a call does more than to give its result: it writes a tensor, or it draws, and
     what is drawn after it depends on that."""
     schema = getattr(node.target, "_schema", None)
     return g.is_random(node) or (schema is not None and schema.is_mutable)
@@ -287,5 +287,5 @@ def merge_duplicates(graph: fx.Graph) -> bool:
 
 
 def _stays(node: fx.Node) -> bool:
-    """Tell whether a node is no dead code, even where nothing uses it."""
+    """Return whether a node is no dead code, even where nothing uses it."""
     return node.op in ("output", "placeholder") or _has_effect(node)

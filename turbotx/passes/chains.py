@@ -177,7 +177,7 @@ def _hiding(
 
 
 def _reaches(x: Any) -> bool:
-    """Tell whether `x` is scores: whether a product is found by peeling."""
+    """Return whether `x` is scores: whether a product is found by peeling."""
     while g.is_tensor(x) and _is_read_once(x):
         if g.is_call(x, *PRODUCTS):
             return True
@@ -192,7 +192,7 @@ def _reaches(x: Any) -> bool:
 
 
 def _is_read_once(x: fx.Node) -> bool:
-    """Tell whether one call reads `x`, and the largest of its rows, which it is shifted by."""
+    """Return whether one call reads `x`, and the largest of its rows, which it is shifted by."""
     return sum(not (g.is_call(u, aten.amax.default) and _shifts(u, x)) for u in x.users) == 1
 
 
@@ -204,7 +204,8 @@ def _shifts(largest: fx.Node, x: fx.Node) -> bool:
 
 
 def is_shifted(x: Any) -> bool:
-    """Tell whether `x` is scores less the largest of their row, of which softmax gives the same."""
+    """Return whether `x` is scores less the largest of their row, of which softmax gives the
+    same."""
     if not g.is_call(x, aten.sub.Tensor) or x.kwargs:
         return False
     scores, largest = x.args
@@ -217,7 +218,7 @@ def is_shifted(x: Any) -> bool:
 
 
 def is_all_but_last(x: Any) -> bool:
-    """Tell whether `x` is a tensor without the last element of each row."""
+    """Return whether `x` is a tensor without the last element of each row."""
     if not g.is_call(x, aten.slice.Tensor) or len(g.shape(x)) != 4:
         return False
     dim, start, end, step = (g.argument(x, name) for name in ("dim", "start", "end", "step"))

@@ -90,8 +90,8 @@ class _Extractor:
         return made
 
     def _only_shaped(self, node: fx.Node) -> bool:
-        """Tell whether nothing but the shape of a call's argument, or of a tensor itself, matters:
-        a kernel is given every tensor of which it reads an element."""
+        """Return whether nothing but the shape of a call's argument, or of a tensor itself,
+        matters: a kernel is given every tensor of which it reads an element."""
         if node in self.given:
             return False
         if node.op in ("placeholder", "get_attr"):
@@ -99,7 +99,7 @@ class _Extractor:
         return node.target in SHAPED_AS and not self._is_reached(g.operand(node, 0))
 
     def _is_reached(self, node: fx.Node) -> bool:
-        """Tell whether a tensor is computed from what is given."""
+        """Return whether a tensor is computed from what is given."""
         if node in self.given:
             return True
         if node.op != "call_function" or node.target in SHAPED_AS:

@@ -37,7 +37,7 @@ def plain_source(x: fx.Node) -> fx.Node | None:
 
 
 def _keeps_order(x: fx.Node) -> bool:
-    """Tell whether a view shows all elements one after the other as they were."""
+    """Return whether a view shows all elements one after the other as they were."""
     if VIEWS.get(x.target) == "reshape":
         return True
     if not g.is_call(x, aten.permute.default):

@@ -1,4 +1,4 @@
-"""Known values: what the mask tells of elements that are computed from it.
+"""Known values: values of elements that follow from the mask.
 
 In: a graph and the input that is its mask. Out: the number that an element is where the mask hides
 its token (0), or shows it, as far as the graph tells; None where it does not. For example::

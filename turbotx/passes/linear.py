@@ -142,7 +142,7 @@ def lift_permutations(graph: fx.Graph) -> None:
 
 
 def _is_returned(node: fx.Node) -> bool:
-    """Tell whether the caller gets a node's elements as they lie: dense, as from PyTorch."""
+    """Return whether the caller gets a node's elements as they lie: dense, as from PyTorch."""
     return any(u.op == "output" or (is_view(u) and _is_returned(u)) for u in node.users)
 
 
@@ -210,7 +210,7 @@ def _bias(node: fx.Node) -> fx.Node | None:
 
 
 def _is_weight(node: object) -> bool:
-    """Tell whether a node is a parameter, or a view or concatenation of parameters."""
+    """Return whether a node is a parameter, or a view or concatenation of parameters."""
     if not isinstance(node, fx.Node):
         return False
     if node.op == "get_attr":

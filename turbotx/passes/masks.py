@@ -27,7 +27,8 @@ COMPARES = ("le", "lt", "ge", "gt")
 
 @dataclass
 class Mask:
-    """What a mask says. window counts the keys seen before and after a query's place, -1 for all.
+    """The meaning of a mask. window counts the keys seen before and after a query's place, -1 for
+    all.
 
     late: the last query's place is the last key, and not the first one's the first; None where no
     term has told.

@@ -19,7 +19,7 @@ from torch import fx
 from turbotx.capture.eager import OWN, RETURNS, Fresh, are_equal_strides, order_of
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.strides import layout_with_copies
-from turbotx.passes.partition import find_prepared, kind_of
+from turbotx.passes.partition import find_hoisted, kind_of
 
 aten = torch.ops.aten
 
@@ -27,8 +27,8 @@ aten = torch.ops.aten
 def own_outputs(graph: fx.Graph) -> None:
     """Copy what is not laid out as eager's, where one dense copy of the leaf alone does it."""
     (output,) = graph.find_nodes(op="output")
-    prepared = find_prepared(graph)
-    copied = copied_leaves(output, {n: kind_of(n, prepared) for n in graph.nodes})
+    hoisted = find_hoisted(graph)
+    copied = copied_leaves(output, {n: kind_of(n, hoisted) for n in graph.nodes})
     leaves = list(output.args[0])
     views = Counter(r.memory for r in output.meta.get(RETURNS, ()) if isinstance(r, Fresh))
     for k, fresh in copied.items():
@@ -63,7 +63,7 @@ def copied_leaves(output: fx.Node, kinds: Mapping[fx.Node, str]) -> dict[int, Fr
     others: set[str] = set()
     for k, returned in fresh.items():
         layout = layout_with_copies(leaves[k])
-        made = kinds[layout.root] not in ("input", "parameter", "prepared")
+        made = kinds[layout.root] not in ("input", "parameter", "hoisted")
         alone = owners.setdefault(layout.root, returned.memory) == returned.memory
         same = are_equal_strides(returned.shape, layout.strides, returned.strides)
         # Where a window begins tells only when it is seen beside another one of the memory.

@@ -57,14 +57,14 @@ class Region:
                      if n not in inside and root_of(n) not in inside)  # fmt: skip
 
 
-def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
-    """Return "input", "parameter", "prepared", "view", "computed", "gemm", "attention", "product"
+def kind_of(node: fx.Node, hoisted: frozenset[fx.Node] = frozenset()) -> str:
+    """Return "input", "parameter", "hoisted", "view", "computed", "gemm", "attention", "product"
     (one of attention's two), "route" (of rows to experts), "store" (of rows in a cache), "extern",
     "piece" (of the results of one of the last three), "size" or "output"."""
     if node.op in ("placeholder", "output", "get_attr"):
         return {"placeholder": "input", "output": "output", "get_attr": "parameter"}[node.op]
-    if node in prepared:
-        return "prepared"
+    if node in hoisted:
+        return "hoisted"
     if is_view(node) or node.target in SPLITS:
         return "view"
     if node.target in (attention, packed_attention):
@@ -86,7 +86,7 @@ def kind_of(node: fx.Node, prepared: frozenset[fx.Node] = frozenset()) -> str:
 
 
 def _is_about_nothing(node: fx.Node) -> bool:
-    """Tell whether a tensor of a call is empty whatever the dims: PyTorch knows what that gives,
+    """Return whether a tensor of a call is empty whatever the dims: PyTorch knows what that gives,
     and which of it is an error; a kernel would divide by its extents."""
     return any(0 in g.shape(n) for n in (node, *tensor_inputs(node)))
 
@@ -103,9 +103,9 @@ def root_of(node: fx.Node) -> fx.Node:
     return node
 
 
-def find_prepared(graph: fx.Graph) -> frozenset[fx.Node]:
+def find_hoisted(graph: fx.Graph) -> frozenset[fx.Node]:
     """Return the calls that depend on parameters alone: computed once per version of them."""
-    prepared: set[fx.Node] = set()
+    hoisted: set[fx.Node] = set()
     for node in graph.nodes:
         if not g.is_tensor(node) or node.op != "call_function" or is_view(node):
             continue
@@ -114,13 +114,14 @@ def find_prepared(graph: fx.Graph) -> frozenset[fx.Node]:
             continue
         if not all(s.is_Integer for s in g.shape(node)) or _reads_sizes(node):
             continue
-        if sources and all(s.op == "get_attr" or s in prepared for s in sources):
-            prepared.add(node)
-    return frozenset(prepared)
+        if sources and all(s.op == "get_attr" or s in hoisted for s in sources):
+            hoisted.add(node)
+    return frozenset(hoisted)
 
 
 def _reads_sizes(node: fx.Node) -> bool:
-    """Tell whether a call, or a view that it looks through, depends on the sizes of the inputs."""
+    """Return whether a call, or a view that it looks through, depends on the sizes of the
+    inputs."""
     for source in node.all_input_nodes:
         if isinstance(source.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return True
@@ -129,9 +130,9 @@ def _reads_sizes(node: fx.Node) -> bool:
     return False
 
 
-def partition(graph: fx.Graph, prepared: frozenset[fx.Node]) -> list[Region]:
+def partition(graph: fx.Graph, hoisted: frozenset[fx.Node]) -> list[Region]:
     """Return the regions in an order in which they can run."""
-    kinds = {n: kind_of(n, prepared) for n in graph.nodes}
+    kinds = {n: kind_of(n, hoisted) for n in graph.nodes}
     groups = _connect(graph, kinds)
     groups = _sink(groups, kinds)
     order = {n: k for k, n in enumerate(graph.nodes)}

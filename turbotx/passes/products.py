@@ -60,7 +60,7 @@ def _find_scores(x: Any, lengths: tuple[Any, ...]) -> list[fx.Node]:
 
 
 def _fits(product: fx.Node) -> bool:
-    """Tell whether a kernel takes it: (batch, heads, rows, n) by (batch, heads, n, columns)."""
+    """Return whether a kernel takes it: (batch, heads, rows, n) by (batch, heads, n, columns)."""
     a, b = (g.operand(product, i) for i in range(2))
     shapes, dtypes = (g.shape(a), g.shape(b)), {g.dtype(a), g.dtype(b)}
     if len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][:2] != shapes[1][:2]:
@@ -69,7 +69,7 @@ def _fits(product: fx.Node) -> bool:
 
 
 def _has_width(product: fx.Node, position: int) -> bool:
-    """Tell whether the last size of an operand is a number, which its kernel is compiled for."""
+    """Return whether the last size of an operand is a number, which its kernel is compiled for."""
     width = g.shape(g.operand(product, position))[3]
     return bool(width.is_Integer) and width != 0
 

@@ -173,7 +173,7 @@ class _Scores:
         self.bias = added if self.bias is None else self._emit(aten.add.Tensor, self.bias, added)
 
     def _keeps_finite(self) -> bool:
-        """Tell whether a hidden score is a number, which further steps change."""
+        """Return whether a hidden score is a number, which further steps change."""
         return any(number != -math.inf for _, number in self.hides)
 
     def _fold_hides(self) -> None:

@@ -94,7 +94,7 @@ class _Room:
         return (n for n in leaves if isinstance(n, fx.Node) and g.is_size(n))
 
     def _is_apart(self, node: fx.Node, grown: list[fx.Node], counted: bool) -> bool:
-        """Tell whether an op takes each added row, and each other one, by itself."""
+        """Return whether an op takes each added row, and each other one, by itself."""
         target: Any = node.target
         if target is g.GETITEM:
             return True  # the split was looked at
@@ -133,7 +133,7 @@ class _Room:
         }.get(target)  # fmt: skip
 
     def _keeps_place(self, source: fx.Node, node: fx.Node) -> bool:
-        """Tell whether a reshape leaves the dim whole, behind as many elements as it was."""
+        """Return whether a reshape leaves the dim whole, behind as many elements as it was."""
         found = []
         for n in (source, node):
             places, shape = self.places(n), g.shape(n)
@@ -154,7 +154,7 @@ class _Room:
         return grown == [rows] and len(g.shape(rows)) - 1 not in self.places(rows)
 
     def _is_whole(self, node: fx.Node, grown: list[fx.Node]) -> bool:
-        """Tell whether it cuts another dim, or all of this one."""
+        """Return whether it cuts another dim, or all of this one."""
         if not grown:
             return False  # the first rows of a table: how many, the call says
         cut = int(g.argument(node, "dim")) % len(g.shape(grown[0]))
@@ -167,7 +167,7 @@ class _Room:
         return grown == [node.args[0]] and all(d < first for d in self.places(grown[0]))
 
     def _looks_up(self, node: fx.Node, grown: list[fx.Node]) -> bool:
-        """Tell whether only a fixed table is looked up, or rows by the places of tokens."""
+        """Return whether only a fixed table is looked up, or rows by the places of tokens."""
         if not self.places(g.operand(node, 0)):
             return True
         others = [n for n in node.all_input_nodes if n is not node.args[0]]

@@ -39,8 +39,8 @@ class _MaskParts:
 
     def __init__(self, p: Packer, node: fx.Node) -> None:
         self.p, self.node = p, node
-        window = node.kwargs.get("window", NO_WINDOW)
-        self.said = Mask(causal=bool(node.kwargs.get("causal")), late=False, window=window)  # type: ignore[arg-type]
+        window: Any = node.kwargs.get("window", NO_WINDOW)
+        self.said = Mask(causal=bool(node.kwargs.get("causal")), late=False, window=window)
         self.keys: list[ByToken] = []
         self.rest: list[fx.Node] = []
         self.finite = self.partial = False
@@ -93,7 +93,10 @@ class _MaskParts:
             self.rest.append(bias)
 
     def _hides(self, bias: fx.Node) -> bool:
-        """Tell whether it is where(visible, bias, a most negative number), and take that apart."""
+        """Return whether it is where(visible, bias, a most negative number), and take that
+        apart."""
+        visible: Any
+        kept: Any
         if g.is_call(bias, aten.where.self):
             visible, kept, low = bias.args
         elif g.is_call(bias, aten.masked_fill.Scalar):
@@ -105,10 +108,10 @@ class _MaskParts:
         if number is None or number > HIDES:
             return False
         self.finite |= number != -math.inf
-        self.hide(visible)  # type: ignore[arg-type]
+        self.hide(visible)
         nothing = number_in(kept) == 0 or self.p.known.shown(kept) == 0
         if not nothing:
-            self.add(kept)  # type: ignore[arg-type]
+            self.add(kept)
         return True
 
     def _add_number(self, bias: fx.Node, found: ByToken) -> None:

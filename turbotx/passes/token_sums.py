@@ -1,4 +1,4 @@
-"""Token sums: what makes one thing of a sequence's tokens, written over bounds.
+"""Token sums: reductions over a sequence's tokens, rewritten over the bounds of sequences.
 
 In: a reduction along the columns, a running sum, the first token. Out: the same by sequence, whole
 from then on; Refused where tokens that the mask hides would count. For example::
@@ -53,7 +53,8 @@ def reduce(p: Packer, node: fx.Node) -> Any:
     """Beside tokens as it is; along them, by sequence, where hidden tokens do not count."""
     x = p.operand(node)
     rank = len(x.dims)
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    target: Any = node.target
+    names = [a.name for a in target._schema.arguments]
     given = g.argument(node, "dim") if "dim" in names else None
     listed = [given] if isinstance(given, int) else given
     dims = [d % rank for d in listed] if listed else list(range(rank))
@@ -97,7 +98,8 @@ def _require_hidden_nothing(p: Packer, node: fx.Node) -> None:
 def running_sum(p: Packer, node: fx.Node) -> ByToken:
     """Along the columns it counts all before a token, those that the mask hides too."""
     x = p.operand(node)
-    d = int(node.args[1]) % len(x.dims)  # type: ignore[arg-type]
+    given: Any = node.args[1]
+    d = int(given) % len(x.dims)
     if not {"s", "b"} & set(x.dims[d]):
         return p.token(p.emit(node, node.target, x.node, d, **node.kwargs), x.dims)
     if x.dims[d] != ("s",) or g.dtype(node) != torch.int64 or g.dtype(x.node).is_floating_point:

@@ -69,15 +69,15 @@ class TokenSizes:
     seq: sympy.Symbol
 
     def is_batch(self, extent: Expr) -> bool:
-        """Tell whether an extent is the batch."""
+        """Return whether an extent is the batch."""
         return extent in self.batch
 
     def is_seq(self, extent: Expr) -> bool:
-        """Tell whether an extent is the number of columns."""
+        """Return whether an extent is the number of columns."""
         return bool(extent == self.seq)
 
     def varies(self, extent: Expr) -> bool:
-        """Tell whether an extent depends on either."""
+        """Return whether an extent depends on either."""
         return bool(extent.free_symbols & (self.batch | {self.seq}))
 
     def fixed(self, extent: Expr) -> tuple[Factor, ...] | None:
@@ -92,13 +92,13 @@ class TokenSizes:
         left = [f for factors in dims for f in factors]
         found: list[tuple[Factor, ...]] = []
         for extent in shape:
-            taken = self._take(left, extent, has_batch="b" in left)
+            taken = self._take(left, extent)
             if taken is None:
                 return None
             found.append(taken)
         return None if left else tuple(found)
 
-    def _take(self, left: list[Factor], extent: Expr, has_batch: bool) -> tuple[Factor, ...] | None:
+    def _take(self, left: list[Factor], extent: Expr) -> tuple[Factor, ...] | None:
         """Take from `left` the factors whose product is an extent."""
         number, symbols = extent.as_coeff_Mul()
         powers = symbols.as_powers_dict() if symbols != 1 else {}

@@ -1,6 +1,6 @@
 """Assemble: the partitioned graph becomes a flat list of launches over named tensors.
 
-In: the rewritten graph, its fused regions, its prepared constants. Out: an `Assembly`: tensors,
+In: the rewritten graph, its fused regions, its hoisted constants. Out: an `Assembly`: tensors,
 launches in order, what the call returns, and what must hold of the dims. For a BERT layer::
 
     linear (gemm), attention, linear (gemm), fused_add_layer_norm, linear (gemm), ...
@@ -52,25 +52,25 @@ aten = torch.ops.aten
 
 
 def assemble(
-    graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node],
+    graph: fx.Graph, fused: Sequence[FusedRegion], hoisted: frozenset[fx.Node],
     dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue] | None = None,
 ) -> Assembly:  # fmt: skip
     """Return the launches of a partitioned graph, in an order that respects every dependency.
 
     `epilogues`: the linears whose launch computes a region as well.
     """
-    return _Assembler(graph, fused, prepared, dims, epilogues or {}).run()
+    return _Assembler(graph, fused, hoisted, dims, epilogues or {}).run()
 
 
 class _Assembler:
     def __init__(
-        self, graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node],
+        self, graph: fx.Graph, fused: Sequence[FusedRegion], hoisted: frozenset[fx.Node],
         dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue],
     ) -> None:  # fmt: skip
-        self.graph, self.prepared, self.epilogues = graph, prepared, epilogues
+        self.graph, self.hoisted, self.epilogues = graph, hoisted, epilogues
         self.ends = {e.output: e for e in epilogues.values()}
         self.dims, self.names = set(dims), dict[str, int]()
-        self.kinds = {n: kind_of(n, prepared) for n in graph.nodes}
+        self.kinds = {n: kind_of(n, hoisted) for n in graph.nodes}
         self.done: set[Any] = set()
         self.region_of = {n: f for f in fused for n in f.region.nodes}
         draws = [n for n in graph.nodes if g.is_random(n)]
@@ -90,13 +90,13 @@ class _Assembler:
     def run(self) -> Assembly:
         for node in self.graph.nodes:
             kind = self.kinds[node]
-            if kind in ("input", "parameter", "prepared"):
+            if kind in ("input", "parameter", "hoisted"):
                 self._tensor(node, kind)
                 if kind == "input":
                     self.out.orders[node.name] = node.meta.get(ORDER)
                     self.out.raw += [node.name] if node.meta.get(ASKED) else []
-                if kind == "prepared":
-                    self.out.prepared[node.name] = node
+                if kind == "hoisted":
+                    self.out.hoisted[node.name] = node
         for node in self.graph.nodes:
             self._ensure(node)
         return self.out

@@ -36,7 +36,7 @@ class Assembly:
     launches: list[ir.Launch] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
     requirements: list[tuple[Expr, str]] = field(default_factory=list)
-    prepared: dict[str, fx.Node] = field(default_factory=dict)
+    hoisted: dict[str, fx.Node] = field(default_factory=dict)
     externs: list[tuple[str, str]] = field(default_factory=list)
     raw: list[str] = field(default_factory=list)
     orders: dict[str, tuple[int, ...] | None] = field(default_factory=dict)

@@ -89,8 +89,8 @@ class NativeLaunch(LinkedLaunch):
 
 @dataclass(frozen=True, kw_only=True)
 class QueuedLaunch(LinkedLaunch):
-    """What a GPU is given. family: the number of the family of kernels that says what, by sizes;
-    gemm: what the library does where that family, or no family, says so."""
+    """A launch of a GPU program. family: index of the family of kernels that selects one by sizes;
+    gemm: the library call that is used where that family, or no family, selects it."""
 
     family: int | None
     gemm: LibraryGemm | None = None
@@ -151,7 +151,7 @@ class ReturnedView:
 
 @dataclass(frozen=True)
 class MemoryTables:
-    """Who lives when, and what a planner found out about it once.
+    """Lifetimes of buffers, and the plan tables that a planner has precomputed from them.
 
     size_class: of every root of `liveness`; class_nbytes: the bytes of each class.
     """
@@ -243,7 +243,7 @@ class TokenRange:
     structure: str = ""
 
     def holds(self, dims: Sequence[int]) -> bool:
-        """Tell whether a call of these dims is among them."""
+        """Return whether a call of these dims is among them."""
         return self.bucket(dims) in self.buckets
 
     def bucket(self, dims: Sequence[int]) -> int:
@@ -266,7 +266,7 @@ class Executable:
 
     values: the table of sizes. requirements: negative where an index cannot fit, each with its
     words. slots: the place of every tensor in the table of addresses. weights: the parameters and
-    prepared constants that are read as they are. leaves: of the output, in order. token_range: the
+    hoisted constants that are read as they are. leaves: of the output, in order. token_range: the
     calls that it serves, None: all.
     """
 

@@ -6,7 +6,7 @@ kernels. For a BERT layer::
     linear_0, fused_add_layer_norm_0, linear_gelu_0
         ->  linear_add_0 (leaves rows and statistics), linear_gelu_0 (normalises what it reads)
 
-The constants that such GEMMs read are prepared from the parameters, as packed weights are.
+The constants that such GEMMs read are computed from the parameters, as packed weights are.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from turbotx.program.folded_weights import (
 
 
 def assemble_folded(
-    graph: fx.Graph, fused: Sequence[FusedRegion], prepared: frozenset[fx.Node],
+    graph: fx.Graph, fused: Sequence[FusedRegion], hoisted: frozenset[fx.Node],
     dims: Sequence[str], epilogues: Mapping[fx.Node, Epilogue], folds: Mapping[fx.Node, NormFold],
 ) -> Assembled:  # fmt: skip
     """Return the launches with norms folded, with the regions and the epilogues they are of.
@@ -51,8 +51,8 @@ def assemble_folded(
     made = {id(f.fused): f for f in folds.values()}
     regions = [part for f in fused for part in _split(f, made.get(id(f)))]
     ends = {**epilogues, **{f.end.linear: f.end for f in folds.values()}}
-    assembly = assemble(graph, regions, prepared, dims, ends)
-    folding = _Folding(assembly, graph, prepared, folds, ends)
+    assembly = assemble(graph, regions, hoisted, dims, ends)
+    folding = _Folding(assembly, graph, hoisted, folds, ends)
     assembly.launches[:] = [folding.fold(x) for x in assembly.launches]
     folding.drop_unread()
     return Assembled(assembly, regions, ends)
@@ -71,10 +71,10 @@ def _split(f: FusedRegion, fold: NormFold | None) -> list[FusedRegion]:
 
 class _Folding:
     def __init__(
-        self, assembly: Assembly, graph: fx.Graph, prepared: frozenset[fx.Node],
+        self, assembly: Assembly, graph: fx.Graph, hoisted: frozenset[fx.Node],
         folds: Mapping[fx.Node, NormFold], ends: Mapping[fx.Node, Epilogue],
     ) -> None:  # fmt: skip
-        self.assembly, self.prepared = assembly, prepared
+        self.assembly, self.hoisted = assembly, hoisted
         folded = [f for f in folds.values() if not f.stored]
         self.by_result = {f.result.name: f for f in folded}
         self.by_rows = {f.rows.name: f for f in folded}
@@ -163,7 +163,7 @@ class _Folding:
 
     def _call(self, end: Epilogue, norms: Iterable[NormFold], out: ir.Operand) -> ir.AtenCall:
         """Return what PyTorch runs in a launch's place, from the rows on."""
-        allowed = {*end.nodes, *self.prepared}  # plain weights are not prepared here
+        allowed = {*end.nodes, *self.hoisted}  # plain weights are not hoisted here
         for fold in norms:
             allowed |= set(fold.nodes)
         given = _find_given(end.output, allowed)
@@ -185,9 +185,9 @@ class _Folding:
         for launch in assembly.launches:
             used |= {*launch.reads, *launch.writes}
         for name, tensor in list(assembly.tensors.items()):
-            if name not in used and tensor.kind in ("intermediate", "prepared"):
+            if name not in used and tensor.kind in ("intermediate", "hoisted"):
                 del assembly.tensors[name]
-                assembly.prepared.pop(name, None)
+                assembly.hoisted.pop(name, None)
 
 
 def _find_given(output: fx.Node, allowed: set[fx.Node]) -> list[fx.Node]:
@@ -224,14 +224,14 @@ class _Constants:
         self, name: str, function: Callable[..., torch.Tensor], given: tuple[fx.Node | None, ...],
         dtype: torch.dtype, shape: tuple[int, ...],
     ) -> fx.Node:  # fmt: skip
-        """Add a prepared constant, or return the one of this name."""
-        if name in self.assembly.prepared:
-            return self.assembly.prepared[name]
+        """Add a hoisted constant, or return the one of this name."""
+        if name in self.assembly.hoisted:
+            return self.assembly.hoisted[name]
         args = tuple(None if n is None else self._copy(n) for n in given)
         node = self.graph.create_node("call_function", function, args, name=name)
-        self.assembly.prepared[name] = node
+        self.assembly.hoisted[name] = node
         sizes = tuple(Integer(extent) for extent in shape)
-        self.assembly.tensors[name] = ir.Tensor(name, "prepared", dtype, sizes)
+        self.assembly.tensors[name] = ir.Tensor(name, "hoisted", dtype, sizes)
         return node
 
     def operand(self, node: fx.Node) -> ir.Operand:

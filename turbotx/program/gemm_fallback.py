@@ -28,7 +28,7 @@ from turbotx.kernels.gemm_heuristics import SPLIT_SUMS_NBYTES
 from turbotx.program.assembly import Assembled, Assembly, dense, whole
 
 
-def add_alternatives(assembled: Assembled) -> None:
+def add_gemm_fallbacks(assembled: Assembled) -> None:
     """Complete the GEMM launches of an assembly by the regions that it was made of."""
     assembly = assembled.assembly
     ends = {e.output.name: e for e in assembled.epilogues.values()}

@@ -76,7 +76,7 @@ def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: LaunchLa
     """Return the executable of an assembly; launches that are not laid out become PyTorch's."""
     tensors, names = assembly.tensors.values(), tuple(dims)
     requirements = dict.fromkeys(assembly.requirements)
-    held = [t.name for t in tensors if t.kind in ("parameter", "prepared")]
+    held = [t.name for t in tensors if t.kind in ("parameter", "hoisted")]
     return Executable(
         dims=names,
         values=sizes_of(layout.values),
@@ -149,10 +149,10 @@ def weight_window(weight: ir.Operand) -> WeightWindow:
     return WeightWindow(weight.tensor, shape, strides, int(weight.offset))
 
 
-def weight_parts(weight: ir.Operand, prepared: Mapping[str, fx.Node]) -> tuple[WeightWindow, ...]:
+def weight_parts(weight: ir.Operand, hoisted: Mapping[str, fx.Node]) -> tuple[WeightWindow, ...]:
     """Return the windows whose rows make a weight: those that it is a concatenation of, so that
     this need not be made; or itself."""
-    whole, node = weight_window(weight), prepared.get(weight.tensor)
+    whole, node = weight_window(weight), hoisted.get(weight.tensor)
     if node is None or not g.is_call(node, CAT) or node.kwargs or node.args[1:] not in ((), (0,)):
         return (whole,)
     if weight.offset != 0 or weight.strides != contiguous_strides(weight.shape):

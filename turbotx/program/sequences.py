@@ -1,4 +1,4 @@
-"""Sequences: what a kernel has to know of an op that makes one thing of each sequence's tokens.
+"""Sequences: kernel parameters of ops that reduce over the tokens of each sequence.
 
 In: a node of `ir.packed_ops` and its launch. Out: a launch with the kernel, which GPUs have::
 

@@ -1,4 +1,4 @@
-"""Compare: what differs between two reports, as between two versions of turbotx or of a model.
+"""Compare: the differences between two reports, of two versions of turbotx or of a model.
 
 In: two report.json, read. Out: the figures of both side by side, and the names that only one has::
 

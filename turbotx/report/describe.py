@@ -244,7 +244,7 @@ def describe_regions(view: View) -> list[entries.RegionEntry]:
     """One entry a region, named as its submodule in the fused graph."""
     by_nodes = {x.nodes: x for x in view.launches if isinstance(x, ir.KernelLaunch)}
     gemms = {name: x for x in view.launches if x.kind == "gemm" for name in x.writes}
-    kinds = {n: kind_of(n, view.compiled.prepared) for n in view.compiled.graph.nodes}
+    kinds = {n: kind_of(n, view.compiled.hoisted) for n in view.compiled.graph.nodes}
     names: Counter[str] = Counter()
     found = []
     for fused in view.compiled.fused:
@@ -279,13 +279,13 @@ def _distinct(values: Any) -> tuple[str, ...]:
 def describe_gemms(view: View) -> list[entries.Gemm]:
     """Every matrix product: the packed ones, and those that PyTorch runs."""
     parameters = {n.name: str(n.target) for n in view.compiled.graph.nodes if n.op == "get_attr"}
-    prepared = view.compiled.assembly.prepared
+    hoisted = view.compiled.assembly.hoisted
     found = []
     for x in view.launches:
         if isinstance(x, (ir.GemmLaunch, ir.GroupedGemmLaunch)):
             weight = x.weight.tensor
-            made = weight in prepared
-            names = tuple(parameters_of(prepared[weight]) if made else [parameters[weight]])
+            made = weight in hoisted
+            names = tuple(parameters_of(hoisted[weight]) if made else [parameters[weight]])
             m, n, k = x.rows, x.weight.shape[-2], x.x.shape[-1]
             found.append(
                 entries.Gemm(

@@ -57,8 +57,8 @@ def find_boxes(report: Record) -> list[Box]:
     """Return the fused graph's nodes but for parameters and the views between calls, in order."""
     graph = report.graph.graph
     found = []
-    prepared = report.compiled.assembly.prepared  # computed once, from parameters alone
-    kinds = {n: _kind(report, n) for n in graph.nodes if n.name not in prepared}
+    hoisted = report.compiled.assembly.hoisted  # computed once, from parameters alone
+    kinds = {n: _kind(report, n) for n in graph.nodes if n.name not in hoisted}
     shown = {n: kind for n, kind in kinds.items() if kind}
     sources: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:

@@ -211,7 +211,7 @@ class NodeEntry:
     """Where an op of the captured model went.
 
     status: "fused" (computed inside kernels), "view" (folded into addresses), "gemm",
-    "attention", "product", "route", "aten", "prepared" (computed once from parameters), "input",
+    "attention", "product", "route", "aten", "hoisted" (computed once from parameters), "input",
     "parameter", "output", "merged" (became part of another op) or "removed" (nothing needs it, or
     it did nothing). launches: what runs it. A region's op is "region", its module and source are
     those of its first op.
@@ -231,7 +231,7 @@ class NodeEntry:
             "fused": "fused into", "view": "folded into the addresses of", "aten": "by PyTorch in",
             "merged": "part of", "gemm": "a matrix product,", "attention": "attention,",
             "product": "one of attention's products,", "route": "rows put in order by",
-            "prepared": "computed once from parameters",
+            "hoisted": "computed once from parameters",
         }  # fmt: skip
         said = words.get(self.status, self.status)
         runs = ", ".join(self.launches)

@@ -1,4 +1,4 @@
-"""Findings: what running or building showed, kept beside a report to be shown with it.
+"""Findings: measured numerics, times and resources, attached to a report.
 
 In: numerics, a profile, resources of built kernels. Out: the same as plain dicts, empty where
 nothing was looked at::

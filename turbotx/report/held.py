@@ -64,7 +64,7 @@ def _weights(view: View) -> tuple[int, int, int]:
     weights = program.runtime.weights
     plain = (t for _, t in weights.owned() if not isinstance(t, PackedParameter))
     own = {t.data_ptr(): t.nbytes for t in plain}
-    derived = sum(_nbytes(n) for name, n in weights.prepared.items() if name in weights.read)
+    derived = sum(_nbytes(n) for name, n in weights.hoisted.items() if name in weights.read)
     cpu = program.executable.cpu
     packed = sum(
         prod(w.shape) * tensors[w.tensor].dtype.itemsize

@@ -121,7 +121,7 @@ def measure_outputs(
 
 
 def _draws(launch: ir.Launch) -> bool:
-    """Tell whether a launch draws random numbers: others each time."""
+    """Return whether a launch draws random numbers: others each time."""
     if not isinstance(launch, ir.AtenLaunch):
         return False
     call = launch.call

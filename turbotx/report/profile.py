@@ -39,7 +39,7 @@ class Timed:
 
     @property
     def gb_per_s(self) -> float:
-        """Compulsory bytes over time: what it achieves, whatever caches do."""
+        """Compulsory bytes over time: the achieved bandwidth, caches not considered."""
         nbytes = self.launch.traffic.compulsory_nbytes
         return nbytes / self.median_us / 1e3 if self.median_us else 0.0
 

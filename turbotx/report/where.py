@@ -32,7 +32,7 @@ class _Index:
         self.report = report
         self.nodes = {n.name: n for n in compiled.graph.nodes}
         self.origin = {n.name: n for n in report.origin.nodes}
-        self.prepared, constants = compiled.prepared, compiled.assembly.prepared
+        self.hoisted, constants = compiled.hoisted, compiled.assembly.hoisted
         self.of_node: dict[str, list[ir.Launch]] = {}
         self.of_parameter: dict[str, list[ir.Launch]] = {}
         for x in compiled.assembly.launches:
@@ -110,7 +110,7 @@ def _make(index: _Index, name: str, status: str, like: Any, launches: list[ir.La
 
 
 def _place_now(index: _Index, node: fx.Node) -> NodeEntry:
-    kind = kind_of(node, index.prepared)
+    kind = kind_of(node, index.hoisted)
     launches = index.of_node.get(node.name, [])
     status = {"computed": "fused", "extern": "aten", "piece": "aten", "size": "removed"}
     if any(isinstance(x, ir.RouteLaunch) for x in launches):

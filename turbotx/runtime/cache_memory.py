@@ -45,7 +45,7 @@ class CacheBudget:
         return CacheBudget, (self.most,)
 
     def has_room(self, nbytes: int) -> bool:
-        """Tell whether so many bytes more are within the bound."""
+        """Return whether so many bytes more are within the bound."""
         return self.most is None or self.nbytes + nbytes <= self.most
 
     def add(self, nbytes: int) -> None:

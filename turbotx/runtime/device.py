@@ -71,7 +71,7 @@ class Device(Protocol):
         """Return something that captures graphs for one arena."""
 
     def is_capturing(self) -> bool:
-        """Tell whether the caller is capturing a graph of its own on the current stream."""
+        """Return whether the caller is capturing a graph of its own on the current stream."""
 
     def wait(self) -> None:
         """Return when what is queued on the current stream is done."""

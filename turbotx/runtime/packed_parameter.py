@@ -128,7 +128,7 @@ class UnpackedView(torch.Tensor):
 
 
 def _asks_module() -> bool:
-    """Tell whether PyTorch's own code of modules asks, for a state dict."""
+    """Return whether PyTorch's own code of modules asks, for a state dict."""
     return sys._getframe(2).f_code.co_filename == inspect.getsourcefile(nn.Module)
 
 

@@ -32,7 +32,8 @@ class PaddedBinding:
 
 
 class PackedProgram(Program):
-    """A program whose last dim is its tokens, which no padded call's sizes tell."""
+    """A program whose last dim is the number of tokens, which is not among a padded call's
+    sizes."""
 
     def __init__(
         self, executable: Executable, runtime: Runtime, pool: ChunkPool, max_shapes: int,

@@ -57,7 +57,7 @@ def _firsts(packing: Packing) -> list[int]:
 
 
 def turning(part: WeightWindow, whole: torch.Tensor) -> bool | None:
-    """Tell whether a window is all of a matrix, turned or not; None where it is a part of it."""
+    """Return whether a window is all of a matrix, turned or not; None where it is a part of it."""
     if whole.dim() != 2 or part.offset != 0:
         return None
     for turned, strides in ((False, part.strides), (True, part.strides[::-1])):

@@ -108,7 +108,7 @@ class Program:
         return self.executable.token_range
 
     def serves(self, dims: Sequence[int]) -> bool:
-        """Tell whether this specialization of a call is the one to run at these dims."""
+        """Return whether this specialization of a call is the one to run at these dims."""
         return self.token_range is None or self.token_range.holds(dims)
 
     # --- binding ---

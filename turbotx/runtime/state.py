@@ -20,7 +20,7 @@ class RunState:
     """What one run of a program works on.
 
     dims: the shape. offsets: bytes from the arena's start, per planned tensor. arena: its memory,
-    flat uint8. tensors: inputs, outputs, parameters and prepared constants by name. given: inputs
+    flat uint8. tensors: inputs, outputs, parameters and hoisted constants by name. given: inputs
     as the caller gave them, by name.
     """
 
@@ -36,7 +36,7 @@ class RunState:
         if found is not None:
             return found
         if name not in self.offsets:
-            return self.tensors[name]  # a prepared constant that is made when it is asked for
+            return self.tensors[name]  # a hoisted constant that is made when it is asked for
         begin = self.offsets[name]
         count = (self.arena.numel() - begin) // dtype.itemsize
         return self.arena[begin : begin + count * dtype.itemsize].view(dtype)

@@ -63,7 +63,7 @@ class TensorWatch:
         )
 
     def changed(self) -> bool:
-        """Tell whether any tensor lies elsewhere, is laid out otherwise, or was written to."""
+        """Return whether any tensor lies elsewhere, is laid out otherwise, or was written to."""
         return bool(self._native.ttx_tensors_changed(self._watch))
 
     def __del__(self) -> None:
@@ -84,7 +84,7 @@ class PlainWatch:
         self._bits = self._read()
 
     def changed(self) -> bool:
-        """Tell whether any tensor lies elsewhere, is laid out otherwise, or was written to."""
+        """Return whether any tensor lies elsewhere, is laid out otherwise, or was written to."""
         return self._look() != self._seen or self._read() != self._bits
 
     def _look(self) -> list[Any]:
@@ -98,7 +98,7 @@ class PlainWatch:
 
 
 def _has_elements_here(tensor: torch.Tensor) -> bool:
-    """Tell whether elements can be read without waiting for a device: others are not compared."""
+    """Return whether elements can be read without waiting for a device: others are not compared."""
     here = tensor.device.type == "cpu" and tensor.layout is torch.strided
     return here and tensor.numel() > 0 and tensor.data_ptr() != 0
 

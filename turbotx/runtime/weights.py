@@ -1,6 +1,6 @@
 """Weights: packed weights and constants derived from a module's parameters, refreshed on change.
 
-In: the parameters, by the module that owns them, and the prepared constants' graph. Out: current
+In: the parameters, by the module that owns them, and the hoisted constants' graph. Out: current
 tensors and packed GEMM weights; a parameter that was updated in place, replaced or loaded anew
 is noticed by its version, identity, address and layout, one that was written through `.data` by
 some of its elements, and what derives from it is made again::
@@ -77,11 +77,11 @@ class Kind:
 
 
 class Weights:
-    """Parameters, prepared constants and packed weights of one program."""
+    """Parameters, hoisted constants and packed weights of one program."""
 
     def __init__(
         self, model: nn.Module, constants: Mapping[str, torch.Tensor],
-        targets: Mapping[str, str], prepared: Mapping[str, fx.Node], kinds: Mapping[str, Kind],
+        targets: Mapping[str, str], hoisted: Mapping[str, fx.Node], kinds: Mapping[str, Kind],
         copies: Mapping[str, Place] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         """targets: program tensor name -> dotted path in the user's module. kinds: by the name too,
@@ -90,7 +90,7 @@ class Weights:
         self.paths, self.kinds = targets, kinds
         self._model = model
         self._constants = constants
-        self.prepared = prepared
+        self.hoisted = hoisted
         self._copies = copies
         self._slots = {name: self._find(path) for name, path in targets.items()}
         self._owners = [owner for owner, _ in self._slots.values()]
@@ -102,7 +102,7 @@ class Weights:
         """Waits until what was queued for derived weights is done, where a device queues it."""
         self.packed: frozenset[str] = frozenset()
         """The tensors of which the runtime keeps copies of its own."""
-        self.read: Collection[str] = {*targets, *prepared}
+        self.read: Collection[str] = {*targets, *hoisted}
         """The tensors that are read as they are. Prepared constants that are neither read nor
         packed are made when they are asked for, as by a replay."""
         self.tensors: dict[str, torch.Tensor] = {}
@@ -160,16 +160,16 @@ class Weights:
             if changed:
                 raise ModelChangedError(changed)
             watched = self._new_watch()  # first, so that it sees what changes from now on
-            tensors = _Tensors(self.prepared)
+            tensors = _Tensors(self.hoisted)
             tensors.update((n, owner[leaf]) for n, (owner, leaf) in self._slots.items())
             for name in self.read_plainly():
                 if isinstance(tensors.get(name), PackedParameter):
                     tensors[name] = tensors[name].unpacked()
             with torch.no_grad():
-                for name, node in self.prepared.items():
+                for name, node in self.hoisted.items():
                     if name in self.read or name in self.packed:
                         tensors[name] = compute_constant(node, tensors)
-            if self.prepared:
+            if self.hoisted:
                 self.settle()
             self.tensors = tensors
             self.version += 1
@@ -187,9 +187,9 @@ class Weights:
         return tensors, make_watch(self.native, [t for t, _ in here], [c for _, c in here])
 
     def _computed_with(self) -> set[str]:
-        """Return the parameters that prepared constants are computed with."""
+        """Return the parameters that hoisted constants are computed with."""
         found: set[str] = set()
-        made = [n for name, n in self.prepared.items() if name in self.read or name in self.packed]
+        made = [n for name, n in self.hoisted.items() if name in self.read or name in self.packed]
         left = [n for node in made for n in node.all_input_nodes]
         while left:
             node = left.pop()
@@ -198,7 +198,7 @@ class Weights:
         return found
 
     def read_plainly(self) -> set[str]:
-        """Return the tensors that a run or a prepared constant reads as they are."""
+        """Return the tensors that a run or a hoisted constant reads as they are."""
         return self._computed_with() | {*self.read}
 
     # --- weights that are held in packed form only ---
@@ -268,7 +268,7 @@ class Weights:
                 self.watched = watched  # what it takes for unchanged is what was seen before
 
     def _have_changed(self, tensors: list[Any], watch: Watch) -> bool:
-        """Tell whether the module holds other tensors than these, or these were changed."""
+        """Return whether the module holds other tensors than these, or these were changed."""
         try:
             now = map(operator.getitem, self._owners, self._leaves)
             return not all(map(operator.is_, now, tensors)) or watch.changed()
@@ -279,11 +279,11 @@ class Weights:
         return list(map(operator.getitem, self._owners, self._leaves))
 
     def is_stale(self) -> bool:
-        """Tell whether `refresh` would derive anything again."""
+        """Return whether `refresh` would derive anything again."""
         return self.watched is None or self._have_changed(*self.watched)
 
     def window(self, part: WeightWindow) -> torch.Tensor:
-        """Return a part of a parameter or prepared constant as a tensor."""
+        """Return a part of a parameter or hoisted constant as a tensor."""
         base = self.tensors[part.tensor]
         if isinstance(base, PackedParameter):
             base = base.unpacked()
@@ -291,26 +291,26 @@ class Weights:
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:
-    """Tell whether other tensors lie in a tensor's memory, as those of a state dict do."""
+    """Return whether other tensors lie in a tensor's memory, as those of a state dict do."""
     count = getattr(torch._C, "_storage_Use_Count", None)  # private: without it nothing is known
     # One is the tensor, one what asks.
     return count is None or count(tensor.untyped_storage()._cdata) > 2
 
 
 class _Tensors(dict[str, Any]):
-    """Tensors by name, with prepared constants that nothing keeps: made when they are asked for."""
+    """Tensors by name, with hoisted constants that nothing keeps: made when they are asked for."""
 
-    def __init__(self, prepared: Mapping[str, fx.Node]) -> None:
+    def __init__(self, hoisted: Mapping[str, fx.Node]) -> None:
         super().__init__()
-        self._prepared = prepared
+        self._hoisted = hoisted
 
     def __missing__(self, name: str) -> torch.Tensor:
         with torch.no_grad():
-            return compute_constant(self._prepared[name], self)
+            return compute_constant(self._hoisted[name], self)
 
 
 def compute_constant(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Run a prepared constant's calls on the parameters as they are now."""
+    """Run a hoisted constant's calls on the parameters as they are now."""
     if node.name in tensors:
         return tensors[node.name]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: compute_constant(n, tensors))

@@ -66,8 +66,8 @@ def encode(value: Any) -> Any:
 
 
 class Decoder:
-    """place: where calls run, whatever device they name. dims: the names that sizes may have.
-    nodes: those that calls may be given."""
+    """Decodes JSON to values. place: the device of calls, whichever device the file names. dims:
+    the allowed names in sizes. nodes: the nodes that calls may refer to."""
 
     def __init__(
         self, place: torch.device, dims: Sequence[str] = (),

@@ -24,10 +24,11 @@ from typing import Any
 
 from turbotx.errors import SavedFileError
 
-FORMAT = 8
+FORMAT = 9
 """Raised whenever an older reader would misunderstand what is written: since 4, what a program
 assumes of the state around a call; since 5, conditions on sizes of 0 and 1; since 6, programs are
-`Executable`s; since 7, decisions by values of tensors; since 8, parts of packed weights."""
+`Executable`s; since 7, decisions by values of tensors; since 8, weights packed from their parts;
+since 9, the names of hoisted constants."""
 
 MANIFEST = "manifest.json"
 

@@ -77,6 +77,6 @@ def _describe_weights(weights: Weights) -> dict[str, Any]:
     return {
         "paths": dict(weights.paths),
         "kinds": encode(weights.kinds),
-        "prepared": encode_nodes(weights.prepared.values()),
-        "prepared_names": list(weights.prepared),
+        "hoisted": encode_nodes(weights.hoisted.values()),
+        "hoisted_names": list(weights.hoisted),
     }

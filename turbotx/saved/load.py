@@ -112,7 +112,8 @@ def load(
 
 
 def holds_weights(path: str | PathLike[str]) -> bool:
-    """Tell whether a file was saved with its weights; raise SavedFileError where it is damaged."""
+    """Return whether a file was saved with its weights; raise SavedFileError where it is
+    damaged."""
     return bool(read_container(Path(path))[0]["weights"])
 
 
@@ -159,10 +160,10 @@ def _read_weights(
     place: torch.device,
 ) -> Weights:  # fmt: skip
     """Return what a program derives from its parameters, on the device where they lie."""
-    nodes = decode_nodes(described["prepared"], place)
-    prepared = {name: nodes[name] for name in described["prepared_names"]}
+    nodes = decode_nodes(described["hoisted"], place)
+    hoisted = {name: nodes[name] for name in described["hoisted_names"]}
     kinds = Decoder(place).decode(described["kinds"])
-    return Weights(model, constants, described["paths"], prepared, kinds)
+    return Weights(model, constants, described["paths"], hoisted, kinds)
 
 
 def _tensors(data: memoryview, place: torch.device) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ _UNKNOWN = TrafficEntry(0, 0, 0, "", "", 0, "")
 def profile_saved(
     model: SavedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], runs: int
 ) -> tuple[Profile, dict[str, int]]:
-    """Return medians over `runs` runs; the model must be nobody else's meanwhile."""
+    """Return medians over `runs` runs; no other thread may call the model during them."""
     call, binding = model.find_call(args, dict(kwargs))
     launches = [
         LaunchEntry(

@@ -160,7 +160,7 @@ class Tabulator:
         return [(k, sorted(most)) for k, most in bounds.items()], even, large
 
     def _serves(self, family: Compiling, given: Mapping[int, int]) -> bool:
-        """Tell whether the program serves calls of this many tokens at all."""
+        """Return whether the program serves calls of this many tokens at all."""
         served = self._executable.token_range
         if served is None or not isinstance(family, GemmFamily) or family.tokens not in given:
             return True

@@ -1,4 +1,4 @@
-"""Connections that say nothing, say half or do not read are closed; so are the most idle of many.
+"""Connection limits: closes connections that stall in sending or reading, and the most idle ones.
 
 In: the parser that uvicorn would take, two limits. Out: a protocol class for ``uvicorn.Config`` and
 what closes late ones, asked once a second::
@@ -48,7 +48,7 @@ class ConnectionLimits:
         self._close(oldest)
 
     def hear(self, connection: Any) -> None:
-        """Note that it has said something: it is now the least silent."""
+        """Record activity of a connection, which makes it the most recently active."""
         if self.open.pop(connection, connection) is None:
             self.open[connection] = None
 

@@ -1,4 +1,4 @@
-"""A thread that does not keep the process: what takes long at a start.
+"""Daemon thread: runs slow start-up work without blocking the process's exit.
 
 In: work. Out: its result, in the event loop; who is told to stop need not wait for it::
 

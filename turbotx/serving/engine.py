@@ -150,7 +150,8 @@ class TorchEngine:
 
 @dataclass
 class SleepEngine:
-    """Takes as long as costs say and returns vectors that depend on the ids alone."""
+    """A test engine that sleeps for the time in a cost table and returns vectors derived from the
+    token ids."""
 
     costs: BatchCosts
     width: int = 8
@@ -162,7 +163,7 @@ class SleepEngine:
         return isinstance(self.costs, TokenCosts)
 
     def run(self, rows: Sequence[TokenRow]) -> Vectors:
-        """Wait as long as the costs say; return each row's ids, repeated to the width."""
+        """Sleep for the time in the cost table; return each row's ids, repeated to the width."""
         begin = time.perf_counter()
         due = begin + self.costs.batch_ms([len(row) for row in rows]) / 1e3
         vectors = np.empty((len(rows), self.width), dtype=np.float32)

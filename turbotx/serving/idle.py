@@ -40,13 +40,13 @@ class IdleMeasuring:
 
     @property
     def wait_s(self) -> float | None:
-        """How long nobody must have come before the next shape; None: there is none."""
+        """Seconds without requests before the next shape is measured; None if all are measured."""
         if self._over:
             return None
         return NEXT_S if self._timed else self.first_s
 
     def begin(self) -> None:
-        """Somebody came: the next idle time begins anew."""
+        """Restart the idle timer after a request."""
         self._timed.clear()
         self._over = False
 

@@ -1,4 +1,4 @@
-"""Several models' queues before one engine: which of them runs its batch next.
+"""Lanes: the queues of several models that share one engine, and which runs its batch next.
 
 In: a scheduler for each model; requests that name theirs. Out: what one scheduler gives, so that
 the dispatcher need not know how many there are::
@@ -92,7 +92,7 @@ class Lanes:
         return min(queue.wake_ms(now_ms) for queue in self.queues.values())
 
     def complete(self, batch: Batch, took_ms: float) -> None:
-        """Tell what an executed batch took."""
+        """Record the measured time of an executed batch."""
         self.queues[batch.requests[0].model].complete(batch, took_ms)
 
     def share_ms(self, length: int, model: str) -> float:

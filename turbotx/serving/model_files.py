@@ -70,7 +70,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Choices:
-    """What an operator says in place of the model's files."""
+    """Operator overrides of settings in the model's files."""
 
     max_length: int | None = None
     pooling: str | None = None  # modes, joined by + where there are several

@@ -17,7 +17,7 @@ MOST_LOGITS = 1 << 26  # of one batch: 256 MiB
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What ``/info`` says about the model."""
+    """The model description that ``/info`` returns."""
 
     name: str
     revision: str

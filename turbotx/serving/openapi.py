@@ -112,9 +112,9 @@ def _method(endpoint: Endpoint) -> str:
 
 def _operation(endpoint: Endpoint, path: str) -> dict[str, Any]:
     refusal = record("OpenAIErrorResponse" if endpoint.openai else "ErrorResponse")
-    answer = {"description": "done"}
+    answer: dict[str, Any] = {"description": "done"}
     if endpoint.returns is not None:
-        answer = {"description": "done", "content": {"application/json": {"schema": endpoint.returns}}}  # type: ignore[dict-item]  # fmt: skip  # noqa: E501
+        answer["content"] = {"application/json": {"schema": endpoint.returns}}
     operation: dict[str, Any] = {
         "summary": endpoint.summary,
         "operationId": re.sub(r"\W+", "_", path).strip("_") or "root",

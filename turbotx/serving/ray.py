@@ -69,7 +69,8 @@ def build_app(
 
 
 class LengthAwareRouter(FIFOMixin, RequestRouter):
-    """Asks ``LengthRouting``; the request's second argument is its length in tokens."""
+    """Ray request router that selects replicas by ``LengthRouting``; the request's second argument
+    is its length in tokens."""
 
     def initialize_state(self, **kwargs: Any) -> None:
         """Begin with no knowledge of lengths; kwargs: of `LengthRouting`."""

@@ -1,4 +1,4 @@
-"""The queue between those who ask and the one engine that computes.
+"""Scheduler: the queue between request handlers and the engine; it selects the next batch.
 
 In: requests, and the time whenever it is asked (it has no clock). Out: the batch to run now, or
 when to ask again::
@@ -43,7 +43,7 @@ class Hungry:
     """Whenever the engine is idle and a request waits."""
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
-        """Return now: whatever waits is run as soon as the engine is idle."""
+        """Return now: waiting requests run as soon as the engine is idle."""
         return now_ms
 
 
@@ -238,7 +238,7 @@ class Scheduler:
         return max(now_ms, self.trigger.ready_ms(self.waiting, now_ms))
 
     def complete(self, batch: Batch, took_ms: float) -> None:
-        """Tell what an executed batch took."""
+        """Record the measured time of an executed batch."""
         self.costs.learn(batch.lengths, took_ms)
 
     def share_ms(self, length: int, model: str = "") -> float:

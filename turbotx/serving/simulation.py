@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,10 +80,10 @@ def simulate(
             continue
         took_ms = truth.batch_ms(batch.lengths)
         for request in batch.requests:
-            wait[int(request.key)] = now_ms - request.arrival_ms  # type: ignore[call-overload]
+            wait[cast(int, request.key)] = now_ms - request.arrival_ms
         now_ms += took_ms
         for request in batch.requests:
-            latency[int(request.key)] = now_ms - request.arrival_ms  # type: ignore[call-overload]
+            latency[cast(int, request.key)] = now_ms - request.arrival_ms
         batches, tokens = batches + 1, tokens + batch.tokens
         padded += batch.padded_tokens
         if true_costs is not None:

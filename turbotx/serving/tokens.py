@@ -55,7 +55,7 @@ class TextTokenizer:
 
     @property
     def any_token(self) -> int:
-        """For texts that are made up to be timed: whatever it means, it costs the same."""
+        """Return a valid token id for synthetic texts used in timing."""
         return min(100, self.vocabulary - 1)
 
     def encode(

@@ -17,7 +17,7 @@ from turbotx.engine.optimize import engine_of
 from turbotx.engine.pipeline import rewrite
 from turbotx.kernels.fusion.epilogue import Epilogue, find_epilogues
 from turbotx.kernels.fusion.fuse import fuse_all
-from turbotx.passes.partition import find_prepared, kind_of, partition
+from turbotx.passes.partition import find_hoisted, kind_of, partition
 
 torch.manual_seed(0)
 UP, DOWN, GATED = nn.Linear(16, 48), nn.Linear(48, 16), nn.Linear(16, 96)
@@ -38,11 +38,9 @@ def halves(x: torch.Tensor) -> torch.Tensor:
 def found(function: Callable[..., Any], *args: torch.Tensor) -> list[Epilogue]:
     graph = captured(function, *args).graph_module.graph
     rewrite(graph)
-    prepared = find_prepared(graph)
-    kinds = {n: kind_of(n, prepared) for n in graph.nodes}
-    return list(
-        find_epilogues(fuse_all(graph, partition(graph, prepared), prepared), kinds).values()
-    )
+    hoisted = find_hoisted(graph)
+    kinds = {n: kind_of(n, hoisted) for n in graph.nodes}
+    return list(find_epilogues(fuse_all(graph, partition(graph, hoisted), hoisted), kinds).values())
 
 
 FIRES: dict[str, tuple[Callable[..., Any], str, bool]] = {

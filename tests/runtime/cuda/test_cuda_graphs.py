@@ -252,7 +252,7 @@ def test_weights_are_retained_once_by_each_stream_that_reads_them(
         check(fast, model, 2, 3, 8)  # plain, then captured, then replayed
     assert device.names("retain") == ["default", "another", "third"]
     weights = engine_of(fast).variants()[0].program.runtime.weights
-    derived = {weights.tensors[name].data_ptr() for name in weights.prepared}
+    derived = {weights.tensors[name].data_ptr() for name in weights.hoisted}
     assert derived
     assert all(derived <= set(e[2]) for e in device.log if e[0] == "retain")
     with torch.no_grad():

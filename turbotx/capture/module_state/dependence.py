@@ -20,7 +20,8 @@ _SIZES = ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")
 
 
 def depends_on_values(value: torch.Tensor, inputs: Iterable[torch.Tensor]) -> bool:
-    """Tell whether `value` is computed from what `inputs` hold; True where a trace does not say."""
+    """Return whether `value` is computed from what `inputs` hold; True where a trace does not
+    say."""
     node = _node_of(value)
     if node is None:
         return True

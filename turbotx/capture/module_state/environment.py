@@ -27,7 +27,7 @@ _WAYS = frozenset(("os", "_collections_abc", "collections.abc"))
 
 @contextmanager
 def watch_environment() -> Iterator[dict[str, ItemPlace]]:
-    """Meanwhile note which variables the user's code asks for in this thread."""
+    """Context manager: record which environment variables user code in this thread reads."""
     environ: Any = os.environ
     held = getattr(environ, "_data", None)  # private, the same in every CPython from 3.10 on
     asked: dict[str, ItemPlace] = {}

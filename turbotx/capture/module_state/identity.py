@@ -1,4 +1,4 @@
-"""Identity: under a trace, what stands for a module is equal to the user's own, as a key as well.
+"""Identity: while tracing, a module's stand-in compares and hashes equal to the user's module.
 
 In: what gives the user's own module for one that the traced code meets. Out: tables that are keyed
 by modules, and sets of them, are found to hold the same as in eager::

@@ -51,7 +51,8 @@ _UNCALLED = frozenset(
 def find_names(
     functions: Iterable[Any], meet: Callable[[Any], None], names: Names | None = None
 ) -> Names:
-    """Look into functions and what they call; `meet` is told of every object that they name."""
+    """Visit functions and the functions they call; `meet` is called with every object that they
+    name."""
     names = names or Names()
     names.meet = meet
     for function in functions:

@@ -54,8 +54,8 @@ def _dicts_of(owner: Any) -> list[Any]:
 
 
 def depends_on_before(write: Write, before: Any) -> bool:
-    """Tell whether a replayed write makes each call depend on the one before in a way that needs a
-    capture each: a number from a number, a tensor from one of other sizes."""
+    """Return whether a replayed write makes each call depend on the previous one in a way that
+    needs a capture per call: a number from a number, a tensor from one of other sizes."""
     if not write.read_first:
         return False
     if is_number(before) and is_number(write.value):
@@ -67,7 +67,7 @@ def depends_on_before(write: Write, before: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is an int, a float or a symbolic int; bools are no numbers here."""
+    """Return whether a value is an int, a float or a symbolic int; bools are no numbers here."""
     return isinstance(value, (int, float, torch.SymInt)) and not isinstance(value, bool)
 
 

@@ -81,7 +81,7 @@ class StateRecord:
         return None
 
     def look_again(self, i: int) -> bool:
-        """Tell whether what is to be watched for a place is still what it was; if not, renew it."""
+        """Return whether the watched objects of a place are unchanged; if not, renew them."""
         look = Look(self._left_out)
         self.places[i].describe(look)
         known = self.looks[i]

@@ -305,14 +305,14 @@ def _slots(cls: type) -> list[str]:
 
 
 def _asked_by_library() -> bool:
-    """Tell whether `x.__dict__` was asked for by PyTorch's or Python's own code: it looks there for
-    a name, which is noted by itself."""
+    """Return whether `x.__dict__` was asked for by PyTorch's or Python's own code: it looks there
+    for a name, which is noted by itself."""
     frame = sys._getframe(3)  # past this, note_read and the replaced __getattribute__
     return is_library(frame.f_globals.get("__name__"))
 
 
 def _asked_by_writer() -> bool:
-    """Tell whether a module's table was asked for by PyTorch, in order to put something there, or
+    """Return whether a module's table was asked for by PyTorch, in order to put something there, or
     to find the module that a trace is at."""
     frame = sys._getframe(3)
     home = frame.f_globals.get("__name__", "")

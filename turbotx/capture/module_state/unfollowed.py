@@ -1,4 +1,4 @@
-"""Unfollowed: what code sets where no program can follow: it is put back, and refused by name.
+"""Unfollowed: writes to state that a program cannot reproduce: restored, and refused by name.
 
 In: the functions that a model's forward may run, and its classes, before a trace. Out: afterwards,
 an error where a global or a variable of an enclosing function, a class's attribute, a thread local

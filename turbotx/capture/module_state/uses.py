@@ -27,7 +27,7 @@ _IDLE = frozenset(("CACHE", "EXTENDED_ARG", "NOP"))
 
 
 def is_only_written(name: str, codes: Iterable[types.CodeType], local: bool = False) -> bool:
-    """Tell whether no code reads what the container called `name` holds.
+    """Return whether no code reads what the container called `name` holds.
 
     local: whether the name is one of the function's own arguments.
     """

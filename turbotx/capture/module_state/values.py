@@ -25,7 +25,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -59,13 +59,14 @@ unwatchable: set[type] = set()
 
 @functools.cache
 def is_library(name: str | None) -> bool:
-    """Tell a module of Python, PyTorch or turbotx from one of a user, or of a library of models."""
+    """Return whether a module belongs to Python, PyTorch or turbotx, not to the user or a library
+    of models."""
     return name is None or name.partition(".")[0] in _LIBRARIES
 
 
 def is_watchable(cls: type) -> bool:
-    """Tell whether reads of attributes of its objects are noted: classes of users, and of libraries
-    of models, written in Python."""
+    """Return whether reads of attributes of its objects are noted: classes of users, and of
+    libraries of models, written in Python."""
     if not cls.__flags__ & _HEAP_TYPE or cls in unwatchable:
         return False
     if issubclass(cls, (nn.Module, torch.Tensor, enum.Enum, type, *_BY_CONTEXT)):
@@ -164,10 +165,10 @@ class Look:
                 return cls, self._which(value), self._pairs(held.items(), depth)
             if isinstance(value, dict):
                 self.dicts[id(value)] = value
-                items = dict.items(value)
+                items: Iterable[tuple[Any, Any]] = dict.items(value)
                 if hidden:
                     self.kept.append(value)
-                    items = [(k, v) for k, v in items if k not in hidden]  # type: ignore[assignment]
+                    items = [(k, v) for k, v in items if k not in hidden]
                     return cls, id(value), self._pairs(items, depth), self._own(value, depth)
                 return cls, self._pairs(items, depth), self._own(value, depth)
             if isinstance(value, _SEQUENCES):
@@ -228,7 +229,7 @@ class Look:
         return self._which(value), value._version, value.data_ptr()
 
     def place_of(self, value: torch.Tensor) -> Any:
-        """Describe a tensor by which it is and where it lies, whatever it holds."""
+        """Describe a tensor by identity and memory address, regardless of its values."""
         described = self(value)
         return described[0], described[-1]
 

@@ -29,7 +29,7 @@ class NotedDict(dict[Any, Any]):
         self._cleared = self._read_all = False
 
     def was_read(self, key: Any) -> bool:
-        """Tell whether the code depends on what was under a key, or on whether anything was."""
+        """Return whether the code depends on what was under a key, or on whether anything was."""
         return self._read_all or key in self._read
 
     def _note(self, key: Any) -> None:

@@ -215,7 +215,7 @@ def _pass_by(cache: Any, owner: int) -> Any:
 
 
 def _is_library(name: str | None) -> bool:
-    """Tell whether code is not looked into: a trace writes to sympy's own caches."""
+    """Return whether code is not looked into: a trace writes to sympy's own caches."""
     return is_library(name) or str(name).partition(".")[0] == "sympy"
 
 

@@ -46,12 +46,13 @@ class Sandbox:
         self.effects: tuple[Effect, ...] = ()
 
     def follows(self, container: object) -> bool:
-        """Tell whether what the code writes to this container or `__dict__` is noted."""
+        """Return whether what the code writes to this container or `__dict__` is noted."""
         return id(container) in self._followed
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Put back, at the end, what the code wrote to; caches are passed by meanwhile."""
+        """Context manager: on exit, restore everything that the code wrote to; caches are bypassed
+        inside."""
         try:
             with self._reach.past_caches():
                 yield

@@ -81,7 +81,7 @@ class Watched:
         self._before = self._look()
 
     def is_unread(self, difference: Difference) -> bool:
-        """Tell whether the code decided nothing by what was there before it wrote this."""
+        """Return whether the code decided nothing by what was there before it wrote this."""
         if self.shared or not isinstance(self.traced, NotedDict):
             return False
         return isinstance(difference, Put) and not self.traced.was_read(difference.key)
@@ -136,7 +136,7 @@ class Watched:
 
 
 def apply(target: Any, difference: Difference) -> None:
-    """Do to a container what a difference says."""
+    """Apply a recorded difference to a container."""
     if isinstance(difference, Put):
         target[difference.key] = difference.value
     elif isinstance(difference, Append):

@@ -19,11 +19,11 @@ from rich.table import Table
 
 import turbotx.report as reports
 from turbotx.cli.bench.engines import ASKED_FOR, ENGINES
-from turbotx.cli.bench.room import (
+from turbotx.cli.bench.runner import (
     QUIET_CORES,
     CallPattern,
     OthersUse,
-    Room,
+    Runner,
     Spread,
     describe_machine,
 )
@@ -54,14 +54,14 @@ def bench_model(
     ):
         files = write_inputs(source, wanted, Path(folder))
         rows: list[dict[str, Any]] = []
-        with Room(chosen, source, threads) as room:
-            ready = {e: round(w.ready_s or 0.0, 3) for e, w in room.workers.items()}
+        with Runner(chosen, source, threads) as runner:
+            ready = {e: round(w.ready_s or 0.0, 3) for e, w in runner.workers.items()}
             for dims, file in files:
                 steps(show_shape(dims))
-                with OthersUse(room) as others:
-                    found = room.measure(file, load)
+                with OthersUse(runner) as others:
+                    found = runner.measure(file, load)
                 rows.append({"dims": dims, "others_cores": others.cores, "engines": found})
-            failed = room.failed
+            failed = runner.failed
     at_once = f", {load.streams} streams" if load.streams > 1 else ""
     counted = f"{threads} thread{'' if threads == 1 else 's'}"
     output.console.print(f"{source}, {counted}{at_once}")

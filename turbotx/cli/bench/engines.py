@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from turbotx.cli.bench.floor import make_floor
+from turbotx.cli.bench.gemms_only import make_gemms_only
 from turbotx.cli.models import ModelWithInputs
 from turbotx.engine.optimize import optimize
 from turbotx.errors import ModelError
@@ -46,7 +46,7 @@ def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
     if isinstance(model, SavedModule) and name != "turbotx":
         raise ModelError("a saved file holds no module: only turbotx runs it")
     if name.startswith("floor-"):
-        return make_floor(loaded, name.partition("-")[2])
+        return make_gemms_only(loaded, name.partition("-")[2])
     if name.startswith("onnxruntime"):
         return _make_onnxruntime(loaded, folder, fuse=name.endswith("optimized"))
     if name == "turbotx":

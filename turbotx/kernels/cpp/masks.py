@@ -40,7 +40,7 @@ def find_hidden(kernel: ir.Kernel) -> frozenset[str]:
 def _is_whole(
     kernel: ir.Kernel, s: ir.Statement, makers: dict[str, ir.Statement], lanes: int
 ) -> bool:
-    """Tell whether a comparison is one and the same within each vector of `lanes` columns."""
+    """Return whether a comparison is one and the same within each vector of `lanes` columns."""
     if not isinstance(s, ir.Compute) or s.op not in ("ge", "lt"):
         return False
     position, bound = (makers[a] for a in s.args)

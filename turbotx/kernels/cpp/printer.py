@@ -117,7 +117,7 @@ class _Rows:
         text.close(len(rows))
 
     def _scratch(self) -> None:
-        """Room for the values that are kept between sweeps, a row of each."""
+        """Runner for the values that are kept between sweeps, a row of each."""
         text = self.text
         width = product([a.extent for a in self.kernel.columns])
         kinds = [text.type_of(v) for v in self.kept]
@@ -161,7 +161,8 @@ class _Rows:
             self._finish(r)
 
     def _in_parts(self, r: ir.Reduce) -> bool:
-        """Tell whether a sum is made of partial ones in float: exact enough, and twice as fast."""
+        """Return whether a sum is made of partial ones in float: exact enough, and twice as
+        fast."""
         s = self.sweeps.makers[r.args[0]]
         kind = self.text.type_of(r.args[0])
         if r.op != "sum" or wider(kind) == kind:
@@ -255,5 +256,5 @@ def total_of(r: ir.Reduce) -> str:
 
 
 def is_ordered(r: ir.Reduce) -> bool:
-    """Tell whether a reduction must notice NaN by itself."""
+    """Return whether a reduction is a max or min of floats, which need an explicit NaN check."""
     return r.op in ("max", "min") and r.dtype.is_floating_point

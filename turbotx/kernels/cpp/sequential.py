@@ -1,4 +1,4 @@
-"""Sequential: write the single-pass reductions as the steps that a processor takes.
+"""Sequential: single-pass reductions as sequential C++ steps.
 
 In: a kernel whose reductions may be tuples (mean and m2, largest and total). Out: the same
 function over plain sums, maxima and so on: a row lies in the first-level cache while it is worked
@@ -69,7 +69,7 @@ def equal_block(extent: Expr) -> int | None:
 
 
 def sums_in_blocks(kernel: ir.Kernel) -> bool:
-    """Tell whether sums along a row are made of ones in float over blocks of its columns."""
+    """Return whether row sums are accumulated in float over blocks of columns."""
     if not kernel.columns or equal_block(kernel.columns[-1].extent) is None:
         return False
     return not wants_tiles(kernel, Sweeps(kernel))

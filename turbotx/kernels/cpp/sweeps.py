@@ -31,7 +31,7 @@ class Sweeps:
         return ir.phase_of(s, self.phase)
 
     def in_column(self, s: ir.Statement) -> bool:
-        """Tell whether a statement belongs inside the column loop."""
+        """Return whether a statement belongs inside the column loop."""
         if isinstance(s, ir.Store):
             return bool((self.varies[s.value] | axes_in(s)) & self.columns)
         if isinstance(s, ir.Check):

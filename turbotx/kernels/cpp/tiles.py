@@ -20,7 +20,7 @@ TILE = 64
 
 
 def wants_tiles(kernel: ir.Kernel, sweeps: Sweeps) -> bool:
-    """Tell whether rows, not columns, are neighbours in memory for most of the loads."""
+    """Return whether rows, not columns, are neighbours in memory for most of the loads."""
     if not kernel.rows or any(sweeps.in_column(c) for c in kernel.body if isinstance(c, ir.Check)):
         return False
     row, column = kernel.rows[-1], kernel.columns[-1]

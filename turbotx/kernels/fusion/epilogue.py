@@ -116,8 +116,8 @@ def match_epilogue(
 
 
 def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
-    """Tell whether the packed GEMM can do it: constant 2-d weight, or one for each expert, rows of
-    x at one stride."""
+    """Return whether the packed GEMM can do it: constant 2-d weight, or one an expert, rows of x at
+    one stride."""
     if not g.is_call(node, aten.linear.default, grouped_linear):
         return False
     x, weight, bias = g.operand(node, 0), g.operand(node, 1), bias_of(node)
@@ -133,7 +133,7 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
         layout = layout_of(constant)
         if (
             layout is None
-            or kinds[layout.root] not in ("parameter", "prepared")
+            or kinds[layout.root] not in ("parameter", "hoisted")
             or not _is_fixed(layout)
         ):
             return False
@@ -156,7 +156,7 @@ def bias_of(node: fx.Node) -> fx.Node | None:
 
 
 def _is_fixed(layout: Layout) -> bool:
-    """Tell whether it is the same part of a weight at all sizes: only that is packed once."""
+    """Return whether it is the same part of a weight at all sizes: only that is packed once."""
     return all(e.is_Integer for e in (*layout.shape, *layout.strides, layout.offset))
 
 
@@ -192,7 +192,7 @@ class _Match:
         return Epilogue(self.linear, output, nodes, self.bias, activation, gated, residual)
 
     def _owned(self) -> bool:
-        """Tell whether nothing but the region reads the linear."""
+        """Return whether nothing but the region reads the linear."""
         readers: list[fx.Node] = []
         views = [self.linear]
         while views:
@@ -216,7 +216,7 @@ class _Match:
         if not g.is_tensor(node) or g.shape(node) != g.shape(self.linear)[-1:]:
             return False
         layout = layout_of(node)
-        if layout is None or self.kinds[layout.root] not in ("parameter", "prepared"):
+        if layout is None or self.kinds[layout.root] not in ("parameter", "hoisted"):
             return False
         return layout.strides == (ONE,) and g.dtype(node) == g.dtype(self.linear)
 

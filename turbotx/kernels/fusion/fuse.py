@@ -15,7 +15,7 @@ from torch import fx
 
 from turbotx.ir.views import is_view
 from turbotx.kernels.fusion.cost import Choice, compare_nbytes, moved_nbytes
-from turbotx.kernels.fusion.horizontal_fusion import stack
+from turbotx.kernels.fusion.horizontal_fusion import fuse_horizontally
 from turbotx.kernels.fusion.sources import describe_sources, find_computed, name_kernel
 from turbotx.kernels.lowering.lower import Lowered, lower
 from turbotx.ops.loop_nest import FusionConflict
@@ -159,7 +159,7 @@ class _Fusing:
 
 
 def fuse_all(
-    graph: fx.Graph, regions: Sequence[Region], prepared: frozenset[fx.Node]
+    graph: fx.Graph, regions: Sequence[Region], hoisted: frozenset[fx.Node]
 ) -> list[FusedRegion]:
     """Fuse every region; neighbours that do the same to other parts of one tensor become one.
 
@@ -167,7 +167,7 @@ def fuse_all(
     tensor over the same axes, or over axes of which one continues the other's. One kernel reads
     what they share once, and is one launch.
     """
-    level = _levels(graph, prepared)
+    level = _levels(graph, hoisted)
     done: list[FusedRegion] = []
     for region in regions:
         fused = fuse(region)
@@ -192,30 +192,30 @@ def _join(
     joined = fuse(union)
     if len(joined.kernels) == 1 and _is_better(joined.kernels[0], (first, second)):
         return joined
-    stacked = stack(first, second) or stack(second, first)
+    stacked = fuse_horizontally(first, second) or fuse_horizontally(second, first)
     return None if stacked is None else FusedRegion(union, (stacked,))
 
 
 def _is_better(one: Lowered, both: tuple[Lowered, Lowered]) -> bool:
-    """Tell whether one kernel moves no more than two, with loops left to run in parallel."""
+    """Return whether one kernel moves no more than two, with loops left to run in parallel."""
     serial = one.kernel.columns and not one.kernel.rows
     if serial and not all(x.kernel.columns and not x.kernel.rows for x in both):
         return False
     return compare_nbytes(moved_nbytes([one.kernel]), moved_nbytes([x.kernel for x in both])) <= 0
 
 
-def _levels(graph: fx.Graph, prepared: frozenset[fx.Node]) -> dict[fx.Node, tuple[int, int]]:
+def _levels(graph: fx.Graph, hoisted: frozenset[fx.Node]) -> dict[fx.Node, tuple[int, int]]:
     """Return how many calls that no kernel computes lie before each node, and its place.
 
     What one region needs of another always lies at a lower level, so regions of one level are
     free of each other, whatever is merged.
     """
-    level = find_levels({n: kind_of(n, prepared) for n in graph.nodes})
+    level = find_levels({n: kind_of(n, hoisted) for n in graph.nodes})
     return {n: (level[n], place) for place, n in enumerate(graph.nodes)}
 
 
 def _are_siblings(a: FusedRegion, b: FusedRegion, level: Mapping[fx.Node, tuple[int, int]]) -> bool:
-    """Tell whether neither needs the other, each is one kernel, and they read a common tensor."""
+    """Return whether neither needs the other, each is one kernel, and they read a common tensor."""
     if len(a.kernels) != 1 or len(b.kernels) != 1:
         return False
     if max(level[n][0] for n in a.region.nodes) != max(level[n][0] for n in b.region.nodes):

@@ -24,7 +24,7 @@ from turbotx.kernels.lowering.simplify_axes import separate_names, substitute
 INDEX, END, FIRST, SECOND = "part", "first_part", "in_first", "in_second"
 
 
-def stack(first: Lowered, second: Lowered) -> Lowered | None:
+def fuse_horizontally(first: Lowered, second: Lowered) -> Lowered | None:
     """Return one kernel that does what both do, or None where they are not so alike."""
     a, b = first.kernel, second.kernel
     axis = _find_axis(a, b)

@@ -38,7 +38,7 @@ def find_inplace(kernel: ir.Kernel) -> tuple[tuple[str, str], ...]:
 
 
 def _same_places(kernel: ir.Kernel, written: list[ir.Access], read: list[ir.Access]) -> bool:
-    """Tell whether each iteration reads the place that it writes, and no other."""
+    """Return whether each iteration reads the place that it writes, and no other."""
     loops = {a.symbol for a in kernel.axes if a.extent != 1}
     first = written[0]
     return (
@@ -50,7 +50,7 @@ def _same_places(kernel: ir.Kernel, written: list[ir.Access], read: list[ir.Acce
 
 
 def _stored_last(sweeps: Sweeps, out: str, given: str) -> bool:
-    """Tell whether nothing reads `given` after `out` is stored.
+    """Return whether nothing reads `given` after `out` is stored.
 
     Every loop loads anew what it needs, and within one a load comes before what needs it: so the
     stored value must need all loads, and no later loop may need any. (On a GPU that also orders

@@ -207,9 +207,9 @@ def _uncast(node: Any) -> Any:
 
 
 def _is_row(node: fx.Node, rows: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
-    """Tell whether it is a parameter with one element for each of a row."""
+    """Return whether it is a parameter with one element for each of a row."""
     layout = layout_of(node)
-    known = layout is not None and kinds[layout.root] in ("parameter", "prepared")
+    known = layout is not None and kinds[layout.root] in ("parameter", "hoisted")
     return known and g.shape(node) == g.shape(rows)[-1:] and g.dtype(node).is_floating_point
 
 
@@ -217,7 +217,7 @@ def _is_read_by_gemms(
     result: fx.Node, fused: Sequence[FusedRegion], kinds: Mapping[fx.Node, str],
     ends: Mapping[fx.Node, Epilogue],
 ) -> bool:  # fmt: skip
-    """Tell whether GEMMs alone read a norm's result, whole: as x, or as a residual.
+    """Return whether GEMMs alone read a norm's result, whole: as x, or as a residual.
 
     ends: the epilogue that each node belongs to.
     """
@@ -252,7 +252,7 @@ def _takes_as_x(user: fx.Node, result: fx.Node, kinds: Mapping[fx.Node, str]) ->
 
 
 def _is_whole(node: Any, result: fx.Node) -> bool:
-    """Tell whether a view shows all rows of a result, one after the other."""
+    """Return whether a view shows all rows of a result, one after the other."""
     layout, width = layout_of(node), g.shape(result)[-1]
     if layout is None or layout.root is not result or layout.shape[-1] != width:
         return False
@@ -263,6 +263,6 @@ def _is_whole(node: Any, result: fx.Node) -> bool:
 
 
 def _has_adjacent_elements(weight: Any) -> bool:
-    """Tell whether a template can read a weight: its rows or columns lie side by side."""
+    """Return whether a template can read a weight: its rows or columns lie side by side."""
     layout = layout_of(weight)
     return layout is not None and 1 in layout.strides

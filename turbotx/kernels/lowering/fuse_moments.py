@@ -105,7 +105,7 @@ class _Moments:
         return away.args[0]
 
     def _counts(self, value: str) -> bool:
-        """Tell whether a value is the number of columns, as a float."""
+        """Return whether a value is the number of columns, as a float."""
         s = self.makers[value]
         if isinstance(s, ir.Compute) and s.op == "cast":
             whole = self.makers[s.args[0]]

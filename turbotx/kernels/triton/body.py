@@ -62,7 +62,7 @@ class KernelBody:
         }
 
     def is_zero_outside(self, value: str) -> bool:
-        """Tell whether a value is 0 in the columns past the end."""
+        """Return whether a value is 0 in the columns past the end."""
         loads = self._loads_of_zeros(value)
         return loads is not None and loads <= self.zero_filled
 
@@ -262,7 +262,7 @@ class KernelBody:
         return ValueText(f"{text if atom else f'({text})'}.to(tl.int64)")
 
     def _stays_narrow(self, index: str) -> bool:
-        """Tell whether a position is only compared with others or turned into a float."""
+        """Return whether a position is only compared with others or turned into a float."""
 
         def plain(value: str) -> bool:
             return isinstance(self.makers[value], (ir.Index, ir.Constant))
@@ -300,7 +300,7 @@ class KernelBody:
         return ValueText(text, level)
 
     def _is_total(self, value: str) -> bool:
-        """Tell whether a value is the sum of a softmax's exponentials."""
+        """Return whether a value is the sum of a softmax's exponentials."""
         maker = self.makers[value]
         return isinstance(maker, ir.Reduce) and maker.op == "softmax" and value != maker.results[0]
 
@@ -313,7 +313,7 @@ class KernelBody:
         return text
 
     def may_inline(self, s: ir.Statement, user: ir.Statement | None) -> bool:
-        """Tell whether `s` may be written inside `user`, the only statement that needs it."""
+        """Return whether `s` may be written inside `user`, the only statement that needs it."""
         if not isinstance(s, ir.Compute) or not isinstance(user, (ir.Compute, ir.Store)):
             return False
         if isinstance(user, ir.Store):

@@ -29,7 +29,7 @@ WAIT = """    # Wait for what the kernel before writes, and to write what it rea
 
 
 def can_depend(target: str) -> bool:
-    """Tell whether a target has grid dependency control."""
+    """Return whether a target has grid dependency control."""
     backend, architecture, _ = target_of(target)
     return backend == "cuda" and int(architecture) >= 90
 

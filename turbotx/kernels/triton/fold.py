@@ -72,7 +72,7 @@ def assigned_names(body: Iterable[ast.stmt]) -> list[str]:
 
 
 def _is(node: ast.AST | None, value: Any) -> bool:
-    """Tell whether a node is this constant: 1 is neither 1.0 nor True."""
+    """Return whether a node is this constant: 1 is neither 1.0 nor True."""
     return (
         isinstance(node, ast.Constant) and type(node.value) is type(value) and node.value == value
     )

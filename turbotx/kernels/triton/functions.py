@@ -17,7 +17,7 @@ from turbotx.kernels.triton.specialize import TEMPLATES
 
 # By name, as they are written in templates/functions.py.
 FUNCTIONS = {
-    re.match(r"def (\w+)", text)[1]: "@triton.jit\n" + text.rstrip() + "\n"  # type: ignore[index]
+    text.removeprefix("def ").partition("(")[0]: "@triton.jit\n" + text.rstrip() + "\n"
     for text in (TEMPLATES / "functions.py").read_text().split("@triton.jit\n")[1:]
 }
 

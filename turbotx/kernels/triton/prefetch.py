@@ -1,4 +1,4 @@
-"""Print what a GEMM that waits for the kernel before it does meanwhile: bring its weight to L2.
+"""Print the prefetch of a GEMM's weight to L2 while it waits for the previous kernel.
 
 In: a template and a schedule. Out: lines that go between the place of a program and its wait, see
 `dependent.py`. Nothing is read into registers, so a weight that some kernel writes is not read too

@@ -63,7 +63,7 @@ class _Printer:
     # --- analysis ---
 
     def _in_columns(self, s: ir.Statement) -> bool:
-        """Tell whether a statement varies along the row, so that a looped row repeats it."""
+        """Return whether a statement varies along the row, so that a looped row repeats it."""
         if isinstance(s, ir.Reduce):
             return True
         if isinstance(s, ir.Store):

@@ -1,4 +1,4 @@
-"""Read Triton source with its comments, and print statements as a careful engineer would.
+"""Parse Triton source with its comments, and print statements in a uniform format.
 
 In: the text of a template. Out: its syntax tree, where a comment or a blank line between two
 statements is a statement itself, a bare string; and such statements as lines::
@@ -27,7 +27,7 @@ def parse_with_comments(text: str) -> ast.Module:
             if inside := getattr(s, field, None):
                 setattr(s, field, [x for inner in inside for x in (*_above(inner, lines), inner)])
         if found := _TRAILING.search(lines[s.lineno - 1]):
-            s.trailing = found["text"]  # type: ignore[attr-defined]
+            s.__dict__["trailing"] = found["text"]
     return tree
 
 

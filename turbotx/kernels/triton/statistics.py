@@ -42,7 +42,7 @@ class RowStatistics:
         return min(power_above(self.parts), max(16, MERGED // self.m_tile))
 
     def can_wait(self, num_warps: int) -> bool:
-        """Tell whether all of them can be held in registers until they are needed."""
+        """Return whether all of them can be held in registers until they are needed."""
         held = 2 * self.m_tile * self.step
         return self.norm != "none" and self.parts <= self.step and held <= HELD * 32 * num_warps
 

@@ -1,4 +1,4 @@
-"""Memory: from who lives when to offsets in one arena, planned anew for every shape.
+"""Memory planners: from lifetimes to offsets in one arena, evaluated again for every shape.
 
 In: lifetimes in launch indices, size classes, sizes of one seed shape. Out: a planner that turns
 the sizes of any shape into offsets and a footprint. No torch here, but for `memory.pool`::

@@ -1,4 +1,4 @@
-"""Greedy by size: the largest buffer first, into the tightest gap that time leaves open.
+"""Greedy by size: the largest buffer first, into the smallest gap free during its lifetime.
 
 In: lifetimes and, per shape, sizes. Out: offsets and a footprint. The method of TensorFlow
 Lite's "greedy by size" (arXiv 2001.03288); `fit` is the step that the seed solver shares::

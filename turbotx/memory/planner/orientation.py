@@ -1,4 +1,4 @@
-"""Who lies below whom, and what that makes of every offset: a maximum of linear forms.
+"""Orientation: which buffer lies below which, and from it each offset as a maximum of linear forms.
 
 In: one solved placement. Out: for each buffer, rows of class counts; its offset at any shape is
 the largest `row · class sizes`. docs/memory.md proves that no shape then overlaps::

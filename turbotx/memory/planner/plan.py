@@ -1,4 +1,4 @@
-"""The vocabulary of memory planning: what lives when, how large it is, where it lies.
+"""The types of memory planning: lifetimes, sizes, placements, plans.
 
 In: nothing, these are records. Out: frozen types that planners make and the checker reads.
 Times are launch indices, half-open; sizes and offsets are bytes inside one arena, for example::
@@ -45,7 +45,7 @@ class Lifetime:
             )
 
     def overlaps(self, other: Lifetime) -> bool:
-        """Tell whether some launch is within both lifetimes."""
+        """Return whether some launch is within both lifetimes."""
         return self.begin < other.end and other.begin < self.end
 
 
@@ -140,7 +140,7 @@ def lower_bound(buffers: Iterable[Buffer]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What stays the same when the shape changes: who lives when, and whose sizes are equal."""
+    """The shape-independent input of a planner: lifetimes, and which buffers have equal sizes."""
 
     lifetimes: tuple[Lifetime, ...]
     size_class: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""The default planner: solve a few shapes, keep who lies below whom, evaluate for any other.
+"""The default planner: solves a few shapes, keeps the buffers' order, evaluates offsets at others.
 
 In: lifetimes, size classes and the sizes of a seed shape, once; then sizes per shape. Out: offsets
 in microseconds, overlap-free for every shape (docs/memory.md has the proof)::

@@ -44,7 +44,7 @@ class PartRecord(ctypes.Structure):
 
 
 def declare_runtime(library: ctypes.CDLL) -> None:
-    """Tell ctypes the types of the runtime's functions."""
+    """Declare the argument types of the runtime's functions to ctypes."""
     library.ttx_pack_weight.restype = ctypes.c_void_p
     library.ttx_pack_weight.argtypes = [
         ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int,
@@ -72,7 +72,7 @@ def declare_runtime(library: ctypes.CDLL) -> None:
 
 
 def declare_watch(library: ctypes.CDLL) -> None:
-    """Tell ctypes about the functions of `tensor_watch.cpp` and `dict_watch.cpp`."""
+    """Declare the functions of `tensor_watch.cpp` and `dict_watch.cpp` to ctypes."""
     library.ttx_watch_tensors.restype = ctypes.c_void_p
     library.ttx_watch_tensors.argtypes = [ctypes.c_int64, *[ctypes.c_void_p] * 3]
     library.ttx_tensors_changed.restype = ctypes.c_int

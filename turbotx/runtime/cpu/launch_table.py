@@ -159,7 +159,7 @@ def _pack(
 ) -> Packing:
     slot, weight = table.slots[_packed_name(launch)], launch.weight
     grouped = isinstance(launch, ir.GroupedGemmLaunch)
-    parts = (weight_window(weight),) if grouped else weight_parts(weight, assembly.prepared)
+    parts = (weight_window(weight),) if grouped else weight_parts(weight, assembly.hoisted)
     return Packing(slot, parts, launch.gemm.gated)
 
 

@@ -202,7 +202,7 @@ class CudaGraphProgram(Program):
             yield execution.table, state
 
     def _is_first(self, dims: tuple[int, ...]) -> bool:
-        """Tell whether a shape was not seen lately; remembers four times as many as graphs."""
+        """Return whether a shape was not seen lately; remembers four times as many as graphs."""
         with self.graphs.lock:
             first = dims not in self.graphs.used
             self.graphs.used[dims] = None

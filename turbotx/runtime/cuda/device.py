@@ -107,7 +107,7 @@ class CudaDevice:
         return CudaRecorder(self.torch_device)
 
     def is_capturing(self) -> bool:
-        """Tell whether the current stream is being captured."""
+        """Return whether the current stream is being captured."""
         return torch.cuda.is_current_stream_capturing()
 
     def wait(self) -> None:

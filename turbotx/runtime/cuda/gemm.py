@@ -1,6 +1,6 @@
 """GEMMs of a GPU program: one Triton launch, or the library's GEMM and kernels for what follows.
 
-In: a gemm launch with its alternatives, sizes. Out: the parts to queue, by the bucket of tokens::
+In: a gemm launch with its fallback, sizes. Out: the parts to queue, by the bucket of tokens::
 
     linear_gelu_0 at 40 tokens    ->  [gemm_float16_3072x768_bias_gelu on (96, 1)]
     linear_gelu_0 at 4096 tokens  ->  [cuBLAS's addmm into out, fused_add_gelu over it]
@@ -72,7 +72,7 @@ def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate 
 
 
 class GemmFamily:
-    """The alternatives of gemm launches; equal ones of several layers share one.
+    """What gemm launches may run; equal ones of several layers share one.
 
     finish: the kernels behind the library's GEMM. left_by: for each tensor of row statistics the
     template that leaves them.

@@ -90,7 +90,7 @@ class CudaQueue(ABC):
         return bound
 
     def is_loaded(self, sizes: Any) -> bool:
-        """Tell whether `bind` would neither build nor load a kernel."""
+        """Return whether `bind` would neither build nor load a kernel."""
         jobs = (p.job for family in self._families.values() for p in family.pick(sizes))
         return all(job is None or id(job) in self.functions for job in jobs)
 

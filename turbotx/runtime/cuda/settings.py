@@ -1,4 +1,4 @@
-"""Settings: what the user has told PyTorch about the arithmetic of matrix products.
+"""Settings: PyTorch's settings for the arithmetic of matrix products.
 
 In: `torch.backends.cuda.matmul`. Out: what a program's kernels and graphs depend on of it; while
 kernels are made for later, the settings of that later call::
@@ -20,7 +20,7 @@ _assumed: ContextVar[bool | None] = ContextVar("tf32", default=None)
 
 
 def uses_tf32() -> bool:
-    """Tell whether the user lets float32 products round their factors to TF32."""
+    """Return whether the user lets float32 products round their factors to TF32."""
     assumed = _assumed.get()
     return torch.backends.cuda.matmul.fp32_precision == "tf32" if assumed is None else assumed
 

@@ -67,7 +67,7 @@ class PlacedWeights:
         return self._held
 
     def are_filled(self) -> bool:
-        """Tell whether nothing has to be derived or placed anew before kernels can read them."""
+        """Return whether nothing has to be derived or placed anew before kernels can read them."""
         return not self._weights.is_stale() and self._held.version == self._weights.version
 
     def use(self, held: WeightsVersion) -> None:

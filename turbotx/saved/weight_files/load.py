@@ -108,7 +108,7 @@ def _difference(name: str, given: torch.Tensor, own: torch.Tensor) -> str:
 
 
 def _widens(given: torch.dtype, own: torch.dtype) -> bool:
-    """Tell whether every value of one dtype is also one of the other, of the same kind."""
+    """Return whether every value of one dtype is also one of the other, of the same kind."""
     kinds = [(d.is_floating_point, d.is_complex, d is torch.bool) for d in (given, own)]
     return kinds[0] == kinds[1] and torch.promote_types(given, own) == own
 

@@ -20,7 +20,7 @@ TRANSPOSED = ("output.dense.weight", "intermediate.dense.weight", "pooler.dense.
 
 
 def is_packed(entries: Collection[str], expected: Collection[str]) -> bool:
-    """Tell whether a file has packed entries where the model has query, key and value."""
+    """Return whether a file has packed entries where the model has query, key and value."""
     return any(
         name not in expected and all(part in expected for part in _parts(name, suffix))
         for name in entries

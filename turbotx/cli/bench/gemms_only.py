@@ -1,9 +1,9 @@
-"""Floor: a lower bound for every engine: the products and attention alone, weights packed.
+"""GEMMs only: a baseline of `bench`: a model's GEMMs and attention without the ops between them.
 
 In: a loaded model. Out: a function that runs its matrix products, over weights that a library has
 packed once, and its attention, on dense dummies of the right sizes, in the model's order::
 
-    make_floor(loaded, "mkl")((), inputs)      # as long as a perfect compiler would take
+    make_gemms_only(loaded, "mkl")((), inputs)      # the engine "floor-mkl"
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Packed = Callable[[torch.Tensor], torch.Tensor]
 Step = Callable[[], object]
 
 
-def make_floor(loaded: ModelWithInputs, library: str) -> Callable[..., None]:
-    """Return the floor with "mkl" or "onednn". Raises ModelError where the library cannot do it."""
+def make_gemms_only(loaded: ModelWithInputs, library: str) -> Callable[..., None]:
+    """Return the call with "mkl" or "onednn"; raise ModelError where the library cannot do it."""
     module = optimize(loaded.model, backend="aten")
     engine = engine_of(module)
     captured = engine.capture(loaded.args, loaded.kwargs)

@@ -1,10 +1,10 @@
-"""The engine room: starts one process per engine and alternates between them.
+"""Runner: starts one process per engine and alternates between them.
 
 In: engines, a model, inputs on disk. Out: medians and spreads in milliseconds, one engine running
 at a time, rounds interleaved, and how much of the machine others used meanwhile::
 
-    with Room(("turbotx", "eager"), source, threads=2) as room:
-        room.measure("inputs.pt", rounds=5)  ->  {"turbotx": Spread(median_ms=4.1, ...), ...}
+    with Runner(("turbotx", "eager"), source, threads=2) as runner:
+        runner.measure("inputs.pt", rounds=5)  ->  {"turbotx": Spread(median_ms=4.1, ...), ...}
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Turn:
 
 
 class EngineFailed(Exception):
-    """An engine's process said why it cannot go on, or ended."""
+    """An engine's process reported an error, or ended."""
 
 
 class Worker:
@@ -115,8 +115,8 @@ class Worker:
                 stream.close()
 
 
-class Room:
-    """Workers by engine; `failed` says why an engine is not among them."""
+class Runner:
+    """Worker processes by engine; `failed` maps each missing engine to the reason."""
 
     def __init__(self, engines: Sequence[str], source: Source, threads: int) -> None:
         self.failed: dict[str, str] = {}
@@ -125,7 +125,7 @@ class Room:
             self.workers[engine] = Worker(engine, source, threads)
             self._guard(engine, self.workers[engine].wait_ready)
 
-    def __enter__(self) -> Room:
+    def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -172,15 +172,15 @@ QUIET_CORES = 0.2
 class OthersUse:
     """How many cores other processes used while the block ran."""
 
-    def __init__(self, room: Room) -> None:
-        self.room, self.cores = room, 0.0
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.cores = runner, 0.0
 
     def __enter__(self) -> OthersUse:
-        self._start, self._before = time.perf_counter(), self.room.busy_s()
+        self._start, self._before = time.perf_counter(), self.runner.busy_s()
         return self
 
     def __exit__(self, *error: object) -> None:
-        after, wall = self.room.busy_s(), time.perf_counter() - self._start
+        after, wall = self.runner.busy_s(), time.perf_counter() - self._start
         spent = (after[0] - self._before[0]) - (after[1] - self._before[1])
         self.cores = round(max(0.0, spent / wall), 2)
 
