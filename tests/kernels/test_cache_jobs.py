@@ -107,6 +107,10 @@ def test_compiles_without_spills(target: str) -> None:
         schedule = choose_split(kernel, group, 1, 8, 1, 1024)
         assert schedule is not None
         jobs.append(split_job(kernel, group, target, schedule, STRIDES, cells=moving))
+    narrow = AttentionKernel(torch.float32, 16, 0.25, True, "boolean", late=True)
+    schedule = choose_split(narrow, 16, 1, 8, 1, 1024)
+    assert schedule is not None
+    jobs.append(split_job(narrow, 16, target, schedule, STRIDES, cells=moving))
     rows = StoreSchedule(16)
     cells = ("first", "held_ptr")
     jobs.append(store_job(torch.float16, 64, target, rows, STORE_STRIDES, cells=cells))
