@@ -28,8 +28,9 @@ from turbotx.kernels.triton.specialize import specialize
 PROGRAMS, MOST_PARTS = 264, 32
 # Rows of sums that all parts of a launch may leave.
 MOST_ROWS = 16 * PROGRAMS
-# Parts that are added at a time, one number for however many there are; and elements of them.
-MOST_ADDED, ADDED = 16, 8192
+# Parts that are added at a time, one number for however many there are; and elements of them, fewer
+# in float32: 16 parts of 16 rows of 16 beside a bias spilled 2 words on sm_90 (Triton 3.6).
+MOST_ADDED, ADDED, ADDED_WIDE = 16, 8192, 1024
 STORE_NAMES = (
     "count", "first", "new_batch", "new_head", "new_row", "held_batch", "held_head",
 )  # fmt: skip
@@ -66,7 +67,7 @@ def choose_split(
     pairs = max(1, batch * kv_heads)
     most = min(PROGRAMS // pairs, MOST_ROWS // (pairs * rows), MOST_PARTS, -(-k_len // k_tile))
     parts = max(1, most) if pairs <= MOST_TURNS else 1
-    added = max(1, min(MOST_ADDED, ADDED // (rows * depth)))
+    added = max(1, min(MOST_ADDED, (ADDED_WIDE if wide else ADDED) // (rows * depth)))
     stages = 1 if wide else 2
     return SplitSchedule(max(16, rows), k_tile, rows, parts, added, 4, stages)
 

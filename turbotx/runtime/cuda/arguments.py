@@ -49,7 +49,7 @@ class KernelArguments:
         self._shifted = np.zeros(max(1, len(windows)), dtype=np.int64)
         self._places = {p: 8 * k for k, p in enumerate(windows)}
         launches = max((i for i, _ in layouts), default=-1) + 1
-        self._status, self._turns = status, turns  # what the addresses below point at
+        self._status, self.turns = status, turns  # what the addresses below point at
         self._statuses = np.array([status.address(i) for i in range(launches)], dtype=np.int64)
         self._turn = np.array([turns.data_ptr()], dtype=np.int64)
         self._nothing = np.zeros(1, dtype=np.int64)
