@@ -9,12 +9,13 @@ inputs were::
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.utils._pytree as pytree
 
 from turbotx.capture.refusals import refuse_gradient
 from turbotx.engine.engine import MOST_CHANGES, Engine
@@ -76,8 +77,10 @@ def call_packed(
     found = _read(lengths, longest, given)
     if torch.is_grad_enabled() and any(t.requires_grad for t in found.rows.values()):
         refuse_gradient()
+    kept = _kept.get(engine)
     for _ in range(MOST_CHANGES):
-        standing, by_token = _stand_in(found)
+        padded = kept or _StandIns()
+        standing, by_token = padded.make(found)
         variant, program, binding, tensors = engine.check((), standing)
         assert isinstance(program, PackedProgram)
         if program.packing.to_end:
@@ -85,12 +88,15 @@ def call_packed(
                 f"{type(engine.model).__name__} looks at the last column of a call, which is "
                 "padding for all but the longest sequence: pass a padded call and its mask"
             )
+        if program.takes_any_sizes:
+            _kept[engine] = padded
         packed = [by_token.get(id(t), t) for t in tensors]
+        dims = program.sizes_of(binding.dims, len(found.lengths), max(1, found.longest))
         try:
             with torch.no_grad():
                 given_lengths = (found.lengths, found.tokens, found.longest)
                 mixture = program.of_lengths(*given_lengths, tensors[0].device)
-                leaves = program.run_mixture(binding.dims, mixture, packed)
+                leaves = program.run_mixture(dims, mixture, packed)
         except ModelChangedError as error:
             engine._forget(variant, error)
             continue
@@ -98,7 +104,7 @@ def call_packed(
             leaf if kind is None else found.wrap(leaf[: found.tokens])
             for leaf, kind in zip(leaves, program.packing.outputs, strict=True)
         ]
-        return pytree.tree_unflatten(outputs, variant.out_spec)
+        return variant.build_output(outputs)
     raise CaptureError(f"{type(engine.model).__name__} is converted while it is called")
 
 
@@ -180,17 +186,35 @@ def _take_listed(name: str, value: Sequence[torch.Tensor]) -> tuple[list[int], t
     return [x.shape[0] for x in value], torch.cat(list(value))
 
 
-def _stand_in(found: _Sequences) -> tuple[dict[str, Any], dict[int, torch.Tensor]]:
-    """Return a padded call of the same kind, whose values nobody reads, and by the identity of its
-    tensors the rows that they stand for."""
-    count, longest = len(found.lengths), max(1, found.longest)
-    standing, by_token = dict(found.others), dict[int, torch.Tensor]()
-    for name, rows in found.rows.items():
-        rows = rows if rows.shape[0] else rows.new_zeros(1, *rows.shape[1:])
-        padded = standing[name] = rows.new_zeros(count, longest, *rows.shape[1:])
-        by_token[id(padded)] = rows.unsqueeze(0)
-    first = next(iter(found.rows.values()))
-    shown = standing[MASK] = torch.ones(count, longest, dtype=torch.int64, device=first.device)
-    total = next(iter(by_token.values())).shape[1]
-    by_token[id(shown)] = shown.new_ones(1, total)
-    return standing, by_token
+class _StandIns:
+    """Padded calls of the kind that an engine has served, whose values nobody reads: where a
+    program takes any sizes, as large as the largest so far, so that few of them are new."""
+
+    def __init__(self) -> None:
+        self._count = self._longest = 1
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def make(self, found: _Sequences) -> tuple[dict[str, Any], dict[int, torch.Tensor]]:
+        """Return a padded call, and by the identity of its tensors the rows that they stand for."""
+        standing, by_token = dict(found.others), dict[int, torch.Tensor]()
+        some = next(iter(found.rows.values()))
+        ones = torch.ones(max(1, some.shape[0]), dtype=torch.int64, device=some.device)
+        with self._lock:
+            self._count = max(self._count, len(found.lengths))
+            self._longest = max(self._longest, found.longest)
+            for name, rows in {**found.rows, MASK: ones}.items():
+                rows = rows if rows.shape[0] else rows.new_zeros(1, *rows.shape[1:])
+                padded = standing[name] = self._padded(name, rows)
+                by_token[id(padded)] = rows.unsqueeze(0)
+        return standing, by_token
+
+    def _padded(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        shape, made = (self._count, self._longest, *rows.shape[1:]), self._tensors.get(name)
+        wanted = (shape, rows.dtype, rows.device)
+        if made is None or (made.shape, made.dtype, made.device) != wanted:
+            made = self._tensors[name] = rows.new_full(shape, name == MASK)
+        return made
+
+
+_kept: WeakKeyDictionary[Engine, _StandIns] = WeakKeyDictionary()
