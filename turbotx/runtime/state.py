@@ -32,10 +32,9 @@ class RunState:
 
     def whole(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor; for a planned one, all of the arena from where it begins."""
-        found = self.tensors.get(name)
-        if found is not None:
-            return found
-        begin = self.offsets[name]
+        begin = self.offsets.get(name)
+        if begin is None:  # or a constant that is made when it is asked for
+            return self.tensors[name]
         count = (self.arena.numel() - begin) // dtype.itemsize
         return self.arena[begin : begin + count * dtype.itemsize].view(dtype)
 
