@@ -94,8 +94,15 @@ Task = Annotated[
 Policy = Annotated[
     Literal["aged", "dp", "sort", "fifo", "single"], _option(BATCH, "Which batch runs next.")
 ]
+Padding = Annotated[
+    Literal["auto", "packed", "padded"],
+    _option(BATCH, "Whether rows are filled up to their batch's longest; auto: not where the "
+            "model and the policy allow."),
+]  # fmt: skip
 MaxBatch = Annotated[int, _option(BATCH, "Sequences in a batch.")]
-MaxBatchTokens = Annotated[int, _option(BATCH, "Padded tokens in a batch; 0: no limit.")]
+MaxBatchTokens = Annotated[
+    int, _option(BATCH, "Tokens in a batch, with padding where there is any; 0: no limit.")
+]
 LazyMs = Annotated[float, _option(BATCH, "Wait this long for a batch to fill; 0: run when idle.")]
 MaxAgeMs = Annotated[
     float, _option(BATCH, "Longest wait of a request; a third of it in work is admitted.")
@@ -151,6 +158,7 @@ def serve_command(
     served_model_name: ServedModelName = None,
     task: Task = "embed",
     policy: Policy = "aged",
+    padding: Padding = "auto",
     max_batch: MaxBatch = 32,
     max_batch_tokens: MaxBatchTokens = 16_384,
     lazy_ms: LazyMs = 0.0,

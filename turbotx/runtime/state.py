@@ -32,9 +32,12 @@ class RunState:
 
     def whole(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor; for a planned one, all of the arena from where it begins."""
-        begin = self.offsets.get(name)
-        if begin is None:  # or a constant that is made when it is asked for
-            return self.tensors[name]
+        found = self.tensors.get(name)
+        if found is not None:
+            return found
+        if name not in self.offsets:
+            return self.tensors[name]  # a prepared constant that is made when it is asked for
+        begin = self.offsets[name]
         count = (self.arena.numel() - begin) // dtype.itemsize
         return self.arena[begin : begin + count * dtype.itemsize].view(dtype)
 

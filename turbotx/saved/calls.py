@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from turbotx.errors import SavedFileError, SaveError
-from turbotx.ir import cache_ops
+from turbotx.ir import cache_ops, packed_ops
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
 from turbotx.program.folded_weights import (
     fold_scales,
@@ -33,6 +33,9 @@ OWN: dict[str, Callable[..., Any]] = {
     "attention_scores": attention_scores, "attention_values": attention_values,
     "fold_weight": fold_weight, "fold_scales": fold_scales, "fold_sums": fold_sums,
     "fold_shift": fold_shift, "join_affine": join_affine,
+    "packed_attention": packed_ops.packed_attention, "sequence_sum": packed_ops.sequence_sum,
+    "sequence_max": packed_ops.sequence_max, "sequence_token": packed_ops.sequence_token,
+    "sequence_cumsum": packed_ops.sequence_cumsum,
 }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def serve(
     loaded = [
         load_model(
             model, backend=backend, device=device, dtype=dtype, programs=checked.cost_folder,
-            served_model_name=name, **choices,
+            padding=checked.wanted_padding, served_model_name=name, **choices,
         )
         for model, name in zip(models, names, strict=True)
     ]  # fmt: skip
