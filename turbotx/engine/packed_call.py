@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.utils._pytree as pytree
 
 from turbotx.capture.refusals import refuse_gradient
 from turbotx.engine.engine import MOST_CHANGES, Engine
 from turbotx.errors import CaptureError, InputError, ModelChangedError
 from turbotx.runtime.packed_program import PackedProgram
-from turbotx.runtime.token_inputs import read_sequences, run_sequences, stand_in
+from turbotx.runtime.token_inputs import StandIns, read_sequences, run_sequences
+
+_kept: WeakKeyDictionary[Engine, StandIns] = WeakKeyDictionary()
 
 
 def call_packed(
@@ -41,13 +43,16 @@ def call_packed(
         refuse_gradient()
     name = type(engine.model).__name__
     for _ in range(MOST_CHANGES):
-        standing, by_token = stand_in(found)
+        padded = _kept.get(engine) or StandIns()
+        standing, by_token = padded.make(found)
         variant, program, binding, tensors = engine.check((), standing)
         assert isinstance(program, PackedProgram)
+        if program.takes_any_sizes:
+            _kept[engine] = padded
         try:
             leaves = run_sequences(program, binding.dims, found, tensors, by_token, name)
         except ModelChangedError as error:
             engine._forget(variant, error)
             continue
-        return pytree.tree_unflatten(leaves, variant.out_spec)
+        return variant.build_output(leaves)
     raise CaptureError(f"{name} is converted while it is called")

@@ -35,6 +35,9 @@ class PackedProgram(Program):
     """A program whose last dim is the number of tokens, which is not among a padded call's
     sizes."""
 
+    takes_any_sizes = False
+    """Whether calls of other batches and columns, with the same tokens, run alike."""
+
     def __init__(
         self, executable: Executable, runtime: Runtime, pool: ChunkPool, max_shapes: int,
         packing: TokenPacking,
@@ -49,6 +52,10 @@ class PackedProgram(Program):
     def bind(self, dims: tuple[int, ...]) -> Any:
         """Return a padded call at its dims, or a packed one at those and its tokens."""
         return PaddedBinding(dims) if len(dims) < len(self.dims) else super().bind(dims)
+
+    def sizes_of(self, dims: Sequence[int], batch: int, seq: int) -> Sequence[int]:
+        """Return the dims of a call of so many sequences and columns that was bound as another."""
+        return dims
 
     def reserve(self, binding: Binding) -> None:
         """Map the memory of a shape all of whose columns are tokens now, for good."""

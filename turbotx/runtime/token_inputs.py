@@ -9,6 +9,7 @@ of the padded call that would hold them, by which its program is found::
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,6 +151,7 @@ def run_sequences(
             "sequence: pass a padded call and its mask"
         )
     packed = [by_token.get(id(t), t) for t in tensors]
+    dims = program.sizes_of(dims, len(found.lengths), max(1, found.longest))
     with torch.no_grad():
         mixture = program.of_lengths(found.lengths, found.tokens, found.longest, tensors[0].device)
         leaves = program.run_mixture(dims, mixture, packed)
@@ -162,14 +164,35 @@ def run_sequences(
 def stand_in(found: Sequences) -> tuple[dict[str, Any], dict[int, torch.Tensor]]:
     """Return a padded call of the same kind, whose values nobody reads, and by the identity of its
     tensors the rows that they stand for."""
-    count, longest = len(found.lengths), max(1, found.longest)
-    standing, by_token = dict(found.others), dict[int, torch.Tensor]()
-    for name, rows in found.rows.items():
-        rows = rows if rows.shape[0] else rows.new_zeros(1, *rows.shape[1:])
-        padded = standing[name] = rows.new_zeros(count, longest, *rows.shape[1:])
-        by_token[id(padded)] = rows.unsqueeze(0)
-    first = next(iter(found.rows.values()))
-    shown = standing[MASK] = torch.ones(count, longest, dtype=torch.int64, device=first.device)
-    total = next(iter(by_token.values())).shape[1]
-    by_token[id(shown)] = shown.new_ones(1, total)
-    return standing, by_token
+    return StandIns().make(found)
+
+
+class StandIns:
+    """Padded calls of one kind: where a program takes any sizes, as large as the largest so far, so
+    that few of them are new to who looks programs up by sizes."""
+
+    def __init__(self) -> None:
+        self._count = self._longest = 1
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def make(self, found: Sequences) -> tuple[dict[str, Any], dict[int, torch.Tensor]]:
+        """Return what `stand_in` does, of no fewer sequences and columns than before."""
+        standing, by_token = dict(found.others), dict[int, torch.Tensor]()
+        some = next(iter(found.rows.values()))
+        ones = torch.ones(max(1, some.shape[0]), dtype=torch.int64, device=some.device)
+        with self._lock:
+            self._count = max(self._count, len(found.lengths))
+            self._longest = max(self._longest, found.longest)
+            for name, rows in {**found.rows, MASK: ones}.items():
+                rows = rows if rows.shape[0] else rows.new_zeros(1, *rows.shape[1:])
+                padded = standing[name] = self._padded(name, rows)
+                by_token[id(padded)] = rows.unsqueeze(0)
+        return standing, by_token
+
+    def _padded(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        shape, made = (self._count, self._longest, *rows.shape[1:]), self._tensors.get(name)
+        wanted = (shape, rows.dtype, rows.device)
+        if made is None or (made.shape, made.dtype, made.device) != wanted:
+            made = self._tensors[name] = rows.new_full(shape, name == MASK)
+        return made

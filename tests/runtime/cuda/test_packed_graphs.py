@@ -73,7 +73,7 @@ def test_flat_rows_and_lengths_on_the_device(monkeypatch: pytest.MonkeyPatch) ->
     fast = bind_to(InterpretedDevice(), model, monkeypatch, padding="packed")
     lengths, flat = [5, 0, 9, 1], torch.randint(5, 60, (15,))
     on_device = torch.tensor(lengths)
-    monkeypatch.setattr("turbotx.engine.packed_call._is_on_gpu", lambda x: x is on_device)
+    monkeypatch.setattr("turbotx.runtime.token_inputs._is_on_gpu", lambda x: x is on_device)
     calls = [{"lengths": lengths}] * 3 + [{"lengths": on_device, "longest": 9}]
     for given in calls:
         hidden, pooled = leaves(fast.packed, input_ids=flat, **given)
@@ -92,7 +92,7 @@ def test_lengths_on_the_device_that_do_not_fit_are_told(monkeypatch: pytest.Monk
     device = RecordingDevice()
     fast = bind_to(device, make_model("bert"), monkeypatch, padding="packed")
     monkeypatch.setattr(
-        "turbotx.engine.packed_call._is_on_gpu", lambda x: isinstance(x, torch.Tensor)
+        "turbotx.runtime.token_inputs._is_on_gpu", lambda x: isinstance(x, torch.Tensor)
     )
     flat = torch.randint(5, 60, (15,))
     for wrong in ([5, 1, 1], [16, -1], [2, 13]):

@@ -190,6 +190,8 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
         self._take_up(packing)
         names = {x.name for x in packing.inputs if x.source is None}
         self._needs_columns = "columns" in names
+        own = {packing.batch, packing.seq}
+        self.takes_any_sizes = own <= set(packing.spare) and not self._needs_columns
         self._derives = {"bounds", "starts"} <= names
         """Whether a graph is given enough to make all else of."""
         self._places: dict[int, torch.Tensor] = {}
@@ -208,6 +210,14 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
             found = [*dims, room_for(tokens)]
         return tuple(found)
 
+    def sizes_of(self, dims: Sequence[int], batch: int, seq: int) -> Sequence[int]:
+        """Return the dims of a call of so many sequences and columns that was bound as another."""
+        if not self.takes_any_sizes:
+            return dims
+        named = zip(self.dims, dims, strict=False)
+        own = dict.fromkeys(self.packing.spare, batch) | {self.packing.seq: seq}
+        return [own.get(name, n) for name, n in named]
+
     def reserve(self, binding: Any) -> None:
         """Map the memory of a shape all of whose columns are tokens now, for good."""
         *dims, _ = binding.dims
@@ -217,6 +227,7 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
     def find_mixture(self, dims: Sequence[int], tensors: Sequence[torch.Tensor]) -> Any:
         """Return the tokens of a padded call, as `PackedProgram` does; waits for the mask, once."""
         self._refuse_capture("how many tokens a padded call has is known once its mask is read")
+        self._raise_doubts()
         return super().find_mixture(dims, tensors)
 
     def of_mask(self, mask: torch.Tensor) -> Any:
@@ -244,6 +255,7 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
         none that do not fit is told by a later call, as InputError."""
         if not isinstance(lengths, torch.Tensor):
             self._refuse_capture("lengths on the host would be the graph's for good")
+            self._raise_doubts()
             return DeviceMixture(tokens, lengths)
         if not self.runtime.device.is_capturing():
             self._raise_doubts()
