@@ -31,6 +31,7 @@ from turbotx.ir.attention_ops import attention_scores
 from turbotx.ir.cache_ops import cache_store, store_rows
 from turbotx.ir.expr import ONE, ZERO, Expr, product
 from turbotx.ir.matmul_kernels import GemmKernel
+from turbotx.ir.quantized_ops import quantized_linear
 from turbotx.ir.strides import contiguous_strides, layout_with_copies, reshape_strides
 from turbotx.ir.views import SPLITS, is_view
 from turbotx.kernels.cpp.attention import describe_attention
@@ -191,35 +192,35 @@ class _Assembler:
 
     def _gemm(self, node: fx.Node, end: Epilogue | None = None) -> None:
         if not is_packable(node, self.kinds):
-            self._fallback(node, out=node.target is not aten.linear.default)
+            self._fallback(node, node.target not in (aten.linear.default, quantized_linear))
             return
         end = end or Epilogue(node, node, (node,), g.optional(node, 2))
         x, weight = g.operand(node, 0), g.operand(node, 1)
-        layout = layout_with_copies(x)
         rows, depth = product(g.shape(x)[:-1]), g.shape(x)[-1]
-        flat = reshape_strides(layout, (rows, depth))
+        flat = reshape_strides(layout_with_copies(x), (rows, depth))
         assert flat is not None
         window = self._operand(x)
         out = self._whole(end.output)
-        bias, residual = (None if n is None else self._operand(n) for n in (end.bias, end.residual))
+        is_int8 = node.target is quantized_linear
+        scales = (g.operand(node, 3), g.optional(node, 4)) if is_int8 else (None, None)
+        given = (end.bias, end.residual, *scales)
+        bias, residual, down, across = (None if n is None else self._operand(n) for n in given)
         stride = flat[0] if rows != 1 else depth
         if end.output is node:
-            call = self._call(node, out, has_out=True)
+            call = self._call(node, out, has_out=not is_int8)
         else:
-            named = (x, weight, end.bias, end.residual)
-            given = list(dict.fromkeys(n for n in named if n is not None))
-            meant = extract([end.output], given, end.name)
-            reads = [self._operand(n) for n in given]
+            read = [n for n in dict.fromkeys((x, weight, *given)) if n is not None]
+            meant = extract([end.output], read, end.name)
+            reads = [self._operand(n) for n in read]
             call = ir.AtenCall(meant.module, (*reads, *meant.sizes), {}, (out,))
-        inplace: tuple[tuple[str, str], ...] = ()
-        if residual is not None and residual.tensor != window.tensor:
-            inplace = ((out.tensor, residual.tensor),)
-        source = ", ".join(n.name for n in end.nodes)
+        over = None if residual is None or residual.tensor == window.tensor else residual.tensor
+        inplace = () if over is None else ((out.tensor, over),)
+        place = self._place(end.output, end.name, ", ".join(n.name for n in end.nodes))
         self.out.launches.append(
             ir.GemmLaunch(
                 GemmKernel(end.activation, end.gated), window, self._operand(weight), bias, out,
-                residual, rows, stride, call, **self._place(end.output, end.name, source),
-                inplace=inplace,
+                residual, rows, stride, call, **place, inplace=inplace,
+                int8=None if down is None else ir.Int8Operands(down, across),
             )
         )  # fmt: skip
 

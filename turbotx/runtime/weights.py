@@ -23,10 +23,9 @@ from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from turbotx.errors import ModelChangedError
+from turbotx.ir.matmul_kernels import DTYPE_CODES
 from turbotx.program.executable import WeightWindow
 from turbotx.runtime.tensor_watch import Watch, make_watch
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class PackedWeight:

@@ -18,6 +18,7 @@ from torch import fx
 
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import ONE, product
+from turbotx.ir.quantized_ops import quantized_linear
 from turbotx.ir.strides import (
     Layout,
     has_plain_rows,
@@ -73,7 +74,8 @@ class Epilogue:
     @property
     def name(self) -> str:
         """The launch's name: linear_gelu, linear_silu_mul, linear_add, ..."""
-        parts = ["linear", self.activation if self.activation != "none" else ""]
+        int8 = "int8" if self.linear.target is quantized_linear else ""
+        parts = ["linear", int8, self.activation if self.activation != "none" else ""]
         parts += ["mul" if self.gated else "", "add" if self.residual is not None else ""]
         return "_".join(part for part in parts if part)
 
@@ -116,12 +118,13 @@ def match_epilogue(
 
 def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
     """Tell whether the packed GEMM can do it: constant 2-d weight, rows of x at one stride."""
-    if not g.is_call(node, aten.linear.default):
+    if not g.is_call(node, aten.linear.default, quantized_linear):
         return False
     x, weight, bias = g.operand(node, 0), g.operand(node, 1), g.optional(node, 2)
-    if g.dtype(x) not in PACKABLE or len(g.shape(weight)) != 2:
+    if g.dtype(node) not in PACKABLE or len(g.shape(weight)) != 2:
         return False
-    for constant in (weight, bias):
+    scale = g.operand(node, 3) if node.target is quantized_linear else None
+    for constant in (weight, bias, scale):
         if constant is None:
             continue
         layout = layout_of(constant)
@@ -131,7 +134,7 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
             or not _is_fixed(layout)
         ):
             return False
-        if constant is bias and layout.strides != (ONE,):
+        if constant is not weight and layout.strides != (ONE,):
             return False
     layout = layout_with_copies(x)
     if not layout.shape:

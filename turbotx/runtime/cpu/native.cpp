@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "gemm.h"
+#include "gemm_int8.h"
 
 namespace {
 
@@ -37,6 +38,9 @@ struct Product {
   ttx::Activation activation;
   void* c;
   long ldc;
+  const float* x_scale = nullptr;  // of int8 rows; null where a quantised weight is given floats
+  const float* weight_scale = nullptr;
+  int dtype = 0;  // of all but int8, by the numbers of ttx_pack_weight
 };
 
 // One weight, packed: one token streams it in order as many do.
@@ -44,6 +48,15 @@ struct Weight {
   virtual ~Weight() = default;
   virtual void multiply(const Product& p) = 0;
 };
+
+template <class T, class Packed>
+ttx::Epilogue<T> finish_of(const Product& p, const Packed& packed) {
+  return {.bias = static_cast<const T*>(p.bias),
+          .activation = p.activation,
+          .residual = static_cast<const T*>(p.residual),
+          .ld_residual = p.ld_residual,
+          .gated = packed.group == 2 ? packed.n : 0};
+}
 
 template <class T>
 struct TypedWeight : Weight {
@@ -53,12 +66,24 @@ struct TypedWeight : Weight {
   void multiply(const Product& p) override {
     const T* a = static_cast<const T*>(p.a);
     T* c = static_cast<T*>(p.c);
-    ttx::Epilogue<T> finish{.bias = static_cast<const T*>(p.bias),
-                            .activation = p.activation,
-                            .residual = static_cast<const T*>(p.residual),
-                            .ld_residual = p.ld_residual,
-                            .gated = packed.group == 2 ? packed.n : 0};
-    ttx::linear(packed, a, p.lda, p.m, c, p.ldc, finish);
+    ttx::linear(packed, a, p.lda, p.m, c, p.ldc, finish_of<T>(p, packed));
+  }
+};
+
+struct Int8Weight : Weight {
+  ttx::PackedInt8 packed;
+  Int8Weight(const std::int8_t* w, long n, long k, long sn, long sk, bool gated)
+      : packed(w, gated ? n / 2 : n, k, sn, sk, gated) {}
+  template <class T>
+  void multiply_as(const Product& p) {
+    ttx::Int8Rows rows{p.a, p.lda, p.m, p.x_scale};
+    ttx::linear_int8(packed, rows, p.weight_scale, static_cast<T*>(p.c), p.ldc,
+                     finish_of<T>(p, packed));
+  }
+  void multiply(const Product& p) override {
+    if (p.dtype == 0) multiply_as<float>(p);
+    else if (p.dtype == 1) multiply_as<ttx::bf16>(p);
+    else multiply_as<ttx::f16>(p);
   }
 };
 
@@ -91,13 +116,15 @@ int64_t ttx_run(const Launch* launches, int64_t begin, int64_t end, void* const*
   return 0;
 }
 
-// dtype 0 is float32, 1 bfloat16, 2 float16; element (output j, input i) at w[j * sn + i * sk]. Of a
+// dtype 0 is float32, 1 bfloat16, 2 float16, 3 int8; element (output j, input i) at w[j * sn + i * sk]. Of a
 // gated weight the first n / 2 outputs are the gate, the others its factor.
 void* ttx_pack_weight(int dtype, const void* w, int64_t n, int64_t k, int64_t sn, int64_t sk,
                       int gated) {
   try {
     if (dtype == 0) return pack<float>(w, n, k, sn, sk, gated);
     if (dtype == 1) return pack<ttx::bf16>(w, n, k, sn, sk, gated);
+    if (dtype == 3)
+      return new Int8Weight(static_cast<const std::int8_t*>(w), n, k, sn, sk, gated);
     return pack<ttx::f16>(w, n, k, sn, sk, gated);
   } catch (const std::bad_alloc&) {
     return nullptr;
@@ -115,6 +142,21 @@ int ttx_linear(void* const* args, const int64_t* sizes) {
                                              .ld_residual = sizes[3],
                                              .activation = static_cast<ttx::Activation>(sizes[4]),
                                              .c = args[3], .ldc = sizes[2]});
+  return 0;
+}
+
+// The same of a weight of int8: args also the weight's scales, and those of int8 rows of a or null
+// where a is floats; sizes: also the dtype of all but int8.
+int ttx_linear_int8(void* const* args, const int64_t* sizes) {
+  if (sizes[0] > 0)
+    static_cast<Weight*>(args[1])->multiply({.a = args[0], .lda = sizes[1], .m = sizes[0],
+                                             .bias = args[2], .residual = args[4],
+                                             .ld_residual = sizes[3],
+                                             .activation = static_cast<ttx::Activation>(sizes[4]),
+                                             .c = args[3], .ldc = sizes[2],
+                                             .x_scale = static_cast<const float*>(args[6]),
+                                             .weight_scale = static_cast<const float*>(args[5]),
+                                             .dtype = static_cast<int>(sizes[5])});
   return 0;
 }
 
