@@ -41,11 +41,12 @@ def verify_model(model: Source, shapes: Sequence[str], output: Output) -> int:
     with output.steps(f"load {model}", total=3 + max(1, len(wanted))) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
-        report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
+        run = loaded.optimized()
+        report = reports.explain(run, *loaded.args, **loaded.kwargs)
         for view in [view_at(report, dims) for dims in wanted] or [report]:
             steps(f"run launch by launch in float64 at {show_shape(view.dims)}")
             args, kwargs = resize(view, loaded.args, loaded.kwargs)
-            found.append((view.dims, view.numerics(loaded.model, *args, **kwargs)))
+            found.append((view.dims, view.numerics(run, *args, **kwargs)))
         steps("run kernels on inputs that break careless arithmetic")
         harsh = view.stress(*args, **kwargs)
     for dims, numerics in found:
@@ -56,6 +57,14 @@ def verify_model(model: Source, shapes: Sequence[str], output: Output) -> int:
     holds = not broken
     verdict = "[green]holds[/green]" if holds else "[red bold]is broken[/red bold]"
     output.console.print(f"{RULE}: {verdict}", soft_wrap=True)
+    for dims, numerics in found:
+        for x in numerics.likenesses:
+            output.console.print(
+                f"{x.name} at {show_shape(dims)}: cosine to the float model's in float64 "
+                f"{x.mean:.6f} on average, {x.worst:.6f} at worst, over {x.rows} rows: what "
+                "quantisation costs, which the rule says nothing about",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip
     if any(not error.applies for error, _ in every):
         output.console.print(UNMEASURED, soft_wrap=True, highlight=False)
     if broken:
@@ -143,6 +152,7 @@ def _as_dicts(found: Sequence[tuple[dict[str, int], Numerics]]) -> list[dict[str
             "dims": dims,
             "launches": _errors(numerics.launches),
             "outputs": _errors(numerics.outputs),
+            "likenesses": [asdict(x) for x in numerics.likenesses],
         }
         for dims, numerics in found
     ]

@@ -26,6 +26,7 @@ Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 ENGINES = {
     "turbotx": "turbotx.optimize(model)",
     "turbotx-packed": 'turbotx.optimize(model, padding="packed")',
+    "turbotx-int8": 'turbotx.optimize(model, quantize="int8")',
     "floor-mkl": "the GEMMs over weights packed once by MKL, and attention, in the model's order",
     "floor-onednn": "the same with oneDNN",
     "eager": "the model itself",
@@ -36,8 +37,9 @@ ENGINES = {
 }
 
 
-ASKED_FOR = ("turbotx-packed",)
-"""Engines that are compared only where they are named: not every model can be packed."""
+ASKED_FOR = ("turbotx-packed", "turbotx-int8")
+"""Engines that are compared only where they are named: not every model can be packed, and int8 is
+another computation."""
 
 
 def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
@@ -50,9 +52,11 @@ def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
     if name.startswith("onnxruntime"):
         return _make_onnxruntime(loaded, folder, fuse=name.endswith("optimized"))
     if name == "turbotx":
-        model = model if isinstance(model, SavedModule) else optimize(model)
+        model = model if isinstance(model, SavedModule) else optimize(model, **loaded.options)
     elif name == "turbotx-packed":
         model = optimize(model, padding="packed")
+    elif name == "turbotx-int8":
+        model = optimize(model, quantize="int8")
     elif name.startswith("compile"):
         inductor: Any = importlib.import_module("torch._inductor.config")
         inductor.freezing = True
