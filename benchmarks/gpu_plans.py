@@ -41,7 +41,8 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Stage:
-    """A function of `gpu_stages` or `gpu_kernels` and its arguments, run as a process of its own.
+    """A function of `gpu_stages`, `gpu_kernels` or `gpu_packed` and its arguments, run as a process
+    of its own.
 
     name: of the stage and of its log. limit_s: seconds after which the process is ended.
     environment: variables that it gets. wrapper: a command in front of it.
@@ -56,9 +57,11 @@ class Stage:
 
     def run(self, emit: Callable[[str, dict[str, Any]], None]) -> None:
         import gpu_kernels
+        import gpu_packed
         import gpu_stages
 
-        found = getattr(gpu_stages, self.function, None) or getattr(gpu_kernels, self.function)
+        modules = (gpu_stages, gpu_kernels, gpu_packed)
+        found = next(f for m in modules if (f := getattr(m, self.function, None)) is not None)
         found(emit, *self.arguments)
 
 
@@ -137,7 +140,30 @@ def figures() -> list[list[Stage]]:
             stage("right/llama/fp16", 110, "right", "llama", "fp16", 4),
         ],
         *([one] for one in timed),
+        *packed(),
         proofs()[0],
+    ]
+
+
+def packed() -> list[list[Stage]]:
+    """Batches of mixed lengths: right, how fast beside others, what a stream of them captures."""
+    models = [(name, "fp16") for name in ("bert-base", "minilm")]
+    return [
+        [
+            *(stage(f"right/packed-{m[0]}", 110, "packed_right", *m) for m in models),
+            *(
+                stage(f"warm/packed-{m[0]}/{e}", 110, "packed_baseline", *m, e, False)
+                for m in models
+                for e in COMPILED
+            ),
+        ],
+        *([stage(f"packed/{m[0]}", 60, "packed_times", *m)] for m in models),
+        *([stage(f"packed-stream/{m[0]}", 60, "packed_stream", *m)] for m in models),
+        *(
+            [stage(f"packed/{m[0]}/{e}", 60, "packed_baseline", *m, e)]
+            for m in models
+            for e in COMPILED
+        ),
     ]
 
 
@@ -232,5 +258,6 @@ PLANS: dict[str, Callable[[], list[list[Stage]]]] = {
     "first": first,
     "tiles": tiles,
     "figures": figures,
+    "packed": packed,
     "proofs": proofs,
 }

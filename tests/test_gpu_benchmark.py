@@ -36,7 +36,7 @@ def run_process(*arguments: str, **environment: str) -> subprocess.CompletedProc
 
 
 def test_every_stage_of_every_plan_has_a_name_and_a_limit_of_its_own(gpu: ModuleType) -> None:
-    stages = importlib.import_module("gpu_stages"), importlib.import_module("gpu_kernels")
+    stages = [importlib.import_module(f"gpu_{n}") for n in ("stages", "kernels", "packed")]
     for plan, make in gpu.PLANS.items():
         names = [s.name for group in make() for s in group]
         assert len(names) == len(set(names)), plan
@@ -45,7 +45,9 @@ def test_every_stage_of_every_plan_has_a_name_and_a_limit_of_its_own(gpu: Module
                 assert 0 < stage.limit_s <= 180
                 assert any(hasattr(m, stage.function) for m in stages), stage.name
                 # What is timed has the machine to itself.
-                timed = stage.name.startswith(("latency", "sweep", "shapes", "norms", "stream"))
+                timed = stage.name.startswith(
+                    ("latency", "sweep", "shapes", "norms", "stream", "packed")
+                )
                 assert len(group) == 1 or not timed, stage.name
 
 

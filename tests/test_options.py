@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
@@ -16,6 +17,11 @@ def test_what_editors_are_told_of_options_is_what_there_is() -> None:
     assert list(told) == [f.name for f in fields(Options)]
     for name, choices in CHOICES.items():
         assert get_args(told[name]) == choices
+
+
+def test_the_docstring_of_optimize_lists_every_option() -> None:
+    words = re.findall(r"\w+", turbotx.optimize.__doc__ or "")
+    assert {f.name for f in fields(Options)} <= set(words)
 
 
 def test_the_optimized_class_takes_a_models_class_in_annotations() -> None:

@@ -89,6 +89,10 @@ class ModelChangedError(TurbotxError):
     """
 
 
+class WeightsReleasedError(TurbotxError, RuntimeError):
+    """A weight of a model that was optimized with keep_weights=False was to be changed."""
+
+
 class SaveError(TurbotxError):
     """A model holds something that turbotx.save cannot write."""
 

@@ -47,6 +47,10 @@ class Options:
     pack_weights: keep GEMM weights in the library's packed layout beside the module's own (about
         one more copy of the GEMM weights, much faster for few tokens). Updates of a weight are
         noticed at the next call, and it is packed again. False runs GEMMs through PyTorch.
+    keep_weights: on a CPU, keep the parameters that were packed as they are too. False gives their
+        memory back after the first call: a module's parameter is then a `PackedParameter`, which is
+        unpacked where it is read, as by `state_dict`, and whose changes raise WeightsReleasedError
+        (docs/scale.md).
     epilogues: let a GEMM's launch finish its sums (bias, activation, gate, residual) where a region
         is just that; False gives every region a kernel of its own.
     gemms: on a GPU, what runs matrix products: "cublas", with a kernel for what follows; "triton",
@@ -88,6 +92,7 @@ class Options:
     attention: str = "auto"
     planner: str = "symbolic"
     pack_weights: bool = True
+    keep_weights: bool = True
     epilogues: bool = True
     gemms: str = "auto"
     norms: str = "auto"
@@ -117,6 +122,12 @@ class Options:
                 "those: leave out one of the two"
             )
         self._check_quantization()
+        if not self.keep_weights and (not self.pack_weights or self.backend == "aten"):
+            other = "backend='aten'" if self.pack_weights else "pack_weights=False"
+            raise OptionsError(
+                f"keep_weights=False keeps packed weights alone, and with {other} there are none: "
+                "leave out one of the two"
+            )
         if isinstance(self.schedules, Mapping):  # options are part of keys: immutable
             object.__setattr__(self, "schedules", tuple(self.schedules.items()))
         for pattern, tag in self.schedule_pairs:
@@ -147,6 +158,11 @@ class Options:
                 f"quantize={self.quantize!r} computes with packed weights: leave out "
                 "pack_weights=False"
             )
+        if self.quantize != "none" and not self.keep_weights:
+            raise OptionsError(
+                f"quantize={self.quantize!r} is computed from float weights, and nothing else can "
+                "give those back to state_dict(): leave out keep_weights=False"
+            )
         if self.quantize != "none" and self.padding == "packed":
             raise OptionsError(
                 f"quantize={self.quantize!r} does not run over tokens alone yet: leave out "
@@ -167,6 +183,7 @@ class OptionArguments(TypedDict, total=False):
     attention: Literal["auto", "flash", "fused-softmax"]
     planner: Literal["symbolic", "chunked", "greedy"]
     pack_weights: bool
+    keep_weights: bool
     epilogues: bool
     gemms: Literal["auto", "cublas", "triton"]
     norms: Literal["auto", "fold", "store"]

@@ -62,13 +62,63 @@ def test_bench_runs_it_in_turbotx_alone(run: Callable[..., Ran], saved: Path) ->
 
 @pytest.mark.parametrize(
     "command, says",
-    [("verify", "compiled already"), ("serve", "holds no tokenizer")],
+    [
+        ("verify", "--reference minilm"),
+        ("serve", "holds no tokenizer"),
+        ("save --out x.ttx", "saved already"),
+        ("compile --stage cpp", "holds no stages"),
+        ("compile --out x --target sm_90", "compiled already"),
+    ],
 )
 def test_what_needs_the_model_says_so(
     run: Callable[..., Ran], saved: Path, command: str, says: str
 ) -> None:
-    ran = run(command, saved)
+    command, *options = command.split()
+    ran = run(command, saved, *options)
     assert ran.code == 2 and says in ran.err
+
+
+def test_it_is_verified_against_the_model_that_it_was_saved_from(
+    run: Callable[..., Ran], saved: Path
+) -> None:
+    model = f"{saved.with_suffix('.py')}:make"
+    chosen = ("verify", saved, "--reference", model, "--shape", "batch=2,seq=3")
+    found = run(*chosen, "--json").json
+    assert found["holds"] and found["shapes"][0]["dims"] == {"batch": 2, "seq": 3}
+    assert [x["name"] for x in found["shapes"][0]["outputs"]] == ["output 0"]
+    assert "ok" in run(*chosen).out
+
+    without = saved.with_name("without.ttx")
+    model_of = runpy.run_path(model.removesuffix(":make"))["make"]
+    fast = turbotx.optimize(model_of()[0])
+    fast(model_of()[1][0])
+    turbotx.save(fast, without, weights=False)
+    assert run("verify", without, "--reference", model).code == 0
+
+    saved.with_suffix(".py").write_text(SOURCE.replace("seed(0)", "seed(1)"))
+    ran = run(*chosen)
+    assert ran.code == 2 and "the model has other values of" in ran.err
+    ran = run("verify", model, "--reference", model)
+    assert ran.code == 2 and "its own reference" in ran.err
+
+
+def test_wrong_code_in_a_file_is_found(run: Callable[..., Ran], saved: Path) -> None:
+    """A file whose program is of another function than its reference, with the same weights."""
+    model = f"{saved.with_suffix('.py')}:make"
+    saved.with_suffix(".py").write_text(SOURCE.replace("GELU()", "ReLU()"))
+    ran = run("verify", saved, "--reference", model)
+    assert ran.code == 1 and "too large: output 0" in ran.out
+
+
+def test_what_it_holds_is_written_out(run: Callable[..., Ran], saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = run("compile", saved, "--out", out, "--shape", "batch=3,seq=5", "--json").json
+    assert {"manifest.json", "memory_plan_0.json", "programs.txt"} <= set(found["files"])
+    text = (out / "programs.txt").read_text()
+    assert text.startswith("program 0, for cpu: (float32[?, ?, ?])\n1 launches; ")
+    assert "at batch=3, seq=5" in text and "linear_gelu_0" in text
+    ran = run("compile", saved, "--out", out, "--shape", "nose=5")
+    assert ran.code == 2 and "no dim is called 'nose'" in ran.err
 
 
 def test_inputs_are_made_for_every_kind_of_argument(tmp_path: Path) -> None:

@@ -223,6 +223,11 @@ def test_every_node_of_every_graph_has_its_place_and_every_launch_its_ops(report
             assert place.launches, n.name
 
 
+def test_a_dim_that_follows_another_is_drawn_as_that_one(report: Report) -> None:
+    shapes = {box.title: box.text for box in find_boxes(report)}
+    assert shapes["input_ids"] == shapes["attention_mask"] == "(batch, seq)"
+
+
 def test_every_launch_has_a_box_in_the_drawing() -> None:
     weight = torch.randn(6, 5)
 

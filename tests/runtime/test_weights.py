@@ -101,13 +101,27 @@ def test_products_read_parts_of_one_weight() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_weights_are_packed_from_their_parts() -> None:
+    fast = turbotx.optimize(Packed().eval())
+    fast(X)
+    weights = weights_of(fast)
+    made = {
+        n: weights.tensors.get(n)
+        for n in weights.prepared
+        if weights.prepared[n].meta["val"].dim() == 2
+    }
+    assert made and set(made.values()) == {None}  # no concatenation is kept
+    ((packing,),) = [engine_of(fast).variants()[0].program.runtime.packings]
+    assert len(packing.parts) == 2
+
+
 def test_prepared_constants_are_not_the_users_tensors() -> None:
     model = Packed().eval()
     fast = turbotx.optimize(model)
     fast(X)
     own = {p.data_ptr() for p in model.parameters()}
     tensors = weights_of(fast).tensors
-    prepared = [t for name, t in tensors.items() if name.startswith("cat")]
+    prepared = [tensors[name] for name in weights_of(fast).prepared]
     assert prepared
     assert not own & {t.data_ptr() for t in prepared}
 

@@ -231,7 +231,7 @@ def test_other_versions_are_refused(copied: Path) -> None:
         turbotx.load(copied)
     for number in (5, 99):
         rewrite(copied, lambda manifest, _, n=number: manifest.update(format=n))
-        with pytest.raises(SavedFileError, match=rf"has format {number}, .* reads format 7"):
+        with pytest.raises(SavedFileError, match=rf"has format {number}, .* reads format 8"):
             turbotx.load(copied)
 
 

@@ -27,12 +27,15 @@ from turbotx.cli.targets import (
     resources_table,
     write_builds,
 )
+from turbotx.cli.verify import print_verdict
 from turbotx.engine.optimize import engine_of, optimize
 from turbotx.errors import InputError
 from turbotx.memory.planner.svg import plan_to_svg
+from turbotx.report.amounts import show_shape
 from turbotx.report.dump import STAGES, Dumped, make_folder, stage_text
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.report import Report, explain_call
+from turbotx.saved.contents import read_contents
 
 
 def compile_model(
@@ -52,18 +55,12 @@ def compile_model(
     InputError where `verify` is to run launches of a GPU that is not here, or `packed` is for one
     or to be saved.
     """
-    if packed and (targets or save is not None):
-        raise InputError(
-            "--packed is of the CPU's program and of no file yet: leave out --target and --save"
-        )
+    _refuse_mixtures(model, targets, verify, save, packed)
     saved_for = chosen_targets(targets) if save is not None else []
     wanted, gpus = [parse_shape(text) for text in shapes], parse_targets(targets)
-    if verify and gpus:
-        raise InputError(
-            f"--verify runs every launch, and {gpus[0]} is not here: leave out --verify, or the "
-            "--target, to verify the CPU's program"
-        )
     make_folder(out)
+    if model.is_saved:
+        return _unpack(model, out, wanted, output)
     with output.steps(f"load {model}", total=6) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
@@ -95,13 +92,59 @@ def compile_model(
         output.console.print(show_written(written))
     output.result({**summarize(str(model), views, dumped), **written, "targets": gpus})
     found = views[0].findings.numerics
-    return OK if found is None or found.holds else WRONG
+    if found is None:
+        return OK
+    where = f"at {show_shape(views[0].dims)}"
+    errors = [(error, where) for error in (*found.launches, *found.outputs)]
+    return OK if print_verdict(errors, output) else WRONG
+
+
+def _refuse_mixtures(
+    model: Source, targets: Sequence[str], verify: bool, save: Path | None, packed: bool
+) -> None:
+    """Raise InputError for options that do not go together, or not with a saved file."""
+    if packed and (targets or save is not None):
+        raise InputError(
+            "--packed is of the CPU's program and of no file yet: leave out --target and --save"
+        )
+    if model.is_saved and (targets or verify or packed or save is not None):
+        raise InputError(
+            f"{model} is compiled already: with --out alone its programs, sources, cubins and "
+            "plans are written; for anything else name the model that it was saved from"
+        )
+    gpus = parse_targets(targets)
+    if verify and gpus:
+        raise InputError(
+            f"--verify runs every launch, and {gpus[0]} is not here: leave out --verify, or the "
+            "--target, to verify the CPU's program"
+        )
+
+
+def _unpack(model: Source, out: Path, wanted: Sequence[Mapping[str, int]], output: Output) -> int:
+    """Write what a saved file holds; it has no graphs to draw, and so no report.html."""
+    if len(wanted) > 1:
+        raise InputError("of a saved file, the memory plans are of one --shape at a time")
+    files = read_contents(Path(model.text), wanted[0] if wanted else {})
+    for name, data in files.items():
+        make_folder((out / name).parent)
+        (out / name).write_bytes(data)
+    output.console.print(files["programs.txt"].decode(), markup=False, highlight=False, end="")
+    output.console.print(
+        f"\n{len(files)} files in {out}/: what the file holds, which is no graph and no report"
+    )
+    output.result({"model": str(model), "out": str(out), "files": sorted(files)})
+    return OK
 
 
 def print_stage(model: Source, stage: str, shapes: Sequence[str], output: Output) -> int:
     """Print one stage on standard output and write nothing; with --json, as {"stage", "text"}."""
     if stage not in STAGES:
         raise InputError(f"--stage {stage!r} is not one of {', '.join(STAGES)}")
+    if model.is_saved:
+        raise InputError(
+            f"{model} is compiled already and holds no stages: --out DIR writes its programs, "
+            "sources and plans"
+        )
     if len(shapes) > 1:
         raise InputError("--stage prints one --shape at a time")
     wanted = parse_shape(shapes[0]) if shapes else {}

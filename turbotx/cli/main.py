@@ -38,8 +38,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="A kernel compiler for transformer inference.",
     epilog="MODEL: package.module:factory, path/to/file.py:factory, hf:PATH, "
-    "hf-config:TYPE[,name=value], minilm, a .pt2 file of torch.export, or, for bench and profile, "
-    "a .ttx file of turbotx save.",
+    "hf-config:TYPE[,name=value], minilm, a .pt2 file of torch.export, or a .ttx file of "
+    "turbotx save.",
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="What to compile, see below.")]
@@ -154,13 +154,17 @@ def verify_command(
     dtype: Dtype = None,
     weights: Weights = None,
     quantize: Quantize = "",
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Of a .ttx file: the model that it was saved from."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare every launch and the whole model with float64; exit code 1 past the rule."""
     from turbotx.cli.verify import verify_model
 
     source = _source(model, dtype, weights, quantize)
-    raise typer.Exit(verify_model(source, shape or (), Output(as_json)))
+    raise typer.Exit(verify_model(source, reference, shape or (), Output(as_json)))
 
 
 @app.command("profile")

@@ -64,11 +64,19 @@ class Source:
     def __str__(self) -> str:
         return self.text
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether it is a file of `turbotx.save`."""
+        return self.text.endswith(".ttx")
+
     def load(self, shape: Mapping[str, int]) -> ModelWithInputs:
         """Load it; `shape` is the batch and seq of a Hugging Face model's example.
 
         Raises ModelError, and WeightsError where the file of weights does not fit.
         """
+        if self.is_saved:
+            loaded = _saved(Path(self.text), shape, self.weights)
+            return _convert(loaded, self.dtype) if self.dtype else loaded
         loaded = load_model(self.text, shape)
         if self.weights is not None:
             if not isinstance(loaded.model, nn.Module):
@@ -88,8 +96,6 @@ def load_model(text: str, shape: Mapping[str, int]) -> ModelWithInputs:
         return ModelWithInputs(module, (), huggingface_inputs(module, shape))
     if text.endswith(".pt2"):
         return _exported(Path(text))
-    if text.endswith(".ttx"):
-        return _saved(Path(text), shape)
     if ":" in text:
         return _made(text, shape)
     raise ModelError(f"{text!r} is no MODEL: write {FORMS}")
@@ -215,12 +221,12 @@ def _exported(path: Path) -> ModelWithInputs:
     return ModelWithInputs(module, tuple(args), dict(kwargs))
 
 
-def _saved(path: Path, shape: Mapping[str, int]) -> ModelWithInputs:
+def _saved(path: Path, shape: Mapping[str, int], weights: Path | None) -> ModelWithInputs:
     """Load a file of turbotx.save, with inputs that it takes at these sizes."""
     from turbotx.saved.example import example_call
     from turbotx.saved.load import load
 
-    model = load(path)
+    model = load(path, weights=weights)
     return ModelWithInputs(model, *example_call(model, shape))
 
 

@@ -50,9 +50,7 @@ def profile_model(
     _write_trace(found, trace)
     if page is not None:
         _write(page, report.with_findings(profile=found).to_html())
-    output.console.print(
-        f"{report.name} at {show_shape(report.dims)}, {torch.get_num_threads()} threads"
-    )
+    output.console.print(f"{report.name} at {show_shape(report.dims)}, {_threads()}")
     _show(found, trace, output)
     if page is not None:
         output.console.print(f"report with the times: {page}")
@@ -69,10 +67,15 @@ def _profile_saved(
         raise InputError("--report needs the model: a saved file holds neither graph nor source")
     found, dims = profile_saved(loaded.model, loaded.args, loaded.kwargs, runs)
     _write_trace(found, trace)
-    output.console.print(f"{source} at {show_shape(dims)}, {torch.get_num_threads()} threads")
+    output.console.print(f"{source} at {show_shape(dims)}, {_threads()}")
     _show(found, trace, output)
     output.result({"model": str(source), "dims": dims, **_as_dict(found)})
     return OK
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def _show(found: Profile, trace: Path | None, output: Output) -> None:

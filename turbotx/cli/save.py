@@ -16,11 +16,17 @@ from turbotx.cli.inputs import EXAMPLE_SHAPE
 from turbotx.cli.models import ModelWithInputs, Source
 from turbotx.cli.output import OK, Output, Steps
 from turbotx.engine.optimize import optimize
+from turbotx.errors import InputError
 from turbotx.saved.save import check_target, save
 
 
 def save_model(model: Source, path: Path, targets: Sequence[str], output: Output) -> int:
-    """Write the file, say what is in it; raise SaveError for a target that nothing runs on."""
+    """Write the file, say what is in it.
+
+    Raises SaveError for a target that nothing runs on, InputError for a file that is saved already.
+    """
+    if model.is_saved:
+        raise InputError(f"{model} is saved already: name the model that it was saved from")
     names = chosen_targets(targets)
     with output.steps(f"load {model}", total=3) as steps:
         loaded = model.load(EXAMPLE_SHAPE)

@@ -4,12 +4,14 @@ Kernels are also run on large means, rows of minus infinity and denormals. In: M
 Out: tables; exit code 1 where an error is larger than the rule allows::
 
     turbotx verify minilm --shape batch=1,seq=1 --shape batch=4,seq=128
+    turbotx verify minilm.ttx --reference minilm
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -17,9 +19,13 @@ from rich.table import Table
 import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize, view_at
 from turbotx.cli.models import Source
-from turbotx.cli.output import OK, WRONG, Output
+from turbotx.cli.output import OK, WRONG, Output, Steps
+from turbotx.engine.optimize import engine_of
+from turbotx.errors import InputError
 from turbotx.report.amounts import show_shape
 from turbotx.report.numerics import FACTOR, ULPS, Error, Numerics
+from turbotx.saved.load import holds_weights, load
+from turbotx.saved.verify import verify_saved
 
 RULE = (
     f"error at most {FACTOR} x eager's own in launches of the kind, plus {ULPS} ulp of the largest "
@@ -34,29 +40,73 @@ MAX_NAMED = 8
 """Launches past the rule that the last line names."""
 
 
-def verify_model(model: Source, shapes: Sequence[str], output: Output) -> int:
-    """Measure at every shape; return 0, or 1 where the rule is broken."""
+Measured = list[tuple[dict[str, int], Numerics]]
+Harsh = dict[str, tuple[Error, ...]]
+
+
+def verify_model(
+    model: Source, reference: str | None, shapes: Sequence[str], output: Output
+) -> int:
+    """Measure at every shape; return 0, or 1 where the rule is broken.
+
+    reference: of a saved file, the model that it was saved from, whose dtype and weights those of
+    `model` are. Raises InputError for one without the other.
+    """
+    if model.is_saved and reference is None:
+        raise InputError(
+            f"{model} is compiled already and holds no graph to compute in float64: name the model "
+            "that it was saved from, as --reference minilm"
+        )
+    if reference is not None and not model.is_saved:
+        raise InputError("--reference is for a .ttx file; any other MODEL is its own reference")
     wanted = [parse_shape(text) for text in shapes]
-    found: list[tuple[dict[str, int], Numerics]] = []
     with output.steps(f"load {model}", total=3 + max(1, len(wanted))) as steps:
-        loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
-        steps("capture, fuse and build")
-        run = loaded.optimized()
-        report = reports.explain(run, *loaded.args, **loaded.kwargs)
-        for view in [view_at(report, dims) for dims in wanted] or [report]:
-            steps(f"run launch by launch in float64 at {show_shape(view.dims)}")
-            args, kwargs = resize(view, loaded.args, loaded.kwargs)
-            found.append((view.dims, view.numerics(run, *args, **kwargs)))
-        steps("run kernels on inputs that break careless arithmetic")
-        harsh = view.stress(*args, **kwargs)
+        if reference is None:
+            found, harsh = _measure(model, wanted, steps)
+        else:
+            source = replace(model, text=reference)
+            found, harsh = _measure_saved(Path(model.text), source, wanted or [{}], steps), {}
+    return _report(model, found, harsh, output)
+
+
+def _measure(
+    model: Source, wanted: Sequence[dict[str, int]], steps: Steps
+) -> tuple[Measured, Harsh]:
+    """Return the errors at every shape, and on inputs that break careless arithmetic."""
+    found: Measured = []
+    loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
+    steps("capture, fuse and build")
+    run = loaded.optimized()
+    report = reports.explain(run, *loaded.args, **loaded.kwargs)
+    for view in [view_at(report, dims) for dims in wanted] or [report]:
+        steps(f"run launch by launch in float64 at {show_shape(view.dims)}")
+        args, kwargs = resize(view, loaded.args, loaded.kwargs)
+        found.append((view.dims, view.numerics(run, *args, **kwargs)))
+    steps("run kernels on inputs that break careless arithmetic")
+    return found, view.stress(*args, **kwargs)
+
+
+def _measure_saved(
+    path: Path, source: Source, wanted: Sequence[dict[str, int]], steps: Steps
+) -> Measured:
+    """Return the errors of a saved file's outputs at every shape."""
+    found: Measured = []
+    for dims in wanted:
+        loaded = source.load({**EXAMPLE_SHAPE, **dims})
+        steps(f"run the file, and {source} in float64")
+        engine = engine_of(loaded.model)
+        saved = load(path, weights=None if holds_weights(path) else engine.model)
+        found.append(verify_saved(saved, engine, loaded.args, loaded.kwargs))
+    return found
+
+
+def _report(model: Source, found: Measured, harsh: Harsh, output: Output) -> int:
+    """Print the tables and what is past the rule; return the exit code."""
     for dims, numerics in found:
         output.console.print(numerics_table(show_shape(dims), numerics))
-    output.console.print(harsh_table(harsh))
-    every = list(_all_errors(found, harsh))
-    broken = [f"{error.name} {where}" for error, where in every if not error.holds]
-    holds = not broken
-    verdict = "[green]holds[/green]" if holds else "[red bold]is broken[/red bold]"
-    output.console.print(f"{RULE}: {verdict}", soft_wrap=True)
+    if harsh:
+        output.console.print(harsh_table(harsh))
+    holds = print_verdict(list(_all_errors(found, harsh)), output)
     for dims, numerics in found:
         for x in numerics.likenesses:
             output.console.print(
@@ -65,18 +115,30 @@ def verify_model(model: Source, shapes: Sequence[str], output: Output) -> int:
                 "quantisation costs, which the rule says nothing about",
                 soft_wrap=True, highlight=False,
             )  # fmt: skip
-    if any(not error.applies for error, _ in every):
-        output.console.print(UNMEASURED, soft_wrap=True, highlight=False)
-    if broken:
-        named = ", ".join(broken[:MAX_NAMED])
-        more = f" and {len(broken) - MAX_NAMED} more" if len(broken) > MAX_NAMED else ""
-        output.console.print(f"too large: {named}{more}", soft_wrap=True, highlight=False)
     adversarial = {case: _errors(errors) for case, errors in harsh.items()}
     output.result({
         "model": str(model), "rule": RULE, "holds": holds, "shapes": _as_dicts(found),
         "adversarial": adversarial,
     })  # fmt: skip
     return OK if holds else WRONG
+
+
+def print_verdict(every: Sequence[tuple[Error, str]], output: Output) -> bool:
+    """Print the rule, whether all errors keep it, and last which do not; return whether all do.
+
+    every: errors, and where each was measured.
+    """
+    broken = [f"{error.name} {where}" for error, where in every if not error.holds]
+    holds = not broken
+    verdict = "[green]holds[/green]" if holds else "[red bold]is broken[/red bold]"
+    output.console.print(f"{RULE}: {verdict}", soft_wrap=True)
+    if any(not error.applies for error, _ in every):
+        output.console.print(UNMEASURED, soft_wrap=True, highlight=False)
+    if broken:
+        named = ", ".join(broken[:MAX_NAMED])
+        more = f" and {len(broken) - MAX_NAMED} more" if len(broken) > MAX_NAMED else ""
+        output.console.print(f"too large: {named}{more}", soft_wrap=True, highlight=False)
+    return holds
 
 
 def _all_errors(

@@ -127,8 +127,9 @@ class Compiled:
         return tuple(replace(self, index=k) for k in range(len(self.programs)))
 
     def at(self, dims: Sequence[int]) -> Compiled:
-        """Return the call seen as the specialization that serves a shape."""
-        if len(self.programs) == 1:
+        """Return the call seen as the specialization that serves a shape; a packed one chooses once
+        it knows its tokens, which no padded call's dims tell."""
+        if len(self.programs) == 1 or len(dims) < len(self.captured.dims):
             return self
         served = (s.serves(dims) for s in self.unbound.specializations)
         return replace(self, index=list(served).index(True))

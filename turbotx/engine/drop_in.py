@@ -24,6 +24,7 @@ from torch.nn.modules import module as nn_module
 from turbotx.capture.composition import LeftToPyTorch, left_to_pytorch
 from turbotx.engine.engine import Engine
 from turbotx.errors import CaptureError, EagerWarning, InputError, TrainingError
+from turbotx.runtime.packed_parameter import PackedParameter
 
 F = TypeVar("F", bound=Callable[..., Any])
 M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
@@ -155,6 +156,9 @@ class OptimizedModule(_ModuleOf[M_co]):
             return super().forward(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        for held in self.parameters():
+            if isinstance(held, PackedParameter) and fn(held) is not held:
+                raise held.refusal("cannot convert")  # before the others are converted
         result = super()._apply(fn, recurse)
         if self._turbotx_engine is not None:
             self._turbotx_engine.reset()
@@ -190,17 +194,18 @@ class OptimizedModule(_ModuleOf[M_co]):
         self._turbotx_engine.refresh()
 
     @_added
-    def packed(self, *, lengths: Any = None, **inputs: Any) -> Any:
+    def packed(self, *, lengths: Any = None, longest: int | None = None, **inputs: Any) -> Any:
         """Run sequences of any lengths without padding; needs optimize(padding="packed").
 
         inputs: by the names of forward's parameters, each flat (tokens, ...) beside `lengths`, the
-        tokens of every sequence; or nested (torch.jagged); or a list of (length, ...). Returns the
-        model's output, (tokens, ...) or nested or listed where forward's is (batch, seq, ...).
+        tokens of every sequence; or nested (torch.jagged); or a list of (length, ...). longest:
+        what no length exceeds; with it nothing waits for lengths on a GPU. Returns the model's
+        output, (tokens, ...) or nested or listed where forward's is (batch, seq, ...).
         Raises InputError where inputs do not fit, PackError where the model mixes tokens.
         """
         from turbotx.engine.packed_call import call_packed
 
-        return call_packed(self._turbotx_engine, lengths, inputs)
+        return call_packed(self._turbotx_engine, lengths, longest, inputs)
 
     def _make_graph(self) -> fx.GraphModule:
         """Return the rewritten graph of the latest capture, an ordinary torch.fx.GraphModule; of a

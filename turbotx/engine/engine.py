@@ -61,6 +61,7 @@ from turbotx.runtime.cuda.absent_device import absent_device
 from turbotx.runtime.device import Device
 from turbotx.runtime.gc_pause import pause_gc
 from turbotx.runtime.lru import LruDict
+from turbotx.runtime.packed_parameter import restored
 from turbotx.runtime.placement import find_device, open_device, target_of
 from turbotx.runtime.program import Program
 
@@ -303,13 +304,14 @@ class Engine(EagerCalls):
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
     ) -> Captured:
         """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
-        # What cannot run is said before the seconds that tracing takes.
-        refuse_foreign_weights(self.model)
-        _, device = self._open_device(flatten_call(args, kwargs)[0])
-        if device is None and self.options.backend != "aten":
-            start_runtime()
-        with left_alone(), pause_gc(), named_failures(type(self.model).__name__):
-            captured = capture_sizes(self.model, args, kwargs, outcomes)
+        with restored(self.model):
+            # What cannot run is said before the seconds that tracing takes.
+            refuse_foreign_weights(self.model)
+            _, device = self._open_device(flatten_call(args, kwargs)[0])
+            if device is None and self.options.backend != "aten":
+                start_runtime()
+            with left_alone(), pause_gc(), named_failures(type(self.model).__name__):
+                captured = capture_sizes(self.model, args, kwargs, outcomes)
         log.info("captured %s over %s", captured.name, ", ".join(captured.dims))
         return captured
 

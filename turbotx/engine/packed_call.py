@@ -20,22 +20,29 @@ from turbotx.capture.refusals import refuse_gradient
 from turbotx.engine.engine import MOST_CHANGES, Engine
 from turbotx.errors import CaptureError, InputError, ModelChangedError
 from turbotx.passes.pack import MASK
-from turbotx.runtime.mixture import Mixture
 from turbotx.runtime.packed_program import PackedProgram
 
 
 @dataclass(frozen=True)
 class _Sequences:
-    """Inputs by token: `kind` is "flat", "nested" or "listed"."""
+    """Inputs by token: `kind` is "flat", "nested" or "listed". lengths: numbers, or int64 on a
+    device, which nothing waits for. longest: as many tokens as any has, or more."""
 
     kind: str
-    lengths: list[int]
+    lengths: list[int] | torch.Tensor
+    longest: int
     rows: dict[str, torch.Tensor]
     others: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """How many rows each input by token has."""
+        return next(iter(self.rows.values())).shape[0]
 
     def wrap(self, rows: torch.Tensor) -> Any:
         """Return rows by token as the inputs were given."""
         if self.kind == "listed":
+            assert isinstance(self.lengths, list)
             return list(rows.split(self.lengths))
         if self.kind == "nested":
             return torch.nested.nested_tensor_from_jagged(
@@ -44,19 +51,21 @@ class _Sequences:
         return rows
 
 
-def lengths_to_offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+def lengths_to_offsets(lengths: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return where sequences of these lengths begin and end, int64 (sequences + 1)."""
-    each = torch.tensor(lengths, dtype=torch.int64, device=device)
+    each = torch.as_tensor(lengths, dtype=torch.int64, device=device)
     return torch.nn.functional.pad(each.cumsum(0), (1, 0))
 
 
 def call_packed(
-    engine: Engine, lengths: Sequence[int] | torch.Tensor | None, given: Mapping[str, Any]
-) -> Any:
+    engine: Engine, lengths: Sequence[int] | torch.Tensor | None, longest: int | None,
+    given: Mapping[str, Any],
+) -> Any:  # fmt: skip
     """Run a call whose inputs have a row a token: what each would have in the padded call whose
     sequences are filled up on the right.
 
-    lengths: of the sequences, for flat inputs (tokens, ...). Raises InputError where inputs do not
+    lengths: of the sequences, for flat inputs (tokens, ...). longest: what none of them exceeds;
+    with it, lengths on a GPU are not waited for. Raises InputError where inputs do not
     fit together, or the model looks at the last column, which a padded call fills up; PackError
     where its graph does not keep tokens apart.
     """
@@ -64,7 +73,7 @@ def call_packed(
         raise InputError('packed() is of a module that was made by optimize(padding="packed")')
     if MASK in given:
         raise InputError(f"packed() takes no {MASK}: every token that it is given is one")
-    found = _read(lengths, given)
+    found = _read(lengths, longest, given)
     if torch.is_grad_enabled() and any(t.requires_grad for t in found.rows.values()):
         refuse_gradient()
     for _ in range(MOST_CHANGES):
@@ -77,25 +86,29 @@ def call_packed(
                 "padding for all but the longest sequence: pass a padded call and its mask"
             )
         packed = [by_token.get(id(t), t) for t in tensors]
-        mixture = Mixture.of_lengths(found.lengths, tensors[0].device)
         try:
             with torch.no_grad():
+                given_lengths = (found.lengths, found.tokens, found.longest)
+                mixture = program.of_lengths(*given_lengths, tensors[0].device)
                 leaves = program.run_mixture(binding.dims, mixture, packed)
         except ModelChangedError as error:
             engine._forget(variant, error)
             continue
-        count = sum(found.lengths)
         outputs = [
-            leaf if kind is None else found.wrap(leaf[:count])
+            leaf if kind is None else found.wrap(leaf[: found.tokens])
             for leaf, kind in zip(leaves, program.packing.outputs, strict=True)
         ]
         return pytree.tree_unflatten(outputs, variant.out_spec)
     raise CaptureError(f"{type(engine.model).__name__} is converted while it is called")
 
 
-def _read(lengths: Sequence[int] | torch.Tensor | None, given: Mapping[str, Any]) -> _Sequences:
+def _read(
+    lengths: Sequence[int] | torch.Tensor | None, longest: int | None, given: Mapping[str, Any]
+) -> _Sequences:
     """Return the inputs as rows by token; raise InputError where their lengths differ."""
     kind, counted, rows, others = "flat", None, dict[str, torch.Tensor](), dict[str, Any]()
+    if longest is not None and _is_on_gpu(lengths):
+        return _read_on_device(lengths, longest, given)  # type: ignore[arg-type]
     if lengths is not None:
         counted = [
             int(n) for n in (lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths)
@@ -118,15 +131,40 @@ def _read(lengths: Sequence[int] | torch.Tensor | None, given: Mapping[str, Any]
             "packed() needs the lengths of at least one sequence: pass lengths=[...] beside flat "
             f"inputs, nested tensors of layout torch.jagged, or lists of tensors, not {counted}"
         )
+    if longest is not None and longest < max(counted):
+        raise InputError(f"longest={longest}, and a sequence has {max(counted)} tokens")
     if kind == "flat":
-        total = sum(counted)
-        for name, value in others.items():
-            if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == total:
-                rows[name] = value
-        others = {n: v for n, v in others.items() if n not in rows}
+        rows, others = _split_rows(others, sum(counted))
         if not rows:
-            raise InputError(f"no input has {total} rows, the sum of lengths={counted}")
-    return _Sequences(kind, counted, rows, others)
+            raise InputError(f"no input has {sum(counted)} rows, the sum of lengths={counted}")
+    return _Sequences(kind, counted, max(counted), rows, others)
+
+
+def _is_on_gpu(lengths: Any) -> bool:
+    return isinstance(lengths, torch.Tensor) and lengths.is_cuda
+
+
+def _read_on_device(lengths: torch.Tensor, longest: int, given: Mapping[str, Any]) -> _Sequences:
+    """Return flat inputs whose lengths nobody has looked at: the first tensor's rows are tokens."""
+    tensors = [x for x in given.values() if isinstance(x, torch.Tensor) and x.ndim]
+    if lengths.ndim != 1 or not lengths.shape[0] or lengths.is_floating_point() or not tensors:
+        raise InputError(
+            "packed() takes lengths on a GPU as whole numbers (sequences,), of at least one "
+            f"sequence, beside flat inputs, not {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    rows, others = _split_rows(given, tensors[0].shape[0])
+    return _Sequences("flat", lengths, longest, rows, others)
+
+
+def _split_rows(
+    given: Mapping[str, Any], total: int
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the tensors that have so many rows, and all else."""
+    rows = {
+        name: value for name, value in given.items()
+        if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == total
+    }  # fmt: skip
+    return rows, {n: v for n, v in given.items() if n not in rows}
 
 
 def _take_nested(name: str, value: Any) -> tuple[list[int], torch.Tensor]:
@@ -145,7 +183,7 @@ def _take_listed(name: str, value: Sequence[torch.Tensor]) -> tuple[list[int], t
 def _stand_in(found: _Sequences) -> tuple[dict[str, Any], dict[int, torch.Tensor]]:
     """Return a padded call of the same kind, whose values nobody reads, and by the identity of its
     tensors the rows that they stand for."""
-    count, longest = len(found.lengths), max(1, *found.lengths)
+    count, longest = len(found.lengths), max(1, found.longest)
     standing, by_token = dict(found.others), dict[int, torch.Tensor]()
     for name, rows in found.rows.items():
         rows = rows if rows.shape[0] else rows.new_zeros(1, *rows.shape[1:])

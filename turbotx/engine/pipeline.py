@@ -56,11 +56,12 @@ from turbotx.program.gemm_fallback import add_alternatives
 from turbotx.runtime.cpu.runtime import CpuCode, CpuRuntime, build_for_cpu
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.cuda.dispatch import choose_ranges, make_tiles
+from turbotx.runtime.cuda.packed_graphs import PackedGraphProgram
 from turbotx.runtime.cuda.runtime import CudaRuntime, LaunchJob, LaunchKernels, build_expected
 from turbotx.runtime.device import Device
 from turbotx.runtime.packed_program import PackedProgram
 from turbotx.runtime.program import Program
-from turbotx.runtime.weights import Kind, Weights
+from turbotx.runtime.weights import Kind, Place, Weights
 
 log = logging.getLogger("turbotx.fusion")
 
@@ -152,16 +153,12 @@ def rewrite_once(captured: Captured, options: Options, target: str) -> str:
     return done.text
 
 
-def pack_once(captured: Captured, padding: str, target: str) -> Captured:
+def pack_once(captured: Captured, padding: str) -> Captured:
     """Return a rewritten capture over tokens where `padding` is "packed", packed before or now.
 
-    Raises PackError, OptionsError for a GPU, InputError where the graph is of the other kind.
+    Raises PackError, InputError where the graph is of the other kind.
     """
     meta = captured.graph_module.meta
-    if padding == "packed" and target != "cpu":
-        raise OptionsError(
-            f'padding="packed" runs on CPUs so far, not on {target}: leave it out (docs/packed.md)'
-        )
     if padding == "packed" and "packed" not in meta:
         meta["packed"] = pack(captured)
         check_packed(captured.graph, TOKENS)
@@ -199,7 +196,7 @@ def assemble_call(captured: Captured, options: Options, target: str) -> Assemble
     """Return a captured call as launches, for CPUs or for GPUs: which one does not matter yet."""
     roles = GemmRoles.of(options, target)
     text = rewrite_once(captured, options, target)
-    captured = pack_once(captured, options.padding, target)
+    captured = pack_once(captured, options.padding)
     graph, dims = captured.graph, captured.dims
     check_rewritten(captured)
     prepared = find_prepared(graph)
@@ -309,7 +306,7 @@ def bind(
         weights = find_weights(captured, model, made.assembled.assembly)
         kept = (pool, options.max_shapes)
         if isinstance(made.code, CpuCode):
-            cpu = CpuRuntime(made.code, weights)
+            cpu = CpuRuntime(made.code, weights, options.keep_weights)
             if isinstance(captured, PackedCapture):
                 programs.append(PackedProgram(made.executable, cpu, *kept, captured.packing))
             else:
@@ -317,7 +314,15 @@ def bind(
         else:
             assert device is not None
             gpu = CudaRuntime(made.code, weights, device)
-            programs.append(CudaGraphProgram(made.executable, gpu, *kept, graphs))
+            if isinstance(captured, PackedCapture):
+                programs.append(
+                    PackedGraphProgram(made.executable, gpu, *kept, graphs, captured.packing)
+                )
+            else:
+                programs.append(CudaGraphProgram(made.executable, gpu, *kept, graphs))
+    packed = tuple(p for p in programs if isinstance(p, PackedGraphProgram))
+    for one in packed:
+        one.siblings = packed
     return Compiled(program, tuple(programs))
 
 
@@ -343,4 +348,10 @@ def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> We
     # Not named_buffers(): that leaves out a tensor's second name.
     held = {**lifted._buffers, **lifted._parameters}
     constants = {name: tensor for name, tensor in held.items() if tensor is not None}
-    return Weights(model, constants, targets, assembly.prepared, kinds)
+    copies: dict[str, Place] = {}
+    for name, node in nodes.items():
+        owner, _, leaf = str(node.target).rpartition(".")
+        table = captured.graph_module.get_submodule(owner)._parameters
+        if leaf in table:
+            copies[name] = table, leaf
+    return Weights(model, constants, targets, assembly.prepared, kinds, copies)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         NormOperands,
         Operand,
         ProductLaunch,
+        SequenceLaunch,
         StoreLaunch,
         Tensor,
     )
@@ -79,6 +80,7 @@ __all__ = [
     "NormOperands",
     "Operand",
     "ProductLaunch",
+    "SequenceLaunch",
     "Tensor",
 ]
 

@@ -24,6 +24,7 @@ from turbotx.ir.matmul_kernels import (
     AttentionKernel,
     GemmKernel,
     ProductKernel,
+    SequenceKernel,
 )
 
 
@@ -343,3 +344,19 @@ class AtenLaunch(Launch):
     def writes(self) -> tuple[str, ...]:
         """Names of the outputs that something reads."""
         return tuple(w.tensor for w in self.call.writes if w is not None)
+
+
+@dataclass(frozen=True)
+class SequenceLaunch(AtenLaunch):
+    """One thing of each sequence's tokens, of x and bounds, both dense; PyTorch runs it on a CPU.
+
+    extents: sequences, then x as (before, tokens, after).
+    """
+
+    kernel: SequenceKernel
+    extents: tuple[Expr, ...]
+
+    @property
+    def sizes(self) -> tuple[Expr, ...]:
+        """The extents that its kernel reads as integer arguments."""
+        return self.extents[1:]

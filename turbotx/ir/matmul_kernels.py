@@ -1,4 +1,4 @@
-"""Matrix products: the compile-time properties of GEMMs, attention and attention's two products.
+"""The compile-time properties of GEMMs, attention, its two products, and sums by sequence.
 
 In: nothing; these types are a part of the vocabulary, as `Kernel` is of fused kernels. Out: keys of
 what is built; equal ones of different layers are one build. For example::
@@ -112,3 +112,20 @@ class ProductKernel:
     def name(self) -> str:
         """A name that tells which product, dtype and head size: "attention_scores_f32_64"."""
         return f"attention_{self.which}_{DTYPE_NAMES[self.dtype]}_{self.head_dim}"
+
+
+@dataclass(frozen=True)
+class SequenceKernel:
+    """What is fixed about one thing that is made of each sequence's tokens (`ir.packed_ops`).
+
+    which: "sum", "max", "first" or "last" token, or "cumsum". dtype, out: of what is read, written.
+    """
+
+    which: str
+    dtype: torch.dtype
+    out: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """A name that tells what is made, and of what: "sequence_sum_float32"."""
+        return f"sequence_{self.which}_{str(self.dtype).removeprefix('torch.')}"

@@ -85,10 +85,11 @@ def sequence_token(x: torch.Tensor, bounds: torch.Tensor, dim: int, last: bool) 
 
 
 def sequence_cumsum(x: torch.Tensor, bounds: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return the running sum along `dim`, begun anew with each sequence; of integers, as int64."""
-    whole = x.cumsum(dim)
+    """Return the running sum along `dim`, begun anew with each sequence; of integers, as int64.
+    Tokens of no sequence, behind the last, get 0, as one that nothing is counted for."""
     if isinstance(x, FakeTensor):
-        return whole
+        return x.cumsum(dim)
+    whole = torch.zeros_like(x, dtype=x.cumsum(dim).dtype)
     for begin, end in _ranges(bounds):
         part = whole.narrow(dim, begin, end - begin)
         part.copy_(x.narrow(dim, begin, end - begin).cumsum(dim))

@@ -50,6 +50,7 @@ def attention_job(
         kinds = {"boolean": "*i1", "float32": "*fp32", "storage": stored}
         pointers.append(("bias_ptr", kinds[kernel.bias]))
     pointers += [("sinks_ptr", "*fp32")] * kernel.sinks
+    pointers += [("bounds_ptr", "*i64"), ("starts_ptr", "*i64")] * kernel.packed
     tiles = (("Q_TILE", schedule.q_tile), ("K_TILE", schedule.k_tile))
     source = print_triton_attention(kernel, schedule, name)
     assumed = _assumed(pointers, unaligned, NAMES, divisible)

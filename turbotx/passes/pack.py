@@ -25,10 +25,11 @@ from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.trace import Captured
 from turbotx.errors import PackError
 from turbotx.ir import fx_nodes as g
-from turbotx.ir.expr import dim, expr
+from turbotx.ir.expr import Expr, dim, expr
 from turbotx.passes.canonicalize import canonicalize
 from turbotx.passes.known_values import KnownValues
 from turbotx.passes.packer import Inputs, Packer
+from turbotx.passes.spare_rows import find_spare
 from turbotx.passes.token_attention import ATTENTION
 from turbotx.passes.token_rules import RULES
 from turbotx.passes.token_sums import SUMS
@@ -69,7 +70,8 @@ class TokenPacking:
 
     mask: the place of the mask among the call's tensors. outputs: by leaf, None for one that is as
     the model's own. from_start, to_end: columns before the first, or behind the last, token that
-    the mask shows are kept, since the model counts or looks at them.
+    the mask shows are kept, since the model counts or looks at them. spare: which of batch and seq
+    may be larger than the call's (`passes.spare_rows`). extents: by leaf the dims that those are.
     """
 
     mask: int
@@ -79,6 +81,8 @@ class TokenPacking:
     outputs: tuple[PackedOutput | None, ...]
     from_start: bool
     to_end: bool
+    spare: tuple[str, ...] = ()
+    extents: tuple[tuple[tuple[int, str], ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +133,9 @@ def pack(captured: Captured) -> PackedCapture:
     given = tuple(sources.get(n) or PackedInput(n.name, None, False) for n in left)
     batch = g.size(fakes["starts"].shape[0], fakes["starts"])
     packing = TokenPacking(
-        mask, str(batch), str(sizes.seq), given, outputs, packer.from_start, packer.to_end
-    )
+        mask, str(batch), str(sizes.seq), given, outputs, packer.from_start, packer.to_end,
+        *_find_spare(graph, sizes, batch),
+    )  # fmt: skip
     own = {f: getattr(captured, f) for f in captured.__dataclass_fields__}
     own |= {
         "input_names": tuple(n.name for n in left),
@@ -232,6 +237,19 @@ def _pack_outputs(p: Packer) -> tuple[PackedOutput | None, ...]:
             leaves[k] = _rows_first(p, leaf, found)
     output.args = (type(output.args[0])(leaves),)
     return tuple(kinds)
+
+
+def _find_spare(graph: fx.Graph, sizes: TokenSizes, batch: Expr) -> tuple[Any, ...]:
+    """Return the dims that may be larger than a call's, and where leaves have them."""
+    spare = set(find_spare(graph, str(batch), str(sizes.seq)))
+    spare |= {str(s) for s in sizes.batch} if str(batch) in spare else set()
+    (output,) = graph.find_nodes(op="output")
+    extents = [
+        [(d, str(e)) for d, e in enumerate(g.shape(leaf)) if str(e) in spare]
+        if g.is_tensor(leaf) else []
+        for leaf in output.args[0]
+    ]  # fmt: skip
+    return tuple(sorted(spare)), tuple(map(tuple, extents))
 
 
 def _kind_of(leaf: fx.Node, x: ByToken) -> PackedOutput:

@@ -46,6 +46,7 @@ from turbotx.passes.partition import kind_of, op_name
 from turbotx.program.assembly import Assembly, dense, whole
 from turbotx.program.cache_stores import describe_store
 from turbotx.program.copies import lay_out, lay_out_returned, show_by_strides
+from turbotx.program.sequences import SEQUENCE_OPS, make_launch
 
 aten = torch.ops.aten
 
@@ -126,7 +127,7 @@ class _Assembler:
             self._product(node)
         elif kind == "store":
             self._store(node)
-        elif kind == "extern":
+        elif kind == "extern" and node.target not in SPLITS:
             self._extern(node, why_outside(node))
         elif kind == "output":
             self._return()
@@ -199,8 +200,7 @@ class _Assembler:
         rows, depth = product(g.shape(x)[:-1]), g.shape(x)[-1]
         flat = reshape_strides(layout_with_copies(x), (rows, depth))
         assert flat is not None
-        window = self._operand(x)
-        out = self._whole(end.output)
+        window, out = self._operand(x), self._whole(end.output)
         is_int8 = node.target is quantized_linear
         scales = (g.operand(node, 3), g.optional(node, 4)) if is_int8 else (None, None)
         given = (end.bias, end.residual, *scales)
@@ -214,12 +214,12 @@ class _Assembler:
             reads = [self._operand(n) for n in read]
             call = ir.AtenCall(meant.module, (*reads, *meant.sizes), {}, (out,))
         over = None if residual is None or residual.tensor == window.tensor else residual.tensor
-        inplace = () if over is None else ((out.tensor, over),)
         place = self._place(end.output, end.name, ", ".join(n.name for n in end.nodes))
         self.out.launches.append(
             ir.GemmLaunch(
                 GemmKernel(end.activation, end.gated), window, self._operand(weight), bias, out,
-                residual, rows, stride, call, **place, inplace=inplace,
+                residual, rows, stride, call, **place,
+                inplace=() if over is None else ((out.tensor, over),),
                 int8=None if down is None else ir.Int8Operands(down, across),
             )
         )  # fmt: skip
@@ -301,8 +301,6 @@ class _Assembler:
         self._aten(node, node.target, args, kwargs, (self._tensor(node),), out=out)
 
     def _extern(self, node: fx.Node, reason: str) -> None:
-        if node.target in SPLITS:
-            return
         if node.target is aten.as_strided.default:
             self._as_strided(node)
             return
@@ -320,6 +318,8 @@ class _Assembler:
     def _read_strides(self, node: fx.Node) -> list[Any]:
         """Return eager's strides of each tensor argument, None where any will do."""
         given = tensor_arguments(node)
+        if node.target in SEQUENCE_OPS:
+            return [contiguous_strides(g.shape(n)) for n in given]
         if node.target in OPS or takes_any_layout(node.target):
             return [None] * len(given)
         noted = node.meta.get(READS, ())  # before passes took a clone for what it clones
@@ -375,7 +375,7 @@ class _Assembler:
     ) -> None:  # fmt: skip
         results = tuple(dense(self.out.tensors[w]) if w else None for w in writes)
         call = ir.AtenCall(target, tuple(args), dict(kwargs), results, out)
-        self.out.launches.append(ir.AtenLaunch(call, **self._place(node, op_name(node))))
+        self.out.launches.append(make_launch(node, call, self._place(node, op_name(node))))
 
     def _return(self) -> None:
         for k, leaf in enumerate(self.leaves):

@@ -175,10 +175,10 @@ class WeightWindow:
 
 @dataclass(frozen=True)
 class Packing:
-    """A packed GEMM weight: its slot in the table of addresses, and what it is made of."""
+    """A packed GEMM weight: its slot in the table of addresses; the parts whose rows it is."""
 
     slot: int
-    window: WeightWindow
+    parts: tuple[WeightWindow, ...]
     gated: bool
 
 

@@ -8,17 +8,20 @@ data, and in it what a planner finds out about memory, once::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
+import torch
+from torch import fx
 
 from turbotx import ir
 from turbotx.capture.eager import Alias
+from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr, product, sizes_of, to_python
 from turbotx.ir.sizes import Evaluate
-from turbotx.ir.strides import contiguous_strides
+from turbotx.ir.strides import contiguous_strides, layout_of
 from turbotx.memory.liveness import LaunchUse, Liveness, analyze
 from turbotx.memory.planner import find_orientations
 from turbotx.program.assembly import Assembly
@@ -40,13 +43,16 @@ from turbotx.program.executable import (
 )
 from turbotx.program.meaning import meaning_of
 
+CAT = torch.ops.aten.cat.default
+
 
 @dataclass
 class LaunchLayout:
     """What a runtime lays out for its device.
 
     slots: the place of every tensor in the table of addresses. values: that of expressions in the
-    table of sizes. launches: those that its device runs, by index.
+    table of sizes. launches: those that its device runs, by index. read: the tensors that are read
+    as they are, None: all of them may be.
     """
 
     slots: dict[str, int]
@@ -55,6 +61,7 @@ class LaunchLayout:
     cpu: CpuTables | None = None
     gpu: GpuTables | None = None
     token_range: TokenRange | None = None
+    read: Collection[str] | None = None
 
     def value(self, e: Expr) -> int:
         """Return the place of an expression in the table of sizes."""
@@ -69,6 +76,7 @@ def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: LaunchLa
     """Return the executable of an assembly; launches that are not laid out become PyTorch's."""
     tensors, names = assembly.tensors.values(), tuple(dims)
     requirements = dict.fromkeys(assembly.requirements)
+    held = [t.name for t in tensors if t.kind in ("parameter", "prepared")]
     return Executable(
         dims=names,
         values=sizes_of(layout.values),
@@ -85,7 +93,7 @@ def link(assembly: Assembly, dims: Sequence[str], planner: str, layout: LaunchLa
         outputs=tuple(
             OutputTensor(t.name, t.dtype, sizes_of(t.shape)) for t in tensors if t.kind == "output"
         ),
-        weights=tuple(t.name for t in tensors if t.kind in ("parameter", "prepared")),
+        weights=tuple(n for n in held if layout.read is None or n in layout.read),
         launches=tuple(
             layout.launches.get(i) or CalledLaunch(**facts_of(x), call=_plain_call(meaning_of(x)))
             for i, x in enumerate(assembly.launches)
@@ -135,6 +143,26 @@ def weight_window(weight: ir.Operand) -> WeightWindow:
     """Return a part of a weight, which is the same at all sizes, as plain data."""
     shape, strides = (tuple(map(int, x)) for x in (weight.shape, weight.strides))
     return WeightWindow(weight.tensor, shape, strides, int(weight.offset))
+
+
+def weight_parts(weight: ir.Operand, prepared: Mapping[str, fx.Node]) -> tuple[WeightWindow, ...]:
+    """Return the windows whose rows make a weight: those that it is a concatenation of, so that
+    this need not be made; or itself."""
+    whole, node = weight_window(weight), prepared.get(weight.tensor)
+    if node is None or not g.is_call(node, CAT) or node.kwargs or node.args[1:] not in ((), (0,)):
+        return (whole,)
+    if weight.offset != 0 or weight.strides != contiguous_strides(weight.shape):
+        return (whole,)
+    sources: Any = node.args[0]
+    found: list[WeightWindow] = []
+    for source in sources:
+        layout = layout_of(source)
+        if layout is None:
+            return (whole,)
+        shape, strides = (tuple(map(int, x)) for x in (layout.shape, layout.strides))
+        found.append(WeightWindow(layout.root.name, shape, strides, int(layout.offset)))
+    rows = sum(part.shape[0] for part in found)
+    return tuple(found) if rows == whole.shape[0] else (whole,)
 
 
 def _plain_call(call: ir.AtenCall) -> PytorchCall:

@@ -21,15 +21,22 @@ def show_nbytes(nbytes: float) -> str:
 
 
 def show_shape(dims: Mapping[str, int]) -> str:
-    """Return sizes by name, less further dims of an input that are as large as one before them:
+    """Return sizes by name, less those that follow another."""
+    following = find_leaders(dims)
+    return ", ".join(f"{name} {size}" for name, size in dims.items() if name not in following)
+
+
+def find_leaders(dims: Mapping[str, int]) -> dict[str, str]:
+    """Return, by name, further dims of inputs that are as large as a dim before them, and that one:
     `attention_mask_d0` is the batch again wherever a mask fits."""
-    sizes = list(dims.items())
-    shown = (
-        f"{name} {size}"
-        for k, (name, size) in enumerate(sizes)
-        if "_d" not in name or size not in [s for _, s in sizes[:k]]
-    )
-    return ", ".join(shown)
+    first: dict[int, str] = {}
+    found = {}
+    for name, size in dims.items():
+        if "_d" in name and size in first:
+            found[name] = first[size]
+        else:
+            first.setdefault(size, name)
+    return found
 
 
 def show_cache(cache: CacheEntry) -> str:

@@ -7,7 +7,8 @@ In: a `Report`. Out: self-contained SVG; Graphviz's DOT, for other layout tools:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
@@ -18,7 +19,7 @@ from turbotx.ir import fx_nodes as g
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
 from turbotx.ir.printer import show_expr
 from turbotx.passes.partition import GEMMS, op_name
-from turbotx.report.entries import RegionEntry
+from turbotx.report.amounts import find_leaders
 from turbotx.report.layered import LayeredDrawing, lay_out
 from turbotx.report.record import Record
 from turbotx.report.where import find_place
@@ -56,7 +57,6 @@ def find_boxes(report: Record) -> list[Box]:
     """Return the fused graph's nodes but for parameters and the views between calls, in order."""
     graph = report.graph.graph
     found = []
-    regions = {r.name: r for r in report.regions}
     prepared = report.compiled.assembly.prepared  # computed once, from parameters alone
     kinds = {n: _kind(report, n) for n in graph.nodes if n.name not in prepared}
     shown = {n: kind for n, kind in kinds.items() if kind}
@@ -67,7 +67,7 @@ def find_boxes(report: Record) -> list[Box]:
         sources[node] = list(dict.fromkeys(feeding))
         if node in shown:
             above = tuple(s.name for s in sources[node])
-            found.append(Box(node.name, shown[node], *_label(regions, node), above))
+            found.append(Box(node.name, shown[node], *_label(report, node), above))
     return found
 
 
@@ -114,15 +114,17 @@ def _is_view(node: fx.Node) -> bool:
     return schema is not None and any(r.alias_info for r in schema.returns)
 
 
-def _label(regions: Mapping[str, RegionEntry], node: fx.Node) -> tuple[str, str, str]:
+def _label(report: Record, node: fx.Node) -> tuple[str, str, str]:
     """Return title, text and tip."""
     if node.op == "output":
         return "output", "", "output"
     if node.op == "call_module":
-        region = regions[str(node.target)]
+        region = next(r for r in report.regions if r.name == node.target)
         return node.name, " → ".join(region.ops), " ".join(region.nodes)
     title = node.name if node.op == "placeholder" else op_name(node)
     shape = ", ".join(show_expr(e) for e in g.shape(node)) if g.is_tensor(node) else ""
+    for name, leader in find_leaders(report.dims).items():
+        shape = re.sub(rf"\b{name}\b", leader, shape)
     return title, f"({shape})", node.name
 
 

@@ -16,6 +16,7 @@ from turbotx.ir.printer import show_expr
 from turbotx.memory.planner import Plan
 from turbotx.report import entries
 from turbotx.report.describe import View
+from turbotx.runtime.packed_parameter import PackedParameter
 
 
 def describe_plan(view: View, planner: str, pytorch: entries.EagerMemory) -> entries.Memory:
@@ -61,12 +62,14 @@ def _weights(view: View) -> tuple[int, int, int]:
     """Return the bytes of the model's own weights, of what is derived from them, and packed."""
     program, tensors = view.compiled.program, view.compiled.assembly.tensors
     weights = program.runtime.weights
-    own = {t.data_ptr(): t.nbytes for _, t in weights.owned()}
-    derived = sum(map(_nbytes, weights.prepared.values()))
+    plain = (t for _, t in weights.owned() if not isinstance(t, PackedParameter))
+    own = {t.data_ptr(): t.nbytes for t in plain}
+    derived = sum(_nbytes(n) for name, n in weights.prepared.items() if name in weights.read)
     cpu = program.executable.cpu
     packed = sum(
-        prod(p.window.shape) * tensors[p.window.tensor].dtype.itemsize
+        prod(w.shape) * tensors[w.tensor].dtype.itemsize
         for p in (cpu.packings if cpu is not None else ())
+        for w in p.parts
     )
     return sum(own.values()), derived, packed
 

@@ -31,6 +31,7 @@ from turbotx.ir.quantized_ops import quantize_rows, unrounded_rows
 from turbotx.program.meaning import meaning_of
 from turbotx.report.replay import Read, replay
 from turbotx.runtime.packed_program import PackedProgram
+from turbotx.runtime.program import Program
 
 FACTOR, ULPS = 1.5, 2
 
@@ -107,29 +108,39 @@ def measure(
     tensors = tensors_of(args, kwargs)
     watch = LaunchErrors(compiled, names, dims)
     ours = replay(compiled, tensors, watch)
-    exact_graph = _to_float64(engine.capture(args, kwargs).graph_module)
     if any(_draws(x) for x in compiled.assembly.launches):
         return Numerics(watch.found, ())  # of other numbers, nothing can be compared
-    given = compiled.program.in_memory(tensors)
+    outputs = measure_outputs(engine, compiled.program, args, kwargs, ours)
+    return replace(outputs, launches=watch.found)
+
+
+def measure_outputs(
+    engine: Engine, program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any],
+    ours: Sequence[Any],
+) -> Numerics:  # fmt: skip
+    """Compare the outputs of a call, as leaves, with those of an engine's model and its captured
+    graph in float64; of a quantised program how alike they are.
+
+    program: what `ours` came from, which says how inputs lie in memory. Outputs that are no tensors
+    are left out.
+    """
+    tensors = tensors_of(args, kwargs)
+    exact_graph = _to_float64(engine.capture(args, kwargs).graph_module)
+    given = program.in_memory(tensors)
     eager = pytree.tree_leaves(engine.run_plainly(args, kwargs))
     with torch.no_grad():
         exact = exact_graph(*map(_double, given))
-    program = compiled.program
     if isinstance(program, PackedProgram):
         mask = tensors[program.packing.mask]
         eager, exact = (program.without_padding(x, mask) for x in (eager, exact))
-    if engine.options.quantize != "none":
-        found = enumerate(zip(ours, exact, strict=False))
-        floats = [(k, mine, true) for k, (mine, true) in found if _is_float(mine)]
-        alike = tuple(liken(f"output {k}", mine, true) for k, mine, true in floats)
-        return Numerics(watch.found, (), alike)
     # What a call leaves behind comes after its results, which eager's are.
-    outputs = tuple(
-        compare(f"output {k}", "", "", mine, own, true)
-        for k, (mine, own, true) in enumerate(zip(ours, eager, exact, strict=False))
-        if isinstance(own, torch.Tensor)
-    )
-    return Numerics(watch.found, outputs)
+    found = enumerate(zip(ours, eager, exact, strict=False))
+    pairs = [(f"output {k}", x) for k, x in found if isinstance(x[1], torch.Tensor)]
+    native = (getattr(launch, "symbol", "") for launch in program.executable.launches)
+    if engine.options.quantize != "none" or "ttx_linear_int8" in native:
+        floats = [(name, x) for name, x in pairs if _is_float(x[1])]
+        return Numerics((), (), tuple(liken(name, mine, true) for name, (mine, _, true) in floats))
+    return Numerics((), tuple(compare(name, "", "", *x) for name, x in pairs))
 
 
 def _draws(launch: ir.Launch) -> bool:
@@ -223,7 +234,7 @@ def _widen(value: Any) -> Any:
 
 
 def _to_float64(module: fx.GraphModule) -> fx.GraphModule:
-    """Return a graph with its parameters and every cast in it in float64, nothing rounded to int8."""
+    """Return a graph with its parameters and casts in float64, and nothing rounded to int8."""
     module = copy.deepcopy(module).double()
     for node in module.graph.nodes:
         if node.op == "call_function":

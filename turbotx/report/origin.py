@@ -32,7 +32,7 @@ METHOD = (
     f"views share what they show, sizes are rounded up to {ROUND_NBYTES} bytes. Inputs, "
     "parameters and the model's outputs are left out, as they are from the plan; so are the "
     "ops' own workspaces and whatever the model's Python code keeps longer than it needs. "
-    "reserved_nbytes: the same stream of allocations through a caching allocator that takes "
+    "Of the caching allocator: the same stream of allocations where it takes "
     "2 MiB segments for sizes up to 1 MiB and 20 MiB segments up to 10 MiB, best fit, split, merge."
 )
 

@@ -20,6 +20,7 @@ from turbotx.ir.expr import Expr, evaluate, to_javascript
 from turbotx.ir.printer import show_expr
 from turbotx.memory.planner import ALIGNMENT, CHUNK_NBYTES
 from turbotx.memory.planner.symbolic import SymbolicPlanner
+from turbotx.report.amounts import find_leaders
 from turbotx.report.cost import eager_nbytes, launch_cost
 from turbotx.report.draw import lay_out_boxes, shorten
 from turbotx.report.layers import find_layers
@@ -83,15 +84,14 @@ def page_data(report: Record) -> dict[str, Any]:
 
 def _dims(report: Record) -> list[dict[str, Any]]:
     """Every dim; those that follow another have no slider. end: the largest size to offer."""
-    leaders: dict[int, str] = {}
+    leaders = find_leaders(report.dims)
     found = []
     for k, (name, size) in enumerate(report.dims.items()):
-        follows = leaders.get(size) if "_d" in name else None
-        if follows is None:
-            leaders.setdefault(size, name)
         ends = [BATCH_END] if k == 0 and "_d" not in name else SLIDER_ENDS
         end = next((e for e in ends if _allowed(report, name, e)), size)
-        found.append({"name": name, "size": size, "follows": follows, "end": max(end, size)})
+        found.append(
+            {"name": name, "size": size, "follows": leaders.get(name), "end": max(end, size)}
+        )
     return found
 
 

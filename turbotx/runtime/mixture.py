@@ -44,11 +44,7 @@ class Mixture:
         Raises InputError for a mask of other values.
         """
         shown = mask.to(torch.bool)
-        if mask.dtype is not torch.bool and not torch.equal(mask, shown.to(mask.dtype)):
-            raise InputError(
-                "attention_mask has other values than 0 and 1, and padding='packed' leaves out "
-                "tokens by it: pass a mask of zeros and ones"
-            )
+        require_binary(torch.equal(mask, shown.to(mask.dtype)))
         width = mask.shape[1]
         columns = torch.arange(width, device=mask.device)
         ends = torch.where(shown, columns + 1, 0).amax(1)
@@ -106,3 +102,12 @@ class Mixture:
 
 def _bounds(lengths: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def require_binary(holds: bool) -> None:
+    """Raise InputError where a mask has other values than 0 and 1."""
+    if not holds:
+        raise InputError(
+            "attention_mask has other values than 0 and 1, and padding='packed' leaves out "
+            "tokens by it: pass a mask of zeros and ones"
+        )

@@ -39,6 +39,9 @@ class PackedProgram(Program):
         packing: TokenPacking,
     ) -> None:  # fmt: skip
         super().__init__(executable, runtime, pool, max_shapes)
+        self._take_up(packing)
+
+    def _take_up(self, packing: TokenPacking) -> None:
         self.packing = packing
         self._batch, self._seq = (self.dims.index(n) for n in (packing.batch, packing.seq))
 
@@ -66,7 +69,7 @@ class PackedProgram(Program):
             for leaf, kind in zip(found, self.packing.outputs, strict=True)
         ]
 
-    def find_mixture(self, dims: Sequence[int], tensors: Sequence[torch.Tensor]) -> Mixture:
+    def find_mixture(self, dims: Sequence[int], tensors: Sequence[torch.Tensor]) -> Any:
         """Return the tokens of a padded call.
 
         Raises InputError where inputs have fewer batch rows than others, and for a mask that is not
@@ -81,8 +84,16 @@ class PackedProgram(Program):
                 f"the call's first input has {batch} batch rows, and attention_mask or another "
                 f"input {max(mask.shape[0], *by_token)}: padding='packed' takes one row a sequence"
             )
-        mask = mask.expand(batch, mask.shape[1])
-        return Mixture.of_mask(mask, packing.from_start, packing.to_end)
+        return self.of_mask(mask.expand(batch, mask.shape[1]))
+
+    def of_mask(self, mask: torch.Tensor) -> Any:
+        """Return the tokens that a mask (batch, seq) shows; raise InputError for other values than
+        0 and 1."""
+        return Mixture.of_mask(mask, self.packing.from_start, self.packing.to_end)
+
+    def of_lengths(self, lengths: Any, tokens: int, longest: int, device: torch.device) -> Any:
+        """Return all tokens of sequences, `tokens` together and at most `longest` of one."""
+        return Mixture.of_lengths(lengths, device)
 
     def without_padding(self, leaves: Sequence[Any], mask: torch.Tensor) -> list[Any]:
         """Return the model's own leaves with zeros in rows of padding, as `run` returns them."""
@@ -98,7 +109,7 @@ class PackedProgram(Program):
         return found
 
     def run_mixture(
-        self, dims: Sequence[int], mixture: Mixture, tensors: Sequence[torch.Tensor],
+        self, dims: Sequence[int], mixture: Any, tensors: Sequence[torch.Tensor],
         ticks: Any = None, watch: Watch | None = None,
     ) -> list[Any]:  # fmt: skip
         """Return the packed program's leaves, (tokens, ...) where they are by token.

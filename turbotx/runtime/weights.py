@@ -11,11 +11,15 @@ some of its elements, and what derives from it is made again::
 from __future__ import annotations
 
 import ctypes
+import gc
+import logging
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,26 +27,16 @@ from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from turbotx.errors import ModelChangedError
-from turbotx.ir.matmul_kernels import DTYPE_CODES
 from turbotx.program.executable import WeightWindow
+from turbotx.runtime.packed_parameter import PackedParameter, restoring
+from turbotx.runtime.packed_weight import PackedWeight
 from turbotx.runtime.tensor_watch import Watch, make_watch
 
+log = logging.getLogger("turbotx.memory")
 
-class PackedWeight:
-    """A GEMM weight in the native library's layout; freed with the object."""
 
-    def __init__(self, native: Any, weight: torch.Tensor, gated: bool = False) -> None:
-        self._native = native
-        n, k = weight.shape
-        self.address = native.ttx_pack_weight(
-            DTYPE_CODES[weight.dtype], weight.data_ptr(), n, k, *weight.stride(), gated
-        )
-        if not self.address:
-            raise MemoryError(f"no memory to pack a weight of {weight.nbytes} bytes")
-
-    def __del__(self) -> None:
-        if getattr(self, "address", None):
-            self._native.ttx_free_weight(self.address)
+Place = tuple[dict[str, Any], str]
+"""A dictionary that holds a parameter, and its key there."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +82,16 @@ class Weights:
     def __init__(
         self, model: nn.Module, constants: Mapping[str, torch.Tensor],
         targets: Mapping[str, str], prepared: Mapping[str, fx.Node], kinds: Mapping[str, Kind],
+        copies: Mapping[str, Place] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         """targets: program tensor name -> dotted path in the user's module. kinds: by the name too,
-        what the program was compiled for."""
+        what the program was compiled for; copies: where else a parameter is held, as in the graph
+        that the program was made of."""
         self.paths, self.kinds = targets, kinds
         self._model = model
         self._constants = constants
         self.prepared = prepared
+        self._copies = copies
         self._slots = {name: self._find(path) for name, path in targets.items()}
         self._owners = [owner for owner, _ in self._slots.values()]
         self._leaves = [leaf for _, leaf in self._slots.values()]
@@ -105,6 +102,9 @@ class Weights:
         """Waits until what was queued for derived weights is done, where a device queues it."""
         self.packed: frozenset[str] = frozenset()
         """The tensors of which the runtime keeps copies of its own."""
+        self.read: Collection[str] = {*targets, *prepared}
+        """The tensors that are read as they are. Prepared constants that are neither read nor
+        packed are made when they are asked for, as by a replay."""
         self.tensors: dict[str, torch.Tensor] = {}
         self.version = 0
         self._lock = threading.Lock()
@@ -160,10 +160,15 @@ class Weights:
             if changed:
                 raise ModelChangedError(changed)
             watched = self._new_watch()  # first, so that it sees what changes from now on
-            tensors: dict[str, Any] = {n: owner[leaf] for n, (owner, leaf) in self._slots.items()}
+            tensors = _Tensors(self.prepared)
+            tensors.update((n, owner[leaf]) for n, (owner, leaf) in self._slots.items())
+            for name in self.read_plainly():
+                if isinstance(tensors.get(name), PackedParameter):
+                    tensors[name] = tensors[name].unpacked()
             with torch.no_grad():
                 for name, node in self.prepared.items():
-                    tensors[name] = compute_constant(node, tensors)
+                    if name in self.read or name in self.packed:
+                        tensors[name] = compute_constant(node, tensors)
             if self.prepared:
                 self.settle()
             self.tensors = tensors
@@ -173,18 +178,86 @@ class Weights:
 
     def _new_watch(self) -> tuple[list[Any], Watch]:
         """Watch the parameters as they are, natively where the library is there for it."""
-        tensors, read = self._owned(), self._read_ahead()
-        return tensors, make_watch(self.native, tensors, [name in read for name in self._slots])
+        tensors, copied = self._owned(), self._computed_with() | self.packed
+        here = [
+            (tensor, name in copied)
+            for tensor, name in zip(tensors, self._slots, strict=True)
+            if not isinstance(tensor, PackedParameter)  # nothing can write to it
+        ]
+        return tensors, make_watch(self.native, [t for t, _ in here], [c for _, c in here])
 
-    def _read_ahead(self) -> set[str]:
-        """Return the parameters of whose values a copy is kept, packed or computed with."""
+    def _computed_with(self) -> set[str]:
+        """Return the parameters that prepared constants are computed with."""
         found: set[str] = set()
-        left = [n for node in self.prepared.values() for n in node.all_input_nodes]
+        made = [n for name, n in self.prepared.items() if name in self.read or name in self.packed]
+        left = [n for node in made for n in node.all_input_nodes]
         while left:
             node = left.pop()
             found.add(node.name)
             left += () if node.name in self._slots else node.all_input_nodes
-        return found | self.packed
+        return found
+
+    def read_plainly(self) -> set[str]:
+        """Return the tensors that a run or a prepared constant reads as they are."""
+        return self._computed_with() | {*self.read}
+
+    # --- weights that are held in packed form only ---
+
+    def release(self, sources: Mapping[str, tuple[PackedWeight, int, bool]]) -> None:
+        """Let a packed form stand for parameters that nothing else holds, and give back their
+        memory. sources: by name, the packed weight, the first row there, and whether rows are the
+        parameter's columns."""
+        plainly = self.read_plainly()
+        with restoring, self._lock:
+            if self.watched is None or self._have_changed(*self.watched):
+                return  # the next call packs, and releases, what it is then
+            self.watched = None  # its handles hold the tensors too
+            gc.collect()  # traces leave circles that hold some
+            for name, (table, key) in self._copies.items():
+                if isinstance(self.tensors[name], PackedParameter):
+                    table[key] = self.tensors[name]  # the trace was given a plain one
+            stay = {id(self.tensors[n]) for n in plainly if n in self._slots}
+            kept = [
+                self.paths[name]
+                for name, source in sources.items()
+                if id(self.tensors[name]) not in stay and not self._release(name, *source)
+            ]
+            self.watched = self._new_watch()
+        if kept:
+            log.warning(
+                "keep_weights=False keeps %d weights, which something else holds too: %s",
+                len(kept), ", ".join(kept),
+            )  # fmt: skip
+
+    def _release(self, name: str, weight: PackedWeight, first: int, turned: bool) -> bool:
+        """Put a packed parameter in the place of a plain one; False where others hold that."""
+        owner, leaf = self._slots[name]
+        parameter = owner[leaf]
+        if type(parameter) is not nn.Parameter or _is_shared(parameter):
+            return isinstance(parameter, PackedParameter)
+        places: list[Place] = [
+            (m._parameters, key)
+            for m in self._model.modules()
+            for key, held in m._parameters.items()
+            if held is parameter
+        ]
+        names = [n for n, tensor in self.tensors.items() if tensor is parameter]
+        packed: Any = PackedParameter(parameter, weight, first, turned, self.paths[name])
+        self._put(packed, places, names)
+        left = weakref.ref(parameter)
+        del parameter
+        held = left()
+        if held is not None:
+            self._put(held, places, names)
+        return held is None
+
+    def _put(self, tensor: torch.Tensor, places: Sequence[Place], names: Sequence[str]) -> None:
+        for table, key in places:
+            table[key] = tensor
+        for name in names:
+            self.tensors[name] = tensor
+            table, key = self._copies.get(name, (self.tensors, name))
+            table[key] = tensor
 
     def _watch_natively(self, native: ctypes.CDLL | None) -> None:
         """Go on with a library that was built meanwhile."""
@@ -212,7 +285,28 @@ class Weights:
     def window(self, part: WeightWindow) -> torch.Tensor:
         """Return a part of a parameter or prepared constant as a tensor."""
         base = self.tensors[part.tensor]
+        if isinstance(base, PackedParameter):
+            base = base.unpacked()
         return base.as_strided(part.shape, part.strides, base.storage_offset() + part.offset)
+
+
+def _is_shared(tensor: torch.Tensor) -> bool:
+    """Tell whether other tensors lie in a tensor's memory, as those of a state dict do."""
+    count = getattr(torch._C, "_storage_Use_Count", None)  # private: without it nothing is known
+    # One is the tensor, one what asks.
+    return count is None or count(tensor.untyped_storage()._cdata) > 2
+
+
+class _Tensors(dict[str, Any]):
+    """Tensors by name, with prepared constants that nothing keeps: made when they are asked for."""
+
+    def __init__(self, prepared: Mapping[str, fx.Node]) -> None:
+        super().__init__()
+        self._prepared = prepared
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        with torch.no_grad():
+            return compute_constant(self._prepared[name], self)
 
 
 def compute_constant(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -64,15 +64,7 @@ class CallTable:
 
     def add(self, made: SavedCall, call: Mapping[str, Any]) -> None:
         """Add a program; call: the kind of call that it serves, as JSON."""
-        kinds = [
-            (float,)
-            if kind == "float"
-            else (decode_constant(kind), self._place, rank, *map(tuple, order))
-            for kind, rank, *order in call["inputs"]
-        ]
-        args, kwargs = decode_tree(call["tree"], lambda k: _SavedArgument(kinds[k]))
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        self._calls.setdefault((spec, tuple(map(_describe, leaves))), []).append(made)
+        self._calls.setdefault(_key_of(call, self._place), []).append(made)
         self._asked = tuple(sorted({*self._asked, *made.asked}))
         self._steps |= bool(made.stepping)
         self._asks_floats |= any(x.is_particular for x in made.floats)
@@ -168,6 +160,21 @@ class CallTable:
             f"the file holds no call of this kind: {_show(key)}. It holds {self.show()}. Call the "
             "optimized module this way before it is saved"
         )
+
+
+def show_call(call: Mapping[str, Any]) -> str:
+    """Return a kind of call, as JSON, the way one writes calls."""
+    return _show(_key_of(call, torch.device("cpu")))
+
+
+def _key_of(call: Mapping[str, Any], place: torch.device) -> tuple[Any, Any]:
+    kinds = [
+        (float,) if kind == "float" else (decode_constant(kind), place, rank, *map(tuple, order))
+        for kind, rank, *order in call["inputs"]
+    ]
+    args, kwargs = decode_tree(call["tree"], lambda k: _SavedArgument(kinds[k]))
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    return spec, tuple(map(_describe, leaves))
 
 
 class _SavedArgument:

@@ -3,7 +3,7 @@
 In: dataclasses of plain data, those that `KNOWN` names. Out: dicts, lists, numbers and strings, and
 the same values again; sizes are refused that are no arithmetic, ops that PyTorch does not have::
 
-    encode(Packing(3, window, True))  ->  {"is": "Packing", "slot": 3, "window": {...}, ...}
+    encode(Packing(3, parts, True))  ->  {"is": "Packing", "slot": 3, "parts": [...], ...}
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ serves, floats at random and integers 0 and 1, which any table of tokens has::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
 from turbotx.errors import InputError
-from turbotx.saved.load import SavedCall, SavedModule
+from turbotx.saved.load import SavedModule
 
 USUAL = {"batch": 2, "seq": 16}
 OTHER = 2
@@ -27,7 +27,7 @@ def example_call(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return arguments at these sizes; raise InputError for a dim that the model does not have."""
     (spec, described), call = model.first_call()
-    dims = _dims(call, sizes)
+    dims = example_dims(call.program.dims, sizes)
     rules = iter(call.matcher.rules.inputs)
     generator = torch.Generator().manual_seed(0)
     leaves: list[Any] = []
@@ -45,8 +45,8 @@ def example_call(
     return tuple(args), dict(kwargs)
 
 
-def _dims(call: SavedCall, sizes: Mapping[str, int]) -> dict[str, int]:
-    known = call.program.dims
+def example_dims(known: Collection[str], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return a size for every dim of a program; raise InputError for one that it does not have."""
     unknown = [name for name in sizes if name not in known and name not in USUAL]
     if unknown:
         raise InputError(f"no dim is called {unknown[0]!r}; this model's are {', '.join(known)}")

@@ -99,6 +99,11 @@ def load(
     return model
 
 
+def holds_weights(path: str | PathLike[str]) -> bool:
+    """Tell whether a file was saved with its weights; raise SavedFileError where it is damaged."""
+    return bool(read_container(Path(path))[0]["weights"])
+
+
 def _owner_of(model: nn.Module, part: str, owner: str) -> nn.Module:
     """Return the module whose parameters the programs of a part name."""
     if part != "steps":

@@ -99,7 +99,7 @@ class StateRecord:
         return Difference(place, self._shown[i], show(place.read()), by_calls)
 
 
-_TRACERS = ("torch.fx.", "torch._dynamo.", "torch._higher_order_ops.")
+_TRACERS = ("torch.fx.", "torch._dynamo.", "torch._higher_order_ops.", "turbotx.capture.flat_call")
 
 
 def find_model_names(model: nn.Module, recorder: StateRecorder) -> Names:
@@ -165,7 +165,8 @@ def _find_attributes(
 
 
 def _is_tracers(owner: Any, paths: dict[int, str]) -> bool:
-    """Tell a module that PyTorch's tracers made, to keep constants or a graph, from the user's."""
+    """Tell a module that tracers made, to keep constants or a graph, from the user's: a record that
+    held `FlatCall` would hold copies of the whole model."""
     if not isinstance(owner, nn.Module) or id(vars(owner)) in paths:
         return False
     return type(owner) is nn.Module or type(owner).__module__.startswith(_TRACERS)

@@ -252,7 +252,8 @@ def describe_own_tensor(tensor: torch.Tensor | None) -> Any:
     if tensor is None or not isinstance(tensor, torch.Tensor):
         return type(tensor), tensor if tensor is None else id(tensor)
     strides = tensor.stride() if tensor.layout is torch.strided else None
-    return type(tensor), tensor.dtype, tensor.device, tuple(tensor.shape), strides
+    kind = getattr(type(tensor), "stands_for", type(tensor))  # as of `PackedParameter`
+    return kind, tensor.dtype, tensor.device, tuple(tensor.shape), strides
 
 
 def describe_table(look: Look, table: Mapping[str, Any]) -> Any:

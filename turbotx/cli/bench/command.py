@@ -43,7 +43,7 @@ def bench_model(
     if unknown:
         raise InputError(f"--engine {unknown[0]}: there are {', '.join(ENGINES)}")
     wanted = [parse_shape(text) for text in shapes] or [{}]
-    saved = source.text.endswith(".ttx")
+    saved = source.is_saved
     usual = ["turbotx"] if saved else [e for e in ENGINES if e not in ASKED_FOR]
     chosen = list(engines or usual)
     threads = load.threads or torch.get_num_threads()
@@ -84,7 +84,7 @@ def write_inputs(
     source: Source, shapes: Sequence[Mapping[str, int]], folder: Path
 ) -> list[tuple[dict[str, int], Path]]:
     """Write one call's inputs at every shape, where all engines read them; return the dims too."""
-    if source.text.endswith(".ttx"):
+    if source.is_saved:
         return [_write_saved(source, dims, folder / f"{k}.pt") for k, dims in enumerate(shapes)]
     loaded = source.load(EXAMPLE_SHAPE)
     compiled = optimize(loaded.model, backend="aten")

@@ -5,7 +5,7 @@ launch: q, k and v in place by strides (a packed GEMM's output among them), out 
 the sizes of `cpp_attention.SIZES`, dots written as underscores. One program a tile of queries::
 
     args: q_ptr, k_ptr, v_ptr, out_ptr, [keys_ptr: mask or lengths], [bias_ptr], [sinks_ptr],
-        sizes...
+        [bounds_ptr, starts_ptr: of packed sequences], sizes...
 
 Where all keys are in one tile there is no loop, and nothing to carry through one.
 Online softmax after Milakov & Gimelshein 2018, tiling after Dao et al. 2022 (FlashAttention).
@@ -106,6 +106,7 @@ def print_triton_attention(
     hidden += [f"a window of {kernel.window}"] * (kernel.window != NO_WINDOW)
     hidden += [f"scores capped at {kernel.softcap!r}"] * (kernel.softcap != 0)
     hidden += [f"{kernel.bias} bias"] * (kernel.bias != "none") + ["sinks"] * kernel.sinks
+    hidden += ["each sequence by itself"] * kernel.packed
     header = [
         name,
         f"  softmax(q k^T * {kernel.scale!r}) v with head_dim {kernel.head_dim}"
@@ -115,7 +116,7 @@ def print_triton_attention(
     ]
     arguments = ["q_ptr", "k_ptr", "v_ptr", "out_ptr"]
     arguments += ["keys_ptr"] * (kernel.keys != "all") + ["bias_ptr"] * (kernel.bias != "none")
-    arguments += ["sinks_ptr"] * kernel.sinks
+    arguments += ["sinks_ptr"] * kernel.sinks + ["bounds_ptr", "starts_ptr"] * kernel.packed
     arguments += [*NAMES, "Q_TILE", "K_TILE"]
     flags = _flags(kernel, bool(schedule.once))
     return stand_alone(header, specialize("attention", "attention", name, arguments, flags))
@@ -139,13 +140,17 @@ def _flags(kernel: AttentionKernel, once: bool) -> dict[str, Flag]:
         "BLIND_MEAN": kernel.blind_mean,
         "SINKS": kernel.sinks,
         "ONCE": once,
+        "PACKED": kernel.packed,
         "MOST_DEEP": MOST_DEEP,
     }
 
 
 def attention_grid(
-    schedule: AttentionSchedule, batch: int, heads: int, q_len: int
+    schedule: AttentionSchedule, batch: int, heads: int, q_len: int, packed: bool = False
 ) -> tuple[int, int, int]:
-    """Return the number of programs: one a tile of queries, tiles of one head side by side."""
+    """Return the number of programs: one a tile of queries, tiles of one head side by side; packed:
+    as many as any lengths of `batch` sequences need, of q_len tokens together."""
+    if packed:
+        return q_len // schedule.q_tile + batch, heads, 1
     folds = 1 + batch // MOST_DEEP  # without comparing: saved programs keep the arithmetic
     return -(-q_len // schedule.q_tile) * folds, heads, -(-batch // folds)

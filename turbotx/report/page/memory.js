@@ -97,7 +97,7 @@ function memoryTab(pane) {
       ),
     ),
     facts,
-    chart,
+    make("div", { class: "scroll" }, chart),
     make(
       "div",
       { class: "row note" },

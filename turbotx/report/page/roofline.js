@@ -74,7 +74,7 @@ function rooflineTab(pane) {
         ? `At ${shownShape()}, the ${data.launches.length} launches took ${showUs(sum(data.launches.map((l) => data.times[l.name])))}; at the best that any of them reached here, they would take ${showUs(total)}.`
         : `At ${shownShape()}, ${bound} of ${data.launches.length} launches are bound by memory on this device, and all of them take at least ${showUs(total)}, whatever their code.`,
     ),
-    rooflineChart(),
+    make("div", { class: "scroll" }, rooflineChart()),
     note(
       `A dot stands for launches of the same bytes and operations, ${
         isMeasured()

@@ -68,17 +68,21 @@ function refusedTab(pane) {
   pane.append(idle.length ? goneTable(idle) : make("p", {}, "None."));
 }
 
+function linksTo(names, most = 6) {
+  const shown = names.slice(0, most).flatMap((name) => [linkTo(name), " "]);
+  return names.length > most ? [...shown, `and ${names.length - most} more`] : shown;
+}
+
 function apartTable() {
   const groups = new Map();
   for (const l of data.launches.filter((l) => l.apart)) {
     const key = `${l.kernel} ${l.apart}`;
     (groups.get(key) ?? groups.set(key, []).get(key)).push(l);
   }
-  const few = (group) => group.slice(0, 6).flatMap((l) => [linkTo(l.name), " "]);
   return table(
     ["launch", "#times", "why it stayed apart"],
     [...groups.values()].map((group) => [
-      few(group).concat(group.length > 6 ? `and ${group.length - 6} more` : []),
+      linksTo(group.map((l) => l.name)),
       group.length,
       group[0].apart,
     ]),
@@ -92,14 +96,14 @@ function goneTable(ops) {
     const key = `${op.op} ${op.status}`;
     (groups.get(key) ?? groups.set(key, []).get(key)).push(op);
   }
-  const launches = (group) => [...new Set(group.flatMap((op) => op.launches))].slice(0, 5);
+  const launches = (group) => [...new Set(group.flatMap((op) => op.launches))];
   return table(
     ["op", "#times", "what became of it", "nodes"],
     [...groups.values()].map((group) => [
       make("code", {}, group[0].op),
       group.length,
       group[0].status === "merged"
-        ? ["part of ", ...launches(group).flatMap((n) => [linkTo(n), " "])]
+        ? ["part of ", ...linksTo(launches(group))]
         : "removed",
       make(
         "small",

@@ -32,12 +32,31 @@ class LaunchRecord(ctypes.Structure):
     )
 
 
+class PartRecord(ctypes.Structure):
+    """Mirrors `Part` in native.cpp."""
+
+    _fields_ = (
+        ("address", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("stride_n", ctypes.c_int64),
+        ("stride_k", ctypes.c_int64),
+    )
+
+
 def declare_runtime(library: ctypes.CDLL) -> None:
     """Tell ctypes the types of the runtime's functions."""
     library.ttx_pack_weight.restype = ctypes.c_void_p
     library.ttx_pack_weight.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_int,
+        ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int,
     ]  # fmt: skip
+    library.ttx_map_weight.restype = ctypes.c_void_p
+    library.ttx_map_weight.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int,
+    ]  # fmt: skip
+    library.ttx_weight_panels.restype = ctypes.c_void_p
+    library.ttx_weight_panels.argtypes = [ctypes.c_void_p]
+    library.ttx_panel_layout.restype = ctypes.c_int64
+    library.ttx_panel_layout.argtypes = [ctypes.c_int]
     library.ttx_free_weight.argtypes = [ctypes.c_void_p]
     library.ttx_free_weight.restype = None
     library.ttx_run.restype = ctypes.c_int64

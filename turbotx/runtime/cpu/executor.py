@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from turbotx.program.executable import CalledLaunch, Executable, NativeLaunch
+from turbotx.program.executable import CalledLaunch, Executable, NativeLaunch, Packing
 from turbotx.runtime.aten import make_step
 from turbotx.runtime.cpu.abi import LaunchRecord
+from turbotx.runtime.packed_sources import find_sources, packed_before
+from turbotx.runtime.packed_weight import PackedWeight
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
-from turbotx.runtime.weights import PackedWeight, Weights
+from turbotx.runtime.weights import Weights
 
 
 class CpuExecutor:
@@ -31,14 +33,17 @@ class CpuExecutor:
     """
 
     def __init__(
-        self, executable: Executable, weights: Weights, libraries: Mapping[str, ctypes.CDLL]
-    ) -> None:
+        self, executable: Executable, weights: Weights, libraries: Mapping[str, ctypes.CDLL],
+        keep_weights: bool = True,
+    ) -> None:  # fmt: skip
         assert executable.cpu is not None, "compiled for another device"
         self.weights, self.builds = weights, 0
         self.packings = executable.cpu.packings
         self.torch_device = torch.device("cpu")
         self._native = weights.native = libraries.get("runtime")
-        weights.packed = frozenset(p.window.tensor for p in self.packings)
+        weights.packed = frozenset(w.tensor for p in self.packings for w in p.parts)
+        weights.read = frozenset(executable.weights)
+        self._keep_weights = keep_weights
         self._segments: Sequence[tuple[int, int]] = executable.cpu.segments
         self._records = (LaunchRecord * max(1, len(executable.launches)))()
         self._arrays: list[Any] = []  # what the records point at
@@ -69,18 +74,23 @@ class CpuExecutor:
         """
         with self._lock:
             version, tensors = self.weights.version, self.weights.tensors
-            if self._packed_version != version:
-                self._packed = {
-                    p.slot: PackedWeight(self._native, self.weights.window(p.window), p.gated)
-                    for p in self.packings
-                }
+            if self._packed_version != version and self._native is not None:
+                self._packed = {p.slot: self._pack(p, self._native) for p in self.packings}
                 self._packed_version = version
+                if not self._keep_weights:
+                    self.weights.release(find_sources(self.packings, self._packed, tensors))
             packed = self._packed
         for name, slot in self._weight_slots.items():
             table[slot] = tensors[name].data_ptr()
         for slot, weight in packed.items():
             table[slot] = weight.address
         return version, (tensors, packed)
+
+    def _pack(self, packing: Packing, native: ctypes.CDLL) -> PackedWeight:
+        """Return a weight packed, the one that its parameters were released to where that is it."""
+        found = packed_before(packing, self.weights.tensors)
+        parts = packing.parts
+        return found or PackedWeight.of(native, [*map(self.weights.window, parts)], packing.gated)
 
     def run(
         self, table: Any, sizes: Any, state: RunState,

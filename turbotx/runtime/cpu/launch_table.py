@@ -24,7 +24,7 @@ from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.kernels.fusion.inplace_check import check_inplace
 from turbotx.program.assembly import Assembly
 from turbotx.program.executable import CpuTables, NativeLaunch, Packing
-from turbotx.program.link import LaunchLayout, facts_of, weight_window
+from turbotx.program.link import LaunchLayout, facts_of, weight_parts
 from turbotx.runtime.cpu.abi import declare_runtime, runtime_units
 
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
@@ -131,27 +131,36 @@ def lay_out_launches(
     table = LaunchLayout({name: k for k, name in enumerate(assembly.tensors)})
     packings: dict[int, Packing] = {}
     segments: list[tuple[int, int]] = []
+    read = set(assembly.returned)
     for i, launch in enumerate(assembly.launches):
         native = type(launch) in native_types
+        operands = launch.operands
         if native:
-            table.launches[i] = _link(launch, table, packings, names)
+            table.launches[i] = _link(launch, table, names)
+            if isinstance(launch, ir.GemmLaunch):
+                packing = _pack(launch, table, assembly)
+                packings[packing.slot] = packing
+                operands = tuple(a for a in operands if a is not launch.weight)
+        read.update(a.tensor for a in operands if a is not None)
         if native and i - 1 in table.launches:
             segments[-1] = (segments[-1][0], i + 1)
         else:
             segments.append((i, i + 1))
-    table.cpu = CpuTables(tuple(segments), tuple(packings.values()))
+    table.cpu, table.read = CpuTables(tuple(segments), tuple(packings.values())), read
     return table
 
 
-def _link(
-    launch: ir.Launch, table: LaunchLayout, packings: dict[int, Packing], names: dict[object, str]
-) -> NativeLaunch:
+def _pack(launch: ir.GemmLaunch, table: LaunchLayout, assembly: Assembly) -> Packing:
+    slot = table.slots[_packed_name(launch)]
+    return Packing(slot, weight_parts(launch.weight, assembly.prepared), launch.gemm.gated)
+
+
+def _link(launch: ir.Launch, table: LaunchLayout, names: dict[object, str]) -> NativeLaunch:
     slots, offsets = [], []
     for arg in launch.operands:
         shift = ZERO if arg is None else arg.offset * arg.dtype.itemsize
         if isinstance(launch, ir.GemmLaunch) and arg is launch.weight:
             slot = table.slots.setdefault(_packed_name(launch), len(table.slots))
-            packings[slot] = Packing(slot, weight_window(arg), launch.gemm.gated)
             shift = ZERO
         else:
             slot = -1 if arg is None else table.slots[arg.tensor]

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "gemm.h"
 #include "gemm_int8.h"
@@ -47,6 +48,7 @@ struct Product {
 struct Weight {
   virtual ~Weight() = default;
   virtual void multiply(const Product& p) = 0;
+  virtual const void* panels() const = 0;
 };
 
 template <class T, class Packed>
@@ -61,8 +63,11 @@ ttx::Epilogue<T> finish_of(const Product& p, const Packed& packed) {
 template <class T>
 struct TypedWeight : Weight {
   ttx::PackedWeight<T> packed;
-  TypedWeight(const T* w, long n, long k, long sn, long sk, bool gated)
-      : packed(w, gated ? n / 2 : n, k, sn, sk, gated) {}
+  TypedWeight(const std::vector<ttx::WeightPart<T>>& parts, long n, long k, bool gated)
+      : packed(parts.data(), static_cast<long>(parts.size()), n, k, gated) {}
+  TypedWeight(const void* panels, long n, long k, bool gated)
+      : packed(static_cast<const T*>(panels), n, k, gated, std::true_type()) {}
+  const void* panels() const override { return packed.panel(0); }
   void multiply(const Product& p) override {
     const T* a = static_cast<const T*>(p.a);
     T* c = static_cast<T*>(p.c);
@@ -72,8 +77,9 @@ struct TypedWeight : Weight {
 
 struct Int8Weight : Weight {
   ttx::PackedInt8 packed;
-  Int8Weight(const std::int8_t* w, long n, long k, long sn, long sk, bool gated)
-      : packed(w, gated ? n / 2 : n, k, sn, sk, gated) {}
+  Int8Weight(const std::vector<ttx::WeightPart<std::int8_t>>& parts, long n, long k, bool gated)
+      : packed(parts.data(), static_cast<long>(parts.size()), n, k, gated) {}
+  const void* panels() const override { return packed.panel(0); }
   template <class T>
   void multiply_as(const Product& p) {
     ttx::Int8Rows rows{p.a, p.lda, p.m, p.x_scale};
@@ -87,9 +93,15 @@ struct Int8Weight : Weight {
   }
 };
 
-template <class T>
-Weight* pack(const void* w, long n, long k, long sn, long sk, bool gated) {
-  return new TypedWeight<T>(static_cast<const T*>(w), n, k, sn, sk, gated);
+// Rows of a weight as Python says them.
+struct Part { const void* w; int64_t rows, stride_n, stride_k; };
+
+template <class T, class Packed = TypedWeight<T>>
+Weight* pack(const Part* parts, int64_t count, long n, long k, bool gated) {
+  std::vector<ttx::WeightPart<T>> typed;
+  for (const Part* p = parts; p < parts + count; ++p)
+    typed.push_back({static_cast<const T*>(p->w), p->rows, p->stride_n, p->stride_k});
+  return new Packed(typed, n, k, gated);
 }
 
 }  // namespace
@@ -116,19 +128,37 @@ int64_t ttx_run(const Launch* launches, int64_t begin, int64_t end, void* const*
   return 0;
 }
 
-// dtype 0 is float32, 1 bfloat16, 2 float16, 3 int8; element (output j, input i) at w[j * sn + i * sk]. Of a
-// gated weight the first n / 2 outputs are the gate, the others its factor.
-void* ttx_pack_weight(int dtype, const void* w, int64_t n, int64_t k, int64_t sn, int64_t sk,
+// dtype 0 is float32, 1 bfloat16, 2 float16, 3 int8; rows of all parts make the weight of n outputs.
+// Of a gated weight the first n rows are the gate, the others its factor.
+void* ttx_pack_weight(int dtype, const Part* parts, int64_t count, int64_t n, int64_t k,
                       int gated) {
   try {
-    if (dtype == 0) return pack<float>(w, n, k, sn, sk, gated);
-    if (dtype == 1) return pack<ttx::bf16>(w, n, k, sn, sk, gated);
-    if (dtype == 3)
-      return new Int8Weight(static_cast<const std::int8_t*>(w), n, k, sn, sk, gated);
-    return pack<ttx::f16>(w, n, k, sn, sk, gated);
+    if (dtype == 0) return pack<float>(parts, count, n, k, gated);
+    if (dtype == 1) return pack<ttx::bf16>(parts, count, n, k, gated);
+    if (dtype == 3) return pack<std::int8_t, Int8Weight>(parts, count, n, k, gated);
+    return pack<ttx::f16>(parts, count, n, k, gated);
   } catch (const std::bad_alloc&) {
     return nullptr;
   }
+}
+
+// The same over panels that were packed before, of this processor's layout; they must stay there.
+void* ttx_map_weight(int dtype, const void* panels, int64_t n, int64_t k, int gated) {
+  if (dtype == 0) return new TypedWeight<float>(panels, n, k, gated);
+  if (dtype == 1) return new TypedWeight<ttx::bf16>(panels, n, k, gated);
+  return new TypedWeight<ttx::f16>(panels, n, k, gated);
+}
+
+const void* ttx_weight_panels(const void* weight) {
+  return static_cast<const Weight*>(weight)->panels();
+}
+
+// How a dtype's panels are laid out: columns of a panel << 8 | neighbours of one column.
+int64_t ttx_panel_layout(int dtype) {
+  int step = dtype == 0   ? ttx::detail::PanelLayout<float>::step
+             : dtype == 1 ? ttx::detail::PanelLayout<ttx::bf16>::step
+                          : ttx::detail::PanelLayout<ttx::f16>::step;
+  return int64_t{ttx::detail::kPanel} << 8 | step;
 }
 
 void ttx_free_weight(void* weight) { delete static_cast<Weight*>(weight); }

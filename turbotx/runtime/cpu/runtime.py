@@ -86,8 +86,8 @@ def _build(sources: Mapping[str, str], backend: str) -> tuple[dict[str, ctypes.C
 class CpuRuntime(CpuExecutor):
     """Executes a program's launches. sources, builds: those of its `CpuCode`."""
 
-    def __init__(self, code: CpuCode, weights: Weights) -> None:
-        super().__init__(code.executable, weights, code.libraries)
+    def __init__(self, code: CpuCode, weights: Weights, keep_weights: bool = True) -> None:
+        super().__init__(code.executable, weights, code.libraries, keep_weights)
         self.sources, self.builds = code.sources, code.builds
 
     @property

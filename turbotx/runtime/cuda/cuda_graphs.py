@@ -195,8 +195,9 @@ class CudaGraphProgram(Program):
     ) -> list[torch.Tensor]:
         """Copy inputs in, replay, copy outputs out: one kernel copies all of a dtype."""
         call = self.runtime.device.call
-        if tensors:  # a list of none is refused
-            call(partial(torch._foreach_copy_, captured.inputs, list(self.in_memory(tensors))))
+        into, given = self._copied_in(captured.inputs, tensors)
+        if given:  # a list of none is refused
+            call(partial(torch._foreach_copy_, into, given))
         captured.graph.replay()
         # The device is at work: the rest of the host's part costs nothing while that lasts.
         self.runtime.placed.use(captured.kept)
@@ -204,6 +205,15 @@ class CudaGraphProgram(Program):
         if outputs:
             call(partial(torch._foreach_copy_, outputs, captured.outputs))
         return outputs
+
+    def _copied_in(
+        self, inputs: list[torch.Tensor], tensors: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return what a call copies into a graph's inputs, and from where."""
+        return inputs, list(self.in_memory(tensors))
+
+    def _derive(self, inputs: list[torch.Tensor]) -> None:
+        """Queue what a graph makes of its inputs before its launches: nothing, here."""
 
     def _find(self, arena: Any, binding: GraphBinding) -> CapturedGraph:
         """Return the graph of a shape in this arena, captured now if there is none that holds."""
@@ -231,10 +241,13 @@ class CudaGraphProgram(Program):
         recorder = self.graphs.recorders.get(arena.index)
         if recorder is None:
             recorder = self.graphs.recorders[arena.index] = self.runtime.device.recorder()
+
+        def body() -> None:
+            self._derive(inputs)
+            self._run_in(execution, binding, state, inputs, outputs)
+
         try:
-            graph = recorder.capture(
-                lambda: self._run_in(execution, binding, state, inputs, outputs)
-            )
+            graph = recorder.capture(body)
         except TurbotxError:
             raise
         except RuntimeError as error:  # an op that waits for the device, most likely

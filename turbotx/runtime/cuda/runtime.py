@@ -29,7 +29,7 @@ from turbotx.program.link import LaunchLayout, facts_of, link
 from turbotx.runtime.cuda.arguments import Key
 from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
 from turbotx.runtime.cuda.queue import CudaQueue
-from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, lay_out
+from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, SequenceFamily, lay_out
 from turbotx.runtime.device import Device
 from turbotx.runtime.weights import Weights
 
@@ -37,7 +37,7 @@ from turbotx.runtime.weights import Weights
 # tiles for run-time lengths, with and without sizes that allow 128-bit accesses.
 EXPECTED_LENGTHS = (16, 17, 256, 250, 512, 500)
 
-Compiling = KernelFamily | AttentionFamily | GemmFamily
+Compiling = KernelFamily | AttentionFamily | GemmFamily | SequenceFamily
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,9 @@ class LaunchKernels:
                 found[i] = self._kernel(i, "kernel", launch)
             elif isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
                 found[i] = AttentionFamily(launch, target, self.table, tiles)
+                self._lay_out(i, "kernel", launch)
+            elif isinstance(launch, ir.SequenceLaunch):
+                found[i] = SequenceFamily(launch, target, self.table)
                 self._lay_out(i, "kernel", launch)
             elif isinstance(launch, ir.GemmLaunch) and launch.workspaces:
                 _, ends = find_library_call(launch)

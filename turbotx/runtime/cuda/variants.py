@@ -43,6 +43,12 @@ from turbotx.kernels.triton.attention import (
 )
 from turbotx.kernels.triton.compiler import kernel_job
 from turbotx.kernels.triton.products import PRODUCT_NAMES, PRODUCT_STRIDES, product_grid
+from turbotx.kernels.triton.sequences import (
+    SequenceSchedule,
+    choose_sequence_schedule,
+    sequence_grid,
+    sequence_job,
+)
 from turbotx.kernels.triton.tags import AttentionTiles, tag_of
 from turbotx.kernels.tuned import Choose, neighbours
 from turbotx.program.executable import ArgumentLayout
@@ -51,6 +57,10 @@ from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.device import Grid
 
 KEYS = ("q_len", "k_len")
+POINTERS = (
+    "q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr", "sinks_ptr", "bounds_ptr",
+    "starts_ptr",
+)  # fmt: skip
 # How many keys a tile of attention can have; the last stands for more than any.
 TILES_OF_KEYS = (16, 32, 64, 128, 256, 1 << 30)
 # Elements from which on a kernel counts in 64 bits: a masked tile reaches past the end.
@@ -194,11 +204,10 @@ class AttentionFamily:
         self._sizes = [table.value(e) for e in launch.sizes]
         flash = isinstance(launch, ir.AttentionLaunch)
         self._names, self._strides = (NAMES, STRIDES) if flash else (PRODUCT_NAMES, PRODUCT_STRIDES)
-        of_flash = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "keys_ptr", "bias_ptr", "sinks_ptr")
-        names = of_flash if flash else ("a_ptr", "b_ptr", "out_ptr")
+        names = POINTERS if flash else ("a_ptr", "b_ptr", "out_ptr")
         self._shifts = [
             (name, table.value(a.offset * a.dtype.itemsize))
-            for name, a in zip(names, launch.operands, strict=True)
+            for name, a in zip(names, launch.operands, strict=False)
             if a is not None and a.offset != 0
         ]
         self._chosen: dict[int, AttentionTiles] = {}
@@ -255,7 +264,8 @@ class AttentionFamily:
     def _grid(self, tiles: AttentionTiles, values: Mapping[str, int]) -> Grid:
         batch, heads, q_len = values["batch"], values["heads"], values["q_len"]
         if isinstance(tiles, AttentionSchedule):
-            return attention_grid(tiles, batch, heads, q_len)
+            packed = isinstance(self.kernel, AttentionKernel) and self.kernel.packed
+            return attention_grid(tiles, batch, heads, q_len, packed)
         assert isinstance(self.kernel, ProductKernel)
         return product_grid(self.kernel, tiles, batch, heads, q_len, values["k_len"])
 
@@ -279,3 +289,26 @@ class AttentionFamily:
     def tag(self, tiles: AttentionTiles) -> str:
         """Return the short name of some tiles."""
         return tag_of(tiles)
+
+
+class SequenceFamily:
+    """The variants of a launch over each sequence's tokens: of one column, and of more."""
+
+    def __init__(self, launch: ir.SequenceLaunch, target: str, table: LaunchLayout) -> None:
+        self.kernel, self._target = launch.kernel, target
+        self._extents = [table.value(e) for e in launch.extents]
+        self._jobs: dict[SequenceSchedule, Job] = {}
+
+    def pick(self, sizes: Sequence[int]) -> list[Part]:
+        """Return what to run at these sizes; a grid with a zero means nothing."""
+        sequences, before, _, after = (sizes[k] for k in self._extents)
+        schedule = choose_sequence_schedule(after)
+        if schedule not in self._jobs:
+            self._jobs[schedule] = sequence_job(self.kernel, self._target, schedule)
+        grid = sequence_grid(self.kernel, schedule, sequences, before, after)
+        return [Part("kernel", self._jobs[schedule], grid)]
+
+    @property
+    def deciders(self) -> Deciders:
+        """The sizes that decide which variant runs: whether there is more than one column."""
+        return Deciders(((self._extents[3], (1, POWERS[-1])),), ())

@@ -49,6 +49,10 @@ class WeightMemory {
   void* data_ = nullptr;
 };
 
+// Rows of a weight: element (row j, column i) is w[j * stride_n + i * stride_k].
+template <class T>
+struct WeightPart { const T* w; long rows, stride_n, stride_k; };
+
 // W packed for this file's engine: panels of kPanel columns, each padded_depth(k) deep.
 //
 // A gated layer's weight, [2n][k], makes n columns of activation(gate) * factor: panels of the gate
@@ -59,26 +63,51 @@ class PackedWeight {
   PackedWeight(const T* w, long n, long k) : PackedWeight(w, n, k, k, 1) {}
   // Element (output j, input i) is w[j * stride_n + i * stride_k]; n counts the columns of C.
   PackedWeight(const T* w, long n, long k, long stride_n, long stride_k, bool gated = false)
-      : n(n), k(k), group(gated ? 2 : 1), memory_(sizeof(T) * group * groups() * panel_size()) {
-    constexpr int step = detail::PanelLayout<T>::step;
-    T* out = memory_.template as<T>();
-#pragma omp parallel for schedule(static)
-    for (long p = 0; p < group * groups(); ++p)
-      for (long i = 0; i < detail::padded_depth<T>(k); ++i)
-        for (int c = 0; c < detail::kPanel; ++c) {
-          long j = p / group * detail::kPanel + c;
-          const T* row = w + (j + p % group * n) * stride_n;
-          out[p * panel_size() + (i / step * detail::kPanel + c) * step + i % step] =
-              j < n && i < k ? row[i * stride_k] : T{};
-        }
+      : PackedWeight(n, k, gated) {
+    WeightPart<T> all{w, gated ? 2 * n : n, stride_n, stride_k};
+    fill(&all, 1);
   }
+  // The same of parts, whose rows follow each other.
+  PackedWeight(const WeightPart<T>* parts, long count, long n, long k, bool gated)
+      : PackedWeight(n, k, gated) {
+    fill(parts, count);
+  }
+  // Panels that lie elsewhere already, and stay there.
+  PackedWeight(const T* panels, long n, long k, bool gated, std::true_type)
+      : n(n), k(k), group(gated ? 2 : 1), panels_(panels) {}
   long groups() const { return (n + detail::kPanel - 1) / detail::kPanel; }
   long panel_size() const { return detail::padded_depth<T>(k) * detail::kPanel; }
-  const T* panel(long p) const { return memory_.template as<const T>() + p * panel_size(); }
+  const T* panel(long p) const { return panels_ + p * panel_size(); }
   const long n, k, group;  // group: panels for kPanel columns of C, 2 where gated
 
  private:
+  PackedWeight(long n, long k, bool gated)
+      : n(n), k(k), group(gated ? 2 : 1), memory_(sizeof(T) * group * groups() * panel_size()),
+        panels_(memory_.template as<const T>()) {}
+
+  void fill(const WeightPart<T>* parts, long count) {
+    constexpr int step = detail::PanelLayout<T>::step;
+    T* out = memory_.template as<T>();
+#pragma omp parallel for schedule(static)
+    for (long p = 0; p < group * groups(); ++p) {
+      const T* rows[detail::kPanel];  // null past the last column
+      long steps[detail::kPanel];
+      for (int c = 0; c < detail::kPanel; ++c) {
+        long j = p / group * detail::kPanel + c, row = j + p % group * n;
+        const WeightPart<T>* part = parts;
+        for (; part + 1 < parts + count && row >= part->rows; ++part) row -= part->rows;
+        rows[c] = j < n ? part->w + row * part->stride_n : nullptr;
+        steps[c] = part->stride_k;
+      }
+      for (long i = 0; i < detail::padded_depth<T>(k); ++i)
+        for (int c = 0; c < detail::kPanel; ++c)
+          out[p * panel_size() + (i / step * detail::kPanel + c) * step + i % step] =
+              rows[c] != nullptr && i < k ? rows[c][i * steps[c]] : T{};
+    }
+  }
+
   WeightMemory memory_;
+  const T* panels_;
 };
 
 namespace detail {

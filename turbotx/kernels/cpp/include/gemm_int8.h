@@ -2,7 +2,7 @@
 //   in:  A [m][k], int8 with a scale a row, or float, bf16 or f16 rows that are quantised first; W
 //        int8 [n][k], packed once, with a scale an output column
 //   out: C [m][n] of the finish's type: float32 after the sums, rounded once
-//   example:  ttx::PackedInt8 w(weight, n, k, k, 1);
+//   example:  ttx::PackedInt8 w(weight, n, k);
 //             ttx::linear_int8(w, rows, weight_scales, c, n, ttx::Epilogue<float>{.bias = bias});
 //
 // |a| and |w| are at most 127, so that sums of up to 2^31 / 127^2 = 133,144 products fit in int32.
@@ -19,22 +19,17 @@ namespace ttx {
 
 class PackedInt8 {
  public:
+  PackedInt8(const std::int8_t* w, long n, long k) : PackedInt8(w, n, k, k, 1) {}
   // Element (output j, input i) is w[j * stride_n + i * stride_k]; n counts the columns of C.
   PackedInt8(const std::int8_t* w, long n, long k, long stride_n, long stride_k, bool gated = false)
-      : n(n), k(k), group(gated ? 2 : 1), amx(detail::amx_is_usable()), depth(padded(k, amx)),
-        offset(amx ? 0 : detail::kWeightOffset), memory_(group * groups() * panel_size()) {
-    std::int8_t* out = memory_.as<std::int8_t>();
-    constexpr int panel = detail::kPanel, quad = detail::kQuad;
-#pragma omp parallel for schedule(static)
-    for (long p = 0; p < group * groups(); ++p)
-      for (long i = 0; i < depth; ++i)
-        for (int c = 0; c < panel; ++c) {
-          long j = p / group * panel + c;
-          bool inside = j < n && i < k;
-          int value = inside ? w[(j + p % group * n) * stride_n + i * stride_k] : 0;
-          out[p * panel_size() + (i / quad * panel + c) * quad + i % quad] =
-              static_cast<std::int8_t>(value + offset);
-        }
+      : PackedInt8(n, k, gated) {
+    WeightPart<std::int8_t> all{w, gated ? 2 * n : n, stride_n, stride_k};
+    fill(&all, 1);
+  }
+  // The same of parts, whose rows follow each other.
+  PackedInt8(const WeightPart<std::int8_t>* parts, long count, long n, long k, bool gated)
+      : PackedInt8(n, k, gated) {
+    fill(parts, count);
   }
   long groups() const { return (n + detail::kPanel - 1) / detail::kPanel; }
   long panel_size() const { return depth * detail::kPanel; }
@@ -45,6 +40,28 @@ class PackedInt8 {
   const int offset;   // what the panels hold on top of W
 
  private:
+  PackedInt8(long n, long k, bool gated)
+      : n(n), k(k), group(gated ? 2 : 1), amx(detail::amx_is_usable()), depth(padded(k, amx)),
+        offset(amx ? 0 : detail::kWeightOffset), memory_(group * groups() * panel_size()) {}
+
+  // Elements come by rows of the weight, which lie in the panels `quad` at a time.
+  void fill(const WeightPart<std::int8_t>* parts, long count) {
+    std::int8_t* out = memory_.as<std::int8_t>();
+    constexpr int panel = detail::kPanel, quad = detail::kQuad;
+#pragma omp parallel for schedule(static)
+    for (long p = 0; p < group * groups(); ++p)
+      for (int c = 0; c < panel; ++c) {
+        long j = p / group * panel + c, row = j + p % group * n;
+        const WeightPart<std::int8_t>* part = parts;
+        for (; part + 1 < parts + count && row >= part->rows; ++part) row -= part->rows;
+        for (long i = 0; i < depth; ++i) {
+          int value = j < n && i < k ? part->w[row * part->stride_n + i * part->stride_k] : 0;
+          out[p * panel_size() + (i / quad * panel + c) * quad + i % quad] =
+              static_cast<std::int8_t>(value + offset);
+        }
+      }
+  }
+
   static long padded(long k, bool amx) {
     long unit = amx ? detail::kAmxDepth : detail::kQuad;
     return (k + unit - 1) / unit * unit;

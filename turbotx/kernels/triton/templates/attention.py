@@ -25,6 +25,7 @@ BLIND_NAN = tl.constexpr(None)  # a query that sees no key gets NaN, and not zer
 BLIND_MEAN = tl.constexpr(None)  # or the mean of all values
 SINKS = tl.constexpr(None)  # whether each head has one more score, whose share goes to no value
 ONCE = tl.constexpr(None)  # whether one tile has all keys
+PACKED = tl.constexpr(None)  # whether sequences lie one behind another, sequence n between bounds
 # Sequences are along a grid's third axis, which has room for as many: no division then finds a
 # program's place, which would take longer than all else before its first load.
 MOST_DEEP = tl.constexpr(None)
@@ -32,6 +33,24 @@ MOST_DEEP = tl.constexpr(None)
 # Exponentials are powers of two, which GPUs have an instruction for.
 LOG2E = tl.constexpr(1.4426950408889634)
 MOST = tl.constexpr(3.4028234663852886e38)  # of float32
+SEARCHED = tl.constexpr(128)  # how many bounds a program looks at together
+
+
+@triton.jit
+def find_sequence(tile, bounds_ptr, batch, Q_TILE: tl.constexpr):
+    # Sequence n has the tiles from bounds[n] // Q_TILE + n on: as many as it needs or one more.
+    sequence = -1
+    for bound_start in range(0, batch, SEARCHED):
+        place = bound_start + tl.arange(0, SEARCHED)
+        bound = tl.load(bounds_ptr + place, mask=place < batch, other=0).to(tl.int32)
+        before = (place < batch) & (bound // Q_TILE + place <= tile)
+        sequence += tl.sum(before.to(tl.int32), 0)
+    begin = tl.load(bounds_ptr + sequence)
+    length = (tl.load(bounds_ptr + sequence + 1) - begin).to(tl.int32)
+    own_tile = tile - (begin.to(tl.int32) // Q_TILE + sequence)
+    # A tile that its sequence does not need sees no keys, and stores nothing.
+    seen = tl.where(own_tile * Q_TILE < length, length, 0)
+    return sequence, begin, length, seen, own_tile
 
 
 @triton.jit
@@ -161,15 +180,23 @@ def divide_values(values, total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE: tl.co
 
 @triton.jit
 def attention(
-    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, bias_ptr, sinks_ptr, batch, heads, kv_heads, q_len,
-    k_len, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    out_batch, out_head, out_row, key_mask_stride, bias_batch, bias_head, bias_q, bias_k,
+    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, bias_ptr, sinks_ptr, bounds_ptr, starts_ptr, batch,
+    heads, kv_heads, q_len, k_len, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head,
+    v_row, out_batch, out_head, out_row, key_mask_stride, bias_batch, bias_head, bias_q, bias_k,
     Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     head = tl.program_id(1)
     batch_index = tl.program_id(2)
-    if batch >= MOST_DEEP:  # the others are along the first axis
+    if PACKED:
+        sequence, begin, q_len, k_len, tile = find_sequence(tile, bounds_ptr, batch, Q_TILE)
+        q_ptr, out_ptr = q_ptr + begin * q_row, out_ptr + begin * out_row
+        k_ptr, v_ptr = k_ptr + begin * k_row, v_ptr + begin * v_row
+        if KEYS == "mask":
+            keys_ptr += begin
+        if BIAS != "none":
+            bias_ptr += tl.load(starts_ptr + sequence) * (bias_q + bias_k)
+    elif batch >= MOST_DEEP:  # the others are along the first axis
         tiles = tl.cdiv(q_len, Q_TILE)
         batch_index += tile // tiles * tl.num_programs(2)
         tile = tile % tiles

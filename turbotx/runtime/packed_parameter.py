@@ -1,0 +1,178 @@
+"""Packed parameter: stands in a module for a parameter that is held in packed form only.
+
+In: a packed weight and the rows of it that are the parameter. Out: an `nn.Parameter` without memory
+of its own, of the same shape, dtype and strides: what reads it is given a dense copy, what writes
+it is refused by name::
+
+    module.weight + 1          # unpacked for this one call
+    module.weight.add_(1)      # WeightsReleasedError
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from turbotx.errors import WeightsReleasedError
+from turbotx.runtime.packed_weight import PackedWeight
+
+_OF_MEMORY = frozenset(
+    {"data_ptr", "untyped_storage", "_typed_storage", "storage", "share_memory_", "set_",
+     "resize_", "__dlpack__", "__array__", "numpy", "pin_memory", "is_pinned"}
+)  # fmt: skip
+"""Methods of a tensor that look for memory, which there is none of."""
+
+
+class PackedParameter(nn.Parameter):
+    """A parameter of which `weight` holds every element. first: its first row there; turned: its
+    rows are the columns of the parameter. path: what messages call it."""
+
+    stands_for = nn.Parameter
+    """What a guard takes it for."""
+    weight: PackedWeight
+    first: int
+    turned: bool
+    path: str
+
+    @staticmethod
+    def __new__(
+        cls, like: torch.Tensor, weight: PackedWeight, first: int, turned: bool, path: str
+    ) -> PackedParameter:
+        """like: a tensor of its shape, strides and dtype, of which nothing is kept."""
+        made: PackedParameter = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device,
+            requires_grad=like.requires_grad,
+        )  # fmt: skip
+        made.weight, made.first, made.turned, made.path = weight, first, turned, path
+        return made
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def unpacked(self) -> torch.Tensor:
+        """Return its elements, dense, in memory of their own."""
+        n, k = reversed(self.shape) if self.turned else self.shape
+        assert k == self.weight.depth
+        rows = self.weight.rows(self.first, n)
+        out = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype)
+        return out.copy_(rows.t() if self.turned else rows)
+
+    def refusal(self, what: str) -> WeightsReleasedError:
+        """Return the error for something that a packed weight cannot do."""
+        return WeightsReleasedError(
+            f"{what} of {self.path!r}: it is held in packed form only (keep_weights=False). "
+            "Optimize the model with keep_weights=True to change it, or take its values from "
+            "state_dict() of the optimized module"
+        )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse what a tensor without memory cannot do; give a state dict plain tensors."""
+        name = getattr(func, "__name__", "")
+        own = args[0] if args and isinstance(args[0], cls) else None
+        if own is not None and name in _OF_MEMORY:
+            raise own.refusal(f"cannot give memory by {name}()")
+        if own is not None and name == "__set__" and func.__self__.__name__ == "data":
+            if args[1] is own:  # as `module.to` does where nothing is to be converted
+                return None
+            raise own.refusal("cannot set .data")
+        if own is not None and name == "detach" and _asks_module():
+            return own.unpacked()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run a call on dense copies; refuse one that writes."""
+        return _run_on_copies(func, args, kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """Return a plain parameter."""
+        made = memo[id(self)] = nn.Parameter(self.unpacked(), self.requires_grad)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as a plain parameter."""
+        return nn.Parameter(self.unpacked(), self.requires_grad).__reduce_ex__(protocol)
+
+
+class UnpackedView(torch.Tensor):
+    """A view of a packed parameter's elements: a copy, so that writes to it are refused."""
+
+    plain: torch.Tensor
+    of: PackedParameter
+
+    @staticmethod
+    def __new__(cls, plain: torch.Tensor, of: PackedParameter) -> UnpackedView:
+        """plain: the elements. of: the parameter that they are of."""
+        made = torch.Tensor._make_subclass(cls, plain)
+        made.plain, made.of = plain, of
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run a call on the elements; refuse one that writes."""
+        return _run_on_copies(func, args, kwargs or {})
+
+
+def _asks_module() -> bool:
+    """Tell whether PyTorch's own code of modules asks, for a state dict."""
+    return sys._getframe(2).f_code.co_filename == inspect.getsourcefile(nn.Module)
+
+
+def _run_on_copies(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an op of PyTorch on dense copies. What is a view of one refuses writes as the parameter
+    does, since they would be lost."""
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    whose: PackedParameter | None = None
+    for argument in func._schema.arguments:
+        for leaf in pytree.tree_leaves(named.get(argument.name)):
+            if isinstance(leaf, (PackedParameter, UnpackedView)):
+                whose = leaf if isinstance(leaf, PackedParameter) else leaf.of
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    raise whose.refusal(f"cannot write by {func}")
+    args, kwargs = pytree.tree_map_only(PackedParameter, PackedParameter.unpacked, (args, kwargs))
+    args, kwargs = pytree.tree_map_only(UnpackedView, lambda v: v.plain, (args, kwargs))
+    made = func(*args, **kwargs)
+    if whose is None or all(r.alias_info is None for r in func._schema.returns):
+        return made
+    return pytree.tree_map_only(torch.Tensor, lambda t: UnpackedView(t, whose), made)
+
+
+restoring = threading.RLock()
+"""Held while parameters are dense again for a trace: none may be released meanwhile."""
+
+
+@contextlib.contextmanager
+def restored(module: nn.Module) -> Iterator[None]:
+    """Give a module plain parameters in the place of packed ones, for a trace of its code."""
+    with restoring:
+        packed: list[tuple[dict[str, Any], str, PackedParameter]] = [
+            (m._parameters, name, p)
+            for m in module.modules()
+            for name, p in m._parameters.items()
+            if isinstance(p, PackedParameter)
+        ]
+        dense: dict[int, nn.Parameter] = {}
+        for table, name, p in packed:
+            if id(p) not in dense:
+                dense[id(p)] = nn.Parameter(p.unpacked(), p.requires_grad)
+            table[name] = dense[id(p)]
+        try:
+            yield
+        finally:
+            for table, name, p in packed:
+                if table.get(name) is dense[id(p)]:
+                    table[name] = p

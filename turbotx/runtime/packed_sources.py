@@ -1,0 +1,65 @@
+"""Packed sources: which packed weights hold all of a parameter, and where.
+
+In: a program's packings, what was packed, the parameters. Out: for each parameter that is whole in
+a packed weight, the first of its rows there; and the other way round::
+
+    find_sources(packings, packed, tensors)  ->  {"q_weight": (packed, 0, False), "k_weight": ...}
+    packed_before(packing, tensors)          ->  that packed weight, for parameters released to it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import torch
+
+from turbotx.program.executable import Packing, WeightWindow
+from turbotx.runtime.packed_parameter import PackedParameter
+from turbotx.runtime.packed_weight import PackedWeight
+
+
+def find_sources(
+    packings: Sequence[Packing], packed: Mapping[int, PackedWeight],
+    tensors: Mapping[str, torch.Tensor],
+) -> dict[str, tuple[PackedWeight, int, bool]]:  # fmt: skip
+    """Return by name the packed weight that holds every element of a parameter, the first row
+    there, and whether the rows are the parameter's columns."""
+    found = {}
+    for packing in packings:
+        for first, part in zip(_firsts(packing), packing.parts, strict=True):
+            turned = _is_turned(part, tensors[part.tensor])
+            if turned is not None:
+                found[part.tensor] = (packed[packing.slot], first, turned)
+    return found
+
+
+def packed_before(packing: Packing, tensors: Mapping[str, torch.Tensor]) -> PackedWeight | None:
+    """Return the packed weight that all parts of a packing stand for already, in its order."""
+    weights = []
+    for first, part in zip(_firsts(packing), packing.parts, strict=True):
+        own = tensors[part.tensor]
+        if not isinstance(own, PackedParameter) or own.weight.gated != packing.gated:
+            return None
+        if own.first != first or own.turned != _is_turned(part, own):
+            return None
+        weights.append(own.weight)
+    rows = sum(part.shape[0] for part in packing.parts)
+    one = weights[0]
+    return one if all(w is one for w in weights) and one.count == rows else None
+
+
+def _firsts(packing: Packing) -> list[int]:
+    return [0, *accumulate(part.shape[0] for part in packing.parts)][:-1]
+
+
+def _is_turned(part: WeightWindow, whole: torch.Tensor) -> bool | None:
+    """Tell whether a window is all of a matrix, turned or not; None where it is a part of it."""
+    if whole.dim() != 2 or part.offset != 0:
+        return None
+    for turned, strides in ((False, part.strides), (True, part.strides[::-1])):
+        shape = part.shape[::-1] if turned else part.shape
+        pairs = zip(whole.shape, strides, whole.stride(), strict=True)
+        if shape == tuple(whole.shape) and all(n == 1 or s == t for n, s, t in pairs):
+            return turned
+    return None

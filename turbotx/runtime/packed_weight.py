@@ -1,0 +1,137 @@
+"""Packed weight: a GEMM weight in the layout that the C++ runtime multiplies by, and back.
+
+In: the parts whose rows make the weight, as tensors; or panels that lie in memory already, as those
+of a mapped file. Out: its address for the runtime, and its rows again, bit for bit::
+
+    packed = PackedWeight.of(native, [q, k, v])
+    packed.address, packed.rows(0, 768)      # q again
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from turbotx.ir.matmul_kernels import DTYPE_CODES
+from turbotx.runtime.cpu.abi import PartRecord
+
+
+@dataclass(frozen=True)
+class PanelLayout:
+    """How the columns of a product lie side by side: `width` to a panel, of each `step` elements
+    that follow each other in its row. It depends on the instruction set and the dtype."""
+
+    width: int
+    step: int
+
+    @classmethod
+    def of(cls, native: ctypes.CDLL, dtype: torch.dtype) -> PanelLayout:
+        """Return the layout that a runtime multiplies by."""
+        found = native.ttx_panel_layout(DTYPE_CODES[dtype])
+        return cls(found >> 8, found & 255)
+
+    def sizes(self, rows: int, depth: int, gated: bool) -> tuple[int, int, int, int, int]:
+        """Return how many panels side by side, alternating ones, steps, columns, neighbours."""
+        columns = rows // 2 if gated else rows
+        return -(-columns // self.width), 1 + gated, -(-depth // self.step), self.width, self.step
+
+
+class PackedWeight:
+    """A GEMM weight of `count` rows of `depth` elements in panels; freed with the object.
+
+    gated: the first half of all rows is the gate, the second its factor.
+    """
+
+    def __init__(
+        self, native: ctypes.CDLL, address: int, count: int, depth: int, dtype: torch.dtype,
+        gated: bool, held: object = None,
+    ) -> None:  # fmt: skip
+        """address: of the runtime's object, which this one owns. held: what the panels lie in."""
+        self._native, self.address, self._held = native, address, held
+        self.count, self.depth, self.dtype, self.gated = count, depth, dtype, gated
+
+    @classmethod
+    def of(
+        cls, native: ctypes.CDLL, parts: Sequence[torch.Tensor], gated: bool = False
+    ) -> PackedWeight:
+        """Pack parts, (rows, depth) each, of one dtype, laid out in any way. Raises MemoryError
+        where there is no room."""
+        count, depth = sum(p.shape[0] for p in parts), parts[0].shape[1]
+        records = (PartRecord * len(parts))(
+            *(PartRecord(p.data_ptr(), p.shape[0], *p.stride()) for p in parts)
+        )
+        dtype, columns = parts[0].dtype, count // 2 if gated else count
+        address = native.ttx_pack_weight(
+            DTYPE_CODES[dtype], records, len(parts), columns, depth, gated
+        )
+        if not address:
+            raise MemoryError(f"no memory to pack a weight of {sum(p.nbytes for p in parts)} bytes")
+        return cls(native, address, count, depth, dtype, gated)
+
+    @classmethod
+    def over(
+        cls, native: ctypes.CDLL, panels: torch.Tensor, count: int, depth: int, gated: bool
+    ) -> PackedWeight:
+        """Return the weight of panels in this processor's layout, which are not copied."""
+        columns = count // 2 if gated else count
+        address = native.ttx_map_weight(
+            DTYPE_CODES[panels.dtype], panels.data_ptr(), columns, depth, gated
+        )
+        return cls(native, address, count, depth, panels.dtype, gated, panels)
+
+    def __del__(self) -> None:
+        if getattr(self, "address", None):
+            self._native.ttx_free_weight(self.address)
+
+    @property
+    def panels(self) -> torch.Tensor:
+        """The panels where they lie, (side by side, alternating, steps, columns, neighbours); no
+        longer than this object lives."""
+        layout = PanelLayout.of(self._native, self.dtype)
+        sizes = layout.sizes(self.count, self.depth, self.gated)
+        found = _numbers_at(
+            self._native.ttx_weight_panels(self.address), torch.Size(sizes).numel(), self.dtype
+        )
+        return found.view(sizes)
+
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        """Return some rows as they were packed, (count, depth), in memory of their own."""
+        return unpack(self.panels, self.count, self.depth, first, count)
+
+
+def _numbers_at(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def unpack(panels: torch.Tensor, rows: int, depth: int, first: int, count: int) -> torch.Tensor:
+    """Return `count` rows from `first` on of a weight of (rows, depth) in panels of any layout."""
+    _, alternating, _, width, _ = panels.shape
+    columns = rows // alternating
+    out = panels.new_empty(count, depth)
+    for which in range(alternating):
+        begin = max(first, which * columns)
+        end = min(first + count, (which + 1) * columns)
+        if begin >= end:
+            continue
+        a, b = begin - which * columns, end - which * columns  # in its own columns
+        near = panels[a // width : -(-b // width), which]
+        dense = near.permute(0, 2, 1, 3).flatten(2)  # (panels, columns, depth)
+        dense = dense.flatten(0, 1)[a - a // width * width :][: b - a, :depth]
+        out[begin - first : end - first] = dense
+    return out
+
+
+def pack(dense: torch.Tensor, layout: PanelLayout, gated: bool) -> torch.Tensor:
+    """Return a weight's panels in a layout, which may be another processor's."""
+    rows, depth = dense.shape
+    sizes = layout.sizes(rows, depth, gated)
+    groups, alternating, steps, width, step = sizes
+    padded = dense.new_zeros(alternating, groups * width, steps * step)
+    padded[:, : rows // alternating, :depth] = dense.view(alternating, -1, depth)
+    return padded.view(alternating, groups, width, steps, step).permute(1, 0, 3, 2, 4).contiguous()

@@ -1,0 +1,46 @@
+"""Verify a saved file: its outputs beside those of the model that it was saved from, in float64.
+
+In: a module of `turbotx.load`, the model, one call's inputs. Out: the error of every output::
+
+    verify_saved(load("model.ttx"), engine_of(model), (), {"input_ids": ids})
+        ->  {"batch": 2, "seq": 16}, Numerics(launches=(), outputs=(Error("output 0", ...), ...))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from turbotx.engine.engine import Engine
+from turbotx.errors import InputError
+from turbotx.report.numerics import Numerics, measure_outputs
+from turbotx.saved.load import SavedModule
+
+
+def verify_saved(
+    saved: SavedModule, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, int], Numerics]:
+    """Return the dims of a call and the errors of its outputs, by the rule for outputs, or how
+    alike they are where the file is quantised.
+
+    Raises InputError where the file has no such call, or holds other weights than the model.
+    """
+    _compare_weights(saved, engine.model)
+    call, binding = saved.find_call(args, dict(kwargs))
+    ours = pytree.tree_leaves(saved(*args, **kwargs))
+    found = measure_outputs(engine, call.program, args, kwargs, ours)
+    return dict(zip(call.program.dims, binding.dims, strict=True)), found
+
+
+def _compare_weights(saved: SavedModule, model: torch.nn.Module) -> None:
+    own = model.state_dict()
+    for name, tensor in saved.state_dict().items():
+        if name not in own or not torch.equal(own[name], tensor):
+            seen = "the model does not have" if name not in own else "the model has other values of"
+            raise InputError(
+                f"the file holds {name}, which {seen}: verify it against the model that it was "
+                "saved from, its --weights and --dtype included, or save it again"
+            )
