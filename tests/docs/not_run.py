@@ -43,6 +43,7 @@ mask = torch.ones_like(ids)
 GIVEN: dict[str, str] = {
     "README.md": BERT,
     "docs/drop-in.md": BERT,
+    "docs/quantization.md": BERT,
     "docs/packed.md": BERT
     + """
 flat = torch.randint(0, 1000, (522,))

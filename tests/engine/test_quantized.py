@@ -14,6 +14,7 @@ from torch import nn
 import turbotx
 from tests.kernels.cpp.cpp_probe import needs_compiler
 from turbotx import ir
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import InputError, OptionsError
 
 pytestmark = needs_compiler
@@ -151,7 +152,7 @@ def test_refusals(options: dict[str, Any], says: str) -> None:
 
 def test_a_gpu_is_refused_by_name() -> None:
     fast: Any = turbotx.optimize(made(), quantize="int8")
-    engine = fast._turbotx_engine
+    engine = engine_of(fast)
     captured = engine.capture((torch.randn(2, 4, 24),), {})
     with pytest.raises((OptionsError, InputError), match="runs on CPUs so far, not on sm_90"):
         engine.compile(captured, "sm_90")
