@@ -95,7 +95,8 @@ def optimize(target: Any = _NOTHING, /, *, in_place: bool = False, **options: An
 
     Options, each described at `turbotx.options.Options`: backend, attention, planner, padding,
     pack_weights, keep_weights, quantize, keep_float, epilogues; on a GPU gemms, norms, pdl,
-    cuda_graphs, max_graphs, schedules; max_shapes, max_variants, max_arenas, max_cache_nbytes; launch_ranges.
+    cuda_graphs, max_graphs, schedules; max_shapes, max_variants, max_arenas, max_cache_nbytes;
+    launch_ranges.
 
     A module becomes an object of a subclass of its own class, which shares its state: parameters,
     attributes and hooks are the same in both, and methods such as `generate` go through turbotx
