@@ -21,8 +21,8 @@ def _option(panel: str, text: str, **more: Any) -> Any:
     return typer.Option(help=text, rich_help_panel=panel, show_default=True, **more)
 
 
-PANELS = LISTEN, MODEL, BATCH, LIMIT, KEEP, WATCH = (
-    "Listening", "Model", "Batching", "Limits", "Cache", "Observing"
+PANELS = LISTEN, MODEL, BATCH, GENERATE, LIMIT, KEEP, WATCH = (
+    "Listening", "Model", "Batching", "Generation", "Limits", "Cache", "Observing"
 )  # fmt: skip
 
 
@@ -83,6 +83,14 @@ ServedModelName = Annotated[
     list[str] | None,
     _option(MODEL, "What answers call the model, one for each; default: its directory."),
 ]
+Task = Annotated[
+    Literal["embed", "generate"],
+    _option(
+        MODEL,
+        "embed: vectors, classes, ranks; generate: OpenAI's completions and chats by a causal "
+        "language model.",
+    ),
+]
 Policy = Annotated[
     Literal["aged", "dp", "sort", "fifo", "single"], _option(BATCH, "Which batch runs next.")
 ]
@@ -95,6 +103,14 @@ MaxAgeMs = Annotated[
 CostFolder = Annotated[
     Path | None, _option(BATCH, "Where measured costs are kept; default: turbotx's cache.")
 ]
+MaxSequences = Annotated[int, _option(GENERATE, "Sequences that decode together.")]
+MaxCacheNbytes = Annotated[
+    int, _option(GENERATE, "Bytes of keys and values, room to grow included.")
+]
+PrefillTokens = Annotated[
+    int, _option(GENERATE, "Tokens of prompts that are read between two steps of decoding.")
+]
+MaxWaiting = Annotated[int, _option(GENERATE, "Sequences that may wait; beyond it 429.")]
 MaxQueue = Annotated[int, _option(LIMIT, "Sequences that may wait.")]
 MaxClientBatch = Annotated[int, _option(LIMIT, "Inputs in one request.")]
 MaxBodyNbytes = Annotated[int, _option(LIMIT, "Bytes of a request's body.")]
@@ -133,12 +149,17 @@ def serve_command(
     default_prompt: DefaultPrompt = None,
     default_prompt_name: DefaultPromptName = None,
     served_model_name: ServedModelName = None,
+    task: Task = "embed",
     policy: Policy = "aged",
     max_batch: MaxBatch = 32,
     max_batch_tokens: MaxBatchTokens = 16_384,
     lazy_ms: LazyMs = 0.0,
     max_age_ms: MaxAgeMs = 5_000.0,
     cost_folder: CostFolder = None,
+    max_sequences: MaxSequences = 16,
+    max_cache_nbytes: MaxCacheNbytes = 2 << 30,
+    prefill_tokens: PrefillTokens = 256,
+    max_waiting: MaxWaiting = 128,
     max_queue: MaxQueue = 4_096,
     max_client_batch: MaxClientBatch = 256,
     max_body_nbytes: MaxBodyNbytes = 8 << 20,
@@ -152,8 +173,10 @@ def serve_command(
     otel: Otel = False,
     log_level: LogLevel = "info",
 ) -> None:  # fmt: skip
-    """Serve embeddings or classes over HTTP, variable lengths batched."""
+    """Serve embeddings, classes or generated texts over HTTP, variable lengths batched."""
     options = dict(locals())
+    names = ("max_sequences", "max_cache_nbytes", "prefill_tokens", "max_waiting")
+    options["generation"] = {name: options.pop(name) for name in names}
     keys = tuple(options.pop("api_key") or ())
     key_file = options.pop("api_key_file")
     options["cors_allow_origin"] = tuple(cors_allow_origin or ())

@@ -8,29 +8,29 @@ what was accepted::
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
 
 from turbotx.serving import routes, schemas
+from turbotx.serving.application import health_endpoints, make_application
 from turbotx.serving.bodies import SMALL_NBYTES, Shape, read_body
 from turbotx.serving.incoming import check_key, read_id, read_scope
-from turbotx.serving.openapi import Endpoint, array_of, describe_api, describe_in_html, record
-from turbotx.serving.refusals import BadInput, Missing, Refusal, TimedOut
+from turbotx.serving.openapi import Endpoint, array_of, describe_api, record
+from turbotx.serving.refusals import BadInput, Missing, Refusal
+from turbotx.serving.responses import (
+    json_response,
+    refusal_response,
+    while_connected,
+)
 from turbotx.serving.service import Facts, Service
 from turbotx.serving.tracing import find_tracer, open_span
 
@@ -73,45 +73,14 @@ def create_app(service: Service) -> Starlette:
     telling = _telling_endpoints(service)
     root = _root_endpoint(service)
     computing = [replace(e, aliases=(*e.aliases, "/")) if e is root else e for e in COMPUTING]
-    document = describe_api([*computing, *telling], settings.url_prefix)
-    page = describe_in_html(document)
-    telling += [
-        Endpoint("/openapi.json", "this description", lambda: _json(document)),
-        Endpoint("/docs", "this description, to be read", lambda: HTMLResponse(page)),
-    ]
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        starting = asyncio.create_task(service.start())
-        starting.add_done_callback(lambda done: done.cancelled() or done.exception())
-        yield
-        service.left.set()
-        if service.preparing:  # no request was answered yet: it is left where it is
-            starting.cancel()
-        await asyncio.wait([starting])
-        await service.stop()
-
+    document = describe_api(
+        [*computing, *telling, *health_endpoints(service)], settings.url_prefix, schemas
+    )
     paths: list[BaseRoute] = []
     for endpoint in computing:
         respond = _computing(service, endpoint, tracer)
         paths += [Route(path, respond, methods=["POST"]) for path in endpoint.paths]
-    for endpoint in telling:
-        tell = _telling(service, endpoint)
-        paths += [Route(path, tell, methods=["GET"]) for path in endpoint.paths]
-    if settings.url_prefix:
-        paths = [Mount(settings.url_prefix, routes=paths)]
-    cors = Middleware(
-        CORSMiddleware, allow_origins=settings.cors_allow_origin, allow_methods=["GET", "POST"],
-        allow_headers=["*"], expose_headers=["*"],
-    )  # fmt: skip
-    app = Starlette(
-        routes=paths,
-        exception_handlers={HTTPException: _refuse_http},
-        lifespan=lifespan,
-        middleware=[cors] if settings.cors_allow_origin else [],
-    )
-    app.state.service = service
-    return app
+    return make_application(service, paths, telling, document)
 
 
 def _root_endpoint(service: Service) -> Endpoint:
@@ -124,14 +93,6 @@ def _root_endpoint(service: Service) -> Endpoint:
 
 
 def _telling_endpoints(service: Service) -> list[Endpoint]:
-    def ready() -> Response:
-        accepts = service.state == "ready" and not service.leaving
-        return _json({"state": service.state}, 200 if accepts else 503)
-
-    def health() -> Response:
-        failed = service.state == "failed"
-        return _json({"state": service.state}, 503 if failed else 200)
-
     def metrics() -> Response:
         return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
 
@@ -139,22 +100,22 @@ def _telling_endpoints(service: Service) -> list[Endpoint]:
     cards = {name: {"id": name, **facts} for name in service.models}
 
     def models() -> Response:
-        return _json({"object": "list", "data": list(cards.values())})
+        return json_response({"object": "list", "data": list(cards.values())})
 
     def model(model_id: str) -> Response:
         if model_id in cards:
-            return _json(cards[model_id])
+            return json_response(cards[model_id])
         known = ", ".join(cards)
         missing = Missing(f"there is no model {model_id!r}: this server has {known}")
-        return _refusal_response(missing, openai=True)
+        return refusal_response(missing, openai=True)
+
+    def info() -> Response:
+        return json_response(routes.describe_service(service))
 
     anything = {"type": "object"}
     return [
-        Endpoint("/health", "200 while the process can answer", health, returns=anything),
-        Endpoint("/ready", "200 while requests are accepted", ready, returns=anything),
         Endpoint("/metrics", "Prometheus metrics", metrics),
-        Endpoint("/info", "model and limits", lambda: _json(routes.describe_service(service)),
-                 returns=anything),
+        Endpoint("/info", "model and limits", info, returns=anything),
         Endpoint("/v1/models", "the models, in OpenAI's shape", models, returns=anything,
                  aliases=("/models",)),
         Endpoint("/v1/models/{model_id:path}", "whether it is one of them", model, returns=anything,
@@ -176,14 +137,14 @@ def _computing(
                 service.metrics.succeeded.labels(endpoint.path).inc()
             except Refusal as refusal:
                 service.metrics.failed.labels(refusal.kind).inc()
-                response = _refusal_response(refusal, endpoint.openai)
+                response = refusal_response(refusal, endpoint.openai)
             except ClientDisconnect:
                 service.metrics.failed.labels("disconnected").inc()
                 response = Response(status_code=499)  # the client has left
             except Exception:
                 service.metrics.failed.labels("internal").inc()
                 log.exception("a request failed")
-                response = _refusal_response(Refusal("internal error"), endpoint.openai)
+                response = refusal_response(Refusal("internal error"), endpoint.openai)
             span.set_attribute("http.response.status_code", response.status_code)
         took = time.perf_counter() - begin
         service.metrics.duration.observe(took)
@@ -217,63 +178,4 @@ async def _answer(
         del text  # the record has its parts
         scope = replace(scope, model=service.choose(body.model, endpoint.kind))
         work = endpoint.handler(service, body, scope)
-        return _json(await _while_connected(request, work, settings.timeout_ms))
-
-
-async def _while_connected(request: Request, work: Any, timeout_ms: float) -> Any:
-    """Await the work, unless its client leaves or its time is up: then it is cancelled."""
-
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, left = asyncio.ensure_future(work), asyncio.ensure_future(leave())
-    try:
-        await asyncio.wait({task, left}, timeout=timeout_ms / 1e3, return_when="FIRST_COMPLETED")
-        if task.done():
-            return task.result()
-        if left.done():
-            raise ClientDisconnect
-        raise TimedOut(f"not answered within {timeout_ms:.0f} ms", retry_after_s=timeout_ms / 1e3)
-    finally:
-        task.cancel()
-        left.cancel()
-        await asyncio.gather(task, left, return_exceptions=True)
-
-
-def _telling(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-    async def respond(request: Request) -> Response:
-        if endpoint.path not in ("/health", "/ready", "/metrics"):
-            try:
-                check_key(service.settings, request)
-            except Refusal as refusal:
-                return _refusal_response(refusal, endpoint.path.startswith("/v1"))
-        response: Response = endpoint.handler(**request.path_params)
-        return response
-
-    return respond
-
-
-async def _refuse_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    body = schemas.ErrorResponse(f"{request.url.path}: {error.detail}", "validation")
-    response = _json(body, error.status_code)
-    response.headers.update(error.headers or {})
-    return response
-
-
-def _refusal_response(refusal: Refusal, openai: bool) -> Response:
-    body: Any = schemas.ErrorResponse(str(refusal), refusal.kind)
-    if openai:
-        body = schemas.OpenAIErrorResponse(schemas.OpenAIError(str(refusal), refusal.kind))
-    response = _json(body, refusal.status)
-    if refusal.retry_after_s is not None:
-        response.headers["retry-after"] = str(math.ceil(refusal.retry_after_s))
-        response.headers["retry-after-ms"] = str(math.ceil(refusal.retry_after_s * 1e3))
-    if refusal.status == 401:
-        response.headers["www-authenticate"] = "Bearer"
-    return response
-
-
-def _json(data: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(data), status, media_type="application/json")
+        return json_response(await while_connected(request, work, settings.timeout_ms))

@@ -60,7 +60,7 @@ class Metrics:
 
     def watch(self, figures: Callable[[], Mapping[str, float]]) -> None:
         """Collect gauges named ``turbotx_…`` from a function at every scrape."""
-        self.registry.register(_Figures(figures))
+        self.registry.register(Figures(figures))
 
     def count_batch(self, batch: Batch, took_ms: float) -> None:
         """Record a batch's size, padding, and its time in ms over the estimate."""
@@ -87,10 +87,13 @@ class Metrics:
         return re.sub(rb"\b(te_request_(?:count|success|failure))_total\b", rb"\1", text)
 
 
-class _Figures:
+class Figures:
+    """Gauges named ``turbotx_…`` that a function gives at every scrape."""
+
     def __init__(self, figures: Callable[[], Mapping[str, float]]) -> None:
         self._figures = figures
 
     def collect(self) -> Any:
+        """Give a gauge for each figure, as prometheus_client asks for them."""
         for name, value in self._figures().items():
             yield GaugeMetricFamily(f"turbotx_{name}", name.replace("_", " "), value=value)

@@ -11,12 +11,13 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import msgspec
 
 from turbotx import __version__
-from turbotx.serving import schemas
+from turbotx.serving import schemas as embedding_schemas
 
 REFUSALS = {
     "401": "no or a wrong API key",
@@ -59,8 +60,11 @@ def record(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def describe_api(endpoints: Sequence[Endpoint], prefix: str = "") -> dict[str, Any]:
-    """Return the whole document; ``prefix`` is what every path begins with."""
+def describe_api(
+    endpoints: Sequence[Endpoint], prefix: str = "", schemas: ModuleType = embedding_schemas
+) -> dict[str, Any]:
+    """Return the whole document; ``prefix`` is what every path begins with, ``schemas`` a module
+    of records."""
     records = [
         getattr(schemas, name)
         for name in sorted(vars(schemas))
@@ -70,12 +74,7 @@ def describe_api(endpoints: Sequence[Endpoint], prefix: str = "") -> dict[str, A
     _, components = msgspec.json.schema_components(
         records, ref_template="#/components/schemas/{name}"
     )
-    for name, field in (("EmbeddingsRequest", "input"), ("EmbedRequest", "inputs"),
-                        ("EmbedAllRequest", "inputs")):  # fmt: skip
-        components[name]["properties"][field] = _inputs_schema()
-    components["PredictRequest"]["properties"]["inputs"] = _pairs_schema()
-    ids = array_of({"type": "integer", "minimum": 0})
-    components["DecodeRequest"]["properties"]["ids"] = {"anyOf": [ids, array_of(ids)]}
+    _describe_unions(components)
     return {
         "openapi": "3.1.0",
         "info": {"title": "turbotx", "version": __version__},
@@ -91,6 +90,20 @@ def describe_api(endpoints: Sequence[Endpoint], prefix: str = "") -> dict[str, A
         },
         "security": [{}, {"key": []}],
     }
+
+
+def _describe_unions(components: dict[str, Any]) -> None:
+    """Say what lists of several kinds may hold, where the records only say that they are lists."""
+    fields = {"EmbeddingsRequest": "input", "EmbedRequest": "inputs", "EmbedAllRequest": "inputs",
+              "CompletionRequest": "prompt"}  # fmt: skip
+    for name, field in fields.items():
+        if name in components:
+            components[name]["properties"][field] = _inputs_schema()
+    if "PredictRequest" in components:
+        components["PredictRequest"]["properties"]["inputs"] = _pairs_schema()
+    if "DecodeRequest" in components:
+        ids = array_of({"type": "integer", "minimum": 0})
+        components["DecodeRequest"]["properties"]["ids"] = {"anyOf": [ids, array_of(ids)]}
 
 
 def _method(endpoint: Endpoint) -> str:

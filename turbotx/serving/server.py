@@ -8,30 +8,22 @@ answers what it has accepted and exits::
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import logging
-import math
 import os
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import uvicorn
-
 from turbotx.serving.app import create_app
-from turbotx.serving.connections import ConnectionLimits, connection_limit, make_protocol
 from turbotx.serving.cost import CostTable
+from turbotx.serving.listener import listen, open_port
 from turbotx.serving.logs import log_as_json
 from turbotx.serving.model_files import DEFAULT_MODEL, LoadedModel, load_model
 from turbotx.serving.service import Service
 from turbotx.serving.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
-SWITCH_S = 0.001  # the event loop waits this long for other threads' Python at each of its turns
 
 
 def serve(
@@ -49,6 +41,8 @@ def serve(
     default_prompt: str | None = None,
     default_prompt_name: str | None = None,
     served_model_name: Sequence[str] = (),
+    task: str = "embed",
+    generation: Mapping[str, int] | None = None,
     log_level: str = "info",
     **settings: Any,
 ) -> None:
@@ -57,7 +51,9 @@ def serve(
     ``settings`` are the fields of ``Settings``; costs are kept in turbotx's cache unless
     ``cost_folder`` says where. The others are those of ``load_model``; of several models each has
     its name of ``served_model_name`` or its directory's, and what their files say: what is said
-    about one model is refused. Raises ModelFilesError, SettingsError, WeightsError.
+    about one model is refused. ``task`` generate makes texts by one causal language model;
+    ``generation`` are the fields of ``GenerationSettings``. Raises ModelFilesError, SettingsError,
+    WeightsError.
     """
     settings["cost_folder"] = settings.get("cost_folder") or cost_folder()
     checked = Settings(**settings)
@@ -72,6 +68,16 @@ def serve(
     names = check_models(models, served_model_name, choices)
     # The pool has threads of its own; tokenizers' would take the engine's cores too.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if task == "generate":
+        # Not at the top: a server of embeddings does without.
+        from turbotx.serving.generation.server import GenerationSettings, serve_generation
+
+        refuse_choices(models, {**choices, "backend": None if backend == "turbotx" else backend})
+        serve_generation(
+            models[0], checked, GenerationSettings(**(generation or {})), host=host, port=port,
+            device=device, dtype=dtype, max_length=max_length, served_model_name=names[0],
+        )  # fmt: skip
+        return
     listener = open_port(host, port)  # before the model is loaded, which takes much longer
     loaded = [
         load_model(
@@ -98,27 +104,16 @@ def run(
     """
     listener = listener or open_port(host, port)
     service = Service(model, settings, costs)
-    shown = f"[{host}]" if ":" in host else host
-    service.url = f"http://{shown}:{listener.getsockname()[1]}{settings.url_prefix}"
-    limits = ConnectionLimits(
-        settings.receive_timeout_ms / 1e3, connection_limit(settings.max_connections)
-    )
-    config = uvicorn.Config(
-        create_app(service), host=host, port=port, log_config=None, access_log=False,
-        timeout_keep_alive=75, timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1e3),
-        http=make_protocol(limits), ws="none",
-    )  # fmt: skip
-    before_s = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_S)
-    try:
-        GracefulServer(config, service, limits).run([listener])
-    finally:
-        sys.setswitchinterval(before_s)
-    if service.failure is not None:
-        raise service.failure
-    if service.preparing:  # its thread cannot be stopped, and no request was answered yet
-        logging.shutdown()
-        os._exit(0)
+    listen(service, create_app(service), host=host, port=port, listener=listener)
+
+
+def refuse_choices(models: Sequence[str], choices: Mapping[str, Any]) -> None:
+    """Raise SettingsError for what has no meaning where texts are made."""
+    if len(models) > 1:
+        raise SettingsError(f"{len(models)} models with task generate: a server makes texts by one")
+    said = [n for n, value in choices.items() if value is not None and n != "max_length"]
+    if said:
+        raise SettingsError(f"{', '.join(said)} is of embeddings: leave it out with task generate")
 
 
 def check_models(
@@ -135,54 +130,6 @@ def check_models(
     if said and len(models) > 1:
         raise SettingsError(f"{', '.join(said)} is of one model: serve several as their files say")
     return names or [None] * len(models)
-
-
-def open_port(host: str, port: int) -> socket.socket:
-    """Return a socket bound to the address; it does not listen yet. Raises SettingsError."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        opened = socket.socket(family, kind, protocol)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind(address)
-    except (OSError, OverflowError) as error:
-        raise SettingsError(f"cannot listen on {host} port {port}: {error}") from error
-    return opened
-
-
-class GracefulServer(uvicorn.Server):
-    """Says so on ``/ready`` as soon as it is told to stop, and exits with 0 when it is done.
-
-    It also stops where the model turns out not to run: nothing would ever be answered.
-    """
-
-    should_exit: bool
-    force_exit: bool
-
-    def __init__(self, config: uvicorn.Config, service: Service, limits: ConnectionLimits) -> None:
-        super().__init__(config)
-        self._service, self._limits = service, limits
-        self._frozen = False
-
-    async def on_tick(self, counter: int) -> bool:
-        """Ten times a second."""
-        if counter % 10 == 0:
-            self._limits.close_late(asyncio.get_running_loop().time())
-        if self._service.state == "ready" and not self._frozen:
-            # The model's millions of objects stay: no collection need ever look at them again.
-            self._frozen = True
-            gc.collect()
-            gc.freeze()
-        if self.should_exit:
-            self._service.left.set()
-        return await super().on_tick(counter) or self._service.failure is not None
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Refuse new requests and finish those that are there; a second signal ends at once."""
-        self._service.leaving = True
-        self.force_exit = self.should_exit  # the second signal does not wait
-        self.should_exit = True
 
 
 def cost_folder() -> Path:

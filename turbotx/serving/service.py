@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from turbotx.errors import TurbotxError
 from turbotx.serving.bodies import BodyMemory
 from turbotx.serving.cache import ResponseCache
 from turbotx.serving.cost import CostTable
+from turbotx.serving.daemon_thread import run_in_daemon_thread
 from turbotx.serving.dispatcher import Dispatcher, Lane
 from turbotx.serving.engine import SleepEngine, TorchEngine
 from turbotx.serving.idle import IdleMeasuring
@@ -137,7 +137,8 @@ class Service:
         Raises ModelFailed.
         """
         try:
-            tables = await self._in_thread(self._prepare_all)
+            self.preparing = True
+            tables = await run_in_daemon_thread(self._prepare_all, self._end_preparing)
         except Exception as error:  # whatever the model raises
             said = str(error).strip().splitlines() or [""]
             if said[0].endswith(":"):  # what follows is the cause, as a compiler's first complaint
@@ -179,32 +180,8 @@ class Service:
             idle=idle if self._costs is None else None,  # what is given is not measured
         )
 
-    async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        """Run it in a thread that does not keep the process: a capture takes a while."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[Result] = loop.create_future()
-
-        def finish(found: Result | None, error: BaseException | None) -> None:
-            self.preparing = False
-            if done.done():
-                return
-            if error is None:
-                done.set_result(found)  # type: ignore[arg-type]
-            else:
-                done.set_exception(error)
-
-        def run() -> None:
-            found, error = None, None
-            try:
-                found = work()
-            except BaseException as caught:
-                error = caught
-            with contextlib.suppress(RuntimeError):  # the loop was left meanwhile
-                loop.call_soon_threadsafe(finish, found, error)
-
-        self.preparing = True
-        threading.Thread(target=run, name="turbotx-start", daemon=True).start()
-        return await done
+    def _end_preparing(self) -> None:
+        self.preparing = False
 
     async def stop(self) -> None:
         """Answer all that was accepted, keep what was learnt about costs, end the threads.

@@ -1,0 +1,133 @@
+"""Who is read, who decodes, who gives way; and the same in simulated time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turbotx.serving.generation.scheduler import GenerationLimits, GenerationScheduler
+from turbotx.serving.generation.simulation import Arrival, Simulated, StepCosts, simulate
+from turbotx.serving.generation.slots import BLOCK, Entry, Slots
+from turbotx.serving.refusals import Busy, TooLarge
+
+LIMITS = GenerationLimits(max_sequences=4, max_positions=8 * BLOCK, prefill_tokens=32,
+                          max_waiting=3, context=300)  # fmt: skip
+
+
+def sequence(prompt, tokens=5, priority=0):
+    return Simulated(Arrival(0.0, prompt, tokens, priority))
+
+
+def lengths(sequences):
+    return [len(s.prompt) for s in sequences]
+
+
+def test_prompts_are_read_together_as_long_as_a_piece_is_not_too_large():
+    scheduler = GenerationScheduler(LIMITS)
+    scheduler.submit([sequence(9), sequence(8), sequence(10), sequence(16)])
+    turn = scheduler.next(Slots())
+    assert lengths(turn.begin) == [9, 8, 10] and turn.read and not turn.step
+    again = scheduler.next(Slots())
+    assert not again.begin and again.read  # goes on
+    scheduler.have_read()
+    assert len(scheduler.running) == 3 and lengths(scheduler.next(Slots()).begin) == [16]
+
+
+def test_no_more_than_so_many_decode_together():
+    scheduler = GenerationScheduler(LIMITS)
+    scheduler.submit([sequence(1) for _ in range(6)])
+    assert len(scheduler.next(Slots()).begin) == 4
+    scheduler.have_read()
+    assert not scheduler.next(Slots()).begin
+
+
+def test_higher_classes_come_first():
+    scheduler = GenerationScheduler(LIMITS)
+    scheduler.submit([sequence(1, priority=-1), sequence(2), sequence(3, priority=1), sequence(4)])
+    assert lengths(scheduler.waiting) == [3, 2, 4, 1]
+
+
+def test_an_idle_server_takes_any_request_a_busy_one_refuses():
+    scheduler = GenerationScheduler(LIMITS)
+    scheduler.submit([sequence(1) for _ in range(9)])
+    with pytest.raises(Busy, match="9 sequences wait"):
+        scheduler.submit([sequence(1)])
+
+
+def test_what_can_never_run_is_refused():
+    scheduler = GenerationScheduler(LIMITS)
+    with pytest.raises(TooLarge, match=r"200 tokens of prompt and 101 .* model's 300"):
+        scheduler.check(200, 301)
+    small = GenerationScheduler(GenerationLimits(max_positions=BLOCK, context=300))
+    small.check(10, BLOCK)
+    with pytest.raises(TooLarge, match="max-cache-nbytes"):
+        small.check(10, BLOCK + 1)
+
+
+def test_the_youngest_of_the_lowest_class_gives_way_and_comes_back_first():
+    scheduler = GenerationScheduler(LIMITS)
+    high = sequence(100, priority=1)
+    old, young = sequence(101), sequence(102)
+    scheduler.running = [old, young, high]
+    slots = Slots()
+    slots.join([Entry(s, len(s.prompt)) for s in scheduler.running])
+    slots.length = 3 * BLOCK  # the next step needs four blocks a row
+    waiting = sequence(5)
+    scheduler.submit([waiting])
+    assert scheduler.give_way(slots) == [young]
+    assert scheduler.waiting == [young, waiting] and scheduler.running == [old, high]
+    assert scheduler.give_way(slots) == []
+
+
+def test_the_last_one_stays():
+    scheduler = GenerationScheduler(LIMITS)
+    scheduler.running = [sequence(100)]
+    slots = Slots(length=99 * BLOCK)
+    assert scheduler.give_way(slots) == []
+
+
+def test_continuous_batching_is_faster_than_one_after_another():
+    arrivals = [Arrival(0.0, 30, 60) for _ in range(32)]
+    alone = simulate(arrivals, GenerationLimits(max_sequences=1))
+    together = simulate(arrivals, GenerationLimits(max_sequences=8))
+    assert together.tokens_per_s > 3 * alone.tokens_per_s
+
+
+def test_a_long_prompt_does_not_hold_up_those_who_decode():
+    arrivals = [Arrival(0.0, 10, 200), Arrival(50.0, 1500, 5)]
+
+    def longest_gap(piece):
+        limits = GenerationLimits(prefill_tokens=piece, context=4096)
+        outcome = simulate(arrivals, limits, StepCosts())
+        first, second = outcome.sequences
+        return (first.last_ms - first.first_ms) / 200, second.first_ms - 50
+
+    steady, waited = longest_gap(64)
+    assert steady < 20 and waited < 64 / 64 * 2000
+    assert longest_gap(1500)[0] == pytest.approx(steady, rel=0.5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.floats(0, 3000), st.integers(1, 250), st.integers(1, 60),
+                          st.sampled_from([-1, 0, 1])), max_size=30))  # fmt: skip
+def test_everybody_is_answered_whole_or_refused_within_the_memory(asked):
+    arrivals = [Arrival(*a) for a in asked]
+    outcome = simulate(arrivals, LIMITS)
+    for s in outcome.sequences:
+        assert (s.refused is not None) != (s.made == s.arrival.tokens)
+        assert s.refused is not None or s.last_ms >= s.first_ms >= s.arrival.at_ms
+    one = -(-(250 + 60) // BLOCK) * BLOCK
+    assert outcome.most_held <= max(LIMITS.max_positions, one)
+
+
+def test_overload_refuses_and_answers_the_rest():
+    rng = np.random.default_rng(0)
+    arrivals = [Arrival(float(t), int(p), int(n)) for t, p, n in zip(
+        np.cumsum(rng.exponential(5, 400)), rng.integers(1, 100, 400), rng.integers(1, 50, 400),
+        strict=True)]  # fmt: skip
+    outcome = simulate(arrivals, GenerationLimits(max_sequences=4, max_waiting=16, context=300))
+    answered = [s for s in outcome.sequences if s.refused is None]
+    assert all(isinstance(s.refused, Busy) for s in outcome.sequences if s.refused)
+    assert all(s.made == s.arrival.tokens for s in answered) and 20 < len(answered) < 300

@@ -1,0 +1,154 @@
+"""Generator: a causal language model from disk, optimized, with its tokenizer.
+
+In: a Hugging Face directory. Out: what the server runs and what it tells about; nothing is ever
+downloaded::
+
+    load_generator("path/to/llama").ends      # frozenset({2})
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from turbotx.serving.generation.sampling import Sampling
+from turbotx.serving.model_files import DTYPES, POSITIONS, find_folder
+from turbotx.serving.sentence_files import ModelFilesError
+from turbotx.serving.tokenizer_files import LONGEST, VOCABULARIES
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model and what its files say.
+
+    module: what is called, `model` optimized. ends: tokens that end a text. context: positions.
+    defaults: how tokens are drawn where a request does not say, by `generation_config.json`.
+    """
+
+    model: Any
+    module: Any
+    tokenizer: Any
+    name: str
+    context: int
+    vocabulary: int
+    ends: frozenset[int] = frozenset()
+    defaults: Sampling = field(default_factory=Sampling)
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer says how messages become a prompt."""
+        return bool(self.tokenizer.chat_template)
+
+
+def load_generator(
+    model: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    max_length: int | None = None,
+    max_cache_nbytes: int | None = None,
+    served_model_name: str | None = None,
+) -> Generator:
+    """Load a causal language model from a local directory and optimize it.
+
+    max_length: positions of a sequence, at most those that the model has. max_cache_nbytes: of its
+    key/value caches. Raises ModelFilesError.
+    """
+    if dtype not in DTYPES:
+        raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    folder = find_folder(model)
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise ModelFilesError(f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)}")
+    try:
+        plain, tokenizer = _read(folder, dtype)
+    except ModelFilesError:
+        raise
+    except Exception as error:  # whatever transformers and the readers of its files raise
+        said = str(error).strip().splitlines() or [""]
+        raise ModelFilesError(
+            f"{folder} cannot be loaded: {type(error).__name__}: {said[0]}"
+        ) from error
+    plain = plain.to(device).eval()
+    # Not at the top: a process that only looks at files compiles nothing.
+    from turbotx.engine.optimize import optimize
+
+    return make_generator(
+        plain, optimize(plain, max_cache_nbytes=max_cache_nbytes), tokenizer,
+        served_model_name or folder.resolve().name, max_length, dtype, device,
+    )  # fmt: skip
+
+
+def make_generator(
+    model: Any, module: Any, tokenizer: Any, name: str, max_length: int | None = None,
+    dtype: str = "float32", device: str = "cpu",
+) -> Generator:  # fmt: skip
+    """Return the description of a model that is loaded. Raises ModelFilesError."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ModelFilesError(
+            f"{type(tokenizer).__name__} is written in Python: only fast tokenizers are served"
+        )
+    options = model.config.get_text_config(decoder=True)
+    said = (getattr(options, key, None) for key in POSITIONS)
+    positions = [n for n in said if n]
+    if tokenizer.model_max_length < LONGEST:
+        positions.append(int(tokenizer.model_max_length))
+    if not positions and max_length is None:
+        raise ModelFilesError(f"{name} does not say how many positions it has: give --max-length")
+    context = min([*positions, *([] if max_length is None else [max_length])])
+    generation = model.generation_config
+    ends = frozenset([*_ids(generation.eos_token_id), *_ids(tokenizer.eos_token_id)])
+    defaults = Sampling(
+        temperature=_or(generation.temperature, 1.0),
+        top_p=_or(generation.top_p, 1.0),
+        top_k=_or(generation.top_k, 0) if generation.do_sample else 0,
+    )
+    vocabulary = int(options.vocab_size)
+    return Generator(
+        model, module, tokenizer, name, context, vocabulary, ends, defaults, dtype, device
+    )
+
+
+def _read(folder: Path, dtype: str) -> tuple[Any, Any]:
+    import torch
+    import transformers
+
+    # Standard error is lines of JSON; what is missing is refused below.
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelFilesError(
+            f"{folder} is a {config.model_type}, an encoder with a decoder: texts are made by "
+            "causal language models"
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, config=config, local_files_only=True, dtype=getattr(torch, dtype),
+        output_loading_info=True,
+    )  # fmt: skip
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelFilesError(
+            f"{folder}: the weights lack {', '.join(missing[:5])}"
+            f"{' and others' if len(missing) > 5 else ''}: they would be random"
+        )
+    return model, tokenizer
+
+
+def _ids(said: Any) -> Iterable[int]:
+    return () if said is None else [said] if isinstance(said, int) else said
+
+
+def _or(said: Any, default: Any) -> Any:
+    return default if said is None else said

@@ -1,0 +1,53 @@
+"""``turbotx serve --task generate``: loads a causal language model and listens.
+
+In: the command line's arguments. Out: a server until it is told to stop; then it finishes the texts
+that it has begun, and exits::
+
+    serve_generation("path/to/llama", Settings(), GenerationSettings(), host="127.0.0.1", port=8080)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from turbotx.serving.generation.app import create_generation_app
+from turbotx.serving.generation.model import load_generator
+from turbotx.serving.generation.scheduler import GenerationLimits
+from turbotx.serving.generation.service import GenerationService
+from turbotx.serving.listener import listen, open_port
+from turbotx.serving.settings import Settings, SettingsError
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What an operator may set beside ``Settings``: sequences, tokens, bytes."""
+
+    max_sequences: int = 16  # that decode together
+    max_cache_nbytes: int = 2 << 30  # of keys and values, room to grow included
+    prefill_tokens: int = 256  # of prompts between two steps of decoding
+    max_waiting: int = 128  # sequences; beyond it 429
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "max_cache_nbytes", "prefill_tokens", "max_waiting"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"{name} must be above zero, got {getattr(self, name)}")
+
+
+def serve_generation(
+    model: str, settings: Settings, generation: GenerationSettings, *, host: str, port: int,
+    **choices: Any,
+) -> None:  # fmt: skip
+    """Serve one model until SIGINT or SIGTERM; ``choices`` are the arguments of `load_generator`.
+
+    Raises ModelFilesError, SettingsError, ModelFailed.
+    """
+    listener = open_port(host, port)  # before the model is loaded, which takes much longer
+    generator = load_generator(model, max_cache_nbytes=generation.max_cache_nbytes, **choices)
+    limits = GenerationLimits(
+        max_sequences=generation.max_sequences,
+        prefill_tokens=generation.prefill_tokens,
+        max_waiting=generation.max_waiting,
+    )
+    service = GenerationService(generator, settings, limits, generation.max_cache_nbytes)
+    listen(service, create_generation_app(service), host=host, port=port, listener=listener)

@@ -1,0 +1,173 @@
+"""DecodeWorker: the one thread that runs the model, a turn at a time.
+
+In: sequences, from any thread. Out: their pieces by `tell`; between two turns sequences join, leave
+or give way::
+
+    worker = DecodeWorker(batch, scheduler, metrics); worker.start(); worker.submit([sequence])
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from turbotx.serving.generation.batch import DecodeBatch, Joining, PromptReading
+from turbotx.serving.generation.metrics import GenerationMetrics
+from turbotx.serving.generation.sampling import Logits
+from turbotx.serving.generation.scheduler import GenerationScheduler
+from turbotx.serving.generation.sequence import GeneratedSequence
+from turbotx.serving.refusals import BackendFailed, NotReady, Refusal
+
+log = logging.getLogger(__name__)
+
+
+class DecodeWorker:
+    """`submit` and `cancel` may be called from any thread; all else runs on its own."""
+
+    def __init__(
+        self, batch: DecodeBatch, scheduler: GenerationScheduler, metrics: GenerationMetrics
+    ) -> None:
+        self.batch, self._scheduler, self._metrics = batch, scheduler, metrics
+        self._changed = threading.Condition()
+        self._cancelled: set[GeneratedSequence] = set()
+        self._draining = False
+        self._reading: PromptReading | None = None
+        self._thread = threading.Thread(target=self._run, name="turbotx-decode", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def submit(self, sequences: Sequence[GeneratedSequence]) -> None:
+        """Let the sequences of a request wait for their turn. Raises Busy, NotReady."""
+        with self._changed:
+            if self._draining:
+                raise NotReady("the server is shutting down")
+            self._scheduler.submit(sequences)
+            self._changed.notify()
+
+    def cancel(self, sequences: Sequence[GeneratedSequence]) -> None:
+        """Let nobody wait for these any more: their part of the cache is free after this turn."""
+        with self._changed:
+            self._cancelled.update(s for s in sequences if not s.finished)
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Finish what there is and end the thread; blocks until then."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def figures(self) -> dict[str, float]:
+        """Gauges for the metrics."""
+        with self._changed:
+            scheduler, slots = self._scheduler, self.batch.slots
+            return {
+                "sequences_waiting": float(len(scheduler.waiting)),
+                "sequences_running": float(len(scheduler.running) + len(scheduler.reading)),
+                "preemptions": float(scheduler.preemptions),
+                "cache_positions_used": float(sum(e.count for e in slots.live)),
+                "cache_positions_held": float(slots.held),
+                "cache_nbytes": float(self.batch.nbytes()),
+            }
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not len(self._scheduler) and not self._draining:
+                    self._changed.wait()
+                if not len(self._scheduler):
+                    return
+            self._turn()
+
+    def _turn(self) -> None:
+        with self._changed:
+            self._forget_cancelled()
+            for sequence in self._scheduler.give_way(self.batch.slots):
+                self.batch.leave(sequence)
+            held = self.batch.slots.held > self._scheduler.limits.max_positions
+            turn = self._scheduler.next(self.batch.slots)
+        if held:
+            self.batch.tidy(force=True)
+        if turn.begin:
+            self._reading = self.batch.begin([list(s.prompt) for s in turn.begin])
+        for work, concerned in ((self._read, turn.read), (self._step, turn.step)):
+            try:
+                if concerned:
+                    work()
+            except Exception as error:  # whatever the model raises: nobody may wait for ever
+                log.exception("a turn failed")
+                self._fail(error, reading=work == self._read)
+        self.batch.tidy()
+
+    def _read(self) -> None:
+        """Read a piece of the prompts; at their end make each one's first token and join them."""
+        reading = self._reading
+        assert reading is not None
+        begin, before = time.perf_counter(), reading.done
+        logits = self.batch.read(reading, self._scheduler.limits.prefill_tokens)
+        took_s = time.perf_counter() - begin
+        self._metrics.count_read((reading.done - before) * len(reading.prompts), took_s)
+        if logits is None:
+            return
+        new = []
+        for row, sequence in enumerate(list(self._scheduler.reading)):
+            assert isinstance(sequence, GeneratedSequence)
+            if sequence not in self._cancelled and self._take(sequence, logits[row]):
+                new.append(Joining(sequence, sequence.tokens[-1], reading, row))
+        if new:
+            self.batch.join(new)
+        with self._changed:
+            self._reading = None
+            self._scheduler.have_read()
+
+    def _step(self) -> None:
+        """Make one token of every running sequence."""
+        begin = time.perf_counter()
+        found = self.batch.step()
+        self._metrics.count_step(len(found), time.perf_counter() - begin)
+        for sequence, logits in found.items():
+            assert isinstance(sequence, GeneratedSequence)
+            if self._take(sequence, logits):
+                self.batch.push(sequence, sequence.tokens[-1])
+
+    def _take(self, sequence: GeneratedSequence, logits: Logits) -> bool:
+        """Let a sequence draw its next token; tell whether it goes on."""
+        try:
+            sequence.take(logits)
+        except ValueError as error:
+            sequence.fail(BackendFailed(str(error)))
+        if sequence.finished:
+            self.batch.leave(sequence)
+            with self._changed:
+                self._scheduler.drop(sequence)
+        return not sequence.finished
+
+    def _forget_cancelled(self) -> None:
+        """Take sequences that nobody waits for off everything but a reading that goes on."""
+        for sequence in self._cancelled - set(self._scheduler.reading):
+            self._scheduler.drop(sequence)
+            self.batch.leave(sequence)
+            sequence.finished = True
+        self._cancelled &= set(self._scheduler.reading)
+
+    def _fail(self, error: Exception, reading: bool) -> None:
+        """Tell those whose prompts were being read, or those who decoded, and forget them."""
+        refusal = error if isinstance(error, Refusal) else BackendFailed(
+            f"the model failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
+        )  # fmt: skip
+        with self._changed:
+            queue = self._scheduler.reading if reading else self._scheduler.running
+            for sequence in list(queue):
+                assert isinstance(sequence, GeneratedSequence)
+                self._scheduler.drop(sequence)
+                self.batch.leave(sequence)
+                sequence.fail(refusal)
+            if reading:
+                self._reading = None

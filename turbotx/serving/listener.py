@@ -1,0 +1,104 @@
+"""A process that listens: one application, until it is told to stop.
+
+In: a service, its application, a port. Out: requests are answered until SIGINT or SIGTERM; what was
+accepted is finished then::
+
+    listen(service, application, host="127.0.0.1", port=8080, listener=open_port("127.0.0.1", 8080))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import math
+import os
+import socket
+import sys
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from turbotx.serving.application import Served
+from turbotx.serving.connections import ConnectionLimits, connection_limit, make_protocol
+from turbotx.serving.settings import SettingsError
+
+SWITCH_S = 0.001  # the event loop waits this long for other threads' Python at each of its turns
+
+
+def listen(
+    service: Served, application: Any, *, host: str, port: int, listener: socket.socket
+) -> None:
+    """Run an application until it is told to stop. Raises ModelFailed where the model cannot
+    run."""
+    settings = service.settings
+    shown = f"[{host}]" if ":" in host else host
+    service.url = f"http://{shown}:{listener.getsockname()[1]}{settings.url_prefix}"
+    limits = ConnectionLimits(
+        settings.receive_timeout_ms / 1e3, connection_limit(settings.max_connections)
+    )
+    config = uvicorn.Config(
+        application, host=host, port=port, log_config=None, access_log=False,
+        timeout_keep_alive=75, timeout_graceful_shutdown=math.ceil(settings.timeout_ms / 1e3),
+        http=make_protocol(limits), ws="none",
+    )  # fmt: skip
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        GracefulServer(config, service, limits).run([listener])
+    finally:
+        sys.setswitchinterval(before_s)
+    if service.failure is not None:
+        raise service.failure
+    if service.preparing:  # its thread cannot be stopped, and no request was answered yet
+        logging.shutdown()
+        os._exit(0)
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """Return a socket bound to the address; it does not listen yet. Raises SettingsError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        opened = socket.socket(family, kind, protocol)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind(address)
+    except (OSError, OverflowError) as error:
+        raise SettingsError(f"cannot listen on {host} port {port}: {error}") from error
+    return opened
+
+
+class GracefulServer(uvicorn.Server):
+    """Says so on ``/ready`` as soon as it is told to stop, and exits with 0 when it is done.
+
+    It also stops where the model turns out not to run: nothing would ever be answered.
+    """
+
+    should_exit: bool
+    force_exit: bool
+
+    def __init__(self, config: uvicorn.Config, service: Served, limits: ConnectionLimits) -> None:
+        super().__init__(config)
+        self._service, self._limits = service, limits
+        self._frozen = False
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if counter % 10 == 0:
+            self._limits.close_late(asyncio.get_running_loop().time())
+        if self._service.state == "ready" and not self._frozen:
+            # The model's millions of objects stay: no collection need ever look at them again.
+            self._frozen = True
+            gc.collect()
+            gc.freeze()
+        if self.should_exit:
+            self._service.left.set()
+        return await super().on_tick(counter) or self._service.failure is not None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Refuse new requests and finish those that are there; a second signal ends at once."""
+        self._service.leaving = True
+        self.force_exit = self.should_exit  # the second signal does not wait
+        self.should_exit = True
