@@ -57,6 +57,9 @@ Backend = Annotated[
 ]
 Device = Annotated[str, _option(MODEL, "PyTorch's name of it: cpu, cuda, cuda:1.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], _option(MODEL, "Of the weights.")]
+Quantize = Annotated[
+    Literal["none", "int8"], _option(MODEL, "Products by weights in int8, on a CPU.")
+]
 Weights = Annotated[
     Path | None,
     _option(MODEL, "Weights from safetensors, .npz or a state dict instead.", metavar="FILE"),
@@ -142,6 +145,7 @@ def serve_command(
     backend: Backend = "turbotx",
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    quantize: Quantize = "none",
     weights: Weights = None,
     max_length: MaxLength = None,
     pooling: Pooling = None,

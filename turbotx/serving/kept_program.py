@@ -25,10 +25,13 @@ log = logging.getLogger(__name__)
 
 
 class KeptProgram:
-    """Runs the program of a file with the module's weights, or the module optimized."""
+    """Runs the program of a file with the module's weights, or the module optimized.
 
-    def __init__(self, module: torch.nn.Module, path: Path) -> None:
-        self._module, self._path = module, path
+    quantize: the option of `turbotx.optimize`, which `path` is to tell apart.
+    """
+
+    def __init__(self, module: torch.nn.Module, path: Path, quantize: str = "none") -> None:
+        self._module, self._path, self._quantize = module, path, quantize
         self.optimized: Any = None
         try:
             if path.exists():
@@ -37,7 +40,7 @@ class KeptProgram:
             log.warning("the program kept in %s is not used: %s", path, error)
         self.loaded = self.optimized is not None
         if not self.loaded:
-            self.optimized = compiled(module)
+            self.optimized = compiled(module, quantize)
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
         """Run the program; one from a file that has no such call is replaced by the module
@@ -48,7 +51,7 @@ class KeptProgram:
             if not self.loaded:
                 raise
             log.info("a call that the kept program has not is compiled: %s", error)
-            self.optimized, self.loaded = compiled(self._module), False
+            self.optimized, self.loaded = compiled(self._module, self._quantize), False
             return self.optimized(**inputs)
 
     def keep(self) -> None:
@@ -69,12 +72,13 @@ class KeptProgram:
         return found
 
 
-def compiled(module: torch.nn.Module) -> Any:
+def compiled(module: torch.nn.Module, quantize: str = "none") -> Any:
     """Return the module optimized."""
     # Not at the top: its imports take longer than all else that a start with a kept program does.
     from turbotx.engine.optimize import optimize
 
-    return optimize(module)
+    options: Any = {"quantize": quantize}
+    return optimize(module, **options)
 
 
 def program_file(folder: Path, info: ModelInfo, module: torch.nn.Module) -> Path:

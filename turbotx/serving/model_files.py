@@ -75,13 +75,15 @@ def load_model(
     backend: str = "turbotx",
     device: str = "cpu",
     dtype: str = "float32",
+    quantize: str = "none",
     weights: Path | None = None,
     programs: Path | None = None,
     **choices: Any,
 ) -> LoadedModel:
     """Load weights and tokenizer from a local directory.
 
-    ``backend`` is ``turbotx`` (optimized) or ``eager``. ``weights`` is a file for
+    ``backend`` is ``turbotx`` (optimized) or ``eager``. ``quantize`` is the option of
+    ``turbotx.optimize``, which the description's dtype then names too. ``weights`` is a file for
     ``turbotx.load_weights`` to take in place of the directory's own. ``programs`` is a folder
     where a CPU's compiled program is kept for the next start. ``choices`` are the fields of
     ``Choices``. Raises ModelFilesError, WeightsError.
@@ -90,7 +92,11 @@ def load_model(
         raise ModelFilesError(f"no backend {backend!r}: use turbotx or eager")
     if dtype not in DTYPES:
         raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    if quantize != "none" and backend != "turbotx":
+        raise ModelFilesError(f"quantize={quantize!r} is turbotx's: leave out --backend {backend}")
     tokenizer, info = describe_model(model, backend=backend, device=device, dtype=dtype, **choices)
+    if quantize != "none":  # costs and programs are kept by it
+        info = replace(info, dtype=f"{dtype}+{quantize}")
     folder = find_folder(model)
     files = _read_chain(folder, _read_config(folder), Choices(**choices))
     loaded = load_module(files, info.head, tokenizer, dtype, weights)
@@ -102,9 +108,9 @@ def load_model(
         from turbotx.serving.kept_program import KeptProgram, compiled, program_file
 
         if programs is None or device != "cpu":  # for a GPU, writing it takes half a minute
-            module = compiled(module)
+            module = compiled(module, quantize)
         else:
-            module = KeptProgram(module, program_file(programs, info, module))
+            module = KeptProgram(module, program_file(programs, info, module), quantize)
     engine = TorchEngine(module, info.head, loaded.pad_id, loaded.takes_types, device)
     return LoadedModel(engine, tokenizer, info)
 
