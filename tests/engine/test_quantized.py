@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import turbotx
+from benchmarks.int8_fidelity import sentences
 from tests.kernels.cpp.cpp_probe import needs_compiler
 from turbotx import ir
 from turbotx.engine.optimize import engine_of
@@ -156,6 +157,22 @@ def test_a_gpu_is_refused_by_name() -> None:
     captured = engine.capture((torch.randn(2, 4, 24),), {})
     with pytest.raises((OptionsError, InputError), match="runs on CPUs so far, not on sm_90"):
         engine.compile(captured, "sm_90")
+
+
+def test_minilm_keeps_its_embeddings(minilm_path: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertModel.from_pretrained(minilm_path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path)
+    given = dict(tokenizer(sentences()[:40], padding=True, return_tensors="pt"))
+    fast = turbotx.optimize(model, quantize="int8")
+    shown = given["attention_mask"][..., None]
+    with torch.no_grad():
+        ours, plain = (
+            F.normalize((m(**given)[0] * shown).sum(1) / shown.sum(1), dim=-1)
+            for m in (fast, model)
+        )
+    cosines = (ours * plain).sum(-1)
+    assert cosines.mean() >= 0.995 and cosines.min() > 0.98
 
 
 def test_int8_operands_of_a_launch() -> None:
