@@ -41,7 +41,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Stage:
-    """A function of `gpu_stages`, `gpu_kernels` or `gpu_packed` and its arguments, run as a process
+    """A function of one of the modules below and its arguments, run as a process
     of its own.
 
     name: of the stage and of its log. limit_s: seconds after which the process is ended.
@@ -56,11 +56,12 @@ class Stage:
     wrapper: tuple[str, ...] = ()
 
     def run(self, emit: Callable[[str, dict[str, Any]], None]) -> None:
+        import gpu_decode
         import gpu_kernels
         import gpu_packed
         import gpu_stages
 
-        modules = (gpu_stages, gpu_kernels, gpu_packed)
+        modules = (gpu_stages, gpu_kernels, gpu_packed, gpu_decode)
         found = next(f for m in modules if (f := getattr(m, self.function, None)) is not None)
         found(emit, *self.arguments)
 
@@ -126,6 +127,10 @@ def figures() -> list[list[Stage]]:
             stage(f"shapes/{name}", 40, "shapes", name, "fp16", FEWER)
             for name in ("minilm", "bert-large", "gpt2")
         ),
+        stage("decode/gpt2/fp16", 90, "decode", "gpt2", "fp16"),
+        stage("decode/llama/fp16", 90, "decode", "llama", "fp16"),
+        stage("decode/gpt2/fp16/compile", 100, "decode_compiled", "gpt2", "fp16", 1, 900),
+        stage("decode/llama/fp16/compile", 120, "decode_compiled", "llama", "fp16", 1, 900),
     ]
     return [
         [
@@ -138,6 +143,11 @@ def figures() -> list[list[Stage]]:
             stage("right/bert-base/fp16/no-pdl", 110, "right", *bert, 3, "no-pdl"),
             stage("right/gpt2/fp16", 110, "right", "gpt2", "fp16"),
             stage("right/llama/fp16", 110, "right", "llama", "fp16", 4),
+            *(
+                stage(f"right/decode-{name}/{dtype}", 110, "right_decode", name, dtype)
+                for name in ("gpt2", "llama")
+                for dtype in ("fp16", "bf16")
+            ),
         ],
         *([one] for one in timed),
         *packed(),

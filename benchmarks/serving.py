@@ -2,9 +2,11 @@
 
 In: nothing (traces are seeded). Out: JSON and plots, per policy throughput, latency and refusals.
 The engine is a stand-in that sleeps its cost table, or MiniLM with its real weights. Every row is
-kept as it is measured; with ``--for`` a run stops after a while, and the same command goes on::
+kept as it is measured; with ``--for`` a run stops after a while, and the same command goes on; a
+row that fails is named, the others are measured::
 
-    python benchmarks/serving.py all            # every row, smaller, within a quarter of an hour
+    python benchmarks/serving.py all            # every row, smaller, within 20 minutes
+    python benchmarks/serving.py padding        # packed against padded alone: 4 minutes
     python benchmarks/serving.py minilm --for 200
 """
 
@@ -15,11 +17,10 @@ import asyncio
 import json
 import math
 import os
-import random
-import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,18 +32,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from http_load import Load, send_trace
 from serving_clients import measure_clients
-from serving_process import LONGEST, serving, sleeping_costs
+from serving_minilm import UNLIMITED, compare_padding, serve_minilm
+from serving_process import serving, sleeping_costs
 from slices import Later, Slices
 
 from turbotx.serving import POLICIES, CostTable, Request, Scheduler
 from turbotx.serving.simulation import offline_capacity_per_s, simulate
 from turbotx.serving.traces import make_trace, poisson_gaps, uniform_lengths
 
-EXPERIMENTS = ("sleep", "overload", "clients", "minilm")
+EXPERIMENTS = ("sleep", "overload", "clients", "minilm", "padding")
 RESULTS = Path(__file__).parent / "results"
 SCALE = 16  # the toy table slowed down, so that HTTP's own cost stays small beside it
 OVERLOAD_SCALE = 20  # the same, and so that ten times the capacity is within one client's reach
-UNLIMITED = {"max_age_ms": 1e6, "timeout_ms": 1e6}
 
 
 def id_bodies(trace: list[Request]) -> list[bytes]:
@@ -178,122 +179,7 @@ def watching(pid: int) -> Iterator[list[int]]:
         thread.join()
 
 
-# --- MiniLM with its weights --------------------------------------------------------------------
-
-
-def serve_minilm(slices: Slices, count: int, load: float, threads: int) -> None:
-    """MiniLM, texts of 5 to 500 tokens: every policy over HTTP, and the peers: PyTorch eager in
-    the same server, sentence-transformers.
-
-    Two arrivals of the same texts: Poisson at ``load`` of what the peer can do, for latency; and
-    all at once, for throughput. Beside them the simulator, on the costs measured at the start.
-    """
-    texts, lengths = make_texts(count), uniform_lengths(5, 500)
-    peer = slices.measure(
-        "sentence-transformers", lambda: time_sentence_transformers(texts, threads)
-    )
-    rate = load * min(peer["all_at_once_per_s"], peer["one_by_one_per_s"])
-    trace = make_trace(poisson_gaps, lengths, rate_per_s=rate, count=count, seed=0)
-    rows = [
-        {
-            "server": "sentence-transformers, one by one",
-            **queue_of_one(trace, peer["took_ms"]),
-            "all_at_once_per_s": peer["one_by_one_per_s"],
-        },
-        {
-            "server": "sentence-transformers, encode of all",
-            "all_at_once_per_s": peer["all_at_once_per_s"],
-        },
-    ]
-    served = {"turbotx": ("single", "fifo", "dp", "aged"), "eager": ("single", "fifo")}
-    for engine, policies in served.items():
-        table = slices.measure(f"costs, {engine}", lambda e=engine: measure_model(e, threads))
-        for policy in policies:
-            row = slices.measure(
-                f"{engine}, {policy}",
-                lambda e=engine, p=policy, t=table: minilm_row(e, p, threads, t, trace, texts),
-            )
-            costs = CostTable(table["lengths"], table["batches"], table["cost_ms"])
-            queue = Scheduler(costs, POLICIES[policy](), max_batch_tokens=4096, max_queue=count)
-            simulated = simulate(trace, queue)
-            rows.append({
-                "server": f"turbotx serve, {engine} model", "policy": policy, **row,
-                "simulated_p50_ms": simulated.percentile_ms(50),
-                "simulated_p99_ms": simulated.percentile_ms(99),
-            })  # fmt: skip
-    slices.write(rate_per_s=rate, rows=rows)
-
-
-def minilm_row(
-    engine: str, policy: str, threads: int, table: dict[str, Any], trace: list[Request],
-    texts: list[str],
-) -> dict[str, Any]:  # fmt: skip
-    bodies = [json.dumps({"inputs": text}).encode() for text in texts]
-    burst = [Request(r.key, r.length, 0.0) for r in trace]
-    settings = {"policy": policy, "max_batch": 16, "max_batch_tokens": 4096, **UNLIMITED}
-    with serving(engine=engine, threads=threads, costs=table, settings=settings) as (host, port, _):
-        at_once = asyncio.run(send_trace(host, port, burst, bodies)).summary()
-        found = asyncio.run(send_trace(host, port, trace, bodies)).summary()
-    assert at_once["answered"] == len(trace), at_once
-    return {**found, "all_at_once_per_s": at_once["per_s"]}
-
-
-def measure_model(engine: str, threads: int) -> dict[str, Any]:
-    import torch
-
-    from turbotx.serving.measure import measure_costs
-    from turbotx.serving.model_files import load_model
-
-    torch.set_num_threads(threads)
-    model = load_model("minilm", backend=engine, max_length=LONGEST)
-    limits = {"max_length": LONGEST, "max_batch": 16, "max_tokens": 4096}
-    return measure_costs(model.engine, **limits, budget_ms=60_000.0).to_dict()
-
-
-def make_texts(count: int) -> list[str]:
-    """Texts of U(5, 500) tokens, made of words that are one token each."""
-    from turbotx.serving.model_files import find_folder
-
-    vocabulary = (find_folder("minilm") / "vocab.txt").read_text().split()
-    words = [word for word in vocabulary if re.fullmatch(r"[a-z]{3,9}", word)]
-    chooser = random.Random(0)
-    drawn = uniform_lengths(5, 500)(np.random.default_rng(0), count).tolist()
-    return [" ".join(chooser.choices(words, k=n - 2)) for n in drawn]
-
-
-def time_sentence_transformers(texts: list[str], threads: int) -> dict[str, Any]:
-    """Its encode on all texts at once (it sorts by length), and on one after the other."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-
-    from turbotx.serving.model_files import find_folder
-
-    torch.set_num_threads(threads)
-    model = SentenceTransformer(str(find_folder("minilm")), device="cpu")
-    model.max_seq_length = LONGEST
-    model.encode(texts[:40], show_progress_bar=False)
-    begin = time.perf_counter()
-    model.encode(texts, show_progress_bar=False)
-    at_once = len(texts) / (time.perf_counter() - begin)
-    took = []
-    for text in texts:
-        begin = time.perf_counter()
-        model.encode(text, show_progress_bar=False)
-        took.append((time.perf_counter() - begin) * 1e3)
-    return {
-        "all_at_once_per_s": at_once,
-        "one_by_one_per_s": 1e3 / float(np.mean(took)),
-        "took_ms": took,
-    }
-
-
-def queue_of_one(trace: list[Request], service_ms: list[float]) -> dict[str, Any]:
-    """First come, first served with the measured times (no HTTP: in the peer's favour)."""
-    free_ms, latency = 0.0, []
-    for request, took in zip(trace, service_ms, strict=True):
-        free_ms = max(free_ms, request.arrival_ms) + took
-        latency.append(free_ms - request.arrival_ms)
-    return Load([200] * len(trace), latency, free_ms / 1e3).summary()
+# --- all of them ----------------------------------------------------------------------------------
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -305,7 +191,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = [
-        " ".join(str(row[k]) for k in ("server", "policy", "load", "beside") if k in row)
+        " ".join(str(row[k]) for k in ("server", "lengths", "policy", "load", "beside") if k in row)
         for row in rows
     ]
     rows = [
@@ -331,7 +217,7 @@ def main() -> None:
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("--count", type=int, help="requests of a row (sleep, minilm: 400)")
     parser.add_argument("--seconds", type=float, help="of a row (overload 60, clients 15)")
-    parser.add_argument("--load", type=float, default=0.9, help="of the peer's throughput")
+    parser.add_argument("--load", type=float, default=0.9, help="of the peer's, or padded capacity")
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     parser.add_argument(
         "--for", type=float, dest="limit_s", default=math.inf, metavar="SECONDS",
@@ -347,17 +233,23 @@ def main() -> None:
     )
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
+    begin, failed = time.monotonic(), []
     for experiment in EXPERIMENTS if asked.experiment == "all" else [asked.experiment]:
         out = asked.out / f"serving_{experiment}.json"
         if asked.again:
             out.unlink(missing_ok=True)
         try:
             rows = run(experiment, asked, out, asked.limit_s - (time.monotonic() - begin))
+            draw(rows, out.with_suffix(".svg"))
         except Later as error:
-            print(f"not yet: {error}")
-            return
-        draw(rows, out.with_suffix(".svg"))
+            print(f"not yet: {error}{', without --again' if asked.again else ''}")
+            break
+        except Exception as error:  # a server that did not start, a client that got no answer
+            traceback.print_exc()
+            failed.append(f"{experiment}: {type(error).__name__}: {error}")
+    if failed:
+        said = "; ".join(failed)
+        sys.exit(f"not measured: {said}. What was stays: run it again without --again")
 
 
 def run(
@@ -377,9 +269,11 @@ def run(
         slices = Slices(out, {"seconds": seconds}, limit_s, asked.redo)
         measure_clients(slices, seconds)
     else:
+        if experiment == "padding":
+            count = asked.count or 200
         parameters = {"count": count, "load": asked.load, "threads": asked.threads}
         slices = Slices(out, parameters, limit_s, asked.redo)
-        serve_minilm(slices, **parameters)
+        (compare_padding if experiment == "padding" else serve_minilm)(slices, **parameters)
     for name, passed in slices.kept.get("checks", {}).items():
         print(f"{'passed' if passed else 'FAILED'}  {name}")
     rows: list[dict[str, Any]] = slices.kept["rows"]

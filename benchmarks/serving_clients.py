@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from http_load import Client
-from serving_process import wait_ready
+from serving_process import stop, wait_ready
 from slices import Slices
 
 WORDS = "retrieval augmented generation splits documents the memory planner of a cat on its mat"
@@ -234,8 +234,7 @@ def serving_minilm(folder: str) -> Iterator[tuple[int, int]]:
         wait_ready(f"http://127.0.0.1:{port}/ready", process)
         yield port, process.pid
     finally:
-        process.terminate()
-        process.wait(60)
+        stop(process)
 
 
 def resident_nbytes(pid: int, name: str = "VmRSS") -> int:

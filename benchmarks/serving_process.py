@@ -21,6 +21,7 @@ from typing import Any
 
 from turbotx.cli.serve import wait_briefly
 from turbotx.serving import CostTable
+from turbotx.serving.token_costs import BatchCosts, TokenCosts
 
 LONGEST = 512
 
@@ -32,7 +33,7 @@ def sleeping_costs(scale: float) -> CostTable:
 
 @contextmanager
 def serving(**options: Any) -> Iterator[tuple[str, int, int]]:
-    """Options: engine (sleep, eager, turbotx), settings; scale; threads, costs (a table)."""
+    """Options: engine (sleep, eager, turbotx), settings; scale; padding, threads, costs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -44,13 +45,28 @@ def serving(**options: Any) -> Iterator[tuple[str, int, int]]:
         wait_ready(f"http://127.0.0.1:{port}/ready", process)
         yield "127.0.0.1", port, process.pid
     finally:
-        process.terminate()
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
         process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def costs_of(table: dict[str, Any]) -> BatchCosts:
+    """What ``to_dict`` of costs has made, with padding or without."""
+    if "tokens" in table:
+        return TokenCosts(*(table[k] for k in ("tokens", "cost_ms", "square_ms", "max_length")))
+    return CostTable(table["lengths"], table["batches"], table["cost_ms"])
 
 
 def wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Raises RuntimeError where the process ends, or is not ready within two minutes."""
-    for _ in range(2400):
+    """Raises RuntimeError where the process ends, or is not ready within five minutes."""
+    for _ in range(6000):
         if process.poll() is not None:
             raise RuntimeError(f"the server exited with {process.returncode}")
         try:
@@ -58,7 +74,7 @@ def wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.05)
-    raise RuntimeError("the server was not ready within two minutes")
+    raise RuntimeError("the server was not ready within five minutes")
 
 
 def run_server(options: dict[str, Any]) -> None:
@@ -82,9 +98,8 @@ def run_server(options: dict[str, Any]) -> None:
         import torch
 
         torch.set_num_threads(options["threads"])
-        model = load_model("minilm", backend=engine, max_length=LONGEST)
-        table = options["costs"]
-        costs = CostTable(table["lengths"], table["batches"], table["cost_ms"])
+        model = load_model("minilm", backend=engine, padding=options["padding"], max_length=LONGEST)
+        costs = costs_of(options["costs"])
     settings = Settings(**{"cache_nbytes": 0, "coalesce": False, **options["settings"]})
     run(model, settings, host="127.0.0.1", port=options["port"], costs=costs)
 

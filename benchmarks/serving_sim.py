@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from turbotx.serving import POLICIES, Aged, CostTable, Request, Scheduler
-from turbotx.serving.native import load_fill
+from turbotx.serving.native import load_planner
 from turbotx.serving.simulation import (
     Outcome,
     least_mean_latency_ms,
@@ -219,7 +219,7 @@ def time_planning(waiting: int = 1024, repeats: int = 2000) -> dict[str, float]:
         busy.append((time.thread_time() - begin_busy) * 1e3)
     return {
         "waiting": waiting,
-        "compiled": load_fill() is not None,
+        "compiled": load_planner("fill") is not None,
         "p50_ms": float(np.median(took)),
         "p99_ms": float(np.percentile(took, 99)),
         "cpu_p50_ms": float(np.median(busy)),

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,13 @@ from torch.nn.utils import parametrize, prune
 
 from tests import assumption_pieces as plain
 from tests.assumption_pieces import ACTIVATIONS, WIDTH, Piece, find_number
+
+
+@contextmanager
+def _writing(tensor: torch.Tensor) -> Iterator[None]:
+    """Write as PyTorch lets one: a call in inference mode makes a pruned weight there."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        yield
 
 
 class Weight(Piece):
@@ -34,15 +42,16 @@ class Weight(Piece):
         return torch.tanh(self.linear(x))
 
     def change_in_place(self, n: int) -> None:
-        with torch.no_grad():
+        with _writing(self.linear.weight):
             self.linear.weight.mul_(-1.5 if n % 2 else 0.7)
 
     def change_one(self, n: int) -> None:
-        with torch.no_grad():
+        with _writing(self.linear.weight):
             self.linear.weight[n % WIDTH, n // 8 % WIDTH] += 3
 
     def change_data_in_place(self, n: int) -> None:
-        self.linear.weight.data.mul_(-1.5 if n % 2 else 0.7)
+        with _writing(self.linear.weight):
+            self.linear.weight.data.mul_(-1.5 if n % 2 else 0.7)
 
     def change_data(self, n: int) -> None:
         new = self.linear.weight.data.flip(n % 2)

@@ -35,6 +35,19 @@ def test_a_decision_of_the_model_is_a_guard() -> None:
     assert guards_of(lambda x: x[:, :2] * 2, 2, 5) == {"seq >= 2"}
 
 
+@pytest.mark.parametrize("asks", [lambda b, n: b * n > 4, lambda b, n: n != 3, lambda b, n: n % 2])
+def test_a_size_that_is_asked_before_it_is_found_equal_to_another(
+    asks: Callable[[int, int], bool],
+) -> None:
+    def branches(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (x * 2 if asks(*x.shape) else x + 1) * other
+
+    fast = turbotx.optimize(branches, backend="aten")
+    for shape in ((3, 1), (2, 4), (2, 3), (1, 5), (4, 3), (1, 2)):
+        x, other = torch.randn(2, *shape)
+        assert torch.equal(fast(x, other), branches(x, other)), shape
+
+
 def test_what_pytorch_asks_of_every_size_is_none() -> None:
     def plain(x: torch.Tensor) -> torch.Tensor:
         y = (x @ WEIGHT).reshape(x.shape[0], x.shape[1], 2, 2).transpose(1, 2)

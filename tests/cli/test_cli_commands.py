@@ -384,5 +384,20 @@ def test_a_packed_program_is_written_and_verified(run: Callable[..., Ran], tmp_p
     report = json.loads((folder / "report.json").read_text())
     assert report["numerics"]["holds"] is True and 0 < report["dims"]["tokens"] <= 16
     assert any("packed_attention" in x["name"] for x in report["launches"])
-    ran = run("compile", bert, "--out", folder, "--packed", "--target", "sm_90")
-    assert ran.code == 2 and "leave out --target" in ran.err
+    ran = run("compile", bert, "--save", tmp_path / "bert.ttx", "--packed")
+    assert ran.code == 2 and "leave out --save" in ran.err
+
+
+def test_a_packed_program_is_compiled_for_a_gpu(run: Callable[..., Ran], tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is for Linux only")
+    small = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64"
+    bert = f"hf-config:bert,{small},vocab_size=50"
+    ran = run("compile", bert, "--out", tmp_path / "out", "--packed", "--target", "sm_90")
+    assert ran.code == 0, ran.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    token = next(x for x in report["launches"] if x["name"].startswith("sequence_token"))
+    assert token["kind"] == "kernel" and token["kernel"] == "sequence_first_float32"
+    assert not any("sequence" in x["op"] for x in report["externs"])
+    resources = json.loads((tmp_path / "out" / "kernels" / "sm_90" / "resources.json").read_text())
+    assert any(name.startswith("packed_attention") for name in resources)
+    assert not any(x["spills"] for x in resources.values())

@@ -24,8 +24,8 @@ from turbotx.serving.app import create_app
 from turbotx.serving.connections import ConnectionLimits, make_protocol
 from turbotx.serving.cost import CostTable
 from turbotx.serving.engine import Head, SleepEngine
-from turbotx.serving.model_files import LoadedModel, ModelInfo
 from turbotx.serving.listener import GracefulServer
+from turbotx.serving.model_files import LoadedModel, ModelInfo
 from turbotx.serving.service import Service
 from turbotx.serving.settings import Settings
 from turbotx.serving.tokens import TextTokenizer

@@ -24,6 +24,8 @@ class Logits:
     def __init__(self, *labels):
         self.head = Head("classifier", labels=labels)
 
+    packs = False
+
     def run(self, rows):
         logits = np.zeros((len(rows), len(self.head.labels)), dtype=np.float32)
         logits[:, 0] = [len(row) for row in rows]

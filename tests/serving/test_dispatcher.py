@@ -30,6 +30,8 @@ class GatedEngine:
         if opened:
             self.gate.set()
 
+    packs = False
+
     def run(self, rows):
         assert self.gate.wait(20)
         self.batches.append([row.ids for row in rows])

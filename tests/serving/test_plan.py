@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turbotx.serving.cost import CostTable, CostTableError, make_monotone
-from turbotx.serving.native import load_fill
+from turbotx.serving.native import load_planner
 from turbotx.serving.plan import fill_in_python, split
 
 
@@ -72,7 +72,7 @@ def test_priced_groups_equal_brute_force_over_cuts(table, lengths, prices):
 def test_python_and_cpp_fill_agree(table, lengths):
     length = np.array(sorted(lengths), dtype=np.int64)
     price = np.linspace(2.0, 1.0, len(length))
-    fill = load_fill()
+    fill = load_planner("fill")
     if fill is None:
         pytest.skip("no C++ compiler")
     sizes = fill_in_python(length, table, price)
@@ -83,7 +83,7 @@ def test_python_and_cpp_fill_agree(table, lengths):
 
 
 def test_plans_in_python_without_a_compiler(monkeypatch):
-    monkeypatch.setattr("turbotx.serving.plan.load_fill", lambda: None)
+    monkeypatch.setattr("turbotx.serving.plan.load_planner", lambda name: None)
     table = CostTable.from_function(lambda n, b: 1 + 0.1 * n * b).dense()
     assert split([3, 4, 90, 91], table).pairs() == ((0, 2), (2, 4))
 

@@ -169,7 +169,7 @@ PREPARING = """
     from turbotx.serving.settings import Settings
 
     class Slow:
-        head = Head("embedding")
+        head, packs = Head("embedding"), False
         def run(self, rows):
             print("begun", flush=True)
             time.sleep(600)
@@ -203,7 +203,7 @@ def test_an_empty_key_in_the_environment_does_not_open_the_door(monkeypatch):
 )
 def test_a_model_that_cannot_run_ends_the_server(unused_port, raised, said):
     class Broken:
-        head = Head("embedding")
+        head, packs = Head("embedding"), False
 
         def run(self, rows):
             raise RuntimeError(raised)

@@ -9,12 +9,15 @@ import pytest
 
 from tests.serving.conftest import fast_costs, stand_in
 from turbotx.serving.cost import CostTable
-from turbotx.serving.engine import Head
+from turbotx.serving.engine import Head, SleepEngine
 from turbotx.serving.policies import Aged, Fifo
 from turbotx.serving.refusals import NotReady
+from turbotx.serving.routes import describe_service
 from turbotx.serving.scheduler import Hungry, Lazy
 from turbotx.serving.service import ModelFailed, Scope, Service
-from turbotx.serving.settings import Settings
+from turbotx.serving.settings import Settings, SettingsError
+from turbotx.serving.token_costs import TokenCosts
+from turbotx.serving.token_policies import FifoTokens
 
 
 class Instant:
@@ -24,6 +27,8 @@ class Instant:
 
     def __init__(self, broken=False):
         self.broken, self.runs = broken, 0
+
+    packs = False
 
     def run(self, rows):
         self.runs += 1
@@ -87,3 +92,43 @@ def test_settings_reach_the_scheduler():
     service = Service(stand_in(Instant()), settings(policy="fifo"))
     scheduler = service.make_scheduler(fast_costs())
     assert scheduler.policy == Fifo() and scheduler.trigger == Hungry()
+
+
+def test_policies_that_arrange_padding_need_it():
+    assert Settings().wanted_padding == "auto" and Settings(policy="dp").wanted_padding == "padded"
+    with pytest.raises(SettingsError, match="'dp' arranges padding"):
+        Settings(policy="dp", padding="packed")
+    packed = stand_in(SleepEngine(TokenCosts.from_rates(1.0, 0.01, 0.0, 32, 512)))
+    service = Service(packed, settings(policy="fifo"))
+    assert isinstance(service.make_scheduler(packed.engine.costs).policy, FifoTokens)
+    with pytest.raises(SettingsError, match="'dp' is for padded batches"):
+        Service(packed, settings(policy="dp")).make_scheduler(packed.engine.costs)
+
+
+def test_info_says_whether_batches_are_padded():
+    costs = TokenCosts.from_rates(1.0, 0.01, 0.0, 32, 512)
+    assert (
+        describe_service(Service(stand_in(SleepEngine(costs)), settings()))["padding"] == "packed"
+    )
+    assert describe_service(Service(stand_in(), settings()))["padding"] == "padded"
+
+
+def test_costs_without_padding_are_kept_apart(tmp_path):
+    async def life(engine):
+        service = Service(stand_in(engine), settings(cost_folder=tmp_path))
+        await service.start()
+        rows = await service.encode(["w0", "w1 w2"])
+        await service.compute(rows, Scope())
+        batches = service.metrics.registry.get_sample_value("turbotx_padding_ratio_sum")
+        await service.stop()
+        return batches
+
+    packed = Instant()
+    packed.packs = True
+    for engine in (Instant(), packed):
+        assert asyncio.run(life(engine)) >= 1
+    names = sorted(path.name for path in tmp_path.glob("costs-*.json"))
+    assert len(names) == 2 and sum("packed" in name for name in names) == 1
+    runs = packed.runs
+    asyncio.run(life(packed))
+    assert packed.runs - runs <= 3  # a warm-up and what was asked: nothing is measured again

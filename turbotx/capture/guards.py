@@ -34,7 +34,11 @@ class Guard:
 def find_guards(
     exported: Any, shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]
 ) -> tuple[Guard, ...]:
-    """Return what tracing assumed of the dims: of sizes that may be 1, see size_questions.py."""
+    """Return what tracing assumed of the dims: of sizes that may be 1, see size_questions.py.
+
+    A guard keeps the symbols of its time: one that was found equal to another later, as by adding
+    a second input, is read as that one.
+    """
     guards = []
     for symbol, interval in exported.range_constraints.items():
         name = symbols.get(symbol)
@@ -47,7 +51,7 @@ def find_guards(
             condition = sympy.Ge(name, interval.lower)
             guards.append(Guard(condition, f"{name} >= {interval.lower}"))
     for guard in shape_env.guards if shape_env is not None else ():
-        condition = guard.expr.xreplace(dict(symbols))
+        condition = shape_env.replace(guard.expr).xreplace(dict(symbols))
         if condition.free_symbols and condition.free_symbols <= set(symbols.values()):
             guards.append(Guard(condition, str(condition)))
     return tuple(dict.fromkeys(guards))

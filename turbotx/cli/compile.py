@@ -51,9 +51,8 @@ def compile_model(
     """Dump everything and say where it is; return the exit code, 1 where `verify` finds errors.
 
     The program is that of the first GPU among the targets, and the CPU's without one. save: also
-    write one file for `turbotx.load` there. packed: the CPU's program over tokens. Raises
-    InputError where `verify` is to run launches of a GPU that is not here, or `packed` is for one
-    or to be saved.
+    write one file for `turbotx.load` there. packed: the program over tokens. Raises InputError
+    where `verify` is to run launches of a GPU that is not here, or `packed` is to be saved.
     """
     _refuse_mixtures(model, targets, verify, save, packed)
     saved_for = chosen_targets(targets) if save is not None else []
@@ -103,10 +102,8 @@ def _refuse_mixtures(
     model: Source, targets: Sequence[str], verify: bool, save: Path | None, packed: bool
 ) -> None:
     """Raise InputError for options that do not go together, or not with a saved file."""
-    if packed and (targets or save is not None):
-        raise InputError(
-            "--packed is of the CPU's program and of no file yet: leave out --target and --save"
-        )
+    if packed and save is not None:
+        raise InputError("--packed is saved to no file yet: leave out --save")
     if model.is_saved and (targets or verify or packed or save is not None):
         raise InputError(
             f"{model} is compiled already: with --out alone its programs, sources, cubins and "

@@ -57,9 +57,6 @@ Backend = Annotated[
 ]
 Device = Annotated[str, _option(MODEL, "PyTorch's name of it: cpu, cuda, cuda:1.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], _option(MODEL, "Of the weights.")]
-Quantize = Annotated[
-    Literal["none", "int8"], _option(MODEL, "Products by weights in int8, on a CPU.")
-]
 Weights = Annotated[
     Path | None,
     _option(MODEL, "Weights from safetensors, .npz or a state dict instead.", metavar="FILE"),
@@ -97,8 +94,15 @@ Task = Annotated[
 Policy = Annotated[
     Literal["aged", "dp", "sort", "fifo", "single"], _option(BATCH, "Which batch runs next.")
 ]
+Padding = Annotated[
+    Literal["auto", "packed", "padded"],
+    _option(BATCH, "Whether rows are filled up to their batch's longest; auto: not where the "
+            "model and the policy allow."),
+]  # fmt: skip
 MaxBatch = Annotated[int, _option(BATCH, "Sequences in a batch.")]
-MaxBatchTokens = Annotated[int, _option(BATCH, "Padded tokens in a batch; 0: no limit.")]
+MaxBatchTokens = Annotated[
+    int, _option(BATCH, "Tokens in a batch, with padding where there is any; 0: no limit.")
+]
 LazyMs = Annotated[float, _option(BATCH, "Wait this long for a batch to fill; 0: run when idle.")]
 MaxAgeMs = Annotated[
     float, _option(BATCH, "Longest wait of a request; a third of it in work is admitted.")
@@ -145,7 +149,6 @@ def serve_command(
     backend: Backend = "turbotx",
     device: Device = "cpu",
     dtype: Dtype = "float32",
-    quantize: Quantize = "none",
     weights: Weights = None,
     max_length: MaxLength = None,
     pooling: Pooling = None,
@@ -155,6 +158,7 @@ def serve_command(
     served_model_name: ServedModelName = None,
     task: Task = "embed",
     policy: Policy = "aged",
+    padding: Padding = "auto",
     max_batch: MaxBatch = 32,
     max_batch_tokens: MaxBatchTokens = 16_384,
     lazy_ms: LazyMs = 0.0,

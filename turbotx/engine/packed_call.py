@@ -10,7 +10,6 @@ inputs were::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,42 +18,8 @@ import torch.utils._pytree as pytree
 from turbotx.capture.refusals import refuse_gradient
 from turbotx.engine.engine import MOST_CHANGES, Engine
 from turbotx.errors import CaptureError, InputError, ModelChangedError
-from turbotx.passes.pack import MASK
 from turbotx.runtime.packed_program import PackedProgram
-
-
-@dataclass(frozen=True)
-class _Sequences:
-    """Inputs by token: `kind` is "flat", "nested" or "listed". lengths: numbers, or int64 on a
-    device, which nothing waits for. longest: as many tokens as any has, or more."""
-
-    kind: str
-    lengths: list[int] | torch.Tensor
-    longest: int
-    rows: dict[str, torch.Tensor]
-    others: dict[str, Any]
-
-    @property
-    def tokens(self) -> int:
-        """How many rows each input by token has."""
-        return next(iter(self.rows.values())).shape[0]
-
-    def wrap(self, rows: torch.Tensor) -> Any:
-        """Return rows by token as the inputs were given."""
-        if self.kind == "listed":
-            assert isinstance(self.lengths, list)
-            return list(rows.split(self.lengths))
-        if self.kind == "nested":
-            return torch.nested.nested_tensor_from_jagged(
-                rows, lengths_to_offsets(self.lengths, rows.device)
-            )
-        return rows
-
-
-def lengths_to_offsets(lengths: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return where sequences of these lengths begin and end, int64 (sequences + 1)."""
-    each = torch.as_tensor(lengths, dtype=torch.int64, device=device)
-    return torch.nn.functional.pad(each.cumsum(0), (1, 0))
+from turbotx.runtime.token_inputs import read_sequences, run_sequences, stand_in
 
 
 def call_packed(
@@ -71,126 +36,18 @@ def call_packed(
     """
     if engine.options.padding != "packed":
         raise InputError('packed() is of a module that was made by optimize(padding="packed")')
-    if MASK in given:
-        raise InputError(f"packed() takes no {MASK}: every token that it is given is one")
-    found = _read(lengths, longest, given)
+    found = read_sequences(lengths, longest, given)
     if torch.is_grad_enabled() and any(t.requires_grad for t in found.rows.values()):
         refuse_gradient()
+    name = type(engine.model).__name__
     for _ in range(MOST_CHANGES):
-        standing, by_token = _stand_in(found)
+        standing, by_token = stand_in(found)
         variant, program, binding, tensors = engine.check((), standing)
         assert isinstance(program, PackedProgram)
-        if program.packing.to_end:
-            raise InputError(
-                f"{type(engine.model).__name__} looks at the last column of a call, which is "
-                "padding for all but the longest sequence: pass a padded call and its mask"
-            )
-        packed = [by_token.get(id(t), t) for t in tensors]
         try:
-            with torch.no_grad():
-                given_lengths = (found.lengths, found.tokens, found.longest)
-                mixture = program.of_lengths(*given_lengths, tensors[0].device)
-                leaves = program.run_mixture(binding.dims, mixture, packed)
+            leaves = run_sequences(program, binding.dims, found, tensors, by_token, name)
         except ModelChangedError as error:
             engine._forget(variant, error)
             continue
-        outputs = [
-            leaf if kind is None else found.wrap(leaf[: found.tokens])
-            for leaf, kind in zip(leaves, program.packing.outputs, strict=True)
-        ]
-        return pytree.tree_unflatten(outputs, variant.out_spec)
-    raise CaptureError(f"{type(engine.model).__name__} is converted while it is called")
-
-
-def _read(
-    lengths: Sequence[int] | torch.Tensor | None, longest: int | None, given: Mapping[str, Any]
-) -> _Sequences:
-    """Return the inputs as rows by token; raise InputError where their lengths differ."""
-    kind, counted, rows, others = "flat", None, dict[str, torch.Tensor](), dict[str, Any]()
-    if longest is not None and _is_on_gpu(lengths):
-        return _read_on_device(lengths, longest, given)  # type: ignore[arg-type]
-    if lengths is not None:
-        counted = [
-            int(n) for n in (lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths)
-        ]
-    for name, value in given.items():
-        nested = isinstance(value, torch.Tensor) and value.is_nested
-        listed = isinstance(value, (list, tuple)) and all(
-            isinstance(x, torch.Tensor) for x in value
-        )
-        if not nested and not listed:
-            others[name] = value
-            continue
-        kind = "nested" if nested else "listed"
-        own, rows[name] = _take_nested(name, value) if nested else _take_listed(name, value)
-        if counted is not None and own != counted:
-            raise InputError(f"{name} has sequences of the lengths {own}, and others {counted}")
-        counted = own
-    if not counted or min(counted) < 0:
-        raise InputError(
-            "packed() needs the lengths of at least one sequence: pass lengths=[...] beside flat "
-            f"inputs, nested tensors of layout torch.jagged, or lists of tensors, not {counted}"
-        )
-    if longest is not None and longest < max(counted):
-        raise InputError(f"longest={longest}, and a sequence has {max(counted)} tokens")
-    if kind == "flat":
-        rows, others = _split_rows(others, sum(counted))
-        if not rows:
-            raise InputError(f"no input has {sum(counted)} rows, the sum of lengths={counted}")
-    return _Sequences(kind, counted, max(counted), rows, others)
-
-
-def _is_on_gpu(lengths: Any) -> bool:
-    return isinstance(lengths, torch.Tensor) and lengths.is_cuda
-
-
-def _read_on_device(lengths: torch.Tensor, longest: int, given: Mapping[str, Any]) -> _Sequences:
-    """Return flat inputs whose lengths nobody has looked at: the first tensor's rows are tokens."""
-    tensors = [x for x in given.values() if isinstance(x, torch.Tensor) and x.ndim]
-    if lengths.ndim != 1 or not lengths.shape[0] or lengths.is_floating_point() or not tensors:
-        raise InputError(
-            "packed() takes lengths on a GPU as whole numbers (sequences,), of at least one "
-            f"sequence, beside flat inputs, not {lengths.dtype} {tuple(lengths.shape)}"
-        )
-    rows, others = _split_rows(given, tensors[0].shape[0])
-    return _Sequences("flat", lengths, longest, rows, others)
-
-
-def _split_rows(
-    given: Mapping[str, Any], total: int
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the tensors that have so many rows, and all else."""
-    rows = {
-        name: value for name, value in given.items()
-        if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == total
-    }  # fmt: skip
-    return rows, {n: v for n, v in given.items() if n not in rows}
-
-
-def _take_nested(name: str, value: Any) -> tuple[list[int], torch.Tensor]:
-    plain = value.layout is torch.jagged and value.lengths() is None
-    if not plain or getattr(value, "_ragged_idx", 1) != 1:  # torch's own, no public name
-        raise InputError(f"{name} is a nested tensor of another layout than torch.jagged")
-    return value.offsets().diff().tolist(), value.values()
-
-
-def _take_listed(name: str, value: Sequence[torch.Tensor]) -> tuple[list[int], torch.Tensor]:
-    if not value or any(x.ndim < 1 or x.shape[1:] != value[0].shape[1:] for x in value):
-        raise InputError(f"{name} is a list of tensors that are not (length, ...) alike")
-    return [x.shape[0] for x in value], torch.cat(list(value))
-
-
-def _stand_in(found: _Sequences) -> tuple[dict[str, Any], dict[int, torch.Tensor]]:
-    """Return a padded call of the same kind, whose values nobody reads, and by the identity of its
-    tensors the rows that they stand for."""
-    count, longest = len(found.lengths), max(1, found.longest)
-    standing, by_token = dict(found.others), dict[int, torch.Tensor]()
-    for name, rows in found.rows.items():
-        rows = rows if rows.shape[0] else rows.new_zeros(1, *rows.shape[1:])
-        padded = standing[name] = rows.new_zeros(count, longest, *rows.shape[1:])
-        by_token[id(padded)] = rows.unsqueeze(0)
-    first = next(iter(found.rows.values()))
-    shown = standing[MASK] = torch.ones(count, longest, dtype=torch.int64, device=first.device)
-    total = next(iter(by_token.values())).shape[1]
-    by_token[id(shown)] = shown.new_ones(1, total)
-    return standing, by_token
+        return pytree.tree_unflatten(leaves, variant.out_spec)
+    raise CaptureError(f"{name} is converted while it is called")

@@ -53,6 +53,7 @@ from turbotx.program.assemble import assemble
 from turbotx.program.assembly import Assembled, Assembly
 from turbotx.program.fold_norms import assemble_folded
 from turbotx.program.gemm_fallback import add_alternatives
+from turbotx.program.steps import add_room_for_sums, find_steps
 from turbotx.runtime.cpu.runtime import CpuCode, CpuRuntime, build_for_cpu
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.cuda.dispatch import choose_ranges, make_tiles
@@ -210,6 +211,8 @@ def assemble_call(captured: Captured, options: Options, target: str) -> Assemble
     programs += [assemble_folded(*given, folds)] if folds else []
     for program in programs if roles.fallbacks else []:
         add_alternatives(program)
+    for program in programs if target != "cpu" and options.backend != "aten" else []:
+        add_room_for_sums(program.assembly)
     check_programs([p.assembly for p in programs])
     return AssembledCall(captured, text, prepared, tuple(programs), target != "cpu")
 
@@ -284,11 +287,15 @@ def _specialize_for_gpu(
     # No library folds norms.
     programs = call.programs[:1] if options.gemms == "cublas" else call.programs
     ranges = choose_ranges([p.assembly for p in programs], dims, tiles)
-    return [
-        Specialization(program, LaunchKernels(program.assembly, dims, tiles, options, served))
-        for program, served in zip(programs, ranges, strict=True)
-        if served is None or served.buckets
-    ]
+    example = call.captured.example_dims
+    made = []
+    for program, served in zip(programs, ranges, strict=True):
+        if served is None or served.buckets:
+            given, on_device = program.assembly, options.backend != "aten"
+            steps = find_steps(given, dims, example) if on_device else None
+            kernels = LaunchKernels(given, dims, tiles, options, served, steps)
+            made.append(Specialization(program, kernels))
+    return made
 
 
 # --- to what runs ---

@@ -77,11 +77,6 @@ class StepCalls:
 
         The cache's layers are turbotx's from then on.
         """
-        if self.device.type != "cpu":
-            raise InputError(
-                f"a call with a key/value cache runs on CPUs, and the model is on {self.device}: "
-                "call it with use_cache=False"
-            )
         refuse_cache(cache)
         kind = _kind_of(cache)
         own = cache if kind == "decoder" else cache.self_attention_cache

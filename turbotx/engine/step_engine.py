@@ -29,6 +29,7 @@ from turbotx.engine.step_call import StepCalls, count_batch
 from turbotx.engine.step_example import make_example
 from turbotx.engine.variant import Variant
 from turbotx.errors import CaptureError, InputError, ModelChangedError
+from turbotx.ir.expr import evaluate
 from turbotx.options import Options
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.cache_memory import CacheBudget, LayerShape
@@ -91,7 +92,9 @@ class StepEngine(StepCalls, Engine):
     def find_stepping(self, variant: Variant) -> tuple[int, ...]:
         """Return the dims of a capture, by place, that grow with every step."""
         captured = variant.compiled.captured
-        length = captured.example_dims[captured.dims.index("length")]
+        # Where the mask must be as long as the cache, their dim has the mask's name.
+        size = captured.input_sizes[captured.input_names.index("kv_length")][0]
+        length = evaluate(size, dict(zip(captured.dims, captured.example_dims, strict=True)))
         return tuple(k for k, n in enumerate(captured.example_dims) if n == length)
 
     @property

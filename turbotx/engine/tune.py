@@ -27,6 +27,7 @@ from turbotx.runtime.binding import Binding
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.cuda.runtime import CudaRuntime
+from turbotx.runtime.cuda.step_variants import StoreFamily
 from turbotx.runtime.cuda.variants import SequenceFamily
 from turbotx.runtime.cuda.weight_copies import WeightCopies
 from turbotx.runtime.device import Device
@@ -102,7 +103,7 @@ def tune_program(
     assert isinstance(runtime, CudaRuntime)
     tunables: dict[tuple[str, str], _Tunable] = {}
     for i, family in runtime.families.items():
-        if isinstance(family, SequenceFamily):
+        if isinstance(family, (SequenceFamily, StoreFamily)):
             continue  # one pass over few bytes
         one = _Tunable(family, i, *family.chosen(binding.sizes))
         if one.key[0]:

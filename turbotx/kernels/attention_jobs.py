@@ -9,6 +9,7 @@ addresses. Out: a `Job`: source, signature, tiles, and the arguments that are mu
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from turbotx.ir.matmul_kernels import AttentionKernel, ProductKernel
 from turbotx.kernels.job import Job
@@ -36,12 +37,25 @@ def attention_job(
     divisible: Iterable[str] = STRIDES,
     unaligned: Iterable[str] = (),
     name: str | None = None,
+    cells: tuple[str, ...] = (),
 ) -> Job:
     """Return the job for an attention launch.
 
     Packed layouts have `divisible` strides; `unaligned` pointers are no multiples of 16 bytes.
+    cells: sizes and addresses that it reads on the device.
     """
     schedule = schedule or choose_attention_schedule(kernel)
+    pointers = attention_pointers(kernel)
+    tiles = (("Q_TILE", schedule.q_tile), ("K_TILE", schedule.k_tile))
+    source = print_triton_attention(kernel, schedule, name)
+    assumed = assume(pointers, unaligned, NAMES, divisible)
+    return sized_job(
+        name or kernel.name, source, target, schedule, pointers, NAMES, tiles, assumed, cells
+    )
+
+
+def attention_pointers(kernel: AttentionKernel) -> list[tuple[str, str]]:
+    """Return the pointers that attention takes, each with its type."""
     stored = f"*{POINTEES[kernel.dtype]}"
     pointers = [(f"{tensor}_ptr", stored) for tensor in ("q", "k", "v", "out")]
     if kernel.keys != "all":
@@ -50,11 +64,7 @@ def attention_job(
         kinds = {"boolean": "*i1", "float32": "*fp32", "storage": stored}
         pointers.append(("bias_ptr", kinds[kernel.bias]))
     pointers += [("sinks_ptr", "*fp32")] * kernel.sinks
-    pointers += [("bounds_ptr", "*i64"), ("starts_ptr", "*i64")] * kernel.packed
-    tiles = (("Q_TILE", schedule.q_tile), ("K_TILE", schedule.k_tile))
-    source = print_triton_attention(kernel, schedule, name)
-    assumed = _assumed(pointers, unaligned, NAMES, divisible)
-    return _job(name or kernel.name, source, target, schedule, pointers, NAMES, tiles, assumed)
+    return pointers + [("bounds_ptr", "*i64"), ("starts_ptr", "*i64")] * kernel.packed
 
 
 def product_job(
@@ -76,14 +86,26 @@ def product_job(
     known = packed_strides(kernel) if divisible is None else divisible
     tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
     source, names = print_triton_product(kernel, schedule, name), PRODUCT_NAMES
-    assumed = _assumed(pointers, unaligned, names, known)
-    return _job(name or kernel.name, source, target, schedule, pointers, names, tiles, assumed)
+    assumed = assume(pointers, unaligned, names, known)
+    return sized_job(name or kernel.name, source, target, schedule, pointers, names, tiles, assumed)
 
 
-def _job(
-    name: str, source: str, target: str, schedule: AttentionSchedule | ProductSchedule,
-    pointers: Sequence[tuple[str, str]], sizes: Sequence[str], tiles: tuple[tuple[str, int], ...],
-    assumed: tuple[str, ...],
+class Warps(Protocol):
+    """What every schedule says."""
+
+    @property
+    def num_warps(self) -> int:
+        """Of a program."""
+
+    @property
+    def num_stages(self) -> int:
+        """Steps of a loop whose loads are under way at once."""
+
+
+def sized_job(
+    name: str, source: str, target: str, schedule: Warps, pointers: Sequence[tuple[str, str]],
+    sizes: Sequence[str], tiles: tuple[tuple[str, int], ...], assumed: tuple[str, ...],
+    cells: tuple[str, ...] = (),
 ) -> Job:  # fmt: skip
     """Return a job whose arguments are pointers, then sizes, then tiles."""
     return Job(
@@ -97,10 +119,11 @@ def _job(
         divisible=assumed,
         num_warps=fit_warps(schedule.num_warps, target),
         num_stages=schedule.num_stages,
+        cells=cells,
     )  # fmt: skip
 
 
-def _assumed(
+def assume(
     pointers: Iterable[tuple[str, str]], unaligned: Iterable[str],
     sizes: Iterable[str], divisible: Iterable[str],
 ) -> tuple[str, ...]:  # fmt: skip

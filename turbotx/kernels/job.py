@@ -28,7 +28,7 @@ class Job:
     signature: the Triton type of every argument, in order ("constexpr" for tiles).
     divisible: arguments that are multiples of 16 (pointers: addresses), so that an access may be
     128 bits wide. pdl: it waits for the kernel before it by itself (see `dependent`); before_wait:
-    the lines that it then does first.
+    the lines that it then does first. cells: arguments that it is to read on the device (`cells`).
     """
 
     name: str
@@ -41,6 +41,7 @@ class Job:
     num_stages: int = 2
     pdl: bool = False
     before_wait: str = ""
+    cells: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """Return a digest of all that shapes the binary, which comments do not: a kernel's header

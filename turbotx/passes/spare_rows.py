@@ -46,6 +46,7 @@ _ALONG: dict[Any, str] = {
     aten.softmax.int: "dim", aten._softmax.default: "dim", aten.sum.dim_IntList: "dim",
     aten.mean.dim: "dim", aten.amax.default: "dim", aten.cat.default: "dim",
     aten.split_with_sizes.default: "dim", aten.unbind.int: "dim",
+    aten.linalg_vector_norm.default: "dim",
 }  # fmt: skip
 """Ops that work along dims, and what those are called."""
 _ROWS: dict[Any, int] = {

@@ -202,16 +202,33 @@ class ArgumentLayout:
 
 
 @dataclass(frozen=True)
+class DeviceCells:
+    """What the kernels of a decoder's steps read on the device, so that one graph serves all steps.
+
+    dims: places of the dims that grow with every step; capacity: of that which bounds them. values:
+    places in the size table of what depends on those dims. cache: the input that is written in
+    place; windows: on it, (slot, place of the offset in bytes or None).
+    """
+
+    dims: tuple[int, ...]
+    capacity: int
+    values: tuple[int, ...]
+    cache: str
+    windows: tuple[tuple[int, int | None], ...]
+
+
+@dataclass(frozen=True)
 class GpuTables:
     """layouts: by launch and list of arguments, where the arguments of its kernels lie. checks: how
     many each launch makes. turns: counters that split sums share. depends: kernels wait by
-    themselves for those before them."""
+    themselves for those before them. cells: of a decoder's steps."""
 
     target: str
     layouts: tuple[tuple[int, str, ArgumentLayout], ...]
     checks: tuple[int, ...]
     turns: int
     depends: bool
+    cells: DeviceCells | None = None
 
 
 @dataclass(frozen=True)

@@ -75,17 +75,24 @@ class View:
 
     @cached_property
     def templates(self) -> dict[str, Job]:
-        """On a GPU, the generated kernel of each GEMM launch that has one at these dims."""
+        """On a GPU, the generated kernels at these dims that no CPU has: of GEMM launches, and of
+        what is made of each sequence."""
         code = self.compiled.specialization.code
         if isinstance(code, CpuCode):
             return {}
         found = code.at(list(self.dims.values()))
-        return {x.launch.name: x.job for x in found if isinstance(x.launch, ir.GemmLaunch)}
+        kinds = (ir.GemmLaunch, ir.SequenceLaunch)
+        return {x.launch.name: x.job for x in found if isinstance(x.launch, kinds)}
 
     def kernel_of(self, launch: ir.Launch) -> str:
         """Return the generated kernel that a launch takes at these dims, "" where there is none."""
         job = self.templates.get(launch.name)
         return job.name if job is not None else self.function_of(launch)
+
+    def kind_of(self, launch: ir.Launch) -> str:
+        """Return what a launch is: a kernel, too, where PyTorch runs it on CPUs alone."""
+        generated = isinstance(launch, ir.SequenceLaunch) and launch.name in self.templates
+        return "kernel" if generated else launch.kind
 
     def through(self, gemm: ir.Launch) -> str:
         """Return what runs a GEMM launch."""
@@ -128,7 +135,7 @@ def describe_launches(
     return [
         entries.LaunchEntry(
             x.name,
-            x.kind,
+            view.kind_of(x),
             view.kernel_of(x),
             x.module,
             x.source,
@@ -159,9 +166,7 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelE
         text = show_attention(first.kernel)
         sources = {
             "cpp": header + ATTENTION_PRELUDE + print_attention(first.kernel, name),
-            "triton": "# by sequence, for CPUs so far\n"
-            if first.kernel.packed
-            else print_triton_attention(first.kernel, name=name),
+            "triton": print_triton_attention(first.kernel, name=name),
         }
     elif isinstance(first, ir.ProductLaunch):
         text = show_product(first.kernel)
@@ -169,7 +174,7 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelE
             "cpp": header + PRODUCTS_PRELUDE + print_product(first.kernel, name),
             "triton": print_triton_product(first.kernel, name=name),
         }
-    elif isinstance(first, ir.GemmLaunch):
+    elif isinstance(first, (ir.GemmLaunch, ir.SequenceLaunch)):
         job = view.templates[first.name]
         text = show_template(job)
         sources = {"triton": job.source}
@@ -182,7 +187,7 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelE
         }
     return entries.KernelEntry(
         name,
-        first.kind,
+        view.kind_of(first),
         text,
         sources,
         tuple(x.name for x in launches),
@@ -331,5 +336,9 @@ def parameters_of(weight: fx.Node) -> list[str]:
 
 def describe_externs(view: View) -> list[entries.Extern]:
     """Return the ops that PyTorch runs, with how often and why."""
-    counted = Counter(view.compiled.assembly.externs)
+    generated = {
+        str(x.call.target) for x in view.launches
+        if isinstance(x, ir.SequenceLaunch) and x.name in view.templates
+    }  # fmt: skip
+    counted = Counter(x for x in view.compiled.assembly.externs if x[0] not in generated)
     return [entries.Extern(op, count, reason) for (op, reason), count in counted.items()]

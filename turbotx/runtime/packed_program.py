@@ -16,7 +16,7 @@ import torch
 
 from turbotx.errors import InputError
 from turbotx.memory.pool import ChunkPool
-from turbotx.passes.pack import TokenPacking
+from turbotx.passes.packing import TokenPacking
 from turbotx.program.executable import Executable
 from turbotx.runtime.binding import Binding, Runtime
 from turbotx.runtime.mixture import Mixture

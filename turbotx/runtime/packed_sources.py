@@ -28,7 +28,7 @@ def find_sources(
     found = {}
     for packing in packings:
         for first, part in zip(_firsts(packing), packing.parts, strict=True):
-            turned = _is_turned(part, tensors[part.tensor])
+            turned = turning(part, tensors[part.tensor])
             if turned is not None:
                 found[part.tensor] = (packed[packing.slot], first, turned)
     return found
@@ -41,7 +41,7 @@ def packed_before(packing: Packing, tensors: Mapping[str, torch.Tensor]) -> Pack
         own = tensors[part.tensor]
         if not isinstance(own, PackedParameter) or own.weight.gated != packing.gated:
             return None
-        if own.first != first or own.turned != _is_turned(part, own):
+        if own.first != first or own.turned != turning(part, own):
             return None
         weights.append(own.weight)
     rows = sum(part.shape[0] for part in packing.parts)
@@ -53,7 +53,7 @@ def _firsts(packing: Packing) -> list[int]:
     return [0, *accumulate(part.shape[0] for part in packing.parts)][:-1]
 
 
-def _is_turned(part: WeightWindow, whole: torch.Tensor) -> bool | None:
+def turning(part: WeightWindow, whole: torch.Tensor) -> bool | None:
     """Tell whether a window is all of a matrix, turned or not; None where it is a part of it."""
     if whole.dim() != 2 or part.offset != 0:
         return None

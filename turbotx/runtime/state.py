@@ -35,6 +35,8 @@ class RunState:
         found = self.tensors.get(name)
         if found is not None:
             return found
+        if name not in self.offsets:
+            return self.tensors[name]  # a prepared constant that is made when it is asked for
         begin = self.offsets[name]
         count = (self.arena.numel() - begin) // dtype.itemsize
         return self.arena[begin : begin + count * dtype.itemsize].view(dtype)

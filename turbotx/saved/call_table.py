@@ -23,6 +23,8 @@ from turbotx.capture.traced_float import describe_floats
 from turbotx.errors import InputError, TrainingError
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.lru import LruDict
+from turbotx.runtime.packed_program import PackedProgram
+from turbotx.runtime.token_inputs import Sequences, run_sequences, stand_in
 from turbotx.saved.saved_call import SavedCall
 from turbotx.saved.values import decode_constant, decode_tree
 
@@ -86,6 +88,21 @@ class CallTable:
                 leaves = [swap.get(x, x) if type(x) is str else x for x in leaves]
             return decode_tree(call.out, leaves.__getitem__)
         raise InputError(f"{describe_last(outcomes)}, after {MOST_RUNS} runs of other ways")
+
+    def run_packed(self, found: Sequences, name: str) -> Any:
+        """Return the output of sequences without padding. name: the model's.
+
+        Raises InputError where no packed program serves them.
+        """
+        if torch.is_grad_enabled() and any(t.requires_grad for t in found.rows.values()):
+            raise TrainingError("an input requires grad: call under torch.no_grad()")
+        standing, by_token = stand_in(found)
+        (call, binding), tensors = self._find((), standing, ())
+        program = call.program
+        if not isinstance(program, PackedProgram):
+            raise InputError(f"the file's program of this call runs padded: {self.show()}")
+        leaves = run_sequences(program, binding.dims, found, tensors, by_token, name)
+        return decode_tree(call.out, leaves.__getitem__)
 
     def _find(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], outcomes: Outcomes

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from turbotx.errors import SavedFileError, SaveError
-from turbotx.ir import cache_ops, quantized_ops
+from turbotx.ir import cache_ops, packed_ops, quantized_ops
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
 from turbotx.program.folded_weights import (
     fold_scales,
@@ -25,7 +25,7 @@ from turbotx.program.folded_weights import (
     join_affine,
 )
 
-assert cache_ops and quantized_ops  # define ops that are looked up by name
+assert cache_ops and packed_ops and quantized_ops  # define ops that are looked up by name
 
 # The functions that stand in graphs and are none of PyTorch's ops.
 OWN: dict[str, Callable[..., Any]] = {
@@ -33,6 +33,9 @@ OWN: dict[str, Callable[..., Any]] = {
     "attention_scores": attention_scores, "attention_values": attention_values,
     "fold_weight": fold_weight, "fold_scales": fold_scales, "fold_sums": fold_sums,
     "fold_shift": fold_shift, "join_affine": join_affine,
+    "packed_attention": packed_ops.packed_attention, "sequence_sum": packed_ops.sequence_sum,
+    "sequence_max": packed_ops.sequence_max, "sequence_token": packed_ops.sequence_token,
+    "sequence_cumsum": packed_ops.sequence_cumsum,
 }  # fmt: skip
 
 

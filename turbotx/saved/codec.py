@@ -25,6 +25,7 @@ from turbotx.ir.sizes import Sizes
 from turbotx.memory.liveness import Liveness
 from turbotx.memory.planner.orientation import Orientation
 from turbotx.memory.planner.plan import Lifetime
+from turbotx.passes.packing import PackedInput, PackedOutput, TokenPacking
 from turbotx.program import executable as x
 from turbotx.runtime.weights import Kind
 from turbotx.saved.calls import decode_target, encode_target
@@ -37,7 +38,7 @@ KNOWN: dict[str, type] = {
         x.InputTensor, x.OutputTensor, x.WholeTensor, x.ReturnedView, x.MemoryTables,
         x.WeightWindow, x.Packing, x.CpuTables, x.ArgumentLayout, x.GpuTables, x.TokenRange,
         x.Executable, Liveness, Lifetime, Orientation, SizeRules, InputSize, SizeGuard, FloatInput,
-        AssumedCondition, Decisions, Kind,
+        AssumedCondition, Decisions, Kind, TokenPacking, PackedInput, PackedOutput,
     )
 }  # fmt: skip
 
@@ -120,6 +121,25 @@ def decode_program(
         raise SavedFileError(f"the file decides by {decisions.names}, which no program gives")
     found = (decode(described[name]) for name in ("executable", "sizes", "floats"))
     return (*found, decisions)
+
+
+def decode_packing(described: Mapping[str, Any], place: torch.device) -> TokenPacking | None:
+    """Return how calls of a program become ones over tokens, None where they do not; raise
+    SavedFileError where the program has no such dims and inputs."""
+    packing = Decoder(place).decode(described.get("packing"))
+    if packing is None:
+        return None
+    executable = described["executable"]
+    names = [one["name"] for one in executable["inputs"]]
+    fits = (
+        isinstance(packing, TokenPacking)
+        and {packing.batch, packing.seq} < set(executable["dims"])
+        and [one.name for one in packing.inputs] == names
+    )
+    if not fits:
+        raise SavedFileError(f"the file packs calls by {described['packing']}, unlike its program")
+    assert isinstance(packing, TokenPacking)
+    return packing
 
 
 # --- graphs of calls ---

@@ -1,7 +1,7 @@
 """Container: the file that holds a saved model: a zip of JSON, C++, shared objects and weights.
 
-In: entries by name. Out: a file whose every byte is covered by a digest; reading it back gives the
-entries, or a SavedFileError that says what is wrong with the file::
+In: entries by name, large ones as streams. Out: a file whose every byte is covered by a digest;
+reading maps it, and gives the entries, or a SavedFileError that says what is wrong with the file::
 
     write_container(path, {"programs.json": b"...", "runtime.so": b"..."}, {"targets": ["cpu"]})
     manifest, entries = read_container(path)
@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +27,92 @@ from turbotx.errors import SavedFileError
 FORMAT = 8
 """Raised whenever an older reader would misunderstand what is written: since 4, what a program
 assumes of the state around a call; since 5, conditions on sizes of 0 and 1; since 6, programs are
-`Executable`s; since 7, decisions by values of tensors."""
+`Executable`s; since 7, decisions by values of tensors; since 8, parts of packed weights."""
 
 MANIFEST = "manifest.json"
 
+PAGE = 4096
+"""Streams begin at a multiple of it, so that what they hold can be used where it is mapped."""
+BLOCK = 16 << 20
+"""Longer entries have the digest of their blocks' digests, which are computed side by side."""
+MAPPED = (".safetensors", ".panels")
+"""How the names of entries end that are used where they are mapped."""
+_FILLER = 0xD935
+"""The number of an extra field that only fills, as Android's zipalign writes it."""
 
-def write_container(path: Path, entries: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
+
+@dataclass(frozen=True)
+class Stream:
+    """An entry that is written piece by piece: so many bytes in all, and what gives them."""
+
+    nbytes: int
+    pieces: Callable[[], Iterable[memoryview | bytes]]
+
+
+class _Digest:
+    """The digest of an entry, of pieces of any length."""
+
+    def __init__(self) -> None:
+        self._blocks: list[bytes] = []
+        self._open, self._room = hashlib.sha256(), BLOCK
+
+    def update(self, piece: memoryview | bytes) -> None:
+        left = memoryview(piece).cast("B")
+        while len(left):
+            if not self._room:
+                self._blocks.append(self._open.digest())
+                self._open, self._room = hashlib.sha256(), BLOCK
+            taken = left[: self._room]
+            self._open.update(taken)
+            self._room -= len(taken)
+            left = left[len(taken) :]
+
+    def hexdigest(self) -> str:
+        return _join([*self._blocks, self._open.digest()])
+
+
+def _join(blocks: list[bytes]) -> str:
+    return blocks[0].hex() if len(blocks) == 1 else hashlib.sha256(b"".join(blocks)).hexdigest()
+
+
+def write_container(
+    path: Path, entries: Mapping[str, bytes | Stream], facts: Mapping[str, Any]
+) -> None:
     """Write a file atomically: a concurrent reader sees the old one or the new one."""
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in entries.items()}
-    manifest = {"format": FORMAT, **facts, "entries": digests}
-    text = json.dumps(manifest, indent=1).encode()
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            archive.comment = hashlib.sha256(text).hexdigest().encode()
+            digests = {name: _write(archive, name, data) for name, data in entries.items()}
+            manifest = {"format": FORMAT, **facts, "entries": digests}
+            text = json.dumps(manifest, indent=1).encode()
             archive.writestr(MANIFEST, text)
-            for name, data in entries.items():
-                archive.writestr(name, data)
+            archive.comment = hashlib.sha256(text).hexdigest().encode()
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _write(archive: zipfile.ZipFile, name: str, data: bytes | Stream) -> str:
+    """Write an entry, a stream at the begin of a page; return its digest."""
+    entry, digest = zipfile.ZipInfo(name), _Digest()
+    if isinstance(data, bytes):
+        digest.update(data)
+        archive.writestr(entry, data)
+        return digest.hexdigest()
+    entry.file_size = data.nbytes
+    # As zipfile decides it; the field that it then adds is in front of ours.
+    is_large = data.nbytes * 1.05 > zipfile.ZIP64_LIMIT
+    begin = archive.start_dir + 30 + len(name.encode()) + 4 + (20 if is_large else 0)
+    room = -begin % PAGE
+    entry.extra = _FILLER.to_bytes(2, "little") + room.to_bytes(2, "little") + bytes(room)
+    with archive.open(entry, "w", force_zip64=is_large) as out:
+        for piece in data.pieces():
+            digest.update(piece)
+            out.write(piece)
+    entry.extra = b""  # the directory at the end needs no filling
+    return digest.hexdigest()
 
 
 def _umask() -> int:
@@ -54,8 +121,9 @@ def _umask() -> int:
     return current
 
 
-def read_container(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return the manifest and every entry; raise SavedFileError for anything but a whole file."""
+def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the manifest and every entry: tensors as memory that is mapped, which processes share
+    until they write to it, others as bytes. Raises SavedFileError for anything but a whole file."""
     if not path.is_file():
         raise SavedFileError(f"there is no file {path}")
     try:
@@ -65,17 +133,77 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
                 raise SavedFileError(f"{path} is damaged: its manifest is not what was written")
             manifest = json.loads(text)
             _check_format(path, manifest)
-            entries = {name: archive.read(name) for name in manifest["entries"]}
+            found = {name: archive.getinfo(name) for name in manifest["entries"]}
+            assert archive.fp is not None
+            places = {name: _find(archive.fp.fileno(), x) for name, x in found.items()}
+            damaged = _find_damaged(archive.fp.fileno(), manifest["entries"], places)
+            # Writes are this process's own: tensors over it may be changed.
+            whole = memoryview(mmap.mmap(archive.fp.fileno(), 0, access=mmap.ACCESS_COPY))
     except SavedFileError:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, OSError) as error:
         raise SavedFileError(
             f"{path} is no whole file of turbotx.save, it was cut short or changed: {error}"
         ) from error
-    for name, expected in manifest["entries"].items():
-        if hashlib.sha256(entries[name]).hexdigest() != expected:
-            raise SavedFileError(f"{path} is damaged: {name} is not what was written")
-    return manifest, entries
+    if damaged is not None:
+        raise SavedFileError(f"{path} is damaged: {damaged} is not what was written")
+    entries = {name: whole[a : a + count] for name, (a, count) in places.items()}
+    return manifest, {n: x if n.endswith(MAPPED) else bytes(x) for n, x in entries.items()}
+
+
+def _find(file: int, entry: zipfile.ZipInfo) -> tuple[int, int]:
+    """Return where an entry's bytes begin, and how many there are."""
+    header = os.pread(file, 30, entry.header_offset)
+    name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    rest = os.pread(file, name + extra, entry.header_offset + 30)
+    fields = rest[name:]
+    stored = header[:4] == b"PK\3\4" and rest[:name] == entry.filename.encode()
+    stored &= header[14:18] == entry.CRC.to_bytes(4, "little")
+    stored &= entry.compress_type == zipfile.ZIP_STORED
+    if not stored or not all(_is_ours(*field) for field in _fields_of(fields)):
+        raise zipfile.BadZipFile(f"{entry.filename} is not stored as it was written")
+    return entry.header_offset + 30 + name + extra, entry.file_size
+
+
+def _fields_of(extra: bytes) -> Iterator[tuple[int, bytes]]:
+    while extra:
+        kind, length = (int.from_bytes(extra[at : at + 2], "little") for at in (0, 2))
+        yield kind, extra[4 : 4 + length]
+        extra = extra[4 + length :]
+
+
+def _is_ours(kind: int, content: bytes) -> bool:
+    """Tell whether a field of a header says how long a large entry is, or fills with zeros."""
+    return kind == 1 or (kind == _FILLER and not any(content))
+
+
+def _find_damaged(
+    file: int, digests: Mapping[str, str], places: Mapping[str, tuple[int, int]]
+) -> str | None:
+    """Return the name of an entry that is not what was written; read past the mapping, so that
+    what nobody looks at takes no memory."""
+
+    def digest(block: tuple[int, int]) -> bytes:
+        begin, end = block
+        found = hashlib.sha256()
+        while begin < end:
+            piece = os.pread(file, min(1 << 20, end - begin), begin)
+            if not piece:
+                raise EOFError("it ends before its entries do")
+            found.update(piece)
+            begin += len(piece)
+        return found.digest()
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as workers:
+        pending = {
+            name: [
+                workers.submit(digest, (a, min(begin + count, a + BLOCK)))
+                for a in range(begin, begin + max(count, 1), BLOCK)
+            ]
+            for name, (begin, count) in places.items()
+        }
+        found = {name: _join([block.result() for block in b]) for name, b in pending.items()}
+    return next((name for name, expected in digests.items() if found[name] != expected), None)
 
 
 def _check_format(path: Path, manifest: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 
 from turbotx.engine.compiled import Compiled
 from turbotx.errors import SaveError
+from turbotx.passes.pack import PackedCapture
 from turbotx.runtime.cuda.runtime import LaunchKernels
 from turbotx.runtime.weights import Weights
 from turbotx.saved.codec import encode, encode_nodes
@@ -44,6 +45,7 @@ def describe_call(compiled: Compiled) -> dict[str, Any]:
         "sizes": encode(captured.matcher.rules),
         "floats": encode(captured.floats),
         "decisions": encode(captured.decisions),
+        "packing": encode(captured.packing) if isinstance(captured, PackedCapture) else None,
         "ambient": encode_ambient(captured.ambient, captured.asked),
         "out": encode_tree(out),
         "weights": _describe_weights(program.runtime.weights),

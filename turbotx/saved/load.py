@@ -28,16 +28,20 @@ from turbotx.runtime.binding import Binding
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.device import Device
+from turbotx.runtime.packed_program import PackedProgram
 from turbotx.runtime.program import Program
+from turbotx.runtime.token_inputs import read_sequences
 from turbotx.runtime.weights import Weights
 from turbotx.saved.call_table import CallTable
-from turbotx.saved.codec import Decoder, decode_nodes, decode_program
+from turbotx.saved.codec import Decoder, decode_nodes, decode_packing, decode_program
 from turbotx.saved.container import read_container
 from turbotx.saved.families import SavedFamily
 from turbotx.saved.gpu_kernels import SavedQueue, read_variants
 from turbotx.saved.native import Libraries
+from turbotx.saved.panels import open_panels
 from turbotx.saved.places import CPU, open_place
 from turbotx.saved.saved_call import SavedCall
+from turbotx.saved.tensor_file import read_tensors
 from turbotx.saved.values import decode_ambient, decode_constant
 from turbotx.saved.weight_files import load_weights
 
@@ -69,17 +73,25 @@ def load(
     target, gpu = open_place(path, manifest, weights, device)
     place = CPU if gpu is None else gpu.torch_device
     laid = {one["name"]: one["strides"] for one in state} | json.loads(entries["held.json"])
-    own = {} if weights is not None else _tensors(path, entries["weights.safetensors"], place)
-    held = _tensors(path, entries["held.safetensors"], place)
+    programs = enumerate(json.loads(entries["programs.json"]))
+    chosen = [(k, x) for k, x in programs if x.get("target", "cpu") == target]
+    if gpu is None:
+        libraries = Libraries(manifest, entries)
+        make = _cpu_maker(libraries)
+    else:
+        make = _gpu_maker(target, entries, gpu)
+    own = {} if weights is not None else _tensors(entries["weights.safetensors"], place)
+    held = _tensors(entries["held.safetensors"], place)
     own, held = ({n: _lay_out(t, laid[n]) for n, t in x.items()} for x in (own, held))
+    if weights is None and "panels.json" in entries:  # such a file has programs for CPUs only
+        native = libraries.open(chosen[0][1]["libraries"]["runtime"])
+        named = {one["name"]: one for one in state}
+        own |= open_panels(entries, json.loads(entries["panels.json"]), named, native)
     if isinstance(weights, nn.Module):
         own = {k: v for k, v in weights.state_dict(keep_vars=True).items() if v is not None}
     model = SavedModule(manifest, state, own, held, place)
     if weights is not None and not isinstance(weights, nn.Module):
         load_weights(model, weights)
-    programs = enumerate(json.loads(entries["programs.json"]))
-    chosen = [(k, x) for k, x in programs if x.get("target", "cpu") == target]
-    make = _cpu_maker(manifest, entries) if gpu is None else _gpu_maker(target, entries, gpu)
     for k, tables in chosen:
         prefix = f"{tables.get('variant', k)}.constants."
         constants = {n.removeprefix(prefix): t for n, t in held.items() if n.startswith(prefix)}
@@ -113,14 +125,16 @@ def _owner_of(model: nn.Module, part: str, owner: str) -> nn.Module:
     return holder
 
 
-def _cpu_maker(manifest: Mapping[str, Any], entries: Mapping[str, bytes]) -> Maker:
-    libraries = Libraries(manifest, entries)
-
+def _cpu_maker(libraries: Libraries) -> Maker:
     def make(
         tables: Mapping[str, Any], executable: Executable, weights: Weights, pool: ChunkPool
     ) -> Program:
         opened = {unit: libraries.open(name) for unit, name in tables["libraries"].items()}
-        return Program(executable, CpuExecutor(executable, weights, opened), pool, MAX_SHAPES)
+        cpu = CpuExecutor(executable, weights, opened)
+        packing = decode_packing(tables, pool.device)
+        if packing is not None:
+            return PackedProgram(executable, cpu, pool, MAX_SHAPES, packing)
+        return Program(executable, cpu, pool, MAX_SHAPES)
 
     return make
 
@@ -151,16 +165,9 @@ def _read_weights(
     return Weights(model, constants, described["paths"], prepared, kinds)
 
 
-def _tensors(path: Any, data: bytes, place: torch.device) -> dict[str, torch.Tensor]:
-    if not data:
-        return {}
-    try:
-        from safetensors.torch import load as from_bytes
-    except ImportError as error:
-        raise SavedFileError(
-            f"{path} needs the package safetensors: pip install 'turbotx[weights]'"
-        ) from error
-    return {name: tensor.to(place) for name, tensor in from_bytes(data).items()}
+def _tensors(data: memoryview, place: torch.device) -> dict[str, torch.Tensor]:
+    """Return the tensors of an entry where they are mapped, or on a GPU."""
+    return {name: tensor.to(place) for name, tensor in read_tensors(data).items()}
 
 
 class SavedModule(nn.Module):
@@ -223,6 +230,22 @@ class SavedModule(nn.Module):
         return self._table.run(args, kwargs)
 
     __call__ = forward
+
+    def packed(self, *, lengths: Any = None, longest: int | None = None, **inputs: Any) -> Any:
+        """Run sequences of any lengths without padding, as `packed` of an optimized module does.
+
+        Raises InputError for a call that no program of the file serves over tokens.
+        """
+        if not self.packs:
+            raise InputError('the file was not saved of a module of optimize(padding="packed")')
+        return self._table.run_packed(
+            read_sequences(lengths, longest, inputs), self.saved_by["model"]
+        )
+
+    @property
+    def packs(self) -> bool:
+        """Whether its programs run over tokens."""
+        return any(isinstance(program, PackedProgram) for program in self.programs())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run `generate` of transformers, every forward of it by the programs of the file.

@@ -34,7 +34,8 @@ from turbotx.kernels.triton.compiler import build
 from turbotx.runtime.cpu.launch_table import load_runtime
 from turbotx.runtime.cpu.runtime import CpuRuntime
 from turbotx.runtime.cuda.device import require_triton
-from turbotx.saved.container import write_container
+from turbotx.runtime.packed_parameter import PackedParameter
+from turbotx.saved.container import Stream, write_container
 from turbotx.saved.describe import describe_call, describe_families
 from turbotx.saved.gpu_kernels import (
     describe_binary,
@@ -43,34 +44,34 @@ from turbotx.saved.gpu_kernels import (
     variants_entry,
 )
 from turbotx.saved.native import cpu_features, runtime_digest
+from turbotx.saved.panel_streams import Panels, check_sets, describe_panels, find_panels
 from turbotx.saved.parts import SavedPart, describe_decoder, find_parts
+from turbotx.saved.tensor_file import tensor_stream
 from turbotx.saved.values import Leaf, encode_constant, encode_tree
 from turbotx.saved.variants import Variants
 
 
 def save(
     optimized: Any, path: str | PathLike[str], *, weights: bool = True,
-    targets: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None, panels: Sequence[str] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:  # fmt: skip
     """Write every call that `optimized` has compiled so far, as its model is now, to one file.
 
-    weights: also write the model's parameters and buffers (needs the extra `weights`); without them
+    weights: also write the model's parameters and buffers, without a copy of them; without them
     `turbotx.load` is given them. Buffers that are no part of the state dict are always written.
     targets: what to write programs for, "cpu" or GPUs as "sm_90", which need not be here; by
     default where the calls ran. Kernels for a GPU are compiled for every shape, which takes about
-    half a second each (needs Triton). progress: is called after each, with how many are done, of
-    how many, and its name; without it a terminal shows them.
+    half a second each (needs Triton). panels: instruction sets, as "native" or "avx512_bf16", for
+    which GEMM weights are written packed, in the place of the parameters that they hold: loading
+    maps them, and they cannot be changed then (docs/saving.md); "native" by default for a model
+    that was optimized with keep_weights=False. progress: is called after each kernel, with how many
+    are done, of how many, and its name; without it a terminal shows them.
 
     Raises SaveError where nothing was compiled yet, or the model cannot be saved; OSError where the
     file cannot be written.
     """
     engine = engine_of(optimized)
-    if engine.options.padding == "packed":
-        raise SaveError(
-            f"{type(engine.model).__name__} runs with padding='packed', and a file does not hold "
-            "how its calls are packed: save what turbotx.optimize makes without it"
-        )
     variants = _find_variants(engine)
     if engine.calls_forward and (engine.model._forward_hooks or engine.model._forward_pre_hooks):
         raise SaveError(
@@ -82,16 +83,8 @@ def save(
         raise SaveError("targets=[] leaves nothing to save: name some, or leave it out")
     writer = _Writer(engine)
     for number, (part, key, variant) in enumerate(variants):
-        ran = _target_of(variant.compiled)
-        for target in dict.fromkeys(wanted or [ran]):
-            compiled = variant.compiled
-            if target != ran and part.name:
-                raise SaveError(
-                    f"calls with a key/value cache, and their encoder, run on CPUs: {target!r} "
-                    "is for a model that was called without them"
-                )
-            if target != ran:
-                compiled = engine.compile(compiled.captured, target)
+        for target in dict.fromkeys(wanted or [_target_of(variant.compiled)]):
+            compiled = _compile_for(engine, part, variant, target)
             writer.add(number, {**part.describe(variant), "call": key}, target, compiled)
     writer.build(progress)
     state, held = _split_weights(engine.model, [(p, v) for p, _, v in variants])
@@ -102,16 +95,60 @@ def save(
         "model": type(engine.model).__name__, "weights": weights, "targets": found,
     }  # fmt: skip
     entries = writer.entries
+    described = _describe_state(engine.model, state)
     entries["programs.json"] = json.dumps(writer.programs).encode()
-    entries["state.json"] = json.dumps(_describe_state(engine.model, state)).encode()
-    entries["held.safetensors"] = _to_safetensors(held)
+    entries["state.json"] = json.dumps(described).encode()
+    entries["held.safetensors"] = tensor_stream(held) if held else b""
     entries["held.json"] = json.dumps({k: list(v.stride()) for k, v in held.items()}).encode()
     facts_of_decoder = describe_decoder(engine)
     if facts_of_decoder is not None:
         entries["decoder.json"] = json.dumps(facts_of_decoder).encode()
     if weights:
-        entries["weights.safetensors"] = _to_safetensors(_without_ties(state))
+        first_names = {one["name"]: one["tied_to"] for one in described}
+        own = {name: state[name] for name in dict.fromkeys(first_names.values())}
+        if panels is None:
+            panels = () if engine.options.keep_weights else ("native",)
+        if panels:
+            packed = _find_panels(variants, found, state, first_names)
+            made = describe_panels(packed, state, check_sets(panels), load_runtime()[0])
+            entries["panels.json"] = json.dumps(made[0]).encode()
+            entries.update(made[1])
+            own = {k: v for k, v in own.items() if not any(k in p.paths for p in packed)}
+        entries["weights.safetensors"] = tensor_stream(own)
     write_container(Path(path), entries, facts)
+
+
+def _compile_for(engine: Engine, part: SavedPart, variant: Variant, target: str) -> Compiled:
+    """Return a variant compiled for a target: what has run, where it is that one."""
+    ran = _target_of(variant.compiled)
+    if target != "cpu" and engine.options.padding == "packed":
+        raise SaveError(
+            f"{type(engine.model).__name__} runs with padding='packed', whose programs are "
+            f"saved for CPUs so far, not for {target!r}: save what turbotx.optimize makes "
+            "without it"
+        )
+    if part.name and not target == ran == "cpu":
+        raise SaveError(
+            f"calls with a key/value cache, and their encoder, are saved for CPUs: {target!r} "
+            "is for a model that was called without them"
+        )
+    if target == ran:
+        return variant.compiled
+    return engine.compile(variant.compiled.captured, target)
+
+
+def _find_panels(
+    variants: Sequence[tuple[SavedPart, Any, Variant]], targets: Sequence[str],
+    state: Mapping[str, torch.Tensor], first_names: Mapping[str, str],
+) -> list[Panels]:  # fmt: skip
+    """Return the packed weights of all programs; raise SaveError where some are for a GPU."""
+    programs = [(part, p) for part, _, variant in variants for p in variant.compiled.programs]
+    if targets != ["cpu"] or not all(isinstance(p.runtime, CpuRuntime) for _, p in programs):
+        raise SaveError(
+            "panels are for models that run on CPUs: GPUs' programs read weights as they are. "
+            f"Save for {targets} with panels=[]"
+        )
+    return find_panels(programs, state, first_names)
 
 
 def _find_variants(engine: Engine) -> list[tuple[SavedPart, Any, Variant]]:
@@ -153,7 +190,7 @@ class _Writer:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.entries: dict[str, bytes] = {}
+        self.entries: dict[str, bytes | Stream] = {}
         self.programs: list[dict[str, Any]] = []
         self._variants: dict[str, Variants] = {}
 
@@ -260,7 +297,10 @@ def _split_weights(
     model: nn.Module, variants: list[tuple[SavedPart, Variant]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the state dict's tensors, and those that programs need and it does not have."""
-    state = {k: v.detach() for k, v in model.state_dict(keep_vars=True).items()}
+    state = {
+        k: v if isinstance(v, PackedParameter) else v.detach()
+        for k, v in model.state_dict(keep_vars=True).items()
+    }
     held: dict[str, torch.Tensor] = {}
     for k, (part, variant) in enumerate(variants):
         for program in variant.compiled.programs:
@@ -288,31 +328,7 @@ def _describe_state(model: nn.Module, state: dict[str, torch.Tensor]) -> list[di
     ]
 
 
-def _without_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    first: dict[Any, str] = {}
-    return {k: v for k, v in state.items() if first.setdefault(_memory(v), k) == k}
-
-
 def _memory(tensor: torch.Tensor) -> Any:
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or isinstance(tensor, PackedParameter):
         return id(tensor)
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
-def _to_safetensors(tensors: dict[str, torch.Tensor]) -> bytes:
-    if not tensors:
-        return b""
-    try:
-        from safetensors.torch import save as to_bytes
-    except ImportError as error:
-        raise SaveError("saving weights needs safetensors: pip install 'turbotx[weights]'") from (
-            error
-        )
-    dense = {k: v.cpu().contiguous() for k, v in tensors.items()}
-    # One tensor's memory under two names, as of overlapping views, is written twice.
-    seen: set[int] = set()
-    for name, tensor in dense.items():
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
-            dense[name] = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-    return bytes(to_bytes(dense))

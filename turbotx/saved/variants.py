@@ -24,7 +24,8 @@ from turbotx.kernels.schedule import INT32_LIMIT
 from turbotx.runtime.cuda.gemm import GemmFamily
 from turbotx.runtime.cuda.runtime import Compiling, LaunchKernels
 from turbotx.runtime.cuda.settings import assume_tf32
-from turbotx.runtime.cuda.variants import LARGE
+from turbotx.runtime.cuda.step_variants import StoreFamily
+from turbotx.runtime.cuda.variants import LARGE, AttentionFamily, KernelFamily, SequenceFamily
 from turbotx.saved.families import ALIGNED, SavedFamily, TableDeciders, make_key
 
 # Remainders of all dims that are tried before every combination is taken for possible.
@@ -120,6 +121,7 @@ class Tabulator:
 
     def tabulate(self, family: Compiling) -> SavedFamily:
         """Return a family as a table; raise SaveError where it does not answer as the family."""
+        assert not isinstance(family, StoreFamily), "`save` refuses calls with a cache"
         by, even, large = self._deciders(family)
         masks = self._masks(even)
         asked: dict[str, tuple[Any, bool]] = {}
@@ -143,7 +145,7 @@ class Tabulator:
         return table.finish()
 
     def _deciders(
-        self, family: Compiling
+        self, family: KernelFamily | AttentionFamily | GemmFamily | SequenceFamily
     ) -> tuple[list[tuple[int, list[int]]], list[int], list[int]]:
         """Return what can decide, each size once: constants do not."""
         found, bounds = family.deciders, dict[int, set[int]]()

@@ -95,6 +95,24 @@ class CostTable:
             )
         return float(self.dense(self.max_batch)[length, batch])
 
+    def batch_ms(self, lengths: Sequence[int]) -> float:
+        """Return the estimated ms of a batch of these sequences: see ``cost_ms``."""
+        return self.cost_ms(max(lengths), len(lengths))
+
+    def share_ms(self, length: int, max_batch: int | None, max_tokens: int | None) -> float:
+        """Return a request's part of a batch of its like, the fullest that the limits allow."""
+        row = self.dense(max_batch, max_tokens)[length]
+        most = int(np.flatnonzero(np.isfinite(row))[-1])
+        return float(row[most]) / most
+
+    def prices(self, max_batch: int | None = None, max_tokens: int | None = None) -> Table:
+        """Return what policies plan by: ``dense``."""
+        return self.dense(max_batch, max_tokens)
+
+    def learn(self, lengths: Sequence[int], took_ms: float, rate: float | None = None) -> None:
+        """Refine the table with one executed batch of these sequences: see ``observe``."""
+        self.observe(max(lengths), len(lengths), took_ms, rate)
+
     def dense(self, max_batch: int | None = None, max_tokens: int | None = None) -> Table:
         """(max_length + 1, max_batch + 1) float64, indexed [length, batch]; row and column 0 are 0.
 
@@ -192,16 +210,7 @@ class CostTable:
 
     def save(self, path: Path, *, model: str = "", device: str = "") -> None:
         """Write JSON, whole or not at all (a temporary file, then a rename)."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"model": model, "device": device, **self.to_dict()})
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.replace(name, path)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(path, json.dumps({"model": model, "device": device, **self.to_dict()}))
 
     @classmethod
     def load(cls, path: Path) -> CostTable:
@@ -215,6 +224,19 @@ class CostTable:
                 f"{path} is not a cost table ({error}): delete it and measure again"
             ) from error
         return table
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by a temporary one beside it, so that nobody reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(name, path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def make_monotone(grid: Table) -> Table:

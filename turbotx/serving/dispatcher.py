@@ -158,7 +158,8 @@ class Dispatcher:
             self._admit(priority)
         try:
             if not found:
-                await self._enter_by_turns(rows, found, replace(asked, patient=True))
+                many = replace(asked, patient=True, weight=1 / len(rows))
+                await self._enter_by_turns(rows, found, many)
             jobs = [job for job in found if isinstance(job, PendingRow)]
             vectors = iter(await asyncio.gather(*(asyncio.shield(job.done) for job in jobs)))
             return (
@@ -247,7 +248,7 @@ class Dispatcher:
         if job is None:
             return self._submit(row, key, asked, lane)
         job.awaited_by += 1
-        self.scheduler.raise_to(job.key, asked.deadline_ms, asked.priority)
+        self.scheduler.raise_to(job.key, asked.deadline_ms, asked.priority, asked.weight)
         self.metrics.coalesced.inc()
         return job
 
@@ -344,7 +345,7 @@ class Dispatcher:
         try:
             vectors = await loop.run_in_executor(self._thread, self._compute, jobs)
         except Exception as error:  # whatever the model raises is that batch's own misfortune
-            log.warning("batch of %d x %d failed: %s", len(jobs), batch.length, error)
+            log.warning("batch of %d up to %d tokens failed: %s", len(jobs), batch.length, error)
             await self._compute_apart(jobs, error)
             return
         took_ms = self.now_ms() - begin_ms

@@ -8,6 +8,8 @@ module optimized by turbotx, and a stand-in that sleeps what a cost table says::
 
 from __future__ import annotations
 
+import itertools
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +18,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from turbotx.serving.cost import CostTable
+from turbotx.errors import InputError, OptionsError, PackError
+from turbotx.serving.token_costs import BatchCosts, TokenCosts
 from turbotx.serving.tokens import TokenRow
 
+log = logging.getLogger(__name__)
+Padding = Literal["auto", "packed", "padded"]
 Vectors = NDArray[np.float32]
 Rows = Vectors | Sequence[Vectors]  # one array for each row of a batch
 
@@ -42,6 +47,10 @@ class BatchEngine(Protocol):
     def head(self) -> Head:
         """What its vectors are: pooled embeddings or logits."""
 
+    @property
+    def packs(self) -> bool | None:
+        """Whether batches are without padding, known once it has run; None: others compute."""
+
     def run(self, rows: Sequence[TokenRow]) -> Rows:
         """Return a float32 array for each row: (width,) raw pooled embeddings or logits,
         (tokens, width) of a model of tokens, (words, 2) of a sparse one."""
@@ -55,7 +64,9 @@ class TorchEngine:
     """A module of ``input_ids`` and ``attention_mask`` to (batch, width), any (batch, seq).
 
     Rows are filled up on the right, whatever side the tokenizer would take: positions then begin
-    at the first token, and no row's vector depends on the length of another.
+    at the first token, and no row's vector depends on the length of another. A module that is asked
+    for ``padding`` "packed" runs them one behind the other instead, by its ``packed``; with "auto"
+    the first batch finds out whether it can, and is padded where not.
     """
 
     module: Any
@@ -63,10 +74,45 @@ class TorchEngine:
     pad_id: int = 0
     takes_types: bool = True  # whether the module reads token_type_ids
     device: str = "cpu"
+    padding: Padding = "padded"
     calls: int = field(default=0, init=False)
 
+    @property
+    def packs(self) -> bool:
+        """Whether it runs batches without padding."""
+        return self.padding != "padded" and bool(self.module.packs)
+
     def run(self, rows: Sequence[TokenRow]) -> Rows:
-        """Pad the rows on the right, call the module and return a float32 array for each row."""
+        """Call the module on the rows, padded or not, and return a float32 array for each."""
+        if not self.packs:
+            return self._run_padded(rows)
+        try:
+            found = self._run_packed(rows)
+        except (PackError, OptionsError, InputError) as error:
+            if self.padding == "packed" or self.calls:
+                raise
+            log.info("served padded: %s", str(error).strip().splitlines()[0])
+            self.module.pad()
+            return self._run_padded(rows)
+        self.calls += 1
+        return found
+
+    def _run_packed(self, rows: Sequence[TokenRow]) -> Rows:
+        import torch
+
+        lengths = [len(row) for row in rows]
+        ids = np.fromiter(itertools.chain.from_iterable(r.ids for r in rows), np.int64)
+        inputs = {"input_ids": torch.from_numpy(ids).to(self.device)}
+        if self.takes_types:
+            types = [np.zeros(len(r), np.int64) if r.types is None else r.types for r in rows]
+            inputs["token_type_ids"] = torch.from_numpy(np.concatenate(types)).to(self.device)
+        with torch.inference_mode():
+            result: Vectors = self.module.packed(lengths, **inputs).float().cpu().numpy()
+        if self.head.kind == "tokens":
+            return np.split(result, np.cumsum(lengths)[:-1])
+        return self._by_row(result)
+
+    def _run_padded(self, rows: Sequence[TokenRow]) -> Rows:
         import torch
 
         ids, mask, types = pad_rows(rows, self.pad_id)
@@ -82,9 +128,10 @@ class TorchEngine:
         self.calls += 1
         if self.head.kind == "tokens":
             return [found[: len(row)] for found, row in zip(result, rows, strict=True)]
-        if self.head.kind == "sparse":
-            return [only_weights(found) for found in result]
-        return result
+        return self._by_row(result)
+
+    def _by_row(self, result: Vectors) -> Rows:
+        return [only_weights(x) for x in result] if self.head.kind == "sparse" else result
 
     def keep(self) -> None:
         """Keep what was compiled for the next start, where the module does."""
@@ -103,17 +150,21 @@ class TorchEngine:
 
 @dataclass
 class SleepEngine:
-    """Takes as long as a cost table says and returns vectors that depend on the ids alone."""
+    """Takes as long as costs say and returns vectors that depend on the ids alone."""
 
-    costs: CostTable
+    costs: BatchCosts
     width: int = 8
     head: Head = Head("embedding")
 
+    @property
+    def packs(self) -> bool:
+        """Whether the costs are of batches without padding."""
+        return isinstance(self.costs, TokenCosts)
+
     def run(self, rows: Sequence[TokenRow]) -> Vectors:
-        """Wait as long as the cost table says; return each row's ids, repeated to the width."""
+        """Wait as long as the costs say; return each row's ids, repeated to the width."""
         begin = time.perf_counter()
-        length = max(len(row) for row in rows)
-        due = begin + float(self.costs.dense()[length, len(rows)]) / 1e3
+        due = begin + self.costs.batch_ms([len(row) for row in rows]) / 1e3
         vectors = np.empty((len(rows), self.width), dtype=np.float32)
         for i, row in enumerate(rows):
             vectors[i] = np.resize(np.array(row.ids, dtype=np.float32), self.width)

@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from turbotx.serving.cost import CostTable
 from turbotx.serving.engine import BatchEngine
+from turbotx.serving.token_costs import BatchCosts
 from turbotx.serving.tokens import TokenRow
 
 Shape = tuple[str, int, int]  # a model, a length, a batch size
@@ -29,7 +29,7 @@ class IdleMeasuring:
     """Owned by the event loop; ``time_ms`` alone runs in the engine's thread."""
 
     engines: Mapping[str, BatchEngine]
-    tables: Mapping[str, CostTable]
+    tables: Mapping[str, BatchCosts]
     tokens: Mapping[str, int]  # one that each model knows
     longest_ms: float  # no shape that is thought to take longer: somebody might come
     max_tokens: int | None = None  # padded: others never run
@@ -79,4 +79,4 @@ class IdleMeasuring:
         """Half the way each time: nothing else ran in this process, and it is seen again."""
         model, length, batch = shape
         self._timed[shape] += 1
-        self.tables[model].observe(length, batch, took_ms, rate=0.5)
+        self.tables[model].learn([length] * batch, took_ms, rate=0.5)

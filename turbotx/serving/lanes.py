@@ -58,10 +58,12 @@ class Lanes:
             )
         self.queues[request.model].submit(request)
 
-    def raise_to(self, key: Hashable, deadline_ms: float, priority: int) -> None:
+    def raise_to(
+        self, key: Hashable, deadline_ms: float, priority: int, weight: float = 0.0
+    ) -> None:
         """Join a request to an equal one that waits: see ``Scheduler.raise_to``."""
         for queue in self.queues.values():
-            queue.raise_to(key, deadline_ms, priority)
+            queue.raise_to(key, deadline_ms, priority, weight)
 
     def cancel(self, key: Hashable) -> bool:
         """Forget a waiting request; False when it is not waiting (any more)."""
@@ -106,7 +108,7 @@ class Lanes:
         for r in batch.requests:
             age_ms = max(now_ms - r.arrival_ms, drain_ms - (r.deadline_ms - now_ms), 0.0)
             grade = self._aged.patience * math.log1p(age_ms / drain_ms)
-            urgency += math.exp(min(grade, 500.0)) * self._aged.class_factor**r.priority
+            urgency += math.exp(min(grade, 500.0)) * self._aged.class_factor**r.priority * r.weight
         return (
             oldest_ms if oldest_ms >= self.max_age_ms / 3 else 0.0,
             float(max(r.priority for r in batch.requests)) if strict else 0.0,

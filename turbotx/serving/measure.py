@@ -1,7 +1,7 @@
 """Warm-up: measures what batches cost on this machine, on a small grid.
 
-In: an engine and its limits. Out: a ``CostTable``, read from disk where this model and device have
-been measured before::
+In: an engine and its limits. Out: a ``CostTable``, or without padding ``TokenCosts``, read from
+disk where this model and device have been measured before::
 
     measure_costs(engine, max_length=512, max_batch=32)     # 7 x 4 shapes, the best of 3 runs
 """
@@ -9,19 +9,24 @@ been measured before::
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from turbotx.serving.cost import CostTable, CostTableError
 from turbotx.serving.engine import BatchEngine
+from turbotx.serving.token_costs import SHORT, BatchCosts, TokenCosts
 from turbotx.serving.tokens import TokenRow
 
 log = logging.getLogger(__name__)
 ROUNDS = 3
+LONG_MS = 300.0
+TOKEN_GRID = (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
 TELL_S = 2.0
 """How often a measurement says how far it is."""
 
@@ -50,7 +55,7 @@ def measure_costs(
     budget_ms: float = 20_000.0,
     token: int = 100,
 ) -> CostTable:
-    """Time the engine on a grid of (length, batch), the least of up to three runs of each.
+    """Time the engine on a grid of (length, batch), see ``time_batches``.
 
     The runs of a shape are rounds apart: a burst of other work on the machine then spoils one of
     them, not all. Shapes over ``max_tokens`` padded tokens are never run later, so they are not
@@ -58,29 +63,76 @@ def measure_costs(
     """
     lengths, batches = length_grid(max_length), batch_grid(max_batch)
     grid = np.full((len(lengths), len(batches)), np.inf)
-    shapes = [
-        (n * b, i, j)
+    places = [
+        (i, j)
         for i, n in enumerate(lengths)
         for j, b in enumerate(batches)
         if b == 1 or max_tokens is None or n * b <= max_tokens
     ]
     warm_up(engine, max_length, token)
-    spent_ms, ms_per_token = 0.0, 0.0
-    total, told_s = ROUNDS * len(shapes), time.perf_counter()
-    log.info("measuring costs: %d shapes, up to %d times each", len(shapes), ROUNDS)
-    for k in range(ROUNDS):
-        for done, (tokens, i, j) in enumerate(sorted(shapes), k * len(shapes)):
-            if time.perf_counter() - told_s > TELL_S:
-                log.info("measuring costs %d/%d", done, total)
-                told_s = time.perf_counter()
-            # A single batch of a long model may take as long as everything else.
-            if spent_ms + tokens * ms_per_token > budget_ms and np.isfinite(grid[0, 0]):
-                break
-            took_ms = _time_ms(engine, [TokenRow((token,) * lengths[i])] * batches[j])
-            grid[i, j] = min(grid[i, j], took_ms)
-            spent_ms += took_ms
-            ms_per_token = took_ms / tokens
+    shapes = [[lengths[i]] * batches[j] for i, j in places]
+    for place, took_ms in zip(places, time_batches(engine, shapes, budget_ms, token), strict=True):
+        grid[place] = took_ms
     return CostTable(lengths, batches, _extend(grid, lengths, batches))
+
+
+def measure_token_costs(
+    engine: BatchEngine,
+    *,
+    max_length: int,
+    max_batch: int,
+    max_tokens: int | None = None,
+    budget_ms: float = 20_000.0,
+    token: int = 100,
+) -> TokenCosts:
+    """Time an engine without padding: short sequences of a few numbers of tokens in all, and single
+    ones as long, whose attention costs more; what ``budget_ms`` did not reach is extended in
+    proportion to the tokens."""
+    most = max(max_tokens or max_batch * max_length, max_length)
+    nodes = sorted({*(n for n in TOKEN_GRID if n < most), max_length, most})
+    short = [[SHORT] * (n // SHORT) + [n % SHORT] * (n % SHORT > 0) for n in nodes]
+    long = [[n] for n in nodes if SHORT < n <= max_length]
+    warm_up(engine, max_length, token)
+    found = time_batches(engine, [*short, *long], budget_ms, token)
+    took_ms = dict(zip(nodes, found, strict=False))
+    pairs = {n: sum(k * k for k in lengths) for n, lengths in zip(nodes, short, strict=True)}
+    alone = [(n, ms) for (n,), ms in zip(long, found[len(short) :], strict=True) if ms < np.inf]
+    gaps = [(ms - took_ms[n], n * n - pairs[n]) for n, ms in alone if took_ms[n] < np.inf]
+    square_ms = sum(ms * x for ms, x in gaps) / sum(x * x for _, x in gaps) if gaps else 0.0
+    square_ms = max(square_ms, 0.0)
+    reached = [n for n in nodes if took_ms[n] < np.inf]
+    flat = [max(took_ms[n] - square_ms * pairs[n], 1e-3) for n in reached]
+    flat += [flat[-1] * n / reached[-1] for n in nodes[len(reached) :]]
+    return TokenCosts(nodes, flat, square_ms, max_length)
+
+
+def time_batches(
+    engine: BatchEngine, batches: Sequence[Sequence[int]], budget_ms: float, token: int
+) -> list[float]:
+    """Return the least ms of up to three runs of batches of these lengths; infinity for those that
+    ``budget_ms`` did not reach.
+
+    One that takes long is run once: no burst of other work fills it.
+    """
+    took = [math.inf] * len(batches)
+    order = sorted(range(len(batches)), key=lambda k: sum(batches[k]))
+    spent_ms, ms_per_token = 0.0, 0.0
+    total, told_s = ROUNDS * len(batches), time.perf_counter()
+    log.info("measuring costs: %d shapes, up to %d times each", len(batches), ROUNDS)
+    for done, k in enumerate(order * ROUNDS):
+        if time.perf_counter() - told_s > TELL_S:
+            log.info("measuring costs %d/%d", done, total)
+            told_s = time.perf_counter()
+        tokens = sum(batches[k])
+        # A single batch of a long model may take as long as everything else.
+        over = spent_ms + tokens * ms_per_token > budget_ms and math.isfinite(took[order[0]])
+        if over or LONG_MS < took[k] < math.inf:
+            continue
+        took_ms = _time_ms(engine, [TokenRow((token,) * n) for n in batches[k]])
+        took[k] = min(took[k], took_ms)
+        spent_ms += took_ms
+        ms_per_token = took_ms / tokens
+    return took
 
 
 def _extend(grid: np.ndarray, lengths: list[int], batches: list[int]) -> np.ndarray:
@@ -112,17 +164,28 @@ def load_or_measure(
     max_batch: int,
     max_tokens: int | None,
     token: int = 100,
-) -> CostTable:
-    """Return the table kept at ``path`` where it fits the limits, else a new one."""
+    packed: bool = False,
+) -> BatchCosts:
+    """Return the costs kept at ``path`` where they fit the limits, else new ones; packed: of
+    batches without padding."""
+    most = max(max_tokens or max_batch * max_length, max_length)
     if path is not None and path.exists():
         try:
-            table = CostTable.load(path)
-            if (table.max_length, table.max_batch) == (max_length, max_batch):
-                return table
+            if packed:
+                costs = TokenCosts.load(path)
+                if (costs.max_length, costs.max_tokens) == (max_length, most):
+                    return costs
+            else:
+                table = CostTable.load(path)
+                if (table.max_length, table.max_batch) == (max_length, max_batch):
+                    return table
         except CostTableError:
             pass  # unreadable: measured again and replaced below
-    limits = {"max_length": max_length, "max_batch": max_batch, "max_tokens": max_tokens}
-    return measure_costs(engine, **limits, token=token)  # type: ignore[arg-type]
+    measure = measure_token_costs if packed else measure_costs
+    found: BatchCosts = measure(
+        engine, max_length=max_length, max_batch=max_batch, max_tokens=max_tokens, token=token
+    )
+    return found
 
 
 def describe_device(device: str) -> str:

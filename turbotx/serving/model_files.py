@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from turbotx.serving.engine import BatchEngine, Head, TorchEngine
+from turbotx.serving.engine import BatchEngine, Head, Padding, TorchEngine
 from turbotx.serving.model_info import ModelInfo
 from turbotx.serving.sentence_files import (
     MODES,
@@ -56,6 +56,17 @@ class LoadedModel:
     tokenizer: TextTokenizer
     info: ModelInfo
 
+    @property
+    def padding(self) -> str | None:
+        """How its batches run, "packed" or "padded", once it has run; None: others compute."""
+        packs = self.engine.packs
+        return None if packs is None else "packed" if packs else "padded"
+
+    def tell(self) -> str:
+        """Return a line: what computes it, where, and whether it is padded."""
+        info = self.info
+        return f"{info.name} by {info.backend} in {info.dtype} on {info.device}, {self.padding}"
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -75,28 +86,27 @@ def load_model(
     backend: str = "turbotx",
     device: str = "cpu",
     dtype: str = "float32",
-    quantize: str = "none",
     weights: Path | None = None,
     programs: Path | None = None,
+    padding: Padding = "auto",
     **choices: Any,
 ) -> LoadedModel:
     """Load weights and tokenizer from a local directory.
 
-    ``backend`` is ``turbotx`` (optimized) or ``eager``. ``quantize`` is the option of
-    ``turbotx.optimize``, which the description's dtype then names too. ``weights`` is a file for
+    ``backend`` is ``turbotx`` (optimized) or ``eager``. ``weights`` is a file for
     ``turbotx.load_weights`` to take in place of the directory's own. ``programs`` is a folder
-    where a CPU's compiled program is kept for the next start. ``choices`` are the fields of
-    ``Choices``. Raises ModelFilesError, WeightsError.
+    where a CPU's compiled program is kept for the next start. ``padding``: whether batches are
+    run without it ("packed"), with it ("padded"), or without it where the model allows ("auto");
+    PyTorch's own are padded. ``choices`` are the fields of ``Choices``. Raises ModelFilesError,
+    WeightsError.
     """
     if backend not in ("turbotx", "eager"):
         raise ModelFilesError(f"no backend {backend!r}: use turbotx or eager")
     if dtype not in DTYPES:
         raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    if quantize != "none" and backend != "turbotx":
-        raise ModelFilesError(f"quantize={quantize!r} is turbotx's: leave out --backend {backend}")
+    if backend == "eager" and padding == "packed":
+        raise ModelFilesError("padding 'packed' is of the backend turbotx: eager runs padded")
     tokenizer, info = describe_model(model, backend=backend, device=device, dtype=dtype, **choices)
-    if quantize != "none":  # costs and programs are kept by it
-        info = replace(info, dtype=f"{dtype}+{quantize}")
     folder = find_folder(model)
     files = _read_chain(folder, _read_config(folder), Choices(**choices))
     loaded = load_module(files, info.head, tokenizer, dtype, weights)
@@ -105,13 +115,15 @@ def load_model(
         info = replace(info, revision=f"{info.revision}-{_digest([weights], weights.parent)}")
     if backend == "turbotx":
         # Not at the top: a process that only tokenizes compiles nothing.
-        from turbotx.serving.kept_program import KeptProgram, compiled, program_file
+        from turbotx.serving.kept_program import KeptProgram, program_file
 
-        if programs is None or device != "cpu":  # for a GPU, writing it takes half a minute
-            module = compiled(module, quantize)
-        else:
-            module = KeptProgram(module, program_file(programs, info, module), quantize)
-    engine = TorchEngine(module, info.head, loaded.pad_id, loaded.takes_types, device)
+        path = None
+        if programs is not None and device == "cpu":  # for a GPU, writing it takes half a minute
+            path = program_file(programs, info, module, padding)
+        module = KeptProgram(module, padding, path)
+    else:
+        padding = "padded"
+    engine = TorchEngine(module, info.head, loaded.pad_id, loaded.takes_types, device, padding)
     return LoadedModel(engine, tokenizer, info)
 
 

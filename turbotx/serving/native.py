@@ -1,9 +1,9 @@
-"""The planner's inner loop in C++, built once with the machine's compiler.
+"""The planners' inner loops in C++, built once with the machine's compiler.
 
-In: nothing. Out: a function that fills the dynamic program's table in tens of microseconds, or
-None where no compiler is found (then ``plan`` runs the same loop in Python, 50 times slower)::
+In: a name. Out: a function that fills the dynamic program's table in tens of microseconds, or
+None where no compiler is found (then the same loop runs in Python, 50 times slower)::
 
-    fill = load_fill()      # built into ~/.cache/turbotx, loaded with ctypes
+    fill = load_planner("fill")      # built into ~/.cache/turbotx, loaded with ctypes
 """
 
 from __future__ import annotations
@@ -40,28 +40,63 @@ extern "C" void fill(int64_t n, int64_t max_batch, int64_t stride, const int64_t
         size[j] = members;
     }
 }
+
+// The same for batches without padding: tokens[j], squares[j] are sums over the first j requests,
+// cost[t] is what t tokens take; a batch of two or more has at most `budget` of them.
+extern "C" void fill_tokens(int64_t n, int64_t max_batch, int64_t budget, double square_ms,
+                            const int64_t *tokens, const double *squares, const double *cost,
+                            const double *price, double *best, int64_t *size) {
+    best[0] = 0.0;
+    for (int64_t j = 1; j <= n; ++j) {
+        double least = std::numeric_limits<double>::infinity();
+        int64_t members = 1;
+        const int64_t most = j < max_batch ? j : max_batch;
+        for (int64_t b = 1; b <= most; ++b) {
+            const int64_t i = j - b, total = tokens[j] - tokens[i];
+            if (b > 1 && total > budget) break;
+            const double took = cost[total] + square_ms * (squares[j] - squares[i]);
+            const double sum = best[i] + price[i] * took;
+            if (sum < least) { least = sum; members = b; }
+        }
+        best[j] = least;
+        size[j] = members;
+    }
+}
 """
 
 log = logging.getLogger(__name__)
 
 
+INTEGER, REAL, POINTER = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+SIGNATURES = {
+    "fill": [INTEGER] * 3 + [POINTER] * 5,
+    "fill_tokens": [INTEGER] * 3 + [REAL] + [POINTER] * 6,
+}
+
+
 @functools.cache
-def load_fill() -> Any | None:
-    """Return the compiled loop as a ctypes function, or None (said once in the log)."""
+def load_planner(name: str) -> Any | None:
+    """Return a compiled loop of ``SIGNATURES`` as a ctypes function, or None."""
+    library = _load_library()
+    if library is None:
+        return None
+    found = getattr(library, name)
+    found.argtypes, found.restype = SIGNATURES[name], None
+    return found
+
+
+@functools.cache
+def _load_library() -> ctypes.CDLL | None:
+    """Return the compiled loops, or None (said once in the log)."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
     if compiler is None:
         log.warning("no C++ compiler found: batches are planned in Python, about 50 times slower")
         return None
     try:
-        library = ctypes.CDLL(str(_build(compiler)))
+        return ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the batch planner was not built (%s): planning in Python", error)
         return None
-    fill = library.fill
-    integer, pointer = ctypes.c_int64, ctypes.c_void_p
-    fill.argtypes = [integer, integer, integer, pointer, pointer, pointer, pointer, pointer]
-    fill.restype = None
-    return fill
 
 
 def _build(compiler: str) -> Path:

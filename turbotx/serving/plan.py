@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbotx.serving.cost import CostTableError, Table
-from turbotx.serving.native import load_fill
+from turbotx.serving.native import load_planner
 
 Ints = NDArray[np.int64]
 
@@ -68,7 +68,7 @@ def split(lengths: Sequence[int] | Ints, table: Table, price: Table | None = Non
 
 
 def _fill(length: Ints, table: Table, price: Table) -> Ints:
-    fill = load_fill()
+    fill = load_planner("fill")
     if fill is None:
         return fill_in_python(length, table, price)
     n = len(length)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,9 @@ class Policy(Protocol):
     def replans(self) -> bool:
         """Whether a plan is made anew before each batch; otherwise it is worked off as a whole."""
 
-    def plan(self, waiting: Sequence[Request], now_ms: float, table: Table) -> list[Batch]:
+    def plan(self, waiting: Sequence[Request], now_ms: float, table: Any) -> list[Batch]:
         """Return batches of waiting requests, the first to run first. table: (length + 1, batch
-        + 1) ms."""
+        + 1) ms; without padding, `token_costs.TokenPrices`."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,33 @@ class PaperDP:
 
 
 @dataclass(frozen=True)
-class Aged:
+class Aging:
+    """What the default policies have in common: how urgent a request is."""
+
+    replans: ClassVar[bool] = True
+    max_age_ms: float = math.inf
+    patience: float = 4.0
+    crowd: float = 40.0
+    burst: float = 10.0
+    class_factor: float = 16.0
+
+    def urgency(
+        self, waiting: Sequence[Request], arrival: Floats, now_ms: float, drain_ms: float
+    ) -> Floats:
+        """Return each request's urgency, relative to the greatest. drain_ms: of the whole queue."""
+        slack = np.array([r.deadline_ms for r in waiting]) - now_ms
+        age = np.maximum(np.maximum(now_ms - arrival, drain_ms - slack), 0.0)
+        # In logarithms, and relative to the largest: ages of many drains would overflow.
+        weight = np.array([r.weight for r in waiting])
+        grade = self.patience * (1 + weight.sum() / self.crowd) * np.log1p(age / drain_ms)
+        grade += math.log(self.class_factor) * np.array([r.priority for r in waiting])
+        grade += np.log(weight)
+        urgency: Floats = np.exp(grade - grade.max())
+        return urgency
+
+
+@dataclass(frozen=True)
+class Aged(Aging):
     """The default: priced dynamic program, then the most urgent group per millisecond.
 
     1. *Price.* A millisecond of the server delays everyone who still waits for it: the n - i
@@ -101,7 +127,8 @@ class Aged:
        ``patience`` * (1 + n / ``crowd``): the longer the queue, the more the oldest decide, since
        there the tail suffers first.
        A deadline nearer than drain counts as that much age; each step of priority multiplies by
-       ``class_factor``. The group with most urgency per millisecond runs.
+       ``class_factor``; of a client's many that came together each has its part of one request's.
+       The group with most urgency per millisecond runs.
     3. *Age bound.* Once a request has waited a third of ``max_age_ms``, the group of the oldest
        request runs, whatever the rest. ``Scheduler`` admits no more than a third of the bound in
        work, so waits stay under it with a third to spare for uneven batches.
@@ -109,13 +136,6 @@ class Aged:
        strict: the highest is planned as if it were alone, and a batch takes the oldest others that
        are no longer than it is, as long as it does not cost twice as much.
     """
-
-    replans: ClassVar[bool] = True
-    max_age_ms: float = math.inf
-    patience: float = 4.0
-    crowd: float = 40.0
-    burst: float = 10.0
-    class_factor: float = 16.0
 
     def plan(self, waiting: Sequence[Request], now_ms: float, table: Table) -> list[Batch]:
         """Return the batches of least total waiting time, those first that a request's age or
@@ -130,7 +150,7 @@ class Aged:
         if groups.total_ms > self.max_age_ms / 12 and any(r.priority < highest for r in waiting):
             best = self.plan([r for r in waiting if r.priority == highest], now_ms, table)[0]
             return [fill_up(best, [r for r in waiting if r.priority < highest], table)]
-        urgency = self._urgency(waiting, arrival, now_ms, groups.total_ms)[by_length]
+        urgency = self.urgency(waiting, arrival, now_ms, groups.total_ms)[by_length]
         score = np.add.reduceat(urgency, groups.starts) / groups.cost_ms
         order = np.argsort(-score, kind="stable")
         oldest = int(np.argmin(arrival[by_length]))
@@ -138,17 +158,6 @@ class Aged:
             first = int(np.searchsorted(groups.ends, oldest, side="right"))
             order = np.concatenate(([first], order[order != first]))
         return _batches([waiting[i] for i in by_length.tolist()], groups, order.tolist())
-
-    def _urgency(
-        self, waiting: Sequence[Request], arrival: Floats, now_ms: float, drain_ms: float
-    ) -> Floats:
-        slack = np.array([r.deadline_ms for r in waiting]) - now_ms
-        age = np.maximum(np.maximum(now_ms - arrival, drain_ms - slack), 0.0)
-        # In logarithms, and relative to the largest: ages of many drains would overflow.
-        grade = self.patience * (1 + len(waiting) / self.crowd) * np.log1p(age / drain_ms)
-        grade += math.log(self.class_factor) * np.array([r.priority for r in waiting])
-        urgency: Floats = np.exp(grade - grade.max())
-        return urgency
 
 
 POLICIES: dict[str, type[Policy]] = {

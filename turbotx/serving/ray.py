@@ -64,7 +64,8 @@ def build_app(
     front = deployment(
         Front, max_ongoing_requests=settings.max_queue, ray_actor_options={"num_cpus": 0}
     )
-    return front.bind(options, settings, compute.bind(options, settings))
+    computing = compute.bind({**options, "padding": settings.wanted_padding}, settings)
+    return front.bind(options, settings, computing)
 
 
 class LengthAwareRouter(FIFOMixin, RequestRouter):
@@ -170,6 +171,8 @@ def export_samples(registry: Any, gauges: dict[str, Any], make: Callable[..., An
 
 class RemoteEngine:
     """Describes the engine that is elsewhere."""
+
+    packs = None
 
     def __init__(self, head: Head) -> None:
         self.head = head

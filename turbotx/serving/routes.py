@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from turbotx import __version__
 from turbotx.serving.engine import Head, normalize_rows
-from turbotx.serving.model_info import ModelInfo
+from turbotx.serving.model_files import LoadedModel
 from turbotx.serving.refusals import BadInput, TooLarge
 from turbotx.serving.schemas import (
     DecodeRequest,
@@ -202,15 +202,16 @@ async def tokenize(service: Service, body: TokenizeRequest, scope: Scope) -> lis
 
 def describe_service(service: Service) -> dict[str, Any]:
     """Return what ``/info`` answers, in text-embeddings-inference's fields and some of our own."""
-    found = describe_model(service.model.info, service.settings)
+    found = describe_model(service.model, service.settings)
     if len(service.models) > 1:
-        others = (m.info for m in service.models.values())
-        found["models"] = [describe_model(info, service.settings) for info in others]
+        others = service.models.values()
+        found["models"] = [describe_model(model, service.settings) for model in others]
     return found
 
 
-def describe_model(info: ModelInfo, settings: Settings) -> dict[str, Any]:
+def describe_model(model: LoadedModel, settings: Settings) -> dict[str, Any]:
     """Return one model's part of ``/info``."""
+    info = model.info
     kind: dict[str, Any]
     if info.head.kind != "classifier":
         kind = {"embedding": {"pooling": info.head.pooling}}
@@ -232,6 +233,7 @@ def describe_model(info: ModelInfo, settings: Settings) -> dict[str, Any]:
         "tokenization_workers": settings.tokenizer_threads,
         "version": __version__,
         "policy": settings.policy,
+        "padding": model.padding,
         "backend": info.backend,
         "width": info.width,
         "normalize": info.head.normalize,

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from turbotx.errors import TurbotxError
-from turbotx.serving.cost import CostTable, CostTableError, Table
+from turbotx.serving.cost import CostTableError
 from turbotx.serving.policies import Aged, Policy
 from turbotx.serving.request import Batch, Request
+from turbotx.serving.token_costs import BatchCosts, Prices, TokenCosts
+from turbotx.serving.token_policies import AgedTokens
 
 
 class Overloaded(TurbotxError):
@@ -51,7 +53,8 @@ class Lazy:
 
     timeout_ms: float
     max_batch: int
-    max_tokens: int | None = None  # padded
+    max_tokens: int | None = None  # padded, unless packed
+    packed: bool = False
 
     def ready_ms(self, waiting: Sequence[Request], now_ms: float) -> float:
         """Return when a batch is due: now if it is full, else when its oldest request has waited
@@ -59,8 +62,9 @@ class Lazy:
         if len(waiting) >= self.max_batch:
             return now_ms
         if self.max_tokens is not None:
-            padded = max(r.length for r in waiting) * len(waiting)
-            if padded >= self.max_tokens:
+            lengths = [r.length for r in waiting]
+            tokens = sum(lengths) if self.packed else max(lengths) * len(lengths)
+            if tokens >= self.max_tokens:
                 return now_ms
         return min(r.arrival_ms for r in waiting) + self.timeout_ms
 
@@ -69,17 +73,18 @@ class Lazy:
 class Scheduler:
     """Waiting requests, a policy, a trigger and limits. Not thread-safe: one owner calls it."""
 
-    costs: CostTable
-    policy: Policy | None = None  # None: Aged with this age bound
+    costs: BatchCosts  # padded, or without padding
+    policy: Policy | None = None  # None: Aged, or AgedTokens, with this age bound
     trigger: Trigger = field(default_factory=Hungry)
-    max_batch: int | None = None  # None: the cost table's
-    max_batch_tokens: int | None = None  # padded; a single request may exceed it
+    max_batch: int | None = None  # None: the costs'
+    max_batch_tokens: int | None = None  # padded, if they are; a single request may exceed it
     max_queue: int = 4096
     max_age_ms: float = math.inf  # longest wait of a request: a third of it in work is admitted
 
     def __post_init__(self) -> None:
         if self.policy is None:
-            self.policy = Aged(max_age_ms=self.max_age_ms)
+            kind = AgedTokens if self.packed else Aged
+            self.policy = kind(max_age_ms=self.max_age_ms)
         self._waiting: dict[Hashable, Request] = {}
         self._planned: list[Batch] = []
         self._backlog_ms = 0.0  # of those waiting, each at its share of a well-filled batch
@@ -95,9 +100,14 @@ class Scheduler:
         return list(self._waiting.values())
 
     @property
-    def table(self) -> Table:
-        """Estimated ms by length and batch size, up to the largest batch; see `CostTable.dense`."""
-        return self.costs.dense(self.max_batch, self.max_batch_tokens)
+    def packed(self) -> bool:
+        """Whether batches are without padding."""
+        return isinstance(self.costs, TokenCosts)
+
+    @property
+    def prices(self) -> Prices:
+        """What the policy plans by: estimated ms of batches within the limits."""
+        return self.costs.prices(self.max_batch, self.max_batch_tokens)
 
     @property
     def backlog_ms(self) -> float:
@@ -139,15 +149,18 @@ class Scheduler:
         self._shares[request.key] = share
         self._backlog_ms += share
 
-    def raise_to(self, key: Hashable, deadline_ms: float, priority: int) -> None:
-        """Join a request to an equal one that waits: that takes the higher class of both, and the
-        later deadline. One that does not wait (any more) stays as it is."""
+    def raise_to(
+        self, key: Hashable, deadline_ms: float, priority: int, weight: float = 0.0
+    ) -> None:
+        """Join a request to an equal one that waits: that takes the higher class and weight of
+        both, and the later deadline. One that does not wait (any more) stays as it is."""
         request = self._waiting.get(key)
         if request is not None:
             self._waiting[key] = replace(
                 request,
                 deadline_ms=max(request.deadline_ms, deadline_ms),
                 priority=max(request.priority, priority),
+                weight=max(request.weight, weight),
             )
 
     def cancel(self, key: Hashable) -> bool:
@@ -162,8 +175,8 @@ class Scheduler:
             if len(rest) == len(batch.requests):
                 kept.append(batch)
             elif rest:
-                length = max(r.length for r in rest)
-                kept.append(Batch.of(rest, float(self.table[length, len(rest)])))
+                cost_ms = self.costs.batch_ms([r.length for r in rest])
+                kept.append(Batch.of(rest, cost_ms, self.packed))
         self._planned = kept
         return True
 
@@ -201,7 +214,7 @@ class Scheduler:
         if not self._waiting or self.trigger.ready_ms(self.waiting, now_ms) > now_ms:
             return None
         assert self.policy is not None
-        batches = self.policy.plan(self.waiting, now_ms, self.table)
+        batches = self.policy.plan(self.waiting, now_ms, self.prices)
         if not self.policy.replans:
             self._planned = batches
         return batches[0]
@@ -226,15 +239,11 @@ class Scheduler:
 
     def complete(self, batch: Batch, took_ms: float) -> None:
         """Tell what an executed batch took."""
-        self.costs.observe(batch.length, len(batch.requests), took_ms)
+        self.costs.learn(batch.lengths, took_ms)
 
     def share_ms(self, length: int, model: str = "") -> float:
         """Return the request's part of a batch of its like, the fullest that the limits allow."""
-        row = self.table[length]
-        most = len(row) - 1
-        while most > 1 and math.isinf(row[most]):
-            most -= 1
-        return float(row[most]) / most
+        return self.costs.share_ms(length, self.max_batch, self.max_batch_tokens)
 
     def _forget(self, request: Request) -> None:
         del self._waiting[request.key]

@@ -66,10 +66,12 @@ class SpladeModel(nn.Module):
     ) -> Tensor:
         """Return (batch, vocabulary) of (batch, seq) int64 each, rows padded on the right."""
         found = run(self.transformer, input_ids, attention_mask, token_type_ids)
-        weights = (found["logits"] * attention_mask.unsqueeze(-1)).relu()
+        weights = found["logits"].relu()
         for _ in range(self.logarithms):
             weights = weights.log1p()
-        pooled: Tensor = weights.amax(1) if self.strategy == "max" else weights.sum(1)
+        if self.strategy == "max":
+            return _max(weights, attention_mask)
+        pooled: Tensor = (weights * attention_mask.unsqueeze(-1)).sum(1)
         return pooled
 
 
@@ -207,8 +209,10 @@ def make_step(step: files.Step) -> nn.Module:
 
 def last_token(hidden: Tensor, mask: Tensor) -> Tensor:
     """(batch, width): the last token of each row, which is padded on the right."""
-    last = (mask.sum(1) - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
-    return hidden.gather(1, last).squeeze(1)
+    # Not a gather: a sum of which one token is left is one over packed tokens too.
+    place = torch.arange(mask.shape[1], device=mask.device)
+    is_last = (place == mask.sum(1, keepdim=True) - 1) & (mask != 0)
+    return hidden.masked_fill(is_last.logical_not().unsqueeze(-1), 0.0).sum(1)
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:

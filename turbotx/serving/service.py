@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from turbotx.errors import TurbotxError
 from turbotx.serving.bodies import BodyMemory
 from turbotx.serving.cache import ResponseCache
-from turbotx.serving.cost import CostTable
 from turbotx.serving.daemon_thread import run_in_daemon_thread
 from turbotx.serving.dispatcher import Dispatcher, Lane
 from turbotx.serving.engine import SleepEngine, TorchEngine
@@ -35,11 +34,13 @@ from turbotx.serving.lanes import Lanes
 from turbotx.serving.measure import cost_file, describe_device, load_or_measure, warm_up
 from turbotx.serving.metrics import Metrics
 from turbotx.serving.model_files import LoadedModel
-from turbotx.serving.policies import POLICIES, Aged
+from turbotx.serving.policies import POLICIES, Aging, Policy
 from turbotx.serving.refusals import Missing, NotReady, TooLarge
 from turbotx.serving.scheduler import Hungry, Lazy, Scheduler
 from turbotx.serving.schemas import Token
 from turbotx.serving.settings import Settings, SettingsError
+from turbotx.serving.token_costs import BatchCosts, TokenCosts
+from turbotx.serving.token_policies import TOKEN_POLICIES
 from turbotx.serving.tokenizer_pool import TokenizerPool
 from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
 
@@ -99,7 +100,7 @@ class Service:
         self,
         model: LoadedModel | Sequence[LoadedModel],
         settings: Settings,
-        costs: CostTable | None = None,
+        costs: BatchCosts | None = None,
     ) -> None:
         """``costs`` are of every model, where they are not to be measured."""
         models = [model] if isinstance(model, LoadedModel) else list(model)
@@ -117,7 +118,7 @@ class Service:
         self.left = asyncio.Event()  # the same: bodies that are half there are not waited for
         self.leaving = False  # told to stop: ready for nothing new, though still answering
         self._costs = costs
-        self._tables: dict[str, CostTable] = {}
+        self._tables: dict[str, BatchCosts] = {}
         self._dispatcher: Dispatcher | None = None
         self._tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_body_nbytes)
         self.bodies = BodyMemory(BODIES * settings.max_body_nbytes)
@@ -153,11 +154,10 @@ class Service:
         self._dispatcher = self._dispatch(tables)
         self._dispatcher.start()
         self.state = "ready"
-        info, policy = self.model.info, self.settings.policy
-        what = f"{info.name} by {info.backend} in {info.dtype} on {info.device}, policy {policy}"
-        log.info("ready: %s%s", what, f", {self.url}" if self.url else "")
+        told = "; ".join(model.tell() for model in self.models.values())
+        log.info("ready: %s, policy %s%s", told, self.settings.policy, self.url and f", {self.url}")
 
-    def _dispatch(self, tables: dict[str, CostTable]) -> Dispatcher:
+    def _dispatch(self, tables: dict[str, BatchCosts]) -> Dispatcher:
         settings = self.settings
         queues = {
             name: self.make_scheduler(tables[name], model) for name, model in self.models.items()
@@ -310,14 +310,18 @@ class Service:
                 found[f"engine_{name}"] = found.get(f"engine_{name}", 0.0) + value
         return found
 
-    def make_scheduler(self, costs: CostTable, model: LoadedModel | None = None) -> Scheduler:
+    def make_scheduler(self, costs: BatchCosts, model: LoadedModel | None = None) -> Scheduler:
         """Return the scheduler that the settings ask for, over a model's measured costs."""
         settings = self.settings
         max_tokens = (model or self.model).info.most_tokens(settings.max_batch_tokens)
-        policy = POLICIES[settings.policy]()
-        if isinstance(policy, Aged):
+        packed = isinstance(costs, TokenCosts)
+        policies: dict[str, type[Policy]] = TOKEN_POLICIES if packed else POLICIES
+        if settings.policy not in policies:
+            raise SettingsError(f"the policy {settings.policy!r} is for padded batches")
+        policy = policies[settings.policy]()
+        if isinstance(policy, Aging):
             policy = replace(policy, max_age_ms=settings.max_age_ms)
-        lazy = Lazy(settings.lazy_ms, settings.max_batch, max_tokens)
+        lazy = Lazy(settings.lazy_ms, settings.max_batch, max_tokens, packed)
         return Scheduler(
             costs,
             policy,
@@ -328,19 +332,20 @@ class Service:
             max_age_ms=settings.max_age_ms,
         )
 
-    def _prepare_all(self) -> dict[str, CostTable]:
+    def _prepare_all(self) -> dict[str, BatchCosts]:
         return {name: self._prepare(model) for name, model in self.models.items()}
 
-    def _prepare(self, model: LoadedModel) -> CostTable:
+    def _prepare(self, model: LoadedModel) -> BatchCosts:
         """Run the engine once, so that no request waits for a capture, and know its costs."""
         self._preparing = model.info.name
-        engine, path = model.engine, self._cost_path(model)
+        engine = model.engine
         if isinstance(engine, SleepEngine):
             return self._costs or engine.costs
         token = model.tokenizer.any_token
         warm_up(engine, model.info.max_length, token)
         if self._costs is not None:
             return self._costs
+        path = self._cost_path(model)
         table = load_or_measure(
             path,
             engine,
@@ -348,6 +353,7 @@ class Service:
             max_batch=self.settings.max_batch,
             max_tokens=model.info.most_tokens(self.settings.max_batch_tokens),
             token=token,
+            packed=bool(engine.packs),
         )
         if path is not None:
             with contextlib.suppress(OSError):
@@ -367,10 +373,5 @@ class Service:
         folder, info = self.settings.cost_folder, model.info
         if folder is None or isinstance(model.engine, SleepEngine):
             return None
-        return cost_file(
-            folder,
-            info.name,
-            info.revision,
-            describe_device(info.device),
-            f"{info.backend}-{info.dtype}",
-        )
+        what = f"{info.backend}-{info.dtype}{'-packed' if model.engine.packs else ''}"
+        return cost_file(folder, info.name, info.revision, describe_device(info.device), what)

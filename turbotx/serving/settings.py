@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turbotx.errors import TurbotxError
+from turbotx.serving.engine import Padding
 from turbotx.serving.policies import POLICIES
+from turbotx.serving.token_policies import TOKEN_POLICIES
 
 
 class SettingsError(TurbotxError, ValueError):
@@ -24,8 +26,9 @@ class Settings:
     """Limits and switches of one server. Times in ms, sizes in tokens, requests or bytes."""
 
     policy: str = "aged"
+    padding: Padding = "auto"  # packed where the model allows: batches without padding
     max_batch: int = 32
-    max_batch_tokens: int | None = 16_384  # padded
+    max_batch_tokens: int | None = 16_384  # padded, where batches are
     max_queue: int = 4_096  # sequences waiting
     max_age_ms: float = 5_000.0  # longest wait of a request; a third of it in work is admitted
     lazy_ms: float = 0.0  # 0: hungry; else wait this long for a batch to fill
@@ -47,6 +50,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise SettingsError(f"no policy {self.policy!r}: one of {', '.join(POLICIES)}")
+        if self.padding == "packed" and self.policy not in TOKEN_POLICIES:
+            raise SettingsError(
+                f"the policy {self.policy!r} arranges padding, and padding 'packed' has none: take "
+                f"one of {', '.join(TOKEN_POLICIES)}, or padding 'padded'"
+            )
         for name in ("max_batch", "max_queue", "max_client_batch", "max_body_nbytes",
                      "tokenizer_threads", "max_age_ms", "timeout_ms", "receive_timeout_ms",
                      "max_connections"):  # fmt: skip
@@ -60,6 +68,11 @@ class Settings:
             raise SettingsError(f"url_prefix begins with / and ends without, got {self.url_prefix}")
         if not all(key.strip() == key and key for key in self.api_keys):
             raise SettingsError("an API key is empty or has blanks round it: leave it out, trim it")
+
+    @property
+    def wanted_padding(self) -> Padding:
+        """Return the padding to load models with: policies that arrange it need it."""
+        return self.padding if self.policy in TOKEN_POLICIES else "padded"
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from turbotx.serving.cost import CostTable
 from turbotx.serving.plan import split
 from turbotx.serving.request import Request
 from turbotx.serving.scheduler import Overloaded, Scheduler
+from turbotx.serving.token_costs import BatchCosts
 
 Floats = NDArray[np.float64]
 
@@ -51,7 +52,7 @@ class Outcome:
 
 
 def simulate(
-    trace: Sequence[Request], scheduler: Scheduler, true_costs: CostTable | None = None
+    trace: Sequence[Request], scheduler: Scheduler, true_costs: BatchCosts | None = None
 ) -> Outcome:
     """Run a trace, sorted by arrival and with keys 0, 1, 2, …, through one engine.
 
@@ -60,7 +61,7 @@ def simulate(
     """
     latency = np.full(len(trace), math.nan)
     wait = np.full(len(trace), math.nan)
-    truth = (true_costs or scheduler.costs).dense()
+    truth = true_costs or scheduler.costs
     now_ms, coming = trace[0].arrival_ms, 0
     batches = tokens = padded = 0
     while coming < len(trace) or len(scheduler):
@@ -76,7 +77,7 @@ def simulate(
             if math.isinf(now_ms):
                 break
             continue
-        took_ms = float(truth[batch.length, len(batch.requests)])
+        took_ms = truth.batch_ms(batch.lengths)
         for request in batch.requests:
             wait[int(request.key)] = now_ms - request.arrival_ms  # type: ignore[call-overload]
         now_ms += took_ms

@@ -326,6 +326,42 @@ def test_untied_weights_are_noticed() -> None:
     assert fast.stats()["captures"] == 2
 
 
+class AsksTies(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = 10 if self.a.weight is self.b.weight else len(list(self.parameters()))
+        return self.b(self.a(x)) * own
+
+
+def test_weights_that_become_tied_are_noticed_in_either_order() -> None:
+    model = AsksTies().eval()
+    fast = turbotx.optimize(model, backend="aten")
+    apart = nn.Parameter(torch.eye(4) * 3)
+    for shared, captures in ((None, 1), (model.a.weight, 2), (apart, 2), (model.a.weight, 2)):
+        if shared is not None:
+            model.b.weight = shared
+        torch.testing.assert_close(fast(X), model(X))
+        assert fast.stats()["captures"] == captures
+    model.a.weight = model.b.weight = apart
+    torch.testing.assert_close(fast(X), model(X))
+    assert fast.stats()["captures"] == 2, "still one tensor"
+
+
+def test_parameters_that_are_only_counted_are_noticed_when_tied() -> None:
+    class Counts(AsksTies):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * len(list(self.parameters()))
+
+    model = Counts().eval()
+    fast = turbotx.optimize(model, backend="aten")
+    torch.testing.assert_close(fast(X), X * 2)
+    model.b.weight = model.a.weight
+    torch.testing.assert_close(fast(X), X * 1)
+
+
 def test_zero_has_a_sign_and_nan_is_itself() -> None:
     class Signed(nn.Module):
         zero, nothing = 0.0, float("nan")

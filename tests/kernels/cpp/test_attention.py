@@ -143,6 +143,7 @@ LENGTHS = [  # batch, heads, kv_heads, q_len, k_len
     (2, 2, 1, 67, 130),
     (1, 2, 2, 9, 0),
     (1, 3, 1, 3, 1100),
+    (1, 2, 1, 150, 1300),  # strips of many rows, across the heads of a group
 ]
 
 

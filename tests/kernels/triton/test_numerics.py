@@ -68,6 +68,19 @@ def test_along_rows(length: int, kind: str, compiled: dict[Function, Compilation
     check(along_rows, compiled, rows_of(kind, length).float())
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_norm_of_what_a_softmax_was_taken_of(rows: int) -> None:
+    """Columns past the end are -inf after a softmax of a row in registers: no part of a mean."""
+
+    def norms(x: torch.Tensor) -> list[torch.Tensor]:
+        y = x + x
+        weights = y.softmax(-1), x.softmax(-1)
+        return [*weights, layer_norm(y, (3,)), (y + x).std(-1, correction=0), layer_norm(x, (3,))]
+
+    x = torch.randn(4, 3)
+    check(norms, {norms: compile_function(norms, x)}, x, Schedule(rows, 4))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
 @pytest.mark.parametrize("tile", [1, 2])
 def test_programs_that_take_several_tiles(

@@ -12,6 +12,7 @@ pytest.importorskip("starlette")
 
 from tests.serving.generation.tiny_decoders import (
     END,
+    bloom,
     gemma3,
     generator,
     gpt2,
@@ -70,7 +71,7 @@ def is_empty(service):
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [gpt2, llama, gemma3])
+@pytest.mark.parametrize("make", [gpt2, llama, gemma3, bloom])
 def test_each_gets_the_tokens_that_it_would_get_alone(make):
     prompts = random_prompts(24, 60)
 

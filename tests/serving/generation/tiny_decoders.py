@@ -61,6 +61,15 @@ def gemma3():
     return transformers.Gemma3ForCausalLM(config)
 
 
+def bloom():
+    """A bias by distance between columns, and no argument for positions."""
+    config = transformers.BloomConfig(
+        n_layer=2, hidden_size=32, n_head=4, vocab_size=len(WORDS), bos_token_id=2,
+        eos_token_id=END, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.BloomForCausalLM(config)
+
+
 def generator(make=gpt2):
     """One a family, compiled once in a test process."""
     return _generator(make)

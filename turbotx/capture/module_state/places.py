@@ -220,28 +220,58 @@ class CellPlace:
         return look(self.read())
 
 
-class TiedPlace:
-    """Names that were one and the same tensor: a graph reads it by one of them."""
+class Ties:
+    """Which names of modules are one and the same tensor, by what was read last."""
 
     def __init__(self, places: Sequence[AttributePlace]) -> None:
         self.places = places
-        self.text = " and ".join(p.text for p in places)
-        self.key = ("tied", *(p.key for p in places))
+        self._held: list[list[int]] = []
+        self._names: dict[int, list[int]] = {}
+
+    def look(self, mine: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Return for each tensor at some of the places the places that hold the same one. Reads
+        only those, and all where another tensor lies there."""
+        if not self._held or any(self._held[i] != self._read(i) for i in mine):
+            self._held = [self._read(i) for i in range(len(self.places))]
+            self._names.clear()
+            for i, held in enumerate(self._held):
+                for key in held:
+                    self._names.setdefault(key, []).append(i)
+        return tuple(tuple(self._names[key]) for i in mine for key in self._held[i])
+
+    def _read(self, i: int) -> list[int]:
+        value = self.places[i].read()
+        values = value.values() if isinstance(value, dict) else (value,)
+        return [id(x) for x in values if isinstance(x, torch.Tensor)]
+
+
+class TiedPlace:
+    """Which other names the tensors of one module have: code may ask, and a graph reads a tensor by
+    one of its names."""
+
+    def __init__(self, ties: Ties, mine: Sequence[int]) -> None:
+        """mine: the places of the module among those of `ties`."""
+        self._ties, self._mine = ties, mine
+        self.places = [ties.places[i] for i in mine]
+        self.text = " and ".join(p.text for p in self.places)
+        self.key = ("tied", *(p.key for p in self.places))
 
     def read(self) -> Any:
-        """Return "one tensor" if all places hold the same object, else "several tensors"."""
-        first, *rest = (p.read() for p in self.places)
-        return "one tensor" if all(x is first for x in rest) else "several tensors"
+        """Return "one tensor with" the names of others, else "tensors of its own"."""
+        others = {i for group in self._ties.look(self._mine) for i in group} - {*self._mine}
+        names = ", ".join(self._ties.places[i].text for i in sorted(others))
+        return f"one tensor with {names}" if names else "no other's tensor"
 
     def dicts(self) -> list[dict[Any, Any]]:
-        """Return the dicts of all places."""
-        return [d for p in self.places for d in p.dicts()]
+        """Return the dicts of the module's places, its tables among them."""
+        tables = [x for p in self.places if isinstance(x := p.read(), dict)]
+        return [*tables, *(d for p in self.places for d in p.dicts())]
 
     def describe(self, look: Look) -> Any:
-        """Return what `read` does; notes the dicts of all places in `look`."""
+        """Return the names that each tensor has; notes the dicts of the module in `look`."""
         for found in self.dicts():
             look.dicts[id(found)] = found
-        return self.read()
+        return self._ties.look(self._mine)
 
 
 def find_in_class(cls: type, name: str) -> Any:

@@ -30,6 +30,7 @@ from turbotx.capture.module_state.places import (
     ItemPlace,
     StatePlace,
     TiedPlace,
+    Ties,
     dict_of,
 )
 from turbotx.capture.module_state.recorder import StateRecorder, Write
@@ -180,16 +181,19 @@ def _text(paths: dict[int, str], owner: Any, name: str) -> str:
 
 
 def _find_ties(places: Iterable[AttributePlace]) -> Iterator[TiedPlace]:
-    """Give the groups of names that are one tensor."""
-    named: dict[int, list[AttributePlace]] = {}
-    for place in places:
-        if isinstance(place.owner, nn.Module):
-            value = place.read()
-            if isinstance(value, torch.Tensor):
-                named.setdefault(id(value), []).append(place)
-    for group in named.values():
-        if len(group) > 1:
-            yield TiedPlace(group)
+    """Give for each module that tensors were read of which others have them too."""
+    tensors = [
+        place
+        for place in places
+        if isinstance(place.owner, nn.Module)
+        and (place.name in TABLES[:2] or isinstance(place.read(), torch.Tensor))
+    ]
+    ties = Ties(tensors)
+    by_owner: dict[int, list[int]] = {}
+    for i, place in enumerate(tensors):
+        by_owner.setdefault(id(dict_of(place.owner)), []).append(i)
+    for mine in by_owner.values():
+        yield TiedPlace(ties, mine)
 
 
 def _refuse_training(model: nn.Module, places: Iterable[AttributePlace]) -> None:

@@ -100,17 +100,10 @@ def print_triton_attention(
 ) -> str:
     """Return the Triton source of an attention launch."""
     schedule, name = schedule or choose_attention_schedule(kernel), name or kernel.name
-    hidden = [] if kernel.keys == "all" else ["a key mask" if kernel.keys == "mask" else "lengths"]
-    hidden += ["causal"] * kernel.causal
-    hidden += ["queries at the last keys"] * kernel.late
-    hidden += [f"a window of {kernel.window}"] * (kernel.window != NO_WINDOW)
-    hidden += [f"scores capped at {kernel.softcap!r}"] * (kernel.softcap != 0)
-    hidden += [f"{kernel.bias} bias"] * (kernel.bias != "none") + ["sinks"] * kernel.sinks
-    hidden += ["each sequence by itself"] * kernel.packed
     header = [
         name,
         f"  softmax(q k^T * {kernel.scale!r}) v with head_dim {kernel.head_dim}"
-        + (f", {', '.join(hidden)}" if hidden else ""),
+        + describe_masks(kernel),
         f"  tiles of {schedule.q_tile} queries x {schedule.k_tile} keys,"
         f" {schedule.num_warps} warps",
     ]
@@ -118,11 +111,26 @@ def print_triton_attention(
     arguments += ["keys_ptr"] * (kernel.keys != "all") + ["bias_ptr"] * (kernel.bias != "none")
     arguments += ["sinks_ptr"] * kernel.sinks + ["bounds_ptr", "starts_ptr"] * kernel.packed
     arguments += [*NAMES, "Q_TILE", "K_TILE"]
-    flags = _flags(kernel, bool(schedule.once))
+    flags = attention_flags(kernel) | {
+        "ONCE": bool(schedule.once), "PACKED": kernel.packed, "MOST_DEEP": MOST_DEEP,
+    }  # fmt: skip
     return stand_alone(header, specialize("attention", "attention", name, arguments, flags))
 
 
-def _flags(kernel: AttentionKernel, once: bool) -> dict[str, Flag]:
+def describe_masks(kernel: AttentionKernel) -> str:
+    """Return in words, a comma before, which scores attention changes or hides."""
+    hidden = [] if kernel.keys == "all" else ["a key mask" if kernel.keys == "mask" else "lengths"]
+    hidden += ["causal"] * kernel.causal
+    hidden += ["queries at the last keys"] * kernel.late
+    hidden += [f"a window of {kernel.window}"] * (kernel.window != NO_WINDOW)
+    hidden += [f"scores capped at {kernel.softcap!r}"] * (kernel.softcap != 0)
+    hidden += [f"{kernel.bias} bias"] * (kernel.bias != "none") + ["sinks"] * kernel.sinks
+    hidden += ["each sequence by itself"] * kernel.packed
+    return "".join(f", {word}" for word in hidden)
+
+
+def attention_flags(kernel: AttentionKernel) -> dict[str, Flag]:
+    """Return the flags that templates of attention share."""
     left, right = kernel.window
     return {
         "HEAD_DIM": kernel.head_dim,
@@ -139,9 +147,6 @@ def _flags(kernel: AttentionKernel, once: bool) -> dict[str, Flag]:
         "BLIND_NAN": kernel.blind_nan,
         "BLIND_MEAN": kernel.blind_mean,
         "SINKS": kernel.sinks,
-        "ONCE": once,
-        "PACKED": kernel.packed,
-        "MOST_DEEP": MOST_DEEP,
     }
 
 

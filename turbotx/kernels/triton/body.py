@@ -51,6 +51,8 @@ class KernelBody:
         self.texts: dict[str, ValueText] = {n: ValueText(name) for n, name in self.names.items()}
         self.row_masked = self.two_dims
         self.col_masked = True
+        self.lowest_outside: set[str] = set()
+        """The tiles that a softmax has set to -inf past the end."""
         # Loads that give zeros past the end, so that a sum of what they make needs no mask.
         self.zero_filled = {
             load
@@ -68,6 +70,8 @@ class KernelBody:
         """Return the loads that make a value 0 past the end where they give 0 there; None where
         none do."""
         s = self.makers[value]
+        if self.texts[value].text in self.lowest_outside:
+            return None
         if isinstance(s, ir.Load):
             return {value} if "c" in self.dims(self.axes_in(s.access.offset)) else None
         if not isinstance(s, ir.Compute) or s.op not in ("add", "sub", "neg", "cast"):

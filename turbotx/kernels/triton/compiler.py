@@ -110,8 +110,10 @@ def kernel_job(
     target: str,
     schedule: Schedule | None = None,
     divisible: Iterable[str] = (),
+    cells: tuple[str, ...] = (),
 ) -> Job:
-    """Return the job for a kernel; `divisible` are the sizes that are multiples of 16.
+    """Return the job for a kernel; `divisible` are the sizes that are multiples of 16, `cells`
+    those that it reads on the device.
 
     Raises VerifyError where in-place reuse would spoil what is printed.
     """
@@ -138,6 +140,7 @@ def kernel_job(
         constexprs=tuple(tiles),
         divisible=(*aligned, *(n for n in kernel.sizes if n in divisible)),
         num_warps=fit_warps(schedule.num_warps, target),
+        cells=cells,
     )
 
 

@@ -294,6 +294,8 @@ class _Printer:
         )  # fmt: skip
         for line in tile.reduce(r.op, results):
             self.put(line)
+        if r.op == "softmax":
+            self.body.lowest_outside.add(x)
         self.emitted.update(r.results)
 
     def _mark(self, group: Group) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from turbotx.program.executable import ArgumentLayout
+from turbotx.program.executable import ArgumentLayout, DeviceCells
 from turbotx.runtime.cuda.status import Status
 from turbotx.runtime.lru import LruDict
 
@@ -31,12 +31,13 @@ class KernelArguments:
     """Argument arrays over one address table.
 
     Whole tensors are read from the table itself, windows from `shifted`, sizes from `sizes`.
-    turns: zeros on the device, which every launch of split sums leaves behind as zeros.
+    turns: zeros on the device, which every launch of split sums leaves behind as zeros. cells: what
+    kernels read on the device, of which they are given the addresses.
     """
 
     def __init__(
         self, table: Any, layouts: Mapping[Key, ArgumentLayout], count: int, status: Status,
-        turns: torch.Tensor,
+        turns: torch.Tensor, cells: DeviceCells | None = None,
     ) -> None:  # fmt: skip
         self._table = np.ctypeslib.as_array(table)
         self._sizes = np.zeros(max(1, count), dtype=np.int64)
@@ -52,6 +53,11 @@ class KernelArguments:
         self._statuses = np.array([status.address(i) for i in range(launches)], dtype=np.int64)
         self._turn = np.array([turns.data_ptr()], dtype=np.int64)
         self._nothing = np.zeros(1, dtype=np.int64)
+        keys = () if cells is None else (*cells.values, *cells.windows)
+        self._cells = torch.zeros(len(keys), dtype=torch.int64, device=turns.device)
+        self._cell_addresses = self._cells.data_ptr() + 8 * np.arange(len(keys), dtype=np.int64)
+        first = self._cell_addresses.ctypes.data
+        self._cell_of: dict[object, int] = {key: first + 8 * k for k, key in enumerate(keys)}
         self.addresses = {key: self._array(key[0], layout) for key, layout in layouts.items()}
         self._stamp: object = None
         self._views: LruDict[int, tuple[object, dict[int, Callable[[], object]]]]
@@ -60,12 +66,15 @@ class KernelArguments:
     def _array(self, i: int, layout: ArgumentLayout) -> Any:
         table, shifted = self._table.ctypes.data, self._shifted.ctypes.data
         found = [
-            table + 8 * p[0] if p[1] is None else shifted + self._places[p] for p in layout.pointers
+            self._cell_of.get(p)
+            or (table + 8 * p[0] if p[1] is None else shifted + self._places[p])
+            for p in layout.pointers
         ]
         cells = {"status": self._statuses.ctypes.data + 8 * i, "turns": self._turn.ctypes.data}
         found += [cells[layout.cell]] if layout.cell else []
         # A size that a kernel takes in 32 bits is the low half of its 64.
-        found += [self._sizes.ctypes.data + 8 * k for k in layout.sizes]
+        sizes = self._sizes.ctypes.data
+        found += [self._cell_of.get(k) or sizes + 8 * k for k in layout.sizes]
         found += [self._nothing.ctypes.data] * EXTRA_ARGUMENTS
         return (ctypes.c_void_p * len(found))(*found)
 
@@ -74,6 +83,10 @@ class KernelArguments:
         self._sizes[: len(sizes)] = sizes
         if len(self._bases):
             self._shifted[:] = self._table[self._bases] + self._sizes[self._shifts]
+
+    def write_cells(self, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+        """Queue what cells hold from now on: `numbers` are taken before it returns."""
+        self._cells.copy_(torch.from_numpy(numbers), non_blocking=True)
 
     def views(self, bound: object, stamp: object) -> dict[int, Callable[[], object]]:
         """Return the steps kept for a shape, none of which outlive the memory they look at."""

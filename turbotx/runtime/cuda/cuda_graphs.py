@@ -9,24 +9,27 @@ the arena alone: inputs are copied in, outputs are copied out to tensors of the 
 from __future__ import annotations
 
 import math
+import operator
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from turbotx.capture.ambient import without_autocast
-from turbotx.errors import BuildWarning, DeviceError, TurbotxError
+from turbotx.errors import BuildWarning, DeviceError, InputError, TurbotxError
 from turbotx.memory.planner.plan import align
 from turbotx.memory.pool import ChunkPool, poison_enabled
 from turbotx.program.executable import Executable, WholeTensor
 from turbotx.runtime.binding import Binding, Execution
 from turbotx.runtime.cuda.queue import CudaQueue
 from turbotx.runtime.cuda.settings import math_settings
+from turbotx.runtime.cuda.step_inputs import StepInputs, fit
 from turbotx.runtime.cuda.weights import WeightsVersion
 from turbotx.runtime.device import Graph, GraphRecorder
 from turbotx.runtime.lru import LruDict
@@ -43,19 +46,25 @@ class GraphBinding(Binding):
     """A call at one shape, and where its graph has inputs and outputs: behind the intermediates.
 
     outer: shapes and dtypes of inputs, then of outputs. outer_offsets: where they lie.
-    graph_nbytes: of all memory.
+    graph_nbytes: of all memory. key: the dims that one graph serves: those of the call, or of a
+    decoder's steps as they are when the cache is full. cells: what kernels read on the device in
+    this call; windows: offsets of what they read in the cache, in bytes.
     """
 
     outer: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     outer_offsets: tuple[int, ...]
     graph_nbytes: int
+    key: tuple[int, ...]
+    windows: np.ndarray[Any, np.dtype[np.int64]]
+    cells: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class CapturedGraph:
     """A captured graph of one shape in one arena, and the values that it depends on.
 
-    stamp: addresses, weights and settings at its capture. kept: the weights that it reads.
+    stamp: addresses, weights and settings at its capture. kept: the weights that it reads. frame:
+    the arguments of its kernels, with the cells that they read.
     """
 
     graph: Graph
@@ -63,6 +72,7 @@ class CapturedGraph:
     outputs: list[torch.Tensor]
     stamp: object
     kept: WeightsVersion
+    frame: Any
 
 
 class GraphCache:
@@ -94,6 +104,7 @@ class CudaGraphProgram(Program):
         """Weights that graphs of the caller's read, by version: nothing tells when those go."""
         self._shapes = [(t.shape.compile(self.dims), t.dtype) for t in executable.inputs]
         self._plain_leaves = self._find_plain_leaves()
+        self._steps = StepInputs(executable)
 
     def _find_plain_leaves(self) -> list[int] | None:
         """Return which output each leaf is, where each is one and nothing else."""
@@ -105,14 +116,46 @@ class CudaGraphProgram(Program):
 
     def _plan_shape(self, dims: tuple[int, ...]) -> Binding:
         plain = super()._plan_shape(dims)
-        inputs = ((shape(*dims), dtype) for shape, dtype in self._shapes)
+        inputs = [(shape(*dims), dtype) for shape, dtype in self._shapes]
+        if self._steps.cells is not None:  # which is not copied
+            inputs[self._steps.cache] = (0,), inputs[self._steps.cache][1]
         outer = (*inputs, *((shape, dtype) for _, shape, dtype in plain.outputs))
         offsets, end = [], align(plain.footprint_nbytes, ALIGNMENT)
         for shape, dtype in outer:
             offsets.append(end)
             end = align(end + math.prod(shape) * dtype.itemsize, ALIGNMENT)
         known = {f.name: getattr(plain, f.name) for f in fields(plain)}
-        return GraphBinding(**known, outer=outer, outer_offsets=tuple(offsets), graph_nbytes=end)
+        return GraphBinding(
+            **known, outer=outer, outer_offsets=tuple(offsets), graph_nbytes=end, key=dims,
+            windows=self._steps.find_windows(plain.sizes),
+        )  # fmt: skip
+
+    def bind(self, dims: tuple[int, ...]) -> Binding:
+        """Return the call at one shape, as `Program.bind`; steps of a decoder are planned once for
+        as many as its cache has room for."""
+        return self._bind_step(dims) if self._steps.cells is not None else super().bind(dims)
+
+    def bind_step(self, dims: tuple[int, ...], stepping: Sequence[int]) -> Binding:
+        """Return the call at one shape, as `Program.bind_step`."""
+        if self._steps.cells is not None:
+            return self._bind_step(dims)
+        return super().bind_step(dims, stepping)
+
+    def _bind_step(self, dims: tuple[int, ...]) -> Binding:
+        key = self._steps.key_of(dims)
+        with self._lock:
+            planned = self._bindings.find(key)
+            if planned is None:
+                planned = self._bindings[key] = self._plan_shape(key)
+        self._require(dims)
+        assert isinstance(planned, GraphBinding)
+        if any(map(operator.gt, self._class_nbytes(*dims), self._class_nbytes(*key))):
+            raise InputError(
+                f"a step with a key/value cache takes more memory at a length of its own, {dims}, "
+                f"than at the cache's capacity, {key}: call the model with use_cache=False"
+            )
+        outputs = self._shapes_of(dims)
+        return replace(planned, dims=dims, outputs=outputs, cells=self._steps.values_at(dims))
 
     def run(
         self, binding: Binding, tensors: Sequence[torch.Tensor], ticks: Any = None,
@@ -124,8 +167,9 @@ class CudaGraphProgram(Program):
             if device.is_capturing():
                 return self._run_inside_capture(binding, tensors)
             plain = ticks is not None or watch is not None or poison_enabled()
-            plain = plain or self.graphs.most == 0
-            if not plain and not self._is_first(binding.dims):
+            assert isinstance(binding, GraphBinding)
+            plain = plain or self.graphs.most == 0 or self._steps.is_bound
+            if not plain and not self._is_first(binding.key):
                 try:
                     return self._replay(binding, tensors)
                 except _NotCapturable as error:
@@ -195,7 +239,10 @@ class CudaGraphProgram(Program):
     ) -> list[torch.Tensor]:
         """Copy inputs in, replay, copy outputs out: one kernel copies all of a dtype."""
         call = self.runtime.device.call
+        self._write_cells(captured.frame, binding, tensors)
         into, given = self._copied_in(captured.inputs, tensors)
+        if self._steps.cells is not None:
+            into, given = self._steps.pair(into, given)
         if given:  # a list of none is refused
             call(partial(torch._foreach_copy_, into, given))
         captured.graph.replay()
@@ -203,8 +250,29 @@ class CudaGraphProgram(Program):
         self.runtime.placed.use(captured.kept)
         outputs = self._new_outputs(binding)
         if outputs:
-            call(partial(torch._foreach_copy_, outputs, captured.outputs))
+            made = captured.outputs
+            if self._steps.cells is not None:
+                made = [fit(x, like) for x, like in zip(made, outputs, strict=True)]
+            call(partial(torch._foreach_copy_, outputs, made))
         return outputs
+
+    def _write_cells(
+        self, frame: Any, binding: Binding, tensors: Sequence[torch.Tensor]
+    ) -> None:  # fmt: skip
+        """Queue what kernels read on the device in this call."""
+        if self._steps.cells is not None:
+            assert isinstance(binding, GraphBinding)
+            cache = binding.windows + tensors[self._steps.cache].data_ptr()
+            numbers = np.concatenate((np.array(binding.cells, dtype=np.int64), cache))
+            self.runtime.device.call(partial(frame.write_cells, numbers))
+
+    def _run_in(
+        self, execution: Execution, binding: Binding, state: RunState,
+        inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
+        ticks: Any = None, watch: Watch | None = None,
+    ) -> None:  # fmt: skip
+        self._write_cells(self.runtime.frame(execution.table), binding, inputs)
+        super()._run_in(execution, binding, state, inputs, outputs, ticks, watch)
 
     def _copied_in(
         self, inputs: list[torch.Tensor], tensors: Sequence[torch.Tensor]
@@ -217,7 +285,7 @@ class CudaGraphProgram(Program):
 
     def _find(self, arena: Any, binding: GraphBinding) -> CapturedGraph:
         """Return the graph of a shape in this arena, captured now if there is none that holds."""
-        key = (arena.index, binding.dims)
+        key = (arena.index, binding.key)
         stamp = (arena.data_ptr, arena.shrinks, self.runtime.weights.version, math_settings())
         with self.graphs.lock:
             captured = self.graphs.kept.find(key)
@@ -234,7 +302,7 @@ class CudaGraphProgram(Program):
             part = arena.tensor[offset : offset + math.prod(shape) * dtype.itemsize]
             views.append(part.view(dtype).view(shape))
         count = len(self._inputs)
-        inputs, outputs = views[:count], views[count:]
+        inputs, outputs = views[:count], views[count:]  # a cache is read through cells alone
         execution = self._prepare(arena, binding)
         self.runtime.bind(binding.sizes)
         state = self._state(binding, arena, inputs, outputs)
@@ -242,9 +310,11 @@ class CudaGraphProgram(Program):
         if recorder is None:
             recorder = self.graphs.recorders[arena.index] = self.runtime.device.recorder()
 
+        run = super()._run_in  # cells are written before each replay, and not by it
+
         def body() -> None:
             self._derive(inputs)
-            self._run_in(execution, binding, state, inputs, outputs)
+            run(execution, binding, state, inputs, outputs)
 
         try:
             graph = recorder.capture(body)
@@ -253,7 +323,8 @@ class CudaGraphProgram(Program):
         except RuntimeError as error:  # an op that waits for the device, most likely
             raise _NotCapturable(str(error).splitlines()[0]) from error
         self.graph_captures += 1
-        return CapturedGraph(graph, inputs, outputs, stamp, execution.kept)
+        frame = self.runtime.frame(execution.table)
+        return CapturedGraph(graph, inputs, outputs, stamp, execution.kept, frame)
 
     def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
         super()._point(execution, arena, binding)
@@ -265,6 +336,12 @@ class CudaGraphProgram(Program):
 
     def _run_inside_capture(self, binding: Binding, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """Queue into the caller's graph, in memory that this graph owns alone."""
+        if self._steps.cells is not None:
+            raise DeviceError(
+                "a CUDA graph is being captured around a call with a key/value cache: it would "
+                "repeat one step, at one length. Leave the capture out, since turbotx captures "
+                "steps by itself, or call the model with use_cache=False"
+            )
         if not self.runtime.placed.are_filled() or not self.runtime.is_loaded(binding.sizes):
             raise DeviceError(
                 "a CUDA graph is being captured around a turbotx module whose program for these "

@@ -20,7 +20,7 @@ import torch
 
 from turbotx.errors import DeviceError, InputError
 from turbotx.memory.pool import ChunkPool
-from turbotx.passes.pack import TokenPacking
+from turbotx.passes.packing import TokenPacking
 from turbotx.program.executable import Executable
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache

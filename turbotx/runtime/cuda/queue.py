@@ -203,7 +203,8 @@ class CudaQueue(ABC):
         if frame is None:
             turns = torch.zeros(self.gpu.turns, dtype=torch.int32, device=self.torch_device)
             layouts, count = self._layouts, self._value_count
-            frame = KernelArguments(table, layouts, count, self._status, turns)
+            cells = self.gpu.cells
+            frame = KernelArguments(table, layouts, count, self._status, turns, cells)
             table.frame = frame
         return frame
 

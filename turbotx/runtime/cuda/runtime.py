@@ -19,16 +19,25 @@ from turbotx.ir.expr import sizes_of
 from turbotx.kernels.gemm_heuristics import BUCKETS, MOST_TURNS
 from turbotx.kernels.job import Job
 from turbotx.kernels.schedule_selector import Tiles
+from turbotx.kernels.triton.cells import read_cells
 from turbotx.kernels.triton.dependent import can_depend, make_dependent
 from turbotx.kernels.triton.gemm_template import GemmTemplate
 from turbotx.kernels.tuned import make_chooser
 from turbotx.options import Options
 from turbotx.program.assembly import Assembly
-from turbotx.program.executable import ArgumentLayout, GpuTables, QueuedLaunch, TokenRange
+from turbotx.program.executable import (
+    ArgumentLayout,
+    DeviceCells,
+    GpuTables,
+    QueuedLaunch,
+    TokenRange,
+)
 from turbotx.program.link import LaunchLayout, facts_of, link
+from turbotx.program.steps import GrowingDims, expected_steps, is_split
 from turbotx.runtime.cuda.arguments import Key
 from turbotx.runtime.cuda.gemm import GemmFamily, find_library_call, plain_gemm
 from turbotx.runtime.cuda.queue import CudaQueue
+from turbotx.runtime.cuda.step_variants import SplitFamily, StoreFamily
 from turbotx.runtime.cuda.variants import AttentionFamily, KernelFamily, SequenceFamily, lay_out
 from turbotx.runtime.device import Device
 from turbotx.runtime.weights import Weights
@@ -37,7 +46,7 @@ from turbotx.runtime.weights import Weights
 # tiles for run-time lengths, with and without sizes that allow 128-bit accesses.
 EXPECTED_LENGTHS = (16, 17, 256, 250, 512, 500)
 
-Compiling = KernelFamily | AttentionFamily | GemmFamily | SequenceFamily
+Compiling = KernelFamily | AttentionFamily | GemmFamily | SequenceFamily | StoreFamily
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,11 @@ class LaunchKernels:
 
     def __init__(
         self, assembly: Assembly, dims: Sequence[str], tiles: Tiles, options: Options,
-        token_range: TokenRange | None = None,
+        token_range: TokenRange | None = None, steps: GrowingDims | None = None,
     ) -> None:  # fmt: skip
-        """token_range: the calls that the program serves; None: all."""
-        self.assembly, self.target = assembly, tiles.target
+        """token_range: the calls that the program serves; None: all. steps: what grows with every
+        step of a decoder, where kernels read that on the device."""
+        self.assembly, self.target, self.steps = assembly, tiles.target, steps
         slots = {name: k for k, name in enumerate(assembly.tensors)}
         self.table = LaunchLayout(slots, token_range=token_range)
         self._layouts: dict[Key, ArgumentLayout] = {}
@@ -80,6 +90,7 @@ class LaunchKernels:
             tuple(self._checks.get(i, 0) for i in range(len(assembly.launches))),
             MOST_TURNS if split else 0,
             self._depends,
+            None if steps is None else self._lay_out_cells(steps, dims),
         )
         self.executable = link(assembly, dims, options.planner, self.table)
 
@@ -92,8 +103,11 @@ class LaunchKernels:
             if isinstance(launch, ir.KernelLaunch):
                 found[i] = self._kernel(i, "kernel", launch)
             elif isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
-                found[i] = AttentionFamily(launch, target, self.table, tiles)
+                found[i] = self._attention(i, launch, tiles)
                 self._lay_out(i, "kernel", launch)
+            elif isinstance(launch, ir.StoreLaunch):
+                store = found[i] = StoreFamily(launch, target, self.table, self.steps)
+                self._layouts[i, "kernel"] = store.layout
             elif isinstance(launch, ir.SequenceLaunch):
                 found[i] = SequenceFamily(launch, target, self.table)
                 self._lay_out(i, "kernel", launch)
@@ -113,9 +127,30 @@ class LaunchKernels:
         kernel = launch.kernel
         digest = kernel.digest()
         if digest not in self._kernels:
-            self._kernels[digest] = KernelFamily(kernel, self.target, self.table, self._choose)
+            family = KernelFamily(kernel, self.target, self.table, self._choose, self.steps)
+            self._kernels[digest] = family
         self._lay_out(i, which, launch)
         return self._kernels[digest]
+
+    def _attention(
+        self, i: int, launch: ir.AttentionLaunch | ir.ProductLaunch, tiles: Tiles
+    ) -> AttentionFamily:
+        """Return the family of an attention launch, or of one of its products."""
+        if not is_split(launch, self.steps):
+            return AttentionFamily(launch, self.target, self.table, tiles, self.steps)
+        assert isinstance(launch, ir.AttentionLaunch) and self.steps is not None
+        family = SplitFamily(launch, self.target, self.table, tiles, self.steps)
+        self._layouts[i, "split"] = family.layout(launch, self.table)
+        return family
+
+    def _lay_out_cells(self, steps: GrowingDims, dims: Sequence[str]) -> DeviceCells:
+        """Say what of the tables kernels read on the device."""
+        moving = tuple(k for e, k in self.table.values.items() if steps.move(e))
+        slot = self.table.slots[steps.cache]
+        pointers = (p for layout in self._layouts.values() for p in layout.pointers)
+        windows = tuple(dict.fromkeys(p for p in pointers if p[0] == slot))
+        grow = tuple(k for k, name in enumerate(dims) if name in steps.dims)
+        return DeviceCells(grow, list(dims).index(steps.capacity), moving, steps.cache, windows)
 
     def _lay_out(self, i: int, which: str, launch: ir.Launch) -> None:
         body = launch.kernel.body if isinstance(launch, ir.KernelLaunch) else ()
@@ -151,8 +186,11 @@ class LaunchKernels:
         """Return what the shapes to expect will need, of the calls that it serves."""
         names = self.executable.dims
         evaluate = self.executable.values.compile(names)
-        first = [tuple(example_dims)] if example_dims else []
-        dims, served = [*first, *expected_dims(names)], self.executable.token_range
+        dims, served = [*expected_dims(names)], self.executable.token_range
+        if self.steps is not None:
+            dims = [*expected_steps(names, self.steps)]
+        elif example_dims:
+            dims = [tuple(example_dims), *dims]
         some = evaluate(*dims[0])
         shapes = [evaluate(*d) for d in dims if served is None or served.holds(d)]
         jobs: list[Any] = []
@@ -168,7 +206,7 @@ class LaunchKernels:
 
     def adapt(self, job: Job) -> Job:
         """Return a job as the options want it."""
-        return make_dependent(job) if self._depends else job
+        return read_cells(make_dependent(job) if self._depends else job)
 
 
 def _launch_of(launch: ir.Launch, which: str) -> ir.Launch:

@@ -53,6 +53,7 @@ from turbotx.kernels.triton.tags import AttentionTiles, tag_of
 from turbotx.kernels.tuned import Choose, neighbours
 from turbotx.program.executable import ArgumentLayout
 from turbotx.program.link import LaunchLayout
+from turbotx.program.steps import GrowingDims
 from turbotx.runtime.cuda.parts import Part
 from turbotx.runtime.device import Grid
 
@@ -98,8 +99,13 @@ class Deciders:
 class KernelFamily:
     """All variants of one generated kernel; equal kernels of several layers share one."""
 
-    def __init__(self, kernel: ir.Kernel, target: str, table: LaunchLayout, choose: Choose) -> None:
+    def __init__(
+        self, kernel: ir.Kernel, target: str, table: LaunchLayout, choose: Choose,
+        steps: GrowingDims | None = None,
+    ) -> None:  # fmt: skip
+        """Take what grows with every step of a decoder, where that is read on the device."""
         self.kernel, self._target, self._choose = kernel, target, choose
+        self._cells = tuple(n for n in kernel.sizes if steps and steps.move(dim(n)))
         self._length = table.value(product([a.extent for a in vector_axes(kernel)]))
         self._outer = table.value(product([a.extent for a in outer_axes(kernel)]))
         counts = [table.value(product(p.shape)) for p in kernel.params]
@@ -147,12 +153,13 @@ class KernelFamily:
         return [Part("kernel", job, grid)]
 
     def _divisible(self, sizes: Sequence[int]) -> tuple[str, ...]:
-        return tuple(name for name, k in self._strides if sizes[k] % 16 == 0)
+        even = (name for name, k in self._strides if sizes[k] % 16 == 0)
+        return tuple(name for name in even if name not in self._cells)
 
     def _job(self, schedule: Schedule, divisible: tuple[str, ...]) -> Job:
         job = self._jobs.get((schedule, divisible))
         if job is None:
-            job = kernel_job(self.kernel, self._target, schedule, divisible)
+            job = kernel_job(self.kernel, self._target, schedule, divisible, self._cells)
             self._jobs[schedule, divisible] = job
         return job
 
@@ -197,19 +204,24 @@ class AttentionFamily:
 
     def __init__(
         self, launch: ir.AttentionLaunch | ir.ProductLaunch, target: str, table: LaunchLayout,
-        tiles: Tiles,
+        tiles: Tiles, steps: GrowingDims | None = None,
     ) -> None:  # fmt: skip
+        """Take what grows with every step of a decoder, where that is read on the device."""
         self.kernel: AttentionKernel | ProductKernel = launch.kernel
         self._target, self._tiles = target, tiles
         self._sizes = [table.value(e) for e in launch.sizes]
         flash = isinstance(launch, ir.AttentionLaunch)
         self._names, self._strides = (NAMES, STRIDES) if flash else (PRODUCT_NAMES, PRODUCT_STRIDES)
         names = POINTERS if flash else ("a_ptr", "b_ptr", "out_ptr")
+        given = dict(zip(names, launch.operands, strict=False))
         self._shifts = [
             (name, table.value(a.offset * a.dtype.itemsize))
-            for name, a in zip(names, launch.operands, strict=False)
+            for name, a in given.items()
             if a is not None and a.offset != 0
         ]
+        cells = [n for n, a in given.items() if steps and a is not None and a.tensor == steps.cache]
+        sized = zip(self._names, launch.sizes, strict=True)
+        self._cells = (*(n for n, e in sized if steps and steps.move(e)), *cells)
         self._chosen: dict[int, AttentionTiles] = {}
         self._jobs: dict[object, Job] = {}
 
@@ -248,18 +260,25 @@ class AttentionFamily:
         values = dict(zip(self._names, (sizes[k] for k in self._sizes), strict=True))
         if isinstance(tiles, AttentionSchedule):
             tiles = with_keys(tiles, values["k_len"])
-        divisible = tuple(name for name in self._strides if values[name] % 16 == 0)
-        unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
-        key = (tiles, divisible, unaligned)
+        key = (tiles, *self._known(values, sizes))
         job = self._jobs.get(key)
         if job is None:
-            job = self._jobs[key] = self._make(tiles, divisible, unaligned)
+            job = self._jobs[key] = self._make(*key)
         return [Part("kernel", job, self._grid(tiles, values))]
 
+    def _known(
+        self, values: Mapping[str, int], sizes: Sequence[int]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return which strides are multiples of 16, and which addresses are none."""
+        even = (name for name in self._strides if values[name] % 16 == 0)
+        unaligned = tuple(name for name, k in self._shifts if sizes[k] % ALIGNED_NBYTES)
+        return tuple(name for name in even if name not in self._cells), unaligned
+
     def _make(self, tiles: Any, divisible: Iterable[str], unaligned: Iterable[str]) -> Job:
-        make: Any = attention_job if isinstance(self.kernel, AttentionKernel) else product_job
-        job: Job = make(self.kernel, self._target, tiles, divisible, unaligned)
-        return job
+        kernel, given = self.kernel, (self._target, tiles, divisible, unaligned)
+        if isinstance(kernel, AttentionKernel):
+            return attention_job(kernel, *given, cells=self._cells)
+        return product_job(kernel, *given)
 
     def _grid(self, tiles: AttentionTiles, values: Mapping[str, int]) -> Grid:
         batch, heads, q_len = values["batch"], values["heads"], values["q_len"]

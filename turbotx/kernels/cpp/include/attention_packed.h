@@ -48,11 +48,8 @@ void packed_attention(const T* q, const T* k, const T* v, T* out, const Attentio
     if (tiles * part / parts == tiles * (part + 1) / parts) continue;
     HeadOperands<T> head =
         prepare_head<T, D>(one, k + begin * s.k.row, v + begin * s.v.row, 0, kv_head, rows);
-    for (long tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
-      long first = tile * kTileRows, left = rows - first;
-      attend_rows_of<T, D>(static_cast<int>(left < kTileRows ? left : kTileRows), one, head,
-                           q + begin * s.q.row, out + begin * s.out.row, 0, kv_head * group, first);
-    }
+    attend_tiles<T, D>(one, head, q + begin * s.q.row, out + begin * s.out.row, 0, kv_head * group,
+                       rows, tiles * part / parts, tiles * (part + 1) / parts);
   }
 }
 

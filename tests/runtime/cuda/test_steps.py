@@ -1,0 +1,191 @@
+"""Decoding with a key/value cache as GPU programs, every kernel in Triton's interpreter.
+
+In: tiny decoders, prompts with left padding, tokens by greedy choice and by beams. Out: eager's
+tokens, by graphs that serve every length within a cache's room, and caches that lie elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import turbotx
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+pytest.importorskip("transformers")
+
+import transformers
+
+from tests.engine.decoders import VOCABULARY, make, prompt
+from tests.models import assert_as_exact_as_eager, in_double
+from tests.runtime.cuda.stand_in_device import InterpretedDevice, bind_to
+from turbotx.engine.optimize import engine_of
+from turbotx.errors import CacheFullError, DeviceError, EagerWarning, SaveError
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_in_pytorch() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EagerWarning)
+        yield
+
+
+def make_small(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    """A decoder of one layer."""
+    config = copy.deepcopy(make(family).config)
+    config.num_hidden_layers, config.layer_types = 1, None
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 1
+    return model
+
+
+def new_cache(model: Any) -> Any:
+    return transformers.DynamicCache(config=model.config)
+
+
+@torch.no_grad()
+def step(run: Any, cache: Any, *tokens: int, batch: int = 1, **rest: Any) -> torch.Tensor:
+    """Return the logits behind tokens, which are the same in every row."""
+    ids = torch.tensor([tokens]).expand(batch, -1).contiguous()
+    made: torch.Tensor = run(input_ids=ids, past_key_values=cache, use_cache=True, **rest).logits
+    return made
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma", "t5"])
+def test_tokens_are_those_of_eager(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, device = make(family), InterpretedDevice()
+    fast = bind_to(device, model, monkeypatch)
+    for way in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}):
+        given = {**prompt(family, 2, 6, 2), **way, "max_new_tokens": 5, "min_new_tokens": 5}
+        assert torch.equal(fast.generate(**given), model.generate(**given))
+    assert fast.stats()["eager_calls"] == 0
+    stores = device.names("launch").count("cache_store_float_8")
+    assert stores, "rows are stored by a kernel"
+    # T5's bias by distance has as many rows as keys, which no graph of all lengths can have.
+    replays = [e for e in device.log if e[0] == "replay"]
+    assert len(replays) > (0 if family == "t5" else 5)
+
+
+def test_one_graph_serves_every_length_and_every_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, device = make_small(), InterpretedDevice()
+    fast = bind_to(device, model, monkeypatch)
+    kept = []
+    for turn in range(2):
+        ours, theirs = new_cache(model), new_cache(model)
+        kept.append(ours)  # the second cache lies elsewhere
+        for k in range(5):
+            tokens = (3, 9, 4) if k == 0 else (5 + k + turn,)
+            torch.testing.assert_close(step(fast, ours, *tokens), step(model, theirs, *tokens))
+    # Prompts and steps: each once plainly, then captured, and replayed from then on.
+    assert fast.stats()["graph_captures"] == 2
+    assert len([e for e in device.log if e[0] == "replay"]) == 3 + 1 + 4
+    first, second = (c.layers[0].memory.tensor_for(1, 7) for c in kept)
+    assert first.data_ptr() != second.data_ptr()
+    torch.testing.assert_close(kept[1].layers[0].keys, theirs.layers[0].keys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_steps_behind_many_keys_are_as_exact_as_eager(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past a room of 64 keys programs take parts of them, and the last one adds these."""
+    model, device = make_small(dtype=dtype), InterpretedDevice()
+    fast, exact = bind_to(device, model, monkeypatch), in_double(model)
+    ids = torch.randint(2, VOCABULARY, (3, 67), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    caches = [new_cache(model) for _ in range(3)]
+    for begin, end in ((0, 62), (62, 63), (63, 64), (64, 65), (65, 66), (66, 67)):
+        call = {"attention_mask": mask[:, :end], "use_cache": True}
+        call["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:end]
+        with torch.no_grad():
+            ours, eager, true = (
+                run(input_ids=ids[:, begin:end], past_key_values=cache, **call).logits[:, -1]
+                for run, cache in zip((fast, model, exact), caches, strict=True)
+            )
+        assert_as_exact_as_eager(ours, eager, true)
+    grids = {e[2] for e in device.log if e[0] == "launch" and e[1].startswith("split_attention")}
+    assert {grid[0] for grid in grids} == {1, 2}  # parts of the keys
+    assert not any(frame._turns.any() for frame in frames_of(fast))
+
+
+def frames_of(fast: Any) -> list[Any]:
+    """The arguments of every arena that steps have run in."""
+    variants = engine_of(fast).parts["steps"].variants()
+    programs = [p for v in variants for p in v.programs]
+    return [e.table.frame for p in programs for e in p.executions.values()]
+
+
+def test_a_cache_that_is_cut_and_reordered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_small("mistral")
+    fast = bind_to(InterpretedDevice(), model, monkeypatch)
+    ours, theirs = new_cache(model), new_cache(model)
+    ids = torch.randint(2, VOCABULARY, (3, 5), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for run, cache in ((fast, ours), (model, theirs)):
+            run(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache.crop(-1)
+            cache.reorder_cache(torch.tensor([2, 0, 0]))
+    for token in range(6):  # past the window of 8
+        torch.testing.assert_close(
+            step(fast, ours, token + 2, batch=3), step(model, theirs, token + 2, batch=3)
+        )
+
+
+def test_what_a_graph_of_all_lengths_cannot_hold_runs_plainly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shares that are returned are made by PyTorch's softmax over all keys."""
+    model, device = make_small(), InterpretedDevice()
+    model.set_attn_implementation("eager")
+    fast = bind_to(device, model, monkeypatch)
+    ours, theirs = new_cache(model), new_cache(model)
+    for tokens in ((3, 9, 4), (5,), (5,), (5,)):
+        with torch.no_grad():
+            made, wanted = (
+                run(torch.tensor([tokens]), past_key_values=c, use_cache=True,
+                    output_attentions=True).attentions[0]
+                for run, c in ((fast, ours), (model, theirs))
+            )  # fmt: skip
+        torch.testing.assert_close(made, wanted)
+
+
+def test_poisoned_memory_is_never_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURBOTX_POISON", "1")
+    model = make_small()
+    fast = bind_to(InterpretedDevice(), model, monkeypatch)
+    ours, theirs = new_cache(model), new_cache(model)
+    for tokens in ((3, 9, 4), (5,), (6, 2)):
+        torch.testing.assert_close(step(fast, ours, *tokens), step(model, theirs, *tokens))
+
+
+def test_a_full_cache_and_a_capture_of_ones_own_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, device = make_small(), InterpretedDevice()
+    nbytes = 64 * 2 * 2 * 8 * 4
+    fast = bind_to(device, model, monkeypatch, max_cache_nbytes=nbytes)
+    cache = new_cache(model)
+    step(fast, cache, 3, 4)
+    with pytest.raises(CacheFullError):
+        step(fast, cache, *[3] * 63)
+    assert fast.stats()["cache_nbytes"] == nbytes and cache.get_seq_length() == 2
+    device.users_capture = True
+    with pytest.raises(DeviceError, match="would repeat one step"):
+        step(fast, cache, 3)
+    device.users_capture = False
+    step(fast, cache, 3)
+
+
+def test_steps_cannot_be_saved_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    model = make_small()
+    fast = bind_to(InterpretedDevice(), model, monkeypatch)
+    step(fast, new_cache(model), 3, 4)
+    with pytest.raises(SaveError, match="run on CPUs"):
+        turbotx.save(fast, tmp_path / "model.ttx")

@@ -1,0 +1,135 @@
+"""Jobs of a decoder's cache on a GPU: flash decoding over it, and storing rows behind its others.
+
+In: an `AttentionKernel` and how many heads share a key head, a target, tiles; or the dtype and
+width of rows. Out: a `Job`, whose cells hold where the cache is and how much of it is filled::
+
+    schedule = choose_split(kernel, group=4, batch=1, kv_heads=8, q_len=1, k_len=1024)
+    split_job(kernel, 4, "sm_90", schedule)   # 16 programs a key head, 64 keys of each at a time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from turbotx.ir.matmul_kernels import DTYPE_NAMES, AttentionKernel
+from turbotx.kernels.attention_jobs import assume, attention_pointers, sized_job
+from turbotx.kernels.gemm_heuristics import MOST_TURNS
+from turbotx.kernels.job import Job
+from turbotx.kernels.schedule import power_above
+from turbotx.kernels.triton.attention import MOST_DEEP, NAMES, attention_flags, describe_masks
+from turbotx.kernels.triton.compiler import POINTEES
+from turbotx.kernels.triton.functions import stand_alone
+from turbotx.kernels.triton.specialize import specialize
+
+# Programs that fill a device twice, and as many as a key head's parts can be.
+PROGRAMS, MOST_PARTS = 264, 32
+# Rows of sums that all parts of a launch may leave.
+MOST_ROWS = 16 * PROGRAMS
+# Parts that are added at a time, one number for however many there are; and elements of them.
+MOST_ADDED, ADDED = 16, 8192
+STORE_NAMES = (
+    "count", "first", "new_batch", "new_head", "new_row", "held_batch", "held_head",
+)  # fmt: skip
+STORE_STRIDES = STORE_NAMES[2:]
+
+
+@dataclass(frozen=True)
+class SplitSchedule:
+    """Rows (queries of a group of heads) and keys of a tile, and how many parts keys are in.
+
+    rows: of sums that are left, the power of two above those of a group. added: parts that are
+    added at a time.
+    """
+
+    q_tile: int
+    k_tile: int
+    rows: int
+    parts: int
+    added: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def choose_split(
+    kernel: AttentionKernel, group: int, batch: int, kv_heads: int, q_len: int, k_len: int
+) -> SplitSchedule | None:
+    """Return how few queries read a cache with room for `k_len` keys; None for many queries."""
+    depth = max(16, power_above(kernel.head_dim))
+    rows = power_above(max(1, group * q_len))
+    wide = kernel.dtype.itemsize >= 4
+    if rows > (16 if wide or depth > 128 else 64) or batch > MOST_DEEP:
+        return None
+    k_tile = (32 if depth <= 64 else 16) if wide else 64 if depth <= 128 else 32
+    pairs = max(1, batch * kv_heads)
+    most = min(PROGRAMS // pairs, MOST_ROWS // (pairs * rows), MOST_PARTS, -(-k_len // k_tile))
+    parts = max(1, most) if pairs <= MOST_TURNS else 1
+    added = max(1, min(MOST_ADDED, ADDED // (rows * depth)))
+    stages = 1 if wide else 2
+    return SplitSchedule(max(16, rows), k_tile, rows, parts, added, 4, stages)
+
+
+def room_for_sums(kernel: AttentionKernel) -> int:
+    """Return how many float32 the parts of any split launch leave at most."""
+    return MOST_ROWS * (max(16, power_above(kernel.head_dim)) + 2)
+
+
+def split_job(
+    kernel: AttentionKernel, group: int, target: str, schedule: SplitSchedule,
+    divisible: Iterable[str], unaligned: Iterable[str] = (), cells: tuple[str, ...] = (),
+) -> Job:  # fmt: skip
+    """Return the job of attention of few queries over a cache.
+
+    group: heads of queries to a key head. Other arguments as those of `attention_job`; cells: the
+    sizes and addresses that it reads on the device.
+    """
+    s, split = schedule, schedule.parts > 1
+    name = f"split_{kernel.name}"
+    header = [
+        name,
+        f"  softmax(q k^T * {kernel.scale!r}) v with head_dim {kernel.head_dim}"
+        + describe_masks(kernel),
+        f"  a program {'a part' if split else 'all'} of the keys of a head of keys,"
+        f" {s.k_tile} at a time, for {group} heads of queries, {s.num_warps} warps",
+    ]
+    flags = attention_flags(kernel) | {
+        "GROUP": group, "SPLIT": split, "ROWS": s.rows, "PARTS": s.added,
+    }  # fmt: skip
+    pointers = attention_pointers(kernel)
+    pointers += [("partial_ptr", "*fp32"), ("turns_ptr", "*i32")] * split
+    arguments = [*(p for p, _ in pointers), *NAMES, "Q_TILE", "K_TILE"]
+    text = specialize("split_attention", "split_attention", name, arguments, flags)
+    tiles = (("Q_TILE", s.q_tile), ("K_TILE", s.k_tile))
+    assumed = assume(pointers, unaligned, NAMES, divisible)
+    return sized_job(
+        name, stand_alone(header, text), target, s, pointers, NAMES, tiles, assumed, cells
+    )
+
+
+@dataclass(frozen=True)
+class StoreSchedule:
+    """Rows of a tile."""
+
+    r_tile: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+def store_job(
+    dtype: torch.dtype, width: int, target: str, schedule: StoreSchedule,
+    divisible: Iterable[str], unaligned: Iterable[str] = (), cells: tuple[str, ...] = (),
+) -> Job:  # fmt: skip
+    """Return the job that stores rows of a width behind those that a cache has of a layer."""
+    name = f"cache_store_{DTYPE_NAMES[dtype]}_{width}"
+    flags = {"WIDTH": width, "DEPTH": power_above(width)}
+    arguments = ["new_ptr", "held_ptr", *STORE_NAMES, "R_TILE"]
+    header = [name, f"  rows of {width}, {schedule.r_tile} at a time"]
+    source = stand_alone(header, specialize("cache_store", "cache_store", name, arguments, flags))
+    pointers = [(n, f"*{POINTEES[dtype]}") for n in arguments[:2]]
+    tiles = (("R_TILE", schedule.r_tile),)
+    assumed = assume(pointers, unaligned, STORE_NAMES, divisible)
+    return sized_job(
+        name, source, target, schedule, pointers, STORE_NAMES, tiles, assumed, cells
+    )  # fmt: skip

@@ -1,0 +1,174 @@
+"""Flash decoding: few queries over a cache, each part of its keys by a program of its own.
+
+One program a part of the keys of one key head, for all heads of queries that share it: keys and
+values are loaded once. Every program leaves its sums; the last to come adds them all, in order.
+After Dao et al. 2023 (Flash-Decoding). How many keys there are, it reads on the device.
+"""
+
+import triton
+import triton.language as tl
+
+from turbotx.kernels.triton.templates.attention import divide_values, find_keys, score_keys
+
+# As in attention.py.
+HEAD_DIM = tl.constexpr(None)
+DEPTH = tl.constexpr(None)
+STORED = tl.constexpr(None)
+PRECISION = tl.constexpr(None)
+SCALE = tl.constexpr(None)
+CAP = tl.constexpr(None)
+KEYS = tl.constexpr(None)
+BIAS = tl.constexpr(None)
+LEFT = tl.constexpr(None)
+RIGHT = tl.constexpr(None)
+LATE = tl.constexpr(None)
+BLIND_NAN = tl.constexpr(None)
+BLIND_MEAN = tl.constexpr(None)
+SINKS = tl.constexpr(None)
+GROUP = tl.constexpr(None)  # heads of queries to a head of keys
+SPLIT = tl.constexpr(None)  # whether there is more than one part
+ROWS = tl.constexpr(None)  # of queries, heads of a group one by one, that are left
+PARTS = tl.constexpr(None)  # that are added at a time
+
+LOG2E = tl.constexpr(1.4426950408889634)
+MOST = tl.constexpr(3.4028234663852886e38)  # of float32
+
+
+@triton.jit
+def find_part(first, q_len, count, K_TILE: tl.constexpr):
+    """The keys of a program, of those that any of its queries sees."""
+    low = 0
+    high = tl.cdiv(count, K_TILE)
+    if LEFT is not None:
+        low = tl.maximum(first - LEFT, 0) // K_TILE
+    if RIGHT is not None:
+        high = tl.cdiv(tl.minimum(count, first + q_len + RIGHT), K_TILE)
+    steps = tl.maximum(high - low, 0)
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    begin = (low + split * steps // splits) * K_TILE
+    end = (low + (split + 1) * steps // splits) * K_TILE
+    return begin, end
+
+
+@triton.jit
+def begin_sums(sinks_ptr, head, row_ok, Q_TILE: tl.constexpr):
+    """The first part has the sinks."""
+    if SINKS:
+        sink = tl.load(sinks_ptr + head, mask=row_ok, other=float("-inf")) * LOG2E
+        largest = tl.where(tl.program_id(0) == 0, sink, float("-inf"))
+        total = tl.where(largest == float("-inf"), 0.0, 1.0)
+    else:
+        largest = tl.full((Q_TILE, 1), float("-inf"), tl.float32)
+        total = tl.zeros((Q_TILE, 1), tl.float32)
+    values = tl.zeros((Q_TILE, DEPTH), tl.float32)
+    return largest, total, values
+
+
+@triton.jit
+def leave_sums(values, largest, total, parts, place, dim, turns_ptr, pair):
+    own = parts + tl.program_id(0) * (ROWS * (DEPTH + 2))
+    tl.store(own + place * DEPTH + dim, values, mask=place < ROWS)
+    tl.store(own + ROWS * DEPTH + place, largest, mask=place < ROWS)
+    tl.store(own + ROWS * (DEPTH + 1) + place, total, mask=place < ROWS)
+    tl.debug_barrier()
+    turn = tl.atomic_add(turns_ptr + pair, 1, sem="acq_rel")
+    return turn
+
+
+@triton.jit
+def add_sums(parts):
+    part = tl.arange(0, PARTS)[:, None, None]
+    at = tl.arange(0, ROWS)[None, :, None]
+    across = tl.arange(0, DEPTH)[None, None, :]
+    most = tl.full((ROWS, 1), float("-inf"), tl.float32)
+    all_values = tl.zeros((ROWS, DEPTH), tl.float32)
+    all_total = tl.zeros((ROWS, 1), tl.float32)
+    for first_part in range(0, tl.num_programs(0), PARTS):
+        there = first_part + part < tl.num_programs(0)
+        own = parts + (first_part + part) * (ROWS * (DEPTH + 2))
+        # Asked for together: none waits for another.
+        its_most = tl.load(
+            own + ROWS * DEPTH + at, mask=there, other=float("-inf"), cache_modifier=".cg"
+        )
+        its_total = tl.load(
+            own + ROWS * (DEPTH + 1) + at, mask=there, other=0.0, cache_modifier=".cg"
+        )
+        its_values = tl.load(own + at * DEPTH + across, mask=there, other=0.0, cache_modifier=".cg")
+        more = tl.maximum(most, tl.max(its_most, 0))
+        # A query that has seen no key yet has no largest score to subtract.
+        shift = tl.where(more == float("-inf"), 0.0, more)
+        fade = tl.exp2(most - shift)
+        weight = tl.exp2(its_most - shift[None, :, :])
+        all_values = all_values * fade + tl.sum(its_values * weight, 0)
+        all_total = all_total * fade + tl.sum(its_total * weight, 0)
+        most = more
+    return all_values, all_total
+
+
+@triton.jit
+def split_attention(
+    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, bias_ptr, sinks_ptr, partial_ptr, turns_ptr, batch,
+    heads, kv_heads, q_len, k_len, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head,
+    v_row, out_batch, out_head, out_row, key_mask_stride, bias_batch, bias_head, bias_q, bias_k,
+    Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(1)
+    batch_index = tl.program_id(2).to(tl.int64)
+    pair = tl.program_id(2) * kv_heads + kv_head
+    # Rows of a tile are the heads of a group, for one query after another.
+    place = tl.arange(0, Q_TILE)[:, None]
+    query = place // GROUP
+    head = kv_head * GROUP + place % GROUP
+    row_ok = query < q_len
+    dim = tl.arange(0, DEPTH)[None, :]
+    dim_ok = dim < HEAD_DIM if DEPTH != HEAD_DIM else True
+    q_at = q_ptr + batch_index * q_batch + head.to(tl.int64) * q_head + query * q_row + dim
+    q = tl.load(q_at, mask=row_ok & dim_ok, other=0.0)
+    k_ptr += batch_index * k_batch + kv_head.to(tl.int64) * k_head
+    v_ptr += batch_index * v_batch + kv_head.to(tl.int64) * v_head
+    out_ptr += batch_index * out_batch
+    count = k_len
+    if KEYS == "lengths":
+        count = tl.minimum(tl.load(keys_ptr + batch_index), k_len).to(tl.int32)
+    if KEYS == "mask":
+        keys_ptr += batch_index * key_mask_stride
+    # The places of queries, and not the rows of a bias, may count from the last key back.
+    first = k_len - q_len if LATE else 0
+    row = query + first
+    if BIAS != "none":
+        bias_ptr += batch_index * bias_batch + head.to(tl.int64) * bias_head - first * bias_q
+    largest, total, values = begin_sums(sinks_ptr, head, row_ok, Q_TILE)
+    begin, end = find_part(first, q_len, count, K_TILE)
+    for start in range(begin, end, K_TILE):
+        col, key, key_ok, mask = find_keys(start, keys_ptr, k_len, count, K_TILE)
+        k = tl.load(k_ptr + key.to(tl.int64) * k_row + dim, mask=key_ok & dim_ok, other=0.0)
+        # Behind one another, and before anything waits for either.
+        v = tl.load(v_ptr + key.to(tl.int64) * v_row + dim, mask=key_ok & dim_ok, other=0.0)
+        scores = score_keys(q, k, mask, row, row_ok, col, count, bias_ptr, bias_q, bias_k)
+        larger = tl.maximum(largest, tl.max(scores, 1, keep_dims=True))
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        share = tl.exp2(scores - shift)
+        fade = tl.exp2(largest - shift)
+        total = total * fade + tl.sum(share, 1, keep_dims=True)
+        values = values * fade + tl.dot(share.to(STORED), v, input_precision=PRECISION)
+        largest = larger
+    if SPLIT:
+        size = tl.num_programs(0) * (ROWS * (DEPTH + 2))
+        parts = partial_ptr + pair.to(tl.int64) * size
+        turn = leave_sums(values, largest, total, parts, place, dim, turns_ptr, pair)
+        if turn == tl.num_programs(0) - 1:
+            tl.store(turns_ptr + pair, 0)
+            all_values, all_total = add_sums(parts)
+            quotient = divide_values(
+                all_values, all_total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE
+            )
+            line = tl.arange(0, ROWS)[:, None]
+            its_query = line // GROUP
+            its_head = (kv_head * GROUP + line % GROUP).to(tl.int64)
+            out_at = out_ptr + its_head * out_head + its_query * out_row + dim
+            tl.store(out_at, quotient.to(STORED), mask=(its_query < q_len) & dim_ok)
+    else:
+        quotient = divide_values(values, total, v_ptr, v_row, dim, dim_ok, k_len, K_TILE)
+        out_at = out_ptr + head.to(tl.int64) * out_head + query * out_row + dim
+        tl.store(out_at, quotient.to(STORED), mask=row_ok & dim_ok)

@@ -1,0 +1,115 @@
+"""Steps on a GPU: what of a decoder's launches depends on how much of its cache is filled.
+
+In: an assembly whose launches store rows in a cache, and the sizes that it was traced with. Out:
+which dims grow with every step, so that kernels read them on the device; memory for what the parts
+of a split attention leave; for GPT-2::
+
+    find_steps(assembly, dims, example)  ->  GrowingDims({"length", "attention_mask_d1"}, ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from sympy import Integer
+
+from turbotx import ir
+from turbotx.kernels.cache_jobs import room_for_sums
+from turbotx.kernels.schedule import outer_axes
+from turbotx.program.assembly import Assembly
+
+# New tokens and the cache's room: steps whose keys are in one part and in many, prompts as those of
+# calls without a cache.
+EXPECTED_STEPS = (
+    (1, 64), (1, 1024), (17, 64), (40, 64), (256, 256), (250, 256), (512, 512), (500, 512),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GrowingDims:
+    """dims: names of those that grow with every step. cache: the input that launches store rows in.
+    capacity: the dim that bounds how many there are. query: that of new rows, None for a number."""
+
+    dims: frozenset[str]
+    cache: str
+    capacity: str
+    query: str | None
+
+    def move(self, *values: Any) -> bool:
+        """Tell whether any of some sizes depends on the dims that grow."""
+        return any(
+            s.name in self.dims
+            for v in values if isinstance(v, sympy.Basic)
+            for s in v.free_symbols if isinstance(s, sympy.Symbol)
+        )  # fmt: skip
+
+
+def find_steps(
+    assembly: Assembly, dims: Sequence[str], example_dims: Sequence[int]
+) -> GrowingDims | None:
+    """Return what grows with every step; None where nothing is stored in a cache, or where a launch
+    cannot read on the device what grows: PyTorch's, a GEMM's, one of rows that grow."""
+    stores = [x for x in assembly.launches if isinstance(x, ir.StoreLaunch)]
+    if not stores:
+        return None
+    held = stores[0].held
+    length, capacity = held.shape[2], assembly.tensors[held.tensor].shape[2]
+    if not (isinstance(length, sympy.Symbol) and isinstance(capacity, sympy.Symbol)):
+        return None
+    traced = dict(zip(dims, example_dims, strict=True))
+    names = frozenset(n for n, size in traced.items() if size == traced[length.name])
+    query = stores[0].new.shape[2]
+    new = query.name if isinstance(query, sympy.Symbol) else None
+    steps = GrowingDims(names, held.tensor, capacity.name, new)
+    return steps if all(_can_follow(x, steps) for x in assembly.launches) else None
+
+
+def _can_follow(launch: ir.Launch, steps: GrowingDims) -> bool:
+    """Tell whether a launch's kernel can read on the device what grows."""
+    operands = [a for a in launch.operands if a is not None]
+    if steps.move(*(a.offset for a in operands)):
+        return False
+    if isinstance(launch, (ir.StoreLaunch, ir.AttentionLaunch)):
+        return True
+    if any(a.tensor == steps.cache for a in operands):
+        return False
+    if isinstance(launch, ir.KernelLaunch):
+        return not steps.move(*(a.extent for a in outer_axes(launch.kernel)))
+    given = [e for a in operands for e in (*a.shape, *a.strides)]
+    if isinstance(launch, ir.AtenLaunch):
+        given += pytree.tree_leaves((launch.call.args, dict(launch.call.kwargs)))
+    return not steps.move(*given, *launch.sizes)
+
+
+def expected_steps(dims: Sequence[str], steps: GrowingDims) -> Iterable[tuple[int, ...]]:
+    """Return calls whose kernels are worth having before the first: prompts, and steps."""
+    for query, capacity in EXPECTED_STEPS:
+        known = dict.fromkeys(steps.dims, capacity) | {steps.capacity: capacity}
+        if steps.query is not None:
+            known[steps.query] = query
+        yield tuple(known.get(name, 1) for name in dims)
+
+
+def add_room_for_sums(assembly: Assembly) -> None:
+    """Give attention over a cache memory for what the parts of its keys leave."""
+    caches = {x.held.tensor for x in assembly.launches if isinstance(x, ir.StoreLaunch)}
+    for i, launch in enumerate(assembly.launches):
+        if isinstance(launch, ir.AttentionLaunch) and launch.k.tensor in caches:
+            name = f"{launch.name}_sums_of_parts"
+            shape = (Integer(room_for_sums(launch.kernel)),)
+            assembly.tensors[name] = ir.Tensor(name, "intermediate", torch.float32, shape)
+            assembly.launches[i] = replace(launch, workspaces=(name,))
+
+
+def is_split(launch: ir.Launch, steps: GrowingDims | None) -> bool:
+    """Tell whether an attention launch may run in parts, over a cache whose length is read on the
+    device: its heads of queries are some whole number to a head of keys."""
+    if steps is None or not isinstance(launch, ir.AttentionLaunch) or not launch.workspaces:
+        return False
+    heads: Iterable[Any] = launch.sizes[1:3]
+    return all(h.is_Integer for h in heads) and launch.k.tensor == launch.v.tensor == steps.cache

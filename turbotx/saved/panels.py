@@ -1,0 +1,65 @@
+"""Panels: packed GEMM weights of a saved file, which are multiplied by where they are mapped.
+
+In: a file's entries, what JSON says of its panels. Out: parameters that packed weights over the
+mapped file stand for; or plain ones, where the panels are for other processors::
+
+    open_panels(entries, described, state, native)["q.weight"]    ->  a PackedParameter
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from turbotx.errors import SavedFileError
+from turbotx.runtime.packed_parameter import PackedParameter
+from turbotx.runtime.packed_weight import PackedWeight, PanelLayout, unpack
+from turbotx.saved.tensor_file import DTYPES, tensor_over
+
+
+def open_panels(
+    entries: Mapping[str, Any], described: Sequence[Mapping[str, Any]],
+    state: Mapping[str, Mapping[str, Any]], native: ctypes.CDLL,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Return the parameters that a file has as panels, by their first names.
+
+    state: what JSON says of them. Raises SavedFileError where the panels are not as they were
+    written.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for one in described:
+        try:
+            weight = _open(entries, one, native)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise SavedFileError(f"the file's panels are not as they were: {error}") from error
+        first = 0
+        for path, turned, rows in zip(one["paths"], one["turned"], one["rows"], strict=True):
+            like = torch.empty_strided(
+                state[path]["shape"], state[path]["strides"], dtype=DTYPES[one["dtype"]]
+            )
+            if isinstance(weight, PackedWeight):
+                found[path] = PackedParameter(like, weight, first, turned, path)
+            else:
+                part = weight[first : first + rows]
+                found[path] = like.copy_(part.t() if turned else part)
+            first += rows
+    return found
+
+
+def _open(
+    entries: Mapping[str, Any], one: Mapping[str, Any], native: ctypes.CDLL
+) -> PackedWeight | torch.Tensor:
+    """Return a weight over mapped panels of this processor's layout, or unpacked from others."""
+    dtype, rows, depth = DTYPES[one["dtype"]], sum(one["rows"]), one["depth"]
+    own = PanelLayout.of(native, dtype)
+    places = [(*place[:3], PanelLayout(*place[3:])) for place in one["places"]]
+    fitting = [place for place in places if place[-1] == own]
+    name, begin, nbytes, layout = (fitting or places)[0]
+    sizes = list(layout.sizes(rows, depth, one["gated"]))
+    panels = tensor_over(entries[name], dtype, sizes, begin, begin + nbytes)
+    if fitting:
+        return PackedWeight.over(native, panels, rows, depth, one["gated"])
+    return unpack(panels, rows, depth, 0, rows)

@@ -1,0 +1,202 @@
+"""Token costs: milliseconds of a batch without padding, over its tokens and their squares.
+
+In: what batches of a few numbers of tokens took, and what attention adds for long sequences. Out:
+the cost of any mixture, refined by every batch that ran; and the knee, beyond which more tokens at
+once make none of them cheaper::
+
+    costs = TokenCosts([1, 64, 1024], [2.0, 4.0, 40.0], square_ms=4e-6, max_length=512)
+    costs.batch_ms([5, 500, 17])        # by_tokens(522) + square_ms * (25 + 250000 + 289)
+    costs.prices().knee                 # 1024
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbotx.serving import cost_learning
+from turbotx.serving.cost import CostTable, CostTableError, Table, write_whole
+
+Floats = NDArray[np.float64]
+WORTH = 0.05  # what a token may cost above the least, where batches end
+DOUBT = 0.05  # of what recent batches say against present values
+LEAST_SQUARE = 1e-6  # of what a token takes: less is as good as nothing, and could not grow
+SHORT = 32  # tokens of the sequences whose attention counts as nothing of its own
+
+
+@dataclass(frozen=True)
+class TokenPrices:
+    """What policies plan by: costs of batches within limits, infinity beyond.
+
+    by_tokens: ms, (tokens + 1,), 0 at 0. square_ms: for each squared token of a sequence. A single
+    sequence is always allowed; more of them have at most ``max_batch`` members, and as many tokens
+    as ``budget``, which is the knee where that is below ``max_tokens``.
+    """
+
+    by_tokens: Floats
+    square_ms: float
+    max_batch: int
+    max_tokens: int
+
+    @cached_property
+    def knee(self) -> int:
+        """The fewest tokens of which each costs at most ``WORTH`` more than in any batch."""
+        rates = self.by_tokens[1:] / np.arange(1, len(self.by_tokens))
+        return int(np.argmax(rates <= (1 + WORTH) * rates.min())) + 1
+
+    @cached_property
+    def budget(self) -> int:
+        """Tokens of a batch of two or more: what is beyond the knee only has others wait."""
+        return min(self.knee, self.max_tokens)
+
+    def alone_ms(self, lengths: Sequence[int] | NDArray[np.int64]) -> Floats:
+        """Return each sequence's part of a batch that is filled up to the budget."""
+        length = np.asarray(lengths, dtype=np.float64)
+        rate = self.by_tokens[self.budget] / self.budget
+        found: Floats = length * rate + self.square_ms * length**2
+        return found
+
+    def batch_ms(self, lengths: Sequence[int]) -> float:
+        """Return what a batch costs; infinity for one of several sequences beyond the limits."""
+        tokens = sum(lengths)
+        if len(lengths) > 1 and (len(lengths) > self.max_batch or tokens > self.max_tokens):
+            return math.inf
+        return float(self.by_tokens[tokens]) + self.square_ms * sum(n * n for n in lengths)
+
+
+class TokenCosts:
+    """Cost in ms of a batch without padding: a part that rises with its tokens, and
+    ``square_ms`` for each pair of tokens of a sequence.
+
+    The first part is a ``CostTable`` of one column, so that it learns and heals as that does.
+    """
+
+    def __init__(
+        self, tokens: Sequence[int], cost_ms: Sequence[float], square_ms: float, max_length: int,
+        *, learning_rate: float = 0.1,
+    ) -> None:  # fmt: skip
+        """``cost_ms`` by the numbers of ``tokens``, without attention's squares; between them it is
+        linear. Raises CostTableError for what is no such table."""
+        self.by_tokens = CostTable(
+            tokens, [1], [[ms] for ms in cost_ms], learning_rate=learning_rate
+        )
+        if not (math.isfinite(square_ms) and square_ms >= 0 and 1 <= max_length <= tokens[-1]):
+            raise CostTableError(
+                f"square_ms {square_ms} must be a finite number of ms, and max_length {max_length} "
+                f"within the {tokens[-1]} tokens of the table"
+            )
+        self.square_ms, self.max_length = square_ms, max_length
+        self._seen, self._aim = np.zeros((3, 3)), np.zeros(3)  # normal equations, see `_tell_apart`
+        self._made: dict[tuple[int | None, int | None], TokenPrices] = {}
+
+    @classmethod
+    def from_rates(
+        cls, launch_ms: float, token_ms: float, square_ms: float, max_length: int, max_tokens: int
+    ) -> TokenCosts:
+        """Return the costs of a machine that takes so long for a launch, a token and a pair."""
+        ends = [1, max_tokens]
+        return cls(ends, [launch_ms + token_ms * n for n in ends], square_ms, max_length)
+
+    @property
+    def max_tokens(self) -> int:
+        """The greatest number of tokens in the table."""
+        return self.by_tokens.max_length
+
+    @property
+    def observations(self) -> int:
+        """How many batches it has learnt from."""
+        return self.by_tokens.observations
+
+    def prices(self, max_batch: int | None = None, max_tokens: int | None = None) -> TokenPrices:
+        """Return what policies plan by, within the limits; those of the table where None."""
+        found = self._made.get((max_batch, max_tokens))
+        if found is None:
+            most = min(max_tokens or self.max_tokens, self.max_tokens)
+            rows = self.by_tokens.dense()[:, 1]
+            found = TokenPrices(rows, self.square_ms, max_batch or most, most)
+            self._made[max_batch, max_tokens] = found
+        return found
+
+    def batch_ms(self, lengths: Sequence[int]) -> float:
+        """Return the estimated ms of a batch; raise CostTableError beyond the table."""
+        if min(lengths) < 1 or max(lengths) > self.max_length:
+            raise CostTableError(f"no cost for sequences of {lengths}: at most {self.max_length}")
+        if sum(lengths) > self.max_tokens:
+            raise CostTableError(f"no cost for {sum(lengths)} tokens: at most {self.max_tokens}")
+        return self.prices().batch_ms(lengths)
+
+    def share_ms(self, length: int, max_batch: int | None, max_tokens: int | None) -> float:
+        """Return a request's part of a batch of the fullest that the limits allow."""
+        return float(self.prices(max_batch, max_tokens).alone_ms([length])[0])
+
+    def learn(self, lengths: Sequence[int], took_ms: float, rate: float | None = None) -> None:
+        """Refine by one executed batch; rate: as of ``CostTable.observe``."""
+        tokens, squares = sum(lengths), sum(n * n for n in lengths)
+        flat_ms = float(self.by_tokens.dense()[tokens, 1])
+        predicted = flat_ms + self.square_ms * squares
+        took_ms = min(max(took_ms, predicted / 4), predicted * 4)
+        self._tell_apart(np.array([1.0, tokens, squares]) / took_ms)
+        rest_ms = max(took_ms - self.square_ms * squares, flat_ms / 4)
+        self.by_tokens.observe(tokens, 1, rest_ms, rate)
+        self._made.clear()
+
+    def _tell_apart(self, features: Floats) -> None:
+        """Move ``square_ms`` to what lately explains batches best as a + b * tokens + c * squares.
+
+        Least squares of relative errors, with the present values where batches do not tell, as of
+        sequences of one length.
+        """
+        self._seen *= cost_learning.FORGET
+        self._seen += np.outer(features, features)
+        self._aim = cost_learning.FORGET * self._aim + features
+        rows = self.by_tokens.dense()
+        token_ms = float(rows[-1, 1]) / self.max_tokens
+        now = np.array([rows[1, 1], token_ms, max(self.square_ms, LEAST_SQUARE * token_ms)])
+        scaled = self._seen * np.outer(now, now)
+        error = self._aim * now - scaled.sum(1)
+        change = float(np.linalg.solve(scaled + DOUBT * np.eye(3), error)[2])
+        self.square_ms = float(now[2]) * min(max(1 + change, 0.5), 2.0) ** cost_learning.PULL
+
+    def stale(self, longest_ms: float, max_tokens: int | None) -> list[tuple[float, int, int]]:
+        """(trust, length, batch) of what no batch has been like lately: see ``CostTable.stale``."""
+        found = self.by_tokens.stale(longest_ms, max_tokens)
+        shapes = [(trust, min(n, SHORT, self.max_length), n) for trust, n, _ in found]
+        return [(trust, length, max(n // length, 1)) for trust, length, n in shapes]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tokens of the nodes, times in ms and counts, ready for JSON."""
+        inner = self.by_tokens
+        return {
+            "tokens": inner.lengths.tolist(), "cost_ms": inner.grid_ms[:, 0].tolist(),
+            "square_ms": self.square_ms, "max_length": self.max_length,
+            "observations": inner.observations,
+        }  # fmt: skip
+
+    def save(self, path: Path, *, model: str = "", device: str = "") -> None:
+        """Write JSON, whole or not at all."""
+        write_whole(path, json.dumps({"model": model, "device": device, **self.to_dict()}))
+
+    @classmethod
+    def load(cls, path: Path) -> TokenCosts:
+        """Read what ``save`` wrote. Raises CostTableError where the file is not such a table."""
+        try:
+            data = json.loads(path.read_text())
+            found = cls(data["tokens"], data["cost_ms"], data["square_ms"], data["max_length"])
+            found.by_tokens.observations = int(data["observations"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CostTableError(
+                f"{path} is no table of token costs ({error}): delete it and measure again"
+            ) from error
+        return found
+
+
+BatchCosts = CostTable | TokenCosts
+Prices = Table | TokenPrices
