@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypedDict
 
@@ -23,7 +23,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gemms": ("auto", "cublas", "triton"),
     "norms": ("auto", "fold", "store"),
     "padding": ("padded", "packed"),
+    "quantize": ("none", "int8"),
 }
+HEAD = "@head"
+"""In `keep_float`: the products whose result the call returns as it is, such as logits."""
 _TAG = re.compile(r"cublas|([rcmnqkwsxlpo]\d+)+")
 
 
@@ -71,6 +74,13 @@ class Options:
     padding: "packed" runs a batch of mixed lengths over its tokens alone, by what the mask says
         (docs/packed.md): a PackError at the first call where the model's graph does not keep tokens
         apart. Rows of padding are zeros in what the call returns. CPUs only so far.
+    quantize: "int8" runs products by weights in int8 (docs/quantization.md): weights with a scale
+        an output column, activations with one a token, found anew in every call; sums are exact,
+        and all else is float as ever. Results differ from the float model's by what `turbotx verify
+        --quantize int8` says. CPUs only so far.
+    keep_float: which products stay float all the same: patterns of modules' dotted names, as
+        "encoder.layer.0.*", and "@head" for products whose result the call returns (logits, say).
+        What is given takes the place of ("@head",).
     launch_ranges: show each launch as a range of torch.profiler, inside the one of its call. For
         looking only: launches then run one by one, without CUDA graphs.
     schedules: on a GPU, tiles of kernels by name, over what tuning and the heuristics choose.
@@ -94,6 +104,8 @@ class Options:
     cuda_graphs: bool = True
     max_graphs: int = 128
     padding: str = "padded"
+    quantize: str = "none"
+    keep_float: Sequence[str] = (HEAD,)
     launch_ranges: bool = False
     schedules: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
 
@@ -109,6 +121,7 @@ class Options:
                 f"norms='fold' lets generated GEMMs normalise what they read, and {other} forbids "
                 "those: leave out one of the two"
             )
+        self._check_quantization()
         if not self.keep_weights and (not self.pack_weights or self.backend == "aten"):
             other = "backend='aten'" if self.pack_weights else "pack_weights=False"
             raise OptionsError(
@@ -131,6 +144,30 @@ class Options:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise OptionsError(f"{name}={value!r} must be an integer of at least 1")
+
+    def _check_quantization(self) -> None:
+        given = self.keep_float
+        if isinstance(given, str) or not all(isinstance(p, str) and p for p in given):
+            raise OptionsError(
+                f"keep_float={given!r} must be a list of patterns of modules' names, as "
+                '("@head", "encoder.layer.0.*")'
+            )
+        object.__setattr__(self, "keep_float", tuple(given))
+        if self.quantize != "none" and not self.pack_weights:
+            raise OptionsError(
+                f"quantize={self.quantize!r} computes with packed weights: leave out "
+                "pack_weights=False"
+            )
+        if self.quantize != "none" and not self.keep_weights:
+            raise OptionsError(
+                f"quantize={self.quantize!r} is computed from float weights, and nothing else can "
+                "give those back to state_dict(): leave out keep_weights=False"
+            )
+        if self.quantize != "none" and self.padding == "packed":
+            raise OptionsError(
+                f"quantize={self.quantize!r} does not run over tokens alone yet: leave out "
+                'padding="packed"'
+            )
 
     @property
     def schedule_pairs(self) -> tuple[tuple[str, str], ...]:
@@ -158,6 +195,8 @@ class OptionArguments(TypedDict, total=False):
     cuda_graphs: bool
     max_graphs: int
     padding: Literal["padded", "packed"]
+    quantize: Literal["none", "int8"]
+    keep_float: Sequence[str]
     launch_ranges: bool
     schedules: Mapping[str, str]
 

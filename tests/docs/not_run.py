@@ -44,6 +44,7 @@ GIVEN: dict[str, str] = {
     "README.md": BERT,
     "docs/drop-in.md": BERT,
     "docs/scale.md": BERT,
+    "docs/quantization.md": BERT,
     "docs/packed.md": BERT
     + """
 flat = torch.randint(0, 1000, (522,))

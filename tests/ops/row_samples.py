@@ -110,6 +110,8 @@ SPECIAL = {
     "layer_norm": _sample(X, [6], WEIGHT, BIAS),
     "rms_norm": _sample(X, [6], WEIGHT, 1e-6),
     "group_norm": _sample(CHANNELS, 2, WEIGHT[:4], BIAS[:4]),
+    "turbotx.row_scale.default": _sample(X),
+    "turbotx.quantize_rows.default": _sample(X, X.abs().amax(-1, keepdim=True) / 127),
 }  # fmt: skip
 DOMAINS = {
     POSITIVE: ("log", "sqrt", "rsqrt", "acosh", "log2", "log1p", "log10"),

@@ -266,3 +266,12 @@ def test_another_processor_builds_the_kernels_again(
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(SavedFileError, match=r"avx9000, which this one lacks.*no C\+\+ compiler"):
         turbotx.load(copied)
+
+
+def test_int8_products_come_back_as_they_were(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    fast = turbotx.optimize(Model().eval(), quantize="int8")
+    given = ids(3, 4)
+    expected = fast(given)
+    turbotx.save(fast, tmp_path / "int8.ttx")
+    assert_equal(turbotx.load(tmp_path / "int8.ttx")(given), expected)

@@ -63,7 +63,8 @@ def compile_model(
     with output.steps(f"load {model}", total=6) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
-        run = optimize(loaded.model, padding="packed") if packed else loaded.model
+        chosen = {**loaded.options, **({"padding": "packed"} if packed else {})}
+        run = optimize(loaded.model, **chosen)
         engine = engine_of(run)
         report = explain_call(engine, loaded.args, loaded.kwargs, next(iter(gpus), None))
         views = [view_at(report, dims) for dims in wanted] or [report]
@@ -147,7 +148,7 @@ def print_stage(model: Source, stage: str, shapes: Sequence[str], output: Output
     with output.steps(f"load {model}", total=2) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **wanted})
         steps("capture, fuse and build")
-        report = view_at(reports.explain(loaded.model, *loaded.args, **loaded.kwargs), wanted)
+        report = view_at(reports.explain(loaded.optimized(), *loaded.args, **loaded.kwargs), wanted)
     text = stage_text(report, stage)
     if not output.as_json:
         sys.stdout.write(text)

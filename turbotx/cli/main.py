@@ -60,6 +60,9 @@ Targets = Annotated[
         "--target", metavar="sm_90", help="cpu, or a GPU that need not be here: sm_80, sm_90, ..."
     ),
 ]
+Quantize = Annotated[
+    str, typer.Option(metavar="int8", help="Products in int8 (docs/quantization.md).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -79,10 +82,10 @@ def describe(
     """A kernel compiler for transformer inference."""  # noqa: D401  (what --help shows)
 
 
-def _source(model: str, dtype: str | None, weights: Path | None) -> Source:
+def _source(model: str, dtype: str | None, weights: Path | None, quantize: str = "") -> Source:
     from turbotx.cli.models import Source
 
-    return Source(model, dtype or "", weights)
+    return Source(model, dtype or "", weights, quantize)
 
 
 @app.command("compile")
@@ -99,6 +102,7 @@ def compile_command(
     ] = None,
     dtype: Dtype = None,
     weights: Weights = None,
+    quantize: Quantize = "",
     verify: Annotated[
         bool, typer.Option("--verify", help="Also run every launch against float64.")
     ] = False,
@@ -115,7 +119,7 @@ def compile_command(
     from turbotx.cli.compile import compile_model, print_stage
     from turbotx.cli.save import save_model
 
-    source = _source(model, dtype, weights)
+    source = _source(model, dtype, weights, quantize)
     if stage:
         raise typer.Exit(print_stage(source, stage, shape or (), Output(as_json)))
     if out is None and save is not None:
@@ -133,12 +137,13 @@ def save_command(
     target: Targets = None,
     dtype: Dtype = None,
     weights: Weights = None,
+    quantize: Quantize = "",
     as_json: Json = False,
 ) -> None:
     """Write one file that turbotx.load runs, without tracing or a compiler."""
     from turbotx.cli.save import save_model
 
-    source = _source(model, dtype, weights)
+    source = _source(model, dtype, weights, quantize)
     raise typer.Exit(save_model(source, out, target or (), Output(as_json)))
 
 
@@ -148,6 +153,7 @@ def verify_command(
     shape: Shape = None,
     dtype: Dtype = None,
     weights: Weights = None,
+    quantize: Quantize = "",
     reference: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Of a .ttx file: the model that it was saved from."),
@@ -157,7 +163,7 @@ def verify_command(
     """Compare every launch and the whole model with float64; exit code 1 past the rule."""
     from turbotx.cli.verify import verify_model
 
-    source = _source(model, dtype, weights)
+    source = _source(model, dtype, weights, quantize)
     raise typer.Exit(verify_model(source, reference, shape or (), Output(as_json)))
 
 
@@ -175,12 +181,13 @@ def profile_command(
     ] = None,
     dtype: Dtype = None,
     weights: Weights = None,
+    quantize: Quantize = "",
     as_json: Json = False,
 ) -> None:
     """Time every launch: bytes, bandwidth, by kernel and by module."""
     from turbotx.cli.profile import profile_model
 
-    source = _source(model, dtype, weights)
+    source = _source(model, dtype, weights, quantize)
     raise typer.Exit(profile_model(source, shape or (), runs, trace, page, Output(as_json)))
 
 
@@ -213,13 +220,14 @@ def bench_command(
     streams: Annotated[int, typer.Option(min=1, help="Threads that call at the same time.")] = 1,
     dtype: Dtype = None,
     weights: Weights = None,
+    quantize: Quantize = "",
     as_json: Json = False,
 ) -> None:
     """Compare with eager, torch.compile, ONNX Runtime and the GEMMs alone."""
     from turbotx.cli.bench.command import bench_model
     from turbotx.cli.bench.runner import CallPattern
 
-    source = _source(model, dtype, weights)
+    source = _source(model, dtype, weights, quantize)
     load = CallPattern(rounds, threads or None, warmup, calls, streams)
     raise typer.Exit(bench_model(source, shape or (), engine or (), load, Output(as_json)))
 

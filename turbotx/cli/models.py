@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,9 @@ import torch
 from torch import nn
 
 from turbotx.cli.inputs import huggingface_inputs
+from turbotx.engine.optimize import optimize
 from turbotx.errors import ModelError
+from turbotx.saved.load import SavedModule
 from turbotx.saved.weight_files import load_weights
 
 FORMS = (
@@ -33,11 +35,16 @@ FORMS = (
 
 @dataclass(frozen=True)
 class ModelWithInputs:
-    """A module or function and one call's inputs."""
+    """A module or function and one call's inputs. options: of `turbotx.optimize`, as asked for."""
 
     model: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def optimized(self) -> Any:
+        """Return the model optimized with its options, itself where there are none."""
+        return optimize(self.model, **self.options) if self.options else self.model
 
 
 @dataclass(frozen=True)
@@ -46,11 +53,13 @@ class Source:
 
     text: MODEL. dtype: "float32", "bfloat16" or "float16" to convert the module, "" to leave it as
     it is. weights: a file for `turbotx.load_weights`, read before the module is converted.
+    quantize: the option of that name, "" where it is not given.
     """
 
     text: str
     dtype: str = ""
     weights: Path | None = None
+    quantize: str = ""
 
     def __str__(self) -> str:
         return self.text
@@ -73,7 +82,10 @@ class Source:
             if not isinstance(loaded.model, nn.Module):
                 raise ModelError("--weights fills modules only, and MODEL is a function")
             load_weights(loaded.model, self.weights)
-        return _convert(loaded, self.dtype) if self.dtype else loaded
+        if self.quantize and isinstance(loaded.model, SavedModule):
+            raise ModelError("a saved file is compiled already: quantize what it is saved from")
+        loaded = _convert(loaded, self.dtype) if self.dtype else loaded
+        return replace(loaded, options={"quantize": self.quantize}) if self.quantize else loaded
 
 
 def load_model(text: str, shape: Mapping[str, int]) -> ModelWithInputs:

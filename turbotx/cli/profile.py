@@ -42,7 +42,7 @@ def profile_model(
         if isinstance(loaded.model, SavedModule):
             return _profile_saved(model, loaded, runs, trace, page, output)
         steps("capture, fuse and build")
-        report = reports.explain(loaded.model, *loaded.args, **loaded.kwargs)
+        report = reports.explain(loaded.optimized(), *loaded.args, **loaded.kwargs)
         report = view_at(report, dims)
         steps(f"run {runs} times")
         args, kwargs = resize(report, loaded.args, loaded.kwargs)

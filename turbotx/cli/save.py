@@ -46,7 +46,7 @@ def write_file(
     loaded: ModelWithInputs, path: Path, targets: Sequence[str], steps: Steps
 ) -> dict[str, Any]:
     """Write the file and return what `--json` says of it."""
-    fast = optimize(loaded.model)
+    fast = optimize(loaded.model, **loaded.options)
     fast(*loaded.args, **loaded.kwargs)
     expected = 0
 

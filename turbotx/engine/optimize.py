@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
@@ -23,7 +24,7 @@ from turbotx.engine.drop_in import OptimizedModule, original_of
 from turbotx.engine.engine import Engine
 from turbotx.engine.subclassing import make_twin, optimize_class, optimize_in_place, renew_engine
 from turbotx.errors import InputError, OptionsError
-from turbotx.options import OptionArguments, Options, make_options
+from turbotx.options import HEAD, OptionArguments, Options, make_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -93,8 +94,9 @@ def optimize(target: Any = _NOTHING, /, *, in_place: bool = False, **options: An
     the caller.
 
     Options, each described at `turbotx.options.Options`: backend, attention, planner, padding,
-    pack_weights, keep_weights, epilogues; on a GPU gemms, norms, pdl, cuda_graphs, max_graphs,
-    schedules; max_shapes, max_variants, max_arenas, max_cache_nbytes; launch_ranges.
+    pack_weights, keep_weights, quantize, keep_float, epilogues; on a GPU gemms, norms, pdl,
+    cuda_graphs, max_graphs, schedules; max_shapes, max_variants, max_arenas, max_cache_nbytes;
+    launch_ranges.
 
     A module becomes an object of a subclass of its own class, which shares its state: parameters,
     attributes and hooks are the same in both, and methods such as `generate` go through turbotx
@@ -132,9 +134,21 @@ def optimize(target: Any = _NOTHING, /, *, in_place: bool = False, **options: An
 
 
 def _optimize_module(module: nn.Module, options: Options, in_place: bool) -> Any:
+    _refuse_unknown_names(module, options)
     if in_place:
         return optimize_in_place(module, options)
     original = original_of(module)
     if isinstance(original, OptimizedModule):
         return renew_engine(module, options)
     return make_twin(original, options)
+
+
+def _refuse_unknown_names(module: nn.Module, options: Options) -> None:
+    """Raise OptionsError for a pattern of `keep_float` that fits no module."""
+    names = [name for name, _ in module.named_modules()] if options.quantize != "none" else []
+    for pattern in options.keep_float if names else ():
+        if pattern != HEAD and not any(fnmatchcase(name, pattern) for name in names):
+            raise OptionsError(
+                f"keep_float={pattern!r} fits no module of {type(module).__name__}: patterns are "
+                f"of dotted names, as {names[-1]!r}"
+            )

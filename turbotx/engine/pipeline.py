@@ -14,17 +14,19 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from torch import fx, nn
 
 from turbotx import ir
 from turbotx.capture.trace import Captured
 from turbotx.engine.compiled import AssembledCall, Compiled, Specialization, UnboundProgram
-from turbotx.errors import InputError
+from turbotx.errors import InputError, OptionsError
 from turbotx.ir import verifier as verify
 from turbotx.kernels.fusion.epilogue import find_epilogues
 from turbotx.kernels.fusion.fuse import FusedRegion, fuse_all
 from turbotx.kernels.fusion.norm_folding import find_folds
+from turbotx.kernels.fusion.quantized_rows import place_quantization
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.passes.attention import recognize_attention
@@ -45,6 +47,8 @@ from turbotx.passes.pack import TOKENS, PackedCapture, pack
 from turbotx.passes.pack_check import check_packed
 from turbotx.passes.partition import Region, find_hoisted, kind_of, partition
 from turbotx.passes.products import use_products
+from turbotx.passes.quantize import Quantization, quantize_linears
+from turbotx.passes.quantize_check import check_quantized
 from turbotx.passes.results import use_single_results
 from turbotx.passes.rising import drop_packed_sequences
 from turbotx.program.assemble import assemble
@@ -87,7 +91,9 @@ def jobs(program: UnboundProgram, dims: Sequence[int]) -> list[LaunchJob]:
 # --- to launches ---
 
 
-def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
+def rewrite(
+    graph: fx.Graph, attention: str = "auto", quantization: Quantization | None = None
+) -> None:
     """Run the graph passes, each a file of `passes/`, in order.
 
     attention: the option of that name. `canonicalize` runs again where the next pass matches
@@ -99,7 +105,7 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     use_multiplication(graph)
     use_linear(graph)
     use_experts(graph)
-    pack_linears(graph)
+    pack_linears(graph, None if quantization is None else quantization.keeps)
     recognize_attention(graph, attention)
     use_products(graph)
     canonicalize(graph)
@@ -109,34 +115,46 @@ def rewrite(graph: fx.Graph, attention: str = "auto") -> None:
     lift_views(graph)
     free_biases(graph)
     canonicalize(graph)
+    if quantization is not None:
+        quantize_linears(graph, quantization)
+        place_quantization(graph)
+        check_quantized(graph)
     own_outputs(graph)
 
 
 @dataclass(frozen=True)
 class Rewritten:
     """What is kept with a graph that the passes have been over: its text from before, and the
-    option that they went by."""
+    options that they went by."""
 
     text: str
-    attention: str
+    options: dict[str, Any]
 
 
-def rewrite_once(captured: Captured, attention: str) -> str:
+def rewrite_once(captured: Captured, options: Options, target: str) -> str:
     """Run the passes over a captured graph unless they have been; return its text from before.
 
-    Raises InputError where they went by another `attention`.
+    Raises InputError where they went by other options, OptionsError for int8 on a GPU.
     """
     graph, meta = captured.graph_module.graph, captured.graph_module.meta
+    names = ("attention", "quantize", *(("keep_float",) if options.quantize != "none" else ()))
+    wanted = {name: getattr(options, name) for name in names}
+    if options.quantize != "none" and target != "cpu":
+        raise OptionsError(
+            f"quantize={options.quantize!r} runs on CPUs so far, not on {target}: leave it out "
+            "(docs/quantization.md)"
+        )
     if "rewritten" not in meta:
         text = str(graph)
-        rewrite(graph, attention)
-        meta["rewritten"] = Rewritten(text, attention)
+        rewrite(graph, options.attention, Quantization.of(options, meta.get("paths", {})))
+        meta["rewritten"] = Rewritten(text, wanted)
     done: Rewritten = meta["rewritten"]
-    if done.attention != attention:
-        raise InputError(
-            f"{captured.name} was compiled with attention={done.attention!r}, and its graph is "
-            f"rewritten for that: capture the call again for {attention!r}"
-        )
+    for name, value in wanted.items():
+        if done.options.get(name) != value:
+            raise InputError(
+                f"{captured.name} was compiled with {name}={done.options.get(name)!r}, and its "
+                f"graph is rewritten for that: capture the call again for {value!r}"
+            )
     return done.text
 
 
@@ -182,7 +200,7 @@ class GemmRoles:
 def assemble_call(captured: Captured, options: Options, target: str) -> AssembledCall:
     """Return a captured call as launches, for CPUs or for GPUs: which one does not matter yet."""
     roles = GemmRoles.of(options, target)
-    text = rewrite_once(captured, options.attention)
+    text = rewrite_once(captured, options, target)
     captured = pack_once(captured, options.padding)
     graph, dims = captured.graph, captured.dims
     check_rewritten(captured)

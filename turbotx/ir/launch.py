@@ -20,6 +20,7 @@ from turbotx.ir.expr import Expr, dim, product
 from turbotx.ir.kernel import Kernel
 from turbotx.ir.matmul_kernels import (
     ACTIVATIONS,
+    DTYPE_CODES,
     AttentionKernel,
     GemmKernel,
     ProductKernel,
@@ -158,11 +159,21 @@ class NormOperands:
 
 
 @dataclass(frozen=True)
+class Int8Operands:
+    """What a GEMM of int8 weights takes beside its own operands, float32: scales of the weight's
+    rows, (n,), and of x's, (.., 1), None where x is floats that the launch itself quantises."""
+
+    weight_scale: Operand
+    x_scale: Operand | None = None
+
+
+@dataclass(frozen=True)
 class GemmLaunch(Launch):
     """out = epilogue(x weight^T), x of (rows, k) at a stride of `x_stride` elements, weight (n, k).
 
-    call: what PyTorch would run in its place. norm: where norms are folded into it. fallback: the
-    launches that do the same; a runtime may take them at some shapes.
+    call: what PyTorch would run in its place. norm: where norms are folded into it. int8: where its
+    weight is quantised. fallback: the launches that do the same; a runtime may take them at some
+    shapes.
     """
 
     kind = "gemm"
@@ -178,6 +189,7 @@ class GemmLaunch(Launch):
     call: AtenCall
     norm: NormOperands | None = None
     fallback: GemmFallback | None = None
+    int8: Int8Operands | None = None
 
     @property
     def width(self) -> Expr:
@@ -186,8 +198,11 @@ class GemmLaunch(Launch):
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
-        """x, weight, bias, out, residual, then those of folded norms; None for absent ones."""
+        """x, weight, bias, out, residual, then the scales of int8 or what folded norms take; None
+        for absent ones."""
         own, n = (self.x, self.weight, self.bias, self.out, self.residual), self.norm
+        if self.int8 is not None:
+            return *own, self.int8.weight_scale, self.int8.x_scale
         if n is None:
             return own
         read = (n.sums, n.scales, n.x_stats, n.residual_affine, n.residual_stats)
@@ -196,9 +211,10 @@ class GemmLaunch(Launch):
     @property
     def sizes(self) -> tuple[Expr, ...]:
         """Rows, stride of x, width and row length of the output in elements, and the activation's
-        number."""
+        number; of int8 then the output's dtype by its number."""
         activation = Integer(ACTIVATIONS.index(self.gemm.activation))
-        return self.rows, self.x_stride, self.width, self.width, activation
+        own = self.rows, self.x_stride, self.width, self.width, activation
+        return own if self.int8 is None else (*own, Integer(DTYPE_CODES[self.out.dtype]))
 
     @property
     def writes(self) -> tuple[str, ...]:

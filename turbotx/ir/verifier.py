@@ -17,7 +17,7 @@ from torch import fx
 from turbotx import ir
 from turbotx.errors import VerifyError
 from turbotx.ir import fx_nodes as g
-from turbotx.ir.expr import Expr
+from turbotx.ir.expr import Expr, product
 from turbotx.ir.memory_order import by_order
 from turbotx.ir.primitives import PRIMITIVES, REDUCTIONS, SCANS
 from turbotx.ir.strides import contiguous_strides
@@ -203,16 +203,36 @@ def _check_dtypes(launch: ir.Launch, tensors: dict[str, ir.Tensor]) -> None:
                 )
     if isinstance(launch, (ir.GroupedGemmLaunch, ir.RouteLaunch)):
         _check_experts(launch)
+    if isinstance(launch, ir.GemmLaunch) and launch.int8 is not None:
+        _check_int8(launch, launch.int8)
     operands = [x for x in _of_one_dtype(launch) if x is not None]
     if len({x.dtype for x in operands}) > 1:
         shown = ", ".join(f"{x.tensor!r} of {x.dtype}" for x in operands)
         raise VerifyError(f"{launch.name} computes in one dtype, and is given {shown}")
 
 
+def _check_int8(launch: ir.GemmLaunch, int8: ir.Int8Operands) -> None:
+    narrow = [launch.weight, *((launch.x,) if int8.x_scale is not None else ())]
+    scales = [s for s in (int8.weight_scale, int8.x_scale) if s is not None]
+    for operands, dtype in ((narrow, torch.int8), (scales, torch.float32)):
+        for operand in operands:
+            if operand.dtype is not dtype:
+                raise VerifyError(
+                    f"{launch.name} takes {operand.tensor!r} of {dtype}, and it is {operand.dtype}"
+                )
+    if int8.weight_scale.shape != launch.weight.shape[:1]:
+        raise VerifyError(f"{launch.name} has {int8.weight_scale.shape} scales for its weight")
+    if int8.x_scale is not None and product(int8.x_scale.shape) != launch.rows:
+        raise VerifyError(f"{launch.name} has {int8.x_scale.shape} scales for {launch.rows} rows")
+
+
 def _of_one_dtype(launch: ir.Launch) -> tuple[ir.Operand | None, ...]:
     if isinstance(launch, ir.GemmLaunch):
         # A folded norm's part of the bias is in float32.
         bias = launch.bias if launch.norm is None else None
+        if launch.int8 is not None:
+            x = launch.x if launch.int8.x_scale is None else None
+            return x, bias, launch.out, launch.residual
         return launch.x, launch.weight, bias, launch.out, launch.residual
     if isinstance(launch, ir.GroupedGemmLaunch):
         return launch.x, launch.weight, launch.out

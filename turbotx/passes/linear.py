@@ -9,6 +9,7 @@ a kernel that can take the bias along for nothing, for example::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def use_linear(graph: fx.Graph) -> None:
             bias, (x, weight) = None, node.args
         else:
             continue
-        if not _is_weight(weight) or (bias is not None and len(g.shape(bias)) != 1):
+        if not is_weight(weight) or (bias is not None and len(g.shape(bias)) != 1):
             continue
         if len(g.shape(weight)) != 2 or len(g.shape(x)) < 2:
             continue
@@ -73,7 +74,7 @@ def _use_linear_alone(node: fx.Node) -> None:
     to merge heads into the batch, which pieces of a packed result would have to be copied for.
     """
     x, weight = g.operand(node, 0), g.operand(node, 1)
-    if not _is_weight(weight) or g.shape(weight)[0] != 1:
+    if not is_weight(weight) or g.shape(weight)[0] != 1:
         return
     with node.graph.inserting_before(node):
         flat, matrix = (g.emit(node, aten.squeeze.dim, n, 0) for n in (x, weight))
@@ -154,16 +155,22 @@ def _count_trailing(shape: tuple[Expr, ...], size: Expr) -> int:
     return 0
 
 
-def pack_linears(graph: fx.Graph) -> None:
+def pack_linears(graph: fx.Graph, apart: Callable[[fx.Node], bool] | None = None) -> None:
     """Give linears of one input one GEMM, where all have a bias or none has one.
 
-    Biases that are computed stay apart: they may come from one of the others.
+    Biases that are computed stay apart: they may come from one of the others. apart: the weights
+    that it is true of are packed with each other only.
     """
-    groups: dict[tuple[fx.Node, bool], list[fx.Node]] = {}
+    groups: dict[tuple[fx.Node, bool, bool], list[fx.Node]] = {}
     for node in graph.nodes:
-        if g.is_call(node, aten.linear.default) and all(_is_weight(n) for n in node.args[1:]):
-            groups.setdefault((node.args[0], _bias(node) is not None), []).append(node)
-    for (_, biased), linears in groups.items():
+        if g.is_call(node, aten.linear.default) and all(is_weight(n) for n in node.args[1:]):
+            key = (
+                node.args[0],
+                _bias(node) is not None,
+                apart is not None and apart(g.operand(node, 1)),
+            )
+            groups.setdefault(key, []).append(node)
+    for (_, biased, _), linears in groups.items():
         dtypes = {g.dtype(g.operand(n, 1)) for n in linears}
         if len(linears) < 2 or len(dtypes) > 1:
             continue
@@ -209,14 +216,14 @@ def _bias(node: fx.Node) -> fx.Node | None:
     return g.optional(node, 2)
 
 
-def _is_weight(node: object) -> bool:
+def is_weight(node: object) -> bool:
     """Return whether a node is a parameter, or a view or concatenation of parameters."""
     if not isinstance(node, fx.Node):
         return False
     if node.op == "get_attr":
         return True
     if is_view(node) or g.is_call(node, aten.cat.default):
-        return all(_is_weight(n) for n in node.all_input_nodes)
+        return all(is_weight(n) for n in node.all_input_nodes)
     return False
 
 

@@ -11,15 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import torch
 from torch import fx
 
 from turbotx import ir
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import product
 from turbotx.ir.matmul_kernels import GemmKernel
+from turbotx.ir.quantized_ops import quantized_linear
 from turbotx.ir.strides import layout_with_copies, reshape_strides
 from turbotx.kernels.fusion.epilogue import Epilogue, is_grouped
 from turbotx.passes.extract import extract
+
+aten = torch.ops.aten
 
 
 def make_gemm(
@@ -40,13 +44,22 @@ def make_gemm(
     if is_grouped(node):
         ends = operand(g.operand(node, 2))
         return ir.GroupedGemmLaunch(kernel, x, weight, ends, out, rows, stride, call, **place)
-    bias, residual = (None if n is None else operand(n) for n in (end.bias, end.residual))
+    given = (end.bias, end.residual, *scales_of(node))
+    bias, residual, down, across = (None if n is None else operand(n) for n in given)
     inplace: tuple[tuple[str, str], ...] = ()
     if residual is not None and residual.tensor != x.tensor:
         inplace = ((out.tensor, residual.tensor),)
     return ir.GemmLaunch(
-        kernel, x, weight, bias, out, residual, rows, stride, call, **place, inplace=inplace
-    )
+        kernel, x, weight, bias, out, residual, rows, stride, call, **place, inplace=inplace,
+        int8=None if down is None else ir.Int8Operands(down, across),
+    )  # fmt: skip
+
+
+def scales_of(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """Return the scales of an int8 weight, and of int8 rows; None where there are none."""
+    if node.target is not quantized_linear:
+        return None, None
+    return g.operand(node, 3), g.optional(node, 4)
 
 
 def _call(
@@ -56,7 +69,9 @@ def _call(
     node, target = end.linear, cast(Any, end.linear.target)
     if end.output is node:
         args = [operand(n) if isinstance(n, fx.Node) else n for n in node.args]
-        return ir.AtenCall(target, tuple(args), {}, (out,), has_out=not is_grouped(node))
+        return ir.AtenCall(
+            target, tuple(args), {}, (out,), has_out=node.target is aten.linear.default
+        )
     named = (*node.all_input_nodes, end.bias, end.residual)
     given = list(dict.fromkeys(n for n in named if n is not None))
     meant = extract([end.output], given, end.name)

@@ -27,6 +27,7 @@ from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
 from turbotx.ir.expr import compile_evaluator
 from turbotx.ir.fx_nodes import draws
+from turbotx.ir.quantized_ops import quantize_rows, unrounded_rows
 from turbotx.program.meaning import meaning_of
 from turbotx.report.replay import Read, replay
 from turbotx.runtime.packed_program import PackedProgram
@@ -65,11 +66,30 @@ class Error:
 
 
 @dataclass(frozen=True)
+class Likeness:
+    """What quantisation itself costs: how alike a result is to that of the float model.
+
+    mean, worst: cosines of rows, the result's last dim, those of zeros or without a number left
+    out; NaN where there is none. rows: how many.
+    """
+
+    name: str
+    mean: float
+    worst: float
+    rows: int
+
+
+@dataclass(frozen=True)
 class Numerics:
-    """Errors of every launch on the inputs that it met, and of the model's outputs."""
+    """Errors of every launch on the inputs that it met, and of the model's outputs.
+
+    likenesses: in place of the outputs' errors where a model is quantised, since the float model
+    is no measure of arithmetic on other numbers.
+    """
 
     launches: tuple[Error, ...]
     outputs: tuple[Error, ...]
+    likenesses: tuple[Likeness, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -90,15 +110,16 @@ def measure(
     ours = replay(compiled, tensors, watch)
     if any(_draws(x) for x in compiled.assembly.launches):
         return Numerics(watch.found, ())  # of other numbers, nothing can be compared
-    return Numerics(watch.found, measure_outputs(engine, compiled.program, args, kwargs, ours))
+    outputs = measure_outputs(engine, compiled.program, args, kwargs, ours)
+    return replace(outputs, launches=watch.found)
 
 
 def measure_outputs(
     engine: Engine, program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     ours: Sequence[Any],
-) -> tuple[Error, ...]:  # fmt: skip
+) -> Numerics:  # fmt: skip
     """Compare the outputs of a call, as leaves, with those of an engine's model and its captured
-    graph in float64.
+    graph in float64; of a quantised program how alike they are.
 
     program: what `ours` came from, which says how inputs lie in memory. Outputs that are no tensors
     are left out.
@@ -113,11 +134,13 @@ def measure_outputs(
         mask = tensors[program.packing.mask]
         eager, exact = (program.without_padding(x, mask) for x in (eager, exact))
     # What a call leaves behind comes after its results, which eager's are.
-    return tuple(
-        compare(f"output {k}", "", "", mine, own, true)
-        for k, (mine, own, true) in enumerate(zip(ours, eager, exact, strict=False))
-        if isinstance(own, torch.Tensor)
-    )
+    found = enumerate(zip(ours, eager, exact, strict=False))
+    pairs = [(f"output {k}", x) for k, x in found if isinstance(x[1], torch.Tensor)]
+    native = (getattr(launch, "symbol", "") for launch in program.executable.launches)
+    if engine.options.quantize != "none" or "ttx_linear_int8" in native:
+        floats = [(name, x) for name, x in pairs if _is_float(x[1])]
+        return Numerics((), (), tuple(liken(name, mine, true) for name, (mine, _, true) in floats))
+    return Numerics((), tuple(compare(name, "", "", *x) for name, x in pairs))
 
 
 def _draws(launch: ir.Launch) -> bool:
@@ -211,18 +234,18 @@ def _widen(value: Any) -> Any:
 
 
 def _to_float64(module: fx.GraphModule) -> fx.GraphModule:
-    """Return a graph with its parameters and every cast in it in float64."""
+    """Return a graph with its parameters and casts in float64, and nothing rounded to int8."""
     module = copy.deepcopy(module).double()
     for node in module.graph.nodes:
         if node.op == "call_function":
+            node.target = unrounded_rows if node.target is quantize_rows else node.target
             node.args, node.kwargs = _widen(node.args), _widen(node.kwargs)
     module.recompile()
     return module
 
 
 def _double(value: Any) -> Any:
-    floats = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.double() if floats else value
+    return value.double() if _is_float(value) else value
 
 
 def _double_tree(value: Any) -> Any:
@@ -238,6 +261,7 @@ def compare(
     ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor,
 ) -> Error:  # fmt: skip
     """Return the largest differences; equal infinities and NaNs in the same place count as none."""
+    rounds = exact.is_floating_point() and not ours.is_floating_point()
     exact = exact.double().reshape(ours.shape)
     if ours.is_floating_point():
         # Where float32 itself overflows, or takes another NaN, eager is no measure of anything.
@@ -247,11 +271,28 @@ def compare(
     finite = exact.double()[torch.isfinite(exact.double())].abs()
     largest = finite.max().item() if finite.numel() else 0.0
     own, mine = difference(eager, exact), difference(ours, exact)
+    if rounds:  # rows of int8: a half is what rounding does to any number, the rest is an error
+        past = FACTOR * max(0.0, own - 0.5) + ULPS * torch.finfo(torch.float32).eps * largest
+        return Error(name, kernel, module, own, mine, largest, 0.5 + past)
     ulp = torch.finfo(ours.dtype).eps * largest if ours.is_floating_point() else 0.0
     if ours.dtype == torch.float64:
         half = torch.finfo(ours.dtype).eps ** 0.5 * largest
         return Error(name, kernel, module, own, mine, largest, half, applies=False)
     return Error(name, kernel, module, own, mine, largest, FACTOR * own + ULPS * ulp)
+
+
+def liken(name: str, ours: torch.Tensor, exact: torch.Tensor) -> Likeness:
+    """Return the cosines of a result's rows to those of the float model in float64."""
+    rows = [x.double().reshape(-1, x.shape[-1] if x.dim() else 1) for x in (ours, exact)]
+    kept = (rows[0] * rows[1]).isfinite().all(-1) & (rows[1] != 0).any(-1)
+    cosines = torch.nn.functional.cosine_similarity(rows[0][kept], rows[1][kept], -1)
+    if not cosines.numel():
+        return Likeness(name, math.nan, math.nan, 0)
+    return Likeness(name, cosines.mean().item(), cosines.min().item(), cosines.numel())
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def pool(errors: Sequence[tuple[Hashable, Error]]) -> list[Error]:

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from turbotx.ir.matmul_kernels import DTYPE_CODES
 from turbotx.runtime.cpu.abi import PartRecord
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from turbotx.errors import SavedFileError, SaveError
-from turbotx.ir import cache_ops, packed_ops
+from turbotx.ir import cache_ops, packed_ops, quantized_ops
 from turbotx.ir.attention_ops import attention, attention_scores, attention_values
 from turbotx.ir.expert_ops import grouped_linear, route
 from turbotx.program.folded_weights import (
@@ -26,7 +26,7 @@ from turbotx.program.folded_weights import (
     join_affine,
 )
 
-assert cache_ops  # defines ops that are looked up by name
+assert cache_ops and packed_ops and quantized_ops  # define ops that are looked up by name
 
 # The functions that stand in graphs and are none of PyTorch's ops.
 OWN: dict[str, Callable[..., Any]] = {

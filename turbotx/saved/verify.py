@@ -23,15 +23,16 @@ from turbotx.saved.load import SavedModule
 def verify_saved(
     saved: SavedModule, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, int], Numerics]:
-    """Return the dims of a call and the errors of its outputs, by the rule for outputs.
+    """Return the dims of a call and the errors of its outputs, by the rule for outputs, or how
+    alike they are where the file is quantised.
 
     Raises InputError where the file has no such call, or holds other weights than the model.
     """
     _compare_weights(saved, engine.model)
     call, binding = saved.find_call(args, dict(kwargs))
     ours = pytree.tree_leaves(saved(*args, **kwargs))
-    outputs = measure_outputs(engine, call.program, args, kwargs, ours)
-    return dict(zip(call.program.dims, binding.dims, strict=True)), Numerics((), outputs)
+    found = measure_outputs(engine, call.program, args, kwargs, ours)
+    return dict(zip(call.program.dims, binding.dims, strict=True)), found
 
 
 def _compare_weights(saved: SavedModule, model: torch.nn.Module) -> None:

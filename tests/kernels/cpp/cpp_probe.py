@@ -25,12 +25,13 @@ NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 
-def build(source: str, folder: Path) -> ctypes.CDLL:
-    """Compile and load; raises CalledProcessError, with the compiler's text on stderr."""
+def build(source: str, folder: Path, *more: str) -> ctypes.CDLL:
+    """Compile, with `more` flags, and load; raises CalledProcessError, with the compiler's text on
+    stderr."""
     (folder / "probe.cpp").write_text(source)
     compiler = str(COMPILER)
     subprocess.run(
-        [compiler, *FLAGS, f"-I{HEADERS}", "-c", "probe.cpp", "-o", "probe.o"],
+        [compiler, *FLAGS, *more, f"-I{HEADERS}", "-c", "probe.cpp", "-o", "probe.o"],
         cwd=folder,
         check=True,
     )

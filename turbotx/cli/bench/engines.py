@@ -26,18 +26,21 @@ Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 ENGINES = {
     "turbotx": "turbotx.optimize(model)",
     "turbotx-packed": 'turbotx.optimize(model, padding="packed")',
+    "turbotx-int8": 'turbotx.optimize(model, quantize="int8")',
     "floor-mkl": "the GEMMs over weights packed once by MKL, and attention, in the model's order",
     "floor-onednn": "the same with oneDNN",
     "eager": "the model itself",
     "onnxruntime": "ONNX Runtime, the model exported by torch.onnx.export",
     "onnxruntime-optimized": "the same after ONNX Runtime's transformer optimizer",
+    "onnxruntime-int8": "that, its weights in int8 by channel, activations quantised in every call",
     "compile": "torch.compile(model), weights frozen",
     "compile-dynamic": "torch.compile(model, dynamic=True), weights frozen",
 }
 
 
-ASKED_FOR = ("turbotx-packed",)
-"""Engines that are compared only where they are named: not every model can be packed."""
+ASKED_FOR = ("turbotx-packed", "turbotx-int8", "onnxruntime-int8")
+"""Engines that are compared only where they are named: not every model can be packed, and int8 is
+another computation."""
 
 
 def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
@@ -48,11 +51,13 @@ def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
     if name.startswith("floor-"):
         return make_gemms_only(loaded, name.partition("-")[2])
     if name.startswith("onnxruntime"):
-        return _make_onnxruntime(loaded, folder, fuse=name.endswith("optimized"))
+        return _make_onnxruntime(loaded, folder, name.partition("-")[2])
     if name == "turbotx":
-        model = model if isinstance(model, SavedModule) else optimize(model)
+        model = model if isinstance(model, SavedModule) else optimize(model, **loaded.options)
     elif name == "turbotx-packed":
         model = optimize(model, padding="packed")
+    elif name == "turbotx-int8":
+        model = optimize(model, quantize="int8")
     elif name.startswith("compile"):
         inductor: Any = importlib.import_module("torch._inductor.config")
         inductor.freezing = True
@@ -62,8 +67,9 @@ def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
     return lambda args, kwargs: model(*args, **kwargs)
 
 
-def _make_onnxruntime(loaded: ModelWithInputs, folder: Path, fuse: bool) -> Run:
-    """Return a session over the exported model, every tensor's first two sizes dynamic."""
+def _make_onnxruntime(loaded: ModelWithInputs, folder: Path, how: str) -> Run:
+    """Return a session over the exported model, every tensor's first two sizes dynamic; how: "",
+    "optimized", "int8"."""
     onnxruntime = importlib.import_module("onnxruntime")
     if loaded.args:
         raise ModelError("ONNX Runtime is measured on keyword inputs only")
@@ -75,8 +81,13 @@ def _make_onnxruntime(loaded: ModelWithInputs, folder: Path, fuse: bool) -> Run:
         _Fixed(loaded.model, tuple(given), rest), tuple(given.values()), str(path), dynamo=True,
         input_names=list(given), dynamic_shapes=(dynamic,), optimize=True, verbose=False,
     )  # fmt: skip
-    if fuse:
+    if how:
         path = _optimize(loaded.model, path)
+    if how == "int8":
+        tool = importlib.import_module("onnxruntime.quantization")
+        narrow = path.with_name("int8.onnx")
+        tool.quantize_dynamic(str(path), str(narrow), per_channel=True)
+        path = narrow
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options)

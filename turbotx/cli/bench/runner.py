@@ -70,6 +70,7 @@ class Worker:
     def __init__(self, engine: str, source: Source, threads: int) -> None:
         given = {
             "engine": engine, "model": source.text, "dtype": source.dtype,
+            "quantize": source.quantize,
             "weights": str(source.weights) if source.weights else "", "threads": threads,
         }  # fmt: skip
         command = [sys.executable, "-m", "turbotx.cli.bench.worker", json.dumps(given)]

@@ -85,5 +85,5 @@ def answer(run: Any, request: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     weights = Path(given["weights"]) if given["weights"] else None
-    source = Source(given["model"], given["dtype"], weights)
+    source = Source(given["model"], given["dtype"], weights, given["quantize"])
     serve(given["engine"], source, int(given["threads"]))

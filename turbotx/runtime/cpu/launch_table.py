@@ -175,6 +175,8 @@ def _link(launch: ir.Launch, table: LaunchLayout, names: dict[object, str]) -> N
         slots.append(slot)
         offsets.append(-1 if shift == 0 else table.value(shift))
     own = IN_RUNTIME.get(type(launch))
+    if isinstance(launch, ir.GemmLaunch) and launch.int8 is not None:
+        own = "ttx_linear_int8"
     return NativeLaunch(
         **facts_of(launch),
         library="kernels" if own is None else "runtime",

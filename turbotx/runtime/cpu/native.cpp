@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "gemm_int8.h"
 
 namespace {
 
@@ -38,6 +39,9 @@ struct Product {
   ttx::Activation activation;
   void* c;
   long ldc;
+  const float* x_scale = nullptr;  // of int8 rows; null where a quantised weight is given floats
+  const float* weight_scale = nullptr;
+  int dtype = 0;  // of all but int8, by the numbers of ttx_pack_weight
 };
 
 // What is packed: of one weight, or of one for each expert.
@@ -56,6 +60,15 @@ struct Experts : Packed {
   virtual bool multiply(const Product& p, const int32_t* ends) = 0;
 };
 
+template <class T, class Kept>
+ttx::Epilogue<T> finish_of(const Product& p, const Kept& packed) {
+  return {.bias = static_cast<const T*>(p.bias),
+          .activation = p.activation,
+          .residual = static_cast<const T*>(p.residual),
+          .ld_residual = p.ld_residual,
+          .gated = packed.group == 2 ? packed.n : 0};
+}
+
 template <class T>
 struct TypedWeight : Weight {
   ttx::PackedWeight<T> packed;
@@ -67,12 +80,25 @@ struct TypedWeight : Weight {
   void multiply(const Product& p) override {
     const T* a = static_cast<const T*>(p.a);
     T* c = static_cast<T*>(p.c);
-    ttx::Epilogue<T> finish{.bias = static_cast<const T*>(p.bias),
-                            .activation = p.activation,
-                            .residual = static_cast<const T*>(p.residual),
-                            .ld_residual = p.ld_residual,
-                            .gated = packed.group == 2 ? packed.n : 0};
-    ttx::linear(packed, a, p.lda, p.m, c, p.ldc, finish);
+    ttx::linear(packed, a, p.lda, p.m, c, p.ldc, finish_of<T>(p, packed));
+  }
+};
+
+struct Int8Weight : Weight {
+  ttx::PackedInt8 packed;
+  Int8Weight(const std::vector<ttx::WeightPart<std::int8_t>>& parts, long n, long k, bool gated)
+      : packed(parts.data(), static_cast<long>(parts.size()), n, k, gated) {}
+  const void* panels() const override { return packed.panel(0); }
+  template <class T>
+  void multiply_as(const Product& p) {
+    ttx::Int8Rows rows{p.a, p.lda, p.m, p.x_scale};
+    ttx::linear_int8(packed, rows, p.weight_scale, static_cast<T*>(p.c), p.ldc,
+                     finish_of<T>(p, packed));
+  }
+  void multiply(const Product& p) override {
+    if (p.dtype == 0) multiply_as<float>(p);
+    else if (p.dtype == 1) multiply_as<ttx::bf16>(p);
+    else multiply_as<ttx::f16>(p);
   }
 };
 
@@ -102,12 +128,12 @@ Packed* pack_experts(const void* w, long experts, long n, long k, long se, long 
   return made.release();
 }
 
-template <class T>
+template <class T, class Kept = TypedWeight<T>>
 Packed* pack(const Part* parts, int64_t count, long n, long k, bool gated) {
   std::vector<ttx::WeightPart<T>> typed;
   for (const Part* p = parts; p < parts + count; ++p)
     typed.push_back({static_cast<const T*>(p->w), p->rows, p->stride_n, p->stride_k});
-  return new TypedWeight<T>(typed, n, k, gated);
+  return new Kept(typed, n, k, gated);
 }
 
 }  // namespace
@@ -134,13 +160,14 @@ int64_t ttx_run(const Launch* launches, int64_t begin, int64_t end, void* const*
   return 0;
 }
 
-// dtype 0 is float32, 1 bfloat16, 2 float16; rows of all parts make the weight of n outputs. Of a
-// gated weight the first n rows are the gate, the others its factor.
+// dtype 0 is float32, 1 bfloat16, 2 float16, 3 int8; rows of all parts make the weight of n outputs.
+// Of a gated weight the first n rows are the gate, the others its factor.
 void* ttx_pack_weight(int dtype, const Part* parts, int64_t count, int64_t n, int64_t k,
                       int gated) {
   try {
     if (dtype == 0) return pack<float>(parts, count, n, k, gated);
     if (dtype == 1) return pack<ttx::bf16>(parts, count, n, k, gated);
+    if (dtype == 3) return pack<std::int8_t, Int8Weight>(parts, count, n, k, gated);
     return pack<ttx::f16>(parts, count, n, k, gated);
   } catch (const std::bad_alloc&) {
     return nullptr;
@@ -208,6 +235,18 @@ int ttx_route(void* const* args, const int64_t* sizes) {
   ttx::route(static_cast<const int64_t*>(args[0]), sizes[0], sizes[1],
              static_cast<int64_t*>(args[1]), static_cast<int64_t*>(args[2]),
              static_cast<int32_t*>(args[3]));
+  return 0;
+}
+
+// As ttx_linear of a weight of int8: args also the weight's scales, and those of int8 rows of a or
+// null where a is floats; sizes: also the dtype of all but int8.
+int ttx_linear_int8(void* const* args, const int64_t* sizes) {
+  Product p{.a = args[0], .lda = sizes[1], .m = sizes[0], .bias = args[2], .residual = args[4],
+            .ld_residual = sizes[3], .activation = static_cast<ttx::Activation>(sizes[4]),
+            .c = args[3], .ldc = sizes[2], .x_scale = static_cast<const float*>(args[6]),
+            .weight_scale = static_cast<const float*>(args[5]),
+            .dtype = static_cast<int>(sizes[5])};
+  if (p.m > 0) static_cast<Weight*>(static_cast<Packed*>(args[1]))->multiply(p);
   return 0;
 }
 

@@ -1,0 +1,225 @@
+// C = finish(scales * (A W^T)): a linear layer of int8 by int8, its sums exact in int32.
+//   in:  A [m][k], int8 with a scale a row, or float, bf16 or f16 rows that are quantised first; W
+//        int8 [n][k], packed once, with a scale an output column
+//   out: C [m][n] of the finish's type: float32 after the sums, rounded once
+//   example:  ttx::PackedInt8 w(weight, n, k);
+//             ttx::linear_int8(w, rows, weight_scales, c, n, ttx::Epilogue<float>{.bias = bias});
+//
+// |a| and |w| are at most 127, so that sums of up to 2^31 / 127^2 = 133,144 products fit in int32.
+// A row that holds NaN or an infinity gets the scale NaN, and so a result of NaN.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "gemm.h"
+#include "gemm_int8_amx.h"
+
+namespace ttx {
+
+class PackedInt8 {
+ public:
+  PackedInt8(const std::int8_t* w, long n, long k) : PackedInt8(w, n, k, k, 1) {}
+  // Element (output j, input i) is w[j * stride_n + i * stride_k]; n counts the columns of C.
+  PackedInt8(const std::int8_t* w, long n, long k, long stride_n, long stride_k, bool gated = false)
+      : PackedInt8(n, k, gated) {
+    WeightPart<std::int8_t> all{w, gated ? 2 * n : n, stride_n, stride_k};
+    fill(&all, 1);
+  }
+  // The same of parts, whose rows follow each other.
+  PackedInt8(const WeightPart<std::int8_t>* parts, long count, long n, long k, bool gated)
+      : PackedInt8(n, k, gated) {
+    fill(parts, count);
+  }
+  long groups() const { return (n + detail::kPanel - 1) / detail::kPanel; }
+  long panel_size() const { return depth * detail::kPanel; }
+  const std::int8_t* panel(long p) const { return memory_.as<const std::int8_t>() + p * panel_size(); }
+  const long n, k, group;
+  const bool amx;
+  const long depth;   // k, padded by zeros to what is multiplied at once
+  const int offset;   // what the panels hold on top of W
+
+ private:
+  PackedInt8(long n, long k, bool gated)
+      : n(n), k(k), group(gated ? 2 : 1), amx(detail::amx_is_usable()), depth(padded(k, amx)),
+        offset(amx ? 0 : detail::kWeightOffset), memory_(group * groups() * panel_size()) {}
+
+  // Elements come by rows of the weight, which lie in the panels `quad` at a time.
+  void fill(const WeightPart<std::int8_t>* parts, long count) {
+    std::int8_t* out = memory_.as<std::int8_t>();
+    constexpr int panel = detail::kPanel, quad = detail::kQuad;
+#pragma omp parallel for schedule(static)
+    for (long p = 0; p < group * groups(); ++p)
+      for (int c = 0; c < panel; ++c) {
+        long j = p / group * panel + c, row = j + p % group * n;
+        const WeightPart<std::int8_t>* part = parts;
+        for (; part + 1 < parts + count && row >= part->rows; ++part) row -= part->rows;
+        for (long i = 0; i < depth; ++i) {
+          int value = j < n && i < k ? part->w[row * part->stride_n + i * part->stride_k] : 0;
+          out[p * panel_size() + (i / quad * panel + c) * quad + i % quad] =
+              static_cast<std::int8_t>(value + offset);
+        }
+      }
+  }
+
+  static long padded(long k, bool amx) {
+    long unit = amx ? detail::kAmxDepth : detail::kQuad;
+    return (k + unit - 1) / unit * unit;
+  }
+  WeightMemory memory_;
+};
+
+// Activations: int8 rows and their scales, or rows of T to be quantised, where `scales` is null.
+struct Int8Rows {
+  const void* a;
+  long lda, m;
+  const float* scales;
+};
+
+namespace detail {
+
+constexpr float kSmallest = 0x1p-100f;  // rows of smaller numbers are quantised as if it were one
+
+// q = round(x / scale), scale = the row's largest magnitude / 127, both as `row_scale` and
+// `quantize_rows` of ir/quantized_ops.py compute them in float32.
+template <class T>
+float quantize_row(const T* x, long k, long depth, std::int8_t* q) {
+  std::int32_t largest = 0;  // magnitudes as bits: NaN is above infinity, that above all numbers
+#pragma omp simd reduction(max : largest)
+  for (long i = 0; i < k; ++i) {
+    std::int32_t magnitude = __builtin_bit_cast(std::int32_t, to_float(x[i])) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  float peak = __builtin_bit_cast(float, largest);
+  bool finite = largest < 0x7f800000;
+  float scale = (peak > kSmallest ? peak : kSmallest) / 127.0f;
+  float inverse = 1.0f / scale;
+  if (finite) {
+#pragma omp simd
+    for (long i = 0; i < k; ++i)
+      q[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(std::nearbyint(to_float(x[i]) * inverse)));
+  }
+  for (long i = finite ? k : 0; i < depth; ++i) q[i] = 0;
+  return finite ? scale : std::numeric_limits<float>::quiet_NaN();
+}
+
+inline std::int32_t sum_of(const std::int8_t* a, long k) {
+  std::int32_t total = 0;
+#pragma omp simd reduction(+ : total)
+  for (long i = 0; i < k; ++i) total += a[i];
+  return total;
+}
+
+struct Int8Scales {
+  const float* rows;
+  const float* columns;        // of the weight, [n], or [2n] where gated
+  const std::int32_t* offsets;  // a row: what the panels' offset has added to its sums
+};
+
+template <class T, class Finish>
+void finish_int8(const std::int32_t* tile, const std::int32_t* factor, long row, int rows, long column,
+                 const PackedInt8& w, const Int8Scales& scales, T* c, long ldc, const Finish& finish) {
+  auto scaled = [&](const std::int32_t* from, long r, const float* columns, int count) {
+    int_vec sums;
+    std::memcpy(&sums, from, sizeof sums);
+    vec exact = __builtin_convertvector(sums - scales.offsets[r], vec);
+    return exact * (load_some(columns, count) * broadcast(scales.rows[r]));
+  };
+  for (int r = 0; r < rows; ++r)
+    for (int half = 0; half < kPanel; half += kLanes) {
+      long j = column + half, at = r * kPanel + half;
+      if (j >= w.n) continue;
+      int count = static_cast<int>(w.n - j < kLanes ? w.n - j : kLanes);
+      vec x = scaled(tile + at, row + r, scales.columns + j, count), other = x;
+      if (w.group == 2) other = scaled(factor + at, row + r, scales.columns + w.n + j, count);
+      store_some(c + (row + r) * ldc + j, finish(x, other, row + r, j, count), count);
+    }
+}
+
+// Some groups of panels times some rows, as multiply_panels does it in float.
+template <class T, class Finish>
+void multiply_panels_int8(const PackedInt8& w, Range groups, Range rows, const std::int8_t* a,
+                          long lda, const Int8Scales& scales, T* c, long ldc, const Finish& finish) {
+  constexpr int most = kAmxRows > kGemmRows ? kAmxRows : kGemmRows, size = most * kPanel;
+  alignas(64) std::int32_t tile[2 * size];
+  long m = rows.end - rows.begin;
+  long tiles = w.amx ? (m + kAmxRows - 1) / kAmxRows : count_tiles(m, lda);
+#ifdef TTX_AMX
+  AmxTiles registers;
+#endif
+  for (long g = groups.begin; g < groups.end; ++g) {
+    bool is_last = g + 1 == groups.end;
+    const char* next = reinterpret_cast<const char*>(w.panel((is_last ? g : g + 1) * w.group));
+    long share = is_last ? 0 : w.panel_size() / tiles;
+    for (long t = 0; t < tiles; ++t) {
+      long first = rows.begin + m * t / tiles, end = rows.begin + m * (t + 1) / tiles;
+      if (w.amx) {
+        first = rows.begin + t * kAmxRows;
+        end = first + kAmxRows < rows.end ? first + kAmxRows : rows.end;
+      }
+      int count = static_cast<int>(end - first);
+      const std::int8_t* from = a + first * lda;
+      for (long p = 0; p < w.group; ++p, next += share) {
+        const std::int8_t* panel = w.panel(g * w.group + p);
+        NextPanel ahead{next, share / w.depth};
+#ifdef TTX_AMX
+        if (w.amx) {
+          multiply_amx(registers, count, from, lda, panel, w.depth, ahead, tile + p * size);
+          continue;
+        }
+#endif
+        multiply_rows_int8(count, from, lda, panel, w.depth, ahead, tile + p * size);
+      }
+      finish_int8(tile, tile + (w.group - 1) * size, first, count, g * kPanel, w, scales, c, ldc, finish);
+    }
+  }
+}
+
+}  // namespace detail
+
+// T is the type of C, of what the finish reads, and of the rows where they are not int8 yet.
+template <class T, class Finish = Epilogue<T>>
+void linear_int8(const PackedInt8& w, const Int8Rows& x, const float* weight_scales, T* c, long ldc,
+                 const Finish& finish = {}) {
+  if (x.m == 0 || w.n == 0) return;
+  // As in `linear`, whose multiply-adds take four times as long.
+  int threads = usable_threads(x.m * w.n * w.k * w.group, 200000);
+  const auto* given = static_cast<const std::int8_t*>(x.a);
+  bool copied = x.scales == nullptr || w.depth != w.k;
+  long lda = copied ? w.depth : x.lda, blocks = (x.m + 255) / 256;
+  // One piece of memory: rows, their scales, their offsets; kept 64 bytes apart.
+  long row_floats = copied ? (x.m * w.depth + 63) / 64 * 16 : 0, padded = (x.m + 15) / 16 * 16;
+  float* scratch = detail::thread_scratch(row_floats + 2 * padded);
+  auto* rows = reinterpret_cast<std::int8_t*>(scratch);
+  float* scales = scratch + row_floats;
+  auto* offsets = reinterpret_cast<std::int32_t*>(scales + padded);
+  const std::int8_t* a = copied ? rows : given;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (long r = 0; r < x.m; ++r) {
+      std::int8_t* row = rows + r * w.depth;
+      if (x.scales == nullptr) {
+        scales[r] = detail::quantize_row(static_cast<const T*>(x.a) + r * x.lda, w.k, w.depth, row);
+      } else {
+        scales[r] = x.scales[r];
+        if (copied) {
+          std::memcpy(row, given + r * x.lda, w.k);
+          std::memset(row + w.k, 0, w.depth - w.k);
+        }
+      }
+      offsets[r] = w.offset == 0 ? 0 : w.offset * detail::sum_of(a + r * lda, w.k);
+    }
+    detail::Int8Scales all{scales, weight_scales, offsets};
+#pragma omp for schedule(static)
+    for (int t = 0; t < threads; ++t) {
+      detail::Range groups{w.groups() * t / threads, w.groups() * (t + 1) / threads};
+      for (long b = 0; b < blocks; ++b) {
+        detail::Range some{x.m * b / blocks, x.m * (b + 1) / blocks};
+        detail::multiply_panels_int8(w, groups, some, a, lda, all, c, ldc, finish);
+      }
+    }
+  }
+}
+
+}  // namespace ttx

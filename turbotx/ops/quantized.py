@@ -1,0 +1,40 @@
+"""Rows of the op table that quantise: a row's scale, and its elements as int8.
+
+In: a node and an index into its result. Out: the element there, by the arithmetic of
+`ir.quantized_ops`; behind a norm both join its kernel, and the row is read once::
+
+    quantize_rows(x, s)[row, col]  ->  cast(round(x[row, col] * (1 / s[row])), int8)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import ZERO, Expr
+from turbotx.ir.quantized_ops import LEVELS, SMALLEST
+from turbotx.ops.table import indexed
+
+
+def _row_scale(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    x, last = node.args[0], len(index) - 1
+    (peak,), _ = m.reduce_dims(
+        "max", x, (last,), index, torch.float32, before=lambda v: m.call("abs", v)
+    )
+    scale = m.call("maximum", peak, SMALLEST) / LEVELS
+    return m.where(peak < math.inf, scale, math.nan)
+
+
+def _quantize_rows(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    x, scale = (g.operand(node, k) for k in range(2))
+    value = m.cast(m.element(x, index), torch.float32)
+    value = value * (1 / m.element(scale, (*index[:-1], ZERO)))
+    inside = m.call("abs", value) <= LEVELS + 0.5  # a row without a scale has no numbers
+    return m.call("round", m.where(inside, value, 0.0))
+
+
+indexed("turbotx.row_scale.default", _row_scale, True)
+indexed("turbotx.quantize_rows.default", _quantize_rows)

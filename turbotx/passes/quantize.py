@@ -1,0 +1,111 @@
+"""Quantize: products by weights become products of int8, on request.
+
+In: a graph whose products are `linear`s. Out: the same with weights as int8 and a scale an output
+column, computed from the parameters as constants are, and activations quantised by row (see
+`ir.quantized_ops`); where that happens `kernels.fusion.quantized_rows` decides::
+
+    linear(x, w, b)  ->  quantized_linear(x, quantize_rows(w, s), b, s, None, float32)
+                         where s = row_scale(w)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx
+
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.quantized_ops import MAX_DEPTH, quantize_rows, quantized_linear, row_scale
+from turbotx.ir.views import SPLITS, is_view
+from turbotx.options import HEAD, Options
+from turbotx.passes.linear import is_weight
+
+aten = torch.ops.aten
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Which products are quantised: all but those that patterns of modules' names keep float.
+
+    paths: where in the user's module a graph's parameter is. keep_float: patterns, or HEAD.
+    """
+
+    paths: Mapping[str, str]
+    keep_float: Sequence[str]
+
+    @classmethod
+    def of(cls, options: Options, paths: Mapping[str, str]) -> Quantization | None:
+        """Return what options ask for, None where nothing is to be quantised."""
+        return None if options.quantize == "none" else cls(paths, options.keep_float)
+
+    def keeps(self, weight: fx.Node) -> bool:
+        """Tell whether a pattern keeps a weight float: such ones are not packed with others."""
+        return _pattern_of(modules_of(weight, self.paths), self.keep_float) is not None
+
+
+def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
+    """Quantise every product by a weight; return the modules whose product stays float, and why."""
+    kept: dict[str, str] = {}
+    for node in list(graph.nodes):
+        if not g.is_call(node, aten.linear.default) or not is_weight(node.args[1]):
+            continue
+        names = modules_of(g.operand(node, 1), asked.paths)
+        why = _why_float(node, names, asked.keep_float)
+        if why:
+            kept.update(dict.fromkeys(names, why))
+        else:
+            _quantize(node)
+    return kept
+
+
+def modules_of(weight: fx.Node, paths: Mapping[str, str]) -> list[str]:
+    """Return the dotted names of the modules whose parameters a weight is made of."""
+    if weight.op == "get_attr":
+        return [paths.get(str(weight.target), str(weight.target)).rpartition(".")[0]]
+    return [name for source in weight.all_input_nodes for name in modules_of(source, paths)]
+
+
+def _pattern_of(names: Sequence[str], keep_float: Sequence[str]) -> str | None:
+    # A decoder's calls with a cache are traced one module further in.
+    own = [name.removeprefix("model.") for name in names] + [*names]
+    return next((p for p in keep_float if any(fnmatchcase(name, p) for name in own)), None)
+
+
+def _why_float(node: fx.Node, names: Sequence[str], keep_float: Sequence[str]) -> str:
+    """Return why a product is not quantised, "" where it is."""
+    found = _pattern_of(names, keep_float)
+    if found is not None:
+        return f"keep_float={found!r} was asked for"
+    x, weight = g.operand(node, 0), g.operand(node, 1)
+    shape = g.shape(weight)
+    if g.dtype(x) not in FLOATS or g.dtype(weight) != g.dtype(x):
+        return f"it is of {g.dtype(x)}"
+    if len(shape) != 2 or not all(e.is_Integer for e in shape) or 0 in shape:
+        return f"its weight is of {shape}"
+    if int(shape[1]) > MAX_DEPTH:
+        return f"sums of {shape[1]} products overflow int32"
+    if HEAD in keep_float and _is_returned(node):
+        return "the call returns its result (keep_float=('@head',))"
+    return ""
+
+
+def _is_returned(node: fx.Node) -> bool:
+    return any(
+        u.op == "output" or ((is_view(u) or u.target in SPLITS) and _is_returned(u))
+        for u in node.users
+    )
+
+
+def _quantize(node: fx.Node) -> None:
+    x, weight = g.operand(node, 0), g.operand(node, 1)
+    with node.graph.inserting_before(node):
+        scale = g.emit(node, row_scale, weight)
+        narrow = g.emit(node, quantize_rows, weight, scale)
+        flat = g.emit(node, aten.squeeze.dim, scale, -1)
+        bias = g.optional(node, 2)
+        args = (x, narrow, bias, flat, None, g.dtype(node))
+        g.replace(node, g.emit(node, quantized_linear, *args))

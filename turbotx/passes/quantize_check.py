@@ -1,0 +1,62 @@
+"""Quantize check: that every quantised product of a graph is what the others take it for.
+
+In: a rewritten graph. Out: nothing, or a VerifyError with the node: weights are int8 with their
+own rows' scales and depend on parameters alone, int8 rows come with the scales that they were
+quantised by, and nothing else reads int8::
+
+    quantized_linear(quantize_rows(x, s), ..., t, float32)  ->  VerifyError: scaled by t, not by s
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from turbotx.errors import VerifyError
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.expr import ONE
+from turbotx.ir.quantized_ops import MAX_DEPTH, quantize_rows, quantized_linear, row_scale
+from turbotx.ir.views import is_view, view_source
+
+
+def check_quantized(graph: fx.Graph) -> None:
+    """Raise VerifyError for the first quantised product that is not consistent."""
+    for node in graph.nodes:
+        if g.is_call(node, quantize_rows):
+            x, scale = g.operand(node, 0), g.operand(node, 1)
+            if not g.is_call(scale, row_scale) or scale.args[0] is not x:
+                raise VerifyError(f"{node.name} is quantised by {scale.name}, not its rows' scale")
+            wrong = [u.name for u in node.users if not g.is_call(u, quantized_linear)]
+            if wrong:
+                raise VerifyError(f"{wrong[0]} reads the int8 rows {node.name} as they are")
+        elif g.is_call(node, quantized_linear):
+            _check_product(node)
+
+
+def _check_product(node: fx.Node) -> None:
+    x, weight, scale = (g.operand(node, k) for k in (0, 1, 3))
+    width, depth = g.shape(weight)
+    if not g.is_call(weight, quantize_rows) or not _is_constant(weight):
+        raise VerifyError(f"the weight of {node.name}, {weight.name}, is no quantised parameter")
+    shown = scale
+    while is_view(shown):
+        shown = view_source(shown)
+    if shown is not weight.args[1] or g.shape(scale) != (width,):
+        raise VerifyError(f"{node.name} scales its columns by {shown.name}, not its weight's scale")
+    if g.shape(x)[-1] != depth or int(depth) > MAX_DEPTH:
+        raise VerifyError(f"{node.name} sums {g.shape(x)[-1]} products over weights of {depth}")
+    own = g.optional(node, 4)
+    if own is None:
+        if not g.dtype(x).is_floating_point:
+            raise VerifyError(f"{node.name} is to quantise {x.name}, of {g.dtype(x)}")
+        return
+    if g.dtype(x) is not torch.int8 or not g.is_call(x, quantize_rows) or x.args[1] is not own:
+        raise VerifyError(f"{node.name} scales its rows by {own.name}, not by {x.name}'s scale")
+    if g.shape(own)[-1] != ONE:
+        raise VerifyError(f"{own.name} holds {g.shape(own)}, not a number a row")
+
+
+def _is_constant(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    return bool(node.all_input_nodes) and all(map(_is_constant, node.all_input_nodes))
