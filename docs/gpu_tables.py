@@ -122,6 +122,61 @@ def function_rows(folder: Path) -> str:
     return "\n".join(table)
 
 
+def decode_rows(folder: Path) -> str:
+    """A step of decoders with a key/value cache, beside eager and the time to read all once."""
+    _, rows = read(folder)
+    table = [
+        "float16, us a step in a row of steps; floor: the bytes of weights and cache at a copy's "
+        "bandwidth.", "",
+        "| model | batch | past | turbotx | replay alone | floor | eager | over turbotx |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for place in _places(rows, r"(decode/\w+/fp16/b\d+/past\d+)/turbotx"):
+        own, eager = rows[f"{place}/turbotx"], rows.get(f"{place}/eager")
+        _, model, _, batch, past = place.split("/")
+        beside = ["", ""]
+        if eager is not None:
+            beside = [f"{eager['row_us']:,.0f}", f"{eager['row_us'] / own['row_us']:.1f} x"]
+        table.append(
+            f"| {model} | {batch[1:]} | {past[4:]} | {own['row_us']:,.0f} | "
+            f"{own['replay_us']:,.0f} | {own['floor_us']:,.0f} | {' | '.join(beside)} |"
+        )
+    return "\n".join(table)
+
+
+PACKED = {
+    "packed": "packed, lengths on the host", "packed-device-lengths": "packed, lengths on the device",
+    "packed-by-mask": "packed, by the mask", "padded": "padded", "equal-lengths":
+    "as many tokens in texts of one length", "eager": "eager, padded", "eager-graphs":
+    "eager in a CUDA graph, padded", "compile": "torch.compile, padded",
+    "compile-reduce-overhead": "torch.compile, reduce-overhead, padded",
+}  # fmt: skip
+
+
+def packed_rows(folder: Path) -> str:
+    """A batch of mixed lengths, packed and padded, by every engine that ran."""
+    _, rows = read(folder)
+    table = [
+        "float16, us; U(5, 500): lengths drawn evenly.", "",
+        "| model | batch | engine | one call | calls in a row | us a token |",
+        "|---|---|---|---:|---:|---:|",
+    ]  # fmt: skip
+    for place in _places(rows, r"(packed/[\w-]+/fp16/[^/]+)/packed"):
+        _, model, _, batch = place.split("/")
+        for engine, words in PACKED.items():
+            row = rows.get(f"{place}/{engine}")
+            if row is not None:
+                table.append(
+                    f"| {model} | {batch.replace('x', ' x ')} | {words} | "
+                    f"{row['latency_us']:,.0f} | {row['row_us']:,.0f} | {row['us_a_token']:.3f} |"
+                )
+    for place in _places(rows, r"(packed-stream/[\w-]+/fp16)"):
+        row = rows[place]
+        table += ["", f"{place.split('/')[1]}: {row['mixtures']} mixtures of random lengths replay "
+                  f"{row['graphs']} graphs, of {row['captures']} capture."]  # fmt: skip
+    return "\n".join(table)
+
+
 def right_rows(folder: Path) -> str:
     """What was compared with float64 on the device."""
     _, rows = read(folder)
@@ -199,4 +254,6 @@ GPU_TABLES: dict[str, Callable[[Path], str]] = {
     "gpu_shapes": shape_rows,
     "gpu_functions": function_rows,
     "gpu_right": right_rows,
+    "gpu_decode": decode_rows,
+    "gpu_packed": packed_rows,
 }
