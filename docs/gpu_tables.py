@@ -145,12 +145,16 @@ def decode_rows(folder: Path) -> str:
 
 
 PACKED = {
-    "packed": "packed, lengths on the host", "packed-device-lengths": "packed, lengths on the device",
-    "packed-by-mask": "packed, by the mask", "padded": "padded", "equal-lengths":
-    "as many tokens in texts of one length", "eager": "eager, padded", "eager-graphs":
-    "eager in a CUDA graph, padded", "compile": "torch.compile, padded",
+    "packed": "packed, lengths on the host",
+    "packed-device-lengths": "packed, lengths on the device",
+    "packed-by-mask": "packed, by the mask",
+    "padded": "padded",
+    "equal-lengths": "as many tokens in texts of one length",
+    "eager": "eager, padded",
+    "eager-graphs": "eager in a CUDA graph, padded",
+    "compile": "torch.compile, padded",
     "compile-reduce-overhead": "torch.compile, reduce-overhead, padded",
-}  # fmt: skip
+}
 
 
 def packed_rows(folder: Path) -> str:
