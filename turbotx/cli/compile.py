@@ -18,7 +18,7 @@ import turbotx.report as reports
 from turbotx.cli.inputs import EXAMPLE_SHAPE, parse_shape, resize, view_at
 from turbotx.cli.models import Source
 from turbotx.cli.output import OK, WRONG, Output
-from turbotx.cli.save import chosen_targets, show_written, write_file
+from turbotx.cli.save import chosen_options, chosen_targets, show_written, write_file
 from turbotx.cli.targets import (
     build_jobs,
     find_jobs,
@@ -52,7 +52,8 @@ def compile_model(
 
     The program is that of the first GPU among the targets, and the CPU's without one. save: also
     write one file for `turbotx.load` there. packed: the program over tokens. Raises InputError
-    where `verify` is to run launches of a GPU that is not here, or `packed` is to be saved.
+    where `verify` is to run launches of a GPU that is not here, SaveError where `packed` is to be
+    saved for a GPU.
     """
     _refuse_mixtures(model, targets, verify, save, packed)
     saved_for = chosen_targets(targets) if save is not None else []
@@ -63,8 +64,7 @@ def compile_model(
     with output.steps(f"load {model}", total=6) as steps:
         loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
         steps("capture, fuse and build")
-        chosen = {**loaded.options, **({"padding": "packed"} if packed else {})}
-        run = optimize(loaded.model, **chosen)
+        run = optimize(loaded.model, **chosen_options(loaded, packed))
         engine = engine_of(run)
         report = explain_call(engine, loaded.args, loaded.kwargs, next(iter(gpus), None))
         views = [view_at(report, dims) for dims in wanted] or [report]
@@ -82,7 +82,7 @@ def compile_model(
         for dims, view in zip(wanted[1:], views[1:], strict=True):
             dumped.files += write_plan(view, dims, out)
         dumped.files += write_builds(built, out)
-        written = {} if save is None else write_file(loaded, save, saved_for, steps)
+        written = {} if save is None else write_file(loaded, save, saved_for, steps, packed)
     output.console.print(views[0])
     if built:
         output.console.print(resources_table(built))
@@ -102,8 +102,6 @@ def _refuse_mixtures(
     model: Source, targets: Sequence[str], verify: bool, save: Path | None, packed: bool
 ) -> None:
     """Raise InputError for options that do not go together, or not with a saved file."""
-    if packed and save is not None:
-        raise InputError("--packed is saved to no file yet: leave out --save")
     if model.is_saved and (targets or verify or packed or save is not None):
         raise InputError(
             f"{model} is compiled already: with --out alone its programs, sources, cubins and "

@@ -123,7 +123,7 @@ def compile_command(
     if stage:
         raise typer.Exit(print_stage(source, stage, shape or (), Output(as_json)))
     if out is None and save is not None:
-        raise typer.Exit(save_model(source, save, target or (), Output(as_json)))
+        raise typer.Exit(save_model(source, save, target or (), Output(as_json), packed))
     if out is None:
         raise InputError("compile needs --out DIR, --save FILE, or --stage NAME to print one stage")
     chosen = (out, shape or (), target or (), verify, save, packed)

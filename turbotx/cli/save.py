@@ -20,8 +20,10 @@ from turbotx.errors import InputError
 from turbotx.saved.save import check_target, save
 
 
-def save_model(model: Source, path: Path, targets: Sequence[str], output: Output) -> int:
-    """Write the file, say what is in it.
+def save_model(
+    model: Source, path: Path, targets: Sequence[str], output: Output, packed: bool = False
+) -> int:
+    """Write the file, say what is in it; packed: of the program over tokens.
 
     Raises SaveError for a target that nothing runs on, InputError for a file that is saved already.
     """
@@ -31,7 +33,7 @@ def save_model(model: Source, path: Path, targets: Sequence[str], output: Output
     with output.steps(f"load {model}", total=3) as steps:
         loaded = model.load(EXAMPLE_SHAPE)
         steps("capture and fuse")
-        written = write_file(loaded, path, names, steps)
+        written = write_file(loaded, path, names, steps, packed)
     output.console.print(show_written(written))
     output.result({"model": str(model), **written})
     return OK
@@ -42,11 +44,16 @@ def chosen_targets(targets: Sequence[str]) -> list[str]:
     return [check_target(name) for name in dict.fromkeys(targets)] or ["cpu"]
 
 
+def chosen_options(loaded: ModelWithInputs, packed: bool) -> dict[str, Any]:
+    """Return the options of `turbotx.optimize` that the command line chose."""
+    return {**loaded.options, **({"padding": "packed"} if packed else {})}
+
+
 def write_file(
-    loaded: ModelWithInputs, path: Path, targets: Sequence[str], steps: Steps
+    loaded: ModelWithInputs, path: Path, targets: Sequence[str], steps: Steps, packed: bool
 ) -> dict[str, Any]:
     """Write the file and return what `--json` says of it."""
-    fast = optimize(loaded.model, **loaded.options)
+    fast = optimize(loaded.model, **chosen_options(loaded, packed))
     fast(*loaded.args, **loaded.kwargs)
     expected = 0
 
