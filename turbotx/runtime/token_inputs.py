@@ -178,7 +178,7 @@ class StandIns:
 
     def make(self, found: Sequences) -> tuple[dict[str, Any], dict[int, torch.Tensor]]:
         """Return what `stand_in` does, of no fewer sequences and columns than before."""
-        standing, by_token = dict(found.others), dict[int, torch.Tensor]()
+        standing, by_token = dict[str, Any](), dict[int, torch.Tensor]()
         some = next(iter(found.rows.values()))
         ones = torch.ones(max(1, some.shape[0]), dtype=torch.int64, device=some.device)
         with self._lock:
@@ -188,7 +188,7 @@ class StandIns:
                 rows = rows if rows.shape[0] else rows.new_zeros(1, *rows.shape[1:])
                 padded = standing[name] = self._padded(name, rows)
                 by_token[id(padded)] = rows.unsqueeze(0)
-        return standing, by_token
+        return {**standing, **found.others}, by_token  # in the order of a padded call
 
     def _padded(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         shape, made = (self._count, self._longest, *rows.shape[1:]), self._tensors.get(name)
