@@ -53,7 +53,8 @@ def sequence_reduce(
     if WHICH == "first" or WHICH == "last":
         at = begin if WHICH == "first" else end - 1
         # A token that there is none of is 0.
-        value = tl.load(x_ptr + at * after + col, mask=(col < after) & (begin < end), other=0)
+        width = tl.where(begin < end, after, 0)
+        value = tl.load(x_ptr + at * after + col, mask=col < width, other=0)
     else:
         value = reduce_tokens(x_ptr, begin, end, col, after, ROWS, COLS)
     out_ptr += (sequence * before + outer) * after
