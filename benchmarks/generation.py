@@ -25,8 +25,14 @@ from typing import Any
 
 import numpy as np
 
+try:  # what Starlette's test client uses
+    import httpx2 as httpx
+except ImportError:
+    import httpx
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "generation.json"
+VOCABULARY = 50_257
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 
@@ -37,14 +43,15 @@ def save_model(folder: Path, layers: int) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_alone = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    words = {f"<{i}>": i for i in range(len(alphabet), VOCABULARY)}  # a text for every token
+    bytes_alone = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)} | words, []))
     bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_alone.decoder = decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=bytes_alone, model_max_length=1024
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=layers)
+    config = transformers.GPT2Config(n_layer=layers, vocab_size=VOCABULARY)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
 
 
@@ -63,8 +70,6 @@ async def ask(client: Any, url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 async def measure(url: str, bodies: list[dict[str, Any]], clients: int) -> dict[str, Any]:
     """Run all requests, so many at a time."""
-    import httpx
-
     waiting = list(bodies)
     found: list[dict[str, Any]] = []
     async with httpx.AsyncClient(timeout=600) as client:
@@ -103,6 +108,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the server")
     parser.add_argument("--rounds", type=int, default=2, help="of which the faster is kept")
     options = parser.parse_args()
     from turbotx.cli.bench.runner import describe_machine
@@ -116,7 +122,11 @@ def main() -> None:
         server = subprocess.Popen(
             [sys.executable, "-m", "turbotx", "serve", folder, "--task", "generate", "--port",
              str(port), "--dtype", options.dtype, "--log-level", "warning"],
-            env={**os.environ, "PYTHONPATH": str(HERE.parent)},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(HERE.parent),
+                "OMP_NUM_THREADS": str(options.threads),
+            },
         )  # fmt: skip
         try:
             wait(url, server)
@@ -130,14 +140,12 @@ def main() -> None:
             server.send_signal(signal.SIGTERM)
             server.wait(60)
     model = f"GPT-2-small's shape, {options.layers} layers, {options.dtype}"
-    result = {"machine": describe_machine(), "model": model, "rows": rows}
+    result = {"machine": describe_machine(options.threads), "model": model, "rows": rows}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def wait(url: str, server: Any) -> None:
     """Wait until the server is ready."""
-    import httpx
-
     while True:
         assert server.poll() is None, "the server has ended"
         try:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from turbotx.cli.bench.engines import ENGINES
-from turbotx.cli.bench.runner import OthersUse, Runner, describe_machine
+from turbotx.cli.bench.runner import CallPattern, OthersUse, Runner, describe_machine
 from turbotx.cli.models import Source
 
 RESULTS = Path(__file__).parent / "results" / "packed.json"
@@ -65,7 +65,8 @@ def measure(
     write_inputs(lengths, vocab, batch)
     write_inputs([mean], vocab, one)
     with OthersUse(runner) as others:
-        whole, single = runner.measure(batch, rounds), runner.measure(one, rounds)
+        load = CallPattern(rounds=rounds)
+        whole, single = runner.measure(batch, load), runner.measure(one, load)
     found: dict[str, Any] = {"others_cores": others.cores, "mean": mean, "engines": {}}
     for name, spread in whole.items():
         per_token = 1000 * spread.median_ms / sum(lengths)
