@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
@@ -25,8 +25,9 @@ from turbotx.serving.application import health_endpoints, make_application
 from turbotx.serving.bodies import SMALL_NBYTES, Shape, read_body
 from turbotx.serving.incoming import check_key, read_id, read_scope
 from turbotx.serving.openapi import Endpoint, array_of, describe_api, record
-from turbotx.serving.refusals import BadInput, Missing, Refusal
+from turbotx.serving.refusals import BadInput, Missing
 from turbotx.serving.responses import (
+    answer_or_refuse,
     json_response,
     refusal_response,
     while_connected,
@@ -132,19 +133,10 @@ def _computing(
         begin, facts, name = time.perf_counter(), Facts(), read_id(request)
         service.metrics.requests.labels(endpoint.path).inc()
         with open_span(tracer, endpoint.path, request.headers) as span:
-            try:
-                response = await _answer(service, endpoint, decoder, request, facts)
+            work = _answer(service, endpoint, decoder, request, facts)
+            response = await answer_or_refuse(work, service.metrics.failed, endpoint.openai)
+            if response.status_code == 200:
                 service.metrics.succeeded.labels(endpoint.path).inc()
-            except Refusal as refusal:
-                service.metrics.failed.labels(refusal.kind).inc()
-                response = refusal_response(refusal, endpoint.openai)
-            except ClientDisconnect:
-                service.metrics.failed.labels("disconnected").inc()
-                response = Response(status_code=499)  # the client has left
-            except Exception:
-                service.metrics.failed.labels("internal").inc()
-                log.exception("a request failed")
-                response = refusal_response(Refusal("internal error"), endpoint.openai)
             span.set_attribute("http.response.status_code", response.status_code)
         took = time.perf_counter() - begin
         service.metrics.duration.observe(took)

@@ -9,7 +9,9 @@ leaves stops its work::
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
@@ -19,6 +21,8 @@ from starlette.responses import Response
 
 from turbotx.serving import schemas
 from turbotx.serving.refusals import Refusal, TimedOut
+
+log = logging.getLogger(__name__)
 
 
 async def while_connected(request: Request, work: Any, timeout_ms: float | None) -> Any:
@@ -44,6 +48,22 @@ async def while_connected(request: Request, work: Any, timeout_ms: float | None)
         task.cancel()
         left.cancel()
         await asyncio.gather(task, left, return_exceptions=True)
+
+
+async def answer_or_refuse(work: Awaitable[Response], failed: Any, openai: bool) -> Response:
+    """Await an answer; where there is none, count why in `failed`, by kind, and return that."""
+    try:
+        return await work
+    except Refusal as refusal:
+        failed.labels(refusal.kind).inc()
+        return refusal_response(refusal, openai)
+    except ClientDisconnect:
+        failed.labels("disconnected").inc()
+        return Response(status_code=499)  # the client has left
+    except Exception:
+        failed.labels("internal").inc()
+        log.exception("a request failed")
+        return refusal_response(Refusal("internal error"), openai)
 
 
 async def refuse_http(request: Request, error: Exception) -> Response:

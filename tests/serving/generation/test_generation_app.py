@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
 import threading
 
 import pytest
 
 pytest.importorskip("starlette")
 
-import uvicorn
 from starlette.testclient import TestClient
 
+from tests.serving import conftest
 from tests.serving.conftest import httpx, wait_until
 from tests.serving.generation.tiny_decoders import generator, is_greedy, make_service
-from turbotx.serving.connections import ConnectionLimits, make_protocol
 from turbotx.serving.generation.app import create_generation_app
-from turbotx.serving.listener import GracefulServer
 from turbotx.serving.settings import Settings
 
 WORDS = "w1 w2 w3"
@@ -172,25 +168,8 @@ def test_a_key_is_asked_for():
         assert complete(client).status_code == 200
 
 
-@contextlib.contextmanager
 def listening(service):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    limits = ConnectionLimits(20.0, 1000)
-    config = uvicorn.Config(
-        create_generation_app(service), port=port, log_config=None, access_log=False,
-        http=make_protocol(limits), ws="none",
-    )  # fmt: skip
-    server = GracefulServer(config, service, limits)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        wait_until(lambda: server.started and service.state == "ready")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
+    return conftest.listening(service, application=create_generation_app)
 
 
 def test_openais_own_client_streams_from_it():

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
@@ -28,6 +28,7 @@ from turbotx.serving.incoming import check_key, read_id, read_scope
 from turbotx.serving.openapi import Endpoint, describe_api, record
 from turbotx.serving.refusals import BadInput, Missing, Refusal
 from turbotx.serving.responses import (
+    answer_or_refuse,
     json_response,
     refusal_response,
     while_connected,
@@ -103,18 +104,8 @@ def _computing(
     async def respond(request: Request) -> Response:
         begin, name = time.perf_counter(), read_id(request)
         service.metrics.requests.labels(endpoint.path).inc()
-        try:
-            response = await _answer(service, endpoint, decoder, request)
-        except Refusal as refusal:
-            service.metrics.failed.labels(refusal.kind).inc()
-            response = refusal_response(refusal, openai=True)
-        except ClientDisconnect:
-            service.metrics.failed.labels("disconnected").inc()
-            response = Response(status_code=499)  # the client has left
-        except Exception:
-            service.metrics.failed.labels("internal").inc()
-            log.exception("a request failed")
-            response = refusal_response(Refusal("internal error"), openai=True)
+        work = _answer(service, endpoint, decoder, request)
+        response = await answer_or_refuse(work, service.metrics.failed, openai=True)
         response.headers["x-request-id"] = name
         took_ms = round((time.perf_counter() - begin) * 1e3, 3)
         fields = {"path": endpoint.path, "status": response.status_code, "ms": took_ms}

@@ -159,8 +159,9 @@ class DecodeWorker:
 
     def _fail(self, error: Exception, reading: bool) -> None:
         """Tell those whose prompts were being read, or those who decoded, and forget them."""
+        said = str(error).partition("\n")[0]
         refusal = error if isinstance(error, Refusal) else BackendFailed(
-            f"the model failed: {type(error).__name__}: {str(error).splitlines()[:1]}"
+            f"the model failed: {type(error).__name__}: {said}"
         )  # fmt: skip
         with self._changed:
             queue = self._scheduler.reading if reading else self._scheduler.running
