@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "gemms": ("auto", "cublas", "triton"),
     "norms": ("auto", "fold", "store"),
     "padding": ("padded", "packed"),
-    "quantize": ("none", "int8"),
+    "quantize": ("none", "int8", "int8-weights"),
 }
 HEAD = "@head"
 """In `keep_float`: the products whose result the call returns as it is, such as logits."""
@@ -76,8 +76,9 @@ class Options:
         apart. Rows of padding are zeros in what the call returns. CPUs only so far.
     quantize: "int8" runs products by weights in int8 (docs/quantization.md): weights with a scale
         an output column, activations with one a token, found anew in every call; sums are exact,
-        and all else is float as ever. Results differ from the float model's by what `turbotx verify
-        --quantize int8` says. CPUs only so far.
+        and all else is float as ever. "int8-weights" quantises the weights alone, for few tokens,
+        as in decoding, where the bytes of weights are what a product waits for. Results differ from
+        the float model's by what `turbotx verify --quantize int8` says. CPUs only so far.
     keep_float: which products stay float all the same: patterns of modules' dotted names, as
         "encoder.layer.0.*", and "@head" for products whose result the call returns (logits, say).
         What is given takes the place of ("@head",).
@@ -195,7 +196,7 @@ class OptionArguments(TypedDict, total=False):
     cuda_graphs: bool
     max_graphs: int
     padding: Literal["padded", "packed"]
-    quantize: Literal["none", "int8"]
+    quantize: Literal["none", "int8", "int8-weights"]
     keep_float: Sequence[str]
     launch_ranges: bool
     schedules: Mapping[str, str]

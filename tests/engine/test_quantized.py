@@ -50,11 +50,12 @@ def launches(fast: Any, *args: torch.Tensor) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("how", ["int8", "int8-weights"])
 def test_it_is_the_reference_and_near_the_float_model(
-    dtype: torch.dtype, norm: type[nn.Module]
+    dtype: torch.dtype, norm: type[nn.Module], how: Any
 ) -> None:
     model = made(dtype, norm=norm)
-    fast, reference = (turbotx.optimize(model, quantize="int8", backend=b) for b in ("cpp", "aten"))
+    fast, reference = (turbotx.optimize(model, quantize=how, backend=b) for b in ("cpp", "aten"))
     x = torch.randn(3, 5, 24).to(dtype)
     with torch.no_grad():
         ours, own, plain = fast(x), reference(x), model(x)
@@ -65,22 +66,25 @@ def test_it_is_the_reference_and_near_the_float_model(
         assert F.cosine_similarity(a.float(), c.float(), -1).min() > 0.999
 
 
-def test_every_launch_keeps_the_rule_and_likeness_is_told_apart() -> None:
-    model, x = made(), torch.randn(4, 9, 24)
-    fast = turbotx.optimize(model, quantize="int8")
+@pytest.mark.parametrize("how", ["int8", "int8-weights"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_every_launch_keeps_the_rule_and_likeness_is_told_apart(how: Any, batch: int) -> None:
+    model, x = made(), torch.randn(batch, 9, 24)
+    fast = turbotx.optimize(model, quantize=how)
     report = turbotx.explain(fast, x)
     numerics = report.numerics(fast, x)
     assert numerics.holds and not numerics.outputs
-    assert [e.rows for e in numerics.likenesses] == [36, 36]
+    assert [e.rows for e in numerics.likenesses] == [9 * batch, 9 * batch]
     assert 0.999 < numerics.likenesses[0].worst <= numerics.likenesses[0].mean < 1
     for errors in report.stress(x).values():
         assert all(e.holds for e in errors)
 
 
-def test_it_takes_as_many_launches_as_without() -> None:
+@pytest.mark.parametrize("how", ["int8", "int8-weights"])
+def test_it_takes_as_many_launches_as_without(how: Any) -> None:
     x = torch.randn(2, 4, 24)
     plain = launches(turbotx.optimize(made()), x)
-    narrow = launches(turbotx.optimize(made(), quantize="int8"), x)
+    narrow = launches(turbotx.optimize(made(), quantize=how), x)
     assert len(narrow) == len(plain)
     assert sum("int8" in name for name in narrow) == 4
     assert "linear_0" in narrow, "the head stays float"
@@ -173,6 +177,35 @@ def test_minilm_keeps_its_embeddings(minilm_path: str) -> None:
         )
     cosines = (ours * plain).sum(-1)
     assert cosines.mean() >= 0.995 and cosines.min() > 0.98
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_generates_by_int8_weights(dtype: torch.dtype) -> None:
+    """Its steps, of one row a sequence, and the call before them, of many."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2,
+        n_embd=64,
+        n_head=2,
+        vocab_size=60,
+        n_positions=80,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = transformers.GPT2LMHeadModel(config).eval().to(dtype)
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "output_logits": True,
+           "return_dict_in_generate": True}  # fmt: skip
+    ids = torch.randint(0, 60, (2, 20))
+    with torch.no_grad():
+        own, plain = (
+            m.generate(ids, attention_mask=torch.ones_like(ids), **how)
+            for m in (turbotx.optimize(model, quantize="int8-weights", keep_float=()), model)
+        )
+        again = model(own.sequences).logits[:, 19:-1]
+    assert own.sequences.shape == plain.sequences.shape
+    ours = torch.stack(own.logits, 1)
+    assert F.cosine_similarity(ours.float(), again.float(), -1).min() > 0.999
 
 
 def test_int8_operands_of_a_launch() -> None:

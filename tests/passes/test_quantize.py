@@ -14,7 +14,12 @@ from tests.graphs import calls
 from turbotx.capture.trace import capture
 from turbotx.engine.pipeline import rewrite
 from turbotx.errors import VerifyError
-from turbotx.ir.quantized_ops import quantize_rows, quantized_linear, row_scale
+from turbotx.ir.quantized_ops import (
+    quantize_rows,
+    quantized_linear,
+    row_scale,
+    weight_only_linear,
+)
 from turbotx.passes.quantize import Quantization
 from turbotx.passes.quantize_check import check_quantized
 
@@ -105,6 +110,21 @@ def test_what_is_no_product_by_a_float_weight_stays() -> None:
     run = lambda net, x: (x.double() @ torch.ones(16, 4).double()).exp()  # noqa: E731
     assert not products(quantized(run).graph)
     assert not products(quantized(lambda net, x: (x @ x.transpose(1, 2)).exp()).graph)
+
+
+def test_weights_alone_leave_rows_as_they_are() -> None:
+    made = capture(Net(lambda net, x: net.up(net.norm(x)).exp()).eval(), (X,), {}).graph_module
+    rewrite(made.graph, "auto", Quantization(made.meta["paths"], (), float_rows=True))
+    (product,) = made.graph.find_nodes(op="call_function", target=weight_only_linear)
+    assert product.args[0].target is torch.ops.aten.layer_norm.default
+    assert calls(made.graph).count("quantize_rows") == 1, "its weight"
+    check_quantized(made.graph)
+    with made.graph.inserting_before(product):
+        other = made.graph.call_function(torch.ops.aten.mul.Tensor, (product.args[3], 2.0))
+        other.meta["val"] = product.args[3].meta["val"]
+    product.args = (*product.args[:3], other)
+    with pytest.raises(VerifyError, match="scales its columns by mul"):
+        check_quantized(made.graph)
 
 
 def test_again_changes_nothing() -> None:

@@ -161,10 +161,12 @@ class NormOperands:
 @dataclass(frozen=True)
 class Int8Operands:
     """What a GEMM of int8 weights takes beside its own operands, float32: scales of the weight's
-    rows, (n,), and of x's, (.., 1), None where x is floats that the launch itself quantises."""
+    rows, (n,), and of x's, (.., 1), None where x is floats. float_rows: it multiplies by those as
+    they are; otherwise it quantises them first."""
 
     weight_scale: Operand
     x_scale: Operand | None = None
+    float_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,10 +213,12 @@ class GemmLaunch(Launch):
     @property
     def sizes(self) -> tuple[Expr, ...]:
         """Rows, stride of x, width and row length of the output in elements, and the activation's
-        number; of int8 then the output's dtype by its number."""
+        number; of int8 then the output's dtype by its number, and 1 where rows stay floats."""
         activation = Integer(ACTIVATIONS.index(self.gemm.activation))
         own = self.rows, self.x_stride, self.width, self.width, activation
-        return own if self.int8 is None else (*own, Integer(DTYPE_CODES[self.out.dtype]))
+        if self.int8 is None:
+            return own
+        return *own, Integer(DTYPE_CODES[self.out.dtype]), Integer(self.int8.float_rows)
 
     @property
     def writes(self) -> tuple[str, ...]:

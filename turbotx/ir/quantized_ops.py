@@ -7,6 +7,7 @@ equal rows give the same integers on every path and in every reference::
     scale = row_scale(x)              # (.., 1): the row's largest magnitude / 127
     q = quantize_rows(x, scale)       # int8: round(x * (1 / scale)), halves to even
     quantized_linear(q, weight, bias, weight_scale, scale, torch.float32)
+    weight_only_linear(x, weight, bias, weight_scale)   # rows of floats as they are
 
 A row that holds NaN or an infinity has the scale NaN, and a product of it is NaN. A row whose
 magnitudes are all below 2^-100 is quantised as if its largest were that.
@@ -29,6 +30,9 @@ _library.define("quantize_rows(Tensor x, Tensor scale) -> Tensor")
 _library.define(
     "quantized_linear(Tensor x, Tensor weight, Tensor? bias, Tensor weight_scale, Tensor? x_scale,"
     " ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "weight_only_linear(Tensor x, Tensor weight, Tensor? bias, Tensor weight_scale) -> Tensor"
 )
 
 
@@ -76,6 +80,16 @@ def _quantized_linear(
     return (made if bias is None else made + bias.to(wide)).to(dtype)
 
 
+def _weight_only_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    """Return weight_scale * (x weight^T) + bias in x's dtype, sums in float32, or float64 of
+    float64. x: floats (.., k); weight: int8 (n, k), weight_scale: (n,)."""
+    wide = _wide(x)
+    made = wide @ weight.t().to(wide.dtype) * weight_scale.to(wide.dtype)
+    return (made if bias is None else made + bias.to(wide.dtype)).to(x.dtype)
+
+
 def _fake_row_scale(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], 1, dtype=_wide(x).dtype)
 
@@ -91,10 +105,17 @@ def _fake_quantized_linear(
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
 
 
+def _fake_weight_only_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 for _name, _meaning, _fake in (
     ("row_scale", _row_scale, _fake_row_scale),
     ("quantize_rows", _quantize_rows, _fake_quantize_rows),
     ("quantized_linear", _quantized_linear, _fake_quantized_linear),
+    ("weight_only_linear", _weight_only_linear, _fake_weight_only_linear),
 ):
     _library.impl(_name, _meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"turbotx::{_name}", _fake, lib=_library)
@@ -102,3 +123,6 @@ for _name, _meaning, _fake in (
 row_scale: Any = torch.ops.turbotx.row_scale.default
 quantize_rows: Any = torch.ops.turbotx.quantize_rows.default
 quantized_linear: Any = torch.ops.turbotx.quantized_linear.default
+weight_only_linear: Any = torch.ops.turbotx.weight_only_linear.default
+QUANTIZED_LINEARS = (quantized_linear, weight_only_linear)
+"""Products by an int8 weight; of both, its scale is the fourth argument."""

@@ -22,14 +22,14 @@ from turbotx.ir.attention_ops import attention, attention_scores, attention_valu
 from turbotx.ir.cache_ops import cache_store
 from turbotx.ir.expert_ops import grouped_linear, route
 from turbotx.ir.packed_ops import packed_attention
-from turbotx.ir.quantized_ops import quantized_linear
+from turbotx.ir.quantized_ops import QUANTIZED_LINEARS
 from turbotx.ir.views import SPLITS, is_view, view_source
 from turbotx.ops import OPS, is_computed
 
 aten = torch.ops.aten
 GEMMS = frozenset(
     {aten.linear.default, aten.mm.default, aten.bmm.default, aten.matmul.default,
-     aten.addmm.default, aten.baddbmm.default, grouped_linear, quantized_linear}
+     aten.addmm.default, aten.baddbmm.default, grouped_linear, *QUANTIZED_LINEARS}
 )  # fmt: skip
 
 _APART = ("gemm", "attention", "product", "route", "store", "extern")

@@ -2,10 +2,11 @@
 
 In: a graph whose products are `linear`s. Out: the same with weights as int8 and a scale an output
 column, computed from the parameters as constants are, and activations quantised by row (see
-`ir.quantized_ops`); where that happens `kernels.fusion.quantized_rows` decides::
+`ir.quantized_ops`), where `kernels.fusion.quantized_rows` decides, or left as they are::
 
     linear(x, w, b)  ->  quantized_linear(x, quantize_rows(w, s), b, s, None, float32)
                          where s = row_scale(w)
+                     or  weight_only_linear(x, quantize_rows(w, s), b, s)
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ import torch
 from torch import fx
 
 from turbotx.ir import fx_nodes as g
-from turbotx.ir.quantized_ops import MAX_DEPTH, quantize_rows, quantized_linear, row_scale
+from turbotx.ir.quantized_ops import (
+    MAX_DEPTH,
+    quantize_rows,
+    quantized_linear,
+    row_scale,
+    weight_only_linear,
+)
 from turbotx.ir.views import SPLITS, is_view
 from turbotx.options import HEAD, Options
 from turbotx.passes.linear import is_weight
@@ -32,15 +39,19 @@ class Quantization:
     """Which products are quantised: all but those that patterns of modules' names keep float.
 
     paths: where in the user's module a graph's parameter is. keep_float: patterns, or HEAD.
+    float_rows: whether weights alone are quantised.
     """
 
     paths: Mapping[str, str]
     keep_float: Sequence[str]
+    float_rows: bool = False
 
     @classmethod
     def of(cls, options: Options, paths: Mapping[str, str]) -> Quantization | None:
         """Return what options ask for, None where nothing is to be quantised."""
-        return None if options.quantize == "none" else cls(paths, options.keep_float)
+        if options.quantize == "none":
+            return None
+        return cls(paths, options.keep_float, options.quantize == "int8-weights")
 
     def keeps(self, weight: fx.Node) -> bool:
         """Tell whether a pattern keeps a weight float: such ones are not packed with others."""
@@ -54,11 +65,11 @@ def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
         if not g.is_call(node, aten.linear.default) or not is_weight(node.args[1]):
             continue
         names = modules_of(g.operand(node, 1), asked.paths)
-        why = _why_float(node, names, asked.keep_float)
+        why = _why_float(node, names, asked)
         if why:
             kept.update(dict.fromkeys(names, why))
         else:
-            _quantize(node)
+            _quantize(node, asked.float_rows)
     return kept
 
 
@@ -75,9 +86,9 @@ def _pattern_of(names: Sequence[str], keep_float: Sequence[str]) -> str | None:
     return next((p for p in keep_float if any(fnmatchcase(name, p) for name in own)), None)
 
 
-def _why_float(node: fx.Node, names: Sequence[str], keep_float: Sequence[str]) -> str:
+def _why_float(node: fx.Node, names: Sequence[str], asked: Quantization) -> str:
     """Return why a product is not quantised, "" where it is."""
-    found = _pattern_of(names, keep_float)
+    found = _pattern_of(names, asked.keep_float)
     if found is not None:
         return f"keep_float={found!r} was asked for"
     x, weight = g.operand(node, 0), g.operand(node, 1)
@@ -86,9 +97,9 @@ def _why_float(node: fx.Node, names: Sequence[str], keep_float: Sequence[str]) -
         return f"it is of {g.dtype(x)}"
     if len(shape) != 2 or not all(e.is_Integer for e in shape) or 0 in shape:
         return f"its weight is of {shape}"
-    if int(shape[1]) > MAX_DEPTH:
+    if int(shape[1]) > MAX_DEPTH and not asked.float_rows:
         return f"sums of {shape[1]} products overflow int32"
-    if HEAD in keep_float and _is_returned(node):
+    if HEAD in asked.keep_float and _is_returned(node):
         return "the call returns its result (keep_float=('@head',))"
     return ""
 
@@ -100,12 +111,16 @@ def _is_returned(node: fx.Node) -> bool:
     )
 
 
-def _quantize(node: fx.Node) -> None:
+def _quantize(node: fx.Node, float_rows: bool) -> None:
     x, weight = g.operand(node, 0), g.operand(node, 1)
     with node.graph.inserting_before(node):
         scale = g.emit(node, row_scale, weight)
         narrow = g.emit(node, quantize_rows, weight, scale)
         flat = g.emit(node, aten.squeeze.dim, scale, -1)
         bias = g.optional(node, 2)
-        args = (x, narrow, bias, flat, None, g.dtype(node))
-        g.replace(node, g.emit(node, quantized_linear, *args))
+        args = (x, narrow, bias, flat)
+        if float_rows:
+            made = g.emit(node, weight_only_linear, *args)
+        else:
+            made = g.emit(node, quantized_linear, *args, None, g.dtype(node))
+        g.replace(node, made)

@@ -15,7 +15,13 @@ from torch import fx
 from turbotx.errors import VerifyError
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import ONE
-from turbotx.ir.quantized_ops import MAX_DEPTH, quantize_rows, quantized_linear, row_scale
+from turbotx.ir.quantized_ops import (
+    MAX_DEPTH,
+    QUANTIZED_LINEARS,
+    quantize_rows,
+    quantized_linear,
+    row_scale,
+)
 from turbotx.ir.views import is_view, view_source
 
 
@@ -26,10 +32,10 @@ def check_quantized(graph: fx.Graph) -> None:
             x, scale = g.operand(node, 0), g.operand(node, 1)
             if not g.is_call(scale, row_scale) or scale.args[0] is not x:
                 raise VerifyError(f"{node.name} is quantised by {scale.name}, not its rows' scale")
-            wrong = [u.name for u in node.users if not g.is_call(u, quantized_linear)]
+            wrong = [u.name for u in node.users if not g.is_call(u, *QUANTIZED_LINEARS)]
             if wrong:
                 raise VerifyError(f"{wrong[0]} reads the int8 rows {node.name} as they are")
-        elif g.is_call(node, quantized_linear):
+        elif g.is_call(node, *QUANTIZED_LINEARS):
             _check_product(node)
 
 
@@ -43,12 +49,13 @@ def _check_product(node: fx.Node) -> None:
         shown = view_source(shown)
     if shown is not weight.args[1] or g.shape(scale) != (width,):
         raise VerifyError(f"{node.name} scales its columns by {shown.name}, not its weight's scale")
-    if g.shape(x)[-1] != depth or int(depth) > MAX_DEPTH:
+    exact = g.is_call(node, quantized_linear)
+    if g.shape(x)[-1] != depth or (exact and int(depth) > MAX_DEPTH):
         raise VerifyError(f"{node.name} sums {g.shape(x)[-1]} products over weights of {depth}")
     own = g.optional(node, 4)
     if own is None:
         if not g.dtype(x).is_floating_point:
-            raise VerifyError(f"{node.name} is to quantise {x.name}, of {g.dtype(x)}")
+            raise VerifyError(f"{node.name} takes {x.name} for floats, of {g.dtype(x)}")
         return
     if g.dtype(x) is not torch.int8 or not g.is_call(x, quantize_rows) or x.args[1] is not own:
         raise VerifyError(f"{node.name} scales its rows by {own.name}, not by {x.name}'s scale")

@@ -32,7 +32,7 @@ from turbotx.ir.attention_ops import attention_scores
 from turbotx.ir.cache_ops import cache_store, store_rows
 from turbotx.ir.expert_ops import grouped_linear
 from turbotx.ir.expr import ONE, ZERO, Expr
-from turbotx.ir.quantized_ops import quantized_linear
+from turbotx.ir.quantized_ops import QUANTIZED_LINEARS
 from turbotx.ir.strides import contiguous_strides, layout_with_copies
 from turbotx.ir.views import SPLITS, is_view
 from turbotx.kernels.cpp.attention import describe_attention
@@ -196,7 +196,7 @@ class _Assembler:
 
     def _gemm(self, node: fx.Node, end: Epilogue | None = None) -> None:
         if not is_packable(node, self.kinds):
-            own = (aten.linear.default, grouped_linear, quantized_linear)
+            own = (aten.linear.default, grouped_linear, *QUANTIZED_LINEARS)
             self._fallback(node, out=node.target not in own)
             return
         end = end or Epilogue(node, node, (node,), bias_of(node))

@@ -18,7 +18,7 @@ from turbotx import ir
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import product
 from turbotx.ir.matmul_kernels import GemmKernel
-from turbotx.ir.quantized_ops import quantized_linear
+from turbotx.ir.quantized_ops import QUANTIZED_LINEARS, weight_only_linear
 from turbotx.ir.strides import layout_with_copies, reshape_strides
 from turbotx.kernels.fusion.epilogue import Epilogue, is_grouped
 from turbotx.passes.extract import extract
@@ -46,18 +46,19 @@ def make_gemm(
         return ir.GroupedGemmLaunch(kernel, x, weight, ends, out, rows, stride, call, **place)
     given = (end.bias, end.residual, *scales_of(node))
     bias, residual, down, across = (None if n is None else operand(n) for n in given)
+    floats = node.target is weight_only_linear
     inplace: tuple[tuple[str, str], ...] = ()
     if residual is not None and residual.tensor != x.tensor:
         inplace = ((out.tensor, residual.tensor),)
     return ir.GemmLaunch(
         kernel, x, weight, bias, out, residual, rows, stride, call, **place, inplace=inplace,
-        int8=None if down is None else ir.Int8Operands(down, across),
+        int8=None if down is None else ir.Int8Operands(down, across, floats),
     )  # fmt: skip
 
 
 def scales_of(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     """Return the scales of an int8 weight, and of int8 rows; None where there are none."""
-    if node.target is not quantized_linear:
+    if node.target not in QUANTIZED_LINEARS:
         return None, None
     return g.operand(node, 3), g.optional(node, 4)
 

@@ -19,7 +19,7 @@ from torch import fx
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expert_ops import grouped_linear
 from turbotx.ir.expr import ONE, product
-from turbotx.ir.quantized_ops import quantized_linear
+from turbotx.ir.quantized_ops import QUANTIZED_LINEARS, quantized_linear, weight_only_linear
 from turbotx.ir.strides import (
     Layout,
     has_plain_rows,
@@ -75,8 +75,8 @@ class Epilogue:
     @property
     def name(self) -> str:
         """The launch's name: linear_gelu, linear_silu_mul, linear_add, ..."""
-        int8 = self.linear.target is quantized_linear
-        parts = ["linear_int8" if int8 else op_name(self.linear)]
+        names = {quantized_linear: "linear_int8", weight_only_linear: "linear_int8_weights"}
+        parts = [names.get(self.linear.target) or op_name(self.linear)]
         parts.append(self.activation if self.activation != "none" else "")
         parts += ["mul" if self.gated else "", "add" if self.residual is not None else ""]
         return "_".join(part for part in parts if part)
@@ -121,7 +121,7 @@ def match_epilogue(
 def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
     """Return whether the packed GEMM can do it: constant 2-d weight, or one an expert, rows of x at
     one stride."""
-    if not g.is_call(node, aten.linear.default, grouped_linear, quantized_linear):
+    if not g.is_call(node, aten.linear.default, grouped_linear, *QUANTIZED_LINEARS):
         return False
     x, weight, bias = g.operand(node, 0), g.operand(node, 1), bias_of(node)
     if g.dtype(node) not in PACKABLE or len(g.shape(weight)) != (3 if is_grouped(node) else 2):
@@ -130,7 +130,7 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
         ends = layout_with_copies(g.operand(node, 2))
         if not ends.is_contiguous or ends.offset != 0:
             return False
-    scale = g.operand(node, 3) if node.target is quantized_linear else None
+    scale = g.operand(node, 3) if node.target in QUANTIZED_LINEARS else None
     for constant in (weight, bias, scale):
         if constant is None:
             continue

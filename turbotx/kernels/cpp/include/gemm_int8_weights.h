@@ -1,0 +1,207 @@
+// C = finish(scales * (A W^T)): a linear layer of float rows by an int8 weight, sums in float32.
+//   in:  A [m][k], float, bf16 or f16; W as `PackedInt8` of gemm_int8.h keeps it, a scale a column
+//   out: C [m][n] of A's type: float32 sums, scaled, finished, rounded once
+//   example:  ttx::PackedInt8 w(weight, n, k);
+//             ttx::linear_int8_weights(w, a, lda, m, weight_scales, c, n, ttx::Epilogue<float>{});
+//
+// Few rows are bound by the bytes of W, which are read once and become floats in registers. Of many
+// rows each panel is widened once, and multiplied as a float weight's is; int8 is exact in bf16.
+#pragma once
+
+#include "gemm_int8.h"
+
+namespace ttx {
+
+namespace detail {
+
+// Bytes `which` (0 to 3) of the quads as floats; `flip` takes the panels' offset off.
+TTX_INLINE vec widen_quads(int_vec quads, int which) {
+  return __builtin_convertvector((quads << (24 - 8 * which)) >> 24, vec);
+}
+
+struct QuadPair { int_vec left, right; };
+
+TTX_INLINE QuadPair load_quads(const std::int8_t* panel, std::int32_t flip) {
+  QuadPair pair;
+  std::memcpy(&pair.left, panel, sizeof pair.left);
+  std::memcpy(&pair.right, panel + kQuad * kLanes, sizeof pair.right);
+  return {pair.left ^ flip, pair.right ^ flip};
+}
+
+// What takes 128 off every byte of a panel that was stored plus 128.
+inline std::int32_t flip_of(const PackedInt8& w) {
+  return w.offset == 0 ? 0 : static_cast<std::int32_t>(0x80808080u);
+}
+
+// As multiply_panel of gemm_tile.h. depth is a multiple of kQuad, past k of zeros. Few rows have more
+// than one chain of sums each: additions that wait for each other would be slower than memory.
+template <int ROWS>
+void multiply_panel_widened(const float* a, long lda, const std::int8_t* panel, long depth,
+                            std::int32_t flip, NextPanel next, float* tile) {
+  constexpr int ways = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
+  for (long begin = 0; begin < depth; begin += kChain) {
+    long end = begin + kChain < depth ? begin + kChain : depth;
+    vec sum[ways][ROWS][2] = {};
+    for (long k = begin; k < end; k += kQuad, panel += kQuad * kPanel) {
+      fetch(next, k);
+      QuadPair quads = load_quads(panel, flip);
+#pragma GCC unroll 4
+      for (int i = 0; i < kQuad; ++i) {
+        vec left = widen_quads(quads.left, i), right = widen_quads(quads.right, i);
+#pragma GCC unroll 12
+        for (int r = 0; r < ROWS; ++r) {
+          vec x = broadcast(a[r * lda + k + i]);
+          sum[i % ways][r][0] += x * left;
+          sum[i % ways][r][1] += x * right;
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int way = 1; way < ways; ++way)
+#pragma GCC unroll 4
+      for (int i = 0; i < 2 * ROWS; ++i) sum[0][i / 2][i % 2] += sum[way][i / 2][i % 2];
+    add_to_tile<ROWS>(sum[0], begin == 0, tile);
+  }
+}
+
+template <int ROWS = kGemmRows>
+void multiply_rows_widened(int rows, const float* a, long lda, const std::int8_t* panel, long depth,
+                           std::int32_t flip, NextPanel next, float* tile) {
+  if (rows == ROWS) return multiply_panel_widened<ROWS>(a, lda, panel, depth, flip, next, tile);
+  constexpr int fewer = ROWS > kBestRows ? ROWS - 2 : ROWS - 1;
+  if constexpr (fewer > 0) multiply_rows_widened<fewer>(rows, a, lda, panel, depth, flip, next, tile);
+}
+
+// A panel as PackedWeight<W> has it: k by k, or, for vdpbf16ps, two k of a column side by side.
+inline void widen_panel(const std::int8_t* panel, long depth, std::int32_t flip, float* out) {
+  for (long k = 0; k < depth; k += kQuad, panel += kQuad * kPanel, out += kQuad * kPanel) {
+    QuadPair quads = load_quads(panel, flip);
+#pragma GCC unroll 4
+    for (int i = 0; i < kQuad; ++i) {
+      store_vec(out + i * kPanel, widen_quads(quads.left, i));
+      store_vec(out + i * kPanel + kLanes, widen_quads(quads.right, i));
+    }
+  }
+}
+#ifdef __AVX512BF16__
+TTX_INLINE void store_pairs(bf16* out, int_vec quads, int first) {
+  auto bits = [&](int i) { return __builtin_bit_cast(uint_vec, widen_quads(quads, i)); };
+  uint_vec pairs = bits(first) >> 16 | bits(first + 1);  // the low halves of such floats are zero
+  std::memcpy(out, &pairs, sizeof pairs);
+}
+inline void widen_panel(const std::int8_t* panel, long depth, std::int32_t flip, bf16* out) {
+  for (long k = 0; k < depth; k += kQuad, panel += kQuad * kPanel, out += kQuad * kPanel) {
+    QuadPair quads = load_quads(panel, flip);
+#pragma GCC unroll 2
+    for (int i = 0; i < kQuad; i += 2) {
+      store_pairs(out + i * kPanel, quads.left, i);
+      store_pairs(out + i * kPanel + 2 * kLanes, quads.right, i);
+    }
+  }
+}
+#endif
+
+// Multiplies sums by their columns' scales before they are finished.
+template <class Finish>
+struct ScaledFinish {
+  const float* scales;  // [n], or [2n] where gated
+  long gated;           // n where it is, else 0
+  Finish finish;
+  TTX_INLINE vec operator()(vec x, vec factor, long row, long column, int count) const {
+    x *= load_some(scales + column, count);
+    if (gated > 0) factor *= load_some(scales + gated + column, count);
+    return finish(x, factor, row, column, count);
+  }
+};
+
+// Some groups of panels times a few rows, in one tile.
+template <class T, class Finish>
+void multiply_few_rows(const PackedInt8& w, Range groups, int m, const float* a, long lda, T* c,
+                       long ldc, const Finish& finish) {
+  constexpr int size = kGemmRows * kPanel;
+  alignas(64) float tile[2 * size];
+  long depth = (w.k + kQuad - 1) / kQuad * kQuad;
+  for (long g = groups.begin; g < groups.end; ++g) {
+    bool is_last = g + 1 == groups.end;
+    const char* next = reinterpret_cast<const char*>(w.panel((is_last ? g : g + 1) * w.group));
+    for (long p = 0; p < w.group; ++p, next += is_last ? 0 : w.panel_size())
+      multiply_rows_widened(m, a, lda, w.panel(g * w.group + p), depth, flip_of(w),
+                            {next, is_last ? 0 : kPanel}, tile + p * size);
+    finish_tile(tile, tile + (w.group - 1) * size, 0, m, g * kPanel, w.n, c, ldc, finish);
+  }
+}
+
+// Some groups of panels times some rows of A; `room` takes a group's panels, widened to A's type.
+template <class A, class T, class Finish>
+void multiply_many_rows(const PackedInt8& w, Range groups, Range rows, const A* a, long lda, A* room,
+                        T* c, long ldc, const Finish& finish) {
+  constexpr int size = kGemmRows * kPanel;
+  alignas(64) float tile[2 * size];
+  long depth = (w.k + kQuad - 1) / kQuad * kQuad, m = rows.end - rows.begin;
+  long tiles = count_tiles(m, lda * static_cast<long>(sizeof(A)));
+  for (long g = groups.begin; g < groups.end; ++g) {
+    for (long p = 0; p < w.group; ++p)
+      widen_panel(w.panel(g * w.group + p), depth, flip_of(w), room + p * depth * kPanel);
+    for (long t = 0; t < tiles; ++t) {
+      long first = rows.begin + m * t / tiles, end = rows.begin + m * (t + 1) / tiles;
+      int count = static_cast<int>(end - first);
+      for (long p = 0; p < w.group; ++p)
+        multiply_rows_of<A, A>(count, a + first * lda, lda, room + p * depth * kPanel, w.k,
+                               {reinterpret_cast<const char*>(room), 0}, tile + p * size);
+      finish_tile(tile, tile + (w.group - 1) * size, first, count, g * kPanel, w.n, c, ldc, finish);
+    }
+  }
+}
+
+}  // namespace detail
+
+// T is the type of A, of C, and of what the finish reads.
+template <class T, class Finish = Epilogue<T>>
+void linear_int8_weights(const PackedInt8& w, const T* a, long lda, long m,
+                         const float* weight_scales, T* c, long ldc, const Finish& finish = {}) {
+  if (m == 0 || w.n == 0) return;
+  int threads = usable_threads(m * w.n * w.k * w.group, 50000);
+  long depth = (w.k + detail::kQuad - 1) / detail::kQuad * detail::kQuad;
+  detail::ScaledFinish<Finish> scaled{weight_scales, w.group == 2 ? w.n : 0, finish};
+  bool few = detail::count_tiles(m, depth * static_cast<long>(sizeof(float))) == 1;
+  // Rows are copied where they are not floats, or where a quad would reach past their end.
+  bool copied = few ? !std::is_same_v<T, float> || depth != w.k : !detail::kReadsRows<T>;
+  long row_floats = copied ? m * depth : 0;
+  using Read = std::conditional_t<detail::kReadsRows<T>, T, float>;
+  long room = few ? 0 : (w.group * depth * detail::kPanel * static_cast<long>(sizeof(Read)) + 63) / 64 * 16;
+  float* scratch = detail::thread_scratch((row_floats + 15) / 16 * 16 + threads * room);
+  float* rooms = scratch + (row_floats + 15) / 16 * 16;
+  long blocks = (m + 255) / 256;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    if (copied) {
+#pragma omp for schedule(static)
+      for (long r = 0; r < m; ++r) {
+        float* row = scratch + r * depth;
+        for (long i = 0; i < w.k; ++i) row[i] = to_float(a[r * lda + i]);
+        for (long i = w.k; i < depth; ++i) row[i] = 0;
+      }
+    }
+#pragma omp for schedule(static)
+    for (int t = 0; t < threads; ++t) {
+      detail::Range groups{w.groups() * t / threads, w.groups() * (t + 1) / threads};
+      if (few) {
+        const float* rows = scratch;
+        if constexpr (std::is_same_v<T, float>) rows = copied ? scratch : a;
+        detail::multiply_few_rows(w, groups, static_cast<int>(m), rows, copied ? depth : lda, c, ldc,
+                                  scaled);
+        continue;
+      }
+      auto* own = reinterpret_cast<Read*>(rooms + t * room);
+      for (long b = 0; b < blocks; ++b) {
+        detail::Range rows{m * b / blocks, m * (b + 1) / blocks};
+        if constexpr (detail::kReadsRows<T>)
+          detail::multiply_many_rows(w, groups, rows, a, lda, own, c, ldc, scaled);
+        else
+          detail::multiply_many_rows(w, groups, rows, scratch, depth, own, c, ldc, scaled);
+      }
+    }
+  }
+}
+
+}  // namespace ttx
