@@ -125,6 +125,10 @@ class EagerWarning(UserWarning):
     """A part of a model runs in PyTorch instead of turbotx; the message says which and why."""
 
 
+class QuantizedWarning(UserWarning):
+    """Values of weights are asked for that are held as int8 only: they come dequantised."""
+
+
 class DecisionWarning(UserWarning):
     """A branch of the model on a tensor's values was taken otherwise than its program assumed, and
     the call ran again; the message names the line."""

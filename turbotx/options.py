@@ -50,7 +50,7 @@ class Options:
     keep_weights: on a CPU, keep the parameters that were packed as they are too. False gives their
         memory back after the first call: a module's parameter is then a `PackedParameter`, which is
         unpacked where it is read, as by `state_dict`, and whose changes raise WeightsReleasedError
-        (docs/scale.md).
+        (docs/scale.md). Of a quantised weight it is int8 times scale, and a warning says so.
     epilogues: let a GEMM's launch finish its sums (bias, activation, gate, residual) where a region
         is just that; False gives every region a kernel of its own.
     gemms: on a GPU, what runs matrix products: "cublas", with a kernel for what follows; "triton",
@@ -158,11 +158,6 @@ class Options:
             raise OptionsError(
                 f"quantize={self.quantize!r} computes with packed weights: leave out "
                 "pack_weights=False"
-            )
-        if self.quantize != "none" and not self.keep_weights:
-            raise OptionsError(
-                f"quantize={self.quantize!r} is computed from float weights, and nothing else can "
-                "give those back to state_dict(): leave out keep_weights=False"
             )
         if self.quantize != "none" and self.padding == "packed":
             raise OptionsError(

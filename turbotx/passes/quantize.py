@@ -61,6 +61,7 @@ class Quantization:
 def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
     """Quantise every product by a weight; return the modules whose product stays float, and why."""
     kept: dict[str, str] = {}
+    made: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for node in list(graph.nodes):
         if not g.is_call(node, aten.linear.default) or not is_weight(node.args[1]):
             continue
@@ -69,7 +70,7 @@ def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
         if why:
             kept.update(dict.fromkeys(names, why))
         else:
-            _quantize(node, asked.float_rows)
+            _quantize(node, asked.float_rows, made)
     return kept
 
 
@@ -111,16 +112,22 @@ def _is_returned(node: fx.Node) -> bool:
     )
 
 
-def _quantize(node: fx.Node, float_rows: bool) -> None:
+def _quantize(
+    node: fx.Node, float_rows: bool, made: dict[fx.Node, tuple[fx.Node, fx.Node]]
+) -> None:
+    """Quantise one product. made: int8 weights, and their scales, by what they are made of: layers
+    that share a weight share these."""
     x, weight = g.operand(node, 0), g.operand(node, 1)
     with node.graph.inserting_before(node):
-        scale = g.emit(node, row_scale, weight)
-        narrow = g.emit(node, quantize_rows, weight, scale)
-        flat = g.emit(node, aten.squeeze.dim, scale, -1)
+        if weight not in made:
+            scale = g.emit(node, row_scale, weight)
+            narrow = g.emit(node, quantize_rows, weight, scale)
+            made[weight] = narrow, g.emit(node, aten.squeeze.dim, scale, -1)
+        narrow, flat = made[weight]
         bias = g.optional(node, 2)
         args = (x, narrow, bias, flat)
         if float_rows:
-            made = g.emit(node, weight_only_linear, *args)
+            product = g.emit(node, weight_only_linear, *args)
         else:
-            made = g.emit(node, quantized_linear, *args, None, g.dtype(node))
-        g.replace(node, made)
+            product = g.emit(node, quantized_linear, *args, None, g.dtype(node))
+        g.replace(node, product)

@@ -175,11 +175,17 @@ class WeightWindow:
 
 @dataclass(frozen=True)
 class Packing:
-    """A packed GEMM weight: its slot in the table of addresses; the parts whose rows it is."""
+    """A packed GEMM weight: its slot in the table of addresses; the parts whose rows it is.
+
+    sources, scale: of one of int8, the parts of which its rows are quantised, and the tensor of
+    their scales, (n, 1); empty where other things are done to parameters first.
+    """
 
     slot: int
     parts: tuple[WeightWindow, ...]
     gated: bool
+    sources: tuple[WeightWindow, ...] = ()
+    scale: str = ""
 
 
 @dataclass(frozen=True)

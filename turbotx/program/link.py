@@ -20,6 +20,7 @@ from turbotx import ir
 from turbotx.capture.eager import Alias
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr, product, sizes_of, to_python
+from turbotx.ir.quantized_ops import quantize_rows
 from turbotx.ir.sizes import Evaluate
 from turbotx.ir.strides import contiguous_strides, layout_of
 from turbotx.memory.liveness import LaunchUse, Liveness, analyze
@@ -153,20 +154,43 @@ def weight_parts(weight: ir.Operand, hoisted: Mapping[str, fx.Node]) -> tuple[We
     """Return the windows whose rows make a weight: those that it is a concatenation of, so that
     this need not be made; or itself."""
     whole, node = weight_window(weight), hoisted.get(weight.tensor)
-    if node is None or not g.is_call(node, CAT) or node.kwargs or node.args[1:] not in ((), (0,)):
+    if node is None or not _joins_rows(node) or not _is_whole(weight):
         return (whole,)
-    if weight.offset != 0 or weight.strides != contiguous_strides(weight.shape):
-        return (whole,)
-    sources: Any = node.args[0]
+    found = _row_parts(node)
+    return found if sum(part.shape[0] for part in found) == whole.shape[0] else (whole,)
+
+
+def quantized_from(
+    weight: ir.Operand, hoisted: Mapping[str, fx.Node]
+) -> tuple[tuple[WeightWindow, ...], str]:
+    """Return the windows of parameters whose rows an int8 weight quantises, and the name of their
+    scales; nothing where it is made otherwise."""
+    node = hoisted.get(weight.tensor)
+    if node is None or not g.is_call(node, quantize_rows) or not _is_whole(weight):
+        return (), ""
+    found = _row_parts(g.operand(node, 0))
+    return found, g.operand(node, 1).name if found else ""
+
+
+def _joins_rows(node: fx.Node) -> bool:
+    return g.is_call(node, CAT) and not node.kwargs and node.args[1:] in ((), (0,))
+
+
+def _is_whole(weight: ir.Operand) -> bool:
+    return weight.offset == 0 and weight.strides == contiguous_strides(weight.shape)
+
+
+def _row_parts(node: fx.Node) -> tuple[WeightWindow, ...]:
+    """Return the windows that a node shows or joins by rows; none where one has no strides."""
+    sources: Any = node.args[0] if _joins_rows(node) else [node]
     found: list[WeightWindow] = []
     for source in sources:
         layout = layout_of(source)
         if layout is None:
-            return (whole,)
+            return ()
         shape, strides = (tuple(map(int, x)) for x in (layout.shape, layout.strides))
         found.append(WeightWindow(layout.root.name, shape, strides, int(layout.offset)))
-    rows = sum(part.shape[0] for part in found)
-    return tuple(found) if rows == whole.shape[0] else (whole,)
+    return tuple(found)
 
 
 def _plain_call(call: ir.AtenCall) -> PytorchCall:

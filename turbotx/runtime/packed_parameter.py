@@ -14,6 +14,7 @@ import contextlib
 import inspect
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,9 +22,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from turbotx.errors import WeightsReleasedError
+from turbotx.errors import QuantizedWarning, WeightsReleasedError
 from turbotx.runtime.packed_weight import PackedWeight
 
+DEQUANTIZED = (
+    "a state dict is made of a model whose float weights were given up for int8 ones "
+    "(keep_weights=False, or a file of quantised weights): it has int8 times scale in their place"
+)
 _OF_MEMORY = frozenset(
     {"data_ptr", "untyped_storage", "_typed_storage", "storage", "share_memory_", "set_",
      "resize_", "__dlpack__", "__array__", "numpy", "pin_memory", "is_pinned"}
@@ -32,8 +37,9 @@ _OF_MEMORY = frozenset(
 
 
 class PackedParameter(nn.Parameter):
-    """A parameter of which `weight` holds every element. first: its first row there; turned: its
-    rows are the columns of the parameter. path: what messages call it."""
+    """A parameter of which `weight` holds every element, as int8 where it has scales: it is read
+    dequantised then. first: its first row there; turned: its rows are the columns of the parameter.
+    path: what messages call it."""
 
     stands_for = nn.Parameter
     """What a guard takes it for."""
@@ -57,12 +63,13 @@ class PackedParameter(nn.Parameter):
     def __init__(self, *args: Any) -> None:
         pass
 
-    def unpacked(self) -> torch.Tensor:
-        """Return its elements, dense, in memory of their own."""
+    def unpacked(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return its elements, dense, in memory of their own; in another dtype where one is
+        given."""
         n, k = reversed(self.shape) if self.turned else self.shape
         assert k == self.weight.depth
-        rows = self.weight.rows(self.first, n)
-        out = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype)
+        rows = self.weight.values(self.first, n)
+        out = torch.empty_strided(self.shape, self.stride(), dtype=dtype or self.dtype)
         return out.copy_(rows.t() if self.turned else rows)
 
     def refusal(self, what: str) -> WeightsReleasedError:
@@ -85,6 +92,8 @@ class PackedParameter(nn.Parameter):
                 return None
             raise own.refusal("cannot set .data")
         if own is not None and name == "detach" and _asks_module():
+            if own.weight.scale is not None:
+                warnings.warn(DEQUANTIZED, QuantizedWarning, stacklevel=2)
             return own.unpacked()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))

@@ -30,30 +30,38 @@ def find_sources(
         weight = packed[packing.slot]
         if not isinstance(weight, PackedWeight):
             continue  # experts keep their parameter
-        for first, part in zip(_firsts(packing), packing.parts, strict=True):
+        parts = parameters_of(packing)
+        for first, part in zip(_firsts(parts), parts, strict=True):
             turned = turning(part, tensors[part.tensor])
             if turned is not None:
                 found[part.tensor] = (weight, first, turned)
     return found
 
 
+def parameters_of(packing: Packing) -> Sequence[WeightWindow]:
+    """Return the parts of which a packed weight is made: where it is int8, what was quantised."""
+    return packing.sources or packing.parts
+
+
 def packed_before(packing: Packing, tensors: Mapping[str, torch.Tensor]) -> PackedWeight | None:
     """Return the packed weight that all parts of a packing stand for already, in its order."""
-    weights = []
-    for first, part in zip(_firsts(packing), packing.parts, strict=True):
+    weights, parts = [], parameters_of(packing)
+    for first, part in zip(_firsts(parts), parts, strict=True):
         own = tensors[part.tensor]
         if not isinstance(own, PackedParameter) or own.weight.gated != packing.gated:
             return None
         if own.first != first or own.turned != turning(part, own):
             return None
+        if (own.weight.scale is not None) != bool(packing.sources):
+            return None
         weights.append(own.weight)
-    rows = sum(part.shape[0] for part in packing.parts)
+    rows = sum(part.shape[0] for part in parts)
     one = weights[0]
     return one if all(w is one for w in weights) and one.count == rows else None
 
 
-def _firsts(packing: Packing) -> list[int]:
-    return [0, *accumulate(part.shape[0] for part in packing.parts)][:-1]
+def _firsts(parts: Sequence[WeightWindow]) -> list[int]:
+    return [0, *accumulate(part.shape[0] for part in parts)][:-1]
 
 
 def turning(part: WeightWindow, whole: torch.Tensor) -> bool | None:

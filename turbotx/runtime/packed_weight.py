@@ -22,28 +22,42 @@ from turbotx.runtime.cpu.abi import PartRecord
 @dataclass(frozen=True)
 class PanelLayout:
     """How the columns of a product lie side by side: `width` to a panel, of each `step` elements
-    that follow each other in its row. It depends on the instruction set and the dtype."""
+    that follow each other in its row. It depends on the instruction set and the dtype.
+
+    depth: rows are filled up with zeros to a multiple of this. flipped: the highest bit of int8 is
+    the other way round.
+    """
 
     width: int
     step: int
+    depth: int = 1
+    flipped: bool = False
 
     @classmethod
     def of(cls, native: ctypes.CDLL, dtype: torch.dtype) -> PanelLayout:
         """Return the layout that a runtime multiplies by."""
         found = native.ttx_panel_layout(DTYPE_CODES[dtype])
-        return cls(found >> 8, found & 255)
+        return cls(found >> 8 & 255, found & 255, found >> 16 & 255, bool(found >> 24))
 
     def sizes(self, rows: int, depth: int, gated: bool) -> tuple[int, int, int, int, int]:
         """Return how many panels side by side, alternating ones, steps, columns, neighbours."""
         columns = rows // 2 if gated else rows
-        return -(-columns // self.width), 1 + gated, -(-depth // self.step), self.width, self.step
+        steps = -(-depth // max(self.depth, self.step)) * max(self.depth, self.step) // self.step
+        return -(-columns // self.width), 1 + gated, steps, self.width, self.step
+
+    def stored(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values as panels hold them, or the other way round."""
+        return values ^ -128 if self.flipped else values
 
 
 class PackedWeight:
     """A GEMM weight of `count` rows of `depth` elements in panels; freed with the object.
 
-    gated: the first half of all rows is the gate, the second its factor.
+    gated: the first half of all rows is the gate, the second its factor. scale: of int8 that stands
+    for floats, the scale of each row, float32 (count, 1).
     """
+
+    scale: torch.Tensor | None = None
 
     def __init__(
         self, native: ctypes.CDLL, address: int, count: int, depth: int, dtype: torch.dtype,
@@ -99,7 +113,13 @@ class PackedWeight:
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Return some rows as they were packed, (count, depth), in memory of their own."""
-        return unpack(self.panels, self.count, self.depth, first, count)
+        layout = PanelLayout.of(self._native, self.dtype)
+        return layout.stored(unpack(self.panels, self.count, self.depth, first, count))
+
+    def values(self, first: int, count: int) -> torch.Tensor:
+        """Return what some rows stand for: themselves, or int8 times the rows' scales, float32."""
+        rows = self.rows(first, count)
+        return rows if self.scale is None else rows * self.scale[first : first + count]
 
 
 class PackedExperts:
@@ -152,4 +172,5 @@ def pack(dense: torch.Tensor, layout: PanelLayout, gated: bool) -> torch.Tensor:
     groups, alternating, steps, width, step = sizes
     padded = dense.new_zeros(alternating, groups * width, steps * step)
     padded[:, : rows // alternating, :depth] = dense.view(alternating, -1, depth)
+    padded = layout.stored(padded)
     return padded.view(alternating, groups, width, steps, step).permute(1, 0, 3, 2, 4).contiguous()

@@ -26,9 +26,10 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from turbotx.errors import ModelChangedError
-from turbotx.program.executable import WeightWindow
+from turbotx.errors import ModelChangedError, WeightsReleasedError
+from turbotx.program.executable import Packing, WeightWindow
 from turbotx.runtime.packed_parameter import PackedParameter, restoring
+from turbotx.runtime.packed_sources import packed_before
 from turbotx.runtime.packed_weight import PackedWeight
 from turbotx.runtime.tensor_watch import Watch, make_watch
 
@@ -102,6 +103,8 @@ class Weights:
         """Waits until what was queued for derived weights is done, where a device queues it."""
         self.packed: frozenset[str] = frozenset()
         """The tensors of which the runtime keeps copies of its own."""
+        self.quantized: Sequence[Packing] = ()
+        """Those of them that are int8, made of whole parameters."""
         self.read: Collection[str] = {*targets, *hoisted}
         """The tensors that are read as they are. Prepared constants that are neither read nor
         packed are made when they are asked for, as by a replay."""
@@ -160,14 +163,15 @@ class Weights:
             if changed:
                 raise ModelChangedError(changed)
             watched = self._new_watch()  # first, so that it sees what changes from now on
-            tensors = _Tensors(self.hoisted)
+            tensors = _Tensors(self.hoisted, self.quantized)
             tensors.update((n, owner[leaf]) for n, (owner, leaf) in self._slots.items())
             for name in self.read_plainly():
                 if isinstance(tensors.get(name), PackedParameter):
-                    tensors[name] = tensors[name].unpacked()
+                    tensors[name] = _floats_of(tensors[name])
             with torch.no_grad():
+                held = tensors.put_scales()
                 for name, node in self.hoisted.items():
-                    if name in self.read or name in self.packed:
+                    if (name in self.read or name in self.packed) and name not in held:
                         tensors[name] = compute_constant(node, tensors)
             if self.hoisted:
                 self.settle()
@@ -175,6 +179,12 @@ class Weights:
             self.version += 1
             self.watched = watched
         return True
+
+    def drop_packed(self) -> None:
+        """Let go of int8 weights that have been packed; who asks for one is given it anew."""
+        for packing in self.quantized:
+            if packing.parts[0].tensor not in self.read:
+                self.tensors.pop(packing.parts[0].tensor, None)
 
     def _new_watch(self) -> tuple[list[Any], Watch]:
         """Watch the parameters as they are, natively where the library is there for it."""
@@ -186,20 +196,24 @@ class Weights:
         ]
         return tensors, make_watch(self.native, [t for t, _ in here], [c for _, c in here])
 
-    def _computed_with(self) -> set[str]:
-        """Return the parameters that hoisted constants are computed with."""
+    def _computed_with(self, but: Collection[str] = ()) -> set[str]:
+        """Return the parameters that hoisted constants are computed with. but: those constants
+        that are not looked at."""
         found: set[str] = set()
-        made = [n for name, n in self.hoisted.items() if name in self.read or name in self.packed]
-        left = [n for node in made for n in node.all_input_nodes]
+        left = [n for name, n in self.hoisted.items() if name in self.read or name in self.packed]
         while left:
             node = left.pop()
+            if node.name in but:
+                continue
             found.add(node.name)
             left += () if node.name in self._slots else node.all_input_nodes
         return found
 
     def read_plainly(self) -> set[str]:
-        """Return the tensors that a run or a hoisted constant reads as they are."""
-        return self._computed_with() | {*self.read}
+        """Return the tensors that a run or a hoisted constant reads as they are, which int8 weights
+        and their scales do not: those are made once."""
+        made = {p.parts[0].tensor for p in self.quantized} - {*self.read}
+        return self._computed_with(made | {p.scale for p in self.quantized}) | {*self.read}
 
     # --- weights that are held in packed form only ---
 
@@ -220,7 +234,9 @@ class Weights:
             kept = [
                 self.paths[name]
                 for name, source in sources.items()
-                if id(self.tensors[name]) not in stay and not self._release(name, *source)
+                if name in self._slots
+                and id(self.tensors[name]) not in stay
+                and not self._release(name, *source)
             ]
             self.watched = self._new_watch()
         if kept:
@@ -286,8 +302,19 @@ class Weights:
         """Return a part of a parameter or hoisted constant as a tensor."""
         base = self.tensors[part.tensor]
         if isinstance(base, PackedParameter):
-            base = base.unpacked()
+            base = _floats_of(base)
         return base.as_strided(part.shape, part.strides, base.storage_offset() + part.offset)
+
+
+def _floats_of(parameter: PackedParameter) -> torch.Tensor:
+    """Return a released parameter's elements; refuse one whose floats are gone: a program that
+    reads floats is another function of int8 ones."""
+    if parameter.weight.scale is None:
+        return parameter.unpacked()
+    raise WeightsReleasedError(
+        f"a call reads {parameter.path!r} as floats, and those were given up for int8 ones "
+        "(keep_weights=False): optimize the model with keep_weights=True"
+    )
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:
@@ -300,16 +327,46 @@ def _is_shared(tensor: torch.Tensor) -> bool:
 class _Tensors(dict[str, Any]):
     """Tensors by name, with hoisted constants that nothing keeps: made when they are asked for."""
 
-    def __init__(self, hoisted: Mapping[str, fx.Node]) -> None:
+    def __init__(self, hoisted: Mapping[str, fx.Node], quantized: Sequence[Packing]) -> None:
         super().__init__()
         self._hoisted = hoisted
+        self._quantized = {packing.parts[0].tensor: packing for packing in quantized}
 
     def __missing__(self, name: str) -> torch.Tensor:
         with torch.no_grad():
-            return compute_constant(self._hoisted[name], self)
+            if name not in self._quantized:
+                return compute_constant(self._hoisted[name], self)
+            packing = self._quantized[name]
+            before = packed_before(packing, self)
+            if before is not None:
+                return before.rows(0, before.count)
+            return compute_constant(self._hoisted[name], self._as_quantized(packing))
+
+    def put_scales(self) -> set[str]:
+        """Add the scales of int8 weights; return those of the weights that are packed already."""
+        held: set[str] = set()
+        for name, packing in self._quantized.items():
+            before = packed_before(packing, self)
+            if before is not None and before.scale is not None:
+                self[packing.scale] = before.scale
+                held.add(name)
+            else:
+                wide, node = self._as_quantized(packing), self._hoisted[name]
+                self[packing.scale] = wide[packing.scale] = compute_constant(node.args[1], wide)
+                self[name] = compute_constant(node, wide)
+        return held
+
+    def _as_quantized(self, packing: Packing) -> dict[str, Any]:
+        """Return the tensors with an int8 weight's parameters in float32, where they were released
+        to other packed weights: these give the same integers again."""
+        wide = dict(self)
+        for part in packing.sources:
+            if isinstance(wide[part.tensor], PackedParameter):
+                wide[part.tensor] = wide[part.tensor].unpacked(torch.float32)
+        return wide
 
 
-def compute_constant(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def compute_constant(node: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Run a hoisted constant's calls on the parameters as they are now."""
     if node.name in tensors:
         return tensors[node.name]

@@ -86,7 +86,7 @@ def load(
     if weights is None and "panels.json" in entries:  # such a file has programs for CPUs only
         native = libraries.open(chosen[0][1]["libraries"]["runtime"])
         named = {one["name"]: one for one in state}
-        own |= open_panels(entries, json.loads(entries["panels.json"]), named, native)
+        own |= open_panels(entries, json.loads(entries["panels.json"]), named, native, held)
     if isinstance(weights, nn.Module):
         own = {k: v for k, v in weights.state_dict(keep_vars=True).items() if v is not None}
     model = SavedModule(manifest, state, own, held, place)

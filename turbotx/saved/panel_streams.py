@@ -12,23 +12,26 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import prod
 from typing import Any
 
 import torch
 
 from turbotx.errors import SaveError
+from turbotx.ir.quantized_ops import quantize_rows, row_scale
 from turbotx.program.executable import Packing
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.packed_parameter import PackedParameter
-from turbotx.runtime.packed_sources import turning
+from turbotx.runtime.packed_sources import parameters_of, turning
 from turbotx.runtime.packed_weight import PanelLayout, pack
 from turbotx.runtime.program import Program
 from turbotx.saved.container import PAGE, Stream
 from turbotx.saved.parts import SavedPart
 from turbotx.saved.tensor_file import NAMES, bytes_of
 
+SCALES = "panels.constants."
+"""What the names of panels' scales begin with, among a file's held tensors."""
 INSTRUCTION_SETS = {"avx2": (16, 1), "avx512": (32, 1), "avx512_bf16": (32, 2)}
 """What panels may be asked for, beside "native": columns of a panel, and how many elements of a
 column lie side by side in bfloat16; in other dtypes one does."""
@@ -37,11 +40,12 @@ column lie side by side in bfloat16; in other dtypes one does."""
 @dataclass(frozen=True)
 class Panels:
     """One packed weight: the parameters whose rows it is in order, and of each whether these are
-    the parameter's columns."""
+    the parameter's columns. quantized: whether it is int8, with scales beside it."""
 
     paths: tuple[str, ...]
     turned: tuple[bool, ...]
     gated: bool
+    quantized: bool
 
 
 def check_sets(names: Sequence[str]) -> list[str]:
@@ -59,7 +63,8 @@ def find_panels(
 ) -> list[Panels]:  # fmt: skip
     """Return the packed weights that hold whole parameters, none of which a program reads as it is.
 
-    first_names: of each name in the state the first one of the same tensor.
+    first_names: of each name in the state the first one of the same tensor. Parameters that one
+    program multiplies by as floats are not written as int8.
     """
     plainly = {
         first_names.get(part.path_of(program.runtime.weights.paths[name]))
@@ -69,57 +74,69 @@ def find_panels(
     }
     found: dict[tuple[str, ...], Panels] = {}
     taken: set[str] = set()
+    floats: set[str] = set()
     for part, program in programs:
         paths = program.runtime.weights.paths
         assert isinstance(program.runtime, CpuExecutor)
         for packing in program.runtime.packings:
-            names = [first_names.get(part.path_of(paths.get(w.tensor, ""))) for w in packing.parts]
+            parts = parameters_of(packing)
+            names = [first_names.get(part.path_of(paths.get(w.tensor, ""))) for w in parts]
+            if not packing.sources:
+                floats.update(name for name in names if name is not None)
             panels = _panels_of(packing, names, state)
             if panels is not None and not {*panels.paths} & (plainly | taken):
                 found[panels.paths] = panels
                 taken.update(panels.paths)
-    return list(found.values())
+    return [p for p in found.values() if not (p.quantized and floats & {*p.paths})]
 
 
 def _panels_of(
     packing: Packing, names: Sequence[str | None], state: Mapping[str, torch.Tensor]
 ) -> Panels | None:
     known = [name for name in names if name is not None]
-    if len({*known}) != len(packing.parts):
+    parts = parameters_of(packing)
+    if len({*known}) != len(parts):
         return None
-    turned = [turning(part, state[n]) for part, n in zip(packing.parts, known, strict=True)]
+    turned = [turning(part, state[n]) for part, n in zip(parts, known, strict=True)]
     sure = [t for t in turned if t is not None]
-    whole = len(sure) == len(turned)
-    return Panels(tuple(known), tuple(sure), packing.gated) if whole else None
+    if len(sure) != len(turned):
+        return None
+    return Panels(tuple(known), tuple(sure), packing.gated, bool(packing.sources))
 
 
 def describe_panels(
     panels: Sequence[Panels], state: Mapping[str, torch.Tensor], sets: Sequence[str],
     native: ctypes.CDLL,
-) -> tuple[list[dict[str, Any]], dict[str, Stream]]:  # fmt: skip
-    """Return what JSON says of panels, and the entries that hold them, one an instruction set."""
+) -> tuple[list[dict[str, Any]], dict[str, Stream], dict[str, torch.Tensor]]:  # fmt: skip
+    """Return what JSON says of panels, the entries that hold them, one an instruction set, and the
+    scales of those of int8."""
     described: list[dict[str, Any]] = []
+    scales: dict[str, torch.Tensor] = {}
     ends = dict.fromkeys(sets, 0)
     for one in panels:
         shapes = [state[path].shape for path in one.paths]
         rows = [s[1] if t else s[0] for s, t in zip(shapes, one.turned, strict=True)]
-        depth, dtype = shapes[0][0 if one.turned[0] else 1], state[one.paths[0]].dtype
+        depth = shapes[0][0 if one.turned[0] else 1]
+        dtype = torch.int8 if one.quantized else state[one.paths[0]].dtype
+        scale = f"{SCALES}{len(described)}" if one.quantized else None
+        if scale is not None:
+            scales[scale] = _numbers(one, state)[1]
         places = []
         for name in sets:
             layout = _layout_of(name, dtype, native)
             nbytes = prod(layout.sizes(sum(rows), depth, one.gated)) * dtype.itemsize
-            places.append([f"{name}.panels", ends[name], nbytes, layout.width, layout.step])
+            places.append([f"{name}.panels", ends[name], nbytes, *astuple(layout)])
             ends[name] += -(-nbytes // PAGE) * PAGE
         described.append(
             {"paths": list(one.paths), "turned": list(one.turned), "gated": one.gated, "rows": rows,
-             "depth": depth, "dtype": NAMES[dtype], "places": places}
+             "depth": depth, "dtype": NAMES[dtype], "places": places, "scale": scale}
         )  # fmt: skip
 
     def pieces(name: str) -> Iterator[memoryview | bytes]:
         for one in panels:
-            parts = [_dense(state[p], t) for p, t in zip(one.paths, one.turned, strict=True)]
-            layout = _layout_of(name, parts[0].dtype, native)
-            made = bytes_of(pack(torch.cat(parts), layout, one.gated))
+            numbers = _numbers(one, state)[0] if one.quantized else _rows(one, state)
+            layout = _layout_of(name, numbers.dtype, native)
+            made = bytes_of(pack(numbers, layout, one.gated))
             yield made
             yield bytes(-len(made) % PAGE)
 
@@ -127,11 +144,34 @@ def describe_panels(
         f"{name}.panels": Stream(ends[name], lambda name=name: pieces(name))  # type: ignore[misc]
         for name in sets
     }
-    return described, streams
+    return described, streams, scales
+
+
+def _numbers(one: Panels, state: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 rows and their scales: those that are held, or those of the floats."""
+    held = [p for p in map(state.__getitem__, one.paths) if isinstance(p, PackedParameter)]
+    if len(held) == len(one.paths) and all(p.weight is held[0].weight for p in held):
+        weight = held[0].weight
+        rows = _rows(one, state).shape[0]
+        if weight.scale is not None and weight.count == rows and held[0].first == 0:
+            return weight.rows(0, rows), weight.scale
+    floats = _rows(one, state)
+    scale = row_scale(floats)
+    return quantize_rows(floats, scale), scale
+
+
+def _rows(one: Panels, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the rows of a weight as its parameters have them, in float32 where those are int8."""
+    parts = [_dense(state[p], t) for p, t in zip(one.paths, one.turned, strict=True)]
+    return torch.cat(parts)
 
 
 def _dense(tensor: torch.Tensor, turned: bool) -> torch.Tensor:
-    plain = tensor.unpacked() if isinstance(tensor, PackedParameter) else tensor.detach()
+    plain = (
+        tensor.detach()
+        if not isinstance(tensor, PackedParameter)
+        else (tensor.unpacked(None if tensor.weight.scale is None else torch.float32))
+    )
     return plain.t() if turned else plain
 
 
@@ -139,4 +179,6 @@ def _layout_of(name: str, dtype: torch.dtype, native: ctypes.CDLL) -> PanelLayou
     if name == "native":
         return PanelLayout.of(native, dtype)
     width, step = INSTRUCTION_SETS[name]
+    if dtype == torch.int8:
+        return PanelLayout(width, 4, 4)
     return PanelLayout(width, step if dtype == torch.bfloat16 else 1)

@@ -18,28 +18,33 @@ from turbotx.errors import SavedFileError
 from turbotx.runtime.packed_parameter import PackedParameter
 from turbotx.runtime.packed_weight import PackedWeight, PanelLayout, unpack
 from turbotx.saved.tensor_file import DTYPES, tensor_over
+from turbotx.saved.values import decode_constant
 
 
 def open_panels(
     entries: Mapping[str, Any], described: Sequence[Mapping[str, Any]],
-    state: Mapping[str, Mapping[str, Any]], native: ctypes.CDLL,
+    state: Mapping[str, Mapping[str, Any]], native: ctypes.CDLL, held: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Return the parameters that a file has as panels, by their first names.
 
-    state: what JSON says of them. Raises SavedFileError where the panels are not as they were
-    written.
+    state: what JSON says of them. held: the file's tensors beside those, scales of int8 among them.
+    Raises SavedFileError where the panels are not as they were written.
     """
     found: dict[str, torch.Tensor] = {}
     for one in described:
         try:
             weight = _open(entries, one, native)
+            if one["scale"] is not None:  # int8 has to stay what it is
+                if not isinstance(weight, PackedWeight):
+                    weight = PackedWeight.of(native, [weight], one["gated"])
+                weight.scale = held[one["scale"]]
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise SavedFileError(f"the file's panels are not as they were: {error}") from error
         first = 0
         for path, turned, rows in zip(one["paths"], one["turned"], one["rows"], strict=True):
-            like = torch.empty_strided(
-                state[path]["shape"], state[path]["strides"], dtype=DTYPES[one["dtype"]]
-            )
+            said = state[path]
+            dtype = decode_constant(said["dtype"])
+            like = torch.empty_strided(said["shape"], said["strides"], dtype=dtype)
             if isinstance(weight, PackedWeight):
                 found[path] = PackedParameter(like, weight, first, turned, path)
             else:
@@ -62,4 +67,4 @@ def _open(
     panels = tensor_over(entries[name], dtype, sizes, begin, begin + nbytes)
     if fitting:
         return PackedWeight.over(native, panels, rows, depth, one["gated"])
-    return unpack(panels, rows, depth, 0, rows)
+    return layout.stored(unpack(panels, rows, depth, 0, rows))

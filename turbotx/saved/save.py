@@ -65,7 +65,8 @@ def save(
     half a second each (needs Triton). panels: instruction sets, as "native" or "avx512_bf16", for
     which GEMM weights are written packed, in the place of the parameters that they hold: loading
     maps them, and they cannot be changed then (docs/saving.md); "native" by default for a model
-    that was optimized with keep_weights=False. progress: is called after each kernel, with how many
+    that was optimized with keep_weights=False or is quantised, whose file then has no floats of
+    its int8 weights. progress: is called after each kernel, with how many
     are done, of how many, and its name; without it a terminal shows them.
 
     Raises SaveError where nothing was compiled yet, or the model cannot be saved; OSError where the
@@ -98,8 +99,6 @@ def save(
     described = _describe_state(engine.model, state)
     entries["programs.json"] = json.dumps(writer.programs).encode()
     entries["state.json"] = json.dumps(described).encode()
-    entries["held.safetensors"] = tensor_stream(held) if held else b""
-    entries["held.json"] = json.dumps({k: list(v.stride()) for k, v in held.items()}).encode()
     facts_of_decoder = describe_decoder(engine)
     if facts_of_decoder is not None:
         entries["decoder.json"] = json.dumps(facts_of_decoder).encode()
@@ -107,14 +106,18 @@ def save(
         first_names = {one["name"]: one["tied_to"] for one in described}
         own = {name: state[name] for name in dict.fromkeys(first_names.values())}
         if panels is None:
-            panels = () if engine.options.keep_weights else ("native",)
+            options = engine.options
+            panels = () if options.keep_weights and options.quantize == "none" else ("native",)
         if panels:
             packed = _find_panels(variants, found, state, first_names)
             made = describe_panels(packed, state, check_sets(panels), load_runtime()[0])
             entries["panels.json"] = json.dumps(made[0]).encode()
             entries.update(made[1])
+            held |= made[2]
             own = {k: v for k, v in own.items() if not any(k in p.paths for p in packed)}
         entries["weights.safetensors"] = tensor_stream(own)
+    entries["held.safetensors"] = tensor_stream(held) if held else b""
+    entries["held.json"] = json.dumps({k: list(v.stride()) for k, v in held.items()}).encode()
     write_container(Path(path), entries, facts)
 
 

@@ -16,7 +16,9 @@ import torch.utils._pytree as pytree
 
 from turbotx.engine.engine import Engine
 from turbotx.errors import InputError
+from turbotx.ir.quantized_ops import quantize_rows
 from turbotx.report.numerics import Numerics, measure_outputs
+from turbotx.runtime.packed_parameter import PackedParameter
 from turbotx.saved.load import SavedModule
 
 
@@ -37,10 +39,22 @@ def verify_saved(
 
 def _compare_weights(saved: SavedModule, model: torch.nn.Module) -> None:
     own = model.state_dict()
-    for name, tensor in saved.state_dict().items():
-        if name not in own or not torch.equal(own[name], tensor):
+    for name, tensor in saved.state_dict(keep_vars=True).items():
+        if name not in own or not _is_same(own[name], tensor):
             seen = "the model does not have" if name not in own else "the model has other values of"
             raise InputError(
                 f"the file holds {name}, which {seen}: verify it against the model that it was "
                 "saved from, its --weights and --dtype included, or save it again"
             )
+
+
+def _is_same(own: torch.Tensor, saved: torch.Tensor) -> bool:
+    """Return whether a model's tensor is that of a file, or what it has as int8."""
+    if not isinstance(saved, PackedParameter):
+        return torch.equal(own, saved)
+    weight, rows = saved.weight, own.t() if saved.turned else own
+    if own.shape != saved.shape or weight.scale is None:
+        return torch.equal(own, saved.unpacked())
+    some = slice(saved.first, saved.first + rows.shape[0])
+    narrow = quantize_rows(rows, weight.scale[some])
+    return torch.equal(narrow, weight.rows(saved.first, rows.shape[0]))

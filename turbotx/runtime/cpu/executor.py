@@ -42,6 +42,7 @@ class CpuExecutor:
         self.torch_device = torch.device("cpu")
         self._native = weights.native = libraries.get("runtime")
         weights.packed = frozenset(w.tensor for p in self.packings for w in p.parts)
+        weights.quantized = tuple(p for p in self.packings if p.sources)
         weights.read = frozenset(executable.weights)
         self._keep_weights = keep_weights
         self._segments: Sequence[tuple[int, int]] = executable.cpu.segments
@@ -79,6 +80,7 @@ class CpuExecutor:
                 self._packed_version = version
                 if not self._keep_weights:
                     self.weights.release(find_sources(self.packings, self._packed, tensors))
+                self.weights.drop_packed()
             packed = self._packed
         for name, slot in self._weight_slots.items():
             table[slot] = tensors[name].data_ptr()
@@ -91,8 +93,12 @@ class CpuExecutor:
         if len(packing.parts[0].shape) == 3:
             return PackedExperts(native, self.weights.window(packing.parts[0]), packing.gated)
         found = packed_before(packing, self.weights.tensors)
-        parts = packing.parts
-        return found or PackedWeight.of(native, [*map(self.weights.window, parts)], packing.gated)
+        if found is None:
+            parts = [*map(self.weights.window, packing.parts)]
+            found = PackedWeight.of(native, parts, packing.gated)
+            if packing.sources:
+                found.scale = self.weights.tensors[packing.scale]
+        return found
 
     def run(
         self, table: Any, sizes: Any, state: RunState,

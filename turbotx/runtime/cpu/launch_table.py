@@ -24,7 +24,13 @@ from turbotx.kernels.fusion.inplace import find_inplace
 from turbotx.kernels.fusion.inplace_check import check_inplace
 from turbotx.program.assembly import Assembly
 from turbotx.program.executable import CpuTables, NativeLaunch, Packing
-from turbotx.program.link import LaunchLayout, facts_of, weight_parts, weight_window
+from turbotx.program.link import (
+    LaunchLayout,
+    facts_of,
+    quantized_from,
+    weight_parts,
+    weight_window,
+)
 from turbotx.runtime.cpu.abi import declare_runtime, runtime_units
 
 PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
@@ -160,6 +166,9 @@ def _pack(
     slot, weight = table.slots[_packed_name(launch)], launch.weight
     grouped = isinstance(launch, ir.GroupedGemmLaunch)
     parts = (weight_window(weight),) if grouped else weight_parts(weight, assembly.hoisted)
+    if isinstance(launch, ir.GemmLaunch) and launch.int8 is not None:
+        made_from = quantized_from(weight, assembly.hoisted)
+        return Packing(slot, parts, launch.gemm.gated, *made_from)
     return Packing(slot, parts, launch.gemm.gated)
 
 

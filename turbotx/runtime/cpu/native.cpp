@@ -89,6 +89,8 @@ struct Int8Weight : Weight {
   ttx::PackedInt8 packed;
   Int8Weight(const std::vector<ttx::WeightPart<std::int8_t>>& parts, long n, long k, bool gated)
       : packed(parts.data(), static_cast<long>(parts.size()), n, k, gated) {}
+  Int8Weight(const void* panels, long n, long k, bool gated)
+      : packed(static_cast<const std::int8_t*>(panels), n, k, gated, std::true_type()) {}
   const void* panels() const override { return packed.panel(0); }
   template <class T>
   void multiply_as(const Product& p) {
@@ -185,6 +187,7 @@ void* ttx_map_weight(int dtype, const void* panels, int64_t n, int64_t k, int ga
   Packed* made;
   if (dtype == 0) made = new TypedWeight<float>(panels, n, k, gated);
   else if (dtype == 1) made = new TypedWeight<ttx::bf16>(panels, n, k, gated);
+  else if (dtype == 3) made = new Int8Weight(panels, n, k, gated);
   else made = new TypedWeight<ttx::f16>(panels, n, k, gated);
   return made;
 }
@@ -193,8 +196,15 @@ const void* ttx_weight_panels(const void* weight) {
   return static_cast<const Weight*>(static_cast<const Packed*>(weight))->panels();
 }
 
-// How a dtype's panels are laid out: columns of a panel << 8 | neighbours of one column.
+// How a dtype's panels are laid out: columns of a panel << 8 | neighbours of one column; of int8 also
+// what depths are multiples of << 16, and 1 << 24 where the highest bit is flipped.
 int64_t ttx_panel_layout(int dtype) {
+  if (dtype == 3) {
+    bool amx = ttx::detail::amx_is_usable();
+    int64_t depth = amx ? ttx::detail::kAmxDepth : ttx::detail::kQuad;
+    int64_t flipped = !amx && ttx::detail::kWeightOffset != 0;
+    return flipped << 24 | depth << 16 | int64_t{ttx::detail::kPanel} << 8 | ttx::detail::kQuad;
+  }
   int step = dtype == 0   ? ttx::detail::PanelLayout<float>::step
              : dtype == 1 ? ttx::detail::PanelLayout<ttx::bf16>::step
                           : ttx::detail::PanelLayout<ttx::f16>::step;

@@ -31,9 +31,13 @@ class PackedInt8 {
       : PackedInt8(n, k, gated) {
     fill(parts, count);
   }
+  // Panels that lie elsewhere already, and stay there.
+  PackedInt8(const std::int8_t* panels, long n, long k, bool gated, std::true_type)
+      : n(n), k(k), group(gated ? 2 : 1), amx(detail::amx_is_usable()), depth(padded(k, amx)),
+        offset(amx ? 0 : detail::kWeightOffset), panels_(panels) {}
   long groups() const { return (n + detail::kPanel - 1) / detail::kPanel; }
   long panel_size() const { return depth * detail::kPanel; }
-  const std::int8_t* panel(long p) const { return memory_.as<const std::int8_t>() + p * panel_size(); }
+  const std::int8_t* panel(long p) const { return panels_ + p * panel_size(); }
   const long n, k, group;
   const bool amx;
   const long depth;   // k, padded by zeros to what is multiplied at once
@@ -42,7 +46,8 @@ class PackedInt8 {
  private:
   PackedInt8(long n, long k, bool gated)
       : n(n), k(k), group(gated ? 2 : 1), amx(detail::amx_is_usable()), depth(padded(k, amx)),
-        offset(amx ? 0 : detail::kWeightOffset), memory_(group * groups() * panel_size()) {}
+        offset(amx ? 0 : detail::kWeightOffset), memory_(group * groups() * panel_size()),
+        panels_(memory_.as<const std::int8_t>()) {}
 
   // Elements come by rows of the weight, which lie in the panels `quad` at a time.
   void fill(const WeightPart<std::int8_t>* parts, long count) {
@@ -67,6 +72,7 @@ class PackedInt8 {
     return (k + unit - 1) / unit * unit;
   }
   WeightMemory memory_;
+  const std::int8_t* panels_;
 };
 
 // Activations: int8 rows and their scales, or rows of T to be quantised, where `scales` is null.
