@@ -104,3 +104,21 @@ def test_pytorch_alone_is_padded(tmp_path):
     assert load_model(folder, backend="eager").padding == "padded"
     with pytest.raises(ModelFilesError, match="of the backend turbotx"):
         load_model(folder, backend="eager", padding="packed")
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int8-weights"])
+def test_quantised_models_are_padded_and_their_programs_kept_apart(tmp_path, quantize):
+    folder, kept = str(save(tmp_path / "model", bert())), tmp_path / "kept"
+    plain = load_model(folder, programs=kept, padding="padded").engine
+    narrow = load_model(folder, programs=kept, quantize=quantize)
+    assert narrow.padding == "padded" and narrow.info.dtype == f"float32-{quantize}"
+    wanted, found = plain.run(ROWS), narrow.engine.run(ROWS)
+    assert (wanted != found).any()
+    assert (np.sum(wanted * found, 1) > 0.99).all()  # of length 1
+    plain.keep(), narrow.engine.keep()
+    assert len([*kept.iterdir()]) == 2
+    second = load_model(folder, programs=kept, quantize=quantize).engine
+    assert second.module.loaded and (second.run(ROWS) == found).all()
+    for other in ({"backend": "eager"}, {"padding": "packed"}):
+        with pytest.raises(ModelFilesError, match="does not go with"):
+            load_model(folder, quantize=quantize, **other)

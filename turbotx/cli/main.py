@@ -61,7 +61,8 @@ Targets = Annotated[
     ),
 ]
 Quantize = Annotated[
-    str, typer.Option(metavar="int8", help="Products in int8 (docs/quantization.md).")
+    str,
+    typer.Option(metavar="int8|int8-weights", help="Products in int8 (docs/quantization.md)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 

@@ -57,6 +57,10 @@ Backend = Annotated[
 ]
 Device = Annotated[str, _option(MODEL, "PyTorch's name of it: cpu, cuda, cuda:1.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], _option(MODEL, "Of the weights.")]
+Quantize = Annotated[
+    Literal["none", "int8", "int8-weights"],
+    _option(MODEL, "Products in int8, or by int8 weights alone; batches are padded then."),
+]
 Weights = Annotated[
     Path | None,
     _option(MODEL, "Weights from safetensors, .npz or a state dict instead.", metavar="FILE"),
@@ -149,6 +153,7 @@ def serve_command(
     backend: Backend = "turbotx",
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    quantize: Quantize = "none",
     weights: Weights = None,
     max_length: MaxLength = None,
     pooling: Pooling = None,

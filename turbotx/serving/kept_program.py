@@ -30,10 +30,13 @@ log = logging.getLogger(__name__)
 class KeptProgram:
     """Runs the program of a file with the module's weights, or the module optimized."""
 
-    def __init__(self, module: torch.nn.Module, padding: Padding, path: Path | None = None) -> None:
+    def __init__(
+        self, module: torch.nn.Module, padding: Padding, path: Path | None = None,
+        quantize: str = "none",
+    ) -> None:  # fmt: skip
         """``path`` None: nothing is kept. Without padding where ``padding`` is not "padded", until
-        ``pad`` is called."""
-        self._module, self._path = module, path
+        ``pad`` is called. ``quantize``: the option of ``turbotx.optimize``."""
+        self._module, self._path, self._quantize = module, path, quantize
         self.packs = padding != "padded"
         self.optimized: Any = None
         try:
@@ -45,7 +48,10 @@ class KeptProgram:
         if self.loaded:
             self.packs = self.optimized.packs
         else:
-            self.optimized = compiled(module, self.packs)
+            self.optimized = self._compiled()
+
+    def _compiled(self) -> Any:
+        return compiled(self._module, self.packs, self._quantize)
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
         """Run a padded call; where the kept program has no such call, the module optimized anew."""
@@ -58,7 +64,7 @@ class KeptProgram:
     def pad(self) -> None:
         """Compile the module for padded calls: it does not take others."""
         self.packs = self.loaded = False
-        self.optimized = compiled(self._module, self.packs)
+        self.optimized = self._compiled()
 
     def _run(self, call: Callable[[Any], Any]) -> Any:
         try:
@@ -67,7 +73,7 @@ class KeptProgram:
             if not self.loaded:
                 raise
             log.info("a call that the kept program has not is compiled: %s", error)
-            self.optimized, self.loaded = compiled(self._module, self.packs), False
+            self.optimized, self.loaded = self._compiled(), False
             return call(self.optimized)
 
     def keep(self) -> None:
@@ -88,12 +94,12 @@ class KeptProgram:
         return found
 
 
-def compiled(module: torch.nn.Module, packs: bool) -> Any:
+def compiled(module: torch.nn.Module, packs: bool, quantize: Any = "none") -> Any:
     """Return the module optimized, for batches without padding or with it."""
     # Not at the top: its imports take longer than all else that a start with a kept program does.
     from turbotx.engine.optimize import optimize
 
-    return optimize(module, padding="packed") if packs else optimize(module)
+    return optimize(module, padding="packed" if packs else "padded", quantize=quantize)
 
 
 def program_file(folder: Path, info: ModelInfo, module: torch.nn.Module, padding: Padding) -> Path:

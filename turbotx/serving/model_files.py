@@ -86,6 +86,7 @@ def load_model(
     backend: str = "turbotx",
     device: str = "cpu",
     dtype: str = "float32",
+    quantize: str = "none",
     weights: Path | None = None,
     programs: Path | None = None,
     padding: Padding = "auto",
@@ -93,7 +94,8 @@ def load_model(
 ) -> LoadedModel:
     """Load weights and tokenizer from a local directory.
 
-    ``backend`` is ``turbotx`` (optimized) or ``eager``. ``weights`` is a file for
+    ``backend`` is ``turbotx`` (optimized) or ``eager``. ``quantize`` is the option of
+    ``turbotx.optimize``; batches are padded with it. ``weights`` is a file for
     ``turbotx.load_weights`` to take in place of the directory's own. ``programs`` is a folder
     where a CPU's compiled program is kept for the next start. ``padding``: whether batches are
     run without it ("packed"), with it ("padded"), or without it where the model allows ("auto");
@@ -106,7 +108,14 @@ def load_model(
         raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if backend == "eager" and padding == "packed":
         raise ModelFilesError("padding 'packed' is of the backend turbotx: eager runs padded")
+    if quantize != "none":
+        if backend == "eager" or padding == "packed":
+            other = "padding 'packed'" if padding == "packed" else "the backend eager"
+            raise ModelFilesError(f"quantize {quantize!r} does not go with {other}: leave one out")
+        padding = "padded"
     tokenizer, info = describe_model(model, backend=backend, device=device, dtype=dtype, **choices)
+    if quantize != "none":  # in what kept costs and programs are known by, too
+        info = replace(info, dtype=f"{dtype}-{quantize}")
     folder = find_folder(model)
     files = _read_chain(folder, _read_config(folder), Choices(**choices))
     loaded = load_module(files, info.head, tokenizer, dtype, weights)
@@ -120,7 +129,7 @@ def load_model(
         path = None
         if programs is not None and device == "cpu":  # for a GPU, writing it takes half a minute
             path = program_file(programs, info, module, padding)
-        module = KeptProgram(module, padding, path)
+        module = KeptProgram(module, padding, path, quantize)
     else:
         padding = "padded"
     engine = TorchEngine(module, info.head, loaded.pad_id, loaded.takes_types, device, padding)

@@ -34,6 +34,7 @@ def serve(
     backend: str = "turbotx",
     device: str = "cpu",
     dtype: str = "float32",
+    quantize: str = "none",
     weights: Path | None = None,
     max_length: int | None = None,
     pooling: str | None = None,
@@ -75,14 +76,16 @@ def serve(
         refuse_choices(models, {**choices, "backend": None if backend == "turbotx" else backend})
         serve_generation(
             models[0], checked, GenerationSettings(**(generation or {})), host=host, port=port,
-            device=device, dtype=dtype, max_length=max_length, served_model_name=names[0],
+            device=device, dtype=dtype, quantize=quantize, max_length=max_length,
+            served_model_name=names[0],
         )  # fmt: skip
         return
     listener = open_port(host, port)  # before the model is loaded, which takes much longer
     loaded = [
         load_model(
-            model, backend=backend, device=device, dtype=dtype, programs=checked.cost_folder,
-            padding=checked.wanted_padding, served_model_name=name, **choices,
+            model, backend=backend, device=device, dtype=dtype, quantize=quantize,
+            programs=checked.cost_folder, padding=checked.wanted_padding, served_model_name=name,
+            **choices,
         )
         for model, name in zip(models, names, strict=True)
     ]  # fmt: skip

@@ -52,13 +52,14 @@ def load_generator(
     *,
     device: str = "cpu",
     dtype: str = "float32",
+    quantize: Any = "none",
     max_length: int | None = None,
     max_cache_nbytes: int | None = None,
     served_model_name: str | None = None,
 ) -> Generator:
     """Load a causal language model from a local directory and optimize it.
 
-    max_length: positions of a sequence, at most those that the model has. max_cache_nbytes: of its
+    quantize: the option of ``turbotx.optimize``. max_length: positions of a sequence, at most those that the model has. max_cache_nbytes: of its
     key/value caches. Raises ModelFilesError.
     """
     if dtype not in DTYPES:
@@ -79,10 +80,10 @@ def load_generator(
     # Not at the top: a process that only looks at files compiles nothing.
     from turbotx.engine.optimize import optimize
 
-    return make_generator(
-        plain, optimize(plain, max_cache_nbytes=max_cache_nbytes), tokenizer,
-        served_model_name or folder.resolve().name, max_length, dtype, device,
-    )  # fmt: skip
+    module = optimize(plain, max_cache_nbytes=max_cache_nbytes, quantize=quantize)
+    name = served_model_name or folder.resolve().name
+    shown = dtype if quantize == "none" else f"{dtype}-{quantize}"
+    return make_generator(plain, module, tokenizer, name, max_length, shown, device)
 
 
 def make_generator(
