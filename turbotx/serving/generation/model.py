@@ -59,8 +59,8 @@ def load_generator(
 ) -> Generator:
     """Load a causal language model from a local directory and optimize it.
 
-    quantize: the option of ``turbotx.optimize``. max_length: positions of a sequence, at most those that the model has. max_cache_nbytes: of its
-    key/value caches. Raises ModelFilesError.
+    quantize: the option of ``turbotx.optimize``. max_length: positions of a sequence, at most those
+    that the model has. max_cache_nbytes: of its key/value caches. Raises ModelFilesError.
     """
     if dtype not in DTYPES:
         raise ModelFilesError(f"no dtype {dtype!r}: use one of {', '.join(DTYPES)}")
