@@ -16,6 +16,7 @@ from torch.export.graph_signature import OutputKind
 
 from turbotx.capture.ambient import Ambient, unknown_modes
 from turbotx.capture.composition import LeftToPyTorch, is_dense
+from turbotx.capture.torchao_weights import is_torchao, why_not
 from turbotx.errors import CaptureError, InputError, TrainingError
 
 
@@ -64,10 +65,11 @@ def refuse_foreign_weights(model: nn.Module) -> None:
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         own = getattr(type(tensor), "__torch_dispatch__", None)
         if not is_dense(tensor) and own is not torch.Tensor.__torch_dispatch__:
+            why = f" ({why_not(tensor)})" if is_torchao(tensor) else ""
             raise CaptureError(
-                f"cannot capture {type(model).__name__}: its {path!r} is a {type(tensor).__name__},"
-                " whose values kernels cannot read. Call the model without turbotx, or optimize "
-                "the parts whose weights are plain tensors"
+                f"cannot capture {type(model).__name__}: its {path!r} is a {type(tensor).__name__}"
+                f"{why}, whose values kernels cannot read. Call the model without turbotx, or "
+                "optimize the parts whose weights are plain tensors"
             )
 
 

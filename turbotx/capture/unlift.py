@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from turbotx.capture.refusals import made_in_inference_mode
+from turbotx.capture.torchao_weights import stand_ins
 from turbotx.errors import CaptureError
 from turbotx.ir.subgraphs import enclose_graphs
 
@@ -30,7 +31,8 @@ def unlift(
     """Return the graph and its inputs, called by `names` in their order.
 
     model: the user's module; what was traced has it, or its shadow, as `model`. meta["paths"] says
-    where the user's module has what a get_attr node names.
+    where the user's module has what a get_attr node names, meta["int8"] which of its parameters
+    stand for int8 ones.
     """
     enclose_graphs(exported.graph_module)
     graph: fx.Graph = exported.graph_module.graph
@@ -73,6 +75,7 @@ def unlift(
         graph.erase_node(node)
     graph_module = fx.GraphModule(holder, graph)
     graph_module.meta["paths"] = paths
+    graph_module.meta["int8"] = stand_ins(model)
     return graph_module, inputs
 
 

@@ -105,7 +105,7 @@ def rewrite(
     use_multiplication(graph)
     use_linear(graph)
     use_experts(graph)
-    pack_linears(graph, None if quantization is None else quantization.keeps)
+    pack_linears(graph, None if quantization is None else quantization.kind_of)
     recognize_attention(graph, attention)
     use_products(graph)
     canonicalize(graph)
@@ -139,14 +139,15 @@ def rewrite_once(captured: Captured, options: Options, target: str) -> str:
     graph, meta = captured.graph_module.graph, captured.graph_module.meta
     names = ("attention", "quantize", *(("keep_float",) if options.quantize != "none" else ()))
     wanted = {name: getattr(options, name) for name in names}
-    if options.quantize != "none" and target != "cpu":
+    given: dict[str, bool] = meta.get("int8", {})
+    if (options.quantize != "none" or given) and target != "cpu":
+        what = "a model of int8 weights" if given else f"quantize={options.quantize!r}"
         raise OptionsError(
-            f"quantize={options.quantize!r} runs on CPUs so far, not on {target}: leave it out "
-            "(docs/quantization.md)"
+            f"{what} runs on CPUs so far, not on {target}: leave it out (docs/quantization.md)"
         )
     if "rewritten" not in meta:
         text = str(graph)
-        rewrite(graph, options.attention, Quantization.of(options, meta.get("paths", {})))
+        rewrite(graph, options.attention, Quantization.of(options, meta.get("paths", {}), given))
         meta["rewritten"] = Rewritten(text, wanted)
     done: Rewritten = meta["rewritten"]
     for name, value in wanted.items():

@@ -9,7 +9,7 @@ a kernel that can take the bias along for nothing, for example::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -155,19 +155,19 @@ def _count_trailing(shape: tuple[Expr, ...], size: Expr) -> int:
     return 0
 
 
-def pack_linears(graph: fx.Graph, apart: Callable[[fx.Node], bool] | None = None) -> None:
+def pack_linears(graph: fx.Graph, apart: Callable[[fx.Node], Hashable] | None = None) -> None:
     """Give linears of one input one GEMM, where all have a bias or none has one.
 
-    Biases that are computed stay apart: they may come from one of the others. apart: the weights
-    that it is true of are packed with each other only.
+    Biases that are computed stay apart: they may come from one of the others. apart: weights
+    of which it tells the same are packed with each other only.
     """
-    groups: dict[tuple[fx.Node, bool, bool], list[fx.Node]] = {}
+    groups: dict[tuple[fx.Node, bool, Hashable], list[fx.Node]] = {}
     for node in graph.nodes:
         if g.is_call(node, aten.linear.default) and all(is_weight(n) for n in node.args[1:]):
             key = (
                 node.args[0],
                 _bias(node) is not None,
-                apart is not None and apart(g.operand(node, 1)),
+                None if apart is None else apart(g.operand(node, 1)),
             )
             groups.setdefault(key, []).append(node)
     for (_, biased, _), linears in groups.items():

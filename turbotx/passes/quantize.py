@@ -12,7 +12,7 @@ column, computed from the parameters as constants are, and activations quantised
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -31,6 +31,8 @@ from turbotx.options import HEAD, Options
 from turbotx.passes.linear import is_weight
 
 aten = torch.ops.aten
+MOST_GIVEN = (2**31 - 1) // (128 * 127)
+"""As MAX_DEPTH, where weights may be -128."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,23 +41,37 @@ class Quantization:
     """Which products are quantised: all but those that patterns of modules' names keep float.
 
     paths: where in the user's module a graph's parameter is. keep_float: patterns, or HEAD.
-    float_rows: whether weights alone are quantised.
+    float_rows: whether weights alone are quantised. given: of parameters that are int8 already, by
+    path, whether they alone are; all: whether others are quantised too.
     """
 
     paths: Mapping[str, str]
     keep_float: Sequence[str]
     float_rows: bool = False
+    given: Mapping[str, bool] = field(default_factory=dict)
+    all: bool = True
 
     @classmethod
-    def of(cls, options: Options, paths: Mapping[str, str]) -> Quantization | None:
-        """Return what options ask for, None where nothing is to be quantised."""
-        if options.quantize == "none":
+    def of(
+        cls, options: Options, paths: Mapping[str, str], given: Mapping[str, bool]
+    ) -> Quantization | None:
+        """Return what options ask for and a model brings, None where nothing is quantised."""
+        if options.quantize == "none" and not given:
             return None
-        return cls(paths, options.keep_float, options.quantize == "int8-weights")
+        float_rows = options.quantize == "int8-weights"
+        return cls(paths, options.keep_float, float_rows, given, options.quantize != "none")
 
-    def keeps(self, weight: fx.Node) -> bool:
-        """Tell whether a pattern keeps a weight float: such ones are not packed with others."""
-        return _pattern_of(modules_of(weight, self.paths), self.keep_float) is not None
+    def kind_of(self, weight: fx.Node) -> object:
+        """Return what only weights share that may be packed with each other."""
+        found = self.given_to(weight)
+        if found is not None:
+            return f"float rows: {found}"
+        return not self.all or _pattern_of(modules_of(weight, self.paths), self.keep_float)
+
+    def given_to(self, weight: fx.Node) -> bool | None:
+        """Return whether a weight that is int8 already is alone so; None for one of floats."""
+        found = {self.given.get(path) for path in paths_of(weight, self.paths)}
+        return found.pop() if len(found) == 1 else None
 
 
 def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
@@ -70,15 +86,27 @@ def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:
         if why:
             kept.update(dict.fromkeys(names, why))
         else:
-            _quantize(node, asked.float_rows, made)
+            given = asked.given_to(g.operand(node, 1))
+            _quantize(node, asked.float_rows if given is None else given, made)
     return kept
 
 
 def modules_of(weight: fx.Node, paths: Mapping[str, str]) -> list[str]:
     """Return the dotted names of the modules whose parameters a weight is made of."""
+    return [path.rpartition(".")[0] for path in paths_of(weight, paths)]
+
+
+def paths_of(weight: fx.Node, paths: Mapping[str, str]) -> list[str]:
+    """Return where in the user's module the parameters are that a weight is made of."""
     if weight.op == "get_attr":
-        return [paths.get(str(weight.target), str(weight.target)).rpartition(".")[0]]
-    return [name for source in weight.all_input_nodes for name in modules_of(source, paths)]
+        return [paths.get(str(weight.target), str(weight.target))]
+    return [path for source in weight.all_input_nodes for path in paths_of(source, paths)]
+
+
+def _is_plain(weight: fx.Node) -> bool:
+    """Tell whether a weight is parameters as they are, one or several by rows."""
+    joined = g.is_call(weight, aten.cat.default) and len(weight.args) == 1
+    return all(n.op == "get_attr" for n in (weight.all_input_nodes if joined else [weight]))
 
 
 def _pattern_of(names: Sequence[str], keep_float: Sequence[str]) -> str | None:
@@ -89,18 +117,24 @@ def _pattern_of(names: Sequence[str], keep_float: Sequence[str]) -> str | None:
 
 def _why_float(node: fx.Node, names: Sequence[str], asked: Quantization) -> str:
     """Return why a product is not quantised, "" where it is."""
-    found = _pattern_of(names, asked.keep_float)
+    x, weight = g.operand(node, 0), g.operand(node, 1)
+    given = asked.given_to(weight)
+    if given is None and not asked.all:
+        return "it was not asked for"
+    found = _pattern_of(names, asked.keep_float) if given is None else None
     if found is not None:
         return f"keep_float={found!r} was asked for"
-    x, weight = g.operand(node, 0), g.operand(node, 1)
+    if given is not None and not _is_plain(weight):
+        return "its weight is int8 already, and not multiplied by as it is"
+    float_rows, most = (asked.float_rows, MAX_DEPTH) if given is None else (given, MOST_GIVEN)
     shape = g.shape(weight)
     if g.dtype(x) not in FLOATS or g.dtype(weight) != g.dtype(x):
         return f"it is of {g.dtype(x)}"
     if len(shape) != 2 or not all(e.is_Integer for e in shape) or 0 in shape:
         return f"its weight is of {shape}"
-    if int(shape[1]) > MAX_DEPTH and not asked.float_rows:
+    if int(shape[1]) > most and not float_rows:
         return f"sums of {shape[1]} products overflow int32"
-    if HEAD in asked.keep_float and _is_returned(node):
+    if given is None and HEAD in asked.keep_float and _is_returned(node):
         return "the call returns its result (keep_float=('@head',))"
     return ""
 

@@ -8,10 +8,12 @@ In: a compiled call at one shape. Out: the `Memory` entry of a report, for examp
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
 
+from turbotx.capture.torchao_weights import is_torchao
 from turbotx.ir.printer import show_expr
 from turbotx.memory.planner import Plan
 from turbotx.report import entries
@@ -62,7 +64,8 @@ def _weights(view: View) -> tuple[int, int, int]:
     """Return the bytes of the model's own weights, of what is derived from them, and packed."""
     program, tensors = view.compiled.program, view.compiled.assembly.tensors
     weights = program.runtime.weights
-    plain = (t for _, t in weights.owned() if not isinstance(t, PackedParameter))
+    held: list[Any] = [t for _, t in weights.owned() if not isinstance(t, PackedParameter)]
+    plain: list[torch.Tensor] = [t.qdata if is_torchao(t) else t for t in held]
     own = {t.data_ptr(): t.nbytes for t in plain}
     derived = sum(_nbytes(n) for name, n in weights.hoisted.items() if name in weights.read)
     cpu = program.executable.cpu

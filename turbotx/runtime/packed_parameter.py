@@ -22,6 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from turbotx.capture.torchao_weights import read_int8, stand_in
 from turbotx.errors import QuantizedWarning, WeightsReleasedError
 from turbotx.runtime.packed_weight import PackedWeight
 
@@ -166,18 +167,21 @@ restoring = threading.RLock()
 
 @contextlib.contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """Give a module plain parameters in the place of packed ones, for a trace of its code."""
+    """Give a module plain parameters in the place of packed ones, and of torchao's int8 ones, for a
+    trace of its code."""
     with restoring:
-        packed: list[tuple[dict[str, Any], str, PackedParameter]] = [
+        packed: list[tuple[dict[str, Any], str, Any]] = [
             (m._parameters, name, p)
             for m in module.modules()
             for name, p in m._parameters.items()
-            if isinstance(p, PackedParameter)
+            if isinstance(p, PackedParameter) or read_int8(p) is not None
         ]
         dense: dict[int, nn.Parameter] = {}
         for table, name, p in packed:
             if id(p) not in dense:
-                dense[id(p)] = nn.Parameter(p.unpacked(), p.requires_grad)
+                released = isinstance(p, PackedParameter)
+                made = nn.Parameter(p.unpacked(), p.requires_grad) if released else stand_in(p)
+                dense[id(p)] = made
             table[name] = dense[id(p)]
         try:
             yield

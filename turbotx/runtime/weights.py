@@ -26,6 +26,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from turbotx.capture.torchao_weights import is_torchao, read_int8
 from turbotx.errors import ModelChangedError, WeightsReleasedError
 from turbotx.program.executable import Packing, WeightWindow
 from turbotx.runtime.packed_parameter import PackedParameter, restoring
@@ -59,7 +60,8 @@ class Kind:
         """Return what is other about a tensor, "" where it is of this kind."""
         if not isinstance(tensor, torch.Tensor):
             return "it is gone" if tensor is None else f"it is a {type(tensor).__name__}"
-        if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+        foreign = is_traceable_wrapper_subclass(tensor) and read_int8(tensor) is None
+        if tensor.layout is not torch.strided or foreign:
             return f"it is a {type(tensor).__name__} of {tensor.layout}"
         if tensor.dtype != self.dtype:
             return f"it is {tensor.dtype}, not {self.dtype}"
@@ -166,7 +168,7 @@ class Weights:
             tensors = _Tensors(self.hoisted, self.quantized)
             tensors.update((n, owner[leaf]) for n, (owner, leaf) in self._slots.items())
             for name in self.read_plainly():
-                if isinstance(tensors.get(name), PackedParameter):
+                if isinstance(tensors.get(name), PackedParameter) or is_torchao(tensors.get(name)):
                     tensors[name] = _floats_of(tensors[name])
             with torch.no_grad():
                 held = tensors.put_scales()
@@ -190,9 +192,10 @@ class Weights:
         """Watch the parameters as they are, natively where the library is there for it."""
         tensors, copied = self._owned(), self._computed_with() | self.packed
         here = [
-            (tensor, name in copied)
+            (part, name in copied)
             for tensor, name in zip(tensors, self._slots, strict=True)
             if not isinstance(tensor, PackedParameter)  # nothing can write to it
+            for part in ((tensor.qdata, tensor.scale) if is_torchao(tensor) else (tensor,))
         ]
         return tensors, make_watch(self.native, [t for t, _ in here], [c for _, c in here])
 
@@ -301,14 +304,16 @@ class Weights:
     def window(self, part: WeightWindow) -> torch.Tensor:
         """Return a part of a parameter or hoisted constant as a tensor."""
         base = self.tensors[part.tensor]
-        if isinstance(base, PackedParameter):
+        if isinstance(base, PackedParameter) or is_torchao(base):
             base = _floats_of(base)
         return base.as_strided(part.shape, part.strides, base.storage_offset() + part.offset)
 
 
-def _floats_of(parameter: PackedParameter) -> torch.Tensor:
-    """Return a released parameter's elements; refuse one whose floats are gone: a program that
-    reads floats is another function of int8 ones."""
+def _floats_of(parameter: Any) -> torch.Tensor:
+    """Return the elements of a released parameter, or of torchao's; refuse one whose floats are
+    gone: a program that reads floats is another function of int8 ones."""
+    if is_torchao(parameter):
+        return parameter.dequantize()
     if parameter.weight.scale is None:
         return parameter.unpacked()
     raise WeightsReleasedError(
@@ -337,9 +342,11 @@ class _Tensors(dict[str, Any]):
             if name not in self._quantized:
                 return compute_constant(self._hoisted[name], self)
             packing = self._quantized[name]
-            before = packed_before(packing, self)
+            before, given = packed_before(packing, self), self._given(packing)
             if before is not None:
                 return before.rows(0, before.count)
+            if given is not None:
+                return given[0]
             return compute_constant(self._hoisted[name], self._as_quantized(packing))
 
     def put_scales(self) -> set[str]:
@@ -350,11 +357,23 @@ class _Tensors(dict[str, Any]):
             if before is not None and before.scale is not None:
                 self[packing.scale] = before.scale
                 held.add(name)
+                continue
+            given = self._given(packing)
+            if given is not None:
+                self[name], self[packing.scale] = given
             else:
                 wide, node = self._as_quantized(packing), self._hoisted[name]
                 self[packing.scale] = wide[packing.scale] = compute_constant(node.args[1], wide)
                 self[name] = compute_constant(node, wide)
         return held
+
+    def _given(self, packing: Packing) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the integers and scales of a weight that torchao has quantised."""
+        rows = [read_int8(self[part.tensor]) for part in packing.sources]
+        sure = [r for r in rows if r is not None]
+        if len(sure) < len(rows):
+            return None
+        return torch.cat([r.numbers for r in sure]), torch.cat([r.scale for r in sure])
 
     def _as_quantized(self, packing: Packing) -> dict[str, Any]:
         """Return the tensors with an int8 weight's parameters in float32, where they were released

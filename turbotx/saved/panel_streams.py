@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from turbotx.capture.torchao_weights import read_int8
 from turbotx.errors import SaveError
 from turbotx.ir.quantized_ops import quantize_rows, row_scale
 from turbotx.program.executable import Packing
@@ -149,6 +150,10 @@ def describe_panels(
 
 def _numbers(one: Panels, state: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return int8 rows and their scales: those that are held, or those of the floats."""
+    given = [read_int8(state[path]) for path in one.paths]
+    sure = [rows for rows in given if rows is not None]
+    if len(sure) == len(given):
+        return torch.cat([r.numbers for r in sure]), torch.cat([r.scale for r in sure])
     held = [p for p in map(state.__getitem__, one.paths) if isinstance(p, PackedParameter)]
     if len(held) == len(one.paths) and all(p.weight is held[0].weight for p in held):
         weight = held[0].weight

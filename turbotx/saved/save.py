@@ -23,6 +23,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from turbotx import __version__
+from turbotx.capture.torchao_weights import is_torchao
 from turbotx.engine.compiled import Compiled
 from turbotx.engine.engine import Engine
 from turbotx.engine.optimize import engine_of
@@ -106,8 +107,9 @@ def save(
         first_names = {one["name"]: one["tied_to"] for one in described}
         own = {name: state[name] for name in dict.fromkeys(first_names.values())}
         if panels is None:
-            options = engine.options
-            panels = () if options.keep_weights and options.quantize == "none" else ("native",)
+            plain = engine.options.keep_weights and engine.options.quantize == "none"
+            plain &= not any(map(is_torchao, state.values()))
+            panels = () if plain else ("native",)
         if panels:
             packed = _find_panels(variants, found, state, first_names)
             made = describe_panels(packed, state, check_sets(panels), load_runtime()[0])
@@ -115,6 +117,12 @@ def save(
             entries.update(made[1])
             held |= made[2]
             own = {k: v for k, v in own.items() if not any(k in p.paths for p in packed)}
+        foreign = [name for name, tensor in own.items() if is_torchao(tensor)]
+        if foreign:
+            raise SaveError(
+                f"{foreign[0]} is torchao's int8, which is written as panels where programs "
+                "multiply by it, and not otherwise: leave out panels=[], or save with weights=False"
+            )
         entries["weights.safetensors"] = tensor_stream(own)
     entries["held.safetensors"] = tensor_stream(held) if held else b""
     entries["held.json"] = json.dumps({k: list(v.stride()) for k, v in held.items()}).encode()
@@ -332,6 +340,6 @@ def _describe_state(model: nn.Module, state: dict[str, torch.Tensor]) -> list[di
 
 
 def _memory(tensor: torch.Tensor) -> Any:
-    if tensor.numel() == 0 or isinstance(tensor, PackedParameter):
+    if tensor.numel() == 0 or isinstance(tensor, PackedParameter) or is_torchao(tensor):
         return id(tensor)
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype

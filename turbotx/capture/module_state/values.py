@@ -32,6 +32,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from turbotx.capture.torchao_weights import is_torchao
+
 MAX_DEPTH = 8
 """Containers in containers; deeper ones go by which they are."""
 MAX_ITEMS = 4096
@@ -255,6 +257,8 @@ def describe_own_tensor(tensor: torch.Tensor | None) -> Any:
         return type(tensor), tensor if tensor is None else id(tensor)
     strides = tensor.stride() if tensor.layout is torch.strided else None
     kind = getattr(type(tensor), "stands_for", type(tensor))  # as of `PackedParameter`
+    if is_torchao(tensor):  # a trace is given floats
+        kind = nn.Parameter
     return kind, tensor.dtype, tensor.device, tuple(tensor.shape), strides
 
 

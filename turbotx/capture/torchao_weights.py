@@ -1,0 +1,81 @@
+"""torchao weights: what torchao's `quantize_` leaves in a model, as integers and scales.
+
+In: a parameter. Out: int8 rows with a scale each, and whether what they are multiplied by stays
+float; None for other tensors, and those that no product of turbotx computes::
+
+    read_int8(model.up.weight)  ->  Int8Rows(numbers, scale, float_rows=True)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+STATIC = ("quant_scale", "quant_zero_point", "pre_scale")
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """numbers: int8 (n, k). scale: float32 (n, 1). float_rows: whether weights alone are int8."""
+
+    numbers: torch.Tensor
+    scale: torch.Tensor
+    float_rows: bool
+
+
+def is_torchao(tensor: object) -> bool:
+    """Tell whether a tensor is torchao's int8, understood or not; torchao is not imported."""
+    cls = type(tensor)
+    return cls.__name__ == "Int8Tensor" and cls.__module__.partition(".")[0] == "torchao"
+
+
+def read_int8(tensor: Any) -> Int8Rows | None:
+    """Return what a weight holds, without a copy of its integers."""
+    if not is_torchao(tensor) or why_not(tensor):
+        return None
+    scale = tensor.scale.reshape(-1, 1).float()
+    return Int8Rows(tensor.qdata, scale, tensor.act_quant_kwargs is None)
+
+
+def why_not(tensor: Any) -> str:
+    """Return what no product of turbotx does about torchao's int8 weight, "" where one does it."""
+    rows, asked = tensor.qdata, tensor.act_quant_kwargs
+    if rows.dtype is not torch.int8 or rows.dim() != 2 or not rows.is_contiguous():
+        return f"it holds {rows.dtype} of {tuple(rows.shape)}"
+    if tensor.scale.numel() != rows.shape[0] or list(tensor.block_size) != [1, rows.shape[1]]:
+        return f"it has a scale for every {tuple(tensor.block_size)}, not for every row"
+    shift = getattr(tensor, "zero_point", None)
+    if shift is not None and bool(shift.any()):
+        return "its integers are shifted by a zero point"
+    if any(getattr(tensor, f"act_{name}", None) is not None for name in STATIC):
+        return "it takes activations by scales of its own"
+    if asked is not None and (
+        type(asked.granularity).__name__ != "PerRow"
+        or asked.mapping_type.name != "SYMMETRIC"
+        or getattr(asked, "reduce_range", False)
+    ):
+        return f"it takes activations by {asked}"
+    return ""
+
+
+_MARK = "_turbotx_float_rows"
+
+
+def stand_in(parameter: Any) -> nn.Parameter:
+    """Return floats for a trace to be given in the place of an int8 weight, which say that they
+    are such."""
+    rows = read_int8(parameter)
+    assert rows is not None
+    made = nn.Parameter(parameter.dequantize(), parameter.requires_grad)
+    setattr(made, _MARK, rows.float_rows)
+    return made
+
+
+def stand_ins(model: nn.Module) -> dict[str, bool]:
+    """Return, by path, the parameters of a model that stand for int8 ones: whether the weights
+    alone are."""
+    named = model.named_parameters()
+    return {path: getattr(p, _MARK) for path, p in named if hasattr(p, _MARK)}
