@@ -27,8 +27,8 @@ from tests.serving.test_app import classifier
 from turbotx.cli.models import ModelError
 from turbotx.cli.serve import serve_models, wait_briefly
 from turbotx.serving.engine import Head
+from turbotx.serving.served import ModelFailed
 from turbotx.serving.server import run, serve
-from turbotx.serving.service import ModelFailed
 from turbotx.serving.settings import Settings, SettingsError
 
 

@@ -14,7 +14,8 @@ from turbotx.serving.policies import Aged, Fifo
 from turbotx.serving.refusals import NotReady
 from turbotx.serving.routes import describe_service
 from turbotx.serving.scheduler import Hungry, Lazy
-from turbotx.serving.service import ModelFailed, Scope, Service
+from turbotx.serving.served import ModelFailed
+from turbotx.serving.service import Scope, Service
 from turbotx.serving.settings import Settings, SettingsError
 from turbotx.serving.token_costs import TokenCosts
 from turbotx.serving.token_policies import FifoTokens

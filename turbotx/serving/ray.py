@@ -29,7 +29,8 @@ from turbotx.serving.engine import Head, Vectors
 from turbotx.serving.model_files import LoadedModel, describe_model, load_model
 from turbotx.serving.refusals import BackendFailed, Busy, Late, NotReady, Refusal
 from turbotx.serving.routing import LengthRouting
-from turbotx.serving.service import ModelFailed, Scope, Service
+from turbotx.serving.served import ModelFailed
+from turbotx.serving.service import Scope, Service
 from turbotx.serving.settings import Settings
 from turbotx.serving.tokens import TokenRow
 
