@@ -110,8 +110,9 @@ def test_hugging_faces_client(monkeypatch):
 
 PROGRAM = """
     import logging, sys
+    from benchmarks.sleep_engine import SleepEngine
     from tests.serving.conftest import fast_costs, stand_in
-    from turbotx.serving.engine import SleepEngine, Head
+    from turbotx.serving.engine import Head
     from turbotx.serving.logs import log_as_json
     from turbotx.serving.server import run
     from turbotx.serving.settings import Settings

@@ -7,9 +7,10 @@ import asyncio
 import numpy as np
 import pytest
 
+from benchmarks.sleep_engine import SleepEngine
 from tests.serving.conftest import fast_costs, stand_in
 from turbotx.serving.cost import CostTable
-from turbotx.serving.engine import Head, SleepEngine
+from turbotx.serving.engine import Head
 from turbotx.serving.policies import Aged, Fifo
 from turbotx.serving.refusals import NotReady
 from turbotx.serving.routes import describe_service

@@ -232,7 +232,7 @@ class FrontService(Service):
 
     async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
         """Return a vector for each row from a replica; tries again where a replica dies. Raises
-        NotReady, or what the replica refused with."""
+        NotReady, or what the replica refused with. float32, one array a row."""
         tokens = max(len(row) for row in rows)
         due_in_ms = scope.deadline_ms - self._queue.now_ms()
         for attempt in range(ATTEMPTS):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from turbotx.serving.cache import ResponseCache
 from turbotx.serving.dispatcher import Dispatcher, Lane
-from turbotx.serving.engine import SleepEngine, TorchEngine
+from turbotx.serving.engine import TorchEngine
 from turbotx.serving.idle import IdleMeasuring
 from turbotx.serving.lanes import Lanes
 from turbotx.serving.measure import cost_file, describe_device, load_or_measure, warm_up
@@ -257,7 +257,8 @@ class Service(Served):
         return found
 
     def make_scheduler(self, costs: BatchCosts, model: LoadedModel | None = None) -> Scheduler:
-        """Return the scheduler that the settings ask for, over a model's measured costs."""
+        """Return the scheduler that the settings ask for, over a model's measured costs. Raises
+        SettingsError for a policy that these batches have not."""
         settings = self.settings
         max_tokens = (model or self.model).info.most_tokens(settings.max_batch_tokens)
         packed = isinstance(costs, TokenCosts)
@@ -285,8 +286,8 @@ class Service(Served):
         """Run the engine once, so that no request waits for a capture, and know its costs."""
         self._prepared = model.info.name
         engine = model.engine
-        if isinstance(engine, SleepEngine):
-            return self._costs or engine.costs
+        if model.costs is not None:
+            return self._costs or model.costs
         token = model.tokenizer.any_token
         warm_up(engine, model.info.max_length, token)
         if self._costs is not None:
@@ -317,7 +318,7 @@ class Service(Served):
 
     def _cost_path(self, model: LoadedModel) -> Path | None:
         folder, info = self.settings.cost_folder, model.info
-        if folder is None or isinstance(model.engine, SleepEngine):
+        if folder is None or model.costs is not None:
             return None
         what = f"{info.backend}-{info.dtype}{'-packed' if model.engine.packs else ''}"
         return cost_file(folder, info.name, info.revision, describe_device(info.device), what)
