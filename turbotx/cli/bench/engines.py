@@ -53,7 +53,8 @@ another computation, and the others take few models or processors."""
 
 
 def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
-    """Return what runs the model; `folder` is for its files. Raises what the engine raises."""
+    """Return what runs the model; `folder` is for its files. Raises what the engine raises,
+    and ModelError for an unknown name, or a saved file that another engine is to run."""
     model: Any = loaded.model
     if isinstance(model, SavedModule) and name != "turbotx":
         raise ModelError("a saved file holds no module: only turbotx runs it")
