@@ -65,8 +65,8 @@ class PackedParameter(nn.Parameter):
         pass
 
     def unpacked(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return its elements, dense, in memory of their own; in another dtype where one is
-        given."""
+        """Return its elements, dense, in memory of their own. In the parameter's shape and its
+        dtype, or another where one is given."""
         n, k = reversed(self.shape) if self.turned else self.shape
         assert k == self.weight.depth
         rows = self.weight.values(self.first, n)
