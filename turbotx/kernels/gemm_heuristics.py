@@ -118,7 +118,7 @@ def choose_tiles(template: GemmTemplate, tokens: int, target: str) -> GemmSchedu
     """Return the tiles for the bucket of `tokens`: a table's that knows the GEMM, or a rule's."""
     t, bucket = template, bucket_of(tokens)
     schedule = choose_by_rule(t, bucket, target)
-    if t.dtype.itemsize != 2 or t.flipped or (t.folds and bucket > MOST_FOLDED):
+    if t.item_nbytes != 2 or t.flipped or (t.folds and bucket > MOST_FOLDED):
         return schedule  # the tables' large tiles have no room for a norm: 106 words of 128 x 256
     tag = known_tiles(class_name(target), bucket, t.n, t.k, t.gated)
     return schedule if tag is None else with_tag(schedule, tag)
@@ -131,7 +131,7 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     are split until all processors have work. For many, tiles are as large as registers allow.
     """
     device, bucket = device_class(target), bucket_of(tokens)
-    size = template.dtype.itemsize
+    size = template.item_nbytes
     if size == 4 and not template.tf32:
         return _on_ordinary_units(template, bucket, device)
     if FEW_TOKENS < bucket <= device.few_tokens:
@@ -165,7 +165,7 @@ def _keep_busy(
 ) -> GemmSchedule:
     """Take more steps of k at a time, then more stages, until enough of the weight is in flight."""
     t, s = template, schedule
-    row_nbytes = t.dtype.itemsize * (1 + t.gated)
+    row_nbytes = t.item_nbytes * (1 + t.gated)
     wanted = min(device.in_flight_nbytes, row_nbytes * t.n * t.k)
     while True:
         blocks = -(-bucket // s.m_tile) * -(-t.n // s.n_tile) * s.splits
@@ -174,7 +174,7 @@ def _keep_busy(
         held = min(blocks, together) * steps * s.n_tile * s.k_tile * row_nbytes
         if held >= wanted:
             return s
-        if s.k_tile * t.dtype.itemsize < 256:
+        if s.k_tile * t.item_nbytes < 256:
             splits = _splits(t, bucket, s.m_tile, s.n_tile, 2 * s.k_tile, device)
             more = replace(s, k_tile=2 * s.k_tile, splits=splits)
         else:
@@ -203,7 +203,7 @@ def _widest_that_fills(
 
 def _in_two_tiles(template: GemmTemplate, bucket: int, device: DeviceClass) -> GemmSchedule:
     """Two or four tiles of 64 tokens, which read the weight from L2 in turn: see `gemm_tiles`."""
-    t, k_tile = template, 64 * 2 // template.dtype.itemsize
+    t, k_tile = template, 64 * 2 // template.item_nbytes
     tiles = -(-bucket // 64) * -(-t.n // 64)
     n_tile = 64 if 2 * tiles >= device.processors or t.k >= 2048 else 32
     splits = _splits(t, bucket, 64, n_tile, k_tile, device)
@@ -220,7 +220,7 @@ def _on_ordinary_units(template: GemmTemplate, bucket: int, device: DeviceClass)
 
 
 def _held_nbytes(template: GemmTemplate, m: int, n: int, k: int, stages: int) -> int:
-    return (m + n * (1 + template.gated)) * k * template.dtype.itemsize * stages
+    return (m + n * (1 + template.gated)) * k * template.item_nbytes * stages
 
 
 def shared_nbytes(template: GemmTemplate, schedule: GemmSchedule) -> int:
@@ -288,6 +288,8 @@ def prefers_template(template: GemmTemplate, tokens: int, target: str) -> bool:
     library's higher rate against the bytes that the separate epilogue moves.
     """
     bucket = bucket_of(tokens)  # one answer for all that belong to it
+    if template.int8:
+        return True  # no library scales sums by row and column and goes on with them
     if bucket <= device_class(target).few_tokens and not _is_exact(template):
         return True
     template_us, library_us = expected_us(template, bucket, target)
@@ -314,12 +316,12 @@ def prefers_folding(
 
 
 def _is_exact(template: GemmTemplate) -> bool:
-    return template.dtype.itemsize == 4 and not template.tf32
+    return template.item_nbytes == 4 and not template.tf32
 
 
 def expected_us(template: GemmTemplate, tokens: int, target: str) -> tuple[float, float]:
     """Return what a GEMM should take by a template, and by a library and a kernel behind it."""
-    device, size, exact = device_class(target), template.dtype.itemsize, _is_exact(template)
+    device, size, exact = device_class(target), template.item_nbytes, _is_exact(template)
     width = template.n * (1 + template.gated)
     rate = device.tflops_fp32 if exact else device.tflops * 2 / size
     sums_us = 2 * tokens * width * template.k / rate / 1e6
@@ -348,7 +350,8 @@ def gemm_job(
     divisible: strides that are multiples of 16; unaligned: pointers that are no multiples of 16
     bytes.
     """
-    kinds = {"storage": f"*{POINTEES[template.dtype]}", "fp32": "*fp32", "i32": "*i32"}
+    storage = f"*{POINTEES[template.dtype]}"
+    kinds = {"storage": storage, "fp32": "*fp32", "i32": "*i32", "i8": "*i8"}
     given = gemm_arguments(template, schedule)
     tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
     apart = {"status_ptr", *unaligned}  # the first: one of many words
