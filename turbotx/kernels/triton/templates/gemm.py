@@ -354,9 +354,7 @@ def gemm(
                 begin, end, M_TILE, N_TILE, K_TILE,
             )  # fmt: skip
         else:
-            sums, gate = add_parts(
-                parts, inside, SPLITS, UNROLLED, GATED, SUMS, M_TILE, N_TILE
-            )
+            sums, gate = add_parts(parts, inside, SPLITS, UNROLLED, GATED, SUMS, M_TILE, N_TILE)
         if X_WAITS:
             x_mean, x_rstd = merge_loaded(x_means, x_m2s, X_STEP, K, X_TILE, X_EPS, X_NORM == "rms")
 
