@@ -45,7 +45,7 @@ class DeviceClass:
     tflops, tflops_fp32, tb_per_s: dense 16-bit products, ordinary float32 ones, memory.
     in_flight_nbytes: what must be on its way to keep memory busy; 0: what those stages hold.
     few_tokens: up to here a library has nothing to win. most_folded: up to here norms are folded;
-    0: expected times decide."""
+    0: expected times decide. widest_int8: as `widest`, of int32 sums."""
 
     processors: int
     shared_nbytes: int
@@ -57,6 +57,7 @@ class DeviceClass:
     in_flight_nbytes: int = 0
     few_tokens: int = 64
     most_folded: int = 0
+    widest_int8: tuple[int, int] = (128, 128)
 
 
 # From the vendors' data sheets: A100, H100 SXM, B200, MI300X. In flight: bandwidth times a latency
@@ -65,7 +66,10 @@ DEVICES = {
     "sm_80": DeviceClass(108, 160 * 1024, 4, tflops=312.0, tflops_fp32=19.5, tb_per_s=2.0),
     # H200, BERT-base float16, whole calls in us: 192 tokens 367 by templates and 462 by cuBLAS, 384
     # the same by either; norms folded and stored 312 and 321 at 128 tokens, 382 and 367 at 192.
-    "sm_90": DeviceClass(132, 224 * 1024, 4, (128, 256), 990.0, 67.0, 3.35, 2_200_000, 256, 128),
+    "sm_90": DeviceClass(
+        132, 224 * 1024, 4, (128, 256), 990.0, 67.0, 3.35, 2_200_000, 256, 128, (128, 256)
+    ),
+    # Triton multiplies int8 there by the instructions of sm_80: 128 x 256 spilled 4 to 80 bytes.
     "sm_100": DeviceClass(148, 224 * 1024, 4, (128, 256), 2250.0, 75.0, 8.0),
     "gfx942": DeviceClass(304, 64 * 1024, 2, tflops=1307.0, tflops_fp32=163.0, tb_per_s=5.3),
 }
@@ -136,7 +140,8 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
         return _on_ordinary_units(template, bucket, device)
     if FEW_TOKENS < bucket <= device.few_tokens:
         return _in_two_tiles(template, bucket, device)
-    m_tile = min(device.widest[0], max(16, bucket)) if bucket <= 256 else device.widest[0]
+    widest = device.widest_int8 if template.int8 else device.widest
+    m_tile = min(widest[0], max(16, bucket)) if bucket <= 256 else widest[0]
     n_tile = _widest_that_fills(template, bucket, m_tile, device)
     k_tile = 128 if template.k >= 2048 and m_tile * n_tile <= 64 * 64 else 64
     k_tile = k_tile * 2 // size
@@ -188,7 +193,7 @@ def _widest_that_fills(
     template: GemmTemplate, bucket: int, m_tile: int, device: DeviceClass
 ) -> int:
     """Return the widest n tile that still gives every processor a program; 32 if none does."""
-    widest = device.widest[1] // (2 if template.gated else 1)
+    widest = (device.widest_int8 if template.int8 else device.widest)[1] // (1 + template.gated)
     # Beside a norm, or another activation than a 16-bit GELU, sums of 128 x 256 do not fit: GELU by
     # erf spilled 20 words. H200, 4096 x 3072 x 768: 40.6 us where 128 x 128 took 48.9.
     fits = template.activation == "none" or template.light_gelu

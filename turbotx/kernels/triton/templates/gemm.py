@@ -310,8 +310,8 @@ def store(
 @triton.jit
 def gemm(
     x_ptr, w_ptr, bias_ptr, sums_ptr, scales_ptr, x_scale_ptr, x_stats_ptr, residual_ptr,
-    residual_norm_ptr, residual_stats_ptr, out_ptr, stats_ptr, partial_ptr, turns_ptr, ends_ptr, status_ptr, tokens,
-    x_row, w_row, out_row, residual_row,
+    residual_norm_ptr, residual_stats_ptr, out_ptr, stats_ptr, partial_ptr, turns_ptr, ends_ptr,
+    status_ptr, tokens, x_row, w_row, out_row, residual_row,
     M_TILE: tl.constexpr, N_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     w_ptr, n_tile, m, n, m_ok, n_ok, begin, end = find_place(

@@ -1,4 +1,4 @@
-"""Sums over k in SPLITS parts: every program leaves its own; the last to come adds them all, in order.
+"""Sums over k in SPLITS parts: every program leaves its own; the last to come adds all in order.
 
 Which one that is, a counter of turns tells for each tile. SUMS: the dtype of the sums, float32, or
 int32 of int8 factors. GATED: there are two tiles of them.
