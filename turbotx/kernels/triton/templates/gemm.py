@@ -357,7 +357,6 @@ def gemm(
             sums, gate = add_parts(parts, inside, SPLITS, UNROLLED, GATED, SUMS, M_TILE, N_TILE)
         if X_WAITS:
             x_mean, x_rstd = merge_loaded(x_means, x_m2s, X_STEP, K, X_TILE, X_EPS, X_NORM == "rms")
-
         if not LATE:
             scales = scales_ptr
             w_sums = sums_ptr
