@@ -77,7 +77,7 @@ class Options:
     quantize: "int8" runs products by weights in int8 (docs/quantization.md): weights with a scale
         an output column, activations with one a token, found anew in every call; sums are exact,
         and all else is float as ever. Results differ from the float model's by what `turbotx verify
-        --quantize int8` says. CPUs only so far.
+        --quantize int8` says.
     keep_float: which products stay float all the same: patterns of modules' dotted names, as
         "encoder.layer.0.*", and "@head" for products whose result the call returns (logits, say).
         What is given takes the place of ("@head",).

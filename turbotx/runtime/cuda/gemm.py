@@ -50,7 +50,7 @@ def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate 
     grouped = isinstance(launch, ir.GroupedGemmLaunch)
     none = RowNorm("none", 1e-5)
     norm, added = kind.norm or none, kind.residual_norm or none
-    int8 = None if grouped else launch.int8
+    int8 = launch.int8 if isinstance(launch, ir.GemmLaunch) else None
     assert int8 is None or int8.x_scale is not None, f"{launch.name} is given rows of floats"
     if along != 1 and down != 1 and k != 1:
         return None
