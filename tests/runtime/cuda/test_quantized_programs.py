@@ -8,6 +8,7 @@ quantises which rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from tests.kernels.cpp.cpp_probe import needs_compiler
 from tests.kernels.triton.triton_runner import TritonRunner
 from tests.models import token_inputs
 from tests.runtime.cuda.stand_in_device import InterpretedDevice, bind_to
+from tests.runtime.cuda.test_steps import make_small, new_cache, step
 from tests.runtime.cuda.test_triton_programs import tiny
+from tests.saved.stand_in_cubins import Cubins
 from turbotx.engine.optimize import engine_of
 from turbotx.errors import OptionsError
 from turbotx.ir.quantized_ops import quantize_rows, row_scale
@@ -147,3 +150,29 @@ def test_one_capture_serves_cpus_and_gpus() -> None:
     again = engine_of(fast).compile(report.compiled.captured, "sm_90")
     assert sum("int8" in x.name for x in again.assembly.launches) == 4
     assert str(report.graph.graph) == text
+
+
+@needs_compiler
+def test_a_file_for_cpus_and_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, path, x = made(torch.float16), tmp_path / "int8.ttx", torch.randn(2, 5, 24).half()
+    fast = turbotx.optimize(model, **INT8)
+    ours = fast(x)[0]
+    turbotx.save(fast, path, targets=["cpu", "sm_90"])
+    assert torch.equal(turbotx.load(path)(x)[0], ours)
+    loaded = Cubins(monkeypatch).load(path, "sm_90")
+    for _ in range(3):  # plainly, captured, replayed
+        torch.testing.assert_close(loaded(x)[0], ours, rtol=0, atol=2e-2)
+    assert loaded.stats()["kernel_builds"] == 0
+
+
+def test_a_decoder_with_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_small("gpt2")
+    fast = bind_to(InterpretedDevice(), model, monkeypatch, **INT8, keep_float=())
+    cache, rows = new_cache(model), []
+    for k in range(4):
+        rows.append(step(fast, cache, *((3, 9, 4) if k == 0 else (5 + k,)))[:, -1])
+    with torch.no_grad():
+        whole = fast(input_ids=torch.tensor([[3, 9, 4, 6, 7, 8]]), use_cache=False)
+    steps = torch.stack(rows, 1)
+    torch.testing.assert_close(steps, whole.logits[:, 2:], rtol=0, atol=2e-3)
+    assert fast.stats()["graph_captures"] == 1, "of all steps"
