@@ -103,11 +103,7 @@ class GemmFamily:
         operands = {"x_ptr": x, "w_ptr": weight, "bias_ptr": launch.bias, "residual_ptr": residual}
         if self.template is not None and self.template.int8:
             operands |= zip(INT8_POINTERS[5:], launch.operands[5:], strict=True)
-        self._shifts = [
-            (name, table.value(a.offset * a.dtype.itemsize))
-            for name, a in operands.items()
-            if a is not None and a.offset != 0
-        ]
+        self._shifts = table.shifts(operands)
         self._chosen: dict[tuple[GemmTemplate, int], GemmSchedule | None] = {}
         self._jobs: dict[object, Job] = {}
 
