@@ -57,11 +57,12 @@ class Stage:
 
     def run(self, emit: Callable[[str, dict[str, Any]], None]) -> None:
         import gpu_decode
+        import gpu_int8
         import gpu_kernels
         import gpu_packed
         import gpu_stages
 
-        modules = (gpu_stages, gpu_kernels, gpu_packed, gpu_decode)
+        modules = (gpu_stages, gpu_kernels, gpu_packed, gpu_decode, gpu_int8)
         found = next(f for m in modules if (f := getattr(m, self.function, None)) is not None)
         found(emit, *self.arguments)
 
@@ -177,6 +178,18 @@ def packed() -> list[list[Stage]]:
     ]
 
 
+def int8() -> list[list[Stage]]:
+    """Products in int8: right, how fast beside the float program."""
+    models = [(name, "fp16") for name in ("bert-base", "minilm", "bert-large")]
+    return [
+        [
+            *(stage(f"right/int8-{m[0]}", 110, "int8_right", *m, 3) for m in models[:2]),
+            stage("right/int8-llama", 110, "int8_right", "llama", "bf16", 2),
+        ],
+        *([stage(f"int8/{m[0]}", 70, "int8_times", *m)] for m in models),
+    ]
+
+
 def proofs() -> list[list[Stage]]:
     """Every architecture right, the device's own tests, and no access out of bounds."""
     return [
@@ -269,5 +282,6 @@ PLANS: dict[str, Callable[[], list[list[Stage]]]] = {
     "tiles": tiles,
     "figures": figures,
     "packed": packed,
+    "int8": int8,
     "proofs": proofs,
 }

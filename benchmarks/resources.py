@@ -3,7 +3,7 @@
 In: architectures (default configurations of random weights, two layers). Out: a table and
 benchmarks/results/resources.json, from machine code compiled here; no GPU is needed. It is all that
 a GPU program launches at two shapes: attention as one kernel and as products around a softmax,
-GEMMs by templates where they are chosen, kernels behind the library's. Equal ones are a row;
+GEMMs by templates where they are chosen, kernels behind the library's, int8. Equal ones are a row;
 rows of models that are not named stay::
 
     python benchmarks/resources.py bert llama --targets sm_90 gfx942 --dtypes bfloat16
@@ -35,7 +35,7 @@ from turbotx.kernels.triton.compiler import TARGETS, Built, build, show_resource
 from turbotx.options import Options
 
 RESULTS = Path(__file__).parent / "results" / "resources.json"
-WAYS = ("flash", "fused-softmax")
+WAYS = ({"attention": "flash"}, {"attention": "fused-softmax"}, {"quantize": "int8"})
 # Few queries, which take tiles of their own, and many. Lengths that are multiples of 16: others
 # have builds without the promise, whose accesses are as narrow as any alignment allows.
 SHAPES = ((1, 16), (2, 128))
@@ -54,10 +54,11 @@ def find_jobs(architecture: str, dtype: torch.dtype, targets: list[str]) -> Iter
         dims = [values for values in found if values is not None]
         assert len(dims) == len(SHAPES), f"{architecture} was captured for other shapes"
         # What a kernel uses when it does not wait by itself for the one before: so are all rows.
-        options = Options(attention=way, pdl=False)
+        options = Options(**way, pdl=False)
         call = compile_captured(captured, options, "sm_90").call
         # Without templates: the kernels behind the library's GEMMs, and no norms are folded.
-        ways = (options, replace(options, gemms="cublas"))
+        library = () if options.quantize != "none" else (replace(options, gemms="cublas"),)
+        ways = (options, *library)
         for target, chosen in itertools.product(targets, ways):
             program = schedule(call, chosen, target)
             yield from (x.job for shape in dims for x in jobs(program, shape))

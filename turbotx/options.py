@@ -77,8 +77,8 @@ class Options:
     quantize: "int8" runs products by weights in int8 (docs/quantization.md): weights with a scale
         an output column, activations with one a token, found anew in every call; sums are exact,
         and all else is float as ever. "int8-weights" quantises the weights alone, for few tokens,
-        as in decoding, where the bytes of weights are what a product waits for. Results differ from
-        the float model's by what `turbotx verify --quantize int8` says. CPUs only so far.
+        as in decoding, where the bytes of weights are what a product waits for; CPUs only so far.
+        Results differ from the float model's by what `turbotx verify --quantize int8` says.
     keep_float: which products stay float all the same: patterns of modules' dotted names, as
         "encoder.layer.0.*", and "@head" for products whose result the call returns (logits, say).
         What is given takes the place of ("@head",).

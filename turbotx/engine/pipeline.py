@@ -10,9 +10,10 @@ the device; its GPU jobs at any shape; and bound to both, a `Compiled`::
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -26,7 +27,7 @@ from turbotx.ir import verifier as verify
 from turbotx.kernels.fusion.epilogue import find_epilogues
 from turbotx.kernels.fusion.fuse import FusedRegion, fuse_all
 from turbotx.kernels.fusion.norm_folding import find_folds
-from turbotx.kernels.fusion.quantized_rows import place_quantization
+from turbotx.kernels.fusion.quantized_rows import place_quantization, quantize_all_rows
 from turbotx.memory.pool import ChunkPool
 from turbotx.options import Options
 from turbotx.passes.attention import recognize_attention
@@ -134,13 +135,13 @@ class Rewritten:
 def rewrite_once(captured: Captured, options: Options, target: str) -> str:
     """Run the passes over a captured graph unless they have been; return its text from before.
 
-    Raises InputError where they went by other options, OptionsError for int8 on a GPU.
+    Raises InputError where they went by other options.
     """
     graph, meta = captured.graph_module.graph, captured.graph_module.meta
     names = ("attention", "quantize", *(("keep_float",) if options.quantize != "none" else ()))
     wanted = {name: getattr(options, name) for name in names}
     given: dict[str, bool] = meta.get("int8", {})
-    if (options.quantize != "none" or given) and target != "cpu":
+    if (options.quantize == "int8-weights" or given) and target != "cpu":
         what = "a model of int8 weights" if given else f"quantize={options.quantize!r}"
         raise OptionsError(
             f"{what} runs on CPUs so far, not on {target}: leave it out (docs/quantization.md)"
@@ -177,6 +178,28 @@ def pack_once(captured: Captured, padding: str) -> Captured:
     return found
 
 
+def quantize_rows_once(captured: Captured, options: Options, target: str) -> Captured:
+    """Return a rewritten capture whose int8 products read rows that kernels quantise, on a GPU: one
+    of its own, so that the graph stays as CPUs have it.
+
+    Raises OptionsError for options that leave such products to a library.
+    """
+    if options.quantize == "none" or target == "cpu":
+        return captured
+    wrong = {"backend": "aten", "gemms": "cublas", "norms": "fold"}
+    for name, value in wrong.items():
+        if getattr(options, name) == value:
+            raise OptionsError(
+                f"quantize={options.quantize!r} on {target} runs generated products, whose rows "
+                f"the kernels of norms quantise, and {name}={value!r} forbids that: leave one out"
+            )
+    made = fx.GraphModule(captured.graph_module, copy.deepcopy(captured.graph))
+    made.meta = dict(captured.graph_module.meta)
+    quantize_all_rows(made.graph)
+    check_quantized(made.graph)
+    return replace(captured, graph_module=made)
+
+
 @dataclass(frozen=True)
 class GemmRoles:
     """What GEMM launches do beside the product.
@@ -195,14 +218,16 @@ class GemmRoles:
         on_gpu = target != "cpu"
         generated = on_gpu and options.backend != "aten" and options.gemms != "cublas"
         epilogues = options.epilogues and (generated or not on_gpu)
-        return cls(epilogues, generated, generated and epilogues and options.norms != "store")
+        # What normalises rows of int8 products quantises them too.
+        norms = generated and epilogues and options.norms != "store" and options.quantize == "none"
+        return cls(epilogues, generated, norms)
 
 
 def assemble_call(captured: Captured, options: Options, target: str) -> AssembledCall:
     """Return a captured call as launches, for CPUs or for GPUs: which one does not matter yet."""
     roles = GemmRoles.of(options, target)
     text = rewrite_once(captured, options, target)
-    captured = pack_once(captured, options.padding)
+    captured = quantize_rows_once(pack_once(captured, options.padding), options, target)
     graph, dims = captured.graph, captured.dims
     check_rewritten(captured)
     hoisted = find_hoisted(graph)

@@ -53,6 +53,7 @@ PRIMITIVES: dict[str, Primitive] = _rows(
     ("sub", "{0} - {1}", "{0} - {1}", torch.sub),
     ("mul", "{0} * {1}", "{0} * {1}", torch.mul),
     ("div", "{0} / {1}", "{0} / {1}", torch.true_divide, 4),
+    ("div_rn", "{0} / {1}", "tl.div_rn({0}, {1})", torch.true_divide, 4),  # correct to the last bit
     ("floordiv", "ttx::floordiv({0}, {1})", "floordiv({0}, {1})", torch.floor_divide, 8),
     ("truncdiv", "ttx::truncdiv({0}, {1})", "truncdiv({0}, {1})", _truncdiv, 8),
     ("remainder", "ttx::remainder({0}, {1})", "remainder({0}, {1})", torch.remainder, 8),

@@ -45,7 +45,7 @@ class DeviceClass:
     tflops, tflops_fp32, tb_per_s: dense 16-bit products, ordinary float32 ones, memory.
     in_flight_nbytes: what must be on its way to keep memory busy; 0: what those stages hold.
     few_tokens: up to here a library has nothing to win. most_folded: up to here norms are folded;
-    0: expected times decide."""
+    0: expected times decide. widest_int8: as `widest`, of int32 sums."""
 
     processors: int
     shared_nbytes: int
@@ -57,6 +57,7 @@ class DeviceClass:
     in_flight_nbytes: int = 0
     few_tokens: int = 64
     most_folded: int = 0
+    widest_int8: tuple[int, int] = (128, 128)
 
 
 # From the vendors' data sheets: A100, H100 SXM, B200, MI300X. In flight: bandwidth times a latency
@@ -65,7 +66,10 @@ DEVICES = {
     "sm_80": DeviceClass(108, 160 * 1024, 4, tflops=312.0, tflops_fp32=19.5, tb_per_s=2.0),
     # H200, BERT-base float16, whole calls in us: 192 tokens 367 by templates and 462 by cuBLAS, 384
     # the same by either; norms folded and stored 312 and 321 at 128 tokens, 382 and 367 at 192.
-    "sm_90": DeviceClass(132, 224 * 1024, 4, (128, 256), 990.0, 67.0, 3.35, 2_200_000, 256, 128),
+    "sm_90": DeviceClass(
+        132, 224 * 1024, 4, (128, 256), 990.0, 67.0, 3.35, 2_200_000, 256, 128, (128, 256)
+    ),
+    # Triton multiplies int8 there by the instructions of sm_80: 128 x 256 spilled 4 to 80 bytes.
     "sm_100": DeviceClass(148, 224 * 1024, 4, (128, 256), 2250.0, 75.0, 8.0),
     "gfx942": DeviceClass(304, 64 * 1024, 2, tflops=1307.0, tflops_fp32=163.0, tb_per_s=5.3),
 }
@@ -118,7 +122,7 @@ def choose_tiles(template: GemmTemplate, tokens: int, target: str) -> GemmSchedu
     """Return the tiles for the bucket of `tokens`: a table's that knows the GEMM, or a rule's."""
     t, bucket = template, bucket_of(tokens)
     schedule = choose_by_rule(t, bucket, target)
-    if t.dtype.itemsize != 2 or t.flipped or (t.folds and bucket > MOST_FOLDED):
+    if t.item_nbytes != 2 or t.flipped or (t.folds and bucket > MOST_FOLDED):
         return schedule  # the tables' large tiles have no room for a norm: 106 words of 128 x 256
     tag = known_tiles(class_name(target), bucket, t.n, t.k, t.gated)
     return schedule if tag is None else with_tag(schedule, tag)
@@ -131,12 +135,13 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     are split until all processors have work. For many, tiles are as large as registers allow.
     """
     device, bucket = device_class(target), bucket_of(tokens)
-    size = template.dtype.itemsize
+    size = template.item_nbytes
     if size == 4 and not template.tf32:
         return _on_ordinary_units(template, bucket, device)
     if FEW_TOKENS < bucket <= device.few_tokens:
         return _in_two_tiles(template, bucket, device)
-    m_tile = min(device.widest[0], max(16, bucket)) if bucket <= 256 else device.widest[0]
+    widest = device.widest_int8 if template.int8 else device.widest
+    m_tile = min(widest[0], max(16, bucket)) if bucket <= 256 else widest[0]
     n_tile = _widest_that_fills(template, bucket, m_tile, device)
     k_tile = 128 if template.k >= 2048 and m_tile * n_tile <= 64 * 64 else 64
     k_tile = k_tile * 2 // size
@@ -165,7 +170,7 @@ def _keep_busy(
 ) -> GemmSchedule:
     """Take more steps of k at a time, then more stages, until enough of the weight is in flight."""
     t, s = template, schedule
-    row_nbytes = t.dtype.itemsize * (1 + t.gated)
+    row_nbytes = t.item_nbytes * (1 + t.gated)
     wanted = min(device.in_flight_nbytes, row_nbytes * t.n * t.k)
     while True:
         blocks = -(-bucket // s.m_tile) * -(-t.n // s.n_tile) * s.splits
@@ -174,7 +179,7 @@ def _keep_busy(
         held = min(blocks, together) * steps * s.n_tile * s.k_tile * row_nbytes
         if held >= wanted:
             return s
-        if s.k_tile * t.dtype.itemsize < 256:
+        if s.k_tile * t.item_nbytes < 256:
             splits = _splits(t, bucket, s.m_tile, s.n_tile, 2 * s.k_tile, device)
             more = replace(s, k_tile=2 * s.k_tile, splits=splits)
         else:
@@ -188,7 +193,7 @@ def _widest_that_fills(
     template: GemmTemplate, bucket: int, m_tile: int, device: DeviceClass
 ) -> int:
     """Return the widest n tile that still gives every processor a program; 32 if none does."""
-    widest = device.widest[1] // (2 if template.gated else 1)
+    widest = (device.widest_int8 if template.int8 else device.widest)[1] // (1 + template.gated)
     # Beside a norm, or another activation than a 16-bit GELU, sums of 128 x 256 do not fit: GELU by
     # erf spilled 20 words. H200, 4096 x 3072 x 768: 40.6 us where 128 x 128 took 48.9.
     fits = template.activation == "none" or template.light_gelu
@@ -203,7 +208,7 @@ def _widest_that_fills(
 
 def _in_two_tiles(template: GemmTemplate, bucket: int, device: DeviceClass) -> GemmSchedule:
     """Two or four tiles of 64 tokens, which read the weight from L2 in turn: see `gemm_tiles`."""
-    t, k_tile = template, 64 * 2 // template.dtype.itemsize
+    t, k_tile = template, 64 * 2 // template.item_nbytes
     tiles = -(-bucket // 64) * -(-t.n // 64)
     n_tile = 64 if 2 * tiles >= device.processors or t.k >= 2048 else 32
     splits = _splits(t, bucket, 64, n_tile, k_tile, device)
@@ -220,7 +225,7 @@ def _on_ordinary_units(template: GemmTemplate, bucket: int, device: DeviceClass)
 
 
 def _held_nbytes(template: GemmTemplate, m: int, n: int, k: int, stages: int) -> int:
-    return (m + n * (1 + template.gated)) * k * template.dtype.itemsize * stages
+    return (m + n * (1 + template.gated)) * k * template.item_nbytes * stages
 
 
 def shared_nbytes(template: GemmTemplate, schedule: GemmSchedule) -> int:
@@ -288,6 +293,8 @@ def prefers_template(template: GemmTemplate, tokens: int, target: str) -> bool:
     library's higher rate against the bytes that the separate epilogue moves.
     """
     bucket = bucket_of(tokens)  # one answer for all that belong to it
+    if template.int8:
+        return True  # no library scales sums by row and column and goes on with them
     if bucket <= device_class(target).few_tokens and not _is_exact(template):
         return True
     template_us, library_us = expected_us(template, bucket, target)
@@ -314,12 +321,12 @@ def prefers_folding(
 
 
 def _is_exact(template: GemmTemplate) -> bool:
-    return template.dtype.itemsize == 4 and not template.tf32
+    return template.item_nbytes == 4 and not template.tf32
 
 
 def expected_us(template: GemmTemplate, tokens: int, target: str) -> tuple[float, float]:
     """Return what a GEMM should take by a template, and by a library and a kernel behind it."""
-    device, size, exact = device_class(target), template.dtype.itemsize, _is_exact(template)
+    device, size, exact = device_class(target), template.item_nbytes, _is_exact(template)
     width = template.n * (1 + template.gated)
     rate = device.tflops_fp32 if exact else device.tflops * 2 / size
     sums_us = 2 * tokens * width * template.k / rate / 1e6
@@ -348,7 +355,8 @@ def gemm_job(
     divisible: strides that are multiples of 16; unaligned: pointers that are no multiples of 16
     bytes.
     """
-    kinds = {"storage": f"*{POINTEES[template.dtype]}", "fp32": "*fp32", "i32": "*i32"}
+    storage = f"*{POINTEES[template.dtype]}"
+    kinds = {"storage": storage, "fp32": "*fp32", "i32": "*i32", "i8": "*i8"}
     given = gemm_arguments(template, schedule)
     tiles = (("M_TILE", schedule.m_tile), ("N_TILE", schedule.n_tile), ("K_TILE", schedule.k_tile))
     apart = {"status_ptr", *unaligned}  # the first: one of many words

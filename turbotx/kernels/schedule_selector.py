@@ -41,6 +41,8 @@ from turbotx.kernels.tuned import Tuned
 FOLDED, STORED = "folded", "stored"
 # Float32 sums of a tile that a thread may hold.
 MOST_SUMS = 128
+# How many columns of k a product of int8 tiles takes at least.
+FEWEST_INT8 = 32
 
 
 def structure_of(
@@ -49,6 +51,8 @@ def structure_of(
     """Return a digest under which tuning keeps what it finds."""
     if isinstance(made, GemmTemplate) and made.experts:
         return f"{structure_of(replace(made, experts=0))}x{made.experts}"
+    if isinstance(made, GemmTemplate) and made.int8:
+        return f"{structure_of(replace(made, int8=False))}int8"
     return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
 
 
@@ -66,7 +70,7 @@ class Tiles:
         """Return the tiles for the bucket of `tokens`, or None: the library runs it.
 
         Sums are split no further than a program's scratch has room for at the bucket. What has a
-        part in a folded norm has no alternative: `folds` has answered for all of it.
+        part in a folded norm has no alternative: `folds` has answered for all of it. Nor has int8.
         """
         bucket = bucket_of(tokens)
         tags = self._tags(template.name, template, bucket)
@@ -76,11 +80,13 @@ class Tiles:
         )  # fmt: skip
         if self.gemms == "triton":  # what was measured does not matter, what was asked for does
             library = self._asked(template.name)[-1:] == [LIBRARY]
-        if (library or self.gemms == LIBRARY) and not template.folds:
+        if (library or self.gemms == LIBRARY) and not template.alone:
             return None
         schedule = choose_tiles(template, bucket, self.target)
         for tag in asked:
             schedule = with_tag(schedule, tag)
+        if template.int8:
+            schedule = replace(schedule, k_tile=max(schedule.k_tile, FEWEST_INT8))
         while not fits_scratch(template, schedule, bucket):
             schedule = replace(schedule, splits=schedule.splits // 2)
         return schedule
@@ -141,12 +147,13 @@ def gemm_neighbours(
     bucket, device = bucket_of(tokens), device_class(target)
     if schedule is None:
         return [choose_tiles(template, bucket, target)]
-    found: list[GemmSchedule | None] = [] if template.folds else [None]
+    found: list[GemmSchedule | None] = [] if template.alone else [None]
     for other in _steps(schedule):
         sums = other.m_tile * other.n_tile * (1 + template.gated)
         if (
             sums <= MOST_SUMS * 32 * other.num_warps
             and other.m_tile <= max(16, BUCKETS[-1] if bucket == BUCKETS[-1] else bucket)
+            and other.k_tile >= FEWEST_INT8 * template.int8
             and other.splits * other.k_tile <= max(template.k, other.k_tile)
             and shared_nbytes(template, other) <= device.shared_nbytes
             and fits_scratch(template, other, bucket)

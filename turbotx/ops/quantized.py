@@ -4,6 +4,8 @@ In: a node and an index into its result. Out: the element there, by the arithmet
 `ir.quantized_ops`; behind a norm both join its kernel, and the row is read once::
 
     quantize_rows(x, s)[row, col]  ->  cast(round(x[row, col] * (1 / s[row])), int8)
+
+Divisions are rounded correctly on every target, so that equal rows give equal integers.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ def _row_scale(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     (peak,), _ = m.reduce_dims(
         "max", x, (last,), index, torch.float32, before=lambda v: m.call("abs", v)
     )
-    scale = m.call("maximum", peak, SMALLEST) / LEVELS
+    scale = m.call("div_rn", m.call("maximum", peak, SMALLEST), float(LEVELS))
     return m.where(peak < math.inf, scale, math.nan)
 
 
 def _quantize_rows(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     x, scale = (g.operand(node, k) for k in range(2))
     value = m.cast(m.element(x, index), torch.float32)
-    value = value * (1 / m.element(scale, (*index[:-1], ZERO)))
+    value = value * m.call("div_rn", 1.0, m.element(scale, (*index[:-1], ZERO)))
     inside = m.call("abs", value) <= LEVELS + 0.5  # a row without a scale has no numbers
     return m.call("round", m.where(inside, value, 0.0))
 

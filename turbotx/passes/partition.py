@@ -32,6 +32,9 @@ GEMMS = frozenset(
      aten.addmm.default, aten.baddbmm.default, grouped_linear, *QUANTIZED_LINEARS}
 )  # fmt: skip
 
+BEGINS = "begins"
+"""A node's meta says so where its region holds nothing that it reads."""
+
 _APART = ("gemm", "attention", "product", "route", "store", "extern")
 """The kinds of what no region holds."""
 
@@ -181,7 +184,8 @@ def _connect(graph: fx.Graph, kinds: dict[fx.Node, str]) -> list[list[fx.Node]]:
         leader[node] = node
         for source in tensor_inputs(node):
             root = root_of(source)
-            if kinds[root] == "computed" and level[root] == level[node]:
+            begins = BEGINS in node.meta and BEGINS not in root.meta
+            if kinds[root] == "computed" and level[root] == level[node] and not begins:
                 leader[find(node)] = find(root)
     groups: dict[fx.Node, list[fx.Node]] = {}
     for node in leader:
@@ -203,6 +207,8 @@ def _sink(groups: list[list[fx.Node]], kinds: dict[fx.Node, str]) -> list[list[f
         if len(readers) != 1 or -1 in readers or any(OPS[n.target].reduces for n in nodes):
             continue
         target = readers.pop()
+        if BEGINS in groups[target][0].meta:
+            continue
         groups[target] = nodes + groups[target]
         for n in nodes:
             home[n] = target

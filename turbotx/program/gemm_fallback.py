@@ -2,7 +2,7 @@
 
 In: an assembly with GEMM launches. Out: each with memory for split sums, and where it has an
 epilogue with its `fallback`: a bare GEMM, then the region's own kernels (but not where norms are
-folded: no library does that). For a BERT layer's first::
+folded or factors are int8: no library does that). For a BERT layer's first::
 
     linear_gelu_0 (gemm)  ->  fallback: linear (gemm) into out, fused_add_gelu over it in place
 
@@ -41,7 +41,7 @@ def add_gemm_fallbacks(assembled: Assembled) -> None:
         assembly.tensors[name] = ir.Tensor(name, "intermediate", torch.float32, shape)
         launch = replace(launch, workspaces=(name,))
         written = launch.writes[0]
-        if written in ends and not launch.gemm.folds:
+        if written in ends and launch.int8 is None and not launch.gemm.folds:
             launch = _Parts(assembly, launch, ends[written], regions[written]).run()
         assembly.launches[i] = launch
 

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from torch import fx
 
 from turbotx.engine.compiled import Compiled
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.quantized_ops import quantize_rows
 from turbotx.kernels.fusion.epilogue import match_epilogue, packable_inputs
 from turbotx.kernels.fusion.fuse import FusedRegion
-from turbotx.passes.partition import GEMMS, op_name, root_of
+from turbotx.passes.partition import BEGINS, GEMMS, op_name, root_of
 
 FINISHING = frozenset({"add", "mul", "relu", "gelu", "silu", "sigmoid", "tanh", "pow", "to_copy"})
 """Ops that epilogues are made of."""
@@ -28,11 +30,21 @@ def why_apart(compiled: Compiled, fused: FusedRegion, kinds: Mapping[fx.Node, st
     kinds: what each node of the graph is, by `kind_of`.
     """
     region, options = fused.region, compiled.unbound.options
+    if BEGINS in region.nodes[0].meta:
+        return (
+            "it quantises rows that a GEMM's launch finishes: fewer bytes, or fewer activations, "
+            "than a kernel for both"
+        )
     read = [n for n in map(root_of, region.inputs) if n.target in GEMMS]
     if not read:
         return "it reads no matrix product that it could finish"
     if not options.epilogues:
         return "epilogues=False was asked for"
+    if any(g.is_call(n, quantize_rows) for n in region.nodes):
+        return (
+            "it quantises rows for an int8 product, which needs whole rows, and a GEMM's launch "
+            "stores its sums tile by tile"
+        )
     norms = [op_name(n) for n in region.nodes if op_name(n) in NORMS]
     if norms and compiled.unbound.target != "cpu":
         return _why_stored(compiled, norms[0])

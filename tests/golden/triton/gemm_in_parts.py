@@ -42,8 +42,8 @@ def gemm_bfloat16_100x1000_silu_gated_stats(
     # From here on it reads what other kernels have written.
 
     # The sums over k.
-    sums = tl.zeros((M_TILE, N_TILE), tl.float32)
-    gate = tl.zeros((M_TILE, N_TILE), tl.float32)
+    part = tl.zeros((M_TILE, N_TILE), tl.float32)
+    gate_part = tl.zeros((M_TILE, N_TILE), tl.float32)
     for start in range(begin, end, K_TILE):
         k = start + tl.arange(0, K_TILE)[None, :]
         x_ok = m_ok & (k < 1000)
@@ -53,21 +53,21 @@ def gemm_bfloat16_100x1000_silu_gated_stats(
         w = tl.trans(tl.load(w_ptr + down.to(tl.int64) * w_row + k, mask=ok, other=0.0))
         # Behind the weight, which comes from farther away.
         x = tl.load(x_ptr + m.to(tl.int64) * x_row + k, mask=x_ok, other=0.0)
-        sums = tl.dot(x, w, sums)
+        part = tl.dot(x, w, part)
         gate_down = n_tile * N_TILE + tl.arange(0, N_TILE)[:, None]
         gate_down_ok = gate_down < 100
         gate_ok = gate_down_ok & (k < 1000)
         gate_w = tl.trans(
             tl.load(w_ptr + (gate_down + 100).to(tl.int64) * w_row + k, mask=gate_ok, other=0.0),
         )
-        gate = tl.dot(x, gate_w, gate)
+        gate_part = tl.dot(x, gate_w, gate_part)
 
     # Every program leaves its part; the last to come adds them all, in order.
     size = 8 * M_TILE * N_TILE
     parts = partial_ptr + tl.program_id(0).to(tl.int64) * size
     inside = tl.arange(0, M_TILE)[:, None] * N_TILE + tl.arange(0, N_TILE)[None, :]
-    tl.store(parts + tl.program_id(1) * 2 * (M_TILE * N_TILE) + inside, sums)
-    tl.store(parts + (tl.program_id(1) * 2 + 1) * (M_TILE * N_TILE) + inside, gate)
+    tl.store(parts + tl.program_id(1) * 2 * (M_TILE * N_TILE) + inside, part)
+    tl.store(parts + (tl.program_id(1) * 2 + 1) * (M_TILE * N_TILE) + inside, gate_part)
     tl.debug_barrier()
     turn = tl.atomic_add(turns_ptr + tl.program_id(0), 1, sem="acq_rel")
     if turn == 3:
@@ -78,7 +78,6 @@ def gemm_bfloat16_100x1000_silu_gated_stats(
             own = parts + split * 2 * (M_TILE * N_TILE) + inside
             sums += tl.load(own, cache_modifier=".cg")
             gate += tl.load(own + M_TILE * N_TILE, cache_modifier=".cg")
-
         sums = sums / (1.0 + tl.exp(-sums))
         sums = sums * gate
         out = sums.to(tl.bfloat16)

@@ -82,7 +82,6 @@ def gemm_float16_3072x768_layer_norm_bias_gelu(
     off = x_m2s + count * off * off
     m2 = tl.sum(off, 1, keep_dims=True)
     x_rstd = tl.rsqrt(m2 / 768 + 1e-05)
-
     sums = sums * scales
     sums = x_rstd * (sums - x_mean * w_sums)
     sums += bias

@@ -67,7 +67,9 @@ def run(template: GemmTemplate, schedule: GemmSchedule, **given: torch.Tensor) -
     made = {
         "out": torch.full((tokens, template.n), float("nan"), dtype=template.dtype),
         "stats": torch.full((2, tokens, tiles), float("nan")),
-        "partial": torch.full((partial,), float("nan")),
+        "partial": torch.full(
+            (partial,), -1, dtype=torch.int32 if template.int8 else torch.float32
+        ),
         "turns": torch.zeros(turns, dtype=torch.int32),
     }
     sizes = {"tokens": tokens, "x_row": x.stride(0), "out_row": template.n}

@@ -82,6 +82,23 @@ def test_a_model_is_right_at_every_shape(dtype: torch.dtype, options: dict[str, 
     assert fast.stats()["graph_captures"] == len(set(SHAPES))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_int8_products_are_those_of_the_same_integers(dtype: torch.dtype) -> None:
+    model = make_bert(dtype, intermediate_size=640)
+    fast = turbotx.optimize(model, quantize="int8")
+    for shape in SHAPES:
+        inputs = make_inputs(*shape)
+        numerics = turbotx.explain(fast, **inputs).numerics(fast, **inputs)
+        assert all(e.holds for e in numerics.launches)
+        assert any("int8" in e.name for e in numerics.launches)
+        assert numerics.likenesses[0].mean > 0.995
+        first, *more = (fast(**inputs)[0] for _ in range(3))  # plainly, captured, replayed
+        assert all(torch.equal(first, other) for other in more)
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight.mul_(-1.5)
+    torch.testing.assert_close(fast(**inputs)[0], model(**inputs)[0], rtol=0, atol=0.3)
+
+
 def test_the_arena_is_the_drivers_virtual_memory() -> None:
     pytest.importorskip("cuda.bindings.driver")
     fast = turbotx.optimize(make_bert(torch.float16))

@@ -43,6 +43,7 @@ def print_triton_gemm(
 
 def _header(t: GemmTemplate, s: GemmSchedule, name: str) -> list[str]:
     x = {"none": "x", "layer": "layer_norm(x)", "rms": "rms_norm(x)"}[t.norm]
+    x = "x_scale * scales * x" if t.int8 else x
     inner = f"{x} w^T" + " + bias" * t.bias
     formula = inner if t.activation == "none" else f"{t.activation}({inner})"
     residual = {"none": "residual"}.get(t.residual_norm, f"{t.residual_norm}_norm(residual)")
@@ -71,12 +72,15 @@ def _flags(t: GemmTemplate, s: GemmSchedule) -> dict[str, Flag]:
     held = sums * s.splits
     held += (2 * s.m_tile * x.step) * x_waits
     held += (2 * s.m_tile * added.step) * (added.norm != "none")
-    asked = t.bias or t.scaled or t.residual or t.norm != "none"
+    asked = t.bias or t.scaled or t.int8 or t.residual or t.norm != "none"
+    precision = "tf32" if t.tf32 else "ieee"
     return {
         "N": t.n,
         "K": t.k,
         "STORED": TYPES[t.dtype],
-        "PRECISION": ("tf32" if t.tf32 else "ieee") if t.dtype is torch.float32 else None,
+        "INT8": t.int8,
+        "SUMS": "tl.int32" if t.int8 else "tl.float32",
+        "PRECISION": None if t.int8 or t.dtype is not torch.float32 else precision,
         "N_TILES": -(-t.n // s.n_tile),
         "N_MASKED": t.n % s.n_tile != 0,
         "K_MASKED": t.k % s.k_tile != 0,

@@ -28,7 +28,8 @@ class GemmTemplate:
     weight with gamma in it is stored times a power of two a row. residual_norm: likewise, of the
     residual over n. stats: leave the row statistics of out behind. tf32: float32 factors may be
     rounded to TF32. experts: unless 0, there are so many weights, `expert_step` elements apart,
-    each for some of the rows.
+    each for some of the rows. int8: x and the weight are int8, with scales (`ir.quantized_ops`),
+    and `dtype` is that of all else.
     """
 
     dtype: torch.dtype
@@ -48,6 +49,12 @@ class GemmTemplate:
     tf32: bool = False
     experts: int = field(default=0, repr=False)  # what was tuned goes by the text of the others
     expert_step: int = field(default=0, repr=False)
+    int8: bool = field(default=False, repr=False)
+
+    @property
+    def item_nbytes(self) -> int:
+        """Bytes of an element of x and of the weight."""
+        return 1 if self.int8 else self.dtype.itemsize
 
     @property
     def centered(self) -> bool:
@@ -61,15 +68,20 @@ class GemmTemplate:
 
     @property
     def folds(self) -> bool:
-        """Whether it has a part in a folded norm: then no library's GEMM can do the same."""
+        """Whether it has a part in a folded norm."""
         return self.stats or {self.norm, self.residual_norm} != {"none"}
+
+    @property
+    def alone(self) -> bool:
+        """Whether no library's GEMM can do the same."""
+        return self.int8 or self.folds
 
     @property
     def name(self) -> str:
         """A name that tells dtype, weight's sizes and epilogue: "gemm_float16_768x768_bias"."""
         kind = TYPES[self.dtype].removeprefix("tl.")
         sizes = f"{self.experts}x" * (self.experts > 0) + f"{self.n}x{self.k}"
-        parts = ["grouped" * (self.experts > 0), f"gemm_{kind}_{sizes}"]
+        parts = ["grouped" * (self.experts > 0), "gemm" + "_int8" * self.int8, f"{kind}_{sizes}"]
         parts += [f"{self.norm}_norm" * (self.norm != "none")]
         parts += ["flipped" * self.flipped, "bias" * self.bias]
         parts += [self.activation * (self.activation != "none"), "gated" * self.gated]
@@ -103,7 +115,8 @@ class GemmSchedule:
 
 
 def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple[str, str]]:
-    """Return the arguments before the tiles and what they are: "storage", "fp32", "i32" or "size".
+    """Return the arguments before the tiles and what they are: "storage", "fp32", "i32", "i8" or
+    "size".
 
     bias is float32 where a norm is folded into it, as are sums and scales of the weight's rows.
     residual_norm: float32 (2, n), gamma and beta. Statistics: float32 (2, tokens, tiles), means and
@@ -112,17 +125,19 @@ def gemm_arguments(template: GemmTemplate, schedule: GemmSchedule) -> list[tuple
     """
     t = template
     bias = "fp32" if t.norm != "none" else "storage"
-    pointers = [("x_ptr", "storage"), ("w_ptr", "storage")]
+    factor, sums = ("i8", "i32") if t.int8 else ("storage", "fp32")
+    pointers = [("x_ptr", factor), ("w_ptr", factor)]
     pointers += [("bias_ptr", bias)] * t.bias
     pointers += [("sums_ptr", "fp32")] * (t.norm == "layer" and not t.centered)
-    pointers += [("scales_ptr", "fp32")] * t.scaled
+    pointers += [("scales_ptr", "fp32")] * (t.scaled or t.int8)
+    pointers += [("x_scale_ptr", "fp32")] * t.int8
     pointers += [("x_stats_ptr", "fp32")] * (t.norm != "none")
     pointers += [("residual_ptr", "storage")] * t.residual
     normed = ("residual_norm_ptr", "residual_stats_ptr")
     pointers += [(name, "fp32") for name in normed if t.residual_norm != "none"]
     pointers += [("out_ptr", "storage")]
     pointers += [("stats_ptr", "fp32")] * t.stats
-    pointers += [("partial_ptr", "fp32"), ("turns_ptr", "i32")] * (schedule.splits > 1)
+    pointers += [("partial_ptr", sums), ("turns_ptr", "i32")] * (schedule.splits > 1)
     pointers += [("ends_ptr", "i32"), ("status_ptr", "i32")] * (t.experts > 0)
     sizes = ["tokens", "x_row", "w_row", "out_row"] + ["residual_row"] * t.residual
     return [*pointers, *((size, "size") for size in sizes)]

@@ -30,12 +30,12 @@ def print_prefetch(template: GemmTemplate, schedule: GemmSchedule, aligned: bool
         return []
     span = _span(t, s)
     bulk = s.prefetch == BULK and aligned and not t.flipped and _even(t, s, span)
-    line = LINE_NBYTES // t.dtype.itemsize
+    line = LINE_NBYTES // t.item_nbytes
     wide = max(1, s.n_tile // line) if t.flipped else power_above(-(-span // line))
     flags: dict[str, Flag] = {
         "N": t.n, "K": t.k, "GATED": t.gated, "N_MASKED": t.n % s.n_tile != 0, "SPLITS": s.splits,
         "NUM_WARPS": s.num_warps, "SPAN": span, "LINE": line, "LINES": wide,
-        "DEEP": power_above(span), "ITEM_NBYTES": t.dtype.itemsize,
+        "DEEP": power_above(span), "ITEM_NBYTES": t.item_nbytes,
     }  # fmt: skip
     how = "by_rows" if bulk else "across" if t.flipped else "along"
     return ["", *specialize_body("prefetch", how, flags)]
@@ -45,11 +45,11 @@ def _span(t: GemmTemplate, s: GemmSchedule) -> int:
     """Of how many columns of k: those of a program, or as many steps as may be brought."""
     steps = -(-t.k // s.k_tile)
     own = -(-steps // s.splits) * s.k_tile
-    step_nbytes = s.n_tile * (1 + t.gated) * t.dtype.itemsize * s.k_tile
+    step_nbytes = s.n_tile * (1 + t.gated) * t.item_nbytes * s.k_tile
     most = max(1, MOST_NBYTES // step_nbytes) * s.k_tile
     return min(own, most, t.k)
 
 
 def _even(t: GemmTemplate, s: GemmSchedule, span: int) -> bool:
     """Whether all that a row has between `begin` and `stop` are multiples of 16 bytes."""
-    return all(size * t.dtype.itemsize % 16 == 0 for size in (t.k, s.k_tile, span))
+    return all(size * t.item_nbytes % 16 == 0 for size in (t.k, s.k_tile, span))

@@ -38,6 +38,7 @@ POINTERS = (
     "x_ptr", "w_ptr", "bias_ptr", "out_ptr", "residual_ptr", "sums_ptr", "scales_ptr",
     "x_stats_ptr", "residual_norm_ptr", "residual_stats_ptr", "stats_ptr",
 )  # fmt: skip
+INT8_POINTERS = (*POINTERS[:5], "scales_ptr", "x_scale_ptr")
 
 
 def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate | None:
@@ -49,10 +50,12 @@ def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate 
     grouped = isinstance(launch, ir.GroupedGemmLaunch)
     none = RowNorm("none", 1e-5)
     norm, added = kind.norm or none, kind.residual_norm or none
+    int8 = launch.int8 if isinstance(launch, ir.GemmLaunch) else None
+    assert int8 is None or int8.x_scale is not None, f"{launch.name} is given rows of floats"
     if along != 1 and down != 1 and k != 1:
         return None
     return GemmTemplate(
-        launch.x.dtype,
+        launch.out.dtype,
         int(launch.width),
         k,
         bias=launch.bias is not None,
@@ -68,6 +71,7 @@ def make_template(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> GemmTemplate 
         flipped=along != 1 and k != 1,
         experts=int(weight.shape[0]) if grouped else 0,
         expert_step=int(weight.strides[0]) if grouped else 0,
+        int8=int8 is not None,
     )
 
 
@@ -97,6 +101,8 @@ class GemmFamily:
             sizes["residual_row"] = launch.width
         self._sizes = {name: table.value(e) for name, e in sizes.items()}
         operands = {"x_ptr": x, "w_ptr": weight, "bias_ptr": launch.bias, "residual_ptr": residual}
+        if self.template is not None and self.template.int8:
+            operands |= zip(INT8_POINTERS[5:], launch.operands[5:], strict=True)
         self._shifts = table.shifts(operands)
         self._chosen: dict[tuple[GemmTemplate, int], GemmSchedule | None] = {}
         self._jobs: dict[object, Job] = {}
@@ -113,7 +119,8 @@ class GemmFamily:
         """Say where a launch's arguments lie for a template, with and without split sums."""
         if self.template is None:
             return {}
-        tensors = dict(zip(POINTERS, launch.operands, strict=False))
+        names = POINTERS if launch.int8 is None else INT8_POINTERS
+        tensors = dict(zip(names, launch.operands, strict=False))
         given = gemm_arguments(self.template, GemmSchedule(16, 16, 16))
         operands = [tensors[a] for a, kind in given if kind != "size"]
         sizes = [self._sizes[a] for a, kind in given if kind == "size"]
@@ -231,7 +238,8 @@ class GemmFamily:
 
 def with_settings(template: GemmTemplate) -> GemmTemplate:
     """Return a template under PyTorch's settings as they are now."""
-    return replace(template, tf32=uses_tf32()) if template.dtype is torch.float32 else template
+    exact = template.dtype is torch.float32 and not template.int8
+    return replace(template, tf32=uses_tf32()) if exact else template
 
 
 def plain_gemm(launch: ir.GemmLaunch, fixed: bool) -> LibraryGemm:

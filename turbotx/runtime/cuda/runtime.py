@@ -176,7 +176,7 @@ class LaunchKernels:
         outside = {n for n, t in tensors.items() if t.kind in ("input", "output")}
         for i, launch in enumerate(self.assembly.launches):
             family, gemm = number.get(id(self.families.get(i))), None
-            if isinstance(launch, ir.GemmLaunch) and not launch.gemm.folds:
+            if isinstance(launch, ir.GemmLaunch) and not (launch.gemm.folds or launch.int8):
                 called, _ = find_library_call(launch)
                 read = {a.tensor for a in called.operands if a is not None}
                 gemm = plain_gemm(called, fixed=not outside & read)

@@ -12,15 +12,18 @@ import triton.language as tl
 
 from turbotx.kernels.triton.templates.experts import find_expert_tile
 from turbotx.kernels.triton.templates.functions import gelu, tanh
+from turbotx.kernels.triton.templates.split_sums import add_parts, leave_part
 from turbotx.kernels.triton.templates.statistics import (
     load_statistics,
     merge_in_steps,
     merge_loaded,
 )
 
-N = tl.constexpr(None)  # outputs, K of x, the dtype of both
+N = tl.constexpr(None)  # outputs, K of x, the dtype of the outputs
 K = tl.constexpr(None)
 STORED = tl.constexpr(None)
+INT8 = tl.constexpr(None)  # x and the weight are int8, x with a scale a row, the weight a column
+SUMS = tl.constexpr(None)  # the dtype of the sums over k: int32 of int8, else float32
 PRECISION = tl.constexpr(None)  # "ieee" or "tf32" for float32, or None
 N_TILES = tl.constexpr(None)
 N_MASKED = tl.constexpr(None)  # whether the last tile is not full, of outputs and of k
@@ -131,8 +134,11 @@ def load_weight(
 
 
 @triton.jit
-def merge_x(x_stats_ptr, m, m_ok, tokens, M_TILE: tl.constexpr):
-    if X_NORM == "none":
+def merge_x(x_stats_ptr, x_scale_ptr, m, m_ok, tokens, M_TILE: tl.constexpr):
+    if INT8:
+        mean = 0.0
+        rstd = tl.load(x_scale_ptr + m, mask=m_ok, other=0.0)
+    elif X_NORM == "none":
         mean = 0.0
         rstd = 1.0
     else:
@@ -144,14 +150,23 @@ def merge_x(x_stats_ptr, m, m_ok, tokens, M_TILE: tl.constexpr):
 
 
 @triton.jit
+def add_product(x, w, sums):
+    if INT8:
+        sums = tl.dot(x, w, sums, out_dtype=tl.int32)
+    else:
+        sums = tl.dot(x, w, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
 def multiply(
     x_ptr, x_row, x_mean, w_ptr, w_row, m, m_ok, n_tile, n, n_ok, begin, end,
     M_TILE: tl.constexpr, N_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     """The sums over k."""
-    sums = tl.zeros((M_TILE, N_TILE), tl.float32)
+    sums = tl.zeros((M_TILE, N_TILE), SUMS)
     if GATED:
-        gate = tl.zeros((M_TILE, N_TILE), tl.float32)
+        gate = tl.zeros((M_TILE, N_TILE), SUMS)
     else:
         gate = 0.0
     for start in range(begin, end, K_TILE):
@@ -163,49 +178,10 @@ def multiply(
         if CENTERED:
             # A masked x would be -mean: the weight is zero there.
             x = x - x_mean
-        sums = tl.dot(x, w, sums, input_precision=PRECISION)
+        sums = add_product(x, w, sums)
         if GATED:
             gate_w = load_weight(w_ptr, w_row, start, k, n_tile, n, n_ok, N, N_TILE, K_TILE)
-            gate = tl.dot(x, gate_w, gate, input_precision=PRECISION)
-    return sums, gate
-
-
-@triton.jit
-def leave_part(sums, gate, partial_ptr, turns_ptr, M_TILE: tl.constexpr, N_TILE: tl.constexpr):
-    """Every program leaves its part; the last to come adds them all, in order."""
-    size = SPLITS * (1 + GATED) * M_TILE * N_TILE
-    parts = partial_ptr + tl.program_id(0).to(tl.int64) * size
-    inside = tl.arange(0, M_TILE)[:, None] * N_TILE + tl.arange(0, N_TILE)[None, :]
-    tl.store(parts + tl.program_id(1) * (1 + GATED) * (M_TILE * N_TILE) + inside, sums)
-    if GATED:
-        tl.store(parts + (tl.program_id(1) * 2 + 1) * (M_TILE * N_TILE) + inside, gate)
-    tl.debug_barrier()
-    turn = tl.atomic_add(turns_ptr + tl.program_id(0), 1, sem="acq_rel")
-    return turn, parts, inside
-
-
-@triton.jit
-def add_part(sums, gate, parts, inside, split, M_TILE: tl.constexpr, N_TILE: tl.constexpr):
-    own = parts + split * (1 + GATED) * (M_TILE * N_TILE) + inside
-    sums += tl.load(own, cache_modifier=".cg")
-    if GATED:
-        gate += tl.load(own + M_TILE * N_TILE, cache_modifier=".cg")
-    return sums, gate
-
-
-@triton.jit
-def add_parts(parts, inside, M_TILE: tl.constexpr, N_TILE: tl.constexpr):
-    sums = tl.zeros((M_TILE, N_TILE), tl.float32)
-    if GATED:
-        gate = tl.zeros((M_TILE, N_TILE), tl.float32)
-    else:
-        gate = 0.0
-    if UNROLLED:
-        for split in tl.static_range(SPLITS):
-            sums, gate = add_part(sums, gate, parts, inside, split, M_TILE, N_TILE)
-    else:
-        for split in range(SPLITS):
-            sums, gate = add_part(sums, gate, parts, inside, split, M_TILE, N_TILE)
+            gate = add_product(x, gate_w, gate)
     return sums, gate
 
 
@@ -219,7 +195,7 @@ def load_column(ptr, n, ok, FIRST: tl.constexpr):
 
 @triton.jit
 def load_columns(scales_ptr, sums_ptr, bias_ptr, n, ok, FIRST: tl.constexpr):
-    scales = load_column(scales_ptr, n, ok, FIRST) if SCALED else 1.0
+    scales = load_column(scales_ptr, n, ok, FIRST) if SCALED or INT8 else 1.0
     w_sums = load_column(sums_ptr, n, ok, FIRST) if X_NORM == "layer" and not CENTERED else 0.0
     bias = load_column(bias_ptr, n, ok, FIRST) if HAS_BIAS else 0.0
     return scales, w_sums, bias
@@ -228,7 +204,10 @@ def load_columns(scales_ptr, sums_ptr, bias_ptr, n, ok, FIRST: tl.constexpr):
 # scales, w_sums and bias are values where LATE, and pointers to them elsewhere.
 @triton.jit
 def apply_columns(sums, scales, w_sums, bias, n, ok, x_mean, x_rstd, FIRST: tl.constexpr):
-    if SCALED:
+    if INT8:
+        factor = scales if LATE else load_column(scales, n, ok, FIRST)
+        sums = sums.to(tl.float32) * (x_rstd * factor)
+    elif SCALED:
         factor = scales if LATE else load_column(scales, n, ok, FIRST)
         sums = sums * factor
     if X_NORM == "layer" and not CENTERED:
@@ -330,9 +309,9 @@ def store(
 
 @triton.jit
 def gemm(
-    x_ptr, w_ptr, bias_ptr, sums_ptr, scales_ptr, x_stats_ptr, residual_ptr, residual_norm_ptr,
-    residual_stats_ptr, out_ptr, stats_ptr, partial_ptr, turns_ptr, ends_ptr, status_ptr, tokens,
-    x_row, w_row, out_row, residual_row,
+    x_ptr, w_ptr, bias_ptr, sums_ptr, scales_ptr, x_scale_ptr, x_stats_ptr, residual_ptr,
+    residual_norm_ptr, residual_stats_ptr, out_ptr, stats_ptr, partial_ptr, turns_ptr, ends_ptr,
+    status_ptr, tokens, x_row, w_row, out_row, residual_row,
     M_TILE: tl.constexpr, N_TILE: tl.constexpr, K_TILE: tl.constexpr,
 ):  # fmt: skip
     w_ptr, n_tile, m, n, m_ok, n_ok, begin, end = find_place(
@@ -340,12 +319,14 @@ def gemm(
     )
     if SPLITS > 1:
         if not X_WAITS:
-            x_mean, x_rstd = merge_x(x_stats_ptr, m, m_ok, tokens, M_TILE)
-        sums, gate = multiply(
+            x_mean, x_rstd = merge_x(x_stats_ptr, x_scale_ptr, m, m_ok, tokens, M_TILE)
+        part, gate_part = multiply(
             x_ptr, x_row, x_mean if CENTERED else 0.0, w_ptr, w_row, m, m_ok, n_tile, n, n_ok,
             begin, end, M_TILE, N_TILE, K_TILE,
         )  # fmt: skip
-        turn, parts, inside = leave_part(sums, gate, partial_ptr, turns_ptr, M_TILE, N_TILE)
+        turn, parts, inside = leave_part(
+            part, gate_part, partial_ptr, turns_ptr, SPLITS, GATED, M_TILE, N_TILE
+        )
     if SPLITS == 1 or turn == SPLITS - 1:
         if SPLITS > 1:
             tl.store(turns_ptr + tl.program_id(0), 0)
@@ -367,16 +348,15 @@ def gemm(
                 )
         if SPLITS == 1:
             if not X_WAITS:
-                x_mean, x_rstd = merge_x(x_stats_ptr, m, m_ok, tokens, M_TILE)
+                x_mean, x_rstd = merge_x(x_stats_ptr, x_scale_ptr, m, m_ok, tokens, M_TILE)
             sums, gate = multiply(
                 x_ptr, x_row, x_mean if CENTERED else 0.0, w_ptr, w_row, m, m_ok, n_tile, n, n_ok,
                 begin, end, M_TILE, N_TILE, K_TILE,
             )  # fmt: skip
         else:
-            sums, gate = add_parts(parts, inside, M_TILE, N_TILE)
+            sums, gate = add_parts(parts, inside, SPLITS, UNROLLED, GATED, SUMS, M_TILE, N_TILE)
         if X_WAITS:
             x_mean, x_rstd = merge_loaded(x_means, x_m2s, X_STEP, K, X_TILE, X_EPS, X_NORM == "rms")
-
         if not LATE:
             scales = scales_ptr
             w_sums = sums_ptr

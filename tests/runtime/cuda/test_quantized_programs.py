@@ -1,0 +1,178 @@
+"""Int8 models as programs for a GPU, every kernel in Triton's interpreter.
+
+In: a layer of every kind of product, a BERT, a Llama. Out: each launch against the exact product of
+the same integers in float64, by the rule of every other test; beside the CPU's program; who
+quantises which rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+import turbotx
+from tests.compiled_functions import compile_function
+from tests.engine.test_quantized import made
+from tests.kernels.cpp.cpp_probe import needs_compiler
+from tests.kernels.triton.triton_runner import TritonRunner
+from tests.models import token_inputs
+from tests.runtime.cuda.stand_in_device import InterpretedDevice, bind_to
+from tests.runtime.cuda.test_steps import make_small, new_cache, step
+from tests.runtime.cuda.test_triton_programs import tiny
+from tests.saved.stand_in_cubins import Cubins
+from turbotx.engine.optimize import engine_of
+from turbotx.errors import OptionsError
+from turbotx.ir.quantized_ops import quantize_rows, row_scale
+from turbotx.report.report import explain_call
+
+INT8 = {"quantize": "int8"}
+SPLIT = {"gemm_*": "m16n16k32x2"}
+GELU = "fused_add_gelu_row_scale_quantize_rows"
+
+
+def kernels(device: InterpretedDevice, run: Callable[[], Any]) -> list[str]:
+    device.log.clear()
+    run()
+    assert not device.names("call"), "PyTorch runs nothing"
+    return device.names("launch")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {}), (torch.float16, {"schedules": SPLIT}), (torch.bfloat16, {})],
+)
+def test_every_launch_keeps_the_rule(
+    dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = made(dtype), torch.randn(2, 5, 24).to(dtype)
+    fast = bind_to(InterpretedDevice(), model, monkeypatch, **INT8, keep_float=(), **options)
+    numerics = turbotx.explain(fast, x).numerics(fast, x)
+    assert all(e.holds for e in numerics.launches), [e for e in numerics.launches if not e.holds]
+    assert any("int8" in e.name for e in numerics.launches) and not numerics.outputs
+    assert numerics.likenesses[0].worst > 0.999
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_model_at_any_shape_beside_the_cpus_program(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, device = tiny(name), InterpretedDevice()
+    given = [token_inputs(*shape) for shape in ((2, 3), (1, 1), (2, 3))]
+    cpu = turbotx.optimize(model, **INT8)
+    theirs = [cpu(**inputs)[0] for inputs in given]
+    fast = bind_to(device, model, monkeypatch, **INT8)
+    ours = [fast(**inputs)[0] for inputs in (*given, given[0])]  # plainly, captured, replayed
+    assert "replay" in {entry[0] for entry in device.log}
+    for mine, other in zip(ours, [*theirs, theirs[0]], strict=True):
+        # The same integers but where a kernel's last bit rounds to another one.
+        torch.testing.assert_close(mine, other, rtol=0, atol=2e-3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+    changed = fast(**given[0])[0]
+    assert not torch.allclose(changed, ours[0], atol=1e-2)
+    fresh = bind_to(InterpretedDevice(), model, monkeypatch, **INT8)
+    torch.testing.assert_close(changed, fresh(**given[0])[0], rtol=0, atol=0)
+
+
+def test_who_quantises(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, device = made(torch.float16), InterpretedDevice()
+    fast, x = bind_to(device, model, monkeypatch, **INT8), torch.randn(2, 5, 24).half()
+    names = kernels(device, lambda: fast(x))
+    assert [n.replace("gemm_int8_float16_", "") for n in names] == [
+        "fused_layer_norm_row_scale_quantize_rows", "40x24", GELU, "24x40",
+        "fused_add_layer_norm_row_scale_quantize_rows", "40x24_silu_gated",
+        "fused_row_scale_quantize_rows", "24x40", "fused_add_layer_norm", names[-1],
+    ]  # fmt: skip
+    assert "int8" not in names[-1], "the head stays float"
+
+
+def test_a_row_too_long_for_registers_is_activated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from turbotx.kernels import heuristics
+    from turbotx.kernels.fusion import quantized_rows
+
+    short = heuristics.Heuristics(persistent=32)
+    monkeypatch.setattr(quantized_rows, "DEFAULT", short)
+    model, device = made(torch.float16), InterpretedDevice()
+    fast, x = bind_to(device, model, monkeypatch, **INT8), torch.randn(2, 5, 24).half()
+    names = kernels(device, lambda: fast(x))
+    assert GELU not in names
+    assert names[1:3] == ["gemm_int8_float16_40x24_bias_gelu", "fused_row_scale_quantize_rows"]
+    assert "fewer bytes" in str(turbotx.explain(fast, x).to_dict())
+
+
+def test_kernels_find_the_integers_of_the_reference() -> None:
+    x = torch.randn(9, 50) * torch.logspace(-40, 30, 9)[:, None]
+    x[3, 7], x[5, 2], x[6] = torch.nan, torch.inf, 0.0
+    x[0] = torch.linspace(-127, 127, 50)  # halves among them
+    for given in (x, x.half(), x.bfloat16()):
+
+        def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            scale = row_scale(x)
+            return scale, quantize_rows(x, scale)
+
+        ours = compile_function(both, given).run((given,), TritonRunner())
+        for mine, wanted in zip(ours, both(given), strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"gemms": "cublas"}, "gemms='cublas' forbids that"),
+        ({"backend": "aten"}, "backend='aten' forbids that"),
+        ({"norms": "fold"}, "norms='fold' forbids that"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    options: dict[str, str], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = bind_to(InterpretedDevice(), made(), monkeypatch, **INT8, **options)
+    with pytest.raises(OptionsError, match=why):
+        fast(torch.randn(2, 5, 24))
+
+
+def test_one_capture_serves_cpus_and_gpus() -> None:
+    model: nn.Module = made()
+    fast, x = turbotx.optimize(model, **INT8), torch.randn(2, 5, 24)
+    report = turbotx.explain(fast, x)
+    text = str(report.graph.graph)
+    gpu = explain_call(engine_of(fast), (x,), {}, "sm_90")
+    assert "row_scale" in str(gpu.graph.graph)
+    again = engine_of(fast).compile(report.compiled.captured, "sm_90")
+    assert sum("int8" in x.name for x in again.assembly.launches) == 4
+    assert str(report.graph.graph) == text
+
+
+@needs_compiler
+def test_a_file_for_cpus_and_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, path, x = made(torch.float16), tmp_path / "int8.ttx", torch.randn(2, 5, 24).half()
+    fast = turbotx.optimize(model, **INT8)
+    ours = fast(x)[0]
+    turbotx.save(fast, path, targets=["cpu", "sm_90"])
+    assert torch.equal(turbotx.load(path)(x)[0], ours)
+    loaded = Cubins(monkeypatch).load(path, "sm_90")
+    for _ in range(3):  # plainly, captured, replayed
+        torch.testing.assert_close(loaded(x)[0], ours, rtol=0, atol=2e-2)
+    assert loaded.stats()["kernel_builds"] == 0
+
+
+def test_a_decoder_with_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_small("gpt2")
+    fast = bind_to(InterpretedDevice(), model, monkeypatch, **INT8, keep_float=())
+    cache, rows = new_cache(model), []
+    for k in range(4):
+        rows.append(step(fast, cache, *((3, 9, 4) if k == 0 else (5 + k,)))[:, -1])
+    with torch.no_grad():
+        whole = fast(input_ids=torch.tensor([[3, 9, 4, 6, 7, 8]]), use_cache=False)
+    steps = torch.stack(rows, 1)
+    torch.testing.assert_close(steps, whole.logits[:, 2:], rtol=0, atol=2e-3)
+    assert fast.stats()["graph_captures"] == 1, "of all steps"
