@@ -18,7 +18,7 @@ HEADERS = Path(__file__).parents[3] / "turbotx" / "kernels" / "cpp" / "include"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = [
     *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno"),
-    *("-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-fPIC"),
+    *("-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd", "-fPIC"),
     *("-Wall", "-Wextra", "-Werror"),
 ]
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 RUNTIME_SOURCES = {
     "runtime": Path(__file__).with_name("native.cpp"),
+    "threads": Path(__file__).with_name("threads.cpp"),
     "watch": Path(__file__).parents[1] / "tensor_watch.cpp",
     "dict_watch": Path(__file__).parents[1] / "dict_watch.cpp",
 }
@@ -44,7 +45,9 @@ class PartRecord(ctypes.Structure):
 
 
 def declare_runtime(library: ctypes.CDLL) -> None:
-    """Declare the argument types of the runtime's functions to ctypes."""
+    """Declare the argument types of the runtime's functions to ctypes, and let the kernels of all
+    programs find its threads by name (`ttx_share`)."""
+    ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)
     library.ttx_pack_weight.restype = ctypes.c_void_p
     library.ttx_pack_weight.argtypes = [
         ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int,
