@@ -1,7 +1,7 @@
 """Compiles a small source against turbotx/kernels/cpp as generated code is, and loads it.
 
-In: C++ text and a folder; out: a ctypes library whose OpenMP symbols are those of torch's own
-runtime, because it is linked without one. Example: ``build(source, tmp_path).my_function(...)``.
+In: C++ text and a folder; out: a ctypes library, which asks torch's OpenMP library how many threads
+to use, because it is linked without one. Example: ``build(source, tmp_path).my_function(...)``.
 """
 
 from __future__ import annotations

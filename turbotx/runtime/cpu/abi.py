@@ -45,9 +45,7 @@ class PartRecord(ctypes.Structure):
 
 
 def declare_runtime(library: ctypes.CDLL) -> None:
-    """Declare the argument types of the runtime's functions to ctypes, and let the kernels of all
-    programs find its threads by name (`ttx_share`)."""
-    ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)
+    """Declare the argument types of the runtime's functions to ctypes."""
     library.ttx_pack_weight.restype = ctypes.c_void_p
     library.ttx_pack_weight.argtypes = [
         ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_int,

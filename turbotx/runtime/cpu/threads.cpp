@@ -15,6 +15,8 @@
 #include <cstdint>
 #include <mutex>
 
+#include "threads.h"
+
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sched.h>
@@ -29,7 +31,7 @@ extern "C" __attribute__((weak)) void omp_get_place_proc_ids(int, int*);
 namespace {
 
 using Word = std::atomic<std::uint32_t>;
-using Part = void (*)(const void* body, long part, long parts);
+using ttx::detail::Part;
 
 // Longer than the Python between two calls in a row; waking a thread costs its caller some 5 us.
 constexpr std::chrono::microseconds kPatience(100);
@@ -250,3 +252,5 @@ extern "C" void ttx_share(long parts, Part run, const void* body) {
   if (!is_inside) return find_pool().share(parts, run, body);
   for (long part = 0; part < parts; ++part) run(body, part, parts);
 }
+
+[[maybe_unused]] static const bool is_given = (ttx_use_threads(ttx_share), true);  // to the runtime itself

@@ -3,11 +3,9 @@
 //   out: every part done once, by whichever thread came first, before `share` returns
 //   example:  ttx::share(usable_threads(m * n, 50000), [&](long t) { multiply(m * t / threads, ...); });
 //
-// The threads are in the runtime (runtime/cpu/threads.cpp), found by name when a loop first needs
-// them; where no runtime is loaded, everything runs on the calling thread.
+// The threads are in the runtime (runtime/cpu/threads.cpp), which every library of kernels is given;
+// where there is none, everything runs on the calling thread.
 #pragma once
-
-#include <dlfcn.h>
 
 #include <cstdint>
 
@@ -25,18 +23,10 @@ namespace detail {
 using Part = void (*)(const void* body, long part, long parts);
 using Share = void (*)(long parts, Part run, const void* body);
 
-inline Share find_share() {
-  static Share found = nullptr;
-  Share share = __atomic_load_n(&found, __ATOMIC_RELAXED);
-  if (share == nullptr) {
-    share = reinterpret_cast<Share>(dlsym(RTLD_DEFAULT, "ttx_share"));
-    __atomic_store_n(&found, share, __ATOMIC_RELAXED);
-  }
-  return share;
-}
+inline Share given = nullptr;
 
 __attribute__((noinline)) inline void share_parts(long parts, Part run, const void* body) {
-  Share share = parts > 1 ? find_share() : nullptr;
+  Share share = parts > 1 ? __atomic_load_n(&given, __ATOMIC_RELAXED) : nullptr;
   if (share != nullptr) return share(parts, run, body);
   for (long part = 0; part < parts; ++part) run(body, part, parts);
 }
@@ -73,3 +63,10 @@ void share_rows(std::int64_t rows, bool pays, const Body& body) {
 }
 
 }  // namespace ttx
+
+// Gives this library the threads of a runtime, its `ttx_share`; the first ones stay.
+extern "C" __attribute__((used, weak)) void ttx_use_threads(ttx::detail::Share share) {
+  ttx::detail::Share none = nullptr;
+  __atomic_compare_exchange_n(&ttx::detail::given, &none, share, false, __ATOMIC_RELAXED,
+                              __ATOMIC_RELAXED);
+}
