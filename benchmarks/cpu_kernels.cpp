@@ -53,16 +53,20 @@ extern "C" void linear_mkl(void* w, const float* a, long lda, long m, float* c, 
 
 #define MAP(NAME)                                                              \
   extern "C" void map_##NAME(const float* __restrict x, float* __restrict y, long n) { \
-    _Pragma("omp parallel for simd schedule(static)")                          \
-    for (long i = 0; i < n; ++i) y[i] = ttx::NAME(x[i]);                       \
+    share_rows(n, true, [=](long begin, long end) {                            \
+      _Pragma("omp simd")                                                      \
+      for (long i = begin; i < end; ++i) y[i] = ttx::NAME(x[i]);               \
+    });                                                                        \
   }
 MAP(exp) MAP(log) MAP(erf) MAP(tanh) MAP(sigmoid) MAP(silu) MAP(gelu) MAP(gelu_tanh) MAP(softplus)
 MAP(expm1) MAP(log1p) MAP(sin) MAP(cos) MAP(rsqrt)
 
 template <class T>
 void copy_through_float(const T* __restrict x, T* __restrict y, long n) {
-#pragma omp parallel for simd schedule(static)
-  for (long i = 0; i < n; ++i) store(y + i, load(x + i));
+  share_rows(n, true, [=](long begin, long end) {
+#pragma omp simd
+    for (long i = begin; i < end; ++i) store(y + i, load(x + i));
+  });
 }
 extern "C" void copy_bf16(const bf16* x, bf16* y, long n) { copy_through_float(x, y, n); }
 extern "C" void copy_f16(const f16* x, f16* y, long n) { copy_through_float(x, y, n); }

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 
-from turbotx.errors import BuildError, BuildWarning, NoCompilerError
-from turbotx.kernels import build
+from turbotx.errors import BuildError, NoCompilerError
 from turbotx.kernels.build import build_library, cache_directory, find_compiler
 
 UNIT = 'extern "C" int {name}(int x) {{ return x + {value}; }}\n'
@@ -65,33 +62,6 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
     assert [p.communicate()[0].strip() for p in processes] == ["8", "8"]
     assert len(list(tmp_path.glob("*.so"))) == 1
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
-
-
-@pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang++")
-def test_clang_beside_gccs_openmp_warns_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "clang++")
-    build.compiler_flags.cache_clear()
-    library = build.share_openmp()
-    if library is None or "gomp" not in library:
-        pytest.skip("this PyTorch runs on LLVM's OpenMP library")
-    with pytest.warns(BuildWarning, match=r"one thread.*libgomp.*g\+\+"):
-        made, built = build_library({"one": UNIT.format(name="f", value=1)})
-    assert built and made.f(1) == 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once is enough
-        build_library({"one": UNIT.format(name="f", value=3)})
-
-
-def test_clang_beside_llvms_openmp_runs_in_parallel(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    library = tmp_path / "libomp.so"
-    source = tmp_path / "omp.c"
-    source.write_text("void __kmpc_fork_call(void) {}\n")
-    compiler = [find_compiler(), "-x", "c", "-shared", "-fPIC"]
-    subprocess.run([*compiler, str(source), "-o", str(library)], check=True)
-    monkeypatch.setattr(build, "share_openmp", lambda: str(library))
-    assert build.clang_openmp("clang++") == ("-Xclang", "-fopenmp")
 
 
 def test_flags_of_the_user_come_last_and_make_another_object(

@@ -67,6 +67,13 @@ def test_shapes_are_forgotten_in_order() -> None:
     assert compiled.program.plans == 4
 
 
+def test_a_shape_in_use_is_kept_while_others_come_and_go() -> None:
+    fast = turbotx.optimize(small_model("bert", layers=1), max_shapes=2)
+    for seq in (3, 4, 3, 5, 3, 6, 3):
+        fast(**token_inputs(1, seq))
+    assert fast.stats()["plans"] == 4  # of four shapes, one each
+
+
 def test_a_shape_seen_again_is_not_planned_again() -> None:
     fast = turbotx.optimize(small_model("bert", layers=1))
     for seq in (3, 4, 3, 4):

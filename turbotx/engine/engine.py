@@ -167,10 +167,10 @@ class Engine(EagerCalls):
         if self._asked:
             ambient += read_asked(self._asked)
         described, tensors = describe_call(args, kwargs, ambient)
-        found = self._bound.get(described) if described is not None else None
+        found = self._bound.find(described) if described is not None else None
         if found is not None and not found[0].takes(tensors):
             described = (described, found[0].numbers(tensors))
-            found = self._bound.get(described)
+            found = self._bound.find(described)
         if found is None or outcomes or not found[0].holds():
             found, tensors = self._look_closer(described, args, kwargs, ambient, outcomes)
         elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -193,10 +193,10 @@ class Engine(EagerCalls):
         found = None
         if described is None:
             described = (key, ambient, tuple(t.shape for t in tensors))
-            found = self._bound.get(described)
+            found = self._bound.find(described)
             if found is not None and not found[0].takes(tensors):
                 described = (described, found[0].numbers(tensors))
-                found = self._bound.get(described)
+                found = self._bound.find(described)
         if found is None or outcomes or not found[0].holds():
             found = self._bind(key, described, tensors, args, kwargs, outcomes)
         return found, tensors

@@ -22,14 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from turbotx.errors import BuildError, BuildWarning, NoCompilerError
+from turbotx.errors import BuildError, NoCompilerError
 
 log = logging.getLogger("turbotx.build")
 
@@ -38,7 +37,7 @@ _COMMENTS = re.compile(r"^//.*\n", re.MULTILINE)
 HEADERS = Path(__file__).parent / "cpp" / "include"
 FLAGS: tuple[str, ...] = (
     "-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno",
-    "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-fPIC",
+    "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd", "-fPIC",
 )  # fmt: skip
 
 
@@ -84,32 +83,9 @@ def _headers_digest() -> str:
 def compiler_flags(compiler: str) -> tuple[str, ...]:
     """Return the flags to compile with, those left out that the compiler or the processor lacks."""
     flags = FLAGS
-    if "clang" in _run([compiler, "--version"]):
-        flags = tuple(f for f in flags if f != "-fopenmp") + clang_openmp(compiler)
     if platform.machine() not in ("x86_64", "AMD64"):
         flags = tuple(f for f in flags if not f.startswith("-mprefer"))
     return flags
-
-
-def clang_openmp(compiler: str) -> tuple[str, ...]:
-    """Return clang's flags for parallel loops over the OpenMP library that torch has loaded.
-
-    clang's loops call LLVM's library (libomp, libiomp5), which PyTorch brings on macOS and in
-    builds with Intel's; its wheels for Linux bring GCC's, which has none of these functions. A
-    second library would be a second pool of threads, so that there the loops stay on one thread.
-    """
-    library = share_openmp()
-    if library is not None and hasattr(ctypes.CDLL(library), "__kmpc_fork_call"):
-        # Apple's clang takes -fopenmp through -Xclang only, and any clang does.
-        return ("-Xclang", "-fopenmp")
-    warnings.warn(
-        f"{compiler} builds kernels that run on one thread: this PyTorch has loaded "
-        f"{Path(library).name if library else 'no OpenMP library'}, and clang's parallel loops "
-        "need LLVM's. Install g++, or name it in the variable CXX, for kernels on all cores",
-        BuildWarning,
-        stacklevel=2,
-    )
-    return ("-fopenmp-simd",)
 
 
 def build_library(units: Mapping[str, str]) -> tuple[ctypes.CDLL, bool]:
@@ -149,8 +125,7 @@ def _compile(compiler: str, flags: tuple[str, ...], units: Mapping[str, str], pa
         with ThreadPoolExecutor(max_workers=min(len(commands), os.cpu_count() or 1)) as workers:
             list(workers.map(_run, commands))
         linked = str(Path(folder) / path.name)
-        # Linked without -fopenmp: its symbols resolve to the OpenMP library that torch has
-        # loaded, so that there is one pool of threads in the process.
+        # How many threads to use is asked of the OpenMP library that torch has loaded, if any.
         late = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         _run([compiler, "-shared", *late, *objects, "-o", linked])
         for name, source in units.items():

@@ -104,7 +104,7 @@ def _openmp() -> Diagnosis:
         return Diagnosis(
             "openmp", "missing", "PyTorch's was not found", "kernels run in one thread"
         )
-    return Diagnosis("openmp", "ok", f"{Path(library).name}, shared with PyTorch")
+    return Diagnosis("openmp", "ok", f"{Path(library).name} tells how many threads to use")
 
 
 def _vectors() -> Diagnosis:

@@ -17,7 +17,7 @@ V = TypeVar("V")
 
 class LruDict(OrderedDict[K, V]):
     """A dict of at most `most` entries; `[]=` and `find` are uses of an entry, reading it by
-    `get` or `[]` is none: for calls that must not pay for it. Not thread-safe by itself."""
+    `get` or `[]` is none. Threads may `find` while one other sets."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -25,10 +25,11 @@ class LruDict(OrderedDict[K, V]):
 
     def find(self, key: K) -> V | None:
         """Return the entry, now the most recently used one; None if there is none."""
-        if key not in self:
+        try:
+            self.move_to_end(key)
+        except KeyError:
             return None
-        self.move_to_end(key)
-        return self[key]
+        return self.get(key)  # None where a thread has dropped it meanwhile
 
     def __setitem__(self, key: K, value: V) -> None:
         super().__setitem__(key, value)

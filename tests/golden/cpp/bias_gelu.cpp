@@ -6,9 +6,12 @@ extern "C" int fused_add_gelu(void* const* args, const int64_t* sizes) {
   const int64_t batch = sizes[0];
   const int64_t seq = sizes[1];
   const int64_t x_d2 = sizes[2];
-  #pragma omp parallel for collapse(2) if (batch * seq * x_d2 > 16384)
-  for (int64_t row = 0; row < batch * seq; ++row) {
-    for (int64_t begin = 0; begin < x_d2; begin += 4096) {
+  const int64_t blocks = (x_d2 + 4095) / 4096;
+  ttx::share_rows((batch * seq) * blocks, batch * seq * x_d2 > 16384, [=](int64_t at, int64_t last) {
+    int64_t block = at % blocks;
+    int64_t row = at / blocks;
+    for (; at < last; ++at) {
+      const int64_t begin = block * 4096;
       const int64_t end = begin + 4096 < x_d2 ? begin + 4096 : x_d2;
       const float c = 0.5f;
       const float c1 = 0.7071067811865476f;
@@ -25,7 +28,8 @@ extern "C" int fused_add_gelu(void* const* args, const int64_t* sizes) {
         const float mul2 = mul * add1;
         ttx::write(gelu + col + row * x_d2, mul2);
       }
+      if (++block == blocks) { block = 0; ++row; }
     }
-  }
+  });
   return 0;
 }

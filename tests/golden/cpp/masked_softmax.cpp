@@ -7,9 +7,10 @@ extern "C" int fused_scalar_tensor_mul_where_softmax(void* const* args, const in
   const int64_t x_d1 = sizes[1];
   const int64_t x_d2 = sizes[2];
   const int64_t x_d3 = sizes[3];
-  #pragma omp parallel for collapse(2) if (batch * x_d1 * x_d2 * x_d3 > 16384)
-  for (int64_t row1 = 0; row1 < batch; ++row1) {
-    for (int64_t row = 0; row < x_d1 * x_d2; ++row) {
+  ttx::share_rows(batch * (x_d1 * x_d2), batch * x_d1 * x_d2 * x_d3 > 16384, [=](int64_t at, int64_t last) {
+    int64_t row = at % (x_d1 * x_d2);
+    int64_t row1 = at / (x_d1 * x_d2);
+    for (; at < last; ++at) {
       float* scratch = ttx::detail::thread_scratch(2 * ((x_d3 + 15) / 16 * 16));
       float* kept_where_ = reinterpret_cast<float*>(scratch);
       float* kept_largest_exp = reinterpret_cast<float*>(scratch + 1 * ((x_d3 + 15) / 16 * 16));
@@ -49,7 +50,8 @@ extern "C" int fused_scalar_tensor_mul_where_softmax(void* const* args, const in
         const float div = largest_exp / total;
         ttx::write(softmax + col + row * x_d3 + row1 * x_d1 * x_d2 * x_d3, div);
       }
+      if (++row == (x_d1 * x_d2)) { row = 0; ++row1; }
     }
-  }
+  });
   return 0;
 }

@@ -6,9 +6,12 @@ extern "C" int fused_mul_sum_clamp_div(void* const* args, const int64_t* sizes) 
   const int64_t batch = sizes[0];
   const int64_t seq = sizes[1];
   const int64_t x_d2 = sizes[2];
-  #pragma omp parallel for collapse(2) if (batch * seq * x_d2 > 16384)
-  for (int64_t row1 = 0; row1 < batch; ++row1) {
-    for (int64_t begin = 0; begin < x_d2; begin += 64) {
+  const int64_t blocks = (x_d2 + 63) / 64;
+  ttx::share_rows(batch * blocks, batch * seq * x_d2 > 16384, [=](int64_t at, int64_t last) {
+    int64_t block = at % blocks;
+    int64_t row1 = at / blocks;
+    for (; at < last; ++at) {
+      const int64_t begin = block * 64;
       const int64_t count = x_d2 - begin < 64 ? x_d2 - begin : 64;
       float tile_sum[64];
       const float c = 1e-09f;
@@ -39,7 +42,8 @@ extern "C" int fused_mul_sum_clamp_div(void* const* args, const int64_t* sizes) 
         const float div_ = sum / maximum;
         ttx::write(div + row + row1 * x_d2, div_);
       }
+      if (++block == blocks) { block = 0; ++row1; }
     }
-  }
+  });
   return 0;
 }

@@ -1,7 +1,7 @@
 """Compiles a small source against turbotx/kernels/cpp as generated code is, and loads it.
 
-In: C++ text and a folder; out: a ctypes library whose OpenMP symbols are those of torch's own
-runtime, because it is linked without one. Example: ``build(source, tmp_path).my_function(...)``.
+In: C++ text and a folder; out: a ctypes library, which asks torch's OpenMP library how many threads
+to use, because it is linked without one. Example: ``build(source, tmp_path).my_function(...)``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HEADERS = Path(__file__).parents[3] / "turbotx" / "kernels" / "cpp" / "include"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = [
     *("-std=c++20", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno"),
-    *("-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-fPIC"),
+    *("-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd", "-fPIC"),
     *("-Wall", "-Wextra", "-Werror"),
 ]
 NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}

@@ -60,14 +60,16 @@ class _Elementwise:
             return
         inner, total = axes[-1], product([a.extent for a in axes])
         short = inner.extent.is_Integer and int(inner.extent) <= BLOCK
-        outer = axes[:-1] if short else axes
-        collapse = f" collapse({len(outer)})" if len(outer) > 1 else ""
-        if outer:
-            text.put(f"#pragma omp parallel for{collapse} if ({to_c(total)} > {GRAIN})")
-        for axis in axes[:-1]:
-            text.loop(axis)
         name, extent = var(inner.name), to_c(inner.extent)
-        end = extent if short else text.open_block(extent, BLOCK)
+        loops = [(var(a.name), to_c(a.extent)) for a in axes[:-1]]
+        if not short:
+            loops.append(("block", text.count_blocks(extent, BLOCK)))
+        if loops:
+            text.open_shared(loops, f"{to_c(total)} > {GRAIN}")
+        end = extent
+        if not short:
+            text.put(f"const int64_t begin = block * {BLOCK};")
+            end = text.end_of_block(extent, BLOCK)
         for s in self.kernel.body:
             if not self._inside(s, inner):
                 text.statement(s)
@@ -78,7 +80,9 @@ class _Elementwise:
         for s in self.kernel.body:
             if self._inside(s, inner):
                 text.statement(s)
-        text.close(len(axes) + (not short))
+        text.close()
+        if loops:
+            text.close_shared()
 
     def _inside(self, s: ir.Statement, axis: ir.Axis) -> bool:
         if isinstance(s, ir.Store):
@@ -102,10 +106,8 @@ class _Rows:
         text, rows = self.text, self.kernel.rows
         total = product([a.extent for a in self.kernel.axes])
         if rows:
-            collapse = f" collapse({len(rows)})" if len(rows) > 1 else ""
-            text.put(f"#pragma omp parallel for{collapse} if ({to_c(total)} > {GRAIN})")
-        for axis in rows:
-            text.loop(axis)
+            loops = [(var(a.name), to_c(a.extent)) for a in rows]
+            text.open_shared(loops, f"{to_c(total)} > {GRAIN}")
         if self.kept:
             self._scratch()
         for sweep in range(self.sweeps.count):
@@ -114,7 +116,8 @@ class _Rows:
             self._sweep(sweep)
         for s in self.sweeps.row_statements(self.sweeps.count):
             text.statement(s)
-        text.close(len(rows))
+        if rows:
+            text.close_shared()
 
     def _scratch(self) -> None:
         """Runner for the values that are kept between sweeps, a row of each."""

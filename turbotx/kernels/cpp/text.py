@@ -8,6 +8,7 @@ In: statements, values and index expressions. Out: lines of source, for example:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import sympy
 import torch
@@ -85,6 +86,10 @@ KEYWORDS = frozenset(
         "count",
         "k",
         "scratch",
+        "at",
+        "last",
+        "block",
+        "blocks",
     ]
 )
 
@@ -100,6 +105,7 @@ class FunctionText:
         self.hidden = find_hidden(kernel)
         self.lines: list[str] = []
         self.depth = 1
+        self.step = ""  # to the next iteration of the loop that threads share
         self.lane = ""  # what picks a row's running value where several rows go together
 
     def put(self, line: str) -> None:
@@ -122,9 +128,46 @@ class FunctionText:
         name = var(axis.name)
         self.open(f"for (int64_t {name} = 0; {name} < {to_c(axis.extent)}; ++{name})")
 
+    def open_shared(self, loops: Sequence[tuple[str, str]], pays: str) -> None:
+        """Open loops of (variable, extent), from the outermost on, as one whose iterations threads
+        share where it `pays`."""
+        outermost, at = loops[0][0], loops[0][0]
+        if len(loops) > 1:
+            at = "at"
+            loops = [(v, e if e.isidentifier() or e.isdigit() else f"({e})") for v, e in loops]
+        total, status = " * ".join(e for _, e in loops), ", &status" if self.checks else ""
+        self.open(f"ttx::share_rows({total}, {pays}, [={status}](int64_t {at}, int64_t last)")
+        place, self.step = at, f"++{outermost};"
+        for name, extent in reversed(loops[1:]):
+            self.put(f"int64_t {name} = {place} % {extent};")
+            place += f" / {extent}"
+        if place != at:
+            self.put(f"int64_t {outermost} = {place};")
+        self.open(f"for (; {at} < last; ++{at})")
+        for name, extent in loops[1:]:
+            self.step = f"if (++{name} == {extent}) {{ {name} = 0; {self.step} }}"
+        self.step = self.step if place != at else ""
+
+    def close_shared(self) -> None:
+        """Close what `open_shared` has opened."""
+        if self.step:
+            self.put(self.step)
+        self.close()
+        self.depth -= 1
+        self.put("});")
+
     def open_block(self, extent: str, size: int) -> str:
         """Open a loop over blocks of `size` places from `begin` on; return where each ends."""
         self.open(f"for (int64_t begin = 0; begin < {extent}; begin += {size})")
+        return self.end_of_block(extent, size)
+
+    def count_blocks(self, extent: str, size: int) -> str:
+        """Name how many blocks of `size` places there are; return the name."""
+        self.put(f"const int64_t blocks = ({extent} + {size - 1}) / {size};")
+        return "blocks"
+
+    def end_of_block(self, extent: str, size: int) -> str:
+        """Return where the block of `size` places from `begin` on ends, named now if need be."""
         if extent.isdigit() and int(extent) % size == 0:
             return f"begin + {size}"
         self.put(f"const int64_t end = begin + {size} < {extent} ? begin + {size} : {extent};")
@@ -174,8 +217,7 @@ class FunctionText:
         name, number = var(s.value), self.checks.index(s) + 1
         guard = f"{var(s.mask)} && " if s.mask else ""
         self.open(f"if ({guard}({name} < 0 || {name} >= {to_c(s.limit)}))")
-        self.put("#pragma omp atomic write")
-        self.put(f"status = {number};")
+        self.put(f"__atomic_store_n(&status, {number}, __ATOMIC_RELAXED);")
         self.put(f"{name} = 0;")
         self.close()
 

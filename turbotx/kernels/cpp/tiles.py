@@ -65,12 +65,11 @@ class _Tiles:
     def write(self, grain: int) -> None:
         text, rows = self.text, self.kernel.rows
         total = product([a.extent for a in self.kernel.axes])
-        collapse = f" collapse({len(rows)})" if len(rows) > 1 else ""
-        text.put(f"#pragma omp parallel for{collapse} if ({to_c(total)} > {grain})")
-        for axis in rows[:-1]:
-            text.loop(axis)
         extent = to_c(self.row.extent)
-        text.open(f"for (int64_t begin = 0; begin < {extent}; begin += {TILE})")
+        loops = [(var(a.name), to_c(a.extent)) for a in rows[:-1]]
+        loops.append(("block", text.count_blocks(extent, TILE)))
+        text.open_shared(loops, f"{to_c(total)} > {grain}")
+        text.put(f"const int64_t begin = block * {TILE};")
         text.put(f"const int64_t count = {extent} - begin < {TILE} ? {extent} - begin : {TILE};")
         for v in [v for v in self.sweeps.makers if v in self.tiled]:
             text.put(f"{text.type_of(v)} tile_{v}[{TILE}];")
@@ -78,7 +77,7 @@ class _Tiles:
             self._row_values(sweep)
             self._sweep(sweep)
         self._row_values(self.sweeps.count)
-        text.close(len(rows))
+        text.close_shared()
 
     def _open_lanes(self) -> None:
         self.text.put("#pragma omp simd")

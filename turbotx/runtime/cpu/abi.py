@@ -14,6 +14,7 @@ from pathlib import Path
 
 RUNTIME_SOURCES = {
     "runtime": Path(__file__).with_name("native.cpp"),
+    "threads": Path(__file__).with_name("threads.cpp"),
     "watch": Path(__file__).parents[1] / "tensor_watch.cpp",
     "dict_watch": Path(__file__).parents[1] / "dict_watch.cpp",
 }

@@ -41,6 +41,8 @@ class CpuExecutor:
         self.packings = executable.cpu.packings
         self.torch_device = torch.device("cpu")
         self._native = weights.native = libraries.get("runtime")
+        if self._native is not None and "kernels" in libraries:
+            libraries["kernels"].ttx_use_threads(self._native.ttx_share)
         weights.packed = frozenset(w.tensor for p in self.packings for w in p.parts)
         weights.quantized = tuple(p for p in self.packings if p.sources)
         weights.read = frozenset(executable.weights)

@@ -33,7 +33,7 @@ from turbotx.program.link import (
 )
 from turbotx.runtime.cpu.abi import declare_runtime, runtime_units
 
-PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n\n#include <limits>\n\n'
+PRELUDE = '#include "scalar.h"\n#include "scratch.h"\n#include "threads.h"\n\n#include <limits>\n\n'
 ATTENTION_PRELUDE = '#include <cstdint>\n\n#include "attention_packed.h"\n\n'
 PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
 

@@ -274,16 +274,18 @@ int ttx_store_rows(void* const* args, const int64_t* sizes) {
   char* cache = static_cast<char*>(args[0]) + sizes[9];
   const char* rows = static_cast<const char*>(args[1]);
   const int64_t count = sizes[2], nbytes = sizes[3];
-#pragma omp parallel for schedule(static) if (sizes[0] * sizes[1] * count * nbytes > (1 << 20))
-  for (int64_t unit = 0; unit < sizes[0] * sizes[1]; ++unit) {
-    int64_t batch = unit / sizes[1], head = unit % sizes[1];
-    char* to = cache + batch * sizes[7] + head * sizes[8];
-    const char* from = rows + batch * sizes[4] + head * sizes[5];
-    if (sizes[6] == nbytes) std::memcpy(to, from, count * nbytes);
-    else
-      for (int64_t r = 0; r < count; ++r)
-        std::memcpy(to + r * nbytes, from + r * sizes[6], nbytes);
-  }
+  const int64_t units = sizes[0] * sizes[1];
+  ttx::share_rows(units, units * count * nbytes > (1 << 20), [=](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      int64_t batch = unit / sizes[1], head = unit % sizes[1];
+      char* to = cache + batch * sizes[7] + head * sizes[8];
+      const char* from = rows + batch * sizes[4] + head * sizes[5];
+      if (sizes[6] == nbytes) std::memcpy(to, from, count * nbytes);
+      else
+        for (int64_t r = 0; r < count; ++r)
+          std::memcpy(to + r * nbytes, from + r * sizes[6], nbytes);
+    }
+  });
   return 0;
 }
 

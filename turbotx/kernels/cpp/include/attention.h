@@ -330,14 +330,13 @@ void attention(const T* q, const T* k, const T* v, T* out, const AttentionShape&
   long most = (rows + 4 * kTileRows - 1) / (4 * kTileRows);
   parts = parts < most ? parts : most;
   long tiles = (rows + kTileRows - 1) / kTileRows;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (long unit = 0; unit < heads * parts; ++unit) {
+  share_by_one(threads, heads * parts, [&](long unit) {
     long head_index = unit / parts, part = unit % parts;
     long batch = head_index / s.kv_heads, kv_head = head_index % s.kv_heads;
     HeadOperands<T> head = prepare_head<T, D>(s, k, v, batch, kv_head, rows);
     attend_tiles<T, D>(s, head, q, out, batch, kv_head * group, rows, tiles * part / parts,
                        tiles * (part + 1) / parts);
-  }
+  });
 }
 
 }  // namespace ttx

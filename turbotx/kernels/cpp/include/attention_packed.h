@@ -40,17 +40,16 @@ void packed_attention(const T* q, const T* k, const T* v, T* out, const Attentio
   if (pairs == 0) return;
   int threads = usable_threads(pairs * s.heads * D, 150000);  // as in attention.h
   long parts = heads >= 4L * threads ? 1 : (4L * threads + heads - 1) / heads;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (long unit = 0; unit < heads * parts; ++unit) {
+  share_by_one(threads, heads * parts, [&](long unit) {
     long part = unit % parts, n = unit / parts / s.kv_heads, kv_head = unit / parts % s.kv_heads;
     AttentionShape one = sequence_shape<T>(s, n);
     long begin = s.bounds[n], rows = group * one.q_len, tiles = (rows + kTileRows - 1) / kTileRows;
-    if (tiles * part / parts == tiles * (part + 1) / parts) continue;
+    if (tiles * part / parts == tiles * (part + 1) / parts) return;
     HeadOperands<T> head =
         prepare_head<T, D>(one, k + begin * s.k.row, v + begin * s.v.row, 0, kv_head, rows);
     attend_tiles<T, D>(one, head, q + begin * s.q.row, out + begin * s.out.row, 0, kv_head * group,
                        rows, tiles * part / parts, tiles * (part + 1) / parts);
-  }
+  });
 }
 
 }  // namespace ttx

@@ -27,12 +27,11 @@ void for_row_ranges(const AttentionShape& s, long depth, const Work& work) {
   int threads = usable_threads(heads * rows * s.k_len * depth, 150000);  // as in attention.h
   long parts = heads % threads == 0 || heads >= 4L * threads ? 1 : 2L * threads;
   long tiles = (rows + kTileRows - 1) / kTileRows;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-  for (long unit = 0; unit < heads * parts; ++unit) {
+  share_by_one(threads, heads * parts, [&](long unit) {
     long head = unit / parts, part = unit % parts;
     long begin = tiles * part / parts * kTileRows, end = tiles * (part + 1) / parts * kTileRows;
     if (begin < end) work(RowRange{head / s.kv_heads, head % s.kv_heads, begin, end < rows ? end : rows});
-  }
+  });
 }
 
 // scores = q k^T of one key head's rows, keys packed; rows past the end repeat the last one.

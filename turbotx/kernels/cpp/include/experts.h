@@ -60,9 +60,8 @@ void grouped_linear(const PackedExperts<T>& w, const std::int32_t* ends, const T
   long total = 0;
   for (long e = 0; e < experts; ++e) total += cost(e) * groups;
   int threads = usable_threads(last * w[0]->n * k * w[0]->group, 50000);
-  const float* wide = detail::widen_rows<T>(a, lda, last, k, threads);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int t = 0; t < threads; ++t) {
+  const float* wide = detail::widen_rows<T>(a, lda, last, k, threads > 1);
+  share(threads, [&](long t) {
     const long from = total * t / threads, to = total * (t + 1) / threads;
     auto first_behind = [&](long at, long each) {  // the first panels that begin at `at` or behind
       long g = at <= 0 ? 0 : (at + each - 1) / each;
@@ -84,7 +83,7 @@ void grouped_linear(const PackedExperts<T>& w, const std::int32_t* ends, const T
           detail::multiply_panels(*w[e], mine, rows, wide, k, c, ldc, finish);
       }
     }
-  }
+  });
   for (long r = last; r < m; ++r) std::memset(static_cast<void*>(c + r * ldc), 0, sizeof(T) * w[0]->n);
 }
 

@@ -88,22 +88,23 @@ class PackedWeight {
   void fill(const WeightPart<T>* parts, long count) {
     constexpr int step = detail::PanelLayout<T>::step;
     T* out = memory_.template as<T>();
-#pragma omp parallel for schedule(static)
-    for (long p = 0; p < group * groups(); ++p) {
-      const T* rows[detail::kPanel];  // null past the last column
-      long steps[detail::kPanel];
-      for (int c = 0; c < detail::kPanel; ++c) {
-        long j = p / group * detail::kPanel + c, row = j + p % group * n;
-        const WeightPart<T>* part = parts;
-        for (; part + 1 < parts + count && row >= part->rows; ++part) row -= part->rows;
-        rows[c] = j < n ? part->w + row * part->stride_n : nullptr;
-        steps[c] = part->stride_k;
+    share_rows(group * groups(), true, [=, this](long begin, long end) {
+      for (long p = begin; p < end; ++p) {
+        const T* rows[detail::kPanel];  // null past the last column
+        long steps[detail::kPanel];
+        for (int c = 0; c < detail::kPanel; ++c) {
+          long j = p / group * detail::kPanel + c, row = j + p % group * n;
+          const WeightPart<T>* part = parts;
+          for (; part + 1 < parts + count && row >= part->rows; ++part) row -= part->rows;
+          rows[c] = j < n ? part->w + row * part->stride_n : nullptr;
+          steps[c] = part->stride_k;
+        }
+        for (long i = 0; i < detail::padded_depth<T>(k); ++i)
+          for (int c = 0; c < detail::kPanel; ++c)
+            out[p * panel_size() + (i / step * detail::kPanel + c) * step + i % step] =
+                rows[c] != nullptr && i < k ? rows[c][i * steps[c]] : T{};
       }
-      for (long i = 0; i < detail::padded_depth<T>(k); ++i)
-        for (int c = 0; c < detail::kPanel; ++c)
-          out[p * panel_size() + (i / step * detail::kPanel + c) * step + i % step] =
-              rows[c] != nullptr && i < k ? rows[c][i * steps[c]] : T{};
-    }
+    });
   }
 
   WeightMemory memory_;
@@ -181,12 +182,13 @@ constexpr bool kReadsRows = std::is_same_v<T, float> || PanelLayout<T>::step == 
 // A copy of m rows in float32, side by side, in the calling thread's scratch; null where none is
 // needed.
 template <class T>
-const float* widen_rows(const T* a, long lda, long m, long k, [[maybe_unused]] int threads) {
+const float* widen_rows(const T* a, long lda, long m, long k, bool pays) {
   if constexpr (kReadsRows<T>) return nullptr;
   float* copy = thread_scratch(m * k);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (long r = 0; r < m; ++r)
-    for (long i = 0; i < k; ++i) copy[r * k + i] = to_float(a[r * lda + i]);
+  share_rows(m, pays, [=](long begin, long end) {
+    for (long r = begin; r < end; ++r)
+      for (long i = 0; i < k; ++i) copy[r * k + i] = to_float(a[r * lda + i]);
+  });
   return copy;
 }
 
@@ -199,18 +201,17 @@ void linear(const PackedWeight<T>& w, const T* a, long lda, long m, T* c, long l
   if (m == 0 || w.n == 0) return;
   // A second thread pays from about 50,000 multiply-adds on (Zen 4).
   int threads = usable_threads(m * w.n * w.k * w.group, 50000);
-  [[maybe_unused]] const float* wide = detail::widen_rows<T>(a, lda, m, w.k, threads);
+  [[maybe_unused]] const float* wide = detail::widen_rows<T>(a, lda, m, w.k, threads > 1);
   // Some 256 rows at a time: few enough for the second-level cache, enough to hide the weights.
   long blocks = (m + 255) / 256;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int t = 0; t < threads; ++t) {
+  share(threads, [&](long t) {
     detail::Range groups{w.groups() * t / threads, w.groups() * (t + 1) / threads};
     for (long b = 0; b < blocks; ++b) {
       detail::Range rows{m * b / blocks, m * (b + 1) / blocks};
       if constexpr (detail::kReadsRows<T>) detail::multiply_panels(w, groups, rows, a, lda, c, ldc, finish);
       else detail::multiply_panels(w, groups, rows, wide, w.k, c, ldc, finish);
     }
-  }
+  });
 }
 
 }  // namespace ttx

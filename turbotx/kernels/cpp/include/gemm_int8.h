@@ -53,10 +53,9 @@ class PackedInt8 {
   void fill(const WeightPart<std::int8_t>* parts, long count) {
     std::int8_t* out = memory_.as<std::int8_t>();
     constexpr int panel = detail::kPanel, quad = detail::kQuad;
-#pragma omp parallel for schedule(static)
-    for (long p = 0; p < group * groups(); ++p)
-      for (int c = 0; c < panel; ++c) {
-        long j = p / group * panel + c, row = j + p % group * n;
+    share_rows(group * groups() * panel, true, [=, this](long begin, long end) {
+      for (long at = begin; at < end; ++at) {
+        long p = at / panel, c = at % panel, j = p / group * panel + c, row = j + p % group * n;
         const WeightPart<std::int8_t>* part = parts;
         for (; part + 1 < parts + count && row >= part->rows; ++part) row -= part->rows;
         for (long i = 0; i < depth; ++i) {
@@ -65,6 +64,7 @@ class PackedInt8 {
               static_cast<std::int8_t>(value + offset);
         }
       }
+    });
   }
 
   static long padded(long k, bool amx) {
@@ -200,10 +200,8 @@ void linear_int8(const PackedInt8& w, const Int8Rows& x, const float* weight_sca
   float* scales = scratch + row_floats;
   auto* offsets = reinterpret_cast<std::int32_t*>(scales + padded);
   const std::int8_t* a = copied ? rows : given;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-#pragma omp for schedule(static)
-    for (long r = 0; r < x.m; ++r) {
+  share_rows(x.m, threads > 1, [=, &w, &x](long begin, long end) {
+    for (long r = begin; r < end; ++r) {
       std::int8_t* row = rows + r * w.depth;
       if (x.scales == nullptr) {
         scales[r] = detail::quantize_row(static_cast<const T*>(x.a) + r * x.lda, w.k, w.depth, row);
@@ -216,16 +214,15 @@ void linear_int8(const PackedInt8& w, const Int8Rows& x, const float* weight_sca
       }
       offsets[r] = w.offset == 0 ? 0 : w.offset * detail::sum_of(a + r * lda, w.k);
     }
-    detail::Int8Scales all{scales, weight_scales, offsets};
-#pragma omp for schedule(static)
-    for (int t = 0; t < threads; ++t) {
-      detail::Range groups{w.groups() * t / threads, w.groups() * (t + 1) / threads};
-      for (long b = 0; b < blocks; ++b) {
-        detail::Range some{x.m * b / blocks, x.m * (b + 1) / blocks};
-        detail::multiply_panels_int8(w, groups, some, a, lda, all, c, ldc, finish);
-      }
+  });
+  detail::Int8Scales all{scales, weight_scales, offsets};
+  share(threads, [&](long t) {
+    detail::Range groups{w.groups() * t / threads, w.groups() * (t + 1) / threads};
+    for (long b = 0; b < blocks; ++b) {
+      detail::Range some{x.m * b / blocks, x.m * (b + 1) / blocks};
+      detail::multiply_panels_int8(w, groups, some, a, lda, all, c, ldc, finish);
     }
-  }
+  });
 }
 
 }  // namespace ttx
