@@ -61,15 +61,17 @@ def check(library: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor, gated: bool) -
     )  # fmt: skip
     library.drop(weight)
 
-    def made(wide: torch.dtype) -> torch.Tensor:
-        sums = x.to(wide) @ w.to(wide).T * scales.to(wide) + bias.to(wide)
+    def made(wide: torch.dtype, order: slice | torch.Tensor = slice(None)) -> torch.Tensor:
+        sums = x[:, order].to(wide) @ w[:, order].to(wide).T * scales.to(wide) + bias.to(wide)
         gate = torch.nn.functional.silu(sums[:, :n]) * (sums[:, n:] if gated else 1)
         return gate + residual.to(wide)
 
     assert out[:, n:].isnan().all(), "the padding between rows was written"
-    exact, eager, finite = made(torch.float64), made(torch.float32).to(dtype), x.isfinite().all(-1)
+    exact, finite = made(torch.float64), x.isfinite().all(-1)
+    # Of a few numbers one order of the sums may come out exact by chance: eager's worst of some.
+    eager = torch.stack([made(torch.float32, torch.randperm(k)).to(dtype) for _ in range(8)])
     if finite.any():
-        allowed = 1.5 * (eager - exact)[finite].abs().max()
+        allowed = 1.5 * (eager - exact)[:, finite].abs().max()
         allowed += 2 * torch.finfo(dtype).eps * exact[finite].abs().max()
         assert (out[:, :n] - exact)[finite].abs().max() <= allowed
     return out[:, :n]

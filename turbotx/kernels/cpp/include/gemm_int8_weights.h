@@ -172,36 +172,32 @@ void linear_int8_weights(const PackedInt8& w, const T* a, long lda, long m,
   float* scratch = detail::thread_scratch((row_floats + 15) / 16 * 16 + threads * room);
   float* rooms = scratch + (row_floats + 15) / 16 * 16;
   long blocks = (m + 255) / 256;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    if (copied) {
-#pragma omp for schedule(static)
-      for (long r = 0; r < m; ++r) {
+  if (copied)
+    share_rows(m, threads > 1, [=, &w](long begin, long end) {
+      for (long r = begin; r < end; ++r) {
         float* row = scratch + r * depth;
         for (long i = 0; i < w.k; ++i) row[i] = to_float(a[r * lda + i]);
         for (long i = w.k; i < depth; ++i) row[i] = 0;
       }
+    });
+  share(threads, [&](long t) {
+    detail::Range groups{w.groups() * t / threads, w.groups() * (t + 1) / threads};
+    if (few) {
+      const float* rows = scratch;
+      if constexpr (std::is_same_v<T, float>) rows = copied ? scratch : a;
+      detail::multiply_few_rows(w, groups, static_cast<int>(m), rows, copied ? depth : lda, c, ldc,
+                                scaled);
+      return;
     }
-#pragma omp for schedule(static)
-    for (int t = 0; t < threads; ++t) {
-      detail::Range groups{w.groups() * t / threads, w.groups() * (t + 1) / threads};
-      if (few) {
-        const float* rows = scratch;
-        if constexpr (std::is_same_v<T, float>) rows = copied ? scratch : a;
-        detail::multiply_few_rows(w, groups, static_cast<int>(m), rows, copied ? depth : lda, c, ldc,
-                                  scaled);
-        continue;
-      }
-      auto* own = reinterpret_cast<Read*>(rooms + t * room);
-      for (long b = 0; b < blocks; ++b) {
-        detail::Range rows{m * b / blocks, m * (b + 1) / blocks};
-        if constexpr (detail::kReadsRows<T>)
-          detail::multiply_many_rows(w, groups, rows, a, lda, own, c, ldc, scaled);
-        else
-          detail::multiply_many_rows(w, groups, rows, scratch, depth, own, c, ldc, scaled);
-      }
+    auto* own = reinterpret_cast<Read*>(rooms + t * room);
+    for (long b = 0; b < blocks; ++b) {
+      detail::Range rows{m * b / blocks, m * (b + 1) / blocks};
+      if constexpr (detail::kReadsRows<T>)
+        detail::multiply_many_rows(w, groups, rows, a, lda, own, c, ldc, scaled);
+      else
+        detail::multiply_many_rows(w, groups, rows, scratch, depth, own, c, ldc, scaled);
     }
-  }
+  });
 }
 
 }  // namespace ttx
