@@ -153,12 +153,23 @@ def test_refusals(options: dict[str, Any], says: str) -> None:
         turbotx.optimize(made(), **options)
 
 
-def test_minilm_keeps_its_embeddings(minilm_path: str) -> None:
+def test_int8_weights_are_refused_on_a_gpu_by_name() -> None:
+    fast: Any = turbotx.optimize(made(), quantize="int8-weights")
+    engine = engine_of(fast)
+    captured = engine.capture((torch.randn(2, 4, 24),), {})
+    with pytest.raises((OptionsError, InputError), match="runs on CPUs so far, not on sm_90"):
+        engine.compile(captured, "sm_90")
+
+
+@pytest.mark.parametrize(
+    ("how", "mean", "worst"), [("int8", 0.995, 0.98), ("int8-weights", 0.999, 0.998)]
+)
+def test_minilm_keeps_its_embeddings(minilm_path: str, how: Any, mean: float, worst: float) -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.BertModel.from_pretrained(minilm_path).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_path)
     given = dict(tokenizer(sentences()[:40], padding=True, return_tensors="pt"))
-    fast = turbotx.optimize(model, quantize="int8")
+    fast = turbotx.optimize(model, quantize=how)
     shown = given["attention_mask"][..., None]
     with torch.no_grad():
         ours, plain = (
@@ -166,7 +177,7 @@ def test_minilm_keeps_its_embeddings(minilm_path: str) -> None:
             for m in (fast, model)
         )
     cosines = (ours * plain).sum(-1)
-    assert cosines.mean() >= 0.995 and cosines.min() > 0.98
+    assert cosines.mean() >= mean and cosines.min() > worst
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
