@@ -33,7 +33,7 @@ Order = Sequence[int]
 @contextmanager
 def eager_layouts() -> Iterator[None]:
     """Context manager: calls traced by this thread give their results the strides of eager mode."""
-    index = metas.meta_index_Tensor  # what fake tensors call, the same from 2.11 to 2.13
+    index = metas.meta_index_Tensor  # what fake tensors call, the same from 2.11 to 2.14
     with EagerLayouts(), mock.patch.object(metas, "meta_index_Tensor", _by_indices(index)):
         yield
 

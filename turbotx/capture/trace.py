@@ -343,7 +343,7 @@ def _no_fake_cache() -> AbstractContextManager[object]:
     """Return a time in which PyTorch keeps no results of ops on fake tensors: to make a view from
     what it keeps takes longer, where sizes are expressions, than to run the op again."""
     settings: Any = import_module("torch._dynamo.config")
-    off = {"fake_tensor_cache_enabled": False}  # a private setting, the same from 2.11 to 2.13
+    off = {"fake_tensor_cache_enabled": False}  # a private setting, the same from 2.11 to 2.14
     return settings.patch(off) if hasattr(settings, *off) else nullcontext()
 
 

@@ -37,7 +37,7 @@ def tracing() -> Iterator[None]:
             return
         _active.inside = True
         try:
-            # Private parts of PyTorch, the same from 2.11 to 2.13: without one, other threads meet
+            # Private parts of PyTorch, the same from 2.11 to 2.14: without one, other threads meet
             # what it does to the process.
             tracer: Any = import_module("torch.fx._symbolic_trace")
             export: Any = import_module("torch.export._trace")

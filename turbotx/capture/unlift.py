@@ -118,7 +118,7 @@ def _users_own(exported: Any, constant: torch.Tensor) -> torch.Tensor:
     parameter that the module does not own (a closure's), which shows no later change of it.
 
     It is among the tensors that tracing met, of which PyTorch keeps a list of its own (2.11 to
-    2.13 alike); without that the constant itself is watched.
+    2.14 alike); without that the constant itself is watched.
     """
     fakes = (n.meta.get("val") for n in exported.graph_module.graph.nodes)
     mode: Any = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
