@@ -160,7 +160,9 @@ class Tabulator:
             self._adapted[id(job)] = job, self._kernels.adapt(job)
         return self._adapted[id(job)][1]
 
-    def _deciders(self, family: Compiling) -> tuple[list[tuple[int, list[int]]], list[int], list[int]]:
+    def _deciders(
+        self, family: Compiling
+    ) -> tuple[list[tuple[int, list[int]]], list[int], list[int]]:
         """Return what can decide, each size once: constants do not."""
         found, bounds = family.deciders, dict[int, set[int]]()
         for place, most in found.by:

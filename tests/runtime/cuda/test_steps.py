@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-import turbotx
-
 pytest.importorskip("triton", reason="Triton is for Linux only")
 pytest.importorskip("transformers")
 
@@ -25,7 +23,7 @@ from tests.engine.decoders import VOCABULARY, make, prompt
 from tests.models import assert_as_exact_as_eager, in_double
 from tests.runtime.cuda.stand_in_device import InterpretedDevice, bind_to
 from turbotx.engine.optimize import engine_of
-from turbotx.errors import CacheFullError, DeviceError, EagerWarning, SaveError
+from turbotx.errors import CacheFullError, DeviceError, EagerWarning
 
 
 @pytest.fixture(autouse=True)
@@ -181,11 +179,3 @@ def test_a_full_cache_and_a_capture_of_ones_own_are_refused(
         step(fast, cache, 3)
     device.users_capture = False
     step(fast, cache, 3)
-
-
-def test_steps_cannot_be_saved_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    model = make_small()
-    fast = bind_to(InterpretedDevice(), model, monkeypatch)
-    step(fast, new_cache(model), 3, 4)
-    with pytest.raises(SaveError, match="saved for CPUs"):
-        turbotx.save(fast, tmp_path / "model.ttx")
