@@ -21,7 +21,7 @@ import transformers
 
 from tests.engine.decoders import VOCABULARY, make, prompt
 from tests.models import assert_as_exact_as_eager, in_double
-from tests.runtime.cuda.stand_in_device import InterpretedDevice, bind_to
+from tests.runtime.cuda.stand_in_device import InterpretedDevice, RecordingDevice, bind_to
 from turbotx.engine.optimize import engine_of
 from turbotx.errors import CacheFullError, DeviceError, EagerWarning
 
@@ -179,3 +179,14 @@ def test_a_full_cache_and_a_capture_of_ones_own_are_refused(
         step(fast, cache, 3)
     device.users_capture = False
     step(fast, cache, 3)
+
+
+def test_inference_mode_and_its_absence_share_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_small()
+    fast = bind_to(RecordingDevice(), model, monkeypatch)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        cache = new_cache(model)
+        with mode():
+            for token in (3, 4, 5):
+                fast(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    assert fast.stats()["graph_captures"] == 1
