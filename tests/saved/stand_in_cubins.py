@@ -9,6 +9,9 @@ time, and a device that runs such files in Triton's interpreter::
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,46 @@ import turbotx
 from tests.runtime.cuda.stand_in_device import InterpretedDevice
 from turbotx.errors import DeviceError
 from turbotx.kernels.job import Binary, Job
+
+FRESH_DEVICE = """
+import turbotx.saved.places
+
+class Device:
+    target, torch_device = "sm_90", torch.device("cpu")
+    launched, graphs = [], 0
+    def active(self): return nullcontext()
+    def describe(self): return "a stand-in"
+    def place(self, binaries): return [b.name for b in binaries]
+    def stream(self): return 7
+    def launch(self, function, *given): self.launched.append(function)
+    def call(self, step): step()
+    def wait(self): pass
+    def retain(self, tensors): pass
+    def is_capturing(self): return False
+    def new_status(self, count): return torch.zeros(count, dtype=torch.int32)
+    def recorder(self): return self
+    def capture(self, body):
+        self.graphs += 1
+        body()
+        return self
+    def replay(self): pass
+
+device = Device()
+turbotx.saved.places.open_device = lambda place, backend, builds: device
+"""
+"""For a process that has no Triton: a device that counts launches and computes nothing."""
+
+
+def run_fresh(code: str, path: Path) -> str:
+    """Run code in a process of its own; return what it printed. DEVICE stands for a device, PATH
+    for a file."""
+    code = textwrap.dedent(code).replace("DEVICE", FRESH_DEVICE).replace("PATH", repr(str(path)))
+    environment = {"PATH": "", "PYTHONPATH": str(Path(turbotx.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @dataclass(frozen=True)

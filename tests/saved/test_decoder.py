@@ -11,7 +11,7 @@ import torch
 
 import turbotx
 from tests.engine.decoders import make, prompt
-from turbotx.errors import CacheFullError, InputError, SavedFileError, SaveError
+from turbotx.errors import CacheFullError, InputError, SavedFileError
 
 transformers = pytest.importorskip("transformers")
 
@@ -91,13 +91,6 @@ def test_what_a_file_does_not_hold_is_said(tmp_path) -> None:
     turbotx.save(encoder, tmp_path / "plain.ttx")
     with pytest.raises(InputError, match="no calls with a key/value cache"):
         turbotx.load(tmp_path / "plain.ttx").generate(calls[0]["input_ids"])
-
-
-def test_steps_are_saved_for_cpus(tmp_path) -> None:
-    fast = turbotx.optimize(make("gpt2"))
-    fast.generate(**prompt("gpt2", 1, 4), max_new_tokens=2)
-    with pytest.raises(SaveError, match="are saved for CPUs"):
-        turbotx.save(fast, tmp_path / "model.ttx", targets=["sm_90"])
 
 
 def test_a_class_that_cannot_be_imported_is_named(tmp_path) -> None:

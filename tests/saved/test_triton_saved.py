@@ -25,7 +25,7 @@ import turbotx
 from tests.models import token_inputs
 from tests.runtime.cuda.stand_in_device import InterpretedDevice, bind_to
 from tests.runtime.cuda.test_triton_programs import check, tiny
-from tests.saved.stand_in_cubins import Cubins
+from tests.saved.stand_in_cubins import Cubins, run_fresh
 from tests.saved.test_saved import Model, assert_equal, ids
 from turbotx.errors import (
     BuildWarning,
@@ -182,30 +182,7 @@ FRESH = """
     for name in ("sympy", "triton", "transformers"):
         sys.modules[name] = None
     import torch, turbotx
-    import turbotx.saved.places
-
-    class Device:
-        target, torch_device = "sm_90", torch.device("cpu")
-        launched, graphs = [], 0
-        def active(self): return nullcontext()
-        def describe(self): return "a stand-in"
-        def place(self, binaries): return [b.name for b in binaries]
-        def stream(self): return 7
-        def launch(self, function, *given): self.launched.append(function)
-        def call(self, step): step()
-        def wait(self): pass
-        def retain(self, tensors): pass
-        def is_capturing(self): return False
-        def new_status(self, count): return torch.zeros(count, dtype=torch.int32)
-        def recorder(self): return self
-        def capture(self, body):
-            self.graphs += 1
-            body()
-            return self
-        def replay(self): pass
-
-    device = Device()
-    turbotx.saved.places.open_device = lambda place, backend, builds: device
+    DEVICE
     loaded = turbotx.load(PATH)
     x = torch.zeros(2, 5, dtype=torch.long)
     for _ in range(3):
@@ -219,13 +196,7 @@ FRESH = """
 
 def test_a_fresh_process_needs_neither_triton_nor_algebra(cubins: Cubins, path: Path) -> None:
     save_small(path, "sm_90")
-    code = textwrap.dedent(FRESH).replace("PATH", repr(str(path)))
-    environment = {"PATH": "", "PYTHONPATH": str(Path(turbotx.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    assert run_fresh(FRESH, path).strip() == "[]"
 
 
 GPU = """

@@ -52,8 +52,7 @@ def compile_model(
 
     The program is that of the first GPU among the targets, and the CPU's without one. save: also
     write one file for `turbotx.load` there. packed: the program over tokens. Raises InputError
-    where `verify` is to run launches of a GPU that is not here, SaveError where `packed` is to be
-    saved for a GPU.
+    where `verify` is to run launches of a GPU that is not here.
     """
     _refuse_mixtures(model, targets, verify, save, packed)
     saved_for = chosen_targets(targets) if save is not None else []

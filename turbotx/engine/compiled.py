@@ -131,5 +131,6 @@ class Compiled:
         it knows its tokens, which no padded call's dims tell."""
         if len(self.programs) == 1 or len(dims) < len(self.captured.dims):
             return self
+        dims = self.program.dims_to_run(dims)
         served = (s.serves(dims) for s in self.unbound.specializations)
         return replace(self, index=list(served).index(True))

@@ -41,6 +41,16 @@ def power(base: Any, exponent: Any) -> Any:
     return base**exponent
 
 
+def bounded(size: int, least: int, *most: int) -> int:
+    """Return a size that is none of `most` exceeds, and at least `least`. Numbers that remember how
+    they were computed (`saved.variants`) have a method of this name, which remembers this too."""
+    for x in (size, *most):
+        if hasattr(x, "bounded"):
+            found: int = x.bounded(size, least, *most)
+            return found
+    return max(least, min(size, *most))
+
+
 def _choose(condition: Any, yes: Any, no: Any) -> Any:
     return torch.sym_ite(condition, yes, no)
 

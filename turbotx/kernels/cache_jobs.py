@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from turbotx.ir.matmul_kernels import DTYPE_NAMES, AttentionKernel
+from turbotx.ir.size_functions import bounded
 from turbotx.kernels.attention_jobs import assume, attention_pointers, sized_job
 from turbotx.kernels.gemm_heuristics import MOST_TURNS
 from turbotx.kernels.job import Job
@@ -65,11 +66,20 @@ def choose_split(
         return None
     k_tile = (32 if depth <= 64 else 16) if wide else 64 if depth <= 128 else 32
     pairs = max(1, batch * kv_heads)
-    most = min(PROGRAMS // pairs, MOST_ROWS // (pairs * rows), MOST_PARTS, -(-k_len // k_tile))
-    parts = max(1, most) if pairs <= MOST_TURNS else 1
+    most = (PROGRAMS // pairs, MOST_ROWS // (pairs * rows), MOST_PARTS)
+    parts = bounded(-(-k_len // k_tile), 1, *most) if pairs <= MOST_TURNS else 1
     added = max(1, min(MOST_ADDED, (ADDED_WIDE if wide else ADDED) // (rows * depth)))
     stages = 1 if wide else 2
     return SplitSchedule(max(16, rows), k_tile, rows, parts, added, 4, stages)
+
+
+def split_bounds(group: int, kv_heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return up to which numbers of queries, and of sequences, `choose_split` chooses alike but for
+    how many parts there are, where those are more than one."""
+    rows = [1 << k for k in range(7)]
+    pairs = {PROGRAMS // 2, *(MOST_ROWS // (2 * n) for n in rows)}
+    batches = {n // kv_heads for n in pairs} | {MOST_DEEP}
+    return tuple(n // group for n in rows if n >= group), tuple(sorted(batches - {0}))
 
 
 def room_for_sums(kernel: AttentionKernel) -> int:

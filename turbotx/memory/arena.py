@@ -76,7 +76,8 @@ class PlainRange:
         self.tensor = torch.empty(0, dtype=torch.uint8, device=device)
         self.mapped_nbytes = 0
         try:
-            self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            with torch.inference_mode(False):  # whatever the caller is in: others write to it too
+                self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
         except RuntimeError as error:  # torch's OutOfMemoryError and CPU allocator errors
             raise MemoryExhausted(
                 f"{device} has no {nbytes} bytes for an arena; use smaller batches or shorter "
@@ -156,16 +157,18 @@ def _try_out(memory: CudaRange, device: torch.device) -> None:
 
 
 def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:
-    """Return the mapped bytes as a uint8 tensor that keeps the range alive."""
+    """Return the mapped bytes as a uint8 tensor that keeps the range alive, and that may be written
+    to inside of `torch.inference_mode` and outside."""
     if isinstance(memory, PlainRange):
         return memory.tensor
     if not memory.mapped_nbytes:
         return torch.empty(0, dtype=torch.uint8, device=device)
-    if device.type == "cuda":
-        return torch.as_tensor(CudaBytes(memory), device=device)
-    raw: Any = (ctypes.c_uint8 * memory.mapped_nbytes).from_address(memory.address)
-    raw.owner = memory
-    return torch.frombuffer(raw, dtype=torch.uint8)
+    with torch.inference_mode(False):
+        if device.type == "cuda":
+            return torch.as_tensor(CudaBytes(memory), device=device)
+        raw: Any = (ctypes.c_uint8 * memory.mapped_nbytes).from_address(memory.address)
+        raw.owner = memory
+        return torch.frombuffer(raw, dtype=torch.uint8)
 
 
 def current_handle(device: torch.device) -> int:

@@ -211,12 +211,12 @@ class ArgumentLayout:
 class DeviceCells:
     """What the kernels of a decoder's steps read on the device, so that one graph serves all steps.
 
-    dims: places of the dims that grow with every step; capacity: of that which bounds them. values:
+    growing: places of the dims that grow with every step; capacity: of what bounds them. values:
     places in the size table of what depends on those dims. cache: the input that is written in
     place; windows: on it, (slot, place of the offset in bytes or None).
     """
 
-    dims: tuple[int, ...]
+    growing: tuple[int, ...]
     capacity: int
     values: tuple[int, ...]
     cache: str

@@ -53,7 +53,7 @@ def find_steps(
     assembly: Assembly, dims: Sequence[str], example_dims: Sequence[int]
 ) -> GrowingDims | None:
     """Return what grows with every step; None where nothing is stored in a cache, or where a launch
-    cannot read on the device what grows: PyTorch's, a GEMM's, one of rows that grow."""
+    cannot read on the device what grows: PyTorch's, a GEMM's, one that reduces rows that grow."""
     stores = [x for x in assembly.launches if isinstance(x, ir.StoreLaunch)]
     if not stores:
         return None
@@ -78,8 +78,9 @@ def _can_follow(launch: ir.Launch, steps: GrowingDims) -> bool:
         return True
     if any(a.tensor == steps.cache for a in operands):
         return False
-    if isinstance(launch, ir.KernelLaunch):
-        return not steps.move(*(a.extent for a in outer_axes(launch.kernel)))
+    if isinstance(launch, ir.KernelLaunch):  # of rows that grow, `KernelFamily` masks the last
+        kernel = launch.kernel
+        return not kernel.columns or not steps.move(*(a.extent for a in outer_axes(kernel)))
     given = [e for a in operands for e in (*a.shape, *a.strides)]
     if isinstance(launch, ir.AtenLaunch):
         given += pytree.tree_leaves((launch.call.args, dict(launch.call.kwargs)))

@@ -53,6 +53,11 @@ class PackedProgram(Program):
         """Return a padded call at its dims, or a packed one at those and its tokens."""
         return PaddedBinding(dims) if len(dims) < len(self.dims) else super().bind(dims)
 
+    def serves(self, dims: Sequence[int]) -> bool:
+        """Return whether it runs calls of these dims; of a padded call's no program is told apart
+        by its tokens, which are not known yet."""
+        return len(dims) < len(self.dims) or super().serves(dims)
+
     def sizes_of(self, dims: Sequence[int], batch: int, seq: int) -> Sequence[int]:
         """Return the dims of a call of so many sequences and columns that was bound as another."""
         return dims

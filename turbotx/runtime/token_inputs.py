@@ -3,7 +3,7 @@
 In: flat tensors and lengths, lists of tensors or nested tensors. Out: rows by token, and arguments
 of the padded call that would hold them, by which its program is found::
 
-    stand_in(read_sequences([2, 1], None, {"input_ids": ids}))  # ids: (3,)
+    StandIns().make(read_sequences([2, 1], None, {"input_ids": ids}))  # ids: (3,)
         ->  {"input_ids": zeros (2, 2), "attention_mask": ones (2, 2)}, {id of those: ids, ...}
 """
 
@@ -142,7 +142,7 @@ def run_sequences(
     """Return a packed program's leaves, rows by token as the inputs were given.
 
     tensors: those of the padded call that stands for the sequences, whose sizes are `dims`.
-    by_token: see `stand_in`. name: of the model, for the InputError where it looks at the last
+    by_token: see `StandIns`. name: of the model, for the InputError where it looks at the last
     column, which a padded call fills up.
     """
     if program.packing.to_end:
@@ -161,12 +161,6 @@ def run_sequences(
     ]
 
 
-def stand_in(found: Sequences) -> tuple[dict[str, Any], dict[int, torch.Tensor]]:
-    """Return a padded call of the same kind, whose values nobody reads, and by the identity of its
-    tensors the rows that they stand for."""
-    return StandIns().make(found)
-
-
 class StandIns:
     """Padded calls of one kind: where a program takes any sizes, as large as the largest so far, so
     that few of them are new to who looks programs up by sizes."""
@@ -177,7 +171,9 @@ class StandIns:
         self._lock = threading.Lock()
 
     def make(self, found: Sequences) -> tuple[dict[str, Any], dict[int, torch.Tensor]]:
-        """Return what `stand_in` does, of no fewer sequences and columns than before."""
+        """Return a padded call of the same kind, of no fewer sequences and columns than before,
+        whose values nobody reads, and by the identity of its tensors the rows that they stand for.
+        """
         standing, by_token = dict[str, Any](), dict[int, torch.Tensor]()
         some = next(iter(found.rows.values()))
         ones = torch.ones(max(1, some.shape[0]), dtype=torch.int64, device=some.device)

@@ -24,7 +24,7 @@ from turbotx.errors import InputError, TrainingError
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.lru import LruDict
 from turbotx.runtime.packed_program import PackedProgram
-from turbotx.runtime.token_inputs import Sequences, run_sequences, stand_in
+from turbotx.runtime.token_inputs import Sequences, StandIns, run_sequences
 from turbotx.saved.saved_call import SavedCall
 from turbotx.saved.values import decode_constant, decode_tree
 
@@ -46,6 +46,7 @@ class CallTable:
         self._known: dict[Any, SavedCall] = {}
         self._asked: tuple[int, ...] = ()
         self._asks_floats = self._steps = False
+        self._padded: StandIns | None = None
 
     def calls(self) -> list[SavedCall]:
         """Return every call that it serves."""
@@ -97,11 +98,14 @@ class CallTable:
         """
         if torch.is_grad_enabled() and any(t.requires_grad for t in found.rows.values()):
             raise TrainingError("an input requires grad: call under torch.no_grad()")
-        standing, by_token = stand_in(found)
+        padded = self._padded or StandIns()
+        standing, by_token = padded.make(found)
         (call, binding), tensors = self._find((), standing, ())
         program = call.program
         if not isinstance(program, PackedProgram):
             raise InputError(f"the file's program of this call runs padded: {self.show()}")
+        if program.takes_any_sizes:
+            self._padded = padded
         leaves = run_sequences(program, binding.dims, found, tensors, by_token, name)
         return decode_tree(call.out, leaves.__getitem__)
 

@@ -36,9 +36,10 @@ KNOWN: dict[str, type] = {
     for cls in (
         x.Window, x.PytorchCall, x.LibraryGemm, x.NativeLaunch, x.QueuedLaunch, x.CalledLaunch,
         x.InputTensor, x.OutputTensor, x.WholeTensor, x.ReturnedView, x.MemoryTables,
-        x.WeightWindow, x.Packing, x.CpuTables, x.ArgumentLayout, x.GpuTables, x.TokenRange,
-        x.Executable, Liveness, Lifetime, Orientation, SizeRules, InputSize, SizeGuard, FloatInput,
-        AssumedCondition, Decisions, Kind, TokenPacking, PackedInput, PackedOutput,
+        x.WeightWindow, x.Packing, x.CpuTables, x.ArgumentLayout, x.DeviceCells, x.GpuTables,
+        x.TokenRange, x.Executable, Liveness, Lifetime, Orientation, SizeRules, InputSize,
+        SizeGuard, FloatInput, AssumedCondition, Decisions, Kind, TokenPacking, PackedInput,
+        PackedOutput,
     )
 }  # fmt: skip
 

@@ -67,8 +67,14 @@ def describe_families(compiled: Compiled, variants: Variants) -> list[dict[str, 
 def _sizes_to_try(compiled: Compiled) -> Iterator[tuple[int, ...]]:
     program = compiled.program
     evaluate = program.executable.values.compile(program.dims)
-    for first, others in itertools.product(TRIED, repeat=2):
-        shape = tuple(first if k == 0 or "_d0" in n else others for k, n in enumerate(program.dims))
+    gpu = program.executable.gpu
+    cells = None if gpu is None else gpu.cells
+    full = set() if cells is None else {*cells.growing, cells.capacity}
+    for first, others, room in itertools.product(TRIED, TRIED, TRIED if full else TRIED[:1]):
+        shape = tuple(
+            room if k in full else first if k == 0 or "_d0" in n else others
+            for k, n in enumerate(program.dims)
+        )
         if program.serves(shape):
             yield evaluate(*shape)
 

@@ -27,6 +27,7 @@ from turbotx.program.executable import Executable
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
+from turbotx.runtime.cuda.packed_graphs import PackedGraphProgram
 from turbotx.runtime.device import Device
 from turbotx.runtime.packed_program import PackedProgram
 from turbotx.runtime.program import Program
@@ -143,14 +144,22 @@ def _cpu_maker(libraries: Libraries) -> Maker:
 def _gpu_maker(target: str, entries: Mapping[str, bytes], device: Device) -> Maker:
     variants = read_variants(target, entries)
     graphs: dict[int, GraphCache] = {}  # programs of one call share theirs
+    siblings: dict[int, list[PackedGraphProgram]] = {}
 
     def make(
         tables: Mapping[str, Any], executable: Executable, weights: Weights, pool: ChunkPool
     ) -> Program:
-        own = graphs.setdefault(tables["variant"], GraphCache(tables["graphs"]))
+        number, packing = tables["variant"], decode_packing(tables, pool.device)
+        own = graphs.setdefault(number, GraphCache(tables["graphs"]))
         families = [SavedFamily.of(t, variants) for t in tables["families"]]
         queue = SavedQueue(executable, families, weights, device)
-        return CudaGraphProgram(executable, queue, pool, MAX_SHAPES, own)
+        kept = (executable, queue, pool, MAX_SHAPES, own)
+        if packing is None:
+            return CudaGraphProgram(*kept)
+        made = PackedGraphProgram(*kept, packing)
+        made.siblings = siblings.setdefault(number, [])
+        siblings[number].append(made)
+        return made
 
     return make
 

@@ -86,7 +86,7 @@ def save(
     writer = _Writer(engine)
     for number, (part, key, variant) in enumerate(variants):
         for target in dict.fromkeys(wanted or [_target_of(variant.compiled)]):
-            compiled = _compile_for(engine, part, variant, target)
+            compiled = _compile_for(part.engine, variant, target)
             writer.add(number, {**part.describe(variant), "call": key}, target, compiled)
     writer.build(progress)
     state, held = _split_weights(engine.model, [(p, v) for p, _, v in variants])
@@ -129,21 +129,9 @@ def save(
     write_container(Path(path), entries, facts)
 
 
-def _compile_for(engine: Engine, part: SavedPart, variant: Variant, target: str) -> Compiled:
+def _compile_for(engine: Engine, variant: Variant, target: str) -> Compiled:
     """Return a variant compiled for a target: what has run, where it is that one."""
-    ran = _target_of(variant.compiled)
-    if target != "cpu" and engine.options.padding == "packed":
-        raise SaveError(
-            f"{type(engine.model).__name__} runs with padding='packed', whose programs are "
-            f"saved for CPUs so far, not for {target!r}: save what turbotx.optimize makes "
-            "without it"
-        )
-    if part.name and not target == ran == "cpu":
-        raise SaveError(
-            f"calls with a key/value cache, and their encoder, are saved for CPUs: {target!r} "
-            "is for a model that was called without them"
-        )
-    if target == ran:
+    if target == _target_of(variant.compiled):
         return variant.compiled
     return engine.compile(variant.compiled.captured, target)
 

@@ -21,12 +21,10 @@ from turbotx.ir.expr import Expr, compile_evaluator, sizes_of
 from turbotx.kernels.gemm_heuristics import bucket_of
 from turbotx.kernels.job import Job
 from turbotx.kernels.schedule import INT32_LIMIT
-from turbotx.runtime.cuda.experts import RouteFamily
 from turbotx.runtime.cuda.gemm import GemmFamily
 from turbotx.runtime.cuda.runtime import Compiling, LaunchKernels
 from turbotx.runtime.cuda.settings import assume_tf32
-from turbotx.runtime.cuda.step_variants import StoreFamily
-from turbotx.runtime.cuda.variants import LARGE, AttentionFamily, KernelFamily, SequenceFamily
+from turbotx.runtime.cuda.variants import LARGE
 from turbotx.saved.families import ALIGNED, SavedFamily, TableDeciders, make_key
 
 # Remainders of all dims that are tried before every combination is taken for possible.
@@ -77,11 +75,22 @@ class _Traced(int):
         places = self.places | (other.places if isinstance(other, _Traced) else frozenset())
         return self.make(value, f"({sides[0]} {sign} {sides[1]})", places)
 
+    def bounded(self, size: int, least: int, *most: int) -> _Traced:
+        """Return what `ir.size_functions.bounded` does."""
+        given = (size, *most)
+        places = frozenset[int]().union(*(x.places for x in given if isinstance(x, _Traced)))
+        texts = ", ".join(x.text if isinstance(x, _Traced) else str(int(x)) for x in given)
+        value = max(least, min(map(int, given)))
+        return self.make(value, f"max({least}, min({texts}))", places)
+
     def __neg__(self) -> _Traced:
         return self.make(-int(self), f"(-{self.text})", self.places)
 
     def __floordiv__(self, other: int) -> _Traced:
         return self._join("//", other, int(self) // int(other))
+
+    def __rfloordiv__(self, other: int) -> _Traced:
+        return self._join("//", other, int(other) // int(self), turned=True)
 
     def __mul__(self, other: int) -> _Traced:
         return self._join("*", other, int(self) * int(other))
@@ -119,10 +128,10 @@ class Tabulator:
         self._kernels, self._executable, self._variants = kernels, kernels.executable, variants
         self._sizes = list(kernels.table.values)
         self._constants = {k: int(e) for k, e in enumerate(self._sizes) if e.is_Integer}
+        self._adapted: dict[int, tuple[Job, Job]] = {}
 
     def tabulate(self, family: Compiling) -> SavedFamily:
         """Return a family as a table; raise SaveError where it does not answer as the family."""
-        assert not isinstance(family, StoreFamily), "`save` refuses calls with a cache"
         by, even, large = self._deciders(family)
         masks = self._masks(even)
         asked: dict[str, tuple[Any, bool]] = {}
@@ -142,11 +151,17 @@ class Tabulator:
                     for is_traced in (False, True)
                 )
             assert [p.job for p in plain] == [p.job for p in traced]
-            table.add(key, [(p.which, p.job, p.grid) for p in traced], wide, self._kernels.adapt)
+            table.add(key, [(p.which, p.job, p.grid) for p in traced], wide, self._adapt)
         return table.finish()
 
+    def _adapt(self, job: Job) -> Job:
+        """Return a job as it is built; the same object for the same, which rows know it by."""
+        if id(job) not in self._adapted:
+            self._adapted[id(job)] = job, self._kernels.adapt(job)
+        return self._adapted[id(job)][1]
+
     def _deciders(
-        self, family: KernelFamily | AttentionFamily | GemmFamily | RouteFamily | SequenceFamily
+        self, family: Compiling
     ) -> tuple[list[tuple[int, list[int]]], list[int], list[int]]:
         """Return what can decide, each size once: constants do not."""
         found, bounds = family.deciders, dict[int, set[int]]()

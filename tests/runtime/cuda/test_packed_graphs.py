@@ -127,3 +127,14 @@ def test_room_is_at_most_an_eighth() -> None:
         assert room >= tokens and room % TILE == 0
         assert room - tokens < TILE if tokens <= FEW else room - tokens <= tokens / 8
     assert len({room_for(n) for n in range(1, 16_001)}) <= 53
+
+
+def test_inference_mode_and_its_absence_share_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server that runs under inference_mode, and whoever calls its module otherwise."""
+    fast = bind_to(RecordingDevice(), make_model("bert"), monkeypatch, padding="packed")
+    flat = torch.randint(5, 60, (15,))
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            for _ in range(2):
+                fast.packed(input_ids=flat, lengths=[7, 8])
+    assert fast.stats()["graph_captures"] == 1

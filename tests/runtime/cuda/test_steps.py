@@ -9,12 +9,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-
-import turbotx
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 pytest.importorskip("transformers")
@@ -23,9 +22,9 @@ import transformers
 
 from tests.engine.decoders import VOCABULARY, make, prompt
 from tests.models import assert_as_exact_as_eager, in_double
-from tests.runtime.cuda.stand_in_device import InterpretedDevice, bind_to
+from tests.runtime.cuda.stand_in_device import InterpretedDevice, RecordingDevice, bind_to
 from turbotx.engine.optimize import engine_of
-from turbotx.errors import CacheFullError, DeviceError, EagerWarning, SaveError
+from turbotx.errors import CacheFullError, DeviceError, EagerWarning
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +66,24 @@ def test_tokens_are_those_of_eager(family: str, monkeypatch: pytest.MonkeyPatch)
     assert fast.stats()["eager_calls"] == 0
     stores = device.names("launch").count("cache_store_float_8")
     assert stores, "rows are stored by a kernel"
-    # T5's bias by distance has as many rows as keys, which no graph of all lengths can have.
-    replays = [e for e in device.log if e[0] == "replay"]
-    assert len(replays) > (0 if family == "t5" else 5)
+    # T5's bias by distance, too, which has as many rows as there are keys at a step.
+    assert len([e for e in device.log if e[0] == "replay"]) > 5
+
+
+def test_rows_that_grow_are_masked_by_every_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of T5's steps has programs for as many keys as its cache has room for."""
+    model = make("t5")
+    fast = bind_to(RecordingDevice(), model, monkeypatch)
+    fast.generate(**prompt("t5", 1, 3), max_new_tokens=3, min_new_tokens=3)
+    (first, *_) = engine_of(fast).parts["steps"].variants()
+    kernels = first.specialization.code
+    masked = [f for f in kernels.in_order if getattr(f, "masks_rows", False)]
+    sizes = kernels.executable.values.compile(first.captured.dims)(*first.captured.example_dims)
+    for family in masked:
+        _, schedule = family.chosen(sizes)
+        (part,) = family.at(replace(schedule, rows=1), sizes)
+        assert "row_ok" in part.job.source
+    assert masked
 
 
 def test_one_graph_serves_every_length_and_every_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,9 +197,12 @@ def test_a_full_cache_and_a_capture_of_ones_own_are_refused(
     step(fast, cache, 3)
 
 
-def test_steps_cannot_be_saved_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_inference_mode_and_its_absence_share_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_small()
-    fast = bind_to(InterpretedDevice(), model, monkeypatch)
-    step(fast, new_cache(model), 3, 4)
-    with pytest.raises(SaveError, match="saved for CPUs"):
-        turbotx.save(fast, tmp_path / "model.ttx")
+    fast = bind_to(RecordingDevice(), model, monkeypatch)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        cache = new_cache(model)
+        with mode():
+            for token in (3, 4, 5):
+                fast(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    assert fast.stats()["graph_captures"] == 1

@@ -162,6 +162,9 @@ class CudaGraphProgram(Program):
         watch: Watch | None = None,
     ) -> list[Any]:  # fmt: skip
         """Run on `tensors`; see `Program.run`. The device may still be at work on return."""
+        if torch.is_inference_mode_enabled():  # views are kept, which calls outside of it write to
+            with torch.inference_mode(False), torch.no_grad():
+                return self.run(binding, tensors, ticks, watch)
         device = self.runtime.device
         with without_autocast(), device.active():
             if device.is_capturing():

@@ -211,6 +211,11 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
             found = [*dims, room_for(tokens)]
         return tuple(found)
 
+    def dims_to_run(self, dims: Sequence[int]) -> Sequence[int]:
+        """Return the dims that a call of these runs with, its tokens among them."""
+        *padded, tokens = dims
+        return self.room_of(padded, tokens)
+
     def sizes_of(self, dims: Sequence[int], batch: int, seq: int) -> Sequence[int]:
         """Return the dims of a call of so many sequences and columns that was bound as another."""
         if not self.takes_any_sizes:
@@ -282,9 +287,15 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
         self, dims: Sequence[int], mixture: Any, tensors: Sequence[torch.Tensor],
         ticks: Any = None, watch: Watch | None = None,
     ) -> list[Any]:  # fmt: skip
-        """Return the packed program's leaves, (tokens, ...) and more where they are by token."""
-        room = self.room_of(dims, mixture.tokens)
-        program = next(p for p in self.siblings if p.serves(room))
+        """Return the packed program's leaves, (tokens, ...) and more where they are by token.
+
+        What watches launches sees them at the call's own sizes, by this program.
+        """
+        room, program = self.room_of(dims, mixture.tokens), self
+        if watch is not None:
+            room = (*dims, mixture.tokens)
+        else:
+            program = next(p for p in self.siblings if p.serves(room))
         place = program._places.get(room[-1])
         if place is None:
             where = self.runtime.torch_device

@@ -45,7 +45,7 @@ class StepInputs:
         """Return the dims when the cache is full, which one plan and one graph serve."""
         assert self.cells is not None
         capacity, key = dims[self.cells.capacity], list(dims)
-        for k in self.cells.dims:
+        for k in self.cells.growing:
             key[k] = max(capacity, key[k])
         return tuple(key)
 

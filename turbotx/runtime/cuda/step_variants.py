@@ -9,6 +9,7 @@ cache has; how much of it is filled, kernels read on the device::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from turbotx import ir
 from turbotx.ir.matmul_kernels import AttentionKernel
@@ -18,6 +19,7 @@ from turbotx.kernels.cache_jobs import (
     SplitSchedule,
     StoreSchedule,
     choose_split,
+    split_bounds,
     split_job,
     store_job,
 )
@@ -28,7 +30,7 @@ from turbotx.program.executable import ArgumentLayout
 from turbotx.program.link import LaunchLayout
 from turbotx.program.steps import GrowingDims
 from turbotx.runtime.cuda.parts import Part
-from turbotx.runtime.cuda.variants import AttentionFamily, lay_out
+from turbotx.runtime.cuda.variants import POWERS, AttentionFamily, Deciders, lay_out
 
 
 class SplitFamily(AttentionFamily):
@@ -39,7 +41,8 @@ class SplitFamily(AttentionFamily):
         steps: GrowingDims,
     ) -> None:  # fmt: skip
         super().__init__(launch, target, table, tiles, steps)
-        self._group = int(launch.sizes[1]) // int(launch.sizes[2])
+        self._kv_heads = int(launch.sizes[2])
+        self._group = int(launch.sizes[1]) // self._kv_heads
         self._splits: dict[object, Job] = {}
 
     def layout(self, launch: ir.AttentionLaunch, table: LaunchLayout) -> ArgumentLayout:
@@ -53,7 +56,7 @@ class SplitFamily(AttentionFamily):
         """Return what to run at these sizes; a grid with a zero means nothing."""
         assert isinstance(self.kernel, AttentionKernel)
         values = dict(zip(self._names, (sizes[k] for k in self._sizes), strict=True))
-        batch, kv_heads = values["batch"], values["kv_heads"]
+        batch, kv_heads = values["batch"], self._kv_heads
         schedule = choose_split(
             self.kernel, self._group, batch, kv_heads, values["q_len"], values["k_len"]
         )
@@ -62,6 +65,16 @@ class SplitFamily(AttentionFamily):
         job = self._split(schedule, *self._known(values, sizes))
         which = "split" if schedule.parts > 1 else "kernel"
         return [Part(which, job, (schedule.parts, kv_heads, batch))]
+
+    @property
+    def deciders(self) -> Deciders:
+        """The sizes that decide which variant runs: those of attention, and how many sequences and
+        queries share the programs."""
+        found = super().deciders
+        places = dict(zip(self._names, self._sizes, strict=True))
+        queries, batches = split_bounds(self._group, self._kv_heads)
+        own = ((places["q_len"], queries), (places["batch"], (*batches, POWERS[-1])))
+        return replace(found, by=(*found.by, *own))
 
     def _split(
         self, schedule: SplitSchedule, divisible: tuple[str, ...], unaligned: tuple[str, ...]
@@ -117,3 +130,11 @@ class StoreFamily:
             )
         assert batch <= MOST_DEEP, "a cache of so many sequences"
         return [Part("kernel", job, (-(-values["count"] // schedule.r_tile), heads, batch))]
+
+    @property
+    def deciders(self) -> Deciders:
+        """The sizes that decide which variant runs: whether there is more than one row, and which
+        strides and addresses are multiples of 16."""
+        places = dict(zip(STORE_NAMES, self._sizes, strict=True))
+        even = (*(places[n] for n in STORE_STRIDES), *(k for _, k in self._shifts))
+        return Deciders(((places["count"], (1, POWERS[-1])),), even)

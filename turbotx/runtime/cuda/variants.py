@@ -107,7 +107,10 @@ class KernelFamily:
         self.kernel, self._target, self._choose = kernel, target, choose
         self._cells = tuple(n for n in kernel.sizes if steps and steps.move(dim(n)))
         self._length = table.value(product([a.extent for a in vector_axes(kernel)]))
-        self._outer = table.value(product([a.extent for a in outer_axes(kernel)]))
+        outer = [a.extent for a in outer_axes(kernel)]
+        self._outer = table.value(product(outer))
+        self.masks_rows = steps is not None and steps.move(*outer)
+        """Whether programs are launched for more rows than there are: a graph has one grid."""
         counts = [table.value(product(p.shape)) for p in kernel.params]
         self._counts = [*counts, self._length, self._outer]
         self._strides = [(name, table.value(dim(name))) for name in divisible_sizes(kernel)]
@@ -146,6 +149,8 @@ class KernelFamily:
 
     def at(self, schedule: Schedule, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes by a given schedule."""
+        if self.masks_rows and schedule.rows == 1:  # a program of one row would ask for no mask
+            schedule = replace(schedule, rows=2)
         if schedule.programs and sizes[self._outer] <= MANY_ROWS:
             schedule = replace(schedule, programs=0)
         job = self._job(schedule, self._divisible(sizes))
