@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 
 from turbotx.errors import TurbotxError, versions
-from turbotx.kernels.build import build_library, cache_directory, find_compiler, share_openmp
+from turbotx.kernels.build import build_library, cache_directory, find_compiler
+from turbotx.kernels.openmp import share_openmp
 from turbotx.runtime.cuda.device import CudaDevice
 
 VECTORS = ("avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "avx2", "fma", "f16c", "asimd", "sve")
