@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from turbotx.engine.logs import read_logs
 from turbotx.engine.observers import observers
 from turbotx.errors import TurbotxError
+from turbotx.kernels.openmp import end_threads
 
 if TYPE_CHECKING:
     from turbotx.engine.drop_in import OptimizedModule
@@ -64,6 +65,7 @@ def _debug(*call: Any) -> Any:
 
 
 observers.append(_debug)
+os.register_at_fork(before=end_threads)
 
 
 def __dir__() -> list[str]:

@@ -32,6 +32,7 @@ NAMES = (
     "torch.backends.cuda.math_sdp_enabled", "torch.backends.cuda.mem_efficient_sdp_enabled",
     "torch.backends.cuda.cudnn_sdp_enabled", "torch.is_grad_enabled",
     "torch.is_inference_mode_enabled", "torch.get_num_threads",
+    "torch.backends.mha.get_fastpath_enabled",
 )  # fmt: skip
 
 DECISIVE = 3
@@ -49,6 +50,7 @@ _GETTERS: tuple[Callable[[], Any], ...] = (
     _C._get_float32_matmul_precision, _C._get_flash_sdp_enabled, _C._get_math_sdp_enabled,
     _C._get_mem_efficient_sdp_enabled, _C._get_cudnn_sdp_enabled, torch.is_grad_enabled,
     torch.is_inference_mode_enabled, torch.get_num_threads,
+    torch.backends.mha.get_fastpath_enabled,
 )  # fmt: skip
 
 
@@ -151,6 +153,7 @@ _WATCHED: tuple[tuple[Any, str, int], ...] = (
     (torch, "is_grad_enabled", 10),
     (torch, "is_inference_mode_enabled", 11),
     (torch, "get_num_threads", 12),
+    (torch.backends.mha, "get_fastpath_enabled", 13),
 )
 _INSIDE = str(Path(torch.__file__).parent) + os.sep
 

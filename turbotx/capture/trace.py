@@ -39,6 +39,7 @@ from turbotx.capture.decisions import Decisions, Outcomes
 from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_without
 from turbotx.capture.eager import ASKED, ORDER, find_shown, note_layouts
 from turbotx.capture.eager_layouts import eager_layouts
+from turbotx.capture.encoder_padding import padding_as_eager
 from turbotx.capture.flat_call import FlatCall
 from turbotx.capture.guards import (
     Guard,
@@ -322,7 +323,8 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
     with torch.no_grad(), warnings.catch_warnings(), _no_fake_cache():
         warnings.simplefilter("ignore")
         sizes = sizes_from_one(flat.values.answer)
-        with SizeTensors(), IdleDropout(), eager_layouts(), sizes, python_operators():
+        layouts, padding = eager_layouts(), padding_as_eager()
+        with SizeTensors(), IdleDropout(), layouts, padding, sizes, python_operators():
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )

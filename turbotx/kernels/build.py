@@ -26,9 +26,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from turbotx.errors import BuildError, NoCompilerError
+from turbotx.kernels.openmp import share_openmp
 
 log = logging.getLogger("turbotx.build")
 
@@ -139,24 +138,3 @@ def _run(command: list[str]) -> str:
         shown = "\n".join(done.stderr.splitlines()[:40])
         raise BuildError(f"{' '.join(command)} failed with exit code {done.returncode}:\n{shown}")
     return done.stdout
-
-
-@functools.cache
-def share_openmp() -> str | None:
-    """Make torch's OpenMP symbols visible to the libraries loaded after; return its path."""
-    torch.get_num_threads()  # loads the runtime
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:  # not Linux
-        own = Path(torch.__file__).parent / "lib" / "libomp.dylib"
-        if not own.exists():
-            return None
-        ctypes.CDLL(str(own), mode=ctypes.RTLD_GLOBAL)
-        return str(own)
-    for line in maps.splitlines():
-        file = line.rpartition(" ")[2]
-        name = Path(file).name
-        if name.startswith(("libgomp", "libiomp5", "libomp")) and ".so" in name:
-            ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
-            return file
-    return None

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from turbotx.errors import TurbotxError, versions
-from turbotx.kernels.build import build_library, cache_directory, find_compiler, share_openmp
+from turbotx.kernels.build import build_library, cache_directory, find_compiler
+from turbotx.kernels.openmp import share_openmp
 from turbotx.kernels.processor import processor_flags, processor_name
 from turbotx.runtime.cuda.device import CudaDevice
 

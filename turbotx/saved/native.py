@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from turbotx.errors import BuildError, BuildWarning, SavedFileError
-from turbotx.kernels.build import HEADERS, build_library, share_openmp
+from turbotx.kernels.build import HEADERS, build_library
+from turbotx.kernels.openmp import share_openmp
 from turbotx.kernels.processor import processor_flags
 from turbotx.runtime.cpu.abi import RUNTIME_SOURCES, declare_runtime, runtime_units
 

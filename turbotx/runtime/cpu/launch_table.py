@@ -10,6 +10,7 @@ the program's address table and size table, as plain data::
 from __future__ import annotations
 
 import ctypes
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,6 +51,7 @@ IN_RUNTIME: dict[type[ir.Launch], str] = {
 
 _started: dict[Path, Future[tuple[ctypes.CDLL, bool]]] = {}
 """By cache directory: the runtime that is being built in the background, until it is asked for."""
+os.register_at_fork(after_in_child=_started.clear)  # the thread that builds is not in the child
 
 
 def start_runtime() -> None:

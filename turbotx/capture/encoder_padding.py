@@ -1,0 +1,61 @@
+"""Padding of `nn.TransformerEncoder`: zeros, as eager's nested tensors leave them.
+
+In: a trace. Out: the same with the encoder's results at padded places as a call without gradients
+gives them in eager, where PyTorch leaves padding out of every layer and puts zeros in its place
+(`TransformerEncoder.forward`; it does not while a trace looks, which turbotx's and PyTorch's do)::
+
+    encoder(x, src_key_padding_mask=mask)[0]  ->  [[0.3, -1.2], [0.8, 0.1], [0.0, 0.0]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+_forward = nn.TransformerEncoder.forward
+
+
+@contextmanager
+def padding_as_eager() -> Iterator[None]:
+    """Let encoders that are traced give what they give in eager where they are padded."""
+    with mock.patch.object(nn.TransformerEncoder, "forward", _padded_forward):
+        yield
+
+
+def _padded_forward(
+    self: nn.TransformerEncoder, src: Tensor, mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None, is_causal: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """`nn.TransformerEncoder.forward`, its nested tensors as dense ones."""
+    if src_key_padding_mask is None or mask is not None or not _leaves_padding_out(self, src):
+        return _forward(self, src, mask, src_key_padding_mask, is_causal)
+    padded = src_key_padding_mask.bool()
+    # Nested tensors hold the first places of each sequence, as many as are not padded ...
+    place = torch.arange(padded.shape[1], device=padded.device)
+    behind = place >= padded.logical_not().sum(1, keepdim=True)
+    if getattr(self, "mask_check", True):  # ... and are made where that leaves out what is padded
+        left_out = behind & (behind == padded).all()
+        keys = padded if src_key_padding_mask.dtype == torch.bool else (
+            src_key_padding_mask.masked_fill(left_out, -torch.inf))  # fmt: skip
+    else:
+        left_out = keys = behind
+    output = src
+    for layer in self.layers:
+        output = layer(output, src_key_padding_mask=keys)
+    output = output.masked_fill(left_out.unsqueeze(-1), 0.0)
+    return output if self.norm is None else self.norm(output)
+
+
+def _leaves_padding_out(encoder: nn.TransformerEncoder, src: Tensor) -> bool:
+    """Return whether eager makes nested tensors of this input, as far as no mask decides it."""
+    layer = encoder.layers[0]
+    able = torch.backends.mha.get_fastpath_enabled() and getattr(
+        encoder, "use_nested_tensor", False
+    )
+    if not able or layer.training or src.dim() != 3 or torch.is_autocast_enabled():
+        return False
+    return not (torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()))
