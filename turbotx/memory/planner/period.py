@@ -1,4 +1,4 @@
-"""Periods: equal layers ask for equal buffers, so a few of them are placed and the rest repeat those.
+"""Periods: equal layers ask for equal buffers, so a few are placed and the rest repeat those.
 
 In: lifetimes and sizes of a graph of many equal layers. Out: placements of all buffers, each made
 of one for a graph of fewer layers whose middle is repeated, where that leaves no two on one byte::
