@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_with
 from turbotx.capture.eager import ASKED, ORDER, find_shown, note_layouts
 from turbotx.capture.eager_layouts import eager_layouts
 from turbotx.capture.encoder_padding import padding_as_eager
+from turbotx.capture.fake_mode import remembering_fakes
 from turbotx.capture.flat_call import FlatCall
 from turbotx.capture.guards import (
     Guard,
@@ -71,6 +71,7 @@ from turbotx.capture.shape_matcher import ShapeMatcher
 from turbotx.capture.size_operators import python_operators, relations_answered, wants_bool
 from turbotx.capture.size_questions import sizes_from_one
 from turbotx.capture.size_rules import find_size_rules
+from turbotx.capture.stack_traces import remembered_stack_traces
 from turbotx.capture.symint_tensors import SizeTensors
 from turbotx.capture.trace_errors import Stopped, capture_error, describe_arguments
 from turbotx.capture.traced_float import FloatInput
@@ -320,7 +321,8 @@ _choosing_attention = threading.RLock()
 def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
     """Trace with the `varying` dims of each example symbolic, down to the ops that are kept."""
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
-    with torch.no_grad(), warnings.catch_warnings(), _no_fake_cache():
+    remembered = remembering_fakes(), remembered_stack_traces()
+    with torch.no_grad(), warnings.catch_warnings(), remembered[0], remembered[1]:
         warnings.simplefilter("ignore")
         sizes = sizes_from_one(flat.values.answer)
         layouts, padding = eager_layouts(), padding_as_eager()
@@ -339,14 +341,6 @@ def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int
             exported = exported.run_decompositions(table_without(KEPT_WHOLE))
     exported.graph_module.meta |= {FRESH: fresh, SQUEEZED: squeezed, SHOWN: shown}
     return exported
-
-
-def _no_fake_cache() -> AbstractContextManager[object]:
-    """Return a time in which PyTorch keeps no results of ops on fake tensors: to make a view from
-    what it keeps takes longer, where sizes are expressions, than to run the op again."""
-    settings: Any = import_module("torch._dynamo.config")
-    off = {"fake_tensor_cache_enabled": False}  # a private setting, the same from 2.11 to 2.14
-    return settings.patch(off) if hasattr(settings, *off) else nullcontext()
 
 
 def _fresh_constants(exported: Any) -> set[str]:

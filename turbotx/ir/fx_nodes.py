@@ -35,6 +35,8 @@ _names: weakref.WeakKeyDictionary[ShapeEnv, dict[sympy.Symbol, sympy.Symbol]]
 _names = weakref.WeakKeyDictionary()
 _ones: weakref.WeakKeyDictionary[ShapeEnv, dict[Expr, bool]]
 _ones = weakref.WeakKeyDictionary()
+_renamed: weakref.WeakKeyDictionary[ShapeEnv, dict[Any, Expr]]
+_renamed = weakref.WeakKeyDictionary()
 
 
 def remember_names(
@@ -45,6 +47,7 @@ def remember_names(
         value = node.meta.get("val")
         if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
             _names.setdefault(value.fake_mode.shape_env, {}).update(symbols)
+            _renamed.pop(value.fake_mode.shape_env, None)
             return
 
 
@@ -122,9 +125,15 @@ def size(value: Any, of: torch.Tensor | None = None) -> Expr:
         value = value.meta["val"]
     if isinstance(value, (int, float, sympy.Basic)):
         return expr(value)
-    if isinstance(value, torch.SymInt) and _is_one(value):
-        return ONE
-    return _rename(expr(value), value.node.shape_env, isinstance(value, torch.SymInt))
+    shape_env = value.node.shape_env
+    version = getattr(shape_env, "_replacements_version_counter", None)  # of 2.11 to 2.13
+    key = value.node.expr, type(value), version
+    known = {} if version is None else _renamed.setdefault(shape_env, {})
+    if key not in known:
+        whole = isinstance(value, torch.SymInt)
+        is_one = whole and _is_one(value)
+        known[key] = ONE if is_one else _rename(expr(value), shape_env, whole)
+    return known[key]
 
 
 def is_negative(value: Any) -> bool:

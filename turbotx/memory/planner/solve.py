@@ -9,6 +9,7 @@ the footprint is the lower bound::
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,18 @@ def solve(
         if best.optimal or count >= max_evaluations or time.perf_counter() > stop_at:
             break
     return best
+
+
+def optima(
+    lifetimes: Sequence[Lifetime], sizes: Sequence[int], max_evaluations: int = MAX_EVALUATIONS
+) -> Iterator[list[int]]:
+    """Placements, in bytes, whose footprint is the lower bound, of those that `solve` looks at."""
+    bound = lower_bound(
+        Buffer("", nbytes, lifetime) for lifetime, nbytes in zip(lifetimes, sizes, strict=True)
+    )
+    for offsets in itertools.islice(_placements(lifetimes, sizes), max_evaluations):
+        if footprint(offsets, sizes) == bound:
+            yield offsets
 
 
 def portfolio(lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> Iterator[list[int]]:

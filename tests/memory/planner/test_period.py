@@ -1,0 +1,111 @@
+"""Periods: layers that repeat are found, and placements of a few serve all of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from turbotx.memory.planner.choose import choose_orientations
+from turbotx.memory.planner.orientation import live_forms
+from turbotx.memory.planner.period import Period, find_period, repeated
+from turbotx.memory.planner.plan import Buffer, Lifetime, Workload, lower_bound
+from turbotx.memory.planner.solve import optima
+from turbotx.memory.planner.symbolic import SymbolicPlanner
+
+BLOOM = ((0, 5, 1), (1, 3, 4), (3, 2, 1), (4, 6, 1), (5, 2, 3), (6, 2, 1), (7, 2, 1))
+"""Bloom's layer, 8 launches: begin, launches alive, size; buffers change places from one layer to
+the next wherever the bound is met."""
+
+
+def layers(count: int, unit: int = 512) -> tuple[list[Lifetime], list[int]]:
+    """A mask that all layers read, and the layers."""
+    end = 8 * count + 8
+    lifetimes, sizes = [Lifetime(0, end)], [8 * unit]
+    for k in range(count):
+        for begin, length, size in BLOOM:
+            at = 1 + 8 * k + begin
+            lifetimes.append(Lifetime(at, at + length))
+            sizes.append(size * unit)
+    return lifetimes, sizes
+
+
+def check(lifetimes: Sequence[Lifetime], sizes: Sequence[int], offsets: Sequence[int]) -> None:
+    for i, a in enumerate(lifetimes):
+        for j in range(i):
+            b = lifetimes[j]
+            if a.begin < b.end and b.begin < a.end:
+                assert offsets[i] + sizes[i] <= offsets[j] or offsets[j] + sizes[j] <= offsets[i]
+
+
+def test_the_shortest_period_is_found() -> None:
+    lifetimes, sizes = layers(12)
+    assert find_period(lifetimes, sizes) == Period(1, 7, 8, 12)
+    assert find_period(*layers(5)) is None  # too few to leave any out
+    assert find_period([], []) is None
+    sizes[40] += 512  # one layer is another one: what stands before it or behind it is left
+    found = find_period(lifetimes, sizes)
+    assert found is None or found.repeats < 12
+
+
+@pytest.mark.parametrize("count", [6, 7, 12, 31, 48])
+def test_a_few_layers_serve_all(count: int) -> None:
+    lifetimes, sizes = layers(count)
+    period = find_period(lifetimes, sizes)
+    assert period is not None
+    seen: list[int] = []
+
+    def place(fewer: Sequence[Lifetime], of: Sequence[int]) -> Iterator[list[int]]:
+        seen.append(len(of))
+        yield from optima(fewer, of)
+
+    made = list(repeated(lifetimes, sizes, period, place))
+    assert made and max(seen) <= 1 + 5 * len(BLOOM)
+    for offsets in made:
+        check(lifetimes, sizes, offsets)
+
+
+def test_a_placement_that_cannot_be_repeated_is_left_out() -> None:
+    lifetimes, sizes = layers(12)
+    period = find_period(lifetimes, sizes)
+    assert period is not None
+    at_zero = lambda fewer, of: iter([[0] * len(of)])  # noqa: E731
+    assert not list(repeated(lifetimes, sizes, period, at_zero))
+
+
+@pytest.mark.parametrize("count", [2, 12, 24, 48])
+def test_plans_of_equal_layers_are_at_the_bound(count: int) -> None:
+    lifetimes, sizes = layers(count)
+    kinds = sorted(set(sizes))
+    names = tuple(map(str, range(len(sizes))))
+    workload = Workload(tuple(lifetimes), tuple(map(kinds.index, sizes)), names)
+    planner = SymbolicPlanner(workload, kinds, [kinds])
+    offsets, peak = planner.offsets(kinds)
+    check(lifetimes, sizes, offsets)
+    buffers = [Buffer("", s, x) for x, s in zip(lifetimes, sizes, strict=True)]
+    assert peak == lower_bound(buffers)
+
+
+def test_any_graph_is_planned_without_overlaps() -> None:
+    draw = random.Random(0)
+    for _ in range(20):
+        layer = [(draw.randrange(4), draw.randint(1, 9), draw.randint(1, 4)) for _ in range(4)]
+        lifetimes, sizes = [], []
+        for k in range(20):
+            for begin, length, size in layer:
+                lifetimes.append(Lifetime(4 * k + begin, 4 * k + begin + length))
+                sizes.append(512 * size)
+        for _ in range(3):  # and some that belong to no layer
+            begin = draw.randrange(60)
+            lifetimes.append(Lifetime(begin, begin + draw.randint(1, 40)))
+            sizes.append(512 * draw.randint(1, 6))
+        kinds = sorted(set(sizes))
+        names = tuple(map(str, range(len(sizes))))
+        workload = Workload(tuple(lifetimes), tuple(map(kinds.index, sizes)), names)
+        live = live_forms(workload.lifetimes, workload.size_class, workload.class_count)
+        none = np.zeros((len(kinds), 0), dtype=np.int64)
+        for one in choose_orientations(workload, np.array(kinds), none, live):
+            offsets = one.offsets(np.array(sizes)[:, None])[:, 0].tolist()
+            check(lifetimes, sizes, offsets)

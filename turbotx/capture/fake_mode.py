@@ -1,0 +1,167 @@
+"""Remembering fake mode: an op on fake tensors is worked out once for arguments of equal sizes.
+
+In: the ops of a trace. Out: their fake results; those of a call that was met before are made from
+its sizes and strides, since deriving them from symbolic sizes takes PyTorch a millisecond and more,
+and the equal layers of a model ask the same::
+
+    with remembering_fakes():  torch.export.export(model, ...)   # 48 layers, one layer's questions
+
+PyTorch's own cache of fake results computes as much again for symbolic sizes as the op itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._export import non_strict_utils
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
+
+from turbotx.capture.ambient import read_ambient
+from turbotx.ir.fake_results import UnknownError, describe, is_sized_by
+
+Size = int | torch.SymInt
+_RAW = frozenset((torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_copy.default))
+"""What looks past the sizes of its argument, at the memory behind it."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A fake result: how it lies, in memory of its own or in that of the argument `shows`."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[Size, ...]
+    strides: tuple[Size, ...]
+    offset: Size
+    shows: int | None
+
+
+class RememberingFakeMode(FakeTensorMode):
+    """A fake mode that knows the results of the calls that it has answered."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cache_enabled = False
+        self._known: dict[Any, tuple[bool, tuple[_Made | int | None, ...]]] = {}
+
+    def _dispatch_impl(
+        self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        # A private method of PyTorch, the same from 2.11 to 2.13: were it renamed, nothing would be
+        # remembered and every result still be right.
+        with torch._C.DisableTorchFunction():
+            key = self._key(func, args, kwargs)
+            found = None if key is None else self._known.get(key)
+            if found is not None:
+                return self._make(found, args, kwargs)
+        result = super()._dispatch_impl(func, types, args, kwargs)
+        if key is not None:
+            with torch._C.DisableTorchFunction():
+                self._remember(key, result, args, kwargs)
+        return result
+
+    def _key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return all that a call's result depends on; None where it is not to be remembered."""
+        if not isinstance(func, OpOverload) or func._schema.is_mutable or func in _RAW:
+            return None
+        try:
+            named = tuple((name, describe(x, self)) for name, x in sorted(kwargs.items()))
+            return func, read_ambient(), tuple(describe(x, self) for x in args), named
+        except UnknownError:
+            return None
+
+    def _remember(
+        self, key: Any, result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        given = _tensors(args, kwargs)
+        whole = isinstance(result, torch.Tensor)
+        if not whole and not isinstance(result, (tuple, list)):
+            return
+        parts = [result] if whole else result
+        if not all(x is None or type(x) is FakeTensor for x in parts):
+            return
+        try:
+            made = tuple(self._note(x, given, key) for x in parts)
+        except UnknownError:
+            return
+        own = [_memory(x) for x, m in zip(parts, made, strict=True) if _owns(m)]
+        if len(set(own)) == len(own):  # no two results in one new memory
+            self._known[key] = (whole, made)
+
+    def _note(self, value: Any, given: list[FakeTensor], key: Any) -> _Made | int | None:
+        if value is None:
+            return None
+        for k, tensor in enumerate(given):
+            if value is tensor:
+                return k
+        if value.requires_grad or not is_sized_by(describe(value, self), key):
+            raise UnknownError
+        memory = _memory(value)
+        shows = next((k for k, t in enumerate(given) if _memory(t) == memory), None)
+        if shows is None and value.storage_offset() != 0:
+            raise UnknownError
+        return _Made(
+            value.dtype, value.device, tuple(value.shape), tuple(value.stride()),
+            value.storage_offset(), shows,
+        )  # fmt: skip
+
+    def _make(
+        self, found: tuple[bool, tuple[_Made | int | None, ...]], args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
+        whole, parts = found
+        given = _tensors(args, kwargs)
+        made = [self._make_one(part, given) for part in parts]
+        return made[0] if whole else tuple(made)  # which the dispatcher takes for a list too
+
+    def _make_one(self, part: _Made | int | None, given: list[FakeTensor]) -> Any:
+        if part is None or isinstance(part, int):
+            return None if part is None else given[part]
+        with in_kernel_invocation_manager(self):
+            if part.shows is None:
+                raw = torch.empty_strided(part.shape, part.strides, dtype=part.dtype, device="meta")
+            else:
+                base: torch.Tensor = given[part.shows]
+                if base.dtype != part.dtype:
+                    base = base.view(part.dtype)
+                raw = torch.as_strided(base, part.shape, part.strides, part.offset)
+        return FakeTensor(self, raw, part.device)
+
+
+def _owns(made: _Made | int | None) -> bool:
+    return isinstance(made, _Made) and made.shows is None
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[FakeTensor]:
+    return [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)]
+
+
+@contextmanager
+def remembering_fakes() -> Iterator[None]:
+    """Let this thread's exports remember fake results, inside the context."""
+    own, before = threading.get_ident(), non_strict_utils.FakeTensorMode
+
+    def make(*args: Any, **kwargs: Any) -> FakeTensorMode:
+        kind = RememberingFakeMode if threading.get_ident() == own else before
+        return kind(*args, **kwargs)
+
+    non_strict_utils.FakeTensorMode = make  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        non_strict_utils.FakeTensorMode = before  # type: ignore[misc]

@@ -1,0 +1,94 @@
+"""Stack traces: where in the model's code a trace's nodes come from, written out once a place.
+
+In: the nodes that a trace makes. Out: the same texts in `node.stack_trace` that PyTorch's tracer
+writes, which tells every frame, its file's line included, anew for each node; the calls of equal
+layers come through the same frames::
+
+    with remembered_stack_traces():  torch.export.export(model, ...)
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import CodeType, FrameType
+from typing import Any
+from unittest import mock
+
+from torch.fx import proxy
+
+
+@contextmanager
+def remembered_stack_traces() -> Iterator[None]:
+    """Let traces write each place in the code out once, inside the context."""
+    known = _Places()
+    # Private parts of PyTorch, the same from 2.11 to 2.13: without one, it writes texts as before.
+    tracer: Any = proxy.TracerBase
+    with ExitStack() as stack:
+        if hasattr(proxy, "CapturedTraceback"):
+            stack.enter_context(mock.patch.object(proxy, "CapturedTraceback", known))
+        if hasattr(tracer, "_filter_traceback_frames"):
+            wrapped = _filter_once(tracer._filter_traceback_frames)
+            stack.enter_context(mock.patch.object(tracer, "_filter_traceback_frames", wrapped))
+        yield
+
+
+class _Stack(traceback.StackSummary):
+    """Frames, outermost first, with what has been made of them."""
+
+    text: list[str] | None = None
+    filtered: dict[bool, _Stack]
+
+    def format(self, **kwargs: Any) -> list[str]:
+        if self.text is None:
+            self.text = super().format(**kwargs)
+        return self.text
+
+
+class _Places:
+    """Stands for `CapturedTraceback`; frames are told apart by code and place in it."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], _Stack] = {}
+        self._codes: dict[int, CodeType] = {}  # an id means something as long as its owner lives
+
+    def extract(self, **kwargs: Any) -> _Place:
+        """Return where the caller is."""
+        frames: list[FrameType] = []
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            frames.append(frame)
+            frame = frame.f_back
+        key = tuple(n for f in frames for n in (id(f.f_code), f.f_lasti))
+        found = self._known.get(key)
+        if found is None:
+            self._codes |= {id(f.f_code): f.f_code for f in frames}
+            found = self._known[key] = _Stack(
+                traceback.FrameSummary(f.f_code.co_filename, f.f_lineno, f.f_code.co_name)
+                for f in reversed(frames)
+            )
+            found.filtered = {}
+        return _Place(found)
+
+
+class _Place:
+    def __init__(self, stack: _Stack) -> None:
+        self._stack = stack
+
+    def summary(self) -> _Stack:
+        """Return the frames."""
+        return self._stack
+
+
+def _filter_once(filter_frames: Any) -> Any:
+    def filtered(tracer: Any, summary: Any) -> Any:
+        if not isinstance(summary, _Stack):
+            return filter_frames(tracer, summary)
+        which = bool(getattr(tracer, "_record_forward_stack_traces_only", False))
+        if which not in summary.filtered:
+            summary.filtered[which] = _Stack(filter_frames(tracer, summary))
+        return summary.filtered[which]
+
+    return filtered

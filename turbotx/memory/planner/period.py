@@ -1,0 +1,130 @@
+"""Periods: equal layers ask for equal buffers, so a few are placed and the rest repeat those.
+
+In: lifetimes and sizes of a graph of many equal layers. Out: placements of all buffers, each made
+of one for a graph of fewer layers whose middle is repeated, where that leaves no two on one byte::
+
+    repeated(lifetimes, sizes, period, place)   # 12 layers: place() sees four, the first two repeat
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from turbotx.memory.planner.plan import Lifetime
+
+Ints = npt.NDArray[np.int64]
+Place = Callable[[Sequence[Lifetime], Sequence[int]], Iterator[list[int]]]
+
+UNITS = (1, 2)
+"""How many layers repeat together: two where buffers change places from one to the next."""
+SOLVED_LAYERS = (3, 4)
+"""How many layers are placed, two of them before those that repeat; which of both counts ends as it
+began depends on the number of layers."""
+LEAST_REPEATS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """`repeats` runs of `count` buffers from the index `first`, each `span` launches later."""
+
+    first: int
+    count: int
+    span: int
+    repeats: int
+
+
+def find_period(lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> Period | None:
+    """Return the longest run of buffers, in the order of their begins, that repeats itself; None
+    where less than `LEAST_REPEATS` layers do."""
+    order = _order(lifetimes)
+    begin = np.array([lifetimes[i].begin for i in order], dtype=np.int64)
+    length = np.array([lifetimes[i].end for i in order], dtype=np.int64) - begin
+    size = np.array([sizes[i] for i in order], dtype=np.int64)
+    best: Period | None = None
+    for count in range(1, len(order) // LEAST_REPEATS + 1):
+        shift = begin[count:] - begin[:-count]
+        same = (length[count:] == length[:-count]) & (size[count:] == size[:-count])
+        if not same.any():
+            continue
+        span = int(np.bincount(shift[same]).argmax())
+        ends = np.flatnonzero(np.concatenate(([True], ~(same & (shift == span)), [True])))
+        runs = np.diff(ends) - 1
+        longest = int(runs.argmax())
+        repeats = int(runs[longest]) // count + 1
+        # Of the same buffers the shortest period comes first.
+        if span > 0 and (best is None or repeats * count > best.repeats * best.count):
+            best = Period(int(ends[longest]), count, span, repeats)
+    return best if best is not None and best.repeats >= LEAST_REPEATS else None
+
+
+def repeated(
+    lifetimes: Sequence[Lifetime], sizes: Sequence[int], period: Period, place: Place
+) -> Iterator[list[int]]:
+    """Placements, in bytes, that repeat what `place` finds for fewer layers; none where repeating
+    one would put two buffers on one byte."""
+    order = _order(lifetimes)
+    for kept, unit in itertools.product(SOLVED_LAYERS, UNITS):
+        left_out = (period.repeats - kept) // unit * unit
+        short = _shorten(lifetimes, order, period, left_out)
+        names = [i for i, _ in short]
+        for offsets in place([x for _, x in short], [sizes[i] for i in names]):
+            found = _repeat(dict(zip(names, offsets, strict=True)), order, period, left_out, unit)
+            if not _overlap(lifetimes, sizes, found):
+                yield found
+
+
+def _order(lifetimes: Sequence[Lifetime]) -> list[int]:
+    return sorted(range(len(lifetimes)), key=lambda i: lifetimes[i].begin)
+
+
+def _cut(period: Period, left_out: int) -> tuple[int, int]:
+    """Return the places, in the order, of what is left out: after the first two layers."""
+    begin = period.first + 2 * period.count
+    return begin, begin + left_out * period.count
+
+
+def _shorten(
+    lifetimes: Sequence[Lifetime], order: Sequence[int], period: Period, left_out: int
+) -> list[tuple[int, Lifetime]]:
+    """Return the buffers that are kept, and their lifetimes without the layers left out."""
+    begin, end = _cut(period, left_out)
+    shift = left_out * period.span
+    since = lifetimes[order[begin]].begin
+    kept = []
+    for place, i in enumerate(order):
+        at = lifetimes[i]
+        if place < begin:  # what ends in the next layer does so in the one that follows now
+            last = at.end if at.end <= since + period.span else max(since, at.end - shift)
+            kept.append((i, Lifetime(at.begin, max(last, at.begin + 1))))
+        elif place >= end:
+            kept.append((i, Lifetime(at.begin - shift, at.end - shift)))
+    return kept
+
+
+def _repeat(
+    known: dict[int, int], order: Sequence[int], period: Period, left_out: int, unit: int
+) -> list[int]:
+    begin, end = _cut(period, left_out)
+    found = [0] * len(order)
+    for place, i in enumerate(order):
+        left = begin <= place < end
+        repeats = unit * period.count
+        found[i] = known[order[begin - repeats + (place - begin) % repeats] if left else i]
+    return found
+
+
+def _overlap(lifetimes: Sequence[Lifetime], sizes: Sequence[int], offsets: Sequence[int]) -> bool:
+    """Return whether two buffers that are alive together share a byte."""
+    begin = np.array([x.begin for x in lifetimes])
+    end = np.array([x.end for x in lifetimes])
+    low = np.array(offsets)
+    high = low + np.array(sizes)
+    both = (begin[:, None] < end) & (begin < end[:, None])
+    both &= (low[:, None] < high) & (low < high[:, None])
+    np.fill_diagonal(both, False)
+    return bool(both.any())
