@@ -1,8 +1,8 @@
-"""A decode step: one more token behind a key/value cache, turbotx against eager, one thread.
+"""A decode step: one more token behind a key/value cache, every engine alone, one thread.
 
-In: shapes of a model, dtypes, batches and pasts; all by default, random weights. Out: a line a row
-and benchmarks/results/decode.json, written after each row, with the time to stream the weights once
-(at a bandwidth measured in the same run) beside them. Engines take turns; times are process CPU
+In: shapes of a model, dtypes, batches, pasts and engines; all by default, random weights. Out: a
+line a row and benchmarks/results/decode.json, written after each row, with the time to stream the
+weights once (at a bandwidth measured in the same run) beside them. Times are process CPU
 milliseconds, the least of the rounds::
 
     python benchmarks/decode.py --models gpt2-small --dtypes float32 --batches 1 --pasts 64
@@ -11,15 +11,19 @@ milliseconds, the least of the rounds::
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from decode_engines import ENGINES
 
-import turbotx
 from turbotx.cli.bench.runner import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "decode.json"
@@ -48,27 +52,6 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-def prefill(model: Any, batch: int, past: int) -> Any:
-    """Return a cache that holds `past` tokens."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    ids = torch.randint(0, 1000, (batch, past))
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
-
-
-def time_steps(model: Any, cache: Any, batch: int) -> list[float]:
-    """Return the milliseconds of each step."""
-    times = []
-    for _ in range(STEPS):
-        token = torch.randint(0, 1000, (batch, 1))
-        begin = time.process_time()
-        model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        times.append((time.process_time() - begin) * 1e3)
-    return times
-
-
 def stream_gb_per_s() -> float:
     """Return how fast one thread reads memory, by the best of a few sums."""
     data, best = torch.ones(STREAMED // 4), 0.0
@@ -79,21 +62,33 @@ def stream_gb_per_s() -> float:
     return best
 
 
-def measure(name: str, dtype: str, batch: int, past: int, rounds: int) -> dict[str, Any]:
-    """Return one row: the least milliseconds of a step, by engine, and the floor of the weights."""
+def measure_here(engine: str, name: str, dtype: str, batch: int, past: int, rounds: int) -> float:
+    """Return the least milliseconds of a step by one engine, in this process."""
     torch.manual_seed(0)
     model = MODELS[name]().eval().to(DTYPES[dtype])
-    engines = {"turbotx": turbotx.optimize(model), "eager": model}
-    least = dict.fromkeys(engines, float("inf"))
-    for _ in range(rounds):
-        for engine, made in engines.items():
-            cache = prefill(made, batch, past)
-            least[engine] = min(least[engine], *time_steps(made, cache, batch)[2:])
+    ids = torch.randint(0, 1000, (batch, past))
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        run = ENGINES[engine](model, Path(folder))
+        return min(min(run(ids, STEPS)[2:]) for _ in range(rounds))
+
+
+def measure(engines: list[str], key: tuple[str, str, int, int], rounds: int) -> dict[str, Any]:
+    """Return one row: the least milliseconds of a step by each engine, each in a process of its
+    own, or why there is none; and what streaming the weights once takes."""
+    name, dtype, batch, past = key
+    row: dict[str, Any] = {"model": name, "dtype": dtype, "batch": batch, "past": past}
+    with torch.device("meta"):
+        model = MODELS[name]().to(DTYPES[dtype])
     streamed = sum(p.nbytes for n, p in model.named_parameters() if "wpe" not in n)
-    floor_ms = streamed / stream_gb_per_s() / 1e6
-    return {"model": name, "dtype": dtype, "batch": batch, "past": past, "floor_ms": floor_ms,
-            **{f"{engine}_ms": ms for engine, ms in least.items()},
-            "captures": engines["turbotx"].stats()["captures"]}  # fmt: skip
+    row["floor_ms"] = streamed / stream_gb_per_s() / 1e6
+    for engine in engines:
+        with ProcessPoolExecutor(1, get_context("spawn"), initializer=torch.set_num_threads,
+                                 initargs=(1,)) as pool:  # fmt: skip
+            try:
+                row[f"{engine}_ms"] = pool.submit(measure_here, engine, *key, rounds).result()
+            except Exception as error:  # shown in the engine's place
+                row[f"{engine}_failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return row
 
 
 def main() -> None:
@@ -102,24 +97,21 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--pasts", nargs="+", type=int, default=[64, 900])
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     rows = record.setdefault("rows", [])
     names = ("model", "dtype", "batch", "past")
-    with torch.no_grad():
-        for key in (
-            (m, d, b, p)
-            for m in options.models for d in options.dtypes
-            for b in options.batches for p in options.pasts
-        ):  # fmt: skip
-            row = measure(*key, options.rounds)
-            rows[:] = [r for r in rows if tuple(r[n] for n in names) != key] + [row]
-            record["machine"] = describe_machine(torch.get_num_threads())
-            RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-            print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}"
-                            for k, v in row.items()), flush=True)  # fmt: skip
+    for key in itertools.product(options.models, options.dtypes, options.batches, options.pasts):
+        before = next((r for r in rows if tuple(r[n] for n in names) == key), {})
+        row = before | measure(options.engines, key, options.rounds)
+        rows[:] = [r for r in rows if tuple(r[n] for n in names) != key] + [row]
+        record["machine"] = describe_machine(torch.get_num_threads())
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}"
+                        for k, v in row.items()), flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ def wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def run_server(options: dict[str, Any]) -> None:
-    from turbotx.serving.engine import Head, SleepEngine
+    from sleep_engine import SleepEngine
+
+    from turbotx.serving.engine import Head
     from turbotx.serving.logs import log_as_json
     from turbotx.serving.model_files import LoadedModel, ModelInfo, find_folder, load_model
     from turbotx.serving.server import run
@@ -93,7 +95,7 @@ def run_server(options: dict[str, Any]) -> None:
         info = ModelInfo("sleep", "", "float32", costs.max_length, 8, sleeping.head)
         tokenizer = load_tokenizer(find_folder("minilm"))
         tokenizer.max_length = costs.max_length
-        model = LoadedModel(sleeping, tokenizer, info)
+        model = LoadedModel(sleeping, tokenizer, info, costs)
     else:
         import torch
 

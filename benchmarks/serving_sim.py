@@ -20,16 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from exact_schedule import least_mean_latency_ms
 
 from turbotx.serving import POLICIES, Aged, CostTable, Request, Scheduler
 from turbotx.serving.native import load_planner
-from turbotx.serving.simulation import (
-    Outcome,
-    least_mean_latency_ms,
-    offline_capacity_per_s,
-    simulate,
-    toy_table,
-)
+from turbotx.serving.simulation import Outcome, offline_capacity_per_s, simulate, toy_table
 from turbotx.serving.token_costs import TokenCosts
 from turbotx.serving.token_policies import AgedTokens, FifoTokens
 from turbotx.serving.traces import (

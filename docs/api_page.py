@@ -18,10 +18,12 @@ from turbotx import errors
 from turbotx.engine.drop_in import OptimizedModule
 from turbotx.options import Options
 from turbotx.report import Report
+from turbotx.saved.load import SavedModule
 
 PAGE = Path(__file__).parent / "api.md"
 METHODS: dict[type, tuple[str, ...]] = {
-    OptimizedModule: ("stats", "reserve", "refresh"),
+    OptimizedModule: ("packed", "stats", "reserve", "refresh"),
+    SavedModule: ("packed", "generate", "stats", "refresh"),
     Report: (
         "at", "where", "source_nodes", "numerics", "stress", "profile", "with_findings", "to_dict",
         "to_html", "dump",

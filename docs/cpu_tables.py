@@ -20,6 +20,9 @@ ENGINES = {
     "turbotx": "turbotx", "floor-mkl": "GEMMs only, MKL", "floor-onednn": "GEMMs only, oneDNN",
     "eager": "eager", "compile": "torch.compile", "compile-dynamic": "torch.compile, dynamic",
     "onnxruntime": "ONNX Runtime", "onnxruntime-optimized": "ONNX Runtime, optimized",
+    "openvino": "OpenVINO", "zentorch": "zentorch", "ctranslate2": "CTranslate2",
+    "turbotx-int8": "turbotx, int8", "onnxruntime-int8": "ONNX Runtime, int8",
+    "openvino-int8": "OpenVINO, int8", "ctranslate2-int8": "CTranslate2, int8",
 }  # fmt: skip
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from turbotx.cli import main
+from turbotx.cli.bench.engines import make_engine
 from turbotx.cli.bench.gemms_only import make_gemms_only
+from turbotx.cli.bench.peers import check_answer
 from turbotx.cli.bench.runner import CallPattern, EngineFailed, Runner, Turn, Worker, summarize
 from turbotx.cli.models import ModelWithInputs, Source
 from turbotx.errors import ModelError
@@ -52,6 +55,46 @@ def test_a_worker_says_why_it_fails() -> None:
     with pytest.raises(EngineFailed, match="no_such_module"):
         worker.wait_ready()
     worker.stop()
+
+
+ENCODER = """
+import torch, transformers
+
+def make():
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=16)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    given = {"input_ids": torch.arange(10).view(2, 5), "attention_mask": mask}
+    return transformers.BertModel(config).eval(), given
+"""
+
+
+@pytest.mark.parametrize("engine", ["openvino", "openvino-int8", "ctranslate2", "ctranslate2-int8"])
+def test_a_peer_gives_the_models_answers(engine: str, tmp_path: Path) -> None:
+    pytest.importorskip(engine.partition("-")[0])
+    path = tmp_path / "encoder.py"
+    path.write_text(ENCODER)
+    loaded = Source(f"{path}:make").load({})
+    with torch.no_grad():
+        run = make_engine(engine, loaded, tmp_path)  # compares with the model
+        ids = torch.tensor([[7, 3, 1]])
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        found = torch.as_tensor(next(iter(tree_leaves(run((), given)))))
+        wanted = loaded.model(**given)[0]
+    assert torch.cosine_similarity(found.flatten(), wanted.flatten(), 0) > 0.99
+
+
+def test_a_peer_that_answers_otherwise_is_not_measured() -> None:
+    layer = torch.nn.Linear(8, 8).eval()
+    loaded = ModelWithInputs(layer, (torch.randn(2, 8),), {})
+    check_answer("other", lambda args, kwargs: [layer(*args)], loaded)
+    with pytest.raises(ModelError, match="other answers otherwise"):
+        check_answer("other", lambda args, kwargs: layer(*args) + 0.1, loaded)
+    with pytest.raises(ModelError, match="other answers otherwise"):
+        check_answer("other", lambda args, kwargs: layer(*args) * float("nan"), loaded)
+    with pytest.raises(ModelError, match=r"\(1, 8\), the model \(2, 8\)"):
+        check_answer("other", lambda args, kwargs: layer(*args)[:1], loaded)
 
 
 def test_engines_take_turns(model: str, tmp_path: Path) -> None:

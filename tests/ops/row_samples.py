@@ -129,7 +129,7 @@ def sample_of(overload: str) -> Sample:
     tensors = iter((K, SHIFT) if whole else (X, Y, INSIDE))
     first = next((x for x, names in DOMAINS.items() if base in names), None)
     args: list[Any] = []
-    schema = next(target for target, row in OPS.items() if row.overload == overload)._schema
+    schema = next(op for op in OPS if str(op) == overload)._schema
     for a in schema.arguments:
         kind = str(a.type)
         if a.kwarg_only:
@@ -174,7 +174,7 @@ def _widen(x: torch.Tensor) -> torch.Tensor:
 def call_of(overload: str) -> Call:
     """Return the call of a row on its sample, lowered to its kernels."""
     sample = sample_of(overload)
-    target = next(target for target, row in OPS.items() if row.overload == overload)
+    target = next(op for op in OPS if str(op) == overload)
     graph, tensors = fx.Graph(), []
     with FakeTensorMode() as mode:
 
@@ -193,4 +193,4 @@ def call_of(overload: str) -> Call:
 
 
 def overloads() -> list[str]:
-    return [row.overload for row in OPS.values()]
+    return [str(op) for op in OPS]

@@ -20,10 +20,11 @@ except ImportError:
     import httpx
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from benchmarks.sleep_engine import SleepEngine
 from turbotx.serving.app import create_app
 from turbotx.serving.connections import ConnectionLimits, make_protocol
 from turbotx.serving.cost import CostTable
-from turbotx.serving.engine import Head, SleepEngine
+from turbotx.serving.engine import Head
 from turbotx.serving.listener import GracefulServer
 from turbotx.serving.model_files import LoadedModel, ModelInfo
 from turbotx.serving.service import Service
@@ -54,7 +55,8 @@ def stand_in(engine=None, head=None, max_length=32):
     head = head or Head("embedding", normalize=True)
     engine = engine or SleepEngine(fast_costs(max_length), head=head)
     info = ModelInfo("stand-in", "r1", "float32", max_length, 8, engine.head)
-    return LoadedModel(engine, word_tokenizer(max_length), info)
+    costs = getattr(engine, "costs", None)
+    return LoadedModel(engine, word_tokenizer(max_length), info, costs)
 
 
 @contextlib.contextmanager

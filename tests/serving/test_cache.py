@@ -18,14 +18,14 @@ def vector(n, width=4):
     return np.full(width, n, dtype=np.float32)
 
 
-def test_hits_misses_and_a_copy_of_its_own():
+def test_what_was_put_and_a_copy_of_its_own():
     cache = ResponseCache(1 << 20)
     source = vector(1)
     assert cache.get(key(1)) is None
     cache.put(key(1), source)
     source[:] = 7
     assert cache.get(key(1)).tolist() == [1, 1, 1, 1]
-    assert (cache.hits, cache.misses, len(cache)) == (1, 1, 1)
+    assert len(cache) == 1
 
 
 def test_keys_differ_by_revision_options_ids_and_types():
@@ -54,7 +54,7 @@ def test_size_zero_is_off_and_counts_nothing():
     cache = ResponseCache(0)
     cache.put(key(1), vector(1))
     assert cache.get(key(1)) is None
-    assert (cache.hits, cache.misses, cache.nbytes) == (0, 0, 0)
+    assert cache.nbytes == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 300)), max_size=60))

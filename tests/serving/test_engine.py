@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.sleep_engine import SleepEngine
 from tests.serving.conftest import fast_costs
 from turbotx.serving.cost import CostTable
 from turbotx.serving.engine import (
     Head,
-    SleepEngine,
     TorchEngine,
     normalize_rows,
     pad_rows,

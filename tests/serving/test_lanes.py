@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.sleep_engine import SleepEngine
 from tests.serving.conftest import fast_costs, stand_in
 from tests.serving.test_app import Logits, client_of
 from turbotx.serving.cost import CostTable
-from turbotx.serving.engine import Head, SleepEngine
+from turbotx.serving.engine import Head
 from turbotx.serving.lanes import Lanes
 from turbotx.serving.model_files import LoadedModel, ModelInfo
 from turbotx.serving.request import Request
@@ -103,7 +104,7 @@ def test_classes_deadlines_and_ages_reach_every_queue():
 def named(engine, name):
     model = stand_in(engine)
     info = ModelInfo(name, f"r-{name}", "float32", 32, model.info.width, engine.head)
-    return LoadedModel(engine, model.tokenizer, info)
+    return LoadedModel(engine, model.tokenizer, info, model.costs)
 
 
 @pytest.fixture(scope="module")

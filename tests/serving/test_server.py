@@ -27,8 +27,8 @@ from tests.serving.test_app import classifier
 from turbotx.cli.models import ModelError
 from turbotx.cli.serve import serve_models, wait_briefly
 from turbotx.serving.engine import Head
+from turbotx.serving.served import ModelFailed
 from turbotx.serving.server import run, serve
-from turbotx.serving.service import ModelFailed
 from turbotx.serving.settings import Settings, SettingsError
 
 
@@ -110,8 +110,9 @@ def test_hugging_faces_client(monkeypatch):
 
 PROGRAM = """
     import logging, sys
+    from benchmarks.sleep_engine import SleepEngine
     from tests.serving.conftest import fast_costs, stand_in
-    from turbotx.serving.engine import SleepEngine, Head
+    from turbotx.serving.engine import Head
     from turbotx.serving.logs import log_as_json
     from turbotx.serving.server import run
     from turbotx.serving.settings import Settings

@@ -7,14 +7,16 @@ import asyncio
 import numpy as np
 import pytest
 
+from benchmarks.sleep_engine import SleepEngine
 from tests.serving.conftest import fast_costs, stand_in
 from turbotx.serving.cost import CostTable
-from turbotx.serving.engine import Head, SleepEngine
+from turbotx.serving.engine import Head
 from turbotx.serving.policies import Aged, Fifo
 from turbotx.serving.refusals import NotReady
 from turbotx.serving.routes import describe_service
 from turbotx.serving.scheduler import Hungry, Lazy
-from turbotx.serving.service import ModelFailed, Scope, Service
+from turbotx.serving.served import ModelFailed
+from turbotx.serving.service import Scope, Service
 from turbotx.serving.settings import Settings, SettingsError
 from turbotx.serving.token_costs import TokenCosts
 from turbotx.serving.token_policies import FifoTokens

@@ -11,13 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.exact_schedule import least_mean_latency_ms
 from turbotx.serving import POLICIES, CostTable, Lazy, Request, Scheduler
-from turbotx.serving.simulation import (
-    least_mean_latency_ms,
-    offline_capacity_per_s,
-    simulate,
-    toy_table,
-)
+from turbotx.serving.simulation import offline_capacity_per_s, simulate, toy_table
 from turbotx.serving.traces import GAPS, LENGTHS, make_trace, poisson_gaps, uniform_lengths
 
 TOY = toy_table()

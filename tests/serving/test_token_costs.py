@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.sleep_engine import SleepEngine
 from turbotx.serving.cost import CostTableError
-from turbotx.serving.engine import Head, SleepEngine
+from turbotx.serving.engine import Head
 from turbotx.serving.measure import LONG_MS, load_or_measure, measure_token_costs
 from turbotx.serving.request import Request
 from turbotx.serving.scheduler import Scheduler

@@ -327,7 +327,8 @@ def carry(leaves: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Return what a program is fed with for a call."""
+    """Return what a program is fed with for a call. Tensors of any shape and dtype, in the order of
+    the inputs."""
     return carry(flatten_call(args, kwargs)[0])
 
 

@@ -109,7 +109,8 @@ class TracedLayer(CacheLayerMixin):
         """There is nothing to do."""
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, place: int, layer: int) -> None:
-        """Store one call's rows; `place`: see `cache_ops.block_of`."""
+        """Store one call's rows, (batch, heads, seq, head_dim) both; `place`: see
+        `cache_ops.block_of`. Raises CaptureError where a layer writes twice in one call."""
         if self.keys is not None:
             raise CaptureError(f"layer {layer} writes to the cache twice in one call")
         held, append = (self._memory, self._table), torch.ops.turbotx.cache_append

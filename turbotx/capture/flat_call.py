@@ -58,7 +58,8 @@ class FlatCall(nn.Module):
         self.training = False
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
-        """Call the model with the tensors in their places; return the leaves of its output."""
+        """Call the model with the tensors in their places; return the leaves of its output. Raises
+        Stopped around what the model's code raised."""
         leaves = list(self.constants)
         self.floats.begin()
         self.layouts.begin(tensors)

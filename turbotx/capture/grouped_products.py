@@ -17,7 +17,7 @@ from turbotx.ir import expert_ops
 
 assert expert_ops  # defines the op
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Private parts of PyTorch beside the public one: 2.9 has the first alone.
+# The public one, and the private op that it calls.
 _NAMES = ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm"))
 
 

@@ -20,7 +20,8 @@ from turbotx.errors import CaptureError, InputError, TrainingError
 
 
 def refuse_tensor(tensor: torch.Tensor) -> None:
-    """Raise InputError, or TrainingError, for an input that no program takes."""
+    """Raise InputError, or TrainingError, for an input that no program takes. x: of any shape and
+    dtype."""
     if tensor.is_nested:
         raise InputError("an input is a nested tensor; turbotx takes plain dense tensors only")
     if tensor.device.type not in ("cpu", "cuda"):

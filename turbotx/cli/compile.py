@@ -132,7 +132,8 @@ def _unpack(model: Source, out: Path, wanted: Sequence[Mapping[str, int]], outpu
 
 
 def print_stage(model: Source, stage: str, shapes: Sequence[str], output: Output) -> int:
-    """Print one stage on standard output and write nothing; with --json, as {"stage", "text"}."""
+    """Print one stage on standard output and write nothing; with --json, as {"stage", "text"}.
+    Raises InputError for an unknown stage, several shapes, or a saved file."""
     if stage not in STAGES:
         raise InputError(f"--stage {stage!r} is not one of {', '.join(STAGES)}")
     if model.is_saved:

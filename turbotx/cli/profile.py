@@ -31,7 +31,8 @@ def profile_model(
     model: Source, shapes: Sequence[str], runs: int,
     trace: Path | None, page: Path | None, output: Output,
 ) -> int:  # fmt: skip
-    """Profile at one shape and print it; return the exit code."""
+    """Profile at one shape and print it; return the exit code. Raises InputError for several
+    shapes, or fewer than 1 run."""
     if len(shapes) > 1:
         raise InputError("profile takes one --shape at a time")
     if runs < 1:

@@ -181,7 +181,10 @@ class OptimizedModule(_ModuleOf[M_co]):
 
     @_added
     def reserve(self, **dims: int) -> None:
-        """Map the memory of the largest shape now, e.g. reserve(batch=8, seq=512)."""
+        """Map the memory of the largest shape now, e.g. reserve(batch=8, seq=512).
+
+        Raises InputError for a dim that no call so far has.
+        """
         self._turbotx_engine.reserve(**dims)
 
     @_added

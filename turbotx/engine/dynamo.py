@@ -60,7 +60,8 @@ def compile_graph(
     """Return a callable for one graph: the backend that `torch.compile` calls.
 
     options: those of `turbotx.optimize`. Compilation happens at the first call, when there are real
-    tensors. Raises OptionsError; calls raise TrainingError where gradients are needed.
+    tensors. Raises OptionsError, InputError for a mode; calls raise TrainingError where gradients
+    are needed.
     """
     if mode not in (None, "default"):
         raise InputError(f"mode={mode!r}: the backend turbotx has no modes; use options={{...}}")

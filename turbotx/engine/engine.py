@@ -388,7 +388,7 @@ class Engine(EagerCalls):
         return {name: sum(x[name] for x in (found, *parts)) for name in found}
 
     def reserve(self, **dims: int) -> None:
-        """Map the memory of the largest shape now, e.g. reserve(batch=8, seq=512)."""
+        """Map the largest shape's memory now: reserve(batch=8, seq=512). Raises InputError."""
         for compiled in self.variants():
             program = compiled.program
             unknown = set(dims) - set(program.dims)

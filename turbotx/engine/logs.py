@@ -33,7 +33,8 @@ def read_logs() -> None:
 
 @functools.cache
 def show_logs(text: str) -> None:
-    """Turn on the logs that `text` names, separated by commas; once for each text."""
+    """Turn on the logs that `text` names, separated by commas; once for each text. Raises
+    OptionsError for an unknown name."""
     names = [part.strip() for part in text.split(",") if part.strip()]
     for name in names:
         if name not in TOPICS and name != "all":

@@ -120,7 +120,8 @@ class StepEngine(StepCalls, Engine):
 
     def find_dtype(self, call: Mapping[str, Any]) -> torch.dtype:
         """Return what layers write; a first call is captured over memory of any size: the graph
-        tells which size and dtype it takes."""
+        tells which size and dtype it takes. Raises CaptureError where that depends on the cache's
+        own dtype."""
         known = self._dtypes.get(read_decisive())
         if known is not None and self.shapes:
             return known
@@ -165,7 +166,9 @@ class StepEngine(StepCalls, Engine):
     def capture(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
     ) -> Captured:
-        """Return a call of an example's sizes as a graph; note what it writes to the cache."""
+        """Return a call of an example's sizes as a graph; note what it writes to the cache. Raises
+        CaptureError where layers write no keys and values, several dtypes, or other shapes than
+        before."""
         captured = super().capture(args, make_example(kwargs), outcomes)
         nodes = find_appends(captured.graph_module.graph)
         parts: dict[int, list[torch.Tensor]] = {}

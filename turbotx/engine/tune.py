@@ -96,7 +96,7 @@ class _Tunable:
 
 def tune_program(
     program: CudaGraphProgram, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
-    timer: Timer = time_launches, progress: Callable[[str], None] = lambda what: None,
+    timer: Timer = time_launches,
 ) -> list[TuningResult]:  # fmt: skip
     """Time every kernel and GEMM of a program at one shape; no other thread may run it."""
     runtime, binding = program.runtime, program.bind(dims)
@@ -113,7 +113,6 @@ def tune_program(
         first = ((t.family, [t.start, *t.step(t.start)]) for t in tunables.values())
         _build(runtime, (f.at(s, binding.sizes) for f, schedules in first for s in schedules))
         for tunable in tunables.values():
-            progress(tunable.family.name)
             with WeightCopies(runtime, tunable.launch, *run, binding.sizes) as copies:
                 found.append(_tune_one(runtime, binding, tunable, copies, timer))
     return found
@@ -145,13 +144,13 @@ def _build(runtime: CudaRuntime, candidates: Iterable[Sequence[Part]]) -> None:
 
 def tune_call(
     compiled: Compiled, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
-    timer: Timer = time_launches, progress: Callable[[str], None] = lambda what: None,
+    timer: Timer = time_launches,
 ) -> list[TuningResult]:  # fmt: skip
     """Time every kernel and GEMM of a call at one shape, with norms folded and stored."""
     found: dict[tuple[str, str], TuningResult] = {}
     for program in compiled.programs:
         assert isinstance(program, CudaGraphProgram)
-        for f in tune_program(program, dims, tensors, timer, progress):
+        for f in tune_program(program, dims, tensors, timer):
             found.setdefault((f.digest, f.bucket), f)
     return list(found.values())
 

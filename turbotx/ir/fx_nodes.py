@@ -166,7 +166,8 @@ def fake(value: Any) -> Any:
 def emit(like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """Append `target(*args, **kwargs)` at the insertion point, with its fake value computed.
 
-    `like` is the call that it stands for: the new node takes over where that came from.
+    `like` is the call that it stands for: the new node takes over where that came from. Raises
+    TypeError without a tensor among the arguments.
     """
     name = getattr(getattr(target, "overloadpacket", target), "__name__", None)
     node = like.graph.create_node("call_function", target, args, kwargs, name=name)
@@ -228,7 +229,8 @@ def optional(node: fx.Node, position: int) -> fx.Node | None:
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
-    """Return an ATen op's argument by its schema name, wherever it was passed."""
+    """Return an ATen op's argument by its schema name, wherever it was passed. Raises KeyError for
+    a name that the schema lacks."""
     if name in node.kwargs:
         return node.kwargs[name]
     target: Any = node.target

@@ -188,6 +188,18 @@ def needs_of(s: Statement) -> list[str]:
     return values_in(s.value) if isinstance(s, Index) else []
 
 
+def axes_in(value: Expr) -> frozenset[str]:
+    """Return the names of the axes that an index expression moves along by itself."""
+    return frozenset(s.name[1:] for s in value.free_symbols if s.name[0] == "@")
+
+
+def axes_of(value: Expr, varies: Mapping[str, frozenset[str]]) -> frozenset[str]:
+    """Return the names of the axes that an index expression moves along, by loaded values too.
+
+    varies: as `Kernel.varies_over` returns it."""
+    return axes_in(value).union(*(varies[v] for v in values_in(value)))
+
+
 def phase_of(s: Statement, phases: Mapping[str, int]) -> int:
     """Return the phase at whose start all that a statement needs is known; see `Kernel.phases`."""
     return max((phases[a] for a in needs_of(s)), default=0)
@@ -259,22 +271,12 @@ class Kernel:
         """Return, for each value, the names of the axes that it varies over."""
         varies: dict[str, frozenset[str]] = {}
         reduced = frozenset(a.name for a in self.columns)
-
-        def of(value: Expr) -> frozenset[str]:
-            names: frozenset[str] = frozenset()
-            for symbol in value.free_symbols:
-                if symbol.name[0] == "@":
-                    names |= {symbol.name[1:]}
-                elif symbol.name[0] == "%":
-                    names |= varies[symbol.name[1:]]
-            return names
-
         for s in self.body:
             if isinstance(s, Load):
                 mask = varies[s.access.mask] if s.access.mask else frozenset()
-                varies[s.result] = of(s.access.offset) | mask
+                varies[s.result] = axes_of(s.access.offset, varies) | mask
             elif isinstance(s, Index):
-                varies[s.result] = of(s.value)
+                varies[s.result] = axes_of(s.value, varies)
             elif isinstance(s, Constant):
                 varies[s.result] = frozenset()
             elif isinstance(s, Compute):

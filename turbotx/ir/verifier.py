@@ -25,7 +25,8 @@ from turbotx.ir.views import SPLITS, is_view
 
 
 def check_graph(graph: fx.Graph) -> None:
-    """Every node has its value, every shape speaks of named dims, arguments come before uses."""
+    """Every node has its value, every shape speaks of named dims, arguments come before uses.
+    Raises VerifyError with the node that breaks it."""
     seen: set[fx.Node] = set()
     for node in graph.nodes:
         for source in node.all_input_nodes:
@@ -60,8 +61,8 @@ def _check_dims(node: fx.Node) -> None:
 
 
 def check_region(nodes: Sequence[fx.Node], outputs: Collection[fx.Node]) -> None:
-    """Check that a region is convex, so that no path leaves it and comes back, and its outputs
-    its own."""
+    """Check that a region is convex, so that no path leaves it and comes back, and its outputs its
+    own. Raises VerifyError with the node that breaks it."""
     inside = set(nodes)
     for node in outputs:
         if node not in inside:
@@ -91,7 +92,8 @@ def _is_view_of_inside(node: fx.Node, inside: set[fx.Node], after: set[fx.Node])
 
 
 def check_kernel(kernel: ir.Kernel) -> None:
-    """Values are made once and before use; offsets speak of known axes; stores go to outputs."""
+    """Values are made once and before use; offsets speak of known axes; stores go to outputs.
+    Raises VerifyError with the value or param that breaks it."""
     params = {p.name: p for p in kernel.params}
     axes = {a.name for a in kernel.axes}
     if len(params) != len(kernel.params) or len(axes) != len(kernel.axes):
@@ -166,7 +168,8 @@ def check_launches(
     tensors: dict[str, ir.Tensor], launches: Sequence[ir.Launch], returned: Collection[str]
 ) -> None:
     """Everything read was written before, nothing is lost, and a launch's dtypes are its tensors':
-    one that wrote wider elements than the graph says would write over what lies behind."""
+    one that wrote wider elements than the graph says would write over what lies behind. Raises
+    VerifyError with the launch that breaks it."""
     written = {n for n, t in tensors.items() if t.kind in ("input", "parameter", "hoisted")}
     for launch in launches:
         for name in launch.reads:

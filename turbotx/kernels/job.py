@@ -88,7 +88,8 @@ class Binary:
 
 
 def read_entry(ptx: str) -> tuple[str, int, int]:
-    """Return the kernel's name in the machine code, its threads and its number of arguments."""
+    """Return the kernel's name in the machine code, its threads and its number of arguments. Raises
+    BuildError for PTX that says no number of threads."""
     entry = re.search(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)\s*\.(?:req|max)ntid\s+(\d+)", ptx)
     if entry is None:
         raise BuildError("the PTX has no entry that says how many threads it runs with")

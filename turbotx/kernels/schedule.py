@@ -67,12 +67,10 @@ def outer_axes(kernel: ir.Kernel) -> tuple[ir.Axis, ...]:
     return kernel.rows if kernel.columns else kernel.axes[:-1]
 
 
-def choose_schedule(
-    kernel: ir.Kernel, dims: Mapping[str, int] | None = None, numbers: Heuristics = DEFAULT
-) -> Schedule:
+def choose_schedule(kernel: ir.Kernel, dims: Mapping[str, int] | None = None) -> Schedule:
     """Return the schedule for a kernel at `dims`; without them, for middling run-time lengths."""
     wide = dims is not None and needs_wide(kernel, dims)
-    return schedule_for(kernel, _length(kernel, dims), wide, is_strided(kernel), numbers)
+    return schedule_for(kernel, _length(kernel, dims), wide, is_strided(kernel))
 
 
 def schedule_for(

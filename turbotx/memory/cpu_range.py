@@ -107,7 +107,8 @@ class CpuRange:
             self.capacity_nbytes = align(self.capacity_nbytes // 2, CHUNK_NBYTES)
 
     def map_to(self, nbytes: int) -> None:
-        """Backs the first `nbytes` (a multiple of 2 MiB); never shrinks."""
+        """Backs the first `nbytes` (a multiple of 2 MiB); never shrinks. Raises MemoryExhausted
+        beyond the reserved addresses or the system's memory."""
         if nbytes <= self.mapped_nbytes:
             return
         wanted = nbytes - self.mapped_nbytes

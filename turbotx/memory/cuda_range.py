@@ -61,7 +61,8 @@ class CudaRange:
         self.close.atexit = False  # the driver goes away by itself, and takes the memory along
 
     def map_to(self, nbytes: int) -> None:
-        """Backs at least the first `nbytes`, with one allocation; never shrinks."""
+        """Backs at least the first `nbytes`, with one allocation; never shrinks. Raises
+        MemoryExhausted beyond the reserved addresses or the device's memory."""
         wanted = -(-nbytes // self._granule) * self._granule - self.mapped_nbytes
         if wanted <= 0:
             return
@@ -100,7 +101,8 @@ class CudaRange:
 
 
 def call(driver: Any, name: str, *arguments: object) -> Any:
-    """One driver call, by name; its value, or the error that its code stands for."""
+    """One driver call, by name; its value, or the error that its code stands for. Raises
+    MemoryExhausted where the device has no memory left, CudaMemoryError for every other code."""
     code, *values = getattr(driver, name)(*arguments)
     if int(code) == 0:
         return values[0] if values else None

@@ -42,14 +42,13 @@ class PoolStats:
     """Bytes are summed over the arenas; counts are since the pool was made.
 
     `chunk_allocations` counts the times that memory was asked of the device, each for one chunk
-    or more; `peak_nbytes` is the most that was mapped, `peak_used_nbytes` the most that leases
-    asked for at one moment; `waits` counts leases that found every arena taken.
+    or more; `peak_nbytes` is the most that was mapped; `waits` counts leases that
+    found every arena taken.
     """
 
     mapped_nbytes: int
     used_nbytes: int
     peak_nbytes: int
-    peak_used_nbytes: int
     chunk_allocations: int
     trims: int
     waits: int
@@ -137,7 +136,7 @@ class ChunkPool:
         self._quiet_leases: dict[int, int] = {}
         self._quiet_peak: dict[int, int] = {}
         self._reserved_nbytes = 0
-        self._used_nbytes = self._peak_nbytes = self._peak_used_nbytes = 0
+        self._used_nbytes = self._peak_nbytes = 0
         self._waiting = 0
         self._chunk_allocations = self._trims = self._waits = 0
 
@@ -163,7 +162,8 @@ class ChunkPool:
             return arena
 
     def reserve(self, nbytes: int, arenas: int = 1) -> None:
-        """Map `nbytes` in each of the first `arenas` arenas, at once and for good."""
+        """Map `nbytes` in each of the first `arenas` arenas, at once and for good. Raises
+        ValueError for less than one arena or more than `max_arenas`."""
         if not 1 <= arenas <= self.max_arenas:
             raise ValueError(f"cannot reserve {arenas} of {self.max_arenas} arenas")
         with self._changed:
@@ -189,7 +189,6 @@ class ChunkPool:
                 mapped_nbytes=self._mapped_nbytes(),
                 used_nbytes=self._used_nbytes,
                 peak_nbytes=self._peak_nbytes,
-                peak_used_nbytes=self._peak_used_nbytes,
                 chunk_allocations=self._chunk_allocations,
                 trims=self._trims,
                 waits=self._waits,
@@ -234,8 +233,6 @@ class ChunkPool:
         self._idle.remove(arena)
         arena.used_nbytes = nbytes
         self._used_nbytes += nbytes
-        if self._used_nbytes > self._peak_used_nbytes:
-            self._peak_used_nbytes = self._used_nbytes
         return arena
 
     def _pick_idle(self, nbytes: int) -> Arena:

@@ -58,20 +58,14 @@ def _embedding(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 
 
 def _gather(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
+    """gather, whose places are as many as its results; index_select, whose are those of one
+    dim."""
     source, dim, at = node.args[:3]
     if not g.shape(source):  # a single element, gathered at place 0
         return m.element(source, ())
     d = dim % len(index)
-    place = m.position(m.element(at, index), g.shape(source)[d])
-    return m.element(source, (*index[:d], place, *index[d + 1 :]))
-
-
-def _index_select(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
-    source, dim, at = node.args[:3]
-    if not g.shape(source):
-        return m.element(source, ())
-    d = dim % len(index)
-    place = m.position(m.element(at, (index[d],)), g.shape(source)[d])
+    places = index if node.target is torch.ops.aten.gather.default else (index[d],)
+    place = m.position(m.element(at, places), g.shape(source)[d])
     return m.element(source, (*index[:d], place, *index[d + 1 :]))
 
 
@@ -218,7 +212,7 @@ def _triangle(keep: str) -> Callable[..., Any]:
 
 indexed("aten.embedding.default", _embedding)
 indexed("aten.gather.default", _gather)
-indexed("aten.index_select.default", _index_select)
+indexed("aten.index_select.default", _gather)
 indexed("aten.index.Tensor", _index)
 indexed("aten.cat.default", _cat)
 indexed("aten.constant_pad_nd.default", _pad)

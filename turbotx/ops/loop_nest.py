@@ -98,7 +98,8 @@ class LoopNest:
         return sympy.expand(sympy.Add(*low)), sympy.expand(sympy.Add(*high))
 
     def split(self, flat: Expr, by: Expr) -> tuple[Expr, Expr]:
-        """Return (flat // by, flat % by), exactly; asks for an axis to be split if that helps."""
+        """Return (flat // by, flat % by), exactly; asks for an axis to be split if that helps.
+        Raises NeedsAxisSplit where a split would help."""
         quotient, rest = _take_multiples(flat, by)
         if rest == 0:
             return quotient, ZERO
@@ -134,7 +135,8 @@ class LoopNest:
         """Return the index into a reduction's dims, on the row axes; choose those if need be.
 
         `used` are the axes of the place that the result stands at. Raises Conflict where the
-        kernel's reductions already run over other axes.
+        kernel's reductions already run over other axes. Raises FusionConflict where the run reduces
+        over other axes.
         """
         if not self.rows:
             self.rows = self._choose_rows(extents, used)

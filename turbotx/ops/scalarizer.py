@@ -265,7 +265,8 @@ class Scalarizer(KernelBuilder):
         kept: Sequence[Expr],
         node: fx.Node,
     ) -> tuple[Element, ...]:
-        """Reduce `pull(inner index)` over `extents`; the result stands at the `kept` index."""
+        """Reduce `pull(inner index)` over `extents`; the result stands at the `kept` index. Raises
+        FusionConflict inside a masked part."""
         used = self._axes_at(kept, node)
         masked = bool(self._masks)
         with self._unmasked(used, node):
@@ -279,7 +280,9 @@ class Scalarizer(KernelBuilder):
     def scan(
         self, op: str, source: Any, d: int, index: tuple[Expr, ...], dtype: torch.dtype
     ) -> Element:
-        """Return the running `op` of `source` over dim `d`, from its first element to `index`."""
+        """Return the running `op` of `source` over dim `d`, from its first element to `index`.
+        Raises FusionConflict inside a masked part, and where it is read across the scan's axis or
+        would run again and again."""
         node, extent = self._stack[-1], g.shape(source)[d]
         if self._masks:
             raise FusionConflict(node, f"{node.name} runs inside a masked part (cat or pad)")
@@ -322,7 +325,7 @@ class Scalarizer(KernelBuilder):
             if isinstance(s, ir.Load):
                 found.add("%")
             if isinstance(s, ir.Index):
-                found |= {x.name[1:] for x in s.value.free_symbols if x.name[0] == "@"}
+                found |= ir.axes_in(s.value)
         return found
 
     def _axes_at(self, kept: Sequence[Expr], node: fx.Node) -> set[str]:

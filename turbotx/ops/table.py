@@ -27,7 +27,6 @@ class Row:
     dtype; an indexed one takes (machine, node, index).
     """
 
-    overload: str
     kind: str
     rule: Callable[..., Any]
     as_is: tuple[int, ...] = ()
@@ -53,7 +52,7 @@ def pointwise(overloads: str, rule: Callable[..., Any], as_is: tuple[int, ...] =
     for overload in overloads.split():
         target = _resolve(overload)
         if target is not None:
-            OPS[target] = Row(overload, "pointwise", rule, as_is)
+            OPS[target] = Row("pointwise", rule, as_is)
 
 
 def indexed(overloads: str, rule: Callable[..., Any], reduces: bool = False) -> None:
@@ -61,7 +60,7 @@ def indexed(overloads: str, rule: Callable[..., Any], reduces: bool = False) -> 
     for overload in overloads.split():
         target = _resolve(overload)
         if target is not None:
-            OPS[target] = Row(overload, "indexed", rule, reduces=reduces)
+            OPS[target] = Row("indexed", rule, reduces=reduces)
 
 
 def is_computed(node: Any) -> bool:

@@ -87,7 +87,7 @@ class Packer:
                 self.values[node] = made
 
     def apply(self, node: fx.Node) -> Any:
-        """Return what a node is over tokens."""
+        """Return what a node is over tokens. Raises Refused for an op without a rule."""
         rule = self._rule_of(node)
         if rule is None:
             raise Refused(node, "is no op that is known to take each token by itself")
@@ -132,7 +132,8 @@ class Packer:
         return self.pull(node) if any(map(self.sizes.is_seq, g.shape(node))) else None
 
     def whole(self, node: Any, what: str, of: fx.Node) -> Any:
-        """Return an operand that has to be one thing for all tokens."""
+        """Return an operand that has to be one thing for all tokens. Raises Refused where it varies
+        by token."""
         if g.is_tensor(node) and (
             node in self.values or any(map(self.sizes.varies, g.shape(node)))
         ):
@@ -140,28 +141,31 @@ class Packer:
         return node
 
     def operand(self, node: fx.Node, position: int = 0) -> ByToken:
-        """Return an operand that has to be over tokens."""
+        """Return an operand that has to be over tokens. Raises Refused where it is not."""
         found = self.find(node.args[position])
         if found is None:
             raise Refused(node, "reads no tensor over tokens")
         return found
 
     def apart(self, node: fx.Node, x: ByToken, dim: int) -> int:
-        """Return a dim that an op works along, from the front; it may hold no tokens."""
+        """Return a dim that an op works along, from the front; it may hold no tokens. Raises
+        Refused where it does."""
         dim = dim % len(x.dims)
         if {"s", "b"} & set(x.dims[dim]):
             raise Refused(node, "works along the dim that holds the tokens, so that they meet")
         return dim
 
     def fixed_dims(self, node: fx.Node, dims: Dims, at: int) -> Dims:
-        """Return dims with that of dim `at` as the node's own extent, a number."""
+        """Return dims with that of dim `at` as the node's own extent, a number. Raises Refused
+        where that is no number."""
         fixed = self.sizes.fixed(g.shape(node)[at])
         if fixed is None:
             raise Refused(node, f"has the size {g.shape(node)[at]} beside its tokens")
         return (*dims[:at], fixed, *dims[at + 1 :])
 
     def token(self, node: fx.Node, dims: Dims) -> ByToken:
-        """Return a ByToken, checked to have the extents that its dims say."""
+        """Return a ByToken, checked to have the extents that its dims say. Raises Refused where it
+        has others."""
         shape = g.shape(node)
         tokens = g.size(self.tokens)
         wanted = [extent_of(f) * (tokens if "s" in f else 1) for f in dims]
@@ -266,7 +270,8 @@ class Packer:
 
     def spread(self, node: fx.Node, b: int, s: int) -> ByToken:
         """Return a whole tensor by batch row, its batch along dim `b`, both counted from the end,
-        as one over tokens along dim `s`: an element of each token's own row."""
+        as one over tokens along dim `s`: an element of each token's own row. Raises Refused where
+        it has an extent in the columns' place."""
         rank = len(g.shape(node))
         wide = max(rank, -s)
         made = self.emit(

@@ -125,7 +125,8 @@ class _MaskParts:
 
 
 def attend(p: Packer, node: fx.Node) -> ByToken:
-    """Return attention by sequence."""
+    """Return attention by sequence. Raises Refused where queries or keys are not one a token, stand
+    behind a cache, or may see padding."""
     q, k, v = (p.operand(node, i) for i in range(3))
     for x in (q, k, v):
         if len(x.dims) != 4 or x.dims[0] != ("b",) or x.dims[2] != ("s",):

@@ -24,7 +24,8 @@ aten = torch.ops.aten
 
 
 def pointwise(p: Packer, node: fx.Node) -> ByToken:
-    """Operands are aligned from the right, as broadcasting does; whole ones are looked up."""
+    """Operands are aligned from the right, as broadcasting does; whole ones are looked up. Raises
+    Refused for operands of other sizes."""
     given = [n for n in node.all_input_nodes if g.is_tensor(n)]
     tokens = {n: t for n in given if (t := p.find(n)) is not None}
     rank = len(g.shape(node))
@@ -84,7 +85,8 @@ def _arguments(node: fx.Node) -> Any:
 
 
 def reshape(p: Packer, node: fx.Node) -> ByToken:
-    """Keep the batch and the columns whole, and split or merge what is beside them."""
+    """Keep the batch and the columns whole, and split or merge what is beside them. Raises Refused
+    where the batch or the columns are taken apart."""
     x = p.operand(node)
     dims = p.sizes.regroup(x.dims, g.shape(node))
     if dims is None:
@@ -124,7 +126,8 @@ def squeeze(p: Packer, node: fx.Node) -> ByToken:
 
 
 def expand(p: Packer, node: fx.Node) -> ByToken:
-    """Expand beside the tokens; what does not vary over the batch stays one row."""
+    """Expand beside the tokens; what does not vary over the batch stays one row. Raises Refused for
+    an element a pair of columns."""
     x, shape = p.operand(node), g.shape(node)
     new = len(shape) - len(x.dims)
     dims = [(), ] * new + list(x.dims)  # fmt: skip
@@ -139,7 +142,8 @@ def expand(p: Packer, node: fx.Node) -> ByToken:
 
 
 def cut(p: Packer, node: fx.Node) -> Any:
-    """`slice`: beside tokens as it is; of a whole tensor, its first columns by token."""
+    """`slice`: beside tokens as it is; of a whole tensor, its first columns by token. Raises
+    Refused for other columns."""
     d, step = int(g.argument(node, "dim")), g.argument(node, "step")
     start, end = g.argument(node, "start"), g.argument(node, "end")
     source, shape = g.shape(g.operand(node, 0)), g.shape(node)
@@ -178,7 +182,7 @@ def select(p: Packer, node: fx.Node) -> Any:
 
 
 def split(p: Packer, node: fx.Node) -> list[ByToken]:
-    """Cut a dim beside the tokens into parts."""
+    """Cut a dim beside the tokens into parts. Raises Refused for parts of no known size."""
     x = p.operand(node)
     d = p.apart(node, x, int(g.argument(node, "dim")))
     made = p.emit(node, node.target, x.node, *node.args[1:], **node.kwargs)
@@ -197,7 +201,7 @@ def split(p: Packer, node: fx.Node) -> list[ByToken]:
 
 
 def piece(p: Packer, node: fx.Node) -> ByToken:
-    """Take one part of a split."""
+    """Take one part of a split. Raises Refused for one of several results that are no split's."""
     pieces: Any = p.values.get(g.operand(node, 0))
     if isinstance(pieces, Refused):
         raise pieces
@@ -228,7 +232,8 @@ def fill(p: Packer, node: fx.Node) -> ByToken:
 
 
 def cat(p: Packer, node: fx.Node) -> ByToken:
-    """Join tensors along a dim beside the tokens."""
+    """Join tensors along a dim beside the tokens. Raises Refused where others are not by token, or
+    along other dims."""
     parts: Any = node.args[0]
     found = [p.find(n) for n in parts]
     if None in found:
@@ -252,7 +257,8 @@ def embedding(p: Packer, node: fx.Node) -> ByToken:
 
 
 def gather(p: Packer, node: fx.Node) -> ByToken:
-    """Of a table, places by token; of tokens, along a dim that holds none."""
+    """Of a table, places by token; of tokens, along a dim that holds none. Raises Refused for
+    tokens of other rows."""
     at, x, source = p.operand(node, 2), p.find(node.args[0]), _arguments(node)[0]
     d = _arguments(node)[1] % len(at.dims)
     if x is not None:
@@ -272,7 +278,8 @@ def gather(p: Packer, node: fx.Node) -> ByToken:
 
 
 def index(p: Packer, node: fx.Node) -> ByToken:
-    """Of a table, rows by token; of tokens, each one's own (b, s), as masks are made."""
+    """Of a table, rows by token; of tokens, each one's own (b, s), as masks are made. Raises
+    Refused where values tell the places, or for several indices."""
     listed: Any = node.args[1]
     x = p.find(node.args[0])
     if x is None:
@@ -309,7 +316,8 @@ def linear(p: Packer, node: fx.Node) -> ByToken:
 
 
 def matmul(p: Packer, node: fx.Node) -> ByToken:
-    """Rows by token times what is one thing for all of them."""
+    """Rows by token times what is one thing for all of them. Raises Refused for tokens times
+    tokens."""
     x = p.find(node.args[0])
     if x is None or p.find(node.args[1]) is not None:
         raise Refused(node, "multiplies tokens with each other")
@@ -325,7 +333,8 @@ def matmul(p: Packer, node: fx.Node) -> ByToken:
 
 
 def addmm(p: Packer, node: fx.Node) -> ByToken:
-    """Multiply each token's row by a weight, and add a bias."""
+    """Multiply each token's row by a weight, and add a bias. Raises Refused for tokens times
+    tokens."""
     bias, x, weight = node.args
     made = p.find(x)
     if made is None:

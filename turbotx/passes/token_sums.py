@@ -50,7 +50,8 @@ def _by_sequence(p: Packer, node: fx.Node, x: ByToken, target: Any, *more: Any) 
 
 
 def reduce(p: Packer, node: fx.Node) -> Any:
-    """Beside tokens as it is; along them, by sequence, where hidden tokens do not count."""
+    """Beside tokens as it is; along them, by sequence, where hidden tokens do not count. Raises
+    Refused for what has no such form."""
     x = p.operand(node)
     rank = len(x.dims)
     target: Any = node.target

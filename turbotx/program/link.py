@@ -67,6 +67,15 @@ class LaunchLayout:
         """Return the place of an expression in the table of sizes."""
         return self.values.setdefault(e, len(self.values))
 
+    def shifts(self, operands: Mapping[str, ir.Operand | None]) -> list[tuple[str, int]]:
+        """Return name and offset, in bytes and as a place in the table, of each operand that begins
+        within its tensor."""
+        return [
+            (name, self.value(a.offset * a.dtype.itemsize))
+            for name, a in operands.items()
+            if a is not None and a.offset != 0
+        ]
+
     def expression(self, place: int) -> Expr:
         """Return the expression at a place of the table of sizes."""
         return list(self.values)[place]

@@ -15,7 +15,7 @@ import torch
 from turbotx import ir
 from turbotx.engine.compiled import Compiled
 from turbotx.report.numerics import Error, LaunchErrors
-from turbotx.report.replay import make_reader, make_viewer
+from turbotx.report.replay import dims_of, make_reader, make_viewer
 from turbotx.runtime.state import RunState
 
 GENERATED = (ir.KernelLaunch, ir.AttentionLaunch)
@@ -53,10 +53,10 @@ def stress(
     """Return, by case, the error of every generated kernel; nothing else may use `compiled`.
 
     Attention takes the small numbers, and minus infinities in its bias: scores of 1e8 would measure
-    how products are rounded, which is the GEMM's matter, in eager as in turbotx.
+    how products are rounded, which is the GEMM's matter, in eager as in turbotx. tensors: the
+    call's inputs, for their shapes and integers.
     """
-    sizes = compiled.captured.matcher.match([t.shape for t in tensors])
-    assert sizes is not None
+    sizes = dims_of(compiled, tensors)
     found = {}
     for case in CASES:
         watch = _Harsh(case, compiled, names, dims)

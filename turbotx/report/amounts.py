@@ -45,3 +45,11 @@ def show_cache(cache: CacheEntry) -> str:
         show_nbytes, (cache.token_nbytes, cache.filled_nbytes, cache.nbytes)
     )
     return f"Key/value cache: {token} a token; {filled} filled, in {nbytes}"
+
+
+def layer_of(module: str, model: str = "model") -> str:
+    """Return a module's path down to its layer: encoder.layer.0 of encoder.layer.0.output.dense,
+    the first part where there is none, `model` where that is empty."""
+    parts = module.split(".")
+    ends = [k for k, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: ends[0] + 1]) if ends else (parts[0] or model)

@@ -8,7 +8,7 @@ In: a `Report` and a folder. Out: the files written, in order::
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,8 +44,8 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def dump(report: Record, folder: Path, done: Callable[[Path], None] | None = None) -> Dumped:
-    """Write every stage of a report into `folder`; `done` hears of each file.
+def dump(report: Record, folder: Path) -> Dumped:
+    """Write every stage of a report into `folder`.
 
     Files of an earlier dump are overwritten. Raises DumpError where the folder cannot be made.
     """
@@ -55,8 +55,6 @@ def dump(report: Record, folder: Path, done: Callable[[Path], None] | None = Non
         path = folder / name
         path.write_text(text, encoding="utf-8")
         dumped.files.append(path)
-        if done is not None:
-            done(path)
     return dumped
 
 

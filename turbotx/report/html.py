@@ -17,7 +17,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from turbotx.memory.planner.svg import plan_to_svg
 from turbotx.report.amounts import show_cache, show_nbytes, show_shape
-from turbotx.report.entries import RegionEntry
 from turbotx.report.layers import find_layers, plan_of
 from turbotx.report.page_data import page_data
 from turbotx.report.record import Record
@@ -115,12 +114,9 @@ def _ribbons(report: Record) -> str:
 
 def _regions(report: Record) -> str:
     """Equal regions of different layers are one row."""
-    groups: dict[tuple[tuple[str, ...], ...], list[RegionEntry]] = {}
-    for region in report.regions:
-        groups.setdefault((region.ops, region.kernels, region.became), []).append(region)
     traffic = {k.name: k.compulsory_nbytes for k in report.kernels}
     rows = []
-    for (ops, kernels, words), regions in groups.items():
+    for (ops, kernels, words), regions in report.equal_regions().items():
         became = "<br>".join(f"<code>{escape(k)}</code>" if kernels else escape(k) for k in words)
         if regions[0].reason and not regions[0].epilogue_of:
             became += f"<br><small>{escape(regions[0].reason)}</small>"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from turbotx.memory.planner import Buffer, Chunk, Lifetime, Placement, Plan
+from turbotx.report.amounts import layer_of
 from turbotx.report.entries import Memory
 from turbotx.report.record import Record
 
@@ -19,13 +20,6 @@ def find_layers(report: Record) -> Callable[[str], str]:
     """Return a function from a buffer's name to the layer whose launch writes it."""
     module = {w: x.module for x in report.launches for w in x.writes}
     return lambda buffer: layer_of(module.get(buffer, ""))
-
-
-def layer_of(module: str) -> str:
-    """Return a module's path up to its first number, or its first part."""
-    parts = module.split(".")
-    ends = [k for k, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: ends[0] + 1]) if ends else (parts[0] or "model")
 
 
 def plan_of(memory: Memory) -> Plan:

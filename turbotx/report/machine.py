@@ -9,12 +9,10 @@ takes a file. `turbotx doctor` prints them, and a report keeps them::
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -25,6 +23,7 @@ import torch
 
 from turbotx.errors import TurbotxError, versions
 from turbotx.kernels.build import build_library, cache_directory, find_compiler, share_openmp
+from turbotx.kernels.processor import processor_flags, processor_name
 from turbotx.runtime.cuda.device import CudaDevice
 
 VECTORS = ("avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "avx2", "fma", "f16c", "asimd", "sve")
@@ -108,22 +107,10 @@ def _openmp() -> Diagnosis:
     return Diagnosis("openmp", "ok", f"{Path(library).name}, shared with PyTorch")
 
 
-@functools.cache
-def processor_name() -> str:
-    """Return the processor's name, as it calls itself."""
-    try:
-        name = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        name = None
-    return name[1] if name else platform.processor() or platform.machine()
-
-
 def _vectors() -> Diagnosis:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
+    flags = processor_flags()
+    if not flags:  # the system does not say
         return Diagnosis("processor", "ok", processor_name())
-    flags = set(re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.M)[:1][0].split())
     units = [v for v in VECTORS if v in flags]
     found = f"{processor_name()}: {', '.join(units) or 'no vector units'}"
     if {"avx512f", "avx2", "asimd"} & flags:

@@ -260,7 +260,8 @@ def compare(
     name: str, kernel: str, module: str,
     ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor,
 ) -> Error:  # fmt: skip
-    """Return the largest differences; equal infinities and NaNs in the same place count as none."""
+    """Return the largest differences; equal infinities and NaNs in the same place count as none.
+    Tensors of one shape; compared in float64."""
     rounds = exact.is_floating_point() and not ours.is_floating_point()
     exact = exact.double().reshape(ours.shape)
     if ours.is_floating_point():
@@ -310,7 +311,8 @@ def pool(errors: Sequence[tuple[Hashable, Error]]) -> list[Error]:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return the largest difference, NaN where only one of the two has a NaN."""
+    """Return the largest difference, NaN where only one of the two has a NaN. Tensors of one shape;
+    compared in float64."""
     a, b = a.double(), b.double().reshape(a.shape)
     same = (a == b) | (a.isnan() & b.isnan())
     apart = torch.where(same, 0.0, (a - b).abs())

@@ -21,7 +21,9 @@ from turbotx.capture.ambient import read_decisive
 from turbotx.capture.arguments import tensors_of
 from turbotx.capture.call_key import describe_call
 from turbotx.engine.compiled import Compiled
+from turbotx.report.amounts import layer_of
 from turbotx.report.entries import LaunchEntry
+from turbotx.report.replay import dims_of
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.program import Program
 
@@ -84,7 +86,7 @@ class Profile:
 
     def by_module(self) -> dict[str, tuple[float, int]]:
         """Return microseconds and count of every module, down to its layer."""
-        return self.by(lambda x: shorten(x.module))
+        return self.by(lambda x: layer_of(x.module, "(the model itself)"))
 
     def to_chrome_trace(self) -> dict[str, Any]:
         """Return the trace-event format that chrome://tracing and Perfetto read."""
@@ -103,22 +105,15 @@ class Profile:
         return {"traceEvents": events, "displayTimeUnit": "ns"}
 
 
-def shorten(module: str) -> str:
-    """Return a module's path down to its layer: encoder.layer.0 of encoder.layer.0.output.dense."""
-    parts = module.split(".")
-    numbers = [k for k, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else (parts[0] or "(the model itself)")
-
-
 def profile(
     compiled: Compiled, launches: Sequence[LaunchEntry],
     args: tuple[Any, ...], kwargs: dict[str, Any], runs: int,
 ) -> Profile:  # fmt: skip
-    """Time every launch over `runs` runs; no other thread may run it meanwhile."""
+    """Time every launch over `runs` runs; no other thread may run it meanwhile. Raises InputError
+    for inputs of another call."""
     tensors = tensors_of(args, kwargs)
-    dims = compiled.captured.matcher.match([t.shape for t in tensors])
-    assert dims is not None
-    found = time_program(compiled.program, launches, compiled.program.bind(dims), tensors, runs)
+    binding = compiled.program.bind(dims_of(compiled, tensors))
+    found = time_program(compiled.program, launches, binding, tensors, runs)
     return replace(found, guards_us=time_guards(compiled, args, kwargs))
 
 

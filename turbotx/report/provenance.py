@@ -19,7 +19,8 @@ import torch
 
 from turbotx.engine.compiled import Compiled
 from turbotx.errors import versions
-from turbotx.report.machine import CHECKS, Diagnosis, check_extras, processor_name
+from turbotx.kernels.processor import processor_name
+from turbotx.report.machine import CHECKS, Diagnosis, check_extras
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
 
 

@@ -76,6 +76,14 @@ class Record:
         """The regions, with their kernels and why they end where they do."""
         return describe_regions(self.view)
 
+    def equal_regions(self) -> dict[tuple[tuple[str, ...], ...], list[entries.RegionEntry]]:
+        """Return the regions, those of different layers together that have one ops, kernels and
+        became: the key."""
+        groups: dict[tuple[tuple[str, ...], ...], list[entries.RegionEntry]] = {}
+        for region in self.regions:
+            groups.setdefault((region.ops, region.kernels, region.became), []).append(region)
+        return groups
+
     @cached_property
     def kernels(self) -> list[entries.KernelEntry]:
         """The generated functions, equal ones once."""
@@ -135,7 +143,8 @@ class Record:
         return replace(self, compiled=compiled, dims=wanted, findings=findings)
 
     def with_findings(self: Self, **found: Any) -> Self:
-        """Return the report with more findings: numerics, profile or resources, see `Findings`."""
+        """Return the report with more findings: what `numerics` and `profile` returned under these
+        names, and resources, by kernel and target."""
         return replace(self, findings=replace(self.findings, **found))
 
     def function_of(self, launch: ir.Launch) -> str:
@@ -167,7 +176,8 @@ class Record:
 
 
 def follow(dims: Mapping[str, int], given: Mapping[str, int]) -> dict[str, int]:
-    """Return `dims` with the given ones changed, and those changed along that had their sizes."""
+    """Return `dims` with the given ones changed, and those changed along that had their sizes.
+    Raises InputError for an unknown dim or a size below 1."""
     unknown = sorted(set(given) - set(dims))
     if unknown:
         raise InputError(f"no dim is called {unknown[0]!r}; this model's are {', '.join(dims)}")

@@ -15,6 +15,7 @@ import torch
 
 from turbotx import ir
 from turbotx.engine.compiled import Compiled
+from turbotx.errors import InputError
 from turbotx.program.link import plain_window
 from turbotx.runtime.aten import make_window
 from turbotx.runtime.state import RunState
@@ -32,11 +33,25 @@ class Observer(Protocol):
         """See the tensors as the launch of that index has left them."""
 
 
+def dims_of(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Return the values of a compiled call's dims for these inputs, in the dims' order.
+
+    Raises InputError for inputs of another call: other tensors, ranks, or sizes that break a guard.
+    """
+    matcher, shapes = compiled.captured.matcher, [tuple(t.shape) for t in tensors]
+    ranks = [len(sizes) for _, sizes in matcher.rules.inputs]
+    if ranks != list(map(len, shapes)):
+        raise InputError(f"inputs of the shapes {shapes} are of another call: ranks are {ranks}")
+    dims = matcher.match(shapes)
+    if dims is None:
+        raise InputError(f"these inputs are of another call: {matcher.explain(shapes)}")
+    return dims
+
+
 def replay(compiled: Compiled, tensors: Sequence[torch.Tensor], observer: Observer) -> list[Any]:
-    """Run `compiled`, which nothing else may use meanwhile; return the output's leaves."""
-    dims = compiled.captured.matcher.match([t.shape for t in tensors])
-    assert dims is not None
-    program = compiled.program
+    """Run `compiled`, which nothing else may use meanwhile; return the output's leaves. Raises
+    InputError for inputs of another call."""
+    program, dims = compiled.program, dims_of(compiled, tensors)
     watch = _Replay(observer, compiled.captured.dims)
     with torch.no_grad():
         return program.run(program.bind(dims), tensors, watch=watch)

@@ -53,7 +53,8 @@ class Report(Record):
         return find_place(self, node)
 
     def source_nodes(self, launch: str) -> list[NodeEntry]:
-        """Return the captured model's ops that a launch computes: the way back from `where`."""
+        """Return the captured model's ops that a launch computes, by its name: the way back from
+        `where`. Empty for a name that no launch has."""
         places = (self.where(n.name) for n in self.origin.nodes)
         return [p for p in places if launch in p.launches]
 
@@ -61,7 +62,9 @@ class Report(Record):
         """Return every launch's error, and the outputs', on one call's inputs, against float64.
 
         `model`: the module, plain or optimized, whose own error is the measure. Runs everything
-        three times, over a copy of a key/value cache.
+        three times, over a copy of a key/value cache. Errors are the largest absolute differences;
+        of outputs that draw random numbers there are none. Raises InputError for inputs of another
+        call.
         """
         return self.numerics_of(*plain_call(engine_of(model), args, kwargs))
 
@@ -75,12 +78,16 @@ class Report(Record):
         """Return, by case, the error of every kernel on inputs that break careless arithmetic.
 
         The call's inputs give shapes and indices; the cases are those of `report.adversarial`.
+        Raises InputError for inputs of another call.
         """
         tensors = tensors_of(*self.plain_call(args, kwargs))
         return stress(self.compiled, tensors, self.function_of, self.dims)
 
     def profile(self, *args: Any, runs: int = 30, **kwargs: Any) -> Profile:
-        """Return the time of every launch, medians over `runs` runs on one call's inputs."""
+        """Return the time of every launch in µs, medians over `runs` runs on one call's inputs.
+
+        Runs over a copy of a key/value cache. Raises InputError for inputs of another call.
+        """
         return profile(self.compiled, self.launches, *self.plain_call(args, kwargs), runs)
 
     def plain_call(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -146,7 +153,8 @@ def explain_call(
     engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: str | None = None
 ) -> Report:
     """Return the same of the call of an engine's model, as it is compiled for a target: "cpu" or a
-    GPU that need not be here, as "sm_90"; None: where the inputs lie."""
+    GPU that need not be here, as "sm_90"; None: where the inputs lie. Raises InputError without
+    inputs."""
     plain, args, kwargs = plain_call(engine, args, kwargs)
     tensors = tensors_of(args, kwargs)
     if not tensors:

@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from turbotx.report.amounts import show_cache, show_nbytes, show_shape
-from turbotx.report.entries import RegionEntry
 from turbotx.report.record import Record
 
 
@@ -51,10 +50,7 @@ def regions_table(report: Record) -> Table:
     table.add_column("times", justify="right")
     table.add_column("moves", justify="right")
     traffic = {k.name: k for k in report.kernels if k.kind != "gemm"}
-    groups: dict[tuple[tuple[str, ...], ...], list[RegionEntry]] = {}
-    for region in report.regions:
-        groups.setdefault((region.ops, region.kernels, region.became), []).append(region)
-    for (ops, kernels, became), regions in groups.items():
+    for (ops, kernels, became), regions in report.equal_regions().items():
         moved = sum(traffic[k].compulsory_nbytes for k in kernels if k in traffic)
         shown = "\n".join(map(escape, became))
         if regions[0].reason and not regions[0].epilogue_of:

@@ -332,7 +332,7 @@ class CacheMemory:
         """Keep these rows of a layer's batch, in this order, once each time they are named.
 
         What a row is known to share with the one in whose place it comes, as beams share all but
-        their latest tokens, is not copied.
+        their latest tokens, is not copied. rows: integers, (rows kept), on any device.
         """
         held, length = self._blocks[layer], self.lengths[layer]
         if held is None or not length:

@@ -47,12 +47,7 @@ class Mixture:
         require_binary(torch.equal(mask, shown.to(mask.dtype)))
         width = mask.shape[1]
         columns = torch.arange(width, device=mask.device)
-        ends = torch.where(shown, columns + 1, 0).amax(1)
-        starts = torch.where(shown, columns, width).amin(1)
-        empty = ends == 0
-        starts = starts.masked_fill_(empty, 0) if not from_start else torch.zeros_like(starts)
-        if to_end:
-            ends = torch.where(empty, 0, width)
+        starts, ends = shown_spans(shown, columns, from_start, to_end)
         kept = (columns >= starts[:, None]) & (columns < ends[:, None])
         rows = kept.view(-1).nonzero()[:, 0]
         none = rows.shape[0] == 0
@@ -98,6 +93,22 @@ class Mixture:
         else:
             whole[self.rows[self.shown]] = tokens[self.shown]
         return whole
+
+
+def shown_spans(
+    shown: torch.Tensor, columns: torch.Tensor, from_start: bool, to_end: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first column that each row of `shown`, bool (batch, seq), has, and the one behind
+    the last, int64 (batch) each; 0 and 0 for an empty row.
+
+    columns: int64, 0 to seq - 1. from_start, to_end: with all columns before, or behind them.
+    """
+    width = shown.shape[1]
+    ends = torch.where(shown, columns + 1, 0).amax(1)
+    starts = torch.where(shown, columns, width).amin(1)
+    empty = ends == 0
+    starts = torch.zeros_like(starts) if from_start else starts.masked_fill_(empty, 0)
+    return starts, torch.where(empty, 0, width) if to_end else ends
 
 
 def _bounds(lengths: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,8 @@ class PackedParameter(nn.Parameter):
         pass
 
     def unpacked(self) -> torch.Tensor:
-        """Return its elements, dense, in memory of their own."""
+        """Return its elements, dense, in memory of their own. In the parameter's shape and
+        dtype."""
         n, k = reversed(self.shape) if self.turned else self.shape
         assert k == self.weight.depth
         rows = self.weight.rows(self.first, n)

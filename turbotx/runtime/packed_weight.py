@@ -146,7 +146,8 @@ def unpack(panels: torch.Tensor, rows: int, depth: int, first: int, count: int) 
 
 
 def pack(dense: torch.Tensor, layout: PanelLayout, gated: bool) -> torch.Tensor:
-    """Return a weight's panels in a layout, which may be another processor's."""
+    """Return a weight's panels in a layout, which may be another processor's. dense: 2-dim;
+    result: of its dtype, (groups, interleaved, width, steps, step)."""
     rows, depth = dense.shape
     sizes = layout.sizes(rows, depth, gated)
     groups, alternating, steps, width, step = sizes

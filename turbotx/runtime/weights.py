@@ -310,7 +310,8 @@ class _Tensors(dict[str, Any]):
 
 
 def compute_constant(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Run a hoisted constant's calls on the parameters as they are now."""
+    """Run a hoisted constant's calls on the parameters as they are now. A tensor on their
+    device."""
     if node.name in tensors:
         return tensors[node.name]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: compute_constant(n, tensors))

@@ -92,7 +92,8 @@ class CallTable:
     def run_packed(self, found: Sequences, name: str) -> Any:
         """Return the output of sequences without padding. name: the model's.
 
-        Raises InputError where no packed program serves them.
+        Raises InputError where no packed program serves them. Raises TrainingError where an input
+        requires grad.
         """
         if torch.is_grad_enabled() and any(t.requires_grad for t in found.rows.values()):
             raise TrainingError("an input requires grad: call under torch.no_grad()")

@@ -109,7 +109,7 @@ def decode_program(
     described: Mapping[str, Any], place: torch.device
 ) -> tuple[x.Executable, SizeRules, tuple[FloatInput, ...], Decisions | None]:
     """Return what `describe_call` has encoded: a program, which sizes and numbers it serves, and
-    what it assumes of values."""
+    what it assumes of values. Raises SavedFileError for names that no program can have."""
     dims = described["executable"]["dims"]
     if not all(isinstance(name, str) and name.isidentifier() for name in dims):
         raise SavedFileError(f"the file holds dims that are no names: {dims}")
@@ -146,7 +146,8 @@ def decode_packing(described: Mapping[str, Any], place: torch.device) -> TokenPa
 
 
 def encode_nodes(nodes: Iterable[fx.Node]) -> list[dict[str, Any]]:
-    """Return calls and everything they need, each before its first reader."""
+    """Return calls and everything they need, each before its first reader. Raises SaveError for an
+    argument that JSON cannot carry."""
     done: dict[fx.Node, dict[str, Any]] = {}
 
     def visit(node: fx.Node) -> None:

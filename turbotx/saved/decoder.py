@@ -37,7 +37,8 @@ class SavedSteps(StepCalls):
         self._dtypes: dict[Ambient, torch.dtype] = {}
 
     def find_dtype(self, call: Mapping[str, Any]) -> torch.dtype:
-        """Return the dtype of the caches that the file's programs take in this ambient state."""
+        """Return the dtype of the caches that the file's programs take in this ambient state.
+        Raises InputError where the file has none for it."""
         decisive = read_decisive()
         if decisive not in self._dtypes:
             ambient = read_ambient()

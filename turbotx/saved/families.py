@@ -92,7 +92,8 @@ class SavedFamily:
         }  # fmt: skip
 
     def pick(self, sizes: Sequence[int]) -> list[Part]:
-        """Return what to run at these sizes; a grid with a zero means nothing."""
+        """Return what to run at these sizes; a grid with a zero means nothing. Raises
+        SavedFileError where the file lacks them."""
         key = self.decision.key(sizes)
         if key not in self.rows:
             names = dict.fromkeys(v.name for v in self._used())

@@ -22,6 +22,7 @@ from typing import Any
 
 from turbotx.errors import BuildError, BuildWarning, SavedFileError
 from turbotx.kernels.build import HEADERS, build_library, share_openmp
+from turbotx.kernels.processor import processor_flags
 from turbotx.runtime.cpu.abi import RUNTIME_SOURCES, declare_runtime, runtime_units
 
 # What -march=native may use, by the names of /proc/cpuinfo (x86 and ARM).
@@ -33,12 +34,7 @@ INSTRUCTIONS = re.compile(
 
 def cpu_features() -> frozenset[str]:
     """Return the instruction sets of this processor; nothing where the system does not say."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.M)
-    return frozenset(f for f in (found[1].split() if found else ()) if INSTRUCTIONS.match(f))
+    return frozenset(filter(INSTRUCTIONS.match, processor_flags()))
 
 
 @functools.cache

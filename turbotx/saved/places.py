@@ -45,7 +45,8 @@ def open_place(
     """Return the target to load, and its GPU; None for the CPU.
 
     By default that is where a module that gives the weights lies, or else the CPU where the file
-    has a program for it, or else the current GPU.
+    has a program for it, or else the current GPU. Raises SavedFileError where it holds no program
+    for this machine.
     """
     targets: Sequence[str] = manifest.get("targets", ["cpu"])
     place = torch.device(device) if device is not None else _default_place(targets, weights)

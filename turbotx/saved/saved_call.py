@@ -44,7 +44,8 @@ class SavedCall:
 
     def run(self, binding: Binding, tensors: list[torch.Tensor]) -> tuple[list[Any], Outcomes]:
         """Return the leaves of the output, and () or how its decisions by values come out where
-        that is not what was assumed."""
+        that is not what was assumed. Raises SavedFileError where a launch of the file cannot
+        run."""
         try:
             with torch.no_grad():
                 leaves = self.program.run(binding, tensors)

@@ -93,7 +93,8 @@ def _read(
 def tensor_over(
     data: memoryview, dtype: torch.dtype, shape: list[int], begin: int, end: int
 ) -> torch.Tensor:
-    """Return a tensor over some bytes; a copy where they lie at no multiple of its elements."""
+    """Return a tensor over some bytes; a copy where they lie at no multiple of its elements. Raises
+    ValueError where the number of bytes does not fit."""
     count = prod(shape)
     if end - begin != count * dtype.itemsize or not 0 <= begin <= end <= len(data):
         raise ValueError(f"{end - begin} bytes for {dtype} {shape}")

@@ -8,34 +8,21 @@ what was accepted::
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any
 
-import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
 
 from turbotx.serving import routes, schemas
-from turbotx.serving.application import health_endpoints, make_application
-from turbotx.serving.bodies import SMALL_NBYTES, Shape, read_body
-from turbotx.serving.incoming import check_key, read_id, read_scope
-from turbotx.serving.openapi import Endpoint, array_of, describe_api, record
-from turbotx.serving.refusals import BadInput, Missing
-from turbotx.serving.responses import (
-    answer_or_refuse,
-    json_response,
-    refusal_response,
-    while_connected,
-)
+from turbotx.serving.application import Decoder, decode_body, make_application
+from turbotx.serving.bodies import Shape, read_body
+from turbotx.serving.incoming import check_key, read_scope
+from turbotx.serving.openapi import Endpoint, array_of, record
+from turbotx.serving.responses import answer_or_refuse, json_response, while_connected
 from turbotx.serving.service import Facts, Service
 from turbotx.serving.tracing import find_tracer, open_span
-
-log = logging.getLogger(__name__)
 
 NUMBERS = array_of({"type": "number"})
 COMPUTING = (
@@ -67,21 +54,27 @@ COMPUTING = (
 
 
 def create_app(service: Service) -> Starlette:
-    """Return the application. It accepts connections at once; ``/ready`` is 200 when it
-    computes."""
-    settings = service.settings
-    tracer = find_tracer(settings.otel)
-    telling = _telling_endpoints(service)
+    """Return the application of a service of embeddings, classes and ranks."""
+    tracer = find_tracer(service.settings.otel)
     root = _root_endpoint(service)
     computing = [replace(e, aliases=(*e.aliases, "/")) if e is root else e for e in COMPUTING]
-    document = describe_api(
-        [*computing, *telling, *health_endpoints(service)], settings.url_prefix, schemas
+
+    async def answer(endpoint: Endpoint, request: Request, decoder: Decoder) -> Response:
+        begin, facts, metrics = time.perf_counter(), Facts(), service.metrics
+        with open_span(tracer, endpoint.path, request.headers) as span:
+            work = _answer(service, endpoint, decoder, request, facts)
+            response = await answer_or_refuse(work, metrics.failed, endpoint.openai)
+            if response.status_code == 200:
+                metrics.succeeded.labels(endpoint.path).inc()
+            span.set_attribute("http.response.status_code", response.status_code)
+        took_s = time.perf_counter() - begin
+        metrics.duration.observe(took_s)
+        response.headers.update(facts.headers(took_s, service.model.info.device))
+        return response
+
+    return make_application(
+        service, computing, answer, lambda: routes.describe_service(service), schemas
     )
-    paths: list[BaseRoute] = []
-    for endpoint in computing:
-        respond = _computing(service, endpoint, tracer)
-        paths += [Route(path, respond, methods=["POST"]) for path in endpoint.paths]
-    return make_application(service, paths, telling, document)
 
 
 def _root_endpoint(service: Service) -> Endpoint:
@@ -93,64 +86,8 @@ def _root_endpoint(service: Service) -> Endpoint:
     return next(e for e in COMPUTING if e.path == path)
 
 
-def _telling_endpoints(service: Service) -> list[Endpoint]:
-    def metrics() -> Response:
-        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
-
-    facts = {"object": "model", "owned_by": "turbotx", "created": 0}
-    cards = {name: {"id": name, **facts} for name in service.models}
-
-    def models() -> Response:
-        return json_response({"object": "list", "data": list(cards.values())})
-
-    def model(model_id: str) -> Response:
-        if model_id in cards:
-            return json_response(cards[model_id])
-        known = ", ".join(cards)
-        missing = Missing(f"there is no model {model_id!r}: this server has {known}")
-        return refusal_response(missing, openai=True)
-
-    def info() -> Response:
-        return json_response(routes.describe_service(service))
-
-    anything = {"type": "object"}
-    return [
-        Endpoint("/metrics", "Prometheus metrics", metrics),
-        Endpoint("/info", "model and limits", info, returns=anything),
-        Endpoint("/v1/models", "the models, in OpenAI's shape", models, returns=anything,
-                 aliases=("/models",)),
-        Endpoint("/v1/models/{model_id:path}", "whether it is one of them", model, returns=anything,
-                 aliases=("/models/{model_id:path}",)),
-    ]  # fmt: skip
-
-
-def _computing(
-    service: Service, endpoint: Endpoint, tracer: Any
-) -> Callable[[Request], Awaitable[Response]]:
-    decoder = msgspec.json.Decoder(endpoint.body)
-
-    async def respond(request: Request) -> Response:
-        begin, facts, name = time.perf_counter(), Facts(), read_id(request)
-        service.metrics.requests.labels(endpoint.path).inc()
-        with open_span(tracer, endpoint.path, request.headers) as span:
-            work = _answer(service, endpoint, decoder, request, facts)
-            response = await answer_or_refuse(work, service.metrics.failed, endpoint.openai)
-            if response.status_code == 200:
-                service.metrics.succeeded.labels(endpoint.path).inc()
-            span.set_attribute("http.response.status_code", response.status_code)
-        took = time.perf_counter() - begin
-        service.metrics.duration.observe(took)
-        response.headers.update(facts.headers(took, service.model.info.device))
-        response.headers["x-request-id"] = name
-        fields = {"path": endpoint.path, "status": response.status_code, "ms": round(took * 1e3, 3)}
-        log.info("request", extra={"fields": {**fields, "id": name}})
-        return response
-
-    return respond
-
-
 async def _answer(
-    service: Service, endpoint: Endpoint, decoder: Any, request: Request, facts: Facts
+    service: Service, endpoint: Endpoint, decoder: Decoder, request: Request, facts: Facts
 ) -> Response:
     check_key(service.settings, request)
     settings, items = service.settings, service.settings.max_client_batch
@@ -162,11 +99,7 @@ async def _answer(
         scope = replace(read_scope(request, dispatcher.now_ms()), facts=facts)
         if dispatcher.full(scope.priority):  # before any work is spent on it
             raise dispatcher.refuse_busy()
-        try:
-            large = len(text) > SMALL_NBYTES
-            body = await service.apart(decoder.decode, text) if large else decoder.decode(text)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise BadInput(f"the body is not what {endpoint.path} takes: {error}") from error
+        body = await decode_body(service, endpoint, decoder, text)
         del text  # the record has its parts
         scope = replace(scope, model=service.choose(body.model, endpoint.kind))
         work = endpoint.handler(service, body, scope)

@@ -1,18 +1,22 @@
-"""What every HTTP application here has: its life, its paths, keys, headers for other pages.
+"""What every HTTP application here has: its life, its paths, keys, bodies, what it tells of itself.
 
-In: a service, the routes that compute, the endpoints that tell. Out: the ASGI application; starting
+In: a service, the endpoints that compute and what answers them. Out: the ASGI application; starting
 it up starts the service, shutting it down stops it::
 
-    app = make_application(service, routes, telling)
+    app = make_application(service, COMPUTING, answer, describe, schemas)
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -21,51 +25,34 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
-from turbotx.serving.incoming import check_key
-from turbotx.serving.openapi import Endpoint, describe_in_html
-from turbotx.serving.refusals import Refusal
+from turbotx.serving.bodies import SMALL_NBYTES
+from turbotx.serving.incoming import check_key, read_id
+from turbotx.serving.openapi import Endpoint, describe_api, describe_in_html
+from turbotx.serving.refusals import BadInput, Missing, Refusal
 from turbotx.serving.responses import json_response, refusal_response, refuse_http
-from turbotx.serving.settings import Settings
+from turbotx.serving.served import Served
 
-
-class Served(Protocol):
-    """A service as an application and the server's process know it."""
-
-    url: str
-    preparing: bool
-    left: asyncio.Event
-    leaving: bool
-
-    @property
-    def settings(self) -> Settings:
-        """What an operator may set."""
-
-    @property
-    def state(self) -> str:
-        """One of loading, ready, draining, failed."""
-
-    @property
-    def failure(self) -> Exception | None:
-        """Why the model cannot run."""
-
-    async def start(self) -> None:
-        """Get ready for requests; raise where that is not possible."""
-
-    async def stop(self) -> None:
-        """Finish what was accepted."""
+log = logging.getLogger(__name__)
+Decoder = msgspec.json.Decoder[Any]
+Answer = Callable[[Endpoint, Request, Decoder], Awaitable[Response]]
 
 
 def make_application(
-    service: Served, computing: Sequence[BaseRoute], telling: Sequence[Endpoint],
-    document: dict[str, Any],
+    service: Served, computing: Sequence[Endpoint], answer: Answer,
+    describe: Callable[[], dict[str, Any]], schemas: ModuleType,
 ) -> Starlette:  # fmt: skip
-    """Return the application. computing: routes without the prefix; document: its OpenAPI."""
+    """Return the application. It accepts connections at once; ``/ready`` is 200 when it computes.
+
+    computing: the endpoints that `answer` answers, each with a decoder of its body; describe: what
+    ``/info`` tells; schemas: the records of requests and answers.
+    """
+    telling = [*_telling_endpoints(service, describe), *health_endpoints(service)]
+    document = describe_api([*computing, *telling], service.settings.url_prefix, schemas)
     page = describe_in_html(document)
-    telling = [
-        *telling, *health_endpoints(service),
+    telling += [
         Endpoint("/openapi.json", "this description", lambda: json_response(document)),
         Endpoint("/docs", "this description, to be read", lambda: HTMLResponse(page)),
-    ]  # fmt: skip
+    ]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -78,7 +65,10 @@ def make_application(
         await asyncio.wait([starting])
         await service.stop()
 
-    paths = list(computing)
+    paths: list[BaseRoute] = []
+    for endpoint in computing:
+        compute = _computing(service, endpoint, answer)
+        paths += [Route(path, compute, methods=["POST"]) for path in endpoint.paths]
     for endpoint in telling:
         tell = _telling(service, endpoint)
         paths += [Route(path, tell, methods=["GET"]) for path in endpoint.paths]
@@ -99,6 +89,16 @@ def make_application(
     return app
 
 
+async def decode_body(service: Served, endpoint: Endpoint, decoder: Decoder, text: bytes) -> Any:
+    """Return the record that a body holds, decoded on a thread where it is large. Raises
+    BadInput."""
+    try:
+        large = len(text) > SMALL_NBYTES
+        return await service.apart(decoder.decode, text) if large else decoder.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInput(f"the body is not what {endpoint.path} takes: {error}") from error
+
+
 def health_endpoints(service: Served) -> list[Endpoint]:
     """Return what probes ask for."""
 
@@ -115,6 +115,55 @@ def health_endpoints(service: Served) -> list[Endpoint]:
         Endpoint("/health", "200 while the process can answer", health, returns=anything),
         Endpoint("/ready", "200 while requests are accepted", ready, returns=anything),
     ]
+
+
+def _telling_endpoints(service: Served, describe: Callable[[], dict[str, Any]]) -> list[Endpoint]:
+    def metrics() -> Response:
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    facts = {"object": "model", "owned_by": "turbotx", "created": 0}
+    cards = {name: {"id": name, **facts} for name in service.names}
+
+    def models() -> Response:
+        return json_response({"object": "list", "data": list(cards.values())})
+
+    def model(model_id: str) -> Response:
+        if model_id in cards:
+            return json_response(cards[model_id])
+        known = ", ".join(cards)
+        missing = Missing(f"there is no model {model_id!r}: this server has {known}")
+        return refusal_response(missing, openai=True)
+
+    def info() -> Response:
+        return json_response(describe())
+
+    anything = {"type": "object"}
+    return [
+        Endpoint("/metrics", "Prometheus metrics", metrics),
+        Endpoint("/info", "model and limits", info, returns=anything),
+        Endpoint("/v1/models", "the models, in OpenAI's shape", models, returns=anything,
+                 aliases=("/models",)),
+        Endpoint("/v1/models/{model_id:path}", "whether it is one of them", model, returns=anything,
+                 aliases=("/models/{model_id:path}",)),
+    ]  # fmt: skip
+
+
+def _computing(
+    service: Served, endpoint: Endpoint, answer: Answer
+) -> Callable[[Request], Awaitable[Response]]:
+    decoder: Decoder = msgspec.json.Decoder(endpoint.body)
+
+    async def respond(request: Request) -> Response:
+        begin, name = time.perf_counter(), read_id(request)
+        service.metrics.requests.labels(endpoint.path).inc()
+        response = await answer(endpoint, request, decoder)
+        response.headers["x-request-id"] = name
+        took_ms = round((time.perf_counter() - begin) * 1e3, 3)
+        fields = {"path": endpoint.path, "status": response.status_code, "ms": took_ms}
+        log.info("request", extra={"fields": {**fields, "id": name}})
+        return response
+
+    return respond
 
 
 def _telling(service: Served, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:

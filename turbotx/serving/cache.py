@@ -42,27 +42,20 @@ class ResponseCache:
     def __init__(self, max_nbytes: int) -> None:
         self.max_nbytes = max_nbytes
         self.nbytes = 0
-        self.hits = 0
-        self.misses = 0
         self.entries: OrderedDict[CacheKey, NDArray[np.float32]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def get(self, key: CacheKey) -> NDArray[np.float32] | None:
-        """Return the vector kept for a key, None where there is none; counts hits and misses."""
-        if self.max_nbytes == 0:
-            return None
+        """Return the vector kept for a key, float32 (width); None where there is none."""
         vector = self.entries.get(key)
-        if vector is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self.entries.move_to_end(key)
+        if vector is not None:
+            self.entries.move_to_end(key)
         return vector
 
     def put(self, key: CacheKey, vector: NDArray[np.float32]) -> None:
-        """Keep a copy; a vector larger than the whole cache is not kept."""
+        """Keep a copy of a float32 vector (width); one larger than the whole cache is not kept."""
         nbytes = _entry_nbytes(key, vector)
         if nbytes > self.max_nbytes:
             return

@@ -26,6 +26,7 @@ from turbotx.serving import cost_learning
 Table = NDArray[np.float64]
 PERSISTENT = math.log(1.25)  # a miss by more than this, twice at a node, is no accident
 RELAX_EVERY = 4  # batches
+REFRESH_EVERY = 16
 
 
 class CostTableError(TurbotxError, ValueError):
@@ -47,7 +48,6 @@ class CostTable:
         cost_ms: Sequence[Sequence[float]] | Table,
         *,
         learning_rate: float = 0.1,
-        refresh_every: int = 16,
     ) -> None:
         self.lengths = _axis("lengths", lengths)
         self.batches = _axis("batches", batches)
@@ -61,7 +61,6 @@ class CostTable:
             raise CostTableError("every measured cost must be a finite number of ms above zero")
         self.grid_ms = make_monotone(self.grid_ms)
         self.learning_rate = learning_rate
-        self.refresh_every = refresh_every
         self.observations = 0
         self._trust = np.zeros_like(self.grid_ms)  # 1: a batch was just seen there; it fades
         self._missed = np.zeros_like(self.grid_ms)  # log of took over predicted, last time
@@ -165,7 +164,7 @@ class CostTable:
                 self._set_node(row, col, max(moved, self.grid_ms[row, col] / 4))
         self.observations += 1
         self._spread(nearest, rate * miss if wrong else 0.0)
-        if self.observations % self.refresh_every == 0 or wrong:
+        if self.observations % REFRESH_EVERY == 0 or wrong:
             self._dense.clear()
 
     def _spread(self, nearest: tuple[int, int], log_step: float) -> None:
@@ -208,9 +207,9 @@ class CostTable:
             "observations": self.observations,
         }
 
-    def save(self, path: Path, *, model: str = "", device: str = "") -> None:
+    def save(self, path: Path, *, model: str = "") -> None:
         """Write JSON, whole or not at all (a temporary file, then a rename)."""
-        write_whole(path, json.dumps({"model": model, "device": device, **self.to_dict()}))
+        write_whole(path, json.dumps({"model": model, **self.to_dict()}))
 
     @classmethod
     def load(cls, path: Path) -> CostTable:

@@ -117,7 +117,7 @@ class Dispatcher:
         self, row: TokenRow, *, deadline_ms: float = math.inf, priority: int = 0
     ) -> NDArray[np.float32]:
         """Return the row's vector. Raises Busy, BackendFailed, NotReady; cancelling forgets the
-        row."""
+        row. A float32 array."""
         return (await self.compute_all([row], deadline_ms=deadline_ms, priority=priority))[0]
 
     def inspect(self) -> dict[str, float]:
@@ -132,7 +132,7 @@ class Dispatcher:
     async def compute_all(
         self, rows: Sequence[TokenRow], *, deadline_ms: float = math.inf, priority: int = 0
     ) -> list[NDArray[np.float32]]:
-        """Return the rows' vectors: see ``compute_timed``."""
+        """Return the rows' vectors: see ``compute_timed``. float32, one array a row."""
         return (await self.compute_timed(rows, deadline_ms=deadline_ms, priority=priority))[0]
 
     async def compute_timed(

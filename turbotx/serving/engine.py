@@ -1,7 +1,7 @@
 """Batch engines: token rows in, one vector per row out.
 
-An engine is called from one thread, one batch at a time. Three of them: a PyTorch module, the same
-module optimized by turbotx, and a stand-in that sleeps what a cost table says::
+An engine is called from one thread, one batch at a time: a PyTorch module, or the same module
+optimized by turbotx::
 
     TorchEngine(SentenceModel(bert, steps), Head("embedding")).run(rows)    # (n, 384) float32
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -19,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbotx.errors import InputError, OptionsError, PackError
-from turbotx.serving.token_costs import BatchCosts, TokenCosts
 from turbotx.serving.tokens import TokenRow
 
 log = logging.getLogger(__name__)
@@ -148,35 +146,6 @@ class TorchEngine:
         return found
 
 
-@dataclass
-class SleepEngine:
-    """A test engine that sleeps for the time in a cost table and returns vectors derived from the
-    token ids."""
-
-    costs: BatchCosts
-    width: int = 8
-    head: Head = Head("embedding")
-
-    @property
-    def packs(self) -> bool:
-        """Whether the costs are of batches without padding."""
-        return isinstance(self.costs, TokenCosts)
-
-    def run(self, rows: Sequence[TokenRow]) -> Vectors:
-        """Sleep for the time in the cost table; return each row's ids, repeated to the width."""
-        begin = time.perf_counter()
-        due = begin + self.costs.batch_ms([len(row) for row in rows]) / 1e3
-        vectors = np.empty((len(rows), self.width), dtype=np.float32)
-        for i, row in enumerate(rows):
-            vectors[i] = np.resize(np.array(row.ids, dtype=np.float32), self.width)
-        time.sleep(max(due - time.perf_counter(), 0.0))
-        return vectors
-
-    def figures(self) -> Mapping[str, float]:
-        """Return nothing: there is no module to count."""
-        return {}
-
-
 def pad_rows(
     rows: Sequence[TokenRow], pad_id: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -200,7 +169,7 @@ def only_weights(weights: Vectors) -> Vectors:
 
 
 def normalize_rows(vectors: Vectors) -> Vectors:
-    """Each row scaled to length 1; a zero row stays zero."""
+    """Each row scaled to length 1; a zero row stays zero. float32, (..., width)."""
     norm = np.linalg.norm(vectors, axis=-1, keepdims=True)
     result: Vectors = vectors / np.maximum(norm, 1e-12)
     return result

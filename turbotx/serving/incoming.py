@@ -42,7 +42,8 @@ def read_id(request: Request) -> str:
 
 
 def read_scope(request: Request, now_ms: float) -> Scope:
-    """``X-Priority``: low, normal or high; ``X-Deadline-Ms``: how soon the answer is needed."""
+    """``X-Priority``: low, normal or high; ``X-Deadline-Ms``: how soon the answer is needed. Raises
+    BadInput for other values."""
     priority = request.headers.get("x-priority", "normal").lower()
     if priority not in PRIORITIES:
         raise BadInput(f"X-Priority is {priority!r}: one of {', '.join(PRIORITIES)}")

@@ -52,7 +52,8 @@ class KeptProgram:
         return self._run(lambda module: module(**inputs))
 
     def packed(self, lengths: Sequence[int], **inputs: torch.Tensor) -> Any:
-        """Run sequences without padding, as ``turbotx.optimize``'s ``packed``."""
+        """Run sequences without padding, as ``turbotx.optimize``'s ``packed``. Tensors (tokens,
+        ...), as the model gives them."""
         return self._run(lambda module: module.packed(lengths=lengths, **inputs))
 
     def pad(self) -> None:

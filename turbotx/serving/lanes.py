@@ -50,7 +50,7 @@ class Lanes:
         return len(self) >= self.max_queue or self.backlog_ms > most_ms
 
     def submit(self, request: Request) -> None:
-        """As ``Scheduler.submit``; the limits are of all queues together."""
+        """As ``Scheduler.submit``; the limits are of all queues together. Raises Overloaded."""
         if not request.patient and self.full(request.priority):
             raise Overloaded(
                 f"{len(self)} requests wait, about {self.backlog_ms:.0f} ms of work",

@@ -20,8 +20,8 @@ from typing import Any
 
 import uvicorn
 
-from turbotx.serving.application import Served
 from turbotx.serving.connections import ConnectionLimits, connection_limit, make_protocol
+from turbotx.serving.served import Served
 from turbotx.serving.settings import SettingsError
 
 SWITCH_S = 0.001  # the event loop waits this long for other threads' Python at each of its turns

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from turbotx.kernels.processor import processor_name
 from turbotx.serving.cost import CostTable, CostTableError
 from turbotx.serving.engine import BatchEngine
 from turbotx.serving.token_costs import SHORT, BatchCosts, TokenCosts
@@ -196,15 +197,7 @@ def describe_device(device: str) -> str:
         return str(torch.cuda.get_device_name(device))
     import torch
 
-    return f"{platform.machine()} {_cpu_model()} {torch.get_num_threads()} threads"
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found.group(1) if found else platform.processor()
+    return f"{platform.machine()} {processor_name()} {torch.get_num_threads()} threads"
 
 
 def cost_file(folder: Path, model: str, revision: str, device: str, backend: str) -> Path:

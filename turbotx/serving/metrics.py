@@ -24,18 +24,39 @@ MILLISECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 RATIOS = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 2, 3, 5, 10)
 
 
-class Metrics:
+class MetricsRegistry:
     """One registry per server, so that two servers in a process do not mix."""
 
+    requests: Any  # a counter by path
+    failed: Any  # one by kind of refusal
+
     def __init__(self) -> None:
-        registry = self.registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
 
-        def counter(name: str, text: str, *labels: str) -> Any:
-            return Counter(name, text, labels, registry=registry)
+    def counter(self, name: str, text: str, *labels: str) -> Any:
+        """Return a new counter."""
+        return Counter(name, text, labels, registry=self.registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
-            return Histogram(name, text, buckets=buckets, registry=registry)
+    def histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Any:
+        """Return a new histogram over these upper bounds."""
+        return Histogram(name, text, buckets=buckets, registry=self.registry)
 
+    def watch(self, figures: Callable[[], Mapping[str, float]]) -> None:
+        """Collect gauges named ``turbotx_…`` from a function at every scrape."""
+        self.registry.register(Figures(figures))
+
+    def render(self) -> bytes:
+        """Return the text of a scrape."""
+        text: bytes = generate_latest(self.registry)
+        return text
+
+
+class Metrics(MetricsRegistry):
+    """Those of embeddings and classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        counter, histogram = self.counter, self.histogram
         self.requests = counter("te_request_count", "HTTP requests", "method")
         self.succeeded = counter("te_request_success", "HTTP requests answered", "method")
         self.failed = counter("te_request_failure", "HTTP requests refused", "err")
@@ -45,7 +66,7 @@ class Metrics:
         )
         self.queueing = histogram("te_request_queue_duration", "s a row waited", SECONDS)
         self.inference = histogram("te_request_inference_duration", "s its batch ran", SECONDS)
-        self.queue_size = Gauge("te_queue_size", "rows waiting", registry=registry)
+        self.queue_size = Gauge("te_queue_size", "rows waiting", registry=self.registry)
         self.batch_size = histogram("te_batch_next_size", "rows per batch", COUNTS)
         self.batch_tokens = histogram("te_batch_next_tokens", "padded tokens per batch", TOKENS)
         self.padding = histogram("turbotx_padding_ratio", "padded over real tokens", RATIOS)
@@ -57,10 +78,6 @@ class Metrics:
         self.cache_misses = counter("turbotx_cache_misses", "rows the cache did not have")
         self.coalesced = counter("turbotx_coalesced", "rows that joined an equal one in flight")
         self.dropped = counter("turbotx_dropped", "rows taken off the queue: their client left")
-
-    def watch(self, figures: Callable[[], Mapping[str, float]]) -> None:
-        """Collect gauges named ``turbotx_…`` from a function at every scrape."""
-        self.registry.register(Figures(figures))
 
     def count_batch(self, batch: Batch, took_ms: float) -> None:
         """Record a batch's size, padding, and its time in ms over the estimate."""
@@ -82,8 +99,7 @@ class Metrics:
         prometheus_client gives every counter the ending _total, and a second series with the time
         it was created.
         """
-        text: bytes = generate_latest(self.registry)
-        text = re.sub(rb"(?m)^.*\bte_\w+_created\b.*\n", b"", text)
+        text = re.sub(rb"(?m)^.*\bte_\w+_created\b.*\n", b"", super().render())
         return re.sub(rb"\b(te_request_(?:count|success|failure))_total\b", rb"\1", text)
 
 

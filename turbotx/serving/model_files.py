@@ -30,6 +30,7 @@ from turbotx.serving.sentence_files import (
     read_sentence_files,
     width_after,
 )
+from turbotx.serving.token_costs import BatchCosts
 from turbotx.serving.tokenizer_files import load_tokenizer
 from turbotx.serving.tokens import TextTokenizer
 from turbotx.serving.transformer_files import ENCODERS, load_module
@@ -50,11 +51,13 @@ AFTER_PADDING = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Everything that answers a request except the queue."""
+    """Everything that answers a request except the queue. costs: what batches take, where that is
+    not to be measured."""
 
     engine: BatchEngine
     tokenizer: TextTokenizer
     info: ModelInfo
+    costs: BatchCosts | None = None
 
     @property
     def padding(self) -> str | None:
@@ -135,7 +138,8 @@ def describe_model(
     dtype: str = "float32",
     **choices: Any,
 ) -> tuple[TextTokenizer, ModelInfo]:
-    """Tokenizer and description alone, for a process that computes nothing itself."""
+    """Tokenizer and description alone, for a process that computes nothing itself. Raises
+    ModelFilesError."""
     folder, chosen = find_folder(model), Choices(**choices)
     config = _read_config(folder)
     files = _read_chain(folder, config, chosen)

@@ -44,7 +44,8 @@ def split(lengths: Sequence[int] | Ints, table: Table, price: Table | None = Non
     ``lengths`` ascend; ``table`` is ``CostTable.dense()``. With no ``price`` (all ones) the groups
     have the least total cost of any partition of the queue whose table is monotone, contiguous or
     not (an exchange argument: giving the shorter of two groups the shorter requests never costs
-    more). O(n * max_batch). Algorithm: Fang et al., PPoPP'21, arXiv 2010.05680, section 5.
+    more). O(n * max_batch). Algorithm: Fang et al., PPoPP'21, arXiv 2010.05680, section 5. Raises
+    ValueError for lengths that descend, CostTableError for those beyond the table.
     """
     length = np.ascontiguousarray(lengths, dtype=np.int64)
     n = len(length)

@@ -99,7 +99,8 @@ class Aging:
     def urgency(
         self, waiting: Sequence[Request], arrival: Floats, now_ms: float, drain_ms: float
     ) -> Floats:
-        """Return each request's urgency, relative to the greatest. drain_ms: of the whole queue."""
+        """Return each request's urgency, relative to the greatest. drain_ms: of the whole queue.
+        float64, (requests); times in ms."""
         slack = np.array([r.deadline_ms for r in waiting]) - now_ms
         age = np.maximum(np.maximum(now_ms - arrival, drain_ms - slack), 0.0)
         # In logarithms, and relative to the largest: ages of many drains would overflow.

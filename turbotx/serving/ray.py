@@ -29,7 +29,8 @@ from turbotx.serving.engine import Head, Vectors
 from turbotx.serving.model_files import LoadedModel, describe_model, load_model
 from turbotx.serving.refusals import BackendFailed, Busy, Late, NotReady, Refusal
 from turbotx.serving.routing import LengthRouting
-from turbotx.serving.service import ModelFailed, Scope, Service
+from turbotx.serving.served import ModelFailed
+from turbotx.serving.service import Scope, Service
 from turbotx.serving.settings import Settings
 from turbotx.serving.tokens import TokenRow
 
@@ -231,7 +232,7 @@ class FrontService(Service):
 
     async def compute(self, rows: Sequence[TokenRow], scope: Scope) -> list[NDArray[np.float32]]:
         """Return a vector for each row from a replica; tries again where a replica dies. Raises
-        NotReady, or what the replica refused with."""
+        NotReady, or what the replica refused with. float32, one array a row."""
         tokens = max(len(row) for row in rows)
         due_in_ms = scope.deadline_ms - self._queue.now_ms()
         for attempt in range(ATTEMPTS):

@@ -85,7 +85,8 @@ async def embed(service: Service, body: EmbedRequest, scope: Scope) -> list[Any]
 
 
 async def embed_all(service: Service, body: EmbedAllRequest, scope: Scope) -> list[Any]:
-    """Answer /embed_all: a vector for each token of each input, the special ones included."""
+    """Answer /embed_all: a vector for each token of each input, the special ones included. Raises
+    TooLarge for too many numbers."""
     require_head(service, "tokens", scope)
     rows = await read_inputs(service, body.inputs, scope, reading_of(body), body.prompt_name)
     numbers = sum(map(len, rows)) * service.model_of(scope).info.width
@@ -110,7 +111,8 @@ async def embed_sparse(service: Service, body: EmbedAllRequest, scope: Scope) ->
 
 
 async def similarity(service: Service, body: SimilarityRequest, scope: Scope) -> list[float]:
-    """Return the cosine of the angle between the source's vector and each of the others'."""
+    """Return the cosine of the angle between the source's vector and each of the others'. Raises
+    BadInput without sentences."""
     require_head(service, "embedding", scope)
     if not body.inputs.sentences:
         raise BadInput("sentences is empty: nothing to compare with")
@@ -179,7 +181,7 @@ async def _score(
 
 
 async def decode(service: Service, body: DecodeRequest, scope: Scope) -> list[str]:
-    """Return the texts of one list of ids, or of many."""
+    """Return the texts of one list of ids, or of many. Raises BadInput for a mixture."""
     kinds = {type(item) for item in body.ids}
     if kinds == {int}:
         rows: list[Any] = [body.ids]
@@ -305,7 +307,8 @@ async def read_inputs(
 
 
 def read_pairs(inputs: str | list[Any]) -> tuple[list[str | tuple[str, str]], bool]:
-    """Return the texts and pairs of ``/predict``, and whether it was a single one."""
+    """Return the texts and pairs of ``/predict``, and whether it was a single one. Raises BadInput
+    for another shape."""
     if isinstance(inputs, str):
         return [inputs], True
     if inputs and all(isinstance(item, str) for item in inputs):

@@ -9,7 +9,8 @@ data; a module, an option or a mode that is not known here is refused by its nam
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,21 @@ NEWER_NAMES = {"model": "model", "tokenizer": "processor", "config": "config"}  
 
 class ModelFilesError(TurbotxError):
     """The directory is not a model that can be served."""
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Within it, whatever transformers and the readers of its files raise is a ModelFilesError that
+    names `what`; turbotx's own errors stay as they are."""
+    try:
+        yield
+    except TurbotxError:
+        raise
+    except Exception as error:
+        said = str(error).strip().splitlines() or [""]
+        raise ModelFilesError(
+            f"{what} cannot be loaded: {type(error).__name__}: {said[0]}"
+        ) from error
 
 
 @dataclass(frozen=True)

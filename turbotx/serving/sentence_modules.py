@@ -193,7 +193,8 @@ class FirstNumbers(nn.Module):
 
 
 def make_step(step: files.Step) -> nn.Module:
-    """Return the module of a step, its weights read from its folder. Raises WeightsError."""
+    """Return the module of a step, its weights read from its folder. Raises WeightsError. Raises
+    ModelFilesError for a SpladePooling that is not the first step."""
     if isinstance(step, files.Pooling):
         return Pool(step.modes)
     if isinstance(step, files.Normalize):

@@ -9,50 +9,37 @@ In: texts or token ids, and for which model. Out: vectors, and the state that ``
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from turbotx.errors import TurbotxError
-from turbotx.serving.bodies import BodyMemory
 from turbotx.serving.cache import ResponseCache
-from turbotx.serving.daemon_thread import run_in_daemon_thread
 from turbotx.serving.dispatcher import Dispatcher, Lane
-from turbotx.serving.engine import SleepEngine, TorchEngine
+from turbotx.serving.engine import TorchEngine
 from turbotx.serving.idle import IdleMeasuring
 from turbotx.serving.lanes import Lanes
 from turbotx.serving.measure import cost_file, describe_device, load_or_measure, warm_up
 from turbotx.serving.metrics import Metrics
 from turbotx.serving.model_files import LoadedModel
 from turbotx.serving.policies import POLICIES, Aging, Policy
-from turbotx.serving.refusals import Missing, NotReady, TooLarge
+from turbotx.serving.refusals import Missing, TooLarge
 from turbotx.serving.scheduler import Hungry, Lazy, Scheduler
 from turbotx.serving.schemas import Token
+from turbotx.serving.served import Served
 from turbotx.serving.settings import Settings, SettingsError
 from turbotx.serving.token_costs import BatchCosts, TokenCosts
 from turbotx.serving.token_policies import TOKEN_POLICIES
-from turbotx.serving.tokenizer_pool import TokenizerPool
 from turbotx.serving.tokens import CHARACTERS_PER_TOKEN, TokenRow
 
-State = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
 MOST_TOKENS = 32_768  # described in one answer: about 2 MB of JSON
-BODIES = 8  # of the largest size, arriving or being answered at a time
-Result = TypeVar("Result")
-
-
-class ModelFailed(TurbotxError):
-    """The model was loaded, and cannot compute."""
 
 
 @dataclass
@@ -93,8 +80,10 @@ class Reading:
     keep_end: bool = False  # cut at the beginning
 
 
-class Service:
-    """Models behind one engine thread. ``start`` and all after it belong to one event loop."""
+class Service(Served):
+    """Models behind one engine thread."""
+
+    metrics: Metrics
 
     def __init__(
         self,
@@ -108,50 +97,24 @@ class Service:
         if len(self.models) < len(models):
             names = ", ".join(m.info.name for m in models)
             raise SettingsError(f"models of one name: {names}; give --served-model-name for each")
-        self.model, self.settings = models[0], settings
-        self.metrics = Metrics()
-        self.state: State = "loading"
-        self.url = ""  # where it listens, for the line that says that it is ready
-        self.failure: ModelFailed | None = None
-        self._preparing = self.model.info.name  # the one that a failure is of
-        self.preparing = False  # a thread runs the model for the first time
-        self.left = asyncio.Event()  # the same: bodies that are half there are not waited for
-        self.leaving = False  # told to stop: ready for nothing new, though still answering
+        self.model = models[0]
         self._costs = costs
         self._tables: dict[str, BatchCosts] = {}
         self._dispatcher: Dispatcher | None = None
-        self._tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_body_nbytes)
-        self.bodies = BodyMemory(BODIES * settings.max_body_nbytes)
-        self._large = ThreadPoolExecutor(1, thread_name_prefix="turbotx-large")
-        self.metrics.watch(self.figures)
+        super().__init__(settings, list(self.models), Metrics())
 
     @property
     def dispatcher(self) -> Dispatcher:
         """Raises NotReady while there is none that accepts."""
-        if self._dispatcher is None or self.state != "ready":
-            raise NotReady(f"the server is {self.state}", retry_after_s=1.0)
-        return self._dispatcher
+        return self.when_ready(self._dispatcher)
 
     async def start(self) -> None:
         """Measure the costs (once per model and device where they are kept), accept requests.
 
         Raises ModelFailed.
         """
-        try:
-            self.preparing = True
-            tables = await run_in_daemon_thread(self._prepare_all, self._end_preparing)
-        except Exception as error:  # whatever the model raises
-            said = str(error).strip().splitlines() or [""]
-            if said[0].endswith(":"):  # what follows is the cause, as a compiler's first complaint
-                said[0] = " ".join(said[:2])
-            self.state = "failed"
-            self.failure = ModelFailed(
-                f"{self._preparing} cannot run: {type(error).__name__}: {said[0]}"
-            )
-            log.error(str(self.failure), exc_info=log.isEnabledFor(logging.DEBUG))
-            raise self.failure from error
-        self._tables = tables
-        self._dispatcher = self._dispatch(tables)
+        self._tables = await self.prepare(self._prepare_all)
+        self._dispatcher = self._dispatch(self._tables)
         self._dispatcher.start()
         self.state = "ready"
         told = "; ".join(model.tell() for model in self.models.values())
@@ -180,28 +143,11 @@ class Service:
             idle=idle if self._costs is None else None,  # what is given is not measured
         )
 
-    def _end_preparing(self) -> None:
-        self.preparing = False
-
-    async def stop(self) -> None:
-        """Answer all that was accepted, keep what was learnt about costs, end the threads.
-
-        Who is told to stop while the model is being prepared does not wait for it.
-        """
-        self.state = "draining"
+    async def drain(self) -> None:
+        """Answer all that was accepted, keep what was learnt about costs."""
         if self._dispatcher is not None:
             await self._dispatcher.drain()
             self._keep_costs()
-        self._tokenizers.shutdown()
-        self._large.shutdown(wait=True)
-
-    async def apart(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Large bodies and answers, one at a time on a thread, so that the event loop goes on.
-
-        The interpreter runs one of them at a time anyway; side by side they would only take turns
-        away from everybody else.
-        """
-        return await asyncio.get_running_loop().run_in_executor(self._large, work, *arguments)
 
     async def encode(
         self,
@@ -221,7 +167,7 @@ class Service:
             return [encode(text, truncate=truncate, keep_end=reading.keep_end) for text in texts]
 
         begin = time.perf_counter()
-        rows = await self._tokenizers.run(characters, work)
+        rows = await self.tokenize(characters, work)
         facts = scope.facts
         facts.tokenizing_s = time.perf_counter() - begin
         facts.characters += characters
@@ -248,7 +194,7 @@ class Service:
                 raise
             return found
 
-        return await self._tokenizers.run(sum(map(len, texts)), work)
+        return await self.tokenize(sum(map(len, texts)), work)
 
     def model_of(self, scope: Scope) -> LoadedModel:
         """Return the model that a request is for."""
@@ -292,7 +238,7 @@ class Service:
     ) -> list[str]:
         """Return the text of each row of token ids; runs in the tokenizers' threads."""
         texts = self.model_of(scope).tokenizer.texts_of
-        return await self._tokenizers.run(
+        return await self.tokenize(
             sum(map(len, rows)) * CHARACTERS_PER_TOKEN, lambda: texts(rows, skip_special)
         )
 
@@ -311,7 +257,8 @@ class Service:
         return found
 
     def make_scheduler(self, costs: BatchCosts, model: LoadedModel | None = None) -> Scheduler:
-        """Return the scheduler that the settings ask for, over a model's measured costs."""
+        """Return the scheduler that the settings ask for, over a model's measured costs. Raises
+        SettingsError for a policy that these batches have not."""
         settings = self.settings
         max_tokens = (model or self.model).info.most_tokens(settings.max_batch_tokens)
         packed = isinstance(costs, TokenCosts)
@@ -337,10 +284,10 @@ class Service:
 
     def _prepare(self, model: LoadedModel) -> BatchCosts:
         """Run the engine once, so that no request waits for a capture, and know its costs."""
-        self._preparing = model.info.name
+        self._prepared = model.info.name
         engine = model.engine
-        if isinstance(engine, SleepEngine):
-            return self._costs or engine.costs
+        if model.costs is not None:
+            return self._costs or model.costs
         token = model.tokenizer.any_token
         warm_up(engine, model.info.max_length, token)
         if self._costs is not None:
@@ -371,7 +318,7 @@ class Service:
 
     def _cost_path(self, model: LoadedModel) -> Path | None:
         folder, info = self.settings.cost_folder, model.info
-        if folder is None or isinstance(model.engine, SleepEngine):
+        if folder is None or model.costs is not None:
             return None
         what = f"{info.backend}-{info.dtype}{'-packed' if model.engine.packs else ''}"
         return cost_file(folder, info.name, info.revision, describe_device(info.device), what)

@@ -59,7 +59,8 @@ class TokenPrices:
         return min(self.knee, self.max_tokens)
 
     def alone_ms(self, lengths: Sequence[int] | NDArray[np.int64]) -> Floats:
-        """Return each sequence's part of a batch that is filled up to the budget."""
+        """Return each sequence's part of a batch that is filled up to the budget. float64,
+        (sequences), in ms."""
         length = np.asarray(lengths, dtype=np.float64)
         rate = self.by_tokens[self.budget] / self.budget
         found: Floats = length * rate + self.square_ms * length**2
@@ -193,9 +194,9 @@ class TokenCosts:
             "observations": inner.observations,
         }  # fmt: skip
 
-    def save(self, path: Path, *, model: str = "", device: str = "") -> None:
+    def save(self, path: Path, *, model: str = "") -> None:
         """Write JSON, whole or not at all."""
-        write_whole(path, json.dumps({"model": model, "device": device, **self.to_dict()}))
+        write_whole(path, json.dumps({"model": model, **self.to_dict()}))
 
     @classmethod
     def load(cls, path: Path) -> TokenCosts:

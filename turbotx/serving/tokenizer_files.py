@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from turbotx.serving.sentence_files import ModelFilesError
+from turbotx.serving.sentence_files import ModelFilesError, loading
 from turbotx.serving.tokens import TextTokenizer
 
 VOCABULARIES = (
@@ -29,13 +29,8 @@ def load_tokenizer(folder: Path, lower_case: bool = False) -> TextTokenizer:
     """
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise ModelFilesError(f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)}")
-    try:
+    with loading(f"the tokenizer of {folder}"):
         found = _read(folder)
-    except Exception as error:  # whatever transformers and the readers of its files raise
-        said = str(error).strip().splitlines() or [""]
-        raise ModelFilesError(
-            f"the tokenizer of {folder} cannot be loaded: {type(error).__name__}: {said[0]}"
-        ) from error
     if lower_case:
         _lower(found.tokenizer)
     return found

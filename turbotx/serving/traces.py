@@ -35,12 +35,13 @@ def make_trace(
 
 
 def poisson_gaps(generator: np.random.Generator, count: int) -> Floats:
-    """Return times between arrivals of a Poisson process, of mean 1."""
+    """Return times between arrivals of a Poisson process, of mean 1. float64, (count)."""
     return generator.exponential(1.0, count)
 
 
 def bursty_gaps(generator: np.random.Generator, count: int) -> Floats:
-    """On and off: within a burst 1.5 x the mean rate, then a pause (a Markov-modulated process)."""
+    """On and off: within a burst 1.5 x the mean rate, then a pause (a Markov-modulated process).
+    float64, (count)."""
     gap = generator.exponential(1 / 1.5, count)
     pauses = generator.random(count) < 1 / 100  # bursts of 100 requests on average
     gap[pauses] += generator.exponential(100 / 3, int(pauses.sum()))
@@ -48,7 +49,8 @@ def bursty_gaps(generator: np.random.Generator, count: int) -> Floats:
 
 
 def diurnal_gaps(generator: np.random.Generator, count: int) -> Floats:
-    """Return gaps whose rate swings by +-30 % as a sine, four periods in the trace."""
+    """Return gaps whose rate swings by +-30 % as a sine, four periods in the trace. float64,
+    (count)."""
     phase = np.linspace(0, 8 * np.pi, count)
     gap: Floats = generator.exponential(1.0, count) / (1 + 0.3 * np.sin(phase))
     return gap

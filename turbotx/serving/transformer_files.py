@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbotx.errors import TurbotxError
 from turbotx.saved.weight_files import load_weights
 from turbotx.serving.engine import Head
-from turbotx.serving.sentence_files import ModelFilesError, Normalize, SentenceFiles, Splade
+from turbotx.serving.sentence_files import (
+    ModelFilesError,
+    Normalize,
+    SentenceFiles,
+    Splade,
+    loading,
+)
 from turbotx.serving.tokens import TextTokenizer
 
 log = logging.getLogger(__name__)
@@ -79,7 +84,7 @@ def _load_transformer(folder: Path, kind: str, dtype: Any) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # standard error is lines of JSON
-    try:
+    with loading(str(folder)):
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
@@ -92,13 +97,6 @@ def _load_transformer(folder: Path, kind: str, dtype: Any) -> Any:
         module, report = _loader_of(config, kind, folder).from_pretrained(
             folder, config=config, local_files_only=True, dtype=dtype, output_loading_info=True
         )
-    except TurbotxError:
-        raise
-    except Exception as error:  # whatever transformers and the readers of its files raise
-        said = str(error).strip().splitlines() or [""]
-        raise ModelFilesError(
-            f"{folder} cannot be loaded: {type(error).__name__}: {said[0]}"
-        ) from error
     # A pooler is not part of an embedding here: the chain pools the hidden states.
     headed = kind in ("classifier", "sparse")
     missing = sorted(n for n in report["missing_keys"] if headed or not n.startswith("pooler."))

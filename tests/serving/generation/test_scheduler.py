@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.serving.generation.simulation import Arrival, Simulated, StepCosts, simulate
 from turbotx.serving.generation.scheduler import GenerationLimits, GenerationScheduler
-from turbotx.serving.generation.simulation import Arrival, Simulated, StepCosts, simulate
 from turbotx.serving.generation.slots import BLOCK, Entry, Slots
 from turbotx.serving.refusals import Busy, TooLarge
 

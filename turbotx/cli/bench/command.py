@@ -38,7 +38,7 @@ from turbotx.report.amounts import show_shape
 def bench_model(
     source: Source, shapes: Sequence[str], engines: Sequence[str], load: CallPattern, output: Output
 ) -> int:
-    """Measure and print; return the exit code."""
+    """Measure and print; return the exit code. Raises InputError for an unknown engine."""
     unknown = [e for e in engines if e not in ENGINES]
     if unknown:
         raise InputError(f"--engine {unknown[0]}: there are {', '.join(ENGINES)}")

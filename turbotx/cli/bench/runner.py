@@ -23,7 +23,7 @@ from typing import Any
 
 from turbotx.cli.models import Source
 from turbotx.errors import versions
-from turbotx.report.machine import processor_name
+from turbotx.kernels.processor import processor_name
 
 
 @dataclass(frozen=True)

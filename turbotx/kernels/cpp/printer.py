@@ -13,7 +13,7 @@ from turbotx import ir
 from turbotx.ir.expr import Expr, product, to_c
 from turbotx.ir.primitives import SCANS
 from turbotx.kernels.cpp.sequential import equal_block, make_sequential
-from turbotx.kernels.cpp.sweeps import Sweeps, axes_in
+from turbotx.kernels.cpp.sweeps import Sweeps
 from turbotx.kernels.cpp.text import STORAGE, FunctionText, start_of, var, wider
 from turbotx.kernels.cpp.tiles import print_tiles, wants_tiles
 
@@ -82,7 +82,7 @@ class _Elementwise:
 
     def _inside(self, s: ir.Statement, axis: ir.Axis) -> bool:
         if isinstance(s, ir.Store):
-            return axis.name in self.sweeps.varies[s.value] | axes_in(s)
+            return axis.name in self.sweeps.varies[s.value] | ir.axes_in(s.access.offset)
         names = {s.value} if isinstance(s, ir.Check) else set(ir.results_of(s))
         return any(axis.name in self.sweeps.varies[n] for n in names)
 

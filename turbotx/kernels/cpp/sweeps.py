@@ -33,7 +33,7 @@ class Sweeps:
     def in_column(self, s: ir.Statement) -> bool:
         """Return whether a statement belongs inside the column loop."""
         if isinstance(s, ir.Store):
-            return bool((self.varies[s.value] | axes_in(s)) & self.columns)
+            return bool((self.varies[s.value] | ir.axes_in(s.access.offset)) & self.columns)
         if isinstance(s, ir.Check):
             return bool(self.varies[s.value] & self.columns)
         return isinstance(s, ir.Reduce) or bool(self.varies[ir.results_of(s)[0]] & self.columns)
@@ -103,11 +103,6 @@ class Sweeps:
             for a in ir.needs_of(s)
         }  # fmt: skip
         return {v: k for v, k in kept.items() if v not in inner or v in outside}
-
-
-def axes_in(s: ir.Load | ir.Store) -> set[str]:
-    """Return the names of the axes that a statement's offset moves along."""
-    return {x.name[1:] for x in s.access.offset.free_symbols if x.name[0] == "@"}
 
 
 def cost_of(s: ir.Statement) -> int:

@@ -83,10 +83,7 @@ def _touched(kernel: ir.Kernel, accesses: list[ir.Load | ir.Store]) -> dict[str,
 
 def _distinct(kernel: ir.Kernel, access: ir.Access) -> Expr:
     """Return how many elements an access touches: the extents of the axes that it moves along."""
-    varies = kernel.varies_over()
-    names = {s.name[1:] for s in access.offset.free_symbols if s.name[0] == "@"}
-    for value in ir.values_in(access.offset):
-        names |= varies[value]
+    names = ir.axes_of(access.offset, kernel.varies_over())
     return product([a.extent for a in kernel.axes if a.name in names]) if names else ONE
 
 

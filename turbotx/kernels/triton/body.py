@@ -113,13 +113,7 @@ class KernelBody:
 
     def axes_in(self, value: Expr) -> frozenset[str]:
         """Return the names of the axes that an index expression varies over."""
-        names: frozenset[str] = frozenset()
-        for symbol in value.free_symbols:
-            if symbol.name[0] == "@":
-                names |= {symbol.name[1:]}
-            elif symbol.name[0] == "%":
-                names |= self.varies[symbol.name[1:]]
-        return names
+        return ir.axes_of(value, self.varies)
 
     def edge_masks(self, dims: str) -> list[str]:
         """Return the masks of a tile's edges along "r" (rows) and "c" (columns), where needed."""
@@ -168,7 +162,8 @@ class KernelBody:
     # --- statements ---
 
     def lines(self, s: ir.Statement, inline: bool) -> list[str]:
-        """Return the lines of one statement; with `inline` its text may be kept for its user."""
+        """Return the lines of one statement; with `inline` its text may be kept for its user.
+        Raises TypeError for a reduction or scan, which other code prints."""
         if isinstance(s, ir.Store):
             return [self._store(s)]
         if isinstance(s, ir.Check):

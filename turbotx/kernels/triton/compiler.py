@@ -47,7 +47,8 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 
 
 def target_of(name: str) -> tuple[str, int | str, int]:
-    """Return backend, architecture and warp width of a target, e.g. of any NVIDIA GPU's "sm_89"."""
+    """Return backend, architecture and warp width of a target, e.g. of any NVIDIA GPU's "sm_89".
+    Raises BuildError for a name that is none."""
     if name in TARGETS:
         return TARGETS[name]
     if name.startswith("sm_") and name[3:].isdigit():
@@ -227,7 +228,8 @@ def _folder(job: Job) -> Path:
 
 
 def compile_job(job: Job, process: subprocess.Popen[str]) -> Built:
-    """Have `process` compile a job, and move its artifacts into place in one step."""
+    """Have `process` compile a job, and move its artifacts into place in one step. Raises
+    BuildError, with Triton's message and the source, where it is refused."""
     assert process.stdin is not None and process.stdout is not None
     folder = _folder(job)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,8 @@ class Resources:
 
 @functools.cache
 def find_tool(name: str) -> str:
-    """Return the path of one of the CUDA binary tools that the Triton wheel carries."""
+    """Return the path of one of the CUDA binary tools that the Triton wheel carries. Raises
+    BuildError where it is missing."""
     spec = importlib.util.find_spec("triton")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder) / "backends" / "nvidia" / "bin" / name
@@ -45,7 +46,7 @@ def find_tool(name: str) -> str:
 
 
 def read_cubin(path: Path, shared_nbytes: int) -> Resources:
-    """Disassemble a cubin."""
+    """Disassemble a cubin. Raises BuildError where the disassembler says nothing of registers."""
     usage = _run([find_tool("cuobjdump"), "--dump-resource-usage", str(path)])
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:

@@ -93,7 +93,8 @@ def ensure_context(driver: Any, index: int) -> None:
 def load_function(driver: Any, binary: Binary, limit_nbytes: int) -> LoadedKernel:
     """Load a cubin into the current context; it stays loaded as long as the process lives.
 
-    `limit_nbytes`: shared memory that a program may have on this device.
+    `limit_nbytes`: shared memory that a program may have on this device. Raises BuildError where it
+    needs more shared memory than the device has.
     """
     name, shared_nbytes = binary.name, binary.shared_nbytes
     if shared_nbytes > limit_nbytes:

@@ -97,11 +97,7 @@ class GemmFamily:
             sizes["residual_row"] = launch.width
         self._sizes = {name: table.value(e) for name, e in sizes.items()}
         operands = {"x_ptr": x, "w_ptr": weight, "bias_ptr": launch.bias, "residual_ptr": residual}
-        self._shifts = [
-            (name, table.value(a.offset * a.dtype.itemsize))
-            for name, a in operands.items()
-            if a is not None and a.offset != 0
-        ]
+        self._shifts = table.shifts(operands)
         self._chosen: dict[tuple[GemmTemplate, int], GemmSchedule | None] = {}
         self._jobs: dict[object, Job] = {}
 

@@ -25,7 +25,7 @@ from turbotx.program.executable import Executable
 from turbotx.runtime.binding import Binding
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.cuda.queue import CudaQueue
-from turbotx.runtime.mixture import require_binary
+from turbotx.runtime.mixture import require_binary, shown_spans
 from turbotx.runtime.packed_program import PackedProgram
 from turbotx.runtime.state import RunState
 from turbotx.runtime.watch import Watch
@@ -73,7 +73,8 @@ class DeviceMixture:
     mask: torch.Tensor | None = None
 
     def lay_out(self, room: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return bounds and starts of `room` sequences, the last ones empty."""
+        """Return bounds and starts of `room` sequences, the last ones empty. int64, (room + 1) and
+        (room)."""
         if not isinstance(self.lengths, torch.Tensor):
             bounds = [0, *itertools.accumulate(self.lengths)]
             numbers = bounds + [bounds[-1]] * (room + 1 - len(bounds)) + [0] * room
@@ -233,15 +234,8 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
     def of_mask(self, mask: torch.Tensor) -> Any:
         """Return the tokens that a mask (batch, seq) shows; raise InputError for other values than
         0 and 1."""
-        shown, width = mask.to(torch.bool), mask.shape[1]
-        columns = torch.arange(width, device=mask.device)
-        ends = torch.where(shown, columns + 1, 0).amax(1)
-        starts = torch.where(shown, columns, width).amin(1)
-        empty = ends == 0
-        starts = torch.zeros_like(starts) if self.packing.from_start else starts
-        starts = starts.masked_fill_(empty, 0)
-        if self.packing.to_end:
-            ends = torch.where(empty, 0, width)
+        shown, columns = mask.to(torch.bool), torch.arange(mask.shape[1], device=mask.device)
+        starts, ends = shown_spans(shown, columns, self.packing.from_start, self.packing.to_end)
         counts = ends - starts
         wrong = (mask != shown.to(mask.dtype)).any()
         tokens, others = torch.stack([counts.sum(), wrong.to(torch.int64)]).tolist()

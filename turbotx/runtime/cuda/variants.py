@@ -214,11 +214,7 @@ class AttentionFamily:
         self._names, self._strides = (NAMES, STRIDES) if flash else (PRODUCT_NAMES, PRODUCT_STRIDES)
         names = POINTERS if flash else ("a_ptr", "b_ptr", "out_ptr")
         given = dict(zip(names, launch.operands, strict=False))
-        self._shifts = [
-            (name, table.value(a.offset * a.dtype.itemsize))
-            for name, a in given.items()
-            if a is not None and a.offset != 0
-        ]
+        self._shifts = table.shifts(given)
         cells = [n for n, a in given.items() if steps and a is not None and a.tensor == steps.cache]
         sized = zip(self._names, launch.sizes, strict=True)
         self._cells = (*(n for n, e in sized if steps and steps.move(e)), *cells)

@@ -32,7 +32,8 @@ INNER_NAMES = ("state_dict", "model_state_dict", "model")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return every entry of a file by name; raise WeightsError where it cannot be read."""
+    """Return every entry of a file by name; raise WeightsError where it cannot be read. Tensors in
+    the file's own shapes and dtypes."""
     path = _find(path)
     try:
         if path.name.endswith(".index.json"):

@@ -16,7 +16,7 @@ from typing import Any
 
 from turbotx.serving.generation.sampling import Sampling
 from turbotx.serving.model_files import DTYPES, POSITIONS, find_folder
-from turbotx.serving.sentence_files import ModelFilesError
+from turbotx.serving.sentence_files import ModelFilesError, loading
 from turbotx.serving.tokenizer_files import LONGEST, VOCABULARIES
 
 log = logging.getLogger(__name__)
@@ -66,15 +66,8 @@ def load_generator(
     folder = find_folder(model)
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise ModelFilesError(f"{folder} has no tokenizer: none of {', '.join(VOCABULARIES)}")
-    try:
+    with loading(str(folder)):
         plain, tokenizer = _read(folder, dtype)
-    except ModelFilesError:
-        raise
-    except Exception as error:  # whatever transformers and the readers of its files raise
-        said = str(error).strip().splitlines() or [""]
-        raise ModelFilesError(
-            f"{folder} cannot be loaded: {type(error).__name__}: {said[0]}"
-        ) from error
     plain = plain.to(device).eval()
     # Not at the top: a process that only looks at files compiles nothing.
     from turbotx.engine.optimize import optimize

@@ -106,7 +106,9 @@ class GenerationScheduler:
         """Take sequences off the batch until its next step fits, the youngest of the lowest class
         first; they wait again. The last one stays."""
         gone: list[Sequenced] = []
-        while len(self.running) > 1 and not self._fits(slots, len(self.running)):
+        while len(self.running) > 1 and (
+            held_positions(len(self.running), slots.length + 1) > self.limits.max_positions
+        ):
             gone.append(self.preempt())
         return gone
 
@@ -156,6 +158,3 @@ class GenerationScheduler:
                 break
             taken.append(self.waiting.pop(0))
         return taken
-
-    def _fits(self, slots: Slots, rows: int) -> bool:
-        return held_positions(rows, slots.length + 1) <= self.limits.max_positions

@@ -63,16 +63,15 @@ class GeneratedSequence:
         """Positions that it takes at its end."""
         return len(self.ids) + self.asked.max_tokens
 
-    def take(self, logits: Logits) -> int:
-        """Draw the next token, tell of it, and return it; `finished` says whether it is the last.
+    def take(self, logits: Logits) -> None:
+        """Draw the next token and tell of it; `finished` says whether it is the last.
 
-        Raises ValueError for logits that are no numbers.
+        logits: float, (vocabulary,). Raises ValueError for logits that are no numbers.
         """
         picked = self._sampler.pick(logits)
-        ended = picked.token in self.asked.ends
-        if ended:
+        if picked.token in self.asked.ends:
             self._tell("", None, "stop")
-            return picked.token
+            return
         self.tokens.append(picked.token)
         text = self._text.push(picked.token)
         if self._text.stopped:
@@ -81,7 +80,6 @@ class GeneratedSequence:
             self._tell(text + self._text.finish(), picked, "length")
         else:
             self.tell(Piece(text, picked))
-        return picked.token
 
     def fail(self, error: Exception) -> None:
         """End it by an error."""

@@ -14,76 +14,49 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
 
-from turbotx.serving.bodies import BodyMemory
-from turbotx.serving.daemon_thread import run_in_daemon_thread
 from turbotx.serving.generation.batch import DecodeBatch
 from turbotx.serving.generation.metrics import GenerationMetrics
 from turbotx.serving.generation.model import Generator
 from turbotx.serving.generation.scheduler import GenerationLimits, GenerationScheduler
 from turbotx.serving.generation.sequence import Asked, GeneratedSequence, Piece
 from turbotx.serving.generation.worker import DecodeWorker
-from turbotx.serving.refusals import NotReady, TimedOut
-from turbotx.serving.service import BODIES, ModelFailed
+from turbotx.serving.refusals import TimedOut
+from turbotx.serving.served import Served
 from turbotx.serving.settings import Settings
-from turbotx.serving.tokenizer_pool import TokenizerPool
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
-State = Literal["loading", "ready", "draining", "failed"]
 GROWING = 3
 """What sequences use of the cache's bytes is one part of three: memory is counted to twice as many
 positions as are filled, and while it is written anew the old one is there too."""
 
 
-class GenerationService:
+class GenerationService(Served):
     """One model, one worker. All but the worker belongs to one event loop."""
+
+    metrics: GenerationMetrics
 
     def __init__(
         self, generator: Generator, settings: Settings, limits: GenerationLimits,
         max_cache_nbytes: int,
     ) -> None:  # fmt: skip
         """limits: all but the positions, which follow from bytes and model."""
-        self.generator, self.settings = generator, settings
+        super().__init__(settings, [generator.name], GenerationMetrics())
+        self.generator = generator
         self._limits, self._nbytes = limits, max_cache_nbytes
-        self.metrics = GenerationMetrics()
-        self.state: State = "loading"
-        self.url = ""  # where it listens, for the line that says that it is ready
-        self.failure: ModelFailed | None = None
-        self.preparing = False  # a thread runs the model for the first time
-        self.left = asyncio.Event()  # told to stop: bodies that are half there are not waited for
-        self.leaving = False
-        self.bodies = BodyMemory(BODIES * settings.max_body_nbytes)
-        self._tokenizers = TokenizerPool(settings.tokenizer_threads, settings.max_body_nbytes)
-        self._apart = ThreadPoolExecutor(1, thread_name_prefix="turbotx-large")
         self._worker: DecodeWorker | None = None
         self.scheduler = GenerationScheduler(limits)
-        self.metrics.watch(self.figures)
 
     @property
     def worker(self) -> DecodeWorker:
         """Raises NotReady while there is none that accepts."""
-        if self._worker is None or self.state != "ready":
-            raise NotReady(f"the server is {self.state}", retry_after_s=1.0)
-        return self._worker
+        return self.when_ready(self._worker)
 
     async def start(self) -> None:
         """Run the model once, accept requests. Raises ModelFailed."""
         batch = DecodeBatch.of(self.generator.model, self.generator.module, self.generator.device)
-        self.preparing = True
-        try:
-            nbytes = await run_in_daemon_thread(lambda: self._prepare(batch), self._end_preparing)
-        except Exception as error:  # whatever the model raises
-            said = str(error).strip().splitlines() or [""]
-            self.state = "failed"
-            self.failure = ModelFailed(
-                f"{self.generator.name} cannot run: {type(error).__name__}: {said[0]}"
-            )
-            log.error(str(self.failure), exc_info=log.isEnabledFor(logging.DEBUG))
-            raise self.failure from error
+        nbytes = await self.prepare(lambda: self._prepare(batch))
         positions = self._nbytes // (GROWING * nbytes)
         limits = replace(self._limits, max_positions=positions, context=self.generator.context)
         self.scheduler = GenerationScheduler(limits)
@@ -97,21 +70,10 @@ class GenerationService:
             f", {self.url}" if self.url else "",
         )  # fmt: skip
 
-    async def stop(self) -> None:
-        """Finish all texts that were begun or wait, end the threads."""
-        self.state = "draining"
+    async def drain(self) -> None:
+        """Finish all texts that were begun or wait."""
         if self._worker is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._worker.drain)
-        self._tokenizers.shutdown()
-        self._apart.shutdown(wait=True)
-
-    async def apart(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Run what takes long on a thread of its own, one at a time."""
-        return await asyncio.get_running_loop().run_in_executor(self._apart, work, *arguments)
-
-    async def tokenize(self, characters: int, work: Callable[[], Result]) -> Result:
-        """Run work that reads so many characters in the tokenizers' threads. Raises Busy."""
-        return await self._tokenizers.run(characters, work)
 
     async def generate(
         self, prompts: Sequence[Sequence[int]], asked: Sequence[Asked], priority: int = 0
@@ -181,6 +143,3 @@ class GenerationService:
         one position of the cache."""
         token = min(self.generator.vocabulary, 100) - 1
         return batch.position_nbytes(token)
-
-    def _end_preparing(self) -> None:
-        self.preparing = False
