@@ -10,6 +10,7 @@ behind an address that never moves, and is free again when nobody refers to it a
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -22,8 +23,12 @@ from numpy.typing import NDArray
 from turbotx.memory.cpu_range import CpuRange, load_libc
 from turbotx.memory.planner.plan import CHUNK_NBYTES, align
 
-ADDRESS_NBYTES = 1 << 40
 Ids = NDArray[np.int64]
+
+
+def count_addresses() -> int:
+    """Return how many bytes of addresses blocks may have: twice what the machine has of memory."""
+    return 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def can_have_blocks(device: torch.device) -> bool:
@@ -41,7 +46,7 @@ class CacheBlocks:
     def __init__(self, block_nbytes: int, count: Callable[[int], None]) -> None:
         self.block_nbytes = block_nbytes
         self.references = np.zeros(0, dtype=np.int32)
-        self._range, self._count = CpuRange(ADDRESS_NBYTES), count
+        self._range, self._count = CpuRange(count_addresses()), count
         self._released: deque[Ids] = deque()
         self._lock = threading.Lock()
         raw: Any = (ctypes.c_uint8 * self._range.capacity_nbytes).from_address(self._range.address)

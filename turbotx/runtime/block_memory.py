@@ -362,7 +362,7 @@ class BlockMemory(CacheMemory):
         self._gone[layer] = min(self._gone[layer], kept)
         self._let_go(layer, slice(None), slice(kept, None))
         self.tables[layer] = self.tables[layer][:, :kept]
-        self.lengths[layer], self._ready = length, 0
+        self.lengths[layer], self._ready = length, min(self._ready, kept * BLOCK_LEN)
 
     def clear(self, layer: int) -> None:
         """Take away everything of a layer, its memory too."""
