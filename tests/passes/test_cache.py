@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 import turbotx
 from turbotx.capture.trace import capture
 from turbotx.engine.pipeline import rewrite
+from turbotx.errors import IndexOutOfRangeError
 from turbotx.ir.cache_ops import cache_store
 from turbotx.passes.cache import store_in_place
 
@@ -22,20 +24,24 @@ class Step(nn.Module):
         super().__init__()
         self.leak, self.qkv = leak, nn.Linear(16, 48)
 
-    def forward(self, x, memory, length):
+    def forward(self, x, memory, table, length):
         q, k, v = (y.view(*x.shape[:2], 2, 8).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        k = append(memory, k, length, 0, 0, 0)
-        v = append(memory, v, length, 16, 0, 1)
+        k = append(memory, table, k, length, 0, 0, 0)
+        v = append(memory, table, v, length, 16, 0, 1)
         out = F.scaled_dot_product_attention(q, k, v)
         return out if self.leak is None else (out, self.leak(k))
 
 
-def call(batch=2, count=3, length=7, capacity=11):
-    return torch.randn(batch, count, 16), torch.randn(32, batch, capacity), torch.empty(length, 0)
+def call(batch=2, count=3, length=7, capacity=11, columns=1):
+    """Return x, memory, its table and an empty length; columns: of blocks in any order."""
+    memory = torch.randn(32 * columns, batch, capacity)
+    order = torch.randperm(2 * batch * columns, generator=torch.Generator().manual_seed(length))
+    table = (order * 16 * capacity).view(2, batch, columns)
+    return torch.randn(batch, count, 16), memory, table, torch.empty(length, 0)
 
 
 def rewritten(module):
-    graph = capture(module.eval(), call(), {}).graph_module.graph
+    graph = capture(module.eval(), call(columns=5), {}).graph_module.graph
     rewrite(graph)
     before = str(graph)
     store_in_place(graph)
@@ -52,13 +58,42 @@ def test_rows_that_are_returned_or_computed_with_are_copied() -> None:
         assert rewritten(Step(leak)) == [append.default, cache_store]
 
 
+def assert_runs(fast, module, x, ours, table, length) -> None:
+    theirs = ours.clone()
+    torch.testing.assert_close(fast(x, ours, table, length), module(x, theirs, table, length))
+    torch.testing.assert_close(ours, theirs)
+
+
 @torch.no_grad()
 def test_programs_write_the_rows_and_nothing_else() -> None:
     for module in (Step().eval(), Step(lambda k: k[:, :, 1:]).eval()):
         for backend in ("auto", "aten"):
             fast = turbotx.optimize(module, backend=backend)
             for sizes in ((2, 3, 7, 11), (1, 1, 1, 4), (3, 5, 20, 20)):
-                x, ours, length = call(*sizes)
-                theirs = ours.clone()
-                torch.testing.assert_close(fast(x, ours, length), module(x, theirs, length))
-                torch.testing.assert_close(ours, theirs)
+                assert_runs(fast, module, *call(*sizes))
+
+
+BLOCKS = [(2, 3, 7, 16, 2), (3, 1, 33, 16, 3), (1, 40, 90, 32, 4), (2, 1, 600, 64, 10),
+          (2, 600, 600, 64, 10)]  # fmt: skip
+
+
+@torch.no_grad()
+def test_programs_read_and_write_blocks_by_their_table() -> None:
+    for module in (Step().eval(), Step(lambda k: k[:, :, 1:]).eval()):
+        fast = turbotx.optimize(module)
+        for sizes in BLOCKS:
+            assert_runs(fast, module, *call(*sizes))
+
+
+@torch.no_grad()
+def test_a_table_is_refused_where_pytorch_reads_memory_by_strides() -> None:
+    fast = turbotx.optimize(Step().eval(), backend="aten")
+    with pytest.raises(IndexOutOfRangeError, match="a table of one column"):
+        fast(*call(*BLOCKS[1]))
+
+
+@torch.no_grad()
+def test_more_rows_than_a_cache_has_room_for_are_refused() -> None:
+    fast = turbotx.optimize(Step().eval())
+    with pytest.raises(IndexOutOfRangeError, match="positions in a cache's memory"):
+        fast(*call(2, 3, 40, 16, 2))

@@ -31,15 +31,16 @@ and those that are given them."""
 
 
 class CachedCall(nn.Module):
-    """A model whose calls take `kv_memory`, `kv_length`, `kv_kind` (one of KINDS), `kv_cross` and
-    `kv_encoded` instead of a cache and of an encoder's outputs.
+    """A model whose calls take `kv_memory`, `kv_table`, `kv_length`, `kv_kind` (one of KINDS),
+    `kv_cross` and `kv_encoded` instead of a cache and of an encoder's outputs.
 
-    kv_memory, kv_length: see `ir/cache_ops.py`. kv_cross: (2 x layers, batch, heads, source,
-    width), keys and values in turn. kv_encoded: the encoder's last hidden states.
+    kv_memory, kv_table, kv_length: see `ir/cache_ops.py`. kv_cross: (2 x layers, batch, heads,
+    source, width), keys and values in turn. kv_encoded: the encoder's last hidden states.
     """
 
     turbotx_dim_names: ClassVar = {
         "kv_length_d0": "length", "kv_memory_d0": "elements", "kv_memory_d2": "capacity",
+        "kv_table_d2": "columns",
     }  # fmt: skip
 
     def __init__(self, model: nn.Module, layers: int) -> None:
@@ -48,14 +49,16 @@ class CachedCall(nn.Module):
         self.training = False  # the model itself stays in whatever mode it is
 
     def forward(
-        self, *, kv_memory: torch.Tensor, kv_length: torch.Tensor, kv_kind: str,
-        kv_cross: torch.Tensor | None = None, kv_encoded: torch.Tensor | None = None, **given: Any
+        self, *, kv_memory: torch.Tensor, kv_table: torch.Tensor, kv_length: torch.Tensor,
+        kv_kind: str, kv_cross: torch.Tensor | None = None,
+        kv_encoded: torch.Tensor | None = None, **given: Any,
     ) -> tuple[Any, list[torch.Tensor]]:  # fmt: skip
         """Run the model with a cache of traced layers. Returns its output, CACHE in the cache's
         place, and the keys and values of cross attention that the call made, empty where it was
         given them or has none."""
         past = kv_length.shape[0] - count_queries(given, kv_kind)
-        own = TracedCache([TracedLayer(kv_memory, kv_length, past) for _ in range(self.layers)])
+        memory = kv_memory, kv_table, kv_length
+        own = TracedCache([TracedLayer(*memory, past) for _ in range(self.layers)])
         cache: Any = own
         cross: list[CrossLayer] = []
         if kv_kind != "decoder":
@@ -93,11 +96,13 @@ class TracedLayer(CacheLayerMixin):
 
     is_sliding = False  # whole lengths are kept: the mask hides what left the window
 
-    def __init__(self, memory: torch.Tensor, length: torch.Tensor, past: Any) -> None:
+    def __init__(
+        self, memory: torch.Tensor, table: torch.Tensor, length: torch.Tensor, past: Any
+    ) -> None:
         super().__init__()
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
-        self._memory, self._length, self._past = memory, length, past
+        self._memory, self._table, self._length, self._past = memory, table, length, past
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -108,11 +113,10 @@ class TracedLayer(CacheLayerMixin):
         `cache_ops.block_of`. Raises CaptureError where a layer writes twice in one call."""
         if self.keys is not None:
             raise CaptureError(f"layer {layer} writes to the cache twice in one call")
-        rest = (self._memory, self._length)
-        append = torch.ops.turbotx.cache_append
-        self.keys = append(rest[0], keys, rest[1], place, layer, 0)
+        held, append = (self._memory, self._table), torch.ops.turbotx.cache_append
+        self.keys = append(*held, keys, self._length, place, layer, 0)
         place += keys.shape[1] * keys.shape[3]
-        self.values = append(rest[0], values, rest[1], place, layer, 1)
+        self.values = append(*held, values, self._length, place, layer, 1)
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         """Raise CaptureError: a traced layer is written by `TracedCache.update` alone."""

@@ -23,13 +23,14 @@ from transformers.cache_utils import (
 )
 
 from turbotx.errors import InputError
+from turbotx.runtime.block_memory import BlockMemory, fits_blocks
 from turbotx.runtime.cache_memory import CacheBudget, CacheMemory, LayerShape
 
 
 class CachedLayer(CacheLayerMixin):
     """One layer of a `CacheMemory`, as transformers and its models use layers.
 
-    window: of a layer that shows no more than its latest `window - 1` positions; all are kept.
+    window: of a layer that shows no more than its latest `window - 1` positions.
     """
 
     is_croppable = True
@@ -40,7 +41,7 @@ class CachedLayer(CacheLayerMixin):
     @property
     def is_initialized(self) -> bool:
         """Whether the layer holds any position."""
-        return self.memory.read(self.layer) is not None
+        return self.memory.batch_of(self.layer) is not None
 
     @property
     def is_sliding(self) -> bool:
@@ -123,9 +124,9 @@ class CachedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch, its copies beside it."""
-        held = self.memory.read(self.layer)
-        if held is not None:
-            rows = torch.arange(held[0].shape[0]).repeat_interleave(repeats)
+        batch = self.memory.batch_of(self.layer)
+        if batch is not None:
+            rows = torch.arange(batch).repeat_interleave(repeats)
             self.memory.select(self.layer, rows)
 
 
@@ -152,11 +153,12 @@ def refuse_cache(cache: Any) -> None:
 
 def adopt(
     cache: Cache, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device,
-    grows: bool = True, budget: CacheBudget | None = None,
+    grows: bool = True, budget: CacheBudget | None = None, in_blocks: bool = False,
 ) -> CacheMemory:  # fmt: skip
     """Return the memory of a cache, whose layers become `CachedLayer`s now if they are not yet.
 
-    What the cache holds already is kept. Raises InputError where it holds layers of other shapes.
+    What the cache holds already is kept. in_blocks: whether the model's programs read blocks.
+    Raises InputError where it holds layers of other shapes.
     """
     layers: list[Any] = cache.layers
     known = _memory_of(layers)
@@ -167,15 +169,26 @@ def adopt(
         raise InputError(
             f"the key/value cache has {len(layers)} layers, and the model writes to {len(shapes)}"
         )
-    memory, made = CacheMemory(shapes, dtype, device, grows, budget), []
+    memory, made = _make_memory(shapes, dtype, device, grows, budget, in_blocks), []
     for k in range(len(shapes)):
         layer = layers[k] if k < len(layers) else None
         window = getattr(layer, "window", getattr(layer, "sliding_window", None))
         if layer is not None and layer.get_seq_length() > 0:
             _take_over(memory, k, layer)
         made.append(CachedLayer(memory, k, window))
+    if isinstance(memory, BlockMemory):
+        memory.windows = [layer.window for layer in made]
     cache.layers, cache.layer_class_to_replicate = made, None
     return memory
+
+
+def _make_memory(
+    shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device,
+    grows: bool, budget: CacheBudget | None, in_blocks: bool,
+) -> CacheMemory:  # fmt: skip
+    if in_blocks and budget is not None and fits_blocks(shapes, device):
+        return BlockMemory(shapes, dtype, budget)
+    return CacheMemory(shapes, dtype, device, grows, budget)
 
 
 def _memory_of(layers: Sequence[Any]) -> CacheMemory | None:

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from turbotx.engine.cache_layers import CachedLayer
 from turbotx.errors import InputError
 from turbotx.runtime.cache_memory import CacheMemory
@@ -37,9 +35,8 @@ def compose(rows: Sequence[CacheRow], length: int) -> Any:
     or than `length`, CacheFullError where the model's max_cache_nbytes is passed.
     """
     first = memory_of(rows[0].cache)
-    made = CacheMemory(first.shapes, first.dtype, first.device, budget=first.budget)
-    made.tensor_for(len(rows), length)
-    made.advance(length)
+    made = first.like()
+    made.blank(len(rows), length)
     cache = copy.copy(rows[0].cache)
     cache.layers = [
         CachedLayer(made, k, layer.window) for k, layer in enumerate(rows[0].cache.layers)
@@ -59,13 +56,16 @@ def put_row(cache: Any, place: int, row: CacheRow) -> None:
         raise InputError(
             f"{row.count} positions of a cache of {source.length} do not fit one of {target.length}"
         )
-    with torch.inference_mode(False), torch.no_grad():
-        for layer in range(len(target.shapes)):
-            held, given = target.read(layer), source.read(layer)
-            assert held is not None and given is not None
-            for to, of in zip(held, given, strict=True):
-                part = of[row.row, :, of.shape[2] - row.count :]
-                to[place, :, to.shape[2] - row.count :] = part
+    for layer in range(len(target.shapes)):
+        target.put_row(layer, place, *source.read_row(layer, row.row, row.count))
+
+
+def let_go_row(cache: Any, place: int) -> None:
+    """Let go of what a row of `cache` has that nobody needs any more: its blocks, if it has some.
+
+    Raises InputError as `compose`.
+    """
+    memory_of(cache).let_go_row(place)
 
 
 def memory_of(cache: Any) -> CacheMemory:

@@ -26,12 +26,14 @@ class StepCalls:
     """Runs calls with a cache; what runs one of plain tensors is a subclass's.
 
     name: the model's class. shapes: of what its layers write to the cache. budget: of its caches.
+    in_blocks: whether programs read caches in blocks; known with `shapes`.
     """
 
     name: str
     shapes: tuple[LayerShape, ...]
     device: torch.device
     budget: CacheBudget
+    in_blocks = False
 
     def run_plain(self, call: Mapping[str, Any], cache: Any) -> Any:
         """Run a call of `capture.cached_call`; return the model's output, with `cache` where that
@@ -54,6 +56,7 @@ class StepCalls:
             if memory.length + count != length:
                 raise InputError("another thread has changed the key/value cache meanwhile")
             call["kv_memory"] = memory.tensor_for(count_batch(call), length)
+            call["kv_table"] = memory.table()
             run = self.run_plain
             if torch.autograd._profiler_enabled():
                 run = record_function(f"turbotx: {self.name} step")(run)
@@ -68,12 +71,15 @@ class StepCalls:
         copied = copy.deepcopy(cache)
         call, memory, _ = self._prepare(given, copied)
         length = call["kv_length"].shape[0]
-        return call | {"kv_memory": memory.tensor_for(count_batch(call), length)}
+        plain = memory.contiguous()
+        tensor = plain.tensor_for(count_batch(call), length)
+        return call | {"kv_memory": tensor, "kv_table": plain.table()}
 
     def _prepare(
         self, given: dict[str, Any], cache: Any
     ) -> tuple[dict[str, Any], CacheMemory, int]:
-        """Return a call less `kv_memory`, the memory of its cache, and how many tokens it brings.
+        """Return a call less `kv_memory` and `kv_table`, the memory of its cache, and how many
+        tokens it brings.
 
         The cache's layers are turbotx's from then on.
         """
@@ -87,7 +93,9 @@ class StepCalls:
             call |= {"kv_cross": self._cross_memory(cache, count_batch(call))}
         call["kv_length"] = torch.empty(own.get_seq_length() + count, 0, device=self.device)
         dtype = self.find_dtype(call)
-        memory = adopt(own, self.shapes, dtype, self.device, budget=self.budget)
+        memory = adopt(
+            own, self.shapes, dtype, self.device, budget=self.budget, in_blocks=self.in_blocks
+        )
         return call, memory, count
 
     def _cross_memory(self, cache: Any, batch: int) -> torch.Tensor:

@@ -32,7 +32,8 @@ from turbotx.errors import CaptureError, InputError, ModelChangedError
 from turbotx.ir.expr import evaluate
 from turbotx.options import Options
 from turbotx.runtime.binding import Binding
-from turbotx.runtime.cache_memory import CacheBudget, LayerShape
+from turbotx.runtime.cache_memory import CacheBudget, LayerShape, make_table
+from turbotx.runtime.cpu.runtime import CpuCode
 from turbotx.runtime.program import Program
 
 
@@ -127,13 +128,16 @@ class StepEngine(StepCalls, Engine):
         dtype, length = self._dtype, call["kv_length"].shape[0]
         for _ in range(2):
             memory = torch.zeros(1, count_batch(call), length, dtype=dtype, device=self.device)
+            table = make_table(cast(int, self.model.layers), memory)
             try:
-                self.check((), {**call, "kv_memory": memory})
+                found = self.check((), {**call, "kv_memory": memory, "kv_table": table})
             except _OtherDtypeError as error:
                 dtype = error.dtype
                 self._forget_dtypes()
             else:
                 self._dtypes[read_decisive()] = dtype
+                code = found[0].compiled.specialization.code
+                self.in_blocks = isinstance(code, CpuCode) and bool(code.libraries)
                 return dtype
         raise CaptureError("the model's keys and values have a dtype that depends on the cache's")
 
@@ -155,6 +159,7 @@ class StepEngine(StepCalls, Engine):
             size = sum(s.heads * (s.key_width + s.value_width) for s in self.shapes)
             drawn = torch.randn(size, *memory.shape[1:], generator=torch.Generator().manual_seed(0))
             example["kv_memory"] = drawn.to(memory)
+            example["kv_table"] = example["kv_table"][:, :, :1].contiguous()
             compiled: Compiled = compile_observed(self, captured, (), example)
             return compiled
 
@@ -168,7 +173,7 @@ class StepEngine(StepCalls, Engine):
         nodes = find_appends(captured.graph_module.graph)
         parts: dict[int, list[torch.Tensor]] = {}
         for node in nodes:
-            _, new, _, _, layer, *_ = cast(tuple[Any, ...], node.args)
+            _, _, new, _, _, layer, *_ = cast(tuple[Any, ...], node.args)
             parts.setdefault(int(layer), []).append(new.meta["val"])
         layers = range(cast(int, self.model.layers))
         if sorted(parts) != list(layers) or any(len(p) != 2 for p in parts.values()):

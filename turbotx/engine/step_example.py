@@ -13,8 +13,16 @@ from typing import Any
 
 import torch
 
-SIZES = {"batch": 2, "query": 3, "length": 7, "source": 5, "capacity": 11, "memory": 13}
-"""length: of the cache with the new tokens. memory: elements a position."""
+SIZES = {
+    "batch": 2,
+    "query": 3,
+    "length": 7,
+    "source": 5,
+    "capacity": 11,
+    "memory": 13,
+    "columns": 17,
+}
+"""length: of the cache with the new tokens. memory: elements a position. columns: of its table."""
 KEPT = "logits_to_keep"
 """The argument that says for how many of the last new tokens there are to be logits."""
 
@@ -24,6 +32,7 @@ _WHOLE_MASK = ("batch", None, "query", "length")
 _ENCODED = ("batch", "source", None)
 _OWN = {
     "kv_memory": ("memory", "batch", "capacity"),
+    "kv_table": (None, "batch", "columns"),
     "kv_length": ("length", None),
     "kv_cross": (None, "batch", None, "source", None),
     "kv_encoded": _ENCODED,

@@ -1,28 +1,37 @@
 """Cache ops: what a decoder does with its key/value cache, as one op of PyTorch that traces keep.
 
-In: the memory of a whole cache, (elements a position, batch, capacity), the new rows of one layer's
-keys or values, (batch, heads, rows, width), and a tensor of no elements whose first size is the
-length of the cache afterwards. Out: every row, old and new, (batch, heads, length, width)::
+In: the memory of a whole cache, (elements a position, batch, capacity), its block table, the new
+rows of one layer's keys or values, (batch, heads, rows, width), and a tensor of no elements whose
+first size is the length of the cache afterwards. Out: every row, old and new, (batch, heads,
+length, width)::
 
-    keys = torch.ops.turbotx.cache_append(memory, rows, length, place, layer, 0)
+    keys = torch.ops.turbotx.cache_append(memory, table, rows, length, place, layer, 0)
+
+A table of int64, (2 x layers, batch, columns), says where in memory, in elements, blocks of
+`capacity` rows begin, (heads, capacity, width) each: row 2 * layer + part is for the keys (0) or
+values (1) of a layer. With one column the memory is contiguous, see `block_of`, and
+the table is not read.
 
 `passes.cache` puts `cache_store` in its place where attention alone reads the rows.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 _library = torch.library.Library("turbotx", "DEF")
 _library.define(
-    "cache_append(Tensor memory, Tensor rows, Tensor length, int place, int layer, int part)"
-    " -> Tensor"
+    "cache_append(Tensor memory, Tensor table, Tensor rows, Tensor length, int place, int layer,"
+    " int part) -> Tensor"
 )
 
 
 def block_of(memory: torch.Tensor, place: int, heads: int, width: int) -> torch.Tensor:
-    """Return one layer's keys or values in a cache's memory, (batch, heads, capacity, width).
+    """Return one layer's keys or values in contiguous memory, (batch, heads, capacity, width).
 
     memory: dense, (elements a position, batch, capacity). place: the elements a position of what
     lies before it.
@@ -34,22 +43,62 @@ def block_of(memory: torch.Tensor, place: int, heads: int, width: int) -> torch.
 
 
 def cache_append(
-    memory: torch.Tensor, rows: torch.Tensor, length: torch.Tensor,
+    memory: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, length: torch.Tensor,
     place: int, layer: int, part: int,
 ) -> torch.Tensor:  # fmt: skip
     """Store `rows` in `memory` as the last ones of `length`, and return a copy of all.
 
-    place: see `block_of`. layer, part: which layer's, 0 for keys and 1 for values; they are for
-    who reads the graph. Nothing else in a graph reads the memory, so that the op counts as
-    one without a side effect; it may be run again.
+    place: see `block_of`. layer, part: which layer's, 0 for keys and 1 for values. Nothing else in
+    a graph reads the memory, so that the op counts as one without a side effect; it may be run
+    again.
     """
-    return cache_store(memory, rows, length, place).clone(memory_format=torch.contiguous_format)
+    if table.shape[2] > 1:
+        windows = list(find_blocks(memory, table[2 * layer + part], rows.shape[1], rows.shape[3]))
+        _store_by_table(windows, memory.shape[2], rows, length.shape[0])
+        return _gather(windows, rows, length.shape[0])
+    held = cache_store(memory, table, rows, length, place, 2 * layer + part)
+    return held.clone(memory_format=torch.contiguous_format)
+
+
+def find_blocks(
+    memory: torch.Tensor, table: torch.Tensor, heads: int, width: int
+) -> Iterator[list[torch.Tensor]]:
+    """Give the blocks of every row of a batch, (heads, capacity, width) each; table: (batch,
+    columns)."""
+    size = (heads, memory.shape[2], width)
+    flat = memory.view(-1)
+    for places in table.tolist():
+        yield [flat.narrow(0, place, math.prod(size)).view(size) for place in places]
+
+
+def _store_by_table(
+    windows: Sequence[Sequence[torch.Tensor]], capacity: int, rows: torch.Tensor, after: int
+) -> None:
+    position = after - rows.shape[2]
+    while position < after:
+        column, first = divmod(position, capacity)
+        end = min(after, (column + 1) * capacity)
+        begin = position - after + rows.shape[2]
+        for blocks, new in zip(windows, rows, strict=True):
+            held = blocks[column][:, first : first + end - position]
+            held.copy_(new[:, begin : begin + end - position])
+        position = end
+
+
+def _gather(
+    windows: Sequence[Sequence[torch.Tensor]], rows: torch.Tensor, after: int
+) -> torch.Tensor:
+    batch, heads, _, width = rows.shape
+    every = [torch.cat(list(blocks), 1)[:, :after] for blocks in windows]
+    return torch.stack(every) if batch else rows.new_empty(0, heads, after, width)
 
 
 def cache_store(
-    memory: torch.Tensor, rows: torch.Tensor, length: torch.Tensor, place: int
-) -> torch.Tensor:
-    """Store rows as `cache_append` does, and return all of them where they lie in `memory`."""
+    memory: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, length: torch.Tensor,
+    place: int, index: int,
+) -> torch.Tensor:  # fmt: skip
+    """Store rows as `cache_append` does, and return all of them where they lie in `memory`, which
+    is contiguous: blocks are read and written by launches alone. index: of the table."""
     _, heads, count, width = rows.shape
     if isinstance(rows, FakeTensor):
         return rows.new_empty(rows.shape[0], heads, length.shape[0], width)
@@ -60,19 +109,20 @@ def cache_store(
 
 
 def store_rows(
-    memory: torch.Tensor, rows: torch.Tensor, length: torch.Tensor, place: int
-) -> tuple[()]:
+    memory: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, length: torch.Tensor,
+    place: int, index: int,
+) -> tuple[()]:  # fmt: skip
     """`cache_store` for who needs no result: a launch that PyTorch runs."""
-    cache_store(memory, rows, length, place)
+    cache_store(memory, table, rows, length, place, index)
     return ()
 
 
 def _fake_cache_append(
-    memory: torch.Tensor, rows: torch.Tensor, length: torch.Tensor,
+    memory: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, length: torch.Tensor,
     place: int, layer: int, part: int,
 ) -> torch.Tensor:  # fmt: skip
     torch._check(memory.shape[1] == rows.shape[0])
-    torch._check(memory.shape[2] >= length.shape[0])
+    torch._check(table.shape[1] == rows.shape[0])
     return rows.new_empty(rows.shape[0], rows.shape[1], length.shape[0], rows.shape[3])
 
 

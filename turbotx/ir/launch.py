@@ -250,7 +250,9 @@ class ExtentsLaunch(Launch):
 class AttentionLaunch(ExtentsLaunch):
     """out = softmax(scale q k^T + bias) v over (batch, heads, rows, head_dim), out (batch, q_len,
     heads, head_dim); keys: a key mask or lengths; sinks: float32 (heads,). call: what PyTorch would
-    run in its place. sequences: bounds and starts, where it is packed (`ir.packed_ops`)."""
+    run in its place. sequences: bounds and starts, where it is packed (`ir.packed_ops`). blocks: of
+    keys or values in a cache: its memory, and the rows of its table that say where they lie if it
+    has several columns."""
 
     kind = "attention"
 
@@ -266,12 +268,14 @@ class AttentionLaunch(ExtentsLaunch):
     """Sizes and strides, in the order of `kernels.cpp.attention.SIZES`."""
     call: AtenCall
     sequences: tuple[Operand, ...] = ()
+    blocks: tuple[Operand | None, ...] = ()
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
-        """q, k, v, out, keys, bias and sinks, None for absent ones; bounds and starts if packed."""
+        """q, k, v, out, keys, bias and sinks, None for absent ones; bounds and starts if packed, or
+        a cache's memory, and the table of keys and of values."""
         own = self.q, self.k, self.v, self.out, self.keys, self.bias, self.sinks
-        return *own, *self.sequences
+        return *own, *self.sequences, *self.blocks
 
     @property
     def writes(self) -> tuple[str, ...]:
@@ -309,7 +313,8 @@ class ProductLaunch(ExtentsLaunch):
 class StoreLaunch(ExtentsLaunch):
     """Rows of a decoder's layer go into the memory of its cache, an input that is written all the
     same. held: all of the layer's rows after the call, (batch, heads, length, width). new: the last
-    of them. call: what PyTorch would run in its place."""
+    of them. call: what PyTorch would run in its place. blocks: as of `AttentionLaunch`, with one
+    row of the table."""
 
     kind = "store"
 
@@ -318,11 +323,12 @@ class StoreLaunch(ExtentsLaunch):
     extents: tuple[Expr, ...]
     """Sizes and strides, see `program.cache_stores`."""
     call: AtenCall
+    blocks: tuple[Operand, ...] = ()
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """The cache's tensor, which is written in place, and the new rows."""
-        return self.held, self.new
+        """The cache's tensor, which is written in place, the new rows, and what tells blocks."""
+        return self.held, self.new, *self.blocks
 
     @property
     def writes(self) -> tuple[str, ...]:

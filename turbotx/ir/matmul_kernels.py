@@ -63,7 +63,8 @@ class AttentionKernel:
     -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
     with blind_mean the mean of all values. softcap: 0 for none. late: the last query stands at the
     last key. sinks: each head has one more score, in float32, whose share goes to no value. packed:
-    over sequences on one axis of tokens (`ir.packed_ops`).
+    over sequences on one axis of tokens (`ir.packed_ops`). cached: keys or values may lie in a
+    cache's blocks.
     """
 
     dtype: torch.dtype
@@ -79,6 +80,7 @@ class AttentionKernel:
     late: bool = False
     sinks: bool = False
     packed: bool = False
+    cached: bool = False
 
     @property
     def name(self) -> str:

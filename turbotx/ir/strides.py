@@ -58,7 +58,7 @@ def root_layout(node: fx.Node) -> Layout:
     if node.target is cache_store:
         capacity = g.shape(g.operand(node, 0))[2]
         room = (shape[0], shape[1], capacity, shape[3])
-        place = product((expr(node.args[3]), shape[0], capacity))
+        place = product((expr(node.args[4]), shape[0], capacity))
         return Layout(node, shape, contiguous_strides(room), place)
     if node.op == "get_attr":
         given = g.strides(node)

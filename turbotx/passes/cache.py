@@ -12,32 +12,31 @@ import torch
 from torch import fx
 
 from turbotx.ir import fx_nodes as g
-from turbotx.ir.attention_ops import attention, attention_scores, attention_values
+from turbotx.ir.attention_ops import attention
 from turbotx.ir.cache_ops import cache_store
 from turbotx.ir.strides import layout_of
 from turbotx.ir.views import is_view
-
-_READERS = (attention, attention_scores, attention_values)
 
 
 def store_in_place(graph: fx.Graph) -> None:
     """Rewrite the appends whose every reader is one of attention's ops."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.turbotx.cache_append.default):
         if all(_reads_in_place(user, node) for user in node.users):
-            memory, rows, length, place = node.args[:4]
+            *held, layer, part = node.args
             with graph.inserting_before(node):
-                new = g.emit(node, cache_store, memory, rows, length, place)
+                new = g.emit(node, cache_store, *held, 2 * layer + part)
             g.replace(node, new)
 
 
 def _reads_in_place(user: fx.Node, source: fx.Node) -> bool:
-    """Return whether `user`, through views, is attention that takes `source` for q, k or v."""
+    """Return whether `user`, through views that change nothing, is attention that takes `source`
+    for k or v."""
     if g.is_size(user):
         return True
-    if user.target in _READERS:
-        return source not in user.args[3:]
+    if user.target is attention:
+        return source not in (user.args[0], *user.args[3:])
     return (
         is_view(user)
-        and layout_of(user) is not None
+        and layout_of(user) == layout_of(source)
         and all(_reads_in_place(further, user) for further in user.users)
     )

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from sympy import Integer
 from torch import fx
 
 from turbotx import ir
@@ -44,7 +45,7 @@ from turbotx.ops import OPS, takes_any_layout, why_outside
 from turbotx.passes.outputs import copied_leaves
 from turbotx.passes.partition import kind_of, op_name
 from turbotx.program.assembly import Assembly, dense, whole
-from turbotx.program.cache_stores import describe_store
+from turbotx.program.cache_stores import describe_blocks, describe_store, find_blocks, require_room
 from turbotx.program.copies import lay_out, lay_out_returned, show_by_strides
 from turbotx.program.gemms import make_gemm
 from turbotx.program.sequences import SEQUENCE_OPS, make_launch
@@ -233,10 +234,13 @@ class _Assembler:
         sequences = tuple(self._operand(g.operand(node, i)) for i in range(6, len(node.args)))
         said = (shown, added, sunk, node.kwargs, sequences)
         kernel, sizes = describe_attention((q, k, v, out), *said)
+        blocks, of_blocks = find_blocks(node, self._tensor)
+        if blocks:
+            kernel, sizes = replace(kernel, cached=True), (*sizes, *of_blocks)
         call, place = self._call(node, out), self._place(node, op_name(node))
         self.out.launches.append(
             ir.AttentionLaunch(
-                kernel, q, k, v, out, shown, added, sunk, sizes, call, sequences, **place
+                kernel, q, k, v, out, shown, added, sunk, sizes, call, sequences, blocks, **place
             )
         )
 
@@ -255,10 +259,13 @@ class _Assembler:
 
     def _store(self, node: fx.Node) -> None:
         """Add the launch that writes new rows behind those that a cache holds of a layer."""
-        held, new = self._operand(node), self._rows(g.operand(node, 1))
+        held, new = self._operand(node), self._rows(g.operand(node, 2))
         call = ir.AtenCall(store_rows, self._arguments(node.args), {}, ())
         sizes, place = describe_store(held, new), self._place(node, "cache_store")
-        self.out.launches.append(ir.StoreLaunch(held, new, sizes, call, **place))
+        *blocks, of_blocks = describe_blocks(node, self._tensor)
+        self.out.requirements.append(require_room(held, *of_blocks))
+        sizes = (*sizes, *of_blocks, Integer(new.dtype.itemsize))
+        self.out.launches.append(ir.StoreLaunch(held, new, sizes, call, tuple(blocks), **place))
 
     def _call(self, node: fx.Node, out: ir.Operand, has_out: bool = False) -> ir.AtenCall:
         """Return the call of a node itself, by PyTorch."""

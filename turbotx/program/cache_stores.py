@@ -1,20 +1,31 @@
-"""Cache stores: the launch that writes one layer's new keys or values into a cache.
+"""Cache stores: the launch that writes one layer's new keys or values into a cache, and its blocks.
 
 In: where a layer's rows lie in the cache's memory, and the new ones. Out: the sizes of
 `ttx_store_rows`, strides and offsets in bytes::
 
     sizes: batch, heads, rows, bytes of a row; strides of batch, head and row where the rows come
-        from, and of batch and head where they go, and where the first goes
+        from, and of batch and head where they go, and where the first goes; with blocks the columns
+        of their table, the rows and the bytes of an element of one
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
+from sympy import Integer
+from torch import fx
+
 from turbotx import ir
-from turbotx.ir.expr import Expr
+from turbotx.ir import fx_nodes as g
+from turbotx.ir.cache_ops import cache_store
+from turbotx.ir.expr import ONE, ZERO, Expr, product
+from turbotx.passes.partition import root_of
+from turbotx.program.assembly import Assembly
 
 
 def describe_store(held: ir.Operand, new: ir.Operand) -> tuple[Expr, ...]:
-    """Return a store's sizes.
+    """Return a store's sizes, less those of blocks.
 
     held: all rows of a layer after the call, (batch, heads, length, width), in the memory. new:
     (batch, heads, rows, width), the last of them, elements of a row side by side.
@@ -24,3 +35,53 @@ def describe_store(held: ir.Operand, new: ir.Operand) -> tuple[Expr, ...]:
     first = (held.shape[2] - count) * width
     steps = [s * nbytes for s in (*new.strides[:3], *held.strides[:2], first)]
     return batch, heads, count, width * nbytes, *steps
+
+
+def describe_blocks(
+    store: fx.Node, name_of: Callable[[fx.Node], str]
+) -> tuple[ir.Operand, ir.Operand, tuple[Expr, Expr]]:
+    """Return a cache's memory from its first element, the row of its table that tells where the
+    blocks of a `cache_store` lie, and the table's columns and the rows of a block."""
+    memory, table = g.operand(store, 0), g.operand(store, 1)
+    _, batch, columns = g.shape(table)
+    index: int = store.args[5]  # type: ignore[assignment]
+    whole = ir.Operand(name_of(memory), g.dtype(memory), (), (), ZERO)
+    row = ir.Operand(
+        name_of(table), g.dtype(table), (batch, columns), (columns, ONE),
+        product((Integer(index), batch, columns)),
+    )  # fmt: skip
+    return whole, row, (columns, g.shape(memory)[2])
+
+
+def find_blocks(
+    node: fx.Node, name_of: Callable[[fx.Node], str]
+) -> tuple[tuple[ir.Operand | None, ...], tuple[Expr, ...]]:
+    """Return an attention's `blocks`, and their sizes; nothing where neither keys nor values lie in
+    a cache."""
+    given = [root_of(g.operand(node, i)) for i in (1, 2)]
+    found = [describe_blocks(n, name_of) if n.target is cache_store else None for n in given]
+    first = next((x for x in found if x is not None), None)
+    if first is None:
+        return (), ()
+    return (first[0], *(None if x is None else x[1] for x in found)), first[2]
+
+
+def require_room(held: ir.Operand, columns: Expr, capacity: Expr) -> tuple[Expr, str]:
+    """Return the requirement that a cache has room for a call's rows."""
+    length = held.shape[2]
+    return product((capacity, columns)) - length, f"{length} positions in a cache's memory"
+
+
+def use_contiguous(assembly: Assembly) -> None:
+    """Let launches over a cache take contiguous memory alone, and refuse a call with a table."""
+    for i, launch in enumerate(assembly.launches):
+        if isinstance(launch, (ir.AttentionLaunch, ir.StoreLaunch)) and launch.blocks:
+            table = next(t for t in launch.blocks[1:] if t is not None)
+            less = 3 if isinstance(launch, ir.StoreLaunch) else 2
+            plain = replace(launch, blocks=(), extents=launch.extents[:-less])
+            if isinstance(plain, ir.AttentionLaunch):
+                plain = replace(plain, kernel=replace(plain.kernel, cached=False))
+            assembly.launches[i] = plain
+            assembly.requirements.append(
+                (ONE - table.shape[1], "contiguous memory of a cache: a table of one column")
+            )

@@ -104,8 +104,9 @@ def _operand_nbytes(operand: ir.Operand) -> Expr:
 def _add_windows(launch: ir.Launch) -> dict[str, Expr]:
     """Q, K and V are often three windows on one packed tensor: all of them count."""
     found: dict[str, Expr] = {}
+    blocks = launch.blocks if isinstance(launch, ir.AttentionLaunch) else ()
     for arg in launch.operands:
-        if arg is not None and arg.tensor not in launch.writes:
+        if arg is not None and arg.tensor not in launch.writes and arg not in blocks:
             found[arg.tensor] = found.get(arg.tensor, ZERO) + _operand_nbytes(arg)
     return found
 

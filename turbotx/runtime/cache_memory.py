@@ -22,6 +22,7 @@ import torch
 
 from turbotx.errors import CacheFullError, InputError
 from turbotx.ir.cache_ops import block_of
+from turbotx.memory.cache_blocks import CacheBlocks
 
 LEAST_CAPACITY = 64
 """Positions that a cache has room for at first; it grows to twice its size, or where that is more
@@ -37,12 +38,20 @@ class CacheBudget:
     def __init__(self, most: int | None = None) -> None:
         self.most, self.nbytes, self.peak_nbytes = most, 0, 0
         self._lock = threading.RLock()  # memory may be freed wherever this thread is
+        self._blocks: dict[int, CacheBlocks] = {}
 
     def __deepcopy__(self, memo: Any) -> CacheBudget:
         return self  # a copied cache is one more of the same model
 
     def __reduce__(self) -> Any:
         return CacheBudget, (self.most,)
+
+    def blocks_of(self, nbytes: int) -> CacheBlocks:
+        """Return the blocks of a size, which all caches share."""
+        with self._lock:
+            if nbytes not in self._blocks:
+                self._blocks[nbytes] = CacheBlocks(nbytes, self.add)
+            return self._blocks[nbytes]
 
     def has_room(self, nbytes: int) -> bool:
         """Return whether so many bytes more are within the bound."""
@@ -71,6 +80,12 @@ class LayerShape:
     heads: int
     key_width: int
     value_width: int
+
+
+def make_table(layers: int, memory: torch.Tensor) -> torch.Tensor:
+    """Return the block table that contiguous memory has, see `ir/cache_ops.py`."""
+    shape = 2 * layers, memory.shape[1], 1
+    return torch.zeros(shape, dtype=torch.int64, device=memory.device)
 
 
 class CacheMemory:
@@ -163,20 +178,49 @@ class CacheMemory:
         held, length = self._blocks[layer], self.lengths[layer]
         return None if held is None else (held[0][:, :, :length], held[1][:, :, :length])
 
-    def tensor_for(self, batch: int, length: int) -> torch.Tensor:
-        """Return the memory with room for `length` positions: (elements a position, batch,
-        capacity), dense.
+    def batch_of(self, layer: int) -> int | None:
+        """Return how many rows a layer holds, None where it holds nothing."""
+        held = self._blocks[layer]
+        return None if held is None else held[0].shape[0]
 
-        Raises InputError where it is filled for another batch.
-        """
-        filled = [b for b, n in zip(self._blocks, self.lengths, strict=True) if b and n]
-        other = {b[0].shape[0] for b in filled} - {batch}
+    def read_row(self, layer: int, row: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the last `count` positions of one row, (heads, count, width)."""
+        held = self.read(layer)
+        assert held is not None
+        first = self.lengths[layer] - count
+        return held[0][row, :, first:], held[1][row, :, first:]
+
+    def contiguous(self) -> CacheMemory:
+        """Return the same in contiguous memory."""
+        return self
+
+    def like(self) -> CacheMemory:
+        """Return an empty memory for caches of the same kind."""
+        return CacheMemory(self.shapes, self.dtype, self.device, budget=self.budget)
+
+    def blank(self, batch: int, length: int) -> None:
+        """Fill an empty memory with zeros."""
+        self.tensor_for(batch, length)
+        self.advance(length)
+
+    def refuse_other(self, batch: int) -> None:
+        """Raise InputError where the memory is filled for another batch."""
+        held = {self.batch_of(k) for k, n in enumerate(self.lengths) if n}
+        other = held - {batch, None}
         if other:
             raise InputError(
                 f"a key/value cache holds a batch of {other.pop()}, and the call has {batch}: "
                 "give it a new cache, or change its batch by batch_select_indices or "
                 "batch_repeat_interleave"
             )
+
+    def tensor_for(self, batch: int, length: int) -> torch.Tensor:
+        """Return the memory with room for `length` positions: (elements a position, batch,
+        capacity), dense.
+
+        Raises InputError where it is filled for another batch.
+        """
+        self.refuse_other(batch)
         made: Any = self._tensor
         fits = made is not None and made.shape[1] == batch
         if not self.grows:
@@ -189,6 +233,10 @@ class CacheMemory:
                 capacity = -(-length // LEAST_CAPACITY) * LEAST_CAPACITY
             return self._move(batch, capacity)
         return made
+
+    def table(self) -> torch.Tensor:
+        """Return the block table of the tensor that `tensor_for` has returned."""
+        return self._table
 
     def _move(self, batch: int, capacity: int) -> torch.Tensor:
         size = self.position_nbytes // self.dtype.itemsize
@@ -207,6 +255,7 @@ class CacheMemory:
                     values[:, :, :length] = before[1]
                 blocks.append((keys, values))
         self._tensor, self._blocks = made, blocks
+        self._table = make_table(len(self.shapes), made)
         self._count()
         return made
 
@@ -234,13 +283,7 @@ class CacheMemory:
 
         keys, values: (batch, heads, rows, width). Raises InputError where they do not fit.
         """
-        shape = self.shapes[layer]
-        wanted = (shape.heads, shape.key_width), (shape.heads, shape.value_width)
-        if any((x.shape[1], x.shape[3]) != w for x, w in zip((keys, values), wanted, strict=True)):
-            raise InputError(
-                f"layer {layer} of a key/value cache takes {shape}, and is given keys "
-                f"{tuple(keys.shape)} and values {tuple(values.shape)}"
-            )
+        self.refuse_shapes(layer, keys, values)
         if not any(self.lengths) and keys.dtype != self.dtype:  # a model that was converted since
             self.dtype, self._tensor = keys.dtype, None
             self._blocks = [None] * len(self.shapes)
@@ -264,6 +307,26 @@ class CacheMemory:
             held[0][:, :, start:end] = keys
             held[1][:, :, start:end] = values
         self.lengths[layer] = end
+
+    def refuse_shapes(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Raise InputError where keys and values are not of a layer's heads and widths."""
+        shape = self.shapes[layer]
+        wanted = (shape.heads, shape.key_width), (shape.heads, shape.value_width)
+        if any((x.shape[1], x.shape[3]) != w for x, w in zip((keys, values), wanted, strict=True)):
+            raise InputError(
+                f"layer {layer} of a key/value cache takes {shape}, and is given keys "
+                f"{tuple(keys.shape)} and values {tuple(values.shape)}"
+            )
+
+    def put_row(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Overwrite the last positions of one row, keys and values (heads, rows, width)."""
+        with torch.inference_mode(False), torch.no_grad():
+            to = self.read_row(layer, row, keys.shape[1])
+            to[0].copy_(keys)
+            to[1].copy_(values)
+
+    def let_go_row(self, row: int) -> None:
+        """Contiguous memory keeps its rows."""
 
     def select(self, layer: int, rows: torch.Tensor) -> None:
         """Keep these rows of a layer's batch, in this order, once each time they are named.

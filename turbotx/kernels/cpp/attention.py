@@ -4,8 +4,9 @@ In: the operands of an attention in the graph. Out: an `AttentionKernel`, the si
 and one extern "C" function with the uniform signature of every launch::
 
     args: q, k, v, out, key mask or lengths or null, bias or null, sinks or null; bounds
-        and starts if packed
-    sizes: the names in SIZES, in order, strides in elements
+        and starts if packed; a cache's memory, tables of keys and of values or null if cached
+    sizes: the names in SIZES, in order, strides in elements; if cached the columns of the tables
+        and the rows of a block
 """
 
 from __future__ import annotations
@@ -27,6 +28,16 @@ SIZES = (
     "out.batch", "out.head", "out.row", "key_mask_stride",
     "bias_batch", "bias_head", "bias_q", "bias_k",
 )  # fmt: skip
+
+
+_BLOCK_FIELDS = [
+    f"  s.columns = sizes[{len(SIZES)}];",
+    f"  s.block_len = sizes[{len(SIZES) + 1}];",
+    "  s.k_blocks = s.columns > 1 ? static_cast<const int64_t*>(args[8]) : nullptr;",
+    "  s.v_blocks = s.columns > 1 ? static_cast<const int64_t*>(args[9]) : nullptr;",
+    "  const void* k_memory = s.k_blocks == nullptr ? args[1] : args[7];",
+    "  const void* v_memory = s.v_blocks == nullptr ? args[2] : args[7];",
+]
 
 
 def describe_attention(
@@ -95,6 +106,8 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
         f"  s.{name} = static_cast<const int64_t*>(args[{k}]);"
         for k, name in enumerate(("bounds", "starts"), start=7) if kernel.packed
     ]  # fmt: skip
+    fields += _BLOCK_FIELDS * kernel.cached
+    k, v = ("k_memory", "v_memory") if kernel.cached else ("args[1]", "args[2]")
     called = "packed_attention" if kernel.packed else "attention"
     lines = [
         f'extern "C" int {name}(void* const* args, const int64_t* sizes) {{',
@@ -105,7 +118,7 @@ def print_attention(kernel: AttentionKernel, name: str) -> str:
         "  s.bias = args[5];",
         f"  s.bias_kind = ttx::Bias::{kernel.bias};",
         f"  ttx::{called}<{kind}, {kernel.head_dim}>(",
-        f"      {const}(args[0]), {const}(args[1]), {const}(args[2]),",
+        f"      {const}(args[0]), {const}({k}), {const}({v}),",
         f"      static_cast<{kind}*>(args[3]), s);",
         "  return 0;",
         "}",

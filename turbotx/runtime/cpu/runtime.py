@@ -19,6 +19,7 @@ from turbotx.errors import BuildWarning, NoCompilerError
 from turbotx.kernels.build import build_library
 from turbotx.options import Options
 from turbotx.program.assembly import Assembly
+from turbotx.program.cache_stores import use_contiguous
 from turbotx.program.executable import Executable
 from turbotx.program.link import link
 from turbotx.runtime.cpu.executor import CpuExecutor
@@ -65,6 +66,8 @@ def build_for_cpu(assembly: Assembly, dims: Sequence[str], options: Options) -> 
     types = NATIVE if "runtime" in libraries else frozenset()
     if not options.pack_weights:
         types -= {ir.GemmLaunch, ir.GroupedGemmLaunch}
+    if ir.AttentionLaunch not in types:
+        use_contiguous(assembly)
     layout = lay_out_launches(assembly, types, names)
     executable = link(assembly, dims, options.planner, layout)
     return CpuCode(executable, libraries, sources if libraries else {}, built)

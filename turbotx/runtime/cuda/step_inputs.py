@@ -32,6 +32,8 @@ class StepInputs:
         assert executable.gpu is not None
         self.cells, self.cache = executable.gpu.cells, -1
         names = [t.name for t in executable.inputs]
+        # Kernels on a GPU take contiguous caches alone, and read no table.
+        self._unread = {k for k, name in enumerate(names) if name == "kv_table"}
         stores = any(_writes(launch, names) for launch in executable.launches)
         self.is_bound = self.cells is None and stores
         if self.cells is not None:
@@ -64,7 +66,8 @@ class StepInputs:
         self, inputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return where in a graph's memory the tensors of a call go, and those that do."""
-        copied = [k for k, x in enumerate(given) if k != self.cache and x.numel()]
+        left = self._unread | {self.cache}
+        copied = [k for k, x in enumerate(given) if k not in left and x.numel()]
         return [fit(inputs[k], given[k]) for k in copied], [given[k] for k in copied]
 
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from turbotx.engine.cache_rows import CacheRow, compose, memory_of, put_row
+from turbotx.engine.cache_rows import CacheRow, compose, let_go_row, memory_of, put_row
 from turbotx.serving.generation.sampling import Logits
 from turbotx.serving.generation.slots import Entry, Rebuild, Slots
 
@@ -99,7 +99,10 @@ class DecodeBatch:
         self._tokens.update({j.key: j.token for j in new})
 
     def leave(self, key: Hashable) -> None:
-        """Let a sequence take part no more."""
+        """Let a sequence take part no more; its blocks of memory are free at once."""
+        for row, entry in enumerate(self.slots.rows):
+            if entry is not None and entry.key == key:
+                let_go_row(self._cache, row)
         self.slots.leave(key)
         self._tokens.pop(key, None)
 

@@ -50,12 +50,30 @@ struct HeadOperands {
   const float* keys;    // packed, or null where they are read row by row
   const float* values;  // the same
   long value_stride;
+  bool values_packed;
   const T* key_rows;
   const T* value_rows;
   long key_row_stride, value_row_stride;
   const float* hidden;  // 0 or -inf per key, or null
   long count;           // of keys
+  // Where rows lie in blocks of block_len, a multiple of kLanes: where they begin; else null.
+  const int64_t *key_blocks, *value_blocks;
+  long block_len;
 };
+
+// Calls run(j, rows of T from key j on, how many lie there side by side) for all keys of a range.
+template <class T, class Run>
+TTX_INLINE void for_pieces(const T* rows, long row_stride, const int64_t* blocks, long block_len,
+                           KeyRange keys, Run run) {
+  if (blocks == nullptr) return run(keys.begin, rows + keys.begin * row_stride,
+                                    keys.end - keys.begin);
+  for (long j = keys.begin; j < keys.end;) {
+    long block = j / block_len, end = (block + 1) * block_len;
+    end = end < keys.end ? end : keys.end;
+    run(j, rows + blocks[block] + (j - block * block_len) * row_stride, end - j);
+    j = end;
+  }
+}
 
 // A bias in units of log2, finite where it was: the most negative float of a mask hides a key only
 // beside others, while -inf hides it always.
@@ -118,8 +136,11 @@ template <class T, int D>
   for (int d = 0; d < D; ++d) {
     double sum = 0.0;
     if (some && s.blind_mean)
-      for (long j = 0; j < head.count; ++j)
-        sum += to_float(head.value_rows[j * head.value_row_stride + d]);
+      for_pieces(head.value_rows, head.value_row_stride, head.value_blocks, head.block_len,
+                 {0, head.count}, [&](long, const T* rows, long here) {
+                   for (long j = 0; j < here; ++j)
+                     sum += to_float(rows[j * head.value_row_stride + d]);
+                 });
     float mean = static_cast<float>(sum / (head.count > 0 ? head.count : 1));
     store(row + d, some && s.blind_nan ? nan : mean);
   }
@@ -166,13 +187,17 @@ template <class T, int D, int ROWS>
   bool masked = s.bias_kind != Bias::none || head.hidden != nullptr || s.causal ||
                 s.window_left >= 0 || s.window_right >= 0;
   long begin = keys.begin, count = keys.end - begin, panels = (count + kLanes - 1) / kLanes;
-  bool is_first = tile.is_first, in_place = false;
+  Earlier before = tile.is_first ? Earlier::none : Earlier::scaled;
+  bool in_place = false;
   tile.is_first = false;
   if constexpr (may_read_rows) {
     in_place = head.keys == nullptr;
     if (in_place)
-      score_rows<T, D, ROWS>(tile.query, head.key_rows + begin * head.key_row_stride,
-                             head.key_row_stride, count, scores);
+      for_pieces(head.key_rows, head.key_row_stride, head.key_blocks, head.block_len, keys,
+                 [&](long j, const T* rows, long here) {
+                   score_rows<T, D, ROWS>(tile.query, rows, head.key_row_stride, here,
+                                          scores + (j - begin));
+                 });
   }
   if (!in_place) score_block<D, ROWS>(tile.query, head.keys + begin * D, count, scores);
   for (int r = 0; r < ROWS; ++r) {
@@ -181,12 +206,17 @@ template <class T, int D, int ROWS>
     if (masked) mask_row<T>(s, head, batch, tile.q_head[r], tile.index[r], keys, row);
     exponentiate(row, panels, tile.softmax[r]);
   }
+  auto weigh = [&](const auto* values, long stride, const int64_t* blocks) {
+    for_pieces(values, stride, blocks, head.block_len, keys,
+               [&](long j, const auto* rows, long here) {
+                 weigh_block<D, ROWS>(scores + (j - begin), rows, stride, here, before,
+                                      tile.softmax, tile.sums);
+                 before = Earlier::kept;
+               });
+  };
   if constexpr (may_read_rows && !std::is_same_v<T, float>)
-    if (in_place)
-      return weigh_block<D, ROWS>(scores, head.value_rows + begin * head.value_row_stride,
-                                  head.value_row_stride, count, is_first, tile.softmax, tile.sums);
-  weigh_block<D, ROWS>(scores, head.values + begin * head.value_stride, head.value_stride, count,
-                       is_first, tile.softmax, tile.sums);
+    if (in_place) return weigh(head.value_rows, head.value_row_stride, head.value_blocks);
+  weigh(head.values, head.value_stride, head.values_packed ? nullptr : head.value_blocks);
 }
 
 template <class T, int D, int ROWS>
@@ -291,17 +321,28 @@ HeadOperands<T> prepare_head(const AttentionShape& s, const T* k, const T* v, lo
   long key_size = packs ? (count + kLanes - 1) / kLanes * kLanes * D : 0;
   long value_size = packs && !in_place ? count * padded(D) : 0;
   float* scratch = thread_scratch(key_size + value_size + count);
-  const T* head_k = k + batch * s.k.batch + kv_head * s.k.head;
-  const T* head_v = v + batch * s.v.batch + kv_head * s.v.head;
-  HeadOperands<T> head{packs ? scratch : nullptr, scratch + key_size, padded(D), head_k, head_v,
-                       s.k.row, s.v.row, nullptr, count};
-  if (packs) pack_keys<T, D>(head_k, s.k.row, count, scratch);
+  const int64_t* k_blocks = s.k_blocks == nullptr ? nullptr : s.k_blocks + batch * s.columns;
+  const int64_t* v_blocks = s.v_blocks == nullptr ? nullptr : s.v_blocks + batch * s.columns;
+  const T* head_k = k + (k_blocks == nullptr ? batch * s.k.batch : 0) + kv_head * s.k.head;
+  const T* head_v = v + (v_blocks == nullptr ? batch * s.v.batch : 0) + kv_head * s.v.head;
+  HeadOperands<T> head{packs ? scratch : nullptr, scratch + key_size, padded(D), true, head_k,
+                       head_v, s.k.row, s.v.row, nullptr, count, k_blocks, v_blocks, s.block_len};
+  if (packs)
+    for_pieces(head_k, s.k.row, k_blocks, s.block_len, {0, count},
+               [&](long j, const T* rows, long here) {
+                 pack_keys<T, D>(rows, s.k.row, here, scratch + j * D);
+               });
   if constexpr (may_stay)
     if (in_place) {
       head.values = head_v;
       head.value_stride = s.v.row;
+      head.values_packed = false;
     }
-  if (packs && !in_place) pack_values<T, D>(head_v, s.v.row, count, scratch + key_size);
+  if (packs && !in_place)
+    for_pieces(head_v, s.v.row, v_blocks, s.block_len, {0, count},
+               [&](long j, const T* rows, long here) {
+                 pack_values<T, D>(rows, s.v.row, here, scratch + key_size + j * padded(D));
+               });
   if (s.key_mask != nullptr) {
     float* hidden = scratch + key_size + value_size;
     const bool* mask = s.key_mask + batch * s.key_mask_stride;

@@ -77,7 +77,8 @@ void weigh_rows(const AttentionShape& s, const T* shares, const float* values, l
         const T* row = shares + ((range.batch * s.heads + head) * s.q_len + i) * s.k_len + begin;
         for (long j = 0; j < count; ++j) block[r * kScoreStride + j] = to_float(row[j]);
       }
-      weigh_block<D, ROWS>(block, values + begin * value_stride, value_stride, count, begin == 0,
+      weigh_block<D, ROWS>(block, values + begin * value_stride, value_stride, count,
+                           begin == 0 ? Earlier::none : Earlier::scaled,
                            kept, sums);
     }
     for (int r = 0; r < ROWS && first + r < range.end; ++r) {

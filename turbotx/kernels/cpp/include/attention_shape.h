@@ -29,6 +29,10 @@ struct AttentionShape {
   Bias bias_kind = Bias::none;                                    // boolean one hides where false
   long bias_batch = 0, bias_head = 0, bias_q = 0, bias_k = 0;     // strides; 0 broadcasts
 
+  const int64_t* k_blocks = nullptr;                              // [batch][columns]: where from k
+  const int64_t* v_blocks = nullptr;                              // or v on, in elements, block_len
+  long columns = 0, block_len = 0;                                // rows begin; null: by strides
+
   const int64_t* bounds = nullptr;                                // attention_packed.h: [batch + 1]
   const int64_t* starts = nullptr;                                // [batch]
 

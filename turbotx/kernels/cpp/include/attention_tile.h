@@ -173,14 +173,14 @@ TTX_INLINE void weigh_columns(const float* weights, const V* values, long value_
   }
 }
 
-// out[r] = rows[r].keep * out[r] + sum over j of weights[r][j] * value j; in a first block, from 0.
+// out[r] = rows[r].keep * out[r] + sum over j of weights[r][j] * value j, or as `before` says.
 template <int D, int ROWS, class V>
 void weigh_block(const float* weights, const V* values, long value_stride, long count,
-                 bool is_first, const Softmax* rows, float* out) {
+                 Earlier before, const Softmax* rows, float* out) {
   constexpr int vecs = padded(D) / kLanes;
   for (long j = 0; j < count; j += kKeyChain) {
     long here = count - j < kKeyChain ? count - j : kKeyChain;
-    Earlier earlier = j > 0 ? Earlier::kept : is_first ? Earlier::none : Earlier::scaled;
+    Earlier earlier = j > 0 ? Earlier::kept : before;
     const float* w = weights + j;
     const V* v = values + j * value_stride;
     int c = 0;

@@ -1,0 +1,377 @@
+"""Block memory: a decoder's keys and values in blocks that rows of a batch, and caches, share.
+
+In: as of `CacheMemory`. Out: memory that does not move, and a table that says which blocks a row
+has, as `ir/cache_ops.py` reads it; a block that several share is copied when one writes to it::
+
+    memory.tensor_for(batch=2, length=65); memory.table()  ->  (24, 2, 2), places in elements
+    memory.select(0, [1, 1])                               ->  both rows have one row's blocks
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+
+from turbotx.errors import InputError
+from turbotx.memory.cache_blocks import CacheBlocks, Ids, can_have_blocks
+from turbotx.runtime.cache_memory import CacheBudget, CacheMemory, LayerShape
+
+BLOCK_LEN = 64
+"""Positions of a block."""
+SLACK = 64
+"""Positions behind a window that are kept, so that so many may be dropped again."""
+
+
+def fits_blocks(shapes: Sequence[LayerShape], device: torch.device) -> bool:
+    """Return whether a cache of these layers may lie in blocks: all of one size, on a CPU."""
+    sizes = {s.heads * (s.key_width + s.value_width) for s in shapes}
+    return len(sizes) == 1 and 0 not in sizes and can_have_blocks(device)
+
+
+class BlockMemory(CacheMemory):
+    """A table a layer, (batch, columns), of the blocks that hold its keys and values: -1 in a cell
+    for a block that is not there, because it has left the window or nothing was written yet.
+
+    windows: how many positions back a layer sees, its own included; None: all.
+    """
+
+    def __init__(
+        self, shapes: Sequence[LayerShape], dtype: torch.dtype, budget: CacheBudget
+    ) -> None:
+        super().__init__(shapes, dtype, torch.device("cpu"), budget=budget)
+        self.windows: list[int | None] = [None] * len(self.shapes)
+
+    def _start(self) -> None:
+        self._used = Lock()
+        self.tables: list[Ids] = [np.zeros((0, 0), np.int64) for _ in self.shapes]
+        self._ready = 0
+        """Up to where every layer's rows have blocks of their own, known to be."""
+        self._gone = [0] * len(self.shapes)
+        """Columns of each layer that have left its window and were let go."""
+        self._open()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _open(self) -> None:
+        """Find the blocks of what the layers hold now."""
+        shape = self.shapes[0]
+        self._size = BLOCK_LEN * shape.heads * (shape.key_width + shape.value_width)
+        self.blocks: CacheBlocks = self.budget.blocks_of(self._size * self.dtype.itemsize)
+        self._flat = self.blocks.memory.view(self.dtype)
+        self._parts = [(self._view(s, 0), self._view(s, 1)) for s in self.shapes]
+        self._owner = weakref.finalize(self, _let_go, self.blocks, self.tables)
+        self._owner.atexit = False
+
+    def _view(self, shape: LayerShape, part: int) -> torch.Tensor:
+        """Return a layer's keys or values in all blocks, (blocks, heads, rows, width)."""
+        width = (shape.key_width, shape.value_width)[part]
+        first = shape.heads * BLOCK_LEN * shape.key_width * part
+        size = len(self._flat) // self._size, shape.heads, BLOCK_LEN, width
+        return self._flat.as_strided(size, (self._size, BLOCK_LEN * width, width, 1), first)
+
+    def __getstate__(self) -> dict[str, Any]:
+        held = [self.read(layer) for layer in range(len(self.shapes))]
+        return {
+            "made": (self.shapes, self.dtype, self.budget), "windows": self.windows, "held": held
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(*state["made"])  # type: ignore[misc]
+        for layer, parts in enumerate(state["held"]):
+            if parts is not None:
+                self.put(layer, *parts)
+        self.windows = state["windows"]
+
+    def __deepcopy__(self, memo: Any) -> BlockMemory:
+        made = BlockMemory(self.shapes, self.dtype, self.budget)
+        for layer, table in enumerate(self.tables):
+            self.blocks.share(table[table >= 0])
+            made.tables[layer] = table.copy()
+        made.lengths, made.windows = list(self.lengths), list(self.windows)
+        made._gone, self._ready = list(self._gone), 0
+        return made
+
+    # --- what is there ---
+
+    @property
+    def nbytes(self) -> int:
+        """What its blocks take, each counted once, those too that others share."""
+        ids = np.concatenate([t.ravel() for t in self.tables])
+        return int(np.count_nonzero(np.unique(ids) >= 0)) * self.blocks.block_nbytes
+
+    @property
+    def capacity(self) -> int:
+        """Positions that there are blocks for."""
+        return self.tables[0].shape[1] * BLOCK_LEN
+
+    def batch_of(self, layer: int) -> int | None:
+        """Return how many rows a layer holds, None where it holds nothing."""
+        return len(self.tables[layer]) if self.tables[layer].size else None
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return copies of a layer's keys and values, (batch, heads, length, width); zeros where
+        they have left the window."""
+        return self._gather(layer, self.tables[layer]) if self.tables[layer].size else None
+
+    def read_row(self, layer: int, row: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of the last `count` positions of one row, (heads, count, width)."""
+        keys, values = self._gather(layer, self.tables[layer][row : row + 1])
+        first = keys.shape[2] - count
+        return keys[0, :, first:], values[0, :, first:]
+
+    def _gather(self, layer: int, table: Ids) -> tuple[torch.Tensor, torch.Tensor]:
+        length, found = self.lengths[layer], []
+        ids, gone = torch.from_numpy(table.clip(0).ravel()), torch.from_numpy(table.ravel() < 0)
+        with torch.inference_mode(False), torch.no_grad():
+            for part in self._parts[layer]:
+                rows = part[ids]
+                rows[gone] = 0
+                wide = rows.view(*table.shape, *part.shape[1:]).transpose(1, 2).flatten(2, 3)
+                found.append(wide[:, :, :length])
+        return found[0], found[1]
+
+    def tensor_for(self, batch: int, length: int) -> torch.Tensor:
+        """Return the memory, with blocks for `length` positions of each row that nobody else reads
+        from where the rows end: (elements, batch, rows of a block); see `table`.
+
+        Raises InputError where it is filled for another batch, CacheFullError.
+        """
+        self.refuse_other(batch)
+        if self._ready < length or len(self.tables[0]) != batch:
+            first, end = self.length // BLOCK_LEN, -(-length // BLOCK_LEN)
+            for layer in range(len(self.shapes)):
+                self._widen(layer, batch, length)
+            self._claim(range(len(self.shapes)), first, end)
+            self._ready, self._table = end * BLOCK_LEN, self._make_table()
+        size = len(self._flat) // (batch * BLOCK_LEN), batch, BLOCK_LEN
+        return self._flat[: size[0] * batch * BLOCK_LEN].view(size)
+
+    def table(self) -> torch.Tensor:
+        """Return the block table of the tensor that `tensor_for` has returned."""
+        return self._table
+
+    def _make_table(self) -> torch.Tensor:
+        """Cells that name no block are never seen; where a mask hides them, finite numbers do."""
+        made = []
+        for table, shape in zip(self.tables, self.shapes, strict=True):
+            first = table[np.arange(len(table)), (table >= 0).argmax(axis=1)]
+            places = np.where(table < 0, first[:, None], table) * self._size
+            made += [places, places + shape.heads * BLOCK_LEN * shape.key_width]
+        stacked = np.stack(made)
+        if stacked.shape[2] == 1:  # one column would say that memory is contiguous
+            stacked = stacked.repeat(2, axis=2)
+        return torch.from_numpy(stacked)
+
+    def contiguous(self) -> CacheMemory:
+        """Return the same in contiguous memory."""
+        made = CacheMemory(self.shapes, self.dtype, self.device, budget=self.budget)
+        for layer in range(len(self.shapes)):
+            held = self.read(layer)
+            if held is not None:
+                made.put(layer, *held)
+        return made
+
+    def like(self) -> BlockMemory:
+        """Return an empty memory for caches of the same kind."""
+        made = BlockMemory(self.shapes, self.dtype, self.budget)
+        made.windows = list(self.windows)
+        return made
+
+    def blank(self, batch: int, length: int) -> None:
+        """Fill an empty memory with zeros, which take no blocks."""
+        for layer in range(len(self.shapes)):
+            self._widen(layer, batch, length)
+            self.lengths[layer] = length
+
+    # --- blocks ---
+
+    def _widen(self, layer: int, batch: int, length: int) -> None:
+        """Give a layer's table columns for `length` positions, of no blocks yet."""
+        table = self.tables[layer]
+        if len(table) != batch:  # nothing is filled
+            self.clear(layer)
+            table = np.zeros((batch, 0), np.int64)
+        more = -(-length // BLOCK_LEN) - table.shape[1]
+        self.tables[layer] = np.pad(table, ((0, 0), (0, max(0, more))), constant_values=-1)
+
+    def _claim(self, layers: Sequence[int], first: int, end: int) -> None:
+        """Give the cells of columns first to end blocks that nobody else reads.
+
+        What the first column holds is kept, by a copy where it was shared.
+        """
+        found = [self.tables[layer][:, first:end] for layer in layers]
+        shared = [self._find_shared(ids) for ids in found]
+        new = np.split(
+            self.blocks.take(sum(int(s.sum()) for s in shared)),
+            np.cumsum([s.sum() for s in shared])[:-1],
+        )
+        for layer, ids, where, own in zip(layers, found, shared, new, strict=True):
+            if not len(own):
+                continue
+            made = ids.copy()
+            made[where] = own
+            moved, filled = where[:, 0], self.lengths[layer] - first * BLOCK_LEN
+            if filled > 0 and moved.any():
+                to, of = (torch.from_numpy(x[moved, 0]) for x in (made, ids.clip(0)))
+                none = torch.from_numpy(made[moved & (ids[:, 0] < 0), 0])
+                with torch.inference_mode(False), torch.no_grad():
+                    for part in self._parts[layer]:
+                        part[to, :, :filled] = part[of, :, :filled]
+                        part[none, :, :filled] = 0
+            old = ids[where]
+            self.tables[layer][:, first:end] = made
+            self.blocks.release(old[old >= 0])
+
+    def _find_shared(self, ids: Ids) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Return which cells need another block: those that name none, or one that others read;
+        where all who read it are among these cells, the first keeps it."""
+        known, where, inverse, named = np.unique(
+            ids, return_index=True, return_inverse=True, return_counts=True
+        )
+        references = np.zeros(len(known), np.int64)
+        references[known >= 0] = self.blocks.references[known[known >= 0]]
+        shared = (references != 1)[inverse.reshape(-1)]
+        shared[where[(references == named) & (known >= 0)]] = False
+        return shared.reshape(ids.shape)
+
+    # --- changes ---
+
+    def advance(self, count: int) -> None:
+        """Say that a program has written so many rows of every layer; blocks that left a layer's
+        window are let go, those of one content in several rows of a prompt become one."""
+        begin = self.length
+        super().advance(count)
+        for layer, window in enumerate(self.windows):
+            gone = 0 if window is None else (self.lengths[layer] - window + 1 - SLACK) // BLOCK_LEN
+            if gone > self._gone[layer]:
+                self._let_go(layer, slice(None), slice(0, gone))
+                self._gone[layer] = gone
+            if count >= BLOCK_LEN and len(self.tables[layer]) > 1:
+                self._merge(layer, -(-begin // BLOCK_LEN), self.lengths[layer] // BLOCK_LEN)
+
+    def _let_go(self, layer: int, rows: slice, columns: slice) -> None:
+        cells = self.tables[layer][rows, columns]
+        old = cells[cells >= 0]
+        cells[:] = -1
+        self.blocks.release(old)
+
+    def _merge(self, layer: int, first: int, end: int) -> None:
+        """Let rows have the block of the row before where both hold the same bytes, as rows of one
+        prompt do."""
+        table, memory = self.tables[layer], self.blocks.memory
+        nbytes = self.blocks.block_nbytes
+        for column in range(first, end):
+            ids = table[:, column]
+            starts = self._parts[layer][0][torch.from_numpy(ids.clip(0)), 0, 0]
+            alike = (starts[1:] == starts[:-1]).all(1).numpy()
+            for row in np.flatnonzero(alike & (ids[1:] != ids[:-1]) & (ids[1:] >= 0)) + 1:
+                a, b = int(ids[row - 1]), int(ids[row])
+                one, other = (memory[i * nbytes : (i + 1) * nbytes] for i in (a, b))
+                if torch.equal(one, other):
+                    table[row, column] = a
+                    self.blocks.share(ids[row - 1 : row])
+                    self.blocks.release(np.array([b]))
+        self._ready = 0
+
+    def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int = 0) -> None:
+        """Store rows of a layer from position `start` on, its last ones from then on.
+
+        keys, values: (batch, heads, rows, width). Raises InputError where they do not fit.
+        """
+        self.refuse_shapes(layer, keys, values)
+        if not any(self.lengths) and keys.dtype != self.dtype:  # a model that was converted since
+            for k in range(len(self.shapes)):
+                self.clear(k)
+            self._owner.detach()
+            self.dtype = keys.dtype
+            self._open()
+        batch, end = len(keys), start + keys.shape[2]
+        held = self.batch_of(layer)
+        if start and held not in (None, batch):
+            raise InputError(f"a key/value cache holds a batch of {held}, and is given {batch}")
+        self.drop(layer, max(0, self.lengths[layer] - start))
+        self._widen(layer, batch, end)
+        self._claim([layer], start // BLOCK_LEN, -(-end // BLOCK_LEN))
+        self._write(layer, np.arange(batch), keys, values, start)
+        self.lengths[layer], self._ready = end, 0
+
+    def put_row(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Overwrite the last positions of one row, keys and values (heads, rows, width); what lies
+        before them is let go, and reads as zeros."""
+        length = self.lengths[layer]
+        start = length - keys.shape[1]
+        first, end = start // BLOCK_LEN, -(-length // BLOCK_LEN)
+        made = self.blocks.take(end - first)
+        self._let_go(layer, slice(row, row + 1), slice(None))
+        self.tables[layer][row, first:end] = made
+        with torch.inference_mode(False), torch.no_grad():
+            for part in self._parts[layer] if len(made) else ():
+                part[int(made[0])] = 0
+        self._write(layer, np.array([row]), keys[None], values[None], start)
+        self._ready = 0
+
+    def let_go_row(self, row: int) -> None:
+        """Let the blocks of one row go, which nobody needs any more; it reads as zeros."""
+        for layer in range(len(self.shapes)):
+            self._let_go(layer, slice(row, row + 1), slice(None))
+        self._ready = 0
+
+    def _write(
+        self, layer: int, rows: Ids, keys: torch.Tensor, values: torch.Tensor, start: int
+    ) -> None:
+        position, end = start, start + keys.shape[2]
+        with torch.inference_mode(False), torch.no_grad():
+            while position < end:
+                column, first = divmod(position, BLOCK_LEN)
+                until = min(end, (column + 1) * BLOCK_LEN)
+                ids = torch.from_numpy(self.tables[layer][rows, column])
+                for part, given in zip(self._parts[layer], (keys, values), strict=True):
+                    new = given[:, :, position - start : until - start].to(self.dtype)
+                    part[ids, :, first : first + until - position] = new
+                position = until
+
+    def select(self, layer: int, rows: torch.Tensor) -> None:
+        """Keep these rows of a layer's batch, in this order, once each time they are named; rows
+        that are named several times have the same blocks, until one of them is written."""
+        old = self.tables[layer]
+        if not self.lengths[layer]:
+            return
+        new = old[np.arange(len(old))[rows.cpu().numpy()]]
+        self.blocks.share(new[new >= 0])
+        self.tables[layer] = new
+        self.blocks.release(old[old >= 0])
+        self._ready = 0
+
+    def drop(self, layer: int, count: int) -> None:
+        """Take away the last `count` positions of a layer.
+
+        Raises InputError where what its window would show then has been let go.
+        """
+        length = max(0, self.lengths[layer] - count)
+        kept, window = -(-length // BLOCK_LEN), self.windows[layer]
+        if window is not None and length and self._gone[layer] > (length - window + 1) // BLOCK_LEN:
+            raise InputError(
+                f"layer {layer} of a key/value cache sees {window} positions, and some of those "
+                f"before position {length} have been let go: drop no more than {SLACK} positions"
+            )
+        self._gone[layer] = min(self._gone[layer], kept)
+        self._let_go(layer, slice(None), slice(kept, None))
+        self.tables[layer] = self.tables[layer][:, :kept]
+        self.lengths[layer], self._ready = length, min(self._ready, kept * BLOCK_LEN)
+
+    def clear(self, layer: int) -> None:
+        """Take away everything of a layer, its memory too."""
+        self._let_go(layer, slice(None), slice(None))
+        self._gone[layer] = 0
+        self.tables[layer], self.lengths[layer] = np.zeros((0, 0), np.int64), 0
+        self._ready = 0
+
+
+def _let_go(blocks: CacheBlocks, tables: list[Ids]) -> None:
+    for table in tables:
+        blocks.release(table[table >= 0])
