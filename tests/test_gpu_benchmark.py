@@ -36,7 +36,7 @@ def run_process(*arguments: str, **environment: str) -> subprocess.CompletedProc
 
 
 def test_every_stage_of_every_plan_has_a_name_and_a_limit_of_its_own(gpu: ModuleType) -> None:
-    modules = ("stages", "kernels", "packed", "decode")
+    modules = ("stages", "kernels", "packed", "decode", "int8")
     stages = [importlib.import_module(f"gpu_{n}") for n in modules]
     for plan, make in gpu.PLANS.items():
         names = [s.name for group in make() for s in group]
@@ -47,7 +47,7 @@ def test_every_stage_of_every_plan_has_a_name_and_a_limit_of_its_own(gpu: Module
                 assert any(hasattr(m, stage.function) for m in stages), stage.name
                 # What is timed has the machine to itself.
                 timed = stage.name.startswith(
-                    ("latency", "sweep", "shapes", "norms", "stream", "packed", "decode")
+                    ("latency", "sweep", "shapes", "norms", "stream", "packed", "decode", "int8")
                 )
                 assert len(group) == 1 or not timed, stage.name
 

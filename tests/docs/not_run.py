@@ -30,6 +30,7 @@ NOT_RUN: dict[tuple[str, str], str] = {
     ("docs/guide.md", "from langchain_openai"): "LangChain is no dependency of the tests",
     ("docs/guide.md", "from llama_index"): "LlamaIndex is no dependency of the tests",
     ("docs/guide.md", "fast = turbotx.optimize(model.cuda()"): GPU,
+    ("docs/quantization.md", "from torchao"): "torchao is no dependency of the tests",
 }
 """(page, how the command or block begins): the reason."""
 

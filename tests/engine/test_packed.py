@@ -17,7 +17,7 @@ from torch import nn
 
 import turbotx
 from turbotx.engine.optimize import engine_of
-from turbotx.errors import InputError, PackError, SaveError
+from turbotx.errors import InputError, PackError
 
 transformers = pytest.importorskip("transformers")
 SIZES = {
@@ -137,13 +137,6 @@ def test_other_masks_and_rows_are_refused() -> None:
         fast(input_ids=ids, attention_mask=torch.full((2, 4), 2))
     with pytest.raises(PackError, match="has no attention_mask"):
         fast(input_ids=ids)
-
-
-def test_no_file_for_gpus_yet(tmp_path: Any) -> None:
-    _, fast = model_of("bert")
-    check("bert", torch.randint(5, 60, (2, 4)), torch.ones(2, 4, dtype=torch.long))
-    with pytest.raises(SaveError, match="saved for CPUs so far"):
-        turbotx.save(fast, tmp_path / "model.turbotx", targets=["sm_90"])
 
 
 @torch.no_grad()

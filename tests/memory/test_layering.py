@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "turbotx" / "memory").rglob("*.py"))
-WITH_TORCH = {"pool.py", "arena.py"}
+WITH_TORCH = {"pool.py", "arena.py", "cache_blocks.py"}
 
 
 def imported(path):

@@ -58,6 +58,11 @@ def test_constants_fold(m: Scalarizer) -> None:
     assert hidden.value is False
 
 
+def test_folded_floats_round_at_each_step_as_eager_does(m: Scalarizer) -> None:
+    root = m.call("sqrt", m.constant(0, torch.float32) + 0.1)
+    assert root.value == (torch.zeros(()) + 0.1).sqrt().item() != 0.1**0.5
+
+
 def test_positions_compare_while_lowering(m: Scalarizer) -> None:
     row = m.index(ir.axis_symbol("a0"))
     assert (row >= 0).value is True

@@ -94,6 +94,15 @@ def test_a_file_without_panels_may_be_changed(tmp_path: Path) -> None:
     assert file.read_bytes() == before  # what is written to is this process's own
 
 
+def test_packed_parameters_are_written_as_they_were_without_panels(tmp_path: Path) -> None:
+    file = tmp_path / "model.ttx"
+    model, expected = saved(file, keep_weights=False, panels=[])
+    assert packed_names(model)
+    loaded = turbotx.load(file)
+    assert not packed_names(loaded) and torch.equal(loaded(X), expected)
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+
+
 def test_weights_from_elsewhere_leave_panels_out(tmp_path: Path) -> None:
     file = tmp_path / "model.ttx"
     saved(file, panels=["native"])

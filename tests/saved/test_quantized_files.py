@@ -13,6 +13,7 @@ from torch import nn
 import turbotx
 from tests.kernels.cpp.cpp_probe import needs_compiler
 from tests.runtime.test_quantized_weights import ALL, Projections, X, packed_names
+from turbotx.engine.optimize import engine_of
 from turbotx.errors import InputError, QuantizedWarning
 from turbotx.runtime.packed_weight import PackedWeight
 from turbotx.saved.verify import verify_saved
@@ -70,6 +71,17 @@ def test_floats_are_written_where_panels_are_left_out(tmp_path: Path) -> None:
     assert torch.equal(loaded.state_dict()["a.weight"], fast.a.weight)
 
 
+def test_floats_that_were_given_up_are_written_with_a_warning(tmp_path: Path) -> None:
+    file = tmp_path / "model.ttx"
+    with pytest.warns(QuantizedWarning, match="the file has int8 times scale"):
+        fast, expected = saved(file, keep_weights=False, panels=[])
+    loaded = turbotx.load(file)
+    torch.testing.assert_close(loaded(X), expected)
+    with pytest.warns(QuantizedWarning):
+        own = fast.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in loaded.state_dict().items())
+
+
 def test_floats_from_elsewhere_are_quantised(tmp_path: Path) -> None:
     file = tmp_path / "model.ttx"
     saved(file)
@@ -82,12 +94,12 @@ def test_a_file_is_verified_against_its_own_model_only(tmp_path: Path) -> None:
     file = tmp_path / "model.ttx"
     fast, _ = saved(file)
     loaded = turbotx.load(file)
-    _, found = verify_saved(loaded, fast._turbotx_engine, (X,), {})
+    _, found = verify_saved(loaded, engine_of(fast), (X,), {})
     assert found.likenesses[0].worst > 0.999
     with torch.no_grad():
         fast.b.weight.mul_(1.2)
     with pytest.raises(InputError, match="other values of"):
-        verify_saved(loaded, fast._turbotx_engine, (X,), {})
+        verify_saved(loaded, engine_of(fast), (X,), {})
 
 
 def test_a_product_that_stays_float_is_written_as_it_is(tmp_path: Path) -> None:

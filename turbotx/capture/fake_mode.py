@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch._export import non_strict_utils
-from torch._ops import OpOverload
+from torch._higher_order_ops.utils import registered_hop_fake_fns
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
@@ -54,6 +55,17 @@ class RememberingFakeMode(FakeTensorMode):
         super().__init__(*args, **kwargs)
         self.cache_enabled = False
         self._known: dict[Any, tuple[bool, tuple[_Made | int | None, ...]]] = {}
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        # What runs graphs of its own has a rule that PyTorch finds by the mode's very type (cond,
+        # while_loop), or one that the mode looks up (flex_attention).
+        if func not in registered_hop_fake_fns and isinstance(func, HigherOrderOperator):
+            return func.python_key_table[FakeTensorMode](self, *args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _dispatch_impl(
         self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -33,7 +33,8 @@ class SavedSteps(StepCalls):
         self.name, self.device, self._table = name, place, table
         self.shapes = tuple(LayerShape(*sizes) for sizes in facts["shapes"])
         self.budget = CacheBudget(facts["most_nbytes"])
-        self.in_blocks = place.type == "cpu"  # a file's programs for CPUs are native
+        # A file's programs for CPUs are native; those for GPUs take contiguous caches.
+        self.in_blocks = all(call.program.executable.gpu is None for call in table.calls())
         self._dtypes: dict[Ambient, torch.dtype] = {}
 
     def find_dtype(self, call: Mapping[str, Any]) -> torch.dtype:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -29,7 +30,7 @@ from turbotx.engine.engine import Engine
 from turbotx.engine.optimize import engine_of
 from turbotx.engine.progress import show_progress
 from turbotx.engine.variant import Variant
-from turbotx.errors import SaveError
+from turbotx.errors import QuantizedWarning, SaveError
 from turbotx.kernels.build import build_library
 from turbotx.kernels.triton.compiler import build
 from turbotx.runtime.cpu.launch_table import load_runtime
@@ -45,7 +46,7 @@ from turbotx.saved.gpu_kernels import (
     variants_entry,
 )
 from turbotx.saved.native import cpu_features, runtime_digest
-from turbotx.saved.panel_streams import Panels, check_sets, describe_panels, find_panels
+from turbotx.saved.panel_streams import check_sets, describe_panels, find_panels
 from turbotx.saved.parts import SavedPart, describe_decoder, find_parts
 from turbotx.saved.tensor_file import tensor_stream
 from turbotx.saved.values import Leaf, encode_constant, encode_tree
@@ -67,8 +68,8 @@ def save(
     which GEMM weights are written packed, in the place of the parameters that they hold: loading
     maps them, and they cannot be changed then (docs/saving.md); "native" by default for a model
     that was optimized with keep_weights=False or is quantised, whose file then has no floats of
-    its int8 weights. progress: is called after each kernel, with how many
-    are done, of how many, and its name; without it a terminal shows them.
+    its int8 weights, and none where a target is a GPU. progress: is called after each kernel, with
+    how many are done, of how many, and its name; without it a terminal shows them.
 
     Raises SaveError where nothing was compiled yet, or the model cannot be saved; OSError where the
     file cannot be written.
@@ -104,26 +105,9 @@ def save(
     if facts_of_decoder is not None:
         entries["decoder.json"] = json.dumps(facts_of_decoder).encode()
     if weights:
-        first_names = {one["name"]: one["tied_to"] for one in described}
-        own = {name: state[name] for name in dict.fromkeys(first_names.values())}
-        if panels is None:
-            plain = engine.options.keep_weights and engine.options.quantize == "none"
-            plain &= not any(map(is_torchao, state.values()))
-            panels = () if plain else ("native",)
-        if panels:
-            packed = _find_panels(variants, found, state, first_names)
-            made = describe_panels(packed, state, check_sets(panels), load_runtime()[0])
-            entries["panels.json"] = json.dumps(made[0]).encode()
-            entries.update(made[1])
-            held |= made[2]
-            own = {k: v for k, v in own.items() if not any(k in p.paths for p in packed)}
-        foreign = [name for name, tensor in own.items() if is_torchao(tensor)]
-        if foreign:
-            raise SaveError(
-                f"{foreign[0]} is torchao's int8, which is written as panels where programs "
-                "multiply by it, and not otherwise: leave out panels=[], or save with weights=False"
-            )
-        entries["weights.safetensors"] = tensor_stream(own)
+        made, scales = _weight_entries(engine, variants, found, described, state, panels)
+        entries.update(made)
+        held |= scales
     entries["held.safetensors"] = tensor_stream(held) if held else b""
     entries["held.json"] = json.dumps({k: list(v.stride()) for k, v in held.items()}).encode()
     write_container(Path(path), entries, facts)
@@ -134,20 +118,6 @@ def _compile_for(engine: Engine, variant: Variant, target: str) -> Compiled:
     if target == _target_of(variant.compiled):
         return variant.compiled
     return engine.compile(variant.compiled.captured, target)
-
-
-def _find_panels(
-    variants: Sequence[tuple[SavedPart, Any, Variant]], targets: Sequence[str],
-    state: Mapping[str, torch.Tensor], first_names: Mapping[str, str],
-) -> list[Panels]:  # fmt: skip
-    """Return the packed weights of all programs; raise SaveError where some are for a GPU."""
-    programs = [(part, p) for part, _, variant in variants for p in variant.compiled.programs]
-    if targets != ["cpu"] or not all(isinstance(p.runtime, CpuRuntime) for _, p in programs):
-        raise SaveError(
-            "panels are for models that run on CPUs: GPUs' programs read weights as they are. "
-            f"Save for {targets} with panels=[]"
-        )
-    return find_panels(programs, state, first_names)
 
 
 def _find_variants(engine: Engine) -> list[tuple[SavedPart, Any, Variant]]:
@@ -290,6 +260,49 @@ def _describe_call(key: Any) -> dict[str, Any]:
 
 
 # --- weights ---
+
+
+def _weight_entries(
+    engine: Engine, variants: Sequence[tuple[SavedPart, Any, Variant]], targets: Sequence[str],
+    described: Sequence[Mapping[str, Any]], state: Mapping[str, torch.Tensor],
+    panels: Sequence[str] | None,
+) -> tuple[dict[str, bytes | Stream], dict[str, torch.Tensor]]:  # fmt: skip
+    """Return the entries of a state's tensors, packed or as they are, and the scales of int8."""
+    first_names = {one["name"]: one["tied_to"] for one in described}
+    own = {name: state[name] for name in dict.fromkeys(first_names.values())}
+    entries: dict[str, bytes | Stream] = {}
+    scales: dict[str, torch.Tensor] = {}
+    programs = [(part, p) for part, _, variant in variants for p in variant.compiled.programs]
+    on_cpus = targets == ["cpu"] and all(isinstance(p.runtime, CpuRuntime) for _, p in programs)
+    if panels is None:
+        plain = engine.options.keep_weights and engine.options.quantize == "none"
+        plain &= not any(map(is_torchao, state.values()))
+        panels = ("native",) if on_cpus and not plain else ()
+    if panels:
+        if not on_cpus:
+            raise SaveError(
+                "panels are for models that run on CPUs: GPUs' programs read weights as they are. "
+                f"Save for {list(targets)} without panels"
+            )
+        packed = find_panels(programs, state, first_names)
+        made = describe_panels(packed, state, check_sets(panels), load_runtime()[0])
+        entries = {"panels.json": json.dumps(made[0]).encode(), **made[1]}
+        scales = made[2]
+        own = {k: v for k, v in own.items() if not any(k in p.paths for p in packed)}
+    foreign = [name for name, tensor in own.items() if is_torchao(tensor)]
+    if foreign:
+        raise SaveError(
+            f"{foreign[0]} is torchao's int8, which is written as panels where programs "
+            "multiply by it, and not otherwise: leave out panels=[], or save with weights=False"
+        )
+    held = [(k, v) for k, v in own.items() if isinstance(v, PackedParameter)]
+    given_up = [k for k, v in held if v.weight.scale is not None]
+    if given_up:
+        warnings.warn(
+            f"the file has int8 times scale in the place of {given_up[0]!r}, whose floats were "
+            "given up (keep_weights=False)", QuantizedWarning, stacklevel=3,
+        )  # fmt: skip
+    return {**entries, "weights.safetensors": tensor_stream(own)}, scales
 
 
 def _split_weights(

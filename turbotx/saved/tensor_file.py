@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from turbotx.errors import SavedFileError, SaveError
+from turbotx.runtime.packed_parameter import PackedParameter
 from turbotx.saved.container import PAGE, Stream
 
 NAMES = {
@@ -66,7 +67,8 @@ def _by_alignment(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return a tensor's elements in order; its own memory where it is dense and on the CPU."""
-    dense = tensor.detach().cpu().contiguous().view(-1)
+    plain = tensor.unpacked() if isinstance(tensor, PackedParameter) else tensor
+    dense = plain.detach().cpu().contiguous().view(-1)
     elements: Any = dense.view(torch.uint8).numpy()
     return memoryview(elements)
 

@@ -28,7 +28,7 @@ from tests.runtime.cuda.test_steps import make_small, new_cache, step
 from tests.runtime.cuda.test_triton_programs import tiny
 from tests.saved.stand_in_cubins import Cubins
 from turbotx.engine.optimize import engine_of
-from turbotx.errors import OptionsError
+from turbotx.errors import OptionsError, SaveError
 from turbotx.ir.quantized_ops import quantize_rows, row_scale
 from turbotx.report.report import explain_call
 
@@ -158,6 +158,8 @@ def test_a_file_for_cpus_and_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     fast = turbotx.optimize(model, **INT8)
     ours = fast(x)[0]
     turbotx.save(fast, path, targets=["cpu", "sm_90"])
+    with pytest.raises(SaveError, match="panels are for models that run on CPUs"):
+        turbotx.save(fast, tmp_path / "no.ttx", targets=["cpu", "sm_90"], panels=["native"])
     assert torch.equal(turbotx.load(path)(x)[0], ours)
     loaded = Cubins(monkeypatch).load(path, "sm_90")
     for _ in range(3):  # plainly, captured, replayed
