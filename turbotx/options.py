@@ -73,7 +73,7 @@ class Options:
     max_graphs: how many such graphs are kept; the one longest unused goes first.
     padding: "packed" runs a batch of mixed lengths over its tokens alone, by what the mask says
         (docs/packed.md): a PackError at the first call where the model's graph does not keep tokens
-        apart. Rows of padding are zeros in what the call returns. CPUs only so far.
+        apart. Rows of padding are zeros in what the call returns.
     quantize: "int8" runs products by weights in int8 (docs/quantization.md): weights with a scale
         an output column, activations with one a token, found anew in every call; sums are exact,
         and all else is float as ever. "int8-weights" quantises the weights alone, for few tokens,
