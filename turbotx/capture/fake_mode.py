@@ -11,9 +11,8 @@ PyTorch's own cache of fake results computes as much again for symbolic sizes as
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,8 @@ from torch._subclasses.fake_tensor import (
 )
 
 from turbotx.capture.ambient import read_ambient
-from turbotx.ir.fake_results import UnknownError, describe, is_sized_by
+from turbotx.capture.tracing import replaced_in_thread
+from turbotx.ir.fake_results import UnknownError, describe, describe_arguments, is_sized_by
 
 Size = int | torch.SymInt
 _RAW = frozenset((torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_copy.default))
@@ -88,8 +88,7 @@ class RememberingFakeMode(FakeTensorMode):
         if not isinstance(func, OpOverload) or func._schema.is_mutable or func in _RAW:
             return None
         try:
-            named = tuple((name, describe(x, self)) for name, x in sorted(kwargs.items()))
-            return func, read_ambient(), tuple(describe(x, self) for x in args), named
+            return func, read_ambient(), describe_arguments(args, kwargs, self)
         except UnknownError:
             return None
 
@@ -163,17 +162,6 @@ def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[FakeTensor]
     return [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)]
 
 
-@contextmanager
-def remembering_fakes() -> Iterator[None]:
+def remembering_fakes() -> AbstractContextManager[None]:
     """Let this thread's exports remember fake results, inside the context."""
-    own, before = threading.get_ident(), non_strict_utils.FakeTensorMode
-
-    def make(*args: Any, **kwargs: Any) -> FakeTensorMode:
-        kind = RememberingFakeMode if threading.get_ident() == own else before
-        return kind(*args, **kwargs)
-
-    non_strict_utils.FakeTensorMode = make  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        non_strict_utils.FakeTensorMode = before  # type: ignore[misc]
+    return replaced_in_thread(non_strict_utils, "FakeTensorMode", RememberingFakeMode)

@@ -10,9 +10,9 @@ has a guard for each answer that decided something, and none for those that deci
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -28,6 +28,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from turbotx.capture.conditions import decides_nothing
 from turbotx.capture.sandbox.effects import SizesNeeded
+from turbotx.capture.tracing import replaced_in_thread
 
 # Functions of PyTorch that ask how a tensor lies in memory: no size and no element of a result
 # depends on that.
@@ -179,21 +180,9 @@ def _find_asker() -> FrameType:
     return frame
 
 
-@contextmanager
-def sizes_from_one(answer: Answer) -> Iterator[None]:
+def sizes_from_one(answer: Answer) -> AbstractContextManager[None]:
     """Let sizes of 1 stay symbolic in this thread's exports, inside the context.
 
     answer: see `ValueQuestions.answer`.
     """
-    own, before = threading.get_ident(), non_strict_utils.ShapeEnv
-
-    def make(*args: Any, **kwargs: Any) -> ShapeEnv:
-        if threading.get_ident() == own:
-            return SizesFromOne(answer, *args, **kwargs)
-        return before(*args, **kwargs)
-
-    non_strict_utils.ShapeEnv = make  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        non_strict_utils.ShapeEnv = before  # type: ignore[misc]
+    return replaced_in_thread(non_strict_utils, "ShapeEnv", partial(SizesFromOne, answer))

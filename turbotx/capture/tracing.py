@@ -89,6 +89,15 @@ class _InThread:
 
 
 @contextmanager
+def replaced_in_thread(scope: Any, name: str, new: Callable[..., Any]) -> Iterator[None]:
+    """Let calls of what `scope` has as `name` be calls of `new` inside the context, those of this
+    thread alone."""
+    owner = threading.get_ident()
+    with _replaced(scope, name, lambda before: _in_thread(owner, new, before)):
+        yield
+
+
+@contextmanager
 def _replaced(scope: Any, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
     before = getattr(scope, name)
     setattr(scope, name, change(before))
@@ -126,7 +135,7 @@ def _limit_patches(patch: Any) -> Any:
 def _in_thread(
     owner: int, new: Callable[..., Any], before: Callable[..., Any]
 ) -> Callable[..., Any]:
-    @functools.wraps(before)
+    @functools.wraps(before, updated=())  # of a class, attributes are not the function's
     def choose(*args: Any, **kwargs: Any) -> Any:
         return (new if threading.get_ident() == owner else before)(*args, **kwargs)
 

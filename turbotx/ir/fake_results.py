@@ -67,10 +67,18 @@ def _key(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if not returns or any(r.alias_info is not None for r in returns):
             return None
     try:
-        named = tuple((name, describe(x)) for name, x in sorted(kwargs.items()))
-        return target, tuple(map(describe, args)), named
+        return target, describe_arguments(args, kwargs)
     except UnknownError:
         return None
+
+
+def describe_arguments(
+    args: Sequence[Any], kwargs: Mapping[str, Any], mode: FakeTensorMode | None = None
+) -> Any:
+    """Return what tells a call's arguments from others. mode: see `describe`, which raises
+    UnknownError."""
+    named = tuple((name, describe(x, mode)) for name, x in sorted(kwargs.items()))
+    return tuple(describe(x, mode) for x in args), named
 
 
 def describe(value: Any, mode: FakeTensorMode | None = None) -> Any:
