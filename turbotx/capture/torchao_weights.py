@@ -8,6 +8,7 @@ float; None for other tensors, and those that no product of turbotx computes::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,17 @@ def read_int8(tensor: Any) -> Int8Rows | None:
         return None
     scale = tensor.scale.reshape(-1, 1).float()
     return Int8Rows(tensor.qdata, scale, tensor.act_quant_kwargs is None)
+
+
+def join_int8(tensors: Sequence[Any]) -> Int8Rows | None:
+    """Return the integers and scales of several weights as those of one, by rows; None where one
+    is not of such a kind. float_rows: of the first."""
+    given = [read_int8(tensor) for tensor in tensors]
+    sure = [rows for rows in given if rows is not None]
+    if not sure or len(sure) < len(given):
+        return None
+    numbers, scale = torch.cat([r.numbers for r in sure]), torch.cat([r.scale for r in sure])
+    return Int8Rows(numbers, scale, sure[0].float_rows)
 
 
 def why_not(tensor: Any) -> str:

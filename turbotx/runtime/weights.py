@@ -26,7 +26,7 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from turbotx.capture.torchao_weights import is_torchao, read_int8
+from turbotx.capture.torchao_weights import Int8Rows, is_torchao, join_int8, read_int8
 from turbotx.errors import ModelChangedError, WeightsReleasedError
 from turbotx.program.executable import Packing, WeightWindow
 from turbotx.runtime.packed_parameter import PackedParameter, restoring
@@ -342,11 +342,12 @@ class _Tensors(dict[str, Any]):
             if name not in self._quantized:
                 return compute_constant(self._hoisted[name], self)
             packing = self._quantized[name]
-            before, given = packed_before(packing, self), self._given(packing)
+            before = packed_before(packing, self)
             if before is not None:
                 return before.rows(0, before.count)
+            given = self._given(packing)
             if given is not None:
-                return given[0]
+                return given.numbers
             return compute_constant(self._hoisted[name], self._as_quantized(packing))
 
     def put_scales(self) -> set[str]:
@@ -360,20 +361,16 @@ class _Tensors(dict[str, Any]):
                 continue
             given = self._given(packing)
             if given is not None:
-                self[name], self[packing.scale] = given
+                self[name], self[packing.scale] = given.numbers, given.scale
             else:
                 wide, node = self._as_quantized(packing), self._hoisted[name]
                 self[packing.scale] = wide[packing.scale] = compute_constant(node.args[1], wide)
                 self[name] = compute_constant(node, wide)
         return held
 
-    def _given(self, packing: Packing) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _given(self, packing: Packing) -> Int8Rows | None:
         """Return the integers and scales of a weight that torchao has quantised."""
-        rows = [read_int8(self[part.tensor]) for part in packing.sources]
-        sure = [r for r in rows if r is not None]
-        if len(sure) < len(rows):
-            return None
-        return torch.cat([r.numbers for r in sure]), torch.cat([r.scale for r in sure])
+        return join_int8([self[part.tensor] for part in packing.sources])
 
     def _as_quantized(self, packing: Packing) -> dict[str, Any]:
         """Return the tensors with an int8 weight's parameters in float32, where they were released

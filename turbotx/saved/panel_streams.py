@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from turbotx.capture.torchao_weights import read_int8
+from turbotx.capture.torchao_weights import join_int8
 from turbotx.errors import SaveError
 from turbotx.ir.quantized_ops import quantize_rows, row_scale
 from turbotx.program.executable import Packing
 from turbotx.runtime.cpu.executor import CpuExecutor
 from turbotx.runtime.packed_parameter import PackedParameter
 from turbotx.runtime.packed_sources import parameters_of, turning
-from turbotx.runtime.packed_weight import PanelLayout, pack
+from turbotx.runtime.packed_weight import PackedWeight, PanelLayout, pack
 from turbotx.runtime.program import Program
 from turbotx.saved.container import PAGE, Stream
 from turbotx.saved.parts import SavedPart
@@ -115,13 +115,12 @@ def describe_panels(
     scales: dict[str, torch.Tensor] = {}
     ends = dict.fromkeys(sets, 0)
     for one in panels:
-        shapes = [state[path].shape for path in one.paths]
-        rows = [s[1] if t else s[0] for s, t in zip(shapes, one.turned, strict=True)]
-        depth = shapes[0][0 if one.turned[0] else 1]
-        dtype = torch.int8 if one.quantized else state[one.paths[0]].dtype
+        rows, first = _row_counts(one, state), state[one.paths[0]]
+        depth = first.shape[0 if one.turned[0] else 1]
+        dtype = torch.int8 if one.quantized else first.dtype
         scale = f"{SCALES}{len(described)}" if one.quantized else None
         if scale is not None:
-            scales[scale] = _numbers(one, state)[1]
+            scales[scale] = _scale_of(one, state)
         places = []
         for name in sets:
             layout = _layout_of(name, dtype, native)
@@ -134,8 +133,9 @@ def describe_panels(
         )  # fmt: skip
 
     def pieces(name: str) -> Iterator[memoryview | bytes]:
-        for one in panels:
-            numbers = _numbers(one, state)[0] if one.quantized else _rows(one, state)
+        for one, said in zip(panels, described, strict=True):
+            scale = scales.get(said["scale"])
+            numbers = _rows(one, state) if scale is None else _numbers(one, state, scale)
             layout = _layout_of(name, numbers.dtype, native)
             made = bytes_of(pack(numbers, layout, one.gated))
             yield made
@@ -148,21 +148,39 @@ def describe_panels(
     return described, streams, scales
 
 
-def _numbers(one: Panels, state: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 rows and their scales: those that are held, or those of the floats."""
-    given = [read_int8(state[path]) for path in one.paths]
-    sure = [rows for rows in given if rows is not None]
-    if len(sure) == len(given):
-        return torch.cat([r.numbers for r in sure]), torch.cat([r.scale for r in sure])
+def _scale_of(one: Panels, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the scales of int8 rows: those that are held, or those of the floats."""
+    given = join_int8([state[path] for path in one.paths])
+    if given is not None:
+        return given.scale
+    held = _held(one, state)
+    return row_scale(_rows(one, state)) if held is None or held.scale is None else held.scale
+
+
+def _numbers(one: Panels, state: Mapping[str, torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
+    """Return int8 rows: those that are held, or the floats by their scales, see `_scale_of`."""
+    given = join_int8([state[path] for path in one.paths])
+    if given is not None:
+        return given.numbers
+    held = _held(one, state)
+    if held is not None:
+        return held.rows(0, held.count)
+    return quantize_rows(_rows(one, state), scale)
+
+
+def _held(one: Panels, state: Mapping[str, torch.Tensor]) -> PackedWeight | None:
+    """Return the int8 weight for which all parameters were given up, which they are whole."""
     held = [p for p in map(state.__getitem__, one.paths) if isinstance(p, PackedParameter)]
-    if len(held) == len(one.paths) and all(p.weight is held[0].weight for p in held):
-        weight = held[0].weight
-        rows = _rows(one, state).shape[0]
-        if weight.scale is not None and weight.count == rows and held[0].first == 0:
-            return weight.rows(0, rows), weight.scale
-    floats = _rows(one, state)
-    scale = row_scale(floats)
-    return quantize_rows(floats, scale), scale
+    if len(held) < len(one.paths) or any(p.weight is not held[0].weight for p in held):
+        return None
+    weight = held[0].weight
+    whole = weight.count == sum(_row_counts(one, state)) and held[0].first == 0
+    return weight if whole and weight.scale is not None else None
+
+
+def _row_counts(one: Panels, state: Mapping[str, torch.Tensor]) -> list[int]:
+    """Return how many rows each parameter has."""
+    return [state[p].shape[1 if t else 0] for p, t in zip(one.paths, one.turned, strict=True)]
 
 
 def _rows(one: Panels, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
