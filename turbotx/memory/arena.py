@@ -163,11 +163,18 @@ def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:
         return memory.tensor
     if not memory.mapped_nbytes:
         return torch.empty(0, dtype=torch.uint8, device=device)
+    if device.type != "cuda":
+        return view_addresses(memory, memory.mapped_nbytes)
     with torch.inference_mode(False):
-        if device.type == "cuda":
-            return torch.as_tensor(CudaBytes(memory), device=device)
-        raw: Any = (ctypes.c_uint8 * memory.mapped_nbytes).from_address(memory.address)
-        raw.owner = memory
+        return torch.as_tensor(CudaBytes(memory), device=device)
+
+
+def view_addresses(memory: AddressRange, nbytes: int) -> torch.Tensor:
+    """Return the first `nbytes` addresses of a range on a CPU, mapped or not, as `view_range` does
+    those that are; what is not mapped must not be touched."""
+    raw: Any = (ctypes.c_uint8 * nbytes).from_address(memory.address)
+    raw.owner = memory
+    with torch.inference_mode(False):
         return torch.frombuffer(raw, dtype=torch.uint8)
 
 

@@ -9,17 +9,16 @@ behind an address that never moves, and is free again when nobody refers to it a
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from turbotx.memory.arena import view_addresses
 from turbotx.memory.cpu_range import CpuRange, load_libc
 from turbotx.memory.planner.plan import CHUNK_NBYTES, align
 
@@ -49,9 +48,7 @@ class CacheBlocks:
         self._range, self._count = CpuRange(count_addresses()), count
         self._released: deque[Ids] = deque()
         self._lock = threading.Lock()
-        raw: Any = (ctypes.c_uint8 * self._range.capacity_nbytes).from_address(self._range.address)
-        raw.owner = self._range
-        self.memory = torch.frombuffer(raw, dtype=torch.uint8)
+        self.memory = view_addresses(self._range, self._range.capacity_nbytes)
         """All addresses, those of blocks that were never taken too, which must not be touched."""
 
     @property
