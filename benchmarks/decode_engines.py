@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import turbotx
-from turbotx.cli.bench.peers import convert_to_ctranslate2
+from turbotx.cli.bench.peers import compile_frozen, convert_to_ctranslate2
 
 Run = Callable[[torch.Tensor, int], list[float]]
 
@@ -64,9 +64,7 @@ def make_compiled(model: Any, folder: Path) -> Run:
     """torch.compile over a static cache of just the length that is needed, weights frozen."""
     from transformers import StaticCache
 
-    inductor: Any = importlib.import_module("torch._inductor.config")
-    inductor.freezing = True
-    compiled = torch.compile(model, dynamic=False)
+    compiled = compile_frozen(model, dynamic=False)
 
     def make_cache(batch: int, length: int) -> Any:
         return StaticCache(config=model.config, max_cache_len=length)

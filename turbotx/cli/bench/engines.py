@@ -9,14 +9,11 @@ and the reason is shown in their place::
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from turbotx.cli.bench.gemms_only import make_gemms_only
-from turbotx.cli.bench.peers import Run, make_peer
+from turbotx.cli.bench.peers import PEERS, Run, compile_frozen, make_peer
 from turbotx.cli.models import ModelWithInputs
 from turbotx.engine.optimize import optimize
 from turbotx.errors import ModelError
@@ -42,8 +39,6 @@ ENGINES = {
 }
 
 
-PEERS = ("onnxruntime", "openvino", "zentorch", "ctranslate2")
-
 ASKED_FOR = (
     "turbotx-packed", "turbotx-int8", "onnxruntime-int8", "openvino-int8", "zentorch",
     "ctranslate2", "ctranslate2-int8",
@@ -60,7 +55,7 @@ def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
         raise ModelError("a saved file holds no module: only turbotx runs it")
     if name.startswith("floor-"):
         return make_gemms_only(loaded, name.partition("-")[2])
-    if name.startswith(PEERS):
+    if name.partition("-")[0] in PEERS:
         return make_peer(name, loaded, folder)
     if name == "turbotx":
         model = model if isinstance(model, SavedModule) else optimize(model, **loaded.options)
@@ -69,9 +64,7 @@ def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
     elif name == "turbotx-int8":
         model = optimize(model, quantize="int8")
     elif name.startswith("compile"):
-        inductor: Any = importlib.import_module("torch._inductor.config")
-        inductor.freezing = True
-        model = torch.compile(model, dynamic=True if name == "compile-dynamic" else None)
+        model = compile_frozen(model, dynamic=True if name == "compile-dynamic" else None)
     elif name != "eager":
         raise ModelError(f"no engine is called {name!r}: there are {', '.join(ENGINES)}")
     return lambda args, kwargs: model(*args, **kwargs)

@@ -42,7 +42,7 @@ def make_peer(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
     what the peer raises.
     """
     peer, _, how = name.partition("-")
-    run = _PEERS[peer](loaded, folder, how)
+    run = PEERS[peer](loaded, folder, how)
     check_answer(name, run, loaded)
     return run
 
@@ -203,10 +203,15 @@ def _calibrate(converted: Any, given: Mapping[str, torch.Tensor]) -> Any:
 def _make_zentorch(loaded: ModelWithInputs, folder: Path, how: str) -> Run:
     """Return torch.compile by AMD's backend, weights frozen."""
     importlib.import_module("zentorch")
+    model = compile_frozen(loaded.model, backend="zentorch")
+    return lambda args, kwargs: model(*args, **kwargs)
+
+
+def compile_frozen(model: Any, **options: Any) -> Any:
+    """Return torch.compile's model, its weights constants from now on, in all of this process."""
     inductor: Any = importlib.import_module("torch._inductor.config")
     inductor.freezing = True
-    model: Any = torch.compile(loaded.model, backend="zentorch")
-    return lambda args, kwargs: model(*args, **kwargs)
+    return torch.compile(model, **options)
 
 
 def _make_ctranslate2(loaded: ModelWithInputs, folder: Path, how: str) -> Run:
@@ -264,7 +269,7 @@ def convert_to_ctranslate2(model: Any, folder: Path) -> str:
         raise ModelError(f"CTranslate2 does not convert it: {error}") from error
 
 
-_PEERS = {
+PEERS = {
     "onnxruntime": _make_onnxruntime,
     "openvino": _make_openvino,
     "zentorch": _make_zentorch,
