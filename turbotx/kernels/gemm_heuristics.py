@@ -59,6 +59,10 @@ class DeviceClass:
     most_folded: int = 0
     widest_int8: tuple[int, int] = (128, 128)
 
+    def widest_of(self, template: GemmTemplate) -> tuple[int, int]:
+        """Return the largest m and n tile of a template's sums."""
+        return self.widest_int8 if template.int8 else self.widest
+
 
 # From the vendors' data sheets: A100, H100 SXM, B200, MI300X. In flight: bandwidth times a latency
 # of 650 ns, which is assumed.
@@ -140,8 +144,8 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
         return _on_ordinary_units(template, bucket, device)
     if FEW_TOKENS < bucket <= device.few_tokens:
         return _in_two_tiles(template, bucket, device)
-    widest = device.widest_int8 if template.int8 else device.widest
-    m_tile = min(widest[0], max(16, bucket)) if bucket <= 256 else widest[0]
+    most = device.widest_of(template)[0]
+    m_tile = min(most, max(16, bucket)) if bucket <= 256 else most
     n_tile = _widest_that_fills(template, bucket, m_tile, device)
     k_tile = 128 if template.k >= 2048 and m_tile * n_tile <= 64 * 64 else 64
     k_tile = k_tile * 2 // size
@@ -193,7 +197,7 @@ def _widest_that_fills(
     template: GemmTemplate, bucket: int, m_tile: int, device: DeviceClass
 ) -> int:
     """Return the widest n tile that still gives every processor a program; 32 if none does."""
-    widest = (device.widest_int8 if template.int8 else device.widest)[1] // (1 + template.gated)
+    widest = device.widest_of(template)[1] // (1 + template.gated)
     # Beside a norm, or another activation than a 16-bit GELU, sums of 128 x 256 do not fit: GELU by
     # erf spilled 20 words. H200, 4096 x 3072 x 768: 40.6 us where 128 x 128 took 48.9.
     fits = template.activation == "none" or template.light_gelu
