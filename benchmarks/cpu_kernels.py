@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from turbotx.kernels.build import FLAGS, HEADERS, find_compiler
+from turbotx.kernels.processor import processor_name
 from turbotx.runtime.cpu.launch_table import load_runtime
 
 RESULTS = Path(__file__).parent / "results" / "cpu_kernels.json"
@@ -252,13 +253,8 @@ def show(label: str, timing: dict[str, Any]) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    name = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        name = models[0].split(":")[1].strip() if models else name
     return {
-        "device": name,
+        "device": processor_name(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -25,6 +25,7 @@ from memory_models import LaunchList, Sized, compiled_models, hand_models, size
 from memory_oracles import compare_on_minimalloc, compare_on_samples
 from memory_stream import run_stream
 
+from turbotx.kernels.processor import processor_name
 from turbotx.memory.planner import Planner, check_plan, make_planner
 from turbotx.memory.pool import ChunkPool
 
@@ -162,14 +163,13 @@ def machine() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "not installed"
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    return {"device": cpu, "cores": os.cpu_count(), "load_average": load, "versions": versions}
+    return {
+        "device": processor_name(),
+        "cores": os.cpu_count(),
+        "load_average": load,
+        "versions": versions,
+    }
 
 
 def main() -> None:

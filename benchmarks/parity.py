@@ -12,7 +12,6 @@ import argparse
 import copy
 import gc
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import nn
 
 import turbotx
 from turbotx.engine.optimize import engine_of
+from turbotx.kernels.processor import processor_name
 
 RESULTS = Path(__file__).parent / "results" / "parity.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -137,20 +137,15 @@ def main() -> int:
             found = compare(architecture, dtype, shapes, options.layers)
             models[architecture, dtype, options.layers] = found
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-            record = {"device": processor(), "versions": versions, "models": list(models.values())}
+            record = {
+                "device": processor_name(),
+                "versions": versions,
+                "models": list(models.values()),
+            }
             options.out.parent.mkdir(exist_ok=True)
             options.out.write_text(json.dumps(record, indent=1) + "\n")
             gc.collect()
     return int(any(not row["passes"] for m in models.values() for row in m["rows"]))
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found = next(line for line in lines if line.startswith("model name"))
-        return found.partition(":")[2].strip()
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import Any
 
 import numpy
 import torch
+
+from turbotx.kernels.processor import processor_name
 
 
 class Later(Exception):
@@ -75,14 +76,9 @@ def _others_busy_s() -> float:
 
 
 def describe_machine() -> dict[str, Any]:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
     }
-    device = found.group(1) if found else platform.processor()
-    return {"device": device, "cores": os.cpu_count(), "versions": versions}
+    return {"device": processor_name(), "cores": os.cpu_count(), "versions": versions}

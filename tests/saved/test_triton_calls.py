@@ -33,17 +33,6 @@ from turbotx.engine.optimize import engine_of
 from turbotx.runtime.cuda.runtime import LaunchKernels
 from turbotx.saved.variants import check_table
 
-
-@pytest.fixture
-def cubins(monkeypatch: pytest.MonkeyPatch) -> Cubins:
-    return Cubins(monkeypatch)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "model.ttx"
-
-
 # --- over tokens ---
 
 

@@ -43,16 +43,6 @@ from turbotx.saved.places import choose_target
 pytest.importorskip("transformers")
 
 
-@pytest.fixture
-def cubins(monkeypatch: pytest.MonkeyPatch) -> Cubins:
-    return Cubins(monkeypatch)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "model.ttx"
-
-
 def save(model: Any, path: Path, *targets: str, **options: Any) -> Any:
     fast = turbotx.optimize(model, **options)
     fast(**token_inputs(2, 3))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.cpp.cpp_probe import NAMES, build, needs_compiler, pointer
 from turbotx.ir.quantized_ops import MAX_DEPTH, quantize_rows, row_scale
+from turbotx.kernels.processor import processor_flags
 
 pytestmark = needs_compiler
 
@@ -53,13 +54,25 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
 @pytest.fixture(scope="module", params=SETS)
 def gemm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    info = Path("/proc/cpuinfo")
-    if request.param and (not info.exists() or request.param not in info.read_text().split()):
-        pytest.skip(f"this processor has no {request.param}")
-    source = SOURCE + "".join(WRAPPER.format(name=name) for name in NAMES.values())
-    library = build(source, tmp_path_factory.mktemp("gemm_int8"), *SETS[request.param])
+    return build_for(request.param, SOURCE, WRAPPER, tmp_path_factory.mktemp("gemm_int8"))
+
+
+def build_for(flag: str, source: str, wrapper: str, folder: Path) -> ctypes.CDLL:
+    """Build with the instruction set of a flag; skip the test where the processor lacks it."""
+    if flag and flag not in processor_flags():
+        pytest.skip(f"this processor has no {flag}")
+    source += "".join(wrapper.format(name=name) for name in NAMES.values())
+    library = build(source, folder, *SETS[flag])
     library.pack.restype = ctypes.c_void_p
     return library
+
+
+def pack(library: ctypes.CDLL, w: torch.Tensor, gated: bool) -> ctypes.c_void_p:
+    """Return a packed weight, which `library.drop` frees."""
+    n, k = w.shape[0] // (2 if gated else 1), w.shape[1]
+    return ctypes.c_void_p(
+        library.pack(pointer(w), *map(ctypes.c_long, (n, k, *w.stride(), gated)))
+    )
 
 
 def check(
@@ -67,15 +80,13 @@ def check(
 ) -> torch.Tensor:
     """relu(x w^T + bias) [* the factor] + residual: compared and returned; x is narrowed before, or
     by the library."""
-    (m, k), n, dtype = x.shape, w.shape[0] // (2 if gated else 1), x.dtype
+    m, n, dtype = x.shape[0], w.shape[0] // (2 if gated else 1), x.dtype
     scales = (torch.rand(w.shape[0]) + 0.1) / 200
     bias, residual = torch.randn(w.shape[0]).to(dtype), torch.randn(m, n + 5).to(dtype)[:, :n]
     x_scale = row_scale(x)
     q = quantize_rows(x, x_scale)
     out = torch.full((m, n + 2), math.nan, dtype=dtype)
-    weight = ctypes.c_void_p(
-        library.pack(pointer(w), *map(ctypes.c_long, (n, k, *w.stride(), gated)))
-    )
+    weight = pack(library, w, gated)
     rows = q if narrow else x
     getattr(library, f"linear_{NAMES[dtype]}")(
         weight, pointer(rows), ctypes.c_long(rows.stride(0)), ctypes.c_long(m),

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cpp.cpp_probe import NAMES, build, needs_compiler, pointer
-from tests.kernels.cpp.test_gemm_int8 import SETS, SOURCE
+from tests.kernels.cpp.cpp_probe import NAMES, needs_compiler, pointer
+from tests.kernels.cpp.test_gemm_int8 import SETS, SOURCE, build_for, pack
 
 pytestmark = needs_compiler
 
@@ -35,14 +34,8 @@ SIZES = [(1, 33, 64), (1, 8, 1030), (2, 31, 5), (5, 70, 17), (12, 40, 130), (40,
 
 @pytest.fixture(scope="module", params=SETS)
 def gemm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    info = Path("/proc/cpuinfo")
-    if request.param and (not info.exists() or request.param not in info.read_text().split()):
-        pytest.skip(f"this processor has no {request.param}")
     source = SOURCE.replace("gemm_int8.h", "gemm_int8_weights.h")
-    source += "".join(WRAPPER.format(name=name) for name in NAMES.values())
-    library = build(source, tmp_path_factory.mktemp("int8_weights"), *SETS[request.param])
-    library.pack.restype = ctypes.c_void_p
-    return library
+    return build_for(request.param, source, WRAPPER, tmp_path_factory.mktemp("int8_weights"))
 
 
 def check(library: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor, gated: bool) -> torch.Tensor:
@@ -51,9 +44,7 @@ def check(library: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor, gated: bool) -
     scales = (torch.rand(w.shape[0]) + 0.1) / 200
     bias, residual = torch.randn(w.shape[0]).to(dtype), torch.randn(m, n + 5).to(dtype)[:, :n]
     out = torch.full((m, n + 2), math.nan, dtype=dtype)
-    weight = ctypes.c_void_p(
-        library.pack(pointer(w), *map(ctypes.c_long, (n, k, *w.stride(), gated)))
-    )
+    weight = pack(library, w, gated)
     getattr(library, f"linear_{NAMES[dtype]}")(
         weight, pointer(x), ctypes.c_long(x.stride(0)), ctypes.c_long(m), pointer(scales),
         pointer(out), ctypes.c_long(n + 2), pointer(bias), pointer(residual),
