@@ -32,9 +32,9 @@ def read(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def latency_table(folder: Path) -> str:
+def latency_table(folder: Path, name: str = "latency") -> str:
     """A row a model, dtype and shape, medians in ms; the fastest real engine is bold."""
-    found = read(folder, "latency")
+    found = read(folder, name)
     rows = found.get("rows", [])
     if not rows:
         return NOT_YET

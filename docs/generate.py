@@ -1,7 +1,8 @@
 """Make what README and docs show: pictures of a real compile, plots and tables of results.
 
 In: a random BERT, and benchmarks/results/*.json. Out: docs/images/*, and results.md, cpu.md,
-gpu.md, architectures.md, operators.md and triton.md with the tables between their marks replaced::
+gpu.md, architectures.md, operators.md, quantization.md and triton.md with the tables between their
+marks replaced::
 
     python docs/generate.py
 """
@@ -341,6 +342,7 @@ def main() -> None:
     for page, name, table in (
         ("architectures", "architectures", architectures_table()),
         ("operators", "operators", operators_table(RESULTS)),
+        ("quantization", "latency_int8", latency_table(RESULTS, "latency_int8")),
         ("triton", "resources", resources_table(RESULTS)),
     ):
         path = DOCS / f"{page}.md"
