@@ -57,6 +57,7 @@ from turbotx.program.assembly import Assembled, Assembly
 from turbotx.program.cache_stores import use_contiguous
 from turbotx.program.fold_norms import assemble_folded
 from turbotx.program.gemm_fallback import add_gemm_fallbacks
+from turbotx.program.row_peaks import assemble_with_peaks
 from turbotx.program.steps import add_room_for_sums, find_steps
 from turbotx.runtime.cpu.runtime import CpuCode, CpuRuntime, build_for_cpu
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
@@ -206,22 +207,23 @@ class GemmRoles:
     """What GEMM launches do beside the product.
 
     epilogues: what a region computes behind it. fallbacks: they can also be run by a library, with
-    kernels behind it. norms: they normalise what they read.
+    kernels behind it. norms, rows: they normalise, or quantise, what they read.
     """
 
     epilogues: bool
     fallbacks: bool
     norms: bool
+    rows: bool
 
     @classmethod
     def of(cls, options: Options, target: str) -> GemmRoles:
         """Return what options allow on a target."""
-        on_gpu = target != "cpu"
-        generated = on_gpu and options.backend != "aten" and options.gemms != "cublas"
-        epilogues = options.epilogues and (generated or not on_gpu)
+        generated = target != "cpu" and options.backend != "aten" and options.gemms != "cublas"
+        epilogues = options.epilogues and (generated or target == "cpu")
         # What normalises rows of int8 products quantises them too.
-        norms = generated and epilogues and options.norms != "store" and options.quantize == "none"
-        return cls(epilogues, generated, norms)
+        rows = generated and epilogues and options.quantize != "none"
+        norms = generated and epilogues and options.norms != "store" and not rows
+        return cls(epilogues, generated, norms, rows)
 
 
 def assemble_call(captured: Captured, options: Options, target: str) -> AssembledCall:
@@ -232,14 +234,14 @@ def assemble_call(captured: Captured, options: Options, target: str) -> Assemble
     graph, dims = captured.graph, captured.dims
     check_rewritten(captured)
     hoisted = find_hoisted(graph)
-    regions = check_regions(partition(graph, hoisted))
-    fused = tell_fused(fuse_all(graph, regions, hoisted))
+    fused = tell_fused(fuse_all(graph, check_regions(partition(graph, hoisted)), hoisted))
     kinds = {n: kind_of(n, hoisted) for n in graph.nodes}
     epilogues = find_epilogues(fused, kinds) if roles.epilogues else {}
     folds = find_folds(fused, kinds, epilogues) if roles.norms else {}
     given = (graph, fused, hoisted, dims, epilogues)
     programs = [Assembled(assemble(*given), fused, epilogues)]
     programs += [assemble_folded(*given, folds)] if folds else []
+    programs += assemble_with_peaks(*given, kinds) if roles.rows else []
     for program in programs if roles.fallbacks else []:
         add_gemm_fallbacks(program)
     for program in programs if target != "cpu" or options.backend == "aten" else []:

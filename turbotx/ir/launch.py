@@ -162,11 +162,14 @@ class NormOperands:
 class Int8Operands:
     """What a GEMM of int8 weights takes beside its own operands, float32: scales of the weight's
     rows, (n,), and of x's, (.., 1), None where x is floats. float_rows: it multiplies by those as
-    they are; otherwise it quantises them first."""
+    they are; otherwise it quantises them first. x_peaks: largest magnitudes of x's rows by part,
+    int32 (rows, room for parts), by which it does that; peaks: where those of its own rows go."""
 
     weight_scale: Operand
     x_scale: Operand | None = None
     float_rows: bool = False
+    x_peaks: Operand | None = None
+    peaks: Operand | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,9 @@ class GemmLaunch(Launch):
         for absent ones."""
         own, n = (self.x, self.weight, self.bias, self.out, self.residual), self.norm
         if self.int8 is not None:
-            return *own, self.int8.weight_scale, self.int8.x_scale
+            scales = self.int8.weight_scale, self.int8.x_scale or self.int8.x_peaks
+            left = () if self.int8.peaks is None else (self.int8.peaks,)
+            return *own, *scales, *left
         if n is None:
             return own
         read = (n.sums, n.scales, n.x_stats, n.residual_affine, n.residual_stats)
@@ -224,6 +229,7 @@ class GemmLaunch(Launch):
     def writes(self) -> tuple[str, ...]:
         """The output's name, and that of row statistics where the launch leaves them."""
         left = None if self.norm is None else self.norm.stats
+        left = left if self.int8 is None else self.int8.peaks
         return (self.out.tensor,) if left is None else (self.out.tensor, left.tensor)
 
 
@@ -252,7 +258,7 @@ class AttentionLaunch(ExtentsLaunch):
     heads, head_dim); keys: a key mask or lengths; sinks: float32 (heads,). call: what PyTorch would
     run in its place. sequences: bounds and starts, where it is packed (`ir.packed_ops`). blocks: of
     keys or values in a cache: its memory, and the rows of its table that say where they lie if it
-    has several columns."""
+    has several columns. peaks: where the largest magnitudes of its rows go, int32 (rows, heads)."""
 
     kind = "attention"
 
@@ -269,18 +275,19 @@ class AttentionLaunch(ExtentsLaunch):
     call: AtenCall
     sequences: tuple[Operand, ...] = ()
     blocks: tuple[Operand | None, ...] = ()
+    peaks: Operand | None = None
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
         """q, k, v, out, keys, bias and sinks, None for absent ones; bounds and starts if packed, or
-        a cache's memory, and the table of keys and of values."""
+        a cache's memory, and the table of keys and of values; where largest magnitudes go."""
         own = self.q, self.k, self.v, self.out, self.keys, self.bias, self.sinks
-        return *own, *self.sequences, *self.blocks
+        return *own, *self.sequences, *self.blocks, *([] if self.peaks is None else [self.peaks])
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """The output's name."""
-        return (self.out.tensor,)
+        """The output's name, and that of largest magnitudes where the launch leaves them."""
+        return (self.out.tensor, *([] if self.peaks is None else [self.peaks.tensor]))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ what is built; equal ones of different layers are one build. For example::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -64,7 +64,7 @@ class AttentionKernel:
     with blind_mean the mean of all values. softcap: 0 for none. late: the last query stands at the
     last key. sinks: each head has one more score, in float32, whose share goes to no value. packed:
     over sequences on one axis of tokens (`ir.packed_ops`). cached: keys or values may lie in a
-    cache's blocks.
+    cache's blocks. peaks: the largest magnitudes of each row are left, by head.
     """
 
     dtype: torch.dtype
@@ -81,6 +81,7 @@ class AttentionKernel:
     sinks: bool = False
     packed: bool = False
     cached: bool = False
+    peaks: bool = field(default=False, repr=False)  # what was tuned goes by the text of the others
 
     @property
     def name(self) -> str:
@@ -95,7 +96,7 @@ class AttentionKernel:
         base = "packed_attention" if self.packed else "attention"
         sinks = "_sinks" * self.sinks
         masks = f"{causal}{window}{keys}{bias}"
-        return f"{base}_{kind}_{self.head_dim}{masks}{capped}{sinks}{blind}"
+        return f"{base}_{kind}_{self.head_dim}{masks}{capped}{sinks}{blind}{'_peaks' * self.peaks}"
 
 
 @dataclass(frozen=True)

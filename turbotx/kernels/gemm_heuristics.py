@@ -81,6 +81,8 @@ DEVICES = {
 # costs inside a CUDA graph. Assumptions, not measured: `turbotx tune` replaces them.
 TEMPLATE_RATE = {2: 0.75, 4: 0.3}
 LAUNCH_US = 2.5
+# How many times the memory's bytes a second L2 gives. An assumption, too.
+L2_RATE = 2.0
 # Up to here the weight's way through the processors is what takes the time.
 FEW_TOKENS = 64
 # Up to here norms are folded where that is expected to win. Assumed, as the rates are: what a
@@ -229,7 +231,8 @@ def _on_ordinary_units(template: GemmTemplate, bucket: int, device: DeviceClass)
 
 
 def _held_nbytes(template: GemmTemplate, m: int, n: int, k: int, stages: int) -> int:
-    return (m + n * (1 + template.gated)) * k * template.item_nbytes * stages
+    x, w = m * template.x_nbytes, n * (1 + template.gated) * template.item_nbytes
+    return (x + w) * k * stages
 
 
 def shared_nbytes(template: GemmTemplate, schedule: GemmSchedule) -> int:
@@ -322,6 +325,20 @@ def prefers_folding(
     for t in folded:  # a norm's kernel reads the sums and a residual, and writes rows and result
         plain_us += t.stats * (LAUNCH_US + 4 * t.dtype.itemsize * bucket * t.n / rate)
     return sum(expected_us(t, bucket, target)[0] for t in folded) < plain_us
+
+
+def prefers_quantizing(folded: Iterable[GemmTemplate], tokens: int, target: str) -> bool:
+    """Return whether products should quantise the rows that they read, rather than a kernel before
+    each: by the bytes of x. A kernel reads floats and writes int8, which each tile of columns then
+    reads from L2; or each tile reads floats."""
+    extra = saved_us = 0.0
+    for t in folded:
+        if t.quantizes:
+            columns = choose_tiles(t, tokens, target)
+            read = -(-t.n // columns.n_tile)
+            extra += tokens * t.k * (read * (t.x_nbytes - 1) - t.x_nbytes - 1)
+            saved_us += LAUNCH_US
+    return extra / (L2_RATE * device_class(target).tb_per_s * 1e6) <= saved_us
 
 
 def _is_exact(template: GemmTemplate) -> bool:
