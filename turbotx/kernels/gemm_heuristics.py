@@ -165,6 +165,8 @@ def choose_by_rule(template: GemmTemplate, tokens: int, target: str) -> GemmSche
     # Row statistics of 128 x 32 x 64 spilled 12 words there, at 72 registers, and a gate 6; 8 warps
     # take 56.
     few = (template.stats or template.gated) and (m_tile, n_tile, k_tile) == (128, 32, 64)
+    if template.quantizes and m_tile == 128:  # x is in registers: 4 to 31 words spilled beyond
+        few, k_tile = True, min(k_tile, 64 if n_tile == 32 else 128)
     warps = 8 if m_tile * n_tile * (1 + template.gated) >= most or few else 4
     splits = _splits(template, bucket, m_tile, n_tile, k_tile, device)
     schedule = GemmSchedule(m_tile, n_tile, k_tile, warps, stages, splits)
@@ -200,10 +202,10 @@ def _widest_that_fills(
 ) -> int:
     """Return the widest n tile that still gives every processor a program; 32 if none does."""
     widest = device.widest_of(template)[1] // (1 + template.gated)
-    # Beside a norm, or another activation than a 16-bit GELU, sums of 128 x 256 do not fit: GELU by
-    # erf spilled 20 words. H200, 4096 x 3072 x 768: 40.6 us where 128 x 128 took 48.9.
+    # Sums of 128 x 256 do not fit beside a norm, rows to be rounded, or another activation than a
+    # 16-bit GELU: by erf it spilled 20 words. H200, 4096 x 3072 x 768: 40.6 us, 128 x 128: 48.9.
     fits = template.activation == "none" or template.light_gelu
-    if m_tile <= 32 or not fits or template.folds:
+    if m_tile <= 32 or not fits or template.folds or template.quantizes:
         widest = min(widest, 128)
     for n_tile in (256, 128, 64):
         tiles = -(-bucket // m_tile) * -(-template.n // n_tile)
@@ -334,8 +336,7 @@ def prefers_quantizing(folded: Iterable[GemmTemplate], tokens: int, target: str)
     extra = saved_us = 0.0
     for t in folded:
         if t.quantizes:
-            columns = choose_tiles(t, tokens, target)
-            read = -(-t.n // columns.n_tile)
+            read = -(-t.n // choose_tiles(t, tokens, target).n_tile)
             extra += tokens * t.k * (read * (t.x_nbytes - 1) - t.x_nbytes - 1)
             saved_us += LAUNCH_US
     return extra / (L2_RATE * device_class(target).tb_per_s * 1e6) <= saved_us
