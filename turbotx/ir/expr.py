@@ -301,7 +301,7 @@ def to_python(value: Any) -> str:
 class _CPrinter(_SourcePrinter):
     """C++ deduces no common type of an int64_t and a literal, so the type is explicit."""
 
-    largest, least = "std::max<int64_t>", "std::min<int64_t>"
+    largest, least = "ttx::maximum<int64_t>", "ttx::minimum<int64_t>"
 
 
 def to_c(value: Expr) -> str:
