@@ -54,7 +54,7 @@ def assemble_folded(
     assembly = assemble(graph, regions, hoisted, dims, ends)
     folding = _Folding(assembly, graph, hoisted, folds, ends)
     assembly.launches[:] = [folding.fold(x) for x in assembly.launches]
-    folding.drop_unread()
+    drop_unread(assembly)
     return Assembled(assembly, regions, ends)
 
 
@@ -117,7 +117,7 @@ class _Folding:
         source = [n.name for f in norms for n in f.nodes]
         return replace(
             launch, gemm=kind, x=x, weight=weight, bias=bias, residual=residual, norm=norm,
-            call=self._call(end, norms, out),
+            call=mean_from(self.assembly, end, self._allowed(end, norms), out),
             source=", ".join(dict.fromkeys([*source, launch.source])),
             inplace=((out.tensor, residual.tensor),) if inplace and residual is not None else (),
         )  # fmt: skip
@@ -162,33 +162,36 @@ class _Folding:
         made = self.constants.make(name, join_affine, given, torch.float32, (2, width))
         return self.constants.operand(made)
 
-    def _call(self, end: Epilogue, norms: Iterable[NormFold], out: ir.Operand) -> ir.AtenCall:
-        """Return the equivalent PyTorch call, from the unnormalised rows on."""
-        allowed = {*end.nodes, *self.hoisted}  # unfolded weights are not hoisted here
-        for fold in norms:
-            allowed |= set(fold.nodes)
-        given = _find_given(end.output, allowed)
-        meant = extract([end.output], given, end.name)
-        reads = [self._operand(n) for n in given]
-        return ir.AtenCall(meant.module, (*reads, *meant.sizes), {}, (out,))
+    def _allowed(self, end: Epilogue, norms: Iterable[NormFold]) -> set[fx.Node]:
+        # Unfolded weights are not hoisted here.
+        return {*end.nodes, *self.hoisted, *(n for fold in norms for n in fold.nodes)}
 
-    def _operand(self, node: fx.Node) -> ir.Operand:
-        layout = layout_with_copies(node)  # copies are launches of the assembly already
-        assert layout.root.name in self.assembly.tensors, f"nothing holds {layout.root}"
-        return ir.Operand(
-            layout.root.name, g.dtype(node), layout.shape, layout.strides, layout.offset
-        )
 
-    def drop_unread(self) -> None:
-        """Drop tensors that only the norms' kernels and unfolded weights needed."""
-        assembly = self.assembly
-        used = set(assembly.returned)
-        for launch in assembly.launches:
-            used |= {*launch.reads, *launch.writes}
-        for name, tensor in list(assembly.tensors.items()):
-            if name not in used and tensor.kind in ("intermediate", "hoisted"):
-                del assembly.tensors[name]
-                assembly.hoisted.pop(name, None)
+def mean_from(
+    assembly: Assembly, end: Epilogue, allowed: set[fx.Node], out: ir.Operand
+) -> ir.AtenCall:
+    """Return the PyTorch call equivalent to a launch that computes the nodes of `allowed`."""
+    given = _find_given(end.output, allowed)
+    meant = extract([end.output], given, end.name)
+    reads = [_operand(assembly, n) for n in given]
+    return ir.AtenCall(meant.module, (*reads, *meant.sizes), {}, (out,))
+
+
+def _operand(assembly: Assembly, node: fx.Node) -> ir.Operand:
+    layout = layout_with_copies(node)  # copies are launches of the assembly already
+    assert layout.root.name in assembly.tensors, f"nothing holds {layout.root}"
+    return ir.Operand(layout.root.name, g.dtype(node), layout.shape, layout.strides, layout.offset)
+
+
+def drop_unread(assembly: Assembly) -> None:
+    """Drop tensors that only removed kernels and unfolded weights needed."""
+    used = set(assembly.returned)
+    for launch in assembly.launches:
+        used |= {*launch.reads, *launch.writes}
+    for name, tensor in list(assembly.tensors.items()):
+        if name not in used and tensor.kind in ("intermediate", "hoisted"):
+            del assembly.tensors[name]
+            assembly.hoisted.pop(name, None)
 
 
 def _find_given(output: fx.Node, allowed: set[fx.Node]) -> list[fx.Node]:
