@@ -22,6 +22,7 @@ from torch import fx, nn
 from turbotx import ir
 from turbotx.capture.trace import Captured
 from turbotx.engine.compiled import AssembledCall, Compiled, Specialization, UnboundProgram
+from turbotx.engine.gemm_roles import GemmRoles
 from turbotx.errors import InputError, OptionsError
 from turbotx.ir import verifier as verify
 from turbotx.kernels.fusion.epilogue import find_epilogues
@@ -201,38 +202,14 @@ def quantize_rows_once(captured: Captured, options: Options, target: str) -> Cap
     return replace(captured, graph_module=made)
 
 
-@dataclass(frozen=True)
-class GemmRoles:
-    """What GEMM launches may do besides the product.
-
-    epilogues: compute the following region before storing.
-    fallbacks: each can also run as a library GEMM followed by kernels.
-    norms, rows: normalise, or quantise, their input while reading it.
-    """
-
-    epilogues: bool
-    fallbacks: bool
-    norms: bool
-    rows: bool
-
-    @classmethod
-    def of(cls, options: Options, target: str) -> GemmRoles:
-        """Return what the options allow on a target."""
-        generated = target != "cpu" and options.backend != "aten" and options.gemms != "cublas"
-        epilogues = options.epilogues and (generated or target == "cpu")
-        # The kernels that normalise rows of int8 products also quantise them.
-        rows = generated and epilogues and options.quantize != "none"
-        norms = generated and epilogues and options.norms != "store" and not rows
-        return cls(epilogues, generated, norms, rows)
-
-
 def assemble_call(captured: Captured, options: Options, target: str) -> AssembledCall:
     """Return a captured call as launches, for CPUs or for GPUs; independent of the GPU model."""
     roles = GemmRoles.of(options, target)
     text = rewrite_once(captured, options, target)
     captured = quantize_rows_once(pack_once(captured, options.padding), options, target)
+    graph, dims = captured.graph, captured.dims
     check_rewritten(captured)
-    graph, dims, hoisted = captured.graph, captured.dims, find_hoisted(captured.graph)
+    hoisted = find_hoisted(graph)
     fused = log_fused(fuse_all(graph, check_regions(partition(graph, hoisted)), hoisted))
     kinds = {n: kind_of(n, hoisted) for n in graph.nodes}
     epilogues = find_epilogues(fused, kinds) if roles.epilogues else {}

@@ -70,7 +70,7 @@ class AttentionKernel:
     sinks: each head has one more float32 score, whose weight goes to no value.
     packed: over sequences on one token axis (`ir.packed_ops`).
     cached: keys or values may lie in a cache's blocks.
-    peaks: the largest magnitudes of each row are stored too, by head.
+    peaks: the largest magnitude of each output row is stored, by head.
     """
 
     dtype: torch.dtype

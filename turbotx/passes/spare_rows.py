@@ -59,7 +59,7 @@ _ROWS: dict[Any, int] = {
     aten.linear.default: 0, aten.mm.default: 0, aten.matmul.default: 0, aten.addmm.default: 1,
     weight_only_linear: 0, row_scale: 0,
 }  # fmt: skip
-"""Ops on each row, products among them, with the index of the operand whose rows may grow."""
+"""Products and other ops along each row, with the index of the operand whose rows may grow."""
 
 
 def find_spare(graph: fx.Graph, batch: str, seq: str) -> tuple[str, ...]:
