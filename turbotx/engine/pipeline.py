@@ -24,6 +24,7 @@ from turbotx.capture.trace import Captured
 from turbotx.engine.compiled import AssembledCall, Compiled, Specialization, UnboundProgram
 from turbotx.errors import InputError, OptionsError
 from turbotx.ir import verifier as verify
+from turbotx.ir.quantized_ops import Scheme
 from turbotx.kernels.fusion.epilogue import find_epilogues
 from turbotx.kernels.fusion.fuse import FusedRegion, fuse_all
 from turbotx.kernels.fusion.norm_folding import find_folds
@@ -141,9 +142,9 @@ def rewrite_once(captured: Captured, options: Options, target: str) -> str:
     graph, meta = captured.graph_module.graph, captured.graph_module.meta
     names = ("attention", "quantize", *(("keep_float",) if options.quantize != "none" else ()))
     wanted = {name: getattr(options, name) for name in names}
-    given: dict[str, bool] = meta.get("int8", {})
-    if (options.quantize == "int8-weights" or given) and target != "cpu":
-        what = "a model of int8 weights" if given else f"quantize={options.quantize!r}"
+    given: dict[str, Scheme] = meta.get("quantized", {})
+    if (options.quantize.endswith("-weights") or given) and target != "cpu":
+        what = "a model of quantised weights" if given else f"quantize={options.quantize!r}"
         raise OptionsError(
             f"{what} runs on CPUs so far, not on {target}: leave it out (docs/quantization.md)"
         )

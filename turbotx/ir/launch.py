@@ -162,11 +162,13 @@ class NormOperands:
 class Int8Operands:
     """What a GEMM of int8 weights takes beside its own operands, float32: scales of the weight's
     rows, (n,), and of x's, (.., 1), None where x is floats. float_rows: it multiplies by those as
-    they are; otherwise it quantises them first."""
+    they are; otherwise it quantises them first. group: of int4, how many inputs share a scale; a
+    runtime that packs weights packs those scales too."""
 
     weight_scale: Operand
     x_scale: Operand | None = None
     float_rows: bool = False
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ class GemmLaunch(Launch):
         for absent ones."""
         own, n = (self.x, self.weight, self.bias, self.out, self.residual), self.norm
         if self.int8 is not None:
-            return *own, self.int8.weight_scale, self.int8.x_scale
+            packed = self.int8.group > 0
+            return *own, None if packed else self.int8.weight_scale, self.int8.x_scale
         if n is None:
             return own
         read = (n.sums, n.scales, n.x_stats, n.residual_affine, n.residual_stats)

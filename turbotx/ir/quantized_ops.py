@@ -15,12 +15,20 @@ magnitudes are all below 2^-100 is quantised as if its largest were that.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from turbotx.ir.int4_ops import (
+    GROUP,
+    SMALLEST,
+    dequantize_groups,
+    group_scale,
+    quantize_groups,
+)
+
 LEVELS = 127
-SMALLEST = 2.0**-100
 MAX_DEPTH = (2**31 - 1) // LEVELS**2
 """How many products of two int8 numbers a sum in int32 holds, whatever they are."""
 
@@ -84,9 +92,14 @@ def _weight_only_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor
 ) -> torch.Tensor:
     """Return weight_scale * (x weight^T) + bias in x's dtype, sums in float32, or float64 of
-    float64. x: floats (.., k); weight: int8 (n, k), weight_scale: (n,)."""
+    float64. x: floats (.., k); weight: int8 (n, k), weight_scale: (n,); or both as `int4_ops` has
+    them."""
     wide = _wide(x)
-    made = wide @ weight.t().to(wide.dtype) * weight_scale.to(wide.dtype)
+    if weight.dtype is torch.uint8:
+        floats = dequantize_groups(weight, weight_scale.to(wide.dtype), x.shape[-1])
+        made = wide @ floats.t()
+    else:
+        made = wide @ weight.t().to(wide.dtype) * weight_scale.to(wide.dtype)
     return (made if bias is None else made + bias.to(wide.dtype)).to(x.dtype)
 
 
@@ -125,4 +138,36 @@ quantize_rows: Any = torch.ops.turbotx.quantize_rows.default
 quantized_linear: Any = torch.ops.turbotx.quantized_linear.default
 weight_only_linear: Any = torch.ops.turbotx.weight_only_linear.default
 QUANTIZED_LINEARS = (quantized_linear, weight_only_linear)
-"""Products by an int8 weight; of both, its scale is the fourth argument."""
+"""Products by a quantised weight; of both, its scale is the fourth argument."""
+QUANTIZES = (quantize_rows, quantize_groups)
+"""What makes a weight's integers; of both, its scale is the second argument."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a product is quantised. float_rows: its weight alone is. group: how many inputs share a
+    scale of int4, 0: int8, of which a whole row does. shifted: groups have offsets too."""
+
+    float_rows: bool = False
+    group: int = 0
+    shifted: bool = False
+
+    def scale_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the scales of a weight, (n, 1), (n, groups) or (n, groups, 2)."""
+        if not self.group:
+            return row_scale(rows)
+        return group_scale(rows, self.group, self.shifted)
+
+    def integers_of(self, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Return a weight's integers by its scales, int8 or two of int4 to a byte."""
+        if not self.group:
+            return quantize_rows(rows, scale)
+        return quantize_groups(rows, scale, self.group)
+
+
+SCHEMES = {
+    "int8": Scheme(),
+    "int8-weights": Scheme(float_rows=True),
+    "int4-weights": Scheme(float_rows=True, group=GROUP),
+}
+"""What the option `quantize` stands for."""

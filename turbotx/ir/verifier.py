@@ -217,13 +217,15 @@ def _check_dtypes(launch: ir.Launch, tensors: dict[str, ir.Tensor]) -> None:
 def _check_int8(launch: ir.GemmLaunch, int8: ir.Int8Operands) -> None:
     narrow = [launch.weight, *((launch.x,) if int8.x_scale is not None else ())]
     scales = [s for s in (int8.weight_scale, int8.x_scale) if s is not None]
-    for operands, dtype in ((narrow, torch.int8), (scales, torch.float32)):
+    whole = torch.uint8 if int8.group else torch.int8
+    for operands, dtype in ((narrow, whole), (scales, torch.float32)):
         for operand in operands:
             if operand.dtype is not dtype:
                 raise VerifyError(
                     f"{launch.name} takes {operand.tensor!r} of {dtype}, and it is {operand.dtype}"
                 )
-    if int8.weight_scale.shape != launch.weight.shape[:1]:
+    held = int8.weight_scale.shape
+    if (held[:1] if int8.group else held) != launch.weight.shape[:1]:
         raise VerifyError(f"{launch.name} has {int8.weight_scale.shape} scales for its weight")
     if int8.x_scale is not None and product(int8.x_scale.shape) != launch.rows:
         raise VerifyError(f"{launch.name} has {int8.x_scale.shape} scales for {launch.rows} rows")

@@ -17,7 +17,8 @@ import torch
 
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import ZERO, Expr
-from turbotx.ir.quantized_ops import LEVELS, SMALLEST
+from turbotx.ir.int4_ops import SMALLEST
+from turbotx.ir.quantized_ops import LEVELS
 from turbotx.ops.table import indexed
 
 

@@ -177,8 +177,9 @@ class WeightWindow:
 class Packing:
     """A packed GEMM weight: its slot in the table of addresses; the parts whose rows it is.
 
-    sources, scale: of one of int8, the parts of which its rows are quantised, and the tensor of
-    their scales, (n, 1); empty where other things are done to parameters first.
+    sources, scale: of one of integers, the parts of which its rows are quantised, and the tensor of
+    their scales; empty where other things are done to parameters first, but for int4's scales.
+    group, depth: of int4, how many inputs share a scale, and how many there are.
     """
 
     slot: int
@@ -186,6 +187,8 @@ class Packing:
     gated: bool
     sources: tuple[WeightWindow, ...] = ()
     scale: str = ""
+    group: int = 0
+    depth: int = 0
 
 
 @dataclass(frozen=True)

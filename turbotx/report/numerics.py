@@ -137,7 +137,8 @@ def measure_outputs(
     found = enumerate(zip(ours, eager, exact, strict=False))
     pairs = [(f"output {k}", x) for k, x in found if isinstance(x[1], torch.Tensor)]
     # Of a saved program, launches alone tell.
-    quantized = any("linear_int8" in launch.name for launch in program.executable.launches)
+    kinds = ("linear_int8", "linear_int4")
+    quantized = any(launch.name.startswith(kinds) for launch in program.executable.launches)
     if engine.options.quantize != "none" or quantized:
         floats = [(name, x) for name, x in pairs if _is_float(x[1])]
         return Numerics((), (), tuple(liken(name, mine, true) for name, (mine, _, true) in floats))

@@ -26,7 +26,13 @@ import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from turbotx.capture.torchao_weights import Int8Rows, is_torchao, join_int8, read_int8
+from turbotx.capture.torchao_weights import (
+    floats_of,
+    is_torchao,
+    join_integers,
+    parts_of,
+    scheme_of,
+)
 from turbotx.errors import ModelChangedError, WeightsReleasedError
 from turbotx.program.executable import Packing, WeightWindow
 from turbotx.runtime.packed_parameter import PackedParameter, restoring
@@ -60,7 +66,7 @@ class Kind:
         """Return what is other about a tensor, "" where it is of this kind."""
         if not isinstance(tensor, torch.Tensor):
             return "it is gone" if tensor is None else f"it is a {type(tensor).__name__}"
-        foreign = is_traceable_wrapper_subclass(tensor) and read_int8(tensor) is None
+        foreign = is_traceable_wrapper_subclass(tensor) and scheme_of(tensor) is None
         if tensor.layout is not torch.strided or foreign:
             return f"it is a {type(tensor).__name__} of {tensor.layout}"
         if tensor.dtype != self.dtype:
@@ -183,10 +189,12 @@ class Weights:
         return True
 
     def drop_packed(self) -> None:
-        """Let go of int8 weights that have been packed; who asks for one is given it anew."""
+        """Let go of integers that have been packed, of int4 the scales too; who asks for them is
+        given them anew."""
         for packing in self.quantized:
-            if packing.parts[0].tensor not in self.read:
-                self.tensors.pop(packing.parts[0].tensor, None)
+            for name in (packing.parts[0].tensor, packing.scale if packing.group else ""):
+                if name not in self.read:
+                    self.tensors.pop(name, None)
 
     def _new_watch(self) -> tuple[list[Any], Watch]:
         """Watch the parameters as they are, natively where the library is there for it."""
@@ -195,7 +203,7 @@ class Weights:
             (part, name in copied)
             for tensor, name in zip(tensors, self._slots, strict=True)
             if not isinstance(tensor, PackedParameter)  # nothing can write to it
-            for part in ((tensor.qdata, tensor.scale) if is_torchao(tensor) else (tensor,))
+            for part in (parts_of(tensor) if is_torchao(tensor) else (tensor,))
         ]
         return tensors, make_watch(self.native, [t for t, _ in here], [c for _, c in here])
 
@@ -313,11 +321,15 @@ def _floats_of(parameter: Any) -> torch.Tensor:
     """Return the elements of a released parameter, or of torchao's; refuse one whose floats are
     gone: a program that reads floats is another function of int8 ones."""
     if is_torchao(parameter):
-        return parameter.dequantize()
+        return floats_of(parameter)
     if parameter.weight.scale is None:
         return parameter.unpacked()
-    raise WeightsReleasedError(
-        f"a call reads {parameter.path!r} as floats, and those were given up for int8 ones "
+    raise _given_up(parameter, "as floats")
+
+
+def _given_up(parameter: Any, how: str) -> WeightsReleasedError:
+    return WeightsReleasedError(
+        f"a call reads {parameter.path!r} {how}, and its floats were given up for integers "
         "(keep_weights=False): optimize the model with keep_weights=True"
     )
 
@@ -336,19 +348,17 @@ class _Tensors(dict[str, Any]):
         super().__init__()
         self._hoisted = hoisted
         self._quantized = {packing.parts[0].tensor: packing for packing in quantized}
+        self._scales = {packing.scale: packing for packing in quantized}
 
     def __missing__(self, name: str) -> torch.Tensor:
         with torch.no_grad():
-            if name not in self._quantized:
+            packing = self._quantized.get(name) or self._scales.get(name)
+            if packing is None:
                 return compute_constant(self._hoisted[name], self)
-            packing = self._quantized[name]
             before = packed_before(packing, self)
-            if before is not None:
-                return before.rows(0, before.count)
-            given = self._given(packing)
-            if given is not None:
-                return given.numbers
-            return compute_constant(self._hoisted[name], self._as_quantized(packing))
+            if before is not None and before.scale is not None:
+                return before.scale if name == packing.scale else before.rows(0, before.count)
+            return self._made(packing)[name == packing.scale]
 
     def put_scales(self) -> set[str]:
         """Add the scales of int8 weights; return those of the weights that are packed already."""
@@ -359,27 +369,24 @@ class _Tensors(dict[str, Any]):
                 self[packing.scale] = before.scale
                 held.add(name)
                 continue
-            given = self._given(packing)
-            if given is not None:
-                self[name], self[packing.scale] = given.numbers, given.scale
-            else:
-                wide, node = self._as_quantized(packing), self._hoisted[name]
-                self[packing.scale] = wide[packing.scale] = compute_constant(node.args[1], wide)
-                self[name] = compute_constant(node, wide)
+            self[name], self[packing.scale] = self._made(packing)
         return held
 
-    def _given(self, packing: Packing) -> Int8Rows | None:
-        """Return the integers and scales of a weight that torchao has quantised."""
-        return join_int8([self[part.tensor] for part in packing.sources])
-
-    def _as_quantized(self, packing: Packing) -> dict[str, Any]:
-        """Return the tensors with an int8 weight's parameters in float32, where they were released
-        to other packed weights: these give the same integers again."""
-        wide = dict(self)
-        for part in packing.sources:
-            if isinstance(wide[part.tensor], PackedParameter):
-                wide[part.tensor] = wide[part.tensor].unpacked(torch.float32)
-        return wide
+    def _made(self, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the integers and scales of a weight: those that torchao has given it, or those of
+        its parameters; of ones that were released to other packed weights the same again."""
+        given = join_integers([self[part.tensor] for part in packing.sources])
+        if given is not None:
+            return given.numbers, given.scale
+        wide, node = dict(self), self._hoisted[packing.parts[0].tensor]
+        for name in (part.tensor for part in packing.sources):
+            own = wide[name]
+            if isinstance(own, PackedParameter):
+                if own.weight.scale is not None and own.weight.group != packing.group:
+                    raise _given_up(own, "quantised otherwise")
+                wide[name] = own.unpacked(torch.float32)
+        wide[packing.scale] = compute_constant(node.args[1], wide)
+        return compute_constant(node, wide), wide[packing.scale]
 
 
 def compute_constant(node: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

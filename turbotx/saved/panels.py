@@ -27,17 +27,17 @@ def open_panels(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Return the parameters that a file has as panels, by their first names.
 
-    state: what JSON says of them. held: the file's tensors beside those, scales of int8 among them.
+    state: what JSON says of them. held: the file's tensors beside those, scales among them.
     Raises SavedFileError where the panels are not as they were written.
     """
     found: dict[str, torch.Tensor] = {}
     for one in described:
         try:
             weight = _open(entries, one, native)
-            if one["scale"] is not None:  # int8 has to stay what it is
+            if one["scale"] is not None:  # integers have to stay what they are
                 if not isinstance(weight, PackedWeight):
                     weight = PackedWeight.of(native, [weight], one["gated"])
-                weight.scale = held[one["scale"]]
+                weight.scale_by(held[one["scale"]], one["group"], one["depth"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise SavedFileError(f"the file's panels are not as they were: {error}") from error
         first = 0
@@ -59,6 +59,8 @@ def _open(
 ) -> PackedWeight | torch.Tensor:
     """Return a weight over mapped panels of this processor's layout, or unpacked from others."""
     dtype, rows, depth = DTYPES[one["dtype"]], sum(one["rows"]), one["depth"]
+    if one["group"]:  # two numbers to a byte, of whole groups
+        depth = -(-depth // one["group"]) * one["group"] // 2
     own = PanelLayout.of(native, dtype)
     places = [(*place[:3], PanelLayout(*place[3:])) for place in one["places"]]
     fitting = [place for place in places if place[-1] == own]
