@@ -39,8 +39,8 @@ _OF_MEMORY = frozenset(
 
 class PackedParameter(nn.Parameter):
     """A parameter of which `weight` holds every element, as integers where it has scales: it is
-    read dequantised then. first: its first row there; turned: its rows are the columns of the parameter.
-    path: what messages call it."""
+    read dequantised then. first: its first row there; turned: its rows are the columns of the
+    parameter. path: what messages call it."""
 
     stands_for = nn.Parameter
     """What a guard takes it for."""
