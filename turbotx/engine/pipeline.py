@@ -24,7 +24,6 @@ from turbotx.capture.trace import Captured
 from turbotx.engine.compiled import AssembledCall, Compiled, Specialization, UnboundProgram
 from turbotx.errors import InputError, OptionsError
 from turbotx.ir import verifier as verify
-from turbotx.ir.quantized_ops import Scheme
 from turbotx.kernels.fusion.epilogue import find_epilogues
 from turbotx.kernels.fusion.fuse import FusedRegion, fuse_all
 from turbotx.kernels.fusion.norm_folding import find_folds
@@ -49,8 +48,9 @@ from turbotx.passes.pack import TOKENS, PackedCapture, pack
 from turbotx.passes.pack_check import check_packed
 from turbotx.passes.partition import Region, find_hoisted, kind_of, partition
 from turbotx.passes.products import use_products
-from turbotx.passes.quantize import Quantization, quantize_linears
+from turbotx.passes.quantize import Quantization, check_target, quantize_linears
 from turbotx.passes.quantize_check import check_quantized
+from turbotx.passes.quantized_pairs import has_pairs, use_int8_pairs
 from turbotx.passes.results import use_single_results
 from turbotx.passes.rising import drop_packed_sequences
 from turbotx.program.assemble import assemble
@@ -95,18 +95,21 @@ def jobs(program: UnboundProgram, dims: Sequence[int]) -> list[LaunchJob]:
 
 
 def rewrite(
-    graph: fx.Graph, attention: str = "auto", quantization: Quantization | None = None
-) -> None:
+    graph: fx.Graph, attention: str = "auto", quantization: Quantization | None = None,
+    pairs: bool = True,
+) -> None:  # fmt: skip
     """Run the graph passes, each a file of `passes/`, in order.
 
-    attention: the option of that name. `canonicalize` runs again where the next pass matches
-    one form only; 3 to 12 ms each for a model of two layers.
+    attention: the option of that name. pairs: whether those of PyTorch's quantiser become int8.
+    `canonicalize` runs again where the next pass matches one form only; 3 to 12 ms each.
     """
     use_single_results(graph)
     drop_packed_sequences(graph)
     canonicalize(graph)
     use_multiplication(graph)
     use_linear(graph)
+    if pairs:
+        use_int8_pairs(graph)
     use_experts(graph)
     pack_linears(graph, None if quantization is None else quantization.kind_of)
     recognize_attention(graph, attention)
@@ -121,7 +124,7 @@ def rewrite(
     if quantization is not None:
         quantize_linears(graph, quantization)
         place_quantization(graph)
-        check_quantized(graph)
+    check_quantized(graph)
     own_outputs(graph)
 
 
@@ -141,16 +144,14 @@ def rewrite_once(captured: Captured, options: Options, target: str) -> str:
     """
     graph, meta = captured.graph_module.graph, captured.graph_module.meta
     names = ("attention", "quantize", *(("keep_float",) if options.quantize != "none" else ()))
-    wanted = {name: getattr(options, name) for name in names}
-    given: dict[str, Scheme] = meta.get("quantized", {})
-    if (options.quantize.endswith("-weights") or given) and target != "cpu":
-        what = "a model of quantised weights" if given else f"quantize={options.quantize!r}"
-        raise OptionsError(
-            f"{what} runs on CPUs so far, not on {target}: leave it out (docs/quantization.md)"
-        )
+    pairs = meta.setdefault("pairs", has_pairs(graph)) and target == "cpu"
+    wanted = {name: getattr(options, name) for name in names} | {"int8_pairs": pairs}
+    given = meta.get("quantized", {})
+    check_target(options.quantize, given, target)
     if "rewritten" not in meta:
         text = str(graph)
-        rewrite(graph, options.attention, Quantization.of(options, meta.get("paths", {}), given))
+        quantization = Quantization.of(options, meta.get("paths", {}), given)
+        rewrite(graph, options.attention, quantization, pairs)
         meta["rewritten"] = Rewritten(text, wanted)
     done: Rewritten = meta["rewritten"]
     for name, value in wanted.items():

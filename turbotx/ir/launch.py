@@ -161,9 +161,9 @@ class NormOperands:
 @dataclass(frozen=True)
 class Int8Operands:
     """What a GEMM of int8 weights takes beside its own operands, float32: scales of the weight's
-    rows, (n,), and of x's, (.., 1), None where x is floats. float_rows: it multiplies by those as
-    they are; otherwise it quantises them first. group: of int4, how many inputs share a scale; a
-    runtime that packs weights packs those scales too."""
+    rows, (n,), and of x's, (.., 1), None where x is floats, or int8 of scale 1. float_rows: floats
+    are multiplied as they are; otherwise they are quantised first. group: of int4, how many inputs
+    share a scale; a runtime that packs weights packs those scales too."""
 
     weight_scale: Operand
     x_scale: Operand | None = None
@@ -216,12 +216,15 @@ class GemmLaunch(Launch):
     @property
     def sizes(self) -> tuple[Expr, ...]:
         """Rows, stride of x, width and row length of the output in elements, and the activation's
-        number; of int8 then the output's dtype by its number, and 1 where rows stay floats."""
+        number; of int8 then the output's dtype by its number, and 1 where rows stay floats, 2
+        where they are int8 of scale 1."""
         activation = Integer(ACTIVATIONS.index(self.gemm.activation))
         own = self.rows, self.x_stride, self.width, self.width, activation
         if self.int8 is None:
             return own
-        return *own, Integer(DTYPE_CODES[self.out.dtype]), Integer(self.int8.float_rows)
+        rows = 2 * (self.int8.x_scale is None and self.x.dtype is torch.int8)
+        kind = Integer(rows + self.int8.float_rows)
+        return *own, Integer(DTYPE_CODES[self.out.dtype]), kind
 
     @property
     def writes(self) -> tuple[str, ...]:

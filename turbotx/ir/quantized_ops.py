@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from turbotx.errors import ModelChangedError
 from turbotx.ir.int4_ops import (
     GROUP,
     SMALLEST,
@@ -35,6 +36,12 @@ MAX_DEPTH = (2**31 - 1) // LEVELS**2
 _library = torch.library.Library("turbotx", "FRAGMENT")
 _library.define("row_scale(Tensor x) -> Tensor")
 _library.define("quantize_rows(Tensor x, Tensor scale) -> Tensor")
+_library.define("if_zeros(Tensor x, Tensor zeros) -> Tensor")
+_library.define("quantize_affine(Tensor x, float inverse, int shift, int low, int high) -> Tensor")
+_library.define(
+    "quantize_affine.tensor(Tensor x, Tensor scale, Tensor zero, int middle, int low, int high)"
+    " -> Tensor"
+)
 _library.define(
     "quantized_linear(Tensor x, Tensor weight, Tensor? bias, Tensor weight_scale, Tensor? x_scale,"
     " ScalarType dtype) -> Tensor"
@@ -64,16 +71,54 @@ def _quantize_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return unrounded_rows(x, scale).round().to(torch.int8)
 
 
+def unrounded_affine(
+    x: torch.Tensor, inverse: float, shift: int, low: int, high: int
+) -> torch.Tensor:
+    """Return what `quantize_affine` rounds."""
+    return (_wide(x) * inverse + shift).clamp(low, high)
+
+
+def _if_zeros(x: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Return x; raise ModelChangedError where zero points are none that a program was made for."""
+    if bool(zeros.any()):
+        raise ModelChangedError("zero points of an int8 weight are no longer 0")
+    return x.clone()
+
+
+def unrounded_affine_by(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, middle: int, low: int, high: int
+) -> torch.Tensor:
+    """Return what `quantize_affine.tensor` rounds."""
+    return (_wide(x) * (1 / scale).to(_wide(x).dtype) + (zero - middle)).clamp(low, high)
+
+
+def _quantize_affine_by(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, middle: int, low: int, high: int
+) -> torch.Tensor:
+    """Return the same by numbers that a call finds: scale and zero of one element each."""
+    rounded = (_wide(x) * (1 / scale).to(_wide(x).dtype)).round()
+    return (rounded + (zero - middle)).clamp(low, high).to(torch.int8)
+
+
+def _quantize_affine(
+    x: torch.Tensor, inverse: float, shift: int, low: int, high: int
+) -> torch.Tensor:
+    """Return round(x * inverse) + shift within [low, high], int8: by numbers that are not x's."""
+    return ((_wide(x) * inverse).round() + shift).clamp(low, high).to(torch.int8)
+
+
 def _quantized_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor,
     x_scale: torch.Tensor | None, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     """Return x_scale * weight_scale * (x weight^T) + bias in `dtype`, sums exact.
 
-    x: int8 (.., k) with x_scale (.., 1), or floats to be quantised first, in float32, where x_scale
-    is None. weight: int8 (n, k), weight_scale: (n,).
+    x: int8 (.., k) with x_scale (.., 1), None for ones, or floats to be quantised first, in
+    float32. weight: int8 (n, k), weight_scale: (n,).
     """
-    if x_scale is None:
+    if x.dtype is torch.int8:
+        x_scale = weight_scale.new_ones(1) if x_scale is None else x_scale
+    else:
         narrow = x.float()  # of float64 too: a reference is to have the same integers
         x_scale = _row_scale(narrow)
         x = _quantize_rows(narrow, x_scale)
@@ -111,6 +156,22 @@ def _fake_quantize_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
+def _fake_quantize_affine(
+    x: torch.Tensor, inverse: float, shift: int, low: int, high: int
+) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+def _fake_if_zeros(x: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_quantize_affine_by(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, middle: int, low: int, high: int
+) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
 def _fake_quantized_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor,
     x_scale: torch.Tensor | None, dtype: torch.dtype,
@@ -127,6 +188,9 @@ def _fake_weight_only_linear(
 for _name, _meaning, _fake in (
     ("row_scale", _row_scale, _fake_row_scale),
     ("quantize_rows", _quantize_rows, _fake_quantize_rows),
+    ("if_zeros", _if_zeros, _fake_if_zeros),
+    ("quantize_affine", _quantize_affine, _fake_quantize_affine),
+    ("quantize_affine.tensor", _quantize_affine_by, _fake_quantize_affine_by),
     ("quantized_linear", _quantized_linear, _fake_quantized_linear),
     ("weight_only_linear", _weight_only_linear, _fake_weight_only_linear),
 ):
@@ -135,6 +199,9 @@ for _name, _meaning, _fake in (
 
 row_scale: Any = torch.ops.turbotx.row_scale.default
 quantize_rows: Any = torch.ops.turbotx.quantize_rows.default
+if_zeros: Any = torch.ops.turbotx.if_zeros.default
+quantize_affine: Any = torch.ops.turbotx.quantize_affine.default
+quantize_affine_by: Any = torch.ops.turbotx.quantize_affine.tensor
 quantized_linear: Any = torch.ops.turbotx.quantized_linear.default
 weight_only_linear: Any = torch.ops.turbotx.weight_only_linear.default
 QUANTIZED_LINEARS = (quantized_linear, weight_only_linear)

@@ -236,7 +236,7 @@ def _of_one_dtype(launch: ir.Launch) -> tuple[ir.Operand | None, ...]:
         # A folded norm's part of the bias is in float32.
         bias = launch.bias if launch.norm is None else None
         if launch.int8 is not None:
-            x = launch.x if launch.int8.x_scale is None else None
+            x = None if launch.x.dtype is torch.int8 else launch.x
             return x, bias, launch.out, launch.residual
         return launch.x, launch.weight, bias, launch.out, launch.residual
     if isinstance(launch, ir.GroupedGemmLaunch):

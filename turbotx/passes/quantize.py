@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import fx
 
+from turbotx.errors import OptionsError
 from turbotx.ir import fx_nodes as g
 from turbotx.ir.int4_ops import group_scale, quantize_groups
 from turbotx.ir.quantized_ops import (
@@ -77,6 +78,16 @@ class Quantization:
         """Return how a weight is quantised already; None for one of floats."""
         found = {self.given.get(path) for path in paths_of(weight, self.paths)}
         return found.pop() if len(found) == 1 else None
+
+
+def check_target(quantize: str, given: Mapping[str, Scheme], target: str) -> None:
+    """Raise OptionsError for an option, or weights that are quantised already, that a target's
+    kernels do not multiply by."""
+    if (quantize.endswith("-weights") or given) and target != "cpu":
+        what = "a model of quantised weights" if given else f"quantize={quantize!r}"
+        raise OptionsError(
+            f"{what} runs on CPUs so far, not on {target}: leave it out (docs/quantization.md)"
+        )
 
 
 def quantize_linears(graph: fx.Graph, asked: Quantization) -> dict[str, str]:

@@ -20,6 +20,8 @@ from turbotx.ir.quantized_ops import (
     MAX_DEPTH,
     QUANTIZED_LINEARS,
     QUANTIZES,
+    quantize_affine,
+    quantize_affine_by,
     quantize_rows,
     quantized_linear,
     row_scale,
@@ -47,7 +49,8 @@ def check_quantized(graph: fx.Graph) -> None:
 def _check_product(node: fx.Node) -> None:
     x, weight, scale = (g.operand(node, k) for k in (0, 1, 3))
     width, depth = g.shape(weight)
-    if not g.is_call(weight, *QUANTIZES) or not _is_constant(weight):
+    given = weight.op == "get_attr" and g.dtype(weight) is torch.int8
+    if not (given or g.is_call(weight, *QUANTIZES)) or not _is_constant(weight):
         raise VerifyError(f"the weight of {node.name}, {weight.name}, is no quantised parameter")
     shown = scale
     while is_view(shown):
@@ -56,7 +59,8 @@ def _check_product(node: fx.Node) -> None:
     if grouped:
         depth = g.shape(g.operand(weight, 0))[1]
     flat = g.shape(scale)[:1] if grouped else g.shape(scale)
-    if shown is not weight.args[1] or flat != (width,) or (grouped and scale is not shown):
+    own_scale = given or (shown is weight.args[1] and not (grouped and scale is not shown))
+    if not own_scale or flat != (width,) or not _is_constant(scale):
         raise VerifyError(f"{node.name} scales its columns by {shown.name}, not its weight's scale")
     exact = g.is_call(node, quantized_linear)
     if exact and grouped:
@@ -64,6 +68,8 @@ def _check_product(node: fx.Node) -> None:
     if g.shape(x)[-1] != depth or (exact and int(depth) > MAX_DEPTH):
         raise VerifyError(f"{node.name} sums {g.shape(x)[-1]} products over weights of {depth}")
     own = g.optional(node, 4)
+    if own is None and g.is_call(x, quantize_affine, quantize_affine_by):
+        return
     if own is None:
         if not g.dtype(x).is_floating_point:
             raise VerifyError(f"{node.name} takes {x.name} for floats, of {g.dtype(x)}")

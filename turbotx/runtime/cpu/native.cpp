@@ -43,7 +43,7 @@ struct Product {
   const float* x_scale = nullptr;  // of int8 rows; null where a quantised weight is given floats
   const float* weight_scale = nullptr;
   int dtype = 0;  // of all but int8, by the numbers of ttx_pack_weight
-  bool float_rows = false;  // whether floats are multiplied as they are by a quantised weight
+  int rows = 0;  // of a quantised weight: 1 where floats are multiplied as they are, 2 int8 of scale 1
 };
 
 // What is packed: of one weight, or of one for each expert.
@@ -97,11 +97,11 @@ struct Int8Weight : Weight {
   void multiply_as(const Product& p) {
     T* c = static_cast<T*>(p.c);
     auto finish = finish_of<T>(p, packed);
-    if (p.float_rows) {
+    if (p.rows == 1) {
       const T* a = static_cast<const T*>(p.a);
       ttx::linear_int8_weights(packed, a, p.lda, p.m, p.weight_scale, c, p.ldc, finish);
     } else {
-      ttx::linear_int8(packed, {p.a, p.lda, p.m, p.x_scale}, p.weight_scale, c, p.ldc, finish);
+      ttx::linear_int8(packed, {p.a, p.lda, p.m, p.x_scale, p.rows == 2}, p.weight_scale, c, p.ldc, finish);
     }
   }
   void multiply(const Product& p) override {
@@ -287,14 +287,14 @@ int ttx_route(void* const* args, const int64_t* sizes) {
 }
 
 // As ttx_linear of a weight of int8 or int4: args also the int8 weight's scales, and those of int8 rows
-// of a or null where a is floats; sizes: also the dtype of all else, and whether floats stay such.
+// of a or null where a is floats; sizes: also the dtype of all else, and what rows are.
 int ttx_linear_int8(void* const* args, const int64_t* sizes) {
   Product p{.a = args[0], .lda = sizes[1], .m = sizes[0], .bias = args[2], .residual = args[4],
             .ld_residual = sizes[3], .activation = static_cast<ttx::Activation>(sizes[4]),
             .c = args[3], .ldc = sizes[2], .x_scale = static_cast<const float*>(args[6]),
             .weight_scale = static_cast<const float*>(args[5]),
             .dtype = static_cast<int>(sizes[5]),
-            .float_rows = sizes[6] != 0};
+            .rows = static_cast<int>(sizes[6])};
   if (p.m > 0) static_cast<Weight*>(static_cast<Packed*>(args[1]))->multiply(p);
   return 0;
 }
