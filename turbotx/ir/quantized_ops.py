@@ -1,16 +1,16 @@
-"""Quantized: the ops that `passes.quantize` writes, int8 with a scale a row, symmetric.
+"""Quantized ops: written by `passes.quantize`; int8 with one scale per row, symmetric.
 
-In: rows of floats. Out: rows of int8 and a float32 scale each, x ~ q * scale; and products of
-them, whose sums are exact. All scales and roundings are float32 arithmetic, whatever x is, so that
-equal rows give the same integers on every path and in every reference::
+In: rows of floats. Out: rows of int8 with a float32 scale each, x ~ q * scale; and products of them
+with exact sums. Scales and rounding are computed in float32 whatever x's dtype, so that equal rows
+give the same integers on every path and in every reference::
 
     scale = row_scale(x)              # (.., 1): the row's largest magnitude / 127
     q = quantize_rows(x, scale)       # int8: round(x * (1 / scale)), halves to even
     quantized_linear(q, weight, bias, weight_scale, scale, torch.float32)
-    weight_only_linear(x, weight, bias, weight_scale)   # rows of floats as they are
+    weight_only_linear(x, weight, bias, weight_scale)   # rows stay in floating point
 
-A row that holds NaN or an infinity has the scale NaN, and a product of it is NaN. A row whose
-magnitudes are all below 2^-100 is quantised as if its largest were that.
+A row with a NaN or infinity has the scale NaN, and products with it are NaN. A row whose magnitudes
+are all below 2^-100 is quantised as if its largest were 2^-100.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from turbotx.ir.int4_ops import (
 
 LEVELS = 127
 MAX_DEPTH = (2**31 - 1) // LEVELS**2
-"""How many products of two int8 numbers a sum in int32 holds, whatever they are."""
+"""Largest number of int8 products whose sum always fits in int32."""
 
 _library = torch.library.Library("turbotx", "FRAGMENT")
 _library.define("row_scale(Tensor x) -> Tensor")
@@ -56,13 +56,13 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _row_scale(x: torch.Tensor) -> torch.Tensor:
-    """Return (.., 1): each row's largest magnitude over 127, in float32, or float64 of float64."""
+    """Return (.., 1): each row's largest magnitude over 127, in float32, or float64 for float64."""
     peak = _wide(x).abs().amax(-1, keepdim=True)
     return torch.where(peak < torch.inf, peak.clamp_min(SMALLEST) / LEVELS, torch.nan)
 
 
 def unrounded_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return what `quantize_rows` rounds: x / scale, 0 in rows without a scale."""
+    """Return x / scale before rounding; 0 in rows without a valid scale."""
     value = _wide(x) * (1 / scale)
     return torch.where(value.abs() <= LEVELS + 0.5, value, 0.0)
 
@@ -111,7 +111,7 @@ def _quantized_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor,
     x_scale: torch.Tensor | None, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """Return x_scale * weight_scale * (x weight^T) + bias in `dtype`, sums exact.
+    """Return x_scale * weight_scale * (x weight^T) + bias in `dtype`, with exact sums.
 
     x: int8 (.., k) with x_scale (.., 1), None for ones, or floats to be quantised first, in
     float32. weight: int8 (n, k), weight_scale: (n,).
@@ -125,7 +125,7 @@ def _quantized_linear(
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] and hasattr(torch, "_int_mm") and rows.device.type == "cpu":
-        sums = torch._int_mm(rows.contiguous(), weight.t())  # private, and exact as float64 is
+        sums = torch._int_mm(rows.contiguous(), weight.t())  # private API; exact, like float64
     else:
         sums = rows.double() @ weight.t().double()
     shape = (*x.shape[:-1], weight.shape[0])
