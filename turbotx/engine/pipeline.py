@@ -148,16 +148,15 @@ def rewrite_once(captured: Captured, options: Options, target: str) -> str:
     given = meta.get("quantized", {})
     check_target(options.quantize, given, target)
     if "rewritten" not in meta:
-        text = str(graph)
-        quantization = Quantization.of(options, meta.get("paths", {}), given)
-        rewrite(graph, options.attention, quantization, pairs)
+        text, how = str(graph), Quantization.of(options, meta.get("paths", {}), given)
+        rewrite(graph, options.attention, how, pairs)
         meta["rewritten"] = Rewritten(text, wanted)
     done: Rewritten = meta["rewritten"]
     for name, value in wanted.items():
         if done.options.get(name) != value:
             raise InputError(
-                f"{captured.name} was compiled with {name}={done.options.get(name)!r}, and its "
-                f"graph is rewritten for that: capture the call again for {value!r}"
+                f"{captured.name} was compiled with {name}={done.options.get(name)!r}: capture the "
+                f"call again for {value!r}"
             )
     return done.text
 
