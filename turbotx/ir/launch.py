@@ -219,8 +219,7 @@ class GemmLaunch(Launch):
         for absent ones."""
         own, n = (self.x, self.weight, self.bias, self.out, self.residual), self.norm
         if self.int8 is not None:
-            packed = self.int8.group > 0
-            return *own, None if packed else self.int8.weight_scale, self.int8.x_scale
+            return *own, None if self.int8.group else self.int8.weight_scale, self.int8.x_scale
         if n is None:
             return own
         read = (n.sums, n.scales, n.x_stats, n.residual_affine, n.residual_stats)
@@ -235,9 +234,9 @@ class GemmLaunch(Launch):
         own = self.rows, self.x_stride, self.width, self.width, activation
         if self.int8 is None:
             return own
-        rows = 2 * (self.int8.x_scale is None and self.x.dtype is torch.int8)
-        kind = Integer(rows + self.int8.float_rows)
-        return *own, Integer(DTYPE_CODES[self.out.dtype]), kind
+        scaled = self.int8.x_scale is not None or self.x.dtype is not torch.int8
+        rows = Integer(self.int8.float_rows if scaled else 2)
+        return *own, Integer(DTYPE_CODES[self.out.dtype]), rows
 
     @property
     def writes(self) -> tuple[str, ...]:
