@@ -108,7 +108,7 @@ def rewrite(
     canonicalize(graph)
     use_multiplication(graph)
     use_linear(graph)
-    if pairs:
+    if found := pairs and has_pairs(graph):
         use_int8_pairs(graph)
     use_experts(graph)
     pack_linears(graph, None if quantization is None else quantization.kind_of)
@@ -124,7 +124,8 @@ def rewrite(
     if quantization is not None:
         quantize_linears(graph, quantization)
         place_quantization(graph)
-    check_quantized(graph)
+    if quantization is not None or found:
+        check_quantized(graph)
     own_outputs(graph)
 
 
@@ -145,8 +146,7 @@ def rewrite_once(captured: Captured, options: Options, target: str) -> str:
     names = ("attention", "quantize", *(("keep_float",) if options.quantize != "none" else ()))
     pairs = meta.setdefault("pairs", has_pairs(graph)) and target == "cpu"
     wanted = {name: getattr(options, name) for name in names} | {"int8_pairs": pairs}
-    given = meta.get("quantized", {})
-    check_target(options.quantize, given, target)
+    check_target(options.quantize, given := meta.get("quantized", {}), target)
     if "rewritten" not in meta:
         text, how = str(graph), Quantization.of(options, meta.get("paths", {}), given)
         rewrite(graph, options.attention, how, pairs)
