@@ -1,8 +1,8 @@
-"""Panel streams: the packed GEMM weights of a model, to be written for some instruction sets.
+"""Panel streams: writes a model's packed GEMM weights for given instruction sets.
 
-In: programs for CPUs, the state that is saved, names of instruction sets. Out: which weights are
-written so, in the place of the parameters that they hold; what JSON says of them, and a stream an
-instruction set, of one weight at a time::
+In: CPU programs, the saved state, names of instruction sets. Out: which packed weights replace the
+parameters that they contain; their description as JSON, and a stream per instruction set, with one
+weight in memory at a time::
 
     find_panels(programs, state, first_names)         ->  [Panels(("q.weight", ...), ...), ...]
     describe_panels(panels, state, ["avx2"], native)  ->  [{...}, ...], {"avx2.panels": Stream(...)}
@@ -32,10 +32,10 @@ from turbotx.saved.parts import SavedPart
 from turbotx.saved.tensor_file import NAMES, bytes_of
 
 SCALES = "panels.constants."
-"""What the names of panels' scales begin with, among a file's held tensors."""
+"""Prefix of the names of panels' scales among a file's held tensors."""
 INSTRUCTION_SETS = {"avx2": (16, 1), "avx512": (32, 1), "avx512_bf16": (32, 2)}
-"""What panels may be asked for, beside "native": columns of a panel, and how many elements of a
-column lie side by side in bfloat16; in other dtypes one does."""
+"""Instruction sets besides "native": columns per panel, and adjacent elements of a column in
+bfloat16; for other dtypes it is 1."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Panels:
 
 
 def check_sets(names: Sequence[str]) -> list[str]:
-    """Return names of instruction sets, each once; raise SaveError for one that is none."""
+    """Return names of instruction sets without duplicates; raise SaveError for an unknown one."""
     for name in names:
         if name != "native" and name not in INSTRUCTION_SETS:
             known = ", ".join(map(repr, ("native", *INSTRUCTION_SETS)))
@@ -62,10 +62,10 @@ def find_panels(
     programs: Sequence[tuple[SavedPart, Program]], state: Mapping[str, torch.Tensor],
     first_names: Mapping[str, str],
 ) -> list[Panels]:  # fmt: skip
-    """Return the packed weights that hold whole parameters, none of which a program reads as it is.
+    """Return the packed weights that consist of whole parameters that no program reads unpacked.
 
-    first_names: of each name in the state the first one of the same tensor. Parameters that one
-    program multiplies by as floats are not written as int8.
+    first_names: for each name in the state, the first name of the same tensor. Parameters that some
+    program multiplies as floats are not written as int8.
     """
     plainly = {
         first_names.get(part.path_of(program.runtime.weights.paths[name]))
@@ -188,7 +188,7 @@ def _held(one: Panels, state: Mapping[str, torch.Tensor]) -> PackedWeight | None
 
 
 def _row_counts(one: Panels, state: Mapping[str, torch.Tensor]) -> list[int]:
-    """Return how many rows each parameter has."""
+    """Return the number of rows of each parameter."""
     return [state[p].shape[1 if t else 0] for p, t in zip(one.paths, one.turned, strict=True)]
 
 
