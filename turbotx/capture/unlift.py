@@ -31,8 +31,8 @@ def unlift(
     """Return the graph and its inputs, called by `names` in their order.
 
     model: the user's module; what was traced has it, or its shadow, as `model`. meta["paths"] says
-    where the user's module has what a get_attr node names, meta["int8"] which of its parameters
-    stand for int8 ones.
+    where the user's module has what a get_attr node names, meta["quantized"] which of its
+    parameters stand for quantised ones, and how those are.
     """
     enclose_graphs(exported.graph_module)
     graph: fx.Graph = exported.graph_module.graph
@@ -75,7 +75,7 @@ def unlift(
         graph.erase_node(node)
     graph_module = fx.GraphModule(holder, graph)
     graph_module.meta["paths"] = paths
-    graph_module.meta["int8"] = stand_ins(model)
+    graph_module.meta["quantized"] = stand_ins(model)
     return graph_module, inputs
 
 

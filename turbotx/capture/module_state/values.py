@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from turbotx.capture.torchao_weights import is_torchao
+from turbotx.capture.torchao_weights import scheme_of
 
 MAX_DEPTH = 8
 """Containers in containers; deeper ones go by which they are."""
@@ -257,9 +257,10 @@ def describe_own_tensor(tensor: torch.Tensor | None) -> Any:
         return type(tensor), tensor if tensor is None else id(tensor)
     strides = tensor.stride() if tensor.layout is torch.strided else None
     kind = getattr(type(tensor), "stands_for", type(tensor))  # as of `PackedParameter`
-    if is_torchao(tensor):  # a trace is given floats
+    scheme = scheme_of(tensor)
+    if scheme is not None:  # a trace is given floats that stand for it
         kind = nn.Parameter
-    return kind, tensor.dtype, tensor.device, tuple(tensor.shape), strides
+    return kind, scheme, tensor.dtype, tensor.device, tuple(tensor.shape), strides
 
 
 def describe_table(look: Look, table: Mapping[str, Any]) -> Any:

@@ -75,7 +75,8 @@ class Epilogue:
     @property
     def name(self) -> str:
         """The launch's name: linear_gelu, linear_silu_mul, linear_add, ..."""
-        names = {quantized_linear: "linear_int8", weight_only_linear: "linear_int8_weights"}
+        narrow = "int4" if g.dtype(g.operand(self.linear, 1)) is torch.uint8 else "int8"
+        names = {quantized_linear: "linear_int8", weight_only_linear: f"linear_{narrow}_weights"}
         parts = [names.get(self.linear.target) or op_name(self.linear)]
         parts.append(self.activation if self.activation != "none" else "")
         parts += ["mul" if self.gated else "", "add" if self.residual is not None else ""]
@@ -141,7 +142,8 @@ def is_packable(node: fx.Node, kinds: Mapping[fx.Node, str]) -> bool:
             or not _is_fixed(layout)
         ):
             return False
-        if constant is not weight and layout.strides != (ONE,):
+        packed = constant is weight or (constant is scale and len(layout.shape) > 1)
+        if not packed and layout.strides != (ONE,):
             return False
     layout = layout_with_copies(x)
     if not layout.shape:
