@@ -39,6 +39,7 @@ from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_with
 from turbotx.capture.eager import ASKED, ORDER, find_shown, note_layouts
 from turbotx.capture.eager_layouts import eager_layouts
 from turbotx.capture.encoder_padding import padding_as_eager
+from turbotx.capture.equal_layers.layers import copying_layers
 from turbotx.capture.fake_mode import remembering_fakes
 from turbotx.capture.flat_call import FlatCall
 from turbotx.capture.guards import (
@@ -194,7 +195,7 @@ def _capture(
             code_names = find_model_names(model, recorder)
             unfollowed.note_functions(code_names.functions)
             flat = FlatCall(model, leaves, spec, recorder, values)
-            flat.given = describe_arguments(model, names, tensors)
+            flat.given, flat.layers.names = describe_arguments(model, names, tensors), code_names
             before = look_at_generators()
             with (
                 watch_entropy() as drawn,
@@ -321,8 +322,8 @@ _choosing_attention = threading.RLock()
 def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
     """Trace with the `varying` dims of each example symbolic, down to the ops that are kept."""
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
-    remembered = remembering_fakes(), remembered_stack_traces()
-    with torch.no_grad(), warnings.catch_warnings(), remembered[0], remembered[1]:
+    fakes, places, copies = remembering_fakes(), remembered_stack_traces(), copying_layers(flat.layers)
+    with torch.no_grad(), warnings.catch_warnings(), fakes, places, copies:
         warnings.simplefilter("ignore")
         sizes = sizes_from_one(flat.values.answer)
         layouts, padding = eager_layouts(), padding_as_eager()
