@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import fx
 
 from turbotx import ir
+from turbotx.capture.equal_layers.layers import LayerCalls
 from turbotx.engine.compiled import Compiled
 from turbotx.engine.fused_graph import make_fused_graph
 from turbotx.errors import InputError
@@ -60,6 +61,12 @@ class Record:
     def target(self) -> str:
         """What the call is compiled for: "cpu" or a GPU, as "sm_90"."""
         return self.compiled.unbound.target
+
+    @property
+    def layers(self) -> LayerCalls:
+        """Which of the model's layers were traced, which copied from an equal one, and why others
+        were not."""
+        return self.compiled.captured.layers
 
     @cached_property
     def graph(self) -> fx.GraphModule:

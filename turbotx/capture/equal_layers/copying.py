@@ -1,6 +1,6 @@
 """Copying: the nodes of a layer's call made once more, for the call of an equal layer.
 
-In: a traced call (`TracedLayer`) and the tensors of another. Out: its nodes in the tracer's graph,
+In: a traced call (`KnownLayer`) and the tensors of another. Out: its nodes in the tracer's graph,
 as a trace of the layer's code would have made them, and what the code would have returned::
 
     copy_layer(traced, tracer, roles, "encoder.layer.7", leaves)  ->  (hidden_states,)
@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor,
 )
 
+from turbotx.capture.equal_layers.layer_call import memory_of
 from turbotx.capture.equal_layers.layer_state import UnequalError
 
 
@@ -35,7 +36,7 @@ class Returned:
 
 
 @dataclass(frozen=True)
-class Scope:
+class LayerScope:
     """Where a tracer is: the modules that it is in, outermost first, the last one the layer's, and
     how often it has called those inside of the layer."""
 
@@ -44,7 +45,7 @@ class Scope:
     calls: dict[str, int]
 
     @classmethod
-    def of(cls, tracer: Any) -> Scope:
+    def of(cls, tracer: Any) -> LayerScope:
         """Return where a tracer is; it has just entered a layer."""
         stack = tuple((k, (path, _name(kind))) for k, (path, kind) in tracer.module_stack.items())
         path = stack[-1][1][0]
@@ -68,7 +69,7 @@ def note_output(
     """Return a layer's output with `Returned` for its tensors. Raises UnequalError for what is no
     tensor, number or tuple of these, or shows a part of something that lives elsewhere."""
     places = {node: k for k, node in enumerate(nodes)}
-    memories = {_memory(t) for t in given}
+    memories = {memory_of(t) for t in given}
     seen: dict[int, fx.Node] = {}
 
     def one(value: Any) -> Any:
@@ -81,7 +82,7 @@ def note_output(
                 return Returned(None, k)
         if type(value) is not FakeTensor:
             raise UnequalError(f"it returns a {type(value).__name__}")
-        node, memory = node_of(value), _memory(value)
+        node, memory = node_of(value), memory_of(value)
         if node not in places or value.storage_offset() != 0 or memory in memories:
             raise UnequalError("it returns a part of a tensor")
         if seen.setdefault(memory, node) is not node:
@@ -91,13 +92,12 @@ def note_output(
     return one(output)
 
 
-def _memory(tensor: torch.Tensor) -> int:
-    with torch._C.DisableTorchFunction():
-        return int(tensor.untyped_storage()._cdata)
-
-
 def copy_nodes(
-    nodes: Sequence[fx.Node], tracer: Any, known: dict[fx.Node, fx.Node], then: Scope, now: Scope
+    nodes: Sequence[fx.Node],
+    tracer: Any,
+    known: dict[fx.Node, fx.Node],
+    then: LayerScope,
+    now: LayerScope,
 ) -> list[fx.Node]:
     """Append nodes once more, over the tensors that `known` has for those of then."""
     graph, made = tracer.graph, []
@@ -118,7 +118,7 @@ def copy_nodes(
     return made
 
 
-def _move(stack: dict[str, Any], then: Scope, now: Scope) -> dict[str, Any]:
+def _move(stack: dict[str, Any], then: LayerScope, now: LayerScope) -> dict[str, Any]:
     """Return a node's modules for another layer: those around it as they are now, those inside by
     their paths in it and how often they were called before."""
     moved = dict(now.stack)
@@ -130,7 +130,7 @@ def _move(stack: dict[str, Any], then: Scope, now: Scope) -> dict[str, Any]:
     return moved
 
 
-def is_inside(node: fx.Node, scope: Scope) -> bool:
+def is_inside(node: fx.Node, scope: LayerScope) -> bool:
     """Return whether the modules that a node was made in are inside of the layer."""
     inner = list((node.meta.get("nn_module_stack") or {}).values())[len(scope.stack) :]
     return all(path.startswith(f"{scope.path}.") for path, _ in inner)
@@ -167,5 +167,11 @@ def _new_tensor(node: fx.Node, tracer: Any) -> FakeTensor:
         with in_kernel_invocation_manager(mode):
             raw = torch.empty_strided(shape, strides, dtype=like.dtype, device="meta")
         tensor = FakeTensor(mode, raw, like.device)
-        track_tensor(tensor, fx.Proxy(node, tracer), constant=None, tracer=tracer)
+    bind(tensor, node, tracer)
     return tensor
+
+
+def bind(tensor: torch.Tensor, node: fx.Node, tracer: Any) -> None:
+    """Let what the code does with a tensor from now on be done with a node's result."""
+    with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
+        track_tensor(tensor, fx.Proxy(node, tracer), constant=None, tracer=tracer)

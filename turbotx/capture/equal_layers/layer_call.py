@@ -10,11 +10,12 @@ equal for two calls only where the same code did the same with other tensors of 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
@@ -40,9 +41,7 @@ class CallArguments:
     tensors: tuple[FakeTensor, ...]
 
     @classmethod
-    def of(
-        cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], node_of: NodeOf
-    ) -> CallArguments:
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], node_of: NodeOf) -> CallArguments:
         """Describe the arguments of a call under a trace. Raises UnequalError for what code could
         keep something in, or whose reading is not noted."""
         tensors: list[FakeTensor] = []
@@ -97,11 +96,13 @@ def pattern_of(roles: Sequence[fx.Node]) -> tuple[int, ...]:
     return tuple(map(list(roles).index, roles))
 
 
-def encode(nodes: Sequence[fx.Node], roles: Sequence[fx.Node]) -> tuple[Any, ...]:
+def encode(
+    nodes: Sequence[fx.Node], roles: Sequence[fx.Node], memories: set[int]
+) -> tuple[Any, ...]:
     """Describe nodes by what they do, with what: nodes among them, the tensors that the call was
-    given or read (`roles`), and sizes.
+    given or read (`roles`, which lie in `memories`), and sizes.
 
-    Raises UnequalError for what writes to a tensor, draws random numbers, is no op, or uses a
+    Raises UnequalError for what writes to such a tensor, draws random numbers, is no op, or uses a
     tensor that was reached another way.
     """
     places: dict[fx.Node, Any] = {}
@@ -127,7 +128,26 @@ def encode(nodes: Sequence[fx.Node], roles: Sequence[fx.Node]) -> tuple[Any, ...
             return ("slice", one(value.start), one(value.stop), one(value.step))
         return _describe_plain(value, one)
 
+    for node in nodes:
+        for written in _written_by(node):
+            if memory_of(written.meta["val"]) in memories:
+                raise UnequalError(f"its code writes to what it is given, by {node.target}")
     return tuple(_encode(node, one) for node in nodes)
+
+
+def _written_by(node: fx.Node) -> Iterator[fx.Node]:
+    """Give the arguments that an op writes to."""
+    if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+        for place, formal in enumerate(node.target._schema.arguments):
+            if formal.alias_info is not None and formal.alias_info.is_write:
+                given = node.args[place] if place < len(node.args) else node.kwargs.get(formal.name)
+                yield from (x for x in pytree.tree_leaves(given) if isinstance(x, fx.Node))
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Return which memory a tensor lies in; what shows another lies in the same."""
+    with torch._C.DisableTorchFunction():
+        return int(tensor.untyped_storage()._cdata)
 
 
 def _encode(node: fx.Node, one: Callable[[Any], Any]) -> Any:
@@ -135,8 +155,6 @@ def _encode(node: fx.Node, one: Callable[[Any], Any]) -> Any:
     if node.op != "call_function":
         raise UnequalError(f"its code makes the constant {node.target}")
     if isinstance(target, OpOverload):
-        if target._schema.is_mutable:
-            raise UnequalError(f"its code writes to a tensor, by {target}")
         if draws(target, node.args, node.kwargs):
             raise UnequalError(f"its code draws random numbers, by {target}")
     elif target is not operator.getitem and getattr(target, "__module__", "") not in _FUNCTIONS:

@@ -1,18 +1,18 @@
-"""Layer state: all that a layer's code read, described so that equal layers have equal descriptions.
+"""Layer state: all that a layer's code read, described as it is for every layer equal to it.
 
 In: a layer (a module and what is in it) and the reads that its code did, as the state recorder saw
 them. Out: a description, and the parameters among what was read, in the order of first reads::
 
-    describe_reads(reads, Subtree(layers[1]), ...)  ==  describe_reads(reads, Subtree(layers[2]), ...)
+    describe_reads(reads, Subtree(layer), own).described  ->  [("module", ".norm", LayerNorm), ...]
 
 Modules inside of the layer go by their path in it and their class, its tensors by dtype, sizes and
-strides; anything else as guards describe it (`module_state/values.py`), by which it is at the least.
+strides; anything else as guards describe it (`module_state/values.py`), at the least by its id.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,13 @@ class Subtree:
     def path_of(self, owner: Any) -> str | None:
         """Return the path of a module of the layer, whatever stands for it; None for others."""
         return self.paths.get(id(dict_of(owner)))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Give the parameters and buffers of all these modules."""
+        for module in self.modules.values():
+            own = vars(module)
+            for table in (own["_parameters"], own["_buffers"]):
+                yield from (t for t in table.values() if t is not None)
 
     def to_reads(self, noted: Iterable[tuple[Any, str]]) -> tuple[Read, ...]:
         """Return what the recorder noted, owners and names, as reads of this layer."""

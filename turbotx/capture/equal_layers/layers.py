@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,14 +25,20 @@ from torch.fx.experimental import proxy_tensor
 
 from turbotx.capture.ambient import read_ambient
 from turbotx.capture.equal_layers.copying import (
-    Scope,
+    LayerScope,
+    bind,
     copy_nodes,
     inner_calls,
     is_inside,
     make_output,
     note_output,
 )
-from turbotx.capture.equal_layers.layer_call import CallArguments, encode, pattern_of
+from turbotx.capture.equal_layers.layer_call import (
+    CallArguments,
+    encode,
+    memory_of,
+    pattern_of,
+)
 from turbotx.capture.equal_layers.layer_state import (
     LayerState,
     Read,
@@ -60,25 +66,37 @@ class _Here:
 
 
 @dataclass
-class TracedLayer:
+class KnownLayer:
     """A layer whose code has run: what it depended on, and what it did."""
 
     here: _Here
     reads: tuple[Read, ...]
     state: LayerState
-    scope: Scope
+    scope: LayerScope
     nodes: tuple[fx.Node, ...]
     roles: tuple[fx.Node, ...]
     encoded: Any
     output: Any
     calls: dict[str, int]
+    rebound: dict[int, int]
+    """The roles that are other nodes afterwards, by place, and which: `x.float()` of a float is
+    x, and code that uses x after it uses that node."""
     named: LayerState | None = None
     """What lay at the places that the model's code names; None until another one was equal."""
 
 
+@dataclass
+class LayerCalls:
+    """The calls of layers in a trace, by the layers' paths in the model: those whose code ran, and
+    those that were copied; and why some were not."""
+
+    traced: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
 class EqualLayers:
-    """Stands between a tracer and a model's layers. traced, copied: paths of layers. reasons: why
-    layers were not copied, by path."""
+    """Stands between a tracer and a model's layers. calls: what it did in the latest trace."""
 
     names: Names
 
@@ -93,10 +111,8 @@ class EqualLayers:
 
     def begin(self) -> None:
         """Say that the model's code is run now; a trace may do so more than once."""
-        self.known: dict[type, list[TracedLayer]] = {}
-        self.traced: list[str] = []
-        self.copied: list[str] = []
-        self.reasons: dict[str, str] = {}
+        self.known: dict[type, list[KnownLayer]] = {}
+        self.calls = LayerCalls()
 
     def finish(self) -> None:
         """Say that the code has ended: what its trace has made is let go."""
@@ -116,11 +132,11 @@ class EqualLayers:
             with self._apart():
                 call = _Call(self, tracer, layer, args, kwargs)
                 like, state = call.find_equal()
-                if state is not None:
+                if like is not None and state is not None:
                     return call.copy(like, state)
                 before = call.look_around() if like is not None else None
         except UnequalError as error:
-            self.reasons[Scope.of(tracer).path] = str(error)
+            self.calls.reasons[_path_in_model(LayerScope.of(tracer).path)] = str(error)
         if call is None or not call.is_compared:
             return forward(*args, **kwargs)
         output = call.trace(forward, args, kwargs)
@@ -128,12 +144,16 @@ class EqualLayers:
             call.remember(output, like, before)
         return output
 
-
     @contextmanager
     def _apart(self) -> Iterator[None]:
         """Look at what the code has without the recorder, and PyTorch's modes, being told."""
         with self.recorder.unnoted(), torch._C.DisableTorchFunction():
             yield
+
+
+def _path_in_model(path: str) -> str:
+    """Return a path without the names of what torch.export and turbotx have around the model."""
+    return path.removeprefix("_export_root.").removeprefix("model.")
 
 
 def _find_layers(model: nn.Module) -> Iterator[nn.Module]:
@@ -152,11 +172,14 @@ class _Call:
         self, layers: EqualLayers, tracer: Any, layer: nn.Module, args: Any, kwargs: Any
     ) -> None:
         self._layers, self._recorder, self._tracer = layers, layers.recorder, tracer
-        self.scope = Scope.of(tracer)
+        self.scope = LayerScope.of(tracer)
+        self.path = _path_in_model(self.scope.path)
         self._subtree = Subtree(layer)
         arguments = CallArguments.of(args, kwargs, self._node_of)
         self._given = arguments.tensors
-        described = arguments.described, pattern_of([self._node_of(t) for t in self._given])
+        tensors = (*self._given, *self._subtree.tensors())
+        self._nodes = {id(t): self._node_of(t) for t in tensors}  # before the code has run
+        described = arguments.described, pattern_of([self._nodes[id(t)] for t in self._given])
         self._here = _Here(read_ambient(), _frames(), described)
         self._known = layers.known.setdefault(type(self._recorder.find_own(layer)), [])
         self.is_compared = True
@@ -172,7 +195,10 @@ class _Call:
         return describe_reads(reads, self._subtree, self._recorder.find_own)
 
     def _roles(self, state: LayerState) -> tuple[fx.Node, ...]:
-        return tuple(self._node_of(t) for t in (*self._given, *state.tensors))
+        tensors = (*self._given, *state.tensors)
+        if not all(id(t) in self._nodes for t in tensors):
+            raise UnequalError("a tensor in it was exchanged meanwhile")
+        return tuple(self._nodes[id(t)] for t in tensors)
 
     def look_around(self) -> tuple[Any, Any, Any]:
         """Return what the layer's code may change beside its own tensors, as it is now: to compare,
@@ -180,31 +206,32 @@ class _Call:
         named = describe_places(self._layers.names.places.values())
         compared, kept = self._layers.look_around()
         environments = (t.fake_mode.shape_env for t in self._given)
-        guards = [len(e.guards) for e in environments if e is not None]
+        guards = [(len(e.guards), len(e.replacements)) for e in environments if e is not None]
         return (named.described, compared, guards), named, kept
 
     # --- before ---
 
-    def find_equal(self) -> tuple[TracedLayer | None, LayerState | None]:
+    def find_equal(self) -> tuple[KnownLayer | None, LayerState | None]:
         """Return a traced layer that this one is equal to; where it is known to leave nothing
         behind, also this one's state, so that it is to be copied."""
         why = ""
-        for traced in self._known:
-            state, why = self._compare(traced)
+        for traced in reversed(self._known):
+            state, reason = self._compare(traced)
             if state is None:
+                why = why or reason
                 continue
             if traced.named is None:
                 return traced, None
             named = describe_places(self._layers.names.places.values())
             if named.described == traced.named.described:
                 return traced, state
-            why = "what its code names has changed meanwhile"
+            why = why or "what its code names has changed meanwhile"
         if why:
-            self._layers.reasons[self.scope.path] = why
+            self._layers.calls.reasons[self.path] = why
         self.is_compared = len(self._known) < MOST_KINDS
         return None, None
 
-    def _compare(self, traced: TracedLayer) -> tuple[LayerState | None, str]:
+    def _compare(self, traced: KnownLayer) -> tuple[LayerState | None, str]:
         """Return this layer's state at the places that a traced one has read, where it is equal,
         or else why it is not."""
         if traced.here.arguments != self._here.arguments:
@@ -226,7 +253,7 @@ class _Call:
 
     # --- a copy ---
 
-    def copy(self, like: TracedLayer, state: LayerState) -> Any:
+    def copy(self, like: KnownLayer, state: LayerState) -> Any:
         """Make the nodes of an equal layer once more, and note what its code would have read."""
         for read in like.reads:
             owner = read.owner if read.path is None else self._subtree.modules[read.path]
@@ -234,10 +261,12 @@ class _Call:
         known = dict(zip(like.roles, self._roles(state), strict=True))
         tracer, scope = self._tracer, self.scope
         nodes = copy_nodes(like.nodes, tracer, known, like.scope, scope)
+        for place, k in like.rebound.items():
+            bind((*self._given, *state.tensors)[place], nodes[k], tracer)
         for inner, count in like.calls.items():
             path = f"{scope.path}{inner}"
             tracer.num_calls[path] = tracer.num_calls.get(path, 0) + count
-        self._layers.copied.append(scope.path)
+        self._layers.calls.copied.append(self.path)
         return make_output(like.output, nodes, tracer, self._given)
 
     # --- a trace ---
@@ -245,13 +274,16 @@ class _Call:
     def trace(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run the layer's code, and note what it reads and makes."""
         self._noted: dict[Any, tuple[Any, str]] = {}
-        self._last, self._writes = self._tracer.graph._root.prev, self._recorder.write_count
-        with self._recorder.noting(self._noted):
+        self._last = self._tracer.graph._root.prev
+        self._recorder.open_reads.append(self._noted)
+        try:
             output = forward(*args, **kwargs)
-        self._layers.traced.append(self.scope.path)
+        finally:
+            self._recorder.open_reads.pop()
+        self._layers.calls.traced.append(self.path)
         return output
 
-    def remember(self, output: Any, like: TracedLayer | None, before: Any) -> None:
+    def remember(self, output: Any, like: KnownLayer | None, before: Any) -> None:
         """Keep what the code did, and whether a layer like it did the same."""
         try:
             traced = self._note(output)
@@ -261,16 +293,14 @@ class _Call:
                 if after[0] != before[0]:
                     raise UnequalError("its code leaves something behind")
                 if why := _find_difference(traced, like):
-                    self._layers.reasons[self.scope.path] = why
+                    self._layers.calls.reasons[self.path] = why
                 else:
                     traced.named = after[1]
             self._known.append(traced)
         except UnequalError as error:
-            self._layers.reasons[self.scope.path] = str(error)
+            self._layers.calls.reasons[self.path] = str(error)
 
-    def _note(self, output: Any) -> TracedLayer:
-        if self._recorder.write_count != self._writes:
-            raise UnequalError("its code sets an attribute")
+    def _note(self, output: Any) -> KnownLayer:
         nodes = tuple(_after(self._last, self._tracer.graph))
         if not all(is_inside(n, self.scope) for n in nodes):
             raise UnequalError("its code calls a module that is not inside of it")
@@ -280,19 +310,25 @@ class _Call:
         after = inner_calls(self._tracer, self.scope.path)
         calls = {p: n - self.scope.calls.get(p, 0) for p, n in after.items()}
         returned = note_output(output, nodes, self._node_of, self._given)
-        return TracedLayer(
-            self._here, reads, state, self.scope, nodes, roles, encode(nodes, roles), returned,
-            calls,
-        )  # fmt: skip
+        places = {node: k for k, node in enumerate(nodes)}
+        now = map(self._node_of, (*self._given, *state.tensors))
+        pairs = enumerate(zip(roles, now, strict=True))
+        rebound = {k: places[node] for k, (role, node) in pairs if role is not node}
+        memories = {memory_of(t) for t in (*self._given, *state.tensors)}
+        encoded = encode(nodes, roles, memories)
+        return KnownLayer(
+            self._here, reads, state, self.scope, nodes, roles, encoded, returned, calls, rebound
+        )
 
 
-def _find_difference(traced: TracedLayer, like: TracedLayer) -> str:
+def _find_difference(traced: KnownLayer, like: KnownLayer) -> str:
     """Say what two layers did otherwise that were equal before; "" where nothing."""
     if [r.key for r in traced.reads] != [r.key for r in like.reads]:
         return "its code reads other attributes than that of an equal layer"
     if traced.state.described != like.state.described:
         return "its code changes what it reads"
-    if traced.encoded != like.encoded or traced.output != like.output:
+    did = (traced.encoded, traced.output, traced.rebound)
+    if did != (like.encoded, like.output, like.rebound):
         return "its code does something else than that of an equal layer"
     return ""
 

@@ -78,8 +78,8 @@ class StateRecorder:
         self._inputs: Sequence[torch.Tensor] = ()
         self._compiles = 0
         self._over = False
-        self.write_count = 0
-        self._open: list[dict[tuple[int, str], tuple[Any, str]]] = []
+        self.open_reads: list[dict[tuple[int, str], tuple[Any, str]]] = []
+        """Each takes what is read from now on, owner and name, also where it was read before."""
         self.modules: Sequence[nn.Module] = ()  # of the model
         self._by_attributes: dict[int, nn.Module] = {}
         self._mapped: Sequence[nn.Module] = self.modules  # what that is of
@@ -139,16 +139,6 @@ class StateRecorder:
             yield
         finally:
             _active.recorder = before
-
-    @contextmanager
-    def noting(self, noted: dict[tuple[int, str], tuple[Any, str]]) -> Iterator[None]:
-        """Have every read inside the context, as owner and name, in `noted` too, also those of what
-        was read before."""
-        self._open.append(noted)
-        try:
-            yield
-        finally:
-            self._open.remove(noted)
 
     def _pause(self, *_: Any) -> None:
         """Leave classes as they are while Dynamo looks into them: a branch of torch.cond is traced
@@ -217,7 +207,7 @@ class StateRecorder:
             return
         attributes = _attributes(owner)
         key = id(owner) if attributes is None else id(attributes)
-        for noted in self._open:
+        for noted in self.open_reads:
             noted.setdefault((key, name), (owner, name))
         entry = self._reads.get(key)
         if entry is None:
@@ -234,7 +224,6 @@ class StateRecorder:
     def note_write(self, owner: Any, name: str, value: Any) -> None:
         """Note that the traced code sets an attribute; raise CaptureError where the write could
         not be replayed after a call."""
-        self.write_count += 1
         attributes = _attributes(owner)
         key = id(owner) if attributes is None else id(attributes)
         if id(owner) in self._met and (attributes is None or not self.follows(attributes)):
