@@ -183,7 +183,7 @@ class Engine(EagerCalls):
         outcomes: Outcomes,
     ) -> tuple[tuple[Variant, Program, Binding], list[torch.Tensor]]:  # fmt: skip
         """Return what serves a call that the quick look found nothing for, and its tensors."""
-        leave_foreign(pytree.tree_leaves((args, kwargs)))
+        leave_foreign(pytree.tree_leaves((args, kwargs)) if described is None else ())
         leaves, spec = flatten_call(args, kwargs)
         leave_foreign(leaves)
         tensors = carry(leaves)
