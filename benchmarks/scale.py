@@ -25,8 +25,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
-TABLES = ("memory", "first_call", "plans", "long", "shared", "shapes")
-PLANNED = ((1, 1), (2, 17), (7, 2), (3, 40), (1, 384), (16, 64))
+TABLES = ("memory", "first_call", "long", "shared", "shapes")
 BUSY = "while True: pass"
 
 
@@ -133,41 +132,6 @@ def measure_first_call(name: str, layers: int) -> dict[str, float]:
         "capture_s": middle - begin,
         "compile_s": end - middle,
         "planned_over_bound": memory.peak_nbytes / memory.lower_bound_nbytes,
-    }
-
-
-def measure_plan(name: str, layers: int) -> dict[str, float]:
-    """Return how long the memory plan of a model of docs/architectures.md takes to solve, and how
-    far it is above the lower bound at its worst shape; the launches are the compiler's own."""
-    from parity import make_inputs, make_model
-
-    import turbotx
-    from turbotx.engine.optimize import engine_of
-    from turbotx.program import link
-
-    taken, solve = [], link.solve_orientations
-
-    def timed(*args: Any) -> Any:
-        begin = time.process_time()
-        found = solve(*args)
-        taken.append(time.process_time() - begin)
-        return found
-
-    link.solve_orientations = timed  # type: ignore[assignment]
-    model = make_model(name, layers, small=True)
-    # Buffers are the same whoever runs the kernels, and PyTorch's ops need no compiler.
-    engine = engine_of(turbotx.optimize(model, backend="aten"))
-    captured = engine.capture((), make_inputs(model, 2, 8, torch.float32))
-    program, worst = engine.compile(captured).program, 0.0
-    for batch, seq in PLANNED:
-        given = {"batch": batch, "seq": seq}
-        named = zip(captured.dims, captured.example_dims, strict=True)
-        plan = program.plan([given.get(dim, size) for dim, size in named])
-        worst = max(worst, plan.peak_nbytes / max(1, plan.lower_bound_nbytes))
-    return {
-        "solve_s": sum(taken),
-        "buffers": len(program.liveness.names),
-        "planned_over_bound": worst,
     }
 
 
@@ -324,15 +288,6 @@ def make_first_call(is_large: bool) -> Iterator[dict[str, Any]]:
                 for cache in ("cold", "warm"):
                     row = child("measure_first_call", name, layers, TURBOTX_CACHE_DIR=folder)
                     yield {"model": name, "layers": layers, "cache": cache, **row}
-
-
-def make_plans(is_large: bool) -> Iterator[dict[str, Any]]:
-    from parity import ARCHITECTURES
-
-    for name in ARCHITECTURES if is_large else ("bert", "gpt2", "llama", "bloom", "gemma2", "vit"):
-        for layers in (2, 12, 24, 48) if is_large else (2, 12):
-            row = child("measure_plan", name, layers)
-            yield {"model": name, "layers": layers, **row}
 
 
 def make_long(is_large: bool) -> Iterator[dict[str, Any]]:

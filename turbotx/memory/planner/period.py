@@ -21,7 +21,7 @@ from turbotx.memory.planner.plan import Lifetime
 Ints = npt.NDArray[np.int64]
 Place = Callable[[Sequence[Lifetime], Sequence[int]], Iterator[list[int]]]
 
-WAYS = ((3, 1), (4, 2), (3, 2), (4, 1))
+WAYS = ((3, 1), (3, 2), (4, 1), (4, 2))
 """How many layers are placed, two of them before those that repeat, and how many repeat together:
 two where buffers change places from one to the next. Which count of layers ends as it began depends
 on how many there are."""
