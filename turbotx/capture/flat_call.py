@@ -16,6 +16,7 @@ from torch import nn
 
 from turbotx.capture.arguments import Structure, changed_arguments, is_float, rebuild
 from turbotx.capture.composition import calls_forward
+from turbotx.capture.equal_layers.layers import EqualLayers
 from turbotx.capture.grouped_products import GroupedProducts
 from turbotx.capture.layout_questions import LayoutQuestions
 from turbotx.capture.module_state.recorder import StateRecorder
@@ -51,6 +52,7 @@ class FlatCall(nn.Module):
         self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
         self.floats = FloatReads()
         self.layouts, self.values = LayoutQuestions(), values
+        self.layers = EqualLayers(self.seen.model, recorder, self._look_around)
         self.calls_forward = calls_forward(model)
         self.in_spec = spec
         self.given = ""  # # a description of the arguments, for messages
@@ -65,6 +67,7 @@ class FlatCall(nn.Module):
         self.floats.begin()
         self.layouts.begin(tensors)
         self.values.begin()
+        self.layers.begin()
         given = [
             in_memory(tensor, inverse(order))
             for tensor, order in zip(tensors, self.orders, strict=True)
@@ -86,6 +89,13 @@ class FlatCall(nn.Module):
             return [*map(read_floats, flat), *self.seen.finish(), *self.values.finish()]
         except Exception as error:
             raise Stopped(error) from error
+        finally:
+            self.layers.finish()
+
+    def _look_around(self) -> tuple[Any, Any]:
+        """Return what the model's code may leave behind, as it is now, and what keeps it alive."""
+        written, kept = self.seen.look_around()
+        return (written, set(self.layouts.asked), self.values.count), kept
 
     def describe_floats(self) -> tuple[FloatInput, ...]:
         """Return every float of the call, with what the trace assumed of it."""

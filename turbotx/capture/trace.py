@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -39,6 +39,7 @@ from turbotx.capture.decompose import NotNodeByNode, decompose_nodes, table_with
 from turbotx.capture.eager import ASKED, ORDER, find_shown, note_layouts
 from turbotx.capture.eager_layouts import eager_layouts
 from turbotx.capture.encoder_padding import padding_as_eager
+from turbotx.capture.equal_layers.layers import LayerCalls, copying_layers
 from turbotx.capture.fake_mode import remembering_fakes
 from turbotx.capture.flat_call import FlatCall
 from turbotx.capture.guards import (
@@ -58,6 +59,7 @@ from turbotx.capture.host_random import (
 )
 from turbotx.capture.idle_dropout import IdleDropout
 from turbotx.capture.input_names import find_hints, name_dims, name_inputs
+from turbotx.capture.light_export import light_export
 from turbotx.capture.module_state.environment import watch_environment
 from turbotx.capture.module_state.identity import equal_to
 from turbotx.capture.module_state.record import StateRecord, find_model_names, make_record
@@ -126,6 +128,7 @@ class Captured:
     floats: tuple[FloatInput, ...] = ()
     effects: tuple[Effect, ...] = ()
     decisions: Decisions | None = None
+    layers: LayerCalls = field(default_factory=LayerCalls)
     state: StateRecord | None = None
 
     @property
@@ -194,7 +197,7 @@ def _capture(
             code_names = find_model_names(model, recorder)
             unfollowed.note_functions(code_names.functions)
             flat = FlatCall(model, leaves, spec, recorder, values)
-            flat.given = describe_arguments(model, names, tensors)
+            flat.given, flat.layers.names = describe_arguments(model, names, tensors), code_names
             before = look_at_generators()
             with (
                 watch_entropy() as drawn,
@@ -321,12 +324,14 @@ _choosing_attention = threading.RLock()
 def _export(flat: FlatCall, examples: list[torch.Tensor], varying: list[list[int]]) -> Any:
     """Trace with the `varying` dims of each example symbolic, down to the ops that are kept."""
     dynamic = (tuple(dict.fromkeys(dims, Dim.AUTO) or None for dims in varying),)
-    remembered = remembering_fakes(), remembered_stack_traces()
-    with torch.no_grad(), warnings.catch_warnings(), remembered[0], remembered[1]:
+    fakes, places = remembering_fakes(), remembered_stack_traces()
+    with torch.no_grad(), warnings.catch_warnings(), fakes, places:
         warnings.simplefilter("ignore")
-        sizes = sizes_from_one(flat.values.answer)
-        layouts, padding = eager_layouts(), padding_as_eager()
-        with SizeTensors(), IdleDropout(), layouts, padding, sizes, python_operators():
+        sizes, light = sizes_from_one(flat.values.answer), light_export()
+        layouts, padding, copies = eager_layouts(), padding_as_eager(), copying_layers(flat.layers)
+        with (
+            SizeTensors(), IdleDropout(), layouts, padding, sizes, python_operators(), light, copies
+        ):  # fmt: skip
             exported = torch.export.export(
                 flat, tuple(examples), dynamic_shapes=dynamic, strict=False
             )
@@ -389,5 +394,5 @@ def _describe(
     return Captured(
         graph_module, name, tuple(node.name for node in inputs), sizes, dims, hints, guards,
         flat.seen.out_spec, ambient, asked, flat.describe_floats(), flat.seen.effects,
-        decisions,
+        decisions, flat.layers.calls,
     )  # fmt: skip

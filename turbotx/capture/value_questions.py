@@ -98,6 +98,11 @@ class ValueQuestions(TorchFunctionMode):
         """Whether the code that ran last decided by values."""
         return bool(self._decided)
 
+    @property
+    def count(self) -> tuple[int, int]:
+        """How many values the code has asked for so far, and how often it has decided."""
+        return len(self._values), len(self._decided)
+
     def finish(self) -> list[torch.Tensor]:
         """Return the tensors, of no dims, whose values were asked for; the code has ended."""
         self._running = False

@@ -78,6 +78,8 @@ class StateRecorder:
         self._inputs: Sequence[torch.Tensor] = ()
         self._compiles = 0
         self._over = False
+        self.open_reads: list[dict[tuple[int, str], tuple[Any, str]]] = []
+        """Each takes what is read from now on, owner and name, also where it was read before."""
         self.modules: Sequence[nn.Module] = ()  # of the model
         self._by_attributes: dict[int, nn.Module] = {}
         self._mapped: Sequence[nn.Module] = self.modules  # what that is of
@@ -124,6 +126,15 @@ class StateRecorder:
         self._inputs = inputs
         before = getattr(_active, "recorder", None)
         _active.recorder = self
+        try:
+            yield
+        finally:
+            _active.recorder = before
+
+    @contextmanager
+    def unnoted(self) -> Iterator[None]:
+        """Note nothing inside the context, where turbotx itself looks at the code's objects."""
+        before, _active.recorder = getattr(_active, "recorder", None), None
         try:
             yield
         finally:
@@ -196,6 +207,8 @@ class StateRecorder:
             return
         attributes = _attributes(owner)
         key = id(owner) if attributes is None else id(attributes)
+        for noted in self.open_reads:
+            noted.setdefault((key, name), (owner, name))
         entry = self._reads.get(key)
         if entry is None:
             entry = self._reads[key] = (self.find_own(owner), {})

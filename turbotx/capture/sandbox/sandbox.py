@@ -22,6 +22,7 @@ from torch import nn
 from turbotx.capture.sandbox.effects import Effect, SizesNeeded, find_effects
 from turbotx.capture.sandbox.reach import Reach
 from turbotx.capture.sandbox.shadow import Shadow
+from turbotx.capture.sandbox.watched import by_identity
 from turbotx.capture.tracing import limit_flags
 from turbotx.ir.expr import expr
 
@@ -68,6 +69,12 @@ class Sandbox:
         for watched in self._watched:
             watched.begin()
         self._inputs = [[_symbols(size) for size in t.shape] for t in tensors]
+
+    def look_around(self) -> tuple[list[Any], list[Any]]:
+        """Return what the code can write to as it is now, by which objects lie there; and these,
+        for the ids to mean something as long as they are kept."""
+        kept = [watched.look() for watched in self._watched]
+        return [by_identity(contents) for contents in kept], kept
 
     def finish(self) -> list[object]:
         """Return the tensors and sizes that the code has left behind, for effects to be made of."""

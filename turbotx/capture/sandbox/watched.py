@@ -62,9 +62,10 @@ class Watched:
     def __init__(self, target: Any, traced: Any, text: str, exchanged: bool = False) -> None:
         self.target, self.traced, self.text = target, traced, text
         self._exchanged, self.shared = exchanged, False
-        self._own = self._before = self._look()
+        self._own = self._before = self.look()
 
-    def _look(self) -> Any:
+    def look(self) -> Any:
+        """Return a copy of what the traced one holds."""
         if isinstance(self.traced, NotedDict):
             return dict(dict.items(self.traced))  # which is no read of the code's
         return dict(self.traced) if isinstance(self.traced, dict) else list(self.traced)
@@ -78,7 +79,7 @@ class Watched:
             return
         for key in [k for k in self.traced if k not in self._own]:
             del self.traced[key]
-        self._before = self._look()
+        self._before = self.look()
 
     def is_unread(self, difference: Difference) -> bool:
         """Return whether the code decided nothing by what was there before it wrote this."""
@@ -89,7 +90,7 @@ class Watched:
     def put_back(self) -> None:
         """Give what the trace wrote to the contents that it had, the very same objects."""
         self._before = self._own
-        if self._same(self._look()):
+        if self._same(self.look()):
             return
         if isinstance(self.traced, dict):
             for key in [k for k in self.traced if k not in self._own]:
@@ -113,7 +114,7 @@ class Watched:
 
     def differences(self) -> list[Difference]:
         """Return what has to be done to the target for it to hold what the traced one holds."""
-        now, before = self._look(), self._before
+        now, before = self.look(), self._before
         if self._same(now):
             return []
         if isinstance(now, dict):
@@ -133,6 +134,13 @@ class Watched:
             return [Taken()]
         puts: list[Difference] = [Put(k, now[k]) for k, v in enumerate(before) if now[k] is not v]
         return puts + [Append(v) for v in now[len(before) :]]
+
+
+def by_identity(contents: Any) -> Any:
+    """Return what a container holds, copied by `Watched.look`, as ids."""
+    if isinstance(contents, dict):
+        return [(id(k), id(v)) for k, v in contents.items()]
+    return list(map(id, contents))
 
 
 def apply(target: Any, difference: Difference) -> None:
