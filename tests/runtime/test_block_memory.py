@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbotx.errors import CacheFullError, InputError
+from turbotx.memory.cache_blocks import CacheBudget
 from turbotx.memory.cache_blocks_check import check_blocks
 from turbotx.runtime.block_memory import BLOCK_LEN, SLACK, BlockMemory, fits_blocks
-from turbotx.runtime.cache_memory import CacheBudget, LayerShape
+from turbotx.runtime.cache_memory import LayerShape
 
 SHAPES = (LayerShape(2, 4, 2), LayerShape(1, 8, 4))
 POSITION = 2 * 12 * 4

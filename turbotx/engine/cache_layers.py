@@ -23,8 +23,9 @@ from transformers.cache_utils import (
 )
 
 from turbotx.errors import InputError
+from turbotx.memory.cache_blocks import CacheBudget
 from turbotx.runtime.block_memory import BlockMemory, fits_blocks
-from turbotx.runtime.cache_memory import CacheBudget, CacheMemory, LayerShape
+from turbotx.runtime.cache_memory import CacheMemory, LayerShape
 
 
 class CachedLayer(CacheLayerMixin):

@@ -1,7 +1,8 @@
 """Cache blocks: memory for key/value caches in blocks of one size, counted by who refers to them.
 
 In: how many blocks are wanted, shared, let go. Out: their numbers; block n begins n * block_nbytes
-behind an address that never moves, and is free again when nobody refers to it any more::
+behind an address that never moves, and is free again when nobody refers to it any more. A budget
+counts the bytes of all caches of a model::
 
     blocks = CacheBlocks(393216, budget.add)
     ids = blocks.take(3); blocks.share(ids[:1]); blocks.release(ids)     ->  one of them stays
@@ -13,11 +14,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from turbotx.errors import CacheFullError
 from turbotx.memory.arena import view_addresses
 from turbotx.memory.cpu_range import CpuRange, load_libc
 from turbotx.memory.planner.plan import CHUNK_NBYTES, align
@@ -129,3 +132,54 @@ class CacheBlocks:
         if 2 * end < len(self.references):
             self.references = self.references[:end].copy()
             self._range.unmap_to(align(end * self.block_nbytes, CHUNK_NBYTES))
+
+
+class CacheBudget:
+    """Counts the bytes of all caches of one model, and those of the fullest moment.
+
+    most: how many there may be; None: any number.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most, self.nbytes, self.peak_nbytes = most, 0, 0
+        self._lock = threading.RLock()  # memory may be freed wherever this thread is
+        self._blocks: dict[int, CacheBlocks] = {}
+
+    def __deepcopy__(self, memo: Any) -> CacheBudget:
+        return self  # a copied cache is one more of the same model
+
+    def __reduce__(self) -> Any:
+        return CacheBudget, (self.most,)
+
+    def blocks_of(self, nbytes: int) -> CacheBlocks:
+        """Return the blocks of a size, which all caches share."""
+        with self._lock:
+            if nbytes not in self._blocks:
+                self._blocks[nbytes] = CacheBlocks(nbytes, self.add)
+            return self._blocks[nbytes]
+
+    def stats(self) -> dict[str, int]:
+        """Return what caches take: bytes, now and at the most, and blocks, those counted once that
+        several share."""
+        used = sum(blocks.used for blocks in list(self._blocks.values()))
+        most = self.peak_nbytes
+        return {"cache_nbytes": self.nbytes, "cache_peak_nbytes": most, "cache_blocks": used}
+
+    def has_room(self, nbytes: int) -> bool:
+        """Return whether so many bytes more are within the bound."""
+        return self.most is None or self.nbytes + nbytes <= self.most
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes that are about to be taken, or fewer where they were given back.
+
+        Raises CacheFullError where they are too many.
+        """
+        with self._lock:
+            if nbytes > 0 and not self.has_room(nbytes):
+                raise CacheFullError(
+                    f"key/value caches hold {self.nbytes} bytes, and {nbytes} more would pass "
+                    f"max_cache_nbytes={self.most}: let go of a cache, call with fewer or shorter "
+                    "sequences, or give turbotx.optimize a larger max_cache_nbytes"
+                )
+            self.nbytes += nbytes
+            self.peak_nbytes = max(self.peak_nbytes, self.nbytes)

@@ -18,11 +18,9 @@ import numpy as np
 import torch
 
 from turbotx.errors import InputError
-from turbotx.memory.cache_blocks import CacheBlocks, Ids, can_have_blocks
-from turbotx.runtime.cache_memory import CacheBudget, CacheMemory, LayerShape
+from turbotx.memory.cache_blocks import CacheBlocks, CacheBudget, Ids, can_have_blocks
+from turbotx.runtime.cache_memory import BLOCK_LEN, CacheMemory, LayerShape, MemoryRow
 
-BLOCK_LEN = 64
-"""Positions of a block."""
 SLACK = 64
 """Positions behind a window that are kept, so that so many may be dropped again."""
 
@@ -118,12 +116,6 @@ class BlockMemory(CacheMemory):
         they have left the window."""
         return self._gather(layer, self.tables[layer]) if self.tables[layer].size else None
 
-    def read_row(self, layer: int, row: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return copies of the last `count` positions of one row, (heads, count, width)."""
-        keys, values = self._gather(layer, self.tables[layer][row : row + 1])
-        first = keys.shape[2] - count
-        return keys[0, :, first:], values[0, :, first:]
-
     def _gather(self, layer: int, table: Ids) -> tuple[torch.Tensor, torch.Tensor]:
         length, found = self.lengths[layer], []
         ids, gone = torch.from_numpy(table.clip(0).ravel()), torch.from_numpy(table.ravel() < 0)
@@ -187,6 +179,48 @@ class BlockMemory(CacheMemory):
         for layer in range(len(self.shapes)):
             self._widen(layer, batch, length)
             self.lengths[layer] = length
+
+    def gather(self, rows: Sequence[MemoryRow], length: int) -> None:
+        """Fill an empty memory with rows, each ending at position `length`: their blocks are
+        shared, and no keys or values move.
+
+        Raises InputError where a row does not end at that place of a block, or lies in no blocks.
+        """
+        if any(getattr(row.memory, "blocks", None) is not self.blocks for row in rows):
+            raise InputError("rows of a cache in blocks are taken from caches of the same model")
+        ends = sorted({row.memory.length for row in rows})
+        if any((end - length) % BLOCK_LEN for end in ends):
+            raise InputError(
+                f"rows that end at positions {ends} of caches cannot end at {length}: they lie in "
+                f"blocks, and move by multiples of {BLOCK_LEN}"
+            )
+        columns = -(-length // BLOCK_LEN)
+        for layer in range(len(self.shapes)):
+            table = np.full((len(rows), columns), -1)
+            for place, row in enumerate(rows):
+                memory, end = row.memory, -(-row.memory.length // BLOCK_LEN)
+                assert isinstance(memory, BlockMemory)
+                cells = memory.tables[layer][
+                    row.row, (memory.length - row.count) // BLOCK_LEN : end
+                ]
+                table[place, columns - len(cells) :] = cells
+            self.blocks.share(table[table >= 0])
+            self.tables[layer], self.lengths[layer] = table, length
+
+    def count_new(self, batch: int, length: int) -> int:
+        """Return how many blocks `tensor_for` takes."""
+        if self._ready >= length and len(self.tables[0]) == batch:
+            return 0
+        first, end = self.length // BLOCK_LEN, -(-length // BLOCK_LEN)
+        known = [table[:, first:end] for table in self.tables]
+        return sum(
+            batch * (end - first) - ids.size + int(self._find_shared(ids).sum()) for ids in known
+        )
+
+    @property
+    def block_nbytes(self) -> int:
+        """What a block takes."""
+        return self.blocks.block_nbytes
 
     # --- blocks ---
 
@@ -300,21 +334,6 @@ class BlockMemory(CacheMemory):
         self._write(layer, np.arange(batch), keys, values, start)
         self.lengths[layer], self._ready = end, 0
 
-    def put_row(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Overwrite the last positions of one row, keys and values (heads, rows, width); what lies
-        before them is let go, and reads as zeros."""
-        length = self.lengths[layer]
-        start = length - keys.shape[1]
-        first, end = start // BLOCK_LEN, -(-length // BLOCK_LEN)
-        made = self.blocks.take(end - first)
-        self._let_go(layer, slice(row, row + 1), slice(None))
-        self.tables[layer][row, first:end] = made
-        with torch.inference_mode(False), torch.no_grad():
-            for part in self._parts[layer] if len(made) else ():
-                part[int(made[0])] = 0
-        self._write(layer, np.array([row]), keys[None], values[None], start)
-        self._ready = 0
-
     def let_go_row(self, row: int) -> None:
         """Let the blocks of one row go, which nobody needs any more; it reads as zeros."""
         for layer in range(len(self.shapes)):
@@ -354,7 +373,8 @@ class BlockMemory(CacheMemory):
         """
         length = max(0, self.lengths[layer] - count)
         kept, window = -(-length // BLOCK_LEN), self.windows[layer]
-        if window is not None and length and self._gone[layer] > (length - window + 1) // BLOCK_LEN:
+        shown = max(0, length - (window or 0) + 1) // BLOCK_LEN
+        if window is not None and length and self._gone[layer] > shown:
             raise InputError(
                 f"layer {layer} of a key/value cache sees {window} positions, and some of those "
                 f"before position {length} have been let go: drop no more than {SLACK} positions"

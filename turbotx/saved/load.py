@@ -306,8 +306,7 @@ class SavedModule(nn.Module):
         pool = self._pool.stats()
         opened, caches = self._opened, {}
         if opened is not None:
-            budget = opened.steps.budget
-            caches = {"cache_nbytes": budget.nbytes, "cache_peak_nbytes": budget.peak_nbytes}
+            caches = opened.steps.budget.stats()
         return {
             **caches,
             "programs": len(programs),
