@@ -198,6 +198,34 @@ def test_what_left_the_window_is_let_go_and_a_few_positions_may_be_dropped() -> 
         memory.drop(0, 3 * SLACK)
 
 
+def test_a_cache_shorter_than_its_window_may_be_dropped_from() -> None:
+    memory, held = make(), drawn(2, 0)
+    memory.windows = [10, 10]
+    held = step(memory, held, 2, 6)
+    for layer in range(len(SHAPES)):
+        memory.drop(layer, 2)
+    assert_holds(memory, [tuple(part[:, :, :4] for part in parts) for parts in held])
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(InputError, match="a batch of 0"):
+        make().tensor_for(0, 3)
+
+
+def test_a_batch_is_told_what_it_takes() -> None:
+    memory = make()
+    for batch, length in ((2, 60), (2, 64), (2, 65), (2, 200)):
+        before, told = memory.blocks.used, memory.count_new(batch, length)
+        memory.tensor_for(batch, length)
+        assert memory.blocks.used - before == told
+        memory.advance(length - memory.length)
+    for layer in range(len(SHAPES)):
+        memory.select(layer, torch.tensor([0, 0, 1]))
+    before, told = memory.blocks.used, memory.count_new(3, 201)
+    memory.tensor_for(3, 201)
+    assert memory.blocks.used - before == told == 2
+
+
 def test_a_bound_is_kept_and_what_was_held_stays() -> None:
     budget = CacheBudget(2 * BLOCK_LEN * POSITION)
     memory = make(budget)

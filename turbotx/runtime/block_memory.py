@@ -133,15 +133,16 @@ class BlockMemory(CacheMemory):
 
         Raises InputError where it is filled for another batch, CacheFullError.
         """
-        self.refuse_other(batch)
         if self._ready < length or len(self.tables[0]) != batch:
+            self.refuse_other(batch)
             first, end = self.length // BLOCK_LEN, -(-length // BLOCK_LEN)
             for layer in range(len(self.shapes)):
                 self._widen(layer, batch, length)
             self._claim(range(len(self.shapes)), first, end)
             self._ready, self._table = end * BLOCK_LEN, self._make_table()
-        size = len(self._flat) // (batch * BLOCK_LEN), batch, BLOCK_LEN
-        return self._flat[: size[0] * batch * BLOCK_LEN].view(size)
+            size = len(self._flat) // (batch * BLOCK_LEN), batch, BLOCK_LEN
+            self._whole = self._flat[: size[0] * batch * BLOCK_LEN].view(size)
+        return self._whole
 
     def table(self) -> torch.Tensor:
         """Return the block table of the tensor that `tensor_for` has returned."""
@@ -212,15 +213,8 @@ class BlockMemory(CacheMemory):
         if self._ready >= length and len(self.tables[0]) == batch:
             return 0
         first, end = self.length // BLOCK_LEN, -(-length // BLOCK_LEN)
-        known = [table[:, first:end] for table in self.tables]
-        return sum(
-            batch * (end - first) - ids.size + int(self._find_shared(ids).sum()) for ids in known
-        )
-
-    @property
-    def block_nbytes(self) -> int:
-        """What a block takes."""
-        return self.blocks.block_nbytes
+        cells, known = batch * (end - first), (table[:, first:end] for table in self.tables)
+        return sum(cells - ids.size + int(self._find_shared(ids).sum()) for ids in known)
 
     # --- blocks ---
 
@@ -230,8 +224,12 @@ class BlockMemory(CacheMemory):
         if len(table) != batch:  # nothing is filled
             self.clear(layer)
             table = np.zeros((batch, 0), np.int64)
-        more = -(-length // BLOCK_LEN) - table.shape[1]
-        self.tables[layer] = np.pad(table, ((0, 0), (0, max(0, more))), constant_values=-1)
+        columns = -(-length // BLOCK_LEN)
+        if columns > table.shape[1]:
+            wide = np.full((batch, columns), -1, np.int64)
+            wide[:, : table.shape[1]] = table
+            table = wide
+        self.tables[layer] = table
 
     def _claim(self, layers: Sequence[int], first: int, end: int) -> None:
         """Give the cells of columns first to end blocks that nobody else reads.
@@ -264,6 +262,8 @@ class BlockMemory(CacheMemory):
     def _find_shared(self, ids: Ids) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Return which cells need another block: those that name none, or one that others read;
         where all who read it are among these cells, the first keeps it."""
+        if not (ids >= 0).any():  # a new column, as every 64 steps
+            return np.ones(ids.shape, np.bool_)
         known, where, inverse, named = np.unique(
             ids, return_index=True, return_inverse=True, return_counts=True
         )
