@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import turbotx
-from turbotx.engine.cache_rows import CacheRow, blank_like, compose, let_go, let_go_row
+from turbotx.engine.cache_rows import CacheRow, blank_like, compose, free_cache, free_row
 from turbotx.errors import InputError
 
 
@@ -79,14 +79,14 @@ def test_what_a_row_shares_is_copied_when_it_is_written_and_goes_with_the_last_o
     one = fast.stats()["cache_nbytes"] - nbytes
     made = compose([CacheRow(a, 0, 9)] * 3, 9)
     wanted = rows_of(a, 0, 9)
-    let_go(a)
+    free_cache(a)
     with torch.no_grad():
         ids = torch.tensor([[3], [4], [5]])
         fast(input_ids=ids, past_key_values=made, use_cache=True)
     assert fast.stats()["cache_nbytes"] - nbytes == 3 * one
     made.crop(-1)
     assert all(is_row(made, i, wanted) for i in range(3))
-    let_go_row(made, 1)
+    free_row(made, 1)
     assert fast.stats()["cache_nbytes"] - nbytes == 2 * one
     del made
     assert fast.stats()["cache_nbytes"] == nbytes

@@ -1,8 +1,8 @@
-"""Cache rows: caches of other rows than before, made of rows of several, for batches that change.
+"""Cache rows: build a cache from rows of other caches, for batches whose members change.
 
-In: caches that an optimized model has filled, which rows of them, how many positions of each. Out:
-a cache whose rows end at the same position; what is before a shorter row is to be masked. Where
-caches lie in blocks, its rows are rows of their tables, and no keys or values move::
+In: caches that an optimized model has filled, and which rows and how many positions to take. Out: a
+cache whose rows all end at the same position. Positions before a shorter row must be masked. Rows
+of caches in blocks are rows of block tables; no keys or values move::
 
     cache = compose([CacheRow(a, 0, 9), CacheRow(b, 2, 5)], length=73)      # batch 2
 """
@@ -21,7 +21,7 @@ from turbotx.runtime.cache_memory import CacheMemory, MemoryRow
 
 @dataclass(frozen=True)
 class CacheRow:
-    """The last `count` positions of a row of a DynamicCache that turbotx keeps."""
+    """The last `count` positions of one row of a DynamicCache kept by turbotx."""
 
     cache: Any
     row: int
@@ -31,9 +31,9 @@ class CacheRow:
 def compose(rows: Sequence[CacheRow], length: int) -> Any:
     """Return a new cache of these rows, each ending at position `length`.
 
-    Raises InputError for a cache that no optimized model has filled yet, a row longer than it is or
-    than `length`, or one in blocks that ends at another place of a block than `length` does;
-    CacheFullError where a contiguous copy passes the model's max_cache_nbytes.
+    Raises InputError if a cache has not been filled by an optimized model, if a row is longer than
+    its cache or than `length`, or if a cache in blocks ends at another position of a block than
+    `length` does; CacheFullError if a contiguous copy exceeds the model's max_cache_nbytes.
     """
     found = [MemoryRow(memory_of(row.cache), row.row, row.count) for row in rows]
     for row in found:
@@ -50,30 +50,30 @@ def compose(rows: Sequence[CacheRow], length: int) -> Any:
 def blank_like(cache: Any, batch: int, length: int) -> Any:
     """Return a new cache of the same kind, whose rows have `length` positions to be masked.
 
-    Raises InputError as `compose`.
+    The batch of `cache` must not have been reordered. Raises InputError as `compose` does.
     """
     made = memory_of(cache).like()
     made.blank(batch, length)
     return _with_memory(cache, made)
 
 
-def let_go(cache: Any) -> None:
-    """Let go of all that a cache holds; raise InputError as `compose`."""
+def free_cache(cache: Any) -> None:
+    """Free all that a cache holds; raise InputError as `compose` does."""
     memory = memory_of(cache)
     for layer in range(len(memory.shapes)):
         memory.clear(layer)
 
 
-def let_go_row(cache: Any, place: int) -> None:
-    """Let go of what a row of `cache` has that nobody needs any more: its blocks, if it has some.
+def free_row(cache: Any, place: int) -> None:
+    """Free the cache blocks of a finished row; no effect on a cache without blocks.
 
-    Raises InputError as `compose`.
+    Raises InputError as `compose` does.
     """
-    memory_of(cache).let_go_row(place)
+    memory_of(cache).free_row(place)
 
 
 def memory_of(cache: Any) -> CacheMemory:
-    """Return the memory of a cache that an optimized model has filled; else raise InputError."""
+    """Return the memory of a cache; raise InputError if no optimized model has filled it."""
     layers = cache.layers
     if not layers or not all(type(layer) is CachedLayer for layer in layers):
         raise InputError(f"the {type(cache).__name__} has not been filled by an optimized model")

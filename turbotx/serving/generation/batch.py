@@ -23,8 +23,8 @@ from turbotx.engine.cache_rows import (
     CacheRow,
     blank_like,
     compose,
-    let_go,
-    let_go_row,
+    free_cache,
+    free_row,
     memory_of,
 )
 from turbotx.runtime.block_memory import BlockMemory
@@ -89,7 +89,7 @@ class DecodeBatch:
         then on."""
         self._like = DynamicCache(config=self.config)
         self._call(self._like, np.array([[token]]), np.ones((1, 1), np.int64))
-        let_go(self._like)
+        free_cache(self._like)
 
     def begin(self, prompts: Mapping[Hashable, Sequence[int]]) -> None:
         """Begin a reading of prompts; nothing runs yet. A step is to be taken between two calls of
@@ -133,13 +133,13 @@ class DecodeBatch:
         self.slots.join([Entry(k, row.count) for k, row in joining], reading.pad + reading.length)
         self._settle(dict(joining))
         self._tokens.update(tokens)
-        let_go(reading.cache)
+        free_cache(reading.cache)
 
     def leave(self, key: Hashable) -> None:
         """Let a sequence take part no more; its blocks of memory are free at once."""
         if key in self._places:
             place = self._places.index(key)
-            let_go_row(self._cache, place)
+            free_row(self._cache, place)
             self._places[place] = None
         self.slots.leave(key)
         self._tokens.pop(key, None)
@@ -236,7 +236,7 @@ class DecodeBatch:
         )
         self._places = [e.key for e in rows]
         if old is not None:
-            let_go(old)
+            free_cache(old)
 
     def _leave_reading(self, reading: PromptReading, key: Hashable) -> None:
         rows = [(p, [k for k in keys if k != key]) for p, keys in reading.rows]
@@ -251,7 +251,7 @@ class DecodeBatch:
             reading.cache = compose([CacheRow(old, r, end) for r in kept], end)
         else:
             reading.cache = blank_like(old, len(kept), 0)
-        let_go(old)
+        free_cache(old)
 
     def _call(self, cache: Any, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Logits:
         inputs: dict[str, Any] = {
