@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from turbotx.ir.sizes import Evaluate, Sizes
+from turbotx.ir.sizes import Evaluate, Sizes, define
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,43 @@ class ShapeMatcher:
 
     def match(self, shapes: Sequence[Sequence[int]]) -> tuple[int, ...] | None:
         """Return the dims' values in order, or None where the capture does not hold."""
-        dims, broken = self._solve(shapes)
-        return tuple(dims[name] for name in self.rules.dims) if broken is None else None
+        found: tuple[int, ...] | None = self._match(shapes)
+        return found
+
+    @cached_property
+    def _match(self) -> Any:
+        """`_solve` of these rules as one function of Python's, without words: a step of a decoder
+        comes with new sizes every time."""
+        sizes = [
+            (f"x{i}_{d}", size)
+            for i, (_, sizes) in enumerate(self.rules.inputs)
+            for d, size in enumerate(sizes)
+        ]
+        unpacked = "".join(
+            f"({''.join(f'x{i}_{d}, ' for d in range(len(sizes)))}), "
+            for i, (_, sizes) in enumerate(self.rules.inputs)
+        )
+        lines, known = [f"[{unpacked}] = shapes"], set[str]()
+        plain = [(x, s.solve[0]) for x, s in sizes if s.solve and s.solve[1:] == (1, 0)]
+        for x, name in plain:
+            lines.append(f"if {x} != {name}: return" if name in known else f"{name} = {x}")
+            known.add(name)
+        later = [(x, s) for x, s in sizes if not s.solve or s.solve[1:] != (1, 0)]
+        for x, size in later:
+            if size.solve is not None and size.solve[0] not in known:
+                name, slope, rest = size.solve
+                lines += [f"{name}, over = divmod({x} - {rest}, {slope})", "if over: return"]
+                known.add(name)
+        if not known.issuperset(self.rules.dims):
+            return lambda shapes: None
+        lines += [f"if ({size.size.texts[0]}) != {x}: return" for x, size in later]
+        lines += [f"if {name} < 1: return" for name in self.rules.dims]
+        for guard in self.rules.guards:
+            texts = " and ".join(f"({text})" for text in guard.condition.texts)
+            lines += ["try:", f"    if not ({texts}): return"]
+            lines += ["except (ArithmeticError, ValueError): return"]
+        lines.append(f"return ({''.join(f'{name}, ' for name in self.rules.dims)})")
+        return define("match", "shapes", lines)
 
     def explain(self, shapes: Sequence[Sequence[int]]) -> str:
         """Return why `match` gives None, in words; "" where it gives dims."""
