@@ -75,7 +75,12 @@ from turbotx.capture.size_questions import sizes_from_one
 from turbotx.capture.size_rules import find_size_rules
 from turbotx.capture.stack_traces import remembered_stack_traces
 from turbotx.capture.symint_tensors import SizeTensors
-from turbotx.capture.trace_errors import Stopped, capture_error, describe_arguments
+from turbotx.capture.trace_errors import (
+    Stopped,
+    capture_error,
+    describe_arguments,
+    refuse_mixed_products,
+)
 from turbotx.capture.traced_float import FloatInput
 from turbotx.capture.tracing import tracing
 from turbotx.capture.unlift import FRESH, unlift
@@ -368,6 +373,7 @@ def _describe(
 ) -> Captured:
     refuse_mutation(exported, name)
     graph_module, inputs = unlift(exported, model, names)
+    refuse_mixed_products(graph_module.graph, name, flat.given)
     put_constants(graph_module.graph, flat.seen.constants)
     fakes = [node.meta["val"] for node in inputs]
     shapes = [by_order(f.shape, inverse(o)) for f, o in zip(fakes, flat.orders, strict=True)]

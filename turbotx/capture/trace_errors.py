@@ -13,9 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from turbotx.errors import CaptureError
+from turbotx.ir.fx_nodes import place_of
+
+aten = torch.ops.aten
+_PRODUCTS = {
+    aten.linear.default: 0, aten.mm.default: 0, aten.matmul.default: 0, aten.bmm.default: 0,
+    aten.addmm.default: 1, aten.baddbmm.default: 1,
+}  # fmt: skip
+"""Where the two matrices begin among the arguments."""
 
 
 class Stopped(Exception):
@@ -124,6 +132,22 @@ def _where(error: Exception) -> str:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def refuse_mixed_products(graph: fx.Graph, name: str, given: str) -> None:
+    """Raise CaptureError for a product of matrices of two dtypes, which PyTorch refuses when it
+    computes and not while it traces. given: the call's arguments in words."""
+    for node in graph.nodes:
+        if node.target in _PRODUCTS:
+            first = _PRODUCTS[node.target]
+            dtypes = [x.meta["val"].dtype for x in node.args[first : first + 2]]
+            if dtypes[0] != dtypes[1]:
+                place, kinds = place_of(node), [str(d).removeprefix("torch.") for d in dtypes]
+                raise CaptureError(
+                    f"cannot capture {name}{f' at {place}' if place else ''}\n  It multiplies "
+                    f"{kinds[0]} by {kinds[1]}, which PyTorch refuses.\n  Convert the model or "
+                    f"what it is given by .to(...). It was given {given}"
+                )
 
 
 def describe_arguments(

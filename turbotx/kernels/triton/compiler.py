@@ -21,6 +21,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,8 @@ def _drain(waiting: queue.SimpleQueue[Job], done: Callable[..., None], measure: 
                     done(job.digest(), None, f"{job.name} for {job.target}: {error}\n{tail}")
         finally:
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # it ended, and what it was asked is still written
+                process.stdin.close()
             process.stdout.close()
             process.wait()
 
