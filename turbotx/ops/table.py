@@ -21,7 +21,8 @@ from turbotx.ir import fx_nodes as g
 
 @dataclass(frozen=True)
 class Row:
-    """One op: `kind` is "pointwise" or "indexed"; `as_is` are arguments that are not promoted.
+    """One op: `kind` is "pointwise" or "indexed"; `as_is` are arguments that are not promoted;
+    `jumps`: the result may be another where an argument is off by a rounding.
 
     A pointwise `rule` takes (machine, *arguments) where tensors are elements in the compute
     dtype; an indexed one takes (machine, node, index).
@@ -31,6 +32,7 @@ class Row:
     rule: Callable[..., Any]
     as_is: tuple[int, ...] = ()
     reduces: bool = False
+    jumps: bool = False
 
 
 OPS: dict[Any, Row] = {}
@@ -47,12 +49,14 @@ def _resolve(overload: str) -> Any | None:
     return getattr(getattr(getattr(torch.ops, namespace), packet, None), name, None)
 
 
-def pointwise(overloads: str, rule: Callable[..., Any], as_is: tuple[int, ...] = ()) -> None:
+def pointwise(
+    overloads: str, rule: Callable[..., Any], as_is: tuple[int, ...] = (), jumps: bool = False
+) -> None:
     """Add a row for each of the space-separated overloads that this torch has."""
     for overload in overloads.split():
         target = _resolve(overload)
         if target is not None:
-            OPS[target] = Row("pointwise", rule, as_is)
+            OPS[target] = Row("pointwise", rule, as_is, jumps=jumps)
 
 
 def indexed(overloads: str, rule: Callable[..., Any], reduces: bool = False) -> None:

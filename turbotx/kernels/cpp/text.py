@@ -16,6 +16,7 @@ import torch
 from turbotx import ir
 from turbotx.ir.expr import Expr, to_c
 from turbotx.ir.primitives import PRIMITIVES, SCANS
+from turbotx.kernels.cpp.contraction import find_products
 from turbotx.kernels.cpp.masks import find_hidden
 
 STORAGE = {
@@ -102,7 +103,7 @@ class FunctionText:
         self.makers = {r: s for s in kernel.body for r in ir.results_of(s)}
         self.checks = [s for s in kernel.body if isinstance(s, ir.Check)]
         self.checked = {c.value for c in self.checks}
-        self.hidden = find_hidden(kernel)
+        self.hidden, self.products = find_hidden(kernel), find_products(kernel)
         self.lines: list[str] = []
         self.depth = 1
         self.step = ""  # to the next iteration of the loop that threads share
@@ -201,7 +202,10 @@ class FunctionText:
             self._let(s.result, f"ttx::hidden({value})" if s.result in self.hidden else value)
         elif isinstance(s, ir.Compute):
             names = (var(a) for a in s.args)
-            self._let(s.result, PRIMITIVES[s.op].cpp.format(*names, type=STORAGE[s.dtype]))
+            text = PRIMITIVES[s.op].cpp
+            if s.result in self.products:
+                text = "ttx::product({0}, {1})" if s.op == "mul" else f"ttx::rounded({text})"
+            self._let(s.result, text.format(*names, type=STORAGE[s.dtype]))
         elif isinstance(s, ir.Scan):
             running = f"{s.result}_so_far{self.lane}"
             self.put(f"{running} {SCANS[s.op].cpp}= {var(s.args[0])};")
