@@ -203,7 +203,7 @@ class Scalarizer(KernelBuilder):
 
     def _param(self, node: fx.Node) -> str:
         if node not in self.params:
-            base = "".join(c if c.isalnum() else "_" for c in _base_name(node))
+            base = "".join(c if c.isalnum() and c.isascii() else "_" for c in _base_name(node))
             taken = set(self.params.values())
             name, k = base, 1
             while name in taken:
@@ -371,7 +371,8 @@ def _common_dtype(node: fx.Node) -> torch.dtype:
 def _base_name(node: fx.Node) -> str:
     """Return a name that equal kernels of different layers share."""
     if node.op == "get_attr":
-        return str(node.target).rsplit(".", 1)[-1]
+        parts = reversed(str(node.target).split("."))
+        return next((p for p in parts if not p[0].isdigit()), "item")  # of a ParameterList, its own
     if node.op == "placeholder":
         return node.name
     return node.name.rstrip("0123456789").rstrip("_") or node.name
