@@ -9,6 +9,7 @@ the tensors among them and returns the leaves of the output, then what the call 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from turbotx.capture.arguments import Structure, changed_arguments, is_float, re
 from turbotx.capture.composition import calls_forward
 from turbotx.capture.grouped_products import GroupedProducts
 from turbotx.capture.layout_questions import LayoutQuestions
+from turbotx.capture.module_state.gradients import note_gradients
 from turbotx.capture.module_state.recorder import StateRecorder
 from turbotx.capture.returned import take_apart
 from turbotx.capture.sandbox.sandbox import Sandbox
@@ -51,7 +53,7 @@ class FlatCall(nn.Module):
         carried = (leaves[i] for i in self.positions)
         self.orders = [memory_order(x) if isinstance(x, torch.Tensor) else None for x in carried]
         self.floats = FloatReads()
-        self.layouts, self.values = LayoutQuestions(), values
+        self.layouts, self.values = LayoutQuestions(partial(note_gradients, recorder)), values
         self.calls_forward = calls_forward(model)
         self.in_spec = spec
         self.given = ""  # the arguments in words
