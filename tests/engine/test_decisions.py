@@ -288,7 +288,7 @@ def test_without_such_decisions_nothing_is_looked_at() -> None:
     _, fast = optimize(lambda self, x: self.linear(x) if x.shape[0] > 1 else x)
     fast(UP)
     ((_, variant),) = engine_of(fast).keyed_variants()
-    assert not variant.looks_back and len(variant.compiled.assembly.returned) == 1
+    assert not variant.needs_post_run and len(variant.compiled.assembly.returned) == 1
 
 
 @pytest.mark.parametrize("both", [True, False])

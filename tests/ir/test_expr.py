@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import sympy
@@ -139,8 +140,8 @@ def test_the_larger_of_the_smaller() -> None:
         assert eval(to_python(value), {}, dims) == wanted
         assert compile_evaluator([value], ("batch", "seq"))(**dims) == (wanted,)
         source = to_c(value)
-        assert "std::min<int64_t>(" in source
-        assert eval(source.replace("std::", "").replace("<int64_t>", ""), {}, dims) == wanted
+        assert "ttx::minimum<int64_t>(" in source
+        assert eval(re.sub(r"ttx::(max|min)imum<int64_t>", r"\1", source), {}, dims) == wanted
 
 
 def test_a_negative_size_is_made_to_divide_evenly_in_c() -> None:

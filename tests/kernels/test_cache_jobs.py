@@ -22,8 +22,8 @@ from turbotx.kernels.cache_jobs import (
     STORE_STRIDES,
     StoreSchedule,
     choose_split,
-    room_for_sums,
     split_job,
+    split_workspace_size,
     store_job,
 )
 from turbotx.kernels.triton.attention import STRIDES
@@ -47,7 +47,7 @@ def run_split(kernel: AttentionKernel, parts: int, q: Any, k: Any, v: Any, *give
     sizes.append(keys.stride(0) if kernel.keys == "mask" else 0)
     full = None if bias is None else bias.expand(batch, heads, q_len, k_len)
     sizes += [0] * 4 if full is None else full.stride()
-    sums = torch.full((room_for_sums(kernel),), float("nan"))
+    sums = torch.full((split_workspace_size(kernel),), float("nan"))
     turns = torch.zeros(batch * kv_heads, dtype=torch.int32)
     pointers = [t for t in (q, k, v, out, *given) if t is not None]
     pointers += [sums, turns] if parts > 1 else []

@@ -347,7 +347,7 @@ def test_an_optimized_class_is_measured_against_itself_as_it_was() -> None:
     numerics = turbotx.explain(model, x).numerics(model, x)
     assert numerics.holds
     assert model.stats()["captures"] == 0  # neither explaining nor comparing is a call
-    assert torch.equal(engine_of(model).run_plainly((x,), {}), Softer()(x))
+    assert torch.equal(engine_of(model).run_eager((x,), {}), Softer()(x))
 
 
 def test_a_watch_hears_of_every_launch_in_order() -> None:

@@ -1,7 +1,8 @@
-"""Cache layers: stores the keys and values of a user's DynamicCache in turbotx's memory.
+"""Cache layers: store the keys and values of a user's DynamicCache in turbotx's memory.
 
-In: a cache of transformers, and the shapes of the layers. Out: its memory, shared by layers that
-answer as transformers' own do: lengths, reorder, crop, batches, reset; keys and values when read::
+In: a transformers cache and the shapes of its layers. Out: the memory behind the cache. The cache's
+layers are replaced by layers with the interface of transformers' own (length, reorder, crop, batch
+selection, reset), which read keys and values from that memory::
 
     memory = adopt(cache, shapes, torch.float32, device)
     cache.layers[0]  ->  CachedLayer;  cache.layers[0].keys  ->  (2, 12, 33, 64)
@@ -28,9 +29,10 @@ from turbotx.runtime.cache_memory import CacheBudget, CacheMemory, LayerShape
 
 
 class CachedLayer(CacheLayerMixin):
-    """One layer of a `CacheMemory`, as transformers and its models use layers.
+    """One layer of a `CacheMemory`, with the interface of transformers' cache layers.
 
-    window: of a layer that shows no more than its latest `window - 1` positions.
+    window: size of the sliding window, None without one; `keys` and `values` return only the last
+    `window - 1` positions.
     """
 
     is_croppable = True
@@ -40,7 +42,7 @@ class CachedLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether the layer holds any position."""
+        """Whether the layer holds at least one position."""
         return self.memory.batch_of(self.layer) is not None
 
     @property
@@ -50,14 +52,12 @@ class CachedLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """The keys, (batch, heads, length, width), the window's alone; None before the first
-        call."""
+        """Keys, (batch, heads, length, width), of the window only; None before the first call."""
         return self._show(0)
 
     @property
     def values(self) -> torch.Tensor | None:
-        """The values, (batch, heads, length, width), the window's alone; None before the first
-        call."""
+        """Values, (batch, heads, length, width), of the window only; None before the first call."""
         return self._show(1)
 
     def _show(self, part: int) -> torch.Tensor | None:
@@ -69,31 +69,32 @@ class CachedLayer(CacheLayerMixin):
 
     @property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of every position, a window aside; there must be some."""
+        """Keys and values of all positions, ignoring the window; the layer must not be empty."""
         held = self.memory.read(self.layer)
         assert held is not None
         return held
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """There is nothing to do: memory is made with the first rows."""
+        """Do nothing: memory is allocated when the first rows are stored."""
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-        """Store rows as a model in PyTorch gives them; return every row, old and new."""
+        """Store new keys and values, as an eager model passes them; return all of them, old and
+        new."""
         memory, layer = self.memory, self.layer
         memory.put(layer, key_states, value_states, memory.lengths[layer])
         return memory.read(layer)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many keys a mask of `query_length` new rows covers, and the first one's
-        position."""
+        """Return how many keys a mask for `query_length` new rows covers, and the position of the
+        first."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Return the number of positions in the layer."""
+        """Return the number of positions stored."""
         return self.memory.lengths[self.layer]
 
     def get_max_length(self) -> int:
-        """Return the window, -1 where the length has no bound."""
+        """Return the window size, or -1 if the length is unbounded."""
         return -1 if self.window is None else self.window
 
     def offload(self) -> None:
@@ -103,11 +104,11 @@ class CachedLayer(CacheLayerMixin):
     prefetch = offload
 
     def reset(self) -> None:
-        """Forget all positions; the memory is kept."""
+        """Drop all positions; the memory stays allocated."""
         self.memory.clear(self.layer)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last -tokens_to_remove positions; raise ValueError for a positive number."""
+        """Drop the last -tokens_to_remove positions; raise ValueError if it is positive."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes a negative number of tokens to remove, not {tokens_to_remove}"
@@ -115,15 +116,15 @@ class CachedLayer(CacheLayerMixin):
         self.memory.drop(self.layer, -tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Select rows of the batch by index, as beam search does; beam_idx: (batch,) int64."""
+        """Select rows of the batch by index, for beam search; beam_idx: (batch,) int64."""
         self.memory.select(self.layer, beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Select rows of the batch by index, (rows,) int64."""
+        """Select rows of the batch by index; indices: (rows,) int64."""
         self.memory.select(self.layer, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch, its copies beside it."""
+        """Repeat every row of the batch `repeats` times; copies are adjacent."""
         batch = self.memory.batch_of(self.layer)
         if batch is not None:
             rows = torch.arange(batch).repeat_interleave(repeats)
@@ -131,7 +132,7 @@ class CachedLayer(CacheLayerMixin):
 
 
 def refuse_cache(cache: Any) -> None:
-    """Raise InputError for a cache that turbotx does not keep in memory of its own, saying why."""
+    """Raise InputError if turbotx cannot keep a cache of this type in its own memory."""
     if type(cache) is EncoderDecoderCache:
         refuse_cache(cache.self_attention_cache)
         refuse_cache(cache.cross_attention_cache)
@@ -155,10 +156,11 @@ def adopt(
     cache: Cache, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device,
     grows: bool = True, budget: CacheBudget | None = None, in_blocks: bool = False,
 ) -> CacheMemory:  # fmt: skip
-    """Return the memory of a cache, whose layers become `CachedLayer`s now if they are not yet.
+    """Return the memory behind a cache, converting its layers to `CachedLayer` if necessary.
 
-    What the cache holds already is kept. in_blocks: whether the model's programs read blocks.
-    Raises InputError where it holds layers of other shapes.
+    Positions that the cache already holds are copied.
+    in_blocks: whether the model's programs read the cache through block tables. Raises InputError
+    if the cache holds layers of other shapes.
     """
     layers: list[Any] = cache.layers
     known = _memory_of(layers)
@@ -192,7 +194,7 @@ def _make_memory(
 
 
 def _memory_of(layers: Sequence[Any]) -> CacheMemory | None:
-    """Return the memory whose layers these are, all of them in order; None for others."""
+    """Return the memory if these are all of its layers in order; otherwise None."""
     known = layers[0].memory if layers and type(layers[0]) is CachedLayer else None
     if known is None or len(layers) != len(known.shapes):
         return None
@@ -201,7 +203,7 @@ def _memory_of(layers: Sequence[Any]) -> CacheMemory | None:
 
 
 def _take_over(memory: CacheMemory, k: int, layer: Any) -> None:
-    """Copy what a layer holds; what has left a window is never seen again, and is zeros."""
+    """Copy a layer's keys and values; positions that have left the window become zeros."""
     keys: torch.Tensor
     values: torch.Tensor
     if type(layer) is CachedLayer:

@@ -1,10 +1,11 @@
-"""Cache rows: caches of other rows than before, made of rows of several, for batches that change.
+"""Cache rows: build a cache from rows of other caches, for batches whose members change.
 
-In: caches that an optimized model has filled, which rows of them, how many positions of each. Out:
-a cache whose rows end at the same position; what is before a shorter row is zeros, to be masked::
+In: caches that an optimized model has filled, and which rows and how many positions to take. Out: a
+cache whose rows all end at the same position. Positions before a shorter row are zeros and must be
+masked::
 
     cache = compose([CacheRow(a, 0, 9), CacheRow(b, 2, 5)], length=9)      # batch 2
-    put_row(cache, 1, CacheRow(c, 0, 7))                                 # in place of b's row
+    put_row(cache, 1, CacheRow(c, 0, 7))                                   # replaces b's row
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from turbotx.runtime.cache_memory import CacheMemory
 
 @dataclass(frozen=True)
 class CacheRow:
-    """The last `count` positions of a row of a DynamicCache that turbotx keeps."""
+    """The last `count` positions of one row of a DynamicCache kept by turbotx."""
 
     cache: Any
     row: int
@@ -31,8 +32,8 @@ class CacheRow:
 def compose(rows: Sequence[CacheRow], length: int) -> Any:
     """Return a new cache of these rows, each ending at position `length`.
 
-    Raises InputError for a cache that no optimized model has filled yet or a row longer than it is
-    or than `length`, CacheFullError where the model's max_cache_nbytes is passed.
+    Raises InputError if a cache has not been filled by an optimized model, or if a row is longer
+    than its cache or than `length`; CacheFullError if the model's max_cache_nbytes is exceeded.
     """
     first = memory_of(rows[0].cache)
     made = first.like()
@@ -47,9 +48,9 @@ def compose(rows: Sequence[CacheRow], length: int) -> Any:
 
 
 def put_row(cache: Any, place: int, row: CacheRow) -> None:
-    """Overwrite the last `row.count` positions of a row of `cache`, whose batch is not reordered.
+    """Overwrite the last `row.count` positions of row `place` of `cache`.
 
-    Raises InputError as `compose`.
+    The batch of `cache` must not have been reordered. Raises InputError as `compose` does.
     """
     source, target = memory_of(row.cache), memory_of(cache)
     if row.count > min(source.length, target.length):
@@ -60,16 +61,16 @@ def put_row(cache: Any, place: int, row: CacheRow) -> None:
         target.put_row(layer, place, *source.read_row(layer, row.row, row.count))
 
 
-def let_go_row(cache: Any, place: int) -> None:
-    """Let go of what a row of `cache` has that nobody needs any more: its blocks, if it has some.
+def free_row(cache: Any, place: int) -> None:
+    """Free the cache blocks of a finished row; no effect on a cache without blocks.
 
-    Raises InputError as `compose`.
+    Raises InputError as `compose` does.
     """
-    memory_of(cache).let_go_row(place)
+    memory_of(cache).free_row(place)
 
 
 def memory_of(cache: Any) -> CacheMemory:
-    """Return the memory of a cache that an optimized model has filled; else raise InputError."""
+    """Return the memory of a cache; raise InputError if no optimized model has filled it."""
     layers = cache.layers
     if not layers or not all(type(layer) is CachedLayer for layer in layers):
         raise InputError(f"the {type(cache).__name__} has not been filled by an optimized model")

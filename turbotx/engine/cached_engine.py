@@ -1,7 +1,7 @@
-"""Cached engine: a decoder's calls with a key/value cache, through one capture for every length.
+"""Cached engine: runs a decoder's calls with a key/value cache; one capture serves every length.
 
 In: a call with a DynamicCache, or an EncoderDecoderCache of two, as transformers' `generate` makes
-it. Out: the model's output, with the same cache object in it, one step longer::
+it. Out: the model's output, holding the same cache object, one step longer::
 
     engine((), {"input_ids": ids, "past_key_values": DynamicCache(), "use_cache": True})
 """
@@ -30,26 +30,31 @@ from turbotx.runtime.cache_memory import CacheBudget
 
 
 def make_engine(model: nn.Module, options: Options) -> Engine:
-    """Return the engine of a model: one that knows caches where its forward takes one."""
+    """Return the engine of a model: a `CachedEngine` if its forward has a cache argument."""
     try:
         names = inspect.signature(type(model).forward).parameters
-    except (TypeError, ValueError):  # it is no function of Python's
+    except (TypeError, ValueError):  # not a Python function
         return Engine(model, options)
     return (CachedEngine if ARGUMENT in names else Engine)(model, options)
 
 
 class CachedEngine(Engine):
-    """An engine whose calls may have a cache of transformers; budget: of all of them."""
+    """An engine whose calls may take a transformers cache.
+
+    budget: the memory limit shared by all of the model's caches.
+    """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model, options)
         self.budget = CacheBudget(options.max_cache_nbytes)
         self._giving: dict[Any, type] = {}
-        """The class of the cache that a call without one returns, by kind of call."""
+        """The cache class that calls without a cache return, by kind of call."""
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call: with a cache of transformers' by steps over turbotx's own memory, otherwise
-        as `Engine` does. Raises TrainingError in training mode."""
+        """Run a call; one with a transformers cache runs as a step over turbotx's memory.
+
+        Raises TrainingError in training mode.
+        """
         given, cache = self.split(args, kwargs)
         if cache is not None:
             self.refuse_training()
@@ -57,7 +62,7 @@ class CachedEngine(Engine):
                 return self.steps().run(given, cache)
             except UndecidedError as error:
                 self.count_eager(str(error))
-                return self.run_plainly(args, kwargs)
+                return self.run_eager(args, kwargs)
         if self._giving and (cls := self._giving.get(self._describe(args, kwargs))):
             return self._run_with_new_cache(cls, args, kwargs)
         try:
@@ -73,25 +78,27 @@ class CachedEngine(Engine):
             return output
 
     def _describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what decides whether a call without a cache makes one."""
+        """Return a key of what decides whether a call without a cache creates one."""
         uses = kwargs.get("use_cache"), getattr(self.model.config, "use_cache", None)
         return uses, len(args), *kwargs
 
     def _run_with_new_cache(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call that makes a cache itself: with one of the model's kind, which it returns."""
+        """Run a call that creates its own cache: pass a new one of class `cls`, which is
+        returned."""
         self.refuse_training()
         given, cache = self.split(args, {**kwargs, ARGUMENT: new_cache(cls, self.model)})
         return self.steps().run(given, cache)
 
     def split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-        """Return a call's arguments by name, less its cache, and that; {} and None without one."""
+        """Return a call's arguments by name without the cache, and the cache; {} and None if it has
+        none."""
         return split_cache(args, kwargs, lambda: names_of(cast(Hashable, type(self.model))))
 
     def steps(self) -> Any:
-        """Return the engine of calls with a cache, a `StepEngine`."""
+        """Return the `StepEngine` that runs calls with a cache, made on first use."""
         steps = self.parts.get("steps")
         if steps is None:
-            from turbotx.engine.step_engine import StepEngine  # it needs transformers
+            from turbotx.engine.step_engine import StepEngine  # imported late: needs transformers
 
             with self._lock:
                 made = StepEngine(self.model, self.options, self.budget)
@@ -102,7 +109,7 @@ class CachedEngine(Engine):
     def reserve(self, **dims: int) -> None:
         """Map the memory of the largest shape, as `Engine.reserve`.
 
-        Raises InputError for a model that was called with a cache only.
+        Raises InputError if the model has only been called with a cache.
         """
         if "steps" in self.parts and not self.variants():
             raise InputError(
@@ -112,7 +119,7 @@ class CachedEngine(Engine):
         super().reserve(**dims)
 
     def stats(self) -> dict[str, int]:
-        """Return counts as `Engine.stats`, and what the caches take: now, and at the most."""
+        """Return counts as `Engine.stats`, and the current and peak bytes of all caches."""
         budget = self.budget
         found = {"cache_nbytes": budget.nbytes, "cache_peak_nbytes": budget.peak_nbytes}
         return super().stats() | found
@@ -121,8 +128,8 @@ class CachedEngine(Engine):
 def plain_call(
     engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Engine, tuple[Any, ...], Mapping[str, Any]]:
-    """Return the engine that compiles a call, and the call as it takes it: one with a key/value
-    cache as plain tensors, over a copy of the cache's memory."""
+    """Return the engine that compiles a call, and the call in the form which that engine takes: a
+    call with a cache becomes one of plain tensors, over a copy of the cache's memory."""
     if isinstance(engine, CachedEngine):
         if "kv_memory" in kwargs:
             return engine.steps(), args, kwargs

@@ -1,9 +1,9 @@
-"""Callables: a function, partial, bound method or callable object as a module to be captured.
+"""Callables: wrap a function, partial, bound method or callable object as a module to capture.
 
-In: something that is called with tensors. Out: a module whose submodules and buffers are what the
-callable holds, so that a change of these is seen as a change of a module's weights is::
+In: a callable that takes tensors. Out: a module that registers the modules and tensors held by the
+callable, so that changes to them are detected like changes of a module's weights::
 
-    as_module(bert.encode)     # bert is a submodule of it: its parameters are watched
+    as_module(bert.encode)     # bert becomes a submodule: its parameters are watched
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from turbotx.capture.code import names_in
 from turbotx.capture.sandbox.leaks import PLAIN
 
 _DEEPEST = 3
-"""How many objects lie between a callable and the tensors that are looked for in it."""
+"""How deeply nested objects of a callable are searched for tensors and modules."""
 
 
 class FunctionModule(nn.Module):
-    """A function of tensors as a module, so that there is one way to capture."""
+    """A function of tensors as a module, so that everything is captured as a module."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -33,12 +33,12 @@ class FunctionModule(nn.Module):
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the function does."""
+        """Call the function."""
         return self.function(*args, **kwargs)
 
 
 class _MethodModule(FunctionModule):
-    """A bound method of a module: in training mode while that module is."""
+    """A bound method of a module; it is in training mode while that module is."""
 
     @property
     def training(self) -> bool:
@@ -50,7 +50,7 @@ class _MethodModule(FunctionModule):
 
 
 def as_module(function: Callable[..., Any]) -> FunctionModule:
-    """Return a module that calls `function`, of a class of the function's name."""
+    """Return a module that calls `function`; its class has the function's name."""
     bound = isinstance(getattr(function, "__self__", None), nn.Module)
     kind = _MethodModule if bound else FunctionModule
     module = kind(function)
@@ -61,9 +61,9 @@ def as_module(function: Callable[..., Any]) -> FunctionModule:
 
 
 class CallableState:
-    """Tensors and modules that a callable holds, as they were when this was made.
+    """The tensors and modules that a callable held when this object was made.
 
-    Of the object that a bound method is of, numbers too: a trace sees neither it nor them read.
+    For a bound method, the plain values of its object too: tracing does not record reads of them.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -72,7 +72,8 @@ class CallableState:
         self._entries += [e for e in _find(owner, {}, 0) if type(e[2]) in PLAIN]
 
     def register(self, module: FunctionModule) -> None:
-        """Make tensors buffers and modules submodules of `module`, in place of earlier ones."""
+        """Register the held tensors as buffers and the held modules as submodules of `module`,
+        replacing earlier ones."""
         for table in (module._buffers, module._modules):
             table.clear()
         for k, (_, _, value) in enumerate(self._entries):
@@ -82,8 +83,8 @@ class CallableState:
                 module._buffers[f"held_{k}"] = value
 
     def have_changed(self) -> bool:
-        """Return whether the callable holds others now; what lies inside the tensors and modules is
-        watched as weights are."""
+        """Return whether the callable now holds other objects. Changes inside the tensors and
+        modules are detected by the guards on weights and module state."""
         for holder, key, value in self._entries:
             now = _read(holder, key)
             is_equal = (
@@ -105,7 +106,7 @@ def _read(holder: Any, key: Any) -> Any:
 
 
 def _find(value: Any, seen: dict[int, Any], depth: int) -> Iterator[tuple[Any, Any, Any]]:
-    """Give (where, key, what) for all that a callable or a container holds."""
+    """Yield (holder, key, value) for everything that a callable or container holds."""
     if id(value) in seen or depth > _DEEPEST or isinstance(value, (nn.Module, torch.Tensor)):
         if depth == 0 and isinstance(value, nn.Module):
             yield (value,), 0, value
@@ -130,7 +131,7 @@ def _find(value: Any, seen: dict[int, Any], depth: int) -> Iterator[tuple[Any, A
 def _find_in_function(
     function: types.FunctionType, seen: dict[int, Any], depth: int
 ) -> Iterator[tuple[Any, Any, Any]]:
-    """Look into what a function of the user's closes over, its defaults and its globals."""
+    """Search the closure, defaults and referenced globals of a user's function."""
     wrapped = getattr(function, "__wrapped__", None)
     if (function.__module__ or "").split(".")[0] == "torch" and wrapped is None:
         return

@@ -1,6 +1,6 @@
-"""Compiled stages of one call: assembled, unbound and bound programs.
+"""The compiled stages of one call: assembled, unbound and bound programs.
 
-In: nothing; these are types. Out: for example::
+In: nothing; these are types. Out, for example::
 
     AssembledCall  --schedule-->  UnboundProgram  --bind-->  Compiled
     unbound.at((1, 40)).executable.token_range   # {16, 32, 64} tokens: norms are folded there
@@ -25,10 +25,11 @@ from turbotx.runtime.program import Program
 
 @dataclass(frozen=True)
 class AssembledCall:
-    """A captured call as launches over named tensors, for CPUs or for GPUs of any target.
+    """A captured call as launches over named tensors, for CPUs or for any GPU.
 
-    text: the graph as it was captured. hoisted: what depends on parameters alone. programs: the
-    launches, and on a GPU behind them perhaps those with norms folded into GEMMs.
+    text: the graph as captured.
+    hoisted: the nodes that depend on parameters alone.
+    programs: the launches; on a GPU a second entry may have norms folded into GEMMs.
     """
 
     captured: Captured
@@ -40,9 +41,9 @@ class AssembledCall:
 
 @dataclass(frozen=True)
 class Specialization:
-    """A program for some of a call's shapes, bound to nothing.
+    """A program for a range of shapes, not bound to parameters or memory.
 
-    code: its kernels, on a CPU built.
+    code: its kernels; already built for a CPU.
     """
 
     assembled: Assembled
@@ -50,19 +51,23 @@ class Specialization:
 
     @property
     def executable(self) -> Executable:
-        """The program as plain data; its `token_range` is the shapes that it serves."""
+        """The program as plain data; its `token_range` holds the shapes that it serves."""
         return self.code.executable
 
     def serves(self, dims: Sequence[int]) -> bool:
-        """Return whether it is for calls with these values of the dims."""
+        """Return whether it serves calls with these dim values."""
         served = self.executable.token_range
         return served is None or served.holds(dims)
 
 
 @dataclass(frozen=True)
 class UnboundProgram:
-    """A call compiled for a target, "cpu" or a GPU as "sm_90", under options; bound to no
-    parameters, no memory and no device. Each shape is served by one of the specializations."""
+    """A call compiled for one target and set of options, not bound to parameters, memory or a
+    device.
+
+    target: "cpu" or a GPU, such as "sm_90".
+    specializations: each shape is served by one of them.
+    """
 
     call: AssembledCall
     options: Options
@@ -76,10 +81,10 @@ class UnboundProgram:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A call bound to parameters, memory and a device, seen as one of its specializations: the
-    first one, or the one that serves a shape (`at`).
+    """A call bound to parameters, memory and a device, viewed as one of its specializations.
 
-    programs: one a specialization.
+    programs: one per specialization.
+    index: the specialization that the properties below refer to.
     """
 
     unbound: UnboundProgram
@@ -98,22 +103,22 @@ class Compiled:
 
     @property
     def hoisted(self) -> frozenset[fx.Node]:
-        """Nodes that depend on parameters alone: hoisted constants."""
+        """The nodes that depend on parameters alone: hoisted constants."""
         return self.unbound.call.hoisted
 
     @property
     def specialization(self) -> Specialization:
-        """The specialization that this one runs."""
+        """The specialization at `index`."""
         return self.unbound.specializations[self.index]
 
     @property
     def fused(self) -> Sequence[FusedRegion]:
-        """The regions and their kernels."""
+        """The regions with their kernels."""
         return self.specialization.assembled.fused
 
     @property
     def assembly(self) -> Assembly:
-        """Launches and tensors, before they are linked."""
+        """Launches and tensors before linking."""
         return self.specialization.assembled.assembly
 
     @property
@@ -123,14 +128,15 @@ class Compiled:
 
     @property
     def specializations(self) -> tuple[Compiled, ...]:
-        """The same call seen as each of them."""
+        """This call viewed as each of its specializations."""
         return tuple(replace(self, index=k) for k in range(len(self.programs)))
 
     def at(self, dims: Sequence[int]) -> Compiled:
-        """Return the call seen as the specialization that serves a shape; a packed one chooses once
-        it knows its tokens, which no padded call's dims tell."""
+        """Return the call viewed as the specialization that serves a shape. A packed program
+        chooses later, once its number of tokens is known, which the dims of a padded call do not
+        determine."""
         if len(self.programs) == 1 or len(dims) < len(self.captured.dims):
             return self
-        dims = self.program.dims_to_run(dims)
+        dims = self.program.effective_dims(dims)
         served = (s.serves(dims) for s in self.unbound.specializations)
         return replace(self, index=list(served).index(True))

@@ -1,7 +1,8 @@
 """`torch.compile(model, backend="turbotx")`: Dynamo's graphs, compiled by the same passes.
 
-In: one graph of a model that needs graph breaks, and the inputs Dynamo traced it with. Out: a
-callable that runs it for any sizes that Dynamo lets through, or in PyTorch with a warning why::
+In: one graph of a model with graph breaks, and the example inputs from Dynamo. Out: a callable that
+runs the graph for any sizes that Dynamo's guards admit, or runs it in PyTorch with a warning that
+says why::
 
     fast = torch.compile(model.eval(), backend="turbotx", dynamic=True)
     turbotx.dynamo.graphs()     # what became of every graph
@@ -33,15 +34,18 @@ from turbotx.options import Options, make_options
 from turbotx.runtime.lru import LruDict
 
 MAX_PARAMETER_SETS = 256
-"""Modules of one class share a graph; each keeps packed weights, the longest unused one goes."""
+"""Modules of one class share a graph; each has its own packed weights, evicted by LRU beyond
+this."""
 
 
 @dataclass(frozen=True)
 class GraphRecord:
     """What became of one of Dynamo's graphs.
 
-    ops: how many calls it has. captures: how often turbotx had to trace it. parameter_sets: how
-    many modules share it. eager: why it runs in PyTorch, "" where it does not.
+    ops: number of calls in the graph.
+    captures: how often turbotx traced it.
+    parameter_sets: number of modules that share it.
+    eager: why it runs in PyTorch, "" if it does not.
     """
 
     ops: int
@@ -59,9 +63,9 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Return a callable for one graph: the backend that `torch.compile` calls.
 
-    options: those of `turbotx.optimize`. Compilation happens at the first call, when there are real
-    tensors. Raises OptionsError, InputError for a mode; calls raise TrainingError where gradients
-    are needed.
+    options: those of `turbotx.optimize`. The graph is compiled at the first call, when real tensors
+    are available. Raises OptionsError; InputError for a mode; calls raise TrainingError if
+    gradients are needed.
     """
     if mode not in (None, "default"):
         raise InputError(f"mode={mode!r}: the backend turbotx has no modes; use options={{...}}")
@@ -74,19 +78,20 @@ _graphs: list[weakref.ref[_Graph]] = []
 
 
 def graphs() -> list[GraphRecord]:
-    """Return what became of every graph that is in use, in the order Dynamo made them."""
+    """Return what became of every graph in use, in the order in which Dynamo made them."""
     alive = [found for ref in _graphs if (found := ref()) is not None]
     _graphs[:] = [weakref.ref(graph) for graph in alive]
     return [graph.record() for graph in alive]
 
 
 def forget_graphs() -> None:
-    """Leave the graphs made so far out of `graphs`, as after `torch._dynamo.reset()`."""
+    """Remove all graphs made so far from `graphs()`, as after `torch._dynamo.reset()`."""
     _graphs.clear()
 
 
 class _Graph:
-    """One of Dynamo's graphs; its parameters are inputs to it, and the model's own to turbotx."""
+    """One of Dynamo's graphs. Its inputs include the parameters, which turbotx treats as the
+    model's."""
 
     def __init__(
         self, graph_module: fx.GraphModule, examples: Sequence[Any], options: Options
@@ -107,7 +112,7 @@ class _Graph:
         try:
             arguments = self.feed.arguments_of(inputs)
             engine = self._engine(self.feed.fixed_of(inputs))
-            # Export cannot trace in inference mode, and parameters are no inference tensors.
+            # Export cannot trace in inference mode, and parameters are not inference tensors.
             with torch.inference_mode(False), torch.no_grad():
                 return engine(arguments, {})
         except LeftToPyTorch:
@@ -142,11 +147,13 @@ class _Graph:
 
 @dataclass(frozen=True)
 class _Feed:
-    """How a graph's inputs become a module's: by position in what Dynamo passes.
+    """How a graph's inputs map to a module's; all fields are positions in Dynamo's inputs.
 
-    fixed: parameters and buffers; a module each. scalars: Python's numbers, which Dynamo wraps in
-    tensors. dynamic: tensors. sizes: for each integer the tensor and the dim whose size it is;
-    integers that are no tensor's size come as `carriers`, empty tensors of that size.
+    fixed: parameters and buffers; one module per set of them.
+    scalars: Python numbers, which Dynamo wraps in tensors.
+    dynamic: tensors.
+    sizes: for each integer, the tensor and dim whose size it is.
+    carriers: integers that are not the size of any tensor; passed as empty tensors of that size.
     """
 
     count: int
@@ -171,12 +178,12 @@ class _Feed:
         return cls(len(examples), fixed, tuple(sorted(scalars)), dynamic, sizes, tuple(others))
 
     def fixed_of(self, inputs: Sequence[Any]) -> list[Any]:
-        """Return the inputs that do not change between the calls of one module."""
+        """Return the inputs that are the same in all calls of one module."""
         return [inputs[i] for i in self.fixed]
 
     def arguments_of(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """Return the tensors and then the numbers to call the module with; raise InputError for
-        what cannot be one."""
+        """Return the module's arguments, tensors before numbers; raise InputError for an input that
+        is neither a tensor nor a size."""
         made = []
         for i in self.carriers:
             value = inputs[i]
@@ -187,7 +194,7 @@ class _Feed:
         return (*(inputs[i] for i in self.dynamic), *made, *numbers)
 
     def rebuild(self, fixed: Sequence[Any], given: Sequence[Any]) -> list[Any]:
-        """Return the graph's own inputs again, sizes read from the tensors."""
+        """Return the graph's own inputs, with sizes read from the tensors."""
         found: list[Any] = [None] * self.count
         for i, value in zip(self.fixed, fixed, strict=True):
             found[i] = value
@@ -200,7 +207,7 @@ class _Feed:
 
 
 def _is_static(example: torch.Tensor) -> bool:
-    """Tell a parameter or a buffer of a module, whose values do not change with the call."""
+    """Return whether an example is a parameter or buffer of a module."""
     marked = getattr(example, "_dynamo_static_input_type", None) is not None
     return marked or isinstance(example, nn.Parameter)
 
@@ -216,7 +223,7 @@ def _find_size(
 
 
 def _find_scalars(graph_module: fx.GraphModule) -> frozenset[int]:
-    """Return the places of the inputs that are numbers in tensors, read by `.item()` alone."""
+    """Return the positions of inputs that are numbers in tensors, read only by `.item()`."""
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     return frozenset(
         i
@@ -227,7 +234,7 @@ def _find_scalars(graph_module: fx.GraphModule) -> frozenset[int]:
 
 
 def _take_numbers(graph_module: fx.GraphModule, scalars: Sequence[int]) -> fx.GraphModule:
-    """Return the graph with those inputs as numbers."""
+    """Return the graph with those inputs as plain numbers."""
     if not scalars:
         return graph_module
     copied = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
@@ -245,7 +252,7 @@ class _Holder(nn.Module):
 
     def __init__(self, graph: nn.Module, feed: _Feed, fixed: Sequence[Any]) -> None:
         super().__init__()
-        self.body, self.feed = graph, feed  # fx.GraphModule has no room for a child "graph"
+        self.body, self.feed = graph, feed  # fx.GraphModule reserves the name "graph"
         self.names = [f"fixed_{k}" for k in range(len(fixed))]
         for name, value in zip(self.names, fixed, strict=True):
             if isinstance(value, nn.Parameter):
@@ -262,9 +269,9 @@ class _Holder(nn.Module):
 
 
 class _SharingEngine(Engine):
-    """Runs a graph with one module's parameters; captures are shared by all of them."""
+    """Runs a graph with one module's parameters; captures are shared between modules."""
 
-    guards_state = False  # Dynamo's own guards do
+    guards_state = False  # Dynamo has its own guards
 
     def __init__(self, graph: _Graph, holder: _Holder) -> None:
         super().__init__(holder, graph.options)

@@ -1,9 +1,9 @@
-"""Eager calls: those that PyTorch runs instead of a program, and what is said of them.
+"""Eager calls: calls that PyTorch runs instead of a program, and the warnings about them.
 
-In: a call, and why no program answers it. Out: what the model itself makes of it, one warning a
-reason, and a count in `stats()`::
+In: a call, and why no program serves it. Out: the model's own output, one warning per reason, and a
+count in `stats()`::
 
-    engine.run_plainly((), {"input_ids": ids})
+    engine.run_eager((), {"input_ids": ids})
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from turbotx.errors import DecisionWarning, EagerWarning
 
 
 class EagerCalls:
-    """What of an engine does not run programs."""
+    """The part of an engine that does not run programs: eager calls, warnings, counts."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.calls_forward = model, calls_forward(model)
         self.eager_calls = 0
         self.decided_otherwise = 0
-        """Runs that a decision by a tensor's values made vain, see `Decisions`."""
+        """Number of runs discarded because a decision came out differently, see `Decisions`."""
         self._told: set[str] = set()
 
-    def run_plainly(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Return what the model itself makes of a call, without turbotx and gradients."""
+    def run_eager(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a call in eager PyTorch, without turbotx and without gradients; return its output."""
         with left_alone(), torch.no_grad():
             return (self.model.forward if self.calls_forward else self.model)(*args, **kwargs)
 
     def count_eager(self, why: str) -> None:
-        """Count a call that runs in PyTorch; warn of it, once a reason."""
+        """Count a call that runs in PyTorch; warn once per reason."""
         self.eager_calls += 1
         self._tell(why, why, EagerWarning, stacklevel=5)
 
-    def tell_otherwise(self, outcomes: Outcomes) -> None:
-        """Warn, once a line, that a decision came out otherwise than the program assumed that ran
-        first, the last one of `outcomes`."""
+    def warn_rerun(self, outcomes: Outcomes) -> None:
+        """Warn, once per source line, that a decision (the last of `outcomes`) came out differently
+        than the first program assumed, so that the call ran twice."""
         text = (
             f"{describe_last(outcomes)}, and the call ran again on that way: a call that decides "
             "otherwise than those before it takes the time of two"

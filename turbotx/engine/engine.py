@@ -45,7 +45,7 @@ from turbotx.capture.trace import Captured
 from turbotx.capture.tracing import tracing
 from turbotx.engine.compiled import AssembledCall, Compiled
 from turbotx.engine.eager_calls import EagerCalls
-from turbotx.engine.failures import endless, named_failures
+from turbotx.engine.failures import named_failures, too_many_captures
 from turbotx.engine.launch_ranges import LaunchRanges
 from turbotx.engine.observers import compile_observed
 from turbotx.engine.pipeline import bind, build_ahead, compile_captured, schedule
@@ -68,27 +68,27 @@ from turbotx.runtime.program import Program
 log, guards = map(logging.getLogger, ("turbotx.capture", "turbotx.guards"))
 
 MOST_CHANGES = 8
-"""How often one call is captured anew while others convert the model's parameters meanwhile."""
+"""How often one call is captured again because its parameters were converted meanwhile."""
 
 
 class Engine(EagerCalls):
     """Captures, compiles and runs the calls of one model; thread-safe."""
 
     guards_state = True
-    """Whether captures are checked against the model's attributes, hooks and globals."""
+    """Whether captures are guarded by the model's attributes, hooks and globals."""
     settles = True  # see `capture_sizes`
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         super().__init__(model)
         self.options = options
         self.tolerates: Callable[[], bool] = lambda: False
-        """Whether a refused call runs in PyTorch instead; it is not traced a second time then."""
+        """Whether refused calls run in PyTorch instead; they are then not traced a second time."""
         self._lock = threading.RLock()
         self._calls = itertools.count(1)
         self.reset()
 
     def reset(self) -> None:
-        """Forget every capture, as after `.to(...)`; the next call captures again."""
+        """Drop every capture, as after `.to(...)`; the next call captures again."""
         with self._lock:
             self._variants: dict[Any, list[Variant]] = {}
             self._bound: LruDict[Any, tuple[Variant, Program, Binding]]
@@ -97,12 +97,12 @@ class Engine(EagerCalls):
             self._recaptures = Recaptures()
             self._refused: dict[Any, CaptureError] = {}
             self.parts: dict[str, Any] = {}
-            self._asked: tuple[int, ...] = ()  # what traces asked for, places in `ambient.NAMES`
+            self._asked: tuple[int, ...] = ()  # read by traces, as indices into `ambient.NAMES`
 
     # --- calling ---
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the model's output for a call, captured and compiled where nothing serves it."""
+        """Run a call; return the model's output. Captures and compiles if no variant serves it."""
         run = self.run_flat
         if torch.autograd._profiler_enabled():
             run = record_function(f"turbotx: {type(self.model).__name__}")(run)
@@ -110,12 +110,12 @@ class Engine(EagerCalls):
             variant, outputs = run(args, kwargs)
         except UndecidedError as error:
             self.count_eager(str(error))
-            return self.run_plainly(args, kwargs)
+            return self.run_eager(args, kwargs)
         return variant.build_output(outputs)
 
     def run_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Variant, list[Any]]:
-        """Run a call; return what served it, and the leaves of its output. Raises UndecidedError
-        where decisions by values come out as no program takes them."""
+        """Run a call; return the variant that served it and the flat outputs. Raises UndecidedError
+        if no program can serve the outcomes of the call's decisions."""
         outcomes: Outcomes = ()
         for _ in range(MOST_CHANGES):
             variant, program, binding, tensors = self.check(args, kwargs, outcomes)
@@ -126,19 +126,19 @@ class Engine(EagerCalls):
             except ModelChangedError as error:
                 self._forget(variant, error)
                 continue
-            if variant.looks_back:
+            if variant.needs_post_run:
                 otherwise = variant.observe(outputs, binding.dims)
                 if otherwise:
                     outcomes, self.decided_otherwise = otherwise, self.decided_otherwise + 1
                     continue
-                outputs = variant.leave(outputs)
+                outputs = variant.apply_effects(outputs)
             if outcomes:
-                self.tell_otherwise(outcomes)
+                self.warn_rerun(outcomes)
             return variant, outputs
-        raise endless(type(self.model).__name__, MOST_CHANGES, outcomes)
+        raise too_many_captures(type(self.model).__name__, MOST_CHANGES, outcomes)
 
     def _forget(self, variant: Variant, error: ModelChangedError) -> None:
-        """Leave out a variant whose parameters are not what it was compiled for any more."""
+        """Drop a variant whose parameters changed in kind since it was compiled."""
         log.info("%s: a call is captured anew, because %s", type(self.model).__name__, error)
         with self._lock:
             for variants in self._variants.values():
@@ -150,18 +150,18 @@ class Engine(EagerCalls):
             del self._bound[shapes]
 
     def refresh(self) -> None:
-        """Derive packed weights and constants again at the next call."""
+        """Recompute packed weights and hoisted constants at the next call."""
         for program in (p for compiled in self.variants() for p in compiled.programs):
             program.runtime.weights.forget()
-        for part in list(self.parts.values()):  # an encoder, steps with a cache
+        for part in list(self.parts.values()):  # the encoder, the steps with a cache
             part._turbotx_engine.refresh()
 
     def check(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], outcomes: Outcomes = ()
     ) -> tuple[Variant, Program, Binding, list[torch.Tensor]]:
-        """Return what serves a call, and its tensors: the guards of every call, and all of them
-        but the parameters' (`Weights.refresh`). Captures and binds where nothing serves it yet.
-        outcomes: how its first decisions come out, where another program has found that out."""
+        """Check a call's guards, except those on parameters (`Weights.refresh`); return what serves
+        it, and its tensors. Captures and binds if nothing serves it yet. outcomes: of its first
+        decisions, if an earlier run has found them."""
         self.refuse_training()
         ambient = read_decisive()
         if self._asked:
@@ -172,17 +172,17 @@ class Engine(EagerCalls):
             described = (described, found[0].numbers(tensors))
             found = self._bound.find(described)
         if found is None or outcomes or not found[0].holds():
-            found, tensors = self._look_closer(described, args, kwargs, ambient, outcomes)
+            found, tensors = self._find_or_bind(described, args, kwargs, ambient, outcomes)
         elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             refuse_gradient()
         found[0].used = next(self._calls)
         return *found, tensors
 
-    def _look_closer(
+    def _find_or_bind(
         self, described: Any, args: tuple[Any, ...], kwargs: dict[str, Any], ambient: Ambient,
         outcomes: Outcomes,
     ) -> tuple[tuple[Variant, Program, Binding], list[torch.Tensor]]:  # fmt: skip
-        """Return what serves a call that the quick look found nothing for, and its tensors."""
+        """Look up a call that the fast path did not find; capture and bind it if necessary."""
         leave_foreign(pytree.tree_leaves((args, kwargs)))
         leaves, spec = flatten_call(args, kwargs)
         leave_foreign(leaves)
@@ -202,7 +202,7 @@ class Engine(EagerCalls):
         return found, tensors
 
     def refuse_training(self) -> None:
-        """Raise TrainingError where the model is in training mode."""
+        """Raise TrainingError if the model is in training mode."""
         if self.model.training:
             raise TrainingError(
                 f"{type(self.model).__name__} is in training mode, and turbotx is for inference "
@@ -225,7 +225,7 @@ class Engine(EagerCalls):
         self, key: Any, tensors: list[torch.Tensor], args: tuple[Any, ...],
         kwargs: Mapping[str, Any], outcomes: Outcomes,
     ) -> tuple[Variant, tuple[int, ...]]:  # fmt: skip
-        """Return the variant that serves these sizes, captured now if there is none yet."""
+        """Return a variant for these sizes, and its dim values; capture one if there is none."""
         known, ambient = self._variants.setdefault(key, []), read_ambient()
         changed: list[Difference] = []
         for variant in sorted(known, key=Variant.recency):
@@ -261,7 +261,7 @@ class Engine(EagerCalls):
             )
         known.append(variant)
         asked = {*self._asked, *variant.compiled.captured.asked}
-        if len(asked) > len(self._asked):  # from now on a part of every call's key
+        if len(asked) > len(self._asked):  # the key of every later call includes it
             self._asked = tuple(sorted(asked))
             self._bound.clear()
         variant.used = next(self._calls)
@@ -269,7 +269,7 @@ class Engine(EagerCalls):
         return variant, dims
 
     def _find_difference(self, guard: StateGuard) -> list[Difference]:
-        """Say why a capture does not serve a call; raise TrainingError where that is the reason."""
+        """Return why a variant's guard failed; raise TrainingError if training mode is why."""
         found = guard.difference()
         if found is None:
             return []
@@ -279,7 +279,7 @@ class Engine(EagerCalls):
         return [found]
 
     def _drop_unused(self) -> None:
-        """Drop the captures longest unused, beyond `max_variants`."""
+        """Drop the least recently used captures beyond `max_variants`."""
         kept = [(v.used, key, v) for key, variants in self._variants.items() for v in variants]
         kept.sort(key=lambda entry: entry[0])
         for _, key, variant in kept[: len(kept) - self.options.max_variants]:
@@ -293,7 +293,7 @@ class Engine(EagerCalls):
     def make(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
     ) -> Compiled:
-        """Capture and compile one call; the `observers` look at the result."""
+        """Capture and compile one call; `observers` see the result."""
         name = type(self.model).__name__
         with show_progress(f"capture {name}") as step:
             captured = self.capture(args, kwargs, outcomes)
@@ -304,9 +304,9 @@ class Engine(EagerCalls):
     def capture(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
     ) -> Captured:
-        """Return one call as a graph that no pass has touched; the engine keeps nothing of it."""
+        """Return the captured graph of one call, before any pass; the engine does not keep it."""
         with restored(self.model):
-            # What cannot run is said before the seconds that tracing takes.
+            # Refuse what cannot run before the seconds that tracing takes.
             refuse_foreign_weights(self.model)
             _, device = self._open_device(flatten_call(args, kwargs)[0])
             if device is None and self.options.backend != "aten":
@@ -317,11 +317,11 @@ class Engine(EagerCalls):
         return captured
 
     def compile(self, captured: Captured, target: str | None = None) -> Compiled:
-        """Return the program of a captured call, over this engine's memory; rewrites its graph.
+        """Compile a captured call and bind it to this engine's memory; rewrites its graph.
 
-        It runs where the call's tensors and the model's parameters lie. target: "cpu" or a GPU that
-        need not be here, as "sm_90": the program is to be looked at or saved, and builds nothing
-        for a GPU.
+        target: None for the device of the call and its parameters. Otherwise "cpu" or a GPU such as
+        "sm_90", which need not be present: the result is for inspection or saving, and builds no
+        GPU kernels.
         """
         options, name = self.options, captured.name
         if target is None:
@@ -329,15 +329,15 @@ class Engine(EagerCalls):
         else:
             pool, device = ChunkPool(torch.device("cpu")), absent_device(target)
             options = replace(options, backend="aten" if options.backend == "aten" else "auto")
-        # PyTorch gives sizes to a trace, whichever thread computes with them.
+        # Sizes belong to the trace, whichever thread evaluates them.
         with tracing(), without_autocast(), pause_gc(), named_failures(name), quiet_torch():
             program = compile_captured(captured, options, *target_of(device))
             compiled = bind(program, self.model, pool, device)
             return compiled if target is not None else build_ahead(compiled)
 
     def bind(self, call: AssembledCall, options: Options | None = None) -> Compiled:
-        """Return what another engine compiled, perhaps under other options, with this engine's
-        parameters and memory; the models must be of the same structure, and nothing is traced."""
+        """Return another engine's call, perhaps under other options, bound to this engine's
+        parameters and memory; both models must have the same structure."""
         pool, device = self._find_memory(call.captured)
         with without_autocast():
             program = schedule(call, options or self.options, *target_of(device))
@@ -352,25 +352,25 @@ class Engine(EagerCalls):
         return self._pools[place], device
 
     def _open_device(self, leaves: list[Any]) -> tuple[torch.device, Device | None]:
-        """Return where a call runs; the second is None on a CPU."""
+        """Return the device of a call, and its driver, None on a CPU."""
         place = find_device(self.model, leaves)
         return place, open_device(place, self.options.backend)
 
-    # --- looking inside ---
+    # --- inspection ---
 
     def keyed_variants(self) -> list[tuple[Any, Variant]]:
-        """Return every capture with the signature of the calls that it serves."""
+        """Return every variant with the signature of the calls that it serves."""
         with self._lock:
             return [(key, v) for key, variants in self._variants.items() for v in variants]
 
     def variants(self) -> list[Compiled]:
-        """Return every compiled capture, in the order of their making within a kind of call."""
+        """Return every compiled capture, in order of creation within a kind of call."""
         with self._lock:
             return [v.compiled for variants in self._variants.values() for v in variants]
 
     def stats(self) -> dict[str, int]:
-        """Return counts since the last reset: captures, kernel builds, plans, chunk allocations;
-        those of parts that are optimized for it included."""
+        """Return counts since the last reset (captures, kernel builds, plans, chunk allocations),
+        summed with those of separately optimized parts."""
         compiled = self.variants()
         programs = [program for c in compiled for program in c.programs]
         pools = [pool.stats() for pool in self._pools.values()]
@@ -388,7 +388,7 @@ class Engine(EagerCalls):
         return {name: sum(x[name] for x in (found, *parts)) for name in found}
 
     def reserve(self, **dims: int) -> None:
-        """Map the largest shape's memory now: reserve(batch=8, seq=512). Raises InputError."""
+        """Map the memory of the largest shape now: reserve(batch=8, seq=512). Raises InputError."""
         for compiled in self.variants():
             program = compiled.program
             unknown = set(dims) - set(program.dims)

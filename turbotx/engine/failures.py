@@ -1,7 +1,7 @@
-"""Failures: an unexpected error is reported with the model, the stage and the node.
+"""Failures: report an unexpected error with the model, the stage and the node.
 
-In: whatever a stage of turbotx raised. Out: the same where it is turbotx's own error or the
-machine's (no memory); else a CompileError that has it as its cause::
+In: an exception from a stage. Out: the same exception if it is turbotx's own or the machine's (out
+of memory); otherwise a CompileError with it as the cause::
 
     CompileError: turbotx failed on Net in fuse_all (kernels/fusion/fuse.py:141) at softmax ...
       KeyError: 'dim'
@@ -23,7 +23,7 @@ from turbotx.errors import CaptureError, CompileError, TurbotxError
 from turbotx.ir.fx_nodes import place_of
 
 HERE = Path(__file__).parents[1]
-# Functions that only lead to a stage: the frame below them is the stage.
+# Functions that only call stages: the frame below them is the stage.
 _DRIVERS = {
     "compile_captured",
     "assemble_call",
@@ -44,7 +44,7 @@ _PASSED_ON = (TurbotxError, MemoryError, torch.OutOfMemoryError, OSError)
 
 @contextmanager
 def named_failures(model: str) -> Iterator[None]:
-    """Turn an unexpected error into a CompileError that says where in `model` it came from."""
+    """Convert an unexpected error to a CompileError that says where in `model` it occurred."""
     try:
         yield
     except _PASSED_ON:
@@ -53,8 +53,8 @@ def named_failures(model: str) -> Iterator[None]:
         raise _describe(model, error) from error
 
 
-def endless(model: str, rounds: int, outcomes: Outcomes) -> CaptureError:
-    """Return the error for a call that `rounds` programs did not answer."""
+def too_many_captures(model: str, rounds: int, outcomes: Outcomes) -> CaptureError:
+    """Return the error for a call that `rounds` programs in turn failed to serve."""
     if outcomes:
         return UndecidedError(f"{describe_last(outcomes)}, after {rounds} runs of other ways")
     return CaptureError(
@@ -86,13 +86,13 @@ def _frames(trace: TracebackType | None) -> Iterator[TracebackType]:
 
 
 def _own_path(frame: TracebackType) -> str:
-    """Return where in turbotx a frame's code is, "" elsewhere."""
+    """Return the path of a frame's code within turbotx, "" if it is elsewhere."""
     path = Path(frame.tb_frame.f_code.co_filename)
     return path.relative_to(HERE).as_posix() if path.is_relative_to(HERE) else ""
 
 
 def _node_of(frames: list[TracebackType]) -> str:
-    """Return the call of the model that the innermost function worked on."""
+    """Return " at NODE (SOURCE)" for the node that the innermost function worked on."""
     for frame in reversed(frames):
         for value in reversed(list(frame.tb_frame.f_locals.values())):
             if isinstance(value, fx.Node):

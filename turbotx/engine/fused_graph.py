@@ -1,7 +1,7 @@
 """The fused graph: the rewritten model as an ordinary torch.fx.GraphModule.
 
-In: a `Compiled`. Out: a GraphModule in which every region is one call of a submodule that holds
-its ATen ops; GEMMs and attention stand between them. It prints, draws and runs::
+In: a `Compiled`. Out: a GraphModule with one `call_module` per region, whose submodule holds the
+region's ATen ops, between GEMMs and attention. It prints, draws and runs::
 
     linear -> fused_add_gelu_1 -> linear -> fused_add_layer_norm_3 -> ...
 """
@@ -20,11 +20,10 @@ from turbotx.passes.extract import extract
 
 
 def make_fused_graph(compiled: Compiled) -> fx.GraphModule:
-    """Return the rewritten graph with one `call_module` a region.
+    """Return the rewritten graph with one `call_module` per region.
 
-    meta["rewritten"] of every other node is its name in the rewritten graph, where names of pieces
-    of regions and of calls may differ.
     Its forward takes the captured tensors in order and returns the output's leaves as a list.
+    meta["rewritten"] of every other node is the name that the node had before regions were grouped.
     """
     graph = compiled.captured.graph_module.graph
     builder = _Builder(compiled)
@@ -35,7 +34,7 @@ def make_fused_graph(compiled: Compiled) -> fx.GraphModule:
 
 
 class _Builder:
-    """`root` maps the paths that the new graph names to parameters and region submodules."""
+    """Builds the graph; `root` maps its targets to parameters and region submodules."""
 
     def __init__(self, compiled: Compiled) -> None:
         self.source = compiled.captured.graph_module
@@ -44,12 +43,12 @@ class _Builder:
         self.region_of = {n: f for f in compiled.fused for n in f.region.nodes}
         self.made: dict[fx.Node, fx.Node] = {}
         self.names: dict[str, int] = {}
-        # Placeholders keep their order whatever needs them first.
+        # Placeholders keep their order, whichever is needed first.
         for node in self.source.graph.find_nodes(op="placeholder"):
             self._copy(node)
 
     def ensure(self, node: fx.Node) -> None:
-        """Add `node`, or the region that it stands in, after everything that it needs."""
+        """Add `node`, or the region that contains it, after everything it needs."""
         if node in self.made:
             return
         fused = self.region_of.get(node)
@@ -97,5 +96,5 @@ def _drop_unused(graph: fx.Graph) -> None:
 
 
 def readable(graph: fx.Graph) -> str:
-    """Return a graph as text, one call a line, types left out."""
+    """Return a graph as text, one call per line, without types."""
     return re.sub(r"\[num_users=\d+\]", "", str(graph))

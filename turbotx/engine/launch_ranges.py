@@ -1,6 +1,6 @@
-"""Launch ranges: each launch of a call as a range in torch.profiler, where `launch_ranges` asks.
+"""Launch ranges: show each launch of a call as a range in torch.profiler (`launch_ranges=True`).
 
-In: a program. Out: a watch that opens a range before a launch and ends it behind; what the
+In: a program. Out: a watch that opens a range before each launch and closes it after. The
 profiler's table and trace then show::
 
     turbotx: BertModel  >  fused_add_layer_norm_0, linear_gelu_0, attention_0, ...
@@ -18,7 +18,7 @@ from turbotx.runtime.state import RunState
 
 
 class LaunchRanges:
-    """The ranges of one call. Launches run one by one under it, on a GPU without a CUDA graph."""
+    """The ranges of one call. Launches then run one by one; on a GPU, without a CUDA graph."""
 
     def __init__(self, program: Program) -> None:
         self._launches = program.executable.launches
@@ -30,6 +30,6 @@ class LaunchRanges:
         self._range.__enter__()
 
     def after(self, launch: int, state: RunState) -> None:
-        """End it."""
+        """Close the range."""
         assert self._range is not None
         self._range.__exit__(None, None, None)

@@ -1,7 +1,7 @@
-"""Logs: what a stage does, on standard error, where TURBOTX_LOGS asks for it.
+"""Logs: messages of each stage on standard error, enabled by TURBOTX_LOGS.
 
-In: `TURBOTX_LOGS=capture,memory`. Out: the loggers `turbotx.capture` and `turbotx.memory` at DEBUG
-with a handler of their own; all are ordinary loggers of Python's `logging` below `turbotx`::
+In: `TURBOTX_LOGS=capture,memory`. Out: the loggers `turbotx.capture` and `turbotx.memory` at DEBUG,
+each with a handler. All are ordinary `logging` loggers below `turbotx`::
 
     turbotx.memory: planned 32 buffers at batch 2, seq 16: 288.1 KiB
 """
@@ -23,18 +23,18 @@ TOPICS = {
     "build": "every shared object, compiled or found in the cache",
     "serving": "what the server does",
 }
-"""The names that TURBOTX_LOGS takes, beside `all`."""
+"""The names that TURBOTX_LOGS accepts, besides `all`."""
 
 
 def read_logs() -> None:
-    """Turn on what TURBOTX_LOGS names; raise OptionsError for a name that is none."""
+    """Enable the logs that TURBOTX_LOGS names; raise OptionsError for an unknown name."""
     show_logs(os.environ.get("TURBOTX_LOGS", ""))
 
 
 @functools.cache
 def show_logs(text: str) -> None:
-    """Turn on the logs that `text` names, separated by commas; once for each text. Raises
-    OptionsError for an unknown name."""
+    """Enable the logs that `text` names, separated by commas; once per text. Raises OptionsError
+    for an unknown name."""
     names = [part.strip() for part in text.split(",") if part.strip()]
     for name in names:
         if name not in TOPICS and name != "all":
@@ -46,4 +46,4 @@ def show_logs(text: str) -> None:
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.DEBUG)
-        logger.propagate = False  # a handler of the program's own would say it twice
+        logger.propagate = False  # a handler of the application would print it twice

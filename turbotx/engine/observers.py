@@ -1,7 +1,7 @@
-"""Observers: callbacks that see every call a process compiles, without an import by the engine.
+"""Observers: callbacks that see every call that the process compiles.
 
-In: functions of an engine, a captured call and its arguments, called before the passes change its
-graph. Out: what each of them returns is called with the compiled call::
+In: functions called with the engine, the captured call and its arguments before the passes change
+the graph. Out: each returns a function that is called with the compiled call::
 
     observers.append(lambda engine, captured, args, kwargs: print)
 """
@@ -14,14 +14,14 @@ from typing import Any
 Observer = Callable[..., Callable[[Any], object]]
 
 observers: list[Observer] = []
-"""In the order in which they are asked."""
+"""Called in this order."""
 
 
 def compile_observed(
     engine: Any, captured: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Return what the engine compiles a capture to; `observers` look at the call before, and at
-    what was made of it after."""
+    """Compile a capture; call the `observers` before, and the functions that they return after.
+    Returns the compiled call."""
     finishes = [begin(engine, captured, args, kwargs) for begin in observers]
     compiled = engine.compile(captured)
     for finish in finishes:

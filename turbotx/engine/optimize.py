@@ -1,7 +1,7 @@
 """`turbotx.optimize`: returns a faster equivalent of a module, a module class or a function.
 
-In: something that is called with tensors. Out: the same thing to its caller, captured at the
-first call of each kind (which arguments, dtypes, ranks, flags) for any sizes afterwards::
+In: a callable that takes tensors. Out: an equivalent callable, captured at the first call of each
+kind (which arguments, dtypes, ranks, flags) and valid for any sizes afterwards::
 
     fast = turbotx.optimize(model)
     fast(input_ids=ids, attention_mask=mask)
@@ -33,7 +33,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=nn.Module)
 _NOTHING: Any = inspect.Parameter.empty
-"""What `optimize` is given as a decorator with options; None is a mistake of the caller's."""
+"""Default of `target` when used as a decorator with options; an explicit None is an error."""
 
 
 def _optimize_function(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
@@ -63,10 +63,10 @@ def _optimize_function(function: Callable[..., Any], options: Options) -> Callab
 
 
 def engine_of(target: Any) -> Engine:
-    """Return the engine behind anything that `optimize` made, or made of anything it takes.
+    """Return the engine behind an object made by `optimize`, or make one for anything it accepts.
 
-    A plain module or function gets an engine of default options, which nothing else uses. Raises
-    InputError for a class, OptionsError for what `optimize` does not take.
+    A plain module or function gets a new engine with default options. Raises InputError for a
+    class, OptionsError for what `optimize` does not accept.
     """
     if inspect.isclass(target):
         raise InputError(f"an instance is needed, not a class: make one of {target.__name__} first")
@@ -87,10 +87,11 @@ def optimize(
 @overload
 def optimize(**options: Unpack[OptionArguments]) -> Callable[[F], F]: ...
 def optimize(target: Any = _NOTHING, /, *, in_place: bool = False, **options: Any) -> Any:
-    """Return `target` made faster: an nn.Module, an nn.Module class or a function of tensors.
+    """Return a faster equivalent of `target`: an nn.Module, an nn.Module class or a function of
+    tensors.
 
-    Also a decorator, bare or with options. Capture happens at the first call; any batch size and
-    sequence length is served by it afterwards. Outputs have the model's own structure and belong to
+    Also a decorator, with or without options. The model is captured at the first call; the capture
+    serves any batch size and sequence length. Outputs have the model's own structure and belong to
     the caller.
 
     Options, each described at `turbotx.options.Options`: backend, attention, planner, padding,
@@ -98,14 +99,14 @@ def optimize(target: Any = _NOTHING, /, *, in_place: bool = False, **options: An
     cuda_graphs, max_graphs, schedules; max_shapes, max_variants, max_arenas, max_cache_nbytes;
     launch_ranges.
 
-    A module becomes an object of a subclass of its own class, which shares its state: parameters,
-    attributes and hooks are the same in both, and methods such as `generate` go through turbotx
-    wherever they call the model; what they run in PyTorch is said by an EagerWarning, once a
-    reason, and counted in `stats()["eager_calls"]`. in_place: change the given module itself.
+    For a module, the result is an instance of a subclass of the module's class and shares its
+    state: parameters, attributes and hooks are the same in both. Methods such as `generate` run
+    through turbotx wherever they call the model. Whatever runs in eager PyTorch raises an
+    EagerWarning once per reason and is counted in `stats()["eager_calls"]`.
+    in_place: change the given module itself.
 
-    Raises OptionsError for an unknown option; the first call raises CaptureError where the model
-    cannot be traced, and any call raises TrainingError in training mode or where an input
-    requires grad.
+    Raises OptionsError for an unknown option. The first call raises CaptureError if the model
+    cannot be traced; any call raises TrainingError in training mode or if an input requires grad.
     """
     chosen = make_options(**options)
     if target is _NOTHING:
@@ -144,7 +145,7 @@ def _optimize_module(module: nn.Module, options: Options, in_place: bool) -> Any
 
 
 def _refuse_unknown_names(module: nn.Module, options: Options) -> None:
-    """Raise OptionsError for a pattern of `keep_float` that fits no module."""
+    """Raise OptionsError if a pattern of `keep_float` matches no module."""
     names = [name for name, _ in module.named_modules()] if options.quantize != "none" else []
     for pattern in options.keep_float if names else ():
         if pattern != HEAD and not any(fnmatchcase(name, pattern) for name in names):

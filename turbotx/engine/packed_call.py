@@ -1,8 +1,7 @@
-"""Packed call: sequences one behind the other, lists of them or nested tensors, without padding.
+"""Packed call: run concatenated sequences, lists of sequences or nested tensors without padding.
 
-In: an engine of padding="packed", and for each input of the model its rows by token. Out: the
-model's own output with (tokens, ...) in the place of (batch, seq, ...), or nested or listed as the
-inputs were::
+In: an engine with padding="packed", and each model input with one row per token. Out: the model's
+output with (tokens, ...) in place of (batch, seq, ...), or nested or a list like the inputs::
 
     fast.packed(input_ids=flat, lengths=[5, 500, 17]).last_hidden_state   # (522, 384)
 """
@@ -28,13 +27,12 @@ def call_packed(
     engine: Engine, lengths: Sequence[int] | torch.Tensor | None, longest: int | None,
     given: Mapping[str, Any],
 ) -> Any:  # fmt: skip
-    """Run a call whose inputs have a row a token: what each would have in the padded call whose
-    sequences are filled up on the right.
+    """Run a call whose inputs have one row per token, equivalent to the right-padded call.
 
-    lengths: of the sequences, for flat inputs (tokens, ...). longest: what none of them exceeds;
-    with it, lengths on a GPU are not waited for. Raises InputError where inputs do not
-    fit together, or the model looks at the last column, which a padded call fills up; PackError
-    where its graph does not keep tokens apart.
+    lengths: of the sequences, for flat inputs (tokens, ...).
+    longest: an upper bound of the lengths; with it, lengths on a GPU need no synchronization.
+    Raises InputError if inputs do not fit together, or if the model reads the last column, which is
+    padding in a padded call; PackError if its graph mixes tokens of different sequences.
     """
     if engine.options.padding != "packed":
         raise InputError('packed() is of a module that was made by optimize(padding="packed")')

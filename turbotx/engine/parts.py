@@ -1,7 +1,7 @@
-"""Parts: submodules that are optimized on their own: called by a method, or held by a wrapper.
+"""Parts: submodules that are called by methods other than forward, or held by a wrapper.
 
-In: a class and the names of an instance's submodules. Out: for each method the submodules that its
-code calls, and which replacing the model's own call does not reach::
+In: a class and the names of an instance's submodules. Out: for each method, the submodules that its
+code calls directly, past the model's own call::
 
     calls_of_parts(Autoencoder, model._modules)  ->  {"encode": ["encoder"]}
     path_to_model(sentence_transformer)          ->  ("0", "model")
@@ -21,12 +21,12 @@ from torch import nn
 from turbotx.capture.code import names_in
 
 RUNNING = ("generate", "encode", "decode", "predict", "embed", "score")
-"""Names of methods that compute: `set_adapter` of a part, in `set_adapter`, does not."""
+"""Prefixes of methods that compute; `set_adapter`, for example, does not."""
 
 
 def calls_of_parts(cls: type, names: Iterable[str]) -> dict[str, list[str]]:
-    """Return, by method, the submodules among `names` that the method calls: `self.encoder(x)`, or
-    `self.encoder.encode(x)` in `encode`, or `self.encoder.forward(x)`."""
+    """Return, per method, the submodules among `names` that it calls: `self.encoder(x)`,
+    `self.encoder.forward(x)`, or `self.encoder.encode(x)` in `encode`."""
     wanted = frozenset(names)
     found: dict[str, list[str]] = {}
     if not wanted:
@@ -45,11 +45,11 @@ def calls_of_parts(cls: type, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _called(method: types.FunctionType, name: str, wanted: frozenset[str]) -> list[str]:
-    """Return which attributes of its first argument the method's code calls."""
+    """Return the attributes of its first argument that the method's code calls."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, SyntaxError, TypeError):
-        return []  # typed in, or generated
+        return []  # no source: entered interactively or generated
     owner = method.__code__.co_varnames[:1]
     passed_on = {name, "forward"} if name.startswith(RUNNING) else {"forward"}
     found = []
@@ -68,8 +68,8 @@ def _called(method: types.FunctionType, name: str, wanted: frozenset[str]) -> li
 
 
 def path_to_model(module: nn.Module) -> tuple[str, ...]:
-    """Return the way to the one submodule with weights that a module without any is wrapped around,
-    through wrappers of wrappers; () where there is no such."""
+    """Return the path to the single submodule with weights inside a module that has none of its
+    own, also through nested wrappers; () if there is no such submodule."""
     path: tuple[str, ...] = ()
     while not module._parameters and not module._buffers:
         held = {n: m for n, m in module._modules.items() if m is not None}

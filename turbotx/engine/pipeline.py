@@ -57,7 +57,7 @@ from turbotx.program.assembly import Assembled, Assembly
 from turbotx.program.cache_stores import use_contiguous
 from turbotx.program.fold_norms import assemble_folded
 from turbotx.program.gemm_fallback import add_gemm_fallbacks
-from turbotx.program.steps import add_room_for_sums, find_steps
+from turbotx.program.steps import add_split_workspaces, find_steps
 from turbotx.runtime.cpu.runtime import CpuCode, CpuRuntime, build_for_cpu
 from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram, GraphCache
 from turbotx.runtime.cuda.dispatch import choose_ranges, make_tiles
@@ -74,18 +74,18 @@ log = logging.getLogger("turbotx.fusion")
 def compile_captured(
     captured: Captured, options: Options, target: str = "cpu", gpu: str = ""
 ) -> UnboundProgram:
-    """Compile a captured call for "cpu" or a GPU that need not be here, as "sm_90"; rewrites its
-    graph, once for all targets.
+    """Compile a captured call for "cpu" or a GPU such as "sm_90", which need not be present.
 
-    gpu: the device's name, for what was tuned on such. Raises TurbotxError for what the passes,
-    the checkers or the compiler refuse.
+    The captured graph is rewritten, once for all targets.
+    gpu: the device's name, used to look up tuned schedules. Raises TurbotxError for what the
+    passes, the checkers or the compiler refuse.
     """
     return schedule(assemble_call(captured, options, target), options, target, gpu)
 
 
 def jobs(program: UnboundProgram, dims: Sequence[int]) -> list[LaunchJob]:
-    """Return the kernels that a program's target launches at one shape, in the launches' order;
-    none on a CPU, whose code is built for every shape at once."""
+    """Return the GPU kernels that a program launches at one shape, in launch order; empty on a CPU,
+    whose code is built once for all shapes."""
     code = program.at(dims).code
     return list(code.at(dims)) if isinstance(code, LaunchKernels) else []
 
@@ -96,10 +96,10 @@ def jobs(program: UnboundProgram, dims: Sequence[int]) -> list[LaunchJob]:
 def rewrite(
     graph: fx.Graph, attention: str = "auto", quantization: Quantization | None = None
 ) -> None:
-    """Run the graph passes, each a file of `passes/`, in order.
+    """Run the graph passes in order; each is a file of `passes/`.
 
-    attention: the option of that name. `canonicalize` runs again where the next pass matches
-    one form only; 3 to 12 ms each for a model of two layers.
+    attention: the option of that name. `canonicalize` runs several times, since some passes match
+    only one canonical form; each run takes 3 to 12 ms for a model of two layers.
     """
     use_single_results(graph)
     drop_packed_sequences(graph)
@@ -126,17 +126,16 @@ def rewrite(
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What is kept with a graph that the passes have been over: its text from before, and the
-    options that they went by."""
+    """Stored with a rewritten graph: its text before the passes, and the options they used."""
 
     text: str
     options: dict[str, Any]
 
 
 def rewrite_once(captured: Captured, options: Options, target: str) -> str:
-    """Run the passes over a captured graph unless they have been; return its text from before.
+    """Rewrite a captured graph unless that is done; return its text from before the passes.
 
-    Raises InputError where they went by other options.
+    Raises InputError if it was rewritten with other options.
     """
     graph, meta = captured.graph_module.graph, captured.graph_module.meta
     names = ("attention", "quantize", *(("keep_float",) if options.quantize != "none" else ()))
@@ -162,9 +161,9 @@ def rewrite_once(captured: Captured, options: Options, target: str) -> str:
 
 
 def pack_once(captured: Captured, padding: str) -> Captured:
-    """Return a rewritten capture over tokens where `padding` is "packed", packed before or now.
+    """Return a capture over packed tokens if `padding` is "packed"; the graph is packed only once.
 
-    Raises PackError, InputError where the graph is of the other kind.
+    Raises PackError if it cannot be packed, InputError if it was packed and `padding` is not.
     """
     meta = captured.graph_module.meta
     if padding == "packed" and "packed" not in meta:
@@ -180,10 +179,10 @@ def pack_once(captured: Captured, padding: str) -> Captured:
 
 
 def quantize_rows_once(captured: Captured, options: Options, target: str) -> Captured:
-    """Return a rewritten capture whose int8 products read rows that kernels quantise, on a GPU: one
-    of its own, so that the graph stays as CPUs have it.
+    """Return a copy of a capture in which kernels quantise the rows that int8 products read, on a
+    GPU. The original graph stays as CPUs need it.
 
-    Raises OptionsError for options that leave such products to a library.
+    Raises OptionsError for options under which a library would compute these products.
     """
     if options.quantize == "none" or target == "cpu":
         return captured
@@ -203,10 +202,11 @@ def quantize_rows_once(captured: Captured, options: Options, target: str) -> Cap
 
 @dataclass(frozen=True)
 class GemmRoles:
-    """What GEMM launches do beside the product.
+    """What GEMM launches may do besides the product.
 
-    epilogues: what a region computes behind it. fallbacks: they can also be run by a library, with
-    kernels behind it. norms: they normalise what they read.
+    epilogues: compute the following region before storing.
+    fallbacks: each can also run as a library GEMM followed by kernels.
+    norms: normalise their input while reading it.
     """
 
     epilogues: bool
@@ -215,17 +215,17 @@ class GemmRoles:
 
     @classmethod
     def of(cls, options: Options, target: str) -> GemmRoles:
-        """Return what options allow on a target."""
+        """Return what the options allow on a target."""
         on_gpu = target != "cpu"
         generated = on_gpu and options.backend != "aten" and options.gemms != "cublas"
         epilogues = options.epilogues and (generated or not on_gpu)
-        # What normalises rows of int8 products quantises them too.
+        # The kernels that normalise rows of int8 products also quantise them.
         norms = generated and epilogues and options.norms != "store" and options.quantize == "none"
         return cls(epilogues, generated, norms)
 
 
 def assemble_call(captured: Captured, options: Options, target: str) -> AssembledCall:
-    """Return a captured call as launches, for CPUs or for GPUs: which one does not matter yet."""
+    """Return a captured call as launches, for CPUs or for GPUs; independent of the GPU model."""
     roles = GemmRoles.of(options, target)
     text = rewrite_once(captured, options, target)
     captured = quantize_rows_once(pack_once(captured, options.padding), options, target)
@@ -233,7 +233,7 @@ def assemble_call(captured: Captured, options: Options, target: str) -> Assemble
     check_rewritten(captured)
     hoisted = find_hoisted(graph)
     regions = check_regions(partition(graph, hoisted))
-    fused = tell_fused(fuse_all(graph, regions, hoisted))
+    fused = log_fused(fuse_all(graph, regions, hoisted))
     kinds = {n: kind_of(n, hoisted) for n in graph.nodes}
     epilogues = find_epilogues(fused, kinds) if roles.epilogues else {}
     folds = find_folds(fused, kinds, epilogues) if roles.norms else {}
@@ -245,27 +245,27 @@ def assemble_call(captured: Captured, options: Options, target: str) -> Assemble
     for program in programs if target != "cpu" or options.backend == "aten" else []:
         use_contiguous(program.assembly)
     for program in programs if target != "cpu" and options.backend != "aten" else []:
-        add_room_for_sums(program.assembly)
+        add_split_workspaces(program.assembly)
     check_programs([p.assembly for p in programs])
     return AssembledCall(captured, text, hoisted, tuple(programs), target != "cpu")
 
 
 def check_rewritten(captured: Captured) -> None:
-    """Raise a TurbotxError where a graph is not what the passes should have left."""
+    """Raise a TurbotxError if a graph violates the invariants that the passes establish."""
     require_known_sizes(captured.graph, captured.dims, captured.name)
     verify.check_graph(captured.graph)
     verify.check_inputs(captured.graph, captured.input_sizes)
 
 
 def check_regions(regions: list[Region]) -> list[Region]:
-    """Return regions; raise VerifyError where one is none."""
+    """Return the regions; raise VerifyError if one is invalid."""
     for region in regions:
         verify.check_region(region.nodes, region.outputs)
     return regions
 
 
-def tell_fused(fused: Sequence[FusedRegion]) -> Sequence[FusedRegion]:
-    """Return regions; log what each became."""
+def log_fused(fused: Sequence[FusedRegion]) -> Sequence[FusedRegion]:
+    """Return the regions; log what each became."""
     if log.isEnabledFor(logging.INFO):
         for f in fused:
             why = "; ".join(f.reasons + f.choices)
@@ -275,7 +275,7 @@ def tell_fused(fused: Sequence[FusedRegion]) -> Sequence[FusedRegion]:
 
 
 def check_programs(assemblies: Sequence[Assembly]) -> None:
-    """Raise VerifyError where a launch is wrong, or a kernel that one may take."""
+    """Raise VerifyError if a launch, or a kernel that it may run, is invalid."""
     kernels: dict[str, ir.Kernel] = {}
     for launch in chain.from_iterable(a.launches for a in assemblies):
         fallback = launch.fallback if isinstance(launch, ir.GemmLaunch) else None
@@ -292,9 +292,9 @@ def check_programs(assemblies: Sequence[Assembly]) -> None:
 
 
 def schedule(call: AssembledCall, options: Options, target: str, gpu: str = "") -> UnboundProgram:
-    """Return the program of a call for a target under options; it is not assembled again.
+    """Return the program of an assembled call for a target under options.
 
-    Raises InputError for a GPU where it was assembled for CPUs, and the other way round.
+    Raises InputError if the call was assembled for CPUs and the target is a GPU, or vice versa.
     """
     if call.for_gpus == (target == "cpu"):
         raise InputError(
@@ -317,7 +317,7 @@ def _specialize_for_gpu(
     call: AssembledCall, options: Options, target: str, gpu: str
 ) -> list[Specialization]:
     tiles, dims = make_tiles(options, target, gpu), call.captured.dims
-    # No library folds norms.
+    # Library GEMMs cannot fold norms.
     programs = call.programs[:1] if options.gemms == "cublas" else call.programs
     ranges = choose_ranges([p.assembly for p in programs], dims, tiles)
     example = call.captured.example_dims
@@ -337,10 +337,10 @@ def _specialize_for_gpu(
 def bind(
     program: UnboundProgram, model: nn.Module, pool: ChunkPool, device: Device | None = None
 ) -> Compiled:
-    """Return a program bound to `model`, which owns the parameters, to the memory of `pool` and to
-    a device, None for the CPU; kernels for it are loaded when `build_ahead` or a shape asks."""
+    """Bind a program to the parameters of `model`, the memory of `pool` and a device (None for the
+    CPU). GPU kernels are loaded by `build_ahead` or when a shape needs them."""
     options, captured = program.options, program.call.captured
-    graphs = GraphCache(options.max_graphs if options.cuda_graphs else 0)  # they count together
+    graphs = GraphCache(options.max_graphs if options.cuda_graphs else 0)  # one limit for all
     programs: list[Program] = []
     for made in program.specializations:
         weights = find_weights(captured, model, made.assembled.assembly)
@@ -367,7 +367,8 @@ def bind(
 
 
 def build_ahead(compiled: Compiled) -> Compiled:
-    """Build, on a GPU, what the shapes to expect need, all programs together; return the call."""
+    """On a GPU, build the kernels of the expected shapes for all programs together. Returns
+    `compiled`."""
     runtimes = [p.runtime for p in compiled.programs if isinstance(p.runtime, CudaRuntime)]
     if runtimes:
         build_expected(runtimes, compiled.captured.example_dims)
@@ -375,8 +376,8 @@ def build_ahead(compiled: Compiled) -> Compiled:
 
 
 def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> Weights:
-    """Return a program's weights: where its parameters are in the user's module, so that updates
-    are seen, lifted constants, and the calls that compute hoisted constants."""
+    """Return a program's weights: the places of its parameters in the user's module, so that
+    updates are seen; lifted constants; and the calls that compute hoisted constants."""
     nodes = {n.name: n for n in captured.graph_module.graph.nodes if n.op == "get_attr"}
     paths = captured.graph_module.meta["paths"]
     targets = {name: paths[node.target] for name, node in nodes.items()}
@@ -386,7 +387,7 @@ def find_weights(captured: Captured, model: nn.Module, assembly: Assembly) -> We
         else nn.Module()
     )
     kinds = {name: Kind.of(node.meta["val"]) for name, node in nodes.items()}
-    # Not named_buffers(): that leaves out a tensor's second name.
+    # Not named_buffers(): it omits the second name of a shared tensor.
     held = {**lifted._buffers, **lifted._parameters}
     constants = {name: tensor for name, tensor in held.items() if tensor is not None}
     copies: dict[str, Place] = {}

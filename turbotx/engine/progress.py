@@ -1,7 +1,7 @@
-"""Progress: shows the stage of a first call on a terminal, once it takes longer than two seconds.
+"""Progress: shows the stage of a first call on a terminal if it takes longer than two seconds.
 
-In: what comes next. Out: a line with a spinner on standard error that vanishes at the end; nothing
-where standard error is no terminal, or where the logger `turbotx` is silenced::
+In: the name of the next stage. Out: a line with a spinner on standard error, removed at the end.
+Nothing if standard error is not a terminal or the logger `turbotx` is silenced::
 
     with show_progress("capture BertModel") as step:
         ...
@@ -35,7 +35,7 @@ def hide_progress() -> Iterator[None]:
 
 @contextmanager
 def show_progress(first: str, after_s: float = AFTER_S) -> Iterator[Callable[[str], None]]:
-    """Show `first`, and then what the yielded function is given, while the block runs."""
+    """Show `first`, then each text passed to the yielded function, while the block runs."""
     if _hidden or not log.isEnabledFor(logging.WARNING) or not sys.stderr.isatty():
         yield lambda text: None
         return
@@ -51,14 +51,14 @@ def show_progress(first: str, after_s: float = AFTER_S) -> Iterator[Callable[[st
 
 
 class _Line:
-    """A line that a timer begins and the call ends, whichever comes first."""
+    """A line shown by a timer and removed when the call ends; either may come first."""
 
     def __init__(self, text: str) -> None:
         self._text, self._lock, self._ended = text, threading.Lock(), False
         self._status: Any = None
 
     def begin(self) -> None:
-        from rich.console import Console  # a tenth of a second that short calls need not wait
+        from rich.console import Console  # takes 0.1 s, which short calls do not need
 
         with self._lock:
             if not self._ended:

@@ -1,8 +1,8 @@
 """State guard: checks at every call whether the Python state that a capture read still holds.
 
-In: the record of a capture. Out: one native look at the dicts, lists and closures that the record
-came from; only where one was touched are its entries compared, and where those are equal, as after
-a repeated `model.eval()` or a counter that no capture has read, the guard is armed again::
+In: the record of a capture. Out: one native check of the versions of the dicts, lists and closures
+in the record. Only entries of changed containers are compared. If those are equal, as after a
+repeated `model.eval()` or a write to an attribute that no capture read, the guard is rearmed::
 
     guard.holds()  ->  False;  str(guard.difference())  ->  "encoder.scale was 1.0, is 5.0"
 """
@@ -25,10 +25,11 @@ from turbotx.runtime.tensor_watch import Watch, make_watch
 
 
 class StateGuard:
-    """One capture's record, with a watch over it; thread-safe."""
+    """One capture's record and the watch over it; thread-safe."""
 
     def __init__(self, record: StateRecord, library: Future[ctypes.CDLL | None]) -> None:
-        """library: where the native look comes from; until it is there, every call compares."""
+        """library: the native runtime, perhaps still being built; until then every call compares
+        all."""
         self._record = record
         self._library: Future[ctypes.CDLL | None] | None = library
         self._lock = threading.RLock()
@@ -39,14 +40,14 @@ class StateGuard:
         self._users: list[list[int]] = []
         self._tensors: Watch | None = None
         self._with_tensors: list[int] = []
-        # Sets have no version, and are seldom: each with what was in it.
+        # Sets have no version; they are rare, so each is kept with a copy to compare with.
         self._sets: tuple[list[set[Any]], list[set[Any]]] = ([], [])
         self._with_sets: list[int] = []
         self._arm()
-        self._failed = record.differing(self._everything)  # what changed before it was watched
+        self._failed = record.differing(self._everything)  # changes made before the watch started
 
     def holds(self) -> bool:
-        """Return whether all that the trace read is as it was."""
+        """Return whether everything that the trace read is unchanged."""
         watch = self._watch
         if watch is not None and not self._compared and watch.first_touched(0) < 0:
             tensors = self._tensors
@@ -57,16 +58,16 @@ class StateGuard:
             return self._compare()
 
     def is_untouched(self) -> bool:
-        """Return whether no container was touched since it was last looked at; False where what a
-        call writes is read as well, so that `accept_own` is not to be asked."""
+        """Return whether no watched container was written since the last check. False if a call
+        writes state that is also read, so that `accept_own` must not be used."""
         watch = self._watch
         return (
             watch is not None and not self._record.changed_by_calls and watch.first_touched(0) < 0
         )
 
     def accept_own(self) -> None:
-        """Take what was touched since `is_untouched` for what the call itself wrote, which the
-        trace never read."""
+        """Accept writes since `is_untouched` as the call's own; the trace never read what they
+        changed."""
         with self._lock:
             watch = self._watch
             i = -1 if watch is None else watch.first_touched(0)
@@ -75,7 +76,7 @@ class StateGuard:
                 i = watch.first_touched(i + 1)
 
     def difference(self) -> Difference | None:
-        """Return what `holds` found to differ."""
+        """Return the difference that `holds` found, or None."""
         failed = self._failed
         return None if failed is None else self._record.difference(failed)
 
@@ -96,30 +97,31 @@ class StateGuard:
         return self._compare_touched(self._watch)
 
     def _compare_touched(self, watch: DictWatch) -> bool:
-        """Compare what lies in the containers that were touched; go on with them where it holds."""
+        """Compare the entries of the written containers; accept the new versions if they are
+        equal."""
         accepted: list[Callable[[], None]] = []
         renewed = False
         i = watch.first_touched(0)
         while i >= 0:
-            accept = watch.accept(i)  # before it is read: what changes from now on is seen
+            accept = watch.accept(i)  # taken before reading, so that later writes are detected
             self._failed = self._record.differing(self._users[i])
             if self._failed is not None:
                 return False
             renewed |= not all(map(self._record.look_again, self._users[i]))
             accepted.append(accept)
             i = watch.first_touched(i + 1)
-        if renewed:  # an equal container lies where another one was
+        if renewed:  # a container was replaced by an equal one
             self._arm()
             self._failed = self._record.differing(self._everything)
             return self._failed is None
         for accept in accepted:
             accept()
         if self._tensors is not None and self._tensors.changed():
-            self._arm()  # what a parameter holds is no part of the record
+            self._arm()  # the tensor a parameter holds is not part of the record
         return True
 
     def _arm(self) -> None:
-        """Watch the containers as they are."""
+        """Start watching the containers in their current state."""
         library = self._library
         if library is None or not library.done():
             return

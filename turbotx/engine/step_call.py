@@ -1,8 +1,8 @@
-"""Step call: a decoder's call with a key/value cache becomes one of plain tensors, and is run.
+"""Step call: converts a decoder's call with a key/value cache to plain tensors, and runs it.
 
 In: a call's arguments by name, and its cache, a DynamicCache or an EncoderDecoderCache of two. Out:
-the model's output with that cache in it, one step longer; programs compiled here and loaded ones
-are run by this::
+the model's output with that cache in it, one step longer. Both freshly compiled and loaded programs
+are run through this class::
 
     steps.run({"input_ids": ids, "use_cache": True}, cache)
 """
@@ -23,10 +23,12 @@ from turbotx.runtime.cache_memory import CacheBudget, CacheMemory, LayerShape
 
 
 class StepCalls:
-    """Runs calls with a cache; what runs one of plain tensors is a subclass's.
+    """Runs calls with a cache; subclasses run the call of plain tensors.
 
-    name: the model's class. shapes: of what its layers write to the cache. budget: of its caches.
-    in_blocks: whether programs read caches in blocks; known with `shapes`.
+    name: the model's class.
+    shapes: of the keys and values that its layers write.
+    budget: the memory limit of its caches.
+    in_blocks: whether programs read caches through block tables; known once `shapes` is.
     """
 
     name: str
@@ -36,19 +38,19 @@ class StepCalls:
     in_blocks = False
 
     def run_plain(self, call: Mapping[str, Any], cache: Any) -> Any:
-        """Run a call of `capture.cached_call`; return the model's output, with `cache` where that
-        has the word CACHE, and the keys and values that cross attention made."""
+        """Run a call of `capture.cached_call`. Returns the model's output, with `cache` where it
+        has the placeholder CACHE, and the keys and values computed for cross attention."""
         raise NotImplementedError
 
     def find_dtype(self, call: Mapping[str, Any]) -> torch.dtype:
-        """Return the dtype of what layers write in a call; `shapes` are known from then on."""
+        """Return the dtype of the keys and values that layers write in a call; sets `shapes`."""
         raise NotImplementedError
 
     def run(self, given: dict[str, Any], cache: Any) -> Any:
-        """Return the model's output for a call, and leave its keys and values in the cache.
+        """Return the model's output for a call; its keys and values are added to the cache.
 
-        given: the arguments by name, less the cache. Raises InputError for a cache of another kind,
-        CacheFullError where it would take too much memory.
+        given: the arguments by name, without the cache. Raises InputError for an unsupported cache,
+        CacheFullError if it would exceed the memory limit.
         """
         call, memory, count = self._prepare(given, cache)
         with memory.owned():
@@ -78,10 +80,10 @@ class StepCalls:
     def _prepare(
         self, given: dict[str, Any], cache: Any
     ) -> tuple[dict[str, Any], CacheMemory, int]:
-        """Return a call less `kv_memory` and `kv_table`, the memory of its cache, and how many
-        tokens it brings.
+        """Return a call without `kv_memory` and `kv_table`, the memory of its cache, and the number
+        of new tokens.
 
-        The cache's layers are turbotx's from then on.
+        Replaces the cache's layers by turbotx's.
         """
         refuse_cache(cache)
         kind = _kind_of(cache)
@@ -99,7 +101,7 @@ class StepCalls:
         return call, memory, count
 
     def _cross_memory(self, cache: Any, batch: int) -> torch.Tensor:
-        """Return cross attention's keys and values as one tensor: (2 x layers, batch, heads,
+        """Return the keys and values of cross attention as one tensor, (2 x layers, batch, heads,
         source, width)."""
         layers = cache.cross_attention_cache.layers
         made = [part for layer in layers for part in (layer.keys, layer.values)]
@@ -109,7 +111,7 @@ class StepCalls:
         return tensor.view(2 * len(layers), batch, shape.heads, source, shape.key_width)
 
     def _fill_cross(self, cache: Any, made: list[torch.Tensor]) -> None:
-        """Keep what the first step has made of the encoder's outputs."""
+        """Store the cross-attention keys and values that the first step computed."""
         memory = self._adopt_cross(cache, made)
         for k in range(len(made) // 2):
             memory.put(k, made[2 * k], made[2 * k + 1])
@@ -127,7 +129,7 @@ class StepCalls:
 
 
 def _kind_of(cache: Any) -> str:
-    """Return which of `cached_call.KINDS` a call with this cache is."""
+    """Return the kind, one of `cached_call.KINDS`, of a call with this cache."""
     updated = getattr(cache, "is_updated", None)
     if updated is None:
         return "decoder"
@@ -141,7 +143,8 @@ def _kind_of(cache: Any) -> str:
 
 
 def _with_encoded(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments with an encoder's outputs as the one tensor that they hold."""
+    """Return the arguments with `encoder_outputs` replaced by its only tensor, if it has just
+    one."""
     call = dict(given)
     outputs = call.get("encoder_outputs")
     if outputs is not None:
@@ -153,7 +156,7 @@ def _with_encoded(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def count_batch(call: Mapping[str, Any]) -> int:
-    """Return the batch of a call of plain tensors."""
+    """Return the batch size of a call of plain tensors."""
     prefix = "" if call["kv_kind"] == "decoder" else "decoder_"
     names = (f"{prefix}input_ids", f"{prefix}inputs_embeds")
     return next(int(call[n].shape[0]) for n in names if call.get(n) is not None)

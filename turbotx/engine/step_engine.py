@@ -1,7 +1,7 @@
-"""Step engine: captures and runs a decoder's calls with a key/value cache, of any length.
+"""Step engine: captures and runs a decoder's calls with a key/value cache of any length.
 
-In: a call of `capture.cached_call`, whose cache is plain tensors, which `StepCalls` makes of one
-with a cache. Out: the model's output; a new length is neither captured, solved nor planned for::
+In: a call of `capture.cached_call`, in which `StepCalls` has replaced the cache by plain tensors.
+Out: the model's output. A new length needs no capture, no solving of sizes and no planning::
 
     StepEngine(gpt2, Options(), CacheBudget()).run({"input_ids": ids}, DynamicCache())
 """
@@ -38,9 +38,9 @@ from turbotx.runtime.program import Program
 
 
 class StepEngine(StepCalls, Engine):
-    """Captures, compiles and runs calls with a cache; `shapes` are known once one was captured."""
+    """Captures, compiles and runs calls with a cache; `shapes` is known after the first capture."""
 
-    settles = False  # an example's values decide nothing
+    settles = False  # values of the example tensors decide nothing
 
     def __init__(self, model: nn.Module, options: Options, budget: CacheBudget) -> None:
         cls = type(type(model).__name__, (CachedCall,), {})  # messages name the user's class
@@ -51,13 +51,13 @@ class StepEngine(StepCalls, Engine):
         self._dtype, self.device = weights.dtype, weights.device
 
     def reset(self) -> None:
-        """Forget every capture, and what served the latest steps."""
+        """Drop every capture and the record of the latest steps."""
         super().reset()
         self._known: dict[Any, tuple[Variant, tuple[int, ...]]] = {}
-        """By kind of call, whatever its sizes: what served the latest, and which of its dims grow
-        with every step."""
+        """By kind of call, ignoring sizes: the latest variant, and which of its dims grow at every
+        step."""
         self._dtypes: dict[Ambient, torch.dtype] = {}
-        """What layers write, which autocast changes."""
+        """The dtype of keys and values, which autocast can change."""
 
     def _forget(self, variant: Variant, error: ModelChangedError) -> None:
         super()._forget(variant, error)
@@ -70,8 +70,7 @@ class StepEngine(StepCalls, Engine):
     def check(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], outcomes: Outcomes = ()
     ) -> tuple[Variant, Program, Binding, list[torch.Tensor]]:
-        """Return what serves a call, and its tensors, as `Engine.check`; a new length of the cache
-        is neither solved nor planned for."""
+        """As `Engine.check`; a new cache length needs no solving of sizes and no planning."""
         ambient = read_decisive()
         if self._asked:
             ambient += read_asked(self._asked)
@@ -93,19 +92,19 @@ class StepEngine(StepCalls, Engine):
         return found
 
     def find_stepping(self, variant: Variant) -> tuple[int, ...]:
-        """Return the dims of a capture, by place, that grow with every step."""
+        """Return the indices of a capture's dims that grow at every step."""
         captured = variant.compiled.captured
-        # Where the mask must be as long as the cache, their dim has the mask's name.
+        # If the mask must be as long as the cache, their common dim has the mask's name.
         size = captured.input_sizes[captured.input_names.index("kv_length")][0]
         length = evaluate(size, dict(zip(captured.dims, captured.example_dims, strict=True)))
         return tuple(k for k, n in enumerate(captured.example_dims) if n == length)
 
     @property
     def _turbotx_engine(self) -> StepEngine:
-        return self  # as a part of another engine
+        return self  # `parts` of an engine are expected to have one
 
     def run(self, given: dict[str, Any], cache: Any) -> Any:
-        """Run a call as `StepCalls`, anew where the parameters are of another dtype now."""
+        """Run a call as `StepCalls`; retry if the dtype of the parameters has changed."""
         try:
             return super().run(given, cache)
         except _OtherDtypeError:
@@ -113,15 +112,15 @@ class StepEngine(StepCalls, Engine):
             return super().run(given, cache)
 
     def run_plain(self, call: Mapping[str, Any], cache: Any) -> Any:
-        """Run the program of a call of plain tensors, captured now if there is none yet."""
+        """Run the program of a call of plain tensors; capture it if there is none yet."""
         variant, outputs = self.run_flat((), dict(call))
         leaves = [cache if type(x) is str and x == CACHE else x for x in outputs]
         return variant.build_output(leaves)
 
     def find_dtype(self, call: Mapping[str, Any]) -> torch.dtype:
-        """Return what layers write; a first call is captured over memory of any size: the graph
-        tells which size and dtype it takes. Raises CaptureError where that depends on the cache's
-        own dtype."""
+        """Return the dtype of the keys and values. The first call is captured over memory of
+        arbitrary size; its graph tells the size and dtype needed. Raises CaptureError if the dtype
+        depends on that of the cache."""
         known = self._dtypes.get(read_decisive())
         if known is not None and self.shapes:
             return known
@@ -150,7 +149,7 @@ class StepEngine(StepCalls, Engine):
     def make(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
     ) -> Compiled:
-        """Capture and compile; observers look at the example's call, over memory of its own."""
+        """Capture and compile; observers get the example call, over memory of its own."""
         with show_progress(f"capture {self.name} with a cache") as step:
             captured = self.capture(args, kwargs, outcomes)
             step(f"compile {self.name} with a cache")
@@ -166,8 +165,8 @@ class StepEngine(StepCalls, Engine):
     def capture(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = ()
     ) -> Captured:
-        """Return a call of an example's sizes as a graph; note what it writes to the cache. Raises
-        CaptureError where layers write no keys and values, several dtypes, or other shapes than
+        """Capture a call at the example sizes, and record the shapes it writes to the cache. Raises
+        CaptureError if layers write no keys and values, several dtypes, or other shapes than
         before."""
         captured = super().capture(args, make_example(kwargs), outcomes)
         nodes = find_appends(captured.graph_module.graph)
@@ -204,7 +203,7 @@ class StepEngine(StepCalls, Engine):
 
 
 class _OtherDtypeError(CaptureError):
-    """Keys and values are of another dtype than the memory that a call was traced with."""
+    """Keys and values have another dtype than the memory that the call was traced with."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(f"the model writes keys and values of {dtype}")

@@ -1,7 +1,7 @@
-"""Step example: the example sizes at which a call with a cache is traced.
+"""Step example: the sizes at which a call with a cache is traced.
 
-In: a call of `capture.cached_call`. Out: the same call with tensors of coprime sizes that are no
-usual number of anything, so that no size is taken for 1, for none, or for another::
+In: a call of `capture.cached_call`. Out: the same call with tensors of unusual, mostly coprime
+sizes, so that no size is mistaken for 1, for 0 or for another::
 
     make_example({"input_ids": (1, 1), "kv_length": (33, 0), ...})  ->  input_ids (2, 3), (7, 0)
 """
@@ -22,9 +22,10 @@ SIZES = {
     "memory": 13,
     "columns": 17,
 }
-"""length: of the cache with the new tokens. memory: elements a position. columns: of its table."""
+"""length: the cache with the new tokens. memory: elements per position. columns: of the block
+table."""
 KEPT = "logits_to_keep"
-"""The argument that says for how many of the last new tokens there are to be logits."""
+"""The argument that says for how many of the last new tokens logits are computed."""
 
 _TOKENS = ("batch", "query", None)
 _SEEN = ("batch", "length")
@@ -44,9 +45,9 @@ _DECODER = {
 
 
 def make_example(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments with every tensor that has a known role at the sizes of SIZES.
+    """Resize every tensor with a known role to the sizes of SIZES.
 
-    Others stay as they are: the capture then serves their sizes as it does without a cache.
+    Other tensors are unchanged: the capture serves their sizes as it does without a cache.
     """
     alone = call["kv_kind"] == "decoder"
     roles: dict[str, tuple[str | None, ...]] = dict(_OWN)
@@ -57,7 +58,7 @@ def make_example(call: Mapping[str, Any]) -> dict[str, Any]:
         roles |= {"input_ids": _ENCODED, "attention_mask": ("batch", "source")}
         roles |= {"inputs_embeds": _ENCODED, "cache_position": ("query",)}
     kept = call.get(KEPT)
-    more = max(0, kept - 1) if isinstance(kept, int) else 0  # no fewer tokens than are kept
+    more = max(0, kept - 1) if isinstance(kept, int) else 0  # at least as many tokens as are kept
     sizes = {k: n + more * (k in ("query", "length", "capacity")) for k, n in SIZES.items()}
     made = {}
     for name, value in call.items():
@@ -73,7 +74,7 @@ def make_example(call: Mapping[str, Any]) -> dict[str, Any]:
 def _resize(
     tensor: torch.Tensor, dims: tuple[str | None, ...], sizes: Mapping[str, int]
 ) -> torch.Tensor:
-    """Repeat or cut the dims that have a role; one more or less than that many dims is fine."""
+    """Repeat or cut the dims that have a role; `tensor` may have more or fewer dims than `dims`."""
     for d, role in enumerate(dims[: tensor.dim()]):
         if role is not None and tensor.shape[d] > 0:
             places = torch.arange(sizes[role], device=tensor.device) % tensor.shape[d]

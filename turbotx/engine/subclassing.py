@@ -1,7 +1,7 @@
-"""Subclassing: a generated subclass of a model's class, for one object or for a whole class.
+"""Subclassing: generate a subclass of a model's class, for one object or for a whole class.
 
-In: a module, in place or not, or a module class. Out: an object that shares the module's state and
-runs through turbotx, or a subclass whose instances do::
+In: a module (optionally in place) or a module class. Out: an object that shares the module's state
+and runs through turbotx, or a subclass whose instances do::
 
     make_twin(bert, Options())  ->  a BertModel, as OptimizedModule
 """
@@ -30,31 +30,32 @@ from turbotx.errors import TrainingError
 from turbotx.options import Options
 
 OWN_NAMES = ("stats", "reserve", "refresh", "packed", "graph")
-"""What turbotx adds; where the model's class has something of that name, the model's stays."""
+"""Names that turbotx adds; if the model's class defines one of them, the model's stays."""
 
 
 def make_twin(model: nn.Module, options: Options) -> Any:
-    """Return another object with the state of `model`, through turbotx; `model` stays as it was."""
+    """Return another object with the state of `model` that runs through turbotx; `model` is
+    unchanged."""
     made = _make_class(model, model, options, in_place=False)
     twin: Any = object.__new__(made)
     object.__setattr__(twin, "__dict__", model.__dict__)
-    weakref.finalize(twin, _let_go, made).atexit = False
+    weakref.finalize(twin, _drop_engine, made).atexit = False
     return twin
 
 
 def optimize_in_place(model: nn.Module, options: Options) -> Any:
-    """Return `model` itself, whose calls run through turbotx from now on."""
+    """Make the calls of `model` run through turbotx from now on; return `model`."""
     if isinstance(model, OptimizedModule) and "_turbotx_in_place" in vars(type(model)):
         type(model)._turbotx_engine = _make_engine(model._turbotx_engine.model, options)
         return model
     made = _make_class(model, _view(model, type(model)), options, in_place=True)
     model.__class__ = made
-    weakref.finalize(model, _let_go, made).atexit = False
+    weakref.finalize(model, _drop_engine, made).atexit = False
     return model
 
 
 def optimize_class(cls: type[nn.Module], options: Options) -> type[nn.Module]:
-    """Return a subclass whose instances' calls run through turbotx; they are made as before."""
+    """Return a subclass whose instances run through turbotx; they are constructed as before."""
 
     def engine_of_instance(self: Any) -> Engine | None:
         found = self.__dict__.get("_turbotx_own_engine")
@@ -84,7 +85,7 @@ def optimize_class(cls: type[nn.Module], options: Options) -> type[nn.Module]:
 
 
 def renew_engine(instance: Any, options: Options) -> Any:
-    """Return an instance of a subclass of a decorated class itself, with those options from now."""
+    """Give an instance of a subclass of a decorated class an engine with new options; return it."""
     own = instance._turbotx_engine
     renewed = instance.__dict__["_turbotx_own_engine"] = _make_engine(own.model, options)
     renewed.calls_forward = own.calls_forward
@@ -115,8 +116,8 @@ def _make_engine(plain: nn.Module, options: Options) -> Engine:
 
 
 def _make_class(model: nn.Module, plain: nn.Module, options: Options, in_place: bool) -> type:
-    """Return a subclass of the class of `model` for one object: it holds that object's engine,
-    which runs `plain`, the same state as an object of the model's own class."""
+    """Return a subclass of the class of `model` for one object. It holds that object's engine,
+    which runs `plain`: the same state as an instance of the model's original class."""
 
     def again(copied: nn.Module, self: Any) -> Any:
         return _optimized_again(copied, self._turbotx_engine.options, in_place)
@@ -126,7 +127,7 @@ def _make_class(model: nn.Module, plain: nn.Module, options: Options, in_place: 
         return _optimized_again, (engine.model, engine.options, in_place)
 
     body: dict[str, Any] = {
-        # No function here may hold the engine: a class is freed late, and the engine at once.
+        # Functions here must not hold the engine: a class is freed late, the engine immediately.
         "_turbotx_engine": _make_engine(plain, options),
         "__repr__": lambda self: f"turbotx.optimize({self._turbotx_engine.model!r})",
         "__copy__": lambda self: again(copy.copy(self._turbotx_engine.model), self),
@@ -141,12 +142,15 @@ def _make_class(model: nn.Module, plain: nn.Module, options: Options, in_place: 
 
 
 def _new_class(cls: Any, body: dict[str, Any], names: Any) -> Any:
-    """Return the subclass; `names`: what instances have that no class knows of, submodules too."""
+    """Return the subclass.
+
+    names: attributes of the instance that its class does not have, submodules included.
+    """
     for name in OWN_NAMES:
         if hasattr(cls, name):
             body[name] = inspect.getattr_static(cls, name)
     for name, parts in calls_of_parts(cls, names).items():
-        body[name] = _telling(getattr(cls, name), name, parts)
+        body[name] = _warning_method(getattr(cls, name), name, parts)
     if hasattr(cls, "get_encoder"):
         body["get_encoder"] = _optimized_part(cls.get_encoder)
     body["forward"] = functools.wraps(cls.forward)(_copy_of(OptimizedModule.forward))
@@ -165,19 +169,20 @@ def _copy_of(function: Any) -> Any:
 
 
 def _names_of(model: nn.Module) -> dict[str, Any]:
-    """Return what `nn.Module.__getattr__` would find, less what lies in the instance itself."""
+    """Return what `nn.Module.__getattr__` would find beyond the instance's `__dict__`."""
     return {**model._parameters, **model._buffers, **model._modules}
 
 
 def _view(model: nn.Module, cls: type) -> nn.Module:
-    """Return another object of the same state, of that class."""
+    """Return another object of class `cls` with the same state."""
     made: nn.Module = object.__new__(cls)
     object.__setattr__(made, "__dict__", model.__dict__)
     return made
 
 
-def _let_go(made: Any) -> None:
-    """Free a class's engine with its object: classes are in circles, and would keep it for long."""
+def _drop_engine(made: Any) -> None:
+    """Free a class's engine together with its object: classes are in reference cycles, and would
+    keep it alive until garbage collection."""
     made._turbotx_engine = None
 
 
@@ -204,8 +209,8 @@ def _is_importable(cls: type) -> bool:
 # --- methods ---
 
 
-def _telling(method: Any, name: str, parts: list[str]) -> Any:
-    """Return a method that says once which submodules it runs by itself, past turbotx."""
+def _warning_method(method: Any, name: str, parts: list[str]) -> Any:
+    """Return a method that warns once about the submodules that it runs in eager PyTorch."""
 
     @functools.wraps(method)
     def told(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -223,8 +228,8 @@ def _telling(method: Any, name: str, parts: list[str]) -> Any:
 
 
 def _optimized_part(method: Any) -> Any:
-    """Return `get_encoder` of transformers' models, by which `generate` runs the encoder, with that
-    encoder optimized."""
+    """Wrap `get_encoder` of transformers' models, through which `generate` runs the encoder, to
+    return an optimized encoder."""
 
     @functools.wraps(method)
     def get(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -248,10 +253,11 @@ def _optimized_part(method: Any) -> Any:
 def _run_around(
     self: Any, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[bool, Any]:
-    """Run a wrapper whose call was refused in PyTorch, around its model through turbotx.
+    """Run a refused call of a wrapper in PyTorch, with the model inside it through turbotx.
 
-    That is for calls whose tensors all come inside of something, as the features that a
-    SentenceTransformer passes from part to part and writes to. Returns whether it was one.
+    This serves calls whose tensors are all inside containers, such as the features dict that a
+    SentenceTransformer passes from part to part and writes to. Returns whether it applied, and the
+    output.
     """
     engine = self._turbotx_engine
     if isinstance(error, TrainingError) or any(
@@ -271,7 +277,7 @@ def _run_around(
     try:
         return True, (view.forward if engine.calls_forward else view)(*args, **kwargs)
     finally:
-        for module, seen in views:  # what the call has set
+        for module, seen in views:  # attributes that the call has set
             module.__dict__.update({k: v for k, v in seen.__dict__.items() if k != "_modules"})
 
 
@@ -279,7 +285,7 @@ def _view_around(
     module: nn.Module, path: tuple[str, ...], part: nn.Module,
     views: list[tuple[nn.Module, nn.Module]],
 ) -> nn.Module:  # fmt: skip
-    """Return an object like `module` with `part` in the place of what the path leads to."""
+    """Return an object like `module` with `part` in place of the submodule at `path`."""
     name, *rest = path
     child = module._modules[name]
     inside = _view_around(cast(nn.Module, child), tuple(rest), part, views) if rest else part

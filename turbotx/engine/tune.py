@@ -1,11 +1,11 @@
 """Tune: times candidate schedules of a program's kernels on its device with a call's own data.
 
-In: a GPU program, tensors, a timer. Out: for each kernel and length the fastest schedule found, and
-what it gains::
+In: a GPU program, tensors, a timer. Out: for each kernel and length, the fastest schedule found and
+its time::
 
     tune_program(program, dims, tensors, time_launches)  ->  [TuningResult("fused_add_0", ...)]
 
-Where norms can be folded there are two programs, which are timed as wholes (`tune_norms`).
+If norms can be folded there are two programs, which are timed as a whole (`tune_norms`).
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from turbotx.runtime.cuda.variants import SequenceFamily
 from turbotx.runtime.cuda.weight_copies import WeightCopies
 from turbotx.runtime.device import Device
 
-# Launches inside the graph that is timed, at least, and replays of it.
+# Minimum number of launches in the timed graph, and number of its replays.
 REPEAT, REPLAYS = 50, 5
 
 
 @dataclass(frozen=True)
 class TuningResult:
-    """One kernel at one length: the schedule it had and the fastest, in microseconds a launch.
+    """One kernel at one length: its previous and its fastest schedule, in microseconds per launch.
 
-    bucket: the lengths that the schedule is kept for. A GEMM's schedule may be "cublas", and its
-    length is the number of tokens. Of norms it is "folded" or "stored", and times are of all
-    launches.
+    length: of the kernel's rows; for a GEMM, the number of tokens.
+    bucket: the lengths for which the schedule is kept. A GEMM's schedule may be "cublas". For norms
+    it is "folded" or "stored", and times are of all launches.
     """
 
     kernel: str
@@ -60,7 +60,8 @@ Timer = Callable[[Device, Callable[[], None], int], float]
 
 
 def time_launches(device: Device, launch: Callable[[], None], repeat: int = REPEAT) -> float:
-    """Microseconds of one launch among `repeat` in a CUDA graph: the least of several replays."""
+    """Return microseconds per launch of `repeat` launches in a CUDA graph: the minimum of several
+    replays."""
 
     def body() -> None:
         for _ in range(repeat):
@@ -79,7 +80,7 @@ def time_launches(device: Device, launch: Callable[[], None], repeat: int = REPE
 
 @dataclass(frozen=True)
 class _Tunable:
-    """A family of kernels, a launch that takes it, and where its search begins."""
+    """A family of kernels, a launch that uses it, and the start of the search."""
 
     family: Any
     launch: int
@@ -98,13 +99,14 @@ def tune_program(
     program: CudaGraphProgram, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
     timer: Timer = time_launches,
 ) -> list[TuningResult]:  # fmt: skip
-    """Time every kernel and GEMM of a program at one shape; no other thread may run it."""
+    """Time every kernel and GEMM of a program at one shape; no other thread may run it
+    meanwhile."""
     runtime, binding = program.runtime, program.bind(dims)
     assert isinstance(runtime, CudaRuntime)
     tunables: dict[tuple[str, str], _Tunable] = {}
     for i, family in runtime.families.items():
         if isinstance(family, (SequenceFamily, StoreFamily)):
-            continue  # one pass over few bytes
+            continue  # a single pass over few bytes: nothing to tune
         one = _Tunable(family, i, *family.chosen(binding.sizes))
         if one.key[0]:
             tunables.setdefault(one.key, one)
@@ -121,7 +123,7 @@ def tune_program(
 def _tune_one(
     runtime: CudaRuntime, binding: Binding, tunable: _Tunable, copies: WeightCopies, timer: Timer
 ) -> TuningResult:
-    """Search one family's schedules, on weights that come from memory."""
+    """Search one family's schedules, with weights that are not in the cache."""
     family = tunable.family
 
     def measure(schedules: Sequence[Any]) -> list[float]:
@@ -137,7 +139,7 @@ def _tune_one(
 
 
 def _build(runtime: CudaRuntime, candidates: Iterable[Sequence[Part]]) -> None:
-    """Build and load the kernels of candidates, in parallel; `_time` finds those that cannot be."""
+    """Build and load candidate kernels in parallel; `_time` handles those that fail."""
     with suppress(TurbotxError):
         runtime.load([p.job for parts in candidates for p in parts if p.job is not None])
 
@@ -159,8 +161,8 @@ def tune_norms(
     compiled: Compiled, dims: tuple[int, ...], tensors: Sequence[torch.Tensor],
     timer: Timer = time_launches,
 ) -> list[TuningResult]:  # fmt: skip
-    """Time a call at one shape with norms stored and folded, whole; nothing where only one is there
-    to be timed. Its tiles should have been tuned before."""
+    """Time a call as a whole at one shape, with norms stored and folded; empty if there is only one
+    program. Tune its tiles first."""
     if len(compiled.programs) < 2:
         return []
     times: dict[str, float] = {}
@@ -169,7 +171,7 @@ def tune_norms(
         runtime, binding = program.runtime, program.bind(dims)
         with torch.no_grad(), runtime.device.active(), program.used(binding, tensors) as used:
             table, state = used
-            run: Any = partial(runtime.run, table, binding.sizes, state)  # whose result is ignored
+            run: Any = partial(runtime.run, table, binding.sizes, state)  # result ignored
             times[tag] = timer(runtime.device, run, REPEAT)
     tokens = compiled.programs[1].token_range
     assert tokens is not None
@@ -188,13 +190,13 @@ def tune_norms(
 def _time(
     runtime: CudaRuntime, i: int, parts: Sequence[Part], copies: WeightCopies, timer: Timer
 ) -> float:
-    """Return the time of one candidate, infinity where the device cannot run it."""
+    """Return the time of one candidate, infinity if the device cannot run it."""
 
     def launch() -> None:
         runtime.queue(i, parts, copies.table, copies.turn())
 
     try:
-        launch()  # loads it, outside of any capture
+        launch()  # loads it outside of any capture
         copies.restore()
         return timer(runtime.device, launch, max(REPEAT, copies.count))
     except TurbotxError:
@@ -204,7 +206,7 @@ def _time(
 
 
 def gains(found: Sequence[TuningResult]) -> dict[str, dict[str, str]]:
-    """Return the schedules that are worth keeping: those that beat the ones chosen before."""
+    """Return the schedules worth keeping: those faster than the previous choice."""
     kept: dict[str, dict[str, str]] = {}
     for f in found:
         if f.best != f.before:

@@ -1,4 +1,4 @@
-"""The vocabulary of everything after partition: kernels, the launches they make, and sizes."""
+"""The types used after partition: kernels, launches and sizes."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -95,7 +95,7 @@ __all__ = [
 _MODULES = ("turbotx.ir.kernel", "turbotx.ir.launch", "turbotx.ir.expert_launches")
 
 
-# Imported at their first use: what runs a saved model needs no symbolic algebra.
+# Imported on first use: a saved model runs without sympy.
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'turbotx.ir' has no attribute {name!r}")

@@ -1,10 +1,10 @@
-"""Attention: the ops that `passes.attention` writes into the graph, and their meaning.
+"""Attention: the ops that `passes.attention` writes into the graph, defined by PyTorch's own ops.
 
-In: q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, k_len, head_dim), read in place
-by their strides. Out: (batch, q_len, heads, head_dim), dense: the (tokens, hidden) matrix that the
-next GEMM reads, so that no transpose exists around it. One op, or two around a softmax kernel::
+In: q (batch, heads, q_len, head_dim), k and v (batch, kv_heads, k_len, head_dim), with any strides.
+Out: (batch, q_len, heads, head_dim), dense: the (tokens, hidden) matrix that the next GEMM reads,
+so that no transpose remains. One op, or two around a softmax kernel::
 
-    attention(q, k, v, keys, scale=0.125)                  # keys: bool (batch, 1, 1, k_len)
+    attention(q, k, v, keys, scale=0.125)                    # keys: bool (batch, 1, 1, k_len)
     attention_values(softmax(attention_scores(q, k) * 0.125), v)
 """
 
@@ -32,18 +32,23 @@ def attention(
     softcap: float = 0.0,
     late: bool = False,
 ) -> torch.Tensor:
-    """Return softmax(q k^T * scale + bias) v by PyTorch's own ops: the kernel's meaning.
+    """Return softmax(q k^T * scale + bias) v, computed by PyTorch's own ops.
 
-    keys says which keys there are, per batch row: bool (batch, 1, 1, k_len), or int64 (batch,), the
-    number of them. bias is added (float) or hides (bool) and broadcasts to (batch, heads, q_len,
-    k_len). causal hides keys after the query; window (left, right) hides those more than so many
-    places before and after it, -1 for no limit. The first query stands at the first key, or with
-    late the last query at the last key, as behind a cache. A query that sees no key gets zeros, as
-    in torch.nn.functional.scaled_dot_product_attention, or with blind_nan NaN, as a softmax over
-    scores of -inf gives, or with blind_mean the mean of all values, as where the scores of hidden
-    keys are the most negative float instead. softcap: unless 0, scores become softcap *
-    tanh(score / softcap) before the bias. sinks: float32 (heads,), one more score of each query,
-    whose share goes to no value; a query that sees no key then gets zeros, unless it is -inf.
+    keys: which keys exist, per batch row: bool (batch, 1, 1, k_len), or int64 (batch,), their
+    number.
+    bias: added (float) or masking (bool); broadcasts to (batch, heads, q_len, k_len).
+    causal: mask keys after the query.
+    window: (left, right): mask keys more than that many positions before and after the query; -1
+    for no limit.
+    late: the last query is aligned with the last key, as with a cache; otherwise the first query
+    with the first key.
+    blind_nan, blind_mean: the result of a query that sees no key. By default zeros, as in
+    torch.nn.functional.scaled_dot_product_attention; with blind_nan NaN, as a softmax over scores
+    of -inf; with blind_mean the mean of all values, as if the scores of masked keys were the most
+    negative float.
+    softcap: unless 0, scores become softcap * tanh(score / softcap) before the bias.
+    sinks: float32 (heads,), one more score per query whose weight goes to no value. A query that
+    sees no key then gets zeros, unless the sink is -inf.
     """
     visible = _visible(q, k, keys, causal, window, late)
     mask, plainly_causal = bias, False
@@ -73,16 +78,16 @@ def attention(
 
 
 def _sees(mask: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Return which queries see a key, or have a sink."""
+    """Return which queries see a key or have a sink that is not -inf."""
     seen = (mask if mask.dtype is torch.bool else mask != float("-inf")).any(-1, keepdim=True)
     return seen if sinks is None else seen | (sinks != float("-inf"))[:, None, None]
 
 
 def _may_differ(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
-    """Return whether two numbers of heads are not known to be equal; fixes neither."""
+    """Return whether two head counts are not known to be equal; adds no guard."""
     if isinstance(one, int) and isinstance(other, int):
         return one != other
-    # Loads sympy, which a saved program runs without.
+    # Imports sympy, which a saved program runs without.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return not statically_known_true(one == other)
@@ -117,7 +122,7 @@ def _visible(
     window: tuple[int, int],
     late: bool,
 ) -> torch.Tensor | None:
-    """Return which keys a query sees, bias aside; None where it sees all."""
+    """Return the mask of keys that each query sees, bias aside; None if it sees all."""
     place = torch.arange(k.shape[2], device=q.device)
     seen = None if keys is None else keys
     if keys is not None and keys.dtype is not torch.bool:
@@ -134,7 +139,8 @@ def _visible(
 
 
 def attention_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Return q k^T as float32 (batch, heads, q_len, k_len); key heads serve groups of heads."""
+    """Return q k^T as float32 (batch, heads, q_len, k_len); each key head serves a group of
+    heads."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] != k.shape[1] else k
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.to(wide) @ k.to(wide).transpose(2, 3)
@@ -143,7 +149,7 @@ def attention_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 def attention_values(shares: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Return shares v as (batch, q_len, heads, head_dim), dense, in v's dtype."""
     if isinstance(v, FakeTensor):
-        # While tracing, a product would fix v's length to k's where they are dims of their own.
+        # While tracing, a product would equate v's length with k's if they are separate dims.
         return v.new_empty(shares.shape[0], shares.shape[2], shares.shape[1], v.shape[3])
     v = (
         v.repeat_interleave(shares.shape[1] // v.shape[1], 1)

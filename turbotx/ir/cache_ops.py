@@ -1,18 +1,16 @@
-"""Cache ops: what a decoder does with its key/value cache, as one op of PyTorch that traces keep.
+"""Cache ops: a decoder's updates of its key/value cache, as one PyTorch op that traces keep.
 
-In: the memory of a whole cache, (elements a position, batch, capacity), its block table, the new
-rows of one layer's keys or values, (batch, heads, rows, width), and a tensor of no elements whose
-first size is the length of the cache afterwards. Out: every row, old and new, (batch, heads,
-length, width)::
+In: the memory of a whole cache, (elements per position, batch, capacity), its block table, the new
+rows of one layer's keys or values, (batch, heads, rows, width), and an empty tensor whose first
+size is the length of the cache after the call. Out: all rows, old and new, (batch, heads, length,
+width)::
 
     keys = torch.ops.turbotx.cache_append(memory, table, rows, length, place, layer, 0)
 
-A table of int64, (2 x layers, batch, columns), says where in memory, in elements, blocks of
-`capacity` rows begin, (heads, capacity, width) each: row 2 * layer + part is for the keys (0) or
-values (1) of a layer. With one column the memory is contiguous, see `block_of`, and
-the table is not read.
-
-`passes.cache` puts `cache_store` in its place where attention alone reads the rows.
+The table, int64 (2 x layers, batch, columns), holds the offsets in memory, in elements, of blocks
+of `capacity` rows, (heads, capacity, width) each. Row 2 * layer + part is for a layer's keys (0) or
+values (1). With one column the memory is contiguous, see `block_of`, and the table is not read.
+`passes.cache` replaces it by `cache_store` if only attention reads the rows.
 """
 
 from __future__ import annotations
@@ -33,8 +31,8 @@ _library.define(
 def block_of(memory: torch.Tensor, place: int, heads: int, width: int) -> torch.Tensor:
     """Return one layer's keys or values in contiguous memory, (batch, heads, capacity, width).
 
-    memory: dense, (elements a position, batch, capacity). place: the elements a position of what
-    lies before it.
+    memory: dense, (elements per position, batch, capacity).
+    place: elements per position of the layers before it.
     """
     batch, capacity = memory.shape[1:]
     size = heads * width * batch * capacity
@@ -46,11 +44,11 @@ def cache_append(
     memory: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, length: torch.Tensor,
     place: int, layer: int, part: int,
 ) -> torch.Tensor:  # fmt: skip
-    """Store `rows` in `memory` as the last ones of `length`, and return a copy of all.
+    """Store `rows` as the last ones of `length` positions; return a copy of all rows.
 
-    place: see `block_of`. layer, part: which layer's, 0 for keys and 1 for values. Nothing else in
-    a graph reads the memory, so that the op counts as one without a side effect; it may be run
-    again.
+    place: see `block_of`.
+    layer, part: the layer, and 0 for keys or 1 for values. Nothing else in a graph reads the
+    memory, so the op may be treated as free of side effects and run again.
     """
     if table.shape[2] > 1:
         windows = list(find_blocks(memory, table[2 * layer + part], rows.shape[1], rows.shape[3]))
@@ -63,7 +61,7 @@ def cache_append(
 def find_blocks(
     memory: torch.Tensor, table: torch.Tensor, heads: int, width: int
 ) -> Iterator[list[torch.Tensor]]:
-    """Give the blocks of every row of a batch, (heads, capacity, width) each; table: (batch,
+    """Yield the blocks of each row of a batch, (heads, capacity, width) each; table: (batch,
     columns)."""
     size = (heads, memory.shape[2], width)
     flat = memory.view(-1)
@@ -97,8 +95,11 @@ def cache_store(
     memory: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, length: torch.Tensor,
     place: int, index: int,
 ) -> torch.Tensor:  # fmt: skip
-    """Store rows as `cache_append` does, and return all of them where they lie in `memory`, which
-    is contiguous: blocks are read and written by launches alone. index: of the table."""
+    """Store rows as `cache_append` does; return a view of all of them in `memory`, which must be
+    contiguous: only launches read and write blocks.
+
+    index: row of the table.
+    """
     _, heads, count, width = rows.shape
     if isinstance(rows, FakeTensor):
         return rows.new_empty(rows.shape[0], heads, length.shape[0], width)
@@ -112,7 +113,7 @@ def store_rows(
     memory: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, length: torch.Tensor,
     place: int, index: int,
 ) -> tuple[()]:  # fmt: skip
-    """`cache_store` for who needs no result: a launch that PyTorch runs."""
+    """As `cache_store`, without a result: for launches that PyTorch runs."""
     cache_store(memory, table, rows, length, place, index)
     return ()
 

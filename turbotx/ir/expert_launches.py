@@ -1,6 +1,6 @@
-"""Launches about a mixture's experts: a product with a weight for each, and the order of rows.
+"""Launches of a mixture of experts: a grouped product, and the sorting of rows by expert.
 
-In: nothing; these are types, as those of `ir.launch`. Out: for example::
+In: nothing; these are types like those of `ir.launch`. Out, for example::
 
     GroupedGemmLaunch(GemmKernel("silu", gated=True), x, weight, ends, out, rows=2*batch*seq, ...)
 """
@@ -19,9 +19,13 @@ from turbotx.ir.matmul_kernels import ACTIVATIONS, GemmKernel
 
 @dataclass(frozen=True)
 class GroupedGemmLaunch(Launch):
-    """out = epilogue(x weight[e]^T) for the rows of each expert e, x of (rows, k) at a stride of
-    `x_stride` elements, weight (experts, n, k). Those end at ends[e], int32; rows behind the last
-    end are zero. call: what PyTorch would run in its place."""
+    """out = epilogue(x weight[e]^T) for the rows of each expert e.
+
+    x: (rows, k) with a row stride of `x_stride` elements.
+    weight: (experts, n, k).
+    ends: int32 (experts,), where each expert's rows end; rows after the last end are zero.
+    call: the equivalent PyTorch call.
+    """
 
     kind = "gemm"
     bias: ClassVar[None] = None
@@ -39,7 +43,7 @@ class GroupedGemmLaunch(Launch):
 
     @property
     def width(self) -> Expr:
-        """How many columns it stores."""
+        """Number of columns stored."""
         return self.out.shape[-1]
 
     @property
@@ -49,20 +53,23 @@ class GroupedGemmLaunch(Launch):
 
     @property
     def sizes(self) -> tuple[Expr, ...]:
-        """Rows, stride of x, width of the output, and the activation's number."""
+        """Rows, stride of x, width of the output, and the activation's index."""
         activation = Integer(ACTIVATIONS.index(self.gemm.activation))
         return self.rows, self.x_stride, self.width, activation
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """The output's name."""
+        """The name of the output."""
         return (self.out.tensor,)
 
 
 @dataclass(frozen=True)
 class RouteLaunch(Launch):
-    """Rows in the order of their experts, by counting: see `ir.expert_ops.route`. chosen: int64
-    (rows,), dense. call: what PyTorch would run in its place."""
+    """Sorts rows by expert, see `ir.expert_ops.route`.
+
+    chosen: int64 (rows,), dense.
+    call: the equivalent PyTorch call.
+    """
 
     kind = "route"
 
@@ -79,7 +86,7 @@ class RouteLaunch(Launch):
 
     @property
     def sizes(self) -> tuple[Expr, ...]:
-        """Rows and experts."""
+        """Number of rows and of experts."""
         return self.chosen.shape[0], self.ends.shape[0]
 
     @property

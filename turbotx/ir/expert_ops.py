@@ -1,9 +1,9 @@
-"""Experts: the ops that `passes.experts` writes into the graph, and their meaning.
+"""Experts: the ops that `passes.experts` writes into the graph, defined by PyTorch's own ops.
 
-In: the expert that each row was given to, rows in the order of their experts, one weight an expert.
-Out: where every row goes, and each row times its expert's weight; one launch each::
+In: the expert of each row, rows sorted by expert, one weight per expert. Out: the sorted order, and
+each row times its expert's weight; one launch each::
 
-    order, place, ends = route(chosen, experts=8)    # ends: behind each expert's last row
+    order, place, ends = route(chosen, experts=8)    # ends: after each expert's last row
     grouped_linear(x[order // 2], weight, ends)      # weight (experts, n, k)
 """
 
@@ -19,13 +19,13 @@ _library.define("grouped_mm(Tensor x, Tensor weight, Tensor ends) -> Tensor")
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Return (rows, n) of x (rows, k) and weight (experts, n, k), by PyTorch's own ops.
+    """Return the (rows, n) product of x (rows, k) and weight (experts, n, k), by PyTorch's own ops.
 
-    ends: int32 (experts,), not falling, at most `rows`. Rows ends[e - 1] to ends[e] are multiplied
-    by the transposed weight[e]; those behind the last end are zero.
+    ends: int32 (experts,), nondecreasing, at most `rows`. Rows ends[e - 1] to ends[e] are
+    multiplied by the transposed weight[e]; those after the last end are zero.
     """
     out = x.new_zeros(x.shape[0], weight.shape[1])
-    if not isinstance(ends, FakeTensor):  # while tracing nobody knows them
+    if not isinstance(ends, FakeTensor):  # values are unknown while tracing
         for matrix, (begin, end) in zip(
             weight, itertools.pairwise([0, *ends.tolist()]), strict=True
         ):
@@ -34,11 +34,11 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
 
 
 def route(chosen: torch.Tensor, *, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return how rows are ordered by their experts, by PyTorch's own ops.
+    """Return the order of rows sorted by expert, by PyTorch's own ops.
 
-    chosen: int64 (rows,), each of 0 .. experts - 1. Out: order, int64 (rows,), the row that stands
-    at each place, rows of one expert in their own order; place, its inverse; and ends, int32
-    (experts,), the place behind each expert's last row.
+    chosen: int64 (rows,), each in [0, experts). Returns order, int64 (rows,), the row at each
+    place, stable within an expert; place, its inverse; and ends, int32 (experts,), the place after
+    each expert's last row.
     """
     order = torch.sort(chosen, stable=True)[1]
     place = torch.empty_like(order)
@@ -48,7 +48,7 @@ def route(chosen: torch.Tensor, *, experts: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _grouped_mm(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """`torch.nn.functional.grouped_mm`, with fake tensors of any dtype: weight (experts, k, n)."""
+    """`torch.nn.functional.grouped_mm` with fake tensors of any dtype: weight (experts, k, n)."""
     return grouped_linear(x, weight.transpose(1, 2), ends)
 
 

@@ -1,8 +1,8 @@
 """Symbolic sizes: extents, strides and byte counts as expressions in the captured dims.
 
-In: sympy expressions over symbols such as `batch` and `seq`, all of them integers of at least
-one (a call with a size of 0 has a capture of its own, in which that 0 is a number). Out: proofs
-(`is_nonnegative`, `divide`), source text (`to_c`, `to_python`) and compiled evaluators, such as::
+In: sympy expressions over symbols such as `batch` and `seq`, all integers >= 1 (a call with a size
+of 0 has its own capture, in which that 0 is a number). Out: proofs (`is_nonnegative`, `divide`),
+source text (`to_c`, `to_python`) and compiled evaluators, for example::
 
     divide(384*seq + 32, 32)  ->  12*seq + 1
 """
@@ -30,7 +30,8 @@ ZERO = sympy.Integer(0)
 ONE = sympy.Integer(1)
 
 _named: dict[str, tuple[sympy.Symbol, Expr]] = {}
-"""By name: symbols that stand for what is no arithmetic on integers, round(seq * 0.3), and it."""
+"""By name: a symbol that stands for a part which is not integer arithmetic, such as round(seq *
+0.3), and that part."""
 
 
 def dim(name: str) -> sympy.Symbol:
@@ -42,10 +43,10 @@ def dim(name: str) -> sympy.Symbol:
 
 @lru_cache(maxsize=65536)
 def name_functions(value: Expr) -> Expr:
-    """Return an integer expression with a symbol for every part that kernels do not compute.
+    """Return an integer expression with a symbol for every part that kernels cannot compute.
 
-    Such a part is a size like any other from then on, which no pass takes apart (what is rounded
-    may not be expanded); it has its name from what it is, and `spell_out` gives it back.
+    Such a part then acts as a size of its own, which no pass takes apart (rounded values must not
+    be expanded). Its name is derived from its text, and `spell_out` substitutes it back.
     """
     kind = type(value).__name__
     if (kind in FUNCTIONS and kind not in IN_KERNELS) or value.is_Piecewise:
@@ -68,7 +69,7 @@ def _name(value: Expr) -> sympy.Symbol:
 
 
 def _keeps_sign(value: Expr) -> bool:
-    """Return whether a value is no less than zero because nothing that it is made of is."""
+    """Return whether a value is >= 0 because all its parts are."""
     if value.is_Symbol or value.is_number:
         return bool(value.is_nonnegative)
     row = FUNCTIONS.get(type(value).__name__)
@@ -77,13 +78,13 @@ def _keeps_sign(value: Expr) -> bool:
 
 
 def spell_out(value: Any) -> Any:
-    """Return an expression, or a relation, over the captured dims alone."""
+    """Return an expression or relation over the captured dims only."""
     found = {s: _named[s.name][1] for s in value.free_symbols if s.name in _named}
     return value.xreplace(found) if found else value
 
 
 def expr(value: Any) -> Expr:
-    """Return a number, a symbolic one or a sympy expression as a sympy expression."""
+    """Convert a number, a symbolic number or a sympy expression to a sympy expression."""
     if isinstance(value, sympy.Basic):
         return value
     if isinstance(value, (bool, int, float)):
@@ -92,7 +93,7 @@ def expr(value: Any) -> Expr:
 
 
 def product(sizes: Sequence[Expr]) -> Expr:
-    """Return the product of `sizes` (one for none)."""
+    """Return the product of `sizes`; 1 if empty."""
     return sympy.expand(sympy.Mul(*sizes)) if sizes else ONE
 
 
@@ -100,8 +101,8 @@ def product(sizes: Sequence[Expr]) -> Expr:
 def is_nonnegative(value: Expr) -> bool:
     """Return whether `value` is provably >= 0 when every symbol is an integer >= 1.
 
-    Substitutes each symbol by one plus a non-negative unknown: then non-negative coefficients
-    prove it. False means "not proved", not "negative".
+    Substitutes each symbol by one plus a nonnegative unknown; nonnegative coefficients then prove
+    it. False means "not proved", not "negative".
     """
     if value.is_Integer:
         return bool(value >= 0)
@@ -116,12 +117,12 @@ def is_nonnegative(value: Expr) -> bool:
 
 @lru_cache(maxsize=65536)
 def divide(value: Expr, by: Expr) -> Expr | None:
-    """Return value / by when `by` divides `value` exactly for all sizes, otherwise None."""
+    """Return value / by if `by` divides `value` exactly for all sizes, otherwise None."""
     if by == 1:
         return value
     if value == 0:
         return ZERO
-    # What is rounded is a whole number like any other: n // 2 divides 4 * (n // 2).
+    # A rounded part is an integer like any other: n // 2 divides 4 * (n // 2).
     kinds = (FloorDiv, Mod, PythonMod)
     rounded = value.atoms(*kinds) | by.atoms(*kinds)
     names = {whole: sympy.Dummy(integer=True) for whole in rounded}
@@ -141,7 +142,7 @@ def divide(value: Expr, by: Expr) -> Expr | None:
 
 @lru_cache(maxsize=65536)
 def cancel_rounding(value: Expr) -> Expr:
-    """Return an expression with c for n // (n // c) where c divides n, which is blocks of c."""
+    """Replace n // (n // c), a division into blocks of c, by c where c divides n."""
     found = {}
     for whole in value.atoms(FloorDiv):
         n, count = whole.args
@@ -151,7 +152,8 @@ def cancel_rounding(value: Expr) -> Expr:
 
 
 def _is_multiple(n: Expr, of: Expr) -> bool:
-    """Return whether n is a multiple of a number: by its factors, or as what is padded to one."""
+    """Return whether n is a multiple of a number: by its factors, or because it is padded to
+    one."""
     if not of.is_Integer or divide(n, of) is not None:
         return bool(of.is_Integer)
     return any(
@@ -161,9 +163,9 @@ def _is_multiple(n: Expr, of: Expr) -> bool:
 
 
 class _SourcePrinter(StrPrinter):
-    """Prints a size for Python, C and Triton, which agree on + - * and differ on division."""
+    """Prints a size for Python, C or Triton, which agree on + - * and differ on division."""
 
-    printmethod = "_turbotx_source"  # torch's FloorDiv would print itself as // otherwise
+    printmethod = "_turbotx_source"  # otherwise torch's FloorDiv prints itself as //
     largest, least, language = "max", "min", "kernels"
 
     def __init__(self, floor_div: str) -> None:
@@ -188,7 +190,7 @@ class _SourcePrinter(StrPrinter):
         return self._print_Mod(node) if self._rounds_down else self._rest_of_negative(node)
 
     def _rest_of_negative(self, node: Any) -> str:
-        """C and Triton give the rest of a negative number its sign, Python its divisor's."""
+        """In C and Triton the remainder has the sign of the dividend, in Python of the divisor."""
         rest = self._print_Mod(node)
         if is_nonnegative(node.args[0]):
             return rest
@@ -205,7 +207,7 @@ class _SourcePrinter(StrPrinter):
         return self._call(type(node).__name__, node.args, node)
 
     def _call(self, function: str, args: Sequence[Any], node: Any) -> str:
-        """Return a call by the table's spelling; in kernels there is none, see `name_functions`."""
+        """Return a call as the table spells it; kernels have none, see `name_functions`."""
         template = self._template(function)
         if not template:
             raise VerifyError(f"{node} has no spelling in {self.language}, see size_functions.py")
@@ -235,14 +237,15 @@ class _SourcePrinter(StrPrinter):
 
 
 def _may_be_negative(value: Expr) -> bool:
-    """Return whether a size, not a position, was made of others by taking away: (-seq) // 2."""
+    """Return whether a size (not a position) may be negative because of a subtraction: (-seq) //
+    2."""
     return all(s.name[0] not in "@%" for s in value.free_symbols) and not is_nonnegative(value)
 
 
 class _HostPrinter(_SourcePrinter):
-    """Prints all that a size can be, where it is evaluated once a shape and not in a kernel."""
+    """Prints any size, for code that evaluates it once per shape rather than in a kernel."""
 
-    relation = 1  # the place of this language in the table's rows
+    relation = 1  # this language's column in the table
     words = ("True", "False", " and ", " or ", "not ")
     choice = "({yes} if {condition} else {no})"
 
@@ -279,7 +282,7 @@ class _HostPrinter(_SourcePrinter):
             text = self.choice.format(yes=yes, condition=when, no=text)
         return text
 
-    # StrPrinter has forms of its own for these.
+    # StrPrinter has its own forms of these.
     _print_Abs = _print_Identity = _SourcePrinter._print_Function
 
 
@@ -291,24 +294,24 @@ class _PythonPrinter(_HostPrinter):
 
 
 def to_python(value: Any) -> str:
-    """Return a size, a float made of sizes or a relation between them as Python source."""
+    """Return a size, a float computed from sizes, or a relation between them, as Python source."""
     return _PythonPrinter("//").doprint(spell_out(value))
 
 
 class _CPrinter(_SourcePrinter):
-    """C++ deduces no common type of an int64_t and a literal, so it is told which one."""
+    """C++ deduces no common type of an int64_t and a literal, so the type is explicit."""
 
-    largest, least = "std::max<int64_t>", "std::min<int64_t>"
+    largest, least = "ttx::maximum<int64_t>", "ttx::minimum<int64_t>"
 
 
 def to_c(value: Expr) -> str:
-    """Return `value` as C++ source over int64_t names, where / rounds to zero: what is divided is
-    a position or a size, never negative, or made to divide evenly."""
+    """Return `value` as C++ source over int64_t names. There / truncates: dividends are nonnegative
+    positions or sizes, or divide evenly."""
     return _CPrinter("/").doprint(value)
 
 
 class _JavaScriptPrinter(_HostPrinter):
-    """JavaScript's numbers are doubles: exact below 2**53, and division has to be floored."""
+    """JavaScript numbers are doubles: exact below 2**53; division must be floored."""
 
     largest, least = "Math.max", "Math.min"
     relation, language = 2, "JavaScript"
@@ -324,25 +327,25 @@ class _JavaScriptPrinter(_HostPrinter):
 
 
 def to_javascript(value: Expr) -> str:
-    """Return `value` as JavaScript source (sizes are never negative, so % is the same there)."""
+    """Return `value` as JavaScript source (sizes are nonnegative, so % agrees)."""
     return _JavaScriptPrinter("/").doprint(spell_out(value))
 
 
 def compile_evaluator(values: Iterable[Any], dims: Sequence[str]) -> Evaluate:
-    """Return a function of the dims, in order, that returns every value as a tuple.
+    """Return a function that maps the dims, in order, to a tuple of all values.
 
-    One Python expression compiled once: no sympy when it is called, see `Sizes`.
+    Compiled from one Python expression, see `Sizes`; calling it needs no sympy.
     """
     return sizes_of(values).compile(dims)
 
 
 def sizes_of(values: Iterable[Any]) -> Sizes:
-    """Return expressions as plain data; raise VerifyError for one that has no spelling."""
+    """Return expressions as plain data; raise VerifyError if one cannot be printed."""
     return Sizes(tuple(map(to_python, values)))
 
 
 def evaluate(value: Expr, dims: Mapping[str, int]) -> int:
-    """Return `value` at concrete dims, as Python computes it; slow, for reports and tests."""
+    """Return `value` at concrete dims, evaluated by Python; slow, for reports and tests."""
     if value.is_Integer:
         return int(value)
     names, compute = _evaluator(spell_out(value))

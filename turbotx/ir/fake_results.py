@@ -1,7 +1,7 @@
-"""Fake results: what an op gives for fake tensors, computed once for arguments of equal sizes.
+"""Fake results: cached results of ops on fake tensors, for arguments of equal sizes.
 
-In: an op and its arguments. Out: its fake result; equal layers of a model ask the same, and a
-symbolic computation of sizes takes milliseconds::
+In: an op and its arguments. Out: its fake result. Equal layers of a model ask for the same result,
+and computing symbolic sizes takes milliseconds::
 
     fake_result(aten.linear.default, (x, weight), {}, mode)  ->  FakeTensor(batch, seq, 384)
 """
@@ -29,9 +29,9 @@ _PLAIN = frozenset(
     )
 )  # fmt: skip
 _OF_NEW_MEMORY = ("turbotx.ir.attention_ops",)
-"""Where functions lie that stand for ops, have no schema, and make memory of their own."""
+"""Modules of functions used as ops without a schema, whose results do not alias their inputs."""
 _VALUES = ("constant", "_item_memo", "_nonzero_memo", "_unique_memo", "_unique_consecutive_memo")
-"""What PyTorch, up to 2.13, keeps with a fake tensor of the numbers in it."""
+"""Attributes in which PyTorch, up to 2.13, stores known values of a fake tensor."""
 _BY_VALUES = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
 _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -39,14 +39,14 @@ _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 def fake_result(
     target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], mode: FakeTensorMode
 ) -> Any:
-    """Return what a call of fake tensors gives. Results of equal calls may be one object, where the
-    op makes memory of its own."""
+    """Return the result of a call with fake tensors. Equal calls may share one result object if the
+    op does not alias its inputs."""
     shape_env = mode.shape_env
     key = None if shape_env is None else _key(target, args, kwargs)
     known = None if key is None or shape_env is None else _results.setdefault(shape_env, {})
     if known is not None and key in known:
         return known[key]
-    # Composite ops written in C++ would look at symbolic sizes and fix them to the example's.
+    # Without it, composite ops written in C++ would specialize symbolic sizes to the example's.
     with mode, enable_python_dispatcher(), torch.no_grad():
         made = target(*args, **kwargs)
     if known is not None and isinstance(made, FakeTensor) and made.constant is None:
@@ -57,11 +57,11 @@ def fake_result(
 
 
 class UnknownError(Exception):
-    """An argument is none that can be told from others."""
+    """An argument that has no description."""
 
 
 def _key(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return what makes two calls equal; None where they are not to be one."""
+    """Return the cache key of a call; None if it must not be cached."""
     if getattr(target, "__module__", "") not in _OF_NEW_MEMORY:
         returns = getattr(getattr(target, "_schema", None), "returns", ())
         if not returns or any(r.alias_info is not None for r in returns):
@@ -75,17 +75,19 @@ def _key(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 def describe_arguments(
     args: Sequence[Any], kwargs: Mapping[str, Any], mode: FakeTensorMode | None = None
 ) -> Any:
-    """Return what tells a call's arguments from others. mode: see `describe`, which raises
-    UnknownError."""
+    """Return a key of a call's arguments.
+
+    mode: see `describe`, which raises UnknownError.
+    """
     named = tuple((name, describe(x, mode)) for name, x in sorted(kwargs.items()))
     return tuple(describe(x, mode) for x in args), named
 
 
 def describe(value: Any, mode: FakeTensorMode | None = None) -> Any:
-    """Return what tells a call's argument from others: for a tensor how it lies, not where.
+    """Return a key of a call's argument: for a tensor its metadata, not its identity.
 
-    mode: whose tensors are taken, all by default. Raises UnknownError for one that says more than
-    that, as a constant does, and for objects of other kinds.
+    mode: require this mode of fake tensors; any by default. Raises UnknownError for a tensor with
+    known values, and for objects of other types.
     """
     if type(value) in _PLAIN:
         return type(value), value
@@ -109,7 +111,7 @@ def describe(value: Any, mode: FakeTensorMode | None = None) -> Any:
 
 
 def is_sized_by(made: Any, key: Any) -> bool:
-    """Return whether a described result has the sizes of its arguments, none of them by values."""
+    """Return whether a described result depends on sizes of its arguments only, not on values."""
     given = _symbols(key)
     return _symbols(made) <= given and not any(symbol_is_type(s, _BY_VALUES) for s in given)
 

@@ -1,7 +1,7 @@
-"""Queries on fx nodes (shape, strides, dtype, arguments), and insertion of new ones.
+"""Queries on fx nodes (shape, strides, dtype, arguments), and insertion of new nodes.
 
-In: nodes of a captured graph, whose `meta["val"]` is a FakeTensor. Out: shapes as sympy
-expressions over the named dims, and new nodes with the same metadata, for example::
+In: nodes of a captured graph, whose `meta["val"]` is a FakeTensor. Out: shapes as sympy expressions
+over the named dims, and new nodes with the same metadata, for example::
 
     shape(node)  ->  (batch, seq, 384)
     emit(graph, aten.permute.default, node, (0, 2, 1))
@@ -27,7 +27,7 @@ from turbotx.ir.expr import ONE, Expr, cancel_rounding, expr, name_functions
 from turbotx.ir.fake_results import fake_result
 
 GETITEM = operator.getitem
-# Beginnings of paths in stack traces; torch's own graph passes give theirs without a folder.
+# Prefixes of paths in stack traces; torch's own graph passes appear without a folder.
 _FOLDERS = (Path(torch.__file__).parent, Path(__file__).parents[1])
 _NOT_THE_USERS = (*(f"{folder}{os.sep}" for folder in _FOLDERS), "torch/")
 
@@ -42,7 +42,8 @@ _renamed = weakref.WeakKeyDictionary()
 def remember_names(
     graph_module: fx.GraphModule, symbols: Mapping[sympy.Symbol, sympy.Symbol]
 ) -> None:
-    """Make `shape` speak of the named dims wherever this graph's symbols appear."""
+    """Register names for this graph's symbols, so that `shape` returns expressions in named
+    dims."""
     for node in graph_module.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
@@ -52,8 +53,8 @@ def remember_names(
 
 
 def _rename(value: Expr, shape_env: ShapeEnv | None, whole: bool) -> Expr:
-    """Return a value over the named dims; what is no `whole` number is left as it is, since to
-    expand a float made of sizes is to round it elsewhere."""
+    """Return a value over the named dims. Only a `whole` number is expanded: expanding a float
+    would change where it is rounded."""
     if value.is_Integer or shape_env is None:
         return value
     renamed = shape_env.replace(value).xreplace(_names.get(shape_env, {}))
@@ -61,7 +62,7 @@ def _rename(value: Expr, shape_env: ShapeEnv | None, whole: bool) -> Expr:
 
 
 def tensor(node: fx.Node) -> torch.Tensor:
-    """Return the node's fake tensor; raise TypeError when it does not produce one."""
+    """Return the node's fake tensor; raise TypeError if its value is not a tensor."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{node.format_node()} does not produce one tensor")
@@ -74,23 +75,23 @@ def is_tensor(node: Any) -> bool:
 
 
 def is_size(node: fx.Node) -> bool:
-    """Return whether a call gives a number made of sizes: it reads no element of its arguments."""
+    """Return whether a node's value is a number computed from sizes, not from tensor elements."""
     value = node.meta.get("val")
     return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def is_random(node: fx.Node) -> bool:
-    """Return whether a call draws random numbers: it means something else every time, and moves the
-    generator that later draws, and the user's own, go on from."""
+    """Return whether a call draws random numbers: its result varies, and it advances the
+    generator."""
     if node.op != "call_function":
         return False
     return draws(node.target, node.args, node.kwargs)
 
 
 def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether an op draws random numbers when it is called with these arguments.
+    """Return whether an op draws random numbers when called with these arguments.
 
-    PyTorch tags what may draw: dropout draws where it trains, attention where it has dropout.
+    PyTorch tags ops that may draw; dropout only does when training, attention only with dropout.
     """
     if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
         return False
@@ -109,24 +110,24 @@ def shape(node: fx.Node) -> tuple[Expr, ...]:
 
 
 def strides(node: fx.Node) -> tuple[Expr, ...]:
-    """Return the strides, in elements, that eager would give the node's tensor."""
+    """Return the strides, in elements, of the node's tensor in eager mode."""
     value = tensor(node)
     return tuple(size(s, value) for s in value.stride())
 
 
 def dtype(node: fx.Node) -> torch.dtype:
-    """Return the storage dtype of a node's tensor; raise TypeError where its value is no tensor."""
+    """Return the dtype of a node's tensor; raise TypeError if its value is not a tensor."""
     return tensor(node).dtype
 
 
 def size(value: Any, of: torch.Tensor | None = None) -> Expr:
-    """Return a number, a symbolic one or a node that stands for one, as an expression."""
+    """Return a number, a symbolic number, or a node whose value is one, as an expression."""
     if isinstance(value, fx.Node):
         value = value.meta["val"]
     if isinstance(value, (int, float, sympy.Basic)):
         return expr(value)
     shape_env = value.node.shape_env
-    version = getattr(shape_env, "_replacements_version_counter", None)  # of 2.11 to 2.13
+    version = getattr(shape_env, "_replacements_version_counter", None)  # in 2.11 to 2.13
     key = value.node.expr, type(value), version
     known = {} if version is None else _renamed.setdefault(shape_env, {})
     if key not in known:
@@ -137,9 +138,9 @@ def size(value: Any, of: torch.Tensor | None = None) -> Expr:
 
 
 def is_negative(value: Any) -> bool:
-    """Return whether a position, an int or a node that stands for one, counts from the end.
+    """Return whether a position (an int or a node with such a value) counts from the end.
 
-    Tracing has decided it wherever the position matters; 32 - seq is negative or not by that.
+    Tracing has decided this wherever it matters, as for 32 - seq.
     """
     if isinstance(value, fx.Node):
         value = value.meta["val"]
@@ -151,10 +152,9 @@ def is_negative(value: Any) -> bool:
 
 
 def _is_one(value: torch.SymInt) -> bool:
-    """Return whether what tracing assumed makes a size 1: it then broadcasts, whatever it is
-    called.
+    """Return whether a size is 1 under the assumptions of the trace, so that it broadcasts.
 
-    seq // 2 is 1 where tracing has branched on seq < 4, say.
+    For example seq // 2, if tracing has branched on seq < 4.
     """
     whole, shape_env = value.node.expr, value.node.shape_env
     if whole.is_Integer or whole.is_Symbol:
@@ -175,8 +175,8 @@ def fake(value: Any) -> Any:
 def emit(like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """Append `target(*args, **kwargs)` at the insertion point, with its fake value computed.
 
-    `like` is the call that it stands for: the new node takes over where that came from. Raises
-    TypeError without a tensor among the arguments.
+    like: the call that it replaces, whose source location the new node inherits. Raises TypeError
+    if no argument is a tensor.
     """
     name = getattr(getattr(target, "overloadpacket", target), "__name__", None)
     node = like.graph.create_node("call_function", target, args, kwargs, name=name)
@@ -204,42 +204,42 @@ def _keep_origin(old: fx.Node, new: fx.Node) -> None:
 
 
 def place_of(node: fx.Node) -> str:
-    """Return file:line of the user's source for a call, "" where it is not known.
+    """Return file:line of a call in the user's source, "" if unknown.
 
-    Lines of torch's own modules, and of turbotx, are the user's only through their callers.
+    Frames in torch and turbotx are skipped in favour of their callers.
     """
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return next((f"{f}:{n}" for f, n in reversed(frames) if not f.startswith(_NOT_THE_USERS)), "")
 
 
 def replace(node: fx.Node, new: fx.Node) -> None:
-    """Give every use of `node` to `new` and erase `node`; `new` takes over where it came from."""
+    """Replace all uses of `node` by `new`, which inherits its source location, and erase `node`."""
     _keep_origin(node, new)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
 
 def is_call(node: Any, *targets: Any) -> bool:
-    """Return whether `node` is an fx call of one of these functions or op overloads."""
+    """Return whether `node` is a call of one of these functions or op overloads."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
 def operand(node: fx.Node, position: int) -> fx.Node:
-    """Return a positional argument that is a node."""
+    """Return a positional argument, which must be a node."""
     found = node.args[position]
     assert isinstance(found, fx.Node), f"argument {position} of {node.format_node()} is no node"
     return found
 
 
 def optional(node: fx.Node, position: int) -> fx.Node | None:
-    """Return a positional argument that is a node, or None where it is absent."""
+    """Return a positional argument that is a node, or None if it is absent."""
     absent = len(node.args) <= position or node.args[position] is None
     return None if absent else operand(node, position)
 
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
-    """Return an ATen op's argument by its schema name, wherever it was passed. Raises KeyError for
-    a name that the schema lacks."""
+    """Return an ATen op's argument by its schema name, positional or not. Raises KeyError if the
+    schema has no such name."""
     if name in node.kwargs:
         return node.kwargs[name]
     target: Any = node.target

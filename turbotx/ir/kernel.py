@@ -26,12 +26,12 @@ import torch
 
 from turbotx.ir.expr import Expr, product
 
-PARALLEL, REDUCTION = "parallel", "row"  # these texts are part of digests, as of tuned kernels
+PARALLEL, REDUCTION = "parallel", "row"  # these strings are part of digests
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A loop: `name`, number of iterations, and PARALLEL or REDUCTION, over which values reduce."""
+    """A loop of `extent` iterations, of kind PARALLEL, or REDUCTION if reductions run over it."""
 
     name: str
     extent: Expr
@@ -39,7 +39,7 @@ class Axis:
 
     @property
     def symbol(self) -> sympy.Symbol:
-        """The sympy symbol of the loop's index, as it occurs in offsets."""
+        """The sympy symbol of the loop index, as it occurs in offsets."""
         return axis_symbol(self.name)
 
 
@@ -49,13 +49,13 @@ def axis_symbol(name: str) -> sympy.Symbol:
 
 
 def value_symbol(name: str) -> sympy.Symbol:
-    """Return the symbol that stands for an integer value inside an offset (a gathered index)."""
+    """Return the symbol of an integer value inside an offset (a gathered index)."""
     return sympy.Symbol(f"%{name}", integer=True)
 
 
 @dataclass(frozen=True)
 class Param:
-    """A tensor argument: `role` is "in" or "out"; shape is that of the whole tensor."""
+    """A tensor argument: `role` is "in" or "out", `shape` that of the whole tensor."""
 
     name: str
     dtype: torch.dtype
@@ -70,7 +70,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Access:
-    """Where a param is touched: `offset` in elements; `mask` names a bool value or is None.
+    """An element of a param: `offset` in elements; `mask` names a bool value or is None.
 
     A masked-off load reads nothing and gives zero; a masked-off store writes nothing.
     """
@@ -80,15 +80,14 @@ class Access:
     mask: str | None = None
 
     def stride(self, axis: Axis) -> Expr | None:
-        """Return the elements between neighbours along `axis`; None where it is not constant."""
+        """Return the stride in elements along `axis`; None if it is not constant."""
         step = sympy.diff(self.offset, axis.symbol)
         return None if step.has(axis.symbol) or step.has(sympy.Derivative) else step
 
 
 @dataclass(frozen=True)
 class Load:
-    """One element read from memory, converted to the compute dtype; 0 where the access is masked
-    out."""
+    """One element read from memory, converted to the compute dtype; 0 if masked off."""
 
     result: str
     access: Access
@@ -97,7 +96,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Index:
-    """An integer computed from the loop position: `result` = expr, as int64."""
+    """An integer computed from loop indices: `result` = expr, as int64."""
 
     result: str
     value: Expr
@@ -115,7 +114,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Compute:
-    """A pointwise op of `primitives.PRIMITIVES` on values named `args`; dtype: of the result."""
+    """A pointwise op of `primitives.PRIMITIVES` on the values named `args`; dtype of the result."""
 
     result: str
     op: str
@@ -125,7 +124,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Reduce:
-    """A reduction of `primitives.REDUCTIONS` over the row axes; it has one result per output."""
+    """A reduction of `primitives.REDUCTIONS` over the row axes, with one result per output."""
 
     results: tuple[str, ...]
     op: str
@@ -135,7 +134,7 @@ class Reduce:
 
 @dataclass(frozen=True)
 class Scan:
-    """A running reduction of `primitives.SCANS` along the row axes: one result per element."""
+    """A scan of `primitives.SCANS` along the row axes: one result per element."""
 
     result: str
     op: str
@@ -145,7 +144,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Check:
-    """An index that must satisfy 0 <= value < limit; a kernel that meets another one reports it."""
+    """An index check, 0 <= value < limit; a kernel reports a violation."""
 
     value: str
     limit: Expr
@@ -154,7 +153,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Store:
-    """`value` written to memory at `access`, converted to the parameter's storage dtype."""
+    """`value` written to memory at `access`, converted to the param's dtype."""
 
     access: Access
     value: str
@@ -164,7 +163,7 @@ Statement: TypeAlias = Load | Index | Constant | Compute | Reduce | Scan | Check
 
 
 def results_of(s: Statement) -> tuple[str, ...]:
-    """Return the names of the values that a statement makes."""
+    """Return the names of the values that a statement defines."""
     if isinstance(s, Reduce):
         return s.results
     return () if isinstance(s, (Store, Check)) else (s.result,)
@@ -189,24 +188,25 @@ def needs_of(s: Statement) -> list[str]:
 
 
 def axes_in(value: Expr) -> frozenset[str]:
-    """Return the names of the axes that an index expression moves along by itself."""
+    """Return the names of the axes in an index expression."""
     return frozenset(s.name[1:] for s in value.free_symbols if s.name[0] == "@")
 
 
 def axes_of(value: Expr, varies: Mapping[str, frozenset[str]]) -> frozenset[str]:
-    """Return the names of the axes that an index expression moves along, by loaded values too.
+    """Return the names of the axes that an index expression depends on, also through loaded values.
 
-    varies: as `Kernel.varies_over` returns it."""
+    varies: as returned by `Kernel.varies_over`.
+    """
     return axes_in(value).union(*(varies[v] for v in values_in(value)))
 
 
 def phase_of(s: Statement, phases: Mapping[str, int]) -> int:
-    """Return the phase at whose start all that a statement needs is known; see `Kernel.phases`."""
+    """Return the first phase in which all inputs of a statement are known; see `Kernel.phases`."""
     return max((phases[a] for a in needs_of(s)), default=0)
 
 
 def rename(s: Statement, names: Mapping[str, str]) -> Statement:
-    """Return the statement with values renamed (the symbols in offsets are the caller's)."""
+    """Return the statement with values renamed; the caller renames the symbols in offsets."""
 
     def new(name: str) -> str:
         return names.get(name, name)
@@ -226,9 +226,9 @@ def rename(s: Statement, names: Mapping[str, str]) -> Statement:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One fused kernel, independent of any target and of any concrete shape.
+    """One fused kernel, independent of target and shape.
 
-    sources: the ATen calls it computes, for the header of its printed source.
+    sources: the ATen calls it computes, for the header of the printed source.
     """
 
     name: str
@@ -244,12 +244,12 @@ class Kernel:
 
     @property
     def columns(self) -> tuple[Axis, ...]:
-        """The axes that reductions run over, in order."""
+        """The reduction axes, in order."""
         return tuple(a for a in self.axes if a.kind == REDUCTION)
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        """The names of the dims it needs by value, sorted."""
+        """The names of the dims passed by value, sorted."""
         found: set[str] = set()
         for value in self.expressions():
             found |= {s.name for s in value.free_symbols if s.name[0] not in "@%"}
@@ -289,8 +289,8 @@ class Kernel:
         return varies
 
     def phases(self) -> dict[str, int]:
-        """Return, for each value, the number of reductions on the longest chain that it depends
-        on."""
+        """Return, for each value, the number of reductions on the longest dependency chain to
+        it."""
         phases: dict[str, int] = {}
         for s in self.body:
             after = phase_of(s, phases) + isinstance(s, Reduce)
@@ -298,6 +298,6 @@ class Kernel:
         return phases
 
     def digest(self) -> str:
-        """Return a digest of the structure: equal kernels of different layers are one build."""
+        """Return a digest of the structure: kernels with equal digests are built once."""
         shown = (self.params, self.axes, self.body)
         return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]

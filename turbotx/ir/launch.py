@@ -1,6 +1,6 @@
-"""Launches: what a program runs, over named tensors; a type for each kind of step.
+"""Launches: the steps of a program over named tensors, one type per kind of step.
 
-In: nothing; these are the types that the stages after the kernels share. Out: for example::
+In: nothing; these types are shared by the stages after the kernels. Out, for example::
 
     GemmLaunch(GemmKernel("gelu"), x, weight, bias, out, rows=batch*seq, ..., name="linear_gelu_0")
 """
@@ -30,9 +30,11 @@ from turbotx.ir.matmul_kernels import (
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named tensor of a program. `kind` says who owns its memory: "input" and "parameter" the
-    caller, "hoisted" the program (made from parameters), "output" the caller from then on,
-    "intermediate" the plan."""
+    """A named tensor of a program.
+
+    kind: who owns its memory: "input" and "parameter" the caller, "hoisted" the program (computed
+    from parameters), "output" the caller once returned, "intermediate" the memory plan.
+    """
 
     name: str
     kind: str
@@ -47,7 +49,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Operand:
-    """A strided window on a program's tensor: strides and offset in elements."""
+    """A strided window on a tensor of the program: strides and offset in elements."""
 
     tensor: str
     dtype: torch.dtype
@@ -60,9 +62,10 @@ class Operand:
 class AtenCall:
     """A call that PyTorch runs.
 
-    target: an op, or a graph of ops that returns a tuple. args, kwargs: nested, an `Operand` for
-    each tensor, an expression for each size. writes: where its results go, None for one that
-    nothing reads. has_out: the op's `out` overload writes the first one itself.
+    target: an op, or a graph of ops that returns a tuple.
+    args, kwargs: nested; an `Operand` for each tensor, an expression for each size.
+    writes: where its results go, None for an unused one.
+    has_out: the op's `out` overload writes the first result.
     """
 
     target: Callable[..., Any]
@@ -76,13 +79,14 @@ class AtenCall:
 class Launch:
     """One step of a program.
 
-    source: the calls that it computes; module: where they stand in the user's model. inplace: pairs
-    (written tensor, read tensor) that may be the same bytes. workspaces: tensors that only this
-    launch touches.
+    source: the calls that it computes.
+    module: their place in the user's model.
+    inplace: pairs (written tensor, read tensor) that may share memory.
+    workspaces: tensors that only this launch uses.
     """
 
     kind: ClassVar[str]
-    """What reports call it."""
+    """Its name in reports."""
 
     name: str
     source: str = ""
@@ -92,12 +96,12 @@ class Launch:
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
-        """In the order of the function that runs it, None where an optional one is absent."""
+        """In the order of the native function's parameters; None for an absent optional one."""
         raise NotImplementedError
 
     @property
     def sizes(self) -> tuple[Expr, ...]:
-        """In the order of the function that runs it."""
+        """In the order of the native function's parameters."""
         return ()
 
     @property
@@ -107,15 +111,18 @@ class Launch:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The tensors that it reads and does not write, each once."""
+        """The tensors that it reads and does not write, without duplicates."""
         names = (a.tensor for a in self.operands if a is not None)
         return tuple(dict.fromkeys(n for n in names if n not in self.writes))
 
 
 @dataclass(frozen=True)
 class KernelLaunch(Launch):
-    """A generated kernel. args, nodes: behind each of its params, and what they are in the graph,
-    from which follows what PyTorch would run in its place."""
+    """A generated kernel.
+
+    args, nodes: the operand and the graph node of each of its params; the equivalent PyTorch call
+    is derived from the nodes.
+    """
 
     kind = "kernel"
 
@@ -125,17 +132,17 @@ class KernelLaunch(Launch):
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """The kernel's arguments, in the order of its parameters."""
+        """The kernel's arguments, in the order of its params."""
         return self.args
 
     @property
     def sizes(self) -> tuple[Expr, ...]:
-        """The dims that the kernel reads as integer arguments."""
+        """The dims that the kernel takes as integer arguments."""
         return tuple(dim(name) for name in self.kernel.sizes)
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """Names of the tensors of the parameters whose role is "out"."""
+        """The tensors of the params with role "out"."""
         return tuple(
             a.tensor for a, p in zip(self.args, self.kernel.params, strict=True) if p.role == "out"
         )
@@ -143,11 +150,12 @@ class KernelLaunch(Launch):
 
 @dataclass(frozen=True)
 class NormOperands:
-    """What a GEMM takes beside its own operands where norms are folded into it, all float32.
+    """Further operands of a GEMM with folded norms, all float32.
 
-    sums, scales: of the weight's rows. x_stats, residual_stats: statistics of the rows that it
-    normalises. residual_affine: gamma and beta for the residual. stats: where those of its own
-    rows go.
+    sums, scales: of the weight's rows.
+    x_stats, residual_stats: statistics of the rows that it normalises.
+    residual_affine: gamma and beta for the residual.
+    stats: where statistics of its own rows are stored.
     """
 
     sums: Operand | None = None
@@ -160,9 +168,12 @@ class NormOperands:
 
 @dataclass(frozen=True)
 class Int8Operands:
-    """What a GEMM of int8 weights takes beside its own operands, float32: scales of the weight's
-    rows, (n,), and of x's, (.., 1), None where x is floats. float_rows: it multiplies by those as
-    they are; otherwise it quantises them first."""
+    """Further operands of a GEMM with int8 weights, float32.
+
+    weight_scale: of the weight's rows, (n,).
+    x_scale: of x's rows, (.., 1); None if x is in floating point.
+    float_rows: multiply floating-point rows directly; otherwise they are quantised first.
+    """
 
     weight_scale: Operand
     x_scale: Operand | None = None
@@ -171,11 +182,13 @@ class Int8Operands:
 
 @dataclass(frozen=True)
 class GemmLaunch(Launch):
-    """out = epilogue(x weight^T), x of (rows, k) at a stride of `x_stride` elements, weight (n, k).
+    """out = epilogue(x weight^T).
 
-    call: what PyTorch would run in its place. norm: where norms are folded into it. int8: where its
-    weight is quantised. fallback: the launches that do the same; a runtime may take them at some
-    shapes.
+    x: (rows, k) with a row stride of `x_stride` elements.
+    weight: (n, k).
+    call: the equivalent PyTorch call.
+    norm: set if norms are folded into it. int8: set if its weight is quantised.
+    fallback: equivalent launches that a runtime may run instead at some shapes.
     """
 
     kind = "gemm"
@@ -195,12 +208,12 @@ class GemmLaunch(Launch):
 
     @property
     def width(self) -> Expr:
-        """How many columns it stores."""
+        """Number of columns stored."""
         return self.out.shape[-1]
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
-        """x, weight, bias, out, residual, then the scales of int8 or what folded norms take; None
+        """x, weight, bias, out, residual, then int8 scales or the operands of folded norms; None
         for absent ones."""
         own, n = (self.x, self.weight, self.bias, self.out, self.residual), self.norm
         if self.int8 is not None:
@@ -212,8 +225,9 @@ class GemmLaunch(Launch):
 
     @property
     def sizes(self) -> tuple[Expr, ...]:
-        """Rows, stride of x, width and row length of the output in elements, and the activation's
-        number; of int8 then the output's dtype by its number, and 1 where rows stay floats."""
+        """Rows, stride of x, width and row length of the output in elements, and the
+        activation's index; for int8 also the code of the output's dtype, and 1 if rows stay
+        in floating point."""
         activation = Integer(ACTIVATIONS.index(self.gemm.activation))
         own = self.rows, self.x_stride, self.width, self.width, activation
         if self.int8 is None:
@@ -222,37 +236,42 @@ class GemmLaunch(Launch):
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """The output's name, and that of row statistics where the launch leaves them."""
+        """The output, and the row statistics if stored."""
         left = None if self.norm is None else self.norm.stats
         return (self.out.tensor,) if left is None else (self.out.tensor, left.tensor)
 
 
 @dataclass(frozen=True)
 class GemmFallback:
-    """A bare GEMM and the kernels behind it, over the tensors and workspaces of one launch."""
+    """A bare GEMM and the kernels after it, over the tensors and workspaces of one launch."""
 
     gemm: GemmLaunch
     ends: tuple[KernelLaunch, ...]
 
 
 class ExtentsLaunch(Launch):
-    """A launch whose sizes are written out for its function, as `extents`."""
+    """A launch with an explicit list of size arguments, `extents`."""
 
     extents: tuple[Expr, ...]
 
     @property
     def sizes(self) -> tuple[Expr, ...]:
-        """The extents that its kernel reads as integer arguments."""
+        """The kernel's integer arguments."""
         return self.extents
 
 
 @dataclass(frozen=True)
 class AttentionLaunch(ExtentsLaunch):
-    """out = softmax(scale q k^T + bias) v over (batch, heads, rows, head_dim), out (batch, q_len,
-    heads, head_dim); keys: a key mask or lengths; sinks: float32 (heads,). call: what PyTorch would
-    run in its place. sequences: bounds and starts, where it is packed (`ir.packed_ops`). blocks: of
-    keys or values in a cache: its memory, and the rows of its table that say where they lie if it
-    has several columns."""
+    """out = softmax(scale q k^T + bias) v.
+
+    q, k, v: (batch, heads, rows, head_dim); out: (batch, q_len, heads, head_dim).
+    keys: a key mask or lengths.
+    sinks: float32 (heads,).
+    call: the equivalent PyTorch call.
+    sequences: bounds and starts, if packed (`ir.packed_ops`).
+    blocks: if keys or values are in a cache: its memory, and the rows of its block table for keys
+    and values.
+    """
 
     kind = "attention"
 
@@ -272,21 +291,23 @@ class AttentionLaunch(ExtentsLaunch):
 
     @property
     def operands(self) -> tuple[Operand | None, ...]:
-        """q, k, v, out, keys, bias and sinks, None for absent ones; bounds and starts if packed, or
-        a cache's memory, and the table of keys and of values."""
+        """q, k, v, out, keys, bias and sinks, None for absent ones; then bounds and starts if
+        packed, or a cache's memory and the table rows of keys and of values."""
         own = self.q, self.k, self.v, self.out, self.keys, self.bias, self.sinks
         return *own, *self.sequences, *self.blocks
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """The output's name."""
+        """The name of the output."""
         return (self.out.tensor,)
 
 
 @dataclass(frozen=True)
 class ProductLaunch(ExtentsLaunch):
-    """One of attention's two products: scores = a b^T, or out = a b. call: what PyTorch would run
-    in its place."""
+    """One of attention's two products: scores = a b^T, or out = a b.
+
+    call: the equivalent PyTorch call.
+    """
 
     kind = "product"
 
@@ -305,16 +326,19 @@ class ProductLaunch(ExtentsLaunch):
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """The output's name."""
+        """The name of the output."""
         return (self.out.tensor,)
 
 
 @dataclass(frozen=True)
 class StoreLaunch(ExtentsLaunch):
-    """Rows of a decoder's layer go into the memory of its cache, an input that is written all the
-    same. held: all of the layer's rows after the call, (batch, heads, length, width). new: the last
-    of them. call: what PyTorch would run in its place. blocks: as of `AttentionLaunch`, with one
-    row of the table."""
+    """Stores new rows of a decoder's layer in its cache, an input that is updated in place.
+
+    held: all of the layer's rows after the call, (batch, heads, length, width).
+    new: the last of them.
+    call: the equivalent PyTorch call.
+    blocks: as of `AttentionLaunch`, with one row of the table.
+    """
 
     kind = "store"
 
@@ -327,7 +351,7 @@ class StoreLaunch(ExtentsLaunch):
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """The cache's tensor, which is written in place, the new rows, and what tells blocks."""
+        """The cache's tensor, which is updated in place, the new rows, and the block operands."""
         return self.held, self.new, *self.blocks
 
     @property
@@ -352,15 +376,15 @@ class AtenLaunch(Launch):
 
     @property
     def writes(self) -> tuple[str, ...]:
-        """Names of the outputs that something reads."""
+        """The outputs that are used."""
         return tuple(w.tensor for w in self.call.writes if w is not None)
 
 
 @dataclass(frozen=True)
 class SequenceLaunch(AtenLaunch):
-    """One thing of each sequence's tokens, of x and bounds, both dense; PyTorch runs it on a CPU.
+    """An op on the tokens of each sequence: of x and bounds, both dense; PyTorch runs it on a CPU.
 
-    extents: sequences, then x as (before, tokens, after).
+    extents: sequences, then x's size before, of and after the token dim.
     """
 
     kernel: SequenceKernel
@@ -368,5 +392,5 @@ class SequenceLaunch(AtenLaunch):
 
     @property
     def sizes(self) -> tuple[Expr, ...]:
-        """The extents that its kernel reads as integer arguments."""
+        """The integer arguments of its kernel."""
         return self.extents[1:]

@@ -1,7 +1,7 @@
-"""The compile-time properties of GEMMs, attention, its two products, and sums by sequence.
+"""Compile-time properties of GEMMs, attention, its two products, and sequence reductions.
 
-In: nothing; these types are a part of the vocabulary, as `Kernel` is of fused kernels. Out: keys of
-what is built; equal ones of different layers are one build. For example::
+In: nothing; these types are to matrix kernels what `Kernel` is to fused ones. Out: keys of builds;
+equal kernels of different layers are built once. For example::
 
     GemmKernel("gelu")    AttentionKernel(torch.float32, 64, 0.125, causal=False, keys="mask")
 """
@@ -16,9 +16,9 @@ from turbotx.ir.attention_ops import NO_WINDOW
 
 # In the order of `Activation` in epilogue.h.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "tanh")
-# Of weights and outputs, as `ttx_pack_weight` and `ttx_linear_int8` in native.cpp take them.
+# Of weights and outputs, as `ttx_pack_weight` and `ttx_linear_int8` in native.cpp expect them.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-# What stands for a dtype in the name of a kernel.
+# How a dtype appears in the name of a kernel.
 DTYPE_NAMES = {
     torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16",
 }  # fmt: skip
@@ -26,7 +26,7 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class RowNorm:
-    """A norm of rows: kind "layer" or "rms", with eps inside the root."""
+    """A norm of rows: kind "layer" or "rms", with eps inside the square root."""
 
     kind: str
     eps: float
@@ -34,11 +34,13 @@ class RowNorm:
 
 @dataclass(frozen=True)
 class GemmKernel:
-    """What is fixed about a GEMM launch: its activation, and whether the second half of the
-    weight's columns multiplies the first.
+    """The compile-time properties of a GEMM launch.
 
-    norm, residual_norm: what it does to the rows of x and of the residual; stats: whether it leaves
-    statistics of its own rows for those. Such a launch reads and writes `NormOperands` as well.
+    activation: one of ACTIVATIONS.
+    gated: the second half of the weight's columns multiplies the activated first half.
+    norm, residual_norm: norms applied to the rows of x and of the residual.
+    stats: whether it stores statistics of its own rows for those. Launches with any of the last
+    three also use `NormOperands`.
     """
 
     activation: str = "none"
@@ -56,15 +58,18 @@ class GemmKernel:
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """What is fixed about an attention launch.
+    """The compile-time properties of an attention launch; see `attention_ops.attention`.
 
-    bias is "none", "boolean", "float32" or "storage" (the dtype of q). keys: "all", "mask" or
-    "lengths" (one int64 for each batch row). window: keys seen before and after the query's place,
-    -1 for no limit. A query that sees no key gets zeros, or NaN with blind_nan, or
-    with blind_mean the mean of all values. softcap: 0 for none. late: the last query stands at the
-    last key. sinks: each head has one more score, in float32, whose share goes to no value. packed:
-    over sequences on one axis of tokens (`ir.packed_ops`). cached: keys or values may lie in a
-    cache's blocks.
+    bias: "none", "boolean", "float32" or "storage" (the dtype of q).
+    keys: "all", "mask" or "lengths" (one int64 per batch row).
+    window: keys seen before and after the query's position, -1 for no limit.
+    blind_nan, blind_mean: a query that sees no key gets NaN, or the mean of all values, instead of
+    zeros.
+    softcap: 0 for none.
+    late: the last query is aligned with the last key.
+    sinks: each head has one more float32 score, whose weight goes to no value.
+    packed: over sequences on one token axis (`ir.packed_ops`).
+    cached: keys or values may lie in a cache's blocks.
     """
 
     dtype: torch.dtype
@@ -84,7 +89,7 @@ class AttentionKernel:
 
     @property
     def name(self) -> str:
-        """A name that tells dtype, head size and masks: "attention_f32_64_causal_key_mask"."""
+        """A name with dtype, head size and masks: "attention_f32_64_causal_key_mask"."""
         kind = DTYPE_NAMES[self.dtype]
         causal = "_late" * self.late + "_causal" * self.causal
         window = "" if self.window == NO_WINDOW else "_window"
@@ -100,10 +105,11 @@ class AttentionKernel:
 
 @dataclass(frozen=True)
 class ProductKernel:
-    """What is fixed about a product: "scores" = a b^T in float32, "values" = a b in dtype.
+    """The compile-time properties of a product: "scores" = a b^T in float32, "values" = a b in
+    dtype.
 
-    dtype is that of q, k and v. head_dim is the length of the sums of scores, and the width of
-    values.
+    dtype: of q, k and v.
+    head_dim: the reduced length of scores, the width of values.
     """
 
     which: str
@@ -112,15 +118,16 @@ class ProductKernel:
 
     @property
     def name(self) -> str:
-        """A name that tells which product, dtype and head size: "attention_scores_f32_64"."""
+        """A name with product, dtype and head size: "attention_scores_f32_64"."""
         return f"attention_{self.which}_{DTYPE_NAMES[self.dtype]}_{self.head_dim}"
 
 
 @dataclass(frozen=True)
 class SequenceKernel:
-    """What is fixed about one thing that is made of each sequence's tokens (`ir.packed_ops`).
+    """The compile-time properties of an op on each sequence's tokens (`ir.packed_ops`).
 
-    which: "sum", "max", "first" or "last" token, or "cumsum". dtype, out: of what is read, written.
+    which: "sum", "max", "first" or "last" token, or "cumsum".
+    dtype, out: of the input and of the result.
     """
 
     which: str
@@ -129,5 +136,5 @@ class SequenceKernel:
 
     @property
     def name(self) -> str:
-        """A name that tells what is made, and of what: "sequence_sum_float32"."""
+        """A name with operation and dtype: "sequence_sum_float32"."""
         return f"sequence_{self.which}_{str(self.dtype).removeprefix('torch.')}"

@@ -1,7 +1,7 @@
-"""Memory order: in which order a tensor's dims lie, and the tensor by that order.
+"""Memory order: the order in which a tensor's dims lie in memory, and permutation to it.
 
-In: an input of a call. Out: its dims from the slowest in memory to the fastest, where that is not
-how it counts them: calls are captured for it, since eager's results lie by it::
+In: an input of a call. Out: its dims from the slowest-varying in memory to the fastest, if that is
+not their own order. Captures depend on it, since the strides of eager's results do::
 
     memory_order(torch.empty(2, 3, 8).transpose(1, 2))  ->  (0, 2, 1)
 """
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Return a tensor's dims from the slowest in memory to the fastest; None where that is theirs.
+    """Return a tensor's dims from slowest to fastest-varying in memory; None if already in order.
 
-    Dims of one element, and those that repeat one, stand where they are.
+    Dims of size 1 and of stride 0 keep their positions.
     """
     if tensor.is_contiguous():
         return None
@@ -32,17 +32,17 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
 
 
 def by_order(values: Sequence[T], order: Sequence[int] | None) -> tuple[T, ...]:
-    """Return one entry a dim, reordered from the slowest-varying dim in memory to the fastest."""
+    """Return one value per dim, reordered by `order`."""
     return tuple(values) if order is None else tuple(values[d] for d in order)
 
 
 def inverse(order: Sequence[int] | None) -> list[int] | None:
-    """Return the order that leads back."""
+    """Return the inverse permutation."""
     return None if order is None else sorted(range(len(order)), key=order.__getitem__)
 
 
 def in_memory(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
-    """Return a tensor by its dims' order in memory, as programs take it."""
+    """Return a tensor with its dims in memory order, as programs take it."""
     return tensor if order is None else tensor.permute(*order)
 
 
@@ -54,13 +54,13 @@ def key_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def make_dense(tensor: torch.Tensor, order: Sequence[int] | None) -> torch.Tensor:
-    """Return a tensor by its dims' order in memory, dense from where its memory begins; itself
-    where it is that."""
+    """Return a tensor in memory order, dense and at offset 0; the tensor itself if it already
+    is."""
     if order is None and tensor.is_contiguous() and tensor.storage_offset() == 0:
         return tensor
     return in_memory(tensor.detach(), order).clone(memory_format=torch.contiguous_format)
 
 
 def moved_dims(dims: Sequence[int], order: Sequence[int] | None) -> list[int]:
-    """Return where some of the dims are, by their order in memory."""
+    """Return the positions of some dims in memory order."""
     return list(dims) if order is None else sorted(order.index(d) for d in dims)

@@ -1,7 +1,7 @@
-"""Packed: the ops that `passes.pack` writes, over tokens of many sequences on one axis.
+"""Packed ops: written by `passes.pack`, over the tokens of many sequences on one axis.
 
-In: tensors of (1, ..., tokens, ...), and `bounds`, int64 (sequences + 1): sequence n has the tokens
-[bounds[n], bounds[n + 1]), perhaps none. Out: the same of every sequence by itself, for example::
+In: tensors of (1, ..., tokens, ...), and `bounds`, int64 (sequences + 1): sequence n has tokens
+[bounds[n], bounds[n + 1]), possibly none. Out: the op applied to every sequence, for example::
 
     packed_attention(q, k, v, keys, None, None, bounds, starts, scale=0.125)
     sequence_sum(x, bounds, 1)  # (sequences, hidden)
@@ -30,14 +30,16 @@ def packed_attention(
     starts: torch.Tensor,
     **said: Any,
 ) -> torch.Tensor:
-    """Return `attention_ops.attention` of each sequence by itself, (1, tokens, heads, head_dim).
+    """Return `attention_ops.attention` of each sequence on its own, (1, tokens, heads, head_dim).
 
-    q, k, v: (1, heads or kv_heads, tokens, head_dim). keys: bool (1, 1, 1, tokens), or None for all
-    of a sequence's. bias: one for all sequences, (1, heads or 1, columns, columns) by the columns
-    that a query and a key stand at; a sequence's first token stands at column starts[n], int64
-    (sequences,), and the others behind it. said: what `attention` takes by name.
+    q, k, v: (1, heads or kv_heads, tokens, head_dim).
+    keys: bool (1, 1, 1, tokens), or None for all of a sequence's keys.
+    bias: shared by all sequences, (1, heads or 1, columns, columns), indexed by the columns of
+    query and key. A sequence's first token has column starts[n], int64 (sequences,), the following
+    ones the next columns.
+    said: keyword arguments of `attention`.
     """
-    if isinstance(q, FakeTensor):  # the bounds are not known while tracing
+    if isinstance(q, FakeTensor):  # bounds are unknown while tracing
         return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
     out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
     columns = starts.tolist()
@@ -56,14 +58,17 @@ def packed_attention(
 
 
 def sequence_sum(x: torch.Tensor, bounds: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return the sum over each sequence's tokens, which lie along `dim` of x behind one or more
-    dims, the first of extent 1: (sequences, ...) without `dim`; zeros for an empty sequence."""
+    """Return the sum over each sequence's tokens along `dim`, (sequences, ...) without `dim`; zeros
+    for an empty sequence.
+
+    x: its first dim must be of size 1 and lie before `dim`.
+    """
     return _by_sequence(x, bounds, dim, lambda part: part.sum(dim))
 
 
 def sequence_max(x: torch.Tensor, bounds: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return the largest element of each sequence, as `sequence_sum` does; that of an empty one is
-    the least that the dtype has."""
+    """Return the maximum over each sequence, shaped as by `sequence_sum`; for an empty sequence,
+    the dtype's minimum."""
     least = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
 
     def largest(part: torch.Tensor) -> torch.Tensor:
@@ -73,8 +78,8 @@ def sequence_max(x: torch.Tensor, bounds: torch.Tensor, dim: int) -> torch.Tenso
 
 
 def sequence_token(x: torch.Tensor, bounds: torch.Tensor, dim: int, last: bool) -> torch.Tensor:
-    """Return the first or last token of each sequence, as `sequence_sum` does; zeros for an empty
-    one."""
+    """Return the first or last token of each sequence, shaped as by `sequence_sum`; zeros for an
+    empty one."""
 
     def token(part: torch.Tensor) -> torch.Tensor:
         if not part.shape[dim]:
@@ -85,8 +90,8 @@ def sequence_token(x: torch.Tensor, bounds: torch.Tensor, dim: int, last: bool) 
 
 
 def sequence_cumsum(x: torch.Tensor, bounds: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return the running sum along `dim`, begun anew with each sequence; of integers, as int64.
-    Tokens of no sequence, behind the last, get 0, as one that nothing is counted for."""
+    """Return the cumulative sum along `dim`, restarted with each sequence; int64 for integers.
+    Tokens after the last sequence get 0."""
     if isinstance(x, FakeTensor):
         return x.cumsum(dim)
     whole = torch.zeros_like(x, dtype=x.cumsum(dim).dtype)

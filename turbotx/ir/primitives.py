@@ -1,7 +1,7 @@
-"""The scalar functions that kernels are made of, one row each: name, C++, Triton and meaning.
+"""The scalar functions that kernels consist of, one row each: name, C++, Triton and meaning.
 
 In: names used by `ir.Compute`, `ir.Reduce` and `ir.Scan`. Out: how each target spells them, and
-what they mean on float64 tensors (the reference of the tests), for example::
+their definition on float64 tensors (the tests' reference), for example::
 
     PRIMITIVES["rsqrt"]  ->  cpp "ttx::rsqrt({0})", triton "tl.rsqrt({0})", torch.rsqrt
 """
@@ -17,7 +17,8 @@ import torch
 
 @dataclass(frozen=True)
 class Primitive:
-    """`cost` is in units of one add: what a recomputation costs beside a load."""
+    """One pointwise function. `cost`: in units of one add, to weigh recomputation against a
+    load."""
 
     name: str
     cpp: str
@@ -28,10 +29,8 @@ class Primitive:
 
 @dataclass(frozen=True)
 class Reduction:
-    """A reduction over the row axes: how many values it takes and gives, and its meaning.
-
-    `outputs` names the results in order, for readable code.
-    """
+    """A reduction over the row axes: number of inputs, names of the results in order, and
+    definition."""
 
     name: str
     inputs: int
@@ -54,7 +53,7 @@ PRIMITIVES: dict[str, Primitive] = _rows(
     ("mul", "{0} * {1}", "{0} * {1}", torch.mul),
     ("fma", "ttx::fma({0}, {1}, {2})", "tl.fma({0}, {1}, {2})", lambda a, b, c: a * b + c),
     ("div", "{0} / {1}", "{0} / {1}", torch.true_divide, 4),
-    ("div_rn", "{0} / {1}", "tl.div_rn({0}, {1})", torch.true_divide, 4),  # correct to the last bit
+    ("div_rn", "{0} / {1}", "tl.div_rn({0}, {1})", torch.true_divide, 4),  # correctly rounded
     ("floordiv", "ttx::floordiv({0}, {1})", "floordiv({0}, {1})", torch.floor_divide, 8),
     ("truncdiv", "ttx::truncdiv({0}, {1})", "truncdiv({0}, {1})", _truncdiv, 8),
     ("remainder", "ttx::remainder({0}, {1})", "remainder({0}, {1})", torch.remainder, 8),
@@ -141,9 +140,9 @@ REDUCTIONS: dict[str, Reduction] = {
         Reduction("min", 1, ("min",), lambda x: (x.amin(-1),)),
         Reduction("any", 1, ("any",), lambda x: (x.any(-1),)),
         Reduction("all", 1, ("all",), lambda x: (x.all(-1),)),
-        # mean and sum of squared deviations, in one pass (Welford 1962; merged by Chan 1979)
+        # mean and sum of squared deviations in one pass (Welford 1962; merged by Chan 1979)
         Reduction("welford", 1, ("mean", "m2"), _welford),
-        # largest and sum of exp(x - largest), in one pass (Milakov & Gimelshein 2018)
+        # largest and sum of exp(x - largest) in one pass (Milakov & Gimelshein 2018)
         Reduction("softmax", 1, ("largest", "total"), _softmax_stats),
     )
 }
@@ -151,7 +150,7 @@ REDUCTIONS: dict[str, Reduction] = {
 
 @dataclass(frozen=True)
 class ScanOp:
-    """A running result over the row axes; `start` and `cpp` are how C++ begins and goes on."""
+    """A scan over the row axes; `start` and `cpp` are its initial value and operator in C++."""
 
     name: str
     start: str

@@ -1,4 +1,4 @@
-"""Print a kernel as text: what `turbotx compile` dumps and the golden tests compare.
+"""Prints a kernel as text, for `turbotx compile` and the golden tests.
 
 In: an `ir.Kernel`. Out: a few readable lines, for example::
 
@@ -22,7 +22,7 @@ SHORT = {
 
 
 def show_expr(value: Expr) -> str:
-    """Return a size expression as text, without the marks of loop indices and gathered values."""
+    """Return a size expression as text, without the markers of loop indices and gathered values."""
     return str(value).replace("@", "").replace("%", "")
 
 

@@ -1,16 +1,16 @@
-"""Quantized: the ops that `passes.quantize` writes, int8 with a scale a row, symmetric.
+"""Quantized ops: written by `passes.quantize`; int8 with one scale per row, symmetric.
 
-In: rows of floats. Out: rows of int8 and a float32 scale each, x ~ q * scale; and products of
-them, whose sums are exact. All scales and roundings are float32 arithmetic, whatever x is, so that
-equal rows give the same integers on every path and in every reference::
+In: rows of floats. Out: rows of int8 with a float32 scale each, x ~ q * scale; and products of them
+with exact sums. Scales and rounding are computed in float32 whatever x's dtype, so that equal rows
+give the same integers on every path and in every reference::
 
     scale = row_scale(x)              # (.., 1): the row's largest magnitude / 127
     q = quantize_rows(x, scale)       # int8: round(x * (1 / scale)), halves to even
     quantized_linear(q, weight, bias, weight_scale, scale, torch.float32)
-    weight_only_linear(x, weight, bias, weight_scale)   # rows of floats as they are
+    weight_only_linear(x, weight, bias, weight_scale)   # rows stay in floating point
 
-A row that holds NaN or an infinity has the scale NaN, and a product of it is NaN. A row whose
-magnitudes are all below 2^-100 is quantised as if its largest were that.
+A row with a NaN or infinity has the scale NaN, and products with it are NaN. A row whose magnitudes
+are all below 2^-100 is quantised as if its largest were 2^-100.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 LEVELS = 127
 SMALLEST = 2.0**-100
 MAX_DEPTH = (2**31 - 1) // LEVELS**2
-"""How many products of two int8 numbers a sum in int32 holds, whatever they are."""
+"""Largest number of int8 products whose sum always fits in int32."""
 
 _library = torch.library.Library("turbotx", "FRAGMENT")
 _library.define("row_scale(Tensor x) -> Tensor")
@@ -41,13 +41,13 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _row_scale(x: torch.Tensor) -> torch.Tensor:
-    """Return (.., 1): each row's largest magnitude over 127, in float32, or float64 of float64."""
+    """Return (.., 1): each row's largest magnitude over 127, in float32, or float64 for float64."""
     peak = _wide(x).abs().amax(-1, keepdim=True)
     return torch.where(peak < torch.inf, peak.clamp_min(SMALLEST) / LEVELS, torch.nan)
 
 
 def unrounded_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return what `quantize_rows` rounds: x / scale, 0 in rows without a scale."""
+    """Return x / scale before rounding; 0 in rows without a valid scale."""
     value = _wide(x) * (1 / scale)
     return torch.where(value.abs() <= LEVELS + 0.5, value, 0.0)
 
@@ -60,19 +60,19 @@ def _quantized_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor,
     x_scale: torch.Tensor | None, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    """Return x_scale * weight_scale * (x weight^T) + bias in `dtype`, sums exact.
+    """Return x_scale * weight_scale * (x weight^T) + bias in `dtype`, with exact sums.
 
-    x: int8 (.., k) with x_scale (.., 1), or floats to be quantised first, in float32, where x_scale
-    is None. weight: int8 (n, k), weight_scale: (n,).
+    x: int8 (.., k) with x_scale (.., 1); or floats with x_scale None, quantised first, in float32.
+    weight: int8 (n, k); weight_scale: (n,).
     """
     if x_scale is None:
-        narrow = x.float()  # of float64 too: a reference is to have the same integers
+        narrow = x.float()  # float64 too, so that a reference has the same integers
         x_scale = _row_scale(narrow)
         x = _quantize_rows(narrow, x_scale)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] and hasattr(torch, "_int_mm") and rows.device.type == "cpu":
-        sums = torch._int_mm(rows.contiguous(), weight.t())  # private, and exact as float64 is
+        sums = torch._int_mm(rows.contiguous(), weight.t())  # private API; exact, like float64
     else:
         sums = rows.double() @ weight.t().double()
     shape = (*x.shape[:-1], weight.shape[0])
@@ -83,8 +83,11 @@ def _quantized_linear(
 def _weight_only_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, weight_scale: torch.Tensor
 ) -> torch.Tensor:
-    """Return weight_scale * (x weight^T) + bias in x's dtype, sums in float32, or float64 of
-    float64. x: floats (.., k); weight: int8 (n, k), weight_scale: (n,)."""
+    """Return weight_scale * (x weight^T) + bias in x's dtype, summed in float32, or float64 for
+    float64.
+
+    x: floats (.., k); weight: int8 (n, k); weight_scale: (n,).
+    """
     wide = _wide(x)
     made = wide @ weight.t().to(wide.dtype) * weight_scale.to(wide.dtype)
     return (made if bias is None else made + bias.to(wide.dtype)).to(x.dtype)
@@ -125,4 +128,4 @@ quantize_rows: Any = torch.ops.turbotx.quantize_rows.default
 quantized_linear: Any = torch.ops.turbotx.quantized_linear.default
 weight_only_linear: Any = torch.ops.turbotx.weight_only_linear.default
 QUANTIZED_LINEARS = (quantized_linear, weight_only_linear)
-"""Products by an int8 weight; of both, its scale is the fourth argument."""
+"""Products with an int8 weight; its scale is the fourth argument of both."""

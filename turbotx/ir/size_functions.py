@@ -1,12 +1,12 @@
-"""Functions of sizes: all that PyTorch's symbolic shapes can make of sizes, each one row.
+"""Functions of sizes: everything that PyTorch's symbolic shapes can apply to sizes, one row each.
 
-In: the name of a sympy function, as torch.utils._sympy.functions and sympy itself call it. Out: the
-Python function that it is, and how it is spelled in Python and in JavaScript::
+In: the name of a sympy function, as in torch.utils._sympy.functions and sympy. Out: the Python
+function, and its spelling in Python and in JavaScript::
 
     FUNCTIONS["FloorToInt"].python.format("0.5 * seq")  ->  "floor(0.5 * seq)"
 
-Kernels are given what these functions return as an argument, see `sizes.name_functions`: so a size
-that goes through a float has one value on every device, Python's own.
+Kernels get the results of these functions as arguments, see `expr.name_functions`, so that a size
+computed through a float has Python's value on every device.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from typing import Any
 import torch
 
 MAX_EXPONENT = 4096
-"""A saved file may say 9 ** 9 ** 9: no size of a tensor is larger than this power of anything."""
+"""A saved file could contain 9 ** 9 ** 9; no tensor size needs a larger exponent than this."""
 
 
 @dataclass(frozen=True)
 class SizeFunction:
-    """call: of numbers or torch's symbolic numbers. python, javascript: templates of the arguments,
-    each of them an atom. keeps_sign: of arguments >= 0 the result is >= 0."""
+    """One function of sizes.
+
+    call: takes numbers or torch's symbolic numbers.
+    python, javascript: templates over the arguments, each an atom.
+    keeps_sign: whether arguments >= 0 give a result >= 0.
+    """
 
     call: Callable[..., Any]
     python: str = ""
@@ -35,15 +39,15 @@ class SizeFunction:
 
 
 def power(base: Any, exponent: Any) -> Any:
-    """Return base ** exponent; raise OverflowError for an exponent that no size can have."""
+    """Return base ** exponent; raise OverflowError for an exponent too large for any size."""
     if isinstance(exponent, int) and exponent > MAX_EXPONENT:
         raise OverflowError(f"{base} ** {exponent} is no size")
     return base**exponent
 
 
 def bounded(size: int, least: int, *most: int) -> int:
-    """Return a size that is none of `most` exceeds, and at least `least`. Numbers that remember how
-    they were computed (`saved.variants`) have a method of this name, which remembers this too."""
+    """Return a size limited to at least `least` and at most each of `most`. Numbers that record
+    their computation (`saved.variants`) have a method of this name, which records this step too."""
     for x in (size, *most):
         if hasattr(x, "bounded"):
             found: int = x.bounded(size, least, *most)
@@ -68,7 +72,7 @@ def _same(x: Any) -> Any:
 
 
 def _symbolic(name: str) -> Callable[[Any], Any]:
-    """Return a function of one float as PyTorch traces it, of which plain numbers are given too."""
+    """Return PyTorch's traceable function of one float, which also accepts plain numbers."""
     return getattr(torch, f"_sym_{name}")
 
 
@@ -77,7 +81,7 @@ _TO_EVEN = (
 )
 
 FUNCTIONS: dict[str, SizeFunction] = {
-    # Integers; the first are printed by `sizes`, for they stand in kernels too.
+    # Integers; the first of them are printed by `expr`, since kernels compute them too.
     "FloorDiv": SizeFunction(operator.floordiv, keeps_sign=True),
     "CleanDiv": SizeFunction(operator.floordiv, keeps_sign=True),
     "Mod": SizeFunction(operator.mod, keeps_sign=True),
@@ -107,11 +111,11 @@ FUNCTIONS: dict[str, SizeFunction] = {
     "FloatTrueDiv": SizeFunction(operator.truediv, "({0} / {1})", "({0} / {1})", True),
     "FloatPow": SizeFunction(operator.pow, "power({0}, {1})", "Math.pow({0}, {1})", True),
     "OpaqueUnaryFn_sqrt": SizeFunction(_symbolic("sqrt"), "sqrt({0})", "Math.sqrt({0})", True),
-    # Choices, and what only marks a part.
+    # Conditionals, and markers.
     "Where": SizeFunction(_choose, "({1} if {0} else {2})", "({0} ? {1} : {2})"),
     "Identity": SizeFunction(_same, "({0})", "({0})", True),
 }
-for _name in ("exp", "log", "asinh"):  # rows of torch's table that no SymFloat reaches yet
+for _name in ("exp", "log", "asinh"):  # in torch's table, though no SymFloat produces them yet
     FUNCTIONS[f"OpaqueUnaryFn_{_name}"] = SizeFunction(
         getattr(math, _name), f"{_name}({{0}})", f"Math.{_name}({{0}})"
     )
@@ -125,7 +129,7 @@ RELATIONS: dict[str, tuple[Callable[[Any, Any], Any], str, str]] = {
     "StrictLessThan": (operator.lt, "<", "<"), "LessThan": (operator.le, "<=", "<="),
     "StrictGreaterThan": (operator.gt, ">", ">"), "GreaterThan": (operator.ge, ">=", ">="),
 }  # fmt: skip
-"""By sympy's name: the function, Python's sign, JavaScript's."""
+"""By sympy's name: the function, Python's operator, JavaScript's operator."""
 
 PYTHON_NAMES: dict[str, Any] = {
     "max": max, "min": min, "abs": abs, "round": round, "float": float, "power": power,
@@ -134,7 +138,7 @@ PYTHON_NAMES: dict[str, Any] = {
     **{n: getattr(math, n) for n in ("cos", "sin", "tan", "cosh", "sinh", "tanh", "acos", "asin",
                                      "atan", "log2", "exp", "log", "asinh")},
 }  # fmt: skip
-"""What the Python spellings call."""
+"""The names used by the Python spellings."""
 
 IN_KERNELS = frozenset(("FloorDiv", "CleanDiv", "Mod", "PythonMod", "Max", "Min"))
-"""The functions that kernels compute themselves, of positions as well as of sizes."""
+"""Functions that kernels compute themselves, of positions as well as sizes."""

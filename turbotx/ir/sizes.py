@@ -1,7 +1,7 @@
-"""Sizes as plain data: Python source over a program's dims, compiled when it is needed.
+"""Sizes as plain data: Python source over a program's dims, compiled when needed.
 
-In: texts, as `expr.sizes_of` prints them. Out: one function that evaluates all of them, in a few
-tens of nanoseconds each; no symbolic algebra here, so that programs load and run without it::
+In: texts, as printed by `expr.sizes_of`. Out: one function that evaluates all of them, in a few
+tens of nanoseconds each; programs load and run without sympy::
 
     Sizes(("4 * seq + 32", "batch")).compile(["batch", "seq"])(2, 10)  ->  (72, 2)
 """
@@ -15,17 +15,17 @@ from typing import Any
 from turbotx.ir.size_functions import PYTHON_NAMES
 
 Evaluate = Callable[..., tuple[Any, ...]]
-"""Several sizes at once, of a program's dims in order."""
+"""Evaluates several sizes from the values of a program's dims, in order."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes are ints; floats and bools made of sizes are what Python makes of them."""
+    """Texts of sizes: ints, or floats and bools computed from sizes by Python."""
 
     texts: tuple[str, ...]
 
     def compile(self, dims: Sequence[str]) -> Evaluate:
-        """Return a function of the dims, in order, that returns every value as a tuple."""
+        """Return a function that maps the dims, in order, to a tuple of all values."""
         source = f"lambda {', '.join(dims)}: ({''.join(f'{text}, ' for text in self.texts)})"
         names = {**PYTHON_NAMES, "__builtins__": {}}
         return eval(compile(source, "<turbotx sizes>", "eval"), names)

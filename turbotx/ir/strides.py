@@ -1,8 +1,8 @@
-"""Where a view's elements lie in the tensor that holds them.
+"""Layouts: where a view's elements lie in the tensor that owns the memory.
 
-In: an fx node that is a chain of views. Out: its `Layout`: the root node that owns the memory,
-and shape, strides and offset in elements of the root, all symbolic, or None where the view
-cannot be expressed by strides (then it must be computed by a kernel). Example::
+In: an fx node that is a chain of views. Out: its `Layout`: the root node that owns the memory, and
+shape, strides and offset in elements of the root, all symbolic; or None if strides cannot express
+the view (a kernel must then compute it). Example::
 
     layout_of(permute(view(linear)))  ->  root linear, strides (1152*seq, 32, 1152, 1), offset 384
 """
@@ -27,7 +27,7 @@ PERMUTATIONS = (aten.permute.default, aten.transpose.int, aten.t.default)
 
 @dataclass(frozen=True)
 class Layout:
-    """A strided window on a root: sizes and strides per dim and the offset, in elements."""
+    """A strided window on a root: shape, and strides and offset in elements."""
 
     root: fx.Node
     shape: tuple[Expr, ...]
@@ -51,8 +51,8 @@ def contiguous_strides(shape: Sequence[Expr]) -> tuple[Expr, ...]:
 
 
 def root_layout(node: fx.Node) -> Layout:
-    """Return the layout of a node that owns its memory: dense, or the user's own for parameters, or
-    by the room that a cache has for a layer."""
+    """Return the layout of a node that owns its memory: dense; the user's strides for a parameter;
+    or a layer's place in a cache."""
     shape = g.shape(node)
     strides = contiguous_strides(shape)
     if node.target is cache_store:
@@ -67,7 +67,7 @@ def root_layout(node: fx.Node) -> Layout:
 
 
 def layout_of(node: fx.Node) -> Layout | None:
-    """Return the node's layout over its root, or None where strides cannot express it."""
+    """Return the node's layout over its root, or None if strides cannot express it."""
     if not is_view(node) or not g.is_tensor(node):
         return root_layout(node)
     layout = layout_with_copies(node)
@@ -75,8 +75,8 @@ def layout_of(node: fx.Node) -> Layout | None:
 
 
 def layout_with_copies(node: fx.Node) -> Layout:
-    """Return the node's layout where views that strides cannot express are copies: then its root
-    is the last such view below it, dense. What is merged only to be split again needs no copy."""
+    """Return the node's layout, treating views that strides cannot express as dense copies: the
+    last such view is then the root. A merge that is only split again needs no copy."""
     if not is_view(node) or not g.is_tensor(node):
         return root_layout(node)
     nested = _nest(node)
@@ -92,13 +92,13 @@ def layout_with_copies(node: fx.Node) -> Layout:
     return Layout(below.root, g.shape(node), strides, below.offset)
 
 
-# A dim that takes several strides: (extent, stride) from the outermost.
+# A dim with several strides: (extent, stride) from the outermost.
 Factors = tuple[tuple[Expr, Expr], ...]
 
 
 @dataclass(frozen=True)
 class _Nested:
-    """A window whose dims may each take several strides: (batch, seq * 4, 16) of (batch, seq, 64)
+    """A window whose dims may each have several strides: (batch, seq * 4, 16) of (batch, seq, 64)
     in rows of 128 is ((batch, 128 * seq)), ((seq, 128), (4, 16)), ((16, 1))."""
 
     root: fx.Node
@@ -111,7 +111,7 @@ class _Nested:
         return _Nested(layout.root, tuple(((n, s),) for n, s in pairs), layout.offset)
 
     def flat(self) -> Layout | None:
-        """Return the same with one stride a dim, or None where one does not do."""
+        """Return the layout with one stride per dim, or None if that is not possible."""
         if any(len(factors) > 1 for factors in self.dims):
             return None
         pairs = [factors[0] if factors else (ONE, ZERO) for factors in self.dims]
@@ -120,7 +120,7 @@ class _Nested:
 
 
 def _nest(node: fx.Node) -> _Nested | None:
-    """Return a chain of views as strides, several a dim where need be; None if that is not enough.
+    """Return a chain of views as nested strides; None if these cannot express it.
 
     Nested strides as in CuTe's layouts (NVIDIA CUTLASS 3).
     """
@@ -137,7 +137,7 @@ def _nest(node: fx.Node) -> _Nested | None:
 
 
 def _permute(node: fx.Node, below: _Nested) -> _Nested | None:
-    """Return a view that only orders the dims of `below`; None for any other."""
+    """Apply a view that permutes the dims of `below`; None for any other view."""
     if node.target not in PERMUTATIONS:
         return None
     rank = len(below.dims)
@@ -147,7 +147,7 @@ def _permute(node: fx.Node, below: _Nested) -> _Nested | None:
 
 
 def _regroup(factors: list[tuple[Expr, Expr]], shape: Sequence[Expr]) -> tuple[Factors, ...] | None:
-    """Return strides, several a dim where need be, that show a window under another shape."""
+    """Return nested strides of a window reshaped to `shape`; None if that needs a copy."""
     left = _merge(factors)
     dims: list[Factors] = []
     for extent in reversed(shape):
@@ -172,7 +172,7 @@ def _regroup(factors: list[tuple[Expr, Expr]], shape: Sequence[Expr]) -> tuple[F
 
 
 def _merge(factors: Sequence[tuple[Expr, Expr]]) -> list[tuple[Expr, Expr]]:
-    """Return the factors without those of extent 1, neighbours that are one stride joined."""
+    """Return the factors without extents of 1, with adjacent factors merged where possible."""
     merged: list[tuple[Expr, Expr]] = []
     for extent, stride in factors:
         if extent == 1:
@@ -185,7 +185,8 @@ def _merge(factors: Sequence[tuple[Expr, Expr]]) -> list[tuple[Expr, Expr]]:
 
 
 def _affine(node: fx.Node, below: Layout) -> Layout:
-    """Probe the view's index map, which is affine per dim, at zero and at each unit vector."""
+    """Compute a view's strides by evaluating its affine index map at zero and at each unit
+    vector."""
     shape = g.shape(node)
     zero: list[Any] = [ZERO] * len(shape)
 
@@ -204,7 +205,7 @@ def _affine(node: fx.Node, below: Layout) -> Layout:
 
 
 def reshape_strides(below: Layout, shape: tuple[Expr, ...]) -> tuple[Expr, ...] | None:
-    """Return strides that show `below` under another shape, or None if that needs a copy.
+    """Return the strides of `below` reshaped to `shape`, or None if that needs a copy.
 
     Merges below's dims where stride[i] == stride[i+1] * size[i+1], then splits them to fit.
     """
@@ -216,8 +217,7 @@ def reshape_strides(below: Layout, shape: tuple[Expr, ...]) -> tuple[Expr, ...] 
 
 
 def has_plain_rows(layout: Layout) -> bool:
-    """Return whether a GEMM can read a window as a matrix: rows at one stride, elements
-    adjacent."""
+    """Return whether a GEMM can read a window as a matrix: one row stride, adjacent elements."""
     depth = layout.shape[-1]
     flat = reshape_strides(layout, (product(layout.shape[:-1]), depth))
     return flat is not None and (flat[1] == 1 or depth == 1)

@@ -1,7 +1,7 @@
-"""Subgraphs: ops that are given graphs (torch.cond, while_loop, flex_attention), as plain calls.
+"""Subgraphs: converts ops that take graphs (torch.cond, while_loop, flex_attention) to plain calls.
 
-In: an exported graph whose get_attr nodes name graphs. Out: the same graph, each such op one call
-of tensors and sizes that PyTorch runs as it is, its graphs inside::
+In: an exported graph whose get_attr nodes name graphs. Out: the same graph, with each such op as
+one call of tensors and sizes that contains its graphs and that PyTorch runs::
 
     cond(pred, true_graph_0, false_graph_0, (x, w))  ->  cond(pred, x, w)
 """
@@ -15,18 +15,18 @@ from torch import fx
 
 
 class _Given(int):
-    """The place of a tensor or a size among those that a call is given."""
+    """The position of a tensor or size among a call's arguments."""
 
 
 class WithGraphs:
-    """A function of tensors and sizes: an op of PyTorch, its graphs and constants filled in."""
+    """A function of tensors and sizes: a PyTorch op with its graphs and constants bound."""
 
     def __init__(self, op: Any, args: Any, kwargs: Any) -> None:
         self.op, self._structure = op, (args, kwargs)
         self.__name__ = str(getattr(op, "__name__", op))
 
     def __call__(self, *given: Any) -> Any:
-        """Call the op with these tensors and sizes in the places of its variable arguments."""
+        """Call the op with these tensors and sizes in place of its variable arguments."""
         args, kwargs = pytree.tree_map(
             lambda v: given[v] if isinstance(v, _Given) else v, self._structure
         )
@@ -39,7 +39,7 @@ class WithGraphs:
 
 
 def enclose_graphs(graph_module: fx.GraphModule) -> None:
-    """Rewrite every op that is given graphs, in place."""
+    """Replace every op that takes graphs, in place."""
     graph = graph_module.graph
     inner = {
         n: getattr(graph_module, str(n.target))
@@ -67,7 +67,7 @@ def enclose_graphs(graph_module: fx.GraphModule) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Return arguments as the op's own code takes them: fx keeps lists of a kind of its own."""
+    """Return arguments as plain lists and tuples: fx stores lists of its own type."""
     if isinstance(value, (list, tuple)):
         made = [_plain(v) for v in value]
         return tuple(made) if isinstance(value, tuple) else made

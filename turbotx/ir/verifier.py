@@ -1,8 +1,8 @@
-"""Verify: what must hold of a graph, a kernel and a list of launches, checked apart from the
+"""Verifier: invariants of graphs, regions, kernels and launches, checked independently of the
 stages that make them.
 
-In: a stage's output. Out: nothing, or a VerifyError that names the node, value or launch that
-breaks a rule, for example::
+In: a stage's output. Out: nothing, or a VerifyError that names the node, value or launch, for
+example::
 
     VerifyError: fused_add_gelu: value 'erf' is used before it is made
 """
@@ -25,8 +25,10 @@ from turbotx.ir.views import SPLITS, is_view
 
 
 def check_graph(graph: fx.Graph) -> None:
-    """Every node has its value, every shape speaks of named dims, arguments come before uses.
-    Raises VerifyError with the node that breaks it."""
+    """Check that every node has a value, shapes use named dims, and nodes precede their uses.
+
+    Raises VerifyError naming the node.
+    """
     seen: set[fx.Node] = set()
     for node in graph.nodes:
         for source in node.all_input_nodes:
@@ -42,7 +44,7 @@ def check_graph(graph: fx.Graph) -> None:
 
 
 def check_inputs(graph: fx.Graph, sizes: Sequence[Sequence[Expr]]) -> None:
-    """Raise VerifyError for inputs of other sizes than the capture's: a pass may have fixed one."""
+    """Raise VerifyError if an input's sizes differ from the capture's: a pass specialized one."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     for node, wanted in zip(inputs, sizes, strict=True):
         if g.shape(node) != by_order(wanted, node.meta.get("order")):
@@ -61,8 +63,10 @@ def _check_dims(node: fx.Node) -> None:
 
 
 def check_region(nodes: Sequence[fx.Node], outputs: Collection[fx.Node]) -> None:
-    """Check that a region is convex, so that no path leaves it and comes back, and its outputs its
-    own. Raises VerifyError with the node that breaks it."""
+    """Check that a region is convex (no path leaves it and returns) and owns its outputs.
+
+    Raises VerifyError naming the node.
+    """
     inside = set(nodes)
     for node in outputs:
         if node not in inside:
@@ -70,7 +74,7 @@ def check_region(nodes: Sequence[fx.Node], outputs: Collection[fx.Node]) -> None
     after: set[fx.Node] = set()
     for node in _between(nodes):
         reached = any(n in after or n in inside for n in node.all_input_nodes)
-        if g.is_size(node):  # known before anything runs
+        if g.is_size(node):  # known before any launch
             continue
         if node in inside and any(n in after for n in node.all_input_nodes):
             raise VerifyError(f"a path leaves the region and comes back at {node.name}")
@@ -85,15 +89,19 @@ def _between(nodes: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _is_view_of_inside(node: fx.Node, inside: set[fx.Node], after: set[fx.Node]) -> bool:
-    """Return whether a view or split is of the region's own values, and so of whoever reads it."""
+    """Return whether a node is a view or split of the region's own values, and thus moves with its
+    reader."""
     if not is_view(node) and node.target not in SPLITS:
         return False
     return not any(n in after for n in node.all_input_nodes)
 
 
 def check_kernel(kernel: ir.Kernel) -> None:
-    """Values are made once and before use; offsets speak of known axes; stores go to outputs.
-    Raises VerifyError with the value or param that breaks it."""
+    """Check that values are defined once and before use, offsets use known axes, and stores write
+    outputs.
+
+    Raises VerifyError naming the value or param.
+    """
     params = {p.name: p for p in kernel.params}
     axes = {a.name for a in kernel.axes}
     if len(params) != len(kernel.params) or len(axes) != len(kernel.axes):
@@ -118,7 +126,7 @@ def check_kernel(kernel: ir.Kernel) -> None:
 
 
 def _dtype_of(s: ir.Statement) -> torch.dtype:
-    """Return the dtype of what a statement makes."""
+    """Return the dtype of a statement's result."""
     assert not isinstance(s, (ir.Store, ir.Check)), "it makes nothing"
     return s.dtype
 
@@ -167,9 +175,11 @@ def _check_reductions(kernel: ir.Kernel) -> None:
 def check_launches(
     tensors: dict[str, ir.Tensor], launches: Sequence[ir.Launch], returned: Collection[str]
 ) -> None:
-    """Everything read was written before, nothing is lost, and a launch's dtypes are its tensors':
-    one that wrote wider elements than the graph says would write over what lies behind. Raises
-    VerifyError with the launch that breaks it."""
+    """Check that tensors are written before they are read, that all outputs are written, and that
+    operands have their tensors' dtypes: storing wider elements would overwrite what follows.
+
+    Raises VerifyError naming the launch.
+    """
     written = {n for n, t in tensors.items() if t.kind in ("input", "parameter", "hoisted")}
     for launch in launches:
         for name in launch.reads:
@@ -231,7 +241,7 @@ def _check_int8(launch: ir.GemmLaunch, int8: ir.Int8Operands) -> None:
 
 def _of_one_dtype(launch: ir.Launch) -> tuple[ir.Operand | None, ...]:
     if isinstance(launch, ir.GemmLaunch):
-        # A folded norm's part of the bias is in float32.
+        # With a folded norm, the bias is float32.
         bias = launch.bias if launch.norm is None else None
         if launch.int8 is not None:
             x = launch.x if launch.int8.x_scale is None else None
@@ -247,8 +257,8 @@ def _of_one_dtype(launch: ir.Launch) -> tuple[ir.Operand | None, ...]:
 
 
 def _check_experts(launch: ir.GroupedGemmLaunch | ir.RouteLaunch) -> None:
-    """Check dtypes and sizes of a launch about experts: its functions read dense int32 ends, one an
-    expert, and take sizes for equal that are named once."""
+    """Check a launch on experts: dense int32 ends, one per expert, and sizes that are passed once
+    but used for several operands must be equal."""
     same: list[tuple[Expr, Expr]]
     if isinstance(launch, ir.GroupedGemmLaunch):
         experts, columns, depth = launch.weight.shape
@@ -273,8 +283,8 @@ def _check_experts(launch: ir.GroupedGemmLaunch | ir.RouteLaunch) -> None:
 
 
 def _check_inplace_pairs(tensors: dict[str, ir.Tensor], launch: ir.Launch) -> None:
-    """Check that what may be the same bytes is one tensor written and one read, each whole and
-    by one operand only (what a kernel does with the two is checked on its source)."""
+    """Check that each in-place pair is one tensor written and one read, each whole and used by one
+    operand only (the kernel's own accesses are checked on its source)."""
     operands = [a for a in launch.operands if a is not None]
     for out, given in launch.inplace:
         what = f"{launch.name} may write {out!r} over {given!r}"

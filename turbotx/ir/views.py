@@ -1,7 +1,7 @@
 """Views: ATen ops that move no data, each as a map from its own index to its input's.
 
-In: a view node and an index (one expression per dim). Out: the index of the input that holds
-that element. Layouts, lowering and the op table all ask here, for example::
+In: a view node and an index (one expression per dim). Out: the index of the input that holds that
+element. Used by layouts, lowering and the op table, for example::
 
     input_index(permute(x, (0, 2, 1)), (i, j, k))  ->  (i, k, j)
 """
@@ -129,7 +129,7 @@ def _reshape(node: fx.Node, index: IndexTuple) -> IndexTuple:
 
 
 class NeedsFactoring(Exception):
-    """A reshape's index map needs the axes split: lowering does that, layouts use strides."""
+    """The index map of a reshape needs split axes: lowering splits them, layouts use strides."""
 
 
 SPLITS = frozenset(
@@ -163,7 +163,7 @@ VIEWS: dict[Any, str] = {t: "reshape" if m is _reshape else "affine" for t, m in
 
 
 def is_view(node: Any) -> bool:
-    """Return whether `node` moves no data. A getitem counts only when it picks a piece of a
+    """Return whether `node` moves no data. A getitem counts only if it selects a piece of a
     split."""
     if not isinstance(node, fx.Node) or node.target not in VIEWS:
         return False
@@ -171,7 +171,7 @@ def is_view(node: Any) -> bool:
 
 
 def view_source(node: fx.Node) -> fx.Node:
-    """Return the tensor node that a view looks at (through the split, for a piece of one)."""
+    """Return the tensor that a view is of (for a piece of a split, the tensor that is split)."""
     source = g.operand(node, 0)
     return g.operand(source, 0) if node.target is g.GETITEM else source
 
@@ -190,10 +190,10 @@ def reshape_index(
     source: Sequence[Expr],
     split: Callable[[Expr, Expr], tuple[Expr, Expr]],
 ) -> IndexTuple:
-    """Return the index into `source` of element `index` of a reshape of it to `shape`.
+    """Return the index into `source` of element `index` of its reshape to `shape`.
 
-    Walks both shapes from the right in groups of equal product. `split(i, n)` returns
-    (i // n, i % n).
+    Walks both shapes from the right in groups of equal product. `split(i, n)` returns (i // n, i %
+    n).
     """
     inner: list[Expr] = [ZERO] * len(source)
     flat, below = ZERO, ONE

@@ -82,7 +82,7 @@ def split_bounds(group: int, kv_heads: int) -> tuple[tuple[int, ...], tuple[int,
     return tuple(n // group for n in rows if n >= group), tuple(sorted(batches - {0}))
 
 
-def room_for_sums(kernel: AttentionKernel) -> int:
+def split_workspace_size(kernel: AttentionKernel) -> int:
     """Return how many float32 the parts of any split launch leave at most."""
     return MOST_ROWS * (max(16, power_above(kernel.head_dim)) + 2)
 

@@ -1,7 +1,7 @@
 """One arena: a flat uint8 tensor over a range of memory that grows without moving.
 
-In: byte counts. Out: a tensor, over mmap on CPUs, over the driver's virtual memory on CUDA, or
-over a plain allocation where neither is available (then growing moves it)::
+In: byte counts. Out: a tensor over mmap on CPUs, over the driver's virtual memory on CUDA, or over
+a plain allocation if neither is available (growing then moves it)::
 
     arena = Arena(open_range(torch.device("cpu"), 1 << 40), index=0, chunk_nbytes=CHUNK_NBYTES)
     arena.grow(3_000_000); arena.tensor.shape        # (4194304,)
@@ -25,18 +25,18 @@ _PROBE_BYTE = 0xA5
 
 
 class AddressRange(Protocol):
-    """Memory that is backed from its first byte up; `stable` if growing never moves it."""
+    """Memory that is backed from its first byte up; `stable` if growing does not move it."""
 
     stable: bool
     mapped_nbytes: int
 
     @property
     def address(self) -> int:
-        """Address of the first byte; constant if `stable`, else until the next `map_to` or
+        """Address of the first byte; constant if `stable`, otherwise until the next `map_to` or
         `unmap_to`."""
 
     def map_to(self, nbytes: int) -> None:
-        """Back at least the first `nbytes` bytes with memory; raise MemoryExhausted where there is
+        """Back at least the first `nbytes` bytes with memory; raise MemoryExhausted if there is
         none."""
 
     def unmap_to(self, nbytes: int) -> None:
@@ -54,16 +54,16 @@ class PlainRange:
 
     @property
     def address(self) -> int:
-        """Address of the tensor that backs the range; another one after a resize."""
+        """Address of the tensor that backs the range; changes with a resize."""
         return self.tensor.data_ptr()
 
     def map_to(self, nbytes: int) -> None:
-        """Replace the tensor by a larger one where `nbytes` exceed it; contents are lost."""
+        """Replace the tensor by one of `nbytes` if that is larger; contents are lost."""
         if nbytes > self.mapped_nbytes:
             self._replace(nbytes)
 
     def unmap_to(self, nbytes: int) -> None:
-        """Replace the tensor by one of `nbytes` where it is larger; contents are lost."""
+        """Replace the tensor by one of `nbytes` if that is smaller; contents are lost."""
         if nbytes < self.mapped_nbytes:
             self._replace(nbytes)
 
@@ -71,12 +71,12 @@ class PlainRange:
         device = self.tensor.device
         if device.type == "cuda" and self.mapped_nbytes:
             with capture_lock:
-                torch.cuda.synchronize(device)  # another stream may still be working on it
-        # The old one goes first, so that both are never alive together.
+                torch.cuda.synchronize(device)  # another stream may still be using it
+        # Free the old tensor first, so that both are never allocated at once.
         self.tensor = torch.empty(0, dtype=torch.uint8, device=device)
         self.mapped_nbytes = 0
         try:
-            with torch.inference_mode(False):  # whatever the caller is in: others write to it too
+            with torch.inference_mode(False):  # the tensor must be writable in any mode
                 self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
         except RuntimeError as error:  # torch's OutOfMemoryError and CPU allocator errors
             raise MemoryExhausted(
@@ -87,7 +87,7 @@ class PlainRange:
 
 
 class CudaBytes:
-    """Lets torch view memory that it did not allocate; keeps the range alive as long."""
+    """Lets torch view memory that it did not allocate; keeps the range alive."""
 
     def __init__(self, memory: AddressRange) -> None:
         self.memory = memory
@@ -100,7 +100,7 @@ class CudaBytes:
 
 
 def open_range(device: torch.device, address_nbytes: int) -> AddressRange:
-    """Return the best range that this device has; falls back to a plain allocation."""
+    """Return the best kind of range for this device; falls back to a plain allocation."""
     if device.type == "cpu" and load_libc() is not None:
         return CpuRange(address_nbytes)
     if device.type == "cuda" and torch.version.hip is None:
@@ -118,7 +118,7 @@ def _open_cuda(device: torch.device, address_nbytes: int) -> AddressRange:
             RuntimeWarning,
         )
         return PlainRange(device)
-    # An event makes the device's context, which the driver calls need, and waits for nothing.
+    # An event creates the device's context, which the driver calls need, without synchronizing.
     with torch.cuda.device(device):
         torch.cuda.Event().record()
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -127,7 +127,7 @@ def _open_cuda(device: torch.device, address_nbytes: int) -> AddressRange:
         memory = CudaRange(index, address_nbytes, driver, lambda: torch.cuda.synchronize(device))
         _try_out(memory, device)
         return memory
-    except Exception as error:  # whatever it is, a plain allocation does not need it
+    except Exception as error:  # a plain allocation still works
         reason = f"{type(error).__name__}: {error}"
     if memory is not None:
         memory.close()
@@ -140,10 +140,10 @@ def _open_cuda(device: torch.device, address_nbytes: int) -> AddressRange:
 
 
 def _try_out(memory: CudaRange, device: torch.device) -> None:
-    """Use a new range once, as arenas will; raise what that raises, or RuntimeError.
+    """Use a new range once, as arenas will; raise the error that this causes, or RuntimeError.
 
-    Some virtual machines reserve addresses and cannot back them, and memory that is mapped need
-    not be what PyTorch takes for a tensor.
+    Some virtual machines reserve addresses but cannot back them, and PyTorch may not accept mapped
+    memory as a tensor.
     """
     memory.map_to(1)
     tensor = view_range(memory, device)
@@ -157,8 +157,8 @@ def _try_out(memory: CudaRange, device: torch.device) -> None:
 
 
 def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:
-    """Return the mapped bytes as a uint8 tensor that keeps the range alive, and that may be written
-    to inside of `torch.inference_mode` and outside."""
+    """Return the mapped bytes as a uint8 tensor that keeps the range alive and can be written to
+    both inside and outside of `torch.inference_mode`."""
     if isinstance(memory, PlainRange):
         return memory.tensor
     if not memory.mapped_nbytes:
@@ -170,8 +170,8 @@ def view_range(memory: AddressRange, device: torch.device) -> torch.Tensor:
 
 
 def view_addresses(memory: AddressRange, nbytes: int) -> torch.Tensor:
-    """Return the first `nbytes` addresses of a range on a CPU, mapped or not, as `view_range` does
-    those that are; what is not mapped must not be touched."""
+    """Return the first `nbytes` addresses of a range on a CPU as a uint8 tensor, like `view_range`,
+    but including unmapped addresses, which must not be accessed."""
     raw: Any = (ctypes.c_uint8 * nbytes).from_address(memory.address)
     raw.owner = memory
     with torch.inference_mode(False):
@@ -180,17 +180,18 @@ def view_addresses(memory: AddressRange, nbytes: int) -> torch.Tensor:
 
 def current_handle(device: torch.device) -> int:
     """Return the handle of the current stream of a CUDA device."""
-    get = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # what Inductor's programs call
+    get = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # private, as Inductor uses
     if get is None or device.index is None:
         return int(torch.cuda.current_stream(device).cuda_stream)
     return int(get(device.index))
 
 
 class StreamOrder:
-    """Lets the next user of an arena wait, on its own stream, for what the last one queued.
+    """Orders uses of an arena by different streams.
 
-    Costs nothing while one stream is used. A lease must begin before a CUDA graph's capture
-    does, since a captured stream may not wait for one that is not.
+    A new user's stream waits for what the last user's stream has queued; no cost while only one
+    stream is used. A lease must begin before a CUDA graph's capture does: a captured stream cannot
+    wait for one that is not captured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -199,12 +200,12 @@ class StreamOrder:
         self._handle: int | None = None
 
     def enter(self) -> None:
-        """Let the current stream wait for what the memory's last user queued on another one."""
+        """Make the current stream wait for the last user's, if that is another one."""
         if self._last is not None and current_handle(self._device) != self._handle:
             torch.cuda.current_stream(self._device).wait_stream(self._last)
 
     def leave(self) -> None:
-        """Remember the current stream as the memory's last user."""
+        """Record the current stream as the last user."""
         handle = current_handle(self._device)
         if handle != self._handle:
             self._handle, self._last = handle, torch.cuda.current_stream(self._device)
@@ -213,9 +214,9 @@ class StreamOrder:
 class Arena:
     """Memory for one execution at a time.
 
-    `tensor` (uint8, flat) covers all of it and is a new one after each growth; `generation`
-    changes whenever the address did, which only a range that is not stable does; `shrinks` counts
-    the times that memory was given back, so that a CUDA graph over it is not replayed again.
+    `tensor` (uint8, flat) covers all of it and is replaced after each growth. `generation` changes
+    whenever the address does, which happens only if the range is not stable. `shrinks` counts how
+    often memory was returned, after which a CUDA graph over it must not be replayed.
     """
 
     def __init__(
@@ -237,12 +238,12 @@ class Arena:
 
     @property
     def mapped_nbytes(self) -> int:
-        """Bytes that are backed by memory now, whole chunks."""
+        """Bytes backed by memory, in whole chunks."""
         return self._memory.mapped_nbytes
 
     @property
     def stable(self) -> bool:
-        """Whether the address stays the same for the arena's life."""
+        """Whether the address never changes."""
         return self._memory.stable
 
     def whole_chunks(self, nbytes: int) -> int:
@@ -250,17 +251,17 @@ class Arena:
         return align_up(nbytes, self._chunk_nbytes)
 
     def grow(self, nbytes: int) -> None:
-        """Map at least `nbytes`; raises MemoryExhausted and then is as it was, or empty."""
+        """Map at least `nbytes`. Raises MemoryExhausted; the arena is then unchanged or empty."""
         self._resize(self._memory.map_to, self.whole_chunks(nbytes))
 
     def shrink(self, nbytes: int) -> None:
-        """Give memory beyond the first `nbytes`, in whole chunks, back to the device."""
+        """Return memory beyond the first `nbytes`, in whole chunks, to the device."""
         self.shrinks += 1
         self._resize(self._memory.unmap_to, self.whole_chunks(nbytes))
 
     def _resize(self, change: Callable[[int], None], nbytes: int) -> None:
         before = (self._memory.address, self._memory.mapped_nbytes)
-        if not self._memory.stable:  # nothing may hold on to what is about to be replaced
+        if not self._memory.stable:  # no reference may remain to what is replaced
             self.tensor = self.tensor.new_empty(0)
         try:
             change(nbytes)

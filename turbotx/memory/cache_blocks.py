@@ -1,10 +1,10 @@
-"""Cache blocks: memory for key/value caches in blocks of one size, counted by who refers to them.
+"""Cache blocks: reference-counted memory blocks of one size for key/value caches.
 
-In: how many blocks are wanted, shared, let go. Out: their numbers; block n begins n * block_nbytes
-behind an address that never moves, and is free again when nobody refers to it any more::
+In: how many blocks to allocate, share or release. Out: block ids. Block n begins n * block_nbytes
+after an address that never moves, and is free when its reference count drops to 0::
 
     blocks = CacheBlocks(393216, budget.add)
-    ids = blocks.take(3); blocks.share(ids[:1]); blocks.release(ids)     ->  one of them stays
+    ids = blocks.take(3); blocks.share(ids[:1]); blocks.release(ids)     ->  one stays in use
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ Ids = NDArray[np.int64]
 
 
 def count_addresses() -> int:
-    """Return how many bytes of addresses blocks may have: twice what the machine has of memory."""
+    """Return how many bytes of addresses to reserve: twice the machine's memory."""
     return 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def can_have_blocks(device: torch.device) -> bool:
-    """Return whether there are ranges of addresses that grow in place: on a CPU, with mmap."""
+    """Return whether address ranges can grow in place: on a CPU with mmap."""
     return device.type == "cpu" and load_libc() is not None
 
 
 class CacheBlocks:
-    """All blocks of a size that the caches of one model have; several threads may use it.
+    """All blocks of one size used by the caches of one model; thread-safe.
 
-    references: how many refer to each block, 0 for a free one. count: told how many bytes are about
-    to be taken, or negative how many are free again; it raises where they are too many.
+    references: (blocks,) int32 reference counts, 0 for a free block.
+    count: called with the number of bytes about to be used, negative when they are freed; it raises
+    if the limit is exceeded.
     """
 
     def __init__(self, block_nbytes: int, count: Callable[[int], None]) -> None:
@@ -49,24 +50,23 @@ class CacheBlocks:
         self._released: deque[Ids] = deque()
         self._lock = threading.Lock()
         self.memory = view_addresses(self._range, self._range.capacity_nbytes)
-        """All addresses, those of blocks that were never taken too, which must not be touched."""
+        """All reserved addresses; those beyond the mapped blocks must not be accessed."""
 
     @property
     def used(self) -> int:
-        """How many blocks somebody refers to."""
+        """Number of blocks with references."""
         return int(np.count_nonzero(self.references))
 
     @property
     def mapped_nbytes(self) -> int:
-        """The memory that the system gives, free blocks included."""
+        """Bytes of mapped memory, free blocks included."""
         return self._range.mapped_nbytes
 
     def take(self, count: int) -> Ids:
-        """Return blocks that were free, (count,), with one reference each; what they hold is
-        anything.
+        """Allocate `count` blocks with one reference each; return their ids, (count,). Contents are
+        undefined.
 
-        Raises what `count` raises, MemoryExhausted where the system has no more; then nothing was
-        taken.
+        Raises what the `count` callback raises, or MemoryExhausted; nothing is allocated then.
         """
         if count == 0:
             return np.zeros(0, dtype=np.int64)
@@ -83,16 +83,16 @@ class CacheBlocks:
         return free
 
     def share(self, ids: Ids) -> None:
-        """Count one more reference for each time a block is named."""
+        """Add one reference per occurrence of a block in `ids`."""
         with self._lock:
             np.add.at(self.references, ids, 1)
         self._settle()
 
     def release(self, ids: Ids) -> None:
-        """Count one reference less for each time a block is named.
+        """Drop one reference per occurrence of a block in `ids`.
 
-        It may be called while a thread is anywhere, as finalizers are: what cannot be done now is
-        done by whoever is at it.
+        Safe to call from finalizers, at any point of any thread: if the lock is held, its holder
+        completes the release.
         """
         self._released.append(ids)
         self._settle()
@@ -123,7 +123,7 @@ class CacheBlocks:
         return free[:count]
 
     def _trim(self) -> None:
-        """Give memory behind the last used block back where it is more than half of all."""
+        """Unmap memory after the last used block if it is more than half of the total."""
         used = np.flatnonzero(self.references)
         end = int(used[-1]) + 1 if len(used) else 0
         if 2 * end < len(self.references):

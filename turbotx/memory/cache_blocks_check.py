@@ -1,6 +1,6 @@
-"""Cache blocks checked: references counted anew from the tables that name blocks.
+"""Check of cache blocks: recounts references from the tables that name blocks.
 
-In: blocks, and every table of those who have some. Out: nothing, or VerifyError::
+In: blocks, and all block tables. Out: nothing, or VerifyError::
 
     check_blocks(blocks, [table, ...])   # "block 4 has 2 references, and 3 tables' cells name it"
 """
@@ -15,9 +15,9 @@ from turbotx.memory.cache_blocks import CacheBlocks, Ids
 
 
 def check_blocks(blocks: CacheBlocks, tables: Iterable[Ids]) -> None:
-    """Raise VerifyError unless every block has as many references as cells name it.
+    """Raise VerifyError unless every block's reference count equals the number of cells naming it.
 
-    tables: of any shape; a cell below 0 names none.
+    tables: of any shape; a negative cell names no block.
     """
     named = Counter(int(i) for table in tables for i in table.ravel() if i >= 0)
     for block in range(max([len(blocks.references), *(i + 1 for i in named)])):

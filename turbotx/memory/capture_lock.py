@@ -1,14 +1,14 @@
-"""The capture lock: nothing waits for a whole device while a CUDA graph is captured.
+"""The capture lock: no device is synchronized while a CUDA graph is being captured.
 
-CUDA breaks off a capture, in whatever thread, when the device is synchronized meanwhile. In:
-captures, and what has to wait for the device. Out: one of them at a time::
+CUDA aborts a capture, in any thread, if the device is synchronized meanwhile. In: captures, and
+operations that synchronize the device. Out: one of them at a time::
 
     with capture_lock:
         torch.cuda.synchronize(device)
     capture_lock.when_free(release)     # from a finalizer, which must not wait for a lock
 
-Inside of it neither an arena is leased nor memory given back, so that there is no deadlock:
-a holder of a pool may wait for this lock, and not the other way round.
+To avoid deadlocks, arenas are neither leased nor returned while it is held: a holder of a pool may
+wait for this lock, but not the other way round.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from turbotx.errors import TurbotxError
 
 
 class CaptureLock:
-    """A lock that one thread at a time holds, once."""
+    """A non-reentrant lock that knows its owner."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,19 +49,20 @@ class CaptureLock:
         self._catch_up()
 
     def when_free(self, action: Callable[[], object]) -> None:
-        """Call `action` inside of the lock: now, or as soon as its holder is done.
+        """Call `action` under the lock: now, or as soon as its holder releases it.
 
-        For finalizers, which run in any thread at any moment: what `action` raises is a warning.
+        For finalizers, which run in any thread at any time: an exception from `action` becomes a
+        warning.
         """
         self._postponed.append(action)
         self._catch_up()
 
     def _catch_up(self) -> None:
-        # Where the lock is taken, its holder comes here after it, and sees what was appended.
+        # If the lock is held, its holder calls this after releasing it, and sees what was appended.
         while self._postponed and self._lock.acquire(blocking=False):
             self._owner = threading.get_ident()
             try:
-                if self._postponed:  # no other thread was faster
+                if self._postponed:  # another thread may have been faster
                     self._postponed.popleft()()
             except Exception as error:
                 warnings.warn(f"memory could not be given back: {error}", RuntimeWarning)

@@ -1,7 +1,7 @@
-"""A range of CPU addresses, reserved whole and backed with memory chunk by chunk.
+"""A range of CPU addresses, reserved as a whole and backed with memory chunk by chunk.
 
-In: byte counts. Out: memory at an address that never moves, advised to use huge pages. Linux and
-macOS, by mmap, mprotect and madvise through ctypes::
+In: byte counts. Out: memory at a fixed address, advised to use huge pages. Linux and macOS, by
+mmap, mprotect and madvise through ctypes::
 
     memory = CpuRange(1 << 40); memory.map_to(2 << 20); memory.address   # a multiple of 2 MiB
 """
@@ -22,16 +22,16 @@ _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _LEAST_ADDRESS_NBYTES = 1 << 30
-# The largest page of any Linux: protection is by pages.
+# The largest page size of any Linux: protection works by pages.
 MARGIN_NBYTES = 64 * 1024
 
 
 class MemoryExhausted(TurbotxError):
-    """There is no memory for a plan; what was mapped before still is, and still works."""
+    """Not enough memory for a plan; memory mapped before stays mapped and valid."""
 
 
 def load_libc() -> ctypes.CDLL | None:
-    """Return the C library with the three calls declared, or None where there is no mmap."""
+    """Return the C library with the calls declared; None if the system has no mmap."""
     if os.name != "posix":
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -51,7 +51,7 @@ def load_libc() -> ctypes.CDLL | None:
 
 
 def available_nbytes() -> int | None:
-    """Memory and swap that the system could still hand out, bytes; None where it does not say."""
+    """Return the memory and swap that the system can still provide, in bytes; None if unknown."""
     try:
         with open("/proc/meminfo") as lines:
             fields = dict(line.split(":", 1) for line in lines)
@@ -61,11 +61,12 @@ def available_nbytes() -> int | None:
 
 
 class CpuRange:
-    """Bytes [address, address + mapped_nbytes) are ordinary memory; the rest is only reserved, but
-    for a page on either side: a vector that hangs over an end may be read.
+    """A reserved address range, of which bytes [address, address + mapped_nbytes) are ordinary
+    memory.
 
-    What `unmap_to` gives back stays readable (as zeros) but holds no memory, so that a stale
-    view reads nonsense rather than ending the process. Raises MemoryExhausted.
+    One page on either side is also readable, for vector loads that extend past an end. Memory
+    returned by `unmap_to` stays readable (as zeros) but holds no pages, so that a stale view reads
+    wrong values instead of crashing the process. Raises MemoryExhausted.
     """
 
     stable = True
@@ -85,11 +86,11 @@ class CpuRange:
 
     @property
     def _reserved_nbytes(self) -> int:
-        """With room to begin at a multiple of a chunk, and for both margins."""
+        """Includes room for aligning the start to a chunk, and both margins."""
         return self.capacity_nbytes + CHUNK_NBYTES + 2 * MARGIN_NBYTES
 
     def _reserve(self) -> int:
-        """Halves the wish until it fits the process's address space limit."""
+        """Reserve addresses, halving the size until it fits the process's address space limit."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         if os.uname().sysname == "Linux":
             flags |= _MAP_NORESERVE
@@ -107,7 +108,7 @@ class CpuRange:
             self.capacity_nbytes = align(self.capacity_nbytes // 2, CHUNK_NBYTES)
 
     def map_to(self, nbytes: int) -> None:
-        """Backs the first `nbytes` (a multiple of 2 MiB); never shrinks. Raises MemoryExhausted
+        """Back the first `nbytes` (a multiple of 2 MiB); never shrinks. Raises MemoryExhausted
         beyond the reserved addresses or the system's memory."""
         if nbytes <= self.mapped_nbytes:
             return
@@ -137,11 +138,11 @@ class CpuRange:
             raise MemoryExhausted(f"the system refused {grown} bytes: {os.strerror(code)}")
         huge = getattr(mmap, "MADV_HUGEPAGE", None)
         if huge is not None:
-            self._libc.madvise(start, grown, huge)  # advice: a refusal costs speed only
+            self._libc.madvise(start, grown, huge)  # only advice: failure costs speed, nothing else
         self._protected_nbytes = nbytes
 
     def unmap_to(self, nbytes: int) -> None:
-        """Give the memory above the first `nbytes` (a multiple of 2 MiB) back to the system."""
+        """Return the memory above the first `nbytes` (a multiple of 2 MiB) to the system."""
         if nbytes >= self.mapped_nbytes:
             return
         self._libc.madvise(self.address + nbytes, self.mapped_nbytes - nbytes, mmap.MADV_DONTNEED)

@@ -1,7 +1,7 @@
-"""A range of CUDA addresses, reserved whole and backed by the driver's virtual memory calls.
+"""A range of CUDA addresses, reserved as a whole and backed by the driver's virtual memory calls.
 
-In: byte counts. Out: device memory at an address that never moves, so that captured CUDA graphs
-stay valid as it grows. The driver is handed in: `cuda.bindings.driver`, or a stand-in::
+In: byte counts. Out: device memory at a fixed address, so that captured CUDA graphs stay valid as
+it grows. The driver is a parameter: `cuda.bindings.driver`, or a stand-in::
 
     memory = CudaRange(0, 1 << 40, driver, torch.cuda.synchronize); memory.map_to(2 << 20)
 """
@@ -21,15 +21,16 @@ _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 
 class CudaMemoryError(TurbotxError):
-    """The CUDA driver refused a virtual memory call for another reason than a lack of memory."""
+    """The CUDA driver refused a virtual memory call for a reason other than lack of memory."""
 
 
 class CudaRange:
-    """Bytes [address, address + mapped_nbytes) are device memory; the rest is only reserved.
+    """A reserved address range, of which bytes [address, address + mapped_nbytes) are device
+    memory.
 
-    Each growth is one allocation, mapped behind the last; shrinking releases whole growths from
-    the end, and waits for the device first, as does the end of the range. The device's context must
-    be initialised and current. Raises MemoryExhausted and CudaMemoryError, and is then as it was.
+    Each growth is one allocation, mapped after the last. Shrinking releases whole growths from the
+    end; it and the finalizer synchronize the device first. The device's context must be initialised
+    and current. Raises MemoryExhausted and CudaMemoryError; the range is then unchanged.
     """
 
     stable = True
@@ -53,15 +54,15 @@ class CudaRange:
         self.address = int(base)
         self.mapped_nbytes = 0
         self._growths: list[tuple[int, int, Any]] = []
-        """(offset, nbytes, allocation handle), from the start up."""
+        """(offset, nbytes, allocation handle), ascending."""
         release = partial(
             _release_all, driver, synchronize, self.address, self.capacity_nbytes, self._growths
         )
         self.close = weakref.finalize(self, capture_lock.when_free, release)
-        self.close.atexit = False  # the driver goes away by itself, and takes the memory along
+        self.close.atexit = False  # at exit, the driver frees the memory itself
 
     def map_to(self, nbytes: int) -> None:
-        """Backs at least the first `nbytes`, with one allocation; never shrinks. Raises
+        """Back at least the first `nbytes`, with one allocation; never shrinks. Raises
         MemoryExhausted beyond the reserved addresses or the device's memory."""
         wanted = -(-nbytes // self._granule) * self._granule - self.mapped_nbytes
         if wanted <= 0:
@@ -88,7 +89,7 @@ class CudaRange:
         self.mapped_nbytes += wanted
 
     def unmap_to(self, nbytes: int) -> None:
-        """Releases every growth that lies above the first `nbytes`; work in flight ends first."""
+        """Synchronize, then release every growth that lies above the first `nbytes`."""
         if not self._growths or self._growths[-1][0] < nbytes:
             return
         with capture_lock:
@@ -101,8 +102,8 @@ class CudaRange:
 
 
 def call(driver: Any, name: str, *arguments: object) -> Any:
-    """One driver call, by name; its value, or the error that its code stands for. Raises
-    MemoryExhausted where the device has no memory left, CudaMemoryError for every other code."""
+    """Call a driver function by name and return its value. Raises MemoryExhausted if the device is
+    out of memory, CudaMemoryError for any other error code."""
     code, *values = getattr(driver, name)(*arguments)
     if int(code) == 0:
         return values[0] if values else None

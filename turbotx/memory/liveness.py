@@ -1,10 +1,10 @@
-"""Liveness: from a list of launches to the lifetime of every buffer.
+"""Liveness: computes the lifetime of every buffer from a list of launches.
 
-In: launches in the order they run, what each reads and writes, which buffers share storage. Out:
-the roots that need memory and their lifetimes, half-open in launch indices::
+In: launches in execution order, what each reads and writes, which buffers share storage. Out: the
+roots that need memory and their lifetimes, half-open in launch indices::
 
     LaunchUse("gelu_0", reads=("ffn",), writes=("act",), inplace=(("act", "ffn"),))
-    # act takes ffn's bytes if ffn dies here, has the same size and is the program's own
+    # act reuses ffn's bytes if ffn dies here, has the same size and is in the arena
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from turbotx.memory.planner.plan import Lifetime, PlanError
 
 @dataclass(frozen=True, slots=True)
 class LaunchUse:
-    """What one launch touches, by buffer name.
+    """What one launch accesses, by buffer name.
 
     `workspaces` live in this launch only. `inplace` lists pairs (written, read) for which the
-    kernel is safe when both are the same bytes: elementwise or row-local, equal strides.
+    kernel is correct if both are the same bytes: elementwise or row-local, equal strides.
     """
 
     name: str
@@ -32,20 +32,20 @@ class LaunchUse:
 
 @dataclass(frozen=True, slots=True)
 class Liveness:
-    """Roots in the order they are born, their lifetimes, and the root of every other name.
+    """Roots in order of first use, their lifetimes, and the root of every other name.
 
-    Buffers outside the arena (inputs, outputs, parameters and what shares their storage) have
-    no root here.
+    Buffers outside the arena (inputs, outputs, parameters and what shares their storage) have no
+    root here.
     """
 
     names: tuple[str, ...]
     lifetimes: tuple[Lifetime, ...]
     root_of: Mapping[str, str]
     reused: tuple[tuple[str, str], ...]
-    """The in-place pairs (written, read) that were taken."""
+    """The in-place pairs (written, read) that share memory."""
 
     def dying_after(self, launch: int) -> tuple[str, ...]:
-        """Return the roots whose bytes no later launch reads."""
+        """Return the roots whose last use is this launch."""
         return tuple(
             name
             for name, lifetime in zip(self.names, self.lifetimes, strict=True)
@@ -60,12 +60,13 @@ def analyze(
     aliases: Mapping[str, str] | None = None,
     size_of: Mapping[str, Hashable] | None = None,
 ) -> Liveness:
-    """Lifetimes of every buffer that needs a place in the arena.
+    """Return the lifetimes of all buffers that need a place in the arena.
 
-    `outside` names inputs, outputs and parameters; `aliases` maps a view to what it views, in
-    any number of steps; `size_of` says which sizes are equal at every shape: in-place reuse
-    needs it for both buffers. Raises PlanError for a read before any write, for a
-    workspace used elsewhere, and for aliases that go in a circle.
+    outside: inputs, outputs and parameters.
+    aliases: maps a view to what it views, in any number of steps.
+    size_of: a key for each buffer; equal keys mean equal sizes at every shape. In-place reuse needs
+    it for both buffers. Raises PlanError for a read before any write, for a workspace used by
+    another launch, and for cyclic aliases.
     """
     storage = _Storage(aliases or {}, outside)
     first, last = _spans(launches, storage)
@@ -83,7 +84,7 @@ def analyze(
 
 
 class _Storage:
-    """Which names are the same bytes."""
+    """Union-find of names that share bytes."""
 
     def __init__(self, aliases: Mapping[str, str], outside: Collection[str]) -> None:
         self._parent = dict(aliases)
@@ -109,13 +110,13 @@ class _Storage:
             if seen[-1] == name:
                 raise PlanError(f"aliases go in a circle: {' -> '.join(seen)}")
             if len(seen) > len(self._parent) + 1:
-                return  # a circle further up; found from one of its own names
+                return  # a cycle further up, reported for one of its own names
 
 
 def _spans(
     launches: Sequence[LaunchUse], storage: _Storage
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """First and last launch that touches each root inside the arena."""
+    """Return the first and the last launch that accesses each root inside the arena."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     private: dict[str, str] = {}
@@ -150,7 +151,8 @@ def _reuse_in_place(
     last: dict[str, int],
     size_of: Mapping[str, Hashable],
 ) -> list[tuple[str, str]]:
-    """Lets a launch write over an input that dies in it; updates storage, first and last."""
+    """Let launches write over inputs that die in them; updates storage, first and last. Returns the
+    pairs."""
     taken = []
     sizes = {
         storage.root(name): size for name, size in size_of.items() if name == storage.root(name)

@@ -1,7 +1,7 @@
-"""The chunk pool: arenas of 2 MB chunks that outlive the shapes planned into them.
+"""The chunk pool: arenas of 2 MiB chunks that outlive the shapes planned into them.
 
-In: how many bytes an execution needs. Out: an arena of its own for each, the same memory again
-and again, at the same address; further executions wait rather than take more memory::
+In: how many bytes an execution needs. Out: an arena for that execution, reusing the same memory at
+the same address; further executions wait instead of allocating more::
 
     pool = ChunkPool(torch.device("cpu"), max_arenas=2)
     with pool.lease(3_000_000) as arena:
@@ -27,23 +27,22 @@ from turbotx.memory.planner.plan import CHUNK_NBYTES
 log = logging.getLogger("turbotx.memory")
 
 ADDRESS_NBYTES = 1 << 40
-"""Addresses reserved for an arena: more than any machine's memory, and free until they are used."""
+"""Addresses reserved per arena: more than any machine's memory, at no cost until used."""
 
 POISON_BYTE = 0xFF
-"""All ones is a NaN in every floating type, and -1 in every signed integer."""
+"""All bits set: NaN in every floating type, -1 in every signed integer type."""
 
 
 class PoolBusy(TurbotxError):
-    """Every arena stayed leased for longer than the caller would wait."""
+    """All arenas stayed leased for longer than the caller's timeout."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """Bytes are summed over the arenas; counts are since the pool was made.
+    """Statistics of a pool: bytes summed over arenas, counts since the pool was made.
 
-    `chunk_allocations` counts the times that memory was asked of the device, each for one chunk
-    or more; `peak_nbytes` is the most that was mapped; `waits` counts leases that
-    found every arena taken.
+    `chunk_allocations` counts allocation requests to the device, each for one chunk or more;
+    `peak_nbytes` is the maximum mapped; `waits` counts leases that found every arena taken.
     """
 
     mapped_nbytes: int
@@ -55,12 +54,12 @@ class PoolStats:
     arenas: int
 
     def to_dict(self) -> dict[str, int]:
-        """Return the counters by name."""
+        """Return the fields by name."""
         return asdict(self)
 
 
 def poison_enabled() -> bool:
-    """Whether TURBOTX_POISON=1 asks for memory to be filled with NaN before it is used."""
+    """Return whether TURBOTX_POISON=1 is set: memory is then filled with NaN before use."""
     return os.environ.get("TURBOTX_POISON", "0") not in ("", "0")
 
 
@@ -70,7 +69,7 @@ def poison(arena_tensor: torch.Tensor) -> None:
 
 
 class Lease:
-    """Holds an arena from `with` to its end; made by `ChunkPool.lease`."""
+    """Context manager that holds an arena; made by `ChunkPool.lease`."""
 
     __slots__ = ("_arena", "_nbytes", "_poisoned", "_pool", "_timeout_s")
 
@@ -107,9 +106,9 @@ class Lease:
 class ChunkPool:
     """Leases arenas; thread-safe.
 
-    `max_arenas` bounds concurrent executions, `limit_nbytes` what all arenas map together. An
-    arena that needed at most half its memory for `trim_after` leases in a row is cut to what
-    they needed. `reserve` maps ahead of need and is never trimmed below.
+    `max_arenas` limits concurrent executions, `limit_nbytes` the total mapped by all arenas. An
+    arena that needed at most half its memory for `trim_after` leases in a row is trimmed to what
+    they needed, but not below what `reserve` mapped.
     """
 
     def __init__(
@@ -143,18 +142,18 @@ class ChunkPool:
     def lease(
         self, nbytes: int, timeout_s: float | None = None, poisoned: bool | None = None
     ) -> Lease:
-        """For `with`: an arena of at least `nbytes` that no other lease has until this one ends.
+        """Return a context manager: an arena of at least `nbytes`, for exclusive use.
 
-        `poisoned`: whether it begins filled with NaN; None: as TURBOTX_POISON says. Waits while
-        `max_arenas` are taken, or while others hold the memory that it needs. Raises PoolBusy after
-        `timeout_s` seconds of waiting, MemoryExhausted if it could never be had.
+        poisoned: whether it is first filled with NaN; None for TURBOTX_POISON's setting. Waits
+        while `max_arenas` are taken, or while others hold the memory needed. Raises PoolBusy after
+        waiting `timeout_s` seconds, MemoryExhausted if waiting cannot help.
         """
         if poisoned is None:
             poisoned = poison_enabled()
         return Lease(self, nbytes, timeout_s, poisoned)
 
     def ensure(self, nbytes: int) -> Arena:
-        """Return the pool's first arena, grown to `nbytes`: for callers that never run
+        """Return the pool's first arena, grown to `nbytes`; for callers that never run
         concurrently."""
         with self._changed:
             arena = self._arenas[0] if self._arenas else self._open_arena()
@@ -162,8 +161,8 @@ class ChunkPool:
             return arena
 
     def reserve(self, nbytes: int, arenas: int = 1) -> None:
-        """Map `nbytes` in each of the first `arenas` arenas, at once and for good. Raises
-        ValueError for less than one arena or more than `max_arenas`."""
+        """Map `nbytes` in each of the first `arenas` arenas, now and permanently. Raises ValueError
+        for less than one arena or more than `max_arenas`."""
         if not 1 <= arenas <= self.max_arenas:
             raise ValueError(f"cannot reserve {arenas} of {self.max_arenas} arenas")
         with self._changed:
@@ -174,7 +173,8 @@ class ChunkPool:
             self._reserved_nbytes = max(self._reserved_nbytes, nbytes)
 
     def trim(self, keep_nbytes: int = 0) -> int:
-        """Cuts idle arenas to `keep_nbytes`, or what is reserved; returns the bytes given back."""
+        """Trim idle arenas to `keep_nbytes` or what is reserved; return the number of bytes
+        freed."""
         with self._changed:
             before = self._mapped_nbytes()
             for arena in self._idle:
@@ -183,7 +183,7 @@ class ChunkPool:
             return before - self._mapped_nbytes()
 
     def stats(self) -> PoolStats:
-        """Return the counters of the pool at this moment."""
+        """Return the pool's current statistics."""
         with self._changed:
             return PoolStats(
                 mapped_nbytes=self._mapped_nbytes(),
@@ -219,7 +219,7 @@ class ChunkPool:
                     self._waiting -= 1
 
     def _try_take(self, nbytes: int) -> Arena | None:
-        """Return an arena, or None where waiting for another lease to end may help."""
+        """Return an arena; None if another lease must end first."""
         if not self._idle and len(self._arenas) >= self.max_arenas:
             return None
         arena = self._pick_idle(nbytes) if self._idle else self._open_arena()
@@ -227,7 +227,7 @@ class ChunkPool:
             try:
                 self._grow(arena, nbytes)
             except MemoryExhausted:
-                if len(self._idle) < len(self._arenas):  # someone else's memory may come back
+                if len(self._idle) < len(self._arenas):  # memory of other leases may become free
                     return None
                 raise
         self._idle.remove(arena)
@@ -248,7 +248,7 @@ class ChunkPool:
         with self._changed:
             try:
                 self._note_need(arena)
-            finally:  # whatever kept it from being cut, the next lease may have it
+            finally:  # even if trimming fails, the arena is available again
                 self._used_nbytes -= arena.used_nbytes
                 arena.used_nbytes = 0
                 self._idle.append(arena)
@@ -256,7 +256,7 @@ class ChunkPool:
                     self._changed.notify_all()  # the first to wake may need more than this frees
 
     def _note_need(self, arena: Arena) -> None:
-        """Trims with hysteresis: only after a long run of leases that needed half or less."""
+        """Trim with hysteresis: only after a long run of leases that needed half or less."""
         if 2 * arena.used_nbytes > arena.mapped_nbytes:
             self._quiet_leases[arena.index] = self._quiet_peak[arena.index] = 0
             return
@@ -289,7 +289,7 @@ class ChunkPool:
         self._peak_nbytes = max(self._peak_nbytes, self._mapped_nbytes())
 
     def _make_room(self, arena: Arena, nbytes: int) -> None:
-        """Keep the pool within its limit, at the cost of idle arenas; raises MemoryExhausted."""
+        """Keep the pool within its limit by trimming idle arenas; raises MemoryExhausted."""
         if self.limit_nbytes is None:
             return
         grown = align_up(nbytes, self._chunk_nbytes) - arena.mapped_nbytes

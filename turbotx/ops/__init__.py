@@ -1,4 +1,4 @@
-"""The op table, filled: importing this package adds every row (see `ops.table`)."""
+"""The op table: importing this package registers every row (see `ops.table`)."""
 
 from turbotx.ops import indexing, pointwise, quantized, reductions
 from turbotx.ops.fallback_ops import takes_any_layout, why_outside

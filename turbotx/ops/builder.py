@@ -1,7 +1,7 @@
-"""Kernel builder: scalar values during lowering, with constant folding and common subexpressions.
+"""Kernel builder: scalar values during lowering, with constant folding and CSE.
 
-In: the op table's rules, which write `x * m.sigmoid(x)` on `Element`s. Out: the statements of
-the kernel's body; equal statements are one, and what is known while lowering is folded::
+In: the op table's rules, which write `x * m.sigmoid(x)` on `Element`s. Out: the statements of the
+kernel's body; equal statements are emitted once, and constants are folded::
 
     m.index(row) >= 0  ->  True          True & mask  ->  mask
 """
@@ -23,8 +23,8 @@ Number = bool | int | float
 
 @dataclass(frozen=True)
 class Element:
-    """One scalar value; `value` where it is a known constant, `index` where it is a known integer
-    expression of the loop position."""
+    """One scalar value; `value` is set if it is a known constant, `index` if it is a known integer
+    expression of loop indices."""
 
     machine: KernelBuilder
     name: str
@@ -34,7 +34,7 @@ class Element:
 
     @property
     def is_float(self) -> bool:
-        """Whether the element's dtype is a floating-point one."""
+        """Whether the dtype is floating point."""
         return self.dtype.is_floating_point
 
     def _with(self, op: str, other: Any, swap: bool = False) -> Element:
@@ -81,7 +81,7 @@ class Element:
 
 
 class KernelBuilder:
-    """Makes elements and the statements behind them."""
+    """Creates elements and the statements that compute them."""
 
     def __init__(self) -> None:
         self.body: list[ir.Statement] = []
@@ -92,10 +92,10 @@ class KernelBuilder:
         self._before: dict[str, Element] = {}
 
     def bounds(self, value: Expr) -> tuple[Expr | None, Expr | None]:
-        """Return the smallest and the largest value of an index expression, None where unknown."""
+        """Return the minimum and maximum of an index expression, None where unknown."""
         raise NotImplementedError
 
-    # --- making ---
+    # --- creating ---
 
     def _name(self, base: str) -> str:
         k = self._counts.get(base, 0)
@@ -103,8 +103,7 @@ class KernelBuilder:
         return f"{base}{k}" if k or base[-1].isdigit() else base
 
     def constant(self, value: Number, dtype: torch.dtype) -> Element:
-        """Return a literal, converted to the compute dtype of `dtype`; equal ones are one
-        statement."""
+        """Return a literal in the compute dtype of `dtype`."""
         dtype = compute_dtype(dtype)
         if dtype is torch.bool:
             value = bool(value)
@@ -121,7 +120,7 @@ class KernelBuilder:
         return self._shared[key]
 
     def index(self, value: Expr) -> Element:
-        """Return an int64 element that equals an expression of the loop position and the sizes."""
+        """Return an int64 element equal to an expression of loop indices and sizes."""
         value = sympy.expand(value)
         if value.is_Integer:
             return self.constant(int(value), torch.int64)
@@ -133,8 +132,7 @@ class KernelBuilder:
         return self._shared[key]
 
     def emit_load(self, access: ir.Access, stored: torch.dtype) -> Element:
-        """Return the element at `access`, in the compute dtype of the `stored` one; equal loads are
-        one statement."""
+        """Return the element at `access` in the compute dtype of `stored`."""
         key = ("load", access)
         if key not in self._shared:
             dtype = compute_dtype(stored)
@@ -157,7 +155,7 @@ class KernelBuilder:
         return self._shared[key]
 
     def emit_scan(self, op: str, value: Element) -> Element:
-        """Return a running reduction along the row axes; op: a name in `primitives.SCANS`."""
+        """Return a scan along the row axes; op: a name in `primitives.SCANS`."""
         key = ("scan", op, value.name)
         if key not in self._shared:
             name = self._name(f"running_{op}")
@@ -173,10 +171,10 @@ class KernelBuilder:
             return value, self.exp(value - value)
         return (value,)
 
-    # --- the rules' vocabulary ---
+    # --- vocabulary of the rules ---
 
     def call(self, op: str, *args: Any) -> Element:
-        """Return primitive `op` of elements and numbers; a number takes the elements' dtype."""
+        """Apply primitive `op` to elements and numbers; a number takes the elements' dtype."""
         like = next(a for a in args if isinstance(a, Element))
         dtype = like.dtype
         if op == "where":
@@ -237,25 +235,26 @@ class KernelBuilder:
         return self.call("sigmoid", x)
 
     def where(self, condition: Element, x: Any, y: Any) -> Element:
-        """Return x where `condition` is not 0, else y, in the dtype of x."""
+        """Return x where `condition` is nonzero, else y, in the dtype of x."""
         if isinstance(x, Element) and isinstance(y, Element) and x.dtype != y.dtype:
             y = self.cast(y, x.dtype)
         return self.call("where", self.truth(condition), x, y)
 
     def truth(self, x: Element) -> Element:
-        """Return x as bool: x itself if it is one, else x != 0."""
+        """Return x as bool: x itself if it is bool, otherwise x != 0."""
         return x if x.dtype is torch.bool else self.call("ne", x, 0)
 
     def constant_of(self, x: Any) -> Number | None:
-        """Return the number behind x, None where it is an element known only at run time."""
+        """Return the constant value of x, None if it is only known at run time."""
         return x.value if isinstance(x, Element) else x
 
     def compute_dtype(self, node: Any) -> torch.dtype:
-        """Return the dtype that a node's elements are computed in: float32 for half types."""
+        """Return the dtype in which a node's elements are computed: float32 for half types."""
         return compute_dtype(node.meta["val"].dtype)
 
     def cast(self, x: Element, dtype: torch.dtype) -> Element:
-        """Convert as PyTorch does: truncating to integers, != 0 to bool; halves are float32."""
+        """Convert as PyTorch does: truncate to integers, != 0 to bool; half types become
+        float32."""
         dtype = compute_dtype(dtype)
         if x.dtype is dtype:
             return x
@@ -319,7 +318,7 @@ class KernelBuilder:
         values = [torch.tensor(a.value, dtype=a.dtype) for a in args]
         try:
             return self.constant(PRIMITIVES[op].meaning(*values).item(), dtype)
-        except RuntimeError:  # a division of integers by zero, say: leave it to the kernel
+        except RuntimeError:  # for example integer division by zero: left to the kernel
             return None
 
 
@@ -334,7 +333,7 @@ def _has_position(value: Expr) -> bool:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which values of `dtype` are computed: float32 for the halves."""
+    """Return the dtype in which values of `dtype` are computed: float32 for half types."""
     return torch.float32 if dtype in HALVES else dtype
 
 

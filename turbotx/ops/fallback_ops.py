@@ -1,7 +1,7 @@
-"""Ops that have no row on purpose: ATen runs them between the kernels, why, and on what layout.
+"""Ops that deliberately have no row: why ATen runs them, and which layouts they accept.
 
-In: a call, or its op. Out: the reason that the report lists, and whether it takes elements
-wherever they lie; an op that is not known to gets its arguments laid out as eager would give them::
+In: a call, or its op. Out: the reason shown in the report, and whether it accepts any layout; an op
+that is not known to accept any gets its arguments laid out as in eager::
 
     why_outside(topk)  ->  "orders a row by comparisons: ATen's own sort does that"
     takes_any_layout(aten.mkldnn_rnn_layer.default)  ->  False
@@ -23,7 +23,7 @@ _COUNTS = "has a result whose size depends on values, or counts by value"
 _WINDOWS = "is a product over windows: the vendor's library does that"
 _CARRIES = "carries more than one number along a row, which a scan does not"
 
-# By the name of the op, whichever of its overloads it is.
+# By name of the op, for all of its overloads.
 REASONS = {
     **dict.fromkeys(("topk", "sort", "argsort", "kthvalue", "median", "mode", "msort"), _ORDERS),
     **dict.fromkeys(
@@ -40,7 +40,7 @@ REASONS = {
 
 
 def why_outside(node: fx.Node) -> str:
-    """Return why ATen runs a call."""
+    """Return why ATen runs a call, for reports."""
     target: Any = node.target
     if isinstance(target, WithGraphs):
         return f"{target} is given graphs, which PyTorch runs"
@@ -54,9 +54,9 @@ def why_outside(node: fx.Node) -> str:
     return f"{target} takes a float made of sizes in a way that kernels do not compute"
 
 
-# Ops that read by strides whatever they are: what `REASONS` names, and the products. Others may
-# read raw memory (`as_strided`, recurrent layers, ops of one's own), ask for dense rows
-# (`view_as_complex`) or draw numbers in the order of memory.
+# Ops that respect strides: those in `REASONS`, and products. Others may read raw memory
+# (`as_strided`, recurrent layers, custom ops), require dense rows (`view_as_complex`) or draw
+# random numbers in memory order.
 _BY_STRIDES = frozenset(REASONS) - {"view_as_real"} | {
     "linear", "mm", "bmm", "matmul", "addmm", "baddbmm", "scaled_dot_product_attention",
     "_embedding_bag", "_cdist_forward", "linalg_vector_norm", "searchsorted", "bucketize",
@@ -64,7 +64,7 @@ _BY_STRIDES = frozenset(REASONS) - {"view_as_real"} | {
 
 
 def takes_any_layout(target: Any) -> bool:
-    """Return whether a call gives the same for equal elements, however they are laid out."""
+    """Return whether an op's result does not depend on how its arguments are laid out."""
     packet = getattr(target, "overloadpacket", None)
     name, space = getattr(packet, "__name__", ""), getattr(target, "namespace", "aten")
     return space == "turbotx" or (space == "aten" and name in _BY_STRIDES)

@@ -1,4 +1,4 @@
-"""Rows of the op table that make tensors from nothing, or read their inputs at other places.
+"""Rows of the op table that create tensors, or read their inputs at other indices.
 
 In: a node and an index into its result. Out: the element there, for example::
 
@@ -25,7 +25,7 @@ def _arange(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     if all(not isinstance(v, float) for v in numbers):
         position = g.size(start) + g.size(step) * index[0]
         return m.cast(m.index(position.expand()), g.dtype(node))
-    # In float64, as PyTorch does on a CPU: 2.1 - 2 * 1.0 in float32 keeps few of its digits.
+    # In float64, as PyTorch does on a CPU: 2.1 - 2 * 1.0 loses digits in float32.
     dtype = g.dtype(node)
     wide = torch.float64 if dtype.is_floating_point else dtype
     place = m.cast(m.index(index[0]), wide)
@@ -58,10 +58,10 @@ def _embedding(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 
 
 def _gather(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
-    """gather, whose places are as many as its results; index_select, whose are those of one
+    """Lower gather, with one index per result element, and index_select, with one per index of a
     dim."""
     source, dim, at = node.args[:3]
-    if not g.shape(source):  # a single element, gathered at place 0
+    if not g.shape(source):  # 0-d source: gather at index 0
         return m.element(source, ())
     d = dim % len(index)
     places = index if node.target is torch.ops.aten.gather.default else (index[d],)
@@ -70,8 +70,8 @@ def _gather(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 
 
 def _index(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
-    """Advanced indexing: the index tensors' broadcast dims stand where the first of them stands,
-    or first of all when a slice separates them."""
+    """Lower advanced indexing: the index tensors' broadcast dims replace the first of them, or come
+    first if a slice separates them."""
     source, tensors = node.args[:2]
     given = [d for d, t in enumerate(tensors) if t is not None]
     rank = max(len(g.shape(tensors[d])) for d in given)
@@ -138,7 +138,8 @@ def _flip(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 
 
 def _roll(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
-    """Element i comes from i - shift, around the end; without dims the flat order is rolled."""
+    """Lower roll: element i comes from i - shift, cyclically; without dims the flat index is
+    rolled."""
     source, shifts = node.args[:2]
     dims = node.args[2] if len(node.args) > 2 else []
     extents = g.shape(source)
@@ -175,7 +176,7 @@ def _repeat(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 
 
 def _slice_scatter(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
-    """Return the second tensor where the slice of the first one stands."""
+    """Lower slice_scatter: the second tensor inside the slice, the first one elsewhere."""
     base, piece = node.args[:2]
     d = g.argument(node, "dim") % len(index)
     extent = g.shape(base)[d]
@@ -193,7 +194,8 @@ def _slice_scatter(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 
 
 def _copy(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
-    """Return the second tensor, broadcast to the first one's shape, in the first one's dtype."""
+    """Lower copy: the second tensor, broadcast to the first one's shape and converted to its
+    dtype."""
     source = node.args[1]
     extents = g.shape(source)
     kept = index[len(index) - len(extents) :]

@@ -1,7 +1,7 @@
-"""Loops: the axes of a kernel while it is being lowered, and exact arithmetic on indices.
+"""Loop nests: the axes of a kernel during lowering, and exact arithmetic on indices.
 
 In: the extents of outputs and reductions. Out: index expressions over axis symbols, split where a
-reshape needs a factor of them, and the choice of which axes reductions run over, for example::
+reshape needs it, and the choice of reduction axes, for example::
 
     loops.split(32*@h + @d, 32)  ->  (@h, @d)
 """
@@ -21,7 +21,7 @@ from turbotx.ir.views import reshape_index
 
 
 class FusionConflict(Exception):
-    """`node` cannot be computed inside this kernel; the message says why, for the report."""
+    """`node` cannot be computed in this kernel; the message says why, for the report."""
 
     def __init__(self, node: fx.Node, reason: str) -> None:
         super().__init__(reason)
@@ -29,7 +29,7 @@ class FusionConflict(Exception):
 
 
 class NeedsAxisSplit(Exception):
-    """An index needs axis `name` as two: lowering starts again with it split."""
+    """Axis `name` must be split in two: lowering restarts with it split."""
 
     def __init__(self, name: str, inner: Expr) -> None:
         super().__init__(name)
@@ -38,7 +38,7 @@ class NeedsAxisSplit(Exception):
 
 @dataclass
 class LoopNest:
-    """The axes made so far; `rows` are those that reductions run over."""
+    """The axes created so far; `rows` are the reduction axes."""
 
     splits: dict[str, list[Expr]]
     axes: dict[str, Expr] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class LoopNest:
     _bounds: dict[Expr, tuple[Expr | None, Expr | None]] = field(default_factory=dict)
 
     def make(self, extent: Expr, name: str) -> Expr:
-        """Return the index expression of a new loop over `extent`, split as asked before."""
+        """Return the index expression of a new loop over `extent`, with the requested splits."""
         if extent == 1:
             return ZERO
         inner = self.splits.get(name)
@@ -61,19 +61,21 @@ class LoopNest:
     def bounds(
         self, value: Expr, extents: Mapping[str, Expr] = {}
     ) -> tuple[Expr | None, Expr | None]:
-        """Return the smallest and largest value of an affine index, None where unknown.
+        """Return the minimum and maximum of an affine index, None where unknown.
 
-        extents: of axes that are no loops.
+        extents: of axes that are not loops.
         """
         if extents:
             return self.find_bounds(value, {**self.axes, **extents})
-        if value not in self._bounds:  # an axis keeps its extent
+        if value not in self._bounds:  # extents of axes do not change
             self._bounds[value] = self.find_bounds(value, self.axes)
         return self._bounds[value]
 
     def find_bounds(self, value: Expr, axes: Mapping[str, Expr]) -> tuple[Expr | None, Expr | None]:
-        """Derive the bounds of an affine index from the extents of its axes, without the cache.
-        Either is None where a gathered value or another index decides it."""
+        """Compute the bounds of an affine index from the extents of its axes, without the cache.
+
+        A bound is None if it depends on a gathered value or is not affine.
+        """
         low: list[Expr] = []
         high: list[Expr] = []
         steps: dict[sympy.Symbol, Expr] = {}
@@ -98,14 +100,14 @@ class LoopNest:
         return sympy.expand(sympy.Add(*low)), sympy.expand(sympy.Add(*high))
 
     def split(self, flat: Expr, by: Expr) -> tuple[Expr, Expr]:
-        """Return (flat // by, flat % by), exactly; asks for an axis to be split if that helps.
-        Raises NeedsAxisSplit where a split would help."""
+        """Return (flat // by, flat % by), exactly. Raises NeedsAxisSplit if splitting an axis
+        simplifies it."""
         quotient, rest = _take_multiples(flat, by)
         if rest == 0:
             return quotient, ZERO
         if self._lies_below(rest, by):
             return quotient, rest
-        # An index that runs backwards: floor(r / n) = -floor((n - 1 - r) / n).
+        # A decreasing index: floor(r / n) = -floor((n - 1 - r) / n).
         back, turned = _take_multiples(by - 1 - rest, by)
         if self._lies_below(turned, by):
             return quotient - back, sympy.expand(rest + back * by)
@@ -113,18 +115,18 @@ class LoopNest:
         for name, extent in self.axes.items():
             step = rest.coeff(ir.axis_symbol(name))
             inner = divide(by, step) if step != 0 else None
-            if inner is None or not is_nonnegative(inner - 1):  # an index that runs backwards
+            if inner is None or not is_nonnegative(inner - 1):  # a decreasing index
                 continue
             if inner not in (1, extent) and divide(extent, inner) is not None:
                 raise NeedsAxisSplit(name, inner)
         if low is None or not is_nonnegative(low):
-            # Python rounds a negative quotient down, C and Triton up: divide what is divisible.
+            # Python rounds negative quotients down, C and Triton up: make the division exact.
             remains = Mod(sympy.expand(flat), by)
             return quotient + FloorDiv(rest - remains, by), remains
         return quotient + FloorDiv(rest, by), Mod(rest, by)
 
     def _lies_below(self, value: Expr, limit: Expr) -> bool:
-        """Return whether 0 <= value < limit is known."""
+        """Return whether 0 <= value < limit is proven."""
         low, high = self.bounds(value)
         known = low is not None and high is not None
         return known and is_nonnegative(low) and is_nonnegative(limit - 1 - high)
@@ -132,11 +134,11 @@ class LoopNest:
     def row_index(
         self, extents: tuple[Expr, ...], used: set[str], node: fx.Node
     ) -> tuple[Expr, ...]:
-        """Return the index into a reduction's dims, on the row axes; choose those if need be.
+        """Return the index into a reduction's dims, on the row axes; choose these if there are
+        none.
 
-        `used` are the axes of the place that the result stands at. Raises Conflict where the
-        kernel's reductions already run over other axes. Raises FusionConflict where the run reduces
-        over other axes.
+        used: the axes that the result's position depends on. Raises FusionConflict if the kernel's
+        reductions run over other axes.
         """
         if not self.rows:
             self.rows = self._choose_rows(extents, used)
@@ -158,9 +160,10 @@ class LoopNest:
         return reshape_index(symbols, lengths, extents, self.split)
 
     def _choose_rows(self, extents: tuple[Expr, ...], used: set[str]) -> list[str]:
-        """Pick the loops that a reduction runs over: existing ones it is free of, or new ones.
+        """Choose the axes of a reduction: existing ones that its result does not depend on, or new
+        ones.
 
-        Sharing a loop with the elements that read the result is what keeps a row in registers.
+        Sharing a loop with the elements that read the result keeps a row in registers.
         """
         free = [n for n in self.axes if n not in used]
         chosen: list[str] = []

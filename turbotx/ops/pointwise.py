@@ -1,4 +1,4 @@
-"""Rows of the op table that work element by element.
+"""Rows of the op table that work elementwise.
 
 In: elements of the arguments, in the compute dtype. Out: the result's element, for example::
 
@@ -27,7 +27,7 @@ def _divide(m: Any, x: Any, y: Any, rounding_mode: str | None = None) -> Any:
 
 
 def _power(m: Any, x: Any, y: Any) -> Any:
-    """Small constant exponents are products and roots, as PyTorch computes them."""
+    """Lower pow; small constant exponents become products and roots, as in PyTorch."""
     whole: dict[Any, Callable[[], Any]] = {
         1: lambda: x,
         2: lambda: x * x,
@@ -55,7 +55,7 @@ def _signbit(m: Any, x: Any) -> Any:
 
 
 def _round(m: Any, x: Any, decimals: int) -> Any:
-    """Scaled by a power of ten and back, as PyTorch does it."""
+    """Lower round with decimals: scale by a power of ten and back, as PyTorch does."""
     scale = m.constant(10.0 ** abs(decimals), x.dtype)
     if decimals >= 0:
         return m.call("round", x * scale) / scale
@@ -132,7 +132,7 @@ pointwise("aten.clamp.default aten.clamp.Tensor", _clamp)
 pointwise("aten.clamp_min.default aten.clamp_min.Tensor", lambda m, x, low: _clamp(m, x, low))
 pointwise("aten.clamp_max.default aten.clamp_max.Tensor", lambda m, x, hi: _clamp(m, x, None, hi))
 
-# --- pointwise: comparisons, logic, choice, conversion --------------------------------------
+# --- pointwise: comparisons, logic, selection, conversion -----------------------------------
 
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     pointwise(

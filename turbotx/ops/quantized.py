@@ -1,11 +1,11 @@
 """Rows of the op table that quantise: a row's scale, and its elements as int8.
 
-In: a node and an index into its result. Out: the element there, by the arithmetic of
-`ir.quantized_ops`; behind a norm both join its kernel, and the row is read once::
+In: a node and an index into its result. Out: the element there, with the arithmetic of
+`ir.quantized_ops`. After a norm both are fused into its kernel, and the row is read once::
 
     quantize_rows(x, s)[row, col]  ->  cast(round(x[row, col] * (1 / s[row])), int8)
 
-Divisions are rounded correctly on every target, so that equal rows give equal integers.
+Divisions are correctly rounded on every target, so that equal rows give equal integers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _quantize_rows(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
     x, scale = (g.operand(node, k) for k in range(2))
     value = m.cast(m.element(x, index), torch.float32)
     value = value * m.call("div_rn", 1.0, m.element(scale, (*index[:-1], ZERO)))
-    inside = m.call("abs", value) <= LEVELS + 0.5  # a row without a scale has no numbers
+    inside = m.call("abs", value) <= LEVELS + 0.5  # 0 in rows whose scale is NaN
     return m.call("round", m.where(inside, value, 0.0))
 
 

@@ -1,7 +1,7 @@
-"""Rows of the op table that reduce: sums, norms, softmax and the normalizations.
+"""Rows of the op table that reduce: sums, norms, softmax and normalizations.
 
-In: a node and an index into its result. Out: the element there; every reduction is single-pass,
-its statistics carried together, for example::
+In: a node and an index into its result. Out: the element there. Every reduction is single-pass,
+with its statistics carried together, for example::
 
     layer_norm(x)[row, col]  ->  mean, m2 = welford(x[row, :]); (x - mean) * rsqrt(m2 / n + eps)
 """
@@ -23,7 +23,8 @@ from turbotx.ops.table import indexed
 
 
 def _reduction(op: str, finish: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """Return a row for `op` over the node's dims; `finish(m, node, value, count)` ends it."""
+    """Return a rule for `op` over the node's dims; `finish(m, node, value, count)` postprocesses
+    it."""
 
     def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
         (value,), count = m.reduce_node(op, node, index)
@@ -63,8 +64,7 @@ def _vector_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 
 
 def _position_of(op: str) -> Callable[..., Any]:
-    """Lower argmax and argmin: the first place that holds the extreme, where a NaN beats
-    everything."""
+    """Lower argmax and argmin: the first index of the extreme; NaN takes precedence."""
 
     def rule(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
         x = node.args[0]
@@ -162,7 +162,8 @@ def _rms_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
 
 
 def _group_norm(m: Any, node: Any, index: tuple[Expr, ...]) -> Any:
-    """Statistics over a group of channels and all places, by looking at x as (N, G, C/G, …)."""
+    """Lower group_norm: statistics over a group of channels and all positions, x as (N, G, C/G,
+    …)."""
     x, groups = node.args[:2]
     weight, bias, eps = (g.argument(node, n) for n in ("weight", "bias", "eps"))
     shape = g.shape(x)

@@ -1,7 +1,7 @@
 """Scalarizer: emits the statements that compute one element of an fx node's tensor.
 
-In: an fx node and an index over the loops. Out: an `Element`; what it takes to compute it is
-appended to the body once. Views only rewrite the index, so they cost nothing. Example::
+In: an fx node and an index over the loops. Out: an `Element`; the statements that compute it are
+appended to the body once. Views only rewrite the index, at no cost. Example::
 
     element(layer_norm, (row, col))  ->  loads of x, weight and bias, welford, sub, mul, ...
 """
@@ -25,14 +25,14 @@ from turbotx.ops import OF_NUMBERS, OPS, Row
 from turbotx.ops.builder import Element, KernelBuilder
 from turbotx.ops.loop_nest import FusionConflict, LoopNest
 
-# The name of an axis that stands for a place in the part that a mask lets through.
+# Name of the axis that stands for a position inside a masked range.
 WITHIN = "within"
 
 
 class Scalarizer(KernelBuilder):
-    """IR builder passed to the op table's lowering rules; emits statements on demand.
+    """IR builder passed to the op table's rules; emits statements on demand.
 
-    loaded(node) tells whether a tensor node lies in memory already; views are looked through.
+    loaded: whether a tensor node is already in memory; other views are traversed to their source.
     as_stored: nodes whose values are to be as their dtype keeps them in memory.
     """
 
@@ -51,18 +51,18 @@ class Scalarizer(KernelBuilder):
         self._stack: list[fx.Node] = []
 
     def bounds(self, value: Expr) -> tuple[Expr | None, Expr | None]:
-        """Return the smallest and the largest value of an index expression, None where unknown."""
+        """Return the minimum and maximum of an index expression, None where unknown."""
         return self.loops.bounds(value)
 
     def split(self, flat: Expr, by: Expr) -> tuple[Expr, Expr]:
-        """Return the quotient and the remainder of a flat index by an extent, as expressions over
+        """Return the quotient and remainder of a flat index by an extent, as expressions over
         axes."""
         return self.loops.split(flat, by)
 
-    # --- pulling an element ---
+    # --- elements on demand ---
 
     def element(self, node: Any, index: tuple[Expr, ...]) -> Element:
-        """Return the element of `node` at `index`, as a value in its compute dtype."""
+        """Return the element of `node` at `index`, in its compute dtype."""
         if not isinstance(node, fx.Node):
             return self.constant(node, _scalar_dtype(node))
         mask = self._masks[-1].name if self._masks else None
@@ -131,7 +131,7 @@ class Scalarizer(KernelBuilder):
         return self.emit_load(access, g.dtype(node))
 
     def number(self, value: Any, dtype: torch.dtype) -> Element:
-        """Return a number, a size, or a float computed from sizes (in double), as an element."""
+        """Return a number, a size, or a float computed from sizes (in float64), as an element."""
         if isinstance(value, (bool, int, float)):
             return self.constant(value, dtype)
         if not isinstance(value.meta["val"], (float, torch.SymFloat)):
@@ -141,20 +141,21 @@ class Scalarizer(KernelBuilder):
         return self.cast(self.call(op, *args) if op else args[0], dtype)
 
     def broadcast(self, node: Any, index: tuple[Expr, ...]) -> tuple[Expr, ...]:
-        """Return the index into `node` that broadcasting gives for a result's `index`."""
+        """Return the index into `node` that broadcasts to a result's `index`."""
         shape = g.shape(node)
         kept = index[len(index) - len(shape) :]
         return tuple(ZERO if extent == 1 else i for extent, i in zip(shape, kept, strict=True))
 
     def position(self, value: Element, extent: Expr, wrap: bool = False) -> Expr:
-        """Return a gathered index as an expression, checked to lie in [0, extent) at run time."""
+        """Return a gathered index as an expression, checked to lie in [0, extent), at run time if
+        needed."""
         if value.index is not None:
             low, high = self._bounds_here(value.index)
             if low is not None and is_nonnegative(low) and high is not None:
                 if not is_nonnegative(extent - 1 - high):
                     self.requirements[(extent - 1 - high).expand()] = f"{high} < {extent}"
                 return value.index
-        if not is_nonnegative(extent - 1):  # a check that fails reads the first element
+        if not is_nonnegative(extent - 1):  # a failing check reads the first element
             places = product([n for _, n in self._ranges])
             some = extent - 1 if is_nonnegative(places - 1) else sympy.Max(extent - 1, -places)
             self.requirements[some] = f"0 < {extent}"
@@ -163,7 +164,7 @@ class Scalarizer(KernelBuilder):
             zero = self.constant(0, torch.int64)
             value = self.where(value < zero, value + self.index(extent), value)
         mask = None
-        if self._masks:  # looked at wherever the mask is known, maybe deeper in the loops
+        if self._masks:  # checked wherever the mask is known, possibly in an inner loop
             value, mask = self.where(self._masks[-1], value, 0), self._masks[-1].name
         check = ir.Check(value.name, extent, mask)
         if check not in self.body:
@@ -171,7 +172,7 @@ class Scalarizer(KernelBuilder):
         return ir.value_symbol(value.name)
 
     def _bounds_here(self, value: Expr) -> tuple[Expr | None, Expr | None]:
-        """Return the smallest and largest value of an index where the masks around hold."""
+        """Return the minimum and maximum of an index where the enclosing masks hold."""
         within = ir.axis_symbol(WITHIN)
         for place, extent in reversed(self._ranges):
             axes = [x for x in place.free_symbols if x.name[0] == "@"]
@@ -185,9 +186,9 @@ class Scalarizer(KernelBuilder):
 
     @contextmanager
     def masked(self, condition: Element, *ranges: tuple[Expr, Expr]) -> Iterator[Element]:
-        """Load under `condition` (and those around it): elsewhere nothing is read.
+        """Load under `condition` (and the enclosing ones): nothing is read elsewhere.
 
-        ranges: (place, extent) where the condition says that 0 <= place < extent.
+        ranges: (position, extent) for which the condition implies 0 <= position < extent.
         """
         if condition.value is True:
             yield condition
@@ -220,7 +221,8 @@ class Scalarizer(KernelBuilder):
         index: tuple[Expr, ...],
         before: Callable[[Element], Element] | None = None,
     ) -> tuple[tuple[Element, ...], Element]:
-        """Reduce a node's first argument over its `dim`s; return the results and the count."""
+        """Reduce a node's first argument over its `dim`s; return the results and the element
+        count."""
         source = g.operand(node, 0)
         target: Any = node.target
         rank = len(g.shape(source))
@@ -250,7 +252,8 @@ class Scalarizer(KernelBuilder):
         dtype: torch.dtype,
         before: Callable[[Element], Element] | None = None,
     ) -> tuple[tuple[Element, ...], Element]:
-        """Reduce `source` over `dims`; `index` gives the other dims' places (others ignored)."""
+        """Reduce `source` over `dims`; `index` gives the positions in the other dims. Returns the
+        results and the element count."""
         shape = g.shape(source)
         extents = tuple(shape[d] for d in dims)
         kept = tuple(i for d, i in enumerate(index) if d not in dims)
@@ -278,7 +281,7 @@ class Scalarizer(KernelBuilder):
         kept: Sequence[Expr],
         node: fx.Node,
     ) -> tuple[Element, ...]:
-        """Reduce `pull(inner index)` over `extents`; the result stands at the `kept` index. Raises
+        """Reduce `pull(inner index)` over `extents`; the result is at index `kept`. Raises
         FusionConflict inside a masked part."""
         used = self._axes_at(kept, node)
         masked = bool(self._masks)
@@ -293,9 +296,9 @@ class Scalarizer(KernelBuilder):
     def scan(
         self, op: str, source: Any, d: int, index: tuple[Expr, ...], dtype: torch.dtype
     ) -> Element:
-        """Return the running `op` of `source` over dim `d`, from its first element to `index`.
-        Raises FusionConflict inside a masked part, and where it is read across the scan's axis or
-        would run again and again."""
+        """Return the scan `op` of `source` along dim `d`, at `index`. Raises FusionConflict inside
+        a masked part, if it is read at a position other than the scan's, or if it would be
+        repeated."""
         node, extent = self._stack[-1], g.shape(source)[d]
         if self._masks:
             raise FusionConflict(node, f"{node.name} runs inside a masked part (cat or pad)")
@@ -315,9 +318,9 @@ class Scalarizer(KernelBuilder):
 
     @contextmanager
     def _unmasked(self, used: set[str], node: fx.Node) -> Iterator[None]:
-        """Suspend the masks of cat's and pad's parts inside the context: a reduction over part of a
-        row, as of a normalised one, covers the whole row. Raises FusionConflict where a mask varies
-        over the `used` axes or a loaded value."""
+        """Suspend the masks of cat and pad inside the context: a reduction in a masked part covers
+        the whole row. Raises FusionConflict if a mask varies over the `used` axes or depends on a
+        loaded value."""
         masks, self._masks = self._masks, []
         ranges, self._ranges = self._ranges, []
         if any(self._varies_over(mask) & (used | {"%"}) for mask in masks):
@@ -329,7 +332,7 @@ class Scalarizer(KernelBuilder):
             self._masks, self._ranges = masks, ranges
 
     def _varies_over(self, value: Element) -> set[str]:
-        """Return the axes that a value depends on, and "%" where it depends on loaded ones."""
+        """Return the axes that a value depends on, and "%" if it depends on loaded values."""
         made = {name: s for s in self.body for name in ir.results_of(s)}
         found, left = set(), [value.name]
         while left:
@@ -342,7 +345,7 @@ class Scalarizer(KernelBuilder):
         return found
 
     def _axes_at(self, kept: Sequence[Expr], node: fx.Node) -> set[str]:
-        """Return the axes that a reduction's or scan's place moves along."""
+        """Return the axes that the position of a reduction or scan depends on."""
         symbols = [s for i in kept for s in i.free_symbols]
         if any(s.name[0] == "%" for s in symbols):
             raise FusionConflict(node, f"{node.name} reduces at a gathered position")
@@ -359,7 +362,7 @@ def _scalar_dtype(value: Any) -> torch.dtype:
 
 
 def _common_dtype(node: fx.Node) -> torch.dtype:
-    """Return the dtype in which a comparison's arguments meet, for computing."""
+    """Return the dtype to which a comparison's arguments are promoted, as a compute dtype."""
     values = [g.fake(a) for a in node.args]
     values = [v for v in values if isinstance(v, (torch.Tensor, bool, int, float))]
     found = values[0].dtype if len(values) == 1 else None
@@ -369,7 +372,7 @@ def _common_dtype(node: fx.Node) -> torch.dtype:
 
 
 def _base_name(node: fx.Node) -> str:
-    """Return a name that equal kernels of different layers share."""
+    """Return a param name that is the same in equal kernels of different layers."""
     if node.op == "get_attr":
         parts = reversed(str(node.target).split("."))
         return next((p for p in parts if not p[0].isdigit()), "item")  # of a ParameterList, its own

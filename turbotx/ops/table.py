@@ -1,8 +1,8 @@
-"""The op table: one row per ATen op, saying what its element at an index is.
+"""The op table: one row per ATen op, defining the element of its result at an index.
 
-In: an ATen overload. Out: its row, which `pull` calls for one element of the op's result. A
-pointwise row is a function of its arguments' elements; an indexed row also sees the index, and
-may pull its inputs anywhere, or reduce over them. Adding an op is adding a row::
+In: an ATen overload. Out: its row, which the scalarizer calls for one element of the op's result. A
+pointwise row is a function of its arguments' elements; an indexed row also gets the index, and may
+read its inputs anywhere or reduce over them. To add an op, add a row::
 
     pointwise("aten.silu.default", lambda m, x: x * m.sigmoid(x))
 """
@@ -21,11 +21,13 @@ from turbotx.ir import fx_nodes as g
 
 @dataclass(frozen=True)
 class Row:
-    """One op: `kind` is "pointwise" or "indexed"; `as_is` are arguments that are not promoted;
-    `jumps`: the result may be another where an argument is off by a rounding.
+    """One op: `kind` is "pointwise" or "indexed".
 
-    A pointwise `rule` takes (machine, *arguments) where tensors are elements in the compute
-    dtype; an indexed one takes (machine, node, index).
+    rule: for a pointwise row, takes (machine, *arguments) with tensors as elements in the compute
+    dtype; for an indexed one, (machine, node, index).
+    as_is: positions of arguments that are not promoted.
+    reduces: whether it reduces over an axis.
+    jumps: whether its result may be another where an argument is off by a rounding.
     """
 
     kind: str
@@ -41,7 +43,7 @@ OF_NUMBERS: dict[Any, str] = {
     operator.truediv: "div", operator.mul: "mul", operator.add: "add", operator.sub: "sub",
     operator.pow: "pow", operator.neg: "neg", torch.sym_float: "", torch.sym_sqrt: "sqrt",
 }  # fmt: skip
-"""What kernels compute of floats made of sizes, in double: the primitive, "" for nothing."""
+"""How kernels compute floats made of sizes, in double: the primitive, "" for a conversion."""
 
 
 def _resolve(overload: str) -> Any | None:
@@ -52,7 +54,7 @@ def _resolve(overload: str) -> Any | None:
 def pointwise(
     overloads: str, rule: Callable[..., Any], as_is: tuple[int, ...] = (), jumps: bool = False
 ) -> None:
-    """Add a row for each of the space-separated overloads that this torch has."""
+    """Add a row for each of the space-separated overloads that this version of torch has."""
     for overload in overloads.split():
         target = _resolve(overload)
         if target is not None:
@@ -60,7 +62,7 @@ def pointwise(
 
 
 def indexed(overloads: str, rule: Callable[..., Any], reduces: bool = False) -> None:
-    """Add a row whose rule sees the node and the index."""
+    """Add a row whose rule takes the node and the index."""
     for overload in overloads.split():
         target = _resolve(overload)
         if target is not None:
@@ -68,7 +70,7 @@ def indexed(overloads: str, rule: Callable[..., Any], reduces: bool = False) -> 
 
 
 def is_computed(node: Any) -> bool:
-    """Return whether the table has a row for this fx node, so that a kernel can compute it."""
+    """Return whether a kernel can compute this fx node, by a row of the table."""
     if not g.is_tensor(node) or node.op != "call_function" or node.target not in OPS:
         return False
     sources = node.all_input_nodes
@@ -78,7 +80,7 @@ def is_computed(node: Any) -> bool:
 
 
 def is_number_computed(node: Any) -> bool:
-    """Return whether a kernel can compute a float made of sizes; a whole size is given to it."""
+    """Return whether a kernel can compute a float made of sizes; integer sizes are passed to it."""
     if not isinstance(node.meta.get("val"), (float, torch.SymFloat)):
         return True
     return node.target in OF_NUMBERS and all(map(is_number_computed, node.all_input_nodes))

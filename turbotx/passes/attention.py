@@ -1,8 +1,8 @@
-"""Attention: recognise it in the graph, and write it the way that the kernels compute it.
+"""Attention: recognises attention in the graph and rewrites it to the ops that the kernels compute.
 
 In: a canonical graph with scaled_dot_product_attention calls, or the chain matmul, scale, mask,
-softmax, matmul. Out: one `attention(q, k, v, ...)` node each, whose mask is split into what it is
-made of ("flash"), or two products around a softmax that is fused as any other op::
+softmax, matmul. Out: one `attention(q, k, v, ...)` node each, with the mask split into its parts
+("flash"), or two products around a softmax that is fused like any other op::
 
     attention(q, k, v, key_ok, scale=0.125, causal=True)
     attention_values(safe_softmax(where(visible, attention_scores(q, k) * 0.125, -inf)), v)
@@ -28,16 +28,16 @@ from turbotx.passes.scores import AttentionPattern, hide_in_bias
 
 aten = torch.ops.aten
 
-# The widest head that the flash kernels hold in registers.
+# The largest head_dim that the flash kernels hold in registers.
 WIDEST_HEAD = 256
 
 
 def recognize_attention(graph: fx.Graph, way: str = "auto") -> None:
-    """Rewrite every attention that the kernels can compute; others stay as they are.
+    """Rewrite every attention that the kernels can compute; others are left unchanged.
 
-    way: "flash" and "fused-softmax" name the kernels for all of them; "auto" takes flash where its
-    kernel can compute it, and otherwise fused-softmax. Raises OptionsError where a way that was
-    asked for by name cannot compute one of torch's own attention calls.
+    way: "flash" or "fused-softmax" for all of them; "auto" for flash where its kernel can compute
+    it, otherwise fused-softmax. Raises OptionsError if an explicitly requested way cannot compute
+    one of torch's own attention calls.
     """
     for node in list(graph.nodes):
         if g.is_call(node, aten.scaled_dot_product_attention.default):
@@ -93,7 +93,7 @@ def _read_sdpa(node: fx.Node) -> AttentionPattern | None:
 
 
 def _why_not_products(found: AttentionPattern) -> str:
-    """Say why neither way can compute it; "" if both products can."""
+    """Return why neither way can compute it; "" if both products can."""
     q, k, v = found.q, found.k, found.v
     shapes = [g.shape(n) for n in (q, k, v)]
     dtypes = {g.dtype(n) for n in (q, k, v)}
@@ -113,7 +113,7 @@ def _why_not_products(found: AttentionPattern) -> str:
 
 
 def _why_not_flash(found: AttentionPattern) -> str:
-    """Say why the flash kernel cannot compute what the products can; "" if it can."""
+    """Return why the flash kernel cannot compute it, though the products can; "" if it can."""
     width, of_v = int(g.shape(found.q)[3]), int(g.shape(found.v)[3])
     if width != of_v:
         return f"v's head_dim {of_v} is not q's {width}"
@@ -121,7 +121,7 @@ def _why_not_flash(found: AttentionPattern) -> str:
 
 
 def _take_scales(found: AttentionPattern) -> AttentionPattern:
-    """Multiply scores by what q and k were multiplied by; a key's is left where v shares it."""
+    """Fold multiplications of q and k by numbers into the scale; k's is kept if v shares it."""
     if found.q in (found.k, found.v):
         return found
     q, factor = take_scale(found.q)
@@ -133,9 +133,9 @@ def _take_scales(found: AttentionPattern) -> AttentionPattern:
 
 
 def _part_mask(node: fx.Node, found: AttentionPattern) -> AttentionPattern:
-    """Where scores of hidden keys are the most negative float, the kernel hides keys per sequence
-    and by places and leaves the bias as small as it was (T5's has no batch dim); all else becomes
-    bias."""
+    """Split a mask whose masked scores are the most negative float: the kernel masks keys by
+    sequence and position, and the bias keeps its small shape (T5's has no batch dim). If that is
+    not possible, everything becomes bias."""
     parts = (found.mask, found.bias) if found.blind_mean else take_hidden(found.mask)
     if parts is None:
         return found
@@ -145,8 +145,8 @@ def _part_mask(node: fx.Node, found: AttentionPattern) -> AttentionPattern:
     understand_mask(visible, found.q, found.k, said)
     own = said.late or g.shape(found.q)[2] == g.shape(found.k)[2]
     if not said.rest and not found.causal:
-        # In a band every query sees its own place at least, beside which what is hidden counts for
-        # nothing.
+        # In a band, every query sees at least its own position, beside which masked keys have no
+        # weight.
         blind = bool(said.keys) or not own
         return replace(found, mask=visible, bias=bias, blind_nan=False, blind_mean=blind)
     if not found.blind_mean:
@@ -156,7 +156,7 @@ def _part_mask(node: fx.Node, found: AttentionPattern) -> AttentionPattern:
 
 
 def _split(found: AttentionPattern, late: bool | None = None) -> Mask:
-    """late: whether bands may be told as `Mask.late` or may not; None for either."""
+    """late: required value of `Mask.late`; None for either."""
     said = Mask(causal=found.causal, late=False if found.causal else late)
     if found.mask is not None and g.dtype(found.mask) is torch.bool:
         understand_mask(found.mask, found.q, found.k, said)
@@ -190,7 +190,7 @@ def _write_flash(node: fx.Node, found: AttentionPattern) -> fx.Node:
 
 
 def _as_bias(node: fx.Node, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """Return a mask of numbers in a dtype that kernels add: float32 or q's; others become
+    """Return a mask of numbers in a dtype that kernels add: float32 or q's; others are cast to
     float32."""
     if g.dtype(mask) in (torch.float32, dtype):
         return mask
@@ -198,7 +198,7 @@ def _as_bias(node: fx.Node, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def _write_fused_softmax(node: fx.Node, found: AttentionPattern) -> fx.Node:
-    """Between the two products stand ordinary ops, which partition makes one kernel."""
+    """Write two products with ordinary ops between them, which partition makes one kernel."""
     said = _split(found, late=False)
     scores = g.emit(node, attention_scores, found.q, found.k)
     below = g.emit(node, aten.mul.Tensor, scores, found.scale)
@@ -232,7 +232,7 @@ def _write_fused_softmax(node: fx.Node, found: AttentionPattern) -> fx.Node:
 
 
 def _share_with_sinks(node: fx.Node, scores: fx.Node, sinks: fx.Node) -> fx.Node:
-    """Return the shares of a softmax over scores and one more of each head, which gets the rest."""
+    """Return the softmax over the scores and each head's sink, without the sink's own weight."""
     one = g.emit(node, aten.unflatten.int, sinks, 0, [-1, 1, 1])
     largest = g.emit(node, aten.amax.default, scores, [-1], True)
     largest = g.emit(node, aten.maximum.default, largest, one)

@@ -1,7 +1,7 @@
-"""Cache: rows that attention alone reads stay where the cache keeps them.
+"""Cache: lets attention read keys and values in the cache's memory.
 
-In: a graph whose attention is recognised, with appends to a cache. Out: the same graph; an append
-whose readers are attention's kernels, which read by strides, gives no copy any more::
+In: a graph with recognised attention and appends to a cache. Out: the same graph, in which an
+append that only attention kernels read (they accept any strides) returns no copy::
 
     attention(q, cache_append(memory, k, ...), v)  ->  attention(q, cache_store(memory, k, ...), v)
 """
@@ -19,7 +19,7 @@ from turbotx.ir.views import is_view
 
 
 def store_in_place(graph: fx.Graph) -> None:
-    """Rewrite the appends whose every reader is one of attention's ops."""
+    """Replace appends that only attention reads by in-place stores."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.turbotx.cache_append.default):
         if all(_reads_in_place(user, node) for user in node.users):
             *held, layer, part = node.args
@@ -29,8 +29,8 @@ def store_in_place(graph: fx.Graph) -> None:
 
 
 def _reads_in_place(user: fx.Node, source: fx.Node) -> bool:
-    """Return whether `user`, through views that change nothing, is attention that takes `source`
-    for k or v."""
+    """Return whether `user`, possibly through views with the same layout, is an attention that
+    takes `source` as k or v."""
     if g.is_size(user):
         return True
     if user.target is attention:

@@ -1,7 +1,7 @@
 """Canonicalize: removes ops without effect and rewrites equivalent forms to one.
 
 In: the captured ATen graph. Out: the same graph without assertions, dropout, no-op copies and
-casts, redundant views, duplicate subexpressions and dead code, for example::
+casts, redundant views, common subexpressions and dead code, for example::
 
     clone(dropout(layer_norm))  ->  layer_norm
 """
@@ -59,7 +59,7 @@ _CONVERSIONS = {
 
 
 def canonicalize(graph: fx.Graph) -> None:
-    """Rewrite `graph` in place until nothing changes; running it again changes nothing."""
+    """Rewrite `graph` in place to a fixed point; a second run changes nothing."""
     for node in list(graph.nodes):
         if node.target in _ASSERTIONS:
             graph.erase_node(node)
@@ -81,8 +81,8 @@ def canonicalize(graph: fx.Graph) -> None:
 
 
 def _drop_empty(node: fx.Node) -> None:
-    """Take from a concatenation what has no element (a cache before its first token), where the
-    rest decides the dtype; of one tensor it is that tensor."""
+    """Remove empty tensors from a concatenation (a cache before its first token), if the rest
+    determines the dtype."""
     if not g.is_call(node, aten.cat.default):
         return
     parts: Any = node.args[0]
@@ -92,7 +92,8 @@ def _drop_empty(node: fx.Node) -> None:
 
 
 def _as_number(node: fx.Node) -> fx.Node | None:
-    """Return, as a number's tensor, arithmetic on such tensors: sqrt(torch.tensor(3) * 2)."""
+    """Fold arithmetic on constant 0-d tensors, such as sqrt(torch.tensor(3) * 2), to one such
+    tensor."""
     sources = node.all_input_nodes
     if node.target not in _ARITHMETIC or not sources or g.shape(node) or node.kwargs:
         return None
@@ -114,7 +115,7 @@ def _value(node: fx.Node) -> Any:
 
 
 def _same_as(node: fx.Node) -> fx.Node | None:
-    """Return the node that this one always equals, or None."""
+    """Return a node that always equals this one, or None."""
     if g.is_call(node, aten.cat.default):
         listed: Any = node.args[0]
         return listed[0] if len(listed) == 1 else None
@@ -155,8 +156,8 @@ def _whole_slice(node: fx.Node) -> bool:
 
 
 def _adds_nothing(node: fx.Node) -> bool:
-    """Return whether an addition changes nothing: x + 0 of integers; of floats x + -0.0 and x -
-    0.0, since -0.0 + 0.0 is 0.0."""
+    """Return whether an addition is a no-op: x + 0 for integers; for floats x + -0.0 and x - 0.0,
+    since -0.0 + 0.0 is 0.0."""
     if g.argument(node, "alpha") != 1 or not _is_number(node.args[1], 0):
         return False
     number: Any = node.args[1]
@@ -169,7 +170,7 @@ def _multiplies_by_one(node: fx.Node) -> bool:
     return _is_number(node.args[1], 1) and not node.kwargs
 
 
-# Ops that do nothing when their result has their input's shape (and the rule agrees).
+# Ops that are no-ops if their shape equals the input's (and the rule agrees).
 _NO_OPS: dict[Any, Callable[[fx.Node], bool]] = {
     aten.permute.default: _keeps_order,
     aten.view.default: _same_shape,
@@ -194,7 +195,7 @@ _OF_ONES = {
 
 
 def _merge_views(node: fx.Node, source: fx.Node) -> fx.Node | None:
-    """Fold view-of-view: two reshapes are one, two permutations are one (or none)."""
+    """Fold view-of-view: two reshapes become one, two permutations become one (or none)."""
     if node.target in _RESHAPES and (
         VIEWS.get(source.target) == "reshape"
         or source.target in _OF_ONES
@@ -217,7 +218,7 @@ def _merge_views(node: fx.Node, source: fx.Node) -> fx.Node | None:
 
 
 def _moves_only_ones(node: fx.Node) -> bool:
-    """Return whether a permutation leaves every dim of more than one element in its order."""
+    """Return whether a permutation keeps the order of all dims larger than 1."""
     if not g.is_call(node, aten.permute.default):
         return False
     source, order = cast(Any, node.args)
@@ -227,9 +228,10 @@ def _moves_only_ones(node: fx.Node) -> bool:
 
 
 def _permute_first(node: fx.Node, source: fx.Node) -> fx.Node:
-    """Permute before a dim of size 1 is added, not after: then reshapes see only what they merge.
+    """Move a permutation before the insertion of a dim of size 1, so that reshapes only see what
+    they merge.
 
-    einsum adds such dims and moves them along with the others.
+    einsum inserts such dims and permutes them along with the others.
     """
     inner, place = cast(Any, source.args)
     rank = len(g.shape(node))
@@ -242,7 +244,7 @@ def _permute_first(node: fx.Node, source: fx.Node) -> fx.Node:
 
 
 def _key(node: fx.Node) -> Any | None:
-    """Return what makes two calls equal; None for calls that may differ every time."""
+    """Return the CSE key of a call; None for calls with effects."""
     if node.op == "get_attr":
         return ("get_attr", node.target)
     if node.op != "call_function" or _has_effect(node):
@@ -259,19 +261,19 @@ def _key(node: fx.Node) -> Any | None:
 
     args = freeze(node.args)
     if node.target in _COMMUTATIVE and not node.kwargs and g.is_tensor(args[1]):
-        args = tuple(sorted(args, key=lambda n: n.name))  # a + b and b + a are one number
+        args = tuple(sorted(args, key=lambda n: n.name))  # commutative: a + b is b + a
     return (node.target, args, freeze(node.kwargs))
 
 
 def _has_effect(node: fx.Node) -> bool:
-    """Return whether a call does more than to give its result: it writes a tensor, or it draws, and
-    what is drawn after it depends on that."""
+    """Return whether a call does more than compute its result: it mutates a tensor, or draws random
+    numbers, which later draws depend on."""
     schema = getattr(node.target, "_schema", None)
     return g.is_random(node) or (schema is not None and schema.is_mutable)
 
 
 def merge_duplicates(graph: fx.Graph) -> bool:
-    """Merge equal calls of equal arguments; tell whether any were found."""
+    """Merge equal calls with equal arguments; return whether there were any."""
     seen: dict[Any, fx.Node] = {}
     changed = False
     for node in list(graph.nodes):
@@ -287,5 +289,5 @@ def merge_duplicates(graph: fx.Graph) -> bool:
 
 
 def _stays(node: fx.Node) -> bool:
-    """Return whether a node is no dead code, even where nothing uses it."""
+    """Return whether a node is kept even if it has no users."""
     return node.op in ("output", "placeholder") or _has_effect(node)

@@ -1,13 +1,13 @@
 """Chains: recognises attention written out as matmul, scale, mask, softmax, matmul.
 
 In: the last product of such a chain. Out: its `AttentionPattern`: q, k and v with heads before
-rows, and what happens to the scores in between as scale, softcap, bias and mask, for example::
+rows, and the ops on the scores as scale, softcap, bias and mask, for example::
 
     softmax(where(ok, tanh(q @ k.mT / 32) * 8 + bias, -inf)) @ v
-        ->  scale=0.25, softcap=8, bias=bias, mask=ok, blind_nan
+      ->  scale=0.25, softcap=8, bias=bias, mask=ok, blind_nan
 
-Scores may have one more column, of sinks, that no value is for. They may pass between (batch,
-windows, heads, q, k) and (batch * windows * heads, q, k), and between dtypes.
+Scores may have one more column for sinks, without a value. They may be reshaped between (batch,
+windows, heads, q, k) and (batch * windows * heads, q, k), and converted between dtypes.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from turbotx.passes.scores import AttentionPattern, Step, read_steps, with_sinks
 aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
 SOFTMAXES = (aten.softmax.int, aten._softmax.default)
-# A fill this low, or the most negative one of its dtype, leaves a key nothing beside any other:
-# where a real score is as low, float32 has no digit left to tell scores apart by.
+# A fill this low, or the most negative value of its dtype, leaves a key no weight beside any other:
+# if a real score were as low, float32 could not distinguish scores.
 HIDING = -1e9
 
 
 def read_chain(node: fx.Node) -> AttentionPattern | None:
-    """`node` is the last product; walk back through softmax, masks and scale to the first.
+    """Return the attention that ends in the product `node`, found by walking back through softmax,
+    masks and scale to the first product; None if there is none.
 
-    Emits, before `node`, what it takes to hand over operands and masks.
+    Emits views of operands and masks before `node`.
     """
     v: Any = node.args[1]
     x: Any = node.args[0]
@@ -78,7 +79,7 @@ def read_chain(node: fx.Node) -> AttentionPattern | None:
 def _read_in_heads(
     node: fx.Node, heads: Heads, product: Any, v: Any, steps: list[Step]
 ) -> AttentionPattern | None:
-    """Read steps, found last one first, on operands with heads in a dim of their own."""
+    """Read steps, given from last to first, on operands with a separate head dim."""
     shown = []
     for step in reversed(steps):
         operand = None if step.operand is None else heads.beside(step.operand, step.rank)
@@ -96,7 +97,8 @@ def _read_in_heads(
 
 
 def _plain(x: Any) -> fx.Node | None:
-    """Return what `x` shows without changing it: converted, or (batch, heads) split or merged."""
+    """Return the source of `x` if `x` only converts it, or splits or merges (batch, heads);
+    otherwise None."""
     if not isinstance(x, fx.Node) or not x.args or not g.is_tensor(x.args[0]):
         return None
     inner = x.args[0]
@@ -109,7 +111,7 @@ def _plain(x: Any) -> fx.Node | None:
 
 
 def _peel(x: Any) -> tuple[fx.Node, Step | None] | None:
-    """Return the scores below `x` and what `x` does to them; None for anything else."""
+    """Return the scores that `x` reads and the step that it applies; None for anything else."""
     inner = _plain(x)
     if inner is not None:
         return inner, None
@@ -177,7 +179,7 @@ def _hiding(
 
 
 def _reaches(x: Any) -> bool:
-    """Return whether `x` is scores: whether a product is found by peeling."""
+    """Return whether `x` is derived from a product by steps, that is, whether it is scores."""
     while g.is_tensor(x) and _is_read_once(x):
         if g.is_call(x, *PRODUCTS):
             return True
@@ -192,7 +194,7 @@ def _reaches(x: Any) -> bool:
 
 
 def _is_read_once(x: fx.Node) -> bool:
-    """Return whether one call reads `x`, and the largest of its rows, which it is shifted by."""
+    """Return whether one call reads `x`, apart from a maximum that is subtracted from it."""
     return sum(not (g.is_call(u, aten.amax.default) and _shifts(u, x)) for u in x.users) == 1
 
 
@@ -204,8 +206,7 @@ def _shifts(largest: fx.Node, x: fx.Node) -> bool:
 
 
 def is_shifted(x: Any) -> bool:
-    """Return whether `x` is scores less the largest of their row, of which softmax gives the
-    same."""
+    """Return whether `x` is scores minus their row maximum, which does not change the softmax."""
     if not g.is_call(x, aten.sub.Tensor) or x.kwargs:
         return False
     scores, largest = x.args
@@ -226,7 +227,8 @@ def is_all_but_last(x: Any) -> bool:
 
 
 def _below_sinks(x: Any) -> tuple[fx.Node, fx.Node] | None:
-    """Return scores, and the tensor of one number a head that stands behind each of their rows."""
+    """Return the scores, and the tensor with one number per head that is concatenated to their
+    rows."""
     while is_shifted(x) and _is_read_once(x):
         x = x.args[0]
     if not g.is_call(x, aten.cat.default) or not _is_read_once(x) or len(x.args[0]) != 2:

@@ -1,8 +1,8 @@
-"""Experts: routes rows to experts by one op, and multiplies them by their experts' weights by one.
+"""Experts: rewrites routing of rows to experts to one op, and their products to another.
 
-In: a canonical graph. Out: PyTorch's grouped product, and that of transformers, as
-`grouped_linear`; where a sort of chosen experts is read with the number of rows of each and with
-the inverse of the order, the three as one `route`, which sorts nothing, for example::
+In: a canonical graph. Out: PyTorch's and transformers' grouped products as `grouped_linear`. A sort
+of chosen experts whose users need only row counts and the inverse order becomes one `route`, which
+needs no sort, for example::
 
     sort(chosen), cumsum(histc(sorted)), index_put(empty, order, arange)  ->  route(chosen)
 """
@@ -20,12 +20,12 @@ from turbotx.ir.views import is_view, view_source
 
 aten = torch.ops.aten
 _SORTS = (aten.sort.default, aten.sort.stable)
-# The dtypes that have a number for each expert.
+# The dtypes that represent every expert's index exactly.
 _EXACT = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
 def use_experts(graph: fx.Graph) -> None:
-    """Rewrite grouped products and the sorts around them, in place."""
+    """Rewrite grouped products and the sorts that go with them, in place."""
     for node in list(graph.nodes):
         if _is_grouped_product(node):
             x, weight, ends = (g.operand(node, k) for k in range(3))
@@ -37,8 +37,9 @@ def use_experts(graph: fx.Graph) -> None:
 
 
 def _is_grouped_product(node: fx.Node) -> bool:
-    """Tell whether a call is out[rows of e] = x[rows of e] weight[e], its rows told by ends."""
-    name = str(node.target)  # that of transformers is there only where transformers is imported
+    """Return whether a call is a grouped product, out[rows of e] = x[rows of e] weight[e], with
+    rows given by ends."""
+    name = str(node.target)  # transformers' op exists only if transformers is imported
     if name == "aten._grouped_mm.default":
         if g.argument(node, "bias") is not None:
             return False
@@ -55,8 +56,8 @@ def _is_grouped_product(node: fx.Node) -> bool:
 
 
 def _use_route(sort: fx.Node) -> None:
-    """Write a sort of chosen experts as `route`, if its order, the inverse of that and the ends of
-    the experts' rows are all that is asked for beside the sorted values."""
+    """Replace a sort of chosen experts by `route`, if besides the sorted values only the order, its
+    inverse and the ends of the experts' rows are used."""
     chosen = g.operand(sort, 0)
     pieces = {u.args[1]: u for u in sort.users if g.is_call(u, g.GETITEM)}
     known = _choices(chosen)
@@ -82,8 +83,8 @@ def _use_route(sort: fx.Node) -> None:
 
 
 def _choices(chosen: fx.Node) -> int | None:
-    """Return how many experts there are to choose from, where `topk` gave int64 (rows,) of them: a
-    place in its rows, so that no other number is among them."""
+    """Return the number of experts if `chosen`, int64 (rows,), comes from `topk`, so that it only
+    contains indices below that number; otherwise None."""
     if len(g.shape(chosen)) != 1 or g.dtype(chosen) is not torch.int64:
         return None
     root = chosen
@@ -99,8 +100,8 @@ def _choices(chosen: fx.Node) -> int | None:
 
 
 def _ends_of(values: fx.Node) -> list[tuple[fx.Node, int]]:
-    """Return the running sums, int32, of how often 0, 1, 2, ... is among `values`, and of how
-    many such numbers."""
+    """Return the int32 cumulative counts of 0, 1, 2, ... among `values`, each with the number of
+    bins."""
     found: list[tuple[fx.Node, int]] = []
     left = [values]
     while left:
@@ -114,7 +115,7 @@ def _ends_of(values: fx.Node) -> list[tuple[fx.Node, int]]:
 
 
 def _counts_each(histc: fx.Node) -> bool:
-    """Tell whether every bin is one whole number, from 0 on."""
+    """Return whether the bins of a histc call are the integers from 0 on."""
     bins, least, most = (g.argument(histc, name) for name in ("bins", "min", "max"))
     return isinstance(bins, int) and bins > 1 and (least, most) == (0, bins - 1)
 
@@ -126,8 +127,8 @@ def _is_running_sum(node: fx.Node) -> bool:
 
 
 def _is_inverse(node: fx.Node, order: fx.Node) -> bool:
-    """Tell whether a call writes k at the place order[k], for every k; what it writes into does
-    not matter, since it is written over whole."""
+    """Return whether a call writes k to index order[k] for every k. The initial contents do not
+    matter, since all are overwritten."""
     if not g.is_call(node, aten.index_put.default) or g.argument(node, "accumulate"):
         return False
     given: Any = node.args
@@ -138,7 +139,7 @@ def _is_inverse(node: fx.Node, order: fx.Node) -> bool:
 
 
 def _counts_up(node: Any) -> bool:
-    """Tell whether a tensor is 0, 1, 2, ... of int64."""
+    """Return whether a tensor is 0, 1, 2, ... in int64."""
     if not g.is_tensor(node) or g.dtype(node) is not torch.int64:
         return False
     if not g.is_call(node, aten.arange.start_step):

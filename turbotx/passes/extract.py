@@ -1,7 +1,7 @@
 """Extract: copies a part of a graph into an fx module of its own.
 
-In: the nodes to compute and the tensors that are given. Out: a GraphModule of (tensors, sizes) ->
-tensors: what a kernel means, run by PyTorch, and what the fused graph shows inside a region::
+In: the nodes to compute and the given tensors. Out: a GraphModule that maps (tensors, sizes) to
+tensors: the PyTorch equivalent of a kernel, and the submodule of a region in the fused graph::
 
     extract([layer_norm], [linear, bias, x, ...])  ->  GraphModule: add, add, layer_norm
 """
@@ -19,8 +19,8 @@ from turbotx.ir import fx_nodes as g
 from turbotx.ir.expr import Expr
 
 aten = torch.ops.aten
-# What makes a tensor of the shape of its first argument and reads nothing of it; 0 or 1 is what it
-# is filled with, None: its own argument.
+# Ops that use only the shape of their first argument, and the value they fill with (None: given by
+# an argument).
 SHAPED_AS: dict[Any, int | None] = {
     aten.zeros_like.default: 0, aten.new_zeros.default: 0, aten.ones_like.default: 1,
     aten.new_ones.default: 1, aten.full_like.default: None, aten.new_full.default: None,
@@ -29,8 +29,8 @@ SHAPED_AS: dict[Any, int | None] = {
 
 @dataclass(frozen=True)
 class Extracted:
-    """module(*tensors, *sizes) returns a tuple; `sizes` are what the size nodes stand for, then
-    what else it takes to make a tensor of the shape of one that is not given."""
+    """module(*tensors, *sizes) returns a tuple; `sizes` are the values of the size nodes, followed
+    by extents needed to create tensors shaped like one that is not given."""
 
     module: fx.GraphModule
     size_nodes: tuple[fx.Node, ...]
@@ -38,10 +38,11 @@ class Extracted:
 
 
 def extract(outputs: Sequence[fx.Node], inputs: Sequence[fx.Node], name: str) -> Extracted:
-    """Copy what `outputs` need down to `inputs`; size nodes become arguments after the tensors.
+    """Copy what `outputs` depend on, down to `inputs`; size nodes become arguments after the
+    tensors.
 
-    Of a tensor that is not among the inputs the shape may be needed (zeros_like), as a kernel
-    needs it: then its sizes are arguments too.
+    Tensors outside the inputs of which only the shape is used (zeros_like) are not copied, as in a
+    kernel: their sizes become arguments.
     """
     return _Extractor(outputs, inputs).run(name)
 
@@ -69,14 +70,14 @@ class _Extractor:
                 self.made[node] = self._create(node, places)
             elif node not in self.made:
                 self.made[node] = copied = self.graph.node_copy(node, self.made.__getitem__)
-                if copied.target is aten.view.default:  # what it shows may not be dense here
+                if copied.target is aten.view.default:  # its source may not be contiguous here
                     copied.target = aten.reshape.default
         self.graph.output(tuple(self.made[n] for n in self.outputs))
         module = fx.GraphModule(nn.Module(), self.graph, class_name=name)
         return Extracted(module, tuple(sizes), (*(g.size(n) for n in sizes), *extents))
 
     def _create(self, node: fx.Node, places: Mapping[Expr, fx.Node]) -> fx.Node:
-        """Make the tensor of a shape, without the tensor that has that shape."""
+        """Create a tensor from its shape, without the tensor that it is shaped like."""
         value, shape = node.meta["val"], g.shape(node)
         fill: Any = SHAPED_AS.get(node.target, 0)
         if fill is None:
@@ -90,8 +91,8 @@ class _Extractor:
         return made
 
     def _only_shaped(self, node: fx.Node) -> bool:
-        """Return whether nothing but the shape of a call's argument, or of a tensor itself,
-        matters: a kernel is given every tensor of which it reads an element."""
+        """Return whether only the shape of a node (or of its argument) matters: a kernel is given
+        every tensor whose elements it reads."""
         if node in self.given:
             return False
         if node.op in ("placeholder", "get_attr"):
@@ -99,7 +100,7 @@ class _Extractor:
         return node.target in SHAPED_AS and not self._is_reached(g.operand(node, 0))
 
     def _is_reached(self, node: fx.Node) -> bool:
-        """Return whether a tensor is computed from what is given."""
+        """Return whether a tensor is computed from the given ones."""
         if node in self.given:
             return True
         if node.op != "call_function" or node.target in SHAPED_AS:

@@ -1,8 +1,8 @@
-"""Heads: operands of attention with any dims before their rows as (batch, heads, rows, columns).
+"""Heads: shows operands of attention with any leading dims as (batch, heads, rows, columns).
 
 In: products over (batch, heads, q, k), over (batch, heads, windows, q, k), or over (batch * heads,
-q, k), as einsum leaves them, and views that lead from one to the other. Out: `Heads`, which shows
-an operand with two dims before its rows, and a result as the product's, for example::
+q, k), as einsum makes them, and views between these. Out: `Heads`, which converts an operand to two
+leading dims, and a result back to the product's, for example::
 
     lead (batch, heads, windows), axis 1:  (b, h, w, q, k)  ->  (b * w, h, q, k)
 """
@@ -24,8 +24,8 @@ aten = torch.ops.aten
 
 
 def plain_source(x: fx.Node) -> fx.Node | None:
-    """Return what views show otherwise in the dims before rows and columns alone, read by them
-    only; None where there is no such tensor."""
+    """Return the source of views that only regroup the dims before rows and columns, with no other
+    users; None if there is none."""
     wanted, y = g.shape(x)[-2:], x
     while _keeps_order(y):
         y = g.operand(y, 0)
@@ -37,7 +37,7 @@ def plain_source(x: fx.Node) -> fx.Node | None:
 
 
 def _keeps_order(x: fx.Node) -> bool:
-    """Return whether a view shows all elements one after the other as they were."""
+    """Return whether a view keeps the elements in row-major order."""
     if VIEWS.get(x.target) == "reshape":
         return True
     if not g.is_call(x, aten.permute.default):
@@ -49,17 +49,17 @@ def _keeps_order(x: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class Heads:
-    """The dims of scores before their rows and columns, and which of them counts heads; what has
-    three dims has their product."""
+    """The leading dims of scores, and which of them is heads; 3-D scores have their product."""
 
     lead: tuple[Expr, ...]
     axis: int
 
     @staticmethod
     def of(product_: Any, v: Any, shown: list[Any]) -> Heads | None:
-        """Find them in the shapes that scores or operands have somewhere.
+        """Find the leading dims in the shapes of scores or operands.
 
-        product_: the first product. shown: scores and shares on the way, and the last product.
+        product_: the first product.
+        shown: scores and weights in between, and the last product.
         """
         if not all(g.is_tensor(n) and len(g.shape(n)) >= 3 for n in (*shown, v)):
             return None
@@ -81,12 +81,12 @@ class Heads:
 
     @property
     def batch(self) -> Expr:
-        """How many batches of heads there are: the product of all dims but heads."""
+        """The product of all leading dims except heads."""
         return product([n for d, n in enumerate(self.lead) if d != self.axis])
 
     @property
     def heads(self) -> Expr:
-        """How many heads there are."""
+        """The number of heads."""
         return self.lead[self.axis]
 
     def split(self, x: Any) -> Any:
@@ -113,7 +113,7 @@ class Heads:
         return new if g.shape(new)[:2] == (self.batch, self.heads) else None
 
     def _merge(self, x: Any) -> Any:
-        """Show all dims of `lead` but heads as one."""
+        """Merge all leading dims except heads."""
         count = len(self.lead)
         if count == 2:
             return x
@@ -122,8 +122,8 @@ class Heads:
         return g.emit(x, aten.flatten.using_ints, x, 0, count - 2)
 
     def beside(self, operand: fx.Node, rank: int) -> Any:
-        """Return what is added to scores of `rank` dims so that it fits those of four; None where
-        it varies over some of the dims that are merged, and not over all."""
+        """Return an operand added to scores of `rank` dims in a form that fits 4-D scores; None if
+        it varies over some but not all of the merged dims."""
         shape = g.shape(operand)
         if rank == 3:
             return operand if len(shape) < 3 or shape[0] == 1 else self.split(operand)
@@ -134,7 +134,7 @@ class Heads:
         for _ in range(rank - len(shape)):
             operand = g.emit(operand, aten.unsqueeze.default, operand, 0)
         shape = g.shape(operand)
-        # Sizes of other names are as large where the sum was traced; launches require it.
+        # Differently named sizes were equal in the traced sum; launches require it.
         ones = {shape[d] == 1 for d, n in enumerate(self.lead) if d != self.axis and n != 1}
         return self._merge(operand) if len(ones) < 2 else None
 
@@ -158,8 +158,8 @@ class Heads:
 
 
 def _innermost(v: fx.Node, otherwise: int) -> int:
-    """Return which dim of v before its rows steps from one row's end to the next one's start: heads
-    that lie so are read in place, and written as the next GEMM reads them."""
+    """Return the leading dim of v whose stride is one row. Heads in that dim are read in place and
+    written as the next GEMM reads them."""
     shape, steps = g.shape(v), layout_with_copies(v).strides[:-2]
     found = [d for d, s in enumerate(steps) if s == shape[-1] and shape[d] != 1]
     return found[0] if len(found) == 1 else otherwise
@@ -170,9 +170,9 @@ def _splits(x: fx.Node) -> bool:
 
 
 def _merged(x: Any) -> fx.Node | None:
-    """Return the tensor of four dims or more that `x` merges all but the last two of.
+    """Return the tensor of four or more dims of which `x` merges all but the last two.
 
-    Where rows or columns stand beside a dim of size 1, as einsum has them, that one is dropped.
+    A dim of size 1 beside rows or columns, as einsum inserts it, is dropped.
     """
     if g.is_call(x, aten.permute.default):
         x = x.args[0]

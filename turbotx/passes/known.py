@@ -1,7 +1,7 @@
-"""Known sizes: checks that every size of a graph follows from its inputs' shapes.
+"""Known sizes: checks that every size in a graph follows from its inputs' shapes.
 
 In: a rewritten graph and the dims of its inputs. Out: nothing, or a CaptureError for the first call
-whose size only its inputs' values tell, for example::
+whose size depends on values, for example::
 
     nonzero (net.py:12) has a size that depends on values, not on shapes
 """
@@ -20,9 +20,10 @@ from turbotx.ir.expr import spell_out
 
 
 def require_known_sizes(graph: fx.Graph, dims: Sequence[str], name: str) -> None:
-    """Raise CaptureError where a size, or a number made of sizes, is over more than the `dims`.
+    """Raise CaptureError if a size, or a number computed from sizes, depends on more than the
+    `dims`.
 
-    Whatever needs such a size comes after the call that gives it, which is the one named.
+    Anything that uses such a size comes after the call that produces it, which is the one named.
     """
     known = set(dims)
     for node in graph.nodes:

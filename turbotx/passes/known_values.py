@@ -1,7 +1,7 @@
-"""Known values: values of elements that follow from the mask.
+"""Known values: constant element values that follow from the mask.
 
-In: a graph and the input that is its mask. Out: the number that an element is where the mask hides
-its token (0), or shows it, as far as the graph tells; None where it does not. For example::
+In: a graph and its mask input. Out: the constant value of elements whose token is masked (mask 0),
+or not masked (mask 1), if it follows from the graph; otherwise None. For example::
 
     known.hidden(where(mask == 0, -inf, x))  ->  -inf        known.shown(mask.to(bool))  ->  True
 """
@@ -27,7 +27,10 @@ _SAME = frozenset({*VIEWS, aten.index.Tensor, aten.clone.default, aten.contiguou
 
 
 class KnownValues:
-    """mask: an input of zeros, which hide a token, and ones."""
+    """Constant propagation from a mask.
+
+    mask: an input of 0 (masked token) and 1.
+    """
 
     def __init__(self, mask: fx.Node) -> None:
         self.mask = mask
@@ -36,17 +39,21 @@ class KnownValues:
         self._shown: dict[fx.Node, Any] = {mask: one}
 
     def hidden(self, node: Any) -> Any:
-        """Return the number that elements are where the mask hides their token; None: unknown.
-        What is multiplied by 0 counts as 0: a model whose padding is NaN or infinite is none."""
+        """Return the constant value of elements whose token is masked; None if unknown.
+
+        A product with 0 counts as 0: models with NaN or infinity in padded positions are not
+        supported.
+        """
         return find_number(node, self._hidden)
 
     def shown(self, node: Any) -> Any:
-        """Return the number that elements are where the mask shows their token, None: unknown."""
+        """Return the constant value of elements whose token is not masked; None if unknown."""
         return find_number(node, self._shown)
 
     @staticmethod
     def counts_along(node: fx.Node) -> int | None:
-        """Return the dim, from the end, whose places 0, 1, ... a tensor holds; None for others."""
+        """Return the dim (negative) along which a tensor holds 0, 1, ...; None for other
+        tensors."""
         loops = LoopNest({})
         scalarizer = Scalarizer(lambda n: n.op in ("placeholder", "get_attr"), loops)
         places = tuple(loops.make(extent, f"a{d}") for d, extent in enumerate(g.shape(node)))
@@ -61,8 +68,8 @@ class KnownValues:
 
 
 def find_number(node: Any, known: dict[fx.Node, Any]) -> Any:
-    """Return the number that every element of a node is, of numbers that are known of others; None
-    where that is not to be seen. What is found is added to `known`."""
+    """Return the constant value of all elements of a node, given constants of other nodes; None if
+    unknown. Adds results to `known`."""
     if isinstance(node, (bool, int, float)):
         return node
     if not isinstance(node, fx.Node) or not g.is_tensor(node):
@@ -98,7 +105,7 @@ def _compute(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
 
 
 def _evaluate(node: fx.Node, values: list[Any]) -> Any:
-    """Run an op on numbers, each in the dtype that the graph has it in."""
+    """Evaluate an op on constants, each in the dtype that it has in the graph."""
     target: Any = node.target
     args = [
         torch.tensor(v, dtype=g.dtype(a)) if isinstance(a, fx.Node) else v

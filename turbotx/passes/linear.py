@@ -1,8 +1,8 @@
-"""Linear: rewrites matrix products to `linear`, packs projections of one tensor, separates biases.
+"""Linear: rewrites matrix products to `linear`, packs projections of one tensor, splits off biases.
 
 In: a canonical graph. Out: Q, K and V (and gate and up) as pieces of one `linear` over the
-concatenated weights, and `linear(x, w, b)` as `linear(x, w) + b` wherever the sum goes on into
-a kernel that can take the bias along for nothing, for example::
+concatenated weights, and `linear(x, w, b)` as `linear(x, w) + b` wherever a kernel follows that can
+add the bias at no cost, for example::
 
     linear(x, wq), linear(x, wk), linear(x, wv)  ->  split(linear(x, cat(wq, wk, wv)))
 """
@@ -25,9 +25,9 @@ aten = torch.ops.aten
 
 
 def use_multiplication(graph: fx.Graph) -> None:
-    """Write products whose sums are of one term, (.., m, 1) @ (.., 1, n), as multiplications.
+    """Rewrite products with a reduced size of 1, (.., m, 1) @ (.., 1, n), to multiplications.
 
-    Rotary embeddings make their angles so; a GEMM would end the run of calls around it.
+    Rotary embeddings compute their angles this way; a GEMM would split the region around it.
     """
     for node in list(graph.nodes):
         if not g.is_call(node, aten.mm.default, aten.bmm.default, aten.matmul.default):
@@ -40,8 +40,8 @@ def use_multiplication(graph: fx.Graph) -> None:
 
 
 def use_linear(graph: fx.Graph) -> None:
-    """Write addmm(bias, x, w), mm(x, w) and matmul(x, w) by a weight as linear(x, w^T, bias), and
-    bmm of one matrix by one weight, which einsum becomes."""
+    """Rewrite addmm(bias, x, w), mm(x, w) and matmul(x, w) with a weight to linear(x, w^T, bias),
+    and bmm of one matrix by one weight, which einsum produces."""
     for node in list(graph.nodes):
         if g.is_call(node, aten.bmm.default):
             _use_linear_alone(node)
@@ -61,17 +61,17 @@ def use_linear(graph: fx.Graph) -> None:
             if bias is None or g.shape(bias) == g.shape(weight)[1:]:
                 args = (x, flipped) if bias is None else (x, flipped, bias)
                 new = g.emit(node, aten.linear.default, *args)
-            else:  # one number for all columns, which no linear has
+            else:  # one number for all columns, which linear does not support
                 new = g.emit(node, aten.linear.default, x, flipped)
                 new = g.emit(node, aten.add.Tensor, new, bias)
             g.replace(node, new)
 
 
 def _use_linear_alone(node: fx.Node) -> None:
-    """Write bmm((1, n, k), (1, k, m)) by a weight as linear((n, k), (m, k)).
+    """Rewrite bmm((1, n, k), (1, k, m)) with a weight to linear((n, k), (m, k)).
 
-    Each reads a view of its own, so that they are not packed: what einsum does to the results is
-    to merge heads into the batch, which pieces of a packed result would have to be copied for.
+    Each gets its own view of x, so that they are not packed: einsum then merges heads into the
+    batch, for which pieces of a packed result would have to be copied.
     """
     x, weight = g.operand(node, 0), g.operand(node, 1)
     if not is_weight(weight) or g.shape(weight)[0] != 1:
@@ -84,8 +84,8 @@ def _use_linear_alone(node: fx.Node) -> None:
 
 
 def lift_views(graph: fx.Graph) -> None:
-    """Apply a linear to (batch, seq, k) itself instead of to its view as (batch * seq, k), so that
-    no reshape stands between a kernel and its GEMM."""
+    """Apply a linear to (batch, seq, k) directly instead of to its view as (batch * seq, k), so
+    that no reshape is left between a kernel and its GEMM."""
     for node in list(graph.nodes):
         if not g.is_call(node, aten.linear.default):
             continue
@@ -109,9 +109,9 @@ def lift_views(graph: fx.Graph) -> None:
 def lift_permutations(graph: fx.Graph) -> None:
     """Move permutations of rows from a linear's input to its output.
 
-    For (seq, batch, k) transposed, or attention's (batch, seq, heads, head_dim) of which a model
-    that has the sequence first makes (seq * batch, k): a GEMM's rows may come in any order, and
-    kernels read them in another at no cost.
+    For example of (seq, batch, k) transposed, or of attention's (batch, seq, heads, head_dim) in a
+    model with the sequence first. A GEMM's rows may be in any order, and kernels read them in
+    another at no cost.
     """
     for node in list(graph.nodes):
         if not g.is_call(node, aten.linear.default):
@@ -143,12 +143,12 @@ def lift_permutations(graph: fx.Graph) -> None:
 
 
 def _is_returned(node: fx.Node) -> bool:
-    """Return whether the caller gets a node's elements as they lie: dense, as from PyTorch."""
+    """Return whether a node's elements are returned to the caller, and must be contiguous."""
     return any(u.op == "output" or (is_view(u) and _is_returned(u)) for u in node.users)
 
 
 def _count_trailing(shape: tuple[Expr, ...], size: Expr) -> int:
-    """Return how many of the last dims make up `size`; 0 where none do."""
+    """Return how many of the last dims have the product `size`; 0 if none do."""
     for count in range(1, len(shape) + 1):
         if product(shape[-count:]) == size:
             return count
@@ -156,10 +156,10 @@ def _count_trailing(shape: tuple[Expr, ...], size: Expr) -> int:
 
 
 def pack_linears(graph: fx.Graph, apart: Callable[[fx.Node], Hashable] | None = None) -> None:
-    """Give linears of one input one GEMM, where all have a bias or none has one.
+    """Merge linears of one input into one GEMM, if all or none have a bias.
 
-    Biases that are computed stay apart: they may come from one of the others. apart: weights
-    of which it tells the same are packed with each other only.
+    Computed biases are not merged: they could depend on another of the linears.
+    apart: a key for each weight; only weights with equal keys are merged.
     """
     groups: dict[tuple[fx.Node, bool, Hashable], list[fx.Node]] = {}
     for node in graph.nodes:
@@ -176,7 +176,7 @@ def pack_linears(graph: fx.Graph, apart: Callable[[fx.Node], Hashable] | None = 
             continue
         widths = [int(g.shape(n)[-1]) for n in linears]
         first = linears[0]
-        x = first.args[0]  # what it reads now: an earlier group may have replaced what it read
+        x = first.args[0]  # current input: merging an earlier group may have replaced it
         for node in linears:
             for position in range(1, len(node.args)):
                 _move_before(first, g.operand(node, position))
@@ -193,7 +193,7 @@ def pack_linears(graph: fx.Graph, apart: Callable[[fx.Node], Hashable] | None = 
 
 
 def _move_before(first: fx.Node, weight: fx.Node) -> None:
-    """Move the views of a parameter in front of a call that is to read it earlier."""
+    """Move views of a parameter before a call that now reads them earlier."""
     if weight.op == "call_function" and first < weight:
         for source in weight.all_input_nodes:
             _move_before(first, source)
@@ -201,7 +201,7 @@ def _move_before(first: fx.Node, weight: fx.Node) -> None:
 
 
 def free_biases(graph: fx.Graph) -> None:
-    """Turn linear(x, w, b) into linear(x, w) + b where every use ends in a fused kernel."""
+    """Rewrite linear(x, w, b) to linear(x, w) + b if every use ends in a fused kernel."""
     for node in list(graph.nodes):
         if not g.is_call(node, aten.linear.default) or _bias(node) is None:
             continue

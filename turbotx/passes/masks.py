@@ -1,7 +1,7 @@
 """Masks: analyses an attention's boolean mask term by term: causal, key mask, lengths, window.
 
-In: a mask as it is computed in the graph, any chain of ops. Out: a `Mask`: keys hidden per batch
-row (or their number), causality, a window, and what is left over, for example::
+In: a mask computed in the graph by any chain of ops. Out: a `Mask`: keys masked per batch row (or
+their number), causality, a window, and the remaining terms, for example::
 
     expand(key_ok & (k <= q) & (k > q - 128))  ->  keys=[key_ok], causal=True, window=(127, -1)
 """
@@ -27,13 +27,13 @@ COMPARES = ("le", "lt", "ge", "gt")
 
 @dataclass
 class Mask:
-    """The meaning of a mask. window counts the keys seen before and after a query's place, -1 for
-    all.
+    """The parts of a mask.
 
-    late: the last query's place is the last key, and not the first one's the first; None where no
-    term has told.
-    keys, rest: boolean nodes whose conjunction is the mask's remainder. lengths: for a term of
-    keys that says key < n, the node that holds n for each batch row.
+    window: number of keys visible before and after a query's position, -1 for all.
+    late: whether the last query is aligned with the last key instead of the first with the first;
+    None if not determined yet.
+    keys, rest: boolean nodes; their conjunction is the rest of the mask.
+    lengths: for a term of `keys` of the form key < n, the node that holds n per batch row.
     """
 
     keys: list[fx.Node] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Mask:
 
 
 def understand_mask(mask: fx.Node, q: fx.Node, k: fx.Node, said: Mask) -> None:
-    """Split a conjunction into its terms and add what each of them says to `said`."""
+    """Split a conjunction into terms and record each of them in `said`."""
     if g.is_call(mask, aten.expand.default):
         understand_mask(g.operand(mask, 0), q, k, said)
         return
@@ -77,7 +77,7 @@ def understand_mask(mask: fx.Node, q: fx.Node, k: fx.Node, said: Mask) -> None:
 
 
 def _narrow(said: Mask, left: int, right: int) -> None:
-    """Add a band to what is said: the tighter limit of each side holds."""
+    """Add a band to `said`: the tighter limit on each side applies."""
     if right == 0:
         said.causal, right = True, -1
     both = zip(said.window, (left, right), strict=True)
@@ -110,8 +110,9 @@ class _Term:
             self.compare = last
 
     def band(self, shift: Expr) -> tuple[int, int] | None:
-        """Return (left, right), -1 for no limit, where the term compares places: k - q <= right,
-        q - k <= left, or |q - k| <= both. Queries stand `shift` keys further on."""
+        """Return (left, right), -1 for no limit, if the term compares positions: k - q <= right, q
+        - k <= left, or |q - k| <= both; otherwise None. Query positions are shifted by `shift`
+        keys."""
         self.shift = shift
         if self.compare is None or len(self.index) < 2:
             return None
@@ -139,12 +140,12 @@ class _Term:
         return None
 
     def _distance(self, value: Expr) -> Expr | None:
-        """Return c where value is k - (q + shift) + c with a whole number c."""
+        """Return the constant c if value is k - (q + shift) + c; otherwise None."""
         rest = (value - self.index[-1] + self.index[-2] + self.shift).expand()
         return rest if rest.is_Integer else None
 
     def _place(self, name: str) -> Expr | None:
-        """Return an integer value as an expression of the loop position, if it is one."""
+        """Return an integer value as an expression of loop indices; None if it is not one."""
         s = self.made.get(name)
         if isinstance(s, ir.Index):
             return s.value
@@ -160,7 +161,7 @@ class _Term:
         return None
 
     def lengths(self, batch: Expr) -> fx.Node | None:
-        """Return the int64 (batch,) node n where the term says key < n[batch row]."""
+        """Return the int64 (batch,) node n if the term is key < n[batch row]; otherwise None."""
         if self.compare is None or len(self.index) != 4:
             return None
         low, high = self.compare.args

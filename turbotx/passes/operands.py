@@ -1,9 +1,9 @@
-"""Operands of attention: skips repeated key heads and scales that the kernel applies by itself.
+"""Operands of attention: removes repeated key heads and scales that the kernel applies itself.
 
-In: the q, k or v of an attention in the graph. Out: the tensor without what the kernel does by
-itself: key heads repeated for groups of query heads, and a scale, for example::
+In: the q, k or v of an attention in the graph. Out: the tensor without key heads repeated for
+groups of query heads, and without a scale, for example::
 
-    reshape(expand(unsqueeze(k, 2)))  ->  k, one head for each group    q * 0.125  ->  q and 0.125
+    reshape(expand(unsqueeze(k, 2)))  ->  k, one head per group    q * 0.125  ->  q and 0.125
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def share_heads(node: Any) -> Any:
-    """Return (batch, kv_heads, len, head_dim) where `node` repeats its heads for a group each."""
+    """Return (batch, kv_heads, len, head_dim) if `node` repeats these heads for groups of queries;
+    otherwise `node`."""
     if not g.is_call(node, *RESHAPES) or not g.is_call(node.args[0], aten.expand.default):
         return node
     wide = node.args[0]
@@ -39,7 +40,7 @@ def share_heads(node: Any) -> Any:
 def take_hidden(mask: Any) -> tuple[fx.Node, fx.Node | None] | None:
     """Return (visible, bias) of a float mask where(visible, bias, most negative float), or None.
 
-    bias is None where it is the number 0.
+    bias is None if it is the number 0.
     """
     if not g.is_call(mask, aten.where.self):
         return None
@@ -50,7 +51,7 @@ def take_hidden(mask: Any) -> tuple[fx.Node, fx.Node | None] | None:
 
 
 def number_in(node: Any) -> Any:
-    """Return the number that a tensor of one element was made from; None for others."""
+    """Return the number that a one-element tensor was created from; None for others."""
     if g.is_call(node, aten.scalar_tensor.default):
         number = node.args[0]
     elif g.is_call(node, aten.full.default) and all(n == 1 for n in g.shape(node)):
@@ -61,9 +62,9 @@ def number_in(node: Any) -> Any:
 
 
 def take_scale(q: Any) -> tuple[Any, float]:
-    """Return q without its multiplication by a number, and the number, where only q reads it.
+    """Return q without its multiplication by a number, and the number, if q is the only user.
 
-    The kernel scales in float32, so this rounds once less.
+    The kernel scales in float32, which saves one rounding.
     """
     node = q
     while is_view(node) and node.args[0].target not in SPLITS and len(node.users) == 1:

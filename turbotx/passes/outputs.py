@@ -1,8 +1,8 @@
-"""Outputs: gives every output the strides that eager gives it, and memory that the caller owns.
+"""Outputs: gives every output eager's strides, and memory that the caller owns.
 
-In: a rewritten graph whose output node knows what eager returns (`capture.eager`). Out: the same
-graph with a copy in front of each leaf that lies otherwise, because its product was packed with
-others, because it depends on parameters alone, or because equal calls became one::
+In: a rewritten graph whose output node records what eager returns (`capture.eager`). Out: the same
+graph with a copy of each leaf that is laid out differently, because its product was packed with
+others, because it depends on parameters alone, or because equal calls were merged::
 
     return slice(packed, 2, 0, 8)  ->  return clone(slice(packed, 2, 0, 8))
 """
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 def own_outputs(graph: fx.Graph) -> None:
-    """Copy what is not laid out as eager's, where one dense copy of the leaf alone does it."""
+    """Copy leaves that are not laid out as in eager, if a dense copy of the leaf alone suffices."""
     (output,) = graph.find_nodes(op="output")
     hoisted = find_hoisted(graph)
     copied = copied_leaves(output, {n: kind_of(n, hoisted) for n in graph.nodes})
@@ -34,14 +34,14 @@ def own_outputs(graph: fx.Graph) -> None:
     for k, fresh in copied.items():
         order = order_of(fresh.shape, fresh.strides)
         if order is None or views[fresh.memory] > 1:
-            continue  # `assemble` copies into the memory that eager would have
+            continue  # `assemble` copies it into memory like eager's
         with graph.inserting_before(output):
             leaves[k] = _copy(leaves[k], order)
     output.args = (type(output.args[0])(leaves),)
 
 
 def _copy(leaf: fx.Node, order: list[int]) -> fx.Node:
-    """Return a copy whose memory holds the leaf's dims in this order, the slowest first."""
+    """Return a copy that is contiguous with the leaf's dims in this order, slowest first."""
     plain = order == list(range(len(order)))
     source = leaf if plain else g.emit(leaf, aten.permute.default, leaf, order)
     memory = {"memory_format": torch.contiguous_format}
@@ -52,9 +52,9 @@ def _copy(leaf: fx.Node, order: list[int]) -> fx.Node:
 
 
 def copied_leaves(output: fx.Node, kinds: Mapping[fx.Node, str]) -> dict[int, Fresh]:
-    """Return, by their places, the leaves that are not in memory of their own laid out as eager's.
+    """Return, by index, the leaves that are not in their own memory with eager's layout.
 
-    kinds: of every node, as `partition.kind_of` says.
+    kinds: of every node, as returned by `partition.kind_of`.
     """
     leaves: Any = output.args[0]
     fresh = {k: r for k, r in enumerate(output.meta.get(RETURNS, ())) if isinstance(r, Fresh)}
@@ -66,7 +66,7 @@ def copied_leaves(output: fx.Node, kinds: Mapping[fx.Node, str]) -> dict[int, Fr
         made = kinds[layout.root] not in ("input", "parameter", "hoisted")
         alone = owners.setdefault(layout.root, returned.memory) == returned.memory
         same = are_equal_strides(returned.shape, layout.strides, returned.strides)
-        # Where a window begins tells only when it is seen beside another one of the memory.
+        # A window's offset matters only if other windows on the same memory are returned.
         placed = views[returned.memory] == 1 or (layout.offset - returned.offset).expand() == 0
         if not (made and alone and same and placed):
             others.add(returned.memory)

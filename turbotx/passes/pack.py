@@ -1,11 +1,11 @@
-"""Pack: a graph over (batch, seq) with a mask becomes the same over one axis of tokens.
+"""Pack: rewrites a graph over (batch, seq) with a mask to one over a single token axis.
 
-In: a rewritten capture. Out: a `PackedCapture`, whose inputs have a row a token and whose bounds
-say where sequences begin; or a PackError with the node that does not keep tokens apart::
+In: a rewritten capture. Out: a `PackedCapture`, whose inputs have one row per token, with bounds
+that say where sequences begin; or a PackError naming the node that mixes tokens::
 
     embedding(table, ids (batch, seq))       ->  embedding(table, ids (1, tokens))
     attention(q, k, v, keys), select(x, 1, 0)
-        ->  packed_attention(q, k, v, keys, None, None, bounds, starts), sequence_token(x, bounds)
+      ->  packed_attention(q, k, v, keys, None, None, bounds, starts), sequence_token(x, bounds)
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ from turbotx.passes.tokens import ByToken, Refused, TokenSizes
 aten = torch.ops.aten
 TOKENS = "tokens"
 EXAMPLE = 1009
-"""How many tokens the fake tensors of a packed graph have; nothing depends on it."""
+"""Number of tokens of the fake tensors of a packed graph; no result depends on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedCapture(Captured):
-    """A capture over tokens: its dims are those of the call, and "tokens" behind them."""
+    """A capture over tokens: its dims are those of the padded call, followed by "tokens"."""
 
     packing: TokenPacking
     padded: Captured
 
     @cached_property
     def matcher(self) -> ShapeMatcher:
-        """What tells which sizes of the padded call it serves."""
+        """The matcher for sizes of the padded call."""
         return self.padded.matcher
 
 
 def pack(captured: Captured) -> PackedCapture:
-    """Return a capture whose graph the passes have been over, over tokens; its graph is changed.
+    """Return a rewritten capture as one over tokens; modifies its graph.
 
-    Raises PackError where a node does not keep tokens apart, or the call has no mask.
+    Raises PackError if a node mixes tokens, or if the call has no mask.
     """
     mask, sizes = _find_sizes(captured)
     graph, nodes = captured.graph, captured.graph.find_nodes(op="placeholder")
@@ -104,7 +104,7 @@ def pack(captured: Captured) -> PackedCapture:
 
 
 def _find_sizes(captured: Captured) -> tuple[int, TokenSizes]:
-    """Return the place of the mask, and the symbols of its sizes."""
+    """Return the index of the mask among the inputs, and the symbols of its sizes."""
     why = ""
     if MASK not in captured.input_names:
         why = f"the call has no {MASK}, from which its tokens would be known"
@@ -136,14 +136,14 @@ def _is_by_token(sizes: TokenSizes, shape: Any) -> bool:
 def _make_fakes(
     captured: Captured, nodes: list[fx.Node], sizes: TokenSizes
 ) -> Mapping[str, torch.Tensor]:
-    """Return fake tensors for the packed program's own inputs, and name its sizes."""
+    """Return fake tensors for the packed program's own inputs, and register names of its sizes."""
     value = next(g.tensor(n) for n in nodes if _is_by_token(sizes, g.shape(n)))
     mode: Any = value.fake_mode  # type: ignore[attr-defined]
     env, source = mode.shape_env, ConstantSource(TOKENS)
     symbol = env.create_symbol(EXAMPLE, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
     tokens = env.create_symintnode(symbol, hint=EXAMPLE, source=source)
     batch, seq = value.shape[:2]
-    # Inputs may have been captured with a batch each; a mixture has one.
+    # Inputs may have been captured with different batch symbols; a packed batch has one.
     extents = [(s, e) for n in nodes for s, e in zip(g.tensor(n).shape, g.shape(n), strict=True)]
     row = g.size(batch, value)
     rows = {expr(s): row for s, e in extents if sizes.is_batch(e)}
@@ -167,7 +167,7 @@ def _fake_rows(node: fx.Node, fakes: Mapping[str, torch.Tensor]) -> torch.Tensor
 def _replace_sizes(
     graph: fx.Graph, nodes: list[fx.Node], sizes: TokenSizes, inputs: Inputs
 ) -> None:
-    """Let sizes of the call's tensors be read from what the packed program is given."""
+    """Read sizes of the padded call's tensors from the packed program's inputs instead."""
     for node in list(graph.nodes):
         source = node.args[0] if g.is_call(node, aten.sym_size.int) else None
         if source not in nodes or not node.users:
@@ -178,7 +178,7 @@ def _replace_sizes(
 
 
 def _pack_outputs(p: Packer) -> tuple[PackedOutput | None, ...]:
-    """Let every leaf over tokens leave the graph as (tokens, ...)."""
+    """Make every leaf over tokens an output of (tokens, ...)."""
     (output,) = p.graph.find_nodes(op="output")
     p.stand_at(output)
     leaves, kinds = list(output.args[0]), list[PackedOutput | None]()
@@ -197,7 +197,7 @@ def _pack_outputs(p: Packer) -> tuple[PackedOutput | None, ...]:
 
 
 def _find_spare(graph: fx.Graph, sizes: TokenSizes, batch: Expr) -> tuple[Any, ...]:
-    """Return the dims that may be larger than a call's, and where leaves have them."""
+    """Return the dims that may be larger than a call's, and where they occur in leaves."""
     spare = set(find_spare(graph, str(batch), str(sizes.seq)))
     spare |= {str(s) for s in sizes.batch} if str(batch) in spare else set()
     (output,) = graph.find_nodes(op="output")

@@ -1,8 +1,8 @@
-"""Pack check: that in a packed graph nothing of one token is read for another, apart from `pack`.
+"""Pack check: checks, independently of `pack`, that a packed graph does not mix tokens.
 
-In: a packed graph. Out: nothing, or a VerifyError with the node where tokens meet other than by
-bounds. It goes by the op table's own rules, not the pass's: the element of a result at token t is
-pulled, and whatever it loads of a tensor over tokens has to lie at t, for example::
+In: a packed graph. Out: nothing, or a VerifyError naming a node that combines tokens other than
+through bounds. It uses the op table rather than the pass's rules: for the element of a result at
+token t, everything that it loads from a tensor over tokens must be at t, for example::
 
     flip of tokens: element t loads token tokens - 1 - t  ->  VerifyError
 """
@@ -37,12 +37,12 @@ _PRODUCTS: dict[Any, int] = {
     aten.linear.default: 0, aten.mm.default: 0, aten.bmm.default: 0, aten.matmul.default: 0,
     aten.addmm.default: 1,
 }  # fmt: skip
-"""Products, and which operand's rows are their own."""
+"""Products, with the index of the operand whose rows may be tokens."""
 _ALONG = frozenset({sequence_sum, sequence_max, sequence_token, sequence_cumsum})
 
 
 def check_packed(graph: fx.Graph, tokens: str) -> None:
-    """Raise VerifyError for the first node where tokens meet, or whose size pinned their number.
+    """Raise VerifyError for the first node that mixes tokens or fixes their number.
 
     tokens: the name of their dim.
     """
@@ -65,7 +65,7 @@ class _Check:
                 self.check(node, over, given)
 
     def axis(self, node: fx.Node) -> int | None:
-        """Return the dim that the tokens lie along, None where a tensor has none."""
+        """Return the dim of the tokens, None if a tensor has none."""
         found = [d for d, e in enumerate(g.shape(node)) if self.tokens in e.free_symbols]
         if len(found) > 1 or any(g.shape(node)[d] != self.tokens for d in found):
             raise VerifyError(f"{node.name} has tokens in other than one dim: {g.shape(node)}")
@@ -84,7 +84,7 @@ class _Check:
             if over != [rows] or at is None or at == len(g.shape(rows)) - 1:
                 raise VerifyError(f"{node.name} multiplies tokens with each other")
             self._same_axis(node, [rows], at, at)
-        elif node.target is aten.cat.default:  # each part is read under a mask of places
+        elif node.target is aten.cat.default:  # parts are read under masks on positions
             rank = len(g.shape(node))
             joined = int(g.argument(node, "dim")) % rank
             if joined == self.axis(node):
@@ -109,7 +109,8 @@ class _Check:
                 raise VerifyError(f"{node.name} is not given the {name} of the batch")
 
     def _reshape(self, node: fx.Node) -> None:
-        """In row-major order a token's elements stay its own where as many lie behind it."""
+        """In row-major order, a token keeps its elements if the number of elements after its dim
+        does not change."""
         source = view_source(node)
         behind = []
         for n in (source, node):
@@ -120,7 +121,7 @@ class _Check:
             raise VerifyError(f"{node.name} takes tokens apart")
 
     def _pull(self, node: fx.Node) -> None:
-        """Look at what one element of a result loads, by the op table."""
+        """Check what one element of a result loads, according to the op table."""
         loops = LoopNest({})
         scalarizer = Scalarizer(lambda n: n is not node, loops)
         index = tuple(loops.make(e, f"a{d}") for d, e in enumerate(g.shape(node)))
@@ -141,7 +142,7 @@ class _Check:
     def _load(
         self, node: fx.Node, source: fx.Node, offset: Expr, loops: LoopNest, here: Expr | None
     ) -> None:
-        """Raise VerifyError unless an offset is a place within the token's own row."""
+        """Raise VerifyError unless an offset lies within the token's own row."""
         shape, at = g.shape(source), self.axis(source)
         assert at is not None
         behind = product(shape[at + 1 :])
@@ -163,7 +164,7 @@ class _Check:
         )
 
     def _apart(self, rest: Expr) -> tuple[Expr, Expr]:
-        """Return the part of an offset that counts whole tensors of tokens, and what is left."""
+        """Return the part of an offset that is a multiple of the number of tokens, and the rest."""
         terms = sympy.Add.make_args(rest)
         rows = [t for t in terms if self.tokens in t.free_symbols]
         return sympy.Add(*rows), sympy.Add(*(t for t in terms if t not in rows))

@@ -1,8 +1,9 @@
-"""Packer: walks a graph over (batch, seq) and writes the same over one axis of tokens beside it.
+"""Packer: walks a graph over (batch, seq) and emits the equivalent over one token axis beside it.
 
-In: a rewritten graph, its sizes, which inputs have a row a token. Out: for every node a `ByToken`,
-that it is as it was ("whole": made of sizes, parameters and what is known by sequence), or why it
-keeps no tokens apart; the rules lie in `token_rules`, `token_sums` and `token_attention`::
+In: a rewritten graph, its sizes, which inputs have one row per token. Out: for every node a
+`ByToken`; or the node itself if it does not vary by token (computed from sizes, parameters and
+per-sequence values); or the reason why it mixes tokens. The rules are in `token_rules`,
+`token_sums` and `token_attention`::
 
     packer.run();  packer.values[layer_norm]  ->  ByToken(layer_norm_1, (("b",), ("s",), (384,)))
 """
@@ -23,13 +24,15 @@ from turbotx.passes.tokens import ByToken, Dims, Refused, TokenSizes, extent_of
 
 aten = torch.ops.aten
 Rule = Callable[["Packer", fx.Node], Any]
-"""Returns a ByToken, a node that is whole, or the tensors of a split; raises Refused."""
+"""Returns a ByToken, a node that does not vary by token, or a list for a split; raises Refused."""
 
 
 class Inputs:
-    """The packed program's own inputs, each made when it is asked for.
+    """The packed program's own inputs, each created on first use.
 
-    tokens: a size. bounds, starts: of sequences. positions, sequence_of: of tokens.
+    tokens: a size.
+    bounds, starts: of sequences.
+    positions, sequence_of: of tokens.
     """
 
     def __init__(self, graph: fx.Graph, sizes: TokenSizes, fakes: Mapping[str, Any]) -> None:
@@ -51,8 +54,12 @@ class Inputs:
 
 
 class Packer:
-    """One graph's walk. known: what elements of the mask tell. from_start, to_end: whether columns
-    before the first and behind the last token that the mask shows have to be kept."""
+    """The walk over one graph.
+
+    known: constant values that follow from the mask.
+    from_start, to_end: whether columns before the first and after the last unmasked token must be
+    kept.
+    """
 
     def __init__(
         self, graph: fx.Graph, sizes: TokenSizes, inputs: Inputs, known: KnownValues,
@@ -66,8 +73,8 @@ class Packer:
         self._anchor: Any = None
 
     def run(self) -> None:
-        """Find the value of every node, in the graph's order; what keeps no tokens apart is
-        remembered, and raised by whoever needs it."""
+        """Compute the value of every node in graph order. A node that mixes tokens is recorded as
+        Refused, which is raised by its users."""
         for node in list(self.graph.nodes):
             if node.op != "call_function" or node in self.values:
                 continue
@@ -87,7 +94,7 @@ class Packer:
                 self.values[node] = made
 
     def apply(self, node: fx.Node) -> Any:
-        """Return what a node is over tokens. Raises Refused for an op without a rule."""
+        """Return a node's value over tokens. Raises Refused for an op without a rule."""
         rule = self._rule_of(node)
         if rule is None:
             raise Refused(node, "is no op that is known to take each token by itself")
@@ -98,19 +105,19 @@ class Packer:
         plain = row is not None and row.kind == "pointwise"
         return self.rules.get(node.target, self.rules["pointwise"] if plain else None)
 
-    # --- what rules ask ---
+    # --- used by rules ---
 
     def emit(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Return a new call, where the walk stands, whole or packed."""
+        """Emit a call at the current position of the walk."""
         with self.graph.inserting_before(self._anchor):
             return g.emit(like, target, *args, **kwargs)
 
     def stand_at(self, node: fx.Node) -> None:
-        """Let new calls go in front of a node."""
+        """Emit new calls before `node`."""
         self._anchor = node
 
     def here(self) -> Any:
-        """Return the time in which new calls go where the walk stands."""
+        """Return a context manager that inserts at the current position of the walk."""
         return self.graph.inserting_before(self._anchor)
 
     def emit_piece(self, like: fx.Node, pieces: fx.Node, k: int) -> fx.Node:
@@ -119,8 +126,8 @@ class Packer:
             return g.emit_piece(like, pieces, k)
 
     def find(self, node: Any) -> ByToken | None:
-        """Return an operand over tokens; None where it is whole and the same for every token and
-        batch row, or for every token of a row. Raises Refused where it is neither."""
+        """Return an operand over tokens; None if it is the same for every token (of a batch row).
+        Raises Refused if it is neither."""
         if not g.is_tensor(node):
             return None
         value = self.values.get(node)
@@ -132,8 +139,7 @@ class Packer:
         return self.pull(node) if any(map(self.sizes.is_seq, g.shape(node))) else None
 
     def whole(self, node: Any, what: str, of: fx.Node) -> Any:
-        """Return an operand that has to be one thing for all tokens. Raises Refused where it varies
-        by token."""
+        """Return an operand that must be the same for all tokens. Raises Refused if it varies."""
         if g.is_tensor(node) and (
             node in self.values or any(map(self.sizes.varies, g.shape(node)))
         ):
@@ -141,31 +147,31 @@ class Packer:
         return node
 
     def operand(self, node: fx.Node, position: int = 0) -> ByToken:
-        """Return an operand that has to be over tokens. Raises Refused where it is not."""
+        """Return an operand that must be over tokens. Raises Refused if it is not."""
         found = self.find(node.args[position])
         if found is None:
             raise Refused(node, "reads no tensor over tokens")
         return found
 
     def apart(self, node: fx.Node, x: ByToken, dim: int) -> int:
-        """Return a dim that an op works along, from the front; it may hold no tokens. Raises
-        Refused where it does."""
+        """Return a dim along which an op works, as a nonnegative index. Raises Refused if it is the
+        dim of the tokens."""
         dim = dim % len(x.dims)
         if {"s", "b"} & set(x.dims[dim]):
             raise Refused(node, "works along the dim that holds the tokens, so that they meet")
         return dim
 
     def fixed_dims(self, node: fx.Node, dims: Dims, at: int) -> Dims:
-        """Return dims with that of dim `at` as the node's own extent, a number. Raises Refused
-        where that is no number."""
+        """Return dims with dim `at` replaced by the node's own extent. Raises Refused if that is
+        not constant."""
         fixed = self.sizes.fixed(g.shape(node)[at])
         if fixed is None:
             raise Refused(node, f"has the size {g.shape(node)[at]} beside its tokens")
         return (*dims[:at], fixed, *dims[at + 1 :])
 
     def token(self, node: fx.Node, dims: Dims) -> ByToken:
-        """Return a ByToken, checked to have the extents that its dims say. Raises Refused where it
-        has others."""
+        """Return a ByToken, checked against the extents that its dims imply. Raises Refused if they
+        differ."""
         shape = g.shape(node)
         tokens = g.size(self.tokens)
         wanted = [extent_of(f) * (tokens if "s" in f else 1) for f in dims]
@@ -200,11 +206,11 @@ class Packer:
         node.meta["val"] = self.tokens.meta["val"] * number
         return node
 
-    # --- whole tensors by token ---
+    # --- tensors over columns, by token ---
 
     def pull(self, node: fx.Node) -> ByToken:
-        """Return a whole tensor over the columns as one over tokens: an element of each token's own
-        column, computed from columns where an op is known to, or else looked up."""
+        """Return a tensor over the columns as one over tokens, holding the element at each token's
+        column: computed by a rule if the op has one, otherwise gathered."""
         if node not in self._pulled:
             try:
                 self._pulled[node] = self._pull(node)
@@ -269,9 +275,11 @@ class Packer:
         return tuple(found)
 
     def spread(self, node: fx.Node, b: int, s: int) -> ByToken:
-        """Return a whole tensor by batch row, its batch along dim `b`, both counted from the end,
-        as one over tokens along dim `s`: an element of each token's own row. Raises Refused where
-        it has an extent in the columns' place."""
+        """Return a tensor that varies by batch row as one over tokens, holding the element of each
+        token's row. Raises Refused if it has an extent in the columns' position.
+
+        b, s: the batch dim and the token dim, counted from the end.
+        """
         rank = len(g.shape(node))
         wide = max(rank, -s)
         made = self.emit(

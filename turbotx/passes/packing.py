@@ -1,7 +1,7 @@
-"""Packing: how a call over (batch, seq) becomes one over tokens, and back, as plain data.
+"""Packing: how a call over (batch, seq) is converted to one over tokens and back, as plain data.
 
-In: nothing; these are types, which `pack` makes, `runtime.packed_program` goes by and a saved file
-holds. Out: for example::
+In: nothing; these are types, made by `pack`, used by `runtime.packed_program` and stored in saved
+files. Out, for example::
 
     TokenPacking(mask=1, batch="batch", seq="seq", inputs=(PackedInput("ids_tokens", 0, True), ...
 """
@@ -11,13 +11,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MASK = "attention_mask"
-"""The argument of a call that says which of its tokens there are."""
+"""The argument of a call that says which positions are tokens."""
 
 
 @dataclass(frozen=True)
 class PackedInput:
-    """What a packed program is given. source: the place of the call's tensor whose rows it takes by
-    token, or that it takes as it is; None for what is made of the mask, by its name ("bounds")."""
+    """An input of a packed program.
+
+    source: index of the call's tensor that it is taken from; None for an input derived from the
+    mask, by its name ("bounds").
+    by_token: whether it is that tensor's rows at tokens, or the whole tensor.
+    """
 
     name: str
     source: int | None
@@ -26,9 +30,10 @@ class PackedInput:
 
 @dataclass(frozen=True)
 class PackedOutput:
-    """A leaf of (tokens, ...): the dims of the model's own leaf that its tokens are spread over.
+    """An output leaf of (tokens, ...): the dims of the model's own leaf over which tokens are
+    scattered.
 
-    batch: None where rows and columns are one dim, at `columns`.
+    batch: None if batch and columns are merged into the dim `columns`.
     """
 
     batch: int | None
@@ -37,12 +42,14 @@ class PackedOutput:
 
 @dataclass(frozen=True)
 class TokenPacking:
-    """How a call becomes one of a packed program, and back.
+    """How a call is converted to one of a packed program and back.
 
-    mask: the place of the mask among the call's tensors. outputs: by leaf, None for one that is as
-    the model's own. from_start, to_end: columns before the first, or behind the last, token that
-    the mask shows are kept, since the model counts or looks at them. spare: which of batch and seq
-    may be larger than the call's (`passes.spare_rows`). extents: by leaf the dims that those are.
+    mask: index of the mask among the call's tensors.
+    outputs: by leaf, None for one that is the model's own.
+    from_start, to_end: keep columns before the first or after the last unmasked token, because the
+    model counts or reads them.
+    spare: which of batch and seq may be larger than the call's (`passes.spare_rows`).
+    extents: by leaf, the dims that have these sizes.
     """
 
     mask: int

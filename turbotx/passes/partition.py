@@ -1,8 +1,8 @@
-"""Partition: find every maximal run of non-GEMM ops between GEMMs.
+"""Partition: finds every maximal region of non-GEMM ops between GEMMs.
 
-In: a rewritten graph. Out: its `Region`s, each convex (no path leaves it and comes back), with
-the nodes whose values others need. A node's level is the number of GEMM-like nodes on the
-longest path to it; connected nodes of one level are a region, for example::
+In: a rewritten graph. Out: its `Region`s, each convex (no path leaves it and returns), with the
+nodes whose values are used outside. A node's level is the number of GEMM-like nodes on the longest
+path to it; connected nodes of one level form a region, for example::
 
     linear -> [add, add, layer_norm] -> linear -> [add, gelu] -> linear
 """
@@ -33,28 +33,28 @@ GEMMS = frozenset(
 )  # fmt: skip
 
 BEGINS = "begins"
-"""A node's meta says so where its region holds nothing that it reads."""
+"""Meta key of a node that must start a region: its inputs are in other regions."""
 
 _APART = ("gemm", "attention", "product", "route", "store", "extern")
-"""The kinds of what no region holds."""
+"""The kinds of nodes outside of regions."""
 
 
 @dataclass
 class Region:
-    """One run: its nodes in order, and those whose values something outside it reads."""
+    """One region: its nodes in order, and those whose values are used outside."""
 
     nodes: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """The tensors it reads that something else made, views looked through."""
+        """The tensors it reads from outside, through views."""
         found = dict.fromkeys(root_of(n) for m in self.nodes for n in tensor_inputs(m))
         return tuple(n for n in found if n not in set(self.nodes))
 
     @property
     def needs(self) -> tuple[fx.Node, ...]:
-        """Every node outside that it depends on, views and sizes included, nearest first."""
+        """Every node outside that it depends on, including views and sizes, nearest first."""
         found = dict.fromkeys(n for m in self.nodes for n in m.all_input_nodes)
         inside = set(self.nodes)
         return tuple(root_of(n) if root_of(n) not in inside else n for n in found
@@ -62,9 +62,9 @@ class Region:
 
 
 def kind_of(node: fx.Node, hoisted: frozenset[fx.Node] = frozenset()) -> str:
-    """Return "input", "parameter", "hoisted", "view", "computed", "gemm", "attention", "product"
-    (one of attention's two), "route" (of rows to experts), "store" (of rows in a cache), "extern",
-    "piece" (of the results of one of the last three), "size" or "output"."""
+    """Return the kind of a node: "input", "parameter", "hoisted", "view", "computed", "gemm",
+    "attention", "product" (one of attention's two), "route" (rows to experts), "store" (rows in a
+    cache), "extern", "piece" (one of several results), "size" or "output"."""
     if node.op in ("placeholder", "output", "get_attr"):
         return {"placeholder": "input", "output": "output", "get_attr": "parameter"}[node.op]
     if node in hoisted:
@@ -90,25 +90,26 @@ def kind_of(node: fx.Node, hoisted: frozenset[fx.Node] = frozenset()) -> str:
 
 
 def _is_about_nothing(node: fx.Node) -> bool:
-    """Return whether a tensor of a call is empty whatever the dims: PyTorch knows what that gives,
-    and which of it is an error; a kernel would divide by its extents."""
+    """Return whether a tensor of a call is empty at all sizes. PyTorch handles that and raises
+    errors if needed; a kernel would divide by its extents."""
     return any(0 in g.shape(n) for n in (node, *tensor_inputs(node)))
 
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """Return the tensors among a node's inputs, each once."""
+    """Return the tensors among a node's inputs, without duplicates."""
     return [n for n in node.all_input_nodes if g.is_tensor(n)]
 
 
 def root_of(node: fx.Node) -> fx.Node:
-    """Return the node whose elements a chain of views shows."""
+    """Return the node at the root of a chain of views."""
     while is_view(node):
         node = view_source(node)
     return node
 
 
 def find_hoisted(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Return the calls that depend on parameters alone: computed once per version of them."""
+    """Return the calls that depend on parameters alone, which are computed once per parameter
+    version."""
     hoisted: set[fx.Node] = set()
     for node in graph.nodes:
         if not g.is_tensor(node) or node.op != "call_function" or is_view(node):
@@ -124,8 +125,7 @@ def find_hoisted(graph: fx.Graph) -> frozenset[fx.Node]:
 
 
 def _reads_sizes(node: fx.Node) -> bool:
-    """Return whether a call, or a view that it looks through, depends on the sizes of the
-    inputs."""
+    """Return whether a call, or a view it reads through, depends on the sizes of the inputs."""
     for source in node.all_input_nodes:
         if isinstance(source.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return True
@@ -135,7 +135,7 @@ def _reads_sizes(node: fx.Node) -> bool:
 
 
 def partition(graph: fx.Graph, hoisted: frozenset[fx.Node]) -> list[Region]:
-    """Return the regions in an order in which they can run."""
+    """Return the regions in an executable order."""
     kinds = {n: kind_of(n, hoisted) for n in graph.nodes}
     groups = _connect(graph, kinds)
     groups = _sink(groups, kinds)
@@ -151,10 +151,10 @@ def partition(graph: fx.Graph, hoisted: frozenset[fx.Node]) -> list[Region]:
 
 
 def find_levels(kinds: Mapping[fx.Node, str]) -> dict[fx.Node, int]:
-    """Return how many calls that no kernel computes lie on the longest path to each node.
+    """Return, for each node, the number of calls on the longest path to it that no kernel computes.
 
-    `kinds` holds every node of the graph, in its order. A draw lies above the one before it, as if
-    it read its result: no region may have to run both after the second and before the first.
+    `kinds` holds every node of the graph, in order. A random draw counts as reading the previous
+    one, so that no region would have to run both after the later and before the earlier draw.
     """
     level: dict[fx.Node, int] = {}
     drawn = 0
@@ -168,7 +168,7 @@ def find_levels(kinds: Mapping[fx.Node, str]) -> dict[fx.Node, int]:
 
 
 def _connect(graph: fx.Graph, kinds: dict[fx.Node, str]) -> list[list[fx.Node]]:
-    """Group computed nodes of one level that feed each other, through views or directly."""
+    """Group computed nodes of one level that are connected, directly or through views."""
     level = find_levels(kinds)
     leader: dict[fx.Node, fx.Node] = {}
 
@@ -195,10 +195,11 @@ def _connect(graph: fx.Graph, kinds: dict[fx.Node, str]) -> list[list[fx.Node]]:
 
 
 def _sink(groups: list[list[fx.Node]], kinds: dict[fx.Node, str]) -> list[list[fx.Node]]:
-    """Move a group that only one later group reads into it: its result is then never stored.
+    """Merge a group into its only reader if that is one later group: its result is then never
+    stored.
 
-    Safe because every path out of the group leads into that reader; skipped for groups with a
-    reduction, whose results are small and whose recomputation is not.
+    Safe because every path out of the group leads to that reader. Groups with a reduction are
+    skipped: their results are small and expensive to recompute.
     """
     home = {n: k for k, nodes in enumerate(groups) for n in nodes}
     for k in range(len(groups)):
@@ -217,7 +218,7 @@ def _sink(groups: list[list[fx.Node]], kinds: dict[fx.Node, str]) -> list[list[f
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    """Return who reads a node's elements, looking through views; its sizes are no elements."""
+    """Return the nodes that read a node's elements, through views; size reads do not count."""
     found: list[fx.Node] = []
     for user in node.users:
         if g.is_size(user):
@@ -234,7 +235,7 @@ def _leaves(node: fx.Node, members: set[fx.Node]) -> bool:
 
 
 def op_name(node: fx.Node) -> str:
-    """Return the plain name of a call: layer_norm for aten.layer_norm.default."""
+    """Return the short name of a call: layer_norm for aten.layer_norm.default."""
     target: Any = node.target
     name = getattr(target, "overloadpacket", target)
     return getattr(name, "__name__", str(name)).strip("_")

@@ -1,12 +1,11 @@
-"""Products: attention that no kernel computes whole keeps what it does to scores, between two
-products by turbotx's own kernels.
+"""Products: uses turbotx's product kernels for attention that no attention kernel computes.
 
-In: a graph after `recognize_attention`. Out: matmuls whose result goes into a softmax, and those of
-its shares, as `attention_scores` and `attention_values`, so that all that stands between them is
-one region, and the second one writes heads side by side, for example::
+In: a graph after `recognize_attention`. Out: matmuls that feed a softmax, and matmuls of the
+softmax's result, as `attention_scores` and `attention_values`. Everything between them is one
+region, and the second product writes heads side by side, for example::
 
     matmul(softmax(matmul(q, k^T) * b + c), v)
-        ->  permute(attention_values(softmax(attention_scores(q, k) * b + c), v))
+      ->  permute(attention_values(softmax(attention_scores(q, k) * b + c), v))
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ aten = torch.ops.aten
 
 
 def use_products(graph: fx.Graph) -> None:
-    """Rewrite the products in front of and behind each softmax over keys that is left."""
+    """Rewrite the products before and after each remaining softmax over keys."""
     for node in list(graph.nodes):
         if not g.is_call(node, *SOFTMAXES) or node.args[1] not in (-1, len(g.shape(node)) - 1):
             continue
@@ -44,7 +43,7 @@ def use_products(graph: fx.Graph) -> None:
 
 
 def _find_scores(x: Any, lengths: tuple[Any, ...]) -> list[fx.Node]:
-    """Return the products whose results, of (queries, keys), a region makes `x` of."""
+    """Return the products of shape (queries, keys) from which a region computes `x`."""
     found: dict[fx.Node, None] = {}
     seen, stack = set(), [x]
     while stack:
@@ -60,7 +59,8 @@ def _find_scores(x: Any, lengths: tuple[Any, ...]) -> list[fx.Node]:
 
 
 def _fits(product: fx.Node) -> bool:
-    """Return whether a kernel takes it: (batch, heads, rows, n) by (batch, heads, n, columns)."""
+    """Return whether a kernel supports it: (batch, heads, rows, n) by (batch, heads, n,
+    columns)."""
     a, b = (g.operand(product, i) for i in range(2))
     shapes, dtypes = (g.shape(a), g.shape(b)), {g.dtype(a), g.dtype(b)}
     if len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][:2] != shapes[1][:2]:
@@ -69,7 +69,7 @@ def _fits(product: fx.Node) -> bool:
 
 
 def _has_width(product: fx.Node, position: int) -> bool:
-    """Return whether the last size of an operand is a number, which its kernel is compiled for."""
+    """Return whether the last size of an operand is constant; kernels are compiled for it."""
     width = g.shape(g.operand(product, position))[3]
     return bool(width.is_Integer) and width != 0
 

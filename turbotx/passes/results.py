@@ -1,7 +1,7 @@
-"""Results: replaces ops of several outputs by one op for each output that is used.
+"""Results: replaces ops with several outputs by one op for each output that is used.
 
-In: a captured ATen graph. Out: the same graph without the ops below, so that the op table's rows
-and the other passes meet each result as an op of its own, for example::
+In: a captured ATen graph. Out: the same graph without the ops below, so that the op table and the
+other passes see one op per result, for example::
 
     max.dim(x, 1)[0], max.dim(x, 1)[1]  ->  amax(x, [1]), argmax(x, 1)
 """
@@ -18,12 +18,12 @@ from turbotx.ir import fx_nodes as g
 
 aten = torch.ops.aten
 
-# Returns the node for result `k` of a call, emitted before it, or None where there is no op.
+# Returns a node for result `k` of a call, emitted before it, or None if no op computes it.
 Piece = Callable[[fx.Node, fx.Node, int], fx.Node | None]
 
 
 def use_single_results(graph: fx.Graph) -> None:
-    """Replace, in place, every call of the table whose results all have an op of their own."""
+    """Replace, in place, every call in the table if each of its used results has its own op."""
     for node in list(graph.nodes):
         piece = _PIECES.get(node.target)
         if piece is None or not node.users:
@@ -34,7 +34,7 @@ def use_single_results(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             made = [piece(u, node, u.args[1]) for u in users]
             if None in made:
-                continue  # what was made is dead code
+                continue  # nodes made so far are dead code
             for user, new in zip(users, made, strict=True):
                 assert new is not None
                 if g.dtype(new) != g.dtype(user):
@@ -65,7 +65,8 @@ def _variance_and_mean(variance: Any) -> Piece:
 
 
 def _statistic(like: fx.Node, x: Any, dims: list[int], eps: Any, k: int) -> fx.Node:
-    """Return the mean (k = 1) or the reciprocal deviation (k = 2) that a norm also returns."""
+    """Return the mean (k = 1) or the reciprocal standard deviation (k = 2) that a norm also
+    returns."""
     if k == 1:
         return g.emit(like, aten.mean.dim, x, dims, True)
     variance = g.emit(like, aten.var.correction, x, dims, correction=0, keepdim=True)
@@ -94,7 +95,7 @@ def _group_norm(like: fx.Node, node: fx.Node, k: int) -> fx.Node:
 
 
 def _batch_norm(like: fx.Node, node: fx.Node, k: int) -> fx.Node | None:
-    """With the running statistics a batch norm is a scale and a shift per channel."""
+    """With running statistics, a batch norm is a scale and shift per channel."""
     if k:
         return None  # empty tensors
     x, weight, bias, mean, variance, _, eps = node.args
@@ -112,8 +113,8 @@ def _batch_norm(like: fx.Node, node: fx.Node, k: int) -> fx.Node | None:
 
 
 def _attention(like: fx.Node, node: fx.Node, k: int) -> fx.Node | None:
-    """Return SDPA in place of the op that it is decomposed to for CPUs; None for its second
-    result, which serves training only, and with dropout."""
+    """Return SDPA in place of its decomposition for CPUs; None for its second result, which is for
+    training only, and with dropout."""
     dropout, causal = g.argument(node, "dropout_p"), g.argument(node, "is_causal")
     mask, scale = g.argument(node, "attn_mask"), g.argument(node, "scale")
     if k or dropout:

@@ -1,8 +1,8 @@
-"""Rising: what is known of places that rise by one, so that no mask compares them.
+"""Rising: simplifies masks that compare positions known to increase by one.
 
-In: a graph whose mask looks for packed sequences in its places, as those of transformers' decoders
-do: where neighbours differ by other than one, another sequence begins. Out: where the places are
-0, 1, 2, ... by what makes them, the mask without that, and no (seq, seq) tensor of it::
+In: a graph whose mask detects packed sequences from positions, as transformers' decoders do: a new
+sequence begins where neighbours do not differ by one. Out: if the positions are provably 0, 1, 2,
+..., the mask without that term, and without its (seq, seq) tensor::
 
     (cumsum(diff(arange(n)) != 1)[q] == cumsum(...)[k]) & (k <= q)  ->  k <= q
 """
@@ -23,7 +23,7 @@ _ANDS = (aten.bitwise_and.Tensor, aten.logical_and.default)
 
 
 def drop_packed_sequences(graph: fx.Graph) -> None:
-    """Leave out of conjunctions what is true since places rise by one."""
+    """Remove terms of conjunctions that are true because positions increase by one."""
     known: dict[fx.Node, Any] = {}
     for node in list(graph.nodes):
         if g.is_call(node, aten.sub.Tensor) and _is_difference_of_rising(node):
@@ -45,8 +45,8 @@ def _is_alike(one: fx.Node, other: fx.Node) -> bool:
 
 
 def _is_difference_of_rising(node: fx.Node) -> bool:
-    """Tell whether this is what `torch.diff` makes of places that rise by one along its dim, with
-    one less than the first of them put in front."""
+    """Return whether a node is `torch.diff` of positions increasing by one along its dim, with the
+    first position minus one prepended."""
     if node.kwargs or not all(g.is_call(n, aten.slice.Tensor) for n in node.args):
         return False
     later, earlier = (g.operand(node, k) for k in (0, 1))
@@ -64,14 +64,14 @@ def _is_difference_of_rising(node: fx.Node) -> bool:
 
 
 def _begins(node: fx.Node, dim: int, start: int) -> bool:
-    """Tell whether a slice takes every element along a dim from a place on."""
+    """Return whether a slice takes all elements along a dim from index `start` on."""
     along = g.argument(node, "dim", 0) % len(g.shape(node))
     begin = g.argument(node, "start") or 0
     return bool(along == dim and begin == start and g.argument(node, "step", 1) == 1)
 
 
 def _precedes(before: Any, places: Any, dim: int) -> bool:
-    """Tell whether something is one less than the first of some places along a dim."""
+    """Return whether `before` is one less than the first of `places` along a dim."""
     if not g.is_call(before, aten.sub.Tensor) or before.kwargs or before.args[1] != 1:
         return False
     first = before.args[0]
@@ -81,7 +81,8 @@ def _precedes(before: Any, places: Any, dim: int) -> bool:
 
 
 def _rising_dim(node: Any) -> int | None:
-    """Return the dim, from the end, along which whole numbers rise by one; None for others."""
+    """Return the dim (negative) along which an integer tensor increases by one; None for other
+    tensors."""
     if not g.is_tensor(node) or node.op != "call_function" or g.dtype(node).is_floating_point:
         return None
     if node.target in _ARANGES:

@@ -1,10 +1,10 @@
 """Scores: reads the ops between q k^T and softmax as scale, softcap, bias and mask.
 
-In: q and k^T with heads before rows, the steps between the two products in order. Out: the
-`AttentionPattern` with the same scale, softcap, bias and mask, or None where there is none, as in::
+In: q and k^T with heads before rows, and the steps between the two products in order. Out: the
+`AttentionPattern` with the equivalent scale, softcap, bias and mask, or None, as in::
 
     / 4, tanh, * 8, + bias, where(ok, ., -inf)
-        ->  scale=2, softcap=8, bias=bias, mask=ok, blind_nan
+      ->  scale=2, softcap=8, bias=bias, mask=ok, blind_nan
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class AttentionPattern:
-    """An attention in the graph: softmax(cap(q k^T * scale) + bias, hidden by mask) v.
+    """An attention in the graph: softmax(cap(q k^T * scale) + bias, masked) v.
 
-    q, k, v: (batch, heads, length, head_dim). mask: boolean, or itself a bias. softcap: cap(x) is
-    softcap * tanh(x / softcap), and x where it is 0. blind_nan: a query that sees no key gets NaN
-    instead of zeros; blind_mean: the mean of the values. bias: beside a mask that is boolean.
-    sinks: float32 (heads,), one more score of each query, that no value is for. show: returns the
-    result (batch, q_len, heads, head_dim) as the call that it replaces; None for sdpa's dims.
+    q, k, v: (batch, heads, length, head_dim).
+    mask: boolean, or a bias.
+    bias: in addition to a boolean mask.
+    softcap: cap(x) is softcap * tanh(x / softcap), or x if 0.
+    blind_nan, blind_mean: a query that sees no key gets NaN, or the mean of the values, instead of
+    zeros.
+    sinks: float32 (heads,), one more score per query, without a value.
+    show: converts the result (batch, q_len, heads, head_dim) to the form of the replaced call; None
+    for that of sdpa.
     """
 
     q: fx.Node
@@ -50,9 +54,12 @@ class AttentionPattern:
 
 @dataclass(frozen=True)
 class Step:
-    """What happens to scores. kind: "scale" (by a number or a tensor of one element), "tanh",
-    "add", "sub", "floor" (none is below `number`, the most negative one), or "hide" (keys whose
-    `operand` is true, or false if `negated`, get `number`)."""
+    """A step applied to scores.
+
+    kind: "scale" (by a number or a one-element tensor), "tanh", "add", "sub", "floor" (clamp to at
+    least `number`, the most negative one), or "hide" (keys whose `operand` is true, or false if
+    `negated`, get `number`).
+    """
 
     kind: str
     rank: int
@@ -65,9 +72,10 @@ class Step:
 def read_steps(
     node: fx.Node, product: Sequence[Any], scale: float, v: Any, steps: Sequence[Step]
 ) -> AttentionPattern | None:
-    """Return what steps on the scores of `product`, scaled q and k^T, do before `v` is multiplied.
+    """Return the attention with these steps between its two products; None if there is none.
 
-    Emits, before `node`, what it takes to hand over operands and masks.
+    product: q and k^T, whose factors are in `scale`. Emits views of operands and masks before
+    `node`.
     """
     q, k_t = product
     scores = _Scores(node, q, scale)
@@ -79,18 +87,18 @@ def read_steps(
 
 
 class _Scores:
-    """A score of zero, to which the steps are done: what it becomes is the bias."""
+    """Applies steps to a score of zero: its value becomes the bias."""
 
     def __init__(self, node: fx.Node, q: fx.Node, scale: float) -> None:
         self.node, self.q, self.scale = node, q, scale
         self.cap = 0.0
-        self.bias: fx.Node | None = None  # before it is multiplied by `factor`
+        self.bias: fx.Node | None = None  # before multiplication by `factor`
         self.factor = 1.0
-        self.hides: list[tuple[Any, float]] = []  # (what is visible, what the rest gets)
-        self.folded = False  # whether hides are in the bias already
+        self.hides: list[tuple[Any, float]] = []  # (visible mask, fill value)
+        self.folded = False  # whether hides are merged into the bias
 
     def take(self, step: Step) -> bool:
-        """Do a step; return False where no attention does it in this place."""
+        """Apply a step; return False if no attention kernel supports it at this point."""
         if step.kind == "tanh":
             return self._cap()
         if step.kind == "scale":
@@ -147,13 +155,13 @@ class _Scores:
         return True
 
     def _scale_bias(self) -> None:
-        """Multiply the bias by all factors at once: by 1 / 32 and 32 again is not at all."""
+        """Multiply the bias by all factors at once: 1 / 32 followed by 32 cancels."""
         if self.bias is not None and self.factor != 1.0:
             self.bias = self._emit(aten.mul.Tensor, self.bias, self.factor)
         self.factor = 1.0
 
     def _raise(self, least: float) -> None:
-        """Let what hides hide by `least` at the lowest; products themselves are above it."""
+        """Clamp fill values to at least `least`; the products themselves are above it."""
         self.hides = [(visible, max(number, least)) for visible, number in self.hides]
         self._scale_bias()
         if self.bias is not None and (self.folded or take_hidden(self.bias) is None):
@@ -173,11 +181,11 @@ class _Scores:
         self.bias = added if self.bias is None else self._emit(aten.add.Tensor, self.bias, added)
 
     def _keeps_finite(self) -> bool:
-        """Return whether a hidden score is a number, which further steps change."""
+        """Return whether a masked score is finite, and thus changed by further steps."""
         return any(number != -math.inf for _, number in self.hides)
 
     def _fold_hides(self) -> None:
-        """Fill what is hidden into the bias: the last hide, or all where none is there yet."""
+        """Fill masked values into the bias: the last hide, or all of them the first time."""
         self._scale_bias()
         for visible, number in self.hides[-1:] if self.folded else self.hides:
             self.bias = hide_in_bias(self.node, visible, self.bias, number)
@@ -188,7 +196,7 @@ class _Scores:
 
 
 def with_sinks(node: fx.Node, found: AttentionPattern, sinks: fx.Node) -> AttentionPattern:
-    """Return an attention whose queries have sinks (1, heads, 1, 1) as well."""
+    """Return an attention with sinks (1, heads, 1, 1)."""
     flat = g.emit(node, aten.flatten.using_ints, sinks, 0, 3)
     if g.dtype(flat) is not torch.float32:
         flat = g.emit(node, aten._to_copy.default, flat, dtype=torch.float32)
@@ -210,7 +218,7 @@ def without_factors(x: Any) -> tuple[Any, float]:
 
 
 def hide_in_bias(like: fx.Node, visible: fx.Node, bias: fx.Node | None, fill: float) -> fx.Node:
-    """Return where(visible, bias or 0, fill) as a bias of its own, float32 where it was none."""
+    """Return where(visible, bias or 0, fill) as a bias; float32 if there was none."""
     if bias is None:
         bias = g.emit(like, aten.full_like.default, visible, 0.0, dtype=torch.float32)
     fill = max(fill, torch.finfo(g.dtype(bias)).min) if fill != -math.inf else fill
@@ -218,7 +226,7 @@ def hide_in_bias(like: fx.Node, visible: fx.Node, bias: fx.Node | None, fill: fl
 
 
 def negated(mask: Any) -> fx.Node:
-    """Return where a boolean mask is false."""
+    """Return the negation of a boolean mask."""
     while g.is_call(mask, aten.expand.default):
         mask = mask.args[0]
     if g.is_call(mask, aten.bitwise_not.default, aten.logical_not.default):

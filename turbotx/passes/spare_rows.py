@@ -1,11 +1,11 @@
 """Spare rows: whether a packed graph may run with more batch rows or columns than its call has.
 
-In: a packed graph. Out: the dims, of the batch and of the columns, that may be larger: rows that
-are added change nothing in the others, so that calls of many sizes share one CUDA graph::
+In: a packed graph. Out: which of the dims batch and columns may be larger: added rows do not change
+the others, so that calls of many sizes share one CUDA graph::
 
     find_spare(graph, "batch", "seq")  ->  ("batch", "seq")
 
-A rule for each op says so; what has none pins the dim. Nothing here shares a rule with `pack`.
+There is a rule per op; an op without one fixes the dim. No rule is shared with `pack`.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from turbotx.ops import OPS
 
 aten = torch.ops.aten
 OWN_INPUTS = ("bounds", "starts", "columns", "positions", "sequence_of")
-"""What a packed program is given beside the call's tensors; those have exact sizes."""
+"""The packed program's own inputs, which have exact sizes."""
 PLACES = ("positions", "sequence_of")
-"""Indices that count from the first row, and lie within those that there are."""
+"""Indices that count from the first row and never exceed the actual rows."""
 _BY_BOUNDS = frozenset({packed_attention, sequence_sum, sequence_max, sequence_token,
                         sequence_cumsum})  # fmt: skip
 _FILLS: dict[Any, int] = {
     aten.full.default: 0, aten.zeros.default: 0, aten.ones.default: 0, aten.new_full.default: 1,
     aten.new_zeros.default: 1, aten.new_ones.default: 1,
 }  # fmt: skip
-"""Which argument is the shape."""
+"""Index of the shape argument."""
 _ALONG: dict[Any, str] = {
     aten.softmax.int: "dim", aten._softmax.default: "dim", aten.sum.dim_IntList: "dim",
     aten.mean.dim: "dim", aten.amax.default: "dim", aten.cat.default: "dim",
     aten.split_with_sizes.default: "dim", aten.unbind.int: "dim",
     aten.linalg_vector_norm.default: "dim",
 }  # fmt: skip
-"""Ops that work along dims, and what those are called."""
+"""Ops that work along dims, with the name of that argument."""
 _ROWS: dict[Any, int] = {
     aten.linear.default: 0, aten.mm.default: 0, aten.matmul.default: 0, aten.addmm.default: 1,
 }  # fmt: skip
-"""Products, and which operand has rows of its own."""
+"""Products, with the index of the operand whose rows may grow."""
 
 
 def find_spare(graph: fx.Graph, batch: str, seq: str) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ class _Room:
         return self.symbol in extent.free_symbols
 
     def places(self, node: fx.Node) -> list[int]:
-        """Return the dims of a tensor that grow."""
+        """Return the dims of a tensor that may grow."""
         return [d for d, extent in enumerate(g.shape(node)) if self._varies(extent)]
 
     def _node(self, node: fx.Node) -> bool:
@@ -94,10 +94,10 @@ class _Room:
         return (n for n in leaves if isinstance(n, fx.Node) and g.is_size(n))
 
     def _is_apart(self, node: fx.Node, grown: list[fx.Node], counted: bool) -> bool:
-        """Return whether an op takes each added row, and each other one, by itself."""
+        """Return whether an op treats each added row, and each other row, independently."""
         target: Any = node.target
         if target is g.GETITEM:
-            return True  # the split was looked at
+            return True  # its split was checked
         if target in _BY_BOUNDS:
             return target is packed_attention or not self.places(g.operand(node, 0))
         if target in _FILLS:
@@ -133,7 +133,8 @@ class _Room:
         }.get(target)  # fmt: skip
 
     def _keeps_place(self, source: fx.Node, node: fx.Node) -> bool:
-        """Return whether a reshape leaves the dim whole, behind as many elements as it was."""
+        """Return whether a reshape keeps the dim whole, with the same number of elements before
+        it."""
         found = []
         for n in (source, node):
             places, shape = self.places(n), g.shape(n)
@@ -154,9 +155,9 @@ class _Room:
         return grown == [rows] and len(g.shape(rows)) - 1 not in self.places(rows)
 
     def _is_whole(self, node: fx.Node, grown: list[fx.Node]) -> bool:
-        """Return whether it cuts another dim, or all of this one."""
+        """Return whether a slice or select is along another dim, or takes all of this one."""
         if not grown:
-            return False  # the first rows of a table: how many, the call says
+            return False  # the number of rows taken from a table depends on the call
         cut = int(g.argument(node, "dim")) % len(g.shape(grown[0]))
         return cut not in self.places(grown[0]) or g.shape(node) == g.shape(grown[0])
 
@@ -167,7 +168,8 @@ class _Room:
         return grown == [node.args[0]] and all(d < first for d in self.places(grown[0]))
 
     def _looks_up(self, node: fx.Node, grown: list[fx.Node]) -> bool:
-        """Return whether only a fixed table is looked up, or rows by the places of tokens."""
+        """Return whether the source is a fixed table, or the indices are the positions of
+        tokens."""
         if not self.places(g.operand(node, 0)):
             return True
         others = [n for n in node.all_input_nodes if n is not node.args[0]]

@@ -1,10 +1,10 @@
-"""Token attention: attention whose keys the mask hides becomes attention by sequence.
+"""Token attention: rewrites attention with a key mask to attention within each sequence.
 
-In: an `attention` over tokens. Out: a `packed_attention` over bounds, its mask by key and its bias
-by columns; Refused where it lets hidden tokens be seen, or has a bias that tokens tell::
+In: an `attention` over tokens. Out: a `packed_attention` over bounds, with its mask by key and its
+bias by column. Refused if masked tokens would be visible, or if the bias varies by token::
 
     attention(q, k, v, keys, add(relative, where(keys, 0, min)))
-        ->  packed_attention(q, k, v, keys, relative, None, bounds, starts)
+      ->  packed_attention(q, k, v, keys, relative, None, bounds, starts)
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from turbotx.passes.tokens import ByToken, Refused
 
 aten = torch.ops.aten
 HIDES = -1e9
-"""A score that this is added to has a share of 0 beside any other of a model that works."""
+"""A score with this added has no weight beside any other in a working model."""
 
 
 class _MaskParts:
-    """What an attention's keys and bias are made of.
+    """The parts of an attention's keys and bias.
 
-    said: terms that hide keys by token, bands. rest: what else is added or hides, by columns.
-    finite: whether a key is hidden by a number, so that a query that sees none has a mean of all.
-    partial: whether keys may be hidden that the call's mask shows.
+    said: terms that mask keys by token, and bands.
+    rest: other terms that are added or mask, by column.
+    finite: whether keys are masked by a finite number, so that a query that sees none gets the mean
+    of all values.
+    partial: whether keys may be masked that the call's mask does not mask.
     """
 
     def __init__(self, p: Packer, node: fx.Node) -> None:
@@ -46,7 +48,7 @@ class _MaskParts:
         self.finite = self.partial = False
 
     def hide(self, visible: fx.Node) -> None:
-        """Take a boolean mask apart."""
+        """Split a boolean mask into terms."""
         before = len(self.said.keys)
         understand_mask(visible, g.operand(self.node, 0), g.operand(self.node, 1), self.said)
         for term in self.said.keys[before:]:
@@ -71,7 +73,7 @@ class _MaskParts:
         self.keys.append(ByToken(made, dims))
 
     def add(self, bias: fx.Node) -> None:
-        """Take what is added to scores apart."""
+        """Split what is added to scores into terms."""
         while g.is_call(bias, aten.expand.default) and bias not in self.p.values:
             bias = g.operand(bias, 0)
         if g.dtype(bias) is torch.bool:
@@ -93,8 +95,7 @@ class _MaskParts:
             self.rest.append(bias)
 
     def _hides(self, bias: fx.Node) -> bool:
-        """Return whether it is where(visible, bias, a most negative number), and take that
-        apart."""
+        """Return whether it is where(visible, bias, a most negative number); if so, split it."""
         visible: Any
         kept: Any
         if g.is_call(bias, aten.where.self):
@@ -115,7 +116,7 @@ class _MaskParts:
         return True
 
     def _add_number(self, bias: fx.Node, found: ByToken) -> None:
-        """Take a number by key that is 0 where the mask shows it, and hides it elsewhere."""
+        """Take a term by key that is 0 for unmasked tokens and masks the others."""
         hidden, shown = self.p.known.hidden(bias), self.p.known.shown(bias)
         if hidden is None or hidden > HIDES or shown != 0:
             raise Refused(self.node, f"adds {bias.name} to its scores, which tokens tell")
@@ -125,8 +126,8 @@ class _MaskParts:
 
 
 def attend(p: Packer, node: fx.Node) -> ByToken:
-    """Return attention by sequence. Raises Refused where queries or keys are not one a token, stand
-    behind a cache, or may see padding."""
+    """Return attention within each sequence. Raises Refused if queries or keys are not one per
+    token, follow a cache, or may see padding."""
     q, k, v = (p.operand(node, i) for i in range(3))
     for x in (q, k, v):
         if len(x.dims) != 4 or x.dims[0] != ("b",) or x.dims[2] != ("s",):
@@ -166,7 +167,7 @@ def attend(p: Packer, node: fx.Node) -> ByToken:
 
 
 def _join(p: Packer, node: fx.Node, parts: _MaskParts) -> fx.Node | None:
-    """Return what is added by columns, one for all batch rows; None where there is nothing."""
+    """Return the sum of the terms by column, common to all batch rows; None if there are none."""
     for term in parts.rest:
         if term in p.values or any(map(p.sizes.is_batch, g.shape(term))):
             raise Refused(node, f"adds {term.name} to its scores, which is another by batch row")

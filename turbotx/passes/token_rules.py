@@ -1,7 +1,7 @@
-"""Token rules: ops that take each token by itself, written over one axis of tokens.
+"""Token rules: ops that treat each token independently, rewritten over one token axis.
 
-In: a packer and a node with an operand over tokens. Out: the same op over tokens, its sizes and
-dims those of the packed tensors; Refused where tokens would meet. One rule an op, for example::
+In: a packer and a node with an operand over tokens. Out: the same op over tokens, with the sizes
+and dims of the packed tensors. Refused if it would mix tokens. One rule per op, for example::
 
     linear(x, weight, bias)  ->  linear(x of tokens, weight, bias), if the last dim holds no token
 """
@@ -20,11 +20,11 @@ from turbotx.passes.tokens import ByToken, Dims, Refused
 
 aten = torch.ops.aten
 
-# --- element by element ---
+# --- elementwise ---
 
 
 def pointwise(p: Packer, node: fx.Node) -> ByToken:
-    """Operands are aligned from the right, as broadcasting does; whole ones are looked up. Raises
+    """Align operands from the right, as broadcasting does; those over columns are gathered. Raises
     Refused for operands of other sizes."""
     given = [n for n in node.all_input_nodes if g.is_tensor(n)]
     tokens = {n: t for n in given if (t := p.find(n)) is not None}
@@ -52,7 +52,7 @@ def pointwise(p: Packer, node: fx.Node) -> ByToken:
 
 
 def _join(node: fx.Node, dims: list[tuple[Any, ...]], more: Dims) -> None:
-    """Note where an operand has its tokens and batch rows."""
+    """Record the dims in which an operand has its tokens and batch rows."""
     first = len(dims) - len(more)
     for d, factors in enumerate(more, start=first):
         if not {"s", "b"} & set(factors):
@@ -85,8 +85,8 @@ def _arguments(node: fx.Node) -> Any:
 
 
 def reshape(p: Packer, node: fx.Node) -> ByToken:
-    """Keep the batch and the columns whole, and split or merge what is beside them. Raises Refused
-    where the batch or the columns are taken apart."""
+    """Keep batch and columns whole; split or merge the other dims. Raises Refused if batch or
+    columns are split."""
     x = p.operand(node)
     dims = p.sizes.regroup(x.dims, g.shape(node))
     if dims is None:
@@ -95,7 +95,7 @@ def reshape(p: Packer, node: fx.Node) -> ByToken:
 
 
 def permute(p: Packer, node: fx.Node) -> ByToken:
-    """Move dims, those of tokens among them."""
+    """Permute dims, including those of tokens."""
     x, given = p.operand(node), _arguments(node)[1:]
     rank = len(x.dims)
     if node.target is aten.permute.default:
@@ -109,14 +109,14 @@ def permute(p: Packer, node: fx.Node) -> ByToken:
 
 
 def unsqueeze(p: Packer, node: fx.Node) -> ByToken:
-    """Add a dim of extent 1."""
+    """Insert a dim of extent 1."""
     x, d = p.operand(node), _arguments(node)[1] % len(g.shape(node))
     dims = (*x.dims[:d], (), *x.dims[d:])
     return p.token(p.emit(node, aten.unsqueeze.default, x.node, d), dims)
 
 
 def squeeze(p: Packer, node: fx.Node) -> ByToken:
-    """Only dims that are 1 in the model's own call are dropped; a packed batch is 1 too."""
+    """Drop only dims that are 1 in the model's own call; a packed batch is 1 too."""
     x, source = p.operand(node), g.shape(g.operand(node, 0))
     given: Any = node.args[1] if len(node.args) > 1 else list(range(len(source)))
     listed = given if isinstance(given, (list, tuple)) else [given]
@@ -126,8 +126,8 @@ def squeeze(p: Packer, node: fx.Node) -> ByToken:
 
 
 def expand(p: Packer, node: fx.Node) -> ByToken:
-    """Expand beside the tokens; what does not vary over the batch stays one row. Raises Refused for
-    an element a pair of columns."""
+    """Expand dims other than those of tokens; what does not vary over the batch keeps one row.
+    Raises Refused for an element per pair of columns."""
     x, shape = p.operand(node), g.shape(node)
     new = len(shape) - len(x.dims)
     dims = [(), ] * new + list(x.dims)  # fmt: skip
@@ -142,8 +142,8 @@ def expand(p: Packer, node: fx.Node) -> ByToken:
 
 
 def cut(p: Packer, node: fx.Node) -> Any:
-    """`slice`: beside tokens as it is; of a whole tensor, its first columns by token. Raises
-    Refused for other columns."""
+    """Slice along other dims than tokens; of a tensor over columns, gather its first columns by
+    token. Raises Refused for other columns."""
     d, step = int(g.argument(node, "dim")), g.argument(node, "step")
     start, end = g.argument(node, "start"), g.argument(node, "end")
     source, shape = g.shape(g.operand(node, 0)), g.shape(node)
@@ -171,7 +171,8 @@ def cut(p: Packer, node: fx.Node) -> Any:
 
 
 def select(p: Packer, node: fx.Node) -> Any:
-    """Beside tokens as it is; along them, the first or last token of each sequence."""
+    """Select along other dims than tokens; along tokens, the first or last token of each
+    sequence."""
     x, at = p.operand(node), _arguments(node)[2]
     d = _arguments(node)[1] % len(x.dims)
     if x.dims[d] == ("s",) and at in (0, -1):
@@ -182,7 +183,7 @@ def select(p: Packer, node: fx.Node) -> Any:
 
 
 def split(p: Packer, node: fx.Node) -> list[ByToken]:
-    """Cut a dim beside the tokens into parts. Raises Refused for parts of no known size."""
+    """Split a dim other than tokens. Raises Refused for parts of unknown size."""
     x = p.operand(node)
     d = p.apart(node, x, int(g.argument(node, "dim")))
     made = p.emit(node, node.target, x.node, *node.args[1:], **node.kwargs)
@@ -201,7 +202,7 @@ def split(p: Packer, node: fx.Node) -> list[ByToken]:
 
 
 def piece(p: Packer, node: fx.Node) -> ByToken:
-    """Take one part of a split. Raises Refused for one of several results that are no split's."""
+    """Return one part of a split. Raises Refused if it is not a result of a split."""
     pieces: Any = p.values.get(g.operand(node, 0))
     if isinstance(pieces, Refused):
         raise pieces
@@ -212,15 +213,15 @@ def piece(p: Packer, node: fx.Node) -> ByToken:
 
 
 def same(p: Packer, node: fx.Node) -> ByToken:
-    """Return what it is a name for."""
+    """Return the operand."""
     return p.operand(node)
 
 
-# --- joined, looked up, multiplied, normalised ---
+# --- concatenation, lookup, products, normalization ---
 
 
 def fill(p: Packer, node: fx.Node) -> ByToken:
-    """Fill with a number: what it gave every column, every token gets."""
+    """Fill with a number: every token gets what every column got."""
     dims: list[tuple[Any, ...]] = []
     for extent in g.shape(node):
         fixed = p.sizes.fixed(extent)
@@ -232,7 +233,7 @@ def fill(p: Packer, node: fx.Node) -> ByToken:
 
 
 def cat(p: Packer, node: fx.Node) -> ByToken:
-    """Join tensors along a dim beside the tokens. Raises Refused where others are not by token, or
+    """Concatenate along a dim other than tokens. Raises Refused if some parts are not by token, or
     along other dims."""
     parts: Any = node.args[0]
     found = [p.find(n) for n in parts]
@@ -257,8 +258,8 @@ def embedding(p: Packer, node: fx.Node) -> ByToken:
 
 
 def gather(p: Packer, node: fx.Node) -> ByToken:
-    """Of a table, places by token; of tokens, along a dim that holds none. Raises Refused for
-    tokens of other rows."""
+    """Gather from a table by token, or from tokens along another dim. Raises Refused for tokens of
+    other rows."""
     at, x, source = p.operand(node, 2), p.find(node.args[0]), _arguments(node)[0]
     d = _arguments(node)[1] % len(at.dims)
     if x is not None:
@@ -278,8 +279,8 @@ def gather(p: Packer, node: fx.Node) -> ByToken:
 
 
 def index(p: Packer, node: fx.Node) -> ByToken:
-    """Of a table, rows by token; of tokens, each one's own (b, s), as masks are made. Raises
-    Refused where values tell the places, or for several indices."""
+    """Index a table by token; or tokens by their own (b, s), as masks do. Raises Refused if indices
+    depend on values, or for several indices."""
     listed: Any = node.args[1]
     x = p.find(node.args[0])
     if x is None:
@@ -316,8 +317,7 @@ def linear(p: Packer, node: fx.Node) -> ByToken:
 
 
 def matmul(p: Packer, node: fx.Node) -> ByToken:
-    """Rows by token times what is one thing for all of them. Raises Refused for tokens times
-    tokens."""
+    """Multiply rows by token by a matrix common to all. Raises Refused for tokens times tokens."""
     x = p.find(node.args[0])
     if x is None or p.find(node.args[1]) is not None:
         raise Refused(node, "multiplies tokens with each other")
@@ -333,7 +333,7 @@ def matmul(p: Packer, node: fx.Node) -> ByToken:
 
 
 def addmm(p: Packer, node: fx.Node) -> ByToken:
-    """Multiply each token's row by a weight, and add a bias. Raises Refused for tokens times
+    """Multiply each token's row by a weight and add a bias. Raises Refused for tokens times
     tokens."""
     bias, x, weight = node.args
     made = p.find(x)
@@ -356,7 +356,7 @@ def normalize(p: Packer, node: fx.Node) -> ByToken:
 
 
 def softmax(p: Packer, node: fx.Node) -> ByToken:
-    """Take a softmax along a dim beside the tokens."""
+    """Apply softmax along a dim other than tokens."""
     x = p.operand(node)
     d = p.apart(node, x, _arguments(node)[1])
     return p.token(_alone(p, node, x, d, *node.args[2:]), x.dims)
@@ -383,4 +383,4 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.full.default, aten.zeros.default, aten.ones.default), fill),
     aten.linear.default: linear, aten.addmm.default: addmm,
 }  # fmt: skip
-"""By op; "pointwise" for all of the op table's that are."""
+"""By op; "pointwise" for all pointwise rows of the op table."""

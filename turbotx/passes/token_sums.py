@@ -1,7 +1,7 @@
-"""Token sums: reductions over a sequence's tokens, rewritten over the bounds of sequences.
+"""Token sums: rewrites reductions over a sequence's tokens to use the bounds of sequences.
 
-In: a reduction along the columns, a running sum, the first token. Out: the same by sequence, whole
-from then on; Refused where tokens that the mask hides would count. For example::
+In: a reduction along the columns, a cumulative sum, a first token. Out: the same per sequence, no
+longer over tokens. Refused if masked tokens would count. For example::
 
     sum(x * mask, 1) / sum(mask, 1)  ->  sequence_sum(x * mask, bounds) / sequence_sum(mask, bounds)
 """
@@ -27,15 +27,15 @@ _BY_SEQUENCE: dict[Any, Any] = {
 
 
 def take_token(p: Packer, node: fx.Node, x: ByToken, last: bool) -> fx.Node:
-    """Return the first or last token of every sequence: that column is kept whatever the mask says
-    of it."""
+    """Return the first or last token of every sequence; that column is then kept whatever the mask
+    says."""
     p.to_end |= last
     p.from_start |= not last
     return _by_sequence(p, node, x, sequence_token, last)
 
 
 def _by_sequence(p: Packer, node: fx.Node, x: ByToken, target: Any, *more: Any) -> fx.Node:
-    """Return a call along the tokens, its batch rows where the model has them."""
+    """Return a call along the tokens, with its batch dim where the model has it."""
     b, s = x.b, x.s
     if x.dims[s] != ("s",) or b is None or x.dims[b] != ("b",):
         raise Refused(node, "is by sequence of tokens whose batch rows are not apart from them")
@@ -50,8 +50,8 @@ def _by_sequence(p: Packer, node: fx.Node, x: ByToken, target: Any, *more: Any) 
 
 
 def reduce(p: Packer, node: fx.Node) -> Any:
-    """Beside tokens as it is; along them, by sequence, where hidden tokens do not count. Raises
-    Refused for what has no such form."""
+    """Reduce along other dims than tokens, or along tokens per sequence if masked tokens do not
+    count. Raises Refused otherwise."""
     x = p.operand(node)
     rank = len(x.dims)
     target: Any = node.target
@@ -82,7 +82,7 @@ def reduce(p: Packer, node: fx.Node) -> Any:
 
 
 def _require_hidden_nothing(p: Packer, node: fx.Node) -> None:
-    """Raise Refused unless the tokens that the mask hides change nothing, whatever they are."""
+    """Raise Refused unless masked tokens cannot change the result, whatever their values."""
     source = g.operand(node, 0)
     value = p.known.hidden(source)
     least = [-math.inf]
@@ -97,7 +97,7 @@ def _require_hidden_nothing(p: Packer, node: fx.Node) -> None:
 
 
 def running_sum(p: Packer, node: fx.Node) -> ByToken:
-    """Along the columns it counts all before a token, those that the mask hides too."""
+    """Cumulative sum; along the columns it counts all tokens before, including masked ones."""
     x = p.operand(node)
     given: Any = node.args[1]
     d = int(given) % len(x.dims)

@@ -1,7 +1,7 @@
-"""Tokens: what is known of a tensor whose rows are tokens, and how it lies when they are packed.
+"""Tokens: the form of a tensor whose rows are tokens, once they are packed.
 
-In: a node over (batch, seq). Out: a `ByToken`: the node over one axis of tokens that stands for it,
-and where the batch and the columns went; or a `Whole`, which is what it was, for example::
+In: a node over (batch, seq). Out: a `ByToken`: the equivalent node over one token axis, and where
+batch and columns are in its dims, for example::
 
     view(linear, [batch, seq, 12, 32])  ->  ByToken(view, (("b",), ("s",), (12,), (32,)))
 """
@@ -22,37 +22,39 @@ from turbotx.ir.expr import Expr
 
 Factor = str | int
 Dims = tuple[tuple[Factor, ...], ...]
-"""By dim its factors, from the slowest: "b" for the batch, "s" for the columns, numbers above 1."""
+"""For each dim its factors, slowest first: "b" for the batch, "s" for the columns, numbers above
+1."""
 
 
 @dataclass(frozen=True)
 class ByToken:
-    """A tensor with one row a token. Element [.., t, ..] of `node` is the original's at token t's
-    batch row, where dims say "b", and column; "b" has extent 1 in `node`, "s" all tokens."""
+    """A tensor with one row per token. Element [.., t, ..] of `node` is the original's at
+    token t's batch row, where dims say "b", and column. "b" has extent 1 in `node`, "s"
+    that of all tokens."""
 
     node: Any
     dims: Dims
 
     @property
     def s(self) -> int:
-        """Which dim the tokens lie along."""
+        """The dim of the tokens."""
         return next(d for d, factors in enumerate(self.dims) if "s" in factors)
 
     @property
     def b(self) -> int | None:
-        """Which dim is the batch, if it has one."""
+        """The dim of the batch, if there is one."""
         return next((d for d, factors in enumerate(self.dims) if "b" in factors), None)
 
 
 class Refused(Exception):
-    """A node that does not keep tokens apart, and why."""
+    """A node that mixes tokens, and why."""
 
     def __init__(self, node: fx.Node, why: str) -> None:
         super().__init__(why)
         self.node, self.why = node, why
 
     def error(self, name: str) -> PackError:
-        """Return it as what a user meets."""
+        """Return the error to raise to the user."""
         place = g.place_of(self.node)
         return PackError(
             f"cannot pack {name}: {self.node.name}{f' ({place})' if place else ''} {self.why}\n"
@@ -63,7 +65,8 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class TokenSizes:
-    """The symbols that stand for the batch (several, where inputs were captured apart) and seq."""
+    """The symbols of the batch (several, if inputs were captured with different ones) and of
+    seq."""
 
     batch: frozenset[sympy.Symbol]
     seq: sympy.Symbol
@@ -81,14 +84,14 @@ class TokenSizes:
         return bool(extent.free_symbols & (self.batch | {self.seq}))
 
     def fixed(self, extent: Expr) -> tuple[Factor, ...] | None:
-        """Return the factors of an extent that is a number; None for others."""
+        """Return the factors of a constant extent; None for others."""
         if not extent.is_Integer:
             return None
         return () if extent == 1 else (int(extent),)
 
     def regroup(self, dims: Dims, shape: Sequence[Expr]) -> Dims | None:
-        """Return how the factors of a tensor stand in a reshape of it; None where a batch row or a
-        column would be taken apart or change places."""
+        """Return how a tensor's factors are grouped after a reshape; None if batch rows or columns
+        would be split or reordered."""
         left = [f for factors in dims for f in factors]
         found: list[tuple[Factor, ...]] = []
         for extent in shape:
@@ -99,7 +102,7 @@ class TokenSizes:
         return None if left else tuple(found)
 
     def _take(self, left: list[Factor], extent: Expr) -> tuple[Factor, ...] | None:
-        """Take from `left` the factors whose product is an extent."""
+        """Take factors from `left` whose product is `extent`."""
         number, symbols = extent.as_coeff_Mul()
         powers = symbols.as_powers_dict() if symbols != 1 else {}
         wanted = {"s" if self.is_seq(x) else "b" for x in powers}
@@ -127,5 +130,5 @@ class TokenSizes:
 
 
 def extent_of(factors: Sequence[Factor]) -> int:
-    """Return the extent of a packed dim beside the tokens along it."""
+    """Return the extent of a packed dim without the tokens in it."""
     return prod(f for f in factors if isinstance(f, int))

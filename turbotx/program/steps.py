@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from sympy import Integer
 
 from turbotx import ir
-from turbotx.kernels.cache_jobs import room_for_sums
+from turbotx.kernels.cache_jobs import split_workspace_size
 from turbotx.kernels.schedule import outer_axes
 from turbotx.program.assembly import Assembly
 
@@ -96,13 +96,13 @@ def expected_steps(dims: Sequence[str], steps: GrowingDims) -> Iterable[tuple[in
         yield tuple(known.get(name, 1) for name in dims)
 
 
-def add_room_for_sums(assembly: Assembly) -> None:
+def add_split_workspaces(assembly: Assembly) -> None:
     """Give attention over a cache memory for what the parts of its keys leave."""
     caches = {x.held.tensor for x in assembly.launches if isinstance(x, ir.StoreLaunch)}
     for i, launch in enumerate(assembly.launches):
         if isinstance(launch, ir.AttentionLaunch) and launch.k.tensor in caches:
             name = f"{launch.name}_sums_of_parts"
-            shape = (Integer(room_for_sums(launch.kernel)),)
+            shape = (Integer(split_workspace_size(launch.kernel)),)
             assembly.tensors[name] = ir.Tensor(name, "intermediate", torch.float32, shape)
             assembly.launches[i] = replace(launch, workspaces=(name,))
 

@@ -127,7 +127,7 @@ def measure_outputs(
     tensors = tensors_of(args, kwargs)
     exact_graph = _to_float64(engine.capture(args, kwargs).graph_module)
     given = program.in_memory(tensors)
-    eager = pytree.tree_leaves(engine.run_plainly(args, kwargs))
+    eager = pytree.tree_leaves(engine.run_eager(args, kwargs))
     with torch.no_grad():
         exact = exact_graph(*map(_double, given))
     if isinstance(program, PackedProgram):

@@ -315,7 +315,7 @@ class BlockMemory(CacheMemory):
         self._write(layer, np.array([row]), keys[None], values[None], start)
         self._ready = 0
 
-    def let_go_row(self, row: int) -> None:
+    def free_row(self, row: int) -> None:
         """Let the blocks of one row go, which nobody needs any more; it reads as zeros."""
         for layer in range(len(self.shapes)):
             self._let_go(layer, slice(row, row + 1), slice(None))

@@ -325,7 +325,7 @@ class CacheMemory:
             to[0].copy_(keys)
             to[1].copy_(values)
 
-    def let_go_row(self, row: int) -> None:
+    def free_row(self, row: int) -> None:
         """Contiguous memory keeps its rows."""
 
     def select(self, layer: int, rows: torch.Tensor) -> None:

@@ -111,7 +111,7 @@ class Program:
         """Return whether this specialization of a call is the one to run at these dims."""
         return self.token_range is None or self.token_range.holds(dims)
 
-    def dims_to_run(self, dims: Sequence[int]) -> Sequence[int]:
+    def effective_dims(self, dims: Sequence[int]) -> Sequence[int]:
         """Return the dims that a call of these runs with: these."""
         return dims
 

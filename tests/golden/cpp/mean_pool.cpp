@@ -16,9 +16,9 @@ extern "C" int fused_mul_sum_clamp_div(void* const* args, const int64_t* sizes) 
       float tile_sum[64];
       const float c = 1e-09f;
       double total_sum[64];
-      std::fill_n(total_sum, 64, double(0));
+      ttx::fill(total_sum, double(0));
       double total_sum1[64];
-      std::fill_n(total_sum1, 64, double(0));
+      ttx::fill(total_sum1, double(0));
       for (int64_t col = 0; col < seq; ++col) {
         #pragma omp simd
         for (int64_t k = 0; k < count; ++k) {

@@ -128,7 +128,7 @@ class _Tiles:
             start, name = start_of(r.op, kind), f"total_{r.results[0]}"
             kind = wider(kind) if r.op == "sum" else kind
             text.put(f"{kind} {name}[{TILE}];")
-            text.put(f"std::fill_n({name}, {TILE}, {kind}({start}));")
+            text.put(f"ttx::fill({name}, {kind}({start}));")
         values = self.sweeps.closure(self.sweeps.ends(sweep))
         for scan in self.sweeps.scans(values):
             kind = wider(text.type_of(scan.result))
@@ -136,7 +136,7 @@ class _Tiles:
                 text.put(f"{kind} {scan.result}_so_far[{TILE}];")
             self.running.add(scan.result)
             start = f"{kind}({SCANS[scan.op].start})"
-            text.put(f"std::fill_n({scan.result}_so_far, {TILE}, {start});")
+            text.put(f"ttx::fill({scan.result}_so_far, {start});")
         for axis in self.kernel.columns:
             text.loop(axis)
         statements = [self.sweeps.makers[v] for v in values]

@@ -1,7 +1,7 @@
-"""Memory planners: from lifetimes to offsets in one arena, evaluated again for every shape.
+"""Memory planners: compute offsets in one arena from lifetimes, for every shape.
 
-In: lifetimes in launch indices, size classes, sizes of one seed shape. Out: a planner that turns
-the sizes of any shape into offsets and a footprint. No torch here, but for `memory.pool`::
+In: lifetimes in launch indices, size classes, sizes at a seed shape. Out: a planner that maps the
+sizes at any shape to offsets and a footprint. No torch here::
 
     planner = make_planner("symbolic", lifetimes, size_class, names, seed_sizes)
     offsets, footprint_nbytes = planner.offsets(class_nbytes)
@@ -60,10 +60,11 @@ def make_planner(
 ) -> Planner:
     """Return a planner for a fixed set of buffers whose sizes change with the shape.
 
-    `size_class[i]` is the index of buffer i's size class; `seed_sizes` are bytes per class at
-    one representative shape, `sample_sizes` at more of the shapes to expect: the symbolic planner
-    is tuned to them, and safe for every other shape as well. Raises PlanError for an unknown
-    kind or lists that do not match.
+    size_class: by buffer, the index of its size class.
+    seed_sizes: bytes per class at one representative shape.
+    sample_sizes: the same at further expected shapes. The symbolic planner is tuned to these
+    shapes, and valid for all others. Raises PlanError for an unknown kind or lists of different
+    lengths.
     """
     given = (lifetimes, size_class, names)
     return restore_planner(kind, *given, find_orientations(kind, *given, seed_sizes, sample_sizes))
@@ -77,8 +78,8 @@ def find_orientations(
     seed_sizes: Sequence[int],
     sample_sizes: Sequence[Sequence[int]] = (),
 ) -> tuple[Orientation, ...]:
-    """Return all that a planner has to find out once, for `restore_planner`: nothing but for the
-    symbolic one. The arguments are those of `make_planner`."""
+    """Return what a planner precomputes, for `restore_planner`: empty except for the symbolic one.
+    Arguments as for `make_planner`."""
     workload = Workload(tuple(lifetimes), tuple(size_class), tuple(names))
     return solve_orientations(workload, seed_sizes, sample_sizes) if kind == "symbolic" else ()
 
@@ -90,9 +91,9 @@ def restore_planner(
     names: Sequence[str],
     orientations: Sequence[Orientation],
 ) -> Planner:
-    """Return the planner of what was found out once, which gives the same offsets at every shape.
+    """Return a planner from precomputed orientations; its offsets are the same at every shape.
 
-    Raises PlanError for an unknown kind or orders of other buffers.
+    Raises PlanError for an unknown kind or orientations of other buffers.
     """
     workload = Workload(tuple(lifetimes), tuple(size_class), tuple(names))
     if kind == "chunked":

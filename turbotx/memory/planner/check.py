@@ -1,7 +1,7 @@
-"""An independent check of a memory plan, quadratic and plain on purpose.
+"""An independent check of a memory plan, deliberately simple and quadratic.
 
-In: a Plan. Out: nothing, or PlanError naming what breaks which rule. It shares no code with
-any planner, so that a planner's mistake cannot excuse itself::
+In: a Plan. Out: nothing, or PlanError naming the buffers and the rule. It shares no code with any
+planner, so that it does not share a planner's mistakes::
 
     PlanError: layer0.qkv [0, 768) and layer0.ctx [512, 1024) share bytes in launch 4 ...
 """
@@ -12,11 +12,11 @@ from turbotx.memory.planner.plan import ALIGNMENT, Placement, Plan, PlanError
 
 
 def check_plan(plan: Plan) -> None:
-    """Raise PlanError if the plan is not safe to run, or misstates how good it is.
+    """Raise PlanError if the plan is unsafe or misstates its quality.
 
-    Rules: sizes are not negative; offsets are aligned and not negative; two buffers alive in
-    the same launch share no byte; every buffer lies inside the chunks; chunks do not overlap;
-    the peak covers every buffer and every chunk below it; the lower bound is the true one.
+    Rules: sizes are not negative; offsets are aligned and not negative; two buffers alive in the
+    same launch share no byte; every buffer lies inside the chunks; chunks do not overlap; the peak
+    covers every buffer and every chunk below it; the lower bound is exact.
     """
     for placement in plan.placements:
         _check_one(placement, plan.peak_nbytes)

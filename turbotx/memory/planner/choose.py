@@ -1,7 +1,7 @@
-"""Which orders of the buffers to keep: few, and together at the lower bound for every sample.
+"""Selects the orientations to keep: few, and together at the lower bound for every sample.
 
-In: lifetimes, a seed's sizes, and sizes of sample shapes. Out: one or more orientations; a planner
-takes, for each shape, the one whose footprint is the smallest there::
+In: lifetimes, sizes at a seed, sizes at sample shapes. Out: one or more orientations. For each
+shape, a planner uses the one with the smallest footprint::
 
     choose_orientations(workload, seed, samples)   # one for BERT, two where seq² meets seq
 """
@@ -29,27 +29,28 @@ MAX_SOLVED = 10
 GOOD_ENOUGH = 1.0 + 1e-4
 IMAGINED_SAMPLES = 48
 SEARCH_EVALUATIONS = 60
-"""Local search a sample, beyond the portfolio: about 0.1 s where the bound cannot be met."""
+"""Local search evaluations per sample, after the portfolio: about 0.1 s if the bound cannot be
+met."""
 
 MANY_LAYERS = 16
-"""From so many equal layers on a few of them are placed first, and all only where the bound is not
-met so: 48 layers of Llama are 436 buffers."""
+"""From this many equal layers on, a few of them are placed first; all only if that misses the
+bound: 48 layers of Llama are 436 buffers."""
 
 BUILD_LIMIT_S = 5.0
-"""Only graphs of a thousand buffers and more get this far; the rest is bounded by counts."""
+"""Only graphs of a thousand or more buffers reach it; smaller ones are limited by the counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
     orientation: Orientation
     ratio: Floats
-    """Footprint over lower bound, one a sample."""
+    """Footprint over lower bound, per sample."""
 
 
 def imagine_samples(seed: Int64s) -> Int64s:
-    """Return sizes of further shapes, (classes, n): each class of the seed scaled by 1/16 to 16.
+    """Return sizes at further shapes, (classes, n): each class of the seed scaled by 1/16 to 16.
 
-    Real shapes move the classes together; these also cover classes that grow apart, as
+    Real shapes scale the classes together; these also cover classes that scale independently, as
     attention scores and hidden states do.
     """
     random = np.random.default_rng(0)
@@ -60,13 +61,13 @@ def imagine_samples(seed: Int64s) -> Int64s:
 def choose_orientations(
     workload: Workload, seed: Int64s, samples: Int64s, live: Forms
 ) -> list[Orientation]:
-    """Orientations of which some one is good at each sample; the first serves the seed.
+    """Return orientations such that at least one is good at each sample; the first one suits the
+    seed.
 
-    `seed` is (classes,), `samples` (classes, n) with any n, `live` the lower bound's forms.
-    Without samples, imagined ones take their place; with them, imagined ones decide ties.
-    Solves the seed, then the sample where the kept ones are worst, until none is worse than
-    1.0001 x the lower bound, MAX_ORIENTATIONS are kept, MAX_SOLVED shapes are solved, or
-    BUILD_LIMIT_S seconds are over.
+    seed: (classes,); samples: (classes, n) with any n; live: the lower bound's forms. Imagined
+    samples replace missing ones, and otherwise break ties. Solves the seed, then repeatedly the
+    sample where the kept ones are worst, until none is worse than 1.0001 x the lower bound,
+    MAX_ORIENTATIONS are kept, MAX_SOLVED shapes are solved, or BUILD_LIMIT_S seconds have passed.
     """
     stop_at = time.perf_counter() + BUILD_LIMIT_S
     shapes = _Shapes.of(seed, samples, live)
@@ -94,7 +95,7 @@ def choose_orientations(
 
 @dataclass(frozen=True, slots=True)
 class _Shapes:
-    """The seed, then the shapes to expect, `expected` of them with the seed, then imagined ones."""
+    """The seed, the expected shapes (`expected` in number, with the seed), then imagined ones."""
 
     sizes: Int64s
     bound: Int64s
@@ -110,7 +111,8 @@ class _Shapes:
 
 
 def _best_at(workload: Workload, shapes: _Shapes, best: Floats, at: int) -> _Candidate | None:
-    """Return the solution of one shape that helps all shapes most; None if none helps that one."""
+    """Return the solution of one shape that is best over all shapes; None if none improves that
+    one."""
     per_buffer = shapes.sizes[list(workload.size_class)]
     sizes = per_buffer[:, at].tolist()
     chosen: _Candidate | None = None
@@ -149,7 +151,7 @@ def _search(lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> Iterator[lis
 
 
 def _drop_needless(kept: list[_Candidate], best: Floats, expected: int) -> list[_Candidate]:
-    """Leaves out, oldest first, what the others make up for at every shape to expect."""
+    """Drop, oldest first, candidates that the others match at every expected shape."""
     needed = list(kept)
     for candidate in kept:
         others = [other for other in needed if other is not candidate]

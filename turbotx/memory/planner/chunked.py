@@ -1,7 +1,7 @@
 """The chunked first-fit planner of TurboTransformers (PPoPP'21, arXiv 2010.05680), for comparison.
 
-In: lifetimes and, per shape, sizes. Out: offsets into chunks that live on between plans; chunks
-that a plan leaves empty are freed, and every new one is a device allocation::
+In: lifetimes and, per shape, sizes. Out: offsets into chunks that persist between plans. Chunks
+that a plan leaves empty are freed; every new one is a device allocation::
 
     planner.offsets([393_216, 1_179_648])   # -> ([0, 393_216, ...], 2_097_152)
 """
@@ -29,10 +29,10 @@ class _OpenChunk:
 
 
 class ChunkedPlanner:
-    """Keeps its chunks between plans; `allocations` and `frees` count device calls so far.
+    """Keeps chunks between plans; `allocations` and `frees` count device calls so far.
 
     Offsets are those of the paper's chunks laid end to end, each at the next aligned byte.
-    Thread-safe; concurrent plans take their turns, since each changes the chunks.
+    Thread-safe; plans run one at a time, since each changes the chunks.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -44,7 +44,7 @@ class ChunkedPlanner:
 
     def offsets(self, class_nbytes: Sequence[int]) -> tuple[Sequence[int], int]:
         """Return each buffer's offset and the arena's size, in bytes, for bytes by size class.
-        Depends on the calls before: chunks are kept between them."""
+        Depends on earlier calls: chunks persist."""
         with self._lock:
             return self._place(class_nbytes)[:2]
 
@@ -52,7 +52,7 @@ class ChunkedPlanner:
         """Return the plan for bytes by size class, with its chunks."""
         with self._lock:
             offsets, _, chunks = self._place(class_nbytes)
-        # The arena ends where its last chunk ends, whether or not that chunk is full.
+        # The arena ends where its last chunk ends, even if that chunk is not full.
         peak_nbytes = max((c.offset + c.nbytes for c in chunks), default=0)
         return self._workload.record(class_nbytes, offsets, peak_nbytes, chunks)
 
@@ -95,7 +95,8 @@ class ChunkedPlanner:
 
 
 def _find_gap(chunk: _OpenChunk, nbytes: int, begin: int, end: int) -> int | None:
-    """Return the tightest gap between buffers alive with this one, else the room after the last."""
+    """Return the tightest gap between buffers alive at the same time, else the space after the
+    last; None if neither fits."""
     previous_end = 0
     best: int | None = None
     tightest = chunk.nbytes + 1

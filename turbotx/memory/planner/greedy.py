@@ -16,10 +16,10 @@ from turbotx.memory.planner.plan import Lifetime, Plan, Workload
 def fit(
     lifetimes: Sequence[Lifetime], sizes: Sequence[int], order: Sequence[int], best: bool = True
 ) -> list[int]:
-    """Offsets of buffers placed one by one in `order`, bytes.
+    """Return offsets in bytes of buffers placed one by one in `order`.
 
-    Each goes into the tightest gap (`best`) or the lowest (not `best`) between the buffers
-    placed before it that are alive with it, else on top of them.
+    Each goes into the tightest (`best`) or the lowest gap between earlier buffers that are alive at
+    the same time, or above them if no gap fits.
     """
     offsets = [0] * len(sizes)
     placed: list[tuple[int, int, int, int]] = []
@@ -50,12 +50,12 @@ def fit(
 
 
 def footprint(offsets: Sequence[int], sizes: Sequence[int]) -> int:
-    """Return the offset of the first byte that no buffer reaches."""
+    """Return the end of the highest buffer, in bytes."""
     return max((o + s for o, s in zip(offsets, sizes, strict=True) if s), default=0)
 
 
 class GreedyPlanner:
-    """Plans every shape from scratch; keeps nothing between plans, so threads may share it."""
+    """Plans every shape from scratch; keeps no state, so threads may share it."""
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload

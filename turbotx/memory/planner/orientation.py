@@ -1,7 +1,7 @@
-"""Orientation: which buffer lies below which, and from it each offset as a maximum of linear forms.
+"""Orientation: which buffer lies below which; gives each offset as a maximum of linear forms.
 
-In: one solved placement. Out: for each buffer, rows of class counts; its offset at any shape is
-the largest `row · class sizes`. docs/memory.md proves that no shape then overlaps::
+In: one solved placement. Out: for each buffer, rows of class counts; its offset at any shape is the
+largest `row · class sizes`. docs/memory.md proves that buffers overlap at no shape::
 
     offset(ctx) = max(1·hidden + 3·heads, 4·hidden)   # rows [[1, 3], [4, 0]]
 """
@@ -17,10 +17,10 @@ import numpy.typing as npt
 from turbotx.memory.planner.plan import Lifetime
 
 Forms = npt.NDArray[np.int64]
-"""Rows of class counts, shape (forms, classes); none is below another in every column."""
+"""Rows of class counts, shape (forms, classes); no row is <= another in every column."""
 
 MAX_FORMS = 96
-"""A buffer that needs more is planned by walking the order below it instead."""
+"""With more forms than this, offsets are computed by walking the order instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Orientation:
     below: tuple[tuple[int, ...], ...]
 
     def offsets(self, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Longest paths, for sizes of shape (buffers,) or (buffers, shapes); as many offsets."""
+        """Return offsets as longest paths, for sizes of shape (buffers,) or (buffers, shapes)."""
         offsets = np.zeros_like(sizes)
         for index in self.order:
             under = list(self.below[index])
@@ -41,7 +41,7 @@ class Orientation:
 
 
 def overlap_matrix(lifetimes: Sequence[Lifetime]) -> npt.NDArray[np.bool_]:
-    """Shape (n, n): which buffers are alive in a common launch; False on the diagonal."""
+    """Return (n, n) bool: which buffers are alive in a common launch; False on the diagonal."""
     begin = np.array([x.begin for x in lifetimes], dtype=np.int64)
     end = np.array([x.end for x in lifetimes], dtype=np.int64)
     both = (begin[:, None] < end[None, :]) & (begin[None, :] < end[:, None])
@@ -50,10 +50,10 @@ def overlap_matrix(lifetimes: Sequence[Lifetime]) -> npt.NDArray[np.bool_]:
 
 
 def orient(lifetimes: Sequence[Lifetime], offsets: Sequence[int]) -> Orientation:
-    """Return the order of a placement.
+    """Return the orientation of a placement.
 
-    Every pair alive together is oriented by (offset, index), a total order, so the relation has
-    no cycle. Pairs implied by two others are dropped: they bind nothing.
+    Every pair alive together is oriented by (offset, index), a total order, so the relation has no
+    cycle. Pairs implied transitively are dropped.
     """
     count = len(lifetimes)
     order = sorted(range(count), key=lambda i: (offsets[i], i))
@@ -68,7 +68,7 @@ def orient(lifetimes: Sequence[Lifetime], offsets: Sequence[int]) -> Orientation
 
 
 def prune(rows: Forms) -> Forms:
-    """Return the rows that can be the largest for some sizes >= 0: none below another
+    """Return the rows that can be the largest for some sizes >= 0: those not <= another
     everywhere."""
     rows = np.unique(rows, axis=0)
     if len(rows) < 2:
@@ -79,10 +79,10 @@ def prune(rows: Forms) -> Forms:
 
 
 class FormTable:
-    """Offsets as pruned forms; equal sets, as of repeated layers, are made and kept once.
+    """Offsets as pruned forms; equal sets, as in repeated layers, are stored once.
 
-    `sets[s]` are the distinct form sets, `of_buffer[i]` says which is buffer i's, and `top` are
-    the footprint's forms. `complete` is False if some buffer needs more than MAX_FORMS.
+    `sets[s]` are the distinct form sets, `of_buffer[i]` is the set of buffer i, and `top` are the
+    footprint's forms. `complete` is False if some buffer needs more than MAX_FORMS.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class FormTable:
         return self._ids[key]
 
     def _raise(self, parts: frozenset[tuple[int, int]]) -> Forms:
-        """Where the tops of these reach: each one's forms plus one of its own class."""
+        """Return the forms of the tops of these: each one's forms plus one of its own class."""
         rows = [np.zeros((1, self._class_count), dtype=np.int64)]
         for set_id, klass in sorted(parts):
             raised = self.sets[set_id].copy()
@@ -130,8 +130,8 @@ class FormTable:
 
 
 def live_forms(lifetimes: Sequence[Lifetime], size_class: Sequence[int], class_count: int) -> Forms:
-    """Return the lower bound as forms: how many buffers of each class every launch holds,
-    pruned."""
+    """Return the lower bound as pruned forms: the number of live buffers of each class, per
+    launch."""
     rows = np.zeros((1, class_count), dtype=np.int64)
     if lifetimes:
         delta = np.zeros((max(x.end for x in lifetimes) + 1, class_count), dtype=np.int64)

@@ -1,7 +1,8 @@
-"""Periods: equal layers ask for equal buffers, so a few are placed and the rest repeat those.
+"""Periods: equal layers have equal buffers, so a few layers are placed and their placement
+repeated.
 
-In: lifetimes and sizes of a graph of many equal layers. Out: placements of all buffers, each made
-of one for a graph of fewer layers whose middle is repeated, where that leaves no two on one byte::
+In: lifetimes and sizes of a graph with many equal layers. Out: placements of all buffers, each
+derived from one for fewer layers whose middle is repeated, if that causes no overlap::
 
     repeated(lifetimes, sizes, period, place)   # 12 layers: place() sees four, the first two repeat
 """
@@ -21,16 +22,17 @@ Ints = npt.NDArray[np.int64]
 Place = Callable[[Sequence[Lifetime], Sequence[int]], Iterator[list[int]]]
 
 UNITS = (1, 2)
-"""How many layers repeat together: two where buffers change places from one to the next."""
+"""How many layers repeat together: two if buffers swap places from one layer to the next."""
 SOLVED_LAYERS = (3, 4)
-"""How many layers are placed, two of them before those that repeat; which of both counts ends as it
-began depends on the number of layers."""
+"""How many layers are placed, two of them before the repeated ones. Both counts are tried, since
+the parity of the number of layers decides which one fits."""
 LEAST_REPEATS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """`repeats` runs of `count` buffers from the index `first`, each `span` launches later."""
+    """`repeats` runs of `count` buffers from index `first` on, each `span` launches after the
+    previous."""
 
     first: int
     count: int
@@ -39,8 +41,8 @@ class Period:
 
 
 def find_period(lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> Period | None:
-    """Return the longest run of buffers, in the order of their begins, that repeats itself; None
-    where less than `LEAST_REPEATS` layers do."""
+    """Return the longest periodic run of buffers in order of their begins; None if it has fewer
+    than `LEAST_REPEATS` repeats."""
     order = _order(lifetimes)
     begin = np.array([lifetimes[i].begin for i in order], dtype=np.int64)
     length = np.array([lifetimes[i].end for i in order], dtype=np.int64) - begin
@@ -56,7 +58,7 @@ def find_period(lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> Period |
         runs = np.diff(ends) - 1
         longest = int(runs.argmax())
         repeats = int(runs[longest]) // count + 1
-        # Of the same buffers the shortest period comes first.
+        # For the same buffers, the shortest period comes first.
         if span > 0 and (best is None or repeats * count > best.repeats * best.count):
             best = Period(int(ends[longest]), count, span, repeats)
     return best if best is not None and best.repeats >= LEAST_REPEATS else None
@@ -65,8 +67,8 @@ def find_period(lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> Period |
 def repeated(
     lifetimes: Sequence[Lifetime], sizes: Sequence[int], period: Period, place: Place
 ) -> Iterator[list[int]]:
-    """Placements, in bytes, that repeat what `place` finds for fewer layers; none where repeating
-    one would put two buffers on one byte."""
+    """Yield placements, in bytes, that repeat what `place` finds for fewer layers; skips those with
+    overlaps."""
     order = _order(lifetimes)
     for kept, unit in itertools.product(SOLVED_LAYERS, UNITS):
         left_out = (period.repeats - kept) // unit * unit
@@ -83,7 +85,7 @@ def _order(lifetimes: Sequence[Lifetime]) -> list[int]:
 
 
 def _cut(period: Period, left_out: int) -> tuple[int, int]:
-    """Return the places, in the order, of what is left out: after the first two layers."""
+    """Return the range of positions, in the order, that is left out: after the first two layers."""
     begin = period.first + 2 * period.count
     return begin, begin + left_out * period.count
 
@@ -91,14 +93,14 @@ def _cut(period: Period, left_out: int) -> tuple[int, int]:
 def _shorten(
     lifetimes: Sequence[Lifetime], order: Sequence[int], period: Period, left_out: int
 ) -> list[tuple[int, Lifetime]]:
-    """Return the buffers that are kept, and their lifetimes without the layers left out."""
+    """Return the kept buffers, with lifetimes that omit the layers left out."""
     begin, end = _cut(period, left_out)
     shift = left_out * period.span
     since = lifetimes[order[begin]].begin
     kept = []
     for place, i in enumerate(order):
         at = lifetimes[i]
-        if place < begin:  # what ends in the next layer does so in the one that follows now
+        if place < begin:  # a buffer that ends in the next layer still ends in the following one
             last = at.end if at.end <= since + period.span else max(since, at.end - shift)
             kept.append((i, Lifetime(at.begin, max(last, at.begin + 1))))
         elif place >= end:
@@ -119,7 +121,7 @@ def _repeat(
 
 
 def _overlap(lifetimes: Sequence[Lifetime], sizes: Sequence[int], offsets: Sequence[int]) -> bool:
-    """Return whether two buffers that are alive together share a byte."""
+    """Return whether two buffers alive at the same time share a byte."""
     begin = np.array([x.begin for x in lifetimes])
     end = np.array([x.end for x in lifetimes])
     low = np.array(offsets)

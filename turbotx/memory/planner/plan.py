@@ -22,7 +22,7 @@ CHUNK_NBYTES = 2 * 1024 * 1024
 
 
 class PlanError(TurbotxError):
-    """A memory plan, or the request for one, breaks a rule; the message names the buffers."""
+    """A memory plan, or the request for one, violates a rule; the message names the buffers."""
 
 
 def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
@@ -32,7 +32,7 @@ def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Lifetime:
-    """Half-open span of launch indices: alive in launches begin, ..., end - 1."""
+    """Half-open interval of launch indices: alive in launches begin, ..., end - 1."""
 
     begin: int
     end: int
@@ -45,13 +45,13 @@ class Lifetime:
             )
 
     def overlaps(self, other: Lifetime) -> bool:
-        """Return whether some launch is within both lifetimes."""
+        """Return whether both are alive in some launch."""
         return self.begin < other.end and other.begin < self.end
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """One block of memory at one concrete shape."""
+    """A buffer at one concrete shape."""
 
     name: str
     nbytes: int
@@ -67,7 +67,7 @@ class Placement:
 
     @property
     def end(self) -> int:
-        """Offset of the first byte behind the buffer."""
+        """Offset of the first byte after the buffer."""
         return self.offset + self.buffer.nbytes
 
 
@@ -81,10 +81,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every placement at one concrete shape, the chunks under them, and how good that is.
+    """All placements at one concrete shape, the chunks they lie in, and the plan's quality.
 
-    `peak_nbytes` is the arena's size; `lower_bound_nbytes` is the largest sum of aligned
-    bytes alive in one launch, which no plan can go below.
+    `peak_nbytes` is the arena's size; `lower_bound_nbytes` is the largest sum of aligned bytes
+    alive in one launch, which no plan can go below.
     """
 
     chunks: tuple[Chunk, ...]
@@ -113,10 +113,10 @@ class Plan:
 
 
 class Planner(Protocol):
-    """Places a fixed set of lifetimes, again and again, as the sizes change with the shape."""
+    """Places a fixed set of lifetimes repeatedly, as sizes change with the shape."""
 
     def offsets(self, class_nbytes: Sequence[int]) -> tuple[Sequence[int], int]:
-        """Offset in bytes of every buffer, and the footprint in bytes. The hot path."""
+        """Return the offset of every buffer and the footprint, in bytes. Called in the hot path."""
         ...
 
     def plan(self, class_nbytes: Sequence[int]) -> Plan:
@@ -158,18 +158,20 @@ class Workload:
 
     @property
     def class_count(self) -> int:
-        """Number of size classes: how many byte counts a shape is described by."""
+        """Number of size classes, that is, of byte counts that describe a shape."""
         return max(self.size_class, default=-1) + 1
 
     def aligned_sizes(self, class_nbytes: Sequence[int]) -> list[int]:
-        """Aligned bytes per buffer, from bytes per class."""
+        """Return aligned bytes per buffer, from bytes per class."""
         check_class_sizes(class_nbytes, self.class_count)
         rounded = [align(int(nbytes)) for nbytes in class_nbytes]
         return [rounded[c] for c in self.size_class]
 
     def buffers(self, class_nbytes: Sequence[int]) -> tuple[Buffer, ...]:
-        """Return the buffers at one shape. class_nbytes: bytes by size class; raises PlanError for
-        a wrong number of them or a negative one."""
+        """Return the buffers at one shape.
+
+        class_nbytes: bytes by size class; raises PlanError if too few or negative.
+        """
         check_class_sizes(class_nbytes, self.class_count)
         return tuple(
             Buffer(name, int(class_nbytes[c]), lifetime)
@@ -183,7 +185,7 @@ class Workload:
         peak_nbytes: int,
         chunks: tuple[Chunk, ...] | None = None,
     ) -> Plan:
-        """Return a Plan of these offsets; without `chunks`, the arena is whole 2 MB chunks."""
+        """Return a Plan with these offsets; by default the arena consists of whole 2 MiB chunks."""
         buffers = self.buffers(class_nbytes)
         if chunks is None:
             count = -(-peak_nbytes // CHUNK_NBYTES)

@@ -1,7 +1,7 @@
-"""Skyline placement: fill the lowest ledge first, with the buffer that a key prefers.
+"""Skyline placement: fill the lowest ledge first, with the preferred buffer that fits.
 
-In: lifetimes, sizes and a preference per buffer. Out: offsets. Buffers are rectangles whose time is
-fixed; the skyline is the top edge of what is placed. After Sekiyama et al., "Profile-guided memory
+In: lifetimes, sizes and a preference per buffer. Out: offsets. Buffers are rectangles with a fixed
+time; the skyline is the top edge of what is placed. After Sekiyama et al., "Profile-guided memory
 optimization for deep neural networks" (arXiv 1804.10001), with any key instead of the lifetime::
 
     skyline_fit(Boxes(begin, end, size), key=end - begin)      # longest lifetime first
@@ -23,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Boxes:
-    """Buffers as arrays: alive in [begin, end), `size` bytes each, none of them empty."""
+    """Buffers as arrays: alive in [begin, end), `size` bytes each, all > 0."""
 
     begin: Ints
     end: Ints
@@ -40,9 +40,9 @@ class Boxes:
 
 
 def skyline_fit(boxes: Boxes, key: Floats) -> list[int]:
-    """Offsets in bytes; each ledge takes the buffer of largest `key` that fits between its walls.
+    """Return offsets in bytes; each ledge takes the buffer of largest `key` that fits on it.
 
-    Where none fits, the ledge is raised to its lower neighbour: that space stays unused.
+    If none fits, the ledge is raised to its lower neighbour and that space stays unused.
     """
     order = np.argsort(-key, kind="stable")
     begin, end = boxes.begin[order], boxes.end[order]
@@ -78,7 +78,7 @@ def _raise_ledge(ledges: list[tuple[int, int, int]], at: int) -> None:
 def _replace_ledge(
     ledges: list[tuple[int, int, int]], at: int, pieces: list[tuple[int, int, int]]
 ) -> None:
-    """Put pieces in place of one ledge, joining those of equal height with their neighbours."""
+    """Replace one ledge by pieces, merging neighbours of equal height."""
     first, last = max(0, at - 1), at + 2
     joined: list[tuple[int, int, int]] = []
     for piece in [*ledges[first:at], *pieces, *ledges[at + 1 : last]]:

@@ -1,8 +1,8 @@
-"""The solver for one shape: as near to the lower bound as its budget allows.
+"""The solver for one shape: as close to the lower bound as its budget allows.
 
 In: lifetimes and aligned sizes. Out: offsets and a footprint. A portfolio of greedy and skyline
-orders comes first, then a bounded local search over the best order's keys; both stop as soon as
-the footprint is the lower bound::
+orders comes first, then a bounded local search over the best order's keys; both stop as soon as the
+footprint equals the lower bound::
 
     solve(lifetimes, [512, 256, 512]).offsets   # -> (0, 512, 0)
 """
@@ -29,7 +29,7 @@ _KEY_EXPONENTS = ((2.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0), (0.0, 1.0), (1
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """Offsets in bytes at one shape; `optimal` when the footprint is the lower bound."""
+    """Offsets in bytes at one shape; `optimal` if the footprint equals the lower bound."""
 
     offsets: tuple[int, ...]
     footprint_nbytes: int
@@ -48,9 +48,9 @@ def solve(
     max_evaluations: int = MAX_EVALUATIONS,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> Solution:
-    """Return the best placement within the budget; the same each time unless the clock cuts in.
+    """Return the best placement within the budget; deterministic unless the time limit is reached.
 
-    An evaluation is one placement of all buffers: 0.3 ms for 60 buffers, 5 ms for 450.
+    One evaluation places all buffers: 0.3 ms for 60 buffers, 5 ms for 450.
     """
     stop_at = time.perf_counter() + time_limit_s
     bound = lower_bound(
@@ -69,7 +69,8 @@ def solve(
 def optima(
     lifetimes: Sequence[Lifetime], sizes: Sequence[int], max_evaluations: int = MAX_EVALUATIONS
 ) -> Iterator[list[int]]:
-    """Placements, in bytes, whose footprint is the lower bound, of those that `solve` looks at."""
+    """Yield the placements, in bytes, whose footprint is the lower bound, among those `solve`
+    tries."""
     bound = lower_bound(
         Buffer("", nbytes, lifetime) for lifetime, nbytes in zip(lifetimes, sizes, strict=True)
     )
@@ -79,7 +80,7 @@ def optima(
 
 
 def portfolio(lifetimes: Sequence[Lifetime], sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Placements by each greedy order and each skyline key, in bytes."""
+    """Yield the placements of each greedy order and each skyline key, in bytes."""
     for order in _greedy_orders(lifetimes, sizes):
         yield fit(lifetimes, sizes, order)
     kept = [i for i, nbytes in enumerate(sizes) if nbytes]
@@ -120,10 +121,10 @@ def _spread(offsets: Sequence[int], kept: Sequence[int], count: int) -> list[int
 
 
 def _search(boxes: Boxes, seed: int = 0) -> Iterator[list[int]]:
-    """Skyline placements by keys that are varied from the best one so far, without end.
+    """Yield skyline placements for keys varied from the best one so far, without end.
 
-    First random mixtures of lifetime and size, then steps: half of them lift a buffer that
-    reaches the top 3 % of the footprint, all of them shake a few others.
+    First random mixtures of lifetime and size, then local steps: half of them raise the key of a
+    buffer that reaches the top 3 % of the footprint, all of them perturb a few others.
     """
     random = np.random.default_rng(seed)
     count = len(boxes.size)

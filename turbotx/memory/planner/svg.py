@@ -1,7 +1,7 @@
-"""A picture of a plan: address up, launches to the right, one box a buffer, coloured by layer.
+"""A picture of a plan: address up, launches to the right, one box per buffer, coloured by layer.
 
-In: a Plan, and what layer a buffer's name belongs to. Out: SVG text that stands alone; hovering
-over a box names the buffer::
+In: a Plan, and a function from a buffer's name to its layer. Out: standalone SVG text; hovering
+over a box shows the buffer's name::
 
     Path("memory.svg").write_text(plan_to_svg(plan, lambda name: name.rsplit("_", 1)[-1]))
 """
@@ -19,7 +19,8 @@ _WIDTH, _HEIGHT = 900.0, 420.0
 _LEFT, _TOP, _RIGHT = 76.0, 46.0, 16.0
 _LEGEND_COLUMNS, _LEGEND_ROW = 6, 18.0
 _TURN = 137.508
-"""Degrees of hue between one layer and the next, the golden angle: neighbours differ most."""
+"""Degrees of hue between one layer and the next: the golden angle, so that neighbours differ
+most."""
 
 _STYLE = """
   text { font: 12px system-ui, sans-serif; fill: #333; }
@@ -40,7 +41,7 @@ _STYLE = """
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """From launches and bytes to pixels."""
+    """Maps launches and bytes to pixels."""
 
     launches: int
     nbytes: int
@@ -53,10 +54,10 @@ class _Scale:
 
 
 def plan_to_svg(plan: Plan, layer_of: Callable[[str], object]) -> str:
-    """SVG of address (MiB, up) over time (launches, right), with the live bytes drawn over it.
+    """Return the SVG of address (MiB, up) over time (launches, right), with live bytes as a line.
 
-    `layer_of` maps a buffer's name to anything printable; equal answers get one colour, in the
-    order in which they first appear.
+    `layer_of` maps a buffer's name to anything printable; equal layers get one colour, in order of
+    first appearance.
     """
     launches = max((p.buffer.lifetime.end for p in plan.placements), default=1)
     scale = _Scale(launches, max(plan.peak_nbytes, plan.lower_bound_nbytes, 1))
@@ -115,7 +116,7 @@ def _text(x: float, y: float, text: str, anchor: str = "middle", style: str = ""
 
 def _axes(plan: Plan, scale: _Scale) -> Iterator[str]:
     left, right, bottom = scale.x(0), scale.x(scale.launches), scale.y(0)
-    for chunk in plan.chunks[:512]:  # more lines than pixels would only be a grey wall
+    for chunk in plan.chunks[:512]:  # more lines than pixels would be solid grey
         if 0 < chunk.offset < scale.nbytes:
             y = scale.y(chunk.offset)
             yield _line("chunk", (left, y), (right, y))
@@ -142,7 +143,7 @@ def _box(placement: Placement, scale: _Scale, layer: str, colours: dict[str, str
 
 
 def _live_line(plan: Plan, scale: _Scale) -> Iterator[str]:
-    """How many bytes each launch holds, and the lower bound, which is their maximum."""
+    """Draw the live bytes of each launch, and the lower bound, which is their maximum."""
     change = [0] * (scale.launches + 1)
     for placement in plan.placements:
         change[placement.buffer.lifetime.begin] += placement.buffer.nbytes

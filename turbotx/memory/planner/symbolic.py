@@ -1,7 +1,8 @@
-"""The default planner: solves a few shapes, keeps the buffers' order, evaluates offsets at others.
+"""The default planner: solves a few shapes, keeps the order of buffers, evaluates offsets
+elsewhere.
 
-In: lifetimes, size classes and the sizes of a seed shape, once; then sizes per shape. Out: offsets
-in microseconds, overlap-free for every shape (docs/memory.md has the proof)::
+In: lifetimes, size classes and sizes at a seed shape, once; then sizes per shape. Out: offsets
+within microseconds, without overlap at any shape (proof in docs/memory.md)::
 
     planner = SymbolicPlanner(workload, seed_sizes=[393_216, 1_179_648])
     planner.offsets([3_072, 9_216])        # -> ([0, 3072, 12288, ...], 21504)
@@ -27,7 +28,7 @@ _ROUND_MASK = np.int64(-ALIGNMENT)
 class _Evaluator:
     """All forms of all orientations in one matrix, so that a plan is one product and one maximum.
 
-    Row groups are the distinct offsets of each orientation, then one footprint an orientation.
+    Row groups are the distinct offsets of each orientation, then one footprint per orientation.
     """
 
     def __init__(self, tables: Sequence[FormTable]) -> None:
@@ -52,7 +53,7 @@ class _Evaluator:
 
 
 class _Walker:
-    """Follows the order from the bottom up: for graphs whose forms are too many to keep."""
+    """Walks the order from the bottom up, for graphs with too many forms to store."""
 
     def __init__(self, orientation: Orientation, size_class: Sequence[int]) -> None:
         self._orientation = orientation
@@ -70,11 +71,11 @@ class _Walker:
 
 
 class SymbolicPlanner:
-    """Evaluates orientations of solved shapes; nothing in it changes, so threads share it.
+    """Evaluates orientations of solved shapes; immutable, so threads may share it.
 
-    `in_use`: the orientations it chooses from, the one with the smallest footprint at each shape.
-    `seed_sizes` are bytes per class at one shape; `sample_sizes`, if given, at more of the
-    shapes to expect, and the orientations are chosen to be good at all of them.
+    in_use: the orientations it chooses from, by the smallest footprint at each shape.
+    seed_sizes: bytes per class at one shape.
+    sample_sizes: the same at further expected shapes; orientations are chosen to suit all of them.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class SymbolicPlanner:
     def of_orientations(
         cls, workload: Workload, orientations: Sequence[Orientation]
     ) -> SymbolicPlanner:
-        """Return a planner of orientations that another one of the same workload has chosen."""
+        """Return a planner with orientations that were chosen for the same workload before."""
         planner = cls.__new__(cls)
         planner._set_workload(workload)
         planner._set_orientations(orientations)
@@ -117,14 +118,16 @@ class SymbolicPlanner:
 
     @property
     def form_count(self) -> int:
-        """Linear forms that one plan evaluates; 0 if the order is walked instead."""
+        """Number of linear forms evaluated per plan; 0 if the order is walked instead."""
         return self._evaluate.form_count
 
     @property
     def optimal_everywhere(self) -> bool:
-        """Whether the footprint is proven to be the lower bound for all sizes, not only sampled.
+        """Whether the footprint provably equals the lower bound at all sizes, not only sampled
+        ones.
 
-        True if some orientation's every footprint form is covered by what one launch holds.
+        True if, for some orientation, every footprint form is covered by the live buffers of one
+        launch.
         """
         return any(
             all(bool((row <= self.live).all(axis=1).any()) for row in top) for top in self._tops
@@ -150,9 +153,9 @@ class SymbolicPlanner:
 def solve_orientations(
     workload: Workload, seed_sizes: Sequence[int], sample_sizes: Sequence[Sequence[int]] = ()
 ) -> tuple[Orientation, ...]:
-    """Return the orientations that a `SymbolicPlanner` of this seed and these samples has."""
+    """Return the orientations that a `SymbolicPlanner` with this seed and these samples uses."""
     count = workload.class_count
-    # An empty buffer has no place of its own; one byte gives it one for larger shapes.
+    # An empty buffer would have no position; one byte gives it one for larger shapes.
     seed = np.maximum(_align(seed_sizes, count), ALIGNMENT)
     samples = np.zeros((count, 0), dtype=np.int64)
     if len(sample_sizes):

@@ -211,7 +211,7 @@ class PackedGraphProgram(PackedProgram, CudaGraphProgram):
             found = [*dims, room_for(tokens)]
         return tuple(found)
 
-    def dims_to_run(self, dims: Sequence[int]) -> Sequence[int]:
+    def effective_dims(self, dims: Sequence[int]) -> Sequence[int]:
         """Return the dims that a call of these runs with, its tokens among them."""
         *padded, tokens = dims
         return self.room_of(padded, tokens)

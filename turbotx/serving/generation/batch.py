@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from turbotx.engine.cache_rows import CacheRow, compose, let_go_row, memory_of, put_row
+from turbotx.engine.cache_rows import CacheRow, compose, free_row, memory_of, put_row
 from turbotx.serving.generation.sampling import Logits
 from turbotx.serving.generation.slots import Entry, Rebuild, Slots
 
@@ -102,7 +102,7 @@ class DecodeBatch:
         """Let a sequence take part no more; its blocks of memory are free at once."""
         for row, entry in enumerate(self.slots.rows):
             if entry is not None and entry.key == key:
-                let_go_row(self._cache, row)
+                free_row(self._cache, row)
         self.slots.leave(key)
         self._tokens.pop(key, None)
 

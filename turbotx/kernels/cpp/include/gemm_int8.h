@@ -9,11 +9,11 @@
 // A row that holds NaN or an infinity gets the scale NaN, and so a result of NaN.
 #pragma once
 
-#include <cmath>
 #include <limits>
 
 #include "gemm.h"
 #include "gemm_int8_amx.h"
+#include "libm.h"
 
 namespace ttx {
 
@@ -103,7 +103,7 @@ float quantize_row(const T* x, long k, long depth, std::int8_t* q) {
   if (finite) {
 #pragma omp simd
     for (long i = 0; i < k; ++i)
-      q[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(std::nearbyint(to_float(x[i]) * inverse)));
+      q[i] = static_cast<std::int8_t>(static_cast<std::int32_t>(libm::nearbyint(to_float(x[i]) * inverse)));
   }
   for (long i = finite ? k : 0; i < depth; ++i) q[i] = 0;
   return finite ? scale : std::numeric_limits<float>::quiet_NaN();

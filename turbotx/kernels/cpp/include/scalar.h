@@ -4,13 +4,12 @@
 //   example:  ttx::remainder(-7, 3) == 2;   ttx::cast<int64_t>(2.9f) == 2
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
 #include <type_traits>
 
+#include "libm.h"
 #include "storage.h"
 #include "vecmath.h"
 
@@ -72,6 +71,12 @@ inline T fma(T a, T b, T c) {
 #endif
 }
 
+// Every element of an array becomes one value.
+template <class T, long N>
+inline void fill(T (&elements)[N], T value) {
+  for (T& element : elements) element = value;
+}
+
 template <class To, class From>
 inline To cast(From x) { return static_cast<To>(x); }
 
@@ -122,32 +127,32 @@ template <real T>
 inline T minimum(T a, T b) { return b != b || b < a ? b : a; }
 template <real T>
 inline T floordiv(T a, T b) {
-  T remains = std::fmod(a, b), quotient = (a - remains) / b;
+  T remains = libm::fmod(a, b), quotient = (a - remains) / b;
   if (b == 0) return a / b;
   if (remains != 0 && (b < 0) != (remains < 0)) quotient -= 1;
-  if (quotient == 0) return std::copysign(T(0), a / b);
-  T whole = std::floor(quotient);
+  if (quotient == 0) return libm::copysign(T(0), a / b);
+  T whole = libm::floor(quotient);
   return quotient - whole > T(0.5) ? whole + 1 : whole;
 }
 template <real T>
-inline T truncdiv(T a, T b) { return std::trunc(a / b); }
+inline T truncdiv(T a, T b) { return libm::trunc(a / b); }
 template <real T>
-inline T fmod(T a, T b) { return std::fmod(a, b); }
+inline T fmod(T a, T b) { return libm::fmod(a, b); }
 template <real T>
 inline T remainder(T a, T b) {
-  T remains = std::fmod(a, b);
+  T remains = libm::fmod(a, b);
   return remains != 0 && (b < 0) != (remains < 0) ? remains + b : remains;
 }
 template <real T>
 inline T sign(T x) { return x != x ? T(0) : static_cast<T>((x > 0) - (x < 0)); }
 template <real T>
-inline T floor(T x) { return std::floor(x); }
+inline T floor(T x) { return libm::floor(x); }
 template <real T>
-inline T ceil(T x) { return std::ceil(x); }
+inline T ceil(T x) { return libm::ceil(x); }
 template <real T>
-inline T trunc(T x) { return std::trunc(x); }
+inline T trunc(T x) { return libm::trunc(x); }
 template <real T>
-inline T round(T x) { return std::nearbyint(x); }
+inline T round(T x) { return libm::nearbyint(x); }
 template <real T>
 inline bool isnan(T x) { return x != x; }
 template <real T>
@@ -167,49 +172,49 @@ inline T round(T x) { return x; }
 
 // Rarely needed functions: the C library's own, for float as for double.
 template <real T>
-inline T erfc(T x) { return std::erfc(x); }
+inline T erfc(T x) { return libm::erfc(x); }
 template <real T>
-inline T log10(T x) { return std::log10(x); }
+inline T log10(T x) { return libm::log10(x); }
 template <real T>
-inline T tan(T x) { return std::tan(x); }
+inline T tan(T x) { return libm::tan(x); }
 template <real T>
-inline T asin(T x) { return std::asin(x); }
+inline T asin(T x) { return libm::asin(x); }
 template <real T>
-inline T acos(T x) { return std::acos(x); }
+inline T acos(T x) { return libm::acos(x); }
 template <real T>
-inline T atan(T x) { return std::atan(x); }
+inline T atan(T x) { return libm::atan(x); }
 template <real T>
-inline T atan2(T y, T x) { return std::atan2(y, x); }
+inline T atan2(T y, T x) { return libm::atan2(y, x); }
 template <real T>
-inline T sinh(T x) { return std::sinh(x); }
+inline T sinh(T x) { return libm::sinh(x); }
 template <real T>
-inline T cosh(T x) { return std::cosh(x); }
+inline T cosh(T x) { return libm::cosh(x); }
 template <real T>
-inline T asinh(T x) { return std::asinh(x); }
+inline T asinh(T x) { return libm::asinh(x); }
 template <real T>
-inline T acosh(T x) { return std::acosh(x); }
+inline T acosh(T x) { return libm::acosh(x); }
 template <real T>
-inline T atanh(T x) { return std::atanh(x); }
+inline T atanh(T x) { return libm::atanh(x); }
 template <real T>
-inline T hypot(T x, T y) { return std::hypot(x, y); }
+inline T hypot(T x, T y) { return libm::hypot(x, y); }
 template <real T>
-inline T copysign(T magnitude, T sign_of) { return std::copysign(magnitude, sign_of); }
+inline T copysign(T magnitude, T sign_of) { return libm::copysign(magnitude, sign_of); }
 
 // double: the C library's functions.
-inline double exp(double x) { return std::exp(x); }
-inline double exp2(double x) { return std::exp2(x); }
-inline double expm1(double x) { return std::expm1(x); }
-inline double log(double x) { return std::log(x); }
-inline double log2(double x) { return std::log2(x); }
-inline double log1p(double x) { return std::log1p(x); }
-inline double sqrt(double x) { return std::sqrt(x); }
-inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
-inline double sin(double x) { return std::sin(x); }
-inline double cos(double x) { return std::cos(x); }
-inline double tanh(double x) { return std::tanh(x); }
-inline double erf(double x) { return std::erf(x); }
-inline double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
-inline double pow(double x, double y) { return std::pow(x, y); }
-inline double abs(double x) { return std::fabs(x); }
+inline double exp(double x) { return libm::exp(x); }
+inline double exp2(double x) { return libm::exp2(x); }
+inline double expm1(double x) { return libm::expm1(x); }
+inline double log(double x) { return libm::log(x); }
+inline double log2(double x) { return libm::log2(x); }
+inline double log1p(double x) { return libm::log1p(x); }
+inline double sqrt(double x) { return libm::sqrt(x); }
+inline double rsqrt(double x) { return 1.0 / libm::sqrt(x); }
+inline double sin(double x) { return libm::sin(x); }
+inline double cos(double x) { return libm::cos(x); }
+inline double tanh(double x) { return libm::tanh(x); }
+inline double erf(double x) { return libm::erf(x); }
+inline double sigmoid(double x) { return 1.0 / (1.0 + libm::exp(-x)); }
+inline double pow(double x, double y) { return libm::pow(x, y); }
+inline double abs(double x) { return libm::fabs(x); }
 
 }  // namespace ttx

@@ -17,7 +17,6 @@
 // from the lowest power up and the rest fitted again. Interval and accuracy stand beside each.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <type_traits>

@@ -4,7 +4,6 @@
 // They vectorise at half the width of the others. Included by vecmath.h; not for vector types.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
 
