@@ -1,7 +1,7 @@
-"""Ambient state: global settings around a call that decide what PyTorch computes.
+"""Ambient state: PyTorch's global settings that affect what a call computes.
 
-In: nothing; it is read from PyTorch, for this thread. Out: a tuple that is part of what a call is
-told from others by (under a microsecond), and ways to run without it::
+In: nothing; the settings are read from PyTorch, for the current thread. Out: a tuple that is part
+of a call's key (read in under a microsecond), and contexts that turn some settings off::
 
     read_ambient()  ->  ((("cpu", torch.bfloat16),), torch.float32, (), False, ...)
 """
@@ -22,7 +22,7 @@ import torch
 from turbotx.errors import CaptureError
 
 Ambient = tuple[Any, ...]
-"""What `read_ambient` returns, in the order of NAMES."""
+"""The type of `read_ambient`'s result; the values are in the order of NAMES."""
 
 NAMES = (
     "torch.autocast", "torch.get_default_dtype", "torch.get_default_device and the like",
@@ -36,10 +36,11 @@ NAMES = (
 )  # fmt: skip
 
 DECISIVE = 3
-"""The first ones decide every trace; the others where Python code asks for them (`watch_reads`)."""
+"""The first DECISIVE settings affect every trace; the others only where Python code reads them
+(`watch_reads`)."""
 
 DEVICES = ("cpu", "cuda")
-"""What turbotx runs on: autocast for others does not touch it."""
+"""The device types that turbotx runs on; autocast on other devices is ignored."""
 
 _C: Any = torch._C
 _any_autocast: Callable[[], bool] = _C._is_any_autocast_enabled
@@ -55,12 +56,12 @@ _GETTERS: tuple[Callable[[], Any], ...] = (
 
 
 def read_ambient() -> Ambient:
-    """Return all of it as it is now in this thread: hashable, equal where nothing changed."""
+    """Return all settings of the current thread: hashable, and equal if nothing has changed."""
     return (*read_decisive(), *(get() for get in _GETTERS))
 
 
 def read_decisive() -> Ambient:
-    """Return the part that decides every trace, in a third of a microsecond."""
+    """Return only the settings that affect every trace; takes a third of a microsecond."""
     return (
         _autocast() if _any_autocast() else (),
         _default_dtype(),
@@ -69,30 +70,31 @@ def read_decisive() -> Ambient:
 
 
 def read_asked(places: Sequence[int]) -> Ambient:
-    """Return what stands at some of the later places of NAMES."""
+    """Return the settings at the given indices of NAMES, each at least DECISIVE."""
     return tuple(_GETTERS[k - DECISIVE]() for k in places)
 
 
 def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
-    """Return the devices for which autocast is on, each with its dtype."""
+    """Return the devices that autocast is on for, each with its dtype."""
     on = [name for name in DEVICES if torch.is_autocast_enabled(name)]
     return tuple((name, torch.get_autocast_dtype(name)) for name in on)
 
 
 def _modes() -> tuple[Any, ...]:
-    """Return what intercepts PyTorch's functions: devices of `with torch.device(...)`, by name, and
-    other modes as they are."""
+    """Return the active TorchFunctionModes: those of `with torch.device(...)` as device names,
+    others as they are."""
     modes = [_C._get_function_stack_at(k) for k in range(_count_modes())]
     return tuple(str(d) if (d := getattr(m, "device", None)) is not None else m for m in modes)
 
 
 def unknown_modes(ambient: Ambient) -> list[str]:
-    """Return the types of the TorchFunctionModes around, less those that only set a device."""
+    """Return the type names of the active TorchFunctionModes, except those that only set a
+    device."""
     return [type(mode).__name__ for mode in ambient[2] if not isinstance(mode, str)]
 
 
 def differences(ambient: Ambient, wanted: Ambient, asked: Sequence[int]) -> list[str]:
-    """Return in words what differs, of the decisive ones and of those `asked` for."""
+    """Describe how two ambient states differ, among the decisive settings and those in `asked`."""
     return [
         f"{NAMES[k]}: {_show(k, ambient[k])} now, {_show(k, wanted[k])} then"
         for k in (*range(DECISIVE), *asked)
@@ -109,7 +111,7 @@ def _show(place: int, value: Any) -> str:
 
 
 def without_autocast() -> AbstractContextManager[object]:
-    """Turn autocast off in this thread, inside the context."""
+    """Context manager: turn autocast off in this thread."""
     return _Off() if _any_autocast() else _NOTHING
 
 
@@ -129,8 +131,10 @@ class _Off:
 
 @contextmanager
 def no_autocast_cache() -> Iterator[None]:
-    """Turn off autocast's cache in this thread, inside the context: a trace would leave fakes
-    in it, and would miss the casts that are in it."""
+    """Context manager: turn off autocast's weight cache in this thread.
+
+    A trace would leave fake tensors in the cache, and would miss the casts that are already cached.
+    """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -139,7 +143,7 @@ def no_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
-# --- what Python code asks for ---
+# # --- settings read by Python code ---
 
 _WATCHED: tuple[tuple[Any, str, int], ...] = (
     (torch, "are_deterministic_algorithms_enabled", 3),
@@ -160,11 +164,11 @@ _INSIDE = str(Path(torch.__file__).parent) + os.sep
 
 @contextmanager
 def watch_reads(ambient: Ambient) -> Iterator[set[int]]:
-    """Context manager: collect, for this thread, the places in NAMES of the ambient settings that
-    code reads.
+    """Context manager: collect the indices in NAMES of the settings that this thread's code reads.
 
-    A trace runs without gradients: who asks for the mode, outside PyTorch itself (which asks all
-    the time, and whose results do not depend on it), is told the caller's. One at a time.
+    A trace runs without gradients, so code outside PyTorch that asks for the gradient mode gets the
+    caller's mode; PyTorch's own code asks all the time, and its results do not depend on it. Not
+    reentrant.
     """
     asked: set[int] = set()
     thread = threading.get_ident()
@@ -174,7 +178,7 @@ def watch_reads(ambient: Ambient) -> Iterator[set[int]]:
             if original is not None:
                 watched = _watched(original, place, ambient, asked, thread)
                 stack.enter_context(patch.object(owner, name, watched))
-        setter = "_set_default_dtype"  # private: what each public way to set it calls
+        setter = "_set_default_dtype"  # # private: every public setter calls it
         if hasattr(_C, setter):
             refusing = _refusing(getattr(_C, setter), thread)
             stack.enter_context(patch.object(_C, setter, refusing))
@@ -182,8 +186,8 @@ def watch_reads(ambient: Ambient) -> Iterator[set[int]]:
 
 
 def _refusing(original: Callable[[Any], None], thread: int) -> Callable[[Any], None]:
-    """Let the model not change the default dtype: what it makes afterwards would be of the one
-    that the trace is taken apart in."""
+    """Return a setter that raises CaptureError when the model changes the default dtype: tensors
+    made afterwards would have the dtype set during the trace, not the one at call time."""
 
     def set_default_dtype(dtype: torch.dtype) -> None:
         if threading.get_ident() == thread and dtype != _default_dtype():

@@ -1,8 +1,8 @@
 """Arguments: flattens a call's nested arguments to a list of leaves, and rebuilds them.
 
 In: args and kwargs: tensors and constants, in containers and objects at any depth. Out: their
-leaves, a hashable structure that rebuilds the same from other leaves, and what calls are told
-apart by; what cannot be taken apart is refused by name::
+leaves, a hashable structure from which `rebuild` makes the same arguments around other leaves, and
+the parts of a call's key. Objects that cannot be flattened raise an error that names them::
 
     flatten_call((x, Batch(shift=y)), {"scale": 0.5})  ->  [x, y, 0.5], structure
 """
@@ -35,8 +35,10 @@ _MOST_DEEP = 40
 
 @dataclass(frozen=True)
 class Opened:
-    """A structure with objects that pytree does not know; parts: which of its leaves they are, and
-    what they are made of."""
+    """A structure that contains objects unknown to pytree.
+
+    parts: the index among the leaves of `spec` of each such object, and how to rebuild it.
+    """
 
     spec: pytree.TreeSpec
     parts: tuple[tuple[int, ReducedObject], ...]
@@ -44,8 +46,9 @@ class Opened:
 
 @dataclass(frozen=True)
 class ReducedObject:
-    """An object as what copies it: a call of `make` with `count` arguments, then its state, its
-    items and its entries; `inner` is the structure of all of these, of `leaves` leaves."""
+    """How to rebuild an object, following the protocol of `copy`: call `make`, then set the state,
+    append the items and set the entries. `inner` is the structure of all of these, with `leaves`
+    leaves."""
 
     make: Callable[..., Any]
     set_state: Callable[[Any, Any], None] | None
@@ -57,7 +60,7 @@ Structure = pytree.TreeSpec | Opened
 
 
 class _Refused(Exception):
-    """path: from the object outwards."""
+    """An object that cannot be flattened. path: its keys, innermost first."""
 
     def __init__(self, value: Any, why: str) -> None:
         super().__init__(why)
@@ -65,13 +68,13 @@ class _Refused(Exception):
         self.path: list[str] = []
 
 
-# --- taking apart ---
+# # --- flattening ---
 
 
 def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Structure]:
     """Return the leaves of a call, tensors and constants, and their structure.
 
-    Raises InputError, naming the argument, for what is neither and cannot be taken apart.
+    Raises InputError, naming the argument, for an object that is neither and cannot be flattened.
     """
     tree = (tuple(args), dict(kwargs))
     try:
@@ -84,7 +87,7 @@ def flatten_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[A
 
 
 def _name_argument(path: str) -> str:
-    """[0][1].shift -> 1.shift, [1]['b'] -> 'b'."""
+    """Turn a pytree path into an argument's name: [0][1].shift -> 1.shift, [1]['b'] -> 'b'."""
     which, rest = path[:3], path[3:]
     end = rest.find("]")
     first = rest[1:end]
@@ -121,24 +124,24 @@ def _flatten(tree: Any, depth: int) -> tuple[list[Any], Structure]:
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is torch.Size  # pytree makes a tuple of it
+    return type(value) is torch.Size  # # pytree would turn it into a tuple
 
 
 def is_float(value: Any) -> bool:
-    """Return whether a leaf is a Python float that becomes an input of the program."""
+    """Return whether a leaf is a Python float, which becomes an input of the program."""
     return type(value) is float
 
 
 def is_leaf(value: Any) -> bool:
-    """Return whether a leaf is a tensor or a constant: a value that cannot change, or an object
-    compared by identity."""
+    """Return whether a value is a leaf: a tensor, an immutable constant, or an object compared by
+    identity."""
     if isinstance(value, torch.Tensor) or type(value) in _BY_VALUE:
         return True
     if isinstance(value, _BY_IDENTITY):
         return not isinstance(getattr(value, "__self__", None), torch.Tensor)
     if isinstance(value, (int, str, float)) and not hasattr(value, "__dict__"):
         return True
-    if type(value) is object:  # tells nothing but itself from others
+    if type(value) is object:  # # a sentinel, compared by identity
         return True
     if isinstance(value, (set, frozenset)):
         return all(is_leaf(x) and not isinstance(x, torch.Tensor) for x in value)
@@ -181,7 +184,7 @@ _REFUSALS: tuple[tuple[Callable[[Any], bool], str], ...] = (
 
 
 def _open(value: Any, depth: int) -> tuple[list[Any], ReducedObject]:
-    """Return an object's leaves and how it is made of them, by the protocol that copies it."""
+    """Flatten an object by the protocol of `copy`: return its leaves and how to rebuild it."""
     for holds, why in _REFUSALS:
         if holds(value):
             raise _Refused(value, why)
@@ -218,11 +221,12 @@ def _open(value: Any, depth: int) -> tuple[list[Any], ReducedObject]:
 
 
 _by_bytes: set[type] = set()
-"""Classes of objects that are copied by way of bytes, which say nothing here."""
+"""Classes whose objects are copied as bytes, which cannot be flattened."""
 
 
 class Untouchable:
-    """Stands in a trace for what is not Python's own, and refuses to be looked at."""
+    """Stands in for an object that cannot be flattened during a trace; reading an attribute raises
+    InputError."""
 
     def __init__(self, cls: type) -> None:
         self._cls = cls
@@ -242,7 +246,7 @@ def _make_slice(content: Any) -> slice:
 
 
 def _shorten(path: str) -> str:
-    """Write the path to what an object holds as its user would: [1]['shift'] becomes .shift."""
+    """Write the path inside an object as its user would: [1]['shift'] becomes .shift."""
     which, rest = path[:3], path[3:]
     if which == "[1]" and rest.startswith("['"):
         name, _, more = rest[2:].partition("']")
@@ -250,11 +254,11 @@ def _shorten(path: str) -> str:
     return rest
 
 
-# --- and back ---
+# # --- rebuilding ---
 
 
 def rebuild(leaves: Sequence[Any], structure: Structure) -> Any:
-    """Return args and kwargs again, new containers and objects around other leaves."""
+    """Return args and kwargs as new containers and objects around the given leaves."""
     if isinstance(structure, pytree.TreeSpec):
         return pytree.tree_unflatten(leaves, structure)
     given, at = iter(leaves), dict(structure.parts)
@@ -292,12 +296,12 @@ def _rebuild_part(leaves: Sequence[Any], part: ReducedObject) -> Any:
     return made
 
 
-# --- telling calls apart ---
+# # --- keys ---
 
 
 def describe_leaf(leaf: Any) -> Any:
-    """Return what of a leaf decides which capture a call belongs to: all of a constant, less the
-    value of a float, which is an input; a tensor's dtype, device, rank and order in memory."""
+    """Return a leaf's part of the key that selects a capture: a constant's value; for a float,
+    which is an input, only its type; a tensor's dtype, device, rank and memory order."""
     if isinstance(leaf, torch.Tensor):
         return key_of(leaf)
     if is_float(leaf):
@@ -306,7 +310,8 @@ def describe_leaf(leaf: Any) -> Any:
 
 
 def _value_of(leaf: Any) -> Any:
-    """Return a constant so that equal ones are the same to a program: 0.0 and -0.0 are not."""
+    """Return a constant as a key whose equality means the same to a program: 0.0 and -0.0
+    differ."""
     if isinstance(leaf, complex):
         return leaf.real.hex(), leaf.imag.hex()
     if isinstance(leaf, (set, frozenset)):
@@ -317,7 +322,7 @@ def _value_of(leaf: Any) -> Any:
 
 
 def carry(leaves: Sequence[Any]) -> list[torch.Tensor]:
-    """Return what a program is fed with: the tensors in order, floats in tensors of no dims."""
+    """Return the program's input tensors: the tensors in order, and floats as 0-d tensors."""
     device = next((x.device for x in leaves if isinstance(x, torch.Tensor)), None)
     return [
         x if isinstance(x, torch.Tensor) else carry_float(x, device)
@@ -327,17 +332,17 @@ def carry(leaves: Sequence[Any]) -> list[torch.Tensor]:
 
 
 def tensors_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Return what a program is fed with for a call. Tensors of any shape and dtype, in the order of
-    the inputs."""
+    """Return the program's input tensors for a call, of any shape and dtype, in the order of the
+    inputs."""
     return carry(flatten_call(args, kwargs)[0])
 
 
 def carry_float(value: float, device: torch.device | None) -> torch.Tensor:
-    """Return a float argument as a 0-d float64 tensor, so that a program reads it at run time."""
+    """Return a float argument as a 0-d float64 tensor, which a program reads at run time."""
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-# --- what a call changes ---
+# # --- changes made by a call ---
 
 
 def changed_arguments(
@@ -347,9 +352,9 @@ def changed_arguments(
     structure: Structure,
     output: Any,
 ) -> list[str]:
-    """Return the arguments whose containers a call has changed and does not return.
+    """Return the names of the arguments whose containers a call modifies without returning them.
 
-    args, kwargs: as `rebuild` made them of `leaves`, after the call.
+    args, kwargs: what `rebuild` made from `leaves`, after the call.
     """
     given_args, given_kwargs = rebuild(leaves, structure)
     given: dict[Any, Any] = {**dict(enumerate(given_args)), **given_kwargs}

@@ -1,8 +1,8 @@
 """Cached call: a decoder's call with its key/value cache as plain tensors, for tracing.
 
-In: a model of transformers, and a call's arguments with the cache's memory in the place of the
-cache. Out: what the model returns, with the word CACHE where it returns the cache, and the keys and
-values of cross attention where it made them; the user's own cache is never met::
+In: a transformers model, and a call's arguments with the cache's memory in place of the cache. Out:
+what the model returns, with the string CACHE where it returns the cache, and the keys and values of
+cross attention if the call computed them. The user's own cache is not touched::
 
     CachedCall(gpt2, 12)(input_ids=ids, kv_memory=memory, kv_length=marker, kv_kind="decoder")
 """
@@ -23,19 +23,19 @@ from turbotx.ir import cache_ops
 
 CACHE = "turbotx: the cache that the call was given"
 QUERIES = ("input_ids", "inputs_embeds")
-"""The arguments whose second dim counts the new tokens; those of an encoder-decoder model have
-"decoder_" before."""
+"""The arguments whose second dim is the number of new tokens; encoder-decoder models prefix them
+with "decoder_"."""
 KINDS = ("decoder", "first", "further")
-"""A decoder alone; an encoder-decoder's first step, which makes cross attention's keys and values,
-and those that are given them."""
+"""A decoder-only model; an encoder-decoder's first step, which computes the keys and values of
+cross attention; and its further steps, which receive them."""
 
 
 class CachedCall(nn.Module):
     """A model whose calls take `kv_memory`, `kv_table`, `kv_length`, `kv_kind` (one of KINDS),
-    `kv_cross` and `kv_encoded` instead of a cache and of an encoder's outputs.
+    `kv_cross` and `kv_encoded` instead of a cache and an encoder's outputs.
 
     kv_memory, kv_table, kv_length: see `ir/cache_ops.py`. kv_cross: (2 x layers, batch, heads,
-    source, width), keys and values in turn. kv_encoded: the encoder's last hidden states.
+    source, width), keys and values alternating. kv_encoded: the encoder's last hidden states.
     """
 
     turbotx_dim_names: ClassVar = {
@@ -46,16 +46,18 @@ class CachedCall(nn.Module):
     def __init__(self, model: nn.Module, layers: int) -> None:
         super().__init__()
         self.model, self.layers = model, layers
-        self.training = False  # the model itself stays in whatever mode it is
+        self.training = False  # # the wrapped model keeps its own mode
 
     def forward(
         self, *, kv_memory: torch.Tensor, kv_table: torch.Tensor, kv_length: torch.Tensor,
         kv_kind: str, kv_cross: torch.Tensor | None = None,
         kv_encoded: torch.Tensor | None = None, **given: Any,
     ) -> tuple[Any, list[torch.Tensor]]:  # fmt: skip
-        """Run the model with a cache of traced layers. Returns its output, CACHE in the cache's
-        place, and the keys and values of cross attention that the call made, empty where it was
-        given them or has none."""
+        """Run the model with a cache of traced layers.
+
+        Returns its output, with CACHE in place of the cache, and the keys and values of cross
+        attention that the call computed; an empty list if it received them or has none.
+        """
         past = kv_length.shape[0] - count_queries(given, kv_kind)
         memory = kv_memory, kv_table, kv_length
         own = TracedCache([TracedLayer(*memory, past) for _ in range(self.layers)])
@@ -80,9 +82,9 @@ class CachedCall(nn.Module):
 
 
 def count_queries(given: dict[str, Any], kind: str) -> Any:
-    """Return how many new tokens a call brings.
+    """Return the number of new tokens in a call.
 
-    Raises CaptureError where it has none of the arguments that tell.
+    Raises CaptureError if none of QUERIES is given as a tensor of two or more dims.
     """
     names = [name if kind == "decoder" else f"decoder_{name}" for name in QUERIES]
     found = next((given[n] for n in names if isinstance(given.get(n), torch.Tensor)), None)
@@ -92,9 +94,10 @@ def count_queries(given: dict[str, Any], kind: str) -> Any:
 
 
 class TracedLayer(CacheLayerMixin):
-    """A layer whose rows are an op's result: no concatenation, and one symbol for all lengths."""
+    """A cache layer whose rows are the result of an op: no concatenation, and one symbol for every
+    length."""
 
-    is_sliding = False  # whole lengths are kept: the mask hides what left the window
+    is_sliding = False  # # every position is kept; the mask hides those that left the window
 
     def __init__(
         self, memory: torch.Tensor, table: torch.Tensor, length: torch.Tensor, past: Any
@@ -106,11 +109,14 @@ class TracedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """There is nothing to do."""
+        """Do nothing: the layer is always initialized."""
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, place: int, layer: int) -> None:
-        """Store one call's rows, (batch, heads, seq, head_dim) both; `place`: see
-        `cache_ops.block_of`. Raises CaptureError where a layer writes twice in one call."""
+        """Store the rows of one call, both (batch, heads, seq, head_dim).
+
+        place: see `cache_ops.block_of`. Raises CaptureError if a layer is written twice in one
+        call.
+        """
         if self.keys is not None:
             raise CaptureError(f"layer {layer} writes to the cache twice in one call")
         held, append = (self._memory, self._table), torch.ops.turbotx.cache_append
@@ -119,11 +125,11 @@ class TracedLayer(CacheLayerMixin):
         self.values = append(*held, values, self._length, place, layer, 1)
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-        """Raise CaptureError: a traced layer is written by `TracedCache.update` alone."""
+        """Raise CaptureError: a traced layer is written only by `TracedCache.update`."""
         raise CaptureError("the model writes to a layer of its cache past Cache.update")
 
     def get_mask_sizes(self, query_length: Any) -> tuple[Any, int]:
-        """Return how many keys a mask has to cover, and the position of the first."""
+        """Return the number of keys that a mask covers, and the position of the first."""
         return self._past + query_length, 0
 
     def get_seq_length(self) -> Any:
@@ -131,12 +137,13 @@ class TracedLayer(CacheLayerMixin):
         return self._past
 
     def get_max_length(self) -> int:
-        """Return -1: the length has no bound."""
+        """Return -1: the length is unbounded."""
         return -1
 
 
 class CrossLayer(CacheLayerMixin):
-    """A layer of cross attention: what the first step makes, or what all others are given."""
+    """A cross-attention layer: stores what the first step computes, or returns what later steps
+    receive."""
 
     is_sliding = False
 
@@ -147,30 +154,31 @@ class CrossLayer(CacheLayerMixin):
             self.keys, self.values = given[2 * layer], given[2 * layer + 1]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """There is nothing to do."""
+        """Do nothing: the layer is initialized by `update`."""
 
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-        """Keep the keys and values of the encoded input; raise CaptureError at the second time."""
+        """Store the keys and values of the encoder's output; raises CaptureError if they are
+        already set."""
         if self.is_initialized:
             raise CaptureError("cross attention's keys and values are made twice")
         self.keys, self.values, self.is_initialized = key_states, value_states, True
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: Any) -> tuple[Any, int]:
-        """Return the number of encoded positions, and the position of the first."""
+        """Return the number of encoder positions, and the position of the first."""
         return self.get_seq_length(), 0
 
     def get_seq_length(self) -> Any:
-        """Return the number of encoded positions, 0 before they are there."""
+        """Return the number of encoder positions; 0 before `update`."""
         return 0 if self.keys is None else self.keys.shape[2]
 
     def get_max_length(self) -> int:
-        """Return -1: the length has no bound."""
+        """Return -1: the length is unbounded."""
         return -1
 
 
 class TracedCache(DynamicCache):
-    """A cache of such layers; places in memory are given out in the order of the first writes."""
+    """A cache of traced layers; memory is assigned to them in the order of their first writes."""
 
     def __init__(self, layers: list[Any]) -> None:
         super().__init__()
@@ -181,8 +189,10 @@ class TracedCache(DynamicCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int,
         *args: Any, **kwargs: Any,
     ) -> tuple[Any, Any]:  # fmt: skip
-        """Append keys and values, (batch, heads, new, width), to a layer; return all of the
-        layer's, those of earlier calls first."""
+        """Append keys and values, both (batch, heads, new, width), to a layer.
+
+        Returns all keys and values of the layer, those of earlier calls first.
+        """
         layer = self.layers[layer_idx]
         if isinstance(layer, CrossLayer):
             return layer.update(key_states, value_states)
@@ -193,9 +203,9 @@ class TracedCache(DynamicCache):
 
 
 def find_appends(graph: fx.Graph) -> list[fx.Node]:
-    """Return the calls that write to the cache, in order."""
+    """Return the nodes that write to the cache, in order."""
     op = torch.ops.turbotx.cache_append.default
     return [n for n in graph.nodes if n.op == "call_function" and n.target is op]
 
 
-assert cache_ops  # defines the op
+assert cache_ops  # # imported because it registers the op

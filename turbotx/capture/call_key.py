@@ -1,7 +1,7 @@
 """Call keys: the cheap dictionary key by which a compiled variant is looked up for a call.
 
-In: a call's arguments and the state around it. Out: a key for one kind of call at one shape, and
-one for the captures that it may belong to; no value of a float is in either::
+In: a call's arguments and the ambient state. Out: a key for one kind of call at one shape, and a
+signature that selects the captures that may serve it; neither contains the value of a float::
 
     describe_call((ids,), {"scale": 0.5}, ambient)  ->  (ambient, 1, "scale", shape, ..., float)
 """
@@ -26,8 +26,7 @@ def describe_call(
 ) -> tuple[Any, list[torch.Tensor]]:
     """Return a call's key, built in one pass, and its tensors in order.
 
-    None instead of a description where an argument is neither a strided tensor nor a plain
-    constant.
+    The key is None if an argument is neither a strided tensor nor a plain constant.
     """
     parts: list[Any] = [ambient, len(args), *kwargs]
     tensors = []
@@ -35,7 +34,7 @@ def describe_call(
     for value in (*args, *kwargs.values()):
         if is_dense(value):
             if value.layout is not _STRIDED or value.is_nested:
-                return None, []  # a closer look refuses it
+                return None, []  # # the slow path raises the error
             order = None if value.is_contiguous() else memory_order(value)
             parts += (value.shape, value.dtype, value.device, order)
             tensors.append(value)
@@ -43,7 +42,7 @@ def describe_call(
             parts += (type(value), value)
         elif is_float(value):
             parts.append(float)
-            tensors.append(value)  # carried once the device is known
+            tensors.append(value)  # # becomes a tensor once the device is known
             floats = True
         else:
             return None, []
@@ -51,8 +50,8 @@ def describe_call(
 
 
 def describe_kind(kwargs: dict[str, Any], ambient: Ambient) -> tuple[Any, list[torch.Tensor]]:
-    """Return the part of a keyword call's key that excludes tensor sizes, and the call's tensors;
-    None if an argument is neither a tensor nor a plain constant."""
+    """Return the part of a keyword call's key that excludes tensor sizes, and the call's tensors.
+    The key is None if an argument is neither a tensor nor a plain constant."""
     parts: list[Any] = [ambient, *kwargs]
     tensors = []
     for value in kwargs.values():
@@ -68,6 +67,6 @@ def describe_kind(kwargs: dict[str, Any], ambient: Ambient) -> tuple[Any, list[t
 
 
 def make_signature(leaves: list[Any], spec: Structure, ambient: Ambient) -> Any:
-    """Return the key that selects a capture: everything except tensor sizes and except ambient
+    """Return the key that selects a capture: everything except tensor sizes and the ambient
     settings that only some traces read."""
     return (spec, tuple(map(describe_leaf, leaves)), ambient[:DECISIVE])

@@ -1,6 +1,6 @@
 """Capture sizes: chooses example sizes, and traces until the capture's guards hold for the call.
 
-In: a model and a call. Out: the capture that serves most sizes, this call's among them, such as::
+In: a model and a call. Out: the capture that serves the most sizes, including the call's, such as::
 
     capture_sizes(lambda x: x[:, 1:] * 2, (x of (3, 2),), {})  ->  any batch, seq >= 1
 """
@@ -23,22 +23,21 @@ from turbotx.errors import CaptureError
 from turbotx.ir.memory_order import make_dense
 
 LONGER = 7
-"""What a size is traced as where 2 turned out to be too short to be free: it has room for a model
-that looks a few places back, and is no usual number of anything."""
+"""The size used instead of 2 where 2 turned out to be too short to stay symbolic: long enough for a
+model that looks back a few positions, and unlikely to equal another constant."""
 MOST_SETTLINGS = 8
-"""Traces of one call, each on the way that the one before found a decision to come out."""
+"""The most traces of one call, each of which follows the outcomes that the previous one found."""
 
 
 def capture_sizes(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes = (),
     settles: bool = True,
 ) -> Captured:  # fmt: skip
-    """Return a capture of a call, with sizes as `_capture_any` has them, whose decisions by values
-    come out as the call's own; where none can be made, one for other values.
+    """Capture a call, choosing sizes as `_capture_any` does, so that its data-dependent conditions
+    come out as they do for the call's values; if that fails, return a capture for other outcomes.
 
-    outcomes: how the first of them come out, where that is known. settles: whether the call's
-    values are those that decide, so that the graph may be run on them. Raises CaptureError where no
-    trace succeeds.
+    outcomes: the known outcomes of the first conditions. settles: whether the call's values decide,
+    so that the graph may be run on them. Raises CaptureError if no trace succeeds.
     """
     captured = _capture_any(model, args, kwargs, outcomes)
     for _ in range(MOST_SETTLINGS if settles else 0):
@@ -53,7 +52,8 @@ def capture_sizes(
 
 
 def _find_otherwise(captured: Captured, tensors: Sequence[torch.Tensor]) -> Outcomes:
-    """Return how a call's decisions come out by the captured graph, () where as it assumed."""
+    """Return the outcomes of a call's conditions under the captured graph; () if all are as
+    assumed."""
     decisions = captured.decisions
     dims = captured.matcher.match([t.shape for t in tensors]) if decisions is not None else None
     if decisions is None or dims is None:
@@ -68,13 +68,13 @@ def _find_otherwise(captured: Captured, tensors: Sequence[torch.Tensor]) -> Outc
 def _capture_any(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outcomes: Outcomes
 ) -> Captured:
-    """Return a capture of a call; where none holds for the call, the one for any sizes.
+    """Capture a call; if no capture holds for the call itself, return the one for free sizes.
 
-    A size of 1 is traced at 2. Sizes of 1 and 2 are traced longer where that took them for fixed,
-    because what the model makes of them (the length less one) was 1. Where the capture does not
-    hold for the call (which takes another branch at a length of 1), first the dims that decide are
-    numbers, then every 1, then all; all also where the code takes a number and no expression
-    (NumPy's functions). Raises CaptureError where no trace succeeds.
+    A size of 1 is traced at 2. Sizes of 1 and 2 are traced longer if the trace specialized them
+    because a value computed from them (the length less one) was 1. If the capture does not hold for
+    the call (the model branches at a length of 1), first the dims that decide become constants,
+    then every 1, then all of them. All of them also become constants if the code needs a number
+    instead of an expression (NumPy functions). Raises CaptureError if no trace succeeds.
     """
     shapes = [tensor.shape for tensor in tensors_of(args, kwargs)]
     every = {(i, d): n for i, s in enumerate(shapes) for d, n in enumerate(s)}

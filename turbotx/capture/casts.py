@@ -1,8 +1,8 @@
 """Casts: makes the conversions of autocast explicit as casts in the graph.
 
-In: an exported graph whose values are of the dtypes that autocast gives them, traced while it is
-on, which it still is. Out: the same graph, with a cast before each argument that autocast would
-cast, so that it means the same where autocast is off::
+In: an exported graph, traced with autocast on, whose values have the dtypes that autocast gives
+them; autocast is still on. Out: the same graph, with a cast before each argument that autocast
+would cast, so that it computes the same with autocast off::
 
     linear(x, w, b)  ->  linear(_to_copy(x, bfloat16), _to_copy(w, bfloat16), _to_copy(b, bfloat16))
 """
@@ -24,12 +24,13 @@ from turbotx.errors import CaptureError
 
 aten = torch.ops.aten
 _CASTS = (aten._to_copy.default, aten.to.dtype)
-"""How a cast arrives; of tensors made in inference mode, which have no key of autograd, whole."""
+"""The ops of a cast; `to` is not decomposed for tensors made in inference mode, which have no
+autograd key."""
 _KEYS = {name: f"Autocast{name.upper()}" for name in DEVICES}
 
 
 def is_cast(op: OpOverload) -> bool:
-    """Return whether autocast, as it is on now, may cast what an op is given."""
+    """Return whether autocast, as currently set, may cast an op's arguments."""
     return any(
         torch.is_autocast_enabled(device)
         and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
@@ -38,16 +39,17 @@ def is_cast(op: OpOverload) -> bool:
 
 
 def inside(op: OpOverload) -> AbstractContextManager[object]:
-    """Return how autocast is to be while an op is taken apart: as it is, where PyTorch, too, runs
-    it as several ops that autocast sees one by one; else off."""
+    """Return the context to decompose an op in: autocast stays on if PyTorch, too, runs the op as
+    several ops that autocast sees one by one; otherwise it is off."""
     composite = op._can_decompose() and not is_cast(op)
     return nullcontext() if composite else without_autocast()
 
 
 def write_casts(graph: fx.Graph) -> None:
-    """Put autocast's casts into a graph, in place; nothing is changed where it is off.
+    """Insert autocast's casts into a graph, in place; does nothing if autocast is off.
 
-    Raises CaptureError, naming the op, where autocast does to it what casts cannot say.
+    Raises CaptureError, naming the op, if autocast has an effect that casts of its arguments cannot
+    express.
     """
     known: dict[Any, list[torch.dtype | None]] = {}
     on = any(torch.is_autocast_enabled(device) for device in _KEYS)
@@ -71,20 +73,21 @@ def _kind(value: Any) -> Any:
 
 
 def _plain(node: fx.Node) -> str:
-    """Return a call's explicit dtypes and the names of its keyword arguments, as text to
-    compare."""
+    """Return a call's explicit dtypes and the names of its keyword arguments, as text for
+    comparison."""
     leaves = pytree.tree_leaves((node.args, node.kwargs))
     return repr([x for x in leaves if isinstance(x, torch.dtype)]) + repr(sorted(node.kwargs))
 
 
 def _find_casts(node: fx.Node, sources: list[fx.Node]) -> list[torch.dtype | None]:
-    """Return the dtype that each tensor among a call's arguments is cast to, None where to none."""
+    """Return the dtype that each tensor argument of a call is cast to; None for those left as they
+    are."""
     values: list[Any] = [n.meta.get("val") for n in sources]
     watch = _FirstCasts(values)
     wanted = _dtypes(node.meta["val"])
     _run(node, {}, watch)
     found = [watch.made.get(id(v)) for v in values]
-    # Some ops are told a dtype to compute in, which is as good as a cast to it.
+    # # Some ops are passed a dtype to compute in, which is equivalent to a cast to it.
     higher = [torch.float32 if _is_lower(v) else None for v in values]
     for casts in (found, higher):
         given = {
@@ -110,7 +113,7 @@ def _run(node: fx.Node, instead: dict[fx.Node, Any], watch: Any = None) -> Any:
     mode = next((f.fake_mode for f in fakes), None)
     call: Any = node.target
     if mode is None:
-        return node.meta["val"]  # of no tensors: there is nothing to cast
+        return node.meta["val"]  # # no tensor arguments: nothing to cast
     with torch.no_grad(), enable_python_dispatcher(), mode, watch or nullcontext():
         return call(*args, **kwargs)
 
@@ -137,7 +140,7 @@ def _insert(node: fx.Node, sources: list[fx.Node], casts: list[torch.dtype | Non
 
 
 class _FirstCasts(TorchDispatchMode):
-    """Notes the casts of some tensors that are made before anything else happens."""
+    """Records the casts of given tensors that come before any other op."""
 
     def __init__(self, tensors: list[Any]) -> None:
         super().__init__()
@@ -153,6 +156,6 @@ class _FirstCasts(TorchDispatchMode):
             dtype = args[1] if func is aten.to.dtype and len(args) > 1 else kwargs.get("dtype")
             if dtype is not None:
                 self.made[id(args[0])] = dtype
-        elif func.namespace != "prim":  # which device a tensor is on, and the like
+        elif func.namespace != "prim":  # # prim ops only query a tensor's device and the like
             self.started = True
         return func(*args, **kwargs)

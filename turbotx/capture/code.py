@@ -1,6 +1,7 @@
 """Code: the code objects of a function and of the functions defined in it.
 
-In: a code object. Out: it and those in its constants, at any depth, and the names that they read::
+In: a code object. Out: it and those among its constants, at any depth, and the names that they
+read::
 
     names_in(lambda: [EPS for _ in range(n)])  ->  "range", "n", "EPS"     # of its __code__
 """
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 
 
 def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Give a function's code, then that of the functions made in it."""
+    """Yield a function's code, then that of the functions defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -20,6 +21,6 @@ def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def names_in(code: types.CodeType) -> Iterator[str]:
-    """Give the globals and attributes that a function's code and the code inside of it name."""
+    """Yield the globals and attributes that a function's code and its nested code name."""
     for inner in codes_in(code):
         yield from inner.co_names

@@ -1,7 +1,7 @@
 """Composition: detects that an optimized model is being traced, and leaves the call to PyTorch.
 
-In: what is at work in this thread, and the arguments of a call. Out: whether the original is to
-run, as inside of another capture, `torch.compile`, `torch.export`, `make_fx`, `torch.func.vmap`::
+In: the modes active in this thread, and a call's arguments. Out: whether to run the original model,
+as within another capture, `torch.compile`, `torch.export`, `make_fx` or `torch.func.vmap`::
 
     with FakeTensorMode(): left_to_pytorch()  ->  True
 """
@@ -23,7 +23,7 @@ from turbotx.errors import InputError
 
 
 class LeftToPyTorch(InputError):
-    """A call has tensors that only PyTorch can compute with: the original is to run."""
+    """A call has tensors that only PyTorch can compute with; the original model must run."""
 
 
 class _Around(threading.local):
@@ -39,10 +39,10 @@ _is_tracing = torch._C._is_tracing
 
 
 def left_to_pytorch() -> bool:
-    """Return whether a call that begins now in this thread must run in PyTorch: it is being traced,
-    transformed or observed op by op, and native kernels would be invisible to that."""
+    """Return whether a call in this thread must run in PyTorch: it is being traced, transformed or
+    observed op by op, and native kernels would be invisible to that."""
     return (
-        _is_dynamo()  # first: Dynamo takes it for True, and looks no further
+        _is_dynamo()  # # first: Dynamo evaluates it to True and skips the rest
         or _around.alone
         or _dispatch_modes() != 0
         or _transforms() is not None
@@ -53,14 +53,15 @@ def left_to_pytorch() -> bool:
 
 
 def _is_observed() -> bool:
-    """Tell a mode that sees every call from one that only says where new tensors lie."""
+    """Return whether an active function mode observes every call, and does not only set the device
+    of new tensors."""
     return not all(isinstance(m, DeviceContext) for m in _get_current_function_mode_stack())
 
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """Call optimized models as they were in this thread, inside the context: for a trace, or for a
-    comparison with the original."""
+    """Context manager: run the original of every optimized model in this thread, for a trace or for
+    a comparison with the original."""
     before, _around.alone = _around.alone, True
     try:
         yield
@@ -74,7 +75,7 @@ def is_dense(tensor: Any) -> bool:
 
 
 def leave_foreign(leaves: Iterable[Any]) -> None:
-    """Raise LeftToPyTorch where an argument is a tensor of a subclass, or a proxy of a trace."""
+    """Raise LeftToPyTorch if an argument is a tensor of a subclass or a tracing proxy."""
     for leaf in leaves:
         if not is_dense(leaf) and hasattr(type(leaf), "__torch_function__"):
             raise LeftToPyTorch(
@@ -83,9 +84,10 @@ def leave_foreign(leaves: Iterable[Any]) -> None:
 
 
 def calls_forward(model: nn.Module) -> bool:
-    """Return whether a call of the model is its `forward` and hooks: its class has no other way."""
+    """Return whether calling the model runs only its `forward` and hooks: no class overrides
+    `__call__`."""
     if isinstance(model, fx.GraphModule):
-        return True  # its own way names the line of an error
+        return True  # # its __call__ only adds the failing line to an error
     return not any(
         "__call__" in vars(c) and not vars(c).get("turbotx_adds_nothing", False)
         for c in type(model).__mro__

@@ -1,7 +1,7 @@
-"""Conditions: whether one operand of a condition in Python code can decide its outcome.
+"""Conditions: whether one operand of a condition in Python code can change its outcome.
 
 In: a frame that is about to branch on one operand of `a and b and c`. Out: whether another operand
-settles the whole, whatever this one is, for example while `q.shape[2] > 1` is asked::
+settles the condition, whatever this one is, for example while `q.shape[2] > 1` is evaluated::
 
     is_causal = q.shape[2] > 1 and attention_mask is None        # with a mask: False anyway
 """
@@ -18,18 +18,20 @@ import torch
 
 _UNKNOWN = object()
 _ABOUT_TRACING = {"is_compiling", "is_exporting", "is_dynamo_compiling", "is_torchdynamo_compiling"}
-"""Functions of PyTorch and transformers that tell whether a trace is on."""
+"""Functions of PyTorch and transformers that return whether a trace is active."""
 _BEFORE = 4
-"""Instructions, with their caches, between what makes an operand and the jump over the others."""
+"""The most instructions, with their caches, between the one that makes an operand and the
+branch."""
 
 
 def decides_nothing(frame: FrameType) -> bool:
     """Return whether the operand of `and` or `or` that the frame evaluates cannot change the
     outcome.
 
-    Understands flags, a size beside itself, whether a name is None, and whether a trace is on. An
-    operand in code without source, or that others follow before one settles the whole, decides; in
-    Python 3.10, which keeps no columns, every one does.
+    Understands flags, comparisons of a size with itself, tests of a name against None, and queries
+    for an active trace. Returns False for code without source, if an operand that it does not
+    understand comes before the one that settles the condition, and always on Python 3.10, which
+    keeps no columns.
     """
     settles, following, passed = _find_condition(frame.f_code, frame.f_lasti)
     if any(_value(x, frame) is settled for settled, inner in passed for x in inner):
@@ -48,16 +50,19 @@ _Operands = tuple[bool, list[ast.expr]]
 
 @functools.lru_cache(maxsize=256)
 def _find_condition(code: CodeType, offset: int) -> tuple[bool, list[ast.expr], list[_Operands]]:
-    """Return what settles the condition around a place in code, the operands after the one that is
-    computed there, and of each condition inside that this operand is the value of, the same."""
+    """Find the condition around an instruction.
+
+    Returns the value that settles it, the operands after the one being evaluated, and the same for
+    each nested condition that this operand is the result of.
+    """
     places, passed = getattr(code, "co_positions", None), list[_Operands]()
     if places is None:
         return False, [], passed
-    # The jump is of the whole condition; a few places before it is what made the operand.
+    # # The branch has the position of the whole condition; just before it is the operand's.
     last = offset // 2
     near = set(list(places())[max(0, last - _BEFORE) : last + 1])
     conditions, place = _find_conditions(code.co_filename), None
-    for node in conditions:  # inner ones come last
+    for node in conditions:  # # inner ones come last
         for k, part in enumerate(node.values):
             if (part.lineno, part.end_lineno, part.col_offset, part.end_col_offset) in near:
                 place = node, k
@@ -65,7 +70,7 @@ def _find_condition(code: CodeType, offset: int) -> tuple[bool, list[ast.expr], 
         node, k = place
         if following := node.values[k + 1 :]:
             return isinstance(node.op, ast.Or), following, passed
-        # The last operand is what its condition is, which 3.12 asks once more by itself.
+        # # The last operand is the condition's result, which 3.12 tests once more by itself.
         passed.append((isinstance(node.op, ast.Or), node.values))
         outer = (o for o in conditions if node in o.values)
         place = next(((o, o.values.index(node)) for o in outer), None)
@@ -82,7 +87,8 @@ def _find_conditions(filename: str) -> list[ast.BoolOp]:
 
 
 def _value(operand: ast.expr, frame: FrameType) -> Any:
-    """Return the bool that an operand is, running no code of the model; _UNKNOWN for others."""
+    """Return the bool that an operand evaluates to, without running the model's code; else
+    _UNKNOWN."""
     if isinstance(operand, ast.Name):
         value = frame.f_locals.get(operand.id, _UNKNOWN)
         return value if isinstance(value, bool) else _UNKNOWN
@@ -107,7 +113,7 @@ _OTHER = (ast.NotEq, ast.Lt, ast.Gt)
 
 
 def _compare(operator: ast.cmpop, left: Any, right: Any) -> Any:
-    """Return what a comparison of one size with itself is."""
+    """Return the result of comparing a size with itself; _UNKNOWN for other operands."""
     sizes = isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt)
     if sizes and left.node.expr == right.node.expr and isinstance(operator, _SAME + _OTHER):
         return isinstance(operator, _SAME)

@@ -1,7 +1,7 @@
-"""Decisions: the branches on values of tensors that a capture took, looked at after every run.
+"""Decisions: the data-dependent branches that a capture took, checked after every run.
 
-In: the values that a program gives beside its results, and the dims of the call. Out: () where
-all came out as the trace assumed, or else how they come out, up to the first that differs::
+In: the values that a program returns besides its results, and the dims of the call. Out: () if
+every condition came out as the trace assumed, otherwise the outcomes up to the first that differs::
 
     decisions.observe([tensor(9)], (2, 5))  ->  (("net.py:12: assert n.item() <= seq", False),)
 """
@@ -19,13 +19,13 @@ from turbotx.errors import CaptureError
 from turbotx.ir.sizes import Evaluate, Sizes
 
 Outcomes: TypeAlias = tuple[tuple[str, bool], ...]
-"""How the first decisions of a call came out, each with its line of source."""
+"""The outcomes of a call's first conditions, each with its source line."""
 
 
 @dataclass(frozen=True)
 class AssumedCondition:
-    """condition: one text over the dims and the values. outcome: what the trace assumed of it.
-    where: the user's line, in messages."""
+    """A condition on tensor values. condition: one text over the dims and the values. outcome: what
+    the trace assumed. where: the user's source line, for messages."""
 
     condition: Sizes
     outcome: bool
@@ -34,30 +34,33 @@ class AssumedCondition:
 
 @dataclass(frozen=True)
 class Decisions:
-    """What a capture assumed of values. names: the dims, then the values by the places at which
-    they come after the program's other results. count: how many these values are."""
+    """The conditions on tensor values that a capture assumed.
+
+    names: the dims, then the values, named by their indices after the program's other results.
+    count: the number of these values.
+    """
 
     names: tuple[str, ...]
     count: int
     made: tuple[AssumedCondition, ...]
 
     def observe(self, values: Sequence[torch.Tensor], dims: Sequence[int]) -> Outcomes:
-        """Return () where every decision comes out as it was assumed, else the outcomes up to
-        the first that does not; what follows that one was computed on the wrong way.
+        """Return () if every condition comes out as assumed, otherwise the outcomes up to the first
+        that does not; what follows it was computed on the wrong branch.
 
-        values: of no dims; on a GPU this waits for the run to end.
+        values: 0-d tensors; on a GPU this waits for the run to end.
         """
         numbers = (*dims, *_read(values))
         try:
             if self._evaluate(*numbers) == self._outcomes:
                 return ()
-        except (ArithmeticError, ValueError):  # perhaps of a decision behind one that differs
+        except (ArithmeticError, ValueError):  # # perhaps in a condition after one that differs
             pass
         found: list[tuple[str, bool]] = []
         for decision in self.made:
             try:
                 outcome = bool(decision.condition.compile(self.names)(*numbers)[0])
-            except (ArithmeticError, ValueError):  # the model itself raises there
+            except (ArithmeticError, ValueError):  # # the model itself raises there
                 outcome = not decision.outcome
             found.append((decision.where, outcome))
             if outcome != decision.outcome:
@@ -65,7 +68,7 @@ class Decisions:
         return ()
 
     def follow(self, outcomes: Outcomes) -> bool:
-        """Return whether the first decisions were assumed to come out so."""
+        """Return whether the first conditions were assumed to have these outcomes."""
         own = tuple(d.outcome for d in self.made[: len(outcomes)])
         return own == tuple(outcome for _, outcome in outcomes)
 
@@ -79,18 +82,18 @@ class Decisions:
 
 
 class UndecidedError(CaptureError):
-    """A call's decisions come out as no capture assumed, and none can be made of it: the model
-    itself answers it."""
+    """A call's conditions have outcomes that no capture assumed, and none can be made for them; the
+    original model answers the call."""
 
 
 def describe_last(outcomes: Outcomes) -> str:
-    """Return in words which decision came out otherwise than it was assumed, and how."""
+    """Describe the condition that came out differently than assumed, and its outcome."""
     where, outcome = outcomes[-1]
     return f"the condition by a tensor's values at {where} came out {outcome}, not {not outcome}"
 
 
 def _read(values: Sequence[torch.Tensor]) -> list[bool | int | float]:
-    """Return the numbers in tensors of no dims, with one transfer a dtype."""
+    """Read 0-d tensors to Python numbers, with one transfer per dtype."""
     found: dict[int, bool | int | float] = {}
     for dtype in {value.dtype for value in values}:
         places = [k for k, value in enumerate(values) if value.dtype is dtype]

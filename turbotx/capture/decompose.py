@@ -1,8 +1,8 @@
 """Decompose: rewrites composite ops of an exported graph to the ops that the passes know.
 
-In: the graph of a torch.export.ExportedProgram. Out: the same graph, its composite nodes replaced
-by what they are made of; nothing else is traced again, which takes a tenth of the time that
-`run_decompositions` takes::
+In: the graph of a torch.export.ExportedProgram. Out: the same graph, with composite nodes replaced
+by their decompositions. Nothing else is traced again, which takes a tenth of the time of
+`run_decompositions`::
 
     transpose(x, 1, 2); dropout(y, 0.1, False); to(z, float32)  ->  permute(x, [0, 2, 1]); y; z
 """
@@ -31,22 +31,23 @@ from turbotx.ir.size_functions import FUNCTIONS
 
 aten = torch.ops.aten
 SIZE_OPS = (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default)
-"""Their results are no tensors, and the passes read them as they are."""
+"""Ops whose results are not tensors; the passes read them as they are."""
 
 IDENTITIES = (aten.detach_.default, aten.detach.default, aten.alias.default)
-"""Without gradients their results are their inputs; the first one counts as a mutation."""
+"""Without gradients their results equal their inputs; the first counts as a mutation."""
 
 
 class NotNodeByNode(Exception):
-    """The graph has what only a trace of the whole takes apart: a mutation, a nested graph."""
+    """The graph contains something that only a trace of the whole decomposes: a mutation or a
+    nested graph."""
 
 
 def decompose_nodes(graph_module: fx.GraphModule, kept: frozenset[str]) -> None:
-    """Replace every composite op but `kept` ("aten.linear.default"), in place.
+    """Replace every composite op except those in `kept` ("aten.linear.default"), in place.
 
-    New nodes come from where the replaced one came from. Raises NotNodeByNode, before anything is
-    changed or after some nodes were, where the graph changes a tensor that something else sees,
-    calls another graph, or an op decomposes into such.
+    New nodes inherit the metadata of the node that they replace. Raises NotNodeByNode, possibly
+    after some nodes were changed, if the graph mutates a tensor that is used elsewhere, calls
+    another graph, or an op decomposes into one of these.
     """
     graph = graph_module.graph
     write_out_of_place(graph)
@@ -68,12 +69,12 @@ def decompose_nodes(graph_module: fx.GraphModule, kept: frozenset[str]) -> None:
 
 
 def erase_unused(graph: fx.Graph) -> None:
-    """Erase calls that nothing uses; draws stay, since those after them depend on that."""
+    """Erase nodes without users, except random ops, which later random ops depend on."""
     graph.eliminate_dead_code(lambda node: node.is_impure() or is_random(node))
 
 
 def _refuse(node: fx.Node) -> None:
-    """Raise NotNodeByNode for a node that needs the graph around it to be taken apart."""
+    """Raise NotNodeByNode for a node that cannot be decomposed on its own."""
     target = node.target
     if node.op in ("placeholder", "output", "get_attr"):
         if isinstance(node.meta.get("val"), torch.Tensor) or node.op != "get_attr":
@@ -88,7 +89,7 @@ def _refuse(node: fx.Node) -> None:
 
 @functools.cache
 def _core_table() -> Mapping[Any, Callable[..., Any]]:
-    """Return the decompositions of what is not composite of itself.
+    """Return the decompositions of the ops that are not CompositeImplicitAutograd.
 
     The whole of `default_decompositions` takes 0.1 s to list every composite op of PyTorch.
     """
@@ -101,7 +102,7 @@ def _core_table() -> Mapping[Any, Callable[..., Any]]:
 
 @functools.cache
 def _decomposition(op: OpOverload, kept: frozenset[str]) -> Callable[..., Any] | None:
-    """Return what an op is made of, as a function of its arguments; None where it stays."""
+    """Return an op's decomposition, a function of its arguments; None if the op is kept."""
     if str(op) in kept or op.namespace == "prim":
         return None
     found = _core_table().get(op)
@@ -112,10 +113,10 @@ def _decomposition(op: OpOverload, kept: frozenset[str]) -> Callable[..., Any] |
 
 
 def table_without(kept: frozenset[str]) -> Any:
-    """Return PyTorch's table for a trace of the whole, less what is kept and what draws numbers.
+    """Return PyTorch's decomposition table for a trace of the whole, without kept and random ops.
 
-    What draws, draws others when it is taken apart (dropout, bernoulli). A network of nn.LSTM's
-    kind is tagged so for its dropout, and is taken apart as ever.
+    A random op that is decomposed (dropout, bernoulli) draws different numbers. Recurrent networks
+    such as nn.LSTM are tagged random for their dropout, and are decomposed as usual.
     """
     table: Any = torch.export.default_decompositions()
     for op in list(table):
@@ -127,7 +128,7 @@ def table_without(kept: frozenset[str]) -> Any:
 
 
 class _SizeNodes:
-    """The graph's nodes that hold a size, by their expression; made where none does."""
+    """The graph's nodes that hold a size, by expression; missing ones are created."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -140,7 +141,7 @@ class _SizeNodes:
             self.nodes.setdefault(expr(value), node)
 
     def find(self, value: torch.SymInt | torch.SymFloat) -> fx.Node | int | float:
-        """Return a node of this value, made at the insertion point where there is none before."""
+        """Return a node with this value; it is created at the insertion point if there is none."""
         return self._find(expr(value))
 
     def _find(self, wanted: Any) -> Any:
@@ -156,7 +157,7 @@ class _SizeNodes:
         return self.nodes[wanted]
 
     def _compute(self, wanted: Any) -> fx.Node:
-        """Make the nodes that compute an expression, as Python would."""
+        """Create the nodes that compute an expression, as Python would."""
         kind, args = type(wanted).__name__, [self._find(a) for a in wanted.args]
         call: Any = _FOLDED.get(kind)
         if call is None and kind in FUNCTIONS:
@@ -173,7 +174,7 @@ class _SizeNodes:
         return made
 
     def _read(self, symbol: sympy.Basic) -> None:
-        """Make a node for a symbol: it is the size of an input."""
+        """Create a node for a symbol, which is the size of an input."""
         for node in self._inputs:
             fake = node.meta.get("val")
             for d, size in enumerate(fake.shape if isinstance(fake, torch.Tensor) else ()):
@@ -189,7 +190,7 @@ _FOLDED: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add, "Mul": operator.mul, "Pow": operator.pow,
     "Max": torch.sym_max, "Min": torch.sym_min,
 }  # fmt: skip
-"""What sympy takes any number of arguments for, and Python two."""
+"""Functions that take any number of arguments in sympy, and two in Python."""
 
 
 def _value(node: fx.Node) -> Any:
@@ -197,13 +198,14 @@ def _value(node: fx.Node) -> Any:
 
 
 class _Recorder(TorchDispatchMode):
-    """Runs one composite node on fake tensors and appends what it does to the graph, before it."""
+    """Runs one composite node on fake tensors and records the ops that it calls in the graph,
+    before it."""
 
     def __init__(self, node: fx.Node, sizes: _SizeNodes, kept: frozenset[str]) -> None:
         super().__init__()
         self.node, self.sizes, self.kept = node, sizes, kept
         self.known = {id(n.meta["val"]): n for n in node.all_input_nodes}
-        self.alive: list[Any] = []  # an id means something as long as its owner lives
+        self.alive: list[Any] = []  # # keeps ids valid: an id may be reused once its owner dies
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -212,14 +214,14 @@ class _Recorder(TorchDispatchMode):
         if torch.Tag.inplace_view in func.tags:
             return self._turn(func, args, kwargs)
         decomposition = _decomposition(func, self.kept)
-        # A draw that is taken apart draws other numbers than eager's.
+        # # A decomposed random op draws different numbers than eager mode.
         if decomposition is not None and not draws(func, args, kwargs):
             with self, inside(func):
                 found = decomposition(*args, **kwargs)
             if found is not NotImplemented:
                 return found
         if func in IDENTITIES:
-            # Another tensor, of the same node: a view that is its own base is an error.
+            # # A new tensor for the same node: a view that is its own base is an error.
             result = func(*args, **kwargs)
             self.known[id(result)] = self._argument(args[0])
             self.alive.append(result)
@@ -228,14 +230,14 @@ class _Recorder(TorchDispatchMode):
             raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
         result = func(*args, **kwargs)
         if not isinstance(result, (torch.Tensor, tuple, list)):
-            return result  # a device or a size: what uses it finds its value in the arguments
+            return result  # # a device or a size: its users find its value in the arguments
         given, named = pytree.tree_map(self._argument, (args, kwargs))
         self._record(self._append(func, given, named, result), result)
         return result
 
     def _turn(self, func: OpOverload, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Record a view that takes the place of its tensor: of fewer dims, as a pool drops the one
-        that it added. That tensor, as it was, stays the value of its node."""
+        """Record an in-place view change, to fewer dims: a pool removes the dim that it added. The
+        tensor before the change stays the value of its node."""
         turned = args[0]
         if func is not aten.as_strided_.default or not any(turned is t for t in self.alive):
             raise NotNodeByNode(f"{self.node.format_node()} calls {func}")
@@ -277,7 +279,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _replace(node: fx.Node, recorder: _Recorder) -> None:
-    """Put what a composite node is made of in its place."""
+    """Replace a composite node by its decomposition."""
     target: Any = node.target
     decomposition = _decomposition(target, recorder.kept)
     assert decomposition is not None

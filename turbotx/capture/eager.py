@@ -1,8 +1,9 @@
-"""Eager layouts: strides and aliases that PyTorch gives to results and to inputs of fallback ops.
+"""Eager layouts: the strides and aliases that PyTorch gives to results and to inputs of fallback
+ops.
 
-In: a captured graph that no pass has touched, its sizes named. Out: the same graph; its output node
-knows of every leaf whether it is an alias of an input or a parameter, or else of which memory and
-by which strides, and every op that may read raw memory knows the strides of its arguments::
+In: a captured graph before any pass, with named sizes. Out: the same graph, annotated: the output
+node has, per leaf, the input or parameter that it aliases, or its memory and strides; every op that
+may read raw memory has the strides of its arguments::
 
     x * 2, permute(linear, [0, 2, 1])  ->  Fresh("mul", ...), Fresh("linear", strides (.., 1, 384))
 """
@@ -27,24 +28,26 @@ from turbotx.ops import OPS, takes_any_layout
 aten = torch.ops.aten
 
 RETURNS = "returns"
-"""In the output node's meta: a `Fresh` or an `Alias` per leaf, None where it is no tensor."""
+"""In the output node's meta: a `Fresh` or an `Alias` per leaf, None for a leaf that is not a
+tensor."""
 OWN = "own"
-"""In a node's meta: it is a copy for the caller, made by every call."""
+"""In a node's meta: the node is a copy for the caller, made by every call."""
 ORDER = "order"
-"""In an input's meta: the order in memory of the caller's dims, None where it is theirs; else a
-`permute` shows the input as the caller has it."""
+"""In an input's meta: the memory order of the caller's dims, None if it is the input's own;
+otherwise a `permute` restores the caller's dims."""
 ASKED = "layout_asked"
-"""In the meta of an input: whether the model's code asked how it lies in memory."""
+"""In an input's meta: whether the model's code queried its memory layout."""
 READS = "reads"
 """In the meta of an op that may read raw memory: its tensor arguments' strides, in order."""
 
 
 @dataclass(frozen=True)
 class Fresh:
-    """A leaf in memory that a call makes: leaves of the same `memory` are views of each other.
+    """A leaf in memory that a call allocates; leaves with the same `memory` are views of each
+    other.
 
-    extents: of the memory, slowest first, dense. shape, strides and offset: of the leaf in it.
-    overlaps: whether it shows elements several times.
+    extents: of the memory, slowest dim first, dense. shape, strides and offset: of the leaf in that
+    memory. overlaps: whether elements of the leaf share memory.
     """
 
     memory: str
@@ -55,16 +58,16 @@ class Fresh:
     overlaps: bool = False
 
     def apart(self, name: str) -> Fresh:
-        """Return the same leaf as dense memory of its own."""
+        """Return the same leaf in dense memory of its own."""
         return Fresh(name, self.shape, self.shape, _dense(self.shape), ZERO)
 
 
 @dataclass(frozen=True)
 class Alias:
-    """A leaf that is a view of an input, as the caller gave it, or a parameter, or that itself.
+    """A leaf that is an input, a parameter, or a view of one.
 
-    steps: the calls to make of it, each (op, arguments after the first, keywords), their sizes as
-    expressions.
+    steps: the calls that make the view from it, each (op, arguments after the first, keywords),
+    with sizes as expressions.
     """
 
     root: str
@@ -72,15 +75,15 @@ class Alias:
 
 
 Steps = Sequence[tuple[Any, tuple[Any, ...], dict[str, Any]]]
-"""Calls, each of what the one before gives: (op, arguments after the first, keywords)."""
+"""Calls, each on the result of the previous one: (op, arguments after the first, keywords)."""
 
 
 def find_shown(graph: fx.Graph) -> tuple[Steps | None, ...]:
-    """Return how each leaf that a graph gives is made of an input or parameter whose memory it
-    shows, in the model's own ops: of an input that lies otherwise, a reshape may be a copy.
+    """Return, for each output leaf that aliases an input or parameter, the model's own ops that
+    make it. If the input has another memory order, a reshape among them may be a copy.
 
-    The graph is as it was traced, not decomposed. None for other leaves, and for what no steps on
-    one tensor tell.
+    graph: as traced, before decomposition. None for other leaves, and for those that steps on a
+    single tensor cannot express.
     """
     leaves: Any = graph.output_node().args[0]
     return tuple(map(_find_steps, leaves))
@@ -98,9 +101,10 @@ def _find_steps(leaf: Any) -> Steps | None:
 
 
 def note_layouts(graph: fx.Graph, shown: Sequence[Steps | None]) -> None:
-    """Annotate a graph's nodes with the layouts that eager gives outputs and that raw reads need.
+    """Annotate a graph's nodes with the layouts that eager mode gives outputs and that raw reads
+    need.
 
-    shown: what `find_shown` gives of the graph as it was traced.
+    shown: the result of `find_shown` for the graph as traced.
     """
     for node in list(graph.nodes):
         if node.op == "output":
@@ -116,27 +120,28 @@ def note_layouts(graph: fx.Graph, shown: Sequence[Steps | None]) -> None:
 
 
 def tensor_arguments(node: fx.Node) -> list[fx.Node]:
-    """Return an op's tensor arguments in the order in which `map_arg` meets them."""
+    """Return an op's tensor arguments in the order in which `map_arg` visits them."""
     found: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), found.append)
     return [n for n in found if g.is_tensor(n)]
 
 
 def strides_of(node: fx.Node) -> tuple[Expr, ...]:
-    """Return the strides that eager gives a node's tensor, at sizes of at least one."""
+    """Return the strides that eager mode gives a node's tensor, with sizes of at least one."""
     return tuple(map(_positive, g.strides(node)))
 
 
 def are_equal_strides(shape: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr]) -> bool:
-    """Return whether two lists of strides show the same; those of extents of 1 mean nothing."""
+    """Return whether two lists of strides are equivalent; the stride of an extent of 1 is
+    ignored."""
     pairs = zip(shape, a, b, strict=True)
     return all(extent == 1 or (s - t).expand() == 0 for extent, s, t in pairs)
 
 
 def order_of(shape: Sequence[Expr], strides: Sequence[Expr]) -> list[int] | None:
-    """Return the dims of dense memory from the slowest to the fastest, None where it is not dense.
+    """Return the dims of dense memory from slowest to fastest, None if it is not dense.
 
-    (batch, heads, seq, 64) by (768*seq, 64, 768, 1) of 12 heads is [0, 2, 1, 3].
+    (batch, heads, seq, 64) with strides (768*seq, 64, 768, 1) and 12 heads gives [0, 2, 1, 3].
     """
     left, order, step = list(range(len(shape))), list[int](), ONE
     while left:
@@ -147,13 +152,13 @@ def order_of(shape: Sequence[Expr], strides: Sequence[Expr]) -> list[int] | None
         left.remove(fits[0])
         order.insert(0, fits[0])
         step = product((step, shape[fits[0]]))
-    # Extents of 1 lie anywhere: where they stand is the plainest.
+    # # Extents of 1 fit anywhere: prefer the order of the dims.
     longer = [d for d in order if shape[d] != 1]
     return sorted(order) if longer == sorted(longer) else order
 
 
 def _positive(value: Expr) -> Expr:
-    """Sizes in strides count as at least one, as when tracing: max(1, seq) is seq."""
+    """Count sizes in strides as at least one, as the tracer does: max(1, seq) becomes seq."""
 
     def larger(*args: Expr) -> Expr:
         rest = [a for a in args if a != 1]
@@ -162,7 +167,7 @@ def _positive(value: Expr) -> Expr:
     return value.replace(Max, larger).replace(sympy.Max, larger).expand()
 
 
-# --- what a view shows ---
+# # --- views ---
 
 _COPIES = frozenset(
     {
@@ -170,11 +175,11 @@ _COPIES = frozenset(
         aten.ravel.default,
     }
 )  # fmt: skip
-"""Ops that are views or copies, as it falls out."""
+"""Ops whose result is a view or a copy, depending on the input's strides."""
 
 
 def _shown(node: fx.Node) -> fx.Node | None:
-    """Return what a call shows the memory of; None where it makes memory of its own."""
+    """Return the tensor whose memory a call's result shares; None if it allocates its own."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     if node.target is g.GETITEM:
@@ -198,7 +203,8 @@ def _share_memory(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _chain(node: fx.Node) -> list[fx.Node]:
-    """Return a node and what it shows, down to the one that owns the memory."""
+    """Return a node and the chain of tensors that it is a view of, down to the one that owns the
+    memory."""
     found = [node]
     while (source := _shown(found[-1])) is not None:
         found.append(source)
@@ -206,7 +212,7 @@ def _chain(node: fx.Node) -> list[fx.Node]:
 
 
 def _steps(chain: Sequence[fx.Node]) -> Steps:
-    """Return the calls that lead from the last of a chain to its first."""
+    """Return the calls that lead from the last node of a chain to its first."""
     return [(n.target, n.args[1:], n.kwargs) for n in reversed(chain[:-1])]
 
 
@@ -218,14 +224,14 @@ def _returned(leaf: Any, shown: Steps | None) -> Fresh | Alias | None:
         steps = list(_steps(chain) if shown is None else shown)
         moved = chain[-1].meta.get(ORDER) is not None and bool(steps)
         if moved and steps[0][0] is aten.permute.default:
-            steps.pop(0)  # what shows the input as the caller has it; raw reads look past it
+            steps.pop(0)  # # the permute that restores the caller's dims; raw reads skip it
         convert = [
             (t, *fx.node.map_arg((tuple(args), dict(kwargs)), g.size)) for t, args, kwargs in steps
         ]
         return Alias(chain[-1].name, tuple((t, tuple(a), dict(k)) for t, a, k in convert))
     kind = g.dtype(leaf)
     for k, node in enumerate(chain):
-        # Another dtype's strides count otherwise, and such a window is a copy here.
+        # # Strides of another dtype count differently, and such a window is a copy here.
         raw = node.target is aten.as_strided.default
         if raw or (g.is_tensor(node) and g.dtype(node) != kind):
             chain = chain[: max(k, 1)]
@@ -251,7 +257,8 @@ def _dense(shape: Sequence[Expr]) -> tuple[Expr, ...]:
 
 
 def _read_from_root(node: fx.Node) -> None:
-    """Let `as_strided` of a view be one of what owns the memory: it looks past the view."""
+    """Apply `as_strided` to the tensor that owns the memory instead of to a view of it, since it
+    ignores the view."""
     kind = g.dtype(node)
     chain = [n for n in _chain(node) if g.is_tensor(n)]
     same = itertools.takewhile(lambda n: g.dtype(n) == kind, chain)

@@ -1,12 +1,13 @@
-"""Eager layouts: results lie as in eager where PyTorch's tracer lays them out otherwise.
+"""Eager layouts: gives results eager's strides where PyTorch's tracer computes other ones.
 
-In: a model's calls under a trace. Out: the same results, by eager's strides: those that an op on
-fake tensors gives wrong are made dense by the right order of dims, which costs a program nothing::
+In: a model's calls under a trace. Out: the same results with eager's strides: where an op on fake
+tensors gives wrong ones, the result is made dense in the right order of dims, at no cost to the
+program::
 
     bn(x.transpose(1, 2))  ->  batch_norm(...).clone()       # eager's result is contiguous
     x.t() // 2             ->  floor_divide(...).t().clone().t()
 
-Found by comparing both for every operator that PyTorch has samples of, transposed ones as well.
+The rules come from comparing both for every operator that PyTorch has samples of, also transposed.
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ from torch.overrides import TorchFunctionMode
 
 Tensor: Any = torch.Tensor
 Order = Sequence[int]
-"""Dims from the slowest in memory to the fastest."""
+"""Dims from slowest to fastest in memory."""
 
 
 @contextmanager
 def eager_layouts() -> Iterator[None]:
-    """Context manager: calls traced by this thread give their results the strides of eager mode."""
-    index = metas.meta_index_Tensor  # what fake tensors call, the same from 2.11 to 2.14
+    """Context manager: give the results of calls traced by this thread the strides of eager
+    mode."""
+    index = metas.meta_index_Tensor  # # called by fake tensors, the same from 2.11 to 2.14
     with EagerLayouts(), mock.patch.object(metas, "meta_index_Tensor", _by_indices(index)):
         yield
 
 
 class EagerLayouts(TorchFunctionMode):
-    """While it is entered, results of the functions in `_RULES` have eager's strides."""
+    """While active, gives results of the functions in `_RULES` eager's strides."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -59,13 +61,14 @@ class EagerLayouts(TorchFunctionMode):
 
 
 def _elementwise(given: Sequence[torch.Tensor], result: torch.Tensor) -> Order | None:
-    """By all arguments, as one loop over them goes; the tracer computes some in several steps."""
+    """Return the order of one loop over all arguments; the tracer computes some ops in several
+    steps."""
     expanded = [t.expand(result.shape) for t in given if t.dim()]
     return prims.compute_elementwise_output_logical_to_physical_perm(*expanded)[0] or None
 
 
 def _suggested(given: Sequence[torch.Tensor], result: torch.Tensor) -> Order | None:
-    """Dense, or with channels last where the first argument is so."""
+    """Dense, or channels last if the first argument is."""
     order = list(range(result.dim()))
     if prims.suggest_memory_format(given[0]) is not torch.contiguous_format:
         order.append(order.pop(1))
@@ -73,7 +76,7 @@ def _suggested(given: Sequence[torch.Tensor], result: torch.Tensor) -> Order | N
 
 
 def _dense_by_scalar(given: Sequence[torch.Tensor], result: torch.Tensor) -> Order | None:
-    """Dense, for a power of a number; other powers the tracer has right."""
+    """Dense for a power with a scalar; the tracer is right for other powers."""
     return list(range(result.dim())) if len(given) == 1 else None
 
 
@@ -97,8 +100,8 @@ _RULES: dict[Any, Callable[[Sequence[torch.Tensor], torch.Tensor], Order | None]
 
 
 def _by_indices(index: Any) -> Any:
-    """Return what gives fake results of `aten.index`, that is `index`, by the order of the indices
-    too; the tracer's looks at the tensor's alone."""
+    """Return a replacement for `index`, the fake kernel of `aten.index`, that also takes the order
+    of the indices into account; the original considers only the tensor's."""
 
     def meta(tensor: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> torch.Tensor:
         made: torch.Tensor = index(tensor, indices)

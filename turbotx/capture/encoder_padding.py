@@ -1,8 +1,8 @@
 """Padding of `nn.TransformerEncoder`: zeros, as eager's nested tensors leave them.
 
-In: a trace. Out: the same with the encoder's results at padded places as a call without gradients
-gives them in eager, where PyTorch leaves padding out of every layer and puts zeros in its place
-(`TransformerEncoder.forward`; it does not while a trace looks, which turbotx's and PyTorch's do)::
+In: a trace. Out: the same, with the encoder's results at padded positions as in eager mode without
+gradients, where PyTorch skips padding in every layer and fills it with zeros at the end
+(`TransformerEncoder.forward`; not under a trace)::
 
     encoder(x, src_key_padding_mask=mask)[0]  ->  [[0.3, -1.2], [0.8, 0.1], [0.0, 0.0]]
 """
@@ -23,7 +23,8 @@ _forward = nn.TransformerEncoder.forward
 
 @contextmanager
 def padding_as_eager() -> Iterator[None]:
-    """Let encoders that are traced give what they give in eager where they are padded."""
+    """Context manager: make traced encoders return what they return in eager mode at padded
+    positions."""
     with mock.patch.object(nn.TransformerEncoder, "forward", _padded_forward):
         yield
 
@@ -32,14 +33,14 @@ def _padded_forward(
     self: nn.TransformerEncoder, src: Tensor, mask: Tensor | None = None,
     src_key_padding_mask: Tensor | None = None, is_causal: bool | None = None,
 ) -> Tensor:  # fmt: skip
-    """`nn.TransformerEncoder.forward`, its nested tensors as dense ones."""
+    """`nn.TransformerEncoder.forward` with dense tensors in place of its nested ones."""
     if src_key_padding_mask is None or mask is not None or not _leaves_padding_out(self, src):
         return _forward(self, src, mask, src_key_padding_mask, is_causal)
     padded = src_key_padding_mask.bool()
-    # Nested tensors hold the first places of each sequence, as many as are not padded ...
+    # # Nested tensors hold the first positions of each sequence, as many as are not padded ...
     place = torch.arange(padded.shape[1], device=padded.device)
     behind = place >= padded.logical_not().sum(1, keepdim=True)
-    if getattr(self, "mask_check", True):  # ... and are made where that leaves out what is padded
+    if getattr(self, "mask_check", True):  # # ... and are used if that drops exactly the padding
         left_out = behind & (behind == padded).all()
         keys = padded if src_key_padding_mask.dtype == torch.bool else (
             src_key_padding_mask.masked_fill(left_out, -torch.inf))  # fmt: skip
@@ -53,7 +54,8 @@ def _padded_forward(
 
 
 def _leaves_padding_out(encoder: nn.TransformerEncoder, src: Tensor) -> bool:
-    """Return whether eager makes nested tensors of this input, as far as no mask decides it."""
+    """Return whether eager mode uses nested tensors for this input, apart from the mask's
+    values."""
     layer = encoder.layers[0]
     able = torch.backends.mha.get_fastpath_enabled() and getattr(
         encoder, "use_nested_tensor", False

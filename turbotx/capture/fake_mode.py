@@ -1,12 +1,12 @@
-"""Remembering fake mode: an op on fake tensors is worked out once for arguments of equal sizes.
+"""Remembering fake mode: caches the results of ops on fake tensors for arguments of equal sizes.
 
-In: the ops of a trace. Out: their fake results; those of a call that was met before are made from
-its sizes and strides, since deriving them from symbolic sizes takes PyTorch a millisecond and more,
-and the equal layers of a model ask the same::
+In: the ops of a trace. Out: their fake results; those of a repeated call are rebuilt from sizes and
+strides. Deriving them from symbolic sizes takes PyTorch a millisecond or more, and the equal layers
+of a model repeat the same calls::
 
-    with remembering_fakes():  torch.export.export(model, ...)   # 48 layers, one layer's questions
+    with remembering_fakes():  torch.export.export(model, ...)   # 48 layers at the cost of one
 
-PyTorch's own cache of fake results computes as much again for symbolic sizes as the op itself.
+With symbolic sizes, PyTorch's own cache of fake results costs as much as the op itself.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from turbotx.ir.fake_results import UnknownError, describe, describe_arguments, 
 
 Size = int | torch.SymInt
 _RAW = frozenset((torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_copy.default))
-"""What looks past the sizes of its argument, at the memory behind it."""
+"""Ops that ignore their argument's sizes and read the memory behind it."""
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A fake result: how it lies, in memory of its own or in that of the argument `shows`."""
+    """A fake result and its layout, in memory of its own or in that of the argument number
+    `shows`."""
 
     dtype: torch.dtype
     device: torch.device
@@ -49,7 +50,7 @@ class _Made:
 
 
 class RememberingFakeMode(FakeTensorMode):
-    """A fake mode that knows the results of the calls that it has answered."""
+    """A fake mode that caches the results of calls."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,8 +62,8 @@ class RememberingFakeMode(FakeTensorMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        # What runs graphs of its own has a rule that PyTorch finds by the mode's very type (cond,
-        # while_loop), or one that the mode looks up (flex_attention).
+        # # The fake rule of an op that runs nested graphs is looked up by the mode's exact type
+        # (cond, while_loop) or by the mode (flex_attention).
         if func not in registered_hop_fake_fns and isinstance(func, HigherOrderOperator):
             return func.python_key_table[FakeTensorMode](self, *args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -70,8 +71,8 @@ class RememberingFakeMode(FakeTensorMode):
     def _dispatch_impl(
         self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        # A private method of PyTorch, the same from 2.11 to 2.13: were it renamed, nothing would be
-        # remembered and every result still be right.
+        # # A private method of PyTorch, the same from 2.11 to 2.13: if it is renamed, nothing is
+        # cached and every result is still right.
         with torch._C.DisableTorchFunction():
             key = self._key(func, args, kwargs)
             found = None if key is None else self._known.get(key)
@@ -84,7 +85,7 @@ class RememberingFakeMode(FakeTensorMode):
         return result
 
     def _key(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Return all that a call's result depends on; None where it is not to be remembered."""
+        """Return everything that a call's result depends on; None if it must not be cached."""
         if not isinstance(func, OpOverload) or func._schema.is_mutable or func in _RAW:
             return None
         try:
@@ -107,7 +108,7 @@ class RememberingFakeMode(FakeTensorMode):
         except UnknownError:
             return
         own = [_memory(x) for x, m in zip(parts, made, strict=True) if _owns(m)]
-        if len(set(own)) == len(own):  # no two results in one new memory
+        if len(set(own)) == len(own):  # # no two results in one new memory
             self._known[key] = (whole, made)
 
     def _note(self, value: Any, given: list[FakeTensor], key: Any) -> _Made | int | None:
@@ -134,7 +135,7 @@ class RememberingFakeMode(FakeTensorMode):
         whole, parts = found
         given = _tensors(args, kwargs)
         made = [self._make_one(part, given) for part in parts]
-        return made[0] if whole else tuple(made)  # which the dispatcher takes for a list too
+        return made[0] if whole else tuple(made)  # # the dispatcher accepts a tuple for a list
 
     def _make_one(self, part: _Made | int | None, given: list[FakeTensor]) -> Any:
         if part is None or isinstance(part, int):
@@ -163,5 +164,5 @@ def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[FakeTensor]
 
 
 def remembering_fakes() -> AbstractContextManager[None]:
-    """Let this thread's exports remember fake results, inside the context."""
+    """Context manager: use the caching fake mode for exports in this thread."""
     return replaced_in_thread(non_strict_utils, "FakeTensorMode", RememberingFakeMode)

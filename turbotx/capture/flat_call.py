@@ -1,7 +1,7 @@
-"""Flat call: a module of tensors in and tensors out around a model's call, for torch.export.
+"""Flat call: wraps a model's call in a module with tensor inputs and outputs, for torch.export.
 
-In: a model, the leaves of a call's arguments and how they hang together. Out: a module that takes
-the tensors among them and returns the leaves of the output, then what the call leaves behind::
+In: a model, the leaves of a call's arguments and their structure. Out: a module that takes the
+tensor leaves and returns the leaves of the output, then the call's effects::
 
     FlatCall(bert, leaves, spec, recorder)(ids, mask)  ->  [last_hidden_state, pooler_output]
 """
@@ -32,16 +32,15 @@ from turbotx.ir.memory_order import in_memory, inverse, memory_order
 
 
 class FlatCall(nn.Module):
-    """The model's shadow behind a flat signature: tensors in, by their order in memory; the
-    output's leaves out, after them what the call leaves behind, then the values that it asked
-    for."""
+    """The model's sandboxed copy behind a flat signature: input tensors in their memory order;
+    outputs: the output's leaves, then the call's effects, then the values that conditions read."""
 
     def __init__(
         self, model: nn.Module, leaves: Sequence[Any], spec: Structure, recorder: StateRecorder,
         values: ValueQuestions,
     ) -> None:  # fmt: skip
         super().__init__()
-        # An object of its own, because tracing undoes changes to a module.
+        # # A separate object, because tracing undoes changes to a module.
         self.seen = Sandbox(model)
         self.model, self.recorder = self.seen.model, recorder
         recorder.modules = list(self.model.modules())
@@ -56,12 +55,14 @@ class FlatCall(nn.Module):
         self.layouts, self.values = LayoutQuestions(partial(note_gradients, recorder)), values
         self.calls_forward = calls_forward(model)
         self.in_spec = spec
-        self.given = ""  # the arguments in words
+        self.given = ""  # # a description of the arguments, for messages
         self.training = False
 
     def forward(self, *tensors: torch.Tensor) -> list[Any]:
-        """Call the model with the tensors in their places; return the leaves of its output. Raises
-        Stopped around what the model's code raised."""
+        """Call the model with the tensors and return the leaves of its output.
+
+        Raises Stopped around any exception of the model's code.
+        """
         leaves = list(self.constants)
         self.floats.begin()
         self.layouts.begin(tensors)
@@ -79,7 +80,7 @@ class FlatCall(nn.Module):
             self.seen.begin(given)
             products = GroupedProducts()
             with self.recorder.on(tensors), TensorIndices(), products, self.layouts, self.values:
-                # Hooks of the model itself are left out: they run around the program.
+                # # Hooks of the model itself are skipped: they run around the program.
                 called = model.forward if self.calls_forward else model
                 output = called(*args, **kwargs)
             _refuse_changes(changed_arguments(args, kwargs, leaves, self.in_spec, output))
@@ -89,7 +90,7 @@ class FlatCall(nn.Module):
             raise Stopped(error) from error
 
     def describe_floats(self) -> tuple[FloatInput, ...]:
-        """Return every float of the call, with what the trace took for granted of it."""
+        """Return every float of the call, with what the trace assumed of it."""
         numbers = [(k, self.constants[i]) for k, i in enumerate(self.positions)]
         return tuple(self.floats.describe(k, x) for k, x in numbers if x is not None)
 

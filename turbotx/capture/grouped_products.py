@@ -1,7 +1,8 @@
-"""Grouped products: PyTorch's `grouped_mm` in the dtypes that eager takes, while a trace runs.
+"""Grouped products: accepts PyTorch's `grouped_mm` in all dtypes of eager mode while tracing.
 
-In: `grouped_mm(x, weight, offs=ends)` of any dtype and width that eager multiplies. Out: the same
-as an op of turbotx; PyTorch's own fake tensors know bfloat16 alone, rows of multiples of 16 bytes::
+In: `grouped_mm(x, weight, offs=ends)` of any dtype and width that eager mode accepts. Out: the same
+as an op of turbotx; PyTorch's fake kernel accepts only bfloat16 with rows of multiples of 16
+bytes::
 
     grouped_mm(x, w, offs=ends)  ->  torch.ops.turbotx.grouped_mm(x, w, ends)
 """
@@ -15,14 +16,14 @@ from torch.overrides import TorchFunctionMode
 
 from turbotx.ir import expert_ops
 
-assert expert_ops  # defines the op
+assert expert_ops  # # imported because it registers the op
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The public one, and the private op that it calls.
+# # The public function, and the private op that it calls.
 _NAMES = ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm"))
 
 
 class GroupedProducts(TorchFunctionMode):
-    """While it is entered, around the model alone, such calls are turbotx's op."""
+    """While active, around the model only, replaces such calls by turbotx's op."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -37,8 +38,8 @@ class GroupedProducts(TorchFunctionMode):
 
 
 def _is_plain(given: dict[str, Any]) -> bool:
-    """Tell whether rows are multiplied by their experts' weights, and nothing else is done; what
-    PyTorch refuses is left to it."""
+    """Return whether a call multiplies rows by their experts' weights and does nothing else; calls
+    that PyTorch refuses are left to it."""
     tensors: list[Any] = [given.get(name) for name in ("mat_a", "mat_b", "offs")]
     if not all(isinstance(t, torch.Tensor) for t in tensors):
         return False

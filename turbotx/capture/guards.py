@@ -1,7 +1,7 @@
 """Guards: the conditions on dims under which a traced graph is valid.
 
 In: an exported program, its shape environment and the dims' names. Out: the conditions that a
-call's sizes have to meet, for example::
+call's sizes must meet, for example::
 
     x[:, 2:] and x.squeeze(0)  ->  seq - 2 >= 0, batch != 1
 """
@@ -24,7 +24,7 @@ _SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 @dataclass(frozen=True)
 class Guard:
-    """A condition on the dims, each at least 1, that held while tracing; `text` is shown when it
+    """A condition on the dims, each at least 1, that held while tracing; `text` is shown if it
     fails."""
 
     condition: sympy.Basic
@@ -34,10 +34,10 @@ class Guard:
 def find_guards(
     exported: Any, shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]
 ) -> tuple[Guard, ...]:
-    """Return what tracing assumed of the dims: of sizes that may be 1, see size_questions.py.
+    """Return what tracing assumed of the dims; for sizes that may be 1, see size_questions.py.
 
-    A guard keeps the symbols of its time: one that was found equal to another later, as by adding
-    a second input, is read as that one.
+    A guard keeps the symbols that it was recorded with: a symbol that was later found equal to
+    another, as by adding a second input, is replaced by that one.
     """
     guards = []
     for symbol, interval in exported.range_constraints.items():
@@ -60,7 +60,8 @@ def find_guards(
 def find_replaced(
     shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]
 ) -> dict[sympy.Symbol, sympy.Basic]:
-    """Return the symbols that were found equal to others, or to numbers, as what they are."""
+    """Return what each symbol that was found equal to other symbols or to a number is replaced
+    by."""
     old = shape_env.replacements if shape_env is not None else ()
     return {symbol: shape_env.replace(symbol).xreplace(dict(symbols)) for symbol in old}
 
@@ -68,7 +69,7 @@ def find_replaced(
 def guard_sizes(
     graph_module: fx.GraphModule, symbols: Mapping[sympy.Symbol, sympy.Symbol]
 ) -> tuple[Guard, ...]:
-    """Return that no tensor has a negative size: x[:, 2:] as it was traced needs two places."""
+    """Return guards against negative sizes: the traced graph of x[:, 2:] needs two positions."""
     fakes = [node.meta.get("val") for node in graph_module.graph.nodes]
     raw = {expr(n) for fake in fakes if isinstance(fake, torch.Tensor) for n in fake.shape}
     sizes = {s.xreplace(dict(symbols)) for s in raw if not (s.is_Symbol or s.is_Integer)}
@@ -79,7 +80,7 @@ def guard_sizes(
 
 
 def find_squeezed(graph: fx.Graph) -> set[Expr]:
-    """Return the sizes that a squeeze would drop if they were 1, of a graph as it was traced."""
+    """Return the sizes that a squeeze would drop if they were 1. graph: as traced."""
     found: set[Expr] = set()
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in _SQUEEZES:
@@ -94,16 +95,16 @@ def find_squeezed(graph: fx.Graph) -> set[Expr]:
 def guard_squeezed(
     squeezed: set[Expr], symbols: Mapping[sympy.Symbol, sympy.Symbol]
 ) -> tuple[Guard, ...]:
-    """Return that no size which a squeeze has kept is 1."""
+    """Return guards that no size kept by a squeeze is 1."""
     sizes = sorted((s.xreplace(dict(symbols)) for s in squeezed), key=str)
     return tuple(Guard(sympy.Ne(s, 1), f"{s} != 1") for s in sizes)
 
 
 def find_equals(shape_env: Any) -> dict[sympy.Symbol, sympy.Symbol]:
-    """Return the symbols that a guard makes equal to an earlier one.
+    """Return the symbols that a guard makes equal to an earlier symbol.
 
-    torch.export solves a == b by itself, and not 64 * n * a == 64 * n * b, as a view of
-    (n, a, 64) as (n, b * 4, 16) asserts.
+    torch.export solves a == b by itself, but not 64 * n * a == 64 * n * b, which a view of (n, a,
+    64) as (n, b * 4, 16) asserts.
     """
     earlier: dict[sympy.Symbol, sympy.Symbol] = {}
     for guard in shape_env.guards if shape_env is not None else ():

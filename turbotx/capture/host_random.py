@@ -1,7 +1,7 @@
-"""Host random: finds random numbers drawn outside of PyTorch, which a trace would freeze.
+"""Host random: finds random numbers drawn outside PyTorch, which a trace would freeze.
 
-In: a function that runs the model's Python code. Out: where it drew from Python's `random`, from
-NumPy, or from a generator of the user's own; "" where it did not, for example::
+In: a function that runs the model's Python code. Out: where it drew from Python's `random`, NumPy,
+or a generator of the user's own; "" if it did not, for example::
 
     find_draws(lambda: model(x))  ->  "Python's random at model.py:12"
 """
@@ -28,13 +28,13 @@ GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 def look_at_generators() -> tuple[Any, Any]:
-    """Return the states of Python's and of NumPy's global generator, to be compared."""
+    """Return the states of Python's and NumPy's global generators, for comparison."""
     state: Any = np.random.get_state()
     return random.getstate(), (state[0], state[1].tobytes(), *state[2:])
 
 
 def look_at(generator: Any) -> str | None:
-    """Return the state of one of `GENERATORS`, to be compared; None where it has none."""
+    """Return the state of one of `GENERATORS`, for comparison; None if it has none."""
     try:
         if isinstance(generator, random.Random):
             return repr(generator.getstate())
@@ -47,10 +47,11 @@ def look_at(generator: Any) -> str | None:
 
 
 def find_draws(run: Callable[[], object], generators: Sequence[Any] = ()) -> str:
-    """Call `run` and return what it drew from, and where in Python's case; "" for nothing.
+    """Call `run` and return which generator it drew from, for Python's with the source line; "" if
+    none.
 
-    generators: of the user's own, which it may draw from. Of Python's this thread's draws alone
-    count; NumPy's move for all threads. Errors of `run` are its own.
+    generators: the user's own, which `run` may use. Only this thread's draws from Python's
+    generators count; NumPy's are shared by all threads. Exceptions of `run` are passed on.
     """
     found: list[str] = []
 
@@ -58,7 +59,7 @@ def find_draws(run: Callable[[], object], generators: Sequence[Any] = ()) -> str
         if event == "c_call":
             owner = getattr(called, "__self__", None)
         elif event == "call" and frame.f_code.co_filename == random.__file__:
-            owner = frame.f_locals.get("self")  # a SystemRandom's methods are Python's
+            owner = frame.f_locals.get("self")  # # SystemRandom's methods are written in Python
         else:
             return
         if found or not isinstance(owner, random.Random):
@@ -82,7 +83,7 @@ def find_draws(run: Callable[[], object], generators: Sequence[Any] = ()) -> str
 
 
 class _Noting:
-    """PyTorch's default generator, which tells when something is asked of it."""
+    """PyTorch's default generator, with a callback on every attribute access."""
 
     def __init__(self, generator: torch.Generator, note: Callable[[], None]) -> None:
         self._generator, self._note = generator, note
@@ -116,7 +117,7 @@ def refuse_seeding() -> Iterator[None]:
 
 
 def _find_asker(past: frozenset[str]) -> FrameType | None:
-    """Return the frame that called here through modules (or packages) `past`, if the user's."""
+    """Return the calling frame outside the modules (or packages) in `past`, if it is user code."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and past & {str(frame.f_globals.get("__name__")), _package(frame)}:
         frame = frame.f_back
@@ -127,9 +128,10 @@ def _find_asker(past: frozenset[str]) -> FrameType | None:
 _SEEDERS = frozenset(
     ("torch.random", "torch._compile", "torch._dynamo.eval_frame", "contextlib", __name__)
 )
-"""Modules by whose functions code seeds PyTorch's generator; PyTorch's own use of it is its own."""
+"""The modules through which code seeds PyTorch's generator; PyTorch's internal use is not
+counted."""
 _DRAWERS = frozenset(("random", "secrets", "uuid", "numpy", __name__.partition(".")[0]))
-"""Packages whose code is looked past for what asks the system for random numbers."""
+"""Packages skipped when looking for the code that asks the system for random numbers."""
 
 
 @contextmanager
@@ -153,7 +155,7 @@ def watch_entropy() -> Iterator[list[str]]:
         note()
         return urandom(size)
 
-    # NumPy's generators are seeded by Python's `secrets`.
+    # # NumPy seeds its generators through Python's `secrets`.
     with (
         mock.patch.object(random.Random, "seed", noting_seed),
         mock.patch.object(random, "_urandom", noting_urandom),

@@ -1,8 +1,8 @@
-"""Idle dropout: keeps dropout that does not train an alias of its argument, as in eager.
+"""Idle dropout: keeps dropout in evaluation mode an alias of its argument, as in eager mode.
 
-In: calls of dropout under a trace that are told not to train. Out: an alias, so that what is
-written into the argument afterwards shows in the result, as in eager; PyTorch's functionalization
-takes the result for a tensor of its own::
+In: calls of dropout under a trace with training off. Out: an alias, so that later in-place writes
+to the argument show in the result, as in eager mode; PyTorch's functionalization treats the result
+as a separate tensor::
 
     z = torch.dropout(y, 0.1, False)  ->  z = aten.alias(y)
 """
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-# By the name and the default of the argument that says whether it trains.
+# # The name and default of the argument that enables training.
 _DROPOUTS: dict[Any, tuple[str, bool]] = {
     torch.dropout: ("train", True),
     torch.alpha_dropout: ("train", True),
@@ -31,7 +31,7 @@ _DROPOUTS: dict[Any, tuple[str, bool]] = {
 
 
 class IdleDropout(TorchFunctionMode):
-    """While it is entered, dropout that does not train is an alias of its argument."""
+    """While active, replaces dropout with training off by an alias of its argument."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -41,6 +41,6 @@ class IdleDropout(TorchFunctionMode):
             name, default = _DROPOUTS[func]
             given = {"p": 0.5, name: default, **dict(zip(("input", "p", name), args, strict=False))}
             given |= kwargs
-            if not given[name] and 0.0 <= given["p"] <= 1.0:  # others are errors
+            if not given[name] and 0.0 <= given["p"] <= 1.0:  # # other calls are errors
                 return torch.ops.aten.alias.default(given["input"])
         return func(*args, **kwargs)

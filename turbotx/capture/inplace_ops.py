@@ -1,11 +1,11 @@
-"""In-place ops: replaces them in a traced graph by the ops that make a new tensor.
+"""In-place ops: replaces them in a traced graph by the ops that return a new tensor.
 
-In: an exported graph, before its composite ops are taken apart. Out: the same graph, in which what
-changed a tensor that only the graph itself has, and has no view of, is the op without the change::
+In: an exported graph, before decomposition. Out: the same graph, in which an in-place op on a
+tensor that only the graph holds, and that has no view, is its out-of-place variant::
 
     y = mul(x, 2); add_(y, 1); relu(y)  ->  y = mul(x, 2); z = add(y, 1); relu(z)
 
-Others stay: a trace of the whole takes those apart, which takes as long as the first one did.
+Others stay: they are decomposed by a trace of the whole, which takes as long as the first trace.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from turbotx.capture.casts import inside
 aten = torch.ops.aten
 _NEW = frozenset(("aten.linear.default", "aten.matmul.default", "aten.layer_norm.default",
                   "aten.softmax.int"))  # fmt: skip
-"""Composite ops whose result is never their argument, as that of others (dropout) may be."""
+"""Composite ops whose result never aliases their argument; that of others (dropout) may."""
 
 
 def write_out_of_place(graph: fx.Graph) -> None:
-    """Replace each op that changes a tensor in place by the one that does not, where nothing else
-    sees the change: no view made before it, no input, no parameter."""
+    """Replace in-place ops by their out-of-place variants where nothing else observes the change:
+    no earlier view, no input, no parameter."""
     place = {node: k for k, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         op = _find_other(node)
@@ -39,12 +39,12 @@ def write_out_of_place(graph: fx.Graph) -> None:
             continue
         if _compute(op, node).dtype != changed.meta["val"].dtype:
             continue
-        node.target = op  # its value stays as it is, laid out as the tensor that was changed
+        node.target = op  # # its value stays: the layout is that of the modified tensor
         changed.replace_all_uses_with(node, lambda n, at=place[node]: place[n] > at)
 
 
 def _find_other(node: fx.Node) -> OpOverload | None:
-    """Return the op that an in-place one is without the change of its first argument."""
+    """Return the out-of-place variant of an in-place op."""
     target: Any = node.target
     if node.op != "call_function" or not isinstance(target, OpOverload):
         return None
@@ -57,7 +57,7 @@ def _find_other(node: fx.Node) -> OpOverload | None:
 
 
 def _makes_new(node: Any) -> bool:
-    """Return whether a call's results are tensors of their own, or no tensors."""
+    """Return whether a call's results are new tensors, or not tensors."""
     if not isinstance(node, fx.Node) or not isinstance(node.target, OpOverload):
         return False
     op = node.target
@@ -66,7 +66,7 @@ def _makes_new(node: Any) -> bool:
         return False
     if not isinstance(node.meta.get("val"), (torch.Tensor, torch.SymInt, int)):
         return False
-    if op is aten.einsum.default:  # of one operand it is a view
+    if op is aten.einsum.default:  # # of one operand it is a view
         operands: Any = node.args[1]
         return len(operands) > 1
     return str(op) in _NEW or not op._can_decompose()

@@ -1,7 +1,7 @@
-"""Input names: the names of a capture's inputs and dims.
+"""Input names: names a capture's inputs and dims.
 
 In: a model, a call's arguments, their fake tensors. Out: a Python name per input, from the
-parameter of forward that carries it, and a dim per size that varies, as a user would call it::
+parameter of forward that it belongs to, and a dim per size that varies, named as a user would::
 
     forward(input_ids, attention_mask)  ->  input_ids (batch, seq), attention_mask (batch, seq)
 """
@@ -21,7 +21,7 @@ from turbotx.ir.expr import dim, expr
 
 
 def name_inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-    """Return a Python name per input, from the parameter of forward that carries it."""
+    """Return a Python name per input, from the parameter of forward that it belongs to."""
     forward = getattr(model, "turbotx_signature_of", model.forward)
     try:
         parameters = list(inspect.signature(forward).parameters.values())
@@ -44,7 +44,7 @@ def name_inputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 def find_hints(shape_env: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[int, ...]:
     """Return each dim's size while tracing."""
-    newer = hasattr(shape_env, "backed_var_to_val")  # torch 2.12 renamed it
+    newer = hasattr(shape_env, "backed_var_to_val")  # # renamed in torch 2.12
     values = getattr(shape_env, "backed_var_to_val" if newer else "var_to_val", {})
     return tuple({dim: int(values.get(symbol, 2)) for symbol, dim in symbols.items()}.values())
 
@@ -53,10 +53,10 @@ def name_dims(
     shapes: Sequence[Sequence[Any]], names: Sequence[str],
     equals: Mapping[sympy.Symbol, sympy.Symbol], said: Mapping[str, str],
 ) -> dict[sympy.Symbol, sympy.Symbol]:  # fmt: skip
-    """Name dims as a user would: the first input's are batch and seq, others by input and place.
+    """Name dims: those of the first input batch and seq, others by input and index.
 
-    equals: symbols that stand for the same size as another one, and get its name. said: names in
-    the place of those by input and place.
+    equals: symbols that stand for the same size as another one, and get its name. said: names that
+    replace those by input and index.
     """
     symbols: dict[sympy.Symbol, sympy.Symbol] = {}
     taken: set[str] = set()

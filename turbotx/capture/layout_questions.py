@@ -1,15 +1,15 @@
-"""Layout questions: detects that traced code asks for an input's strides or contiguity.
+"""Layout questions: detects that traced code queries an input's strides or contiguity.
 
-In: the call's tensors and the model's code, traced while this is entered. Out: whether it asked an
-input, or a view of one, for strides and the like; a trace sees dense inputs, so that the program
-takes no others::
+In: the call's tensors and the model's code, traced while this mode is active. Out: the inputs whose
+strides or contiguity, or those of a view, were queried. A trace sees dense inputs, so the program
+then accepts only dense ones::
 
     with LayoutQuestions(note) as questions:  ...  if x.is_contiguous(): ...
     questions.asked  ->  {0}
 
-`x.contiguous()` of one stays an op of the graph. What lies behind an input, `x.untyped_storage()`,
-is refused: there may be more than the input. So is whether a tensor requires gradients, but of the
-model's parameters, whose answer is a guard.
+`x.contiguous()` of an input stays an op of the graph. Access to an input's storage,
+`x.untyped_storage()`, is refused, since it may hold more than the input; so is `x.requires_grad`,
+but of the model's parameters, where the answer is a guard.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STORAGES = frozenset((Tensor.untyped_storage, Tensor.storage))
 
 
 class LayoutQuestions(TorchFunctionMode):
-    """While it is entered, notes which of `inputs` the user's code asked for their layout."""
+    """While active, records the indices of the inputs whose layout the user's code queries."""
 
     def __init__(self, note_gradients: Callable[[torch.Tensor], bool | None]) -> None:
         """note_gradients: tells whether a parameter requires gradients, None for other tensors."""
@@ -45,7 +45,7 @@ class LayoutQuestions(TorchFunctionMode):
         self._places: dict[int | None, int] = {}
 
     def begin(self, inputs: Sequence[torch.Tensor]) -> None:
-        """Take these for the call's tensors."""
+        """Set the call's tensors."""
         places = ((_memory(t), i) for i, t in enumerate(inputs))
         self._places = {memory: i for memory, i in places if memory is not None}
         self.asked.clear()
@@ -73,14 +73,14 @@ class LayoutQuestions(TorchFunctionMode):
                 self.asked.add(place)
         plain = func is Tensor.contiguous and len(args) == 1 and not kwargs
         if plain and _memory(args[0]) in self._places:
-            # PyTorch calls no op where a tensor is dense, as the trace's inputs are.
+            # # PyTorch calls no op for a dense tensor, as the trace's inputs are.
             return torch.ops.aten.contiguous.default(args[0])
         return func(*args, **(kwargs or {}))
 
 
 def _find_asker() -> str | None:
-    """Return the module whose code asks, behind the methods of tensors that are Python's and the
-    mode that stands before this one."""
+    """Return the module whose code makes the query, skipping tensor methods written in Python and
+    the mode around this one."""
     frame = sys._getframe(2)
     while frame.f_globals.get("__name__") in _METHODS and frame.f_back is not None:
         frame = frame.f_back
@@ -88,7 +88,7 @@ def _find_asker() -> str | None:
 
 
 def _memory(tensor: torch.Tensor) -> int | None:
-    """Return which memory a tensor lies in, None for one without any of its own, as under vmap."""
+    """Return the identity of a tensor's storage; None for a tensor without one, as under vmap."""
     with torch._C.DisableTorchFunction(), suppress(NotImplementedError):
         return int(tensor.untyped_storage()._cdata)
     return None

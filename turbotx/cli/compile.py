@@ -48,11 +48,12 @@ def compile_model(
     packed: bool,
     output: Output,
 ) -> int:
-    """Dump everything and say where it is; return the exit code, 1 where `verify` finds errors.
+    """Dump everything and print where it is; return the exit code, 1 if `verify` finds errors.
 
-    The program is that of the first GPU among the targets, and the CPU's without one. save: also
-    write one file for `turbotx.load` there. packed: the program over tokens. Raises InputError
-    where `verify` is to run launches of a GPU that is not here.
+    The program is that of the first GPU among the targets, or the CPU's.
+    save: also write one file for `turbotx.load` there.
+    packed: the program over tokens. Raises InputError if `verify` would have to run launches of an
+    absent GPU.
     """
     _refuse_mixtures(model, targets, verify, save, packed)
     saved_for = chosen_targets(targets) if save is not None else []
@@ -100,7 +101,7 @@ def compile_model(
 def _refuse_mixtures(
     model: Source, targets: Sequence[str], verify: bool, save: Path | None, packed: bool
 ) -> None:
-    """Raise InputError for options that do not go together, or not with a saved file."""
+    """Raise InputError for options that cannot be combined, or not with a saved file."""
     if model.is_saved and (targets or verify or packed or save is not None):
         raise InputError(
             f"{model} is compiled already: with --out alone its programs, sources, cubins and "
@@ -115,7 +116,7 @@ def _refuse_mixtures(
 
 
 def _unpack(model: Source, out: Path, wanted: Sequence[Mapping[str, int]], output: Output) -> int:
-    """Write what a saved file holds; it has no graphs to draw, and so no report.html."""
+    """Write the contents of a saved file, which has no graphs and therefore no report.html."""
     if len(wanted) > 1:
         raise InputError("of a saved file, the memory plans are of one --shape at a time")
     files = read_contents(Path(model.text), wanted[0] if wanted else {})
@@ -168,7 +169,7 @@ def write_plan(report: Report, dims: Mapping[str, int], folder: Path) -> list[Pa
 
 
 def summarize(model: str, views: Sequence[Report], dumped: Dumped) -> dict[str, Any]:
-    """Return what `--json` prints; the whole report is in report.json."""
+    """Return the object printed by `--json`; the whole report is in report.json."""
     first = views[0]
     return {
         "model": model,

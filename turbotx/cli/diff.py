@@ -1,7 +1,7 @@
-"""`turbotx diff`: two report.json side by side.
+"""`turbotx diff`: compares two report.json.
 
-In: the files, as `turbotx compile --out` and `turbotx.explain(...).dump` write them. Out: a table
-of what differs; exit code 0 where nothing does but times, 1 otherwise, as of `diff`::
+In: the files, as written by `turbotx compile --out` and `turbotx.explain(...).dump`. Out: a table
+of differences; exit code 0 if only times differ, 1 otherwise, as for `diff`::
 
     turbotx diff before/report.json after/report.json
 """
@@ -22,7 +22,8 @@ from turbotx.report.compare import Comparison, compare
 
 
 def diff_reports(before: Path, after: Path, output: Output) -> int:
-    """Print how the second report differs; raise InputError for a file that is none."""
+    """Print how the second report differs; raise InputError for a file that is not a
+    report.json."""
     found = compare(_read(before), _read(after))
     for line in found.other:
         output.console.print(f"not the same: {line}", highlight=False)

@@ -1,6 +1,6 @@
 """`turbotx doctor`: what this machine can run, what is missing, and how to get it.
 
-In: nothing. Out: one line a check; exit code 1 where turbotx would not run at full speed::
+In: nothing. Out: one line per check; exit code 1 if something is broken::
 
     compiler      g++ (Debian 12.2.0) 12.2.0
 """
@@ -16,7 +16,7 @@ from turbotx.report.machine import CHECKS, check_extras
 
 
 def doctor(output: Output) -> int:
-    """Try everything; return 0, or 1 where something is broken."""
+    """Run all checks and print them; return 0, or 1 if something is broken."""
     with output.steps("look around", total=len(CHECKS)) as steps:
         checks = []
         for name, make in CHECKS.items():

@@ -1,7 +1,7 @@
-"""Shapes and inputs on the command line.
+"""Inputs: shapes and inputs for the command line.
 
-In: `--shape batch=4,seq=128` and a call's example inputs. Out: dims by name, and the same inputs at
-other sizes, their values repeated::
+In: `--shape batch=4,seq=128` and a call's example inputs. Out: dims by name, and the inputs at
+other sizes, with values repeated::
 
     parse_shape("batch=4,seq=128")  ->  {"batch": 4, "seq": 128}
 """
@@ -26,7 +26,7 @@ EXAMPLE_SHAPE = {"batch": 2, "seq": 16}
 
 
 def parse_shape(text: str) -> dict[str, int]:
-    """Return dims by name; raise InputError for what is not `name=size,...`."""
+    """Return dims by name; raise InputError unless `text` is `name=size,...`."""
     dims: dict[str, int] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
@@ -39,11 +39,11 @@ def parse_shape(text: str) -> dict[str, int]:
 
 
 def huggingface_inputs(model: nn.Module, shape: Mapping[str, int]) -> dict[str, Any]:
-    """Return random inputs of a Hugging Face module; the second row is padded to half.
+    """Return random inputs for a Hugging Face module; half of the second row is padding.
 
-    shape: batch and seq; with past, the call of a decoder with a cache that holds so many tokens,
-    of which the second row's first half is padding.
-    Raises InputError for a main input other than token ids or pixels.
+    shape: batch and seq; with past, the call of a decoder with a cache of that many tokens, with
+    padding in the first half of the second row. Raises InputError for a main input other than token
+    ids or pixels.
     """
     main = str(getattr(model, "main_input_name", "input_ids"))
     config: Any = getattr(model, "config", None)
@@ -73,7 +73,7 @@ def huggingface_inputs(model: nn.Module, shape: Mapping[str, int]) -> dict[str, 
 
 
 def _with_cache(model: nn.Module, past: torch.Tensor, seq: int) -> dict[str, Any]:
-    """Return what a call behind the tokens `past` has besides its own."""
+    """Return the additional arguments of a call that follows the tokens `past`."""
     config: Any = getattr(model, "config", None)
     accepted = inspect.signature(model.forward).parameters
     if "past_key_values" not in accepted or getattr(config, "is_encoder_decoder", False):
@@ -93,7 +93,8 @@ def _with_cache(model: nn.Module, past: torch.Tensor, seq: int) -> dict[str, Any
 
 
 def view_at(report: Report, dims: Mapping[str, int]) -> Report:
-    """Return a report at dims of the command line, where past stands for the length of a cache."""
+    """Return a report at dims of the command line, where `past` determines the length of a
+    cache."""
     if "past" not in dims or "length" not in report.dims:
         return report.at(**dims)
     rest = {name: size for name, size in dims.items() if name != "past"}
@@ -103,8 +104,8 @@ def view_at(report: Report, dims: Mapping[str, int]) -> Report:
 
 
 def resize(report: Report, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return a call's inputs at the report's shape, the example's values repeated or cut; those of
-    a call with a cache as its program takes them."""
+    """Return a call's inputs at the report's shape, with the example's values repeated or cut; for
+    a call with a cache, in the form that its program takes."""
     args, kwargs = report.plain_call(args, kwargs)
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     captured = report.compiled.captured

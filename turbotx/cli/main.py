@@ -1,8 +1,8 @@
-"""The commands and their options; each hands over to the file of its name.
+"""The commands and their options; each calls the file of its name.
 
-In: `sys.argv`. Out: an exit code: 0 it worked, 1 the results are not right, 2 the command line or
-MODEL is wrong, 3 turbotx could not do it, 4 an internal error, 130 interrupted. Errors are one
-line, and with --json one object::
+In: `sys.argv`. Out: an exit code: 0 success, 1 wrong results, 2 wrong command line or MODEL, 3
+turbotx could not do it, 4 internal error, 130 interrupted. Errors are one line, or with --json one
+object::
 
     main(["compile", "minilm", "--out", "out"])
 """
@@ -23,13 +23,13 @@ from turbotx.cli.serve import serve_command
 from turbotx.engine.logs import read_logs
 from turbotx.errors import InputError
 
-# A command imports PyTorch and the rest when it runs, so that --help and a mistyped name are
-# answered at once.
+# Commands import PyTorch and the rest when they run, so that --help and a mistyped command respond
+# immediately.
 if TYPE_CHECKING:
     from turbotx.cli.models import Source
 
 INTERRUPTED = 130
-# Typer brings Click along in some versions and as a part of itself in others.
+# Typer depends on Click in some versions and vendors it in others.
 UsageError: Any = typer.BadParameter.__base__
 app = typer.Typer(
     name="turbotx",
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     as_json = "--json" in arguments
     try:
         read_logs()
-        # Not standalone: a wrong command line is an object too where --json asks for one.
+        # Not standalone, so that a wrong command line also gives an object with --json.
         sys.exit(app(args=arguments, prog_name="turbotx", standalone_mode=False))
     except UsageError as error:
         message = error.format_message()

@@ -1,7 +1,7 @@
-"""MODEL on the command line: what it names becomes a module and example inputs.
+"""Models: loads MODEL of the command line as a module with example inputs.
 
 In: `package.module:factory`, `path/to/file.py:factory`, `hf:PATH`, `hf-config:bert`, `minilm`, a
-`.pt2` or a `.ttx` file. Out: a `ModelWithInputs`. Whatever is wrong is one line with what to do::
+`.pt2` or a `.ttx` file. Out: a `ModelWithInputs`, or an error of one line with the remedy::
 
     load_model("hf-config:bert,num_hidden_layers=2", {"batch": 2, "seq": 16})
 """
@@ -35,7 +35,7 @@ FORMS = (
 
 @dataclass(frozen=True)
 class ModelWithInputs:
-    """A module or function and one call's inputs. options: of `turbotx.optimize`, as asked for."""
+    """A module or function and one call's inputs. options: of `turbotx.optimize`, as given."""
 
     model: Any
     args: tuple[Any, ...]
@@ -43,7 +43,7 @@ class ModelWithInputs:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def optimized(self) -> Any:
-        """Return the model optimized with its options, itself where there are none."""
+        """Return the model optimized with its options, or the model itself if there are none."""
         return optimize(self.model, **self.options) if self.options else self.model
 
 
@@ -51,9 +51,10 @@ class ModelWithInputs:
 class Source:
     """A model as given on the command line.
 
-    text: MODEL. dtype: "float32", "bfloat16" or "float16" to convert the module, "" to leave it as
-    it is. weights: a file for `turbotx.load_weights`, read before the module is converted.
-    quantize: the option of that name, "" where it is not given.
+    text: MODEL.
+    dtype: "float32", "bfloat16" or "float16" to convert the module, "" to keep it.
+    weights: a file for `turbotx.load_weights`, loaded before the conversion.
+    quantize: the option of that name, "" by default.
     """
 
     text: str
@@ -72,7 +73,7 @@ class Source:
     def load(self, shape: Mapping[str, int]) -> ModelWithInputs:
         """Load it; `shape` is the batch and seq of a Hugging Face model's example.
 
-        Raises ModelError, and WeightsError where the file of weights does not fit.
+        Raises ModelError, and WeightsError if the file of weights does not fit.
         """
         if self.is_saved:
             loaded = _saved(Path(self.text), shape, self.weights)
@@ -89,7 +90,7 @@ class Source:
 
 
 def load_model(text: str, shape: Mapping[str, int]) -> ModelWithInputs:
-    """Load what `text` names, as it is; raise ModelError where it names nothing."""
+    """Load what `text` names, unconverted; raise ModelError if it names nothing."""
     form, _, rest = text.partition(":")
     if text == "minilm" or form in ("hf", "hf-config"):
         module = _huggingface(text, form, rest)
@@ -159,8 +160,7 @@ def _minilm_folder() -> str:
 
 
 def _from_config(transformers: ModuleType, text: str) -> nn.Module:
-    """Make a model of random weights from a type's default config, with `name=value` changes to
-    it."""
+    """Make a model with random weights from a type's default config, changed by `name=value`."""
     kind, *changes = [part.strip() for part in text.split(",")]
     known = list(transformers.CONFIG_MAPPING.keys())
     if kind not in known:
@@ -184,7 +184,7 @@ def _from_config(transformers: ModuleType, text: str) -> nn.Module:
     try:
         config = transformers.AutoConfig.for_model(kind, **given)
         return _encoder(transformers.AutoModel.from_config(config)).eval()
-    except Exception as error:  # of any kind: a config's values are used in many ways
+    except Exception as error:  # configs can fail in any way
         raise ModelError(f"cannot make a {kind} from that config: {_first_line(error)}") from error
 
 
@@ -198,7 +198,7 @@ def _number(text: str) -> Any:
 
 
 def _encoder(model: Any) -> Any:
-    """Return the encoder of an encoder-decoder, any other model itself."""
+    """Return the encoder of an encoder-decoder, otherwise the model itself."""
     config = getattr(model, "config", None)
     return model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model
 
@@ -222,7 +222,7 @@ def _exported(path: Path) -> ModelWithInputs:
 
 
 def _saved(path: Path, shape: Mapping[str, int], weights: Path | None) -> ModelWithInputs:
-    """Load a file of turbotx.save, with inputs that it takes at these sizes."""
+    """Load a file of turbotx.save, with inputs at these sizes."""
     from turbotx.saved.example import example_call
     from turbotx.saved.load import load
 
@@ -231,7 +231,7 @@ def _saved(path: Path, shape: Mapping[str, int], weights: Path | None) -> ModelW
 
 
 def _made(text: str, shape: Mapping[str, int]) -> ModelWithInputs:
-    """`module:attribute` or `file.py:attribute`: a factory, a module or a class of one."""
+    """Load `module:attribute` or `file.py:attribute`: a factory, a module or a module class."""
     place, _, name = text.rpartition(":")
     holder = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     if not hasattr(holder, name):
@@ -270,7 +270,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _import_module(name: str) -> ModuleType:
-    sys.path.insert(0, "")  # what stands in the current folder, as `python -m` would
+    sys.path.insert(0, "")  # the current folder, as for `python -m`
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -282,7 +282,7 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _with_inputs(text: str, found: Any, shape: Mapping[str, int]) -> ModelWithInputs:
-    """Take apart (module, inputs); without inputs, make those of a Hugging Face module."""
+    """Split (module, inputs); if there are no inputs, make those of a Hugging Face module."""
     if isinstance(found, tuple) and len(found) == 2:
         model, inputs = found
         if isinstance(inputs, Mapping):

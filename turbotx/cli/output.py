@@ -1,10 +1,10 @@
-"""What a command prints: tables for people on a terminal, one JSON object for programs.
+"""Output: what a command prints: tables on a terminal, or one JSON object for programs.
 
 In: `--json` or not. Out: an `Output` with a console for results (standard output), one for progress
 (standard error), and the exit codes::
 
-    0 it worked   1 the results are wrong   2 the command line or MODEL is wrong
-    3 turbotx could not do it   4 an internal error
+    0 success   1 wrong results   2 wrong command line or MODEL
+    3 turbotx could not do it   4 internal error
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from turbotx.errors import (
 OK, WRONG, MISUSED, FAILED, INTERNAL = 0, 1, 2, 3, 4
 _MISUSED = (ModelError, InputError, OptionsError, DumpError, WeightsError)
 PIPE_COLUMNS = 160
-"""How wide tables may be in a pipe or a file, where nothing says how wide they are read."""
+"""Width of tables in a pipe or file, where the reader's width is unknown."""
 
 
 def exit_code(error: BaseException) -> int:
-    """Return 2 where the user can put it right on the command line, 3 for another error that
-    turbotx raises on purpose, 4 for any other."""
+    """Return 2 for an error that the user can fix on the command line, 3 for other errors that
+    turbotx raises deliberately, 4 for all others."""
     if isinstance(error, _MISUSED):
         return MISUSED
     return FAILED if isinstance(error, TurbotxError) else INTERNAL
 
 
 LATE_S = 10.0
-"""After how long a command says line by line what it does, where nobody sees a progress bar."""
+"""Seconds after which a command prints its steps as lines if there is no progress bar."""
 
 
 @dataclass
 class Steps:
-    """A progress bar's handle: `steps("what comes next")` moves it on by one.
+    """Handle of a progress bar: `steps("description of the next step")` advances it by one.
 
-    tell: prints a line, where standard error is no terminal; None where the bar is seen.
+    tell: prints a line if standard error is not a terminal; None if the bar is visible.
     """
 
     progress: Progress
@@ -62,20 +62,20 @@ class Steps:
     began_s: float = field(default_factory=time.monotonic)
 
     def __call__(self, description: str, advance: int = 1) -> None:
-        """Show what runs next, and that `advance` steps are done."""
+        """Show the description of the next step, and count `advance` steps as done."""
         self.progress.update(self.task, description=description, advance=advance)
         passed_s = time.monotonic() - self.began_s
         if self.tell is not None and passed_s > LATE_S:
             self.tell(f"after {passed_s:.0f} s: {description}")
 
     def expect(self, more: int) -> None:
-        """Say that `more` steps are to come than was thought."""
+        """Increase the expected number of steps by `more`."""
         total = self.progress.tasks[0].total or 0
         self.progress.update(self.task, total=total + more)
 
 
 class Output:
-    """Where results and progress go."""
+    """The destinations of results and progress."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
@@ -86,7 +86,7 @@ class Output:
 
     @contextmanager
     def steps(self, first: str, total: int) -> Iterator[Steps]:
-        """Show progress on standard error while the block runs: a bar on a terminal, elsewhere a
+        """Show progress on standard error while the block runs: a bar on a terminal, otherwise a
         line for each step that begins after LATE_S."""
         from turbotx.engine.progress import hide_progress
 
@@ -99,12 +99,12 @@ class Output:
             yield Steps(progress, progress.add_task(first, total=total), tell)
 
     def result(self, value: dict[str, Any]) -> None:
-        """Print the JSON object, where that was asked for."""
+        """Print the JSON object if --json was given."""
         if self.as_json:
             print(json.dumps(value, indent=1))
 
     def failure(self, error: BaseException) -> None:
-        """Say what went wrong: on standard error, or as the JSON object."""
+        """Report an error on standard error, or as the JSON object."""
         message, kind = str(error), type(error).__name__
         internal = exit_code(error) == INTERNAL
         if internal:
@@ -114,7 +114,7 @@ class Output:
             print(json.dumps({**found, **({"versions": versions()} if internal else {})}))
             return
         self.errors.print("internal error:" if internal else "error:", style="red bold", end=" ")
-        # One line: the first few of a long message (a compiler's output); --json has all of it.
+        # One line: the first few of a long message (such as compiler output); --json has all.
         lines = [line.strip() for line in message.splitlines() if line.strip()][:3]
         self.line(" | ".join(lines))
         if internal:
@@ -125,11 +125,11 @@ class Output:
                 self.line("this is a fault of turbotx: TURBOTX_TRACEBACK=1 prints all of it")
 
     def line(self, text: str) -> None:
-        """Print a line on standard error as it is, however long."""
+        """Print a line on standard error without wrapping."""
         self.errors.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _place(error: BaseException) -> str:
-    """Return the last line of code of a traceback, as file:line."""
+    """Return the innermost frame of a traceback, as file:line."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"

@@ -1,7 +1,7 @@
-"""`turbotx profile`: time, bytes and bandwidth of every launch; by kernel and by module.
+"""`turbotx profile`: time, bytes and bandwidth of every launch, by kernel and by module.
 
-In: MODEL, a shape, how many runs. Out: tables, and a Chrome trace and a report.html whose roofline
-shows what each launch reached, where files are named::
+In: MODEL, a shape, the number of runs. Out: tables; and, if files are named, a Chrome trace, and a
+report.html whose roofline shows what each launch achieved::
 
     turbotx profile minilm --shape batch=1,seq=40 --trace trace.json --report report.html
 """
@@ -31,8 +31,8 @@ def profile_model(
     model: Source, shapes: Sequence[str], runs: int,
     trace: Path | None, page: Path | None, output: Output,
 ) -> int:  # fmt: skip
-    """Profile at one shape and print it; return the exit code. Raises InputError for several
-    shapes, or fewer than 1 run."""
+    """Profile at one shape and print the result; return the exit code. Raises InputError for
+    several shapes, or fewer than 1 run."""
     if len(shapes) > 1:
         raise InputError("profile takes one --shape at a time")
     if runs < 1:
@@ -63,7 +63,7 @@ def _profile_saved(
     source: Source, loaded: ModelWithInputs, runs: int, trace: Path | None, page: Path | None,
     output: Output,
 ) -> int:  # fmt: skip
-    """Profile a saved file, whose launches have names and no model to look their costs up in."""
+    """Profile a saved file, whose launches have names, but no graph to derive costs from."""
     if page is not None:
         raise InputError("--report needs the model: a saved file holds neither graph nor source")
     found, dims = profile_saved(loaded.model, loaded.args, loaded.kwargs, runs)
@@ -107,7 +107,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def kernels_table(found: Profile) -> Table:
-    """One row a kernel, GEMMs by their size."""
+    """Tabulate times by kernel, GEMMs by size."""
     rows: dict[str, list[Any]] = {}
     for t in found.launches:
         flops, nbytes = t.launch.traffic.flops, t.launch.traffic.compulsory_nbytes
@@ -129,7 +129,7 @@ def kernels_table(found: Profile) -> Table:
 
 
 def modules_table(found: Profile) -> Table:
-    """One row a module down to its layer, the longest first, at most a dozen."""
+    """Tabulate times by module down to its layer, longest first, at most 12."""
     table = Table(title="By module", title_justify="left", title_style="bold")
     table.add_column("module", overflow="fold")
     for name in ("launches", "ms", "share"):

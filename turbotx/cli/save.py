@@ -1,7 +1,7 @@
-"""`turbotx compile --save`: a model as one file, for the CPU and for GPUs that need not be here.
+"""`turbotx compile --save`: a model as one file, for the CPU and for GPUs that need not be present.
 
-In: MODEL, targets, a path. Out: a file for `turbotx.load`, with every kernel that any shape of the
-example call can ask for::
+In: MODEL, targets, a path. Out: a file for `turbotx.load`, with every kernel that the example call
+needs at any shape::
 
     turbotx compile minilm --target sm_90 --target cpu --save minilm.ttx
 """
@@ -23,9 +23,9 @@ from turbotx.saved.save import check_target, save
 def save_model(
     model: Source, path: Path, targets: Sequence[str], output: Output, packed: bool = False
 ) -> int:
-    """Write the file, say what is in it; packed: of the program over tokens.
+    """Write the file and print what it contains. packed: the program over tokens.
 
-    Raises SaveError for a target that nothing runs on, InputError for a file that is saved already.
+    Raises SaveError for an unsupported target, InputError for a file that is saved already.
     """
     if model.is_saved:
         raise InputError(f"{model} is saved already: name the model that it was saved from")
@@ -40,19 +40,20 @@ def save_model(
 
 
 def chosen_targets(targets: Sequence[str]) -> list[str]:
-    """Return what to save for, the CPU unless something is named; raise SaveError otherwise."""
+    """Return the targets to save for, by default the CPU; raise SaveError for an unsupported
+    one."""
     return [check_target(name) for name in dict.fromkeys(targets)] or ["cpu"]
 
 
 def chosen_options(loaded: ModelWithInputs, packed: bool) -> dict[str, Any]:
-    """Return the options of `turbotx.optimize` that the command line chose."""
+    """Return the options of `turbotx.optimize` chosen on the command line."""
     return {**loaded.options, **({"padding": "packed"} if packed else {})}
 
 
 def write_file(
     loaded: ModelWithInputs, path: Path, targets: Sequence[str], steps: Steps, packed: bool
 ) -> dict[str, Any]:
-    """Write the file and return what `--json` says of it."""
+    """Write the file and return its description for `--json`."""
     fast = optimize(loaded.model, **chosen_options(loaded, packed))
     fast(*loaded.args, **loaded.kwargs)
     expected = 0
@@ -70,6 +71,6 @@ def write_file(
 
 
 def show_written(written: dict[str, Any]) -> str:
-    """Return what was saved as a line of text: file, megabytes and targets."""
+    """Return a line about what was saved: file, megabytes and targets."""
     names, size = " and ".join(written["targets"]), written["nbytes"] / 1e6
     return f"{written['saved']}: {size:.1f} MB, for {names}; turbotx.load takes it"

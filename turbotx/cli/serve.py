@@ -1,6 +1,6 @@
-"""`turbotx serve`: the HTTP server, every one of its settings an option.
+"""`turbotx serve`: the HTTP server, with an option for every setting.
 
-In: a model directory or `minilm`, where to listen. Out: a server until it is told to stop::
+In: a model directory or `minilm`, where to listen. Out: a server that runs until it is stopped::
 
     turbotx serve minilm path/to/reranker --port 8080 --max-age-ms 2000
 """
@@ -59,7 +59,7 @@ Device = Annotated[str, _option(MODEL, "PyTorch's name of it: cpu, cuda, cuda:1.
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], _option(MODEL, "Of the weights.")]
 Quantize = Annotated[
     Literal["none", "int8", "int8-weights"],
-    _option(MODEL, "Products in int8, or by int8 weights alone; batches are padded then."),
+    _option(MODEL, "Products in int8, or by int8 weights alone."),
 ]
 Weights = Annotated[
     Path | None,
@@ -204,8 +204,8 @@ def serve_models(
 ) -> None:
     """Serve until SIGINT or SIGTERM.
 
-    Raises ModelError where the extra is not installed, a setting is out of range or the directory
-    is no model.
+    Raises ModelError if the extra is not installed, a setting is out of range, or the directory is
+    not a model.
     """
     wait_briefly(os.environ)
     try:
@@ -231,12 +231,12 @@ def serve_models(
 
 
 def wait_briefly(environment: MutableMapping[str, str]) -> None:
-    """Let idle threads of OpenMP sleep soon, unless the operator has said how they are to wait.
+    """Let idle OpenMP threads sleep soon, unless the user has configured how they wait.
 
-    They spin for milliseconds otherwise, which takes the very core that the thread they wait for
-    needs as soon as anything else runs on the machine, the event loop included: on two cores with
-    twelve busy processes a text of 10 tokens took 16 ms in place of 540. To be called before torch
-    is loaded, which reads it once.
+    Otherwise they spin for milliseconds, and take the core that the thread they wait for needs as
+    soon as anything else runs on the machine, such as the event loop: on two cores with twelve busy
+    processes, a text of 10 tokens took 16 ms instead of 540. Must be called before torch is loaded,
+    which reads the setting once.
     """
     if "OMP_WAIT_POLICY" not in environment:
-        environment.setdefault("GOMP_SPINCOUNT", "1000")  # some 40 us
+        environment.setdefault("GOMP_SPINCOUNT", "1000")  # about 40 us

@@ -1,7 +1,8 @@
-"""Targets of `turbotx compile`: builds the Triton kernels for GPUs that need not be here.
+"""Targets of `turbotx compile`: builds the Triton kernels for GPUs that need not be present.
 
-In: a call, names such as sm_90, a folder. Out: kernels/TARGET/ with every artifact of what a GPU
-launches at one shape, and resources.json with registers, spills and access widths of each::
+In: a call, names such as sm_90, a folder. Out: kernels/TARGET/ with every artifact of the kernels
+that a GPU launches at one shape, and resources.json with their registers, spills and access
+widths::
 
     kernels/sm_90/gemm_float16_1536x384_layer_norm_bias_gelu.ptx, .cubin, .py, ..., resources.json
 """
@@ -32,7 +33,7 @@ from turbotx.runtime.cuda.runtime import LaunchJob
 
 @dataclass(frozen=True)
 class NamedJob:
-    """A kernel of a target's program under a name of its own there."""
+    """A kernel of a target's program, with a unique name."""
 
     name: str
     job: Job
@@ -40,14 +41,15 @@ class NamedJob:
 
 @dataclass(frozen=True)
 class NamedBuild:
-    """A kernel as it was built."""
+    """A built kernel."""
 
     name: str
     built: Built
 
 
 def parse_targets(names: Sequence[str]) -> list[str]:
-    """Return the GPU targets among `names`, each once; raise InputError for an unknown one."""
+    """Return the GPU targets among `names` without duplicates; raise InputError for an unknown
+    one."""
     for name in names:
         if name not in TARGETS and name != "cpu":
             raise InputError(f"--target {name!r} is not one of cpu, {', '.join(TARGETS)}")
@@ -55,7 +57,8 @@ def parse_targets(names: Sequence[str]) -> list[str]:
 
 
 def find_jobs(report: Report, engine: Engine, targets: Sequence[str]) -> list[NamedJob]:
-    """Return what the call of a report launches on every target, at the report's shape."""
+    """Return the kernels that the call of a report launches on every target, at the report's
+    shape."""
     dims, found = tuple(report.dims.values()), list[NamedJob]()
     for target in targets:
         compiled = report.compiled
@@ -66,7 +69,7 @@ def find_jobs(report: Report, engine: Engine, targets: Sequence[str]) -> list[Na
 
 
 def name_jobs(report: Report, launched: Iterable[LaunchJob]) -> list[NamedJob]:
-    """Return every kernel once, named by its function in the report, or else as it is itself."""
+    """Return every kernel once, named by its function in the report, or by its own name."""
     found: dict[str, Job] = {}
     seen: set[str] = set()
     for x in launched:
@@ -80,13 +83,13 @@ def name_jobs(report: Report, launched: Iterable[LaunchJob]) -> list[NamedJob]:
 
 
 def build_jobs(named: Sequence[NamedJob], steps: Steps) -> list[NamedBuild]:
-    """Build kernels; raise BuildError with the compiler's words."""
+    """Build kernels; raise BuildError with the compiler's output."""
     done = build([n.job for n in named], workers=2, progress=lambda done, total, what: steps(what))
     return [NamedBuild(n.name, b) for n, b in zip(named, done, strict=True)]
 
 
 def write_builds(built: Sequence[NamedBuild], folder: Path) -> list[Path]:
-    """Copy what was built into kernels/TARGET/; return the files."""
+    """Copy build artifacts into kernels/TARGET/; return the files."""
     files: list[Path] = []
     targets = dict.fromkeys(b.built.job.target for b in built)
     for target in targets:
@@ -103,7 +106,7 @@ def write_builds(built: Sequence[NamedBuild], folder: Path) -> list[Path]:
 
 
 def resources_of(built: Sequence[NamedBuild]) -> dict[str, dict[str, Resources]]:
-    """Return kernel -> target -> what it uses there."""
+    """Return kernel -> target -> its resources there."""
     found: dict[str, dict[str, Resources]] = {}
     for b in built:
         found.setdefault(b.name, {})[b.built.job.target] = b.built.resources
@@ -111,7 +114,8 @@ def resources_of(built: Sequence[NamedBuild]) -> dict[str, dict[str, Resources]]
 
 
 def resources_table(built: Sequence[NamedBuild]) -> Table:
-    """Tabulate registers a thread, spills, shared memory and the widest accesses of each kernel."""
+    """Tabulate registers per thread, spills, shared memory and the widest accesses of each
+    kernel."""
     table = Table(title="On GPUs", title_justify="left", title_style="bold")
     table.caption, table.caption_justify = "shared: bytes; load, store: widest, in bits", "left"
     table.add_column("kernel", overflow="fold", min_width=24)

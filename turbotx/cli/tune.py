@@ -1,7 +1,7 @@
-"""`turbotx tune`: finds the fastest schedules of a model's kernels on this GPU and keeps them.
+"""`turbotx tune`: finds the fastest schedules of a model's kernels on this GPU and stores them.
 
-In: MODEL and shapes. Out: a table of what was gained; schedules kept for devices of this name,
-which every later program on one of them takes::
+In: MODEL and shapes. Out: a table of the gains; schedules stored for devices of this name, which
+all later programs on such devices use::
 
     turbotx tune minilm --shape batch=1,seq=40 --shape batch=32,seq=128 --dtype float16
 """
@@ -30,7 +30,7 @@ from turbotx.runtime.cuda.device import require_cuda, require_triton
 
 
 def tune_model(model: Source, shapes: Sequence[str], output: Output) -> int:
-    """Tune every shape, keep what is faster, print it; raise DeviceError where there is no GPU."""
+    """Tune every shape, store and print what is faster; raise DeviceError if there is no GPU."""
     require_cuda()
     require_triton()
     wanted = [parse_shape(text) for text in shapes]
@@ -48,7 +48,7 @@ def tune_model(model: Source, shapes: Sequence[str], output: Output) -> int:
             found += tune_call(report.compiled, dims, tensors)
         file = save_tuned(device, gains(found))
         steps("time folded norms")
-        report = reports.explain(loaded.model, *args, **kwargs)  # by the tiles that were found
+        report = reports.explain(loaded.model, *args, **kwargs)  # with the tuned tiles
         for dims, tensors, _ in _calls(report, wanted, args, kwargs):
             found += tune_norms(report.compiled, dims, tensors)
         save_tuned(device, gains(found))
@@ -66,7 +66,7 @@ def _describe_device(compiled: Compiled) -> str:
 def _calls(
     report: Report, wanted: Sequence[dict[str, int]], args: Any, kwargs: Any
 ) -> Iterator[tuple[tuple[int, ...], list[torch.Tensor], str]]:
-    """Give the dims and tensors of each shape that is asked for, and its words."""
+    """Yield the dims and tensors of each requested shape, and the shape as text."""
     for view in [report.at(**dims) for dims in wanted] or [report]:
         leaves = pytree.tree_leaves(resize(view, args, kwargs))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
@@ -76,7 +76,7 @@ def _calls(
 
 
 def found_table(device: str, found: Sequence[TuningResult]) -> Table:
-    """Return a table of tuned kernels: schedule and microseconds a launch, before and after."""
+    """Tabulate tuned kernels: schedule and microseconds per launch, before and after."""
     table = Table(title=f"Kernels on {device}", title_justify="left", title_style="bold")
     table.add_column("kernel", overflow="fold", min_width=24)
     for name in ("length", "before", "best", "before µs", "best µs", "tried"):

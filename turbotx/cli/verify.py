@@ -1,7 +1,8 @@
-"""`turbotx verify`: every launch and the whole model against float64, the worst of each kernel.
+"""`turbotx verify`: every launch and the whole model against float64; shows the worst of each
+kernel.
 
 Kernels are also run on large means, rows of minus infinity and denormals. In: MODEL and shapes.
-Out: tables; exit code 1 where an error is larger than the rule allows::
+Out: tables; exit code 1 if an error exceeds its bound::
 
     turbotx verify minilm --shape batch=1,seq=1 --shape batch=4,seq=128
     turbotx verify minilm.ttx --reference minilm
@@ -37,7 +38,7 @@ UNMEASURED = (
 )
 
 MAX_NAMED = 8
-"""Launches past the rule that the last line names."""
+"""Number of launches with too large errors that the last line names."""
 
 
 Measured = list[tuple[dict[str, int], Numerics]]
@@ -47,10 +48,10 @@ Harsh = dict[str, tuple[Error, ...]]
 def verify_model(
     model: Source, reference: str | None, shapes: Sequence[str], output: Output
 ) -> int:
-    """Measure at every shape; return 0, or 1 where the rule is broken.
+    """Measure at every shape; return 0, or 1 if an error exceeds its bound.
 
-    reference: of a saved file, the model that it was saved from, whose dtype and weights those of
-    `model` are. Raises InputError for one without the other.
+    reference: for a saved file, the model that it was saved from, with the dtype and weights of
+    `model`. Raises InputError for one without the other.
     """
     if model.is_saved and reference is None:
         raise InputError(
@@ -72,7 +73,7 @@ def verify_model(
 def _measure(
     model: Source, wanted: Sequence[dict[str, int]], steps: Steps
 ) -> tuple[Measured, Harsh]:
-    """Return the errors at every shape, and on inputs that break careless arithmetic."""
+    """Return the errors at every shape, and on numerically difficult inputs."""
     found: Measured = []
     loaded = model.load({**EXAMPLE_SHAPE, **(wanted[0] if wanted else {})})
     steps("capture, fuse and build")
@@ -101,7 +102,7 @@ def _measure_saved(
 
 
 def _report(model: Source, found: Measured, harsh: Harsh, output: Output) -> int:
-    """Print the tables and what is past the rule; return the exit code."""
+    """Print the tables and the errors that exceed their bounds; return the exit code."""
     for dims, numerics in found:
         output.console.print(numerics_table(show_shape(dims), numerics))
     if harsh:
@@ -124,7 +125,7 @@ def _report(model: Source, found: Measured, harsh: Harsh, output: Output) -> int
 
 
 def print_verdict(every: Sequence[tuple[Error, str]], output: Output) -> bool:
-    """Print the rule, whether all errors keep it, and last which do not; return whether all do.
+    """Print the rule, whether all errors satisfy it, and those that do not; return whether all do.
 
     every: errors, and where each was measured.
     """
@@ -144,7 +145,7 @@ def print_verdict(every: Sequence[tuple[Error, str]], output: Output) -> bool:
 def _all_errors(
     found: Sequence[tuple[dict[str, int], Numerics]], harsh: Mapping[str, Sequence[Error]]
 ) -> Iterator[tuple[Error, str]]:
-    """Yield every error that was measured, and where."""
+    """Yield every measured error, and where it was measured."""
     for dims, numerics in found:
         for error in (*numerics.launches, *numerics.outputs):
             yield error, f"at {show_shape(dims)}"
@@ -154,7 +155,7 @@ def _all_errors(
 
 
 def worst_of_each(errors: Sequence[Error]) -> list[Error]:
-    """Return the worst launch of every kernel, GEMMs as one."""
+    """Return the worst launch of every kernel, with GEMMs counted as one."""
     worst: dict[str, Error] = {}
     for error in errors:
         key = error.kernel or error.name.rstrip("0123456789").rstrip("_")
@@ -166,7 +167,7 @@ def worst_of_each(errors: Sequence[Error]) -> list[Error]:
 
 
 def numerics_table(shape: str, numerics: Numerics) -> Table:
-    """One row a kernel: its worst launch; then the model's outputs."""
+    """Tabulate the worst launch of every kernel, then the model's outputs."""
     table = Table(title=f"Against float64 at {shape}", title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     table.add_column("worst launch", overflow="fold", min_width=16)
@@ -182,7 +183,7 @@ def numerics_table(shape: str, numerics: Numerics) -> Table:
 
 
 def harsh_table(harsh: Mapping[str, Sequence[Error]]) -> Table:
-    """One row a case and kernel whose error is the largest relative to its rule."""
+    """Tabulate, per case and kernel, the error that is largest relative to its bound."""
     table = Table(title="On adversarial inputs", title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     table.add_column("case")

@@ -1,4 +1,4 @@
-"""What turbotx made of a model, for people and for programs.
+"""Reports on what turbotx made of a model, for people and for programs.
 
 In: a model and example inputs. Out: a `Report`::
 

@@ -1,7 +1,7 @@
-"""Adversarial: every kernel on inputs that break careless arithmetic, against float64.
+"""Adversarial: tests every kernel against float64 on numerically difficult inputs.
 
 In: a compiled call and its tensors. Out: the errors of every generated kernel beside eager's own,
-when what it reads has a large mean, rows of minus infinity, or numbers too small to be normal::
+on inputs with a large mean, rows of minus infinity, or denormals::
 
     stress(compiled, tensors, names, dims)["large mean"][3].holds
 """
@@ -26,7 +26,8 @@ def _large_mean(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 
 def _hidden_rows(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Every third row is minus infinity throughout, and every second element of the next one."""
+    """Return values with every third row all minus infinity, and every second element of the next
+    row."""
     values = torch.randn(shape, generator=generator)
     if values.dim() and values.numel():
         rows = values.reshape(-1, shape[-1])
@@ -50,18 +51,19 @@ def stress(
     compiled: Compiled, tensors: Sequence[torch.Tensor],
     names: Callable[[ir.Launch], str], dims: Mapping[str, int],
 ) -> dict[str, tuple[Error, ...]]:  # fmt: skip
-    """Return, by case, the error of every generated kernel; nothing else may use `compiled`.
+    """Return, by case, the error of every generated kernel; nothing else may use `compiled`
+    meanwhile.
 
-    Attention takes the small numbers, and minus infinities in its bias: scores of 1e8 would measure
-    how products are rounded, which is the GEMM's matter, in eager as in turbotx. tensors: the
-    call's inputs, for their shapes and integers.
+    Attention gets the denormals as q, k and v, and the minus infinities in its bias: scores of 1e8
+    would measure how products are rounded, which concerns GEMMs, in eager as in turbotx.
+    tensors: the call's inputs, for their shapes and integer values.
     """
     sizes = dims_of(compiled, tensors)
     found = {}
     for case in CASES:
         watch = _Harsh(case, compiled, names, dims)
         program = compiled.program
-        copies = [t.clone() for t in tensors]  # a call's inputs are the caller's
+        copies = [t.clone() for t in tensors]  # the caller's inputs must not be changed
         with torch.no_grad():
             program.run(program.bind(sizes), copies, watch=watch)
         found[case] = watch.errors.found
@@ -69,7 +71,7 @@ def stress(
 
 
 class _Harsh:
-    """Writes over what a kernel is about to read, then compares what it makes of that."""
+    """Overwrites the inputs of a kernel before it runs, then checks its results."""
 
     def __init__(
         self, case: str, compiled: Compiled,

@@ -1,4 +1,4 @@
-"""Amounts: byte counts and shapes as people read them, for tables and pages.
+"""Amounts: byte counts and shapes as text, for tables and pages.
 
 In: numbers. Out: short text::
 
@@ -13,7 +13,7 @@ from turbotx.report.entries import CacheEntry
 
 
 def show_nbytes(nbytes: float) -> str:
-    """Return a byte count in the unit that fits: 512 B, 48.0 KiB, 3.25 MiB."""
+    """Return a byte count in a suitable unit: 512 B, 48.0 KiB, 3.25 MiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if nbytes >= size:
             return f"{nbytes / size:.2f} {unit}" if unit != "KiB" else f"{nbytes / size:.1f} {unit}"
@@ -21,14 +21,14 @@ def show_nbytes(nbytes: float) -> str:
 
 
 def show_shape(dims: Mapping[str, int]) -> str:
-    """Return sizes by name, less those that follow another."""
+    """Return sizes by name, without dims that follow another one."""
     following = find_leaders(dims)
     return ", ".join(f"{name} {size}" for name, size in dims.items() if name not in following)
 
 
 def find_leaders(dims: Mapping[str, int]) -> dict[str, str]:
-    """Return, by name, further dims of inputs that are as large as a dim before them, and that one:
-    `attention_mask_d0` is the batch again wherever a mask fits."""
+    """Return, by name, further dims of inputs that equal an earlier dim, and that dim:
+    `attention_mask_d0` equals the batch wherever a mask fits."""
     first: dict[int, str] = {}
     found = {}
     for name, size in dims.items():
@@ -40,7 +40,7 @@ def find_leaders(dims: Mapping[str, int]) -> dict[str, str]:
 
 
 def show_cache(cache: CacheEntry) -> str:
-    """Return what a key/value cache takes in one line."""
+    """Return the size of a key/value cache in one line."""
     token, filled, nbytes = map(
         show_nbytes, (cache.token_nbytes, cache.filled_nbytes, cache.nbytes)
     )
@@ -48,8 +48,8 @@ def show_cache(cache: CacheEntry) -> str:
 
 
 def layer_of(module: str, model: str = "model") -> str:
-    """Return a module's path down to its layer: encoder.layer.0 of encoder.layer.0.output.dense,
-    the first part where there is none, `model` where that is empty."""
+    """Return a module's path down to its layer: encoder.layer.0 of encoder.layer.0.output.dense;
+    the first part if it is in no layer, `model` if it is empty."""
     parts = module.split(".")
     ends = [k for k, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: ends[0] + 1]) if ends else (parts[0] or model)

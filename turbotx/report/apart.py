@@ -1,6 +1,6 @@
-"""Apart: why a kernel between GEMMs is a launch of its own and no GEMM's epilogue.
+"""Apart: why a kernel between GEMMs is a separate launch and not a GEMM's epilogue.
 
-In: a compiled call and one of its regions. Out: the reason, in words::
+In: a compiled call and one of its regions. Out: the reason as text::
 
     why_apart(compiled, region)  ->  "layer_norm needs whole rows, and a GEMM's launch ..."
 """
@@ -19,15 +19,15 @@ from turbotx.kernels.fusion.fuse import FusedRegion
 from turbotx.passes.partition import BEGINS, GEMMS, op_name, root_of
 
 FINISHING = frozenset({"add", "mul", "relu", "gelu", "silu", "sigmoid", "tanh", "pow", "to_copy"})
-"""Ops that epilogues are made of."""
+"""Ops that epilogues consist of."""
 NORMS = frozenset({"layer_norm", "rms_norm"})
-"""Ops that a GPU's GEMMs can do to what they read."""
+"""Ops that a GPU's GEMMs can apply to their input."""
 
 
 def why_apart(compiled: Compiled, fused: FusedRegion, kinds: Mapping[fx.Node, str]) -> str:
-    """Return why no GEMM's launch computes a region that has kernels of its own.
+    """Return why no GEMM's launch computes a region that has its own kernels.
 
-    kinds: what each node of the graph is, by `kind_of`.
+    kinds: the kind of each node of the graph, by `kind_of`.
     """
     region, options = fused.region, compiled.unbound.options
     if BEGINS in region.nodes[0].meta:
@@ -41,9 +41,12 @@ def why_apart(compiled: Compiled, fused: FusedRegion, kinds: Mapping[fx.Node, st
     if not options.epilogues:
         return "epilogues=False was asked for"
     if any(g.is_call(n, quantize_rows) for n in region.nodes):
+        many = "" if not _has_other_program(compiled) else (
+            "; at this many tokens it moves fewer bytes than products that quantise what they read"
+        )  # fmt: skip
         return (
             "it quantises rows for an int8 product, which needs whole rows, and a GEMM's launch "
-            "stores its sums tile by tile"
+            f"stores its sums tile by tile{many}"
         )
     norms = [op_name(n) for n in region.nodes if op_name(n) in NORMS]
     if norms and compiled.unbound.target != "cpu":
@@ -77,14 +80,19 @@ def _first_unlike(nodes: tuple[fx.Node, ...], linear: fx.Node) -> str:
 
 
 def _why_stored(compiled: Compiled, norm: str) -> str:
-    """Why a norm is a kernel on a GPU, where GEMMs can normalise what they read."""
+    """Return why a norm is a separate kernel on a GPU, where GEMMs can normalise their input."""
     options = compiled.unbound.options
     if options.norms == "store" or options.gemms == "cublas":
         asked = "norms='store'" if options.norms == "store" else "gemms='cublas'"
         return f"{asked} was asked for"
-    call = compiled.unbound.call
-    if len(call.programs) > 1 and compiled.specialization.assembled is call.programs[0]:
+    if options.quantize == "none" and _has_other_program(compiled):
         return f"at this many tokens a kernel for {norm} is expected to be faster than folding it"
     return (
         f"not only GEMMs of known weights read {norm}, and they alone can normalise by themselves"
     )
+
+
+def _has_other_program(compiled: Compiled) -> bool:
+    """Tell whether for fewer tokens there is a program with fewer launches."""
+    programs = compiled.unbound.call.programs
+    return len(programs) > 1 and compiled.specialization.assembled is programs[0]

@@ -1,6 +1,6 @@
 """Compare: the differences between two reports, of two versions of turbotx or of a model.
 
-In: two report.json, read. Out: the figures of both side by side, and the names that only one has::
+In: two parsed report.json. Out: the figures of both side by side, and the names that only one has::
 
     compare(before, after).figures  ->  [Figure("launches", 47, 45), Figure("bytes moved", ...)]
 """
@@ -19,7 +19,7 @@ _KEYS = ("model", "dims", "regions", "kernels", "launches", "externs", "memory")
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of both reports; None where a report does not have it."""
+    """One number of both reports; None if a report does not have it."""
 
     name: str
     before: float | None
@@ -27,14 +27,19 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """Value after over value before, None where one of them is missing or zero."""
+        """The value after over the value before; None if one of them is missing or zero."""
         return self.after / self.before if self.before and self.after is not None else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """figures: each in both reports. gone, new, changed: names of kernels, the last those of one
-    name that compute something else. other: what makes the two no like for like."""
+    """The differences between two reports.
+
+    figures: each in both reports.
+    gone, new, changed: names of kernels; changed ones have the same name and compute something
+    else.
+    other: what makes the two reports not comparable.
+    """
 
     figures: tuple[Figure, ...]
     gone: tuple[str, ...]
@@ -44,13 +49,13 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether nothing differs but times."""
+        """Whether they differ at most in times."""
         same = all(f.before == f.after for f in self.figures if "us" not in f.name.split())
         return same and not (self.gone or self.new or self.changed or self.other)
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
-    """Return how `after` differs from `before`. Raises InputError where one is no report.json."""
+    """Return how `after` differs from `before`. Raises InputError if one is not a report.json."""
     for which, report in (("first", before), ("second", after)):
         missing = [key for key in _KEYS if key not in report]
         if missing:
@@ -72,7 +77,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
 
 
 def _figures(report: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a report counts, by name, in the order in which it is shown."""
+    """Return what a report counts, by name, in display order."""
     launches, memory = report["launches"], report["memory"]
     found: dict[str, float] = {"launches": len(launches)}
     kinds = Counter(x["kind"] for x in launches)

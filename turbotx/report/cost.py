@@ -1,7 +1,8 @@
-"""Cost: the bytes a launch has to move and the operations it has to do, as formulas in the dims.
+"""Cost: the bytes that a launch has to move and its operations, as formulas in the dims.
 
-In: an `ir.Launch`. Out: its `Cost`. An element that a launch needs is counted once, whatever the
-kernel does; a gather counts what it picks, at most the whole table. For a bias and GELU::
+In: an `ir.Launch`. Out: its `Cost`. Each element that a launch needs is counted once, however the
+kernel reads it; a gather counts the elements it reads, at most the whole table. For a bias and
+GELU::
 
     Cost(reads=6144*batch*seq + 6144, writes=6144*batch*seq, flops=39936*batch*seq)
 """
@@ -21,15 +22,15 @@ from turbotx.kernels.fusion.traffic import kernel_traffic
 from turbotx.report.origin import Origin
 
 PICKING = frozenset({"embedding", "index", "index_select", "gather", "take", "take_along_dim"})
-"""Ops that read only the elements they pick."""
+"""Ops that read only selected elements."""
 
 
 @dataclass(frozen=True)
 class Cost:
     """Bytes read, bytes written and operations of one launch.
 
-    flops: a multiply-add of a GEMM or of attention counts as two; what a fused kernel computes
-    counts in adds, by the `cost` of its primitives.
+    flops: a multiply-add of a GEMM or of attention counts as two; the ops of a fused kernel count
+    by the `cost` of their primitives, in units of one add.
     """
 
     reads: Expr
@@ -42,7 +43,7 @@ def launch_cost(launch: ir.Launch) -> Cost:
     if isinstance(launch, ir.KernelLaunch):
         traffic = kernel_traffic(launch.kernel)
         return Cost(traffic.read_nbytes, traffic.written_nbytes, _arithmetic(launch.kernel))
-    if isinstance(launch, ir.StoreLaunch):  # of all that a cache holds only the new rows
+    if isinstance(launch, ir.StoreLaunch):  # only the new rows of a cache
         moved = _operand_nbytes(launch.new)
         return Cost(moved, moved, ZERO)
     windows = {a.tensor: _operand_nbytes(a) for a in launch.operands if a}
@@ -50,7 +51,7 @@ def launch_cost(launch: ir.Launch) -> Cost:
     read = {name: n for name, n in windows.items() if name not in launch.writes}
     if isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
         read = _add_windows(launch)
-    if isinstance(launch, ir.GroupedGemmLaunch):  # a row needs one expert's weight
+    if isinstance(launch, ir.GroupedGemmLaunch):  # each row needs one expert's weight
         experts, *matrix = launch.weight.shape
         used = product(matrix) * launch.weight.dtype.itemsize
         read[launch.weight.tensor] = _least(experts, launch.rows) * used
@@ -58,7 +59,7 @@ def launch_cost(launch: ir.Launch) -> Cost:
 
 
 def _arithmetic(kernel: ir.Kernel) -> Expr:
-    """Every computed value once for each position that it varies over; casts are free."""
+    """Count every value once per position that it varies over; casts are free."""
     varies, extents = kernel.varies_over(), {a.name: a.extent for a in kernel.axes}
     counts: dict[frozenset[str], int] = {}
     for s in kernel.body:
@@ -74,10 +75,10 @@ def _arithmetic(kernel: ir.Kernel) -> Expr:
 
 
 def eager_nbytes(origin: Origin) -> dict[str, Expr]:
-    """Return what each op of the captured model moves where PyTorch runs it by itself.
+    """Return what each op of the captured model moves when PyTorch runs it on its own.
 
-    It reads each input and writes its result; of a table it reads at most as much as it writes.
-    Views, and ops that do nothing in inference, are not there.
+    An op reads each input and writes its result; of a table it reads at most as much as it writes.
+    Views and no-ops in inference are omitted.
     """
     node = {n.name: n for n in origin.nodes}
     found = {}
@@ -96,7 +97,7 @@ def _least(a: Expr, b: Expr) -> Expr:
 
 
 def _operand_nbytes(operand: ir.Operand) -> Expr:
-    """Return the bytes that a window shows, an axis of stride 0 counted once."""
+    """Return the bytes that a window covers, an axis of stride 0 counted once."""
     extents = [e for e, s in zip(operand.shape, operand.strides, strict=True) if s != 0]
     return product(extents) * operand.dtype.itemsize
 
@@ -117,7 +118,7 @@ def _flops(launch: ir.Launch) -> Expr:
     if isinstance(launch, (ir.AttentionLaunch, ir.ProductLaunch)):
         batch, heads, _, q_len, k_len = launch.sizes[:5]
         if isinstance(launch, ir.AttentionLaunch) and launch.kernel.packed:
-            q_len, k_len = ONE, FloorDiv(q_len * k_len, batch * batch)  # of equal lengths
+            q_len, k_len = ONE, FloorDiv(q_len * k_len, batch * batch)  # for equal lengths
         products = 2 if isinstance(launch, ir.AttentionLaunch) else 1
         return 2 * products * batch * heads * q_len * k_len * launch.kernel.head_dim
     return ZERO

@@ -1,7 +1,7 @@
-"""Debug: TURBOTX_DUMP and TURBOTX_VERIFY: look at everything that a process compiles.
+"""Debug: TURBOTX_DUMP and TURBOTX_VERIFY, applied to everything that a process compiles.
 
-In: an engine, a call it has captured and is about to compile. Out: the stages as files, one folder
-a compiled call, or a VerifyError that names the launch whose error breaks the rule::
+In: an engine and a call that it has captured and is about to compile. Out: the stages as files, one
+folder per compiled call, or a VerifyError naming the launch with too large an error::
 
     TURBOTX_DUMP=out TURBOTX_VERIFY=1 python serve_my_model.py
 """
@@ -31,7 +31,8 @@ Finish = Callable[[Compiled], None]
 def watch(
     engine: Engine, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Finish:
-    """Return what to do with the compiled call; the captured graph is looked at before it goes."""
+    """Observe a captured call before compilation; return the function to call with the compiled
+    call."""
     origin = observe(captured)
     tensors = tensors_of(args, kwargs)
     verifies = os.environ.get("TURBOTX_VERIFY", "0") not in ("", "0")
@@ -53,7 +54,7 @@ def watch(
 
 
 def _new_folder(parent: Path, name: str) -> Path:
-    """Return a folder that no other call and no other process has taken."""
+    """Create and return a folder that no other call or process uses."""
     for k in itertools.count():
         folder = parent / f"{name}_{k}"
         try:
@@ -65,7 +66,7 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 
 def _find_leaks(engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise VerifyError where the trace has left something of its own with the user."""
+    """Raise VerifyError if the trace has left its own objects with the user."""
     found = find_leaks((engine.model, args, dict(kwargs)), "call")
     if found:
         raise VerifyError(

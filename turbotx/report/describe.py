@@ -1,4 +1,4 @@
-"""Describe: a compiled call's stages as report entries, numbers evaluated at one shape.
+"""Describe: a compiled call's stages as report entries, with numbers evaluated at one shape.
 
 In: a `Compiled` and the values of its dims. Out: lists of `entries` records, for example::
 
@@ -47,7 +47,7 @@ from turbotx.runtime.cpu.launch_table import (
 from turbotx.runtime.cpu.runtime import CpuCode
 
 BY_TEMPLATE = (ir.GemmLaunch, ir.GroupedGemmLaunch, ir.RouteLaunch, ir.SequenceLaunch)
-"""The launches that a GPU's templates run, where they run them."""
+"""Launches that run a kernel template on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +58,28 @@ class View:
     dims: Mapping[str, int]
 
     def number(self, formula: Expr) -> int:
-        """Return a size expression's value at the report's shape."""
+        """Return the value of a size expression at the report's shape."""
         return evaluate(formula, self.dims)
 
     @property
     def launches(self) -> list[ir.Launch]:
-        """The program's launches, in running order."""
+        """The program's launches in execution order."""
         return self.compiled.assembly.launches
 
     @cached_property
     def functions(self) -> dict[object, str]:
-        """The name of every generated function, by what makes it one."""
+        """The name of every generated function, by its key."""
         return print_units(self.compiled.assembly)[1]
 
     def function_of(self, launch: ir.Launch) -> str:
-        """Return the name of the generated function that a launch runs, "" for an op of PyTorch."""
+        """Return the name of the generated function of a launch, "" for an op of PyTorch."""
         key = kernel_key(launch)
         return "" if key is None else self.functions[key]
 
     @cached_property
     def templates(self) -> dict[str, Job]:
-        """On a GPU, the generated kernels at these dims that no CPU has: of GEMM launches, and of
-        what is made of each sequence."""
+        """On a GPU, the kernels generated from templates at these dims, which CPUs do not have: of
+        GEMMs and of sequence ops."""
         code = self.compiled.specialization.code
         if isinstance(code, CpuCode):
             return {}
@@ -87,17 +87,17 @@ class View:
         return {x.launch.name: x.job for x in found if isinstance(x.launch, BY_TEMPLATE)}
 
     def kernel_of(self, launch: ir.Launch) -> str:
-        """Return the generated kernel that a launch takes at these dims, "" where there is none."""
+        """Return the generated kernel that a launch runs at these dims, "" if there is none."""
         job = self.templates.get(launch.name)
         return job.name if job is not None else self.function_of(launch)
 
     def kind_of(self, launch: ir.Launch) -> str:
-        """Return what a launch is: a kernel, too, where PyTorch runs it on CPUs alone."""
+        """Return the kind of a launch; "kernel" also for those that only CPUs leave to PyTorch."""
         generated = isinstance(launch, ir.SequenceLaunch) and launch.name in self.templates
         return "kernel" if generated else launch.kind
 
     def through(self, gemm: ir.Launch) -> str:
-        """Return what runs a GEMM launch."""
+        """Return what runs a GEMM launch, as text."""
         if isinstance(self.compiled.specialization.code, CpuCode):
             return "packed weight"
         return self.kernel_of(gemm) or "the library"
@@ -118,7 +118,7 @@ class View:
 
 
 def describe_cache(view: View) -> entries.CacheEntry | None:
-    """Return what the cache of a call takes; None for a call without one."""
+    """Return the size of the call's cache; None for a call without one."""
     captured = view.compiled.captured
     sizes = dict(zip(captured.input_names, captured.input_sizes, strict=True))
     if "kv_memory" not in sizes:
@@ -132,7 +132,7 @@ def describe_cache(view: View) -> entries.CacheEntry | None:
 def describe_launches(
     view: View, regions: Sequence[entries.RegionEntry]
 ) -> list[entries.LaunchEntry]:
-    """Return a record for each launch, in running order."""
+    """Return a record per launch, in execution order."""
     apart = {name: r.apart for r in regions for name in r.launches}
     return [
         entries.LaunchEntry(
@@ -151,7 +151,7 @@ def describe_launches(
 
 
 def describe_kernels(view: View) -> list[entries.KernelEntry]:
-    """One entry a generated function, in the order of first use."""
+    """Return one entry per generated function, in order of first use."""
     users: dict[str, list[ir.Launch]] = {}
     for launch in view.launches:
         name = view.kernel_of(launch)
@@ -203,13 +203,13 @@ def _kernel(view: View, name: str, launches: list[ir.Launch]) -> entries.KernelE
 
 
 def show_template(job: Job) -> str:
-    """Return a GEMM template as text: what it is built for."""
+    """Return a GEMM template's build parameters as text."""
     tiles = ", ".join(f"{name}={value}" for name, value in job.constexprs)
     return f"{job.name}: {tiles}, {job.num_warps} warps, {job.num_stages} stages"
 
 
 def show_attention(kernel: AttentionKernel) -> str:
-    """Return an attention launch as text: what the graph fixes about it."""
+    """Return an attention launch's compile-time properties as text."""
     masks = [] if kernel.keys == "all" else ["key mask" if kernel.keys == "mask" else "lengths"]
     masks += [f"{kernel.bias} bias"] if kernel.bias != "none" else []
     masks += ["by sequence"] if kernel.packed else []
@@ -242,7 +242,7 @@ def _listed(names: list[str]) -> str:
 
 
 def describe_regions(view: View) -> list[entries.RegionEntry]:
-    """One entry a region, named as its submodule in the fused graph."""
+    """Return one entry per region, named like its submodule in the fused graph."""
     by_nodes = {x.nodes: x for x in view.launches if isinstance(x, ir.KernelLaunch)}
     gemms = {name: x for x in view.launches if x.kind == "gemm" for name in x.writes}
     kinds = {n: kind_of(n, view.compiled.hoisted) for n in view.compiled.graph.nodes}
@@ -278,7 +278,8 @@ def _distinct(values: Any) -> tuple[str, ...]:
 
 
 def describe_gemms(view: View) -> list[entries.Gemm]:
-    """Every matrix product: the packed ones, and those that PyTorch runs."""
+    """Return an entry for every matrix product: those with packed weights, and those run by
+    PyTorch."""
     parameters = {n.name: str(n.target) for n in view.compiled.graph.nodes if n.op == "get_attr"}
     hoisted = view.compiled.assembly.hoisted
     found = []
@@ -328,8 +329,8 @@ def _aten_gemm(view: View, x: ir.AtenLaunch) -> entries.Gemm:
 
 
 def parameters_of(weight: fx.Node) -> list[str]:
-    """Return the paths of the parameters that a weight is made from, in order, but not those of a
-    norm that is folded into it."""
+    """Return the paths of the parameters from which a weight is computed, in order, without those
+    of a norm folded into it."""
     if weight.op == "get_attr":
         return [str(weight.target)]
     sources = weight.all_input_nodes[: 1 if weight.target in (fold_weight, quantize_rows) else None]
@@ -337,7 +338,7 @@ def parameters_of(weight: fx.Node) -> list[str]:
 
 
 def describe_externs(view: View) -> list[entries.Extern]:
-    """Return the ops that PyTorch runs, with how often and why."""
+    """Return the ops that PyTorch runs, with counts and reasons."""
     generated = {
         str(x.call.target) for x in view.launches
         if isinstance(x, ir.SequenceLaunch) and x.name in view.templates

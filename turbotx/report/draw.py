@@ -40,8 +40,11 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Box:
-    """A node of the drawing. kind: a key of FILL. name: as in report.graph. text: ops or a shape.
+    """A node of the drawing.
 
+    kind: a key of FILL.
+    name: as in report.graph.
+    text: ops or a shape.
     sources: the boxes whose values it reads.
     """
 
@@ -54,7 +57,7 @@ class Box:
 
 
 def find_boxes(report: Record) -> list[Box]:
-    """Return the fused graph's nodes but for parameters and the views between calls, in order."""
+    """Return the fused graph's nodes in order, without parameters and views."""
     graph = report.graph.graph
     found = []
     hoisted = report.compiled.assembly.hoisted  # computed once, from parameters alone
@@ -88,7 +91,7 @@ def draw_dot(report: Record) -> str:
 
 
 def _kind(report: Record, node: fx.Node) -> str:
-    """Return what a node is drawn as, "" for those that are drawn through."""
+    """Return the kind of box of a node, "" if it is not drawn."""
     if node.op in ("placeholder", "output"):
         return "input" if node.op == "placeholder" else "output"
     if node.op == "call_module":
@@ -100,12 +103,12 @@ def _kind(report: Record, node: fx.Node) -> str:
     tensors = g.is_tensor(node) or isinstance(node.meta.get("val"), (list, tuple))
     if node.op != "call_function" or not tensors or node.target is g.GETITEM:
         return ""
-    # A reshape that no strides express is a launch of its own.
+    # A reshape that strides cannot express is a launch.
     return "" if _is_view(node) and find_place(report, node).status != "aten" else "other"
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Sizes are known from the shape alone: who uses one does not wait for its tensor."""
+    """Sizes are known from the shape: reading one does not depend on its tensor."""
     return node.op == "call_function" and isinstance(node.meta.get("val"), torch.SymInt)
 
 
@@ -115,7 +118,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _label(report: Record, node: fx.Node) -> tuple[str, str, str]:
-    """Return title, text and tip."""
+    """Return title, text and tooltip."""
     if node.op == "output":
         return "output", "", "output"
     if node.op == "call_module":
@@ -139,7 +142,7 @@ def _wrap(text: str, width: int = 46) -> list[str]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Boxes, their (width, height), and where they go."""
+    """Boxes, their (width, height), and their positions."""
 
     boxes: list[Box]
     sizes: dict[str, tuple[float, float]]
@@ -147,14 +150,14 @@ class Drawing:
 
 
 def lay_out_boxes(report: Record) -> Drawing:
-    """Return the fused graph's boxes with their places, flow from top to bottom."""
+    """Return the fused graph's boxes laid out from top to bottom."""
     boxes = find_boxes(report)
     sizes = {b.name: (_width(b), BOX_HEIGHT if b.text else TITLE_HEIGHT) for b in boxes}
     return Drawing(boxes, sizes, lay_out(sizes, [(s, b.name) for b in boxes for s in b.sources]))
 
 
 def shorten(text: str) -> str:
-    """Return as much of a box's text as it has room for."""
+    """Return as much of a box's text as fits."""
     return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 1] + "…"
 
 
@@ -163,7 +166,7 @@ def _width(box: Box) -> float:
 
 
 def draw_svg(report: Record) -> str:
-    """Return the fused graph as SVG that stands alone; hovering over a box says what is in it."""
+    """Return the fused graph as standalone SVG; hovering over a box shows its contents."""
     drawing = lay_out_boxes(report)
     width, height = drawing.layout.width + 2 * MARGIN, drawing.layout.height + 2 * MARGIN
     lines = [
@@ -179,7 +182,7 @@ def draw_svg(report: Record) -> str:
 
 
 def _arrows(drawing: Drawing) -> Iterator[str]:
-    """Curves from the foot of a box, by the bends, to the head of another."""
+    """Draw curves from the bottom of a box, through the bends, to the top of another."""
     for (a, b), bends in drawing.layout.bends.items():
         (x, y), (end, below) = drawing.layout.centres[a], drawing.layout.centres[b]
         y, below = y + drawing.sizes[a][1] / 2, below - drawing.sizes[b][1] / 2

@@ -1,4 +1,4 @@
-"""Dump: a report as files, for reading with an editor, a browser and a debugger.
+"""Dump: writes a report to files, for editors, browsers and debuggers.
 
 In: a `Report` and a folder. Out: the files written, in order::
 
@@ -27,14 +27,14 @@ SUFFIX = {"cpp": "cpp", "triton": "triton.py"}
 
 @dataclass
 class Dumped:
-    """files: what was written, in order."""
+    """The files written by a dump, in order."""
 
     folder: Path
     files: list[Path] = field(default_factory=list)
 
 
 def make_folder(folder: Path) -> Path:
-    """Return `folder`, made with its parents; raise DumpError where a file stands in the way."""
+    """Create `folder` and its parents and return it; raise DumpError if a file is in the way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -47,7 +47,7 @@ def make_folder(folder: Path) -> Path:
 def dump(report: Record, folder: Path) -> Dumped:
     """Write every stage of a report into `folder`.
 
-    Files of an earlier dump are overwritten. Raises DumpError where the folder cannot be made.
+    Overwrites files of an earlier dump. Raises DumpError if the folder cannot be created.
     """
     dumped = Dumped(make_folder(folder))
     make_folder(folder / "kernels")
@@ -66,11 +66,11 @@ STAGES = {
     "memory": "memory_plan.json",
     "report": "report.json",
 }
-"""The stages that have a text of their own, by the names of their files."""
+"""The stages that are text, by the names of their files."""
 
 
 def stage_text(report: Record, stage: str) -> str:
-    """Return one stage as text: the file of a dump, or all kernels' sources one after another."""
+    """Return one stage as text: the file of a dump, or the concatenated sources of all kernels."""
     found = [text for name, text in _texts(report) if name.endswith(STAGES[stage])]
     return "\n".join(readable_text(text) for text in found)
 
@@ -91,12 +91,12 @@ def _texts(report: Record) -> Iterator[tuple[str, str]]:
 
 
 def readable_text(text: str) -> str:
-    """Return the text with a newline at its end."""
+    """Return the text with a newline at the end."""
     return text if text.endswith("\n") else text + "\n"
 
 
 def fused_text(report: Record) -> str:
-    """Return the fused graph, then what every kind of region computes and became."""
+    """Return the fused graph, then the ops of every kind of region and the kernels it became."""
     parts = [readable(report.graph.graph)]
     seen: set[tuple[str, ...]] = set()
     signatures = {k.name: k.signature for k in report.kernels}

@@ -1,7 +1,8 @@
-"""What a report says, as frozen records: one a region, kernel, launch, GEMM, extern and buffer.
+"""Entries: what a report contains, as frozen records of regions, kernels, launches, GEMMs and so
+on.
 
-In: nothing, these are types. Out: records whose fields are strings, numbers and tuples of them, so
-that `dataclasses.asdict` is ready for JSON. Bytes are stated at one shape and as formulas::
+In: nothing, these are types. Out: records of strings, numbers and tuples of them, so that
+`dataclasses.asdict` is ready for JSON. Bytes are given at one shape and as formulas::
 
     TrafficEntry(read_nbytes=49152, written_nbytes=49152, read="512*batch*seq", written="...")
 """
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 class TrafficEntry:
     """What one launch has to move, in bytes at the report's shape and as formulas in its dims.
 
-    compulsory_nbytes: every element that the launch needs read once, every result written once.
-    flops: multiply-adds of GEMMs and attention, counted as two; of other kernels what they compute,
-    in adds.
+    compulsory_nbytes: every needed element read once, every result written once.
+    flops: multiply-adds of GEMMs and attention, counted as two; for other kernels, their ops in
+    units of one add.
     """
 
     read_nbytes: int
@@ -31,12 +32,13 @@ class TrafficEntry:
 
 @dataclass(frozen=True)
 class RegionEntry:
-    """A run of ops between GEMMs, and the kernels that it became.
+    """A region between GEMMs, and the kernels that it became.
 
-    reason: why it took more than one kernel, what these share through memory or compute again, at
-    what cost, or which ops ended it; empty where there is nothing to tell. places: file:line of the
-    user's source for its ops, in order. epilogue_of: the GEMMs whose launches compute it. apart:
-    where none does, why not.
+    reason: why it took more than one kernel, what these share through memory or recompute, at what
+    cost, or which ops ended it; empty if there is nothing to say.
+    places: file:line of its ops in the user's source, in order.
+    epilogue_of: the GEMMs whose launches compute it.
+    apart: why no GEMM computes it, if none does.
     """
 
     name: str
@@ -52,7 +54,7 @@ class RegionEntry:
 
     @property
     def became(self) -> tuple[str, ...]:
-        """What computes it, in words, equal for equal regions of different layers."""
+        """What computes it, as text; the same for equal regions of different layers."""
         if self.kernels:
             return tuple(dict.fromkeys(self.kernels))
         gemms = dict.fromkeys(name.rpartition("_")[0] for name in self.epilogue_of)
@@ -64,8 +66,8 @@ class KernelEntry:
     """One generated function; equal kernels of different layers are one. Traffic is per launch.
 
     kind: "kernel", "attention", "product", or "gemm" for a GPU's template at the report's shape.
-    signature: its parameters, loops and body in turbotx's own notation. sources: target language ->
-    text.
+    signature: its params, loops and body in turbotx's notation.
+    sources: target language -> text.
     """
 
     name: str
@@ -83,10 +85,10 @@ class KernelEntry:
 
 @dataclass(frozen=True)
 class LaunchEntry:
-    """One step of the program, in running order.
+    """One step of the program.
 
-    kernel: the function's name, empty where a library or PyTorch runs it. apart: of a kernel
-    between GEMMs, why it is no GEMM's epilogue.
+    kernel: the function's name, empty if a library or PyTorch runs it.
+    apart: for a kernel between GEMMs, why it is not a GEMM's epilogue.
     """
 
     name: str
@@ -102,10 +104,11 @@ class LaunchEntry:
 
 @dataclass(frozen=True)
 class Gemm:
-    """(m, k) x (k, n); weights: the parameters behind its weight, several where they are packed.
+    """A product (m, k) x (k, n).
 
-    through: "packed weight" on a CPU; on a GPU the generated kernel, or "the library"; the op where
-    PyTorch runs it.
+    weights: the parameters of its weight, several if they are packed.
+    through: "packed weight" on a CPU; the generated kernel or "the library" on a GPU; or the op
+    that PyTorch runs.
     """
 
     name: str
@@ -121,7 +124,7 @@ class Gemm:
 
 @dataclass(frozen=True)
 class Extern:
-    """An op that PyTorch runs, how often, and why."""
+    """An op that PyTorch runs, with count and reason."""
 
     op: str
     count: int
@@ -132,7 +135,7 @@ class Extern:
 class Placed:
     """A planned buffer: alive in launches begin <= i < end, at `offset` bytes in the arena.
 
-    tensors: those that lie in it one after another, where a launch writes over what it reads.
+    tensors: those that occupy it one after another through in-place reuse.
     """
 
     name: str
@@ -145,7 +148,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Eager:
-    """What PyTorch does for the same call, op by op: what it launches, and the bytes those move."""
+    """What PyTorch does for the same call in eager mode: launches, and bytes moved by them."""
 
     launches: int
     moved_nbytes: int
@@ -153,7 +156,8 @@ class Eager:
 
 @dataclass(frozen=True)
 class EagerMemory:
-    """What PyTorch would hold for the intermediates of the same ops; see `origin.simulate`."""
+    """The memory that PyTorch would use for the intermediates of the same ops, see
+    `origin.simulate`."""
 
     peak_nbytes: int
     reserved_nbytes: int
@@ -163,12 +167,14 @@ class EagerMemory:
 
 @dataclass(frozen=True)
 class Memory:
-    """The plan at the report's shape, and what the weights take beside it.
+    """The memory plan at the report's shape, and the memory of weights.
 
-    lower_bound_nbytes: the most bytes of these launches that are alive at once, of which
-    scratch_nbytes are workspaces that no op of the model asks for. chunks: (offset, nbytes) each.
-    weights_nbytes: the model's own; derived_nbytes: constants made of them, as Q, K and V in one;
-    packed_nbytes: GEMM weights in the processor's layout, without its padding.
+    lower_bound_nbytes: the maximum of live bytes over the launches; of these, scratch_nbytes are
+    workspaces that no op of the model needs.
+    chunks: (offset, nbytes) each.
+    weights_nbytes: the model's parameters.
+    derived_nbytes: constants computed from them, such as concatenated Q, K and V.
+    packed_nbytes: GEMM weights in the processor's layout, without padding.
     """
 
     planner: str
@@ -184,12 +190,13 @@ class Memory:
 
     @property
     def arena_nbytes(self) -> int:
-        """What is mapped for one call in flight: whole chunks."""
+        """Bytes mapped for one call: whole chunks."""
         return max((offset + nbytes for offset, nbytes in self.chunks), default=0)
 
     @property
     def total_nbytes(self) -> int:
-        """Weights, what is made of them, and one arena; inputs and outputs are the caller's."""
+        """Weights, everything derived from them, and one arena; inputs and outputs are the
+        caller's."""
         return self.weights_nbytes + self.derived_nbytes + self.packed_nbytes + self.arena_nbytes
 
 
@@ -197,8 +204,9 @@ class Memory:
 class CacheEntry:
     """The key/value cache of a decoder's call at the report's shape.
 
-    token_nbytes: of one position of one sequence, all layers. filled_nbytes: of those that there
-    are after the call. nbytes: with the room that is kept for more.
+    token_nbytes: one position of one sequence, all layers.
+    filled_nbytes: the positions filled after the call.
+    nbytes: including spare capacity.
     """
 
     token_nbytes: int
@@ -208,13 +216,13 @@ class CacheEntry:
 
 @dataclass(frozen=True, repr=False)
 class NodeEntry:
-    """Where an op of the captured model went.
+    """What became of an op of the captured model.
 
-    status: "fused" (computed inside kernels), "view" (folded into addresses), "gemm",
-    "attention", "product", "route", "aten", "hoisted" (computed once from parameters), "input",
-    "parameter", "output", "merged" (became part of another op) or "removed" (nothing needs it, or
-    it did nothing). launches: what runs it. A region's op is "region", its module and source are
-    those of its first op.
+    status: "fused" (computed inside kernels), "view" (folded into addresses), "gemm", "attention",
+    "product", "route", "aten", "hoisted" (computed once from parameters), "input", "parameter",
+    "output", "merged" (part of another op) or "removed" (unused or a no-op).
+    launches: what runs it. The op of a region is "region"; its module and source are those of its
+    first op.
     """
 
     node: str

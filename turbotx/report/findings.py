@@ -1,7 +1,7 @@
 """Findings: measured numerics, times and resources, attached to a report.
 
-In: numerics, a profile, resources of built kernels. Out: the same as plain dicts, empty where
-nothing was looked at::
+In: numerics, a profile, resources of built kernels. Out: the same as plain dicts, empty if nothing
+was measured::
 
     report.with_findings(numerics=report.numerics(model, x)).to_html()
 """
@@ -20,21 +20,21 @@ from turbotx.report.profile import Profile
 
 @dataclass(frozen=True)
 class Findings:
-    """resources: kernel -> target -> what it uses there. All belong to the report's shape."""
+    """Measurements at the report's shape. resources: kernel -> target -> its resources there."""
 
     numerics: Numerics | None = None
     profile: Profile | None = None
     resources: Mapping[str, Mapping[str, Resources]] = field(default_factory=dict)
 
     def resources_as_dicts(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Return registers, spills and the like by kernel and target, ready for JSON."""
+        """Return registers, spills and so on by kernel and target, ready for JSON."""
         return {
             kernel: {target: asdict(r) for target, r in targets.items()}
             for kernel, targets in self.resources.items()
         }
 
     def numerics_as_dicts(self) -> dict[str, Any] | None:
-        """Return the errors against float64, ready for JSON; None if they were not measured."""
+        """Return the errors against float64, ready for JSON; None if not measured."""
         if self.numerics is None:
             return None
         return {
@@ -44,13 +44,13 @@ class Findings:
         }
 
     def times_us(self) -> dict[str, float]:
-        """Return the median time of every launch by its name."""
+        """Return the median time of every launch, by name."""
         timed = self.profile.launches if self.profile else ()
         return {t.launch.name: t.median_us for t in timed}
 
 
 def _error(error: Error) -> dict[str, Any]:
-    """NaN and infinity are no JSON: they become None."""
+    """Convert an error to a dict; NaN and infinity become None, as JSON has neither."""
     values = {**asdict(error), "relative": error.relative, "holds": error.holds}
     return {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()

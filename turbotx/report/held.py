@@ -1,4 +1,4 @@
-"""Held: the memory that a program takes: its plan, and its weights with what is made of them.
+"""Held: the memory that a program uses: its plan, its weights, and what is derived from them.
 
 In: a compiled call at one shape. Out: the `Memory` entry of a report, for example::
 
@@ -22,7 +22,7 @@ from turbotx.runtime.packed_parameter import PackedParameter
 
 
 def describe_plan(view: View, planner: str, pytorch: entries.EagerMemory) -> entries.Memory:
-    """Return the plan at the view's shape, beside what PyTorch would hold and the weights."""
+    """Return the plan at the view's shape, with PyTorch's memory for comparison and the weights."""
     program = view.compiled.program
     plan = program.plan(list(view.dims.values()))
     tensors = view.compiled.assembly.tensors
@@ -49,7 +49,7 @@ def describe_plan(view: View, planner: str, pytorch: entries.EagerMemory) -> ent
 
 
 def _scratch(view: View, plan: Plan) -> int:
-    """Return how much of the lower bound is workspaces, at the launch that holds the most."""
+    """Return how much of the lower bound is workspaces, at the launch with the most live bytes."""
     names = {name for x in view.launches for name in x.workspaces}
     begins = {p.buffer.lifetime.begin for p in plan.placements}
     alive = [
@@ -61,7 +61,8 @@ def _scratch(view: View, plan: Plan) -> int:
 
 
 def _weights(view: View) -> tuple[int, int, int]:
-    """Return the bytes of the model's own weights, of what is derived from them, and packed."""
+    """Return the bytes of the model's own weights, of constants derived from them, and of packed
+    weights."""
     program, tensors = view.compiled.program, view.compiled.assembly.tensors
     weights = program.runtime.weights
     held: list[Any] = [t for _, t in weights.owned() if not isinstance(t, PackedParameter)]

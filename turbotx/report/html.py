@@ -1,7 +1,7 @@
-"""HTML: a report as one page that needs no network, or in miniature for a notebook.
+"""HTML: a report as a self-contained page, or in short form for a notebook.
 
-In: a `Report`. Out: HTML text. The page is made of the files in `page/`: its scripts draw the
-graph, and evaluate traffic and memory at any shape, from the data that stands in it::
+In: a `Report`. Out: HTML text. The page consists of the files in `page/`: its scripts draw the
+graph, and evaluate traffic and memory at any shape, from data embedded in it::
 
     Path("report.html").write_text(report.to_html())
 """
@@ -26,8 +26,7 @@ SCRIPTS = (
     "shape.js", "graph.js", "overview.js", "selected.js", "roofline.js", "memory.js", "start.js",
 )  # fmt: skip
 
-# A notebook's own theme decides about light and dark, so nothing here has a colour of its own
-# but what stands for a kind.
+# Notebooks have light and dark themes, so only the colours of kinds are set here.
 STYLE = """
 .turbotx { font: 13px/1.5 system-ui, sans-serif; max-width: 900px; }
 .turbotx table { border-collapse: collapse; margin: 6px 0 14px; font-size: inherit; }
@@ -44,10 +43,10 @@ COLOURS = {
 
 
 def render_page(report: Record) -> str:
-    """Return the whole page; findings of the report are shown in it."""
+    """Return the whole page, including the report's findings."""
     folder = Path(__file__).parent / "page"
     templates = Environment(loader=FileSystemLoader(folder), undefined=StrictUndefined)
-    # In a script element only "</" could end it; everything else is as JSON has it.
+    # In a script element only "</" needs escaping.
     data = json.dumps(page_data(report), separators=(",", ":")).replace("</", "<\\/")
     page = templates.get_template("page.html")
     return page.render(model=escape(report.name), data=data, scripts=SCRIPTS) + "\n"
@@ -61,7 +60,7 @@ def render_miniature(report: Record) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[int] = ()) -> str:
-    """Return a table of cells that are HTML already; `numbers` are the columns aligned right."""
+    """Return a table of HTML cells; `numbers` are the right-aligned columns."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         marks = [' class="number"' if k in numbers else "" for k in range(len(row))]
@@ -81,7 +80,7 @@ def _headline(report: Record) -> str:
 
 
 def _ribbons(report: Record) -> str:
-    """Every launch as a cell in the order they run, PyTorch's above, turbotx's below."""
+    """Draw every launch as a cell in execution order, PyTorch's above, turbotx's below."""
     kinds = {x.name: x.kind for x in report.launches}
     above = []
     for node in report.origin.nodes:
@@ -113,7 +112,7 @@ def _ribbons(report: Record) -> str:
 
 
 def _regions(report: Record) -> str:
-    """Equal regions of different layers are one row."""
+    """Tabulate regions; equal regions of different layers are one row."""
     traffic = {k.name: k.compulsory_nbytes for k in report.kernels}
     rows = []
     for (ops, kernels, words), regions in report.equal_regions().items():

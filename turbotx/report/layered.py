@@ -1,12 +1,12 @@
-"""Layered layout: where the boxes of a graph go, flow from top to bottom, no Graphviz needed.
+"""Layered layout: positions of a graph's boxes, flowing from top to bottom, without Graphviz.
 
-In: boxes with sizes, in an order in which each comes after what it reads, and arrows between them.
-Out: centres of boxes, and the points that an arrow bends at::
+In: boxes with sizes, in topological order, and arrows between them. Out: centres of boxes, and the
+points at which an arrow bends::
 
     lay_out({"a": (80, 30), "b": (80, 30)}, [("a", "b")]).centres  ->  {"a": (40, 15), ...}
 
-Sugiyama's scheme: a rank a box, bends where an arrow crosses a rank (one lane for all arrows of a
-source), barycentres for the order within ranks, and within that order a least-squares fit for x.
+Sugiyama's scheme: a rank per box, bends where an arrow crosses a rank (one lane for all arrows of a
+source), barycentres for the order within ranks, then a least-squares fit for x.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ Slot: TypeAlias = "str | tuple[str, int]"
 
 @dataclass(frozen=True)
 class LayeredDrawing:
-    """centres: (x, y) a box. bends: points an arrow passes between its boxes, from top to bottom.
-    width, height: what everything fits in, from (0, 0)."""
+    """The positions of boxes and arrows.
+
+    centres: (x, y) of each box.
+    bends: points that an arrow passes between its boxes, from top to bottom.
+    width, height: of the whole drawing, from (0, 0).
+    """
 
     centres: dict[str, tuple[float, float]]
     bends: dict[tuple[str, str], list[tuple[float, float]]]
@@ -44,7 +48,7 @@ class _Ranks:
 def lay_out(
     sizes: Mapping[str, tuple[float, float]], arrows: Iterable[tuple[str, str]]
 ) -> LayeredDrawing:
-    """Place boxes of these (width, height); time grows with the number of boxes and bends."""
+    """Place boxes of these (width, height); the time is linear in the number of boxes and bends."""
     arrows = list(dict.fromkeys(arrows))
     if not sizes:
         return LayeredDrawing({}, {}, 0.0, 0.0)
@@ -69,7 +73,8 @@ def lay_out(
 
 
 def _rank(names: Sequence[str], arrows: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """Longest path from above; a box that nothing feeds stands just over its first reader."""
+    """Return ranks by the longest path from above; a box without inputs is just above its first
+    reader."""
     sources: dict[str, list[str]] = {n: [] for n in names}
     readers: dict[str, list[str]] = {n: [] for n in names}
     for a, b in arrows:
@@ -108,7 +113,7 @@ def _make_rows(
 
 
 def _order(ranks: _Ranks) -> None:
-    """Sort each row by the mean place of what it is linked to, downwards and upwards in turn."""
+    """Sort each row by the mean position of its neighbours, downwards and upwards in turn."""
     place = {s: float(k) for row in ranks.rows for k, s in enumerate(row)}
     for sweep in range(SWEEPS):
         down = sweep % 2 == 0
@@ -124,9 +129,9 @@ def _mean(values: Sequence[float], otherwise: float) -> float:
 
 
 def _fit(ranks: _Ranks, width: Mapping[Slot, float]) -> dict[Slot, float]:
-    """Move every row, again and again, to where its links pull it, keeping order and gaps.
+    """Move every row repeatedly to the positions of its neighbours, keeping order and gaps.
 
-    Lanes pull lanes, and boxes pull boxes, the hardest, so that both run straight.
+    Lanes are weighted more by lanes and boxes by boxes, so that both run straight.
     """
     x: dict[Slot, float] = {}
     for row in ranks.rows:
@@ -154,9 +159,9 @@ def _fit(ranks: _Ranks, width: Mapping[Slot, float]) -> dict[Slot, float]:
 def _separate(
     wanted: Sequence[float], weight: Sequence[float], width: Sequence[float]
 ) -> list[float]:
-    """Return the places nearest to the wanted ones, in order and without overlap.
+    """Return the positions nearest to the wanted ones, in order and without overlap.
 
-    Least squares under x[i+1] - x[i] >= half their widths and the gap: pooled adjacent violators.
+    Least squares with x[i+1] - x[i] >= half their widths plus the gap: pooled adjacent violators.
     """
     shift = [0.0]
     for a, b in itertools.pairwise(width):

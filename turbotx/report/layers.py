@@ -1,7 +1,7 @@
 """Layers: which repeated part of the model a buffer belongs to; and the plan, for drawing both.
 
-In: a report. Out: a function from a buffer's name to its layer, for colours and groups; the plan
-behind a report's memory::
+In: a report. Out: a function from a buffer's name to its layer, for colours and groups; the plan of
+a report's memory::
 
     find_layers(report)("linear_7")  ->  "encoder.layer.2"
 """
@@ -17,13 +17,13 @@ from turbotx.report.record import Record
 
 
 def find_layers(report: Record) -> Callable[[str], str]:
-    """Return a function from a buffer's name to the layer whose launch writes it."""
+    """Return a function from a buffer's name to the layer of the launch that writes it."""
     module = {w: x.module for x in report.launches for w in x.writes}
     return lambda buffer: layer_of(module.get(buffer, ""))
 
 
 def plan_of(memory: Memory) -> Plan:
-    """Return the plan behind a memory entry."""
+    """Return the plan of a memory entry."""
     placements = tuple(
         Placement(Buffer(b.name, b.nbytes, Lifetime(*b.lifetime)), b.offset) for b in memory.buffers
     )

@@ -1,7 +1,7 @@
 """Machine: what this machine can run, what is missing, and how to get it.
 
-In: nothing. Out: a `Diagnosis` a part, each tried, not guessed: the compiler compiles, the cache
-takes a file. `turbotx doctor` prints them, and a report keeps them::
+In: nothing. Out: a `Diagnosis` per component, each actually tested: the compiler compiles, the
+cache stores a file. Printed by `turbotx doctor` and kept in reports::
 
     Diagnosis("compiler", "ok", "/usr/bin/g++")
 """
@@ -32,7 +32,8 @@ VECTORS = ("avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "avx2", "fma", "f16
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """state: "ok", "missing" (turbotx works without it, less well) or "broken"."""
+    """The state of a component: "ok", "missing" (turbotx works without it, in a reduced way) or
+    "broken"."""
 
     name: str
     state: str
@@ -72,7 +73,7 @@ def _compiler() -> Diagnosis:
 
 
 def _build() -> Diagnosis:
-    """Compile, load and call something new, so that no cached object answers."""
+    """Compile, load and call a unique function, so that no cached object can answer."""
     token = int.from_bytes(os.urandom(6), "big")
     source = f'#include "storage.h"\nextern "C" long long ttx_doctor() {{ return {token}LL; }}\n'
     try:
@@ -110,7 +111,7 @@ def _openmp() -> Diagnosis:
 
 def _vectors() -> Diagnosis:
     flags = processor_flags()
-    if not flags:  # the system does not say
+    if not flags:  # unknown on this system
         return Diagnosis("processor", "ok", processor_name())
     units = [v for v in VECTORS if v in flags]
     found = f"{processor_name()}: {', '.join(units) or 'no vector units'}"
@@ -169,7 +170,7 @@ CHECKS: dict[str, Callable[[], Diagnosis]] = {
     "python": _python, "torch": _torch, "triton": _triton, "compiler": _compiler,
     "build": _build, "openmp": _openmp, "processor": _vectors, "gpu": _gpu, "cache": _cache,
 }  # fmt: skip
-"""By their names, in the order in which they are shown."""
+"""By name, in display order."""
 
 
 def check_extras() -> list[Diagnosis]:

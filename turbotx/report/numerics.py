@@ -1,9 +1,9 @@
 """Numerics: every launch, and the whole model, against float64.
 
-In: a model and one call's inputs. Out: per launch its error beside that of PyTorch's own ops on the
-same inputs. The rule: at most 1.5 x eager's error plus 2 ulp of the largest value. Eager's error is
-the largest, relative to the values, of all launches of one kind: at one token a launch has a few
-hundred numbers, and how exact eager is on one of them is chance::
+In: a model and one call's inputs. Out: per launch, its error beside that of PyTorch's own ops on
+the same inputs. The rule: at most 1.5 x eager's error plus 2 ulp of the largest value. Eager's
+error is the largest relative error of all launches of one kind: at one token a launch has a few
+hundred numbers, and eager's error on a single one of them is chance::
 
     measure(model, report, args, kwargs)  ->  Numerics(launches=(Error("linear_0", ...), ...), ...)
 """
@@ -38,11 +38,12 @@ FACTOR, ULPS = 1.5, 2
 
 @dataclass(frozen=True)
 class Error:
-    """Largest differences from float64 of one launch, or of one leaf of the model's output.
+    """The largest differences from float64 of one launch, or of one leaf of the model's output.
 
-    largest: the largest finite value in float64. allowed: what the rule allows turbotx. applies:
-    False for results in float64, which no wider type measures: half of their digits have to agree
-    with PyTorch's, and `eager` says nothing.
+    largest: the largest finite value in float64.
+    allowed: the bound for turbotx.
+    applies: False for results in float64, which no wider type can measure: half of their digits
+    must agree with PyTorch's, and `eager` is meaningless.
     """
 
     name: str
@@ -56,21 +57,22 @@ class Error:
 
     @property
     def relative(self) -> float:
-        """The error over the largest true value; the error itself where that is 0."""
+        """The error over the largest true value; the error itself if that is 0."""
         return self.turbotx / self.largest if self.largest else self.turbotx
 
     @property
     def holds(self) -> bool:
-        """Whether the error is within what is allowed; False for a NaN."""
-        return self.turbotx <= self.allowed  # False for a NaN
+        """Whether the error is within the bound; False for NaN."""
+        return self.turbotx <= self.allowed  # False for NaN
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """What quantisation itself costs: how alike a result is to that of the float model.
+    """The cost of quantisation: the similarity of a result to the float model's.
 
-    mean, worst: cosines of rows, the result's last dim, those of zeros or without a number left
-    out; NaN where there is none. rows: how many.
+    mean, worst: of the cosines of rows (the result's last dim), without rows that are zero or not
+    finite; NaN if there are none.
+    rows: their number.
     """
 
     name: str
@@ -81,10 +83,10 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Numerics:
-    """Errors of every launch on the inputs that it met, and of the model's outputs.
+    """Errors of every launch on its actual inputs, and of the model's outputs.
 
-    likenesses: in place of the outputs' errors where a model is quantised, since the float model
-    is no measure of arithmetic on other numbers.
+    likenesses: replace the outputs' errors if a model is quantised, since the float model then
+    computes something else.
     """
 
     launches: tuple[Error, ...]
@@ -93,7 +95,7 @@ class Numerics:
 
     @property
     def holds(self) -> bool:
-        """Whether every launch and every output is within what is allowed."""
+        """Whether every launch and every output is within its bound."""
         return all(e.holds for e in (*self.launches, *self.outputs))
 
 
@@ -101,15 +103,15 @@ def measure(
     engine: Engine, compiled: Compiled, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     names: Callable[[ir.Launch], str], dims: Mapping[str, int],
 ) -> Numerics:  # fmt: skip
-    """Run a model three ways on one call's inputs. `names`: the function behind a launch.
+    """Run a model three ways on one call's inputs.
 
-    No other thread may run `compiled` while it is measured.
+    names: maps a launch to its function's name. No other thread may run `compiled` meanwhile.
     """
     tensors = tensors_of(args, kwargs)
     watch = LaunchErrors(compiled, names, dims)
     ours = replay(compiled, tensors, watch)
     if any(_draws(x) for x in compiled.assembly.launches):
-        return Numerics(watch.found, ())  # of other numbers, nothing can be compared
+        return Numerics(watch.found, ())  # random draws differ, so outputs cannot be compared
     outputs = measure_outputs(engine, compiled.program, args, kwargs, ours)
     return replace(outputs, launches=watch.found)
 
@@ -118,11 +120,11 @@ def measure_outputs(
     engine: Engine, program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     ours: Sequence[Any],
 ) -> Numerics:  # fmt: skip
-    """Compare the outputs of a call, as leaves, with those of an engine's model and its captured
-    graph in float64; of a quantised program how alike they are.
+    """Compare the outputs of a call, as leaves, with those of an engine's model and of its captured
+    graph in float64; for a quantised program, return their similarity.
 
-    program: what `ours` came from, which says how inputs lie in memory. Outputs that are no tensors
-    are left out.
+    program: that which computed `ours`; it defines the memory order of inputs. Outputs that are not
+    tensors are skipped.
     """
     tensors = tensors_of(args, kwargs)
     exact_graph = _to_float64(engine.capture(args, kwargs).graph_module)
@@ -133,10 +135,10 @@ def measure_outputs(
     if isinstance(program, PackedProgram):
         mask = tensors[program.packing.mask]
         eager, exact = (program.without_padding(x, mask) for x in (eager, exact))
-    # What a call leaves behind comes after its results, which eager's are.
+    # Side effects follow the call's own results, which eager returns.
     found = enumerate(zip(ours, eager, exact, strict=False))
     pairs = [(f"output {k}", x) for k, x in found if isinstance(x[1], torch.Tensor)]
-    # Of a saved program, launches alone tell.
+    # For a saved program, only its launches tell.
     quantized = any("linear_int8" in launch.name for launch in program.executable.launches)
     if engine.options.quantize != "none" or quantized:
         floats = [(name, x) for name, x in pairs if _is_float(x[1])]
@@ -145,7 +147,7 @@ def measure_outputs(
 
 
 def _draws(launch: ir.Launch) -> bool:
-    """Return whether a launch draws random numbers: others each time."""
+    """Return whether a launch draws random numbers."""
     if not isinstance(launch, ir.AtenLaunch):
         return False
     call = launch.call
@@ -153,7 +155,7 @@ def _draws(launch: ir.Launch) -> bool:
 
 
 class LaunchErrors:
-    """Keeps what a launch reads, computes it by PyTorch and in float64, compares its results."""
+    """Computes each launch by PyTorch and in float64 from its inputs, and compares its results."""
 
     def __init__(
         self, compiled: Compiled, names: Callable[[ir.Launch], str], dims: Mapping[str, int]
@@ -163,8 +165,7 @@ class LaunchErrors:
         self._expected: list[tuple[ir.Operand, torch.Tensor, torch.Tensor]] = []
 
     def before(self, index: int, read: Read) -> None:
-        """Compute what a launch should write, in its own dtypes and in float64, from what it is
-        about to read."""
+        """Compute what a launch should write, in its own dtypes and in float64, from its inputs."""
         self._expected = []
         if _draws(self.launches[index]):
             return
@@ -187,13 +188,13 @@ class LaunchErrors:
             self._all.append([((kind, k), error) for k, error in enumerate(found)])
 
     def _kind_of(self, launch: ir.Launch) -> Hashable:
-        """Return what launches of the same arithmetic share: a kernel, or an op and its sizes."""
+        """Return a key of launches with the same arithmetic: a kernel, or an op and its sizes."""
         shapes = tuple(a.shape for a in launch.operands if a is not None)
         return self.names(launch) or (launch.name.rpartition("_")[0], shapes)
 
     @property
     def found(self) -> tuple[Error, ...]:
-        """The worst error of every launch, by the rule for all launches of its kind."""
+        """The worst error of every launch, with the bound for launches of its kind."""
         pooled = iter(pool([entry for errors in self._all for entry in errors]))
         return tuple(
             max((next(pooled) for _ in errors), key=lambda e: (not e.holds, e.relative))
@@ -201,7 +202,8 @@ class LaunchErrors:
         )
 
     def _fill(self, structure: Any, read: Read) -> Any:
-        """Return call arguments with tensors and sizes in the places of operands and formulas."""
+        """Return call arguments with tensors in place of operands and values in place of
+        formulas."""
         if isinstance(structure, ir.Operand):
             return read(structure)
         if isinstance(structure, sympy.Basic):
@@ -235,7 +237,7 @@ def _widen(value: Any) -> Any:
 
 
 def _to_float64(module: fx.GraphModule) -> fx.GraphModule:
-    """Return a graph with its parameters and casts in float64, and nothing rounded to int8."""
+    """Return a graph with parameters and casts in float64, and without rounding to int8."""
     module = copy.deepcopy(module).double()
     for node in module.graph.nodes:
         if node.op == "call_function":
@@ -261,19 +263,21 @@ def compare(
     name: str, kernel: str, module: str,
     ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor,
 ) -> Error:  # fmt: skip
-    """Return the largest differences; equal infinities and NaNs in the same place count as none.
-    Tensors of one shape; compared in float64."""
+    """Return the largest differences; equal infinities and NaNs at the same index count as 0.
+
+    All tensors have one shape; they are compared in float64.
+    """
     rounds = exact.is_floating_point() and not ours.is_floating_point()
     exact = exact.double().reshape(ours.shape)
     if ours.is_floating_point():
-        # Where float32 itself overflows, or takes another NaN, eager is no measure of anything.
+        # Where float32 itself overflows, or has other NaNs, eager is no reference.
         unlike = (eager.isfinite() != exact.isfinite()) | (eager.isnan() != exact.isnan())
         ours, eager = (torch.where(unlike, exact.to(t.dtype), t) for t in (ours, eager))
         exact = torch.where(unlike, ours.double(), exact)
     finite = exact.double()[torch.isfinite(exact.double())].abs()
     largest = finite.max().item() if finite.numel() else 0.0
     own, mine = difference(eager, exact), difference(ours, exact)
-    if rounds:  # rows of int8: a half is what rounding does to any number, the rest is an error
+    if rounds:  # int8 rows: rounding accounts for half; anything beyond is an error
         past = FACTOR * max(0.0, own - 0.5) + ULPS * torch.finfo(torch.float32).eps * largest
         return Error(name, kernel, module, own, mine, largest, 0.5 + past)
     ulp = torch.finfo(ours.dtype).eps * largest if ours.is_floating_point() else 0.0
@@ -284,7 +288,7 @@ def compare(
 
 
 def liken(name: str, ours: torch.Tensor, exact: torch.Tensor) -> Likeness:
-    """Return the cosines of a result's rows to those of the float model in float64."""
+    """Return the cosines between a result's rows and those of the float model in float64."""
     rows = [x.double().reshape(-1, x.shape[-1] if x.dim() else 1) for x in (ours, exact)]
     kept = (rows[0] * rows[1]).isfinite().all(-1) & (rows[1] != 0).any(-1)
     cosines = torch.nn.functional.cosine_similarity(rows[0][kept], rows[1][kept], -1)
@@ -298,7 +302,7 @@ def _is_float(value: Any) -> bool:
 
 
 def pool(errors: Sequence[tuple[Hashable, Error]]) -> list[Error]:
-    """Return the errors, each allowed what eager's worst of its kind allows at its magnitude."""
+    """Return the errors with bounds raised to what eager's worst error of the same kind allows."""
     worst: dict[Hashable, float] = {}
     for kind, e in errors:
         if e.applies and e.largest and math.isfinite(e.eager):
@@ -312,8 +316,8 @@ def pool(errors: Sequence[tuple[Hashable, Error]]) -> list[Error]:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return the largest difference, NaN where only one of the two has a NaN. Tensors of one shape;
-    compared in float64."""
+    """Return the largest difference of two tensors of one shape, in float64; NaN if only one has a
+    NaN."""
     a, b = a.double(), b.double().reshape(a.shape)
     same = (a == b) | (a.isnan() & b.isnan())
     apart = torch.where(same, 0.0, (a - b).abs())

@@ -1,7 +1,7 @@
-"""Origin: the model as it was captured, before any pass, and what PyTorch would hold to run it.
+"""Origin: the model as captured, before any pass, and the memory that PyTorch would use to run it.
 
-In: a `Captured` that no pass has touched. Out: one `Node` a call with what it reads, where it
-stands in the user's source and how many bytes its result takes::
+In: a `Captured` before any pass. Out: one `Node` per call with its inputs, its place in the user's
+source and the bytes of its result::
 
     simulate(origin, {"batch": 4, "seq": 128})  ->  EagerMemory(peak_nbytes=6291456, ...)
 """
@@ -22,10 +22,11 @@ from turbotx.passes.partition import op_name
 from turbotx.report.entries import EagerMemory
 
 ROUND_NBYTES = 512
-"""PyTorch's CUDA allocator hands out multiples of this; its CPU one of 64, which is near enough."""
+"""PyTorch's CUDA allocator rounds to multiples of this; its CPU one to 64, which is close
+enough."""
 
 SHARING = frozenset({"_unsafe_view", "alias", "detach", "dropout", "feature_dropout", "lift_fresh"})
-"""Ops whose schema does not say so, but whose eager result in inference is their input's memory."""
+"""Ops whose schema does not say so, but whose result aliases their input in eager inference."""
 
 METHOD = (
     "every op of the captured model in order; its result lives from the op to its last reader, "
@@ -39,7 +40,8 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Node:
-    """One call of the captured graph. root: the node whose memory its result is, mostly itself."""
+    """One call of the captured graph. root: the node that owns the result's memory, usually
+    itself."""
 
     name: str
     op: str
@@ -53,7 +55,7 @@ class Node:
 
     @property
     def makes_memory(self) -> bool:
-        """Whether PyTorch launches something for it, whose result is memory of its own."""
+        """Whether PyTorch launches something for it and allocates its result."""
         return self.kind == "call_function" and self.root == self.name and self.nbytes != 0
 
 
@@ -67,7 +69,7 @@ class Origin:
 
 
 def observe(captured: Captured) -> Origin:
-    """Record a captured graph; call it before the passes, which rewrite the graph in place."""
+    """Record a captured graph. To be called before the passes, which rewrite it in place."""
     roots: dict[fx.Node, str] = {}
     nodes = []
     for node in captured.graph_module.graph.nodes:
@@ -92,7 +94,7 @@ def observe(captured: Captured) -> Origin:
 
 
 def _shares(node: fx.Node) -> fx.Node | None:
-    """Return the argument whose memory this node's result shows, or None."""
+    """Return the argument that a node's result aliases, or None."""
     if node.op != "call_function":
         return None
     if node.target is g.GETITEM:
@@ -124,13 +126,13 @@ def module_of(node: fx.Node) -> str:
     """Return the path of the submodule that made a call, "" for the model itself."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else ""
-    if path.startswith("_empty_nn_module_stack"):  # torch.export's mark for calls of its own
+    if path.startswith("_empty_nn_module_stack"):  # torch.export's marker of its own calls
         return ""
     return path.removeprefix("model").removeprefix(".")
 
 
 def find_lives(origin: Origin) -> dict[str, tuple[int, int]]:
-    """Return the first and the last node that each intermediate is alive in, in running order."""
+    """Return the first and last node, by index, during which each intermediate is alive."""
     last = {n.root: k for k, n in enumerate(origin.nodes)}
     root = {n.name: n.root for n in origin.nodes}
     for k, node in enumerate(origin.nodes):
@@ -144,12 +146,12 @@ def find_lives(origin: Origin) -> dict[str, tuple[int, int]]:
 
 
 def simulate(origin: Origin, dims: Mapping[str, int]) -> EagerMemory:
-    """Return what PyTorch would hold at these dims; METHOD says what is counted."""
+    """Return PyTorch's memory use at these dims; METHOD says what is counted."""
     evaluate = compile_evaluator([n.nbytes for n in origin.nodes], origin.dims)
     sizes = evaluate(*(dims[name] for name in origin.dims))
     nbytes = {n.name: _round(size) for n, size in zip(origin.nodes, sizes, strict=True)}
     alive = find_lives(origin)
-    events: list[tuple[str, int]] = []  # (name, bytes), bytes negative for a free
+    events: list[tuple[str, int]] = []  # (name, bytes), negative for a free
     dying: dict[int, list[str]] = {}
     for k, node in enumerate(origin.nodes):
         if node.name in alive and nbytes[node.name]:
@@ -169,11 +171,11 @@ def _round(nbytes: int) -> int:
 
 
 def reserve(events: Sequence[tuple[str, int]]) -> int:
-    """Return the bytes of all segments that a caching allocator takes for a stream of events.
+    """Return the total bytes of segments that a caching allocator reserves for a series of events.
 
     Best fit over free blocks of the right pool, split on allocation, merged with free neighbours:
-    the scheme of PyTorch's CUDA allocator (c10/cuda/CUDACachingAllocator.cpp), its constants and
-    none of its options.
+    the scheme and constants of PyTorch's CUDA allocator (c10/cuda/CUDACachingAllocator.cpp),
+    without its options.
     """
     mib = 2**20
     free: dict[str, list[list[int]]] = {"small": [], "large": []}  # [segment, begin, end]

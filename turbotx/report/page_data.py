@@ -1,6 +1,6 @@
-"""What the page knows: a report as JSON that the page's scripts draw and evaluate at any shape.
+"""Page data: a report as JSON that the page's scripts draw, and evaluate at any shape.
 
-In: a `Report`. Out: plain dicts and lists; byte counts are indices into `formulas`, which are
+In: a `Report`. Out: plain dicts and lists. Byte counts are indices into `formulas`, which are
 JavaScript over the dims, so that a slider needs no server::
 
     {"dims": [...], "formulas": ["384*batch*seq", ...], "boxes": [...], "launches": [...], ...}
@@ -34,7 +34,7 @@ SNAPSHOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class _Formulas:
-    """Every formula once, as JavaScript and as people read it."""
+    """All formulas without duplicates, as JavaScript and as readable text."""
 
     def __init__(self) -> None:
         self._places: dict[Expr, int] = {}
@@ -83,7 +83,7 @@ def page_data(report: Record) -> dict[str, Any]:
 
 
 def _dims(report: Record) -> list[dict[str, Any]]:
-    """Every dim; those that follow another have no slider. end: the largest size to offer."""
+    """Return all dims; those that follow another have no slider. end: the largest size offered."""
     leaders = find_leaders(report.dims)
     found = []
     for k, (name, size) in enumerate(report.dims.items()):
@@ -101,7 +101,7 @@ def _allowed(report: Record, name: str, size: int) -> bool:
 
 
 def _boxes(report: Record) -> dict[str, Any]:
-    """Boxes where they go, and the arrows between them with their bends."""
+    """Return boxes with positions, and arrows with their bends."""
     drawing = lay_out_boxes(report)
     layout = drawing.layout
     launches = {r.name: r.launches for r in report.regions}
@@ -148,7 +148,8 @@ def _launches(report: Record, formulas: _Formulas, layer: Any) -> list[dict[str,
 
 
 def _ops(report: Record, formulas: _Formulas) -> list[dict[str, Any]]:
-    """List the captured model's ops in order: what became of each, and what it would move alone."""
+    """Return the captured model's ops in order: what became of each, and the bytes it would move
+    alone."""
     moves = eager_nbytes(report.origin)
     found = []
     for n in report.ops:
@@ -164,7 +165,7 @@ def _ops(report: Record, formulas: _Formulas) -> list[dict[str, Any]]:
 
 
 def _place(place: str) -> dict[str, str]:
-    """Return a place with its path made short and the line of source that stands there."""
+    """Return a place with a shortened path, and its line of source code."""
     path, _, line = place.rpartition(":")
     short = path
     for root in (sysconfig.get_paths()["purelib"], str(Path.cwd())):
@@ -173,7 +174,7 @@ def _place(place: str) -> dict[str, str]:
 
 
 def _kernel(kernel: Any) -> dict[str, Any]:
-    # Comes with rich, which only those need who look at reports.
+    # Installed with rich, which only reports need.
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import CppLexer, PythonLexer
@@ -192,7 +193,7 @@ def _kernel(kernel: Any) -> dict[str, Any]:
 
 
 def _timed(report: Record) -> dict[str, Any] | None:
-    """Return what a call takes, where it was measured."""
+    """Return the times of a call, None if not measured."""
     found = report.findings.profile
     if found is None:
         return None
@@ -203,7 +204,8 @@ def _timed(report: Record) -> dict[str, Any] | None:
 
 
 def _memory(report: Record, formulas: _Formulas, layer: Any) -> dict[str, Any]:
-    """Lifetimes and sizes, and how offsets follow: orders to walk, or plans at a few shapes."""
+    """Return lifetimes and sizes, and what determines offsets: orders to walk, or plans at a few
+    shapes."""
     program, tensors = report.compiled.program, report.compiled.assembly.tensors
     sharing = Counter(program.liveness.root_of.values())
     buffers = [
@@ -235,7 +237,8 @@ def _memory(report: Record, formulas: _Formulas, layer: Any) -> dict[str, Any]:
 
 
 def _snapshots(report: Record) -> list[dict[str, Any]]:
-    """Plans of a planner that the page cannot evaluate, at this shape and along every slider."""
+    """Return plans of a planner that the page cannot evaluate, at this shape and along every
+    slider."""
     views = [report]
     for dim in _dims(report):
         sizes = [s for s in SNAPSHOTS if s <= dim["end"] and not dim["follows"]]

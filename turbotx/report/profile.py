@@ -1,7 +1,7 @@
-"""Profile: how long each launch takes and what it moves in that time.
+"""Profile: how long each launch takes, and what it moves in that time.
 
 In: a compiled call, its launches and one call's inputs. Out: a `Profile`: medians over runs, a
-Chrome trace of the median run, and what measuring cost::
+Chrome trace of the median run, and the overhead of measuring::
 
     report.profile(input_ids=ids, attention_mask=mask).launches[3].median_us
 """
@@ -32,7 +32,8 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Timed:
-    """One launch: its begin and length in the run of median length, and its median over all."""
+    """One launch: its begin and length in the run of median length, and its median over all
+    runs."""
 
     launch: LaunchEntry
     begin_us: float
@@ -41,23 +42,26 @@ class Timed:
 
     @property
     def gb_per_s(self) -> float:
-        """Compulsory bytes over time: the achieved bandwidth, caches not considered."""
+        """Compulsory bytes over time: the achieved bandwidth, ignoring caches."""
         nbytes = self.launch.traffic.compulsory_nbytes
         return nbytes / self.median_us / 1e3 if self.median_us else 0.0
 
     @property
     def gflop_per_s(self) -> float:
-        """Billions of operations per second at the median time; 0 where no time was measured."""
+        """Billions of operations per second at the median time; 0 if there is no time."""
         return self.launch.traffic.flops / self.median_us / 1e3 if self.median_us else 0.0
 
 
 @dataclass(frozen=True)
 class Profile:
-    """launches: in the order they run. total_us: median from the first begin to the last end.
+    """The times of a call.
 
-    between_us: the median time that a run spent in no launch. guards_us: what a call spends on
-    finding out that this program serves it, its parameters' state included. overhead: what reading
-    the clock around every launch added to the fastest run, as a share of it.
+    launches: in execution order.
+    total_us: median from the first begin to the last end.
+    between_us: median time of a run outside of any launch.
+    guards_us: time a call spends on its guards, including those on parameters.
+    overhead: what reading the clock around every launch added to the fastest run, as a fraction of
+    it.
     """
 
     launches: tuple[Timed, ...]
@@ -73,7 +77,7 @@ class Profile:
         return self.between_us / len(self.launches) if self.launches else 0.0
 
     def by(self, key: Callable[[LaunchEntry], str]) -> dict[str, tuple[float, int]]:
-        """Return microseconds and count by a key, the longest first."""
+        """Return microseconds and count by a key, longest first."""
         found: dict[str, tuple[float, int]] = {}
         for t in self.launches:
             before = found.get(key(t.launch), (0.0, 0))
@@ -81,7 +85,7 @@ class Profile:
         return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
     def by_region(self) -> dict[str, tuple[float, int]]:
-        """Return microseconds and count of every kernel, and of GEMMs by their module."""
+        """Return microseconds and count of every kernel, and of GEMMs by module."""
         return self.by(lambda x: x.kernel or f"{x.name.rstrip('0123456789_')} {x.module}".strip())
 
     def by_module(self) -> dict[str, tuple[float, int]]:
@@ -89,7 +93,7 @@ class Profile:
         return self.by(lambda x: layer_of(x.module, "(the model itself)"))
 
     def to_chrome_trace(self) -> dict[str, Any]:
-        """Return the trace-event format that chrome://tracing and Perfetto read."""
+        """Return the trace-event format read by chrome://tracing and Perfetto."""
         events = [
             {
                 "name": t.launch.name, "cat": t.launch.kind, "ph": "X", "pid": 1, "tid": 1,
@@ -121,7 +125,7 @@ def time_program(
     program: Program, launches: Sequence[LaunchEntry], binding: Binding,
     tensors: Sequence[torch.Tensor], runs: int,
 ) -> Profile:  # fmt: skip
-    """Time the launches of a program alone, without a call's checks."""
+    """Time the launches of a program, without a call's guards."""
     count = len(launches)
     ticks = (ctypes.c_int64 * (2 * count))()
     taken, plain, clocked = [], [], []
@@ -140,8 +144,8 @@ def time_program(
 
 
 def time_guards(compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Return the microseconds of a call's checks, the median of many: `Engine.check` of a call
-    that was seen before, and `Weights.refresh`."""
+    """Return the microseconds of a call's guards, the median of many: `Engine.check` of a known
+    call, and `Weights.refresh`."""
     weights = compiled.program.runtime.weights
     known = {describe_call(args, kwargs, read_decisive())[0]: compiled}
     times = []
@@ -158,7 +162,7 @@ def time_guards(compiled: Compiled, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _summarize(launches: Sequence[LaunchEntry], taken: np.ndarray, overhead: float) -> Profile:
-    """taken: nanoseconds, (runs, launches, begin and end)."""
+    """Summarize runs. taken: nanoseconds, (runs, launches, begin and end)."""
     totals = (taken[:, -1, 1] - taken[:, 0, 0]) / 1e3
     middle = int(np.argsort(totals)[len(totals) // 2])
     begins = (taken[middle, :, 0] - taken[middle, 0, 0]) / 1e3

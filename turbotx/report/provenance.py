@@ -1,7 +1,7 @@
-"""Provenance: where a report comes from, so that whoever is sent it knows what it is of.
+"""Provenance: what a report was made from, for its later readers.
 
-In: a compiled call. Out: the command, the date, device, dtype, versions, and what `turbotx doctor`
-finds, less what it has to compile for::
+In: a compiled call. Out: command, date, device, dtype, versions, and the findings of `turbotx
+doctor`, except those that need a compilation::
 
     find_provenance(compiled).dtypes  ->  "float32"
 """
@@ -26,9 +26,12 @@ from turbotx.runtime.cuda.cuda_graphs import CudaGraphProgram
 
 @dataclass(frozen=True)
 class Provenance:
-    """command: of the process, "" in a notebook. date: UTC. target: "cpu" or a GPU, as "sm_90".
+    """What a report was made from.
 
-    device: what the program runs on; where that is not here, the machine it was compiled on too.
+    command: of the process, "" in a notebook.
+    date: UTC.
+    target: "cpu" or a GPU, such as "sm_90".
+    device: what the program runs on; if that is not present, also the machine it was compiled on.
     dtypes: of the floating-point parameters that the program reads, most bytes first.
     """
 
@@ -43,7 +46,7 @@ class Provenance:
 
 
 def find_provenance(compiled: Compiled) -> Provenance:
-    """Return where a report of this call comes from, as of now."""
+    """Return the provenance of a report of this call, as of now."""
     target = compiled.unbound.target
     checks = [make() for name, make in CHECKS.items() if name != "build"]
     return Provenance(

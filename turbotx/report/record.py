@@ -1,7 +1,7 @@
 """Record: what every stage made of one call, at one shape, as plain entries.
 
 In: a compiled call, its origin and the sizes of its dims. Out: regions, kernels, launches, GEMMs,
-PyTorch's ops, the memory plan; all of it as dicts for JSON::
+PyTorch's ops, the memory plan; everything also as dicts for JSON::
 
     record.kernels[0].signature  ->  "fused_add_layer_norm_0(x[batch, seq, 384], ...)"
 """
@@ -42,7 +42,8 @@ Self = TypeVar("Self", bound="Record")
 class Record:
     """One compiled call at one shape.
 
-    dims: the value of every symbolic size. findings: what running and building showed at it.
+    dims: the value of every symbolic size.
+    findings: measurements at this shape.
     """
 
     compiled: Compiled
@@ -58,12 +59,12 @@ class Record:
 
     @property
     def target(self) -> str:
-        """What the call is compiled for: "cpu" or a GPU, as "sm_90"."""
+        """The compilation target: "cpu" or a GPU, such as "sm_90"."""
         return self.compiled.unbound.target
 
     @cached_property
     def graph(self) -> fx.GraphModule:
-        """The fused graph: an ordinary torch.fx.GraphModule, a region a submodule."""
+        """The fused graph: an ordinary torch.fx.GraphModule with a submodule per region."""
         return make_fused_graph(self.compiled)
 
     @cached_property
@@ -73,12 +74,12 @@ class Record:
 
     @cached_property
     def regions(self) -> list[entries.RegionEntry]:
-        """The regions, with their kernels and why they end where they do."""
+        """The regions, with their kernels and the reasons for their ends."""
         return describe_regions(self.view)
 
     def equal_regions(self) -> dict[tuple[tuple[str, ...], ...], list[entries.RegionEntry]]:
-        """Return the regions, those of different layers together that have one ops, kernels and
-        became: the key."""
+        """Return the regions grouped by the key (ops, kernels, became), which those of equal layers
+        share."""
         groups: dict[tuple[tuple[str, ...], ...], list[entries.RegionEntry]] = {}
         for region in self.regions:
             groups.setdefault((region.ops, region.kernels, region.became), []).append(region)
@@ -86,12 +87,12 @@ class Record:
 
     @cached_property
     def kernels(self) -> list[entries.KernelEntry]:
-        """The generated functions, equal ones once."""
+        """The generated functions, without duplicates."""
         return describe_kernels(self.view)
 
     @cached_property
     def launches(self) -> list[entries.LaunchEntry]:
-        """The launches in running order."""
+        """The launches in execution order."""
         return describe_launches(self.view, self.regions)
 
     @cached_property
@@ -106,36 +107,37 @@ class Record:
 
     @cached_property
     def memory(self) -> entries.Memory:
-        """The memory plan at the record's shape, beside what PyTorch would hold."""
+        """The memory plan at this shape, with PyTorch's memory use for comparison."""
         held = simulate(self.origin, self.dims)
         return describe_plan(self.view, self.planner, held)
 
     @cached_property
     def cache(self) -> entries.CacheEntry | None:
-        """What a decoder's key/value cache takes; None for a call without one."""
+        """The size of a decoder's key/value cache; None for a call without one."""
         return describe_cache(self.view)
 
     @cached_property
     def provenance(self) -> Provenance:
-        """What made the report: command, date, device, dtype, versions, what the machine has."""
+        """What made the report: command, date, device, dtype, versions, the machine's
+        components."""
         return find_provenance(self.compiled)
 
     @cached_property
     def ops(self) -> list[Node]:
-        """The captured model's ops that give tensors; sizes are computed on the side."""
+        """The captured model's ops with tensor results; sizes are omitted."""
         return [n for n in self.origin.nodes if n.kind == "call_function" and n.nbytes != 0]
 
     @cached_property
     def eager(self) -> entries.Eager:
-        """The captured model as PyTorch runs it, to compare with."""
+        """The captured model as PyTorch runs it, for comparison."""
         moved = eager_nbytes(self.origin)
         return entries.Eager(len(moved), sum(self.view.number(n) for n in moved.values()))
 
     def at(self: Self, **dims: int) -> Self:
         """Return the report at another shape, e.g. at(batch=8, seq=128); nothing is compiled.
 
-        A dim that is not named follows a named one that had its size so far, and otherwise stays.
-        Raises InputError for a dim that the model does not have or a size below 1.
+        A dim that is not named follows a named one that had the same size, and is otherwise
+        unchanged. Raises InputError for an unknown dim or a size below 1.
         """
         findings = Findings(resources=self.findings.resources)  # the others are of one shape
         wanted = follow(self.dims, dims)
@@ -143,12 +145,12 @@ class Record:
         return replace(self, compiled=compiled, dims=wanted, findings=findings)
 
     def with_findings(self: Self, **found: Any) -> Self:
-        """Return the report with more findings: what `numerics` and `profile` returned under these
-        names, and resources, by kernel and target."""
+        """Return the report with more findings: results of `numerics` and `profile` under these
+        names, and resources by kernel and target."""
         return replace(self, findings=replace(self.findings, **found))
 
     def function_of(self, launch: ir.Launch) -> str:
-        """Return the name of the generated function behind a launch, "" where there is none."""
+        """Return the name of the generated function of a launch, "" if there is none."""
         return self.view.function_of(launch)
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,8 +178,10 @@ class Record:
 
 
 def follow(dims: Mapping[str, int], given: Mapping[str, int]) -> dict[str, int]:
-    """Return `dims` with the given ones changed, and those changed along that had their sizes.
-    Raises InputError for an unknown dim or a size below 1."""
+    """Return `dims` with the given ones changed, and those changed along that had equal sizes.
+
+    Raises InputError for an unknown dim or a size below 1.
+    """
     unknown = sorted(set(given) - set(dims))
     if unknown:
         raise InputError(f"no dim is called {unknown[0]!r}; this model's are {', '.join(dims)}")

@@ -1,7 +1,7 @@
-"""Replay: run a compiled call one launch at a time and look at memory between them.
+"""Replay: runs a compiled call one launch at a time and observes memory in between.
 
-In: a compiled call, its tensors, and an observer. Out: the call's outputs; the observer sees every
-operand just before the launch that reads it, and every result just after::
+In: a compiled call, its tensors, and an observer. Out: the call's outputs; the observer sees all
+operands just before each launch, and all results just after::
 
     replay(compiled, tensors, observer)     # observer.before(i, read), observer.after(i, read)
 """
@@ -24,19 +24,20 @@ Read = Callable[[ir.Operand], torch.Tensor]
 
 
 class Observer(Protocol):
-    """`read` returns a copy of what an operand shows at that moment."""
+    """`read` returns a copy of an operand's current contents."""
 
     def before(self, index: int, read: Read) -> None:
-        """See the tensors as they are before the launch of that index."""
+        """Observe the tensors before the launch of that index."""
 
     def after(self, index: int, read: Read) -> None:
-        """See the tensors as the launch of that index has left them."""
+        """Observe the tensors after the launch of that index."""
 
 
 def dims_of(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
     """Return the values of a compiled call's dims for these inputs, in the dims' order.
 
-    Raises InputError for inputs of another call: other tensors, ranks, or sizes that break a guard.
+    Raises InputError for inputs of another call: other tensors, ranks, or sizes that violate a
+    guard.
     """
     matcher, shapes = compiled.captured.matcher, [tuple(t.shape) for t in tensors]
     ranks = [len(sizes) for _, sizes in matcher.rules.inputs]
@@ -58,7 +59,7 @@ def replay(compiled: Compiled, tensors: Sequence[torch.Tensor], observer: Observ
 
 
 class _Replay:
-    """The watch that hands an observer its way to read."""
+    """A watch that calls an observer."""
 
     def __init__(self, observer: Observer, dims: Sequence[str]) -> None:
         self._observer, self._dims = observer, dims
@@ -71,11 +72,11 @@ class _Replay:
 
 
 def make_reader(state: RunState, dims: Sequence[str]) -> Read:
-    """Return a function that gives a copy of what an operand shows in a run."""
+    """Return a function that copies an operand's contents in a run."""
     view = make_viewer(state, dims)
     return lambda operand: view(operand).clone()
 
 
 def make_viewer(state: RunState, dims: Sequence[str]) -> Read:
-    """Return a function that gives an operand's own memory in a run, as a tensor."""
+    """Return a function that returns an operand's own memory in a run, as a tensor."""
     return lambda operand: make_window(plain_window(operand), dims)(state)

@@ -1,7 +1,7 @@
-"""Report: what turbotx made of a model, for reading, for programs and for notebooks.
+"""Report: what turbotx made of a model, for readers, programs and notebooks.
 
-In: a model and example inputs. Out: a `Report` that prints as tables, draws as HTML and turns into
-plain lists and numbers for JSON::
+In: a model and example inputs. Out: a `Report` that prints as tables, renders as HTML and converts
+to plain lists and numbers for JSON::
 
     report = turbotx.explain(model, input_ids=ids, attention_mask=mask)
     report.where("gelu")        # NodeEntry(status="fused", launches=("fused_add_gelu_0",), ...)
@@ -37,9 +37,9 @@ from turbotx.runtime.packed_program import PackedProgram
 
 @dataclass(frozen=True, repr=False)
 class Report(Record):
-    """A record that answers: where an op went, how long and how exact it is, what it looks like.
+    """A record with queries: what became of an op, how fast and how exact launches are.
 
-    engine: what compiled the call.
+    engine: the engine that compiled the call.
     """
 
     engine: Engine = field(kw_only=True)
@@ -47,37 +47,37 @@ class Report(Record):
     def where(self, node: str | fx.Node) -> NodeEntry:
         """Return what became of an op of the captured model, or of a node of `graph`.
 
-        A region of `graph` is found by its name as well. Raises InputError for a name that stands
-        in none of the graphs.
+        A region of `graph` is also found by its name. Raises InputError for a name in neither
+        graph.
         """
         return find_place(self, node)
 
     def source_nodes(self, launch: str) -> list[NodeEntry]:
-        """Return the captured model's ops that a launch computes, by its name: the way back from
-        `where`. Empty for a name that no launch has."""
+        """Return the captured model's ops that a launch computes: the inverse of `where`. Empty for
+        an unknown name."""
         places = (self.where(n.name) for n in self.origin.nodes)
         return [p for p in places if launch in p.launches]
 
     def numerics(self, model: Any, /, *args: Any, **kwargs: Any) -> Numerics:
-        """Return every launch's error, and the outputs', on one call's inputs, against float64.
+        """Return the error of every launch, and of the outputs, against float64 on one call's
+        inputs.
 
-        `model`: the module, plain or optimized, whose own error is the measure. Runs everything
-        three times, over a copy of a key/value cache. Errors are the largest absolute differences;
-        of outputs that draw random numbers there are none. Raises InputError for inputs of another
-        call.
+        model: the module, plain or optimized, whose own error is the reference. Runs everything
+        three times, on a copy of a key/value cache. Errors are largest absolute differences; there
+        are none for outputs that draw random numbers. Raises InputError for inputs of another call.
         """
         return self.numerics_of(*plain_call(engine_of(model), args, kwargs))
 
     def numerics_of(
         self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Numerics:
-        """Return the same for the model behind an engine."""
+        """Return the same for the model of an engine."""
         return measure(engine, self.compiled, args, kwargs, self.function_of, self.dims)
 
     def stress(self, *args: Any, **kwargs: Any) -> dict[str, tuple[Error, ...]]:
-        """Return, by case, the error of every kernel on inputs that break careless arithmetic.
+        """Return, by case, the error of every kernel on numerically difficult inputs.
 
-        The call's inputs give shapes and indices; the cases are those of `report.adversarial`.
+        The call's inputs provide shapes and indices; the cases are those of `report.adversarial`.
         Raises InputError for inputs of another call.
         """
         tensors = tensors_of(*self.plain_call(args, kwargs))
@@ -86,12 +86,12 @@ class Report(Record):
     def profile(self, *args: Any, runs: int = 30, **kwargs: Any) -> Profile:
         """Return the time of every launch in µs, medians over `runs` runs on one call's inputs.
 
-        Runs over a copy of a key/value cache. Raises InputError for inputs of another call.
+        Runs on a copy of a key/value cache. Raises InputError for inputs of another call.
         """
         return profile(self.compiled, self.launches, *self.plain_call(args, kwargs), runs)
 
     def plain_call(self, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Return a call's arguments as its program takes them: a key/value cache as tensors, over a
+        """Return a call's arguments as its program takes them: a key/value cache as tensors, on a
         copy of its memory."""
         _, args, kwargs = plain_call(self.engine, args, kwargs)
         return args, dict(kwargs)
@@ -99,19 +99,19 @@ class Report(Record):
     def dump(self, folder: str | Path) -> Dumped:
         """Write every stage into a folder: graphs, kernels, plan, report.json and report.html.
 
-        Raises DumpError where a file stands in the way.
+        Raises DumpError if a file is in the way.
         """
         return dump(self, Path(folder))
 
     def to_html(self) -> str:
-        """Return a page that stands alone: no network, light and dark, any shape."""
+        """Return a self-contained page: no network, light and dark themes, any shape."""
         return render_page(self)
 
     def _repr_html_(self) -> str:
         return render_miniature(self)
 
     def __rich__(self) -> Any:
-        # Only a terminal needs rich: compiling, running and measuring do without.
+        # Imported here, so that compiling, running and measuring do not need rich.
         from turbotx.report.table import render_table
 
         return render_table(self)
@@ -130,8 +130,8 @@ class Report(Record):
 
 
 def find_dims(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> dict[str, int]:
-    """Return the values that a compiled call's dims have for these inputs, the tokens of a packed
-    one among them."""
+    """Return the values of a compiled call's dims for these inputs, including the number of tokens
+    of a packed one."""
     captured = compiled.captured
     sizes = captured.matcher.match([t.shape for t in tensors]) or captured.example_dims
     if isinstance(compiled.program, PackedProgram) and len(sizes) < len(captured.dims):
@@ -142,9 +142,9 @@ def find_dims(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> dict[str, 
 def explain(model: Any, /, *args: Any, **kwargs: Any) -> Report:
     """Compile `model(*args, **kwargs)` and return what every stage made of it.
 
-    `model` is a module, an optimized module or a function of tensors; its own options apply where
-    it is optimized. Nothing is run, the inputs are only looked at. Raises InputError without a
-    tensor among the inputs, and what `turbotx.optimize` raises.
+    model: a module, an optimized module (whose options apply) or a function of tensors. Nothing is
+    run; the inputs only provide shapes. Raises InputError without a tensor among the inputs, and
+    what `turbotx.optimize` raises.
     """
     return explain_call(engine_of(model), args, kwargs)
 
@@ -152,8 +152,8 @@ def explain(model: Any, /, *args: Any, **kwargs: Any) -> Report:
 def explain_call(
     engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: str | None = None
 ) -> Report:
-    """Return the same of the call of an engine's model, as it is compiled for a target: "cpu" or a
-    GPU that need not be here, as "sm_90"; None: where the inputs lie. Raises InputError without
+    """Return the report of a call of an engine's model, compiled for a target: "cpu" or a GPU such
+    as "sm_90", which need not be present; None for the inputs' device. Raises InputError without
     inputs."""
     plain, args, kwargs = plain_call(engine, args, kwargs)
     tensors = tensors_of(args, kwargs)

@@ -1,7 +1,7 @@
 """Table: a report for the terminal.
 
-In: a `Report`. Out: something that rich prints: a headline, the regions and what each became, the
-GEMMs, what runs through PyTorch and why, and the memory plan::
+In: a `Report`. Out: a rich renderable: a headline, the regions and what each became, the GEMMs,
+what PyTorch runs and why, and the memory plan::
 
     Console().print(report)
 """
@@ -43,7 +43,7 @@ def _headline(report: Record) -> Text:
 
 
 def regions_table(report: Record) -> Table:
-    """One row a kind of region: equal regions of different layers are one."""
+    """Tabulate regions, one row per kind: equal regions of different layers are one."""
     table = Table(title="Regions", title_justify="left", title_style="bold", expand=False)
     table.add_column("ops between GEMMs", overflow="fold")
     table.add_column("became", style="cyan", overflow="fold", min_width=20)
@@ -90,8 +90,8 @@ def _externs(report: Record) -> Table:
 
 
 def memory_table(report: Record) -> Table:
-    """Tabulate the plan's peak beside its lower bound and PyTorch's allocation of the captured ops;
-    then the weights, what is made of them, and all of it together."""
+    """Tabulate the plan's peak beside its lower bound and PyTorch's memory use for the captured
+    ops; then the weights, what is derived from them, and the total."""
     memory = report.memory
     table = Table(title="Memory", title_justify="left", title_style="bold")
     table.add_column("")

@@ -1,7 +1,7 @@
-"""Where: what became of an op of the model, and where an op of the rewritten graph runs.
+"""Where: what became of an op of the model, and which launches run an op of the rewritten graph.
 
-In: a report and the name of a node. Out: its `NodeEntry`. Most ops keep their names; a GEMM that
-was packed is found by its parameters, an op that a pass replaced by the line it came from::
+In: a report and the name of a node. Out: its `NodeEntry`. Most ops keep their names; a packed GEMM
+is found by its parameters, an op that a pass replaced by its source line::
 
     find_place(report, "linear_1")  ->  Place(status="gemm", launches=("linear_0",), ...)
 """
@@ -25,7 +25,7 @@ GEMM_NAMES = frozenset(str(target) for target in GEMMS)
 
 
 class _Index:
-    """Launches by what they compute."""
+    """Launches by the nodes that they compute."""
 
     def __init__(self, report: Record) -> None:
         compiled = report.compiled
@@ -49,7 +49,7 @@ class _Index:
 
 
 def _computed(launch: ir.Launch) -> list[str]:
-    """Return the nodes that a launch computes: of a kernel those that its own outputs need."""
+    """Return the nodes that a launch computes; for a kernel, those that its outputs depend on."""
     if isinstance(launch, ir.KernelLaunch):
         roles = zip(launch.nodes, launch.kernel.params, strict=True)
         outputs = [node for node, param in roles if param.role == "out"]
@@ -75,9 +75,9 @@ def _needed(outputs: list[fx.Node], given: set[fx.Node]) -> list[str]:
 
 
 def find_place(report: Record, node: str | fx.Node) -> NodeEntry:
-    """Return the place of a node of the captured or of the rewritten graph, given or by name.
+    """Return the entry of a node of the captured or of the rewritten graph, or of its name.
 
-    Raises InputError for a name that stands in neither.
+    Raises InputError for a name in neither.
     """
     name = node.meta.get("rewritten", node.name) if isinstance(node, fx.Node) else node
     index: Any = report.__dict__.get("_where")
@@ -119,7 +119,7 @@ def _place_now(index: _Index, node: fx.Node) -> NodeEntry:
         readers = [index.of_node.get(u.name, []) for u in _readers(node)]
         launches = list({x.name: x for found in readers for x in found}.values())
     shown = status.get(kind, kind)
-    copied = kind == "view" and node.name in index.of_node  # no strides express it: a launch does
+    copied = kind == "view" and node.name in index.of_node  # a launch copies it
     if copied or (
         kind in ("gemm", "attention", "product")
         and any(isinstance(x, ir.AtenLaunch) for x in launches)
@@ -138,7 +138,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _place_before(index: _Index, node: Node) -> NodeEntry:
-    """Find a node that a pass took away: by its parameters, or by what stands for its source
+    """Find a node that a pass removed: by its parameters, or by the nodes that replaced its source
     line."""
     if node.target in GEMM_NAMES:
         parameters = [index.origin[n].target for n in node.inputs if n in index.origin]

@@ -1,8 +1,8 @@
-"""What PyTorch runs of a program: ops without a kernel, everything where there is no compiler, and
-the views that a call returns.
+"""The parts of a program that PyTorch runs: ops without a kernel, all ops if there is no compiler,
+and the views that a call returns.
 
-In: plain data of an `Executable`. Out: functions of one run's state, which work on tensors that lie
-in the plan, results written there too, so that the launches around need not know::
+In: plain data of an `Executable`. Out: functions of one run's state, which work on tensors in
+planned memory and write their results there, like any other launch::
 
     cumsum  ->  step(state): window(out).copy_(aten.cumsum(window(x), 1))
 """
@@ -22,10 +22,10 @@ from turbotx.runtime.state import Maker, RunState, Step
 
 
 def make_step(call: PytorchCall, dims: Sequence[str]) -> Step:
-    """Return a function that runs one launch by PyTorch and puts its results where they belong."""
+    """Return a function that runs one launch by PyTorch and stores its results."""
     arguments, options = _make(call.args, dims), _make(call.kwargs, dims)
     results = [None if w is None else make_window(w, dims) for w in call.writes]
-    # A graph's forward, since hooks that a user gave to every module are not for this one.
+    # The graph's forward is called directly, to bypass global module hooks of the user.
     target = call.target.forward if isinstance(call.target, nn.Module) else call.target
 
     def step(state: RunState) -> None:
@@ -39,11 +39,10 @@ def call_into(
     target: Any, args: Sequence[Any], kwargs: Mapping[str, Any],
     windows: Sequence[torch.Tensor | None], has_out: bool,
 ) -> None:  # fmt: skip
-    """Run `target`; its results end in `windows`, one each, None for results that nothing reads.
+    """Run `target` and copy its results to `windows`, one each, None for unused results.
 
-    has_out: the op's `out` overload writes the first window itself. Raises VerifyError for a result
-    of another dtype or shape than its window, which is what the graph says, and
-    IndexOutOfRangeError for an index that PyTorch refuses.
+    has_out: the op's `out` overload writes the first window. Raises VerifyError for a result whose
+    dtype or shape differs from its window; IndexOutOfRangeError for an index that PyTorch rejects.
     """
     if has_out:
         window = windows[0]
@@ -77,13 +76,13 @@ def make_leaf(leaf: Any, dims: Sequence[str]) -> Maker:
         return _make_view(leaf, dims)
     if isinstance(leaf, (Window, Sizes)):
         return _make(leaf, dims)
-    if isinstance(leaf, set):  # the caller may change what it gets
+    if isinstance(leaf, set):  # a copy, since the caller may change it
         return lambda state: set(leaf)
     return lambda state: leaf
 
 
 def make_window(window: Window, dims: Sequence[str]) -> Callable[[RunState], torch.Tensor]:
-    """Return a function that gives the tensor that a window shows in one run."""
+    """Return a function from the run's state to the tensor that a window shows."""
     name, dtype, rank = window.tensor, window.dtype, len(window.shape.texts)
     texts = (window.shape.texts, window.strides.texts, window.offset.texts)
     evaluate = Sizes(tuple(text for part in texts for text in part)).compile(dims)
@@ -110,7 +109,7 @@ def _make_view(leaf: ReturnedView, dims: Sequence[str]) -> Callable[[RunState], 
 
 
 def _make(structure: Any, dims: Sequence[str]) -> Maker:
-    """Return a function that rebuilds call arguments with tensors and sizes filled in."""
+    """Return a function that rebuilds call arguments, with tensors and sizes filled in."""
     if isinstance(structure, Window):
         return make_window(structure, dims)
     if isinstance(structure, Sizes):

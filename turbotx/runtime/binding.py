@@ -1,6 +1,6 @@
 """Binding: a call at one shape: its sizes, plan and address table.
 
-In: nothing, these are types that CPUs and GPUs share. Out: for example::
+In: nothing, these are types shared by CPUs and GPUs. Out, for example::
 
     Binding(dims=(2, 17), sizes=..., offsets=array([0, 52224, ...]), footprint_nbytes=104448, ...)
 """
@@ -22,10 +22,10 @@ from turbotx.runtime.weights import Weights
 
 @dataclass(frozen=True)
 class Binding:
-    """A call at one shape: every size evaluated, every offset planned.
+    """A call at one shape, with all sizes evaluated and all offsets planned.
 
-    offsets: in the order of the liveness' `root_of`, and offset_of by name. outputs: slot, shape,
-    dtype.
+    offsets: in the order of the liveness' `root_of`; offset_of: the same by name.
+    outputs: (slot, shape, dtype).
     """
 
     dims: tuple[int, ...]
@@ -37,33 +37,34 @@ class Binding:
 
 
 class Execution:
-    """The address table of one arena; one call at a time uses it."""
+    """The address table of one arena; used by one call at a time."""
 
     def __init__(self, count: int) -> None:
         self.table = (ctypes.c_int64 * count)()
         self.numbers = np.ctypeslib.as_array(self.table)
-        self.offsets: Any = None  # of the binding that the table is set for
+        self.offsets: Any = None  # of the binding for which the table is set
         self.base = 0
         self.weights_version = -1
         self.kept: Any = None
 
 
 class Runtime(Protocol):
-    """What runs a call's launches."""
+    """Runs a call's launches on one kind of device."""
 
     weights: Weights
     torch_device: torch.device
     builds: int
-    """How many libraries or kernels had to be compiled."""
+    """Number of libraries or kernels that had to be compiled."""
 
     def fill_weights(self, table: Any) -> tuple[int, object]:
-        """Write the addresses of everything made from parameters into a table.
+        """Write the addresses of parameters and everything derived from them into a table.
 
-        Returns their version, and what must be kept alive as long as the table is used.
+        Returns the weights' version, and an object to keep alive while the table is in use.
         """
 
     def run(
         self, table: Any, sizes: Any, state: RunState,
         ticks: Any = None, watches: Sequence[Watch] = (),
     ) -> int:  # fmt: skip
-        """Run every launch in order; return 0, or (launch + 1) << 32 | the check that failed."""
+        """Run all launches in order; return 0, or (launch + 1) << 32 | number of the failed
+        check."""

@@ -1,10 +1,10 @@
-"""Block memory: a decoder's keys and values in blocks that rows of a batch, and caches, share.
+"""Block memory: a decoder's keys and values in blocks that batch rows, and caches, can share.
 
-In: as of `CacheMemory`. Out: memory that does not move, and a table that says which blocks a row
-has, as `ir/cache_ops.py` reads it; a block that several share is copied when one writes to it::
+In: as for `CacheMemory`. Out: memory that does not move, and a block table, as read by
+`ir/cache_ops.py`. A shared block is copied on write::
 
-    memory.tensor_for(batch=2, length=65); memory.table()  ->  (24, 2, 2), places in elements
-    memory.select(0, [1, 1])                               ->  both rows have one row's blocks
+    memory.tensor_for(batch=2, length=65); memory.table()  ->  (24, 2, 2), offsets in elements
+    memory.select(0, [1, 1])                               ->  both rows share one row's blocks
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from turbotx.memory.cache_blocks import CacheBlocks, Ids, can_have_blocks
 from turbotx.runtime.cache_memory import CacheBudget, CacheMemory, LayerShape
 
 BLOCK_LEN = 64
-"""Positions of a block."""
+"""Positions per block."""
 SLACK = 64
-"""Positions behind a window that are kept, so that so many may be dropped again."""
+"""Positions kept beyond a window, so that up to this many may be dropped again."""
 
 
 def fits_blocks(shapes: Sequence[LayerShape], device: torch.device) -> bool:
-    """Return whether a cache of these layers may lie in blocks: all of one size, on a CPU."""
+    """Return whether a cache with these layers can use blocks: all of one size, on a CPU."""
     sizes = {s.heads * (s.key_width + s.value_width) for s in shapes}
     return len(sizes) == 1 and 0 not in sizes and can_have_blocks(device)
 
 
 class BlockMemory(CacheMemory):
-    """A table a layer, (batch, columns), of the blocks that hold its keys and values: -1 in a cell
-    for a block that is not there, because it has left the window or nothing was written yet.
+    """Stores, for each layer, a table (batch, columns) of block ids for its keys and values. A cell
+    is -1 if the block has left the window or was never written.
 
-    windows: how many positions back a layer sees, its own included; None: all.
+    windows: for each layer, the number of positions visible including its own; None for all.
     """
 
     def __init__(
@@ -50,15 +50,15 @@ class BlockMemory(CacheMemory):
         self._used = Lock()
         self.tables: list[Ids] = [np.zeros((0, 0), np.int64) for _ in self.shapes]
         self._ready = 0
-        """Up to where every layer's rows have blocks of their own, known to be."""
+        """Positions for which every layer's rows are known to have exclusive blocks."""
         self._gone = [0] * len(self.shapes)
-        """Columns of each layer that have left its window and were let go."""
+        """For each layer, the number of columns that have left its window and were freed."""
         self._open()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _open(self) -> None:
-        """Find the blocks of what the layers hold now."""
+        """Open the blocks for the current layer shapes and dtype."""
         shape = self.shapes[0]
         self._size = BLOCK_LEN * shape.heads * (shape.key_width + shape.value_width)
         self.blocks: CacheBlocks = self.budget.blocks_of(self._size * self.dtype.itemsize)
@@ -68,7 +68,7 @@ class BlockMemory(CacheMemory):
         self._owner.atexit = False
 
     def _view(self, shape: LayerShape, part: int) -> torch.Tensor:
-        """Return a layer's keys or values in all blocks, (blocks, heads, rows, width)."""
+        """Return a view of a layer's keys or values in all blocks, (blocks, heads, rows, width)."""
         width = (shape.key_width, shape.value_width)[part]
         first = shape.heads * BLOCK_LEN * shape.key_width * part
         size = len(self._flat) // self._size, shape.heads, BLOCK_LEN, width
@@ -96,21 +96,21 @@ class BlockMemory(CacheMemory):
         made._gone, self._ready = list(self._gone), 0
         return made
 
-    # --- what is there ---
+    # --- contents ---
 
     @property
     def nbytes(self) -> int:
-        """What its blocks take, each counted once, those too that others share."""
+        """Bytes of its blocks, each counted once, including blocks shared with other caches."""
         ids = np.concatenate([t.ravel() for t in self.tables])
         return int(np.count_nonzero(np.unique(ids) >= 0)) * self.blocks.block_nbytes
 
     @property
     def capacity(self) -> int:
-        """Positions that there are blocks for."""
+        """Number of positions that have blocks."""
         return self.tables[0].shape[1] * BLOCK_LEN
 
     def batch_of(self, layer: int) -> int | None:
-        """Return how many rows a layer holds, None where it holds nothing."""
+        """Return the batch size of a layer, None if it is empty."""
         return len(self.tables[layer]) if self.tables[layer].size else None
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -136,10 +136,10 @@ class BlockMemory(CacheMemory):
         return found[0], found[1]
 
     def tensor_for(self, batch: int, length: int) -> torch.Tensor:
-        """Return the memory, with blocks for `length` positions of each row that nobody else reads
-        from where the rows end: (elements, batch, rows of a block); see `table`.
+        """Return the memory, (elements, batch, rows of a block), with exclusive blocks for `length`
+        positions of each row from its end on; see `table`.
 
-        Raises InputError where it is filled for another batch, CacheFullError.
+        Raises InputError if it holds another batch size; CacheFullError.
         """
         self.refuse_other(batch)
         if self._ready < length or len(self.tables[0]) != batch:
@@ -152,23 +152,23 @@ class BlockMemory(CacheMemory):
         return self._flat[: size[0] * batch * BLOCK_LEN].view(size)
 
     def table(self) -> torch.Tensor:
-        """Return the block table of the tensor that `tensor_for` has returned."""
+        """Return the block table that goes with the result of `tensor_for`."""
         return self._table
 
     def _make_table(self) -> torch.Tensor:
-        """Cells that name no block are never seen; where a mask hides them, finite numbers do."""
+        """Replace empty cells by a row's first block: masked reads then see finite numbers."""
         made = []
         for table, shape in zip(self.tables, self.shapes, strict=True):
             first = table[np.arange(len(table)), (table >= 0).argmax(axis=1)]
             places = np.where(table < 0, first[:, None], table) * self._size
             made += [places, places + shape.heads * BLOCK_LEN * shape.key_width]
         stacked = np.stack(made)
-        if stacked.shape[2] == 1:  # one column would say that memory is contiguous
+        if stacked.shape[2] == 1:  # one column would mean contiguous memory
             stacked = stacked.repeat(2, axis=2)
         return torch.from_numpy(stacked)
 
     def contiguous(self) -> CacheMemory:
-        """Return the same in contiguous memory."""
+        """Return a copy in contiguous memory."""
         made = CacheMemory(self.shapes, self.dtype, self.device, budget=self.budget)
         for layer in range(len(self.shapes)):
             held = self.read(layer)
@@ -183,7 +183,7 @@ class BlockMemory(CacheMemory):
         return made
 
     def blank(self, batch: int, length: int) -> None:
-        """Fill an empty memory with zeros, which take no blocks."""
+        """Fill an empty memory with zeros, which use no blocks."""
         for layer in range(len(self.shapes)):
             self._widen(layer, batch, length)
             self.lengths[layer] = length
@@ -191,18 +191,18 @@ class BlockMemory(CacheMemory):
     # --- blocks ---
 
     def _widen(self, layer: int, batch: int, length: int) -> None:
-        """Give a layer's table columns for `length` positions, of no blocks yet."""
+        """Extend a layer's table to `length` positions, without blocks."""
         table = self.tables[layer]
-        if len(table) != batch:  # nothing is filled
+        if len(table) != batch:  # nothing is stored
             self.clear(layer)
             table = np.zeros((batch, 0), np.int64)
         more = -(-length // BLOCK_LEN) - table.shape[1]
         self.tables[layer] = np.pad(table, ((0, 0), (0, max(0, more))), constant_values=-1)
 
     def _claim(self, layers: Sequence[int], first: int, end: int) -> None:
-        """Give the cells of columns first to end blocks that nobody else reads.
+        """Make the blocks in columns first to end exclusive, allocating where necessary.
 
-        What the first column holds is kept, by a copy where it was shared.
+        The contents of the first column are kept, copied if the block was shared.
         """
         found = [self.tables[layer][:, first:end] for layer in layers]
         shared = [self._find_shared(ids) for ids in found]
@@ -228,8 +228,8 @@ class BlockMemory(CacheMemory):
             self.blocks.release(old[old >= 0])
 
     def _find_shared(self, ids: Ids) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Return which cells need another block: those that name none, or one that others read;
-        where all who read it are among these cells, the first keeps it."""
+        """Return which cells need a new block: empty ones, and those whose block is shared. If all
+        references to a block are among these cells, the first one keeps it."""
         known, where, inverse, named = np.unique(
             ids, return_index=True, return_inverse=True, return_counts=True
         )
@@ -239,11 +239,11 @@ class BlockMemory(CacheMemory):
         shared[where[(references == named) & (known >= 0)]] = False
         return shared.reshape(ids.shape)
 
-    # --- changes ---
+    # --- updates ---
 
     def advance(self, count: int) -> None:
-        """Say that a program has written so many rows of every layer; blocks that left a layer's
-        window are let go, those of one content in several rows of a prompt become one."""
+        """Record that a program has appended `count` rows to every layer; free blocks that left a
+        layer's window, and merge equal blocks of several rows of a prompt."""
         begin = self.length
         super().advance(count)
         for layer, window in enumerate(self.windows):
@@ -261,8 +261,7 @@ class BlockMemory(CacheMemory):
         self.blocks.release(old)
 
     def _merge(self, layer: int, first: int, end: int) -> None:
-        """Let rows have the block of the row before where both hold the same bytes, as rows of one
-        prompt do."""
+        """Share blocks between adjacent rows that hold the same bytes, as rows of one prompt do."""
         table, memory = self.tables[layer], self.blocks.memory
         nbytes = self.blocks.block_nbytes
         for column in range(first, end):
@@ -279,12 +278,12 @@ class BlockMemory(CacheMemory):
         self._ready = 0
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int = 0) -> None:
-        """Store rows of a layer from position `start` on, its last ones from then on.
+        """Store rows of a layer at position `start`; they become its last ones.
 
-        keys, values: (batch, heads, rows, width). Raises InputError where they do not fit.
+        keys, values: (batch, heads, rows, width). Raises InputError if they do not fit.
         """
         self.refuse_shapes(layer, keys, values)
-        if not any(self.lengths) and keys.dtype != self.dtype:  # a model that was converted since
+        if not any(self.lengths) and keys.dtype != self.dtype:  # the model was converted meanwhile
             for k in range(len(self.shapes)):
                 self.clear(k)
             self._owner.detach()
@@ -301,8 +300,8 @@ class BlockMemory(CacheMemory):
         self.lengths[layer], self._ready = end, 0
 
     def put_row(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Overwrite the last positions of one row, keys and values (heads, rows, width); what lies
-        before them is let go, and reads as zeros."""
+        """Overwrite the last positions of one row; earlier ones are freed and read as zeros. keys,
+        values: (heads, rows, width)."""
         length = self.lengths[layer]
         start = length - keys.shape[1]
         first, end = start // BLOCK_LEN, -(-length // BLOCK_LEN)
@@ -316,7 +315,7 @@ class BlockMemory(CacheMemory):
         self._ready = 0
 
     def free_row(self, row: int) -> None:
-        """Let the blocks of one row go, which nobody needs any more; it reads as zeros."""
+        """Free the blocks of a finished row; it reads as zeros."""
         for layer in range(len(self.shapes)):
             self._let_go(layer, slice(row, row + 1), slice(None))
         self._ready = 0
@@ -336,8 +335,8 @@ class BlockMemory(CacheMemory):
                 position = until
 
     def select(self, layer: int, rows: torch.Tensor) -> None:
-        """Keep these rows of a layer's batch, in this order, once each time they are named; rows
-        that are named several times have the same blocks, until one of them is written."""
+        """Select rows of a layer's batch by index; repeated rows share blocks until one of them is
+        written."""
         old = self.tables[layer]
         if not self.lengths[layer]:
             return
@@ -348,9 +347,9 @@ class BlockMemory(CacheMemory):
         self._ready = 0
 
     def drop(self, layer: int, count: int) -> None:
-        """Take away the last `count` positions of a layer.
+        """Drop the last `count` positions of a layer.
 
-        Raises InputError where what its window would show then has been let go.
+        Raises InputError if positions that would be visible in its window again have been freed.
         """
         length = max(0, self.lengths[layer] - count)
         kept, window = -(-length // BLOCK_LEN), self.windows[layer]
@@ -365,7 +364,7 @@ class BlockMemory(CacheMemory):
         self.lengths[layer], self._ready = length, min(self._ready, kept * BLOCK_LEN)
 
     def clear(self, layer: int) -> None:
-        """Take away everything of a layer, its memory too."""
+        """Drop all of a layer, including its memory."""
         self._let_go(layer, slice(None), slice(None))
         self._gone[layer] = 0
         self.tables[layer], self.lengths[layer] = np.zeros((0, 0), np.int64), 0

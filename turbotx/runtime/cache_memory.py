@@ -1,10 +1,10 @@
-"""Cache memory: the keys and values of all layers of a decoder, in one tensor with room to grow.
+"""Cache memory: the keys and values of all layers of a decoder, in one growing tensor.
 
-In: how many heads and which widths every layer has; rows, or the new lengths after a program has
-written rows itself. Out: the tensor that programs take, and what of it is filled::
+In: the heads and widths of every layer; rows, or the new length after a program has written rows.
+Out: the tensor that programs take, and its filled part::
 
     memory = CacheMemory([LayerShape(12, 64, 64)] * 12, torch.float32, torch.device("cpu"))
-    memory.tensor_for(batch=2, length=33)  ->  (18432, 2, 64), grown to twice that when it is full
+    memory.tensor_for(batch=2, length=33)  ->  (18432, 2, 64), doubled when full
     memory.read(0)                         ->  keys and values, (2, 12, 33, 64), views
 """
 
@@ -25,42 +25,42 @@ from turbotx.ir.cache_ops import block_of
 from turbotx.memory.cache_blocks import CacheBlocks
 
 LEAST_CAPACITY = 64
-"""Positions that a cache has room for at first; it grows to twice its size, or where that is more
-than there may be, to the next multiple."""
+"""Initial capacity in positions. It doubles when exceeded, or grows to the next multiple of this if
+doubling exceeds the budget."""
 
 
 class CacheBudget:
-    """Counts the bytes of all caches of one model, and those of the fullest moment.
+    """Counts the bytes of all caches of one model, and their peak.
 
-    most: how many there may be; None: any number.
+    most: the limit; None for no limit.
     """
 
     def __init__(self, most: int | None = None) -> None:
         self.most, self.nbytes, self.peak_nbytes = most, 0, 0
-        self._lock = threading.RLock()  # memory may be freed wherever this thread is
+        self._lock = threading.RLock()  # reentrant: finalizers may run in this thread at any point
         self._blocks: dict[int, CacheBlocks] = {}
 
     def __deepcopy__(self, memo: Any) -> CacheBudget:
-        return self  # a copied cache is one more of the same model
+        return self  # a copied cache belongs to the same model
 
     def __reduce__(self) -> Any:
         return CacheBudget, (self.most,)
 
     def blocks_of(self, nbytes: int) -> CacheBlocks:
-        """Return the blocks of a size, which all caches share."""
+        """Return the blocks of a size, shared by all caches."""
         with self._lock:
             if nbytes not in self._blocks:
                 self._blocks[nbytes] = CacheBlocks(nbytes, self.add)
             return self._blocks[nbytes]
 
     def has_room(self, nbytes: int) -> bool:
-        """Return whether so many bytes more are within the bound."""
+        """Return whether that many more bytes are within the limit."""
         return self.most is None or self.nbytes + nbytes <= self.most
 
     def add(self, nbytes: int) -> None:
-        """Count bytes that are about to be taken, or fewer where they were given back.
+        """Count bytes about to be allocated, or freed if negative.
 
-        Raises CacheFullError where they are too many.
+        Raises CacheFullError if the limit would be exceeded.
         """
         with self._lock:
             if nbytes > 0 and not self.has_room(nbytes):
@@ -75,7 +75,7 @@ class CacheBudget:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one position of a layer takes: `heads` keys and values of these widths."""
+    """The size of one position of a layer: `heads` keys and values of these widths."""
 
     heads: int
     key_width: int
@@ -83,30 +83,30 @@ class LayerShape:
 
 
 def make_table(layers: int, memory: torch.Tensor) -> torch.Tensor:
-    """Return the block table that contiguous memory has, see `ir/cache_ops.py`."""
+    """Return the block table of contiguous memory, see `ir/cache_ops.py`."""
     shape = 2 * layers, memory.shape[1], 1
     return torch.zeros(shape, dtype=torch.int64, device=memory.device)
 
 
 class CacheMemory:
-    """Keys and values of every layer; lengths: how many positions of each layer are filled.
+    """Keys and values of every layer.
 
-    Where layers were given another batch one by one, they lie apart until `tensor_for`.
+    lengths: number of filled positions of each layer. If layers were given another batch size one
+    by one, they are stored separately until `tensor_for`.
     """
 
     def __init__(
         self, shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device,
         grows: bool = True, budget: CacheBudget | None = None,
     ) -> None:  # fmt: skip
-        """grows: False for a length that stays: there is no room beyond it. budget: what counts
-        its bytes."""
+        """grows: False for a fixed length, without spare capacity. budget: counts its bytes."""
         self.shapes, self.dtype, self.device = tuple(shapes), dtype, device
         self.grows = grows
         self.lengths = [0] * len(self.shapes)
         self._tensor: torch.Tensor | None = None
         self._blocks: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(self.shapes)
         self._shared: list[np.ndarray | None] = [None] * len(self.shapes)
-        """How many first positions two rows of a layer's batch are known to have alike."""
+        """For each layer, how many leading positions two rows of the batch are known to share."""
         self.budget = budget or CacheBudget()
         self._start()
 
@@ -120,7 +120,7 @@ class CacheMemory:
         state = {k: v for k, v in self.__dict__.items() if k not in ("_used", "_counted")}
         held = [self.read(layer) for layer in range(len(self.shapes))]
         apart = [None if x is None else (x[0].clone(), x[1].clone()) for x in held]
-        return {**state, "_tensor": None, "_blocks": apart}  # what is filled, once
+        return {**state, "_tensor": None, "_blocks": apart}  # only the filled part
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -130,7 +130,7 @@ class CacheMemory:
     def owned(self) -> Iterator[None]:
         """Claim the memory for this thread inside the context.
 
-        Raises InputError where another thread writes meanwhile.
+        Raises InputError if another thread is using it.
         """
         if not self._used.acquire(blocking=False):
             raise InputError(
@@ -141,13 +141,13 @@ class CacheMemory:
         finally:
             self._used.release()
 
-    # --- what is there ---
+    # --- contents ---
 
     @property
     def length(self) -> int:
-        """The positions that every layer has.
+        """Number of positions of every layer.
 
-        Raises InputError where layers differ, as after `update` of some of them.
+        Raises InputError if layers differ, as after `update` of some of them.
         """
         if len(set(self.lengths)) > 1:
             raise InputError(
@@ -158,40 +158,41 @@ class CacheMemory:
 
     @property
     def position_nbytes(self) -> int:
-        """What one position of one sequence takes."""
+        """Bytes per position of one sequence."""
         return sum(s.heads * (s.key_width + s.value_width) for s in self.shapes) * (
             self.dtype.itemsize
         )
 
     @property
     def nbytes(self) -> int:
-        """What it takes now, room for more positions included."""
+        """Bytes allocated, spare capacity included."""
         return self._counted[0]
 
     @property
     def capacity(self) -> int:
-        """Positions that the memory has room for."""
+        """Number of positions that fit in the memory."""
         return 0 if self._tensor is None else self._tensor.shape[2]
 
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return a layer's keys and values, (batch, heads, length, width), as they lie."""
+        """Return views of a layer's keys and values, (batch, heads, length, width); None if it is
+        empty."""
         held, length = self._blocks[layer], self.lengths[layer]
         return None if held is None else (held[0][:, :, :length], held[1][:, :, :length])
 
     def batch_of(self, layer: int) -> int | None:
-        """Return how many rows a layer holds, None where it holds nothing."""
+        """Return the batch size of a layer, None if it is empty."""
         held = self._blocks[layer]
         return None if held is None else held[0].shape[0]
 
     def read_row(self, layer: int, row: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the last `count` positions of one row, (heads, count, width)."""
+        """Return views of the last `count` positions of one row, (heads, count, width)."""
         held = self.read(layer)
         assert held is not None
         first = self.lengths[layer] - count
         return held[0][row, :, first:], held[1][row, :, first:]
 
     def contiguous(self) -> CacheMemory:
-        """Return the same in contiguous memory."""
+        """Return the contents in contiguous memory: itself."""
         return self
 
     def like(self) -> CacheMemory:
@@ -204,7 +205,7 @@ class CacheMemory:
         self.advance(length)
 
     def refuse_other(self, batch: int) -> None:
-        """Raise InputError where the memory is filled for another batch."""
+        """Raise InputError if it holds another batch size."""
         held = {self.batch_of(k) for k, n in enumerate(self.lengths) if n}
         other = held - {batch, None}
         if other:
@@ -215,10 +216,10 @@ class CacheMemory:
             )
 
     def tensor_for(self, batch: int, length: int) -> torch.Tensor:
-        """Return the memory with room for `length` positions: (elements a position, batch,
+        """Return the memory with capacity for `length` positions: (elements per position, batch,
         capacity), dense.
 
-        Raises InputError where it is filled for another batch.
+        Raises InputError if it holds another batch size.
         """
         self.refuse_other(batch)
         made: Any = self._tensor
@@ -235,7 +236,7 @@ class CacheMemory:
         return made
 
     def table(self) -> torch.Tensor:
-        """Return the block table of the tensor that `tensor_for` has returned."""
+        """Return the block table that goes with the result of `tensor_for`."""
         return self._table
 
     def _move(self, batch: int, capacity: int) -> torch.Tensor:
@@ -260,31 +261,31 @@ class CacheMemory:
         return made
 
     def _reserve(self, nbytes: int) -> None:
-        """Count memory that is made beside what there is."""
+        """Count memory about to be allocated in addition to the present one."""
         self.budget.add(nbytes)
         self._counted[0] += nbytes
 
     def _count(self) -> None:
-        """Count what is there, now that memory was let go."""
+        """Recount after memory was freed."""
         held = [part for block in self._blocks if block is not None for part in block]
         storages = [x.untyped_storage() for x in held]
         nbytes = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
         self.budget.add(nbytes - self._counted[0])
         self._counted[0] = nbytes
 
-    # --- changes ---
+    # --- updates ---
 
     def advance(self, count: int) -> None:
-        """Say that a program has written so many rows of every layer."""
+        """Record that a program has appended `count` rows to every layer."""
         self.lengths = [n + count for n in self.lengths]
 
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int = 0) -> None:
-        """Store rows of a layer from position `start` on, its last ones from then on.
+        """Store rows of a layer at position `start`; they become its last ones.
 
-        keys, values: (batch, heads, rows, width). Raises InputError where they do not fit.
+        keys, values: (batch, heads, rows, width). Raises InputError if they do not fit.
         """
         self.refuse_shapes(layer, keys, values)
-        if not any(self.lengths) and keys.dtype != self.dtype:  # a model that was converted since
+        if not any(self.lengths) and keys.dtype != self.dtype:  # the model was converted meanwhile
             self.dtype, self._tensor = keys.dtype, None
             self._blocks = [None] * len(self.shapes)
         shared = self._shared[layer]
@@ -309,7 +310,7 @@ class CacheMemory:
         self.lengths[layer] = end
 
     def refuse_shapes(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Raise InputError where keys and values are not of a layer's heads and widths."""
+        """Raise InputError if keys and values do not have a layer's heads and widths."""
         shape = self.shapes[layer]
         wanted = (shape.heads, shape.key_width), (shape.heads, shape.value_width)
         if any((x.shape[1], x.shape[3]) != w for x, w in zip((keys, values), wanted, strict=True)):
@@ -319,20 +320,20 @@ class CacheMemory:
             )
 
     def put_row(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Overwrite the last positions of one row, keys and values (heads, rows, width)."""
+        """Overwrite the last positions of one row; keys, values: (heads, rows, width)."""
         with torch.inference_mode(False), torch.no_grad():
             to = self.read_row(layer, row, keys.shape[1])
             to[0].copy_(keys)
             to[1].copy_(values)
 
     def free_row(self, row: int) -> None:
-        """Contiguous memory keeps its rows."""
+        """Do nothing: contiguous memory cannot free single rows."""
 
     def select(self, layer: int, rows: torch.Tensor) -> None:
-        """Keep these rows of a layer's batch, in this order, once each time they are named.
+        """Select rows of a layer's batch by index.
 
-        What a row is known to share with the one in whose place it comes, as beams share all but
-        their latest tokens, is not copied. rows: integers, (rows kept), on any device.
+        Positions that a row is known to share with the row it replaces are not copied: beams share
+        all but their latest tokens. rows: (rows kept,) integers, on any device.
         """
         held, length = self._blocks[layer], self.lengths[layer]
         if held is None or not length:
@@ -359,13 +360,13 @@ class CacheMemory:
         self._shared[layer] = np.where(alike, length, shared[np.ix_(index, index)])
 
     def drop(self, layer: int, count: int) -> None:
-        """Take away the last `count` positions of a layer."""
+        """Drop the last `count` positions of a layer."""
         length = self.lengths[layer] = max(0, self.lengths[layer] - count)
         shared = self._shared[layer]
         self._shared[layer] = None if shared is None else np.minimum(shared, length)
 
     def clear(self, layer: int) -> None:
-        """Take away everything of a layer, its memory too."""
+        """Drop all of a layer, including its memory."""
         self.lengths[layer], self._blocks[layer], self._tensor = 0, None, None
         self._shared[layer] = None
         self._count()
@@ -373,7 +374,7 @@ class CacheMemory:
     def _place_apart(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Move a layer to memory of its own."""
+        """Move a layer to its own memory."""
         self._tensor, self._blocks[layer] = None, (keys, values)
         self._count()
         return keys, values

@@ -1,14 +1,14 @@
-"""Dict watch: detects that any of many dicts, lists and closure cells changed since the last check.
+"""Dict watch: detects changes to any of many dicts, lists and closure cells since the last check.
 
-In: the containers in which the state lies that a trace read. Out: one native call that says which
-was touched first, where comparing from Python takes a microsecond each; a BERT has a thousand::
+In: the containers of the state that a trace read. Out: one native call that returns the first
+changed one, where comparing in Python takes a microsecond each; a BERT has a thousand::
 
     watch = DictWatch(native, mechanism, dicts, lists, cells)
     watch.first_touched(0)  ->  17     # the eighteenth
-    watch.accept(17)                   # as it is now; -1 afterwards
+    watch.accept(17)()                 # accepts its current state; -1 afterwards
 
-Python 3.10 to 3.12 count the changes of a dict in the dict itself; from 3.12 on Python tells a
-watcher of them (PyDict_Watch), which counts. Which of them works is found by trying it.
+Python 3.10 to 3.12 store a version in each dict; from 3.12 on, Python notifies a dict watcher
+(PyDict_Watch), which counts changes. The mechanism is chosen by testing it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 TAG_OFFSET = 24
-"""Of `ma_version_tag` in a dict object: after its reference count, type and size."""
+"""Offset of `ma_version_tag` in a dict object: after reference count, type and size."""
 VALUES_OFFSET = 40
-"""Of `ma_values`, which is null in a dict that has a table of its own."""
+"""Offset of `ma_values`, which is null in a dict with its own table."""
 CELL_OFFSET = 16
-"""Of the content of a cell object."""
+"""Offset of the contents of a cell object."""
 
 Locate = Callable[[dict[Any, Any]], int]
 """Returns the address of a number that changes with every change of a dict."""
 
 
 class _Watched(ctypes.Structure):
-    """Mirrors `Watched` in dict_watch.cpp; `arrays` are kept as long as it is in use."""
+    """Mirrors `Watched` in dict_watch.cpp; `arrays` keeps its arrays alive."""
 
     arrays: tuple[Any, ...]
     _fields_ = (
@@ -48,14 +48,14 @@ class _Watched(ctypes.Structure):
 
 
 class DictWatch:
-    """Containers as they were when this was made, or last accepted; keeps them alive."""
+    """The state of containers when this was made or last accepted; keeps them alive."""
 
     def __init__(
         self, native: ctypes.CDLL, locate: Locate, dicts: Sequence[dict[Any, Any]],
         lists: Sequence[list[Any]], cells: Sequence[types.CellType],
     ) -> None:  # fmt: skip
         self.watched: tuple[Any, ...] = (*dicts, *cells, *lists)
-        # Python's lock is held meanwhile: a list must not move while it is looked at.
+        # PyDLL holds the GIL: a list must not be reallocated while it is read.
         self._first_touched = ctypes.PyDLL(native._name, handle=native._handle).ttx_first_touched
         self._first_touched.restype = ctypes.c_int64
         self._first_touched.argtypes = [ctypes.c_int64, ctypes.c_void_p]
@@ -64,12 +64,12 @@ class DictWatch:
         self._where = (ctypes.c_void_p * len(places))(*places)
         self._seen = (ctypes.c_uint64 * len(places))(*map(_number_at, places))
         self._lists = (ctypes.c_void_p * len(lists))(*map(id, lists))
-        # Kept, so that no other object gets the address of an item.
+        # Kept alive, so that no other object can get the address of an item.
         self._kept: list[Any] = [*map(list, lists), *map(_content, cells)]
         self._table = self._make_table()
 
     def _make_table(self) -> tuple[int, Any]:
-        """Return the native table, and its address before it."""
+        """Return the address of the native table, and the table."""
         kept = self._kept[: len(self._lists)]
         items = [id(x) for held in kept for x in held]
         sizes = (ctypes.c_int64 * len(kept))(*map(len, kept))
@@ -86,13 +86,15 @@ class DictWatch:
         return ctypes.addressof(table), table
 
     def first_touched(self, start: int) -> int:
-        """Return the first of `watched`, from `start` on, that was touched, or -1."""
-        table = self._table  # alive until this returns, even if another thread replaces it
+        """Return the index in `watched`, from `start` on, of the first container that changed, or
+        -1."""
+        table = self._table  # keeps it alive, even if another thread replaces it
         found: int = self._first_touched(start, table[0])
         return found
 
     def accept(self, i: int) -> Callable[[], None]:
-        """Look at what `watched[i]` is now; what this returns takes that for seen from then on."""
+        """Read the current state of `watched[i]`; return a function that accepts that state as
+        seen."""
         if i >= self._count:
             return functools.partial(self._accept_list, i - self._count, list(self.watched[i]))
         return functools.partial(self._accept_number, i, _number_at(self._where[i]))
@@ -127,7 +129,8 @@ _found: dict[int, Locate | None] = {}
 
 
 def find_mechanism(native: ctypes.CDLL) -> Locate | None:
-    """Return how changes of dicts are seen natively in this Python; None where they are not."""
+    """Return how dict changes are detected natively in this Python; None if that is not
+    possible."""
     if native._handle not in _found:
         usable = sys.implementation.name == "cpython" and ctypes.sizeof(ctypes.c_void_p) == 8
         _found[native._handle] = None
@@ -139,16 +142,16 @@ def find_mechanism(native: ctypes.CDLL) -> Locate | None:
 
 
 def _mechanisms(native: ctypes.CDLL) -> Iterator[Locate]:
-    """Give the ways to see changes, the best first."""
-    yield _tag_of  # a number of each dict's own
+    """Yield the possible mechanisms, best first."""
+    yield _tag_of  # a version in each dict
     watch = _start_watcher(native)
     if watch is None:
         return
     yield watch
 
     def watch_table(found: dict[Any, Any]) -> int:
-        # Python 3.13.0 tells no watcher of attributes set in an object that keeps their values in
-        # itself. A key that is no name moves them to a table of the dict's own.
+        # Python 3.13.0 does not notify watchers of attributes set in an object with inline values.
+        # A key that is not a string moves them to a table of the dict.
         if _number_at(id(found) + VALUES_OFFSET):
             found[_NO_NAME] = None
             del found[_NO_NAME]
@@ -161,7 +164,7 @@ _NO_NAME = 0
 
 
 def _start_watcher(native: ctypes.CDLL) -> Locate | None:
-    """Register the native callback with this Python; None where it has no such thing or room."""
+    """Register the native callback with this Python; return None if that is not possible."""
     api = ctypes.pythonapi
     if not hasattr(api, "PyDict_AddWatcher"):
         return None
@@ -181,7 +184,7 @@ def _start_watcher(native: ctypes.CDLL) -> Locate | None:
 
 
 class _Sample:
-    """An object whose attributes are set in every way that Python has a shortcut for."""
+    """An object whose attributes are set in every way that Python specializes."""
 
     def __init__(self) -> None:
         self.x, self.y = 1, 2
@@ -210,7 +213,7 @@ _ITEM_CHANGES: tuple[Callable[[Any], object], ...] = (
 
 
 def _works(native: ctypes.CDLL, locate: Locate) -> bool:
-    """Try each kind of change, and none, on an object, a class, dicts, a list and a cell."""
+    """Test each kind of change, and no change, on an object, a class, dicts, a list and a cell."""
     made: list[tuple[dict[Any, Any], Callable[[], object]]] = []
     for change in _CHANGES:
         sample = _Sample()

@@ -1,9 +1,9 @@
 """GC pause: suspends Python's cyclic garbage collector where it is slow or harmful.
 
-A trace makes a million objects, all alive, which a collection would walk again and again; and one
-in the middle of a CUDA graph's capture could destroy another graph. For example::
+A trace creates a million live objects, which every collection would traverse; and a collection
+during a CUDA graph's capture could destroy another graph. For example::
 
-    with pause_collection():
+    with pause_gc():
         captured = capture(model, args, kwargs)
 """
 
@@ -23,7 +23,7 @@ _was_enabled = False
 def pause_gc() -> Iterator[None]:
     """Suspend cyclic garbage collection in all threads, inside the context.
 
-    The last of several pauses that overlap, in one thread or many, turns it on again.
+    With overlapping pauses, in one or several threads, the last one re-enables it.
     """
     global _pauses, _was_enabled
     with _lock:

@@ -1,7 +1,7 @@
-"""In-place watch: in poisoned runs, repeats every launch that overwrites its input and compares.
+"""In-place watch: in poisoned runs, repeats every in-place launch out of place and compares.
 
-In: which launch reuses what, and a way to run one again. Out: told of each launch of a run, a
-VerifyError where the results differ, byte for byte, between memory shared and memory apart::
+In: the launches that reuse memory, and a function that runs one again. Out: a watch of a run that
+raises VerifyError if results with shared and separate memory are not bitwise equal::
 
     VerifyError: fused_add_2: mul is another one beside h's memory than where something is over it
 """
@@ -20,7 +20,7 @@ from turbotx.runtime.state import RunState
 
 @dataclass(frozen=True)
 class TensorSlot:
-    """A tensor in the table of addresses. nbytes: of one in the arena; 0 for others."""
+    """A tensor in the address table. nbytes: its size if it is in the arena, otherwise 0."""
 
     name: str
     slot: int
@@ -45,8 +45,11 @@ class Reuse:
 
 
 class InplaceWatch:
-    """reuses: by the launch's index. repeat(launch): runs one again over `table`, and tells whether
-    it did."""
+    """Compares in-place launches with out-of-place runs.
+
+    reuses: by index of the launch.
+    repeat: runs a launch again over `table`; returns whether it did.
+    """
 
     def __init__(
         self, reuses: Mapping[int, Reuse], table: Any, repeat: Callable[[int], bool]
@@ -55,13 +58,13 @@ class InplaceWatch:
         self._inputs: list[torch.Tensor] = []
 
     def before(self, launch: int, state: RunState) -> None:
-        """Copy the inputs that the launch of that index is about to write over."""
+        """Copy the inputs that a launch is about to overwrite."""
         reuse = self._reuses.get(launch)
         self._inputs = [p.bytes_in(state).clone() for p in reuse.lost] if reuse else []
 
     def after(self, launch: int, state: RunState) -> None:
-        """Run the launch again, from the copies into other memory; raise VerifyError where the
-        results differ."""
+        """Run the launch again out of place, from the copies; raise VerifyError if results
+        differ."""
         reuse = self._reuses.get(launch)
         if reuse is None:
             return

@@ -1,10 +1,10 @@
-"""Mixture: which tokens a batch of sequences has, and where they stand on one axis.
+"""Mixture: the tokens of a batch of sequences, and their positions on one axis.
 
-In: a mask (batch, seq), or lengths. Out: the tensors that a packed program reads beside the call's
-own, and the way of rows from a padded tensor to tokens and back::
+In: a mask (batch, seq), or lengths. Out: the inputs of a packed program besides the call's own, and
+conversion of rows from padded tensors to tokens and back::
 
     Mixture.of_mask([[1, 1, 0], [0, 1, 0]])
-        ->  bounds [0, 2, 3], starts [0, 1], positions [0, 1, 1]
+      ->  bounds [0, 2, 3], starts [0, 1], positions [0, 1, 1]
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from turbotx.errors import InputError
 
 @dataclass(frozen=True)
 class Mixture:
-    """Tokens of sequences one behind the other, at least one: without any, one of no sequence.
+    """The tokens of concatenated sequences. There is at least one row; if there are no tokens, it
+    belongs to no sequence.
 
-    made: by the names of a packed program's inputs, int64: bounds (sequences + 1), starts
-    (sequences,), the column of each one's first token, positions and sequence_of (tokens,),
-    columns (seq,). rows: (tokens,), where each lies in (batch * seq); None where no tensor is
-    padded. shown: (tokens,), which are no padding in between; None: all.
+    made: by the names of a packed program's inputs, int64: bounds (sequences + 1); starts
+    (sequences,), the column of each sequence's first token; positions and sequence_of (tokens,);
+    columns (seq,).
+    rows: (tokens,), indices into (batch * seq); None if there are no padded tensors.
+    shown: bool (tokens,), False for masked positions in between; None if there are none.
     """
 
     made: dict[str, torch.Tensor]
@@ -33,15 +35,16 @@ class Mixture:
 
     @property
     def tokens(self) -> int:
-        """How many rows a packed tensor has."""
+        """Number of rows of a packed tensor."""
         return self.made["positions"].shape[0]
 
     @classmethod
     def of_mask(cls, mask: torch.Tensor, from_start: bool, to_end: bool) -> Mixture:
-        """Return the tokens from the first to the last that a mask (batch, seq) of zeros and ones
-        shows, by row; from_start, to_end: and all columns before, or behind them.
+        """Return the `Mixture` of a mask (batch, seq): in each row, the positions from the first to
+        the last 1.
 
-        Raises InputError for a mask of other values.
+        from_start, to_end: extend this to the first or the last column. Raises InputError for
+        values other than 0 and 1.
         """
         shown = mask.to(torch.bool)
         require_binary(torch.equal(mask, shown.to(mask.dtype)))
@@ -62,7 +65,7 @@ class Mixture:
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> Mixture:
-        """Return all tokens of sequences of these lengths, each of at least 0."""
+        """Return the `Mixture` of all tokens of sequences of these lengths, each >= 0."""
         each = torch.tensor(lengths, dtype=torch.int64, device=device)
         bounds, count = _bounds(each), len(lengths)
         sequence_of = torch.repeat_interleave(torch.arange(count, device=device), each)
@@ -78,13 +81,13 @@ class Mixture:
         return cls(made, None, None)
 
     def take(self, padded: torch.Tensor, batch: int) -> torch.Tensor:
-        """Return the rows of a tensor (batch or 1, seq, ...) by token, (1, tokens, ...)."""
+        """Gather the rows of a tensor (batch or 1, seq, ...) by token: (1, tokens, ...)."""
         assert self.rows is not None
         whole = padded.expand(batch, *padded.shape[1:])
         return whole.reshape(-1, *padded.shape[2:])[self.rows].unsqueeze(0)
 
     def put(self, tokens: torch.Tensor, batch: int) -> torch.Tensor:
-        """Return rows (tokens, ...) where they lie in (batch * seq, ...), zeros elsewhere."""
+        """Scatter rows (tokens, ...) to (batch * seq, ...); other rows are zeros."""
         assert self.rows is not None
         count = batch * self.made["columns"].shape[0]
         whole = tokens.new_zeros(count, *tokens.shape[1:])
@@ -98,10 +101,11 @@ class Mixture:
 def shown_spans(
     shown: torch.Tensor, columns: torch.Tensor, from_start: bool, to_end: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first column that each row of `shown`, bool (batch, seq), has, and the one behind
-    the last, int64 (batch) each; 0 and 0 for an empty row.
+    """Return, for each row of `shown`, bool (batch, seq), its first column and the one after its
+    last, int64 (batch,) each; 0 and 0 for an empty row.
 
-    columns: int64, 0 to seq - 1. from_start, to_end: with all columns before, or behind them.
+    columns: int64, 0 to seq - 1.
+    from_start, to_end: extend to the first or the last column.
     """
     width = shown.shape[1]
     ends = torch.where(shown, columns + 1, 0).amax(1)
@@ -116,7 +120,7 @@ def _bounds(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def require_binary(holds: bool) -> None:
-    """Raise InputError where a mask has other values than 0 and 1."""
+    """Raise InputError if a mask has values other than 0 and 1."""
     if not holds:
         raise InputError(
             "attention_mask has other values than 0 and 1, and padding='packed' leaves out "

@@ -1,8 +1,7 @@
-"""Packed parameter: stands in a module for a parameter that is held in packed form only.
+"""Packed parameter: replaces a module's parameter whose values are kept in packed form only.
 
-In: a packed weight and the rows of it that are the parameter. Out: an `nn.Parameter` without memory
-of its own, of the same shape, dtype and strides: what reads it is given a dense copy, what writes
-it is refused by name::
+In: a packed weight, and the rows of it that hold the parameter. Out: an `nn.Parameter` without
+storage, of the same shape, dtype and strides. Reads get a dense copy, writes raise an error::
 
     module.weight + 1          # unpacked for this one call
     module.weight.add_(1)      # WeightsReleasedError
@@ -34,16 +33,19 @@ _OF_MEMORY = frozenset(
     {"data_ptr", "untyped_storage", "_typed_storage", "storage", "share_memory_", "set_",
      "resize_", "__dlpack__", "__array__", "numpy", "pin_memory", "is_pinned"}
 )  # fmt: skip
-"""Methods of a tensor that look for memory, which there is none of."""
+"""Methods of a tensor that need its storage."""
 
 
 class PackedParameter(nn.Parameter):
-    """A parameter of which `weight` holds every element, as int8 where it has scales: it is read
-    dequantised then. first: its first row there; turned: its rows are the columns of the parameter.
-    path: what messages call it."""
+    """A parameter whose elements are stored in `weight`; dequantised on reads if that is int8.
+
+    first: its first row in the packed weight.
+    turned: whether the rows are columns of the parameter.
+    path: its name in messages.
+    """
 
     stands_for = nn.Parameter
-    """What a guard takes it for."""
+    """The type that guards see."""
     weight: PackedWeight
     first: int
     turned: bool
@@ -53,7 +55,7 @@ class PackedParameter(nn.Parameter):
     def __new__(
         cls, like: torch.Tensor, weight: PackedWeight, first: int, turned: bool, path: str
     ) -> PackedParameter:
-        """like: a tensor of its shape, strides and dtype, of which nothing is kept."""
+        """like: a tensor with its shape, strides and dtype; nothing of it is kept."""
         made: PackedParameter = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device,
             requires_grad=like.requires_grad,
@@ -65,8 +67,8 @@ class PackedParameter(nn.Parameter):
         pass
 
     def unpacked(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return its elements, dense, in memory of their own. In the parameter's shape and its
-        dtype, or another where one is given."""
+        """Return a dense copy with the parameter's shape and strides, in its dtype or the given
+        one."""
         n, k = reversed(self.shape) if self.turned else self.shape
         assert k == self.weight.depth
         rows = self.weight.values(self.first, n)
@@ -74,7 +76,7 @@ class PackedParameter(nn.Parameter):
         return out.copy_(rows.t() if self.turned else rows)
 
     def refusal(self, what: str) -> WeightsReleasedError:
-        """Return the error for something that a packed weight cannot do."""
+        """Return the error for an operation that a packed weight does not support."""
         return WeightsReleasedError(
             f"{what} of {self.path!r}: it is held in packed form only (keep_weights=False). "
             "Optimize the model with keep_weights=True to change it, or take its values from "
@@ -83,13 +85,13 @@ class PackedParameter(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse what a tensor without memory cannot do; give a state dict plain tensors."""
+        """Refuse operations that need storage; return plain tensors for a state dict."""
         name = getattr(func, "__name__", "")
         own = args[0] if args and isinstance(args[0], cls) else None
         if own is not None and name in _OF_MEMORY:
             raise own.refusal(f"cannot give memory by {name}()")
         if own is not None and name == "__set__" and func.__self__.__name__ == "data":
-            if args[1] is own:  # as `module.to` does where nothing is to be converted
+            if args[1] is own:  # by `module.to` if nothing is converted
                 return None
             raise own.refusal("cannot set .data")
         if own is not None and name == "detach" and _asks_module():
@@ -103,7 +105,7 @@ class PackedParameter(nn.Parameter):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run a call on dense copies; refuse one that writes."""
+        """Run an op on dense copies; refuse ops that write to it."""
         return _run_on_copies(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -117,14 +119,14 @@ class PackedParameter(nn.Parameter):
 
 
 class UnpackedView(torch.Tensor):
-    """A view of a packed parameter's elements: a copy, so that writes to it are refused."""
+    """A view of a packed parameter's elements. It is a copy, so writes to it are refused."""
 
     plain: torch.Tensor
     of: PackedParameter
 
     @staticmethod
     def __new__(cls, plain: torch.Tensor, of: PackedParameter) -> UnpackedView:
-        """plain: the elements. of: the parameter that they are of."""
+        """plain: the elements. of: their parameter."""
         made = torch.Tensor._make_subclass(cls, plain)
         made.plain, made.of = plain, of
         return made
@@ -133,17 +135,17 @@ class UnpackedView(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run a call on the elements; refuse one that writes."""
+        """Run an op on the elements; refuse ops that write to it."""
         return _run_on_copies(func, args, kwargs or {})
 
 
 def _asks_module() -> bool:
-    """Return whether PyTorch's own code of modules asks, for a state dict."""
+    """Return whether the caller is nn.Module, for a state dict."""
     return sys._getframe(2).f_code.co_filename == inspect.getsourcefile(nn.Module)
 
 
 def _run_on_copies(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run an op of PyTorch on dense copies. What is a view of one refuses writes as the parameter
+    """Run a PyTorch op on dense copies. Results that alias them refuse writes, as the parameter
     does, since they would be lost."""
     named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
     whose: PackedParameter | None = None
@@ -162,13 +164,13 @@ def _run_on_copies(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 restoring = threading.RLock()
-"""Held while parameters are dense again for a trace: none may be released meanwhile."""
+"""Held while parameters are dense for a trace, so that none is released meanwhile."""
 
 
 @contextlib.contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """Give a module plain parameters in the place of packed ones, and of torchao's int8 ones, for a
-    trace of its code."""
+    """Replace packed parameters, and torchao's int8 ones, by plain ones inside the context, for
+    tracing."""
     with restoring:
         packed: list[tuple[dict[str, Any], str, Any]] = [
             (m._parameters, name, p)

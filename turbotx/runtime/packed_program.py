@@ -1,9 +1,9 @@
-"""Packed program: a program over tokens that a padded call, or a flat one, runs through.
+"""Packed program: a program over tokens that runs padded and flat calls.
 
-In: a call's tensors, one of them a mask. Out: the model's own outputs, with zeros in the rows of
-padding; or rows by token, where none is padded::
+In: a call's tensors, one of them a mask. Out: the model's own outputs with zeros in padded rows, or
+rows by token for a flat call::
 
-    program.run(program.bind((8, 500)), [ids, mask])   # costs the tokens that the mask shows
+    program.run(program.bind((8, 500)), [ids, mask])   # costs only the unmasked tokens
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from turbotx.runtime.watch import Watch
 
 @dataclass(frozen=True)
 class PaddedBinding:
-    """A padded call at one shape: its tokens are known when it runs. dims: without them."""
+    """A padded call at one shape; its number of tokens is only known when it runs. dims: without
+    it."""
 
     dims: tuple[int, ...]
 
 
 class PackedProgram(Program):
-    """A program whose last dim is the number of tokens, which is not among a padded call's
-    sizes."""
+    """A program whose last dim is the number of tokens, which padded calls do not have."""
 
     takes_any_sizes = False
-    """Whether calls of other batches and columns, with the same tokens, run alike."""
+    """Whether calls with other batch sizes and columns but the same tokens run identically."""
 
     def __init__(
         self, executable: Executable, runtime: Runtime, pool: ChunkPool, max_shapes: int,
@@ -50,20 +50,21 @@ class PackedProgram(Program):
         self._batch, self._seq = (self.dims.index(n) for n in (packing.batch, packing.seq))
 
     def bind(self, dims: tuple[int, ...]) -> Any:
-        """Return a padded call at its dims, or a packed one at those and its tokens."""
+        """Bind dims of a padded call, or of a packed one, which include the number of tokens."""
         return PaddedBinding(dims) if len(dims) < len(self.dims) else super().bind(dims)
 
     def serves(self, dims: Sequence[int]) -> bool:
-        """Return whether it runs calls of these dims; of a padded call's no program is told apart
-        by its tokens, which are not known yet."""
+        """Return whether it serves these dims; always True for dims of a padded call, whose number
+        of tokens is unknown."""
         return len(dims) < len(self.dims) or super().serves(dims)
 
     def sizes_of(self, dims: Sequence[int], batch: int, seq: int) -> Sequence[int]:
-        """Return the dims of a call of so many sequences and columns that was bound as another."""
+        """Return dims for this many sequences and columns, given the dims of the call that was
+        bound."""
         return dims
 
     def reserve(self, binding: Binding) -> None:
-        """Map the memory of a shape all of whose columns are tokens now, for good."""
+        """Map the memory for a shape without padding now, permanently."""
         *dims, _ = binding.dims
         super().reserve(super().bind((*dims, dims[self._batch] * dims[self._seq])))
 
@@ -71,7 +72,7 @@ class PackedProgram(Program):
         self, binding: Any, tensors: Sequence[torch.Tensor], ticks: Any = None,
         watch: Watch | None = None,
     ) -> list[Any]:  # fmt: skip
-        """Run a padded call, bound as such, or a packed one on its own inputs."""
+        """Run a padded call (bound as such), or a packed one on its own inputs."""
         if not isinstance(binding, PaddedBinding):
             return super().run(binding, tensors, ticks, watch)
         mixture = self.find_mixture(binding.dims, tensors)
@@ -83,10 +84,10 @@ class PackedProgram(Program):
         ]
 
     def find_mixture(self, dims: Sequence[int], tensors: Sequence[torch.Tensor]) -> Any:
-        """Return the tokens of a padded call.
+        """Return the `Mixture` of a padded call.
 
-        Raises InputError where inputs have fewer batch rows than others, and for a mask that is not
-        of zeros and ones.
+        Raises InputError if inputs have fewer batch rows than others, or if the mask has values
+        other than 0 and 1.
         """
         batch, packing = dims[self._batch], self.packing
         mask = tensors[packing.mask]
@@ -100,16 +101,17 @@ class PackedProgram(Program):
         return self.of_mask(mask.expand(batch, mask.shape[1]))
 
     def of_mask(self, mask: torch.Tensor) -> Any:
-        """Return the tokens that a mask (batch, seq) shows; raise InputError for other values than
-        0 and 1."""
+        """Return the `Mixture` of a mask (batch, seq); raise InputError for values other than 0 and
+        1."""
         return Mixture.of_mask(mask, self.packing.from_start, self.packing.to_end)
 
     def of_lengths(self, lengths: Any, tokens: int, longest: int, device: torch.device) -> Any:
-        """Return all tokens of sequences, `tokens` together and at most `longest` of one."""
+        """Return the `Mixture` of sequences with these lengths, with `tokens` in total and at most
+        `longest` each."""
         return Mixture.of_lengths(lengths, device)
 
     def without_padding(self, leaves: Sequence[Any], mask: torch.Tensor) -> list[Any]:
-        """Return the model's own leaves with zeros in rows of padding, as `run` returns them."""
+        """Return the model's own leaves with zeros in padded rows, as `run` returns them."""
         found, hidden = list(leaves), mask.to(torch.bool).logical_not()
         for k, kind in enumerate(self.packing.outputs):
             if kind is None:
@@ -125,9 +127,9 @@ class PackedProgram(Program):
         self, dims: Sequence[int], mixture: Any, tensors: Sequence[torch.Tensor],
         ticks: Any = None, watch: Watch | None = None,
     ) -> list[Any]:  # fmt: skip
-        """Return the packed program's leaves, (tokens, ...) where they are by token.
+        """Run on the tokens of a mixture; return the leaves, those by token as (tokens, ...).
 
-        tensors: the call's, by place: padded where the mixture has rows, or else by token.
+        tensors: the call's, padded if the mixture has rows, otherwise by token.
         """
         batch, given = dims[self._batch], []
         for x in self.packing.inputs:
@@ -142,7 +144,7 @@ class PackedProgram(Program):
 
 
 def _spread(rows: torch.Tensor, batch: int, kind: Any) -> torch.Tensor:
-    """Return (batch * seq, ...) as the model's own leaf."""
+    """Return (batch * seq, ...) in the shape of the model's own leaf."""
     if kind.batch is None:
         return rows.movedim(0, kind.columns)
     whole = rows.view(batch, -1, *rows.shape[1:])

@@ -1,7 +1,7 @@
-"""Packed sources: which packed weights hold all of a parameter, and where.
+"""Packed sources: which packed weights hold whole parameters, and where.
 
-In: a program's packings, what was packed, the parameters. Out: for each parameter that is whole in
-a packed weight, the first of its rows there; and the other way round::
+In: a program's packings, the packed weights, the parameters. Out: for each parameter that is
+contained in a packed weight, its first row there; and the reverse::
 
     find_sources(packings, packed, tensors)  ->  {"q_weight": (packed, 0, False), "k_weight": ...}
     packed_before(packing, tensors)          ->  that packed weight, for parameters released to it
@@ -23,7 +23,7 @@ def find_sources(
     packings: Sequence[Packing], packed: Mapping[int, PackedWeight | PackedExperts],
     tensors: Mapping[str, torch.Tensor],
 ) -> dict[str, tuple[PackedWeight, int, bool]]:  # fmt: skip
-    """Return by name the packed weight that holds every element of a parameter, the first row
+    """Return, by name of a parameter contained in a packed weight, that weight, the first row
     there, and whether the rows are the parameter's columns."""
     found = {}
     for packing in packings:
@@ -39,12 +39,13 @@ def find_sources(
 
 
 def parameters_of(packing: Packing) -> Sequence[WeightWindow]:
-    """Return the parts of which a packed weight is made: where it is int8, what was quantised."""
+    """Return the parts of a packed weight; for int8, the parts that were quantised."""
     return packing.sources or packing.parts
 
 
 def packed_before(packing: Packing, tensors: Mapping[str, torch.Tensor]) -> PackedWeight | None:
-    """Return the packed weight that all parts of a packing stand for already, in its order."""
+    """Return the packed weight to which all parts of a packing were released, in its order; None if
+    there is none."""
     weights, parts = [], parameters_of(packing)
     for first, part in zip(_firsts(parts), parts, strict=True):
         own = tensors[part.tensor]
@@ -65,7 +66,8 @@ def _firsts(parts: Sequence[WeightWindow]) -> list[int]:
 
 
 def turning(part: WeightWindow, whole: torch.Tensor) -> bool | None:
-    """Return whether a window is all of a matrix, turned or not; None where it is a part of it."""
+    """Return whether a window is the transpose of a whole matrix (True) or the matrix (False); None
+    if it is only a part of it."""
     if whole.dim() != 2 or part.offset != 0:
         return None
     for turned, strides in ((False, part.strides), (True, part.strides[::-1])):

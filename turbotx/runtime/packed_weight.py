@@ -1,7 +1,7 @@
-"""Packed weight: a GEMM weight in the layout that the C++ runtime multiplies by, and back.
+"""Packed weight: a GEMM weight in the C++ runtime's layout, and conversion back.
 
-In: the parts whose rows make the weight, as tensors; or panels that lie in memory already, as those
-of a mapped file. Out: its address for the runtime, and its rows again, bit for bit::
+In: the tensors whose rows make up the weight; or panels in memory, such as a mapped file. Out: its
+address for the runtime, and its rows, bitwise equal::
 
     packed = PackedWeight.of(native, [q, k, v])
     packed.address, packed.rows(0, 768)      # q again
@@ -21,11 +21,11 @@ from turbotx.runtime.cpu.abi import PartRecord
 
 @dataclass(frozen=True)
 class PanelLayout:
-    """How the columns of a product lie side by side: `width` to a panel, of each `step` elements
-    that follow each other in its row. It depends on the instruction set and the dtype.
+    """The layout of a weight's panels: `width` columns per panel, of each of which `step`
+    consecutive elements are adjacent. Depends on instruction set and dtype.
 
-    depth: rows are filled up with zeros to a multiple of this. flipped: the highest bit of int8 is
-    the other way round.
+    depth: rows are zero-padded to a multiple of this.
+    flipped: int8 values are stored with their sign bit inverted.
     """
 
     width: int
@@ -35,26 +35,26 @@ class PanelLayout:
 
     @classmethod
     def of(cls, native: ctypes.CDLL, dtype: torch.dtype) -> PanelLayout:
-        """Return the layout that a runtime multiplies by."""
+        """Return the layout that a runtime uses."""
         found = native.ttx_panel_layout(DTYPE_CODES[dtype])
         return cls(found >> 8 & 255, found & 255, found >> 16 & 255, bool(found >> 24))
 
     def sizes(self, rows: int, depth: int, gated: bool) -> tuple[int, int, int, int, int]:
-        """Return how many panels side by side, alternating ones, steps, columns, neighbours."""
+        """Return the dimensions of panels: (groups, interleaved, steps, width, step)."""
         columns = rows // 2 if gated else rows
         steps = -(-depth // max(self.depth, self.step)) * max(self.depth, self.step) // self.step
         return -(-columns // self.width), 1 + gated, steps, self.width, self.step
 
     def stored(self, values: torch.Tensor) -> torch.Tensor:
-        """Return values as panels hold them, or the other way round."""
+        """Convert values to their stored form, or back."""
         return values ^ -128 if self.flipped else values
 
 
 class PackedWeight:
     """A GEMM weight of `count` rows of `depth` elements in panels; freed with the object.
 
-    gated: the first half of all rows is the gate, the second its factor. scale: of int8 that stands
-    for floats, the scale of each row, float32 (count, 1).
+    gated: the first half of the rows is the gate, the second half its factor.
+    scale: for quantised floats, the scale of each row, float32 (count, 1).
     """
 
     scale: torch.Tensor | None = None
@@ -63,7 +63,8 @@ class PackedWeight:
         self, native: ctypes.CDLL, address: int, count: int, depth: int, dtype: torch.dtype,
         gated: bool, held: object = None,
     ) -> None:  # fmt: skip
-        """address: of the runtime's object, which this one owns. held: what the panels lie in."""
+        """address: of the runtime's object, owned by this one. held: keeps the panels' memory
+        alive."""
         self._native, self.address, self._held = native, address, held
         self.count, self.depth, self.dtype, self.gated = count, depth, dtype, gated
 
@@ -71,8 +72,7 @@ class PackedWeight:
     def of(
         cls, native: ctypes.CDLL, parts: Sequence[torch.Tensor], gated: bool = False
     ) -> PackedWeight:
-        """Pack parts, (rows, depth) each, of one dtype, laid out in any way. Raises MemoryError
-        where there is no room."""
+        """Pack parts of (rows, depth) each, of one dtype, with any strides. Raises MemoryError."""
         count, depth = sum(p.shape[0] for p in parts), parts[0].shape[1]
         records = (PartRecord * len(parts))(
             *(PartRecord(p.data_ptr(), p.shape[0], *p.stride()) for p in parts)
@@ -89,7 +89,7 @@ class PackedWeight:
     def over(
         cls, native: ctypes.CDLL, panels: torch.Tensor, count: int, depth: int, gated: bool
     ) -> PackedWeight:
-        """Return the weight of panels in this processor's layout, which are not copied."""
+        """Return a weight over panels in this processor's layout, without copying them."""
         columns = count // 2 if gated else count
         address = native.ttx_map_weight(
             DTYPE_CODES[panels.dtype], panels.data_ptr(), columns, depth, gated
@@ -102,8 +102,8 @@ class PackedWeight:
 
     @property
     def panels(self) -> torch.Tensor:
-        """The panels where they lie, (side by side, alternating, steps, columns, neighbours); no
-        longer than this object lives."""
+        """A view of the panels, (groups, interleaved, steps, width, step); valid while this object
+        lives."""
         layout = PanelLayout.of(self._native, self.dtype)
         sizes = layout.sizes(self.count, self.depth, self.gated)
         found = _numbers_at(
@@ -112,21 +112,22 @@ class PackedWeight:
         return found.view(sizes)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
-        """Return some rows as they were packed, (count, depth), in memory of their own."""
+        """Return some rows, (count, depth), as a new tensor."""
         layout = PanelLayout.of(self._native, self.dtype)
         return layout.stored(unpack(self.panels, self.count, self.depth, first, count))
 
     def values(self, first: int, count: int) -> torch.Tensor:
-        """Return what some rows stand for: themselves, or int8 times the rows' scales, float32."""
+        """Return the values of some rows: themselves, or for int8 the rows times their scales,
+        float32."""
         rows = self.rows(first, count)
         return rows if self.scale is None else rows * self.scale[first : first + count]
 
 
 class PackedExperts:
-    """A weight for each expert, (experts, n, k), packed one by one; freed with the object."""
+    """A weight per expert, (experts, n, k), each packed; freed with the object."""
 
     def __init__(self, native: ctypes.CDLL, weights: torch.Tensor, gated: bool = False) -> None:
-        """gated: see `PackedWeight`. Raises MemoryError where there is no room."""
+        """gated: see `PackedWeight`. Raises MemoryError."""
         self._native = native
         code, address = DTYPE_CODES[weights.dtype], weights.data_ptr()
         self.address = native.ttx_pack_experts(
@@ -148,7 +149,7 @@ def _numbers_at(address: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def unpack(panels: torch.Tensor, rows: int, depth: int, first: int, count: int) -> torch.Tensor:
-    """Return `count` rows from `first` on of a weight of (rows, depth) in panels of any layout."""
+    """Return rows [first, first + count) of a weight (rows, depth), from panels of any layout."""
     _, alternating, _, width, _ = panels.shape
     columns = rows // alternating
     out = panels.new_empty(count, depth)
@@ -157,7 +158,7 @@ def unpack(panels: torch.Tensor, rows: int, depth: int, first: int, count: int) 
         end = min(first + count, (which + 1) * columns)
         if begin >= end:
             continue
-        a, b = begin - which * columns, end - which * columns  # in its own columns
+        a, b = begin - which * columns, end - which * columns  # within its columns
         near = panels[a // width : -(-b // width), which]
         dense = near.permute(0, 2, 1, 3).flatten(2)  # (panels, columns, depth)
         dense = dense.flatten(0, 1)[a - a // width * width :][: b - a, :depth]
@@ -166,8 +167,8 @@ def unpack(panels: torch.Tensor, rows: int, depth: int, first: int, count: int) 
 
 
 def pack(dense: torch.Tensor, layout: PanelLayout, gated: bool) -> torch.Tensor:
-    """Return a weight's panels in a layout, which may be another processor's. dense: 2-dim;
-    result: of its dtype, (groups, interleaved, width, steps, step)."""
+    """Return the panels of a 2-D weight in a layout, possibly of another processor: (groups,
+    interleaved, width, steps, step) in its dtype."""
     rows, depth = dense.shape
     sizes = layout.sizes(rows, depth, gated)
     groups, alternating, steps, width, step = sizes

@@ -1,7 +1,7 @@
-"""Placement: where a call runs, from where its tensors and parameters lie.
+"""Placement: the device on which a call runs, from the devices of its tensors and parameters.
 
-In: a module and the leaves of a call. Out: one torch device, and for a GPU the `Device` that its
-programs are bound to::
+In: a module and the leaves of a call. Out: one torch device, and for a GPU the `Device` to which
+programs are bound::
 
     find_device(model, [input_ids, attention_mask])  ->  device("cuda:0")
 """
@@ -22,9 +22,9 @@ from turbotx.runtime.device import Device
 
 
 def find_device(model: nn.Module, leaves: Sequence[Any]) -> torch.device:
-    """Return the one device of a call; raise InputError where there are several.
+    """Return the device of a call; raise InputError if there are several.
 
-    Single numbers may stay on the CPU, as PyTorch allows.
+    One-element tensors may stay on the CPU, as in PyTorch.
     """
     places: dict[torch.device, str] = {}
     for leaf in leaves:
@@ -47,10 +47,10 @@ def _rank(place: torch.device) -> bool:
 
 
 def open_device(place: torch.device, backend: str, builds: bool = True) -> Device | None:
-    """Return the device for a backend, None for the CPU; raise OptionsError if they do not fit.
+    """Return the `Device` for a backend, None for the CPU; raise OptionsError if they do not match.
 
-    builds: kernels are to be compiled for it. Raises DeviceError where there is a GPU that turbotx
-    cannot use, and says why.
+    builds: whether kernels will be compiled for it. Raises DeviceError if turbotx cannot use the
+    GPU, and says why.
     """
     if place.type == "cuda":
         if backend == "cpp":
@@ -75,10 +75,10 @@ def open_device(place: torch.device, backend: str, builds: bool = True) -> Devic
 
 @functools.cache
 def _cuda_device(place: torch.device) -> CudaDevice:
-    """One object a GPU, so that all programs on it share the kernels that they have in common."""
+    """Return one object per GPU, so that programs share kernels."""
     return CudaDevice(place)
 
 
 def target_of(device: Device | None) -> tuple[str, str]:
-    """Return what programs for a device are compiled for, and its name; None: the CPU."""
+    """Return the target and name of a device; None means the CPU."""
     return ("cpu", "") if device is None else (device.target, device.describe())

@@ -1,11 +1,11 @@
 """Program: binds an executable to planned memory at any shape, and runs it.
 
-In: an executable, a runtime for its device and a pool of chunks. Out: the outputs of a call. A new
-shape evaluates sizes and offsets once (`bind`); nothing is compiled for it. Compiled models and
-saved ones run through this::
+In: an executable, a runtime for its device and a pool of chunks. Out: the outputs of a call. For a
+new shape, sizes and offsets are evaluated once (`bind`) and nothing is compiled. Used for compiled
+and for loaded models::
 
-    binding = program.bind((batch, seq))      # tens of microseconds, kept for the next call
-    outputs = program.run(binding, tensors)   # no allocation but the outputs'
+    binding = program.bind((batch, seq))      # tens of microseconds, cached for the next call
+    outputs = program.run(binding, tensors)   # allocates only the outputs
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from turbotx.runtime.watch import Watch
 log = logging.getLogger("turbotx.memory")
 
 STEPS = 64
-"""What sizes that grow with every call are rounded up to, for a plan that serves so many calls."""
+"""Growing sizes are rounded up to multiples of this, so that one plan serves this many calls."""
 
 
 class _Poisoner:
-    """Watch of poisoned runs: fills memory with NaN once no later launch reads it."""
+    """Watch for poisoned runs: fills memory with NaN after its last use."""
 
     def __init__(self, program: Program, binding: Binding) -> None:
         self._dying_after = program.liveness.dying_after
@@ -62,9 +62,10 @@ class _Poisoner:
 
 
 class Program:
-    """One captured call, or a part of its shapes, on one device; thread-safe.
+    """One captured call, or a range of its shapes, on one device; thread-safe.
 
-    plans: how many shapes it was planned for. graph_captures: how many it was captured for.
+    plans: number of shapes planned.
+    graph_captures: number of CUDA graphs captured.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Program:
         self._raw = {t.name for t in x.inputs if t.raw}
         self._outputs = [(t, x.slots[t.name], t.shape.compile(self.dims)) for t in x.outputs]
         place = {root: k for k, root in enumerate(found.names)}
-        # With the tensors that took over a root's memory.
+        # Includes the tensors that share a root's memory.
         planned = [(place[root], x.slots[name]) for name, root in found.root_of.items()]
         self._root_places = np.array([k for k, _ in planned], dtype=np.int64)
         self._planned_slots = np.array([slot for _, slot in planned], dtype=np.int64)
@@ -99,26 +100,27 @@ class Program:
 
     @property
     def liveness(self) -> Liveness:
-        """Lifetimes of the tensors in its arena."""
+        """Lifetimes of the tensors in the arena."""
         return self.executable.memory.liveness
 
     @property
     def token_range(self) -> TokenRange | None:
-        """Which calls it serves; None: all of them."""
+        """The calls that it serves; None for all."""
         return self.executable.token_range
 
     def serves(self, dims: Sequence[int]) -> bool:
-        """Return whether this specialization of a call is the one to run at these dims."""
+        """Return whether this specialization of a call serves these dims."""
         return self.token_range is None or self.token_range.holds(dims)
 
     def effective_dims(self, dims: Sequence[int]) -> Sequence[int]:
-        """Return the dims that a call of these runs with: these."""
+        """Return the dims that a call with these dims runs with: the same, except for packed
+        programs."""
         return dims
 
     # --- binding ---
 
     def bind(self, dims: tuple[int, ...]) -> Binding:
-        """Return the call at one shape; raise IndexOutOfRangeError where an index cannot fit."""
+        """Return the call at one shape; raise IndexOutOfRangeError if an index cannot fit."""
         with self._lock:
             binding = self._bindings.find(dims)
             if binding is None:
@@ -127,8 +129,8 @@ class Program:
             return binding
 
     def bind_step(self, dims: tuple[int, ...], stepping: Sequence[int]) -> Binding:
-        """Return the call at one shape, planned once for all shapes that come to the same where
-        the `stepping` dims, by place, are rounded up to a multiple of STEPS.
+        """Return the call at one shape, sharing a plan between shapes that are equal after rounding
+        up the `stepping` dims (by index) to a multiple of STEPS.
 
         Raises IndexOutOfRangeError as `bind` does.
         """
@@ -143,7 +145,7 @@ class Program:
                 self._blocks[block] = found
         planned, most = found
         if any(map(operator.gt, self._class_nbytes(*dims), most)):
-            return self.bind(dims)  # a size that shrinks as others grow
+            return self.bind(dims)  # some size shrinks as others grow
         self._require(dims)
         sizes, outputs = self._sizes_of(dims), self._shapes_of(dims)
         return replace(planned, dims=dims, sizes=sizes, outputs=outputs)
@@ -183,7 +185,7 @@ class Program:
         return dict(zip(self.liveness.names, (sizes[c] for c in memory.size_class), strict=True))
 
     def reserve(self, binding: Binding) -> None:
-        """Map the memory of a shape now, for good."""
+        """Map the memory of a shape now, permanently."""
         self.pool.reserve(binding.footprint_nbytes)
 
     # --- running ---
@@ -192,11 +194,11 @@ class Program:
         self, binding: Binding, tensors: Sequence[torch.Tensor], ticks: Any = None,
         watch: Watch | None = None,
     ) -> list[Any]:  # fmt: skip
-        """Run on `tensors`, in the captured order; return the leaves of the model's output.
+        """Run on `tensors`, in captured order; return the leaves of the model's output.
 
-        `ticks`: int64, two a launch, takes the nanoseconds at which it began and ended. `watch`
-        is told of every launch, which then run one by one. Autocast's casts are launches of the
-        program where it was traced under it: nothing here is cast again.
+        ticks: int64, two per launch, receives the nanoseconds at which each began and ended.
+        watch: called around every launch; launches then run one by one. Casts of autocast are
+        launches of the program if it was traced under it; none are made here.
         """
         with without_autocast():
             self.runtime.weights.refresh()
@@ -209,9 +211,9 @@ class Program:
             return [leaf(state) for leaf in self._leaves]
 
     def in_memory(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Return inputs by the order of their dims in memory, for which the call was captured.
+        """Return the inputs permuted to the memory order for which the call was captured.
 
-        Raises InputError where one is read past its elements, and they are not dense.
+        Raises InputError if an input is not dense though the model reads its memory by strides.
         """
         if self._is_ordered:
             tensors = list(map(in_memory, tensors, self._orders))
@@ -230,8 +232,8 @@ class Program:
                 )
 
     def _readable(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return inputs as kernels take them: row-major, and each element as it is in memory, where
-        PyTorch may have only noted that it is to be negated or conjugated."""
+        """Return inputs as kernels take them: contiguous, and with pending negation or conjugation
+        resolved."""
         return [
             t if t.is_contiguous() and not (t.is_neg() or t.is_conj()) else _settle(t)
             for t in tensors
@@ -245,7 +247,7 @@ class Program:
         self, binding: Binding, arena: Any, inputs: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor] = (),
     ) -> RunState:  # fmt: skip
-        """given: the inputs as they came, where leaves are to be made that may be these."""
+        """given: the original inputs, for outputs that may alias them."""
         named = {name: x for (name, _), x in zip(self._inputs, inputs, strict=True)}
         named.update((t.name, x) for (t, _, _), x in zip(self._outputs, outputs, strict=True))
         tensors = ChainMap(named, self.runtime.weights.tensors)
@@ -257,7 +259,7 @@ class Program:
         inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor],
         ticks: Any = None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
-        """Run every launch in the arena of a table."""
+        """Run all launches in the arena of an address table."""
         table = execution.table
         for (_, slot), tensor in zip(self._inputs, inputs, strict=True):
             table[slot] = tensor.data_ptr()
@@ -269,7 +271,8 @@ class Program:
             self._explain_failure(failed)
 
     def _own_watches(self, table: Any, binding: Binding) -> Sequence[Watch]:
-        """Return what is to be told of every launch over a table of addresses, whoever calls."""
+        """Return the debugging watches of a run over an address table; empty unless TURBOTX_POISON
+        is set."""
         if not poison_enabled():
             return []
         poisoner = _Poisoner(self, binding)
@@ -279,7 +282,7 @@ class Program:
         return [InplaceWatch(self._reuses(binding.dims), table, repeat), poisoner]
 
     def _reuses(self, dims: Sequence[int]) -> dict[int, Reuse]:
-        """Return the launches that write over what they read, by index."""
+        """Return the launches that write over memory they read, by index."""
         slots, nbytes, root = self.executable.slots, self.sizes_at(dims), self.liveness.root_of
 
         def place(name: str) -> TensorSlot:
@@ -302,7 +305,7 @@ class Program:
         return execution
 
     def _point(self, execution: Execution, arena: Any, binding: Binding) -> None:
-        """Set an address table for this memory, this shape and these weights."""
+        """Set an address table for this arena, shape and weights."""
         base = arena.data_ptr
         if execution.offsets is not binding.offsets or execution.base != base:
             execution.numbers[self._planned_slots] = binding.offsets + base

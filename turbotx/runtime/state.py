@@ -1,7 +1,7 @@
 """State: the memory and tensors of one run of a program.
 
-In: a shape, the arena, tensors by name. Out: tensors over planned memory, inputs, outputs and
-weights alike::
+In: a shape, the arena, tensors by name. Out: any tensor by name, whether planned, input, output or
+weight::
 
     state.whole("query", torch.float32)
 """
@@ -17,11 +17,13 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What one run of a program works on.
+    """The memory and tensors of one run.
 
-    dims: the shape. offsets: bytes from the arena's start, per planned tensor. arena: its memory,
-    flat uint8. tensors: inputs, outputs, parameters and hoisted constants by name. given: inputs
-    as the caller gave them, by name.
+    dims: the shape.
+    offsets: of each planned tensor, in bytes from the arena's start.
+    arena: flat uint8.
+    tensors: inputs, outputs, parameters and hoisted constants by name.
+    given: the caller's original inputs by name.
     """
 
     dims: tuple[int, ...]
@@ -31,12 +33,12 @@ class RunState:
     given: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def whole(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor; for a planned one, all of the arena from where it begins."""
+        """Return a tensor; for a planned one, the arena from its offset on."""
         found = self.tensors.get(name)
         if found is not None:
             return found
         if name not in self.offsets:
-            return self.tensors[name]  # a hoisted constant that is made when it is asked for
+            return self.tensors[name]  # a hoisted constant that is computed on access
         begin = self.offsets[name]
         count = (self.arena.numel() - begin) // dtype.itemsize
         return self.arena[begin : begin + count * dtype.itemsize].view(dtype)

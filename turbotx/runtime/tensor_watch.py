@@ -1,8 +1,8 @@
-"""Tensor watch: detects that any of many tensors was changed or moved since the last check.
+"""Tensor watch: detects whether any of many tensors was written or moved since the last check.
 
-In: tensors, and which of them something was derived from. Out: one native call that compares every
-address, version, dtype and layout, and looks at some elements of the latter: what is written
-through `.data` leaves no version. A BERT-base's 200 parameters take 7 us::
+In: tensors, and from which of them something was derived. Out: one native call that compares all
+addresses, versions, dtypes and layouts, and samples elements of the latter, since writes through
+`.data` do not change the version. For a BERT-base's 200 parameters it takes 7 us::
 
     watch = make_watch(native, parameters, derived_from=[True, False, ...])
     watch.changed()  ->  False
@@ -25,7 +25,7 @@ from turbotx.kernels.build import build_library, cache_directory
 from turbotx.runtime.cpu.abi import RUNTIME_SOURCES, declare_watch
 
 VERSION_SYMBOL = "_ZNK2at10TensorBase8_versionEv"
-"""at::TensorBase::_version() as GCC and Clang name it: PyTorch's C interface does not have it."""
+"""Mangled name (GCC and Clang) of at::TensorBase::_version(), which PyTorch's C API lacks."""
 
 FUNCTIONS = (
     VERSION_SYMBOL, "aoti_torch_get_data_ptr", "aoti_torch_get_dtype", "aoti_torch_get_dim",
@@ -34,11 +34,11 @@ FUNCTIONS = (
 """In the order of `Functions` in tensor_watch.cpp."""
 
 KEPT = 32
-"""Elements that `PlainWatch` looks at in each tensor that something was derived from."""
+"""Number of elements that `PlainWatch` samples per tensor from which something was derived."""
 
 
 class TensorWatch:
-    """Tensors as they were when this was made, natively."""
+    """The state of tensors when this was made, compared natively."""
 
     def __init__(
         self, native: ctypes.CDLL, torch_library: ctypes.CDLL,
@@ -49,7 +49,7 @@ class TensorWatch:
         capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
         self._handles = (ctypes.c_void_p * count)(*map(_address_of, capsules))
         for tensor in tensors:
-            _version(tensor)  # raises RuntimeError where there is none, as native code cannot
+            _version(tensor)  # raises RuntimeError if it has none
         found = [ctypes.cast(torch_library[name], ctypes.c_void_p) for name in FUNCTIONS]
         functions = (ctypes.c_void_p * len(found))(*(f.value for f in found))
         nbytes = (
@@ -63,7 +63,7 @@ class TensorWatch:
         )
 
     def changed(self) -> bool:
-        """Return whether any tensor lies elsewhere, is laid out otherwise, or was written to."""
+        """Return whether any tensor was moved, got another layout, or was written to."""
         return bool(self._native.ttx_tensors_changed(self._watch))
 
     def __del__(self) -> None:
@@ -74,7 +74,7 @@ class TensorWatch:
 
 
 class PlainWatch:
-    """The same from Python, with no loop of its own: where there is no C++ runtime, as on a GPU."""
+    """The same in Python, without Python-level loops, for programs without the C++ runtime."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], sampled: Sequence[bool] = ()) -> None:
         self._tensors = list(tensors)
@@ -84,7 +84,7 @@ class PlainWatch:
         self._bits = self._read()
 
     def changed(self) -> bool:
-        """Return whether any tensor lies elsewhere, is laid out otherwise, or was written to."""
+        """Return whether any tensor was moved, got another layout, or was written to."""
         return self._look() != self._seen or self._read() != self._bits
 
     def _look(self) -> list[Any]:
@@ -92,19 +92,20 @@ class PlainWatch:
         return [list(map(look, self._tensors)) for look in looks]
 
     def _read(self) -> bytes:
-        # Bytes and not numbers: NaN is to be like itself.
+        # Compare bytes, so that NaN equals itself.
         dense = (part.contiguous().view(torch.uint8) for part in self._parts)
         return b"".join(part.numpy().tobytes() for part in dense)
 
 
 def _has_elements_here(tensor: torch.Tensor) -> bool:
-    """Return whether elements can be read without waiting for a device: others are not compared."""
+    """Return whether elements can be read without a device synchronization; others are not
+    sampled."""
     here = tensor.device.type == "cpu" and tensor.layout is torch.strided
     return here and tensor.numel() > 0 and tensor.data_ptr() != 0
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Return at most `KEPT` elements of a tensor, where they lie, as one view."""
+    """Return a view of at most `KEPT` elements of a tensor."""
     count, stride = tensor.numel(), 1
     if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         longest = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
@@ -115,8 +116,8 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def start_native_watch() -> Future[ctypes.CDLL | None]:
-    """Begin to build the loops alone in the background, for programs without the C++ runtime; None
-    comes of it where there is no compiler, or it fails: then `PlainWatch` does the same."""
+    """Start building the native watch in the background, for programs without the C++ runtime. The
+    result is None if there is no compiler or the build fails; `PlainWatch` is used then."""
     return _start_native_watch(cache_directory())
 
 
@@ -148,10 +149,10 @@ def make_watch(
     native: ctypes.CDLL | None, tensors: Sequence[torch.Tensor],
     derived_from: Sequence[bool] | None = None,
 ) -> Watch:  # fmt: skip
-    """Return a watch over `tensors`, a native one where this PyTorch can be asked natively.
+    """Return a watch over `tensors`, a native one if this version of PyTorch supports it.
 
-    derived_from: of each whether something was made of its values, so that some are looked at.
-    Raises RuntimeError for a tensor without a version.
+    derived_from: for each tensor, whether something was derived from its values, so that it is
+    sampled. Raises RuntimeError for a tensor without a version.
     """
     library = _torch_library()
     sampled = derived_from or [False] * len(tensors)
@@ -160,7 +161,7 @@ def make_watch(
         return PlainWatch(tensors, sampled)
     try:
         return TensorWatch(native, library, tensors, sampled)
-    except RuntimeError:  # a tensor without memory or without a version
+    except RuntimeError:  # a tensor without storage or version
         return PlainWatch(tensors, sampled)
 
 
@@ -180,7 +181,8 @@ _checked: dict[int, bool] = {}
 
 
 def _works(native: ctypes.CDLL, library: ctypes.CDLL) -> bool:
-    """Try it once on a tensor that is left alone, written to, moved, turned and written unseen."""
+    """Test it on a tensor that is unchanged, written, moved, transposed, and written through
+    `.data`."""
     if native._handle not in _checked:
         answers = []
         for change in (
@@ -190,7 +192,7 @@ def _works(native: ctypes.CDLL, library: ctypes.CDLL) -> bool:
             lambda t: setattr(t, "data", t.data.t()),
             lambda t: t.data.add_(1),
         ):
-            with torch.inference_mode(False), torch.no_grad():  # whatever the caller is in
+            with torch.inference_mode(False), torch.no_grad():  # independent of the caller's mode
                 tensor = torch.zeros(2, 2)
                 watch = TensorWatch(native, library, [tensor], [True])
                 change(tensor)

@@ -1,10 +1,10 @@
-"""Token inputs: what a packed call is given, and a padded call that stands for it.
+"""Token inputs: the inputs of a packed call, and the padded call that represents it.
 
 In: flat tensors and lengths, lists of tensors or nested tensors. Out: rows by token, and arguments
-of the padded call that would hold them, by which its program is found::
+of an equivalent padded call, used to look up its program::
 
     StandIns().make(read_sequences([2, 1], None, {"input_ids": ids}))  # ids: (3,)
-        ->  {"input_ids": zeros (2, 2), "attention_mask": ones (2, 2)}, {id of those: ids, ...}
+      ->  {"input_ids": zeros (2, 2), "attention_mask": ones (2, 2)}, {id of those: ids, ...}
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ from turbotx.runtime.packed_program import PackedProgram
 
 @dataclass(frozen=True)
 class Sequences:
-    """Inputs by token: `kind` is "flat", "nested" or "listed". lengths: numbers, or int64 on a
-    device, which nothing waits for. longest: as many tokens as any has, or more."""
+    """Inputs by token.
+
+    kind: "flat", "nested" or "listed".
+    lengths: numbers, or int64 on a device, which are never synchronized.
+    longest: an upper bound of the lengths.
+    """
 
     kind: str
     lengths: list[int] | torch.Tensor
@@ -34,11 +38,11 @@ class Sequences:
 
     @property
     def tokens(self) -> int:
-        """How many rows each input by token has."""
+        """Number of rows of each input by token."""
         return next(iter(self.rows.values())).shape[0]
 
     def wrap(self, rows: torch.Tensor) -> Any:
-        """Return rows by token as the inputs were given."""
+        """Return rows by token in the form of the inputs."""
         if self.kind == "listed":
             assert isinstance(self.lengths, list)
             return list(rows.split(self.lengths))
@@ -50,7 +54,7 @@ class Sequences:
 
 
 def lengths_to_offsets(lengths: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return where sequences of these lengths begin and end, int64 (sequences + 1)."""
+    """Return the bounds of sequences with these lengths, int64 (sequences + 1)."""
     each = torch.as_tensor(lengths, dtype=torch.int64, device=device)
     return torch.nn.functional.pad(each.cumsum(0), (1, 0))
 
@@ -58,7 +62,7 @@ def lengths_to_offsets(lengths: Sequence[int] | torch.Tensor, device: torch.devi
 def read_sequences(
     lengths: Sequence[int] | torch.Tensor | None, longest: int | None, given: Mapping[str, Any]
 ) -> Sequences:
-    """Return the inputs as rows by token; raise InputError where their lengths differ."""
+    """Return the inputs as rows by token; raise InputError if their lengths differ."""
     if MASK in given:
         raise InputError(f"packed() takes no {MASK}: every token that it is given is one")
     kind, counted, rows, others = "flat", None, dict[str, torch.Tensor](), dict[str, Any]()
@@ -100,7 +104,8 @@ def _is_on_gpu(lengths: Any) -> bool:
 
 
 def _read_on_device(lengths: torch.Tensor, longest: int, given: Mapping[str, Any]) -> Sequences:
-    """Return flat inputs whose lengths nobody has looked at: the first tensor's rows are tokens."""
+    """Return flat inputs with unread lengths on a device; the first tensor's rows are the
+    tokens."""
     tensors = [x for x in given.values() if isinstance(x, torch.Tensor) and x.ndim]
     if lengths.ndim != 1 or not lengths.shape[0] or lengths.is_floating_point() or not tensors:
         raise InputError(
@@ -114,7 +119,7 @@ def _read_on_device(lengths: torch.Tensor, longest: int, given: Mapping[str, Any
 def _split_rows(
     given: Mapping[str, Any], total: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the tensors that have so many rows, and all else."""
+    """Return the tensors with `total` rows, and the other arguments."""
     rows = {
         name: value for name, value in given.items()
         if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == total
@@ -124,7 +129,7 @@ def _split_rows(
 
 def _take_nested(name: str, value: Any) -> tuple[list[int], torch.Tensor]:
     plain = value.layout is torch.jagged and value.lengths() is None
-    if not plain or getattr(value, "_ragged_idx", 1) != 1:  # torch's own, no public name
+    if not plain or getattr(value, "_ragged_idx", 1) != 1:  # private attribute of torch
         raise InputError(f"{name} is a nested tensor of another layout than torch.jagged")
     return value.offsets().diff().tolist(), value.values()
 
@@ -139,11 +144,12 @@ def run_sequences(
     program: PackedProgram, dims: Sequence[int], found: Sequences, tensors: Sequence[torch.Tensor],
     by_token: Mapping[int, torch.Tensor], name: str,
 ) -> list[Any]:  # fmt: skip
-    """Return a packed program's leaves, rows by token as the inputs were given.
+    """Run a packed program; return its leaves, rows by token in the form of the inputs.
 
-    tensors: those of the padded call that stands for the sequences, whose sizes are `dims`.
-    by_token: see `StandIns`. name: of the model, for the InputError where it looks at the last
-    column, which a padded call fills up.
+    tensors: those of the padded call that represents the sequences, of sizes `dims`.
+    by_token: see `StandIns`.
+    name: of the model, for the InputError if it reads the last column, which is padding in a padded
+    call.
     """
     if program.packing.to_end:
         raise InputError(
@@ -162,8 +168,8 @@ def run_sequences(
 
 
 class StandIns:
-    """Padded calls of one kind: where a program takes any sizes, as large as the largest so far, so
-    that few of them are new to who looks programs up by sizes."""
+    """Padded calls that represent packed ones, as large as the largest so far, so that only few of
+    them have new sizes."""
 
     def __init__(self) -> None:
         self._count = self._longest = 1
@@ -171,9 +177,8 @@ class StandIns:
         self._lock = threading.Lock()
 
     def make(self, found: Sequences) -> tuple[dict[str, Any], dict[int, torch.Tensor]]:
-        """Return a padded call of the same kind, of no fewer sequences and columns than before,
-        whose values nobody reads, and by the identity of its tensors the rows that they stand for.
-        """
+        """Return a padded call with at least as many sequences and columns as before, whose values
+        are never read; and, by id of its tensors, the rows that they represent."""
         standing, by_token = dict[str, Any](), dict[int, torch.Tensor]()
         some = next(iter(found.rows.values()))
         ones = torch.ones(max(1, some.shape[0]), dtype=torch.int64, device=some.device)

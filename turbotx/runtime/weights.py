@@ -1,11 +1,11 @@
-"""Weights: packed weights and constants derived from a module's parameters, refreshed on change.
+"""Weights: a module's parameters, with packed weights and constants recomputed when they change.
 
-In: the parameters, by the module that owns them, and the hoisted constants' graph. Out: current
-tensors and packed GEMM weights; a parameter that was updated in place, replaced or loaded anew
-is noticed by its version, identity, address and layout, one that was written through `.data` by
-some of its elements, and what derives from it is made again::
+In: the parameters, through the modules that own them, and the graph of hoisted constants. Out:
+current tensors and packed GEMM weights. A parameter that was updated in place, replaced or reloaded
+is detected by version, identity, address and layout; one written through `.data` by a sample of its
+elements. Whatever was derived from it is then recomputed::
 
-    weights.refresh()  ->  True when anything changed since the last call
+    weights.refresh()  ->  True if anything changed since the last call
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ log = logging.getLogger("turbotx.memory")
 
 
 Place = tuple[dict[str, Any], str]
-"""A dictionary that holds a parameter, and its key there."""
+"""A dict that holds a parameter, and its key."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a program takes for granted of a parameter: kernels are compiled for it."""
+    """The properties of a parameter that a program was compiled for."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -52,12 +52,12 @@ class Kind:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Kind:
-        """Return dtype, sizes, strides and device of a tensor."""
+        """Return dtype, shape, strides and device of a tensor."""
         shape, strides = map(int, tensor.shape), map(int, tensor.stride())
         return cls(tensor.dtype, tuple(shape), tuple(strides), tensor.device)
 
     def misfit(self, tensor: Any) -> str:
-        """Return what is other about a tensor, "" where it is of this kind."""
+        """Return how a tensor differs from this kind, "" if it matches."""
         if not isinstance(tensor, torch.Tensor):
             return "it is gone" if tensor is None else f"it is a {type(tensor).__name__}"
         foreign = is_traceable_wrapper_subclass(tensor) and read_int8(tensor) is None
@@ -70,7 +70,7 @@ class Kind:
         by_dim = zip(self.shape, tensor.stride(), self.strides, strict=True)
         if any(now != then for size, now, then in by_dim if size > 1):
             return f"its strides are {tensor.stride()}, not {self.strides}"
-        # A number may lie on the CPU beside a GPU, and is brought there.
+        # A number may stay on the CPU for a call on a GPU, and is copied there.
         carried = self.device.type != "cpu" and tensor.numel() == 1
         if tensor.device != self.device and not carried:
             return f"it is on {tensor.device}, not {self.device}"
@@ -87,9 +87,9 @@ class Weights:
         targets: Mapping[str, str], hoisted: Mapping[str, fx.Node], kinds: Mapping[str, Kind],
         copies: Mapping[str, Place] = MappingProxyType({}),
     ) -> None:  # fmt: skip
-        """targets: program tensor name -> dotted path in the user's module. kinds: by the name too,
-        what the program was compiled for; copies: where else a parameter is held, as in the graph
-        that the program was made of."""
+        """targets: program tensor name -> dotted path in the user's module. kinds: by that name,
+        the properties it was compiled for. copies: other places that hold a parameter, such as the
+        captured graph."""
         self.paths, self.kinds = targets, kinds
         self._model = model
         self._constants = constants
@@ -102,20 +102,20 @@ class Weights:
         self.native: ctypes.CDLL | None = None
         self.later: Future[ctypes.CDLL | None] | None = None
         self.settle: Callable[[], object] = lambda: None
-        """Waits until what was queued for derived weights is done, where a device queues it."""
+        """Waits until queued computations of derived weights are done, on a GPU."""
         self.packed: frozenset[str] = frozenset()
-        """The tensors of which the runtime keeps copies of its own."""
+        """The tensors that the runtime copies into packed weights."""
         self.quantized: Sequence[Packing] = ()
-        """Those of them that are int8, made of whole parameters."""
+        """Packings of int8 weights that quantise whole parameters."""
         self.read: Collection[str] = {*targets, *hoisted}
-        """The tensors that are read as they are. Prepared constants that are neither read nor
-        packed are made when they are asked for, as by a replay."""
+        """The tensors that are read unpacked. Constants that are neither read nor packed are
+        computed on access, for example by a replay."""
         self.tensors: dict[str, torch.Tensor] = {}
         self.version = 0
         self._lock = threading.Lock()
 
     def _find(self, path: str) -> tuple[Mapping[str, torch.Tensor | None], str]:
-        """Return the dictionary that holds a parameter now, so that a replaced one is seen."""
+        """Return the dict that holds a parameter, so that replacing it is detected."""
         if path.startswith("constants."):
             return self._constants, path.removeprefix("constants.")
         *parents, leaf = path.split(".")
@@ -126,14 +126,14 @@ class Weights:
         return module.__dict__, leaf
 
     def owned(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Give every parameter, buffer and constant as it is now, by its path."""
+        """Yield every parameter, buffer and constant in its current state, by path."""
         for path, (owner, leaf) in zip(self.paths.values(), self._slots.values(), strict=True):
             tensor = owner[leaf]
             assert tensor is not None, f"{path} is gone"
             yield path, tensor
 
     def misfit(self) -> str:
-        """Return which parameter is not what the program was compiled for, and why; "" if none."""
+        """Return which parameter the program was not compiled for, and why; "" if all match."""
         for name, (owner, leaf) in self._slots.items():
             if leaf not in owner:
                 return f"{self.paths[name]!r} is gone"
@@ -143,15 +143,16 @@ class Weights:
         return ""
 
     def forget(self) -> None:
-        """Derive everything again at the next call, whether or not a change is to be seen."""
+        """Recompute everything at the next call, even if no change is detected."""
         with self._lock:
             self.watched = None
 
     def refresh(self) -> bool:
-        """Look at every parameter; derive again what changed. Returns whether anything did.
+        """Check all parameters; recompute what depends on changed ones. Returns whether any
+        changed.
 
-        Raises ModelChangedError where one is of another dtype, size, layout or device than the
-        program was compiled for.
+        Raises ModelChangedError if one has another dtype, shape, layout or device than the program
+        was compiled for.
         """
         if not self.is_stale():
             if self.later is not None and self.later.done():
@@ -164,7 +165,7 @@ class Weights:
             changed = self.misfit()
             if changed:
                 raise ModelChangedError(changed)
-            watched = self._new_watch()  # first, so that it sees what changes from now on
+            watched = self._new_watch()  # started first, so that it detects later changes
             tensors = _Tensors(self.hoisted, self.quantized)
             tensors.update((n, owner[leaf]) for n, (owner, leaf) in self._slots.items())
             for name in self.read_plainly():
@@ -183,13 +184,13 @@ class Weights:
         return True
 
     def drop_packed(self) -> None:
-        """Let go of int8 weights that have been packed; who asks for one is given it anew."""
+        """Free the packed int8 weights; they are recomputed on the next access."""
         for packing in self.quantized:
             if packing.parts[0].tensor not in self.read:
                 self.tensors.pop(packing.parts[0].tensor, None)
 
     def _new_watch(self) -> tuple[list[Any], Watch]:
-        """Watch the parameters as they are, natively where the library is there for it."""
+        """Return the parameters and a watch over their current state."""
         tensors, copied = self._owned(), self._computed_with() | self.packed
         here = [
             (part, name in copied)
@@ -200,8 +201,8 @@ class Weights:
         return tensors, make_watch(self.native, [t for t, _ in here], [c for _, c in here])
 
     def _computed_with(self, but: Collection[str] = ()) -> set[str]:
-        """Return the parameters that hoisted constants are computed with. but: those constants
-        that are not looked at."""
+        """Return the parameters that hoisted constants are computed from. but: constants to
+        skip."""
         found: set[str] = set()
         left = [n for name, n in self.hoisted.items() if name in self.read or name in self.packed]
         while left:
@@ -213,23 +214,26 @@ class Weights:
         return found
 
     def read_plainly(self) -> set[str]:
-        """Return the tensors that a run or a hoisted constant reads as they are, which int8 weights
-        and their scales do not: those are made once."""
+        """Return the tensors that a run or a hoisted constant reads unpacked. Int8 weights and
+        scales do not count: they are computed once."""
         made = {p.parts[0].tensor for p in self.quantized} - {*self.read}
         return self._computed_with(made | {p.scale for p in self.quantized}) | {*self.read}
 
-    # --- weights that are held in packed form only ---
+    # --- weights kept in packed form only ---
 
     def release(self, sources: Mapping[str, tuple[PackedWeight, int, bool]]) -> None:
-        """Let a packed form stand for parameters that nothing else holds, and give back their
-        memory. sources: by name, the packed weight, the first row there, and whether rows are the
-        parameter's columns."""
+        """Replace parameters by their packed form and free their memory, unless something else
+        holds them.
+
+        sources: by name, the packed weight, the first row in it, and whether the rows are the
+        parameter's columns.
+        """
         plainly = self.read_plainly()
         with restoring, self._lock:
             if self.watched is None or self._have_changed(*self.watched):
-                return  # the next call packs, and releases, what it is then
+                return  # the next call packs and releases the new values
             self.watched = None  # its handles hold the tensors too
-            gc.collect()  # traces leave circles that hold some
+            gc.collect()  # reference cycles left by traces hold some
             for name, (table, key) in self._copies.items():
                 if isinstance(self.tensors[name], PackedParameter):
                     table[key] = self.tensors[name]  # the trace was given a plain one
@@ -249,7 +253,7 @@ class Weights:
             )  # fmt: skip
 
     def _release(self, name: str, weight: PackedWeight, first: int, turned: bool) -> bool:
-        """Put a packed parameter in the place of a plain one; False where others hold that."""
+        """Replace a plain parameter by a packed one; return False if something else holds it."""
         owner, leaf = self._slots[name]
         parameter = owner[leaf]
         if type(parameter) is not nn.Parameter or _is_shared(parameter):
@@ -279,26 +283,26 @@ class Weights:
             table[key] = tensor
 
     def _watch_natively(self, native: ctypes.CDLL | None) -> None:
-        """Go on with a library that was built meanwhile."""
+        """Switch to the native library, which was built meanwhile."""
         with self._lock:
             self.native, self.later, before = native, None, self.watched
             watched = self._new_watch()
             if before is not None and not self._have_changed(*before):
-                self.watched = watched  # what it takes for unchanged is what was seen before
+                self.watched = watched  # the state it starts from is the one seen before
 
     def _have_changed(self, tensors: list[Any], watch: Watch) -> bool:
-        """Return whether the module holds other tensors than these, or these were changed."""
+        """Return whether the module holds other tensors, or these were changed."""
         try:
             now = map(operator.getitem, self._owners, self._leaves)
             return not all(map(operator.is_, now, tensors)) or watch.changed()
-        except KeyError:  # one was taken out
+        except KeyError:  # one was removed
             return True
 
     def _owned(self) -> list[Any]:
         return list(map(operator.getitem, self._owners, self._leaves))
 
     def is_stale(self) -> bool:
-        """Return whether `refresh` would derive anything again."""
+        """Return whether `refresh` would recompute anything."""
         return self.watched is None or self._have_changed(*self.watched)
 
     def window(self, part: WeightWindow) -> torch.Tensor:
@@ -310,8 +314,8 @@ class Weights:
 
 
 def _floats_of(parameter: Any) -> torch.Tensor:
-    """Return the elements of a released parameter, or of torchao's; refuse one whose floats are
-    gone: a program that reads floats is another function of int8 ones."""
+    """Return the float elements of a released parameter, or of torchao's; refuse if they were
+    replaced by int8 ones, since a program that reads floats would compute something else."""
     if is_torchao(parameter):
         return parameter.dequantize()
     if parameter.weight.scale is None:
@@ -323,14 +327,14 @@ def _floats_of(parameter: Any) -> torch.Tensor:
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:
-    """Return whether other tensors lie in a tensor's memory, as those of a state dict do."""
-    count = getattr(torch._C, "_storage_Use_Count", None)  # private: without it nothing is known
-    # One is the tensor, one what asks.
+    """Return whether other tensors share a tensor's storage, such as those of a state dict."""
+    count = getattr(torch._C, "_storage_Use_Count", None)  # private; without it nothing is known
+    # One reference from the tensor, one from this query.
     return count is None or count(tensor.untyped_storage()._cdata) > 2
 
 
 class _Tensors(dict[str, Any]):
-    """Tensors by name, with hoisted constants that nothing keeps: made when they are asked for."""
+    """Tensors by name; hoisted constants that are not kept are computed on access."""
 
     def __init__(self, hoisted: Mapping[str, fx.Node], quantized: Sequence[Packing]) -> None:
         super().__init__()
@@ -351,7 +355,7 @@ class _Tensors(dict[str, Any]):
             return compute_constant(self._hoisted[name], self._as_quantized(packing))
 
     def put_scales(self) -> set[str]:
-        """Add the scales of int8 weights; return those of the weights that are packed already."""
+        """Add the scales of int8 weights; return the names of weights that are packed already."""
         held: set[str] = set()
         for name, packing in self._quantized.items():
             before = packed_before(packing, self)
@@ -369,12 +373,12 @@ class _Tensors(dict[str, Any]):
         return held
 
     def _given(self, packing: Packing) -> Int8Rows | None:
-        """Return the integers and scales of a weight that torchao has quantised."""
+        """Return the integers and scales of a weight quantised by torchao, None for others."""
         return join_int8([self[part.tensor] for part in packing.sources])
 
     def _as_quantized(self, packing: Packing) -> dict[str, Any]:
-        """Return the tensors with an int8 weight's parameters in float32, where they were released
-        to other packed weights: these give the same integers again."""
+        """Return the tensors with an int8 weight's released parameters as float32, from which the
+        same integers are computed."""
         wide = dict(self)
         for part in packing.sources:
             if isinstance(wide[part.tensor], PackedParameter):
@@ -383,8 +387,7 @@ class _Tensors(dict[str, Any]):
 
 
 def compute_constant(node: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Run a hoisted constant's calls on the parameters as they are now. A tensor on their
-    device."""
+    """Compute a hoisted constant from the current parameters, on their device."""
     if node.name in tensors:
         return tensors[node.name]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: compute_constant(n, tensors))

@@ -1,7 +1,7 @@
-"""Saved: an optimized model as one file, and back without capture, compiler or symbolic algebra.
+"""Saved models: an optimized model as one file, loaded without capture, compiler or sympy.
 
-In: something that `turbotx.optimize` made and called. Out: a file, and from it a module that
-answers the same calls at any sizes, bit for bit::
+In: an object that `turbotx.optimize` made and that was called. Out: a file, and from it a module
+that serves the same calls at any sizes, bitwise equal::
 
     turbotx.save(fast, "model.ttx")
     fast = turbotx.load("model.ttx")        # in another process, or on another machine

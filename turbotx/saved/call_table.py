@@ -1,9 +1,9 @@
-"""Call table: the programs of a saved file, and which of them serves a call.
+"""Call table: the programs of a saved file, and the lookup of the one that serves a call.
 
 In: programs with the kinds of call that they serve, as JSON; a call. Out: its output; or an error
-that says which calls the file holds::
+that lists the calls in the file::
 
-    table.run((), {"input_ids": ids})  ->  the model's output, nested as it was
+    table.run((), {"input_ids": ids})  ->  the model's output, with its original nesting
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOST_SHAPES = 256
 
 
 MOST_RUNS = 8
-"""Of one call, each on the way that the one before found a decision to come out."""
+"""Maximum number of runs per call, each for the decision outcomes that the previous one found."""
 
 
 class CallTable:
@@ -53,20 +53,20 @@ class CallTable:
         return [call for calls in self._calls.values() for call in calls]
 
     def first(self) -> tuple[tuple[Any, Any], SavedCall]:
-        """Return the first kind of call, its tree spec and its leaves, and what serves it."""
+        """Return the first kind of call (tree spec and leaves), and what serves it."""
         kind, (call, *_) = next(iter(self._calls.items()))
         return kind, call
 
     def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[SavedCall, Binding]:
-        """Return what serves a call, bound to its shape; raise InputError where nothing does."""
+        """Return what serves a call, bound to its shape; raise InputError if nothing does."""
         return self._find(args, kwargs, ())[0]
 
     def show(self) -> str:
-        """Return the kinds of call that it serves, as one writes calls."""
+        """Return the kinds of call in the file, written as calls."""
         return "; ".join(dict.fromkeys(_show(k) for k in self._calls))
 
     def add(self, made: SavedCall, call: Mapping[str, Any]) -> None:
-        """Add a program; call: the kind of call that it serves, as JSON."""
+        """Add a program. call: the kind of call that it serves, as JSON."""
         self._calls.setdefault(_key_of(call, self._place), []).append(made)
         self._asked = tuple(sorted({*self._asked, *made.asked}))
         self._steps |= bool(made.stepping)
@@ -75,9 +75,10 @@ class CallTable:
     def run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], swap: Mapping[str, Any] = {}
     ) -> Any:
-        """Return the output of a call, with others in the place of the words that `swap` names.
+        """Run a call and return its output.
 
-        Raises InputError, saying what there is, for one that no program serves.
+        swap: replacements for placeholder strings among the output's leaves. Raises InputError,
+        listing what the file holds, if no program serves the call.
         """
         outcomes: Outcomes = ()
         for _ in range(MOST_RUNS):
@@ -91,10 +92,9 @@ class CallTable:
         raise InputError(f"{describe_last(outcomes)}, after {MOST_RUNS} runs of other ways")
 
     def run_packed(self, found: Sequences, name: str) -> Any:
-        """Return the output of sequences without padding. name: the model's.
+        """Run sequences without padding and return their output. name: the model's.
 
-        Raises InputError where no packed program serves them. Raises TrainingError where an input
-        requires grad.
+        Raises InputError if no packed program serves them, TrainingError if an input requires grad.
         """
         if torch.is_grad_enabled() and any(t.requires_grad for t in found.rows.values()):
             raise TrainingError("an input requires grad: call under torch.no_grad()")
@@ -141,7 +141,7 @@ class CallTable:
         self, key: Any, tensors: list[torch.Tensor], outcomes: Outcomes
     ) -> tuple[SavedCall, Binding]:
         shapes, ambient = [t.shape for t in tensors], read_ambient()
-        # A program for the usual order of dims reads any other from a dense copy.
+        # A program for the default order of dims serves others through a dense copy.
         known = self._calls.get(key) or self._calls.get(_in_usual_order(key), [])
         differ = [differences(ambient, p.ambient, p.asked) for p in known]
         holding = [p for p, found in zip(known, differ, strict=True) if not found]
@@ -185,7 +185,7 @@ class CallTable:
 
 
 def show_call(call: Mapping[str, Any]) -> str:
-    """Return a kind of call, as JSON, the way one writes calls."""
+    """Return a kind of call, given as JSON, written as a call."""
     return _show(_key_of(call, torch.device("cpu")))
 
 
@@ -200,20 +200,20 @@ def _key_of(call: Mapping[str, Any], place: torch.device) -> tuple[Any, Any]:
 
 
 class _SavedArgument:
-    """Stands for a tensor of a dtype, a device, a rank and a memory order, or a number, in a saved
-    call."""
+    """Represents an argument of a saved call: a tensor's dtype, device, rank and memory order, or a
+    number."""
 
     def __init__(self, kind: tuple[Any, ...]) -> None:
         self.kind = kind
 
 
 def _describe(leaf: Any) -> Any:
-    """Return what of an argument decides which program serves the call."""
+    """Return the part of an argument that selects the program."""
     return leaf.kind if isinstance(leaf, _SavedArgument) else describe_leaf(leaf)
 
 
 def _in_usual_order(key: Any) -> Any:
-    """Return the key of the same call with its inputs' dims in memory as they are counted."""
+    """Return the key of the same call with inputs in default memory order."""
     spec, described = key
     return spec, tuple(d[:3] if isinstance(d[0], torch.dtype) else d for d in described)
 

@@ -1,7 +1,7 @@
 """Calls: the functions that a saved program may call, by name.
 
-In: an op of PyTorch, or one of the few functions of turbotx that stand in graphs. Out: its name,
-and the function again; ops are looked up in PyTorch by name, and nothing else is::
+In: an op of PyTorch, or one of turbotx's functions that occur in graphs. Out: its name, and the
+reverse; only registered PyTorch ops and the functions below can be looked up::
 
     encode_target(torch.ops.aten.cat.default)  ->  "aten.cat.default"
 """
@@ -26,9 +26,9 @@ from turbotx.program.folded_weights import (
     join_affine,
 )
 
-assert cache_ops and packed_ops and quantized_ops  # define ops that are looked up by name
+assert cache_ops and packed_ops and quantized_ops  # imported to register ops
 
-# The functions that stand in graphs and are none of PyTorch's ops.
+# The functions in graphs that are not PyTorch ops.
 OWN: dict[str, Callable[..., Any]] = {
     "getitem": operator.getitem, "attention": attention,
     "attention_scores": attention_scores, "attention_values": attention_values,
@@ -42,7 +42,7 @@ OWN: dict[str, Callable[..., Any]] = {
 
 
 def encode_target(target: Any) -> str:
-    """Return an op's name; raise SaveError for a function that is none of PyTorch's ops."""
+    """Return an op's name; raise SaveError for a function that is not a registered op."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     for name, known in OWN.items():
@@ -52,7 +52,7 @@ def encode_target(target: Any) -> str:
 
 
 def decode_target(name: str) -> Callable[..., Any]:
-    """Return the op of a name; raise SavedFileError where this PyTorch has none."""
+    """Return the op of a name; raise SavedFileError if this version of PyTorch has none."""
     if name in OWN:
         return OWN[name]
     namespace, _, rest = name.partition(".")

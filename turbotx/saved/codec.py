@@ -1,7 +1,7 @@
-"""Codec: an executable and what goes with it as JSON, and back.
+"""Codec: converts an executable and related data to JSON and back.
 
-In: dataclasses of plain data, those that `KNOWN` names. Out: dicts, lists, numbers and strings, and
-the same values again; sizes are refused that are no arithmetic, ops that PyTorch does not have::
+In: the dataclasses of plain data in `KNOWN`. Out: dicts, lists, numbers and strings, and the same
+values again. Decoding rejects sizes that are not arithmetic and ops that PyTorch does not have::
 
     encode(Packing(3, parts, True))  ->  {"is": "Packing", "slot": 3, "parts": [...], ...}
 """
@@ -45,7 +45,7 @@ KNOWN: dict[str, type] = {
 
 
 def encode(value: Any) -> Any:
-    """Return plain data as JSON; raise SaveError for what is none."""
+    """Return plain data as JSON; raise SaveError for anything else."""
     if isinstance(value, Sizes):
         return {"sizes": list(value.texts)}
     if type(value).__name__ in KNOWN:
@@ -67,8 +67,12 @@ def encode(value: Any) -> Any:
 
 
 class Decoder:
-    """Decodes JSON to values. place: the device of calls, whichever device the file names. dims:
-    the allowed names in sizes. nodes: the nodes that calls may refer to."""
+    """Decodes JSON to values.
+
+    place: the device of calls, whichever device the file names.
+    dims: the names allowed in sizes.
+    nodes: the nodes that calls may refer to.
+    """
 
     def __init__(
         self, place: torch.device, dims: Sequence[str] = (),
@@ -77,8 +81,8 @@ class Decoder:
         self._place, self._dims, self._nodes = place, tuple(dims), nodes
 
     def decode(self, value: Any) -> Any:
-        """Return what `encode` was given, with tuples for all lists; raise SavedFileError for sizes
-        that are no arithmetic on the dims."""
+        """Return the value that was encoded, with tuples for lists; raise SavedFileError for sizes
+        that are not arithmetic on the dims."""
         if isinstance(value, list):
             return tuple(map(self.decode, value))
         if not isinstance(value, dict):
@@ -109,8 +113,8 @@ class Decoder:
 def decode_program(
     described: Mapping[str, Any], place: torch.device
 ) -> tuple[x.Executable, SizeRules, tuple[FloatInput, ...], Decisions | None]:
-    """Return what `describe_call` has encoded: a program, which sizes and numbers it serves, and
-    what it assumes of values. Raises SavedFileError for names that no program can have."""
+    """Return what `describe_call` encoded: a program, the sizes and numbers that it serves, and its
+    assumptions on values. Raises SavedFileError for invalid names."""
     dims = described["executable"]["dims"]
     if not all(isinstance(name, str) and name.isidentifier() for name in dims):
         raise SavedFileError(f"the file holds dims that are no names: {dims}")
@@ -125,8 +129,8 @@ def decode_program(
 
 
 def decode_packing(described: Mapping[str, Any], place: torch.device) -> TokenPacking | None:
-    """Return how calls of a program become ones over tokens, None where they do not; raise
-    SavedFileError where the program has no such dims and inputs."""
+    """Return how calls of a program are packed, None if they are not; raise SavedFileError if it
+    does not match the program's dims and inputs."""
     packing = Decoder(place).decode(described.get("packing"))
     if packing is None:
         return None
@@ -147,8 +151,8 @@ def decode_packing(described: Mapping[str, Any], place: torch.device) -> TokenPa
 
 
 def encode_nodes(nodes: Iterable[fx.Node]) -> list[dict[str, Any]]:
-    """Return calls and everything they need, each before its first reader. Raises SaveError for an
-    argument that JSON cannot carry."""
+    """Return calls and everything that they depend on, in dependency order. Raises SaveError for an
+    argument without a JSON form."""
     done: dict[fx.Node, dict[str, Any]] = {}
 
     def visit(node: fx.Node) -> None:
@@ -166,7 +170,7 @@ def encode_nodes(nodes: Iterable[fx.Node]) -> list[dict[str, Any]]:
 
     for node in nodes:
         visit(node)
-    # Folded norms' constants have copies of the parameters' own calls.
+    # Constants of folded norms have copies of the parameters' own calls.
     unique: dict[str, dict[str, Any]] = {}
     for entry in done.values():
         if unique.setdefault(entry["name"], entry) != entry:
@@ -175,9 +179,9 @@ def encode_nodes(nodes: Iterable[fx.Node]) -> list[dict[str, Any]]:
 
 
 def decode_nodes(entries: Iterable[Mapping[str, Any]], place: torch.device) -> dict[str, fx.Node]:
-    """Return the calls as nodes of one fx graph, by name; what they are given as placeholders.
+    """Return the calls as nodes of one fx graph, by name; their inputs are placeholders.
 
-    place: where they run now, whatever device they name.
+    place: the device to run on, whichever device they name.
     """
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}

@@ -1,7 +1,7 @@
-"""Container: the file that holds a saved model: a zip of JSON, C++, shared objects and weights.
+"""Container: the file of a saved model: a zip of JSON, C++, shared objects and weights.
 
-In: entries by name, large ones as streams. Out: a file whose every byte is covered by a digest;
-reading maps it, and gives the entries, or a SavedFileError that says what is wrong with the file::
+In: entries by name, large ones as streams. Out: a file in which every byte is covered by a digest.
+Reading maps it and returns the entries, or raises a SavedFileError::
 
     write_container(path, {"programs.json": b"...", "runtime.so": b"..."}, {"targets": ["cpu"]})
     manifest, entries = read_container(path)
@@ -25,33 +25,33 @@ from typing import Any
 from turbotx.errors import SavedFileError
 
 FORMAT = 9
-"""Raised whenever an older reader would misunderstand what is written: since 4, what a program
-assumes of the state around a call; since 5, conditions on sizes of 0 and 1; since 6, programs are
-`Executable`s; since 7, decisions by values of tensors; since 8, weights packed from their parts;
-since 9, the names of hoisted constants."""
+"""Increased whenever older readers would misinterpret a file: since 4, the ambient state that a
+program assumes; since 5, conditions on sizes of 0 and 1; since 6, programs are `Executable`s; since
+7, decisions on tensor values; since 8, weights packed from their parts; since 9, the names of
+hoisted constants."""
 
 MANIFEST = "manifest.json"
 
 PAGE = 4096
-"""Streams begin at a multiple of it, so that what they hold can be used where it is mapped."""
+"""Streams begin at a multiple of this, so that their contents can be used in the mapped file."""
 BLOCK = 16 << 20
-"""Longer entries have the digest of their blocks' digests, which are computed side by side."""
+"""A longer entry has the digest of its blocks' digests, which are computed in parallel."""
 MAPPED = (".safetensors", ".panels")
-"""How the names of entries end that are used where they are mapped."""
+"""Suffixes of entries that are used in the mapped file."""
 _FILLER = 0xD935
-"""The number of an extra field that only fills, as Android's zipalign writes it."""
+"""Id of a zip extra field for padding, as used by Android's zipalign."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """An entry that is written piece by piece: so many bytes in all, and what gives them."""
+    """An entry that is written piece by piece: its size, and a function that yields the pieces."""
 
     nbytes: int
     pieces: Callable[[], Iterable[memoryview | bytes]]
 
 
 class _Digest:
-    """The digest of an entry, of pieces of any length."""
+    """The digest of an entry, updated with pieces of any length."""
 
     def __init__(self) -> None:
         self._blocks: list[bytes] = []
@@ -79,7 +79,7 @@ def _join(blocks: list[bytes]) -> str:
 def write_container(
     path: Path, entries: Mapping[str, bytes | Stream], facts: Mapping[str, Any]
 ) -> None:
-    """Write a file atomically: a concurrent reader sees the old one or the new one."""
+    """Write a file atomically: a concurrent reader sees the old or the new file."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
@@ -96,14 +96,14 @@ def write_container(
 
 
 def _write(archive: zipfile.ZipFile, name: str, data: bytes | Stream) -> str:
-    """Write an entry, a stream at the begin of a page; return its digest."""
+    """Write an entry, streams at the start of a page; return its digest."""
     entry, digest = zipfile.ZipInfo(name), _Digest()
     if isinstance(data, bytes):
         digest.update(data)
         archive.writestr(entry, data)
         return digest.hexdigest()
     entry.file_size = data.nbytes
-    # As zipfile decides it; the field that it then adds is in front of ours.
+    # The same condition as in zipfile; its extra field precedes ours.
     is_large = data.nbytes * 1.05 > zipfile.ZIP64_LIMIT
     begin = archive.start_dir + 30 + len(name.encode()) + 4 + (20 if is_large else 0)
     room = -begin % PAGE
@@ -112,7 +112,7 @@ def _write(archive: zipfile.ZipFile, name: str, data: bytes | Stream) -> str:
         for piece in data.pieces():
             digest.update(piece)
             out.write(piece)
-    entry.extra = b""  # the directory at the end needs no filling
+    entry.extra = b""  # not needed in the central directory
     return digest.hexdigest()
 
 
@@ -123,8 +123,8 @@ def _umask() -> int:
 
 
 def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the manifest and every entry: tensors as memory that is mapped, which processes share
-    until they write to it, others as bytes. Raises SavedFileError for anything but a whole file."""
+    """Return the manifest and all entries: tensors as private mapped memory, others as bytes.
+    Raises SavedFileError unless the file is complete and intact."""
     if not path.is_file():
         raise SavedFileError(f"there is no file {path}")
     try:
@@ -138,7 +138,7 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             assert archive.fp is not None
             places = {name: _find(archive.fp.fileno(), x) for name, x in found.items()}
             damaged = _find_damaged(archive.fp.fileno(), manifest["entries"], places)
-            # Writes are this process's own: tensors over it may be changed.
+            # A private mapping: tensors over it may be written.
             whole = memoryview(mmap.mmap(archive.fp.fileno(), 0, access=mmap.ACCESS_COPY))
     except SavedFileError:
         raise
@@ -153,7 +153,7 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _find(file: int, entry: zipfile.ZipInfo) -> tuple[int, int]:
-    """Return where an entry's bytes begin, and how many there are."""
+    """Return the offset and length of an entry's bytes."""
     header = os.pread(file, 30, entry.header_offset)
     name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
     rest = os.pread(file, name + extra, entry.header_offset + 30)
@@ -174,15 +174,15 @@ def _fields_of(extra: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _is_ours(kind: int, content: bytes) -> bool:
-    """Tell whether a field of a header says how long a large entry is, or fills with zeros."""
+    """Return whether a header field is the zip64 size field or zero padding."""
     return kind == 1 or (kind == _FILLER and not any(content))
 
 
 def _find_damaged(
     file: int, digests: Mapping[str, str], places: Mapping[str, tuple[int, int]]
 ) -> str | None:
-    """Return the name of an entry that is not what was written; read past the mapping, so that
-    what nobody looks at takes no memory."""
+    """Return the name of an entry whose digest is wrong, or None. Reads the file instead of the
+    mapping, so that unused parts are not mapped in."""
 
     def digest(block: tuple[int, int]) -> bytes:
         begin, end = block

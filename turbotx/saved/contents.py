@@ -1,10 +1,10 @@
-"""Contents: what a saved file holds, as files to read; nothing of it is loaded to run.
+"""Contents: what a saved file holds, as readable files; nothing is loaded for execution.
 
-In: a file of `turbotx.save`, sizes by name. Out: texts by file name: its facts, its programs as
-lists of launches, the memory plan of each at these sizes, the sources of its kernels and cubins::
+In: a file of `turbotx.save`, sizes by name. Out: contents by file name: its manifest, its programs
+as lists of launches, their memory plans at these sizes, sources of kernels, and cubins::
 
     read_contents(Path("model.ttx"), {"seq": 40})
-        ->  {"programs.txt": b"...", "kernels/sm_90/gelu.cubin": b"...", ...}
+      ->  {"programs.txt": b"...", "kernels/sm_90/gelu.cubin": b"...", ...}
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from turbotx.saved.places import CPU
 
 
 def read_contents(path: Path, sizes: Mapping[str, int]) -> dict[str, bytes]:
-    """Return the files by their names.
+    """Return the files by name.
 
-    Raises SavedFileError for a file that is not whole, InputError for a size of a dim that no
-    program has.
+    Raises SavedFileError for an incomplete file, InputError for a dim that no program has.
     """
     manifest, entries = read_container(path)
     facts = {k: v for k, v in manifest.items() if k != "entries"}
@@ -47,7 +46,7 @@ def read_contents(path: Path, sizes: Mapping[str, int]) -> dict[str, bytes]:
     files |= {f"kernels/{name}": text for name, text in entries.items() if name.endswith(".cpp")}
     for target in manifest["targets"]:
         for one in json.loads(entries.get(variants_entry(target), b"[]")):
-            name = one.get("cubin")  # without one, it is compiled where it is needed
+            name = one.get("cubin")  # without one, it is compiled when needed
             if name is not None:
                 files[f"kernels/{target}/{one['name']}-{Path(name).stem[:8]}.cubin"] = entries[name]
     return files
@@ -67,7 +66,7 @@ def _plan(executable: Executable, dims: Mapping[str, int]) -> Plan:
 
 
 def _show(executable: Executable, dims: Mapping[str, int], plan: Plan) -> str:
-    """Return a program as text: its sizes, its memory, a line a launch."""
+    """Return a program as text: its sizes, its memory, and one line per launch."""
     shown = ", ".join(f"{name}={size}" for name, size in dims.items())
     lines = [
         f"{len(executable.launches)} launches; {len(plan.placements)} buffers in "

@@ -1,7 +1,7 @@
 """Decoder: a saved model that generates: transformers' own loop over the programs of a file.
 
-In: a saved module, what its file says of the model, its parts' programs. Out: an object of the
-model's class, without its code's forward, whose calls run those programs; nothing is traced::
+In: a saved module, the file's description of the model, its parts' programs. Out: an object of the
+model's class whose forward runs those programs; nothing is traced::
 
     open_decoder(saved, facts, parts).model.generate(**inputs)
 """
@@ -33,13 +33,13 @@ class SavedSteps(StepCalls):
         self.name, self.device, self._table = name, place, table
         self.shapes = tuple(LayerShape(*sizes) for sizes in facts["shapes"])
         self.budget = CacheBudget(facts["most_nbytes"])
-        # A file's programs for CPUs are native; those for GPUs take contiguous caches.
+        # CPU programs of a file are native; GPU programs take contiguous caches.
         self.in_blocks = all(call.program.executable.gpu is None for call in table.calls())
         self._dtypes: dict[Ambient, torch.dtype] = {}
 
     def find_dtype(self, call: Mapping[str, Any]) -> torch.dtype:
         """Return the dtype of the caches that the file's programs take in this ambient state.
-        Raises InputError where the file has none for it."""
+        Raises InputError if the file has no program for it."""
         decisive = read_decisive()
         if decisive not in self._dtypes:
             ambient = read_ambient()
@@ -57,13 +57,13 @@ class SavedSteps(StepCalls):
         return self._dtypes[decisive]
 
     def run_plain(self, call: Mapping[str, Any], cache: Any) -> Any:
-        """Run the file's program of a call of plain tensors."""
+        """Run the file's program for a call of plain tensors."""
         return self._table.run((), dict(call), {CACHE: cache})
 
 
 @dataclass(frozen=True)
 class SavedDecoder:
-    """model: an object of the model's class, for `generate`. steps: its calls with a cache."""
+    """model: an object of the model's class, for `generate`. steps: runs its calls with a cache."""
 
     model: Any
     steps: SavedSteps
@@ -74,7 +74,7 @@ def open_decoder(
 ) -> SavedDecoder:
     """Return the decoder of a file; its parameters are those of `saved`.
 
-    Raises SavedFileError where this process cannot import the model's class.
+    Raises SavedFileError if this process cannot import the model's class.
     """
     place, _, name = str(facts["class"]).partition(":")
     try:
@@ -113,7 +113,8 @@ def _calling(cls: Any, run: Any) -> Any:
 
 
 def _encoder_of(cls: Any, table: CallTable) -> Any:
-    """Return `get_encoder`, by which `generate` runs the encoder, giving one that runs programs."""
+    """Wrap `get_encoder`, through which `generate` runs the encoder, to return one that runs
+    programs."""
 
     @functools.wraps(cls.get_encoder)
     def get(self: Any, *args: Any, **kwargs: Any) -> Any:

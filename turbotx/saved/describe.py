@@ -1,7 +1,7 @@
 """Describe: a compiled call as JSON: its executable, the sizes it serves, its weights, its output.
 
-In: a compiled call, whose program is plain data. Out: what `saved.load` makes a program of; a call
-for a GPU with its kernels as tables of variants::
+In: a compiled call, whose program is plain data. Out: the JSON from which `saved.load` makes a
+program; for a GPU, its kernels as tables of variants::
 
     {"executable": {"is": "Executable", "dims": ["batch", "seq"], ...}, "sizes": {...}, ...}
 """
@@ -24,12 +24,12 @@ from turbotx.saved.codec import encode, encode_nodes
 from turbotx.saved.values import Leaf, encode_ambient, encode_tree
 from turbotx.saved.variants import Tabulator, Variants, check_table
 
-# Sizes of every dim at which a file is compared with the program that it was made of.
+# Sizes of every dim at which a file's tables are compared with the program they were made from.
 TRIED = (1, 3, 16, 40, 96, 500, 1024, 5000)
 
 
 def describe_call(compiled: Compiled) -> dict[str, Any]:
-    """Return a compiled call as JSON; raise SaveError for what cannot be saved."""
+    """Return a compiled call as JSON; raise SaveError if it cannot be saved."""
     program, captured = compiled.program, compiled.captured
     if captured.effects:
         left = ", ".join(repr(effect.text) for effect in captured.effects)
@@ -53,7 +53,7 @@ def describe_call(compiled: Compiled) -> dict[str, Any]:
 
 
 def describe_families(compiled: Compiled, variants: Variants) -> list[dict[str, Any]]:
-    """Return the kernels of a call for a GPU as tables; they are added to `variants`."""
+    """Return the kernels of a GPU call as tables, and add the kernels to `variants`."""
     kernels = compiled.specialization.code
     assert isinstance(kernels, LaunchKernels)
     tabulator = Tabulator(kernels, variants)

@@ -1,7 +1,7 @@
-"""Example: inputs for a saved model, whose file says what it takes and not of what values.
+"""Example: inputs for a saved model, whose file describes its inputs but not their values.
 
 In: a module of `turbotx.load` and sizes by name. Out: arguments of the first kind of call that it
-serves, floats at random and integers 0 and 1, which any table of tokens has::
+serves: random floats, and integers 0 and 1, which are valid for any token table::
 
     example_call(model, {"batch": 4})  ->  (), {"input_ids": ..., "attention_mask": ...}
 """
@@ -19,7 +19,7 @@ from turbotx.saved.load import SavedModule
 
 USUAL = {"batch": 2, "seq": 16}
 OTHER = 2
-"""The size of a dim that is neither named nor usual nor the batch of another input."""
+"""The size of a dim that is neither given, nor in USUAL, nor the batch of another input."""
 
 
 def example_call(

@@ -1,12 +1,12 @@
-"""Families of a saved GPU program: which kernel a launch takes at which sizes, from a table.
+"""Families of a saved GPU program: tables that select a launch's kernel by sizes.
 
-In: what decides, as places in a program's sizes, and a row for every combination. Out: what a
-compiled family would pick, without tiles, printers or a compiler::
+In: the deciding values, as indices into a program's sizes, and a row for every combination. Out:
+what a compiled family would select, without tiles, printers or a compiler::
 
     SavedFamily(tables, variants).pick(sizes)  ->  [Part("kernel", Binary fused_gelu_0, (40, 1, 1))]
 
-A row's key says TF32, the range of each size that decides by ranges, which sizes are multiples of
-16 (one bit each), and whether a size passes what 32 bits count: "0/3/2/0".
+A row's key holds TF32, the range of each deciding size, which sizes are multiples of 16 (one bit
+each), and whether a size exceeds 32 bits: "0/3/2/0".
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ ALIGNED = 16
 
 @dataclass(frozen=True)
 class TableDeciders:
-    """What decides over a row of a table, by places in a program's sizes.
+    """What selects a row of a table; sizes are given as indices into a program's sizes.
 
-    by: up to which values each range goes; the last one holds all that is larger. even: sizes that
-    may be multiples of 16. large: sizes that may reach `limit`. tf32: PyTorch's setting matters.
+    by: the upper bounds of ranges; the last range is unbounded.
+    even: sizes that may be multiples of 16.
+    large: sizes that may reach `limit`. tf32: whether PyTorch's TF32 setting matters.
     """
 
     by: Sequence[tuple[int, Sequence[int]]]
@@ -49,7 +50,7 @@ class TableDeciders:
         return make_key(self.tf32 and uses_tf32(), ranges, mask, wide)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as lists and numbers, as a file has them."""
+        """Return the fields as lists and numbers, for JSON."""
         return {
             "by": [[place, list(most)] for place, most in self.by], "even": list(self.even),
             "large": list(self.large), "limit": self.limit, "tf32": self.tf32,
@@ -58,7 +59,7 @@ class TableDeciders:
 
 def make_key(tf32: bool, ranges: Sequence[int], mask: int, wide: bool) -> str:
     """Return a table's key as text: whether TF32 is on, the range of each deciding size, which
-    sizes are multiples of 16 (a bit each), and whether one reaches the limit."""
+    sizes are multiples of 16 (one bit each), and whether one reaches the limit."""
     return "/".join(str(int(x)) for x in (tf32, *ranges, mask, wide))
 
 
@@ -66,8 +67,10 @@ def make_key(tf32: bool, ranges: Sequence[int], mask: int, wide: bool) -> str:
 class SavedFamily:
     """All variants of one launch, by rows.
 
-    rows: key -> number of a choice. choices: what each queues: list of arguments, number of a
-    variant or None for PyTorch's part, number of a grid. grids: texts over sizes named "s7".
+    rows: key -> index of a choice.
+    choices: what each queues: (list of arguments, index of a variant or None for PyTorch's part,
+    index of a grid).
+    grids: texts over sizes named like "s7".
     """
 
     decision: TableDeciders
@@ -79,13 +82,13 @@ class SavedFamily:
 
     @classmethod
     def of(cls, tables: Mapping[str, Any], variants: Sequence[Binary | Job]) -> SavedFamily:
-        """Return the family that `to_json` has described."""
+        """Return the family from the output of `to_json`."""
         d = tables["decision"]
         decision = TableDeciders(d["by"], d["even"], d["large"], d["limit"], d["tf32"])
         return cls(decision, tables["rows"], tables["choices"], tables["grids"], variants)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as lists and numbers, as a file has them."""
+        """Return the fields as lists and numbers, for JSON."""
         return {
             "decision": self.decision.to_json(), "rows": self.rows, "choices": self.choices,
             "grids": self.grids,
@@ -93,7 +96,7 @@ class SavedFamily:
 
     def pick(self, sizes: Sequence[int]) -> list[Part]:
         """Return what to run at these sizes; a grid with a zero means nothing. Raises
-        SavedFileError where the file lacks them."""
+        SavedFileError if the file lacks it."""
         key = self.decision.key(sizes)
         if key not in self.rows:
             names = dict.fromkeys(v.name for v in self._used())
@@ -107,7 +110,7 @@ class SavedFamily:
         ]
 
     def binaries(self, tf32: bool) -> list[Binary]:
-        """Return the kernels that the file has as machine code, under one of PyTorch's settings."""
+        """Return the kernels that the file has as machine code, for one TF32 setting."""
         first = str(int(self.decision.tf32 and tf32))
         chosen = {c for key, c in self.rows.items() if key[0] == first}
         numbers = (v for c in sorted(chosen) for _, v, _ in self.choices[c] if v is not None)

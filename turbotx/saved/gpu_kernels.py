@@ -1,7 +1,7 @@
-"""The kernels of a saved GPU program: cubins, chosen by tables; decides and compiles nothing.
+"""The kernels of a saved GPU program: cubins, selected by tables; nothing is compiled.
 
-In: the entries of a file, a device. Out: kernels in the order in which programs number them, and
-what queues them, as `CudaRuntime` does those that it compiles::
+In: the entries of a file, a device. Out: kernels in the order of their indices, and a queue that
+launches them as `CudaRuntime` does those that it compiles::
 
     variants = read_variants("sm_90", entries)
     SavedQueue(executable, [SavedFamily.of(t, variants) for t in families], weights, device)
@@ -30,7 +30,7 @@ def variants_entry(target: str) -> str:
 
 
 def describe_binary(binary: Binary) -> dict[str, Any]:
-    """Return all of a kernel but its machine code."""
+    """Return all of a kernel except its machine code, for JSON."""
     return {
         "name": binary.name, "entry": binary.entry, "threads": binary.threads,
         "arguments": binary.arguments, "shared_nbytes": binary.shared_nbytes, "pdl": binary.pdl,
@@ -39,12 +39,12 @@ def describe_binary(binary: Binary) -> dict[str, Any]:
 
 
 def image_entry(binary: Binary) -> str:
-    """Return the path of a kernel's binary inside the file."""
+    """Return the path of a kernel's cubin in the file."""
     return f"cubins/{binary.digest[:32]}.cubin"
 
 
 def describe_job(job: Job) -> dict[str, Any]:
-    """Return a kernel that is not in the file as machine code: what it is compiled from."""
+    """Return a kernel that is stored as source, for JSON."""
     return {
         "name": job.name, "source": job.source, "signature": job.signature,
         "constexprs": job.constexprs, "divisible": job.divisible, "num_warps": job.num_warps,
@@ -53,7 +53,7 @@ def describe_job(job: Job) -> dict[str, Any]:
 
 
 def read_variants(target: str, entries: Mapping[str, bytes]) -> list[Binary | Job]:
-    """Return the kernels of a file's target, in the order in which programs number them."""
+    """Return the kernels of a file's target, in the order of their indices."""
     found: list[Binary | Job] = []
     for one in json.loads(entries[variants_entry(target)]):
         if "cubin" in one:
@@ -68,18 +68,18 @@ def read_variants(target: str, entries: Mapping[str, bytes]) -> list[Binary | Jo
 
 
 class NoVariantError(SavedFileError):
-    """A kernel that is in the file as source only was needed where nothing can compile it."""
+    """A kernel that the file only has as source was needed, and cannot be compiled here."""
 
 
 class SavedQueue(CudaQueue):
-    """Launches whose kernels a file has; all of them are loaded at once."""
+    """Launches with the kernels of a file, which are loaded all at once."""
 
     def __init__(
         self, executable: Executable, families: Sequence[SavedFamily], weights: Weights,
         device: Device,
     ) -> None:  # fmt: skip
         super().__init__(executable, families, weights, device)
-        # All at once: no stream of shapes, and no capture of the caller's, loads one later.
+        # Loaded now, so that no new shape, and no graph capture of the caller's, loads one later.
         self.load([b for family in families for b in family.binaries(uses_tf32())])
 
     def _obtain(self, jobs: Sequence[Any]) -> Sequence[Any]:

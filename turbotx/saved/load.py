@@ -1,7 +1,7 @@
-"""Load: a saved file becomes a module that answers the calls it was saved with, at any sizes.
+"""Load: makes a module from a saved file that serves the saved calls at any sizes.
 
-In: a file of `turbotx.save`. Out: a `SavedModule`; nothing is traced, solved or compiled, unless
-the file's machine code is for another processor and is built again::
+In: a file of `turbotx.save`. Out: a `SavedModule`. Nothing is traced, solved or compiled, unless
+the file's machine code is for another processor and must be rebuilt::
 
     fast = turbotx.load("model.ttx")
     fast(input_ids=ids, attention_mask=mask)
@@ -54,16 +54,16 @@ def load(
     path: str | PathLike[str], *, weights: str | PathLike[str] | nn.Module | None = None,
     device: str | torch.device | None = None,
 ) -> SavedModule:  # fmt: skip
-    """Return the module of a file that `turbotx.save` wrote.
+    """Return the module of a file written by `turbotx.save`.
 
-    weights: where to take them from, in place of the file's own: a file for `load_weights`, or a
-    module of the same names and shapes, whose tensors are then used as they are. Needed where the
-    file was saved without weights. device: where to run, and to put the file's weights, as "cuda";
-    by default where a module given as `weights` lies, or else the CPU if the file has a program for
-    it, or else the current GPU.
+    weights: the source of weights instead of the file: a file for `load_weights`, or a module with
+    the same names and shapes, whose tensors are then shared. Required if the file was saved without
+    weights.
+    device: where to run and to put the file's weights, such as "cuda". By default the device of a
+    module given as `weights`, else the CPU if the file has a program for it, else the current GPU.
 
-    Raises SavedFileError for a file that is damaged, of another version or for another processor
-    or GPU, WeightsError for weights that do not fit.
+    Raises SavedFileError if the file is damaged, of another version, or for another processor or
+    GPU; WeightsError if the weights do not fit.
     """
     manifest, entries = read_container(Path(path))
     state = json.loads(entries["state.json"])
@@ -84,7 +84,7 @@ def load(
     own = {} if weights is not None else _tensors(entries["weights.safetensors"], place)
     held = _tensors(entries["held.safetensors"], place)
     own, held = ({n: _lay_out(t, laid[n]) for n, t in x.items()} for x in (own, held))
-    if weights is None and "panels.json" in entries:  # such a file has programs for CPUs only
+    if weights is None and "panels.json" in entries:  # such a file has CPU programs only
         native = libraries.open(chosen[0][1]["libraries"]["runtime"])
         named = {one["name"]: one for one in state}
         own |= open_panels(entries, json.loads(entries["panels.json"]), named, native, held)
@@ -113,13 +113,12 @@ def load(
 
 
 def holds_weights(path: str | PathLike[str]) -> bool:
-    """Return whether a file was saved with its weights; raise SavedFileError where it is
-    damaged."""
+    """Return whether a file was saved with its weights; raise SavedFileError if it is damaged."""
     return bool(read_container(Path(path))[0]["weights"])
 
 
 def _owner_of(model: nn.Module, part: str, owner: str) -> nn.Module:
-    """Return the module whose parameters the programs of a part name."""
+    """Return the module that the parameter paths of a part refer to."""
     if part != "steps":
         return model.get_submodule(owner)
     holder = nn.Module()  # as `capture.cached_call.CachedCall` holds the model
@@ -143,7 +142,7 @@ def _cpu_maker(libraries: Libraries) -> Maker:
 
 def _gpu_maker(target: str, entries: Mapping[str, bytes], device: Device) -> Maker:
     variants = read_variants(target, entries)
-    graphs: dict[int, GraphCache] = {}  # programs of one call share theirs
+    graphs: dict[int, GraphCache] = {}  # programs of one call share a cache
     siblings: dict[int, list[PackedGraphProgram]] = {}
 
     def make(
@@ -168,7 +167,7 @@ def _read_weights(
     described: Mapping[str, Any], model: nn.Module, constants: Mapping[str, torch.Tensor],
     place: torch.device,
 ) -> Weights:  # fmt: skip
-    """Return what a program derives from its parameters, on the device where they lie."""
+    """Return a program's weights, on the device of its parameters."""
     nodes = decode_nodes(described["hoisted"], place)
     hoisted = {name: nodes[name] for name in described["hoisted_names"]}
     kinds = Decoder(place).decode(described["kinds"])
@@ -176,19 +175,19 @@ def _read_weights(
 
 
 def _tensors(data: memoryview, place: torch.device) -> dict[str, torch.Tensor]:
-    """Return the tensors of an entry where they are mapped, or on a GPU."""
+    """Return the tensors of an entry over mapped memory, or on a GPU."""
     return {name: tensor.to(place) for name, tensor in read_tensors(data).items()}
 
 
 class SavedModule(nn.Module):
     """The calls of a saved model. Its parameters have the model's own names, and may be changed.
 
-    Outputs are the model's, nested as they were; a class of its own (as of Hugging Face's outputs)
-    is used where its package is imported already, and is otherwise an ordered dict with attributes.
+    Outputs have the model's nesting. A custom output class (such as Hugging Face's) is used if its
+    package is imported already; otherwise it becomes an ordered dict with attributes.
     """
 
     compiled_by_turbotx = True
-    """Has `turbotx.optimize` and `turbotx.explain` refuse it by name."""
+    """Makes `turbotx.optimize` and `turbotx.explain` refuse it with a clear message."""
 
     def __init__(
         self, manifest: Mapping[str, Any], state: list[Mapping[str, Any]],
@@ -228,8 +227,8 @@ class SavedModule(nn.Module):
     # --- calls ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's output; raises InputError for a call that the file has no program
-        for, and TrainingError in training mode or where an input requires grad."""
+        """Run a call and return the model's output. Raises InputError if the file has no program
+        for it, TrainingError in training mode or if an input requires grad."""
         if self.training:
             raise TrainingError("a saved model is for inference only: call .eval()")
         if self._decoder is not None:
@@ -242,7 +241,8 @@ class SavedModule(nn.Module):
     __call__ = forward
 
     def packed(self, *, lengths: Any = None, longest: int | None = None, **inputs: Any) -> Any:
-        """Run sequences of any lengths without padding, as `packed` of an optimized module does.
+        """Run sequences of different lengths without padding, as `packed` of an optimized module
+        does.
 
         Raises InputError for a call that no program of the file serves over tokens.
         """
@@ -258,9 +258,9 @@ class SavedModule(nn.Module):
         return any(isinstance(program, PackedProgram) for program in self.programs())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run `generate` of transformers, every forward of it by the programs of the file.
+        """Run transformers' `generate`, with every forward run by the programs of the file.
 
-        Raises InputError where the file holds no calls with a key/value cache.
+        Raises InputError if the file holds no calls with a key/value cache.
         """
         if self._decoder is None:
             raise InputError(
@@ -272,36 +272,35 @@ class SavedModule(nn.Module):
     def _open_decoder(self) -> Any:
         with self._lock:
             if self._opened is None:
-                from turbotx.saved.decoder import open_decoder  # it needs transformers
+                from turbotx.saved.decoder import open_decoder  # imported late: needs transformers
 
                 assert self._decoder is not None
                 self._opened = open_decoder(self, self._decoder, self._parts)
             return self._opened
 
     def refresh(self) -> None:
-        """Derive packed weights and constants again at the next call, as `optimize`'s refresh."""
+        """Recompute packed weights and constants at the next call, like `optimize`'s refresh."""
         for program in self.programs():
             program.runtime.weights.forget()
 
     def first_call(self) -> tuple[tuple[Any, Any], SavedCall]:
-        """Return the first kind of call that the file has, tree spec and leaves, and what serves
-        it."""
+        """Return the first kind of call in the file (tree spec and leaves), and what serves it."""
         return self._table.first()
 
     def find_call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[SavedCall, Binding]:  # fmt: skip
-        """Return what serves a call without a cache; raise InputError where nothing does."""
+        """Return what serves a call without a cache; raise InputError if nothing does."""
         return self._table.find(args, kwargs)
 
     def programs(self) -> list[Program]:
-        """Return the programs of every call in the file, in its order."""
+        """Return the programs of all calls, in file order."""
         tables = (self._table, *self._parts.values())
         return [call.program for table in tables for call in table.calls()]
 
     def stats(self) -> dict[str, int]:
-        """Return counts since the file was loaded: programs, builds, plans, graphs, allocations;
-        of a decoder that has generated, also the bytes of its caches, now and at the most."""
+        """Return counts since loading: programs, builds, plans, graphs, allocations; for a decoder
+        that has generated, also the current and peak bytes of its caches."""
         programs = self.programs()
         pool = self._pool.stats()
         opened, caches = self._opened, {}
@@ -331,7 +330,7 @@ class SavedModule(nn.Module):
 def _make_tensor(
     one: Mapping[str, Any], own: Mapping[str, torch.Tensor], place: torch.device
 ) -> torch.Tensor:
-    """Return a state's tensor: the one given, or memory for one that is still to come."""
+    """Return a tensor of the state: the given one, or uninitialized memory to be filled later."""
     dtype, shape = decode_constant(one["dtype"]), list(one["shape"])
     found = own.get(one["name"])
     if found is None:
@@ -347,7 +346,7 @@ def _make_tensor(
 
 
 def _lay_out(tensor: torch.Tensor, strides: list[int]) -> torch.Tensor:
-    """Return a tensor as it was laid out in the model: files hold dense rows, programs read by
+    """Return a tensor with the model's strides: files hold contiguous tensors, programs read by
     strides."""
     if list(tensor.stride()) == strides:
         return tensor

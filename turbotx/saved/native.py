@@ -1,7 +1,7 @@
-"""Native: the machine code of a saved file, loaded as it is or built again for this processor.
+"""Native: the machine code of a saved file, loaded, or rebuilt for this processor.
 
-In: shared objects and C++ from a file, and what the processor that made them could do. Out: loaded
-libraries, or a SavedFileError that says what the processor lacks::
+In: shared objects and C++ from a file, and the features of the processor that built them. Out:
+loaded libraries, or a SavedFileError that names the missing features::
 
     libraries = Libraries(manifest, entries)
     libraries.open("kernels-0123456789abcdef").fused_gelu_0
@@ -26,7 +26,7 @@ from turbotx.kernels.openmp import share_openmp
 from turbotx.kernels.processor import processor_flags
 from turbotx.runtime.cpu.abi import RUNTIME_SOURCES, declare_runtime, runtime_units
 
-# What -march=native may use, by the names of /proc/cpuinfo (x86 and ARM).
+# Features that -march=native may use, as named in /proc/cpuinfo (x86 and ARM).
 INSTRUCTIONS = re.compile(
     r"(sse|ssse|avx|amx|fma|f16c|bmi|lzcnt|abm|popcnt|movbe|aes|vaes|sha|gfni|pclmul|vpclmul|adx"
     r"|rdseed|rdrnd|asimd|sve|sme|i8mm|bf16|fphp|crc32|atomics|lrcpc|dcpop)"
@@ -34,13 +34,13 @@ INSTRUCTIONS = re.compile(
 
 
 def cpu_features() -> frozenset[str]:
-    """Return the instruction sets of this processor; nothing where the system does not say."""
+    """Return the instruction sets of this processor; empty if unknown."""
     return frozenset(filter(INSTRUCTIONS.match, processor_flags()))
 
 
 @functools.cache
 def runtime_digest() -> str:
-    """Return what identifies this turbotx's C++: a file made with another cannot run here."""
+    """Return the digest of this turbotx's C++: a file made with another cannot run here."""
     files = [*RUNTIME_SOURCES.values(), *sorted(HEADERS.glob("*.h"))]
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
@@ -60,7 +60,7 @@ class Libraries:
         share_openmp()
 
     def open(self, name: str) -> ctypes.CDLL:
-        """Return a library, rebuilt where its machine code is not for this processor."""
+        """Return a library, rebuilt if its machine code is not for this processor."""
         if name not in self._opened:
             library = self._rebuild(name) if self._lacking else _load(self._entries[f"{name}.so"])
             if name.startswith("runtime"):
@@ -100,7 +100,7 @@ def _find_lacking(manifest: Mapping[str, Any]) -> str:
 
 
 def _load(data: bytes) -> ctypes.CDLL:
-    """Map machine code; a file of a name never used before, which is gone once it is mapped."""
+    """Load machine code from a uniquely named file, which is deleted once it is mapped."""
     with tempfile.NamedTemporaryFile(prefix="turbotx-", suffix=".so") as file:
         file.write(data)
         file.flush()

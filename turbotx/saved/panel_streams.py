@@ -1,8 +1,8 @@
-"""Panel streams: the packed GEMM weights of a model, to be written for some instruction sets.
+"""Panel streams: writes a model's packed GEMM weights for given instruction sets.
 
-In: programs for CPUs, the state that is saved, names of instruction sets. Out: which weights are
-written so, in the place of the parameters that they hold; what JSON says of them, and a stream an
-instruction set, of one weight at a time::
+In: CPU programs, the saved state, names of instruction sets. Out: which packed weights replace the
+parameters that they contain; their description as JSON, and a stream per instruction set, with one
+weight in memory at a time::
 
     find_panels(programs, state, first_names)         ->  [Panels(("q.weight", ...), ...), ...]
     describe_panels(panels, state, ["avx2"], native)  ->  [{...}, ...], {"avx2.panels": Stream(...)}
@@ -32,16 +32,20 @@ from turbotx.saved.parts import SavedPart
 from turbotx.saved.tensor_file import NAMES, bytes_of
 
 SCALES = "panels.constants."
-"""What the names of panels' scales begin with, among a file's held tensors."""
+"""Prefix of the names of panels' scales among a file's held tensors."""
 INSTRUCTION_SETS = {"avx2": (16, 1), "avx512": (32, 1), "avx512_bf16": (32, 2)}
-"""What panels may be asked for, beside "native": columns of a panel, and how many elements of a
-column lie side by side in bfloat16; in other dtypes one does."""
+"""Instruction sets besides "native": columns per panel, and adjacent elements of a column in
+bfloat16; for other dtypes it is 1."""
 
 
 @dataclass(frozen=True)
 class Panels:
-    """One packed weight: the parameters whose rows it is in order, and of each whether these are
-    the parameter's columns. quantized: whether it is int8, with scales beside it."""
+    """One packed weight.
+
+    paths: the parameters whose rows it consists of, in order.
+    turned: for each, whether its rows are the parameter's columns.
+    quantized: whether it is int8, with scales.
+    """
 
     paths: tuple[str, ...]
     turned: tuple[bool, ...]
@@ -50,7 +54,7 @@ class Panels:
 
 
 def check_sets(names: Sequence[str]) -> list[str]:
-    """Return names of instruction sets, each once; raise SaveError for one that is none."""
+    """Return names of instruction sets without duplicates; raise SaveError for an unknown one."""
     for name in names:
         if name != "native" and name not in INSTRUCTION_SETS:
             known = ", ".join(map(repr, ("native", *INSTRUCTION_SETS)))
@@ -62,10 +66,10 @@ def find_panels(
     programs: Sequence[tuple[SavedPart, Program]], state: Mapping[str, torch.Tensor],
     first_names: Mapping[str, str],
 ) -> list[Panels]:  # fmt: skip
-    """Return the packed weights that hold whole parameters, none of which a program reads as it is.
+    """Return the packed weights that consist of whole parameters that no program reads unpacked.
 
-    first_names: of each name in the state the first one of the same tensor. Parameters that one
-    program multiplies by as floats are not written as int8.
+    first_names: for each name in the state, the first name of the same tensor. Parameters that some
+    program multiplies as floats are not written as int8.
     """
     plainly = {
         first_names.get(part.path_of(program.runtime.weights.paths[name]))
@@ -109,8 +113,8 @@ def describe_panels(
     panels: Sequence[Panels], state: Mapping[str, torch.Tensor], sets: Sequence[str],
     native: ctypes.CDLL,
 ) -> tuple[list[dict[str, Any]], dict[str, Stream], dict[str, torch.Tensor]]:  # fmt: skip
-    """Return what JSON says of panels, the entries that hold them, one an instruction set, and the
-    scales of those of int8."""
+    """Return the JSON description of panels, the entries that hold them (one per instruction set),
+    and the scales of int8 ones."""
     described: list[dict[str, Any]] = []
     scales: dict[str, torch.Tensor] = {}
     ends = dict.fromkeys(sets, 0)
@@ -149,7 +153,7 @@ def describe_panels(
 
 
 def _scale_of(one: Panels, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the scales of int8 rows: those that are held, or those of the floats."""
+    """Return the scales of int8 rows: the existing ones, or computed from the floats."""
     given = join_int8([state[path] for path in one.paths])
     if given is not None:
         return given.scale
@@ -158,7 +162,8 @@ def _scale_of(one: Panels, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _numbers(one: Panels, state: Mapping[str, torch.Tensor], scale: torch.Tensor) -> torch.Tensor:
-    """Return int8 rows: those that are held, or the floats by their scales, see `_scale_of`."""
+    """Return int8 rows: the existing ones, or the floats quantised by their scales, see
+    `_scale_of`."""
     given = join_int8([state[path] for path in one.paths])
     if given is not None:
         return given.numbers
@@ -169,7 +174,8 @@ def _numbers(one: Panels, state: Mapping[str, torch.Tensor], scale: torch.Tensor
 
 
 def _held(one: Panels, state: Mapping[str, torch.Tensor]) -> PackedWeight | None:
-    """Return the int8 weight for which all parameters were given up, which they are whole."""
+    """Return the int8 weight to which all parameters were released, if it consists of just
+    these."""
     held = [p for p in map(state.__getitem__, one.paths) if isinstance(p, PackedParameter)]
     if len(held) < len(one.paths) or any(p.weight is not held[0].weight for p in held):
         return None
@@ -179,12 +185,12 @@ def _held(one: Panels, state: Mapping[str, torch.Tensor]) -> PackedWeight | None
 
 
 def _row_counts(one: Panels, state: Mapping[str, torch.Tensor]) -> list[int]:
-    """Return how many rows each parameter has."""
+    """Return the number of rows of each parameter."""
     return [state[p].shape[1 if t else 0] for p, t in zip(one.paths, one.turned, strict=True)]
 
 
 def _rows(one: Panels, state: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the rows of a weight as its parameters have them, in float32 where those are int8."""
+    """Return the rows of a weight from its parameters, in float32 if these are int8."""
     parts = [_dense(state[p], t) for p, t in zip(one.paths, one.turned, strict=True)]
     return torch.cat(parts)
 

@@ -1,7 +1,7 @@
-"""Panels: packed GEMM weights of a saved file, which are multiplied by where they are mapped.
+"""Panels: packed GEMM weights of a saved file, used in place in the mapped file.
 
-In: a file's entries, what JSON says of its panels. Out: parameters that packed weights over the
-mapped file stand for; or plain ones, where the panels are for other processors::
+In: a file's entries and the JSON description of its panels. Out: packed parameters over the mapped
+file; or plain ones, if the panels are for other processors::
 
     open_panels(entries, described, state, native)["q.weight"]    ->  a PackedParameter
 """
@@ -25,16 +25,17 @@ def open_panels(
     entries: Mapping[str, Any], described: Sequence[Mapping[str, Any]],
     state: Mapping[str, Mapping[str, Any]], native: ctypes.CDLL, held: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Return the parameters that a file has as panels, by their first names.
+    """Return the parameters that a file stores as panels, by their first names.
 
-    state: what JSON says of them. held: the file's tensors beside those, scales of int8 among them.
-    Raises SavedFileError where the panels are not as they were written.
+    state: their JSON descriptions.
+    held: the file's other tensors, including scales of int8 weights. Raises SavedFileError if the
+    panels are inconsistent.
     """
     found: dict[str, torch.Tensor] = {}
     for one in described:
         try:
             weight = _open(entries, one, native)
-            if one["scale"] is not None:  # int8 has to stay what it is
+            if one["scale"] is not None:  # int8 must remain int8
                 if not isinstance(weight, PackedWeight):
                     weight = PackedWeight.of(native, [weight], one["gated"])
                 weight.scale = held[one["scale"]]
@@ -57,7 +58,8 @@ def open_panels(
 def _open(
     entries: Mapping[str, Any], one: Mapping[str, Any], native: ctypes.CDLL
 ) -> PackedWeight | torch.Tensor:
-    """Return a weight over mapped panels of this processor's layout, or unpacked from others."""
+    """Return a weight over mapped panels if they have this processor's layout; otherwise unpack
+    it."""
     dtype, rows, depth = DTYPES[one["dtype"]], sum(one["rows"]), one["depth"]
     own = PanelLayout.of(native, dtype)
     places = [(*place[:3], PanelLayout(*place[3:])) for place in one["places"]]

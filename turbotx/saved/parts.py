@@ -1,7 +1,7 @@
-"""Parts: what of an optimized model has programs of its own: its calls with a cache, its encoder.
+"""Parts: the parts of an optimized model with their own programs: calls with a cache, an encoder.
 
-In: an engine. Out: its parts, with the way from a program's parameters to the model's; and of a
-decoder what a process needs to generate with it::
+In: an engine. Out: its parts, with the mapping from a program's parameter paths to the model's;
+and, for a decoder, the description needed to generate with it::
 
     find_parts(engine)        ->  SavedPart("", ...), SavedPart("steps", ...)
     describe_decoder(engine)  ->  {"class": "...:GPT2LMHeadModel", "config": {...}, ...}
@@ -20,21 +20,24 @@ from turbotx.engine.variant import Variant
 
 @dataclass(frozen=True)
 class SavedPart:
-    """name: "" for the model's own calls, "steps" for those with a cache, "encoder". owner: the
-    path of the module that the engine runs."""
+    """A part of a model.
+
+    name: "" for the model's own calls, "steps" for those with a cache, "encoder".
+    owner: the path of the module that the engine runs.
+    """
 
     name: str
     engine: Any
     owner: str = ""
 
     def path_of(self, path: str) -> str:
-        """Return a parameter's path in the model, of its path in the part."""
+        """Return a parameter's path in the model, given its path in the part."""
         if self.name == "steps":
             return path.removeprefix("model.")
         return f"{self.owner}.{path}" if self.owner else path
 
     def describe(self, variant: Variant) -> dict[str, Any]:
-        """Return what a file keeps of a program besides what every program has."""
+        """Return the fields that a file stores for a program of this part in addition."""
         if not self.name:
             return {}
         stepping = self.engine.find_stepping(variant) if self.name == "steps" else ()
@@ -42,7 +45,7 @@ class SavedPart:
 
 
 def find_parts(engine: Engine) -> list[SavedPart]:
-    """Return the model itself, and those of its parts that are saved with it."""
+    """Return the model itself, and the parts of it that are saved with it."""
     found = [SavedPart("", engine)]
     steps, encoder = engine.parts.get("steps"), engine.parts.get("encoder")
     if steps is not None:
@@ -55,7 +58,7 @@ def find_parts(engine: Engine) -> list[SavedPart]:
 
 
 def describe_decoder(engine: Engine) -> dict[str, Any] | None:
-    """Return what generation needs to know of a model; None where nothing ran with a cache."""
+    """Return the description of a model for generation; None if no call used a cache."""
     steps = engine.parts.get("steps")
     if steps is None or not steps.shapes:
         return None

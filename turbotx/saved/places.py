@@ -1,6 +1,6 @@
-"""Places: on which device a saved file's programs run, and which of its targets that takes.
+"""Places: the device on which a saved file's programs run, and the target to load for it.
 
-In: the targets of a file, what the caller asked for. Out: a device with the one that fits best;
+In: the targets of a file, and the requested device. Out: the device with the best matching target;
 or an error that says what the file has::
 
     choose_target(["cpu", "sm_80", "sm_90"], "sm_89")  ->  "sm_80"
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def choose_target(targets: Iterable[str], device: str) -> str | None:
-    """Return the target whose cubins run best on a device; None where none do."""
+    """Return the best target whose cubins run on a device; None if there is none."""
     wanted = _capability(device)
     fitting = [t for t in targets if t != "cpu" and _runs_on(_capability(t), wanted)]
     return max(fitting, key=_capability, default=None)
@@ -42,11 +42,10 @@ def _capability(target: str) -> tuple[int, int]:
 def open_place(
     path: Any, manifest: Mapping[str, Any], weights: Any, device: str | torch.device | None
 ) -> tuple[str, Device | None]:
-    """Return the target to load, and its GPU; None for the CPU.
+    """Return the target to load and its GPU, None for the CPU.
 
-    By default that is where a module that gives the weights lies, or else the CPU where the file
-    has a program for it, or else the current GPU. Raises SavedFileError where it holds no program
-    for this machine.
+    The default device is that of a module given as weights, else the CPU if the file has a program
+    for it, else the current GPU. Raises SavedFileError if the file has no program for this machine.
     """
     targets: Sequence[str] = manifest.get("targets", ["cpu"])
     place = torch.device(device) if device is not None else _default_place(targets, weights)

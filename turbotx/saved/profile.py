@@ -1,7 +1,7 @@
-"""Profile of a saved model: the time of every launch, by the names that the file has for them.
+"""Profile of a saved model: the time of every launch, by its name in the file.
 
 In: a module of `turbotx.load` and one call's inputs. Out: a `Profile` without bytes and operations,
-which only a model's graph tells, and the sizes by name::
+which require the model's graph, and the sizes by name::
 
     profile_saved(model, (), {"input_ids": ids}, runs=30)  ->  Profile(...), {"batch": 2, "seq": 16}
 """
@@ -23,7 +23,7 @@ _UNKNOWN = TrafficEntry(0, 0, 0, "", "", 0, "")
 def profile_saved(
     model: SavedModule, args: tuple[Any, ...], kwargs: Mapping[str, Any], runs: int
 ) -> tuple[Profile, dict[str, int]]:
-    """Return medians over `runs` runs; no other thread may call the model during them."""
+    """Return medians over `runs` runs; no other thread may call the model meanwhile."""
     call, binding = model.find_call(args, dict(kwargs))
     launches = [
         LaunchEntry(

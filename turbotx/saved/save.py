@@ -1,10 +1,10 @@
-"""Save: what an optimized model has compiled so far becomes one file (docs/saving.md).
+"""Save: writes everything that an optimized model has compiled to one file (docs/saving.md).
 
-In: something that `optimize` made, called at least once. Out: a file with every compiled call:
+In: an object that `optimize` made, called at least once. Out: a file with every compiled call:
 launches, plan tables, kernels as machine code and as C++, and the weights::
 
     turbotx.save(fast, "model.ttx")
-    turbotx.save(fast, "program.ttx", weights=False)    # to be given weights when it is loaded
+    turbotx.save(fast, "program.ttx", weights=False)    # weights are given when it is loaded
     turbotx.save(fast, "model.ttx", targets=["cpu", "sm_90"])
 """
 
@@ -58,21 +58,24 @@ def save(
     targets: Sequence[str] | None = None, panels: Sequence[str] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> None:  # fmt: skip
-    """Write every call that `optimized` has compiled so far, as its model is now, to one file.
+    """Write every call that `optimized` has compiled for the model in its current state to one
+    file.
 
-    weights: also write the model's parameters and buffers, without a copy of them; without them
-    `turbotx.load` is given them. Buffers that are no part of the state dict are always written.
-    targets: what to write programs for, "cpu" or GPUs as "sm_90", which need not be here; by
-    default where the calls ran. Kernels for a GPU are compiled for every shape, which takes about
-    half a second each (needs Triton). panels: instruction sets, as "native" or "avx512_bf16", for
-    which GEMM weights are written packed, in the place of the parameters that they hold: loading
-    maps them, and they cannot be changed then (docs/saving.md); "native" by default for a model
-    that was optimized with keep_weights=False or is quantised, whose file then has no floats of
-    its int8 weights, and none where a target is a GPU. progress: is called after each kernel, with
-    how many are done, of how many, and its name; without it a terminal shows them.
+    weights: also write the model's parameters and buffers, without copying them first; otherwise
+    they must be given to `turbotx.load`. Buffers that are not in the state dict are always written.
+    targets: what to write programs for: "cpu", or GPUs such as "sm_90", which need not be present;
+    by default where the calls ran. GPU kernels are compiled for every shape, about half a second
+    each (needs Triton).
+    panels: instruction sets, such as "native" or "avx512_bf16", for which GEMM weights are written
+    packed instead of the parameters that they contain: loading maps them, and they are then
+    immutable (docs/saving.md). The default is "native" for a model optimized with
+    keep_weights=False or quantised, whose file then has no floats of its int8 weights; otherwise,
+    or if a target is a GPU, none.
+    progress: called after each kernel with the number done, the total and its name; by default
+    progress is shown on a terminal.
 
-    Raises SaveError where nothing was compiled yet, or the model cannot be saved; OSError where the
-    file cannot be written.
+    Raises SaveError if nothing was compiled yet or the model cannot be saved; OSError if the file
+    cannot be written.
     """
     engine = engine_of(optimized)
     variants = _find_variants(engine)
@@ -114,16 +117,16 @@ def save(
 
 
 def _compile_for(engine: Engine, variant: Variant, target: str) -> Compiled:
-    """Return a variant compiled for a target: what has run, where it is that one."""
+    """Return a variant compiled for a target; the existing one if it is for that target."""
     if target == _target_of(variant.compiled):
         return variant.compiled
     return engine.compile(variant.compiled.captured, target)
 
 
 def _find_variants(engine: Engine) -> list[tuple[SavedPart, Any, Variant]]:
-    """Return every call that is saved, by its part and signature; SaveError where there is none."""
-    # Those of a state that the model has left would be taken for its own, and what was compiled for
-    # parameters of another dtype or layout serves no call any more.
+    """Return every call to save, with its part and signature; raise SaveError if there is none."""
+    # Captures of an earlier state of the model would be mistaken for its current state; those for
+    # parameters of another dtype or layout serve no call any more.
     found = [
         (part, key, variant)
         for part in find_parts(engine)
@@ -144,7 +147,7 @@ def _target_of(compiled: Compiled) -> str:
 
 
 def check_target(target: str) -> str:
-    """Return a target that programs run on; raise SaveError for others."""
+    """Return a supported target; raise SaveError for others."""
     number = target.removeprefix("sm_")
     if target == "cpu" or (number != target and number.isdigit() and int(number) >= 80):
         return target
@@ -164,8 +167,11 @@ class _Writer:
         self._variants: dict[str, Variants] = {}
 
     def add(self, number: int, said: dict[str, Any], target: str, compiled: Compiled) -> None:
-        """Add a call, of a number, compiled for a target; said: its signature as "call", and what
-        is kept of it as it is."""
+        """Add a call compiled for a target.
+
+        number: of the call.
+        said: its signature as "call", and fields that are stored unchanged.
+        """
         call = _describe_call(said["call"])
         shared = {**said, "target": target, "variant": number, "call": call}
         if target == "cpu":
@@ -191,7 +197,7 @@ class _Writer:
         return names
 
     def build(self, progress: Callable[[int, int, str], None] | None) -> None:
-        """Compile every kernel of every target, in parallel, what is kept on disk excepted."""
+        """Compile all kernels of all targets in parallel, except those cached on disk."""
         jobs = [
             job
             for variants in self._variants.values()
@@ -218,7 +224,7 @@ class _Writer:
 def _kernels_of(compiled: Compiled) -> dict[str, tuple[bytes, Mapping[str, str]]]:
     """Return machine code and sources by library: the generated kernels', and the runtime's.
 
-    The runtime's source is turbotx's own, and not in the file.
+    The runtime's source is turbotx's own and not stored.
     """
     runtime = compiled.program.runtime
     assert isinstance(runtime, CpuRuntime)
@@ -237,7 +243,7 @@ def _kernels_of(compiled: Compiled) -> dict[str, tuple[bytes, Mapping[str, str]]
 
 
 def _describe_call(key: Any) -> dict[str, Any]:
-    """Return a call's signature: its arguments' structure, dtypes and ranks, and constants."""
+    """Return a call's signature as JSON: its arguments' structure, dtypes, ranks, and constants."""
     spec, described, _ = key
     tensors: list[list[Any]] = []
     tree: list[Any] = []
@@ -267,7 +273,7 @@ def _weight_entries(
     described: Sequence[Mapping[str, Any]], state: Mapping[str, torch.Tensor],
     panels: Sequence[str] | None,
 ) -> tuple[dict[str, bytes | Stream], dict[str, torch.Tensor]]:  # fmt: skip
-    """Return the entries of a state's tensors, packed or as they are, and the scales of int8."""
+    """Return the entries for a state's tensors, packed or plain, and the scales of int8 ones."""
     first_names = {one["name"]: one["tied_to"] for one in described}
     own = {name: state[name] for name in dict.fromkeys(first_names.values())}
     entries: dict[str, bytes | Stream] = {}
@@ -308,7 +314,7 @@ def _weight_entries(
 def _split_weights(
     model: nn.Module, variants: list[tuple[SavedPart, Variant]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the state dict's tensors, and those that programs need and it does not have."""
+    """Return the tensors of the state dict, and those that programs need besides."""
     state = {
         k: v if isinstance(v, PackedParameter) else v.detach()
         for k, v in model.state_dict(keep_vars=True).items()

@@ -1,7 +1,7 @@
-"""Saved call: one program of a saved file, and which calls it serves.
+"""Saved call: one program of a saved file, and the calls that it serves.
 
-In: a call's tensors, bound to a shape. Out: the leaves of its output, and how decisions by values
-came out where that is not what the program was saved for::
+In: a call's tensors, bound to a shape. Out: the leaves of its output, and the outcomes of its
+decisions on values if they differ from what the program assumes::
 
     call.run(binding, [ids, mask])  ->  [last_hidden_state, ...], ()
 """
@@ -28,9 +28,10 @@ from turbotx.saved.gpu_kernels import NoVariantError
 class SavedCall:
     """A program, and the calls that it serves.
 
-    floats, ambient, asked: the numbers and the state of PyTorch that it was traced with. decisions:
-    what it assumes of values. out: how the leaves of its output are nested, as JSON. stepping: the
-    dims, by place, that grow with every step of a decoder.
+    floats, ambient, asked: the numbers and the PyTorch state with which it was traced.
+    decisions: what it assumes of tensor values.
+    out: the nesting of its output's leaves, as JSON.
+    stepping: the indices of the dims that grow with every step of a decoder.
     """
 
     program: Program
@@ -43,9 +44,8 @@ class SavedCall:
     stepping: tuple[int, ...] = ()
 
     def run(self, binding: Binding, tensors: list[torch.Tensor]) -> tuple[list[Any], Outcomes]:
-        """Return the leaves of the output, and () or how its decisions by values come out where
-        that is not what was assumed. Raises SavedFileError where a launch of the file cannot
-        run."""
+        """Return the leaves of the output, and () or the outcomes of its decisions if they differ
+        from those assumed. Raises SavedFileError if a launch of the file cannot run."""
         try:
             with torch.no_grad():
                 leaves = self.program.run(binding, tensors)

@@ -1,7 +1,7 @@
-"""Tensor file: tensors by name in safetensors' format, written as a stream, mapped to be read.
+"""Tensor file: tensors by name in safetensors' format, written as a stream, read by mapping.
 
-In: tensors. Out: a stream of their bytes, one tensor in memory at a time where they are given as
-functions; and tensors over the bytes of such a file, which copy nothing::
+In: tensors. Out: a stream of their bytes, with one tensor in memory at a time; and tensors over the
+bytes of such a file, without copies::
 
     stream = tensor_stream({"weight": tensor})
     read_tensors(mapped)  ->  {"weight": tensor}
@@ -30,13 +30,14 @@ NAMES = {
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 ALIGNMENT = 64
-"""In bytes: what kernels may take for granted of a tensor."""
+"""Alignment of tensors in bytes, which kernels may rely on."""
 
 
 def tensor_stream(tensors: Mapping[str, torch.Tensor]) -> Stream:
-    """Return a file of tensors; each is brought to the CPU and made dense as it is written.
+    """Return a file of tensors as a stream; each is copied to the CPU and made contiguous when
+    written.
 
-    Raises SaveError for a dtype that the format does not have.
+    Raises SaveError for a dtype that the format does not support.
     """
     header: dict[str, Any] = {}
     at = 0
@@ -60,13 +61,13 @@ def tensor_stream(tensors: Mapping[str, torch.Tensor]) -> Stream:
 
 
 def _by_alignment(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors in an order in which each begins at a multiple of its element's size."""
+    """Return tensors in an order that aligns each to its element size."""
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     return {name: tensors[name] for name in order}
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return a tensor's elements in order; its own memory where it is dense and on the CPU."""
+    """Return a tensor's elements in order, without a copy if it is contiguous and on the CPU."""
     plain = tensor.unpacked() if isinstance(tensor, PackedParameter) else tensor
     dense = plain.detach().cpu().contiguous().view(-1)
     elements: Any = dense.view(torch.uint8).numpy()
@@ -74,7 +75,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def read_tensors(data: memoryview) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file, over its bytes; raise SavedFileError where it is none."""
+    """Return the tensors of a file over its bytes; raise SavedFileError if it is malformed."""
     if not len(data):
         return {}
     try:
@@ -95,8 +96,8 @@ def _read(
 def tensor_over(
     data: memoryview, dtype: torch.dtype, shape: list[int], begin: int, end: int
 ) -> torch.Tensor:
-    """Return a tensor over some bytes; a copy where they lie at no multiple of its elements. Raises
-    ValueError where the number of bytes does not fit."""
+    """Return a tensor over a range of bytes; a copy if they are not aligned. Raises ValueError if
+    the number of bytes is wrong."""
     count = prod(shape)
     if end - begin != count * dtype.itemsize or not 0 <= begin <= end <= len(data):
         raise ValueError(f"{end - begin} bytes for {dtype} {shape}")

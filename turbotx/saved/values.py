@@ -1,7 +1,7 @@
-"""Values: what stands in a saved program's JSON, and how it is read back.
+"""Values: the plain values in a saved program's JSON, and their decoding.
 
-In: dtypes, constants, nested inputs and outputs. Out: plain JSON, and the same again; texts of
-sizes are checked to be arithmetic before they are compiled::
+In: dtypes, constants, nested inputs and outputs. Out: plain JSON, and the same values again; texts
+of sizes are checked to be arithmetic before they are compiled::
 
     encode_tree((Leaf(0), {"past": None}))  ->  {"tuple": [{"leaf": 0}, {"dict": [["past", ...]]}]}
     check_texts(["4 * seq + 32"], ["batch", "seq"])
@@ -25,15 +25,15 @@ from turbotx.ir.size_functions import PYTHON_NAMES
 
 @dataclass(frozen=True)
 class Leaf:
-    """A place in a nested value that a tensor, a size or a constant takes."""
+    """A leaf in a nested value: a tensor, size or constant, by index."""
 
     index: int
 
 
 class SavedOutput(OrderedDict[str, Any]):
-    """What a model's own output class becomes where its package is not imported.
+    """Replaces a model's own output class if its package is not imported.
 
-    Entries by name, by attribute and, as in a tuple, by number.
+    Entries can be accessed by name, by attribute and, as in a tuple, by index.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -71,8 +71,7 @@ def encode_constant(value: Any) -> Any:
 
 
 def decode_constant(value: Any) -> Any:
-    """Return what `encode_constant` was given; raise SavedFileError for a name that PyTorch does
-    not have."""
+    """Return the constant that was encoded; raise SavedFileError for a name that PyTorch lacks."""
     if not isinstance(value, dict):
         return value
     ((kind, text),) = value.items()
@@ -87,18 +86,19 @@ def decode_constant(value: Any) -> Any:
     return found
 
 
-# --- the state around a call ---
+# --- ambient state ---
 
 
 def encode_ambient(ambient: Sequence[Any], asked: Sequence[int]) -> dict[str, Any]:
-    """Return what a trace was made in as JSON; asked: what its Python code asked for, by place."""
+    """Return the ambient state of a trace as JSON. asked: the indices of what its Python code
+    read."""
     autocast, dtype, modes, *rest = ambient
     on = [[device, encode_constant(kind)] for device, kind in autocast]
     return {"state": [on, encode_constant(dtype), list(modes), *rest], "asked": list(asked)}
 
 
 def decode_ambient(value: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """Return the state and the places in it that were asked for."""
+    """Return the ambient state, and the indices of what was read."""
     autocast, dtype, modes, *rest = value["state"]
     on = tuple((device, decode_constant(kind)) for device, kind in autocast)
     return (on, decode_constant(dtype), tuple(modes), *rest), tuple(value["asked"])
@@ -137,7 +137,7 @@ def _place(cls: type) -> str:
 
 
 def decode_tree(value: Mapping[str, Any], leaves: Callable[[int], Any]) -> Any:
-    """Return the nested value again, `leaves(k)` in the place of each leaf."""
+    """Return the nested value, with `leaves(k)` in place of leaf k."""
     if "leaf" in value:
         return leaves(value["leaf"])
     if "constant" in value:
@@ -159,7 +159,7 @@ def decode_tree(value: Mapping[str, Any], leaves: Callable[[int], Any]) -> Any:
 
 
 def _imported(place: str) -> Any:
-    """Return a class whose module the process has imported anyway; None where it has not."""
+    """Return a class if its module is already imported; otherwise None."""
     module, _, name = place.partition(":")
     found: Any = sys.modules.get(module)
     for part in name.split("."):
@@ -177,7 +177,7 @@ _ARITHMETIC = (
 
 
 def check_texts(texts: Sequence[str], dims: Sequence[str]) -> None:
-    """Raise SavedFileError for a text that is no arithmetic on the dims."""
+    """Raise SavedFileError for a text that is not arithmetic on the dims."""
     for text in texts:
         try:
             tree = ast.parse(text, mode="eval")

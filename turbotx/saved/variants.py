@@ -1,8 +1,8 @@
-"""Variants: every kernel that any shape can ask of a GPU program, found before it is saved.
+"""Variants: finds, before saving, every kernel that a GPU program can need at any shape.
 
-In: a compiled family and what decides over its variants. Out: a `SavedFamily` with a row for each
-combination that can occur. Sizes that decide take one value of each range, multiples of 16 or not;
-the family itself says what it would queue, on a grid that remembers how it was computed::
+In: a compiled family and what decides between its variants. Out: a `SavedFamily` with a row for
+each possible combination. Deciding sizes take one value per range, multiples of 16 or not; the
+family itself returns what it would launch, on a grid that records its computation::
 
     pick({length: 1024, seq: 17})  ->  fused_softmax_0 by tiles of 1024, on "-(-s3 // 2)" programs
 """
@@ -27,15 +27,15 @@ from turbotx.runtime.cuda.settings import assume_tf32
 from turbotx.runtime.cuda.variants import LARGE
 from turbotx.saved.families import ALIGNED, SavedFamily, TableDeciders, make_key
 
-# Remainders of all dims that are tried before every combination is taken for possible.
+# With more combinations of remainders of all dims than this, every mask counts as possible.
 MOST_REMAINDERS = 1 << 18
-# What a size that decides nothing has while a family is asked.
+# The value of sizes that decide nothing, while a family is queried.
 SOME = 3
 
 
 class Variants:
-    """The kernels of one target's programs, each once. needed: by whether it is built ahead:
-    what only counts in 64 bits is kept as source."""
+    """The kernels of one target's programs, without duplicates. needed: for each, whether it is
+    built ahead; kernels only for 64-bit sizes are stored as source."""
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
@@ -44,8 +44,8 @@ class Variants:
         self._by_object: dict[int, tuple[Job, int]] = {}
 
     def number(self, job: Job, wide: bool) -> int:
-        """Return a job's place among the kernels of the file; wide: it is picked only for sizes
-        that need 64 bits, so that its source is enough."""
+        """Return a job's index among the file's kernels. wide: it is only used for sizes that need
+        64 bits, so its source suffices."""
         found = self._by_object.get(id(job))
         if found is None:
             number = self._numbers.setdefault(job.digest(), len(self.jobs))
@@ -58,7 +58,7 @@ class Variants:
 
 
 class _Traced(int):
-    """A size that remembers, through a grid's arithmetic, how a number was made of it."""
+    """A size that records, through a grid's arithmetic, how a number was computed from it."""
 
     text: str
     places: frozenset[int]
@@ -76,7 +76,7 @@ class _Traced(int):
         return self.make(value, f"({sides[0]} {sign} {sides[1]})", places)
 
     def bounded(self, size: int, least: int, *most: int) -> _Traced:
-        """Return what `ir.size_functions.bounded` does."""
+        """As `ir.size_functions.bounded`."""
         given = (size, *most)
         places = frozenset[int]().union(*(x.places for x in given if isinstance(x, _Traced)))
         texts = ", ".join(x.text if isinstance(x, _Traced) else str(int(x)) for x in given)
@@ -109,7 +109,7 @@ class _Traced(int):
 
 
 class _ProgramSizes:
-    """A program's sizes by place, where most may be anything."""
+    """A program's sizes by index, most of them arbitrary."""
 
     def __init__(self, constants: Mapping[int, int], given: Mapping[int, int], traced: bool):
         self._constants, self._given, self._traced = constants, given, traced
@@ -131,7 +131,7 @@ class Tabulator:
         self._adapted: dict[int, tuple[Job, Job]] = {}
 
     def tabulate(self, family: Compiling) -> SavedFamily:
-        """Return a family as a table; raise SaveError where it does not answer as the family."""
+        """Return a family as a table; raise SaveError if the table would answer differently."""
         by, even, large = self._deciders(family)
         masks = self._masks(even)
         asked: dict[str, tuple[Any, bool]] = {}
@@ -155,7 +155,8 @@ class Tabulator:
         return table.finish()
 
     def _adapt(self, job: Job) -> Job:
-        """Return a job as it is built; the same object for the same, which rows know it by."""
+        """Return a job as it is built; equal objects for equal jobs, since rows identify them by
+        object."""
         if id(job) not in self._adapted:
             self._adapted[id(job)] = job, self._kernels.adapt(job)
         return self._adapted[id(job)][1]
@@ -163,7 +164,7 @@ class Tabulator:
     def _deciders(
         self, family: Compiling
     ) -> tuple[list[tuple[int, list[int]]], list[int], list[int]]:
-        """Return what can decide, each size once: constants do not."""
+        """Return the sizes that decide, without duplicates and constants."""
         found, bounds = family.deciders, dict[int, set[int]]()
         for place, most in found.by:
             if place not in self._constants:
@@ -175,7 +176,7 @@ class Tabulator:
         return [(k, sorted(most)) for k, most in bounds.items()], even, large
 
     def _serves(self, family: Compiling, given: Mapping[int, int]) -> bool:
-        """Return whether the program serves calls of this many tokens at all."""
+        """Return whether the program serves calls with this many tokens."""
         served = self._executable.token_range
         if served is None or not isinstance(family, GemmFamily) or family.tokens not in given:
             return True
@@ -186,12 +187,12 @@ class Tabulator:
         self, by: Sequence[tuple[int, Sequence[int]]], ranges: Sequence[int],
         even: Sequence[int], mask: int, large: Sequence[int], wide: bool,
     ) -> dict[int, int] | None:  # fmt: skip
-        """Return sizes that decide this way; None where there are none."""
+        """Return sizes that lead to this row; None if there are none."""
         multiple = {place: bool(mask >> bit & 1) for bit, place in enumerate(even)}
         given = {place: 16 if yes else 17 for place, yes in multiple.items()}
         for (place, most), k in zip(by, ranges, strict=True):
             least, open_ended = most[k - 1] + 1 if k else 0, k + 1 == len(most)
-            # The last range has no end: its least value makes nothing else too large.
+            # The last range is unbounded: its least value keeps other sizes small.
             value = least if open_ended and k else most[k]
             if place in multiple and multiple[place] != (value % ALIGNED == 0):
                 down = value // ALIGNED * ALIGNED if multiple[place] else value - 1
@@ -212,7 +213,7 @@ class Tabulator:
         return given
 
     def _masks(self, even: Sequence[int]) -> list[int]:
-        """Return which of some sizes can be multiples of 16 together, one bit each."""
+        """Return which of the sizes can be multiples of 16 at the same time, as bit masks."""
         sizes = [self._sizes[k] for k in even]
         names = sorted({s.name for e in sizes for s in e.free_symbols})
         period = ALIGNED * math.lcm(1, *(_divisor(e) for e in sizes))
@@ -228,7 +229,7 @@ class Tabulator:
 
 
 def _divisor(size: Expr) -> int:
-    """Return a number such that what a size rounds or takes the rest of repeats with it."""
+    """Return a number with which all floor divisions and remainders in a size are periodic."""
     found = 1
     for node in sympy.preorder_traversal(size):
         if len(node.args) == 2 and type(node).__name__ in ("FloorDiv", "Mod", "PythonMod"):
@@ -238,7 +239,7 @@ def _divisor(size: Expr) -> int:
 
 
 class _Table:
-    """Collects rows; equal choices and grids are kept once."""
+    """Collects rows; equal choices and grids are stored once."""
 
     def __init__(self, decision: TableDeciders, variants: Variants) -> None:
         self._decision, self._variants = decision, variants
@@ -263,7 +264,7 @@ class _Table:
         return self._grids.setdefault((tuple(places), texts), len(self._grids))
 
     def finish(self) -> SavedFamily:
-        """Return the table, without TF32 where that makes no difference."""
+        """Return the table, without TF32 if that makes no difference."""
         rows = self._rows
         plain = {k: c for k, c in rows.items() if k[0] == "0"}
         tf32 = any(rows["1" + k[1:]] != c for k, c in plain.items())
@@ -278,7 +279,7 @@ def check_table(
     family: Compiling, saved: SavedFamily, adapt: Callable[[Any], Job],
     sizes: Iterator[Sequence[int]],
 ) -> None:  # fmt: skip
-    """Raise SaveError where a table does not say what its family says, at some sizes."""
+    """Raise SaveError if a table's answer differs from its family's at one of these sizes."""
     for values in sizes:
         for tf32 in (False, True):
             with assume_tf32(tf32):

@@ -1,9 +1,9 @@
-"""Verify a saved file: its outputs beside those of the model that it was saved from, in float64.
+"""Verify a saved file: compares its outputs with the original model's, in float64.
 
 In: a module of `turbotx.load`, the model, one call's inputs. Out: the error of every output::
 
     verify_saved(load("model.ttx"), engine_of(model), (), {"input_ids": ids})
-        ->  {"batch": 2, "seq": 16}, Numerics(launches=(), outputs=(Error("output 0", ...), ...))
+      ->  {"batch": 2, "seq": 16}, Numerics(launches=(), outputs=(Error("output 0", ...), ...))
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from turbotx.saved.load import SavedModule
 def verify_saved(
     saved: SavedModule, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[dict[str, int], Numerics]:
-    """Return the dims of a call and the errors of its outputs, by the rule for outputs, or how
-    alike they are where the file is quantised.
+    """Return the dims of a call and the errors of its outputs, or their similarity if the file is
+    quantised.
 
-    Raises InputError where the file has no such call, or holds other weights than the model.
+    Raises InputError if the file has no such call, or holds other weights than the model.
     """
     _compare_weights(saved, engine.model)
     call, binding = saved.find_call(args, dict(kwargs))
@@ -49,7 +49,7 @@ def _compare_weights(saved: SavedModule, model: torch.nn.Module) -> None:
 
 
 def _is_same(own: torch.Tensor, saved: torch.Tensor) -> bool:
-    """Return whether a model's tensor is that of a file, or what it has as int8."""
+    """Return whether a model's tensor equals that of a file, or its int8 form there."""
     if not isinstance(saved, PackedParameter):
         return torch.equal(own, saved)
     weight, rows = saved.weight, own.t() if saved.turned else own

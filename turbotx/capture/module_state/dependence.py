@@ -1,7 +1,7 @@
 """Dependence: whether a tensor under a trace was computed from the values of the inputs.
 
-In: a tensor under a trace, and the call's tensors. Out: False for what follows from sizes,
-constants and parameters alone, as a cached mask does, which every later call would find the same::
+In: a tensor under a trace, and the call's tensors. Out: False if it follows from sizes, constants
+and parameters alone, as a cached mask does; every later call would compute the same::
 
     depends_on_values(torch.ones(x.shape[1]).tril(), [x])  ->  False
     depends_on_values(x * 2, [x])                          ->  True
@@ -20,8 +20,8 @@ _SIZES = ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")
 
 
 def depends_on_values(value: torch.Tensor, inputs: Iterable[torch.Tensor]) -> bool:
-    """Return whether `value` is computed from what `inputs` hold; True where a trace does not
-    say."""
+    """Return whether `value` is computed from the contents of `inputs`; True if the trace cannot
+    tell."""
     node = _node_of(value)
     if node is None:
         return True
@@ -39,7 +39,8 @@ def depends_on_values(value: torch.Tensor, inputs: Iterable[torch.Tensor]) -> bo
 
 
 def _node_of(tensor: torch.Tensor) -> fx.Node | None:
-    """Return what computes a tensor in the graph being traced; PyTorch has no public way."""
+    """Return the node that computes a tensor in the graph being traced; PyTorch has no public API
+    for it."""
     mode: Any = getattr(proxy_tensor, "get_proxy_mode", lambda: None)()
     find: Any = getattr(proxy_tensor, "get_proxy_slot", None)
     if mode is None or find is None:

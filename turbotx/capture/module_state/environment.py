@@ -1,7 +1,7 @@
-"""Environment: which variables of the process's environment the code under a trace asks for.
+"""Environment: the environment variables that the code under a trace reads.
 
-In: a model's code, traced while this is entered. Out: places of what it asked for by `os.environ`
-or `os.getenv`, each looked at before every call as an attribute is::
+In: a model's code, traced in this context. Out: places of the variables that it read by
+`os.environ` or `os.getenv`, each checked before every call like an attribute::
 
     with watch_environment() as asked:
         os.environ.get("FLASH")  ->  asked == {"FLASH": ItemPlace(..., "the environment's FLASH")}
@@ -22,14 +22,14 @@ from turbotx.capture.module_state.places import ItemPlace
 from turbotx.capture.module_state.values import is_library
 
 _WAYS = frozenset(("os", "_collections_abc", "collections.abc"))
-"""Modules that code asks through."""
+"""Modules through which code reads the environment."""
 
 
 @contextmanager
 def watch_environment() -> Iterator[dict[str, ItemPlace]]:
     """Context manager: record which environment variables user code in this thread reads."""
     environ: Any = os.environ
-    held = getattr(environ, "_data", None)  # private, the same in every CPython from 3.10 on
+    held = getattr(environ, "_data", None)  # # private, the same in every CPython from 3.10 on
     asked: dict[str, ItemPlace] = {}
     if not isinstance(held, dict):
         yield asked

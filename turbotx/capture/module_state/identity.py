@@ -1,12 +1,12 @@
 """Identity: while tracing, a module's stand-in compares and hashes equal to the user's module.
 
-In: what gives the user's own module for one that the traced code meets. Out: tables that are keyed
-by modules, and sets of them, are found to hold the same as in eager::
+In: a function that returns the user's module for a stand-in met by the traced code. Out: dicts and
+sets keyed by modules work as in eager mode::
 
     with equal_to(recorder.find_known):
-        SCALES.get(self)        # by the user's module, though `self` is a copy
+        SCALES.get(self)        # finds the user's module, though `self` is a copy
 
-`is` and `id` still tell them apart.
+`is` and `id` still distinguish them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import nn
 
 @contextmanager
 def equal_to(find_own: Callable[[Any], Any]) -> Iterator[None]:
-    """Meanwhile compare modules in this thread by what `find_own` gives, unless a class of the
-    user's says itself how. It must hash no module itself: PyTorch keeps what stands for a module in
-    tables that are keyed by it."""
+    """Context manager: compare modules in this thread by the result of `find_own`, unless their
+    class defines its own comparison. `find_own` must not hash a module: PyTorch's tables of
+    stand-ins are keyed by modules."""
     owner, cls = threading.get_ident(), nn.Module
     saved = {n: vars(cls)[n] for n in ("__eq__", "__hash__") if n in vars(cls)}
     equal, own_hash = cls.__eq__, cls.__hash__

@@ -1,8 +1,8 @@
 """Names: the globals and closure cells that functions refer to, found in their bytecode.
 
-In: functions that run under a trace. Out: where each name's value lies (a module's globals, a
-closure's cell, a class) and the functions in turn that they call, of code that is the user's or a
-library's of models; PyTorch's and Python's own is taken as it is::
+In: functions that run under a trace. Out: the location of each name's value (a module's globals, a
+closure cell, a class), and in turn the functions that they call, in the user's code and in model
+libraries; the code of PyTorch and Python is skipped::
 
     find_names([Encoder.forward])  ->  places of "EPS", "ACT2FN", "helper", helper's own ...
 
@@ -33,11 +33,11 @@ from turbotx.capture.module_state.places import (
 from turbotx.capture.module_state.values import MISSING, is_library, is_watchable
 
 MAX_FUNCTIONS = 2000
-"""Functions that are looked into for one model."""
+"""The most functions analyzed for one model."""
 _GLOBAL = frozenset(("LOAD_GLOBAL", "LOAD_NAME"))
 _ATTRIBUTE = frozenset(("LOAD_ATTR", "LOAD_METHOD"))
 _CLASS = frozenset(("type", "__class__", "cls"))
-"""Names by which code asks the class of an object, whose attributes it then reads unnoted."""
+"""Names by which code gets an object's class, whose attributes it then reads unrecorded."""
 _UNCALLED = frozenset(
     f"__{name}__"
     for name in (
@@ -45,7 +45,7 @@ _UNCALLED = frozenset(
         "setstate", "copy", "deepcopy", "init_subclass", "class_getitem",
     )
 )  # fmt: skip
-"""What Python calls by itself only to show, copy, keep or derive something."""
+"""Methods that Python calls only to print, copy, pickle or subclass."""
 
 
 def find_names(
@@ -62,7 +62,7 @@ def find_names(
 
 
 class Names:
-    """What functions refer to, as far as they were looked into."""
+    """What the functions analyzed so far refer to."""
 
     def __init__(self) -> None:
         self.places: dict[Any, StatePlace] = {}
@@ -72,18 +72,18 @@ class Names:
 
     @property
     def codes(self) -> list[types.CodeType] | None:
-        """All code that was looked into; None where there was too much of it."""
+        """The code of all analyzed functions; None if there were too many."""
         if len(self._entered) >= MAX_FUNCTIONS:
             return None
         return [code for f in self.functions for code in codes_in(f.__code__)]
 
     @property
     def functions(self) -> list[types.FunctionType]:
-        """All functions that were looked into."""
+        """All analyzed functions."""
         return list({id(f): f for f in self._entered.values()}.values())
 
     def enter(self, value: Any, owner: type | None = None) -> None:
-        """Look into a function later, with the class whose method it is."""
+        """Queue a function for analysis, with the class whose method it is."""
         for function in _functions_in(value):
             key = (id(function), owner)
             known = key in self._entered or len(self._entered) >= MAX_FUNCTIONS
@@ -92,7 +92,7 @@ class Names:
                 self._to_do.append((function, owner))
 
     def work(self) -> None:
-        """Look into all that were entered."""
+        """Analyze all queued functions."""
         while self._to_do:
             function, owner = self._to_do.pop()
             for cell_name, cell in zip(
@@ -116,7 +116,7 @@ class Names:
                             self._follow_class(owner, chain)
 
     def _follow(self, scope: dict[str, Any], chain: tuple[str, ...]) -> None:
-        """Note a global's value, and what is read from it where it is a module or a class."""
+        """Record a global's value, and what is read from it if it is a module or a class."""
         home = scope.get("__name__", "")
         for i, name in enumerate(chain):
             if name not in scope:
@@ -136,7 +136,7 @@ class Names:
             return
 
     def _follow_class(self, cls: type, chain: tuple[str, ...]) -> None:
-        """Note what is read from a class, and from one in it."""
+        """Record what is read from a class, and from a class nested in it."""
         for name in chain:
             place = ClassPlace(cls, name, f"{cls.__module__}.{cls.__qualname__}.{name}")
             self._add(place)
@@ -145,7 +145,7 @@ class Names:
                 return
 
     def _import(self, name: str, used: Iterable[str]) -> None:
-        """Note what code reads from a module that it imports by itself."""
+        """Record what code reads from a module that it imports locally."""
         module = sys.modules.get(name)
         if module is not None and not is_library(name):
             for attribute in used:
@@ -164,13 +164,14 @@ class Names:
 
 
 def _is_layer(function: types.FunctionType) -> bool:
-    """Tell the code of PyTorch's own layers, which call functions that a user may replace."""
+    """Return whether a function belongs to PyTorch's layers, which call functions that a user may
+    replace."""
     home = function.__module__ or ""
     return home.startswith("torch.nn.modules.") and home != nn.Module.__module__
 
 
 def _functions_in(value: Any, depth: int = 0) -> Iterable[types.FunctionType]:
-    """Return the functions behind a callable, or in a container of them."""
+    """Yield the functions behind a callable, or in a container of callables."""
     if isinstance(value, (types.MethodType, staticmethod, classmethod)):
         value = value.__func__
     if isinstance(value, property):
@@ -182,7 +183,7 @@ def _functions_in(value: Any, depth: int = 0) -> Iterable[types.FunctionType]:
     elif isinstance(value, functools._lru_cache_wrapper):
         yield from _functions_in(value.__wrapped__, depth + 1)
     elif isinstance(value, type) or is_watchable(type(value)):
-        # What Python calls without being asked by name: __call__, __getitem__, __init__ ...
+        # # Methods that Python calls implicitly: __call__, __getitem__, __init__ ...
         for cls in (value if isinstance(value, type) else type(value)).__mro__:
             if not is_library(cls.__module__):
                 for name, held in vars(cls).items():
@@ -198,7 +199,7 @@ _known_chains: dict[int, tuple[types.CodeType, tuple[tuple[str, tuple[str, ...]]
 
 
 def _chains(code: types.CodeType) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return the globals that code loads, each with the attributes read from it at once, and the
+    """Return the globals that code loads, each with the attributes read directly from it, and the
     other attributes and modules: ("global", ("settings", "EPS")), ("attribute", ("scale",))."""
     known = _known_chains.get(id(code))
     if known is not None and known[0] is code:

@@ -1,10 +1,11 @@
 """Own changes: state that a call modifies in containers and attributes that it also reads.
 
-In: the effects of a traced call, the places that it read, its code. Out: what of the containers is
-no guard, because the code only writes it; which places a call changes itself, so that the next is
-captured anew (a state that the first call makes); or a refusal, where every call would be::
+In: the effects of a traced call, the places that it read, its code. Out: the container contents
+that are not guarded, because the code only writes them; the places that a call changes itself, so
+that the next call is captured again (a state that the first call creates); or an error if every
+call would be::
 
-    self.seen.append(x)             ->  what `seen` holds is no guard
+    self.seen.append(x)             ->  the contents of `seen` are not guarded
     if self.mean is None: ...       ->  the place "mean", changed by the first call
     self.calls += 1                 ->  CaptureError: its forward reads 'calls' (0) and sets it ...
 """
@@ -37,8 +38,8 @@ from turbotx.ir.expr import expr
 
 @dataclass
 class OwnChanges:
-    """left_out: what is no guard, by the id of a container: the keys that calls put into it, or
-    None for all it holds. places: keys of places that a call changes itself."""
+    """left_out: what is not guarded, by the id of a container: the keys that calls put into it, or
+    None for all its contents. places: keys of places that a call changes itself."""
 
     left_out: dict[int, frozenset[Any] | None] = field(default_factory=dict)
     places: set[Any] = field(default_factory=set)
@@ -47,15 +48,16 @@ class OwnChanges:
 def _dicts_of(owner: Any) -> list[Any]:
     try:
         attributes = object.__getattribute__(owner, "__dict__")
-    except AttributeError:  # __slots__ only
+    except AttributeError:  # # __slots__ only
         return []
     tables = TABLES if isinstance(owner, nn.Module) else ()
     return [attributes, *(attributes[t] for t in tables if t in attributes)]
 
 
 def depends_on_before(write: Write, before: Any) -> bool:
-    """Return whether a replayed write makes each call depend on the previous one in a way that
-    needs a capture per call: a number from a number, a tensor from one of other sizes."""
+    """Return whether a replayed write makes each call depend on the previous one in a way
+    that needs a capture per call: a number computed from a number, or a tensor from one of
+    other sizes."""
     if not write.read_first:
         return False
     if is_number(before) and is_number(write.value):
@@ -67,12 +69,13 @@ def depends_on_before(write: Write, before: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is an int, a float or a symbolic int; bools are no numbers here."""
+    """Return whether a value is an int, a float or a symbolic int; bools do not count."""
     return isinstance(value, (int, float, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _is_one_size(value: Any) -> bool:
-    """Tell a size of the call as it is: a longest length so far is compared, and replaced."""
+    """Return whether a value is exactly one size of the call: a running maximum of the length is
+    compared and replaced."""
     return isinstance(value, torch.SymInt) and expr(value).is_Symbol
 
 
@@ -88,9 +91,9 @@ def _is_alike(before: torch.Tensor, value: torch.Tensor) -> bool:
 def find_own_changes(
     name: str, effects: Sequence[Effect], places: Sequence[StatePlace], names: Names
 ) -> OwnChanges:
-    """Return what a call of the model called `name` changes of what it reads.
+    """Return what a call of the model called `name` changes among what it reads.
 
-    Raises CaptureError where what it reads of a container is another after every call.
+    Raises CaptureError if the contents of a container that it reads change with every call.
     """
     found = OwnChanges()
     attributes = {
@@ -138,7 +141,7 @@ def _is_only_written(place: StatePlace, names: Names) -> bool:
 
 
 def _refuse_endless(name: str, effect: Effect, text: str) -> None:
-    """Raise CaptureError where what a call has read is another after it, and after every one."""
+    """Raise CaptureError if a call changes what it read, and every later call would again."""
     change = effect.difference
     if isinstance(change, Put):
         before = _item(effect.target, change.key)

@@ -1,14 +1,15 @@
 """Places: locations of values that a trace read, readable again without running user code.
 
-In: an owner and a name. Out: the value there now, and the dicts through which it was found, whose
-change is all that can make it another one::
+In: an owner and a name. Out: the value there now, and the dicts through which it was found; the
+value can change only if one of them does::
 
     place = AttributePlace(encoder, "scale", "encoder.scale")
     place.read()    ->  1.0
     place.dicts()   ->  [encoder.__dict__]
 
-A parameter or buffer counts for what a trace sees of it (dtype, sizes, strides), since programs
-read the tensor itself anew; that two names are one tensor is a place of its own (`TiedPlace`).
+A parameter or buffer is compared by what a trace sees of it (dtype, sizes, strides), since programs
+read the tensor itself in every call; whether two names share a tensor is a place of its own
+(`TiedPlace`).
 """
 
 from __future__ import annotations
@@ -32,33 +33,33 @@ from turbotx.capture.module_state.values import (
 
 
 class StatePlace(Protocol):
-    """Somewhere a value was read from."""
+    """A location that a value was read from."""
 
     text: str
 
     @property
     def key(self) -> Any:
-        """What is equal for two places only where they are the same."""
+        """A key that is equal for two places only if they are the same."""
 
     def read(self) -> Any:
-        """Return what is there now, or MISSING."""
+        """Return the current value, or MISSING."""
 
     def dicts(self) -> list[dict[Any, Any]]:
-        """Return the dicts that say so."""
+        """Return the dicts that determine the value."""
 
     def describe(self, look: Look) -> Any:
-        """Return what is there now as something to compare."""
+        """Return a comparable description of the current value."""
 
 
 class AttributePlace:
     """An attribute of a module or an object, found as Python finds it, in the object or its class.
 
-    A property is compared by identity: what it reads in turn are places too.
+    A property is compared by identity: what it reads in turn is recorded as places too.
     """
 
     def __init__(self, owner: Any, name: str, text: str, inside: bool = True) -> None:
-        """inside: whether a module is a part of the model; a program has the tensors of others as
-        constants."""
+        """Set the place. inside: whether a module is part of the model; tensors of other modules
+        are constants of a program."""
         self.owner, self.name, self.text, self._inside = owner, name, text, inside
         self.key = ("attribute", id(owner), name)
         own = isinstance(owner, nn.Module)
@@ -71,12 +72,12 @@ class AttributePlace:
         return self._find()[0]
 
     def dicts(self) -> list[dict[Any, Any]]:
-        """Return the dicts of the object and of its classes that decide what is found."""
+        """Return the dicts of the object and of its classes that determine what is found."""
         return self._find()[1]
 
     def describe(self, look: Look) -> Any:
-        """Return a comparable description; notes in `look` the dicts that it depends on, and
-        whether a slot without a version does."""
+        """Return a comparable description; records in `look` the dicts that it depends on, and
+        whether a slot, which has no version, is among them."""
         value, dicts = self._find()
         for found in dicts:
             look.dicts[id(found)] = found
@@ -88,7 +89,7 @@ class AttributePlace:
             if isinstance(value, torch.Tensor) and in_class is MISSING:
                 return describe_own_tensor(value)
         elif isinstance(self.owner, nn.Module) and isinstance(value, nn.Parameter):
-            return look.place_of(value)  # programs look after what it holds
+            return look.place_of(value)  # # programs track what it holds
         return look(value)
 
     def _find(self) -> tuple[Any, list[dict[Any, Any]]]:
@@ -96,9 +97,9 @@ class AttributePlace:
         owner, name = self.owner, self.name
         attributes = dict_of(owner)
         dicts = [attributes] if attributes is not None else []
-        if self._computed:  # by the class's own __getattribute__ or __getattr__
+        if self._computed:  # # by the class's own __getattribute__ or __getattr__
             value, maker = getattr(owner, name, MISSING), find_in_class(type(owner), name)
-            # An object that a property makes anew says nothing by which it is.
+            # # The identity of an object that a property creates on each access means nothing.
             if isinstance(maker, property) and is_watchable(type(value)):
                 value = value if getattr(owner, name, MISSING) is value else maker
             return value, [*dicts, *_class_dicts(type(owner))]
@@ -127,7 +128,7 @@ class AttributePlace:
 
 
 class ItemPlace:
-    """A global of a Python module, or a class's attribute: an entry of its dict."""
+    """A global of a Python module, or a class attribute: an entry of a dict."""
 
     def __init__(self, scope: dict[str, Any], name: str, text: str) -> None:
         self.scope, self.name, self.text = scope, name, text
@@ -138,24 +139,24 @@ class ItemPlace:
         return self.scope.get(self.name, MISSING)
 
     def dicts(self) -> list[dict[Any, Any]]:
-        """Return the dict that has the entry."""
+        """Return the dict with the entry."""
         return [self.scope]
 
     def describe(self, look: Look) -> Any:
-        """Return a comparable description; notes the dict in `look`."""
+        """Return a comparable description; records the dict in `look`."""
         look.dicts[id(self.scope)] = self.scope
         return look(self.read())
 
 
 class ClassPlace:
-    """An attribute of a class, its own or of a base."""
+    """An attribute of a class, its own or inherited."""
 
     def __init__(self, cls: type, name: str, text: str) -> None:
         self.cls, self.name, self.text = cls, name, text
         self.key = ("class", cls, name)
 
     def read(self) -> Any:
-        """Return what the class or a base of it has under the name, or MISSING."""
+        """Return the value under the name in the class or a base, or MISSING."""
         return find_in_class(self.cls, self.name)
 
     def dicts(self) -> list[dict[Any, Any]]:
@@ -163,14 +164,14 @@ class ClassPlace:
         return _class_dicts(self.cls, self.name)
 
     def describe(self, look: Look) -> Any:
-        """Return a comparable description; notes the dicts of the classes in `look`."""
+        """Return a comparable description; records the dicts of the classes in `look`."""
         for found in self.dicts():
             look.dicts[id(found)] = found
         return look(self.read())
 
 
 class DefaultsPlace:
-    """What a function takes where an argument is left out, of which some can change by itself."""
+    """A function's default values, some of which are mutable."""
 
     def __init__(self, function: types.FunctionType) -> None:
         self.function, self.text = function, f"defaults of {function.__qualname__}"
@@ -188,7 +189,7 @@ class DefaultsPlace:
         return self.function.__defaults__
 
     def dicts(self) -> list[dict[Any, Any]]:
-        """Return no dict: defaults are compared at every call."""
+        """Return no dict: defaults are compared in every call."""
         return []
 
     def describe(self, look: Look) -> Any:
@@ -197,14 +198,14 @@ class DefaultsPlace:
 
 
 class CellPlace:
-    """A variable of an enclosing function, in a closure."""
+    """A variable of an enclosing function, in a closure cell."""
 
     def __init__(self, cell: types.CellType, name: str, home: str) -> None:
         self.cell, self.name, self.text = cell, name, f"{name} of {home}"
         self.key = ("cell", id(cell))
 
     def read(self) -> Any:
-        """Return what the closure's cell holds, MISSING if it is empty."""
+        """Return the contents of the closure cell, MISSING if it is empty."""
         try:
             return self.cell.cell_contents
         except ValueError:
@@ -215,13 +216,13 @@ class CellPlace:
         return []
 
     def describe(self, look: Look) -> Any:
-        """Return a comparable description; notes the cell in `look`."""
+        """Return a comparable description; records the cell in `look`."""
         look.cells[id(self.cell)] = self.cell
         return look(self.read())
 
 
 class Ties:
-    """Which names of modules are one and the same tensor, by what was read last."""
+    """Which names of modules share a tensor, as last read."""
 
     def __init__(self, places: Sequence[AttributePlace]) -> None:
         self.places = places
@@ -229,8 +230,8 @@ class Ties:
         self._names: dict[int, list[int]] = {}
 
     def look(self, mine: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Return for each tensor at some of the places the places that hold the same one. Reads
-        only those, and all where another tensor lies there."""
+        """Return, for each tensor at the given places, all places that hold the same one. Reads
+        only the given places, and all of them if a tensor there has changed."""
         if not self._held or any(self._held[i] != self._read(i) for i in mine):
             self._held = [self._read(i) for i in range(len(self.places))]
             self._names.clear()
@@ -246,36 +247,36 @@ class Ties:
 
 
 class TiedPlace:
-    """Which other names the tensors of one module have: code may ask, and a graph reads a tensor by
-    one of its names."""
+    """The other names of one module's tensors: code may test for them, and a graph reads a tensor
+    by one of its names."""
 
     def __init__(self, ties: Ties, mine: Sequence[int]) -> None:
-        """mine: the places of the module among those of `ties`."""
+        """Set the place. mine: the indices of the module's places in `ties`."""
         self._ties, self._mine = ties, mine
         self.places = [ties.places[i] for i in mine]
         self.text = " and ".join(p.text for p in self.places)
         self.key = ("tied", *(p.key for p in self.places))
 
     def read(self) -> Any:
-        """Return "one tensor with" the names of others, else "tensors of its own"."""
+        """Return text that lists the other names of the tensors."""
         others = {i for group in self._ties.look(self._mine) for i in group} - {*self._mine}
         names = ", ".join(self._ties.places[i].text for i in sorted(others))
         return f"one tensor with {names}" if names else "no other's tensor"
 
     def dicts(self) -> list[dict[Any, Any]]:
-        """Return the dicts of the module's places, its tables among them."""
+        """Return the dicts of the module's places, including its tables."""
         tables = [x for p in self.places if isinstance(x := p.read(), dict)]
         return [*tables, *(d for p in self.places for d in p.dicts())]
 
     def describe(self, look: Look) -> Any:
-        """Return the names that each tensor has; notes the dicts of the module in `look`."""
+        """Return the names of each tensor; records the dicts of the module in `look`."""
         for found in self.dicts():
             look.dicts[id(found)] = found
         return self._ties.look(self._mine)
 
 
 def find_in_class(cls: type, name: str) -> Any:
-    """Return an attribute of a class as it lies there, unbound, or MISSING."""
+    """Return an attribute of a class as stored, unbound, or MISSING."""
     for base in cls.__mro__:
         held = _view_of(base)
         if name in held:
@@ -312,7 +313,7 @@ def _is_data_descriptor(value: Any) -> bool:
 
 
 def dict_of(owner: Any) -> dict[str, Any] | None:
-    """Return an object's own attributes; None where it has slots only."""
+    """Return an object's own attributes; None if it has only slots."""
     try:
         found: dict[str, Any] = object.__getattribute__(owner, "__dict__")
         return found

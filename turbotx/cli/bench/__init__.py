@@ -1,1 +1,1 @@
-"""`turbotx bench`: every engine in a process of its own, in turns, on the same inputs."""
+"""`turbotx bench`: every engine in its own process, alternating, on the same inputs."""

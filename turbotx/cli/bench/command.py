@@ -1,7 +1,7 @@
-"""`turbotx bench`: a model at some shapes, by every engine that is installed here.
+"""`turbotx bench`: measures a model at some shapes with every engine that is installed.
 
-In: MODEL, shapes, engines, rounds. Out: a table of medians in ms with their spread, the fastest
-marked, and what could not be measured and why; a JSON object with --json::
+In: MODEL, shapes, engines, rounds. Out: a table of medians in ms with their spread, the fastest in
+bold, and the engines that failed with reasons; a JSON object with --json::
 
     turbotx bench minilm --shape batch=1,seq=40 --engine turbotx --engine eager
 """
@@ -38,7 +38,8 @@ from turbotx.report.amounts import show_shape
 def bench_model(
     source: Source, shapes: Sequence[str], engines: Sequence[str], load: CallPattern, output: Output
 ) -> int:
-    """Measure and print; return the exit code. Raises InputError for an unknown engine."""
+    """Measure and print the results; return the exit code. Raises InputError for an unknown
+    engine."""
     unknown = [e for e in engines if e not in ENGINES]
     if unknown:
         raise InputError(f"--engine {unknown[0]}: there are {', '.join(ENGINES)}")
@@ -83,7 +84,8 @@ def bench_model(
 def write_inputs(
     source: Source, shapes: Sequence[Mapping[str, int]], folder: Path
 ) -> list[tuple[dict[str, int], Path]]:
-    """Write one call's inputs at every shape, where all engines read them; return the dims too."""
+    """Write one call's inputs at every shape to files that all engines read; return (dims, file)
+    pairs."""
     if source.is_saved:
         return [_write_saved(source, dims, folder / f"{k}.pt") for k, dims in enumerate(shapes)]
     loaded = source.load(EXAMPLE_SHAPE)
@@ -101,7 +103,7 @@ def write_inputs(
 def _write_saved(
     source: Source, dims: Mapping[str, int], file: Path
 ) -> tuple[dict[str, int], Path]:
-    """Write inputs that a saved file takes: there is no graph to ask for other sizes."""
+    """Write inputs for a saved file, which has no graph to derive other sizes from."""
     shape = {**EXAMPLE_SHAPE, **dims}
     loaded = source.load(shape)
     torch.save((loaded.args, loaded.kwargs), file)
@@ -109,7 +111,7 @@ def _write_saved(
 
 
 def throughput_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One row an engine and a shape: percentiles, and what it answers in a second."""
+    """Tabulate engines and shapes: percentiles, and calls and sequences per second."""
     table = Table(caption="ms; sequences: calls times the batch", caption_justify="left")
     for name in ("engine", "shape"):
         table.add_column(name, no_wrap=name == "engine")
@@ -128,7 +130,8 @@ def throughput_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def latency_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One row an engine, one column a shape; the fastest real engine of each shape is bold."""
+    """Tabulate one row per engine, one column per shape, with the fastest real engine of each in
+    bold."""
     table = Table(caption="ms: median (tenths at both ends)", caption_justify="left")
     table.add_column("engine", no_wrap=True)
     for row in rows:

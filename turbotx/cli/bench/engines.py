@@ -1,7 +1,7 @@
-"""Engines: the ways to run a model that are compared, each as a function of one call's inputs.
+"""Engines: the compared ways to run a model, each as a function of one call's inputs.
 
-In: a name of `ENGINES`, a loaded model. Out: what runs it; engines that cannot be had here raise,
-and the reason is shown in their place::
+In: a name of `ENGINES`, a loaded model. Out: a function that runs it. Unavailable engines raise,
+and the reason is shown instead of their times::
 
     run = make_engine("turbotx", loaded, folder)
     run((), {"input_ids": ids, "attention_mask": mask})
@@ -23,6 +23,7 @@ ENGINES = {
     "turbotx": "turbotx.optimize(model)",
     "turbotx-packed": 'turbotx.optimize(model, padding="packed")',
     "turbotx-int8": 'turbotx.optimize(model, quantize="int8")',
+    "turbotx-packed-int8": 'turbotx.optimize(model, padding="packed", quantize="int8")',
     "floor-mkl": "the GEMMs over weights packed once by MKL, and attention, in the model's order",
     "floor-onednn": "the same with oneDNN",
     "eager": "the model itself",
@@ -40,16 +41,17 @@ ENGINES = {
 
 
 ASKED_FOR = (
-    "turbotx-packed", "turbotx-int8", "onnxruntime-int8", "openvino-int8", "zentorch",
-    "ctranslate2", "ctranslate2-int8",
+    "turbotx-packed", "turbotx-int8", "turbotx-packed-int8", "onnxruntime-int8", "openvino-int8",
+    "zentorch", "ctranslate2", "ctranslate2-int8",
 )  # fmt: skip
-"""Engines that are compared only where they are named: not every model can be packed, int8 is
-another computation, and the others take few models or processors."""
+"""Engines that are compared only when named: not every model can be packed, int8 computes something
+else, and the others support few models or processors."""
 
 
 def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
-    """Return what runs the model; `folder` is for its files. Raises what the engine raises,
-    and ModelError for an unknown name, or a saved file that another engine is to run."""
+    """Return a function that runs the model; `folder` is for its files. Raises what the engine
+    raises, and ModelError for an unknown name, or for a saved file with another engine than
+    turbotx."""
     model: Any = loaded.model
     if isinstance(model, SavedModule) and name != "turbotx":
         raise ModelError("a saved file holds no module: only turbotx runs it")
@@ -63,6 +65,8 @@ def make_engine(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
         model = optimize(model, padding="packed")
     elif name == "turbotx-int8":
         model = optimize(model, quantize="int8")
+    elif name == "turbotx-packed-int8":
+        model = optimize(model, padding="packed", quantize="int8")
     elif name.startswith("compile"):
         model = compile_frozen(model, dynamic=True if name == "compile-dynamic" else None)
     elif name != "eager":

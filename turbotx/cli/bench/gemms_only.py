@@ -1,7 +1,7 @@
-"""GEMMs only: a baseline of `bench`: a model's GEMMs and attention without the ops between them.
+"""GEMMs only: a lower bound for `bench`: a model's GEMMs and attention without the ops in between.
 
-In: a loaded model. Out: a function that runs its matrix products, over weights that a library has
-packed once, and its attention, on dense dummies of the right sizes, in the model's order::
+In: a loaded model. Out: a function that runs its matrix products, with weights packed once by a
+library, and its attention, on dense dummy tensors of the right sizes, in the model's order::
 
     make_gemms_only(loaded, "mkl")((), inputs)      # the engine "floor-mkl"
 """
@@ -26,7 +26,8 @@ Step = Callable[[], object]
 
 
 def make_gemms_only(loaded: ModelWithInputs, library: str) -> Callable[..., None]:
-    """Return the call with "mkl" or "onednn"; raise ModelError where the library cannot do it."""
+    """Return the call with "mkl" or "onednn"; raise ModelError if the library does not support
+    it."""
     module = optimize(loaded.model, backend="aten")
     engine = engine_of(module)
     captured = engine.capture(loaded.args, loaded.kwargs)
@@ -72,7 +73,8 @@ def _product(launch: ir.GemmLaunch, packed: Packed) -> Callable[[Mapping[str, in
 
 
 def _attend(launch: ir.AttentionLaunch) -> Callable[[Mapping[str, int]], Step]:
-    """q, k and v lie as a packed projection leaves them; the result's heads are merged."""
+    """Return a maker of attention steps: q, k and v laid out as by a packed projection, heads
+    merged after."""
     operands = (launch.q, launch.k, launch.v)
 
     def make(dims: Mapping[str, int]) -> Step:

@@ -1,7 +1,8 @@
 """Peers: other runtimes at their best settings, each as a function of one call's inputs.
 
-In: a runtime's name, a loaded model, a folder for its files. Out: what runs it. A peer whose
-answers are not the model's is refused, with by how much: its times would mean nothing::
+In: a runtime's name, a loaded model, a folder for its files. Out: a function that runs it. A peer
+whose results differ from the model's is rejected with the difference, since its times would be
+meaningless::
 
     run = make_peer("openvino", loaded, folder)
     run((), {"input_ids": ids, "attention_mask": mask})
@@ -27,19 +28,20 @@ from turbotx.errors import ModelError
 Run = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 
 CALIBRATION = 32
-"""How many texts nncf's statistics are taken from, at least: those of the example, then the same
-ids in another order."""
+"""Minimum number of texts for nncf's statistics: those of the example, then permutations of
+them."""
 
 ALLOWED = {"int8": 0.25, "bfloat16": 0.06, "float32": 2e-3}
-"""By how much a peer's first output may differ from the model's, root mean squares, relative: one
-that computes something else is found, its rounding is its own affair."""
+"""Allowed relative RMS difference between a peer's first output and the model's: it detects a peer
+that computes something else, not one that rounds differently."""
 
 
 def make_peer(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
-    """Return what runs a model by a peer; a name ends in the peer's own way: `openvino-int8`.
+    """Return a function that runs a model by a peer; the name may end in a variant:
+    `openvino-int8`.
 
-    Raises ModelError where the peer takes no such model or answers otherwise than the model, and
-    what the peer raises.
+    Raises ModelError if the peer does not support the model or gives different results, and what
+    the peer raises.
     """
     peer, _, how = name.partition("-")
     run = PEERS[peer](loaded, folder, how)
@@ -48,8 +50,8 @@ def make_peer(name: str, loaded: ModelWithInputs, folder: Path) -> Run:
 
 
 def check_answer(name: str, run: Run, loaded: ModelWithInputs) -> None:
-    """Raise ModelError where the first floating-point output is not the model's; what it holds at
-    positions of padding is of no use to anybody, and some runtimes leave it out."""
+    """Raise ModelError if the first floating-point output differs from the model's. Padded
+    positions are ignored: they are unused, and some runtimes omit them."""
     with torch.no_grad():
         wanted = _first_float(loaded.model(*loaded.args, **loaded.kwargs))
         found = _first_float(run(loaded.args, loaded.kwargs))
@@ -84,7 +86,7 @@ def _tensors(loaded: ModelWithInputs, peer: str) -> dict[str, torch.Tensor]:
 
 
 class _Fixed(torch.nn.Module):
-    """A model with its non-tensor arguments filled in, tensors out."""
+    """A model with its non-tensor arguments bound, returning a list of tensors."""
 
     def __init__(self, model: Any, names: tuple[str, ...], rest: Mapping[str, Any]) -> None:
         super().__init__()
@@ -103,8 +105,8 @@ def _fix(model: Any, loaded: ModelWithInputs, names: Sequence[str]) -> _Fixed:
 
 
 def _make_onnxruntime(loaded: ModelWithInputs, folder: Path, how: str) -> Run:
-    """Return a session over the exported model, every tensor's first two sizes dynamic; how: "",
-    "optimized", "int8"."""
+    """Return a session over the exported model, with the first two sizes of every tensor dynamic;
+    how: "", "optimized", "int8"."""
     onnxruntime = importlib.import_module("onnxruntime")
     given = _tensors(loaded, "ONNX Runtime")
     path = folder / "model.onnx"
@@ -132,7 +134,7 @@ def _make_onnxruntime(loaded: ModelWithInputs, folder: Path, how: str) -> Run:
 
 
 def _optimize(model: Any, path: Path) -> Path:
-    """Fuse attention, GELU and LayerNorm as ONNX Runtime's own tool does."""
+    """Fuse attention, GELU and LayerNorm with ONNX Runtime's own tool."""
     optimizer = importlib.import_module("onnxruntime.transformers.optimizer")
     config = model.config
     optimized = optimizer.optimize_model(
@@ -145,11 +147,11 @@ def _optimize(model: Any, path: Path) -> Path:
 
 
 def _make_openvino(loaded: ModelWithInputs, folder: Path, how: str) -> Run:
-    """Return the model converted from PyTorch and compiled anew for each shape it is called at,
-    which is faster than one of dynamic shapes; how: "", "int8" by nncf.
+    """Return the model converted from PyTorch and compiled for each shape at which it is called,
+    which is faster than dynamic shapes; how: "", "int8" by nncf.
 
-    A bfloat16 model is converted in float32, as their guide says, and run in bfloat16 by a hint;
-    outputs are float32.
+    A bfloat16 model is converted in float32, as OpenVINO's guide recommends, and run in bfloat16 by
+    a hint; outputs are float32.
     """
     openvino = importlib.import_module("openvino")
     given = _tensors(loaded, "OpenVINO")
@@ -182,7 +184,7 @@ def _make_openvino(loaded: ModelWithInputs, folder: Path, how: str) -> Run:
 
 
 def _calibrate(converted: Any, given: Mapping[str, torch.Tensor]) -> Any:
-    """Return nncf's int8 model: activations by ranges that it takes from calls."""
+    """Return nncf's int8 model, with activation ranges calibrated on calls."""
     nncf = importlib.import_module("nncf")
     nncf.set_log_level(logging.ERROR)
     rows = len(given["input_ids"])
@@ -201,21 +203,21 @@ def _calibrate(converted: Any, given: Mapping[str, torch.Tensor]) -> Any:
 
 
 def _make_zentorch(loaded: ModelWithInputs, folder: Path, how: str) -> Run:
-    """Return torch.compile by AMD's backend, weights frozen."""
+    """Return torch.compile with AMD's backend and frozen weights."""
     importlib.import_module("zentorch")
     model = compile_frozen(loaded.model, backend="zentorch")
     return lambda args, kwargs: model(*args, **kwargs)
 
 
 def compile_frozen(model: Any, **options: Any) -> Any:
-    """Return torch.compile's model, its weights constants from now on, in all of this process."""
+    """Return torch.compile's model with weights frozen as constants, for the whole process."""
     inductor: Any = importlib.import_module("torch._inductor.config")
     inductor.freezing = True
     return torch.compile(model, **options)
 
 
 def _make_ctranslate2(loaded: ModelWithInputs, folder: Path, how: str) -> Run:
-    """Return a converted encoder of token ids and a mask that is a prefix; how: "", "int8"."""
+    """Return a converted encoder of token ids and a prefix mask; how: "", "int8"."""
     ctranslate2 = importlib.import_module("ctranslate2")
     given = _tensors(loaded, "CTranslate2")
     known = {"input_ids", "attention_mask", "token_type_ids"}
@@ -243,13 +245,13 @@ def _make_ctranslate2(loaded: ModelWithInputs, folder: Path, how: str) -> Run:
 
 
 def convert_to_ctranslate2(model: Any, folder: Path) -> str:
-    """Write a transformers model in CTranslate2's form, without a tokenizer; return where.
+    """Write a transformers model in CTranslate2's format, without a tokenizer; return its path.
 
-    Raises ModelError where CTranslate2 knows no such model.
+    Raises ModelError if CTranslate2 does not support the model.
     """
     tool: Any = importlib.import_module("ctranslate2.converters")
     model = copy.deepcopy(model).float()
-    # Their converter asks for what transformers 5 does not write down any more.
+    # Their converter needs attributes that transformers 5 no longer has.
     model.config.position_embedding_type = "absolute"
     model.config.save_pretrained(folder)
     words = {f"<{k}>": k for k in range(model.config.vocab_size)}

@@ -1,7 +1,7 @@
 """Runner: starts one process per engine and alternates between them.
 
-In: engines, a model, inputs on disk. Out: medians and spreads in milliseconds, one engine running
-at a time, rounds interleaved, and how much of the machine others used meanwhile::
+In: engines, a model, inputs on disk. Out: medians and spreads in milliseconds, with one engine
+running at a time, rounds interleaved, and the CPU use of other processes meanwhile::
 
     with Runner(("turbotx", "eager"), source, threads=2) as runner:
         runner.measure("inputs.pt", rounds=5)  ->  {"turbotx": Spread(median_ms=4.1, ...), ...}
@@ -28,8 +28,8 @@ from turbotx.kernels.processor import processor_name
 
 @dataclass(frozen=True)
 class CallPattern:
-    """How an engine is called: in `rounds` turns of up to `calls` calls, by `streams` threads at
-    once, after `warmup` calls that are not counted. threads: of PyTorch, None its own choice."""
+    """How engines are called: `rounds` turns of up to `calls` calls, by `streams` threads at once,
+    after `warmup` uncounted calls. threads: of PyTorch, None for its default."""
 
     rounds: int = 5
     threads: int | None = None
@@ -40,8 +40,8 @@ class CallPattern:
 
 @dataclass(frozen=True)
 class Spread:
-    """Milliseconds of `runs` calls: their median, the tenths at both ends, the 95th and the 99th
-    percentile; and how many calls were answered in a second, by all streams together."""
+    """Milliseconds of `runs` calls: median, 10th, 90th, 95th and 99th percentiles; and calls per
+    second of all streams together."""
 
     median_ms: float
     low_ms: float
@@ -54,14 +54,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Turn:
-    """The calls of one turn: milliseconds of each, and of all of them by the clock."""
+    """The calls of one turn: milliseconds of each, and the elapsed time of all."""
 
     times_ms: Sequence[float]
     wall_ms: float
 
 
 class EngineFailed(Exception):
-    """An engine's process reported an error, or ended."""
+    """An engine's process reported an error or ended."""
 
 
 class Worker:
@@ -82,7 +82,7 @@ class Worker:
         self.ready_s: float | None = None
 
     def wait_ready(self) -> None:
-        """Wait until the engine is made; raise EngineFailed with its reason."""
+        """Wait until the engine is ready; raise EngineFailed with its reason."""
         self.ready_s = self._read()["ready_s"]
 
     def ask(self, inputs: Path, count: int, warm: int, streams: int) -> Turn:
@@ -122,7 +122,7 @@ class Runner:
     def __init__(self, engines: Sequence[str], source: Source, threads: int) -> None:
         self.failed: dict[str, str] = {}
         self.workers: dict[str, Worker] = {}
-        for engine in engines:  # one after another: making an engine uses every core
+        for engine in engines:  # sequentially, since making an engine uses all cores
             self.workers[engine] = Worker(engine, source, threads)
             self._guard(engine, self.workers[engine].wait_ready)
 
@@ -142,7 +142,7 @@ class Runner:
             return None
 
     def measure(self, inputs: Path, load: CallPattern) -> dict[str, Spread]:
-        """Let every engine have its turn in each round."""
+        """Run every engine once per round; return their times."""
         turns: dict[str, list[Turn]] = {engine: [] for engine in self.workers}
         for k in range(load.rounds):
             for engine in list(self.workers):
@@ -154,7 +154,8 @@ class Runner:
         return {engine: summarize(t) for engine, t in turns.items() if engine in self.workers}
 
     def busy_s(self) -> tuple[float, float]:
-        """CPU seconds spent so far by this machine, and by the workers; zeros off Linux."""
+        """Return the CPU seconds used so far by this machine and by the workers; zeros if not on
+        Linux."""
         try:
             fields = Path("/proc/stat").read_text().split()[1:9]
             own = [Path(f"/proc/{w.process.pid}/stat").read_text() for w in self.workers.values()]
@@ -167,11 +168,11 @@ class Runner:
 
 
 QUIET_CORES = 0.2
-"""What others may use of the machine while times are taken that are to be trusted."""
+"""CPU use of other processes, in cores, above which times are not trusted."""
 
 
 class OthersUse:
-    """How many cores other processes used while the block ran."""
+    """Measures how many cores other processes used while the block ran."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner, self.cores = runner, 0.0
@@ -187,7 +188,7 @@ class OthersUse:
 
 
 def summarize(turns: Sequence[Turn]) -> Spread:
-    """Return the percentiles and the rate of the calls of all turns."""
+    """Return the percentiles and the rate over the calls of all turns."""
     ordered = sorted(t for turn in turns for t in turn.times_ms)
     tenth, last = len(ordered) // 10, len(ordered) - 1
     low, high, p95, p99 = (
@@ -200,5 +201,5 @@ def summarize(turns: Sequence[Turn]) -> Spread:
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    """Return the device's name, the threads and the versions that a result depends on."""
+    """Return the device name, threads and versions on which a result depends."""
     return {"device": processor_name(), "threads": threads, "versions": versions()}

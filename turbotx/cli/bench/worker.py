@@ -1,7 +1,7 @@
-"""Worker: the process of one engine; inputs in, milliseconds out, a line of JSON each.
+"""Worker: the process of one engine; reads inputs and writes milliseconds, one JSON line each.
 
-In: the engine, the model and the threads as one JSON argument; then a line a request. Out: a line a
-reply; whatever else is printed goes to standard error::
+In: the engine, the model and the threads as one JSON argument; then one line per request. Out: one
+line per reply; everything else that is printed goes to standard error::
 
     {"inputs": "inputs.pt", "count": 8, "warm": 3, "streams": 1}
     ->  {"times_ms": [4.31, 4.29, ...], "wall_ms": 34.4}
@@ -24,13 +24,13 @@ from turbotx.cli.bench.engines import make_engine
 from turbotx.cli.inputs import EXAMPLE_SHAPE
 from turbotx.cli.models import Source
 
-TURN_S = 0.4  # a turn is cut short where a call is long, so that the others come round
+TURN_S = 0.4  # limits turns with long calls, so that engines alternate
 
 
 def serve(engine: str, source: Source, threads: int) -> None:
     """Answer requests until standard input ends."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print what they like
+    os.dup2(2, 1)  # libraries may print anything
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
 
@@ -45,12 +45,12 @@ def serve(engine: str, source: Source, threads: int) -> None:
             reply({"ready_s": time.perf_counter() - began})
             for line in sys.stdin:
                 reply(answer(run, json.loads(line)))
-        except Exception as error:  # shown in the engine's place
+        except Exception as error:  # reported instead of times
             reply({"error": explain_error(error)})
 
 
 def explain_error(error: BaseException) -> str:
-    """Return the first line of what went wrong first: exporters wrap it in advice."""
+    """Return the first line of the root cause: exporters wrap it in advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -58,14 +58,14 @@ def explain_error(error: BaseException) -> str:
 
 
 def answer(run: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Run on the inputs of one request; the first calls of `warm` are not counted."""
+    """Run on the inputs of one request, after `warm` uncounted calls."""
     args, kwargs = torch.load(request["inputs"], weights_only=False)
     for _ in range(request["warm"]):
         run(args, kwargs)
 
     def stream(_: int) -> list[float]:
         times: list[float] = []
-        with torch.no_grad():  # each thread's own setting
+        with torch.no_grad():  # grad mode is per thread
             while len(times) < request["count"] and (len(times) < 2 or sum(times) < TURN_S * 1e3):
                 start = time.perf_counter()
                 run(args, kwargs)

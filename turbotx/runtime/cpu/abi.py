@@ -1,7 +1,7 @@
-"""ABI: what Python and the C++ runtime agree on; mirrors `native.cpp`.
+"""ABI: the interface between Python and the C++ runtime; mirrors `native.cpp`.
 
-In: the loaded runtime library. Out: its functions declared, the struct of a launch, and weights in
-its packed layout; nothing here needs a compiler or symbolic sizes::
+In: the loaded runtime library. Out: declared functions and the structs they take; needs neither a
+compiler nor symbolic sizes::
 
     declare_runtime(library)
     library.ttx_run(records, 0, 8, table, sizes, None)
@@ -85,5 +85,5 @@ def declare_watch(library: ctypes.CDLL) -> None:
 
 
 def runtime_units() -> dict[str, str]:
-    """Return the C++ source of the runtime, by translation unit."""
+    """Return the C++ source of the runtime by translation unit."""
     return {name: path.read_text() for name, path in RUNTIME_SOURCES.items()}

@@ -1,7 +1,7 @@
-"""Executor: launches on a CPU, native ones in one call, those of PyTorch between them.
+"""Executor: runs launches on a CPU, consecutive native ones in one call, PyTorch's between them.
 
-In: an executable, the libraries that it names, weights. Out: something that runs it over an address
-table; compiled programs and saved ones are run by this::
+In: an executable, the libraries that it names, weights. Out: an object that runs it over an address
+table; used for compiled and for loaded programs::
 
     failed = runtime.run(table, sizes, state)   # 0, or which launch failed and why
 """
@@ -27,9 +27,10 @@ from turbotx.runtime.weights import Weights
 
 
 class CpuExecutor:
-    """Runs launches in order. libraries: "runtime" and "kernels", without those that do not exist.
+    """Runs launches in order.
 
-    builds: how many shared objects had to be compiled.
+    libraries: "runtime" and "kernels", as far as they exist.
+    builds: number of shared objects that had to be compiled.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class CpuExecutor:
         self._keep_weights = keep_weights
         self._segments: Sequence[tuple[int, int]] = executable.cpu.segments
         self._records = (LaunchRecord * max(1, len(executable.launches)))()
-        self._arrays: list[Any] = []  # what the records point at
+        self._arrays: list[Any] = []  # keeps alive what the records point to
         self._steps = {}
         for i, launch in enumerate(executable.launches):
             if isinstance(launch, CalledLaunch):
@@ -71,9 +72,9 @@ class CpuExecutor:
         self._arrays += arrays
 
     def fill_weights(self, table: Any) -> tuple[int, object]:
-        """Write the addresses of everything made from parameters into a table.
+        """Write the addresses of parameters and everything derived from them into a table.
 
-        Returns their version, and what must be kept alive as long as the table is used.
+        Returns the weights' version, and an object to keep alive while the table is in use.
         """
         with self._lock:
             version, tensors = self.weights.version, self.weights.tensors
@@ -91,7 +92,8 @@ class CpuExecutor:
         return version, (tensors, packed)
 
     def _pack(self, packing: Packing, native: ctypes.CDLL) -> PackedWeight | PackedExperts:
-        """Return a weight packed, the one that its parameters were released to where that is it."""
+        """Return a packed weight; reuse the one that its parameters were released to, if there is
+        one."""
         if len(packing.parts[0].shape) == 3:
             return PackedExperts(native, self.weights.window(packing.parts[0]), packing.gated)
         found = packed_before(packing, self.weights.tensors)
@@ -106,10 +108,10 @@ class CpuExecutor:
         self, table: Any, sizes: Any, state: RunState,
         ticks: Any = None, watches: Sequence[Watch] = (),
     ) -> int:  # fmt: skip
-        """Run every launch in order; return 0, or (launch + 1) << 32 | the check that failed.
+        """Run all launches in order; return 0, or (launch + 1) << 32 | number of the failed check.
 
-        `ticks` (int64, two a launch) takes the nanoseconds at which each launch began and ended.
-        With `watches`, launches run one by one.
+        ticks: int64, two per launch, receives the nanoseconds at which each launch began and ended.
+        watches: called around every launch; launches then run one by one.
         """
         records = ctypes.addressof(self._records)
         addresses, values = ctypes.addressof(table), ctypes.addressof(sizes)
@@ -136,7 +138,7 @@ class CpuExecutor:
         return 0
 
     def repeat(self, launch: int, table: Any, sizes: Any) -> bool:
-        """Run one native launch again over an address table; False where PyTorch runs it."""
+        """Run one native launch again over an address table; return False if PyTorch runs it."""
         if launch in self._steps or self._native is None:
             return False
         pointers = (ctypes.addressof(x) for x in (self._records, table, sizes))

@@ -1,7 +1,7 @@
-"""Launch table: a program's launches as one table that the C++ runtime walks.
+"""Launch table: a program's launches as a table that the C++ runtime executes.
 
-In: an assembly. Out: the C++ of its kernels, and per launch where its arguments and sizes lie in
-the program's address table and size table, as plain data::
+In: an assembly. Out: the C++ of its kernels, and per launch the indices of its arguments and sizes
+in the program's address and size tables, as plain data::
 
     table  = [input_ids, weight, ..., arena + 0, arena + 1179648, ...]     addresses
     sizes  = [batch, seq, batch*seq, 1152, ...]                            evaluated per shape
@@ -41,23 +41,23 @@ PRODUCTS_PRELUDE = '#include <cstdint>\n\n#include "attention_products.h"\n\n'
 Generated = (ir.KernelLaunch, ir.AttentionLaunch, ir.ProductLaunch)
 
 PackedGemm = (ir.GemmLaunch, ir.GroupedGemmLaunch)
-"""The launches whose weights are packed."""
+"""The launches with packed weights."""
 
 IN_RUNTIME: dict[type[ir.Launch], str] = {
     ir.GemmLaunch: "ttx_linear", ir.StoreLaunch: "ttx_store_rows",
     ir.GroupedGemmLaunch: "ttx_grouped_linear", ir.RouteLaunch: "ttx_route",
 }  # fmt: skip
-"""The launches whose function lies in the runtime itself."""
+"""The launches whose function is in the runtime itself."""
 
 _started: dict[Path, Future[tuple[ctypes.CDLL, bool]]] = {}
-"""By cache directory: the runtime that is being built in the background, until it is asked for."""
-os.register_at_fork(after_in_child=_started.clear)  # the thread that builds is not in the child
+"""By cache directory: the runtime being built in the background, until it is used."""
+os.register_at_fork(after_in_child=_started.clear)  # a fork has no building thread
 
 
 def start_runtime() -> None:
-    """Begin to build the C++ runtime in the background: capturing a call leaves a core idle.
+    """Start building the C++ runtime in the background: tracing leaves a core idle.
 
-    What fails there is raised by the `load_runtime` that comes next.
+    An error there is raised by the next `load_runtime`.
     """
     folder = cache_directory()
     if folder not in _started:
@@ -67,9 +67,9 @@ def start_runtime() -> None:
 
 
 def load_runtime() -> tuple[ctypes.CDLL, bool]:
-    """Return the C++ runtime, shared by every program, and whether it had to be compiled.
+    """Return the C++ runtime, shared by all programs, and whether it had to be compiled.
 
-    Raises NoCompilerError, or BuildError with the compiler's own words.
+    Raises NoCompilerError, or BuildError with the compiler's output.
     """
     begun = _started.pop(cache_directory(), None)
     return begun.result() if begun is not None else _build_runtime()
@@ -82,9 +82,9 @@ def _build_runtime() -> tuple[ctypes.CDLL, bool]:
 
 
 def print_units(assembly: Assembly) -> tuple[dict[str, str], dict[object, str]]:
-    """Return the C++ translation units and the function name of every kernel in them.
+    """Return the C++ translation units, and the function name of every kernel in them.
 
-    Equal kernels, of different layers or of different names, are one function.
+    Kernels with equal structure share one function, whatever their layer or name.
     """
     names: dict[object, str] = {}
     kernels: list[str] = []
@@ -118,7 +118,7 @@ def print_units(assembly: Assembly) -> tuple[dict[str, str], dict[object, str]]:
 
 
 def _print_checked(kernel: ir.Kernel, name: str) -> str:
-    """Return a kernel's source; raise VerifyError where in-place reuse would spoil it."""
+    """Return a kernel's source; raise VerifyError if in-place reuse would give wrong results."""
     source = print_kernel(kernel, name)
     loops = [var(a.name) for a in kernel.axes if a.extent != 1]
     pairs = [(var(out), var(given)) for out, given in find_inplace(kernel)]
@@ -127,7 +127,7 @@ def _print_checked(kernel: ir.Kernel, name: str) -> str:
 
 
 def kernel_key(launch: ir.Launch) -> object | None:
-    """Return what makes two launches' functions the same; None for those not generated."""
+    """Return the key of a launch's generated function; None for launches without one."""
     if isinstance(launch, ir.KernelLaunch):
         return launch.kernel.digest()
     return launch.kernel if isinstance(launch, Generated) else None
@@ -136,8 +136,9 @@ def kernel_key(launch: ir.Launch) -> object | None:
 def lay_out_launches(
     assembly: Assembly, native_types: frozenset[type[ir.Launch]], names: dict[object, str]
 ) -> LaunchLayout:
-    """Return where the arguments of every native launch lie, and which launches those are.
+    """Return the argument indices of every native launch.
 
+    native_types: the types of launches that run natively.
     names: the function of each generated kernel.
     """
     table = LaunchLayout({name: k for k, name in enumerate(assembly.tensors)})
@@ -199,9 +200,9 @@ def _link(launch: ir.Launch, table: LaunchLayout, names: dict[object, str]) -> N
 
 
 def _packed_name(launch: ir.GemmLaunch | ir.GroupedGemmLaunch) -> str:
-    """Return the address table's name of a GEMM's weight in packed form."""
+    """Return the name of a GEMM's packed weight in the address table."""
     weight = launch.weight
     sizes, steps = "x".join(map(str, weight.shape)), ",".join(map(str, weight.strides))
-    # Several products may read a part each of one weight.
+    # Several products may each read a part of one weight.
     part = f"{sizes} by {steps} from {weight.offset}"
     return f"{weight.tensor} {part}{' gated' if launch.gemm.gated else ''}.packed"

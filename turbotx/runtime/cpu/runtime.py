@@ -1,7 +1,7 @@
-"""The CPU runtime: a program's kernels, built, and what runs them as `CpuExecutor` does.
+"""The CPU runtime: builds a program's kernels, and runs them as a `CpuExecutor`.
 
-In: an assembly; then the program's weights. Out: its executable and libraries, kept on disk by
-digest; something that runs it over an address table::
+In: an assembly; then the program's weights. Out: its executable and libraries, cached on disk by
+digest; an object that runs it over an address table::
 
     code = build_for_cpu(assembly, ("batch", "seq"), options)
     failed = runtime.run(table, sizes, state)   # 0, or which launch failed and why
@@ -37,16 +37,17 @@ NATIVE = frozenset(
         ir.StoreLaunch,
     )
 )
-"""The launches that C++ runs, where there is a compiler."""
+"""The launches that C++ runs if there is a compiler."""
 
 
 @dataclass(frozen=True)
 class CpuCode:
-    """A program for this CPU, bound to no parameters.
+    """A program for this CPU, not bound to parameters.
 
-    libraries: "runtime", turbotx's own, and "kernels", the program's, built; without those that do
-    not exist, in whose place PyTorch's ops run. sources: the C++ by translation unit. builds: how
-    many shared objects had to be compiled.
+    libraries: "runtime" (turbotx's own) and "kernels" (the program's), as far as they exist;
+    PyTorch's ops replace missing ones.
+    sources: the C++ by translation unit.
+    builds: number of shared objects that had to be compiled.
     """
 
     executable: Executable
@@ -56,10 +57,10 @@ class CpuCode:
 
 
 def build_for_cpu(assembly: Assembly, dims: Sequence[str], options: Options) -> CpuCode:
-    """Build the kernels of an assembly's launches, as the option `backend` asks, and link it.
+    """Build the kernels of an assembly, as the option `backend` says, and link it.
 
-    Raises NoCompilerError where it asks for C++ and there is no compiler, BuildError with the
-    compiler's words.
+    Raises NoCompilerError if the option requires C++ and there is no compiler, BuildError with the
+    compiler's output.
     """
     sources, names = ({}, {}) if options.backend == "aten" else print_units(assembly)
     libraries, built = _build(sources, options.backend)
@@ -95,7 +96,7 @@ def _build(sources: Mapping[str, str], backend: str) -> tuple[dict[str, ctypes.C
 
 
 class CpuRuntime(CpuExecutor):
-    """Executes a program's launches. sources, builds: those of its `CpuCode`."""
+    """Runs a program's launches. sources, builds: of its `CpuCode`."""
 
     def __init__(self, code: CpuCode, weights: Weights, keep_weights: bool = True) -> None:
         super().__init__(code.executable, weights, code.libraries, keep_weights)
@@ -103,5 +104,5 @@ class CpuRuntime(CpuExecutor):
 
     @property
     def is_native(self) -> bool:
-        """Whether generated kernels run, not PyTorch's ops in their place."""
+        """Whether generated kernels run instead of PyTorch's ops."""
         return self._native is not None

@@ -1,4 +1,4 @@
-"""Weights from files into a model: safetensors, PyTorch state dicts, `.npz`; all or nothing.
+"""Loads weights from files into a model: safetensors, PyTorch state dicts, `.npz`; all or nothing.
 
 In: a model and a path. Out: the model's own parameters with the file's values::
 

@@ -1,7 +1,7 @@
-"""Load: entries of a file into a model's parameters and buffers, after everything was checked.
+"""Load: copies a file's entries into a model's parameters and buffers, after checking all of them.
 
-In: a model and a path. Out: the model changed in place, or a WeightsError that lists what is
-missing, what is too much and what has another shape or type, and the model as it was::
+In: a model and a path. Out: the model changed in place; or a WeightsError that lists missing and
+extra entries and those with another shape or dtype, and the model unchanged::
 
     load_weights(model, "weights.safetensors")
 """
@@ -25,19 +25,17 @@ SHOWN = 20
 
 
 def load_weights(model: nn.Module, path: str | PathLike[str]) -> None:
-    """Fill `model`'s parameters and buffers with the values of a file, in place.
+    """Fill `model`'s parameters and buffers in place with the values of a file.
 
     path: safetensors, a sharded checkpoint's index.json, a PyTorch state dict (read with
     weights_only=True), `.npz`, or a folder with one of these under its usual name. Entries have the
-    names of `model.state_dict()`; BERT's may be packed as TurboTransformers packs them. Of tied
-    weights one name is enough. Entries of non-persistent buffers are taken, and never missed.
+    names of `model.state_dict()`; BERT's may be packed as in TurboTransformers. Of tied weights,
+    one name suffices. Non-persistent buffers are loaded if present.
+    dtypes: the model keeps its own. Lossless conversions are made (bfloat16 to float32, an integer
+    to a wider one); any other difference is an error: convert the model, load, and convert it back.
 
-    dtypes: the model keeps its own. A conversion that loses nothing is made (bfloat16 to float32,
-    an integer to a wider one); every other difference is an error: convert the model, load, and
-    convert it back.
-
-    Raises WeightsError with every name that is missing, extra, or of another shape or dtype;
-    the model is unchanged then.
+    Raises WeightsError with every name that is missing, extra, or of another shape or dtype; the
+    model is unchanged then.
     """
     targets = _targets(model)
     entries = read_weights(Path(path))
@@ -63,7 +61,7 @@ def _match(
     entries: Mapping[str, torch.Tensor],
     targets: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Return what to copy where; raise WeightsError for the whole list of what does not fit."""
+    """Return what to copy where; raise WeightsError with everything that does not fit."""
     groups: dict[object, list[str]] = {}
     for name, tensor in targets.items():
         groups.setdefault(_storage(tensor), []).append(name)
@@ -90,14 +88,14 @@ def _match(
 
 
 def _storage(tensor: torch.Tensor) -> object:
-    """Return what two names of one tensor have in common."""
+    """Return a key that is equal for two names of one tensor."""
     if tensor.numel() == 0 or tensor.device.type == "meta":
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _difference(name: str, given: torch.Tensor, own: torch.Tensor) -> str:
-    """Say why an entry cannot become the model's tensor; "" where it can."""
+    """Return why an entry cannot be copied to the model's tensor; "" if it can."""
     if own.device.type == "meta":
         return f"{name} has no memory in the model (device meta): make it with to_empty first"
     if given.shape != own.shape:
@@ -108,7 +106,7 @@ def _difference(name: str, given: torch.Tensor, own: torch.Tensor) -> str:
 
 
 def _widens(given: torch.dtype, own: torch.dtype) -> bool:
-    """Return whether every value of one dtype is also one of the other, of the same kind."""
+    """Return whether a dtype converts to another of the same kind without loss."""
     kinds = [(d.is_floating_point, d.is_complex, d is torch.bool) for d in (given, own)]
     return kinds[0] == kinds[1] and torch.promote_types(given, own) == own
 
@@ -134,7 +132,7 @@ def _complaint(
 
 
 def _prefix_hint(missing: list[str], extra: list[str]) -> str:
-    """Point out names that differ by a prefix only, as those of a model with a head on top."""
+    """Return a hint if names differ only by a prefix, as those of a model with a head on top."""
     for longer, shorter, where in ((extra, missing, "file"), (missing, extra, "model")):
         known = set(shorter)
         for name in longer[:SHOWN]:

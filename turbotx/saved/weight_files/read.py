@@ -1,4 +1,4 @@
-"""Read: a file of weights becomes tensors by name, whatever its format; no pickled code is run.
+"""Read: reads a file of weights of any supported format; pickled code is never run.
 
 In: a path: safetensors, a sharded checkpoint's index.json, a PyTorch state dict, `.npz`, or a
 folder that holds one of them under its usual name. Out: the entries, on the CPU::
@@ -20,20 +20,20 @@ import torch
 
 from turbotx.errors import WeightsError
 
-# In a folder, in the order in which they are looked for.
+# Names searched for in a folder, in this order.
 USUAL_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# Where training scripts keep a state dict inside a checkpoint.
+# Keys under which training scripts store a state dict in a checkpoint.
 INNER_NAMES = ("state_dict", "model_state_dict", "model")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return every entry of a file by name; raise WeightsError where it cannot be read. Tensors in
-    the file's own shapes and dtypes."""
+    """Return all entries of a file by name, in the file's own shapes and dtypes; raise WeightsError
+    if it cannot be read."""
     path = _find(path)
     try:
         if path.name.endswith(".index.json"):
@@ -57,7 +57,8 @@ def _find(path: Path) -> Path:
 
 
 def _reader_of(path: Path) -> Callable[[Path], dict[str, torch.Tensor]]:
-    """Tell the format by the content where a suffix is not enough: all but one are zip files."""
+    """Return the reader of a file, by its content if the suffix is not sufficient: most formats are
+    zip files."""
     if path.suffix == ".safetensors":
         return _read_safetensors
     if path.suffix == ".npz":
@@ -68,7 +69,7 @@ def _reader_of(path: Path) -> Callable[[Path], dict[str, torch.Tensor]]:
         return _read_npz if names and all(n.endswith(".npy") for n in names) else _read_torch
     with path.open("rb") as file:
         begin = file.read(9)
-    if len(begin) == 9 and begin[8:] == b"{":  # eight bytes of length, then a JSON header
+    if len(begin) == 9 and begin[8:] == b"{":  # an eight-byte length, then a JSON header
         return _read_safetensors
     return _read_torch
 
@@ -117,7 +118,7 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
     with np.load(path, allow_pickle=False) as archive:
         for name in archive.files:
             try:
-                # NumPy arrays in files are read-only or big-endian at times; tensors are neither.
+                # NumPy arrays in files may be read-only or big-endian; tensors may not.
                 array = archive[name]
                 found[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), "C"))
             except (TypeError, ValueError) as error:
@@ -126,7 +127,7 @@ def _read_npz(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_shards(path: Path) -> dict[str, torch.Tensor]:
-    """Read the files that an index names, all of them beside it, and only the entries it lists."""
+    """Read the files listed in an index, which must be beside it, and only the entries it lists."""
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()
     except (ValueError, KeyError, AttributeError, TypeError) as error:

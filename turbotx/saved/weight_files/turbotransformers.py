@@ -1,10 +1,10 @@
-"""TurboTransformers' layout of BERT's weights, as its converter writes them into `.npz` files.
+"""TurboTransformers' layout of BERT's weights, as written by its converter to `.npz` files.
 
-In: entries where query, key and value are one matrix and dense weights stand transposed. Out: the
-entries by the names and in the orientation of Hugging Face's BERT::
+In: entries in which query, key and value are one matrix and dense weights are transposed. Out:
+entries with the names and orientation of Hugging Face's BERT::
 
     encoder.layer.0.attention.qkv.weight (in, 3 x out)  ->  ...attention.self.query.weight (out, in)
-                                                            ...self.key.weight, ...self.value.weight
+                                              ...self.key.weight, ...self.value.weight
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 PACKED = {"qkv.weight": "weight", "qkv.bias": "bias"}
 PARTS = ("query", "key", "value")
-# The matrices, beside Q, K and V, that its layers multiply by from the right.
+# The matrices, besides Q, K and V, that its layers multiply from the right.
 TRANSPOSED = ("output.dense.weight", "intermediate.dense.weight", "pooler.dense.weight")
 
 
@@ -35,7 +35,7 @@ def _parts(name: str, suffix: str) -> list[str]:
 
 
 def unpack(entries: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the entries in Hugging Face's layout; what does not divide by three stays as it is."""
+    """Return the entries in Hugging Face's layout; those not divisible by three are unchanged."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in entries.items():
         suffix = next((s for s in PACKED if name.endswith(f".{s}")), None)
