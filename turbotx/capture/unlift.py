@@ -8,6 +8,7 @@ by the names that they have in the user's module, and its placeholders in order:
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,13 +148,19 @@ def _place(tensor: torch.Tensor) -> Any:
 
 
 def _path_inside(path: str, model: nn.Module) -> str:
-    """Return a path that a GraphModule has room for: graph.weight becomes graph_.weight."""
-    name, dot, rest = path.partition(".")
-    if name in RESERVED:
-        name += "_"
-        while hasattr(model, name):
+    """Return a path that a GraphModule has room for: graph.weight becomes graph_.weight, and what
+    its code cannot name, a parameter `for`, is for_."""
+    owner: Any = model
+    found: list[str] = []
+    for k, part in enumerate(path.split(".")):
+        name = part
+        if keyword.iskeyword(part) or (k == 0 and part in RESERVED):
             name += "_"
-    return name + dot + rest
+            while hasattr(owner, name):
+                name += "_"
+        found.append(name)
+        owner = getattr(owner, part, None)
+    return ".".join(found)
 
 
 def _assign(holder: nn.Module, path: str, value: torch.Tensor) -> None:

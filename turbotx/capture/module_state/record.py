@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from turbotx.capture.module_state.gradients import GradientsPlace
 from turbotx.capture.module_state.names import Names, find_names
 from turbotx.capture.module_state.own_changes import (
     OwnChanges,
@@ -136,6 +137,8 @@ def make_record(
     scope = vars(torch.nn.modules.module)
     hooks = [ItemPlace(scope, name, f"torch.nn's {name}") for name in _GLOBAL_HOOKS]
     every: list[StatePlace] = [*places, *_find_ties(places), *hooks, *names.places.values()]
+    if recorder.gradients:
+        every.append(GradientsPlace([*recorder.gradients.values()]))
     return StateRecord(every, find_own_changes(type(model).__name__, effects, every, names))
 
 

@@ -48,7 +48,7 @@ _WRITERS = frozenset(("register_buffer", "register_parameter", "add_module"))
 _PROXY = getattr(proxy_tensor, "_AttrProxy", ())
 """What stands for a module under a trace of PyTorch that has shared modules."""
 
-_active = threading.local()
+active = threading.local()
 _lock = threading.RLock()
 patched: dict[type, int] = {}
 """How many recorders need a class's attribute functions replaced."""
@@ -76,6 +76,8 @@ class StateRecorder:
         self._met: dict[int, Any] = {}
         self._generators: list[tuple[Any, str | None]] = []
         self._inputs: Sequence[torch.Tensor] = ()
+        self.gradients: dict[int, nn.Module] = {}
+        """The user's modules of which it was asked whether parameters require gradients."""
         self._compiles = 0
         self._over = False
         self.open_reads: list[dict[tuple[int, str], tuple[Any, str]]] = []
@@ -124,12 +126,12 @@ class StateRecorder:
         """Note what this thread reads from now on, in a call with the tensors `inputs`."""
         self._writes.clear()
         self._inputs = inputs
-        before = getattr(_active, "recorder", None)
-        _active.recorder = self
+        before = getattr(active, "recorder", None)
+        active.recorder = self
         try:
             yield
         finally:
-            _active.recorder = before
+            active.recorder = before
 
     @contextmanager
     def unnoted(self) -> Iterator[None]:
@@ -143,10 +145,10 @@ class StateRecorder:
     def _pause(self, *_: Any) -> None:
         """Leave classes as they are while Dynamo looks into them: a branch of torch.cond is traced
         by it, and it traces no replaced function."""
-        if getattr(_active, "recorder", None) is self or self._compiles:
+        if getattr(active, "recorder", None) is self or self._compiles:
             self._compiles += 1
             if self._compiles == 1:
-                _active.recorder = None
+                active.recorder = None
                 for cls in self._classes:
                     _release(cls)
 
@@ -162,7 +164,7 @@ class StateRecorder:
                     plain = [n for n in own if not n.startswith("_")]
                     for name in (*plain, *(n for table in tables for n in table)):
                         self.note_read(module, name)
-                _active.recorder = self
+                active.recorder = self
 
     def meet(self, value: Any, depth: int = 0) -> None:
         """Have reads of an object that the code got hold of noted, and of those that it holds."""
@@ -285,7 +287,7 @@ def _global_hooks_inside() -> Iterator[None]:
 
     def inside(hook: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            on = getattr(_active, "recorder", None) is not None
+            on = getattr(active, "recorder", None) is not None
             return hook(*args, **kwargs) if on or threading.get_ident() != thread else None
 
         return run
@@ -364,13 +366,13 @@ def _noting(get: Callable[..., Any], put: Callable[..., Any]) -> dict[str, Calla
     """Return attribute functions that do what these do, and tell the recorder that is on."""
 
     def __getattribute__(self: Any, name: str) -> Any:
-        recorder = getattr(_active, "recorder", None)
+        recorder = getattr(active, "recorder", None)
         if recorder is not None:
             recorder.note_read(self, name)
         return get(self, name)
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        recorder = getattr(_active, "recorder", None)
+        recorder = getattr(active, "recorder", None)
         if recorder is not None:
             recorder.note_write(self, name, value)
         put(self, name, value)

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from torch import fx
 
+from turbotx.ir import fx_nodes as g
 from turbotx.ir.views import is_view
 from turbotx.kernels.fusion.cost import Choice, compare_nbytes, moved_nbytes
 from turbotx.kernels.fusion.horizontal_fusion import fuse_horizontally
 from turbotx.kernels.fusion.sources import describe_sources, find_computed, name_kernel
 from turbotx.kernels.lowering.lower import Lowered, lower
+from turbotx.ops.builder import HALVES
 from turbotx.ops.loop_nest import FusionConflict
 from turbotx.passes.partition import Region, find_levels, kind_of, root_of, tensor_inputs
 
@@ -45,6 +48,7 @@ def fuse(region: Region) -> FusedRegion:
         fusing.place(output)
     fusing.merge_groups()
     fusing.share_values()
+    fusing.round_repeated()
     kernels = tuple(group.lowered for group in fusing.groups)
     reasons = fusing.reasons if len(kernels) > 1 else {}
     return FusedRegion(region, kernels, list(reasons), [str(c) for c in fusing.choices])
@@ -52,9 +56,10 @@ def fuse(region: Region) -> FusedRegion:
 
 @dataclass
 class _Group:
-    """The outputs of one kernel, and the kernel."""
+    """The outputs of one kernel, what it computes for them, and the kernel."""
 
     outputs: list[fx.Node]
+    computed: frozenset[fx.Node]
     lowered: Lowered
 
 
@@ -66,6 +71,7 @@ class _Fusing:
         self.groups: list[_Group] = []
         self.reasons: dict[str, None] = {}
         self.choices: list[Choice] = []
+        self.as_stored: frozenset[fx.Node] = frozenset()
 
     def place(self, node: fx.Node) -> None:
         """Store a node's value: in the latest kernel that can compute it too, or in a new one."""
@@ -136,6 +142,22 @@ class _Fusing:
         if choice.is_stored:
             self.groups = after
 
+    def round_repeated(self) -> None:
+        """Let what two kernels compute be in both what memory would hold: a maximum that one of
+        them stores is then not below any value that the other compares with it."""
+        if len(self.groups) == 1 or not any(g.dtype(n) in HALVES for n in self.members):
+            return
+        ends: set[fx.Node] = set()
+        stored = self._stored(len(self.groups))
+        for early, late in combinations((group.computed for group in self.groups), 2):
+            both = early & late
+            read = {root_of(n) for m in early ^ late for n in tensor_inputs(m)}
+            ends |= both & (read | stored)
+            ends |= stored & {root_of(n) for m in both for n in tensor_inputs(m)}
+        self.as_stored = frozenset(n for n in ends if g.dtype(n) in HALVES)
+        for k, group in enumerate(self.groups if self.as_stored else ()):
+            self._replace(k, group.outputs)
+
     def _stored(self, k: int) -> set[fx.Node]:
         """Return what the kernels before place k store."""
         return {n for group in self.groups[:k] for n in group.outputs}
@@ -155,7 +177,8 @@ class _Fusing:
 
         computed = find_computed(outputs, self.members, stored)
         name, lines = name_kernel(computed), describe_sources(computed)
-        return _Group(outputs, lower(outputs, loaded, name, lines))
+        lowered = lower(outputs, loaded, name, lines, self.as_stored)
+        return _Group(outputs, frozenset(computed), lowered)
 
 
 def fuse_all(

@@ -9,7 +9,7 @@ rewrite that index, so they cost nothing, and equal elements are one value. Exam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -38,16 +38,18 @@ class Lowered:
 
 
 def lower(
-    outputs: Sequence[fx.Node], loaded: Callable[[fx.Node], bool], name: str, sources: Sequence[str]
-) -> Lowered:
+    outputs: Sequence[fx.Node], loaded: Callable[[fx.Node], bool], name: str,
+    sources: Sequence[str], as_stored: Collection[fx.Node] = (),
+) -> Lowered:  # fmt: skip
     """Return one kernel that stores every output; raise Conflict where that is not possible.
 
-    loaded(node) tells whether a tensor node lies in memory already.
+    loaded(node) tells whether a tensor node lies in memory already. as_stored: nodes whose values
+    are to be what memory of their dtype would hold, though they are computed.
     """
     splits: dict[str, list[Expr]] = {}
     while True:
         try:
-            return Lowering(outputs, loaded, splits).run(name, sources)
+            return Lowering(outputs, loaded, splits, as_stored).run(name, sources)
         except NeedsAxisSplit as needed:
             splits[needed.name] = [needed.inner]
 
@@ -60,8 +62,9 @@ class Lowering(Scalarizer):
         outputs: Sequence[fx.Node],
         loaded: Callable[[fx.Node], bool],
         splits: dict[str, list[Expr]],
+        as_stored: Collection[fx.Node],
     ) -> None:
-        super().__init__(loaded, LoopNest(splits))
+        super().__init__(loaded, LoopNest(splits), as_stored)
         self.outputs = outputs
 
     def run(self, name: str, sources: Sequence[str]) -> Lowered:
@@ -135,7 +138,7 @@ class Lowering(Scalarizer):
             raise FusionConflict(node, f"{node.name} is both read and written")
         strides = root_layout(node).strides
         offset = sum((i * s for i, s in zip(index, strides, strict=True)), ZERO)
-        name = self._param(node)
+        name, value = self._param(node), self.before_store(value, g.dtype(node))
         self.body.append(ir.Store(ir.Access(name, sympy.expand(offset)), value.name))
 
     def _kernel(self, name: str, sources: Sequence[str]) -> Lowered:

@@ -8,6 +8,7 @@ In: a kernel straight from lowering. Out: the same function with the fewest axes
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import sympy
@@ -22,10 +23,9 @@ def tidy(kernel: ir.Kernel) -> tuple[ir.Kernel, frozenset[str]]:
     kernel = drop_dead(kernel)
     kernel = merge_axes(kernel)
     kernel = name_axes(kernel)
-    kernel = separate_names(kernel)
     used = {s.access.param for s in kernel.body if isinstance(s, (ir.Load, ir.Store))}
     kernel = replace(kernel, params=tuple(p for p in kernel.params if p.name in used))
-    return kernel, frozenset(used)
+    return separate_names(kernel), frozenset(used)
 
 
 def drop_dead(kernel: ir.Kernel) -> ir.Kernel:
@@ -122,9 +122,29 @@ def name_axes(kernel: ir.Kernel) -> ir.Kernel:
     return replace(kernel, axes=tuple(replace(a, name=names[a.name]) for a in kernel.axes))
 
 
+def _rename_params(kernel: ir.Kernel, taken: Collection[str]) -> ir.Kernel:
+    own = {p.name for p in kernel.params}
+    names = {n: n for n in own}
+    for name in own & {*taken}:
+        while names[name] in taken or names[name] in own:
+            names[name] += "_"
+    body = tuple(
+        replace(s, access=replace(s.access, param=names[s.access.param]))
+        if isinstance(s, (ir.Load, ir.Store))
+        else s
+        for s in kernel.body
+    )
+    params = tuple(replace(p, name=names[p.name]) for p in kernel.params)
+    return replace(kernel, params=params, body=body)
+
+
 def separate_names(kernel: ir.Kernel) -> ir.Kernel:
-    """Rename values that are called like a param or an axis, so that printed names are unique."""
-    taken = {p.name for p in kernel.params} | {a.name for a in kernel.axes} | set(kernel.sizes)
+    """Rename params that are called like an axis or a size, and values like any of them, so that
+    printed names are unique."""
+    taken = {a.name for a in kernel.axes} | set(kernel.sizes)
+    if any(p.name in taken for p in kernel.params):
+        kernel = _rename_params(kernel, taken)
+    taken |= {p.name for p in kernel.params}
     new: dict[str, str] = {}
     for s in kernel.body:
         for name in ir.results_of(s):

@@ -143,6 +143,7 @@ def kernel_job(
         divisible=(*aligned, *(n for n in kernel.sizes if n in divisible)),
         num_warps=fit_warps(schedule.num_warps, target),
         cells=cells,
+        contracts=False,  # what two kernels compute is to be the same in both
     )
 
 
@@ -246,7 +247,8 @@ def compile_job(job: Job, process: subprocess.Popen[str]) -> Built:
         "divisible": job.divisible,
         "target": target_of(job.target),
         "options": {
-            "num_warps": job.num_warps, "num_stages": job.num_stages, "enable_fp_fusion": True,
+            "num_warps": job.num_warps, "num_stages": job.num_stages,
+            "enable_fp_fusion": job.contracts,
         },
         "out": str(out),
     }  # fmt: skip
