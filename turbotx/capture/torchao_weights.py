@@ -1,7 +1,7 @@
-"""torchao weights: what torchao's `quantize_` leaves in a model, as integers and scales.
+"""torchao weights: reads the integers and scales that torchao's `quantize_` leaves in a model.
 
-In: a parameter. Out: int8 rows with a scale each, and whether what they are multiplied by stays
-float; None for other tensors, and those that no product of turbotx computes::
+In: a parameter. Out: int8 rows with a scale each, and whether the activations stay float; None for
+other tensors, and for kinds that turbotx cannot compute with::
 
     read_int8(model.up.weight)  ->  Int8Rows(numbers, scale, float_rows=True)
 """
@@ -20,7 +20,8 @@ STATIC = ("quant_scale", "quant_zero_point", "pre_scale")
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """numbers: int8 (n, k). scale: float32 (n, 1). float_rows: whether weights alone are int8."""
+    """numbers: int8 (n, k). scale: float32 (n, 1). float_rows: whether only the weights are
+    int8."""
 
     numbers: torch.Tensor
     scale: torch.Tensor
@@ -28,13 +29,13 @@ class Int8Rows:
 
 
 def is_torchao(tensor: object) -> bool:
-    """Tell whether a tensor is torchao's int8, understood or not; torchao is not imported."""
+    """Return whether a tensor is torchao's int8, supported or not; torchao is not imported."""
     cls = type(tensor)
     return cls.__name__ == "Int8Tensor" and cls.__module__.partition(".")[0] == "torchao"
 
 
 def read_int8(tensor: Any) -> Int8Rows | None:
-    """Return what a weight holds, without a copy of its integers."""
+    """Return a weight's integers and scales, without copying the integers."""
     if not is_torchao(tensor) or why_not(tensor):
         return None
     scale = tensor.scale.reshape(-1, 1).float()
@@ -42,8 +43,8 @@ def read_int8(tensor: Any) -> Int8Rows | None:
 
 
 def join_int8(tensors: Sequence[Any]) -> Int8Rows | None:
-    """Return the integers and scales of several weights as those of one, by rows; None where one
-    is not of such a kind. float_rows: of the first."""
+    """Concatenate the integers and scales of several weights by rows; None if one is unsupported.
+    float_rows: of the first."""
     given = [read_int8(tensor) for tensor in tensors]
     sure = [rows for rows in given if rows is not None]
     if not sure or len(sure) < len(given):
@@ -53,7 +54,7 @@ def join_int8(tensors: Sequence[Any]) -> Int8Rows | None:
 
 
 def why_not(tensor: Any) -> str:
-    """Return what no product of turbotx does about torchao's int8 weight, "" where one does it."""
+    """Return why turbotx cannot compute with torchao's int8 weight, "" if it can."""
     rows, asked = tensor.qdata, tensor.act_quant_kwargs
     if rows.dtype is not torch.int8 or rows.dim() != 2 or not rows.is_contiguous():
         return f"it holds {rows.dtype} of {tuple(rows.shape)}"
@@ -77,8 +78,7 @@ _MARK = "_turbotx_float_rows"
 
 
 def stand_in(parameter: Any) -> nn.Parameter:
-    """Return floats for a trace to be given in the place of an int8 weight, which say that they
-    are such."""
+    """Return a float parameter that stands for an int8 weight in a trace, and is marked as such."""
     rows = read_int8(parameter)
     assert rows is not None
     made = nn.Parameter(parameter.dequantize(), parameter.requires_grad)
@@ -87,7 +87,7 @@ def stand_in(parameter: Any) -> nn.Parameter:
 
 
 def stand_ins(model: nn.Module) -> dict[str, bool]:
-    """Return, by path, the parameters of a model that stand for int8 ones: whether the weights
-    alone are."""
+    """Return the parameters of a model that stand for int8 ones, by path, with whether only the
+    weights are int8."""
     named = model.named_parameters()
     return {path: getattr(p, _MARK) for path, p in named if hasattr(p, _MARK)}
